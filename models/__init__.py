@@ -1,0 +1,1 @@
+"""Decoders, one file a family; reading checkpoints (HF folder, GGUF); tokenizers; generation."""

@@ -1,0 +1,83 @@
+"""Imports point one way: cli -> trainer -> {models, data, optim}; models -> lora -> kernels; optim -> kernels."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BELOW = {  # layer -> what it may import of ours; `errors` is a leaf that everyone may
+    "kernels": set[str](),
+    "data": set[str](),
+    "optim": {"kernels"},
+    "lora": {"kernels"},
+    "models": {"lora", "kernels"},
+    "trainer": {"models", "data", "optim", "lora", "kernels"},
+    "cli": {"trainer", "models", "data", "optim", "lora", "kernels"},
+    "errors": set[str](),
+}
+
+
+def imported_parts(source: str, parts: tuple[str, ...]) -> set[str]:
+    """Our top-level modules that the module at `parts` (say, `("lora", "attach")`) imports, anywhere in its source."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+            found |= {(name.split(".") + [""])[1] for name in names if name.split(".")[0] == "fourbit"}
+        elif isinstance(node, ast.ImportFrom):
+            module = (node.module or "").split(".") if node.module else []
+            if node.level == 0:
+                base = module[1:] if module[:1] == ["fourbit"] else None
+            else:
+                base = [*parts[: len(parts) - node.level], *module]
+            if base is not None:
+                found |= {base[0]} if base else {alias.name for alias in node.names}
+    return found
+
+
+def wrong_arrows(source: str, parts: tuple[str, ...]) -> set[str]:
+    """What the module imports although its layer may not."""
+    return imported_parts(source, parts) - BELOW[parts[0]] - {parts[0], "errors"}
+
+
+@pytest.mark.parametrize("layer", sorted(BELOW))
+def test_imports_point_down(layer: str) -> None:
+    files = [ROOT / "errors.py"] if layer == "errors" else sorted((ROOT / layer).rglob("*.py"))
+    assert files, f"the layer {layer} has no files"
+    for path in files:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        wrong = wrong_arrows(path.read_text(), parts)
+        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}, which is not below {layer}"
+
+
+def test_every_folder_has_a_layer() -> None:
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"benchmarks", "tests", "build"}
+    assert folders == set(BELOW) - {"errors"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "source", "wrong"),
+    [
+        (("kernels", "nf4"), "from ..lora.linear import LoRALinear", {"lora"}),
+        (("kernels", "nf4"), "from .. import lora", {"lora"}),
+        (("kernels", "nf4"), "import fourbit.lora.linear", {"lora"}),
+        (("kernels", "nf4"), "from fourbit.lora import linear", {"lora"}),
+        (("kernels", "nf4"), "from fourbit import load", {"load"}),
+        (("kernels", "nf4"), "def late():\n    from ..trainer import sft", {"trainer"}),
+        (("kernels", "deep", "nf4"), "from ...cli import main", {"cli"}),
+        (("data", "read"), "from ..models.tokenizer import Tokenizer", {"models"}),
+        (("lora", "attach"), "from ..models import llama", {"models"}),
+        (("models", "load"), "from ..data.template import ChatTemplate", {"data"}),
+        (("trainer", "sft"), "from ..cli.main import main", {"cli"}),
+        (("errors",), "from .kernels import nf4", {"kernels"}),
+        (
+            ("lora", "attach"),
+            "from .linear import LoRALinear\nfrom ..kernels import nf4\nfrom ..errors import InputError",
+            set(),
+        ),
+        (("data", "read"), "import json\nfrom torch import nn\nfrom . import template\nfrom .. import errors", set()),
+    ],
+)
+def test_planted_imports_are_judged(parts: tuple[str, ...], source: str, wrong: set[str]) -> None:
+    assert wrong_arrows(source, parts) == wrong

@@ -1,0 +1,126 @@
+"""What the package must never do: run what it reads, call out, lean on a peer, or need more than it says to import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(
+    path
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("*/*/*.py")]
+    if path.relative_to(ROOT).parts[0] not in {"tests", "benchmarks", "docs", "examples", "build", "dist"}
+    and not path.relative_to(ROOT).parts[0].startswith(".")
+)
+UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "joblib", "dill", "marshal", "shelve", "jsonpickle"}
+PEERS = {"transformers", "peft", "trl", "bitsandbytes", "accelerate", "torchao", "unsloth", "datasets", "litgpt"}
+NETWORK = {"socket", "urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "huggingface_hub"}
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
+UNSAFE_ATTRIBUTES = {  # (owner, attribute)
+    ("torch", "load"),
+    ("torch", "save"),
+    ("yaml", "load_all"),
+    ("yaml", "full_load"),
+    ("yaml", "unsafe_load"),
+    ("np", "load"),
+    ("numpy", "load"),
+    ("os", "system"),
+    ("os", "popen"),
+}
+
+
+def breaches(source: str) -> list[str]:
+    """Everything in `source` that the lists above forbid, as `line: what`."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        modules: list[str] = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            modules = [node.module or ""]
+            found += [
+                f"{node.lineno}: from torch import {a.name}"
+                for a in node.names
+                if (node.module, a.name) in UNSAFE_ATTRIBUTES
+            ]
+        found += [f"{node.lineno}: import {m}" for m in modules if m.split(".")[0] in UNSAFE_MODULES | PEERS | NETWORK]
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name) and node.func.id in UNSAFE_CALLS:
+                found.append(f"{node.lineno}: {node.func.id}()")
+            if any(
+                k.arg == "shell" and not (isinstance(k.value, ast.Constant) and not k.value.value)
+                for k in node.keywords
+            ):
+                found.append(f"{node.lineno}: shell=True")
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if (node.value.id, node.attr) in UNSAFE_ATTRIBUTES:
+                found.append(f"{node.lineno}: {node.value.id}.{node.attr}")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_breach(path: Path) -> None:
+    assert breaches(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "def f():\n    import dill as d",
+        "import torch\ntorch.load('x')",
+        "from torch import load",
+        "import torch\nread = torch.load",
+        "import numpy as np\nnp.load('x', allow_pickle=True)",
+        "eval('1')",
+        "exec('1')",
+        "compile('1', 'x', 'exec')",
+        "import subprocess\nsubprocess.run('ls', shell=True)",
+        "import subprocess\nsubprocess.run('ls', shell=flag)",
+        "import os\nos.system('ls')",
+        "import transformers",
+        "from peft.utils import x",
+        "import urllib.request",
+    ],
+)
+def test_planted_breach_is_seen(source: str) -> None:
+    assert breaches(source)
+
+
+def test_harmless_source_is_let_through() -> None:
+    source = "import json\nimport torch\nfrom safetensors.torch import load_file\ntorch.compile(f)\nre.compile('x')\nmodel.eval()\nrun(a, shell=False)"
+    assert breaches(source) == []
+
+
+BLOCK = """
+import sys
+late = {"jinja2", "yaml", "rich", "gguf", "matplotlib", "msgspec", "tyro", "tensorboard", "typeguard"}
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in late:
+            raise ImportError("blocked: " + name)
+"""
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-P", "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_needs_only_the_core() -> None:
+    """Blocked libraries are not touched by `import fourbit`; and torch itself does not import them either."""
+    assert run_python(BLOCK + "sys.meta_path.insert(0, Block())\nimport fourbit\nprint(fourbit.__version__)") == "0.1.0"
+
+
+def test_the_block_blocks() -> None:
+    code = BLOCK + "sys.meta_path.insert(0, Block())\ntry:\n    import yaml\nexcept ImportError:\n    print('blocked')"
+    assert run_python(code) == "blocked"
+
+
+def test_import_brings_in_no_late_library() -> None:
+    code = BLOCK + "import torch, numpy, safetensors, tokenizers\nbefore = set(sys.modules)\nimport fourbit\n"
+    assert run_python(code + "print(sorted(late & ({m.split('.')[0] for m in set(sys.modules) - before})))") == "[]"

@@ -1,0 +1,1 @@
+"""The training loop: SFT, evaluation, training checkpoints, metrics and the loss curve."""
