@@ -1,8 +1,8 @@
 """The errors a user can cause or meet, each with the exit code that the command line ends with.
 
-A leaf module: every layer may import it. Bad input raises `InputError` with one clear paragraph that says what is wrong,
-where (file and line, key, tensor), the rule, the value received and what to do. Misuse of a function by a program
-(a wrong shape, an impossible argument) stays a plain `ValueError` or `TypeError`.
+A leaf module: every layer may import it. Bad input raises `InputError` with one clear paragraph that says what is
+wrong, where (file and line, key, tensor), the rule, the value received and what to do. Misuse of a function by a
+program (a wrong shape, an impossible argument) stays a plain `ValueError` or `TypeError`.
 """
 
 

@@ -24,7 +24,7 @@ def imported_parts(source: str, parts: tuple[str, ...]) -> set[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-            found |= {(name.split(".") + [""])[1] for name in names if name.split(".")[0] == "fourbit"}
+            found |= {[*name.split("."), ""][1] for name in names if name.split(".")[0] == "fourbit"}
         elif isinstance(node, ast.ImportFrom):
             module = (node.module or "").split(".") if node.module else []
             if node.level == 0:

@@ -55,8 +55,8 @@ def breaches(source: str) -> list[str]:
             ):
                 found.append(f"{node.lineno}: shell=True")
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if (node.value.id, node.attr) in UNSAFE_ATTRIBUTES:
-                found.append(f"{node.lineno}: {node.value.id}.{node.attr}")
+            pair = (node.value.id, node.attr)
+            found += [f"{node.lineno}: {'.'.join(pair)}"] if pair in UNSAFE_ATTRIBUTES else []
     return found
 
 
@@ -91,7 +91,10 @@ def test_planted_breach_is_seen(source: str) -> None:
 
 
 def test_harmless_source_is_let_through() -> None:
-    source = "import json\nimport torch\nfrom safetensors.torch import load_file\ntorch.compile(f)\nre.compile('x')\nmodel.eval()\nrun(a, shell=False)"
+    source = (
+        "import json\nimport torch\nfrom safetensors.torch import load_file\n"
+        "torch.compile(f)\nre.compile('x')\nmodel.eval()\nrun(a, shell=False)"
+    )
     assert breaches(source) == []
 
 

