@@ -1,0 +1,121 @@
+"""Held-out figures: mean loss of a trained token, and how often the answer is exactly right."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batch import Batch, micro_batches
+from ..data.encode import Encoded, encode_prompt
+from ..data.formats import Conversation
+from ..data.template import ChatTemplate
+from ..models.generate import generate
+from .losses import token_losses
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer beside the one in the data."""
+
+    prompt: str
+    expected: str
+    answer: str
+    source: str
+
+    @property
+    def exact(self) -> bool:
+        """Equal but for white space at line ends and at both ends of the text."""
+        return _trimmed(self.answer) == _trimmed(self.expected)
+
+
+def batch_loss_sum(model: Any, batch: Batch) -> Tensor:
+    """Sum of the losses of a batch's trained tokens, 0-d float64. The head runs on trained positions only."""
+    return batch_token_losses(model, batch).sum(dtype=torch.float64)
+
+
+def batch_token_losses(model: Any, batch: Batch) -> Tensor:
+    """Loss of each trained token, [batch.trained], in the order of the batch's flattened positions.
+
+    `batch` is on the CPU: trained positions are found there, so the device is never waited for.
+    """
+    targets = batch.targets.flatten()
+    trained = (targets >= 0).nonzero().squeeze(1)  # [trained]
+    device = next(model.parameters()).device
+    here = batch.to(device)
+    hidden = model.hidden(here.input_ids, here.position_ids, here.spans)  # [B, T, D]
+    rows = hidden.flatten(0, 1).index_select(0, trained.to(device))
+    return token_losses(model.lm_head, rows, targets[trained].to(device))
+
+
+def evaluate_loss(
+    model: nn.Module,
+    examples: Sequence[Encoded],
+    *,
+    packing: bool = True,
+    token_budget: int = 512,
+    pad_id: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Mean loss of a trained token over all examples, in nats; its exponential is the perplexity.
+
+    Dropout is off and no gradient is kept. Returns None when `stop()` became true between two batches.
+    """
+    batches = micro_batches(examples, packing=packing, micro_batch="auto", token_budget=token_budget, pad_id=pad_id)
+    total = 0.0
+    with evaluating(model):
+        for batch in batches:
+            if stop():
+                return None
+            total += batch_loss_sum(model, batch).item()
+    return total / sum(batch.trained for batch in batches)
+
+
+def answer_all(
+    model: Any,
+    tokenizer: Any,
+    template: ChatTemplate,
+    conversations: Sequence[Conversation],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+) -> list[Answer]:
+    """Greedy answers to the last assistant turn of every conversation, in their order."""
+    encoded = [encode_prompt(conversation, tokenizer, template) for conversation in conversations]
+    with evaluating(model):
+        generated = generate(
+            model,
+            [ids for ids, _ in encoded],
+            max_new_tokens=max_new_tokens,
+            stop_ids=tokenizer.stop_ids,
+            batch_size=batch_size,
+        )
+    return [
+        Answer(tokenizer.decode(ids, skip_special=False), expected, tokenizer.decode(new), f"{c.file}:{c.line}")
+        for (ids, expected), new, c in zip(encoded, generated, conversations, strict=True)
+    ]
+
+
+def exact_match(answers: Iterable[Answer]) -> float:
+    """Share of answers that are exactly right, 0 to 1; NaN of none."""
+    exact = [answer.exact for answer in answers]
+    return sum(exact) / len(exact) if exact else math.nan
+
+
+def _trimmed(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; the mode before is restored after."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

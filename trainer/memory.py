@@ -1,0 +1,53 @@
+"""Memory in use, by figures that say what they are, and an estimate of what activations will need."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def memory_used(device: torch.device) -> tuple[str, int]:
+    """(what it is, bytes): the allocator's peak on CUDA, else this process' anonymous resident memory."""
+    if device.type == "cuda":
+        return "max_memory_allocated", torch.cuda.max_memory_allocated(device)
+    return "rss_anon", _proc_bytes("/proc/self/status", "RssAnon")
+
+
+def memory_free(device: torch.device) -> int:
+    """Bytes that can still be had on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return _proc_bytes("/proc/meminfo", "MemAvailable")
+
+
+def _proc_bytes(file: str, key: str) -> int:
+    path = Path(file)
+    if not path.exists():  # not Linux: no figure is better than a made-up one
+        return 0
+    line = next(line for line in path.read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass of `forward()`, parameters and buffers not counted.
+
+    Runs once in evaluation mode, so no random number is drawn.
+    """
+    mine = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in mine:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            forward()
+    finally:
+        model.train(training)
+    return sum(kept.values())

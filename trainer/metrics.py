@@ -1,0 +1,80 @@
+"""Where the figures of a run go: metrics.jsonl always, TensorBoard when asked, the terminal for whoever watches."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Display(Protocol):
+    """Shows a run while it goes."""
+
+    def show(self, record: dict[str, Any]) -> None: ...
+    def message(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class Metrics:
+    """Writes one JSON object a line, flushed at once, and passes it on.
+
+    A record has `step` (steps done) and either the figures of a step (loss, lr, grad_norm, skipped, tokens,
+    trained_tokens, tokens_per_second, and memory under the name of what it is) or of an evaluation (val_loss,
+    val_perplexity).
+    """
+
+    def __init__(self, folder: Path, displays: Sequence[Display], *, log: Sequence[str] = (), resumed_at: int = 0):
+        self.path = folder / "metrics.jsonl"
+        _drop_after(self.path, resumed_at)
+        self.displays = displays
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = _tensorboard(folder, resumed_at) if "tensorboard" in log else None
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for display in self.displays:
+            display.show(record)
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(name, value, record["step"])
+
+    def message(self, text: str) -> None:
+        for display in self.displays:
+            display.message(text)
+
+    def close(self) -> None:
+        self._file.close()
+        for display in self.displays:
+            display.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a metrics.jsonl; a line cut off by a crash is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """A resumed run does its steps again: records past the checkpoint would stand twice."""
+    if not path.exists():
+        return
+    kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _tensorboard(folder: Path, resumed_at: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        from ..errors import EnvironmentProblem
+
+        raise EnvironmentProblem("log=tensorboard needs the package tensorboard: pip install tensorboard") from error
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)  # type: ignore[no-untyped-call]

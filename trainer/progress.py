@@ -1,0 +1,116 @@
+"""A run on the terminal: a live line with rich when someone watches, plain lines when output goes to a file.
+
+Everything goes to stderr, so that stdout stays free for results.
+"""
+
+import sys
+import time
+from typing import Any
+
+from .metrics import Display
+
+SMOOTHING = 0.9  # of the loss shown: exponential moving average over steps
+PLAIN_SECONDS = 10.0  # between plain lines
+
+
+def display_for(total: int, start: int = 0) -> Display:
+    """The display that fits where stderr goes. total: steps of the run; start: steps done before, when resumed."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return _Live(console, total, start) if console.is_terminal else _Plain(total, start)
+
+
+class _Smoothed:
+    """The figures to show, the loss smoothed; shared by both displays."""
+
+    def __init__(self) -> None:
+        self.loss: float | None = None
+        self.skipped = 0
+        self.shown: dict[str, str] = {}
+
+    def add(self, record: dict[str, Any]) -> dict[str, str]:
+        if "val_loss" in record:
+            self.shown["val"] = _number(record["val_loss"])
+            return self.shown
+        loss = record["loss"]
+        if loss is not None:
+            self.loss = loss if self.loss is None else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
+        self.skipped += record["skipped"]
+        memory = record.get("rss_anon") or record.get("max_memory_allocated") or 0
+        self.shown |= {
+            "loss": _number(self.loss),
+            "lr": f"{record['lr']:.1e}",
+            "tok/s": f"{record['tokens_per_second']:,.0f}",
+            "mem": f"{memory / 2**30:.2f} GiB",
+        }
+        if self.skipped:
+            self.shown["skipped"] = str(self.skipped)
+        return self.shown
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+class _Plain:
+    """One line every few seconds, and at every evaluation and the last step."""
+
+    def __init__(self, total: int, start: int) -> None:
+        self.total, self.figures = total, _Smoothed()
+        self.begun = self.last = time.monotonic()
+        self.start = start
+
+    def show(self, record: dict[str, Any]) -> None:
+        shown = self.figures.add(record)
+        step, now = record["step"], time.monotonic()
+        first = step == self.start + 1
+        if now - self.last < PLAIN_SECONDS and step < self.total and "val_loss" not in record and not first:
+            return
+        self.last = now
+        left = (now - self.begun) / max(1, step - self.start) * (self.total - step)
+        figures = "  ".join(f"{name} {value}" for name, value in shown.items())
+        print(f"step {step}/{self.total}  {figures}  left {_clock(left)}", file=sys.stderr, flush=True)
+
+    def message(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None: ...
+
+
+class _Live:
+    """A rich progress bar, redrawn in place."""
+
+    def __init__(self, console: Any, total: int, start: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.figures = _Smoothed()
+        columns = [
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        ]
+        self.progress = Progress(*columns, console=console, expand=True)
+        self.task = self.progress.add_task("", total=total, completed=start, figures="first step ...")
+        self.progress.start()
+
+    def show(self, record: dict[str, Any]) -> None:
+        figures = "  ".join(f"[dim]{name}[/] {value}" for name, value in self.figures.add(record).items())
+        self.progress.update(self.task, completed=record["step"], figures=figures)
+
+    def message(self, text: str) -> None:
+        from rich.text import Text
+
+        self.progress.console.print(Text(text))
+
+    def close(self) -> None:
+        self.progress.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
