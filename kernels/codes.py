@@ -1,0 +1,97 @@
+"""The code tables of every quantised format, derived from the rules that define them.
+
+A table of numbers can be copied wrongly and nobody sees it; a rule can be read. Each function builds its table from the
+rule in the paper it names, and tests hold the result to the published numbers, bit by bit. For that the rounding counts
+too: the published tables step through their ranges in fp32, and so does `_evenly` here.
+"""
+
+from functools import cache
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+NF4_OUTERMOST = 0.9677083  # probability of the largest quantile: the mean of 1 - 1/30 and 1 - 1/32, as published
+
+
+def code_for(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
+    """The fp32 [16] table of "nf4" or "fp4"; ValueError for any other name."""
+    if quant_type == "nf4":
+        return nf4_code(device)
+    if quant_type == "fp4":
+        return fp4_code(device)
+    raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {quant_type!r}")
+
+
+def nf4_code(device: torch.device | str = "cpu") -> Tensor:
+    """NormalFloat-4, fp32 [16], ascending from -1 to 1, an exact 0 at index 7 (QLoRA, arXiv 2305.14314, section 3).
+
+    The values are quantiles of N(0, 1), so that normal weights use all sixteen codes about equally often. The halves
+    are built apart, seven values below zero and eight above, because an even count has no middle and zero must be exact.
+    The table is cached and shared: do not write to it.
+    """
+    return _nf4(torch.device(device))
+
+
+def fp4_code(device: torch.device | str = "cpu") -> Tensor:
+    """4-bit floats, fp32 [16]: bit 3 is the sign, bits 2-1 the exponent field e, bit 0 the mantissa m.
+
+    The magnitude is (1 + m/2) * 2^(4 - e) for e = 1, 2, 3 and m/16 for e = 0, all divided by the largest, 12. So the
+    codes do not ascend, and index 8 is a second zero, positive like the first.
+    The table is cached and shared: do not write to it.
+    """
+    return _fp4(torch.device(device))
+
+
+def dynamic_code(signed: bool = True, device: torch.device | str = "cpu") -> Tensor:
+    """The 8-bit dynamic map, fp32 [256] ascending (arXiv 1511.04561; in 8-bit optimizers, arXiv 2110.02861).
+
+    Seven decades, i = 0..6, scaled by 10^(i-6): each splits [0.1, 1] into 2^i equal cells, both signs (signed), or
+    2^(i+1) cells, positive only (unsigned), and takes the centres of the cells. 0 and 1 are added. So small values keep
+    their relative size, and large ones get most of the precision. The table is cached and shared: do not write to it.
+    """
+    return _dynamic(signed, torch.device(device))
+
+
+@cache
+def _nf4(device: torch.device) -> Tensor:
+    below = -_normal_quantiles(_evenly(NF4_OUTERMOST, 0.5, 7)[:-1])  # the last is 0.5, whose quantile is zero itself
+    above = _normal_quantiles(_evenly(NF4_OUTERMOST, 0.5, 8)[:-1])
+    values = torch.cat([below, torch.zeros(1), above]).sort().values
+    return (values / values[-1]).to(device)
+
+
+def _normal_quantiles(probabilities: Tensor) -> Tensor:
+    return torch.tensor([NormalDist().inv_cdf(p) for p in probabilities.tolist()], dtype=torch.float32)
+
+
+@cache
+def _fp4(device: torch.device) -> Tensor:
+    return torch.tensor([_fp4_value(code) / 12 for code in range(16)], dtype=torch.float32, device=device)
+
+
+def _fp4_value(code: int) -> float:
+    sign, exponent, mantissa = code >> 3, code >> 1 & 3, code & 1
+    magnitude = (1 + mantissa / 2) * 2 ** (4 - exponent) if exponent else mantissa / 16
+    return -magnitude if sign and magnitude else magnitude
+
+
+@cache
+def _dynamic(signed: bool, device: torch.device) -> Tensor:
+    values = [torch.tensor([0.0, 1.0])]
+    for decade in range(7):
+        edges = _evenly(0.1, 1.0, 2**decade if signed else 2 ** (decade + 1))
+        centres = 10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += [centres, -centres] if signed else [centres]
+    return torch.cat(values).sort().values.to(device)
+
+
+def _evenly(start: float, end: float, cells: int) -> Tensor:
+    """`cells` + 1 edges from start to end in fp32: the step is rounded once, each edge once, from the nearer end.
+
+    torch.linspace means the same, but rounds differently on machines with and without fused multiply-add.
+    """
+    first, last = torch.tensor(start), torch.tensor(end)
+    step = ((last - first) / cells).double()
+    i = torch.arange(cells + 1)
+    return torch.where(i < (cells + 1) // 2, first.double() + step * i, last.double() - step * (cells - i)).float()
