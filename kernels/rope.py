@@ -1,0 +1,75 @@
+"""Rotary position embedding (Su et al. 2021) in the half-split layout of Hugging Face checkpoints.
+
+Feature i and feature i + D/2 of a head form a pair that turns by position * frequency_i. The gradient of a rotation is
+the rotation back, so nothing but the shared tables is kept for backward.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+def frequencies(
+    head_dim: int, theta: float, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Tensor:
+    """theta^(-2i / head_dim) for i = 0 .. head_dim/2 - 1, in radians a position: [head_dim / 2]."""
+    exponent = torch.arange(0, head_dim, 2, device=device).to(dtype) / head_dim
+    return 1.0 / theta**exponent
+
+
+def llama3_frequencies(frequency: Tensor, *, factor: float, low: float, high: float, original_length: int) -> Tensor:
+    """Llama 3.1's stretch: wavelengths above original_length / low are slowed by `factor`, below original_length / high
+    kept, blended between.
+    """
+    turns = original_length * frequency / (2 * math.pi)  # full turns over the original context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (keep + (1 - keep) / factor)
+
+
+def tables(position_ids: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of every angle: positions [B, T] and frequencies [D/2] to two tensors [B, T, 1, D/2], in the
+    frequencies' dtype.
+    """
+    angle = (position_ids.to(frequency.dtype).unsqueeze(-1) * frequency).unsqueeze(2)  # [B, T, 1, D/2]
+    return angle.cos(), angle.sin()
+
+
+def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The definition. Tests hold `rope` to it."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs of `x` [B, T, H, D] by the tables [B, T, 1, D/2] (same dtype); only x gets a gradient."""
+    if x.shape[-1] != 2 * cos.shape[-1] or cos.shape != sin.shape:
+        raise ValueError(
+            f"rope needs two tables of half the head size, got x {tuple(x.shape)}, "
+            f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
+        )
+    y: Tensor = _RoPE.apply(x, cos, sin)
+    return y
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    y = torch.empty_like(x)
+    ya, yb = y.chunk(2, dim=-1)
+    torch.mul(a, cos, out=ya).addcmul_(b, sin, value=-direction)
+    torch.mul(b, cos, out=yb).addcmul_(a, sin, value=direction)
+    return y
+
+
+class _RoPE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        cos, sin = ctx.saved_tensors
+        return _turn(dy, cos, sin, -1), None, None

@@ -1,0 +1,170 @@
+"""A checkpoint on disk to a model in memory, one tensor at a time.
+
+The model is built on the meta device, where shapes cost nothing; names and shapes are compared with the file before the
+first weight is read; then each tensor goes straight to its place, quantised if it is a linear layer's. So the peak is
+the finished model plus about one dense tensor, and a wrong file fails in the first second, not after minutes.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import EnvironmentProblem, InputError
+from ..lora.linear4bit import NF4Linear
+from ..lora.quantize import quantize_
+from . import hf
+from .gguf import GGUFFile
+from .gguf_tensors import hf_name
+from .llama import Llama, LlamaConfig
+from .tokenizer import Tokenizer
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+QUANTIZE = {"nf4": ("nf4", True), "nf4-nodq": ("nf4", False), "fp4": ("fp4", True)}  # name -> code, double quantisation
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def load(
+    path: str | Path,
+    *,
+    quantize: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[Llama, Tokenizer]:
+    """Model and tokenizer of a Hugging Face folder or a `.gguf` file; arguments and errors as in `load_model`.
+
+    InputError also where the tokenizer is missing or has more tokens than the model has embeddings.
+    """
+    path = Path(path)
+    tokenizer = Tokenizer.from_gguf(GGUFFile(path).metadata) if _is_gguf(path) else Tokenizer.from_folder(_folder(path))
+    model = load_model(path, quantize=quantize, dtype=dtype, device=device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {model.config.vocab_size} "
+            "embeddings; they belong to different models."
+        )
+    return model, tokenizer
+
+
+def load_model(
+    path: str | Path,
+    *,
+    quantize: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Llama:
+    """The model alone, in evaluation mode, all parameters as trainable as their layer makes them.
+
+    `quantize`: None or "none" keeps every weight dense in `dtype`; "nf4" (double quantisation), "nf4-nodq" and "fp4"
+    (double quantisation) keep the decoder's linears in 4 bits, and embeddings, norms, biases and the output head dense
+    in `dtype`. Raises InputError naming the file, key or tensor for a config that asks for something unsupported, a
+    missing, unknown, misshaped or non-finite tensor, and for an unreadable file; EnvironmentProblem for a device that
+    is not there.
+    """
+    path, device = Path(path), _device(device)
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}.")
+    if quantize not in (None, "none", *QUANTIZE):
+        raise InputError(f"quantize must be none, {', '.join(QUANTIZE)}, got {quantize!r}.")
+    data, shapes, tensors = _read_gguf(path) if _is_gguf(path) else _read_folder(path)
+    config = LlamaConfig.from_hf(data)
+    with torch.device("meta"):
+        model = Llama(config)
+    skip = _check_tensors(path, model, shapes)
+    if quantize in QUANTIZE:
+        code, double_quant = QUANTIZE[quantize]
+        quantize_(model, code, double_quant=double_quant)
+    for name, tensor in tensors:
+        if name not in skip:
+            _place(model, name, tensor, dtype, device, path)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.source = str(path)
+    return model.eval()
+
+
+def _read_folder(path: Path) -> tuple[dict[str, Any], Shapes, Iterator[tuple[str, Tensor]]]:
+    folder = _folder(path)
+    return hf.read_config(folder), hf.tensor_shapes(folder), hf.iter_tensors(folder)
+
+
+def _read_gguf(path: Path) -> tuple[dict[str, Any], Shapes, Iterator[tuple[str, Tensor]]]:
+    file = GGUFFile(path)
+    shapes = {hf_name(path, name): info.shape for name, info in file.tensors.items() if name != "rope_freqs.weight"}
+    return file.config(), shapes, file.iter_tensors()
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
+
+
+def _folder(path: Path) -> Path:
+    if path.is_dir():
+        return path
+    if path.suffix in hf.PICKLED:
+        raise InputError(
+            f"{path}: such files can run code when read, so they never are. "
+            "Give a folder of safetensors or a .gguf file."
+        )
+    problem = "is a file" if path.exists() else "does not exist"
+    raise InputError(f"{path}: {problem}; a model is a folder with config.json and safetensors, or a .gguf file.")
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device must be one that torch knows, such as cpu or cuda, got {device!r}.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem(f"device {device} was asked for, but torch sees no CUDA device here. Use cpu.")
+    return device
+
+
+def _check_tensors(path: Path, model: Llama, shapes: Shapes) -> set[str]:
+    """Compare the file's tensors with the model's; returns names to skip (old rotary buffers, a tied head's second
+    copy).
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)}
+    if model.config.tie_word_embeddings:
+        del wanted["lm_head.weight"]
+    skip = {
+        name
+        for name in shapes
+        if name not in wanted and (name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq"))
+    }
+    missing = sorted(wanted.keys() - shapes.keys())
+    extra = sorted(shapes.keys() - wanted.keys() - skip)
+    wrong = [
+        f"{name} must be {list(wanted[name])}, got {list(shapes[name])}"
+        for name in wanted
+        if shapes.get(name, wanted[name]) != wanted[name]
+    ]
+    problems = [
+        f"{len(found)} {what}: {'; '.join(found[:5])}{'; ...' if len(found) > 5 else ''}"
+        for what, found in (("missing", missing), ("unknown", extra), ("of another shape", wrong))
+        if found
+    ]
+    if problems:
+        raise InputError(
+            f"{path}: tensors do not fit the config. {'. '.join(problems)}. "
+            "The weights and the config are of different models."
+        )
+    return skip
+
+
+def _place(model: Llama, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, path: Path) -> None:
+    """Put one tensor where it belongs; a 4-bit layer's weight is quantised on the way and not kept."""
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(module, NF4Linear) and attribute == "weight":
+        module.quantize_weight_(tensor.to(device), name=f"{path}: {name}")
+        return
+    low, high = torch.aminmax(tensor)  # NaN spreads to both; no copy of the tensor is made
+    if not (low.isfinite() and high.isfinite()):
+        raise InputError(f"{path}: tensor {name!r} holds NaN or infinity. The file is damaged: get it again.")
+    old = getattr(module, attribute)
+    value = tensor.to(device=device, dtype=dtype, copy=True)  # the file's map must not live on in the model
+    setattr(module, attribute, nn.Parameter(value, requires_grad=old.requires_grad))
