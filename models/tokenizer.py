@@ -1,0 +1,120 @@
+"""Text to token ids and back: one small class over the `tokenizers` library, from a Hugging Face folder or a GGUF file.
+
+It never adds a token by itself: what the chat template renders is what the model sees, so a doubled BOS cannot come
+from here. Special tokens that stand in the text are recognised as one id. Offsets are characters of the given string,
+blanks before a word included, because loss masks are cut by character position.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from ..errors import InputError
+from .gguf_tokenizer import gguf_arguments
+from .tokenizer_folder import folder_arguments
+
+MAX_TEXT_BYTES = 16 << 20  # a text is encoded as one piece; the time is linear but has to end
+
+# Tokens that end an answer, as the common chat formats name them. The second group also stands inside an answer in
+# some formats, so it counts only where the model's own chat template writes it.
+_ENDS_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
+_ENDS_TURN = ("<|end|>", "<|eot|>", "<|end_of_turn|>", "<EOT>", "</s>", "<|EOT|>")
+
+
+class Tokenizer:
+    """A tokenizer with what the model's files say about chat.
+
+    Attributes:
+        backend: the `tokenizers.Tokenizer`; truncation, padding and the post-processor are switched off in it.
+        chat_template: Jinja source, or None.
+        bos_token, eos_token, pad_token: the special tokens' text, or None; `bos_id`, `eos_id`, `pad_id` their ids.
+        stop_ids: ids that end an answer: EOS and the end-of-turn tokens, sorted.
+        vocab_size: the highest id + 1.
+
+    Raises:
+        InputError: a special token is not in the vocabulary, or a stop id lies outside it.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        chat_template: str | None = None,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        pad_token: str | None = None,
+        stop_ids: Iterable[int] = (),
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        backend.post_processor = None  # with no token to add, all it would do is cut blanks off the offsets
+        backend.encode_special_tokens = False
+        self.backend = backend
+        self.chat_template = chat_template
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        self.bos_token, self.bos_id = bos_token, _id(vocab, "bos_token", bos_token)
+        self.eos_token, self.eos_id = eos_token, _id(vocab, "eos_token", eos_token)
+        self.pad_token, self.pad_id = pad_token, _id(vocab, "pad_token", pad_token)
+        self.stop_ids = self._stop_ids(stop_ids)
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> "Tokenizer":
+        """From a Hugging Face folder with `tokenizer.json`; InputError names the file that is missing or malformed."""
+        return cls(**folder_arguments(Path(path)))
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
+        """From a GGUF file's metadata (byte-level BPE); InputError names the key that is missing or malformed."""
+        return cls(**gguf_arguments(metadata))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; nothing is added. InputError for a lone surrogate or a text above 16 MiB."""
+        _check_text(text)
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids and, for each, the characters [start, end) it came from.
+
+        Tokens that share one character (an emoji cut into bytes) all have that character's span.
+        """
+        _check_text(text)
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of the ids; bytes that form no character become U+FFFD. Ids outside the vocabulary stand for nothing."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def _stop_ids(self, given: Iterable[int]) -> tuple[int, ...]:
+        stops = set(given)
+        if outside := [stop for stop in stops if not 0 <= stop < self.vocab_size]:
+            raise InputError(f"stop token id {outside[0]} lies outside the vocabulary of {self.vocab_size} tokens.")
+        if self.eos_id is not None:
+            stops.add(self.eos_id)
+        special = {token.content: id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        stops.update(special[name] for name in _ENDS_TEXT if name in special)
+        stops.update(special[name] for name in _ENDS_TURN if name in special and name in (self.chat_template or ""))
+        return tuple(sorted(stops))
+
+
+def _id(vocab: Mapping[str, int], what: str, token: str | None) -> int | None:
+    if token is None:
+        return None
+    if token not in vocab:
+        raise InputError(f"{what} is {token!r}, which is not in the tokenizer's vocabulary of {len(vocab)} tokens.")
+    return vocab[token]
+
+
+def _check_text(text: str) -> None:
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text holds half a surrogate pair (U+{ord(text[error.start]):04X}) at position {error.start}, "
+            "which is no character; mend the text."
+        ) from None
+    if size > MAX_TEXT_BYTES:
+        raise InputError(f"the text has {size} bytes; at most {MAX_TEXT_BYTES} are encoded at once. Split it.")
