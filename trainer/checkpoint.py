@@ -1,0 +1,313 @@
+"""Training checkpoints that are complete and verified, or ignored.
+
+A checkpoint is a folder `step-000123/`: one `<group>.safetensors` for each group of tensors the trainer hands in
+(adapter, optimizer, random generators, ...), `state.json` for its numbers, and `manifest.json`, which lists every file
+with its size and SHA-256 and its own SHA-256 too. Nothing here knows a model, and nothing is ever unpickled: only files
+that the manifest names are opened, and their names come from a fixed pattern.
+
+Saving goes by one protocol, in this order: write all files into a temporary folder and fsync each, the manifest last;
+fsync the folder; rename it; fsync the parent; point `latest` (a text file for people and scripts) at it; only then
+prune. So at every moment, a kill or a full disk included, each `step-*` folder whose manifest verifies is a whole
+checkpoint, and the newest of them is the one to resume from. A serial number orders them, not the clock and not the
+step: a run resumed from an older checkpoint writes lower steps that are newer. Equal inputs give equal bytes.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import InputError, NumericError
+from . import disk
+
+MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
+_GROUP = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_FILE = re.compile(_GROUP.pattern + r"\.safetensors|state\.json")
+_FOLDER = re.compile(r"step-(?P<step>[0-9]{6,18})(?:\.[0-9]{1,6})?")
+_MANIFEST_LIMIT = 1 << 20  # bytes; ours have about 150 a file
+_FORMAT = "fourbit checkpoint 1"
+
+# safetensors' names of the dtypes it can hold and torch has.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint folder says it holds: file name -> (bytes, SHA-256 in hex)."""
+
+    step: int
+    serial: int
+    files: dict[str, tuple[int, str]]
+
+
+def save_checkpoint(
+    folder: Path | str,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 2,
+    keep_also: Path | str | None = None,
+) -> Path:
+    """Write `folder/step-<step>/` and return it; then keep the newest `keep` checkpoints and `keep_also`.
+
+    `tensors` maps group (a lower-case word) -> name -> dense tensor of any device and shape. `state` is plain JSON that
+    reads back equal: string keys, lists and no tuples, finite numbers. `keep_also` is a checkpoint folder that pruning
+    must spare (the best one so far). A folder that already has this step's name is kept under a free name beside it.
+
+    Raises `NumericError` for a tensor with NaN or infinity (before anything is written), `DiskError` when the disk
+    refuses, ValueError for arguments that cannot be stored.
+    """
+    if step < 0 or keep < 1:
+        raise ValueError(f"step must be 0 or more and keep 1 or more; got step={step}, keep={keep}")
+    folder, spared = Path(folder), Path(keep_also).name if keep_also is not None else None
+    text = _dump_state(state)
+    headers = {f"{group}.safetensors": _header(group, members) for group, members in tensors.items()}
+    needed = len(text) + sum(_nbytes(t) for members in tensors.values() for t in members.values())
+    needed += sum(len(header) for header in headers.values()) + 200 * (len(headers) + 2)  # and the manifest
+    with disk.reporting_bytes(f"the checkpoint of step {step}", folder, needed):
+        folder.mkdir(parents=True, exist_ok=True)
+        disk.remove_stale(folder)
+        temporary = folder / disk.temporary_name(f"{step:06d}")
+        try:
+            os.mkdir(temporary)
+            files = {
+                name: disk.write_file(temporary / name, _chunks(headers[name], tensors[name.partition(".")[0]]))
+                for name in sorted(headers)
+            }
+            files[STATE] = disk.write_file(temporary / STATE, [text])
+            manifest = Manifest(step, 1 + max((m.serial for m, _ in _ours(folder)), default=0), files)
+            disk.write_file(temporary / MANIFEST, [_dump_manifest(manifest)])
+            disk.sync_folder(temporary)
+            target = _publish(temporary, folder / f"step-{step:06d}")
+        except BaseException:
+            with contextlib.suppress(OSError):
+                disk.remove_flat(temporary)
+            raise
+        disk.sync_folder(folder)
+        disk.replace_text(folder / LATEST, target.name + "\n")
+        _prune(folder, keep, spared)
+    return target
+
+
+def load_checkpoint(path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Verify the checkpoint folder `path` and return its tensors (group -> name -> CPU tensor) and its state.
+
+    Raises InputError that says which file breaks which rule. Files the manifest does not name are never opened.
+    """
+    path = Path(path)
+    manifest = verify_checkpoint(path)
+    groups = sorted(name for name in manifest.files if name != STATE)
+    with _reading(path):
+        tensors = {name.partition(".")[0]: _read_tensors(path / name) for name in groups}
+        state = json.loads((path / STATE).read_bytes())
+    if not isinstance(state, dict):
+        raise InputError(f"{path / STATE}: must hold a JSON object, holds a {type(state).__name__}")
+    return tensors, state
+
+
+def newest_checkpoint(folder: Path | str) -> tuple[Path | None, list[str]]:
+    """The checkpoint in `folder` that was written last and verifies, and why each one tried before it was passed over.
+
+    `(None, reasons)` when there is none. Never raises for a damaged checkpoint.
+    """
+    folder, reasons = Path(folder), []
+    for path in reversed(_by_age(folder)):
+        try:
+            verify_checkpoint(path)
+        except InputError as error:
+            reasons.append(str(error))
+        else:
+            return path, reasons
+    return None, reasons
+
+
+def verify_checkpoint(path: Path) -> Manifest:
+    """Check each file that the manifest of `path` names against its size and SHA-256; InputError on the first fault."""
+    manifest = _read_manifest(path)
+    for name, (size, digest) in manifest.files.items():
+        file = _regular(path / name)
+        with _reading(file), file.open("rb") as stream:
+            found, found_digest = file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != size:
+            raise InputError(f"{file}: holds {found:,} bytes, the checkpoint's manifest says {size:,}: torn or changed")
+        if found_digest != digest:
+            raise InputError(f"{file}: its SHA-256 is not the one in the checkpoint's manifest: torn or changed")
+    return manifest
+
+
+def _header(group: str, members: Mapping[str, Tensor]) -> bytes:
+    """A safetensors header: 8 bytes of length, then JSON padded so that the data starts at a multiple of 8."""
+    if not _GROUP.fullmatch(group) or group == "state":
+        raise ValueError(f"a group of tensors must match {_GROUP.pattern}, and not be 'state'; got {group!r}")
+    entries, offset = {}, 0
+    for name in _order(members):
+        tensor = members[name]
+        _check_tensor(f"{group}/{name}", tensor)
+        end = offset + _nbytes(tensor)
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _order(members: Mapping[str, Tensor]) -> list[str]:
+    """Widest dtype first, so that every tensor starts aligned; by name within one."""
+    return sorted(members, key=lambda name: (-members[name].element_size(), name))
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if name.endswith("/__metadata__"):
+        raise ValueError("a tensor must not be named __metadata__: safetensors uses that name itself")
+    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
+        raise ValueError(
+            f"cannot store {name}: it must be a dense tensor with values, of one of {sorted(_DTYPES.values())}; "
+            f"got {tensor.dtype}, {tensor.layout} on {tensor.device}"
+        )
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise NumericError(
+            f"{name} holds NaN or infinity, so no checkpoint was written; earlier ones are untouched. Lower the "
+            "learning rate, or look at the batch of this step."
+        )
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _chunks(header: bytes, members: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The header, then each tensor's bytes in order; one tensor at a time is copied off its device."""
+    yield header
+    for name in _order(members):
+        flat = members[name].detach().cpu().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().data
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        # Cloned: else the tensor is a view of the mapped file, which pruning may remove under it.
+        return {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
+
+
+def _dump_state(state: Mapping[str, Any]) -> bytes:
+    try:
+        text = json.dumps(state, sort_keys=True, allow_nan=False, indent=1)
+        same = json.loads(text) == state
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the state must be plain JSON with finite numbers: {error}") from error
+    if not same:
+        raise ValueError("the state does not read back equal from JSON: use string keys, and lists instead of tuples")
+    return text.encode() + b"\n"
+
+
+def _dump_manifest(manifest: Manifest) -> bytes:
+    """The one spelling of a manifest, with a SHA-256 over its other fields, so that any changed byte shows."""
+    body: dict[str, Any] = {
+        "format": _FORMAT,
+        "step": manifest.step,
+        "serial": manifest.serial,
+        "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in manifest.files.items()},
+    }
+    body["sha256"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps(body, sort_keys=True, indent=1).encode() + b"\n"
+
+
+def _read_manifest(path: Path) -> Manifest:
+    """Parse and check `path/manifest.json` (not the files it names); InputError says what is wrong with it."""
+    file = _regular(path / MANIFEST)
+    if file.stat().st_size > _MANIFEST_LIMIT:
+        raise InputError(f"{file}: larger than {_MANIFEST_LIMIT:,} bytes, so not a checkpoint manifest")
+    with _reading(file):
+        raw = file.read_bytes()
+        body = json.loads(raw)
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in body["files"].items()}
+        manifest = Manifest(int(body["step"]), int(body["serial"]), files)
+    if _dump_manifest(manifest) != raw:
+        raise InputError(f"{file}: torn or changed, or not of format {_FORMAT!r}: its own SHA-256 does not fit")
+    strange = [name for name in files if not _FILE.fullmatch(name)]
+    if strange or STATE not in files:
+        raise InputError(f"{file}: may name only <group>.safetensors and must name {STATE}; it names {sorted(files)}")
+    return manifest
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever a torn, hostile or unreadable file makes the parsers raise becomes one kind of error."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: torn, or not from a checkpoint ({type(error).__name__}: {error})") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: nested too deeply to be from a checkpoint") from error
+
+
+def _regular(path: Path) -> Path:
+    """`path`, if it is an ordinary file: a link could lead elsewhere, and a pipe or device would hang."""
+    if path.is_symlink() or not path.is_file():
+        raise InputError(f"{path}: missing, or not a regular file")
+    return path
+
+
+def _ours(folder: Path) -> list[tuple[Manifest, Path]]:
+    """Checkpoints whose manifest is intact, oldest first."""
+    found = []
+    for path in _candidates(folder):
+        with contextlib.suppress(InputError):
+            found.append((_read_manifest(path), path))
+    return sorted(found, key=lambda item: item[0].serial)
+
+
+def _by_age(folder: Path) -> list[Path]:
+    """Oldest first; those without an intact manifest last, by step: nothing says that they are old."""
+    ours = [path for _, path in _ours(folder)]
+    return ours + [path for path in _candidates(folder) if path not in ours]
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Real folders named like a checkpoint, by step."""
+    if not folder.is_dir():
+        return []
+    found = [(int(m["step"]), p.name, p) for p in folder.iterdir() if (m := _FOLDER.fullmatch(p.name))]
+    return [path for _, _, path in sorted(found) if path.is_dir() and not path.is_symlink()]
+
+
+def _publish(temporary: Path, target: Path) -> Path:
+    """Give the finished folder its name; what had that name before (an earlier branch of the run) steps aside."""
+    if os.path.lexists(target):
+        number = 1
+        while os.path.lexists(aside := target.with_name(f"{target.name}.{number}")):
+            number += 1
+        os.rename(target, aside)
+    os.rename(temporary, target)
+    return target
+
+
+def _prune(folder: Path, keep: int, spared: str | None) -> None:
+    """Remove our older checkpoints. A folder with a file that we did not write in it stays."""
+    for manifest, path in _ours(folder)[:-keep]:
+        if path.name == spared or {entry.name for entry in path.iterdir()} != {*manifest.files, MANIFEST}:
+            continue
+        doomed = folder / disk.temporary_name("old")  # renamed first: a half-removed one must not look like one of ours
+        os.rename(path, doomed)
+        disk.remove_flat(doomed)
