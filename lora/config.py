@@ -1,0 +1,88 @@
+"""LoRAConfig: what to attach and where, checked when it is made."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Settings of LoRA (Hu et al. 2021): rank r and alpha give W + (alpha / r) B A; rsLoRA divides by sqrt(r) instead.
+
+    target: "all-linear" (every linear layer but the output head), "attn", "mlp", a list of names (full paths or their
+        last parts), or one string taken as a regular expression that must match a full path.
+    exclude: a list of names or a regular expression, in the same way; it wins over `target`.
+    rank_pattern, alpha_pattern: regular expression on the end of a path -> its own rank or alpha; the first key that
+        matches, in dict order, counts. Each is looked up by itself.
+    Raises InputError naming the field, its rule and the value.
+    """
+
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    target: str | Sequence[str] = "all-linear"
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    exclude: str | Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        _check_rank("rank", self.rank)
+        _check_alpha("alpha", self.alpha)
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be a number from 0 up to, but not including, 1; got {self.dropout!r}")
+        if not isinstance(self.rslora, bool):
+            raise InputError(f"rslora must be true or false, got {self.rslora!r}")
+        for key in ("target", "exclude"):
+            object.__setattr__(self, key, _checked_names(key, getattr(self, key)))
+        if not self.target:
+            raise InputError(
+                'target must name at least one layer: "all-linear", "attn", "mlp", a list of names or a regex'
+            )
+        for key, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+            object.__setattr__(self, key, _checked_pattern(key, getattr(self, key), check))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_rank(key: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{key} must be a whole number of at least 1, got {value!r}")
+
+
+def _check_alpha(key: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise InputError(f"{key} must be a finite number above 0, got {value!r}")
+
+
+def _checked_names(key: str, value: object) -> str | tuple[str, ...]:
+    """A regular expression as it is, a list of names as a tuple."""
+    if isinstance(value, str):
+        _check_regex(key, value)
+        return value
+    if not isinstance(value, Sequence | set | frozenset) or not all(isinstance(name, str) and name for name in value):
+        raise InputError(f"{key} must be a string or a list of layer names, got {value!r}")
+    return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
+
+
+def _checked_pattern(key: str, value: object, check: Callable[[str, object], None]) -> dict[str, float]:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{key} must map patterns to numbers, got {value!r}")
+    for pattern, number in value.items():
+        if not isinstance(pattern, str) or not pattern:
+            raise InputError(f"{key} must have regular expressions as keys, got {pattern!r}")
+        _check_regex(key, pattern)
+        check(f"{key}[{pattern!r}]", number)
+    return dict(value)
+
+
+def _check_regex(key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as problem:
+        raise InputError(f"{key} holds {pattern!r}, which is no regular expression: {problem}") from None

@@ -1,0 +1,175 @@
+"""NF4Linear: a frozen linear layer whose weight is kept in 4 bits.
+ The quantised weight is four plain buffers, so the layer saves, moves, copies and prints like any other module; there
+is no tensor subclass and no hidden state object. The price is one rule that modules normally do not need: casting the
+model must not cast the scales, so `_apply` keeps every buffer's dtype. Dense weights are never kept: the forward and
+the backward pass decode into scratch (`kernels.nf4.linear4bit`).
+
+Layout and rounding are bitsandbytes' (Dettmers et al. 2023, "QLoRA", section 3).
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..kernels.blockwise import NESTED_BLOCKSIZE
+from ..kernels.nf4 import dequantize, dequantize_absmax, linear4bit, quantize, quantize_absmax
+from ..kernels.quantize4bit import check_format
+
+
+class NF4Linear(nn.Module):
+    """y = x W^T + bias with a frozen 4-bit W (NF4, or FP4 with `quant_type="fp4"`); computes in the dtype of x.
+
+    Buffers, for n = out_features * in_features:
+        weight         uint8 [(n + 1) // 2, 1]    two codes a byte, the earlier element in the high nibble
+        absmax         uint8 or fp32 [ceil(n / blocksize)]    a block's scale; 8-bit codes with double quantisation
+        nested_absmax  fp32 [ceil(len(absmax) / 256)]    scales of the absmax codes; None without double quantisation
+        nested_offset  fp32 []    mean that was taken off absmax before coding it; None without double quantisation
+
+    A new layer holds a zero weight. `quantize_weight_` fills it from a dense tensor, `from_weight` does both steps.
+    Raises ValueError for a quant_type or blocksize that does not exist.
+    """
+
+    weight: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        check_format(quant_type, blocksize)
+        self.in_features, self.out_features = in_features, out_features
+        self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
+        n = in_features * out_features
+        blocks = -(-n // blocksize)
+        absmax_dtype = torch.uint8 if double_quant else torch.float32
+        self.register_buffer("weight", torch.zeros((n + 1) // 2, 1, dtype=torch.uint8, device=device))
+        self.register_buffer("absmax", torch.zeros(blocks, dtype=absmax_dtype, device=device))
+        nested = torch.zeros(-(-blocks // NESTED_BLOCKSIZE), device=device, dtype=torch.float32)
+        self.register_buffer("nested_absmax", nested if double_quant else None)
+        offset = torch.zeros((), device=device, dtype=torch.float32)
+        self.register_buffer("nested_offset", offset if double_quant else None)
+        zeros = torch.zeros(out_features, device=device) if bias else None
+        self.bias = None if zeros is None else nn.Parameter(zeros, requires_grad=False)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,  # [out, in], floating point
+        bias: Tensor | None = None,  # [out]
+        *,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        name: str = "",
+    ) -> Self:
+        """Quantise a dense weight. `name` is what an error calls the tensor; NaN or infinity raises InputError."""
+        out_features, in_features = weight.shape
+        # built on meta: the real buffers come from quantize_weight_, so no second set is allocated
+        layer = cls(in_features, out_features, False, quant_type, blocksize, double_quant, device="meta")
+        layer.quantize_weight_(weight, name=name)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+
+    @torch.no_grad()
+    def quantize_weight_(self, weight: Tensor, *, name: str = "") -> None:
+        """Replace the weight by the 4-bit form of `weight` [out, in]; nothing of the dense tensor is kept.
+
+        The work is done where `weight` lies; the result goes to the layer's device, or stays there if the layer is on
+        meta. Raises ValueError for a wrong shape and InputError, naming the tensor, for NaN or infinity.
+        """
+        label = f"'{name}'" if name else "the weight"
+        if tuple(weight.shape) != (self.out_features, self.in_features):
+            expected = [self.out_features, self.in_features]
+            raise ValueError(f"{label} must have shape {expected}, got {list(weight.shape)}")
+        device = weight.device if self.weight.is_meta else self.weight.device
+        try:
+            packed, absmax = quantize(weight, quant_type=self.quant_type, blocksize=self.blocksize)
+        except ValueError as problem:
+            raise InputError(f"{label} cannot be quantised to {self.quant_type}: {problem}") from problem
+        self.weight = packed.to(device)
+        if not self.double_quant:
+            self.absmax = absmax.to(device)
+            return
+        codes, nested, offset = quantize_absmax(absmax)
+        self.absmax, self.nested_absmax, self.nested_offset = codes.to(device), nested.to(device), offset.to(device)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        if not x.is_floating_point():  # code that casts its input to `weight.dtype` would arrive here with uint8
+            raise TypeError(f"NF4Linear takes floating-point activations, got {x.dtype}")
+        return linear4bit(
+            x,
+            self.weight,
+            self.absmax,
+            (self.out_features, self.in_features),
+            self.bias,
+            nested_absmax=self.nested_absmax,
+            offset=self.nested_offset,
+            quant_type=self.quant_type,
+            blocksize=self.blocksize,
+        )
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight [out, in] that this layer computes with, rounded once to `dtype`."""
+        absmax = self.absmax
+        if self.nested_absmax is not None and self.nested_offset is not None:
+            absmax = dequantize_absmax(absmax, self.nested_absmax, self.nested_offset)
+        return dequantize(
+            self.weight,
+            absmax,
+            (self.out_features, self.in_features),
+            dtype=dtype,
+            quant_type=self.quant_type,
+            blocksize=self.blocksize,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves follow `fn`, casts do not: scales rounded to a lower precision would be another weight."""
+        quantised = {id(buffer) for buffer in self._buffers.values()}
+
+        def move_only(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            if id(tensor) in quantised and new.dtype != tensor.dtype:
+                return tensor.to(new.device)
+            return new
+
+        return super()._apply(move_only, recurse)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        extra: Any,
+        errors: Any,
+    ) -> None:
+        """A copy between dtypes would turn scales into codes or codes into scales without a word, so it is an error."""
+        for name, buffer in self._buffers.items():
+            given = state_dict.get(prefix + name)
+            if buffer is not None and isinstance(given, Tensor) and given.dtype != buffer.dtype:
+                errors.append(
+                    f"dtype mismatch for {prefix + name}: the layer holds {buffer.dtype}, the file {given.dtype}"
+                )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, extra, errors)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"quant_type={self.quant_type}, blocksize={self.blocksize}, double_quant={self.double_quant}"
+        )

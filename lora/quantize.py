@@ -1,0 +1,131 @@
+"""quantize_: swap every nn.Linear of a module for its 4-bit twin, in place, and count what the result costs.
+ Only exact nn.Linear layers are swapped: a subclass may read its own weight (nn.MultiheadAttention does so with its
+output projection) and would misread packed bytes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..errors import InputError
+from ..kernels.quantize4bit import check_format
+from .linear import LoRALinear
+from .linear4bit import NF4Linear
+
+
+def quantize_(
+    module: nn.Module,
+    quant: str = "nf4",
+    *,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    skip: Sequence[str] = ("lm_head",),
+) -> nn.Module:
+    """Replace the linear layers of `module` by NF4Linear, one at a time, and return it (a bare nn.Linear: its 4-bit
+    twin).
+
+    `skip` holds leaf names ("lm_head") or full paths to leave dense. A weight that anything but a linear layer also
+    holds, such as that of a tied output head, stays dense too. Layers that share one weight share one set of packed
+    bytes. Layers on the meta device become empty 4-bit layers on meta. Raises InputError when nothing is left to
+    quantise, and when a weight holds NaN or infinity (naming the tensor).
+    """
+    try:
+        check_format(quant, blocksize)
+    except ValueError as problem:
+        raise InputError(f"quantize_: {problem}") from None
+    if type(module) is nn.Linear:
+        return _quantized(module, "weight", quant, blocksize, double_quant)
+    places = linear_places(module)
+    wanted = [place for place in places if not _skipped(place.name, skip)]
+    held_elsewhere = _parameters_outside(module, wanted)
+    wanted = [place for place in wanted if id(place.layer.weight) not in held_elsewhere]
+    if not wanted:
+        raise InputError(_nothing_to_quantize(module, [place.name for place in places], skip))
+    twins: dict[int, NF4Linear] = {}  # id of a dense weight -> the first layer made from it
+    del places
+    while wanted:  # popped, so that each dense weight is freed before the next one is quantised
+        place = wanted.pop(0)
+        first = twins.get(id(place.layer.weight))
+        twin = _quantized(place.layer, f"{place.name}.weight", quant, blocksize, double_quant, first)
+        twins.setdefault(id(place.layer.weight), twin)
+        for parent, attribute in place.uses:
+            setattr(parent, attribute, twin)
+    return module
+
+
+def bits_per_parameter(model: nn.Module) -> float:
+    """Stored bits per weight over all 4-bit layers: packed codes, absmax, nested absmax and offset; no tables, no
+    biases.
+
+    Raises ValueError for a model without 4-bit layers.
+    """
+    stored: dict[int, int] = {}  # by storage: tied layers count once
+    weights: dict[int, int] = {}
+    for layer in model.modules():
+        if isinstance(layer, NF4Linear):
+            weights[id(layer.weight)] = layer.in_features * layer.out_features
+            stored.update({id(buffer): 8 * buffer.nbytes for buffer in layer.buffers()})
+    if not weights:
+        raise ValueError("bits_per_parameter counts 4-bit layers, and this model has none: call quantize_ first")
+    return sum(stored.values()) / sum(weights.values())
+
+
+@dataclass
+class LinearPlace:
+    """A linear layer, the path a user knows it by, and every (parent, attribute) that holds it."""
+
+    name: str
+    layer: nn.Linear
+    uses: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+
+def linear_places(module: nn.Module) -> list[LinearPlace]:
+    """Exact nn.Linear layers inside `module` in module order; a LoRALinear's base goes by the LoRALinear's path."""
+    found: dict[int, LinearPlace] = {}
+    for path, parent in module.named_modules():
+        for attribute, child in parent._modules.items():  # named_children would hide a second use of one layer
+            if type(child) is not nn.Linear:
+                continue
+            name = path if isinstance(parent, LoRALinear) else f"{path}.{attribute}".removeprefix(".")
+            found.setdefault(id(child), LinearPlace(name, child)).uses.append((parent, attribute))
+    return list(found.values())
+
+
+def _quantized(
+    layer: nn.Linear, name: str, quant: str, blocksize: int, double_quant: bool, twin: NF4Linear | None = None
+) -> NF4Linear:
+    """The 4-bit form of `layer`; with `twin`, one that shares the twin's buffers."""
+    new = NF4Linear(layer.in_features, layer.out_features, False, quant, blocksize, double_quant, device="meta")
+    if twin is not None:
+        for buffer, value in twin.named_buffers():
+            setattr(new, buffer, value)
+    elif not layer.weight.is_meta:
+        new.quantize_weight_(layer.weight.detach(), name=name)
+    if layer.bias is not None:
+        new.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    return new.train(layer.training)
+
+
+def _skipped(name: str, skip: Sequence[str]) -> bool:
+    return name in skip or name.rpartition(".")[2] in skip
+
+
+def _parameters_outside(module: nn.Module, wanted: list[LinearPlace]) -> set[int]:
+    """Ids of the parameters that a module other than the wanted linear layers holds itself."""
+    inside = {id(place.layer) for place in wanted}
+    outside = (holder for holder in module.modules() if id(holder) not in inside)
+    return {id(parameter) for holder in outside for parameter in holder.parameters(recurse=False)}
+
+
+def _nothing_to_quantize(module: nn.Module, names: list[str], skip: Sequence[str]) -> str:
+    """Why `quantize_` found no work, and what to do about it."""
+    if any(isinstance(layer, NF4Linear) for layer in module.modules()):
+        return "quantize_ found no dense nn.Linear to quantise: the 4-bit layers of this model are already in place"
+    if names:
+        return (
+            f"quantize_ found only layers it must leave dense ({', '.join(names[:8])}): they are named in "
+            f"skip={list(skip)} or share their weight with another module. Pass skip=() or untie the weight to "
+            "quantise them."
+        )
+    return f"quantize_ replaces nn.Linear layers, and this {type(module).__name__} has none"

@@ -1,0 +1,179 @@
+"""Which layers a LoRAConfig means: names and patterns resolved against a model, strictly.
+ The matching rules are PEFT's (a list entry is a full path or its end after a dot; a string is a regular expression on
+the full path; a pattern key matches the end of a path), so a config means the same layers there and here. One thing
+differs: an entry that matches nothing is an error that shows the nearest names, for a silent typo trains the wrong
+layers.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from ..errors import InputError
+from .config import LoRAConfig
+from .linear import LoRALinear
+from .linear4bit import NF4Linear
+
+Linear = nn.Linear | NF4Linear
+Number = TypeVar("Number", int, float)
+
+ATTENTION = ("attn", "attention")
+ATTENTION_LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value")
+MLP = ("mlp", "ffn", "feed_forward", "feedforward")
+MLP_LEAVES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2")
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module in module order, as if no adapter were attached: a LoRALinear stands for its base layer."""
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, LoRALinear):
+            inside = (f"{name}.",)
+            module = module.base
+        found[name] = module
+    return found
+
+
+def linear_layers(model: nn.Module) -> dict[str, Linear]:
+    """Every layer an adapter can wrap: exact nn.Linear (a subclass may read its own weight) and NF4Linear."""
+    modules = base_modules(model)
+    return {name: layer for name, layer in modules.items() if type(layer) is nn.Linear or isinstance(layer, NF4Linear)}
+
+
+def resolve(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Paths of the layers that `config` targets, in module order; InputError for an entry that matches nothing."""
+    layers = list(linear_layers(model))
+    if not layers:
+        raise InputError(f"LoRA wraps linear layers, and this {type(model).__name__} has none")
+    chosen = _targeted(model, config.target, layers)
+    excluded = _listed(model, "exclude", config.exclude, layers) if config.exclude else set()
+    names = [name for name in layers if name in chosen and name not in excluded]
+    if not names:
+        raise InputError(
+            f"exclude={config.exclude!r} takes away all {len(chosen)} layers that target={config.target!r} names"
+        )
+    return names
+
+
+def pattern_value(patterns: Mapping[str, Number], name: str, default: Number) -> Number:
+    """The value of the first key, in dict order, that matches the end of `name`; PEFT's rule."""
+    key = pattern_key(patterns, name)
+    return default if key is None else patterns[key]
+
+
+def pattern_key(patterns: Iterable[str], name: str) -> str | None:
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+def check_patterns_used(field: str, patterns: Mapping[str, float], names: Sequence[str]) -> None:
+    """Raise InputError for a pattern key that decides nothing among the targeted `names`."""
+    used = {pattern_key(patterns, name) for name in names}
+    for key in patterns:
+        if key in used:
+            continue
+        earlier = next(
+            (other for name in names if pattern_key([key], name) and (other := pattern_key(patterns, name))), None
+        )
+        if earlier is not None:
+            raise InputError(
+                f"{field} key {key!r} decides nothing: {earlier!r} stands before it and matches the same layers"
+            )
+        raise InputError(f"{field} key {key!r} matches none of the {len(names)} targeted layers.{nearest(key, names)}")
+
+
+def nearest(entry: str, names: Iterable[str]) -> str:
+    """A sentence with the names closest to `entry`, full paths and last parts alike; else some of those there are."""
+    names = list(names)
+    leaves = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    close = difflib.get_close_matches(entry, [*leaves, *names], n=5, cutoff=0.6)
+    if close:
+        return f" Nearest: {', '.join(close)}."
+    return f" Last parts of the names there are: {', '.join(list(leaves)[:12])}."
+
+
+def entry_matches(entry: str, name: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
+
+
+def matcher(rule: str | Iterable[str]) -> Callable[[str], bool]:
+    """Whether a path matches a regular expression, or any of a list of names, however long the list is."""
+    if isinstance(rule, str):
+        pattern = re.compile(rule)
+        return lambda name: pattern.fullmatch(name) is not None
+    entries = frozenset(rule)
+    return lambda name: any(end in entries for end in _ends(name))
+
+
+def _ends(name: str) -> Iterator[str]:
+    """The path itself and all that follows one of its dots."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
+
+
+def _targeted(model: nn.Module, target: str | Sequence[str], layers: list[str]) -> set[str]:
+    """What `target` names among the linear layers; never empty."""
+    words: dict[str, Callable[[], set[str]]] = {
+        "all-linear": lambda: set(layers) - output_heads(model),
+        "attn": lambda: {name for name in layers if _in_part(name, ATTENTION, ATTENTION_LEAVES)},
+        "mlp": lambda: {name for name in layers if _in_part(name, MLP, MLP_LEAVES)},
+    }
+    if not isinstance(target, str) or target not in words:
+        return _listed(model, "target", target, layers)
+    chosen = words[target]()
+    if not chosen:
+        raise InputError(
+            f"target={target!r} finds no such layer in this model; name them in a list.{nearest(target, layers)}"
+        )
+    return chosen
+
+
+def _listed(model: nn.Module, field: str, entries: str | Sequence[str], layers: list[str]) -> set[str]:
+    """Linear layers that a regular expression or a list of names means; each entry must match one."""
+    if isinstance(entries, str):
+        found = {name for name in layers if re.fullmatch(entries, name)}
+        if not found:
+            hint = f" For a layer's name, pass a list: [{entries!r}]." if entries.isidentifier() else ""
+            rule = "a string is a regular expression that must match a layer's whole path, and this one matches none."
+            raise InputError(f"{field}={entries!r}: {rule}{hint}{nearest(entries, layers)}")
+        return found
+    chosen: set[str] = set()
+    for entry in entries:
+        found = {name for name in layers if entry_matches(entry, name)}
+        if not found:
+            raise InputError(
+                f"{field} entry {entry!r} matches no linear layer.{_other_kind(model, entry)}{nearest(entry, layers)}"
+            )
+        chosen |= found
+    return chosen
+
+
+def _other_kind(model: nn.Module, entry: str) -> str:
+    """Says so if `entry` names a module that LoRA cannot wrap."""
+    kinds = {type(module).__name__ for name, module in base_modules(model).items() if entry_matches(entry, name)}
+    return f" It names a {', '.join(sorted(kinds))}; LoRA wraps nn.Linear and NF4Linear only." if kinds else ""
+
+
+def _in_part(name: str, parts: Sequence[str], leaves: Sequence[str]) -> bool:
+    return name.rpartition(".")[2] in leaves or any(part in name.lower() for part in parts)
+
+
+def output_heads(model: nn.Module) -> set[str]:
+    """Paths of the layers that map to the vocabulary: what the model says it is, `lm_head`, or a weight tied to an
+    embedding.
+    """
+    says = getattr(model, "get_output_embeddings", None)
+    head = says() if callable(says) else None
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {
+        name
+        for name, layer in linear_layers(model).items()
+        if layer is head or name.rpartition(".")[2] == "lm_head" or id(layer.weight) in embeddings
+    }
