@@ -38,15 +38,25 @@ def load(
 
     InputError also where the tokenizer is missing or has more tokens than the model has embeddings.
     """
-    path = Path(path)
-    tokenizer = Tokenizer.from_gguf(GGUFFile(path).metadata) if _is_gguf(path) else Tokenizer.from_folder(_folder(path))
+    tokenizer = load_tokenizer(path)
     model = load_model(path, quantize=quantize, dtype=dtype, device=device)
+    check_tokenizer(model, tokenizer)
+    return model, tokenizer
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer alone, without reading a weight: enough to look at data. Raises InputError where it is missing."""
+    path = Path(path)
+    return Tokenizer.from_gguf(GGUFFile(path).metadata) if _is_gguf(path) else Tokenizer.from_folder(_folder(path))
+
+
+def check_tokenizer(model: Llama, tokenizer: Tokenizer) -> None:
+    """Raise InputError when the tokenizer can yield a token that the model has no embedding for."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {model.config.vocab_size} "
-            "embeddings; they belong to different models."
+            f"{model.source}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's "
+            f"{model.config.vocab_size} embeddings; they belong to different models."
         )
-    return model, tokenizer
 
 
 def load_model(
