@@ -44,14 +44,21 @@ def visible(queries: int, keys: int, mask: Tensor | None, device: torch.device) 
     return ((seen & mask[:, None, :]) | (there == here))[:, None]
 
 
+def span_lengths(spans: Spans, tokens: int) -> list[int]:
+    """The length of each span; ValueError unless they cover the tokens in order, without gaps."""
+    place = 0
+    for start, end in spans:
+        if start != place or end <= start:
+            break
+        place = end
+    else:
+        if place == tokens:
+            return [end - start for start, end in spans]
+    raise ValueError(f"spans must cover the {tokens} tokens in order and without gaps, got {list(spans)}")
+
+
 def _by_span(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
-    lengths = [end - start for start, end in spans]
-    if [start for start, _ in spans] != [sum(lengths[:i]) for i in range(len(lengths))] or sum(lengths) != q.shape[
-        0
-    ] * q.shape[1]:
-        raise ValueError(
-            f"spans must cover the {q.shape[0] * q.shape[1]} tokens in order and without gaps, got {list(spans)}"
-        )
+    lengths = span_lengths(spans, q.shape[0] * q.shape[1])
     # split, not slices: its backward is one concatenation, where each slice would fill a full-size tensor with zeros
     pieces = [x.flatten(0, 1).unsqueeze(0).split(lengths, dim=1) for x in (q, k, v)]
     return torch.cat([_sdpa(*piece, is_causal=True) for piece in zip(*pieces, strict=True)], dim=1).view(q.shape)

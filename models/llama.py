@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import rope
-from ..kernels.attention import Spans, attention
+from ..kernels.attention import Spans, attention, span_lengths
 from ..kernels.rms_norm import rms_norm
 from ..kernels.swiglu import swiglu
 from .llama_config import LlamaConfig as LlamaConfig
@@ -205,6 +205,8 @@ def _check(input_ids: Tensor, spans: Spans | None, cache: Cache | None, mask: Te
         raise ValueError(f"input_ids must be [batch, tokens], got shape {tuple(input_ids.shape)}")
     if spans is not None and (cache is not None or mask is not None):
         raise ValueError("spans (packed rows) take neither a cache nor a mask")
+    if spans is not None:
+        span_lengths(spans, input_ids.numel())  # before any work, not in the first layer
     total = input_ids.shape[1] + (0 if cache is None else cache.length)
     if mask is not None and mask.shape != (input_ids.shape[0], total):
         raise ValueError(

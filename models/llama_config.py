@@ -142,7 +142,7 @@ def _refuse_unsupported(data: Mapping[str, Any]) -> None:
         raise InputError(f"config: hidden_act must be 'silu', got {_show(data['hidden_act'])}.")
     if data.get("sliding_window") is not None and data.get("use_sliding_window") is not False:
         raise InputError(
-            f"config: sliding_window must be null (attention spans the whole text), got {_show(data['sliding_window'])}."
+            f"config: sliding_window must be null (attention sees all tokens), got {_show(data['sliding_window'])}."
         )
     layer_types = data.get("layer_types")
     if layer_types is not None and (

@@ -1,0 +1,109 @@
+"""attention against a plain loop in float64: causal, grouped heads, spans, masks, cached keys."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fourbit.kernels.attention import attention
+
+Spans = list[tuple[int, int]]
+
+
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """One query at a time: q [B, T, H, D], k and v [B, S, K, D], visible [B, T, S] bool."""
+    out = torch.zeros_like(q)
+    group = q.shape[2] // k.shape[2]
+    for b, t, h in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
+        keys = visible[b, t].nonzero().squeeze(1)
+        score = k[b, keys, h // group] @ q[b, t, h] / math.sqrt(q.shape[3])
+        out[b, t, h] = score.softmax(0) @ v[b, keys, h // group]
+    return out
+
+
+def sample(b: int, t: int, s: int, heads: int, kv: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(t * 100 + s)
+    sizes = ((b, t, heads, 8), (b, s, kv, 8), (b, s, kv, 8))
+    return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+
+
+def causal(t: int, s: int) -> torch.Tensor:
+    return torch.arange(s) <= torch.arange(s - t, s)[:, None]
+
+
+def spans_of(lengths: list[int]) -> Spans:
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    return [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(1, 1), (4, 4), (4, 2), (4, 1), (9, 3)])
+@pytest.mark.parametrize(("t", "s"), [(1, 1), (7, 7), (1, 9), (3, 9)])
+def test_causal_and_cached(heads: int, kv: int, t: int, s: int) -> None:
+    q, k, v = sample(2, t, s, heads, kv)
+    expected = plain(q, k, v, causal(t, s).expand(2, t, s))
+    torch.testing.assert_close(attention(q, k, v), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_fp32_within_a_rounding_bound() -> None:
+    q, k, v = sample(1, 63, 63, 4, 2, torch.float32)
+    exact = plain(q.double(), k.double(), v.double(), causal(63, 63)[None])
+    assert (attention(q, k, v).double() - exact).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize(("t", "s"), [(6, 6), (1, 6), (2, 6)])
+def test_mask_hides_left_padding(t: int, s: int) -> None:
+    q, k, v = sample(2, t, s, 4, 2)
+    mask = torch.tensor([[False, False, False, True, True, True], [True] * 6])
+    visible = causal(t, s) & mask[:, None]
+    own = torch.zeros(t, s, dtype=torch.bool)
+    own[:, s - t :] = torch.eye(t, dtype=torch.bool)
+    got = attention(q, k, v, mask=mask)
+    assert got.isfinite().all()  # padding queries see themselves: no 0/0
+    torch.testing.assert_close(got, plain(q, k, v, visible | own), rtol=1e-12, atol=1e-12)
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_spans_equal_attention_on_each_alone(lengths: list[int]) -> None:
+    total = sum(lengths)
+    q, k, v = sample(1, total, total, 4, 2)
+    packed = attention(q, k, v, spans=spans_of(lengths))
+    alone = [attention(*(x[:, a:b] for x in (q, k, v))) for a, b in spans_of(lengths)]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-12, atol=1e-12)
+
+
+def test_spans_over_several_rows() -> None:
+    q, k, v = sample(2, 6, 6, 4, 2)
+    got = attention(q, k, v, spans=[(0, 4), (4, 6), (6, 12)])
+    torch.testing.assert_close(got[0, 4:], attention(q[:1, 4:], k[:1, 4:], v[:1, 4:])[0])
+    torch.testing.assert_close(got[1], attention(q[1:], k[1:], v[1:])[0])
+
+
+@pytest.mark.parametrize("lengths", [[1], [3, 1, 2], [2, 2]])
+def test_gradients_in_float64(lengths: list[int]) -> None:
+    q, k, v = (x.requires_grad_() for x in sample(1, sum(lengths), sum(lengths), 4, 2))
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, spans=spans_of(lengths)), (q, k, v))
+
+
+def test_another_span_changes_nothing_to_the_bit() -> None:
+    q, k, v = sample(1, 90, 90, 4, 2, torch.float32)
+    spans = spans_of([31, 17, 42])
+    before = attention(q, k, v, spans=spans)
+    q, k, v = (x.clone() for x in (q, k, v))
+    for x in (q, k, v):
+        x[:, 31:48] = torch.randn(1, 17, *x.shape[2:], generator=torch.Generator().manual_seed(1)) * 100
+    after = attention(q, k, v, spans=spans)
+    assert torch.equal(before[:, :31], after[:, :31]) and torch.equal(before[:, 48:], after[:, 48:])
+    assert not torch.equal(before[:, 31:48], after[:, 31:48])
+
+
+@pytest.mark.parametrize("spans", [[(0, 3)], [(0, 3), (4, 6)], [(3, 6), (0, 3)], [(0, 4), (3, 6)], [(0, 7)], []])
+def test_spans_that_do_not_cover_the_tokens_are_refused(spans: Spans) -> None:
+    with pytest.raises(ValueError, match="spans must cover the 6 tokens in order"):
+        attention(*sample(1, 6, 6, 2, 2), spans=spans)
+
+
+def test_spans_and_mask_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="not both"):
+        attention(*sample(1, 6, 6, 2, 2), spans=[(0, 6)], mask=torch.ones(1, 6, dtype=torch.bool))

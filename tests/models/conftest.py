@@ -1,0 +1,65 @@
+"""Tiny random Llama checkpoints made by transformers, the oracle of these tests."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# Every shape feature at least once; odd sizes so that a swapped dimension cannot pass.
+SHAPES: dict[str, dict[str, Any]] = {
+    "gqa 1:1": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "gqa 2:1": {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 56},
+    "gqa 4:1": {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64},
+    "tied": {"num_attention_heads": 6, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    "bias": {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+    "llama3 rope": {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": LLAMA3},
+    "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 3.0}},
+    "wide head": {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 24, "attention_bias": True},
+    "narrow head": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4, "rms_norm_eps": 1e-3},
+}
+
+
+def tiny_llama(seed: int = 0, **shape: Any) -> Any:
+    """A random transformers Llama in fp32; a fresh one would hide faults, so norms and biases are random too."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    defaults: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 84,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+    }
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**defaults | shape)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.2)
+            if "norm" in name:
+                parameter.add_(1.0)
+    return model
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Callable[..., Any]:
+    """`oracle("gqa 2:1")` or `oracle(hidden_size=...)`: a tiny transformers Llama."""
+    return lambda kind=None, **shape: tiny_llama(**(SHAPES[kind] if kind else {}), **shape)
+
+
+@pytest.fixture(params=SHAPES, scope="session")
+def kind(request: pytest.FixtureRequest) -> str:
+    """The name of each shape in turn."""
+    return str(request.param)

@@ -1,0 +1,302 @@
+"""The Llama decoder against transformers on random tiny checkpoints; then packing, caching and recomputing."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fourbit.models.cache import KVCache
+from fourbit.models.llama import Llama, LlamaConfig
+
+Oracle = Callable[..., Any]
+
+
+def ours(theirs: Any, dtype: torch.dtype = torch.float32) -> Llama:
+    """Our model with the oracle's weights."""
+    model = Llama(LlamaConfig.from_hf(theirs.config.to_dict()))
+    model.load_state_dict(theirs.state_dict())
+    return model.to(dtype).eval()
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def disagreement(got: Tensor, expected: Tensor) -> str | None:
+    """Why logits are not the oracle's, or None.
+
+    Within 1e-4 x the largest logit; the same arg-max wherever the oracle's first two differ by more than twice that.
+    """
+    bound = 1e-4 * expected.abs().max()
+    worst = (got - expected).abs().max()
+    if not worst <= bound:
+        return f"logits differ by {worst:.2e}, more than {bound:.2e}"
+    best = expected.topk(2).values
+    clear = best[..., 0] - best[..., 1] > 2 * bound
+    wrong = int((got.argmax(-1) != expected.argmax(-1))[clear].sum())
+    return f"{wrong} of {int(clear.sum())} clear arg-maxes differ" if wrong else None
+
+
+@torch.no_grad()
+def test_logits_equal_the_oracle(oracle: Oracle, kind: str) -> None:
+    theirs = oracle(kind)
+    ids = tokens(2, 96)
+    assert disagreement(ours(theirs)(ids), theirs(ids).logits) is None
+
+
+@torch.no_grad()
+def test_logits_equal_the_oracle_in_float64(oracle: Oracle, kind: str) -> None:
+    """The oracle's rotary tables stay fp32 in float64 models, so rounded angles (96 x 2^-24) set the bound."""
+    theirs = oracle(kind).double()
+    ids = tokens(1, 96)
+    expected = theirs(ids).logits
+    assert (ours(theirs, torch.float64)(ids) - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def wrong_base(model: Llama) -> None:
+    object.__setattr__(model.config, "rope_theta", model.config.rope_theta * 1.05)
+
+
+def pairs_side_by_side(model: Llama) -> None:
+    """Q and K rows in the order of GGUF files (rotary pairs adjacent)."""
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            size = model.config.head_dim
+            rows = linear.weight.data.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
+            linear.weight.data.copy_(rows)
+
+
+def one_layer_only(model: Llama) -> None:
+    layer = model.model.layers[-1].self_attn
+    layer.k_proj.weight.data = layer.k_proj.weight.data.roll(1, 0)
+
+
+def no_query_bias(model: Llama) -> None:
+    model.model.layers[0].self_attn.q_proj.bias.data.zero_()
+
+
+def swapped_biases(model: Llama) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj.bias, mlp.up_proj.bias = mlp.up_proj.bias, mlp.gate_proj.bias
+
+
+def swapped_norms(model: Llama) -> None:
+    layer = model.model.layers[1]
+    layer.input_layernorm, layer.post_attention_layernorm = layer.post_attention_layernorm, layer.input_layernorm
+
+
+def other_eps(model: Llama) -> None:
+    for module in model.modules():
+        if hasattr(module, "eps"):
+            module.eps = 1e-6
+
+
+def no_stretch(model: Llama) -> None:
+    object.__setattr__(model.config, "rope_scaling", None)
+
+
+def positions_from_one(model: Llama) -> None:
+    """Relative positions do not change, so this is no fault at all: the comparison must not flag it."""
+    hidden = model.hidden
+    model.hidden = lambda ids, *rest: hidden(ids, torch.arange(1, ids.shape[1] + 1).expand_as(ids))  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("kind_of_model", "fault"),
+    [
+        ("gqa 2:1", wrong_base),
+        ("gqa 2:1", pairs_side_by_side),
+        ("gqa 4:1", one_layer_only),
+        ("bias", no_query_bias),
+        ("bias", swapped_biases),
+        ("gqa 1:1", swapped_norms),
+        ("narrow head", other_eps),
+        ("llama3 rope", no_stretch),
+        ("linear rope", no_stretch),
+        ("llama3 rope", wrong_base),
+    ],
+)
+@torch.no_grad()
+def test_the_comparison_catches_planted_faults(
+    oracle: Oracle, kind_of_model: str, fault: Callable[[Llama], None]
+) -> None:
+    theirs = oracle(kind_of_model)
+    ids = tokens(2, 96)
+    model = ours(theirs)
+    assert disagreement(model(ids), theirs(ids).logits) is None
+    fault(model)
+    assert disagreement(model(ids), theirs(ids).logits) is not None
+
+
+@torch.no_grad()
+def test_the_comparison_passes_a_harmless_change(oracle: Oracle) -> None:
+    theirs = oracle("gqa 2:1")
+    model = ours(theirs)
+    positions_from_one(model)
+    assert disagreement(model(tokens(2, 96)), theirs(tokens(2, 96)).logits) is None
+
+
+def test_gradients_equal_the_oracle_in_float64(oracle: Oracle, kind: str) -> None:
+    theirs = oracle(kind).double()
+    model = ours(theirs, torch.float64)
+    ids, weight = tokens(2, 20), torch.randn(2, 20, 97, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for network in (theirs, model):
+        out = network(ids)
+        ((out if isinstance(out, Tensor) else out.logits) * weight).sum().backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        error = (parameter.grad - expected[name].grad).norm() / expected[name].grad.norm()
+        assert error < 2e-5, f"gradient of {name} is off by {error:.1e} of its norm"  # the oracle's fp32 angles again
+
+
+LENGTHS = [17, 5, 1, 30]
+SPANS = [(0, 17), (17, 22), (22, 23), (23, 53)]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_packed_equals_single(oracle: Oracle, kind: str, dtype: torch.dtype, bound: float) -> None:
+    model = ours(oracle(kind), dtype)
+    ids = tokens(1, 53)
+    weight = torch.randn(53, model.config.hidden_size, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    packed = model.hidden(ids, spans=SPANS)
+    singles = torch.cat([model.hidden(ids[:, a:b]) for a, b in SPANS], dim=1)
+    assert (packed - singles).abs().max() <= bound * singles.abs().max()
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if n != "lm_head.weight"), strict=True)
+    ours_packed = torch.autograd.grad((packed * weight).sum(), parameters)
+    ours_single = torch.autograd.grad((singles * weight).sum(), parameters)
+    for name, a, b in zip(names, ours_packed, ours_single, strict=True):
+        assert (a - b).norm() <= bound * b.norm(), f"gradient of {name}"
+
+
+@torch.no_grad()
+def test_another_packed_example_changes_nothing_to_the_bit(oracle: Oracle) -> None:
+    model = ours(oracle("gqa 2:1"))
+    ids = tokens(1, 53)
+    other = ids.clone()
+    other[:, 17:22] = (other[:, 17:22] + 1) % 97
+    before, after = model.hidden(ids, spans=SPANS), model.hidden(other, spans=SPANS)
+    for start, end in (SPANS[0], SPANS[2], SPANS[3]):
+        assert torch.equal(before[:, start:end], after[:, start:end])
+    assert not torch.equal(before[:, 17:22], after[:, 17:22])
+
+
+@torch.no_grad()
+def test_right_padding_needs_no_mask(oracle: Oracle) -> None:
+    model = ours(oracle("gqa 2:1"))
+    ids = tokens(2, 30)
+    padded = torch.cat([ids, torch.zeros(2, 9, dtype=torch.int64)], dim=1)
+    torch.testing.assert_close(model(padded)[:, :30], model(ids), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [[40], [1] * 40, [7, 1, 1, 31], [30, 10]])
+def test_cached_equals_uncached(oracle: Oracle, kind: str, steps: list[int]) -> None:
+    model = ours(oracle(kind), torch.float64)
+    ids = tokens(2, 40)
+    cache = KVCache(len(model.model.layers))
+    pieces = [model(part, cache=cache) for part in ids.split(steps, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), rtol=0, atol=1e-10)
+    assert cache.length == 40
+
+
+@torch.no_grad()
+def test_cache_grows_past_its_first_chunk_and_drops_rows(oracle: Oracle) -> None:
+    model = ours(oracle("gqa 2:1"), torch.float64)
+    ids = tokens(3, 600)
+    cache = KVCache(len(model.model.layers))
+    model(ids[:, :250], cache=cache)
+    model(ids[:, 250:520], cache=cache)
+    cache.select(torch.tensor([2, 0]))
+    rest = model(ids[[2, 0], 520:], cache=cache)
+    torch.testing.assert_close(rest, model(ids[[2, 0]])[:, 520:], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cached", [False, True])
+def test_left_padding_equals_none(oracle: Oracle, kind: str, cached: bool) -> None:
+    model = ours(oracle(kind), torch.float64)
+    ids = tokens(1, 30)
+    padded = torch.cat([torch.zeros(1, 11, dtype=torch.int64), ids], dim=1)
+    mask = torch.arange(41)[None] >= 11
+    if cached:
+        cache = KVCache(len(model.model.layers))
+        pieces = [model(padded[:, a:b], cache=cache, mask=mask[:, :b]) for a, b in ((0, 20), (20, 40), (40, 41))]
+        got = torch.cat(pieces, dim=1)[:, 11:]
+    else:
+        got = model(padded, mask=mask)[:, 11:]
+    torch.testing.assert_close(got, model(ids), rtol=0, atol=1e-10)
+
+
+class Dropped(nn.Module):
+    """A linear with dropout before it, as a LoRA layer has."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(nn.functional.dropout(x, 0.5))
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_checkpointing_changes_no_bit(oracle: Oracle, dropout: bool) -> None:
+    plain = ours(oracle("bias"))
+    if dropout:
+        for layer in plain.model.layers:
+            layer.mlp.down_proj = Dropped(layer.mlp.down_proj)
+    recomputed = copy.deepcopy(plain)
+    recomputed.checkpointing = True
+    kept = []
+    for model in (plain, recomputed):
+        torch.manual_seed(5)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.nbytes) or t, lambda t: t):
+            loss = model(tokens(1, 53), spans=SPANS).square().mean()
+        loss.backward()
+        kept.append(sum(sizes))
+    for (name, a), b in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad), f"gradient of {name}"
+    assert kept[1] < kept[0] / 3
+
+
+@torch.no_grad()
+def test_bfloat16_stays_close_to_the_oracle(oracle: Oracle) -> None:
+    theirs = oracle("gqa 2:1")
+    exact = theirs(tokens(2, 40)).logits
+    low = ours(theirs, torch.bfloat16)(tokens(2, 40))
+    reference = theirs.bfloat16()(tokens(2, 40)).logits
+    assert low.dtype == torch.bfloat16
+    # no further from the fp32 logits than twice the oracle's own bf16 error
+    assert (low.float() - exact).norm() < 2 * (reference.float() - exact).norm()
+
+
+def test_module_names_are_those_of_the_oracle(oracle: Oracle, kind: str) -> None:
+    theirs = oracle(kind)
+    assert list(ours(theirs).state_dict()) == list(theirs.state_dict())
+
+
+def test_tied_head_is_one_parameter(oracle: Oracle) -> None:
+    model = ours(oracle("tied"))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.to(torch.float64).lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"spans": [(0, 6)], "mask": torch.ones(1, 6, dtype=torch.bool)}, "neither a cache nor a mask"),
+        ({"spans": [(0, 6)], "cache": KVCache(3)}, "neither a cache nor a mask"),
+        ({"mask": torch.ones(1, 5, dtype=torch.bool)}, r"= \(1, 6\), got \(1, 5\)"),
+        ({"spans": [(0, 5)]}, "spans must cover the 6 tokens"),
+        ({"spans": [(0, 3), (4, 6)]}, "spans must cover the 6 tokens"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(oracle: Oracle, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ours(oracle())(tokens(1, 6), **arguments)
+    with pytest.raises(ValueError, match=r"\[batch, tokens\], got shape \(6,\)"):
+        ours(oracle())(tokens(1, 6)[0])
