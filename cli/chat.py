@@ -1,0 +1,115 @@
+"""`fourbit chat`: a conversation in the terminal, the answer shown as it is written."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..errors import InputError
+from .eval import chosen_template
+from .load import load_adapted
+from .options import AdaptedModelOptions, SamplingOptions, option
+from .parse import parse
+from .show import note, visible
+
+ABOUT = """\
+Talk to a model. /reset forgets the conversation, /quit or Ctrl-D ends it,
+Ctrl-C stops an answer.
+
+  fourbit chat --model M --adapter runs/first"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(SamplingOptions, AdaptedModelOptions):
+    title: ClassVar[str] = "conversation"
+    system: str | None = option("a system message to begin with", None)
+    template: str | None = option("chat template: a built-in's name or a .jinja file", None)
+
+
+def run(args: Sequence[str]) -> int:
+    """Parse, load, and answer line after line."""
+    from ..data.template import template_for
+
+    options = parse(ChatOptions, args, command="chat", about=ABOUT).options
+    model, tokenizer = load_adapted(options)
+    template = template_for(tokenizer, chosen_template(options))
+    start = [{"role": "system", "content": options.system}] if options.system else []
+    messages = list(start)
+    note("/reset forgets the conversation, /quit ends it")
+    while (line := _ask()) is not None:
+        if line in ("/quit", "/exit", "/q"):
+            break
+        if line == "/reset":
+            messages = list(start)
+            note("forgotten")
+        elif line.startswith("/") and line[1:].isalpha():
+            note(f"unknown command {line}; there are /reset and /quit")
+        elif line:
+            messages.append({"role": "user", "content": line})
+            try:
+                prompt = tokenizer.encode(template.render(messages, add_generation_prompt=True))
+                answer = _answer(model, tokenizer, prompt, options)
+            except InputError as error:  # the template refuses such a conversation
+                note(str(error))
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": answer})
+    return 0
+
+
+def _ask() -> str | None:
+    """A line of the user's, or None at the end of input."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (arrow keys and history in input())
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        print(file=sys.stderr)
+        return None
+
+
+def _answer(model: Any, tokenizer: Any, prompt: list[int], options: ChatOptions) -> str:
+    """Write the answer to stdout token by token; Ctrl-C ends it early, and what was written counts."""
+    from ..models.generate import generate
+
+    stream = Stream(tokenizer.decode, lambda text: print(visible(text), end="", flush=True))
+    try:
+        generate(
+            model,
+            [prompt],
+            max_new_tokens=options.max_new_tokens,
+            stop_ids=tokenizer.stop_ids,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed + len(prompt),
+            on_token=stream.add,
+        )
+    except KeyboardInterrupt:
+        note(" (stopped)")
+    stream.close()
+    print(flush=True)
+    return stream.text
+
+
+class Stream:
+    """Turns tokens into text as they come; a character that needs several tokens is held back until it is whole."""
+
+    def __init__(self, decode: Callable[[list[int]], str], write: Callable[[str], None]) -> None:
+        self.decode, self.write = decode, write
+        self.ids: list[int] = []
+        self.text = ""  # what was written
+
+    def add(self, token: int) -> None:
+        self.ids.append(token)
+        text = self.decode(self.ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._show(text)
+
+    def close(self) -> None:
+        """Write what was held back."""
+        self._show(self.decode(self.ids))
+
+    def _show(self, text: str) -> None:
+        self.write(text[len(self.text) :])
+        self.text = text

@@ -1,0 +1,120 @@
+"""`fourbit doctor`: what is installed, what the machine has, and what fourbit will use here."""
+
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..errors import EnvironmentProblem
+from .load import choose_device, choose_dtype
+from .options import ResultOptions
+from .parse import parse
+from .show import pairs, result
+
+ABOUT = "Print versions, devices, memory, and which device, dtype and kernels fourbit will use."
+NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "pyyaml", "rich", "gguf", "matplotlib", "msgspec")
+OPTIONAL = {"tensorboard": "for --log tensorboard"}
+TORCH_FLOOR = (2, 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions(ResultOptions):
+    pass
+
+
+def run(args: Sequence[str]) -> int:
+    """Print everything; EnvironmentProblem at the end when something that is needed is missing or too old."""
+    options = parse(DoctorOptions, args, command="doctor", about=ABOUT).options
+    facts = {"versions": versions(), "machine": machine(), "used": used()}
+    text = "\n\n".join(f"{title}\n{_indented(facts[title])}" for title in facts)
+    result(facts, text, as_json=options.json)
+    if problems := _problems():
+        raise EnvironmentProblem("; ".join(problems))
+    return 0
+
+
+def versions() -> dict[str, str]:
+    """Installed versions by package."""
+    from .. import __version__
+
+    found = {"fourbit": __version__, "python": platform.python_version()}
+    for name in NEEDED:
+        found[name] = _version(name) or "missing"
+    for name, why in OPTIONAL.items():
+        found[name] = _version(name) or f"not installed ({why})"
+    return found
+
+
+def machine() -> dict[str, str]:
+    """Processor, memory, disk and GPUs."""
+    import torch
+
+    facts = {
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "memory": _memory(),
+        "disk": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free here",
+    }
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        facts[f"cuda:{index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, sm_{gpu.major}{gpu.minor}"
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        facts["cuda"] = f"none seen; torch is {built}"
+    return facts
+
+
+def used() -> dict[str, str]:
+    """The choices that `auto` makes on this machine."""
+    import torch
+
+    from ..kernels.dispatch import path_for
+
+    device = choose_device("auto")
+    dtype = str(choose_dtype("auto", device)).removeprefix("torch.")
+    threads = f"{torch.get_num_threads()} of {os.cpu_count()} cores (OMP_NUM_THREADS sets it)"
+    return {"device": device, "dtype": dtype, "kernels": path_for(torch.empty(0, device=device)), "threads": threads}
+
+
+def _problems() -> list[str]:
+    import torch
+
+    missing = [name for name in NEEDED if _version(name) is None]
+    problems = [f"missing: pip install {' '.join(missing)}"] if missing else []
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < TORCH_FLOOR:
+        problems.append(
+            f"torch {torch.__version__} is too old; fourbit needs {'.'.join(map(str, TORCH_FLOOR))} or newer"
+        )
+    return problems
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _memory() -> str:
+    import torch
+
+    from ..trainer.memory import memory_free
+
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{total / 2**30:.1f} GiB, {memory_free(torch.device('cpu')) / 2**30:.1f} GiB of it free"
+
+
+def _indented(facts: dict[str, Any]) -> str:
+    return "\n".join(f"  {line}" for line in pairs(list(facts.items())).splitlines())

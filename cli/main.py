@@ -1,0 +1,104 @@
+"""`fourbit COMMAND ...`: finds the command, runs it, and turns every failure into one clear paragraph and an exit code.
+
+Exit codes: 0 done, 1 a fault of fourbit, 2 bad input, 3 the machine lacks something, 4 out of memory, 5 the disk, 6 NaN
+or infinity, 130 Ctrl-C, 143 SIGTERM. Tracebacks come with --debug only.
+"""
+
+import errno
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from ..errors import FourbitError, InputError
+
+COMMANDS = {
+    "sft": "fine-tune a model on chat rows: fourbit sft --model M --data train.jsonl --out DIR",
+    "eval": "loss, perplexity and exact match on held-out rows, without and with an adapter",
+    "generate": "answer every row of a file: fourbit generate --model M --data prompts.jsonl --out answers.jsonl",
+    "chat": "talk to a model in the terminal",
+    "data": "look at training data as the model sees it: tokens, what is trained, lengths, problems",
+    "doctor": "what is installed, what the machine has, and what will be used",
+}
+ELSEWHERE = {  # what other tools call a command
+    **dict.fromkeys(("train", "finetune", "fine-tune", "finetune_lora", "lora", "qlora"), "sft"),
+    **dict.fromkeys(("evaluate", "test", "lm-eval"), "eval"),
+    **dict.fromkeys(("inference", "predict", "infer"), "generate"),
+    **dict.fromkeys(("preprocess", "preview", "dataset"), "data"),
+    **dict.fromkeys(("env", "info", "check"), "doctor"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    try:
+        return _dispatch([arg for arg in args if arg != "--debug"])
+    except BrokenPipeError:  # `fourbit data ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        message, code = explain(error)
+        print(message, file=sys.stderr, flush=True)
+        return code
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """The paragraph to print for a failure, and the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by Ctrl-C", 130
+    if isinstance(error, FourbitError):
+        return f"fourbit: {error}", error.exit_code
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            f"fourbit: out of memory ({_first_line(error)}). Take a smaller --micro-batch or --max-length, "
+            "--checkpointing on, or --quant nf4.",
+            4,
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"fourbit: the disk is full: {_first_line(error)}", 5
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"fourbit: {error.filename}: {error.strerror}", 2
+    what = f"{type(error).__name__}: {_first_line(error)}"
+    return f"fourbit: this is a fault of fourbit, not of your input ({what}). Run again with --debug to see where.", 1
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if args[0] in ("-V", "--version", "version"):
+        from .. import __version__
+
+        print(f"fourbit {__version__}")
+        return 0
+    if args[0] not in COMMANDS:
+        raise InputError(_unknown(args[0]))
+    return int(importlib.import_module(f".{args[0]}", __package__).run(args[1:]))
+
+
+def usage() -> str:
+    """The page that `fourbit --help` prints."""
+    commands = "\n".join(f"  fourbit {name:<9} {about}" for name, about in COMMANDS.items())
+    return (
+        f"fourbit: fine-tune language models with LoRA and QLoRA\n\n{commands}\n\n"
+        "  fourbit COMMAND --help    all flags of a command; each may stand in a YAML file too: fourbit sft run.yaml\n"
+        "  fourbit --version         --debug prints tracebacks"
+    )
+
+
+def _unknown(name: str) -> str:
+    if name.startswith("-"):
+        return f"a command comes first, got {name!r}: one of {', '.join(COMMANDS)}"
+    near = ELSEWHERE.get(name.lower()) or next(iter(get_close_matches(name, COMMANDS, n=1)), None)
+    hint = f"did you mean fourbit {near}?" if near else f"there are {', '.join(COMMANDS)}"
+    return f"unknown command {name!r}; {hint}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

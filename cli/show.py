@@ -1,0 +1,91 @@
+"""What a person sees: notes and progress on stderr, results on stdout, so that a pipe gets results alone."""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..data.dataset import Dataset
+
+
+def note(text: str) -> None:
+    """A line of progress or advice, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """Shows that something takes a while: a spinner where someone watches, else one line."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        note(f"{text} ...")
+        yield
+
+
+def describe(name: str, dataset: "Dataset") -> None:
+    """One line of figures for a dataset, and what its reader found remarkable."""
+    report = dataset.report
+    share = report.trained / max(1, report.tokens)
+    parts = [count(report.rows, "row"), count(report.tokens, "token"), f"{share:.0%} trained"]
+    parts += [f"longest {report.longest}"] + [f"{report.truncated} truncated"] * (report.truncated > 0)
+    parts += [f"{number} skipped ({kind})" for kind, number in report.skipped.items()]
+    note(f"{name}: {', '.join(parts)}")
+    for notice in report.notices:
+        note(f"  note: {notice}")
+
+
+def pairs(rows: Sequence[tuple[str, str]]) -> str:
+    """Two columns, the names padded to one width."""
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+
+
+def result(values: Mapping[str, Any], text: str, *, as_json: bool) -> None:
+    """The outcome of a command: JSON for programs, else text; NaN and infinity are null in JSON."""
+    if as_json:
+        text = json.dumps({name: _finite(value) for name, value in values.items()}, ensure_ascii=False, allow_nan=False)
+    print(text, flush=True)
+
+
+def bars(values: Sequence[int], most: int = 10, width: int = 40) -> str:
+    """A histogram of whole numbers in at most `most` round steps, one line each."""
+    top = max(values, default=0)
+    step = next(s for e in range(20) for s in (10**e, 2 * 10**e, 5 * 10**e) if s * most > top)
+    counts = [0] * (top // step + 1)
+    for value in values:
+        counts[value // step] += 1
+    names = [f"{i * step}-{(i + 1) * step - 1}" if step > 1 else f"{i}" for i in range(len(counts))]
+    first = next((i for i, number in enumerate(counts) if number), 0)
+    longest, pad = max(counts), max(map(len, names))
+    return "\n".join(
+        f"{name:>{pad}}  {'█' * -(-number * width // max(1, longest))} {number}"
+        for name, number in list(zip(names, counts, strict=True))[first:]
+    )
+
+
+def visible(text: str) -> str:
+    """Text from a file or a model, safe to print: control characters, which could drive the terminal, are escaped."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def count(number: int, noun: str) -> str:
+    """`1 row`, `1,024 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def figure(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
