@@ -1,0 +1,123 @@
+"""Examples into tensors: padded rows, or one packed row without padding, and how a step is split into forward passes.
+
+A step is always the same examples; packing and micro-batches change the layout only. Targets are shifted here, once, so
+that nothing later can shift them across the border between two packed examples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .encode import Encoded
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass. `spans` are the (start, end) of each packed example in the flattened tokens; None when padded."""
+
+    input_ids: Tensor  # [B, T] int64
+    targets: Tensor  # [B, T] int64, the next token where it is trained, else -100
+    position_ids: Tensor  # [B, T] int64, from 0 in every example
+    spans: tuple[tuple[int, int], ...] | None
+    tokens: int  # without padding
+    trained: int  # targets that count
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "targets", "position_ids")}
+        return replace(self, **moved)
+
+
+def shifted_targets(example: Encoded) -> list[int]:
+    """For each token the id to predict after it, -100 where that is not trained; always -100 at the last token."""
+    following = zip(example.ids[1:], example.trained[1:], strict=True)
+    return [token if trained else IGNORE for token, trained in following] + [IGNORE]
+
+
+def pad_batch(examples: Sequence[Encoded], pad_id: int) -> Batch:
+    """One row an example, padded on the right to the longest: [B, longest]."""
+    _check(examples)
+    longest = max(len(example.ids) for example in examples)
+    rows = [(example, longest - len(example.ids)) for example in examples]
+    return Batch(
+        input_ids=torch.tensor([example.ids + [pad_id] * room for example, room in rows]),
+        targets=(targets := torch.tensor([shifted_targets(example) + [IGNORE] * room for example, room in rows])),
+        position_ids=torch.arange(longest).expand(len(rows), -1).contiguous(),
+        spans=None,
+        tokens=sum(len(example.ids) for example in examples),
+        trained=int((targets != IGNORE).sum()),
+    )
+
+
+def pack_batch(examples: Sequence[Encoded]) -> Batch:
+    """All examples end to end in one row [1, total] without padding; positions start again at 0 in each."""
+    _check(examples)
+    ids = [token for example in examples for token in example.ids]
+    targets = torch.tensor([[target for example in examples for target in shifted_targets(example)]])
+    positions = [torch.arange(len(example.ids)) for example in examples]
+    ends = torch.tensor([len(example.ids) for example in examples]).cumsum(0).tolist()
+    return Batch(
+        input_ids=torch.tensor([ids]),
+        targets=targets,
+        position_ids=torch.cat(positions).unsqueeze(0),
+        spans=tuple(zip([0, *ends[:-1]], ends, strict=True)),
+        tokens=len(ids),
+        trained=int((targets != IGNORE).sum()),
+    )
+
+
+def _check(examples: Sequence[Encoded]) -> None:
+    if not examples:
+        raise ValueError("a batch needs at least one example, got none")
+    if any(not example.ids for example in examples):
+        raise ValueError("a batch cannot hold an example without tokens")
+
+
+def micro_batches(
+    examples: Sequence[Encoded],
+    *,
+    packing: bool,
+    micro_batch: int | Literal["auto"],
+    token_budget: int,
+    pad_id: int,
+) -> list[Batch]:
+    """One step's examples, each exactly once, split into forward passes.
+
+    `micro_batch` is a number of examples each, or "auto": as few passes as best-fit-decreasing finds within `token_budget`
+    tokens a pass (padding counted unless packed; an example longer than the budget goes alone).
+    """
+    _check(examples)
+    by_length = sorted(examples, key=lambda example: len(example.ids), reverse=True)
+    if micro_batch == "auto":
+        groups = _best_fit(by_length, packing, token_budget)
+    elif micro_batch >= 1:
+        groups = [by_length[i : i + micro_batch] for i in range(0, len(by_length), micro_batch)]
+    else:
+        raise ValueError(f'micro_batch must be "auto" or at least 1, not {micro_batch}')
+    return [pack_batch(group) if packing else pad_batch(group, pad_id) for group in groups]
+
+
+def _best_fit(by_length: Sequence[Encoded], packing: bool, token_budget: int) -> list[list[Encoded]]:
+    """Put each example, longest first, where it leaves the least room."""
+    if token_budget < 1:
+        raise ValueError(f"token_budget must be at least 1, not {token_budget}")
+    groups: list[list[Encoded]] = []
+    for example in by_length:
+        rooms = [(token_budget - _cost([*group, example], packing), i) for i, group in enumerate(groups)]
+        fitting = [room for room in rooms if room[0] >= 0]
+        if fitting:
+            groups[min(fitting)[1]].append(example)
+        else:
+            groups.append([example])
+    return groups
+
+
+def _cost(group: Sequence[Encoded], packing: bool) -> int:
+    """Tokens of a forward pass over `group`, padding included."""
+    lengths = [len(example.ids) for example in group]
+    return sum(lengths) if packing else max(lengths) * len(lengths)

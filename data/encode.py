@@ -1,0 +1,210 @@
+"""Conversations to tokens, and which of them are trained.
+
+The mask comes from rendered prefixes, by character position and never by token id: what a template adds between "the
+assistant speaks now" and the end of its turn is the answer. So the end-of-turn token is trained even where the padding
+token has the same id, and templates need no `{% generation %}` marks. The text is tokenised once, as a whole, so that
+training sees the tokens that inference sees.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Literal
+
+from .formats import Conversation, trains
+from .protocol import TokenizerLike
+from .read import BadRow, excerpt
+from .template import ChatTemplate, Unrenderable
+
+LossOn = Literal["assistant", "all", "last"]
+STRADDLE = "a token crosses the start of an answer; it is trained only if it starts inside"
+INSERTED = "the template puts text before the answer that the generation prompt lacks; it is trained with the answer"
+NO_END = "the template marks no end of turn; the end-of-text token was added after the last answer"
+NEVER_ENDS = "an answer is followed by no end-of-turn token: the model is not taught to stop there"
+UNKNOWN_STOP = (
+    "the template ends answers with a text that is none of the tokenizer's stop tokens: generation will run past it"
+)
+SPECIAL_IN_TEXT = "a message's own text holds a special token (it is encoded as that token)"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example: token ids, for each whether the loss counts it, the text they stand for, and `file:line`."""
+
+    ids: list[int]
+    trained: list[bool]
+    text: str
+    source: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """An assistant turn in the rendered text: characters [start, region); `content_end` None where the content is rewritten."""
+
+    start: int
+    content_end: int | None
+    region: int
+    whole: bool  # rendering up to this turn is a prefix of the whole text
+    inserted: bool
+
+
+def encode_conversation(
+    conv: Conversation, tokenizer: TokenizerLike, template: ChatTemplate, *, loss_on: LossOn = "assistant"
+) -> Encoded:
+    """Tokens and loss mask of one conversation.
+
+    `loss_on`: "assistant" trains every assistant turn whose weight is not 0, "last" only the last assistant turn, "all"
+    every token but the first. Raises BadRow when the template refuses the row or is not prefix-stable on it, when the text
+    begins with two BOS tokens, and when nothing would be trained.
+    """
+    whole = _render(conv, template, len(conv.messages))
+    turns = {i: _turn(conv, template, whole, i) for i in _trained_turns(conv, loss_on)}
+    text, notes = whole, {INSERTED for turn in turns.values() if turn.inserted}
+    append = _append_at(conv, turns, whole)
+    if append is not None and tokenizer.eos_id is not None:
+        text = whole[:append]
+        notes.add(NO_END)
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    if loss_on == "all":
+        trained = [i > 0 for i in range(len(ids))]
+    else:
+        trained = [False] * len(ids)
+        for turn in turns.values():
+            notes |= _mark(conv, turn, text, ids, offsets, tokenizer, trained)
+    if text is not whole:
+        ids, trained = [*ids, int(tokenizer.eos_id or 0)], [*trained, True]
+    if _holds_special(conv, tokenizer):
+        notes.add(SPECIAL_IN_TEXT)
+    _check(conv, ids, trained, tokenizer)
+    return Encoded(ids, trained, text, f"{conv.file}:{conv.line}", tuple(sorted(notes)))
+
+
+def encode_prompt(conv: Conversation, tokenizer: TokenizerLike, template: ChatTemplate) -> tuple[list[int], str]:
+    """The tokens a model is given to answer the conversation's last assistant turn, and that turn's own text."""
+    last = _last_assistant(conv)
+    prompt = _render(conv, template, last, add_generation_prompt=True)
+    return tokenizer.encode(prompt), str(conv.messages[last]["content"])
+
+
+def _trained_turns(conv: Conversation, loss_on: LossOn) -> list[int]:
+    if loss_on == "assistant":
+        return [i for i, message in enumerate(conv.messages) if trains(message)]
+    if loss_on in ("last", "all"):
+        return [_last_assistant(conv)]
+    raise ValueError(f'loss_on must be "assistant", "all" or "last", not {loss_on!r}')
+
+
+def _last_assistant(conv: Conversation) -> int:
+    return max(i for i, message in enumerate(conv.messages) if message["role"] == "assistant")
+
+
+def _render(conv: Conversation, template: ChatTemplate, upto: int, *, add_generation_prompt: bool = False) -> str:
+    try:
+        return template.render(conv.messages[:upto], add_generation_prompt=add_generation_prompt, tools=conv.tools)
+    except Unrenderable as error:
+        raise BadRow(conv.problem("messages", str(error), "template")) from None
+
+
+def _turn(conv: Conversation, template: ChatTemplate, whole: str, i: int) -> _Turn:
+    """Where turn `i` stands in the whole text; BadRow when the template does not let that be told."""
+    prompt = _render(conv, template, i, add_generation_prompt=True)
+    if not whole.startswith(prompt):
+        raise _unstable(conv, i, prompt, whole)
+    upto = whole if i + 1 == len(conv.messages) else _render(conv, template, i + 1)
+    region = _shared(upto, whole)
+    content = str(conv.messages[i]["content"]).strip()
+    found = whole.find(content, len(prompt), region) if region >= len(prompt) else -1
+    if region < len(upto) and found < 0:
+        raise _unstable(conv, i, upto, whole)
+    inserted = found > 0 and bool(whole[len(prompt) : found].strip())
+    return _Turn(len(prompt), None if found < 0 else found + len(content), region, region == len(upto), inserted)
+
+
+def _shared(a: str, b: str) -> int:
+    """How many characters two texts have in common from their start."""
+    if b.startswith(a):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _unstable(conv: Conversation, i: int, part: str, whole: str) -> BadRow:
+    at = _shared(part, whole)
+    reason = (
+        f"the template is not prefix-stable at message {i}: rendered alone, the conversation so far goes on with"
+        f" {excerpt(part[at:])} where the whole has {excerpt(whole[at:])} (character {at}), so the answer's place cannot be"
+        " told; try loss_on last, or another template"
+    )
+    return BadRow(conv.problem("messages", reason, "template"))
+
+
+def _append_at(conv: Conversation, turns: dict[int, _Turn], whole: str) -> int | None:
+    """Where to cut the text and add an end-of-text token: after a last answer that the template leaves unended."""
+    turn = turns.get(len(conv.messages) - 1)
+    if turn is None or turn.content_end is None or whole[turn.content_end : turn.region].strip():
+        return None
+    return turn.content_end
+
+
+def _mark(
+    conv: Conversation,
+    turn: _Turn,
+    text: str,
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    tokenizer: TokenizerLike,
+    trained: list[bool],
+) -> set[str]:
+    """Set `trained` for the tokens that start inside one answer, its end-of-turn token included; returns notes."""
+    first = bisect_left(offsets, turn.start, key=lambda span: span[0])
+    end, notes = _turn_end(conv, turn, text, ids, offsets, first, tokenizer)
+    for k in range(first, len(ids)):
+        if offsets[k][0] >= end:
+            break
+        trained[k] = True
+    if first > 0 and offsets[first - 1][1] > turn.start:
+        notes.add(STRADDLE)
+    return notes
+
+
+def _turn_end(
+    conv: Conversation,
+    turn: _Turn,
+    text: str,
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    first: int,
+    tokenizer: TokenizerLike,
+) -> tuple[int, set[str]]:
+    """The character after the end-of-turn token of an answer, or where its text ends if it has none."""
+    content_end = turn.start if turn.content_end is None else turn.content_end
+    for k in range(first, len(ids)):
+        if offsets[k][1] > turn.region:
+            break
+        if offsets[k][0] >= content_end and ids[k] in tokenizer.stop_ids:
+            return offsets[k][1], set()
+    if not turn.whole:
+        raise BadRow(
+            conv.problem(
+                "messages", "the template changes what follows an answer and ends it with no stop token", "template"
+            )
+        )
+    if len(text) <= content_end:  # cut there, an end-of-text token follows
+        return len(text), set()
+    region = text[turn.start : turn.region].rstrip()
+    marked = turn.content_end is None or turn.start + len(region) > turn.content_end
+    return turn.start + len(region), {UNKNOWN_STOP if marked else NEVER_ENDS}
+
+
+def _holds_special(conv: Conversation, tokenizer: TokenizerLike) -> bool:
+    special = {tokenizer.decode([token], skip_special=False) for token in tokenizer.stop_ids}
+    special |= {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
+    return any(token in str(message["content"]) for message in conv.messages for token in special if token)
+
+
+def _check(conv: Conversation, ids: list[int], trained: list[bool], tokenizer: TokenizerLike) -> None:
+    bos = tokenizer.bos_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        reason = f"begins with two BOS tokens ({tokenizer.bos_token!r}): the template writes one, so the row must not"
+        raise BadRow(conv.problem("text", reason, "template"))
+    if not any(trained[1:]):
+        raise BadRow(conv.problem("messages", "nothing to train: no token of an answer is left", "nothing to train"))
