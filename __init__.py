@@ -3,10 +3,30 @@
 This page is the public API; everything else is internal.
 """
 
+from . import kernels as kernels
+from . import optim as optim
 from .errors import DiskError as DiskError
 from .errors import EnvironmentProblem as EnvironmentProblem
 from .errors import FourbitError as FourbitError
 from .errors import InputError as InputError
 from .errors import NumericError as NumericError
+from .kernels import nf4 as nf4
+from .lora.attach import adapters_off as adapters_off
+from .lora.attach import attach as attach
+from .lora.config import LoRAConfig as LoRAConfig
+from .lora.files import load_adapter as load_adapter
+from .lora.files import save_adapter as save_adapter
+from .lora.linear import LoRALinear as LoRALinear
+from .lora.linear4bit import NF4Linear as NF4Linear
+from .lora.quantize import quantize_ as quantize_
+from .models.generate import generate as generate
+from .models.load import load as load
+from .models.save import save_model as save_model
+from .trainer.config import SFTConfig as SFTConfig
+from .trainer.evaluate import answer_all as answer_all
+from .trainer.evaluate import evaluate_loss as evaluate_loss
+from .trainer.evaluate import exact_match as exact_match
+from .trainer.sft import SFTResult as SFTResult
+from .trainer.sft import SFTTrainer as SFTTrainer
 
 __version__ = "0.1.0"

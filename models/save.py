@@ -29,7 +29,16 @@ def save_model(model: Any, tokenizer: Tokenizer, folder: str | Path) -> None:
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     config = hf_config(model.config) | {"torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save(folder)
+    save_tokenizer(tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json (special tokens and chat template)."""
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    names = ("bos_token", "eos_token", "pad_token", "chat_template")
+    settings = {name: value for name in names if (value := getattr(tokenizer, name)) is not None}
+    text = json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _dense_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -178,6 +178,7 @@ class Loop:
             return  # interrupted: the resumed run does it again
         state = self.state
         state.evaluated = state.done
+        state.saved = min(state.saved, state.done - 1)  # a checkpoint made before this evaluation lacks its outcome
         self.metrics.write({"step": state.done, "val_loss": _finite(loss), "val_perplexity": _finite(_exp(loss))})
         if state.best_loss is None or loss < state.best_loss:
             state.best_loss, state.best_step, state.without_better = loss, state.done, 0

@@ -13,6 +13,7 @@ import torch
 import fourbit
 from fourbit.data.batch import pack_batch, pad_batch
 from fourbit.data.dataset import load_dataset
+from fourbit.data.template import template_for
 from fourbit.errors import InputError, NumericError
 from fourbit.lora.files import adapter_state
 from fourbit.trainer.checkpoint import load_checkpoint
@@ -25,7 +26,7 @@ TINY = fourbit.LoRAConfig(rank=4, alpha=8)
 
 def adapted(folder, *, quantize="nf4", dtype=torch.float32, dropout=0.0, b_seed=None):
     model, tokenizer = fourbit.load(folder, quantize=quantize, dtype=dtype)
-    fourbit.attach(model, replace(TINY, dropout=dropout))
+    fourbit.attach(model, replace(TINY, dropout=dropout), dtype=dtype)
     if b_seed is not None:  # B is zero at first, which would hide half of every gradient
         generator = torch.Generator().manual_seed(b_seed)
         for name, parameter in model.named_parameters():
@@ -76,10 +77,10 @@ def test_packed_is_padded_is_any_split(tiny_folder, rows, quantize):
     loss, want = gradients(model, [pad_batch(examples, 0)])
     assert len(want) == 28  # A and B of 14 linears
     layouts = {
-        "packed": [pack_batch(examples, 0)],
+        "packed": [pack_batch(examples)],
         "4 x 2": [pad_batch(examples[i : i + 2], 0) for i in range(0, 8, 2)],
-        "2 x 4 packed": [pack_batch(examples[:4], 0), pack_batch(examples[4:], 0)],
-        "one by one": [pack_batch([example], 0) for example in examples],
+        "2 x 4 packed": [pack_batch(examples[:4]), pack_batch(examples[4:])],
+        "one by one": [pack_batch([example]) for example in examples],
         "another pad token": [pad_batch(examples, 7)],
     }
     for layout, batches in layouts.items():
@@ -103,9 +104,9 @@ def test_a_wrong_normalisation_would_be_seen(tiny_folder, rows):
 def test_packed_examples_do_not_see_each_other(tiny_folder, rows):
     model, tokenizer = adapted(tiny_folder, b_seed=1)
     examples = load_dataset([rows], tokenizer).examples[:5]
-    before = batch_token_losses(model, pack_batch(examples, 0)).split([sum(e.trained) for e in examples])
+    before = batch_token_losses(model, pack_batch(examples)).split([sum(e.trained) for e in examples])
     changed = replace(examples[2], ids=[*examples[2].ids[:12], *[9] * (len(examples[2].ids) - 12)])
-    after = batch_token_losses(model, pack_batch([*examples[:2], changed, *examples[3:]], 0))
+    after = batch_token_losses(model, pack_batch([*examples[:2], changed, *examples[3:]]))
     after = after.split([sum(e.trained) for e in examples])
     for i, (a, b) in enumerate(zip(before, after, strict=True)):
         assert torch.equal(a, b) == (i != 2), i
@@ -266,9 +267,7 @@ def test_answers_are_scored(tiny_folder, rows, tmp_path):
     """Overfit until the answers are right, then ask for them."""
     model, trainer, _ = train(tiny_folder, rows, tmp_path, epochs=40, dropout=0.0, lr=2e-2)
     data = trainer.train_set
-    from fourbit.data.template import template_for
-
-    template = template_for(trainer.tokenizer)[0] if isinstance(template_for(trainer.tokenizer), tuple) else template_for(trainer.tokenizer)
+    template = template_for(trainer.tokenizer)
     answers = answer_all(model, trainer.tokenizer, template, data.conversations, max_new_tokens=8)
     assert exact_match(answers) > 0.8
     assert answers[0].expected and answers[0].prompt.endswith("<|im_start|>assistant\n")
