@@ -67,20 +67,19 @@ def save_checkpoint(
     state: Mapping[str, Any],
     *,
     keep: int = 2,
-    keep_also: Path | str | None = None,
 ) -> Path:
-    """Write `folder/step-<step>/` and return it; then keep the newest `keep` checkpoints and `keep_also`.
+    """Write `folder/step-<step>/` and return it; then remove our older ones but the newest `keep`.
 
     `tensors` maps group (a lower-case word) -> name -> dense tensor of any device and shape. `state` is plain JSON that
-    reads back equal: string keys, lists and no tuples, finite numbers. `keep_also` is a checkpoint folder that pruning
-    must spare (the best one so far). A folder that already has this step's name is kept under a free name beside it.
+    reads back equal: string keys, lists and no tuples, finite numbers. A folder that already has this step's name (an
+    earlier branch of the run) is kept under a free name beside it.
 
     Raises `NumericError` for a tensor with NaN or infinity (before anything is written), `DiskError` when the disk
     refuses, ValueError for arguments that cannot be stored.
     """
     if step < 0 or keep < 1:
         raise ValueError(f"step must be 0 or more and keep 1 or more; got step={step}, keep={keep}")
-    folder, spared = Path(folder), Path(keep_also).name if keep_also is not None else None
+    folder = Path(folder)
     text = _dump_state(state)
     headers = {f"{group}.safetensors": _header(group, members) for group, members in tensors.items()}
     needed = len(text) + sum(_nbytes(t) for members in tensors.values() for t in members.values())
@@ -106,7 +105,7 @@ def save_checkpoint(
             raise
         disk.sync_folder(folder)
         disk.replace_text(folder / LATEST, target.name + "\n")
-        _prune(folder, keep, spared)
+        _prune(folder, keep)
     return target
 
 
@@ -303,10 +302,10 @@ def _publish(temporary: Path, target: Path) -> Path:
     return target
 
 
-def _prune(folder: Path, keep: int, spared: str | None) -> None:
+def _prune(folder: Path, keep: int) -> None:
     """Remove our older checkpoints. A folder with a file that we did not write in it stays."""
     for manifest, path in _ours(folder)[:-keep]:
-        if path.name == spared or {entry.name for entry in path.iterdir()} != {*manifest.files, MANIFEST}:
+        if {entry.name for entry in path.iterdir()} != {*manifest.files, MANIFEST}:
             continue
         doomed = folder / disk.temporary_name("old")  # renamed first: a half-removed one must not look like one of ours
         os.rename(path, doomed)

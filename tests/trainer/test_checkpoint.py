@@ -296,29 +296,20 @@ def test_impossible_step_and_keep(tmp_path: Path) -> None:
             save_checkpoint(tmp_path, step, {}, {}, keep=keep)
 
 
-def test_prune_keeps_the_newest_the_best_and_everything_unknown(tmp_path: Path) -> None:
+def test_prune_keeps_the_newest_and_everything_unknown(tmp_path: Path) -> None:
     strangers = [tmp_path / "notes", tmp_path / "step-1", tmp_path / "step-000001.bak", tmp_path / "step-000000"]
     for stranger in strangers:
         stranger.mkdir()
         (stranger / "precious.txt").write_text("mine")
-    best = save_checkpoint(tmp_path, 2, *sample(2), keep=2)
-    touched = save_checkpoint(tmp_path, 4, *sample(4), keep=2, keep_also=best)
+    touched = save_checkpoint(tmp_path, 4, *sample(4), keep=2)
     (touched / "precious.txt").write_text("mine")
     for step in (6, 8, 10):
-        save_checkpoint(tmp_path, step, *sample(step), keep=2, keep_also=best)
+        save_checkpoint(tmp_path, step, *sample(step), keep=2)
     kept = {p.name for p in tmp_path.iterdir() if p.name.startswith("step-")}
-    assert kept == {
-        "step-000000",
-        "step-1",
-        "step-000001.bak",
-        "step-000002",
-        "step-000004",
-        "step-000008",
-        "step-000010",
-    }
+    assert kept == {"step-000000", "step-1", "step-000001.bak", "step-000004", "step-000008", "step-000010"}
     assert (tmp_path / "latest").read_text() == "step-000010\n"
     assert all((stranger / "precious.txt").read_text() == "mine" for stranger in [*strangers, touched])
-    for path, step in ((best, 2), (touched, 4), (tmp_path / "step-000008", 8)):
+    for path, step in ((touched, 4), (tmp_path / "step-000008", 8)):
         assert_loads(path, sample(step))
 
 

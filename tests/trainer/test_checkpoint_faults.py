@@ -3,7 +3,8 @@
 `FaultyDisk` stands between the module and `os`. It trips the n-th operation, for every n: the disk is full (ENOSPC,
 EDQUOT), it fails (EIO), the process dies there, or the machine does. In the last case it also takes away what was not
 yet forced to the disk, in the worst way: files without fsync lose their second half, new names and renames in folders
-without fsync are undone, while removals stay. So a missing or misplaced fsync is caught, and not only a wrong order.
+without fsync are undone (all, or only the oldest one), while removals stay. So a missing or misplaced fsync is caught,
+and not only a wrong order.
 """
 
 import errno
@@ -17,9 +18,17 @@ import pytest
 import torch
 
 from fourbit.errors import DiskError
+from fourbit.trainer import checkpoint
 from fourbit.trainer.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 
-FAULTS = {"full": errno.ENOSPC, "quota": errno.EDQUOT, "broken": errno.EIO, "killed": None, "power": None}
+FAULTS = {
+    "full": errno.ENOSPC,
+    "quota": errno.EDQUOT,
+    "broken": errno.EIO,
+    "killed": None,
+    "power": None,
+    "reordered": None,
+}
 GROWS = {"open", "write", "mkdir", "rename", "replace"}  # what a full disk can refuse
 
 
@@ -42,7 +51,7 @@ class FaultyDisk:
         self.opened: dict[int, Path] = {}
         self.torn: set[Path] = set()  # files written since their last fsync
         self.made: list[Path] = []  # names new since their folder's last fsync
-        self.moved: list[tuple[Path, Path]] = []  # renames since their folder's last fsync
+        self.moved: list[tuple[Path, Path, bytes | None]] = []  # renames since then, and the file each replaced
         for name in self.real:
             patch.setattr(os, name, getattr(self, name))
 
@@ -80,7 +89,9 @@ class FaultyDisk:
         path = self.opened[descriptor]
         self.torn.discard(path)
         self.made = [name for name in self.made if name.parent != path]
-        self.moved = [pair for pair in self.moved if pair[1].parent != path]
+        for old, new, _ in (move for move in self.moved if move[1].parent == path):
+            self.made = [_moved(name, old, new) for name in self.made]
+        self.moved = [move for move in self.moved if move[1].parent != path]
 
     def close(self, descriptor: int) -> None:
         self.opened.pop(descriptor, None)
@@ -99,10 +110,9 @@ class FaultyDisk:
 
     def _move(self, name: str, old: Path, new: Path) -> None:
         self.tick(name)
+        self.moved.append((old, new, new.read_bytes() if new.is_file() else None))
         self.real[name](old, new)
-        self.moved.append((old, new))
         self.torn = {_moved(path, old, new) for path in self.torn}
-        self.made = [_moved(path, old, new) for path in self.made if path != new]
 
     def unlink(self, path: Any, **kwargs: Any) -> None:
         self.tick("unlink")
@@ -117,14 +127,20 @@ class FaultyDisk:
         for path in self.torn:
             if path.exists():
                 os.truncate(path, path.stat().st_size // 2)
+        undone = self.moved[:1] if self.fault == "reordered" else self.moved
+        for old, new, replaced in reversed(undone):
+            if old.exists():  # the name was given again since, and a disk keeps such renames in order
+                continue
+            new.rename(old)
+            if replaced is not None:
+                new.write_bytes(replaced)
+        for old, new, _ in self.moved[len(undone) :]:
+            self.made = [_moved(path, old, new) for path in self.made]
         for path in reversed(self.made):
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
             elif path.is_file():
                 path.unlink()
-        for old, new in reversed(self.moved):
-            if new.exists() and not old.exists():
-                new.rename(old)
 
 
 def _moved(path: Path, old: Path, new: Path) -> Path:
@@ -165,8 +181,11 @@ def trip_every_operation(
                 save(folder, step, keep)
             except (DiskError, Killed) as error:
                 outcome = error
-        if fault == "power" and outcome:
+        if fault in ("power", "reordered") and outcome:
             faulty.power_cut()
+        latest = (folder / "latest").read_text().strip()
+        if step not in good:  # else its folder may have stepped aside
+            checkpoint.verify_checkpoint(folder / latest)
         check_after(folder, fault, outcome, step, keep, good)
         if faulty.count < trip:
             return trip - 1
@@ -183,6 +202,9 @@ def check_after(folder: Path, fault: str, outcome: BaseException | None, step: i
         assert leftovers == []
     save(folder, step + 2, keep)  # the run goes on as if nothing had been
     assert loaded_step(folder) == step + 2
+    if fault not in ("power", "reordered"):  # there a half-removed folder may come back under its old name
+        for path in folder.glob("step-*"):
+            checkpoint.verify_checkpoint(path)
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".tmp")]
 
 
@@ -207,17 +229,17 @@ def test_the_same_step_again_on_another_branch(tmp_path: Path, fault: str) -> No
     trip_every_operation(tmp_path, fault, setup, 6, 1, good={6})
 
 
-@pytest.mark.parametrize("fault", ["killed", "power"])
+@pytest.mark.parametrize("fault", ["killed", "power", "reordered"])
 def test_death_in_two_saves_in_a_row(tmp_path: Path, fault: str) -> None:
     """The second run dies while it clears away what the first left."""
 
     def setup(folder: Path) -> None:
         save(folder, 2, 1)
         with pytest.MonkeyPatch.context() as patch:
-            faulty = FaultyDisk(patch, fault, 12)
+            faulty = FaultyDisk(patch, fault, 12)  # while it writes the files
             with pytest.raises(Killed):
                 save(folder, 4, 1)
-        if fault == "power":
+        if fault != "killed":
             faulty.power_cut()
 
     trip_every_operation(tmp_path, fault, setup, 6, 1, good={2, 4})
