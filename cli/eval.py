@@ -63,8 +63,10 @@ def run(args: Sequence[str]) -> int:
             with adapters_off(model):
                 figures = {"base": _measure(model, tokenizer, template, rows, options, "base")} | figures
     values = {"model": options.model, "adapter": options.adapter, "rows": len(rows)}
-    last = figures.get("adapter") or figures["base"]  # the flat figures are of what was asked about
-    result(values | last | figures, _table(figures), as_json=options.json)
+    values |= figures.get("adapter") or figures["base"]
+    if options.adapter is not None:
+        values |= {f"base_{key}": value for key, value in figures.get("base", {}).items()}
+    result(values, _table(figures), as_json=options.json)
     return 0
 
 

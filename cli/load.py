@@ -7,7 +7,7 @@ from ..errors import EnvironmentProblem, InputError
 from ..lora.linear4bit import NF4Linear
 from .config_file import read_config
 from .options import AdaptedModelOptions, ModelOptions
-from .show import note, working
+from .show import amount, note, working
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ def load_weights(options: ModelOptions, tokenizer: Any, quant: str) -> Any:
     check_tokenizer(model, tokenizer)
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     size = sum(m.in_features * m.out_features for m in packed) + sum(p.numel() for p in model.parameters())
-    note(f"model: {options.model}, {size / 1e6:,.1f} M parameters, {_form(quant)} and {_short(dtype)} on {device}")
+    note(f"model: {options.model}, {amount(size)} parameters, {_form(quant)} and {_short(dtype)} on {device}")
     return model
 
 
@@ -65,8 +65,10 @@ def load_adapted(options: AdaptedModelOptions) -> tuple[Any, Any]:
 
     run = run_settings(options.adapter or options.model)
     quant = options.quant or run.get("quant") or "nf4"
-    if options.adapter is not None and not Path(options.adapter).is_dir():
-        raise InputError(f"--adapter: {options.adapter} is no folder; fourbit sft writes one, as its --out")
+    if options.adapter is not None and not (Path(options.adapter) / "adapter_config.json").is_file():
+        raise InputError(
+            f"adapter {options.adapter} is no folder with adapter_config.json; fourbit sft writes one (--out)"
+        )
     check_model(options.model)
     tokenizer = load_tokenizer(options.model)
     model = load_weights(options, tokenizer, quant)

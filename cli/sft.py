@@ -15,7 +15,7 @@ from .config_file import write_config
 from .load import CONFIG, check_model, load_weights, run_settings
 from .options import AdapterOptions, ModelOptions, ResultOptions, option
 from .parse import DEFAULT, Parsed, parse
-from .show import count, describe, figure, note, pairs, result, working
+from .show import amount, count, describe, figure, note, pairs, result, working
 
 if TYPE_CHECKING:
     from ..data.dataset import Dataset
@@ -149,8 +149,8 @@ def _prepare(options: SFTOptions) -> "SFTTrainer":
     model = load_weights(options, tokenizer, str(options.quant))
     if not options.full:
         names = attach(model, options.lora_config(), seed=options.seed)
-        size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6
-        note(f"adapter: rank {options.rank}, alpha {options.alpha:g}, {len(names)} layers, {size:,.2f} M parameters")
+        size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        note(f"adapter: rank {options.rank}, alpha {options.alpha:g}, {len(names)} layers, {amount(size)} parameters")
     return SFTTrainer(model, tokenizer, train=train, val=val, config=options.trainer_config())
 
 

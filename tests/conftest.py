@@ -1,8 +1,13 @@
-"""What every test runs under: one Hypothesis profile, one torch thread, no network."""
+"""What every test runs under (Hypothesis profile, one thread, no network), and a model that trains in a second.
 
+The model is a random Llama with a byte-level tokenizer and a ChatML template, written as a Hugging Face folder.
+"""
+
+import json
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before a peer is imported
@@ -13,12 +18,29 @@ os.environ["MPLBACKEND"] = "Agg"
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-settings.register_profile(
-    "fourbit", deadline=None, max_examples=50, derandomize=True
-)  # first calls into torch are slow
+# No deadline: first calls into torch are slow.
+settings.register_profile("fourbit", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("fourbit")
 torch.set_num_threads(1)
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
+}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -36,3 +58,63 @@ def no_network() -> Iterator[None]:
         patch.setattr(socket.socket, "connect_ex", refuse)
         yield
     assert socket.socket.connect is connect and socket.socket.connect_ex is connect_ex
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Bytes are the vocabulary, so any text encodes and no file is needed."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": CHATML}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_model(folder: Path, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    random = lambda *shape: torch.randn(*shape, generator=generator) * 0.2  # noqa: E731
+    h, f, kv = CONFIG["hidden_size"], CONFIG["intermediate_size"], 16
+    tensors = {"model.embed_tokens.weight": random(CONFIG["vocab_size"], h), "model.norm.weight": 1 + random(h)}
+    for i in range(CONFIG["num_hidden_layers"]):
+        shapes = {"self_attn.q_proj": (h, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h)}
+        shapes |= {"self_attn.o_proj": (h, h), "mlp.gate_proj": (f, h), "mlp.up_proj": (f, h), "mlp.down_proj": (h, f)}
+        for name, shape in shapes.items():
+            tensors[f"model.layers.{i}.{name}.weight"] = random(*shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{i}.{name}.weight"] = 1 + random(h)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+
+
+def write_rows(path: Path, count: int, seed: int = 0) -> Path:
+    """Ragged rows whose answer repeats a letter of the question."""
+    generator = torch.Generator().manual_seed(seed)
+    lines = []
+    for _ in range(count):
+        length = int(torch.randint(1, 12, (), generator=generator))
+        word = "".join(chr(97 + int(torch.randint(26, (), generator=generator))) for _ in range(length))
+        turns = [{"role": "user", "content": word}, {"role": "assistant", "content": word[0] * 3}]
+        lines.append(json.dumps({"messages": turns}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    write_model(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "train.jsonl", 22)
+
+
+@pytest.fixture(scope="session")
+def val_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("val-rows") / "valid.jsonl", 6, seed=1)
