@@ -62,6 +62,10 @@ def install(model: nn.Module, slots: dict[str, Slot], config: LoRAConfig, *, see
             "this model already carries LoRA adapters, and a second set would sit on top of the first. "
             "Load a fresh model, or continue training the adapters it has."
         )
+    if "" in slots:
+        raise InputError(
+            f"this {type(model).__name__} is itself a linear layer, which cannot be replaced in place: wrap it"
+        )
     layers = linear_layers(model)
     wrapped: dict[int, LoRALinear] = {}
     for name, slot in slots.items():

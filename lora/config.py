@@ -84,5 +84,5 @@ def _checked_pattern(key: str, value: object, check: Callable[[str, object], Non
 def _check_regex(key: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as problem:
+    except (re.error, RecursionError, OverflowError) as problem:
         raise InputError(f"{key} holds {pattern!r}, which is no regular expression: {problem}") from None

@@ -160,12 +160,15 @@ class NF4Linear(nn.Module):
         errors: Any,
     ) -> None:
         """A copy between dtypes would turn scales into codes or codes into scales without a word, so it is an error."""
-        for name, buffer in self._buffers.items():
-            given = state_dict.get(prefix + name)
-            if buffer is not None and isinstance(given, Tensor) and given.dtype != buffer.dtype:
-                errors.append(
-                    f"dtype mismatch for {prefix + name}: the layer holds {buffer.dtype}, the file {given.dtype}"
-                )
+        given = {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}
+        wrong = [
+            f"dtype mismatch for {prefix}{name}: the layer holds {buffer.dtype}, the file {given[name].dtype}"
+            for name, buffer in self._buffers.items()
+            if buffer is not None and name in given and given[name].dtype != buffer.dtype
+        ]
+        if wrong:
+            errors += wrong
+            return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, extra, errors)
 
     def extra_repr(self) -> str:

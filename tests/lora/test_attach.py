@@ -1,0 +1,325 @@
+"""attach: which layers get an adapter, where it starts, and what is refused; adapters_off."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from fourbit.errors import InputError
+from fourbit.lora.attach import adapter_parameters, adapters_off, attach, lora_modules
+from fourbit.lora.config import LoRAConfig
+from fourbit.lora.linear import LoRALinear
+from fourbit.lora.quantize import quantize_
+from fourbit.lora.targets import linear_layers, pattern_key
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
+        self.mlp = nn.ModuleDict(
+            {"gate_proj": nn.Linear(8, 12), "up_proj": nn.Linear(8, 12), "down_proj": nn.Linear(12, 8)}
+        )
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        attn, mlp = self.self_attn, self.mlp
+        x = x + attn["o_proj"](attn["q_proj"](x) * attn["k_proj"](x) + attn["v_proj"](x))
+        return x + mlp["down_proj"](torch.relu(mlp["gate_proj"](self.norm(x))) * mlp["up_proj"](x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, head: str = "lm_head") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed_tokens = nn.Embedding(13, 8)
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.head = head
+        self.add_module(head, nn.Linear(8, 13, bias=False))
+
+    def forward(self, ids: Tensor) -> Tensor:  # [B, T] -> [B, T, 13]
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.get_submodule(self.head)(x)
+
+
+IDS = torch.arange(13).view(1, 13)
+ATTENTION = [f"layers.{i}.self_attn.{leaf}" for i in range(3) for leaf in ("q_proj", "k_proj", "v_proj", "o_proj")]
+MLP = [f"layers.{i}.mlp.{leaf}" for i in range(3) for leaf in ("gate_proj", "up_proj", "down_proj")]
+
+
+def randomise(model: nn.Module) -> None:
+    for parameter in adapter_parameters(model):
+        nn.init.normal_(parameter, std=0.1)
+
+
+@pytest.mark.parametrize(
+    ("target", "names"),
+    [
+        ("all-linear", sorted(ATTENTION + MLP)),
+        ("attn", sorted(ATTENTION)),
+        ("mlp", sorted(MLP)),
+        (["q_proj"], [f"layers.{i}.self_attn.q_proj" for i in range(3)]),
+        (
+            ["self_attn.q_proj", "layers.1.mlp.up_proj"],
+            sorted([f"layers.{i}.self_attn.q_proj" for i in range(3)] + [MLP[4]]),
+        ),
+        (["lm_head"], ["lm_head"]),
+        (r"layers\.[02]\.mlp\.(up|down)_proj", sorted(MLP[1:3] + MLP[7:9])),
+        (".*head", ["lm_head"]),
+    ],
+)
+def test_targets(target: str | list[str], names: list[str]) -> None:
+    model = Decoder()
+    attached = attach(model, LoRAConfig(rank=2, target=target))
+    order = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    assert attached == order == list(lora_modules(model))
+    assert sorted(attached) == names
+
+
+def test_exclude_wins() -> None:
+    model = Decoder()
+    names = attach(model, LoRAConfig(rank=2, target="mlp", exclude=["up_proj", "layers.0.mlp.gate_proj"]))
+    assert names == [n for n in MLP if not n.endswith("up_proj") and n != "layers.0.mlp.gate_proj"]
+    model = Decoder()
+    assert attach(model, LoRAConfig(rank=2, target="mlp", exclude=r".*\.(up|gate)_proj")) == MLP[2::3]
+
+
+def test_patterns_are_looked_up_separately_and_the_first_key_counts() -> None:
+    model = Decoder()
+    config = LoRAConfig(
+        rank=4,
+        alpha=8,
+        target="attn",
+        rank_pattern={r"layers\.0\.self_attn\..*": 2, "q_proj": 3, "k_proj|v_proj": 1},
+        alpha_pattern={"q_proj": 30, "layers.1.self_attn.o_proj": 5},
+    )
+    attach(model, config)
+    got = {name: (module.rank, module.alpha) for name, module in lora_modules(model).items()}
+    leaves = ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert [got[f"layers.0.self_attn.{leaf}"] for leaf in leaves] == [(2, 30), (2, 8), (2, 8), (2, 8)]
+    assert [got[f"layers.1.self_attn.{leaf}"] for leaf in leaves] == [(3, 30), (1, 8), (1, 8), (4, 5)]
+    assert got["layers.2.self_attn.o_proj"] == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": ["q_prj"]}, r"target entry 'q_prj' matches no linear layer\..*Nearest: q_proj"),
+        ({"target": ["q_proj", "w_proj"]}, r"target entry 'w_proj' matches no linear layer"),
+        ({"target": ["proj"]}, r"target entry 'proj' matches no linear layer"),  # the end of a word is no name
+        ({"target": ["norm"]}, r"names a LayerNorm; LoRA wraps nn\.Linear and NF4Linear only"),
+        ({"target": ["zzz"]}, r"Last parts of the names there are: q_proj, k_proj"),
+        ({"target": "q_proj"}, r"whole path.*pass a list: \['q_proj'\].*Nearest: q_proj"),
+        (
+            {"target": r"layers\.7\..*"},
+            r"regular expression that must match a layer's whole path, and this one matches none",
+        ),
+        ({"exclude": ["lmhead"]}, r"exclude entry 'lmhead' matches no linear layer\..*Nearest: lm_head"),
+        ({"exclude": ".*"}, r"exclude='\.\*' takes away all 21 layers"),
+        (
+            {"rank_pattern": {"q_porj": 2}},
+            r"rank_pattern key 'q_porj' matches none of the 21 targeted layers\..*q_proj",
+        ),
+        ({"alpha_pattern": {"lm_head": 2}}, r"alpha_pattern key 'lm_head' matches none of the 21"),
+        (
+            {"rank_pattern": {"q_proj": 2, "layers.0.self_attn.q_proj": 3}},
+            r"decides nothing: 'q_proj' stands before it",
+        ),
+        ({"rank": 9}, r"rank 9 is too large for 'layers\.0\.self_attn\.q_proj' \(8x8, out x in\): at most 8"),
+        ({"rank_pattern": {"layers.1.mlp.up_proj": 10}}, r"rank 10 is too large for 'layers\.1\.mlp\.up_proj' \(12x8"),
+    ],
+)
+def test_what_matches_nothing_or_cannot_be_is_refused_and_the_model_left_alone(
+    settings: dict[str, object], message: str
+) -> None:
+    model = Decoder()
+    before = model(IDS)
+    with pytest.raises(InputError, match=message):
+        attach(model, LoRAConfig(**{"rank": 2, **settings}))
+    assert not lora_modules(model) and all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(IDS), before)
+
+
+def test_models_without_a_place_for_it() -> None:
+    with pytest.raises(InputError, match="this LayerNorm has none"):
+        attach(nn.LayerNorm(4), LoRAConfig())
+    with pytest.raises(InputError, match="target='attn' finds no such layer"):
+        attach(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(rank=1, target="attn"))
+    with pytest.raises(InputError, match="itself a linear layer"):
+        attach(nn.Linear(4, 4), LoRAConfig(rank=1))
+    with pytest.raises(InputError, match="target='all-linear' finds no such layer"):
+        attach(nn.ModuleDict({"lm_head": nn.Linear(4, 4)}), LoRAConfig(rank=1))
+
+
+def test_attaching_twice_is_refused() -> None:
+    model = Decoder()
+    attach(model, LoRAConfig(rank=2, target="attn"))
+    with pytest.raises(InputError, match="already carries LoRA adapters"):
+        attach(model, LoRAConfig(rank=2, target="mlp"))
+    assert len(lora_modules(model)) == 12
+
+
+def test_all_linear_spares_the_output_head_however_it_is_known() -> None:
+    named = Decoder("lm_head")
+    told = Decoder("vocabulary")
+    told.get_output_embeddings = lambda: told.get_submodule("vocabulary")
+    tied = Decoder("vocabulary")
+    tied.get_submodule("vocabulary").weight = tied.embed_tokens.weight
+    for model in (named, told, tied):
+        assert sorted(attach(model, LoRAConfig(rank=2))) == sorted(ATTENTION + MLP)
+    assert "vocabulary" in attach(Decoder("vocabulary"), LoRAConfig(rank=2))  # nothing says that this one is the head
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_fresh_adapter_changes_nothing_and_all_else_is_frozen(quantized: bool) -> None:
+    model = Decoder()
+    if quantized:
+        quantize_(model)
+    before = model(IDS)
+    attach(model, LoRAConfig(rank=2))
+    assert torch.equal(model(IDS), before)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"{name}.lora_{half}" for name in ATTENTION + MLP for half in "AB"}
+    assert all(parameter.dtype == torch.float32 for parameter in adapter_parameters(model))
+    randomise(model)
+    model(IDS).square().sum().backward()
+    with_grad = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert with_grad == trainable
+    assert {id(p) for p in adapter_parameters(model)} == {id(p) for n, p in model.named_parameters() if n in trainable}
+
+
+def starts(model: nn.Module) -> dict[str, Tensor]:
+    return {name: module.lora_A.detach().clone() for name, module in lora_modules(model).items()}
+
+
+def test_one_more_target_leaves_the_other_starts_as_they_were() -> None:
+    few, many, other_seed = Decoder(), Decoder(), Decoder()
+    attach(few, LoRAConfig(rank=2, target=["v_proj"]), seed=5)
+    torch.manual_seed(99)  # the global stream plays no part
+    state = torch.get_rng_state()
+    attach(many, LoRAConfig(rank=2, target="all-linear"), seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    attach(other_seed, LoRAConfig(rank=2, target=["v_proj"]), seed=6)
+    all_starts = starts(many)
+    for name, start in starts(few).items():
+        assert torch.equal(start, all_starts[name])
+        assert not torch.equal(start, starts(other_seed)[name])
+    flat = [tuple(start.flatten().tolist()) for start in all_starts.values()]
+    assert len(set(flat)) == len(flat)
+
+
+def test_the_start_is_pinned() -> None:
+    """Runs started with an earlier version must start the same with a later one."""
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 2)})
+    attach(model, LoRAConfig(rank=1), seed=3)
+    torch.testing.assert_close(
+        lora_modules(model)["q_proj"].lora_A.detach(),
+        torch.tensor([[0.217044652, 0.241868138, 0.262296379, 0.100973129]]),
+        rtol=0,
+        atol=1e-7,
+    )
+
+
+def test_a_layer_in_two_places_gets_one_adapter() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": shared})
+    assert attach(model, LoRAConfig(rank=1)) == ["a.0"]
+    assert model["b"] is model["a"][0] and isinstance(model["b"], LoRALinear)
+
+
+def test_dtype_and_settings_reach_the_layers() -> None:
+    model = Decoder()
+    attach(model, LoRAConfig(rank=4, alpha=6, dropout=0.5, rslora=True), dtype=torch.bfloat16)
+    for module in lora_modules(model).values():
+        assert (module.rank, module.alpha, module.dropout, module.scale) == (4, 6, 0.5, 3.0)
+        assert module.lora_A.dtype == module.lora_B.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_adapters_off_is_the_base_exactly(quantized: bool) -> None:
+    model = Decoder().train()
+    if quantized:
+        quantize_(model)
+    base = model(IDS)
+    attach(model, LoRAConfig(rank=2, dropout=0.5))
+    randomise(model)
+    with adapters_off(model):
+        assert torch.equal(model(IDS), base)
+        with adapters_off(model):
+            assert torch.equal(model(IDS), base)
+        assert torch.equal(model(IDS), base)  # the inner block has not switched them on
+    assert not torch.equal(model(IDS), base)
+
+
+def test_adapters_off_restores_each_state_even_after_an_error() -> None:
+    model = Decoder()
+    names = attach(model, LoRAConfig(rank=2))
+    modules = lora_modules(model)
+    modules[names[3]].enabled = False
+    with pytest.raises(RuntimeError, match="in the block"), adapters_off(model):
+        assert not any(module.enabled for module in modules.values())
+        raise RuntimeError("in the block")
+    assert [name for name, module in modules.items() if not module.enabled] == [names[3]]
+
+
+segments = st.sampled_from(["a", "b", "proj", "q_proj", "0", "1", "layers", "lora_A", "weight"])
+paths = st.lists(segments, min_size=1, max_size=4).map(".".join)
+
+
+def tree(names: list[str]) -> nn.Module:
+    """A module with a linear layer at every path that no other path runs through."""
+    root = nn.Module()
+    leaves = [name for name in dict.fromkeys(names) if not any(other.startswith(f"{name}.") for other in names)]
+    for name in leaves:
+        parent = root
+        *parts, leaf = name.split(".")
+        for part in parts:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(leaf, nn.Linear(3, 3))
+    return root
+
+
+@given(
+    st.lists(paths, min_size=1, max_size=8),
+    st.one_of(st.lists(paths, min_size=1, max_size=3), st.sampled_from([r".*proj", r"(a|b)\..*", r".*\.\d", "a.b"])),
+    st.one_of(st.just(()), st.lists(paths, min_size=1, max_size=2), st.sampled_from([r".*0.*", "b"])),
+)
+def test_targets_mean_what_they_mean_to_peft(
+    names: list[str], target: str | list[str], exclude: str | list[str] | tuple[()]
+) -> None:
+    model = tree(names)
+    theirs = LoraConfig(target_modules=target, exclude_modules=exclude or None)
+    expected = [name for name in linear_layers(model) if check_target_module_exists(theirs, name)]
+    try:
+        assert attach(model, LoRAConfig(rank=1, target=target, exclude=exclude)) == expected
+    except InputError as refusal:  # stricter than PEFT only where an entry means nothing
+        rules = [rule for rule in (target, exclude) if rule]
+        layers = list(linear_layers(model))
+        alone = [
+            entry for rule in rules for entry in ([rule] if isinstance(rule, str) else [[entry] for entry in rule])
+        ]
+        idle = [
+            entry
+            for entry in alone
+            if not any(check_target_module_exists(LoraConfig(target_modules=entry), name) for name in layers)
+        ]
+        assert idle or not expected, refusal
+
+
+@given(
+    paths,
+    st.lists(st.sampled_from(["q_proj", "a", "b.proj", r".*\.0", "a|b", "^a", r"layers\.\d+\.a", "p.oj"]), max_size=4),
+)
+def test_pattern_keys_match_as_in_peft(name: str, keys: list[str]) -> None:
+    theirs = get_pattern_key(keys, name)
+    assert pattern_key(keys, name) == (theirs if any(re.match(rf"(.*\.)?({key})$", name) for key in keys) else None)

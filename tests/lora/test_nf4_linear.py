@@ -1,0 +1,237 @@
+"""NF4Linear: the same numbers as a dense layer with the decoded weight, and a well-behaved module around them."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fourbit.errors import InputError
+from fourbit.kernels.nf4 import quantize
+from fourbit.lora.linear4bit import NF4Linear
+
+WIDEST_HALF_GAP = 0.1519039  # half the widest gap of the NF4 table, times absmax: the largest rounding error
+
+
+@st.composite
+def options(draw: st.DrawFn) -> dict[str, object]:
+    return {
+        "quant_type": draw(st.sampled_from(["nf4", "fp4"])),
+        "blocksize": draw(st.sampled_from([32, 64, 128, 256, 512, 1024, 2048, 4096])),
+        "double_quant": draw(st.booleans()),
+    }
+
+
+sizes = st.integers(1, 70)
+
+
+def example(n_in: int = 48, n_out: int = 40, seed: int = 0, **kwargs: object) -> NF4Linear:
+    generator = torch.Generator().manual_seed(seed)
+    weight, bias = torch.randn(n_out, n_in, generator=generator), torch.randn(n_out, generator=generator)
+    return NF4Linear.from_weight(weight, bias, **kwargs)
+
+
+def stored(layer: NF4Linear) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in layer.named_buffers()}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(
+        left[k].dtype == right[k].dtype and torch.equal(left[k], right[k]) for k in left
+    )
+
+
+@given(sizes, sizes, options(), st.booleans(), st.integers(0, 3))
+def test_forward_and_gradient_are_those_of_the_decoded_weight(
+    n_in: int, n_out: int, kwargs: dict[str, object], with_bias: bool, rows: int
+) -> None:
+    torch.manual_seed(n_in * 71 + n_out)
+    layer = NF4Linear.from_weight(torch.randn(n_out, n_in), torch.randn(n_out) if with_bias else None, **kwargs)
+    x = torch.randn(rows, 2, n_in, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(rows, 2, n_out, dtype=torch.float64)
+    bias = None if layer.bias is None else layer.bias.double()
+    expected = F.linear(x, layer.dequantize(torch.float64), bias)
+    y = layer(x)
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    (expected_grad,) = torch.autograd.grad(expected, x, grad)
+    (actual_grad,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(actual_grad, expected_grad, rtol=1e-12, atol=1e-12)
+
+
+@given(sizes, sizes, st.sampled_from([32, 64, 4096]), st.booleans())
+def test_every_weight_is_within_half_a_gap(n_in: int, n_out: int, blocksize: int, double_quant: bool) -> None:
+    torch.manual_seed(n_in * 71 + n_out)
+    weight = torch.randn(n_out, n_in)
+    layer = NF4Linear.from_weight(weight, blocksize=blocksize, double_quant=double_quant)
+    _, absmax = quantize(weight, blocksize=blocksize)
+    block = absmax.repeat_interleave(blocksize)[: weight.numel()].view_as(weight)
+    limit = WIDEST_HALF_GAP * block + 1e-6 * block
+    if double_quant:  # 8-bit scales: the widest cell of the dynamic map is 0.9 / 64 of the largest deviation
+        limit = limit + 0.9 / 64 / 2 * (absmax - absmax.mean()).abs().max() + 1e-6
+    assert bool(((layer.dequantize() - weight).abs() <= limit).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_computes_in_the_dtype_of_x(dtype: torch.dtype) -> None:
+    layer = example()
+    x = torch.randn(3, 48).to(dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    weight = layer.dequantize(dtype).double()
+    expected = F.linear(x.double(), weight, layer.bias.detach().double())
+    # a sum of K products in fp32 or better, one rounding of the result, one of the bias to dtype
+    unit = torch.finfo(dtype).eps / 2
+    size = x.double().abs() @ weight.abs().T + layer.bias.detach().double().abs()
+    accumulate = min(2.0**-24, unit)
+    assert bool(((y.double() - expected).abs() <= 2 * 48 * accumulate * size + 3 * unit * size).all())
+
+
+def test_gradcheck() -> None:
+    layer = example(9, 7, blocksize=32)
+    x = torch.randn(2, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.half(),
+        lambda m: m.double(),
+        lambda m: m.type(torch.float16),
+        lambda m: m.to("cpu", torch.float16),
+        lambda m: m.bfloat16().float(),
+    ],
+    ids=["to_bf16", "half", "double", "type", "to_cpu_fp16", "there_and_back"],
+)
+def test_casting_the_model_leaves_the_weight_alone(cast, double_quant: bool) -> None:
+    layer = example(double_quant=double_quant)
+    before, weight = stored(layer), layer.dequantize()
+    model = cast(nn.Sequential(layer, nn.Linear(40, 2)))
+    assert model[0] is layer
+    assert same(stored(layer), before)
+    assert torch.equal(layer.dequantize(), weight)
+    assert layer.bias is not None and layer.bias.dtype == model[1].weight.dtype  # the rest of the model is cast
+
+
+def test_a_move_keeps_dtypes_and_shapes() -> None:
+    layer = example()
+    moved = copy.deepcopy(layer).to("meta", torch.float16)
+    for name, buffer in layer.named_buffers():
+        there = moved.get_buffer(name)
+        assert (there.is_meta, there.dtype, there.shape) == (True, buffer.dtype, buffer.shape)
+
+
+@given(sizes, sizes, options(), st.booleans())
+def test_state_dict_round_trip(n_in: int, n_out: int, kwargs: dict[str, object], bias: bool) -> None:
+    torch.manual_seed(n_in)
+    layer = NF4Linear.from_weight(torch.randn(n_out, n_in), torch.randn(n_out) if bias else None, **kwargs)
+    fresh = NF4Linear(n_in, n_out, bias, **kwargs)
+    fresh.load_state_dict(layer.state_dict())
+    assert same(stored(fresh), stored(layer))
+    x = torch.randn(2, n_in)
+    assert torch.equal(fresh(x), layer(x))
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_round_trip_through_a_file(tmp_path: Path, assign: bool) -> None:
+    model = nn.Sequential(example(seed=1), nn.ReLU(), example(40, 8, seed=2, double_quant=False))
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    kinds = [{}, {"double_quant": False}]
+    layers = [NF4Linear(48, 40, **kinds[0]), nn.ReLU(), NF4Linear(40, 8, **kinds[1])]
+    fresh = nn.Sequential(*layers)
+    fresh.load_state_dict(load_file(tmp_path / "m.safetensors"), assign=assign)
+    x = torch.randn(2, 48)
+    assert torch.equal(fresh(x), model(x))
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_state_of_another_format_is_an_error(assign: bool) -> None:
+    plain, doubled = example(double_quant=False), example(double_quant=True)
+    for layer, state in ((plain, doubled.state_dict()), (doubled, plain.state_dict())):
+        before = stored(layer)
+        with pytest.raises(RuntimeError, match=r"dtype mismatch for absmax: .*uint8"):
+            layer.load_state_dict(state, assign=assign)
+        with pytest.raises(RuntimeError, match="dtype mismatch for absmax"):  # not even when asked to be lenient
+            layer.load_state_dict(state, strict=False, assign=assign)
+        assert same(stored(layer), before)
+    with pytest.raises(RuntimeError, match="size mismatch for absmax"):
+        example(blocksize=128).load_state_dict(example(blocksize=64).state_dict())
+
+
+def test_deepcopy_is_independent() -> None:
+    layer = example()
+    twin = copy.deepcopy(layer)
+    assert same(stored(layer), stored(twin))
+    twin.weight.zero_()
+    assert not torch.equal(layer.weight, twin.weight)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_meta_layer_filled_from_a_stream(double_quant: bool) -> None:
+    weight = torch.randn(40, 48)
+    with torch.device("meta"):
+        in_context = NF4Linear(48, 40, double_quant=double_quant)
+    layer = NF4Linear(48, 40, True, "nf4", 64, double_quant, device="meta")
+    for built in (in_context, layer):
+        assert all(t.is_meta for t in [*built.buffers(), *built.parameters()])
+        shapes = {name: (b.shape, b.dtype) for name, b in built.named_buffers()}
+        built.quantize_weight_(weight, name="w")
+        expected = NF4Linear.from_weight(weight, double_quant=double_quant)
+        assert same(stored(built), stored(expected))
+        assert shapes == {name: (b.shape, b.dtype) for name, b in built.named_buffers()}
+    storage = weight.untyped_storage().data_ptr()
+    assert all(buffer.untyped_storage().data_ptr() != storage for buffer in layer.buffers())
+    assert sum(buffer.untyped_storage().nbytes() for buffer in layer.buffers()) < weight.nbytes / 6
+
+
+def test_refilling_a_layer_replaces_its_weight() -> None:
+    layer, weight = example(), torch.randn(40, 48)
+    layer.quantize_weight_(weight)
+    assert torch.equal(layer.dequantize(), NF4Linear.from_weight(weight).dequantize())
+
+
+def test_a_new_layer_holds_zeros() -> None:
+    assert torch.equal(NF4Linear(5, 3).dequantize(), torch.zeros(3, 5))
+    assert torch.equal(NF4Linear(5, 3, double_quant=False, quant_type="fp4").dequantize(), torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_bad_weight_is_refused_by_name(bad: float, dtype: torch.dtype) -> None:
+    weight = torch.randn(6, 5).to(dtype)
+    weight[3, 2] = bad
+    with pytest.raises(InputError, match=r"'model\.q_proj\.weight' cannot be quantised to nf4.*finite"):
+        NF4Linear.from_weight(weight, name="model.q_proj.weight")
+    layer = example(5, 6)
+    before = stored(layer)
+    with pytest.raises(InputError, match="the weight cannot be quantised"):
+        layer.quantize_weight_(weight)
+    assert same(stored(layer), before)
+
+
+def test_misuse_says_what_was_wrong() -> None:
+    with pytest.raises(ValueError, match=r"shape \[40, 48\], got \[48, 40\]"):
+        example().quantize_weight_(torch.randn(48, 40))
+    with pytest.raises(ValueError, match=r"blocksize.*got 48"):
+        NF4Linear(4, 4, blocksize=48)
+    with pytest.raises(ValueError, match=r"quant_type.*got 'int4'"):
+        NF4Linear(4, 4, quant_type="int4")
+    with pytest.raises(TypeError, match=r"floating-point activations, got torch\.uint8"):
+        example()(torch.zeros(1, 48, dtype=torch.uint8))
+
+
+def test_frozen_and_printed() -> None:
+    layer = example()
+    assert layer.bias is not None and not layer.bias.requires_grad
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+    expected = "in_features=48, out_features=40, bias=True, quant_type=nf4, blocksize=64, double_quant=True"
+    assert repr(layer) == f"NF4Linear({expected})"
+    assert NF4Linear.from_weight(torch.randn(4, 4, requires_grad=True)).dequantize().requires_grad is False
