@@ -118,8 +118,8 @@ def _no_weights(folder: Path) -> str:
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     if pickled:
         return (
-            f"{folder}: holds {', '.join(pickled[:3])} but no safetensors. Such files can run code when read, so they never "
-            "are; convert them with transformers: from_pretrained(folder), then save_pretrained(another_folder)."
+            f"{folder}: holds {', '.join(pickled[:3])} but no safetensors. Such files can run code when read, so they "
+            "never are; convert them with transformers: from_pretrained(folder), then save_pretrained(another_folder)."
         )
     return f"{folder}: needs {SINGLE}, or shards with {INDEX}; found neither."
 

@@ -177,6 +177,8 @@ def _rope(data: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         rope = {}
     if not isinstance(rope, Mapping):
         raise InputError(f"config: {key} must be null or an object, got {_show(rope)}.")
+    if any(isinstance(value, Mapping) for value in rope.values()):  # one RoPE for each kind of layer
+        raise InputError(f"config: {key} must hold plain values, the same for every layer, got {_show(rope)}.")
     theta = _number(rope if rope.get("rope_theta") is not None else data, "rope_theta", default=10000.0, high=1e15)
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise InputError(f"config: {key}.partial_rotary_factor must be 1, got {_show(rope['partial_rotary_factor'])}.")

@@ -172,9 +172,12 @@ def _place(model: Llama, name: str, tensor: Tensor, dtype: torch.dtype, device: 
     if isinstance(module, NF4Linear) and attribute == "weight":
         module.quantize_weight_(tensor.to(device), name=f"{path}: {name}")
         return
-    low, high = torch.aminmax(tensor)  # NaN spreads to both; no copy of the tensor is made
-    if not (low.isfinite() and high.isfinite()):
+    extremes = torch.stack(torch.aminmax(tensor))  # NaN spreads to both; no copy of the tensor is made
+    if not extremes.isfinite().all():
         raise InputError(f"{path}: tensor {name!r} holds NaN or infinity. The file is damaged: get it again.")
+    if not extremes.to(dtype).isfinite().all():
+        largest = extremes.abs().max().item()
+        raise InputError(f"{path}: tensor {name!r} holds {largest:.3g}, too large for {dtype}. Load in torch.bfloat16.")
     old = getattr(module, attribute)
     value = tensor.to(device=device, dtype=dtype, copy=True)  # the file's map must not live on in the model
     setattr(module, attribute, nn.Parameter(value, requires_grad=old.requires_grad))

@@ -1,0 +1,181 @@
+"""Generation: cached and batched as one token after the other without a cache; stopping, streaming and sampling."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fourbit.models.generate import Sampling, choose, generate
+from fourbit.models.llama import Llama, LlamaConfig
+
+Oracle = Callable[..., Any]
+PROMPTS = [[5, 6, 7], [11], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 8], [90, 80, 70, 60, 50, 40, 30, 20]]
+
+
+@pytest.fixture(scope="module")
+def model(oracle: Oracle) -> Llama:
+    """In float64, so that rounding cannot flip a choice between batched and single runs."""
+    theirs = oracle("gqa 2:1")
+    model = Llama(LlamaConfig.from_hf(theirs.config.to_dict()))
+    model.load_state_dict(theirs.state_dict())
+    return model.double().eval()
+
+
+@torch.no_grad()
+def slowly(model: Llama, prompt: list[int], steps: int, stop: tuple[int, ...] = ()) -> list[int]:
+    """Greedy generation in its plainest form: the whole text again for each token."""
+    new: list[int] = []
+    while len(new) < steps:
+        token = int(model(torch.tensor([prompt + new]))[0, -1].argmax())
+        if token in stop:
+            break
+        new.append(token)
+    return new
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 32])
+def test_greedy_equals_the_plain_loop(model: Llama, batch_size: int) -> None:
+    got = generate(model, PROMPTS, max_new_tokens=24, batch_size=batch_size)
+    assert got == [slowly(model, prompt, 24) for prompt in PROMPTS]
+
+
+def test_greedy_equals_the_oracle(oracle: Oracle, kind: str) -> None:
+    theirs = oracle(kind).double()
+    model = Llama(LlamaConfig.from_hf(theirs.config.to_dict())).double()
+    model.load_state_dict(theirs.state_dict())
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = [theirs.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in PROMPTS]
+    assert generate(model, PROMPTS, max_new_tokens=20) == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5])
+def test_rows_stop_by_themselves(model: Llama, batch_size: int) -> None:
+    """Stop ids that cut the rows at different places, some at once."""
+    full = [slowly(model, prompt, 24) for prompt in PROMPTS]
+    stop = (full[0][0], full[1][5], full[2][11])
+    got = generate(model, PROMPTS, max_new_tokens=24, stop_ids=stop, batch_size=batch_size)
+    assert got == [slowly(model, prompt, 24, stop) for prompt in PROMPTS]
+    assert got[0] == [] and len({len(answer) for answer in got}) >= 3
+
+
+def test_finished_rows_leave_the_batch(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = [slowly(model, prompt, 24) for prompt in PROMPTS]
+    stop = (full[0][0], full[1][5], full[2][11])
+    rows: list[int] = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids, **rest: rows.append(ids.shape[0]) or hidden(ids, **rest))
+    answers = generate(model, PROMPTS, max_new_tokens=24, stop_ids=stop)
+    assert rows[0] == 5 and rows == sorted(rows, reverse=True) and rows[-1] < 3
+    longest = max(map(len, answers))
+    assert len(rows) == min(24, longest + 1)  # and nothing runs once all are done
+
+
+def test_streaming(model: Llama) -> None:
+    seen: list[int] = []
+    stop = (slowly(model, PROMPTS[0], 12)[8],)
+    answers = generate(model, PROMPTS[:1], max_new_tokens=12, stop_ids=stop, on_token=seen.append)
+    assert answers == [seen] == [slowly(model, PROMPTS[0], 12, stop)]
+
+
+def test_nothing_to_do(model: Llama) -> None:
+    assert generate(model, []) == []
+    assert generate(model, PROMPTS, max_new_tokens=0) == [[]] * 5
+
+
+def test_training_mode_is_put_back(model: Llama) -> None:
+    model.train()
+    try:
+        generate(model, PROMPTS[:1], max_new_tokens=1)
+        assert model.training and model.model.layers[0].training
+    finally:
+        model.eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 7}, {"top_p": 0.7}, {"top_k": 20, "top_p": 0.9}])
+def test_a_sampled_answer_depends_on_its_seed_alone(model: Llama, options: dict[str, Any]) -> None:
+    settings = {"max_new_tokens": 20, "temperature": 1.3, **options}
+    together = generate(model, PROMPTS, seed=3, **settings)
+    assert together == generate(model, PROMPTS, seed=3, batch_size=2, **settings)
+    assert together[0] == generate(model, PROMPTS[:1], seed=3, **settings)[0]
+    assert together != generate(model, PROMPTS, seed=4, **settings)
+    same = generate(model, [PROMPTS[0]] * 8, seed=3, **settings)
+    assert len({tuple(answer) for answer in same}) > 1  # equal prompts do not share their luck
+
+
+def draws(logits: list[float], sampling: Sampling, count: int = 20000) -> torch.Tensor:
+    """How often each token is chosen, as a share."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.tensor(logits).expand(count, -1)
+    return choose(rows, sampling, [generator] * count).bincount(minlength=len(logits)) / count
+
+
+LOGITS = [2.0, -1.0, 1.0, 0.0, -30.0, 1.5]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampling_follows_the_softmax(temperature: float) -> None:
+    expected = (torch.tensor(LOGITS) / temperature).softmax(0)
+    # 5 standard deviations of a share over 20,000 draws, at most 5 * sqrt(0.25 / 20000)
+    torch.testing.assert_close(draws(LOGITS, Sampling(temperature)), expected, rtol=0, atol=0.018)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "allowed"),
+    [
+        (Sampling(1.0, top_k=1), {0}),
+        (Sampling(1.0, top_k=3), {0, 5, 2}),
+        (Sampling(1.0, top_k=99), {0, 1, 2, 3, 5}),  # token 4 has probability 1e-14
+        (Sampling(1.0, top_p=0.4), {0}),  # the first holds 0.46
+        (Sampling(1.0, top_p=0.47), {0, 5}),
+        (Sampling(1.0, top_p=0.75), {0, 5, 2}),
+        (Sampling(1.0, top_k=2, top_p=0.99), {0, 5}),
+        (Sampling(1e-9), {0}),
+    ],
+)
+def test_top_k_and_top_p_cut_and_rescale(sampling: Sampling, allowed: set[int]) -> None:
+    shares = draws(LOGITS, sampling)
+    assert set(shares.nonzero().squeeze(1).tolist()) == allowed
+    kept = torch.tensor([x if i in allowed else -torch.inf for i, x in enumerate(LOGITS)])
+    torch.testing.assert_close(shares, kept.softmax(0), rtol=0, atol=0.018)
+
+
+@given(
+    logits=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=12),
+    temperature=st.floats(1e-3, 100),
+    top_k=st.integers(0, 15),
+    top_p=st.floats(1e-6, 1.0),
+    seed=st.integers(0, 1 << 62),
+)
+def test_any_logits_give_a_token_that_may_be_chosen(
+    logits: list[float], temperature: float, top_k: int, top_p: float, seed: int
+) -> None:
+    row = torch.tensor([logits])
+    token = int(choose(row, Sampling(temperature, top_k, top_p), [torch.Generator().manual_seed(seed)]))
+    better = sum(x > logits[token] for x in logits)
+    assert better < (top_k or len(logits))
+    mass = (row.double() / temperature).softmax(-1)[0]
+    assert mass[row[0] > logits[token]].sum() <= top_p + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": [[1], []]}, "prompt 1 is empty"),
+        ({"prompts": [[97]]}, "prompt 0 holds a token id outside 0 to 96"),
+        ({"prompts": [[-1]]}, "outside 0 to 96"),
+        ({"prompts": [[1], [2]], "on_token": print}, "one prompt, got 2"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be 0 or more"),
+        ({"batch_size": 0}, "batch_size 1 or more"),
+        ({"temperature": -0.1}, "temperature must be 0 .* got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be 0"),
+        ({"top_k": -1}, "top_k must be 0 .* got -1"),
+        ({"top_p": 0.0}, "top_p must be above 0 .* got 0.0"),
+        ({"top_p": 1.5}, "top_p must be above 0 .* got 1.5"),
+    ],
+)
+def test_impossible_arguments(model: Llama, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(model, **{"prompts": [[1]], **arguments})

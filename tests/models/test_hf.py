@@ -1,0 +1,309 @@
+"""Reading a Hugging Face folder: what is in it comes out, and nothing a folder can hold does harm."""
+
+import json
+import os
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fourbit.errors import InputError
+from fourbit.models.hf import INDEX, SINGLE, iter_tensors, read_config, tensor_shapes
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def sharded(folder: Path, shards: dict[str, dict[str, torch.Tensor]], weight_map: dict[str, Any] | None = None) -> Path:
+    """A folder with the given shards and an index (made from the shards unless given)."""
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file)
+    true_map = {name: file for file, tensors in shards.items() for name in tensors}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map or true_map}))
+    return folder
+
+
+def safetensors_bytes(header: bytes | dict[str, Any], data: bytes = b"") -> bytes:
+    """A safetensors file with any header."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + data
+
+
+def tensor_entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def read_all(folder: Path) -> dict[str, torch.Tensor]:
+    shapes = tensor_shapes(folder)
+    tensors = {name: tensor.clone() for name, tensor in iter_tensors(folder)}
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_file(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"a": torch.arange(6.0).view(2, 3).to(dtype), "b.c": torch.tensor([1.5]).to(dtype)}
+    save_file(tensors, tmp_path / SINGLE)
+    got = read_all(tmp_path)
+    assert got.keys() == tensors.keys()
+    assert all(got[name].dtype == dtype and torch.equal(got[name], tensors[name]) for name in tensors)
+
+
+def test_shards_are_read_one_at_a_time(tmp_path: Path) -> None:
+    shards = {
+        f"model-{i}.safetensors": {f"t{i}.{j}": torch.full((2,), 10.0 * i + j) for j in range(3)} for i in range(3)
+    }
+    sharded(tmp_path, shards)
+    open_files = set()
+    for name, tensor in iter_tensors(tmp_path):
+        assert tensor.tolist() == [10.0 * int(name[1]) + int(name[3])] * 2
+        mapped = Path("/proc/self/maps").read_text()
+        del tensor
+        open_files.add(sum(file in mapped for file in shards))
+    assert open_files == {1}
+
+
+def test_a_single_file_wins_over_an_index(tmp_path: Path) -> None:
+    sharded(tmp_path, {"x.safetensors": {"a": torch.zeros(1)}})
+    save_file({"a": torch.ones(1)}, tmp_path / SINGLE)
+    assert read_all(tmp_path)["a"].item() == 1.0
+
+
+def test_a_folder_of_the_hugging_face_cache(tmp_path: Path) -> None:
+    """Its snapshots link into the blob store beside them."""
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1234", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    save_file({"a": torch.ones(1)}, blobs / "0abc")
+    (snapshot / SINGLE).symlink_to("../../blobs/0abc")
+    assert read_all(snapshot)["a"].item() == 1.0
+
+
+def test_links_inside_the_folder_and_to_it(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"a": torch.ones(1)}, folder / "real.safetensors")
+    (folder / SINGLE).symlink_to("real.safetensors")
+    (tmp_path / "link").symlink_to(folder)
+    assert read_all(tmp_path / "link")["a"].item() == 1.0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.safetensors",
+        "../../etc/shadow",
+        "sub/x.safetensors",
+        "/etc/shadow",
+        "/dev/zero",
+        "./x.safetensors",
+        "..",
+        "",
+        ".safetensors",
+        "C:\\x.safetensors",
+        "..\\x.safetensors",
+        "c:x.safetensors",
+        "x\0.safetensors",
+        "x\n.safetensors",
+        "x.bin",
+        "x.safetensors.bin",
+        "x.SAFETENSORS",
+        "é" * 200 + ".safetensors",
+        "\ud800.safetensors",
+        "absent.safetensors",
+        7,
+        None,
+        ["x.safetensors"],
+    ],
+)
+def test_shard_names_cannot_lead_elsewhere(tmp_path: Path, name: Any) -> None:
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    for place in (folder, folder / "sub", tmp_path):
+        save_file({"a": torch.ones(1)}, place / "x.safetensors")
+        save_file({"a": torch.ones(1)}, place / "secret.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    for read in (tensor_shapes, lambda folder: list(iter_tensors(folder))):
+        with pytest.raises(InputError, match=r"weight_map|weight file"):
+            read(folder)
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def folder_in_place(path: Path) -> None:
+    path.mkdir()
+
+
+def link_out(path: Path) -> None:
+    outside = path.parent.parent / "outside.safetensors"
+    save_file({"a": torch.ones(1)}, outside)
+    path.symlink_to(outside)
+
+
+def link_to_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def unix_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(path))  # absolute ones may be too long
+
+
+@pytest.mark.parametrize("make", [fifo, folder_in_place, link_out, link_to_device, link_to_itself, unix_socket])
+@pytest.mark.parametrize("name", [SINGLE, "shard.safetensors"])
+def test_only_regular_files_inside_are_opened(
+    tmp_path: Path, make: Callable[[Path], None], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    make(folder / name)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "shard.safetensors"}}))
+    with pytest.raises(InputError, match="weight file"):
+        tensor_shapes(folder)
+
+
+def test_a_link_out_of_a_folder_that_only_looks_like_a_cache(tmp_path: Path) -> None:
+    folder = tmp_path / "snapshots" / "1"
+    folder.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    save_file({"a": torch.ones(1)}, tmp_path / "blobs" / "x")
+    (folder / SINGLE).symlink_to("../../blobs/x")
+    with pytest.raises(InputError, match="leads outside"):
+        tensor_shapes(folder)
+
+
+def test_an_index_of_a_million_shards_ends_at_the_first_missing_one(tmp_path: Path) -> None:
+    index = {"weight_map": {f"t{i}": f"{i}.safetensors" for i in range(1_000_000)}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"0\.safetensors' cannot be read"):
+        tensor_shapes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shards", "weight_map", "message"),
+    [
+        ({"x": {"a"}, "y": {"a"}}, {"a": "x", "b": "y"}, "lacks 1 tensor.*'b'"),
+        ({"x": {"a"}, "y": {"a", "b"}}, {"a": "x", "b": "y"}, "holds 1 tensor.*'a'"),
+        ({"x": {"a", "b"}}, {"a": "x"}, "holds 1 tensor.*'b'"),
+        ({"x": {"a"}}, {"a": "x", "b": "x"}, "lacks 1 tensor.*'b'"),
+    ],
+)
+def test_shards_must_hold_what_the_index_says(
+    tmp_path: Path, shards: dict[str, set[str]], weight_map: dict[str, str], message: str
+) -> None:
+    sharded(
+        tmp_path,
+        {f"{file}.safetensors": {name: torch.ones(1) for name in names} for file, names in shards.items()},
+        {name: f"{file}.safetensors" for name, file in weight_map.items()},
+    )
+    for read in (tensor_shapes, lambda folder: list(iter_tensors(folder))):
+        with pytest.raises(InputError, match=message):
+            read(tmp_path)
+
+
+GOOD = safetensors_bytes({"a": tensor_entry("F32", [2], 0, 8)}, bytes(8))
+BROKEN = {
+    **{f"cut after {n}": GOOD[:n] for n in range(0, len(GOOD), 4)},
+    "header length 2^62": struct.pack("<Q", 1 << 62) + b"{}",
+    "header length 2^64 - 1": struct.pack("<Q", (1 << 64) - 1) + b"{}",
+    "header above 100 MB": struct.pack("<Q", 100_000_001) + b"{}",
+    "no JSON": safetensors_bytes(b"hello"),
+    "an array": safetensors_bytes(b"[]"),
+    "not UTF-8": safetensors_bytes(b'{"\xff":1}'),
+    "deep nesting": safetensors_bytes(b'{"a":' * 20000),
+    "overlap": safetensors_bytes(
+        {"a": tensor_entry("F32", [2], 0, 8), "b": tensor_entry("F32", [2], 4, 12)}, bytes(12)
+    ),
+    "hole": safetensors_bytes({"a": tensor_entry("F32", [1], 0, 4), "b": tensor_entry("F32", [1], 8, 12)}, bytes(12)),
+    "trailing bytes": GOOD + b"x",
+    "negative dimension": safetensors_bytes({"a": tensor_entry("F32", [-2], 0, 8)}, bytes(8)),
+    "overflowing shape": safetensors_bytes({"a": tensor_entry("F32", [1 << 33, 1 << 33], 0, 8)}, bytes(8)),
+    "shape and bytes differ": safetensors_bytes({"a": tensor_entry("F32", [3], 0, 8)}, bytes(8)),
+    "end before start": safetensors_bytes({"a": tensor_entry("F32", [2], 8, 0)}, bytes(8)),
+    "past the end": safetensors_bytes({"a": tensor_entry("F32", [2], 8, 16)}, bytes(8)),
+    "unknown dtype": safetensors_bytes({"a": tensor_entry("F33", [2], 0, 8)}, bytes(8)),
+    "8-bit floats": safetensors_bytes({"a": tensor_entry("F8_E4M3", [8], 0, 8)}, bytes(8)),
+    "4-bit floats": safetensors_bytes({"a": tensor_entry("F4", [16], 0, 8)}, bytes(8)),
+    "integers": safetensors_bytes({"a": tensor_entry("I32", [2], 0, 8)}, bytes(8)),
+    "booleans": safetensors_bytes({"a": tensor_entry("BOOL", [8], 0, 8)}, bytes(8)),
+    "complex numbers": safetensors_bytes({"a": tensor_entry("C64", [1], 0, 8)}, bytes(8)),
+    "twice the same name": safetensors_bytes(
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+        bytes(8),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_damaged_file_is_one_clear_error(tmp_path: Path, case: str) -> None:
+    (tmp_path / SINGLE).write_bytes(BROKEN[case])
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        tensor_shapes(tmp_path)
+
+
+def test_the_undamaged_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / SINGLE).write_bytes(GOOD)
+    assert tensor_shapes(tmp_path) == {"a": (2,)}
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "weights.pkl", "w.npy"])
+def test_pickled_weights_are_refused_and_never_opened(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)  # opening it would hang
+    with pytest.raises(InputError, match=f"{name} but no safetensors.*can run code.*save_pretrained"):
+        tensor_shapes(tmp_path)
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"needs model\.safetensors, or shards with model\.safetensors\.index\.json"):
+        tensor_shapes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "must be JSON"),
+        (b"{", "must be JSON"),
+        (b"\xff\xfe{}", "must be JSON"),
+        (b"[1]", "JSON object, got list"),
+        (b"7", "JSON object, got int"),
+        (b'{"a":' * 20000, "must be JSON"),
+        (b"[" * 100000, "must be JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "must be JSON"),
+        (b" " * (5 << 20) + b"{}", "at most 4194304 bytes, got 5242882"),
+    ],
+)
+def test_a_config_that_is_no_small_json_object(tmp_path: Path, raw: bytes, message: str) -> None:
+    (tmp_path / "config.json").write_bytes(raw)
+    with pytest.raises(InputError, match=message):
+        read_config(tmp_path)
+
+
+def test_a_missing_config(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"needs the file config\.json"):
+        read_config(tmp_path)
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(InputError, match=r"needs the file config\.json"):
+        read_config(tmp_path)
+
+
+def test_a_config_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_config(tmp_path) == {"a": 1}
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {}, "x", 3])
+def test_a_malformed_index(tmp_path: Path, weight_map: Any) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError, match="weight_map must be a non-empty object"):
+        tensor_shapes(tmp_path)

@@ -1,0 +1,200 @@
+"""Configs: what is read, what is refused by key and value, what is ignored and reported."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fourbit.errors import InputError
+from fourbit.models.llama import LlamaConfig, RopeScaling
+from fourbit.models.llama_config import ignored_keys
+
+BASE: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def test_defaults() -> None:
+    config = LlamaConfig.from_hf(BASE)
+    assert (config.num_key_value_heads, config.head_dim) == (4, 16)
+    assert (config.rms_norm_eps, config.rope_theta, config.rope_scaling) == (1e-6, 10000.0, None)
+    assert not (config.tie_word_embeddings or config.attention_bias or config.mlp_bias)
+
+
+def test_null_means_default() -> None:
+    keys = ["head_dim", "num_key_value_heads", "rope_scaling", "rope_parameters", "rope_theta", "attention_bias"]
+    nulls = dict.fromkeys([*keys, "sliding_window", "quantization_config", "max_position_embeddings"])
+    assert LlamaConfig.from_hf(BASE | nulls) == LlamaConfig.from_hf(BASE)
+
+
+@pytest.mark.parametrize(
+    ("keys", "theta", "scaling"),
+    [
+        ({"rope_theta": 5e5}, 5e5, None),
+        ({"rope_theta": 500000}, 5e5, None),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, None),
+        (
+            {"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1.0},
+            5e5,
+            None,
+        ),  # transformers 5 writes only the first
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}, 5e5, None),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, 1e4, RopeScaling("linear", 2.0)),
+        ({"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2}}, 1e4, RopeScaling("linear", 2.0)),
+        ({"rope_scaling": LLAMA3, "rope_theta": 5e5}, 5e5, RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)),
+        ({"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}, 5e5, RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)),
+    ],
+)
+def test_rope_in_the_words_of_both_versions(keys: dict[str, Any], theta: float, scaling: RopeScaling | None) -> None:
+    config = LlamaConfig.from_hf(BASE | keys)
+    assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+
+
+def test_llama3_falls_back_to_the_context_length() -> None:
+    rope = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+    scaling = LlamaConfig.from_hf(BASE | {"rope_scaling": rope, "max_position_embeddings": 4096}).rope_scaling
+    assert scaling is not None and scaling.original_max_position_embeddings == 4096
+
+
+def rope(**changes: Any) -> dict[str, Any]:
+    return {"rope_scaling": {key: value for key, value in (LLAMA3 | changes).items() if value is not ...}}
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    *(({key: ...}, f"{key} must .* got nothing") for key in BASE),
+    *(
+        ({key: bad}, f"{key} must be a whole number")
+        for key in list(BASE)[1:]
+        for bad in (0, -1, 1.0, "64", True, [], {}, 1 << 40)
+    ),
+    ({"vocab_size": 10**400}, "vocab_size .* got a whole number of 1329 bits"),
+    ({"num_hidden_layers": 2000}, "num_hidden_layers must be a whole number from 1 to 1024, got 2000"),
+    ({"max_position_embeddings": -5}, "max_position_embeddings"),
+    ({"model_type": "mistral"}, "model_type must be 'llama'.* got 'mistral'"),
+    ({"model_type": "x" * 1000}, "model_type .* got 'x{60,80}[.]{3}"),
+    ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+    ({"hidden_act": None}, "hidden_act must be 'silu', got nothing"),
+    ({"hidden_act": ["silu"]}, "hidden_act must be 'silu'"),
+    ({"sliding_window": 4096}, "sliding_window must be null .* got 4096"),
+    ({"sliding_window": 4096, "use_sliding_window": True}, "sliding_window"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must all be 'full_attention'"),
+    ({"layer_types": "full_attention"}, "layer_types"),
+    ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config must be absent .*bitsandbytes"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
+    ({"hidden_size": 66}, r"hidden_size \(66\) must be a multiple of num_attention_heads \(4\)"),
+    ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(3\)"),
+    ({"num_key_value_heads": 8}, "must be a multiple of num_key_value_heads"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads must be a whole number"),
+    ({"head_dim": 15}, "head_dim must be even and positive .* got 15"),
+    ({"hidden_size": 4}, "head_dim must be even and positive .* got 1"),
+    ({"hidden_size": 2, "num_attention_heads": 4}, "hidden_size"),
+    ({"head_dim": "16"}, "head_dim must be a whole number"),
+    *(
+        ({"rms_norm_eps": bad}, "rms_norm_eps must be a number above 0")
+        for bad in (0, -1e-5, "1e-5", True, float("nan"), float("inf"), 2)
+    ),
+    *(
+        ({"rope_theta": bad}, "rope_theta must be a number above 0")
+        for bad in (0, -1, "1e4", float("nan"), float("inf"), 10**400)
+    ),
+    *(
+        ({key: bad}, f"{key} must be true or false")
+        for key in ("tie_word_embeddings", "attention_bias", "mlp_bias")
+        for bad in (1, "true", [])
+    ),
+    *(({"rope_scaling": bad}, "rope_scaling must be null or an object") for bad in ("linear", 2, [])),
+    ({"rope_parameters": 5}, "rope_parameters must be null or an object, got 5"),
+    *(
+        (rope(rope_type=bad), "rope_scaling.rope_type must be .* got ")
+        for bad in ("yarn", "dynamic", "longrope", "su", None, 3, [])
+    ),
+    (rope(factor=...), "rope_scaling.factor must be a number above 0, .* got nothing"),
+    (rope(factor=-8), "rope_scaling.factor"),
+    (rope(low_freq_factor=...), "rope_scaling.low_freq_factor"),
+    (rope(high_freq_factor="4"), "rope_scaling.high_freq_factor"),
+    (rope(high_freq_factor=1.0), "low_freq_factor must be below high_freq_factor, got 1.0 and 1.0"),
+    (rope(original_max_position_embeddings=0), "rope_scaling.original_max_position_embeddings"),
+    (rope(original_max_position_embeddings=...), "rope_scaling.original_max_position_embeddings .* got nothing"),
+    (rope(partial_rotary_factor=0.25), "rope_scaling.partial_rotary_factor must be 1, got 0.25"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters must hold plain values"),
+]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"), REFUSED, ids=[f"{i} {next(iter(keys))}" for i, (keys, _) in enumerate(REFUSED)]
+)
+def test_refused_by_key_and_value(keys: dict[str, Any], message: str) -> None:
+    data = {key: value for key, value in (BASE | keys).items() if value is not ...}
+    with pytest.raises(InputError, match=message):
+        LlamaConfig.from_hf(data)
+
+
+@pytest.mark.parametrize("data", [[], "llama", 3, None])
+def test_only_objects(data: Any) -> None:
+    with pytest.raises(InputError, match="must be a JSON object"):
+        LlamaConfig.from_hf(data)
+
+
+def test_unknown_keys_are_ignored_and_reported() -> None:
+    unknown = {f"key_{i}": i for i in range(200)}
+    hostile = {
+        "auto_map": {"AutoModel": "x--evil.Model"},
+        "_attn_implementation_internal": "x/y",
+        "custom_pipelines": {"a": "b"},
+    }
+    harmless = {
+        "architectures": ["LlamaForCausalLM"],
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "eos_token_id": [1, 2],
+    }
+    data = BASE | unknown | hostile | harmless
+    assert LlamaConfig.from_hf(data) == LlamaConfig.from_hf(BASE)
+    assert ignored_keys(data) == sorted([*unknown, *hostile])
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = [
+    *BASE,
+    "head_dim",
+    "num_key_value_heads",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "rms_norm_eps",
+    "layer_types",
+]
+
+
+@given(
+    changes=st.dictionaries(st.sampled_from(KEYS), json_values, max_size=4),
+    rope=st.dictionaries(st.sampled_from([*LLAMA3, "type"]), json_values),
+)
+def test_any_json_is_read_or_refused(changes: dict[str, Any], rope: dict[str, Any]) -> None:
+    for data in (BASE | changes, BASE | {"rope_scaling": LLAMA3 | rope}):
+        try:
+            config = LlamaConfig.from_hf(data)
+        except InputError as error:
+            assert str(error).startswith("config: ") and len(str(error)) < 400
+        else:
+            assert config.num_attention_heads % config.num_key_value_heads == 0 and config.head_dim % 2 == 0
+            json.dumps(dataclasses.asdict(config), allow_nan=False)

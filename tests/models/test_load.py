@@ -1,0 +1,264 @@
+"""Loading: weights in the right places, dense or in 4 bits, and every wrong file refused by name."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fourbit.errors import EnvironmentProblem, InputError
+from fourbit.kernels import nf4
+from fourbit.lora.linear4bit import NF4Linear
+from fourbit.models.llama import Llama
+from fourbit.models.load import load, load_model
+
+Oracle = Callable[..., Any]
+IDS = torch.arange(60).view(2, 30)
+DECODER_LINEARS = 3 * 7
+
+
+@pytest.fixture
+def save(oracle: Oracle, tmp_path: Path) -> Callable[..., Path]:
+    """`save("bias", shard="20KB")`: an oracle's checkpoint, written by transformers."""
+
+    def write(kind: str | None = None, *, shard: str = "1GB", **shape: Any) -> Path:
+        folder = tmp_path / "model"
+        oracle(kind, **shape).save_pretrained(folder, max_shard_size=shard)
+        return folder
+
+    return write
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def edit_config(folder: Path, **changes: Any) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def linears(model: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if type(module) is kind}
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+@torch.no_grad()
+def test_dense_equals_the_oracle(oracle: Oracle, kind: str, save: Callable[..., Path], shard: str) -> None:
+    folder = save(kind, shard=shard)
+    assert len(list(folder.glob("*.safetensors"))) > 1 or shard == "1GB"
+    model = load_model(folder)
+    assert not model.training and model.source == str(folder)
+    expected = oracle(kind).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(model(IDS), oracle(kind)(IDS).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(save: Callable[..., Path], stored: torch.dtype, dtype: torch.dtype) -> None:
+    folder = save("bias")
+    edit_weights(folder, lambda tensors: tensors.update({name: t.to(stored) for name, t in tensors.items()}))
+    expected = load_file(folder / "model.safetensors")
+    model = load_model(folder, dtype=dtype)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == dtype and torch.equal(tensor, expected[name].to(dtype)), name
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "nf4-nodq", "fp4"])
+@pytest.mark.parametrize("kind_of_model", ["bias", "tied", "gqa 4:1"])
+@pytest.mark.parametrize("shard", ["1GB", "10KB"])  # 10 KB: a weight and its bias in different files
+def test_decoder_linears_are_quantised(
+    oracle: Oracle, save: Callable[..., Path], quantize: str, kind_of_model: str, shard: str
+) -> None:
+    folder = save(kind_of_model, shard=shard)
+    model = load_model(folder, quantize=quantize, dtype=torch.bfloat16)
+    dense = oracle(kind_of_model).state_dict()
+    found = linears(model, NF4Linear)
+    assert len(found) == DECODER_LINEARS and list(linears(model, nn.Linear)) == ["lm_head"]
+    for name, linear in found.items():
+        packed, absmax = nf4.quantize(dense[f"{name}.weight"], quant_type=quantize[:3])
+        assert torch.equal(linear.weight, packed), name
+        assert (linear.nested_absmax is None) == (quantize == "nf4-nodq")
+        assert linear.absmax.dtype == (torch.float32 if quantize == "nf4-nodq" else torch.uint8)
+        if quantize == "nf4-nodq":
+            assert torch.equal(linear.absmax, absmax), name
+        if linear.bias is not None:
+            assert torch.equal(linear.bias, dense[f"{name}.bias"].bfloat16()) and not linear.bias.requires_grad
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        assert torch.equal(model.get_parameter(name), dense[name].bfloat16())
+    assert all(not tensor.is_meta for tensor in model.state_dict().values())
+
+
+def test_quantised_logits_equal_those_of_the_decoded_weights(oracle: Oracle, save: Callable[..., Path]) -> None:
+    quantised = load_model(save("bias"), quantize="nf4")
+    theirs = oracle("bias")
+    with torch.no_grad():
+        for name, linear in linears(quantised, NF4Linear).items():
+            theirs.get_parameter(f"{name}.weight").copy_(linear.dequantize(torch.float32))
+        expected = theirs(IDS).logits
+        assert (quantised(IDS) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_tied_weights_are_one_tensor(save: Callable[..., Path]) -> None:
+    for quantize in (None, "nf4"):
+        model = load_model(save("tied"), quantize=quantize)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_nothing_of_the_file_is_needed_afterwards(save: Callable[..., Path]) -> None:
+    folder = save("bias")
+    model = load_model(folder)
+    before = model(IDS)
+    (folder / "model.safetensors").write_bytes(b"")  # a map of the file would now be gone
+    shutil.rmtree(folder)
+    assert torch.equal(model(IDS), before)
+    assert ".safetensors" not in Path("/proc/self/maps").read_text()
+
+
+def test_harmless_extras_are_ignored(oracle: Oracle, save: Callable[..., Path]) -> None:
+    folder = edit_weights(
+        save("tied"),
+        lambda tensors: tensors.update(
+            {
+                "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+                "model.rotary_emb.inv_freq": torch.ones(4),
+            }
+        ),
+    )
+    torch.testing.assert_close(load_model(folder)(IDS), oracle("tied")(IDS).logits, rtol=0, atol=1e-4)
+
+
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(Q_PROJ), f"1 missing: {Q_PROJ}"),
+        (lambda t: t.pop("lm_head.weight"), "1 missing: lm_head.weight"),
+        (lambda t: t.pop("model.embed_tokens.weight"), "1 missing: model.embed_tokens.weight"),
+        (lambda t: t.update({"model.layers.3.mlp.up_proj.weight": torch.ones(2)}), "1 unknown: model.layers.3.mlp.up"),
+        (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(48)}), "1 unknown: .*q_proj.bias"),
+        (
+            lambda t: t.update({"model.layers.00.mlp.up_proj.weight": torch.ones(2)}),
+            "1 unknown: model.layers.00.mlp.up",
+        ),
+        (lambda t: t.update({Q_PROJ: t[Q_PROJ].T[:-1].contiguous()}), r"must be \[48, 48\], got \[47, 48\]"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(1, 48)}), r"must be \[48\], got \[1, 48\]"),
+        (lambda t: [t.pop(name) for name in list(t) if "mlp" in name], "9 missing: .*; \\.\\.\\."),
+        (lambda t: t.clear(), "30 missing"),
+    ],
+)
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_tensors_that_do_not_fit_are_named(
+    save: Callable[..., Path], edit: Callable[[Any], Any], message: str, quantize: str | None
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load_model(edit_weights(save(), edit), quantize=quantize)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 98}, r"lm_head.weight must be \[98, 48\], got \[97, 48\]"),
+        ({"num_hidden_layers": 4}, "9 missing: model.layers.3"),
+        ({"num_hidden_layers": 2}, "9 unknown: model.layers.2"),
+        ({"attention_bias": True}, "12 missing: model.layers.0.self_attn.k_proj.bias"),
+        ({"num_key_value_heads": 1}, r"k_proj.weight must be \[12, 48\], got \[24, 48\]"),
+        ({"intermediate_size": 85}, "of another shape"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(save: Callable[..., Path], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_model(edit_config(save(), **changes))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", [Q_PROJ, "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_non_finite_weights_are_refused_by_name(
+    save: Callable[..., Path], bad: float, name: str, quantize: str | None, dtype: torch.dtype
+) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].view(-1)[-1] = bad
+        tensors[name] = tensors[name].to(dtype)
+
+    with pytest.raises(InputError, match=name):
+        load_model(edit_weights(save(), spoil), quantize=quantize)
+
+
+def test_a_weight_too_large_for_fp16_is_refused(save: Callable[..., Path]) -> None:
+    folder = edit_weights(save(), lambda tensors: tensors["model.norm.weight"].fill_(1e6))
+    load_model(folder)
+    with pytest.raises(InputError, match=r"model\.norm\.weight.*1e[+]06, too large for torch\.float16"):
+        load_model(folder, dtype=torch.float16)
+
+
+def test_missing_tokenizer(save: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match="tokenizer"):
+        load(save())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.write_text("x"), "is a file"),
+        (lambda path: path.mkdir(), "config.json"),
+    ],
+)
+def test_paths_that_are_no_model(tmp_path: Path, make: Callable[[Path], Any], message: str) -> None:
+    make(tmp_path / "model")
+    with pytest.raises(InputError, match=message):
+        load_model(tmp_path / "model")
+
+
+def test_pickled_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"x")
+    with pytest.raises(InputError, match="can run code"):
+        load_model(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"quantize": "nf5"}, InputError, "quantize must be none, nf4, nf4-nodq, fp4, got 'nf5'"),
+        ({"dtype": torch.int8}, InputError, "dtype must be .* got torch.int8"),
+        ({"device": "gpu"}, InputError, "got 'gpu'"),
+        ({"device": "cuda"}, EnvironmentProblem, "no CUDA device"),
+    ],
+)
+def test_impossible_arguments(
+    save: Callable[..., Path],
+    arguments: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(error, match=message):
+        load_model(save(), **arguments)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_on_cuda_the_same_weights(save: Callable[..., Path], quantize: str | None) -> None:
+    folder = save("bias")
+    here, there = (load_model(folder, quantize=quantize, device=device) for device in ("cpu", "cuda"))
+    for (name, a), b in zip(here.state_dict().items(), there.state_dict().values(), strict=True):
+        assert b.is_cuda and torch.equal(a, b.cpu()), name
+    torch.testing.assert_close(there(IDS.cuda()).cpu(), here(IDS), rtol=0, atol=1e-3)
+    assert isinstance(there, Llama)
