@@ -1,1 +1,1 @@
-"""Files to examples, examples to tokens and masks, tokens to batches: everything between a dataset on disk and one forward pass."""
+"""From files to batches: rows, conversations, chat templates, tokens and loss masks, packing, order."""

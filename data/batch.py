@@ -18,7 +18,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass. `spans` are the (start, end) of each packed example in the flattened tokens; None when padded."""
+    """One forward pass. `spans`: (start, end) of each packed example in the flattened tokens, or None when padded."""
 
     input_ids: Tensor  # [B, T] int64
     targets: Tensor  # [B, T] int64, the next token where it is trained, else -100
@@ -88,8 +88,8 @@ def micro_batches(
 ) -> list[Batch]:
     """One step's examples, each exactly once, split into forward passes.
 
-    `micro_batch` is a number of examples each, or "auto": as few passes as best-fit-decreasing finds within `token_budget`
-    tokens a pass (padding counted unless packed; an example longer than the budget goes alone).
+    `micro_batch` is a number of examples each, or "auto": as few passes as best-fit-decreasing finds within
+    `token_budget` tokens a pass (padding counted unless packed; an example longer than the budget goes alone).
     """
     _check(examples)
     by_length = sorted(examples, key=lambda example: len(example.ids), reverse=True)

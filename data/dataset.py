@@ -57,9 +57,10 @@ def load_dataset(
 ) -> Dataset:
     """Read, check and encode one or several files.
 
-    An example longer than `max_length` tokens loses its tail where no trained token stands there (counted as truncated);
-    where one does, the row is bad: an answer cut short teaches a model not to stop. Bad rows raise InputError, the first 20
-    one a line, or with `on_bad_row="skip"` are left out and counted. Raises InputError when no row is left.
+    An example longer than `max_length` tokens loses its tail where no trained token stands there (counted as
+    truncated); where one does, the row is bad: an answer cut short teaches a model not to stop. Bad rows raise
+    InputError, the first 20 one a line, or with `on_bad_row="skip"` are left out and counted. Raises InputError when no
+    row is left, and for a template that is broken for every row.
     """
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f'on_bad_row must be "error" or "skip", not {on_bad_row!r}')
@@ -190,7 +191,7 @@ def count_overlap(train: Dataset, validation: Dataset) -> int:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """SHA-256 (hex) of every example's token ids and mask, in order: equal exactly when training would see the same data."""
+    """SHA-256 (hex) of every example's token ids and mask, in order: equal when training would see the same data."""
     digest = hashlib.sha256()
     for example in dataset.examples:
         digest.update(json.dumps([example.ids, [int(t) for t in example.trained]], separators=(",", ":")).encode())

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import InputError
 from .formats import Conversation, trains
 from .protocol import TokenizerLike
 from .read import BadRow, excerpt
@@ -39,10 +40,10 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Turn:
-    """An assistant turn in the rendered text: characters [start, region); `content_end` None where the content is rewritten."""
+    """An assistant turn in the rendered text: characters [start, region)."""
 
     start: int
-    content_end: int | None
+    content_end: int | None  # None where the template rewrites the content
     region: int
     whole: bool  # rendering up to this turn is a prefix of the whole text
     inserted: bool
@@ -54,8 +55,8 @@ def encode_conversation(
     """Tokens and loss mask of one conversation.
 
     `loss_on`: "assistant" trains every assistant turn whose weight is not 0, "last" only the last assistant turn, "all"
-    every token but the first. Raises BadRow when the template refuses the row or is not prefix-stable on it, when the text
-    begins with two BOS tokens, and when nothing would be trained.
+    every token but the first. Raises BadRow when the template refuses the row or is not prefix-stable on it, when the
+    tokenizer refuses the text, when it begins with two BOS tokens, and when nothing would be trained.
     """
     whole = _render(conv, template, len(conv.messages))
     turns = {i: _turn(conv, template, whole, i) for i in _trained_turns(conv, loss_on)}
@@ -64,7 +65,7 @@ def encode_conversation(
     if append is not None and tokenizer.eos_id is not None:
         text = whole[:append]
         notes.add(NO_END)
-    ids, offsets = tokenizer.encode_with_offsets(text)
+    ids, offsets = _tokens(conv, tokenizer, text)
     if loss_on == "all":
         trained = [i > 0 for i in range(len(ids))]
     else:
@@ -77,6 +78,13 @@ def encode_conversation(
         notes.add(SPECIAL_IN_TEXT)
     _check(conv, ids, trained, tokenizer)
     return Encoded(ids, trained, text, f"{conv.file}:{conv.line}", tuple(sorted(notes)))
+
+
+def _tokens(conv: Conversation, tokenizer: TokenizerLike, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    try:
+        return tokenizer.encode_with_offsets(text)
+    except InputError as error:
+        raise BadRow(conv.problem("messages", str(error), "text")) from None
 
 
 def encode_prompt(conv: Conversation, tokenizer: TokenizerLike, template: ChatTemplate) -> tuple[list[int], str]:
@@ -131,8 +139,8 @@ def _unstable(conv: Conversation, i: int, part: str, whole: str) -> BadRow:
     at = _shared(part, whole)
     reason = (
         f"the template is not prefix-stable at message {i}: rendered alone, the conversation so far goes on with"
-        f" {excerpt(part[at:])} where the whole has {excerpt(whole[at:])} (character {at}), so the answer's place cannot be"
-        " told; try loss_on last, or another template"
+        f" {excerpt(part[at:])} where the whole has {excerpt(whole[at:])} (character {at}), so the place of the"
+        " answer cannot be told; try loss_on last, or another template"
     )
     return BadRow(conv.problem("messages", reason, "template"))
 

@@ -1,7 +1,7 @@
 """Rows into conversations: the chat form (`messages`) and the prompt/completion form, recognised by themselves.
 
-A file has one form, told from its first rows; every row is then held to it, and a row that does not fit is a problem with
-its line, its field and the reason. What comes out is one shape, a list of messages, whatever went in.
+A file has one form, told from its first rows; every row is then held to it, and a row that does not fit is a problem
+with its line, its field and the reason. What comes out is one shape, a list of messages, whatever went in.
 """
 
 import json
@@ -81,7 +81,7 @@ def conversations(rows: Iterable[Row]) -> tuple[list[Conversation], list[Problem
 
 
 def conversation(row: Row, form: str | None = None) -> Conversation:
-    """One row as a conversation. Raises BadRow when it is not of `form` (None: of its own form) or breaks a rule of it."""
+    """One row as a conversation. Raises BadRow when it is not of `form` (None: any) or breaks a rule of it."""
     own = recognise(row)
     if own is None:
         raise _unknown_form(row)
@@ -262,7 +262,8 @@ def _tool_call(row: Row, field: str, call: Any) -> dict[str, Any]:
 
 def _check_trainable(row: Row, messages: list[dict[str, Any]]) -> None:
     if messages[-1]["role"] != "assistant":
-        reason = f"has the role {messages[-1]['role']!r}: a conversation must end with an assistant turn, the answer to learn"
+        role = messages[-1]["role"]
+        reason = f"has the role {role!r}: a conversation must end with an assistant turn, the answer to learn"
         raise _bad(row, "last message", reason, "nothing to train")
     if not any(trains(message) for message in messages):
         raise _bad(row, "messages", "every assistant turn has weight 0: nothing to train", "nothing to train")

@@ -16,8 +16,8 @@ def steps_per_epoch(n_examples: int, batch_size: int) -> int:
 def step_indices(n_examples: int, batch_size: int, step: int, seed: int) -> list[int]:
     """The examples of one optimizer step (steps count from 0), in the shuffled order of its epoch.
 
-    Every example comes once an epoch; an epoch's last batch is kept even if short, and the next epoch starts a new step.
-    The result depends on the four arguments alone.
+    Every example comes once an epoch; an epoch's last batch is kept even if short, and the next epoch starts a new
+    step. The result depends on the four arguments alone.
     """
     if step < 0:
         raise ValueError(f"step must be at least 0, not {step}")
@@ -28,7 +28,7 @@ def step_indices(n_examples: int, batch_size: int, step: int, seed: int) -> list
 
 @lru_cache(maxsize=2)
 def _epoch_order(n_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """A permutation for one epoch; seed and epoch are hashed together, so seed 0's second epoch is not seed 1's first."""
+    """A permutation for one epoch; seed and epoch are hashed, so one seed's second epoch is no other seed's first."""
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return tuple(torch.randperm(n_examples, generator=generator).tolist())

@@ -1,4 +1,4 @@
-"""What this folder asks of a tokenizer: a handful of attributes and two functions, so that any tokenizer can be wrapped to fit."""
+"""What this folder asks of a tokenizer: little enough that any tokenizer can be wrapped to fit."""
 
 from collections.abc import Sequence
 from typing import Protocol

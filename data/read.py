@@ -1,7 +1,8 @@
-"""JSON Lines (or one JSON array) into rows, each knowing its file and line; every row that is not one becomes one clear problem.
+"""JSON Lines (or one JSON array) into rows, each knowing its file and line; what is no row becomes one clear problem.
 
-A file is read as bytes and line by line, so a broken line costs that line and not the file, and memory is bounded by the
-longest line allowed. Faults of a whole file (missing, a directory, UTF-16, empty) raise at once: no policy can skip those.
+A file is read as bytes and line by line, so a broken line costs that line and not the file, and memory is bounded by
+the longest line allowed. Faults of a whole file (missing, a directory, UTF-16, empty) raise at once: they cannot be
+skipped.
 """
 
 import json
@@ -25,7 +26,7 @@ EXCERPT = 60
 
 @dataclass(frozen=True)
 class Problem:
-    """One row that cannot be used. `str()` gives one line, `file:line: field: reason`; `kind` groups problems for counting."""
+    """One row that cannot be used; `str()` is one line, `file:line: field: reason`; `kind` groups them for counting."""
 
     file: str
     line: int
@@ -67,8 +68,8 @@ def excerpt(text: str, limit: int = EXCERPT) -> str:
 def read_rows(path: str | os.PathLike[str]) -> tuple[list[Row], list[Problem]]:
     """All rows of a `.jsonl`, `.ndjson` or `.json` file, and a problem for every line that holds no JSON object.
 
-    Blank lines are passed over; a UTF-8 byte order mark and CRLF line ends are accepted. A file whose first character is `[`
-    is read as one JSON array. Raises InputError for a file that cannot be read at all or that holds no rows.
+    Blank lines are passed over; a UTF-8 byte order mark and CRLF line ends are accepted. A file whose first character
+    is `[` is read as one JSON array. Raises InputError for a file that cannot be read at all or that holds no rows.
     """
     name = os.fspath(path)
     _check_file(name)
@@ -208,6 +209,8 @@ def _parse(text: str) -> Any:
 def _json_reason(text: str, error: json.JSONDecodeError) -> str:
     if not text.lstrip().startswith(("{", "[")):
         return f"is not JSON: {excerpt(text.strip())}; expected an object {{...}}"
+    if not text[error.pos :].strip():
+        return "ends before the JSON value is complete: each row must stand whole on one line"
     near = excerpt(text[max(0, error.pos - 10) : error.pos + 20].strip(), 40)
     return f"is not valid JSON at column {error.pos + 1}: {error.msg}, near {near}"
 
@@ -271,11 +274,11 @@ def _has_surrogate(text: str) -> bool:
 
 
 def _array_items(name: str) -> Iterator[Row | Problem]:
-    """The elements of a file that is one JSON array; after a syntax error the rest cannot be told apart, so it ends there."""
+    """The elements of a file that is one JSON array; a syntax error ends it, as no later row can be told."""
     size = os.path.getsize(name)
     if size > MAX_ARRAY_BYTES:
         raise InputError(
-            f"{name}: a JSON array of {size} bytes; at most {MAX_ARRAY_BYTES} are read whole: write one object a line instead."
+            f"{name}: a JSON array of {size} bytes; at most {MAX_ARRAY_BYTES} are read whole: write one object a line."
         )
     text = _array_text(name)
     position, line = text.index("[") + 1, 1 + text.count("\n", 0, text.index("["))

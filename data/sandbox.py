@@ -1,45 +1,50 @@
 """Jinja's immutable sandbox, made tight enough to run a chat template that came with somebody's model.
 
 The stock sandbox keeps a template from reaching Python, but not from looping for hours or building a string of many
-gigabytes. Here every loop turn and call is counted, text cannot grow past a cap, `*` takes numbers only, and only the
-filters and string methods that chat templates use exist. As a program of its own (see `template.py`) this file renders
-one template under limits of the operating system. Imports jinja2, so it is itself imported only where a template is used;
-imports nothing of ours, so that the child can run it alone.
+gigabytes. Here loop turns and calls are counted, a clock runs, text cannot grow past a cap, `*` takes numbers only, and
+only the filters and string methods that chat templates use exist. Run as a program (see `template.py`), this file
+renders one template under limits of the operating system. It imports jinja2, so it is itself imported only where a
+template is rendered, and nothing of ours, so that the child process can run it alone.
 """
 
 import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import filters, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_LOOP_NESTING = 3
-MAX_TURNS = 200_000  # loop turns and calls of one rendering
-MAX_TEXT = 8 * 1024 * 1024  # characters of any string a template builds
+MAX_TURNS = 1_000_000  # loop turns and calls of one rendering
+MAX_TEXT = 4 * 1024 * 1024  # characters of any string a template builds
 MAX_NUMBER_BITS = 63
-MAX_SECONDS = 5.0
+MAX_INDENT = 64
+MAX_SECONDS = 2.0
 CHILD_MEMORY = 512 * 1024 * 1024
 CHILD_SECONDS = 5
 
+# What is missing here can make much out of little: center, format, wordwrap, round, batch, ... and `attr`, which once
+# led out of the sandbox.
 FILTERS = (
-    "abs capitalize count d default dictsort e escape first float int items join last length list lower map max min reject"
-    " rejectattr replace reverse safe select selectattr sort string sum title trim unique upper"
-).split()
-TEXT_METHODS = frozenset(
-    "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace"
-    " istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip"
-    " split splitlines startswith strip swapcase title upper".split()
+    *("abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "int", "items"),
+    *("last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "safe", "select"),
+    *("selectattr", "sort", "sum", "title", "trim", "unique", "upper"),
 )
-ARITHMETIC = frozenset(["+", "-", "*", "/", "//", "%", "**"])
+TEXT_METHODS = (
+    *("capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal"),
+    *("isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition"),
+    *("removeprefix", "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split"),
+    *("splitlines", "startswith", "strip", "swapcase", "title", "upper"),
+)
 FORBIDDEN_NODES = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 
 
@@ -47,10 +52,14 @@ class Refused(Exception):
     """A template that breaks a limit or a rule, or says itself that it cannot render these messages."""
 
 
+class TooMuch(Refused):
+    """A rendering that used up its loop turns or its time."""
+
+
 class Generation(Extension):
     """`{% generation %}...{% endgeneration %}`: a mark some templates put around answers; it prints what it holds."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """The statements inside, as if the tag were not there."""
@@ -70,22 +79,18 @@ class CountedList(list[Any]):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment one template lives in. Not for two threads at once: the counters belong to the rendering under way."""
+    """The environment one template lives in. Not for two threads at once: the counters are the current rendering's."""
 
-    intercepted_binops = ARITHMETIC
+    intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
     def __init__(self) -> None:
-        super().__init__(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols", Generation],
-            finalize=self._printed,
-        )
+        extensions = ["jinja2.ext.loopcontrols", Generation]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self._printed)
         self.filters = {name: self.filters[name] for name in FILTERS}
-        self.filters |= {"tojson": self._tojson, "indent": self._indent, "counted": _counting(self)}
-        self.filters |= {"concat": self._concat, "join": self._join, "replace": self._replace, "string": self._text}
-        names = {name: self.globals[name] for name in ("dict", "namespace")}
-        self.globals = {**names, "range": self._range, "raise_exception": raise_exception}
+        self.filters |= {"tojson": self._tojson, "indent": self._indent, "join": self._join, "replace": self._replace}
+        self.filters |= {"string": self._text, "concat": self._concat, "counted": _counting(self)}
+        self.globals = {name: self.globals[name] for name in ("dict", "namespace")}
+        self.globals |= {"range": _range, "raise_exception": raise_exception}
         self.start()
 
     def start(self) -> None:
@@ -93,27 +98,26 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.turns = MAX_TURNS
         self.deadline = time.monotonic() + MAX_SECONDS
 
-    def spend(self, turns: int = 1) -> None:
-        """Count loop turns or calls; raises Refused when the rendering has had its share, or its time."""
-        self.turns -= turns
+    def spend(self) -> None:
+        """Count a loop turn or a call; raises TooMuch when the rendering has had its share, or its time."""
+        self.turns -= 1
         if self.turns < 0:
-            raise Refused(f"it takes more than {MAX_TURNS} loop turns and calls")
+            raise TooMuch(f"it takes more than {MAX_TURNS} loop turns and calls")
         if time.monotonic() > self.deadline:
-            raise Refused(f"it renders for longer than {MAX_SECONDS:.0f} seconds")
+            raise TooMuch(f"it renders for longer than {MAX_SECONDS:.0f} seconds")
 
     def call(self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Every call a template makes: counted, and refused beforehand where a string method would grow the text too far."""
+        """Every call a template makes: counted; the string methods that can make long texts are ours."""
         self.spend()
         if isinstance(owner := getattr(__obj, "__self__", None), str):
-            name = __obj.__name__
-            if name == "join" and args:
-                return self._join(args[0], owner)
-            if name == "replace" and len(args) >= 2:
+            if __obj.__name__ == "join":
+                return self._join(*args, d=owner)
+            if __obj.__name__ == "replace":
                 return self._replace(owner, *args, **kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Jinja's own rule, and for strings only the methods named here (`center`, `format`, ... can make huge ones)."""
+        """Jinja's own rule, and of a string's methods only those named above."""
         if isinstance(obj, str) and attr not in TEXT_METHODS:
             return False
         return super().is_safe_attribute(obj, attr, value)
@@ -123,30 +127,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if operator == "+":
             if isinstance(left, (str, list, tuple)) and isinstance(right, (str, list, tuple)):
                 check_length(len(left) + len(right))
-            return super().call_binop(context, operator, left, right)
-        if not (isinstance(left, (int, float)) and isinstance(right, (int, float))):
-            self._refuse_undefined(left, right)
-            raise Refused(f"`{operator}` is allowed between numbers only, not {kind(left)} and {kind(right)}")
-        if operator == "*" and _bits(left) + _bits(right) > MAX_NUMBER_BITS:
-            raise Refused("`*` gives too large a number")
-        if operator == "**" and _bits(left) * abs(right) > MAX_NUMBER_BITS:
-            raise Refused("`**` gives too large a number")
+        elif not any(isinstance(operand, jinja2.Undefined) for operand in (left, right)):  # jinja's own error names it
+            _check_numbers(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
-    def _refuse_undefined(self, *operands: Any) -> None:
-        """An undefined operand gives jinja's own error, which names the variable."""
-        for operand in operands:
-            if isinstance(operand, jinja2.Undefined):
-                operand + 0
-
-    def _range(self, *bounds: int) -> range:
-        numbers = range(*bounds)
-        if numbers and len(numbers) > MAX_TURNS:
-            raise Refused(f"range() of {len(numbers)} numbers; at most {MAX_TURNS} are allowed")
-        return numbers
-
     def _text(self, value: Any) -> str:
-        """`str(value)` for a value whose text is not too long (a list that holds itself many times over would be)."""
+        """`str(value)` for a value whose text is not too long (that of a list holding one list many times would be)."""
         if not isinstance(value, str):
             self._weigh(value)
         return str(value)
@@ -169,29 +155,24 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 stack.extend(node.values() if isinstance(node, dict) else ())
 
     def _concat(self, values: list[Any]) -> str:
-        texts = [self._text(value) for value in values]
-        check_length(sum(map(len, texts)))
-        return "".join(texts)
+        return self._join(values)
 
     def _join(self, values: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
         if attribute is not None:
-            values = [self.getitem(value, attribute) for value in values]
+            values = map(filters.make_attrgetter(self, attribute), values)
         texts = [self._text(value) for value in values]
         check_length(sum(map(len, texts)) + len(d) * len(texts))
         return str(d).join(texts)
 
-    def _replace(self, s: Any, old: str, new: str, count: int = -1) -> str:
-        text = self._text(s)
-        grown = text.count(old) * max(0, len(new) - len(old))
-        check_length(len(text) + grown)
+    def _replace(self, s: Any, old: Any, new: Any, count: int | None = None) -> str:
+        text, old, new = self._text(s), self._text(old), self._text(new)
+        check_length(len(text) + text.count(old) * max(0, len(new) - len(old)))
         return text.replace(old, new, -1 if count is None else count)
 
-    def _indent(self, s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-        space = width if isinstance(width, str) else " " * small(width)
-        lines = str(s).splitlines(keepends=True)
-        check_length(len(s) + len(space) * len(lines))
-        keep = [(first or i > 0) and (blank or bool(line.strip())) for i, line in enumerate(lines)]
-        return "".join(space + line if kept else line for kept, line in zip(keep, lines, strict=True))
+    def _indent(self, s: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+        text, step = self._text(s), width if isinstance(width, str) else " " * _small(width)
+        check_length(len(text) + len(step) * (text.count("\n") + 1))
+        return filters.do_indent(text, step, first, blank)
 
     def _tojson(
         self,
@@ -203,20 +184,27 @@ class Sandbox(ImmutableSandboxedEnvironment):
     ) -> str:
         """JSON without the HTML escapes of jinja's own filter, which no model was trained on."""
         self._weigh(value)
-        space = None if indent is None else small(indent)
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=space, separators=separators, sort_keys=sort_keys)
+        step = None if indent is None else _small(indent)
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=step, separators=separators, sort_keys=sort_keys)
 
 
 def _counting(sandbox: Sandbox) -> Callable[[Context, Iterable[Any]], CountedList]:
-    """The filter that `for` loops run through; it takes the context only so that jinja does not fold it when compiling."""
+    """The filter that `for` loops run through; it takes the context only so that jinja does not fold it away."""
 
     @jinja2.pass_context
     def counted(_context: Context, items: Iterable[Any]) -> CountedList:
-        result = CountedList(islice(items, MAX_TURNS))
+        result = CountedList(islice(items, MAX_TURNS + 1))
         result.sandbox = sandbox
         return result
 
     return counted
+
+
+def _range(*bounds: int) -> range:
+    numbers = range(*bounds)
+    if numbers[MAX_TURNS:]:
+        raise Refused(f"range() of more than {MAX_TURNS} numbers")
+    return numbers
 
 
 def raise_exception(message: object) -> None:
@@ -230,22 +218,24 @@ def check_length(length: int) -> None:
         raise Refused(f"it builds a text of more than {MAX_TEXT} characters")
 
 
-def small(width: int) -> int:
-    """An indentation a person would ask for."""
-    if not 0 <= int(width) <= 64:
-        raise Refused(f"an indentation of {width}; 0 to 64 are allowed")
+def _check_numbers(operator: str, left: Any, right: Any) -> None:
+    for operand in (left, right):
+        if not isinstance(operand, (int, float)):
+            raise Refused(
+                f"`{operator}` is allowed between numbers only, not {type(left).__name__} and {type(right).__name__}"
+            )
+    bits = [int(operand).bit_length() for operand in (left, right) if isinstance(operand, int)]
+    if (operator == "*" and sum(bits) > MAX_NUMBER_BITS) or (
+        operator == "**" and int(left).bit_length() * abs(right) > MAX_NUMBER_BITS
+    ):
+        raise Refused(f"`{operator}` gives too large a number")
+
+
+def _small(width: int) -> int:
+    """An indentation that a person would ask for."""
+    if not 0 <= int(width) <= MAX_INDENT:
+        raise Refused(f"an indentation of {width}; 0 to {MAX_INDENT} are allowed")
     return int(width)
-
-
-def kind(value: Any) -> str:
-    """A value's type as a template's author would call it."""
-    return {str: "a string", list: "a list", dict: "an object", bool: "a boolean"}.get(
-        type(value), type(value).__name__
-    )
-
-
-def _bits(number: float) -> int:
-    return int(number).bit_length() if isinstance(number, int) else 1
 
 
 def compile_template(source: str) -> tuple[Sandbox, jinja2.Template]:
@@ -254,8 +244,7 @@ def compile_template(source: str) -> tuple[Sandbox, jinja2.Template]:
     try:
         tree = sandbox.parse(source)
         _check_tree(tree, 0)
-        _guard(tree)
-        return sandbox, sandbox.from_string(tree)
+        return sandbox, sandbox.from_string(_guarded(tree, sandbox))
     except jinja2.TemplateSyntaxError as error:
         raise Refused(f"line {error.lineno}: {error.message}") from None
     except (RecursionError, MemoryError, SyntaxError):
@@ -263,7 +252,7 @@ def compile_template(source: str) -> tuple[Sandbox, jinja2.Template]:
 
 
 def _check_tree(node: nodes.Node, loops: int) -> None:
-    """Rules that can be read off the source: no other files, no private names, few nested loops, no repeated strings."""
+    """Rules readable off the source: no other files, no private names, few nested loops, no repeated strings."""
     if isinstance(node, FORBIDDEN_NODES):
         raise Refused(f"line {node.lineno}: it may not load other templates")
     if isinstance(node, nodes.For):
@@ -272,23 +261,23 @@ def _check_tree(node: nodes.Node, loops: int) -> None:
             raise Refused(f"line {node.lineno}: loops are nested deeper than {MAX_LOOP_NESTING}")
         if node.recursive:
             raise Refused(f"line {node.lineno}: recursive loops are not allowed")
-    if isinstance(node, (nodes.Mul, nodes.Pow)) and any(map(_is_text, (node.left, node.right))):
+    if isinstance(node, (nodes.Mul, nodes.Pow)) and (_is_text(node.left) or _is_text(node.right)):
         raise Refused(f"line {node.lineno}: `{node.operator}` is allowed between numbers only")
-    _check_name(node)
+    if (name := _name(node)).startswith("__"):
+        raise Refused(f"line {node.lineno}: the private name {name[:40]!r} may not be used")
     for child in node.iter_child_nodes():
         _check_tree(child, loops)
 
 
-def _check_name(node: nodes.Node) -> None:
-    name = None
+def _name(node: nodes.Node) -> str:
+    """The attribute or variable that a node reads, as far as the source says."""
     if isinstance(node, nodes.Getattr):
-        name = node.attr
-    elif isinstance(node, nodes.Name):
-        name = node.name
-    elif isinstance(node, nodes.Const) and isinstance(node.value, str):
-        name = node.value
-    if name and name.startswith("__"):
-        raise Refused(f"line {node.lineno}: the private name {name[:40]!r} may not be used")
+        return node.attr
+    if isinstance(node, nodes.Name):
+        return node.name
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str):
+        return node.arg.value
+    return ""
 
 
 def _is_text(node: nodes.Node) -> bool:
@@ -297,20 +286,21 @@ def _is_text(node: nodes.Node) -> bool:
     return isinstance(node, (nodes.TemplateData, nodes.Concat, nodes.List, nodes.Tuple))
 
 
-def _guard(tree: nodes.Template) -> None:
-    """Route what jinja leaves unguarded, the sequence of a `for` and the `~` operator, through counting filters."""
-    for loop in tree.find_all(nodes.For):
-        loop.iter = _filtered(loop.iter, "counted")
+def _guarded(tree: nodes.Template, sandbox: Sandbox) -> nodes.Template:
+    """Route what jinja leaves unguarded, the sequence of a `for` and the `~` operator, through filters that count."""
+    for loop in list(tree.find_all(nodes.For)):
+        loop.iter = _filtered(cast(nodes.Expr, loop.iter), "counted")
     _replace_concat(tree)
-    tree.set_environment(tree.environment)
+    tree.set_environment(sandbox)
+    return tree
 
 
 def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=node.environment)
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
 def _replace_concat(node: nodes.Node) -> None:
-    for field, value in node.iter_fields():
+    for field, value in list(node.iter_fields()):
         if isinstance(value, nodes.Concat):
             setattr(node, field, _concat_filter(value))
         elif isinstance(value, list):
@@ -320,13 +310,12 @@ def _replace_concat(node: nodes.Node) -> None:
 
 
 def _concat_filter(node: nodes.Concat) -> nodes.Filter:
-    return _filtered(nodes.List(node.nodes, lineno=node.lineno, environment=node.environment), "concat")
+    return _filtered(nodes.List(node.nodes, lineno=node.lineno), "concat")
 
 
 def render(sandbox: Sandbox, template: jinja2.Template, variables: dict[str, Any], date: str | None) -> str:
     """One rendering. Raises Refused for anything that goes wrong in it: the template is foreign code."""
     sandbox.start()
-    sandbox.globals["strftime_now"] = clock(date)
     pieces: list[str] = []
     length = 0
     try:
@@ -336,7 +325,7 @@ def render(sandbox: Sandbox, template: jinja2.Template, variables: dict[str, Any
             pieces.append(piece)
     except Refused:
         raise
-    except (Exception, RecursionError, MemoryError) as error:
+    except Exception as error:
         raise Refused(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from None
     return "".join(pieces)
 
@@ -357,19 +346,31 @@ def _limit() -> None:
 
 
 def main() -> None:
-    """The child: one job on standard input, one JSON answer on standard output."""
+    """The child: one job on standard input; the answer on standard output says what is broken, if anything.
+
+    A row that the template merely does not suit is no fault here: the parent renders it again and reports that row.
+    """
     _limit()
     job = json.load(sys.stdin)
+    broken = ""
     try:
         sandbox, template = compile_template(job["source"])
+        with suppress_row_faults():
+            render(sandbox, template, job["variables"], job["date"])
     except Refused as error:
-        json.dump({"broken": str(error)}, sys.stdout)
-        return
+        broken = str(error)
+    json.dump({"broken": broken}, sys.stdout)
+
+
+@contextmanager
+def suppress_row_faults() -> Iterator[None]:
+    """Let only TooMuch through."""
     try:
-        answer = {"text": render(sandbox, template, job["variables"], job["date"])}
-    except Refused as error:
-        answer = {"refused": str(error)}
-    json.dump(answer, sys.stdout)
+        yield
+    except TooMuch:
+        raise
+    except Refused:
+        pass
 
 
 if __name__ == "__main__":

@@ -19,16 +19,26 @@ from .protocol import TokenizerLike
 MAX_SOURCE_BYTES = 64 * 1024
 CHILD_WALL_SECONDS = 20
 SHOWN_ERROR = 500
+MAX_STRIKES = 3
+CHILD_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT")  # what starting an interpreter may need
 
-CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}\
-{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-LLAMA3 = """{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' \
-+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}\
-{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
-ZEPHYR = """{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token \
-+ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
-PLAIN = """{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'assistant' %}\
-{{ eos_token }}{% endif %}{% endfor %}"""
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] }}"
+    "{{ '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+ZEPHYR = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
+    "{{ eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+PLAIN = (
+    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
 BUILTINS = {"chatml": CHATML, "llama3": LLAMA3, "zephyr": ZEPHYR, "plain": PLAIN}
 
 
@@ -39,9 +49,9 @@ class Unrenderable(InputError):
 class ChatTemplate:
     """A chat template in Jinja, as Hugging Face writes them.
 
-    `date` (ISO, such as "2025-01-31") fixes what `strftime_now` gives; None is the present. `notice` is a sentence for the
-    user about where the template came from, or "". Raises InputError, when rendering, for a template that is broken, breaks
-    a limit or refuses the messages; the error names `name`.
+    `date` (ISO, such as "2025-01-31") fixes what `strftime_now` gives; None is the present. `notice` is a sentence for
+    the user about where the template came from, or "". Rendering raises InputError for a template that is broken or
+    breaks a limit, and its subclass Unrenderable for messages that it does not suit; both name `name`.
     """
 
     def __init__(
@@ -82,24 +92,29 @@ class ChatTemplate:
 class _Checked:
     """One template source of this process: its first rendering goes to a child, the rest happen here.
 
-    A source that is broken, or breaks a limit in the child, stays refused: no row can mend it.
+    A source that is broken or breaks a limit in the child stays refused, as no row can mend it; so does one that later
+    takes too much for three rows.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.compiled: Any = None
         self.broken = ""
+        self.strikes = 0
 
     def render(self, variables: dict[str, Any], date: str | None, name: str) -> str:
         from . import sandbox
 
+        if self.compiled is None and not self.broken:
+            self._check(variables, date)
+        if self.broken:
+            raise InputError(f"{name}: the chat template cannot be used: {self.broken[:SHOWN_ERROR]}.")
         try:
-            if self.compiled is None and not self.broken:
-                self._check(variables, date)
-            if self.broken:
-                raise InputError(f"{name}: the chat template cannot be used: {self.broken[:SHOWN_ERROR]}.")
             return sandbox.render(*self.compiled, variables, date)
         except sandbox.Refused as error:
+            if isinstance(error, sandbox.TooMuch):
+                self.strikes += 1
+                self.broken = str(error) if self.strikes >= MAX_STRIKES else ""
             raise Unrenderable(f"{name}: the template cannot render this: {str(error)[:SHOWN_ERROR]}") from None
 
     def _check(self, variables: dict[str, Any], date: str | None) -> None:
@@ -132,15 +147,15 @@ def _broken_in_child(source: str, variables: dict[str, Any], date: str | None) -
             input=job.encode(),
             capture_output=True,
             timeout=CHILD_WALL_SECONDS,
-            env={},
+            env={key: os.environ[key] for key in CHILD_ENVIRONMENT if key in os.environ},
         )
     except subprocess.TimeoutExpired:
         return f"it did not render one conversation in {CHILD_WALL_SECONDS} seconds"
     if done.returncode == 0:
         return str(json.loads(done.stdout).get("broken", ""))
-    limits = f"{sandbox.CHILD_SECONDS} seconds and {sandbox.CHILD_MEMORY // 2**20} MiB"
+    limits = f"{sandbox.CHILD_SECONDS} seconds or {sandbox.CHILD_MEMORY // 2**20} MiB"
     last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-    return f"rendering one conversation failed within the limits of {limits}{': ' if last else ''}{last}"
+    return f"rendering one conversation took more than {limits}" + (f" ({last})" if last else "")
 
 
 def template_for(
@@ -151,8 +166,8 @@ def template_for(
 ) -> ChatTemplate:
     """The template to use: `override` (a built-in's name, a file, a template), else the tokenizer's, else a built-in.
 
-    A tokenizer without a template gets chatml if its vocabulary has chatml's two tokens, else zephyr, whose marks are plain
-    text and whose turns end in the end-of-text token: so no token is ever added. `.notice` says so.
+    A tokenizer without a template gets chatml if its vocabulary has chatml's two tokens, else zephyr, whose marks are
+    plain text and whose turns end in the end-of-text token: so no token is ever added. `.notice` says so.
     """
     if isinstance(override, ChatTemplate):
         return override
@@ -194,6 +209,12 @@ def _named(tokenizer: TokenizerLike, override: str | os.PathLike[str], date: str
 
 
 def _builtin(tokenizer: TokenizerLike, name: str, date: str | None) -> ChatTemplate:
-    """A built-in template; it writes a BOS only for a tokenizer whose `add_bos` says that its model expects one."""
-    bos = (tokenizer.bos_token or "") if name == "llama3" or getattr(tokenizer, "add_bos", False) else ""
+    bos = (tokenizer.bos_token or "") if name == "llama3" or _expects_bos(tokenizer) else ""
     return ChatTemplate(BUILTINS[name], bos, tokenizer.eos_token or "", name=name, date=date)
+
+
+def _expects_bos(tokenizer: TokenizerLike) -> bool:
+    """Whether texts begin with BOS for this model: its own template says, else a BOS that is not also EOS is one."""
+    if tokenizer.chat_template:
+        return "bos_token" in tokenizer.chat_template
+    return tokenizer.bos_token is not None and tokenizer.bos_id != tokenizer.eos_id
