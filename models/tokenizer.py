@@ -15,7 +15,7 @@ from ..errors import InputError
 from .gguf_tokenizer import gguf_arguments
 from .tokenizer_folder import folder_arguments
 
-MAX_TEXT_BYTES = 16 << 20  # a text is encoded as one piece; the time is linear but has to end
+MAX_TEXT_BYTES = 4 << 20  # about a million tokens; at up to 2 us a byte the time is linear but has to end
 
 # Tokens that end an answer, as the common chat formats name them. The second group also stands inside an answer in
 # some formats, so it counts only where the model's own chat template writes it.
@@ -71,7 +71,7 @@ class Tokenizer:
         return cls(**gguf_arguments(metadata))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; nothing is added. InputError for a lone surrogate or a text above 16 MiB."""
+        """Token ids; nothing is added. InputError for a lone surrogate or a text above 4 MiB."""
         _check_text(text)
         return self.backend.encode(text, add_special_tokens=False).ids
 
