@@ -102,7 +102,7 @@ def _loader_class() -> Any:
     import yaml
 
     base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    loader = type("ConfigLoader", (base,), {"yaml_implicit_resolvers": _scalars()})
+    loader: Any = type("ConfigLoader", (base,), {"yaml_implicit_resolvers": _scalars()})
     loader.add_constructor("tag:yaml.org,2002:int", lambda self, node: int(self.construct_scalar(node)))
     return loader
 
@@ -124,7 +124,7 @@ def _count_aliases(path: str, text: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if aliases > MAX_ALIASES or depth > MAX_DEPTH:
             what = f"{MAX_ALIASES} aliases" if aliases > MAX_ALIASES else f"{MAX_DEPTH} levels"
-            line = event.start_mark.line + 1
+            line = event.start_mark.line + 1 if event.start_mark else 1
             raise InputError(f"{path}:{line}: more than {what}; a config is flat and needs none")
 
 
@@ -164,5 +164,6 @@ def _yaml_value(value: Any) -> str:
     import yaml
 
     plain = list(value) if isinstance(value, tuple) else value
-    text = yaml.dump(plain, Dumper=_dumper_class(), default_flow_style=True, allow_unicode=True, width=10**6)
+    readable = str(value).isprintable()  # else escaped: some line separators do not survive PyYAML as they are
+    text = yaml.dump(plain, Dumper=_dumper_class(), default_flow_style=True, allow_unicode=readable, width=10**6)
     return str(text).removesuffix("...\n").strip()

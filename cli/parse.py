@@ -46,7 +46,7 @@ def parse(kind: type[T], args: Sequence[str], *, command: str, about: str, posit
     """
     parser = _parser(kind, command, about, positional)
     given, rest = parser.parse_known_args(list(args))
-    hints = get_type_hints(kind)
+    hints = _types(kind)
     flags, bare = vars(given), _positionals(rest, hints, command)
     config = [arg for arg in bare if arg.endswith((".yaml", ".yml"))]
     others = [arg for arg in bare if arg not in config]
@@ -97,15 +97,21 @@ def _parser(kind: type, command: str, about: str, positional: str | None) -> _Pa
         argument_default=argparse.SUPPRESS,  # so what comes back is what was given
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=_width()),
     )
-    hints = get_type_hints(kind)
-    titles = [_group(kind, field.name) for field in fields(kind)]  # type: ignore[arg-type]
+    hints = _types(kind)
+    titles = [_group(kind, field.name) for field in fields(kind)]
     order = [*dict.fromkeys(title for title in titles if title != "output"), "output"]
     groups = {title: parser.add_argument_group(title) for title in order}
-    for title, field in zip(titles, fields(kind), strict=True):  # type: ignore[arg-type]
+    for title, field in zip(titles, fields(kind), strict=True):
         groups[title].add_argument(_flag(field.name), dest=field.name, **_how(field, hints[field.name]))
     groups["output"].add_argument("-h", "--help", action="help", help="print this and exit")
     groups["output"].add_argument("--debug", action="store_true", help="print tracebacks")  # main() takes it off before
     return parser
+
+
+def _types(kind: type) -> dict[str, Any]:
+    """Type of every option by name; class variables are none."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
 
 
 def _how(field: "Field[Any]", hint: Any) -> dict[str, Any]:

@@ -57,7 +57,12 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SFTOptions(ResultOptions, SFTConfig, AdapterOptions, DataOptions, ModelOptions):
-    """Everything `fourbit sft` takes; `SFTConfig` checks its own part."""
+    """Everything `fourbit sft` takes; `SFTConfig` and `LoRAConfig` check their own parts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.full:
+            self.lora_config()
 
     def trainer_config(self) -> SFTConfig:
         return SFTConfig(**{field.name: getattr(self, field.name) for field in fields(SFTConfig)})
@@ -97,12 +102,10 @@ def _checked(parsed: Parsed[SFTOptions]) -> SFTOptions:
         raise InputError("training in float16 loses small gradients; use dtype bfloat16 or float32")
     if options.val is None and (options.patience or options.eval_every):
         raise InputError(f"{'patience' if options.patience else 'eval_every'} needs validation rows: give val, say 5%")
-    options.validation  # noqa: B018  (checks the share)
-    if not options.full:
-        options.lora_config()
-    for path in [*options.data, *([options.val] if isinstance(options.validation, str) else [])]:
+    share = options.validation
+    for path in [*options.data, *([share] if isinstance(share, str) else [])]:
         if not Path(path).exists():
-            near = "; for a share write it with a percent sign, as 5%" if path == options.val else ""
+            near = "; a share needs a percent sign, as in 5%" if path == share else ""
             raise InputError(f"data file {path} does not exist{near}")
     check_model(options.model)
     _check_out(Path(options.out))
@@ -124,6 +127,10 @@ def _check_out(out: Path) -> None:
         raise InputError(f"out {out} is a file; give a folder") from None
     except OSError as error:
         raise EnvironmentProblem(f"out {out} cannot be written: {error.strerror}") from None
+
+
+def _same(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in now.items()} == before
 
 
 def _check_same_adapter(options: SFTOptions) -> None:
@@ -187,8 +194,10 @@ def _announce(options: SFTOptions, sources: Mapping[str, str]) -> Any:
     from ..trainer.progress import display_for
 
     def begin(total: int, start: int) -> Any:
-        saved = {name: value for name, value in asdict(options).items() if name not in ("resume", "json")}
-        write_config(Path(options.out) / CONFIG, saved, sources)
+        unsaved = {"resume", "json", *(ADAPTER_ONLY if options.full else ())}
+        saved = {name: value for name, value in asdict(options).items() if name not in unsaved}
+        if start == 0 or not _same(saved, run_settings(options.out)):  # a resumed run keeps its record of sources
+            write_config(Path(options.out) / CONFIG, saved, sources)
         for title, names in _by_source(saved, sources).items():
             note(f"{title}: " + " ".join(f"{name}={_plain(saved[name])}" for name in names))
         return display_for(total, start)

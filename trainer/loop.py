@@ -205,7 +205,9 @@ class Loop:
         """Take up a checkpoint. Raises InputError when it belongs to other data or other options."""
         tensors, state = load_checkpoint(path)
         if changes := changed_options(state["config"], _plain(self.config)):
-            raise InputError(f"{path} was written by a run with other options ({'; '.join(changes)}); use the same ones")
+            raise InputError(
+                f"{path} was written by a run with other options ({'; '.join(changes)}); use the same ones"
+            )
         if state["data"] != self.task.fingerprint:
             raise InputError(f"{path} was written by a run on other training data; resume with the same data files")
         self.state = RunState(**state["run"])
@@ -219,7 +221,10 @@ def find_checkpoint(config: SFTConfig, say: Callable[[str], None]) -> Path | Non
     """The checkpoint that config.resume names; None for a fresh start. Raises InputError when out holds a run already."""
     folder = Path(config.out) / "checkpoints"
     if config.resume not in (None, "auto"):
-        return Path(str(config.resume))
+        path = Path(str(config.resume))
+        if not path.is_dir() or not path.name.rpartition("-")[2].isdecimal():
+            raise InputError(f"resume must be auto or a checkpoint folder such as {folder / 'step-000100'}, got {path}")
+        return path
     newest, problems = newest_checkpoint(folder)
     for problem in problems:
         say(problem)

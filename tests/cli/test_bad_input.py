@@ -1,0 +1,186 @@
+"""Bad input on the command line: one clear paragraph, the right exit code, no traceback, nothing half done."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fourbit.cli.main import main
+
+GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
+
+
+@pytest.fixture
+def here(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model `m`, two good rows and some bad files, made the current one."""
+    (tmp_path / "m").symlink_to(tiny_folder)
+    (tmp_path / "good.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD).replace("hi", "ho") + "\n")
+    (tmp_path / "bad.jsonl").write_text(json.dumps(GOOD) + "\n{\n" + '{"messages": [{"role": "human"}]}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "no model").mkdir()
+    (tmp_path / "weights.bin").write_bytes(b"\x80\x04.")
+    (tmp_path / "loud.jinja").write_text("{% for m in messages %}{{ m.nothing.here }}{% endfor %}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SFT = ["sft", "--model", "m", "--data", "good.jsonl", "--out", "o"]
+CASES = [
+    (["trian"], "unknown command 'trian'; there are sft"),
+    (["train"], "unknown command 'train'; did you mean fourbit sft?"),
+    (["dta"], "did you mean fourbit data?"),
+    (["--model", "m"], "a command comes first, got '--model'"),
+    (["sft"], "needs --model, --data, --out"),
+    (["sft", "--model", "m"], "needs --data, --out"),
+    ([*SFT, "--lora-r", "8"], "--lora-r: it is called --rank here"),
+    ([*SFT, "--gradient-accumulation-steps", "4"], "batch_size counts all examples"),
+    ([*SFT, "--ranc", "8"], "did you mean --rank?"),
+    ([*SFT, "--rank", "eight"], "--rank must be a whole number, got 'eight'"),
+    ([*SFT, "--rank", "3.5"], "--rank must be a whole number"),
+    ([*SFT, "--rank", "0"], "--rank must be a whole number of at least 1, got 0"),
+    ([*SFT, "--rank", "-3"], "--rank must be a whole number of at least 1, got -3"),
+    ([*SFT, "--rank", "1000"], "rank 1000 is too large for 'model.layers.0.self_attn.q_proj'"),
+    ([*SFT, "--rank"], "--rank: needs a value"),
+    ([*SFT, "--alpha", "0"], "--alpha must be a finite number above 0"),
+    ([*SFT, "--alpha", "nan"], "--alpha must be a finite number, got nan"),
+    ([*SFT, "--dropout", "1"], "--dropout must be a number from 0 up to"),
+    ([*SFT, "--dropout", "-0.1"], "--dropout must be a number from 0 up to"),
+    ([*SFT, "--target", "q_prj"], "q_proj"),
+    ([*SFT, "--target", "("], "--target"),
+    ([*SFT, "--lr", "0"], "--lr must be above 0, got 0"),
+    ([*SFT, "--lr", "1e-4x"], "--lr must be a number, got '1e-4x'"),
+    ([*SFT, "--lr", "inf"], "--lr must be a finite number"),
+    ([*SFT, "--epochs", "0"], "--epochs must be at least 1, got 0"),
+    ([*SFT, "--steps", "0"], "--steps must be at least 1, got 0"),
+    ([*SFT, "--batch-size", "0"], "--batch-size must be at least 1"),
+    ([*SFT, "--micro-batch", "0"], "--micro-batch must be at least 1"),
+    ([*SFT, "--micro-batch", "many"], "--micro-batch must be a whole number or auto, got 'many'"),
+    ([*SFT, "--max-length", "1"], "--max-length must be at least 2"),
+    ([*SFT, "--max-length", "10"], "max_length 10 cuts off the end of an answer"),
+    ([*SFT, "--warmup", "-1"], "--warmup must be at least 0"),
+    ([*SFT, "--schedule", "cosin"], "--schedule must be one of cosine, linear, constant, got 'cosin'"),
+    ([*SFT, "--loss-on", "user"], "--loss-on must be one of assistant, all, last"),
+    ([*SFT, "--on-bad-row", "ignore"], "--on-bad-row must be one of error, skip"),
+    ([*SFT, "--checkpointing", "maybe"], "--checkpointing must be one of auto, on, off"),
+    ([*SFT, "--log", "wandb"], "--log knows tensorboard"),
+    ([*SFT, "--seed", "-1"], "--seed must be at least 0"),
+    ([*SFT, "--keep", "0"], "--keep must be at least 1"),
+    ([*SFT, "--quant", "int8"], "--quant must be one of nf4, nf4-nodq, none"),
+    ([*SFT, "--full", "--quant", "nf4"], "full training needs the dense model"),
+    ([*SFT, "--full", "--rank", "8"], "full training has no adapter: leave out rank"),
+    ([*SFT, "--dtype", "float16"], "training in float16 loses small gradients"),
+    ([*SFT, "--dtype", "f8"], "--dtype must be one of auto, float32"),
+    ([*SFT, "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+    ([*SFT, "--device", "cuda:x"], "--device must be auto, cpu, cuda or cuda:N"),
+    ([*SFT, "--val", "0%"], "--val must be a share above 0% and below 100%"),
+    ([*SFT, "--val", "150%"], "--val must be a share above 0% and below 100%"),
+    ([*SFT, "--val", "nan%"], "--val must be a share above 0% and below 100%"),
+    ([*SFT, "--val", "some%"], "--val must be a file or a share such as 5%"),
+    ([*SFT, "--val", "5"], "data file 5 does not exist; a share needs a percent sign"),
+    ([*SFT, "--patience", "2"], "patience needs validation rows"),
+    ([*SFT, "--eval-every", "2"], "eval_every needs validation rows"),
+    ([*SFT, "--resume", "nowhere"], "nowhere"),
+    ([*SFT, "--template", "nope"], "template 'nope': neither a built-in"),
+    ([*SFT, "--template", "loud.jinja"], "loud.jinja"),
+    ([*SFT, "--packing", "yes"], "unexpected argument 'yes'"),
+    ([*SFT, "stray"], "unexpected argument 'stray'"),
+    ([*SFT, "a.yaml", "b.yaml"], "one config file a run"),
+    ([*SFT, "nowhere.yaml"], "nowhere.yaml: cannot read this config: No such file"),
+    ([*SFT, "--model", "nowhere"], "model nowhere does not exist"),
+    ([*SFT, "--model", "file"], "file"),
+    ([*SFT, "--model", "no model"], "no model"),
+    ([*SFT, "--model", "weights.bin"], "can run code when read"),
+    ([*SFT, "--data", "nowhere.jsonl"], "data file nowhere.jsonl does not exist"),
+    ([*SFT, "--data", "bad.jsonl"], "bad.jsonl:2: "),
+    ([*SFT, "--data", "no model"], "no model"),
+    ([*SFT, "--data", "empty.jsonl"], "empty.jsonl"),
+    ([*SFT, "--data", "file"], "file"),
+    ([*SFT, "--out", "file"], "out file is a file; give a folder"),
+    ([*SFT, "--out", "file/below"], "out file/below is a file; give a folder"),
+    (["eval", "--model", "m"], "needs --data"),
+    (["eval", "--model", "m", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["eval", "--model", "m", "--data", "good.jsonl", "--adapter", "nowhere"], "adapter nowhere is no folder with"),
+    (["eval", "--model", "m", "--data", "good.jsonl", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+    (["eval", "--model", "m", "--data", "good.jsonl", "--lora-path", "o"], "it is called --adapter here"),
+    (["generate", "--model", "m", "--data", "good.jsonl"], "needs --out"),
+    (["generate", "--model", "m", "--data", "good.jsonl", "--out", "no/where/a.jsonl"], "a folder that exists"),
+    (["generate", "--model", "m", "--data", "good.jsonl", "--out", "no model"], "must be a file"),
+    (["generate", "--model", "m", "--data", "bad.jsonl", "--out", "a.jsonl"], "2 of 3 rows cannot be used"),
+    (
+        ["generate", "--model", "m", "--data", "good.jsonl", "--out", "a.jsonl", "--top-p", "0"],
+        "--top-p must be above 0",
+    ),
+    (["chat", "--model", "m", "--temperature", "-1"], "--temperature must be at least 0"),
+    (["chat", "--model", "nowhere"], "model nowhere does not exist"),
+    (["data", "good.jsonl"], "needs --model"),
+    (["data", "bad.jsonl", "--model", "m"], "bad.jsonl:3: messages[0].role: is 'human'"),
+    (["data", "good.jsonl", "--model", "m", "--rows", "-1"], "--rows must be at least 0"),
+    (["doctor", "--verbose"], "unknown flag --verbose"),
+]
+assert len(CASES) >= 40
+
+
+@pytest.mark.parametrize(("args", "said"), CASES, ids=[" ".join(args).removeprefix(" ".join(SFT)) for args, _ in CASES])
+def test_refused(here: Path, capsys: pytest.CaptureFixture[str], args: list[str], said: str) -> None:
+    assert main(args) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert "Traceback" not in printed.err and "fault of fourbit" not in printed.err
+    if args[0] != "data":  # which shows the rows that are fine first
+        assert printed.out == ""
+    assert not (here / "o" / "adapter_config.json").exists() and not (here / "a.jsonl").exists()
+
+
+SETTINGS = [
+    ("lora_r: 8", "run.yaml:1: unknown setting 'lora_r': it is called rank here"),
+    ("model: m\nlearning_rate: 1e-4", "run.yaml:2: unknown setting 'learning_rate': it is called lr here"),
+    ("rank: 8\nrank: 16", "run.yaml:2: rank stands a second time"),
+    ("rank: '8'", "run.yaml:1: rank must be a whole number, got '8'"),
+    ("lr: abc", "run.yaml:1: lr must be a number, got 'abc'"),
+    ("lr: -1e-4", "run.yaml:1: lr must be above 0, got -0.0001"),
+    ("packing: yes", "run.yaml:1: packing must be true or false, got 'yes'"),
+    ("data: 3", "run.yaml:1: data must be text or a list of texts, got 3"),
+    ("target: [q_proj, 3]", "run.yaml:1: target must be text or a list of texts"),
+    ("steps: true", "run.yaml:1: steps must be a whole number or null, got True"),
+    ("model:", "run.yaml:1: model must be text, got null"),
+    ("model: {path: m}", "run.yaml:1: model must be text"),
+    ("rank 8", "one setting a line"),
+    ("rank: [", "this is no YAML"),
+    ("full: true\nalpha: 3", "full training has no adapter: leave out alpha"),
+    ("title: x", "run.yaml:1: unknown setting 'title'"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), SETTINGS, ids=[text for text, _ in SETTINGS])
+def test_refused_settings(here: Path, capsys: pytest.CaptureFixture[str], text: str, said: str) -> None:
+    (here / "run.yaml").write_text(text)
+    given = [arg for arg in SFT if not (arg in ("--model", "m") and text.startswith("model:"))]
+    assert main([*given, "run.yaml"]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and "Traceback" not in printed.err and printed.out == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_the_environments_fault(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SFT, "--device", "cuda"]) == 3
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_an_unwritable_folder_is_the_environments_fault(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SFT, "--out", "/proc/none/such"]) == 3
+    assert "out /proc/none/such cannot be written" in capsys.readouterr().err
+
+
+def test_the_traceback_comes_with_debug(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SFT, "--rank", "0", "--debug"]) == 2
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_names_with_blanks_and_other_scripts_are_fine(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "Zeilen für später.jsonl").write_text((here / "good.jsonl").read_text())
+    args = [*SFT, "--data", "Zeilen für später.jsonl", "--out", "läufe/erster lauf", "--steps", "1"]
+    assert main(args) == 0
+    assert (here / "läufe/erster lauf/adapter_config.json").is_file()
+    assert "--adapter 'läufe/erster lauf'" in capsys.readouterr().out

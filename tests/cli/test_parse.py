@@ -1,0 +1,202 @@
+"""Flags and a file into options: order, sources, unknown names; and the set of options, pinned."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+
+from fourbit.cli.chat import ChatOptions
+from fourbit.cli.data import DataOptions
+from fourbit.cli.doctor import DoctorOptions
+from fourbit.cli.eval import EvalOptions
+from fourbit.cli.generate import GenerateOptions
+from fourbit.cli.options import option
+from fourbit.cli.parse import Parsed, parse
+from fourbit.cli.sft import SFTOptions
+from fourbit.cli.synonyms import REMARKS, SYNONYMS, hint
+from fourbit.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    title: ClassVar[str] = "all"
+    out: str = option("a folder")
+    rank: int = option("a number", 16)
+    lr: float = option("a rate of 5%", 1e-3)
+    size: int | Literal["auto"] = option("a size", "auto")
+    packing: bool = option("a switch", True)
+    target: tuple[str, ...] = option("names", ("all",))
+    resume: str | None = option("a place", None)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"rank must be at least 1, got {self.rank}")
+
+
+def read(*args: str, positional: str | None = None) -> Parsed[Options]:
+    return parse(Options, args, command="try", about="Try.", positional=positional)
+
+
+def test_defaults_then_file_then_flags(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("out: here\nrank: 4\nlr: 1e-4\n")
+    parsed = read("--rank", "8", str(config))
+    assert parsed.options == Options(out="here", rank=8, lr=1e-4)
+    assert parsed.sources == {
+        "out": f"{config}:1",
+        "rank": "flag",
+        "lr": f"{config}:3",
+        "size": "default",
+        "packing": "default",
+        "target": "default",
+        "resume": "default",
+    }
+
+
+def test_a_flag_that_repeats_the_default_is_still_a_flag() -> None:
+    assert read("--out", "x", "--rank", "16").sources["rank"] == "flag"
+
+
+@pytest.mark.parametrize(
+    ("args", "name", "value"),
+    [
+        (["--lr", "3"], "lr", 3.0),
+        (["--lr=1e-5"], "lr", 1e-5),
+        (["--size", "4"], "size", 4),
+        (["--size", "auto"], "size", "auto"),
+        (["--no-packing"], "packing", False),
+        (["--packing"], "packing", True),
+        (["--target", "a", "--target", "b,c"], "target", ("a", "b,c")),
+        (["--resume"], "resume", "auto"),
+        (["--resume", "a/b"], "resume", "a/b"),
+        (["--rank", "3", "--rank", "5"], "rank", 5),
+    ],
+)
+def test_flags(args: list[str], name: str, value: Any) -> None:
+    assert getattr(read("--out", "x", *args).options, name) == value
+
+
+def test_a_list_in_a_file_may_be_one_text(tmp_path: Path) -> None:
+    config = tmp_path / "run.yml"
+    config.write_text("out: x\ntarget: mlp\n")
+    assert read(str(config)).options.target == ("mlp",)
+    config.write_text("out: x\ntarget: [a, b]\n")
+    assert read(str(config)).options.target == ("a", "b")
+
+
+def test_bare_arguments() -> None:
+    assert read("--out", "x", "a", "b", positional="target").options.target == ("a", "b")
+    assert read("a", positional="out").options.out == "a"
+    with pytest.raises(InputError, match=r"unexpected argument 'a'"):
+        read("--out", "x", "a")
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        ([], "fourbit try needs --out"),
+        (["--out"], "--out: needs a value"),
+        (["--out", "x", "--lora-r", "8"], "unknown flag --lora-r: it is called --rank here"),
+        (
+            ["--out", "x", "--lora_alpha=8"],
+            "unknown flag --lora_alpha; see fourbit try --help",
+        ),  # no --alpha in Options
+        (["--out", "x", "--learning-rate", "8"], "it is called --lr here"),
+        (["--out", "x", "--ran", "8"], "unknown flag --ran; did you mean --rank?"),
+        (["--out", "x", "--pack"], "unknown flag --pack; did you mean --packing?"),
+        (["--out", "x", "--rank", "0"], "--rank must be at least 1, got 0"),
+        (["--out", "x", "--rank", "eight"], "--rank must be a whole number, got 'eight'"),
+        (["--out", "x", "--lr", "nan"], "--lr must be a finite number, got nan"),
+        (["--out", "x", "--size", "big"], "--size must be a whole number or auto, got 'big'"),
+        (["--out", "x", "--packing=no"], "--packing/--no-packing: ignored explicit argument 'no'"),
+        (["a.yaml", "b.yaml"], "one config file a run, got a.yaml and b.yaml"),
+    ],
+)
+def test_bad_flags(args: list[str], error: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read(*args)
+    assert error in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("rank: 0", "run.yaml:1: rank must be at least 1, got 0"),
+        ("\nrank: '8'", "run.yaml:2: rank must be a whole number, got '8'"),
+        ("rank: 8.5", "run.yaml:1: rank must be a whole number, got 8.5"),
+        ("rank: null", "run.yaml:1: rank must be a whole number, got null"),
+        ("rank: true", "run.yaml:1: rank must be a whole number, got True"),
+        ("rank: [8]", "run.yaml:1: rank must be a whole number, got [8]"),
+        ("lr: high", "run.yaml:1: lr must be a number, got 'high'"),
+        ("packing: yes", "run.yaml:1: packing must be true or false, got 'yes'"),
+        ("packing: 1", "run.yaml:1: packing must be true or false, got 1"),
+        ("size: {a: 1}", "run.yaml:1: size must be a whole number or auto, got {'a': 1}"),
+        ("target: 3", "run.yaml:1: target must be text or a list of texts, got 3"),
+        ("target: [3]", "run.yaml:1: target must be text or a list of texts, got [3]"),
+        ("lora_r: 3", "run.yaml:1: unknown setting 'lora_r': it is called rank here"),
+        ("warmup_ratio: 3", "run.yaml:1: unknown setting 'warmup_ratio': warmup is a fraction"),
+        ("ranck: 3", "run.yaml:1: unknown setting 'ranck'; did you mean rank?"),
+        ("zzz: 3", "run.yaml:1: unknown setting 'zzz'"),
+    ],
+)
+def test_bad_settings(tmp_path: Path, text: str, error: str) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+    with pytest.raises(InputError) as caught:
+        read("--out", "x", str(config))
+    assert error in str(caught.value).replace(str(config), "run.yaml")
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        read("--help")
+    printed = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert all(f"--{field.name}" in printed for field in fields(Options))
+    assert "a rate of 5% (default: 0.001)" in printed and "(required)" in printed
+
+
+def test_every_synonym_leads_to_an_option() -> None:
+    """A rename of ours must not leave a hint behind that names an option nobody has."""
+    ours = {field.name for kind in (SFTOptions, EvalOptions, GenerateOptions) for field in fields(kind)}
+    assert set(SYNONYMS.values()) <= ours
+    assert not set(SYNONYMS) & ours, "a name of ours needs no hint"
+    assert all(any(name in remark for name in ours) for remark in REMARKS.values())
+
+
+def test_hints_spell_as_the_user_wrote() -> None:
+    known = {"max_length", "batch_size"}
+    assert hint("sequence_len", known) == ": it is called max_length here"
+    assert hint("cutoff-len", known, spell="--{}") == ": it is called --max-length here"
+    assert hint("gradient_accumulation_steps", known).startswith(": batch_size counts all examples")
+    assert hint("qqq", known) == ""
+
+
+MODEL = {"model", "quant", "device", "dtype"}
+ROWS = {"data", "template", "max_length", "loss_on", "on_bad_row"}
+SAMPLING = {"max_new_tokens", "temperature", "top_k", "top_p", "seed"}
+TRAINING = (
+    "out epochs steps batch_size micro_batch packing max_length loss_on on_bad_row template lr schedule warmup "
+    "weight_decay max_grad_norm checkpointing full seed eval_every patience keep_best save_every keep resume log"
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (
+            SFTOptions,
+            {*TRAINING.split(), *MODEL, "data", "val", "rank", "alpha", "dropout", "target", "rslora", "json"},
+        ),
+        (EvalOptions, MODEL | ROWS | {"adapter", "exact", "base", "max_new_tokens", "batch_size", "answers", "json"}),
+        (GenerateOptions, MODEL | SAMPLING | {"adapter", "data", "out", "template", "batch_size", "json"}),
+        (ChatOptions, MODEL | SAMPLING | {"adapter", "system", "template"}),
+        (DataOptions, ROWS | {"model", "rows", "problems", "json"}),
+        (DoctorOptions, {"json"}),
+    ],
+)
+def test_new_options_are_rare(kind: type, names: set[str]) -> None:
+    """Adding one is a decision: change this list with it, and the tables of the documentation."""
+    assert {field.name for field in fields(kind)} == names
+    assert all(field.metadata.get("help") for field in fields(kind))
