@@ -26,8 +26,12 @@ def quantize_blockwise(values: Tensor, code: Tensor, blocksize: int) -> tuple[Te
 
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
     """code[codes] * absmax of the block, fp32, in the shape of codes."""
-    scales = absmax.repeat_interleave(blocksize)[: codes.numel()]
-    return (code[codes.reshape(-1).int()] * scales).view(codes.shape)
+    values = torch.index_select(code, 0, codes.reshape(-1).int())
+    whole = values.numel() - values.numel() % blocksize
+    values[:whole].view(-1, blocksize).mul_(absmax[: whole // blocksize].unsqueeze(1))
+    if whole < values.numel():
+        values[whole:].mul_(absmax[-1])
+    return values.view(codes.shape)
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,4 +47,4 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
     """The scales back, fp32 [b]: map[code] * nested_absmax + offset, each step rounded to fp32."""
-    return dequantize_blockwise(codes, nested_absmax, dynamic_code(True, codes.device), NESTED_BLOCKSIZE) + offset
+    return dequantize_blockwise(codes, nested_absmax, dynamic_code(True, codes.device), NESTED_BLOCKSIZE).add_(offset)

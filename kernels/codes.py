@@ -1,8 +1,8 @@
 """The code tables of every quantised format, derived from the rules that define them.
 
-A table of numbers can be copied wrongly and nobody sees it; a rule can be read. Each function builds its table from the
-rule in the paper it names, and tests hold the result to the published numbers, bit by bit. For that the rounding counts
-too: the published tables step through their ranges in fp32, and so does `_evenly` here.
+A table of numbers can be copied wrongly and nobody sees it; a rule can be read. Each function builds its table from
+the rule in the paper it names, and tests hold the result to the published numbers, bit by bit. For that the rounding
+counts too: the published tables step through their ranges in fp32, and so does `_evenly` here.
 """
 
 from functools import cache
@@ -27,7 +27,7 @@ def nf4_code(device: torch.device | str = "cpu") -> Tensor:
     """NormalFloat-4, fp32 [16], ascending from -1 to 1, an exact 0 at index 7 (QLoRA, arXiv 2305.14314, section 3).
 
     The values are quantiles of N(0, 1), so that normal weights use all sixteen codes about equally often. The halves
-    are built apart, seven values below zero and eight above, because an even count has no middle and zero must be exact.
+    are built apart, seven values below zero and eight above: an even count has no middle, and zero must be exact.
     The table is cached and shared: do not write to it.
     """
     return _nf4(torch.device(device))
@@ -47,8 +47,9 @@ def dynamic_code(signed: bool = True, device: torch.device | str = "cpu") -> Ten
     """The 8-bit dynamic map, fp32 [256] ascending (arXiv 1511.04561; in 8-bit optimizers, arXiv 2110.02861).
 
     Seven decades, i = 0..6, scaled by 10^(i-6): each splits [0.1, 1] into 2^i equal cells, both signs (signed), or
-    2^(i+1) cells, positive only (unsigned), and takes the centres of the cells. 0 and 1 are added. So small values keep
-    their relative size, and large ones get most of the precision. The table is cached and shared: do not write to it.
+    2^(i+1) cells, positive only (unsigned), and takes the centres of the cells. 0 and 1 are added. So small values
+    keep their relative size, and large ones get most of the precision. The table is cached and shared: do not write
+    to it.
     """
     return _dynamic(signed, torch.device(device))
 

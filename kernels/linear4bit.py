@@ -1,7 +1,7 @@
 """y = x W^T + b with W in 4 bits. The dense W lives only while a product needs it: backward decodes it again.
 
-A weight of up to WHOLE values is decoded at once. A larger one goes slab by slab through one buffer, each slab multiplied
-while it is still in cache, so that no dense copy of a large weight ever exists.
+A weight of up to WHOLE values is decoded at once. A larger one goes slab by slab through one buffer, each slab
+multiplied while it is still in cache, so that no dense copy of a large weight ever exists.
 """
 
 from collections.abc import Iterator
@@ -76,16 +76,18 @@ class _Linear4bit(torch.autograd.Function):
         ctx.weight_format = weight_format
         ctx.bias_dtype = None if bias is None else bias.dtype
         y = x.new_empty(*x.shape[:-1], weight_format.rows)
-        _multiply(x.reshape(-1, weight_format.columns), stored, weight_format, bias, y.view(-1, weight_format.rows))
+        _multiply(_matrix(x), stored, weight_format, bias, _matrix(y))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad [..., out]
-        rows = grad.reshape(-1, ctx.weight_format.rows)
+        rows = _matrix(grad)
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _multiply_back(rows, ctx.saved_tensors, ctx.weight_format).view(*grad.shape[:-1], -1)
+            grad_x = _multiply_back(rows, ctx.saved_tensors, ctx.weight_format).view(
+                *grad.shape[:-1], ctx.weight_format.columns
+            )
         if ctx.needs_input_grad[1]:
             grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
         return grad_x, grad_bias, None, None, None, None, None
@@ -116,6 +118,11 @@ def _multiply_back(grad: Tensor, stored: _Stored, weight_format: _Format) -> Ten
         part = grad[:, start : start + weight.shape[0]].to(dtype)
         total.addmm_(part, weight, beta=1 if start else 0)  # beta 0: what empty() left there is not read
     return total.to(grad.dtype)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """x [..., features] as [N, features], also where a size is 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _compute_dtype(x: Tensor, weight_format: _Format) -> torch.dtype:
