@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_AR
 .PHONY: demo test test-slow lint types wheel-check bench-cpu clean
 
 demo: $(VENV)/.installed $(VENV)/.model ## fine-tune a real model on examples/tickets
-	$(BIN)/python -P examples/tickets/demo.py
+	$(BIN)/python examples/tickets/demo.py
 
 test: $(VENV)/.dev $(VENV)/.model ## the whole CPU suite
 	$(BIN)/python -P -m pytest $(PYTEST_ARGS)
