@@ -5,12 +5,13 @@ first weight is read; then each tensor goes straight to its place, quantised if 
 the finished model plus about one dense tensor, and a wrong file fails in the first second, not after minutes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import EnvironmentProblem, InputError
 from ..lora.linear4bit import NF4Linear
@@ -81,7 +82,7 @@ def load_model(
         raise InputError(f"quantize must be none, {', '.join(QUANTIZE)}, got {quantize!r}.")
     data, shapes, tensors = _read_gguf(path) if _is_gguf(path) else _read_folder(path)
     config = LlamaConfig.from_hf(data)
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialValues():
         model = Llama(config)
     skip = _check_tensors(path, model, shapes)
     if quantize in QUANTIZE:
@@ -94,6 +95,18 @@ def load_model(
         model.lm_head.weight = model.model.embed_tokens.weight
     model.source = str(path)
     return model.eval()
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Inside it `torch.nn.init` does nothing: on meta tensors it would import sympy, 67 MB and seconds for no value."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _read_folder(path: Path) -> tuple[dict[str, Any], Shapes, Iterator[tuple[str, Tensor]]]:
