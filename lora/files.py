@@ -20,7 +20,7 @@ from .attach import Slot, install, lora_modules, plan
 from .config import LoRAConfig
 from .linear import LoRALinear, scale_of
 from .peft_config import PeftConfig, read_config, write_config
-from .targets import Linear, linear_layers
+from .targets import Linear, base_modules, linear_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -87,6 +87,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | N
     folder = Path(folder)
     config = _read_config(folder)
     state, label = _read_weights(folder)
+    state = _without_base_copies(model, state, label)
     layers = linear_layers(model)
     keys = _canonical(state, layers, label)
     names = config.targeted(model)
@@ -100,9 +101,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | N
     attached = lora_modules(model)
     if attached:
         _check_same(attached, slots, config.lora, label)
-    else:
-        dtype = dtype or functools.reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
-        _check_finite(state, dtype, label)
+        dtype = attached[names[0]].lora_A.dtype
+    dtype = dtype or functools.reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
+    _check_finite(state, dtype, label)
+    if not attached:
         install(model, slots, config.lora, seed=0, dtype=dtype)
     load_adapter_state(model, state)
     return names
@@ -133,6 +135,27 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
             return {key: opened.get_tensor(key) for key in opened.keys()}, label  # noqa: SIM118
     except SafetensorError as problem:
         raise InputError(f"{label} is no valid safetensors file: {problem}") from None
+
+
+def _without_base_copies(model: nn.Module, state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
+    """Drop the whole base weights that PEFT saves beside adapters on an output head or of a resized vocabulary.
+
+    InputError if one differs from the model's own: then it was trained or grown, and the adapter needs it.
+    """
+    modules = base_modules(model)
+    adapter: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        path = key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer")
+        if not key.endswith(".weight") or ".lora_" in key or path not in modules:
+            adapter[key] = tensor
+            continue
+        own = getattr(modules[path], "weight", None)
+        if not isinstance(own, Tensor) or own.shape != tensor.shape or not torch.equal(own, tensor.to(own)):
+            raise InputError(
+                f"{label}: the tensor '{key}' is a whole weight, and it differs from this model's '{path}': it was "
+                "trained or resized, or another base is meant. Merge the adapter into its own base with PEFT first."
+            )
+    return adapter
 
 
 def _regular_file(folder: Path, name: str) -> Path:

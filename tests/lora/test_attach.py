@@ -1,6 +1,7 @@
 """attach: which layers get an adapter, where it starts, and what is refused; adapters_off."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -274,28 +275,16 @@ segments = st.sampled_from(["a", "b", "proj", "q_proj", "0", "1", "layers", "lor
 paths = st.lists(segments, min_size=1, max_size=4).map(".".join)
 
 
-def tree(names: list[str]) -> nn.Module:
-    """A module with a linear layer at every path that no other path runs through."""
-    root = nn.Module()
-    leaves = [name for name in dict.fromkeys(names) if not any(other.startswith(f"{name}.") for other in names)]
-    for name in leaves:
-        parent = root
-        *parts, leaf = name.split(".")
-        for part in parts:
-            if not hasattr(parent, part):
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.add_module(leaf, nn.Linear(3, 3))
-    return root
-
-
 @given(
     st.lists(paths, min_size=1, max_size=8),
     st.one_of(st.lists(paths, min_size=1, max_size=3), st.sampled_from([r".*proj", r"(a|b)\..*", r".*\.\d", "a.b"])),
     st.one_of(st.just(()), st.lists(paths, min_size=1, max_size=2), st.sampled_from([r".*0.*", "b"])),
 )
 def test_targets_mean_what_they_mean_to_peft(
-    names: list[str], target: str | list[str], exclude: str | list[str] | tuple[()]
+    tree: Callable[[list[str]], nn.Module],
+    names: list[str],
+    target: str | list[str],
+    exclude: str | list[str] | tuple[()],
 ) -> None:
     model = tree(names)
     theirs = LoraConfig(target_modules=target, exclude_modules=exclude or None)

@@ -1,0 +1,271 @@
+"""Adapter files: what is written is what is read back, to the byte, in any dtype and for any names."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fourbit.errors import DiskError, InputError, NumericError
+from fourbit.lora.attach import adapter_parameters, attach, lora_modules
+from fourbit.lora.config import LoRAConfig
+from fourbit.lora.files import adapter_state, load_adapter, load_adapter_state, save_adapter
+from fourbit.lora.quantize import quantize_
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+A = f"{PREFIX}mlp.up_proj.lora_A.weight"
+Make = Callable[..., nn.ModuleDict]
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = dict(load_file(folder / WEIGHTS))
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def same_adapters(left: nn.Module, right: nn.Module) -> bool:
+    a, b = adapter_state(left), adapter_state(right)
+    scales = [{n: (m.rank, m.scale) for n, m in lora_modules(model).items()} for model in (left, right)]
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and scales[0] == scales[1]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{}, {"rslora": True, "rank_pattern": {"up_proj": 3}, "alpha_pattern": {"up_proj": 2.5}}]
+)
+def test_round_trip(tmp_path: Path, settings: dict[str, object], quantized: bool, base: Make, adapted: Make) -> None:
+    model = adapted(**settings)
+    save_adapter(model, tmp_path / "new" / "folder")
+    fresh = base()
+    if quantized:
+        quantize_(fresh)
+    assert load_adapter(fresh, tmp_path / "new" / "folder") == ["mlp.up_proj", "mlp.down_proj"]
+    assert same_adapters(model, fresh)
+    trainable = {name for name, parameter in fresh.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"mlp.{layer}.lora_{half}" for layer in ("up_proj", "down_proj") for half in "AB"}
+
+
+def test_what_is_written(tmp_path: Path, adapted: Make) -> None:
+    save_adapter(adapted(dropout=0.25, rank_pattern={"up_proj": 3}), tmp_path, base_model="some/base")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+    with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    assert shapes == {
+        f"{PREFIX}mlp.down_proj.lora_A.weight": [2, 10],
+        f"{PREFIX}mlp.down_proj.lora_B.weight": [6, 2],
+        f"{PREFIX}mlp.up_proj.lora_A.weight": [3, 6],
+        f"{PREFIX}mlp.up_proj.lora_B.weight": [10, 3],
+    }
+    raw = json.loads((tmp_path / CONFIG).read_text())
+    wanted = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "some/base",
+        "inference_mode": True,
+    }
+    wanted |= {"lora_alpha": 6, "lora_dropout": 0.25, "use_rslora": False, "alpha_pattern": {}, "bias": "none"}
+    wanted |= {"target_modules": ["down_proj", "up_proj"], "fan_in_fan_out": False, "init_lora_weights": True}
+    ranks = {"r": raw.pop("r"), "rank_pattern": raw.pop("rank_pattern")}
+    assert raw == {**wanted, "modules_to_save": None}
+    assert ranks in ({"r": 2, "rank_pattern": {"up_proj": 3}}, {"r": 3, "rank_pattern": {"down_proj": 2}})
+
+
+def test_equal_adapters_give_equal_bytes(tmp_path: Path, adapted: Make) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    save_adapter(adapted(rank_pattern={"up_proj": 3}), one)
+    time.sleep(0.01)
+    reordered = adapted(rank_pattern={"down_proj": 2}, rank=3)
+    load_adapter_state(reordered, dict(reversed(adapter_state(adapted(rank_pattern={"up_proj": 3})).items())))
+    save_adapter(reordered, two)
+    save_adapter(reordered, two)  # over itself
+    for name in (CONFIG, WEIGHTS):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(tmp_path: Path, dtype: torch.dtype, base: Make, adapted: Make) -> None:
+    model = adapted(dtype=dtype)
+    save_adapter(model, tmp_path)
+    assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS).values()} == {dtype}
+    for asked, got in ((torch.float32, torch.float32), (None, dtype), (torch.bfloat16, torch.bfloat16)):
+        fresh = base()
+        load_adapter(fresh, tmp_path, dtype=asked)
+        assert {parameter.dtype for parameter in adapter_parameters(fresh)} == {got}
+        for mine, theirs in zip(adapter_parameters(fresh), adapter_parameters(model), strict=True):
+            assert torch.equal(mine, theirs.to(got))
+
+
+segments = st.sampled_from(
+    ["lora", "lora_A", "lora_B", "weight", "lora_A_weight", "base_layer", "base_model", "model", "a", "0"]
+)
+paths = st.lists(segments, min_size=1, max_size=4).map(".".join)
+
+
+@given(st.lists(paths, min_size=1, max_size=6), st.booleans())
+def test_names_that_look_like_keys_survive(
+    tree: Callable[[list[str]], nn.Module], names: list[str], prefixed: bool
+) -> None:
+    model, fresh = tree(names), tree(names)
+    attach(model, LoRAConfig(rank=1))
+    attach(fresh, LoRAConfig(rank=1), seed=1)
+    for parameter in adapter_parameters(model):
+        nn.init.normal_(parameter)
+    state = adapter_state(model)
+    if not prefixed:
+        state = {key.removeprefix(PREFIX): value for key, value in state.items()}
+    load_adapter_state(fresh, state)
+    assert same_adapters(model, fresh)
+
+
+@given(st.lists(paths, min_size=1, max_size=6))
+def test_such_names_survive_files_too(
+    tree: Callable[[list[str]], nn.Module], tmp_path_factory: pytest.TempPathFactory, names: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("adapter")
+    model, fresh = tree(names), tree(names)
+    attach(model, LoRAConfig(rank=1))
+    for parameter in adapter_parameters(model):
+        nn.init.normal_(parameter)
+    save_adapter(model, folder)
+    assert load_adapter(fresh, folder) == list(lora_modules(model))
+    assert same_adapters(model, fresh)
+
+
+def test_keys_without_the_prefix_or_some_of_them(tmp_path: Path, base: Make, adapted: Make) -> None:
+    model = adapted()
+    for which in (slice(None), slice(0, 2)):
+        save_adapter(model, tmp_path)
+
+        def strip(tensors: dict[str, Tensor], which: slice = which) -> None:
+            for key in sorted(tensors)[which]:
+                tensors[key.removeprefix(PREFIX)] = tensors.pop(key)
+
+        edit_weights(tmp_path, strip)
+        fresh = base()
+        load_adapter(fresh, tmp_path)
+        assert same_adapters(model, fresh)
+
+
+def test_a_copy_of_an_unchanged_base_weight_is_ignored(folder: Path, base: Make, adapted: Make) -> None:
+    """PEFT saves the output head's own weight beside its adapter."""
+    copies = {f"{PREFIX}lm_head.base_layer.weight": base()["lm_head"].weight.detach().clone()}
+    copies[f"{PREFIX}embed.weight"] = base()["embed"].weight.detach().clone()
+    edit_weights(folder, lambda tensors: tensors.update(copies))
+    fresh = base()
+    load_adapter(fresh, folder)
+    assert same_adapters(adapted(), fresh)
+
+
+def test_settings_without_effect_are_accepted(folder: Path, base: Make, adapted: Make) -> None:
+    quiet = {
+        "peft_version": "9.9",
+        "auto_mapping": {"base_model_class": "X"},
+        "revision": "main",
+        "megatron_core": "megatron.core",
+    }
+    quiet |= {
+        "qalora_group_size": 16,
+        "loftq_config": {},
+        "use_dora": False,
+        "trainable_token_indices": None,
+        "new_list": [],
+    }
+    quiet |= {"init_lora_weights": "gaussian", "ensure_weight_tying": False, "layers_pattern": None, "new_flag": False}
+    quiet |= {
+        "rank_pattern": None,
+        "alpha_pattern": None,
+        "use_rslora": None,
+        "modules_to_save": [],
+        "exclude_modules": None,
+    }
+    raw = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**raw, **quiet}))
+    fresh = base()
+    load_adapter(fresh, folder)
+    assert same_adapters(adapted(), fresh)
+
+
+def test_a_folder_reached_through_a_link_is_fine(tmp_path: Path, folder: Path, base: Make) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    load_adapter(base(), tmp_path / "link")
+
+
+def test_loading_onto_adapters_that_are_there(folder: Path, adapted: Make) -> None:
+    model = adapted(seed=9, dtype=torch.bfloat16)
+    load_adapter(model, folder)
+    assert {parameter.dtype for parameter in adapter_parameters(model)} == {torch.bfloat16}
+    for mine, theirs in zip(adapter_parameters(model), adapter_parameters(adapted()), strict=True):
+        assert torch.equal(mine, theirs.to(torch.bfloat16))
+    for settings, message in [
+        ({"alpha": 7}, "has rank 2, scale 3.5, the file rank 2, scale 3"),
+        ({"rank": 3, "alpha": 9}, "has rank 3, scale 3, the file rank 2, scale 3"),
+        ({"target": ["up_proj"]}, "on 'mlp.down_proj' the model has no adapter"),
+        ({"target": "all-linear", "exclude": ["down_proj"]}, "on 'mlp.down_proj' the model has no adapter"),
+        ({"target": ["mlp.up_proj", "mlp.down_proj", "lm_head"]}, "on 'lm_head' the model has .*, the file no adapter"),
+    ]:
+        other = adapted(**settings)
+        before = {key: value.clone() for key, value in adapter_state(other).items()}
+        with pytest.raises(InputError, match=message):
+            load_adapter(other, folder)
+        assert all(torch.equal(value, before[key]) for key, value in adapter_state(other).items())
+    edit_weights(folder, lambda tensors: tensors.update({A: torch.full((2, 6), float("nan"))}))
+    with pytest.raises(InputError, match="holds NaN"):
+        load_adapter(model, folder)
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in adapter_parameters(model))
+
+
+def test_load_adapter_state_is_strict_and_changes_nothing_on_error(adapted: Make) -> None:
+    model = adapted()
+    before = {key: value.clone() for key, value in adapter_state(model).items()}
+    state = {key: torch.zeros_like(value) for key, value in before.items()}
+    for broken in (
+        {k: v for k, v in state.items() if k != A},
+        {**state, "x": torch.zeros(1)},
+        {**state, A: torch.zeros(1)},
+    ):
+        with pytest.raises(InputError, match="the adapter state: the adapter's tensors do not fit"):
+            load_adapter_state(model, broken)
+        assert all(torch.equal(value, before[key]) for key, value in adapter_state(model).items())
+    load_adapter_state(model, state)
+    assert all(not value.any() for value in adapter_state(model).values())
+
+
+def test_adapter_state_is_live_and_sorted(adapted: Make) -> None:
+    model = adapted()
+    state = adapter_state(model)
+    assert list(state) == sorted(state) and len(state) == 4
+    lora_modules(model)["mlp.up_proj"].lora_A.data.zero_()
+    assert not state[A].any() and not state[A].requires_grad
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_adapter_is_not_saved(tmp_path: Path, bad: float, base: Make, adapted: Make) -> None:
+    model = adapted()
+    lora_modules(model)["mlp.up_proj"].lora_B.data[3, 1] = bad
+    with pytest.raises(NumericError, match=r"mlp\.up_proj\.lora_B\.weight' holds NaN or infinity"):
+        save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="found no adapter"):
+        save_adapter(base(), tmp_path)
+
+
+def test_a_failed_save_leaves_the_old_files_and_no_litter(tmp_path: Path, folder: Path, adapted: Make) -> None:
+    with pytest.raises(DiskError, match=r"could not write the adapter \([\d,]+ bytes\)"):
+        (tmp_path / "file").write_text("x")
+        save_adapter(adapted(), tmp_path / "file" / "below")
+    old = (folder / WEIGHTS).read_bytes()
+    (folder / CONFIG).unlink()
+    (folder / CONFIG).mkdir()  # a folder cannot be replaced by a file
+    with pytest.raises(DiskError, match="could not write"):
+        save_adapter(adapted(), folder)
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS]
+    assert (folder / WEIGHTS).read_bytes() == old

@@ -1,0 +1,239 @@
+"""Adapter files that are broken, foreign or hostile: each is refused with a reason, and the model is what it was."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fourbit.errors import InputError
+from fourbit.lora.attach import lora_modules
+from fourbit.lora.files import adapter_state, load_adapter
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+A, B = f"{PREFIX}mlp.up_proj.lora_A.weight", f"{PREFIX}mlp.up_proj.lora_B.weight"
+Make = Callable[..., nn.ModuleDict]
+Refuses = Callable[[Path, str], None]
+
+
+@pytest.fixture
+def refuses(base: Make) -> Refuses:
+    """Checks that loading a folder ends in an InputError with some text and leaves the model as it was."""
+
+    def check(folder: Path, message: str) -> None:
+        model = base()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(InputError, match=message):
+            load_adapter(model, folder)
+        assert not lora_modules(model) and all(parameter.requires_grad for parameter in model.parameters())
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    return check
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    raw = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**raw, **changes}))
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = dict(load_file(folder / WEIGHTS))
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(A), r"1 missing: base_model\.model\.mlp\.up_proj\.lora_A\.weight\. Is this the base"),
+        (lambda t: (t.pop(A), t.pop(B)), r"2 missing: .*up_proj\.lora_A.*up_proj\.lora_B"),
+        (
+            lambda t: t.update({f"{PREFIX}lm_head.lora_A.weight": torch.zeros(2, 6)}),
+            r"1 without a place.*lm_head\.lora_A",
+        ),
+        (lambda t: t.update({f"{PREFIX}x.lora_A.weight": torch.zeros(2, 6)}), r"1 without a place.*\.x\.lora_A"),
+        (
+            lambda t: t.update({f"{PREFIX}mlp.up_proj.lora_magnitude_vector": torch.ones(10)}),
+            "without a place.*magnitude",
+        ),
+        (lambda t: t.update({f"{PREFIX}mlp.up_proj.lora_B.bias": torch.ones(10)}), r"without a place.*lora_B\.bias"),
+        (
+            lambda t: t.update({f"{PREFIX}embed.lora_embedding_A": torch.ones(2, 5)}),
+            "without a place.*lora_embedding_A",
+        ),
+        (
+            lambda t: t.update({A: torch.zeros(3, 6)}),
+            r"1 of another shape: .*lora_A\.weight must be \[2, 6\], got \[3, 6\]",
+        ),
+        (lambda t: t.update({B: torch.zeros(20)}), r"lora_B\.weight must be \[10, 2\], got \[20\]"),
+        (
+            lambda t: t.update({A: torch.zeros(2, 6, dtype=torch.int8)}),
+            r"up_proj\.lora_A\.weight' must hold floats.*got I8",
+        ),
+        (lambda t: t.update({A: torch.zeros(2, 6).to(torch.float8_e4m3fn)}), "must hold floats.*got F8_E4M3"),
+        (lambda t: t.update({A: torch.full((2, 6), float("nan"))}), r"up_proj\.lora_A\.weight' holds NaN, infinity"),
+        (lambda t: t.update({B: torch.full((10, 2), float("inf"))}), r"up_proj\.lora_B\.weight' holds NaN, infinity"),
+        (lambda t: t.update({A.removeprefix(PREFIX): torch.zeros(2, 6)}), "mean the same tensor"),
+        (lambda t: t.update({f"{PREFIX}lm_head.weight": torch.zeros(5, 6)}), r"lm_head\.weight' is a whole weight"),
+        (lambda t: t.clear(), "4 missing"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(
+    edit: Callable[[dict[str, Tensor]], object], message: str, folder: Path, refuses: Refuses
+) -> None:
+    edit_weights(folder, edit)
+    refuses(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type must be 'LORA', got 'LOHA'"),
+        ({"peft_type": None}, "peft_type must be 'LORA', got None"),
+        ({"r": None}, "the key 'r' is missing"),
+        ({"target_modules": None}, "the key 'target_modules' is missing"),
+        ({"r": "8"}, "rank must be a whole number of at least 1, got '8'"),
+        ({"r": 0}, "rank must be"),
+        ({"lora_alpha": -1}, "alpha must be a finite number above 0, got -1"),
+        ({"lora_alpha": [16]}, "alpha must be"),
+        ({"lora_dropout": 2}, "dropout must be"),
+        ({"use_rslora": "yes"}, "rslora must be true or false, got 'yes'"),
+        ({"rank_pattern": ["up_proj"]}, "rank_pattern must map"),
+        ({"rank_pattern": {"up_proj": 2.5}}, r"rank_pattern\['up_proj'\] must be a whole number"),
+        ({"alpha_pattern": {"up(": 2}}, "no regular expression"),
+        ({"target_modules": 7}, "target must be a string or a list"),
+        ({"target_modules": "up_proj("}, "no regular expression"),
+        ({"target_modules": ["q_proj"]}, "names no linear layer of this model"),
+        ({"target_modules": ["up_proj"]}, r"2 without a place.*down_proj\.lora_A"),
+        ({"target_modules": "all-linear", "exclude_modules": ["down_proj"]}, "2 without a place"),
+        ({"layers_to_transform": "1"}, "layers_to_transform must be a whole number or a list of them, got '1'"),
+        ({"layers_to_transform": [0], "layers_pattern": [3]}, "layers_pattern must be a name or a list"),
+        ({"r": 3}, r"must be \[3, 6\], got \[2, 6\]"),
+        ({"r": 7}, "rank 7 is too large for 'mlp.up_proj'"),
+        ({"rank_pattern": {"up_proj": 1}}, r"must be \[1, 6\], got \[2, 6\]"),
+        ({"bias": "all"}, "bias must be 'none', got 'all'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' rewrites the base"),
+        ({"init_lora_weights": "pissa_niter_4"}, "rewrites the base"),
+        ({"init_lora_weights": ["x"]}, "rewrites the base"),
+        ({"use_dora": True}, "use_dora=True is a PEFT feature that fourbit does not support"),
+        ({"lora_bias": True}, "lora_bias=True is a PEFT feature"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+        ({"layer_replication": [[0, 2]]}, "layer_replication="),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices="),
+        ({"target_parameters": ["w"]}, "target_parameters="),
+        ({"use_qalora": True}, "use_qalora=True"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens="),
+        ({"a_feature_of_2030": {"on": True}}, r"a_feature_of_2030=\{'on': True\} is a PEFT feature"),
+    ],
+)
+def test_configs_that_mean_something_else_are_refused(
+    changes: dict[str, object], message: str, folder: Path, refuses: Refuses
+) -> None:
+    edit_config(folder, **changes)
+    refuses(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "no valid JSON"),
+        (b"{", "no valid JSON"),
+        (b"[1]", "holds one JSON object, this one holds a list"),
+        (b"[" * 200_000, "no valid JSON: .*nested too deeply|no valid JSON: .*recursion"),
+        (b'{"r": 2, "r": 3}', "the key 'r' stands there twice"),
+        (b'{"r": "\xff"}', "is not UTF-8 text"),
+        (b"9" * 10_000, "no valid JSON"),
+        (b" " * ((8 << 20) + 1), "an adapter config has at most 8,388,608"),
+    ],
+    ids=["empty", "open", "list", "deep", "twice", "latin1", "digits", "huge"],
+)
+def test_broken_configs(text: bytes, message: str, folder: Path, refuses: Refuses) -> None:
+    (folder / CONFIG).write_bytes(text)
+    refuses(folder, message)
+
+
+def test_broken_weights(folder: Path, refuses: Refuses) -> None:
+    whole = (folder / WEIGHTS).read_bytes()
+    broken = [whole[:cut] for cut in range(0, len(whole), len(whole) // 20)] + [whole + b"\0", b"\0" * 64, b"\xff" * 64]
+    broken.append((1 << 62).to_bytes(8, "little") + whole[8:])
+    for data in broken:
+        (folder / WEIGHTS).write_bytes(data)
+        refuses(folder, "is no valid safetensors file")
+
+
+def test_missing_files(tmp_path: Path, folder: Path, refuses: Refuses) -> None:
+    refuses(tmp_path / "absent", "is no folder")
+    refuses(tmp_path, "holds no adapter_config.json")
+    folder.rename(tmp_path / "default")
+    refuses(tmp_path, "PEFT puts an adapter that has a name into a subfolder: try default")
+    (tmp_path / "default" / WEIGHTS).rename(tmp_path / "default" / "adapter_model.bin")
+    refuses(tmp_path / "default", r"holds no adapter_model\.safetensors\. Its adapter_model\.bin is a pickle")
+
+
+def test_a_pickle_is_never_opened(tmp_path: Path, folder: Path, base: Make, refuses: Refuses) -> None:
+    """Neither beside the weights nor in their place."""
+    canary = tmp_path / "canary"
+    bomb = b"cposix\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR."
+    (folder / "adapter_model.bin").write_bytes(bomb)
+    load_adapter(base(), folder)
+    (folder / WEIGHTS).write_bytes(bomb)
+    refuses(folder, "is no valid safetensors file")
+    (folder / WEIGHTS).unlink()
+    refuses(folder, "is a pickle")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_only_regular_files_of_the_folder_itself(
+    tmp_path: Path, name: str, folder: Path, base: Make, refuses: Refuses
+) -> None:
+    elsewhere = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
+    file = folder / name
+    file.unlink()
+    file.symlink_to(elsewhere / name)
+    refuses(folder, "is a link out of its folder")
+    file.unlink()
+    os.mkfifo(file)
+    refuses(folder, "must be a regular file")
+    file.unlink()
+    file.mkdir()
+    refuses(folder, "must be a regular file")
+    file.rmdir()
+    file.symlink_to("/dev/zero")
+    refuses(folder, "is a link out of its folder")
+    file.unlink()
+    (elsewhere / name).rename(folder / "inside")
+    file.symlink_to("inside")  # a link that stays in the folder is fine
+    load_adapter(base(), folder)
+
+
+def test_patterns_made_to_hang(folder: Path, base: Make, adapted: Make, refuses: Refuses) -> None:
+    """A target that cannot be trusted gives way to the tensors' own names; a rank or alpha pattern is refused."""
+    hostile = "((m|l|p)+[a-z_.]*)*!"
+    edit_config(folder, target_modules=hostile)
+    start, fresh = time.monotonic(), base()
+    load_adapter(fresh, folder)
+    wanted = adapter_state(adapted())
+    assert all(torch.equal(value, wanted[key]) for key, value in adapter_state(fresh).items())
+    edit_weights(tmp_path, lambda tensors: tensors.pop(A))
+    refuses(folder, "1 missing")
+    edit_config(folder, alpha_pattern={hostile: 1})
+    refuses(folder, "may take very long to match")
+    edit_config(folder, rank_pattern={})
+    edit_weights(folder, lambda tensors: tensors.pop(A))
+    refuses(folder, "1 missing")
+    assert time.monotonic() - start < 5
+
+
+def test_fp16_overflow_is_refused(folder: Path, base: Make) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({A: torch.full((2, 6), 1e6)}))
+    with pytest.raises(InputError, match=r"lora_A\.weight' holds .* too large for torch\.float16"):
+        load_adapter(base(), folder, dtype=torch.float16)
+    load_adapter(base(), folder)
