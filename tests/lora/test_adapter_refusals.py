@@ -217,16 +217,15 @@ def test_only_regular_files_of_the_folder_itself(
 def test_patterns_made_to_hang(folder: Path, base: Make, adapted: Make, refuses: Refuses) -> None:
     """A target that cannot be trusted gives way to the tensors' own names; a rank or alpha pattern is refused."""
     hostile = "((m|l|p)+[a-z_.]*)*!"
-    edit_config(folder, target_modules=hostile)
     start, fresh = time.monotonic(), base()
+    edit_config(folder, target_modules=hostile)
     load_adapter(fresh, folder)
     wanted = adapter_state(adapted())
     assert all(torch.equal(value, wanted[key]) for key, value in adapter_state(fresh).items())
-    edit_weights(tmp_path, lambda tensors: tensors.pop(A))
-    refuses(folder, "1 missing")
-    edit_config(folder, alpha_pattern={hostile: 1})
-    refuses(folder, "may take very long to match")
-    edit_config(folder, rank_pattern={})
+    for field in ("rank_pattern", "alpha_pattern"):
+        edit_config(folder, **{"rank_pattern": {}, "alpha_pattern": {}, field: {hostile: 1}})
+        refuses(folder, f"the {field} key .* may take very long to match")
+    edit_config(folder, rank_pattern={}, alpha_pattern={})
     edit_weights(folder, lambda tensors: tensors.pop(A))
     refuses(folder, "1 missing")
     assert time.monotonic() - start < 5
