@@ -1,0 +1,65 @@
+"""The README keeps its word: its example runs, its commands, flags and files exist."""
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import fourbit
+from fourbit.cli.config_file import read_config
+from fourbit.cli.eval import EvalOptions
+from fourbit.cli.generate import GenerateOptions
+from fourbit.cli.main import COMMANDS
+from fourbit.cli.sft import SFTOptions
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.S | re.M)
+    return [text for name, text in found if name == language]
+
+
+def test_the_library_example_runs(tiny_folder: Path, rows: Path, tmp_path: Path) -> None:
+    (example,) = blocks("python")
+    assert len([line for line in example.splitlines() if line.strip()]) == 12
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    shutil.copy(rows, tmp_path / "train.jsonl")
+    (tmp_path / "example.py").write_text(example)
+    done = subprocess.run([sys.executable, "-P", "example.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"loss \d+\.\d+:.* -> ", done.stdout, flags=re.S)
+    model, _ = fourbit.load(tmp_path / "model", quantize="nf4")
+    assert fourbit.load_adapter(model, tmp_path / "adapter") == fourbit.load_adapter(model, tmp_path / "run")
+
+
+def test_the_yaml_example_is_a_config(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(blocks("yaml")[0])
+    settings = read_config(str(tmp_path / "run.yaml"))
+    assert SFTOptions(**{name: setting.value for name, setting in settings.items()}).lr == 2e-4
+
+
+def test_commands_and_flags_exist() -> None:
+    shell = "\n".join(blocks("sh"))
+    assert set(re.findall(r"^fourbit (\w+)", shell, flags=re.M)) == set(COMMANDS)
+    known = {f.name.replace("_", "-") for kind in (SFTOptions, EvalOptions, GenerateOptions) for f in fields(kind)}
+    assert set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README)) - known <= {"help", "extra-index-url"}
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert set(re.findall(r"^make ([a-z-]+)", shell, flags=re.M)) <= targets
+
+
+def test_the_file_tree_is_the_tree() -> None:
+    (tree,) = [block for block in blocks("") if "__init__.py" in block]
+    listed = {line.split()[0].rstrip("/") for line in tree.splitlines()}
+    assert all((ROOT / name).exists() for name in listed)
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"tests", "examples", "docs"}
+    assert folders - {"build"} <= listed
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (README, (ROOT / "CONTRIBUTING.md").read_text()):
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page):
+            assert (ROOT / target).exists(), target
