@@ -18,9 +18,9 @@ def attach(model: nn.Module, config: LoRAConfig, *, seed: int = 0, dtype: torch.
     """Wrap the targeted layers of `model` in LoRALinear, in place; freeze all else; return their paths in module order.
 
     Each adapter starts from `seed` and its own path, so naming one more target leaves the other starts as they were,
-    and the start is the same on every device. Adapters are fp32 masters unless `dtype` says otherwise. Raises
-    InputError for an entry or a pattern that matches nothing, a rank larger than a layer allows, a model that carries
-    adapters already; the model is left untouched then.
+    and the start is the same on every device. Adapters are fp32 masters unless `dtype` says otherwise.
+    Raises InputError for an entry or a pattern that matches nothing, a rank larger than a layer allows, a model that
+    carries adapters already; the model is left untouched then.
     """
     names = resolve(model, config)
     for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
@@ -103,9 +103,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model computes what its base computes; each adapter is then as it was, on or off, errors or
-    not.
-    """
+    """Inside the block the model computes what its base computes; after it, each adapter is as it was, on or off."""
     before = [(module, module.enabled) for module in lora_modules(model).values()]
     try:
         for module, _ in before:

@@ -1,11 +1,12 @@
 """LoRAConfig: what to attach and where, checked when it is made."""
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import InputError
+
+LARGEST_ALPHA = 1e30  # far beyond use, and what it scales still fits fp32
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def _check_rank(key: str, value: object) -> None:
 
 
 def _check_alpha(key: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise InputError(f"{key} must be a finite number above 0, got {value!r}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < LARGEST_ALPHA:
+        raise InputError(f"{key} must be a number above 0 and below {LARGEST_ALPHA:g}, got {value!r}")
 
 
 def _checked_names(key: str, value: object) -> str | tuple[str, ...]:

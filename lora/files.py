@@ -1,6 +1,7 @@
 """Adapter files in PEFT's format, both ways: adapter_config.json and adapter_model.safetensors.
- What is read here is untrusted: no pickle, no path out of the folder, every key and shape checked before the model is
-touched. What is written depends on the adapter alone (sorted keys, no times), so equal adapters give equal bytes.
+
+What is read is untrusted: no pickle, no path out of the folder, keys and shapes checked before the model is touched.
+What is written depends on the adapter alone (sorted keys, no times), so equal adapters give equal bytes.
 """
 
 import functools
@@ -52,8 +53,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "") -> None:
-    """Write the adapters of `model` into `folder` in PEFT's format; `base_model` is recorded as the base's name or
-    path.
+    """Write the adapters of `model` into `folder` in PEFT's format; `base_model` is recorded as the base's name.
 
     Each file appears whole or not at all. Raises InputError for a model without adapters, NumericError for NaN or
     infinity in an adapter (naming the tensor; nothing is written), DiskError when the disk refuses.
@@ -81,8 +81,9 @@ def load_adapter(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | N
 
     A model without adapters gets them attached (all else is frozen), in `dtype`, or in the file's own dtype for None. A
     model that carries adapters keeps them, dtype included, and must have them on the same layers with the same rank and
-    scale. Raises InputError, before the model is touched, for a file that is missing, broken or not plain LoRA, for
-    keys that are missing, unexpected or misshaped, and for NaN or infinity.
+    scale.
+    Raises InputError, before the model is touched, for a file that is missing, broken or not plain LoRA, for keys that
+    are missing, unexpected or misshaped, and for NaN or infinity.
     """
     folder = Path(folder)
     config = _read_config(folder)

@@ -1,5 +1,6 @@
 """LoRALinear: a frozen base layer plus a trainable low-rank update.
- It wraps the base layer and does not subclass it, so dense and 4-bit layers look alike from here, and how the base
+
+It wraps the base layer and does not subclass it, so dense and 4-bit layers look alike from here, and how the base
 stores its weight stays its own business. The update runs through one autograd rule (`kernels.lora.lora_update`).
 """
 
@@ -24,8 +25,8 @@ class LoRALinear(nn.Module):
 
     scale = alpha / rank, or alpha / sqrt(rank) with rslora. `lora_A` [r, in] starts uniform in +-1/sqrt(in), `lora_B`
     [out, r] starts at zero, so a fresh adapter changes nothing. Both are fp32 masters unless `dtype` says otherwise;
-    the sum is computed in the dtype of x. `enabled` switches the update off. Raises InputError for a rank outside
-    1..min(in, out).
+    the sum is computed in the dtype of x. `enabled` switches the update off.
+    Raises InputError for a rank outside 1..min(in, out).
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """NF4Linear: a frozen linear layer whose weight is kept in 4 bits.
- The quantised weight is four plain buffers, so the layer saves, moves, copies and prints like any other module; there
+
+The quantised weight is four plain buffers, so the layer saves, moves, copies and prints like any other module; there
 is no tensor subclass and no hidden state object. The price is one rule that modules normally do not need: casting the
 model must not cast the scales, so `_apply` keeps every buffer's dtype. Dense weights are never kept: the forward and
 the backward pass decode into scratch (`kernels.nf4.linear4bit`).
@@ -89,7 +90,8 @@ class NF4Linear(nn.Module):
         """Replace the weight by the 4-bit form of `weight` [out, in]; nothing of the dense tensor is kept.
 
         The work is done where `weight` lies; the result goes to the layer's device, or stays there if the layer is on
-        meta. Raises ValueError for a wrong shape and InputError, naming the tensor, for NaN or infinity.
+        meta.
+        Raises ValueError for a wrong shape and InputError, naming the tensor, for NaN or infinity.
         """
         label = f"'{name}'" if name else "the weight"
         if tuple(weight.shape) != (self.out_features, self.in_features):

@@ -43,8 +43,7 @@ class PeftConfig:
     def targeted(self, model: nn.Module) -> list[str] | None:
         """Paths of the linear layers of `model` that the file means, in module order, by PEFT's (lenient) rules.
 
-        None if a regular expression decides that and could run without end: the tensors then tell which layers are
-        meant.
+        None if that takes a regular expression that could run without end; the file's tensors must tell then.
         """
         for rule in (self.lora.target, self.lora.exclude):
             if isinstance(rule, str) and not backtracks_little(rule):
@@ -63,9 +62,7 @@ class PeftConfig:
 
 
 def read_config(text: str, file: str) -> PeftConfig:
-    """Parse the text of an adapter_config.json; `file` is what errors call it. Raises InputError for whatever is not
-    LoRA.
-    """
+    """Parse the text of an adapter_config.json, which errors call `file`; InputError for whatever is not plain LoRA."""
     raw = _json_object(text, file)
     kind = raw.get("peft_type")
     if kind != "LORA":

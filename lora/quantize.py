@@ -1,5 +1,6 @@
 """quantize_: swap every nn.Linear of a module for its 4-bit twin, in place, and count what the result costs.
- Only exact nn.Linear layers are swapped: a subclass may read its own weight (nn.MultiheadAttention does so with its
+
+Only exact nn.Linear layers are swapped: a subclass may read its own weight (nn.MultiheadAttention does so with its
 output projection) and would misread packed bytes.
 """
 
@@ -22,13 +23,12 @@ def quantize_(
     double_quant: bool = True,
     skip: Sequence[str] = ("lm_head",),
 ) -> nn.Module:
-    """Replace the linear layers of `module` by NF4Linear, one at a time, and return it (a bare nn.Linear: its 4-bit
-    twin).
+    """Replace the linear layers of `module` by NF4Linear, one at a time, and return it; of a bare nn.Linear, its twin.
 
     `skip` holds leaf names ("lm_head") or full paths to leave dense. A weight that anything but a linear layer also
     holds, such as that of a tied output head, stays dense too. Layers that share one weight share one set of packed
-    bytes. Layers on the meta device become empty 4-bit layers on meta. Raises InputError when nothing is left to
-    quantise, and when a weight holds NaN or infinity (naming the tensor).
+    bytes. Layers on the meta device become empty 4-bit layers on meta.
+    Raises InputError when nothing is left to quantise, and when a weight holds NaN or infinity (naming the tensor).
     """
     try:
         check_format(quant, blocksize)
@@ -55,8 +55,7 @@ def quantize_(
 
 
 def bits_per_parameter(model: nn.Module) -> float:
-    """Stored bits per weight over all 4-bit layers: packed codes, absmax, nested absmax and offset; no tables, no
-    biases.
+    """Stored bits per weight over all 4-bit layers: packed codes, absmax, nested absmax, offset; no tables or biases.
 
     Raises ValueError for a model without 4-bit layers.
     """

@@ -1,5 +1,6 @@
 """How costly a regular expression from an untrusted file can get, known before it runs.
- Python's matcher backtracks, and an adapter's config may hold a pattern made to never end on the names of some model.
+
+Python's matcher backtracks, and an adapter's config may hold a pattern made to never end on the names of some model.
 Without a repeated group, every choice in the pattern is met once on a path through it, so the product of the choices
 bounds the paths.
 """

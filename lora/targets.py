@@ -1,5 +1,6 @@
 """Which layers a LoRAConfig means: names and patterns resolved against a model, strictly.
- The matching rules are PEFT's (a list entry is a full path or its end after a dot; a string is a regular expression on
+
+The matching rules are PEFT's (a list entry is a full path or its end after a dot; a string is a regular expression on
 the full path; a pattern key matches the end of a path), so a config means the same layers there and here. One thing
 differs: an entry that matches nothing is an error that shows the nearest names, for a silent typo trains the wrong
 layers.
@@ -166,9 +167,7 @@ def _in_part(name: str, parts: Sequence[str], leaves: Sequence[str]) -> bool:
 
 
 def output_heads(model: nn.Module) -> set[str]:
-    """Paths of the layers that map to the vocabulary: what the model says it is, `lm_head`, or a weight tied to an
-    embedding.
-    """
+    """Paths of the layers onto the vocabulary: what the model says, `lm_head`, or a weight tied to an embedding."""
     says = getattr(model, "get_output_embeddings", None)
     head = says() if callable(says) else None
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

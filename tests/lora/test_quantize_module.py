@@ -196,3 +196,11 @@ def test_bits_per_parameter(double_quant: bool, bits: float) -> None:
     assert bits_per_parameter(model) == pytest.approx(bits + offsets, rel=1e-12)
     with pytest.raises(ValueError, match="has none"):
         bits_per_parameter(nn.Linear(4, 4))
+
+
+def test_smollm2_costs_at_most_4_13_bits() -> None:
+    """Every linear layer of SmolLM2-135M but the tied head: 30 decoders of width 576."""
+    shapes = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
+    with torch.device("meta"):
+        model = quantize_(nn.Sequential(*(nn.Linear(n_in, n_out, bias=False) for n_in, n_out in shapes * 30)))
+    assert 4.126 < bits_per_parameter(model) <= 4.13
