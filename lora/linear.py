@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..kernels.lora import lora_update
-from .linear4bit import NF4Linear
+from .linear4bit import NF4Linear, autocast_input
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:
@@ -61,6 +61,7 @@ class LoRALinear(nn.Module):
         return scale_of(self.alpha, self.rank, self.rslora)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        x = autocast_input(x)
         y = self.base(x)
         if not self.enabled:
             return y

@@ -113,7 +113,7 @@ class NF4Linear(nn.Module):
         if not x.is_floating_point():  # code that casts its input to `weight.dtype` would arrive here with uint8
             raise TypeError(f"NF4Linear takes floating-point activations, got {x.dtype}")
         return linear4bit(
-            x,
+            autocast_input(x),
             self.weight,
             self.absmax,
             (self.out_features, self.in_features),
@@ -178,3 +178,11 @@ class NF4Linear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"quant_type={self.quant_type}, blocksize={self.blocksize}, double_quant={self.double_quant}"
         )
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """`x` as torch.autocast wants the input of a linear layer; it casts nn.Linear's by itself, but not ours."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fourbit.errors import InputError
 from fourbit.lora.attach import adapter_parameters, adapters_off, attach, lora_modules
@@ -57,8 +58,9 @@ MLP = [f"layers.{i}.mlp.{leaf}" for i in range(3) for leaf in ("gate_proj", "up_
 
 
 def randomise(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
     for parameter in adapter_parameters(model):
-        nn.init.normal_(parameter, std=0.1)
+        nn.init.normal_(parameter, std=0.1, generator=generator)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +197,25 @@ def test_a_fresh_adapter_changes_nothing_and_all_else_is_frozen(quantized: bool)
     with_grad = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert with_grad == trainable
     assert {id(p) for p in adapter_parameters(model)} == {id(p) for n, p in model.named_parameters() if n in trainable}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_checkpointed_layers_train_every_adapter(quantized: bool) -> None:
+    """Recomputing a layer in backward gives each adapter the same gradient, although the embedding is frozen."""
+    gradients: list[list[Tensor]] = []
+    for recompute in (False, True):
+        model = Decoder()
+        if quantized:
+            quantize_(model)
+        attach(model, LoRAConfig(rank=2, dropout=0.3))
+        randomise(model)
+        torch.manual_seed(1)
+        x = model.embed_tokens(IDS)
+        for layer in model.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+        x.square().sum().backward()
+        gradients.append([parameter.grad for parameter in adapter_parameters(model)])
+    assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
 
 
 def starts(model: nn.Module) -> dict[str, Tensor]:

@@ -105,6 +105,37 @@ def test_fp32_masters_under_lower_precision(dtype: torch.dtype) -> None:
     assert bool(((y.float() - x.float() @ weight.T).abs() <= 6 * torch.finfo(dtype).eps / 2 * magnitude).all())
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_under_autocast_it_behaves_as_with_bf16_activations(quantized: bool, dropout: float) -> None:
+    """As nn.Linear does: bf16 out, and every gradient in its own tensor's dtype."""
+    base: nn.Linear | NF4Linear = nn.Linear(32, 24)
+    if quantized:
+        base = NF4Linear.from_weight(base.weight, base.bias)
+    layer = LoRALinear(base, 4, 8, dropout)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(3, 32, requires_grad=True)
+    grad = torch.randn(3, 24).bfloat16()
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    got = torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), grad)
+    assert y.dtype == torch.bfloat16
+    assert [tensor.dtype for tensor in got] == [torch.float32] * 3
+    torch.manual_seed(0)
+    layer.base.bias.data = layer.base.bias.data.bfloat16()
+    if not quantized:
+        layer.base.bfloat16()
+    expected = layer(x.bfloat16())
+    wanted = torch.autograd.grad(expected, (x, layer.lora_A, layer.lora_B), grad)
+    for mine, reference in zip((y, *got), (expected, *wanted), strict=True):  # a few roundings to bf16 apart
+        assert (
+            float((mine - reference).detach().norm() / reference.detach().norm()) <= 4 * torch.finfo(torch.bfloat16).eps
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.double()(x.double()).dtype == torch.float64
+
+
 def test_dropout_only_while_training_and_only_on_the_update() -> None:
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(200, 8), 4, 4, dropout=0.25)

@@ -17,7 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fourbit.lora.attach import adapter_parameters, attach, lora_modules
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.files import load_adapter, save_adapter
+from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.peft_config import read_config, write_config
+from fourbit.lora.quantize import quantize_
 from fourbit.lora.targets import linear_layers
 
 # peft 0.21 asks transformers 5.23 a question under an old name; the others warn of what the tests ask for
@@ -139,6 +141,31 @@ def test_we_load_theirs(settings: dict[str, object], dtype: torch.dtype, tmp_pat
     kept = tiny_llama()
     load_adapter(kept, tmp_path, dtype=None)
     assert {parameter.dtype for parameter in adapter_parameters(kept)} == {dtype}
+
+
+@pytest.mark.parametrize("quant", ["nf4", "fp4"])
+def test_over_a_4bit_base(quant: str, tmp_path: Path) -> None:
+    """Ours on a quantised transformers model = PEFT on the dense model with the decoded weights; gradients too."""
+    ours, dense = quantize_(tiny_llama(), quant), tiny_llama()
+    for name, layer in ours.named_modules():
+        if isinstance(layer, NF4Linear):
+            dense.get_submodule(name).weight.data = layer.dequantize()
+    attach(ours, LoRAConfig(rank=4, alpha=6, target="all-linear"))
+    randomise(adapter_parameters(ours), 1, 0.3)
+    save_adapter(ours, tmp_path)
+    theirs = PeftModel.from_pretrained(dense, tmp_path, is_trainable=True).eval()
+    assert_same_logits(ours, theirs)
+    for model in (ours, theirs):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    wanted = {name: p.grad for name, p in theirs.named_parameters() if "lora_" in name}
+    assert len(wanted) == len(adapter_parameters(ours))
+    for name, module in lora_modules(ours).items():
+        for half in ("lora_A", "lora_B"):
+            mine, reference = getattr(module, half).grad, wanted[f"base_model.model.{name}.{half}.default.weight"]
+            assert float((mine - reference).norm()) <= LIMIT * float(reference.norm()), f"{name}.{half}"
+    assert {n for n, p in ours.named_parameters() if p.grad is not None} == {
+        f"{name}.{half}" for name in lora_modules(ours) for half in ("lora_A", "lora_B")
+    }
 
 
 def test_any_module_crosses_over(tmp_path: Path) -> None:
