@@ -5,6 +5,7 @@ adapters trained here open elsewhere. The linears may be dense, 4-bit or wrapped
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,8 +18,7 @@ from ..kernels.rms_norm import rms_norm
 from ..kernels.swiglu import swiglu
 from .llama_config import LlamaConfig as LlamaConfig
 from .llama_config import RopeScaling as RopeScaling
-
-Tables = tuple[Tensor, Tensor]  # cos, sin: [B, T, 1, head_dim / 2]
+from .recompute import recomputed
 
 
 class Cache(Protocol):
@@ -31,6 +31,18 @@ class Cache(Protocol):
 
     def advance(self, tokens: int) -> None:
         """Count the tokens just appended to every layer."""
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What the layers of one forward pass share."""
+
+    cos: Tensor  # [B, T, 1, head_dim / 2]
+    sin: Tensor
+    spans: Spans | None
+    mask: Tensor | None
+    cache: Cache | None
+    lean: bool  # training without checkpointing: cheap activations are made again in backward
 
 
 class RMSNorm(nn.Module):
@@ -61,16 +73,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
 
-    def forward(
-        self, x: Tensor, tables: Tables, spans: Spans | None, mask: Tensor | None, cache: Cache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, shared: _Pass) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = rope.rope(self.q_proj(x).view(heads), *tables)  # [B, T, H, D]
-        k = rope.rope(self.k_proj(x).view(heads), *tables)  # [B, T, K, D]
+        q = rope.rope(self.q_proj(x).view(heads), shared.cos, shared.sin)  # [B, T, H, D]
+        k = rope.rope(self.k_proj(x).view(heads), shared.cos, shared.sin)  # [B, T, K, D]
         v = self.v_proj(x).view(heads)
-        if cache is not None:
-            k, v = cache.append(self.index, k, v)
-        y: Tensor = self.o_proj(attention(q, k, v, spans=spans, mask=mask).flatten(2))
+        if shared.cache is not None:
+            k, v = shared.cache.append(self.index, k, v)
+        y: Tensor = self.o_proj(attention(q, k, v, spans=shared.spans, mask=shared.mask).flatten(2))
         return y
 
 
@@ -83,8 +93,11 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x: Tensor, shared: _Pass) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        h = swiglu(gate, up)  # [B, T, intermediate]
+        with recomputed(h, swiglu, gate, up, active=shared.lean):
+            y: Tensor = self.down_proj(h)
         return y
 
 
@@ -98,11 +111,13 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, tables: Tables, spans: Spans | None, mask: Tensor | None, cache: Cache | None
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), tables, spans, mask, cache)  # [B, T, hidden]
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, shared: _Pass) -> Tensor:  # [B, T, hidden]
+        h = self.input_layernorm(x)
+        with recomputed(h, self.input_layernorm, x, active=shared.lean):
+            x = x + self.self_attn(h, shared)
+        h = self.post_attention_layernorm(x)
+        with recomputed(h, self.post_attention_layernorm, x, active=shared.lean):
+            return x + self.mlp(h, shared)
 
 
 class Decoder(nn.Module):
@@ -164,19 +179,20 @@ class Llama(nn.Module):
         if position_ids is None:
             position_ids = _positions(input_ids, spans, cache, mask)
         x: Tensor = self.model.embed_tokens(input_ids)  # [B, T, hidden]
-        tables = self._rope_tables(position_ids, x)
-        recompute = self.checkpointing and torch.is_grad_enabled() and cache is None
+        training = torch.is_grad_enabled() and cache is None
+        recompute = training and self.checkpointing
+        shared = _Pass(*self._rope_tables(position_ids, x), spans, mask, cache, lean=training and not recompute)
         for layer in self.model.layers:
             if recompute:
-                x = checkpoint(layer, x, tables, spans, mask, None, use_reentrant=False, preserve_rng_state=True)
+                x = checkpoint(layer, x, shared, use_reentrant=False, preserve_rng_state=True)
             else:
-                x = layer(x, tables, spans, mask, cache)
+                x = layer(x, shared)
         if cache is not None:
             cache.advance(input_ids.shape[1])
         y: Tensor = self.model.norm(x)
         return y
 
-    def _rope_tables(self, position_ids: Tensor, x: Tensor) -> Tables:
+    def _rope_tables(self, position_ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin for all layers: computed in fp32 (fp64 for float64 models), then in the activations' dtype."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         cos, sin = rope.tables(position_ids, rope_frequencies(self.config, wide, x.device))

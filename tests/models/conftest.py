@@ -1,10 +1,13 @@
 """Tiny random Llama checkpoints made by transformers, the oracle of these tests."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -63,3 +66,31 @@ def oracle() -> Callable[..., Any]:
 def kind(request: pytest.FixtureRequest) -> str:
     """The name of each shape in turn."""
     return str(request.param)
+
+
+class Alive(TorchDispatchMode):
+    """Watches the tensors made inside it; `bytes()` are those of storages that still exist."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {
+            id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)
+        }
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in given:
+                storage = tensor.untyped_storage()
+                self.storages[id(storage)] = (weakref.ref(storage), storage.nbytes())
+        return out
+
+    def bytes(self) -> int:
+        return sum(size for storage, size in self.storages.values() if storage() is not None)
+
+
+@pytest.fixture
+def alive() -> type[Alive]:
+    """A context manager that counts the bytes of the tensors made in it and still there."""
+    return Alive
