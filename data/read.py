@@ -19,6 +19,7 @@ from ..errors import InputError
 MAX_LINE_BYTES = 16 * 1024 * 1024
 MAX_ARRAY_BYTES = 256 * 1024 * 1024
 MAX_DEPTH = 64
+DISCARD_BYTES = 65536
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 OTHER_FORMATS = (".parquet", ".csv", ".tsv", ".gz", ".zst", ".txt", ".md", ".arrow", ".yaml", ".yml")
 EXCERPT = 60
@@ -145,7 +146,7 @@ def _line_items(name: str) -> Iterator[Row | Problem]:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if len(line) > MAX_LINE_BYTES:
                 while line and not line.endswith(b"\n"):
-                    line = file.readline(MAX_LINE_BYTES)
+                    line = file.readline(DISCARD_BYTES)
                 yield Problem(name, number, "line", f"is longer than {MAX_LINE_BYTES // 2**20} MiB", "json")
             elif line.strip():
                 yield _item_from_line(name, number, line)
@@ -207,9 +208,9 @@ def _parse(text: str) -> Any:
 
 
 def _json_reason(text: str, error: json.JSONDecodeError) -> str:
-    if not text.lstrip().startswith(("{", "[")):
+    if not text.lstrip().startswith(("{", "[", '"')):
         return f"is not JSON: {excerpt(text.strip())}; expected an object {{...}}"
-    if not text[error.pos :].strip():
+    if error.msg.startswith("Unterminated") or not text[error.pos :].strip():
         return "ends before the JSON value is complete: each row must stand whole on one line"
     near = excerpt(text[max(0, error.pos - 10) : error.pos + 20].strip(), 40)
     return f"is not valid JSON at column {error.pos + 1}: {error.msg}, near {near}"
@@ -275,52 +276,77 @@ def _has_surrogate(text: str) -> bool:
 
 def _array_items(name: str) -> Iterator[Row | Problem]:
     """The elements of a file that is one JSON array; a syntax error ends it, as no later row can be told."""
+    text = _array_text(name)
+    cursor = _Cursor(text, text.index("[") + 1)
+    first = True
+    while not cursor.at("]"):
+        if not first and not cursor.take(","):
+            yield Problem(name, cursor.line, "file", "the array is not closed: a comma or ] is missing here", "json")
+            return
+        item, end = _element(name, cursor)
+        yield item
+        if end is None:
+            return
+        cursor.move(end)
+        first = False
+    if rest := text[cursor.position + 1 :].strip():
+        yield Problem(name, cursor.line, "file", f"more text follows the array: {excerpt(rest)}", "json")
+
+
+class _Cursor:
+    """A position in a text that knows its line and stands on no white space."""
+
+    def __init__(self, text: str, position: int) -> None:
+        self.text, self.position, self.line = text, 0, 1
+        self.move(position)
+
+    def move(self, position: int) -> None:
+        while position < len(self.text) and self.text[position] in " \t\r\n":
+            position += 1
+        self.line += self.text.count("\n", self.position, position)
+        self.position = position
+
+    def at(self, mark: str) -> bool:
+        return self.text.startswith(mark, self.position)
+
+    def take(self, mark: str) -> bool:
+        """Step over `mark` if it stands here."""
+        found = self.at(mark)
+        if found:
+            self.move(self.position + len(mark))
+        return found
+
+
+def _element(name: str, cursor: _Cursor) -> tuple[Row | Problem, int | None]:
+    """The element that stands here, and where it ends; None where that cannot be told."""
+    try:
+        value, end = _scan(cursor.text, cursor.position)
+    except json.JSONDecodeError as error:
+        line = cursor.line + cursor.text.count("\n", cursor.position, error.pos)
+        reason = f"is not valid JSON: {error.msg}; the rest of the array is not read"
+        return Problem(name, line, "file", reason, "json"), None
+    except _Refused as error:
+        return Problem(name, cursor.line, "line", str(error), "json"), _lenient_end(cursor.text, cursor.position)
+    try:
+        return _row(name, cursor.line, value), end
+    except _Refused as error:
+        return Problem(name, cursor.line, "line", str(error), "json"), end
+
+
+def _lenient_end(text: str, position: int) -> int | None:
+    """Where an element ends whose values are refused (NaN, a key twice)."""
+    try:
+        return json.JSONDecoder().raw_decode(text, position)[1]
+    except (ValueError, RecursionError):
+        return None
+
+
+def _array_text(name: str) -> str:
     size = os.path.getsize(name)
     if size > MAX_ARRAY_BYTES:
         raise InputError(
             f"{name}: a JSON array of {size} bytes; at most {MAX_ARRAY_BYTES} are read whole: write one object a line."
         )
-    text = _array_text(name)
-    position, line = text.index("[") + 1, 1 + text.count("\n", 0, text.index("["))
-    expect_comma = False
-    while True:
-        start = _skip_space(text, position)
-        line += text.count("\n", position, start)
-        position = start
-        if text[position : position + 1] == "]":
-            if rest := text[position + 1 :].strip():
-                yield Problem(name, line, "file", f"more text follows the array: {excerpt(rest)}", "json")
-            return
-        if expect_comma and text[position : position + 1] == ",":
-            position, expect_comma = position + 1, False
-            continue
-        if expect_comma or position >= len(text):
-            yield Problem(name, line, "file", "the array is not closed: a comma or ] is missing here", "json")
-            return
-        try:
-            value, end = _scan(text, position)
-            item = _row(name, line, value)
-        except json.JSONDecodeError as error:
-            line += text.count("\n", position, error.pos)
-            yield Problem(
-                name, line, "file", f"is not valid JSON: {error.msg}; the rest of the array is not read", "json"
-            )
-            return
-        except _Refused as error:
-            yield Problem(name, line, "file", f"{error}; the rest of the array is not read", "json")
-            return
-        yield item
-        line += text.count("\n", position, end)
-        position, expect_comma = end, True
-
-
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-def _array_text(name: str) -> str:
     with _open(name) as file:
         raw = file.read().removeprefix(b"\xef\xbb\xbf")
     try:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from itertools import islice
-from typing import Any, ClassVar, cast
+from typing import Any, NoReturn, cast
 
 import jinja2
 from jinja2 import filters, nodes
@@ -59,7 +59,7 @@ class TooMuch(Refused):
 class Generation(Extension):
     """`{% generation %}...{% endgeneration %}`: a mark some templates put around answers; it prints what it holds."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  (jinja reads a plain set)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """The statements inside, as if the tag were not there."""
@@ -110,8 +110,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Every call a template makes: counted; the string methods that can make long texts are ours."""
         self.spend()
         if isinstance(owner := getattr(__obj, "__self__", None), str):
+            if __obj.__name__ not in TEXT_METHODS:
+                self.unsafe_undefined(owner, __obj.__name__)
             if __obj.__name__ == "join":
-                return self._join(*args, d=owner)
+                return self._join(list(*args), owner)
             if __obj.__name__ == "replace":
                 return self._replace(owner, *args, **kwargs)
         return super().call(__context, __obj, *args, **kwargs)
@@ -121,6 +123,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(obj, str) and attr not in TEXT_METHODS:
             return False
         return super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """No `str.format`, not even jinja's safe one: a width in it makes any text huge."""
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        """Refuse at once what jinja would let through as an undefined value."""
+        raise Refused(f"`{attribute}` of {type(obj).__name__} may not be used")
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Arithmetic on numbers; `+` also joins texts and lists."""
@@ -325,6 +334,8 @@ def render(sandbox: Sandbox, template: jinja2.Template, variables: dict[str, Any
             pieces.append(piece)
     except Refused:
         raise
+    except MemoryError:
+        raise TooMuch("it needs more memory than there is") from None
     except Exception as error:
         raise Refused(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from None
     return "".join(pieces)

@@ -108,9 +108,10 @@ class _Checked:
         if self.compiled is None and not self.broken:
             self._check(variables, date)
         if self.broken:
-            raise InputError(f"{name}: the chat template cannot be used: {self.broken[:SHOWN_ERROR]}.")
+            raise InputError(f"{name}: the chat template cannot be used: {self.broken[:SHOWN_ERROR].rstrip('.')}.")
         try:
-            return sandbox.render(*self.compiled, variables, date)
+            box, template = self.compiled
+            return sandbox.render(box, template, variables, date)
         except sandbox.Refused as error:
             if isinstance(error, sandbox.TooMuch):
                 self.strikes += 1

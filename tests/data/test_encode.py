@@ -1,0 +1,243 @@
+"""What encoding reports: templates that cannot be masked, answers without an end, boundaries inside tokens."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fourbit.data import encode
+from fourbit.data.encode import encode_conversation, encode_prompt
+from fourbit.data.formats import Conversation
+from fourbit.data.read import BadRow
+from fourbit.data.template import BUILTINS, ChatTemplate, template_for
+from fourbit.errors import InputError
+
+HI = {"role": "user", "content": "Hi"}
+
+
+def row(*messages: dict[str, Any]) -> Conversation:
+    return Conversation(list(messages), "rows.jsonl", 3)
+
+
+def say(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def trained_text(example: encode.Encoded, tokenizer: Any) -> str:
+    return tokenizer.decode([t for t, on in zip(example.ids, example.trained, strict=True) if on], skip_special=False)
+
+
+@pytest.fixture
+def chatml() -> ChatTemplate:
+    return ChatTemplate(BUILTINS["chatml"])
+
+
+def bad(conv: Conversation, tokenizer: Any, template: ChatTemplate, **options: Any) -> str:
+    with pytest.raises(BadRow) as caught:
+        encode_conversation(conv, tokenizer, template, **options)
+    return str(caught.value)
+
+
+def test_a_template_that_rewrites_the_past_is_refused_with_the_place(tokenizer: Any) -> None:
+    """As reasoning models' templates do: an earlier answer loses its thoughts once another follows."""
+    template = ChatTemplate(
+        "{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }}<|im_end|>{% elif loop.last %}"
+        "A:{{ m.content }}<|im_end|>{% else %}A:{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
+    )
+    conv = row(HI, say("<think>x</think>one"), HI, say("two"))
+    assert bad(conv, tokenizer, template) == (
+        "rows.jsonl:3: messages: the template is not prefix-stable at message 1: rendered alone, the conversation so"
+        " far goes on with '<think>x</think>one<|im_end|>' where the whole has"
+        " 'one<|im_end|>U:Hi<|im_end|>A:two<|im_end|>'"
+        " (character 16), so the place of the answer cannot be told; try loss_on last, or another template"
+    )
+    last = encode_conversation(conv, tokenizer, template, loss_on="last")
+    assert trained_text(last, tokenizer) == "two<|im_end|>"
+    only = row(HI, say("<think>x</think>one", weight=0), HI, say("two"))
+    assert trained_text(encode_conversation(only, tokenizer, template), tokenizer) == "two<|im_end|>"
+
+
+def test_a_system_text_that_moves_to_the_last_user_turn_is_refused(tokenizer: Any) -> None:
+    """As newer Mistral templates do."""
+    template = ChatTemplate(
+        "{% for m in messages[1:] %}{% if m.role == 'user' %}[INST]"
+        "{% if loop.last %}{{ messages[0].content }}\n{% endif %}{{ m.content }}[/INST]"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    conv = row({"role": "system", "content": "S"}, HI, say("one"))
+    assert "is not prefix-stable at message 2" in bad(conv, tokenizer, template)
+
+
+def test_a_generation_prompt_that_the_whole_lacks_is_refused(tokenizer: Any) -> None:
+    template = ChatTemplate(BUILTINS["chatml"].replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"))
+    says = bad(row(HI, say("one")), tokenizer, template)
+    assert "goes on with '<think>\\n' where the whole has 'one<|im_end|>\\n'" in says
+
+
+def test_a_turn_that_changes_without_a_stop_token_is_refused(tokenizer: Any) -> None:
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{{ '~' if loop.last else '-' }}{% endfor %}")
+    conv = row(HI, say("one"), HI, say("two"))
+    assert "not prefix-stable at message 1" in bad(conv, tokenizer, template)
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ '~' if loop.last else '-' }}{% endif %}"
+        "{% endfor %}"
+    )
+    assert bad(conv, tokenizer, template) == (
+        "rows.jsonl:3: messages: the template changes what follows an answer and ends it with no stop token"
+    )
+
+
+def test_a_template_that_refuses_the_row_is_quoted(tokenizer: Any) -> None:
+    template = ChatTemplate("{{ raise_exception('No system messages') }}", name="model's template")
+    assert bad(row(HI, say("x")), tokenizer, template) == (
+        "rows.jsonl:3: messages: model's template: the template cannot render this: it says: No system messages"
+    )
+
+
+def test_a_broken_template_is_no_rows_fault(tokenizer: Any) -> None:
+    with pytest.raises(InputError) as caught:
+        encode_conversation(row(HI, say("x")), tokenizer, ChatTemplate("{% broken"))
+    assert not isinstance(caught.value, BadRow)
+
+
+def test_two_bos_tokens_are_refused(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer(("<s>", "</s>"), "<s>", "</s>")
+    template = ChatTemplate("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}", "<s>", "</s>")
+    conv = row({"role": "user", "content": "<s>Hi"}, say("x</s>"))
+    assert bad(conv, tokenizer, template) == (
+        "rows.jsonl:3: text: begins with two BOS tokens ('<s>'): the template writes one, so the row must not"
+    )
+    once = encode_conversation(row(HI, say("x")), tokenizer, template)
+    assert once.ids.count(tokenizer.bos_id) == 1
+
+
+def test_nothing_to_train_is_refused(tokenizer: Any) -> None:
+    """The template drops the answer altogether."""
+    template = ChatTemplate("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
+    assert bad(row(HI, say("one")), tokenizer, template) == (
+        "rows.jsonl:3: messages: nothing to train: no token of an answer is left"
+    )
+
+
+def test_a_tokenizers_refusal_is_the_rows_problem(chatml: ChatTemplate, make_tokenizer: Callable[..., Any]) -> None:
+    class Picky(make_tokenizer):  # type: ignore[misc, valid-type]
+        def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+            raise InputError("the text is too long")
+
+    assert bad(row(HI, say("x")), Picky(), chatml) == "rows.jsonl:3: messages: the text is too long"
+
+
+def test_an_unended_answer_gets_the_end_of_text_token(tokenizer: Any) -> None:
+    template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}")
+    example = encode_conversation(row(HI, say("Hello. ")), tokenizer, template)
+    assert example.text == "user: Hi\n\nassistant: Hello."
+    assert example.ids == [*tokenizer.encode(example.text), tokenizer.eos_id]
+    assert trained_text(example, tokenizer).endswith("Hello.<|im_end|>") and example.trained[-1]
+    assert encode.NO_END in example.notes
+    everything = encode_conversation(row(HI, say("Hello. ")), tokenizer, template, loss_on="all")
+    assert everything.ids == example.ids and all(everything.trained[1:])
+    talk = encode_conversation(row(HI, say("one"), HI, say("two")), tokenizer, template)
+    assert {encode.NO_END, encode.NEVER_ENDS} <= set(talk.notes)
+    assert talk.ids.count(tokenizer.eos_id) == 1
+
+
+def test_an_unended_answer_without_an_end_of_text_token_is_said(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer((), None, None)
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}{% endif %}"
+    )
+    example = encode_conversation(row(HI, say("Hello.")), tokenizer, template)
+    assert trained_text(example, tokenizer) == "Hello."
+    assert example.notes == (encode.NEVER_ENDS,)
+
+
+def test_a_marker_that_is_no_stop_token_is_trained_whole_and_said(make_tokenizer: Callable[..., Any]) -> None:
+    """ChatML on a model whose vocabulary lacks its tokens: the marker is spelled in several tokens."""
+    tokenizer = make_tokenizer(("<e>",), None, "<e>")
+    example = encode_conversation(row(HI, say("Hello.")), tokenizer, ChatTemplate(BUILTINS["chatml"]))
+    assert trained_text(example, tokenizer) == "Hello.<|im_end|>"
+    assert example.notes == (encode.UNKNOWN_STOP,)
+
+
+def test_text_put_before_the_answer_is_said(tokenizer: Any) -> None:
+    source = BUILTINS["chatml"].replace(
+        "message['role'] + '\n' + message",
+        "message['role'] + '\n' + ('<think></think>' if message['role'] == 'assistant' else '') + message",
+    )
+    example = encode_conversation(row(HI, say("Hello.")), tokenizer, ChatTemplate(source))
+    assert trained_text(example, tokenizer) == "<think></think>Hello.<|im_end|>"
+    assert example.notes == (encode.INSERTED,)
+
+
+@pytest.mark.parametrize("text", ["<|im_end|> said he", "a <|im_end|>"])
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_special_tokens_in_the_text_are_said(text: str, role: str, tokenizer: Any, chatml: ChatTemplate) -> None:
+    messages = [HI, say("Fine.")] if role == "user" else [HI, say(text)]
+    if role == "user":
+        messages[0] = {"role": "user", "content": text}
+    example = encode_conversation(row(*messages), tokenizer, chatml)
+    assert example.notes == (encode.SPECIAL_IN_TEXT,)
+    assert trained_text(example, tokenizer) == f"{messages[1]['content']}<|im_end|>"
+
+
+def test_a_token_across_the_start_of_an_answer_is_context_and_said(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer(pieces=(": H",))
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    example = encode_conversation(row({"role": "user", "content": "x"}, say("Hello")), tokenizer, template)
+    assert example.notes == (encode.STRADDLE,)
+    assert trained_text(example, tokenizer) == "ello<|im_end|>"
+    inside = encode_conversation(row({"role": "user", "content": "x"}, say("Yes")), tokenizer, template)
+    assert inside.notes == () and trained_text(inside, tokenizer) == "Yes<|im_end|>"
+
+
+def test_an_answer_that_repeats_the_question_is_found_in_its_own_place(tokenizer: Any, chatml: ChatTemplate) -> None:
+    for text in ("Hi", "assistant", "user\nHi", "\n", "|", "im_end"):
+        conv = row({"role": "user", "content": text}, say(text.strip() or "x"))
+        assert (
+            trained_text(encode_conversation(conv, tokenizer, chatml), tokenizer)
+            == (text.strip() or "x") + "<|im_end|>"
+        )
+
+
+def test_loss_on_is_checked(tokenizer: Any, chatml: ChatTemplate) -> None:
+    with pytest.raises(ValueError, match='loss_on must be "assistant", "all" or "last", not \'user\''):
+        encode_conversation(row(HI, say("x")), tokenizer, chatml, loss_on="user")  # type: ignore[arg-type]
+
+
+def test_the_prompt_of_the_last_answer(tokenizer: Any, chatml: ChatTemplate) -> None:
+    ids, answer = encode_prompt(row(HI, say("one"), HI, say("two ")), tokenizer, chatml)
+    assert tokenizer.decode(ids, skip_special=False) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert answer == "two "
+
+
+def test_prompt_and_completion_join_plainly(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer(("<s>", "</s>"), None, "</s>")
+    example = encode_conversation(
+        row({"role": "user", "content": "2+2="}, say("4")), tokenizer, template_for(tokenizer, "plain")
+    )
+    assert tokenizer.decode(example.ids, skip_special=False) == "2+2=4</s>"
+    assert trained_text(example, tokenizer) == "4</s>"
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).filter(str.strip)
+
+
+TURNS = st.lists(st.tuples(WORDS, WORDS, st.sampled_from([0, 1])), min_size=1, max_size=4)
+
+
+@given(turns=TURNS.filter(lambda turns: any(weight for *_, weight in turns)))
+def test_the_trained_text_is_the_answers_and_their_ends(turns: list[tuple[str, str, int]], tokenizer: Any) -> None:
+    """Decoding the trained tokens gives exactly the answers of weight 1, each with its end-of-turn token."""
+    messages = [m for q, a, w in turns for m in ({"role": "user", "content": q}, say(a, weight=w))]
+    example = encode_conversation(row(*messages), tokenizer, ChatTemplate(BUILTINS["chatml"]))
+    assert trained_text(example, tokenizer) == "".join(f"{a}<|im_end|>" for _, a, w in turns if w)
+    assert tokenizer.decode(example.ids, skip_special=False) == example.text
