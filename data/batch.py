@@ -4,6 +4,7 @@ A step is always the same examples; packing and micro-batches change the layout 
 that nothing later can shift them across the border between two packed examples.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -94,7 +95,9 @@ def micro_batches(
     _check(examples)
     by_length = sorted(examples, key=lambda example: len(example.ids), reverse=True)
     if micro_batch == "auto":
-        groups = _best_fit(by_length, packing, token_budget)
+        if token_budget < 1:
+            raise ValueError(f"token_budget must be at least 1, not {token_budget}")
+        groups = (_packed_groups if packing else _padded_groups)(by_length, token_budget)
     elif micro_batch >= 1:
         groups = [by_length[i : i + micro_batch] for i in range(0, len(by_length), micro_batch)]
     else:
@@ -102,22 +105,29 @@ def micro_batches(
     return [pack_batch(group) if packing else pad_batch(group, pad_id) for group in groups]
 
 
-def _best_fit(by_length: Sequence[Encoded], packing: bool, token_budget: int) -> list[list[Encoded]]:
-    """Put each example, longest first, where it leaves the least room."""
-    if token_budget < 1:
-        raise ValueError(f"token_budget must be at least 1, not {token_budget}")
+def _packed_groups(by_length: Sequence[Encoded], token_budget: int) -> list[list[Encoded]]:
+    """Best-fit-decreasing: put each example, longest first, where it leaves the least room."""
     groups: list[list[Encoded]] = []
+    rooms: list[tuple[int, int]] = []  # (room left, group), sorted
     for example in by_length:
-        rooms = [(token_budget - _cost([*group, example], packing), i) for i, group in enumerate(groups)]
-        fitting = [room for room in rooms if room[0] >= 0]
-        if fitting:
-            groups[min(fitting)[1]].append(example)
+        length = len(example.ids)
+        k = bisect_left(rooms, (length, 0))
+        if k < len(rooms):
+            room, group = rooms.pop(k)
+            groups[group].append(example)
         else:
+            room, group = token_budget, len(groups)
             groups.append([example])
+        insort(rooms, (room - length, group))
     return groups
 
 
-def _cost(group: Sequence[Encoded], packing: bool) -> int:
-    """Tokens of a forward pass over `group`, padding included."""
-    lengths = [len(example.ids) for example in group]
-    return sum(lengths) if packing else max(lengths) * len(lengths)
+def _padded_groups(by_length: Sequence[Encoded], token_budget: int) -> list[list[Encoded]]:
+    """For padded rows, where each example costs as much as the longest: neighbours in length go together."""
+    groups: list[list[Encoded]] = []
+    for example in by_length:
+        if groups and (len(groups[-1]) + 1) * len(groups[-1][0].ids) <= token_budget:
+            groups[-1].append(example)
+        else:
+            groups.append([example])
+    return groups

@@ -122,6 +122,25 @@ def test_auto_fills_passes_best_fit_first() -> None:
     assert [tuple(batch.input_ids.shape) for batch in padded] == [(1, 12), (1, 7), (2, 5), (2, 3)]
 
 
+@given(EXAMPLES, st.integers(9, 40))
+def test_no_two_packed_passes_would_fit_in_one(examples: list[Encoded], budget: int) -> None:
+    """Best fit opens a pass only when an example fits nowhere, so passes are more than half full but for one."""
+    batches = micro_batches(examples, packing=True, micro_batch="auto", token_budget=budget, pad_id=PAD)
+    sizes = sorted(batch.tokens for batch in batches)
+    assert len(sizes) == 1 or sizes[0] + sizes[1] > budget
+
+
+def test_a_large_evaluation_set_is_split_in_no_time() -> None:
+    import time
+
+    examples = [made([1] * (1 + i * 37 % 60), [True] * (1 + i * 37 % 60)) for i in range(20_000)]
+    for packing in (True, False):
+        start = time.process_time()
+        batches = micro_batches(examples, packing=packing, micro_batch="auto", token_budget=2048, pad_id=PAD)
+        assert sum(batch.tokens for batch in batches) == sum(len(e.ids) for e in examples)
+        assert time.process_time() - start < 5
+
+
 def test_a_number_of_examples_sorts_by_length_to_save_padding() -> None:
     examples = [made([1] * n, [True] * n) for n in (1, 9, 2, 8)]
     batches = micro_batches(examples, packing=False, micro_batch=2, token_budget=1, pad_id=PAD)
