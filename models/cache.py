@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-CHUNK = 256  # tokens of room added at a time
+CHUNK = 64  # tokens of room added at a time: copying costs less than room that short answers never use
 
 
 class KVCache:
-    """Room for every layer's keys and values, [rows, kv_heads, capacity, head_dim], grown by chunks of 256 tokens.
+    """Room for every layer's keys and values, [rows, kv_heads, capacity, head_dim], grown by chunks of 64 tokens.
 
     `length` counts the tokens stored. Memory: 2 * layers * rows * kv_heads * capacity * head_dim elements of the
     model's dtype.
@@ -29,7 +29,7 @@ class KVCache:
         self.length += tokens
 
     def select(self, rows: Tensor) -> None:
-        """Keep only the given rows (int64 indices), in that order."""
+        """Take the rows with the given indices (int64), in that order; a repeated one is continued in several ways."""
         for store in (self._keys, self._values):
             for layer, old in enumerate(store):
                 store[layer] = None if old is None else old.index_select(0, rows)

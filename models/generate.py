@@ -73,7 +73,10 @@ def generate(
 
 
 class _Batch:
-    """Rows generated together: `active` holds the row number of each row still in the cache."""
+    """Rows generated together: `active` holds the row number of each row still in the cache.
+
+    What all prompts begin with (a system prompt, or everything when one prompt is sampled often) is read once.
+    """
 
     def __init__(
         self, model: Llama, prompts: list[Sequence[int]], sampling: Sampling, seeds: list[tuple[int, int]]
@@ -83,14 +86,21 @@ class _Batch:
         self.generators = [_generator(*seed) for seed in seeds]
         self.answers: list[list[int]] = [[] for _ in prompts]
         self.active = list(range(len(prompts)))
-        width = max(map(len, prompts))
-        self.tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self.device)  # [B, T]
-        self.mask: Tensor | None = None
-        if any(len(p) < width for p in prompts):
-            self.mask = torch.tensor(
-                [[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=self.device
-            )
         self.cache = KVCache(len(model.model.layers))
+        shared = _common_start(prompts)
+        if shared:
+            model.hidden(torch.tensor([prompts[0][:shared]], device=self.device), cache=self.cache)
+            self.cache.select(torch.zeros(len(prompts), dtype=torch.int64, device=self.device))
+        rests = [prompt[shared:] for prompt in prompts]
+        width = max(map(len, rests))
+        pads = [width - len(rest) for rest in rests]
+        self.tokens = torch.tensor([[0] * pad + list(rest) for pad, rest in zip(pads, rests, strict=True)])  # [B, T]
+        self.tokens = self.tokens.to(self.device)
+        self.mask: Tensor | None = None  # [B, cached + T]
+        if any(pads):
+            place = torch.arange(shared + width)
+            padding = (place >= shared) & (place < shared + torch.tensor(pads).unsqueeze(1))
+            self.mask = ~padding.to(self.device)
 
     def run(
         self, max_new_tokens: int, stop_ids: frozenset[int], on_token: Callable[[int], None] | None
@@ -151,6 +161,15 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     last = (probability > 0).long().mul_(torch.arange(1, k + 1, device=logits.device)).amax(-1, keepdim=True) - 1
     place = torch.minimum(place, last)
     return (place if ids is None else ids.gather(1, place)).squeeze(1)
+
+
+def _common_start(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with; one fewer than the shortest at most, and 0 for a single prompt."""
+    if len(prompts) == 1:
+        return 0
+    limit = min(map(len, prompts)) - 1
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # these two differ first of all
+    return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
 def _generator(seed: int, index: int) -> torch.Generator:

@@ -8,6 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fourbit.lora.attach import adapter_parameters, attach
+from fourbit.lora.config import LoRAConfig
+from fourbit.lora.quantize import quantize_
 from fourbit.models.generate import Sampling, choose, generate
 from fourbit.models.llama import Llama, LlamaConfig
 
@@ -40,6 +43,27 @@ def slowly(model: Llama, prompt: list[int], steps: int, stop: tuple[int, ...] = 
 def test_greedy_equals_the_plain_loop(model: Llama, batch_size: int) -> None:
     got = generate(model, PROMPTS, max_new_tokens=24, batch_size=batch_size)
     assert got == [slowly(model, prompt, 24) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("shared", [1, 7, 70])
+def test_a_common_start_is_read_once(model: Llama, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = [(13 * i) % 97 for i in range(shared)]
+    prompts = [start + rest for rest in ([1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 2, 7])]
+    expected = [slowly(model, prompt, 10) for prompt in prompts]
+    shapes: list[tuple[int, ...]] = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids, **rest: shapes.append(tuple(ids.shape)) or hidden(ids, **rest))
+    assert generate(model, prompts, max_new_tokens=10) == expected
+    assert shapes[:3] == [(1, shared), (4, 5), (4, 1)]
+
+
+def test_equal_prompts_share_all_but_the_last_token(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = slowly(model, PROMPTS[2], 6)
+    shapes: list[tuple[int, ...]] = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids, **rest: shapes.append(tuple(ids.shape)) or hidden(ids, **rest))
+    assert generate(model, [PROMPTS[2]] * 3, max_new_tokens=6) == [expected] * 3
+    assert shapes[:2] == [(1, 10), (3, 1)]
 
 
 def test_greedy_equals_the_oracle(oracle: Oracle, kind: str) -> None:
@@ -83,6 +107,23 @@ def test_streaming(model: Llama) -> None:
 def test_nothing_to_do(model: Llama) -> None:
     assert generate(model, []) == []
     assert generate(model, PROMPTS, max_new_tokens=0) == [[]] * 5
+
+
+def test_training_works_after_generation(oracle: Oracle) -> None:
+    """What a pass under inference mode leaves behind (decoding tables, buffers) must not break or change a gradient."""
+    config = LlamaConfig.from_hf(oracle("bias").config.to_dict())
+    before, after = (Llama(config) for _ in range(2))
+    for network in (before, after):
+        network.load_state_dict(oracle("bias").state_dict())
+        quantize_(network)
+    generate(after, PROMPTS, max_new_tokens=3)
+    grads = []
+    for network in (after, before):
+        attach(network, LoRAConfig(rank=4))
+        network(torch.tensor(PROMPTS[2:3])).square().mean().backward()
+        grads.append([parameter.grad for parameter in adapter_parameters(network)])
+    for a, b in zip(*grads, strict=True):
+        assert a is not None and torch.equal(a, b)
 
 
 def test_training_mode_is_put_back(model: Llama) -> None:
