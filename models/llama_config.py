@@ -25,38 +25,16 @@ _LIMITS = {
     "original_max_position_embeddings": 1 << 31,
 }
 
-_READ = {
-    *_LIMITS,
-    "model_type",
-    "hidden_act",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "partial_rotary_factor",
-}
-_READ |= {
-    "tie_word_embeddings",
-    "attention_bias",
-    "mlp_bias",
-    "sliding_window",
-    "use_sliding_window",
-    "layer_types",
-    "quantization_config",
-}
-_READ -= {"original_max_position_embeddings"}
-# Known and of no effect on the forward pass: bookkeeping, generation defaults and initialisation.
+_READ = _LIMITS.keys() - {"original_max_position_embeddings"} | {
+    "model_type", "hidden_act", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias",
+    "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
+    "sliding_window", "use_sliding_window", "layer_types", "quantization_config",
+}  # fmt: skip
+# Known and of no effect on the numbers: bookkeeping, generation defaults, initialisation.
 _HARMLESS = {
-    "architectures",
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-    "use_cache",
-    "initializer_range",
-    "bos_token_id",
-    "eos_token_id",
-}
-_HARMLESS |= {"pad_token_id", "_name_or_path", "pretraining_tp"}
+    "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path",
+    "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,8 +105,8 @@ class LlamaConfig:
 
 
 def ignored_keys(data: Mapping[str, Any]) -> list[str]:
-    """Keys of a config that `LlamaConfig.from_hf` neither reads nor knows to be harmless, sorted."""
-    return sorted(str(key) for key in data if key not in _READ and key not in _HARMLESS)
+    """Keys of a config that `from_hf` neither reads nor knows to be harmless, sorted; null and 0 say nothing."""
+    return sorted(str(key) for key, value in data.items() if key not in _READ | _HARMLESS and value not in (None, 0))
 
 
 def _refuse_unsupported(data: Mapping[str, Any]) -> None:

@@ -151,7 +151,7 @@ def test_only_objects(data: Any) -> None:
 
 
 def test_unknown_keys_are_ignored_and_reported() -> None:
-    unknown = {f"key_{i}": i for i in range(200)}
+    unknown = {f"key_{i}": i + 1 for i in range(200)}
     hostile = {
         "auto_map": {"AutoModel": "x--evil.Model"},
         "_attn_implementation_internal": "x/y",
@@ -163,9 +163,11 @@ def test_unknown_keys_are_ignored_and_reported() -> None:
         "use_cache": True,
         "eos_token_id": [1, 2],
     }
-    data = BASE | unknown | hostile | harmless
+    silent = {"attention_dropout": 0.0, "task_specific_params": None}
+    data = BASE | unknown | hostile | harmless | silent
     assert LlamaConfig.from_hf(data) == LlamaConfig.from_hf(BASE)
     assert ignored_keys(data) == sorted([*unknown, *hostile])
+    assert ignored_keys(BASE | {"attention_dropout": 0.1}) == ["attention_dropout"]
 
 
 json_values = st.recursive(
