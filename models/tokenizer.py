@@ -50,7 +50,6 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.post_processor = None  # with no token to add, all it would do is cut blanks off the offsets
-        backend.encode_special_tokens = False
         self.backend = backend
         self.chat_template = chat_template
         vocab = backend.get_vocab(with_added_tokens=True)
@@ -94,9 +93,9 @@ class Tokenizer:
             raise InputError(f"stop token id {outside[0]} lies outside the vocabulary of {self.vocab_size} tokens.")
         if self.eos_id is not None:
             stops.add(self.eos_id)
-        special = {token.content: id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
-        stops.update(special[name] for name in _ENDS_TEXT if name in special)
-        stops.update(special[name] for name in _ENDS_TURN if name in special and name in (self.chat_template or ""))
+        whole = {token.content: id for id, token in self.backend.get_added_tokens_decoder().items()}
+        stops.update(whole[name] for name in _ENDS_TEXT if name in whole)
+        stops.update(whole[name] for name in _ENDS_TURN if name in whole and name in (self.chat_template or ""))
         return tuple(sorted(stops))
 
 

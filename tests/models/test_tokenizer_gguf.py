@@ -1,0 +1,211 @@
+"""Tokenizers from made-up GGUF metadata: each pre-tokenizer's rule, whole tokens, and what is refused."""
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
+
+from fourbit.errors import InputError
+from fourbit.models.tokenizer import Tokenizer
+
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 stand-ins for bytes
+MERGES = ["h e", "Ġ he", "l l", "he ll"]
+WORDS = ["he", "Ġhe", "ll", "hell", "Ġhello"]  # no merge makes the last one
+
+
+def metadata(pre: Any = "gpt-2", extra: dict[str, int] | None = None, **keys: Any) -> dict[str, Any]:
+    """A vocabulary of bytes, a few words and `extra` tokens with their types; `keys` overrides, None takes away."""
+    extra = {"<|end|>": 3, "<|im_end|>": 3, "<tool>": 4, "[PAD9]": 5} if extra is None else extra
+    tokens = [*LETTERS, *WORDS, *extra]
+    types = np.array([1] * (len(LETTERS) + len(WORDS)) + list(extra.values()), dtype=np.int32)
+    values = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types, "merges": MERGES, **keys}
+    found = {f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not None}
+    if "tokenizer.ggml.chat_template" in found:
+        found["tokenizer.chat_template"] = found.pop("tokenizer.ggml.chat_template")
+    return found
+
+
+def build(pre: str = "gpt-2", **keys: Any) -> Tokenizer:
+    return Tokenizer.from_gguf(metadata(pre, **keys))
+
+
+def words(tokenizer: Tokenizer, text: str) -> list[str]:
+    return [text[start:end] for _, (start, end) in tokenizer.backend.pre_tokenizer.pre_tokenize_str(text)]
+
+
+# ---- how each rule cuts text into words
+
+CUTS: dict[str, dict[str, list[str]]] = {
+    "gpt-2": {
+        "a 1234 b": ["a", " 1234", " b"],
+        "don't DON'T": ["don", "'t", " DON", "'", "T"],
+        "hi!!\n\nyo": ["hi", "!!", "\n", "\n", "yo"],
+        "(x) = y": ["(", "x", ")", " =", " y"],
+        "a   b": ["a", "  ", " b"],
+    },
+    "smollm": {
+        "a 1234 b": ["a", " ", "1", "2", "3", "4", " b"],
+        "don't DON'T": ["don", "'t", " DON", "'", "T"],
+        "x1!": ["x", "1", "!"],
+    },
+    "llama-bpe": {
+        "a 1234 b": ["a", " ", "123", "4", " b"],
+        "don't DON'T": ["don", "'t", " DON", "'T"],
+        "hi!!\n\nyo": ["hi", "!!\n\n", "yo"],
+        "(x) = y": ["(x", ")", " =", " y"],
+        "a \n  b": ["a", " \n", " ", " b"],
+    },
+    "qwen2": {
+        "a 1234 b": ["a", " ", "1", "2", "3", "4", " b"],
+        "don't DON'T": ["don", "'t", " DON", "'T"],
+        "hi!!\n\nyo": ["hi", "!!\n\n", "yo"],
+    },
+    "default": {
+        "a 1234 b": ["a", " ", "123", "4", " b"],
+        "don't": ["don", "'", "t"],
+        "(x) = y": ["(", "x", ")", " ", "=", " y"],
+    },
+}
+
+
+@pytest.mark.parametrize(("pre", "text"), [(pre, text) for pre, cases in CUTS.items() for text in cases])
+def test_words_are_cut_by_the_named_rule(pre: str, text: str) -> None:
+    assert words(build(pre), text) == CUTS[pre][text]
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [("starcoder", "smollm"), ("llama3", "llama-bpe"), ("llama-v3", "llama-bpe"), ("smaug-bpe", "llama-bpe")],
+)
+def test_other_names_of_a_rule(name: str, same: str) -> None:
+    for text in CUTS[same]:
+        assert words(build(name), text) == CUTS[same][text]
+
+
+@pytest.mark.parametrize(
+    ("pre", "whole"), [("llama-bpe", True), ("llama3", True), ("smaug-bpe", False), ("gpt-2", False)]
+)
+def test_llama3_takes_a_word_that_is_a_token_as_it_is(pre: str, whole: bool) -> None:
+    """No merge leads to " hello"; Llama 3 (ignore_merges) finds it all the same, the others merge what they can."""
+    tokens = build(pre).backend.encode(" hello").tokens
+    assert tokens == (["Ġhello"] if whole else ["Ġhe", "ll", "o"])
+
+
+def test_qwen2_composes_characters_and_no_other_rule_does() -> None:
+    assert build("qwen2").decode(build("qwen2").encode("e\u0301")) == "\u00e9"
+    assert build("llama-bpe").decode(build("llama-bpe").encode("e\u0301")) == "e\u0301"
+    # The composed letter has the place of its base letter; the accent's own place belongs to no token.
+    assert build("qwen2").encode_with_offsets("e\u0301x")[1] == [(0, 1), (0, 1), (2, 3)]
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "default"])
+@given(text=st.text(st.characters(exclude_categories=("Cs",))))
+def test_any_text_comes_back_where_every_byte_has_a_token(pre: str, text: str) -> None:
+    tokenizer = TOKENIZERS[pre]
+    assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text
+
+
+TOKENIZERS = {pre: build(pre) for pre in ("gpt-2", "smollm", "llama-bpe", "default")}
+
+
+# ---- tokens that are matched whole
+
+
+def test_control_and_user_defined_tokens_are_whole_and_unused_ones_are_text() -> None:
+    tokenizer = build()
+    names = {name: id for id, name in enumerate(metadata()["tokenizer.ggml.tokens"])}
+    assert tokenizer.encode("he<|end|><tool>") == [names["he"], names["<|end|>"], names["<tool>"]]
+    assert names["[PAD9]"] not in tokenizer.encode("[PAD9]")
+    assert tokenizer.decode([names["he"], names["<|end|>"], names["<tool>"]]) == "he<tool>"  # only control is special
+    assert tokenizer.vocab_size == len(names)
+
+
+def test_whole_tokens_with_blanks_or_foreign_letters_keep_their_ids() -> None:
+    tokenizer = build(extra={"<a b>": 4, "<｜end▁of▁sentence｜>": 3, "    ": 4, "<unk>": 2})
+    text = "he<a b><｜end▁of▁sentence｜>    he"
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    first = len(LETTERS) + len(WORDS)
+    assert ids[1:4] == [first, first + 1, first + 2] and tokenizer.vocab_size == first + 4
+    assert [text[start:end] for start, end in offsets[1:4]] == ["<a b>", "<｜end▁of▁sentence｜>", "    "]
+    assert tokenizer.decode(ids, skip_special=False) == text
+    assert tokenizer.encode("<unk>") == [first + 3]
+
+
+def test_stop_ids_are_eos_end_of_turn_and_what_the_template_ends_turns_with() -> None:
+    names = {name: id for id, name in enumerate(metadata()["tokenizer.ggml.tokens"])}
+    end, im_end, tool = names["<|end|>"], names["<|im_end|>"], names["<tool>"]
+    assert build().stop_ids == (im_end,)  # always an end; <|end|> only where the template writes it
+    assert build(chat_template="{{ x }}<|end|>").stop_ids == (end, im_end)
+    assert build(eos_token_id=end).stop_ids == (end, im_end)
+    assert build(eot_token_id=tool, eom_token_id=0).stop_ids == (0, im_end, tool)
+    assert build(extra={"<|im_end|>": 4}).stop_ids == (im_end - 1,)  # some converters call it user-defined
+    assert build(extra={"<|im_end|>": 1}).stop_ids == ()  # an ordinary token of that name ends nothing
+
+
+def test_missing_types_and_special_ids_leave_a_plain_tokenizer() -> None:
+    tokenizer = build(token_type=None)
+    assert (tokenizer.bos_token, tokenizer.eos_id, tokenizer.pad_id, tokenizer.chat_template) == (None,) * 4
+    assert tokenizer.stop_ids == ()
+    assert len(tokenizer.encode("<|end|>")) > 1
+
+
+# ---- what is refused
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "SentencePiece": ({"model": "llama"}, "tokenizer.ggml.model is 'llama'; only 'gpt2'"),
+    "no model": ({"model": None}, "tokenizer.ggml.model is None"),
+    "unknown rule": (
+        {"pre": "smollm3"},
+        "tokenizer.ggml.pre is 'smollm3'; the known pre-tokenizers are deepseek-r1-qwen, ",
+    ),
+    "no rule": ({"pre": None}, "tokenizer.ggml.pre is None"),
+    "a rule that is a list": ({"pre": ["smollm"]}, "tokenizer.ggml.pre is ['smollm']"),
+    "no tokens": ({"tokens": None}, "tokenizer.ggml.tokens is missing"),
+    "empty tokens": ({"tokens": []}, "tokenizer.ggml.tokens is missing, empty"),
+    "numbers as tokens": ({"tokens": np.arange(3)}, "no array of strings"),
+    "a token twice": ({"tokens": [*LETTERS, "he", "he"]}, "holds 'he' more than once"),
+    "no merges": ({"merges": None}, "tokenizer.ggml.merges is missing"),
+    "a merge of one": ({"merges": ["h e", "he"]}, "tokenizer.ggml.merges[1] is 'he'; it must be two tokens"),
+    "a merge of three": ({"merges": ["h e l"]}, "tokenizer.ggml.merges[0] is 'h e l'"),
+    "a merge of strangers": ({"merges": ["h xyz"]}, "tokenizer.ggml.merges[0] is 'h xyz'"),
+    "a merge without its join": ({"merges": ["q z"]}, "their join a token too"),
+    "an empty merge": ({"merges": [""]}, "tokenizer.ggml.merges[0] is ''"),
+    "types of another length": ({"token_type": np.ones(3, np.int32)}, "token_type must be an array of"),
+    "types as text": ({"token_type": ["1"]}, "token_type must be an array of"),
+    "eos outside": ({"eos_token_id": 100_000}, "eos_token_id is 100000; it must be below"),
+    "bos negative": ({"bos_token_id": -1}, "bos_token_id is -1"),
+    "pad a truth value": ({"padding_token_id": True}, "padding_token_id is True"),
+    "eot a string": ({"eot_token_id": "<|eot|>"}, "eot_token_id is '<|eot|>'"),
+    "a template of numbers": ({"chat_template": 3}, "chat_template must be a string"),
+    "an empty control token": ({"extra": {"": 3}}, "an empty control or user-defined token"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_contradictions_are_refused_by_key(case: str) -> None:
+    keys, expected = REFUSED[case]
+    with pytest.raises(InputError) as caught:
+        build(**keys)
+    assert expected in str(caught.value)
+
+
+def test_a_vocabulary_of_151000_tokens_is_built_in_seconds() -> None:
+    pairs = [(left, right) for left in LETTERS for right in LETTERS]
+    triples = [("".join(pair), letter) for letter in LETTERS[:2] for pair in pairs]
+    pairs = [*pairs, *triples][: 151_000 - len(LETTERS)]
+    tokens, merges = [*LETTERS, *map("".join, pairs)], list(map(" ".join, pairs))
+    assert len(set(tokens)) == len(tokens) == 151_000
+    tokens += [f"<|reserved_{number}|>" for number in range(256)]
+    types = np.array([1] * 151_000 + [3] * 256, dtype=np.int32)
+    began = time.process_time()
+    tokenizer = build("llama-bpe", tokens=tokens, merges=merges, token_type=types)
+    assert time.process_time() - began < 5
+    assert tokenizer.vocab_size == 151_256
+    assert (
+        tokenizer.decode(tokenizer.encode("some text, 123 😀<|reserved_255|>"), False)
+        == "some text, 123 😀<|reserved_255|>"
+    )
