@@ -13,28 +13,29 @@ from torch import Tensor
 Spans = Sequence[tuple[int, int]]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, spans: Spans | None = None, mask: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, spans: Spans | None = None, visible: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, each query seeing the keys at and before its own place.
 
     q [B, T, H, D]; k and v [B, S, K, D], with H a multiple of K and S >= T: the last T keys belong to the queries.
-    `spans`: (start, end) of each example in the B * T tokens, in order and without gaps; needs S = T, no mask.
-    `mask` [B, S] bool: False hides a key (left padding).
-    Returns [B, T, H, D] in q's dtype.
+    `spans`: (start, end) of each example in the B * T tokens, in order and without gaps; needs S = T.
+    `visible` [B or 1, 1, T, S] bool, from `visible_keys`: which keys a query sees, in place of plain causality.
+    Returns [B, T, H, D] in q's dtype. ValueError for spans that do not cover the tokens, or spans and `visible`.
     """
     if spans is not None:
-        if mask is not None:
-            raise ValueError("attention takes spans or a mask, not both")
+        if visible is not None:
+            raise ValueError("attention takes spans or visible keys, not both")
         return _by_span(q, k, v, spans)
-    if mask is None and q.shape[1] == k.shape[1]:
+    if visible is None and q.shape[1] == k.shape[1]:
         return _sdpa(q, k, v, is_causal=True)
-    if mask is None and q.shape[1] == 1:
-        return _sdpa(q, k, v)
-    return _sdpa(q, k, v, attn_mask=visible(q.shape[1], k.shape[1], mask, q.device))
+    if visible is None and q.shape[1] > 1:
+        visible = visible_keys(q.shape[1], k.shape[1], None, q.device)
+    return _sdpa(q, k, v, attn_mask=visible)
 
 
-def visible(queries: int, keys: int, mask: Tensor | None, device: torch.device) -> Tensor:
-    """Which keys each query sees: [B or 1, 1, queries, keys] bool. Every query sees itself, or a padded row's softmax
-    would be 0/0.
+def visible_keys(queries: int, keys: int, mask: Tensor | None, device: torch.device) -> Tensor:
+    """Which keys each query sees, [B or 1, 1, queries, keys] bool: those up to itself that `mask` [B, keys] shows.
+
+    Every query sees itself, also in padding, or its softmax would be 0/0.
     """
     here = torch.arange(keys - queries, keys, device=device).unsqueeze(-1)  # [T, 1] places of the queries
     there = torch.arange(keys, device=device)  # [S]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import rope
-from ..kernels.attention import Spans, attention, span_lengths
+from ..kernels.attention import Spans, attention, span_lengths, visible_keys
 from ..kernels.rms_norm import rms_norm
 from ..kernels.swiglu import swiglu
 from .llama_config import LlamaConfig as LlamaConfig
@@ -40,7 +40,7 @@ class _Pass:
     cos: Tensor  # [B, T, 1, head_dim / 2]
     sin: Tensor
     spans: Spans | None
-    mask: Tensor | None
+    visible: Tensor | None  # [B or 1, 1, T, S] bool; None: plain causality
     cache: Cache | None
     lean: bool  # training without checkpointing: cheap activations are made again in backward
 
@@ -80,7 +80,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(heads)
         if shared.cache is not None:
             k, v = shared.cache.append(self.index, k, v)
-        y: Tensor = self.o_proj(attention(q, k, v, spans=shared.spans, mask=shared.mask).flatten(2))
+        y: Tensor = self.o_proj(attention(q, k, v, spans=shared.spans, visible=shared.visible).flatten(2))
         return y
 
 
@@ -181,7 +181,8 @@ class Llama(nn.Module):
         x: Tensor = self.model.embed_tokens(input_ids)  # [B, T, hidden]
         training = torch.is_grad_enabled() and cache is None
         recompute = training and self.checkpointing
-        shared = _Pass(*self._rope_tables(position_ids, x), spans, mask, cache, lean=training and not recompute)
+        tables, visible = self._rope_tables(position_ids, x), _visible(input_ids, cache, mask)
+        shared = _Pass(*tables, spans, visible, cache, lean=training and not recompute)
         for layer in self.model.layers:
             if recompute:
                 x = checkpoint(layer, x, shared, use_reentrant=False, preserve_rng_state=True)
@@ -228,6 +229,15 @@ def _check(input_ids: Tensor, spans: Spans | None, cache: Cache | None, mask: Te
         raise ValueError(
             f"mask must be [batch, cached + new tokens] = {(input_ids.shape[0], total)}, got {tuple(mask.shape)}"
         )
+
+
+def _visible(input_ids: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor | None:
+    """What each query sees, once for all layers; None where plain causality says it (no cache, or one new token)."""
+    tokens = input_ids.shape[1]
+    cached = 0 if cache is None else cache.length
+    if mask is None and (cached == 0 or tokens == 1):
+        return None
+    return visible_keys(tokens, cached + tokens, mask, input_ids.device)
 
 
 def _positions(

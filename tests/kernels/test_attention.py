@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourbit.kernels.attention import attention
+from fourbit.kernels.attention import attention, visible_keys
 
 Spans = list[tuple[int, int]]
 
@@ -59,7 +59,7 @@ def test_mask_hides_left_padding(t: int, s: int) -> None:
     visible = causal(t, s) & mask[:, None]
     own = torch.zeros(t, s, dtype=torch.bool)
     own[:, s - t :] = torch.eye(t, dtype=torch.bool)
-    got = attention(q, k, v, mask=mask)
+    got = attention(q, k, v, visible=visible_keys(t, s, mask, q.device))
     assert got.isfinite().all()  # padding queries see themselves: no 0/0
     torch.testing.assert_close(got, plain(q, k, v, visible | own), rtol=1e-12, atol=1e-12)
 
@@ -104,6 +104,6 @@ def test_spans_that_do_not_cover_the_tokens_are_refused(spans: Spans) -> None:
         attention(*sample(1, 6, 6, 2, 2), spans=spans)
 
 
-def test_spans_and_mask_exclude_each_other() -> None:
+def test_spans_and_visible_keys_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="not both"):
-        attention(*sample(1, 6, 6, 2, 2), spans=[(0, 6)], mask=torch.ones(1, 6, dtype=torch.bool))
+        attention(*sample(1, 6, 6, 2, 2), spans=[(0, 6)], visible=visible_keys(6, 6, None, torch.device("cpu")))
