@@ -69,7 +69,7 @@ def dequantize_reference(packed: Tensor, absmax: Tensor, quant_type: str, blocks
 def _decode_words(packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int, out: Tensor) -> None:
     """The CPU path: `out` is flat, in any dtype."""
     n = out.numel()
-    direct = out.dtype == torch.float32 and out.data_ptr() % 16 == 0  # a complex128 must be aligned
+    direct = out.dtype == torch.float32 and _holds_complex128(out)
     values = out if direct else torch.empty(n)
     _look_up(packed, quant_type, values)
     whole = n - n % blocksize
@@ -78,6 +78,11 @@ def _decode_words(packed: Tensor, absmax: Tensor, quant_type: str, blocksize: in
         values[whole:].mul_(absmax[-1])
     if not direct:
         out.copy_(values)
+
+
+def _holds_complex128(values: Tensor) -> bool:
+    """True if fp32 `values` can be viewed as complex128: aligned, in memory and within its storage."""
+    return values.data_ptr() % 16 == 0 and values.storage_offset() % 4 == 0
 
 
 def _look_up(packed: Tensor, quant_type: str, values: Tensor) -> None:

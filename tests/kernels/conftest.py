@@ -1,0 +1,40 @@
+"""bitsandbytes as the oracle of the 4-bit format."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+
+class Oracle:
+    """bitsandbytes' CPU quantiser, with what must be known to read its answers."""
+
+    def __init__(self) -> None:
+        import bitsandbytes.functional  # here, not above: it takes two seconds, and most kernels have other oracles
+
+        self.functional: Any = bitsandbytes.functional
+
+    def quantize(self, weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+        packed, state = self.functional.quantize_4bit(weight, quant_type=quant_type, blocksize=blocksize)
+        return packed, state.absmax
+
+    def dequantize(
+        self, packed: Tensor, absmax: Tensor, n: int, quant_type: str, blocksize: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Flat [n], decoded as one row of whole blocks.
+
+        Its AVX-512 decoder takes wrong scales where rows do not end with a block (0.50.2: errors as large as the
+        weights). For blocks from 2048 up it runs compiled PyTorch, which the stance keeps from starting a compiler.
+        """
+        padded = packed.new_zeros(absmax.numel() * blocksize // 2, 1)
+        padded[: packed.numel()] = packed
+        decode = torch.ops.bitsandbytes.dequantize_4bit.default
+        with torch.compiler.set_stance("force_eager"):
+            row: Tensor = decode(padded, absmax, blocksize, quant_type, (1, 2 * padded.numel()), dtype)
+        return row.view(-1)[:n]
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Oracle:
+    return Oracle()

@@ -1,0 +1,122 @@
+"""8-bit blockwise quantisation: nearest by exact arithmetic, never worse than bitsandbytes, its codes read exactly."""
+
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fourbit.kernels.blockwise import dequantize_blockwise, quantize_blockwise
+from fourbit.kernels.codes import dynamic_code
+from fourbit.kernels.nf4 import dequantize_absmax, quantize, quantize_absmax
+
+
+@st.composite
+def values(draw: st.DrawFn, largest: int = 60) -> Tensor:
+    """fp32 vectors of many sizes and scales, half of them moved onto or beside a midpoint of the signed map."""
+    n = draw(st.integers(1, largest))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    result = torch.randn(n, generator=generator) ** 3
+    code = dynamic_code(True)
+    middle = ((code[:-1] + code[1:]) / 2)[torch.randint(255, (n,), generator=generator)] * result.abs().max()
+    middle = torch.nextafter(middle, torch.randint(-1, 2, (n,), generator=generator).float())
+    moved = torch.rand(n, generator=generator) < 0.5
+    moved[result.abs().argmax()] = False  # it sets the scale
+    return torch.where(moved, middle, result) * 2.0 ** draw(st.integers(-60, 60))
+
+
+@given(values(), st.booleans(), st.sampled_from([8, 64]))
+def test_codes_are_the_nearest_in_exact_arithmetic(vector: Tensor, signed: bool, blocksize: int) -> None:
+    vector = vector if signed else vector.abs()
+    code = dynamic_code(signed)
+    codes, absmax = quantize_blockwise(vector, code, blocksize)
+    exact = [Fraction(c) for c in code.tolist()]
+    for i, (value, index) in enumerate(zip(vector.tolist(), codes.tolist(), strict=True)):
+        scale = Fraction(absmax[i // blocksize].item())
+        near = range(max(index - 2, 0), min(index + 3, 256))  # distances grow away from the nearest: the map ascends
+        distances = [abs(Fraction(value) - exact[j] * scale) for j in near]
+        assert near[distances.index(min(distances))] == index  # the first minimum: a tie takes the lower code
+
+
+@given(values(), st.sampled_from([8, 64]))
+def test_absmax_is_each_blocks_largest_magnitude(vector: Tensor, blocksize: int) -> None:
+    absmax = quantize_blockwise(vector, dynamic_code(), blocksize)[1]
+    assert torch.equal(absmax, torch.stack([block.abs().max() for block in vector.split(blocksize)]))
+
+
+@given(st.integers(1, 600), st.integers(0, 2**31), st.sampled_from([0.02, 1.0, 30.0]))
+def test_bitsandbytes_is_farther_by_at_most_its_rounding(oracle: Any, n: int, seed: int, scale: float) -> None:
+    vector = torch.randn(n, generator=torch.Generator().manual_seed(seed)) * scale
+    theirs, state = oracle.functional.quantize_blockwise(vector, blocksize=256)
+    code = dynamic_code()
+    ours, absmax = quantize_blockwise(vector, code, 256)
+    assert torch.equal(absmax, state.absmax)
+    scales = absmax.double().repeat_interleave(256)[:n]
+    errors = [(code.double()[codes.long()] * scales - vector.double()).abs() for codes in (ours, theirs)]
+    assert bool((errors[0] <= errors[1]).all())
+    assert bool((errors[1] <= errors[0] + 2.0**-15 * scales).all())
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 5000])
+def test_stored_codes_decode_as_in_bitsandbytes(oracle: Any, n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    codes = torch.randint(0, 256, (n,), generator=generator, dtype=torch.uint8)
+    absmax = torch.rand(-(-n // 256), generator=generator)
+    code = dynamic_code()
+    want = torch.ops.bitsandbytes.dequantize_blockwise.default(codes, absmax, code, 256, torch.float32)
+    assert torch.equal(dequantize_blockwise(codes, absmax, code, 256), want)
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (192, 576), (333, 77)])
+def test_double_quantisation_against_bitsandbytes(oracle: Any, shape: tuple[int, int]) -> None:
+    """The offset within its last bits; ours at least as near to the scales; and their stored state read bit for bit."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.05
+    _, state = oracle.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    absmax = quantize(weight)[1]
+    codes, nested, offset = quantize_absmax(absmax)
+    torch.testing.assert_close(offset, state.offset, rtol=2**-20, atol=0)
+    torch.testing.assert_close(nested, state.state2.absmax, rtol=2**-18, atol=0)
+    theirs = oracle.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    assert torch.equal(dequantize_absmax(state.absmax, state.state2.absmax, state.offset), theirs)
+    extra = 2.0**-15 * nested.max()
+    errors = [
+        (decoded.double() - absmax.double()).abs() for decoded in (dequantize_absmax(codes, nested, offset), theirs)
+    ]
+    assert bool((errors[0] <= errors[1] + 2.0**-22 * absmax.max()).all())
+    assert bool((errors[1] <= errors[0] + extra + 2.0**-22 * absmax.max()).all())
+
+
+@given(st.integers(1, 1000), st.floats(1e-30, 1e30))
+def test_equal_scales_survive_exactly(n: int, scale: float) -> None:
+    absmax = torch.full((n,), scale)
+    codes, nested, offset = quantize_absmax(absmax)
+    assert codes.dtype == torch.uint8 and codes.shape == (n,) and nested.shape == (-(-n // 256),) and offset.dim() == 0
+    assert torch.equal(dequantize_absmax(codes, nested, offset), absmax)
+
+
+@given(st.integers(1, 1000), st.integers(0, 2**31))
+def test_decoded_scales_err_by_at_most_half_the_widest_cell(n: int, seed: int) -> None:
+    """The signed map's widest gap is 0.9 / 64, in its top decade; 2^-22 of the largest pays for the fp32 roundings."""
+    absmax = torch.rand(n, generator=torch.Generator().manual_seed(seed)) + 0.01
+    codes, nested, offset = quantize_absmax(absmax)
+    error = (dequantize_absmax(codes, nested, offset).double() - absmax.double()).abs()
+    assert float(dynamic_code().diff().max()) == pytest.approx(0.9 / 64, rel=1e-5)
+    bound = 0.9 / 128 * (1 + 1e-5) * nested.double().repeat_interleave(256)[:n]
+    assert bool((error <= bound + 2.0**-22 * absmax.max()).all())
+
+
+def test_nothing_becomes_nothing() -> None:
+    codes, nested, offset = quantize_absmax(torch.empty(0))
+    assert codes.shape == nested.shape == (0,) and offset == 0
+    assert dequantize_absmax(codes, nested, offset).shape == (0,)
+
+
+def test_shapes_are_kept() -> None:
+    matrix = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
+    codes, absmax = quantize_blockwise(matrix, dynamic_code(), 64)
+    assert codes.shape == (3, 100) and absmax.shape == (5,)
+    decoded = dequantize_blockwise(codes, absmax, dynamic_code(), 64)
+    torch.testing.assert_close(decoded, matrix, rtol=0.1, atol=0.02)

@@ -1,0 +1,270 @@
+"""The 4-bit linear against the dense product: values, gradients, what it saves and what it never makes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fourbit.kernels import dispatch
+from fourbit.kernels import linear4bit as module
+from fourbit.kernels.dispatch import PATHS, force_path, product_dtype
+from fourbit.kernels.nf4 import dequantize, dequantize_absmax, linear4bit, quantize, quantize_absmax
+
+UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+class Weight:
+    """A random quantised weight and what it decodes to."""
+
+    def __init__(self, rows: int, columns: int, *, nested: bool = False, seed: int = 0, **quantisation: Any):
+        generator = torch.Generator().manual_seed(seed)
+        self.shape = (rows, columns)
+        self.quantisation = quantisation
+        self.packed, self.absmax = quantize(torch.randn(rows, columns, generator=generator), **quantisation)
+        scales, self.nested = self.absmax, {}
+        if nested:
+            self.absmax, nested_absmax, offset = quantize_absmax(self.absmax)
+            self.nested = {"nested_absmax": nested_absmax, "offset": offset}
+            scales = dequantize_absmax(self.absmax, nested_absmax, offset)
+        self.dense = dequantize(self.packed, scales, self.shape, **quantisation)
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear4bit(x, self.packed, self.absmax, self.shape, bias, **self.nested, **self.quantisation)
+
+
+def assert_product(got: Tensor, a: Tensor, b: Tensor, start: Tensor | None = None) -> None:
+    """got = a @ b (+ start) within the rounding of one fp32 (fp64) accumulation and one rounding of the result."""
+    a, b = a.double(), b.double()
+    exact, size, terms = a @ b, a.abs() @ b.abs(), a.shape[-1]
+    if start is not None:
+        exact, size, terms = exact + start.double(), size + start.double().abs(), terms + 1
+    accumulate = UNIT[torch.float64 if got.dtype == torch.float64 else torch.float32]
+    bound = 2 * terms * accumulate * size + UNIT[got.dtype] * exact.abs() + 2.0**-24 * (got.dtype == torch.float16)
+    excess = (got.double() - exact).abs() - bound
+    assert not got.numel() or float(excess.max()) <= 0, f"off by {float(excess.max())} beyond the bound"
+
+
+def check_against_dense(weight: Weight, x: Tensor, bias: Tensor | None, grad: Tensor) -> None:
+    x = x.clone().requires_grad_()
+    bias = None if bias is None else bias.clone().requires_grad_()
+    y = weight(x, bias)
+    assert y.dtype == x.dtype and y.shape == x.shape[:-1] + weight.shape[:1]
+    y.backward(grad)
+    dense = weight.dense
+    if module._compute_dtype(x, module._Format(*weight.shape, "nf4", 64)) == torch.bfloat16:
+        dense = dense.bfloat16()
+    assert_product(y.detach(), x.detach(), dense.T, None if bias is None else bias.detach())
+    assert_product(x.grad, grad, dense)
+    if bias is not None:
+        ones = torch.ones(1, grad[..., 0].numel())
+        assert_product(bias.grad.unsqueeze(0), ones, grad.reshape(-1, weight.shape[0]))
+
+
+@given(
+    st.integers(0, 9),
+    st.integers(1, 200),
+    st.integers(1, 130),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    st.booleans(),
+    st.sampled_from(["nf4", "fp4"]),
+    st.sampled_from([32, 64, 256]),
+    st.integers(0, 2**31),
+)
+def test_values_and_gradients_equal_the_dense_product(
+    n: int, columns: int, rows: int, dtype: torch.dtype, nested: bool, quant_type: str, blocksize: int, seed: int
+) -> None:
+    weight = Weight(rows, columns, nested=nested, seed=seed, quant_type=quant_type, blocksize=blocksize)
+    generator = torch.Generator().manual_seed(seed)
+    x, grad = (torch.randn(n, size, generator=generator).to(dtype) for size in (columns, rows))
+    bias = torch.randn(rows, generator=generator).to(dtype) if seed % 2 else None
+    check_against_dense(weight, x, bias, grad)
+
+
+@pytest.mark.parametrize("multiplies_bf16", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_on_either_kind_of_cpu(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, multiplies_bf16: bool
+) -> None:
+    monkeypatch.setattr(dispatch, "_cpu_multiplies_bf16", lambda: multiplies_bf16)
+    x = torch.randn(17, 96).to(dtype)
+    native = multiplies_bf16 and dtype == torch.bfloat16
+    assert product_dtype(x) == (torch.bfloat16 if native else torch.float32)
+    check_against_dense(Weight(50, 96), x, torch.randn(50).to(dtype), torch.randn(17, 50).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("blocksize", [32, 4096])
+@pytest.mark.parametrize("columns", [64, 96, 33])
+def test_slabs_equal_the_dense_product(
+    monkeypatch: pytest.MonkeyPatch, columns: int, blocksize: int, dtype: torch.dtype
+) -> None:
+    """Rows that do and do not end with a block, several slabs and a short last one."""
+    monkeypatch.setattr(module, "WHOLE", 1)
+    monkeypatch.setattr(module, "SLAB", 1000)
+    weight = Weight(133, columns, nested=True, blocksize=blocksize)
+    slabs = list(module._slabs((weight.packed, weight.absmax, *weight.nested.values()), format_of(weight), dtype))
+    assert len(slabs) > 1 or (columns, blocksize) == (33, 4096)  # where a row ends with a block only after 4096 rows
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(2, 3, size, generator=generator).to(dtype) for size in (columns, 133))
+    check_against_dense(weight, x, torch.randn(133, generator=generator).to(dtype), grad)
+
+
+def format_of(weight: Weight) -> Any:
+    quantisation = {"quant_type": "nf4", "blocksize": 64} | weight.quantisation
+    return module._Format(*weight.shape, **quantisation)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_gradcheck_in_float64(nested: bool, quant_type: str) -> None:
+    weight = Weight(7, 30, nested=nested, quant_type=quant_type)
+    x = torch.randn(2, 3, 30, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(weight, (x, bias))
+
+
+@pytest.mark.parametrize("slabs", [False, True])
+def test_paths_agree_bit_for_bit(monkeypatch: pytest.MonkeyPatch, slabs: bool) -> None:
+    if slabs:
+        monkeypatch.setattr(module, "WHOLE", 1)
+        monkeypatch.setattr(module, "SLAB", 1000)
+    weight = Weight(60, 77, nested=True)
+    results = []
+    for path in PATHS:
+        x = torch.randn(5, 77, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with force_path(path):
+            y = weight(x)
+            y.square().sum().backward()
+        results.append((y, x.grad))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("shape", [(77,), (1, 77), (0, 77), (2, 0, 77), (2, 3, 4, 77)])
+def test_any_leading_shape(shape: tuple[int, ...]) -> None:
+    weight = Weight(10, 77)
+    x = torch.randn(shape, requires_grad=True)
+    y = weight(x, torch.zeros(10))
+    assert y.shape == (*shape[:-1], 10)
+    y.sum().backward()
+    assert x.grad.shape == shape
+    torch.testing.assert_close(y, x @ weight.dense.T)
+    torch.testing.assert_close(x.grad, weight.dense.sum(0).expand(shape))
+
+
+def test_an_fp32_bias_under_bf16_x_gets_an_fp32_gradient() -> None:
+    """Summed in fp32: 513 ones stop at 256 when each sum is rounded to bf16, and a last rounding to bf16 gives 512."""
+    bias = torch.zeros(3, requires_grad=True)
+    Weight(3, 64)(torch.zeros(513, 64, dtype=torch.bfloat16), bias).backward(torch.ones(513, 3, dtype=torch.bfloat16))
+    assert bias.grad.dtype == torch.float32 and bias.grad.tolist() == [513.0] * 3
+
+
+def test_layouts_of_x_and_of_its_gradient_do_not_matter() -> None:
+    weight = Weight(10, 77)
+    base = torch.randn(6, 77)
+    strided = torch.randn(77, 12).T[::2].copy_(base)
+    assert not strided.is_contiguous()
+    assert torch.equal(weight(strided), weight(base))
+    assert torch.equal(weight(base[:1].expand(6, 77)), weight(base[:1].repeat(6, 1)))
+    for grad in (torch.randn(10, 6).T, torch.randn(1, 10).expand(6, 10)):
+        x, copy = (base.clone().requires_grad_() for _ in range(2))
+        weight(x).backward(grad)
+        weight(copy).backward(grad.contiguous())
+        assert torch.equal(x.grad, copy.grad)
+
+
+def test_a_weight_of_no_rows_or_columns() -> None:
+    for rows, columns in ((0, 5), (5, 0)):
+        x = torch.randn(3, columns, requires_grad=True)
+        y = Weight(rows, columns)(x, torch.ones(rows))
+        y.sum().backward()
+        assert torch.equal(y, torch.ones(3, rows)) and torch.equal(x.grad, torch.zeros(3, columns))
+
+
+def test_only_packed_tensors_are_saved() -> None:
+    weight = Weight(64, 128, nested=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        weight(torch.randn(4, 128, requires_grad=True), torch.zeros(64))
+    assert {t.data_ptr() for t in saved} == {
+        t.data_ptr() for t in (weight.packed, weight.absmax, *weight.nested.values())
+    }
+
+
+def test_nothing_is_decoded_for_a_gradient_nobody_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = Weight(64, 128)
+    assert weight(torch.randn(4, 128)).grad_fn is None
+    bias = torch.zeros(64, requires_grad=True)
+    y = weight(torch.randn(4, 128), bias)
+    monkeypatch.setattr(module, "dequantize", None)  # a call would fail
+    y.sum().backward()
+    assert torch.equal(bias.grad, torch.full((64,), 4.0))
+
+
+class LargestResult(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation inside the context returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+def test_a_large_weight_is_never_dense() -> None:
+    """16 MB in fp32 (2 MB packed): forward and backward make nothing larger than a slab, about 4 MB."""
+    shape = (2048, 2048)
+    packed = torch.randint(0, 256, (shape[0] * shape[1] // 2, 1), dtype=torch.uint8)
+    absmax = torch.ones(shape[0] * shape[1] // 64)
+    x = torch.randn(2, 2048, requires_grad=True)
+    dequantize(packed[:32], absmax[:1], (64,))  # the tables are made once, before the count
+    with LargestResult() as largest:
+        linear4bit(x, packed, absmax, shape).sum().backward()
+    assert largest.bytes <= 4 * module.SLAB
+
+
+def test_inference_mode_and_autocast_leave_it_alone() -> None:
+    weight = Weight(10, 64)
+    x = torch.randn(3, 64)
+    want = weight(x)
+    with torch.inference_mode():
+        assert torch.equal(weight(x), want)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(weight(x), want)
+
+
+def test_misfits_are_refused() -> None:
+    weight = Weight(10, 64, nested=True)
+    with pytest.raises(ValueError, match=r"the weight is \(10, 64\) \(out, in\), so x must end in 64, got \(3, 65\)"):
+        weight(torch.randn(3, 65))
+    with pytest.raises(ValueError, match="nested_absmax and offset belong together"):
+        linear4bit(torch.randn(3, 64), weight.packed, weight.absmax, (10, 64), offset=torch.tensor(0.0))
+    with pytest.raises(ValueError, match=r"need 10 fp32 scales, got 10 of torch\.uint8"):
+        linear4bit(torch.randn(3, 64), weight.packed, weight.absmax, (10, 64))
+    with pytest.raises(ValueError, match="need 640 packed uint8 bytes, got 320"):
+        linear4bit(torch.randn(3, 64), weight.packed, weight.absmax, (20, 64), **weight.nested)
+
+
+def test_force_path_names_its_paths_and_restores() -> None:
+    before = dispatch.path_for(torch.ones(1))
+    with force_path("reference"):
+        with force_path("cpu"):
+            assert dispatch.path_for(torch.ones(1)) == "cpu"
+        assert dispatch.path_for(torch.ones(1)) == "reference"
+    assert dispatch.path_for(torch.ones(1)) == before == "cpu"
+    with pytest.raises(ValueError, match="path must be one of reference, cpu, got 'fast'"), force_path("fast"):
+        pass
+    with pytest.raises(KeyError), force_path("reference"):
+        raise KeyError
+    assert dispatch.path_for(torch.ones(1)) == before
