@@ -132,7 +132,7 @@ def _refuse_unsupported(data: Mapping[str, Any]) -> None:
             "config: quantization_config must be absent (weights in fp32, fp16 or bf16), "
             f"got {_show(data['quantization_config'])}. Load the unquantised model and let fourbit quantise it."
         )
-    if data.get("partial_rotary_factor") not in (None, 1, 1.0):
+    if data.get("partial_rotary_factor") not in (None, 1):
         raise InputError(f"config: partial_rotary_factor must be 1, got {_show(data['partial_rotary_factor'])}.")
 
 
@@ -158,7 +158,7 @@ def _rope(data: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     if any(isinstance(value, Mapping) for value in rope.values()):  # one RoPE for each kind of layer
         raise InputError(f"config: {key} must hold plain values, the same for every layer, got {_show(rope)}.")
     theta = _number(rope if rope.get("rope_theta") is not None else data, "rope_theta", default=10000.0, high=1e15)
-    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+    if rope.get("partial_rotary_factor") not in (None, 1):
         raise InputError(f"config: {key}.partial_rotary_factor must be 1, got {_show(rope['partial_rotary_factor'])}.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
