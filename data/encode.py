@@ -7,6 +7,8 @@ training sees the tokens that inference sees.
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +41,13 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class _Tokens:
+    text: str
+    ids: list[int]
+    offsets: list[tuple[int, int]]  # characters of `text`
+
+
+@dataclass(frozen=True)
 class _Turn:
     """An assistant turn in the rendered text: characters [start, region)."""
 
@@ -54,25 +63,24 @@ def encode_conversation(
 ) -> Encoded:
     """Tokens and loss mask of one conversation.
 
-    `loss_on`: "assistant" trains every assistant turn whose weight is not 0, "last" only the last assistant turn, "all"
-    every token but the first. Raises BadRow when the template refuses the row or is not prefix-stable on it, when the
-    tokenizer refuses the text, when it begins with two BOS tokens, and when nothing would be trained.
+    `loss_on`: "assistant" trains every assistant turn whose weight is not 0, "last" only the one that ends the
+    conversation, "all" every token but the first, whatever the weights. Raises BadRow when the template refuses the row
+    or is not prefix-stable on it, when the tokenizer refuses the text, when it begins with two BOS tokens, and when
+    nothing would be trained.
     """
     whole = _render(conv, template, len(conv.messages))
-    turns = {i: _turn(conv, template, whole, i) for i in _trained_turns(conv, loss_on)}
+    turns = _turns(conv, template, whole, loss_on)
     text, notes = whole, {INSERTED for turn in turns.values() if turn.inserted}
     append = _append_at(conv, turns, whole)
     if append is not None and tokenizer.eos_id is not None:
         text = whole[:append]
         notes.add(NO_END)
-    ids, offsets = _tokens(conv, tokenizer, text)
-    if loss_on == "all":
-        trained = [i > 0 for i in range(len(ids))]
-    else:
-        trained = [False] * len(ids)
+    tokens = _tokens(conv, tokenizer, text)
+    ids, trained = tokens.ids, [loss_on == "all" and i > 0 for i in range(len(tokens.ids))]
+    if loss_on != "all":
         for turn in turns.values():
-            notes |= _mark(conv, turn, text, ids, offsets, tokenizer, trained)
-    if text is not whole:
+            notes |= _mark(conv, turn, tokens, tokenizer.stop_ids, trained)
+    if NO_END in notes:
         ids, trained = [*ids, int(tokenizer.eos_id or 0)], [*trained, True]
     if _holds_special(conv, tokenizer):
         notes.add(SPECIAL_IN_TEXT)
@@ -80,30 +88,34 @@ def encode_conversation(
     return Encoded(ids, trained, text, f"{conv.file}:{conv.line}", tuple(sorted(notes)))
 
 
-def _tokens(conv: Conversation, tokenizer: TokenizerLike, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+def _tokens(conv: Conversation, tokenizer: TokenizerLike, text: str) -> _Tokens:
     try:
-        return tokenizer.encode_with_offsets(text)
+        return _Tokens(text, *tokenizer.encode_with_offsets(text))
     except InputError as error:
         raise BadRow(conv.problem("messages", str(error), "text")) from None
 
 
 def encode_prompt(conv: Conversation, tokenizer: TokenizerLike, template: ChatTemplate) -> tuple[list[int], str]:
-    """The tokens a model is given to answer the conversation's last assistant turn, and that turn's own text."""
-    last = _last_assistant(conv)
-    prompt = _render(conv, template, last, add_generation_prompt=True)
-    return tokenizer.encode(prompt), str(conv.messages[last]["content"])
+    """The tokens a model is given so that it answers, and the answer that the conversation ends with ("" if none)."""
+    answered = conv.messages[-1]["role"] == "assistant"
+    upto = len(conv.messages) - answered
+    prompt = _render(conv, template, upto, add_generation_prompt=True)
+    return tokenizer.encode(prompt), str(conv.messages[upto]["content"]) if answered else ""
 
 
-def _trained_turns(conv: Conversation, loss_on: LossOn) -> list[int]:
+def _turns(conv: Conversation, template: ChatTemplate, whole: str, loss_on: LossOn) -> dict[int, _Turn]:
+    """The trained turns by their index; for "all" the last turn where it can be told, for how it ends."""
+    chosen = [i for i, message in enumerate(conv.messages) if trains(message)]
     if loss_on == "assistant":
-        return [i for i, message in enumerate(conv.messages) if trains(message)]
-    if loss_on in ("last", "all"):
-        return [_last_assistant(conv)]
-    raise ValueError(f'loss_on must be "assistant", "all" or "last", not {loss_on!r}')
-
-
-def _last_assistant(conv: Conversation) -> int:
-    return max(i for i, message in enumerate(conv.messages) if message["role"] == "assistant")
+        return {i: _turn(conv, template, whole, i) for i in chosen}
+    last = len(conv.messages) - 1
+    if loss_on == "last":
+        return {last: _turn(conv, template, whole, last)} if last in chosen else {}
+    if loss_on != "all":
+        raise ValueError(f'loss_on must be "assistant", "all" or "last", not {loss_on!r}')
+    with suppress(BadRow):
+        return {last: _turn(conv, template, whole, last)}
+    return {}
 
 
 def _render(conv: Conversation, template: ChatTemplate, upto: int, *, add_generation_prompt: bool = False) -> str:
@@ -153,54 +165,37 @@ def _append_at(conv: Conversation, turns: dict[int, _Turn], whole: str) -> int |
     return turn.content_end
 
 
-def _mark(
-    conv: Conversation,
-    turn: _Turn,
-    text: str,
-    ids: list[int],
-    offsets: list[tuple[int, int]],
-    tokenizer: TokenizerLike,
-    trained: list[bool],
-) -> set[str]:
+def _mark(conv: Conversation, turn: _Turn, tokens: _Tokens, stops: Sequence[int], trained: list[bool]) -> set[str]:
     """Set `trained` for the tokens that start inside one answer, its end-of-turn token included; returns notes."""
-    first = bisect_left(offsets, turn.start, key=lambda span: span[0])
-    end, notes = _turn_end(conv, turn, text, ids, offsets, first, tokenizer)
-    for k in range(first, len(ids)):
-        if offsets[k][0] >= end:
+    first = bisect_left(tokens.offsets, turn.start, key=lambda span: span[0])
+    end, notes = _turn_end(conv, turn, tokens, first, stops)
+    for k in range(first, len(tokens.ids)):
+        if tokens.offsets[k][0] >= end:
             break
         trained[k] = True
-    if first > 0 and offsets[first - 1][1] > turn.start:
+    if first > 0 and tokens.offsets[first - 1][1] > turn.start:
         notes.add(STRADDLE)
     return notes
 
 
 def _turn_end(
-    conv: Conversation,
-    turn: _Turn,
-    text: str,
-    ids: list[int],
-    offsets: list[tuple[int, int]],
-    first: int,
-    tokenizer: TokenizerLike,
+    conv: Conversation, turn: _Turn, tokens: _Tokens, first: int, stops: Sequence[int]
 ) -> tuple[int, set[str]]:
     """The character after the end-of-turn token of an answer, or where its text ends if it has none."""
     content_end = turn.start if turn.content_end is None else turn.content_end
-    for k in range(first, len(ids)):
-        if offsets[k][1] > turn.region:
+    for token, (start, end) in zip(tokens.ids[first:], tokens.offsets[first:], strict=True):
+        if end > turn.region:
             break
-        if offsets[k][0] >= content_end and ids[k] in tokenizer.stop_ids:
-            return offsets[k][1], set()
+        if start >= content_end and token in stops:
+            return end, set()
     if not turn.whole:
-        raise BadRow(
-            conv.problem(
-                "messages", "the template changes what follows an answer and ends it with no stop token", "template"
-            )
-        )
-    if len(text) <= content_end:  # cut there, an end-of-text token follows
-        return len(text), set()
-    region = text[turn.start : turn.region].rstrip()
-    marked = turn.content_end is None or turn.start + len(region) > turn.content_end
-    return turn.start + len(region), {UNKNOWN_STOP if marked else NEVER_ENDS}
+        reason = "the template changes what follows an answer and ends it with no stop token"
+        raise BadRow(conv.problem("messages", reason, "template"))
+    if len(tokens.text) <= content_end:  # cut there; an end-of-text token follows
+        return len(tokens.text), set()
+    answer = tokens.text[turn.start : turn.region].rstrip()
+    marked = turn.content_end is None or turn.start + len(answer) > turn.content_end
+    return turn.start + len(answer), {UNKNOWN_STOP if marked else NEVER_ENDS}
 
 
 def _holds_special(conv: Conversation, tokenizer: TokenizerLike) -> bool:

@@ -8,6 +8,7 @@ skipped.
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -186,12 +187,13 @@ def _finite(text: str) -> float:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise _Refused(f"the key {excerpt(twice)} stands twice in one object")
     return result
 
 
+_SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_float=_finite, parse_constant=_refuse_constant)
 
 
@@ -301,8 +303,7 @@ class _Cursor:
         self.move(position)
 
     def move(self, position: int) -> None:
-        while position < len(self.text) and self.text[position] in " \t\r\n":
-            position += 1
+        position = _SPACE.match(self.text, position).end()  # type: ignore[union-attr]
         self.line += self.text.count("\n", self.position, position)
         self.position = position
 

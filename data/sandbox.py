@@ -258,6 +258,10 @@ def compile_template(source: str) -> tuple[Sandbox, jinja2.Template]:
         raise Refused(f"line {error.lineno}: {error.message}") from None
     except (RecursionError, MemoryError, SyntaxError):
         raise Refused("it is nested too deeply") from None
+    except Refused:
+        raise
+    except Exception as error:  # a parser that a mere source string makes fail: foreign input, not our bug
+        raise Refused(f"{type(error).__name__}: {error}") from None
 
 
 def _check_tree(node: nodes.Node, loops: int) -> None:

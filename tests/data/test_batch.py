@@ -118,6 +118,9 @@ def test_auto_fills_passes_best_fit_first() -> None:
     examples = [made([1] * n, [True] * n) for n in (2, 7, 3, 5, 12, 3)]
     packed = micro_batches(examples, packing=True, micro_batch="auto", token_budget=10, pad_id=PAD)
     assert lengths_of(packed) == [[12], [7, 3], [5, 3, 2]]
+    snug = [made([1] * n, [True] * n) for n in (2, 3, 4, 5, 6)]  # a roomiest-first rule would need three
+    packed = micro_batches(snug, packing=True, micro_batch="auto", token_budget=10, pad_id=PAD)
+    assert lengths_of(packed) == [[6, 4], [5, 3, 2]]
     padded = micro_batches(examples, packing=False, micro_batch="auto", token_budget=10, pad_id=PAD)
     assert [tuple(batch.input_ids.shape) for batch in padded] == [(1, 12), (1, 7), (2, 5), (2, 3)]
 

@@ -154,6 +154,30 @@ def test_an_unended_answer_without_an_end_of_text_token_is_said(make_tokenizer: 
     assert example.notes == (encode.NEVER_ENDS,)
 
 
+def test_a_token_across_the_end_of_an_answer_is_trained(make_tokenizer: Callable[..., Any]) -> None:
+    """It starts inside, so it holds text of the answer."""
+    tokenizer = make_tokenizer((), None, None, pieces=(".\n",))
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    assert trained_text(encode_conversation(row(HI, say("Yes.")), tokenizer, template), tokenizer) == "Yes.\n"
+
+
+def test_another_turns_stop_token_ends_no_answer(tokenizer: Any) -> None:
+    """Only the talk's very end is marked, and the first answer must not reach up to there."""
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.content }}{{ '<|im_end|>' if loop.last else '\n' }}{% endfor %}"
+    )
+    conv = row(HI, say("one", weight=1), HI, say("two", weight=0))
+    assert "ends it with no stop token" in bad(
+        conv,
+        tokenizer,
+        ChatTemplate(
+            "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}"
+            "{{ '<|im_end|>' if loop.last else '\n' }}{% endif %}{% endfor %}"
+        ),
+    )
+    assert "not prefix-stable" in bad(conv, tokenizer, template)
+
+
 def test_a_marker_that_is_no_stop_token_is_trained_whole_and_said(make_tokenizer: Callable[..., Any]) -> None:
     """ChatML on a model whose vocabulary lacks its tokens: the marker is spelled in several tokens."""
     tokenizer = make_tokenizer(("<e>",), None, "<e>")
@@ -205,6 +229,23 @@ def test_an_answer_that_repeats_the_question_is_found_in_its_own_place(tokenizer
         )
 
 
+def test_weights_hold_for_the_last_turn_and_not_for_all(tokenizer: Any, chatml: ChatTemplate) -> None:
+    conv = row(HI, say("one"), HI, say("two", weight=0))
+    assert bad(conv, tokenizer, chatml, loss_on="last").endswith("nothing to train: no token of an answer is left")
+    everything = encode_conversation(conv, tokenizer, chatml, loss_on="all")
+    assert everything.trained == [False] + [True] * (len(everything.ids) - 1)
+
+
+def test_all_needs_no_stable_template(tokenizer: Any) -> None:
+    template = ChatTemplate("{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    conv = row(HI, say("one"))
+    assert "not prefix-stable" in bad(conv, tokenizer, template)
+    assert (
+        trained_text(encode_conversation(conv, tokenizer, template, loss_on="all"), tokenizer)
+        == "Hi<|im_end|>one<|im_end|>"
+    )
+
+
 def test_loss_on_is_checked(tokenizer: Any, chatml: ChatTemplate) -> None:
     with pytest.raises(ValueError, match='loss_on must be "assistant", "all" or "last", not \'user\''):
         encode_conversation(row(HI, say("x")), tokenizer, chatml, loss_on="user")  # type: ignore[arg-type]
@@ -217,6 +258,8 @@ def test_the_prompt_of_the_last_answer(tokenizer: Any, chatml: ChatTemplate) -> 
         "<|im_start|>assistant\n"
     )
     assert answer == "two "
+    asked, none = encode_prompt(row(HI, say("one"), HI), tokenizer, chatml)
+    assert (asked, none) == (ids, "")
 
 
 def test_prompt_and_completion_join_plainly(make_tokenizer: Callable[..., Any]) -> None:

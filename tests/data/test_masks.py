@@ -194,6 +194,19 @@ def test_the_template_gives_the_models_own_format(made: tuple[Format, Any, ChatT
     assert template.render(TALK.messages) == form.text
 
 
+def test_transformers_renders_the_same(made: tuple[Format, Any, ChatTemplate]) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    form, _, template = made
+    tokens = {"bos_token": form.bos or "", "eos_token": form.eos}
+    for upto, generate in [(4, False), (3, True), (1, True), (2, False)]:
+        messages = TALK.messages[:upto]
+        theirs, _ = render_jinja_template(
+            [messages], chat_template=form.source, add_generation_prompt=generate, **tokens
+        )
+        assert template.render(messages, add_generation_prompt=generate) == theirs[0]
+
+
 def test_exactly_the_answers_and_their_ends_are_trained(made: tuple[Format, Any, ChatTemplate]) -> None:
     form, tokenizer, template = made
     example = encode_conversation(TALK, tokenizer, template)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -299,6 +300,16 @@ def test_a_huge_line_costs_its_line_and_little_memory(tmp_path: Path) -> None:
     assert [row.line for row in rows] == [1, 3]
     assert [str(problem) for problem in problems] == [f"{path}:2: line: is longer than 16 MiB"]
     assert peak < 40 * 2**20, f"a capped line of 16 MiB took {peak} bytes"
+
+
+def test_a_key_twice_among_many_is_found_in_no_time(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    keys = [*range(300_000), 299_999]
+    path.write_text("{" + ", ".join(f'"{key}": 0' for key in keys) + "}")
+    start = time.process_time()
+    _, (problem,) = read_rows(path)
+    assert problem.reason == "the key '299999' stands twice in one object"
+    assert time.process_time() - start < 5
 
 
 def test_a_line_of_exactly_the_cap_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

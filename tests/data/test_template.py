@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fourbit.data.template import BUILTINS, ChatTemplate, Unrenderable, template_for
-from fourbit.errors import InputError
+from fourbit.errors import EnvironmentProblem, InputError
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Hello! "}]
 
@@ -152,6 +152,15 @@ def test_only_the_first_rendering_of_a_source_starts_a_process(monkeypatch: pyte
     source = "{# rendered once in a child #}{{ messages[0].content }}"
     assert [ChatTemplate(source).render(TALK) for _ in range(3)] == ["Hi"] * 3
     assert len(started) == 1
+
+
+@pytest.mark.parametrize("executable", ["/nowhere/python", "/bin/false"])
+def test_a_child_that_does_not_run_is_the_machines_problem(executable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fourbit.data import template as module
+
+    monkeypatch.setattr(module.sys, "executable", executable)
+    with pytest.raises(EnvironmentProblem, match="the child process that tries chat templates does not"):
+        shown("{# " + executable + " #}")
 
 
 def test_weights_are_not_shown_to_templates_and_messages_stay_as_they_are() -> None:

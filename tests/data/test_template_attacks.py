@@ -5,6 +5,8 @@ import time
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fourbit.data import sandbox
 from fourbit.data.template import ChatTemplate, Unrenderable
@@ -185,6 +187,45 @@ def test_a_template_that_takes_too_much_three_times_is_given_up() -> None:
     with pytest.raises(InputError, match="cannot be used: it takes more than 1000000 loop turns") as caught:
         template.render(bad)
     assert not isinstance(caught.value, Unrenderable)
+
+
+PIECES = st.sampled_from(
+    [
+        *(
+            "{{",
+            "}}",
+            "{%",
+            "%}",
+            "{#",
+            "#}",
+            "for ",
+            "endfor",
+            " in ",
+            " if ",
+            "endif",
+            "set ",
+            " = ",
+            "messages",
+            "m",
+        ),
+        *(".role", "[0]", "[", "]", "(", ")", "{", "}", "'", '"', "|", "join", "tojson", "~", "+", "*", "**", "//"),
+        *("9", "9" * 5000, "loop.last", "macro ", "endmacro", "call ", "raw", "endraw", "generation", "endgeneration"),
+        *("not ", "is ", "none", "recursive", "namespace(", "\\n", "\\u", "\0", "\ud800", "\U0001f600", "-", ":", ","),
+        *("else", "break", "continue", "filter upper", "with ", "block x", "import ", "autoescape ", "do ", "self"),
+        *("super()", "varargs", "caller()", "{{ ", " }}", "{% for m in messages %}", "{% endfor %}", "{% if "),
+    ]
+)
+TAGS = st.sampled_from(["{{ %s }}", "{%% set x = %s %%}{{ x }}", "{%% if %s %%}{%% endif %%}", "%s"])
+
+
+@given(pieces=st.lists(PIECES, max_size=20), tag=TAGS)
+@settings(max_examples=300)
+def test_no_source_makes_anything_but_a_refusal(pieces: list[str], tag: str) -> None:
+    try:
+        box, template = sandbox.compile_template(tag % "".join(pieces))
+        sandbox.render(box, template, {"messages": TALK, "bos_token": "<s>"}, None)
+    except sandbox.Refused as error:
+        assert str(error)
 
 
 def test_the_clock_stops_a_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
