@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.models.cache import KVCache
+from fourbit.models.generate import generate
 from fourbit.models.llama import Llama, LlamaConfig
 
 Oracle = Callable[..., Any]
@@ -300,6 +301,20 @@ def test_bfloat16_stays_close_to_the_oracle(oracle: Oracle) -> None:
     assert low.dtype == torch.bfloat16
     # no further from the fp32 logits than twice the oracle's own bf16 error
     assert (low.float() - exact).norm() < 2 * (reference.float() - exact).norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_equals_cpu(oracle: Oracle, kind: str) -> None:
+    """The same code on the other device: packed gradients, and generation with left padding."""
+    here = ours(oracle(kind), torch.float64)
+    there = copy.deepcopy(here).cuda()
+    for model in (here, there):
+        model.hidden(tokens(1, 53).to(model.lm_head.weight.device), spans=SPANS).square().sum().backward()
+    for (name, a), b in zip(here.model.named_parameters(), there.model.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert (a.grad - b.grad.cpu()).norm() <= 1e-10 * a.grad.norm(), f"gradient of {name}"
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    assert generate(there, prompts, max_new_tokens=70) == generate(here, prompts, max_new_tokens=70)
 
 
 def test_module_names_are_those_of_the_oracle(oracle: Oracle, kind: str) -> None:
