@@ -26,7 +26,7 @@ DTYPES = {"F64", "F32", "F16", "BF16"}
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The folder's `config.json` as a dict; InputError where it is missing, too large or no JSON object."""
-    return _read_json(folder, "config.json", CONFIG_BYTES)
+    return read_json(folder, "config.json", CONFIG_BYTES)
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -67,7 +67,7 @@ def _shards(folder: Path) -> list[tuple[Path, set[str] | None]]:
         return [(_inside(folder, SINGLE), None)]
     if not (folder / INDEX).exists():
         raise InputError(_no_weights(folder))
-    weight_map = _read_json(folder, INDEX, INDEX_BYTES).get("weight_map")
+    weight_map = read_json(folder, INDEX, INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{folder / INDEX}: weight_map must be a non-empty object from tensor names to file names.")
     names_by_file: dict[str, set[str]] = {}
@@ -144,7 +144,8 @@ def _checked_names(path: Path, file: Any, promised: set[str] | None) -> list[str
     return names
 
 
-def _read_json(folder: Path, name: str, limit: int) -> dict[str, Any]:
+def read_json(folder: Path, name: str, limit: int) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes; InputError names the file and what is wrong with it."""
     path = folder / name
     try:
         if not path.is_file():

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from ..errors import InputError
-from .hf import _read_json
+from .hf import read_json
 
 TOKENIZER_BYTES = 256 << 20  # the largest in use (262k tokens) has 34 MB
 JSON_BYTES = 64 << 20
@@ -64,7 +64,7 @@ def _read(path: Path, limit: int) -> bytes:
 
 
 def _optional_json(folder: Path, name: str) -> dict[str, Any]:
-    return _read_json(folder, name, JSON_BYTES) if (folder / name).exists() else {}
+    return read_json(folder, name, JSON_BYTES) if (folder / name).exists() else {}
 
 
 def _token(folder: Path, config: dict[str, Any], older: dict[str, Any], key: str) -> str | None:

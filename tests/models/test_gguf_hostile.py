@@ -298,6 +298,18 @@ def test_overwritten_and_inserted_runs_are_read_or_refused(
     check_read_or_refused(tmp_path_factory, MODEL[:at] + run + MODEL[at + (0 if insert else len(run)) :])
 
 
+@pytest.mark.slow
+@settings(max_examples=20_000)
+@given(st.lists(st.tuples(PLACES, st.binary(min_size=1, max_size=9), st.booleans()), min_size=1, max_size=5))
+def test_20000_damaged_files_are_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, bytes, bool]]
+) -> None:
+    raw = MODEL
+    for at, run, insert in changes:
+        raw = raw[:at] + run + raw[at + (0 if insert else len(run)) :]
+    check_read_or_refused(tmp_path_factory, raw)
+
+
 def check_read_or_refused(factory: pytest.TempPathFactory, raw: bytes) -> None:
     path = factory.getbasetemp() / "changed.gguf"
     path.write_bytes(raw)
