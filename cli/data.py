@@ -102,9 +102,9 @@ def show_example(example: "Encoded", tokenizer: Any) -> None:
     head = f"{visible(example.source)}  {count(len(example.ids), 'token')}, {trained} trained"
     if console.is_terminal and not console.no_color:
         console.print(head, style="bold cyan", markup=False)
-        console.print(coloured(example, tokenizer), end="\n\n")
+        console.print(coloured(example, tokenizer))
     else:
-        print(f"{head}\n{marked(example, tokenizer)}\n", flush=True)
+        print(f"{head}\n{marked(example, tokenizer)}", flush=True)
 
 
 def pieces(example: "Encoded", tokenizer: Any) -> Iterator[tuple[str, str]]:

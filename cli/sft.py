@@ -15,7 +15,7 @@ from .config_file import write_config
 from .load import CONFIG, check_model, load_weights, run_settings
 from .options import AdapterOptions, ModelOptions, ResultOptions, option
 from .parse import DEFAULT, Parsed, parse
-from .show import amount, count, describe, figure, note, pairs, result, working
+from .show import amount, count, describe, figure, note, pairs, result, working, wrapped
 
 if TYPE_CHECKING:
     from ..data.dataset import Dataset
@@ -199,7 +199,7 @@ def _announce(options: SFTOptions, sources: Mapping[str, str]) -> Any:
         if start == 0 or not _same(saved, run_settings(options.out)):  # a resumed run keeps its record of sources
             write_config(Path(options.out) / CONFIG, saved, sources)
         for title, names in _by_source(saved, sources).items():
-            note(f"{title}: " + " ".join(f"{name}={_plain(saved[name])}" for name in names))
+            note(wrapped(f"{title}: " + " ".join(f"{name}={_plain(saved[name])}" for name in names)))
         return display_for(total, start)
 
     return begin

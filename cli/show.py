@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,12 @@ if TYPE_CHECKING:
 def note(text: str) -> None:
     """A line of progress or advice, on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def wrapped(text: str) -> str:
+    """Text broken at blanks to the terminal's width, later lines indented."""
+    width = min(120, shutil.get_terminal_size().columns)
+    return textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 @contextmanager
