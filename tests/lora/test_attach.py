@@ -18,7 +18,7 @@ from fourbit.lora.attach import adapter_parameters, adapters_off, attach, lora_m
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.linear import LoRALinear
 from fourbit.lora.quantize import quantize_
-from fourbit.lora.targets import linear_layers, pattern_key
+from fourbit.lora.targets import base_modules, linear_layers, pattern_key
 
 
 class Layer(nn.Module):
@@ -257,6 +257,20 @@ def test_a_layer_in_two_places_gets_one_adapter() -> None:
     assert model["b"] is model["a"][0] and isinstance(model["b"], LoRALinear)
 
 
+def test_a_subclass_that_may_read_its_own_weight_is_no_target() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "out": nn.Linear(8, 8)})
+    with pytest.raises(InputError, match="It names a NonDynamicallyQuantizableLinear; LoRA wraps"):
+        attach(model, LoRAConfig(rank=1, target=["out_proj"]))
+    assert attach(model, LoRAConfig(rank=1)) == ["out"]
+
+
+def test_names_stay_what_they_were_before_the_adapters() -> None:
+    model = Decoder()
+    before = base_modules(model)
+    attach(model, LoRAConfig(rank=1, target="all-linear"))
+    assert base_modules(model) == before
+
+
 def test_dtype_and_settings_reach_the_layers() -> None:
     model = Decoder()
     attach(model, LoRAConfig(rank=4, alpha=6, dropout=0.5, rslora=True), dtype=torch.bfloat16)
@@ -328,7 +342,9 @@ def test_targets_mean_what_they_mean_to_peft(
 
 @given(
     paths,
-    st.lists(st.sampled_from(["q_proj", "a", "b.proj", r".*\.0", "a|b", "^a", r"layers\.\d+\.a", "p.oj"]), max_size=4),
+    st.lists(
+        st.sampled_from(["q_proj", "proj", "a", "b.proj", r".*\.0", "a|b", "^a", r"layers\.\d+\.a", "p.oj"]), max_size=4
+    ),
 )
 def test_pattern_keys_match_as_in_peft(name: str, keys: list[str]) -> None:
     theirs = get_pattern_key(keys, name)

@@ -192,6 +192,15 @@ def test_meta_layer_filled_from_a_stream(double_quant: bool) -> None:
     assert sum(buffer.untyped_storage().nbytes() for buffer in layer.buffers()) < weight.nbytes / 6
 
 
+@given(st.integers(1, 200), st.integers(1, 200), options())
+def test_an_empty_layer_has_the_shapes_of_a_full_one(n_in: int, n_out: int, kwargs: dict[str, object]) -> None:
+    """Several nested scales and partial last blocks among them."""
+    empty = NF4Linear(n_in, n_out, False, device="meta", **kwargs)
+    full = NF4Linear.from_weight(torch.ones(n_out, n_in), **kwargs)
+    shapes = [{name: (b.shape, b.dtype) for name, b in layer.named_buffers()} for layer in (empty, full)]
+    assert shapes[0] == shapes[1]
+
+
 def test_refilling_a_layer_replaces_its_weight() -> None:
     layer, weight = example(), torch.randn(40, 48)
     layer.quantize_weight_(weight)
