@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
+
 from fourbit.kernels import nf4
 from fourbit.kernels.codes import fp4_code, nf4_code
-from matplotlib.figure import Figure
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 COLOURS = {"nf4": "#08519c", "fp4": "#d94801"}
@@ -19,7 +20,8 @@ def draw_codes(path: Path) -> None:
     spread = 1 / torch.randn(20_000, 64, generator=torch.Generator().manual_seed(0)).abs().amax(1).mean()
     axes.fill_between(x, torch.exp(-0.5 * (x / spread) ** 2), color="#deebf7", label="weights / absmax, normal")
     for place, (name, code) in enumerate({"nf4": nf4_code(), "fp4": fp4_code()}.items()):
-        axes.vlines(code, -0.16 - 0.2 * place, -0.02 - 0.2 * place, color=COLOURS[name], linewidth=2, label=name.upper())
+        low, high = -0.16 - 0.2 * place, -0.02 - 0.2 * place
+        axes.vlines(code, low, high, color=COLOURS[name], linewidth=2, label=name.upper())
     axes.set_yticks([])
     axes.set_xlabel("value, in units of the block's absmax")
     axes.legend(frameon=False, loc="upper right")
@@ -33,7 +35,8 @@ def draw_blocksizes(path: Path) -> None:
     axes = figure.add_subplot()
     for quant_type, colour in COLOURS.items():
         points = [error_and_bits(weight, quant_type, 2**power) for power in range(5, 13)]
-        axes.plot([bits for _, bits in points], [error for error, _ in points], "o-", color=colour, label=quant_type.upper())
+        errors, bits_each = zip(*points, strict=True)
+        axes.plot(bits_each, errors, "o-", color=colour, label=quant_type.upper())
         for power, (error, bits) in zip(range(5, 13), points, strict=True):
             if power in (5, 6, 8, 12):
                 axes.annotate(f"{2**power}", (bits, error), textcoords="offset points", xytext=(3, 5), color=colour)

@@ -70,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         if ctx.hidden_only:
             (dhidden,) = ctx.saved_tensors
             return dhidden * dlosses[:, None].to(dhidden.dtype), None, None, None

@@ -218,7 +218,7 @@ class Loop:
 
 
 def find_checkpoint(config: SFTConfig, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint that config.resume names; None for a fresh start. Raises InputError when out holds a run already."""
+    """The checkpoint that config.resume names, None for a fresh start. InputError when out holds a run already."""
     folder = Path(config.out) / "checkpoints"
     if config.resume not in (None, "auto"):
         path = Path(str(config.resume))

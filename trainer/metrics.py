@@ -77,4 +77,4 @@ def _tensorboard(folder: Path, resumed_at: int) -> Any:
         from ..errors import EnvironmentProblem
 
         raise EnvironmentProblem("log=tensorboard needs the package tensorboard: pip install tensorboard") from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)

@@ -17,8 +17,8 @@ from ..errors import InputError
 from ..lora.attach import lora_modules
 from ..lora.files import adapter_state, load_adapter_state, save_adapter
 from ..models.save import save_model
-from .disk import lock_folder
 from .config import SFTConfig
+from .disk import lock_folder
 from .evaluate import batch_loss_sum, evaluate_loss
 from .interrupt import Interrupt, interrupts
 from .loop import Loop, StepData, Task, Weights, find_checkpoint
@@ -216,7 +216,8 @@ def trained_parameters(model: nn.Module, *, full: bool) -> dict[str, nn.Paramete
             raise InputError(
                 "full training needs a dense model without an adapter; load it with quantize='none' (--quant none)"
             )
-        return {name: parameter.requires_grad_() for name, parameter in model.named_parameters()}
+        model.requires_grad_()
+        return dict(model.named_parameters())
     if not adapters:
         raise InputError("the model has no adapter to train: call fourbit.attach first, or train all weights (full)")
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -233,4 +234,3 @@ def load_trained_state(model: nn.Module, parameters: dict[str, nn.Parameter], st
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
-

@@ -52,7 +52,7 @@ class Stepper:
         for batch in batches:
             # Divided by the whole step's count, so any split into micro-batches gives the same gradients.
             part = self.loss_sum(batch) / trained
-            part.backward()  # type: ignore[no-untyped-call]
+            part.backward()
             loss += part.detach()
         return self._update(loss, learning_rate)
 

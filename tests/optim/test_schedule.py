@@ -1,5 +1,7 @@
 """The learning rate: its landmarks, its shape, and equality with torch's own cosine where torch has one."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,12 +17,10 @@ SCHEDULES = st.sampled_from(["cosine", "linear", "constant"])
 @given(SCHEDULES, st.integers(1, 500), st.data())
 def test_rises_to_the_peak_and_never_above(schedule, total, data):
     warmup = data.draw(st.integers(0, total - 1))
-    rates = [
-        learning_rate(i, total=total, peak=0.5, warmup=warmup, schedule=schedule) for i in range(total)
-    ]
+    rates = [learning_rate(i, total=total, peak=0.5, warmup=warmup, schedule=schedule) for i in range(total)]
     assert max(rates) == rates[warmup] == 0.5
-    assert all(0 < a < b for a, b in zip(rates[:warmup], rates[1 : warmup + 1], strict=True))
-    assert all(a >= b > 0 for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert all(0 < a < b for a, b in pairwise(rates[: warmup + 1]))
+    assert all(a >= b > 0 for a, b in pairwise(rates[warmup:]))
 
 
 @pytest.mark.parametrize("schedule, middle, end", [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1, 1)])

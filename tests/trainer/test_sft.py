@@ -46,14 +46,14 @@ def train(folder, rows, out, *, val=None, dropout=0.1, load=adapted, **options):
 
 
 def test_learns_and_leaves_what_it_promised(tiny_folder, rows, val_rows, tmp_path):
-    model, trainer, result = train(tiny_folder, rows, tmp_path, val=val_rows, epochs=6, dropout=0.0)
+    _, trainer, result = train(tiny_folder, rows, tmp_path, val=val_rows, epochs=6, dropout=0.0)
     records = read_metrics(tmp_path / "metrics.jsonl")
     steps = [r for r in records if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, result.steps + 1)) == list(range(1, 37))
     assert steps[-1]["loss"] < steps[0]["loss"] / 1.5 and result.val_loss < steps[0]["loss"]
     assert sum(r["tokens"] for r in steps) == result.tokens
     assert (tmp_path / "adapter_model.safetensors").is_file() and (tmp_path / "loss.png").stat().st_size > 5000
-    again, tokenizer = fourbit.load(tiny_folder, quantize="nf4")
+    again, _ = fourbit.load(tiny_folder, quantize="nf4")
     fourbit.load_adapter(again, tmp_path)
     assert evaluate_loss(again, trainer.val_set.examples) == pytest.approx(result.val_loss, abs=1e-6)
     assert result.val_loss == min(r["val_loss"] for r in records if "val_loss" in r)
@@ -248,7 +248,7 @@ def test_one_bad_step_is_skipped_and_counted(tiny_folder, rows, tmp_path):
 
 def test_full_fine_tuning(tiny_folder, rows, tmp_path):
     load = partial(fourbit.load, quantize="none")
-    model, _, result = train(tiny_folder, rows, tmp_path, load=load, full=True, lr=1e-3, epochs=3)
+    model, _, _ = train(tiny_folder, rows, tmp_path, load=load, full=True, lr=1e-3, epochs=3)
     records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
     assert records[-1]["loss"] < records[0]["loss"]
     again, tokenizer = fourbit.load(tmp_path)
