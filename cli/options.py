@@ -50,8 +50,8 @@ class AdapterOptions:
     alpha: float = option("the update is scaled by alpha / rank", 32)
     dropout: float = option("dropout on the adapter's input", 0.0)
     target: tuple[str, ...] = option(
-        "layers that get an adapter: all-linear, attn, mlp, a layer's name (repeat the flag for more), or a regular "
-        "expression on full names",
+        "layers that get an adapter: all-linear, attn, mlp, names such as q_proj,v_proj, or a regular expression that "
+        "matches full names",
         ("all-linear",),
         metavar="NAME",
     )

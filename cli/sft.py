@@ -1,6 +1,7 @@
 """`fourbit sft`: fine-tune a model on chat rows, with LoRA on a 4-bit base unless told otherwise."""
 
 import dataclasses
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,8 @@ Fine-tune a model on chat rows and save a LoRA adapter (with --full: the model).
 A YAML file holds the same settings, `micro_batch: 4` for `--micro-batch 4`;
 flags win over the file. The folder --out gets the adapter, config.yaml (all
 settings and where each came from), metrics.jsonl, loss.png and checkpoints."""
+NAMES = re.compile(r"[\w.]+(,[\w.]+)*")  # else an entry of --target is a regular expression
+GROUPS = ("all-linear", "attn", "mlp")
 ADAPTER_ONLY = ("rank", "alpha", "dropout", "target", "rslora")
 
 
@@ -68,14 +71,18 @@ class SFTOptions(ResultOptions, SFTConfig, AdapterOptions, DataOptions, ModelOpt
         return SFTConfig(**{field.name: getattr(self, field.name) for field in fields(SFTConfig)})
 
     def lora_config(self) -> LoRAConfig:
-        target = tuple("all-linear" if name == "all" else name for name in self.target)
         return LoRAConfig(
-            rank=self.rank,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            target=target[0] if len(target) == 1 else target,
-            rslora=self.rslora,
+            rank=self.rank, alpha=self.alpha, dropout=self.dropout, target=_target(self.target), rslora=self.rslora
         )
+
+
+def _target(given: Sequence[str]) -> str | list[str]:
+    """LoRAConfig's target: a group or a regular expression is one string, layers' names are a list."""
+    names = [name for entry in given for name in (entry.split(",") if NAMES.fullmatch(entry) else [entry])]
+    if names == ["all"]:
+        return "all-linear"
+    one = len(names) == 1 and (names[0] in GROUPS or not NAMES.fullmatch(names[0]))
+    return names[0] if one else names
 
 
 def run(args: Sequence[str]) -> int:

@@ -14,6 +14,8 @@ import fourbit
 from fourbit.cli.chat import Stream
 from fourbit.cli.data import coloured, marked, pieces
 from fourbit.cli.main import COMMANDS, main
+from fourbit.cli.parse import parse
+from fourbit.cli.sft import SFTOptions
 from fourbit.cli.show import bars, visible
 from fourbit.data.dataset import load_dataset
 from fourbit.models.load import load_tokenizer
@@ -69,6 +71,28 @@ def test_the_saved_config_repeats_the_run(tuned: Path, tmp_path: Path, capsys: C
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (tuned, tmp_path / "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("target", "layers"),
+    [
+        (["all"], 14),
+        (["all-linear"], 14),
+        (["attn"], 8),
+        (["mlp"], 6),
+        (["q_proj"], 2),
+        (["q_proj,v_proj"], 4),
+        (["q_proj", "down_proj"], 4),
+        (["layers.0.mlp.up_proj"], 1),
+        ([r"model\.layers\.1\..*_proj"], 7),
+    ],
+)
+def test_targets(tiny_folder: Path, target: list[str], layers: int) -> None:
+    flags = [arg for name in target for arg in ("--target", name)]
+    args = ["--model", "m", "--data", "d", "--out", "o", *flags]
+    options = parse(SFTOptions, args, command="sft", about="").options
+    model, _ = fourbit.load(tiny_folder)
+    assert len(fourbit.attach(model, options.lora_config())) == layers
 
 
 def test_sft_json(tiny_folder: Path, rows: Path, tmp_path: Path, capsys: Capture) -> None:
