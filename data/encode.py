@@ -136,7 +136,7 @@ def _turn(conv: Conversation, template: ChatTemplate, whole: str, i: int) -> _Tu
     found = whole.find(content, len(prompt), region) if region >= len(prompt) else -1
     if region < len(upto) and found < 0:
         raise _unstable(conv, i, upto, whole)
-    inserted = found > 0 and bool(whole[len(prompt) : found].strip())
+    inserted = found >= 0 and bool(whole[len(prompt) : found].strip())
     return _Turn(len(prompt), None if found < 0 else found + len(content), region, region == len(upto), inserted)
 
 

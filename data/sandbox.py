@@ -351,13 +351,16 @@ def clock(date: str | None) -> Callable[[str], str]:
 
 
 def _limit() -> None:
-    """Memory and processor time of this process, where the operating system can limit them."""
+    """Memory and processor time of this process, where the operating system can limit them; and no core file."""
     try:
         import resource
     except ImportError:
         return
-    resource.setrlimit(resource.RLIMIT_AS, (CHILD_MEMORY, CHILD_MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (CHILD_SECONDS, CHILD_SECONDS))
+    limits = {resource.RLIMIT_AS: CHILD_MEMORY, resource.RLIMIT_CPU: CHILD_SECONDS, resource.RLIMIT_CORE: 0}
+    for what, limit in limits.items():
+        hard = resource.getrlimit(what)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(what, (limit, limit))
 
 
 def main() -> None:

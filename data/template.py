@@ -17,7 +17,7 @@ from ..errors import EnvironmentProblem, InputError
 from .protocol import TokenizerLike
 
 MAX_SOURCE_BYTES = 64 * 1024
-CHILD_WALL_SECONDS = 60  # for a machine that is busy; the limit that counts is on processor time
+CHILD_WALL_SECONDS = 300  # for a machine that is busy; the limit that counts is on processor time
 SHOWN_ERROR = 500
 MAX_STRIKES = 3
 CHILD_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT")  # what starting an interpreter may need
