@@ -25,7 +25,7 @@ def read_tickets(path: Path) -> list[Ticket]:
 
 
 def fields(answer: str) -> tuple[str, ...]:
-    """`category: bug / priority: low / team: support` -> ("bug", "low", "support")."""
+    """`category: account / priority: low / team: support` -> ("account", "low", "support")."""
     return tuple(part.partition(":")[2].strip() for part in answer.split("/"))
 
 
