@@ -144,14 +144,14 @@ def questions(data: Dataset) -> set[str]:
 
 
 def test_a_split_stays_when_rows_are_added_or_moved(write: Callable[..., Path], tokenizer: Any) -> None:
-    small = load_dataset(write(rows(200), "a.jsonl"), tokenizer)
-    more = load_dataset(write(rows(100, 200)[::-1] + rows(200)[::-1], "b.jsonl"), tokenizer)
-    train, held = split_validation(small, 0.2)
-    more_train, more_held = split_validation(more, 0.2)
+    small = load_dataset(write(rows(1000), "a.jsonl"), tokenizer)
+    more = load_dataset(write(rows(200, 1000)[::-1] + rows(1000)[::-1], "b.jsonl"), tokenizer)
+    train, held = split_validation(small, 0.3)
+    more_train, more_held = split_validation(more, 0.3)
     assert questions(held) < questions(more_held) and questions(train) < questions(more_train)
     assert questions(held) | questions(train) == questions(small) and not questions(held) & questions(train)
-    assert 20 <= len(held) <= 60  # 40 expected, binomial with a deviation of 5.7
-    assert len(held) + len(train) == 200 == held.report.rows + train.report.rows
+    assert abs(len(held) - 300) < 73  # five deviations of a binomial of 1000 at 0.3
+    assert len(held) + len(train) == 1000 == held.report.rows + train.report.rows
     assert held.report.tokens + train.report.tokens == small.report.tokens
     assert held.report.trained == sum(sum(e.trained) for e in held.examples)
     assert [e.source for e in train.examples] == [f"{c.file}:{c.line}" for c in train.conversations]
