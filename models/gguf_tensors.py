@@ -4,6 +4,7 @@ Blocks are decoded by `gguf.quants` (NumPy, bit-exact with llama.cpp's own refer
 library. Both go by row chunks into one output tensor: decoding a 2 GB embedding at once would cost several times that.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,8 +44,6 @@ OTHER_FORMATS = {
     24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
     40: "NVFP4",
 }  # fmt: skip
-_BLOCK_BYTES = {kind.name: kind.block_bytes for kind in FORMATS.values()}
-_BLOCK_SIZE = {kind.name: kind.block_size for kind in FORMATS.values()}
 
 _WHOLE_MODEL = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -94,28 +93,27 @@ def decode(
     of each of H heads are put back from llama.cpp's rotary order (pairs side by side) to Hugging Face's (halves).
     """
     to_rows = _row_decoder(format)
-    columns = shape[-1] if len(shape) > 1 else 1
-    rows = raw.size // _BLOCK_BYTES[format] * _BLOCK_SIZE[format] // columns
-    head_dim = _head_dim(rows, interleaved_heads)
-    step = rows if len(shape) == 1 else max(1, CHUNK_ELEMENTS // (columns * head_dim)) * head_dim
-    row_bytes = columns // _BLOCK_SIZE[format] * _BLOCK_BYTES[format] if len(shape) > 1 else 0
-    out: torch.Tensor | None = None
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
-        part = raw if len(shape) == 1 else raw[first * row_bytes : last * row_bytes]
-        values = to_rows(part.reshape(1 if len(shape) == 1 else last - first, -1)).reshape(last - first, columns)
+    if len(shape) == 1:  # a vector is one row of blocks
+        values = to_rows(raw.reshape(1, -1)).view(-1, 1)
         if interleaved_heads is not None:
-            values = halves_from_pairs(values, (last - first) // head_dim)
+            values = halves_from_pairs(values, interleaved_heads)
+        return values.view(shape).to(dtype or values.dtype)
+    rows = raw.reshape(math.prod(shape[:-1]), -1)  # [R, bytes]
+    head_dim = _head_dim(len(rows), interleaved_heads) if interleaved_heads is not None else 1
+    step = max(1, CHUNK_ELEMENTS // (shape[-1] * head_dim)) * head_dim  # whole heads, so that a chunk can be reordered
+    out: torch.Tensor | None = None
+    for first in range(0, len(rows), step):
+        values = to_rows(rows[first : first + step])  # [<= step, in]
+        if interleaved_heads is not None:
+            values = halves_from_pairs(values, len(values) // head_dim)
         if out is None:
-            out = torch.empty(rows, columns, dtype=dtype or values.dtype)
-        out[first:last] = values
+            out = torch.empty(len(rows), shape[-1], dtype=dtype or values.dtype)
+        out[first : first + step] = values
     assert out is not None  # a tensor has at least one row
     return out.view(shape)
 
 
-def _head_dim(rows: int, heads: int | None) -> int:
-    if heads is None:
-        return 1
+def _head_dim(rows: int, heads: int) -> int:
     if heads < 1 or rows % (2 * heads):
         raise ValueError(f"{rows} rows cannot be split into {heads} heads of an even size")
     return rows // heads
@@ -123,9 +121,8 @@ def _head_dim(rows: int, heads: int | None) -> int:
 
 def halves_from_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """Undo llama.cpp's row order: [H * d, in] with rotary pairs side by side -> first halves, then second halves."""
-    count, columns = rows.shape
-    pairs = rows.view(heads, count // heads // 2, 2, columns)  # [H, d/2, 2, in]
-    return pairs.transpose(1, 2).reshape(count, columns)
+    pairs = rows.view(heads, _head_dim(len(rows), heads) // 2, 2, -1)  # [H, d/2, 2, in]
+    return pairs.transpose(1, 2).reshape(rows.shape)
 
 
 def _row_decoder(format: str) -> Callable[[Bytes], torch.Tensor]:
