@@ -1,6 +1,7 @@
 """`fourbit eval`: held-out loss, perplexity and exact match of a model, without and with its adapter."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +107,6 @@ def _measure(
 
 def perplexity(loss: float | None) -> float | None:
     """exp of a loss in nats; of a hopeless one, the largest figure rather than an overflow."""
-    import math
-
     return None if loss is None else math.exp(min(loss, 700.0))
 
 

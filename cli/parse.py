@@ -44,24 +44,15 @@ def parse(kind: type[T], args: Sequence[str], *, command: str, about: str, posit
     positional: the option that bare arguments fill, besides a file that ends in .yaml or .yml.
     Raises InputError naming the flag or the file's line; prints the help and exits on `--help`.
     """
-    parser = _parser(kind, command, about, positional)
-    given, rest = parser.parse_known_args(list(args))
     hints = _types(kind)
-    flags, bare = vars(given), _positionals(rest, hints, command)
-    config = [arg for arg in bare if arg.endswith((".yaml", ".yml"))]
-    others = [arg for arg in bare if arg not in config]
-    if len(config) > 1:
-        raise InputError(f"one config file a run, got {' and '.join(config)}")
-    if others and positional is None:
-        raise InputError(
-            f"unexpected argument {others[0]!r}: fourbit {command} takes flags and one config file that ends in .yaml"
-        )
-    if others and positional is not None:
-        flags[positional] = [*others, *flags.get(positional, [])] if _is_tuple(hints[positional]) else others[-1]
+    given, rest = _parser(kind, command, about, positional).parse_known_args(list(args))
+    _refuse_unknown_flags(rest, hints, command)
+    config, bare = _config_among(rest)
+    flags = {**vars(given), **_bare(bare, vars(given), hints, command, positional)}
     values: dict[str, Any] = {}
     sources = dict.fromkeys(hints, DEFAULT)
-    for name, setting in read_config(config[0]).items() if config else ():
-        where = f"{config[0]}:{setting.line}"
+    for name, setting in read_config(config).items() if config else ():
+        where = f"{config}:{setting.line}"
         if name not in hints:
             raise InputError(f"{where}: unknown setting {name!r}{hint(name, hints)}")
         values[name] = _convert(setting.value, hints[name], f"{where}: {name}", strict=True)
@@ -69,13 +60,47 @@ def parse(kind: type[T], args: Sequence[str], *, command: str, about: str, posit
     for name, raw in flags.items():
         values[name] = _convert(raw, hints[name], _flag(name), strict=False)
         sources[name] = FLAG
-    missing = [_flag(field.name) for field in fields(kind) if _required(field) and field.name not in values]  # type: ignore[arg-type]
+    return Parsed(_made(kind, values, sources, command), sources)
+
+
+def _made(kind: type[T], values: Mapping[str, Any], sources: Mapping[str, str], command: str) -> T:
+    """The options object; what it finds wrong with itself is told with the place it came from."""
+    missing = [_flag(field.name) for field in _fields(kind) if _required(field) and field.name not in values]
     if missing:
         raise InputError(f"fourbit {command} needs {', '.join(missing)}; see fourbit {command} --help")
     try:
-        return Parsed(kind(**values), sources)
+        return kind(**values)
     except InputError as error:
         raise InputError(_with_source(str(error), sources)) from None
+
+
+def _refuse_unknown_flags(rest: Sequence[str], known: Mapping[str, Any], command: str) -> None:
+    for arg in rest:
+        if arg.startswith("-"):
+            name = arg.lstrip("-").partition("=")[0]
+            near = hint(name, known, spell="--{}") or f"; see fourbit {command} --help"
+            raise InputError(f"unknown flag {arg.partition('=')[0]}{near}")
+
+
+def _config_among(rest: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The config file among bare arguments, if any, and the others."""
+    configs = [arg for arg in rest if arg.endswith((".yaml", ".yml"))]
+    if len(configs) > 1:
+        raise InputError(f"one config file a run, got {' and '.join(configs)}")
+    return (configs[0] if configs else None), [arg for arg in rest if arg not in configs]
+
+
+def _bare(
+    bare: Sequence[str], given: Mapping[str, Any], hints: Mapping[str, Any], command: str, positional: str | None
+) -> dict[str, Any]:
+    """Bare arguments as the option that they fill, before what its flag gave."""
+    if not bare:
+        return {}
+    if positional is None:
+        raise InputError(
+            f"unexpected argument {bare[0]!r}: fourbit {command} takes flags and one config file that ends in .yaml"
+        )
+    return {positional: [*bare, *given.get(positional, [])] if _is_tuple(hints[positional]) else bare[-1]}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,20 +123,24 @@ def _parser(kind: type, command: str, about: str, positional: str | None) -> _Pa
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=_width()),
     )
     hints = _types(kind)
-    titles = [_group(kind, field.name) for field in fields(kind)]
+    titles = [_group(kind, field.name) for field in _fields(kind)]
     order = [*dict.fromkeys(title for title in titles if title != "output"), "output"]
     groups = {title: parser.add_argument_group(title) for title in order}
-    for title, field in zip(titles, fields(kind), strict=True):
+    for title, field in zip(titles, _fields(kind), strict=True):
         groups[title].add_argument(_flag(field.name), dest=field.name, **_how(field, hints[field.name]))
     groups["output"].add_argument("-h", "--help", action="help", help="print this and exit")
     groups["output"].add_argument("--debug", action="store_true", help="print tracebacks")  # main() takes it off before
     return parser
 
 
+def _fields(kind: Any) -> "tuple[Field[Any], ...]":
+    return fields(kind)
+
+
 def _types(kind: type) -> dict[str, Any]:
     """Type of every option by name; class variables are none."""
     hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in fields(kind)}
+    return {field.name: hints[field.name] for field in _fields(kind)}
 
 
 def _how(field: "Field[Any]", hint: Any) -> dict[str, Any]:
@@ -148,15 +177,6 @@ def _group(kind: type, name: str) -> str:
         if name in vars(base).get("__annotations__", {}):
             return str(vars(base).get("title", "training"))
     return "training"
-
-
-def _positionals(rest: Sequence[str], known: Mapping[str, Any], command: str) -> list[str]:
-    for arg in rest:
-        if arg.startswith("-"):
-            name = arg.lstrip("-").partition("=")[0]
-            near = hint(name, known, spell="--{}") or f"; see fourbit {command} --help"
-            raise InputError(f"unknown flag {arg.partition('=')[0]}{near}")
-    return list(rest)
 
 
 def _width() -> int:
