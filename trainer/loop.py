@@ -20,6 +20,7 @@ from ..errors import InputError, NumericError
 from ..optim.schedule import learning_rate
 from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import SFTConfig, changed_options
+from .disk import remove_stale
 from .interrupt import Interrupt
 from .memory import memory_used
 from .metrics import Metrics
@@ -222,6 +223,8 @@ class Loop:
 def find_checkpoint(config: SFTConfig, say: Callable[[str], None]) -> Path | None:
     """The checkpoint that config.resume names, None for a fresh start. InputError when out holds a run already."""
     folder = Path(config.out) / "checkpoints"
+    if folder.is_dir():
+        remove_stale(folder)  # what a killed run left half-written; it may have been killed after its last save
     if config.resume not in (None, "auto"):
         path = Path(str(config.resume))
         if not path.is_dir() or not path.name.rpartition("-")[2].isdecimal():

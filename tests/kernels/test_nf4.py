@@ -133,7 +133,7 @@ def test_chunks_are_whole_blocks() -> None:
 
 
 @pytest.mark.parametrize("quant_type", TYPES)
-def test_every_byte_pair_decodes(quant_type: str) -> None:
+def test_every_byte_decodes(quant_type: str) -> None:
     packed = torch.arange(1 << 16).to(torch.uint16).view(torch.uint8).view(-1, 1)
     absmax = torch.rand(packed.numel() * 2 // 64, generator=torch.Generator().manual_seed(0)) + 0.01
     results = []
@@ -145,7 +145,7 @@ def test_every_byte_pair_decodes(quant_type: str) -> None:
 
 @given(st.integers(0, 700), st.integers(0, 3), st.integers(0, 5))
 def test_packed_and_out_may_lie_anywhere(n: int, skip_packed: int, skip_out: int) -> None:
-    """Views at odd offsets, where 16-bit words and 16-byte table entries are not aligned."""
+    """Views at odd offsets, where the table's 8-byte entries are not aligned."""
     packed, absmax = quantize(random_weight((n + 1,))[:n])
     want = dequantize(packed, absmax, (n,))
     moved = torch.cat([packed.new_zeros(skip_packed, 1), packed])[skip_packed:]
@@ -168,7 +168,7 @@ def test_the_cpu_takes_the_quick_path_unless_told_otherwise(monkeypatch: pytest.
     def tripped(*_: object) -> None:
         raise AssertionError("quick path")
 
-    monkeypatch.setattr(dequantize4bit, "_decode_words", tripped)
+    monkeypatch.setattr(dequantize4bit, "_decode_pairs", tripped)
     monkeypatch.setattr(quantize4bit, "_pack_by_pattern", tripped)
     weight = random_weight((64,))
     with force_path("reference"):
