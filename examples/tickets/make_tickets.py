@@ -36,7 +36,8 @@ ORDERS = (  # of the three sentences {what}, {whom} and {when}
 
 def triage(category: str, priority: str, customer: str) -> dict[str, str]:
     """The rule: business customers have a team of their own; for private ones the category decides."""
-    return {"category": category, "priority": priority, "team": "business" if customer == "business" else TEAMS[category]}
+    team = "business" if customer == "business" else TEAMS[category]
+    return {"category": category, "priority": priority, "team": team}
 
 
 def answer_text(labels: dict[str, str]) -> str:
@@ -74,7 +75,8 @@ def make_ticket(deck: Deck, banks: dict[str, list[str]], number: int) -> dict[st
     customer = deck.random.choice(CUSTOMERS)
     facts = {"category": category, "priority": priority, "customer": customer}
     phrases = {
-        blank: deck.deal(bank, banks[bank]) for blank, bank in zip(("what", "when", "whom"), facts.values(), strict=True)
+        blank: deck.deal(bank, banks[bank])
+        for blank, bank in zip(("what", "when", "whom"), facts.values(), strict=True)
     }
     text = deck.deal("order", ORDERS).format(**phrases)
     messages = [
