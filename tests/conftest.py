@@ -5,6 +5,7 @@ The model is a random Llama with a byte-level tokenizer and a ChatML template, w
 
 import json
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 settings.register_profile("fourbit", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("fourbit")
 torch.set_num_threads(1)
+# A shell tells its background jobs to ignore Ctrl-C, and their children would too: the tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
