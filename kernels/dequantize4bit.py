@@ -39,10 +39,12 @@ def dequantize(
 
     packed: uint8, (n + 1) // 2 bytes in any shape; absmax: fp32 [ceil(n / blocksize)]. `out`, if given, is a
     contiguous tensor of that shape and dtype to write into, and is returned. fp64 holds the fp32 values exactly.
-    ValueError if the sizes disagree.
+    ValueError if the sizes disagree or `dtype` is no floating-point type.
     """
     check_format(quant_type, blocksize)
     _check_sizes(packed, absmax, shape, blocksize)
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
     if out is None:
         out = _allocate(shape, dtype, packed.device)
     elif out.shape != torch.Size(shape) or out.dtype != dtype or not out.is_contiguous():

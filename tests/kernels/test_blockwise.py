@@ -114,6 +114,12 @@ def test_nothing_becomes_nothing() -> None:
     assert dequantize_absmax(codes, nested, offset).shape == (0,)
 
 
+def test_scales_that_are_not_one_a_block_are_refused() -> None:
+    codes, nested, offset = quantize_absmax(torch.rand(512, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(ValueError, match="512 codes in blocks of 256 need 2 scales, got 1"):
+        dequantize_absmax(codes, nested[:1], offset)
+
+
 def test_shapes_are_kept() -> None:
     matrix = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
     codes, absmax = quantize_blockwise(matrix, dynamic_code(), 64)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -75,6 +75,7 @@ def check_against_dense(weight: Weight, x: Tensor, bias: Tensor | None, grad: Te
     st.sampled_from([32, 64, 256]),
     st.integers(0, 2**31),
 )
+@settings(max_examples=500)
 def test_values_and_gradients_equal_the_dense_product(
     n: int, columns: int, rows: int, dtype: torch.dtype, nested: bool, quant_type: str, blocksize: int, seed: int
 ) -> None:
