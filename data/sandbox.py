@@ -110,12 +110,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Every call a template makes: counted; the string methods that can make long texts are ours."""
         self.spend()
         if isinstance(owner := getattr(__obj, "__self__", None), str):
-            if __obj.__name__ not in TEXT_METHODS:
-                self.unsafe_undefined(owner, __obj.__name__)
             if __obj.__name__ == "join":
                 return self._join(list(*args), owner)
             if __obj.__name__ == "replace":
-                return self._replace(owner, *args, **kwargs)
+                own = {
+                    name: value for name, value in kwargs.items() if not name.startswith("_")
+                }  # jinja adds _loop_vars
+                return self._replace(owner, *args, **own)
         return super().call(__context, __obj, *args, **kwargs)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:

@@ -315,9 +315,15 @@ def test_a_key_twice_among_many_is_found_in_no_time(tmp_path: Path) -> None:
 def test_a_line_of_exactly_the_cap_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read, "MAX_LINE_BYTES", 20)
     path = tmp_path / "d.jsonl"
-    path.write_bytes(b'{"a": "12345678901"}\n{"a": "123456789"}\n')
+    path.write_bytes(b'{"a": "12345678901"}\n{"a": "1234567890"}\n')
     rows, problems = read_rows(path)
     assert [row.line for row in rows] == [2] and [problem.line for problem in problems] == [1]
+
+
+def test_64_levels_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'{"a": ' + b"[" * 64 + b"]" * 64 + b"}\n")
+    assert len(read_rows(path)[0]) == 1
 
 
 def test_a_huge_array_is_refused_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

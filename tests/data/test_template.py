@@ -40,6 +40,8 @@ def shown(source: str, messages: list[dict[str, Any]] | None = None, **options: 
         ("{{ messages | selectattr('role', 'equalto', 'user') | list | length }}", "1"),
         ("{{ messages | rejectattr('role', 'equalto', 'user') | map(attribute='content') | first }}", " Hello! "),
         ("{{ 'aXbX'.replace('X', '--') }}{{ 'aXbX' | replace('X', '', 1) }}", "a--b--abX"),
+        ("{% for m in messages %}{{ m.role.replace('s', 'z', 1) }}{{ '-'.join(['a', m.role]) }}{% endfor %}", None),
+        ("{% for m in messages %}{{ m.content.split('l')[0].strip().upper() }}{% endfor %}", "HIHE"),
         ("{{ 'a\nb\n\nc' | indent(2) }}|{{ 'a\nb' | indent(1, true) }}", "a\n  b\n\n  c| a\n b"),
         ("{% generation %}{{ messages[0].content }}{% endgeneration %}!", "Hi!"),
         ("{% for k, v in {'x': 1, 'y': 2}.items() %}{{ k }}{{ v }}{% endfor %}", "x1y2"),

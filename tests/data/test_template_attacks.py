@@ -60,54 +60,103 @@ ESCAPES = {  # known ways from a template to the interpreter, the file system or
     "encode": "{{ 'a'.encode('utf-8') }}",
 }
 
-BOMBS = {  # templates that would take hours or all memory
-    "string times number": "{{ 'a' * 1000000000 }}",
-    "times through a name": "{% set n = 1000000000 %}{% set s = messages[0].content %}{{ s * n }}",
-    "list times number": "{% set s = messages %}{{ s * 1000000000 }}",
-    "loops in loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
-    "{% endfor %}{% endfor %}{% endfor %}",
-    "four loops": "{% for a in [1] %}{% for b in [1] %}{% for c in [1] %}{% for d in [1] %}"
-    "{% endfor %}{% endfor %}{% endfor %}{% endfor %}",
-    "range": "{% for i in range(10 ** 15) %}{% endfor %}",
-    "range as list": "{{ range(2 ** 62) | list | length }}",
-    "doubling": "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
-    "doubling by ~": "{% set n = namespace(s='aaaa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-    "doubling a list": "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
-    "a list of itself": "{% set n = namespace(s=['a']) %}{% for i in range(60) %}{% set n.s = [n.s, n.s] %}{% endfor %}"
-    "{{ n.s }}",
-    "a list of itself as json": "{% set n = namespace(s=['a']) %}{% for i in range(60) %}{% set n.s = [n.s, n.s] %}"
-    "{% endfor %}{{ n.s | tojson }}",
-    "a list of itself as string": "{% set n = namespace(s=['a']) %}{% for i in range(60) %}{% set n.s = [n.s, n.s] %}"
-    "{% endfor %}{{ (n.s | string) | length }}",
-    "replace": "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(30) %}"
-    "{% set n.s = n.s.replace('a', n.s) %}{% endfor %}",
-    "replace filter": "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(30) %}"
-    "{% set n.s = n.s | replace('a', n.s) %}{% endfor %}",
-    "join": "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(30) %}"
-    "{% set n.s = n.s.join([n.s, n.s, n.s]) %}{% endfor %}",
-    "power": "{{ 9 ** 9 ** 9 ** 9 }}",
-    "numbers that grow": "{% set n = namespace(s=10) %}{% for i in range(60) %}{% set n.s = n.s * n.s %}{% endfor %}",
-    "percent width": "{{ '%999999999d' % 1 }}",
-    "format width": "{{ '{:>999999999}'.format('a') }}",
-    "center": "{{ 'a'.center(1000000000) }}",
-    "ljust": "{{ 'a'.ljust(1000000000) }}",
-    "zfill": "{{ 'a'.zfill(1000000000) }}",
-    "expandtabs": "{{ '\t'.expandtabs(1000000000) }}",
-    "center filter": "{{ 'a' | center(1000000000) }}",
-    "indent": "{{ 'a\nb' | indent(1000000000) }}",
-    "json indent": "{{ [1] | tojson(indent=1000000000) }}",
-    "round": "{{ 1.5 | round(1000000000, 'ceil') }}",
-    "lipsum": "{{ lipsum(n=1000000) }}",
-    "recursive macro": "{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}",
-    "branching macro": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
-    "output": "{% for i in range(900000) %}aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa{% endfor %}",
-    "nested brackets": "{{ " + "[" * 30_000 + "]" * 30_000 + " }}",
-    "nested parentheses": "{{ " + "(" * 30_000 + "1" + ")" * 30_000 + " }}",
-    "nested ifs": "{% if 1 %}" * 3_000 + "{% endif %}" * 3_000,
-    "long sum": "{{ 1" + "+1" * 30_000 + " }}",
-    "long not": "{{ " + "not " * 15_000 + "1 }}",
-    "memory": "{% set n = namespace(s=[]) %}{% for i in range(200) %}"
-    "{% set n.s = [n.s, range(999999) | list] %}{% endfor %}",
+TURNS = "it takes more than 1000000 loop turns and calls"
+TEXT = "it builds a text of more than 4194304 characters"
+DEEP = "it is nested too deeply"
+BOMBS = {  # templates that would take hours or all memory, and which guard each meets
+    "string times number": ("`*` is allowed between numbers only", "{{ 'a' * 1000000000 }}"),
+    "times through a name": (
+        "`*` is allowed between numbers only, not str and int",
+        "{% set n = 1000000000 %}{% set s = messages[0].content %}{{ s * n }}",
+    ),
+    "list times number": (
+        "`*` is allowed between numbers only, not list and int",
+        "{% set s = messages %}{{ s * 1000000000 }}",
+    ),
+    "loops in loops": (
+        TURNS,
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+        "{% endfor %}{% endfor %}{% endfor %}",
+    ),
+    "four loops": (
+        "loops are nested deeper than 3",
+        "{% for a in [1] %}{% for b in [1] %}{% for c in [1] %}{% for d in [1] %}"
+        "{% endfor %}{% endfor %}{% endfor %}{% endfor %}",
+    ),
+    "range": ("range() of more than 1000000 numbers", "{% for i in range(10 ** 15) %}{% endfor %}"),
+    "range as list": ("`**` gives too large a number", "{{ range(2 ** 62) | list | length }}"),
+    "doubling": (
+        TEXT,
+        "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    ),
+    "doubling by ~": (
+        TEXT,
+        "{% set n = namespace(s='aaaa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    ),
+    "doubling a list": (
+        TEXT,
+        "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    ),
+    "a list of itself": (
+        TURNS,
+        "{% set n = namespace(s=['a']) %}{% for i in range(60) %}{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
+    ),
+    "a list of itself as json": (
+        TURNS,
+        "{% set n = namespace(s=['a']) %}{% for i in range(60) %}{% set n.s = [n.s, n.s] %}"
+        "{% endfor %}{{ n.s | tojson }}",
+    ),
+    "a list of itself as string": (
+        TURNS,
+        "{% set n = namespace(s=['a']) %}{% for i in range(60) %}{% set n.s = [n.s, n.s] %}"
+        "{% endfor %}{{ (n.s | string) | length }}",
+    ),
+    "replace": (
+        TEXT,
+        "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(30) %}"
+        "{% set n.s = n.s.replace('a', n.s) %}{% endfor %}",
+    ),
+    "replace filter": (
+        TEXT,
+        "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(30) %}"
+        "{% set n.s = n.s | replace('a', n.s) %}{% endfor %}",
+    ),
+    "join": (
+        TEXT,
+        "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(30) %}"
+        "{% set n.s = n.s.join([n.s, n.s, n.s]) %}{% endfor %}",
+    ),
+    "power": ("`**` gives too large a number", "{{ 9 ** 9 ** 9 ** 9 }}"),
+    "numbers that grow": (
+        "`*` gives too large a number",
+        "{% set n = namespace(s=10) %}{% for i in range(60) %}{% set n.s = n.s * n.s %}{% endfor %}",
+    ),
+    "percent width": ("`%` is allowed between numbers only, not str and int", "{{ '%999999999d' % 1 }}"),
+    "format width": ("`format` of str may not be used", "{{ '{:>999999999}'.format('a') }}"),
+    "center": ("`center` of str may not be used", "{{ 'a'.center(1000000000) }}"),
+    "ljust": ("`ljust` of str may not be used", "{{ 'a'.ljust(1000000000) }}"),
+    "zfill": ("`zfill` of str may not be used", "{{ 'a'.zfill(1000000000) }}"),
+    "expandtabs": ("`expandtabs` of str may not be used", "{{ '\t'.expandtabs(1000000000) }}"),
+    "center filter": ("No filter named 'center'", "{{ 'a' | center(1000000000) }}"),
+    "indent": ("an indentation of 1000000000; 0 to 64 are allowed", "{{ 'a\nb' | indent(1000000000) }}"),
+    "json indent": ("an indentation of 1000000000; 0 to 64 are allowed", "{{ [1] | tojson(indent=1000000000) }}"),
+    "round": ("No filter named 'round'", "{{ 1.5 | round(1000000000, 'ceil') }}"),
+    "lipsum": ("'lipsum' is undefined", "{{ lipsum(n=1000000) }}"),
+    "recursive macro": ("RecursionError", "{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}"),
+    "branching macro": (
+        "it renders for longer than 2 seconds|it takes more than",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    ),
+    "output": (TEXT, "{% for i in range(900000) %}aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa{% endfor %}"),
+    "nested brackets": (DEEP, "{{ " + "[" * 30_000 + "]" * 30_000 + " }}"),
+    "nested parentheses": (DEEP, "{{ " + "(" * 30_000 + "1" + ")" * 30_000 + " }}"),
+    "nested ifs": (DEEP, "{% if 1 %}" * 3_000 + "{% endif %}" * 3_000),
+    "long sum": (DEEP, "{{ 1" + "+1" * 30_000 + " }}"),
+    "long not": (DEEP, "{{ " + "not " * 15_000 + "1 }}"),
+    "memory": (
+        "it needs more memory than there is",
+        "{% set n = namespace(s=[]) %}{% for i in range(200) %}{% set n.s = [n.s, range(999999) | list] %}{% endfor %}",
+    ),
 }
 
 
@@ -130,12 +179,13 @@ def test_no_template_reaches_python_even_without_the_source_check(case: str, mon
 @pytest.mark.parametrize("case", BOMBS)
 def test_no_template_takes_everything(case: str) -> None:
     """Under 6 seconds of processor time, children included, however slow the machine is just now."""
+    says, source = BOMBS[case]
     before = processor_seconds()
     with pytest.raises(InputError) as caught:
-        ChatTemplate(BOMBS[case], name="model's").render(TALK)
+        ChatTemplate(source, name="model's").render(TALK)
     assert processor_seconds() - before < 6
-    assert str(caught.value).startswith("model's: the ") and len(str(caught.value)) < 700
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("model's: the ") and any(text in str(caught.value) for text in says.split("|"))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
 
 
 def processor_seconds() -> float:
