@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from ..errors import FourbitError, InputError
+from .interrupt import remembered_ctrl_c
 
 COMMANDS = {
     "sft": "fine-tune a model on chat rows: fourbit sft --model M --data train.jsonl --out DIR",
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     try:
-        return _dispatch([arg for arg in args if arg != "--debug"])
+        with remembered_ctrl_c():
+            return _dispatch([arg for arg in args if arg != "--debug"])
     except BrokenPipeError:  # `fourbit data ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -13,6 +13,7 @@ from ..errors import EnvironmentProblem, InputError
 from ..lora.config import LoRAConfig
 from ..trainer.config import SFTConfig
 from .config_file import write_config
+from .interrupt import stop_if_asked
 from .load import CONFIG, check_model, load_weights, run_settings
 from .options import AdapterOptions, ModelOptions, ResultOptions, option
 from .parse import DEFAULT, Parsed, parse
@@ -90,6 +91,7 @@ def run(args: Sequence[str]) -> int:
     parsed = parse(SFTOptions, args, command="sft", about=ABOUT)
     options = _checked(parsed)
     trainer = _prepare(options)
+    stop_if_asked()
     begun = time.monotonic()
     outcome = trainer.train(_announce(options, parsed.sources))
     return _report(options, outcome, time.monotonic() - begun)

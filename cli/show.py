@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .interrupt import stop_if_asked
+
 if TYPE_CHECKING:
     from ..data.dataset import Dataset
 
@@ -36,6 +38,7 @@ def working(text: str) -> Iterator[None]:
     else:
         note(f"{text} ...")
         yield
+    stop_if_asked()
 
 
 def describe(name: str, dataset: "Dataset") -> None:
