@@ -55,20 +55,22 @@ def dynamic_code(signed: bool = True, device: torch.device | str = "cpu") -> Ten
 
 
 @cache
+@torch.inference_mode(False)  # a table made in inference mode could not be used for training
 def _nf4(device: torch.device) -> Tensor:
     below = -_normal_quantiles(_evenly(NF4_OUTERMOST, 0.5, 7)[:-1])  # the last is 0.5, whose quantile is zero itself
     above = _normal_quantiles(_evenly(NF4_OUTERMOST, 0.5, 8)[:-1])
-    values = torch.cat([below, torch.zeros(1), above]).sort().values
+    values = torch.cat([below, _fp32([0.0]), above]).sort().values
     return (values / values[-1]).to(device)
 
 
 def _normal_quantiles(probabilities: Tensor) -> Tensor:
-    return torch.tensor([NormalDist().inv_cdf(p) for p in probabilities.tolist()], dtype=torch.float32)
+    return _fp32([NormalDist().inv_cdf(p) for p in probabilities.tolist()])
 
 
 @cache
+@torch.inference_mode(False)
 def _fp4(device: torch.device) -> Tensor:
-    return torch.tensor([_fp4_value(code) / 12 for code in range(16)], dtype=torch.float32, device=device)
+    return _fp32([_fp4_value(code) / 12 for code in range(16)]).to(device)
 
 
 def _fp4_value(code: int) -> float:
@@ -78,8 +80,9 @@ def _fp4_value(code: int) -> float:
 
 
 @cache
+@torch.inference_mode(False)
 def _dynamic(signed: bool, device: torch.device) -> Tensor:
-    values = [torch.tensor([0.0, 1.0])]
+    values = [_fp32([0.0, 1.0])]
     for decade in range(7):
         edges = _evenly(0.1, 1.0, 2**decade if signed else 2 ** (decade + 1))
         centres = 10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
@@ -92,7 +95,12 @@ def _evenly(start: float, end: float, cells: int) -> Tensor:
 
     torch.linspace means the same, but rounds differently on machines with and without fused multiply-add.
     """
-    first, last = torch.tensor(start), torch.tensor(end)
+    first, last = _fp32([start]), _fp32([end])
     step = ((last - first) / cells).double()
-    i = torch.arange(cells + 1)
+    i = torch.arange(cells + 1, device="cpu")
     return torch.where(i < (cells + 1) // 2, first.double() + step * i, last.double() - step * (cells - i)).float()
+
+
+def _fp32(values: list[float]) -> Tensor:
+    """On the CPU, whatever the caller's default dtype and device are: the tables outlive that context."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")

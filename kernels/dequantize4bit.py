@@ -21,8 +21,9 @@ from .codes import code_for
 from .dispatch import path_for
 from .quantize4bit import check_format
 
-CHUNK = 1 << 20  # values decoded at a time: 4 MB of fp32 and a 2 MB index; a multiple of every block size
-HUGE_PAGES_FROM = 1 << 25  # bytes; malloc maps such blocks anew each time, at the price of a fault for each 4 KB page
+CHUNK = 1 << 20  # values at a time on a CPU: 4 MB of fp32 and a 2 MB index; a multiple of every block size
+LARGE_CHUNK = 1 << 24  # values at a time elsewhere, where launches cost more than memory
+HUGE_PAGES_FROM = 1 << 25  # bytes; malloc maps blocks of this size anew, at the price of a fault for each 4 KB page
 
 
 def dequantize(
@@ -42,7 +43,7 @@ def dequantize(
     ValueError if the sizes disagree or `dtype` is no floating-point type.
     """
     check_format(quant_type, blocksize)
-    _check_sizes(packed, absmax, shape, blocksize)
+    check_sizes(packed, absmax, shape, blocksize)
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, got {dtype}")
     if out is None:
@@ -52,10 +53,10 @@ def dequantize(
             f"out must be a contiguous {tuple(shape)} tensor of {dtype}, "
             f"got {tuple(out.shape)} of {out.dtype} with strides {out.stride()}"
         )
-    decode = _decode_pairs if path_for(packed) == "cpu" else dequantize_reference
+    decode, chunk = (_decode_pairs, CHUNK) if path_for(packed) == "cpu" else (dequantize_reference, LARGE_CHUNK)
     flat, bytes_ = out.view(-1), packed.reshape(-1)
-    for start in range(0, flat.numel(), CHUNK):
-        piece = flat[start : start + CHUNK]
+    for start in range(0, flat.numel(), chunk):
+        piece = flat[start : start + chunk]
         scales = absmax[start // blocksize : -(-(start + piece.numel()) // blocksize)]
         decode(bytes_[start // 2 : (start + piece.numel() + 1) // 2], scales, quant_type, blocksize, piece)
     return out
@@ -72,7 +73,7 @@ def _decode_pairs(packed: Tensor, absmax: Tensor, quant_type: str, blocksize: in
     """The CPU path: `out` is flat, in any dtype."""
     n = out.numel()
     direct = out.dtype == torch.float32 and _holds_pairs(out)
-    values = out if direct else torch.empty(n)
+    values = out if direct else torch.empty(n, dtype=torch.float32, device="cpu")
     pairs, index = _pair_table(quant_type), packed.to(torch.int32)
     torch.index_select(pairs, 0, index[: n // 2], out=values[: n // 2 * 2].view(torch.float64))
     if n % 2:
@@ -93,7 +94,7 @@ def _holds_pairs(values: Tensor) -> bool:
 @cache
 def _pair_table(quant_type: str) -> Tensor:
     """float64 [256]: entry b holds the two fp32 code values of byte b, never read as the number it would be."""
-    byte = torch.arange(256)
+    byte = torch.arange(256, device="cpu")
     return code_for(quant_type)[torch.stack([byte >> 4, byte & 15], dim=1)].view(-1).view(torch.float64)
 
 
@@ -105,7 +106,8 @@ def _allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) ->
     return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(tuple(shape))
 
 
-def _check_sizes(packed: Tensor, absmax: Tensor, shape: Sequence[int], blocksize: int) -> None:
+def check_sizes(packed: Tensor, absmax: Tensor, shape: Sequence[int], blocksize: int) -> None:
+    """ValueError unless packed and absmax have the size and type that a weight of `shape` needs."""
     n = prod(shape)
     if packed.dtype != torch.uint8 or packed.numel() != (n + 1) // 2:
         raise ValueError(

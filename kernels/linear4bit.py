@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .blockwise import dequantize_absmax
-from .dequantize4bit import dequantize
+from .dequantize4bit import check_sizes, dequantize
 from .dispatch import product_dtype
 
 WHOLE = 1 << 21  # values decoded at once: 8 MB of fp32
@@ -138,6 +138,7 @@ def _slabs(stored: _Stored, weight_format: _Format, dtype: torch.dtype) -> Itera
     rows, columns, quant_type, blocksize = weight_format
     if nested_absmax is not None and offset is not None:
         absmax = dequantize_absmax(absmax, nested_absmax, offset)
+    check_sizes(packed, absmax, (rows, columns), blocksize)  # a slab only sees its own part
     step = _slab_rows(weight_format, packed.device)
     buffer = torch.empty(step, columns, dtype=dtype, device=packed.device)
     packed = packed.reshape(-1)

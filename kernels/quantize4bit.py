@@ -20,9 +20,8 @@ from .dispatch import path_for
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SMALLEST_ABSMAX = 1e-38  # floor for the divisor, so that a block of zeros divides by something
-CHUNK = (
-    1 << 18
-)  # values at a time: 1 MB of fp32, so that every step finds its input in cache; a multiple of every block
+CHUNK = 1 << 18  # values at a time on a CPU: 1 MB of fp32, in cache from step to step; a multiple of every block size
+LARGE_CHUNK = 1 << 24  # values at a time elsewhere, where launches cost more than memory
 
 
 def quantize(weight: Tensor, *, quant_type: str = "nf4", blocksize: int = 64) -> tuple[Tensor, Tensor]:
@@ -38,12 +37,12 @@ def quantize(weight: Tensor, *, quant_type: str = "nf4", blocksize: int = 64) ->
         raise ValueError(f"only floating-point tensors can be quantised, got {weight.dtype}")
     flat = weight.detach().reshape(-1)
     packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
-    absmax = torch.empty(-(-flat.numel() // blocksize), device=weight.device)
-    pack = _pack_by_pattern if path_for(weight) == "cpu" else pack_reference
-    for start in range(0, flat.numel(), CHUNK):
-        scaled, scales = _scale_blocks(flat[start : start + CHUNK].float(), blocksize)
-        pack(scaled, quant_type, packed[start // 2 : start // 2 + CHUNK // 2, 0])
-        absmax[start // blocksize : start // blocksize + CHUNK // blocksize] = scales
+    absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32, device=weight.device)
+    pack, chunk = (_pack_by_pattern, CHUNK) if path_for(weight) == "cpu" else (pack_reference, LARGE_CHUNK)
+    for start in range(0, flat.numel(), chunk):
+        scaled, scales = _scale_blocks(flat[start : start + chunk].float(), blocksize)
+        pack(scaled, quant_type, packed[start // 2 : (start + chunk) // 2, 0])
+        absmax[start // blocksize : (start + chunk) // blocksize] = scales
     _check_finite(weight, absmax, blocksize)
     return packed, absmax
 
@@ -83,7 +82,7 @@ def _pattern_tables(quant_type: str) -> tuple[Tensor, Tensor, Tensor]:
     entries do. What stands at the patterns of NaN and Inf does not matter: they are refused.
     """
     midpoints, order = _midpoints(quant_type, torch.device("cpu"))
-    patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) << 16
+    patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32, device="cpu") << 16
     ends = torch.stack([patterns, patterns | 0xFFFF]).view(torch.float32)  # of the values that share a pattern
     below, above = torch.bucketize(ends, midpoints).sort(dim=0).values
     codes = order[torch.stack([below, above], dim=1)].view(-1)

@@ -1,10 +1,13 @@
 """The derived tables against the published numbers, in fp32 and exactly."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from fourbit.kernels import codes
 from fourbit.kernels.codes import code_for, dynamic_code, fp4_code, nf4_code
 
 PUBLISHED_NF4 = [  # QLoRA, arXiv 2305.14314, appendix E
@@ -57,3 +60,19 @@ def test_tables_are_made_once_and_an_unknown_type_is_refused() -> None:
     assert nf4_code() is nf4_code("cpu") and dynamic_code() is dynamic_code(True)
     with pytest.raises(ValueError, match="quant_type must be 'nf4' or 'fp4', got 'int4'"):
         code_for("int4")
+
+
+@pytest.mark.parametrize("make", [nf4_code, fp4_code, dynamic_code])
+def test_tables_do_not_depend_on_where_they_are_first_asked_for(make: Callable[[], Tensor]) -> None:
+    """A loader may build its model on the meta device, with bf16 as default dtype, in inference mode."""
+    want = make().clone()
+    for cached in (codes._nf4, codes._fp4, codes._dynamic):
+        cached.cache_clear()
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"), torch.inference_mode():
+            table = make()
+    finally:
+        torch.set_default_dtype(default)
+    assert table.device.type == "cpu" and not table.is_inference() and torch.equal(table, want)

@@ -253,8 +253,9 @@ def test_misfits_are_refused() -> None:
         linear4bit(torch.randn(3, 64), weight.packed, weight.absmax, (10, 64), offset=torch.tensor(0.0))
     with pytest.raises(ValueError, match=r"need 10 fp32 scales, got 10 of torch\.uint8"):
         linear4bit(torch.randn(3, 64), weight.packed, weight.absmax, (10, 64))
-    with pytest.raises(ValueError, match="need 640 packed uint8 bytes, got 320"):
-        linear4bit(torch.randn(3, 64), weight.packed, weight.absmax, (20, 64), **weight.nested)
+    for rows, need in ((20, 640), (5, 160)):
+        with pytest.raises(ValueError, match=f"need {need} packed uint8 bytes, got 320"):
+            linear4bit(torch.randn(3, 64), weight.packed, weight.absmax, (rows, 64), **weight.nested)
 
 
 def test_force_path_names_its_paths_and_restores() -> None:

@@ -278,6 +278,26 @@ def test_fp64_holds_the_fp32_values_and_half_types_round_them_once() -> None:
         assert torch.equal(dequantize(packed, absmax, (50, 50), dtype=dtype), values.to(dtype))
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_defaults_of_the_caller_change_nothing(path: str) -> None:
+    """A default dtype of bf16 and tables first made on the meta device, as a loader may have it."""
+    weight = random_weight((30, 67))
+    want = quantize(weight)
+    values = dequantize(*want, weight.shape)
+    for cached in (quantize4bit._pattern_tables, dequantize4bit._pair_table):
+        cached.cache_clear()
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with force_path(path), torch.device("meta"):
+            got = quantize(weight)
+            out = torch.empty(30, 67, dtype=torch.float16, device="cpu")
+            dequantize(*got, weight.shape, dtype=torch.float16, out=out)
+    finally:
+        torch.set_default_dtype(default)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and torch.equal(out, values.half())
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_memory_with_huge_pages_is_memory_all_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     packed, absmax = quantize(random_weight((33, 35)))
