@@ -127,6 +127,8 @@ def test_twenty_kills(runs: Runs, tmp_path: Path) -> None:
     for trial in range(3 * KILLS):
         out = tmp_path / str(trial)
         killed = runs.killed_after(dice.uniform(0, duration), out)
+        if not killed:
+            duration *= 0.8  # the machine was busier when it was measured
         if killed and dice.random() < 0.3:  # once more, while it is being taken up
             killed = runs.killed_after(dice.uniform(0, duration / 2), out)
         kills += killed
