@@ -64,6 +64,48 @@ def shown(source: str, messages: list[dict[str, Any]] | None = None, **options: 
         ("{{ messages[0] is mapping }}{{ messages[0].content is string }}{{ 'x' | string + 'y' }}", "TrueTruexy"),
         ("{{ 'a' | safe + '<' }}{{ '<' | e }}", None),
         ("{{ strftime_now('%d %b %Y') }}", "31 Jan 2025"),
+        ("{% for m in messages %}{{ m.get('content', '') ~ m.get('name', '-') }}{% endfor %}", "Hi- Hello! -"),
+        ("{% for i in range(messages | length - 1, -1, -1) %}{{ messages[i].role }}{% endfor %}", "assistantuser"),
+        ("{% for k, v in {'a': 1, 'b': 2}.items() if k != 'a' %}{{ k }}{{ loop.last }}{% endfor %}", "bTrue"),
+        ("{{ (messages | selectattr('role', 'equalto', 'user') | list)[-1] == messages[0] }}", "True"),
+        (
+            "{% set n = namespace(l=[]) %}{% for m in messages %}{% set n.l = n.l + [m.role] %}{% endfor %}{{ n.l }}",
+            None,
+        ),
+        (
+            "{% macro t(x) %}{% for p in x.split('l') %}{{ p }}.{% endfor %}{% endmacro %}{{ t('hello') | trim }}",
+            "he..o.",
+        ),
+        (
+            "{% macro t(x, up=false) %}{{ x | upper if up else x }}{% endmacro %}"
+            "{% for m in messages %}{{ t(m.role, up=loop.first) }}{% endfor %}",
+            "USERassistant",
+        ),
+        (
+            "{% macro tree(x) %}{% if x is mapping %}{% for k, v in x | dictsort %}{{ k }}({{ tree(v) }}){% endfor %}"
+            "{% else %}{{ x }}{% endif %}{% endmacro %}{{ tree({'b': {'c': 1}, 'a': 2}) }}",
+            "a(2)b(c(1))",
+        ),
+        (
+            "{% macro box() %}<{{ caller() }}>{% endmacro %}{% call box() %}{{ messages[0].content }}{% endcall %}",
+            "<Hi>",
+        ),
+        ("{% filter upper %}{{ messages[0].content }}{% endfilter %}{% set x %}a{{ 1 }}{% endset %}{{ x }}", "HIa1"),
+        (
+            "{{ (none | default('', true)).replace('a', 'b').strip() }}{{ ['a', 'b'] | map('upper') | list }}",
+            "['A', 'B']",
+        ),
+        (
+            "{% set first = messages[0] %}{% for m in messages[1:] %}{{ first.role ~ m.role }}{% endfor %}",
+            "userassistant",
+        ),
+        (
+            "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ loop.cycle('a', 'b') }}{% endfor %}",
+            "b",
+        ),
+        ("{% for m in messages %}{% if loop.changed(m.role) %}{{ m.role[:1] }}{% endif %}{% endfor %}", "ua"),
+        ("{{ messages[0].content.title() ~ 'a,b'.partition(',')[2] ~ 'xay'.rsplit('a', 1)[0] }}", "Hibx"),
+        ("{{ '%s' if false else 'ok' }}{% raw %}{{ raw }}{% endraw %}{# note #}{{- ' x' -}} y", "ok{{ raw }} xy"),
     ],
 )
 def test_templates_render_as_they_do_elsewhere(source: str, text: str | None) -> None:
