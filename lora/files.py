@@ -151,7 +151,7 @@ def _without_base_copies(model: nn.Module, state: dict[str, Tensor], label: str)
             adapter[key] = tensor
             continue
         own = getattr(modules[path], "weight", None)
-        if not isinstance(own, Tensor) or own.shape != tensor.shape or not torch.equal(own, tensor.to(own)):
+        if not isinstance(own, Tensor) or not torch.equal(own, tensor.to(own)):
             raise InputError(
                 f"{label}: the tensor '{key}' is a whole weight, and it differs from this model's '{path}': it was "
                 "trained or resized, or another base is meant. Merge the adapter into its own base with PEFT first."

@@ -55,8 +55,8 @@ class PeftConfig:
         return [name for name in names if everything or (wanted(name) and self._in_layers(name))]
 
     def _in_layers(self, name: str) -> bool:
-        """PEFT's layers_to_transform, which a full path and a regular expression override."""
-        if self.layers_to_transform is None or isinstance(self.lora.target, str) or name in self.lora.target:
+        """PEFT's layers_to_transform, which a full path overrides."""
+        if self.layers_to_transform is None or name in self.lora.target:
             return True
         return _layer_index(name, self.layers_pattern) in self.layers_to_transform
 
@@ -86,6 +86,8 @@ def read_config(text: str, file: str) -> PeftConfig:
         )
     except InputError as problem:
         raise InputError(f"{file}: {problem}") from None
+    if isinstance(lora.target, str) and raw.get("layers_to_transform") is not None:
+        raise InputError(f"{file}: layers_to_transform goes with a list in target_modules, got {lora.target!r}")
     return PeftConfig(lora, _indices(raw.get("layers_to_transform"), file), _strings(raw.get("layers_pattern"), file))
 
 
@@ -201,19 +203,13 @@ def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
     """The shortest rank or alpha pattern that gives every layer its value under PEFT's matching rule."""
     if set(values.values()) == {default}:
         return {}
-    by_leaf = {_literal(name.rpartition(".")[2]): value for name, value in values.items()}
-    longest_first = {_literal(name): values[name] for name in sorted(values, key=lambda name: (-len(name), name))}
-    for candidate in (by_leaf, longest_first):
-        exceptions = {key: value for key, value in candidate.items() if value != default}
-        for keys in (exceptions, candidate):
-            if all(pattern_value(keys, name, default) == value for name, value in values.items()):
-                return keys
-    return {f"^{re.escape(name)}": value for name, value in values.items()}
-
-
-def _literal(name: str) -> str:
-    """`name` as a regular expression that means it; dots stay as they are, which people can read."""
-    return name if re.fullmatch(r"[\w.-]+", name) else re.escape(name)
+    exceptions = {name: value for name, value in sorted(values.items()) if value != default}
+    by_leaf = {re.escape(name.rpartition(".")[2]): value for name, value in exceptions.items()}
+    by_path = {re.escape(name): value for name, value in exceptions.items()}
+    for keys in (by_leaf, by_path):
+        if all(pattern_value(keys, name, default) == value for name, value in values.items()):
+            return keys
+    return {f"^{key}": value for key, value in by_path.items()}
 
 
 def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:

@@ -15,10 +15,9 @@ def backtracks_little(pattern: str) -> bool:
     """True if matching `pattern` against a module path provably takes few steps; False for the rest."""
     plain = re.sub(r"\\.", "x", pattern, flags=re.DOTALL)
     plain = re.sub(r"\[\^?\]?[^\]]*\]", "x", plain)  # a character class is one choice
-    plain = re.sub(r"\(\?#[^)]*\)", "", plain)
-    repeated_group = re.search(r"\)\s*[*+{]", plain)
-    verbose_mode = re.search(r"\(\?[a-zA-Z]*x", plain)  # there, blanks and comments may stand before a repetition
-    if repeated_group or verbose_mode:
+    repeated_group = re.search(r"\)[*+{]", plain)
+    hidden = re.search(r"\(\?(#|[a-zA-Z]*x)", plain)  # blanks and comments may stand before a repetition
+    if repeated_group or hidden:
         return False
     repetitions = len(re.findall(r"[*+{]", plain))
     options = len(re.findall(r"(?<!\()\?", plain))  # not the ? that opens (?:

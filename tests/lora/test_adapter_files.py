@@ -140,6 +140,36 @@ def test_such_names_survive_files_too(
     assert same_adapters(model, fresh)
 
 
+@pytest.mark.parametrize("prefixed", [False, True])
+@pytest.mark.parametrize("names", [["base_model.model.a"], ["base_model.model.a", "a"], ["a", "base_model.model.b"]])
+def test_a_path_that_starts_like_the_prefix(
+    tree: Callable[[list[str]], nn.Module], tmp_path: Path, names: list[str], prefixed: bool
+) -> None:
+    model, fresh = tree(names), tree(names)
+    attach(model, LoRAConfig(rank=1))
+    for parameter in adapter_parameters(model):
+        nn.init.normal_(parameter)
+    save_adapter(model, tmp_path)
+    if not prefixed:
+        state = load_file(tmp_path / WEIGHTS)
+        save_file({key.removeprefix(PREFIX): value for key, value in state.items()}, tmp_path / WEIGHTS)
+    load_adapter(fresh, tmp_path)
+    assert same_adapters(model, fresh)
+
+
+def test_a_costly_pattern_leaves_it_to_names_that_look_like_keys(
+    tree: Callable[[list[str]], nn.Module], tmp_path: Path
+) -> None:
+    names = ["lora_A.q", "x.lora_B.lora_A", "x.lora_B.w"]
+    model, fresh = tree(names), tree(names)
+    attached = attach(model, LoRAConfig(rank=1, target=names[:2]))
+    save_adapter(model, tmp_path)
+    raw = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**raw, "target_modules": "(.*)*!"}))
+    assert load_adapter(fresh, tmp_path) == attached
+    assert same_adapters(model, fresh)
+
+
 def test_keys_without_the_prefix_or_some_of_them(tmp_path: Path, base: Make, adapted: Make) -> None:
     model = adapted()
     for which in (slice(None), slice(0, 2)):
@@ -221,6 +251,15 @@ def test_loading_onto_adapters_that_are_there(folder: Path, adapted: Make) -> No
     with pytest.raises(InputError, match="holds NaN"):
         load_adapter(model, folder)
     assert all(bool(torch.isfinite(parameter).all()) for parameter in adapter_parameters(model))
+
+
+def test_a_number_too_large_for_the_adapters_that_are_there(adapted: Make, folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({A: torch.full((2, 6), 1e6)}))
+    model = adapted(dtype=torch.float16)
+    before = {key: value.clone() for key, value in adapter_state(model).items()}
+    with pytest.raises(InputError, match=r"too large for torch\.float16"):
+        load_adapter(model, folder)
+    assert all(torch.equal(value, before[key]) for key, value in adapter_state(model).items())
 
 
 def test_load_adapter_state_is_strict_and_changes_nothing_on_error(adapted: Make) -> None:

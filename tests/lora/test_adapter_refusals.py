@@ -113,6 +113,7 @@ def test_tensors_that_do_not_fit_are_named(
         ({"target_modules": ["q_proj"]}, "names no linear layer of this model"),
         ({"target_modules": ["up_proj"]}, r"2 without a place.*down_proj\.lora_A"),
         ({"target_modules": "all-linear", "exclude_modules": ["down_proj"]}, "2 without a place"),
+        ({"layers_to_transform": [0], "target_modules": ".*proj"}, "layers_to_transform goes with a list"),
         ({"layers_to_transform": "1"}, "layers_to_transform must be a whole number or a list of them, got '1'"),
         ({"layers_to_transform": [0], "layers_pattern": [3]}, "layers_pattern must be a name or a list"),
         ({"r": 3}, r"must be \[3, 6\], got \[2, 6\]"),

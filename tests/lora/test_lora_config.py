@@ -35,6 +35,7 @@ def test_defaults() -> None:
         ({"dropout": 1.0}, "dropout must be a number from 0 up to, but not including, 1; got 1.0"),
         ({"dropout": -0.1}, "dropout must be"),
         ({"dropout": float("nan")}, "dropout must be"),
+        ({"dropout": False}, "dropout must be"),
         ({"dropout": None}, "dropout must be"),
         ({"rslora": 1}, "rslora must be true or false, got 1"),
         ({"target": ()}, "target must name at least one layer"),

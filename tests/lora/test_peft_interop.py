@@ -204,6 +204,8 @@ def test_written_configs_mean_the_same_to_peft(
     text = write_config(model, lora_modules(model), "")
     raw = json.loads(text)
     theirs = LoraConfig(**raw)
+    listed = raw["target_modules"]
+    assert isinstance(listed, str) or listed == sorted(listed)
     found = [name for name, _ in model.named_modules() if not name.endswith(".base")]
     assert sorted(name for name in found if name and check_target_module_exists(theirs, name)) == sorted(names)
     for name, module in lora_modules(model).items():
@@ -212,3 +214,49 @@ def test_written_configs_mean_the_same_to_peft(
         assert rank == module.rank
         assert alpha / (rank**0.5 if theirs.use_rslora else rank) == pytest.approx(module.scale, rel=1e-12)
     assert read_config(text, "f").targeted(model) == names
+
+
+@given(
+    st.lists(paths, min_size=1, max_size=8),
+    st.lists(paths, min_size=1, max_size=3),
+    st.one_of(st.none(), st.integers(0, 1), st.lists(st.integers(0, 1), max_size=2)),
+    st.one_of(st.none(), st.sampled_from(["layers", "a"]), st.lists(st.sampled_from(["layers", "model"]), max_size=2)),
+    st.one_of(st.none(), st.lists(paths, max_size=2), st.just(r".*0.*")),
+)
+def test_files_mean_the_layers_that_peft_means(
+    tree: Callable[[list[str]], nn.Module],
+    names: list[str],
+    target: list[str],
+    indices: int | list[int] | None,
+    containers: str | list[str] | None,
+    exclude: str | list[str] | None,
+) -> None:
+    model = tree([*names, "model.layers.0.a", "model.layers.1.layers.0.a", "layers.1.a"])
+    containers = containers if indices not in (None, []) else None  # PEFT refuses one without the other
+    theirs = LoraConfig(
+        target_modules=target, layers_to_transform=indices, layers_pattern=containers, exclude_modules=exclude
+    )
+    raw = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": target, "exclude_modules": exclude}
+    raw |= {"layers_to_transform": indices, "layers_pattern": containers}
+    expected = [name for name in linear_layers(model) if check_target_module_exists(theirs, name)]
+    assert read_config(json.dumps(raw), "f").targeted(model) == expected
+
+
+def test_all_linear_in_a_file_spares_the_head() -> None:
+    raw = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": "all-linear"}
+    model = tiny_llama()
+    expected = [name for name in linear_layers(model) if name != "lm_head"]
+    assert read_config(json.dumps(raw), "f").targeted(model) == expected
+
+
+@pytest.mark.parametrize("ranks", [{"x.q": 1, "a.q": 2, "b.a.q": 3, "c.q": 1}, {"x.a+b": 2, "x.aab": 1, "x.z": 1}])
+def test_written_patterns_tell_paths_apart_that_end_alike(
+    tree: Callable[[list[str]], nn.Module], ranks: dict[str, int]
+) -> None:
+    model = tree(list(ranks))
+    attach(model, LoRAConfig(rank=1))
+    for name, module in lora_modules(model).items():
+        module.rank = ranks[name]
+    raw = json.loads(write_config(model, lora_modules(model), ""))
+    patterns = raw["rank_pattern"]
+    assert {name: patterns.get(get_pattern_key(patterns, name), raw["r"]) for name in ranks} == ranks

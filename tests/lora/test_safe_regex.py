@@ -18,6 +18,7 @@ HONEST = [
     r"(model\.)?layers\.[0-9]+\.mlp\.up_proj",
     "|".join(re.escape(f"model.layers.{i}.self_attn.{leaf}") for i in range(60) for leaf in ("q_proj", "k_proj")),
     r"a\)*b\+",
+    r"[(*+?{|)]+_proj[]*+?|]",
     "",
 ]
 
@@ -29,6 +30,7 @@ HOSTILE = [
     "(?:a|b|ab)+!",
     "(?x)(a+) # a comment\n +!",
     "(a+)(?#what)+!",
+    "(?#a comment)q_proj",
     "(.*)(.*)(.*)(.*)(.*)(.*)!",
     "a?" * 40 + "a" * 40,
     "(a|a)" * 40 + "!",
