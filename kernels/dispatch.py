@@ -1,25 +1,35 @@
 """The one place that decides which implementation of an op runs, and the one switch that overrides it.
 
 "reference" is plain PyTorch on any device and defines the result; "cpu" is the quick form for the CPU, equal to it bit
-for bit.
+for bit; "triton" runs kernels on CUDA (or, forced, in Triton's interpreter on the CPU: for tests). Which kernel a
+matrix product takes is a matter of its size and of the GPU: see `plan`.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-PATHS = ("reference", "cpu")
+PATHS = ("reference", "cpu", "triton")
 _forced: str | None = None
 
 
 def path_for(x: Tensor) -> str:
-    """The path that ops on x take: the forced one, else "cpu" on a CPU and "reference" elsewhere."""
+    """The path that ops on x take: the forced one, else "cpu" on a CPU, "triton" on CUDA, "reference" elsewhere."""
     if _forced is not None:
         return _forced
-    return "cpu" if x.device.type == "cpu" else "reference"
+    if x.device.type == "cpu":
+        return "cpu"
+    return "triton" if x.device.type == "cuda" and has_triton() else "reference"
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; it exists for Linux only, and is imported when a kernel first runs."""
+    return find_spec("triton") is not None
 
 
 @contextmanager
@@ -33,6 +43,22 @@ def force_path(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Makes x's GPU the current one, where Triton launches; nothing for tensors elsewhere."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def architecture(device: torch.device) -> str:
+    """The GPU's name in the dispatch table, such as "sm_90"; "" where there is no GPU."""
+    return _architecture(device) if device.type == "cuda" else ""
+
+
+@cache
+def _architecture(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -16,8 +16,12 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and fork do not mix, and it warns about it
 os.environ["MPLBACKEND"] = "Agg"
 
-import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: they run on the CPU then, slowly
+
+import pytest
 from hypothesis import settings
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

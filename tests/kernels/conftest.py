@@ -1,5 +1,9 @@
-"""bitsandbytes as the oracle of the 4-bit format."""
+"""bitsandbytes as the oracle of the 4-bit format, and the compiler for GPUs that are not there."""
 
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -38,3 +42,14 @@ class Oracle:
 @pytest.fixture(scope="session")
 def oracle() -> Oracle:
     return Oracle()
+
+
+@pytest.fixture(scope="session")
+def aot() -> ModuleType:
+    """The module aot.py: `aot.costs_of(__file__)` compiles the SCENARIOS of a test file for every architecture."""
+    pytest.importorskip("triton")
+    specification = importlib.util.spec_from_file_location("aot", Path(__file__).with_name("aot.py"))
+    assert specification and specification.loader
+    module = sys.modules["aot"] = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module

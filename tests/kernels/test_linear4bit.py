@@ -265,7 +265,7 @@ def test_force_path_names_its_paths_and_restores() -> None:
             assert dispatch.path_for(torch.ones(1)) == "cpu"
         assert dispatch.path_for(torch.ones(1)) == "reference"
     assert dispatch.path_for(torch.ones(1)) == before == "cpu"
-    with pytest.raises(ValueError, match="path must be one of reference, cpu, got 'fast'"), force_path("fast"):
+    with pytest.raises(ValueError, match="path must be one of reference, cpu, triton, got 'fast'"), force_path("fast"):
         pass
     with pytest.raises(KeyError), force_path("reference"):
         raise KeyError
