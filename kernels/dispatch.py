@@ -13,6 +13,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from . import plan
+from .plan import Plan
+
 PATHS = ("reference", "cpu", "triton")
 _forced: str | None = None
 
@@ -75,3 +78,30 @@ def product_dtype(x: Tensor) -> torch.dtype:
 @cache
 def _cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def plan_linear(x: Tensor, rows: int) -> Plan:
+    """The way of the product x [M, K] times a 4-bit W^T, W [rows, K], on x's GPU; for shapes that both ways can do."""
+    return plan.linear(architecture(x.device), _name(x.dtype), plan.Size(x.shape[0], rows, x.shape[1]))
+
+
+def plan_lora(x: Tensor, rows: tuple[int, ...], rank: int) -> str:
+    """The form of base + LoRA for projections of x [M, K] with `rows` outputs each: one of plan.FORMS."""
+    return plan.lora(architecture(x.device), _name(x.dtype), x.shape[0], rows, x.shape[1], rank)
+
+
+def processors(device: torch.device) -> int:
+    """How many programs the GPU runs at a time: its multiprocessors, or the table's where there is no GPU."""
+    if device.type == "cuda":
+        return _processors(device)
+    known = plan.entry(architecture(device))
+    return known["sms"] if known else 1
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

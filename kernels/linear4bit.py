@@ -1,33 +1,28 @@
 """y = x W^T + b with W in 4 bits. The dense W lives only while a product needs it: backward decodes it again.
 
-A weight of up to WHOLE values is decoded at once. A larger one goes slab by slab through one buffer, each slab
-multiplied while it is still in cache, so that no dense copy of a large weight ever exists.
+On the CPU a weight of up to WHOLE values is decoded at once; a larger one goes slab by slab through one buffer, each
+slab multiplied while it is still in cache, so that no dense copy of a large weight ever exists. On CUDA few rows of x
+take a kernel that decodes inside the product; more rows decode into a workspace and leave the product to cuBLAS
+(`plan.py` says where the border lies). The workspace comes from torch's caching allocator and goes back at once: all
+layers share it.
+
+The op is registered with torch.library, so that torch.compile and CUDA graphs take it as it is.
 """
 
 from collections.abc import Iterator
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .blockwise import dequantize_absmax
 from .dequantize4bit import check_sizes, dequantize
 from .dispatch import product_dtype
+from .weight4bit import Weight4bit
 
-WHOLE = 1 << 21  # values decoded at once: 8 MB of fp32
+WHOLE = 1 << 21  # values decoded at once on a CPU: 8 MB of fp32
 SLAB = 1 << 20  # values in a slab of a larger weight, about
-
-
-class _Format(NamedTuple):
-    rows: int
-    columns: int
-    quant_type: str
-    blocksize: int
-
-
-_Stored = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # packed, absmax, nested_absmax, offset
 
 
 def linear4bit(
@@ -47,76 +42,103 @@ def linear4bit(
     absmax holds fp32 scales, or uint8 codes when nested_absmax and offset are given (double quantisation). Gradients
     flow to x and bias; the weight is frozen, and only the packed tensors are saved for backward. fp64 x sees the fp32
     weight exactly. bf16 and fp16 x on a CPU are multiplied in fp32 and rounded once, unless the CPU multiplies bf16
-    itself: then the weight is rounded to bf16 first. ValueError if sizes disagree or of nested_absmax and offset only
-    one is given.
+    itself; there and on CUDA the weight is rounded to x's dtype first (for few rows on CUDA see matmul4bit_triton.py).
+    ValueError if sizes disagree or of nested_absmax and offset only one is given.
     """
     if x.shape[-1:] != (shape[1],):
         raise ValueError(f"the weight is {tuple(shape)} (out, in), so x must end in {shape[1]}, got {tuple(x.shape)}")
     if (nested_absmax is None) != (offset is None):
         raise ValueError("nested_absmax and offset belong together: give both (double quantisation) or neither")
-    weight_format = _Format(shape[0], shape[1], quant_type, blocksize)
-    y: Tensor = _Linear4bit.apply(x, bias, packed, absmax, nested_absmax, offset, weight_format)
+    y: Tensor = _linear4bit(x, bias, packed, absmax, nested_absmax, offset, *shape, quant_type, blocksize)
     return y
 
 
-class _Linear4bit(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,  # [..., in]
-        bias: Tensor | None,
-        packed: Tensor,
-        absmax: Tensor,
-        nested_absmax: Tensor | None,
-        offset: Tensor | None,
-        weight_format: _Format,
-    ) -> Tensor:
-        stored = (packed, absmax, nested_absmax, offset)
-        ctx.save_for_backward(*stored)
-        ctx.weight_format = weight_format
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        y = x.new_empty(*x.shape[:-1], weight_format.rows)
-        _multiply(_matrix(x), stored, weight_format, bias, _matrix(y))
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad [..., out]
-        rows = _matrix(grad)
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _multiply_back(rows, ctx.saved_tensors, ctx.weight_format).view(
-                *grad.shape[:-1], ctx.weight_format.columns
-            )
-        if ctx.needs_input_grad[1]:
-            grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
-        return grad_x, grad_bias, None, None, None, None, None
+@torch.library.custom_op("fourbit::linear4bit", mutates_args=())
+def _linear4bit(
+    x: Tensor,  # [..., in]
+    bias: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    rows: int,
+    columns: int,
+    quant_type: str,
+    blocksize: int,
+) -> Tensor:
+    weight = Weight4bit(packed, absmax, nested_absmax, offset, rows, columns, quant_type, blocksize)
+    return multiply(_matrix(x), weight, bias).view(*x.shape[:-1], rows)
 
 
-def _multiply(x: Tensor, stored: _Stored, weight_format: _Format, bias: Tensor | None, y: Tensor) -> None:
-    """y [N, out] = x [N, in] W^T + bias, in the dtype of _compute_dtype and rounded once."""
-    dtype = _compute_dtype(x, weight_format)
-    x = x.to(dtype)
-    for start, weight in _slabs(stored, weight_format, dtype):
-        part = y[:, start : start + weight.shape[0]]
-        target = part if y.dtype == dtype else torch.empty_like(part, dtype=dtype)
+@torch.library.custom_op("fourbit::linear4bit_backward", mutates_args=())
+def _linear4bit_backward(
+    grad: Tensor,  # [..., out]
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    rows: int,
+    columns: int,
+    quant_type: str,
+    blocksize: int,
+) -> Tensor:
+    weight = Weight4bit(packed, absmax, nested_absmax, offset, rows, columns, quant_type, blocksize)
+    return multiply_back(_matrix(grad), weight).view(*grad.shape[:-1], columns)
+
+
+@_linear4bit.register_fake
+def _(x: Tensor, bias: Any, packed: Any, absmax: Any, nested_absmax: Any, offset: Any, rows: int, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@_linear4bit_backward.register_fake
+def _(grad: Tensor, packed: Any, absmax: Any, nested: Any, offset: Any, rows: int, columns: int, *_: Any) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], columns)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, bias, packed, absmax, nested_absmax, offset, *ctx.layout = inputs
+    ctx.save_for_backward(packed, absmax, nested_absmax, offset)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _linear4bit_backward(grad, *ctx.saved_tensors, *ctx.layout)
+    if ctx.needs_input_grad[1]:
+        grad_bias = _matrix(grad).sum(0, dtype=ctx.bias_dtype)
+    return grad_x, grad_bias, *[None] * 8
+
+
+_linear4bit.register_autograd(_backward, setup_context=_save)
+
+
+def multiply(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
+    """x [N, in] W^T + bias -> [N, out], in the dtype of compute_dtype and rounded once. Not differentiable."""
+    dtype = compute_dtype(x, weight)
+    y, x = x.new_empty(x.shape[0], weight.rows), x.to(dtype)
+    for start, part in slabs(weight, dtype):
+        here = y[:, start : start + part.shape[0]]
+        target = here if y.dtype == dtype else torch.empty_like(here, dtype=dtype)
         if bias is None:
-            torch.mm(x, weight.T, out=target)
+            torch.mm(x, part.T, out=target)  # out= also keeps autocast away: the dtypes are settled here
         else:
-            torch.addmm(bias[start : start + weight.shape[0]].to(dtype), x, weight.T, out=target)
-        if target is not part:
-            part.copy_(target)
+            torch.addmm(bias[start : start + part.shape[0]].to(dtype), x, part.T, out=target)
+        if target is not here:
+            here.copy_(target)
+    return y
 
 
-def _multiply_back(grad: Tensor, stored: _Stored, weight_format: _Format) -> Tensor:
-    """The gradient of x [N, in] = grad [N, out] W."""
-    dtype = _compute_dtype(grad, weight_format)
-    total = torch.empty(grad.shape[0], weight_format.columns, dtype=dtype, device=grad.device)
-    if weight_format.rows == 0:
+def multiply_back(grad: Tensor, weight: Weight4bit) -> Tensor:
+    """grad [N, out] W -> [N, in]: the gradient of x. Not differentiable."""
+    dtype = compute_dtype(grad, weight)
+    total = torch.empty(grad.shape[0], weight.columns, dtype=dtype, device=grad.device)
+    if weight.rows == 0:
         total.zero_()
-    for start, weight in _slabs(stored, weight_format, dtype):
-        part = grad[:, start : start + weight.shape[0]].to(dtype)
-        total.addmm_(part, weight, beta=1 if start else 0)  # beta 0: what empty() left there is not read
+    for start, part in slabs(weight, dtype):
+        here = grad[:, start : start + part.shape[0]].to(dtype)
+        total.addmm_(here, part, beta=1 if start else 0)  # beta 0: what empty() left there is not read
     return total.to(grad.dtype)
 
 
@@ -125,22 +147,21 @@ def _matrix(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _compute_dtype(x: Tensor, weight_format: _Format) -> torch.dtype:
+def compute_dtype(x: Tensor, weight: Weight4bit) -> torch.dtype:
     """As product_dtype says, except that sums over slabs are kept in fp32."""
     dtype = product_dtype(x)
-    slabs = x.device.type == "cpu" and weight_format.rows * weight_format.columns > WHOLE
+    slabs = x.device.type == "cpu" and weight.rows * weight.columns > WHOLE
     return torch.float32 if slabs and dtype == torch.bfloat16 else dtype
 
 
-def _slabs(stored: _Stored, weight_format: _Format, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+def slabs(weight: Weight4bit, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """(first row, W[first row : ...] in `dtype`) for all of W; each slab overwrites the one before."""
-    packed, absmax, nested_absmax, offset = stored
-    rows, columns, quant_type, blocksize = weight_format
+    packed, absmax, nested_absmax, offset, rows, columns, quant_type, blocksize = weight
+    step = _slab_rows(weight)
+    buffer = torch.empty(step, columns, dtype=dtype, device=packed.device)
     if nested_absmax is not None and offset is not None:
         absmax = dequantize_absmax(absmax, nested_absmax, offset)
     check_sizes(packed, absmax, (rows, columns), blocksize)  # a slab only sees its own part
-    step = _slab_rows(weight_format, packed.device)
-    buffer = torch.empty(step, columns, dtype=dtype, device=packed.device)
     packed = packed.reshape(-1)
     for start in range(0, rows, step):
         end = min(start + step, rows)
@@ -158,10 +179,10 @@ def _slabs(stored: _Stored, weight_format: _Format, dtype: torch.dtype) -> Itera
         )
 
 
-def _slab_rows(weight_format: _Format, device: torch.device) -> int:
+def _slab_rows(weight: Weight4bit) -> int:
     """Rows decoded at a time: all of them, or as many as make about SLAB values and whole blocks."""
-    rows, columns, _, blocksize = weight_format
-    if rows * columns <= WHOLE or device.type != "cpu":
+    rows, columns, blocksize = weight.rows, weight.columns, weight.blocksize
+    if rows * columns <= WHOLE or weight.packed.device.type != "cpu":
         return max(rows, 1)
     aligned = blocksize // gcd(blocksize, columns)  # rows after which a block ends with the row
     return min(rows, aligned * max(1, SLAB // (aligned * columns)))

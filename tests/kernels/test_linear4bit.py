@@ -14,6 +14,7 @@ from fourbit.kernels import dispatch
 from fourbit.kernels import linear4bit as module
 from fourbit.kernels.dispatch import PATHS, force_path, product_dtype
 from fourbit.kernels.nf4 import dequantize, dequantize_absmax, linear4bit, quantize, quantize_absmax
+from fourbit.kernels.weight4bit import Weight4bit
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
@@ -32,6 +33,12 @@ class Weight:
             self.nested = {"nested_absmax": nested_absmax, "offset": offset}
             scales = dequantize_absmax(self.absmax, nested_absmax, offset)
         self.dense = dequantize(self.packed, scales, self.shape, **quantisation)
+
+    @property
+    def stored(self) -> Weight4bit:
+        nested = [self.nested.get(name) for name in ("nested_absmax", "offset")]
+        quantisation = {"quant_type": "nf4", "blocksize": 64} | self.quantisation
+        return Weight4bit(self.packed, self.absmax, *nested, *self.shape, **quantisation)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear4bit(x, self.packed, self.absmax, self.shape, bias, **self.nested, **self.quantisation)
@@ -56,7 +63,7 @@ def check_against_dense(weight: Weight, x: Tensor, bias: Tensor | None, grad: Te
     assert y.dtype == x.dtype and y.shape == x.shape[:-1] + weight.shape[:1]
     y.backward(grad)
     dense = weight.dense
-    if module._compute_dtype(x, module._Format(*weight.shape, "nf4", 64)) == torch.bfloat16:
+    if module.compute_dtype(x, weight.stored) == torch.bfloat16:
         dense = dense.bfloat16()
     assert_product(y.detach(), x.detach(), dense.T, None if bias is None else bias.detach())
     assert_product(x.grad, grad, dense)
@@ -108,16 +115,11 @@ def test_slabs_equal_the_dense_product(
     monkeypatch.setattr(module, "WHOLE", 1)
     monkeypatch.setattr(module, "SLAB", 1000)
     weight = Weight(133, columns, nested=True, blocksize=blocksize)
-    slabs = list(module._slabs((weight.packed, weight.absmax, *weight.nested.values()), format_of(weight), dtype))
+    slabs = list(module.slabs(weight.stored, dtype))
     assert len(slabs) > 1 or (columns, blocksize) == (33, 4096)  # where a row ends with a block only after 4096 rows
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(2, 3, size, generator=generator).to(dtype) for size in (columns, 133))
     check_against_dense(weight, x, torch.randn(133, generator=generator).to(dtype), grad)
-
-
-def format_of(weight: Weight) -> Any:
-    quantisation = {"quant_type": "nf4", "blocksize": 64} | weight.quantisation
-    return module._Format(*weight.shape, **quantisation)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -270,3 +272,28 @@ def test_force_path_names_its_paths_and_restores() -> None:
     with pytest.raises(KeyError), force_path("reference"):
         raise KeyError
     assert dispatch.path_for(torch.ones(1)) == before
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_torch_compile_sees_one_graph(nested: bool) -> None:
+    """fullgraph=True raises at a break; values and gradients are those of the plain call."""
+    weight = Weight(10, 64, nested=nested)
+    compiled = torch.compile(weight, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (weight, compiled):
+        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        bias = torch.arange(10.0).requires_grad_()
+        y = run(x, bias)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad, bias.grad))
+    for name, plain, graph in zip(("y", "x", "bias"), *results, strict=True):
+        assert torch.equal(plain, graph), name
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_ops_are_registered_correctly(nested: bool) -> None:
+    """torch's own checks: schema, fake kernels, autograd registration, tracing with dynamic shapes."""
+    stored = Weight(10, 64, nested=nested).stored
+    x, bias = torch.randn(2, 3, 64, requires_grad=True), torch.randn(10, requires_grad=True)
+    torch.library.opcheck(module._linear4bit, (x, bias, *stored))
+    torch.library.opcheck(module._linear4bit_backward, (torch.randn(2, 3, 10), *stored))
