@@ -67,7 +67,9 @@ def _linear4bit(
     blocksize: int,
 ) -> Tensor:
     weight = Weight4bit(packed, absmax, nested_absmax, offset, rows, columns, quant_type, blocksize)
-    return multiply(_matrix(x), weight, bias).view(*x.shape[:-1], rows)
+    y = x.new_empty(*x.shape[:-1], rows)  # not a view of another tensor: the caller may write into it
+    multiply(_matrix(x), weight, bias, _matrix(y))
+    return y
 
 
 @torch.library.custom_op("fourbit::linear4bit_backward", mutates_args=())
@@ -83,7 +85,9 @@ def _linear4bit_backward(
     blocksize: int,
 ) -> Tensor:
     weight = Weight4bit(packed, absmax, nested_absmax, offset, rows, columns, quant_type, blocksize)
-    return multiply_back(_matrix(grad), weight).view(*grad.shape[:-1], columns)
+    grad_x = grad.new_empty(*grad.shape[:-1], columns)
+    multiply_back(_matrix(grad), weight, _matrix(grad_x))
+    return grad_x
 
 
 @_linear4bit.register_fake
@@ -114,10 +118,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _linear4bit.register_autograd(_backward, setup_context=_save)
 
 
-def multiply(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
-    """x [N, in] W^T + bias -> [N, out], in the dtype of compute_dtype and rounded once. Not differentiable."""
+def multiply(x: Tensor, weight: Weight4bit, bias: Tensor | None, y: Tensor) -> None:
+    """y [N, out] = x [N, in] W^T + bias, in the dtype of compute_dtype and rounded once. Not differentiable."""
     dtype = compute_dtype(x, weight)
-    y, x = x.new_empty(x.shape[0], weight.rows), x.to(dtype)
+    x = x.to(dtype)
     for start, part in slabs(weight, dtype):
         here = y[:, start : start + part.shape[0]]
         target = here if y.dtype == dtype else torch.empty_like(here, dtype=dtype)
@@ -127,19 +131,19 @@ def multiply(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
             torch.addmm(bias[start : start + part.shape[0]].to(dtype), x, part.T, out=target)
         if target is not here:
             here.copy_(target)
-    return y
 
 
-def multiply_back(grad: Tensor, weight: Weight4bit) -> Tensor:
-    """grad [N, out] W -> [N, in]: the gradient of x. Not differentiable."""
+def multiply_back(grad: Tensor, weight: Weight4bit, grad_x: Tensor) -> None:
+    """grad_x [N, in] = grad [N, out] W, the gradient of x. Not differentiable."""
     dtype = compute_dtype(grad, weight)
-    total = torch.empty(grad.shape[0], weight.columns, dtype=dtype, device=grad.device)
+    total = grad_x if grad_x.dtype == dtype else torch.empty_like(grad_x, dtype=dtype)
     if weight.rows == 0:
         total.zero_()
     for start, part in slabs(weight, dtype):
         here = grad[:, start : start + part.shape[0]].to(dtype)
         total.addmm_(here, part, beta=1 if start else 0)  # beta 0: what empty() left there is not read
-    return total.to(grad.dtype)
+    if total is not grad_x:
+        grad_x.copy_(total)
 
 
 def _matrix(x: Tensor) -> Tensor:
