@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo test test-slow lint types wheel-check bench-cpu clean
+.PHONY: demo test test-slow test-gpu lint types wheel-check bench-cpu clean
 
 demo: $(VENV)/.installed $(VENV)/.model ## fine-tune a real model on examples/tickets
 	$(BIN)/python examples/tickets/demo.py
@@ -15,6 +15,9 @@ test: $(VENV)/.dev $(VENV)/.model ## the whole CPU suite
 
 test-slow: $(VENV)/.dev $(VENV)/.model ## the tests that take minutes
 	$(BIN)/python -P -m pytest -m slow $(PYTEST_ARGS)
+
+test-gpu: ## on a CUDA machine, in an environment of its own: everything whose tests choose a device
+	python -P -m pytest tests/kernels tests/lora tests/models $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
