@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -19,9 +20,10 @@ def recomputed(
     """A block inside which autograd keeps `step` and `inputs` in place of `value` = step(*inputs).
 
     However often `value` is saved there (as it is or as a view of all of it), the step runs once, in backward. Anything
-    else is kept as ever. The inputs must not be overwritten before backward. Not `active`: nothing changes.
+    else is kept as ever. The inputs must not be overwritten before backward. Not `active`: nothing changes; nor under
+    torch.compile, whose compiler decides by itself what to make again.
     """
-    if not active:
+    if not active or torch.compiler.is_compiling():
         return nullcontext()
     place, size = value.data_ptr(), value.numel()  # not `value` itself: the hooks live as long as the graph
     recipe = _Recipe(step, tuple(x.detach() for x in inputs))
