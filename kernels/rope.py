@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .dispatch import path_for
+
 
 def frequencies(
     head_dim: int, theta: float, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
@@ -56,6 +58,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    if path_for(x) == "triton":
+        from . import rope_triton
+
+        if rope_triton.applies(x):
+            return rope_triton.turn(x, cos, sin, direction)
     a, b = x.chunk(2, dim=-1)
     y = torch.empty_like(x)
     ya, yb = y.chunk(2, dim=-1)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .dispatch import path_for
+
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     """The definition. Tests hold `swiglu` to it."""
@@ -26,15 +28,32 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
+def fused(gate: Tensor) -> bool:
+    """Whether the Triton kernels run for tensors like gate."""
+    if path_for(gate) != "triton":
+        return False
+    from . import swiglu_triton
+
+    return swiglu_triton.applies(gate)
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
+        if fused(gate):
+            from . import swiglu_triton
+
+            return swiglu_triton.forward(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
         gate, up = ctx.saved_tensors
+        if fused(gate):
+            from . import swiglu_triton
+
+            return swiglu_triton.backward(dy, gate, up)
         dgate = torch.ops.aten.silu_backward(dy * up, gate)
         return dgate, F.silu(gate).mul_(dy)

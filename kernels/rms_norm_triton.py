@@ -1,0 +1,75 @@
+"""RMSNorm on a GPU: one program a row, one pass over x forward, one over x and dy backward; computed in fp32."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dispatch import on_device
+
+LARGEST = 1 << 16  # columns that one program holds in registers
+
+
+def applies(x: Tensor) -> bool:
+    """Whether the kernels take x [..., D]: 16 or 32 bits, rows that fit one program, not empty."""
+    return x.dtype != torch.float64 and x.shape[-1] <= LARGEST and x.numel() > 0
+
+
+def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(y like x, scale fp32 [..., 1]) with scale = 1 / rms(x)."""
+    x = x.contiguous()
+    y, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    columns = x.shape[-1]
+    with on_device(x):
+        _forward[(scale.numel(),)](
+            x, weight.contiguous(), y, scale, columns, eps, BLOCK=_block(columns), num_warps=_warps(columns)
+        )
+    return y, scale
+
+
+def backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of x, in its dtype."""
+    dy, x = dy.contiguous(), x.contiguous()
+    dx, columns = torch.empty_like(x), x.shape[-1]
+    with on_device(x):
+        _backward[(scale.numel(),)](
+            dy, x, weight.contiguous(), scale, dx, columns, BLOCK=_block(columns), num_warps=_warps(columns)
+        )
+    return dx
+
+
+def _block(columns: int) -> int:
+    return triton.next_power_of_2(columns)
+
+
+def _warps(columns: int) -> int:
+    """About sixteen values a thread, where a block allows it."""
+    return min(max(_block(columns) // 512, 1), 16)
+
+
+@triton.jit
+def _forward(x_ptr, weight_ptr, y_ptr, scale_ptr, columns, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    mask = i < columns
+    x = tl.load(x_ptr + row * columns + i, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.math.div_rn(1.0, tl.math.sqrt_rn(tl.math.div_rn(tl.sum(x * x), columns.to(tl.float32)) + eps))
+    weight = tl.load(weight_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * columns + i, x * scale * weight, mask=mask)
+    tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def _backward(  # type: ignore[no-untyped-def]
+    dy_ptr, x_ptr, weight_ptr, scale_ptr, dx_ptr, columns, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    mask = i < columns
+    dy = tl.load(dy_ptr + row * columns + i, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * columns + i, mask=mask, other=0.0).to(tl.float32)
+    dz = dy * tl.load(weight_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + row)
+    # dx = scale * dz - x * scale^3 * mean(dz * x)
+    pull = tl.sum(dz * x) / columns * scale * scale
+    tl.store(dx_ptr + row * columns + i, (dz - x * pull) * scale, mask=mask)
