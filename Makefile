@@ -31,7 +31,13 @@ types: $(VENV)/.dev
 wheel-check: $(VENV)/.dev ## build the wheel, install it elsewhere, import it and run its command
 	.ci/wheel-check $(BIN)/python
 
-bench-cpu: $(VENV)/.dev $(VENV)/.model ## our SFT step against transformers + peft + bitsandbytes
+bench: $(VENV)/.dev ## every op, a layer and a training step against the peers, on a CUDA GPU, in ten minutes
+	$(BIN)/python -m benchmarks --device cuda $(BENCH_ARGS)
+
+bench-cpu: $(VENV)/.dev ## the same on the CPU
+	$(BIN)/python -m benchmarks --device cpu $(BENCH_ARGS)
+
+bench-sft: $(VENV)/.dev $(VENV)/.model ## our SFT step of a real model on the CPU against transformers + peft + bitsandbytes
 	$(BIN)/python -m benchmarks.sft_cpu
 
 clean:

@@ -1,0 +1,71 @@
+"""One 4-bit matrix as every tool takes it: the same stored bytes, in as many copies as a variant rotates through.
+
+Ours, bitsandbytes' nested and its plain form are made from one quantisation: the plain form's fp32 scales are the
+decoded values of the nested ones. So all of them compute with one weight, and one float64 product judges them all.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fourbit import NF4Linear
+from fourbit.kernels import nf4
+from fourbit.kernels.dispatch import force_path
+
+BYTES_PER_PARAMETER = 0.5 + 1 / 64 + 4 / (64 * 256)  # NF4 in blocks of 64, double quantised
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of one copy."""
+
+    packed: Tensor  # uint8
+    codes: Tensor  # uint8 codes of the scales
+    nested_absmax: Tensor
+    offset: Tensor
+    absmax: Tensor  # what the codes decode to
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A random weight [N, K] of normal values, quantised to NF4 with double quantisation, with its copies."""
+
+    N: int
+    K: int
+    copies: list[Stored]
+
+    @classmethod
+    def random(cls, N: int, K: int, device: torch.device, sets: int, seed: int = 0) -> "Weights":
+        generator = torch.Generator(device).manual_seed(seed)
+        dense = torch.randn(N, K, device=device, generator=generator) * K**-0.5
+        packed, absmax = nf4.quantize(dense)
+        codes, nested, offset = nf4.quantize_absmax(absmax)
+        first = Stored(packed, codes, nested, offset, nf4.dequantize_absmax(codes, nested, offset))
+        rest = [Stored(*(tensor.clone() for tensor in vars(first).values())) for _ in range(sets - 1)]
+        return cls(N, K, [first, *rest])
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """The weight in float64, decoded by the reference: code times scale, not rounded further."""
+        return self.decoded(torch.float32).double()
+
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        """The weight in float64, as rounded to `dtype`."""
+        return self.decoded(dtype).double()
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        first = self.copies[0]
+        with force_path("reference"):
+            absmax = nf4.dequantize_absmax(first.codes, first.nested_absmax, first.offset)
+            return nf4.dequantize(first.packed, absmax, (self.N, self.K), dtype=dtype)
+
+    def layer(self, i: int, bias: Tensor | None = None) -> NF4Linear:
+        """Our module over copy i."""
+        layer, stored = NF4Linear(self.K, self.N, bias=False, device="meta"), self.copies[i]
+        layer.weight, layer.absmax = stored.packed.view(-1, 1), stored.codes
+        layer.nested_absmax, layer.nested_offset = stored.nested_absmax, stored.offset
+        if bias is not None:
+            layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+        return layer
