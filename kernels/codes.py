@@ -54,6 +54,15 @@ def dynamic_code(signed: bool = True, device: torch.device | str = "cpu") -> Ten
     return _dynamic(signed, torch.device(device))
 
 
+def pair_table(quant_type: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """[256]: entry b holds the two code values of packed byte b, the first (high nibble's) in the low half.
+
+    Two values rounded to `dtype` make one integer: int64 for fp32, int32 for bf16 and fp16. One look-up so decodes a
+    whole byte. The table is cached and shared: do not write to it.
+    """
+    return _pairs(quant_type, dtype, torch.device(device))
+
+
 @cache
 @torch.inference_mode(False)  # a table made in inference mode could not be used for training
 def _nf4(device: torch.device) -> Tensor:
@@ -88,6 +97,14 @@ def _dynamic(signed: bool, device: torch.device) -> Tensor:
         centres = 10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += [centres, -centres] if signed else [centres]
     return torch.cat(values).sort().values.to(device)
+
+
+@cache
+@torch.inference_mode(False)
+def _pairs(quant_type: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    byte = torch.arange(256, device="cpu")
+    pairs = code_for(quant_type)[torch.stack([byte >> 4, byte & 15], dim=1)].to(dtype)
+    return pairs.view({4: torch.int64, 2: torch.int32}[dtype.itemsize]).view(-1).to(device)
 
 
 def _evenly(start: float, end: float, cells: int) -> Tensor:
