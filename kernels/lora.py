@@ -1,4 +1,6 @@
-"""The LoRA update y + scale * (x A^T) B^T as one rule of autograd, added into y in place.
+"""The LoRA update y + scale * (x A^T) B^T as one rule of autograd, added into y in place: for dense bases.
+
+4-bit bases take `lora_linears4bit`, which makes the base's product too.
 
 Left to autograd the same line keeps two more tensors as large as y alive and passes over y three times. Here the
 second product accumulates into y itself, and only x, which the layer below keeps anyway, and the narrow x A^T are
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import product_dtype
+from .lora_linears import lora_linears4bit as lora_linears4bit
 
 
 def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -1,17 +1,19 @@
 """LoRALinear: a frozen base layer plus a trainable low-rank update.
 
-It wraps the base layer and does not subclass it, so dense and 4-bit layers look alike from here, and how the base
-stores its weight stays its own business. The update runs through one autograd rule (`kernels.lora.lora_update`).
+It wraps the base layer and does not subclass it, so dense and 4-bit layers look alike to other code. Over a dense base
+the update is added to what the base returns (`kernels.lora.lora_update`); over a 4-bit base both are one op, which can
+serve several layers of one input (`kernels.lora.lora_linears4bit`, `project`).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..kernels.lora import lora_update
+from ..kernels.lora import lora_linears4bit, lora_update
 from .linear4bit import NF4Linear, autocast_input
 
 
@@ -60,12 +62,25 @@ class LoRALinear(nn.Module):
     def scale(self) -> float:
         return scale_of(self.alpha, self.rank, self.rslora)
 
+    @property
+    def joint(self) -> bool:
+        """Whether base and update are made by one op: a 4-bit base with nothing hooked to it, and the update on."""
+        base = self.base
+        return self.enabled and type(base) is NF4Linear and not (base._forward_hooks or base._forward_pre_hooks)
+
+    @property
+    def drop(self) -> float:
+        """The dropout of this mode: none outside training."""
+        return self.dropout if self.training else 0.0
+
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        if self.joint and x.is_floating_point():
+            return joint_forward(x, [self])[0]
         x = autocast_input(x)
         y = self.base(x)
         if not self.enabled:
             return y
-        h = F.dropout(x, self.dropout) if self.training and self.dropout else x
+        h = F.dropout(x, self.drop) if self.drop else x
         return lora_update(y, h, self.lora_A, self.lora_B, self.scale)
 
     @torch.no_grad()
@@ -94,3 +109,18 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def joint_forward(x: Tensor, modules: Sequence[LoRALinear], keep: bool = False) -> list[Tensor]:
+    """The outputs of joint LoRALinears of one input, 4-bit format and dropout rate; `keep` as in lora_linears4bit."""
+    bases = [module.base for module in modules if isinstance(module.base, NF4Linear)]
+    return lora_linears4bit(
+        autocast_input(x),
+        [base.stored for base in bases],
+        [base.bias for base in bases],
+        [module.lora_A for module in modules],
+        [module.lora_B for module in modules],
+        [module.scale for module in modules],
+        dropout=modules[0].drop,
+        keep=keep,
+    )

@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..kernels.blockwise import NESTED_BLOCKSIZE
 from ..kernels.nf4 import dequantize, dequantize_absmax, linear4bit, quantize, quantize_absmax
 from ..kernels.quantize4bit import check_format
+from ..kernels.weight4bit import Weight4bit
 
 
 class NF4Linear(nn.Module):
@@ -122,6 +123,20 @@ class NF4Linear(nn.Module):
             offset=self.nested_offset,
             quant_type=self.quant_type,
             blocksize=self.blocksize,
+        )
+
+    @property
+    def stored(self) -> Weight4bit:
+        """The weight as the kernels take it."""
+        return Weight4bit(
+            self.weight,
+            self.absmax,
+            self.nested_absmax,
+            self.nested_offset,
+            self.out_features,
+            self.in_features,
+            self.quant_type,
+            self.blocksize,
         )
 
     @torch.no_grad()

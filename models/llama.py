@@ -16,6 +16,7 @@ from ..kernels import rope
 from ..kernels.attention import Spans, attention, span_lengths, visible_keys
 from ..kernels.rms_norm import rms_norm
 from ..kernels.swiglu import swiglu
+from ..lora.project import project
 from .llama_config import LlamaConfig as LlamaConfig
 from .llama_config import RopeScaling as RopeScaling
 from .recompute import recomputed
@@ -43,6 +44,7 @@ class _Pass:
     visible: Tensor | None  # [B or 1, 1, T, S] bool; None: plain causality
     cache: Cache | None
     lean: bool  # training without checkpointing: cheap activations are made again in backward
+    keep: bool  # decoded weights stay for backward, which follows at once
 
 
 class RMSNorm(nn.Module):
@@ -75,13 +77,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, shared: _Pass) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = rope.rope(self.q_proj(x).view(heads), shared.cos, shared.sin)  # [B, T, H, D]
-        k = rope.rope(self.k_proj(x).view(heads), shared.cos, shared.sin)  # [B, T, K, D]
-        v = self.v_proj(x).view(heads)
+        q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj), keep=shared.keep)
+        q = rope.rope(q.view(heads), shared.cos, shared.sin)  # [B, T, H, D]
+        k = rope.rope(k.view(heads), shared.cos, shared.sin)  # [B, T, K, D]
+        v = v.view(heads)
         if shared.cache is not None:
             k, v = shared.cache.append(self.index, k, v)
-        y: Tensor = self.o_proj(attention(q, k, v, spans=shared.spans, visible=shared.visible).flatten(2))
-        return y
+        heard = attention(q, k, v, spans=shared.spans, visible=shared.visible).flatten(2)
+        return project(heard, (self.o_proj,), keep=shared.keep)[0]
 
 
 class MLP(nn.Module):
@@ -94,11 +97,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, shared: _Pass) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = project(x, (self.gate_proj, self.up_proj), keep=shared.keep)
         h = swiglu(gate, up)  # [B, T, intermediate]
         with recomputed(h, swiglu, gate, up, active=shared.lean):
-            y: Tensor = self.down_proj(h)
-        return y
+            return project(h, (self.down_proj,), keep=shared.keep)[0]
 
 
 class Layer(nn.Module):
@@ -134,13 +136,16 @@ class Llama(nn.Module):
     """A Llama language model.
 
     `checkpointing`: when True, training keeps only each layer's input and recomputes the layer in backward (dropout
-    repeats exactly).
+    repeats exactly). `keep_decoded`: the recomputed layer then keeps its 4-bit weights decoded until its backward is
+    through, which saves decoding them once more and takes one layer's dense weights of memory (8B: 0.44 GB); by default
+    (None) on a GPU only.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.checkpointing = False
+        self.keep_decoded: bool | None = None
         self.source = ""  # where the weights came from; `load` sets it
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -182,7 +187,8 @@ class Llama(nn.Module):
         training = torch.is_grad_enabled() and cache is None
         recompute = training and self.checkpointing
         tables, visible = self._rope_tables(position_ids, x), _visible(input_ids, cache, mask)
-        shared = _Pass(*tables, spans, visible, cache, lean=training and not recompute)
+        keep = recompute and (x.is_cuda if self.keep_decoded is None else self.keep_decoded)
+        shared = _Pass(*tables, spans, visible, cache, lean=training and not recompute, keep=keep)
         for layer in self.model.layers:
             if recompute:
                 x = checkpoint(layer, x, shared, use_reentrant=False, preserve_rng_state=True)

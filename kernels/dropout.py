@@ -1,0 +1,90 @@
+"""Dropout whose mask is a function of the place and a seed, so that nothing is stored and every path drops the same.
+
+The generator is Philox 4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), the
+fewest that pass BigCrush. Its counter is (column // 8, row, 0, 0) and its key the 64-bit seed; the 128 bits of one call
+serve eight neighbouring columns, 16 bits each, in the order of memory (word 0 low half, word 0 high half, word 1 ...).
+So probabilities are multiples of 1/65536: the keep probability is rounded to one, and survivors are scaled by the exact
+inverse of what it became, which keeps the expectation unchanged.
+
+The seed is a tensor, drawn where x lies: checkpointing repeats it with the generator's state, and a CUDA graph can
+redraw it without a word to the host.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ROUNDS = 7
+LEVELS = 1 << 16  # of the keep probability
+CHUNK = 1 << 15  # generator calls at a time on a CPU: 256 KB for each word of the state
+_LOW = (1 << 32) - 1
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_STEPS = (0x9E3779B9, 0xBB67AE85)  # what each round adds to the key
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed from the device's default generator: int64, 0-d, and never seen by the host."""
+    return torch.randint(0, 1 << 62, (), dtype=torch.int64, device=device)
+
+
+def keep_level(dropout: float) -> int:
+    """How many of the 65,536 values of a draw keep an element: 1 - dropout rounded, but neither none nor all.
+
+    ValueError unless 0 < dropout < 1.
+    """
+    if not 0 < dropout < 1:
+        raise ValueError(f"dropout must lie between 0 and 1, got {dropout!r}")
+    return min(max(round((1 - dropout) * LEVELS), 1), LEVELS - 1)
+
+
+def keep_scale(dropout: float) -> float:
+    """What survivors are multiplied by: the inverse of the rounded keep probability."""
+    return LEVELS / keep_level(dropout)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """x [..., K] with each element zero with probability p, and otherwise scaled by keep_scale(p).
+
+    Element (m, k) of x as a matrix is kept as keep_mask says. Rounded once from fp32 (fp64 x from fp64).
+    """
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    wide = rows.to(torch.promote_types(x.dtype, torch.float32)) * keep_scale(p)
+    return torch.where(keep_mask(rows.shape, p, seed), wide, 0.0).to(x.dtype).view(x.shape)
+
+
+def keep_mask(shape: Sequence[int], p: float, seed: Tensor) -> Tensor:
+    """bool of `shape` (rows, columns) on the seed's device: which elements dropout with probability p keeps."""
+    rows, columns = shape
+    groups = -(-columns // 8)
+    level = keep_level(p) - LEVELS // 2  # 16 bits are compared as signed numbers, the type torch has
+    mask = torch.empty(rows, groups, 8, dtype=torch.bool, device=seed.device)
+    keys = _keys(seed)
+    step = max(1, CHUNK // max(groups, 1)) if seed.device.type == "cpu" else max(rows, 1)
+    for start in range(0, rows, step):
+        part = mask[start : start + step]
+        words = torch.empty(*part.shape[:2], 4, dtype=torch.int32, device=seed.device)
+        counters = torch.arange(start, start + len(part), device=seed.device).unsqueeze(1)  # [rows, 1]
+        for i, word in enumerate(_philox(torch.arange(groups, device=seed.device).unsqueeze(0), counters, keys)):
+            words[..., i] = word
+        torch.lt(words.view(torch.int16), level, out=part)
+    return mask.view(rows, groups * 8)[:, :columns]
+
+
+def _keys(seed: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The two key words of each round, as int64."""
+    low, high = seed & _LOW, (seed >> 32) & _LOW
+    return [((low + i * _STEPS[0]) & _LOW, (high + i * _STEPS[1]) & _LOW) for i in range(ROUNDS)]
+
+
+def _philox(c0: Tensor, c1: Tensor, keys: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four words that counter (c0, c1, 0, 0) gives, each the low half of an int64.
+
+    c0 [1, G] and c1 [R, 1] mix only after two rounds; until then broadcasting does R + G words of work, not R * G.
+    """
+    c2 = c3 = torch.zeros_like(c0[:, :1])
+    for k0, k1 in keys:
+        a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # the low 64 bits, which are all of them
+        c0, c1 = ((b >> 32) ^ (c1 ^ k0)) & _LOW, b
+        c2, c3 = ((a >> 32) ^ (c3 ^ k1)) & _LOW, a
+    return c0, c1, c2, c3

@@ -1,0 +1,169 @@
+"""Base + LoRA for linears that share an input, in plain PyTorch: the definition, and the quick form for CPUs.
+
+The quick form also serves dtypes on CUDA that have no kernel (fp32 and fp64).
+"""
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dequantize4bit import dequantize
+from .dropout import dropout, keep_mask, keep_scale
+from .linear4bit import compute_dtype, slabs
+from .weight4bit import Weight4bit
+
+PAD = 64
+
+
+class Group(NamedTuple):
+    """What the linears of one input x [M, K] hold; the lists have one entry for each."""
+
+    weights: list[Weight4bit]  # [out, K]
+    biases: list[Tensor]  # [out]; or no entry at all
+    A: list[Tensor]  # [rank, K]
+    B: list[Tensor]  # [out, rank]
+    scales: list[float]
+    dropout: float
+    seed: Tensor | None  # of dropout, where there is one
+
+    @property
+    def columns(self) -> list[slice]:
+        """Where each linear's part lies in s = x A^T [M, sum of ranks]."""
+        ends = list(accumulate(len(A) for A in self.A))
+        return [slice(end - len(A), end) for A, end in zip(self.A, ends, strict=True)]
+
+    def stacked(self, dtype: torch.dtype) -> Tensor:
+        """All of A, one below the other, [sum of ranks, K]."""
+        return (self.A[0] if len(self.A) == 1 else torch.cat(self.A)).to(dtype)
+
+
+class Result(NamedTuple):
+    outputs: list[Tensor]  # [M, out] in x's dtype
+    s: Tensor  # [M, sum of ranks]
+    dense: list[Tensor]  # the decoded weights, if they are to be kept
+
+
+class Gradients(NamedTuple):
+    A: Tensor  # [sum of ranks, K], all of them
+    B: list[Tensor]  # [out, rank], in the dtype of the masters
+    x: Tensor | None  # [M, K], if wanted
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of the reference: fp32, or fp64 for fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def group_dtype(x: Tensor, weights: list[Weight4bit]) -> torch.dtype:
+    """The dtype of the quick form's products: the widest of what the base linears alone would take."""
+    dtypes = {compute_dtype(x, weight) for weight in weights}
+    return torch.float32 if len(dtypes) > 1 else dtypes.pop()
+
+
+def padded(rank: int) -> int:
+    """How many columns the tail of an augmented matrix has (lora_cuda.py): rows stay aligned to 64 elements."""
+    return -(-rank // PAD) * PAD
+
+
+def decode(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
+    """The dense weight [out, K]."""
+    packed, absmax, nested_absmax, offset, rows, columns, quant_type, blocksize = weight
+    return dequantize(
+        *(packed, absmax, (rows, columns)),
+        nested_absmax=nested_absmax,
+        offset=offset,
+        dtype=dtype,
+        quant_type=quant_type,
+        blocksize=blocksize,
+    )
+
+
+def forward_reference(x: Tensor, group: Group, keep: bool) -> Result:
+    """y_i = x W_i^T + b_i + scale_i (dropout(x) A_i^T) B_i^T: everything wide, rounded to x's dtype once."""
+    h = x.to(wide(x))
+    dropped = dropout(h, group.dropout, group.seed) if group.seed is not None else h
+    s = dropped @ group.stacked(h.dtype).T
+    dense = [decode(weight, h.dtype) for weight in group.weights]
+    outputs = [h @ W.T for W in dense]
+    for y, bias in zip(outputs, group.biases, strict=False):
+        y += bias
+    for y, B, scale, part in zip(outputs, group.B, group.scales, group.columns, strict=True):
+        y += scale * (s[:, part] @ B.to(h.dtype).T)
+    return Result([y.to(x.dtype) for y in outputs], s, dense if keep else [])
+
+
+def backward_reference(
+    grads: list[Tensor], x: Tensor, s: Tensor, group: Group, dense: list[Tensor], need_x: bool
+) -> Gradients:
+    """The gradients of forward_reference's sum of products with `grads`, written out."""
+    h, A = x.to(s.dtype), group.stacked(s.dtype)
+    wide_grads = [g.to(s.dtype) for g in grads]
+    each = list(zip(wide_grads, group.B, group.scales, group.columns, strict=True))
+    grad_B = [(scale * g.T @ s[:, part]).to(B.dtype) for g, B, scale, part in each]
+    grad_s = torch.cat([scale * g @ B.to(s.dtype) for g, B, scale, _ in each], dim=1)
+    factor = 1.0 if group.seed is None else keep_mask(x.shape, group.dropout, group.seed) * keep_scale(group.dropout)
+    grad_A = grad_s.T @ (h * factor)
+    if not need_x:
+        return Gradients(grad_A, grad_B, None)
+    grad_x = grad_s @ A * factor
+    for g, W in zip(wide_grads, dense or [decode(weight, s.dtype) for weight in group.weights], strict=True):
+        grad_x += g @ W
+    return Gradients(grad_A, grad_B, grad_x.to(x.dtype))
+
+
+def forward_cpu(x: Tensor, group: Group, keep: bool) -> Result:
+    """Slab by slab, each product added in place; one product gives s for all linears."""
+    dtype = group_dtype(x, group.weights)
+    h = x.to(dtype)
+    s = _dropped(h, group) @ group.stacked(dtype).T
+    if group.seed is not None:
+        s *= keep_scale(group.dropout)
+    dense = [decode(weight, dtype) for weight in group.weights] if keep else []
+    outputs = [x.new_empty(x.shape[0], weight.rows) for weight in group.weights]
+    for i, y in enumerate(outputs):
+        B, scale = group.B[i].to(dtype), group.scales[i]
+        for start, part in [(0, dense[i])] if keep else slabs(group.weights[i], dtype):
+            rows = slice(start, start + len(part))
+            here = y[:, rows]
+            target = here if y.dtype == dtype else torch.empty_like(here, dtype=dtype)
+            if group.biases:
+                torch.addmm(group.biases[i][rows].to(dtype), h, part.T, out=target)
+            else:
+                torch.mm(h, part.T, out=target)
+            target.addmm_(s[:, group.columns[i]], B[rows].T, alpha=scale)
+            if target is not here:
+                here.copy_(target)
+    return Result(outputs, s, dense)
+
+
+def backward_cpu(
+    grads: list[Tensor], x: Tensor, s: Tensor, group: Group, dense: list[Tensor], need_x: bool
+) -> Gradients:
+    """The same sums; the gradient of x starts as LoRA's share, which only dropout masks, and the base adds to it."""
+    dtype = s.dtype
+    grads = [g.to(dtype) for g in grads]
+    each = list(zip(grads, group.B, group.scales, group.columns, strict=True))
+    grad_B = [(g.T @ s[:, part]).mul_(scale).to(B.dtype) for g, B, scale, part in each]
+    parts = [(g @ B.to(dtype)).mul_(scale) for g, B, scale, _ in each]
+    grad_s = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if group.seed is not None:
+        grad_s *= keep_scale(group.dropout)
+    mask = None if group.seed is None else keep_mask(x.shape, group.dropout, group.seed)
+    h = x.to(dtype)
+    grad_A = grad_s.T @ (h if mask is None else h * mask)
+    if not need_x:
+        return Gradients(grad_A, grad_B, None)
+    grad_x = grad_s @ group.stacked(dtype)
+    if mask is not None:
+        grad_x *= mask
+    for i, g in enumerate(grads):
+        for start, part in [(0, dense[i])] if dense else slabs(group.weights[i], dtype):
+            grad_x.addmm_(g[:, start : start + len(part)], part)
+    return Gradients(grad_A, grad_B, grad_x.to(x.dtype))
+
+
+def _dropped(h: Tensor, group: Group) -> Tensor:
+    """h with what dropout removes set to zero; the rest is scaled where it costs less, in the narrow product."""
+    return h if group.seed is None else h * keep_mask(h.shape, group.dropout, group.seed)
