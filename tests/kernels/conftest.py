@@ -78,3 +78,27 @@ def bf16_rounded_to_nearest() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", round_to_bf16)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def bf16_multiplied_as_numbers() -> Iterator[None]:
+    """Triton's interpreter (3.6 to 3.9) keeps bf16 as its bits, and its tl.dot multiplies those as if integers."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def number(operand: Any) -> Any:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return interpreter.TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def numbers(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, number(a), number(b), *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", numbers)
+        yield
