@@ -161,26 +161,37 @@ def compute_dtype(x: Tensor, weight: Weight4bit) -> torch.dtype:
 def slabs(weight: Weight4bit, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """(first row, W[first row : ...] in `dtype`) for all of W; each slab overwrites the one before."""
     packed, absmax, nested_absmax, offset, rows, columns, quant_type, blocksize = weight
+    check_sizes(packed, absmax, (rows, columns), blocksize, nested_absmax, offset)  # a slab only sees its own part
     step = _slab_rows(weight)
     buffer = torch.empty(step, columns, dtype=dtype, device=packed.device)
+    if rows <= step:
+        yield from [(0, decode(weight, dtype, buffer[:rows]))] if rows else []
+        return
     if nested_absmax is not None and offset is not None:
         absmax = dequantize_absmax(absmax, nested_absmax, offset)
-    check_sizes(packed, absmax, (rows, columns), blocksize)  # a slab only sees its own part
     packed = packed.reshape(-1)
     for start in range(0, rows, step):
         end = min(start + step, rows)
-        yield (
-            start,
-            dequantize(
-                packed[start * columns // 2 : (end * columns + 1) // 2],
-                absmax[start * columns // blocksize : -(-end * columns // blocksize)],
-                (end - start, columns),
-                dtype=dtype,
-                quant_type=quant_type,
-                blocksize=blocksize,
-                out=buffer[: end - start],
-            ),
-        )
+        bytes_ = packed[start * columns // 2 : (end * columns + 1) // 2]
+        scales = absmax[start * columns // blocksize : -(-end * columns // blocksize)]
+        part = Weight4bit(bytes_, scales, None, None, end - start, columns, quant_type, blocksize)
+        yield start, decode(part, dtype, buffer[: end - start])
+
+
+def decode(weight: Weight4bit, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The dense weight [rows, columns] in `dtype`, in `out` if given."""
+    packed, absmax, nested_absmax, offset, rows, columns, quant_type, blocksize = weight
+    return dequantize(
+        packed,
+        absmax,
+        (rows, columns),
+        nested_absmax=nested_absmax,
+        offset=offset,
+        dtype=dtype,
+        quant_type=quant_type,
+        blocksize=blocksize,
+        out=out,
+    )
 
 
 def _slab_rows(weight: Weight4bit) -> int:
