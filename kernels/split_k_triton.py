@@ -1,0 +1,64 @@
+"""Products with a split K: few tiles do not fill a GPU, so several programs share one.
+
+Every program writes its partial sum to a workspace; the last of a tile to arrive, known by an integer counter, adds
+them all in one fixed order. Results repeat to the bit, and there is one launch: no floating-point atomics, no second
+kernel. Here are the parts that such kernels share.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MIN_STEPS = 8  # of the K loop that a program must be left with, for its pipeline to be worth filling
+
+
+def splits_for(tiles: int, steps: int, programs: int, least: int = MIN_STEPS) -> int:
+    """Parts of K: enough for `programs` programs in all, none of fewer than `least` steps, none empty."""
+    wanted = max(1, min(triton.cdiv(programs, tiles), steps // least))
+    return triton.cdiv(steps, triton.cdiv(steps, wanted))
+
+
+def counters(device: torch.device, tiles: int) -> Tensor:
+    """int32 zeros, at least one a tile. Kernels leave them zero, so launches on one stream share them.
+
+    While a CUDA graph is captured they are made afresh, as part of the graph: it may run on any stream later.
+    """
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        return _shared_counters(device, torch.cuda.current_stream(device).cuda_stream, triton.next_power_of_2(tiles))
+    return torch.zeros(tiles, dtype=torch.int32, device=device)
+
+
+@cache
+@torch.inference_mode(False)
+def _shared_counters(device: torch.device, stream: int, tiles: int) -> Tensor:
+    return torch.zeros(tiles, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def is_last(sums_at, total, inside, counter, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Writes this program's sum where the last one will find it; True in that last one, which resets the counter."""
+    tl.store(sums_at, total, mask=inside)
+    tl.debug_barrier()  # all threads have written before one of them says so
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    if arrived == SPLITS - 1:
+        tl.store(counter, 0)
+    return arrived == SPLITS - 1
+
+
+@triton.jit
+def sum_of_splits(sums_at, inside, size, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum over splits in one order, whoever came last: its own part is read back like the others."""
+    total = tl.load(sums_at, mask=inside, other=0.0, cache_modifier=".cg")
+    for split in range(1, SPLITS):
+        total += tl.load(sums_at + split * size, mask=inside, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def finish(y_at, total, bias_ptr, n, N, inside):  # type: ignore[no-untyped-def]
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    tl.store(y_at, total.to(y_at.dtype.element_ty), mask=inside)
