@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .blockwise import dequantize_absmax
 from .dequantize4bit import check_sizes, dequantize
-from .dispatch import product_dtype
+from .dispatch import path_for, plan_linear, product_dtype
 from .weight4bit import Weight4bit
 
 WHOLE = 1 << 21  # values decoded at once on a CPU: 8 MB of fp32
@@ -119,7 +119,12 @@ _linear4bit.register_autograd(_backward, setup_context=_save)
 
 
 def multiply(x: Tensor, weight: Weight4bit, bias: Tensor | None, y: Tensor) -> None:
-    """y [N, out] = x [N, in] W^T + bias, in the dtype of compute_dtype and rounded once. Not differentiable."""
+    """y [N, out] = x [N, in] W^T + bias, in the dtype of compute_dtype and rounded once. Not differentiable.
+
+    y must be contiguous, x's columns too.
+    """
+    if path_for(x) == "triton" and _multiply_packed(x, weight, bias, y):
+        return
     dtype = compute_dtype(x, weight)
     x = x.to(dtype)
     for start, part in slabs(weight, dtype):
@@ -131,6 +136,20 @@ def multiply(x: Tensor, weight: Weight4bit, bias: Tensor | None, y: Tensor) -> N
             torch.addmm(bias[start : start + part.shape[0]].to(dtype), x, part.T, out=target)
         if target is not here:
             here.copy_(target)
+
+
+def _multiply_packed(x: Tensor, weight: Weight4bit, bias: Tensor | None, y: Tensor) -> bool:
+    """Like multiply, but decoding inside the product; False, with nothing done, where that is not the quicker way."""
+    from . import matmul4bit_triton  # only here: Triton exists for Linux only and is slow to import
+
+    if not x.numel() or not matmul4bit_triton.applies(x.dtype, weight):
+        return False
+    way = plan_linear(x, weight.rows)
+    if way.config is None:
+        return False
+    _check(weight)
+    matmul4bit_triton.matmul(x, weight, bias, way.config, out=y)
+    return True
 
 
 def multiply_back(grad: Tensor, weight: Weight4bit, grad_x: Tensor) -> None:
@@ -147,8 +166,9 @@ def multiply_back(grad: Tensor, weight: Weight4bit, grad_x: Tensor) -> None:
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """x [..., features] as [N, features], also where a size is 0."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    """x [..., features] as [N, features], also where a size is 0; columns at stride 1."""
+    matrix = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def compute_dtype(x: Tensor, weight: Weight4bit) -> torch.dtype:
@@ -160,8 +180,8 @@ def compute_dtype(x: Tensor, weight: Weight4bit) -> torch.dtype:
 
 def slabs(weight: Weight4bit, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """(first row, W[first row : ...] in `dtype`) for all of W; each slab overwrites the one before."""
-    packed, absmax, nested_absmax, offset, rows, columns, quant_type, blocksize = weight
-    check_sizes(packed, absmax, (rows, columns), blocksize, nested_absmax, offset)  # a slab only sees its own part
+    packed, absmax, nested_absmax, offset, rows, columns, _, blocksize = weight
+    _check(weight)  # a slab only sees its own part
     step = _slab_rows(weight)
     buffer = torch.empty(step, columns, dtype=dtype, device=packed.device)
     if rows <= step:
@@ -174,7 +194,7 @@ def slabs(weight: Weight4bit, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]
         end = min(start + step, rows)
         bytes_ = packed[start * columns // 2 : (end * columns + 1) // 2]
         scales = absmax[start * columns // blocksize : -(-end * columns // blocksize)]
-        part = Weight4bit(bytes_, scales, None, None, end - start, columns, quant_type, blocksize)
+        part = Weight4bit(bytes_, scales, None, None, end - start, columns, weight.quant_type, blocksize)
         yield start, decode(part, dtype, buffer[: end - start])
 
 
@@ -192,6 +212,11 @@ def decode(weight: Weight4bit, dtype: torch.dtype, out: Tensor | None = None) ->
         blocksize=blocksize,
         out=out,
     )
+
+
+def _check(weight: Weight4bit) -> None:
+    packed, absmax, nested_absmax, offset, rows, columns, _, blocksize = weight
+    check_sizes(packed, absmax, (rows, columns), blocksize, nested_absmax, offset)
 
 
 def _slab_rows(weight: Weight4bit) -> int:

@@ -49,16 +49,22 @@ def applies(dtype: torch.dtype, weight: Weight4bit) -> bool:
 
 
 def matmul(
-    x: Tensor, weight: Weight4bit, bias: Tensor | None, config: dict[str, Any], lora: _Lora | None = None
+    x: Tensor,
+    weight: Weight4bit,
+    bias: Tensor | None,
+    config: dict[str, Any],
+    lora: _Lora | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """y [M, N] = x [M, K] W^T + bias [N] + scale * s B^T, in x's dtype (bf16 or fp16), summed in fp32, rounded once.
 
     `lora` is (s [M, R], B [N, R], scale) with s = x A^T (`project_down`) in x's dtype; B and bias may have any
     floating dtype, B is rounded to x's. The rows of x may lie at any stride, the columns at 1. `config` is a row of
-    the dispatch table: BM, BN, BK, warps, stages, scale_on, programs. One launch. Nothing is checked: see `applies`.
+    the dispatch table: BM, BN, BK, warps, stages, scale_on, programs. `out`, if given, is contiguous and becomes y. One
+    launch. Nothing is checked: see `applies`.
     """
     M, N, K = x.shape[0], weight.rows, weight.columns
-    y = x.new_empty(M, N)
+    y = x.new_empty(M, N) if out is None else out
     if M == 0:
         return y
     BM, BN, BK = config["BM"], config["BN"], min(config["BK"], weight.blocksize)

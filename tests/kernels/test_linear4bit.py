@@ -14,6 +14,7 @@ from fourbit.kernels import dispatch
 from fourbit.kernels import linear4bit as module
 from fourbit.kernels.dispatch import PATHS, force_path, product_dtype
 from fourbit.kernels.nf4 import dequantize, dequantize_absmax, linear4bit, quantize, quantize_absmax
+from fourbit.kernels.plan import Plan
 from fourbit.kernels.weight4bit import Weight4bit
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -39,6 +40,11 @@ class Weight:
         nested = [self.nested.get(name) for name in ("nested_absmax", "offset")]
         quantisation = {"quant_type": "nf4", "blocksize": 64} | self.quantisation
         return Weight4bit(self.packed, self.absmax, *nested, *self.shape, **quantisation)
+
+    def to(self, device: str) -> "Weight":
+        self.packed, self.absmax, self.dense = (t.to(device) for t in (self.packed, self.absmax, self.dense))
+        self.nested = {name: tensor.to(device) for name, tensor in self.nested.items()}
+        return self
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear4bit(x, self.packed, self.absmax, self.shape, bias, **self.nested, **self.quantisation)
@@ -297,3 +303,49 @@ def test_the_ops_are_registered_correctly(nested: bool) -> None:
     x, bias = torch.randn(2, 3, 64, requires_grad=True), torch.randn(10, requires_grad=True)
     torch.library.opcheck(module._linear4bit, (x, bias, *stored))
     torch.library.opcheck(module._linear4bit_backward, (torch.randn(2, 3, 10), *stored))
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FUSED = {"M": 64, "BM": 16, "BN": 64, "BK": 64, "warps": 4, "stages": 2, "scale_on": "weight", "programs": 1}
+FUSED |= {"copies": 1, "direct": False}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", ["fused", "decode"])
+@pytest.mark.parametrize("shape", [(3, 192), (1, 1, 64), (0, 128), (2, 3, 5, 64)])
+def test_both_ways_of_the_triton_path(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], way: str, dtype: torch.dtype
+) -> None:
+    """Whatever the plan says, the linear is the product with the rounded weight, and its gradients too."""
+    pytest.importorskip("triton")
+    taken: list[str] = []
+
+    def plan_linear(x: Tensor, rows: int) -> Plan:
+        taken.append(way)
+        return Plan("fused", FUSED) if way == "fused" else Plan("decode", None)
+
+    monkeypatch.setattr(module, "plan_linear", plan_linear)
+    weight = Weight(33, shape[-1], nested=True).to(DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_()
+    bias = torch.randn(33, generator=generator).to(DEVICE, dtype).requires_grad_()
+    grad = torch.randn(*shape[:-1], 33, generator=generator).to(DEVICE, dtype)
+    with force_path("triton"):
+        y = weight(x, bias)
+        y.backward(grad)
+    assert taken == ([way] if x.numel() else [])
+    decoded = weight.dense.to(module.compute_dtype(x, weight.stored))  # a CPU may multiply in fp32 instead
+    dense = weight.dense.to(dtype) if way == "fused" else decoded
+    assert_product(y.detach(), x.detach(), dense.T, bias.detach())
+    assert_product(x.grad, grad, decoded)
+    assert_product(bias.grad.unsqueeze(0), torch.ones(1, grad[..., 0].numel(), device=DEVICE), grad.reshape(-1, 33))
+
+
+@pytest.mark.parametrize("columns", [63, 96, 1])
+def test_shapes_that_the_kernel_does_not_take_are_decoded(columns: int) -> None:
+    """K no multiple of 64 (a block crosses rows), under a plan that would like to fuse."""
+    pytest.importorskip("triton")
+    weight = Weight(33, columns).to(DEVICE)
+    x = torch.randn(3, columns, device=DEVICE).bfloat16()
+    with force_path("triton"):
+        assert_product(weight(x), x, weight.dense.bfloat16().T)
