@@ -12,6 +12,7 @@ first-level cache of a CPU and, between matrix products, the second: measured sl
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +52,9 @@ def dequantize(
     values exactly. On CUDA this is one kernel. ValueError if sizes, types or devices disagree, if of nested_absmax and
     offset only one is given, or `dtype` is no floating-point type.
     """
+    if torch.compiler.is_compiling():  # one node in its graph
+        made = _in_graph(packed, absmax, nested_absmax, offset, list(shape), dtype, quant_type, blocksize, transpose)
+        return made if out is None else out.copy_(made)
     check_format(quant_type, blocksize)
     check_sizes(packed, absmax, shape, blocksize, nested_absmax, offset)
     if not dtype.is_floating_point:
@@ -74,6 +78,38 @@ def dequantize(
     else:
         _decode(out.view(-1), weight)
     return out
+
+
+@torch.library.custom_op("fourbit::dequantize4bit", mutates_args=())
+def _in_graph(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    dtype: torch.dtype,
+    quant_type: str,
+    blocksize: int,
+    transpose: bool,
+) -> Tensor:
+    return dequantize(
+        packed,
+        absmax,
+        shape,
+        nested_absmax=nested_absmax,
+        offset=offset,
+        dtype=dtype,
+        quant_type=quant_type,
+        blocksize=blocksize,
+        transpose=transpose,
+    )
+
+
+@_in_graph.register_fake
+def _(
+    packed: Tensor, absmax: Any, nested: Any, offset: Any, shape: list[int], dtype: torch.dtype, *rest: Any
+) -> Tensor:
+    return packed.new_empty(shape[::-1] if rest[-1] else shape, dtype=dtype)
 
 
 def _decode(flat: Tensor, weight: Weight4bit) -> None:

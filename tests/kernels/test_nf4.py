@@ -364,3 +364,21 @@ def draw_weight(n: int, kind: str, seed: int) -> Tensor:
         return torch.rand(n, generator=generator) * 2 - 1
     normal = torch.randn(n, generator=generator)
     return normal**3 if kind == "heavy" else normal
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_decoding_is_one_node_for_torch_compile(nested: bool, transpose: bool) -> None:
+    packed, absmax = quantize(torch.randn(6, 64))
+    scales, nested_absmax, offset = quantize_absmax(absmax) if nested else (absmax, None, None)
+    layout = ([6, 64], torch.bfloat16, "nf4", 64, transpose)
+    torch.library.opcheck(dequantize4bit._in_graph, (packed, scales, nested_absmax, offset, *layout))
+
+    def decode(out: Tensor | None = None) -> Tensor:
+        kwargs = {"nested_absmax": nested_absmax, "offset": offset, "transpose": transpose, "out": out}
+        return dequantize(packed, scales, (6, 64), **kwargs)
+
+    compiled = torch.compile(decode, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(), decode())
+    out = torch.full((64, 6) if transpose else (6, 64), float("nan"))
+    assert torch.equal(compiled(out), decode()) and torch.equal(out, decode())
