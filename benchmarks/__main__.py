@@ -6,6 +6,7 @@ line a figure and draws pictures of them. Ends in exit code 1 if one of our own 
 """
 
 import argparse
+import gc
 import json
 import re
 import sys
@@ -27,6 +28,7 @@ from . import (
     ops_lora_cost,
     ops_memory,
     ops_weights,
+    peers,
     report,
     step,
 )
@@ -119,6 +121,8 @@ def measure(setting: Setting, grid: Grid, cases: list[Case], start: float, file:
     runner = Runner(
         setting, clock, limits, facts, grid.case_seconds, start + grid.seconds, keep=lambda line: write(file, line)
     )
+    peers.load()
+    gc.freeze()  # what is imported by now need not be searched for garbage between two cases
     result = runner.run(cases)
     run = {"kind": "run", "argv": sys.argv[1:], "quick": quick, "seconds": round(time.monotonic() - start, 1)}
     run |= {"left_out": result.left_out, "absent": result.absent, "wrong": result.wrong}

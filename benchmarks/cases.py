@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .timing import Call
+from .timing import LEAST_ROUNDS, Call
 
 OURS = "ours"
 GATE_SEED = 7  # of torch's generators before a call that is judged: dropout masks are made again from it
@@ -70,6 +70,7 @@ class Work:
     ways: tuple[str, ...] = ("queue",)  # of timing, the first one leading
     absent: dict[str, str] = field(default_factory=dict)  # peer -> why it cannot run here
     peak: bool = False  # take the memory of a call too
+    least_rounds: int = LEAST_ROUNDS
     extra: dict[str, Any] = field(default_factory=dict)  # more fields for every figure
 
 

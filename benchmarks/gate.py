@@ -19,7 +19,6 @@ from torch import Tensor
 
 FP32 = 2.0**-24
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: FP32, torch.float64: 2.0**-53}
-ROWS = 1024  # of a product at a time: float64 needs four times the memory of what it checks
 
 
 @dataclass(frozen=True)
@@ -45,22 +44,6 @@ def product(x: Tensor, weight: Tensor, unit: float, *, scaled_late: bool = False
     exact, size = wide @ weight.T, wide.abs() @ weight.abs().T
     bound = 2 * x.shape[-1] * FP32 * size + unit * exact.abs()
     return Bounded(exact, bound + 2 * unit * size if scaled_late else bound)
-
-
-def worst_product(
-    given: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scaled_late: bool = False
-) -> float:
-    """`given` [M, N] as x W^T + bias in x's dtype, ROWS rows at a time."""
-    if given.shape != (x.shape[0], weight.shape[0]):
-        return float("inf")
-    worst, unit = 0.0, UNIT[x.dtype]
-    for start in range(0, x.shape[0], ROWS):
-        part = product(x[start : start + ROWS], weight, unit, scaled_late=scaled_late)
-        if bias is not None:  # a bias added after rounding costs one rounding of the product more
-            total = part.exact + bias.double()
-            part = Bounded(total, part.bound + (FP32 + unit) * bias.double().abs() + unit * total.abs())
-        worst = max(worst, part.worst(given[start : start + ROWS]))
-    return worst
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fourbit
 from fourbit.kernels.dispatch import force_path
-from fourbit.models import llama
+from fourbit.models.llama import Llama
 
 from . import decoder
 from .cases import OURS, Case, Point, Setting, Variant, Work, present
@@ -38,22 +38,33 @@ def cases(grid: Grid, setting: Setting) -> list[Case]:
     ]
 
 
+class Given(nn.Module):
+    """Stands where the embedding stands, so that the decoder runs on given hidden states."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.x
+
+
 def layer(parts: Parts, tokens: int) -> Work:
     shape, setting, absent = parts.shape, parts.setting, dict[str, str]()
     length = min(LENGTH, tokens)
     x = setting.normal(tokens // length, length, shape.hidden, seed=1).requires_grad_()
     grad = setting.normal(*x.shape, seed=2)
 
-    def run_ours(model: llama.Llama, x: Tensor, grad: Tensor) -> list[Tensor]:
+    def run_ours(model: Llama, x: Tensor, grad: Tensor) -> list[Tensor]:
         adapters = fourbit.lora.attach.adapter_parameters(model)
-        positions = torch.arange(length, device=x.device).expand(x.shape[:2])
-        shared = llama._Pass(*model._rope_tables(positions, x), None, None, None, lean=True)
-        y = model.model.layers[0](x, shared)
+        model.model.embed_tokens = Given(x)
+        y = model.hidden(torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device))
         return [y, *torch.autograd.grad(y, [x, *adapters], grad)]
 
-    def built(**how: Any) -> llama.Llama:
+    def built(**how: Any) -> Llama:
         model = decoder.ours(parts, **how)
         decoder.randomise(model)
+        model.model.norm = nn.Identity()
         return model
 
     @cache
@@ -79,9 +90,9 @@ def layer(parts: Parts, tokens: int) -> Work:
             liger.apply(model)
         adapters = [tensor for module in peft_modules(model) for tensor in peft_lora.adapter(module)]
         positions = torch.arange(length, device=x.device).unsqueeze(0)
-        rotary = model.model.rotary_emb(x, positions)
 
         def call(i: int) -> list[Tensor]:
+            rotary = model.model.rotary_emb(x, positions)
             y = model.model.layers[0](x, position_embeddings=rotary, attention_mask=None)
             y = y[0] if isinstance(y, tuple) else y  # transformers 4
             return [y, *torch.autograd.grad(y, [x, *adapters], grad)]

@@ -6,9 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fourbit.lora.project import project
+
 from . import gate
 from .cases import OURS, Case, Point, Setting, Variant, Work, present
 from .lora_buffers import ALPHA, Buffers, fused, grouped_gradients, lora_bytes
+from .ops_linear import scales_late
 from .peers import bnb, fused_lora, peft_lora
 from .shapes import Grid, Projection
 from .timing import Call, sets_for
@@ -48,11 +51,11 @@ def grouped(shapes: Sequence[Projection], M: int, rank: int, setting: Setting) -
     x = buffers[0].x
 
     @cache
-    def truths() -> list[dict[str, gate.Bounded]]:
+    def truths(late: bool) -> list[dict[str, gate.Bounded]]:
         found = []
         for each, weight in zip(buffers, weights, strict=True):
-            exact = weight.rounded(setting.dtype)
-            truth = gate.LoRATruth(x[0].detach(), each.grad[0], exact, each.A, each.B, ALPHA / rank)
+            exact = weight.exact if late else weight.rounded(setting.dtype)
+            truth = gate.LoRATruth(x[0].detach(), each.grad[0], exact, each.A, each.B, ALPHA / rank, scaled_late=late)
             found.append(truth.outputs())
         unit = gate.UNIT[setting.dtype]
         parts = [truth.pop("dx") for truth in found]
@@ -61,8 +64,8 @@ def grouped(shapes: Sequence[Projection], M: int, rank: int, setting: Setting) -
         found[0]["dx"] = gate.Bounded(dx, sum(part.bound for part in parts) + sums)
         return found
 
-    def judge(given: list[dict[str, Tensor]]) -> float:
-        pairs = zip(truths(), given, strict=True)
+    def judge(given: list[dict[str, Tensor]], late: bool) -> float:
+        pairs = zip(truths(late), given, strict=True)
         return max(bounded.worst(one[name]) for truth, one in pairs for name, bounded in truth.items())
 
     def called(layers: list[list[nn.Module]], adapter: Callable[[Any], Any], together: Any = None) -> Call:
@@ -78,8 +81,6 @@ def grouped(shapes: Sequence[Projection], M: int, rank: int, setting: Setting) -
         layers = [[b.ours(w, i, 0.0) for b, w in pairs] for i in range(sets)]
         if apart:
             return called(layers, lambda layer: (layer.lora_A, layer.lora_B))
-        from fourbit.lora.project import project
-
         return called(layers, lambda layer: (layer.lora_A, layer.lora_B), project)
 
     def peft() -> Call:
@@ -89,14 +90,16 @@ def grouped(shapes: Sequence[Projection], M: int, rank: int, setting: Setting) -
         ]
         return called(layers, peft_lora.adapter)
 
+    own_late, peer_late = any(scales_late(x[0], w.N) for w in weights), bnb.FUSED_TO >= M
+    judge_own = partial(judge, late=own_late)
     variants = [
-        Variant(OURS, lambda: ours(False), judge, own=True),
-        Variant(APART, lambda: ours(True), judge, own=True),
+        Variant(OURS, lambda: ours(False), judge_own, own=True),
+        Variant(APART, lambda: ours(True), judge_own, own=True),
     ]
     if present(bnb.missing(), absent, "bitsandbytes"):
-        variants.append(Variant(fused_lora.NAME, lambda: fused(weights, buffers, setting), judge))
+        variants.append(Variant(fused_lora.NAME, lambda: fused(weights, buffers, setting), partial(judge, late=False)))
         if present(peft_lora.missing(), absent, "peft"):
-            variants.append(Variant(peft_lora.QLORA, peft, judge))
+            variants.append(Variant(peft_lora.QLORA, peft, partial(judge, late=peer_late)))
     total = sum(shape.weights for shape in shapes)
     flops = 4.0 * M * total + sum(6.0 * M * rank * (shape.N + shape.K) for shape in shapes)
     return Work(variants, flops, moved, sets, setting.way, absent, peak=True)

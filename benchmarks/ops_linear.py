@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fourbit.kernels import dispatch
+
 from . import gate
 from .cases import OURS, Case, Point, Setting, Variant, Work, present
 from .peers import bnb, dense, torchao_nf4
@@ -40,13 +42,16 @@ def forward(shape: Projection, M: int, setting: Setting) -> Work:
     weights = Weights.random(N, K, setting.device, sets)
     x = [setting.normal(M, K, seed=1)]
     x += [x[0].clone() for _ in range(sets - 1)]
-    truth = weights.rounded(dtype)
 
-    def judge(y: Tensor) -> float:
-        return gate.worst_product(y, x[0], truth)
+    @cache
+    def truth(rounded: torch.dtype | None) -> gate.Bounded:
+        """The product with the weight as rounded to this dtype; None for the exact one, whose scales come late."""
+        weight = weights.exact if rounded is None else weights.rounded(rounded)
+        return gate.product(x[0], weight, gate.UNIT[dtype], scaled_late=rounded is None)
 
-    def judge_late(y: Tensor) -> float:
-        return gate.worst_product(y, x[0], weights.exact, scaled_late=True)
+    own = None if scales_late(x[0], N) else dispatch.product_dtype(x[0])
+    judge_own, judge = (lambda y: truth(own).worst(y)), (lambda y: truth(dtype).worst(y))
+    judge_late = judge if bnb.FUSED_TO < M else (lambda y: truth(None).worst(y))
 
     def ours() -> Call:
         layers = [weights.layer(i) for i in range(sets)]
@@ -62,7 +67,7 @@ def forward(shape: Projection, M: int, setting: Setting) -> Work:
         return lambda i: dense.linear(x[i], matrices[i])
 
     variants = [
-        Variant(OURS, ours, judge_late if scales_late(M, N, setting) else judge, own=True),
+        Variant(OURS, ours, judge_own, own=True),
         Variant(FALLBACK, fallback, judge, own=True),
         Variant(dense.NAME, dense_linear, judge),
     ]
@@ -75,9 +80,12 @@ def forward(shape: Projection, M: int, setting: Setting) -> Work:
     return Work(variants, 2.0 * M * N * K, BYTES_PER_PARAMETER * N * K + around, sets, ways, absent)
 
 
-def scales_late(M: int, N: int, setting: Setting) -> bool:
+def scales_late(x: Tensor, N: int) -> bool:
     """Whether our path for this size multiplies unscaled codes, which has a bound of its own."""
-    return False
+    if dispatch.path_for(x) != "triton":
+        return False
+    plan = dispatch.plan_linear(x, N)
+    return plan.config is not None and plan.config["scale_on"] == "sums"
 
 
 def peer_variants(weights: Weights, x: list[Tensor], setting: Setting, judge: Callable[[Any], float]) -> list[Variant]:
@@ -104,6 +112,7 @@ def torchao_variant(weights: Weights, x: list[Tensor], dtype: torch.dtype) -> Va
         return lambda i: torchao_nf4.linear(x[i], copies[i])
 
     def judge(y: Tensor) -> float:
-        return gate.worst_product(y, x[0], torchao_nf4.decoded(own()).double(), scaled_late=True)
+        exact = torchao_nf4.decoded(own()).double()
+        return gate.product(x[0], exact, gate.UNIT[dtype], scaled_late=True).worst(y)
 
     return Variant(torchao_nf4.NAME, make, judge)

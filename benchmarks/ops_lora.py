@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourbit.kernels.dropout import draw_seed, keep_mask, keep_scale
+from fourbit.kernels.dropout import draw_seed
+from fourbit.kernels.dropout import dropout as our_dropout
 
 from . import gate
 from .cases import GATE_SEED, OURS, Case, Point, Setting, Variant, Work, present
 from .lora_buffers import ALPHA, Buffers, copies, fused, lora_bytes
+from .ops_linear import scales_late
 from .peers import bnb, dense, fused_lora, peft_lora
 from .shapes import Grid, Projection
 from .timing import Call, sets_for
@@ -43,19 +45,21 @@ def qlora(shape: Projection, M: int, rank: int, dropout: float, setting: Setting
     buffers = Buffers(shape, M, rank, setting, sets)
 
     @cache
-    def truth(name: str) -> dict[str, gate.Bounded]:
+    def truth(name: str, late: bool) -> dict[str, gate.Bounded]:
         mask = {"none": lambda: None, "ours": lambda: our_mask(M, shape.K, dropout, setting)}
         mask["torch"] = lambda: torch_mask(buffers.x[0], dropout)
-        weight = weights.rounded(setting.dtype)
         x, g = buffers.x[0].detach(), buffers.grad[0]
-        return gate.LoRATruth(x, g, weight, buffers.A, buffers.B, ALPHA / rank, mask[name]()).outputs()
+        weight = weights.exact if late else weights.rounded(setting.dtype)
+        return gate.LoRATruth(x, g, weight, buffers.A, buffers.B, ALPHA / rank, mask[name](), late).outputs()
 
-    def judge(name: str) -> Callable[[Any], float]:
-        return lambda given: max(bounded.worst(given[part]) for part, bounded in truth(name).items())
+    def judge(name: str, late: bool) -> Callable[[Any], float]:
+        return lambda given: max(bounded.worst(given[part]) for part, bounded in truth(name, late).items())
 
     def judge_frozen(given: Any) -> float:
         x, g, weight = buffers.x[0].detach(), buffers.grad[0], weights.rounded(setting.dtype)
-        return max(gate.worst_product(given["y"], x, weight), gate.worst_product(given["dx"], g, weight.T))
+        unit = gate.UNIT[setting.dtype]
+        worst = gate.product(x, weight, unit).worst(given["y"])
+        return max(worst, gate.product(g, weight.T, unit).worst(given["dx"]))
 
     def ours() -> Call:
         layers = [buffers.ours(weights, i, dropout) for i in range(sets)]
@@ -76,17 +80,19 @@ def qlora(shape: Projection, M: int, rank: int, dropout: float, setting: Setting
 
     matrix = cache(lambda i: dense.module(weights.decoded(setting.dtype)))
     packed = lambda i: bnb.module(weights.copies[i], (shape.N, shape.K), setting.dtype)  # noqa: E731
-    dropped = dropout > 0
-    variants = [Variant(OURS, ours, judge("ours" if dropped else "none"), own=True)]
+    dropped, peer_late = dropout > 0, bnb.FUSED_TO >= M
+    own_judge = judge("ours" if dropped else "none", scales_late(buffers.x[0], shape.N))
+    variants = [Variant(OURS, ours, own_judge, own=True)]
     variants.append(Variant(dense.NAME, frozen_dense, judge_frozen))
     bitsandbytes = present(bnb.missing(), absent, "bitsandbytes")
+    mask = "torch" if dropped else "none"
     if present(peft_lora.missing(), absent, "peft"):
-        variants.append(Variant(peft_lora.DENSE, lambda: peft(matrix), judge("torch" if dropped else "none")))
+        variants.append(Variant(peft_lora.DENSE, lambda: peft(matrix), judge(mask, False)))
         if bitsandbytes:
-            variants.append(Variant(peft_lora.QLORA, lambda: peft(packed), judge("torch" if dropped else "none")))
+            variants.append(Variant(peft_lora.QLORA, lambda: peft(packed), judge(mask, peer_late)))
     if bitsandbytes and not dropped:  # the published method has no dropout
         make = lambda: fused([weights], [buffers], setting)  # noqa: E731
-        variants.append(Variant(fused_lora.NAME, make, lambda given: judge("none")(given[0])))
+        variants.append(Variant(fused_lora.NAME, make, lambda given: judge("none", False)(given[0])))
     flops = 4.0 * M * shape.weights + 6.0 * M * rank * (shape.N + shape.K)
     return Work(variants, flops, moved, sets, setting.way, absent, peak=True)
 
@@ -94,7 +100,8 @@ def qlora(shape: Projection, M: int, rank: int, dropout: float, setting: Setting
 def our_mask(M: int, K: int, dropout: float, setting: Setting) -> Tensor:
     """What our dropout multiplies with after torch.manual_seed(GATE_SEED)."""
     torch.manual_seed(GATE_SEED)
-    return keep_mask(M, K, dropout, draw_seed(setting.device)) * keep_scale(dropout)
+    ones = torch.ones(M, K, device=setting.device, dtype=torch.float64)
+    return our_dropout(ones, dropout, draw_seed(setting.device))
 
 
 def torch_mask(x: Tensor, dropout: float) -> Tensor:

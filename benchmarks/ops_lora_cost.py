@@ -3,9 +3,12 @@
 from functools import cache, partial
 from itertools import product
 
+from fourbit.kernels import dispatch
+
 from . import gate
 from .cases import OURS, Case, Point, Setting, Variant, Work, present
 from .lora_buffers import ALPHA, Buffers
+from .ops_linear import scales_late
 from .peers import bnb, peft_lora
 from .shapes import Grid, Projection
 from .timing import Call, sets_for
@@ -36,11 +39,12 @@ def lora_cost(shape: Projection, M: int, rank: int, setting: Setting) -> Work:
     buffers = Buffers(shape, M, rank, setting, sets)
 
     @cache
-    def truth(adapted: bool) -> gate.Bounded:
-        x, weight = buffers.x[0].detach(), weights.rounded(dtype)
+    def truth(adapted: bool, late: bool) -> gate.Bounded:
+        x = buffers.x[0].detach()
+        weight = weights.exact if late else weights.rounded(dtype if adapted else dispatch.product_dtype(x))
         if not adapted:
-            return gate.product(x, weight, gate.UNIT[dtype])
-        whole = gate.LoRATruth(x, buffers.grad[0], weight, buffers.A, buffers.B, ALPHA / rank)
+            return gate.product(x, weight, gate.UNIT[dtype], scaled_late=late)
+        whole = gate.LoRATruth(x, buffers.grad[0], weight, buffers.A, buffers.B, ALPHA / rank, scaled_late=late)
         return whole.outputs()["y"]
 
     def ours(enabled: bool) -> Call:
@@ -55,13 +59,14 @@ def lora_cost(shape: Projection, M: int, rank: int, setting: Setting) -> Work:
             bases = [peft_lora.linear(base, buffers.A, buffers.B, ALPHA, 0.0) for base in bases]
         return lambda i: bases[i](buffers.x[i])
 
+    own_late, peer_late = scales_late(buffers.x[0], shape.N), bnb.FUSED_TO >= M
     variants = [
-        Variant(OURS, lambda: ours(True), lambda y: truth(True).worst(y), own=True),
-        Variant(FROZEN, lambda: ours(False), lambda y: truth(False).worst(y), own=True),
+        Variant(OURS, lambda: ours(True), lambda y: truth(True, own_late).worst(y), own=True),
+        Variant(FROZEN, lambda: ours(False), lambda y: truth(False, own_late).worst(y), own=True),
     ]
     if present(bnb.missing(), absent, "bitsandbytes"):
-        variants.append(Variant(PEER_FROZEN, lambda: peer(False), lambda y: truth(False).worst(y)))
+        variants.append(Variant(PEER_FROZEN, lambda: peer(False), lambda y: truth(False, peer_late).worst(y)))
         if present(peft_lora.missing(), absent, "peft"):
-            variants.append(Variant(peft_lora.QLORA, lambda: peer(True), lambda y: truth(True).worst(y)))
+            variants.append(Variant(peft_lora.QLORA, lambda: peer(True), lambda y: truth(True, peer_late).worst(y)))
     flops = 2.0 * M * shape.weights + 2.0 * M * rank * (shape.N + shape.K)
     return Work(variants, flops, moved, sets, setting.way, absent)

@@ -84,11 +84,16 @@ def speed(figures: Sequence[Line], ceilings: Line) -> Figure | None:
     chosen = most_rows(panels)
     if not chosen:
         return None
-    figure = Figure(figsize=(3.4 * min(3, len(chosen)), 2.9 * -(-len(chosen) // 3) + 0.5), layout="constrained")
+    columns = min(3, len(chosen))
+    lines_of = -(-len(chosen) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.7 * lines_of + 1), layout="constrained")
+    named: dict[str, Any] = {}
     for i, (key, lines) in enumerate(chosen.items(), 1):
-        axes = figure.add_subplot(-(-len(chosen) // 3), min(3, len(chosen)), i)
+        axes = figure.add_subplot(lines_of, columns, i)
         speed_panel(axes, lines)
         axes.set_title(f"{' '.join(key)} ({lines[0]['N']}x{lines[0]['K']})", fontsize=8)
+        named |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(named.values(), named, loc="outside lower center", ncols=columns, frameon=False, fontsize=7)
     figure.suptitle(machine(ceilings), fontsize=9)
     return figure
 
@@ -111,7 +116,6 @@ def speed_panel(axes: Axes, lines: Sequence[Line]) -> None:
     axes.set(xscale="log", xlabel="rows of x", ylabel="time / ours", ylim=(0, None))
     axes.set_xticks(ticks := sorted({line["M"] for line in lines}), [str(tick) for tick in ticks], fontsize=6)
     axes.minorticks_off()
-    axes.legend(frameon=False, fontsize=6)
 
 
 def machine(line: Line) -> str:

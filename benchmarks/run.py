@@ -111,7 +111,7 @@ class Runner:
         samplers, ways = {}, {}
         for name, (call, _) in calls.items():
             samplers[name], ways[name] = self.sampler(call, work.sets, work.ways[0])
-        taken = interleave(samplers, share)
+        taken = interleave(samplers, share, work.least_rounds)
         timings = {name: Timing(tuple(seconds), ways[name]) for name, seconds in taken.items()}
         if len(work.ways) == 1:
             return timings, None

@@ -80,7 +80,13 @@ CUDA = Grid(
     case_seconds=0.6,
 )
 CUDA_QUICK = replace(
-    CUDA, rows=(1, 16, 64, 512, 2048, 8192), ranks=(16,), dropouts=(0.0,), seconds=105, case_seconds=0.25
+    CUDA,
+    rows=(1, 16, 64, 512, 2048, 8192),
+    ranks=(16,),
+    dropouts=(0.0,),
+    tokens=(2048,),
+    seconds=105,
+    case_seconds=0.25,
 )
 CPU = Grid(
     projections=(*SMOLLM2.projections(), LLAMA_8B.projections()[0]),

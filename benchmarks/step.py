@@ -82,7 +82,17 @@ def step(parts: Parts, tokens: int) -> Work:
         if present(liger.missing(), absent, "Liger"):
             variants.append(Variant(liger.NAME, lambda: peer(False, True), judge))
     flops = tokens * flops_a_token(parts.shape, parts.rank, length)
-    return Work(variants, flops, 0.0, 1, ("wall",), absent, peak=True, extra={"tokens": tokens, "length": length})
+    return Work(
+        variants,
+        flops,
+        0.0,
+        1,
+        ("wall",),
+        absent,
+        peak=True,
+        least_rounds=3,
+        extra={"tokens": tokens, "length": length},
+    )
 
 
 def random_batch(parts: Parts, sequences: int, length: int) -> Batch:

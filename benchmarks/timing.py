@@ -59,7 +59,7 @@ def ratio(ours: Timing, theirs: Timing) -> tuple[float, float, float]:
     return quartiles([b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)])
 
 
-def interleave(samplers: Mapping[str, Sampler], seconds: float) -> dict[str, list[float]]:
+def interleave(samplers: Mapping[str, Sampler], seconds: float, least: int = LEAST_ROUNDS) -> dict[str, list[float]]:
     """Samples of every variant, a round at a time and each round starting with another one, for about `seconds`.
 
     The first sample of each warms up and only tells how many rounds there is time for.
@@ -70,7 +70,7 @@ def interleave(samplers: Mapping[str, Sampler], seconds: float) -> dict[str, lis
         for name in names:
             samplers[name]()
         pilot = time.perf_counter() - pilot
-        rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, int(seconds / max(pilot, 1e-9))))
+        rounds = min(MOST_ROUNDS, max(least, int(seconds / max(pilot, 1e-9))))
         taken: dict[str, list[float]] = {name: [] for name in names}
         for i in range(rounds):
             first = i % len(names)

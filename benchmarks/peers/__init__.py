@@ -7,6 +7,12 @@ from functools import cache
 from importlib import import_module
 
 
+def load() -> None:
+    """Import every peer that is here, so that none is imported between two measurements."""
+    for name in ("bnb", "peft_lora", "torchao_nf4", "liger"):
+        import_module(f"{__name__}.{name}").missing()
+
+
 @cache
 def import_problem(name: str) -> str | None:
     """Why `name` cannot be imported here, or None. A peer broken by another version is missing too, not an error."""

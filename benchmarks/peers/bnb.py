@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..weights import Stored
 from . import import_problem
 
+FUSED_TO = 1536  # rows up to which its own product kernel may run, whose roundings it does not state
 NESTED, PLAIN, DECODED = "bitsandbytes nested", "bitsandbytes plain", "bitsandbytes decode + F.linear"
 
 

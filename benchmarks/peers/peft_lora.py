@@ -20,6 +20,7 @@ def attach(module: nn.Module, rank: int, alpha: float, dropout: float, names: li
     from peft import LoraConfig, inject_adapter_in_model
 
     module.requires_grad_(False)
+    module.is_loaded_in_4bit = True  # what makes peft take its bitsandbytes layer where there is one
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names)
     with_adapters: nn.Module = inject_adapter_in_model(config, module)
     return with_adapters

@@ -23,7 +23,7 @@ def grid() -> shapes.Grid:
         shapes.CPU,
         projections=decoder.projections()[1:3],
         rows=(1, 3),
-        dropouts=(0.0,),
+        dropouts=(0.0, 0.05),
         decoder=decoder,
         tokens=(16,),
         seconds=60,
