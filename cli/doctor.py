@@ -19,6 +19,8 @@ ABOUT = "Print versions, devices, memory, and which device, dtype and kernels fo
 NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "pyyaml", "rich", "gguf", "matplotlib", "msgspec")
 OPTIONAL = {"tensorboard": "for --log tensorboard"}
 TORCH_FLOOR = (2, 10)
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))  # weights that the dispatch table is shown for
+ROWS = [2**power for power in range(14)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class DoctorOptions(ResultOptions):
 def run(args: Sequence[str]) -> int:
     """Print everything; EnvironmentProblem at the end when something that is needed is missing or too old."""
     options = parse(DoctorOptions, args, command="doctor", about=ABOUT).options
-    facts = {"versions": versions(), "machine": machine(), "used": used()}
+    facts = {"versions": versions(), "machine": machine(), "used": used(), "dispatch table": dispatch_table()}
     text = "\n\n".join(f"{title}\n{_indented(facts[title])}" for title in facts)
     result(facts, text, as_json=options.json)
     if problems := _problems():
@@ -78,6 +80,33 @@ def used() -> dict[str, str]:
     dtype = str(choose_dtype("auto", device)).removeprefix("torch.")
     threads = f"{torch.get_num_threads()} of {os.cpu_count()} cores (OMP_NUM_THREADS sets it)"
     return {"device": device, "dtype": dtype, "kernels": path_for(torch.empty(0, device=device)), "threads": threads}
+
+
+def dispatch_table() -> dict[str, str]:
+    """For each GPU architecture of kernels/table.json, where from, and up to how many rows of x decoding is fused."""
+    import torch
+
+    from ..kernels import dispatch, plan
+
+    here = dispatch.architecture(torch.device("cuda", 0)) if torch.cuda.is_available() else ""
+    facts = {}
+    for name, entry in plan.table().items():
+        fused = ", ".join(f"{N}x{K} to {_fused_rows(name, N, K)}" for N, K in SHAPES)
+        measured = f"{len(entry['measured'])} points measured" if entry["measured"] else "nothing measured"
+        facts[name] = f"{entry['gpu']}, {entry['source']}, {measured}; rows decoded inside the product: {fused}"
+    if here:
+        taken = plan.entry(here)
+        used_by = next((name for name, entry in plan.table().items() if entry is taken), None)
+        facts["this GPU"] = f"{here}: {'not in the table, so decode first' if used_by is None else f'takes {used_by}'}"
+    return facts
+
+
+def _fused_rows(architecture: str, N: int, K: int) -> int:
+    """The most rows of bf16 x, in powers of two, for which a [N, K] weight is decoded inside the product."""
+    from ..kernels import plan
+
+    fused = [M for M in ROWS if plan.linear(architecture, "bfloat16", plan.Size(M, N, K)).path == "fused"]
+    return max(fused, default=0)
 
 
 def _problems() -> list[str]:

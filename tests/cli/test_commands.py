@@ -18,6 +18,7 @@ from fourbit.cli.parse import parse
 from fourbit.cli.sft import SFTOptions
 from fourbit.cli.show import bars, visible
 from fourbit.data.dataset import load_dataset
+from fourbit.kernels import plan
 from fourbit.models.load import load_tokenizer
 
 Capture = pytest.CaptureFixture[str]
@@ -315,6 +316,22 @@ def test_doctor(capsys: Capture) -> None:
     assert facts["versions"]["torch"] == torch.__version__ and facts["versions"]["fourbit"] == fourbit.__version__
     assert facts["used"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert "kernels" in run(capsys, "doctor")
+
+
+def test_doctor_shows_the_dispatch_table(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    shown = run_json(capsys, "doctor")["dispatch table"]
+    assert shown.keys() - {"this GPU"} == plan.table().keys()
+    entry = plan.table()["sm_90"]
+    assert entry["gpu"] in shown["sm_90"] and entry["source"] in shown["sm_90"]
+    point = {"op": "linear", "dtype": "bfloat16", "N": 4096, "K": 4096, "fused_us": 2.0, "config": entry["fused"][0]}
+    measured = [point | {"M": 32, "decode_us": 3.0}, point | {"M": 8192, "decode_us": 1.0}]
+    monkeypatch.setattr(plan, "table", lambda: {"sm_90": entry | {"measured": measured, "source": "measured"}})
+    plan.linear.cache_clear()
+    try:
+        shown = run_json(capsys, "doctor")["dispatch table"]["sm_90"]
+    finally:
+        plan.linear.cache_clear()
+    assert "measured, 2 points measured" in shown and "4096x4096 to 32," in shown
 
 
 def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
