@@ -20,6 +20,7 @@ from torch import Tensor
 from . import dispatch, lora_triton, matmul4bit_triton
 from .dequantize4bit_triton import decode_into
 from .lora_paths import Gradients, Group, Result, padded
+from .project_triton import project_down
 
 
 def forward(x: Tensor, group: Group, keep: bool, form: str) -> Result:
@@ -33,7 +34,7 @@ def forward(x: Tensor, group: Group, keep: bool, form: str) -> Result:
         lora_triton.project(x, A, s, group.dropout, group.seed, copy=left)
     else:
         left = x
-        _project(x, A, s, group)
+        _down(x, A, s, group)
     outputs = [x.new_empty(x.shape[0], weight.rows) for weight in group.weights]
     dense = []
     for i, workspace in enumerate(_workspaces(x, group, keep)):
@@ -51,13 +52,13 @@ def plan(x: Tensor, group: Group, keep: bool) -> str:
 
 def _one(left: Tensor, s: Tensor, group: Group, i: int, W: Tensor, y: Tensor) -> None:
     """y of linear i, whose weight W was decoded."""
-    B, scale, part, K = group.B[i], group.scales[i], group.columns[i], group.weights[i].columns
+    K, part = group.weights[i].columns, group.columns[i]
     bias = group.biases[i].to(y.dtype) if group.biases else None
     if left.shape[1] > K:  # augmented
-        lora_triton.fill_tail(W, K, B, scale, part.start)
+        lora_triton.fill_tail(W, K, group.B[i], group.scales[i], part.start)
         torch.mm(left, W.T, out=y) if bias is None else torch.addmm(bias, left, W.T, out=y)
         return
-    B = (B * scale).to(y.dtype)
+    B = group.scaled_B(i, y.dtype)
     torch.mm(s[:, part], B.T, out=y) if bias is None else torch.addmm(bias, s[:, part], B.T, out=y)
     y.addmm_(left, W.T)
 
@@ -72,7 +73,7 @@ def _workspaces(x: Tensor, group: Group, keep: bool) -> Iterator[Tensor]:
         yield workspace
 
 
-def _project(x: Tensor, A: Tensor, s: Tensor, group: Group) -> None:
+def _down(x: Tensor, A: Tensor, s: Tensor, group: Group) -> None:
     """s = dropout(x) A^T; without dropout that is a plain product."""
     if group.seed is None:
         torch.mm(x, A.T, out=s)
@@ -81,8 +82,11 @@ def _project(x: Tensor, A: Tensor, s: Tensor, group: Group) -> None:
 
 
 def _fused(x: Tensor, group: Group) -> Result:
-    s = x.new_empty(x.shape[0], group.columns[-1].stop)
-    _project(x, group.stacked(x.dtype), s, group)
+    if group.seed is None:
+        s = project_down(x, group.stacked(group.A[0].dtype))
+    else:
+        s = x.new_empty(x.shape[0], group.columns[-1].stop)
+        lora_triton.project(x, group.stacked(x.dtype), s, group.dropout, group.seed)
     outputs = []
     for i, weight in enumerate(group.weights):
         config = dispatch.plan_linear(x, weight.rows).config

@@ -34,9 +34,19 @@ class Group(NamedTuple):
         ends = list(accumulate(len(A) for A in self.A))
         return [slice(end - len(A), end) for A, end in zip(self.A, ends, strict=True)]
 
-    def stacked(self, dtype: torch.dtype) -> Tensor:
-        """All of A, one below the other, [sum of ranks, K]."""
-        return (self.A[0] if len(self.A) == 1 else torch.cat(self.A)).to(dtype)
+    def stacked(self, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+        """All of factor * A, one below the other, [sum of ranks, K]: rounded once, as the masters are wide."""
+        A = self.A[0] if len(self.A) == 1 else torch.cat(self.A)
+        return (A if factor == 1 else A * factor).to(dtype)
+
+    def scaled_B(self, i: int, dtype: torch.dtype) -> Tensor:
+        """scale * B of linear i, [out, rank]."""
+        return (self.B[i] if self.scales[i] == 1 else self.B[i] * self.scales[i]).to(dtype)
+
+    @property
+    def keep_scale(self) -> float:
+        """What dropout multiplies survivors by."""
+        return keep_scale(self.dropout) if self.seed is not None else 1.0
 
 
 class Result(NamedTuple):
@@ -103,11 +113,11 @@ def backward_reference(
     each = list(zip(wide_grads, group.B, group.scales, group.columns, strict=True))
     grad_B = [(scale * g.T @ s[:, part]).to(B.dtype) for g, B, scale, part in each]
     grad_s = torch.cat([scale * g @ B.to(s.dtype) for g, B, scale, _ in each], dim=1)
-    factor = 1.0 if group.seed is None else keep_mask(x.shape, group.dropout, group.seed) * keep_scale(group.dropout)
-    grad_A = grad_s.T @ (h * factor)
+    dropped = (lambda t: dropout(t, group.dropout, group.seed)) if group.seed is not None else (lambda t: t)
+    grad_A = grad_s.T @ dropped(h)
     if not need_x:
         return Gradients(grad_A, grad_B, None)
-    grad_x = grad_s @ A * factor
+    grad_x = dropped(grad_s @ A)  # dropout is linear, and its own transposed
     for g, W in zip(wide_grads, dense or [decode(weight, s.dtype) for weight in group.weights], strict=True):
         grad_x += g @ W
     return Gradients(grad_A, grad_B, grad_x.to(x.dtype))
@@ -117,13 +127,11 @@ def forward_cpu(x: Tensor, group: Group, keep: bool) -> Result:
     """Slab by slab, each product added in place; one product gives s for all linears."""
     dtype = group_dtype(x, group.weights)
     h = x.to(dtype)
-    s = _dropped(h, group) @ group.stacked(dtype).T
-    if group.seed is not None:
-        s *= keep_scale(group.dropout)
+    s = _dropped(h, group) @ group.stacked(dtype, group.keep_scale).T
     dense = [decode(weight, dtype) for weight in group.weights] if keep else []
     outputs = [x.new_empty(x.shape[0], weight.rows) for weight in group.weights]
     for i, y in enumerate(outputs):
-        B, scale = group.B[i].to(dtype), group.scales[i]
+        B, part_of_s = group.scaled_B(i, dtype), s[:, group.columns[i]]
         for start, part in [(0, dense[i])] if keep else slabs(group.weights[i], dtype):
             rows = slice(start, start + len(part))
             here = y[:, rows]
@@ -132,7 +140,7 @@ def forward_cpu(x: Tensor, group: Group, keep: bool) -> Result:
                 torch.addmm(group.biases[i][rows].to(dtype), h, part.T, out=target)
             else:
                 torch.mm(h, part.T, out=target)
-            target.addmm_(s[:, group.columns[i]], B[rows].T, alpha=scale)
+            target.addmm_(part_of_s, B[rows].T)
             if target is not here:
                 here.copy_(target)
     return Result(outputs, s, dense)
@@ -144,18 +152,16 @@ def backward_cpu(
     """The same sums; the gradient of x starts as LoRA's share, which only dropout masks, and the base adds to it."""
     dtype = s.dtype
     grads = [g.to(dtype) for g in grads]
-    each = list(zip(grads, group.B, group.scales, group.columns, strict=True))
-    grad_B = [(g.T @ s[:, part]).mul_(scale).to(B.dtype) for g, B, scale, part in each]
-    parts = [(g @ B.to(dtype)).mul_(scale) for g, B, scale, _ in each]
+    each = zip(grads, group.B, group.scales, group.columns, strict=True)
+    grad_B = [(g.T @ s[:, part]).to(wide(x)).mul_(scale).to(B.dtype) for g, B, scale, part in each]
+    parts = [g @ group.scaled_B(i, dtype) for i, g in enumerate(grads)]
     grad_s = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    if group.seed is not None:
-        grad_s *= keep_scale(group.dropout)
     mask = None if group.seed is None else keep_mask(x.shape, group.dropout, group.seed)
     h = x.to(dtype)
-    grad_A = grad_s.T @ (h if mask is None else h * mask)
+    grad_A = (grad_s.T @ (h if mask is None else h * mask)).to(wide(x)).mul_(group.keep_scale)
     if not need_x:
         return Gradients(grad_A, grad_B, None)
-    grad_x = grad_s @ group.stacked(dtype)
+    grad_x = grad_s @ group.stacked(dtype, group.keep_scale)
     if mask is not None:
         grad_x *= mask
     for i, g in enumerate(grads):
@@ -165,5 +171,5 @@ def backward_cpu(
 
 
 def _dropped(h: Tensor, group: Group) -> Tensor:
-    """h with what dropout removes set to zero; the rest is scaled where it costs less, in the narrow product."""
+    """h with what dropout removes set to zero; what survives is not scaled here: A is, which is smaller."""
     return h if group.seed is None else h * keep_mask(h.shape, group.dropout, group.seed)

@@ -116,7 +116,7 @@ def _gradient_A_part(
     with dispatch.on_device(x):
         _gradient_A[grid](
             *(gs, x, A, grad_x, parts, seed, M, K, R, gs.stride(0), x.stride(0), level, scale, rows),
-            BM=64 if BR <= 64 else 32,
+            BM=64 if BR <= 32 else 32,  # what 255 registers hold on sm_80
             BK=BK,
             BR=BR,
             DROPOUT=dropout > 0,

@@ -1,0 +1,89 @@
+"""The counter-based mask: the published generator, its statistics, and one mask for a place, however it is reached."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fourbit.kernels import dropout as module
+from fourbit.kernels.dropout import draw_seed, dropout, keep_level, keep_mask, keep_scale
+
+LOW = (1 << 32) - 1
+MULTIPLIERS, STEPS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox 4x32-7 as its authors write it, in Python's whole numbers."""
+    for _ in range(7):
+        a, b = MULTIPLIERS[0] * counter[0], MULTIPLIERS[1] * counter[2]
+        counter = [b >> 32 ^ counter[1] ^ key[0], b & LOW, a >> 32 ^ counter[3] ^ key[1], a & LOW]
+        key = [(key[0] + STEPS[0]) & LOW, (key[1] + STEPS[1]) & LOW]
+    return counter
+
+
+def kept(row: int, column: int, p: float, seed: int) -> bool:
+    words = philox([column // 8, row, 0, 0], [seed & LOW, seed >> 32 & LOW])
+    draw = words[column % 8 // 2] >> 16 * (column % 2) & 0xFFFF
+    signed = draw - (1 << 16) * (draw >> 15)
+    return signed + (1 << 15) < keep_level(p)
+
+
+def test_the_generator_is_the_published_one() -> None:
+    """The known answers of the authors' library (Random123, kat_vectors, philox4x32 with 7 rounds)."""
+    ones, digits = [LOW] * 4, [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
+    assert philox([0] * 4, [0, 0]) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+    assert philox(ones, ones[:2]) == [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]
+    assert philox(digits, [0xA4093822, 0x299F31D0]) == [0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A]
+
+
+@given(st.integers(0, 9), st.integers(1, 20), st.floats(0.001, 0.999), st.integers(0, (1 << 62) - 1))
+def test_every_place_follows_the_rule(rows: int, columns: int, p: float, seed: int) -> None:
+    mask = keep_mask((rows, columns), p, torch.tensor(seed))
+    assert mask.tolist() == [[kept(i, j, p, seed) for j in range(columns)] for i in range(rows)]
+
+
+def test_places_keep_their_mask_whatever_the_size_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = torch.tensor(99)
+    large = keep_mask((50, 131), 0.3, seed)
+    assert torch.equal(keep_mask((7, 40), 0.3, seed), large[:7, :40])
+    monkeypatch.setattr(module, "CHUNK", 17)
+    assert torch.equal(keep_mask((50, 131), 0.3, seed), large)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_it_drops_as_often_as_said_and_neighbours_independently(p: float) -> None:
+    """Six standard errors of a million draws, for the mean and for products with each neighbour."""
+    mask = keep_mask((1000, 1000), p, torch.tensor(5)).double()
+    keep = keep_level(p) / module.LEVELS
+    centred = mask - keep
+    error = 6 * math.sqrt(keep * (1 - keep) / mask.numel())
+    assert abs(float(centred.mean())) <= error
+    for pair in (centred[:, 1:] * centred[:, :-1], centred[1:] * centred[:-1], centred[:, 8:] * centred[:, :-8]):
+        assert abs(float(pair.mean())) <= 6 * keep * (1 - keep) / math.sqrt(pair.numel())
+    other = keep_mask((1000, 1000), p, torch.tensor(6)).double() - keep
+    assert abs(float((centred * other).mean())) <= 6 * keep * (1 - keep) / 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_survivors_are_scaled_by_the_inverse_of_what_the_probability_became(dtype: torch.dtype) -> None:
+    x, seed = torch.randn(4, 9, 30, dtype=dtype), torch.tensor(3)
+    assert keep_scale(0.3) == 65536 / 45875
+    want = torch.where(keep_mask((36, 30), 0.3, seed), x.view(36, 30).double() * keep_scale(0.3), 0).view(x.shape)
+    torch.testing.assert_close(dropout(x, 0.3, seed), want.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_the_seed_comes_from_torchs_generator() -> None:
+    torch.manual_seed(0)
+    first, second = (draw_seed(torch.device("cpu")) for _ in range(2))
+    torch.manual_seed(0)
+    assert first.dtype == torch.int64 and first.shape == () and first != second
+    assert torch.equal(draw_seed(torch.device("cpu")), first)
+
+
+def test_probabilities_at_the_ends() -> None:
+    assert (keep_level(1e-9), keep_level(1 - 1e-9)) == (65535, 1)
+    for p in (0.0, 1.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match=f"dropout must lie between 0 and 1, got {p}"):
+            keep_level(p)

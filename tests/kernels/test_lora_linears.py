@@ -1,0 +1,448 @@
+"""4-bit bases with LoRA as one op: outputs and every gradient, in every form, against the float64 definition."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fourbit.kernels import dispatch, lora_paths
+from fourbit.kernels import lora_linears as module
+from fourbit.kernels.dispatch import force_path
+from fourbit.kernels.dropout import keep_mask, keep_scale
+from fourbit.kernels.lora import lora_linears4bit
+from fourbit.kernels.lora_paths import Group, decode
+from fourbit.kernels.nf4 import quantize, quantize_absmax
+from fourbit.kernels.plan import FORMS, Plan
+from fourbit.kernels.weight4bit import Weight4bit
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+FUSED = {"BM": 16, "BN": 32, "BK": 64, "warps": 4, "stages": 3, "scale_on": "weight", "copies": 1, "direct": False}
+
+
+class Sample(NamedTuple):
+    """Linears of one input, as the op takes them."""
+
+    weights: list[Weight4bit]
+    biases: list[Tensor | None]
+    A: list[Tensor]
+    B: list[Tensor]
+    scales: list[float]
+
+    def leaves(self) -> list[Tensor]:
+        return [*(bias for bias in self.biases if bias is not None), *self.A, *self.B]
+
+    def __call__(self, x: Tensor, dropout: float, seed: Tensor | None, **options: Any) -> list[Tensor]:
+        return lora_linears4bit(x, *self, dropout=dropout, seed=seed, **options)
+
+
+def draw(
+    columns: int,
+    rows: list[int],
+    ranks: list[int],
+    *,
+    bias: bool = False,
+    masters: torch.dtype = torch.float32,
+    seed: int = 0,
+    nested: bool = False,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+) -> Sample:
+    generator = torch.Generator().manual_seed(seed)
+    random = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, masters)  # noqa: E731
+    weights = []
+    for n in rows:
+        packed, absmax = quantize(random(n, columns), quant_type=quant_type, blocksize=blocksize)
+        scales = quantize_absmax(absmax) if nested else (absmax, None, None)
+        weights.append(Weight4bit(packed, *scales, n, columns, quant_type, blocksize))
+    return Sample(
+        weights,
+        [random(n).requires_grad_() if bias else None for n in rows],
+        [random(r, columns).requires_grad_() for r in ranks],
+        [random(n, r).requires_grad_() for n, r in zip(rows, ranks, strict=True)],
+        [0.5 * (i + 1) for i in range(len(rows))],
+    )
+
+
+def names(sample: Sample) -> list[str]:
+    n = range(len(sample.A))
+    biases = [f"bias {i}" for i in n if sample.biases[i] is not None]
+    return [*(f"y {i}" for i in n), "x", *biases, *(f"A {i}" for i in n), *(f"B {i}" for i in n)]
+
+
+def run(sample: Sample, x: Tensor, grads: list[Tensor], dropout: float, seed: Tensor | None, **options: Any) -> Any:
+    """Outputs and the gradients of x, biases, A and B."""
+    x = x.detach().requires_grad_()
+    outputs = sample(x, dropout, seed, **options)
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, [x, *sample.leaves()], grads)]
+
+
+def exact(sample: Sample, x: Tensor, grads: list[Tensor], dropout: float, seed: Tensor | None) -> list[list[Tensor]]:
+    """The same in float64 from the plain lines, and the same sums over absolute values."""
+    factor = torch.ones(x.shape, dtype=torch.float64, device=DEVICE)
+    if seed is not None:
+        factor = keep_mask(x.shape, dropout, seed).double() * keep_scale(dropout)
+    dense = [decode(weight, torch.float64) for weight in sample.weights]
+    results = []
+    for absolute in (False, True):
+        number = (lambda t: t.detach().double().abs()) if absolute else (lambda t: t.detach().double())
+        leaf = number(x).requires_grad_()
+        biases, A, B = (
+            [None if t is None else number(t).requires_grad_() for t in tensors]
+            for tensors in (sample.biases, sample.A, sample.B)
+        )
+        outputs = [
+            leaf @ number(W).T + (0 if b is None else b) + scale * ((leaf * factor) @ a.T) @ c.T
+            for W, b, a, c, scale in zip(dense, biases, A, B, sample.scales, strict=True)
+        ]
+        leaves = [leaf, *(b for b in biases if b is not None), *A, *B]
+        made = torch.autograd.grad(outputs, leaves, [number(g) for g in grads])
+        results.append([*(y.detach() for y in outputs), *made])
+    return results
+
+
+def check(sample: Sample, x: Tensor, grads: list[Tensor], dropout: float, seed: Tensor | None, **options: Any) -> None:
+    """Each result within its roundings of the float64 one.
+
+    A result is a sum of products of at most four factors. Each factor, each intermediate result and each stage of a sum
+    is rounded to the lower dtype at most once: for y that are W, A, scale * B, s, the first summand, the result (six);
+    for x A, B, the gradient of s, W, LoRA's summand and the sum after each linear (five and one each); for A and B the
+    other master, the intermediate product and the result (three). 1% more covers products of two such errors. Every
+    sum runs in fp32 or better, over at most K + all N + M + all ranks terms, and may be off by twice its unit a term.
+    """
+    got = run(sample, x, grads, dropout, seed, **options)
+    want, size = exact(sample, x, grads, dropout, seed)
+    n = len(sample.A)
+    terms = x.shape[1] + sum(weight.rows for weight in sample.weights) + x.shape[0] + sum(len(a) for a in sample.A)
+    sums = 2 * terms * UNIT[torch.float64 if x.dtype == torch.float64 else torch.float32]
+    # What fp16 rounds to a subnormal is off by up to 2^-25, times the few factors it meets.
+    tiny = 2.0**-20 if x.dtype == torch.float16 else 1e-300
+    for name, mine, exactly, magnitude, like in zip(
+        names(sample), got, want, size, [*[x] * (n + 1), *sample.leaves()], strict=True
+    ):
+        roundings = {"y": 6, "x": 5 + n}.get(name[0], 3)
+        assert mine.dtype == like.dtype, name
+        excess = (mine.double() - exactly).abs() - (1.01 * roundings * UNIT[x.dtype] + sums) * magnitude - tiny
+        assert not mine.numel() or float(excess.max()) <= 0, f"{name}: off by {float(excess.max())} beyond the bound"
+
+
+@contextmanager
+def poisoned() -> Iterator[list[Tensor]]:
+    """Fresh memory holds NaN and lies between NaN; afterwards the surroundings must still be NaN."""
+    made: list[Tensor] = []
+
+    def around(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.device.type != DEVICE or not tensor.numel():
+            return tensor
+        store = torch.full((tensor.numel() + 512,), float("nan"), dtype=tensor.dtype, device=DEVICE)
+        made.append(store)
+        return store[256:-256].view(tensor.shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+            original = getattr(owner, name)
+            patch.setattr(owner, name, lambda *a, original=original, **k: around(original(*a, **k)))
+        yield made
+    for store in made:
+        assert store[:256].isnan().all() and store[-256:].isnan().all(), "something was written beside its buffer"
+
+
+def inputs(sample: Sample, M: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [sample.weights[0].columns, *(weight.rows for weight in sample.weights)]
+    x, *grads = (torch.randn(M, size, generator=generator).to(DEVICE, dtype) for size in sizes)
+    return x, grads
+
+
+sizes = st.sampled_from([1, 2, 63, 64, 65, 130])
+ranks = st.lists(st.sampled_from([1, 3, 8, 16, 17]), min_size=1, max_size=3)
+formats = st.fixed_dictionaries(
+    {
+        "nested": st.booleans(),
+        "quant_type": st.sampled_from(["nf4", "fp4"]),
+        "blocksize": st.sampled_from([32, 64, 128, 256]),
+    }
+)
+
+
+@pytest.mark.parametrize("path", ["reference", "cpu"])
+@settings(max_examples=60)
+@given(
+    *(st.integers(0, 9), sizes, st.lists(sizes, min_size=3, max_size=3), ranks, formats),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    *(st.booleans(), st.sampled_from([0.0, 0.3]), st.booleans(), st.integers(0, 2**31)),
+)
+def test_plain_paths(
+    path: str, M: int, K: int, rows: list[int], ranks: list[int], quantisation: dict[str, Any], dtype: torch.dtype,
+    bias: bool, dropout: float, keep: bool, seed: int,
+) -> None:  # fmt: skip
+    masters = torch.float64 if dtype == torch.float64 else torch.float32
+    sample = draw(K, rows[: len(ranks)], ranks, bias=bias, masters=masters, seed=seed, **quantisation)
+    x, grads = inputs(sample, M, dtype, seed)
+    with force_path(path), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fourbit.kernels.linear4bit.WHOLE", 1000)  # larger weights go in slabs
+        patch.setattr("fourbit.kernels.linear4bit.SLAB", 500)
+        check(sample, x, grads, dropout, torch.tensor(seed) if dropout else None, keep=keep)
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration for the fused kernel, where the table has none."""
+    monkeypatch.setattr(dispatch, "plan_linear", lambda x, rows: Plan("fused", FUSED | {"programs": 1}))
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=8)  # about a second each in the interpreter
+@given(
+    *(sizes, sizes, st.lists(sizes, min_size=2, max_size=2), ranks.map(lambda r: r[:2]), formats),
+    *(st.sampled_from([torch.bfloat16, torch.float16]), st.booleans(), st.sampled_from([0.0, 0.3])),
+    *(st.booleans(), st.sampled_from([1, 3, 100]), st.integers(0, 2**31)),
+)
+def test_kernels(
+    form: str, M: int, K: int, rows: list[int], ranks: list[int], quantisation: dict[str, Any], dtype: torch.dtype,
+    bias: bool, dropout: float, keep: bool, processors: int, seed: int,
+) -> None:  # fmt: skip
+    K, keep = (64 * -(-K // 64), False) if form == "fused" else (K, keep)
+    sample = draw(K, rows[: len(ranks)], ranks, bias=bias, seed=seed, **quantisation)
+    x, grads = inputs(sample, M, dtype, seed)
+    with pytest.MonkeyPatch.context() as patch, force_path("triton"), poisoned() as made:
+        patch.setattr(dispatch, "processors", lambda device: processors)
+        check(sample, x, grads, dropout, torch.tensor(seed, device=DEVICE) if dropout else None, keep=keep, form=form)
+        assert made
+
+
+def test_large_ranks_and_long_spans_take_more_than_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks beyond 128, column blocks that one program goes over in turn, rows in several programs."""
+    monkeypatch.setattr(dispatch, "processors", lambda device: 1)
+    sample = draw(130, [700, 20], [130, 20])
+    x, grads = inputs(sample, 300, torch.bfloat16, 0)
+    with force_path("triton"), poisoned():
+        check(sample, x, grads, 0.3, torch.tensor(5, device=DEVICE), form="augmented")
+
+
+def test_kernels_repeat_to_the_bit_and_take_strided_tensors() -> None:
+    sample = draw(72, [40, 24], [4, 4])
+    x, grads = inputs(sample, 50, torch.bfloat16, 0)
+    seed = torch.tensor(8, device=DEVICE)
+    with force_path("triton"):
+        first = run(sample, x, grads, 0.2, seed)
+        again = run(sample, x, grads, 0.2, seed)
+        wide = torch.stack([x, x], dim=1).flatten(1)[:, :72]  # rows 144 apart
+        turned = [g.T.contiguous().T for g in grads]  # columns not at stride 1
+        strided = run(sample, wide, turned, 0.2, seed)
+    for name, *results in zip(names(sample), first, again, strided, strict=True):
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]), name
+
+
+@pytest.mark.parametrize("path", ["reference", "cpu"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradcheck(path: str, dropout: float) -> None:
+    sample = draw(24, [16, 9], [3, 2], bias=True, masters=torch.float64)
+    x = torch.randn(2, 3, 24, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    seed = torch.tensor(7, device=DEVICE) if dropout else None
+
+    def outputs(x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            Sample(sample.weights, *(list(leaves[i : i + 2]) for i in (0, 2, 4)), sample.scales)(x, dropout, seed)
+        )
+
+    with force_path(path):
+        assert torch.autograd.gradcheck(outputs, (x, *sample.leaves()))
+
+
+@pytest.mark.parametrize(("path", "keep"), [("reference", False), ("cpu", False), ("cpu", True), ("triton", True)])
+def test_fake_outputs_and_autograd_rules_are_the_real_ones(path: str, keep: bool) -> None:
+    sample = draw(24, [16, 9], [4, 3], bias=True, nested=True)
+    x = torch.randn(2, 5, 24, device=DEVICE).bfloat16().requires_grad_()
+    form = "augmented" if keep else ""  # "addmm" leaves the tail of what it keeps as it found it
+    stored = module._stored(sample.weights)
+    numbers = (sample.scales, "nf4", 64, 0.3)
+    seed = torch.tensor(3, device=DEVICE)
+    with force_path(path):
+        torch.library.opcheck(
+            torch.ops.fourbit.lora_linears4bit,
+            (x, stored, sample.biases, sample.A, sample.B, seed, *numbers, keep, form),
+        )
+        *outputs, s = module._forward(x, stored, sample.biases, sample.A, sample.B, seed, *numbers, False, "")
+        grads = [torch.ones_like(y) for y in outputs]
+        for need_x in (False, True):
+            torch.library.opcheck(
+                torch.ops.fourbit.lora_linears4bit_backward,
+                (grads, x.detach(), s.detach(), [], stored, *([t.detach() for t in ts] for ts in (sample.A, sample.B)),
+                 seed, *numbers, need_x),
+                test_utils=("test_schema", "test_faketensor"),
+            )  # fmt: skip
+
+
+def test_a_group_is_its_linears_one_by_one() -> None:
+    sample = draw(64, [40, 24, 8], [4, 4, 2], bias=True)
+    x, grads = inputs(sample, 7, torch.float32, 0)
+    seed = torch.tensor(1, device=DEVICE)
+    together = run(sample, x, grads, 0.4, seed)
+    alone = [run(Sample(*([part[i]] for part in sample)), x, [grads[i]], 0.4, seed) for i in range(3)]
+    for i in range(3):
+        torch.testing.assert_close(together[i], alone[i][0], rtol=1e-5, atol=1e-5)
+        for kind in range(3):  # bias, A, B
+            torch.testing.assert_close(together[4 + 3 * kind + i], alone[i][2 + kind], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(together[3], sum(each[1] for each in alone), rtol=1e-5, atol=1e-4)
+
+
+def test_without_a_seed_torchs_generator_decides() -> None:
+    sample = draw(64, [8], [4])
+    x = torch.randn(5, 64, device=DEVICE)
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        results.append(sample(x, 0.5, None)[0])
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_outputs_nobody_uses_and_gradients_nobody_needs() -> None:
+    sample = draw(64, [40, 24], [4, 4])
+    x, grads = inputs(sample, 7, torch.float32, 0)
+    first, _ = sample(x, 0.0, None)  # x wants no gradient
+    got = torch.autograd.grad(first, sample.A + sample.B, grads[0])
+    want = run(sample, x, [grads[0], torch.zeros_like(grads[1])], 0.0, None)[3:]
+    for mine, expected in zip(got, want, strict=True):
+        assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("path", ["cpu", "triton"])
+def test_what_is_saved(path: str, keep: bool) -> None:
+    """x, s, the adapter, packed weights and the seed; dense weights only to be kept, and then they decode once."""
+    sample = draw(64, [96, 160], [4, 4])
+    x = torch.randn(6, 64, device=DEVICE).bfloat16().requires_grad_()
+    saved: list[Tensor] = []
+    with force_path(path):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            outputs = sample(x, 0.1, torch.tensor(1, device=DEVICE), keep=keep, form="addmm")
+        known = {t.data_ptr() for t in (x, *sample.leaves(), *module._stored(sample.weights))}
+        extra = sorted(t.numel() for t in saved if t.data_ptr() not in known)
+        tail = 64 if path == "triton" else 0
+        assert extra == [1, 6 * 8, *([96 * (64 + tail), 160 * (64 + tail)] if keep else [])]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lora_paths, "slabs", None)
+            patch.setattr("fourbit.kernels.lora_cuda.decode_into", None)
+            if keep:
+                sum(y.sum() for y in outputs).backward()
+            else:
+                with pytest.raises(TypeError):
+                    sum(y.sum() for y in outputs).backward()
+
+
+def test_under_autocast_dtypes_are_the_ops_own() -> None:
+    """fp32 products of bf16 inputs on a CPU that cannot multiply bf16 stay fp32."""
+    sample = draw(64, [40], [4])
+    x, grads = inputs(sample, 7, torch.bfloat16, 0)
+    plain = run(sample, x, grads, 0.0, None)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        inside = run(sample, x, grads, 0.0, None)
+    for name, a, b in zip(names(sample), plain, inside, strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 65)}, r"x must be \[\.\.\., in\].* got x \(3, 65\), A \(4, 64\), B \(40, 4\)"),
+        ({"As": [torch.zeros(4, 60)]}, r"for a weight \(40, 64\)"),
+        ({"Bs": [torch.zeros(40, 3)]}, r"for a weight \(40, 64\)"),
+        ({"scales": []}, "1 weights, 1 biases, 1 A, 1 B, 0 scales"),
+        ({"dropout": 1.5}, "dropout must lie between 0 and 1, got 1.5"),
+        (
+            {"form": "split"},
+            "form must be one of addmm, augmented, fused, or '' for the dispatcher's choice, got 'split'",
+        ),
+    ],
+)
+def test_misfits_are_refused(change: dict[str, Any], message: str) -> None:
+    sample = draw(64, [40], [4])
+    arguments = dict(zip(("weights", "biases", "As", "Bs", "scales"), sample, strict=True)) | {"x": torch.zeros(3, 64)}
+    with pytest.raises(ValueError, match=message):
+        lora_linears4bit(**(arguments | change))
+
+
+def test_weights_of_two_formats_are_refused() -> None:
+    one, other = draw(64, [40], [4]), draw(64, [40], [4], nested=True)
+    mixed = [[*a, *b] for a, b in zip(one, other, strict=True)]
+    with pytest.raises(ValueError, match="must share quant_type, blocksize and whether they are double quantised"):
+        lora_linears4bit(torch.zeros(3, 64), *mixed)
+
+
+def test_the_fused_form_needs_a_configuration() -> None:
+    sample = draw(64, [40], [4])
+    with force_path("triton"), pytest.raises(ValueError, match="no fused kernel for x"):
+        sample(torch.zeros(3, 64, dtype=torch.bfloat16, device=DEVICE), 0.0, None, form="fused")
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _weight(rows: int, columns: int) -> Weight4bit:
+    blocks = rows * columns // 64
+    scales = _meta(blocks, dtype=torch.uint8), _meta(-(-blocks // 256), dtype=torch.float32), _meta(dtype=torch.float32)
+    return Weight4bit(_meta(rows * columns // 2, 1, dtype=torch.uint8), *scales, rows, columns, "nf4", 64)
+
+
+def _step(columns: int, rows: tuple[int, ...], rank: int, dropout: float, form: str) -> Any:
+    """Forward and backward of 8,192 tokens, but for decoding, which has tests of its own."""
+
+    def run() -> None:
+        from fourbit.kernels import lora_cuda
+
+        masters = [
+            [_meta(*shape, dtype=torch.float32) for shape in shapes]
+            for shapes in ([(rank, columns)] * len(rows), [(n, rank) for n in rows])
+        ]
+        seed = _meta(dtype=torch.int64) if dropout else None
+        group = Group([_weight(n, columns) for n in rows], [], *masters, [2.0] * len(rows), dropout, seed)
+        x = _meta(8192, columns)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lora_cuda, "decode_into", lambda *_: None)
+            result = lora_cuda.forward(x, group, False, form)
+            lora_cuda.backward([_meta(8192, n) for n in rows], x, result.s, group, [], True)
+
+    return run
+
+
+SCENARIOS = {
+    "8b qkv r16": _step(4096, (4096, 1024, 1024), 16, 0.05, "augmented"),
+    "8b o r32": _step(4096, (4096,), 32, 0.05, "addmm"),
+    "8b down r8": _step(14336, (4096,), 8, 0.0, "addmm"),
+    "70b gate, up r64": _step(8192, (28672, 28672), 64, 0.05, "augmented"),
+    "70b qkv r64": _step(8192, (8192, 1024, 1024), 64, 0.0, "augmented"),
+}
+# SASS instructions for each element of x or of a gradient in the longest loop (of _gradient_B that is the outer one,
+# which also reads B and writes sums, once for a column block). At full bandwidth an H100 has 9.9 issue slots a byte, an
+# A100 11.5: 20 and 23 for an element that is read, 39 and 46 for one that is read and written, as _project's copy and
+# the gradient of x are. The fewest are needed for r = 16 without dropout, the most for r = 128 with it.
+BUDGET = {
+    ("_project", False): 10,
+    ("_project", True): 28,
+    ("_gradient_B", None): 22,
+    ("_gradient_A", False): 20,
+    ("_gradient_A", True): 45,
+}
+
+
+def test_kernels_compile_without_spills_within_their_budgets(aot: ModuleType) -> None:
+    costs = aot.costs_of(__file__)
+    aot.assert_no_spills(costs)
+    assert {cost.kernel for cost in costs} == {"_project", "_fill_tail", "_gradient_B", "_gradient_A", "_add"}
+    counted = set()
+    for cost in costs:
+        kind = cost.kernel, cost.constants.get("DROPOUT")
+        if kind in BUDGET and cost.capability in (80, 90):
+            tile = cost.constants["BM"] * cost.constants.get("BK", cost.constants.get("BN"))
+            assert cost.loop_instructions * cost.threads <= BUDGET[kind] * tile, cost
+            counted.add(kind)
+    assert counted == set(BUDGET)
