@@ -18,10 +18,10 @@ from .codes import code_for, dynamic_code, pair_table
 from .dispatch import on_device
 from .weight4bit import Weight4bit
 
-TILE = (4, 128)  # rows, and words in a row, of what one program decodes in place
-SQUARE = (64, 16)  # the same for a transposed matrix: 64 bytes of a row are read, 128 (bf16) written
+TILE, TILE_WARPS = 2048, 2  # values of a row that one program decodes: 32 to a thread
+SQUARE, SQUARE_WARPS = (128, 16), 8  # rows and words of a tile that is transposed: 64 bytes of a row read, 256 written
 VALUES = (16, 64)  # rows and columns of a tile of the slow way
-FARTHEST = 1 << 24  # from this row stride on, offsets inside a tile do not fit 32 bits
+FARTHEST = 1 << 22  # row strides below it keep offsets inside a tile in 32 bits and a grid in its limits
 
 
 def decode_into(out: Tensor, weight: Weight4bit, transpose: bool = False) -> None:
@@ -36,42 +36,57 @@ def decode_into(out: Tensor, weight: Weight4bit, transpose: bool = False) -> Non
         rows, columns = 1, rows * columns
     packed = weight.packed.reshape(-1)
     word = 8 if out.element_size() == 2 else 4  # values that make 16 bytes
-    near = rows == 1 or max(columns, out.stride(0)) < FARTHEST
+    near = max(columns, out.stride(0)) < FARTHEST or (rows == 1 and not transpose)
     by_words = columns % word == 0 and packed.data_ptr() % 4 == 0 and packed.storage_offset() % 4 == 0 and near
-    launch = _launch_words if by_words else _launch_values
     with on_device(out):
-        launch(out, packed, weight, rows, columns, word, transpose)
+        if not by_words:
+            _launch_values(out, packed, weight, rows, columns, transpose)
+        elif transpose:
+            _launch_turned(out, packed, weight, rows, columns, word)
+        else:
+            _launch_words(out, packed, weight, rows, columns, word)
 
 
-def _launch_words(
-    out: Tensor, packed: Tensor, weight: Weight4bit, rows: int, columns: int, word: int, transpose: bool
-) -> None:
-    high, wide = SQUARE if transpose else TILE
-    width = columns // word
-    flat = rows == 1 and not transpose  # then rows may be as wide as a tile, known when compiling: it costs the least
-    across = 1 if flat else triton.cdiv(width, wide)
-    down = triton.cdiv(width, high * wide) if flat else triton.cdiv(rows, high)
-    _decode_words[(across * down,)](
+def _launch_words(out: Tensor, packed: Tensor, weight: Weight4bit, rows: int, columns: int, word: int) -> None:
+    width, tile = columns // word, TILE // word
+    across = triton.cdiv(width, tile)
+    # The second number of a grid is limited to 65,535, which a flat weight has too many tiles for and a row never.
+    _decode_words[(across, 1) if rows == 1 else (rows, across)](
         out,
         packed.view(torch.int32 if word == 8 else torch.int16),
         *_scales(weight),
         pair_table(weight.quant_type, torch.float32, out.device),
-        *(rows, width, out.stride(0), across),
-        HIGH=high,
-        WIDE=wide,
+        *(width, out.stride(0)),
+        TILE=tile,
         WORD=word,
-        BITS=_bits(weight),
-        FLAT=flat,
-        WHOLE=width % (high * wide) == 0 if flat else rows % high == 0 and width % wide == 0,
-        TRANSPOSE=transpose,
-        num_warps=8 if transpose else 4,
+        BITS=_bits(weight, word),
+        ONE_ROW=rows == 1,
+        ALIGNED=rows == 1 or columns % weight.blocksize == 0,
+        WHOLE=width % tile == 0,
+        num_warps=TILE_WARPS,
         enable_fp_fusion=False,
     )
 
 
-def _launch_values(
-    out: Tensor, packed: Tensor, weight: Weight4bit, rows: int, columns: int, word: int, transpose: bool
-) -> None:
+def _launch_turned(out: Tensor, packed: Tensor, weight: Weight4bit, rows: int, columns: int, word: int) -> None:
+    (high, wide), width = SQUARE, columns // word
+    _decode_turned[(triton.cdiv(rows, high), triton.cdiv(width, wide))](
+        out,
+        packed.view(torch.int32 if word == 8 else torch.int16),
+        *_scales(weight),
+        pair_table(weight.quant_type, torch.float32, out.device),
+        *(rows, width, out.stride(0)),
+        HIGH=high,
+        WIDE=wide,
+        WORD=word,
+        BITS=_bits(weight, word),
+        WHOLE=width % wide == 0 and rows % high == 0,
+        num_warps=SQUARE_WARPS,
+        enable_fp_fusion=False,
+    )
+
+
+def _launch_values(out: Tensor, packed: Tensor, weight: Weight4bit, rows: int, columns: int, transpose: bool) -> None:
     across = triton.cdiv(columns, VALUES[1])
     steps = (1, out.stride(0)) if transpose else (out.stride(0), 1)
     _decode_values[(across * triton.cdiv(rows, VALUES[0]),)](
@@ -95,11 +110,14 @@ def _scales(weight: Weight4bit) -> tuple[Tensor | None, ...]:
     return absmax, nested_absmax.reshape(-1), weight.offset, dynamic_code(True, absmax.device)
 
 
-def _bits(weight: Weight4bit) -> int:
-    return weight.blocksize.bit_length() - 1
+def _bits(weight: Weight4bit, word: int = 1) -> int:
+    """The exponent of the block size, a power of two, counted in words."""
+    return (weight.blocksize // word).bit_length() - 1
 
 
-@triton.jit
+# `packed` counts as aligned to no more than a word, so that a thread loads one word at a time, neighbours side by side:
+# the layout in which a word's values are stored, and no exchange between threads.
+@triton.jit(do_not_specialize_on_alignment=["packed"])
 def _decode_words(  # type: ignore[no-untyped-def]
     out,
     packed,  # int32 words of 8 values, or int16 words of 4
@@ -108,41 +126,78 @@ def _decode_words(  # type: ignore[no-untyped-def]
     offset,
     scale_map,
     pairs,  # int64 [256]
-    rows,
-    width,  # words in a row, or in all if FLAT
+    width,  # words in a row
     stride,
-    across,  # programs side by side
+    TILE: tl.constexpr,
+    WORD: tl.constexpr,
+    BITS: tl.constexpr,  # of the words in a block
+    ONE_ROW: tl.constexpr,
+    ALIGNED: tl.constexpr,  # rows begin with a block
+    WHOLE: tl.constexpr,  # rows are whole tiles: no masks
+):
+    row = 0 if ONE_ROW else tl.program_id(0)
+    column = tl.program_id(0 if ONE_ROW else 1) * TILE
+    first = tl.cast(row, tl.int64) * width + column
+    i = tl.arange(0, TILE)
+    inside = None if WHOLE else i < width - column
+    words = tl.load(packed + first + i, mask=inside).to(tl.int32)
+    start = (first >> BITS).to(tl.int32)
+    into = 0 if ALIGNED else (first & ((1 << BITS) - 1)).to(tl.int32)  # words of the first block before the tile
+    nested = None
+    if nested_absmax is not None:
+        nested = tl.load(nested_absmax + (start >> 8))
+        if not (ONE_ROW or (ALIGNED and WHOLE)):  # the tile may reach into the next group of 256 blocks, not farther
+            reach = ((256 - (start & 255)) << BITS) - into
+            after = tl.load(nested_absmax + (start >> 8) + 1, mask=reach < width - column)  # there is one
+            nested = tl.where(i < reach, nested, after)
+    scale = _scale(absmax + start, i + into >> BITS, inside, nested, offset, scale_map)
+    values = _decode(words, scale, pairs, WORD).to(out.dtype.element_ty)  # [TILE, WORD]
+    target = out + (tl.cast(row, tl.int64) * stride + tl.cast(column, tl.int64) * WORD)
+    v = i[:, None] * WORD + tl.arange(0, WORD)[None, :]
+    tl.store(target + v, values, mask=None if WHOLE else inside[:, None])  # type: ignore[index]
+
+
+@triton.jit(do_not_specialize_on_alignment=["packed"])
+def _decode_turned(  # type: ignore[no-untyped-def]
+    out,
+    packed,
+    absmax,
+    nested_absmax,
+    offset,
+    scale_map,
+    pairs,
+    rows,
+    width,
+    stride,
     HIGH: tl.constexpr,
     WIDE: tl.constexpr,
     WORD: tl.constexpr,
-    BITS: tl.constexpr,  # of the block size
-    FLAT: tl.constexpr,
-    WHOLE: tl.constexpr,  # no tile hangs over: no masks
-    TRANSPOSE: tl.constexpr,
+    BITS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    row = tl.program_id(0) // across * HIGH
-    column = tl.program_id(0) % across * WIDE
-    r = tl.arange(0, HIGH)[:, None]
-    c = tl.arange(0, WIDE)[None, :]
-    if FLAT:
-        first = row.to(tl.int64) * WIDE  # word of the tile
-        i = r * WIDE + c
-        left = tl.minimum(width - first, HIGH * WIDE).to(tl.int32)
-    else:
-        first = row.to(tl.int64) * width + column
-        i = r * width + c
-    # A word to a thread, the layout that its values are stored in: no exchange between threads.
-    i = tl.max_contiguous(i, [1, 1])
-    if WHOLE:
-        inside = None
-    elif FLAT:
-        inside = i < left
-    else:
-        inside = (r < rows - row) & (c < width - column)
+    row, column = tl.program_id(0) * HIGH, tl.program_id(1) * WIDE
+    first = tl.cast(row, tl.int64) * width + column
+    t = tl.arange(0, HIGH * WIDE)
+    i = t // WIDE * width + t % WIDE
+    inside = None if WHOLE else (t // WIDE < rows - row) & (t % WIDE < width - column)
     words = tl.load(packed + first + i, mask=inside).to(tl.int32)
-    value = first * WORD
-    within = (value & ((1 << BITS) - 1)).to(tl.int32)  # the tile's first value in its block
-    scale = _scale(absmax, nested_absmax, offset, scale_map, value >> BITS, (within + i * WORD) >> BITS, inside, FLAT)
+    start = (first >> BITS).to(tl.int32)
+    block = i + (first & ((1 << BITS) - 1)).to(tl.int32) >> BITS
+    nested = None
+    if nested_absmax is not None:
+        nested = tl.load(nested_absmax + (start + block >> 8), mask=inside)
+    scale = _scale(absmax + start, block, inside, nested, offset, scale_map)
+    values = _decode(words, scale, pairs, WORD).to(out.dtype.element_ty)
+    turned = tl.trans(tl.reshape(values, [HIGH, WIDE * WORD]))
+    r = tl.arange(0, HIGH)[None, :]
+    v = tl.arange(0, WIDE * WORD)[:, None]
+    target = out + (tl.cast(column, tl.int64) * WORD * stride + row) + (v * stride + r)
+    tl.store(target, turned, mask=None if WHOLE else (r < rows - row) & (v < (width - column) * WORD))
+
+
+@triton.jit
+def _decode(words, scale, pairs, WORD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """fp32 [..., WORD] from words [...] and the scale of each."""
     p0 = tl.load(pairs + (words & 255))
     p1 = tl.load(pairs + (words >> 8 & 255))
     if WORD == 8:
@@ -153,27 +208,7 @@ def _decode_words(  # type: ignore[no-untyped-def]
     else:
         high = tl.join(_high(p0, scale), _high(p1, scale))
         low = tl.join(_low(p0, scale), _low(p1, scale))
-    values = tl.reshape(tl.join(high, low), [HIGH, WIDE * WORD]).to(out.dtype.element_ty)
-    if TRANSPOSE:
-        v = tl.arange(0, WIDE * WORD)[:, None]
-        x = tl.arange(0, HIGH)[None, :]
-        target = out + (column.to(tl.int64) * WORD * stride + row) + (v * stride + x)
-        if WHOLE:
-            tl.store(target, tl.trans(values))
-        else:
-            tl.store(target, tl.trans(values), mask=(x < rows - row) & (v < (width - column) * WORD))
-    else:
-        v = tl.arange(0, WIDE * WORD)[None, :]
-        if FLAT:
-            target = out + first * WORD + (r * (WIDE * WORD) + v)
-        else:
-            target = out + (row.to(tl.int64) * stride + column * WORD) + (r * stride + v)
-        if WHOLE:
-            tl.store(target, values)
-        elif FLAT:
-            tl.store(target, values, mask=r * (WIDE * WORD) + v < left * WORD)
-        else:
-            tl.store(target, values, mask=(r < rows - row) & (v < (width - column) * WORD))
+    return tl.reshape(tl.join(high, low), words.shape + [WORD])  # noqa: RUF005
 
 
 @triton.jit
@@ -188,17 +223,11 @@ def _low(pair, scale):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scale(absmax, nested_absmax, offset, scale_map, first, block, inside, ONE_GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """fp32 scales of blocks first + block. ONE_GROUP: all of them share the nested scale of the first."""
-    if nested_absmax is None:
-        scale = tl.load(absmax + first + block, mask=inside)
-    else:
-        code = tl.load(absmax + first + block, mask=inside).to(tl.int32)
-        if ONE_GROUP:
-            nested = tl.load(nested_absmax + (first >> 8))
-        else:
-            nested = tl.load(nested_absmax + (first >> 8) + ((first & 255).to(tl.int32) + block >> 8), mask=inside)
-        scale = tl.load(scale_map + code) * nested + tl.load(offset)
+def _scale(absmax, block, inside, nested, offset, scale_map):  # type: ignore[no-untyped-def]
+    """fp32 scales of the blocks, from their own numbers or from codes and their nested scales."""
+    scale = tl.load(absmax + block, mask=inside)
+    if nested is not None:
+        scale = tl.load(scale_map + scale.to(tl.int32)) * nested + tl.load(offset)
     return scale
 
 
@@ -215,10 +244,10 @@ def _decode_values(  # type: ignore[no-untyped-def]
     columns,
     row_step,  # strides of out
     column_step,
-    across,
+    across,  # tiles side by side
     HIGH: tl.constexpr,
     WIDE: tl.constexpr,
-    BITS: tl.constexpr,
+    BITS: tl.constexpr,  # of the values in a block
 ):
     r = (tl.program_id(0) // across).to(tl.int64) * HIGH + tl.arange(0, HIGH)[:, None]
     c = (tl.program_id(0) % across).to(tl.int64) * WIDE + tl.arange(0, WIDE)[None, :]
@@ -226,6 +255,9 @@ def _decode_values(  # type: ignore[no-untyped-def]
     value = r * columns + c
     byte = tl.load(packed + (value >> 1), mask=inside, other=0).to(tl.int32)
     nibble = tl.where(value % 2 == 0, byte >> 4, byte & 15)
-    scale = _scale(absmax, nested_absmax, offset, scale_map, value >> BITS, 0, inside, False)
-    values = tl.load(code + nibble) * scale
+    block = value >> BITS
+    nested = None
+    if nested_absmax is not None:
+        nested = tl.load(nested_absmax + (block >> 8), mask=inside)
+    values = tl.load(code + nibble) * _scale(absmax, block, inside, nested, offset, scale_map)
     tl.store(out + r * row_step + c * column_step, values.to(out.dtype.element_ty), mask=inside)
