@@ -119,11 +119,19 @@ def measure(setting: Setting, grid: Grid, cases: list[Case], start: float, file:
     print(f"{facts['gpu'] or facts['cpu']}, torch {torch.__version__}: {told(limits)}")
     write(file, ceiling_line(limits, setting) | facts)
     runner = Runner(
-        setting, clock, limits, facts, grid.case_seconds, start + grid.seconds, keep=lambda line: write(file, line)
+        setting,
+        clock,
+        limits,
+        facts,
+        grid.case_seconds,
+        start + grid.seconds,
+        grid.least_rounds,
+        keep=lambda line: write(file, line),
     )
     peers.load()
     gc.freeze()  # what is imported by now need not be searched for garbage between two cases
     result = runner.run(cases)
+    gc.unfreeze()
     run = {"kind": "run", "argv": sys.argv[1:], "quick": quick, "seconds": round(time.monotonic() - start, 1)}
     run |= {"left_out": result.left_out, "absent": result.absent, "wrong": result.wrong}
     if setting.device.type == "cuda":  # SM and memory clock, temperature, power

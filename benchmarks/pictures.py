@@ -58,9 +58,10 @@ def roofline(figures: Sequence[Line], ceilings: Line) -> Figure | None:
     bandwidth, rate = ceilings["copy_bandwidth"], ceilings["matmul_rate"]
     intensities = [point["flops"] / point["bytes"] for point in points]
     left, right = min(intensities) / 2, max(*intensities, 4 * rate / bandwidth)
-    axes.plot([left, rate / bandwidth, right], [left * bandwidth, rate, rate], color="black", linewidth=1.2)
-    axes.text(left, left * bandwidth * 1.3, f"{bandwidth / 1e9:.3g} GB/s copied", rotation=0, fontsize=8)
-    axes.text(right, rate * 1.1, f"{rate / 1e12:.3g} TFLOP/s", ha="right", fontsize=8)
+    label = f"measured: {bandwidth / 1e9:.3g} GB/s copied, {rate / 1e12:.3g} TFLOP/s"
+    axes.plot(
+        [left, rate / bandwidth, right], [left * bandwidth, rate, rate], color="black", linewidth=1.2, label=label
+    )
     for variant in ON_ROOFLINE:
         for op, marker in MARKERS.items():
             here = [p for p in points if p["variant"] == variant and p["op"] == op]

@@ -1,41 +1,38 @@
-"""4-bit quantising, decoding and multiplying on the CPU against bitsandbytes, in one process and in turn.
+"""4-bit quantising, decoding and training products on the CPU against bitsandbytes, in both states of memory.
 
-`python -m benchmarks.quantize_cpu` first checks that both give the same bytes and values, and refuses to report if
-not. Then each round runs every variant of both once, in alternating order, and the ratios are medians over rounds. It
-prints a table and, last, one JSON line. bitsandbytes has a vector decoder for AVX-512 and none for AVX2; the line
-says which this is.
+`python -m benchmarks.quantize_cpu` first checks that both give the same bytes and values, and refuses to report if not.
+Then every variant of both runs in turn (`timing.interleave`), and the ratios are medians over rounds. It prints a table
+and, last, one JSON line. bitsandbytes has a vector decoder for AVX-512 and none for AVX2; the line says which this is.
 
-Memory decides what decoding costs, so it is timed in both states: with memory at hand, which the allocator hands out
-again (it is told to keep what it gets), and in new memory, which the operating system maps and clears page by page (the
-allocator gives its free memory back before each call). Training decodes many small matrices with memory at hand: the
-210 linears of SmolLM2-135M, with double quantisation, stand for that.
+What `python -m benchmarks --device cpu` does not tell apart decides what decoding costs here: memory at hand, which the
+allocator hands out again (it is told to keep what it gets), and new memory, which the operating system maps and clears
+page by page (the allocator gives its free memory back before each call). Training decodes many small matrices with
+memory at hand: the 210 linears of SmolLM2-135M, with double quantisation, stand for that.
 """
 
 import argparse
 import ctypes
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
-from importlib import metadata
 from typing import Any
 
-import bitsandbytes
 import torch
-from bitsandbytes import functional as peer
 from torch import Tensor
 
-from fourbit.kernels.nf4 import dequantize, dequantize_absmax, linear4bit, quantize, quantize_absmax
+from fourbit.kernels import nf4
 
-from . import CHECKOUT
+from . import CHECKOUT, machine
+from .peers import bnb
+from .shapes import SMOLLM2
+from .timing import Timing, WallClock, interleave, ratio
+from .weights import Weights
 
-SMOLLM2 = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)] * 30
-
-NEW_MEMORY = "decode, new mem."
+COUNTS = {"q/o": 2, "k/v": 2, "gate/up": 2, "down": 1}  # linears of each shape in a layer
+CPU = torch.device("cpu")
+NEW_MEMORY = "decode, new memory"
 LIBC = ctypes.CDLL(None)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -43,47 +40,39 @@ Pair = tuple[Callable[[], Any], Callable[[], Any]]  # ours, theirs
 
 
 class Matrix:
-    """One random matrix quantised by both, with plain and with nested scales."""
+    """One random matrix for both, with plain and with nested scales."""
 
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.shape = shape
-        self.dense = torch.randn(shape) * 0.05
-        self.packed, self.absmax = quantize(self.dense)
-        self.codes, self.nested, self.offset = quantize_absmax(self.absmax)
-        self.peer_packed, self.plain_state = peer.quantize_4bit(self.dense, quant_type="nf4")
-        self.state = peer.quantize_4bit(self.dense, quant_type="nf4", compress_statistics=True)[1]
+    def __init__(self, N: int, K: int) -> None:
+        self.shape, self.dense = (N, K), torch.randn(N, K) * 0.05
+        self.weights = Weights.random(N, K, CPU, sets=1)
+        self.stored, self.layer = self.weights.copies[0], self.weights.layer(0)
+        self.plain, self.nested = (bnb.state(self.stored, (N, K), torch.float32, nested=n) for n in (False, True))
 
     def decode(self) -> Tensor:
-        return dequantize(self.packed, self.absmax, self.shape)
+        return nf4.dequantize(self.stored.packed, self.stored.absmax, self.shape)
 
     def peer_decode(self) -> Tensor:
-        result: Tensor = peer.dequantize_4bit(self.peer_packed, self.plain_state)
-        return result
+        return bnb.dequantize(self.stored, self.plain)
 
     def decode_nested(self) -> Tensor:
-        return dequantize(self.packed, dequantize_absmax(self.codes, self.nested, self.offset), self.shape)
+        return self.layer.dequantize()
 
     def peer_decode_nested(self) -> Tensor:
-        result: Tensor = peer.dequantize_4bit(self.peer_packed, self.state)
-        return result
+        return bnb.dequantize(self.stored, self.nested)
 
     def train(self, x: Tensor) -> Tensor:
         """Forward and the gradient of x."""
-        y = linear4bit(x, self.packed, self.codes, self.shape, nested_absmax=self.nested, offset=self.offset)
-        return torch.autograd.grad(y.sum(), x)[0]
+        return torch.autograd.grad(self.layer(x).sum(), x)[0]
 
     def peer_train(self, x: Tensor) -> Tensor:
-        y = bitsandbytes.matmul_4bit(x, self.peer_packed, self.state)
-        return torch.autograd.grad(y.sum(), x)[0]
+        return torch.autograd.grad(bnb.linear(x, self.stored, self.nested).sum(), x)[0]
 
     def differences(self) -> list[str]:
         """What differs between the two, by name: empty when they agree."""
-        checks = {"packed bytes": (self.packed, self.peer_packed), "scales": (self.absmax, self.plain_state.absmax)}
-        for dtype in (torch.float32, torch.bfloat16):
-            self.plain_state.dtype = dtype
-            theirs = peer.dequantize_4bit(self.peer_packed, self.plain_state)
-            checks[f"values in {dtype}"] = dequantize(self.packed, self.absmax, self.shape, dtype=dtype), theirs
-        self.plain_state.dtype = torch.float32
+        peer_packed = bnb.quantize(self.dense, nested=False)[0]
+        checks = {"packed bytes": (nf4.quantize(self.dense)[0].view(-1), peer_packed.view(-1))}
+        checks |= {"values": (self.decode(), self.peer_decode())}
+        checks |= {"values, nested": (self.decode_nested(), self.peer_decode_nested())}
         return [f"{self.shape}: {name}" for name, (ours, theirs) in checks.items() if not torch.equal(ours, theirs)]
 
 
@@ -95,13 +84,15 @@ def one_by_one(functions: Iterable[Callable[[], Any]]) -> None:
 
 def variants(size: int, rows: list[int]) -> dict[str, Pair]:
     """Everything timed, by name."""
-    large = Matrix((size, size))
-    small = [Matrix(shape) for shape in SMOLLM2]
-    wrong = [difference for matrix in (large, *small[:7]) for difference in matrix.differences()]
+    large = Matrix(size, size)
+    kinds = [Matrix(shape.N, shape.K) for shape in SMOLLM2.projections()]
+    wrong = [difference for matrix in (large, *kinds) for difference in matrix.differences()]
     if wrong:
         sys.exit("the two disagree, so nothing is reported: " + "; ".join(wrong))
+    counts = [COUNTS[shape.name] * SMOLLM2.layers for shape in SMOLLM2.projections()]
+    small = [Matrix(*kind.shape) for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
     result: dict[str, Pair] = {
-        "quantize": (lambda: quantize(large.dense), lambda: peer.quantize_4bit(large.dense, quant_type="nf4")),
+        "quantize": (lambda: nf4.quantize(large.dense), lambda: bnb.quantize(large.dense, nested=False)),
         "decode": (large.decode, large.peer_decode),
         NEW_MEMORY: (large.decode, large.peer_decode),
         "decode SmolLM2": (
@@ -115,63 +106,30 @@ def variants(size: int, rows: list[int]) -> dict[str, Pair]:
     return result
 
 
-class Timing:
-    """Milliseconds of the timed calls of one side: on the clock, and of the CPU (all threads)."""
-
-    def __init__(self) -> None:
-        self.wall, self.cpu = list[float](), list[float]()
-
-    def run(self, function: Callable[[], Any], *, keep: bool) -> None:
-        """Time one call; its result is dropped after the clock stops, as a training step drops it later."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = function()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        del result
-        if keep:
-            self.wall.append(1e3 * wall)
-            self.cpu.append(1e3 * cpu)
-
-
 def measure(pairs: dict[str, Pair], rounds: int) -> dict[str, tuple[Timing, Timing]]:
-    """Ours and theirs by variant, in turn; the first round warms up and is dropped."""
-    timings = {name: (Timing(), Timing()) for name in pairs}
-    for i in range(rounds + 1):
-        for name, pair in pairs.items():
-            for side in (0, 1) if i % 2 else (1, 0):
-                if name == NEW_MEMORY:
-                    LIBC.malloc_trim(0)
-                timings[name][side].run(pair[side], keep=i > 0)
-    return timings
+    """Ours and theirs by variant, in turn."""
 
+    def sampler(name: str, function: Callable[[], Any]) -> Callable[[], float]:
+        sample = WallClock().sampler(lambda i: function(), 1, "wall")
+        if name != NEW_MEMORY:
+            return sample
+        return lambda: (LIBC.malloc_trim(0), sample())[1]
 
-def ratios(ours: list[float], theirs: list[float]) -> list[float]:
-    """Lower quartile, median and upper quartile of theirs over ours, round by round."""
-    return statistics.quantiles([b / a for a, b in zip(ours, theirs, strict=True)], n=4, method="inclusive")
+    samplers = {(name, side): sampler(name, pair[side]) for name, pair in pairs.items() for side in (0, 1)}
+    taken = {key: Timing(tuple(seconds), "wall") for key, seconds in interleave(samplers, 0.0, rounds).items()}
+    return {name: (taken[name, 0], taken[name, 1]) for name in pairs}
 
 
 def report(timings: dict[str, tuple[Timing, Timing]]) -> dict[str, Any]:
-    """Print the table; return the medians. On a busy machine CPU time, less disturbed, stands beside the clock's."""
+    """Print the table; return the medians."""
     figures = {}
-    print(f"{'':16} {'ours ms':>9} {'theirs ms':>10} {'ratio':>7} {'quartiles':>13}", end="")
-    print(f"   CPU: {'ours':>8} {'theirs':>8} ratio")
-    for name, (ours, theirs) in timings.items():
-        low, ratio, high = ratios(ours.wall, theirs.wall)
-        cpu_ratio = ratios(ours.cpu, theirs.cpu)[1]
-        wall, cpu = (
-            [statistics.median(t) for t in pair] for pair in ((ours.wall, theirs.wall), (ours.cpu, theirs.cpu))
-        )
-        spread = f"{low:.2f} - {high:.2f}"
-        print(f"{name:16} {wall[0]:9.2f} {wall[1]:10.2f} {ratio:6.2f}x {spread:>13}", end="")
-        print(f"        {cpu[0]:8.2f} {cpu[1]:8.2f} {cpu_ratio:5.2f}x")
-        figures[name] = {"ours_ms": round(wall[0], 2), "theirs_ms": round(wall[1], 2), "ratio": round(ratio, 2)}
-        figures[name] |= {"ratio_quartiles": [round(low, 2), round(high, 2)], "cpu_ratio": round(cpu_ratio, 2)}
+    print(f"{'':18} {'ours ms':>9} {'theirs ms':>10} {'ratio':>7} {'quartiles':>13}")
+    for name, pair in timings.items():
+        (ours, theirs), (low, middle, high) = (1e3 * timing.median for timing in pair), ratio(*pair)
+        print(f"{name:18} {ours:9.2f} {theirs:10.2f} {middle:6.2f}x {f'{low:.2f} - {high:.2f}':>13}")
+        figures[name] = {"ours_ms": round(ours, 2), "theirs_ms": round(theirs, 2), "ratio": round(middle, 2)}
+        figures[name]["ratio_quartiles"] = [round(low, 2), round(high, 2)]
     return figures
-
-
-def cpu_share(timings: dict[str, tuple[Timing, Timing]]) -> float:
-    """CPU time over wall time of the quantisers, which have work for one thread: below about 0.9 others were busy."""
-    pair = timings["quantize"]
-    return sum(sum(t.cpu) for t in pair) / sum(sum(t.wall) for t in pair)
 
 
 def main() -> None:
@@ -189,26 +147,9 @@ def main() -> None:
     LIBC.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    timings = measure(variants(options.size, options.rows), options.rounds)
-    figures = report(timings)
-    print(
-        json.dumps(
-            {
-                "quantize_ratio": figures["quantize"]["ratio"],
-                "decode_ratio": figures["decode"]["ratio"],
-                "decode_new_memory_ratio": figures[NEW_MEMORY]["ratio"],
-                "decode_smollm2_ratio": figures["decode SmolLM2"]["ratio"],
-                "figures": figures,
-                "size": options.size,
-                "threads": options.threads,
-                "rounds": options.rounds,
-                "cpu_share": round(cpu_share(timings), 2),
-                "cpu": torch.backends.cpu.get_cpu_capability(),
-                "machine": platform.machine(),
-                "versions": {name: metadata.version(name) for name in ("torch", "bitsandbytes")},
-            }
-        )
-    )
+    figures = report(measure(variants(options.size, options.rows), options.rounds))
+    settings = {"size": options.size, "threads": options.threads, "rounds": options.rounds}
+    print(json.dumps({"figures": figures, **settings, **machine.facts(CPU)}))
 
 
 if __name__ == "__main__":

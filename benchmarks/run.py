@@ -14,7 +14,7 @@ import torch
 
 from .cases import GATE_SEED, OURS, Case, Setting, Variant, Work
 from .ceilings import Ceilings
-from .timing import Call, Clock, Timing, interleave, ratio
+from .timing import LEAST_ROUNDS, Call, Clock, Timing, interleave, ratio
 
 Line = dict[str, Any]  # one line of a result file
 Print = Callable[[str], None]
@@ -41,6 +41,7 @@ class Runner:
     facts: Line
     case_seconds: float
     deadline: float  # of time.monotonic()
+    least_rounds: int = LEAST_ROUNDS
     keep: Callable[[Line], None] = lambda line: None  # takes every line as soon as it is there
     say: Print = print
 
@@ -107,16 +108,18 @@ class Runner:
         self, work: Work, calls: dict[str, tuple[Call, float]]
     ) -> tuple[dict[str, Timing], dict[str, Timing] | None]:
         """Timings in the leading way of the work, and by the host's clock where that is asked for too."""
-        share = self.case_seconds / len(work.ways)
+        share, least = self.case_seconds / len(work.ways), min(self.least_rounds, work.least_rounds)
         samplers, ways = {}, {}
         for name, (call, _) in calls.items():
             samplers[name], ways[name] = self.sampler(call, work.sets, work.ways[0])
-        taken = interleave(samplers, share, work.least_rounds)
+        taken = interleave(samplers, share, least)
         timings = {name: Timing(tuple(seconds), ways[name]) for name, seconds in taken.items()}
         if len(work.ways) == 1:
             return timings, None
         samplers = {name: self.clock.sampler(call, work.sets, work.ways[1]) for name, (call, _) in calls.items()}
-        walls = {name: Timing(tuple(seconds), work.ways[1]) for name, seconds in interleave(samplers, share).items()}
+        walls = {
+            name: Timing(tuple(seconds), work.ways[1]) for name, seconds in interleave(samplers, share, least).items()
+        }
         return timings, walls
 
     def sampler(self, call: Call, sets: int, way: str) -> tuple[Callable[[], float], str]:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .timing import LEAST_ROUNDS
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -66,6 +68,7 @@ class Grid:
     dtype: torch.dtype
     seconds: float  # all of it, building and checking included
     case_seconds: float  # timing of one case
+    least_rounds: int = LEAST_ROUNDS
 
 
 CUDA = Grid(
@@ -99,7 +102,15 @@ CPU = Grid(
     seconds=540,
     case_seconds=6,
 )
-CPU_QUICK = replace(CPU, projections=SMOLLM2.projections()[2:], dropouts=(0.0,), seconds=105, case_seconds=1)
+CPU_QUICK = replace(
+    CPU,
+    projections=SMOLLM2.projections()[2:],
+    dropouts=(0.0,),
+    decoder=replace(SMOLLM2, model="4 layers of SmolLM2-135M", layers=4),
+    tokens=(64,),
+    seconds=105,
+    case_seconds=1,
+)
 
 
 def grid_for(device: torch.device, quick: bool) -> Grid:

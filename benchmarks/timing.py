@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 Call = Callable[[int], Any]  # runs the op on buffer set i and returns what it made
 Sampler = Callable[[], float]  # seconds of one call
+Key = TypeVar("Key")  # what a variant is called by
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 25
 CACHES = 4  # the sets of a variant are this many times the last-level cache
@@ -59,7 +60,7 @@ def ratio(ours: Timing, theirs: Timing) -> tuple[float, float, float]:
     return quartiles([b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)])
 
 
-def interleave(samplers: Mapping[str, Sampler], seconds: float, least: int = LEAST_ROUNDS) -> dict[str, list[float]]:
+def interleave(samplers: Mapping[Key, Sampler], seconds: float, least: int = LEAST_ROUNDS) -> dict[Key, list[float]]:
     """Samples of every variant, a round at a time and each round starting with another one, for about `seconds`.
 
     The first sample of each warms up and only tells how many rounds there is time for.
@@ -70,8 +71,8 @@ def interleave(samplers: Mapping[str, Sampler], seconds: float, least: int = LEA
         for name in names:
             samplers[name]()
         pilot = time.perf_counter() - pilot
-        rounds = min(MOST_ROUNDS, max(least, int(seconds / max(pilot, 1e-9))))
-        taken: dict[str, list[float]] = {name: [] for name in names}
+        rounds = max(least, min(MOST_ROUNDS, int(seconds / max(pilot, 1e-9))))
+        taken: dict[Key, list[float]] = {name: [] for name in names}
         for i in range(rounds):
             first = i % len(names)
             for name in names[first:] + names[:first]:

@@ -53,11 +53,13 @@ def decode_linear(x: Tensor, stored: Stored, quant_state: Any, bias: Tensor | No
     return F.linear(x, dequantize(stored, quant_state), bias)
 
 
-def quantize(dense: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(packed, codes, nested absmax, offset) as our own quantisers give them."""
+def quantize(dense: Tensor, *, nested: bool = True) -> tuple[Tensor, ...]:
+    """(packed, codes, nested absmax, offset) as our own quantisers give them; not `nested`, (packed, absmax)."""
     from bitsandbytes import functional
 
-    bytes_, quantised = functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+    bytes_, quantised = functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=nested)
+    if not nested:
+        return bytes_, quantised.absmax
     return bytes_, quantised.absmax, quantised.state2.absmax, quantised.offset
 
 

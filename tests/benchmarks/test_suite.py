@@ -15,6 +15,7 @@ from benchmarks.cases import OURS, Case, Point, Setting, Variant, Work
 from benchmarks.peers import bnb, peft_lora
 from benchmarks.run import Result, Runner, in_turn
 from benchmarks.shapes import Grid
+from fourbit.kernels import dispatch
 
 FIELDS = {
     "kind",
@@ -221,3 +222,21 @@ def test_a_capture_that_fails_falls_back_to_the_queue(setting: Setting) -> None:
     result = replace(runner(setting), clock=Clock()).run([case])
     assert [line["timed"] for line in result.figures()] == ["queue"]
     assert result.figures()[0]["us_with_launch"] > 0
+
+
+@pytest.mark.usefixtures("small_ceilings", "table")
+@pytest.mark.filterwarnings("default")  # a peer may warn
+def test_the_kernels_pass_their_gates_in_the_interpreter(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a GPU would run: the same cases over the Triton path, in fp16, whose rounding the interpreter has right."""
+    monkeypatch.setattr(suite.machine, "cache_bytes", lambda device: 1)
+    small = replace(grid, projections=grid.projections[:1], rows=(3,), dtype=torch.float16)
+    pattern = "^(dequantize|linear|grouped|lora_cost)|qlora.* p=0.05"
+    if torch.cuda.is_available():
+        pytest.skip("kernels run compiled where there is a GPU; `python -m benchmarks` gates them there")
+    with dispatch.force_path("triton"):
+        code, lines = run(["--only", pattern], small, tmp_path / "out")
+    assert code == 0, capsys.readouterr().out
+    ops = {line["op"] for line in report.figures_of(lines) if line["variant"] == OURS}
+    assert ops == {"dequantize", "linear", "lora_cost", "qlora"}
