@@ -122,7 +122,7 @@ def _words(device: torch.device, config: dict[str, Any]) -> int:
     return 1 if wgmma or NEW_LAYOUT else 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "R"])  # the next token or prompt is no reason to compile again
 def _matmul_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [M, K]
     packed_ptr,  # uint8 [N, HALF]

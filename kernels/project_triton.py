@@ -20,7 +20,7 @@ def project_down(x: Tensor, A: Tensor) -> Tensor:
         return s
     BM, BR, BK = min(64, max(16, triton.next_power_of_2(M))), min(64, max(16, triton.next_power_of_2(R))), 128
     tiles = triton.cdiv(M, BM) * triton.cdiv(R, BR)
-    splits = splits_for(tiles, triton.cdiv(K, BK), dispatch.processors(x.device), least=2)
+    splits = splits_for(tiles, triton.cdiv(K, BK), dispatch.processors(x.device))
     sums = x.new_empty((splits, M, R) if splits > 1 else 0, dtype=torch.float32)
     with dispatch.on_device(x):
         _project_kernel[(tiles, splits)](
@@ -44,7 +44,7 @@ def project_down(x: Tensor, A: Tensor) -> Tensor:
     return s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _project_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [M, K]
     A_ptr,  # [R, K]

@@ -12,13 +12,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MIN_STEPS = 8  # of the K loop that a program must be left with, for its pipeline to be worth filling
+FILL = 4  # steps' worth of time that a program takes to fill its pipeline and to end
+ADDING = 0.25  # the same for one more partial sum to add
 
 
-def splits_for(tiles: int, steps: int, programs: int, least: int = MIN_STEPS) -> int:
-    """Parts of K: enough for `programs` programs in all, none of fewer than `least` steps, none empty."""
-    wanted = max(1, min(triton.cdiv(programs, tiles), steps // least))
-    return triton.cdiv(steps, triton.cdiv(steps, wanted))
+@cache
+def splits_for(tiles: int, steps: int, slots: int) -> int:
+    """Parts of K for `tiles` tiles of `steps` steps each, where `slots` programs run at a time; none is empty.
+
+    Programs run in waves, and the last wave takes as long as the others however few are in it.
+    """
+
+    def cost(splits: int) -> float:
+        return triton.cdiv(tiles * splits, slots) * (triton.cdiv(steps, splits) + FILL) + ADDING * splits
+
+    best = min(range(1, max(2, min(steps, 2 * slots))), key=cost)
+    return int(triton.cdiv(steps, triton.cdiv(steps, best)))
 
 
 def counters(device: torch.device, tiles: int) -> Tensor:
