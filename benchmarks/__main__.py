@@ -116,8 +116,9 @@ def measure(setting: Setting, grid: Grid, cases: list[Case], start: float, file:
     facts, clock = machine.facts(setting.device), clock_for(setting.device)
     before = machine.clocks() if setting.device.type == "cuda" else None
     limits = ceilings.measure(setting, clock)
-    print(f"{facts['gpu'] or facts['cpu']}, torch {torch.__version__}: {told(limits)}")
-    write(file, ceiling_line(limits, setting) | facts)
+    first = ceiling_line(limits, setting) | facts
+    print(report.heading([first]))
+    write(file, first)
     runner = Runner(
         setting,
         clock,
@@ -150,10 +151,6 @@ def ceiling_line(limits: Ceilings, setting: Setting) -> dict[str, Any]:
         "matmul_us_quartiles": [round(1e6 * value, 2) for value in limits.matmul.quartiles],
         "timed": limits.copy.timed,
     }
-
-
-def told(limits: Ceilings) -> str:
-    return f"copies {limits.bandwidth / 1e9:.4g} GB/s (read + written), multiplies {limits.rate / 1e12:.4g} TFLOP/s"
 
 
 def write(file: Any, line: dict[str, Any]) -> None:

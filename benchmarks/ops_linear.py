@@ -73,7 +73,7 @@ def forward(shape: Projection, M: int, setting: Setting) -> Work:
     ]
     if present(bnb.missing(), absent, "bitsandbytes"):
         variants += peer_variants(weights, x, setting, judge_late)
-    wanted = setting.device.type == "cuda" and M in TORCHAO_ROWS
+    wanted = setting.device.type == "cuda" and (N, K) in torchao_nf4.SHAPES and M in TORCHAO_ROWS
     if wanted and present(torchao_nf4.missing(), absent, torchao_nf4.NAME):
         variants.append(torchao_variant(weights, x, dtype))
     ways = setting.small_way if M <= GRAPHED_TO else setting.way

@@ -54,7 +54,8 @@ def dequantize(shape: Projection, setting: Setting) -> Work:
     if present(bnb.missing(), absent, "bitsandbytes"):
         variants.append(Variant(bnb.NESTED, lambda: peer(True), close))
         variants.append(Variant(bnb.PLAIN, lambda: peer(False), close))
-    if setting.device.type == "cuda" and present(torchao_nf4.missing(), absent, torchao_nf4.NAME):
+    wanted = setting.device.type == "cuda" and (shape.N, shape.K) in torchao_nf4.SHAPES
+    if wanted and present(torchao_nf4.missing(), absent, torchao_nf4.NAME):
         variants.append(torchao_decoder(weights, sets, setting))
     return Work(variants, 0.0, moved, sets, setting.small_way, absent)
 

@@ -58,10 +58,9 @@ def roofline(figures: Sequence[Line], ceilings: Line) -> Figure | None:
     bandwidth, rate = ceilings["copy_bandwidth"], ceilings["matmul_rate"]
     intensities = [point["flops"] / point["bytes"] for point in points]
     left, right = min(intensities) / 2, max(*intensities, 4 * rate / bandwidth)
+    roof = ([left, rate / bandwidth, right], [left * bandwidth, rate, rate])
     label = f"measured: {bandwidth / 1e9:.3g} GB/s copied, {rate / 1e12:.3g} TFLOP/s"
-    axes.plot(
-        [left, rate / bandwidth, right], [left * bandwidth, rate, rate], color="black", linewidth=1.2, label=label
-    )
+    axes.plot(*roof, color="black", linewidth=1.2, label=label)
     for variant in ON_ROOFLINE:
         for op, marker in MARKERS.items():
             here = [p for p in points if p["variant"] == variant and p["op"] == op]

@@ -1,5 +1,9 @@
-"""A run for people: a table of every point, the levels it is held to, and a comparison with an earlier run."""
+"""A run for people: a table of every point, and a comparison with an earlier run.
 
+`python -m benchmarks.report RESULT.jsonl` prints the table of a result file again.
+"""
+
+import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -94,3 +98,18 @@ def verdict(line: Line, other: Line) -> str:
 
 def figures_of(lines: Iterable[Line]) -> list[Line]:
     return [line for line in lines if line["kind"] == "figure"]
+
+
+def heading(lines: Iterable[Line]) -> str:
+    """The machine and its ceilings, in a line."""
+    line = next(line for line in lines if line["kind"] == "ceilings")
+    rates = f"copies {line['copy_bandwidth'] / 1e9:.4g} GB/s, multiplies {line['matmul_rate'] / 1e12:.4g} TFLOP/s"
+    machine = line["gpu"] or f"{line['cpu']}, {line['threads']} thread{'s' * (line['threads'] != 1)}"
+    return f"{machine}, torch {line['versions']['torch']}, {line['dtype']}, {line['date'][:10]}: {rates}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("result", type=Path)
+    result = read(parser.parse_args().result)
+    print(f"{heading(result)}\n\n{table(figures_of(result))}")
