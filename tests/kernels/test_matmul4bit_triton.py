@@ -4,6 +4,7 @@ The oracle is the exact product of x with code * scale. "weight" configurations 
 and so are held to the rounded matrix; "sums" configurations round the code values instead, and get the term for it.
 """
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +34,7 @@ FORMS = [
     SMALL | {"scale_on": "weight", "direct": True, "copies": 4, "warps": 2, "BM": 8, "BN": 32},
     SMALL | {"scale_on": "sums", "direct": True, "BM": 32, "warps": 2},
 ]
+GUARDS: list[Tensor] = []  # the memory before and behind the weight of the latest sample
 forms = st.sampled_from(FORMS)
 dtypes = st.sampled_from([torch.bfloat16, torch.float16])
 
@@ -41,6 +43,7 @@ class Sample:
     """A random weight [N, K] in its quantised form and as exact values, and operands to go with it."""
 
     def __init__(self, N: int, K: int, seed: int, *, nested: bool = True, quant_type: str = "nf4", blocksize: int = 64):
+        GUARDS.clear()
         self.generator = torch.Generator().manual_seed(seed)
         packed, absmax = quantize(self.random(N, K), quant_type=quant_type, blocksize=blocksize)
         stored, nested_absmax, offset = quantize_absmax(absmax) if nested else (absmax, None, None)
@@ -53,11 +56,12 @@ class Sample:
 
 
 def guarded(tensor: Tensor) -> Tensor:
-    """The same values between stretches of others: what is read outside shows up in the result."""
+    """The same values between stretches that nothing may read; compiled, a wrong value shows up in the result."""
     around = torch.full((tensor.numel() + 512,), 255, dtype=tensor.dtype, device=DEVICE)
     if tensor.is_floating_point():
         around.fill_(float("nan"))
     around[256:-256] = tensor.flatten()
+    GUARDS.extend([around[:256], around[-256:]])
     return around[256:-256]
 
 
@@ -86,6 +90,28 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
     return buffers
+
+
+@pytest.fixture(autouse=True, scope="module")
+def reads_inside() -> Iterator[None]:
+    """In the interpreter every load is looked at: none may touch the guards, even if its value is dropped later."""
+    if DEVICE == "cuda":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    load = interpreter.InterpreterBuilder.create_masked_load
+
+    def guarded_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        for guard in GUARDS:
+            offsets = pointers.data.astype("int64") - guard.data_ptr()
+            touched = (offsets >= 0) & (offsets < guard.numel() * guard.itemsize) & mask.data
+            assert not touched.any(), "read outside the weight"
+        return load(self, pointers, mask, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_masked_load", guarded_load)
+        yield
 
 
 def assert_edges_untouched(buffers: list[Tensor]) -> None:
