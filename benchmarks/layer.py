@@ -71,8 +71,8 @@ def layer(parts: Parts, tokens: int) -> Work:
     def truth() -> tuple[list[Tensor], list[float]]:
         """The results in float64, and how far plain PyTorch in the run's dtype is from each."""
         model = built(quantised=False, dtype=torch.float64)
-        wide = run_ours(model, x.detach().double().requires_grad_(), grad.double())
         with force_path("reference"):
+            wide = run_ours(model, x.detach().double().requires_grad_(), grad.double())
             plain = run_ours(built(quantised=False), x, grad)
         return wide, [distance(a, b) for a, b in zip(plain, wide, strict=True)]
 

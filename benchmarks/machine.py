@@ -1,5 +1,6 @@
 """What every figure carries: the machine, the versions, the date and the commit it was measured at."""
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -44,7 +45,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+" where files differ from it; None where git cannot tell."""
+    """The checkout's commit, with "+" where files differ from it; None where git cannot tell.
+
+    The variable BENCH_COMMIT says it for a copy of the checkout that travelled without its history.
+    """
+    if said := os.environ.get("BENCH_COMMIT"):
+        return said
     try:
         name = _output("git", "-C", str(CHECKOUT), "rev-parse", "--short=12", "HEAD")
         changed = _output("git", "-C", str(CHECKOUT), "status", "--porcelain", "--untracked-files=no")
