@@ -189,10 +189,16 @@ def shared_counters(monkeypatch: pytest.MonkeyPatch) -> Tensor:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form['scale_on']}-{form['direct']}-{form['copies']}")
+@pytest.mark.parametrize("new_layout", [True, False])
 def test_split_sums_repeat_and_nothing_is_written_outside(
-    poison: list[Tensor], shared_counters: Tensor, form: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch,
+    poison: list[Tensor],
+    shared_counters: Tensor,
+    form: dict[str, Any],
+    new_layout: bool,
 ) -> None:
     """Parts of 9, 9 and 8 steps; the second launch finds the counters as the first one did."""
+    monkeypatch.setattr(matmul4bit, "NEW_LAYOUT", new_layout)
     sample = Sample(65, 64 * 26, seed=3)
     x, bias = strided(sample.random(9, 64 * 26, dtype=torch.bfloat16), 1), sample.random(65)
     tiles = -(-9 // form["BM"]) * -(-65 // form["BN"])
