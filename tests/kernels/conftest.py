@@ -102,3 +102,22 @@ def bf16_multiplied_as_numbers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", numbers)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def bounds_of_loops_as_integers() -> Iterator[None]:
+    """Triton 3.6's interpreter makes a loop bound with int() of a one-element array, which NumPy 2.4 refuses."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def with_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang_tensor", with_index)
+        yield
