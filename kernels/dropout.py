@@ -17,7 +17,7 @@ from torch import Tensor
 
 ROUNDS = 7
 LEVELS = 1 << 16  # of the keep probability
-CHUNK = 1 << 15  # generator calls at a time on a CPU: 256 KB for each word of the state
+CHUNK = 1 << 16  # generator calls at a time on a CPU: 512 KB for each word of the state; fewer cost more overhead
 _LOW = (1 << 32) - 1
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _STEPS = (0x9E3779B9, 0xBB67AE85)  # what each round adds to the key
@@ -60,7 +60,8 @@ def keep_mask(shape: Sequence[int], p: float, seed: Tensor) -> Tensor:
     level = keep_level(p) - LEVELS // 2  # 16 bits are compared as signed numbers, the type torch has
     mask = torch.empty(rows, groups, 8, dtype=torch.bool, device=seed.device)
     keys = _keys(seed)
-    step = max(1, CHUNK // max(groups, 1)) if seed.device.type == "cpu" else max(rows, 1)
+    pieces = -(-rows * groups // CHUNK) if seed.device.type == "cpu" else 1
+    step = -(-rows // max(pieces, 1)) or 1
     for start in range(0, rows, step):
         part = mask[start : start + step]
         words = torch.empty(*part.shape[:2], 4, dtype=torch.int32, device=seed.device)
@@ -85,6 +86,13 @@ def _philox(c0: Tensor, c1: Tensor, keys: list[tuple[Tensor, Tensor]]) -> tuple[
     c2 = c3 = torch.zeros_like(c0[:, :1])
     for k0, k1 in keys:
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # the low 64 bits, which are all of them
-        c0, c1 = ((b >> 32) ^ (c1 ^ k0)) & _LOW, b
-        c2, c3 = ((a >> 32) ^ (c3 ^ k1)) & _LOW, a
+        c0, c1 = _mix(b, c1, k0), b
+        c2, c3 = _mix(a, c3, k1), a
     return c0, c1, c2, c3
+
+
+def _mix(product: Tensor, other: Tensor, key: Tensor) -> Tensor:
+    """The high half of a 64-bit product, xor other, xor key; in place where sizes allow, as memory is what it costs."""
+    high = product >> 32
+    mixed = high.bitwise_xor_(other) if high.shape == other.shape else high ^ other
+    return mixed.bitwise_xor_(key).bitwise_and_(_LOW)

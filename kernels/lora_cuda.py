@@ -58,7 +58,7 @@ def _one(left: Tensor, s: Tensor, group: Group, i: int, W: Tensor, y: Tensor) ->
         lora_triton.fill_tail(W, K, group.B[i], group.scales[i], part.start)
         torch.mm(left, W.T, out=y) if bias is None else torch.addmm(bias, left, W.T, out=y)
         return
-    B = group.scaled_B(i, y.dtype)
+    B = (group.B[i] * group.scales[i]).to(y.dtype)  # and no alpha: with a bias it would cost the epilogue
     torch.mm(s[:, part], B.T, out=y) if bias is None else torch.addmm(bias, s[:, part], B.T, out=y)
     y.addmm_(left, W.T)
 

@@ -4,16 +4,19 @@ What such linears do with x and with the gradient of x they do together: one pas
 them, one makes all gradients of A, and the gradients of x are added where they arise. Kept for backward are x, which
 the layer below keeps anyway, the narrow s, and the packed weights; a dense weight only where `keep` asks for it.
 
-Registered with torch.library, forward and backward, so that torch.compile sees one node each.
+Registered with torch.library, forward and backward, so that torch.compile sees one node each. Eager mode takes the same
+functions through a plain autograd rule: torch.library's dispatch of tensor lists costs a fifth of a millisecond a call,
+more than a GPU needs for a small batch.
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from .dropout import draw_seed, keep_level
@@ -62,21 +65,13 @@ def lora_linears4bit(
     if dropout:
         keep_level(dropout)  # its ValueError
         seed = draw_seed(x.device) if seed is None else seed
-    outputs = _forward(
-        x,
-        _stored(weights),
-        _all_or_none(biases, weights),
-        list(As),
-        list(Bs),
-        seed if dropout else None,
-        [float(scale) for scale in scales],
-        weights[0].quant_type,
-        weights[0].blocksize,
-        float(dropout),
-        keep,
-        form,
-    )
-    return outputs[: len(weights)]
+    lists = (_stored(weights), _all_or_none(biases, weights), list(As), list(Bs))
+    numbers = ([float(scale) for scale in scales], *weights[0][6:], float(dropout), keep, form)
+    seed = seed if dropout else None
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):  # such as fake tensors
+        return _forward_op(x, *lists, seed, *numbers)[: len(weights)]
+    sizes = [len(tensors) for tensors in lists]
+    return list(_Eager.apply(x, seed, numbers, sizes, *chain.from_iterable(lists))[: len(weights)])
 
 
 def _stored(weights: Sequence[Weight4bit]) -> list[Tensor]:
@@ -93,7 +88,6 @@ def _all_or_none(biases: Sequence[Tensor | None], weights: Sequence[Weight4bit])
     return [some.new_zeros(w.rows) if bias is None else bias for bias, w in zip(biases, weights, strict=True)]
 
 
-@torch.library.custom_op("fourbit::lora_linears4bit", mutates_args=())
 def _forward(
     x: Tensor,  # [..., in]
     stored: list[Tensor],
@@ -112,10 +106,10 @@ def _forward(
     group = _group(stored, biases, A, B, seed, scales, quant_type, blocksize, dropout)
     with _no_autocast(x):
         result = _run_forward(_matrix(x), group, keep, form)
-    return [*(y.view(*x.shape[:-1], y.shape[1]) for y in result.outputs), result.s, *result.dense]
+    unsafe_view = torch.ops.aten._unsafe_view  # not a view of another tensor: the caller may write into it
+    return [*(unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in result.outputs), result.s, *result.dense]
 
 
-@torch.library.custom_op("fourbit::lora_linears4bit_backward", mutates_args=())
 def _backward(
     grads: list[Tensor],  # [..., out]
     x: Tensor,
@@ -202,7 +196,11 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-@_forward.register_fake
+_forward_op = torch.library.custom_op("fourbit::lora_linears4bit", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("fourbit::lora_linears4bit_backward", _backward, mutates_args=())
+
+
+@_forward_op.register_fake
 def _(x: Tensor, stored: list[Tensor], biases: Any, A: list[Tensor], B: list[Tensor], *rest: Any) -> list[Tensor]:
     path, keep, rank = _path(x), rest[-2], sum(a.shape[0] for a in A)
     weights = [Weight4bit(b, b, None, None, b.shape[0], x.shape[-1], "", 1) for b in B]  # of which only sizes matter
@@ -213,7 +211,7 @@ def _(x: Tensor, stored: list[Tensor], biases: Any, A: list[Tensor], B: list[Ten
     return [*outputs, s, *(x.new_empty(b.shape[0], width, dtype=dtype) for b in B if keep)]
 
 
-@_backward.register_fake
+@_backward_op.register_fake
 def _(
     grads: Any, x: Tensor, s: Tensor, dense: Any, stored: Any, A: list[Tensor], B: list[Tensor], *rest: Any
 ) -> list[Tensor]:
@@ -233,22 +231,45 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.biases = [bias.dtype for bias in biases]
 
 
-def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grads: Sequence[Tensor | None], backward: Any = _backward_op) -> tuple[Any, ...]:
     x, s, seed, *rest = ctx.saved_tensors
-    ends = [sum(ctx.sizes[:i]) for i in range(5)]
-    dense, stored, A, B = (list(rest[start:end]) for start, end in pairwise(ends))
+    dense, stored, A, B = _split(rest, ctx.sizes)
     each = [
         x.new_zeros(*x.shape[:-1], b.shape[0]) if g is None else g for g, b in zip(grads, B, strict=False)
     ]  # None: an output that the loss does not use
     need_x = ctx.needs_input_grad[0]
-    of_A, *of_B = _backward(each, x, s, dense, stored, A, B, seed, *ctx.numbers, need_x)
+    of_A, *of_B = backward(each, x, s, dense, stored, A, B, seed, *ctx.numbers, need_x)
     of_x = of_B.pop() if need_x else None
     of_A = [part.to(a.dtype) for part, a in zip(of_A.split([len(a) for a in A]), A, strict=True)]
     of_biases = [_matrix(g).sum(0, dtype=dtype) for g, dtype in zip(each, ctx.biases, strict=False)]
     return of_x, [None] * len(stored), of_biases, of_A, of_B, *[None] * 7
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The same op without torch.library."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, seed: Tensor | None, numbers: tuple[Any, ...], sizes: list[int], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        inputs = (x, *_split(tensors, sizes), seed, *numbers)
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return tuple(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_x, *lists = _differentiate(ctx, grads, _backward)[:5]
+        return of_x, None, None, None, *chain.from_iterable(lists)
+
+
+def _split(tensors: Sequence[Tensor], sizes: list[int]) -> list[list[Tensor]]:
+    places = iter(tensors)
+    return [list(islice(places, size)) for size in sizes]
 
 
 def _check(

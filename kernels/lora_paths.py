@@ -34,14 +34,9 @@ class Group(NamedTuple):
         ends = list(accumulate(len(A) for A in self.A))
         return [slice(end - len(A), end) for A, end in zip(self.A, ends, strict=True)]
 
-    def stacked(self, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
-        """All of factor * A, one below the other, [sum of ranks, K]: rounded once, as the masters are wide."""
-        A = self.A[0] if len(self.A) == 1 else torch.cat(self.A)
-        return (A if factor == 1 else A * factor).to(dtype)
-
-    def scaled_B(self, i: int, dtype: torch.dtype) -> Tensor:
-        """scale * B of linear i, [out, rank]."""
-        return (self.B[i] if self.scales[i] == 1 else self.B[i] * self.scales[i]).to(dtype)
+    def stacked(self, dtype: torch.dtype) -> Tensor:
+        """All of A, one below the other, [sum of ranks, K]."""
+        return (self.A[0] if len(self.A) == 1 else torch.cat(self.A)).to(dtype)
 
     @property
     def keep_scale(self) -> float:
@@ -127,11 +122,11 @@ def forward_cpu(x: Tensor, group: Group, keep: bool) -> Result:
     """Slab by slab, each product added in place; one product gives s for all linears."""
     dtype = group_dtype(x, group.weights)
     h = x.to(dtype)
-    s = _dropped(h, group) @ group.stacked(dtype, group.keep_scale).T
+    s = _product(_dropped(h, group), group.stacked(dtype).T, group.keep_scale)
     dense = [decode(weight, dtype) for weight in group.weights] if keep else []
     outputs = [x.new_empty(x.shape[0], weight.rows) for weight in group.weights]
     for i, y in enumerate(outputs):
-        B, part_of_s = group.scaled_B(i, dtype), s[:, group.columns[i]]
+        B, part_of_s = group.B[i].to(dtype), s[:, group.columns[i]]
         for start, part in [(0, dense[i])] if keep else slabs(group.weights[i], dtype):
             rows = slice(start, start + len(part))
             here = y[:, rows]
@@ -140,7 +135,7 @@ def forward_cpu(x: Tensor, group: Group, keep: bool) -> Result:
                 torch.addmm(group.biases[i][rows].to(dtype), h, part.T, out=target)
             else:
                 torch.mm(h, part.T, out=target)
-            target.addmm_(part_of_s, B[rows].T)
+            target.addmm_(part_of_s, B[rows].T, alpha=group.scales[i])
             if target is not here:
                 here.copy_(target)
     return Result(outputs, s, dense)
@@ -152,16 +147,16 @@ def backward_cpu(
     """The same sums; the gradient of x starts as LoRA's share, which only dropout masks, and the base adds to it."""
     dtype = s.dtype
     grads = [g.to(dtype) for g in grads]
-    each = zip(grads, group.B, group.scales, group.columns, strict=True)
-    grad_B = [(g.T @ s[:, part]).to(wide(x)).mul_(scale).to(B.dtype) for g, B, scale, part in each]
-    parts = [g @ group.scaled_B(i, dtype) for i, g in enumerate(grads)]
-    grad_s = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    grad_s, grad_B = torch.empty_like(s), []
+    for g, B, scale, part in zip(grads, group.B, group.scales, group.columns, strict=True):
+        _product(g, B.to(dtype), scale, grad_s[:, part])
+        grad_B.append(_product(g.T, s[:, part], scale).to(B.dtype))
     mask = None if group.seed is None else keep_mask(x.shape, group.dropout, group.seed)
     h = x.to(dtype)
-    grad_A = (grad_s.T @ (h if mask is None else h * mask)).to(wide(x)).mul_(group.keep_scale)
+    grad_A = _product(grad_s.T, h if mask is None else h * mask, group.keep_scale).to(wide(x))
     if not need_x:
         return Gradients(grad_A, grad_B, None)
-    grad_x = grad_s @ group.stacked(dtype, group.keep_scale)
+    grad_x = _product(grad_s, group.stacked(dtype), group.keep_scale)
     if mask is not None:
         grad_x *= mask
     for i, g in enumerate(grads):
@@ -170,6 +165,12 @@ def backward_cpu(
     return Gradients(grad_A, grad_B, grad_x.to(x.dtype))
 
 
+def _product(a: Tensor, b: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
+    """factor * a b, rounded once."""
+    out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+    return torch.addmm(out, a, b, beta=0, alpha=factor, out=out)  # beta 0: what was there before is not read
+
+
 def _dropped(h: Tensor, group: Group) -> Tensor:
-    """h with what dropout removes set to zero; what survives is not scaled here: A is, which is smaller."""
+    """h with what dropout removes set to zero; what survives is scaled where it is multiplied anyway."""
     return h if group.seed is None else h * keep_mask(h.shape, group.dropout, group.seed)

@@ -1,6 +1,7 @@
 """Linears of one input together: what they compute, which of them share an op, and that it compiles to one graph."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
-from fourbit.kernels import lora_paths
+from fourbit.kernels import lora_linears, lora_paths
 from fourbit.lora.linear import LoRALinear
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.project import project
@@ -30,13 +31,13 @@ def layer(rows: int, *, quantised: bool = True, bias: bool = False, seed: int = 
 def count_ops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many linears each call of the joint forward serves."""
     served: list[int] = []
-    original = torch.ops.fourbit.lora_linears4bit
+    original = lora_linears._forward
 
-    def counted(*arguments: object) -> object:
-        served.append(len(arguments[3]))  # type: ignore[arg-type]  # A
-        return original(*arguments)
+    def counted(x: Tensor, stored: list[Tensor], biases: list[Tensor], A: list[Tensor], *rest: Any) -> list[Tensor]:
+        served.append(len(A))
+        return original(x, stored, biases, A, *rest)
 
-    monkeypatch.setattr("fourbit.kernels.lora_linears._forward", counted)
+    monkeypatch.setattr(lora_linears, "_forward", counted)
     return served
 
 
