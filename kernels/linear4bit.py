@@ -6,15 +6,18 @@ take a kernel that decodes inside the product; more rows decode into a workspace
 (`plan.py` says where the border lies). The workspace comes from torch's caching allocator and goes back at once: all
 layers share it.
 
-The op is registered with torch.library, so that torch.compile and CUDA graphs take it as it is.
+The op is registered with torch.library, so that torch.compile takes it as one node. Called op by op, the same rule runs
+as a plain autograd.Function: a registered op with gradients costs the host 40 us a call, the Function 8, and few rows
+on a fast GPU take no longer than that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .blockwise import dequantize_absmax
 from .dequantize4bit import check_sizes, dequantize
@@ -49,12 +52,12 @@ def linear4bit(
         raise ValueError(f"the weight is {tuple(shape)} (out, in), so x must end in {shape[1]}, got {tuple(x.shape)}")
     if (nested_absmax is None) != (offset is None):
         raise ValueError("nested_absmax and offset belong together: give both (double quantisation) or neither")
-    y: Tensor = _linear4bit(x, bias, packed, absmax, nested_absmax, offset, *shape, quant_type, blocksize)
+    run = _linear4bit if torch.compiler.is_compiling() else _Linear4bit.apply
+    y: Tensor = run(x, bias, packed, absmax, nested_absmax, offset, *shape, quant_type, blocksize)
     return y
 
 
-@torch.library.custom_op("fourbit::linear4bit", mutates_args=())
-def _linear4bit(
+def _forward(
     x: Tensor,  # [..., in]
     bias: Tensor | None,
     packed: Tensor,
@@ -72,8 +75,7 @@ def _linear4bit(
     return y
 
 
-@torch.library.custom_op("fourbit::linear4bit_backward", mutates_args=())
-def _linear4bit_backward(
+def _gradient_of_x(
     grad: Tensor,  # [..., out]
     packed: Tensor,
     absmax: Tensor,
@@ -90,6 +92,39 @@ def _linear4bit_backward(
     return grad_x
 
 
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, bias, packed, absmax, nested_absmax, offset, *ctx.layout = inputs
+    ctx.save_for_backward(packed, absmax, nested_absmax, offset)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor, gradient_of_x: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = gradient_of_x(grad, *ctx.saved_tensors, *ctx.layout)
+    if ctx.needs_input_grad[1]:
+        grad_bias = _matrix(grad).sum(0, dtype=ctx.bias_dtype)
+    return grad_x, grad_bias, *[None] * 8
+
+
+class _Linear4bit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = _forward(*inputs)
+        _save(ctx, inputs, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad, _gradient_of_x)
+
+
+_linear4bit = torch.library.custom_op("fourbit::linear4bit", _forward, mutates_args=())
+_linear4bit_backward = torch.library.custom_op("fourbit::linear4bit_backward", _gradient_of_x, mutates_args=())
+_linear4bit.register_autograd(lambda ctx, grad: _backward(ctx, grad, _linear4bit_backward), setup_context=_save)
+
+
 @_linear4bit.register_fake
 def _(x: Tensor, bias: Any, packed: Any, absmax: Any, nested_absmax: Any, offset: Any, rows: int, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
@@ -98,24 +133,6 @@ def _(x: Tensor, bias: Any, packed: Any, absmax: Any, nested_absmax: Any, offset
 @_linear4bit_backward.register_fake
 def _(grad: Tensor, packed: Any, absmax: Any, nested: Any, offset: Any, rows: int, columns: int, *_: Any) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], columns)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, bias, packed, absmax, nested_absmax, offset, *ctx.layout = inputs
-    ctx.save_for_backward(packed, absmax, nested_absmax, offset)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = _linear4bit_backward(grad, *ctx.saved_tensors, *ctx.layout)
-    if ctx.needs_input_grad[1]:
-        grad_bias = _matrix(grad).sum(0, dtype=ctx.bias_dtype)
-    return grad_x, grad_bias, *[None] * 8
-
-
-_linear4bit.register_autograd(_backward, setup_context=_save)
 
 
 def multiply(x: Tensor, weight: Weight4bit, bias: Tensor | None, y: Tensor) -> None:

@@ -103,8 +103,8 @@ def _measured(known: dict[str, Any], key: dict[str, Any], M: int) -> dict[str, A
 def fused_seconds(known: dict[str, Any], size: Size, config: dict[str, Any]) -> float:
     """The fused kernel: each tile of BM rows decodes the weight again, and decoding hides behind traffic only.
 
-    A configuration's `instructions`, for each parameter, stand for what bounds its loop: SASS instructions, or cycles of
-    shared memory in the same unit, whichever is more. Tests hold the former to it; the latter are reckoned.
+    A configuration's `instructions` a parameter stand for what bounds its loop: SASS instructions, or cycles of shared
+    memory in the same unit, whichever is more. Tests hold the former to it; the latter are reckoned.
     """
     M, N, K = size
     tiles = ceil(M / config["BM"])
