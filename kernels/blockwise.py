@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .codes import dynamic_code
+from .dispatch import path_for
 
 NESTED_BLOCKSIZE = 256
 
@@ -19,8 +20,7 @@ def quantize_blockwise(values: Tensor, code: Tensor, blocksize: int) -> tuple[Te
     padded = torch.nn.functional.pad(flat, (0, blocks * blocksize - flat.numel())).view(blocks, blocksize)
     absmax = padded.abs().amax(dim=1)
     scaled = padded.double() / torch.where(absmax > 0, absmax, 1).double().unsqueeze(1)
-    midpoints = (code[:-1].double() + code[1:].double()) / 2
-    codes = torch.bucketize(scaled, midpoints).to(torch.uint8)
+    codes = torch.bucketize(scaled, _midpoints(code)).to(torch.uint8)
     return codes.view(-1)[: flat.numel()].view(values.shape), absmax
 
 
@@ -46,8 +46,21 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     because scales are all positive and would waste half the codes of the signed map. It is summed in float64.
     """
     offset = absmax.double().mean().float() if absmax.numel() else absmax.new_zeros(())
-    codes, nested = quantize_blockwise(absmax - offset, dynamic_code(True, absmax.device), NESTED_BLOCKSIZE)
+    code = dynamic_code(True, absmax.device)
+    if path_for(absmax) == "triton" and absmax.dtype == torch.float32:
+        from .blockwise_triton import quantize_shifted  # only here: Triton exists for Linux only and is slow to import
+
+        codes = torch.empty_like(absmax, dtype=torch.uint8, memory_format=torch.contiguous_format)
+        nested = torch.empty(-(-absmax.numel() // NESTED_BLOCKSIZE), dtype=torch.float32, device=absmax.device)
+        quantize_shifted(absmax.contiguous(), offset, _midpoints(code), NESTED_BLOCKSIZE, codes, nested)
+    else:
+        codes, nested = quantize_blockwise(absmax - offset, code, NESTED_BLOCKSIZE)
     return codes, nested, offset
+
+
+def _midpoints(code: Tensor) -> Tensor:
+    """float64 [255], exact."""
+    return (code[:-1].double() + code[1:].double()) / 2
 
 
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:

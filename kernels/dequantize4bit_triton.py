@@ -34,7 +34,7 @@ def decode_into(out: Tensor, weight: Weight4bit, transpose: bool = False) -> Non
     rows, columns = weight.rows, weight.columns
     if not transpose and out.is_contiguous():
         rows, columns = 1, rows * columns
-    packed = weight.packed.reshape(-1)
+    packed = _flat(weight.packed)
     word = 8 if out.element_size() == 2 else 4  # values that make 16 bytes
     near = max(columns, out.stride(0)) < FARTHEST or (rows == 1 and not transpose)
     by_words = columns % word == 0 and packed.data_ptr() % 4 == 0 and packed.storage_offset() % 4 == 0 and near
@@ -104,10 +104,14 @@ def _launch_values(out: Tensor, packed: Tensor, weight: Weight4bit, rows: int, c
 
 
 def _scales(weight: Weight4bit) -> tuple[Tensor | None, ...]:
-    absmax, nested_absmax = weight.absmax.reshape(-1), weight.nested_absmax
+    absmax, nested_absmax = _flat(weight.absmax), weight.nested_absmax
     if nested_absmax is None:
         return absmax, None, None, None
-    return absmax, nested_absmax.reshape(-1), weight.offset, dynamic_code(True, absmax.device)
+    return absmax, _flat(nested_absmax), weight.offset, dynamic_code(True, absmax.device)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).contiguous()  # a view of every other element, say, is still one when it is flat
 
 
 def _bits(weight: Weight4bit, word: int = 1) -> int:

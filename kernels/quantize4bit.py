@@ -7,7 +7,7 @@ nibble.
 Finding the nearest of sixteen by binary search mispredicts at every branch. The CPU path takes the upper half of the
 fp32 pattern (sign, exponent, seven bits of mantissa) as a table index: at most one midpoint of the code lies among
 the values that share such a pattern, so one table gives the midpoint, one comparison the side, and a second table the
-code.
+code. On CUDA one kernel does it all (quantize4bit_triton.py).
 """
 
 from functools import cache
@@ -38,13 +38,28 @@ def quantize(weight: Tensor, *, quant_type: str = "nf4", blocksize: int = 64) ->
     flat = weight.detach().reshape(-1)
     packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32, device=weight.device)
-    pack, chunk = (_pack_by_pattern, CHUNK) if path_for(weight) == "cpu" else (pack_reference, LARGE_CHUNK)
+    write = _quantize_triton if path_for(weight) == "triton" else _quantize
+    write(flat, quant_type, blocksize, packed, absmax)
+    _check_finite(weight, absmax, blocksize)
+    return packed, absmax
+
+
+def _quantize_triton(flat: Tensor, quant_type: str, blocksize: int, packed: Tensor, absmax: Tensor) -> None:
+    from .quantize4bit_triton import quantize_into  # only here: Triton exists for Linux only and is slow to import
+
+    values = (flat if flat.dtype in (torch.float16, torch.bfloat16) else flat.float()).contiguous()
+    midpoints, order = _midpoints(quant_type, flat.device)
+    codes = None if quant_type == "nf4" else order  # NF4 ascends
+    quantize_into(values, midpoints, codes, blocksize, SMALLEST_ABSMAX, packed, absmax)
+
+
+def _quantize(flat: Tensor, quant_type: str, blocksize: int, packed: Tensor, absmax: Tensor) -> None:
+    """All of the values, chunk by chunk, without a kernel."""
+    pack, chunk = (_pack_by_pattern, CHUNK) if path_for(flat) == "cpu" else (pack_reference, LARGE_CHUNK)
     for start in range(0, flat.numel(), chunk):
         scaled, scales = _scale_blocks(flat[start : start + chunk].float(), blocksize)
         pack(scaled, quant_type, packed[start // 2 : (start + chunk) // 2, 0])
         absmax[start // blocksize : (start + chunk) // blocksize] = scales
-    _check_finite(weight, absmax, blocksize)
-    return packed, absmax
 
 
 def pack_reference(scaled: Tensor, quant_type: str, packed: Tensor) -> None:

@@ -20,6 +20,11 @@ TYPES = ("nf4", "fp4")
 SHAPES = ((1,), (2,), (3,), (7, 9), (64,), (63,), (65,), (33, 31, 3), (96, 128), (4096,), (4095,), (4097,), (3, 4099))
 
 
+def shapes_for(path: str) -> tuple[tuple[int, ...], ...]:
+    """Fewer for kernels, which the interpreter runs slowly; test_nf4_triton.py holds those to the reference."""
+    return SHAPES if path != "triton" else ((1,), (7, 9), (33, 31, 3), (96, 128), (4097,))
+
+
 def random_weight(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Normal values with zeros, signed zeros, one outlier and repeated magnitudes among them."""
     generator = torch.Generator().manual_seed(seed)
@@ -49,7 +54,7 @@ def awkward_values(draw: st.DrawFn) -> Tensor:
 @pytest.mark.parametrize("quant_type", TYPES)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_bytes_and_scales_equal_bitsandbytes(oracle: Any, quant_type: str, blocksize: int, path: str) -> None:
-    for shape in SHAPES:
+    for shape in shapes_for(path):
         for dtype in DTYPES:
             weight = random_weight(shape, dtype)
             with force_path(path):
@@ -74,7 +79,7 @@ def test_bytes_equal_bitsandbytes_on_ties(oracle: Any, weight: Tensor, quant_typ
 @pytest.mark.parametrize("quant_type", TYPES)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_values_equal_bitsandbytes(oracle: Any, quant_type: str, blocksize: int, path: str) -> None:
-    for shape in SHAPES:
+    for shape in shapes_for(path):
         packed, absmax = quantize(random_weight(shape), quant_type=quant_type, blocksize=blocksize)
         for dtype in DTYPES:
             with force_path(path):
@@ -308,6 +313,7 @@ def test_memory_with_huge_pages_is_memory_all_the_same(monkeypatch: pytest.Monke
     got.add_(1)  # writable
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of Triton's interpreter: Inf * 0
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", [0, 63, 64, 130])
 @pytest.mark.parametrize("path", PATHS)

@@ -1,0 +1,96 @@
+"""Weights -> 4-bit codes and block scales on CUDA, in one launch: the reference's bytes.
+
+A program holds whole blocks. It finds their largest magnitudes, scales as the reference does (whole blocks multiply by
+the reciprocal, a short last one divides, each step rounded to nearest), and finds the interval between midpoints of
+the code by four comparisons, against thresholds that are selected and not looked up.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dispatch import on_device
+
+TILE = 4096  # values of one program: the largest block
+
+
+def quantize_into(
+    flat: Tensor,
+    midpoints: Tensor,
+    order: Tensor | None,
+    blocksize: int,
+    smallest: float,
+    packed: Tensor,
+    absmax: Tensor,
+) -> None:
+    """Flat fp32, bf16 or fp16 values -> packed uint8 [(n + 1) // 2] and absmax fp32 [blocks], which are overwritten.
+
+    midpoints: fp32 [15], ascending; order: the code of each interval between them, uint8 [16], or None if that is its
+    number; smallest: the floor of what values are divided by. The absmax of a block with a NaN or Inf is Inf.
+    """
+    n = flat.numel()
+    if n == 0:
+        return
+    with on_device(flat):
+        _quantize[(triton.cdiv(n, TILE),)](
+            *(flat, midpoints, order, packed, absmax, n),
+            BLOCKS=TILE // blocksize,
+            BLOCKSIZE=blocksize,
+            SMALLEST=smallest,
+            SHORT=n % blocksize > 0,
+            num_warps=8,
+            enable_fp_fusion=False,
+        )
+
+
+@triton.jit
+def _quantize(  # type: ignore[no-untyped-def]
+    flat,
+    midpoints,
+    order,
+    packed,
+    absmax,
+    n,
+    BLOCKS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    SMALLEST: tl.constexpr,  # divisor
+    SHORT: tl.constexpr,  # the last block is not full
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCKS  # block
+    left = tl.minimum(n - first * BLOCKSIZE, BLOCKS * BLOCKSIZE).to(tl.int32)  # values from there on
+    block = tl.arange(0, BLOCKS)
+    i = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    values = tl.load(flat + first * BLOCKSIZE + i, mask=i < left, other=0.0).to(tl.float32)
+    largest = tl.max(tl.where(values == values, tl.abs(values), float("inf")), axis=1)
+    # Constants as tensors: Triton takes a number below fp32's normal range for float64.
+    divisor = tl.maximum(largest, tl.full([BLOCKS], SMALLEST, tl.float32))
+    scaled = values * tl.div_rn(tl.full([BLOCKS], 1.0, tl.float32), divisor)[:, None]
+    if SHORT:
+        short = (block + 1) * BLOCKSIZE > left
+        scaled = tl.where(short[:, None], tl.div_rn(values, divisor[:, None]), scaled)
+        largest = tl.where(short, divisor, largest)
+    codes = _interval(scaled, midpoints)
+    if order is not None:
+        codes = tl.load(order + codes).to(tl.int32)
+    high, low = tl.split(tl.reshape(codes, [BLOCKS, BLOCKSIZE // 2, 2]))
+    byte = block[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
+    tl.store(packed + first * (BLOCKSIZE // 2) + byte, (high << 4 | low).to(tl.uint8), mask=byte * 2 < left)
+    tl.store(absmax + first + block, largest, mask=block * BLOCKSIZE < left)
+
+
+@triton.jit
+def _interval(scaled, midpoints):  # type: ignore[no-untyped-def]
+    """How many of the 15 ascending midpoints lie below each value."""
+    upper = scaled > tl.load(midpoints + 7)
+    second = scaled > _choose(upper, midpoints, 11, 3)
+    threshold = tl.where(upper, _choose(second, midpoints, 13, 9), _choose(second, midpoints, 5, 1))
+    third = scaled > threshold
+    high = tl.where(second, _choose(third, midpoints, 14, 12), _choose(third, midpoints, 10, 8))
+    low = tl.where(second, _choose(third, midpoints, 6, 4), _choose(third, midpoints, 2, 0))
+    last = scaled > tl.where(upper, high, low)
+    return upper.to(tl.int32) * 8 + second.to(tl.int32) * 4 + third.to(tl.int32) * 2 + last.to(tl.int32)
+
+
+@triton.jit
+def _choose(condition, midpoints, YES: tl.constexpr, NO: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.where(condition, tl.load(midpoints + YES), tl.load(midpoints + NO))

@@ -1,0 +1,492 @@
+"""Quantising and decoding by kernel: the reference's bits at every edge, in one launch, and what it compiles to.
+
+tests/kernels/test_nf4.py holds all paths to bitsandbytes. Here the kernels' own edges are met: tiles, words, groups of
+256 scales, row strides, misaligned buffers, memory beside the buffers, weights of more than 2^31 values.
+"""
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fourbit.kernels import blockwise, dequantize4bit, quantize4bit
+from fourbit.kernels.dispatch import force_path
+from fourbit.kernels.nf4 import dequantize, quantize, quantize_absmax
+from fourbit.kernels.quantize4bit import BLOCKSIZES
+from fourbit.kernels.weight4bit import Weight4bit
+
+decoding = pytest.importorskip("fourbit.kernels.dequantize4bit_triton")
+quantizing = pytest.importorskip("fourbit.kernels.quantize4bit_triton")
+shifting = pytest.importorskip("fourbit.kernels.blockwise_triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MARGIN = 256
+BUDGET = {80: 8, 86: 8, 89: 8, 90: 8, 100: 8, 120: 9.5}  # SASS instructions to decode a value
+COLUMNS = (1, 2, 7, 8, 24, 63, 64, 65, 72, 128, 136, 520, 1023, 1024, 2048, 2056, 4100)
+guards: list[Tensor] = []
+
+
+def guarded(tensor: Tensor, shift: int = 0) -> Tensor:
+    """The same values, `shift` elements off alignment, between stretches of NaN (255 if integers) that are no one's."""
+    around = torch.full((tensor.numel() + 2 * MARGIN + shift,), 255, dtype=tensor.dtype, device=DEVICE)
+    if tensor.is_floating_point():
+        around.fill_(float("nan"))
+    first, last = MARGIN + shift, MARGIN + shift + tensor.numel()
+    around[first:last] = tensor.flatten()
+    guards.extend([around[:first], around[last:]])
+    return around[first:last].view(tensor.shape)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def reads_inside() -> Iterator[None]:
+    """In the interpreter every load is looked at: none may touch the guards, even if its value is dropped later."""
+    if DEVICE == "cuda":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    load = interpreter.InterpreterBuilder.create_masked_load
+
+    def guarded_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        for guard in guards:
+            offsets = pointers.data.astype("int64") - guard.data_ptr()
+            assert not ((offsets >= 0) & (offsets < guard.nbytes) & mask.data).any(), "read outside"
+        return load(self, pointers, mask, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_masked_load", guarded_load)
+        yield
+
+
+def assert_guards_untouched() -> None:
+    for guard in guards:
+        untouched = guard.isnan() if guard.is_floating_point() else guard == 255
+        assert bool(untouched.all()), "written outside"
+    guards.clear()
+
+
+def stored(n: int, nested: bool, quant_type: str, blocksize: int, seed: int) -> dict[str, Any]:
+    """Random codes and scales as the arguments of dequantize: every byte, and scales of many sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = -(-n // blocksize)
+    packed = torch.randint(0, 256, ((n + 1) // 2,), generator=generator, dtype=torch.uint8)
+    made: dict[str, Any] = {"packed": packed, "quant_type": quant_type, "blocksize": blocksize}
+    if not nested:
+        return made | {"absmax": torch.rand(blocks, generator=generator) + 0.01}
+    codes = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(-(-blocks // 256), generator=generator) + 0.01
+    return made | {"absmax": codes, "nested_absmax": scales, "offset": torch.rand((), generator=generator) + 1}
+
+
+def on_device(arguments: dict[str, Any], shift: int = 0) -> dict[str, Any]:
+    moved = {k: guarded(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    return moved | {"packed": guarded(arguments["packed"], shift)}
+
+
+def check_decoding(
+    rows: int,
+    columns: int,
+    arguments: dict[str, Any],
+    dtype: torch.dtype,
+    *,
+    transpose: bool = False,
+    pad: int = 0,
+    shift: int = 0,
+    shift_out: int = 0,
+) -> None:
+    """Into rows that lie `pad` values apart, codes and target `shift` elements off alignment: the reference's bits."""
+    shape = (columns, rows) if transpose else (rows, columns)
+    with force_path("reference"):
+        want = dequantize(**arguments, shape=(rows, columns), dtype=dtype, transpose=transpose)
+    workspace = guarded(torch.full((shape[0], shape[1] + pad), float("nan"), dtype=dtype), shift_out)
+    with force_path("triton"):
+        dequantize(
+            **on_device(arguments, shift),
+            shape=(rows, columns),
+            dtype=dtype,
+            transpose=transpose,
+            out=workspace[:, : shape[1]],
+        )
+    assert torch.equal(workspace[:, : shape[1]].cpu(), want)
+    assert bool(workspace[:, shape[1] :].isnan().all()), "written between rows"
+    assert_guards_untouched()
+
+
+@given(
+    st.integers(1, 9),
+    st.sampled_from(COLUMNS),
+    st.booleans(),
+    st.sampled_from(["nf4", "fp4"]),
+    st.sampled_from(BLOCKSIZES),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.sampled_from([0, 1, 8, 64]),
+    st.sampled_from([0, 0, 1, 2, 4]),
+    st.sampled_from([0, 0, 1, 4]),
+    st.integers(0, 1000),
+)
+@settings(max_examples=120)
+def test_every_shape_decodes_to_the_references_bits(
+    rows: int,
+    columns: int,
+    nested: bool,
+    quant_type: str,
+    blocksize: int,
+    dtype: torch.dtype,
+    transpose: bool,
+    pad: int,
+    shift: int,
+    shift_out: int,
+    seed: int,
+) -> None:
+    arguments = stored(rows * columns, nested, quant_type, blocksize, seed)
+    check_decoding(rows, columns, arguments, dtype, transpose=transpose, pad=pad, shift=shift, shift_out=shift_out)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "columns", "blocksize"),
+    [
+        (12, 2048, 32),  # tiles are whole, and each has one nested scale
+        (13, 1032, 32),  # groups of 256 blocks end within a tile, blocks within a row
+        (6, 2080, 32),  # rows begin with a block, tiles reach over the row's end
+        (130, 136, 64),  # tiles that are transposed hang over on both sides
+        (128, 128, 64),
+        (3, 2056, 4096),
+    ],
+)
+def test_scales_of_neighbouring_groups(
+    rows: int, columns: int, blocksize: int, dtype: torch.dtype, transpose: bool
+) -> None:
+    check_decoding(rows, columns, stored(rows * columns, True, "nf4", blocksize, 0), dtype, transpose=transpose, pad=8)
+
+
+@pytest.mark.parametrize("n", [1, 63, 2047, 2048, 2049, 2056, 9000])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_fresh_tensor_is_filled_and_any_number_of_dimensions_decodes(
+    n: int, nested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = stored(n, nested, "nf4", 32, n)
+
+    def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+    for shape in ((n,), (1, 1, n), (n, 1, 1)):
+        with force_path("reference"):
+            want = dequantize(**arguments, shape=shape)
+        with monkeypatch.context() as patch, force_path("triton"):
+            patch.setattr(dequantize4bit, "_allocate", poisoned)
+            got = dequantize(**on_device(arguments), shape=shape)
+        assert got.shape == shape and torch.equal(got.cpu(), want)
+    assert_guards_untouched()
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    arguments = stored(64 * 300, True, "nf4", 64, 0)
+
+    def decode(**changed: Any) -> Tensor:
+        return dequantize(**{"shape": (64, 300), **arguments, **changed})
+
+    for changed, message in (
+        ({"offset": None}, "belong together"),
+        ({"nested_absmax": None}, "belong together"),
+        ({"absmax": torch.ones(300)}, r"need 300 uint8 codes of scales, got 300 of torch\.float32"),
+        ({"absmax": arguments["absmax"][1:]}, "need 300 uint8 codes of scales, got 299"),
+        ({"nested_absmax": torch.ones(3)}, "300 codes in blocks of 256 need 2 scales in fp32, got 3"),
+        ({"offset": torch.ones(2)}, "offset must be one fp32 value, got 2"),
+        ({"absmax": arguments["absmax"].to("meta")}, "on one device, got cpu, meta"),
+        ({"out": torch.empty(64, 300, device="meta")}, "out must be on the codes' device cpu, got meta"),
+        ({"out": torch.empty(64, 300), "transpose": True}, r"out must be a contiguous \(300, 64\) tensor"),
+        ({"out": torch.empty(300, 64).T}, r"larger row stride.*strides \(1, 64\)"),
+        ({"out": torch.empty(1, 300).expand(64, 300)}, r"larger row stride.*strides \(0, 1\)"),
+        ({"shape": (4, 16, 300), "transpose": True}, r"only a matrix can be transposed, got shape \(4, 16, 300\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode(**changed)
+
+
+@pytest.mark.parametrize("path", ["reference", "cpu"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_without_kernels_workspaces_and_transposed_matrices_are_filled_too(
+    path: str, nested: bool, transpose: bool
+) -> None:
+    arguments = stored(33 * 65, nested, "fp4", 32, 0)
+    with force_path(path):
+        flat = dequantize(**arguments, shape=(33, 65), dtype=torch.bfloat16)
+        workspace = torch.full((65, 80) if transpose else (33, 80), float("nan"), dtype=torch.bfloat16)
+        out = workspace[:, : 33 if transpose else 65]
+        assert dequantize(**arguments, shape=(33, 65), dtype=torch.bfloat16, out=out, transpose=transpose) is out
+        alone = dequantize(**arguments, shape=(33, 65), dtype=torch.bfloat16, transpose=transpose)
+    assert torch.equal(out, flat.T if transpose else flat) and bool(workspace[:, out.shape[1] :].isnan().all())
+    assert alone.is_contiguous() and torch.equal(alone, out)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 64), (64, 0)])
+def test_nothing_decodes_to_nothing(shape: tuple[int, ...]) -> None:
+    with force_path("triton"):
+        got = dequantize(**on_device(stored(0, False, "nf4", 64, 0)), shape=shape)
+        assert got.shape == shape
+        packed, absmax = quantize(torch.empty(shape, device=DEVICE))
+        assert packed.shape == (0, 1) and absmax.shape == (0,)
+    guards.clear()
+
+
+def test_stored_tensors_may_be_views() -> None:
+    """Every other element of wider tensors: flat, they are still no more than views."""
+    arguments = stored(3 * 4096, True, "nf4", 64, 0)
+    wide = {
+        k: v.repeat_interleave(2).to(DEVICE) if k != "offset" else v
+        for k, v in arguments.items()
+        if isinstance(v, Tensor)
+    }
+    with force_path("reference"):
+        want = dequantize(**arguments, shape=(3, 4096))
+    views = arguments | {k: v[::2] if v.dim() else v.to(DEVICE) for k, v in wide.items()}
+    with force_path("triton"):
+        got = dequantize(**views, shape=(3, 4096))
+    assert torch.equal(got.cpu(), want)
+
+
+class _Launches:
+    """Stands in for a kernel and counts."""
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *_, **__: self.grids.append(grid)
+
+
+class _Ops(TorchDispatchMode):
+    """The names of torch's own ops that run meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("columns", [64, 63])
+def test_decoding_is_one_launch_and_nothing_else(
+    columns: int, transpose: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = on_device(stored(8 * columns, True, "nf4", 64, 0))
+    with force_path("triton"):
+        dequantize(**arguments, shape=(8, columns), transpose=transpose)  # the tables are made now
+        launches = _Launches()
+        for kernel in ("_decode_words", "_decode_turned", "_decode_values"):
+            monkeypatch.setattr(decoding, kernel, launches)
+        with _Ops() as ops:
+            dequantize(**arguments, shape=(8, columns), transpose=transpose)
+    guards.clear()
+    assert len(launches.grids) == 1
+    assert ops.names <= {"empty", "view", "detach"}, ops.names
+
+
+@pytest.mark.parametrize(
+    ("n", "word"), [(1 << 20, 8), ((1 << 33) + 8, 8), ((1 << 32) + 4, 4)], ids=["small", "large", "large fp32"]
+)
+def test_grids_stay_within_cudas_limits(n: int, word: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flat weights of any size, and matrices with as many rows or columns as a vocabulary has."""
+    launches = _Launches()
+    for kernel in ("_decode_words", "_decode_turned", "_decode_values"):
+        monkeypatch.setattr(decoding, kernel, launches)
+    dtype = torch.bfloat16 if word == 8 else torch.float32
+    meta = {"device": "meta"}
+    for rows, columns in ((1, n), (n // word, word), (262_144, 8192), (8192, 262_144)):
+        packed = torch.empty(rows * columns // 2, dtype=torch.uint8, **meta)
+        weight = Weight4bit(packed, torch.empty(rows * columns // 64, **meta), None, None, rows, columns, "nf4", 64)
+        for transpose in (False, True):
+            shape = (columns, rows) if transpose else (rows, columns)
+            for out in (
+                torch.empty(shape, dtype=dtype, **meta),
+                torch.empty(shape[0], shape[1] + 8, dtype=dtype, **meta),
+            ):
+                decoding.decode_into(out[:, : shape[1]], weight, transpose)
+    assert all(grid[0] < 1 << 31 and (len(grid) == 1 or grid[1] < 1 << 16) for grid in launches.grids)
+    assert len(launches.grids) == 16
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device: 6 GB of it")
+def test_more_than_two_to_the_31_values() -> None:
+    n, tail = (1 << 31) + 8192, 8192
+    for nested in (False, True):
+        arguments = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in stored(n, nested, "nf4", 64, 0).items()}
+        scales = arguments["absmax"]
+        if nested:
+            scales = blockwise.dequantize_absmax(scales, arguments["nested_absmax"], arguments["offset"])
+        want = dequantize(arguments["packed"][-tail // 2 :], scales[-tail // 64 :], (tail,), dtype=torch.bfloat16)
+        flat = dequantize(**arguments, shape=(n,), dtype=torch.bfloat16)
+        assert torch.equal(flat[-tail:], want)
+        packed, absmax = quantize(flat)
+        again = quantize(flat[-tail:])
+        assert torch.equal(packed[-tail // 2 :], again[0]) and torch.equal(absmax[-tail // 64 :], again[1])
+
+
+weights = st.builds(
+    lambda n, seed, kind: torch.randn(n, generator=torch.Generator().manual_seed(seed)) ** kind * 0.05,
+    st.integers(1, 9000),
+    st.integers(0, 1000),
+    st.sampled_from([1, 3]),
+)
+
+
+@given(
+    weights, st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCKSIZES), st.sampled_from(DTYPES), st.integers(0, 3)
+)
+@settings(max_examples=60)
+def test_quantising_gives_the_references_bytes(
+    weight: Tensor, quant_type: str, blocksize: int, dtype: torch.dtype, shift: int
+) -> None:
+    """test_nf4.py has the ties; here: lengths, dtypes, alignment, and what lies beside the buffers."""
+    weight = weight.to(dtype)
+    with force_path("reference"):
+        want = quantize(weight, quant_type=quant_type, blocksize=blocksize)
+    with force_path("triton"), pytest.MonkeyPatch.context() as patch:
+        empty = torch.empty
+        patch.setattr(torch, "empty", lambda *a, **k: guarded(empty(*a, **k)))
+        got = quantize(guarded(weight, shift), quant_type=quant_type, blocksize=blocksize)
+    assert torch.equal(got[0].cpu(), want[0]) and torch.equal(got[1].cpu(), want[1])
+    assert_guards_untouched()
+
+
+@pytest.mark.parametrize("view", ["transposed", "strided", "expanded"])
+def test_views_are_quantised_as_what_they_show(view: str) -> None:
+    base = torch.randn(64, 130, generator=torch.Generator().manual_seed(0))
+    weight = {"transposed": base.T, "strided": base[:, ::2], "expanded": base[:1].expand(7, 130)}[view]
+    with force_path("reference"):
+        want = quantize(weight)
+    with force_path("triton"):
+        got = quantize(weight.to(DEVICE))
+    assert torch.equal(got[0].cpu(), want[0]) and torch.equal(got[1].cpu(), want[1])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of the interpreter: Inf * 0
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [0, 70, 4100])
+def test_what_is_not_finite_is_found(bad: float, where: int) -> None:
+    weight = torch.ones(4101)
+    weight[where] = bad
+    with force_path("triton"), pytest.raises(ValueError, match=rf"got {bad} at flat index {where} of"):
+        quantize(weight.to(DEVICE))
+
+
+@given(st.integers(1, 3000), st.integers(0, 1000), st.sampled_from([0.02, 1.0, 30.0]), st.booleans(), st.integers(0, 3))
+@settings(max_examples=40)
+def test_scales_are_quantised_to_the_references_bytes(n: int, seed: int, size: float, ties: bool, shift: int) -> None:
+    """Half of them with scales on the midpoints of the map, where they exist in fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    absmax = torch.rand(n, generator=generator) * size
+    if ties:
+        absmax = blockwise._midpoints(blockwise.dynamic_code())[torch.randint(255, (n,), generator=generator)].float()
+    with force_path("reference"):
+        want = quantize_absmax(absmax)
+    with force_path("triton"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty_like", lambda t, dtype, **_: guarded(torch.full(t.shape, 99, dtype=dtype)))
+        patch.setattr(
+            torch, "empty", lambda *shape, dtype, device: guarded(torch.full(shape, float("nan"), dtype=dtype))
+        )
+        got = quantize_absmax(guarded(absmax, shift))
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
+    assert_guards_untouched()
+
+
+def test_exactly_between_two_codes_the_lower_wins() -> None:
+    """Without an offset, so that the midpoints stay what they are."""
+    code = blockwise.dynamic_code()
+    midpoints = blockwise._midpoints(code)
+    ties = midpoints[midpoints == midpoints.float()].float()
+    values = torch.nn.functional.pad(ties, (0, 256 - len(ties)), value=1.0)
+    codes, absmax = torch.empty(256, dtype=torch.uint8, device=DEVICE), torch.empty(1, device=DEVICE)
+    zero = torch.zeros((), device=DEVICE)
+    shifting.quantize_shifted(values.to(DEVICE), zero, midpoints.to(DEVICE), 256, codes, absmax)
+    want, want_absmax = blockwise.quantize_blockwise(values, code, 256)
+    assert len(ties) > 100 and torch.equal(codes.cpu(), want) and torch.equal(absmax.cpu(), want_absmax)
+
+
+def _decoding(
+    rows: int, columns: int, dtype: torch.dtype, pad: int = 0, *, transpose: bool = False, blocksize: int = 64
+) -> Callable[[], None]:
+    """A weight with double quantisation, into a workspace whose rows lie `pad` values apart."""
+
+    def run() -> None:
+        blocks = -(-rows * columns // blocksize)
+        meta: Any = {"device": "meta"}
+        shape = (columns, rows) if transpose else (rows, columns)
+        dequantize(
+            torch.empty(rows * columns // 2, 1, dtype=torch.uint8, **meta),
+            torch.empty(blocks, dtype=torch.uint8, **meta),
+            (rows, columns),
+            nested_absmax=torch.empty(-(-blocks // 256), **meta),
+            offset=torch.empty((), **meta),
+            dtype=dtype,
+            blocksize=blocksize,
+            out=torch.empty(shape[0], shape[1] + pad, dtype=dtype, **meta)[:, : shape[1]],
+            transpose=transpose,
+        )
+
+    return run
+
+
+def _quantizing(shape: tuple[int, int], dtype: torch.dtype, quant_type: str, blocksize: int) -> Callable[[], None]:
+    """Without quantize's last step, which looks at the result."""
+    n = shape[0] * shape[1]
+    meta: Any = {"device": "meta"}
+
+    def run() -> None:
+        packed, absmax = torch.empty((n + 1) // 2, dtype=torch.uint8, **meta), torch.empty(-(-n // blocksize), **meta)
+        quantize4bit._quantize_triton(torch.empty(n, dtype=dtype, **meta), quant_type, blocksize, packed, absmax)
+
+    return run
+
+
+SCENARIOS = {
+    "decode 8b down": _decoding(4096, 14336, torch.bfloat16),
+    "decode 70b gate workspace": _decoding(28672, 8192, torch.bfloat16, 64),
+    "decode 7b up workspace": _decoding(18944, 3584, torch.float16, 64),  # rows of Qwen's end within a tile
+    "decode fp32": _decoding(4096, 4096, torch.float32, blocksize=128),
+    "decode transposed": _decoding(4096, 14336, torch.bfloat16, transpose=True),
+    "decode odd": _decoding(34, 321, torch.bfloat16, 3, transpose=True, blocksize=32),
+    "quantize": _quantizing((4097, 14337), torch.float32, "fp4", 64),
+    "quantize scales": lambda: quantize_absmax(torch.empty(917_504, device="meta")),
+}
+
+
+def test_no_spills_and_shared_memory_fits(aot: ModuleType) -> None:
+    costs = aot.costs_of(__file__)
+    aot.assert_no_spills(costs)
+    assert {cost.kernel for cost in costs} == {
+        *("_decode_words", "_decode_turned", "_decode_values", "_quantize", "_quantize_shifted")
+    }
+
+
+def test_instructions_and_registers_a_value(aot: ModuleType) -> None:
+    """All SASS instructions of the kernel (it has no loop), times threads, over the values of a tile: at most BUDGET.
+
+    Scales of double quantisation are included. At full copy bandwidth an H100 has 25 issue slots a value, an RTX 5090
+    87. With at most 64 registers a thread, half of a multiprocessor's threads can wait for memory at a time.
+    """
+    counted = 0
+    for cost in aot.costs_of(__file__):
+        assert cost.registers <= 128, cost
+        if cost.kernel not in ("_decode_words", "_decode_turned"):
+            continue
+        tile = cost.constants.get("TILE") or cost.constants["HIGH"] * cost.constants["WIDE"]
+        a_value = cost.instructions * cost.threads / (tile * cost.constants["WORD"])
+        assert a_value <= BUDGET[cost.capability] and cost.registers <= 64, (a_value, cost)
+        assert cost.loop_instructions == cost.instructions, "it has a loop: this counting does not hold"
+        counted += 1
+    assert counted >= 5 * len(aot.CAPABILITIES)
