@@ -160,8 +160,8 @@ def backward_cpu(
     if mask is not None:
         grad_x *= mask
     for i, g in enumerate(grads):
-        for start, part in [(0, dense[i])] if dense else slabs(group.weights[i], dtype):
-            grad_x.addmm_(g[:, start : start + len(part)], part)
+        for start, rows in [(0, dense[i])] if dense else slabs(group.weights[i], dtype):
+            grad_x.addmm_(g[:, start : start + len(rows)], rows)
     return Gradients(grad_A, grad_B, grad_x.to(x.dtype))
 
 

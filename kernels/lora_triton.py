@@ -149,8 +149,8 @@ def _power(size: int) -> int:
 
 def _spans(M: int, N: int, BN: int, processors: int) -> tuple[int, int]:
     """(rows, columns) that one program goes over: large, for few partial sums, but not so large that GPU parts idle."""
-    rows, blocks = 512, -(-N // BN)
-    while rows > 128 and blocks * -(-M // rows) < 2 * processors:
+    rows, blocks = 1024, -(-N // BN)
+    while rows > 128 and blocks * -(-M // rows) < processors:
         rows //= 2
     return rows, BN * max(1, blocks * -(-M // rows) // (2 * processors))
 
