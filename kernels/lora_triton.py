@@ -150,9 +150,9 @@ def _power(size: int) -> int:
 def _spans(M: int, N: int, BN: int, processors: int) -> tuple[int, int]:
     """(rows, columns) that one program goes over: large, for few partial sums, but not so large that GPU parts idle."""
     rows, blocks = 1024, -(-N // BN)
-    while rows > 128 and blocks * -(-M // rows) < processors:
+    while rows > 128 and 4 * blocks * -(-M // rows) < 3 * processors:
         rows //= 2
-    return rows, BN * max(1, blocks * -(-M // rows) // (2 * processors))
+    return rows, BN * -(-blocks * -(-M // rows) // processors)  # so few programs that all run at once
 
 
 # The kernels. Strides are of rows, in elements; the last dimension is contiguous. Rows are counted in 64 bits where
