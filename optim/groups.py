@@ -1,15 +1,55 @@
-"""Parameter groups: what decays and what does not."""
+"""Parameter groups: what decays, and what learns faster or slower than the rest."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 
-def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: matrices decay, vectors (norms, biases) do not. Empty groups are left out."""
-    parameters = list(parameters)
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    lora_plus: float = 1.0,
+    lr_scale: Mapping[str, float] | None = None,
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer, by weight decay and learning rate, in the order of their first parameter.
+
+    Matrices decay; vectors (norms, biases) and DoRA's magnitudes do not. `lora_plus` is the ratio of lora_B's learning
+    rate to lora_A's (LoRA+, Hayou et al., arXiv 2402.12354, who suggest 16). `lr_scale` maps patterns of names, with
+    * and ?, to factors on the learning rate; a parameter's factor is the product over all patterns that match its whole
+    name, and 0 leaves it out, as is one that needs no gradient. Besides "lr" each group has "lr_scale", its factor on
+    `lr`, for loops that set the rate of every step themselves.
+    Raises ValueError for a factor that is negative or not finite, and for a pattern that matches nothing.
+    """
+    scales = dict(sorted((lr_scale or {}).items()))  # sorted: else a product's last bit may depend on who wrote them
+    for what, value in {"lora_plus": lora_plus, **scales}.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{what}: a factor on the learning rate must be 0 or more and finite, got {value}")
+    named_parameters = list(named_parameters)
+    for pattern in scales:
+        if not any(fnmatchcase(name, pattern) for name, _ in named_parameters):
+            raise ValueError(f"the learning-rate pattern {pattern!r} matches no parameter{_such_as(named_parameters)}")
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in named_parameters:
+        scale = math.prod(value for pattern, value in scales.items() if fnmatchcase(name, pattern))
+        if {"lora_B", "lora_embedding_B"} & set(name.split(".")):
+            scale *= lora_plus
+        if not parameter.requires_grad or scale == 0:
+            continue
+        decay = weight_decay if parameter.ndim >= 2 and not _is_magnitude(name) else 0.0
+        empty = {"params": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": decay}
+        groups.setdefault((decay, scale), empty)["params"].append(parameter)
+    return list(groups.values())
+
+
+def _is_magnitude(name: str) -> bool:
+    """DoRA's magnitude: `magnitude`, or PEFT's `lora_magnitude_vector.default.weight`, of any shape."""
+    return any(part == "magnitude" or part.startswith("lora_magnitude") for part in name.split("."))
+
+
+def _such_as(named_parameters: list[tuple[str, nn.Parameter]]) -> str:
+    return f"; a name is such as {named_parameters[0][0]!r}" if named_parameters else ""

@@ -1,21 +1,48 @@
 """The learning rate as a plain function of the step: nothing to save, so nothing to restore wrongly."""
 
 import math
-from typing import Literal
+from functools import partial
+from typing import Literal, get_args
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+Schedule = Literal["cosine", "linear", "constant", "inverse-sqrt", "wsd"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 def learning_rate(
-    step: int, *, total: int, peak: float, warmup: int, schedule: Literal["cosine", "linear", "constant"]
+    step: int, *, total: int, peak: float, warmup: int, schedule: Schedule = "cosine", decay: int | None = None
 ) -> float:
     """Learning rate of step `step`, counted from 0, in a run of `total` steps.
 
-    Warm-up is linear and never yields zero: step i of it has peak * (i + 1) / (warmup + 1). After it the rate stays,
-    or falls to zero at step `total`, along a line or half a cosine (Loshchilov and Hutter, arXiv 1608.03983, eq. 5,
-    without restarts).
+    Warm-up is linear and never yields zero: step i of it has peak * (i + 1) / (warmup + 1). After it the rate
+
+    - "constant": stays;
+    - "linear", "cosine": falls to zero at step `total`, along a line or half a cosine (Loshchilov and Hutter, arXiv
+      1608.03983, eq. 5, without restarts);
+    - "inverse-sqrt": falls as 1 / sqrt(step) (Vaswani et al., arXiv 1706.03762, section 5.3) from the peak at the end
+      of warm-up, whatever `total` is; without warm-up step i has peak / sqrt(i + 1);
+    - "wsd" (warm-up, stable, decay; Hu et al., arXiv 2404.06395, section 4): stays, and falls to zero along a line
+      over the last `decay` steps: a tenth of all unless given, and never more than there are after warm-up.
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     if schedule == "constant":
         return peak
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return peak * (1 - progress) if schedule == "linear" else peak * (1 + math.cos(math.pi * progress)) / 2
+    if schedule == "inverse-sqrt":
+        scale = max(warmup, 1)
+        return peak * math.sqrt(scale / (scale + step - warmup))
+    falling = total - warmup
+    if schedule == "wsd":
+        falling = min(falling, round(total / 10) if decay is None else decay)
+    left = min(1.0, max(0.0, (total - step) / max(1, falling)))
+    return peak * (1 - math.cos(math.pi * left)) / 2 if schedule == "cosine" else peak * left
+
+
+def scheduler(
+    optimizer: Optimizer, *, total: int, warmup: int, schedule: Schedule = "cosine", decay: int | None = None
+) -> LambdaLR:
+    """The same as a torch scheduler, for loops of one's own: every group's `lr` is its peak; step() after each step."""
+    factor = partial(learning_rate, total=total, peak=1.0, warmup=warmup, schedule=schedule, decay=decay)
+    return LambdaLR(optimizer, factor)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..errors import InputError
-from ..optim.groups import decay_groups
+from ..optim.groups import parameter_groups
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Stepper:
         self.loss_sum = loss_sum
         self.max_grad_norm = max_grad_norm
         self.device = next(iter(self.parameters.values())).device
-        groups = decay_groups(self.parameters.values(), weight_decay)
+        groups = parameter_groups(self.parameters.items(), lr=0.0, weight_decay=weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
@@ -63,7 +63,7 @@ class Stepper:
             nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         skipped = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
         # Fused AdamW leaves weights, moments and its step count alone where found_inf is 1.
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()

@@ -1,5 +1,6 @@
-"""The learning rate: its landmarks, its shape, and equality with torch's own cosine where torch has one."""
+"""The learning rate: its landmarks, its shape, and equality with torch's and transformers' own where they have one."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -7,43 +8,127 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim import lr_scheduler
 
-from fourbit.optim.groups import decay_groups
-from fourbit.optim.schedule import learning_rate
+from fourbit.optim.schedule import SCHEDULES, learning_rate, scheduler
 
-SCHEDULES = st.sampled_from(["cosine", "linear", "constant"])
+PEAK = 3.0
 
 
-@given(SCHEDULES, st.integers(1, 500), st.data())
+def rates(schedule, total, warmup=0, peak=1.0, **options):
+    return [
+        learning_rate(i, total=total, peak=peak, warmup=warmup, schedule=schedule, **options) for i in range(total + 1)
+    ]
+
+
+def theirs(make, steps):
+    """The learning rates that a torch scheduler sets, step by step."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=PEAK)
+    schedule, seen = make(optimizer), []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+@given(st.sampled_from(SCHEDULES), st.integers(1, 500), st.data())
 def test_rises_to_the_peak_and_never_above(schedule, total, data):
     warmup = data.draw(st.integers(0, total - 1))
-    rates = [learning_rate(i, total=total, peak=0.5, warmup=warmup, schedule=schedule) for i in range(total)]
-    assert max(rates) == rates[warmup] == 0.5
-    assert all(0 < a < b for a, b in pairwise(rates[: warmup + 1]))
-    assert all(a >= b > 0 for a, b in pairwise(rates[warmup:]))
+    decay = data.draw(st.none() | st.integers(0, 2 * total))
+    every = rates(schedule, total, warmup, 0.5, decay=decay)[:total]
+    assert max(every) == every[warmup] == 0.5
+    assert all(0 < a < b for a, b in pairwise(every[: warmup + 1]))
+    assert all(a >= b > 0 for a, b in pairwise(every[warmup:]))
 
 
-@pytest.mark.parametrize("schedule, middle, end", [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1, 1)])
+@pytest.mark.parametrize(
+    "schedule, middle, end",
+    [
+        ("cosine", 0.5, 0.0),
+        ("linear", 0.5, 0.0),
+        ("constant", 1, 1),
+        ("inverse-sqrt", math.sqrt(10 / 60), math.sqrt(10 / 110)),
+        ("wsd", 1, 0),
+    ],
+)
 def test_landmarks(schedule, middle, end):
-    rate = lambda step: learning_rate(step, total=110, peak=1.0, warmup=10, schedule=schedule)  # noqa: E731
-    assert rate(0) == pytest.approx(1 / 11) and rate(10) == 1
-    assert rate(60) == pytest.approx(middle) and rate(110) == pytest.approx(end)
+    every = rates(schedule, 110, 10)
+    assert every[0] == pytest.approx(1 / 11) and every[10] == 1
+    assert every[60] == pytest.approx(middle) and every[110] == pytest.approx(end, abs=1e-12)
 
 
-def test_cosine_is_torchs():
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3.0)
-    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
-    for step in range(50):
-        assert learning_rate(step, total=50, peak=3.0, warmup=0, schedule="cosine") == pytest.approx(
-            optimizer.param_groups[0]["lr"]
-        )
+def test_wsd_stays_then_falls_along_a_line():
+    every = rates("wsd", 100, 10, decay=20)
+    assert every[10:81] == [1.0] * 71
+    assert every[80:] == pytest.approx([1 - i / 20 for i in range(21)])
+
+
+def test_wsd_falls_over_a_tenth_of_the_run_unless_told_otherwise():
+    assert rates("wsd", 100) == rates("wsd", 100, decay=10)
+    assert rates("wsd", 4)[:4] == [1.0] * 4, "a tenth of 4 steps is none: the run ends on the plateau"
+
+
+def test_wsd_never_falls_before_warmup_ends():
+    assert rates("wsd", 20, 10, decay=15) == rates("linear", 20, 10)
+
+
+def test_inverse_sqrt_quarters_by_sixteen():
+    every = rates("inverse-sqrt", 1600, 100)
+    assert every[100] == 1 and every[400] == pytest.approx(1 / 2) and every[1600] == pytest.approx(1 / 4)
+    assert rates("inverse-sqrt", 15)[15] == pytest.approx(1 / 4)
+    assert rates("inverse-sqrt", 50, 5) == rates("inverse-sqrt", 90, 5)[:51]
+
+
+@pytest.mark.parametrize(
+    "schedule, make",
+    [
+        ("cosine", lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=50)),
+        ("linear", lambda o: lr_scheduler.LinearLR(o, start_factor=1.0, end_factor=0.0, total_iters=50)),
+        ("constant", lambda o: lr_scheduler.ConstantLR(o, factor=1.0)),
+    ],
+)
+def test_is_torchs(schedule, make):
+    assert rates(schedule, 50, peak=PEAK)[:50] == pytest.approx(theirs(make, 50), rel=1e-9)
+
+
+def test_warmup_is_torchs():
+    make = lambda o: lr_scheduler.LinearLR(o, start_factor=1 / 11, end_factor=1.0, total_iters=10)  # noqa: E731
+    assert rates("constant", 30, 10, PEAK)[:30] == pytest.approx(theirs(make, 30), rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "inverse-sqrt", "wsd"])
+def test_is_transformers_after_warmup(schedule):
+    """Theirs starts warm-up at zero, ours one step up; from its end on they are one."""
+    optimization = pytest.importorskip("transformers.optimization")
+    make = {
+        "cosine": lambda o: optimization.get_cosine_schedule_with_warmup(o, 7, 50),
+        "linear": lambda o: optimization.get_linear_schedule_with_warmup(o, 7, 50),
+        "inverse-sqrt": lambda o: optimization.get_inverse_sqrt_schedule(o, 7),
+        "wsd": lambda o: optimization.get_wsd_schedule(
+            o, 7, 15, num_training_steps=50, decay_type="linear", min_lr_ratio=0.0
+        ),
+    }[schedule]
+    assert rates(schedule, 50, 7, PEAK, decay=15)[7:50] == pytest.approx(theirs(make, 50)[7:], rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_as_a_torch_scheduler(schedule):
+    """Two groups keep their ratio, and a saved scheduler goes on where it stopped."""
+    make = lambda: torch.optim.SGD(  # noqa: E731
+        [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 16.0)]
+    )
+    options = {"total": 40, "warmup": 5, "schedule": schedule, "decay": 8}
+    optimizer = make()
+    schedule_of_steps = scheduler(optimizer, **options)
+    for step in range(40):
+        wanted = learning_rate(step, peak=1.0, **options)
+        assert [group["lr"] for group in optimizer.param_groups] == [wanted, 16 * wanted]
+        if step == 20:
+            saved, old = schedule_of_steps.state_dict(), optimizer.state_dict()
+            optimizer = make()
+            schedule_of_steps = scheduler(optimizer, **options)
+            schedule_of_steps.load_state_dict(saved)
+            optimizer.load_state_dict(old)
         optimizer.step()
-        theirs.step()
-
-
-def test_vectors_do_not_decay():
-    layer = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
-    decayed, spared = decay_groups(layer.parameters(), 0.1)
-    assert decayed["weight_decay"] == 0.1 and [tuple(p.shape) for p in decayed["params"]] == [(3, 2)]
-    assert spared["weight_decay"] == 0.0 and [tuple(p.shape) for p in spared["params"]] == [(3,), (3,), (3,)]
-    assert len(decay_groups([nn.Parameter(torch.zeros(2, 2))], 0.1)) == 1
+        schedule_of_steps.step()
