@@ -17,7 +17,7 @@ from .show import pairs, result
 
 ABOUT = "Print versions, devices, memory, and which device, dtype and kernels fourbit will use."
 NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "pyyaml", "rich", "gguf", "matplotlib", "msgspec")
-OPTIONAL = {"tensorboard": "for --log tensorboard"}
+OPTIONAL = {"triton": "for kernels on a GPU", "tensorboard": "for --log tensorboard"}
 TORCH_FLOOR = (2, 10)
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))  # weights that the dispatch table is shown for
 ROWS = [2**power for power in range(14)]
