@@ -165,5 +165,7 @@ def _yaml_value(value: Any) -> str:
 
     plain = list(value) if isinstance(value, tuple) else value
     readable = str(value).isprintable()  # else escaped: some line separators do not survive PyYAML as they are
-    text = yaml.dump(plain, Dumper=_dumper_class(), default_flow_style=True, allow_unicode=readable, width=10**6)
+    text = yaml.dump(
+        plain, Dumper=_dumper_class(), default_flow_style=True, allow_unicode=readable, width=10**6, sort_keys=False
+    )
     return str(text).removesuffix("...\n").strip()

@@ -27,6 +27,8 @@ METAVARS = {
     "template": "NAME|FILE",
     "resume": "auto|PATH",
     "log": "NAME",
+    "lr_scale": "PATTERN=X",
+    "optimizer_budget": "auto|SIZE",
 }  # where the type says too little
 
 
@@ -149,7 +151,7 @@ def _how(field: "Field[Any]", hint: Any) -> dict[str, Any]:
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction, "help": text}
     metavar = field.metadata.get("metavar") or METAVARS.get(field.name) or _metavar(hint)
-    if _is_tuple(hint):
+    if _is_tuple(hint) or _is_mapping(hint):
         return {"action": "append", "metavar": metavar, "help": text}
     if field.name in BARE:
         return {"nargs": "?", "const": BARE[field.name], "metavar": metavar, "help": text}
@@ -160,7 +162,7 @@ def _default_text(field: "Field[Any]") -> str:
     if _required(field):
         return " (required)"
     default = field.default_factory() if field.default_factory is not MISSING else field.default
-    if default is None or default == () or default is False:
+    if default is None or default == () or default == {} or default is False:
         return ""
     if default is True:
         return " (default: on)"
@@ -189,13 +191,25 @@ def _convert(raw: Any, hint: Any, where: str, *, strict: bool) -> Any:
 
     if _is_tuple(hint) and isinstance(raw, str):
         raw = [raw]
+    if _is_mapping(hint) and not strict:
+        raw = _pairs(raw, where)
     try:
         value = msgspec.convert(raw, hint, strict=strict)
     except msgspec.ValidationError:
         raise InputError(f"{where} must be {_expected(hint)}, got {_shown(raw)}") from None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{where} must be a finite number, got {value}")
+    for number in value.values() if isinstance(value, dict) else [value]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise InputError(f"{where} must be a finite number, got {number}")
     return value
+
+
+def _pairs(given: Sequence[Any], where: str) -> dict[str, str]:
+    """`NAME=X` texts as a mapping; of two with one name the last counts, as with any flag."""
+    pairs = [str(text).rpartition("=") for text in given]
+    for text, (name, _, value) in zip(given, pairs, strict=True):
+        if not name or not value:
+            raise InputError(f"{where} must be a name or pattern, = and a number, got {_shown(text)}")
+    return {name: value for name, _, value in pairs}
 
 
 def _expected(hint: Any) -> str:
@@ -206,6 +220,8 @@ def _expected(hint: Any) -> str:
         return " or ".join(_expected(part) for part in get_args(hint))
     if _is_tuple(hint):
         return "text or a list of texts"
+    if _is_mapping(hint):
+        return "a mapping of names or patterns to numbers"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}[hint]
 
 
@@ -224,6 +240,10 @@ def _shown(raw: Any) -> str:
 
 def _is_tuple(hint: Any) -> bool:
     return get_origin(hint) is tuple
+
+
+def _is_mapping(hint: Any) -> bool:
+    return get_origin(hint) is dict
 
 
 def _flag(name: str) -> str:

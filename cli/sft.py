@@ -223,6 +223,8 @@ def _by_source(settings: Mapping[str, Any], sources: Mapping[str, str]) -> dict[
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        value = tuple(f"{name}={number:g}" for name, number in value.items())
     return ",".join(value) or "-" if isinstance(value, tuple) else "-" if value is None else str(value)
 
 

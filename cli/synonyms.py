@@ -28,6 +28,10 @@ SYNONYMS = {
     **dict.fromkeys(("learning_rate", "peak_lr"), "lr"),
     **dict.fromkeys(("lr_scheduler_type", "lr_scheduler", "lr_schedule", "scheduler"), "schedule"),
     **dict.fromkeys(("warmup_ratio", "warmup_steps", "lr_warmup_steps", "warmup_iters"), "warmup"),
+    **dict.fromkeys(("decay_steps", "lr_decay_steps", "num_decay_steps", "decay_ratio"), "decay"),
+    **dict.fromkeys(("loraplus_lr_ratio", "loraplus_ratio", "loraplus", "lora_plus_ratio"), "lora_plus"),
+    **dict.fromkeys(("lr_groups", "embedding_learning_rate", "embedding_lr", "loraplus_lr_embedding"), "lr_scale"),
+    **dict.fromkeys(("optim", "optimizer_name", "optimizer_type"), "optimizer"),
     **dict.fromkeys(("max_grad_clip", "gradient_clipping", "grad_clip", "clip_grad"), "max_grad_norm"),
     **dict.fromkeys(
         ("completion_only_loss", "assistant_only_loss", "train_on_inputs", "mask_prompt", "train_on_prompt"), "loss_on"
@@ -65,6 +69,10 @@ REMARKS = {
     "warmup_steps": "warmup is a number of steps from 1 on",
     "train_on_inputs": "loss_on is assistant, last or all",
     "mask_prompt": "loss_on is assistant, last or all",
+    **dict.fromkeys(
+        ("lr_groups", "embedding_learning_rate", "embedding_lr", "loraplus_lr_embedding"),
+        "lr_scale has factors on lr by patterns of names, '*.embed_tokens.*=0.1'",
+    ),
     "plot_loss": "the loss curve is always drawn, as loss.png in the out folder",
     "bf16": "dtype is auto, float32, bfloat16 or float16",
     "fp16": "dtype is auto, float32, bfloat16 or float16",

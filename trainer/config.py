@@ -4,14 +4,22 @@ Every field carries its help text, so the command line and the docs print the sa
 adapter sensibly on a few hundred to a few thousand rows; nothing here needs a GPU.
 """
 
+import json
+import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
 
 from ..errors import InputError
+from ..optim.schedule import SCHEDULES, Schedule
 
-Schedule = Literal["cosine", "linear", "constant"]
 LossOn = Literal["assistant", "all", "last"]
+OptimizerName = Literal[
+    "adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit", "lion", "lion8bit", "paged-lion", "paged-lion8bit"
+]
+PAGED = "paged-"
+UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def _option(default: Any, help: str) -> Any:
@@ -35,9 +43,32 @@ class SFTConfig:
     on_bad_row: Literal["error", "skip"] = _option("error", "stop at bad rows, or leave them out and count them")
     template: str | None = _option(None, "chat template: a built-in's name or a .jinja file instead of the model's own")
     lr: float = _option(2e-4, "peak learning rate")
-    schedule: Schedule = _option("cosine", "learning rate after warm-up: cosine or linear to zero, or constant")
+    schedule: Schedule = _option(
+        "cosine",
+        "learning rate after warm-up: cosine or linear to zero, constant, inverse-sqrt of the step, or wsd (constant, "
+        "then linear to zero over the last steps)",
+    )
     warmup: float = _option(0.03, "linear warm-up: a fraction of all steps below 1, a number of steps from 1 on")
-    weight_decay: float = _option(0.0, "decoupled weight decay of matrices (never of norms and biases)")
+    decay: float | None = _option(
+        None, "wsd's last part, in which the rate falls: a fraction or a number of steps, as warmup; default 0.1"
+    )
+    lora_plus: float = _option(1.0, "LoRA+: the learning rate of B as a multiple of A's; its authors suggest 16")
+    lr_scale: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "factors on the learning rate by patterns of parameter names, such as '*.layers.0.*=0.5'; those "
+            "that match multiply, 0 leaves weights as they are. Repeat the flag for more"
+        },
+    )
+    optimizer: OptimizerName = _option(
+        "adamw",
+        "adamw or lion; 8bit: state of 1 byte a value instead of 4; paged-: state that does not fit on the GPU waits "
+        "in host memory. lion wants an lr 3 to 10 times smaller",
+    )
+    optimizer_budget: str = _option(
+        "auto", "most GPU memory for a paged optimizer's state, such as 2GiB; auto: what is left beside the model"
+    )
+    weight_decay: float = _option(0.0, "decoupled weight decay of matrices (never of norms, biases and magnitudes)")
     max_grad_norm: float = _option(1.0, "gradients are scaled down to this global norm; 0 turns clipping off")
     checkpointing: Literal["auto", "on", "off"] = _option(
         "auto", "recompute activations in backward; auto does so when they would fill half of the free memory"
@@ -58,9 +89,11 @@ class SFTConfig:
         _at_least(self, 0, "warmup", "weight_decay", "max_grad_norm", "seed")
         if self.micro_batch != "auto":
             _at_least(self, 1, "micro_batch")
-        if not self.lr > 0:
-            raise InputError(f"lr must be above 0, got {self.lr}")
-        _one_of(self, "schedule", "cosine", "linear", "constant")
+        for name in ("lr", "lora_plus"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+        _one_of(self, "schedule", *SCHEDULES)
+        _one_of(self, "optimizer", *get_args(OptimizerName))
         _one_of(self, "loss_on", "assistant", "all", "last")
         _one_of(self, "on_bad_row", "error", "skip")
         _one_of(self, "checkpointing", "auto", "on", "off")
@@ -68,9 +101,55 @@ class SFTConfig:
             if name != "tensorboard":
                 raise InputError(f"log knows tensorboard (metrics.jsonl is always written), got {name!r}")
 
+        self._check_rates()
+        self._check_budget()
+
+    def _check_rates(self) -> None:
+        for pattern, factor in self.lr_scale.items():
+            if not 0 <= factor < math.inf:
+                raise InputError(f"lr_scale must have factors of 0 or more, got {factor} for {pattern!r}")
+        if self.decay is not None and self.schedule != "wsd":
+            raise InputError(f"decay is the last part of schedule wsd; {self.schedule} has none")
+        if self.decay is not None and not self.decay > 0:
+            raise InputError(f"decay must be above 0, got {self.decay}")
+        if self.full and self.lora_plus != 1:
+            raise InputError("lora_plus is the ratio of an adapter's learning rates; full training has no adapter")
+
+    def _check_budget(self) -> None:
+        if self.optimizer_budget == "auto":
+            return
+        if not self.optimizer.startswith(PAGED):
+            raise InputError(
+                f"optimizer_budget is for paged optimizers; {self.optimizer} keeps its whole state on the device, "
+                f"{PAGED}{self.optimizer} does not"
+            )
+        if not size_in_bytes(self.optimizer_budget):
+            raise InputError(
+                "optimizer_budget must be auto or a size above 0 with a unit, such as 2GiB or 512MiB, "
+                f"got {self.optimizer_budget!r}"
+            )
+
     def warmup_steps(self, total: int) -> int:
         """Steps of warm-up in a run of `total` steps."""
-        return round(self.warmup * total) if self.warmup < 1 else int(self.warmup)
+        return _steps(self.warmup, total)
+
+    def decay_steps(self, total: int) -> int | None:
+        """Steps of wsd's last part in a run of `total` steps; None: the schedule's default."""
+        return None if self.decay is None else _steps(self.decay, total)
+
+
+def _steps(given: float, total: int) -> int:
+    """A fraction of all steps, or a number of them."""
+    return round(given * total) if given < 1 else int(given)
+
+
+def size_in_bytes(text: str) -> int | None:
+    """2147483648 for "2GiB"; a point and a blank are fine ("1.5 GiB"). None for what is no size."""
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text, flags=re.IGNORECASE | re.ASCII)
+    if match is None:
+        return None
+    units = {unit.lower(): size for unit, size in UNITS.items()}
+    return int(float(match[1]) * units[match[2].lower()])
 
 
 def _at_least(config: SFTConfig, least: int, *names: str) -> None:
@@ -88,4 +167,9 @@ def _one_of(config: SFTConfig, name: str, *allowed: str) -> None:
 def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Options that differ between two runs and would make a resumed run another run, as `name: old -> new`."""
     harmless = {"out", "resume", "log", "keep", "save_every", "micro_batch", "packing", "checkpointing"}
-    return [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in new.items() if k not in harmless and old.get(k) != v]
+    harmless.add("optimizer_budget")
+    old = json.loads(json.dumps(asdict(SFTConfig(out="")))) | dict(old)  # what is newer than the run had its default
+    changed = {name for name, value in new.items() if name not in harmless and old.get(name) != value}
+    if "optimizer" in changed and str(old["optimizer"]).removeprefix(PAGED) == new["optimizer"].removeprefix(PAGED):
+        changed.remove("optimizer")  # paging is about where state lies; it computes the same
+    return [f"{name}: {old.get(name)!r} -> {new[name]!r}" for name in new if name in changed]

@@ -120,6 +120,7 @@ class Loop:
             peak=self.config.lr,
             warmup=self.config.warmup_steps(self.task.total),
             schedule=self.config.schedule,
+            decay=self.config.decay_steps(self.task.total),
         )
         result = self.stepper.step(data.batches, rate)
         self._settle()  # the step before this one: its figures are there without waiting for this one

@@ -102,6 +102,8 @@ class SFTTrainer:
                 lambda batch: batch_loss_sum(self.model, batch),
                 weight_decay=self.config.weight_decay,
                 max_grad_norm=self.config.max_grad_norm,
+                lora_plus=self.config.lora_plus,
+                lr_scale=self.config.lr_scale,
             )
             self.model.checkpointing = self._checkpointing()
             start = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])

@@ -6,6 +6,7 @@ kernel reads (the mechanism of loss scaling); the host looks at the flag of the 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +38,14 @@ class Stepper:
         *,
         weight_decay: float,
         max_grad_norm: float,
+        lora_plus: float = 1.0,
+        lr_scale: Mapping[str, float] | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.loss_sum = loss_sum
         self.max_grad_norm = max_grad_norm
         self.device = next(iter(self.parameters.values())).device
-        groups = parameter_groups(self.parameters.items(), lr=0.0, weight_decay=weight_decay)
+        groups = _groups(self.parameters, weight_decay=weight_decay, lora_plus=lora_plus, lr_scale=lr_scale or {})
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
@@ -57,7 +60,8 @@ class Stepper:
         return self._update(loss, learning_rate)
 
     def _update(self, loss: Tensor, learning_rate: float) -> StepResult:
-        parameters = [p for p in self.parameters.values() if p.grad is not None]
+        trained = (p for group in self.optimizer.param_groups for p in group["params"])
+        parameters = [p for p in trained if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.max_grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
@@ -67,7 +71,8 @@ class Stepper:
         # Fused AdamW leaves weights, moments and its step count alone where found_inf is 1.
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():  # those too that no group has
+            parameter.grad = None
         return StepResult(loss, norm, skipped)
 
     def state(self) -> dict[str, Tensor]:
@@ -86,3 +91,18 @@ class Stepper:
             if parameter is None or (slot != "step" and value.shape != parameter.shape):
                 raise InputError(f"optimizer state {key!r} {tuple(value.shape)} fits no parameter trained here")
             self.optimizer.state[parameter][slot] = value.to(parameter.device)
+
+
+def _groups(
+    parameters: Mapping[str, nn.Parameter], *, weight_decay: float, lora_plus: float, lr_scale: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Parameter groups whose learning rate each step sets; InputError for patterns that match none, or freeze all."""
+    try:
+        groups = parameter_groups(
+            parameters.items(), lr=0.0, weight_decay=weight_decay, lora_plus=lora_plus, lr_scale=lr_scale
+        )
+    except ValueError as error:
+        raise InputError(f"lr_scale: {error}") from None
+    if not groups:
+        raise InputError("lr_scale leaves nothing to train: the factor of every parameter is 0")
+    return groups

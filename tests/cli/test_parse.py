@@ -1,6 +1,6 @@
 """Flags and a file into options: order, sources, unknown names; and the set of options, pinned."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +28,7 @@ class Options:
     packing: bool = option("a switch", True)
     target: tuple[str, ...] = option("names", ("all",))
     resume: str | None = option("a place", None)
+    lr_scale: dict[str, float] = field(default_factory=dict, metadata={"help": "factors"})
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -51,6 +52,7 @@ def test_defaults_then_file_then_flags(tmp_path: Path) -> None:
         "packing": "default",
         "target": "default",
         "resume": "default",
+        "lr_scale": "default",
     }
 
 
@@ -71,6 +73,7 @@ def test_a_flag_that_repeats_the_default_is_still_a_flag() -> None:
         (["--resume"], "resume", "auto"),
         (["--resume", "a/b"], "resume", "a/b"),
         (["--rank", "3", "--rank", "5"], "rank", 5),
+        (["--lr-scale", "*.a=2", "--lr-scale", "b=x=1e-1"], "lr_scale", {"*.a": 2.0, "b=x": 0.1}),
     ],
 )
 def test_flags(args: list[str], name: str, value: Any) -> None:
@@ -83,6 +86,13 @@ def test_a_list_in_a_file_may_be_one_text(tmp_path: Path) -> None:
     assert read(str(config)).options.target == ("mlp",)
     config.write_text("out: x\ntarget: [a, b]\n")
     assert read(str(config)).options.target == ("a", "b")
+
+
+def test_a_mapping_in_a_file(tmp_path: Path) -> None:
+    config = tmp_path / "run.yml"
+    config.write_text("out: x\nlr_scale:\n  '*.lora_B': 16\n  model.layers.0.*: 0.5\n")
+    assert read(str(config)).options.lr_scale == {"*.lora_B": 16.0, "model.layers.0.*": 0.5}
+    assert read(str(config), "--lr-scale", "a=1").options.lr_scale == {"a": 1.0}, "flags win over the file"
 
 
 def test_bare_arguments() -> None:
@@ -132,6 +142,10 @@ def test_bad_flags(args: list[str], error: str) -> None:
         ("packing: yes", "run.yaml:1: packing must be true or false, got 'yes'"),
         ("packing: 1", "run.yaml:1: packing must be true or false, got 1"),
         ("size: {a: 1}", "run.yaml:1: size must be a whole number or auto, got {'a': 1}"),
+        ("lr_scale: 3", "run.yaml:1: lr_scale must be a mapping of names or patterns to numbers, got 3"),
+        ("lr_scale: {a: true}", "run.yaml:1: lr_scale must be a mapping of names or patterns to numbers"),
+        ("lr_scale: {a: .nan}", "run.yaml:1: lr_scale must be a finite number, got nan"),
+        ("lr_scale: {a: 1, a: 2}", "run.yaml:1: a stands a second time"),
         ("target: 3", "run.yaml:1: target must be text or a list of texts, got 3"),
         ("target: [3]", "run.yaml:1: target must be text or a list of texts, got [3]"),
         ("lora_r: 3", "run.yaml:1: unknown setting 'lora_r': it is called rank here"),
@@ -153,7 +167,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         read("--help")
     printed = capsys.readouterr().out
     assert caught.value.code == 0
-    assert all(f"--{field.name}" in printed for field in fields(Options))
+    assert all(f"--{field.name.replace('_', '-')}" in printed for field in fields(Options))
     assert "a rate of 5% (default: 0.001)" in printed and "(required)" in printed
 
 
@@ -178,6 +192,7 @@ ROWS = {"data", "template", "max_length", "loss_on", "on_bad_row"}
 SAMPLING = {"max_new_tokens", "temperature", "top_k", "top_p", "seed"}
 TRAINING = (
     "out epochs steps batch_size micro_batch packing max_length loss_on on_bad_row template lr schedule warmup "
+    "decay lora_plus lr_scale optimizer optimizer_budget "
     "weight_decay max_grad_norm checkpointing full seed eval_every patience keep_best save_every keep resume log"
 )
 

@@ -45,6 +45,25 @@ def test_equals_plain_adamw_on_the_mean(layer):
         torch.testing.assert_close(mine, dict(theirs.named_parameters())[name], rtol=1e-10, atol=1e-12)
 
 
+def test_a_factor_scales_the_learning_rate_and_zero_leaves_alone(layer):
+    plain, scaled = copy.deepcopy(layer), copy.deepcopy(layer)
+    rows = torch.randn(7, 5, dtype=torch.float64)
+    stepper_for(plain).step([Rows(rows)], 2e-2)
+    result = stepper_for(scaled, lr_scale={"weight": 2.0, "bias": 0}).step([Rows(rows)], 1e-2)
+    assert torch.equal(scaled.weight, plain.weight)
+    assert torch.equal(scaled.bias, layer.bias) and scaled.bias.grad is None
+    layer(rows).pow(2).sum().div(7).backward()
+    assert result.grad_norm.item() == pytest.approx(layer.weight.grad.norm().item(), rel=1e-6), "bias is not counted"
+
+
+@pytest.mark.parametrize(
+    "lr_scale, error", [({"wieght": 2.0}, "'wieght' matches no parameter"), ({"*": 0}, "leaves nothing to train")]
+)
+def test_patterns_that_cannot_be_meant_are_refused(layer, lr_scale, error):
+    with pytest.raises(InputError, match=error):
+        stepper_for(layer, lr_scale=lr_scale)
+
+
 @pytest.mark.parametrize("sizes", [[4, 3], [1] * 7, [1, 6]])
 def test_any_split_gives_the_same_step(layer, sizes):
     whole, split = copy.deepcopy(layer), copy.deepcopy(layer)

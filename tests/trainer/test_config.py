@@ -1,0 +1,91 @@
+"""What a run can be told about its optimizer and its learning rates, and which of it may change on resume."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fourbit.errors import InputError
+from fourbit.trainer.config import SFTConfig, changed_options, size_in_bytes
+
+
+def plain(**options):
+    """As a checkpoint holds it."""
+    return json.loads(json.dumps(asdict(SFTConfig(out="o", **options))))
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        ("2GiB", 2 << 30),
+        ("1.5 GiB", 3 << 29),
+        ("512mib", 512 << 20),
+        ("3KB", 3000),
+        ("1TB", 10**12),
+        ("0GiB", 0),
+        ("2G", None),
+        ("2", None),
+        ("-2GiB", None),
+        ("1e3MB", None),
+        (" 2GiB", None),
+        ("2GiB\n", None),
+        ("٢GiB", None),
+        ("GiB", None),
+    ],
+)
+def test_sizes(text, size):
+    assert size_in_bytes(text) == size
+
+
+@given(st.text(alphabet="0123456789.KMGTiB ", max_size=12))
+def test_a_size_is_a_number_or_none(text):
+    assert size_in_bytes(text) is None or size_in_bytes(text) >= 0
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ({"optimizer": "adam"}, "optimizer must be one of adamw, adamw8bit, .* got 'adam'"),
+        ({"optimizer_budget": "2GiB"}, "adamw keeps its whole state on the device, paged-adamw does not"),
+        ({"optimizer": "paged-lion8bit", "optimizer_budget": "2"}, "such as 2GiB or 512MiB, got '2'"),
+        ({"optimizer": "paged-lion8bit", "optimizer_budget": "0B"}, "got '0B'"),
+        ({"decay": 0.2}, "decay is the last part of schedule wsd; cosine has none"),
+        ({"schedule": "wsd", "decay": 0.0}, "decay must be above 0, got 0.0"),
+        ({"schedule": "inverse_sqrt"}, "schedule must be one of cosine, linear, constant, inverse-sqrt, wsd"),
+        ({"lora_plus": -1.0}, "lora_plus must be above 0"),
+        ({"lora_plus": 16.0, "full": True}, "full training has no adapter"),
+        ({"lr_scale": {"*": -1.0}}, r"lr_scale must have factors of 0 or more, got -1.0 for '\*'"),
+    ],
+)
+def test_refused(options, error):
+    with pytest.raises(InputError, match=error):
+        SFTConfig(out="o", **options)
+
+
+def test_decay_and_warmup_are_fractions_or_steps():
+    config = SFTConfig(out="o", schedule="wsd", warmup=30, decay=0.25)
+    assert config.warmup_steps(200) == 30 and config.decay_steps(200) == 50
+    assert SFTConfig(out="o", schedule="wsd", decay=7).decay_steps(200) == 7
+    assert SFTConfig(out="o", schedule="wsd").decay_steps(200) is None
+
+
+def test_another_optimizer_is_another_run_and_another_budget_is_not():
+    paged = plain(optimizer="paged-adamw8bit", optimizer_budget="2GiB")
+    assert changed_options(paged, plain(optimizer="paged-adamw8bit")) == []
+    assert changed_options(paged, plain(optimizer="adamw8bit")) == []
+    assert changed_options(paged, plain()) == ["optimizer: 'paged-adamw8bit' -> 'adamw'"]
+    assert changed_options(plain(), plain(optimizer="lion")) == ["optimizer: 'adamw' -> 'lion'"]
+
+
+def test_the_order_of_patterns_is_no_change():
+    a, b = plain(lr_scale={"a": 1.0, "b": 2.0}), plain(lr_scale={"b": 2.0, "a": 1.0})
+    assert changed_options(a, b) == []
+    assert changed_options(a, plain()) == ["lr_scale: {'a': 1.0, 'b': 2.0} -> {}"]
+
+
+def test_a_run_from_before_an_option_had_its_default():
+    old = {name: value for name, value in plain().items() if name not in ("optimizer", "lora_plus", "lr_scale")}
+    assert changed_options(old, plain()) == []
+    assert changed_options(old, plain(lora_plus=16.0)) == ["lora_plus: 1.0 -> 16.0"]
