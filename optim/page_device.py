@@ -1,0 +1,160 @@
+"""What a pager asks of a device: memory on both sides, copies on side streams, events. And that on CUDA.
+
+Work on the device runs on three streams: compute (the caller's current stream) and one for copies in each direction,
+so that a page can arrive while another leaves. Streams know nothing of each other: a copy runs after the events that
+it is given, and after the earlier copies in its direction, and nothing else is promised. Every event that orders
+two streams is therefore written out in pager.py, and simulated_device.py turns a forgotten one into wrong numbers.
+
+No managed memory: it hides its copies, cannot be told what comes next, and over-subscribed can hang a GPU.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Direction = Literal["in", "out"]
+
+
+class Event(Protocol):
+    """A point in a stream's work."""
+
+    def done(self) -> bool:
+        """Whether the work before it has ended well; asks, and does not wait."""
+
+    def synchronize(self) -> None:
+        """The host waits for it. Raises what made the work before it fail."""
+
+    def times(self) -> tuple[float, float]:
+        """Begin and end of the copy in seconds since the device was made; the host waits for it."""
+
+
+class Device(Protocol):
+    """The two memories and the streams between them. Sizes are bytes; memory is uint8 [size]."""
+
+    def empty(self, size: int) -> Tensor:
+        """Memory on the device. Raises torch.OutOfMemoryError."""
+
+    def free(self, memory: Tensor) -> None:
+        """The pager lets go of memory on the device; every copy that touches it has ended."""
+
+    def pinned(self, size: int) -> Tensor:
+        """Memory of the host that copies can run from and to beside other work."""
+
+    def room(self, held: int) -> int:
+        """What all pages together may take of the device beside everything else, while they hold `held`."""
+
+    def mark(self) -> Event:
+        """The work queued on the compute stream so far."""
+
+    def use(self, memory: Tensor) -> None:
+        """Compute is about to read and write this memory of the device, until the next mark."""
+
+    def wait(self, event: Event) -> None:
+        """Compute goes on only after this copy; the time it stands still counts as stalled."""
+
+    def copy(self, direction: Direction, target: Tensor, source: Tensor, after: Sequence[Event]) -> Event:
+        """Queue a copy behind those of its direction and the events. It fails here, or where it is waited for."""
+
+    def settle(self) -> None:
+        """The host waits until no copy is under way, and raises nothing for those that failed."""
+
+    def stalled(self) -> float:
+        """Seconds that compute has waited for copies, as far as known without waiting for the device."""
+
+
+class CudaEvent:
+    """Begin and end of work on one stream, with times."""
+
+    def __init__(self, device: "CudaDevice", stream: torch.cuda.Stream) -> None:
+        self.device, self.stream = device, stream
+        self.begin, self.end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.begin.record(stream)
+
+    def close(self) -> "CudaEvent":
+        self.end.record(self.stream)
+        return self
+
+    def done(self) -> bool:
+        return self.end.query()
+
+    def synchronize(self) -> None:
+        self.end.synchronize()
+
+    def times(self) -> tuple[float, float]:
+        self.synchronize()
+        since = self.device.start.elapsed_time
+        return since(self.begin) / 1e3, since(self.end) / 1e3
+
+
+class CudaDevice:
+    """One CUDA device; compute is the stream that is current when a method is called."""
+
+    RESERVE = 16  # "auto" leaves one part in so many of the device's memory alone: fragmentation, libraries' workspaces
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.streams: dict[Direction, torch.cuda.Stream] = {
+            "in": torch.cuda.Stream(device),
+            "out": torch.cuda.Stream(device),
+        }
+        self.start = torch.cuda.Event(enable_timing=True)
+        self.start.record(self._compute())
+        self._waits: list[CudaEvent] = []  # stalls whose length is not known yet
+        self._stalled = 0.0
+        self._peak = self._others = 0
+
+    def _compute(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device)
+
+    def empty(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def free(self, memory: Tensor) -> None:
+        """Nothing to do: the allocator takes it back with its last reference."""
+
+    def pinned(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def room(self, held: int) -> int:
+        """All this process can have, less the reserve and the most that all but pages ever took at once.
+
+        That most shows as a new peak of the allocator: pages do not move during forward and backward, so at the peak
+        everything else took the peak less `held`.
+        """
+        free, total = torch.cuda.mem_get_info(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device)
+        if peak != self._peak:
+            self._peak, self._others = peak, max(self._others, peak - held)
+        return free + torch.cuda.memory_reserved(self.device) - self._others - total // self.RESERVE
+
+    def mark(self) -> CudaEvent:
+        return CudaEvent(self, self._compute()).close()
+
+    def use(self, memory: Tensor) -> None:
+        """Nothing to do: work on the compute stream is in order."""
+
+    def wait(self, event: Any) -> None:
+        stall = CudaEvent(self, self._compute())
+        self._compute().wait_event(event.end)
+        self._waits.append(stall.close())
+
+    def copy(self, direction: Direction, target: Tensor, source: Tensor, after: Sequence[Any]) -> CudaEvent:
+        stream = self.streams[direction]
+        for event in after:
+            stream.wait_event(event.end)
+        with torch.cuda.stream(stream):
+            copied = CudaEvent(self, stream)
+            target.copy_(source, non_blocking=True)
+        return copied.close()
+
+    def settle(self) -> None:
+        for stream in self.streams.values():
+            stream.synchronize()
+
+    def stalled(self) -> float:
+        while self._waits and self._waits[0].done():
+            wait = self._waits.pop(0)
+            self._stalled += wait.begin.elapsed_time(wait.end) / 1e3
+        return self._stalled
