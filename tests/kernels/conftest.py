@@ -1,4 +1,4 @@
-"""bitsandbytes as the oracle of the 4-bit format, and the compiler for GPUs that are not there."""
+"""bitsandbytes as the oracle of the 4-bit format, guards around buffers, the compiler for GPUs that are not there."""
 
 import importlib.util
 import os
@@ -56,6 +56,53 @@ def aot() -> ModuleType:
     module = sys.modules["aot"] = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+class Guards:
+    """Memory beside buffers, which no kernel may touch."""
+
+    def __init__(self) -> None:
+        self.stretches: list[Tensor] = []
+
+    def around(self, tensor: Tensor, shift: int = 0) -> Tensor:
+        """The same values, `shift` elements off alignment, between stretches of NaN, or of 255 for integers."""
+        margin, device = 256, "cuda" if torch.cuda.is_available() else "cpu"
+        memory = torch.full((tensor.numel() + 2 * margin + shift,), 255, dtype=tensor.dtype, device=device)
+        if tensor.is_floating_point():
+            memory.fill_(float("nan"))
+        first, last = margin + shift, margin + shift + tensor.numel()
+        memory[first:last] = tensor.flatten()
+        self.stretches += [memory[:first], memory[last:]]
+        return memory[first:last].view(tensor.shape)
+
+    def check(self) -> None:
+        """Nothing was written outside; forgets the stretches."""
+        for stretch in self.stretches:
+            untouched = stretch.isnan() if stretch.is_floating_point() else stretch == 255
+            assert bool(untouched.all()), "written outside"
+        self.stretches.clear()
+
+
+@pytest.fixture(scope="session")
+def guards() -> Iterator[Guards]:
+    """In the interpreter every load is looked at: none may touch the guards, even if its value is dropped later."""
+    made = Guards()
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield made
+        return
+    from triton.runtime import interpreter
+
+    load = interpreter.InterpreterBuilder.create_masked_load
+
+    def guarded_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        for stretch in made.stretches:
+            offsets = pointers.data.astype("int64") - stretch.data_ptr()
+            assert not ((offsets >= 0) & (offsets < stretch.nbytes) & mask.data).any(), "read outside"
+        return load(self, pointers, mask, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_masked_load", guarded_load)
+        yield made
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -62,11 +62,11 @@ def test_tables_are_made_once_and_an_unknown_type_is_refused() -> None:
         code_for("int4")
 
 
-@pytest.mark.parametrize("make", [nf4_code, fp4_code, dynamic_code])
+@pytest.mark.parametrize("make", [nf4_code, fp4_code, dynamic_code, lambda: codes.pair_table("nf4", torch.bfloat16)])
 def test_tables_do_not_depend_on_where_they_are_first_asked_for(make: Callable[[], Tensor]) -> None:
     """A loader may build its model on the meta device, with bf16 as default dtype, in inference mode."""
     want = make().clone()
-    for cached in (codes._nf4, codes._fp4, codes._dynamic):
+    for cached in (codes._nf4, codes._fp4, codes._dynamic, codes._pairs):
         cached.cache_clear()
     default = torch.get_default_dtype()
     try:
@@ -76,3 +76,17 @@ def test_tables_do_not_depend_on_where_they_are_first_asked_for(make: Callable[[
     finally:
         torch.set_default_dtype(default)
     assert table.device.type == "cpu" and not table.is_inference() and torch.equal(table, want)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_entry_of_a_pair_table_is_a_byte_of_two_codes(quant_type: str, dtype: torch.dtype) -> None:
+    """The high nibble's value in the low half, as a kernel takes it apart."""
+    table = codes.pair_table(quant_type, dtype)
+    bits = 8 * dtype.itemsize
+    half = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    assert table.shape == (256,) and table.dtype == {4: torch.int64, 2: torch.int32}[dtype.itemsize]
+    byte = torch.arange(256)
+    for part, nibble in ((table, byte >> 4), (table >> bits, byte & 15)):
+        assert torch.equal(part.to(half).view(dtype), code_for(quant_type)[nibble].to(dtype))
+    assert codes.pair_table(quant_type, dtype, "cpu") is table

@@ -21,7 +21,7 @@ SHAPES = ((1,), (2,), (3,), (7, 9), (64,), (63,), (65,), (33, 31, 3), (96, 128),
 
 
 def shapes_for(path: str) -> tuple[tuple[int, ...], ...]:
-    """Fewer for kernels, which the interpreter runs slowly; test_nf4_triton.py holds those to the reference."""
+    """Fewer for kernels, which the interpreter runs slowly; files of their own hold those to the reference."""
     return SHAPES if path != "triton" else ((1,), (7, 9), (33, 31, 3), (96, 128), (4097,))
 
 

@@ -1,10 +1,10 @@
-"""Quantising and decoding by kernel: the reference's bits at every edge, in one launch, and what it compiles to.
+"""Decoding by kernel: the reference's bits at every edge, in one launch, and what it compiles to.
 
-tests/kernels/test_nf4.py holds all paths to bitsandbytes. Here the kernels' own edges are met: tiles, words, groups of
+test_nf4.py holds all paths to bitsandbytes. Here the kernels' own edges are met: tiles, words, groups of
 256 scales, row strides, misaligned buffers, memory beside the buffers, weights of more than 2^31 values.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -15,61 +15,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fourbit.kernels import blockwise, dequantize4bit, quantize4bit
+from fourbit.kernels import blockwise, dequantize4bit
 from fourbit.kernels.dispatch import force_path
-from fourbit.kernels.nf4 import dequantize, quantize, quantize_absmax
+from fourbit.kernels.nf4 import dequantize, quantize
 from fourbit.kernels.quantize4bit import BLOCKSIZES
 from fourbit.kernels.weight4bit import Weight4bit
 
 decoding = pytest.importorskip("fourbit.kernels.dequantize4bit_triton")
-quantizing = pytest.importorskip("fourbit.kernels.quantize4bit_triton")
-shifting = pytest.importorskip("fourbit.kernels.blockwise_triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-MARGIN = 256
 BUDGET = {80: 8, 86: 8, 89: 8, 90: 8, 100: 8, 120: 9.5}  # SASS instructions to decode a value
 COLUMNS = (1, 2, 7, 8, 24, 63, 64, 65, 72, 128, 136, 520, 1023, 1024, 2048, 2056, 4100)
-guards: list[Tensor] = []
-
-
-def guarded(tensor: Tensor, shift: int = 0) -> Tensor:
-    """The same values, `shift` elements off alignment, between stretches of NaN (255 if integers) that are no one's."""
-    around = torch.full((tensor.numel() + 2 * MARGIN + shift,), 255, dtype=tensor.dtype, device=DEVICE)
-    if tensor.is_floating_point():
-        around.fill_(float("nan"))
-    first, last = MARGIN + shift, MARGIN + shift + tensor.numel()
-    around[first:last] = tensor.flatten()
-    guards.extend([around[:first], around[last:]])
-    return around[first:last].view(tensor.shape)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def reads_inside() -> Iterator[None]:
-    """In the interpreter every load is looked at: none may touch the guards, even if its value is dropped later."""
-    if DEVICE == "cuda":
-        yield
-        return
-    from triton.runtime import interpreter
-
-    load = interpreter.InterpreterBuilder.create_masked_load
-
-    def guarded_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        for guard in guards:
-            offsets = pointers.data.astype("int64") - guard.data_ptr()
-            assert not ((offsets >= 0) & (offsets < guard.nbytes) & mask.data).any(), "read outside"
-        return load(self, pointers, mask, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpreterBuilder, "create_masked_load", guarded_load)
-        yield
-
-
-def assert_guards_untouched() -> None:
-    for guard in guards:
-        untouched = guard.isnan() if guard.is_floating_point() else guard == 255
-        assert bool(untouched.all()), "written outside"
-    guards.clear()
 
 
 def stored(n: int, nested: bool, quant_type: str, blocksize: int, seed: int) -> dict[str, Any]:
@@ -85,12 +42,13 @@ def stored(n: int, nested: bool, quant_type: str, blocksize: int, seed: int) -> 
     return made | {"absmax": codes, "nested_absmax": scales, "offset": torch.rand((), generator=generator) + 1}
 
 
-def on_device(arguments: dict[str, Any], shift: int = 0) -> dict[str, Any]:
-    moved = {k: guarded(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    return moved | {"packed": guarded(arguments["packed"], shift)}
+def on_device(arguments: dict[str, Any], guards: Any, shift: int = 0) -> dict[str, Any]:
+    moved = {k: guards.around(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    return moved | {"packed": guards.around(arguments["packed"], shift)}
 
 
 def check_decoding(
+    guards: Any,
     rows: int,
     columns: int,
     arguments: dict[str, Any],
@@ -105,10 +63,10 @@ def check_decoding(
     shape = (columns, rows) if transpose else (rows, columns)
     with force_path("reference"):
         want = dequantize(**arguments, shape=(rows, columns), dtype=dtype, transpose=transpose)
-    workspace = guarded(torch.full((shape[0], shape[1] + pad), float("nan"), dtype=dtype), shift_out)
+    workspace = guards.around(torch.full((shape[0], shape[1] + pad), float("nan"), dtype=dtype), shift_out)
     with force_path("triton"):
         dequantize(
-            **on_device(arguments, shift),
+            **on_device(arguments, guards, shift),
             shape=(rows, columns),
             dtype=dtype,
             transpose=transpose,
@@ -116,7 +74,7 @@ def check_decoding(
         )
     assert torch.equal(workspace[:, : shape[1]].cpu(), want)
     assert bool(workspace[:, shape[1] :].isnan().all()), "written between rows"
-    assert_guards_untouched()
+    guards.check()
 
 
 @given(
@@ -134,6 +92,7 @@ def check_decoding(
 )
 @settings(max_examples=120)
 def test_every_shape_decodes_to_the_references_bits(
+    guards: Any,
     rows: int,
     columns: int,
     nested: bool,
@@ -147,7 +106,9 @@ def test_every_shape_decodes_to_the_references_bits(
     seed: int,
 ) -> None:
     arguments = stored(rows * columns, nested, quant_type, blocksize, seed)
-    check_decoding(rows, columns, arguments, dtype, transpose=transpose, pad=pad, shift=shift, shift_out=shift_out)
+    check_decoding(
+        guards, rows, columns, arguments, dtype, transpose=transpose, pad=pad, shift=shift, shift_out=shift_out
+    )
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -164,15 +125,17 @@ def test_every_shape_decodes_to_the_references_bits(
     ],
 )
 def test_scales_of_neighbouring_groups(
-    rows: int, columns: int, blocksize: int, dtype: torch.dtype, transpose: bool
+    guards: Any, rows: int, columns: int, blocksize: int, dtype: torch.dtype, transpose: bool
 ) -> None:
-    check_decoding(rows, columns, stored(rows * columns, True, "nf4", blocksize, 0), dtype, transpose=transpose, pad=8)
+    check_decoding(
+        guards, rows, columns, stored(rows * columns, True, "nf4", blocksize, 0), dtype, transpose=transpose, pad=8
+    )
 
 
 @pytest.mark.parametrize("n", [1, 63, 2047, 2048, 2049, 2056, 9000])
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_fresh_tensor_is_filled_and_any_number_of_dimensions_decodes(
-    n: int, nested: bool, monkeypatch: pytest.MonkeyPatch
+    guards: Any, n: int, nested: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = stored(n, nested, "nf4", 32, n)
 
@@ -184,9 +147,9 @@ def test_a_fresh_tensor_is_filled_and_any_number_of_dimensions_decodes(
             want = dequantize(**arguments, shape=shape)
         with monkeypatch.context() as patch, force_path("triton"):
             patch.setattr(dequantize4bit, "_allocate", poisoned)
-            got = dequantize(**on_device(arguments), shape=shape)
+            got = dequantize(**on_device(arguments, guards), shape=shape)
         assert got.shape == shape and torch.equal(got.cpu(), want)
-    assert_guards_untouched()
+    guards.check()
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
@@ -231,13 +194,13 @@ def test_without_kernels_workspaces_and_transposed_matrices_are_filled_too(
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 64), (64, 0)])
-def test_nothing_decodes_to_nothing(shape: tuple[int, ...]) -> None:
+def test_nothing_decodes_to_nothing(guards: Any, shape: tuple[int, ...]) -> None:
     with force_path("triton"):
-        got = dequantize(**on_device(stored(0, False, "nf4", 64, 0)), shape=shape)
+        got = dequantize(**on_device(stored(0, False, "nf4", 64, 0), guards), shape=shape)
         assert got.shape == shape
         packed, absmax = quantize(torch.empty(shape, device=DEVICE))
         assert packed.shape == (0, 1) and absmax.shape == (0,)
-    guards.clear()
+    guards.check()
 
 
 def test_stored_tensors_may_be_views() -> None:
@@ -285,9 +248,9 @@ class _Ops(TorchDispatchMode):
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("columns", [64, 63])
 def test_decoding_is_one_launch_and_nothing_else(
-    columns: int, transpose: bool, monkeypatch: pytest.MonkeyPatch
+    guards: Any, columns: int, transpose: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = on_device(stored(8 * columns, True, "nf4", 64, 0))
+    arguments = on_device(stored(8 * columns, True, "nf4", 64, 0), guards)
     with force_path("triton"):
         dequantize(**arguments, shape=(8, columns), transpose=transpose)  # the tables are made now
         launches = _Launches()
@@ -295,7 +258,7 @@ def test_decoding_is_one_launch_and_nothing_else(
             monkeypatch.setattr(decoding, kernel, launches)
         with _Ops() as ops:
             dequantize(**arguments, shape=(8, columns), transpose=transpose)
-    guards.clear()
+    guards.check()
     assert len(launches.grids) == 1
     assert ops.names <= {"empty", "view", "detach"}, ops.names
 
@@ -340,98 +303,6 @@ def test_more_than_two_to_the_31_values() -> None:
         assert torch.equal(packed[-tail // 2 :], again[0]) and torch.equal(absmax[-tail // 64 :], again[1])
 
 
-def weight_of(n: int, kind: str, size: float, quant_type: str, seed: int) -> Tensor:
-    """Normal values, or the midpoints of the code, where dividing and multiplying by the reciprocal part ways."""
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "normal":
-        return torch.randn(n, generator=generator) * size
-    midpoints = quantize4bit._midpoints(quant_type, torch.device("cpu"))[0]
-    points = torch.cat([midpoints, torch.tensor([1.0, -1.0])])
-    return points[torch.randint(17, (n,), generator=generator)] * (size * 0.7)
-
-
-@given(
-    st.one_of(
-        st.integers(1, 9000), st.builds(lambda k, d: 32 * k + d, st.integers(1, 200), st.sampled_from([-1, 0, 1]))
-    ),
-    st.sampled_from(["normal", "midpoints"]),
-    st.sampled_from([0.05, 0.3, 1e-20, 1e-39, 0.0]),
-    st.integers(0, 1000),
-    st.sampled_from(["nf4", "fp4"]),
-    st.sampled_from(BLOCKSIZES),
-    st.sampled_from(DTYPES),
-    st.integers(0, 3),
-)
-@settings(max_examples=100)
-def test_quantising_gives_the_references_bytes(
-    n: int, kind: str, size: float, seed: int, quant_type: str, blocksize: int, dtype: torch.dtype, shift: int
-) -> None:
-    """Lengths, ties, zeros, subnormals, dtypes, alignment, and what lies beside the buffers."""
-    weight = weight_of(n, kind, size, quant_type, seed).to(dtype)
-    with force_path("reference"):
-        want = quantize(weight, quant_type=quant_type, blocksize=blocksize)
-    with force_path("triton"), pytest.MonkeyPatch.context() as patch:
-        empty = torch.empty
-        patch.setattr(torch, "empty", lambda *a, **k: guarded(empty(*a, **k)))
-        got = quantize(guarded(weight, shift), quant_type=quant_type, blocksize=blocksize)
-    assert torch.equal(got[0].cpu(), want[0]) and torch.equal(got[1].cpu(), want[1])
-    assert_guards_untouched()
-
-
-@pytest.mark.parametrize("view", ["transposed", "strided", "expanded"])
-def test_views_are_quantised_as_what_they_show(view: str) -> None:
-    base = torch.randn(64, 130, generator=torch.Generator().manual_seed(0))
-    weight = {"transposed": base.T, "strided": base[:, ::2], "expanded": base[:1].expand(7, 130)}[view]
-    with force_path("reference"):
-        want = quantize(weight)
-    with force_path("triton"):
-        got = quantize(weight.to(DEVICE))
-    assert torch.equal(got[0].cpu(), want[0]) and torch.equal(got[1].cpu(), want[1])
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of the interpreter: Inf * 0
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("where", [0, 70, 4100])
-def test_what_is_not_finite_is_found(bad: float, where: int) -> None:
-    weight = torch.ones(4101)
-    weight[where] = bad
-    with force_path("triton"), pytest.raises(ValueError, match=rf"got {bad} at flat index {where} of"):
-        quantize(weight.to(DEVICE))
-
-
-@given(st.integers(1, 3000), st.integers(0, 1000), st.sampled_from([0.02, 1.0, 30.0]), st.booleans(), st.integers(0, 3))
-@settings(max_examples=40)
-def test_scales_are_quantised_to_the_references_bytes(n: int, seed: int, size: float, ties: bool, shift: int) -> None:
-    """Half of them with scales on the midpoints of the map, where they exist in fp32."""
-    generator = torch.Generator().manual_seed(seed)
-    absmax = torch.rand(n, generator=generator) * size
-    if ties:
-        absmax = blockwise._midpoints(blockwise.dynamic_code())[torch.randint(255, (n,), generator=generator)].float()
-    with force_path("reference"):
-        want = quantize_absmax(absmax)
-    with force_path("triton"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty_like", lambda t, dtype, **_: guarded(torch.full(t.shape, 99, dtype=dtype)))
-        patch.setattr(
-            torch, "empty", lambda *shape, dtype, device: guarded(torch.full(shape, float("nan"), dtype=dtype))
-        )
-        got = quantize_absmax(guarded(absmax, shift))
-    assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
-    assert_guards_untouched()
-
-
-def test_exactly_between_two_codes_the_lower_wins() -> None:
-    """Without an offset, so that the midpoints stay what they are."""
-    code = blockwise.dynamic_code()
-    midpoints = blockwise._midpoints(code)
-    ties = midpoints[midpoints == midpoints.float()].float()
-    values = torch.nn.functional.pad(ties, (0, 256 - len(ties)), value=1.0)
-    codes, absmax = torch.empty(256, dtype=torch.uint8, device=DEVICE), torch.empty(1, device=DEVICE)
-    zero = torch.zeros((), device=DEVICE)
-    shifting.quantize_shifted(values.to(DEVICE), zero, midpoints.to(DEVICE), 256, codes, absmax)
-    want, want_absmax = blockwise.quantize_blockwise(values, code, 256)
-    assert len(ties) > 100 and torch.equal(codes.cpu(), want) and torch.equal(absmax.cpu(), want_absmax)
-
-
 def _decoding(
     rows: int, columns: int, dtype: torch.dtype, pad: int = 0, *, transpose: bool = False, blocksize: int = 64
 ) -> Callable[[], None]:
@@ -456,36 +327,20 @@ def _decoding(
     return run
 
 
-def _quantizing(shape: tuple[int, int], dtype: torch.dtype, quant_type: str, blocksize: int) -> Callable[[], None]:
-    """Without quantize's last step, which looks at the result."""
-    n = shape[0] * shape[1]
-    meta: Any = {"device": "meta"}
-
-    def run() -> None:
-        packed, absmax = torch.empty((n + 1) // 2, dtype=torch.uint8, **meta), torch.empty(-(-n // blocksize), **meta)
-        quantize4bit._quantize_triton(torch.empty(n, dtype=dtype, **meta), quant_type, blocksize, packed, absmax)
-
-    return run
-
-
 SCENARIOS = {
-    "decode 8b down": _decoding(4096, 14336, torch.bfloat16),
-    "decode 70b gate workspace": _decoding(28672, 8192, torch.bfloat16, 64),
-    "decode 7b up workspace": _decoding(18944, 3584, torch.float16, 64),  # rows of Qwen's end within a tile
-    "decode fp32": _decoding(4096, 4096, torch.float32, blocksize=128),
-    "decode transposed": _decoding(4096, 14336, torch.bfloat16, transpose=True),
-    "decode odd": _decoding(34, 321, torch.bfloat16, 3, transpose=True, blocksize=32),
-    "quantize": _quantizing((4097, 14337), torch.float32, "fp4", 64),
-    "quantize scales": lambda: quantize_absmax(torch.empty(917_504, device="meta")),
+    "8b down": _decoding(4096, 14336, torch.bfloat16),
+    "70b gate workspace": _decoding(28672, 8192, torch.bfloat16, 64),
+    "7b up workspace": _decoding(18944, 3584, torch.float16, 64),  # rows of Qwen's end within a tile
+    "fp32": _decoding(4096, 4096, torch.float32, blocksize=128),
+    "transposed": _decoding(4096, 14336, torch.bfloat16, transpose=True),
+    "odd": _decoding(34, 321, torch.bfloat16, 3, transpose=True, blocksize=32),
 }
 
 
 def test_no_spills_and_shared_memory_fits(aot: ModuleType) -> None:
     costs = aot.costs_of(__file__)
     aot.assert_no_spills(costs)
-    assert {cost.kernel for cost in costs} == {
-        *("_decode_words", "_decode_turned", "_decode_values", "_quantize", "_quantize_shifted")
-    }
+    assert {cost.kernel for cost in costs} == {"_decode_words", "_decode_turned", "_decode_values"}
 
 
 def test_instructions_and_registers_a_value(aot: ModuleType) -> None:
@@ -496,7 +351,6 @@ def test_instructions_and_registers_a_value(aot: ModuleType) -> None:
     """
     counted = 0
     for cost in aot.costs_of(__file__):
-        assert cost.registers <= 128, cost
         if cost.kernel not in ("_decode_words", "_decode_turned"):
             continue
         tile = cost.constants.get("TILE") or cost.constants["HIGH"] * cost.constants["WIDE"]

@@ -1,0 +1,149 @@
+"""Quantising by kernel, weights and scales: the reference's bytes at every edge, and what it compiles to."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fourbit.kernels import blockwise, quantize4bit
+from fourbit.kernels.dispatch import force_path
+from fourbit.kernels.nf4 import quantize, quantize_absmax
+from fourbit.kernels.quantize4bit import BLOCKSIZES
+
+shifting = pytest.importorskip("fourbit.kernels.blockwise_triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def weight_of(n: int, kind: str, size: float, quant_type: str, seed: int) -> Tensor:
+    """Normal values, or the midpoints of the code, where dividing and multiplying by the reciprocal part ways."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "normal":
+        return torch.randn(n, generator=generator) * size
+    midpoints = quantize4bit._midpoints(quant_type, torch.device("cpu"))[0]
+    points = torch.cat([midpoints, torch.tensor([1.0, -1.0])])
+    return points[torch.randint(17, (n,), generator=generator)] * (size * 0.7)
+
+
+@given(
+    st.one_of(
+        st.integers(1, 9000), st.builds(lambda k, d: 32 * k + d, st.integers(1, 200), st.sampled_from([-1, 0, 1]))
+    ),
+    st.sampled_from(["normal", "midpoints"]),
+    st.sampled_from([0.05, 0.3, 1e-20, 1e-39, 0.0]),
+    st.integers(0, 1000),
+    st.sampled_from(["nf4", "fp4"]),
+    st.sampled_from(BLOCKSIZES),
+    st.sampled_from(DTYPES),
+    st.integers(0, 3),
+)
+@settings(max_examples=100)
+def test_quantising_gives_the_references_bytes(
+    guards: Any,
+    n: int,
+    kind: str,
+    size: float,
+    seed: int,
+    quant_type: str,
+    blocksize: int,
+    dtype: torch.dtype,
+    shift: int,
+) -> None:
+    """Lengths, ties, zeros, subnormals, dtypes, alignment, and what lies beside the buffers."""
+    weight = weight_of(n, kind, size, quant_type, seed).to(dtype)
+    with force_path("reference"):
+        want = quantize(weight, quant_type=quant_type, blocksize=blocksize)
+    with force_path("triton"), pytest.MonkeyPatch.context() as patch:
+        empty = torch.empty
+        patch.setattr(torch, "empty", lambda *a, **k: guards.around(empty(*a, **k)))
+        got = quantize(guards.around(weight, shift), quant_type=quant_type, blocksize=blocksize)
+    assert torch.equal(got[0].cpu(), want[0]) and torch.equal(got[1].cpu(), want[1])
+    guards.check()
+
+
+@pytest.mark.parametrize("view", ["transposed", "strided", "expanded"])
+def test_views_are_quantised_as_what_they_show(view: str) -> None:
+    base = torch.randn(64, 130, generator=torch.Generator().manual_seed(0))
+    weight = {"transposed": base.T, "strided": base[:, ::2], "expanded": base[:1].expand(7, 130)}[view]
+    with force_path("reference"):
+        want = quantize(weight)
+    with force_path("triton"):
+        got = quantize(weight.to(DEVICE))
+    assert torch.equal(got[0].cpu(), want[0]) and torch.equal(got[1].cpu(), want[1])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of the interpreter: Inf * 0
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [0, 70, 4100])
+def test_what_is_not_finite_is_found(bad: float, where: int) -> None:
+    weight = torch.ones(4101)
+    weight[where] = bad
+    with force_path("triton"), pytest.raises(ValueError, match=rf"got {bad} at flat index {where} of"):
+        quantize(weight.to(DEVICE))
+
+
+@given(st.integers(1, 3000), st.integers(0, 1000), st.sampled_from([0.02, 1.0, 30.0]), st.booleans(), st.integers(0, 3))
+@settings(max_examples=40)
+def test_scales_are_quantised_to_the_references_bytes(
+    guards: Any, n: int, seed: int, size: float, ties: bool, shift: int
+) -> None:
+    """Half of them with scales on the midpoints of the map, where they exist in fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    absmax = torch.rand(n, generator=generator) * size
+    if ties:
+        absmax = blockwise._midpoints(blockwise.dynamic_code())[torch.randint(255, (n,), generator=generator)].float()
+    with force_path("reference"):
+        want = quantize_absmax(absmax)
+    with force_path("triton"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty_like", lambda t, dtype, **_: guards.around(torch.full(t.shape, 99, dtype=dtype)))
+        patch.setattr(
+            torch, "empty", lambda *shape, dtype, device: guards.around(torch.full(shape, float("nan"), dtype=dtype))
+        )
+        got = quantize_absmax(guards.around(absmax, shift))
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
+    guards.check()
+
+
+def test_exactly_between_two_codes_the_lower_wins() -> None:
+    """Without an offset, so that the midpoints stay what they are."""
+    code = blockwise.dynamic_code()
+    midpoints = blockwise._midpoints(code)
+    ties = midpoints[midpoints == midpoints.float()].float()
+    values = torch.nn.functional.pad(ties, (0, 256 - len(ties)), value=1.0)
+    codes, absmax = torch.empty(256, dtype=torch.uint8, device=DEVICE), torch.empty(1, device=DEVICE)
+    zero = torch.zeros((), device=DEVICE)
+    shifting.quantize_shifted(values.to(DEVICE), zero, midpoints.to(DEVICE), 256, codes, absmax)
+    want, want_absmax = blockwise.quantize_blockwise(values, code, 256)
+    assert len(ties) > 100 and torch.equal(codes.cpu(), want) and torch.equal(absmax.cpu(), want_absmax)
+
+
+def _quantizing(shape: tuple[int, int], dtype: torch.dtype, quant_type: str, blocksize: int) -> Callable[[], None]:
+    """Without quantize's last step, which looks at the result."""
+    n = shape[0] * shape[1]
+    meta: Any = {"device": "meta"}
+
+    def run() -> None:
+        packed, absmax = torch.empty((n + 1) // 2, dtype=torch.uint8, **meta), torch.empty(-(-n // blocksize), **meta)
+        quantize4bit._quantize_triton(torch.empty(n, dtype=dtype, **meta), quant_type, blocksize, packed, absmax)
+
+    return run
+
+
+SCENARIOS = {
+    "weights": _quantizing((4097, 14337), torch.float32, "fp4", 64),
+    "scales": lambda: quantize_absmax(torch.empty(917_504, device="meta")),
+}
+
+
+def test_no_spills_and_shared_memory_fits(aot: ModuleType) -> None:
+    costs = aot.costs_of(__file__)
+    aot.assert_no_spills(costs)
+    assert {cost.kernel for cost in costs} == {"_quantize", "_quantize_shifted"}
+    for cost in costs:
+        assert cost.registers * cost.threads <= 1 << 15, f"fewer than two programs fit a multiprocessor: {cost}"
