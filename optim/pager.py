@@ -53,9 +53,7 @@ class Pager:
     """
 
     def __init__(self, device: Device, budget: Budget, page_bytes: int = PAGE_BYTES) -> None:
-        if budget != "auto" and (not isinstance(budget, int) or budget <= 0):
-            raise InputError(f'the optimizer budget is "auto" or a positive number of bytes, got {budget!r}')
-        self.device, self.budget = device, budget
+        self.device, self.budget = device, check_budget(budget)
         # At most an eighth of the budget, so that staging takes a quarter. A power of two, as pinned memory is.
         self.page_bytes = page_bytes if budget == "auto" else min(page_bytes, 1 << max(budget // 8, 1).bit_length() - 1)
         self.counters = Counters()
@@ -353,3 +351,10 @@ class Pager:
 def make_device(device: torch.device) -> Device:
     """CUDA's streams, or for tensors of the CPU their simulation."""
     return CudaDevice(device) if device.type == "cuda" else SimulatedDevice()
+
+
+def check_budget(budget: Budget) -> Budget:
+    """The budget itself; InputError if it cannot be one."""
+    if budget != "auto" and (not isinstance(budget, int) or budget <= 0):
+        raise InputError(f'the optimizer budget is "auto" or a positive number of bytes, got {budget!r}')
+    return budget
