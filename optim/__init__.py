@@ -1,1 +1,10 @@
 """Optimizers, learning-rate schedules and parameter groups."""
+
+from .adamw import AdamW as AdamW
+from .adamw import AdamW8bit as AdamW8bit
+from .adamw import PagedAdamW as PagedAdamW
+from .adamw import PagedAdamW8bit as PagedAdamW8bit
+from .lion import Lion as Lion
+from .lion import Lion8bit as Lion8bit
+from .lion import PagedLion as PagedLion
+from .lion import PagedLion8bit as PagedLion8bit

@@ -1,0 +1,93 @@
+"""Reading optimizer state that was saved: our own, torch.optim.AdamW's, and bitsandbytes' 8- and 32-bit.
+
+Everything is checked before anything is changed. State moves between devices, between float dtypes and from peers, but
+never between 32 and 8 bits by itself: that would change a run without a word.
+"""
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.codes import dynamic_code
+from .bank import Group
+from .layout import BLOCK
+from .rules import Rule
+from .states import fields
+
+_PEERS_SETTINGS = {  # settings of torch.optim.AdamW and bitsandbytes that have no meaning here
+    *("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"),
+    *("alpha", "t_alpha", "t_beta3"),
+}
+_WRAPPED = "__bnb_optimizer_quant_state__"
+
+
+def read_groups(saved: list[Group], groups: list[Group]) -> list[Group]:
+    """The saved groups' settings with our parameters. ValueError if their numbers differ."""
+    sizes, ours = ([len(group["params"]) for group in some] for some in (saved, groups))
+    if sizes != ours:
+        raise ValueError(f"the saved optimizer has groups of {sizes} parameters, this one of {ours}")
+    if any(group.get("amsgrad") for group in saved):
+        raise ValueError("the saved optimizer used amsgrad, which has a state that AdamW here does not keep")
+    if any(group.get("decoupled_weight_decay") is False and group.get("weight_decay") for group in saved):
+        raise ValueError("the saved optimizer is Adam, which adds weight decay into the gradient; here it is decoupled")
+    kept = [{k: v for k, v in deepcopy(group).items() if k not in _PEERS_SETTINGS} for group in saved]
+    return [{**now, **before, "params": now["params"]} for now, before in zip(groups, kept, strict=True)]
+
+
+def load_state(
+    saved: dict[str, Any], parameters: list[nn.Parameter], bits: Callable[[Tensor], int], rule: Rule
+) -> dict[int, dict[str, Any]]:
+    """Number of a parameter -> its "step" (a float) and moments, named as ours and checked."""
+    numbers = [key for group in saved["param_groups"] for key in group["params"]]
+    place = {key: number for number, key in enumerate(numbers)}
+    unknown = [key for key in saved["state"] if key not in place]
+    if unknown:
+        raise ValueError(f"the saved state of parameters {unknown} belongs to no saved group")
+    return {
+        place[key]: _entry(place[key], entry, parameters[place[key]], bits, rule)
+        for key, entry in saved["state"].items()
+        if entry
+    }
+
+
+def _entry(
+    number: int, entry: dict[str, Any], parameter: nn.Parameter, bits: Callable[[Tensor], int], rule: Rule
+) -> dict[str, Any]:
+    what = f"the saved state of parameter {number}, {tuple(parameter.shape)},"
+    state = _named_as_ours({**entry, **entry.get(_WRAPPED, {})}, rule, what)
+    state.pop(_WRAPPED, None)
+    wanted, first = bits(parameter), state.get(rule.moments[0].name)
+    kept = fields(rule.moments, wanted, parameter.dtype)
+    if isinstance(first, Tensor) and (first.dtype == torch.uint8) != (wanted == 8):
+        raise ValueError(
+            f"{what} has {8 if wanted == 32 else 32} bits, but this optimizer keeps {wanted} for it; make one with the "
+            "`bits` and `min_8bit_size` that it was saved with"
+        )
+    if set(state) != {"step", *kept}:
+        raise ValueError(f"{what} has {sorted(state)}, but {rule.name} keeps {sorted(['step', *kept])}")
+    for name, field in kept.items():
+        shape = parameter.shape if field.per == 1 else (-(-parameter.numel() // BLOCK),)
+        if tuple(state[name].shape) != tuple(shape):
+            raise ValueError(f"{what} has a {name} of shape {tuple(state[name].shape)}, not {tuple(shape)}")
+    return {**state, "step": float(state["step"])}
+
+
+def _named_as_ours(entry: dict[str, Any], rule: Rule, what: str) -> dict[str, Any]:
+    """bitsandbytes counts where we name: state1, absmax1 and qmap1 belong to the first moment."""
+    names = dict(_names(rule))
+    state = {names.get(name, name): value for name, value in entry.items()}
+    for moment in rule.moments:
+        code = state.pop(f"{moment.name}_code", None)
+        if code is not None and not torch.equal(code.cpu(), dynamic_code(moment.signed)):
+            raise ValueError(f"{what} has a code for {moment.name} that is not the dynamic 8-bit map")
+    return state
+
+
+def _names(rule: Rule) -> Iterable[tuple[str, str]]:
+    for i, moment in enumerate(rule.moments, 1):
+        yield f"state{i}", moment.name
+        yield f"absmax{i}", f"{moment.name}_absmax"
+        yield f"qmap{i}", f"{moment.name}_code"

@@ -1,0 +1,200 @@
+"""AdamW and Lion against torch.optim.AdamW, against their definitions in float64, and against bitsandbytes."""
+
+import copy
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fourbit.kernels.dispatch import force_path
+from fourbit.optim import AdamW, AdamW8bit, Lion, Lion8bit
+
+SHAPES = [(1,), (63,), (4097,), (3, 70, 5), ()]
+PATHS = ["cpu", "reference"]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-7), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("path", PATHS)
+def test_thousand_steps_of_torchs_adamw(tools: SimpleNamespace, dtype: torch.dtype, bound: float, path: str) -> None:
+    """ROBUSTNESS 4.5: with weight decay, odd sizes, and saved and loaded in mid-run."""
+    shapes = [(1,), (63,), (4097,)]
+    ours, theirs = tools.parameters(shapes, dtype), tools.parameters(shapes, dtype)
+    start = copy.deepcopy(ours)
+    settings: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
+    optimizer, oracle = AdamW(ours, **settings), torch.optim.AdamW(theirs, foreach=False, **settings)
+    with force_path(path):
+        for i in range(1000):
+            if i == 457:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = AdamW(ours)  # other settings, which loading replaces
+                optimizer.load_state_dict(saved)
+            tools.give_gradients(ours, theirs, seed=i)
+            optimizer.step()
+            oracle.step()
+    assert tools.distance(ours, theirs) <= bound
+    assert tools.distance(ours, start) > 0.05  # they did move
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_lion_in_float64(tools: SimpleNamespace, path: str) -> None:
+    """Against the algorithm as printed (arXiv 2302.06675, algorithm 2), 300 steps."""
+    ours, lr, decay, beta1, beta2 = tools.parameters(SHAPES, torch.float64), 1e-3, 0.1, 0.9, 0.99
+    weights = [p.detach().clone() for p in ours]
+    means = [torch.zeros_like(w) for w in weights]
+    optimizer = Lion(ours, lr=lr, weight_decay=decay)
+    with force_path(path):
+        for i in range(300):
+            tools.give_gradients(ours, seed=i)
+            optimizer.step()
+            for w, m, p in zip(weights, means, ours, strict=True):
+                w -= lr * (torch.sign(beta1 * m + (1 - beta1) * p.grad) + decay * w)
+                m.copy_(beta2 * m + (1 - beta2) * p.grad)
+    assert tools.distance(ours, weights) <= 1e-12
+
+
+@pytest.mark.parametrize("make", [AdamW, Lion, AdamW8bit, Lion8bit])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_quick_form_is_the_reference(tools: SimpleNamespace, make: Any, dtype: torch.dtype) -> None:
+    """Batches and pieces change nothing: many small tensors, pieces of large ones, differing step counts, clipping."""
+    shapes = [*SHAPES, *[(40, 7)] * 30, (300, 257), (0,), (70001,)]
+    ours, theirs = tools.parameters(shapes, dtype), tools.parameters(shapes, dtype)
+    settings: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "max_grad_norm": 200.0, "min_8bit_size": 200}
+    quick, reference = make(ours, **settings), make(theirs, **settings)
+    for i in range(4):
+        tools.give_gradients(ours, theirs, seed=i, missing=[7, 8, 35] if i in (0, 2) else [9])
+        with force_path("cpu"):
+            quick.step()
+        with force_path("reference"):
+            reference.step()
+    unit = torch.finfo(dtype).eps
+    # One rounding may fall the other way; 8-bit codes may then be neighbours, which moves a step by at most 2 percent.
+    assert tools.distance(ours, theirs) <= (unit if dtype != torch.float32 else 1e-3 if "8" in make.__name__ else 1e-7)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_clipping_is_torchs(tools: SimpleNamespace, path: str) -> None:
+    """Over all groups; and the gradients themselves stay what they were."""
+    ours, theirs = tools.parameters(SHAPES), tools.parameters(SHAPES)
+    groups = lambda ps: [{"params": ps[:2], "lr": 1e-2}, {"params": ps[2:]}]  # noqa: E731
+    optimizer, oracle = AdamW(groups(ours), max_grad_norm=0.5), torch.optim.AdamW(groups(theirs), foreach=False)
+    for i in range(5):
+        tools.give_gradients(ours, theirs, seed=i)
+        before = [p.grad.clone() for p in ours]
+        with force_path(path):
+            optimizer.step()
+        norm = nn.utils.clip_grad_norm_(theirs, 0.5)
+        oracle.step()
+        assert optimizer.grad_norm is not None and optimizer.grad_norm.shape == ()
+        torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-6, atol=0)
+        assert all(torch.equal(p.grad, g) for p, g in zip(ours, before, strict=True))
+    assert tools.distance(ours, theirs) <= 1e-7
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("make", [AdamW, AdamW8bit, Lion8bit])
+@pytest.mark.parametrize("how", ["found_inf", "nan", "inf"])
+def test_skipped_steps_change_no_byte(tools: SimpleNamespace, path: str, make: Any, how: str) -> None:
+    ours = tools.parameters([(63,), (5000,)])
+    optimizer = make(ours, max_grad_norm=None if how == "found_inf" else math.inf)
+    for i in (0, 1, 2):  # also at the very first step
+        tools.give_gradients(ours, seed=i)
+        before = copy.deepcopy(([p.detach() for p in ours], optimizer.state_dict()["state"]))
+        if how == "found_inf":
+            optimizer.found_inf = torch.tensor(float(i != 1))
+        elif i != 1:
+            ours[0].grad[3] = float(how)
+        with force_path(path):
+            optimizer.step()
+        assert optimizer.skipped.item() == float(i != 1)
+        moved = [not torch.equal(p, old) for p, old in zip(ours, before[0], strict=True)]
+        assert moved == [i == 1, i == 1]
+        for number, entry in before[1].items():
+            for name, value in entry.items():
+                assert torch.equal(optimizer.state_dict()["state"][number][name], value) == (i != 1), name
+    assert [float(entry["step"]) for entry in optimizer.state_dict()["state"].values()] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("make", [AdamW, Lion])
+def test_maximize_is_minimizing_the_negative(tools: SimpleNamespace, path: str, make: Any) -> None:
+    up, down = tools.parameters(SHAPES), tools.parameters(SHAPES)
+    climbing, falling = make(up, maximize=True), make(down)
+    for i in range(3):
+        tools.give_gradients(up, down, seed=i)
+        for p in down:
+            p.grad.neg_()
+        with force_path(path):
+            climbing.step()
+            falling.step()
+    assert all(torch.equal(a, b) for a, b in zip(up, down, strict=True))
+
+
+def test_end_loss_of_8bit_is_bitsandbytes() -> None:
+    """Within one percent, after a 500-step fit of a small network."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1024, 64, generator=generator)
+    y = torch.tanh(x @ torch.randn(64, 8, generator=generator)) + 0.3 * torch.randn(1024, 8, generator=generator)
+
+    def end_loss(make: Any) -> float:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 8))
+        optimizer = make(model.parameters(), lr=3e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
+        for _ in range(500):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        return loss.item()
+
+    ours, theirs = end_loss(AdamW8bit), end_loss(bitsandbytes.optim.AdamW8bit)
+    assert abs(ours - theirs) <= 0.01 * theirs
+    assert ours < 0.02  # from 0.5: it did learn
+
+
+@pytest.mark.parametrize(("make", "peer"), [(AdamW8bit, "AdamW8bit"), (Lion8bit, "Lion8bit")])
+@pytest.mark.parametrize("size", [4096, 5001, 70000])
+def test_one_8bit_step_beside_bitsandbytes(tools: SimpleNamespace, make: Any, peer: str, size: int) -> None:
+    """From identical state and gradients. Our codes are the nearest; theirs may be a little farther off.
+
+    The bound on theirs, 2^-15 of the block's scale beyond ours, is what their CPU quantiser needs (FORMATS.md).
+    """
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from fourbit.kernels.codes import dynamic_code
+
+    (ours,), (theirs,) = tools.parameters([(size,)]), tools.parameters([(size,)])
+    settings = {"lr": 1e-3, "weight_decay": 0.1}
+    oracle = getattr(bitsandbytes.optim, peer)([theirs], **settings)
+    for i in range(3):
+        tools.give_gradients([theirs], seed=i)
+        oracle.step()
+    optimizer = make([ours], **settings)
+    optimizer.load_state_dict(copy.deepcopy(oracle.state_dict()))
+    ours.data.copy_(theirs.data)
+    before = {k: v.clone() for k, v in optimizer.state[ours].items()}
+    tools.give_gradients([ours], [theirs], seed=9)
+    optimizer.step()
+    oracle.step()
+    assert tools.distance([ours], [theirs]) <= 1e-6
+    state, other = optimizer.state[ours], oracle.state[theirs]
+    for i, moment in enumerate(optimizer.rule.moments, 1):
+        code, name = dynamic_code(moment.signed).double(), moment.name
+        expand = lambda absmax: absmax.double().repeat_interleave(256)[:size]  # noqa: E731
+        old = code[before[name].long()] * expand(before[f"{name}_absmax"])
+        g, beta = (
+            ours.grad.double(),
+            optimizer.param_groups[0]["betas"][i - 1 if len(optimizer.rule.moments) > 1 else 1],
+        )
+        exact = beta * old + (1 - beta) * (g if moment.signed else g * g)
+        scale = expand(state[f"{name}_absmax"])
+        torch.testing.assert_close(state[f"{name}_absmax"], other[f"absmax{i}"], rtol=1e-6, atol=0)
+        error = (code[state[name].long()] * scale - exact).abs()
+        best = (code[:, None] * scale - exact).abs().amin(dim=0)
+        assert (error <= best + 2**-21 * scale).all()  # the moment itself is rounded to fp32, twice
+        theirs_off = (code[other[f"state{i}"].long()] * expand(other[f"absmax{i}"]) - exact).abs()
+        assert (theirs_off <= error + 2**-15 * scale).all()

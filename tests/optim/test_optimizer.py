@@ -1,0 +1,199 @@
+"""What a torch.optim.Optimizer must bear: groups, missing gradients, odd tensors, schedulers, copies, bad settings."""
+
+import copy
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fourbit.kernels.dispatch import force_path
+from fourbit.optim import AdamW, AdamW8bit, Lion, Lion8bit
+
+PATHS = ["cpu", "reference"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_missing_gradients_and_groups_as_in_torch(tools: SimpleNamespace, path: str) -> None:
+    """Parameters rest whole steps, join late, freeze for good; groups have settings of their own."""
+    shapes = [(5, 3), (), (0, 4), (300,), (9000,), (2, 2), (4, 4)]
+    ours, theirs = tools.parameters(shapes), tools.parameters(shapes)
+
+    def groups(ps: list[nn.Parameter]) -> list[dict[str, Any]]:
+        ps[5].requires_grad_(False)
+        return [{"params": ps[:3], "lr": 1e-2}, {"params": ps[3:6], "weight_decay": 0.3, "betas": (0.8, 0.95)}]
+
+    optimizer, oracle = AdamW(groups(ours)), torch.optim.AdamW(groups(theirs), foreach=False)
+    with force_path(path):
+        for i, missing in enumerate([[0, 4, 5], [5], [1, 3, 5], [5, 0], [5], [5, 4]]):
+            if i == 3:
+                for o, ps in ((optimizer, ours), (oracle, theirs)):
+                    o.add_param_group({"params": [ps[6]], "lr": 1e-1, "eps": 1e-3})
+            tools.give_gradients(ours, theirs, seed=i, missing=[*missing, *([6] if i < 3 else [])])
+            optimizer.step()
+            oracle.step()
+    assert tools.distance(ours, theirs) <= 1e-7
+    state, expected = optimizer.state_dict(), oracle.state_dict()
+    assert state["state"].keys() == expected["state"].keys()
+    for number, entry in expected["state"].items():
+        assert {k: v.shape for k, v in entry.items()} == {k: v.shape for k, v in state["state"][number].items()}
+        assert float(entry["step"]) == float(state["state"][number]["step"])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("make", [AdamW, AdamW8bit, Lion8bit])
+def test_strides_change_nothing(tools: SimpleNamespace, path: str, make: Any) -> None:
+    """Transposed, channels-last and sliced parameters, and gradients laid out in another way than their parameter."""
+    plain = tools.parameters([(70, 60), (4, 6, 20, 20), (50, 100), (64, 80)])
+    storage = plain[2].detach().repeat_interleave(2, dim=1)
+    odd = [
+        nn.Parameter(plain[0].detach().t().contiguous().t()),
+        nn.Parameter(plain[1].detach().contiguous(memory_format=torch.channels_last)),
+        nn.Parameter(storage[:, ::2]),
+        nn.Parameter(plain[3].detach().clone()),
+    ]
+    a, b = (make(ps, lr=1e-2, max_grad_norm=3.0) for ps in (plain, odd))
+    assert [p.is_contiguous() for p in odd] == [False, False, False, True]
+    with force_path(path):
+        for i in range(3):
+            tools.give_gradients(plain, odd, seed=i)
+            odd[3].grad = odd[3].grad.t().contiguous().t()
+            odd[0].grad = odd[0].grad.contiguous() if i == 1 else odd[0].grad.t().contiguous().t()
+            a.step()
+            b.step()
+    assert torch.equal(storage[:, 1::2], tools.parameters([(70, 60), (4, 6, 20, 20), (50, 100)])[2])  # between them
+    assert tools.distance(odd, plain) <= 1e-7
+    for p, q in zip(plain, odd, strict=True):
+        for name in ("exp_avg", "exp_avg_absmax"):
+            if name in a.state[p]:
+                torch.testing.assert_close(a.state[p][name], b.state[q][name], rtol=1e-6, atol=1e-9)
+
+
+def test_closure_is_called_with_gradients_and_its_loss_returned(tools: SimpleNamespace) -> None:
+    (p,) = tools.parameters([(3,)])
+    optimizer = AdamW([p])
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (p * p).sum()
+        loss.backward()
+        return loss
+
+    before = p.detach().clone()
+    assert optimizer.step(closure) == (before * before).sum()
+    assert not torch.equal(p, before)
+
+
+def test_zero_grad_leaves_nothing_to_do(tools: SimpleNamespace) -> None:
+    (p,) = tools.parameters([(300,)])
+    optimizer = AdamW([p], max_grad_norm=1.0)
+    optimizer.step()
+    assert not optimizer.state
+    tools.give_gradients([p], seed=0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    before = p.detach().clone()
+    optimizer.step()
+    assert torch.equal(p, before) and optimizer.state[p]["step"] == 1
+    assert optimizer.grad_norm == 0
+
+
+def test_schedulers_of_torch_drive_it(tools: SimpleNamespace) -> None:
+    ours, theirs = tools.parameters([(70,)]), tools.parameters([(70,)])
+    optimizer, oracle = AdamW(ours, lr=1e-2), torch.optim.AdamW(theirs, lr=1e-2, foreach=False)
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 5) for o in (optimizer, oracle)]
+    for i in range(5):
+        tools.give_gradients(ours, theirs, seed=i)
+        for o, schedule in zip((optimizer, oracle), schedules, strict=True):
+            o.step()
+            schedule.step()
+    assert tools.distance(ours, theirs) <= 1e-7
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_learning_rate_in_a_tensor(tools: SimpleNamespace, path: str) -> None:
+    ours, same = tools.parameters([(70,)]), tools.parameters([(70,)])
+    a, b = AdamW(ours, lr=torch.tensor(1e-2)), AdamW(same, lr=float(torch.tensor(1e-2)))
+    tools.give_gradients(ours, same, seed=0)
+    with force_path(path):
+        a.step()
+        b.step()
+    assert tools.distance(ours, same) <= 1e-8
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])  # noqa: S301
+@pytest.mark.parametrize("make", [AdamW, Lion8bit])
+def test_copies_go_on_alone(tools: SimpleNamespace, make: Any, copier: Any) -> None:
+    ours = tools.parameters([(70,), (5000,)])
+    optimizer = make(ours, lr=1e-2)
+    tools.give_gradients(ours, seed=0)
+    optimizer.step()
+    other, twin = copier((ours, optimizer))
+    for i in (1, 2):
+        tools.give_gradients(ours, other, seed=i)
+        optimizer.step()
+        twin.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, other, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(*(o.state[p[1]].values() for o, p in ((optimizer, ours), (twin, other))), strict=True)
+    )
+
+
+def test_small_and_fp64_parameters_keep_full_moments() -> None:
+    ps = [nn.Parameter(torch.ones(n, dtype=d)) for n, d in ((4095, torch.float32), (4096, torch.bfloat16))]
+    ps.append(nn.Parameter(torch.ones(5000, dtype=torch.float64)))
+    optimizer = AdamW8bit(ps)
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert [optimizer.state[p]["exp_avg"].dtype for p in ps] == [torch.float32, torch.uint8, torch.float64]
+    assert optimizer.state[ps[1]]["exp_avg_absmax"].shape == (16,)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_stochastic_rounding_keeps_small_updates(path: str) -> None:
+    """bf16 weights of 1 and steps of 1e-4, a fortieth of their spacing: rounded to nearest they would never move."""
+    moved = []
+    for rounding in (False, True):
+        p = nn.Parameter(torch.ones(20000, dtype=torch.bfloat16))
+        optimizer = Lion([p], lr=1e-4, stochastic_rounding=rounding)
+        with force_path(path):
+            for _ in range(10):
+                p.grad = torch.ones_like(p)
+                optimizer.step()
+        moved.append(1 - float(p.detach().double().mean()))
+    assert moved[0] == 0
+    # 200,000 draws of probability 1e-4 * 256 (below 1, bf16 has steps of 2^-8), each worth 2^-8
+    assert abs(moved[1] - 1e-3) <= 5 * (10 * 0.0256 / 20000) ** 0.5 * 2**-8
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
+        ({"eps": -1e-8}, "eps must be >= 0"),
+        ({"weight_decay": -1}, "weight_decay must be >= 0"),
+        ({"bits": 4}, "bits must be 8 or 32, got 4"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be positive, or None not to clip, got 0.0"),
+    ],
+)
+def test_refuses_settings(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        AdamW([nn.Parameter(torch.ones(3))], **settings)
+
+
+def test_refuses_what_it_cannot_train() -> None:
+    with pytest.raises(ValueError, match=r"must be dense fp32, bf16, fp16 or fp64, got torch.complex64"):
+        AdamW([nn.Parameter(torch.ones(3, dtype=torch.complex64))])
+    optimizer = AdamW([nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match="lr must be"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": -1})
+    assert len(optimizer.param_groups) == 1
+    embedding = nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="gradients must be dense"):
+        AdamW(embedding.parameters()).step()

@@ -1,0 +1,132 @@
+"""State on disk: torch.optim.AdamW's both ways, bitsandbytes' in, ours round; and what is refused."""
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fourbit.optim import AdamW, AdamW8bit, Lion, Lion8bit
+
+SHAPES = [(63,), (4097,), (3, 5), ()]
+
+
+def steps(tools: SimpleNamespace, seeds: range, *pairs: Any) -> None:
+    for i in seeds:
+        tools.give_gradients(*(ps for ps, _ in pairs), seed=i)
+        for _, optimizer in pairs:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_goes_on_where_torch_left_off_and_back(tools: SimpleNamespace, dtype: torch.dtype) -> None:
+    ours, theirs = tools.parameters(SHAPES, dtype), tools.parameters(SHAPES, dtype)
+    oracle = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.1, foreach=False)
+    steps(tools, range(3), (theirs, oracle))
+    optimizer = AdamW(ours)
+    optimizer.load_state_dict(oracle.state_dict())
+    for p, q in zip(ours, theirs, strict=True):
+        p.data.copy_(q.data)
+    assert optimizer.param_groups[0]["lr"] == 1e-2 and "amsgrad" not in optimizer.param_groups[0]
+    steps(tools, range(3, 6), (ours, optimizer), (theirs, oracle))
+    back = torch.optim.AdamW(theirs, lr=1.0)
+    back.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # else they would share it
+    for p, q in zip(ours, theirs, strict=True):
+        assert tools.distance([back.state[q]["exp_avg"]], [optimizer.state[p]["exp_avg"]]) <= 2**-8
+        assert back.state[q]["step"] == 6 and back.state[q]["exp_avg_sq"].dtype == dtype
+    if dtype != torch.bfloat16:  # torch keeps bf16 moments, and so trains something else
+        assert tools.distance(ours, theirs) <= 1e-7
+        steps(tools, range(6, 8), (ours, optimizer), (theirs, back))
+        assert tools.distance(ours, theirs) <= 1e-7
+
+
+@pytest.mark.parametrize("make", [AdamW, AdamW8bit, Lion, Lion8bit])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resuming_is_exact(tools: SimpleNamespace, make: Any, dtype: torch.dtype) -> None:
+    ours = tools.parameters(SHAPES, dtype)
+    optimizer = make(ours, lr=1e-2, stochastic_rounding=True, max_grad_norm=1.0)
+    steps(tools, range(3), (ours, optimizer))
+    other = copy.deepcopy(ours)
+    resumed = make(other, stochastic_rounding=True, max_grad_norm=1.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(tools, range(3, 6), (ours, optimizer), (other, resumed))
+    assert all(torch.equal(a, b) for a, b in zip(ours, other, strict=True))
+    a, b = optimizer.state_dict()["state"], resumed.state_dict()["state"]
+    assert {n: set(entry) for n, entry in a.items()} == {n: set(entry) for n, entry in b.items()}
+    assert all(torch.equal(a[n][name], b[n][name]) for n in a for name in a[n])
+
+
+@pytest.mark.parametrize(
+    ("make", "peer", "bits"),
+    [(AdamW, "AdamW", 32), (AdamW8bit, "AdamW8bit", 8), (Lion, "Lion", 32), (Lion8bit, "Lion8bit", 8)],
+)
+def test_reads_bitsandbytes(tools: SimpleNamespace, make: Any, peer: str, bits: int) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    ours, theirs = tools.parameters([(63,), (5000,)]), tools.parameters([(63,), (5000,)])
+    oracle = getattr(bitsandbytes.optim, peer)(theirs, lr=1e-2)
+    steps(tools, range(3), (theirs, oracle))
+    optimizer = make(ours)
+    optimizer.load_state_dict(oracle.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    for p, q in zip(ours, theirs, strict=True):
+        for i, moment in enumerate(optimizer.rule.moments, 1):
+            assert torch.equal(optimizer.state[p][moment.name], oracle.state[q][f"state{i}"])
+            if bits == 8 and q.numel() > 4096:
+                assert torch.equal(optimizer.state[p][f"{moment.name}_absmax"], oracle.state[q][f"absmax{i}"])
+        assert optimizer.state[p]["step"] == 3
+
+
+def test_bits_are_never_changed_silently(tools: SimpleNamespace) -> None:
+    ours = tools.parameters([(5000,)])
+    full, short = AdamW(ours), AdamW8bit(ours)
+    steps(tools, range(1), (ours, full), (ours, short))
+    with pytest.raises(
+        ValueError, match=r"parameter 0, \(5000,\), has 32 bits, but this optimizer keeps 8 for it; make"
+    ):
+        short.load_state_dict(full.state_dict())
+    with pytest.raises(ValueError, match="has 8 bits, but this optimizer keeps 32"):
+        full.load_state_dict(short.state_dict())
+    with pytest.raises(ValueError, match="min_8bit_size"):
+        AdamW8bit(ours, min_8bit_size=6000).load_state_dict(short.state_dict())
+
+
+def test_refusals_change_nothing(tools: SimpleNamespace) -> None:
+    ours = tools.parameters([(5,), (7,)])
+    optimizer = AdamW(ours)
+    steps(tools, range(2), (ours, optimizer))
+    good = copy.deepcopy(optimizer.state_dict())
+
+    def broken(change: Any) -> dict[str, Any]:
+        state = copy.deepcopy(good)
+        change(state)
+        return state
+
+    for change, words in [
+        (lambda s: s["param_groups"][0]["params"].pop(), r"groups of \[1\] parameters, this one of \[2\]"),
+        (lambda s: s["param_groups"][0].update(amsgrad=True), "amsgrad"),
+        (lambda s: s["param_groups"][0].update(decoupled_weight_decay=False), "weight decay into the gradient"),
+        (lambda s: s["state"][1].update(exp_avg=torch.zeros(8)), r"exp_avg of shape \(8,\), not \(7,\)"),
+        (lambda s: s["state"][1].pop("exp_avg_sq"), r"has \['exp_avg', 'step'\], but adamw keeps"),
+        (lambda s: s["state"].update({9: s["state"][1]}), r"parameters \[9\] belongs to no saved group"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            optimizer.load_state_dict(broken(change))
+        now = optimizer.state_dict()
+        assert all(
+            torch.equal(good["state"][n][k], now["state"][n][k]) for n in good["state"] for k in good["state"][n]
+        )
+        assert now["param_groups"] == good["param_groups"]
+    with pytest.raises(ValueError, match="but lion keeps"):
+        Lion(ours).load_state_dict(good)
+
+
+def test_hooks_run(tools: SimpleNamespace) -> None:
+    ours = tools.parameters([(5,)])
+    optimizer, seen = AdamW(ours), list[str]()
+    optimizer.register_state_dict_post_hook(lambda o, s: seen.append("saved"))
+    optimizer.register_load_state_dict_pre_hook(lambda o, s: seen.append("loading"))
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append("loaded"))
+    steps(tools, range(1), (ours, optimizer))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["saved", "loading", "loaded"]

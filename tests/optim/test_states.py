@@ -1,0 +1,103 @@
+"""8-bit states: how far a stored value may lie from the true one, bucket by bucket of the map; stochastic rounding."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fourbit.kernels.codes import dynamic_code
+from fourbit.optim.layout import BLOCK
+from fourbit.optim.rules import round_stochastically
+from fourbit.optim.states import Moment, Resident, decode, encode, fields
+
+MOMENTS = [Moment("mean", True), Moment("square", False)]
+VALUES = st.lists(st.floats(-(2.0**66), 2.0**66, width=32, allow_subnormal=False), min_size=1, max_size=600)
+
+
+def kept(moment: Moment, size: int) -> dict[str, torch.Tensor]:
+    storage = Resident(fields([moment], 8, torch.float32), torch.device("cpu"))
+    storage.grow(-(-size // BLOCK) * BLOCK)
+    return storage.tensors
+
+
+@given(st.sampled_from(MOMENTS), VALUES)
+def test_a_value_moves_at_most_half_its_bucket(moment: Moment, numbers: list[float]) -> None:
+    """The bucket of a value is the gap between its two neighbours in the map, times the scale of its block."""
+    values = torch.tensor(numbers)
+    values = values if moment.signed else values.abs()
+    tensors = kept(moment, len(values))
+    encode(moment, values, tensors, 0)
+    back = decode(moment, tensors, 0, len(values)).double()
+    scale = tensors[f"{moment.name}_absmax"].double().repeat_interleave(BLOCK)[: len(values)]
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
+    assert torch.equal(tensors[f"{moment.name}_absmax"], blocks.abs().amax(dim=1))
+    code = dynamic_code(moment.signed).double()
+    relative = values.double() / scale.where(scale > 0, 1)
+    above = torch.searchsorted(code, relative).clamp(1, 255)
+    half = (code[above] - code[above - 1]) / 2
+    # Below the lowest entry (-0.993; 0 for the unsigned map) there is only that one.
+    bound = torch.maximum(half, code[0] - relative) * scale
+    assert ((back - values.double()).abs() <= bound * (1 + 2**-22) + 2**-23 * back.abs()).all()
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_entries_of_the_map_come_back_exactly(moment: Moment) -> None:
+    values = dynamic_code(moment.signed) * 0.375
+    tensors = kept(moment, 256)
+    encode(moment, values, tensors, 0)
+    assert torch.equal(decode(moment, tensors, 0, 256), values)
+    assert tensors[moment.name].tolist() == list(range(256))
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("bits", [8, 32])
+def test_fresh_state_is_zero_and_growing_keeps_it(moment: Moment, bits: int) -> None:
+    storage = Resident(fields([moment], bits, torch.float32), torch.device("cpu"))
+    storage.grow(512)
+    assert not decode(moment, storage.tensors, 0, 512).any()
+    values = torch.randn(512, generator=torch.Generator().manual_seed(0)).abs()
+    encode(moment, values, storage.tensors, 0)
+    before = decode(moment, storage.tensors, 0, 512).clone()
+    storage.grow(1024)
+    assert torch.equal(decode(moment, storage.tensors, 0, 512), before)
+    assert not decode(moment, storage.tensors, 512, 1024).any()
+
+
+def test_fp64_moments_are_never_cut() -> None:
+    assert fields(MOMENTS, 32, torch.float64)["mean"].dtype == torch.float64
+
+
+def test_stochastic_rounding_goes_to_a_neighbour() -> None:
+    x = torch.randn(4099, generator=torch.Generator().manual_seed(0)) * 1e3
+    for step in range(4):
+        rounded = round_stochastically(x, 0, torch.tensor(float(step)), 3)
+        low = (x.view(torch.int32) & -65536).view(torch.float32)
+        high = ((x.view(torch.int32) & -65536) + 65536).view(torch.float32)
+        assert ((rounded.float() == low) | (rounded.float() == high)).all()
+    exact = x.bfloat16().float()
+    assert torch.equal(round_stochastically(exact, 0, torch.tensor(1.0), 3).float(), exact)
+    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0])
+    assert torch.equal(round_stochastically(odd, 0, torch.tensor(1.0), 3).isnan(), odd.isnan())
+    assert round_stochastically(odd, 0, torch.tensor(1.0), 3)[1:].tolist() == odd[1:].tolist()
+
+
+def test_stochastic_rounding_is_unbiased_and_varies() -> None:
+    """2^20 draws: the mean of a fraction f lies within five standard deviations, sqrt(f (1 - f) / n), of f."""
+    n = 1 << 20
+    for fraction in (0.01, 0.3, 0.5, 0.9):
+        x = torch.full((n,), 1 + fraction / 128)  # bf16 has 1 and 1 + 1 / 128
+        up = (round_stochastically(x, 0, torch.tensor(7.0), 1).float() - 1) * 128
+        exact = float((x.double()[0] - 1) * 128)
+        assert abs(float(up.double().mean()) - exact) <= 5 * (exact * (1 - exact) / n) ** 0.5
+        for step, number in ((8.0, 1), (7.0, 2)):
+            other = (round_stochastically(x, 0, torch.tensor(step), number).float() - 1) * 128
+            both = float((up * other).double().mean())  # independent draws agree as often as chance has it
+            assert abs(both - exact**2) <= 5 * (exact**2 * (1 - exact**2) / n) ** 0.5
+
+
+@given(st.integers(0, 60).map(lambda i: 8 * i), st.integers(1, 300))
+def test_stochastic_rounding_does_not_see_the_cuts(start: int, length: int) -> None:
+    x = torch.randn(1024, generator=torch.Generator().manual_seed(0))
+    whole = round_stochastically(x, 0, torch.tensor(3.0), 5)
+    part = round_stochastically(x[start : start + length], start, torch.tensor(3.0), 5)
+    assert torch.equal(part, whole[start : start + length])
