@@ -1,0 +1,215 @@
+"""AdamW and Lion under every budget: the same weights, the same state dict, bit for bit, and never more memory."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fourbit.errors import InputError
+from fourbit.optim import AdamW, Lion, PagedAdamW, PagedAdamW8bit, PagedLion, PagedLion8bit, optimizer
+from fourbit.optim.layout import CHUNK
+from fourbit.optim.pager import Pager
+from fourbit.optim.simulated_device import CopyError, SimulatedDevice
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SIZES = [0, 1, 63, 255, 256, 257, 4095, 4096, 4097, 9000]
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """The simulated devices made, the last one last."""
+    made = []
+
+    def make(device):
+        made.append(SimulatedDevice(seed=len(made)))
+        return made[-1]
+
+    monkeypatch.setattr(optimizer, "make_device", make)
+    return made
+
+
+def weights_of(shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape, dtype in shapes]
+
+
+def give_gradients(*twins, seed, missing=()):
+    generator = torch.Generator().manual_seed(seed)
+    for i, same in enumerate(zip(*twins, strict=True)):
+        gradient = torch.randn(same[0].shape, generator=generator)
+        for p in same:
+            p.grad = None if i in missing else gradient.to(p.dtype)
+
+
+def assert_equal(ours, theirs):
+    """Two nested states, bit for bit."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, torch.Tensor):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert torch.equal(ours.cpu().reshape(-1).view(torch.uint8), theirs.cpu().reshape(-1).view(torch.uint8))
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_equal(ours[key], theirs[key])
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert_equal(a, b)
+    else:
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("kind", [AdamW, Lion])
+@pytest.mark.parametrize("bits", [32, 8])
+@settings(max_examples=25)
+@given(data=st.data())
+def test_paged_equals_unpaged(kind, bits, data):
+    """Over page sizes, budgets from the least to everything, shapes, dtypes, gradients present and missing."""
+    shapes = data.draw(
+        st.lists(st.tuples(st.sampled_from(SIZES).map(lambda n: (n,)), st.sampled_from(DTYPES)), max_size=6)
+    )
+    shapes.append(((3 * CHUNK + 5,), torch.bfloat16))
+    twins = [weights_of(shapes), weights_of(shapes)]
+    options = {"lr": 0.1, "weight_decay": 0.1, "bits": bits, "max_grad_norm": data.draw(st.sampled_from([None, 1.0]))}
+    options["stochastic_rounding"] = data.draw(st.booleans())
+    whole = kind(twins[0], **options)
+    everything = sum((p.numel() + CHUNK) * 16 for p in twins[0])
+    least = CHUNK * (8 if bits == 32 else 9) * (2 if any(d == torch.float64 for _, d in shapes) else 1)
+    budget = data.draw(st.integers(least, everything) | st.sampled_from([least, everything]))
+    pages = data.draw(st.integers(1, 3)) * CHUNK if budget > 4 * least else CHUNK
+    device = SimulatedDevice(seed=data.draw(st.none() | st.integers(0, 99)))
+
+    paged = kind(twins[1], **options, budget=budget)
+    pager = Pager(device, budget)
+    paged.make_storage = lambda fields, _: pager.state(fields, pages)
+    paged.pagers[torch.device("cpu")] = pager
+    missing = lambda _: data.draw(st.sets(st.integers(0, len(shapes) - 1)))  # noqa: E731
+    for step in range(data.draw(st.integers(1, 4))):
+        give_gradients(*twins, seed=step, missing=missing(step))
+        whole.step()
+        paged.step()
+        if data.draw(st.booleans()):
+            paged.evict_all()
+        assert_equal([p.detach() for p in twins[1]], [p.detach() for p in twins[0]])
+    assert_equal(paged.state_dict(), whole.state_dict())
+    assert device.peak <= budget
+
+
+SHAPES = [((33, 400), torch.float32), ((100, 90), torch.bfloat16), ((7,), torch.float32), ((64, 128), torch.float32)]
+BUDGETS = [None, "auto", 8 * CHUNK, 20 * CHUNK, 45 * CHUNK]
+
+
+@pytest.mark.parametrize("kind", [AdamW, Lion])
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("before", BUDGETS)
+@pytest.mark.parametrize("after", BUDGETS)
+def test_resume_is_exact_with_any_budget_on_either_side(devices, kind, bits, before, after):
+    twins = [weights_of(SHAPES), weights_of(SHAPES)]
+    straight, first = kind(twins[0], 0.1, bits=bits), kind(twins[1], 0.1, bits=bits, budget=before)
+    for step in range(2):
+        give_gradients(*twins, seed=step, missing={step})
+        straight.step()
+        first.step()
+    saved = copy.deepcopy(first.state_dict())
+    assert_equal(saved, straight.state_dict())
+    second = kind(twins[1], 0.7, bits=bits, budget=after)
+    second.load_state_dict(saved)
+    assert_equal(second.state_dict(), saved)
+    for step in range(2, 4):
+        give_gradients(*twins, seed=step, missing={step})
+        straight.step()
+        second.step()
+    assert_equal([p.detach() for p in twins[1]], [p.detach() for p in twins[0]])
+    assert_equal(second.state_dict(), straight.state_dict())
+    assert all(d.peak <= b for d, b in zip(devices, (b for b in (before, after) if b), strict=True) if b != "auto")
+
+
+def test_parameter_group_added_in_mid_run(devices):
+    twins = [weights_of(SHAPES), weights_of(SHAPES)]
+    late = [weights_of(SHAPES, seed=1), weights_of(SHAPES, seed=1)]
+    whole, paged = AdamW(twins[0], 0.1), AdamW(twins[1], 0.1, budget=30 * CHUNK)
+    for step in range(4):
+        if step == 2:
+            whole.add_param_group({"params": late[0], "lr": 0.01})
+            paged.add_param_group({"params": late[1], "lr": 0.01})
+        give_gradients(*([*a, *b] for a, b in zip(twins, late, strict=True)), seed=step)
+        whole.step()
+        paged.step()
+    assert_equal(paged.state_dict(), whole.state_dict())
+    assert_equal([p.detach() for p in late[1]], [p.detach() for p in late[0]])
+    assert devices[0].peak <= 30 * CHUNK
+
+
+def test_a_step_that_is_skipped_changes_nothing(devices):
+    weights = weights_of(SHAPES)
+    paged = AdamW(weights, 0.1, budget=20 * CHUNK)
+    for step in range(2):
+        give_gradients(weights, seed=step)
+        paged.found_inf = torch.tensor(float(step))
+        before = copy.deepcopy(paged.state_dict()), [p.detach().clone() for p in weights]
+        paged.step()
+    assert_equal(paged.state_dict(), before[0])
+    assert_equal([p.detach() for p in weights], before[1])
+
+
+def test_a_failed_copy_raises_and_weights_and_moments_stay_together(devices):
+    """Each element has taken the step, weight and moments, or has not; another step goes on from there."""
+    for number in range(12):
+        weights, done, undone = weights_of(SHAPES[:1]), weights_of(SHAPES[:1]), weights_of(SHAPES[:1])
+        paged = AdamW(weights, 0.1, budget=16 * CHUNK)
+        twins = [AdamW(done, 0.1), AdamW(undone, 0.1)]
+        give_gradients(weights, done, undone, seed=0)
+        for some in (paged, *twins):
+            some.step()
+        give_gradients(weights, done, seed=1)
+        twins[0].step()
+        devices[-1].fail_copy(number)
+        with pytest.raises(CopyError):
+            for _ in range(12):
+                paged.step()
+                done = None  # it failed after this step
+        if done is None:
+            continue
+        state = paged.state_dict()["state"][0]
+        after, before = (twin.state_dict()["state"][0] for twin in twins)
+        moved = weights[0].detach() == done[0].detach()
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(state[name], torch.where(moved, after[name], before[name]))
+        assert torch.equal(weights[0].detach(), torch.where(moved, done[0].detach(), undone[0].detach()))
+
+
+@pytest.mark.parametrize("kind", [PagedAdamW, PagedAdamW8bit, PagedLion, PagedLion8bit])
+def test_named_ones_page_by_themselves(devices, kind):
+    """All state on the device when there is room; none once it is evicted."""
+    weights = weights_of(SHAPES)
+    some = kind(weights, 0.1)
+    give_gradients(weights, seed=0)
+    some.step()
+    (pager,) = some.pagers.values()
+    assert pager.budget == "auto" and pager.counters.misses == 0
+    assert some.evict_all() == pager.counters.peak_bytes > 0
+    assert devices[0].held == 0
+    assert some.defaults["lr"] == 0.1 and some.bits == (8 if "8bit" in kind.__name__ else 32)
+    some.step()
+    assert pager.counters.misses > 0
+
+
+def test_no_budget_no_pager():
+    weights = weights_of(SHAPES)
+    some = AdamW(weights)
+    give_gradients(weights, seed=0)
+    some.step()
+    assert some.pagers == {} and some.evict_all() == 0
+
+
+def test_budgets_that_cannot_be():
+    for budget in (0, -3, "most", 2.5):
+        with pytest.raises(InputError, match='"auto" or a positive number of bytes'):
+            AdamW(weights_of(SHAPES), budget=budget)
+    weights = weights_of(SHAPES)
+    give_gradients(weights, seed=0)
+    with pytest.raises(InputError, match=f"less than one page of state; the least is {8 * CHUNK}"):
+        AdamW(weights, budget=8 * CHUNK - 1).step()
