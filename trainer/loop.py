@@ -7,12 +7,11 @@ batch. Step k depends on nothing but k and the configuration, so the data cursor
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..data.batch import Batch
@@ -24,6 +23,7 @@ from .disk import remove_stale
 from .interrupt import Interrupt
 from .memory import memory_used
 from .metrics import Metrics
+from .rng import rng_states, set_rng_states
 from .step import Stepper, StepResult
 
 SKIPS_ALLOWED = 2  # in a row; one more ends the run
@@ -156,6 +156,7 @@ class Loop:
                 "trained_tokens": sum(batch.trained for batch in data.batches),
                 "tokens_per_second": round(tokens / (now - self._clock), 2),
                 what: used,
+                **result.optimizer,
             }
         )
         self._clock = now
@@ -198,7 +199,8 @@ class Loop:
         if self.state.done == 0 or self.state.saved == self.state.done:
             return
         self.state.saved = self.state.done
-        groups = {"weights": self.task.weights(), "optimizer": self.stepper.state(), "rng": _rng(self.stepper.device)}
+        rng = rng_states(self.stepper.device)
+        groups = {"weights": self.task.weights(), "optimizer": self.stepper.state(), "rng": rng}
         if self.best is not None:
             groups["best"] = self.best
         state = {"run": asdict(self.state), "config": _plain(self.config), "data": self.task.fingerprint}
@@ -218,7 +220,7 @@ class Loop:
         self.task.load_weights(tensors["weights"])
         self.stepper.load_state(tensors["optimizer"])
         self.best = tensors.get("best")
-        _set_rng(tensors["rng"])
+        set_rng_states(tensors["rng"], self.stepper.device)
 
 
 def find_checkpoint(config: SFTConfig, say: Callable[[str], None]) -> Path | None:
@@ -245,19 +247,6 @@ def _plain(config: SFTConfig) -> dict[str, Any]:
     """The options as JSON gives them back: lists for tuples."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return plain
-
-
-def _rng(device: torch.device) -> Mapping[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _set_rng(states: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _finite(value: float) -> float | None:

@@ -18,8 +18,9 @@ class Metrics:
     """Writes one JSON object a line, flushed at once, and passes it on.
 
     A record has `step` (steps done) and either the figures of a step (loss, lr, grad_norm, skipped, tokens,
-    trained_tokens, tokens_per_second, and memory under the name of what it is) or of an evaluation (val_loss,
-    val_perplexity).
+    trained_tokens, tokens_per_second, memory under the name of what it is, and optimizer_bytes, which is state on the
+    model's device; of a paged optimizer also optimizer_host_bytes and what pages did in this step: page_hits, _misses,
+    _evictions, _bytes_in, _bytes_out and _stall_seconds) or of an evaluation (val_loss, val_perplexity).
     """
 
     def __init__(self, folder: Path, displays: Sequence[Display], *, log: Sequence[str] = (), resumed_at: int = 0):

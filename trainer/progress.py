@@ -43,10 +43,18 @@ class _Smoothed:
             "lr": f"{record['lr']:.1e}",
             "tok/s": f"{record['tokens_per_second']:,.0f}",
             "mem": f"{memory / 2**30:.2f} GiB",
+            "opt": _optimizer(record),
         }
         if self.skipped:
             self.shown["skipped"] = str(self.skipped)
         return self.shown
+
+
+def _optimizer(record: dict[str, Any]) -> str:
+    """Memory of its state, and where paging has it."""
+    text = f"{record['optimizer_bytes'] / 2**30:.2f} GiB"
+    host = record.get("optimizer_host_bytes")
+    return text if host is None else f"{text} + {host / 2**30:.2f} on host"
 
 
 def _number(value: float | None) -> str:

@@ -104,6 +104,8 @@ class SFTTrainer:
                 max_grad_norm=self.config.max_grad_norm,
                 lora_plus=self.config.lora_plus,
                 lr_scale=self.config.lr_scale,
+                name=self.config.optimizer,
+                budget=self.config.optimizer_budget,
             )
             self.model.checkpointing = self._checkpointing()
             start = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])

@@ -1,6 +1,6 @@
-"""One optimizer step: gradients of all micro-batches, clipping, the non-finite guard, AdamW.
+"""One optimizer step: gradients of all micro-batches, clipping, the non-finite guard, and the update.
 
-Nothing here waits for the device. Whether a step may be applied is decided on the device by a flag that AdamW's fused
+Nothing here waits for the device. Whether a step may be applied is decided on the device by a flag that the optimizer's
 kernel reads (the mechanism of loss scaling); the host looks at the flag of the step before while this one runs.
 """
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..errors import InputError
-from ..optim.groups import parameter_groups
+from .optimizers import make_optimizer, paging
+from .retry import backward_or_retry
 
 
 @dataclass(frozen=True)
@@ -23,30 +24,29 @@ class StepResult:
     loss: Tensor  # 0-d float64: mean over the step's trained tokens
     grad_norm: Tensor  # 0-d: global norm before clipping
     skipped: Tensor  # 0-d: 1 when loss or norm was not finite, so no weight moved; 0 otherwise
+    optimizer: Mapping[str, int | float]  # bytes of its state, and what paging did in this step; known to the host
 
 
 class Stepper:
-    """AdamW over named parameters; the loss of a step is its sum over trained tokens divided by their number.
+    """An optimizer over named parameters; the loss of a step is its sum over trained tokens divided by their number.
 
-    parameters: name -> parameter to train. loss_sum: a batch on the device -> 0-d sum of its token losses.
+    parameters: name -> parameter to train. loss_sum: a batch on the device -> 0-d sum of its token losses. The rest is
+    for `make_optimizer`.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
         loss_sum: Callable[[Batch], Tensor],
-        *,
-        weight_decay: float,
-        max_grad_norm: float,
-        lora_plus: float = 1.0,
-        lr_scale: Mapping[str, float] | None = None,
+        **options: Any,
     ) -> None:
         self.parameters = dict(parameters)
         self.loss_sum = loss_sum
-        self.max_grad_norm = max_grad_norm
         self.device = next(iter(self.parameters.values())).device
-        groups = _groups(self.parameters, weight_decay=weight_decay, lora_plus=lora_plus, lr_scale=lr_scale or {})
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+        self.optimizer = make_optimizer(self.parameters, **options)
+        self.retries = 0  # micro-batches that ran out of memory and were run again
+        self._names = {p: name for name, p in self.parameters.items()}
+        self._paged: dict[str, int | float] = {}
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """One update from the micro-batches of one step, at this learning rate."""
@@ -54,55 +54,60 @@ class Stepper:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
             # Divided by the whole step's count, so any split into micro-batches gives the same gradients.
-            part = self.loss_sum(batch) / trained
-            part.backward()
-            loss += part.detach()
+            loss += self._backward(lambda batch=batch: self.loss_sum(batch) / trained)  # type: ignore[misc]
         return self._update(loss, learning_rate)
 
+    def _backward(self, part: Callable[[], Tensor]) -> Tensor:
+        """Add a micro-batch's gradients; where memory runs out and pages can make room, on the second attempt."""
+        if self.optimizer.budget is not None:
+            return backward_or_retry(list(self.parameters.values()), part, self._make_room)
+        value = part()
+        value.backward()
+        return value.detach()
+
+    def _make_room(self) -> None:
+        self.retries += 1
+        self.optimizer.evict_all()
+
     def _update(self, loss: Tensor, learning_rate: float) -> StepResult:
-        trained = (p for group in self.optimizer.param_groups for p in group["params"])
-        parameters = [p for p in trained if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
-        skipped = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
-        for group in self.optimizer.param_groups:
+        optimizer = self.optimizer
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
-        # Fused AdamW leaves weights, moments and its step count alone where found_inf is 1.
-        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        self.optimizer.step()
+        # Where it is 1, or the norm is not finite, weights, moments and step counts stay as they are.
+        optimizer.found_inf = (~torch.isfinite(loss)).float()
+        optimizer.step()
         for parameter in self.parameters.values():  # those too that no group has
             parameter.grad = None
-        return StepResult(loss, norm, skipped)
+        assert optimizer.grad_norm is not None and optimizer.skipped is not None
+        return StepResult(loss, optimizer.grad_norm, optimizer.skipped, self._figures())
+
+    def _figures(self) -> dict[str, int | float]:
+        device, host = self.optimizer.state_bytes()
+        before, self._paged = self._paged, paging(self.optimizer)
+        moved = {name: round(value - before.get(name, 0), 6) for name, value in self._paged.items()}
+        return {"optimizer_bytes": device, **({"optimizer_host_bytes": host} if moved else {}), **moved}
 
     def state(self) -> dict[str, Tensor]:
         """The optimizer's tensors as `parameter.slot`; empty before the first step."""
-        return {
-            f"{name}.{slot}": value
-            for name, parameter in self.parameters.items()
-            for slot, value in self.optimizer.state.get(parameter, {}).items()
-        }
+        names = self._order()
+        saved = self.optimizer.state_dict()["state"]
+        return {f"{names[i]}.{slot}": value for i, slots in saved.items() for slot, value in slots.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave. Raises InputError when a name or a shape does not fit these parameters."""
+        numbers = {name: number for number, name in enumerate(self._order())}
+        slots: dict[int, dict[str, Tensor]] = {}
         for key, value in state.items():
             name, _, slot = key.rpartition(".")
-            parameter = self.parameters.get(name)
-            if parameter is None or (slot != "step" and value.shape != parameter.shape):
+            if name not in numbers:
                 raise InputError(f"optimizer state {key!r} {tuple(value.shape)} fits no parameter trained here")
-            self.optimizer.state[parameter][slot] = value.to(parameter.device)
+            slots.setdefault(numbers[name], {})[slot] = value
+        try:
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
+        except ValueError as error:
+            raise InputError(f"the optimizer's state does not fit this run: {error}") from None
+        self._paged = {}  # the pagers start anew
 
-
-def _groups(
-    parameters: Mapping[str, nn.Parameter], *, weight_decay: float, lora_plus: float, lr_scale: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """Parameter groups whose learning rate each step sets; InputError for patterns that match none, or freeze all."""
-    try:
-        groups = parameter_groups(
-            parameters.items(), lr=0.0, weight_decay=weight_decay, lora_plus=lora_plus, lr_scale=lr_scale
-        )
-    except ValueError as error:
-        raise InputError(f"lr_scale: {error}") from None
-    if not groups:
-        raise InputError("lr_scale leaves nothing to train: the factor of every parameter is 0")
-    return groups
+    def _order(self) -> list[str]:
+        """Names in the order in which the optimizer numbers its parameters."""
+        return [self._names[p] for group in self.optimizer.param_groups for p in group["params"]]

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 import fourbit
 from fourbit.cli.chat import Stream
+from fourbit.cli.config_file import read_config
 from fourbit.cli.data import coloured, marked, pieces
+from fourbit.cli.load import CONFIG
 from fourbit.cli.main import COMMANDS, main
 from fourbit.cli.parse import parse
 from fourbit.cli.sft import SFTOptions
@@ -353,3 +355,16 @@ def test_help_and_version(capsys: Capture) -> None:
     assert all(f"fourbit {name}" in page for name in COMMANDS)
     assert run(capsys) == page
     assert run(capsys, "--version") == f"fourbit {fourbit.__version__}\n"
+
+
+def test_sft_with_an_optimizer_and_rates_of_its_own(tiny_folder: Path, rows: Path, tmp_path: Path) -> None:
+    """The settings are kept as they were given, and a resumed run may have another budget."""
+    out = tmp_path / "run"
+    flags = ["--steps", "2", "--rank", "4", "--schedule", "wsd", "--decay", "0.5", "--lora-plus", "16"]
+    flags += ["--lr-scale", "*.layers.0.*=0.5", "--lr-scale", "*.k_proj.*=2", "--optimizer", "paged-adamw8bit"]
+    args = ["sft", "--model", str(tiny_folder), "--data", str(rows), "--out", str(out)]
+    assert main([*args, *flags, "--optimizer-budget", "1MiB"]) == 0
+    settings = {name: setting.value for name, setting in read_config(str(out / CONFIG)).items()}
+    assert settings["lr_scale"] == {"*.layers.0.*": 0.5, "*.k_proj.*": 2} and settings["decay"] == 0.5
+    assert settings["optimizer"] == "paged-adamw8bit" and settings["optimizer_budget"] == "1MiB"
+    assert main(["sft", str(out / CONFIG), "--optimizer-budget", "auto", "--resume"]) == 0

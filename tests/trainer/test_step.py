@@ -71,23 +71,27 @@ def test_any_split_gives_the_same_step(layer, sizes):
     a = stepper_for(whole, max_grad_norm=0.3).step([Rows(rows)], 1e-2)
     b = stepper_for(split, max_grad_norm=0.3).step([Rows(part) for part in rows.split(sizes)], 1e-2)
     assert a.loss.item() == pytest.approx(b.loss.item(), rel=1e-13)
-    assert a.grad_norm.item() == pytest.approx(b.grad_norm.item(), rel=1e-12)
+    assert a.grad_norm.item() == pytest.approx(b.grad_norm.item(), rel=1e-6)  # it is fp32
     torch.testing.assert_close(whole.weight, split.weight, rtol=1e-10, atol=1e-12)
 
 
 def test_clips_to_the_global_norm(layer):
-    moved = copy.deepcopy(layer)
-    gradients = {}
-    hook = lambda name: lambda p: gradients.__setitem__(name, p.grad.clone())  # noqa: E731
-    for name, p in moved.named_parameters():
-        p.register_post_accumulate_grad_hook(hook(name))
-    stepper = stepper_for(moved, max_grad_norm=0.5)
-    seen = []
-    stepper.optimizer.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in moved.parameters()))
-    result = stepper.step([Rows(torch.randn(7, 5, dtype=torch.float64))], 1e-2)
-    unclipped = torch.stack([g.norm() for g in gradients.values()]).norm()
-    assert result.grad_norm.item() == pytest.approx(unclipped.item()) and unclipped > 0.5
-    assert torch.stack([g.norm() for g in seen]).norm().item() == pytest.approx(0.5, rel=1e-5)
+    """As torch's clipping and AdamW do; two norms, since a first step of AdamW does not depend on one."""
+    theirs = copy.deepcopy(layer)
+    stepper = stepper_for(layer, max_grad_norm=1.0, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(theirs.parameters(), weight_decay=0.0, lr=1e-2)
+    norms = []
+    for size in (1.0, 4.0, 0.01):
+        rows = size * torch.randn(7, 5, dtype=torch.float64)
+        result = stepper.step([Rows(rows)], 1e-2)
+        theirs(rows).pow(2).sum().div(7).backward()
+        norms.append(nn.utils.clip_grad_norm_(theirs.parameters(), 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        assert result.grad_norm.item() == pytest.approx(norms[-1], rel=1e-6)
+    assert max(norms) > 1.0 > min(norms)
+    for name, mine in layer.named_parameters():
+        torch.testing.assert_close(mine, dict(theirs.named_parameters())[name], rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -123,5 +127,66 @@ def test_state_of_other_parameters_is_refused(layer):
     stepper = stepper_for(layer)
     with pytest.raises(InputError, match=r"'other.exp_avg' \(3, 5\)"):
         stepper.load_state({"other.exp_avg": torch.zeros(3, 5)})
-    with pytest.raises(InputError, match=r"'weight.exp_avg' \(5, 3\)"):
+    with pytest.raises(InputError, match=r"does not fit this run: the saved state of parameter 0, \(3, 5\),"):
         stepper.load_state({"weight.exp_avg": torch.zeros(5, 3)})
+
+
+KINDS = ["adamw", "adamw8bit", "lion", "lion8bit"]
+OPTIMIZERS = KINDS + [f"paged-{kind}" for kind in KINDS]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_trains_and_goes_on_where_it_stopped(name):
+    """Also with another budget, and paged for unpaged: to the bit."""
+    torch.manual_seed(0)
+    wide = nn.Linear(300, 40)
+    twins = [wide, copy.deepcopy(wide), copy.deepcopy(wide)]
+    other = name.removeprefix("paged-") if name.startswith("paged-") else f"paged-{name}"
+    names = [name, name, other]
+    budget = lambda name: {"budget": "80KiB"} if name.startswith("paged-") else {}  # noqa: E731
+    first = stepper_for(wide, name=name, max_grad_norm=1.0, **budget(name))
+    batches = [[Rows(torch.randn(4, 300))] for _ in range(6)]
+    losses = [first.step(batch, 1e-2).loss.item() for batch in batches[:3]]
+    saved = {key: value.clone() for key, value in first.state().items()}
+    assert losses[-1] < losses[0]
+    losses = [first.step(batch, 1e-2).loss.item() for batch in batches[3:]]
+    for twin, again in zip(twins[1:], names[1:], strict=True):
+        torch.manual_seed(0)
+        twin.load_state_dict(nn.Linear(300, 40).state_dict())
+        stepper = stepper_for(twin, name=name, max_grad_norm=1.0)
+        for batch in batches[:3]:
+            stepper.step(batch, 1e-2)
+        stepper = stepper_for(twin, name=again, max_grad_norm=1.0)
+        stepper.load_state(saved)
+        assert [stepper.step(batch, 1e-2).loss.item() for batch in batches[3:]] == losses
+        assert torch.equal(twin.weight, wide.weight) and torch.equal(twin.bias, wide.bias)
+
+
+def test_state_of_another_optimizer_is_refused(layer):
+    stepper = stepper_for(layer)
+    stepper.step([Rows(torch.randn(4, 5, dtype=torch.float64))], 1e-2)
+    with pytest.raises(InputError, match=r"does not fit this run: .* 'exp_avg_sq', 'step'\], but lion keeps"):
+        stepper_for(layer, name="lion").load_state(stepper.state())
+
+
+@pytest.mark.parametrize("name, per_value", [*zip(KINDS, [8, 2 + 8 / 256, 4, 1 + 4 / 256], strict=True)])
+def test_the_memory_of_state_is_told(name, per_value):
+    layer = nn.Linear(256, 40, bias=False)
+    result = stepper_for(layer, name=name).step([Rows(torch.randn(4, 256))], 1e-2)
+    assert result.optimizer == {"optimizer_bytes": 256 * 40 * per_value + 4}
+
+
+def test_paging_is_told_by_the_step():
+    """A budget of half the state: what does not stay is copied in and out once a step."""
+    layer = nn.Linear(4096, 64, bias=False)
+    stepper = stepper_for(layer, name="paged-adamw", budget="1MiB")
+    results = [stepper.step([Rows(torch.randn(2, 4096))], 1e-3).optimizer for _ in range(3)]
+    state = 8 * 4096 * 64
+    for figures in results:
+        assert figures["optimizer_bytes"] <= (1 << 20) + 4
+        assert figures["page_hits"] + figures["page_misses"] > 1
+    later = results[-1]
+    assert later["optimizer_host_bytes"] >= state - (1 << 20)
+    assert later["page_bytes_in"] == later["page_bytes_out"] >= state - (1 << 20)
+    assert later["page_misses"] == later["page_evictions"] > 0
+    assert results[1] == results[2], "counted by the step, not from the start"

@@ -1,0 +1,128 @@
+"""Runs with other optimizers, schedules and groups: what they do, what they tell, and that resuming changes no bit."""
+
+import signal
+from functools import partial
+
+import pytest
+import torch
+
+import fourbit
+from fourbit.errors import InputError
+from fourbit.optim.schedule import learning_rate
+from fourbit.trainer.checkpoint import load_checkpoint
+from fourbit.trainer.metrics import read_metrics
+from fourbit.trainer.progress import display_for
+from fourbit.trainer.sft import SFTTrainer
+
+STEPS = 6
+
+
+class Stop:
+    """Ends a run politely once a step has been recorded."""
+
+    def __init__(self, step, total, start):
+        self.step = step
+
+    def show(self, record):
+        if record["step"] == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+    def message(self, text): ...
+
+    def close(self): ...
+
+
+def run(folder, rows, out, *, full=False, display=None, **options):
+    model, tokenizer = fourbit.load(folder, quantize="none" if full else "nf4")
+    if not full:
+        fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8))
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = fourbit.SFTConfig(out=str(out), full=full, **{"batch_size": 4, "lr": 1e-2, "steps": STEPS} | options)
+    SFTTrainer(model, tokenizer, train=rows, config=config).train(display=display)
+    return start, dict(model.named_parameters())
+
+
+def steps_of(out):
+    return [record for record in read_metrics(out / "metrics.jsonl") if "loss" in record]
+
+
+def state_after(out, step=STEPS):
+    tensors, _ = load_checkpoint(out / "checkpoints" / f"step-{step:06d}")
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (("adamw8bit", "auto"), ("adamw8bit", "auto")),
+        (("paged-adamw8bit", "100KiB"), ("paged-adamw8bit", "auto")),
+        (("paged-adamw", "auto"), ("paged-adamw", "150KB")),
+        (("adamw", "auto"), ("paged-adamw", "150KiB")),
+        (("paged-lion8bit", "100KiB"), ("lion8bit", "auto")),
+    ],
+    ids=str,
+)
+def test_resuming_with_another_budget_is_bit_exact(tiny_folder, rows, tmp_path, before, after):
+    full = {"full": True, "lr": 1e-3}
+    options = [full | {"optimizer": name, "optimizer_budget": budget} for name, budget in (before, after)]
+    run(tiny_folder, rows, tmp_path / "whole", **options[0])
+    run(tiny_folder, rows, tmp_path / "cut", **options[0], display=partial(Stop, 3))
+    run(tiny_folder, rows, tmp_path / "cut", **options[1], resume="auto")
+    whole, cut = state_after(tmp_path / "whole"), state_after(tmp_path / "cut")
+    assert {g: set(t) for g, t in whole.items()} == {g: set(t) for g, t in cut.items()}
+    for group, members in whole.items():
+        for name, tensor in members.items():
+            assert torch.equal(tensor, cut[group][name]), f"{group}/{name}"
+    eight = [value.dtype == torch.uint8 for value in whole["optimizer"].values()]
+    assert any(eight) == ("8bit" in before[0]) and whole["optimizer"]
+
+
+def test_resuming_with_another_optimizer_is_refused(tiny_folder, rows, tmp_path):
+    run(tiny_folder, rows, tmp_path, display=partial(Stop, 3))
+    with pytest.raises(InputError, match=r"other options \(optimizer: 'adamw' -> 'lion8bit'\); use the same ones"):
+        run(tiny_folder, rows, tmp_path, optimizer="lion8bit", resume="auto")
+
+
+def test_the_rate_follows_the_schedule_asked_for(tiny_folder, rows, tmp_path):
+    run(tiny_folder, rows, tmp_path, schedule="wsd", warmup=2, decay=0.5)
+    rates = [record["lr"] for record in steps_of(tmp_path)]
+    options = {"total": STEPS, "peak": 1e-2, "warmup": 2, "schedule": "wsd", "decay": 3}
+    assert rates == [learning_rate(i, **options) for i in range(STEPS)]
+    assert rates[3] == 1e-2 > rates[4] > rates[5] > 0
+
+
+def test_lora_plus_and_patterns_scale_what_moves(tiny_folder, rows, tmp_path):
+    """AdamW's first step has the size of the learning rate wherever the gradient is not next to zero."""
+    lr_scale = {"model.layers.0.*": 0.5, "*.q_proj.*": 0}
+    start, end = run(tiny_folder, rows, tmp_path, steps=1, warmup=0, lora_plus=16, lr_scale=lr_scale)
+    moved = {name: (p.detach() - start[name]).abs().max().item() for name, p in end.items() if "lora_B" in name}
+    assert len(moved) == 14
+    for name, most in moved.items():
+        scale = 0 if "q_proj" in name else 0.5 if ".layers.0." in name else 1
+        assert most == pytest.approx(16e-2 * scale, rel=1e-3), name
+    saved = state_after(tmp_path, 1)["optimizer"]
+    assert not [name for name in saved if "q_proj" in name], "what does not learn needs no state"
+
+
+def test_metrics_and_display_tell_the_optimizers_memory(tiny_folder, rows, tmp_path, capsys):
+    sizes = {}
+    for name, budget in (("adamw", "auto"), ("adamw8bit", "auto"), ("paged-adamw", "150KiB")):
+        out = tmp_path / name
+        run(tiny_folder, rows, out, full=True, lr=1e-3, optimizer=name, optimizer_budget=budget, display=display_for)
+        records = steps_of(out)
+        sizes[name] = records[-1]["optimizer_bytes"]
+        paged = {key for key in records[-1] if key.startswith("page_")} | {"optimizer_host_bytes"} & set(records[-1])
+        assert bool(paged) == name.startswith("paged"), paged
+        said = capsys.readouterr().err
+        assert "opt 0.00 GiB" in said and ("on host" in said) == name.startswith("paged")
+    assert sizes["adamw8bit"] < 0.8 * sizes["adamw"], "most of this model is in tensors too small for 8 bits"
+    assert sizes["paged-adamw"] < 150 * 1024 + 400 < sizes["adamw"]
+    last = records[-1]
+    assert last["page_bytes_in"] == last["page_bytes_out"] > 0 and last["page_misses"] > 0
+    assert last["optimizer_host_bytes"] + last["optimizer_bytes"] >= sizes["adamw"] * 0.99
+    assert last["page_stall_seconds"] >= 0
+
+
+def test_a_budget_below_one_page_names_the_least(tiny_folder, rows, tmp_path):
+    with pytest.raises(InputError, match="the least is"):
+        run(tiny_folder, rows, tmp_path, full=True, optimizer="paged-adamw", optimizer_budget="1KB")
