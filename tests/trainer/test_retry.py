@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fourbit.trainer.retry import backward_or_retry
+from fourbit.trainer.step import Stepper
 
 OOM = torch.OutOfMemoryError
 
@@ -162,3 +163,44 @@ def test_one_micro_batch_is_not_copied(nets):
         p.register_post_accumulate_grad_hook(lambda p, name=name: made.__setitem__(name, p.grad))
     backward_or_retry(list(net.parameters()), lambda: net(batches_of([3])[0]), lambda: None)
     assert made and all(p.grad is made[name] for name, p in net.named_parameters())
+
+
+class Rows:
+    """What the stepper reads of a batch: the number of trained tokens; and here the rows themselves."""
+
+    def __init__(self, rows):
+        self.rows, self.trained = rows, len(rows)
+
+
+def stepper_for(net, **options):
+    options = {"weight_decay": 0.1, "max_grad_norm": 1.0} | options
+    return Stepper(dict(net.named_parameters()), lambda batch: net(batch.rows), **options)
+
+
+@pytest.mark.parametrize("budget", ["auto", "32KiB"])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_run_that_ran_out_of_memory_ends_with_the_same_bits(nets, where, budget):
+    """Weights and optimizer state after three steps, pages taken off the device twice on the way."""
+    ours, theirs = nets
+    results = {}
+    for name, net, failing in (("ours", ours, (4, 9)), ("theirs", theirs, ())):
+        stepper = stepper_for(net, name="paged-adamw", budget=budget)
+        faults = Faults(*failing)
+        net.where, net.when = where, faults
+        torch.manual_seed(5)
+        losses = [stepper.step([Rows(b) for b in batches_of([3, 4, 2])], 1e-2).loss for _ in range(3)]
+        results[name] = losses, stepper.state(), dict(net.named_parameters())
+        (pager,) = stepper.optimizer.pagers.values()
+        assert stepper.retries == len(failing) and (pager.counters.evictions > 0) == bool(failing)
+    for a, b in zip(results["ours"][0], results["theirs"][0], strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(results["ours"][1:], results["theirs"][1:], strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_without_pages_memory_that_runs_out_is_an_error(nets):
+    net, _ = nets
+    net.where, net.when = "forward", Faults(0)
+    with pytest.raises(OOM, match="injected"):
+        stepper_for(net).step([Rows(batches_of([3])[0])], 1e-2)
+    assert net.when.calls == 1
