@@ -28,6 +28,7 @@ from . import (
     ops_lora_cost,
     ops_memory,
     ops_weights,
+    optimizers,
     peers,
     report,
     step,
@@ -39,7 +40,7 @@ from .run import Result, Runner
 from .shapes import Grid, grid_for
 from .timing import clock_for
 
-MODULES = (ops_weights, ops_linear, ops_memory, ops_lora, ops_lora_cost, layer, step, ops_grouped)
+MODULES = (ops_weights, ops_linear, ops_memory, ops_lora, ops_lora_cost, layer, step, ops_grouped, optimizers)
 RESULTS = CHECKOUT / "benchmarks" / "results"
 
 

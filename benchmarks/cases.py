@@ -20,6 +20,9 @@ OPS = {
     "lora_cost": "4-bit linear with LoRA, forward, beside the frozen one",
     "grouped": "several LoRA projections of one input (q/k/v, gate/up), forward and backward",
     "memory": "device memory that stacked 4-bit linears with LoRA take, forward and backward",
+    "adamw": "AdamW step, 32-bit state",
+    "adamw8bit": "AdamW step, 8-bit state",
+    "adamw_paged": "AdamW step, 32-bit state of which a quarter fits the budget",
     "layer": "a whole decoder layer with LoRA, forward and backward",
     "step": "a whole training step of the decoder on random weights",
 }
@@ -57,6 +60,7 @@ class Variant:
     make: Callable[[], Call]
     judge: Callable[[Any], float]
     own: bool = False  # ours: failing is an error of the run, not of a peer
+    facts: Callable[[Any], dict[str, Any]] = lambda call: {}  # of its call, for its figure; taken after the timing
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import ops_linear, ops_lora_cost, ops_memory, ops_weights
+from . import ops_linear, ops_lora_cost, ops_memory, ops_weights, step
 from .cases import OURS, Point
 from .ops_linear import FALLBACK
+from .optimizers import ADAMW, ADAPTER, COPIES, EIGHT_BIT, PAGED
 from .peers import bnb, dense, peft_lora
+from .shapes import LLAMA_1B, LLAMA_8B, LLAMA_70B
 
 BNB = (bnb.NESTED, bnb.PLAIN, bnb.DECODED)
 LARGE = 1 << 24  # weights from which a QLoRA linear is held to its ratios: k and v are trained in one pass with q
@@ -121,6 +123,26 @@ def _cost(point: Point) -> bool:
     return point.op == "lora_cost" and point.M == ops_lora_cost.HELD_ROWS and point.rank == 16
 
 
+def _adapter(op: str) -> Callable[[Point], bool]:
+    """All tensors of an 8B adapter of rank 16."""
+    return lambda point: point.op == op and point.model == LLAMA_8B.model and point.projection == ADAPTER
+
+
+def _large(*ops: str) -> Callable[[Point], bool]:
+    return lambda point: point.op in ops and point.model in (LLAMA_70B.model, LLAMA_1B.model)
+
+
+def times_copies(variants: Variants) -> float | None:
+    ratio = over(COPIES)(variants)
+    return None if ratio is None else 1 / ratio
+
+
+def paging_cost(variants: Variants) -> float | None:
+    """The share that paging adds to a training step's time."""
+    ratio = variants.get(step.PAGED, {}).get("over_ours")
+    return None if ratio is None else float(ratio[1]) - 1
+
+
 CHECKS = [
     Check("decode: share of copy bandwidth", _decode, bandwidth, 0.85, 0.93),
     Check("decode: times bitsandbytes", _decode, over(bnb.NESTED), 1.25, 1.5),
@@ -135,6 +157,11 @@ CHECKS = [
     Check("LoRA's cost, forward, 8192 rows", _cost, lora_cost, 0.05, 0.02, upwards=False),
     # 2%: rows padded to a multiple of 64 and what the allocator rounds up.
     Check("memory: workspaces of the largest weight", lambda p: p.op == "memory", workspaces, 1.02, upwards=False),
+    Check("AdamW, 448 tensors: times bitsandbytes", _adapter(ADAMW), over(bnb.optimizer_name(32)), 10.0),
+    Check("8-bit AdamW, 448 tensors: times bitsandbytes", _adapter(EIGHT_BIT), over(bnb.optimizer_name(8)), 10.0),
+    Check("AdamW, 828 M and up: share of copy bandwidth", _large(ADAMW, EIGHT_BIT), bandwidth, 0.70, 0.85),
+    Check("paged AdamW, a quarter fits: times its copies", _large(PAGED), times_copies, 1.15, upwards=False),
+    Check("paged AdamW: share added to a step", lambda p: p.op == "step", paging_cost, 0.03, 0.01, upwards=False),
 ]
 
 

@@ -66,10 +66,12 @@ class Runner:
         if not calls:
             return
         timings, walls = self.times(work, calls)
+        facts = {variant.name: variant.facts for variant in work.variants}
         for name in calls:
             line = self.figure(case, work, name, timings, walls)
             if work.peak:
                 line["peak_bytes"] = self.clock.peak_bytes(calls[name][0])
+            line |= facts[name](calls[name][0])
             self.add(line | {"gate": calls[name][1]}, result)
         self.say(shown(case, [line for line in result.lines if line.get("name") == case.point.name]))
 

@@ -52,6 +52,7 @@ class Decoder:
 LLAMA_8B = Decoder("Llama-3-8B", 4096, 14336, 32, 8, 128, 128256, 32)
 QWEN_7B = Decoder("Qwen2.5-7B", 3584, 18944, 28, 4, 128, 152064, 28)
 LLAMA_70B = Decoder("Llama-3-70B", 8192, 28672, 64, 8, 128, 128256, 80)
+LLAMA_1B = Decoder("Llama-3.2-1B", 2048, 8192, 32, 8, 64, 128256, 16)
 SMOLLM2 = Decoder("SmolLM2-135M", 576, 1536, 9, 3, 64, 49152, 30)
 
 

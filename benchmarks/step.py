@@ -25,6 +25,7 @@ from .shapes import Decoder, Grid
 from .timing import Call
 
 RECOMPUTED = ", recomputed"
+PAGED = OURS + ", paged AdamW"  # with a budget of a quarter of its state
 RATE = 1e-5
 UNIT = 2.0**-8
 
@@ -52,10 +53,13 @@ def step(parts: Parts, tokens: int) -> Work:
     def judge(loss: Any) -> float:
         return abs(float(loss) - truth()) / (UNIT * abs(truth()))
 
-    def ours(recompute: bool) -> Call:
+    def ours(recompute: bool, paged: bool = False) -> Call:
         model = decoder.ours(parts)
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        stepper = Stepper(parameters, lambda b: batch_loss_sum(model, b), weight_decay=0.0, max_grad_norm=1.0)
+        state = 8 * sum(parameter.numel() for parameter in parameters.values())
+        options: dict[str, Any] = {"name": "paged-adamw", "budget": f"{state // 4 >> 10}KiB"} if paged else {}
+        loss = lambda b: batch_loss_sum(model, b)  # noqa: E731
+        stepper = Stepper(parameters, loss, weight_decay=0.0, max_grad_norm=1.0, **options)
 
         def call(i: int) -> Tensor:
             model.checkpointing = recompute
@@ -76,6 +80,8 @@ def step(parts: Parts, tokens: int) -> Work:
         Variant(OURS, lambda: ours(False), judge, own=True),
         Variant(OURS + RECOMPUTED, lambda: ours(True), judge, own=True),
     ]
+    if parts.setting.device.type == "cuda":  # a CPU only simulates paging
+        variants.append(Variant(PAGED, lambda: ours(False, paged=True), judge, own=True))
     if present(bnb.missing(), absent, "bitsandbytes") and present(peft_lora.missing(), absent, "peft"):
         variants.append(Variant(peft_lora.QLORA, lambda: peer(False), judge))
         variants.append(Variant(peft_lora.QLORA + RECOMPUTED, lambda: peer(True), judge))

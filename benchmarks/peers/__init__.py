@@ -9,7 +9,7 @@ from importlib import import_module
 
 def load() -> None:
     """Import every peer that is here, so that none is imported between two measurements."""
-    for name in ("bnb", "peft_lora", "torchao_nf4", "liger"):
+    for name in ("bnb", "peft_lora", "torchao_nf4", "torchao_optim", "liger"):
         import_module(f"{__name__}.{name}").missing()
 
 

@@ -1,5 +1,6 @@
 """bitsandbytes: its 4-bit linear (nested and plain scales), its decoder, and its decoder followed by F.linear."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,17 @@ from . import import_problem
 
 FUSED_TO = 1536  # rows up to which its own product kernel may run, whose roundings it does not state
 NESTED, PLAIN, DECODED = "bitsandbytes nested", "bitsandbytes plain", "bitsandbytes decode + F.linear"
+
+
+def optimizer_name(bits: int, *, paged: bool = False) -> str:
+    return f"bitsandbytes {bits}-bit AdamW{', paged' * paged}"
+
+
+def adamw(parameters: Sequence[nn.Parameter], *, bits: int, paged: bool, **settings: Any) -> Any:
+    """Its AdamW, which keeps tensors below 4,096 elements in 32 bits, and pages those of 100,000 and up."""
+    from bitsandbytes import optim
+
+    return optim.AdamW(parameters, optim_bits=bits, is_paged=paged, **settings)
 
 
 def missing() -> str | None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import held_to, ops_linear, ops_lora_cost, ops_memory
+from benchmarks import held_to, ops_linear, ops_lora_cost, ops_memory, optimizers, shapes, step
 from benchmarks.cases import OURS, Point
 from benchmarks.peers import bnb, dense, peft_lora
 
@@ -103,6 +103,46 @@ def test_memory_counts_workspaces_above_dense_layers() -> None:
     assert finding(name, [ours, line(point, ops_memory.DENSE, 1.0, peak_bytes=1000)], [point]).status == "met"
     assert finding(name, [ours, line(point, ops_memory.DENSE, 1.0, peak_bytes=900)], [point]).status == "not met"
     assert finding(name, [ours], [point]).status == "not run"
+
+
+def optimizer(op: str, shape: shapes.Decoder, rank: int = 16, name: str = optimizers.ADAPTER) -> Point:
+    return Point(op, shape.model, name, 0, 0, rank=rank)
+
+
+@pytest.mark.parametrize(("ratio", "status"), [(10.5, "met"), (9.5, "not met")])
+def test_optimizers_are_held_to_bitsandbytes_on_the_8b_adapter(ratio: float, status: str) -> None:
+    point = optimizer(optimizers.EIGHT_BIT, shapes.LLAMA_8B)
+    others = [
+        optimizer(optimizers.ADAMW, shapes.LLAMA_8B),
+        optimizer(optimizers.EIGHT_BIT, shapes.LLAMA_8B, name=optimizers.ADAPTER + optimizers.CLIPPED),
+        optimizer(optimizers.EIGHT_BIT, shapes.LLAMA_70B, 64),
+    ]
+    lines = [line(point, bnb.optimizer_name(8), ratio), *(line(p, bnb.optimizer_name(8), 1.0) for p in others)]
+    found = finding("8-bit AdamW, 448 tensors: times bitsandbytes", lines, [point, *others])
+    assert (found.status, found.expected) == (status, 1)
+
+
+def test_large_optimizers_are_held_to_bandwidth() -> None:
+    large = [optimizer(optimizers.ADAMW, shapes.LLAMA_70B, 64), optimizer(optimizers.EIGHT_BIT, shapes.LLAMA_1B, 0)]
+    lines = [line(p, OURS, bandwidth_share=share) for p, share in zip(large, (0.9, 0.69), strict=True)]
+    found = finding("AdamW, 828 M and up: share of copy bandwidth", lines, large)
+    assert (found.status, found.where) == ("not met", large[1].name)
+
+
+@pytest.mark.parametrize(("ratio", "status"), [(1 / 1.14, "met"), (1 / 1.16, "not met")])
+def test_paging_is_held_to_its_copies(ratio: float, status: str) -> None:
+    point = optimizer(optimizers.PAGED, shapes.LLAMA_70B, 64)
+    name = "paged AdamW, a quarter fits: times its copies"
+    assert finding(name, [line(point, optimizers.COPIES, ratio)], [point]).status == status
+
+
+@pytest.mark.parametrize(
+    ("ratio", "status", "aim"), [(1.005, "met", True), (1.02, "met", False), (1.04, "not met", False)]
+)
+def test_paging_is_held_to_a_share_of_a_step(ratio: float, status: str, aim: bool) -> None:
+    point = Point("step", shapes.LLAMA_8B.model, "", 0, 0, 2048, 16)
+    found = finding("paged AdamW: share added to a step", [line(point, step.PAGED, ratio)], [point])
+    assert (found.status, found.aim_met) == (status, aim)
 
 
 def test_a_finding_is_one_line_of_the_result_file() -> None:

@@ -57,6 +57,8 @@ def test_the_whole_suite(grid: Grid, tmp_path: Path, capsys: pytest.CaptureFixtu
         "linear",
         "qlora",
         "lora_cost",
+        "adamw",
+        "adamw8bit",
         "layer",
         "step",
     }

@@ -162,6 +162,30 @@ def test_every_optimizer_trains_and_goes_on_where_it_stopped(name):
         assert torch.equal(twin.weight, wide.weight) and torch.equal(twin.bias, wide.bias)
 
 
+def test_a_run_made_with_torchs_adamw_goes_on(layer):
+    """What checkpoints held before: its own state, under the same names."""
+    theirs = copy.deepcopy(layer)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.0)
+    batches = [torch.randn(7, 5, dtype=torch.float64) for _ in range(6)]
+
+    def step(rows):
+        optimizer.zero_grad()
+        theirs(rows).pow(2).sum().div(7).backward()
+        optimizer.step()
+
+    for rows in batches[:3]:
+        step(rows)
+    layer.load_state_dict(theirs.state_dict())
+    stepper = stepper_for(layer, weight_decay=0.0)
+    named = theirs.named_parameters()
+    stepper.load_state({f"{n}.{slot}": v.clone() for n, p in named for slot, v in optimizer.state[p].items()})
+    for rows in batches[3:]:
+        step(rows)
+        stepper.step([Rows(rows)], 1e-2)
+    for name, mine in layer.named_parameters():
+        torch.testing.assert_close(mine, dict(theirs.named_parameters())[name], rtol=1e-12, atol=1e-14)
+
+
 def test_state_of_another_optimizer_is_refused(layer):
     stepper = stepper_for(layer)
     stepper.step([Rows(torch.randn(4, 5, dtype=torch.float64))], 1e-2)
