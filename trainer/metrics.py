@@ -20,7 +20,8 @@ class Metrics:
     A record has `step` (steps done) and either the figures of a step (loss, lr, grad_norm, skipped, tokens,
     trained_tokens, tokens_per_second, memory under the name of what it is, and optimizer_bytes, which is state on the
     model's device; of a paged optimizer also optimizer_host_bytes and what pages did in this step: page_hits, _misses,
-    _evictions, _bytes_in, _bytes_out and _stall_seconds) or of an evaluation (val_loss, val_perplexity).
+    _evictions, _bytes_in, _bytes_out, _stall_seconds, and _retries, which are micro-batches that were run again without
+    pages when memory ran out) or of an evaluation (val_loss, val_perplexity).
     """
 
     def __init__(self, folder: Path, displays: Sequence[Display], *, log: Sequence[str] = (), resumed_at: int = 0):

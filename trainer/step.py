@@ -84,6 +84,8 @@ class Stepper:
     def _figures(self) -> dict[str, int | float]:
         device, host = self.optimizer.state_bytes()
         before, self._paged = self._paged, paging(self.optimizer)
+        if self._paged:
+            self._paged["page_retries"] = self.retries
         moved = {name: round(value - before.get(name, 0), 6) for name, value in self._paged.items()}
         return {"optimizer_bytes": device, **({"optimizer_host_bytes": host} if moved else {}), **moved}
 
@@ -106,7 +108,7 @@ class Stepper:
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
         except ValueError as error:
             raise InputError(f"the optimizer's state does not fit this run: {error}") from None
-        self._paged = {}  # the pagers start anew
+        self._paged, self.retries = {}, 0  # the pagers start anew
 
     def _order(self) -> list[str]:
         """Names in the order in which the optimizer numbers its parameters."""
