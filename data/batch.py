@@ -29,9 +29,16 @@ class Batch:
     trained: int  # targets that count
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on `device`."""
-        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "targets", "position_ids")}
-        return replace(self, **moved)
+        """The same batch with its tensors on `device`. The host does not wait for a GPU."""
+        ids, targets, positions = (sent(t, device) for t in (self.input_ids, self.targets, self.position_ids))
+        return replace(self, input_ids=ids, targets=targets, position_ids=positions)
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A CPU tensor on `device`; to a GPU through pinned memory, for a copy from other memory waits for all its work."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def shifted_targets(example: Encoded) -> list[int]:

@@ -21,7 +21,7 @@ from .weight4bit import Weight4bit
 TILE, TILE_WARPS = 2048, 2  # values of a row that one program decodes: 32 to a thread
 SQUARE, SQUARE_WARPS = (128, 16), 8  # rows and words of a tile that is transposed: 64 bytes of a row read, 256 written
 VALUES = (16, 64)  # rows and columns of a tile of the slow way
-FARTHEST = 1 << 22  # row strides below it keep offsets inside a tile in 32 bits and a grid in its limits
+FARTHEST = 1 << 21  # row strides below it keep offsets inside a tile in 32 bits and a grid in its limits
 
 
 def decode_into(out: Tensor, weight: Weight4bit, transpose: bool = False) -> None:

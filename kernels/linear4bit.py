@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
 from .blockwise import dequantize_absmax
@@ -52,7 +53,8 @@ def linear4bit(
         raise ValueError(f"the weight is {tuple(shape)} (out, in), so x must end in {shape[1]}, got {tuple(x.shape)}")
     if (nested_absmax is None) != (offset is None):
         raise ValueError("nested_absmax and offset belong together: give both (double quantisation) or neither")
-    run = _linear4bit if torch.compiler.is_compiling() else _Linear4bit.apply
+    compiling = torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)  # such as fake tensors
+    run = _linear4bit if compiling else _Linear4bit.apply
     y: Tensor = run(x, bias, packed, absmax, nested_absmax, offset, *shape, quant_type, blocksize)
     return y
 
@@ -126,13 +128,28 @@ _linear4bit.register_autograd(lambda ctx, grad: _backward(ctx, grad, _linear4bit
 
 
 @_linear4bit.register_fake
-def _(x: Tensor, bias: Any, packed: Any, absmax: Any, nested_absmax: Any, offset: Any, rows: int, *_: Any) -> Tensor:
+def _(
+    x: Tensor, bias: Any, packed: Any, absmax: Any, nested: Any, offset: Any, rows: int, columns: int, *layout: Any
+) -> Tensor:
+    prepare(x, layout[0])
     return x.new_empty(*x.shape[:-1], rows)
 
 
 @_linear4bit_backward.register_fake
 def _(grad: Tensor, packed: Any, absmax: Any, nested: Any, offset: Any, rows: int, columns: int, *_: Any) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], columns)
+
+
+def prepare(x: Tensor, quant_type: str) -> None:
+    """The tables and counters that kernels share, made now: here a compiler only asks what an op returns.
+
+    Made later, on the first run, they would lie in the memory of the CUDA graphs that torch.compile records.
+    """
+    if x.device.type == "cuda" and path_for(x) == "triton":
+        from . import matmul4bit_triton
+
+        with unset_fake_temporarily():
+            matmul4bit_triton.prepare(x.device, x.dtype, quant_type)
 
 
 def multiply(x: Tensor, weight: Weight4bit, bias: Tensor | None, y: Tensor) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20  # of one chunk's logits in fp32; small enough for a CPU, enough rows for a GPU's matmul
+CHUNK_BYTES = 64 * 2**20  # of one chunk's logits in fp32, on a CPU
+CHUNK_BYTES_GPU = 512 * 2**20  # a thousand rows at 128k tokens of vocabulary: fewer do not fill a GPU's products
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -34,7 +35,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chu
             "linear_cross_entropy needs hidden [N, D], weight [V, D] and targets [N], "
             f"got {tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}"
         )
-    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, chunk_rows or rows_per_chunk(len(weight)))
+    losses: Tensor = _LinearCrossEntropy.apply(
+        hidden, weight, targets, chunk_rows or rows_per_chunk(len(weight), weight.device)
+    )
     return losses
 
 
@@ -43,9 +46,9 @@ def upcast(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def rows_per_chunk(vocabulary: int) -> int:
+def rows_per_chunk(vocabulary: int, device: torch.device) -> int:
     """Rows of logits that one chunk holds by default, at least one."""
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
+    return max(1, (CHUNK_BYTES_GPU if device.type == "cuda" else CHUNK_BYTES) // (4 * vocabulary))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -90,8 +90,10 @@ def _fused(x: Tensor, group: Group) -> Result:
     outputs = []
     for i, weight in enumerate(group.weights):
         config = dispatch.plan_linear(x, weight.rows).config
-        if config is None:
-            raise ValueError(f"the dispatch table has no fused kernel for x {tuple(x.shape)}: use another form")
+        if config is None or not matmul4bit_triton.applies(x.dtype, weight):
+            raise ValueError(
+                f"no fused kernel for x {tuple(x.shape)} and a weight {(weight.rows, weight.columns)}: use another form"
+            )
         lora = (s[:, group.columns[i]], group.B[i], group.scales[i])
         outputs.append(matmul4bit_triton.matmul(x, weight, group.biases[i] if group.biases else None, config, lora))
     return Result(outputs, s, [])

@@ -61,7 +61,7 @@ def lora_linears4bit(
     one that saves. `form` forces one of plan.FORMS on CUDA; "" leaves it to the dispatcher, and `keep` excludes
     "fused". ValueError where sizes or formats disagree.
     """
-    _check(x, weights, biases, As, Bs, scales, form)
+    _check(x, weights, biases, As, Bs, scales, form, keep)
     if dropout:
         keep_level(dropout)  # its ValueError
         seed = draw_seed(x.device) if seed is None else seed
@@ -151,7 +151,8 @@ def _group(
         Weight4bit(codes, scale, nest, offset, b.shape[0], a.shape[1], quant_type, blocksize)
         for codes, scale, nest, offset, a, b in zip(packed, absmax, nested, offsets, A, B, strict=True)
     ]
-    return Group(weights, biases, A, B, scales, dropout, seed)
+    # Kernels read A and B row by row; a transposed master (an SVD's factor, say) is copied, others are not.
+    return Group(weights, biases, [a.contiguous() for a in A], [b.contiguous() for b in B], scales, dropout, seed)
 
 
 def _run_forward(x: Tensor, group: Group, keep: bool, form: str) -> Result:
@@ -228,7 +229,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(x, s, seed, *(tensor for tensors in lists for tensor in tensors))
     ctx.sizes = [len(tensors) for tensors in lists]
     ctx.numbers = numbers[:-2]  # all but keep and form
-    ctx.biases = [bias.dtype for bias in biases]
+    ctx.biases = [bias.dtype if bias.requires_grad else None for bias in biases]
 
 
 def _differentiate(ctx: Any, grads: Sequence[Tensor | None], backward: Any = _backward_op) -> tuple[Any, ...]:
@@ -241,7 +242,9 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None], backward: Any = _ba
     of_A, *of_B = backward(each, x, s, dense, stored, A, B, seed, *ctx.numbers, need_x)
     of_x = of_B.pop() if need_x else None
     of_A = [part.to(a.dtype) for part, a in zip(of_A.split([len(a) for a in A]), A, strict=True)]
-    of_biases = [_matrix(g).sum(0, dtype=dtype) for g, dtype in zip(each, ctx.biases, strict=False)]
+    of_biases = [
+        None if dtype is None else _matrix(g).sum(0, dtype=dtype) for g, dtype in zip(each, ctx.biases, strict=False)
+    ]
     return of_x, [None] * len(stored), of_biases, of_A, of_B, *[None] * 7
 
 
@@ -280,6 +283,7 @@ def _check(
     Bs: Sequence[Tensor],
     scales: Sequence[float],
     form: str,
+    keep: bool,
 ) -> None:
     if not len(weights) == len(biases) == len(As) == len(Bs) == len(scales) > 0:
         raise ValueError(
@@ -290,6 +294,8 @@ def _check(
         raise ValueError("weights of one call must share quant_type, blocksize and whether they are double quantised")
     if form and form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, or '' for the dispatcher's choice, got {form!r}")
+    if form == "fused" and keep:
+        raise ValueError("form 'fused' decodes no weight that could be kept: leave out form or keep")
     for weight, A, B in zip(weights, As, Bs, strict=True):
         shapes = (x.shape[-1:], A.shape[1:], B.shape)
         if shapes != ((weight.columns,), (weight.columns,), (weight.rows, *A.shape[:1])):

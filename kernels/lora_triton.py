@@ -63,7 +63,7 @@ def gradient_B(g: Tensor, s: Tensor, B: Tensor, gs: Tensor, scale: float) -> Ten
 
     s and gs may be columns of wider matrices.
     """
-    result = torch.empty_like(B)
+    result = B.new_empty(B.shape)
     for start in range(0, B.shape[1], RANKS):
         part = slice(start, start + RANKS)
         _gradient_B_part(g, s[:, part], B[:, part], gs[:, part], result[:, part], float(scale))
@@ -97,7 +97,7 @@ def gradient_A(gs: Tensor, x: Tensor, A: Tensor, grad_x: Tensor | None, dropout:
 
     A [R, K] and gs [M, R] are in x's dtype.
     """
-    result = torch.empty_like(A, dtype=torch.float32)
+    result = A.new_empty(A.shape, dtype=torch.float32)
     for start in range(0, A.shape[0], RANKS):
         part = slice(start, start + RANKS)
         _gradient_A_part(gs[:, part], x, A[part], result[part], grad_x, dropout, seed, add=start > 0)

@@ -27,9 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dispatch
-from .codes import dynamic_code, pair_table
+from .codes import code_for, dynamic_code, pair_table
 from .project_triton import project_down as project_down
-from .split_k_triton import counters, finish, is_last, splits_for, sum_of_splits
+from .split_k_triton import counters, counters_of_device, finish, is_last, splits_for, sum_of_splits
 from .weight4bit import Weight4bit
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -76,13 +76,13 @@ def matmul(
     with dispatch.on_device(x):
         _matmul_kernel[(tiles, splits)](
             x,
-            weight.packed,
-            weight.absmax,
-            weight.nested_absmax,
+            weight.packed.contiguous(),
+            weight.absmax.contiguous(),
+            None if weight.nested_absmax is None else weight.nested_absmax.contiguous(),
             weight.offset,
             pair_table(weight.quant_type, torch.float32 if exact else x.dtype, x.device),
             None if weight.nested_absmax is None else dynamic_code(True, x.device),
-            bias,
+            None if bias is None else bias.contiguous(),
             s,
             B,
             y,
@@ -112,6 +112,15 @@ def matmul(
             enable_fp_fusion=False,  # the scales are rounded as the reference rounds them
         )
     return y
+
+
+def prepare(device: torch.device, dtype: torch.dtype, quant_type: str) -> None:
+    """Makes what launches on this device share: look-up tables and counters."""
+    for kind in {dtype, torch.float32} & {*DTYPES, torch.float32}:
+        pair_table(quant_type, kind, device)
+    code_for(quant_type, device)
+    dynamic_code(True, device)
+    counters_of_device(device)
 
 
 def _words(device: torch.device, config: dict[str, Any]) -> int:

@@ -53,7 +53,7 @@ def _forward(x_ptr, weight_ptr, y_ptr, scale_ptr, columns, eps, BLOCK: tl.conste
     i = tl.arange(0, BLOCK)
     mask = i < columns
     x = tl.load(x_ptr + row * columns + i, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.math.div_rn(1.0, tl.math.sqrt_rn(tl.math.div_rn(tl.sum(x * x), columns.to(tl.float32)) + eps))
+    scale = tl.math.div_rn(1.0, tl.math.sqrt_rn(tl.math.div_rn(tl.sum(x * x), tl.cast(columns, tl.float32)) + eps))
     weight = tl.load(weight_ptr + i, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * columns + i, x * scale * weight, mask=mask)
     tl.store(scale_ptr + row, scale)

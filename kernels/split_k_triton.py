@@ -13,7 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 FILL = 4  # steps' worth of time that a program takes to fill its pipeline and to end
+COUNTERS = 1 << 18  # of a device; a launch takes some hundred
 ADDING = 0.25  # the same for one more partial sum to add
+
+_of_device: dict[torch.device, Tensor] = {}
+_taken: dict[torch.device, int] = {}  # how many of each device's counters are somebody's
 
 
 @cache
@@ -33,17 +37,41 @@ def splits_for(tiles: int, steps: int, slots: int) -> int:
 def counters(device: torch.device, tiles: int) -> Tensor:
     """int32 zeros, at least one a tile. Kernels leave them zero, so launches on one stream share them.
 
-    While a CUDA graph is captured they are made afresh, as part of the graph: it may run on any stream later.
+    A launch that is captured in a CUDA graph gets counters of its own for good: the graph may run on any stream later.
     """
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        return _shared_counters(device, torch.cuda.current_stream(device).cuda_stream, triton.next_power_of_2(tiles))
-    return torch.zeros(tiles, dtype=torch.int32, device=device)
+    if device.type != "cuda":
+        return torch.zeros(tiles, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return _take(device, tiles)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return _of_stream(device, stream, triton.next_power_of_2(tiles))
 
 
 @cache
+def _of_stream(device: torch.device, stream: int, tiles: int) -> Tensor:
+    return _take(device, tiles)
+
+
+def _take(device: torch.device, tiles: int) -> Tensor:
+    """Counters that nobody else gets: a slice of the device's, or fresh zeros where there are none left.
+
+    What a capture allocates is the graph's and holds nothing before it runs: the device's are not made inside one.
+    """
+    start = _taken.get(device, 0)
+    end = start + triton.cdiv(tiles, 4) * 4  # 16 bytes: pointers of one alignment, so kernels compile once
+    none = device not in _of_device and torch.cuda.is_current_stream_capturing()
+    if none or end > COUNTERS:
+        return torch.zeros(tiles, dtype=torch.int32, device=device)
+    _taken[device] = end
+    return counters_of_device(device)[start:end]
+
+
 @torch.inference_mode(False)
-def _shared_counters(device: torch.device, stream: int, tiles: int) -> Tensor:
-    return torch.zeros(tiles, dtype=torch.int32, device=device)
+def counters_of_device(device: torch.device) -> Tensor:
+    """The device's counters, made once."""
+    if device not in _of_device:
+        _of_device[device] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    return _of_device[device]
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..kernels.blockwise import NESTED_BLOCKSIZE
-from ..kernels.nf4 import dequantize, dequantize_absmax, linear4bit, quantize, quantize_absmax
+from ..kernels.nf4 import dequantize, linear4bit, quantize, quantize_absmax
 from ..kernels.quantize4bit import check_format
 from ..kernels.weight4bit import Weight4bit
 
@@ -142,13 +142,12 @@ class NF4Linear(nn.Module):
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight [out, in] that this layer computes with, rounded once to `dtype`."""
-        absmax = self.absmax
-        if self.nested_absmax is not None and self.nested_offset is not None:
-            absmax = dequantize_absmax(absmax, self.nested_absmax, self.nested_offset)
         return dequantize(
             self.weight,
-            absmax,
+            self.absmax,
             (self.out_features, self.in_features),
+            nested_absmax=self.nested_absmax,
+            offset=self.nested_offset,
             dtype=dtype,
             quant_type=self.quant_type,
             blocksize=self.blocksize,

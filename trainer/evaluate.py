@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import Batch, micro_batches
+from ..data.batch import Batch, micro_batches, sent
 from ..data.encode import Encoded, encode_prompt
 from ..data.formats import Conversation
 from ..data.template import ChatTemplate
@@ -47,8 +47,8 @@ def batch_token_losses(model: Any, batch: Batch) -> Tensor:
     device = next(model.parameters()).device
     here = batch.to(device)
     hidden = model.hidden(here.input_ids, here.position_ids, here.spans)  # [B, T, D]
-    rows = hidden.flatten(0, 1).index_select(0, trained.to(device))
-    return token_losses(model.lm_head, rows, targets[trained].to(device))
+    rows = hidden.flatten(0, 1).index_select(0, sent(trained, device))
+    return token_losses(model.lm_head, rows, sent(targets[trained], device))
 
 
 def evaluate_loss(

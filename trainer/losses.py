@@ -16,7 +16,7 @@ def token_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """
     if type(head) is nn.Linear and head.bias is None:
         return linear_cross_entropy(hidden, head.weight, targets)
-    rows = rows_per_chunk(_vocabulary(head))
+    rows = rows_per_chunk(_vocabulary(head), hidden.device)
     parts = [
         checkpoint(_head_losses, head, h, t, use_reentrant=False)
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)

@@ -12,11 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fourbit.kernels import dispatch
 from fourbit.kernels import linear4bit as module
-from fourbit.kernels.dispatch import PATHS, force_path, product_dtype
+from fourbit.kernels.dispatch import force_path, product_dtype
 from fourbit.kernels.nf4 import dequantize, dequantize_absmax, linear4bit, quantize, quantize_absmax
 from fourbit.kernels.plan import Plan
 from fourbit.kernels.weight4bit import Weight4bit
 
+# Where there is a GPU kernels are compiled for it, and take no tensors of the CPU.
+PATHS = [path for path in dispatch.PATHS if path != "triton" or not torch.cuda.is_available()]
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 

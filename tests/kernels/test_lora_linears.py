@@ -22,6 +22,7 @@ from fourbit.kernels.plan import FORMS, Plan
 from fourbit.kernels.weight4bit import Weight4bit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PLAIN = ["reference"] if DEVICE == "cuda" else ["reference", "cpu"]  # the CPU's path takes no CUDA tensors
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 FUSED = {"BM": 16, "BN": 32, "BK": 64, "warps": 4, "stages": 3, "scale_on": "weight", "copies": 1, "direct": False}
 
@@ -171,7 +172,7 @@ formats = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("path", ["reference", "cpu"])
+@pytest.mark.parametrize("path", PLAIN)
 @settings(max_examples=60)
 @given(
     *(st.integers(0, 9), sizes, st.lists(sizes, min_size=3, max_size=3), ranks, formats),
@@ -188,7 +189,7 @@ def test_plain_paths(
     with force_path(path), pytest.MonkeyPatch.context() as patch:
         patch.setattr("fourbit.kernels.linear4bit.WHOLE", 1000)  # larger weights go in slabs
         patch.setattr("fourbit.kernels.linear4bit.SLAB", 500)
-        check(sample, x, grads, dropout, torch.tensor(seed) if dropout else None, keep=keep)
+        check(sample, x, grads, dropout, torch.tensor(seed, device=DEVICE) if dropout else None, keep=keep)
 
 
 @pytest.fixture
@@ -241,7 +242,7 @@ def test_kernels_repeat_to_the_bit_and_take_strided_tensors() -> None:
         assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]), name
 
 
-@pytest.mark.parametrize("path", ["reference", "cpu"])
+@pytest.mark.parametrize("path", PLAIN)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradcheck(path: str, dropout: float) -> None:
     sample = draw(24, [16, 9], [3, 2], bias=True, masters=torch.float64)
@@ -259,6 +260,8 @@ def test_gradcheck(path: str, dropout: float) -> None:
 
 @pytest.mark.parametrize(("path", "keep"), [("reference", False), ("cpu", False), ("cpu", True), ("triton", True)])
 def test_fake_outputs_and_autograd_rules_are_the_real_ones(path: str, keep: bool) -> None:
+    if path not in (*PLAIN, "triton"):
+        pytest.skip("the CPU's path takes no CUDA tensors")
     sample = draw(24, [16, 9], [4, 3], bias=True, nested=True)
     x = torch.randn(2, 5, 24, device=DEVICE).bfloat16().requires_grad_()
     form = "augmented" if keep else ""  # "addmm" leaves the tail of what it keeps as it found it
@@ -316,7 +319,7 @@ def test_outputs_nobody_uses_and_gradients_nobody_needs() -> None:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("path", ["cpu", "triton"])
+@pytest.mark.parametrize("path", [*PLAIN[1:], "triton"])
 def test_what_is_saved(path: str, keep: bool) -> None:
     """x, s, the adapter, packed weights and the seed; dense weights only to be kept, and then they decode once."""
     sample = draw(64, [96, 160], [4, 4])
@@ -378,10 +381,38 @@ def test_weights_of_two_formats_are_refused() -> None:
         lora_linears4bit(torch.zeros(3, 64), *mixed)
 
 
-def test_the_fused_form_needs_a_configuration() -> None:
-    sample = draw(64, [40], [4])
+@pytest.mark.parametrize(("columns", "config"), [(64, None), (96, {"BM": 16})])
+def test_the_fused_form_needs_a_configuration_and_whole_steps(
+    monkeypatch: pytest.MonkeyPatch, columns: int, config: dict[str, int] | None
+) -> None:
+    monkeypatch.setattr("fourbit.kernels.dispatch.plan_linear", lambda x, rows: Plan("fused", config))
+    sample = draw(columns, [40], [4])
+    x = torch.zeros(3, columns, dtype=torch.bfloat16, device=DEVICE)
     with force_path("triton"), pytest.raises(ValueError, match="no fused kernel for x"):
-        sample(torch.zeros(3, 64, dtype=torch.bfloat16, device=DEVICE), 0.0, None, form="fused")
+        sample(x, 0.0, None, form="fused")
+    with pytest.raises(ValueError, match="'fused' decodes no weight that could be kept"):
+        sample(x, 0.0, None, form="fused", keep=True)
+
+
+@pytest.mark.parametrize("form", ["addmm", "augmented"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masters_in_any_layout(form: str, dtype: torch.dtype) -> None:
+    """Transposed or sliced A and B, such as factors of an SVD: everything as from contiguous copies."""
+    sample = draw(64, [40], [4])
+    A, B = sample.A[0].detach(), sample.B[0].detach()
+    wide = torch.cat([B, B], dim=1)
+    odd = Sample(sample.weights, sample.biases, [A.T.contiguous().T], [wide[:, :4]], sample.scales)
+    turned = Sample(sample.weights, sample.biases, [A], [B.T.contiguous().T], sample.scales)
+    x, grads = inputs(sample, 7, dtype, 0)
+    seed = torch.tensor(1, device=DEVICE)
+    results = []
+    with force_path("triton"):
+        for one in (sample, odd, turned):
+            for leaf in one.leaves():
+                leaf.requires_grad_()
+            results.append(run(one, x, grads, 0.1, seed, form=form))
+    for other in results[1:]:
+        assert all(torch.equal(mine, expected) for mine, expected in zip(other, results[0], strict=True))
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

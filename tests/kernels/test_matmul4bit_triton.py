@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fourbit.kernels import dispatch, plan
+from fourbit.kernels import codes, dispatch, plan
 from fourbit.kernels.blockwise import dequantize_absmax, quantize_absmax
 from fourbit.kernels.nf4 import dequantize, quantize
 from fourbit.kernels.weight4bit import Weight4bit
@@ -333,3 +333,28 @@ def test_instructions_a_parameter(aot: ModuleType) -> None:
         row = next(row for row in plan.table()[f"sm_{cost.capability}"]["fused"] if row["M"] >= int(M))
         assert a_parameter <= row["instructions"], (cost.scenario, cost.capability, a_parameter)
         assert int(M) > 1 or a_parameter <= BUDGET, (cost.scenario, cost.capability, a_parameter)
+
+
+def test_counters_are_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream has its own, every captured launch too; none before the device's exist; fresh ones when used up."""
+    device = torch.device(DEVICE)
+    capturing = [True]
+    monkeypatch.setattr(split_k, "_of_device", {})
+    monkeypatch.setattr(split_k, "_taken", {})
+    monkeypatch.setattr(split_k, "COUNTERS", 64)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    assert split_k._take(device, 5).numel() == 5 and not split_k._of_device
+    capturing[0] = False
+    places = [split_k._take(device, tiles) for tiles in (5, 1, 8)]
+    whole = split_k.counters_of_device(device)
+    assert [(t.data_ptr() - whole.data_ptr()) // 4 for t in places] == [0, 8, 12]
+    assert [t.numel() for t in places] == [8, 4, 8]
+    assert split_k._take(device, 50).data_ptr() not in range(whole.data_ptr(), whole.data_ptr() + 4 * 64)
+
+
+def test_tables_made_while_a_compiler_looks_on_are_real() -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+
+    with FakeTensorMode(), unset_fake_temporarily():
+        matmul4bit.prepare(torch.device(DEVICE), torch.bfloat16, "fp4")
+    assert not isinstance(codes.pair_table("fp4", torch.bfloat16, DEVICE), FakeTensor)
