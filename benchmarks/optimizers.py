@@ -220,11 +220,15 @@ class Truth:
         return min(1.0, MAX_NORM / (sum(squares) ** 0.5 + 1e-6))
 
     def by_element(self, given: Sequence[Tensor]) -> float:
-        """Each step may round the weight, and its own size by some units: of bf16 if weights are (torch's moments)."""
+        """The largest error over its bound.
+
+        A step may round the weight's factor, their product and the new weight. Its own size may be off by some units,
+        as moments cancel: units of bf16 where weights are bf16, since torch keeps its moments so.
+        """
         unit, worst = UNIT[self.trained.dtype], 0.0
         for mine, (start, exact) in zip(given, self.weights(), strict=True):
             size = torch.maximum(start.double().abs(), exact.abs()) + SETTINGS["lr"]
-            bound = GATE_STEPS * unit * (2 * size + 64 * SETTINGS["lr"])
+            bound = GATE_STEPS * unit * (3 * size + 64 * SETTINGS["lr"])
             worst = max(worst, _finite(((mine.detach().double() - exact).abs() / bound).max()))
         return worst
 
