@@ -115,7 +115,7 @@ class CudaDevice:
         """Nothing to do: the allocator takes it back with its last reference."""
 
     def pinned(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def room(self, held: int) -> int:
         """All this process can have, less the reserve and the most that all but pages ever took at once.

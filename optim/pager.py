@@ -65,11 +65,11 @@ class Pager:
         self._slots: list[Slot] = []
         self._staging: list[Slot] = []
         self._stale = self._visiting = False
-        self._last = -1  # number of the page visited last
+        self._visited: list[PagedState] = []  # in this step
         self._cap: int | None = None  # "auto" takes no more since memory ran out
 
     def state(self, fields: Mapping[str, Field], page_elements: int | None = None) -> PagedState:
-        """An empty flat state whose pages come after those of the states made before."""
+        """An empty flat state. Its pages come after those of states made before, until a step shows another order."""
         chunk_bytes = sum(CHUNK // field.per * field.dtype.itemsize for field in fields.values())
         state = PagedState(self, fields, page_elements or max(1, self.page_bytes // chunk_bytes) * CHUNK)
         self.states.append(state)
@@ -87,8 +87,8 @@ class Pager:
                 f"an optimizer budget of {self.budget} bytes is less than one page of state; the least is {least}"
             )
 
-    def visit(self, order: Sequence[Page]) -> Iterator[tuple[Page, Tensor]]:
-        """Each page of `order` (a part of the table, in its order) with the memory on the device that holds it.
+    def visit(self, state: PagedState, order: Sequence[Page]) -> Iterator[tuple[Page, Tensor]]:
+        """Each page of `order` (some of the state's, in their order) with the memory on the device that holds it.
 
         Work that changes the memory is queued on the compute stream before the next page is asked for.
         """
@@ -96,12 +96,14 @@ class Pager:
             raise RuntimeError("the pages of a step are visited one state after the other")
         self._visiting = True
         try:
-            begins = bool(order) and order[0].number <= self._last  # a new step, not the next state of this one
-            if order and (self._stale or (begins and self.budget == "auto")):
+            begins = state in self._visited
+            if begins:
+                self._follow()
+            self._visited.append(state)
+            if self._stale or (begins and self.budget == "auto"):
                 self._fit()
             self._fetch(next((self._places[page] for page in order if not page.resident), None))
             for page in order:
-                self._last = page.number
                 self.counters.misses += page.fetched
                 self.counters.hits += not page.fetched
                 yield page, self._arrive(page)
@@ -115,6 +117,14 @@ class Pager:
             self._visiting = False
             self.counters.stall_seconds = self.device.stalled()
 
+    def _follow(self) -> None:
+        """A step has ended. Put the table in its order, if it went another way, so that the next one is foreseen."""
+        went = [self.states.index(state) for state in self._visited]
+        if went != sorted(went):
+            self.states = [*self._visited, *(state for state in self.states if state not in self._visited)]
+            self.refit()
+        self._visited.clear()
+
     def read(self, page: Page) -> Mapping[str, Tensor]:
         """A page's tensors in host memory. They may be views: do not write to them."""
         if page.slot is not None and (page.host is None or (page.dirty and page.written is None)):
@@ -122,7 +132,8 @@ class Pager:
                 self.device.wait(page.arriving)
             return page.tensors(page.slot.memory[: page.size].to("cpu", copy=True))
         self._settle(page)
-        return page.tensors(page.host if page.host is not None else torch.zeros(page.size, dtype=torch.uint8))
+        blank = torch.zeros(page.size if page.host is None else 0, dtype=torch.uint8, device="cpu")
+        return page.tensors(blank if page.host is None else page.host)
 
     def open(self, page: Page) -> Mapping[str, Tensor]:
         """A page's tensors, to be overwritten by work on the compute stream: on the device if resident."""
@@ -159,7 +170,7 @@ class Pager:
     # How many slots, and which pages stay.
 
     def _fit(self) -> None:
-        largest, total = max(page.size for page in self.pages), sum(page.size for page in self.pages)
+        largest, total = max((page.size for page in self.pages), default=0), sum(page.size for page in self.pages)
         if self.budget != "auto":
             self._arrange(self.budget)
         else:
@@ -183,7 +194,7 @@ class Pager:
 
     def _arrange(self, limit: int) -> None:
         """Evict what `limit` bytes have no room for, then take in what they have room for."""
-        sizes = [page.size for page in self.pages]
+        sizes = [page.size for page in self.pages] or [0]
         staging = 0 if sum(sizes) <= limit else 2 if limit >= 2 * max(sizes) else 1
         left, keep = limit - staging * max(sizes), set[Page]()
         for page in reversed(self.pages):

@@ -78,7 +78,7 @@ class PagedState:
     def slices(self, wanted: Sequence[tuple[int, int]]) -> Iterator[Slice]:
         for page in self.pages:
             page.expected = any(start < page.end and page.start < end for start, end in wanted)
-        for page, memory in self.pager.visit([page for page in self.pages if page.expected]):
+        for page, memory in self.pager.visit(self, [page for page in self.pages if page.expected]):
             yield Slice(page.start, page.end, page.tensors(memory))
 
     def read(self, start: int, end: int) -> Mapping[str, Tensor]:

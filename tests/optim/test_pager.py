@@ -127,6 +127,21 @@ def test_counters_of_a_steady_step(seed):
     twin.check()
 
 
+def test_learns_the_order_of_states():
+    """From the second step on nothing is fetched that the step does not want next."""
+    pager = Pager(SimulatedDevice(), 3 * 2048)
+    twins = [Twin(pager, FULL, 256, 1024) for _ in range(3)]
+    moved = []
+    for step in range(5):
+        before = pager.counters.bytes_in
+        for i in (2, 0, 1):
+            twins[i].step([(0, 1024)], step)
+        moved.append((pager.counters.bytes_in - before) // 2048)
+    assert moved[2:] == 3 * [12 - 1]
+    for twin in twins:
+        twin.check()
+
+
 def test_everything_fits_and_nothing_is_copied():
     pager = Pager(SimulatedDevice(), "auto")
     twin = Twin(pager, EIGHT, 512, 2304)
