@@ -16,6 +16,7 @@ from .cases import GATE_SEED, OURS, Case, Setting, Variant, Work
 from .ceilings import Ceilings
 from .timing import LEAST_ROUNDS, Call, Clock, Timing, interleave, ratio
 
+NO_ROOM = "does not fit in memory"
 Line = dict[str, Any]  # one line of a result file
 Print = Callable[[str], None]
 
@@ -56,15 +57,20 @@ class Runner:
         return result
 
     def case(self, case: Case, result: Result) -> None:
+        """Judge and time one case. What does not fit in memory is left out; what fails otherwise counts as wrong."""
         try:
             work = case.build()
+            result.absent |= work.absent
+            if calls := self.judged(case, work, result):
+                self.timed(case, work, calls, result)
+        except torch.OutOfMemoryError as problem:
+            self.say(f"LEFT OUT {case.point.name}: {one_line(problem)}")
+            result.left_out.append(case.point.name)
         except Exception as problem:
-            result.wrong.append(f"{case.point.name}: cannot be built: {one_line(problem)}")
-            return
-        result.absent |= work.absent
-        calls = self.judged(case, work, result)
-        if not calls:
-            return
+            self.say(f"FAILED {case.point.name}: {one_line(problem)}")
+            result.wrong.append(f"{case.point.name}: {one_line(problem)}")
+
+    def timed(self, case: Case, work: Work, calls: dict[str, tuple[Call, float]], result: Result) -> None:
         timings, walls = self.times(work, calls)
         facts = {variant.name: variant.facts for variant in work.variants}
         for name in calls:
@@ -84,14 +90,15 @@ class Runner:
         passed: dict[str, tuple[Call, float]] = {}
         for variant in work.variants:
             problem, call, worst = self.judge(variant)
-            if call is not None and problem is None:
-                passed[variant.name] = (call, worst)
+            if problem is None:
+                if call is not None:
+                    passed[variant.name] = (call, worst)
                 continue
             text = f"{case.point.name}: {variant.name}: {problem}"
             self.say(f"REFUSED {text}")
             fields = {"kind": "refused", "name": case.point.name, **case.point.fields(), "variant": variant.name}
             self.add({**fields, "problem": problem, **self.facts}, result)
-            if variant.own:
+            if variant.own and not problem.startswith(NO_ROOM):
                 result.wrong.append(text)
         return passed
 
@@ -102,6 +109,8 @@ class Runner:
             call = variant.make()
             torch.manual_seed(GATE_SEED)
             worst = round(float(variant.judge(call(0))), 6)
+        except torch.OutOfMemoryError as problem:
+            return f"{NO_ROOM}: {one_line(problem)}", None, 0.0
         except Exception as problem:  # a peer may fail in any way it likes
             return one_line(problem), None, 0.0
         return (None if worst <= 1 else f"error {worst:.3g} times its bound"), call, worst

@@ -137,6 +137,8 @@ class CudaClock:
         with self.cuda.stream(side):  # compiles and initialises outside the capture
             for i in range(min(sets, 2)):
                 call(i)
+            self.cuda.synchronize()
+            self._never_waits(call)
         self.cuda.current_stream().wait_stream(side)
         self.cuda.synchronize()
         graph = self.cuda.CUDAGraph()
@@ -154,6 +156,14 @@ class CudaClock:
             return float(start.elapsed_time(end)) / 1e3 / sets
 
         return sample
+
+    def _never_waits(self, call: Call) -> None:
+        """Raises if the call waits for the GPU: a capture that fails half-way would spoil every later one."""
+        self.cuda.set_sync_debug_mode("error")
+        try:
+            call(0)
+        finally:
+            self.cuda.set_sync_debug_mode("default")
 
     def _queue(self, call: Call, sets: int) -> Sampler:
         host = self._host_seconds(call, sets)

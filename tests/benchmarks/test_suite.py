@@ -203,7 +203,30 @@ def test_a_case_that_cannot_be_built_is_an_error_of_ours(setting: Setting) -> No
         raise ValueError("bad shape")
 
     result: Result = runner(setting).run([Case(Point("linear", "toy", "x", 1, 1), 1, build)])
-    assert result.wrong == ["linear toy x: cannot be built: ValueError: bad shape"]
+    assert result.wrong == ["linear toy x: ValueError: bad shape"]
+
+
+@pytest.mark.parametrize("where", ["built", "judged", "timed"])
+def test_what_does_not_fit_is_left_out_and_is_no_fault(where: str, setting: Setting) -> None:
+    calls = []
+
+    def call(i: int) -> torch.Tensor:
+        calls.append(i)
+        if where != "timed" or len(calls) > 1:
+            raise torch.OutOfMemoryError("2 GiB wanted")
+        return torch.zeros(1)
+
+    def build() -> Work:
+        if where == "built":
+            raise torch.OutOfMemoryError("2 GiB wanted")
+        return Work([Variant(OURS, lambda: call, lambda given: 0.0, own=True)], 0.0, 0.0, 1, ("wall",), {})
+
+    result = runner(setting).run([Case(Point("linear", "toy", "x", 1, 1), 1, build)])
+    assert not result.wrong and not result.figures()
+    if where == "judged":
+        assert [line["problem"].partition(":")[0] for line in result.lines] == ["does not fit in memory"]
+    else:
+        assert result.left_out == ["linear toy x"]
 
 
 def test_every_line_is_kept_as_soon_as_it_is_there(setting: Setting) -> None:
@@ -234,11 +257,11 @@ def test_the_kernels_pass_their_gates_in_the_interpreter(
     """What a GPU would run: the same cases over the Triton path, in fp16, whose rounding the interpreter has right."""
     monkeypatch.setattr(suite.machine, "cache_bytes", lambda device: 1)
     small = replace(grid, projections=grid.projections[:1], rows=(3,), dtype=torch.float16)
-    pattern = "^(dequantize|linear|grouped|lora_cost)|qlora.* p=0.05"
+    pattern = "^(dequantize|linear|grouped|lora_cost|adamw)|qlora.* p=0.05"
     if torch.cuda.is_available():
         pytest.skip("kernels run compiled where there is a GPU; `python -m benchmarks` gates them there")
     with dispatch.force_path("triton"):
         code, lines = run(["--only", pattern], small, tmp_path / "out")
     assert code == 0, capsys.readouterr().out
     ops = {line["op"] for line in report.figures_of(lines) if line["variant"] == OURS}
-    assert ops == {"dequantize", "linear", "lora_cost", "qlora"}
+    assert ops == {"dequantize", "linear", "lora_cost", "qlora", "adamw", "adamw8bit"}

@@ -16,6 +16,7 @@ class FakeGPU:
     def __init__(self, *, captures: bool = True) -> None:
         self.now, self.launches, self.slept, self.captures = 0.0, 0, 0, captures
         self.capturing: list[int] | None = None
+        self.strict = False
 
     def launch(self) -> None:
         if self.capturing is not None:
@@ -71,7 +72,11 @@ class FakeGPU:
         return self.Stream()
 
     def synchronize(self) -> None:
-        pass
+        if self.strict:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    def set_sync_debug_mode(self, mode: str) -> None:
+        self.strict = mode == "error"
 
     def _sleep(self, cycles: int) -> None:
         assert cycles >= 0
@@ -112,6 +117,18 @@ def test_the_wall_clock_counts_the_host_too() -> None:
 def test_what_cannot_be_captured_raises_for_the_caller_to_see() -> None:
     with pytest.raises(RuntimeError, match="capturing"):
         CudaClock(FakeGPU(captures=False)).sampler(lambda i: None, 1, "graph")
+
+
+def test_what_waits_for_the_gpu_is_never_captured() -> None:
+    gpu = FakeGPU()
+
+    def waits(i: int) -> None:
+        assert gpu.capturing is None
+        gpu.synchronize()
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        CudaClock(gpu).sampler(waits, 1, "graph")
+    assert not gpu.strict
 
 
 def test_peak_memory_is_above_what_was_there() -> None:
