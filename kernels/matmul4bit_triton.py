@@ -97,12 +97,13 @@ def matmul(
             0 if B is None else B.stride(0),
             lora_scale,
             config["copies"],
+            splits,
             BM=BM,
             BN=BN,
             BK=BK,
             RANK=0 if s is None else min(RANKS, max(16, triton.next_power_of_2(s.shape[1]))),
             STEPS_PER_BLOCK=weight.blocksize // BK,
-            SPLITS=splits,
+            SPLIT=splits > 1,
             SCALE_WEIGHT=exact,
             COPIES=config["copies"],
             WARPS=config["warps"],
@@ -131,7 +132,7 @@ def _words(device: torch.device, config: dict[str, Any]) -> int:
     return 1 if wgmma or NEW_LAYOUT else 2
 
 
-@triton.jit(do_not_specialize=["M", "R"])  # the next token or prompt is no reason to compile again
+@triton.jit(do_not_specialize=["M", "R", "splits"])  # the next token or prompt is no reason to compile again
 def _matmul_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [M, K]
     packed_ptr,  # uint8 [N, HALF]
@@ -144,7 +145,7 @@ def _matmul_kernel(  # type: ignore[no-untyped-def]
     s_ptr,  # [M, R]
     B_ptr,  # [N, R]
     y_ptr,  # [M, N]
-    sums_ptr,  # fp32 [SPLITS, M, N]
+    sums_ptr,  # fp32 [splits, M, N]
     counters_ptr,  # int32 [tiles], all 0
     M,
     N,
@@ -155,12 +156,13 @@ def _matmul_kernel(  # type: ignore[no-untyped-def]
     B_stride,
     lora_scale,
     copies,  # COPIES again; as an argument, the address of a look-up is one multiply-add
+    splits,  # of K
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     RANK: tl.constexpr,  # 0 without LoRA
     STEPS_PER_BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether splits > 1
     SCALE_WEIGHT: tl.constexpr,
     COPIES: tl.constexpr,
     WARPS: tl.constexpr,
@@ -174,7 +176,7 @@ def _matmul_kernel(  # type: ignore[no-untyped-def]
     row = tl.minimum(n, N - 1)  # of W, for reading: past the end the last row again
     k, byte = tl.arange(0, BK), tl.arange(0, BK // 2)
     steps = HALF // (BK // 2)
-    share = tl.cdiv(steps, SPLITS)
+    share = tl.cdiv(steps, splits)
     start = split * share
     x_at = x_ptr + m.to(tl.int64)[None, :] * x_stride + _column(k, BK, WORDS)[:, None]  # [BK, BM]
     read = tl.minimum(first + _row(of_tile, WARPS, WORDS), N - 1)
@@ -208,9 +210,9 @@ def _matmul_kernel(  # type: ignore[no-untyped-def]
 
     inside = (m < M)[None, :] & (n < N)[:, None]
     at = m.to(tl.int64)[None, :] * N + n[:, None]
-    if SPLITS > 1:
-        if is_last(sums_ptr + split.to(tl.int64) * M * N + at, total, inside, counters_ptr + tile, SPLITS):
-            total = sum_of_splits(sums_ptr + at, inside, tl.cast(M, tl.int64) * N, SPLITS)
+    if SPLIT:
+        if is_last(sums_ptr + split.to(tl.int64) * M * N + at, total, inside, counters_ptr + tile, splits):
+            total = sum_of_splits(sums_ptr + at, inside, tl.cast(M, tl.int64) * N, splits)
             finish(y_ptr + at, total, bias_ptr, n, N, inside)
     else:
         finish(y_ptr + at, total, bias_ptr, n, N, inside)

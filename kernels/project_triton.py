@@ -34,38 +34,40 @@ def project_down(x: Tensor, A: Tensor) -> Tensor:
             K,
             x.stride(0),
             A.stride(0),
+            splits,
             BM=BM,
             BR=BR,
             BK=BK,
-            SPLITS=splits,
+            SPLIT=splits > 1,
             num_warps=4,
             num_stages=3,
         )
     return s
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "splits"])
 def _project_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [M, K]
     A_ptr,  # [R, K]
     s_ptr,  # [M, R]
-    sums_ptr,  # fp32 [SPLITS, M, R]
+    sums_ptr,  # fp32 [splits, M, R]
     counters_ptr,  # int32 [tiles], all 0
     M,
     R,
     K,
     x_stride,
     A_stride,
+    splits,  # of K
     BM: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether splits > 1
 ):
     tile, split = tl.program_id(0), tl.program_id(1)
     r_tiles = tl.cdiv(R, BR)
     m = tile // r_tiles * BM + tl.arange(0, BM)
     r = tile % r_tiles * BR + tl.arange(0, BR)
-    share = tl.cdiv(tl.cdiv(K, BK), SPLITS) * BK
+    share = tl.cdiv(tl.cdiv(K, BK), splits) * BK
     x_at = x_ptr + m.to(tl.int64)[:, None] * x_stride
     A_at = A_ptr + r.to(tl.int64)[None, :] * A_stride
     total = tl.zeros([BM, BR], tl.float32)
@@ -77,10 +79,10 @@ def _project_kernel(  # type: ignore[no-untyped-def]
 
     inside = (m < M)[:, None] & (r < R)[None, :]
     at = m.to(tl.int64)[:, None] * R + r[None, :]
-    if SPLITS > 1:
-        if is_last(sums_ptr + split.to(tl.int64) * M * R + at, total, inside, counters_ptr + tile, SPLITS):
+    if SPLIT:
+        if is_last(sums_ptr + split.to(tl.int64) * M * R + at, total, inside, counters_ptr + tile, splits):
             finish(
-                s_ptr + at, sum_of_splits(sums_ptr + at, inside, tl.cast(M, tl.int64) * R, SPLITS), None, r, R, inside
+                s_ptr + at, sum_of_splits(sums_ptr + at, inside, tl.cast(M, tl.int64) * R, splits), None, r, R, inside
             )
     else:
         finish(s_ptr + at, total, None, r, R, inside)

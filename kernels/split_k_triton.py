@@ -75,21 +75,21 @@ def counters_of_device(device: torch.device) -> Tensor:
 
 
 @triton.jit
-def is_last(sums_at, total, inside, counter, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+def is_last(sums_at, total, inside, counter, splits):  # type: ignore[no-untyped-def]
     """Writes this program's sum where the last one will find it; True in that last one, which resets the counter."""
     tl.store(sums_at, total, mask=inside)
     tl.debug_barrier()  # all threads have written before one of them says so
     arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-    if arrived == SPLITS - 1:
+    if arrived == splits - 1:
         tl.store(counter, 0)
-    return arrived == SPLITS - 1
+    return arrived == splits - 1
 
 
 @triton.jit
-def sum_of_splits(sums_at, inside, size, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+def sum_of_splits(sums_at, inside, size, splits):  # type: ignore[no-untyped-def]
     """The sum over splits in one order, whoever came last: its own part is read back like the others."""
     total = tl.load(sums_at, mask=inside, other=0.0, cache_modifier=".cg")
-    for split in range(1, SPLITS):
+    for split in range(1, splits):
         total += tl.load(sums_at + split * size, mask=inside, other=0.0, cache_modifier=".cg")
     return total
 
