@@ -267,7 +267,7 @@ class Pager:
         former, updated = slot.page, slot.updated
         if former is not None and former.dirty and former.written is None:
             self._write_back(former)  # an earlier attempt failed
-        last = updated.written if updated is not None and updated.home is slot else None
+        last = updated.written if updated is not None else None
         after = [slot.born] if last is None else [slot.born, last]
         arriving = self.device.copy("in", slot.memory[: page.size], self._host(page), after)
         if former is not None:

@@ -134,12 +134,20 @@ def test_learns_the_order_of_states():
     moved = []
     for step in range(5):
         before = pager.counters.bytes_in
-        for i in (2, 0, 1):
+        for i in (2, 1, 0):
             twins[i].step([(0, 1024)], step)
         moved.append((pager.counters.bytes_in - before) // 2048)
     assert moved[2:] == 3 * [12 - 1]
     for twin in twins:
         twin.check()
+
+
+@pytest.mark.parametrize(("budget", "pages"), [(2048, 1), (4095, 1), (4096, 2), (8191, 3), (8192, 4), (20479, 9)])
+def test_a_byte_short_of_a_page_is_a_page_less(budget, pages):
+    device = SimulatedDevice()
+    twin = Twin(Pager(device, budget), FULL, 256, 2560)
+    twin.step([(0, 2560)], 0)
+    assert device.held == device.peak == pages * 2048
 
 
 def test_everything_fits_and_nothing_is_copied():
@@ -266,6 +274,20 @@ class TestFailedCopies:
                         for _part in twin.paged.slices([(0, twin.total)]):
                             pass
                 twin.check()
+
+    def test_a_page_that_was_fetched_in_vain(self):
+        """Its failure shows when the page is looked at, once."""
+        for number in (15, 17):  # the copies that bring pages 0 and 1 for the next step
+            device = SimulatedDevice()
+            twin = Twin(Pager(device, 2 * 2048), FULL, 256, 256 * 8)
+            device.fail_copy(number, late=True)
+            twin.step([(0, twin.total)], 0)
+            twin.step([(256 * 4, 256 * 8)], 1)  # other pages take their places
+            with pytest.raises(CopyError):
+                twin.paged.read(0, twin.total)
+            twin.check()
+            twin.step([(0, twin.total)], 2)
+            twin.check()
 
     def test_caller_that_stops_half_way(self):
         twin = Twin(Pager(SimulatedDevice(), 2 * 2048), FULL, 256, 256 * 8)
