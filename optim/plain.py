@@ -110,7 +110,7 @@ def _define(
     new, moments = bank.rule.define(p, -g if group["maximize"] else g, moments, factors, group)
     narrow = new.to(bank.dtype) if step is None else round_stochastically(new, segment.start, step, member.number)
     weights[where] = narrow if control.skip is None else torch.where(control.skip != 0, weights[where], narrow)
-    _put_back(member, weights)
+    put_back(member, weights)
     for moment, values in zip(bank.rule.moments, moments, strict=True):
         encode(moment, values, part.tensors, first)
 
@@ -129,7 +129,7 @@ def _region(bank: Bank, part: Slice, first: int, length: int) -> list[Tensor]:
     return [part.tensors[name][first // f.per : -(-(first + length) // f.per)] for name, f in kept.items()]
 
 
-def _put_back(member: Member, weights: Tensor) -> None:
+def put_back(member: Member, weights: Tensor) -> None:
     """Where `flattened` had to copy a parameter, the copy goes back."""
     if member.flat(member.parameter) is None:
         member.parameter.copy_(member.shaped(weights))
@@ -199,7 +199,7 @@ def _piece(bank: Bank, group: Group, part: Slice, batch: Batch, scale: float, st
         old.copy_(round_stochastically(p[:length], batch.first, torch.tensor(step), member.number))
     elif p.data_ptr() != old.data_ptr():
         old.copy_(p[:length])
-    _put_back(member, weights)
+    put_back(member, weights)
 
 
 def _widened(piece: Tensor) -> Tensor:

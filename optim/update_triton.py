@@ -1,0 +1,305 @@
+"""The update of all parameters of one dtype in one launch: AdamW or Lion, 32-bit and 8-bit states side by side.
+
+A program takes a part of one chunk: it finds its parameter and gradient by their addresses, its state by its offset,
+and does the whole step in registers. 8-bit states take the exactly nearest code: arithmetic on the map's rule
+(codes.dynamic_code) finds the nearest border between two codes, and one comparison in float64, where border times scale
+is exact, decides the side. A search among the borders would read eight of them.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..kernels.codes import dynamic_code
+from ..kernels.dispatch import on_device
+from .bank import Bank, Group
+from .layout import BLOCK, CHUNK
+from .rules import ROUNDING_KEY
+from .states import Slice
+
+TILE = 2048  # elements of a program: 8 for each of its threads
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+Tables = tuple[Tensor, Tensor, Tensor, Tensor | None]  # addresses, members, factors, control
+
+
+def update(
+    tables: Tables, group: Group, rule: str, parts: list[tuple[Bank, Tensor, Slice]], steps: Tensor, rounded: bool
+) -> None:
+    """One launch over the chunks of `parts`: slices of banks of one dtype, at most one of each width of state."""
+    full = next((part for part in parts if part[0].bits == 32), None)
+    short = next((part for part in parts if part[0].bits == 8), None)
+    counts = [0 if part is None else len(part[1]) for part in (full, short)]
+    beta1, beta2 = group["betas"]
+    signed, unsigned = (dynamic_code(s, steps.device) for s in (True, False)) if short else (None, None)
+    if sum(counts):
+        with on_device(steps):
+            _update[(sum(counts) * (CHUNK // TILE),)](
+                *(*tables, steps),
+                *_arguments(full, ("exp_avg", "exp_avg_sq")),
+                *_arguments(short, ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")),
+                *(signed, unsigned, _borders(signed), _borders(unsigned)),
+                counts[0],
+                *(beta1, 1 - beta1, beta2, 1 - beta2, group.get("eps", 0.0)),
+                KEY=ROUNDING_KEY,
+                DTYPE=DTYPES[parts[0][0].dtype],
+                FULL=counts[0] > 0,
+                SHORT=counts[1] > 0,
+                LION=rule == "lion",
+                ROUNDED=rounded,
+                BLOCK=BLOCK,
+                TILE=TILE,
+                TILES=CHUNK // TILE,
+                num_warps=8,
+                enable_fp_fusion=True,
+            )
+
+
+def _arguments(part: tuple[Bank, Tensor, Slice] | None, names: tuple[str, ...]) -> list[Any]:
+    """The table of chunks, the state's tensors (None for what a rule does not keep), and where they begin."""
+    if part is None:
+        return [None, *(None for _ in names), 0]
+    _, chunks, (start, _, tensors) = part
+    return [chunks, *(tensors.get(name) for name in names), start]
+
+
+_known_borders: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _borders(code: Tensor | None) -> Tensor | None:
+    """float64 [255]: halfway between neighbours, exactly. Made once for each table, of which there are two a device."""
+    if code is None:
+        return None
+    key = (id(code), code.device)
+    if key not in _known_borders:
+        _known_borders[key] = (code[:-1].double() + code[1:].double()) / 2
+    return _known_borders[key]
+
+
+@triton.jit(do_not_specialize=["base_full", "base_short", "count_full"])
+def _update(  # type: ignore[no-untyped-def]
+    addresses,
+    members,
+    factors,
+    control,
+    steps,
+    chunks_full,
+    mean_full,
+    square_full,
+    base_full,
+    chunks_short,
+    mean_short,
+    square_short,
+    mean_absmax,
+    square_absmax,
+    base_short,
+    signed,
+    unsigned,
+    signed_borders,
+    unsigned_borders,
+    count_full,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    KEY: tl.constexpr,
+    DTYPE: tl.constexpr,
+    FULL: tl.constexpr,
+    SHORT: tl.constexpr,
+    LION: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    chunk = tl.program_id(0).to(tl.int64) // TILES
+    if FULL:  # noqa: SIM102  # one is known to the compiler, the other is not
+        if chunk < count_full:
+            where = chunks_full + 4 * chunk
+            p, g, start, length, offset, row = _find(addresses, control, where, base_full, TILE, TILES)
+            if _is_even(p, g, length):
+                _full(p, g, start, length, offset, row, members, factors, steps, mean_full, square_full,
+                      beta1, rest1, beta2, rest2, eps, KEY, DTYPE, LION, ROUNDED, True, TILE)  # fmt: skip
+            else:
+                _full(p, g, start, length, offset, row, members, factors, steps, mean_full, square_full,
+                      beta1, rest1, beta2, rest2, eps, KEY, DTYPE, LION, ROUNDED, False, TILE)  # fmt: skip
+    if SHORT:  # noqa: SIM102
+        if chunk >= count_full:
+            where = chunks_short + 4 * (chunk - count_full)
+            p, g, start, length, offset, row = _find(addresses, control, where, base_short, TILE, TILES)
+            if _is_even(p, g, length):
+                _short(p, g, start, length, offset, row, members, factors, steps, mean_short, square_short,
+                       mean_absmax, square_absmax, signed, unsigned, signed_borders, unsigned_borders,
+                       beta1, rest1, beta2, rest2, eps, KEY, DTYPE, LION, ROUNDED, True, BLOCK, TILE)  # fmt: skip
+            else:
+                _short(p, g, start, length, offset, row, members, factors, steps, mean_short, square_short,
+                       mean_absmax, square_absmax, signed, unsigned, signed_borders, unsigned_borders,
+                       beta1, rest1, beta2, rest2, eps, KEY, DTYPE, LION, ROUNDED, False, BLOCK, TILE)  # fmt: skip
+
+
+@triton.jit
+def _find(  # type: ignore[no-untyped-def]
+    addresses, control, chunk, base, TILE: tl.constexpr, TILES: tl.constexpr
+):
+    """A tile's weights and gradients, by address, and its place; length 0 where nothing may change."""
+    row, first = tl.load(chunk), tl.program_id(0) % TILES * TILE
+    start = tl.multiple_of(tl.load(chunk + 1) + first, 256)
+    length = tl.minimum(tl.maximum(tl.load(chunk + 2) - first, 0), TILE)
+    offset = tl.multiple_of(tl.load(chunk + 3) - base + first, 256)
+    p, g = tl.load(addresses + 2 * row), tl.load(addresses + 2 * row + 1)
+    length = tl.where(g == 0, 0, length)
+    if control is not None:
+        length = tl.where(tl.load(control + 1) != 0, 0, length)
+    return p, g, start, length, offset, row
+
+
+@triton.jit
+def _is_even(p, g, length):  # type: ignore[no-untyped-def]
+    """Whether a tile can be read and written 16 bytes at a time."""
+    return (length % 16 == 0) & (p % 16 == 0) & (g % 16 == 0)
+
+
+@triton.jit
+def at(address, start, DTYPE: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The pointer to element `start`; where EVEN, the compiler learns that the address is a multiple of 16.
+
+    It would hold a hint on the address itself for every use of it, also where that was not looked at.
+    """
+    if EVEN:
+        return tl.multiple_of((address // 16 * 16).to(tl.pointer_type(DTYPE)), 16) + start
+    else:
+        return address.to(tl.pointer_type(DTYPE)) + start
+
+
+@triton.jit
+def below(i, length, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """i < length; where EVEN, the compiler learns that 16 divides the length."""
+    if EVEN:
+        return i < length // 16 * 16
+    else:
+        return i < length
+
+
+@triton.jit
+def _full(  # type: ignore[no-untyped-def]
+    p_address, g_address, start, length, offset, row, members, factors, steps, mean_ptr, square_ptr,
+    beta1, rest1, beta2, rest2, eps, KEY: tl.constexpr, DTYPE: tl.constexpr, LION: tl.constexpr, ROUNDED: tl.constexpr,
+    EVEN: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """A tile whose moments are fp32."""
+    i = tl.arange(0, TILE)
+    mask = below(i, length, EVEN)
+    p_ptr, g_ptr = at(p_address, start, DTYPE, EVEN), at(g_address, start, DTYPE, EVEN)
+    p = tl.load(p_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr + i, mask=mask, other=0.0).to(tl.float32) * tl.load(factors + 4 * row + 3)
+    mean = tl.load(mean_ptr + offset + i, mask=mask, other=0.0)
+    if LION:
+        p, mean = _lion(p, g, mean, row, factors, beta1, rest1, rest2)
+    else:
+        square = tl.load(square_ptr + offset + i, mask=mask, other=0.0)
+        p, mean, square = _adamw(p, g, mean, square, row, factors, rest1, beta2, rest2, eps)
+        tl.store(square_ptr + offset + i, square, mask=mask)
+    tl.store(mean_ptr + offset + i, mean, mask=mask)
+    if ROUNDED:
+        p = _rounded(p, start, row, members, steps, KEY, TILE)
+    tl.store(p_ptr + i, p.to(DTYPE), mask=mask)
+
+
+@triton.jit
+def _short(  # type: ignore[no-untyped-def]
+    p_address, g_address, start, length, offset, row, members, factors, steps, mean_ptr, square_ptr,
+    mean_absmax, square_absmax, signed, unsigned, signed_borders, unsigned_borders,
+    beta1, rest1, beta2, rest2, eps, KEY: tl.constexpr, DTYPE: tl.constexpr, LION: tl.constexpr, ROUNDED: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """A tile whose moments are 8-bit codes. [blocks, BLOCK]: beyond the length everything is 0, so no scale sees it."""
+    blocks = tl.arange(0, TILE // BLOCK)
+    i = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask, scaled = below(i, length, EVEN), blocks * BLOCK < length
+    p_ptr, g_ptr = at(p_address, start, DTYPE, EVEN), at(g_address, start, DTYPE, EVEN)
+    scales = offset // BLOCK + blocks
+    p = tl.load(p_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr + i, mask=mask, other=0.0).to(tl.float32) * tl.load(factors + 4 * row + 3)
+    mean = _decode(mean_ptr + offset + i, mean_absmax + scales, signed, mask, scaled)
+    if LION:
+        p, mean = _lion(p, g, mean, row, factors, beta1, rest1, rest2)
+    else:
+        square = _decode(square_ptr + offset + i, square_absmax + scales, unsigned, mask, scaled)
+        p, mean, square = _adamw(p, g, mean, square, row, factors, rest1, beta2, rest2, eps)
+        _encode(square, square_ptr + offset + i, square_absmax + scales, unsigned_borders, mask, scaled, False)
+    _encode(mean, mean_ptr + offset + i, mean_absmax + scales, signed_borders, mask, scaled, True)
+    if ROUNDED:
+        flat = _rounded(tl.reshape(p, [TILE]), start, row, members, steps, KEY, TILE)
+        p = tl.reshape(flat, [TILE // BLOCK, BLOCK])
+    tl.store(p_ptr + i, p.to(DTYPE), mask=mask)
+
+
+@triton.jit
+def _adamw(p, g, mean, square, row, factors, rest1, beta2, rest2, eps):  # type: ignore[no-untyped-def]
+    decay, size, correction = (
+        tl.load(factors + 4 * row),
+        tl.load(factors + 4 * row + 1),
+        tl.load(factors + 4 * row + 2),
+    )
+    mean = mean + (g - mean) * rest1
+    square = square * beta2 + g * g * rest2
+    root = tl.sqrt_rn(square) * correction + eps
+    return p * decay - tl.math.div_rn(mean, root) * size, mean, square
+
+
+@triton.jit
+def _lion(p, g, mean, row, factors, beta1, rest1, rest2):  # type: ignore[no-untyped-def]
+    decay, size = tl.load(factors + 4 * row), tl.load(factors + 4 * row + 1)
+    direction = mean * beta1 + g * rest1
+    step = tl.where(direction > 0, size, tl.where(direction < 0, -size, direction * 0))  # NaN stays NaN
+    return p * decay - step, mean + (g - mean) * rest2
+
+
+@triton.jit
+def _decode(codes, absmax, table, mask, scaled):  # type: ignore[no-untyped-def]
+    code = tl.load(codes, mask=mask, other=0).to(tl.int32)
+    values = tl.load(table + code) * tl.load(absmax, mask=scaled, other=0.0)[:, None]
+    return tl.where(mask, values, 0.0)
+
+
+@triton.jit
+def _encode(values, codes, absmax, borders, mask, scaled, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Decade i of the map is [0.1, 1] * 10^(i - 6), in 2^i cells of equal width (2^(i + 1) in the unsigned map)."""
+    values = tl.where(mask, values, 0.0)
+    magnitude = tl.abs(values)
+    # As integers: the order of non-negative floats, and NaN above all, so that it is not lost.
+    largest = tl.max(magnitude.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
+    tl.store(absmax, largest, mask=scaled)
+    scale = tl.where(largest > 0, largest, 1.0)
+    up = tl.where(scale < 7.8886090522101181e-31, 1.2676506002282294e30, 1.0)  # 2^-100, 2^100: keeps 1 / scale finite
+    relative = magnitude * up[:, None] * (1.0 / (scale * up))[:, None]
+    decade = tl.floor(tl.log2(tl.maximum(relative, 1e-30)) * 0.30102999566398120 + 7.0)
+    decade = tl.minimum(tl.maximum(decade, 0.0), 6.0)
+    cells = tl.exp2(decade)
+    # (relative * 10^(6 - i) - 0.1) / 0.9 * 2^i; 20.08357 is log2(10^6 / 0.9), -2.321928 is log2(2 / 10)
+    position = relative * tl.exp2(decade * -2.3219280948873622 + 20.083571662769224) - cells * 0.11111111111111111
+    if SIGNED:
+        nearest = (cells + tl.floor(tl.maximum(position + 0.5, 0.0))).to(tl.int32)
+        border = tl.where(values < 0, 127 - nearest, 126 + nearest)
+    else:
+        border = (2 * cells + tl.floor(tl.maximum(2 * position + 0.5, 0.0))).to(tl.int32) - 2
+    border = tl.minimum(tl.maximum(border, 0), 254)
+    above = values.to(tl.float64) > tl.load(borders + border) * scale.to(tl.float64)[:, None]
+    tl.store(codes, (border + above.to(tl.int32)).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _rounded(x, start, row, members, steps, KEY: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """rules.round_stochastically, its result still in fp32."""
+    nothing = tl.zeros([TILE // 8], tl.uint32)
+    groups = nothing + (start // 8 + tl.arange(0, TILE // 8)).to(tl.uint32)
+    step = nothing + tl.load(steps + row).to(tl.uint32)
+    seed = tl.load(members + 2 * row + 1).to(tl.uint64) + (KEY << 32)
+    w0, w1, w2, w3 = tl.philox(seed, groups, step, nothing, nothing, n_rounds=7)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # word 2 i + j at [:, i, j]
+    draws = tl.reshape(tl.join(words & 65535, words >> 16), [TILE]).to(tl.int32)
+    cut = ((x.to(tl.int32, bitcast=True) + draws) & -65536).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < float("inf"), cut, x)

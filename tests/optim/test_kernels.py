@@ -1,0 +1,278 @@
+"""The kernels in the interpreter against the reference; what they compile to; how often they are launched."""
+
+import copy
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fourbit.kernels.dispatch import force_path
+from fourbit.optim import AdamW, AdamW8bit, Lion, Lion8bit
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _stepped(make: Any, dtype: torch.dtype, **settings: Any) -> Any:
+    """A step of large and small parameters on tensors without data, for the compiler."""
+
+    def run() -> None:
+        ps = [nn.Parameter(torch.empty(s, dtype=dtype, device="meta")) for s in ((16, 4096), (4096, 16), (100,))]
+        for p in ps:
+            p.grad = torch.empty_like(p)
+        make(ps, **settings).step()
+
+    return run
+
+
+SCENARIOS = {
+    "adamw": _stepped(AdamW, torch.float32, max_grad_norm=1.0),
+    "adamw8bit, small ones 32-bit": _stepped(AdamW8bit, torch.bfloat16, stochastic_rounding=True, max_grad_norm=1.0),
+    "lion8bit": _stepped(Lion8bit, torch.float16, min_8bit_size=0),
+}
+
+
+def test_nothing_spills(aot: Any) -> None:
+    aot.assert_no_spills(aot.costs_of(__file__))
+
+
+@pytest.fixture
+def launches() -> Iterator[list[str]]:
+    """The names of kernels in the order of their launches."""
+    from fourbit.optim import step_triton, update_triton
+
+    seen: list[str] = []
+
+    class Recorded:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            seen.append(self.name)
+            return self.kernel[grid]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((step_triton, "_squares"), (step_triton, "_prepare"), (update_triton, "_update")):
+            patch.setattr(module, name, Recorded(name, getattr(module, name)))
+        yield seen
+
+
+def on_device(ps: list[nn.Parameter]) -> list[nn.Parameter]:
+    return [nn.Parameter(p.detach().to(DEVICE)) for p in ps]
+
+
+SHAPES = [(1,), (63,), (4097,), (), (0,), (50, 170), (16, 256)]
+
+
+@pytest.mark.parametrize("make", [AdamW, Lion])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_full_states_are_the_references(tools: SimpleNamespace, make: Any, dtype: torch.dtype) -> None:
+    """Several steps: groups, missing gradients, clipping, maximize, one that joins; odd sizes and addresses."""
+    ours, theirs = on_device(tools.parameters(SHAPES, dtype)), tools.parameters(SHAPES, dtype)
+    split = lambda ps: [{"params": ps[:4], "lr": 1e-2}, {"params": ps[4:], "maximize": True}]  # noqa: E731
+    settings: dict[str, Any] = {"weight_decay": 0.1, "max_grad_norm": 5.0}
+    kernel, reference = make(split(ours), **settings), make(split(theirs), **settings)
+    for i in range(3):
+        tools.give_gradients(ours, theirs, seed=i, missing=[(2, 5), (), (0, 6)][i])
+        with force_path("triton"):
+            kernel.step()
+        with force_path("reference"):
+            reference.step()
+        torch.testing.assert_close(kernel.grad_norm.cpu(), reference.grad_norm, rtol=1e-6, atol=0)
+    # fp32: a rounding or two; the others: now and then one falls the other way
+    assert tools.distance(ours, theirs) <= (1e-7 if dtype == torch.float32 else torch.finfo(dtype).eps / 8)
+    for p, q in zip(ours, theirs, strict=True):
+        assert kernel.state[p]["step"].item() == reference.state[q]["step"].item()
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in reference.state[q] and q.numel():
+                # the clipping factor is right to fp32 in both, and counts twice in a square
+                assert tools.distance([kernel.state[p][name]], [reference.state[q][name]]) <= 3e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [AdamW8bit, Lion8bit])
+def test_short_states_take_the_nearest_code(tools: SimpleNamespace, make: Any, dtype: torch.dtype) -> None:
+    """From equal state, codes are the reference's wherever the moment is; it may differ by its last bits."""
+    from fourbit.kernels.codes import dynamic_code
+
+    shapes = [(4096,), (4097,), (70, 100)]
+    ours, theirs = on_device(tools.parameters(shapes, dtype)), tools.parameters(shapes, dtype)
+    kernel, reference = (make(ps, lr=1e-3, weight_decay=0.1) for ps in (ours, theirs))
+    for i in range(3):
+        tools.give_gradients(ours, theirs, seed=i)
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad[q.grad.abs() < 0.1] = q.grad[q.grad.abs() < 0.1] = 0  # zeros, and from there tiny moments
+        before = copy.deepcopy(reference.state_dict())
+        if i:
+            kernel.load_state_dict(before)
+            for p, q in zip(ours, theirs, strict=True):
+                p.data.copy_(q)
+        with force_path("triton"):
+            kernel.step()
+        with force_path("reference"):
+            reference.step()
+        for p, q in zip(ours, theirs, strict=True):
+            assert tools.distance([p], [q]) <= (1e-6 if dtype == torch.float32 else 2**-9)
+            for moment in kernel.rule.moments:
+                code, name = dynamic_code(moment.signed).double(), moment.name
+                a, b = ({k: v.cpu() for k, v in state.items()} for state in (kernel.state[p], reference.state[q]))
+                torch.testing.assert_close(a[f"{name}_absmax"], b[f"{name}_absmax"], rtol=2**-22, atol=0)
+                scale = b[f"{name}_absmax"].double().repeat_interleave(256)[: q.numel()].view(q.shape)
+                away = (a[name].int() - b[name].int()).abs()
+                assert away.max() <= 1 and (away != 0).float().mean() < 1e-3
+                gap = (code[a[name].long()] - code[b[name].long()]).abs() * scale
+                assert (gap <= scale / 32).all()  # neighbours
+                tail = kernel.state[p][name].numel()
+                assert tail == q.numel()
+
+
+def test_encoding_is_exact() -> None:
+    """Every border between codes, and its neighbours in fp32, at scales from the smallest to the largest.
+
+    A fresh Lion with beta2 = 0 keeps the gradient itself as its moment, and AdamW with betas 0 its square.
+    """
+    from fourbit.kernels.blockwise import quantize_blockwise
+    from fourbit.kernels.codes import dynamic_code
+
+    for make, signed in ((Lion8bit, True), (AdamW8bit, False)):
+        code = dynamic_code(signed)
+        borders = ((code[:-1].double() + code[1:].double()) / 2).float()
+        up, down = (torch.nextafter(borders, borders.new_full((), s * torch.inf)) for s in (1, -1))
+        values = torch.cat([torch.tensor([1.0, 0.0, -0.0]), borders, up, down, code])
+        values = values if signed else values.abs().sqrt()
+        blocks = [torch.cat([torch.tensor([1.0]), part]) for part in values.split(255)]
+        values = torch.cat([torch.nn.functional.pad(b, (0, 256 - len(b))) for b in blocks])
+        scales = [1.0, 0.1, 3e-20, 3.3e-39, 1e38, 7.7] if signed else [1.0, 0.3, 1e-15, 1e-19, 1e15, 7.7]
+        p = nn.Parameter(torch.zeros(len(scales), len(values), device=DEVICE))
+        p.grad = torch.stack([values * s for s in scales]).to(DEVICE)
+        optimizer = make([p], betas=(0.0, 0.0), min_8bit_size=0)
+        with force_path("triton"):
+            optimizer.step()
+        moment = p.grad.cpu() if signed else p.grad.cpu().square()
+        codes, absmax = quantize_blockwise(moment, code, 256)
+        name = optimizer.rule.moments[0 if signed else 1].name
+        assert torch.equal(optimizer.state[p][f"{name}_absmax"].cpu(), absmax)
+        assert torch.equal(optimizer.state[p][name].cpu(), codes), signed
+
+
+def test_rounding_at_random_is_the_references(tools: SimpleNamespace) -> None:
+    ours, theirs = (on_device(tools.parameters([(63,), (5001,)], torch.bfloat16)) for _ in range(2))
+    settings: dict[str, Any] = {"lr": 2**-6, "stochastic_rounding": True}
+    for make in (Lion, Lion8bit):  # whose steps are exact, so that nothing but the draws could differ
+        kernel, reference = (make(ps, **settings) for ps in (ours, theirs))
+        for i in range(2):
+            tools.give_gradients(ours, theirs, seed=i)
+            with force_path("triton"):
+                kernel.step()
+            with force_path("reference"):
+                reference.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("make", [AdamW, AdamW8bit])
+def test_writes_nothing_beside_its_parameters(make: Any) -> None:
+    """Parameters and gradients inside larger buffers, at odd addresses and of odd lengths."""
+    for start, size in ((1, 4100), (4, 4097), (3, 4096), (16, 257), (16, 4111)):
+        buffer = torch.full((2, 5000), float("nan"), device=DEVICE)
+        p = nn.Parameter(buffer[0, start : start + size])
+        p.data.fill_(1.0)
+        p.grad = buffer[1, start : start + size]
+        p.grad.fill_(0.5)
+        optimizer = make([p], lr=0.125, weight_decay=0.0, min_8bit_size=0, max_grad_norm=1e9)
+        with force_path("triton"):
+            optimizer.step()
+        assert (p == 0.875).all() or (p - 0.875).abs().max() < 1e-2
+        torch.testing.assert_close(optimizer.grad_norm.cpu(), torch.tensor(0.5 * size**0.5))
+        outside = torch.ones(5000, dtype=torch.bool)
+        outside[start : start + size] = False
+        assert buffer.cpu()[:, outside].isnan().all()
+
+
+@pytest.mark.parametrize("how", ["found_inf", "nan", "inf"])
+@pytest.mark.parametrize("make", [AdamW8bit, Lion])
+def test_skips_on_the_device(tools: SimpleNamespace, make: Any, how: str) -> None:
+    ours = on_device(tools.parameters([(63,), (4200,)]))
+    optimizer = make(ours, max_grad_norm=None if how == "found_inf" else 1.0)
+    for i in range(3):
+        tools.give_gradients(ours, seed=i)
+        before = copy.deepcopy(([p.detach() for p in ours], optimizer.state_dict()["state"]))
+        if how == "found_inf":
+            optimizer.found_inf = torch.tensor(float(i != 1), device=DEVICE)
+        elif i != 1:
+            ours[1].grad[4199] = float(how)
+        with force_path("triton"):
+            optimizer.step()
+        assert optimizer.skipped.item() == float(i != 1)
+        assert [torch.equal(p, old) for p, old in zip(ours, before[0], strict=True)] == [i != 1] * 2
+        after = optimizer.state_dict()["state"]
+        for number, entry in before[1].items():
+            assert all(torch.equal(after[number][name], value) == (i != 1) for name, value in entry.items())
+
+
+def test_at_most_three_launches(tools: SimpleNamespace, launches: list[str]) -> None:
+    """For any number of parameters with states of both widths; without a norm, two."""
+    ps = on_device(tools.parameters([(300,)] * 5 + [(5000,)] * 2))
+    for norm, expected in ((1.0, ["_squares", "_prepare", "_update"]), (None, ["_prepare", "_update"])):
+        optimizer = AdamW8bit(ps, max_grad_norm=norm)
+        tools.give_gradients(ps, seed=0)
+        for _ in range(2):
+            launches.clear()
+            with force_path("triton"):
+                optimizer.step()
+            assert launches == expected
+
+
+def test_strides_cost_a_copy_and_change_nothing(tools: SimpleNamespace) -> None:
+    plain = on_device(tools.parameters([(70, 60), (50, 100)]))
+    wide = plain[1].detach().repeat_interleave(2, dim=1)
+    odd = [nn.Parameter(plain[0].detach().t().contiguous().t()), nn.Parameter(wide[:, ::2])]
+    for make in (AdamW, AdamW8bit):
+        a, b = make(plain, lr=1e-2), make(odd, lr=1e-2)
+        for i in range(2):
+            tools.give_gradients(plain, odd, seed=i)
+            odd[0].grad = odd[0].grad.contiguous()
+            with force_path("triton"):
+                a.step()
+                b.step()
+        assert all(torch.equal(p, q) for p, q in zip(plain, odd, strict=True))
+
+
+def test_many_steps_of_torchs_adamw(tools: SimpleNamespace) -> None:
+    """40 steps, so that step counts and their powers are seen; in float64 too, which takes the reference."""
+    for dtype, bound in ((torch.float32, 1e-7), (torch.float64, 1e-12)):
+        ours, theirs = on_device(tools.parameters([(63,), (300,)], dtype)), tools.parameters([(63,), (300,)], dtype)
+        settings: dict[str, Any] = {"lr": 3e-3, "weight_decay": 0.1}
+        optimizer = AdamW(ours, max_grad_norm=9.0, **settings)
+        oracle = torch.optim.AdamW(theirs, foreach=False, **settings)
+        for i in range(40):
+            tools.give_gradients(ours, theirs, seed=i)
+            with force_path("triton"):
+                optimizer.step()
+            norm = torch.linalg.vector_norm(torch.cat([p.grad for p in theirs]).double())
+            for p in theirs:
+                p.grad.mul_((9.0 / (norm + 1e-6)).clamp(max=1))
+            oracle.step()
+        assert tools.distance(ours, theirs) <= bound
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_captured_in_a_graph_it_repeats(tools: SimpleNamespace) -> None:
+    ours, theirs = (on_device(tools.parameters([(63,), (5000,)])) for _ in range(2))
+    lr = torch.tensor(1e-2, device=DEVICE)
+    captured, eager = AdamW8bit(ours, lr=lr, max_grad_norm=1.0), AdamW8bit(theirs, lr=1e-2, max_grad_norm=1.0)
+    tools.give_gradients(ours, theirs, seed=0)
+    captured.step()
+    eager.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for i in (1, 2):
+        tools.give_gradients(theirs, seed=i)
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad.copy_(q.grad)
+        graph.replay()
+        eager.step()
+    assert tools.distance(ours, theirs) <= 1e-6
