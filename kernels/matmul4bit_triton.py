@@ -176,7 +176,7 @@ def _matmul_kernel(  # type: ignore[no-untyped-def]
     row = tl.minimum(n, N - 1)  # of W, for reading: past the end the last row again
     k, byte = tl.arange(0, BK), tl.arange(0, BK // 2)
     steps = HALF // (BK // 2)
-    share = tl.cdiv(steps, splits)
+    share = tl.cdiv(steps, splits) if SPLIT else steps
     start = split * share
     x_at = x_ptr + m.to(tl.int64)[None, :] * x_stride + _column(k, BK, WORDS)[:, None]  # [BK, BM]
     read = tl.minimum(first + _row(of_tile, WARPS, WORDS), N - 1)

@@ -67,7 +67,7 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     r_tiles = tl.cdiv(R, BR)
     m = tile // r_tiles * BM + tl.arange(0, BM)
     r = tile % r_tiles * BR + tl.arange(0, BR)
-    share = tl.cdiv(tl.cdiv(K, BK), splits) * BK
+    share = tl.cdiv(tl.cdiv(K, BK), splits) * BK if SPLIT else K
     x_at = x_ptr + m.to(tl.int64)[:, None] * x_stride
     A_at = A_ptr + r.to(tl.int64)[None, :] * A_stride
     total = tl.zeros([BM, BR], tl.float32)
