@@ -17,7 +17,7 @@ test-slow: $(VENV)/.dev $(VENV)/.model ## the tests that take minutes
 	$(BIN)/python -P -m pytest -m slow $(PYTEST_ARGS)
 
 test-gpu: ## on a CUDA machine, in an environment of its own: everything whose tests choose a device
-	python -P -m pytest tests/kernels tests/lora tests/models $(PYTEST_ARGS)
+	python -P -m pytest tests/kernels tests/lora tests/models tests/optim $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
