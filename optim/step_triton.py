@@ -101,7 +101,7 @@ def _control(pool: Pool, max_norm: float | None, found_inf: Tensor | None) -> Te
                     *(pool.plans["table"], chunks, pool.plans["partial"]),
                     KIND=kind,
                     CHUNK=CHUNK,
-                    num_warps=4,
+                    num_warps=8,
                     enable_fp_fusion=True,
                 )
     if max_norm is None and found_inf is None:
