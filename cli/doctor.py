@@ -25,7 +25,7 @@ ROWS = [2**power for power in range(14)]
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions(ResultOptions):
-    pass
+    """Nothing but what every command has."""
 
 
 def run(args: Sequence[str]) -> int:

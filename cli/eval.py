@@ -26,6 +26,8 @@ With --adapter all figures come twice, without and with it.
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(ResultOptions, RowOptions, AdaptedModelOptions):
+    """What `fourbit eval` takes."""
+
     title: ClassVar[str] = "evaluation"
     exact: bool = option("write answers and compare them (the slow part)", True)
     base: bool = option("with an adapter: measure the model without it too", True)

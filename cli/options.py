@@ -21,12 +21,16 @@ def option(help: str, default: Any = ..., **more: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerOptions:
+    """Whose tokenizer and template."""
+
     title: ClassVar[str] = "model"
     model: str = option("Hugging Face folder or .gguf file", metavar="PATH")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(TokenizerOptions):
+    """Which model, and how it is loaded."""
+
     title: ClassVar[str] = "model"
     quant: Quant | None = option(
         "4-bit NF4 with or without double quantisation of its scales, or the dense model (default: nf4, or as the "
@@ -39,12 +43,16 @@ class ModelOptions(TokenizerOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptedModelOptions(ModelOptions):
+    """A model, with an adapter or without."""
+
     title: ClassVar[str] = "model"
     adapter: str | None = option("folder with a LoRA adapter (PEFT's format)", None, metavar="DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
+    """The adapter that a run trains."""
+
     title: ClassVar[str] = "adapter"
     rank: int = option("rank of the adapter's matrices", 16)
     alpha: float = option("the update is scaled by alpha / rank", 32)
@@ -72,6 +80,8 @@ class RowOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
+    """How tokens are drawn."""
+
     title: ClassVar[str] = "sampling"
     max_new_tokens: int = option("tokens an answer may have", 256)
     temperature: float = option("0 takes the likeliest token each time", 0.0)
@@ -88,6 +98,8 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultOptions:
+    """How results are printed."""
+
     title: ClassVar[str] = "output"
     json: bool = option("print one JSON line of results, last and alone on stdout", False)
 

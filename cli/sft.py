@@ -39,6 +39,8 @@ ADAPTER_ONLY = ("rank", "alpha", "dropout", "target", "rslora")
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
+    """Which rows train and which are held out."""
+
     title: ClassVar[str] = "data"
     data: tuple[str, ...] = option("JSONL file of chat rows to train on; repeat the flag for more", metavar="FILE")
     val: str | None = option(

@@ -101,6 +101,7 @@ def amount(number: int) -> str:
 
 
 def figure(value: float | None, digits: int = 4) -> str:
+    """`value` with so many digits; a dash for what is missing or not finite."""
     return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 

@@ -32,7 +32,7 @@ def quantize_shifted(
 
 
 @triton.jit
-def _quantize_shifted(  # type: ignore[no-untyped-def]
+def _quantize_shifted(
     values,
     offset,
     midpoints,

@@ -122,7 +122,7 @@ def _bits(weight: Weight4bit, word: int = 1) -> int:
 # `packed` counts as aligned to no more than a word, so that a thread loads one word at a time, neighbours side by side:
 # the layout in which a word's values are stored, and no exchange between threads.
 @triton.jit(do_not_specialize_on_alignment=["packed"])
-def _decode_words(  # type: ignore[no-untyped-def]
+def _decode_words(
     out,
     packed,  # int32 words of 8 values, or int16 words of 4
     absmax,  # fp32 [blocks], or uint8 with the three that follow; else those are None
@@ -162,7 +162,7 @@ def _decode_words(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize_on_alignment=["packed"])
-def _decode_turned(  # type: ignore[no-untyped-def]
+def _decode_turned(
     out,
     packed,
     absmax,
@@ -200,7 +200,7 @@ def _decode_turned(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _decode(words, scale, pairs, WORD: tl.constexpr):  # type: ignore[no-untyped-def]
+def _decode(words, scale, pairs, WORD: tl.constexpr):
     """fp32 [..., WORD] from words [...] and the scale of each."""
     p0 = tl.load(pairs + (words & 255))
     p1 = tl.load(pairs + (words >> 8 & 255))
@@ -216,18 +216,18 @@ def _decode(words, scale, pairs, WORD: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit
-def _high(pair, scale):  # type: ignore[no-untyped-def]
+def _high(pair, scale):
     """The first value of a byte, from the low half of its pair."""
     return pair.to(tl.int32).to(tl.float32, bitcast=True) * scale
 
 
 @triton.jit
-def _low(pair, scale):  # type: ignore[no-untyped-def]
+def _low(pair, scale):
     return (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True) * scale
 
 
 @triton.jit
-def _scale(absmax, block, inside, nested, offset, scale_map):  # type: ignore[no-untyped-def]
+def _scale(absmax, block, inside, nested, offset, scale_map):
     """fp32 scales of the blocks, from their own numbers or from codes and their nested scales."""
     scale = tl.load(absmax + block, mask=inside)
     if nested is not None:
@@ -236,7 +236,7 @@ def _scale(absmax, block, inside, nested, offset, scale_map):  # type: ignore[no
 
 
 @triton.jit
-def _decode_values(  # type: ignore[no-untyped-def]
+def _decode_values(
     out,
     packed,  # uint8
     absmax,

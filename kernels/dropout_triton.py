@@ -7,7 +7,7 @@ ROUNDS = tl.constexpr(7)
 
 
 @triton.jit
-def keep_tile(seed, row, column, level, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def keep_tile(seed, row, column, level, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """bool [ROWS, COLUMNS]: what is kept of the tile that starts at (row, column); 8 divides column and COLUMNS.
 
     `level` is dropout.keep_level - 32768, to be compared with 16 bits as a signed number. A thread's draws become the

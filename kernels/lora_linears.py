@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from .dropout import draw_seed, keep_level
+from .linear4bit import prepare
 from .lora_paths import (
     Gradients,
     Group,
@@ -203,6 +204,7 @@ _backward_op = torch.library.custom_op("fourbit::lora_linears4bit_backward", _ba
 
 @_forward_op.register_fake
 def _(x: Tensor, stored: list[Tensor], biases: Any, A: list[Tensor], B: list[Tensor], *rest: Any) -> list[Tensor]:
+    prepare(x, rest[-5])  # rest ends with quant_type, blocksize, dropout, keep, form
     path, keep, rank = _path(x), rest[-2], sum(a.shape[0] for a in A)
     weights = [Weight4bit(b, b, None, None, b.shape[0], x.shape[-1], "", 1) for b in B]  # of which only sizes matter
     dtype = {"reference": wide(x), "cpu": group_dtype(x, weights), "triton": x.dtype}[path]

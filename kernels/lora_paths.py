@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dequantize4bit import dequantize
 from .dropout import dropout, keep_mask, keep_scale
-from .linear4bit import compute_dtype, slabs
+from .linear4bit import compute_dtype, decode, slabs
 from .weight4bit import Weight4bit
 
 PAD = 64
@@ -45,12 +44,16 @@ class Group(NamedTuple):
 
 
 class Result(NamedTuple):
+    """What a forward pass makes."""
+
     outputs: list[Tensor]  # [M, out] in x's dtype
     s: Tensor  # [M, sum of ranks]
     dense: list[Tensor]  # the decoded weights, if they are to be kept
 
 
 class Gradients(NamedTuple):
+    """What a backward pass makes."""
+
     A: Tensor  # [sum of ranks, K], all of them
     B: list[Tensor]  # [out, rank], in the dtype of the masters
     x: Tensor | None  # [M, K], if wanted
@@ -70,19 +73,6 @@ def group_dtype(x: Tensor, weights: list[Weight4bit]) -> torch.dtype:
 def padded(rank: int) -> int:
     """How many columns the tail of an augmented matrix has (lora_cuda.py): rows stay aligned to 64 elements."""
     return -(-rank // PAD) * PAD
-
-
-def decode(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
-    """The dense weight [out, K]."""
-    packed, absmax, nested_absmax, offset, rows, columns, quant_type, blocksize = weight
-    return dequantize(
-        *(packed, absmax, (rows, columns)),
-        nested_absmax=nested_absmax,
-        offset=offset,
-        dtype=dtype,
-        quant_type=quant_type,
-        blocksize=blocksize,
-    )
 
 
 def forward_reference(x: Tensor, group: Group, keep: bool) -> Result:

@@ -160,7 +160,7 @@ def _spans(M: int, N: int, BN: int, processors: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _project(  # type: ignore[no-untyped-def]
+def _project(
     x_ptr, a_ptr, s_ptr, copy_ptr, seed_ptr, M, K, R, x_stride, copy_stride, tail, level, scale,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, DROPOUT: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
@@ -190,9 +190,7 @@ def _project(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _fill_tail(  # type: ignore[no-untyped-def]
-    out_ptr, b_ptr, N, R, stride, columns, tail, first, scale, BN: tl.constexpr, BT: tl.constexpr
-):
+def _fill_tail(out_ptr, b_ptr, N, R, stride, columns, tail, first, scale, BN: tl.constexpr, BT: tl.constexpr):
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     places = tl.arange(0, BT)
     ranks = places - first
@@ -203,7 +201,7 @@ def _fill_tail(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gradient_B(  # type: ignore[no-untyped-def]
+def _gradient_B(
     g_ptr, s_ptr, b_ptr, gs_ptr, gb_ptr, M, N, R, g_stride, s_stride, b_stride, span_m, span_n,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -236,7 +234,7 @@ def _gradient_B(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gradient_A(  # type: ignore[no-untyped-def]
+def _gradient_A(
     gs_ptr, x_ptr, a_ptr, gx_ptr, ga_ptr, seed_ptr, M, K, R, gs_stride, x_stride, level, scale, span,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
     DROPOUT: tl.constexpr, GRAD_X: tl.constexpr, ADD: tl.constexpr,
@@ -270,7 +268,7 @@ def _gradient_A(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add(parts_ptr, out_ptr, n, size, columns, out_stride, scale, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add(parts_ptr, out_ptr, n, size, columns, out_stride, scale, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(n):

@@ -133,7 +133,7 @@ def _words(device: torch.device, config: dict[str, Any]) -> int:
 
 
 @triton.jit(do_not_specialize=["M", "R", "splits"])  # the next token or prompt is no reason to compile again
-def _matmul_kernel(  # type: ignore[no-untyped-def]
+def _matmul_kernel(
     x_ptr,  # [M, K]
     packed_ptr,  # uint8 [N, HALF]
     absmax_ptr,  # fp32 scales, or with nested_ptr uint8 codes of them, one a block of the flattened W
@@ -219,7 +219,7 @@ def _matmul_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _row(i, WARPS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _row(i, WARPS: tl.constexpr, WORDS: tl.constexpr):
     """Which row of its tile of W is read as row i of the loaded tile; `_arrange` puts it back."""
     if WORDS > 0:
         i = i // (16 * WARPS) * (16 * WARPS) + i // 8 % WARPS * 16 + i // (8 * WARPS) % 2 * 8 + i % 8
@@ -227,7 +227,7 @@ def _row(i, WARPS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit
-def _column(k, BK: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _column(k, BK: tl.constexpr, WORDS: tl.constexpr):
     """Which column of its step `_arrange` puts at column k of W; x is read in the same order."""
     if WORDS > 0:
         k = k // (2 * WORDS) % 4 * (BK // 4) + k // (8 * WORDS) * (2 * WORDS) + k % (2 * WORDS)
@@ -235,7 +235,7 @@ def _column(k, BK: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit
-def _arrange(codes, WARPS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _arrange(codes, WARPS: tl.constexpr, WORDS: tl.constexpr):
     """The loaded tile as the left operand of a product: the bytes of each thread stay where they are."""
     if WORDS > 0:
         BN: tl.constexpr = codes.shape[0]
@@ -246,7 +246,7 @@ def _arrange(codes, WARPS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[n
 
 
 @triton.jit
-def _table(pairs_ptr, COPIES: tl.constexpr):  # type: ignore[no-untyped-def]
+def _table(pairs_ptr, COPIES: tl.constexpr):
     """The pairs of all bytes, each COPIES times in a row."""
     if COPIES < 4:
         return tl.load(pairs_ptr + tl.arange(0, 256 * COPIES) // COPIES)
@@ -256,7 +256,7 @@ def _table(pairs_ptr, COPIES: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _decode(codes, pairs, lane, copies, scale, dtype: tl.constexpr, WARPS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _decode(codes, pairs, lane, copies, scale, dtype: tl.constexpr, WARPS: tl.constexpr, WORDS: tl.constexpr):
     """W [BN, BK] in `dtype` from its packed bytes [BN, BK // 2]; without a scale only the code values."""
     index = _arrange(codes, WARPS, WORDS).to(tl.int32) * copies + lane
     words = tl.reshape(tl.gather(pairs, tl.reshape(index, [index.numel]), 0), index.shape)
@@ -270,7 +270,7 @@ def _decode(codes, pairs, lane, copies, scale, dtype: tl.constexpr, WARPS: tl.co
 
 
 @triton.jit
-def _read_scales(absmax_ptr, nested_ptr, step, STEPS_PER_BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _read_scales(absmax_ptr, nested_ptr, step, STEPS_PER_BLOCK: tl.constexpr):
     """What is stored of the scales of steps, counted through the whole of W."""
     block = step // STEPS_PER_BLOCK
     absmax = tl.load(absmax_ptr + block)
@@ -278,7 +278,7 @@ def _read_scales(absmax_ptr, nested_ptr, step, STEPS_PER_BLOCK: tl.constexpr):  
 
 
 @triton.jit
-def _scales(absmax, nested, offset, map_ptr):  # type: ignore[no-untyped-def]
+def _scales(absmax, nested, offset, map_ptr):
     """The scales themselves, rounded as dequantize_absmax rounds them."""
     if map_ptr is not None:
         absmax = tl.load(map_ptr + absmax.to(tl.int32)) * nested + offset
@@ -286,7 +286,7 @@ def _scales(absmax, nested, offset, map_ptr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _update(s_ptr, B_ptr, m, row, M, R, s_stride, B_stride, RANK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _update(s_ptr, B_ptr, m, row, M, R, s_stride, B_stride, RANK: tl.constexpr):
     """B s^T [BN, BM]."""
     total = tl.zeros([row.shape[0], m.shape[0]], tl.float32)
     for start in range(0, R, RANK):

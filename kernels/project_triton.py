@@ -46,7 +46,7 @@ def project_down(x: Tensor, A: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
-def _project_kernel(  # type: ignore[no-untyped-def]
+def _project_kernel(
     x_ptr,  # [M, K]
     A_ptr,  # [R, K]
     s_ptr,  # [M, R]

@@ -44,7 +44,7 @@ def quantize_into(
 
 
 @triton.jit
-def _quantize(  # type: ignore[no-untyped-def]
+def _quantize(
     flat,
     midpoints,
     order,
@@ -79,7 +79,7 @@ def _quantize(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _interval(scaled, midpoints):  # type: ignore[no-untyped-def]
+def _interval(scaled, midpoints):
     """How many of the 15 ascending midpoints lie below each value."""
     upper = scaled > tl.load(midpoints + 7)
     second = scaled > _choose(upper, midpoints, 11, 3)
@@ -92,5 +92,5 @@ def _interval(scaled, midpoints):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _choose(condition, midpoints, YES: tl.constexpr, NO: tl.constexpr):  # type: ignore[no-untyped-def]
+def _choose(condition, midpoints, YES: tl.constexpr, NO: tl.constexpr):
     return tl.where(condition, tl.load(midpoints + YES), tl.load(midpoints + NO))

@@ -48,7 +48,7 @@ def _warps(columns: int) -> int:
 
 
 @triton.jit
-def _forward(x_ptr, weight_ptr, y_ptr, scale_ptr, columns, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _forward(x_ptr, weight_ptr, y_ptr, scale_ptr, columns, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     mask = i < columns
@@ -60,9 +60,7 @@ def _forward(x_ptr, weight_ptr, y_ptr, scale_ptr, columns, eps, BLOCK: tl.conste
 
 
 @triton.jit
-def _backward(  # type: ignore[no-untyped-def]
-    dy_ptr, x_ptr, weight_ptr, scale_ptr, dx_ptr, columns, BLOCK: tl.constexpr
-):
+def _backward(dy_ptr, x_ptr, weight_ptr, scale_ptr, dx_ptr, columns, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     mask = i < columns

@@ -40,7 +40,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
 
 
 @triton.jit
-def _turn(  # type: ignore[no-untyped-def]
+def _turn(
     x_ptr,
     cos_ptr,
     sin_ptr,

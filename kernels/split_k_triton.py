@@ -75,7 +75,7 @@ def counters_of_device(device: torch.device) -> Tensor:
 
 
 @triton.jit
-def is_last(sums_at, total, inside, counter, splits):  # type: ignore[no-untyped-def]
+def is_last(sums_at, total, inside, counter, splits):
     """Writes this program's sum where the last one will find it; True in that last one, which resets the counter."""
     tl.store(sums_at, total, mask=inside)
     tl.debug_barrier()  # all threads have written before one of them says so
@@ -86,7 +86,7 @@ def is_last(sums_at, total, inside, counter, splits):  # type: ignore[no-untyped
 
 
 @triton.jit
-def sum_of_splits(sums_at, inside, size, splits):  # type: ignore[no-untyped-def]
+def sum_of_splits(sums_at, inside, size, splits):
     """The sum over splits in one order, whoever came last: its own part is read back like the others."""
     total = tl.load(sums_at, mask=inside, other=0.0, cache_modifier=".cg")
     for split in range(1, splits):
@@ -95,7 +95,8 @@ def sum_of_splits(sums_at, inside, size, splits):  # type: ignore[no-untyped-def
 
 
 @triton.jit
-def finish(y_at, total, bias_ptr, n, N, inside):  # type: ignore[no-untyped-def]
+def finish(y_at, total, bias_ptr, n, N, inside):
+    """Stores the sum, plus bias, rounded once."""
     if bias_ptr is not None:
         total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     tl.store(y_at, total.to(y_at.dtype.element_ty), mask=inside)

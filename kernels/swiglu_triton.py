@@ -38,7 +38,7 @@ def _grid(x: Tensor) -> tuple[int]:
 
 
 @triton.jit
-def _forward(gate_ptr, up_ptr, y_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _forward(gate_ptr, up_ptr, y_ptr, n, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
     gate = tl.load(gate_ptr + i, mask=mask, other=0.0).to(tl.float32)
@@ -47,9 +47,7 @@ def _forward(gate_ptr, up_ptr, y_ptr, n, BLOCK: tl.constexpr):  # type: ignore[n
 
 
 @triton.jit
-def _backward(  # type: ignore[no-untyped-def]
-    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, BLOCK: tl.constexpr
-):
+def _backward(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
     dy = tl.load(dy_ptr + i, mask=mask, other=0.0).to(tl.float32)

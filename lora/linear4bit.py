@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..kernels.blockwise import NESTED_BLOCKSIZE
-from ..kernels.nf4 import dequantize, linear4bit, quantize, quantize_absmax
+from ..kernels.linear4bit import decode
+from ..kernels.nf4 import linear4bit, quantize, quantize_absmax
 from ..kernels.quantize4bit import check_format
 from ..kernels.weight4bit import Weight4bit
 
@@ -142,16 +143,7 @@ class NF4Linear(nn.Module):
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight [out, in] that this layer computes with, rounded once to `dtype`."""
-        return dequantize(
-            self.weight,
-            self.absmax,
-            (self.out_features, self.in_features),
-            nested_absmax=self.nested_absmax,
-            offset=self.nested_offset,
-            dtype=dtype,
-            quant_type=self.quant_type,
-            blocksize=self.blocksize,
-        )
+        return decode(self.stored, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves follow `fn`, casts do not: scales rounded to a lower precision would be another weight."""

@@ -205,7 +205,7 @@ def _of(bank: Bank, part: Slice) -> tuple[Bank, Tensor]:
 
 
 @triton.jit
-def _squares(addresses, chunks, partial, KIND: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _squares(addresses, chunks, partial, KIND: tl.constexpr, CHUNK: tl.constexpr):
     chunk = tl.program_id(0).to(tl.int64)
     row = tl.load(chunks + 4 * chunk)
     start = tl.multiple_of(tl.load(chunks + 4 * chunk + 1), 256)
@@ -230,9 +230,7 @@ def _squares(addresses, chunks, partial, KIND: tl.constexpr, CHUNK: tl.constexpr
 
 
 @triton.jit
-def _sum_of_squares(  # type: ignore[no-untyped-def]
-    address, start, length, DTYPE: tl.constexpr, CHUNK: tl.constexpr
-):
+def _sum_of_squares(address, start, length, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
     if (length % 16 == 0) & (address % 16 == 0):
         total = _sum(address, start, length, DTYPE, True, CHUNK)
     else:
@@ -241,9 +239,7 @@ def _sum_of_squares(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sum(  # type: ignore[no-untyped-def]
-    address, start, length, DTYPE: tl.constexpr, EVEN: tl.constexpr, CHUNK: tl.constexpr
-):
+def _sum(address, start, length, DTYPE: tl.constexpr, EVEN: tl.constexpr, CHUNK: tl.constexpr):
     i = tl.arange(0, CHUNK)
     values = tl.load(at(address, start, DTYPE, EVEN) + i, mask=below(i, length, EVEN), other=0.0)
     if DTYPE != tl.float64:  # noqa: SIM300
@@ -252,7 +248,7 @@ def _sum(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["parts", "members", "group"])
-def _prepare(  # type: ignore[no-untyped-def]
+def _prepare(
     addresses,
     kinds,
     steps,
@@ -329,7 +325,7 @@ def _prepare(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _power(square, step):  # type: ignore[no-untyped-def]
+def _power(square, step):
     """square ** step in float64, by squaring; step counts in fp32 are exact below 2^24."""
     exponent = step.to(tl.int32)
     power = square * 0.0 + 1.0

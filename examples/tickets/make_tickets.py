@@ -41,6 +41,7 @@ def triage(category: str, priority: str, customer: str) -> dict[str, str]:
 
 
 def answer_text(labels: dict[str, str]) -> str:
+    """`category: account / priority: low / team: support`."""
     return " / ".join(f"{field}: {value}" for field, value in labels.items())
 
 
@@ -99,10 +100,12 @@ def make_split(split: str, *, seed: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def jsonl(rows: Iterator[dict[str, Any]]) -> str:
+    """Rows as JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def main() -> None:
+    """Write the data set."""
     parser = argparse.ArgumentParser(description="write the ticket data set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE)
