@@ -26,7 +26,7 @@ from .trainer.config import SFTConfig as SFTConfig
 from .trainer.evaluate import answer_all as answer_all
 from .trainer.evaluate import evaluate_loss as evaluate_loss
 from .trainer.evaluate import exact_match as exact_match
-from .trainer.sft import SFTResult as SFTResult
 from .trainer.sft import SFTTrainer as SFTTrainer
+from .trainer.trainer import TrainResult as TrainResult
 
 __version__ = "0.1.0"

@@ -33,15 +33,15 @@ def ours(folder: Path, model_path: str) -> Step:
     """fourbit as its trainer runs it: packed micro-batches, head on trained positions only."""
     import fourbit
     from fourbit.trainer.evaluate import batch_loss_sum
-    from fourbit.trainer.sft import TOKEN_BUDGET, trained_parameters
-    from fourbit.trainer.step import Stepper
+    from fourbit.trainer.step import Stepper, Sums
+    from fourbit.trainer.trainer import TOKEN_BUDGET, adapter_parameters
 
     model = fourbit.load(model_path, quantize="nf4")[0]
     take_packed(model, folder / PACKED)
     fourbit.load_adapter(model, folder / ADAPTER)
     stepper = Stepper(
-        trained_parameters(model.train(), full=False),
-        lambda batch: batch_loss_sum(model, batch),
+        adapter_parameters(model.train()),
+        lambda batch: Sums(batch_loss_sum(model, batch), {}),
         weight_decay=0.0,
         max_grad_norm=CLIP,
     )

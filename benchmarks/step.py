@@ -14,7 +14,7 @@ from torch import Tensor
 from fourbit.data.batch import Batch
 from fourbit.kernels.dispatch import force_path
 from fourbit.trainer.evaluate import batch_loss_sum
-from fourbit.trainer.step import Stepper
+from fourbit.trainer.step import Stepper, Sums
 
 from . import decoder
 from .cases import OURS, Case, Point, Setting, Variant, Work, present
@@ -58,8 +58,8 @@ def step(parts: Parts, tokens: int) -> Work:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         state = 8 * sum(parameter.numel() for parameter in parameters.values())
         options: dict[str, Any] = {"name": "paged-adamw", "budget": f"{state // 4 >> 10}KiB"} if paged else {}
-        loss = lambda b: batch_loss_sum(model, b)  # noqa: E731
-        stepper = Stepper(parameters, loss, weight_decay=0.0, max_grad_norm=1.0, **options)
+        sums = lambda b: Sums(batch_loss_sum(model, b), {})  # noqa: E731
+        stepper = Stepper(parameters, sums, weight_decay=0.0, max_grad_norm=1.0, **options)
 
         def call(i: int) -> Tensor:
             model.checkpointing = recompute

@@ -28,6 +28,11 @@ class Batch:
     tokens: int  # without padding
     trained: int  # targets that count
 
+    @property
+    def weight(self) -> int:
+        """What a loss summed over this batch is a sum over."""
+        return self.trained
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`. The host does not wait for a GPU."""
         ids, targets, positions = (sent(t, device) for t in (self.input_ids, self.targets, self.position_ids))

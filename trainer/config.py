@@ -22,37 +22,36 @@ PAGED = "paged-"
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def _option(default: Any, help: str) -> Any:
+def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig:
-    """Options of supervised fine-tuning. Raises InputError for a value that cannot work, naming it."""
+class TrainingConfig:
+    """Options of every kind of training. Raises InputError for a value that cannot work, naming it."""
 
     out: str = field(metadata={"help": "folder for the adapter, checkpoints, metrics and the loss curve"})
-    epochs: int = _option(1, "passes over the training rows (ignored when steps is given)")
-    steps: int | None = _option(None, "optimizer steps in all; decides instead of epochs")
-    batch_size: int = _option(8, "examples per optimizer step, over all micro-batches")
-    micro_batch: int | Literal["auto"] = _option(
+    epochs: int = setting(1, "passes over the training rows (ignored when steps is given)")
+    steps: int | None = setting(None, "optimizer steps in all; decides instead of epochs")
+    batch_size: int = setting(8, "examples per optimizer step, over all micro-batches")
+    micro_batch: int | Literal["auto"] = setting(
         "auto", "examples per forward pass; auto fills 512 tokens on CPU, 8192 on a GPU. Never changes the result"
     )
-    packing: bool = _option(True, "lay a micro-batch's examples end to end in one row instead of padding them")
-    max_length: int = _option(1024, "tokens an example may have; a longer one is a bad row")
-    loss_on: LossOn = _option("assistant", "which tokens are trained: assistant turns, the last turn only, or all")
-    on_bad_row: Literal["error", "skip"] = _option("error", "stop at bad rows, or leave them out and count them")
-    template: str | None = _option(None, "chat template: a built-in's name or a .jinja file instead of the model's own")
-    lr: float = _option(2e-4, "peak learning rate")
-    schedule: Schedule = _option(
+    packing: bool = setting(True, "lay a micro-batch's examples end to end in one row instead of padding them")
+    max_length: int = setting(1024, "tokens an example may have; a longer one is a bad row")
+    on_bad_row: Literal["error", "skip"] = setting("error", "stop at bad rows, or leave them out and count them")
+    template: str | None = setting(None, "chat template: a built-in's name or a .jinja file instead of the model's own")
+    lr: float = setting(2e-4, "peak learning rate")
+    schedule: Schedule = setting(
         "cosine",
         "learning rate after warm-up: cosine or linear to zero, constant, inverse-sqrt of the step, or wsd (constant, "
         "then linear to zero over the last steps)",
     )
-    warmup: float = _option(0.03, "linear warm-up: a fraction of all steps below 1, a number of steps from 1 on")
-    decay: float | None = _option(
+    warmup: float = setting(0.03, "linear warm-up: a fraction of all steps below 1, a number of steps from 1 on")
+    decay: float | None = setting(
         None, "wsd's last part, in which the rate falls: a fraction or a number of steps, as warmup; default 0.1"
     )
-    lora_plus: float = _option(1.0, "LoRA+: the learning rate of B as a multiple of A's; its authors suggest 16")
+    lora_plus: float = setting(1.0, "LoRA+: the learning rate of B as a multiple of A's; its authors suggest 16")
     lr_scale: dict[str, float] = field(
         default_factory=dict,
         metadata={
@@ -60,43 +59,41 @@ class SFTConfig:
             "that match multiply, 0 leaves weights as they are. Repeat the flag for more"
         },
     )
-    optimizer: OptimizerName = _option(
+    optimizer: OptimizerName = setting(
         "adamw",
         "adamw or lion; 8bit: state of 1 byte a value instead of 4; paged-: state that does not fit on the GPU waits "
         "in host memory. lion wants an lr 3 to 10 times smaller",
     )
-    optimizer_budget: str = _option(
+    optimizer_budget: str = setting(
         "auto", "most GPU memory for a paged optimizer's state, such as 2GiB; auto: what is left beside the model"
     )
-    weight_decay: float = _option(0.0, "decoupled weight decay of matrices (never of norms, biases and magnitudes)")
-    max_grad_norm: float = _option(1.0, "gradients are scaled down to this global norm; 0 turns clipping off")
-    checkpointing: Literal["auto", "on", "off"] = _option(
+    weight_decay: float = setting(0.0, "decoupled weight decay of matrices (never of norms, biases and magnitudes)")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm; 0 turns clipping off")
+    checkpointing: Literal["auto", "on", "off"] = setting(
         "auto", "recompute activations in backward; auto does so when they would fill half of the free memory"
     )
-    full: bool = _option(False, "train all weights of a dense model instead of an adapter")
-    seed: int = _option(0, "seed of the order of rows and of dropout")
-    eval_every: int | None = _option(None, "steps between evaluations on the validation rows; default each epoch")
-    patience: int | None = _option(None, "stop after this many evaluations without a better validation loss")
-    keep_best: bool = _option(True, "save the weights of the best validation loss instead of the last")
-    save_every: int | None = _option(None, "steps between training checkpoints; default each epoch")
-    keep: int = _option(2, "training checkpoints kept")
-    resume: str | None = _option(None, "auto: go on from the newest checkpoint in out, if any; or a checkpoint's path")
-    log: tuple[str, ...] = _option((), "more places for metrics: tensorboard")
+    seed: int = setting(0, "seed of the order of rows and of dropout")
+    eval_every: int | None = setting(None, "steps between evaluations on the validation rows; default each epoch")
+    patience: int | None = setting(None, "stop after this many evaluations without a better validation loss")
+    keep_best: bool = setting(True, "save the weights of the best validation loss instead of the last")
+    save_every: int | None = setting(None, "steps between training checkpoints; default each epoch")
+    keep: int = setting(2, "training checkpoints kept")
+    resume: str | None = setting(None, "auto: go on from the newest checkpoint in out, if any; or a checkpoint's path")
+    log: tuple[str, ...] = setting((), "more places for metrics: tensorboard")
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "epochs", "steps", "batch_size", "eval_every", "patience", "save_every", "keep")
-        _at_least(self, 2, "max_length")  # one token to read, one to predict
-        _at_least(self, 0, "warmup", "weight_decay", "max_grad_norm", "seed")
+        at_least(self, 1, "epochs", "steps", "batch_size", "eval_every", "patience", "save_every", "keep")
+        at_least(self, 2, "max_length")  # one token to read, one to predict
+        at_least(self, 0, "warmup", "weight_decay", "max_grad_norm", "seed")
         if self.micro_batch != "auto":
-            _at_least(self, 1, "micro_batch")
+            at_least(self, 1, "micro_batch")
         for name in ("lr", "lora_plus"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
-        _one_of(self, "schedule", *SCHEDULES)
-        _one_of(self, "optimizer", *get_args(OptimizerName))
-        _one_of(self, "loss_on", "assistant", "all", "last")
-        _one_of(self, "on_bad_row", "error", "skip")
-        _one_of(self, "checkpointing", "auto", "on", "off")
+        one_of(self, "schedule", *SCHEDULES)
+        one_of(self, "optimizer", *get_args(OptimizerName))
+        one_of(self, "on_bad_row", "error", "skip")
+        one_of(self, "checkpointing", "auto", "on", "off")
         for name in self.log:
             if name != "tensorboard":
                 raise InputError(f"log knows tensorboard (metrics.jsonl is always written), got {name!r}")
@@ -112,8 +109,6 @@ class SFTConfig:
             raise InputError(f"decay is the last part of schedule wsd; {self.schedule} has none")
         if self.decay is not None and not self.decay > 0:
             raise InputError(f"decay must be above 0, got {self.decay}")
-        if self.full and self.lora_plus != 1:
-            raise InputError("lora_plus is the ratio of an adapter's learning rates; full training has no adapter")
 
     def _check_budget(self) -> None:
         if self.optimizer_budget == "auto":
@@ -138,6 +133,20 @@ class SFTConfig:
         return None if self.decay is None else _steps(self.decay, total)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(TrainingConfig):
+    """Options of supervised fine-tuning. Raises InputError for a value that cannot work, naming it."""
+
+    loss_on: LossOn = setting("assistant", "which tokens are trained: assistant turns, the last turn only, or all")
+    full: bool = setting(False, "train all weights of a dense model instead of an adapter")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "loss_on", *get_args(LossOn))
+        if self.full and self.lora_plus != 1:
+            raise InputError("lora_plus is the ratio of an adapter's learning rates; full training has no adapter")
+
+
 def _steps(given: float, total: int) -> int:
     """A fraction of all steps, or a number of them."""
     return round(given * total) if given < 1 else int(given)
@@ -152,23 +161,24 @@ def size_in_bytes(text: str) -> int | None:
     return int(float(match[1]) * units[match[2].lower()])
 
 
-def _at_least(config: SFTConfig, least: int, *names: str) -> None:
+def at_least(config: Any, least: int, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= least:
             raise InputError(f"{name} must be at least {least}, got {value}")
 
 
-def _one_of(config: SFTConfig, name: str, *allowed: str) -> None:
+def one_of(config: Any, name: str, *allowed: str) -> None:
     if (value := getattr(config, name)) not in allowed:
         raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Options that differ between two runs and would make a resumed run another run, as `name: old -> new`."""
+def changed_options(old: Mapping[str, Any], config: TrainingConfig) -> list[str]:
+    """Options that differ from an older run's (as JSON) and would make a resumed run another, as `name: old -> new`."""
     harmless = {"out", "resume", "log", "keep", "save_every", "micro_batch", "packing", "checkpointing"}
     harmless.add("optimizer_budget")
-    old = json.loads(json.dumps(asdict(SFTConfig(out="")))) | dict(old)  # what is newer than the run had its default
+    new, defaults = (json.loads(json.dumps(asdict(c))) for c in (config, type(config)(out="")))
+    old = defaults | dict(old)  # what is newer than the run had its default
     changed = {name for name, value in new.items() if name not in harmless and old.get(name) != value}
     if "optimizer" in changed and str(old["optimizer"]).removeprefix(PAGED) == new["optimizer"].removeprefix(PAGED):
         changed.remove("optimizer")  # paging is about where state lies; it computes the same

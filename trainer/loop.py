@@ -1,30 +1,29 @@
 """The training loop: steps, evaluations, checkpoints, early stopping, interruption, resuming.
 
-It knows no task and no model family. A task brings two functions: the micro-batches of step k, and the loss of a
-batch. Step k depends on nothing but k and the configuration, so the data cursor of a checkpoint is one number.
+It knows no task and no model family. A task brings the micro-batches of step k; the stepper knows their loss. Step k
+depends on nothing but k and the configuration, so the data cursor of a checkpoint is one number.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..data.batch import Batch
 from ..errors import InputError, NumericError
 from ..optim.schedule import learning_rate
 from .checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from .config import SFTConfig, changed_options
+from .config import TrainingConfig, changed_options
 from .disk import remove_stale
 from .interrupt import Interrupt
 from .memory import memory_used
 from .metrics import Metrics
 from .rng import rng_states, set_rng_states
-from .step import Stepper, StepResult
+from .step import MicroBatch, Stepper, StepResult
 
 SKIPS_ALLOWED = 2  # in a row; one more ends the run
 
@@ -35,7 +34,7 @@ Weights = dict[str, Tensor]
 class StepData:
     """What one optimizer step trains on: its micro-batches, still on the CPU, and where its rows come from."""
 
-    batches: list[Batch]
+    batches: Sequence[MicroBatch]
     sources: list[str]
 
 
@@ -47,6 +46,7 @@ class RunState:
     evaluated: int = 0  # value of `done` at the last evaluation
     saved: int = 0
     best_loss: float | None = None
+    best_figures: dict[str, float | None] = field(default_factory=dict)  # of the same evaluation
     best_step: int = 0
     without_better: int = 0  # evaluations since the best one
     skipped: int = 0
@@ -56,21 +56,44 @@ class RunState:
     last_loss: float | None = None
 
 
-@dataclass
-class Task:
-    """The seam between the loop and what is trained.
+class Task(Protocol):
+    """The seam between the loop and what is trained: `trainer.Trainer` is one."""
 
-    weights: name -> tensor of all that training changes. load_weights takes the same back. evaluate returns the mean
-    loss of a trained token on the validation rows, or None when it was interrupted.
-    """
+    @property
+    def total(self) -> int:
+        """Steps in all."""
 
-    step_data: Callable[[int], StepData]
-    weights: Callable[[], Weights]
-    load_weights: Callable[[Weights], None]
-    fingerprint: str
-    total: int  # steps
-    steps_per_epoch: int
-    evaluate: Callable[[Interrupt], float | None] | None = None
+    @property
+    def steps_per_epoch(self) -> int: ...
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something to evaluate on."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same data."""
+
+    def step_data(self, step: int) -> StepData: ...
+    def begin(self, batches: Sequence[MicroBatch]) -> None:
+        """Before a step's first forward pass."""
+
+    def applied(self, figures: Mapping[str, Tensor], skipped: Tensor) -> None:
+        """After a step's update."""
+
+    def evaluate(self, interrupt: Interrupt) -> dict[str, float] | None:
+        """Figures on the validation rows, `loss` among them; None when interrupted."""
+
+    def constants(self) -> dict[str, float]:
+        """Figures that every record of a step carries."""
+
+    def weights(self) -> Weights:
+        """Name -> tensor of all that training changes."""
+
+    def load_weights(self, state: Weights) -> None: ...
+    def state(self) -> Weights:
+        """What a resumed run needs besides."""
+
+    def load_state(self, state: Weights) -> None: ...
 
 
 @dataclass
@@ -79,7 +102,7 @@ class Loop:
 
     task: Task
     stepper: Stepper
-    config: SFTConfig
+    config: TrainingConfig
     metrics: Metrics
     interrupt: Interrupt
     state: RunState = field(default_factory=RunState)
@@ -122,7 +145,9 @@ class Loop:
             schedule=self.config.schedule,
             decay=self.config.decay_steps(self.task.total),
         )
+        self.task.begin(data.batches)
         result = self.stepper.step(data.batches, rate)
+        self.task.applied(result.figures, result.skipped)
         self._settle()  # the step before this one: its figures are there without waiting for this one
         self._pending = (step, data, result, rate)
         self.state.done += 1
@@ -149,6 +174,8 @@ class Loop:
                 "step": step + 1,
                 "epoch": round((step + 1) / self.task.steps_per_epoch, 4),
                 "loss": _finite(loss),
+                **result.read_figures(),
+                **self.task.constants(),
                 "lr": rate,
                 "grad_norm": _finite(norm),
                 "skipped": skipped,
@@ -175,18 +202,20 @@ class Loop:
 
     def _evaluate(self) -> None:
         self._settle()
-        if self.task.evaluate is None:
+        if not self.task.evaluates:
             self.state.evaluated = self.state.done
             return
-        loss = self.task.evaluate(self.interrupt)
-        if loss is None:
+        figures = self.task.evaluate(self.interrupt)
+        if figures is None:
             return  # interrupted: the resumed run does it again
-        state = self.state
+        state, loss = self.state, figures["loss"]
         state.evaluated = state.done
         state.saved = min(state.saved, state.done - 1)  # a checkpoint made before this evaluation lacks its outcome
-        self.metrics.write({"step": state.done, "val_loss": _finite(loss), "val_perplexity": _finite(_exp(loss))})
+        finite = {name: _finite(value) for name, value in figures.items()}
+        self.metrics.write({"step": state.done, **{f"val_{name}": value for name, value in finite.items()}})
         if state.best_loss is None or loss < state.best_loss:
             state.best_loss, state.best_step, state.without_better = loss, state.done, 0
+            state.best_figures = finite
             if self.config.keep_best:
                 self.best = {name: tensor.detach().clone() for name, tensor in self.task.weights().items()}
         else:
@@ -201,6 +230,8 @@ class Loop:
         self.state.saved = self.state.done
         rng = rng_states(self.stepper.device)
         groups = {"weights": self.task.weights(), "optimizer": self.stepper.state(), "rng": rng}
+        if task := self.task.state():
+            groups["task"] = task
         if self.best is not None:
             groups["best"] = self.best
         state = {"run": asdict(self.state), "config": _plain(self.config), "data": self.task.fingerprint}
@@ -210,7 +241,7 @@ class Loop:
     def resume(self, path: Path) -> None:
         """Take up a checkpoint. Raises InputError when it belongs to other data or other options."""
         tensors, state = load_checkpoint(path)
-        if changes := changed_options(state["config"], _plain(self.config)):
+        if changes := changed_options(state["config"], self.config):
             raise InputError(
                 f"{path} was written by a run with other options ({'; '.join(changes)}); use the same ones"
             )
@@ -218,12 +249,13 @@ class Loop:
             raise InputError(f"{path} was written by a run on other training data; resume with the same data files")
         self.state = RunState(**state["run"])
         self.task.load_weights(tensors["weights"])
+        self.task.load_state(tensors.get("task", {}))
         self.stepper.load_state(tensors["optimizer"])
         self.best = tensors.get("best")
         set_rng_states(tensors["rng"], self.stepper.device)
 
 
-def find_checkpoint(config: SFTConfig, say: Callable[[str], None]) -> Path | None:
+def find_checkpoint(config: TrainingConfig, say: Callable[[str], None]) -> Path | None:
     """The checkpoint that config.resume names, None for a fresh start. InputError when out holds a run already."""
     folder = Path(config.out) / "checkpoints"
     if folder.is_dir():
@@ -243,7 +275,7 @@ def find_checkpoint(config: SFTConfig, say: Callable[[str], None]) -> Path | Non
     return newest
 
 
-def _plain(config: SFTConfig) -> dict[str, Any]:
+def _plain(config: TrainingConfig) -> dict[str, Any]:
     """The options as JSON gives them back: lists for tuples."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     return plain
@@ -252,7 +284,3 @@ def _plain(config: SFTConfig) -> dict[str, Any]:
 def _finite(value: float) -> float | None:
     """JSON has no NaN: a figure that is none is null."""
     return value if math.isfinite(value) else None
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf

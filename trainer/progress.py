@@ -9,7 +9,8 @@ from typing import Any
 
 from .metrics import Display
 
-SMOOTHING = 0.9  # of the loss shown: exponential moving average over steps
+SMOOTHING = 0.9  # of the figures shown: exponential moving average over steps
+SMOOTHED = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy"}  # those, and what they are called
 PLAIN_SECONDS = 10.0  # between plain lines
 
 
@@ -22,24 +23,22 @@ def display_for(total: int, start: int = 0) -> Display:
 
 
 class _Smoothed:
-    """The figures to show, the loss smoothed; shared by both displays."""
+    """The figures to show, smoothed where they jump; shared by both displays."""
 
     def __init__(self) -> None:
-        self.loss: float | None = None
+        self.means: dict[str, float] = {}
         self.skipped = 0
         self.shown: dict[str, str] = {}
 
     def add(self, record: dict[str, Any]) -> dict[str, str]:
         if "val_loss" in record:
-            self.shown["val"] = _number(record["val_loss"])
+            found = {name: short for name, short in SMOOTHED.items() if f"val_{name}" in record}
+            self.shown |= {f"val {short}": _number(record[f"val_{name}"]) for name, short in found.items()}
             return self.shown
-        loss = record["loss"]
-        if loss is not None:
-            self.loss = loss if self.loss is None else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
         self.skipped += record["skipped"]
+        self.shown |= {short: _number(self._mean(name, record)) for name, short in SMOOTHED.items() if name in record}
         memory = record.get("rss_anon") or record.get("max_memory_allocated") or 0
         self.shown |= {
-            "loss": _number(self.loss),
             "lr": f"{record['lr']:.1e}",
             "tok/s": f"{record['tokens_per_second']:,.0f}",
             "mem": f"{memory / 2**30:.2f} GiB",
@@ -48,6 +47,11 @@ class _Smoothed:
         if self.skipped:
             self.shown["skipped"] = str(self.skipped)
         return self.shown
+
+    def _mean(self, name: str, record: dict[str, Any]) -> float | None:
+        if (value := record[name]) is not None:
+            self.means[name] = SMOOTHING * self.means.get(name, value) + (1 - SMOOTHING) * value
+        return self.means.get(name)
 
 
 def _optimizer(record: dict[str, Any]) -> str:

@@ -1,34 +1,55 @@
-"""The loss curve as a picture."""
+"""The curves of a run as one picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .metrics import read_metrics
 
+PANELS = (  # axis label -> figures drawn against it, where a run has them: in training, and on the validation rows
+    ("loss (nats)", ("loss",)),
+    ("reward", ("reward_chosen", "reward_rejected", "reward_margin")),
+    ("accuracy", ("reward_accuracy",)),
+)
+COLOURS = ("#08519c", "#a50f15", "#238b45")
+Point = tuple[int, float]
 
-def draw_loss_curve(metrics: Path, picture: Path) -> None:
-    """Draw training and validation loss over steps from a metrics.jsonl into a PNG or SVG (by `picture`'s ending)."""
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Draw losses, and rewards and their accuracy where there are any, from a metrics.jsonl into a PNG or SVG."""
     from matplotlib.figure import Figure  # the object interface: no global state, no display needed
 
     records = read_metrics(metrics)
-    steps = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
-    evaluations = [(r["step"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    if steps:
-        axes.plot(*zip(*steps, strict=True), color="#9ecae1", linewidth=1, label="training, each step")
-        axes.plot(*zip(*_smoothed(steps), strict=True), color="#08519c", linewidth=2, label="training, smoothed")
-    if evaluations:
-        axes.plot(*zip(*evaluations, strict=True), color="#d94801", marker="o", linewidth=2, label="validation")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss per trained token (nats)")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    if steps or evaluations:
-        axes.legend(frameon=False)
+    panels = [panel for panel in PANELS if panel[0] == PANELS[0][0] or any(_points(records, n) for n in panel[1])]
+    figure = Figure(figsize=(7, 1 + 3 * len(panels)), layout="constrained")
+    for axes, (label, names) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        for name, colour in zip(names, COLOURS, strict=False):
+            _draw(axes, records, name, colour, alone=len(names) == 1)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+    figure.axes[0].set_ylim(bottom=0)
+    figure.axes[-1].set_xlabel("optimizer step")
     figure.savefig(picture, dpi=120)
 
 
-def _smoothed(points: list[tuple[int, float]], window: int = 15) -> list[tuple[int, float]]:
+def _draw(axes: Any, records: Sequence[dict[str, Any]], name: str, colour: str, *, alone: bool) -> None:
+    label = "" if alone else f"{name.rpartition('_')[2]}, "
+    if steps := _points(records, name):
+        if alone:
+            axes.plot(*zip(*steps, strict=True), color=colour, alpha=0.3, linewidth=1, label="training, each step")
+        axes.plot(*zip(*_smoothed(steps), strict=True), color=colour, linewidth=2, label=f"{label}training, smoothed")
+    if evaluations := _points(records, f"val_{name}"):
+        mark = {"color": "#d94801" if alone else colour, "marker": "o", "linestyle": "-" if alone else ":"}
+        axes.plot(*zip(*evaluations, strict=True), linewidth=2, label=f"{label}validation", **mark)
+
+
+def _points(records: Sequence[dict[str, Any]], name: str) -> list[Point]:
+    return [(record["step"], record[name]) for record in records if record.get(name) is not None]
+
+
+def _smoothed(points: list[Point], window: int = 15) -> list[Point]:
     """Centred moving average; narrower at the ends, so the curve starts and stops where the run does."""
     half = min(window, len(points)) // 2
     means = []

@@ -73,19 +73,19 @@ def test_decay_and_warmup_are_fractions_or_steps():
 
 def test_another_optimizer_is_another_run_and_another_budget_is_not():
     paged = plain(optimizer="paged-adamw8bit", optimizer_budget="2GiB")
-    assert changed_options(paged, plain(optimizer="paged-adamw8bit")) == []
-    assert changed_options(paged, plain(optimizer="adamw8bit")) == []
-    assert changed_options(paged, plain()) == ["optimizer: 'paged-adamw8bit' -> 'adamw'"]
-    assert changed_options(plain(), plain(optimizer="lion")) == ["optimizer: 'adamw' -> 'lion'"]
+    assert changed_options(paged, SFTConfig(out="o", optimizer="paged-adamw8bit")) == []
+    assert changed_options(paged, SFTConfig(out="o", optimizer="adamw8bit")) == []
+    assert changed_options(paged, SFTConfig(out="o")) == ["optimizer: 'paged-adamw8bit' -> 'adamw'"]
+    assert changed_options(plain(), SFTConfig(out="o", optimizer="lion")) == ["optimizer: 'adamw' -> 'lion'"]
 
 
 def test_the_order_of_patterns_is_no_change():
-    a, b = plain(lr_scale={"a": 1.0, "b": 2.0}), plain(lr_scale={"b": 2.0, "a": 1.0})
-    assert changed_options(a, b) == []
-    assert changed_options(a, plain()) == ["lr_scale: {'a': 1.0, 'b': 2.0} -> {}"]
+    a = plain(lr_scale={"a": 1.0, "b": 2.0})
+    assert changed_options(a, SFTConfig(out="o", lr_scale={"b": 2.0, "a": 1.0})) == []
+    assert changed_options(a, SFTConfig(out="o")) == ["lr_scale: {'a': 1.0, 'b': 2.0} -> {}"]
 
 
 def test_a_run_from_before_an_option_had_its_default():
     old = {name: value for name, value in plain().items() if name not in ("optimizer", "lora_plus", "lr_scale")}
-    assert changed_options(old, plain()) == []
-    assert changed_options(old, plain(lora_plus=16.0)) == ["lora_plus: 1.0 -> 16.0"]
+    assert changed_options(old, SFTConfig(out="o")) == []
+    assert changed_options(old, SFTConfig(out="o", lora_plus=16.0)) == ["lora_plus: 1.0 -> 16.0"]

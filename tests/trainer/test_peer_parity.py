@@ -20,8 +20,8 @@ import fourbit
 from fourbit.data.batch import pack_batch, shifted_targets
 from fourbit.data.encode import Encoded
 from fourbit.trainer.evaluate import batch_loss_sum
-from fourbit.trainer.sft import trained_parameters
-from fourbit.trainer.step import Stepper
+from fourbit.trainer.step import Stepper, Sums
+from fourbit.trainer.trainer import adapter_parameters
 
 STEPS, RATE, CLIP = 20, 5e-4, 1.0
 TOLERANCE = 2e-3  # of the mean loss of a step, in nats
@@ -48,8 +48,10 @@ def rows(tokenizer: Any) -> list[Encoded]:
 
 def our_losses(model: Any, steps: Sequence[Sequence[Encoded]], adapter: Path) -> list[float]:
     fourbit.load_adapter(model.train(), adapter)
-    parameters = trained_parameters(model, full=False)
-    stepper = Stepper(parameters, lambda batch: batch_loss_sum(model, batch), weight_decay=0.0, max_grad_norm=CLIP)
+    parameters = adapter_parameters(model)
+    stepper = Stepper(
+        parameters, lambda batch: Sums(batch_loss_sum(model, batch), {}), weight_decay=0.0, max_grad_norm=CLIP
+    )
     return [stepper.step([pack_batch(examples)], RATE).loss.item() for examples in steps]
 
 

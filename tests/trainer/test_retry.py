@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fourbit.trainer.retry import backward_or_retry
-from fourbit.trainer.step import Stepper
+from fourbit.trainer.step import Stepper, Sums
 
 OOM = torch.OutOfMemoryError
 
@@ -166,15 +166,15 @@ def test_one_micro_batch_is_not_copied(nets):
 
 
 class Rows:
-    """What the stepper reads of a batch: the number of trained tokens; and here the rows themselves."""
+    """What the stepper reads of a batch: what its loss is a sum over; and here the rows themselves."""
 
     def __init__(self, rows):
-        self.rows, self.trained = rows, len(rows)
+        self.rows, self.weight = rows, len(rows)
 
 
 def stepper_for(net, **options):
     options = {"weight_decay": 0.1, "max_grad_norm": 1.0} | options
-    return Stepper(dict(net.named_parameters()), lambda batch: net(batch.rows), **options)
+    return Stepper(dict(net.named_parameters()), lambda batch: Sums(net(batch.rows), {}), **options)
 
 
 @pytest.mark.parametrize("budget", ["auto", "32KiB"])

@@ -208,7 +208,7 @@ def test_keeps_the_best_and_stops_early(tiny_folder, rows, val_rows, tmp_path):
         tiny_folder, rows, tmp_path, val=val_rows, lr=0.5, epochs=50, eval_every=2, patience=3, dropout=0.0
     )
     losses = {r["step"]: r["val_loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in r}
-    assert result.stopped_early and result.steps < trainer.total_steps
+    assert result.stopped_early and result.steps < trainer.total
     assert result.val_loss == min(losses.values()) == losses[result.best_step]
     assert result.steps == result.best_step + 2 * 3
     assert evaluate_loss(model, trainer.val_set.examples) == pytest.approx(result.val_loss, rel=1e-6)

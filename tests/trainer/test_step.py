@@ -7,19 +7,19 @@ import torch
 from torch import nn
 
 from fourbit.errors import InputError
-from fourbit.trainer.step import Stepper
+from fourbit.trainer.step import Stepper, Sums
 
 
 class Rows:
-    """What the stepper reads of a batch: the number of trained tokens; and here the rows themselves."""
+    """What the stepper reads of a batch: what its loss is a sum over; and here the rows themselves."""
 
     def __init__(self, rows):
-        self.rows, self.trained = rows, len(rows)
+        self.rows, self.weight = rows, len(rows)
 
 
 def stepper_for(layer, **options):
     options = {"weight_decay": 0.1, "max_grad_norm": 0.0} | options
-    return Stepper(dict(layer.named_parameters()), lambda b: layer(b.rows).pow(2).sum(), **options)
+    return Stepper(dict(layer.named_parameters()), lambda b: Sums(layer(b.rows).pow(2).sum(), {}), **options)
 
 
 @pytest.fixture
