@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import InputError
-from .formats import Conversation, trains
+from .formats import Conversation
+from .messages import trains
 from .protocol import TokenizerLike
 from .read import BadRow, excerpt
 from .template import ChatTemplate, Unrenderable
@@ -38,6 +39,15 @@ class Encoded:
     text: str
     source: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple["Encoded", ...]:
+        """The token sequences of this example: itself."""
+        return (self,)
+
+    def content(self) -> list[list[int]]:
+        """All that training sees, as JSON."""
+        return [self.ids, [int(trained) for trained in self.trained]]
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def test_skipped_rows_are_counted_by_kind(write: Callable[..., Path], tokenizer:
     path = write([*lines, {"messages": [{"role": "user", "content": "x"}]}])
     data = load_dataset(path, tokenizer, on_bad_row="skip", max_length=60)
     assert data.report.rows == 2
-    assert data.report.skipped == {"json": 1, "row": 1, "form": 2, "nothing to train": 1, "too long": 1}
+    assert data.report.skipped == {"json": 1, "empty": 1, "form": 2, "nothing to train": 1, "too long": 1}
     assert [problem.line for problem in data.report.problems] == [1, 4, 5, 6, 8, 7]
     with pytest.raises(ValueError, match='on_bad_row must be "error" or "skip"'):
         load_dataset(path, tokenizer, on_bad_row="drop")  # type: ignore[arg-type]

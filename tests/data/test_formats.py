@@ -33,11 +33,21 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "preference": (
         {"prompt": "p", "chosen": "c", "rejected": "r"},
-        f"row: this looks like a preference pair (`chosen`/`rejected`), which is not supported yet: {USE}",
+        f"row: this looks like a preference pair (`chosen`/`rejected`), which `fourbit dpo` reads: here {USE}",
     ),
     "openai preference": (
         {"input": {}, "preferred_output": [], "non_preferred_output": []},
-        f"row: this looks like OpenAI's preference form (`preferred_output`), which is not supported yet: {USE}",
+        "row: this looks like OpenAI's preference form (`preferred_output`/`non_preferred_output`),"
+        f" which `fourbit dpo` reads: here {USE}",
+    ),
+    "an answer and its label": (
+        {"prompt": "p", "completion": "c", "label": False},
+        "row: this looks like an answer with a judgement (`completion`/`label`), which `fourbit dpo` reads:"
+        f" here {USE}",
+    ),
+    "a conversation and its tag": (
+        chat(U, A, kto_tag=True),
+        f"row: this looks like an answer with a judgement (`kto_tag`), which `fourbit dpo` reads: here {USE}",
     ),
     "question and answer": (
         {"question": "q", "answer": "a"},
@@ -287,6 +297,7 @@ def test_input_is_left_as_it_was() -> None:
         (chat(U, A, prompt="as in some public sets", prompt_id=3), "chat"),
         ({"prompt": "p", "completion": "c"}, "prompt/completion"),
         ({"prompt": "p"}, "prompt/completion"),
+        ({"prompt": "p", "completion": "c", "label": "a topic"}, "prompt/completion"),
         ({"prompt": "p", "chosen": "c"}, None),
         ({"instruction": "i"}, None),
     ],
