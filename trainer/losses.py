@@ -1,10 +1,24 @@
-"""Token losses from hidden states: the output head runs on trained positions only, and in chunks."""
+"""Losses on pairs of answers: pure functions on log-probabilities, one number a pair.
+
+Each takes PairScores and its own settings by name, and returns [P], not reduced: the trainer averages over all pairs
+of an optimizer step, so no loss depends on how the step was split into micro-batches. Notation: π the policy, π_ref
+the reference, y+ the chosen answer, y- the rejected one, h(y) = log π(y) - log π_ref(y) the log-ratio,
+Δ = h(y+) - h(y-), σ the logistic function, |y| a number of tokens. Settings are checked by
+trainer/objective.py, which also holds the table of names. A loss must stay finite, with finite gradients, for
+log-ratios of ±1e4 in fp32: hence log σ instead of log of σ, and exponentials that go on along their tangent past e^30.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from math import log, log1p
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.linear_cross_entropy import linear_cross_entropy, rows_per_chunk, upcast
+from .scores import PairScores, RewardShift, safe_exp, safe_expm1
 
 
 def token_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -32,3 +46,201 @@ def _vocabulary(head: nn.Module) -> int:
     size = head.out_features
     assert isinstance(size, int)
     return size
+
+
+Divergence = Callable[[Tensor], Tensor]  # log-ratios -> f'(ratio), up to a constant
+
+
+def reverse_kl(ratio: Tensor) -> Tensor:
+    """f'(t) = log t: DPO as it was published, KL(π || π_ref)."""
+    return ratio
+
+
+def forward_kl(ratio: Tensor) -> Tensor:
+    """f'(t) = 1 - 1/t, of KL(π_ref || π). Falls off exponentially where the policy deserts an answer."""
+    return -safe_expm1(-ratio)
+
+
+def jsd(ratio: Tensor) -> Tensor:
+    """f'(t) = log(2t / (1 + t)), of the Jensen-Shannon divergence. Never above log 2."""
+    return log(2) + logsigmoid(ratio)
+
+
+def alpha_divergence(ratio: Tensor, alpha: float = 0.5) -> Tensor:
+    """f'(t) = (t^(α-1) - 1) / (α - 1), α in [0, 1]: forward KL at 0, reverse KL at 1 (as the limit)."""
+    return ratio if alpha == 1 else safe_expm1((alpha - 1) * ratio) / (alpha - 1)
+
+
+def divergence_of(name: str, alpha: float = 0.5) -> Divergence:
+    """f-DPO (Wang et al. 2023, arXiv 2309.16240): h(y) becomes f'(π(y) / π_ref(y)) in losses that are made of Δ."""
+    return partial(alpha_divergence, alpha=alpha) if name == "alpha" else DIVERGENCES[name]
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "reverse-kl": reverse_kl,
+    "forward-kl": forward_kl,
+    "jsd": jsd,
+    "alpha": alpha_divergence,
+}
+
+
+def _delta(scores: PairScores, divergence: Divergence) -> Tensor:
+    return divergence(scores.chosen_ratio) - divergence(scores.rejected_ratio)
+
+
+def _mean_delta(scores: PairScores, divergence: Divergence) -> Tensor:
+    """Each answer's score divided by its own length, then the difference."""
+    chosen, rejected = divergence(scores.chosen_ratio), divergence(scores.rejected_ratio)
+    return chosen / scores.chosen_tokens - rejected / scores.rejected_tokens
+
+
+def _smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
+    """-(1-ε) log σ(x) - ε log σ(-x): cross-entropy with labels that are wrong with probability ε."""
+    return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
+
+
+def sigmoid(
+    scores: PairScores, *, beta: float = 0.1, label_smoothing: float = 0.0, divergence: Divergence = reverse_kl
+) -> Tensor:
+    """DPO: -log σ(βΔ). Rafailov et al. 2023, arXiv 2305.18290. ln 2 where the policy still is the reference.
+
+    label_smoothing ε: conservative DPO, -(1-ε) log σ(βΔ) - ε log σ(-βΔ), for labels that are wrong with probability
+    ε (Mitchell 2023, "A note on DPO with noisy preferences and relationship to IPO"; no arXiv number).
+    """
+    return _smoothed(beta * _delta(scores, divergence), label_smoothing)
+
+
+def robust(
+    scores: PairScores, *, beta: float = 0.1, label_smoothing: float = 0.1, divergence: Divergence = reverse_kl
+) -> Tensor:
+    """Robust DPO: (-(1-ε) log σ(βΔ) + ε log σ(-βΔ)) / (1-2ε). Chowdhury et al. 2024, arXiv 2403.00409.
+
+    Unbiased for labels flipped with probability ε: its mean over flips is the loss on clean labels. Not bounded below.
+    """
+    logits = beta * _delta(scores, divergence)
+    flipped = label_smoothing * logsigmoid(-logits) - (1 - label_smoothing) * logsigmoid(logits)
+    return flipped / (1 - 2 * label_smoothing)
+
+
+def sigmoid_norm(scores: PairScores, *, beta: float = 5.0, divergence: Divergence = reverse_kl) -> Tensor:
+    """Length-normalised DPO: -log σ(β (h(y+)/|y+| - h(y-)/|y-|)). Lambert et al. 2024 (Tülu 3), arXiv 2411.15124.
+
+    Log-ratios a token are small, so β is large: the default is theirs.
+    """
+    return -logsigmoid(beta * _mean_delta(scores, divergence))
+
+
+def ipo(scores: PairScores, *, beta: float = 0.1, divergence: Divergence = reverse_kl) -> Tensor:
+    """IPO: (h(y+)/|y+| - h(y-)/|y-| - 1/(2β))². Azar et al. 2023, arXiv 2310.12036, equation 17 (β is its τ).
+
+    Log-ratios are means a token, as in the authors' experiments; with sums the target would depend on lengths.
+    """
+    return (_mean_delta(scores, divergence) - 0.5 / beta).square()
+
+
+def hinge(scores: PairScores, *, beta: float = 0.1, divergence: Divergence = reverse_kl) -> Tensor:
+    """SLiC: max(0, 1 - βΔ). Zhao et al. 2023, arXiv 2305.10425; on log-ratios as RSO, Liu et al. 2023, 2309.06657."""
+    return (1 - beta * _delta(scores, divergence)).relu()
+
+
+def exo(
+    scores: PairScores, *, beta: float = 0.1, label_smoothing: float = 1e-3, divergence: Divergence = reverse_kl
+) -> Tensor:
+    """EXO: KL((q, 1-q) || (1-ε, ε)) with q = σ(βΔ). Ji et al. 2024, arXiv 2402.00856, equation 16. Needs ε > 0."""
+    logits = beta * _delta(scores, divergence)
+    right = logits.sigmoid() * (logsigmoid(logits) - log1p(-label_smoothing))
+    return right + (-logits).sigmoid() * (logsigmoid(-logits) - log(label_smoothing))
+
+
+def discopop(
+    scores: PairScores, *, beta: float = 0.1, tau: float = 0.05, divergence: Divergence = reverse_kl
+) -> Tensor:
+    """DiscoPOP: -(1-m) log σ(x) + m e^(-x), x = βΔ, m = σ(x/τ). Lu et al. 2024, arXiv 2406.08414, equation 5.
+
+    m e^(-x) is taken as one exponential: for x far below zero m vanishes faster than e^(-x) grows (τ < 1).
+    """
+    logits = beta * _delta(scores, divergence)
+    mix = logits / tau
+    return safe_exp(logsigmoid(mix) - logits) - (-mix).sigmoid() * logsigmoid(logits)
+
+
+def bco(scores: PairScores, shift: RewardShift, *, beta: float = 0.1) -> tuple[Tensor, RewardShift]:
+    """BCO: -log σ(βh(y+) - δ) - log σ(-(βh(y-) - δ)). Jung et al. 2024, arXiv 2404.04656.
+
+    δ is the running mean of all rewards βh. `shift` holds it as it was when the optimizer step began; the second
+    result is `shift` with these rewards added, and its `settle()` after the step makes δ anew.
+    """
+    rewards = beta * torch.stack([scores.chosen_ratio, scores.rejected_ratio])
+    labels = torch.stack(
+        [torch.ones_like(rewards[0], dtype=torch.bool), torch.zeros_like(rewards[1], dtype=torch.bool)]
+    )
+    losses = -logsigmoid(rewards[0] - shift.value) - logsigmoid(shift.value - rewards[1])
+    return losses, shift.add(rewards, labels)
+
+
+def sppo_hard(scores: PairScores, *, beta: float = 1e-3) -> Tensor:
+    """SPPO with a win probability of 1: (h(y+) - 1/(2β))² + (h(y-) + 1/(2β))². Wu et al. 2024, arXiv 2405.00675.
+
+    β is 1/η of the paper, whose η is 1000.
+    """
+    return (scores.chosen_ratio - 0.5 / beta).square() + (scores.rejected_ratio + 0.5 / beta).square()
+
+
+def nca(scores: PairScores, *, beta: float = 0.1) -> Tensor:
+    """NCA on pairs: -log σ(r+) - ½ log σ(-r+) - ½ log σ(-r-), r = βh. Chen et al. 2024, arXiv 2402.05369."""
+    chosen, rejected = beta * scores.chosen_ratio, beta * scores.rejected_ratio
+    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
+
+
+def apo_zero(scores: PairScores, *, beta: float = 0.1) -> Tensor:
+    """APO-zero: σ(-βh(y+)) + σ(βh(y-)). D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 7.
+
+    For chosen answers that are better than what the model writes: they become likelier, rejected ones less likely.
+    """
+    return (-beta * scores.chosen_ratio).sigmoid() + (beta * scores.rejected_ratio).sigmoid()
+
+
+def apo_down(scores: PairScores, *, beta: float = 0.1) -> Tensor:
+    """APO-down: σ(βh(y+)) + σ(-βΔ). D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 8.
+
+    For chosen answers that are worse than what the model writes: both become less likely, rejected ones more so.
+    """
+    return (beta * scores.chosen_ratio).sigmoid() + (-beta * _delta(scores, reverse_kl)).sigmoid()
+
+
+def simpo(scores: PairScores, *, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0) -> Tensor:
+    """SimPO: -log σ(β log π(y+)/|y+| - β log π(y-)/|y-| - γ), no reference. Meng et al. 2024, arXiv 2405.14734.
+
+    gamma: the margin of rewards aimed at, γ itself (not γ/β). label_smoothing as in `sigmoid`.
+    """
+    return _smoothed(beta * (scores.chosen_mean - scores.rejected_mean) - gamma, label_smoothing)
+
+
+def cpo(scores: PairScores, *, beta: float = 0.1, label_smoothing: float = 0.0, sft_weight: float = 1.0) -> Tensor:
+    """CPO: -log σ(β (log π(y+) - log π(y-))) + sft_weight · sft, no reference. Xu et al. 2024, arXiv 2401.08417."""
+    return _smoothed(beta * (scores.chosen - scores.rejected), label_smoothing) + sft_weight * sft(scores)
+
+
+def orpo(scores: PairScores, *, beta: float = 0.1) -> Tensor:
+    """ORPO: sft - β log σ(o(y+) - o(y-)), no reference. Hong et al. 2024, arXiv 2403.07691 (β is its λ).
+
+    o(y) = log(p / (1-p)), the log-odds of p = exp(log π(y)/|y|), the geometric mean of a token's probability.
+    """
+    return sft(scores) - beta * logsigmoid(_log_odds(scores.chosen_mean) - _log_odds(scores.rejected_mean))
+
+
+def _log_odds(mean: Tensor) -> Tensor:
+    """log(p / (1-p)) of log p <= 0. A p that rounds to 1 is held one rounding below it: its odds stay finite."""
+    surprise = (-mean).clamp(min=torch.finfo(mean.dtype).eps)
+    return -(surprise + (-(-surprise).expm1()).log())
+
+
+def sft(scores: PairScores) -> Tensor:
+    """Negative log-likelihood of the chosen answer a token: -log π(y+)/|y+|. Needs no reference.
+
+    The mean is taken in each pair, so a pair weighs the same here as in the preference term beside it, and the step's
+    loss is a plain mean over pairs however it is split; Pang et al. 2024 (IRPO, arXiv 2404.19733) normalise alike. TRL
+    divides by the tokens of all chosen answers in a micro-batch: the same for one pair, or for answers of one length.
+    """
+    chosen = scores.chosen if scores.undiscounted is None else scores.undiscounted
+    return -chosen / scores.chosen_tokens

@@ -1,0 +1,284 @@
+"""Which preference losses there are, what each may be told, and mixtures of them.
+
+A setting belongs to the losses whose function takes it by name, so the tables below say no more than a function's
+signature does. An objective refuses a setting that none of its losses takes: nothing is ignored in silence.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from inspect import Parameter, signature
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from ..errors import InputError
+from . import losses as pairs
+from . import unpaired_losses as unpaired
+from .losses import DIVERGENCES, divergence_of
+from .scores import JudgedScores, PairScores, RewardShift
+
+
+class Loss(NamedTuple):
+    """function: f(scores, [shift or kl,] *, settings...). reward: what β multiplies in a reward of an answer."""
+
+    function: Callable[..., Any]
+    reward: Literal["ratio", "sum", "mean", "none"] = "ratio"
+
+    @property
+    def reference(self) -> bool:
+        """Whether the loss reads the reference's log-probabilities."""
+        return self.reward == "ratio"
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Its settings and what they are if nothing is said."""
+        parameters = signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is Parameter.KEYWORD_ONLY}
+
+
+# TRL's "aot" and "aot_unpaired" (Melnyk et al. 2024, arXiv 2406.05882) are left out: they sort the log-ratios of the
+# whole batch, so their loss depends on which pairs share a micro-batch, and packing would change the training.
+PAIR_LOSSES = {
+    "sigmoid": Loss(pairs.sigmoid),
+    "robust": Loss(pairs.robust),
+    "sigmoid-norm": Loss(pairs.sigmoid_norm),
+    "ipo": Loss(pairs.ipo),
+    "hinge": Loss(pairs.hinge),
+    "exo": Loss(pairs.exo),
+    "discopop": Loss(pairs.discopop),
+    "bco": Loss(pairs.bco),
+    "sppo-hard": Loss(pairs.sppo_hard),
+    "nca": Loss(pairs.nca),
+    "apo-zero": Loss(pairs.apo_zero),
+    "apo-down": Loss(pairs.apo_down),
+    "simpo": Loss(pairs.simpo, "mean"),
+    "cpo": Loss(pairs.cpo, "sum"),
+    "orpo": Loss(pairs.orpo, "mean"),
+    "sft": Loss(pairs.sft, "none"),
+}
+UNPAIRED_LOSSES = {
+    "kto": Loss(unpaired.kto),
+    "bco-unpaired": Loss(unpaired.bco_unpaired),
+    "apo-zero-unpaired": Loss(unpaired.apo_zero_unpaired),
+}
+LOSSES = PAIR_LOSSES | UNPAIRED_LOSSES
+
+# Names elsewhere: only for the message about a name we do not know.
+ELSEWHERE = {
+    **dict.fromkeys(("dpo", "cdpo", "reverse-kl"), "sigmoid"),
+    **dict.fromkeys(("rdpo", "robust-dpo"), "robust"),
+    **dict.fromkeys(("slic", "rso"), "hinge"),
+    **dict.fromkeys(("rpo", "nll"), "sft"),
+    **{"bco-pair": "bco", "nca-pair": "nca", "exo-pair": "exo", "sppo": "sppo-hard", "kto-pair": "kto"},
+    **{"apo": "apo-zero", "ln-dpo": "sigmoid-norm"},
+}
+NO_AOT = ": it sorts a whole batch, so its result would depend on how a step is split into micro-batches"
+
+
+class Rewards(NamedTuple):
+    """Implicit rewards of P pairs, fp32 or float64, without gradient: chosen, rejected [P]."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+    @property
+    def margin(self) -> Tensor:
+        return self.chosen - self.rejected
+
+    @property
+    def accuracy(self) -> Tensor:
+        """1 where the chosen answer has the higher reward; 0 for a tie, as before the first step."""
+        return (self.chosen > self.rejected).to(self.chosen.dtype)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum of losses, checked: {"sigmoid": 0.8, "sft": 0.2} with {"beta": 0.05}.
+
+    losses: names of PAIR_LOSSES, or all of UNPAIRED_LOSSES, with weights above 0, used as they are (not normalised).
+    settings: beta, label_smoothing, gamma, tau, sft_weight, desirable_weight, undesirable_weight, and f-DPO's
+    divergence (a name of DIVERGENCES) with divergence_alpha. Each goes to every loss that takes it; a loss has its own
+    default for what is not there. Raises InputError for what cannot work, naming the rule and the value.
+    """
+
+    losses: Mapping[str, float]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_names(self.losses)
+        _check_weights(self.losses)
+        for key, value in self.settings.items():
+            self._check_setting(key, value)
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether it reads JudgedScores of single judged answers instead of PairScores."""
+        return next(iter(self.losses)) in UNPAIRED_LOSSES
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(LOSSES[name].reference for name in self.losses)
+
+    @property
+    def needs_kl(self) -> bool:
+        """Whether a call needs `kl` (unpaired_losses.mismatch_kl): KTO."""
+        return "kto" in self.losses
+
+    @property
+    def needs_shift(self) -> bool:
+        """Whether a call needs `shift`, and state is carried from step to step: BCO."""
+        return not {"bco", "bco-unpaired"}.isdisjoint(self.losses)
+
+    @property
+    def beta(self) -> float:
+        """What rewards are scaled with: beta of the first loss that has one."""
+        return next(float(s["beta"]) for s in map(self.settings_of, self.losses) if "beta" in s)
+
+    def settings_of(self, name: str) -> dict[str, Any]:
+        """Everything that the loss `name` is called with."""
+        known = LOSSES[name].defaults
+        given = known | {key: value for key, value in self.settings.items() if key in known}
+        if isinstance(given.get("divergence"), str):
+            given["divergence"] = divergence_of(given["divergence"], self.settings.get("divergence_alpha", 0.5))
+        return given
+
+    def __call__(
+        self, scores: PairScores | JudgedScores, *, shift: RewardShift | None = None, kl: Tensor | None = None
+    ) -> tuple[Tensor, RewardShift | None]:
+        """The weighted losses, [P], not reduced, and `shift` with this call's rewards added."""
+        total: Tensor | None = None
+        for name, weight in self.losses.items():
+            function, settings = LOSSES[name].function, self.settings_of(name)
+            if name in ("bco", "bco-unpaired"):
+                part, shift = function(scores, shift, **settings)
+            else:
+                part = function(scores, kl, **settings) if name == "kto" else function(scores, **settings)
+            total = weight * part if total is None else total + weight * part
+        assert total is not None
+        return total, shift
+
+    def rewards(self, scores: PairScores) -> Rewards:
+        """β times the log-ratio; of losses without a reference, β times what they compare, as TRL reports them.
+
+        That is the log-probability of the answer for CPO, and a token's mean of it for SimPO and ORPO. In a mixture
+        the first loss that has a beta decides.
+        """
+        kind = next(LOSSES[name].reward for name in self.losses if LOSSES[name].reward != "none")
+        chosen, rejected = {
+            "ratio": (scores.chosen_ratio, scores.rejected_ratio),
+            "sum": (scores.chosen, scores.rejected),
+            "mean": (scores.chosen_mean, scores.rejected_mean),
+        }[kind]
+        return Rewards((self.beta * chosen).detach(), (self.beta * rejected).detach())
+
+    def answer_rewards(self, scores: JudgedScores) -> Tensor:
+        """β times the log-ratio of each judged answer, [P], without gradient."""
+        return (self.beta * scores.ratio).detach()
+
+    def _check_setting(self, key: str, value: object) -> None:
+        if key == "divergence_alpha":
+            if self.settings.get("divergence") != "alpha":
+                raise InputError(
+                    f"divergence_alpha belongs to divergence alpha; got {value!r} without it: leave it out"
+                )
+            _check_value(key, value, "")
+            return
+        takers = [name for name in self.losses if key in LOSSES[name].defaults]
+        if not takers:
+            raise InputError(_not_taken(key, value, self.losses))
+        for name in takers:
+            _check_value(key, value, name)
+        others = [name for name in self.losses if LOSSES[name].reference and name not in takers]
+        if key == "divergence" and value != "reverse-kl" and others:
+            taking = ", ".join(name for name, loss in LOSSES.items() if key in loss.defaults)
+            raise InputError(
+                f"divergence {value} has no meaning for the loss {others[0]}, which is no function of the difference "
+                f"of two rewards; losses that take it: {taking}"
+            )
+
+
+def parse_losses(entries: Sequence[str]) -> dict[str, float]:
+    """`["sigmoid=0.8", "sft=0.2"]` or `["sigmoid"]` -> weights by name; a name without a weight has 1.
+
+    Raises InputError for a weight that is no number and for a name said twice.
+    """
+    found: dict[str, float] = {}
+    for entry in entries:
+        name, equals, weight = entry.partition("=")
+        if name in found:
+            raise InputError(f"loss {name} is given twice; give it once, with the weight it shall have")
+        try:
+            found[name] = float(weight) if equals else 1.0
+        except ValueError:
+            raise InputError(f"loss must be NAME or NAME=WEIGHT with a number as weight, got {entry!r}") from None
+    return found
+
+
+def _check_names(losses: Mapping[str, float]) -> None:
+    if not losses:
+        raise InputError(f"loss must name at least one of {', '.join(LOSSES)}; got none")
+    for name in losses:
+        if name not in LOSSES:
+            raise InputError(f"unknown loss {name!r}{_near(name)}; there are {', '.join(LOSSES)}")
+    single = [name for name in losses if name in UNPAIRED_LOSSES]
+    if single and len(single) < len(losses):
+        other = next(name for name in losses if name in PAIR_LOSSES)
+        raise InputError(f"loss {single[0]} is for single judged answers and {other} for pairs: choose one kind")
+    if set(losses) == {"sft"}:
+        raise InputError("loss sft alone is plain fine-tuning: use fourbit sft, or give a preference loss beside it")
+
+
+def _near(name: str) -> str:
+    plain = str(name).replace("_", "-").lower()
+    if plain.startswith("aot"):
+        return NO_AOT
+    near = ELSEWHERE.get(plain) or next(iter(get_close_matches(plain, LOSSES, n=1)), None)
+    return f"; did you mean {near}?" if near else ""
+
+
+def _check_weights(losses: Mapping[str, float]) -> None:
+    for name, weight in losses.items():
+        if not _is_number(weight) or weight <= 0:
+            raise InputError(f"the weight of loss {name} must be a number above 0, got {weight!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "beta": ("a number above 0", lambda v: v > 0),
+    "label_smoothing": ("a number from 0 up to, but not including, 0.5", lambda v: 0 <= v < 0.5),
+    "gamma": ("a number of at least 0", lambda v: v >= 0),
+    "tau": ("a number above 0", lambda v: v > 0),
+    "sft_weight": ("a number of at least 0", lambda v: v >= 0),
+    "desirable_weight": ("a number above 0", lambda v: v > 0),
+    "undesirable_weight": ("a number above 0", lambda v: v > 0),
+    "divergence_alpha": ("a number from 0 to 1", lambda v: 0 <= v <= 1),
+}
+SETTINGS = (*RULES, "divergence")
+
+
+def _check_value(key: str, value: object, loss: str) -> None:
+    if key == "divergence":
+        if not isinstance(value, str) or value not in DIVERGENCES:
+            near = get_close_matches(str(value).replace("_", "-"), DIVERGENCES, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {value!r}{hint}")
+        return
+    rule, holds = RULES[key]
+    if not _is_number(value) or not holds(value):
+        raise InputError(f"{key} must be {rule}, got {value!r}")
+    if loss == "exo" and key == "label_smoothing" and value == 0:
+        raise InputError("label_smoothing of the loss exo must be above 0 (its authors use 1e-3), got 0")
+
+
+def _not_taken(key: str, value: object, losses: Mapping[str, float]) -> str:
+    taking = [name for name, loss in LOSSES.items() if key in loss.defaults]
+    if not taking:
+        near = get_close_matches(key, SETTINGS, n=1)
+        return f"there is no setting {key!r} of losses{f'; did you mean {near[0]}?' if near else ''}"
+    named = " and ".join(losses)
+    return f"{key} is not used by the loss {named}, got {value!r}: leave it out, or choose among {', '.join(taking)}"
