@@ -19,9 +19,10 @@ from .layout import BLOCK, Segment
 from .rules import Factors, round_stochastically
 from .states import Slice, decode, encode, fields
 
-PIECE = 1 << 16  # elements of a large parameter at a time, for each thread
-BATCH = 1 << 16  # elements of small parameters at a time
-SMALL = 1 << 13  # elements of a parameter that is worth gathering
+# By the bits of the state: elements at a time, and of a parameter that is worth gathering with others. 8 bits take some
+# fifty calls a batch, each of which costs as much as some ten thousand elements in it.
+BATCH = {32: 1 << 16, 8: 1 << 18}
+SMALL = {32: 1 << 13, 8: 1 << 16}
 
 
 class Control(NamedTuple):
@@ -245,8 +246,9 @@ def _cut(bank: Bank, part: Slice, steps: list[float]) -> Iterator[Batch]:
     for segment, member in _present(bank, part):
         start, whole = segment.offset - part.start, segment.length == bank.layout.sizes[segment.place]
         end, step = start + segment.length, steps[member.row]
-        if whole and segment.length <= SMALL and bank.bits == 32:
-            if gathered.members and not _fits(gathered, start, end, step == steps[gathered.members[0].row]):
+        # Codes behind the end of a parameter are no zeros: they must not be decoded.
+        if whole and segment.length <= SMALL[bank.bits] and (bank.bits == 32 or segment.length % BLOCK == 0):
+            if gathered.members and not _fits(bank, gathered, start, end, step == steps[gathered.members[0].row]):
                 yield gathered
                 gathered = Batch([], 0, 0)
             _join(bank, gathered, member, start, end)
@@ -256,16 +258,18 @@ def _cut(bank: Bank, part: Slice, steps: list[float]) -> Iterator[Batch]:
             for views, moment in zip(batch.moments, bank.rule.moments, strict=True):
                 views.append(member.shaped(part.tensors[moment.name][start:end]))
         else:
-            for first in range(0, segment.length, PIECE):
-                last = min(first + PIECE, segment.length)
+            for first in range(0, segment.length, BATCH[bank.bits]):
+                last = min(first + BATCH[bank.bits], segment.length)
                 yield Batch([member], start + first, start + last, segment.start + first)
     yield from ([gathered] if gathered.members else [])
     yield from direct.values()
 
 
-def _fits(batch: Batch, start: int, end: int, same_step: bool) -> bool:
+def _fits(bank: Bank, batch: Batch, start: int, end: int, same_step: bool) -> bool:
     """Whether elements [start, end) can join a gathered batch: right behind it, as it is one part of the state."""
-    return same_step and start == batch.start + _blocks(batch.end - batch.start) and end - batch.start <= BATCH
+    return (
+        same_step and start == batch.start + _blocks(batch.end - batch.start) and end - batch.start <= BATCH[bank.bits]
+    )
 
 
 def _lies_flat(bank: Bank, member: Member) -> bool:
@@ -283,7 +287,7 @@ def _join(bank: Bank, batch: Batch, member: Member, start: int, end: int) -> Non
 
 
 def _workspace(bank: Bank) -> Tensor:
-    """[2, BATCH] for gathered weights and gradients, as wide as the step computes."""
+    """[2, elements] for gathered weights and gradients, as wide as the step computes."""
     if "workspace" not in bank.plans:
-        bank.plans["workspace"] = torch.zeros(2, BATCH, dtype=torch.promote_types(bank.dtype, torch.float32))
+        bank.plans["workspace"] = torch.zeros(2, BATCH[bank.bits], dtype=torch.promote_types(bank.dtype, torch.float32))
     return bank.plans["workspace"]

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fourbit.kernels import blockwise
 from fourbit.kernels.blockwise import dequantize_blockwise, quantize_blockwise
 from fourbit.kernels.codes import dynamic_code
+from fourbit.kernels.dispatch import force_path
 from fourbit.kernels.nf4 import dequantize_absmax, quantize, quantize_absmax
 
 
@@ -39,6 +41,98 @@ def test_codes_are_the_nearest_in_exact_arithmetic(vector: Tensor, signed: bool,
         near = range(max(index - 2, 0), min(index + 3, 256))  # distances grow away from the nearest: the map ascends
         distances = [abs(Fraction(value) - exact[j] * scale) for j in near]
         assert near[distances.index(min(distances))] == index  # the first minimum: a tie takes the lower code
+
+
+def is_the_definitions(vector: Tensor, signed: bool, blocksize: int = 256) -> bool:
+    code = dynamic_code(signed)
+    with force_path("reference"):
+        want, want_absmax = quantize_blockwise(vector, code, blocksize)
+    with force_path("cpu"):
+        codes, absmax = quantize_blockwise(vector, code, blocksize)
+    pattern = lambda x: x.view(torch.int32)  # noqa: E731  # of NaN and -0.0 too
+    whole = ~absmax.isnan()
+    same = torch.equal(pattern(absmax[whole]), pattern(want_absmax[whole])) and torch.equal(whole, ~want_absmax.isnan())
+    return torch.equal(codes, want) and same
+
+
+ODD = st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, 3e38, float("inf"), -float("inf"), float("nan")])
+NUMBERS = st.lists(st.floats(width=32) | st.floats(-1, 1, width=32) | ODD, min_size=0, max_size=40)
+
+
+@given(NUMBERS, st.booleans(), st.sampled_from([1, 8, 64]))
+def test_the_quick_way_is_the_definition_for_any_numbers(numbers: list[float], signed: bool, blocksize: int) -> None:
+    """Infinities, NaN, numbers of few bits, blocks of zeros; negative ones also where no code is negative."""
+    assert is_the_definitions(torch.tensor(numbers), signed, blocksize)
+
+
+@given(values(600), st.booleans())
+def test_the_quick_way_is_the_definition_beside_midpoints(vector: Tensor, signed: bool) -> None:
+    assert is_the_definitions(vector if signed else vector.abs(), signed)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 7.7, 1 / 3, 3e38, 1.2e-38, 3.3e-39, 5e-43])
+def test_the_quick_way_is_the_definition_around_every_midpoint(signed: bool, scale: float) -> None:
+    """Each midpoint times a scale and its neighbours in fp32, at scales up to the largest and with few bits left."""
+    code = dynamic_code(signed)
+    near = ((code[:-1].double() + code[1:].double()) / 2 * scale).float().view(torch.int32)
+    near = torch.cat([near + step for step in range(-4, 5)]).view(torch.float32)
+    near = near[near.abs() <= scale] if signed else near[(near >= 0) & (near <= scale)]
+    rows = [torch.nn.functional.pad(part, (1, 255 - len(part)), value=scale) for part in near.split(255)]
+    assert is_the_definitions(torch.cat(rows), signed)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_quick_way_in_several_chunks(signed: bool) -> None:
+    vector = torch.randn(3 * blockwise.CHUNK + 77, generator=torch.Generator().manual_seed(1)) ** 3
+    assert is_the_definitions(vector, signed)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_only_the_two_numbers_around_a_midpoint_are_unsure(signed: bool) -> None:
+    """All 2^31 numbers from -1 to 1 (2^30 from 0 to 1), by the ends of each upper half and by the midpoints.
+
+    Within a half, sums grow by one from number to number. So a code right at both ends is right between them but for
+    the place of one midpoint, and a rest of 0 or 1 comes up once at most.
+    """
+    midpoints = blockwise._midpoints(dynamic_code(signed))
+    edges = torch.arange(0x3F80, dtype=torch.int32) << 16
+    positive = torch.cat([edges, edges | 0xFFFF, torch.tensor([0x3F800000], dtype=torch.int32)])
+    ends = torch.cat([positive, positive | -(1 << 31)] if signed else [positive])
+    below, above = blockwise._enclosing(midpoints)
+    assert torch.equal(torch.nextafter(below.view(torch.float32), torch.ones(255)), above.view(torch.float32))
+    assert bool((below.view(torch.float32) <= midpoints).all() and (above.view(torch.float32) > midpoints).all())
+    unsure = torch.cat([below, above])
+    beside = torch.cat([unsure - 1, unsure + 1])
+    everything = torch.cat([ends, beside, unsure])
+    bits = everything.clone()
+    blockwise._ascend(bits, signed, torch.empty_like(bits))
+    sums = blockwise._carries(signed)[bits >> 16] + bits
+    flagged = (sums & (blockwise.ONE_CODE - 1)) <= 1
+    assert torch.equal(flagged, torch.isin(everything, unsure))
+    right = torch.bucketize(everything.view(torch.float32).double(), midpoints)
+    assert torch.equal((sums >> 17)[~flagged], right.int()[~flagged])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_number_is_sure_and_right_or_unsure(signed: bool) -> None:
+    """The same one by one. Codes are the definition's at both ends of every run of one code, unsure ones left out."""
+    midpoints, carries, unsure = blockwise._midpoints(dynamic_code(signed)), blockwise._carries(signed), 0
+    for start in range(0, 0x3F800001, 1 << 22):
+        for sign in (0, -(1 << 31)) if signed else (0,):
+            numbers = torch.arange(start, min(start + (1 << 22), 0x3F800001), dtype=torch.int32) | sign
+            bits = numbers.clone()
+            blockwise._ascend(bits, signed, torch.empty_like(bits))
+            sums = torch.index_select(carries, 0, bits >> 16) + bits
+            codes, flagged = sums >> 17, (sums & (blockwise.ONE_CODE - 1)) <= 1
+            change = (codes[1:] != codes[:-1]).nonzero().view(-1)
+            check = torch.cat([change, *(change + i for i in (1, 2, 3)), torch.tensor([0, len(codes) - 1])])
+            check = check[check < len(codes)]
+            right = torch.bucketize(numbers[check].view(torch.float32).double(), midpoints)
+            assert bool(((codes[check] == right) | flagged[check]).all())
+            unsure += int(flagged.sum())
+    assert unsure == 2 * 255
 
 
 @pytest.mark.parametrize("signed", [True, False])

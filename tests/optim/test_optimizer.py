@@ -153,6 +153,23 @@ def test_small_and_fp64_parameters_keep_full_moments() -> None:
     assert optimizer.state[ps[1]]["exp_avg_absmax"].shape == (16,)
 
 
+@pytest.mark.parametrize("make", [AdamW, Lion, AdamW8bit, Lion8bit])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighbours_change_nothing(tools: SimpleNamespace, make: Any, dtype: torch.dtype) -> None:
+    """Small parameters are gathered and large ones cut: every bit is as if each had an optimizer of its own."""
+    shapes = [(4, 1280), (256, 17), (5000,), (8192,), (4097,), (64, 80), (512, 600), (65536,), (3, 2048), (7,)]
+    together, alone = (tools.parameters(shapes, dtype) for _ in range(2))
+    one, many = make(together), [make([p]) for p in alone]
+    for i in range(3):
+        tools.give_gradients(together, alone, seed=i, missing=[(), (3, 5), (0,)][i])
+        for optimizer in (one, *many):
+            optimizer.step()
+    for p, q, other in zip(together, alone, many, strict=True):
+        assert torch.equal(p, q)
+        for name, values in other.state[q].items():
+            assert torch.equal(one.state[p][name], values), name
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_stochastic_rounding_keeps_small_updates(path: str) -> None:
     """bf16 weights of 1 and steps of 1e-4, a fortieth of their spacing: rounded to nearest they would never move."""
