@@ -1,23 +1,29 @@
 """Causal attention with grouped key-value heads, for padded rows, packed rows and cached generation.
 
 The one place that decides how attention is computed. Packed rows hold several examples; each is attended on its own, so
-nothing can cross, and a change in one leaves the others' numbers untouched to the bit.
+nothing can cross, and a change in one leaves the others' numbers untouched to the bit. An example may fork: several
+continuations of one text, which stands in the row once (Hydragen, Juravsky et al. 2024, does it for generation).
 """
 
 from collections.abc import Sequence
+from itertools import chain, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
-Spans = Sequence[tuple[int, int]]
+Spans = Sequence[tuple[int, ...]]
+"""Of each example (start, end), or of one that forks (start, fork, end_1, ..., end_n): its trunk, then n branches."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, spans: Spans | None = None, visible: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, each query seeing the keys at and before its own place.
 
     q [B, T, H, D]; k and v [B, S, K, D], with H a multiple of K and S >= T: the last T keys belong to the queries.
-    `spans`: (start, end) of each example in the B * T tokens, in order and without gaps; needs S = T.
+    `spans`: (start, end) of each example in the B * T tokens, in order and without gaps; needs S = T. In the span
+    (start, fork, end_1, ..., end_n) tokens start to fork are the trunk and end_(i-1) to end_i branch i, which sees the
+    trunk and itself, causally, as if it followed the trunk at once; (start, fork, end) is (start, end).
     `visible` [B or 1, 1, T, S] bool, from `visible_keys`: which keys a query sees, in place of plain causality.
     Returns [B, T, H, D] in q's dtype. ValueError for spans that do not cover the tokens, or spans and `visible`.
     """
@@ -45,24 +51,56 @@ def visible_keys(queries: int, keys: int, mask: Tensor | None, device: torch.dev
     return ((seen & mask[:, None, :]) | (there == here))[:, None]
 
 
-def span_lengths(spans: Spans, tokens: int) -> list[int]:
-    """The length of each span; ValueError unless they cover the tokens in order, without gaps."""
+def span_lengths(spans: Spans, tokens: int) -> list[tuple[int, ...]]:
+    """The lengths of each span's parts: (all,), or of one that forks (trunk, branch 1, ..., branch n).
+
+    ValueError unless spans cover the tokens in order and without gaps. Only a trunk may be empty.
+    """
     place = 0
-    for start, end in spans:
-        if start != place or end <= start:
+    lengths = []
+    for span in spans:
+        parts = tuple(b - a for a, b in pairwise(span))
+        if not parts or span[0] != place or parts[0] < (len(parts) == 1) or any(part < 1 for part in parts[1:]):
             break
-        place = end
+        lengths.append((sum(parts),) if len(parts) <= 2 else parts)
+        place = span[-1]
     else:
         if place == tokens:
-            return [end - start for start, end in spans]
-    raise ValueError(f"spans must cover the {tokens} tokens in order and without gaps, got {list(spans)}")
+            return lengths
+    raise ValueError(
+        f"spans must cover the {tokens} tokens in order and without gaps, each (start, end) or"
+        f" (start, fork, end_1, ..., end_n) with no empty branch, got {list(spans)}"
+    )
+
+
+def span_positions(spans: Spans, device: torch.device) -> Tensor:
+    """The place of every token in its own text, [tokens] int64: from 0 in each span, from the fork in each branch."""
+    ranges = []
+    for start, *ends in spans:
+        ranges.append((0, ends[0] - start))
+        ranges += [(ends[0] - start, ends[0] - start + b - a) for a, b in pairwise(ends)]
+    return torch.cat([torch.arange(first, end, device=device) for first, end in ranges])
 
 
 def _by_span(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
     lengths = span_lengths(spans, q.shape[0] * q.shape[1])
     # split, not slices: its backward is one concatenation, where each slice would fill a full-size tensor with zeros
-    pieces = [x.flatten(0, 1).unsqueeze(0).split(lengths, dim=1) for x in (q, k, v)]
-    return torch.cat([_sdpa(*piece, is_causal=True) for piece in zip(*pieces, strict=True)], dim=1).view(q.shape)
+    pieces = [x.flatten(0, 1).unsqueeze(0).split(list(chain.from_iterable(lengths)), dim=1) for x in (q, k, v)]
+    each = iter(zip(*pieces, strict=True))
+    parts = [y for parts in lengths for y in _span([next(each) for _ in parts])]
+    return torch.cat(parts, dim=1).view(q.shape)
+
+
+def _span(parts: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    """Attention of one example from the q, k, v of its parts. Each branch has its keys after the trunk's."""
+    if len(parts) == 1:
+        return [_sdpa(*parts[0], is_causal=True)]
+    trunk, first, *others = parts
+    outputs = [_sdpa(*(torch.cat(pair, dim=1) for pair in zip(trunk, first, strict=True)), is_causal=True)]
+    for q, k, v in others:
+        keys, values = torch.cat((trunk[1], k), dim=1), torch.cat((trunk[2], v), dim=1)
+        outputs.append(_sdpa(q, keys, values, attn_mask=causal_lower_right(q.shape[1], keys.shape[1])))
+    return outputs
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -4,7 +4,6 @@ Module names are those of Hugging Face checkpoints (`model.layers.0.self_attn.q_
 adapters trained here open elsewhere. The linears may be dense, 4-bit or wrapped by LoRA: this file only calls them.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import rope
-from ..kernels.attention import Spans, attention, span_lengths, visible_keys
+from ..kernels.attention import Spans, attention, span_lengths, span_positions, visible_keys
 from ..kernels.rms_norm import rms_norm
 from ..kernels.swiglu import swiglu
 from ..lora.project import project
@@ -176,7 +175,8 @@ class Llama(nn.Module):
 
         `position_ids` [B, T]: default counts from 0 in every row or span, from the cache's length on, or over a mask's
         True places. `spans`: (start, end) pairs over the flattened B * T tokens, in order and without gaps: examples of
-        a packed row, each attended alone. None is one causal text a row (right padding needs no mask). `mask` [B, S]
+        a packed row, each attended alone; (start, fork, end_1, ..., end_n) is one text with n continuations, whose
+        positions all go on from the fork. None is one causal text a row (right padding needs no mask). `mask` [B, S]
         bool over cached and new tokens: False hides left padding. `cache` is read and extended. Spans exclude mask and
         cache. ValueError where these do not fit together.
         """
@@ -246,13 +246,11 @@ def _visible(input_ids: Tensor, cache: Cache | None, mask: Tensor | None) -> Ten
     return visible_keys(tokens, cached + tokens, mask, input_ids.device)
 
 
-def _positions(
-    input_ids: Tensor, spans: Sequence[tuple[int, int]] | None, cache: Cache | None, mask: Tensor | None
-) -> Tensor:
+def _positions(input_ids: Tensor, spans: Spans | None, cache: Cache | None, mask: Tensor | None) -> Tensor:
     tokens, device = input_ids.shape[1], input_ids.device
     if mask is not None:
         return (mask.cumsum(1) - 1).clamp_(min=0)[:, -tokens:]
     if spans is not None:
-        return torch.cat([torch.arange(end - start, device=device) for start, end in spans]).view(input_ids.shape)
+        return span_positions(spans, device).view(input_ids.shape)
     first = 0 if cache is None else cache.length
     return torch.arange(first, first + tokens, device=device).expand_as(input_ids)

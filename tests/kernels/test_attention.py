@@ -1,4 +1,4 @@
-"""attention against a plain loop in float64: causal, grouped heads, spans, masks, cached keys."""
+"""attention against a plain loop in float64: causal, grouped heads, spans, forks, masks, cached keys."""
 
 import math
 
@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourbit.kernels.attention import attention, visible_keys
+from fourbit.kernels import attention as module
+from fourbit.kernels.attention import attention, span_lengths, span_positions, visible_keys
 
-Spans = list[tuple[int, int]]
+Spans = list[tuple[int, ...]]
 
 
 def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
@@ -98,9 +99,114 @@ def test_another_span_changes_nothing_to_the_bit() -> None:
     assert not torch.equal(before[:, 31:48], after[:, 31:48])
 
 
+FORK = st.tuples(st.integers(0, 6), st.lists(st.integers(1, 6), min_size=1, max_size=4))  # trunk, branches
+
+
+def laid_out(forks: list[tuple[int, list[int]]]) -> Spans:
+    """One span for each (trunk, branches); a text without a fork is written in its two ways in turn."""
+    spans: Spans = []
+    place = 0
+    for trunk, branches in forks:
+        ends = [place + trunk]
+        for branch in branches:
+            ends.append(ends[-1] + branch)
+        spans.append((place, ends[-1]) if len(branches) == 1 and len(spans) % 2 else (place, *ends))
+        place = ends[-1]
+    return spans
+
+
+def fork_visible(forks: list[tuple[int, list[int]]]) -> torch.Tensor:
+    """Who sees whom, from the definition: a token sees those before it in its trunk and in its own branch."""
+    owner = [
+        (s, b) for s, (trunk, lengths) in enumerate(forks) for b, n in enumerate([trunk, *lengths]) for _ in range(n)
+    ]
+    sees = lambda i, j: j <= i and owner[i][0] == owner[j][0] and owner[j][1] in (0, owner[i][1])  # noqa: E731
+    return torch.tensor([[sees(i, j) for j in range(len(owner))] for i in range(len(owner))])
+
+
+@given(forks=st.lists(FORK, min_size=1, max_size=4))
+def test_forks_equal_the_definition(forks: list[tuple[int, list[int]]]) -> None:
+    spans = laid_out(forks)
+    total = spans[-1][-1]
+    q, k, v = sample(1, total, total, 4, 2)
+    got = attention(q, k, v, spans=spans)
+    torch.testing.assert_close(got, plain(q, k, v, fork_visible(forks)[None]), rtol=1e-12, atol=1e-12)
+    texts = [[*range(trunk), *(p for n in branches for p in range(trunk, trunk + n))] for trunk, branches in forks]
+    assert span_positions(spans, q.device).tolist() == [place for text in texts for place in text]
+    lengths = [(trunk + b[0],) if len(b) == 1 else (trunk, *b) for trunk, b in forks]
+    assert span_lengths(spans, total) == lengths
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 2), (9, 3)])
+@pytest.mark.parametrize("fork", [(3, [2, 4]), (1, [1, 1]), (5, [1, 3, 2]), (0, [2, 3])])
+def test_gradients_of_forks_in_float64(fork: tuple[int, list[int]], heads: tuple[int, int]) -> None:
+    spans = laid_out([fork])
+    q, k, v = (x.requires_grad_() for x in sample(1, spans[-1][-1], spans[-1][-1], *heads))
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, spans=spans), (q, k, v))
+
+
+def test_another_branch_changes_nothing_to_the_bit() -> None:
+    """Trunk 300, branches 71, 40 and 9, another example behind: outputs and gradients of all but the changed branch."""
+    spans: Spans = [(0, 300, 371, 411, 420), (420, 450)]
+    parts = {"trunk": (0, 300), "first": (300, 371), "second": (371, 411), "third": (411, 420), "behind": (420, 450)}
+    for changed in ("first", "second", "third"):
+        results = []
+        for scale in (1.0, 100.0):
+            q, k, v = sample(1, 450, 450, 4, 2, torch.float32)
+            for x in (q, k, v):
+                x[:, slice(*parts[changed])] *= scale
+                x.requires_grad_()
+            out = attention(q, k, v, spans=spans)
+            results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+        for name, (start, end) in parts.items():
+            same = [torch.equal(a[:, start:end], b[:, start:end]) for a, b in zip(*results, strict=True)]
+            trunk = [True, True, False, False]  # the trunk's keys and values get every branch's gradient
+            assert same == {changed: [False] * 4, "trunk": trunk}.get(name, [True] * 4), f"{changed} changed {name}"
+
+
+def test_an_unforked_text_is_to_the_bit_what_it_was() -> None:
+    q, k, v = sample(1, 60, 60, 4, 2, torch.float32)
+    plain_spans = attention(q, k, v, spans=[(0, 20), (20, 60)])
+    alone = torch.cat([attention(*(x[:, a:b] for x in (q, k, v))) for a, b in ((0, 20), (20, 60))], dim=1)
+    assert torch.equal(plain_spans, alone)
+    assert torch.equal(attention(q, k, v, spans=[(0, 7, 20), (20, 20, 60)]), plain_spans)
+
+
+def every_branch_after_the_other(q: int, k: int) -> torch.Tensor:
+    """A planted fault: a branch's tokens are one place too far left, so each misses itself."""
+    return torch.ones(q, k).tril(k - q - 1).bool()
+
+
+def test_the_comparison_catches_a_mask_that_is_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "causal_lower_right", every_branch_after_the_other)
+    with pytest.raises(AssertionError):
+        test_forks_equal_the_definition.hypothesis.inner_test([(3, [2, 2])])  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("spans", [[(0, 3)], [(0, 3), (4, 6)], [(3, 6), (0, 3)], [(0, 4), (3, 6)], [(0, 7)], []])
 def test_spans_that_do_not_cover_the_tokens_are_refused(spans: Spans) -> None:
     with pytest.raises(ValueError, match="spans must cover the 6 tokens in order"):
+        attention(*sample(1, 6, 6, 2, 2), spans=spans)
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [(0, 2, 4, 5)],
+        [(0, 2, 4, 7)],
+        [(1, 2, 4, 6)],
+        [(0, 4, 2, 6)],
+        [(0, 2, 2, 6)],
+        [(0, 2, 4, 6, 6)],
+        [(0, 2, 4), (5, 6)],
+        [(0,), (0, 6)],
+        [(), (0, 6)],
+        [(0, 0), (0, 6)],
+        [(0, -1, 6)],
+    ],
+)
+def test_forks_that_do_not_cover_the_tokens_are_refused(spans: Spans) -> None:
+    with pytest.raises(ValueError, match=r"or \(start, fork, end_1, ..., end_n\) with no empty branch, got \["):
         attention(*sample(1, 6, 6, 2, 2), spans=spans)
 
 
