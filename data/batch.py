@@ -7,7 +7,7 @@ that nothing later can shift them across the border between two packed examples.
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from .encode import Encoded
 
 IGNORE = -100
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -105,41 +106,55 @@ def micro_batches(
     `token_budget` tokens a pass (padding counted unless packed; an example longer than the budget goes alone).
     """
     _check(examples)
-    by_length = sorted(examples, key=lambda example: len(example.ids), reverse=True)
-    if micro_batch == "auto":
-        if token_budget < 1:
-            raise ValueError(f"token_budget must be at least 1, not {token_budget}")
-        groups = (_packed_groups if packing else _padded_groups)(by_length, token_budget)
-    elif micro_batch >= 1:
-        groups = [by_length[i : i + micro_batch] for i in range(0, len(by_length), micro_batch)]
-    else:
-        raise ValueError(f'micro_batch must be "auto" or at least 1, not {micro_batch}')
+    groups = split_groups(
+        examples, [len(e.ids) for e in examples], packing=packing, micro_batch=micro_batch, token_budget=token_budget
+    )
     return [pack_batch(group) if packing else pad_batch(group, pad_id) for group in groups]
 
 
-def _packed_groups(by_length: Sequence[Encoded], token_budget: int) -> list[list[Encoded]]:
+def split_groups(
+    items: Sequence[T],
+    sizes: Sequence[int],
+    *,
+    packing: bool,
+    micro_batch: int | Literal["auto"],
+    token_budget: int,
+) -> list[list[T]]:
+    """Items of these sizes (in tokens; longest first from here on) into the groups that `micro_batches` speaks of."""
+    order = sorted(range(len(items)), key=sizes.__getitem__, reverse=True)
+    if micro_batch == "auto":
+        if token_budget < 1:
+            raise ValueError(f"token_budget must be at least 1, not {token_budget}")
+        groups = (_packed_groups if packing else _padded_groups)(order, sizes, token_budget)
+    elif micro_batch >= 1:
+        groups = [order[i : i + micro_batch] for i in range(0, len(order), micro_batch)]
+    else:
+        raise ValueError(f'micro_batch must be "auto" or at least 1, not {micro_batch}')
+    return [[items[i] for i in group] for group in groups]
+
+
+def _packed_groups(order: Sequence[int], sizes: Sequence[int], token_budget: int) -> list[list[int]]:
     """Best-fit-decreasing: put each example, longest first, where it leaves the least room."""
-    groups: list[list[Encoded]] = []
+    groups: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room left, group), sorted
-    for example in by_length:
-        length = len(example.ids)
-        k = bisect_left(rooms, (length, 0))
+    for i in order:
+        k = bisect_left(rooms, (sizes[i], 0))
         if k < len(rooms):
             room, group = rooms.pop(k)
-            groups[group].append(example)
+            groups[group].append(i)
         else:
             room, group = token_budget, len(groups)
-            groups.append([example])
-        insort(rooms, (room - length, group))
+            groups.append([i])
+        insort(rooms, (room - sizes[i], group))
     return groups
 
 
-def _padded_groups(by_length: Sequence[Encoded], token_budget: int) -> list[list[Encoded]]:
+def _padded_groups(order: Sequence[int], sizes: Sequence[int], token_budget: int) -> list[list[int]]:
     """For padded rows, where each example costs as much as the longest: neighbours in length go together."""
-    groups: list[list[Encoded]] = []
-    for example in by_length:
-        if groups and (len(groups[-1]) + 1) * len(groups[-1][0].ids) <= token_budget:
-            groups[-1].append(example)
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and (len(groups[-1]) + 1) * sizes[groups[-1][0]] <= token_budget:
+            groups[-1].append(i)
         else:
-            groups.append([example])
+            groups.append([i])
     return groups

@@ -108,8 +108,9 @@ def load_dataset(
     dataset = Dataset([], [], Report())
 
     def encode(conv: Conversation) -> tuple[Encoded, Sequence[str]]:
-        example = encode_conversation(conv, tokenizer, chat_template, loss_on=loss_on)
-        example = without_tail(example, max_length, dataset.report)
+        whole = encode_conversation(conv, tokenizer, chat_template, loss_on=loss_on)
+        example = without_tail(whole, max_length)
+        dataset.report.truncated += example is not whole
         if len(example.ids) > max_length:
             reason = (
                 f"{len(example.ids)} tokens, and max_length {max_length} cuts off the end of an answer:"
@@ -174,11 +175,10 @@ def read_files(
     return found, problems
 
 
-def without_tail(example: Encoded, max_length: int, report: Report) -> Encoded:
-    """An example that is too long, cut to `max_length` tokens if no trained one is lost (and counted so)."""
+def without_tail(example: Encoded, max_length: int) -> Encoded:
+    """An example that is too long, cut to `max_length` tokens if no trained one is lost by it."""
     if len(example.ids) <= max_length or any(example.trained[max_length:]):
         return example
-    report.truncated += 1
     return replace(example, ids=example.ids[:max_length], trained=example.trained[:max_length])
 
 
@@ -215,6 +215,11 @@ def _fill_report(dataset: Examples[E, R], notes: Counter[str], template: ChatTem
         )
     if report.duplicates:
         report.notices.append(f"{report.duplicates} of {report.rows} rows repeat an earlier row")
+    for kind, number in report.dropped.items():
+        first = next(problem for problem in report.drops if problem.kind == kind)
+        report.notices.append(
+            f"{number} of {report.rows + len(report.drops)} rows left out ({kind}); the first: {first}"
+        )
     report.notices += [f"{count} of {report.rows} rows: {note}" for note, count in sorted(notes.items())]
 
 
