@@ -1,0 +1,281 @@
+"""Answers that share a prompt: a forked row = packed rows of their own = padded rows, in states and every gradient."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fourbit
+from fourbit.data import answer_batch
+from fourbit.data.answer_batch import AnswerBatch, pack_answers, pad_answers
+from fourbit.data.encode import Encoded
+from fourbit.data.pairs import Pair, shared_tokens
+from fourbit.kernels import attention as attention_module
+from fourbit.models import llama
+from fourbit.models.llama import Llama, LlamaConfig
+
+VOCABULARY = 97
+Fault = Callable[[pytest.MonkeyPatch], None]
+
+
+def pair(trunk: int, answers: Sequence[int], seed: int = 0) -> Pair:
+    """Two answers of these lengths after a common beginning of `trunk` tokens; all answer tokens are trained."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(0, VOCABULARY - 2, (n,), generator=generator).tolist()  # noqa: E731
+    start = draw(trunk)
+    texts = [[*start, VOCABULARY - 2 + i, *draw(length - 1)] for i, length in enumerate(answers)]
+    parts = [Encoded(ids, [False] * trunk + [True] * (len(ids) - trunk), "", "") for ids in texts]
+    return Pair(*parts, shared_tokens(*texts), "")
+
+
+PAIRS = [(0, pair(17, (5, 9), 1)), (1, pair(1, (1, 1), 2)), (2, pair(30, (1, 12), 3)), (3, pair(8, (20, 3), 4))]
+
+
+def dense(dtype: torch.dtype, heads: tuple[int, int] = (4, 2)) -> Llama:
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(VOCABULARY, 64, 96, 3, *heads, 16)).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.2)
+            if "norm" in name:
+                parameter.add_(1.0)
+    return model
+
+
+def quantised(dtype: torch.dtype) -> Llama:
+    """NF4 under LoRA with B not zero; no dropout, which would be drawn for other rows."""
+    model = dense(dtype)
+    fourbit.quantize_(model)
+    fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8))
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, std=0.05)
+    return model.to(dtype).train()
+
+
+def logps(model: Llama, batch: AnswerBatch) -> Tensor:
+    """Log-probabilities of every answer's trained tokens from full logits, [A, P, L]; 0 where an answer is shorter."""
+    hidden = model.hidden(batch.input_ids, batch.position_ids, batch.spans).flatten(0, 1)[batch.rows]
+    scores = model.lm_head(hidden).log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
+    return torch.cat([scores, scores.new_zeros(1)])[batch.slots]
+
+
+def loss(model: Llama, batch: AnswerBatch) -> Tensor:
+    """A DPO-like loss, so that both answers' gradients matter and differ."""
+    chosen, rejected = logps(model, batch).sum(2)
+    return -nn.functional.logsigmoid(0.1 * (chosen - rejected)).sum()
+
+
+def gradients(model: Llama, batches: Sequence[AnswerBatch]) -> dict[str, Tensor]:
+    model.zero_grad()
+    for batch in batches:
+        loss(model, batch).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def unshared(examples: Sequence[tuple[int, Pair]]) -> list[AnswerBatch]:
+    """Every pair by itself in one row, each answer with its own copy of the prompt."""
+    return [separate(number, example) for number, example in examples]
+
+
+def separate(number: int, example: Pair) -> AnswerBatch:
+    """Both answers whole in one row: two plain spans, written down from the definition."""
+    ids, rows, targets, slots = list[int](), list[int](), list[int](), list[list[int]]()
+    for part in example.parts:
+        predicted = [i for i in range(1, len(part.ids)) if part.trained[i]]
+        slots.append([len(rows) + k for k in range(len(predicted))])
+        rows += [len(ids) + i - 1 for i in predicted]
+        targets += [part.ids[i] for i in predicted]
+        ids += part.ids
+    cut = len(example.chosen.ids)
+    longest = max(map(len, slots))
+    empty = torch.empty(0, dtype=torch.int64)
+    return AnswerBatch(
+        torch.tensor([ids]),
+        torch.tensor([[*range(cut), *range(len(ids) - cut)]]),
+        ((0, cut), (cut, len(ids))),
+        torch.tensor(rows),
+        torch.tensor(targets),
+        torch.tensor([[slot + [len(rows)] * (longest - len(slot))] for slot in slots]),
+        *(empty, empty, None, (number,), len(ids), len(rows), 1),
+    )
+
+
+def distance(got: dict[str, Tensor], want: dict[str, Tensor], floor: float = 0.0) -> float:
+    """The largest distance of two gradients, in norms of the wanted one or, if that is more, of `floor` x all of it.
+
+    The floor is for texts of one or two tokens: softmax over one key has the gradient 0, which rounding makes 1e-17.
+    """
+    assert got.keys() == want.keys() and len(want) > 0
+    least = floor * float(torch.stack([gradient.norm() for gradient in want.values()]).norm())
+    return max(float((got[name] - want[name]).norm()) / max(float(want[name].norm()), least) for name in want)
+
+
+MODELS: dict[str, Callable[[torch.dtype], Llama]] = {
+    "as many heads": lambda dtype: dense(dtype, (4, 4)),
+    "grouped heads": dense,
+    "one key head": lambda dtype: dense(dtype, (4, 1)),
+    "lora on nf4": quantised,
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("kind", MODELS)
+def test_forked_separate_and_padded_are_one(kind: str, dtype: torch.dtype, bound: float, checkpointing: bool) -> None:
+    model = MODELS[kind](dtype)
+    model.checkpointing = checkpointing
+    forked, padded = pack_answers(PAIRS), pad_answers(PAIRS, pad_id=0)
+    assert forked.tokens == 17 + 14 + 1 + 2 + 30 + 13 + 8 + 23 < padded.tokens
+    with torch.no_grad():
+        scores = [logps(model, batch) for batch in (forked, padded)]
+        assert (scores[0] - scores[1]).abs().max() <= bound * scores[1].abs().max()
+        for p, batch in enumerate(unshared(PAIRS)):
+            alone = logps(model, batch)
+            assert (scores[0][:, p : p + 1, : alone.shape[2]] - alone).abs().max() <= bound * alone.abs().max()
+    want = gradients(model, [padded])
+    assert distance(gradients(model, [forked]), want) <= bound
+    assert distance(gradients(model, unshared(PAIRS)), want) <= bound
+
+
+def test_hidden_states_are_those_of_each_answer_alone() -> None:
+    """Token by token and to 1e-12, trunk and branches, also where positions are left to the model."""
+    model = dense(torch.float64)
+    batch = pack_answers(PAIRS)
+    with torch.no_grad():
+        hidden = model.hidden(batch.input_ids, batch.position_ids, batch.spans)[0]
+        assert torch.equal(model.hidden(batch.input_ids, spans=batch.spans)[0], hidden)
+        for (_, example), span in zip(PAIRS, batch.spans or (), strict=True):
+            start, fork, *ends = span
+            for part, (a, b) in zip(example.parts, itertools.pairwise([fork, *ends]), strict=True):
+                alone = model.hidden(torch.tensor([part.ids]))[0]
+                here = torch.cat([hidden[start:fork], hidden[a:b]])
+                assert (here - alone).abs().max() <= 1e-12 * alone.abs().max()
+
+
+FORKS = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4)
+
+
+@settings(max_examples=25)
+@given(forks=FORKS, seed=st.integers(0, 99))
+def test_any_lengths_agree(forks: list[tuple[int, int, int]], seed: int) -> None:
+    model = dense(torch.float64)
+    examples = [(i, pair(trunk, lengths, seed + i)) for i, (trunk, *lengths) in enumerate(forks)]
+    want = gradients(model, [pad_answers(examples, pad_id=5)])
+    assert distance(gradients(model, [pack_answers(examples)]), want, floor=1e-5) <= 1e-10
+
+
+@settings(max_examples=15)
+@given(trunk=st.integers(0, 9), branches=st.lists(st.integers(1, 7), min_size=1, max_size=5))
+def test_any_number_of_branches(trunk: int, branches: list[int]) -> None:
+    """More than the two that a pair has: states equal those of every continuation alone."""
+    model = dense(torch.float64)
+    ends = list(itertools.accumulate(branches, initial=trunk))
+    ids = torch.randint(0, VOCABULARY, (1, ends[-1]), generator=torch.Generator().manual_seed(trunk))
+    with torch.no_grad():
+        forked = model.hidden(ids, spans=[(0, *ends)])
+        for a, b in itertools.pairwise(ends):
+            alone = model.hidden(torch.cat([ids[:, :trunk], ids[:, a:b]], dim=1))
+            here = torch.cat([forked[:, :trunk], forked[:, a:b]], dim=1)
+            assert (here - alone).abs().max() <= 1e-12 * alone.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["grouped heads", "lora on nf4"])
+def test_another_branch_changes_nothing_to_the_bit(kind: str) -> None:
+    model = MODELS[kind](torch.float32)
+    batch = pack_answers(PAIRS)
+    _start, fork, first, second = (batch.spans or ())[2]
+    for a, b in ((fork, first), (first, second)):
+        changed = batch.input_ids.clone()
+        changed[:, a:b] = (changed[:, a:b] + 1) % VOCABULARY
+        with torch.no_grad():
+            before, after = (model.hidden(ids, batch.position_ids, batch.spans) for ids in (batch.input_ids, changed))
+        assert torch.equal(before[:, :a], after[:, :a]) and torch.equal(before[:, b:], after[:, b:])
+        assert not torch.equal(before[:, a:b], after[:, a:b])
+
+
+def branches_see_each_other(patch: pytest.MonkeyPatch) -> None:
+    """One causal text: the second branch sees the first."""
+    whole = lambda parts: [  # noqa: E731
+        attention_module._sdpa(*(torch.cat(x, dim=1) for x in zip(*parts, strict=True)), is_causal=True)
+    ]
+    patch.setattr(attention_module, "_span", whole)
+
+
+def branch_without_trunk(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        attention_module,
+        "_span",
+        lambda parts: [attention_module._sdpa(*part, is_causal=True) for part in parts],
+    )
+
+
+def upper_left(patch: pytest.MonkeyPatch) -> None:
+    """The second branch's first token sees the first key only, as a causal mask aligned at the start has it."""
+    patch.setattr(attention_module, "causal_lower_right", lambda q, k: torch.ones(q, k).tril().bool())
+
+
+def positions_run_on(patch: pytest.MonkeyPatch) -> None:
+    """The second branch is numbered after the first, as if it followed it."""
+    original = llama.Llama.hidden
+
+    def hidden(self: Any, ids: Tensor, positions: Tensor | None = None, spans: Any = None) -> Tensor:
+        plain = None if spans is None else [(span[0], span[-1]) for span in spans]
+        moved = attention_module.span_positions(plain, ids.device).view(ids.shape) if plain else positions
+        return original(self, ids, moved, spans)
+
+    patch.setattr(llama.Llama, "hidden", hidden)
+
+
+def target_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    """Answers are predicted from their own place, not from the one before."""
+    original = answer_batch.pack_answers
+
+    def shifted(examples: Any) -> AnswerBatch:
+        batch = original(examples)
+        return answer_batch.replace(batch, rows=(batch.rows + 1).clamp(max=batch.tokens - 1))
+
+    patch.setitem(globals(), "pack_answers", shifted)
+
+
+def first_target_from_the_row_before(patch: pytest.MonkeyPatch) -> None:
+    """The second branch's first token is predicted from the token that stands before it: the first branch's last."""
+    original = answer_batch.pack_answers
+
+    def wrong(examples: Any) -> AnswerBatch:
+        batch = original(examples)
+        rows = batch.rows.clone()
+        for p, (_, fork, end, _) in enumerate(batch.spans or ()):
+            first = batch.slots[1, p, 0]
+            assert rows[first] == fork - 1
+            rows[first] = end - 1
+        return answer_batch.replace(batch, rows=rows)
+
+    patch.setitem(globals(), "pack_answers", wrong)
+
+
+FAULTS: list[Fault] = [
+    branches_see_each_other,
+    branch_without_trunk,
+    upper_left,
+    positions_run_on,
+    target_off_by_one,
+    first_target_from_the_row_before,
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        test_forked_separate_and_padded_are_one("grouped heads", torch.float32, 2e-5, False)
+
+
+def test_a_fork_that_does_not_cover_the_tokens_is_refused_before_any_work() -> None:
+    with pytest.raises(ValueError, match=r"spans must cover the 6 tokens .* got \[\(0, 2, 4\)\]"):
+        dense(torch.float32)(torch.zeros(1, 6, dtype=torch.int64), spans=[(0, 2, 4)])
