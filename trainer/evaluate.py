@@ -13,8 +13,9 @@ from ..data.batch import Batch, micro_batches, sent
 from ..data.encode import Encoded, encode_prompt
 from ..data.formats import Conversation
 from ..data.template import ChatTemplate
+from ..kernels.linear_logprobs import TokenScores, check_targets
 from ..models.generate import generate
-from .losses import token_losses
+from .logprobs import token_scores, vocabulary_of
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,25 @@ def batch_loss_sum(model: Any, batch: Batch) -> Tensor:
 
 
 def batch_token_losses(model: Any, batch: Batch) -> Tensor:
-    """Loss of each trained token, [batch.trained], in the order of the batch's flattened positions.
+    """Loss of each trained token, [batch.trained], in the order of the batch's flattened positions."""
+    return -batch_token_scores(model, batch).logps
 
-    `batch` is on the CPU: trained positions are found there, so the device is never waited for.
+
+def batch_token_scores(model: Any, batch: Batch) -> TokenScores:
+    """Log-probability, entropy and correctness of each trained token, [batch.trained] each, in the order of positions.
+
+    `batch` is on the CPU: trained positions are found and looked at there, so the device is never waited for.
+    Raises ValueError for a target outside the model's vocabulary.
     """
     targets = batch.targets.flatten()
     trained = (targets >= 0).nonzero().squeeze(1)  # [trained]
+    targets = targets[trained]
+    check_targets(targets, vocabulary_of(model.lm_head))
     device = next(model.parameters()).device
     here = batch.to(device)
     hidden = model.hidden(here.input_ids, here.position_ids, here.spans)  # [B, T, D]
     rows = hidden.flatten(0, 1).index_select(0, sent(trained, device))
-    return token_losses(model.lm_head, rows, sent(targets[trained], device))
+    return token_scores(model.lm_head, rows, sent(targets, device))
 
 
 def evaluate_loss(

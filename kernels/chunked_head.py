@@ -1,0 +1,216 @@
+"""What is computed row by row from an output head's logits, without ever holding all of them.
+
+For T tokens and a vocabulary of V the usual route holds T x V logits and as many gradients, in fp32: 6 GB for 8,192
+tokens of a 100k vocabulary. Here one chunk of rows is alive at a time. A `Scorer` turns a chunk's logits into figures
+of each row and writes the first figure's gradient over them. A frozen head, as with adapters, takes that gradient back
+to the hidden states while it is there: two products a chunk, and backward only scales. A trained head cannot, since
+its own gradient needs what each row is weighted with: its chunks are computed again in backward.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_BYTES = 64 * 2**20  # of one chunk's logits in fp32, on a CPU
+CHUNK_BYTES_GPU = 512 * 2**20  # a thousand rows at 128k tokens of vocabulary: fewer do not fill a GPU's products
+BLOCK_BYTES = 2**20  # of the logits that a scorer passes over at a time: they stay in a core's cache
+BLOCK_BYTES_GPU = 64 * 2**20  # large enough that a launch costs nothing beside it
+
+
+class Scorer(Protocol):
+    """Figures of rows of logits, the first of them differentiable."""
+
+    def __call__(self, logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, ...]:
+        """The figures, each [n], of logits [n, V] (fp32 or fp64) that belong to `rows` of the hidden states.
+
+        The logits may be overwritten; with `gradient` they then hold d figures[0] / d logits.
+        """
+
+
+Back = Callable[[Tensor], Tensor]  # gradient of a chunk's logits -> gradient of its hidden states
+Product = Callable[[Tensor, bool], tuple[Tensor, Back | None]]  # hidden states, whether to go back -> logits, the way
+
+
+def dense_figures(hidden: Tensor, weight: Tensor, scorer: Scorer, rows: int) -> tuple[Tensor, ...]:
+    """The scorer's figures, each [N], for logits hidden [N, D] weight [V, D]^T, `rows` of them at a time.
+
+    Gradients flow from the first figure to hidden and weight. Memory: a chunk, and [N, D] with a frozen weight.
+    """
+    if torch.is_grad_enabled() and weight.requires_grad:
+        trained: tuple[Tensor, ...] = _TrainedWeight.apply(hidden, weight, scorer, rows)
+        return trained
+    return _frozen_figures(hidden, _dense(weight), scorer, rows)
+
+
+def module_figures(hidden: Tensor, head: nn.Module, scorer: Scorer, rows: int, *, in_place: bool) -> tuple[Tensor, ...]:
+    """As dense_figures for a head of any kind: 4-bit, with a bias, carrying an adapter.
+
+    in_place: overwrite what the head returns, which a linear layer allows; where its backward needs its output (a
+    soft cap does) that must be False, and costs one more chunk. A head with trained parameters is computed again in
+    backward, with the same random numbers.
+    """
+    if torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()):
+        pieces = zip(hidden.split(rows), _parts(hidden, rows), strict=True)  # split: slices' gradients would be [N, D]
+        parts = [checkpoint(_trained_chunk, head, h, scorer, p, in_place, use_reentrant=False) for h, p in pieces]
+        return _joined(parts)
+    return _frozen_figures(hidden, _module(head, in_place), scorer, rows)
+
+
+def upcast(logits: Tensor) -> Tensor:
+    """fp32 at least: an exponential of 16-bit logits is no softmax."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def rows_per_chunk(vocabulary: int, device: torch.device) -> int:
+    """Rows of logits that one chunk holds by default, at least one."""
+    return max(1, (CHUNK_BYTES_GPU if device.type == "cuda" else CHUNK_BYTES) // (4 * vocabulary))
+
+
+def checked_rows(chunk_rows: int | None, vocabulary: int, device: torch.device) -> int:
+    """`chunk_rows`, or the default; ValueError below 1."""
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}; leave it out for the default")
+    return chunk_rows or rows_per_chunk(vocabulary, device)
+
+
+def blocks(logits: Tensor) -> Iterator[slice]:
+    """Rows of a chunk that are passed over together."""
+    size = BLOCK_BYTES_GPU if logits.is_cuda else BLOCK_BYTES
+    step = max(1, size // (logits.element_size() * logits.shape[1]))
+    yield from (slice(i, i + step) for i in range(0, len(logits), step))
+
+
+def _parts(hidden: Tensor, rows: int) -> list[slice]:
+    return [slice(i, i + rows) for i in range(0, max(1, len(hidden)), rows)]  # one empty part where there is no row
+
+
+def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(figure) for figure in zip(*parts, strict=True))
+
+
+def _dense(weight: Tensor) -> Product:
+    def product(hidden: Tensor, gradient: bool) -> tuple[Tensor, Back | None]:
+        return upcast(hidden @ weight.T), lambda dlogits: dlogits.to(weight.dtype) @ weight
+
+    return product
+
+
+def _own(logits: Tensor, in_place: bool) -> Tensor:
+    """The logits as a scorer may overwrite them."""
+    wide = upcast(logits.detach())
+    return wide.clone() if wide.dtype == logits.dtype and not in_place else wide
+
+
+def _module(head: nn.Module, in_place: bool) -> Product:
+    def product(hidden: Tensor, gradient: bool) -> tuple[Tensor, Back | None]:
+        if not gradient:
+            with torch.no_grad():
+                return _own(head(hidden), in_place), None
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            logits = head(leaf)
+        return _own(logits, in_place), lambda d: torch.autograd.grad(logits, leaf, d.to(logits.dtype))[0]
+
+    return product
+
+
+def _frozen_figures(hidden: Tensor, product: Product, scorer: Scorer, rows: int) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        figures: tuple[Tensor, ...] = _FrozenHead.apply(hidden, product, scorer, rows)
+        return figures
+    with torch.no_grad():
+        return _sweep(hidden, product, scorer, rows, None)
+
+
+def _sweep(hidden: Tensor, product: Product, scorer: Scorer, rows: int, dhidden: Tensor | None) -> tuple[Tensor, ...]:
+    return _joined([_chunk(hidden, product, scorer, part, dhidden) for part in _parts(hidden, rows)])
+
+
+def _chunk(hidden: Tensor, product: Product, scorer: Scorer, part: slice, dhidden: Tensor | None) -> tuple[Tensor, ...]:
+    """One chunk's figures; its logits die with this call, before the next chunk's are made."""
+    logits, back = product(hidden[part], dhidden is not None)
+    figures = scorer(logits, part, dhidden is not None)
+    if dhidden is not None and back is not None:
+        dhidden[part] = back(logits)
+    return figures
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, product: Product, scorer: Scorer, rows: int) -> tuple[Tensor, ...]:
+        dhidden = torch.empty_like(hidden)
+        figures = _sweep(hidden, product, scorer, rows, dhidden)
+        ctx.save_for_backward(dhidden)
+        ctx.mark_non_differentiable(*figures[1:])
+        return figures
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # weights [N]: of each row's figure
+        (dhidden,) = ctx.saved_tensors
+        return (dhidden * weights[:, None]).to(dhidden.dtype), None, None, None
+
+
+class _TrainedWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, scorer: Scorer, rows: int) -> tuple[Tensor, ...]:
+        figures = _sweep(hidden, _dense(weight), scorer, rows, None)
+        ctx.save_for_backward(hidden, weight)
+        ctx.scorer, ctx.rows = scorer, rows
+        ctx.mark_non_differentiable(*figures[1:])
+        return figures
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        hidden, weight = ctx.saved_tensors
+        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        dweight = torch.zeros_like(weight)
+        for part in _parts(hidden, ctx.rows):
+            _back_chunk(hidden[part], weight, weights[part, None], ctx.scorer, part, dhidden, dweight)
+        return dhidden, dweight, None, None
+
+
+def _back_chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    weights: Tensor,
+    scorer: Scorer,
+    part: slice,
+    dhidden: Tensor | None,
+    dweight: Tensor,
+) -> None:
+    logits = upcast(hidden @ weight.T)
+    scorer(logits, part, True)
+    dlogits = logits.to(weight.dtype)
+    dweight.addmm_(dlogits.T, (hidden * weights).to(weight.dtype))  # weighting [n, D] is cheaper than [n, V]
+    if dhidden is not None:
+        dhidden[part] = (dlogits @ weight) * weights
+
+
+def _trained_chunk(head: nn.Module, hidden: Tensor, scorer: Scorer, part: slice, in_place: bool) -> tuple[Tensor, ...]:
+    figures: tuple[Tensor, ...] = _LogitFigures.apply(head(hidden), scorer, part, in_place)
+    return figures
+
+
+class _LogitFigures(torch.autograd.Function):
+    """A scorer on logits that autograd made. For checkpointed chunks only: backward consumes what forward saved."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, scorer: Scorer, part: slice, in_place: bool) -> tuple[Tensor, ...]:
+        own = _own(logits, in_place)
+        figures = scorer(own, part, ctx.needs_input_grad[0])
+        ctx.save_for_backward(own)
+        ctx.dtype = logits.dtype
+        ctx.mark_non_differentiable(*figures[1:])
+        return figures
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        (dlogits,) = ctx.saved_tensors
+        return dlogits.mul_(weights[:, None]).to(ctx.dtype), None, None, None
