@@ -23,9 +23,11 @@ from .models.generate import generate as generate
 from .models.load import load as load
 from .models.save import save_model as save_model
 from .trainer.config import SFTConfig as SFTConfig
+from .trainer.dpo import DPOTrainer as DPOTrainer
 from .trainer.evaluate import answer_all as answer_all
 from .trainer.evaluate import evaluate_loss as evaluate_loss
 from .trainer.evaluate import exact_match as exact_match
+from .trainer.preference_config import DPOConfig as DPOConfig
 from .trainer.sft import SFTTrainer as SFTTrainer
 from .trainer.trainer import TrainResult as TrainResult
 

@@ -8,6 +8,7 @@ Order: defaults, then the file, then the flags.
 import argparse
 import math
 import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from types import NoneType, UnionType
@@ -29,6 +30,9 @@ METAVARS = {
     "log": "NAME",
     "lr_scale": "PATTERN=X",
     "optimizer_budget": "auto|SIZE",
+    "loss": "NAME[=WEIGHT]",
+    "divergence": "NAME",
+    "reference_cache": "FILE",
 }  # where the type says too little
 
 
@@ -113,6 +117,13 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help whose lines break at blanks alone: half of a name with a hyphen is no name."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
+
+
 def _parser(kind: type, command: str, about: str, positional: str | None) -> _Parser:
     bare = f" [{positional.upper()} ...]" if positional else ""
     parser = _Parser(
@@ -122,7 +133,7 @@ def _parser(kind: type, command: str, about: str, positional: str | None) -> _Pa
         allow_abbrev=False,
         add_help=False,
         argument_default=argparse.SUPPRESS,  # so what comes back is what was given
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=_width()),
+        formatter_class=lambda prog: _Help(prog, max_help_position=32, width=_width()),
     )
     hints = _types(kind)
     titles = [_group(kind, field.name) for field in _fields(kind)]

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from .interrupt import stop_if_asked
 
 if TYPE_CHECKING:
-    from ..data.dataset import Dataset
+    from ..data.dataset import Examples
+
+SHOWN_DROPS = 3
 
 
 def note(text: str) -> None:
@@ -41,14 +43,19 @@ def working(text: str) -> Iterator[None]:
     stop_if_asked()
 
 
-def describe(name: str, dataset: "Dataset") -> None:
+def describe(name: str, dataset: "Examples[Any, Any]") -> None:
     """One line of figures for a dataset, and what its reader found remarkable."""
     report = dataset.report
     share = report.trained / max(1, report.tokens)
     parts = [count(report.rows, "row"), count(report.tokens, "token"), f"{share:.0%} trained"]
     parts += [f"longest {report.longest}"] + [f"{report.truncated} truncated"] * (report.truncated > 0)
     parts += [f"{number} skipped ({kind})" for kind, number in report.skipped.items()]
+    parts += [f"{number} dropped ({kind})" for kind, number in report.dropped.items()]
     note(f"{name}: {', '.join(parts)}")
+    for problem in report.drops[:SHOWN_DROPS]:
+        note(f"  dropped: {problem}")
+    if len(report.drops) > SHOWN_DROPS:
+        note(f"  ... and {len(report.drops) - SHOWN_DROPS} more")
     for notice in report.notices:
         note(f"  note: {notice}")
 

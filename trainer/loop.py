@@ -7,7 +7,7 @@ depends on nothing but k and the configuration, so the data cursor of a checkpoi
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,10 +74,7 @@ class Task(Protocol):
         """The same for the same data."""
 
     def step_data(self, step: int) -> StepData: ...
-    def begin(self, batches: Sequence[MicroBatch]) -> None:
-        """Before a step's first forward pass."""
-
-    def applied(self, figures: Mapping[str, Tensor], skipped: Tensor) -> None:
+    def applied(self, result: StepResult) -> None:
         """After a step's update."""
 
     def evaluate(self, interrupt: Interrupt) -> dict[str, float] | None:
@@ -145,9 +142,8 @@ class Loop:
             schedule=self.config.schedule,
             decay=self.config.decay_steps(self.task.total),
         )
-        self.task.begin(data.batches)
         result = self.stepper.step(data.batches, rate)
-        self.task.applied(result.figures, result.skipped)
+        self.task.applied(result)
         self._settle()  # the step before this one: its figures are there without waiting for this one
         self._pending = (step, data, result, rate)
         self.state.done += 1

@@ -28,7 +28,7 @@ from .memory import memory_free, saved_bytes
 from .metrics import Display, Metrics
 from .progress import display_for
 from .report import draw_curves
-from .step import MicroBatch, Stepper, Sums, means
+from .step import Stepper, StepResult, Sums, means
 
 TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}  # of micro_batch="auto": matmuls run at full speed from there on
 
@@ -97,11 +97,11 @@ class Trainer(ABC):
         """How many tokens an example takes through the model."""
         return len(example.ids)
 
-    def begin(self, batches: Sequence[MicroBatch]) -> None:
-        """Called with a step's batches before its first forward pass."""
+    def begin(self, dataset: Any, batches: Sequence[Any]) -> None:
+        """Called with all batches of a step, or of an evaluation, before the first forward pass."""
 
-    def applied(self, figures: Mapping[str, Tensor], skipped: Tensor) -> None:
-        """Called with a step's figures (means, on the device) and whether it was skipped, after its update."""
+    def applied(self, result: StepResult) -> None:
+        """Called after a step's update."""
 
     def state(self) -> Weights:
         """What a resumed run needs besides weights and optimizer; tensors by name."""
@@ -189,6 +189,7 @@ class Trainer(ABC):
         examples = self.train_set.examples
         numbers = step_indices(len(examples), self.config.batch_size, step, self.config.seed)
         batches = self.micro_batches(self.train_set, numbers, self.config.micro_batch)
+        self.begin(self.train_set, batches)
         return StepData(batches, [examples[i].source for i in numbers])
 
     def evaluate(self, interrupt: Interrupt) -> dict[str, float] | None:
@@ -196,6 +197,7 @@ class Trainer(ABC):
         batches = self.micro_batches(self.val_set, range(len(self.val_set.examples)), "auto")
         loss, figures, weight = 0.0, list[Mapping[str, Tensor]](), 0
         with evaluating(self.model):
+            self.begin(self.val_set, batches)
             for batch in batches:
                 if interrupt:
                     return None

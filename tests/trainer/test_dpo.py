@@ -1,0 +1,389 @@
+"""Preference training end to end on a tiny model: references agree, layout changes nothing, resuming is bit-exact."""
+
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+import fourbit
+from fourbit.data.answer_batch import answer_batches
+from fourbit.data.pairs import load_judged, load_preferences
+from fourbit.errors import InputError, NumericError
+from fourbit.lora.attach import lora_modules
+from fourbit.lora.files import adapter_state
+from fourbit.lora.snapshot import snapshot
+from fourbit.trainer.answers import answer_scores
+from fourbit.trainer.checkpoint import load_checkpoint
+from fourbit.trainer.dpo import DPOTrainer, crossed_over
+from fourbit.trainer.metrics import read_metrics
+from fourbit.trainer.preference_config import DPOConfig
+from fourbit.trainer.reference import LiveReference
+
+WORDS = ["ab", "c", "def", "gh", "i", "jkl", "m", "nopq", "rs", "t"]
+LAYOUTS = ({"micro_batch": 1}, {"micro_batch": 3}, {"packing": False}, {"packing": False, "micro_batch": 1})
+JUDGED = ("kto", "bco-unpaired", "apo-zero-unpaired")
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Ragged answers; some begin alike, so that trunks reach into them."""
+    rows = [{"prompt": f"say {w}", "chosen": w * 3, "rejected": w * 2 + "x" * i} for i, w in enumerate(WORDS)]
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def judged(tmp_path_factory):
+    rows = [
+        {"prompt": f"say {w}", "completion": w * 3 if i % 3 else "no", "label": i % 3 > 0} for i, w in enumerate(WORDS)
+    ]
+    path = tmp_path_factory.mktemp("judged") / "judged.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def adapted(folder, *, quantize="nf4", dtype=torch.float32, dropout=0.0, b_seed=None):
+    """With b_seed the adapter is that of an earlier training: B is not zero."""
+    model, tokenizer = fourbit.load(folder, quantize=quantize, dtype=dtype)
+    fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8, dropout=dropout), dtype=dtype)
+    if b_seed is not None:
+        generator = torch.Generator().manual_seed(b_seed)
+        for module in lora_modules(model).values():
+            module.lora_B.data.copy_(torch.randn(module.lora_B.shape, generator=generator) * 0.1)
+    return model, tokenizer
+
+
+def trainer_for(
+    folder, rows, out, *, val=None, dropout=0.0, b_seed=None, dtype=torch.float32, quantize="nf4", **options
+):
+    model, tokenizer = adapted(folder, dropout=dropout, b_seed=b_seed, dtype=dtype, quantize=quantize)
+    config = DPOConfig(out=str(out), **({"batch_size": 4, "lr": 1e-2, "epochs": 2} | options))
+    return DPOTrainer(model, tokenizer, train=rows, val=val, config=config)
+
+
+def steps_of(folder):
+    return [record for record in read_metrics(folder / "metrics.jsonl") if "loss" in record]
+
+
+def test_learns_from_ln_2_and_leaves_what_it_promised(tiny_folder, pairs, tmp_path):
+    trainer = trainer_for(tiny_folder, pairs, tmp_path, val=pairs, epochs=6)
+    result = trainer.train(display=None)
+    steps = steps_of(tmp_path)
+    first = steps[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["reward_accuracy"] == 0
+    assert first["reward_margin"] == pytest.approx(0, abs=1e-6) and first["kl"] == pytest.approx(0, abs=1e-6)
+    assert result.val_loss < 0.4 and result.val["reward_accuracy"] == 1 and result.val["reward_margin"] > 0.5
+    for record in steps:
+        assert record["reward_margin"] == pytest.approx(record["reward_chosen"] - record["reward_rejected"], abs=1e-6)
+        assert 0 <= record["token_accuracy"] <= 1 and 0 < record["entropy"] < math.log(259) and record["kl"] >= 0
+        assert record["dropped"] == 0
+    assert {"val_loss", "val_reward_accuracy", "val_kl"} <= read_metrics(tmp_path / "metrics.jsonl")[-1].keys()
+    assert (tmp_path / "adapter_model.safetensors").is_file() and (tmp_path / "loss.png").stat().st_size > 5000
+    assert trainer.config.reference == "base"
+
+
+def test_the_loss_is_that_of_its_definition(tiny_folder, pairs, tmp_path):
+    """-log sigmoid(beta * difference of log-ratios), from full logits of each answer alone, in float64."""
+    trainer = trainer_for(tiny_folder, pairs, tmp_path, b_seed=0, dtype=torch.float64, quantize=None, reference="base")
+    model = trainer.model.eval()
+
+    def logp(part):
+        logits = model(torch.tensor([part.ids]))[0].log_softmax(-1)
+        return sum(logits[i - 1, part.ids[i]] for i in range(1, len(part.ids)) if part.trained[i])
+
+    losses = []
+    for pair in trainer.train_set.examples:
+        policy = logp(pair.chosen) - logp(pair.rejected)
+        with fourbit.adapters_off(model):
+            base = logp(pair.chosen) - logp(pair.rejected)
+        losses.append(-logsigmoid(0.1 * (policy - base)).item())
+    batches = trainer.micro_batches(trainer.train_set, range(len(losses)), "auto")
+    assert sum(trainer.sums(batch).loss.item() for batch in batches) == pytest.approx(sum(losses), rel=1e-12)
+
+
+def gradients(folder, rows, out, dtype, loss, **layout):
+    trainer = trainer_for(folder, rows, out, b_seed=0, dtype=dtype, quantize=None, loss=(loss,), **layout)
+    trainer.token_budget = layout.get("budget", trainer.token_budget)
+    numbers = range(len(trainer.train_set.examples))
+    batches = trainer.micro_batches(trainer.train_set, numbers, trainer.config.micro_batch)
+    trainer.begin(trainer.train_set, batches)
+    loss = sum(trainer.sums(batch).loss for batch in batches)
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in trainer.parameters.items()}
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "orpo", "bco", "simpo", *JUDGED])
+def test_no_layout_changes_a_gradient(tiny_folder, pairs, judged, tmp_path, loss):
+    """Shared prompts, padded rows, any split: 1e-10 in float64, 2e-5 of each gradient's norm in fp32."""
+    rows = judged if loss in JUDGED else pairs
+    for dtype, allowed in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
+        value, whole = gradients(tiny_folder, rows, tmp_path, dtype, loss, micro_batch=10)
+        assert all(grad.norm() > 0 for grad in whole.values())
+        for layout in (
+            {"micro_batch": 1},
+            {"micro_batch": 3},
+            {"packing": False},
+            {"packing": False, "micro_batch": 1},
+        ):
+            other_value, other = gradients(tiny_folder, rows, tmp_path, dtype, loss, **layout)
+            assert other_value == pytest.approx(value, rel=allowed)
+            for name, grad in whole.items():
+                assert (grad - other[name]).norm() <= allowed * grad.norm(), f"{loss}, {layout}: gradient of {name}"
+
+
+def test_the_three_references_agree(tiny_folder, pairs, tmp_path):
+    """Of a fresh adapter: off, its snapshot, and either one's file."""
+    found = {}
+    for name, options in {
+        "off": {"reference": "base"},
+        "snapshot": {"reference": "start"},
+        "file": {"reference_cache": str(tmp_path / "cache.safetensors")},
+        "the file read": {"reference_cache": str(tmp_path / "cache.safetensors")},
+    }.items():
+        trainer = trainer_for(tiny_folder, pairs, tmp_path, **options)
+        batches = trainer.micro_batches(trainer.train_set, [7, 2, 5], 3)
+        found[name] = [trainer.reference.logps(batch) for batch in batches]
+    for name, logps in found.items():
+        for mine, theirs in zip(logps, found["off"], strict=True):
+            assert mine.abs().sum() > 1
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_reference_pass_leaves_no_trace(tiny_folder, pairs, tmp_path):
+    """No gradient, no dropout, no random number drawn, and the adapter as it was; for both live references."""
+    for kind in ("base", "start"):
+        trainer = trainer_for(tiny_folder, pairs, tmp_path, dropout=0.5, b_seed=0, reference=kind)
+        model = trainer.model.train()
+        with torch.no_grad():  # training has moved on since the start
+            for module in lora_modules(model).values():
+                module.lora_B += 0.05
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        (batch,) = trainer.micro_batches(trainer.train_set, [0, 1], 2)
+        state = torch.get_rng_state()
+        first, second = trainer.reference.logps(batch), trainer.reference.logps(batch)
+        assert torch.equal(first, second) and not first.requires_grad
+        assert torch.equal(state, torch.get_rng_state())
+        assert model.training and all(m.training and m.enabled for m in lora_modules(model).values())
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, before[name]) and parameter.grad is None
+        model.eval()
+        policy = answer_scores(model, batch).logps
+        assert (policy - first).abs().max() > 1e-3, "the reference does not follow the policy"
+
+
+def test_on_top_of_an_adapter_the_start_is_the_reference(tiny_folder, pairs, tmp_path):
+    trainer = trainer_for(tiny_folder, pairs, tmp_path / "auto", b_seed=0, steps=2)
+    assert trainer.config.reference == "start"
+    trainer.train(display=None)
+    assert steps_of(tmp_path / "auto")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    asked_for = trainer_for(tiny_folder, pairs, tmp_path / "base", b_seed=0, steps=2, reference="base")
+    asked_for.train(display=None)  # a choice that may be meant: no error
+    assert abs(steps_of(tmp_path / "base")[0]["loss"] - math.log(2)) > 1e-3
+
+
+def test_a_start_that_is_not_its_reference_is_an_error(tiny_folder, pairs, tmp_path):
+    trainer = trainer_for(tiny_folder, pairs, tmp_path, b_seed=0)
+    for module in lora_modules(trainer.model).values():
+        module.lora_B.data.mul_(1.5)
+    with pytest.raises(NumericError, match=r"first loss is 0\.\d+, not ln 2 .* does not start at its ref"):
+        trainer.train(display=None)
+
+
+class Stop:
+    """Asks the run to end once a step has been recorded."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def show(self, record):
+        if record["step"] == self.step and "loss" in record:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def message(self, text): ...
+
+    def close(self): ...
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "bco", "kto", "bco-unpaired"])
+@pytest.mark.parametrize("b_seed", [None, 0])
+def test_resume_is_bit_exact(tiny_folder, pairs, judged, tmp_path, loss, b_seed):
+    """With dropout, shared prompts, an evaluation between and a reference that is the base or the start."""
+    rows = judged if loss in JUDGED else pairs
+    options = dict(val=rows, eval_every=2, dropout=0.2, loss=(loss,), b_seed=b_seed)
+    whole = trainer_for(tiny_folder, rows, tmp_path / "whole", **options)
+    whole.train(display=None)
+    first = trainer_for(tiny_folder, rows, tmp_path / "cut", **options)
+    result = first.train(display=lambda total, start: Stop(3))
+    assert result.signal == signal.SIGINT and result.steps == 3
+    again = trainer_for(tiny_folder, rows, tmp_path / "cut", resume="auto", **options)
+    assert again.train(display=None).steps == 6
+    for name, tensor in adapter_state(whole.model).items():
+        assert torch.equal(tensor, adapter_state(again.model)[name]), name
+    a, b = (load_checkpoint(tmp_path / name / "checkpoints" / "step-000006")[0] for name in ("whole", "cut"))
+    assert a.keys() == b.keys() and a["task"].keys() == b["task"].keys()
+    assert all(torch.equal(a[group][name], b[group][name]) for group in a for name in a[group])
+    timed = {"tokens_per_second", "rss_anon"}
+    records = [
+        [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("whole", "cut")
+    ]
+    assert records[0] == records[1]
+
+
+def test_the_reference_is_resumed_with_the_run(tiny_folder, pairs, tmp_path):
+    """What the start was is in the checkpoint: a resumed run does not take another adapter for it."""
+    first = trainer_for(tiny_folder, pairs, tmp_path, b_seed=0, dropout=0.2)
+    first.train(display=lambda total, start: Stop(2))
+    again = trainer_for(tiny_folder, pairs, tmp_path, b_seed=1, dropout=0.2, resume="auto")
+    again.train(display=None)
+    for name, factors in first.live.start.layers.items():
+        assert torch.equal(factors.lora_B, again.live.start.layers[name].lora_B)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda t: t.model.model.norm.weight.data.add_(1e-3), "another base"),
+        (lambda t: next(iter(lora_modules(t.model).values())).lora_A.data.add_(1e-3), "another adapter"),
+    ],
+)
+def test_a_stale_cache_is_refused(tiny_folder, pairs, tmp_path, change, named):
+    cache = tmp_path / "cache.safetensors"
+    trainer = trainer_for(tiny_folder, pairs, tmp_path, b_seed=0, reference_cache=str(cache))
+    change(trainer)
+    with pytest.raises(InputError, match=f"is stale: it was computed with {named}"):
+        DPOTrainer(trainer.model, trainer.tokenizer, train=pairs, config=replace(trainer.config))
+
+
+def test_a_cache_of_other_rows_or_lengths_or_dtype_is_refused(tiny_folder, pairs, judged, tmp_path):
+    cache = {"reference_cache": str(tmp_path / "cache.safetensors")}
+    trainer_for(tiny_folder, pairs, tmp_path, **cache)
+    with pytest.raises(InputError, match="another data"):
+        trainer_for(tiny_folder, judged, tmp_path, loss=("bco-unpaired",), **cache)
+    with pytest.raises(InputError, match="another data"):
+        trainer_for(tiny_folder, pairs, tmp_path, max_length=40, **cache)
+    with pytest.raises(InputError, match="another data"):
+        trainer_for(tiny_folder, pairs, tmp_path, template="plain", **cache)
+    with pytest.raises(InputError, match="another dtype"):
+        trainer_for(tiny_folder, pairs, tmp_path, dtype=torch.float64, quantize=None, **cache)
+    (tmp_path / "adapter.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(InputError, match="no valid safetensors file"):
+        trainer_for(tiny_folder, pairs, tmp_path, reference_cache=str(tmp_path / "adapter.safetensors"))
+
+
+def test_a_cache_gives_the_same_training(tiny_folder, pairs, tmp_path):
+    """But for rounding: the file's numbers come from other batches."""
+    results = []
+    for name, options in {"live": {}, "cached": {"reference_cache": str(tmp_path / "c")}}.items():
+        trainer = trainer_for(tiny_folder, pairs, tmp_path / name, val=pairs, b_seed=0, **options)
+        results.append(trainer.train(display=None).val_loss)
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_bco_remembers_the_mean_of_all_rewards(tiny_folder, pairs, tmp_path):
+    trainer = trainer_for(tiny_folder, pairs, tmp_path, loss=("bco",), micro_batch=2, val=pairs, eval_every=1)
+    trainer.train(display=None)
+    steps = steps_of(tmp_path)
+    sizes = [4, 4, 2] * 2
+    for side, name in enumerate(("reward_chosen", "reward_rejected")):
+        total = sum(size * record[name] for size, record in zip(sizes, steps, strict=True))
+        assert trainer.shift.totals[side].item() == pytest.approx(total, rel=1e-6)
+        assert trainer.shift.counts[side].item() == 20
+    assert trainer.shift.value.item() == pytest.approx((trainer.shift.totals / 20).mean().item())
+
+
+def test_kto_sets_answers_against_other_prompts(tiny_folder, judged, tmp_path):
+    trainer = trainer_for(tiny_folder, judged, tmp_path, loss=("kto",), b_seed=0, reference="base")
+    examples = trainer.train_set.examples
+    crossed = crossed_over(examples[0], examples[1])
+    assert trainer.tokenizer.decode(crossed.answer.ids, skip_special=False) == (
+        "<|im_start|>user\nsay ab<|im_end|>\n<|im_start|>assistant\nccc<|im_end|>"
+        + trainer.tokenizer.decode(examples[1].answer.ids, skip_special=False).rpartition("<|im_end|>")[2]
+    )
+    batches = trainer.micro_batches(trainer.train_set, [3, 0, 1], 1)
+    trainer.begin(trainer.train_set, batches)
+    expected = [crossed_over(examples[a], examples[b]) for a, b in ((0, 1), (1, 3), (3, 0))]
+    (batch,) = answer_batches(list(enumerate(expected)), packing=False, micro_batch=3, token_budget=1, pad_id=0)
+    with torch.no_grad():
+        ratio = answer_scores(trainer.model.eval(), batch).logps - LiveReference(trainer.model, None).logps(batch)
+    assert trainer.kl.item() == pytest.approx(max(0, ratio.sum(-1).mean().item()), abs=1e-5)
+
+
+def test_trains_on_judged_answers(tiny_folder, judged, tmp_path):
+    trainer = trainer_for(tiny_folder, judged, tmp_path, loss=("kto",), val=judged, epochs=8)
+    result = trainer.train(display=None)
+    assert result.val["reward_chosen"] > 0 > result.val["reward_rejected"]
+    assert result.val["reward_chosen"] - result.val["reward_rejected"] > 0.5
+
+
+def test_mixtures_and_settings_reach_the_loss(tiny_folder, pairs, tmp_path):
+    """The mixture's loss is the sum of its parts'; and each setting moves it."""
+
+    def loss_with(**options):
+        trainer = trainer_for(tiny_folder, pairs, tmp_path, b_seed=0, reference="base", **options)
+        (batch,) = trainer.micro_batches(trainer.train_set, range(10), 10)
+        return trainer.sums(batch).loss.item()
+
+    plain, sft = loss_with(), loss_with(loss=("sigmoid", "sft")) - loss_with()
+    assert loss_with(loss=("sigmoid=0.5", "sft=0.25")) == pytest.approx(0.5 * plain + 0.25 * sft, rel=1e-6)
+    for options in ({"beta": 0.3}, {"label_smoothing": 0.2}, {"ld_alpha": 0.0}, {"divergence": "jsd"}):
+        assert loss_with(**options) != pytest.approx(plain, rel=1e-4), options
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ({"loss": ("dpo",)}, "unknown loss 'dpo'; did you mean sigmoid"),
+        ({"loss": ("ipo",), "label_smoothing": 0.1}, "label_smoothing is not used by the loss ipo"),
+        ({"beta": -0.1}, "beta must be a number above 0, got -0.1"),
+        ({"loss": ("simpo",), "reference": "base"}, "reference has no use with the loss simpo"),
+        ({"loss": ("orpo",), "reference_cache": "f"}, "reference_cache has no use with the loss orpo"),
+        ({"loss": ("kto",), "ld_alpha": 0.5}, "ld_alpha compares the two answers of a pair"),
+        ({"loss": ("kto",), "batch_size": 1}, "batch_size must be at least 2 with the loss kto"),
+        ({"ld_alpha": 1.5}, "ld_alpha must be a number from 0 to 1"),
+        ({"truncation": "prompt"}, "truncation must be one of drop, answer, got 'prompt'"),
+        ({"reference": "snapshot"}, "reference must be one of auto, base, start, got 'snapshot'"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(options, error):
+    with pytest.raises(InputError, match=error):
+        DPOConfig(out="o", **options)
+
+
+def test_rows_of_the_other_kind_are_refused(tiny_folder, pairs, judged, tmp_path):
+    with pytest.raises(InputError):
+        trainer_for(tiny_folder, judged, tmp_path)
+    with pytest.raises(InputError):
+        trainer_for(tiny_folder, pairs, tmp_path, loss=("kto",))
+
+
+def test_dropped_pairs_are_counted(tiny_folder, pairs, tmp_path):
+    lengths = [
+        max(len(part.ids) for part in pair.parts) for pair in trainer_for(tiny_folder, pairs, "").train_set.examples
+    ]
+    trainer = trainer_for(tiny_folder, pairs, tmp_path, max_length=sorted(lengths)[6], steps=1)
+    dropped = sum(length > sorted(lengths)[6] for length in lengths)
+    assert 0 < dropped < 10 and len(trainer.train_set) == 10 - dropped
+    trainer.train(display=None)
+    assert steps_of(tmp_path)[0]["dropped"] == pytest.approx(dropped / 10)
+
+
+def test_a_dataset_may_be_given(tiny_folder, pairs, judged, tmp_path):
+    _, tokenizer = fourbit.load(tiny_folder)
+    for loss, load, path in (("sigmoid", load_preferences, pairs), ("kto", load_judged, judged)):
+        trainer = trainer_for(tiny_folder, load(path, tokenizer), tmp_path / loss, loss=(loss,), steps=1, val=0.2)
+        assert trainer.train(display=None).steps == 1 and len(trainer.val_set) + len(trainer.train_set) == 10
+
+
+def test_snapshots_stand_apart_from_the_model(tiny_folder):
+    model, _ = adapted(tiny_folder, b_seed=0)
+    kept = snapshot(model)
+    for module in lora_modules(model).values():
+        module.lora_B.data.zero_()
+    assert all(factors.lora_B.abs().sum() > 0 for factors in kept.layers.values())

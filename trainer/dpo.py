@@ -1,0 +1,210 @@
+"""Preference training: pairs of answers, or judged ones, in; an adapter out.
+
+The loop is that of fine-tuning; what is new is the batch (a prompt once, its answers as branches), the loss and the
+reference it compares with.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.answer_batch import AnswerBatch, answer_batches, packed_size, padded_size
+from ..data.batch import sent
+from ..data.pairs import Judgement, load_judged, load_preferences
+from ..errors import NumericError
+from ..lora.attach import lora_modules
+from ..lora.snapshot import snapshot
+from .answers import Answers, answer_scores, summed
+from .evaluate import evaluating
+from .loop import Weights
+from .preference_config import DPOConfig
+from .reference import LiveReference, Reference, cached, starts_at_base
+from .scores import JudgedScores, PairScores, RewardShift, judged_scores, pair_scores, token_kl
+from .step import StepResult, Sums
+from .trainer import Trainer
+from .unpaired_losses import mismatch_kl
+
+
+class PreferenceTrainer(Trainer):
+    """What training on preference rows shares: rows, their layout, their size."""
+
+    judged = False  # single answers instead of pairs
+    config: Any
+
+    def load_rows(self, paths: Sequence[str | Path]) -> Any:
+        return (load_judged if self.judged else load_preferences)(
+            paths,
+            self.tokenizer,
+            template=self.config.template,
+            max_length=self.config.max_length,
+            truncation=self.config.truncation,
+            on_bad_row=self.config.on_bad_row,
+        )
+
+    def micro_batches(self, dataset: Any, numbers: Sequence[int], micro_batch: Any) -> list[AnswerBatch]:
+        offset = 0 if dataset is self.train_set else len(self.train_set.examples)  # validation rows count on
+        return self._laid_out([(i + offset, dataset.examples[i]) for i in numbers], micro_batch)
+
+    def tokens_of(self, example: Any) -> int:
+        return packed_size(example) if self.config.packing else padded_size(example)
+
+    def constants(self) -> dict[str, float]:
+        report = self.train_set.report
+        lost = sum(report.dropped.values()) + sum(report.skipped.values())
+        return {"dropped": lost / max(1, lost + report.rows)}
+
+    def _laid_out(self, examples: Sequence[tuple[int, Any]], micro_batch: Any) -> list[AnswerBatch]:
+        return answer_batches(
+            examples,
+            packing=self.config.packing,
+            micro_batch=micro_batch,
+            token_budget=self.token_budget,
+            pad_id=self.pad_id,
+        )
+
+
+class DPOTrainer(PreferenceTrainer):
+    """Trains an adapter on preferences: DPO and its relatives, `config.loss` says which.
+
+    model: from `fourbit.load`, with an adapter, fresh or trained before (`load_adapter`). train: a JSONL file, several,
+    or a dataset of `load_preferences` (of `load_judged` for a loss on single answers). val: the same, or a fraction.
+    Raises InputError for rows, options or a model that cannot be trained on.
+    """
+
+    config: DPOConfig
+
+    def __init__(self, model: Any, tokenizer: Any, *, train: Any, config: DPOConfig, val: Any | float | None = None):
+        self.objective = config.objective()
+        self.judged = self.objective.unpaired
+        super().__init__(model, tokenizer, train=train, config=config, val=val)
+        self.fresh = starts_at_base(model)
+        self.live: LiveReference | None = None
+        self.reference: Reference | None = None
+        if self.objective.needs_reference:
+            self._set_reference()
+        self.shift = RewardShift.start(self.device)
+        self.kl = torch.zeros((), device=self.device)
+        self._added: dict[tuple[int, ...], RewardShift] = {}  # rewards of this step by batch: one may be run twice
+        self._at_start = True
+
+    def sums(self, batch: AnswerBatch) -> Sums:
+        reference = None if self.reference is None else self.reference.logps(batch)  # before there is a graph
+        answers = answer_scores(self.model, batch)
+        scores = self._scores(answers, reference, batch)
+        nothing_yet = RewardShift.start(self.device)._replace(value=self.shift.value)
+        losses, added = self.objective(scores, shift=nothing_yet, kl=self.kl)
+        if added is not None:
+            self._added[batch.numbers] = added
+        return Sums(losses.sum(dtype=torch.float64), self._figures(answers, reference, scores))
+
+    def begin(self, dataset: Any, batches: Sequence[AnswerBatch]) -> None:
+        self._added = {}
+        if self.objective.needs_kl:
+            self.kl = self._mismatch(dataset, sorted(number for batch in batches for number in batch.numbers))
+
+    def applied(self, result: StepResult) -> None:
+        if self._at_start:
+            self._at_start = False
+            self._check_start(result)
+        if self._added:
+            kept = result.skipped == 0  # a step that moved nothing, perhaps for a NaN, adds nothing
+            totals = torch.stack([added.totals for added in self._added.values()]).sum(0)
+            counts = torch.stack([added.counts for added in self._added.values()]).sum(0)
+            totals, counts = torch.where(kept, totals, 0.0), torch.where(kept, counts, 0.0)
+            self.shift = RewardShift(self.shift.value, self.shift.totals + totals, self.shift.counts + counts).settle()
+
+    def state(self) -> Weights:
+        reference = {} if self.live is None else {f"reference.{n}": t for n, t in self.live.state().items()}
+        return reference | {f"shift.{name}": value for name, value in self.shift._asdict().items()}
+
+    def load_state(self, state: Weights) -> None:
+        self._at_start = False
+        self.shift = RewardShift(*(state[f"shift.{name}"].to(self.device) for name in RewardShift._fields))
+        if self.live is not None:
+            self.live.load_state({n.removeprefix("reference."): t for n, t in state.items()})
+
+    def _set_reference(self) -> None:
+        kind = self.config.reference
+        if kind == "auto":
+            kind = "base" if self.fresh else "start"
+        self.config = replace(self.config, reference=kind)  # so that checkpoints and the run's folder say which
+        self.live = LiveReference(self.model, snapshot(self.model) if kind == "start" else None)
+        self.reference = self.live
+        if self.config.reference_cache is not None:
+            sets = [self.train_set] + ([self.val_set] if self.val_set is not None else [])
+            lengths = [[sum(part.trained) for part in e.parts] for dataset in sets for e in dataset.examples]
+            batches = [b for dataset in sets for b in self.micro_batches(dataset, range(len(dataset)), "auto")]
+            self.reference = cached(self.live, Path(self.config.reference_cache), self.fingerprint, batches, lengths)
+
+    def _scores(self, answers: Answers, reference: Tensor | None, batch: AnswerBatch) -> PairScores | JudgedScores:
+        if batch.labels is not None:
+            labels = sent(batch.labels, self.device)
+            return judged_scores(answers.logps, answers.lengths, labels, reference)
+        return pair_scores(answers.logps, answers.lengths, reference, ld_alpha=self.config.ld_alpha)
+
+    def _figures(
+        self, answers: Answers, reference: Tensor | None, scores: PairScores | JudgedScores
+    ) -> dict[str, Tensor]:
+        if isinstance(scores, PairScores):
+            rewards = self.objective.rewards(scores)
+            figures = {
+                "reward_chosen": summed(rewards.chosen),
+                "reward_rejected": summed(rewards.rejected),
+                "reward_margin": summed(rewards.margin),
+                "reward_accuracy": summed(rewards.accuracy),
+                "logp_chosen": summed(scores.chosen),
+                "logp_rejected": summed(scores.rejected),
+            }
+        else:
+            reward = self.objective.answer_rewards(scores)
+            figures = {
+                "reward_chosen": summed(reward, scores.labels),
+                "reward_rejected": summed(reward, ~scores.labels),
+                "logp_chosen": summed(scores.answer, scores.labels),
+                "logp_rejected": summed(scores.answer, ~scores.labels),
+            }
+        if reference is not None:
+            figures["kl"] = summed(token_kl(answers.logps, reference), answers.there)
+        return figures | answers.figures
+
+    @torch.no_grad()
+    def _mismatch(self, dataset: Any, numbers: Sequence[int]) -> Tensor:
+        """KTO's reference point: each prompt with the answer of the next example of the step, in the data's order."""
+        assert self.live is not None
+        offset = 0 if dataset is self.train_set else len(self.train_set.examples)
+        examples = [dataset.examples[number - offset] for number in numbers]
+        crossed = [crossed_over(a, b) for a, b in zip(examples, examples[1:] + examples[:1], strict=True)]
+        policy, reference = [], []
+        with evaluating(self.model):
+            for batch in self._laid_out(list(enumerate(crossed)), self.config.micro_batch):
+                reference.append(self.live.logps(batch).sum(-1).flatten())
+                policy.append(answer_scores(self.model, batch).logps.sum(-1).flatten())
+        return mismatch_kl(torch.cat(policy), torch.cat(reference))
+
+    def _check_start(self, result: StepResult) -> None:
+        """DPO's loss is ln 2 while the policy still is the reference; anything else means that it is another model."""
+        same = self.config.reference == "start" or self.fresh
+        dropout = any(module.dropout for module in lora_modules(self.model).values())
+        if self.objective.losses != {"sigmoid": 1.0} or not same or dropout:
+            return
+        half = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
+        loss, allowed = result.loss.item(), 2e-2 if half else 1e-4
+        if math.isfinite(loss) and abs(loss - math.log(2)) > allowed:
+            raise NumericError(
+                f"the first loss is {loss:.6f}, not ln 2 = 0.693147 (within {allowed:g}): the policy does not start at "
+                f"its reference ({self.config.reference}). Were weights of model or adapter changed since the trainer "
+                "was made?"
+            )
+
+
+def crossed_over(asked: Judgement, answered: Judgement) -> Judgement:
+    """The prompt of one example with the answer of another."""
+    one, other = asked.answer, answered.answer
+    prompt, start = one.trained.index(True), other.trained.index(True)
+    ids, trained = one.ids[:prompt] + other.ids[start:], [False] * prompt + other.trained[start:]
+    return replace(asked, answer=replace(one, ids=ids, trained=trained))

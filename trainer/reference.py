@@ -1,0 +1,178 @@
+"""The reference model of preference training: the base, the adapter as it was at the start, or numbers in a file.
+
+There is never a second model. The base is the model with its adapter off; the start is a frozen copy of the adapter,
+put in place for a forward pass; and either's log-probabilities can be computed once and kept in a file, which is bound
+to everything they depend on, so that a stale one is an error and not a silent other training.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..data.answer_batch import AnswerBatch
+from ..errors import DiskError, InputError
+from ..lora.attach import adapters_off, lora_modules
+from ..lora.snapshot import Factors, Snapshot, adapter_swapped
+from .answers import answer_scores
+from .evaluate import evaluating
+
+FORMAT = "fourbit reference log-probabilities 1"
+
+
+class Reference(Protocol):
+    """Something that knows what the reference model thinks of answers."""
+
+    def logps(self, batch: AnswerBatch) -> Tensor:
+        """Log-probability of each answer's tokens, [A, P, L] on the model's device, without gradient."""
+
+
+class LiveReference:
+    """The model itself with its adapter off (`start` None), or with the adapter that `start` holds."""
+
+    def __init__(self, model: Any, start: Snapshot | None) -> None:
+        self.model, self.start = model, start
+
+    def logps(self, batch: AnswerBatch) -> Tensor:
+        """As Reference: dropout off, no graph, and the model afterwards as it was before."""
+        with evaluating(self.model), self._in_place():
+            return answer_scores(self.model, batch).logps
+
+    def _in_place(self) -> AbstractContextManager[None]:
+        return adapters_off(self.model) if self.start is None else adapter_swapped(self.model, self.start)
+
+    def state(self) -> dict[str, Tensor]:
+        """The frozen adapter's tensors by name, for a checkpoint; nothing when the base is the reference."""
+        if self.start is None:
+            return {}
+        layers = self.start.layers.items()
+        return {f"{name}.lora_A": f.lora_A for name, f in layers} | {f"{name}.lora_B": f.lora_B for name, f in layers}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+        if self.start is None:
+            return
+        device = next(self.model.parameters()).device
+        layers = {
+            name: Factors(state[f"{name}.lora_A"].to(device), state[f"{name}.lora_B"].to(device), f.alpha, f.rslora)
+            for name, f in self.start.layers.items()
+        }
+        self.start = Snapshot(layers)
+
+
+class CachedReference:
+    """Log-probabilities computed before, for every example of a run.
+
+    flat: [all answers' tokens] fp32 on the CPU, answers of example 0 first. lengths: tokens of each answer, example
+    by example.
+    """
+
+    def __init__(self, flat: Tensor, lengths: Sequence[Sequence[int]], device: torch.device) -> None:
+        self.flat, self.device = flat, device
+        counts = torch.tensor([list(row) for row in lengths])  # [examples, A]
+        ends = counts.flatten().cumsum(0).view(counts.shape)
+        self.starts = ends - counts
+
+    def logps(self, batch: AnswerBatch) -> Tensor:
+        """As Reference."""
+        here = self.starts[list(batch.numbers)].T.unsqueeze(-1)  # [A, P, 1]
+        place = torch.arange(batch.slots.shape[-1])
+        there = place < batch.lengths.unsqueeze(-1)  # [A, P, L]
+        found = self.flat[torch.where(there, here + place, 0)]
+        return torch.where(there, found, 0.0).to(self.device)
+
+
+def starts_at_base(model: nn.Module) -> bool:
+    """Whether the adapter changes nothing yet: every B is zero."""
+    return all(not bool(module.lora_B.any()) for module in lora_modules(model).values())
+
+
+def fill_cache(reference: LiveReference, batches: Sequence[AnswerBatch], lengths: Sequence[Sequence[int]]) -> Tensor:
+    """The reference's log-probabilities for all examples, flat as CachedReference takes them."""
+    flat = torch.empty(sum(map(sum, lengths)))
+    cache = CachedReference(flat, lengths, torch.device("cpu"))
+    for batch in batches:
+        logps = reference.logps(batch).to("cpu", torch.float32)
+        for p, number in enumerate(batch.numbers):
+            for a, start in enumerate(cache.starts[number].tolist()):
+                length = lengths[number][a]
+                flat[start : start + length] = logps[a, p, :length]
+    return flat
+
+
+def read_cache(path: Path, parts: dict[str, str]) -> Tensor:
+    """The numbers in the file. Raises InputError when it was made from anything else than `parts`, naming what."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise InputError(f"reference_cache {path} is no file of reference log-probabilities: give another name")
+            stale = [name for name, value in parts.items() if json.loads(metadata["parts"]).get(name) != value]
+            if stale:
+                raise InputError(
+                    f"reference_cache {path} is stale: it was computed with another {', another '.join(stale)}. "
+                    "Delete it to compute it anew, or give another name"
+                )
+            return file.get_tensor("logps")
+    except SafetensorError as problem:
+        raise InputError(f"reference_cache {path} is no valid safetensors file: {problem}") from None
+
+
+def write_cache(path: Path, flat: Tensor, parts: dict[str, str]) -> None:
+    """Write the file, whole or not at all. Raises DiskError when the disk refuses."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"logps": flat}, temporary, metadata={"format": FORMAT, "parts": json.dumps(parts, sort_keys=True)})
+        temporary.replace(path)
+    except (OSError, SafetensorError) as problem:
+        raise DiskError(f"could not write reference_cache {path} ({flat.nbytes:,} bytes): {problem}") from problem
+
+
+def cache_parts(model: nn.Module, start: Snapshot | None, data: str) -> dict[str, str]:
+    """What reference log-probabilities depend on, each as a hash: data (tokens and masks, so template and lengths
+    too), base weights, adapter, and the dtype that is computed in."""
+    adapter = {id(p) for m in lora_modules(model).values() for p in (m.lora_A, m.lora_B)}
+    base = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if id(t) not in adapter}
+    factors = {} if start is None else start.layers
+    frozen = {f"{n}.{f}": getattr(factors[n], f) for n in factors for f in ("lora_A", "lora_B")}
+    scales = json.dumps([[n, f.alpha, f.rslora] for n, f in sorted(factors.items())])
+    dtype = next(p.dtype for p in model.parameters() if id(p) not in adapter)
+    return {
+        "data": data,
+        "base": _hash(base),
+        "adapter": hashlib.sha256((_hash(frozen) + scales).encode()).hexdigest(),
+        "dtype": str(dtype),
+    }
+
+
+def _hash(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def cached(
+    live: LiveReference, path: Path, data: str, batches: Sequence[AnswerBatch], lengths: Sequence[Sequence[int]]
+) -> CachedReference:
+    """The reference's log-probabilities from the file, which is made first where it is not there.
+
+    data: a hash of the examples; batches: all of them; lengths: tokens of each example's answers.
+    """
+    parts = cache_parts(live.model, live.start, data)
+    if path.exists():
+        flat = read_cache(path, parts)
+    else:
+        flat = fill_cache(live, batches, lengths)
+        write_cache(path, flat, parts)
+    return CachedReference(flat, lengths, next(live.model.parameters()).device)
