@@ -161,7 +161,8 @@ def judged(row: Row, form: str | None = None) -> Judged:
         raise bad(row, key, f"must be true (a good answer) or false, not {type_name(label)}")
     parts = JUDGED[own](row)
     (answer,) = parts.answers
-    _check(row, parts.prompt, answer, "answer")
+    field = {"prompt": "completion", "instruction": "output"}.get(own.split("/")[0], "last message")
+    _check(row, parts.prompt, answer, field)
     return Judged(as_context(parts.prompt), answer, label, row.file, row.line, parts.tools, parts.notes)
 
 
