@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ..data.answer_batch import AnswerBatch
-from .logprobs import token_scores
+from ..kernels.linear_logprobs import check_targets
+from .logprobs import token_scores, vocabulary_of
+from .step import summed
 
 
 class Answers(NamedTuple):
@@ -33,6 +35,7 @@ def answer_scores(model: Any, batch: AnswerBatch) -> Answers:
 
     A token that both answers of a pair begin with is predicted once and counts in both.
     """
+    check_targets(batch.targets, vocabulary_of(model.lm_head))
     device = next(model.parameters()).device
     here = batch.to(device)
     hidden = model.hidden(here.input_ids, here.position_ids, here.spans)  # [B, T, D]
@@ -44,10 +47,3 @@ def answer_scores(model: Any, batch: AnswerBatch) -> Answers:
 def _in_slots(values: Tensor, slots: Tensor) -> Tensor:
     """[R] predictions as [A, P, L]; slots of what is not there point past the end, at a zero."""
     return torch.cat([values, values.new_zeros(1)]).index_select(0, slots.flatten()).view(slots.shape)
-
-
-def summed(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A figure of `Sums`: [2], the sum of `values` (where `mask` is true) and how many they are; float64, no graph."""
-    values = values.detach().to(torch.float64)
-    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    return torch.stack([torch.where(mask, values, 0.0).sum(), mask.sum(dtype=torch.float64)])

@@ -19,13 +19,13 @@ from ..data.pairs import Judgement, load_judged, load_preferences
 from ..errors import NumericError
 from ..lora.attach import lora_modules
 from ..lora.snapshot import snapshot
-from .answers import Answers, answer_scores, summed
+from .answers import Answers, answer_scores
 from .evaluate import evaluating
 from .loop import Weights
 from .preference_config import DPOConfig
 from .reference import LiveReference, Reference, cached, starts_at_base
 from .scores import JudgedScores, PairScores, RewardShift, judged_scores, pair_scores, token_kl
-from .step import StepResult, Sums
+from .step import StepResult, Sums, summed
 from .trainer import Trainer
 from .unpaired_losses import mismatch_kl
 

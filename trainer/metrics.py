@@ -21,7 +21,11 @@ class Metrics:
     trained_tokens, tokens_per_second, memory under the name of what it is, and optimizer_bytes, which is state on the
     model's device; of a paged optimizer also optimizer_host_bytes and what pages did in this step: page_hits, _misses,
     _evictions, _bytes_in, _bytes_out, _stall_seconds, and _retries, which are micro-batches that were run again without
-    pages when memory ran out) or of an evaluation (val_loss, val_perplexity).
+    pages when memory ran out) or of an evaluation (names beginning with val_).
+    Means over the answers' tokens: token_accuracy (the likeliest token was the right one), entropy (nats). Preference
+    training adds means over pairs: reward_chosen, _rejected, _margin, _accuracy, logp_chosen, logp_rejected; kl, a
+    token's (see `scores.token_kl`); and dropped, the share of rows that were left out. Evaluations of fine-tuning add
+    val_perplexity.
     """
 
     def __init__(self, folder: Path, displays: Sequence[Display], *, log: Sequence[str] = (), resumed_at: int = 0):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..data.batch import Batch, micro_batches
@@ -13,9 +14,9 @@ from ..errors import InputError
 from ..lora.attach import lora_modules
 from ..models.save import save_model
 from .config import SFTConfig
-from .evaluate import batch_loss_sum
+from .evaluate import batch_token_scores
 from .loop import Weights
-from .step import Sums
+from .step import Sums, summed
 from .trainer import Trainer, adapter_parameters
 
 
@@ -49,7 +50,9 @@ class SFTTrainer(Trainer):
         )
 
     def sums(self, batch: Batch) -> Sums:
-        return Sums(batch_loss_sum(self.model, batch), {})
+        scores = batch_token_scores(self.model, batch)
+        figures = {"token_accuracy": summed(scores.correct), "entropy": summed(scores.entropy)}
+        return Sums(-scores.logps.sum(dtype=torch.float64), figures)
 
     def describe(self, figures: dict[str, float]) -> dict[str, float]:
         return figures | {"perplexity": math.exp(figures["loss"]) if figures["loss"] < 700 else math.inf}

@@ -43,6 +43,13 @@ class Sums(NamedTuple):
     figures: Mapping[str, Tensor]  # each [2]: a sum, and the number of things it is over; without gradient
 
 
+def summed(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """A figure of `Sums`: [2], the sum of `values` (where `mask` is true) and how many they are; float64, no graph."""
+    values = values.detach().to(torch.float64)
+    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    return torch.stack([torch.where(mask, values, 0.0).sum(), mask.sum(dtype=torch.float64)])
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What a step leaves behind, still on the device: reading it waits for the step."""
