@@ -97,13 +97,13 @@ class RewardShift(NamedTuple):
         return self._replace(value=(self.totals / self.counts.clamp(min=1)).mean())
 
 
-def answer_sums(logps: Tensor, lengths: Tensor, *, average: bool = False, ld_alpha: float | None = None) -> Tensor:
-    """Log-probability of each whole answer, or the mean a token.
+def answer_sums(logps: Tensor, lengths: Tensor, *, ld_alpha: float | None = None) -> Tensor:
+    """Log-probability of each whole answer.
 
     logps: [A, P, L] per token, zero past an answer's end. lengths: [A, P] int64. Returns [A, P].
     ld_alpha: LD-DPO (Liu et al. 2024, arXiv 2409.06411) with α in [0, 1]: tokens of an answer past the length of its
     pair's shortest answer, l_p, count α times, Σ_{t <= l_p} log π(y_t) + α Σ_{t > l_p} log π(y_t); a long answer then
-    wins less by being long. α = 1 discounts nothing. The mean still divides by the whole length.
+    wins less by being long. α = 1 discounts nothing.
     Raises InputError for an α outside [0, 1], or answers that have nothing to be compared with.
     """
     if ld_alpha is not None:
@@ -112,8 +112,7 @@ def answer_sums(logps: Tensor, lengths: Tensor, *, average: bool = False, ld_alp
             raise InputError("ld_alpha compares the two answers of a pair, and these answers stand alone: leave it out")
         tail = torch.arange(logps.shape[-1], device=logps.device) >= lengths.amin(0).unsqueeze(-1)  # [P, L]
         logps = torch.where(tail, ld_alpha * logps, logps)
-    sums = logps.sum(-1)
-    return sums / lengths.clamp(min=1) if average else sums
+    return logps.sum(-1)
 
 
 def check_ld_alpha(value: object) -> None:
@@ -145,17 +144,6 @@ def _reference_sums(logps: Tensor, lengths: Tensor, reference: Tensor | None, ld
     if reference is None:
         return torch.zeros_like(lengths, dtype=logps.dtype)
     return answer_sums(reference.detach(), lengths, ld_alpha=ld_alpha)
-
-
-def wpo_weights(logps: Tensor, log_sum_squares: Tensor, lengths: Tensor) -> Tensor:
-    """How likely the policy itself would have written each pair: WPO's factor on any loss. Returns [P], no gradient.
-
-    Zhou et al. 2024, arXiv 2406.11827: w = w(chosen) w(rejected) with w(y) = exp(1/|y| Σ_t log π(y_t) - log Σ_v π(v)²),
-    the second part making a token's weight 1 on average over the policy's own samples.
-    logps, log_sum_squares: [2, P, L], log π of each token and log Σ_v π(v)² over the vocabulary at its place, both zero
-    past an answer's end. lengths: [2, P].
-    """
-    return answer_sums((logps - log_sum_squares).detach(), lengths, average=True).sum(0).exp()
 
 
 def token_kl(logps: Tensor, reference: Tensor) -> Tensor:

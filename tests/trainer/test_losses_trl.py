@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.trainer.objective import Objective
-from fourbit.trainer.scores import PairScores, RewardShift, judged_scores, pair_scores, wpo_weights
+from fourbit.trainer.scores import PairScores, RewardShift, judged_scores, pair_scores
 from fourbit.trainer.unpaired_losses import mismatch_kl
 
 with warnings.catch_warnings():
@@ -83,12 +83,11 @@ class Sample:
         draw = lambda: torch.rand(2, pairs, LONGEST, generator=make, dtype=torch.float64).to(dtype)  # noqa: E731
         self.reference = -(0.05 + 3 * draw()) * self.mask
         self.logps = ((self.reference + 4 * draw() - 2).clamp(max=-0.02) * self.mask).detach().requires_grad_()
-        self.log_sum_squares = -(0.05 + draw()) * self.mask
 
     def one(self, number: int) -> "Sample":
         """The pair `number` alone."""
         other = object.__new__(Sample)
-        for key in ("lengths", "mask", "reference", "log_sum_squares"):
+        for key in ("lengths", "mask", "reference"):
             setattr(other, key, getattr(self, key)[:, number : number + 1])
         other.logps = self.logps[:, number : number + 1].detach().clone().requires_grad_()
         return other
@@ -103,11 +102,10 @@ class Sample:
         return torch.cat([torch.zeros(len(flat), 1, dtype=torch.long), flat], 1)
 
 
-def fused_outputs(logps: Tensor, log_sum_squares: Tensor | None = None) -> SimpleNamespace:
+def fused_outputs(logps: Tensor) -> SimpleNamespace:
     nothing = torch.zeros(logps.shape)
     return SimpleNamespace(
         log_probs=logps,
-        log_sum_sq_probs=log_sum_squares,
         entropy=nothing,
         mean_logits=nothing,
         is_top1=nothing.bool(),
@@ -117,7 +115,7 @@ def fused_outputs(logps: Tensor, log_sum_squares: Tensor | None = None) -> Simpl
 def dpo_loss(sample: Sample, loss_type: str, leaf: Tensor | None = None, **attributes: Any) -> Tensor:
     """TRL's DPO loss of the pairs of `sample`, a mean."""
     logps = sample.logps if leaf is None else leaf
-    policy = Model(lambda **_: fused_outputs(logps.flatten(0, 1), sample.log_sum_squares.flatten(0, 1)))
+    policy = Model(lambda **_: fused_outputs(logps.flatten(0, 1)))
     reference = Model(lambda **_: fused_outputs(sample.reference.flatten(0, 1)))
     defaults = {"beta": 0.1, "label_smoothing": 0.0, "ld_alpha": None, "use_weighting": False}
     divergence = {"f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5}
@@ -247,15 +245,6 @@ def test_sft_of_a_pair(dtype: torch.dtype) -> None:
         one = sample.one(number)
         theirs = dpo_loss(one, "sigmoid", loss_types=["sigmoid", "sft"], loss_weights=[1.0, 2.0])
         assert_same(one, our_loss(one, {"sigmoid": 1.0, "sft": 2.0}, {}).mean(), theirs, one.logps, dtype)
-
-
-@dtypes
-def test_wpo(dtype: torch.dtype) -> None:
-    sample = Sample(dtype, seed=7)
-    weights = wpo_weights(sample.logps, sample.log_sum_squares, sample.lengths)
-    assert not weights.requires_grad and weights.shape == (PAIRS,)
-    ours = (our_loss(sample, {"sigmoid": 1.0}, {}) * weights).mean()
-    assert_same(sample, ours, dpo_loss(sample, "sigmoid", use_weighting=True), sample.logps, dtype)
 
 
 def logits_of(logps: Tensor) -> Tensor:
