@@ -1,0 +1,179 @@
+"""How far a student's distribution over tokens is from a teacher's, row by row from hidden states, for distillation.
+
+With p the teacher's distribution and q the student's, both softmax(logits / temperature):
+
+    forward-kl   KL(p || q) = sum p log(p / q)       covers all that the teacher says (Hinton et al. 2015)
+    reverse-kl   KL(q || p) = sum q log(q / p)       keeps to what the teacher finds likely (Gu et al. 2023, MiniLLM)
+    jsd          beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
+                 generalised Jensen-Shannon divergence (Agarwal et al. 2023, "GKD", equation 1)
+
+The value is the divergence itself, in nats: it is not multiplied by temperature^2. Hinton et al. do that to keep
+gradients as large as at temperature 1, GKD does not; who wants it multiplies the loss. With top_k only the teacher's k
+likeliest tokens count, and both p and q are renormalised over them, so it stays a divergence: never negative, and 0
+only where both agree on these tokens' proportions. What the student gives to all other tokens is then free.
+
+One chunk of both logits exists at a time; see `chunked_head` for how gradients are made.
+"""
+
+from collections.abc import Callable
+from math import log, log1p
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .chunked_head import blocks, checked_rows, dense_figures, upcast
+
+KINDS = ("forward-kl", "reverse-kl", "jsd")
+
+
+class Divergence(NamedTuple):
+    """Which divergence; `check` raises ValueError for settings that make none."""
+
+    kind: str
+    temperature: float = 1.0
+    top_k: int | None = None
+    beta: float = 0.5  # of jsd
+
+    def check(self, vocabulary: int) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
+        if self.top_k is not None and not 1 <= self.top_k <= vocabulary:
+            raise ValueError(f"top_k must be in 1..{vocabulary}, the vocabulary, or None for all, got {self.top_k}")
+        if self.kind == "jsd" and not 0 < self.beta < 1:
+            raise ValueError(
+                f"beta of jsd must lie between 0 and 1, got {self.beta}; its ends are forward-kl (0) and reverse-kl (1)"
+            )
+
+
+def linear_divergence_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    kind: str,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    beta: float = 0.5,
+) -> Tensor:
+    """The definition, through full logits."""
+    student, teacher = upcast(hidden @ weight.T), upcast(teacher_hidden @ teacher_weight.T).detach()
+    if top_k is not None:
+        teacher, places = teacher.topk(top_k, dim=1)
+        student = student.gather(1, places)
+    log_q, log_p = (torch.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
+    p, q = log_p.exp(), log_q.exp()
+    if kind == "forward-kl":
+        return (p * (log_p - log_q)).sum(1)
+    if kind == "reverse-kl":
+        return (q * (log_q - log_p)).sum(1)
+    log_m = torch.logaddexp(log_p + log(beta), log_q + log1p(-beta))
+    return (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(1)
+
+
+def linear_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    kind: str,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    beta: float = 0.5,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """The divergence of each row, [N] in fp32 (float64 for float64 hidden states), not reduced and not scaled.
+
+    hidden: [N, D], weight: [V, D], same dtype: the student's. teacher_hidden: [N, E], teacher_weight: [V, E]: the
+    teacher's, of any width. kind, temperature, top_k and beta (of jsd) as in the module's docstring. Gradients flow to
+    hidden and weight, none to the teacher.
+    Memory: one chunk of both logits (`chunk_rows` rows; by default as many as 64 MiB hold together, 512 MiB on CUDA)
+    and a few blocks of 1 MiB (64 on CUDA); and one [N, D] gradient when only hidden is trained.
+    Raises ValueError when the shapes do not fit together or a setting is out of range.
+    """
+    _check_shapes(hidden, weight, teacher_hidden, teacher_weight)
+    wanted = Divergence(kind, temperature, top_k, beta)
+    wanted.check(len(weight))
+    scorer = DivergenceScorer(lambda part: teacher_hidden[part] @ teacher_weight.T, wanted)
+    (values,) = dense_figures(hidden, weight, scorer, checked_rows(chunk_rows, 2 * len(weight), weight.device))
+    return values
+
+
+def _check_shapes(*tensors: Tensor) -> None:
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    if all(len(shape) == 2 for shape in shapes):
+        (rows, width), (vocabulary, columns), (others, their_width), (theirs, their_columns) = shapes
+        if (rows, vocabulary, width, their_width) == (others, theirs, columns, their_columns):
+            return
+    raise ValueError(
+        "linear_divergence needs hidden [N, D], weight [V, D], teacher_hidden [N, E] and teacher_weight [V, E] "
+        f"(teacher and student share rows and vocabulary), got {', '.join(map(str, shapes))}"
+    )
+
+
+class DivergenceScorer:
+    """The divergence for chunks of the student's logits. `teacher` gives its logits [n, V] for the same rows."""
+
+    def __init__(self, teacher: Callable[[slice], Tensor], wanted: Divergence) -> None:
+        self.teacher, self.wanted = teacher, wanted
+
+    @torch.no_grad()
+    def __call__(self, logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, ...]:
+        teacher = self.teacher(rows)
+        values = logits.new_empty(len(logits))
+        for block in blocks(logits):
+            values[block] = self._block(logits[block], teacher[block].to(logits.dtype), gradient)
+        return (values,)
+
+    def _block(self, student: Tensor, teacher: Tensor, gradient: bool) -> Tensor:
+        wanted, chosen, places = self.wanted, student, None
+        if wanted.top_k is not None:
+            teacher, places = teacher.topk(wanted.top_k, dim=1, sorted=False)
+            chosen = student.gather(1, places)
+        value, dlogits = _divergence(
+            *_softmax(teacher, wanted.temperature), *_softmax(chosen, wanted.temperature), wanted
+        )
+        if gradient:
+            dlogits /= wanted.temperature
+            if places is None:
+                student.copy_(dlogits)
+            else:
+                student.zero_().scatter_(1, places, dlogits)
+        return value.squeeze(1)
+
+
+def _softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log p and p. By steps: torch.log_softmax on a CPU adds up 150,000 exponentials to 6e-6."""
+    z = logits / temperature
+    p = z.sub_(z.amax(1, keepdim=True)).exp()
+    total = p.sum(1, keepdim=True)
+    return z.sub_(total.log()), p.div_(total)
+
+
+def _divergence(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, wanted: Divergence) -> tuple[Tensor, Tensor]:
+    """The value [n, 1] and its gradient [n, V] with respect to what q is the softmax of."""
+    if wanted.kind == "forward-kl":
+        return _mean(p, log_p - log_q), q - p
+    if wanted.kind == "reverse-kl":
+        over = log_q - log_p
+        value = _mean(q, over)
+        return value, _weighted(q, over - value)
+    beta = wanted.beta
+    log_m = torch.logaddexp(log_p + log(beta), log_q + log1p(-beta))
+    over = log_q - log_m
+    of_student = _mean(q, over)
+    value = beta * _mean(p, log_p - log_m) + (1 - beta) * of_student
+    return value, _weighted(q, over - of_student).mul_(1 - beta)
+
+
+def _weighted(p: Tensor, x: Tensor) -> Tensor:
+    """p x, and 0 where p is 0: tokens that both sides ban have x = inf - inf."""
+    return torch.where(p > 0, p * x, 0)
+
+
+def _mean(p: Tensor, x: Tensor) -> Tensor:
+    return _weighted(p, x).sum(1, keepdim=True)
