@@ -5,10 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu lint types wheel-check bench bench-cpu bench-sft clean
+.PHONY: demo demo-dpo test test-slow test-gpu lint types wheel-check bench bench-cpu bench-sft clean
 
 demo: $(VENV)/.installed $(VENV)/.model ## fine-tune a real model on examples/tickets
 	$(BIN)/python examples/tickets/demo.py
+
+demo-dpo: $(VENV)/.installed $(VENV)/.model ## SFT, then DPO on examples/preferences, and what it changed
+	$(BIN)/python examples/preferences/dpo.py
 
 test: $(VENV)/.dev $(VENV)/.model ## the whole CPU suite
 	$(BIN)/python -P -m pytest $(PYTEST_ARGS)
