@@ -6,13 +6,12 @@ What is written depends on the adapter alone (sorted keys, no times), so equal a
 
 import functools
 import math
-import os
-import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,12 +20,13 @@ from .attach import Slot, install, lora_modules, plan
 from .config import LoRAConfig
 from .linear import LoRALinear, scale_of
 from .peft_config import PeftConfig, read_config, write_config
+from .safe_files import float_tensors, regular_file, write_whole
+from .snapshot import Factors, Snapshot
 from .targets import Linear, base_modules, linear_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LARGEST_CONFIG = 8 << 20  # bytes: room for the full paths of 100,000 layers
-FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -70,8 +70,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "") 
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
-        _replace(folder / CONFIG, lambda path: path.write_bytes(config))
+        write_whole(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        write_whole(folder / CONFIG, lambda path: path.write_bytes(config))
     except (OSError, SafetensorError) as problem:
         raise DiskError(f"could not write the adapter ({size:,} bytes) to '{folder}': {problem}") from problem
 
@@ -85,10 +85,55 @@ def load_adapter(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | N
     Raises InputError, before the model is touched, for a file that is missing, broken or not plain LoRA, for keys that
     are missing, unexpected or misshaped, and for NaN or infinity.
     """
-    folder = Path(folder)
+    file = _read_adapter(model, Path(folder))
+    names = list(file.slots)
+    attached = lora_modules(model)
+    if attached:
+        _check_same(attached, file.slots, file.config, file.label)
+        dtype = attached[names[0]].lora_A.dtype
+    dtype = dtype or functools.reduce(torch.promote_types, (tensor.dtype for tensor in file.state.values()))
+    _check_finite(file.state, dtype, file.label)
+    if not attached:
+        install(model, file.slots, file.config, seed=0, dtype=dtype)
+    load_adapter_state(model, file.state)
+    return names
+
+
+def read_snapshot(model: nn.Module, folder: str | Path) -> Snapshot:
+    """Read a PEFT adapter folder for `adapter_swapped`: `model`, which carries another adapter, stays as it is.
+
+    The factors take dtype and device of the model's own adapter; rank, scale and layers may differ from it.
+    Raises InputError for whatever `load_adapter` refuses, and for layers on which the model carries no adapter: only
+    there can another one take its place.
+    """
+    file = _read_adapter(model, Path(folder))
+    attached = lora_modules(model)
+    if bare := [name for name in file.slots if name not in attached]:
+        targets = ",".join(dict.fromkeys(name.rpartition(".")[2] for name in file.slots))
+        raise InputError(
+            f"{file.label} adapts {len(bare)} layers on which the model carries no adapter of its own, such as "
+            f"'{bare[0]}': give the model's adapter these targets as well: {targets}"
+        )
+    _check_finite(file.state, attached[next(iter(file.slots))].lora_A.dtype, file.label)
+    return Snapshot({name: _factors(file, name, attached[name]) for name in file.slots})
+
+
+@dataclass(frozen=True)
+class _AdapterFile:
+    """An adapter folder that fits a model: each layer's rank and alpha, the settings, the tensors as in the file."""
+
+    label: str  # what errors call it
+    slots: dict[str, Slot]  # in module order
+    config: LoRAConfig
+    state: dict[str, Tensor]  # by PEFT's key
+
+
+def _read_adapter(model: nn.Module, folder: Path) -> _AdapterFile:
+    """Everything that can be checked without regard to adapters the model carries; values are not looked at yet."""
     config = _read_config(folder)
-    state, label = _read_weights(folder)
-    state = _without_base_copies(model, state, label)
+    weights = _adapter_file(folder, WEIGHTS)
+    label = f"'{weights}'"
+    state = _without_base_copies(model, float_tensors(weights), label)
     layers = linear_layers(model)
     keys = _canonical(state, layers, label)
     names = config.targeted(model)
@@ -99,20 +144,20 @@ def load_adapter(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | N
         raise InputError(f"{label}: target_modules={config.lora.target!r} names no linear layer of this model")
     slots = plan(model, config.lora, names)
     _compare(_shapes(slots, layers), {key: tuple(state[given].shape) for key, given in keys.items()}, label)
-    attached = lora_modules(model)
-    if attached:
-        _check_same(attached, slots, config.lora, label)
-        dtype = attached[names[0]].lora_A.dtype
-    dtype = dtype or functools.reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
-    _check_finite(state, dtype, label)
-    if not attached:
-        install(model, slots, config.lora, seed=0, dtype=dtype)
-    load_adapter_state(model, state)
-    return names
+    return _AdapterFile(label, slots, config.lora, {key: state[given] for key, given in keys.items()})
+
+
+def _factors(file: _AdapterFile, name: str, like: LoRALinear) -> Factors:
+    """One layer of the file on the device and in the dtype of another adapter; a copy, apart from the file's map."""
+    a, b = (
+        file.state[f"{PREFIX}{name}.{half}.weight"].to(parameter.device, parameter.dtype, copy=True)
+        for half, parameter in (("lora_A", like.lora_A), ("lora_B", like.lora_B))
+    )
+    return Factors(a, b, file.slots[name].alpha, file.config.rslora)
 
 
 def _read_config(folder: Path) -> PeftConfig:
-    file = _regular_file(folder, CONFIG)
+    file = _adapter_file(folder, CONFIG)
     if file.stat().st_size > LARGEST_CONFIG:
         raise InputError(
             f"'{file}' has {file.stat().st_size:,} bytes; an adapter config has at most {LARGEST_CONFIG:,}"
@@ -121,21 +166,6 @@ def _read_config(folder: Path) -> PeftConfig:
         return read_config(file.read_text(encoding="utf-8"), f"'{file}'")
     except UnicodeDecodeError as problem:
         raise InputError(f"'{file}' is not UTF-8 text: {problem}") from None
-
-
-def _read_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of the weights file, still mapped from it, and what errors call the file."""
-    file = _regular_file(folder, WEIGHTS)
-    label = f"'{file}'"
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118  (not a dict)
-                kind = opened.get_slice(key).get_dtype()
-                if kind not in FLOATS:
-                    raise InputError(f"{label}: the tensor '{key}' must hold floats ({', '.join(FLOATS)}), got {kind}")
-            return {key: opened.get_tensor(key) for key in opened.keys()}, label  # noqa: SIM118
-    except SafetensorError as problem:
-        raise InputError(f"{label} is no valid safetensors file: {problem}") from None
 
 
 def _without_base_copies(model: nn.Module, state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
@@ -159,18 +189,11 @@ def _without_base_copies(model: nn.Module, state: dict[str, Tensor], label: str)
     return adapter
 
 
-def _regular_file(folder: Path, name: str) -> Path:
-    """The file `name` in `folder`; InputError if it is missing, a link out of the folder, a pipe or a device."""
+def _adapter_file(folder: Path, name: str) -> Path:
+    """The file `name` of an adapter in `folder`."""
     if not folder.is_dir():
         raise InputError(f"'{folder}' is no folder; an adapter is a folder with {CONFIG} and {WEIGHTS}")
-    file = folder / name
-    if not file.exists():
-        raise InputError(f"'{folder}' holds no {name}.{_instead(folder, name)}")
-    if file.resolve().parent != folder.resolve():
-        raise InputError(f"'{file}' is a link out of its folder, which is not followed: copy the file itself there")
-    if not stat.S_ISREG(file.stat().st_mode):
-        raise InputError(f"'{file}' must be a regular file")
-    return file
+    return regular_file(folder, name, _instead(folder, name))
 
 
 def _instead(folder: Path, name: str) -> str:
@@ -257,15 +280,3 @@ def _check_finite(state: Mapping[str, Tensor], dtype: torch.dtype, label: str) -
     for key, tensor in state.items():
         if not bool(torch.isfinite(tensor.to(dtype)).all()):
             raise InputError(f"{label}: the tensor '{key}' holds NaN, infinity or a number too large for {dtype}")
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, flush to the disk, rename: a reader sees the old file or the whole new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
