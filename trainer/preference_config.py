@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from ..errors import InputError
-from .config import TrainingConfig, one_of, setting
+from .config import TrainingConfig, at_least, one_of, setting
 from .objective import PAIR_LOSSES, SETTINGS, UNPAIRED_LOSSES, Objective, parse_losses
 from .scores import check_ld_alpha
 
@@ -100,3 +100,10 @@ class RewardConfig(PreferenceConfig):
     """Options of training a reward model. Raises InputError for a value that cannot work, naming it."""
 
     lr: float = setting(1e-4, "peak learning rate")
+    center: float = setting(
+        0.0, "weight of the squared sum of a pair's rewards, which holds rewards around zero; 0.01 is usual"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "center")

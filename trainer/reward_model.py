@@ -1,0 +1,137 @@
+"""A reward model: a language model, its adapter, and a vector that turns an answer's last hidden state into a number.
+
+The head lies beside the adapter as `reward_head.safetensors` with one tensor, `score.weight` [1, hidden_size]: the name
+and shape that transformers' `LlamaForSequenceClassification` with one label has.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..data.answer_batch import AnswerBatch, answer_batches
+from ..data.dataset import Template
+from ..data.encode import encode_conversation
+from ..data.formats import Conversation, conversation
+from ..data.pairs import Judgement
+from ..data.protocol import TokenizerLike
+from ..data.read import Row
+from ..data.template import template_for
+from ..errors import DiskError, InputError, NumericError
+from ..lora.files import load_adapter, save_adapter
+from ..lora.safe_files import float_tensors, regular_file, write_whole
+from .evaluate import evaluating
+
+HEAD, KEY = "reward_head.safetensors", "score.weight"
+Answered = Conversation | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+
+class RewardModel:
+    """Scores answers: reward = head . hidden state at the answer's last trained token, its end of turn.
+
+    model: from `fourbit.load`, with the adapter that was trained with the head. head: [1, hidden_size]. Rewards of one
+    prompt's answers compare with each other; their zero and their scale mean nothing.
+    """
+
+    def __init__(self, model: Any, head: Tensor) -> None:
+        wanted = (1, model.config.hidden_size)
+        if tuple(head.shape) != wanted:
+            raise InputError(f"a reward model's head must be {list(wanted)} for this model, got {list(head.shape)}")
+        self.model, self.head = model, head
+
+    @classmethod
+    def load(cls, model: Any, folder: str | Path) -> "RewardModel":
+        """Put the adapter in `folder` on the model, as `load_adapter` does, and read the head beside it.
+
+        Raises InputError for a head or an adapter that is missing, broken or of another model, before the model is
+        touched.
+        """
+        head = read_head(model, folder)
+        load_adapter(model, folder)
+        return cls(model, head)
+
+    def save(self, folder: str | Path) -> None:
+        """Write adapter and head. Raises NumericError for NaN or infinity, DiskError when the disk refuses."""
+        head = self.head.detach().cpu().contiguous()
+        if not bool(torch.isfinite(head).all()):
+            raise NumericError("the reward model's head holds NaN or infinity, so it was not saved")
+        save_adapter(self.model, folder, base_model=str(getattr(self.model, "source", "")))
+        try:
+            write_whole(Path(folder) / HEAD, lambda path: save_file({KEY: head}, path, metadata={"format": "pt"}))
+        except (OSError, SafetensorError) as problem:
+            raise DiskError(f"could not write {HEAD} ({head.nbytes:,} bytes) to '{folder}': {problem}") from problem
+
+    def rewards(self, batch: AnswerBatch) -> Tensor:
+        """The reward of each answer, [A, P] in the head's dtype, for a batch that is still on the CPU."""
+        here = batch.to(self.head.device)
+        hidden = self.model.hidden(here.input_ids, here.position_ids, here.spans)  # [B, T, D]
+        last = hidden.flatten(0, 1).index_select(0, here.last.flatten())  # [A * P, D]
+        rewards: Tensor = (last.to(self.head.dtype) @ self.head.T).view(here.last.shape)
+        return rewards
+
+    def score(
+        self,
+        tokenizer: TokenizerLike,
+        rows: Sequence[Answered],
+        *,
+        template: Template = None,
+        token_budget: int = 2048,
+    ) -> list[float]:
+        """The reward of each row's last assistant turn, in order; dropout is off and no gradient is kept.
+
+        A row is a list of messages, {"messages": ...} or {"prompt": ..., "completion": ...}, and ends with an
+        assistant turn. token_budget: tokens that are run through the model at a time.
+        Raises InputError for a row that is none of these or cannot be encoded, naming its place.
+        """
+        form = template_for(tokenizer, template)
+        talks = [_conversation(row, place) for place, row in enumerate(rows, 1)]
+        encoded = [encode_conversation(talk, tokenizer, form, loss_on="last") for talk in talks]
+        scores = [0.0] * len(encoded)
+        if not encoded:
+            return scores
+        judged = [(place, Judgement(answer, True, answer.source)) for place, answer in enumerate(encoded)]
+        batches = answer_batches(judged, packing=True, micro_batch="auto", token_budget=token_budget, pad_id=0)
+        with evaluating(self.model):
+            for batch in batches:
+                for place, reward in zip(batch.numbers, self.rewards(batch)[0].tolist(), strict=True):
+                    scores[place] = reward
+        return scores
+
+
+def fresh_head(model: Any) -> Tensor:
+    """Zeros: all rewards are equal, the loss starts at ln 2, and there is no random start to unlearn."""
+    weight = model.model.embed_tokens.weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.zeros(1, model.config.hidden_size, dtype=dtype, device=weight.device)
+
+
+def read_head(model: Any, folder: str | Path) -> Tensor:
+    """The head that `folder` holds, on the model's device, in fp32 (float64 for a float64 model).
+
+    Raises InputError for a file that is missing, no regular file of the folder, or no head of this model, and for NaN
+    or infinity.
+    """
+    file = regular_file(Path(folder), HEAD, " fourbit reward writes one beside the adapter it trains.")
+    tensors, like = float_tensors(file), fresh_head(model)
+    if tensors.keys() != {KEY}:
+        raise InputError(f"'{file}' must hold the one tensor '{KEY}', got {', '.join(sorted(tensors)[:4]) or 'none'}")
+    if tensors[KEY].shape != like.shape:
+        got, want = list(tensors[KEY].shape), list(like.shape)
+        raise InputError(
+            f"'{file}': the tensor '{KEY}' must be {want} for this model, got {got}: it is of another base"
+        )
+    head = tensors[KEY].to(like.device, like.dtype, copy=True)
+    if not bool(torch.isfinite(head).all()):
+        raise InputError(f"'{file}': the tensor '{KEY}' holds NaN or infinity")
+    return head
+
+
+def _conversation(row: Answered, place: int) -> Conversation:
+    if isinstance(row, Conversation):
+        return row
+    data = dict(row) if isinstance(row, Mapping) else {"messages": list(row)}
+    return conversation(Row(data, "rows", place))
