@@ -215,11 +215,6 @@ def _fill_report(dataset: Examples[E, R], notes: Counter[str], template: ChatTem
         )
     if report.duplicates:
         report.notices.append(f"{report.duplicates} of {report.rows} rows repeat an earlier row")
-    for kind, number in report.dropped.items():
-        first = next(problem for problem in report.drops if problem.kind == kind)
-        report.notices.append(
-            f"{number} of {report.rows + len(report.drops)} rows left out ({kind}); the first: {first}"
-        )
     report.notices += [f"{count} of {report.rows} rows: {note}" for note, count in sorted(notes.items())]
 
 
