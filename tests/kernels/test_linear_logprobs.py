@@ -171,10 +171,11 @@ def test_rows_do_not_see_each_other():
 
 
 def test_ties_are_correct_and_nan_is_not():
-    hidden = torch.tensor([[1.0], [1.0], [torch.nan]])
-    scores = linear_logprobs(hidden, torch.tensor([[1.0], [2.0], [2.0]]), torch.tensor([2, 0, 1]))
-    assert scores.correct.tolist() == [True, False, False]
-    assert scores.logps.isnan().tolist() == scores.entropy.isnan().tolist() == [False, False, True]
+    """The last target is the least that fp32 can tell from the likeliest token."""
+    hidden = torch.tensor([[1.0], [1.0], [torch.nan], [1 + 2**-23]])
+    scores = linear_logprobs(hidden, torch.tensor([[1.0], [2.0], [2.0], [2 - 2**-23]]), torch.tensor([2, 0, 1, 3]))
+    assert scores.correct.tolist() == [True, False, False, False]
+    assert scores.logps.isnan().tolist() == scores.entropy.isnan().tolist() == [False, False, True, False]
 
 
 def test_only_log_probabilities_carry_a_gradient():
