@@ -41,6 +41,7 @@ class Cost:
     warps: int
     instructions: int  # of the whole kernel
     loop_instructions: int  # of the longest loop body, or of the whole kernel if it has no loop
+    path_instructions: int  # of the shortest way through the kernel that no condition leaves early; loops once
     constants: dict[str, Any]  # the kernel's constexpr arguments
 
     @property
@@ -130,7 +131,7 @@ def _cost(scenario: str, name: str, kernel: Any, constants: dict[str, Any], capa
         file.flush()
         usage, sass = _tool("cuobjdump", "--dump-resource-usage", file.name), _tool("nvdisasm", file.name)
     field = lambda key: int(re.search(rf"\b{key}:(\d+)", usage).group(1))  # type: ignore[union-attr]  # noqa: E731
-    whole, loop = _instructions(sass)
+    whole, loop, path = _instructions(sass)
     return Cost(
         scenario=scenario,
         kernel=name,
@@ -141,12 +142,13 @@ def _cost(scenario: str, name: str, kernel: Any, constants: dict[str, Any], capa
         warps=kernel.metadata.num_warps,
         instructions=len(whole),
         loop_instructions=len(loop),
+        path_instructions=path,
         constants=constants,
     )
 
 
-def _instructions(sass: str) -> tuple[list[str], list[str]]:
-    """(all instructions, those of the longest loop body); without a loop both are the same."""
+def _instructions(sass: str) -> tuple[list[str], list[str], int]:
+    """(all instructions, those of the longest loop body or all, number of them on the shortest way through)."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
@@ -163,7 +165,19 @@ def _instructions(sass: str) -> tuple[list[str], list[str]]:
         for end, code in enumerate(instructions)
         if (jump := re.search(r"BRA.*?(\.L_x_\d+)", code)) and (start := labels.get(jump.group(1), end)) < end
     ]
-    return instructions, max(bodies, key=len, default=instructions)
+    return instructions, max(bodies, key=len, default=instructions), _shortest(instructions, labels)
+
+
+def _shortest(instructions: list[str], labels: dict[str, int]) -> int:
+    """The fewest instructions from the first to an EXIT without a condition, branches taken forwards only."""
+    steps = [0] * (len(instructions) + 1)  # from each instruction on
+    for i in reversed(range(len(instructions))):
+        code = instructions[i]
+        jump = re.search(r"\bBRA\b.*?(\.L_x_\d+)", code)
+        target = labels.get(jump.group(1), 0) if jump else 0
+        after = [] if code.split()[0] in ("EXIT", "BRA") else [steps[i + 1]]
+        steps[i] = 1 + min(after + ([steps[target]] if target > i else []), default=0)
+    return steps[0]
 
 
 def _tool(name: str, *arguments: str) -> str:

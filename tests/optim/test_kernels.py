@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fourbit.kernels.dispatch import force_path
+from fourbit.kernels.plan import table
 from fourbit.optim import AdamW, AdamW8bit, Lion, Lion8bit
 
 pytest.importorskip("triton")
@@ -31,12 +32,32 @@ def _stepped(make: Any, dtype: torch.dtype, **settings: Any) -> Any:
 SCENARIOS = {
     "adamw": _stepped(AdamW, torch.float32, max_grad_norm=1.0),
     "adamw8bit, small ones 32-bit": _stepped(AdamW8bit, torch.bfloat16, stochastic_rounding=True, max_grad_norm=1.0),
+    "adamw8bit": _stepped(AdamW8bit, torch.bfloat16, min_8bit_size=0),
+    "lion": _stepped(Lion, torch.float32),
     "lion8bit": _stepped(Lion8bit, torch.float16, min_8bit_size=0),
 }
+# Bytes an element: weight read and written, gradient read, each moment read and written (8-bit: and its scale).
+BYTES = {"adamw": 12 + 16, "adamw8bit": 6 + 4 * (1 + 4 / 256), "lion": 12 + 8, "lion8bit": 6 + 2 * (1 + 4 / 256)}
 
 
 def test_nothing_spills(aot: Any) -> None:
     aot.assert_no_spills(aot.costs_of(__file__))
+
+
+@pytest.mark.parametrize("scenario", BYTES)
+def test_instructions_fit_beside_the_copies(aot: Any, scenario: str) -> None:
+    """Issuing an update's instructions takes an H100 no longer than moving its bytes at 70% of the copy bandwidth.
+
+    Counted on the shortest way through the kernel, which tensors in aligned memory take: SASS of a thread, over its
+    elements. Ceilings are those of kernels/table.json. 8-bit AdamW on bf16 has 142 an element.
+    """
+    h100 = table()["sm_90"]
+    budget = h100["issue_rate"] / (0.7 * h100["copy_bandwidth"]) * BYTES[scenario]
+    seen = [c for c in aot.costs_of(__file__) if (c.scenario, c.kernel) == (scenario, "_update")]
+    seen = [c for c in seen if c.capability in (80, 90, 100)]
+    assert len(seen) == 3
+    for cost in seen:
+        assert cost.path_instructions / (cost.constants["TILE"] / cost.threads) <= budget, (cost, budget)
 
 
 @pytest.fixture
