@@ -15,6 +15,7 @@ from .lora.attach import adapters_off as adapters_off
 from .lora.attach import attach as attach
 from .lora.config import LoRAConfig as LoRAConfig
 from .lora.files import load_adapter as load_adapter
+from .lora.files import read_snapshot as read_snapshot
 from .lora.files import save_adapter as save_adapter
 from .lora.linear import LoRALinear as LoRALinear
 from .lora.linear4bit import NF4Linear as NF4Linear
@@ -23,11 +24,16 @@ from .models.generate import generate as generate
 from .models.load import load as load
 from .models.save import save_model as save_model
 from .trainer.config import SFTConfig as SFTConfig
+from .trainer.distill import DistillTrainer as DistillTrainer
+from .trainer.distill_config import DistillConfig as DistillConfig
 from .trainer.dpo import DPOTrainer as DPOTrainer
 from .trainer.evaluate import answer_all as answer_all
 from .trainer.evaluate import evaluate_loss as evaluate_loss
 from .trainer.evaluate import exact_match as exact_match
 from .trainer.preference_config import DPOConfig as DPOConfig
+from .trainer.preference_config import RewardConfig as RewardConfig
+from .trainer.reward import RewardTrainer as RewardTrainer
+from .trainer.reward_model import RewardModel as RewardModel
 from .trainer.sft import SFTTrainer as SFTTrainer
 from .trainer.trainer import TrainResult as TrainResult
 

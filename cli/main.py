@@ -18,6 +18,8 @@ from .interrupt import remembered_ctrl_c
 COMMANDS = {
     "sft": "fine-tune a model on chat rows: fourbit sft --model M --data train.jsonl --out DIR",
     "dpo": "train on preferred and rejected answers, on top of an adapter or afresh",
+    "reward": "train a model that scores answers, from preferred and rejected ones",
+    "distill": "train a student to predict what a teacher predicts, on chat rows",
     "eval": "loss, perplexity and exact match on held-out rows, without and with an adapter",
     "generate": "answer every row of a file: fourbit generate --model M --data prompts.jsonl --out answers.jsonl",
     "chat": "talk to a model in the terminal",
@@ -27,6 +29,8 @@ COMMANDS = {
 ELSEWHERE = {  # what other tools call a command
     **dict.fromkeys(("train", "finetune", "fine-tune", "finetune_lora", "lora", "qlora"), "sft"),
     **dict.fromkeys(("preference", "orpo", "kto", "simpo", "cpo", "ipo", "rlhf"), "dpo"),
+    **dict.fromkeys(("rm", "reward_model", "reward-model", "reward_modeling", "rw"), "reward"),
+    **dict.fromkeys(("distillation", "distil", "kd", "gkd", "minillm"), "distill"),
     **dict.fromkeys(("evaluate", "test", "lm-eval"), "eval"),
     **dict.fromkeys(("inference", "predict", "infer"), "generate"),
     **dict.fromkeys(("preprocess", "preview", "dataset"), "data"),

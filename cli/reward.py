@@ -9,7 +9,7 @@ from ..trainer.preference_config import RewardConfig
 from .parse import Parsed, parse
 from .preference import StartOptions, checked_start, load_start, reader
 from .show import note
-from .train import datasets, train
+from .train import ADAPTER_ONLY, datasets, train
 
 if TYPE_CHECKING:
     from ..trainer.reward import RewardTrainer
@@ -36,7 +36,9 @@ def run(args: Sequence[str]) -> int:
     """Parse, load, train, report. Returns 0, or 128 + the signal that ended the run."""
     parsed = parse(RewardOptions, args, command="reward", about=ABOUT)
     options = checked_start(parsed)
-    return train("reward", Parsed(options, parsed.sources), _prepare(options))
+    trainer = _prepare(options)
+    unsaved = () if options.adapter is None else ADAPTER_ONLY  # an adapter brings its own
+    return train("reward", Parsed(options, parsed.sources), trainer, unsaved=unsaved)
 
 
 def _prepare(options: RewardOptions) -> "RewardTrainer":

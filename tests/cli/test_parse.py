@@ -8,11 +8,14 @@ import pytest
 
 from fourbit.cli.chat import ChatOptions
 from fourbit.cli.data import DataOptions
+from fourbit.cli.distill import DistillOptions
 from fourbit.cli.doctor import DoctorOptions
+from fourbit.cli.dpo import DPOOptions
 from fourbit.cli.eval import EvalOptions
 from fourbit.cli.generate import GenerateOptions
 from fourbit.cli.options import option
 from fourbit.cli.parse import Parsed, parse
+from fourbit.cli.reward import RewardOptions
 from fourbit.cli.sft import SFTOptions
 from fourbit.cli.synonyms import REMARKS, SYNONYMS, hint
 from fourbit.errors import InputError
@@ -173,7 +176,8 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_synonym_leads_to_an_option() -> None:
     """A rename of ours must not leave a hint behind that names an option nobody has."""
-    ours = {field.name for kind in (SFTOptions, EvalOptions, GenerateOptions) for field in fields(kind)}
+    kinds = (SFTOptions, DPOOptions, RewardOptions, DistillOptions, EvalOptions, GenerateOptions)
+    ours = {field.name for kind in kinds for field in fields(kind)}
     assert set(SYNONYMS.values()) <= ours
     assert not set(SYNONYMS) & ours, "a name of ours needs no hint"
     assert all(any(name in remark for name in ours) for remark in REMARKS.values())
@@ -190,6 +194,7 @@ def test_hints_spell_as_the_user_wrote() -> None:
 MODEL = {"model", "quant", "device", "dtype"}
 ROWS = {"data", "template", "max_length", "loss_on", "on_bad_row"}
 SAMPLING = {"max_new_tokens", "temperature", "top_k", "top_p", "seed"}
+ADAPTER = {"rank", "alpha", "dropout", "target", "rslora"}
 TRAINING = (
     "out epochs steps batch_size micro_batch packing max_length loss_on on_bad_row template lr schedule warmup "
     "decay lora_plus lr_scale optimizer optimizer_budget "
@@ -203,6 +208,17 @@ TRAINING = (
         (
             SFTOptions,
             {*TRAINING.split(), *MODEL, "data", "val", "rank", "alpha", "dropout", "target", "rslora", "json"},
+        ),
+        (
+            RewardOptions,
+            {*TRAINING.split(), *MODEL, *ADAPTER, "data", "val", "adapter", "truncation", "center", "json"}
+            - {"loss_on", "full"},
+        ),
+        (
+            DistillOptions,
+            {*TRAINING.split(), *MODEL, *ADAPTER, "data", "val", "adapter", "json"}
+            | {"teacher", "teacher_adapter", "teacher_quant"}
+            | {"divergence", "jsd_beta", "temperature", "top_k", "sft_weight"},
         ),
         (EvalOptions, MODEL | ROWS | {"adapter", "exact", "base", "max_new_tokens", "batch_size", "answers", "json"}),
         (GenerateOptions, MODEL | SAMPLING | {"adapter", "data", "out", "template", "batch_size", "json"}),

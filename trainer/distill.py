@@ -1,0 +1,178 @@
+"""Distillation: a student is trained to predict what its teacher predicts, on the tokens of chat rows.
+
+The teacher is another model, 4-bit or of another size, or the student's own base with another adapter or none, which
+then is not in memory a second time. Neither's logits ever exist as a whole.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batch import Batch, sent
+from ..errors import InputError
+from ..kernels.linear_logprobs import check_targets
+from ..lora.attach import lora_modules
+from ..lora.linear import LoRALinear
+from ..lora.snapshot import Factors, Snapshot, adapter_swapped
+from .distill_config import DistillConfig
+from .divergence import token_divergence
+from .evaluate import evaluating
+from .logprobs import token_scores, vocabulary_of
+from .sft import SFTTrainer
+from .step import Sums, summed
+
+
+class DistillTrainer(SFTTrainer):
+    """Trains a student towards a teacher: the loss is their divergence, averaged over trained tokens, in nats.
+
+    model: the student, from `fourbit.load`, with an adapter, or dense with `config.full`. teacher: another model with
+    the same tokens (see `check_same_tokens`) on the same device; a Snapshot (`read_snapshot`): the student's base with
+    that adapter; None: the student's base alone. train, val: as for SFTTrainer.
+    The teacher runs in evaluation mode, without gradients, and is afterwards as it was.
+    Raises InputError for rows, options, a model that cannot be trained on, or a teacher that cannot teach it.
+    """
+
+    config: DistillConfig
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        teacher: Any | Snapshot | None,
+        train: Any,
+        config: DistillConfig,
+        val: Any | float | None = None,
+    ) -> None:
+        super().__init__(model, tokenizer, train=train, config=config, val=val)
+        shared = teacher is None or isinstance(teacher, Snapshot)
+        self.teacher: Teacher = _SameBase(model, teacher or Snapshot({}), config) if shared else _Other(model, teacher)
+        vocabulary = vocabulary_of(model.lm_head)
+        if config.top_k is not None and config.top_k > vocabulary:
+            raise InputError(f"top_k must be at most {vocabulary}, the vocabulary, got {config.top_k}")
+
+    def sums(self, batch: Batch) -> Sums:
+        config, targets = self.config, batch.targets.flatten()
+        trained = (targets >= 0).nonzero().squeeze(1)  # [N], found on the CPU: the device is not waited for
+        targets = targets[trained]
+        check_targets(targets, vocabulary_of(self.model.lm_head))
+        here, rows = batch.to(self.device), sent(trained, self.device)
+        theirs = self.teacher.hidden(here).flatten(0, 1).index_select(0, rows)  # before there is a graph
+        ours = self.model.hidden(here.input_ids, here.position_ids, here.spans).flatten(0, 1).index_select(0, rows)
+        divergence = token_divergence(
+            self.model.lm_head,
+            ours,
+            self.teacher.head,
+            theirs,
+            kind=config.divergence,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            beta=0.5 if config.jsd_beta is None else config.jsd_beta,
+        )
+        loss = divergence.sum(dtype=torch.float64)
+        if not config.sft_weight:
+            return Sums(loss, {})
+        scores = token_scores(self.model.lm_head, ours, sent(targets, self.device))
+        figures = {
+            "divergence": summed(divergence),
+            "cross_entropy": summed(-scores.logps),
+            "token_accuracy": summed(scores.correct),
+            "entropy": summed(scores.entropy),
+        }
+        return Sums(loss - config.sft_weight * scores.logps.sum(dtype=torch.float64), figures)
+
+    def describe(self, figures: dict[str, float]) -> dict[str, float]:
+        return figures  # the loss is no cross-entropy, so it has no perplexity
+
+
+class Teacher:
+    """A model to learn from, and how it is put in place for a forward pass."""
+
+    def __init__(self, model: Any, head: nn.Module) -> None:
+        self.model, self.head = model, head
+
+    def in_place(self) -> AbstractContextManager[Any]:
+        """Inside, `model` is the teacher."""
+        return nullcontext()
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states [B, T, E] of a batch on the device, without gradient or dropout."""
+        with evaluating(self.model), self.in_place():
+            states: Tensor = self.model.hidden(batch.input_ids, batch.position_ids, batch.spans)
+            return states
+
+
+class _SameBase(Teacher):
+    """The student itself, with another adapter in place of its own."""
+
+    def __init__(self, model: Any, adapter: Snapshot, config: DistillConfig) -> None:
+        if config.full:
+            raise InputError(
+                "full training changes the student's base, so the base cannot be the teacher: give a model of its own"
+            )
+        modules = lora_modules(model)
+        if bare := [name for name in adapter.layers if name not in modules]:
+            raise InputError(
+                f"the teacher's adapter has layers on which the student carries none, such as '{bare[0]}' (of "
+                f"{len(bare)}): give the student's adapter these targets as well"
+            )
+        name = next((name for name, module in modules.items() if module is model.lm_head), None)
+        super().__init__(model, frozen_head(model.lm_head, adapter.layers.get(name) if name else None))
+        self.adapter = adapter
+
+    def in_place(self) -> AbstractContextManager[Any]:
+        return adapter_swapped(self.model, self.adapter)
+
+
+class _Other(Teacher):
+    """A model of its own."""
+
+    def __init__(self, student: Any, model: Any) -> None:
+        if model is student:
+            raise InputError("the teacher is the student itself: give None for its base, or a Snapshot of an adapter")
+        ours, theirs = vocabulary_of(student.lm_head), vocabulary_of(model.lm_head)
+        if ours != theirs:
+            raise InputError(
+                f"the teacher predicts {theirs} tokens, the student {ours}: distillation compares them token by token, "
+                "so both must have one vocabulary"
+            )
+        places = [next(m.parameters()).device for m in (student, model)]
+        if places[0] != places[1]:
+            raise InputError(f"the teacher is on {places[1]}, the student on {places[0]}: load both on one device")
+        head = model.lm_head
+        own = Factors(head.lora_A, head.lora_B, head.alpha, head.rslora) if _adapted(head) else None
+        super().__init__(model, frozen_head(head, own))
+
+
+def _adapted(head: nn.Module) -> bool:
+    return isinstance(head, LoRALinear) and head.enabled
+
+
+def frozen_head(head: nn.Module, factors: Factors | None) -> nn.Module:
+    """An output head with the adapter of these factors, or none, apart from what `head` itself carries and will carry.
+
+    It shares all weights; it is there because a head is also run in backward, when no other adapter is in place.
+    """
+    if not isinstance(head, LoRALinear):
+        return head
+    if factors is None:
+        return head.base
+    a, b, alpha, rslora = factors
+    other = LoRALinear(head.base, len(a), alpha, rslora=rslora, dtype=a.dtype, generator=torch.Generator())
+    other.lora_A.data, other.lora_B.data = a.detach(), b.detach()
+    return other.requires_grad_(False)  # without dropout, so its mode does not matter
+
+
+def check_same_tokens(student: Any, teacher: Any) -> None:
+    """Raise InputError unless every id stands for the same token in both tokenizers."""
+    ours, theirs = (tokenizer.backend.get_vocab(with_added_tokens=True) for tokenizer in (student, teacher))
+    if ours == theirs:
+        return
+    other = min((token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)), key=str)
+    raise InputError(
+        f"teacher and student have different tokenizers ({len(theirs)} and {len(ours)} tokens; {other!r} is "
+        f"{theirs.get(other, 'missing')} in the teacher's and {ours.get(other, 'missing')} in the student's): "
+        "distillation compares them token by token, so take two models of one family"
+    )
