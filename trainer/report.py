@@ -21,28 +21,30 @@ def draw_curves(metrics: Path, picture: Path) -> None:
 
     records = read_metrics(metrics)
     panels = [panel for panel in PANELS if panel[0] == PANELS[0][0] or any(_points(records, n) for n in panel[1])]
-    figure = Figure(figsize=(7, 1 + 3 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(9, 1 + 3 * len(panels)), layout="constrained")
     for axes, (label, names) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
         for name, colour in zip(names, COLOURS, strict=False):
             _draw(axes, records, name, colour, alone=len(names) == 1)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
-    figure.axes[0].set_ylim(bottom=0)
+            axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside: it hides no curve
+    figure.axes[0].set_ylim(bottom=min(0.0, figure.axes[0].get_ylim()[0]))  # some losses have no lower bound
     figure.axes[-1].set_xlabel("optimizer step")
     figure.savefig(picture, dpi=120)
 
 
 def _draw(axes: Any, records: Sequence[dict[str, Any]], name: str, colour: str, *, alone: bool) -> None:
-    label = "" if alone else f"{name.rpartition('_')[2]}, "
-    if steps := _points(records, name):
-        if alone:
-            axes.plot(*zip(*steps, strict=True), color=colour, alpha=0.3, linewidth=1, label="training, each step")
-        axes.plot(*zip(*_smoothed(steps), strict=True), color=colour, linewidth=2, label=f"{label}training, smoothed")
-    if evaluations := _points(records, f"val_{name}"):
-        mark = {"color": "#d94801" if alone else colour, "marker": "o", "linestyle": "-" if alone else ":"}
-        axes.plot(*zip(*evaluations, strict=True), linewidth=2, label=f"{label}validation", **mark)
+    steps, evaluations = _points(records, name), _points(records, f"val_{name}")
+    if steps and alone:
+        axes.plot(*zip(*steps, strict=True), color=colour, alpha=0.3, linewidth=1, label="training, each step")
+    if steps:
+        label = "training, smoothed" if alone else f"{name.rpartition('_')[2]}, smoothed"
+        axes.plot(*zip(*_smoothed(steps), strict=True), color=colour, linewidth=2, label=label)
+    if evaluations:
+        mark = {"color": "#d94801" if alone else colour, "linestyle": "-" if alone else ":", "marker": "o"}
+        label = "validation" if alone else f"{name.rpartition('_')[2]}, validation"
+        axes.plot(*zip(*evaluations, strict=True), linewidth=2, label=label, **mark)
 
 
 def _points(records: Sequence[dict[str, Any]], name: str) -> list[Point]:

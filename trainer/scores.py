@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 
+NEVER_SURE = 1e-12  # a probability of 1 - 1e-12 is the largest that `token_kl` works with: log(1 - p) stays finite
 STEEPEST = 30.0  # exp goes on along its tangent past this: its square times 1e4 is still far below the largest fp32
 
 
@@ -147,13 +148,16 @@ def _reference_sums(logps: Tensor, lengths: Tensor, reference: Tensor | None, ld
 
 
 def token_kl(logps: Tensor, reference: Tensor) -> Tensor:
-    """Estimate of KL(policy || reference) at each token: Schulman's k3 (2020), e^r - 1 - r with r = log π_ref - log π.
+    """How far the policy has moved at each token of an answer: a lower bound of KL(policy || reference), in nats.
 
-    Never negative, and unbiased where tokens are drawn from the policy. The answers of preference data are not: over
-    them its mean says how far the policy has moved on these answers, no more. Any shape, returns the same; no gradient.
+    It is the divergence of "this token or another one", p log(p/q) + (1-p) log((1-p)/(1-q)), which is at most that of
+    the whole distributions and equal to it over two tokens. It needs no samples of the policy, which the answers of
+    preference data are not; the usual estimates from samples (k1, k3) are negative or without bound there.
+    Any shape, returns the same, fp32 or float64, never negative; no gradient.
     """
-    difference = (reference - logps).detach()
-    return safe_expm1(difference) - difference
+    p, q = (x.detach().double().clamp(max=-NEVER_SURE) for x in (logps, reference))
+    not_p, not_q = ((-x.expm1()).log() for x in (p, q))
+    return (p.exp() * (p - q) + not_p.exp() * (not_p - not_q)).clamp(min=0).to(logps.dtype)
 
 
 def safe_exp(x: Tensor) -> Tensor:

@@ -172,16 +172,27 @@ def test_reference_scores_carry_no_gradient() -> None:
         assert mine is not None and mine.any() and theirs is None
 
 
-def test_token_kl_estimates_kl_of_samples() -> None:
-    """Over a whole vocabulary, weighted by the policy, the estimate's mean is the divergence itself."""
+def test_token_kl_is_the_divergence_over_two_tokens_and_below_it_over_more() -> None:
     make = torch.Generator().manual_seed(0)
-    policy, reference = torch.randn(2, 50, generator=make, dtype=torch.float64).log_softmax(-1)
-    found = token_kl(policy.requires_grad_(), reference)
-    assert (found >= 0).all() and not found.requires_grad
-    wanted = (policy.exp() * (policy - reference)).sum()
-    torch.testing.assert_close((policy.exp() * found).sum(), wanted, rtol=1e-12, atol=0)
-    assert not torch.allclose(found.mean(), wanted.detach())
-    assert not token_kl(policy, policy).any() and token_kl(torch.tensor(-1e4), torch.tensor(0.0)).isfinite()
+    policy, reference = (3 * torch.randn(2, 200, 2, generator=make, dtype=torch.float64)).log_softmax(-1)
+    found = token_kl(policy[:, 0].requires_grad_(), reference[:, 0])
+    wanted = (policy.exp() * (policy - reference)).sum(-1).detach()
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    assert not found.requires_grad
+    policy, reference = (3 * torch.randn(2, 200, 50, generator=make, dtype=torch.float64)).log_softmax(-1)
+    whole = (policy.exp() * (policy - reference)).sum(-1)
+    found = token_kl(policy[:, 0], reference[:, 0])
+    assert (found >= 0).all() and (found <= whole).all() and (found < 0.99 * whole).any()
+
+
+def test_token_kl_at_its_ends() -> None:
+    """Certain tokens, impossible ones, and what stands past an answer's end (0 and 0)."""
+    sure, never = torch.tensor([0.0, 0.0, -1e4, -1e4]), torch.tensor([0.0, -1e4, 0.0, -1e4])
+    found = token_kl(sure, never)
+    assert found.isfinite().all() and (found >= 0).all() and found[0] == 0 and found[3] == 0
+    assert found[1].item() == pytest.approx(1e4, rel=1e-6) and found[2].item() == pytest.approx(
+        -math.log(1e-12), rel=1e-3
+    )
 
 
 def test_rewards_margins_and_accuracy() -> None:
