@@ -11,7 +11,6 @@ from itertools import chain, pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 Spans = Sequence[tuple[int, ...]]
 """Of each example (start, end), or of one that forks (start, fork, end_1, ..., end_n): its trunk, then n branches."""
@@ -95,6 +94,8 @@ def _span(parts: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
     """Attention of one example from the q, k, v of its parts. Each branch has its keys after the trunk's."""
     if len(parts) == 1:
         return [_sdpa(*parts[0], is_causal=True)]
+    from torch.nn.attention.bias import causal_lower_right  # here: it brings in half of torch's compiler
+
     trunk, first, *others = parts
     outputs = [_sdpa(*(torch.cat(pair, dim=1) for pair in zip(trunk, first, strict=True)), is_causal=True)]
     for q, k, v in others:
