@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo demo-dpo test test-slow test-gpu lint types wheel-check bench bench-cpu bench-sft clean
+.PHONY: demo demo-dpo test test-slow test-gpu lint types wheel-check bench bench-cpu bench-sft bench-dpo clean
 
 demo: $(VENV)/.installed $(VENV)/.model ## fine-tune a real model on examples/tickets
 	$(BIN)/python examples/tickets/demo.py
@@ -42,6 +42,9 @@ bench-cpu: $(VENV)/.dev ## the same on the CPU
 
 bench-sft: $(VENV)/.dev $(VENV)/.model ## our SFT step of a real model on the CPU against transformers + peft + bitsandbytes
 	$(BIN)/python -m benchmarks.sft_cpu
+
+bench-dpo: $(VENV)/.dev $(VENV)/.model ## our DPO step of a real model on the CPU against TRL + peft + bitsandbytes
+	$(BIN)/python -m benchmarks.dpo_cpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,133 @@
+"""One side of `benchmarks.dpo_cpu` in its own process: our preference step, or TRL's with peft and bitsandbytes.
+
+Both sides get the same pairs as token ids, the same 4-bit weights (see `sides`), adapter start, threads, learning rate,
+clipping and optimizer (AdamW), and both compare with the base: the model itself with its adapter off.
+
+The peer is `trl.DPOTrainer` on its own `training_step`, with what its users run, at its best on a CPU: NF4 with double
+quantisation, scaled-dot-product attention, its collator, its chunked head. Three defaults of its configuration are not
+taken. Gradient checkpointing is off, which is quicker. bf16 autocast is off, and the adapter, which TRL turns into bf16
+when the base has 4 bits, is fp32 again: a bf16 side would neither compute what the other one does nor be comparable.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .sides import ADAPTER, BATCHES, CLIP, DENSE, Row, Step, load_ours, load_peer, main, prepare
+
+RATE, BETA = 2e-4, 0.1
+
+# A row has "number", "prompt", "chosen" and "rejected". The loss is the mean of a pair.
+
+
+def ours(folder: Path, model_path: str) -> Step:
+    """fourbit's DPOTrainer, as its loop runs it: packed rows in which a pair's prompt stands once, live reference."""
+    import json
+
+    from fourbit.data.dataset import Report
+    from fourbit.data.pairs import PairDataset
+    from fourbit.trainer.dpo import DPOTrainer
+    from fourbit.trainer.preference_config import DPOConfig
+
+    model, tokenizer = load_ours(folder, model_path)
+    rows = [row for batch in json.loads((folder / BATCHES).read_text()) for row in batch]
+    data = PairDataset([pair(row) for row in rows], [], Report(rows=len(rows)))
+    config = DPOConfig(out=str(folder / "ours"), beta=BETA, reference="base", weight_decay=0.0, max_grad_norm=CLIP)
+    trainer = DPOTrainer(model, tokenizer, train=data, config=config)
+    stepper = trainer._stepper()
+    model.checkpointing = trainer._checkpointing()
+    model.train()
+
+    def step(rows: Sequence[Row]) -> float:
+        batches = trainer.micro_batches(trainer.train_set, [row["number"] for row in rows], config.micro_batch)
+        trainer.begin(trainer.train_set, batches)
+        result = stepper.step(batches, RATE)
+        trainer.applied(result)
+        result.read_figures()  # what TRL's step reads, ours reads too
+        return result.loss.item()
+
+    return step
+
+
+def pair(row: Row) -> Any:
+    """The row as fourbit's data layer gives it."""
+    from fourbit.data.encode import Encoded
+    from fourbit.data.pairs import Pair, shared_tokens
+
+    prompt = row["prompt"]
+    chosen, rejected = (
+        Encoded(prompt + row[name], [False] * len(prompt) + [True] * len(row[name]), "", "")
+        for name in ("chosen", "rejected")
+    )
+    return Pair(chosen, rejected, shared_tokens(chosen.ids, rejected.ids), "")
+
+
+def peer(folder: Path, model_path: str) -> Step:
+    """trl.DPOTrainer on the dense weights that `prepare` left, in 4 bits."""
+    from transformers import AutoTokenizer
+
+    trainer = trl_trainer(load_peer(folder), AutoTokenizer.from_pretrained(folder / DENSE), folder)
+    model = trainer.model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # its loop sets this
+
+    def step(rows: Sequence[Row]) -> float:
+        given = [{f"{name}_ids": row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+        loss = trainer.training_step(model, trainer.data_collator(given))
+        trainer.accelerator.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss)
+
+    return step
+
+
+def trl_trainer(model: Any, tokenizer: Any, folder: Path) -> Any:
+    """A trl.DPOTrainer for this model with the adapter that is in the folder.
+
+    The adapter comes in as a configuration, so the reference is the base (of an adapter that is there already TRL would
+    keep a copy), and its weights are put in afterwards. The dataset is one row that nothing is trained on: batches come
+    as token ids.
+    """
+    from datasets import Dataset
+    from peft import LoraConfig, set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from trl import DPOConfig, DPOTrainer
+
+    adapter = LoraConfig.from_pretrained(folder / ADAPTER)
+    adapter.inference_mode = False
+    trainer = DPOTrainer(
+        model=model,
+        args=DPOConfig(
+            output_dir=str(folder / "peer"),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            learning_rate=RATE,
+            beta=BETA,
+            max_grad_norm=CLIP,
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "a:", "chosen": " b", "rejected": " c"}]),
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    set_peft_model_state_dict(trainer.model, load_file(folder / ADAPTER / "adapter_model.safetensors"))
+    return trainer
+
+
+def prepare_all(folder: Path, model_path: str) -> None:
+    """What `sides.prepare` leaves, and the tokenizer, which TRL asks for."""
+    from transformers import AutoTokenizer
+
+    path = Path(model_path)
+    prepare(folder, model_path)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder / DENSE)
+
+
+if __name__ == "__main__":
+    main({"ours": ours, "peer": peer}, prepare_all)
