@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourbit.kernels import attention as module
 from fourbit.kernels.attention import attention, span_lengths, span_positions, visible_keys
 
 Spans = list[tuple[int, ...]]
@@ -178,7 +177,7 @@ def every_branch_after_the_other(q: int, k: int) -> torch.Tensor:
 
 
 def test_the_comparison_catches_a_mask_that_is_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "causal_lower_right", every_branch_after_the_other)
+    monkeypatch.setattr("torch.nn.attention.bias.causal_lower_right", every_branch_after_the_other)
     with pytest.raises(AssertionError):
         test_forks_equal_the_definition.hypothesis.inner_test([(3, [2, 2])])  # type: ignore[attr-defined]
 
