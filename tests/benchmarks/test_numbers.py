@@ -10,10 +10,12 @@ PAGE = (CHECKOUT / "docs" / "numbers.md").read_text()
 RESULTS = CHECKOUT / "benchmarks" / "results"
 
 
-def test_the_table_is_that_of_the_file() -> None:
-    (name,) = re.findall(r"`benchmarks/results/(\S+\.jsonl)`", PAGE)
-    lines = report.read(RESULTS / name)
-    assert f"```text\n{report.heading(lines)}\n\n{report.table(report.figures_of(lines))}\n```" in PAGE
+def test_tables_are_those_of_the_files() -> None:
+    names = re.findall(r"`benchmarks/results/(\S+\.jsonl)`", PAGE)
+    assert len(names) == PAGE.count("```text") > 0
+    for name in names:
+        lines = report.read(RESULTS / name)
+        assert f"```text\n{report.heading(lines)}\n\n{report.table(report.figures_of(lines))}\n```" in PAGE
 
 
 def test_every_level_is_on_the_page_with_its_numbers() -> None:
