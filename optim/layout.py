@@ -16,6 +16,11 @@ BLOCK = 256
 CHUNK = 4096
 
 
+def blocks(size: int) -> int:
+    """The elements that `size` elements take of a flat state: whole blocks."""
+    return -(-size // BLOCK) * BLOCK
+
+
 class Segment(NamedTuple):
     """A piece of one parameter: its elements [start, start + length), kept in the flat state from `offset` on."""
 
@@ -37,13 +42,13 @@ class Layout:
         """Append a span for `size` elements (0 allowed); returns the parameter's index."""
         self.sizes.append(size)
         self.starts.append(self.total)
-        self.total += -(-size // BLOCK) * BLOCK
+        self.total += blocks(size)
         return len(self.sizes) - 1
 
     def span(self, index: int) -> tuple[int, int]:
         """The flat state's elements [start, end) that belong to a parameter, padding to a whole block included."""
         start = self.starts[index]
-        return start, start + -(-self.sizes[index] // BLOCK) * BLOCK
+        return start, start + blocks(self.sizes[index])
 
     def segments(self, start: int, end: int) -> list[Segment]:
         """What of which parameters lies in [start, end) of the flat state, in order; padding left out."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .optimizer import FlatOptimizer
-from .pager import Budget
+from .pages import Budget
 from .rules import LION
 
 

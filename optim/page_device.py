@@ -42,6 +42,9 @@ class Device(Protocol):
     def pinned(self, size: int) -> Tensor:
         """Memory of the host that copies can run from and to beside other work."""
 
+    def tidy(self) -> None:
+        """Pages are about to come or have gone: free memory that is kept for other work becomes free for all."""
+
     def room(self, held: int) -> int:
         """What all pages together may take of the device beside everything else, while they hold `held`."""
 
@@ -89,11 +92,14 @@ class CudaEvent:
 
 
 class CudaDevice:
-    """One CUDA device; compute is the stream that is current when a method is called."""
+    """One CUDA device; compute is the stream that is current when a method is called.
+
+    older_peak: the allocator's peak when the optimizer was made. It tells of loading the model, not of training it.
+    """
 
     RESERVE = 16  # "auto" leaves one part in so many of the device's memory alone: fragmentation, libraries' workspaces
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, older_peak: int = 0) -> None:
         self.device = device
         self.streams: dict[Direction, torch.cuda.Stream] = {
             "in": torch.cuda.Stream(device),
@@ -103,13 +109,16 @@ class CudaDevice:
         self.start.record(self._compute())
         self._waits: list[CudaEvent] = []  # stalls whose length is not known yet
         self._stalled = 0.0
-        self._peak = self._others = 0
+        self._peak, self._others, self._tidied = older_peak, 0, False
 
     def _compute(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.device)
 
     def empty(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
+        memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        for stream in self.streams.values():
+            memory.record_stream(stream)  # else who drops it with a copy under way gives it to others at once
+        return memory
 
     def free(self, memory: Tensor) -> None:
         """Nothing to do: the allocator takes it back with its last reference."""
@@ -117,17 +126,27 @@ class CudaDevice:
     def pinned(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
+    def tidy(self) -> None:
+        """So pages get memory of their own; cut out of what activations left, they would be in the way of the next."""
+        torch.cuda.empty_cache()
+        self._tidied = True
+
     def room(self, held: int) -> int:
         """All this process can have, less the reserve and the most that all but pages ever took at once.
 
-        That most shows as a new peak of the allocator: pages do not move during forward and backward, so at the peak
-        everything else took the peak less `held`.
+        That most is a new peak of allocated memory: pages do not move during forward and backward, so at the peak
+        everything else took the peak less `held`. Or it is all memory that the allocator has reserved for others, which
+        includes what it could not use for being in pieces; before the first `tidy` this may stem from loading the
+        model, and does not count for later steps.
         """
         free, total = torch.cuda.mem_get_info(self.device)
-        peak = torch.cuda.max_memory_allocated(self.device)
+        peak, reserved = torch.cuda.max_memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
         if peak != self._peak:
             self._peak, self._others = peak, max(self._others, peak - held)
-        return free + torch.cuda.memory_reserved(self.device) - self._others - total // self.RESERVE
+        others = max(self._others, reserved - held)
+        if self._tidied:
+            self._others = others
+        return free + reserved - others - total // self.RESERVE
 
     def mark(self) -> CudaEvent:
         return CudaEvent(self, self._compute()).close()
@@ -158,3 +177,9 @@ class CudaDevice:
             wait = self._waits.pop(0)
             self._stalled += wait.begin.elapsed_time(wait.end) / 1e3
         return self._stalled
+
+
+def peaks() -> dict[torch.device, int]:
+    """The most that was allocated on each CUDA device so far; empty if CUDA is not in use."""
+    count = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    return {torch.device("cuda", i): torch.cuda.max_memory_allocated(i) for i in range(count)}

@@ -14,21 +14,14 @@ next copy into a slot waits for the one out of it, and after a failed copy `_rec
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from .layout import CHUNK
 from .page_device import CudaDevice, Device
-from .pages import Page, PagedState, Slot
+from .pages import PAGE_BYTES, Budget, Page, PagedState, Slot, check_budget, page_bytes_for, page_elements_for
 from .simulated_device import SimulatedDevice
 from .states import Field
-
-PAGE_BYTES = 16 * 2**20  # large enough for a copy to reach full speed, small enough that two are little memory
-
-Budget = int | Literal["auto"]
 
 
 @dataclass
@@ -54,8 +47,7 @@ class Pager:
 
     def __init__(self, device: Device, budget: Budget, page_bytes: int = PAGE_BYTES) -> None:
         self.device, self.budget = device, check_budget(budget)
-        # At most an eighth of the budget, so that staging takes a quarter. A power of two, as pinned memory is.
-        self.page_bytes = page_bytes if budget == "auto" else min(page_bytes, 1 << max(budget // 8, 1).bit_length() - 1)
+        self.page_bytes = page_bytes_for(budget, page_bytes)
         self.counters = Counters()
         self.held = 0  # bytes of the device in our hands
         self.states: list[PagedState] = []
@@ -70,8 +62,7 @@ class Pager:
 
     def state(self, fields: Mapping[str, Field], page_elements: int | None = None) -> PagedState:
         """An empty flat state. Its pages come after those of states made before, until a step shows another order."""
-        chunk_bytes = sum(CHUNK // field.per * field.dtype.itemsize for field in fields.values())
-        state = PagedState(self, fields, page_elements or max(1, self.page_bytes // chunk_bytes) * CHUNK)
+        state = PagedState(self, fields, page_elements or page_elements_for(fields, self.page_bytes))
         self.states.append(state)
         return state
 
@@ -81,11 +72,6 @@ class Pager:
         for number, page in enumerate(self.pages):
             page.number = number
         self._stale = True
-        least = max((page.size for page in self.pages), default=0)
-        if self.budget != "auto" and least > self.budget:
-            raise InputError(
-                f"an optimizer budget of {self.budget} bytes is less than one page of state; the least is {least}"
-            )
 
     def visit(self, state: PagedState, order: Sequence[Page]) -> Iterator[tuple[Page, Tensor]]:
         """Each page of `order` (some of the state's, in their order) with the memory on the device that holds it.
@@ -165,7 +151,21 @@ class Pager:
         self._stale = True
         self._evict([page for page in self.pages if page.slot is not None])
         self._close_staging()
+        self.device.tidy()
         return held
+
+    def renewed(self) -> "Pager":
+        """A pager without states that counts on where this one stopped."""
+        pager = Pager(self.device, self.budget, self.page_bytes)
+        pager.counters, pager._cap = self.counters, self._cap
+        return pager
+
+    def close(self) -> None:
+        """Let go of all memory, and of what it held, once no copy can reach it any more."""
+        self.device.settle()
+        for slot in list(self._slots):
+            self._close(slot)
+        self.states, self.pages, self._staging = [], [], []
 
     # How many slots, and which pages stay.
 
@@ -176,6 +176,8 @@ class Pager:
         else:
             least = min(total, 2 * largest)
             limit = max(least, min(self.device.room(self.held), self._cap if self._cap is not None else total))
+            if not self._stale and self.held <= limit < min(total, self.held + self.held // 8):
+                return  # a few pages more are not worth that the allocator gives back its memory and takes it again
             while not self._arranged(limit):
                 if limit == least:
                     self._arrange(largest)
@@ -201,14 +203,18 @@ class Pager:
             if page.size <= left:
                 keep.add(page)
                 left -= page.size
-        self._evict([page for page in self.pages if page.resident and page not in keep])
-        if len(self._staging) != staging or any(slot.memory.numel() < max(sizes) for slot in self._staging):
+        leaving = [page for page in self.pages if page.resident and page not in keep]
+        coming = [page for page in self.pages if page in keep and not page.resident]
+        self._evict(leaving)
+        other = len(self._staging) != staging or any(slot.memory.numel() < max(sizes) for slot in self._staging)
+        if other:
             self._close_staging()
-            for _ in range(staging):
-                self._staging.append(self._open(max(sizes)))
-        for page in self.pages:
-            if page in keep and not page.resident:
-                self._take_in(page)
+        if leaving or coming or other:
+            self.device.tidy()
+        while len(self._staging) < staging:
+            self._staging.append(self._open(max(sizes)))
+        for page in coming:
+            self._take_in(page)
 
     def _take_in(self, page: Page) -> None:
         """Give a page a place of its own on the device."""
@@ -288,6 +294,8 @@ class Pager:
         page.arriving, page.fetched = None, False
         self.device.use(slot.memory)
         page.dirty, page.written = True, None
+        if page.resident:
+            page.host = None  # out of date from now on, and not needed soon
         slot.updated, page.home = page, slot
         return slot.memory[: page.size]
 
@@ -359,13 +367,6 @@ class Pager:
         self._stale = True
 
 
-def make_device(device: torch.device) -> Device:
+def make_device(device: torch.device, older_peak: int = 0) -> Device:
     """CUDA's streams, or for tensors of the CPU their simulation."""
-    return CudaDevice(device) if device.type == "cuda" else SimulatedDevice()
-
-
-def check_budget(budget: Budget) -> Budget:
-    """The budget itself; InputError if it cannot be one."""
-    if budget != "auto" and (not isinstance(budget, int) or budget <= 0):
-        raise InputError(f'the optimizer budget is "auto" or a positive number of bytes, got {budget!r}')
-    return budget
+    return CudaDevice(device, older_peak) if device.type == "cuda" else SimulatedDevice()

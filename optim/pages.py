@@ -1,11 +1,13 @@
 """Pages of a flat state, the slots they lie in, and the flat state made of them (pager.py moves them)."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from ..errors import InputError
+from .layout import CHUNK
 from .page_device import Event
 from .states import Field, Slice
 
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from .pager import Pager
 
 ALIGNMENT = 16  # bytes: kernels read vectors of so many
+PAGE_BYTES = 16 * 2**20  # large enough for a copy to reach full speed, small enough that two are little memory
+
+Budget = int | Literal["auto"]
 
 
 class Slot:
@@ -62,34 +67,59 @@ class PagedState:
         self.pager, self.fields, self.page_elements = pager, dict(fields), page_elements
         self.pages: list[Page] = []
         self.total = 0
+        self._wanted: Sequence[tuple[int, int]] | None = None  # the last step's spans, and the pages that they lie in
+        self._order: list[Page] = []
 
     def grow(self, total: int) -> None:
         """Make room for `total` elements. The last page may be short; it is made anew when it grows."""
-        partial = self.pages.pop() if self.pages and self.total % self.page_elements else None
+        if total <= self.total:
+            return
+        check_pages(self.pager.budget, [Page(0, min(total, self.page_elements), self.fields).size])
+        partial = self.pages[-1] if self.pages and self.total % self.page_elements else None
         first = partial.start if partial else self.total
         kept = self.pager.remove(partial) if partial else {}
+        if partial:
+            self.pages.pop()
         for start in range(first, total, self.page_elements):
             self.pages.append(Page(start, min(total, start + self.page_elements), self.fields))
-        self.total = total
+        self.total, self._wanted = total, None
         self.pager.refit()
         if kept:
             self.write(first, kept)
 
     def slices(self, wanted: Sequence[tuple[int, int]]) -> Iterator[Slice]:
-        for page in self.pages:
-            page.expected = any(start < page.end and page.start < end for start, end in wanted)
-        for page, memory in self.pager.visit(self, [page for page in self.pages if page.expected]):
+        if wanted != self._wanted:
+            self._expect(wanted)
+        for page, memory in self.pager.visit(self, self._order):
             yield Slice(page.start, page.end, page.tensors(memory))
 
-    def read(self, start: int, end: int) -> Mapping[str, Tensor]:
-        """New tensors in host memory."""
-        parts = [(page, self.pager.read(page)) for page in self.pages if page.start < end and start < page.end]
-        return {
-            name: torch.cat([_cut(page, tensors[name], field, start, end) for page, tensors in parts])
-            if parts
-            else torch.zeros(0, dtype=field.dtype, device="cpu")
-            for name, field in self.fields.items()
-        }
+    def _expect(self, wanted: Sequence[tuple[int, int]]) -> None:
+        """Note which pages a step needs. Pages and spans ascend, so one pass over both will do."""
+        place = 0
+        for page in self.pages:
+            while place < len(wanted) and wanted[place][1] <= page.start:
+                place += 1
+            page.expected = place < len(wanted) and wanted[place][0] < page.end
+        self._wanted, self._order = wanted, [page for page in self.pages if page.expected]
+
+    def read(self, spans: Sequence[tuple[int, int]]) -> list[Mapping[str, Tensor]]:
+        """New tensors in host memory. Each page is brought there once, however many spans lie in it."""
+        found: list[Mapping[str, Tensor]] = [
+            {name: torch.empty((b - a) // f.per, dtype=f.dtype, device="cpu") for name, f in self.fields.items()}
+            for a, b in spans
+        ]
+        first = 0
+        for page in self.pages:
+            while first < len(spans) and spans[first][1] <= page.start:
+                first += 1
+            after = next((i for i in range(first, len(spans)) if spans[i][0] >= page.end), len(spans))
+            tensors = self.pager.read(page) if first < after else {}
+            for (start, end), into in zip(spans[first:after], found[first:after], strict=True):
+                for name, source in tensors.items():
+                    part, per = _cut(page, source, self.fields[name], start, end), self.fields[name].per
+                    at = max(page.start - start, 0) // per
+                    into[name][at : at + part.numel()] = part
+        return found
 
     def write(self, start: int, tensors: Mapping[str, Tensor]) -> None:
         end = start + max(values.numel() * self.fields[name].per for name, values in tensors.items())
@@ -101,6 +131,35 @@ class PagedState:
                     first = max(page.start - start, 0) // per
                     target = _cut(page, into[name], self.fields[name], start, start + values.numel() * per)
                     target.copy_(values[first : first + target.numel()])
+
+
+def check_budget(budget: Budget) -> Budget:
+    """The budget itself; InputError if it cannot be one."""
+    if budget != "auto" and (not isinstance(budget, int) or budget <= 0):
+        raise InputError(f'the optimizer budget is "auto" or a positive number of bytes, got {budget!r}')
+    return budget
+
+
+def page_bytes_for(budget: Budget, most: int = PAGE_BYTES) -> int:
+    """At most an eighth of the budget, so that staging takes a quarter. A power of two, as pinned memory is."""
+    return most if budget == "auto" else min(most, 1 << max(budget // 8, 1).bit_length() - 1)
+
+
+def page_elements_for(fields: Mapping[str, Field], page_bytes: int) -> int:
+    """Elements of a page: whole chunks, one at least."""
+    return max(1, page_bytes // sum(CHUNK // f.per * f.dtype.itemsize for f in fields.values())) * CHUNK
+
+
+def check_room(budget: Budget, states: Iterable[tuple[Mapping[str, Field], int]]) -> None:
+    """InputError if the budget has no room for the largest page of flat states of such fields and elements each."""
+    pages = ((fields, min(total, page_elements_for(fields, page_bytes_for(budget)))) for fields, total in states)
+    check_pages(budget, [Page(0, elements, fields).size for fields, elements in pages])
+
+
+def check_pages(budget: Budget, sizes: Iterable[int]) -> None:
+    least = max(sizes, default=0)
+    if budget != "auto" and least > budget:
+        raise InputError(f"an optimizer budget of {budget} bytes is less than one page of state; the least is {least}")
 
 
 def _cut(page: Page, tensor: Tensor, field: Field, start: int, end: int) -> Tensor:

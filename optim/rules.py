@@ -5,6 +5,7 @@ have one shape and one dtype, fp32 or fp64; a factor is a number, or a 0-d float
 the step. Operations come in torch.optim's order, so that fp32 results agree to the last bits.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -83,7 +84,8 @@ def _lion(
     p: Tensor, g: Tensor, moments: tuple[Tensor, ...], factors: Factors, group: dict[str, Any]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     beta1, beta2 = group["betas"]
-    direction = torch.sign(moments[0] * beta1 + g * (1 - beta1))
+    direction = moments[0] * beta1 + g * (1 - beta1)
+    direction = torch.where(direction.isnan(), direction, direction.sign())  # whose sign would be 0: NaN must show
     return p * factors.decay - direction * factors.size, (moments[0] + (g - moments[0]) * (1 - beta2),)
 
 
@@ -92,9 +94,12 @@ def _lion_in_place(p: Tensors, g: Tensors, moments: list[Tensors], group: dict[s
     factors = _lion_factors(group, float(group["lr"]), step)
     direction = torch._foreach_mul(mean, beta1)
     torch._foreach_add_(direction, g, alpha=1 - beta1)
-    torch._foreach_sign_(direction)
+    signs = torch._foreach_sign(direction)
+    for sign, values in zip(signs, direction, strict=True):
+        if not math.isfinite(values.sum()):  # one pass; NaN is looked for only where there may be one
+            sign.copy_(torch.where(values.isnan(), values, sign))
     torch._foreach_mul_(p, factors.decay)
-    torch._foreach_add_(p, direction, alpha=-float(factors.size))
+    torch._foreach_add_(p, signs, alpha=-float(factors.size))
     torch._foreach_lerp_(mean, g, 1 - beta2)
 
 

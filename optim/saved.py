@@ -29,6 +29,9 @@ def read_groups(saved: list[Group], groups: list[Group]) -> list[Group]:
     sizes, ours = ([len(group["params"]) for group in some] for some in (saved, groups))
     if sizes != ours:
         raise ValueError(f"the saved optimizer has groups of {sizes} parameters, this one of {ours}")
+    absent = [name for name in ("lr", "betas", "weight_decay") if any(name not in group for group in saved)]
+    if absent:
+        raise ValueError(f"the saved optimizer has no {' and no '.join(absent)}, so it is neither AdamW nor Lion")
     if any(group.get("amsgrad") for group in saved):
         raise ValueError("the saved optimizer used amsgrad, which has a state that AdamW here does not keep")
     if any(group.get("decoupled_weight_decay") is False and group.get("weight_decay") for group in saved):

@@ -97,8 +97,15 @@ class SimulatedDevice:
     def pinned(self, size: int) -> Tensor:
         return torch.full((size,), GARBAGE, dtype=torch.uint8, device="cpu")
 
+    def tidy(self) -> None:
+        """Nothing to do: all its free memory is free for everything."""
+
     def room(self, held: int) -> int:
         return self.capacity - self.others
+
+    def queued(self) -> int:
+        """Copies that have not run."""
+        return sum(map(len, self._streams.values()))
 
     def mark(self) -> SimulatedEvent:
         return SimulatedEvent(self, self._tick, self.clock, self.clock)

@@ -57,7 +57,7 @@ class Storage(Protocol):
     resident: bool  # whether `slices` gives one slice, the same tensors at every step
 
     def grow(self, total: int) -> None:
-        """Make room for `total` elements (a multiple of BLOCK, never less than before); new ones are zero."""
+        """Make room for `total` elements (a multiple of BLOCK), if there is less; new ones are zero."""
 
     def slices(self, wanted: Sequence[tuple[int, int]]) -> Iterator[Slice]:
         """Slices that together hold the spans `wanted` (ascending), in order, each cut at a multiple of CHUNK.
@@ -66,8 +66,8 @@ class Storage(Protocol):
         asking for the next one, and runs to the end.
         """
 
-    def read(self, start: int, end: int) -> Mapping[str, Tensor]:
-        """The state of elements [start, end), on any device; Resident gives views."""
+    def read(self, spans: Sequence[tuple[int, int]]) -> list[Mapping[str, Tensor]]:
+        """The state of each of some spans (ascending, of whole blocks), on any device; Resident gives views."""
 
     def write(self, start: int, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite from element `start` on, with tensors on any device."""
@@ -84,18 +84,20 @@ class Resident:
         self.tensors = {name: torch.zeros(0, dtype=f.dtype, device=device) for name, f in self.fields.items()}
 
     def grow(self, total: int) -> None:
+        if total <= self.total:
+            return
+        grown = {name: old.new_zeros(total // self.fields[name].per) for name, old in self.tensors.items()}
         for name, old in self.tensors.items():
-            new = old.new_zeros(total // self.fields[name].per)
-            new[: old.numel()] = old
-            self.tensors[name] = new
-        self.total = total
+            grown[name][: old.numel()] = old
+        self.tensors, self.total = grown, total
 
     def slices(self, wanted: Sequence[tuple[int, int]]) -> Iterator[Slice]:
         if wanted:
             yield Slice(0, self.total, self.tensors)
 
-    def read(self, start: int, end: int) -> Mapping[str, Tensor]:
-        return {name: self.tensors[name][start // f.per : -(-end // f.per)] for name, f in self.fields.items()}
+    def read(self, spans: Sequence[tuple[int, int]]) -> list[Mapping[str, Tensor]]:
+        kept = [(name, self.tensors[name], field.per) for name, field in self.fields.items()]
+        return [{name: values[a // per : b // per] for name, values, per in kept} for a, b in spans]
 
     def write(self, start: int, tensors: Mapping[str, Tensor]) -> None:
         for name, values in tensors.items():

@@ -1,4 +1,4 @@
-"""A step on CUDA: at most three launches for a group of one dtype, whatever the number of parameters.
+"""A step on CUDA: three launches at most for a group of one dtype, whatever the number of parameters.
 
 1. `_squares`, once a step and only where the norm is wanted: each chunk's sum of squared gradients.
 2. `_prepare`, for each group: norm, clipping and the decision to skip (the first group's launch), step counts, and in
@@ -7,7 +7,8 @@
 
 Kernels find parameters and gradients through a table of addresses, which is copied to the device again only when an
 address changed; no gradient is address 0. Grids depend on shapes alone. Partial sums are added in one order, so norms
-repeat to the bit. A parameter or gradient that does not lie in memory as its state does is copied there and back.
+repeat to the bit. A parameter or gradient that does not lie in memory as its state does is copied there and back, and
+fp64 parameters take the reference: some launches more for each such tensor.
 """
 
 from typing import Any
@@ -19,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kernels.dispatch import on_device
-from .bank import Bank, Group, Member, Pool
+from .addresses import Addresses
+from .bank import Bank, Group, Pool
 from .layout import CHUNK
 from .plain import Control, put_back, step_reference
 from .states import Slice
@@ -30,11 +32,14 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3
 
 def step(pool: Pool, groups: list[Group], max_norm: float | None, found_inf: Tensor | None, rounded: bool) -> Control:
     """One step of every member of the pool that has a gradient. `rounded`: bf16 weights stochastically."""
-    weights, gradients = _addresses(pool)
+    if "addresses" not in pool.plans:
+        pool.plans["addresses"] = Addresses(pool)
+    addresses: Addresses = pool.plans["addresses"]
+    weights, gradients = addresses.update()
+    pool.plans["table"] = addresses.table
     found = _control(pool, max_norm, found_inf)
-    present = {m.group: None for m in pool.members}
-    for first, group in zip([True] + [False] * len(present), present, strict=False):
-        _prepare_group(pool, groups[group], group, first, max_norm, found_inf, found)
+    for place, group in enumerate(dict.fromkeys(bank.group for bank in pool.banks.values())):
+        _prepare_group(pool, groups[group], group, place == 0, max_norm, found_inf, found)
     for (group, dtype), banks in _together(pool).items():
         if dtype == torch.float64:
             for bank in banks:
@@ -54,39 +59,6 @@ def _as_control(found: Tensor | None, max_norm: float | None) -> Control:
     if found is None:
         return Control(None, None, None)
     return Control(found[0], found[1], found[2]) if max_norm is not None else Control(None, found[1], None)
-
-
-def _addresses(pool: Pool) -> tuple[list[tuple[Member, Tensor]], list[Tensor]]:
-    """Bring the table of addresses up to date; returns the copies it refers to: of parameters, of gradients."""
-    table, weights, gradients = [], [], []
-    for member in pool.members:
-        p, g = member.parameter, member.gradient
-        if g is None:
-            table += [0, 0]
-            continue
-        flat, slope = member.flat(p), member.flat(g)
-        if flat is None:
-            flat = member.flattened(p)
-            weights.append((member, flat))
-        if slope is None:
-            slope = member.flattened(g)
-            gradients.append(slope)
-        table += [flat.data_ptr(), slope.data_ptr() or 16]  # empty tensors have no address, but a gradient
-    if pool.plans.get("addresses") != table:
-        pool.plans["addresses"] = table
-        _copy_addresses(pool, table)
-    return weights, gradients
-
-
-def _copy_addresses(pool: Pool, table: list[int]) -> None:
-    """Into the same tensor on the device, without waiting; pinned memory is not reused before the copy is done."""
-    cuda = pool.device.type == "cuda"
-    host = torch.tensor(table, dtype=torch.int64, pin_memory=cuda)
-    if "table" not in pool.plans:
-        pool.plans["table"] = torch.empty_like(host, device=pool.device)
-    pool.plans["table"].copy_(host, non_blocking=True)
-    if cuda and torch.cuda.is_current_stream_capturing():
-        pool.plans.setdefault("captured", []).append(host)  # a graph copies from it again at each replay
 
 
 def _control(pool: Pool, max_norm: float | None, found_inf: Tensor | None) -> Tensor | None:
@@ -200,8 +172,10 @@ def _of(bank: Bank, part: Slice) -> tuple[Bank, Tensor]:
         rows = _rows(bank)
         bank.plans["offsets"] = rows[:, 3]
         bank.plans["chunks"] = torch.from_numpy(rows).to(bank.members[0].parameter.device)
-    first, last = np.searchsorted(bank.plans["offsets"], [part.start, part.end])
-    return bank, bank.plans["chunks"][int(first) : int(last)]
+    if ("chunks", part.start, part.end) not in bank.plans:
+        first, last = np.searchsorted(bank.plans["offsets"], [part.start, part.end])
+        bank.plans["chunks", part.start, part.end] = bank.plans["chunks"][int(first) : int(last)]
+    return bank, bank.plans["chunks", part.start, part.end]
 
 
 @triton.jit

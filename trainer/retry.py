@@ -20,7 +20,8 @@ def backward_or_retry(
 ) -> Tensor:
     """Backward through loss(); returns its value. One torch.OutOfMemoryError is answered by make_room() and a retry.
 
-    The retry draws the same random numbers. Whatever is raised, parameters' gradients then are as they were before.
+    The retry draws the same random numbers. Whatever loss, its backward or make_room raises, parameters' gradients then
+    are as they were before.
     """
     device = parameters[0].device
     rng, before = rng_states(device), [p.grad for p in parameters]

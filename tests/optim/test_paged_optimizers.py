@@ -29,7 +29,7 @@ def device_for(seed):
 def devices(monkeypatch):
     """The devices made for pagers, the last one last."""
     made = []
-    monkeypatch.setattr(optimizer, "make_device", lambda _: made.append(device_for(len(made))) or made[-1])
+    monkeypatch.setattr(optimizer, "make_device", lambda *_: made.append(device_for(len(made))) or made[-1])
     return made
 
 
@@ -142,7 +142,8 @@ def test_paged_kernels_equal_unpaged_ones(devices, kind, bits, path):
     shapes = [((3, 5), torch.float32), ((2 * CHUNK + 300,), torch.bfloat16), ((CHUNK, 2), torch.float32)]
     twins = [weights_of(shapes), weights_of(shapes)]
     options = {"bits": bits, "max_grad_norm": 1.0, "stochastic_rounding": True}
-    whole, paged = kind(twins[0], 0.1, **options), kind(twins[1], 0.1, **options, budget=25 * CHUNK)
+    page = (CHUNK * 4 if bits == 32 else CHUNK + CHUNK // 64) * (2 if kind is AdamW else 1)
+    whole, paged = kind(twins[0], 0.1, **options), kind(twins[1], 0.1, **options, budget=3 * page)
     if path == "triton":
         pytest.importorskip("triton")
     with force_path(path):
@@ -152,8 +153,46 @@ def test_paged_kernels_equal_unpaged_ones(devices, kind, bits, path):
             paged.step()
     assert_equal([p.detach() for p in twins[1]], [p.detach() for p in twins[0]])
     assert_equal(paged.state_dict(), whole.state_dict())
-    assert paged.pagers[DEVICE].counters.misses > 0 or kind is Lion or bits == 8
-    assert peak(paged) <= 25 * CHUNK
+    assert paged.pagers[DEVICE].counters.misses >= 3
+    assert peak(paged) <= 3 * page
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="only the simulated device tells what is queued")
+@pytest.mark.parametrize("how", ["loaded", "cleared", "moved"])
+def test_no_copy_is_under_way_into_memory_that_is_given_back(devices, how):
+    """A pager that is dropped waits for its copies, since its memory may be another's at once."""
+    weights = weights_of(SHAPES)
+    paged = AdamW(weights, budget=20 * CHUNK)
+    for step in range(2):
+        give_gradients(weights, seed=step)
+        paged.step()
+    (pager,) = paged.pagers.values()
+    assert pager.device.queued() > 0 and pager.held > 0
+    if how == "loaded":
+        paged.load_state_dict(paged.state_dict())
+    elif how == "cleared":
+        paged.state.clear()
+    else:
+        paged.param_groups.append({**paged.param_groups[0], "params": [paged.param_groups[0]["params"].pop(0)]})
+    paged.state_dict()
+    assert pager.device.queued() == pager.device.held == pager.held == 0
+    assert pager not in paged.pagers.values()
+    give_gradients(weights, seed=2)
+    paged.step()
+    (now,) = paged.pagers.values()
+    assert now.held > 0 and (now.counters is pager.counters) == (how != "loaded")
+
+
+def test_budget_holds_while_groups_are_changed(devices):
+    """The new pages take no memory of the device before the old ones have left it."""
+    weights = weights_of(SHAPES)
+    paged = AdamW([{"params": [p]} for p in weights], budget=20 * CHUNK)
+    for step in range(4):
+        give_gradients(weights, seed=step)
+        paged.step()
+        paged.param_groups.reverse()
+    assert peak(paged) <= 20 * CHUNK
+    assert all(device.peak <= 20 * CHUNK for device in devices if isinstance(device, SimulatedDevice))
 
 
 def test_only_parameters_without_elements(devices):

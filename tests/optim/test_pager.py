@@ -63,7 +63,7 @@ class Twin:
                 storage.write(start, {name: values.to(field.dtype)})
 
     def check(self, start=0, end=None):
-        theirs, ours = (s.read(start, self.total if end is None else end) for s in (self.whole, self.paged))
+        theirs, ours = (s.read([(start, self.total if end is None else end)])[0] for s in (self.whole, self.paged))
         for name in self.fields:
             assert torch.equal(ours[name], theirs[name]), name
 
@@ -175,6 +175,85 @@ def test_next_pages_are_fetched_before_the_next_step():
     assert stalls == {1: 14.0, 2: 7.0}  # for seven pages out and in, or for six out beside in
 
 
+def test_reading_many_spans_brings_each_page_once():
+    """Not a page for every parameter in it; and the copies are the bytes that were asked for."""
+    pager = Pager(SimulatedDevice(), 4 * 2048)
+    twin = Twin(pager, EIGHT, 1024, 256 * 40)
+    twin.step([(0, twin.total)], 0)
+    read = []
+    whole = pager.read
+    pager.read = lambda page: read.append(page.number) or whole(page)
+    spans = [(256 * i, 256 * (i + 1 + i % 2)) for i in (0, 1, 3, 4, 5, 7, 8, 14, 15, 17, 30)]
+    spans.insert(3, (1024, 1024))
+    found, expected = twin.paged.read(spans), twin.whole.read(spans)
+    assert read == [0, 1, 2, 3, 4, 7]
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in EIGHT:
+            assert torch.equal(ours[name], theirs[name])
+            assert ours[name].untyped_storage().nbytes() == ours[name].nbytes
+
+
+@given(st.data())
+def test_pages_that_a_step_needs(data):
+    """Those that a span overlaps; also when the spans change from step to step, or the state grows."""
+    pager = Pager(SimulatedDevice(), "auto")
+    state = pager.state(FULL, 256 * data.draw(st.integers(1, 4)))
+    total = 0
+    for _ in range(4):
+        total += 256 * data.draw(st.integers(0, 12))
+        state.grow(total)
+        wanted = data.draw(spans(total))
+        for _ in range(2):
+            seen = [(part.start, part.end) for part in state.slices(list(wanted))]
+            pages = [(page.start, page.end) for page in state.pages]
+            assert seen == [(a, b) for a, b in pages if any(start < b and a < end for start, end in wanted)]
+
+
+def test_pages_that_stay_keep_no_memory_of_the_host():
+    """It would be out of date from their first update on."""
+    device = SimulatedDevice(capacity=2048 * 4)
+    pager = Pager(device, "auto")
+    twin = Twin(pager, FULL, 256, 2560)
+    hosts = lambda: sum(page.host is not None for page in pager.pages)  # noqa: E731
+    twin.step([(0, 2560)], 0)
+    twin.step([(0, 2560)], 1)
+    assert hosts() == 8
+    device.capacity = 2048 * 100
+    for step in (2, 3):
+        twin.step([(0, 2560)], step)
+        assert hosts() == 0
+    twin.check()
+    pager.evict_all()
+    assert hosts() == 10
+    twin.check()
+
+
+def test_a_copy_that_fails_while_a_state_grows_loses_nothing():
+    """The last page, short so far, is made anew: it must not be forgotten before it has been read."""
+    device = SimulatedDevice()
+    pager = Pager(device, 8192)
+    twin = Twin(pager, FULL, 1024, 256 * 5)
+    device.fail_copy(3, late=True)  # page 0 in and out, page 1 in and out
+    twin.step([(0, twin.total)], 0)
+    with pytest.raises(CopyError):
+        twin.paged.grow(256 * 7)
+    twin.check()
+    twin.grow(256 * 7)
+    twin.check()
+
+
+def test_a_pager_that_is_closed_has_nothing_under_way():
+    device = SimulatedDevice()
+    twin = Twin(pager := Pager(device, 3 * 2048), FULL, 256, 2560)
+    twin.step([(0, 2560)], 0)
+    assert device.queued() > 0
+    counters = pager.counters
+    other = pager.renewed()
+    pager.close()
+    assert device.queued() == device.held == pager.held == 0
+    assert other.counters is counters and other.device is device and other.budget == pager.budget and not other.pages
+
+
 def test_budget_below_a_page_names_the_least():
     pager = Pager(SimulatedDevice(), 2047)
     with pytest.raises(InputError, match="budget of 2047 bytes is less than one page of state; the least is 2048"):
@@ -248,7 +327,7 @@ class TestFailedCopies:
             if data.draw(st.booleans()):
                 pager.evict_all()
             else:
-                twin.paged.read(0, twin.total)
+                twin.paged.read([(0, twin.total)])
         except CopyError:
             pass
         device.fail_copy(10**9)
@@ -284,7 +363,7 @@ class TestFailedCopies:
             twin.step([(0, twin.total)], 0)
             twin.step([(256 * 4, 256 * 8)], 1)  # other pages take their places
             with pytest.raises(CopyError):
-                twin.paged.read(0, twin.total)
+                twin.paged.read([(0, twin.total)])
             twin.check()
             twin.step([(0, twin.total)], 2)
             twin.check()
