@@ -156,7 +156,7 @@ def test_no_layout_changes_a_gradient(tiny_folder, rows, tmp_path):
         {},
         {"rank": 7, "alpha": 3, "rslora": True},
         {"target": ["q_proj", "down_proj"], "rank": 2},
-        {"target": ["q_proj", "lm_head"]},
+        {"target": ["q_proj", "lm_head"], "rank": 3, "rslora": True},
     ],
 )
 @pytest.mark.parametrize("quantize", ["nf4", None])
@@ -177,6 +177,19 @@ def test_a_teacher_on_the_same_base_is_the_one_loaded_beside_it(tiny_folder, row
     assert loss == pytest.approx(other_loss, rel=1e-6) and loss > 1
     for name, gradient in gradients.items():
         assert (gradient - other_gradients[name]).norm() <= 1e-6 * gradient.norm(), name
+
+
+def test_a_teachers_head_counts_as_it_is_switched(tiny_folder, rows, tmp_path):
+    lora = {"target": ["q_proj", "lm_head"], "rslora": True, "rank": 3}
+    teacher, _ = adapted(tiny_folder, quantize=None, dtype=torch.float64, seed=2, **lora)
+    losses = []
+    for enabled in (True, False):
+        teacher.lm_head.enabled = enabled
+        trainer = trainer_for(tiny_folder, rows, tmp_path, teacher, quantize=None, dtype=torch.float64, seed=1)
+        want = plain(trainer.model, teacher, trainer.train_set.examples[:8], trainer.config).item()
+        losses.append(total(trainer)[0])
+        assert losses[-1] == pytest.approx(want, rel=1e-11)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
 def test_the_base_alone_can_teach(tiny_folder, rows, tmp_path):
