@@ -171,7 +171,8 @@ class FlatOptimizer(torch.optim.Optimizer):
         seen = [list(map(id, group["params"])) for group in self.param_groups], list(map(id, self.state))
         if seen == self._seen and all(self.state.values()):
             return
-        self.state = defaultdict(dict, {p: shown for p, shown in self.state.items() if shown})
+        for p in [p for p, shown in self.state.items() if not shown]:
+            del self.state[p]
         self._note()
         places = {id(p): (number, group) for number, (p, group) in enumerate(self._parameters)}
         members = [member for bank in self._banks() for member in bank.members]
