@@ -99,7 +99,9 @@ class DPOConfig(PreferenceConfig):
 class RewardConfig(PreferenceConfig):
     """Options of training a reward model. Raises InputError for a value that cannot work, naming it."""
 
-    lr: float = setting(1e-4, "peak learning rate")
+    head_lr: float = setting(
+        3e-3, "peak learning rate of the head, which starts at zero; an lr_scale of score.weight decides instead"
+    )
     center: float = setting(
         0.0, "weight of the squared sum of a pair's rewards, which holds rewards around zero; 0.01 is usual"
     )
@@ -107,3 +109,5 @@ class RewardConfig(PreferenceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 0, "center")
+        if not 0 < self.head_lr < float("inf"):
+            raise InputError(f"head_lr must be above 0 and finite, got {self.head_lr}")

@@ -1,5 +1,6 @@
 """A reward model from preference pairs: the loop and the data of preference training, another head and another loss."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class RewardTrainer(PreferenceTrainer):
         val: Any | float | None = None,
         head: Tensor | None = None,
     ) -> None:
+        config = replace(config, lr_scale={KEY: config.head_lr / config.lr, **config.lr_scale})
         start = fresh_head(model)
         self.reward_model = RewardModel(model, nn.Parameter(start if head is None else head.detach().to(start).clone()))
         super().__init__(model, tokenizer, train=train, config=config, val=val)

@@ -211,8 +211,8 @@ TRAINING = (
         ),
         (
             RewardOptions,
-            {*TRAINING.split(), *MODEL, *ADAPTER, "data", "val", "adapter", "truncation", "center", "json"}
-            - {"loss_on", "full"},
+            {*TRAINING.split(), *MODEL, *ADAPTER, "data", "val", "adapter", "json"} - {"loss_on", "full"}
+            | {"truncation", "head_lr", "center"},
         ),
         (
             DistillOptions,

@@ -89,7 +89,7 @@ def test_reward_goes_on_from_an_adapter_and_from_a_head(
     assert "rank" not in settings_of(second), "the adapter brings its own"
     assert main(["reward", str(second / CONFIG), "--resume"]) == 0
     losses = [read_metrics(folder / "metrics.jsonl")[0]["loss"] for folder in (first, second)]
-    assert losses[0] == pytest.approx(math.log(2), abs=6e-8) and losses[1] < 0.6
+    assert losses[0] == pytest.approx(math.log(2), abs=6e-8) and losses[1] < 0.65, "it goes on"
     (first / HEAD).write_bytes(b"broken")
     assert main([*args, "--adapter", str(first), "--out", str(tmp_path / "third")]) == 2
     assert "no valid safetensors file" in capsys.readouterr().err

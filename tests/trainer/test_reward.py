@@ -286,6 +286,17 @@ def test_goes_on_from_a_head(tiny_folder, pairs, tmp_path):
     assert not torch.equal(moved.reward_model.head, head) and torch.equal(head, some_head()), "a copy is trained"
 
 
+def test_the_head_has_its_own_learning_rate(tiny_folder, pairs, tmp_path):
+    """Adam's first step moves every entry by the learning rate: that of the head is head_lr, whatever lr is."""
+    for head_lr in (1e-3, 4e-2):
+        trainer = trainer_for(tiny_folder, pairs, tmp_path / str(head_lr), head_lr=head_lr, steps=1, warmup=0)
+        trainer.train(display=None)
+        moved = trainer.reward_model.head.abs()
+        assert moved.max().item() == pytest.approx(head_lr, rel=1e-3) and moved.median().item() > 0.9 * head_lr
+    again = RewardTrainer(trainer.model, trainer.tokenizer, train=pairs, config=trainer.config)
+    assert again.config.lr_scale == trainer.config.lr_scale == {KEY: pytest.approx(4)}
+
+
 def test_a_head_that_is_none_is_refused(tiny_folder, trained, tmp_path):
     def folder(name, change=lambda file: None):
         copy = tmp_path / name
@@ -326,5 +337,7 @@ def test_a_head_with_nan_is_not_saved(tiny_folder, pairs, tmp_path):
 def test_settings_that_cannot_work_are_refused():
     with pytest.raises(InputError, match=r"center must be at least 0, got -0\.1"):
         RewardConfig(out="o", center=-0.1)
+    with pytest.raises(InputError, match=r"head_lr must be above 0 and finite, got 0\.0"):
+        RewardConfig(out="o", head_lr=0.0)
     with pytest.raises(InputError, match="truncation must be one of"):
         RewardConfig(out="o", truncation="prompt")
