@@ -9,7 +9,7 @@ from ..trainer.preference_config import DPOConfig
 from .parse import Parsed, parse
 from .preference import StartOptions, checked_start, load_start, reader
 from .show import note
-from .train import datasets, train
+from .train import ADAPTER_ONLY, datasets, train
 
 if TYPE_CHECKING:
     from ..trainer.dpo import DPOTrainer
@@ -37,7 +37,8 @@ def run(args: Sequence[str]) -> int:
     options = checked_start(parsed)
     trainer = _prepare(options)
     options = dataclasses.replace(options, reference=trainer.config.reference)  # so that the run's folder says which
-    return train("dpo", Parsed(options, parsed.sources), trainer)
+    unsaved = () if options.adapter is None else ADAPTER_ONLY  # an adapter brings its own
+    return train("dpo", Parsed(options, parsed.sources), trainer, unsaved=unsaved)
 
 
 def _prepare(options: DPOOptions) -> "DPOTrainer":

@@ -54,6 +54,19 @@ def test_on_top_of_an_adapter(tiny_folder: Path, pairs: Path, start: Path, tmp_p
     assert ranks == [4, 4]
 
 
+def test_the_saved_config_goes_on_from_the_adapter_too(
+    tiny_folder: Path, pairs: Path, start: Path, tmp_path: Path
+) -> None:
+    assert dpo(tiny_folder, pairs, tmp_path / "a", "--adapter", str(start), "--steps", "2", "--save-every", "1") == 0
+    config = str(tmp_path / "a" / CONFIG)
+    assert main(["dpo", config, "--out", str(tmp_path / "b")]) == 0
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    assert main(["dpo", config, "--resume", str(tmp_path / "a" / "checkpoints" / "step-000001")]) == 0
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == files[0]
+
+
 def test_the_saved_config_repeats_the_run(tiny_folder: Path, pairs: Path, tmp_path: Path, capsys: Capture) -> None:
     flags = ("--loss", "sigmoid=0.5", "--loss", "sft", "--beta", "0.3", "--steps", "2", "--rank", "4")
     assert dpo(tiny_folder, pairs, tmp_path / "a", *flags) == 0
