@@ -51,10 +51,11 @@ class DistillOptions(DistillConfig, TeacherOptions, StartOptions):
     @property
     def one_base(self) -> bool:
         """Whether teacher and student are one model in one form, so that it is in memory once."""
-        return self._same_model and not self.full and self.teacher_quant == self.quant
+        return self.same_model and not self.full and self.teacher_quant == self.quant
 
     @property
-    def _same_model(self) -> bool:
+    def same_model(self) -> bool:
+        """Whether teacher and student are one model, in whatever form."""
         return _same(self.teacher, self.model)
 
 
@@ -103,7 +104,7 @@ def _checked_full(parsed: Parsed[DistillOptions]) -> DistillOptions:
 
 
 def _teacher_quant(options: DistillOptions) -> Quant:
-    if options.teacher_quant is None and options._same_model and not options.full and options.quant is not None:
+    if options.teacher_quant is None and options.same_model and not options.full and options.quant is not None:
         return options.quant
     trained: Quant | None = run_settings(options.teacher_adapter or options.teacher).get("quant")
     return options.teacher_quant or trained or "nf4"
