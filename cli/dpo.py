@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..errors import InputError
 from ..trainer.preference_config import DPOConfig
+from .load import is_reward_model
 from .parse import Parsed, parse
 from .preference import StartOptions, checked_start, load_start, reader
 from .show import note
@@ -35,6 +37,8 @@ def run(args: Sequence[str]) -> int:
     """Parse, load, train, report. Returns 0, or 128 + the signal that ended the run."""
     parsed = parse(DPOOptions, args, command="dpo", about=ABOUT)
     options = checked_start(parsed)
+    if options.adapter is not None and is_reward_model(options.adapter):
+        raise InputError(f"adapter {options.adapter} is a reward model's: it scores answers and writes none")
     trainer = _prepare(options)
     options = dataclasses.replace(options, reference=trainer.config.reference)  # so that the run's folder says which
     unsaved = () if options.adapter is None else ADAPTER_ONLY  # an adapter brings its own

@@ -69,6 +69,8 @@ def load_adapted(options: AdaptedModelOptions) -> tuple[Any, Any]:
         raise InputError(
             f"adapter {options.adapter} is no folder with adapter_config.json; fourbit sft writes one (--out)"
         )
+    if options.adapter is not None and is_reward_model(options.adapter):
+        raise InputError(f"adapter {options.adapter} is a reward model's: it scores answers and writes none")
     check_model(options.model)
     tokenizer = load_tokenizer(options.model)
     model = load_weights(options, tokenizer, quant)
@@ -86,6 +88,11 @@ def run_settings(folder: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     return {name: setting.value for name, setting in read_config(str(path)).items()}
+
+
+def is_reward_model(folder: str) -> bool:
+    """Whether `fourbit reward` made this folder."""
+    return (Path(folder) / "reward_head.safetensors").is_file()
 
 
 def check_model(path: str) -> None:

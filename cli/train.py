@@ -13,7 +13,7 @@ from ..lora.config import LoRAConfig
 from ..trainer.config import TrainingConfig
 from .config_file import write_config
 from .interrupt import stop_if_asked
-from .load import CONFIG, check_model, run_settings
+from .load import CONFIG, check_model, is_reward_model, run_settings
 from .options import AdapterOptions, ModelOptions, ResultOptions, option
 from .parse import DEFAULT, Parsed
 from .show import amount, count, describe, figure, note, pairs, result, working, wrapped
@@ -216,7 +216,13 @@ def _finished(options: TrainOptions, outcome: "TrainResult", seconds: float) -> 
     whole = bool(getattr(options, "full", False))
     rows += [("model" if whole else "adapter", str(outcome.out)), ("metrics", f"{outcome.out}/metrics.jsonl")]
     rows.append(("curves", f"{outcome.out}/loss.png"))
+    rows.append(("try it", _try_it(options, whole)))
+    return pairs(rows)
+
+
+def _try_it(options: TrainOptions, whole: bool) -> str:
+    if is_reward_model(options.out):
+        return f"fourbit.RewardModel.load(model, {options.out!r}).score(tokenizer, rows), in Python"
     model = options.out if whole else options.model
     adapter = "" if whole else f" --adapter {shlex.quote(options.out)}"
-    rows.append(("try it", f"fourbit chat --model {shlex.quote(model)}{adapter}"))
-    return pairs(rows)
+    return f"fourbit chat --model {shlex.quote(model)}{adapter}"

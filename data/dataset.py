@@ -246,7 +246,8 @@ def split_validation(dataset: D, fraction: float) -> tuple[D, D]:
     """(train, validation): a row's side depends on its topic alone, so it stays when rows are added or moved.
 
     The topic of a conversation is all of it, of preference rows the prompt; rows of one topic go to one side.
-    `fraction` is the expected share of validation; each side gets at least one row where there are two topics.
+    `fraction` is the expected share of validation; each side gets at least one row where there are two topics. What was
+    skipped or dropped on reading stays in the report of the training side.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must lie between 0 and 1, not {fraction}")
@@ -255,7 +256,9 @@ def split_validation(dataset: D, fraction: float) -> tuple[D, D]:
     if len(set(keys)) >= 2:
         held = held or {min(keys)}
         held = held - {max(keys)} if held == set(keys) else held
-    return _subset(dataset, [key not in held for key in keys]), _subset(dataset, [key in held for key in keys])
+    train = _subset(dataset, [key not in held for key in keys])
+    train.report.skipped, train.report.dropped = dataset.report.skipped, dataset.report.dropped
+    return train, _subset(dataset, [key in held for key in keys])
 
 
 def _subset(dataset: D, chosen: list[bool]) -> D:

@@ -114,6 +114,9 @@ def load_judged(
         return Judgement(answer, row.label, answer.source), sorted({*row.notes, *answer.notes})
 
     encode_all(dataset, *read_files(paths, judgements), encode, encoder.template, on_bad_row)
+    if len({example.label for example in dataset.examples}) == 1:
+        kind = "good" if dataset.examples[0].label else "bad"
+        dataset.report.notices.append(f"all {len(dataset)} answers are judged {kind}: there is nothing to compare with")
     return dataset
 
 

@@ -65,11 +65,11 @@ class Preference:
 
     def content(self) -> list[Any]:
         """What makes two rows the same row."""
-        return [self.prompt, self.chosen, self.rejected, self.tools]
+        return [_seen(self.prompt), _seen(self.chosen), _seen(self.rejected), self.tools]
 
     def topic(self) -> list[Any]:
         """Pairs of one prompt must not stand on both sides of a split."""
-        return [self.prompt, self.tools]
+        return [_seen(self.prompt), self.tools]
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,16 @@ class Judged:
 
     def content(self) -> list[Any]:
         """What makes two rows the same row."""
-        return [self.prompt, self.completion, self.label, self.tools]
+        return [_seen(self.prompt), _seen(self.completion), self.label, self.tools]
 
     def topic(self) -> list[Any]:
         """Answers to one prompt must not stand on both sides of a split."""
-        return [self.prompt, self.tools]
+        return [_seen(self.prompt), self.tools]
+
+
+def _seen(messages: Messages) -> list[tuple[Any, ...]]:
+    """What a model sees of messages: an id that differs makes no other prompt."""
+    return [core(message) for message in messages]
 
 
 def preferences(rows: Iterable[Row]) -> tuple[list[Preference], list[Problem]]:

@@ -32,11 +32,12 @@ class Snapshot:
 
 
 def snapshot(model: nn.Module) -> Snapshot:
-    """A copy of the model's adapter as it is now."""
+    """A copy of the model's adapter as it is now; a layer that is switched off is not in it."""
     return Snapshot(
         {
             name: Factors(m.lora_A.detach().clone(), m.lora_B.detach().clone(), m.alpha, m.rslora)
             for name, m in lora_modules(model).items()
+            if m.enabled
         }
     )
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import fourbit
 from fourbit.cli.config_file import read_config
+from fourbit.cli.distill import DistillOptions
+from fourbit.cli.dpo import DPOOptions
 from fourbit.cli.eval import EvalOptions
 from fourbit.cli.generate import GenerateOptions
 from fourbit.cli.main import COMMANDS
@@ -45,7 +47,8 @@ def test_the_yaml_example_is_a_config(tmp_path: Path) -> None:
 def test_commands_and_flags_exist() -> None:
     shell = "\n".join(blocks("sh"))
     assert set(re.findall(r"^fourbit (\w+)", shell, flags=re.M)) == set(COMMANDS)
-    known = {f.name.replace("_", "-") for kind in (SFTOptions, EvalOptions, GenerateOptions) for f in fields(kind)}
+    kinds = (SFTOptions, DPOOptions, DistillOptions, EvalOptions, GenerateOptions)
+    known = {field.name.replace("_", "-") for kind in kinds for field in fields(kind)}
     assert set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README)) - known <= {"help", "extra-index-url"}
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     assert set(re.findall(r"^make ([a-z-]+)", shell, flags=re.M)) <= targets

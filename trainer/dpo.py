@@ -7,6 +7,7 @@ reference it compares with.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from ..data.answer_batch import AnswerBatch, answer_batches, packed_size, padded_size
 from ..data.batch import sent
-from ..data.pairs import Judgement, load_judged, load_preferences
-from ..errors import NumericError
+from ..data.pairs import JudgedDataset, Judgement, PairDataset, load_judged, load_preferences
+from ..errors import InputError, NumericError
 from ..lora.attach import lora_modules
 from ..lora.snapshot import snapshot
 from .answers import Answers, answer_scores
@@ -35,6 +36,15 @@ class PreferenceTrainer(Trainer):
 
     judged = False  # single answers instead of pairs
     config: Any
+
+    def _dataset(self, rows: Any) -> Any:
+        dataset, kind = super()._dataset(rows), JudgedDataset if self.judged else PairDataset
+        if not isinstance(dataset, kind):
+            load = "load_judged" if self.judged else "load_preferences"
+            raise InputError(
+                f"this training reads {kind.__name__} (fourbit.data.pairs.{load}), got {type(dataset).__name__}"
+            )
+        return dataset
 
     def load_rows(self, paths: Sequence[str | Path]) -> Any:
         return (load_judged if self.judged else load_preferences)(
@@ -98,7 +108,7 @@ class DPOTrainer(PreferenceTrainer):
         scores = self._scores(answers, reference, batch)
         nothing_yet = RewardShift.start(self.device)._replace(value=self.shift.value)
         losses, added = self.objective(scores, shift=nothing_yet, kl=self.kl)
-        if added is not None:
+        if self.objective.needs_shift and added is not None:
             self._added[batch.numbers] = added
         return Sums(losses.sum(dtype=torch.float64), self._figures(answers, reference, scores))
 
@@ -126,7 +136,14 @@ class DPOTrainer(PreferenceTrainer):
         self._at_start = False
         self.shift = RewardShift(*(state[f"shift.{name}"].to(self.device) for name in RewardShift._fields))
         if self.live is not None:
+            before = self.live.state()
             self.live.load_state({n.removeprefix("reference."): t for n, t in state.items()})
+            now = self.live.state()
+            if self.reference is not self.live and not all(torch.equal(before[name], now[name]) for name in now):
+                raise InputError(
+                    "reference_cache was computed with another adapter than the one this run began with: resume with "
+                    "that adapter and its file, or without reference_cache"
+                )
 
     def _set_reference(self) -> None:
         kind = self.config.reference
@@ -174,11 +191,18 @@ class DPOTrainer(PreferenceTrainer):
 
     @torch.no_grad()
     def _mismatch(self, dataset: Any, numbers: Sequence[int]) -> Tensor:
-        """KTO's reference point: each prompt with the answer of the next example of the step, in the data's order."""
+        """KTO's reference point, from each prompt with the answer to another one: 0 where all prompts are the same."""
         assert self.live is not None
         offset = 0 if dataset is self.train_set else len(self.train_set.examples)
-        examples = [dataset.examples[number - offset] for number in numbers]
-        crossed = [crossed_over(a, b) for a, b in zip(examples, examples[1:] + examples[:1], strict=True)]
+        chosen = [number - offset for number in numbers]
+        others = [self._other_prompt(dataset, chosen, k) for k in range(len(chosen))]
+        crossed = [
+            crossed_over(dataset.examples[i], other, self.config.max_length)
+            for i, other in zip(chosen, others, strict=True)
+            if other is not None
+        ]
+        if not crossed:
+            return torch.zeros((), device=self.device)
         policy, reference = [], []
         with evaluating(self.model):
             for batch in self._laid_out(list(enumerate(crossed)), self.config.micro_batch):
@@ -186,25 +210,50 @@ class DPOTrainer(PreferenceTrainer):
                 policy.append(answer_scores(self.model, batch).logps.sum(-1).flatten())
         return mismatch_kl(torch.cat(policy), torch.cat(reference))
 
+    @staticmethod
+    def _other_prompt(dataset: Any, chosen: Sequence[int], k: int) -> Judgement | None:
+        """The next example with another prompt, after the k-th of the step and around, then in the whole data."""
+        own = prompt_of(dataset.examples[chosen[k]])
+        for i in chain(chosen[k + 1 :], chosen[:k], range(chosen[k] + 1, len(dataset)), range(chosen[k])):
+            if prompt_of(dataset.examples[i]) != own:
+                example: Judgement = dataset.examples[i]
+                return example
+        return None
+
     def _check_start(self, result: StepResult) -> None:
-        """DPO's loss is ln 2 while the policy still is the reference; anything else means that it is another model."""
+        """While the policy still is the reference all rewards are 0, so that DPO's loss is ln 2; anything else means
+        that the reference is another model."""
         same = self.config.reference == "start" or self.fresh
         dropout = any(module.dropout for module in lora_modules(self.model).values())
-        if self.objective.losses != {"sigmoid": 1.0} or not same or dropout:
+        if not self.objective.needs_reference or not same or dropout:
             return
         half = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
         loss, allowed = result.loss.item(), 2e-2 if half else 1e-4
-        if math.isfinite(loss) and abs(loss - math.log(2)) > allowed:
-            raise NumericError(
-                f"the first loss is {loss:.6f}, not ln 2 = 0.693147 (within {allowed:g}): the policy does not start at "
-                f"its reference ({self.config.reference}). Were weights of model or adapter changed since the trainer "
-                "was made?"
-            )
+        if self.objective.losses == {"sigmoid": 1.0} and abs(loss - math.log(2)) > allowed:
+            raise NumericError(f"the first loss is {loss:.6f}, not ln 2 = 0.693147 (within {allowed:g}): {self._why()}")
+        for name in ("reward_chosen", "reward_rejected"):
+            # Taken as of beta 0.1, or a small beta would hide everything: a reward is beta times a log-ratio.
+            reward = result.figures[name].item() * 0.1 / self.objective.beta
+            if abs(reward) > 2 * allowed:
+                raise NumericError(
+                    f"the first {name} is {reward:.6f} (at beta 0.1), not 0 (within {2 * allowed:g}): {self._why()}"
+                )
+
+    def _why(self) -> str:
+        return (
+            f"the policy does not start at its reference ({self.config.reference}). Were weights of model or adapter "
+            "changed since the trainer was made?"
+        )
 
 
-def crossed_over(asked: Judgement, answered: Judgement) -> Judgement:
-    """The prompt of one example with the answer of another."""
-    one, other = asked.answer, answered.answer
-    prompt, start = one.trained.index(True), other.trained.index(True)
-    ids, trained = one.ids[:prompt] + other.ids[start:], [False] * prompt + other.trained[start:]
-    return replace(asked, answer=replace(one, ids=ids, trained=trained))
+def prompt_of(example: Judgement) -> list[int]:
+    """The tokens before the answer."""
+    return example.answer.ids[: example.answer.trained.index(True)]
+
+
+def crossed_over(asked: Judgement, answered: Judgement, max_length: int) -> Judgement:
+    """The prompt of one example with the answer of another, its end cut off past max_length."""
+    prompt, other = prompt_of(asked), answered.answer
+    start = other.trained.index(True)
+    ids, trained = prompt + other.ids[start:], [False] * len(prompt) + other.trained[start:]
+    return replace(asked, answer=replace(asked.answer, ids=ids[:max_length], trained=trained[:max_length]))

@@ -209,7 +209,7 @@ class Loop:
         state.saved = min(state.saved, state.done - 1)  # a checkpoint made before this evaluation lacks its outcome
         finite = {name: _finite(value) for name, value in figures.items()}
         self.metrics.write({"step": state.done, **{f"val_{name}": value for name, value in finite.items()}})
-        if state.best_loss is None or loss < state.best_loss:
+        if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
             state.best_loss, state.best_step, state.without_better = loss, state.done, 0
             state.best_figures = finite
             if self.config.keep_best:

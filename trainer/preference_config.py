@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+from ..data.pairs import Truncation
 from ..errors import InputError
 from .config import TrainingConfig, at_least, one_of, setting
 from .objective import PAIR_LOSSES, SETTINGS, UNPAIRED_LOSSES, Objective, parse_losses
 from .scores import check_ld_alpha
 
-Truncation = Literal["drop", "answer"]
 ReferenceKind = Literal["auto", "base", "start"]
 
 
@@ -76,11 +76,6 @@ class DPOConfig(PreferenceConfig):
                     f"ld_alpha compares the two answers of a pair, got {self.ld_alpha} with the loss "
                     f"{', '.join(objective.losses)}, which judges single answers: leave it out"
                 )
-        if objective.needs_kl and self.batch_size < 2:
-            raise InputError(
-                f"batch_size must be at least 2 with the loss kto, which sets each answer against another prompt of "
-                f"its step; got {self.batch_size}"
-            )
         if not objective.needs_reference:
             for name, default in (("reference", "auto"), ("reference_cache", None)):
                 if getattr(self, name) != default:

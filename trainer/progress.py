@@ -10,7 +10,16 @@ from typing import Any
 from .metrics import Display
 
 SMOOTHING = 0.9  # of the figures shown: exponential moving average over steps
-SMOOTHED = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy"}  # those, and what they are called
+SMOOTHED = {  # those, and what they are called
+    "loss": "loss",
+    "reward_margin": "margin",
+    "reward_accuracy": "accuracy",
+    "reward_chosen": "chosen",
+    "reward_rejected": "rejected",
+    "kl": "kl",
+    "logp_chosen": "logp+",
+    "logp_rejected": "logp-",
+}
 PLAIN_SECONDS = 10.0  # between plain lines
 
 
@@ -44,6 +53,8 @@ class _Smoothed:
             "mem": f"{memory / 2**30:.2f} GiB",
             "opt": _optimizer(record),
         }
+        if record.get("dropped"):
+            self.shown["dropped"] = f"{record['dropped']:.1%}"
         if self.skipped:
             self.shown["skipped"] = str(self.skipped)
         return self.shown

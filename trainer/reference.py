@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..data.answer_batch import AnswerBatch
-from ..errors import DiskError, InputError
+from ..data.batch import sent
+from ..errors import DiskError, InputError, NumericError
 from ..lora.attach import adapters_off, lora_modules
+from ..lora.safe_files import write_whole
 from ..lora.snapshot import Factors, Snapshot, adapter_swapped
 from .answers import answer_scores
 from .evaluate import evaluating
@@ -86,7 +89,7 @@ class CachedReference:
         place = torch.arange(batch.slots.shape[-1])
         there = place < batch.lengths.unsqueeze(-1)  # [A, P, L]
         found = self.flat[torch.where(there, here + place, 0)]
-        return torch.where(there, found, 0.0).to(self.device)
+        return sent(torch.where(there, found, 0.0), self.device)
 
 
 def starts_at_base(model: nn.Module) -> bool:
@@ -107,47 +110,60 @@ def fill_cache(reference: LiveReference, batches: Sequence[AnswerBatch], lengths
     return flat
 
 
-def read_cache(path: Path, parts: dict[str, str]) -> Tensor:
-    """The numbers in the file. Raises InputError when it was made from anything else than `parts`, naming what."""
+def read_cache(path: Path, parts: dict[str, str], size: int) -> Tensor:
+    """The `size` numbers in the file. Raises InputError for a file that is none, is broken, or was made from anything
+    else than `parts`, naming what."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise InputError(f"reference_cache {path} is no file of reference log-probabilities: give another name")
-            stale = [name for name, value in parts.items() if json.loads(metadata["parts"]).get(name) != value]
+            made_from = json.loads(metadata["parts"])
+            stale = [name for name, value in parts.items() if made_from.get(name) != value]
             if stale:
                 raise InputError(
                     f"reference_cache {path} is stale: it was computed with another {', another '.join(stale)}. "
                     "Delete it to compute it anew, or give another name"
                 )
-            return file.get_tensor("logps")
-    except SafetensorError as problem:
-        raise InputError(f"reference_cache {path} is no valid safetensors file: {problem}") from None
+            flat: Tensor = file.get_tensor("logps")
+    except (SafetensorError, OSError, KeyError, AttributeError, json.JSONDecodeError) as problem:
+        raise InputError(f"reference_cache {path} is no valid file of log-probabilities: {problem}") from None
+    if flat.shape != (size,) or flat.dtype != torch.float32 or not bool(torch.isfinite(flat).all()):
+        raise InputError(
+            f"reference_cache {path} must hold {size} finite fp32 numbers, and holds {tuple(flat.shape)} {flat.dtype}: "
+            "it is damaged; delete it to compute it anew"
+        )
+    return flat
 
 
 def write_cache(path: Path, flat: Tensor, parts: dict[str, str]) -> None:
     """Write the file, whole or not at all. Raises DiskError when the disk refuses."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    if not bool(torch.isfinite(flat).all()):
+        raise NumericError("the reference's log-probabilities hold NaN or infinity, so they were not kept")
+    metadata = {"format": FORMAT, "parts": json.dumps(parts, sort_keys=True)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"logps": flat}, temporary, metadata={"format": FORMAT, "parts": json.dumps(parts, sort_keys=True)})
-        temporary.replace(path)
+        write_whole(path, lambda part: save_file({"logps": flat}, part, metadata=metadata))
     except (OSError, SafetensorError) as problem:
         raise DiskError(f"could not write reference_cache {path} ({flat.nbytes:,} bytes): {problem}") from problem
 
 
 def cache_parts(model: nn.Module, start: Snapshot | None, data: str) -> dict[str, str]:
     """What reference log-probabilities depend on, each as a hash: data (tokens and masks, so template and lengths
-    too), base weights, adapter, and the dtype that is computed in."""
+    too), base (weights and configuration), adapter, and the dtype that is computed in."""
+    config = getattr(model, "config", None)
+    settings = asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
     adapter = {id(p) for m in lora_modules(model).values() for p in (m.lora_A, m.lora_B)}
-    base = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if id(t) not in adapter}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    # A layer's weights are the same ones whether an adapter sits on it or not.
+    base = {name.replace(".base.", "."): tensor for name, tensor in tensors if id(tensor) not in adapter}
     factors = {} if start is None else start.layers
     frozen = {f"{n}.{f}": getattr(factors[n], f) for n in factors for f in ("lora_A", "lora_B")}
     scales = json.dumps([[n, f.alpha, f.rslora] for n, f in sorted(factors.items())])
     dtype = next(p.dtype for p in model.parameters() if id(p) not in adapter)
     return {
         "data": data,
-        "base": _hash(base),
+        "base": hashlib.sha256((_hash(base) + json.dumps(settings, default=str)).encode()).hexdigest(),
         "adapter": hashlib.sha256((_hash(frozen) + scales).encode()).hexdigest(),
         "dtype": str(dtype),
     }
@@ -171,7 +187,7 @@ def cached(
     """
     parts = cache_parts(live.model, live.start, data)
     if path.exists():
-        flat = read_cache(path, parts)
+        flat = read_cache(path, parts, sum(map(sum, lengths)))
     else:
         flat = fill_cache(live, batches, lengths)
         write_cache(path, flat, parts)

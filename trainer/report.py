@@ -10,6 +10,8 @@ PANELS = (  # axis label -> figures drawn against it, where a run has them: in t
     ("loss (nats)", ("loss",)),
     ("reward", ("reward_chosen", "reward_rejected", "reward_margin")),
     ("accuracy", ("reward_accuracy",)),
+    ("log-probability", ("logp_chosen", "logp_rejected")),
+    ("KL to the reference", ("kl",)),
 )
 COLOURS = ("#08519c", "#a50f15", "#238b45")
 Point = tuple[int, float]

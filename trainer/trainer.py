@@ -78,6 +78,11 @@ class Trainer(ABC):
             self.val_set = self._dataset(val)
         if not self.train_set.examples:
             raise InputError("there are no rows to train on")
+        if self.val_set is not None and not self.val_set.examples:
+            raise InputError(
+                "no row was left for validation: rows of one prompt stay on one side of a split, and these all have "
+                "one. Give validation rows of their own, or none"
+            )
 
     # What a kind of training says.
 

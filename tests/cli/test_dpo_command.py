@@ -112,3 +112,23 @@ def test_losses_come_from_a_file_too(tmp_path: Path) -> None:
     config.write_text("model: m\ndata: d\nout: o\nloss: [sigmoid=0.8, sft=0.2]\nbeta: 0.2\n")
     options = parse(DPOOptions, [str(config)], command="dpo", about="").options
     assert options.objective().losses == {"sigmoid": 0.8, "sft": 0.2} and options.objective().beta == 0.2
+
+
+def test_a_reward_model_answers_nothing(
+    tiny_folder: Path, pairs: Path, rows: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = str(tmp_path / "rm")
+    flags = ["--model", str(tiny_folder), "--data", str(pairs), "--rank", "4", "--steps", "2"]
+    assert main(["reward", *flags, "--out", out]) == 0
+    assert f"fourbit.RewardModel.load(model, '{out}')" in capsys.readouterr().out
+    assert dpo(tiny_folder, pairs, tmp_path / "dpo", "--adapter", out) == 2
+    assert f"adapter {out} is a reward model's" in capsys.readouterr().err
+    assert main(["eval", "--model", str(tiny_folder), "--adapter", out, "--data", str(rows)]) == 2
+    assert f"adapter {out} is a reward model's" in capsys.readouterr().err
+
+
+def test_answers_of_one_label_are_noted(tiny_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    judged = tmp_path / "judged.jsonl"
+    judged.write_text("\n".join(json.dumps({"prompt": f"say {w}", "completion": w, "label": True}) for w in "abc"))
+    assert dpo(tiny_folder, judged, tmp_path / "out", "--loss", "kto", "--steps", "1", "--rank", "4") == 0
+    assert "all 3 answers are judged good: there is nothing to compare with" in capsys.readouterr().err

@@ -519,6 +519,14 @@ def test_an_implicit_prompt_is_the_one_that_trl_finds() -> None:
     assert theirs["chosen"].strip() == ours.chosen[0]["content"]
 
 
+def test_marks_that_no_model_sees_make_no_other_prompt() -> None:
+    plain, marked = (
+        made({"prompt": [{**U, **mark}], "chosen": [{**A, **mark}], "rejected": [B]}) for mark in ({}, {"id": 7})
+    )
+    assert plain.topic() == marked.topic() and plain.content() == marked.content()
+    assert made({"prompt": [U2], "chosen": [A], "rejected": [B]}).topic() != plain.topic()
+
+
 def test_rows_are_grouped_by_prompt_and_told_apart_by_all() -> None:
     one, other = made(P), made({**P, "rejected": "another"})
     assert one.topic() == other.topic() and one.content() != other.content()

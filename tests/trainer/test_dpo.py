@@ -8,10 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn.functional import logsigmoid
 
 import fourbit
 from fourbit.data.answer_batch import answer_batches
+from fourbit.data.dataset import load_dataset
 from fourbit.data.pairs import load_judged, load_preferences
 from fourbit.errors import InputError, NumericError
 from fourbit.lora.attach import lora_modules
@@ -23,6 +26,7 @@ from fourbit.trainer.dpo import DPOTrainer, crossed_over
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.preference_config import DPOConfig
 from fourbit.trainer.reference import LiveReference
+from fourbit.trainer.step import StepResult
 
 WORDS = ["ab", "c", "def", "gh", "i", "jkl", "m", "nopq", "rs", "t"]
 LAYOUTS = ({"micro_batch": 1}, {"micro_batch": 3}, {"packing": False}, {"packing": False, "micro_batch": 1})
@@ -273,7 +277,7 @@ def test_a_cache_of_other_rows_or_lengths_or_dtype_is_refused(tiny_folder, pairs
     with pytest.raises(InputError, match="another dtype"):
         trainer_for(tiny_folder, pairs, tmp_path, dtype=torch.float64, quantize=None, **cache)
     (tmp_path / "adapter.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(InputError, match="no valid safetensors file"):
+    with pytest.raises(InputError, match="no valid file of log-probabilities"):
         trainer_for(tiny_folder, pairs, tmp_path, reference_cache=str(tmp_path / "adapter.safetensors"))
 
 
@@ -301,18 +305,158 @@ def test_bco_remembers_the_mean_of_all_rewards(tiny_folder, pairs, tmp_path):
 def test_kto_sets_answers_against_other_prompts(tiny_folder, judged, tmp_path):
     trainer = trainer_for(tiny_folder, judged, tmp_path, loss=("kto",), b_seed=0, reference="base")
     examples = trainer.train_set.examples
-    crossed = crossed_over(examples[0], examples[1])
+    crossed = crossed_over(examples[0], examples[1], 1024)
     assert trainer.tokenizer.decode(crossed.answer.ids, skip_special=False) == (
         "<|im_start|>user\nsay ab<|im_end|>\n<|im_start|>assistant\nccc<|im_end|>"
         + trainer.tokenizer.decode(examples[1].answer.ids, skip_special=False).rpartition("<|im_end|>")[2]
     )
     batches = trainer.micro_batches(trainer.train_set, [3, 0, 1], 1)
     trainer.begin(trainer.train_set, batches)
-    expected = [crossed_over(examples[a], examples[b]) for a, b in ((0, 1), (1, 3), (3, 0))]
+    expected = [crossed_over(examples[a], examples[b], 1024) for a, b in ((0, 1), (1, 3), (3, 0))]
     (batch,) = answer_batches(list(enumerate(expected)), packing=False, micro_batch=3, token_budget=1, pad_id=0)
     with torch.no_grad():
         ratio = answer_scores(trainer.model.eval(), batch).logps - LiveReference(trainer.model, None).logps(batch)
     assert trainer.kl.item() == pytest.approx(max(0, ratio.sum(-1).mean().item()), abs=1e-5)
+
+
+def write(path, rows):
+    path = path.with_suffix(".jsonl")
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_kto_crosses_prompts_even_where_the_step_has_one(tiny_folder, tmp_path):
+    """A step of one example, or of answers to one prompt, takes answers from the rest of the data; never its own."""
+    rows = [{"prompt": f"say {w}", "completion": w * n, "label": n > 1} for w in ("ab", "cd") for n in (3, 1)]
+    trainer = trainer_for(tiny_folder, write(tmp_path / "r", rows), tmp_path, loss=("kto",), b_seed=0, reference="base")
+    examples = trainer.train_set.examples
+
+    def crossings(numbers):
+        seen = []
+        patch.setattr("fourbit.trainer.dpo.crossed_over", lambda a, b, n: seen.append((a, b)) or crossed_over(a, b, n))
+        trainer.begin(trainer.train_set, trainer.micro_batches(trainer.train_set, numbers, 4))
+        return [(examples.index(a), examples.index(b)) for a, b in seen]
+
+    with pytest.MonkeyPatch.context() as patch:
+        assert crossings([1]) == [(1, 2)] and crossings([0, 1]) == [(0, 2), (1, 2)]
+        assert crossings([0, 1, 3]) == [(0, 3), (1, 3), (3, 0)]
+    one = [row for row in rows if row["prompt"] == "say ab"]
+    alone = trainer_for(tiny_folder, write(tmp_path / "one", one), tmp_path, loss=("kto",), b_seed=0, reference="base")
+    alone.begin(alone.train_set, alone.micro_batches(alone.train_set, [0, 1], 2))
+    assert alone.kl == 0
+
+
+def test_crossed_answers_keep_to_max_length(tiny_folder, judged, tmp_path):
+    examples = trainer_for(tiny_folder, judged, tmp_path, loss=("kto",)).train_set.examples
+    whole = crossed_over(examples[0], examples[7], 1024).answer
+    cut = crossed_over(examples[0], examples[7], len(whole.ids) - 3).answer
+    assert cut.ids == whole.ids[:-3] and cut.trained == whole.trained[:-3]
+
+
+def test_validation_rows_have_their_own_place_in_the_cache(tiny_folder, pairs, tmp_path):
+    """Cached and live references agree on validation rows that are others than the training rows."""
+    other = [{"prompt": f"tell {w}", "chosen": w * 2 + "!", "rejected": w + "yy"} for w in ("zz", "q", "uvw")]
+    val = write(tmp_path / "val", other)
+    found = []
+    for name, options in {"live": {}, "cached": {"reference_cache": str(tmp_path / "c")}}.items():
+        trainer = trainer_for(tiny_folder, pairs, tmp_path / name, val=val, b_seed=0, steps=2, **options)
+        trainer.train(display=None)
+        found.append(
+            {k: v for r in read_metrics(tmp_path / name / "metrics.jsonl") for k, v in r.items() if "val" in k}
+        )
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 8
+    for name, value in found[0].items():
+        assert found[1][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+def test_kto_crosses_validation_rows_with_each_other(tiny_folder, judged, tmp_path):
+    rows = [{"prompt": f"tell {w}", "completion": w, "label": w != "q"} for w in ("zz", "q", "uvw")]
+    val = write(tmp_path / "val", rows)
+    options = {"loss": ("kto",), "b_seed": 3, "reference": "base"}
+    trainer = trainer_for(tiny_folder, judged, tmp_path, val=val, **options)
+    alone = trainer_for(tiny_folder, val, tmp_path, **options)
+    for one, dataset in ((trainer, trainer.val_set), (alone, alone.train_set)):
+        one.begin(dataset, one.micro_batches(dataset, range(3), 3))
+    assert trainer.kl.item() == pytest.approx(alone.kl.item(), rel=1e-5) and alone.kl > 0
+
+
+def test_a_skipped_step_adds_nothing_to_bcos_mean(tiny_folder, pairs, tmp_path):
+    trainer = trainer_for(tiny_folder, pairs, tmp_path, loss=("bco",), b_seed=0, reference="base")
+    trainer._at_start = False
+    result = StepResult(torch.zeros(()), {}, torch.zeros(()), torch.ones(()), {})
+    for skipped, counts in ((1, [0, 0]), (0, [4, 4])):
+        (batch,) = trainer.step_data(0).batches
+        trainer.sums(batch)
+        trainer.applied(replace(result, skipped=torch.tensor(float(skipped))))
+        assert trainer.shift.counts.tolist() == counts and (trainer.shift.value != 0) == (not skipped)
+
+
+def test_every_loss_with_a_reference_is_held_to_its_start(tiny_folder, pairs, tmp_path):
+    for loss, beta in ((("ipo",), 0.1), (("sigmoid=0.8", "sft=0.2"), 0.1), (("sigmoid",), 0.001)):
+        trainer = trainer_for(tiny_folder, pairs, tmp_path / f"{loss}{beta}", b_seed=0, loss=loss, beta=beta)
+        for module in lora_modules(trainer.model).values():
+            module.lora_B.data.mul_(1.5)
+        with pytest.raises(NumericError, match="does not start at its reference"):
+            trainer.train(display=None)
+
+
+def test_datasets_of_another_kind_are_refused(tiny_folder, pairs, judged, rows, tmp_path):
+    _, tokenizer = fourbit.load(tiny_folder)
+    with pytest.raises(InputError, match=r"reads PairDataset .* got JudgedDataset"):
+        trainer_for(tiny_folder, load_judged(judged, tokenizer), tmp_path)
+    with pytest.raises(InputError, match=r"reads JudgedDataset .* got PairDataset"):
+        trainer_for(tiny_folder, judged, tmp_path, val=load_preferences(pairs, tokenizer), loss=("kto",))
+    with pytest.raises(InputError, match=r"reads PairDataset .* got Dataset"):
+        trainer_for(tiny_folder, load_dataset(rows, tokenizer), tmp_path)
+
+
+def test_one_prompt_cannot_be_split(tiny_folder, tmp_path):
+    same = [{"prompt": "say", "chosen": "a" * n, "rejected": "b"} for n in range(1, 5)]
+    with pytest.raises(InputError, match=r"no row was left for validation|there are no rows to train on"):
+        trainer_for(tiny_folder, write(tmp_path / "one", same), tmp_path, val=0.5)
+
+
+def test_a_damaged_cache_is_refused(tiny_folder, pairs, tmp_path):
+    cache = tmp_path / "cache"
+    trainer_for(tiny_folder, pairs, tmp_path, reference_cache=str(cache))
+    with safe_open(cache, framework="pt") as file:
+        flat, metadata = file.get_tensor("logps").clone(), file.metadata()
+    for damaged, marks in (
+        (flat[:-5], metadata),
+        (flat * float("nan"), metadata),
+        (flat.double(), metadata),
+        (flat, {"format": metadata["format"]}),
+        (flat, metadata | {"parts": "["}),
+        (flat, metadata | {"parts": "[]"}),
+    ):
+        save_file({"logps": damaged.clone()}, cache, metadata=marks)
+        with pytest.raises(InputError, match="reference_cache"):
+            trainer_for(tiny_folder, pairs, tmp_path, reference_cache=str(cache))
+    with pytest.raises(InputError, match="no valid file"):
+        trainer_for(tiny_folder, pairs, tmp_path, reference_cache=str(tmp_path))
+
+
+def test_a_cache_outlives_other_targets_and_not_another_configuration(tiny_folder, pairs, tmp_path):
+    """The base is the same under an adapter on fewer layers; with another rotary base it is another model."""
+    cache = str(tmp_path / "cache")
+    config = DPOConfig(out=str(tmp_path), reference_cache=cache)
+    trainer_for(tiny_folder, pairs, tmp_path, reference_cache=cache)
+    model, tokenizer = fourbit.load(tiny_folder, quantize="nf4")
+    fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8, target="attn"))
+    DPOTrainer(model, tokenizer, train=pairs, config=config)
+    model.config = replace(model.config, rope_theta=500.0)
+    with pytest.raises(InputError, match="another base"):
+        DPOTrainer(model, tokenizer, train=pairs, config=config)
+
+
+def test_a_cache_of_another_start_does_not_resume_a_run(tiny_folder, pairs, tmp_path):
+    cache = tmp_path / "cache"
+    options = {"reference_cache": str(cache), "dropout": 0.2}
+    trainer_for(tiny_folder, pairs, tmp_path, b_seed=0, **options).train(display=lambda total, start: Stop(2))
+    cache.unlink()
+    again = trainer_for(tiny_folder, pairs, tmp_path, b_seed=1, resume="auto", **options)
+    with pytest.raises(InputError, match="another adapter than the one this run began with"):
+        again.train(display=None)
 
 
 def test_trains_on_judged_answers(tiny_folder, judged, tmp_path):
@@ -345,7 +489,6 @@ def test_mixtures_and_settings_reach_the_loss(tiny_folder, pairs, tmp_path):
         ({"loss": ("simpo",), "reference": "base"}, "reference has no use with the loss simpo"),
         ({"loss": ("orpo",), "reference_cache": "f"}, "reference_cache has no use with the loss orpo"),
         ({"loss": ("kto",), "ld_alpha": 0.5}, "ld_alpha compares the two answers of a pair"),
-        ({"loss": ("kto",), "batch_size": 1}, "batch_size must be at least 2 with the loss kto"),
         ({"ld_alpha": 1.5}, "ld_alpha must be a number from 0 to 1"),
         ({"truncation": "prompt"}, "truncation must be one of drop, answer, got 'prompt'"),
         ({"reference": "snapshot"}, "reference must be one of auto, base, start, got 'snapshot'"),
@@ -372,6 +515,8 @@ def test_dropped_pairs_are_counted(tiny_folder, pairs, tmp_path):
     assert 0 < dropped < 10 and len(trainer.train_set) == 10 - dropped
     trainer.train(display=None)
     assert steps_of(tmp_path)[0]["dropped"] == pytest.approx(dropped / 10)
+    split = trainer_for(tiny_folder, pairs, tmp_path, max_length=sorted(lengths)[6], val=0.3)
+    assert split.constants()["dropped"] == pytest.approx(dropped / (dropped + len(split.train_set)))
 
 
 def test_a_dataset_may_be_given(tiny_folder, pairs, judged, tmp_path):
