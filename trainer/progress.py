@@ -20,6 +20,7 @@ SMOOTHED = {  # those, and what they are called
     "logp_chosen": "logp+",
     "logp_rejected": "logp-",
 }
+OF_VALIDATION = ("loss", "reward_margin", "reward_accuracy")
 PLAIN_SECONDS = 10.0  # between plain lines
 
 
@@ -41,8 +42,8 @@ class _Smoothed:
 
     def add(self, record: dict[str, Any]) -> dict[str, str]:
         if "val_loss" in record:
-            found = {name: short for name, short in SMOOTHED.items() if f"val_{name}" in record}
-            self.shown |= {f"val {short}": _number(record[f"val_{name}"]) for name, short in found.items()}
+            found = {SMOOTHED[name]: record[f"val_{name}"] for name in OF_VALIDATION if f"val_{name}" in record}
+            self.shown |= {f"val {short}": _number(value) for short, value in found.items()}
             return self.shown
         self.skipped += record["skipped"]
         self.shown |= {short: _number(self._mean(name, record)) for name, short in SMOOTHED.items() if name in record}
@@ -102,9 +103,10 @@ class _Plain:
 
 
 class _Live:
-    """A rich progress bar, redrawn in place."""
+    """A progress bar with the figures under it, redrawn in place."""
 
     def __init__(self, console: Any, total: int, start: int) -> None:
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.figures = _Smoothed()
@@ -112,25 +114,32 @@ class _Live:
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[figures]}"),
             TextColumn("left"),
             TimeRemainingColumn(),
         ]
         self.progress = Progress(*columns, console=console, expand=True)
-        self.task = self.progress.add_task("", total=total, completed=start, figures="first step ...")
-        self.progress.start()
+        self.task = self.progress.add_task("", total=total, completed=start)
+        self.live = Live(self._drawn("first step ..."), console=console)
+        self.live.start()
+
+    def _drawn(self, figures: str) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
+        return Group(self.progress, Text.from_markup(figures))
 
     def show(self, record: dict[str, Any]) -> None:
         figures = "  ".join(f"[dim]{name}[/] {value}" for name, value in self.figures.add(record).items())
-        self.progress.update(self.task, completed=record["step"], figures=figures)
+        self.progress.update(self.task, completed=record["step"])
+        self.live.update(self._drawn(figures))
 
     def message(self, text: str) -> None:
         from rich.text import Text
 
-        self.progress.console.print(Text(text))
+        self.live.console.print(Text(text))
 
     def close(self) -> None:
-        self.progress.stop()
+        self.live.stop()
 
 
 def _clock(seconds: float) -> str:
