@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 NAMES = re.compile(r"[\w.]+(,[\w.]+)*")  # else an entry of --target is a regular expression
 GROUPS = ("all-linear", "attn", "mlp")
 ADAPTER_ONLY = ("rank", "alpha", "dropout", "target", "rslora")
+REPORTED = ("perplexity", "reward_accuracy", "reward_margin")  # of the best evaluation; --json has all figures
 C = TypeVar("C", bound=TrainingConfig)
 
 
@@ -208,9 +209,8 @@ def _finished(options: TrainOptions, outcome: "TrainResult", seconds: float) -> 
         ("last loss", figure(outcome.loss)),
     ]
     if outcome.val:
-        more = [f"{name.replace('_', ' ')} {figure(value)}" for name, value in outcome.val.items() if name != "loss"]
-        best = ", ".join([figure(outcome.val_loss), *more, f"at step {outcome.best_step}"])
-        rows.append(("validation loss", wrapped(best)))
+        more = [f"{name.replace('_', ' ')} {figure(outcome.val[name])}" for name in REPORTED if name in outcome.val]
+        rows.append(("validation loss", ", ".join([figure(outcome.val_loss), *more, f"at step {outcome.best_step}"])))
     if outcome.skipped_steps:
         rows.append(("skipped steps", f"{outcome.skipped_steps} (NaN or infinity in loss or gradient)"))
     whole = bool(getattr(options, "full", False))
