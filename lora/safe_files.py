@@ -37,7 +37,7 @@ def float_tensors(file: Path) -> dict[str, Tensor]:
                 if kind not in FLOATS:
                     floats = ", ".join(FLOATS)
                     raise InputError(f"'{file}': the tensor '{key}' must hold floats ({floats}), got {kind}")
-            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  (not a dict)
     except SafetensorError as problem:
         raise InputError(f"'{file}' is no valid safetensors file: {problem}") from None
 

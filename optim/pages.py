@@ -157,6 +157,7 @@ def check_room(budget: Budget, states: Iterable[tuple[Mapping[str, Field], int]]
 
 
 def check_pages(budget: Budget, sizes: Iterable[int]) -> None:
+    """InputError when the largest page (bytes) does not fit a fixed budget, naming the least that would do."""
     least = max(sizes, default=0)
     if budget != "auto" and least > budget:
         raise InputError(f"an optimizer budget of {budget} bytes is less than one page of state; the least is {least}")

@@ -23,6 +23,7 @@ UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "M
 
 
 def setting(default: Any, help: str) -> Any:
+    """A field with its default and the sentence that the command line prints about it."""
     return field(default=default, metadata={"help": help})
 
 
@@ -162,6 +163,7 @@ def size_in_bytes(text: str) -> int | None:
 
 
 def at_least(config: Any, least: int, *names: str) -> None:
+    """InputError for a named option that is below `least`; None is no number and passes."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= least:
@@ -169,6 +171,7 @@ def at_least(config: Any, least: int, *names: str) -> None:
 
 
 def one_of(config: Any, name: str, *allowed: str) -> None:
+    """InputError for an option that is none of the allowed values."""
     if (value := getattr(config, name)) not in allowed:
         raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 

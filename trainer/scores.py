@@ -117,6 +117,7 @@ def answer_sums(logps: Tensor, lengths: Tensor, *, ld_alpha: float | None = None
 
 
 def check_ld_alpha(value: object) -> None:
+    """InputError for an alpha of LD-DPO that is no number from 0 to 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise InputError(f"ld_alpha must be a number from 0 to 1 (1 discounts nothing), got {value!r}")
 

@@ -21,7 +21,7 @@ TICKETS = HERE.parent / "tickets"
 sys.path[:0] = [str(TICKETS)]
 
 from baselines import read_tickets, score  # noqa: E402  (of the tickets' folder)
-from demo import SFT, answered, find_model, fourbit  # noqa: E402
+from demo import SFT, answered, find_model, fourbit  # noqa: E402  (of the same folder)
 
 DPO = "--loss sigmoid --loss sft --lr 1e-4 --batch-size 8 --epochs 1"  # without sft right answers fall along with wrong
 SAMPLES = 3  # answers that changed, shown
