@@ -64,7 +64,7 @@ def test_a_peer_cannot_import_our_folders() -> None:
     code = (
         "import sys; sys.path.insert(0, ''); sys.path.insert(0, '.');\n"
         "import benchmarks, importlib.util\n"
-        "for name in ('kernels', 'lora', 'optim', 'data', 'models', 'trainer', 'cli', 'errors'):\n"
+        "for name in ('kernels', 'lora', 'optim', 'data', 'models', 'trainer', 'cli', 'errors', 'files'):\n"
         "    spec = importlib.util.find_spec(name)\n"
         f"    assert spec is None or not str(spec.origin).startswith({str(ROOT)!r}), (name, spec)\n"
     )

@@ -1,0 +1,252 @@
+"""The one place that writes a file, or trusts one: whole-or-not-at-all writes, bounded reads, one run a folder.
+
+Written: a file appears whole or not at all, and a name is on the disk only after its bytes are. Everything is plain
+`os` calls, each of which may fail or be the process's last, so tests can trip every one of them. An fsync is a promise
+of the operating system and the drive; we claim to survive a killed process and a torn file, not every loss of power.
+
+Read: what lies in a folder may be a stranger's. No pickle, no link that leads elsewhere, no pipe or device, no JSON
+larger than its reader expects, no key said twice.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import DiskError, EnvironmentProblem, InputError, NumericError
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+LOCK = "run.lock"
+# What a dead run may leave behind. The process number and the host say whose it was.
+_TEMPORARY = re.compile(r"\.tmp-[0-9a-z]+-(?P<pid>[1-9][0-9]{0,8})-[0-9a-f]{8}@(?P<host>.+)")
+
+
+def regular_file(folder: Path, name: str, instead: str = "") -> Path:
+    """The file `name` in `folder`; InputError if it is missing, a link out of the folder, a pipe or a device.
+
+    instead: what the error for a missing file ends with.
+    """
+    file = folder / name
+    if not file.exists():
+        raise InputError(f"'{folder}' holds no {name}.{instead}")
+    if file.resolve().parent != folder.resolve():
+        raise InputError(f"'{file}' is a link out of its folder, which is not followed: copy the file itself there")
+    if not file.is_file():
+        raise InputError(f"'{file}' must be a regular file")
+    return file
+
+
+def read_json(file: Path, limit: int) -> dict[str, Any]:
+    """The JSON object in a regular file of at most `limit` bytes. InputError names the file and what is wrong with it.
+
+    A byte-order mark is allowed, NaN and infinity read as NaN, a key that stands twice in an object is refused.
+    """
+    try:
+        if not file.is_file():
+            raise InputError(f"{file.parent}: needs the file {file.name}, which is not there.")
+        with file.open("rb") as stream:
+            raw = stream.read(limit + 1)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error}.") from None
+    if len(raw) > limit:
+        raise InputError(f"{file}: must be at most {limit:,} bytes, got {file.stat().st_size:,}.")
+    try:
+        text = raw.decode("utf-8-sig")
+        value = json.loads(text, parse_constant=lambda _: math.nan, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, numbers of thousands of digits, deep nesting
+        raise InputError(f"{file}: must be JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: must be a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return found
+
+
+def float_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, still mapped from it. InputError for a broken file or one not of floats."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = list(opened.keys())
+            for name in names:
+                kind = opened.get_slice(name).get_dtype()
+                if kind not in FLOATS:
+                    raise InputError(
+                        f"'{file}': the tensor '{name}' must hold floats ({', '.join(FLOATS)}), got {kind}"
+                    )
+            return {name: opened.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as problem:
+        raise InputError(f"'{file}' is no valid safetensors file: {problem}") from None
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """`write` beside `file`, flush to the disk, rename: a reader sees the old file or the whole new one."""
+    part = file.with_name(temporary_name("part"))
+    try:
+        write(part)
+        sync(part)
+        os.replace(part, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
+    sync(file.parent)
+
+
+def write_text(file: Path, text: str) -> None:
+    """UTF-8 text, whole or not at all."""
+    write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_tensors(
+    file: Path, tensors: Mapping[str, Tensor], what: str, metadata: Mapping[str, str] | None = None
+) -> None:
+    """A safetensors file, whole or not at all, sorted by name; its folder is made. `what` is what errors call it.
+
+    Raises NumericError, before anything is written, for NaN or infinity in a tensor, and DiskError when the disk
+    refuses.
+    """
+    for name, tensor in tensors.items():
+        check_finite(name, tensor)
+    own = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    with disk_errors(what, file.parent, sum(tensor.nbytes for tensor in own.values())):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, lambda part: save_file(own, part, metadata={"format": "pt", **(metadata or {})}))
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """NumericError for a tensor that holds NaN or infinity."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise NumericError(f"the tensor '{name}' holds NaN or infinity, so it was not saved")
+
+
+def size_and_sha256(file: Path) -> tuple[int, str]:
+    """Bytes of a file, and their SHA-256 in hex."""
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return os.fstat(stream.fileno()).st_size, digest
+
+
+def sync(path: Path) -> None:
+    """Force a file's bytes, or a folder's list of names, to the disk (a rename is only safe after this)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder, and say so this way
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def temporary_name(label: str) -> str:
+    """A fresh name that `remove_stale` knows again, once this process is dead."""
+    return f".tmp-{label}-{os.getpid()}-{secrets.token_hex(4)}@{platform.node()}"
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what dead processes of this host, or an earlier try of this one, left half-written in `folder`."""
+    for entry in sorted(folder.iterdir()):
+        found = _TEMPORARY.fullmatch(entry.name)
+        if found and found["host"] == platform.node() and not _another_runs(int(found["pid"])):
+            with contextlib.suppress(OSError):  # a leftover costs space, not correctness
+                remove_flat(entry)
+
+
+def _another_runs(pid: int) -> bool:
+    """Whether `pid` is a live process other than this one."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # alive, and someone else's
+    return True
+
+
+def remove_flat(path: Path) -> None:
+    """Remove a file, or a folder that holds only files. A folder inside stops it: we never write one."""
+    if path.is_symlink() or not path.is_dir():
+        os.unlink(path)
+        return
+    for entry in sorted(path.iterdir()):
+        os.unlink(entry)
+    os.rmdir(path)
+
+
+@contextlib.contextmanager
+def disk_errors(what: str, folder: Path, needed: int) -> Iterator[None]:
+    """Turn an OSError in the body into a `DiskError` that says how many bytes `what` needs and how many are free."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise DiskError(
+            f"could not write {what} in {folder}: {getattr(error, 'strerror', None) or error}. It needs {needed:,} "
+            f"bytes there and {_free_bytes(folder)} are free. What was complete is untouched; free some space or make "
+            "the folder writable, then try again (a run: with --resume)."
+        ) from error
+
+
+def _free_bytes(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        return "an unknown number"
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path | str) -> Iterator[None]:
+    """Hold `folder` for this run; a second run on it is refused with `EnvironmentProblem`.
+
+    The operating system drops the lock with the process, however that ends, so a lock never goes stale; the file that
+    stays behind only names the last holder. (A forked child shares the lock and keeps it as long as it lives.)
+    """
+    import fcntl  # not on Windows; `import fourbit` must not need it
+
+    file = Path(folder) / LOCK
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write to the output folder {folder}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EnvironmentProblem(_in_use(Path(folder), descriptor)) from None
+        except OSError as error:
+            raise EnvironmentProblem(f"the file system of {folder} cannot lock files: {error.strerror}") from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _in_use(folder: Path, descriptor: int) -> str:
+    holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+    return (
+        f"the output folder {folder} is in use by {holder}. Two runs in one folder would overwrite each other: wait "
+        "for that one to end, stop it, or choose another --out."
+    )
