@@ -68,6 +68,11 @@ class TrainingConfig:
     optimizer_budget: str = setting(
         "auto", "most GPU memory for a paged optimizer's state, such as 2GiB; auto: what is left beside the model"
     )
+    stochastic_rounding: bool = setting(
+        False,
+        "round updated bf16 weights up or down at random, so that updates below their precision count on average; "
+        "for --full in bfloat16",
+    )
     weight_decay: float = setting(0.0, "decoupled weight decay of matrices (never of norms, biases and magnitudes)")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm; 0 turns clipping off")
     checkpointing: Literal["auto", "on", "off"] = setting(

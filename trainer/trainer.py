@@ -228,6 +228,7 @@ class Trainer(ABC):
             lr_scale=config.lr_scale,
             name=config.optimizer,
             budget=config.optimizer_budget,
+            stochastic_rounding=config.stochastic_rounding,
         )
 
     def _checkpointing(self) -> bool:

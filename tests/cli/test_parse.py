@@ -197,7 +197,7 @@ SAMPLING = {"max_new_tokens", "temperature", "top_k", "top_p", "seed"}
 ADAPTER = {"rank", "alpha", "dropout", "target", "rslora"}
 TRAINING = (
     "out epochs steps batch_size micro_batch packing max_length loss_on on_bad_row template lr schedule warmup "
-    "decay lora_plus lr_scale optimizer optimizer_budget "
+    "decay lora_plus lr_scale optimizer optimizer_budget stochastic_rounding "
     "weight_decay max_grad_norm checkpointing full seed eval_every patience keep_best save_every keep resume log"
 )
 

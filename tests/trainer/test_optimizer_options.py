@@ -32,8 +32,8 @@ class Stop:
     def close(self): ...
 
 
-def run(folder, rows, out, *, full=False, display=None, **options):
-    model, tokenizer = fourbit.load(folder, quantize="none" if full else "nf4")
+def run(folder, rows, out, *, full=False, display=None, dtype=torch.float32, **options):
+    model, tokenizer = fourbit.load(folder, quantize="none" if full else "nf4", dtype=dtype)
     if not full:
         fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8))
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -126,3 +126,20 @@ def test_metrics_and_display_tell_the_optimizers_memory(tiny_folder, rows, tmp_p
 def test_a_budget_below_one_page_names_the_least(tiny_folder, rows, tmp_path):
     with pytest.raises(InputError, match="the least is"):
         run(tiny_folder, rows, tmp_path, full=True, optimizer="paged-adamw", optimizer_budget="1KB")
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+def test_stochastic_rounding_keeps_steps_below_the_precision_of_bf16(tiny_folder, rows, tmp_path, rounding):
+    """Steps of 5e-4 on weights from 0.5 on, whose neighbours are 2^-8 away and more: rounded to nearest, none moves."""
+    options = {"full": True, "dtype": torch.bfloat16, "lr": 5e-4, "schedule": "constant", "warmup": 0}
+    start, end = run(tiny_folder, rows, tmp_path, stochastic_rounding=rounding, **options)
+    moved = torch.cat([(end[name] != old)[old.abs() >= 0.5] for name, old in start.items()])
+    assert len(moved) > 100 and all(p.dtype == torch.bfloat16 for p in end.values())
+    assert bool(moved.any()) == rounding
+    assert not rounding or moved.double().mean() > 0.1, "six chances of 1 in 8 at most"
+    assert all(record["loss"] > 0 for record in steps_of(tmp_path))
+
+
+def test_stochastic_rounding_needs_something_in_bf16(tiny_folder, rows, tmp_path):
+    with pytest.raises(InputError, match=r"stochastic_rounding is for weights in bfloat16, .* are float32; it helps"):
+        run(tiny_folder, rows, tmp_path, stochastic_rounding=True)
