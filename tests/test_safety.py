@@ -1,6 +1,7 @@
 """What the package must never do: run what it reads, call out, lean on a peer, or need more than it says to import."""
 
 import ast
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +128,9 @@ def test_the_block_blocks() -> None:
 def test_import_brings_in_no_late_library() -> None:
     code = BLOCK + "import torch, numpy, safetensors, tokenizers\nbefore = set(sys.modules)\nimport fourbit\n"
     assert run_python(code + "print(sorted(late & ({m.split('.')[0] for m in set(sys.modules) - before})))") == "[]"
+
+
+def test_no_test_may_connect() -> None:
+    """tests/conftest.py refuses every connection, so nothing that the suite runs opens one."""
+    with socket.socket() as plain, pytest.raises(AssertionError, match="nothing here may use the network"):
+        plain.connect(("127.0.0.1", 9))
