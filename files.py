@@ -50,14 +50,13 @@ def regular_file(folder: Path, name: str, instead: str = "") -> Path:
     return file
 
 
-def read_json(file: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in a regular file of at most `limit` bytes. InputError names the file and what is wrong with it.
-
-    A byte-order mark is allowed, NaN and infinity read as NaN, a key that stands twice in an object is refused.
-    """
+def read_text(file: Path, limit: int) -> str:
+    """A regular file of at most `limit` bytes as UTF-8 text, less a byte-order mark. InputError names the file and what
+    is wrong with it."""
     try:
         if not file.is_file():
-            raise InputError(f"{file.parent}: needs the file {file.name}, which is not there.")
+            what = "no regular file" if file.exists() else "not there"
+            raise InputError(f"{file.parent}: needs the file {file.name}, which is {what}.")
         with file.open("rb") as stream:
             raw = stream.read(limit + 1)
     except OSError as error:
@@ -65,9 +64,20 @@ def read_json(file: Path, limit: int) -> dict[str, Any]:
     if len(raw) > limit:
         raise InputError(f"{file}: must be at most {limit:,} bytes, got {file.stat().st_size:,}.")
     try:
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: must be UTF-8 text: {error}.") from None
+
+
+def read_json(file: Path, limit: int) -> dict[str, Any]:
+    """The JSON object in a file, read by `read_text`. InputError names the file and what is wrong with it.
+
+    NaN and infinity read as NaN, a key that stands twice in an object is refused.
+    """
+    text = read_text(file, limit)
+    try:
         value = json.loads(text, parse_constant=lambda _: math.nan, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, numbers of thousands of digits, deep nesting
+    except (ValueError, RecursionError) as error:  # bad JSON, numbers of thousands of digits, deep nesting
         raise InputError(f"{file}: must be JSON: {error}.") from None
     if not isinstance(value, dict):
         raise InputError(f"{file}: must be a JSON object, got {type(value).__name__}.")
@@ -217,7 +227,7 @@ def _free_bytes(folder: Path) -> str:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path | str) -> Iterator[None]:
-    """Hold `folder` for this run; a second run on it is refused with `EnvironmentProblem`.
+    """Hold `folder` for this run, made if need be; a second run on it is refused with `EnvironmentProblem`.
 
     The operating system drops the lock with the process, however that ends, so a lock never goes stale; the file that
     stays behind only names the last holder. (A forked child shares the lock and keeps it as long as it lives.)
@@ -228,6 +238,8 @@ def lock_folder(folder: Path | str) -> Iterator[None]:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"out {folder} is a file; give a folder") from None
     except OSError as error:
         raise EnvironmentProblem(f"cannot write to the output folder {folder}: {error.strerror}") from error
     try:

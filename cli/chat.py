@@ -1,59 +1,51 @@
 """`fourbit chat`: a conversation in the terminal, the answer shown as it is written."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import InputError
-from .eval import chosen_template
+from ..models.generate import generate
 from .load import load_adapted
 from .options import AdaptedModelOptions, SamplingOptions, option
-from .parse import parse
+from .parse import Sources
 from .show import note, visible
-
-ABOUT = """\
-Talk to a model. /reset forgets the conversation, /quit or Ctrl-D ends it,
-Ctrl-C stops an answer.
-
-  fourbit chat --model M --adapter runs/first"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatOptions(SamplingOptions, AdaptedModelOptions):
+class Options(SamplingOptions, AdaptedModelOptions):
+    """Talk to a model. /reset forgets the conversation, /quit or Ctrl-D ends it,
+    Ctrl-C stops an answer.
+
+      fourbit chat --model M --adapter runs/first
+    """
+
     title: ClassVar[str] = "conversation"
     system: str | None = option("a system message to begin with", None)
-    template: str | None = option("chat template: a built-in's name or a .jinja file", None)
 
 
-def run(args: Sequence[str]) -> int:
-    """Parse, load, and answer line after line."""
-    from ..data.template import template_for
-
-    options = parse(ChatOptions, args, command="chat", about=ABOUT).options
-    model, tokenizer = load_adapted(options)
-    template = template_for(tokenizer, chosen_template(options))
+def run(options: Options, sources: Sources) -> int:
+    """Load, and answer line after line."""
+    model, tokenizer, template = load_adapted(options)
     start = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(start)
     note("/reset forgets the conversation, /quit ends it")
-    while (line := _ask()) is not None:
-        if line in ("/quit", "/exit", "/q"):
-            break
+    while (line := _ask()) not in (None, "/quit", "/exit", "/q"):
         if line == "/reset":
             messages = list(start)
             note("forgotten")
         elif line.startswith("/") and line[1:].isalpha():
             note(f"unknown command {line}; there are /reset and /quit")
         elif line:
-            messages.append({"role": "user", "content": line})
+            asked = [*messages, {"role": "user", "content": line}]
             try:
-                prompt = tokenizer.encode(template.render(messages, add_generation_prompt=True))
+                prompt = tokenizer.encode(template.render(asked, add_generation_prompt=True))
                 answer = _answer(model, tokenizer, prompt, options)
             except InputError as error:  # the template refuses such a conversation
                 note(str(error))
-                messages.pop()
-                continue
-            messages.append({"role": "assistant", "content": answer})
+            else:
+                messages = [*asked, {"role": "assistant", "content": answer}]
     return 0
 
 
@@ -68,23 +60,12 @@ def _ask() -> str | None:
         return None
 
 
-def _answer(model: Any, tokenizer: Any, prompt: list[int], options: ChatOptions) -> str:
+def _answer(model: Any, tokenizer: Any, prompt: list[int], options: Options) -> str:
     """Write the answer to stdout token by token; Ctrl-C ends it early, and what was written counts."""
-    from ..models.generate import generate
-
     stream = Stream(tokenizer.decode, lambda text: print(visible(text), end="", flush=True))
+    seed = options.seed + len(prompt)
     try:
-        generate(
-            model,
-            [prompt],
-            max_new_tokens=options.max_new_tokens,
-            stop_ids=tokenizer.stop_ids,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed + len(prompt),
-            on_token=stream.add,
-        )
+        generate(model, [prompt], stop_ids=tokenizer.stop_ids, seed=seed, on_token=stream.add, **options.sampling())
     except KeyboardInterrupt:
         note(" (stopped)")
     stream.close()

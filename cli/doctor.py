@@ -3,7 +3,6 @@
 import os
 import platform
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,10 +11,9 @@ from typing import Any
 from ..errors import EnvironmentProblem
 from .load import choose_device, choose_dtype
 from .options import ResultOptions
-from .parse import parse
+from .parse import Sources
 from .show import pairs, result
 
-ABOUT = "Print versions, devices, memory, and which device, dtype and kernels fourbit will use."
 NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "pyyaml", "rich", "gguf", "matplotlib", "msgspec")
 OPTIONAL = {"triton": "for kernels on a GPU", "tensorboard": "for --log tensorboard"}
 TORCH_FLOOR = (2, 10)
@@ -24,13 +22,12 @@ ROWS = [2**power for power in range(14)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorOptions(ResultOptions):
-    """Nothing but what every command has."""
+class Options(ResultOptions):
+    """Print versions, devices, memory, and which device, dtype and kernels fourbit will use."""
 
 
-def run(args: Sequence[str]) -> int:
+def run(options: Options, sources: Sources) -> int:
     """Print everything; EnvironmentProblem at the end when something that is needed is missing or too old."""
-    options = parse(DoctorOptions, args, command="doctor", about=ABOUT).options
     facts = {"versions": versions(), "machine": machine(), "used": used(), "dispatch table": dispatch_table()}
     text = "\n\n".join(f"{title}\n{_indented(facts[title])}" for title in facts)
     result(facts, text, as_json=options.json)

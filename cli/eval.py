@@ -2,31 +2,29 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from .load import load_adapted, run_settings
-from .options import AdaptedModelOptions, ResultOptions, RowOptions, at_least, option
-from .parse import parse
+from ..files import write_text
+from ..lora.attach import adapters_off
+from ..trainer.config import at_least
+from ..trainer.evaluate import Answer, answer_all, evaluate_loss, exact_match
+from .load import load_adapted, read_rows
+from .options import AdaptedModelOptions, ResultOptions, RowOptions, option
+from .parse import Sources
 from .show import describe, figure, note, pairs, result, working
-
-if TYPE_CHECKING:
-    from ..data.dataset import Dataset
-    from ..data.template import ChatTemplate
-
-ABOUT = """\
-Measure a model on held-out rows: loss of a trained token and its exponential
-(perplexity), and how often the greedy answer is exactly the one in the data.
-With --adapter all figures come twice, without and with it.
-
-  fourbit eval --model M --adapter runs/first --data test.jsonl"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(ResultOptions, RowOptions, AdaptedModelOptions):
-    """What `fourbit eval` takes."""
+class Options(ResultOptions, RowOptions, AdaptedModelOptions):
+    """Measure a model on held-out rows: loss of a trained token and its exponential
+    (perplexity), and how often the greedy answer is exactly the one in the data.
+    With --adapter all figures come twice, without and with it.
+
+      fourbit eval --model M --adapter runs/first --data test.jsonl
+    """
 
     title: ClassVar[str] = "evaluation"
     exact: bool = option("write answers and compare them (the slow part)", True)
@@ -36,95 +34,56 @@ class EvalOptions(ResultOptions, RowOptions, AdaptedModelOptions):
     answers: str | None = option("write expected and given answers there, one JSON object a row", None, metavar="FILE")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, 1, "max_new_tokens", "batch_size")
-        at_least(self, 2, "max_length")
 
 
-def run(args: Sequence[str]) -> int:
-    """Parse, load, measure, print."""
-    from ..data.dataset import load_dataset
-    from ..data.template import template_for
-    from ..lora.attach import adapters_off
-
-    options = parse(EvalOptions, args, command="eval", about=ABOUT, positional="data").options
-    model, tokenizer = load_adapted(options)
-    template = template_for(tokenizer, chosen_template(options))
-    rows = load_dataset(
-        options.data,
-        tokenizer,
-        template=template,
-        max_length=options.max_length,
-        loss_on=options.loss_on,
-        on_bad_row=options.on_bad_row,
-    )
+def run(options: Options, sources: Sources) -> int:
+    """Load, measure, print."""
+    model, tokenizer, template = load_adapted(options)
+    rows = read_rows(options, tokenizer, options.data, template=template)
     describe("data", rows)
-    if options.adapter is None:
-        figures = {"base": _measure(model, tokenizer, template, rows, options, "base")}
-    else:
-        figures = {"adapter": _measure(model, tokenizer, template, rows, options, "adapter")}
-        if options.base:
-            with adapters_off(model):
-                figures = {"base": _measure(model, tokenizer, template, rows, options, "base")} | figures
-    values = {"model": options.model, "adapter": options.adapter, "rows": len(rows)}
-    values |= figures.get("adapter") or figures["base"]
+
+    def measure(name: str) -> dict[str, Any]:
+        with working(f"{name}: loss"):
+            loss = evaluate_loss(model, rows.examples, pad_id=tokenizer.pad_id or 0)
+        metrics = {"loss": loss, "perplexity": None if loss is None else math.exp(min(loss, 700.0))}
+        if options.exact:
+            sizes = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
+            with working(f"{name}: answers"):
+                answers = answer_all(model, tokenizer, template, rows.conversations, **sizes)
+            metrics["exact_match"] = exact_match(answers)
+            if options.answers is not None:
+                _write_answers(Path(options.answers), name, answers)
+        return metrics
+
+    found = {}
+    if options.base or options.adapter is None:
+        with adapters_off(model):
+            found["base"] = measure("base")
     if options.adapter is not None:
-        values |= {f"base_{key}": value for key, value in figures.get("base", {}).items()}
-    result(values, _table(figures), as_json=options.json)
+        found["adapter"] = measure("adapter")
+    values = {"model": options.model, "adapter": options.adapter, "rows": len(rows), **found.get("adapter", {})}
+    values |= {f"base_{name}" if "adapter" in found else name: value for name, value in found.get("base", {}).items()}
+    result(values, _table(found), as_json=options.json)
     return 0
 
 
-def chosen_template(options: Any) -> str | None:
-    """The template asked for, else the one that the adapter (or the whole model) was trained with."""
-    if options.template is not None:
-        return str(options.template)
-    trained = run_settings(options.adapter or options.model).get("template")
-    if trained is not None:
-        note(f"template: {trained}, as in training")
-    return trained
-
-
-def _measure(
-    model: Any, tokenizer: Any, template: "ChatTemplate", rows: "Dataset", options: EvalOptions, name: str
-) -> dict[str, Any]:
-    from ..trainer.evaluate import answer_all, evaluate_loss, exact_match
-
-    with working(f"{name}: loss"):
-        loss = evaluate_loss(model, rows.examples, pad_id=tokenizer.pad_id or 0)
-    figures: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss)}
-    if options.exact:
-        with working(f"{name}: answers"):
-            answers = answer_all(
-                model,
-                tokenizer,
-                template,
-                rows.conversations,
-                max_new_tokens=options.max_new_tokens,
-                batch_size=options.batch_size,
-            )
-        figures["exact_match"] = exact_match(answers)
-        if options.answers is not None:
-            _write_answers(options.answers, name, answers)
-    return figures
-
-
-def perplexity(loss: float | None) -> float | None:
-    """exp of a loss in nats; of a hopeless one, the largest figure rather than an overflow."""
-    return None if loss is None else math.exp(min(loss, 700.0))
-
-
-def _write_answers(path: str, name: str, answers: Sequence[Any]) -> None:
+def _write_answers(path: Path, name: str, answers: Sequence[Answer]) -> None:
     """`answers.jsonl` for the adapter, `answers.base.jsonl` for the base beside it."""
-    file = Path(path) if name == "adapter" else Path(path).with_suffix(f".base{Path(path).suffix}")
+    file = path if name == "adapter" else path.with_suffix(f".base{path.suffix}")
     rows = [{"source": a.source, "expected": a.expected, "answer": a.answer, "exact": a.exact} for a in answers]
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     note(f"answers: {file}")
 
 
-def _table(figures: dict[str, dict[str, Any]]) -> str:
-    names = list(figures)
-    lines = [("", "".join(f"{name:>12}" for name in names))]
-    for key, digits in (("loss", 4), ("perplexity", 2)):
-        lines.append((key, "".join(f"{figure(figures[name][key], digits):>12}" for name in names)))
-    if all("exact_match" in values for values in figures.values()):
-        lines.append(("exact match", "".join(f"{figures[name]['exact_match']:>12.1%}" for name in names)))
-    return pairs(lines)
+def _table(found: dict[str, dict[str, Any]]) -> str:
+    def line(texts: Iterable[str]) -> str:
+        return "".join(f"{text:>12}" for text in texts)
+
+    rows = [("", line(found))]
+    for name, digits in (("loss", 4), ("perplexity", 2)):
+        rows.append((name, line(figure(metrics[name], digits) for metrics in found.values())))
+    if all("exact_match" in metrics for metrics in found.values()):
+        rows.append(("exact match", line(f"{metrics['exact_match']:.1%}" for metrics in found.values())))
+    return pairs(rows)

@@ -1,24 +1,37 @@
-"""Loading the model that a command's options name, and the choices that `auto` makes."""
+"""Loading what a command's options name, and the choices that `auto` makes."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from ..data.dataset import load_dataset
+from ..data.pairs import load_judged, load_preferences
+from ..data.template import ChatTemplate, template_for
 from ..errors import EnvironmentProblem, InputError
+from ..lora.files import load_adapter
 from ..lora.linear4bit import NF4Linear
+from ..models.load import check_tokenizer, load_model, load_tokenizer
 from .config_file import read_config
 from .options import AdaptedModelOptions, ModelOptions
 from .show import amount, note, working
 
-if TYPE_CHECKING:
-    import torch
+CONFIG = "config.yaml"  # what a run leaves in its folder
+FORMS = {"none": "dense", "nf4": "NF4 with double quantisation", "nf4-nodq": "NF4"}
 
-CONFIG = "config.yaml"  # what `fourbit sft` leaves in a run's folder
+
+READERS: dict[str, Callable[..., Any]] = {"chat": load_dataset, "pairs": load_preferences, "judged": load_judged}
+
+
+def read_rows(options: Any, tokenizer: Any, paths: Sequence[str], kind: str = "chat", **more: Any) -> Any:
+    """The rows of data files, read, checked and encoded as the options say."""
+    names = ("template", "max_length", "loss_on", "truncation", "on_bad_row")
+    return READERS[kind](paths, tokenizer, **{n: getattr(options, n) for n in names if hasattr(options, n)} | more)
 
 
 def choose_device(name: str) -> str:
     """The device that `--device NAME` means. Raises InputError or EnvironmentProblem for one that is not there."""
-    import torch
-
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
@@ -31,22 +44,19 @@ def choose_device(name: str) -> str:
     return name
 
 
-def choose_dtype(name: str, device: str) -> "torch.dtype":
+def choose_dtype(name: str, device: str) -> torch.dtype:
     """The dtype that `--dtype NAME` means on a device. Raises EnvironmentProblem for bfloat16 on a GPU without it."""
-    import torch
-
     on_gpu = device.startswith("cuda")
-    if name == "auto":
-        return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if name == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+    able = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bfloat16" and on_gpu and not able:
         raise EnvironmentProblem("--dtype bfloat16: this GPU cannot compute in bfloat16; use float32 or float16")
+    if name == "auto":
+        name = "bfloat16" if able else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
 def load_weights(options: ModelOptions, tokenizer: Any, quant: str) -> Any:
     """The model that the options name; prints what was loaded. Raises InputError if the tokenizer is not its own."""
-    from ..models.load import check_tokenizer, load_model
-
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     with working(f"loading {options.model}"):
@@ -54,40 +64,43 @@ def load_weights(options: ModelOptions, tokenizer: Any, quant: str) -> Any:
     check_tokenizer(model, tokenizer)
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     size = sum(m.in_features * m.out_features for m in packed) + sum(p.numel() for p in model.parameters())
-    note(f"model: {options.model}, {amount(size)} parameters, {_form(quant)} and {_short(dtype)} on {device}")
+    kind = str(dtype).removeprefix("torch.")
+    note(f"model: {options.model}, {amount(size)} parameters, {FORMS[quant]} and {kind} on {device}")
     return model
 
 
-def load_adapted(options: AdaptedModelOptions) -> tuple[Any, Any]:
-    """Like `load_model`, with the adapter on it; the 4-bit form defaults to the one the adapter was trained on."""
-    from ..lora.files import load_adapter
-    from ..models.load import load_tokenizer
+def load_adapted(options: AdaptedModelOptions) -> tuple[Any, Any, ChatTemplate]:
+    """Model with the adapter on it, tokenizer and template.
 
+    The 4-bit form and the template default to those that the adapter (or the whole model) was trained with.
+    """
     run = run_settings(options.adapter or options.model)
-    quant = options.quant or run.get("quant") or "nf4"
-    if options.adapter is not None and not (Path(options.adapter) / "adapter_config.json").is_file():
-        raise InputError(
-            f"adapter {options.adapter} is no folder with adapter_config.json; fourbit sft writes one (--out)"
-        )
-    if options.adapter is not None and is_reward_model(options.adapter):
-        raise InputError(f"adapter {options.adapter} is a reward model's: it scores answers and writes none")
-    check_model(options.model)
+    check_exists(options.model)
+    if options.adapter is not None:
+        check_adapter(options.adapter)
+        refuse_reward_model(options.adapter)
     tokenizer = load_tokenizer(options.model)
-    model = load_weights(options, tokenizer, quant)
+    model = load_weights(options, tokenizer, options.quant or run.get("quant") or "nf4")
     if options.adapter is not None:
         names = load_adapter(model, options.adapter)
         note(f"adapter: {options.adapter}, on {len(names)} layers")
-        if (trained := run.get("quant")) and trained != quant:
-            note(f"note: the adapter was trained on {trained}; on {quant} it will be somewhat off")
-    return model, tokenizer
+        remark_other_form("the adapter", run, options.quant)
+    if options.template is None and run.get("template") is not None:
+        note(f"template: {run['template']}, as in training")
+    return model, tokenizer, template_for(tokenizer, options.template or run.get("template"))
 
 
 def run_settings(folder: str) -> dict[str, Any]:
     """What `fourbit sft` wrote about the run that made this folder; empty where there is nothing."""
     path = Path(folder) / CONFIG
-    if not path.is_file():
-        return {}
-    return {name: setting.value for name, setting in read_config(str(path)).items()}
+    return {name: setting.value for name, setting in read_config(str(path)).items()} if path.is_file() else {}
+
+
+def remark_other_form(what: str, run: dict[str, Any], quant: str | None) -> None:
+    """A note where an adapter's run had another 4-bit form than the one asked for."""
+    trained = run.get("quant")
+    if quant is not None and trained not in (None, quant):
+        note(f"note: {what} was trained on {trained}; on {quant} it will be somewhat off")
 
 
 def is_reward_model(folder: str) -> bool:
@@ -95,15 +108,19 @@ def is_reward_model(folder: str) -> bool:
     return (Path(folder) / "reward_head.safetensors").is_file()
 
 
-def check_model(path: str) -> None:
+def refuse_reward_model(folder: str) -> None:
+    """InputError for an adapter whose model is to write, and cannot."""
+    if is_reward_model(folder):
+        raise InputError(f"adapter {folder} is a reward model's: it scores answers and writes none")
+
+
+def check_exists(path: str, name: str = "model") -> None:
     """InputError for a model that is not there."""
     if not Path(path).exists():
-        raise InputError(f"model {path} does not exist; give a Hugging Face folder or a .gguf file")
+        raise InputError(f"{name} {path} does not exist; give a Hugging Face folder or a .gguf file")
 
 
-def _form(quant: str) -> str:
-    return {"none": "dense", "nf4": "NF4 with double quantisation", "nf4-nodq": "NF4"}[quant]
-
-
-def _short(dtype: "torch.dtype") -> str:
-    return str(dtype).removeprefix("torch.")
+def check_adapter(folder: str, name: str = "adapter") -> None:
+    """InputError for a folder without an adapter."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise InputError(f"{name} {folder} is no folder with adapter_config.json; fourbit sft writes one (--out)")

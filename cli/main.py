@@ -2,6 +2,9 @@
 
 Exit codes: 0 done, 1 a fault of fourbit, 2 bad input, 3 the machine lacks something, 4 out of memory, 5 the disk, 6 NaN
 or infinity, 130 Ctrl-C, 143 SIGTERM. Tracebacks come with --debug only.
+
+A command is a module beside this one: `Options`, a dataclass whose docstring heads its help, and
+`run(options, sources)`, which returns the exit code. Only the one asked for is imported.
 """
 
 import errno
@@ -12,8 +15,10 @@ import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+from .. import __version__
 from ..errors import FourbitError, InputError
-from .interrupt import remembered_ctrl_c
+from ..trainer.interrupt import remembered_ctrl_c
+from .parse import help_page, parse
 
 COMMANDS = {
     "sft": "fine-tune a model on chat rows: fourbit sft --model M --data train.jsonl --out DIR",
@@ -26,15 +31,15 @@ COMMANDS = {
     "data": "look at training data as the model sees it: tokens, what is trained, lengths, problems",
     "doctor": "what is installed, what the machine has, and what will be used",
 }
-ELSEWHERE = {  # what other tools call a command
-    **dict.fromkeys(("train", "finetune", "fine-tune", "finetune_lora", "lora", "qlora"), "sft"),
-    **dict.fromkeys(("preference", "orpo", "kto", "simpo", "cpo", "ipo", "rlhf"), "dpo"),
-    **dict.fromkeys(("rm", "reward_model", "reward-model", "reward_modeling", "rw"), "reward"),
-    **dict.fromkeys(("distillation", "distil", "kd", "gkd", "minillm"), "distill"),
-    **dict.fromkeys(("evaluate", "test", "lm-eval"), "eval"),
-    **dict.fromkeys(("inference", "predict", "infer"), "generate"),
-    **dict.fromkeys(("preprocess", "preview", "dataset"), "data"),
-    **dict.fromkeys(("env", "info", "check"), "doctor"),
+ELSEWHERE = {  # what other tools call them
+    "sft": "train finetune fine-tune finetune_lora lora qlora",
+    "dpo": "preference orpo kto simpo cpo ipo rlhf",
+    "reward": "rm reward_model reward-model reward_modeling rw",
+    "distill": "distillation distil kd gkd minillm",
+    "eval": "evaluate test lm-eval",
+    "generate": "inference predict infer",
+    "data": "preprocess preview dataset",
+    "doctor": "env info check",
 }
 
 
@@ -62,32 +67,33 @@ def explain(error: BaseException) -> tuple[str, int]:
         return "stopped by Ctrl-C", 130
     if isinstance(error, FourbitError):
         return f"fourbit: {error}", error.exit_code
+    what = str(error).strip().partition("\n")[0] or type(error).__name__
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return (
-            f"fourbit: out of memory ({_first_line(error)}). Take a smaller --micro-batch or --max-length, "
-            "--checkpointing on, or --quant nf4.",
-            4,
-        )
+        advice = "Take a smaller --micro-batch or --max-length, --checkpointing on, or --quant nf4."
+        return f"fourbit: out of memory ({what}). {advice}", 4
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"fourbit: the disk is full: {_first_line(error)}", 5
+        return f"fourbit: the disk is full: {what}", 5
     if isinstance(error, OSError) and error.filename is not None:
         return f"fourbit: {error.filename}: {error.strerror}", 2
-    what = f"{type(error).__name__}: {_first_line(error)}"
+    what = f"{type(error).__name__}: {what}"
     return f"fourbit: this is a fault of fourbit, not of your input ({what}). Run again with --debug to see where.", 1
 
 
 def _dispatch(args: list[str]) -> int:
-    if not args or args[0] in ("-h", "--help", "help"):
+    name = args[0] if args else "help"
+    if name in ("-h", "--help", "help"):
         print(usage())
         return 0
-    if args[0] in ("-V", "--version", "version"):
-        from .. import __version__
-
+    if name in ("-V", "--version", "version"):
         print(f"fourbit {__version__}")
         return 0
-    if args[0] not in COMMANDS:
-        raise InputError(_unknown(args[0]))
-    return int(importlib.import_module(f".{args[0]}", __package__).run(args[1:]))
+    if name not in COMMANDS:
+        raise InputError(_unknown(name))
+    command = importlib.import_module(f".{name}", __package__)
+    if "-h" in args or "--help" in args:
+        print(help_page(command.Options, name))
+        return 0
+    return int(command.run(*parse(command.Options, name, args[1:])))
 
 
 def usage() -> str:
@@ -103,10 +109,7 @@ def usage() -> str:
 def _unknown(name: str) -> str:
     if name.startswith("-"):
         return f"a command comes first, got {name!r}: one of {', '.join(COMMANDS)}"
-    near = ELSEWHERE.get(name.lower()) or next(iter(get_close_matches(name, COMMANDS, n=1)), None)
+    theirs = {word: ours for ours, words in ELSEWHERE.items() for word in words.split()}
+    near = theirs.get(name.lower()) or next(iter(get_close_matches(name, COMMANDS, n=1)), None)
     hint = f"did you mean fourbit {near}?" if near else f"there are {', '.join(COMMANDS)}"
     return f"unknown command {name!r}; {hint}"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from ..errors import InputError
-from ..trainer.config import LossOn
+from ..trainer.config import LossOn, at_least
 
 Quant = Literal["nf4", "nf4-nodq", "none"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -25,6 +25,7 @@ class TokenizerOptions:
 
     title: ClassVar[str] = "model"
     model: str = option("Hugging Face folder or .gguf file", metavar="PATH")
+    template: str | None = option("chat template: a built-in's name or a .jinja file instead of the model's own", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,32 +51,18 @@ class AdaptedModelOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterOptions:
-    """The adapter that a run trains."""
-
-    title: ClassVar[str] = "adapter"
-    rank: int = option("rank of the adapter's matrices", 16)
-    alpha: float = option("the update is scaled by alpha / rank", 32)
-    dropout: float = option("dropout on the adapter's input", 0.0)
-    target: tuple[str, ...] = option(
-        "layers that get an adapter: all-linear, attn, mlp, names such as q_proj,v_proj, or a regular expression that "
-        "matches full names",
-        ("all-linear",),
-        metavar="NAME",
-    )
-    rslora: bool = option("scale by alpha / sqrt(rank) instead", False)
-
-
-@dataclass(frozen=True, kw_only=True)
 class RowOptions:
     """How data files are read, for commands that only look at them."""
 
     title: ClassVar[str] = "data"
+    positional: ClassVar[str] = "data"
     data: tuple[str, ...] = option("JSONL file of chat rows; repeat the flag for more", metavar="FILE")
-    template: str | None = option("chat template: a built-in's name or a .jinja file", None)
     max_length: int = option("tokens an example may have; a longer one is a bad row", 1024)
     loss_on: LossOn = option("which tokens are trained: assistant turns, the last turn only, or all", "assistant")
     on_bad_row: Literal["error", "skip"] = option("stop at bad rows, or leave them out and count them", "error")
+
+    def __post_init__(self) -> None:
+        at_least(self, 2, "max_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +82,10 @@ class SamplingOptions:
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
+    def sampling(self) -> dict[str, Any]:
+        """Arguments for `fourbit.generate`, less the seed."""
+        return {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResultOptions:
@@ -102,10 +93,3 @@ class ResultOptions:
 
     title: ClassVar[str] = "output"
     json: bool = option("print one JSON line of results, last and alone on stdout", False)
-
-
-def at_least(options: object, least: int, *names: str) -> None:
-    """InputError for an option below its least value."""
-    for name in names:
-        if (value := getattr(options, name)) is not None and not value >= least:
-            raise InputError(f"{name} must be at least {least}, got {value}")

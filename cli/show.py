@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .interrupt import stop_if_asked
+from ..trainer.interrupt import stop_if_asked
 
 if TYPE_CHECKING:
     from ..data.dataset import Examples

@@ -1,31 +1,35 @@
-"""What the commands that train share: their options, the checks before a model is read, the report at the end."""
+"""`sft`, `dpo`, `reward` and `distill`: one skeleton; a command's `Options` say its rows, trainer and checks."""
 
 import re
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self
 
-from ..errors import EnvironmentProblem, InputError
+from ..data.dataset import count_overlap, split_validation
+from ..errors import InputError
+from ..files import lock_folder
+from ..lora.attach import attach
 from ..lora.config import LoRAConfig
+from ..lora.files import load_adapter
+from ..models.load import load_tokenizer
 from ..trainer.config import TrainingConfig
+from ..trainer.interrupt import stop_if_asked
+from ..trainer.progress import display_for
+from ..trainer.trainer import TrainResult
 from .config_file import write_config
-from .interrupt import stop_if_asked
-from .load import CONFIG, check_model, is_reward_model, run_settings
-from .options import AdapterOptions, ModelOptions, ResultOptions, option
-from .parse import DEFAULT, Parsed
+from .load import CONFIG, check_adapter, check_exists, is_reward_model, load_weights, read_rows, run_settings
+from .options import ModelOptions, ResultOptions, option
+from .parse import DEFAULT, Sources
 from .show import amount, count, describe, figure, note, pairs, result, working, wrapped
-
-if TYPE_CHECKING:
-    from ..trainer.trainer import Trainer, TrainResult
 
 NAMES = re.compile(r"[\w.]+(,[\w.]+)*")  # else an entry of --target is a regular expression
 GROUPS = ("all-linear", "attn", "mlp")
-ADAPTER_ONLY = ("rank", "alpha", "dropout", "target", "rslora")
-REPORTED = ("perplexity", "reward_accuracy", "reward_margin")  # of the best evaluation; --json has all figures
-C = TypeVar("C", bound=TrainingConfig)
+FRESH = ("rank", "alpha", "dropout", "target", "rslora")  # what a fresh adapter is told, and no other
+FIXED = ("model", "quant", "full", "adapter", "teacher", "teacher_adapter", "teacher_quant")  # for a resumed run
+REPORTED = ("perplexity", "reward_accuracy", "reward_margin")  # of the best evaluation; --json has all metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +43,10 @@ class DataOptions:
     )
 
     @property
-    def validation(self) -> str | float | None:
-        """A path, or a fraction. Raises InputError for a share that leaves no rows on one side."""
+    def share(self) -> float | None:
+        """The share of the data that validates, if val is one. Raises InputError for one that leaves no rows."""
         if self.val is None or not self.val.endswith("%"):
-            return self.val
+            return None
         try:
             share = float(self.val[:-1]) / 100
         except ValueError:
@@ -53,140 +57,205 @@ class DataOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(ResultOptions, TrainingConfig, AdapterOptions, DataOptions, ModelOptions):
-    """Everything that every training command takes; the configs check their own parts."""
+class AdapterOptions:
+    """The adapter that a run trains."""
 
-    def config(self, kind: type[C]) -> C:
-        """The part of the options that is this config."""
-        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
+    title: ClassVar[str] = "adapter"
+    rank: int = option("rank of the adapter's matrices", 16)
+    alpha: float = option("the update is scaled by alpha / rank", 32)
+    dropout: float = option("dropout on the adapter's input", 0.0)
+    target: tuple[str, ...] = option(
+        "layers that get an adapter: all-linear, attn, mlp, names such as q_proj,v_proj, or a regular expression that "
+        "matches full names",
+        ("all-linear",),
+        metavar="NAME",
+    )
+    rslora: bool = option("scale by alpha / sqrt(rank) instead", False)
 
     def lora_config(self) -> LoRAConfig:
-        return LoRAConfig(
-            rank=self.rank, alpha=self.alpha, dropout=self.dropout, target=_target(self.target), rslora=self.rslora
+        """The checked settings; a group or a regular expression is one text, layers' names are a list."""
+        names = [name for given in self.target for name in (given.split(",") if NAMES.fullmatch(given) else [given])]
+        if names == ["all"]:
+            names = ["all-linear"]
+        one = len(names) == 1 and (names[0] in GROUPS or not NAMES.fullmatch(names[0]))
+        return LoRAConfig(self.rank, self.alpha, self.dropout, names[0] if one else names, self.rslora)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(ResultOptions, TrainingConfig, AdapterOptions, DataOptions, ModelOptions):
+    """Everything that every training command takes. The configs check their own parts."""
+
+    config_type: ClassVar[type[TrainingConfig]]
+    trainer_type: ClassVar[Any]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fresh:
+            self.lora_config()
+
+    @property
+    def whole(self) -> bool:
+        """Whether all weights are trained."""
+        return bool(getattr(self, "full", False))
+
+    @property
+    def start(self) -> str | None:
+        """The adapter that training goes on from."""
+        return getattr(self, "adapter", None)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether training makes an adapter."""
+        return not self.whole and self.start is None
+
+    # What a command may say.
+
+    def settled(self, tokenizer: Any) -> Self:
+        """Options with nothing left open. Raises InputError for what only this command can get wrong."""
+        return self
+
+    def kind_of_rows(self) -> str:
+        return "chat"
+
+    def trainer(self, model: Any, tokenizer: Any, rows: Any, val: Any, **more: Any) -> Any:
+        config = self.config_type(**{field.name: getattr(self, field.name) for field in fields(self.config_type)})
+        return self.trainer_type(model, tokenizer, train=rows, val=val, config=config, **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions(TrainOptions):
+    """The options of a training that may go on from an adapter."""
+
+    title: ClassVar[str] = "adapter"
+    adapter: str | None = option(
+        "folder of a LoRA adapter to go on from; without one a fresh one is made", None, metavar="DIR"
+    )
+
+
+def run(options: TrainOptions, sources: Sources) -> int:
+    """Check, load, train, report. Returns 0, or 128 + the signal that ended the run.
+
+    Data comes before the model: a bad row should not wait for gigabytes of weights.
+    """
+    options = _checked(options, sources)
+    tokenizer = load_tokenizer(options.model)
+    options = options.settled(tokenizer)
+    _check_resumed(options)
+    rows, val = _datasets(options, tokenizer)
+    model = load_weights(options, tokenizer, str(options.quant))
+    if not options.whole:
+        _put_adapter(model, options)
+    trainer = options.trainer(model, tokenizer, rows, val)
+    stop_if_asked()
+    begun = time.monotonic()
+    outcome = trainer.train(_announcing(options, trainer.config, sources))
+    return _report(options, outcome, time.monotonic() - begun)
+
+
+def _checked(options: TrainOptions, sources: Sources) -> TrainOptions:
+    """The options with `quant` settled. Raises InputError for all that can be told to be wrong before reading."""
+    given = [name for name in FRESH if sources[name] != DEFAULT]
+    if options.whole and (given := [*["adapter"] * (options.start is not None), *given]):
+        raise InputError(f"full training has no adapter: leave out {', '.join(given)}, or leave out full")
+    if options.whole and options.quant not in (None, "none"):
+        raise InputError(
+            f"full training needs the dense model: quant {options.quant} keeps it in 4 bits; use quant none"
         )
-
-
-def _target(given: Sequence[str]) -> str | list[str]:
-    """LoRAConfig's target: a group or a regular expression is one string, layers' names are a list."""
-    names = [name for entry in given for name in (entry.split(",") if NAMES.fullmatch(entry) else [entry])]
-    if names == ["all"]:
-        return "all-linear"
-    one = len(names) == 1 and (names[0] in GROUPS or not NAMES.fullmatch(names[0]))
-    return names[0] if one else names
-
-
-def check(options: TrainOptions) -> None:
-    """Everything that can be told to be wrong before the data and the model are read."""
+    if options.start is not None and given:
+        raise InputError(f"the adapter {options.start} brings its own {', '.join(given)}: leave them out")
     if options.dtype == "float16":
         raise InputError("training in float16 loses small gradients; use dtype bfloat16 or float32")
     if options.val is None and (options.patience or options.eval_every):
         raise InputError(f"{'patience' if options.patience else 'eval_every'} needs validation rows: give val, say 5%")
-    share = options.validation
-    for path in [*options.data, *([share] if isinstance(share, str) else [])]:
+    share = options.share
+    for path in [*options.data, *([options.val] if options.val and share is None else [])]:
         if not Path(path).exists():
-            near = "; a share needs a percent sign, as in 5%" if path == share else ""
+            near = "; a share needs a percent sign, as in 5%" if path == options.val else ""
             raise InputError(f"data file {path} does not exist{near}")
-    check_model(options.model)
-    _check_out(Path(options.out))
+    check_exists(options.model)
+    if options.start is not None:
+        check_adapter(options.start)
+    with lock_folder(options.out):  # it can be written and nobody else does: found out now and not after an hour
+        pass
+    trained = run_settings(options.start).get("quant") if options.start else None
+    return replace(options, quant="none" if options.whole else options.quant or trained or "nf4")
 
 
-def _check_out(out: Path) -> None:
-    """The folder can be made and written, found out now and not after an hour."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".fourbit-can-write"
-        probe.touch()
-        probe.unlink()
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"out {out} is a file; give a folder") from None
-    except OSError as error:
-        raise EnvironmentProblem(f"out {out} cannot be written: {error.strerror}") from None
-
-
-def check_resumed(options: TrainOptions, names: Sequence[str]) -> None:
+def _check_resumed(options: TrainOptions) -> None:
     """A resumed run has the model and adapter of its first part; the trainer checks the rest."""
     if options.resume is None:
         return
-    folder = Path(options.out) if options.resume == "auto" else Path(str(options.resume)).parent.parent
+    folder = Path(options.out) if options.resume == "auto" else Path(options.resume).parent.parent
     if not any((folder / "checkpoints").glob("step-*")):
         return
-    before = run_settings(str(folder))
-    for name in names:
-        old, new = before.get(name), getattr(options, name)
-        if name in before and old != (list(new) if isinstance(new, tuple) else new):
-            raise InputError(f"{folder} is a run with {name} {old}, and is resumed with {new}; use the same")
+    before, now = run_settings(str(folder)), _plain(asdict(options))
+    for name in [*FIXED, *(FRESH if options.fresh else ())]:
+        if name in before and name in now and before[name] != now[name]:
+            raise InputError(
+                f"{folder} is a run with {name} {before[name]}, and is resumed with {now[name]}; use the same"
+            )
 
 
-def attach_adapter(model: Any, options: TrainOptions) -> None:
-    """A fresh adapter on the model, and a line about it."""
-    from ..lora.attach import attach
-
-    names = attach(model, options.lora_config(), seed=options.seed)
-    size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    note(f"adapter: rank {options.rank}, alpha {options.alpha:g}, {len(names)} layers, {amount(size)} parameters")
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a file gives them back."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
-def datasets(options: TrainOptions, read: Callable[[Sequence[str]], Any]) -> tuple[Any, Any]:
-    """Training and validation rows (None without), read by `read`, checked and described."""
-    from ..data.dataset import count_overlap, split_validation
-
+def _datasets(options: TrainOptions, tokenizer: Any) -> tuple[Any, Any]:
+    """Training and validation rows (None without), checked and described."""
+    kind = options.kind_of_rows()
     with working("reading data"):
-        train, val, share = read(options.data), None, options.validation
+        train, val = read_rows(options, tokenizer, options.data, kind), None
     describe("train", train)
-    if isinstance(share, float):
-        train, val = split_validation(train, share)
+    if options.share is not None:
+        train, val = split_validation(train, options.share)
         note(f"validation: {count(len(val), 'row')} of these, {count(len(train), 'row')} left to train on")
-    elif share is not None:
-        val = read([share])
+    elif options.val is not None:
+        val = read_rows(options, tokenizer, [options.val], kind)
         describe("validation", val)
         if leaked := count_overlap(train, val):
             note(f"  note: {count(leaked, 'validation row')} also in the training data; the score will flatter")
     return train, val
 
 
-def train(command: str, parsed: Parsed[Any], trainer: "Trainer", *, unsaved: Sequence[str] = ()) -> int:
-    """Run the trainer and report. Returns the exit code: 0, or 128 + the signal that ended the run."""
-    stop_if_asked()
-    begun = time.monotonic()
-    outcome = trainer.train(_announce(parsed.options, parsed.sources, unsaved))
-    return _report(command, parsed.options, outcome, time.monotonic() - begun)
+def _put_adapter(model: Any, options: TrainOptions) -> None:
+    """The adapter that training starts from, and a line about it."""
+    if options.start is not None:
+        note(f"adapter: goes on from {options.start}, on {len(load_adapter(model, options.start))} layers")
+        return
+    names = attach(model, options.lora_config(), seed=options.seed)
+    size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    note(f"adapter: rank {options.rank}, alpha {options.alpha:g}, {len(names)} layers, {amount(size)} parameters")
 
 
-def _announce(options: TrainOptions, sources: Mapping[str, str], unsaved: Sequence[str]) -> Any:
+def _announcing(options: TrainOptions, config: TrainingConfig, sources: Sources) -> Callable[[int, int], Any]:
     """For the trainer to call once the run may begin: saves and prints the settings, then shows progress."""
-    from ..trainer.progress import display_for
+    left_out = {"resume", "json", *(() if options.fresh else FRESH)}
+    settings = {name: value for name, value in asdict(options).items() if name not in left_out}
+    if "reference" in settings:
+        settings["reference"] = getattr(config, "reference", None)  # the trainer's choice
 
     def begin(total: int, start: int) -> Any:
-        left_out = {"resume", "json", *unsaved}
-        saved = {name: value for name, value in asdict(options).items() if name not in left_out}
-        if start == 0 or not _same(saved, run_settings(options.out)):  # a resumed run keeps its record of sources
-            write_config(Path(options.out) / CONFIG, saved, sources)
-        for title, names in _by_source(saved, sources).items():
-            note(wrapped(f"{title}: " + " ".join(f"{name}={_plain(saved[name])}" for name in names)))
+        if start == 0 or _plain(settings) != run_settings(options.out):  # a resumed run keeps its record of sources
+            write_config(Path(options.out) / CONFIG, settings, sources)
+        groups: dict[str, list[str]] = {}
+        for name, value in settings.items():
+            source = sources[name].rpartition(":")[0] or f"{sources[name]}s"
+            groups.setdefault(source, []).append(f"{name}={_short(value)}")
+        for source in sorted(groups, key=lambda source: source == f"{DEFAULT}s"):
+            note(wrapped(f"{source}: {' '.join(groups[source])}"))
         return display_for(total, start)
 
     return begin
 
 
-def _same(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in now.items()} == before
-
-
-def _by_source(settings: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for name in settings:
-        source = sources[name].rpartition(":")[0] or f"{sources[name]}s"
-        groups.setdefault(source, []).append(name)
-    return dict(sorted(groups.items(), key=lambda group: group[0] == f"{DEFAULT}s"))
-
-
-def _plain(value: Any) -> str:
+def _short(value: Any) -> str:
     if isinstance(value, dict):
         value = tuple(f"{name}={number:g}" for name, number in value.items())
     return ",".join(value) or "-" if isinstance(value, tuple) else "-" if value is None else str(value)
 
 
-def _report(command: str, options: TrainOptions, outcome: "TrainResult", seconds: float) -> int:
+def _report(options: TrainOptions, outcome: TrainResult, seconds: float) -> int:
     """Print the outcome; returns the exit code."""
     values = {name: value for name, value in asdict(outcome).items() if name != "val"}
     values |= {"out": str(outcome.out), "checkpoint": outcome.checkpoint and str(outcome.checkpoint)}
@@ -196,6 +265,7 @@ def _report(command: str, options: TrainOptions, outcome: "TrainResult", seconds
         result(values, _finished(options, outcome, seconds), as_json=options.json)
         return 0
     kept = f"saved in {outcome.checkpoint}" if outcome.checkpoint else "no step was finished, so nothing was saved"
+    command = type(options).__module__.rpartition(".")[2]
     resume = shlex.join(["fourbit", command, str(Path(options.out) / CONFIG), "--resume"])
     note(f"stopped after step {outcome.steps}; {kept}. To go on:\n  {resume}")
     if options.json:
@@ -203,26 +273,22 @@ def _report(command: str, options: TrainOptions, outcome: "TrainResult", seconds
     return 128 + outcome.signal
 
 
-def _finished(options: TrainOptions, outcome: "TrainResult", seconds: float) -> str:
-    rows = [
-        ("steps", f"{outcome.steps}{' (stopped early)' if outcome.stopped_early else ''} in {seconds:.0f} s"),
-        ("last loss", figure(outcome.loss)),
-    ]
+def _finished(options: TrainOptions, outcome: TrainResult, seconds: float) -> str:
+    early = " (stopped early)" if outcome.stopped_early else ""
+    rows = [("steps", f"{outcome.steps}{early} in {seconds:.0f} s"), ("last loss", figure(outcome.loss))]
     if outcome.val:
         more = [f"{name.replace('_', ' ')} {figure(outcome.val[name])}" for name in REPORTED if name in outcome.val]
         rows.append(("validation loss", ", ".join([figure(outcome.val_loss), *more, f"at step {outcome.best_step}"])))
     if outcome.skipped_steps:
         rows.append(("skipped steps", f"{outcome.skipped_steps} (NaN or infinity in loss or gradient)"))
-    whole = bool(getattr(options, "full", False))
-    rows += [("model" if whole else "adapter", str(outcome.out)), ("metrics", f"{outcome.out}/metrics.jsonl")]
-    rows.append(("curves", f"{outcome.out}/loss.png"))
-    rows.append(("try it", _try_it(options, whole)))
+    rows += [("model" if options.whole else "adapter", str(outcome.out)), ("metrics", f"{outcome.out}/metrics.jsonl")]
+    rows += [("curves", f"{outcome.out}/loss.png"), ("try it", _try_it(options))]
     return pairs(rows)
 
 
-def _try_it(options: TrainOptions, whole: bool) -> str:
+def _try_it(options: TrainOptions) -> str:
     if is_reward_model(options.out):
         return f"fourbit.RewardModel.load(model, {options.out!r}).score(tokenizer, rows), in Python"
-    model = options.out if whole else options.model
-    adapter = "" if whole else f" --adapter {shlex.quote(options.out)}"
-    return f"fourbit chat --model {shlex.quote(model)}{adapter}"
+    if options.whole:
+        return f"fourbit chat --model {shlex.quote(options.out)}"
+    return f"fourbit chat --model {shlex.quote(options.model)} --adapter {shlex.quote(options.out)}"

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import fourbit
 from fourbit.cli.config_file import read_config
-from fourbit.cli.distill import DistillOptions
-from fourbit.cli.dpo import DPOOptions
-from fourbit.cli.eval import EvalOptions
-from fourbit.cli.generate import GenerateOptions
+from fourbit.cli.distill import Options as DistillOptions
+from fourbit.cli.dpo import Options as DPOOptions
+from fourbit.cli.eval import Options as EvalOptions
+from fourbit.cli.generate import Options as GenerateOptions
 from fourbit.cli.main import COMMANDS
-from fourbit.cli.sft import SFTOptions
+from fourbit.cli.sft import Options as SFTOptions
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -1,20 +1,30 @@
-"""Ctrl-C and SIGTERM as a flag that loops poll, so that a run ends between steps with everything saved."""
+"""Ctrl-C and SIGTERM, remembered, so that none is lost and a run ends between steps with everything saved.
+
+Python drops an exception that is raised inside a finaliser or a weak reference's callback, and the collector may run
+one at any moment; a KeyboardInterrupt that hits such a moment is gone and the command goes on for hours. So a command
+asks between its phases, and while training runs its loop polls.
+"""
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 
 class Interrupt:
-    """`signal` is None until one arrives, then its number."""
+    """A signal handler that remembers: `signal` is None until one arrives, then its number."""
 
-    def __init__(self) -> None:
+    def __init__(self, then: Callable[[], object] = lambda: None) -> None:
         self.signal: int | None = None
+        self.then = then
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self.then()
 
 
 @contextmanager
@@ -27,19 +37,40 @@ def interrupts() -> Iterator[Interrupt]:
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, flag) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        flag.signal = number
-        restore()
-
-    for number in before:
-        signal.signal(number, handle)
+    flag.then = restore
     try:
         yield flag
     finally:
         restore()
+
+
+@contextmanager
+def remembered_ctrl_c() -> Iterator[None]:
+    """Inside, Ctrl-C raises KeyboardInterrupt as ever and is remembered. Where SIGINT is ignored or handled by another
+    already, that stays."""
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, Interrupt(_stop))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def stop_if_asked() -> None:
+    """Raise the KeyboardInterrupt that was dropped, if one was."""
+    handler = signal.getsignal(signal.SIGINT)
+    if isinstance(handler, Interrupt) and handler:
+        raise KeyboardInterrupt
+
+
+def _stop() -> None:
+    raise KeyboardInterrupt

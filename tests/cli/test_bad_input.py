@@ -101,7 +101,7 @@ CASES = [
     ([*SFT, "--packing", "yes"], "unexpected argument 'yes'"),
     ([*SFT, "stray"], "unexpected argument 'stray'"),
     ([*SFT, "a.yaml", "b.yaml"], "one config file a run"),
-    ([*SFT, "nowhere.yaml"], "nowhere.yaml: cannot read this config: No such file"),
+    ([*SFT, "nowhere.yaml"], "needs the file nowhere.yaml, which is not there"),
     ([*SFT, "--model", "nowhere"], "model nowhere does not exist"),
     ([*SFT, "--model", "file"], "file"),
     ([*SFT, "--model", "no model"], "no model"),
@@ -187,7 +187,7 @@ def test_a_missing_gpu_is_the_environments_fault(here: Path, capsys: pytest.Capt
 
 def test_an_unwritable_folder_is_the_environments_fault(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SFT, "--out", "/proc/none/such"]) == 3
-    assert "out /proc/none/such cannot be written" in capsys.readouterr().err
+    assert "cannot write to the output folder /proc/none/such" in capsys.readouterr().err
 
 
 def test_the_traceback_comes_with_debug(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

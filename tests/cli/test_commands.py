@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 import fourbit
 from fourbit.cli.chat import Stream
 from fourbit.cli.config_file import read_config
-from fourbit.cli.data import coloured, marked, pieces
+from fourbit.cli.data import marked, pieces
 from fourbit.cli.load import CONFIG
 from fourbit.cli.main import COMMANDS, main
 from fourbit.cli.parse import parse
-from fourbit.cli.sft import SFTOptions
+from fourbit.cli.sft import Options as SFTOptions
 from fourbit.cli.show import bars, visible
 from fourbit.data.dataset import load_dataset
 from fourbit.kernels import plan
@@ -93,7 +93,7 @@ def test_the_saved_config_repeats_the_run(tuned: Path, tmp_path: Path, capsys: C
 def test_targets(tiny_folder: Path, target: list[str], layers: int) -> None:
     flags = [arg for name in target for arg in ("--target", name)]
     args = ["--model", "m", "--data", "d", "--out", "o", *flags]
-    options = parse(SFTOptions, args, command="sft", about="").options
+    options, _ = parse(SFTOptions, "sft", args)
     model, _ = fourbit.load(tiny_folder)
     assert len(fourbit.attach(model, options.lora_config())) == layers
 
@@ -216,7 +216,7 @@ def test_generate_leaves_no_half_file(tiny_folder: Path, tmp_path: Path, monkeyp
     def fail(*args: Any, **kwargs: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("fourbit.models.generate.generate", fail)
+    monkeypatch.setattr("fourbit.cli.generate.generate", fail)
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
     (tmp_path / "a.jsonl").write_text("older answers")
     assert main(["generate", *_prompts(tiny_folder, tmp_path / "p.jsonl", tmp_path / "a.jsonl")]) == 4
@@ -285,8 +285,8 @@ def test_pieces_join_to_the_text_and_keep_every_kind(tiny_folder: Path, tmp_path
     assert "".join(text for _, text in found) == example.text
     assert "".join(text for kind, text in found if kind.startswith("trained")) == "ö\nx<|im_end|>"
     assert [text for kind, text in found if kind == "special"] == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
-    for shown in (marked(example, tokenizer), coloured(example, tokenizer).plain):
-        assert "\x1b" not in shown and r"\x1b[31m" in shown
+    shown = marked(example, tokenizer)
+    assert "\x1b" not in shown and r"\x1b[31m" in shown
 
 
 def test_cut_tokens_are_shown_as_cut(tiny_folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fourbit.cli.config_file import MAX_ALIASES, read_config, write_config
+from fourbit.cli.config_file import MAX_VALUES, read_config, write_config
 from fourbit.errors import InputError
 
 
@@ -74,33 +74,37 @@ def test_dashes_are_underscores_and_lines_are_kept(tmp_path: Path) -> None:
         ("rank:\n\t- 8", r"run.yaml:2: this is no YAML"),
         ("rank: 8\n  lr: 3", r"run.yaml:2: this is no YAML"),
         ("a: *nowhere", r"run.yaml:1: this is no YAML: found undefined alias"),
-        ("a: !!python/object/apply:os.system [id]", r"no YAML: could not determine a constructor"),
-        ("a: !!python/name:os.system", r"no YAML: could not determine a constructor"),
-        ("a: !!int x", r"run.yaml:1: the value of a cannot be read"),
-        ("a: !!bool x", r"run.yaml:1: the value of a cannot be read"),
-        ("a: !!float x", r"run.yaml:1: the value of a cannot be read"),
+        (
+            "a: !!python/object/apply:os.system [id]",
+            r"run.yaml:1: the value of a has the type tag:yaml.org,2002:python",
+        ),
+        ("a: !!python/name:os.system", r"run.yaml:1: the value of a has the type .*2002:python"),
+        ("a: !!int x", r"run.yaml:1: the value of a has the type tag:yaml.org,2002:int"),
+        ("a: !!bool x", r"run.yaml:1: the value of a has the type tag:yaml.org,2002:bool"),
+        ("a: !!float x", r"run.yaml:1: the value of a has the type tag:yaml.org,2002:float"),
         ("a: " + "9" * 5000, r"run.yaml:1: the value of a cannot be read"),
         ("? [a, b]\n: 3", r"run.yaml:1: a setting's name must be plain text"),
         ('"a\\nb": 3', r"run.yaml:1: a setting's name must be plain text"),
-        ("a: " + "[" * 100 + "]" * 100, r"more than 50 levels"),
-        ("a: " + "[" * 200_000, r"more than 50 levels|no YAML"),
+        ("a: " + "[" * 1000 + "]" * 1000, r"run.yaml: nested too deeply"),
+        ("a: " + "[" * 60_000, r"run.yaml: nested too deeply"),
+        ("a: &a [*a]", r"run.yaml: nested too deeply"),
         ("rank: 8\n---\nrank: 9\n", r"no YAML: but found another document"),
-        (b"\xff\xfea\x00:\x00", r"UTF-8 text; byte 0 is not"),
+        (b"\xff\xfea\x00:\x00", r"must be UTF-8 text: .* position 0"),
         (b"a: \x00", r"this is no YAML"),
-        (b"a: " + b"x" * (1 << 20), r"1,048,576 bytes at most"),
+        (b"a: " + b"x" * (1 << 20), r"must be at most 65,536 bytes"),
     ],
 )
 def test_refused(tmp_path: Path, text: str | bytes, error: str) -> None:
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(InputError, match=error):
         read(tmp_path, text)
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 def test_many_laughs_do_not_unfold(tmp_path: Path) -> None:
     """Nine levels of ten aliases each would be 10^9 values."""
     lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 11)}]" for i in range(1, 12)]
-    with pytest.raises(InputError, match=f"more than {MAX_ALIASES} aliases"):
+    with pytest.raises(InputError, match=f"more than {MAX_VALUES:,} values"):
         read(tmp_path, "\n".join(lines))
 
 
@@ -108,9 +112,10 @@ def test_a_merge_key_is_a_name_nobody_knows(tmp_path: Path) -> None:
     assert "<<" in read(tmp_path, "base: &b 1\n<<: *b\n")
 
 
-@pytest.mark.parametrize("path", ["nowhere.yaml", "."])
-def test_unreadable(tmp_path: Path, path: str) -> None:
-    with pytest.raises(InputError, match=r"cannot read this config: (No such file|Is a directory)"):
+@pytest.mark.parametrize(("path", "error"), [("nowhere.yaml", "not there"), ("folder.yaml", "no regular file")])
+def test_unreadable(tmp_path: Path, path: str, error: str) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(InputError, match=f"needs the file {path}, which is {error}"):
         read_config(str(tmp_path / path))
 
 

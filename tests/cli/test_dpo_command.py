@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fourbit.cli.config_file import read_config
-from fourbit.cli.dpo import DPOOptions
+from fourbit.cli.dpo import Options as DPOOptions
 from fourbit.cli.load import CONFIG
 from fourbit.cli.main import main
 from fourbit.cli.parse import parse
@@ -89,7 +89,7 @@ def test_dropped_pairs_are_named(tiny_folder: Path, pairs: Path, tmp_path: Path,
         (["--loss-type", "ipo"], "unknown flag --loss-type: it is called --loss here"),
         (["--ref-model", "m"], "it is called --reference here (reference is base or start; there never is a second"),
         (["--beta", "0"], "--beta must be a number above 0, got 0"),
-        (["--adapter", "nowhere"], "'nowhere' is no folder; an adapter is a folder with"),
+        (["--adapter", "nowhere"], "adapter nowhere is no folder with adapter_config.json"),
         (["--loss", "kto"], "it looks like a preference pair: use"),
     ],
 )
@@ -110,7 +110,7 @@ def test_an_adapter_brings_its_own_rank(
 def test_losses_come_from_a_file_too(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("model: m\ndata: d\nout: o\nloss: [sigmoid=0.8, sft=0.2]\nbeta: 0.2\n")
-    options = parse(DPOOptions, [str(config)], command="dpo", about="").options
+    options, _ = parse(DPOOptions, "dpo", [str(config)])
     assert options.objective().losses == {"sigmoid": 0.8, "sft": 0.2} and options.objective().beta == 0.2
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fourbit.cli.interrupt import remembered_ctrl_c
 from fourbit.cli.main import main
 from fourbit.cli.show import working
+from fourbit.trainer.interrupt import remembered_ctrl_c
 
 FOURBIT = [sys.executable, "-P", "-m", "fourbit"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
