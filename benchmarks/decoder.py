@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 import fourbit
+from fourbit.kernels.weight4bit import Weight4bit
 from fourbit.models.llama import Llama, LlamaConfig
 
 from .cases import Setting
 from .peers import bnb, dense, peft_lora
 from .shapes import Decoder
-from .weights import Stored, Weights
+from .weights import Weights
 
 ALPHA = 32.0
 LINEARS = {  # transformers' and our names of a layer's linears -> the projection of shapes.Decoder
@@ -64,7 +65,7 @@ class Parts:
                 taken[projection] += 1
         return found
 
-    def stored(self) -> list[tuple[int, str, Weights, Stored]]:
+    def stored(self) -> list[tuple[int, str, Weights, Weight4bit]]:
         return [(layer, name, weights, weights.copies[i]) for layer, name, weights, i in self.places()]
 
 

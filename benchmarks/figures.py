@@ -48,12 +48,9 @@ def draw_blocksizes(path: Path) -> None:
 
 def error_and_bits(weight: torch.Tensor, quant_type: str, blocksize: int) -> tuple[float, float]:
     """Relative Frobenius error, and bits per weight of everything stored."""
-    packed, absmax = nf4.quantize(weight, quant_type=quant_type, blocksize=blocksize)
-    stored = nf4.quantize_absmax(absmax)
-    scales = nf4.dequantize_absmax(*stored)
-    decoded = nf4.dequantize(packed, scales, weight.shape, quant_type=quant_type, blocksize=blocksize)
-    bits = sum(8 * t.numel() * t.element_size() for t in (packed, *stored)) / weight.numel()
-    return float((decoded - weight).norm() / weight.norm()), bits
+    stored = nf4.quantize(weight, quant_type, blocksize, double_quant=True)
+    bits = sum(8 * tensor.nbytes for tensor in stored[:4]) / weight.numel()
+    return float((nf4.dequantize(stored) - weight).norm() / weight.norm()), bits
 
 
 if __name__ == "__main__":

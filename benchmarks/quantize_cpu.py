@@ -46,10 +46,11 @@ class Matrix:
         self.shape, self.dense = (N, K), torch.randn(N, K) * 0.05
         self.weights = Weights.random(N, K, CPU, sets=1)
         self.stored, self.layer = self.weights.copies[0], self.weights.layer(0)
+        self.plain_stored = self.stored._replace(absmax=self.stored.scales, nested_absmax=None, offset=None)
         self.plain, self.nested = (bnb.state(self.stored, (N, K), torch.float32, nested=n) for n in (False, True))
 
     def decode(self) -> Tensor:
-        return nf4.dequantize(self.stored.packed, self.stored.absmax, self.shape)
+        return nf4.dequantize(self.plain_stored)
 
     def peer_decode(self) -> Tensor:
         return bnb.dequantize(self.stored, self.plain)

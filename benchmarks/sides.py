@@ -45,7 +45,8 @@ def take_packed(model: torch.nn.Module, path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         for name, module in model.named_modules():
             if isinstance(module, fourbit.NF4Linear):
-                module.load_state_dict({key: file.get_tensor(f"{name}.{key}") for key in module.state_dict()})
+                own = module.state_dict()
+                module.load_state_dict({key: file.get_tensor(f"{name}.{key}").view_as(own[key]) for key in own})
 
 
 def load_peer(folder: Path) -> Any:

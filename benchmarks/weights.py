@@ -1,7 +1,7 @@
 """One 4-bit matrix as every tool takes it: the same stored bytes, in as many copies as a variant rotates through.
 
-Ours, bitsandbytes' nested and its plain form are made from one quantisation: the plain form's fp32 scales are the
-decoded values of the nested ones. So all of them compute with one weight, and one float64 product judges them all.
+Ours, bitsandbytes' nested and its plain form are made from one quantisation: the plain form's fp32 scales are what the
+nested ones decode to. So all of them compute with one weight, and one float64 product judges them all.
 """
 
 from dataclasses import dataclass
@@ -13,19 +13,9 @@ from torch import Tensor
 from fourbit import NF4Linear
 from fourbit.kernels import nf4
 from fourbit.kernels.dispatch import force_path
+from fourbit.kernels.weight4bit import Weight4bit
 
 BYTES_PER_PARAMETER = 0.5 + 1 / 64 + 4 / (64 * 256)  # NF4 in blocks of 64, double quantised
-
-
-@dataclass(frozen=True)
-class Stored:
-    """The tensors of one copy."""
-
-    packed: Tensor  # uint8
-    codes: Tensor  # uint8 codes of the scales
-    nested_absmax: Tensor
-    offset: Tensor
-    absmax: Tensor  # what the codes decode to
 
 
 @dataclass(frozen=True)
@@ -34,16 +24,14 @@ class Weights:
 
     N: int
     K: int
-    copies: list[Stored]
+    copies: list[Weight4bit]
 
     @classmethod
     def random(cls, N: int, K: int, device: torch.device, sets: int, seed: int = 0) -> "Weights":
         generator = torch.Generator(device).manual_seed(seed)
         dense = torch.randn(N, K, device=device, generator=generator) * K**-0.5
-        packed, absmax = nf4.quantize(dense)
-        codes, nested, offset = nf4.quantize_absmax(absmax)
-        first = Stored(packed, codes, nested, offset, nf4.dequantize_absmax(codes, nested, offset))
-        rest = [Stored(*(tensor.clone() for tensor in vars(first).values())) for _ in range(sets - 1)]
+        first = nf4.quantize(dense, double_quant=True)
+        rest = [Weight4bit(*(tensor.clone() for tensor in first[:4]), first.shape) for _ in range(sets - 1)]
         return cls(N, K, [first, *rest])
 
     @cached_property
@@ -56,16 +44,13 @@ class Weights:
         return self.decoded(dtype).double()
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
-        first = self.copies[0]
         with force_path("reference"):
-            absmax = nf4.dequantize_absmax(first.codes, first.nested_absmax, first.offset)
-            return nf4.dequantize(first.packed, absmax, (self.N, self.K), dtype=dtype)
+            return nf4.dequantize(self.copies[0], dtype)
 
     def layer(self, i: int, bias: Tensor | None = None) -> NF4Linear:
         """Our module over copy i."""
-        layer, stored = NF4Linear(self.K, self.N, bias=False, device="meta"), self.copies[i]
-        layer.weight, layer.absmax = stored.packed.view(-1, 1), stored.codes
-        layer.nested_absmax, layer.nested_offset = stored.nested_absmax, stored.offset
+        layer = NF4Linear(self.K, self.N, bias=False, device="meta")
+        layer.weight, layer.absmax, layer.nested_absmax, layer.nested_offset = self.copies[i][:4]
         if bias is not None:
             layer.bias = torch.nn.Parameter(bias, requires_grad=False)
         return layer

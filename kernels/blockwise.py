@@ -138,10 +138,11 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize:
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Double quantisation (QLoRA, arXiv 2305.14314, section 3): fp32 scales [b] -> 8 bits each and fewer scales.
 
-    Returns (codes uint8 [b], nested_absmax fp32 [ceil(b / 256)], offset fp32 0-d). The offset is the mean, taken off
-    because scales are all positive and would waste half the codes of the signed map. It is summed in float64.
+    Any shape: returns (codes uint8 like absmax, nested_absmax fp32 [ceil(b / 256)], offset fp32 [1]). The offset is the
+    mean, taken off because scales are all positive and would waste half the codes of the signed map. It is summed in
+    float64.
     """
-    offset = absmax.double().mean().float() if absmax.numel() else absmax.new_zeros(())
+    offset = absmax.double().mean().float().view(1) if absmax.numel() else absmax.new_zeros(1)
     code = dynamic_code(True, absmax.device)
     if path_for(absmax) == "triton" and absmax.dtype == torch.float32:
         from .blockwise_triton import quantize_shifted  # only here: Triton exists for Linux only and is slow to import
@@ -160,5 +161,5 @@ def _midpoints(code: Tensor) -> Tensor:
 
 
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
-    """The scales back, fp32 [b]: map[code] * nested_absmax + offset, each step rounded to fp32."""
+    """The scales back, fp32 in the shape of codes: map[code] * nested_absmax + offset, each step rounded to fp32."""
     return dequantize_blockwise(codes, nested_absmax, dynamic_code(True, codes.device), NESTED_BLOCKSIZE).add_(offset)

@@ -20,8 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
-from .blockwise import dequantize_absmax
-from .dequantize4bit import check_sizes, dequantize
+from .dequantize4bit import dequantize
 from .dispatch import path_for, plan_linear, product_dtype
 from .weight4bit import Weight4bit
 
@@ -29,33 +28,23 @@ WHOLE = 1 << 21  # values decoded at once on a CPU: 8 MB of fp32
 SLAB = 1 << 20  # values in a slab of a larger weight, about
 
 
-def linear4bit(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    shape: tuple[int, int],
-    bias: Tensor | None = None,
-    *,
-    nested_absmax: Tensor | None = None,
-    offset: Tensor | None = None,
-    quant_type: str = "nf4",
-    blocksize: int = 64,
-) -> Tensor:
-    """x [..., in] times the 4-bit weight of `shape` (out, in), plus bias [out] -> [..., out] in x's dtype.
+def linear4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] times the 4-bit weight [out, in], transposed, plus bias [out] -> [..., out] in x's dtype.
 
-    absmax holds fp32 scales, or uint8 codes when nested_absmax and offset are given (double quantisation). Gradients
-    flow to x and bias; the weight is frozen, and only the packed tensors are saved for backward. fp64 x sees the fp32
-    weight exactly. bf16 and fp16 x on a CPU are multiplied in fp32 and rounded once, unless the CPU multiplies bf16
-    itself; there and on CUDA the weight is rounded to x's dtype first (for few rows on CUDA see matmul4bit_triton.py).
-    ValueError if sizes disagree or of nested_absmax and offset only one is given.
+    Gradients flow to x and bias; the weight is frozen, and only its packed tensors are saved for backward. fp64 x sees
+    the fp32 weight exactly. bf16 and fp16 x on a CPU are multiplied in fp32 and rounded once, unless the CPU multiplies
+    bf16 itself; there and on CUDA the weight is rounded to x's dtype first (for few rows on CUDA see
+    matmul4bit_triton.py). ValueError if sizes disagree.
     """
-    if x.shape[-1:] != (shape[1],):
-        raise ValueError(f"the weight is {tuple(shape)} (out, in), so x must end in {shape[1]}, got {tuple(x.shape)}")
-    if (nested_absmax is None) != (offset is None):
-        raise ValueError("nested_absmax and offset belong together: give both (double quantisation) or neither")
+    if x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(
+            f"the weight is {tuple(weight.shape)} (out, in), so x must end in {weight.shape[-1]}, got {tuple(x.shape)}"
+        )
     compiling = torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)  # such as fake tensors
+    if not compiling:
+        weight.check()
     run = _linear4bit if compiling else _Linear4bit.apply
-    y: Tensor = run(x, bias, packed, absmax, nested_absmax, offset, *shape, quant_type, blocksize)
+    y: Tensor = run(x, bias, *weight[:4], weight.rows, weight.columns, weight.quant_type, weight.blocksize)
     return y
 
 
@@ -71,7 +60,7 @@ def _forward(
     quant_type: str,
     blocksize: int,
 ) -> Tensor:
-    weight = Weight4bit(packed, absmax, nested_absmax, offset, rows, columns, quant_type, blocksize)
+    weight = Weight4bit(packed, absmax, nested_absmax, offset, (rows, columns), quant_type, blocksize)
     y = x.new_empty(*x.shape[:-1], rows)  # not a view of another tensor: the caller may write into it
     multiply(_matrix(x), weight, bias, _matrix(y))
     return y
@@ -88,7 +77,7 @@ def _gradient_of_x(
     quant_type: str,
     blocksize: int,
 ) -> Tensor:
-    weight = Weight4bit(packed, absmax, nested_absmax, offset, rows, columns, quant_type, blocksize)
+    weight = Weight4bit(packed, absmax, nested_absmax, offset, (rows, columns), quant_type, blocksize)
     grad_x = grad.new_empty(*grad.shape[:-1], columns)
     multiply_back(_matrix(grad), weight, _matrix(grad_x))
     return grad_x
@@ -181,7 +170,6 @@ def _multiply_packed(x: Tensor, weight: Weight4bit, bias: Tensor | None, y: Tens
     way = plan_linear(x, weight.rows)
     if way.config is None:
         return False
-    _check(weight)
     matmul4bit_triton.matmul(x, weight, bias, way.config, out=y)
     return True
 
@@ -214,43 +202,18 @@ def compute_dtype(x: Tensor, weight: Weight4bit) -> torch.dtype:
 
 def slabs(weight: Weight4bit, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """(first row, W[first row : ...] in `dtype`) for all of W; each slab overwrites the one before."""
-    packed, absmax, nested_absmax, offset, rows, columns, _, blocksize = weight
-    _check(weight)  # a slab only sees its own part
-    step = _slab_rows(weight)
-    buffer = torch.empty(step, columns, dtype=dtype, device=packed.device)
+    rows, columns, blocksize, step = weight.rows, weight.columns, weight.blocksize, _slab_rows(weight)
+    buffer = torch.empty(step, columns, dtype=dtype, device=weight.packed.device)
     if rows <= step:
-        yield from [(0, decode(weight, dtype, buffer[:rows]))] if rows else []
+        yield from [(0, dequantize(weight, dtype, buffer[:rows]))] if rows else []
         return
-    if nested_absmax is not None and offset is not None:
-        absmax = dequantize_absmax(absmax, nested_absmax, offset)
-    packed = packed.reshape(-1)
+    packed, absmax = weight.packed.reshape(-1), weight.scales.reshape(-1)
     for start in range(0, rows, step):
         end = min(start + step, rows)
         bytes_ = packed[start * columns // 2 : (end * columns + 1) // 2]
         scales = absmax[start * columns // blocksize : -(-end * columns // blocksize)]
-        part = Weight4bit(bytes_, scales, None, None, end - start, columns, weight.quant_type, blocksize)
-        yield start, decode(part, dtype, buffer[: end - start])
-
-
-def decode(weight: Weight4bit, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The dense weight [rows, columns] in `dtype`, in `out` if given."""
-    packed, absmax, nested_absmax, offset, rows, columns, quant_type, blocksize = weight
-    return dequantize(
-        packed,
-        absmax,
-        (rows, columns),
-        nested_absmax=nested_absmax,
-        offset=offset,
-        dtype=dtype,
-        quant_type=quant_type,
-        blocksize=blocksize,
-        out=out,
-    )
-
-
-def _check(weight: Weight4bit) -> None:
-    packed, absmax, nested_absmax, offset, rows, columns, _, blocksize = weight
-    check_sizes(packed, absmax, (rows, columns), blocksize, nested_absmax, offset)
+        part = Weight4bit(bytes_, scales, None, None, (end - start, columns), weight.quant_type, blocksize)
+        yield start, dequantize(part, dtype, buffer[: end - start])
 
 
 def _slab_rows(weight: Weight4bit) -> int:

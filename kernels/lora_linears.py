@@ -66,10 +66,14 @@ def lora_linears4bit(
     if dropout:
         keep_level(dropout)  # its ValueError
         seed = draw_seed(x.device) if seed is None else seed
+    compiling = torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)  # such as fake tensors
+    if not compiling:
+        for weight in weights:
+            weight.check()
     lists = (_stored(weights), _all_or_none(biases, weights), list(As), list(Bs))
-    numbers = ([float(scale) for scale in scales], *weights[0][6:], float(dropout), keep, form)
+    numbers = ([float(scale) for scale in scales], *weights[0][5:], float(dropout), keep, form)
     seed = seed if dropout else None
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):  # such as fake tensors
+    if compiling:
         return _forward_op(x, *lists, seed, *numbers)[: len(weights)]
     sizes = [len(tensors) for tensors in lists]
     return list(_Eager.apply(x, seed, numbers, sizes, *chain.from_iterable(lists))[: len(weights)])
@@ -149,7 +153,7 @@ def _group(
     nested: list[Any] = stored[2 * n : 3 * n] or [None] * n
     offsets: list[Any] = stored[3 * n :] or [None] * n
     weights = [
-        Weight4bit(codes, scale, nest, offset, b.shape[0], a.shape[1], quant_type, blocksize)
+        Weight4bit(codes, scale, nest, offset, (b.shape[0], a.shape[1]), quant_type, blocksize)
         for codes, scale, nest, offset, a, b in zip(packed, absmax, nested, offsets, A, B, strict=True)
     ]
     # Kernels read A and B row by row; a transposed master (an SVD's factor, say) is copied, others are not.
@@ -206,7 +210,7 @@ _backward_op = torch.library.custom_op("fourbit::lora_linears4bit_backward", _ba
 def _(x: Tensor, stored: list[Tensor], biases: Any, A: list[Tensor], B: list[Tensor], *rest: Any) -> list[Tensor]:
     prepare(x, rest[-5])  # rest ends with quant_type, blocksize, dropout, keep, form
     path, keep, rank = _path(x), rest[-2], sum(a.shape[0] for a in A)
-    weights = [Weight4bit(b, b, None, None, b.shape[0], x.shape[-1], "", 1) for b in B]  # of which only sizes matter
+    weights = [Weight4bit(b, b, None, None, (b.shape[0], x.shape[-1])) for b in B]  # of which only sizes matter
     dtype = {"reference": wide(x), "cpu": group_dtype(x, weights), "triton": x.dtype}[path]
     width = x.shape[-1] + (padded(rank) if path == "triton" else 0)
     outputs = [x.new_empty(*x.shape[:-1], b.shape[0]) for b in B]

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dequantize4bit import dequantize
 from .dropout import dropout, keep_mask, keep_scale
-from .linear4bit import compute_dtype, decode, slabs
+from .linear4bit import compute_dtype, slabs
 from .weight4bit import Weight4bit
 
 PAD = 64
@@ -80,7 +81,7 @@ def forward_reference(x: Tensor, group: Group, keep: bool) -> Result:
     h = x.to(wide(x))
     dropped = dropout(h, group.dropout, group.seed) if group.seed is not None else h
     s = dropped @ group.stacked(h.dtype).T
-    dense = [decode(weight, h.dtype) for weight in group.weights]
+    dense = [dequantize(weight, h.dtype) for weight in group.weights]
     outputs = [h @ W.T for W in dense]
     for y, bias in zip(outputs, group.biases, strict=False):
         y += bias
@@ -103,7 +104,7 @@ def backward_reference(
     if not need_x:
         return Gradients(grad_A, grad_B, None)
     grad_x = dropped(grad_s @ A)  # dropout is linear, and its own transposed
-    for g, W in zip(wide_grads, dense or [decode(weight, s.dtype) for weight in group.weights], strict=True):
+    for g, W in zip(wide_grads, dense or [dequantize(weight, s.dtype) for weight in group.weights], strict=True):
         grad_x += g @ W
     return Gradients(grad_A, grad_B, grad_x.to(x.dtype))
 
@@ -113,7 +114,7 @@ def forward_cpu(x: Tensor, group: Group, keep: bool) -> Result:
     dtype = group_dtype(x, group.weights)
     h = x.to(dtype)
     s = _product(_dropped(h, group), group.stacked(dtype).T, group.keep_scale)
-    dense = [decode(weight, dtype) for weight in group.weights] if keep else []
+    dense = [dequantize(weight, dtype) for weight in group.weights] if keep else []
     outputs = [x.new_empty(x.shape[0], weight.rows) for weight in group.weights]
     for i, y in enumerate(outputs):
         B, part_of_s = group.B[i].to(dtype), s[:, group.columns[i]]

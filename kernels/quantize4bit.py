@@ -15,33 +15,36 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .blockwise import quantize_absmax
 from .codes import code_for
 from .dispatch import path_for
+from .weight4bit import Weight4bit, check_format, stored_shapes
 
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SMALLEST_ABSMAX = 1e-38  # floor for the divisor, so that a block of zeros divides by something
 CHUNK = 1 << 18  # values at a time on a CPU: 1 MB of fp32, in cache from step to step; a multiple of every block size
 LARGE_CHUNK = 1 << 24  # values at a time elsewhere, where launches cost more than memory
 
 
-def quantize(weight: Tensor, *, quant_type: str = "nf4", blocksize: int = 64) -> tuple[Tensor, Tensor]:
-    """Quantise a floating-point tensor of any shape to NF4 or FP4.
+def quantize(weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = False) -> Weight4bit:
+    """Quantise a floating-point tensor of any shape to NF4 or FP4; with `double_quant` its scales to 8 bits too.
 
-    Returns (packed, absmax): packed uint8 [(n + 1) // 2, 1], absmax fp32 [ceil(n / blocksize)], n the number of
-    values. fp16, bf16 and fp64 values are converted to fp32 first. ValueError for a block size that is not a power of
-    two from 32 to 4096, an unknown quant_type, a tensor that is not floating point, and for NaN or Inf: one would
-    spoil its block.
+    fp16, bf16 and fp64 values are converted to fp32 first. ValueError for a block size that is not a power of two from
+    32 to 4096, an unknown quant_type, a tensor that is not floating point, and for NaN or Inf: one would spoil its
+    block.
     """
     check_format(quant_type, blocksize)
     if not weight.is_floating_point():
         raise ValueError(f"only floating-point tensors can be quantised, got {weight.dtype}")
-    flat = weight.detach().reshape(-1)
-    packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
-    absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32, device=weight.device)
+    shape, flat = tuple(weight.shape), weight.detach().reshape(-1)
+    bytes_, blocks = stored_shapes(shape, blocksize)
+    packed = torch.empty(bytes_, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device)
     write = _quantize_triton if path_for(weight) == "triton" else _quantize
-    write(flat, quant_type, blocksize, packed, absmax)
-    _check_finite(weight, absmax, blocksize)
-    return packed, absmax
+    write(flat, quant_type, blocksize, packed.view(-1), absmax.view(-1))
+    _check_finite(weight, absmax.view(-1), blocksize)
+    if double_quant:
+        return Weight4bit(packed, *quantize_absmax(absmax), shape, quant_type, blocksize)
+    return Weight4bit(packed, absmax, None, None, shape, quant_type, blocksize)
 
 
 def _quantize_triton(flat: Tensor, quant_type: str, blocksize: int, packed: Tensor, absmax: Tensor) -> None:
@@ -58,7 +61,7 @@ def _quantize(flat: Tensor, quant_type: str, blocksize: int, packed: Tensor, abs
     pack, chunk = (_pack_by_pattern, CHUNK) if path_for(flat) == "cpu" else (pack_reference, LARGE_CHUNK)
     for start in range(0, flat.numel(), chunk):
         scaled, scales = _scale_blocks(flat[start : start + chunk].float(), blocksize)
-        pack(scaled, quant_type, packed[start // 2 : (start + chunk) // 2, 0])
+        pack(scaled, quant_type, packed[start // 2 : (start + chunk) // 2])
         absmax[start // blocksize : (start + chunk) // blocksize] = scales
 
 
@@ -118,14 +121,6 @@ def _scale_blocks(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
         last = rest.abs().amax().clamp(min=SMALLEST_ABSMAX)
         absmax, scaled = torch.cat([absmax, last.view(1)]), torch.cat([scaled, rest / last])
     return scaled, absmax
-
-
-def check_format(quant_type: str, blocksize: int) -> None:
-    """ValueError unless the code and the block size are ones the format knows."""
-    if quant_type not in ("nf4", "fp4"):
-        raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {quant_type!r}")
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize must be a power of two from 32 to 4096, got {blocksize!r}")
 
 
 def _check_finite(weight: Tensor, absmax: Tensor, blocksize: int) -> None:

@@ -1,18 +1,101 @@
-"""One quantised weight as the tensors and numbers that make it, in the order every op takes them."""
+"""One quantised weight, whole: what every op takes, and the one place that knows how it is laid out.
 
-from typing import NamedTuple
+The bytes are bitsandbytes'. Codes lie two a byte in the order of the flattened values, the first in the high nibble; a
+scale (absmax) belongs to each block of `blocksize` of them. Where a row is whole blocks, packed and absmax are matrices
+with a row for each row of the weight, so that cutting one on rows cuts the other; elsewhere they are flat.
+"""
 
+from math import prod
+from typing import NamedTuple, Self
+
+import torch
 from torch import Tensor
+
+from .blockwise import NESTED_BLOCKSIZE, dequantize_absmax
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class Weight4bit(NamedTuple):
-    """A 4-bit matrix [rows, columns]: codes two a byte, a scale for each block of the flattened matrix."""
+    """A tensor of `shape` in 4 bits; kernels count on nothing but the number of bytes, whatever shapes they have."""
 
-    packed: Tensor  # uint8, (rows * columns + 1) // 2 bytes in any shape
-    absmax: Tensor  # fp32 [blocks]; with double quantisation uint8 codes of the scales
+    packed: Tensor  # uint8 [out, in / 2] where a row is whole blocks, else [ceil(n / 2)]
+    absmax: Tensor  # fp32 [out, in / blocksize] or [blocks]; with double quantisation uint8 codes of the scales
     nested_absmax: Tensor | None  # fp32 [ceil(blocks / 256)], with double quantisation
-    offset: Tensor | None  # fp32 [], with double quantisation
-    rows: int
-    columns: int
-    quant_type: str  # "nf4" or "fp4"
-    blocksize: int
+    offset: Tensor | None  # fp32 [1], with double quantisation
+    shape: tuple[int, ...]
+    quant_type: str = "nf4"  # or "fp4"
+    blocksize: int = 64
+
+    @property
+    def rows(self) -> int:
+        """Of the matrix, for a linear layer its outputs; what is no matrix counts as one row."""
+        return self.shape[0] if len(self.shape) == 2 else 1
+
+    @property
+    def columns(self) -> int:
+        return self.shape[1] if len(self.shape) == 2 else prod(self.shape)
+
+    @property
+    def scales(self) -> Tensor:
+        """The scales themselves, fp32 in the shape of absmax."""
+        if self.nested_absmax is None or self.offset is None:
+            return self.absmax
+        return dequantize_absmax(self.absmax, self.nested_absmax, self.offset)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same weight on `device`."""
+        nested = None if self.nested_absmax is None else self.nested_absmax.to(device)
+        offset = None if self.offset is None else self.offset.to(device)
+        packed, absmax = self.packed.to(device), self.absmax.to(device)
+        return self._replace(packed=packed, absmax=absmax, nested_absmax=nested, offset=offset)
+
+    def check(self) -> Self:
+        """Itself. ValueError unless its tensors have the sizes, types and one device that its shape and format need.
+
+        For weights that come from outside: kernels take what they are given.
+        """
+        check_format(self.quant_type, self.blocksize)
+        n, packed, absmax, nested, offset = prod(self.shape), self.packed, self.absmax, self.nested_absmax, self.offset
+        if packed.dtype != torch.uint8 or packed.numel() != (n + 1) // 2:
+            raise ValueError(
+                f"{n} values of shape {tuple(self.shape)} need {(n + 1) // 2} packed uint8 bytes, "
+                f"got {packed.numel()} of {packed.dtype}"
+            )
+        if (nested is None) != (offset is None):
+            raise ValueError("nested_absmax and offset belong together: give both (double quantisation) or neither")
+        blocks = -(-n // self.blocksize)
+        wanted, kind = (torch.float32, "fp32 scales") if nested is None else (torch.uint8, "uint8 codes of scales")
+        if absmax.dtype != wanted or absmax.numel() != blocks:
+            raise ValueError(
+                f"{n} values in blocks of {self.blocksize} need {blocks} {kind}, got {absmax.numel()} of {absmax.dtype}"
+            )
+        groups = -(-blocks // NESTED_BLOCKSIZE)
+        if nested is not None and (nested.dtype != torch.float32 or nested.numel() != groups):
+            raise ValueError(
+                f"{blocks} codes in blocks of {NESTED_BLOCKSIZE} need {groups} scales in fp32, "
+                f"got {nested.numel()} of {nested.dtype}"
+            )
+        if offset is not None and (offset.dtype != torch.float32 or offset.numel() != 1):
+            raise ValueError(f"offset must be one fp32 value, got {offset.numel()} of {offset.dtype}")
+        tensors = [tensor for tensor in (packed, absmax, nested, offset) if tensor is not None]
+        if any(tensor.device != packed.device for tensor in tensors):
+            devices = sorted({str(tensor.device) for tensor in tensors})
+            raise ValueError(f"packed codes and scales must be on one device, got {', '.join(devices)}")
+        return self
+
+
+def check_format(quant_type: str, blocksize: int) -> None:
+    """ValueError unless the code and the block size are ones the format knows."""
+    if quant_type not in ("nf4", "fp4"):
+        raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {quant_type!r}")
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize must be a power of two from 32 to 4096, got {blocksize!r}")
+
+
+def stored_shapes(shape: tuple[int, ...], blocksize: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of packed and absmax for a weight of `shape`."""
+    n = prod(shape)
+    if len(shape) == 2 and shape[1] % blocksize == 0:
+        return (shape[0], shape[1] // 2), (shape[0], shape[1] // blocksize)
+    return ((n + 1) // 2,), (-(-n // blocksize),)

@@ -9,6 +9,7 @@ Layout and rounding are bitsandbytes' (Dettmers et al. 2023, "QLoRA", section 3)
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any, Self
 
 import torch
@@ -16,20 +17,19 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..kernels.blockwise import NESTED_BLOCKSIZE
-from ..kernels.linear4bit import decode
-from ..kernels.nf4 import linear4bit, quantize, quantize_absmax
-from ..kernels.quantize4bit import check_format
-from ..kernels.weight4bit import Weight4bit
+from ..kernels.nf4 import dequantize, linear4bit, quantize
+from ..kernels.weight4bit import Weight4bit, check_format, stored_shapes
 
 
 class NF4Linear(nn.Module):
     """y = x W^T + bias with a frozen 4-bit W (NF4, or FP4 with `quant_type="fp4"`); computes in the dtype of x.
 
     Buffers, for n = out_features * in_features:
-        weight         uint8 [(n + 1) // 2, 1]    two codes a byte, the earlier element in the high nibble
-        absmax         uint8 or fp32 [ceil(n / blocksize)]    a block's scale; 8-bit codes with double quantisation
-        nested_absmax  fp32 [ceil(len(absmax) / 256)]    scales of the absmax codes; None without double quantisation
-        nested_offset  fp32 []    mean that was taken off absmax before coding it; None without double quantisation
+        weight         uint8 [out, in / 2]    two codes a byte, the earlier element in the high nibble
+        absmax         uint8 or fp32 [out, in / blocksize]    a block's scale; 8-bit codes with double quantisation
+        nested_absmax  fp32 [ceil(blocks / 256)]    scales of the absmax codes; None without double quantisation
+        nested_offset  fp32 [1]    mean that was taken off absmax before coding it; None without double quantisation
+    Where a row is not whole blocks, weight is flat [(n + 1) // 2] and absmax [ceil(n / blocksize)].
 
     A new layer holds a zero weight. `quantize_weight_` fills it from a dense tensor, `from_weight` does both steps.
     Raises ValueError for a quant_type or blocksize that does not exist.
@@ -55,14 +55,13 @@ class NF4Linear(nn.Module):
         check_format(quant_type, blocksize)
         self.in_features, self.out_features = in_features, out_features
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
-        n = in_features * out_features
-        blocks = -(-n // blocksize)
+        packed, absmax = stored_shapes((out_features, in_features), blocksize)
         absmax_dtype = torch.uint8 if double_quant else torch.float32
-        self.register_buffer("weight", torch.zeros((n + 1) // 2, 1, dtype=torch.uint8, device=device))
-        self.register_buffer("absmax", torch.zeros(blocks, dtype=absmax_dtype, device=device))
-        nested = torch.zeros(-(-blocks // NESTED_BLOCKSIZE), device=device, dtype=torch.float32)
+        self.register_buffer("weight", torch.zeros(packed, dtype=torch.uint8, device=device))
+        self.register_buffer("absmax", torch.zeros(absmax, dtype=absmax_dtype, device=device))
+        nested = torch.zeros(-(-prod(absmax) // NESTED_BLOCKSIZE), device=device, dtype=torch.float32)
         self.register_buffer("nested_absmax", nested if double_quant else None)
-        offset = torch.zeros((), device=device, dtype=torch.float32)
+        offset = torch.zeros(1, device=device, dtype=torch.float32)
         self.register_buffer("nested_offset", offset if double_quant else None)
         zeros = torch.zeros(out_features, device=device) if bias else None
         self.bias = None if zeros is None else nn.Parameter(zeros, requires_grad=False)
@@ -101,30 +100,15 @@ class NF4Linear(nn.Module):
             raise ValueError(f"{label} must have shape {expected}, got {list(weight.shape)}")
         device = weight.device if self.weight.is_meta else self.weight.device
         try:
-            packed, absmax = quantize(weight, quant_type=self.quant_type, blocksize=self.blocksize)
+            stored = quantize(weight, self.quant_type, self.blocksize, self.double_quant).to(device)
         except ValueError as problem:
             raise InputError(f"{label} cannot be quantised to {self.quant_type}: {problem}") from problem
-        self.weight = packed.to(device)
-        if not self.double_quant:
-            self.absmax = absmax.to(device)
-            return
-        codes, nested, offset = quantize_absmax(absmax)
-        self.absmax, self.nested_absmax, self.nested_offset = codes.to(device), nested.to(device), offset.to(device)
+        self.weight, self.absmax, self.nested_absmax, self.nested_offset = stored[:4]
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         if not x.is_floating_point():  # code that casts its input to `weight.dtype` would arrive here with uint8
             raise TypeError(f"NF4Linear takes floating-point activations, got {x.dtype}")
-        return linear4bit(
-            autocast_input(x),
-            self.weight,
-            self.absmax,
-            (self.out_features, self.in_features),
-            self.bias,
-            nested_absmax=self.nested_absmax,
-            offset=self.nested_offset,
-            quant_type=self.quant_type,
-            blocksize=self.blocksize,
-        )
+        return linear4bit(autocast_input(x), self.stored, self.bias)
 
     @property
     def stored(self) -> Weight4bit:
@@ -134,8 +118,7 @@ class NF4Linear(nn.Module):
             self.absmax,
             self.nested_absmax,
             self.nested_offset,
-            self.out_features,
-            self.in_features,
+            (self.out_features, self.in_features),
             self.quant_type,
             self.blocksize,
         )
@@ -143,7 +126,7 @@ class NF4Linear(nn.Module):
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight [out, in] that this layer computes with, rounded once to `dtype`."""
-        return decode(self.stored, dtype)
+        return dequantize(self.stored, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves follow `fn`, casts do not: scales rounded to a lower precision would be another weight."""

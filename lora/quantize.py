@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import InputError
-from ..kernels.quantize4bit import check_format
+from ..kernels.weight4bit import check_format
 from .linear import LoRALinear
 from .linear4bit import NF4Linear
 

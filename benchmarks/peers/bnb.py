@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..weights import Stored
+from fourbit.kernels.weight4bit import Weight4bit
+
 from . import import_problem
 
 FUSED_TO = 1536  # rows up to which its own product kernel may run, whose roundings it does not state
@@ -29,24 +30,25 @@ def missing() -> str | None:
     return import_problem("bitsandbytes")
 
 
-def state(stored: Stored, shape: tuple[int, int], dtype: torch.dtype, *, nested: bool) -> Any:
+def state(stored: Weight4bit, shape: tuple[int, int], dtype: torch.dtype, *, nested: bool) -> Any:
     """bitsandbytes' QuantState over our tensors: the layout is the same."""
     from bitsandbytes import functional
 
     code = functional.get_4bit_type("nf4", device=stored.packed.device)
     form = {"shape": torch.Size(shape), "code": code, "blocksize": 64, "quant_type": "nf4", "dtype": dtype}
     if not nested:
-        return functional.QuantState(absmax=stored.absmax, **form)
+        return functional.QuantState(absmax=stored.scales.view(-1), **form)
     scales = functional.create_dynamic_map().to(stored.packed.device)
     inner = functional.QuantState(absmax=stored.nested_absmax, blocksize=256, code=scales, dtype=torch.float32)
-    return functional.QuantState(absmax=stored.codes, offset=stored.offset, state2=inner, **form)
+    offset = None if stored.offset is None else stored.offset.view(())
+    return functional.QuantState(absmax=stored.absmax.view(-1), offset=offset, state2=inner, **form)
 
 
-def packed(stored: Stored) -> Tensor:
+def packed(stored: Weight4bit) -> Tensor:
     return stored.packed.view(-1, 1)
 
 
-def linear(x: Tensor, stored: Stored, quant_state: Any, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, stored: Weight4bit, quant_state: Any, bias: Tensor | None = None) -> Tensor:
     """What its Linear4bit calls; it chooses its fused kernel or its decoder itself."""
     import bitsandbytes
 
@@ -54,14 +56,14 @@ def linear(x: Tensor, stored: Stored, quant_state: Any, bias: Tensor | None = No
     return y
 
 
-def dequantize(stored: Stored, quant_state: Any) -> Tensor:
+def dequantize(stored: Weight4bit, quant_state: Any) -> Tensor:
     from bitsandbytes import functional
 
     dense: Tensor = functional.dequantize_4bit(packed(stored), quant_state)
     return dense
 
 
-def decode_linear(x: Tensor, stored: Stored, quant_state: Any, bias: Tensor | None = None) -> Tensor:
+def decode_linear(x: Tensor, stored: Weight4bit, quant_state: Any, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, dequantize(stored, quant_state), bias)
 
 
@@ -75,7 +77,7 @@ def quantize(dense: Tensor, *, nested: bool = True) -> tuple[Tensor, ...]:
     return bytes_, quantised.absmax, quantised.state2.absmax, quantised.offset
 
 
-def module(stored: Stored, shape: tuple[int, int], dtype: torch.dtype, bias: Tensor | None = None) -> nn.Module:
+def module(stored: Weight4bit, shape: tuple[int, int], dtype: torch.dtype, bias: Tensor | None = None) -> nn.Module:
     """Its Linear4bit over our tensors, nested, as peft finds it in a model."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 

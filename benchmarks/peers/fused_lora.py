@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..weights import Stored
+from fourbit.kernels.weight4bit import Weight4bit
+
 from . import bnb
 
 NAME = "published-method fused LoRA (ours)"
@@ -23,7 +24,7 @@ def missing() -> str | None:
 
 
 def linears(
-    x: Tensor, frozen: Sequence[tuple[Stored, Any]], adapters: Sequence[tuple[Tensor, Tensor]], scale: float
+    x: Tensor, frozen: Sequence[tuple[Weight4bit, Any]], adapters: Sequence[tuple[Tensor, Tensor]], scale: float
 ) -> tuple[Tensor, ...]:
     """x [M, K] through several 4-bit weights with an adapter each, A [r, K] and B [N, r] in x's dtype."""
     flat = [tensor for pair in adapters for tensor in pair]
@@ -33,7 +34,7 @@ def linears(
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, frozen: Sequence[tuple[Stored, Any]], scale: float, *flat: Tensor) -> Any:
+    def forward(ctx: Any, x: Tensor, frozen: Sequence[tuple[Weight4bit, Any]], scale: float, *flat: Tensor) -> Any:
         ctx.save_for_backward(x, *flat)
         ctx.frozen, ctx.scale = frozen, scale
         outputs = []

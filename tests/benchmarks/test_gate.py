@@ -62,7 +62,7 @@ def test_one_code_off_by_one_is_seen() -> None:
 def test_a_late_scale_has_more_room_but_not_any() -> None:
     """Unscaled codes in bf16: outside the strict bound, inside its own; a wrong scale is outside both."""
     weights, x = case(torch.bfloat16, M=32)
-    scales = weights.copies[0].absmax.repeat_interleave(64).view(weights.N, weights.K)
+    scales = weights.copies[0].scales.view(-1).repeat_interleave(64).view(weights.N, weights.K)
     codes = (weights.decoded(torch.float32) / scales).bfloat16()
     y = (x.double() @ (codes.double() * scales).T).bfloat16()
     assert worst(y, x, weights.exact, scaled_late=True) <= 1

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fourbit.kernels import blockwise, dequantize4bit
+from fourbit.kernels import dequantize4bit
 from fourbit.kernels.dispatch import force_path
 from fourbit.kernels.nf4 import dequantize, quantize
-from fourbit.kernels.quantize4bit import BLOCKSIZES
-from fourbit.kernels.weight4bit import Weight4bit
+from fourbit.kernels.weight4bit import BLOCKSIZES, Weight4bit
 
 decoding = pytest.importorskip("fourbit.kernels.dequantize4bit_triton")
 
@@ -29,29 +28,27 @@ BUDGET = {80: 8, 86: 8, 89: 8, 90: 8, 100: 8, 120: 9.5}  # SASS instructions to 
 COLUMNS = (1, 2, 7, 8, 24, 63, 64, 65, 72, 128, 136, 520, 1023, 1024, 2048, 2056, 4100)
 
 
-def stored(n: int, nested: bool, quant_type: str, blocksize: int, seed: int) -> dict[str, Any]:
-    """Random codes and scales as the arguments of dequantize: every byte, and scales of many sizes."""
-    generator = torch.Generator().manual_seed(seed)
+def stored(shape: tuple[int, ...], nested: bool, quant_type: str, blocksize: int, seed: int) -> Weight4bit:
+    """Random codes and scales: every byte, and scales of many sizes."""
+    generator, n = torch.Generator().manual_seed(seed), torch.Size(shape).numel()
     blocks = -(-n // blocksize)
     packed = torch.randint(0, 256, ((n + 1) // 2,), generator=generator, dtype=torch.uint8)
-    made: dict[str, Any] = {"packed": packed, "quant_type": quant_type, "blocksize": blocksize}
+    absmax = torch.rand(blocks, generator=generator) + 0.01
     if not nested:
-        return made | {"absmax": torch.rand(blocks, generator=generator) + 0.01}
+        return Weight4bit(packed, absmax, None, None, shape, quant_type, blocksize)
     codes = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
-    scales = torch.rand(-(-blocks // 256), generator=generator) + 0.01
-    return made | {"absmax": codes, "nested_absmax": scales, "offset": torch.rand((), generator=generator) + 1}
+    scales, offset = torch.rand(-(-blocks // 256), generator=generator) + 0.01, torch.rand(1, generator=generator) + 1
+    return Weight4bit(packed, codes, scales, offset, shape, quant_type, blocksize)
 
 
-def on_device(arguments: dict[str, Any], guards: Any, shift: int = 0) -> dict[str, Any]:
-    moved = {k: guards.around(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    return moved | {"packed": guards.around(arguments["packed"], shift)}
+def on_device(weight: Weight4bit, guards: Any, shift: int = 0) -> Weight4bit:
+    moved = {k: guards.around(v) for k, v in weight._asdict().items() if isinstance(v, Tensor)}
+    return weight._replace(**moved | {"packed": guards.around(weight.packed, shift)})
 
 
 def check_decoding(
     guards: Any,
-    rows: int,
-    columns: int,
-    arguments: dict[str, Any],
+    weight: Weight4bit,
     dtype: torch.dtype,
     *,
     transpose: bool = False,
@@ -60,18 +57,12 @@ def check_decoding(
     shift_out: int = 0,
 ) -> None:
     """Into rows that lie `pad` values apart, codes and target `shift` elements off alignment: the reference's bits."""
-    shape = (columns, rows) if transpose else (rows, columns)
+    shape = weight.shape[::-1] if transpose else weight.shape
     with force_path("reference"):
-        want = dequantize(**arguments, shape=(rows, columns), dtype=dtype, transpose=transpose)
+        want = dequantize(weight, dtype, transpose=transpose)
     workspace = guards.around(torch.full((shape[0], shape[1] + pad), float("nan"), dtype=dtype), shift_out)
     with force_path("triton"):
-        dequantize(
-            **on_device(arguments, guards, shift),
-            shape=(rows, columns),
-            dtype=dtype,
-            transpose=transpose,
-            out=workspace[:, : shape[1]],
-        )
+        dequantize(on_device(weight, guards, shift), dtype, workspace[:, : shape[1]], transpose=transpose)
     assert torch.equal(workspace[:, : shape[1]].cpu(), want)
     assert bool(workspace[:, shape[1] :].isnan().all()), "written between rows"
     guards.check()
@@ -105,10 +96,8 @@ def test_every_shape_decodes_to_the_references_bits(
     shift_out: int,
     seed: int,
 ) -> None:
-    arguments = stored(rows * columns, nested, quant_type, blocksize, seed)
-    check_decoding(
-        guards, rows, columns, arguments, dtype, transpose=transpose, pad=pad, shift=shift, shift_out=shift_out
-    )
+    weight = stored((rows, columns), nested, quant_type, blocksize, seed)
+    check_decoding(guards, weight, dtype, transpose=transpose, pad=pad, shift=shift, shift_out=shift_out)
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -127,9 +116,7 @@ def test_every_shape_decodes_to_the_references_bits(
 def test_scales_of_neighbouring_groups(
     guards: Any, rows: int, columns: int, blocksize: int, dtype: torch.dtype, transpose: bool
 ) -> None:
-    check_decoding(
-        guards, rows, columns, stored(rows * columns, True, "nf4", blocksize, 0), dtype, transpose=transpose, pad=8
-    )
+    check_decoding(guards, stored((rows, columns), True, "nf4", blocksize, 0), dtype, transpose=transpose, pad=8)
 
 
 @pytest.mark.parametrize("n", [1, 63, 2047, 2048, 2049, 2056, 9000])
@@ -137,35 +124,36 @@ def test_scales_of_neighbouring_groups(
 def test_a_fresh_tensor_is_filled_and_any_number_of_dimensions_decodes(
     guards: Any, n: int, nested: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = stored(n, nested, "nf4", 32, n)
+    weight = stored((n,), nested, "nf4", 32, n)
 
     def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
     for shape in ((n,), (1, 1, n), (n, 1, 1)):
         with force_path("reference"):
-            want = dequantize(**arguments, shape=shape)
+            want = dequantize(weight._replace(shape=shape))
         with monkeypatch.context() as patch, force_path("triton"):
             patch.setattr(dequantize4bit, "_allocate", poisoned)
-            got = dequantize(**on_device(arguments, guards), shape=shape)
+            got = dequantize(on_device(weight._replace(shape=shape), guards))
         assert got.shape == shape and torch.equal(got.cpu(), want)
     guards.check()
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
-    arguments = stored(64 * 300, True, "nf4", 64, 0)
+    weight = stored((64, 300), True, "nf4", 64, 0)
 
     def decode(**changed: Any) -> Tensor:
-        return dequantize(**{"shape": (64, 300), **arguments, **changed})
+        options = {name: changed.pop(name) for name in ("out", "transpose") if name in changed}
+        return dequantize(weight._replace(**changed), **options)
 
     for changed, message in (
         ({"offset": None}, "belong together"),
         ({"nested_absmax": None}, "belong together"),
         ({"absmax": torch.ones(300)}, r"need 300 uint8 codes of scales, got 300 of torch\.float32"),
-        ({"absmax": arguments["absmax"][1:]}, "need 300 uint8 codes of scales, got 299"),
+        ({"absmax": weight.absmax[1:]}, "need 300 uint8 codes of scales, got 299"),
         ({"nested_absmax": torch.ones(3)}, "300 codes in blocks of 256 need 2 scales in fp32, got 3"),
         ({"offset": torch.ones(2)}, "offset must be one fp32 value, got 2"),
-        ({"absmax": arguments["absmax"].to("meta")}, "on one device, got cpu, meta"),
+        ({"absmax": weight.absmax.to("meta")}, "on one device, got cpu, meta"),
         ({"out": torch.empty(64, 300, device="meta")}, "out must be on the codes' device cpu, got meta"),
         ({"out": torch.empty(64, 300), "transpose": True}, r"out must be a contiguous \(300, 64\) tensor"),
         ({"out": torch.empty(300, 64).T}, r"larger row stride.*strides \(1, 64\)"),
@@ -182,13 +170,13 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 def test_without_kernels_workspaces_and_transposed_matrices_are_filled_too(
     path: str, nested: bool, transpose: bool
 ) -> None:
-    arguments = stored(33 * 65, nested, "fp4", 32, 0)
+    weight = stored((33, 65), nested, "fp4", 32, 0)
     with force_path(path):
-        flat = dequantize(**arguments, shape=(33, 65), dtype=torch.bfloat16)
+        flat = dequantize(weight, torch.bfloat16)
         workspace = torch.full((65, 80) if transpose else (33, 80), float("nan"), dtype=torch.bfloat16)
         out = workspace[:, : 33 if transpose else 65]
-        assert dequantize(**arguments, shape=(33, 65), dtype=torch.bfloat16, out=out, transpose=transpose) is out
-        alone = dequantize(**arguments, shape=(33, 65), dtype=torch.bfloat16, transpose=transpose)
+        assert dequantize(weight, torch.bfloat16, out, transpose=transpose) is out
+        alone = dequantize(weight, torch.bfloat16, transpose=transpose)
     assert torch.equal(out, flat.T if transpose else flat) and bool(workspace[:, out.shape[1] :].isnan().all())
     assert alone.is_contiguous() and torch.equal(alone, out)
 
@@ -196,26 +184,20 @@ def test_without_kernels_workspaces_and_transposed_matrices_are_filled_too(
 @pytest.mark.parametrize("shape", [(0,), (0, 64), (64, 0)])
 def test_nothing_decodes_to_nothing(guards: Any, shape: tuple[int, ...]) -> None:
     with force_path("triton"):
-        got = dequantize(**on_device(stored(0, False, "nf4", 64, 0), guards), shape=shape)
-        assert got.shape == shape
-        packed, absmax = quantize(torch.empty(shape, device=DEVICE))
-        assert packed.shape == (0, 1) and absmax.shape == (0,)
+        assert dequantize(on_device(stored(shape, False, "nf4", 64, 0), guards)).shape == shape
+        made = quantize(torch.empty(shape, device=DEVICE))
+        assert made.packed.numel() == made.absmax.numel() == 0
     guards.check()
 
 
 def test_stored_tensors_may_be_views() -> None:
     """Every other element of wider tensors: flat, they are still no more than views."""
-    arguments = stored(3 * 4096, True, "nf4", 64, 0)
-    wide = {
-        k: v.repeat_interleave(2).to(DEVICE) if k != "offset" else v
-        for k, v in arguments.items()
-        if isinstance(v, Tensor)
-    }
+    weight = stored((3, 4096), True, "nf4", 64, 0)
     with force_path("reference"):
-        want = dequantize(**arguments, shape=(3, 4096))
-    views = arguments | {k: v[::2] if v.dim() else v.to(DEVICE) for k, v in wide.items()}
+        want = dequantize(weight)
+    views = {k: v.repeat_interleave(2).to(DEVICE)[::2] for k, v in weight._asdict().items() if isinstance(v, Tensor)}
     with force_path("triton"):
-        got = dequantize(**views, shape=(3, 4096))
+        got = dequantize(weight._replace(**views))
     assert torch.equal(got.cpu(), want)
 
 
@@ -250,14 +232,14 @@ class _Ops(TorchDispatchMode):
 def test_decoding_is_one_launch_and_nothing_else(
     guards: Any, columns: int, transpose: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = on_device(stored(8 * columns, True, "nf4", 64, 0), guards)
+    weight = on_device(stored((8, columns), True, "nf4", 64, 0), guards)
     with force_path("triton"):
-        dequantize(**arguments, shape=(8, columns), transpose=transpose)  # the tables are made now
+        dequantize(weight, transpose=transpose)  # the tables are made now
         launches = _Launches()
         for kernel in ("_decode_words", "_decode_turned", "_decode_values"):
             monkeypatch.setattr(decoding, kernel, launches)
         with _Ops() as ops:
-            dequantize(**arguments, shape=(8, columns), transpose=transpose)
+            dequantize(weight, transpose=transpose)
     guards.check()
     assert len(launches.grids) == 1
     assert ops.names <= {"empty", "view", "detach"}, ops.names
@@ -275,7 +257,7 @@ def test_grids_stay_within_cudas_limits(n: int, word: int, monkeypatch: pytest.M
     meta = {"device": "meta"}
     for rows, columns in ((1, n), (n // word, word), (262_144, 8192), (8192, 262_144)):
         packed = torch.empty(rows * columns // 2, dtype=torch.uint8, **meta)
-        weight = Weight4bit(packed, torch.empty(rows * columns // 64, **meta), None, None, rows, columns, "nf4", 64)
+        weight = Weight4bit(packed, torch.empty(rows * columns // 64, **meta), None, None, (rows, columns))
         for transpose in (False, True):
             shape = (columns, rows) if transpose else (rows, columns)
             for out in (
@@ -291,16 +273,13 @@ def test_grids_stay_within_cudas_limits(n: int, word: int, monkeypatch: pytest.M
 def test_more_than_two_to_the_31_values() -> None:
     n, tail = (1 << 31) + 8192, 8192
     for nested in (False, True):
-        arguments = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in stored(n, nested, "nf4", 64, 0).items()}
-        scales = arguments["absmax"]
-        if nested:
-            scales = blockwise.dequantize_absmax(scales, arguments["nested_absmax"], arguments["offset"])
-        want = dequantize(arguments["packed"][-tail // 2 :], scales[-tail // 64 :], (tail,), dtype=torch.bfloat16)
-        flat = dequantize(**arguments, shape=(n,), dtype=torch.bfloat16)
-        assert torch.equal(flat[-tail:], want)
-        packed, absmax = quantize(flat)
-        again = quantize(flat[-tail:])
-        assert torch.equal(packed[-tail // 2 :], again[0]) and torch.equal(absmax[-tail // 64 :], again[1])
+        weight = stored((n,), nested, "nf4", 64, 0).to("cuda")
+        last = Weight4bit(weight.packed[-tail // 2 :], weight.scales[-tail // 64 :], None, None, (tail,))
+        flat = dequantize(weight, torch.bfloat16)
+        assert torch.equal(flat[-tail:], dequantize(last, torch.bfloat16))
+        made, again = quantize(flat), quantize(flat[-tail:])
+        assert torch.equal(made.packed[-tail // 2 :], again.packed)
+        assert torch.equal(made.absmax[-tail // 64 :], again.absmax)
 
 
 def _decoding(
@@ -312,17 +291,11 @@ def _decoding(
         blocks = -(-rows * columns // blocksize)
         meta: Any = {"device": "meta"}
         shape = (columns, rows) if transpose else (rows, columns)
-        dequantize(
-            torch.empty(rows * columns // 2, 1, dtype=torch.uint8, **meta),
-            torch.empty(blocks, dtype=torch.uint8, **meta),
-            (rows, columns),
-            nested_absmax=torch.empty(-(-blocks // 256), **meta),
-            offset=torch.empty((), **meta),
-            dtype=dtype,
-            blocksize=blocksize,
-            out=torch.empty(shape[0], shape[1] + pad, dtype=dtype, **meta)[:, : shape[1]],
-            transpose=transpose,
-        )
+        packed, codes = (torch.empty(size, dtype=torch.uint8, **meta) for size in (rows * columns // 2, blocks))
+        nested, offset = torch.empty(-(-blocks // 256), **meta), torch.empty(1, **meta)
+        weight = Weight4bit(packed, codes, nested, offset, (rows, columns), blocksize=blocksize)
+        out = torch.empty(shape[0], shape[1] + pad, dtype=dtype, **meta)[:, : shape[1]]
+        dequantize(weight, dtype, out, transpose=transpose)
 
     return run
 

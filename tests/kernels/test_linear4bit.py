@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fourbit.kernels import dispatch
 from fourbit.kernels import linear4bit as module
 from fourbit.kernels.dispatch import force_path, product_dtype
-from fourbit.kernels.nf4 import dequantize, dequantize_absmax, linear4bit, quantize, quantize_absmax
+from fourbit.kernels.nf4 import Weight4bit, dequantize, linear4bit, quantize
 from fourbit.kernels.plan import Plan
-from fourbit.kernels.weight4bit import Weight4bit
 
 # Where there is a GPU kernels are compiled for it, and take no tensors of the CPU.
 PATHS = [path for path in dispatch.PATHS if path != "triton" or not torch.cuda.is_available()]
@@ -28,28 +27,15 @@ class Weight:
     def __init__(self, rows: int, columns: int, *, nested: bool = False, seed: int = 0, **quantisation: Any):
         generator = torch.Generator().manual_seed(seed)
         self.shape = (rows, columns)
-        self.quantisation = quantisation
-        self.packed, self.absmax = quantize(torch.randn(rows, columns, generator=generator), **quantisation)
-        scales, self.nested = self.absmax, {}
-        if nested:
-            self.absmax, nested_absmax, offset = quantize_absmax(self.absmax)
-            self.nested = {"nested_absmax": nested_absmax, "offset": offset}
-            scales = dequantize_absmax(self.absmax, nested_absmax, offset)
-        self.dense = dequantize(self.packed, scales, self.shape, **quantisation)
-
-    @property
-    def stored(self) -> Weight4bit:
-        nested = [self.nested.get(name) for name in ("nested_absmax", "offset")]
-        quantisation = {"quant_type": "nf4", "blocksize": 64} | self.quantisation
-        return Weight4bit(self.packed, self.absmax, *nested, *self.shape, **quantisation)
+        self.stored = quantize(torch.randn(rows, columns, generator=generator), double_quant=nested, **quantisation)
+        self.dense = dequantize(self.stored)
 
     def to(self, device: str) -> "Weight":
-        self.packed, self.absmax, self.dense = (t.to(device) for t in (self.packed, self.absmax, self.dense))
-        self.nested = {name: tensor.to(device) for name, tensor in self.nested.items()}
+        self.stored, self.dense = self.stored.to(device), self.dense.to(device)
         return self
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return linear4bit(x, self.packed, self.absmax, self.shape, bias, **self.nested, **self.quantisation)
+        return linear4bit(x, self.stored, bias)
 
 
 def assert_product(got: Tensor, a: Tensor, b: Tensor, start: Tensor | None = None) -> None:
@@ -201,9 +187,7 @@ def test_only_packed_tensors_are_saved() -> None:
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         weight(torch.randn(4, 128, requires_grad=True), torch.zeros(64))
-    assert {t.data_ptr() for t in saved} == {
-        t.data_ptr() for t in (weight.packed, weight.absmax, *weight.nested.values())
-    }
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in weight.stored[:4]}
 
 
 def test_nothing_is_decoded_for_a_gradient_nobody_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,9 +223,9 @@ def test_a_large_weight_is_never_dense() -> None:
     packed = torch.randint(0, 256, (shape[0] * shape[1] // 2, 1), dtype=torch.uint8)
     absmax = torch.ones(shape[0] * shape[1] // 64)
     x = torch.randn(2, 2048, requires_grad=True)
-    dequantize(packed[:32], absmax[:1], (64,))  # the tables are made once, before the count
+    dequantize(Weight4bit(packed[:32], absmax[:1], None, None, (64,)))  # tables are made once, before the count
     with LargestResult() as largest:
-        linear4bit(x, packed, absmax, shape).sum().backward()
+        linear4bit(x, Weight4bit(packed, absmax, None, None, shape)).sum().backward()
     assert largest.bytes <= 4 * module.SLAB
 
 
@@ -256,16 +240,16 @@ def test_inference_mode_and_autocast_leave_it_alone() -> None:
 
 
 def test_misfits_are_refused() -> None:
-    weight = Weight(10, 64, nested=True)
+    weight, stored = Weight(10, 64, nested=True), Weight(10, 64, nested=True).stored
     with pytest.raises(ValueError, match=r"the weight is \(10, 64\) \(out, in\), so x must end in 64, got \(3, 65\)"):
         weight(torch.randn(3, 65))
     with pytest.raises(ValueError, match="nested_absmax and offset belong together"):
-        linear4bit(torch.randn(3, 64), weight.packed, weight.absmax, (10, 64), offset=torch.tensor(0.0))
+        linear4bit(torch.randn(3, 64), stored._replace(nested_absmax=None))
     with pytest.raises(ValueError, match=r"need 10 fp32 scales, got 10 of torch\.uint8"):
-        linear4bit(torch.randn(3, 64), weight.packed, weight.absmax, (10, 64))
+        linear4bit(torch.randn(3, 64), stored._replace(nested_absmax=None, offset=None))
     for rows, need in ((20, 640), (5, 160)):
         with pytest.raises(ValueError, match=f"need {need} packed uint8 bytes, got 320"):
-            linear4bit(torch.randn(3, 64), weight.packed, weight.absmax, (rows, 64), **weight.nested)
+            linear4bit(torch.randn(3, 64), stored._replace(shape=(rows, 64)))
 
 
 def test_force_path_names_its_paths_and_restores() -> None:
@@ -303,8 +287,9 @@ def test_the_ops_are_registered_correctly(nested: bool) -> None:
     """torch's own checks: schema, fake kernels, autograd registration, tracing with dynamic shapes."""
     stored = Weight(10, 64, nested=nested).stored
     x, bias = torch.randn(2, 3, 64, requires_grad=True), torch.randn(10, requires_grad=True)
-    torch.library.opcheck(module._linear4bit, (x, bias, *stored))
-    torch.library.opcheck(module._linear4bit_backward, (torch.randn(2, 3, 10), *stored))
+    layout = (*stored[:4], *stored.shape, "nf4", 64)
+    torch.library.opcheck(module._linear4bit, (x, bias, *layout))
+    torch.library.opcheck(module._linear4bit_backward, (torch.randn(2, 3, 10), *layout))
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -350,4 +335,4 @@ def test_shapes_that_the_kernel_does_not_take_are_decoded(columns: int) -> None:
     weight = Weight(33, columns).to(DEVICE)
     x = torch.randn(3, columns, device=DEVICE).bfloat16()
     with force_path("triton"):
-        assert_product(weight(x), x, weight.dense.bfloat16().T)
+        assert_product(weight(x), x, weight.dense.to(module.compute_dtype(x, weight.stored)).T)

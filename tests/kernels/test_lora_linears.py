@@ -16,8 +16,8 @@ from fourbit.kernels import lora_linears as module
 from fourbit.kernels.dispatch import force_path
 from fourbit.kernels.dropout import keep_mask, keep_scale
 from fourbit.kernels.lora import lora_linears4bit
-from fourbit.kernels.lora_paths import Group, decode
-from fourbit.kernels.nf4 import quantize, quantize_absmax
+from fourbit.kernels.lora_paths import Group
+from fourbit.kernels.nf4 import dequantize, quantize
 from fourbit.kernels.plan import FORMS, Plan
 from fourbit.kernels.weight4bit import Weight4bit
 
@@ -59,9 +59,7 @@ def draw(
     random = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, masters)  # noqa: E731
     weights = []
     for n in rows:
-        packed, absmax = quantize(random(n, columns), quant_type=quant_type, blocksize=blocksize)
-        scales = quantize_absmax(absmax) if nested else (absmax, None, None)
-        weights.append(Weight4bit(packed, *scales, n, columns, quant_type, blocksize))
+        weights.append(quantize(random(n, columns), quant_type, blocksize, nested))
     return Sample(
         weights,
         [random(n).requires_grad_() if bias else None for n in rows],
@@ -89,7 +87,7 @@ def exact(sample: Sample, x: Tensor, grads: list[Tensor], dropout: float, seed: 
     factor = torch.ones(x.shape, dtype=torch.float64, device=DEVICE)
     if seed is not None:
         factor = keep_mask(x.shape, dropout, seed).double() * keep_scale(dropout)
-    dense = [decode(weight, torch.float64) for weight in sample.weights]
+    dense = [dequantize(weight, torch.float64) for weight in sample.weights]
     results = []
     for absolute in (False, True):
         number = (lambda t: t.detach().double().abs()) if absolute else (lambda t: t.detach().double())
@@ -421,8 +419,9 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def _weight(rows: int, columns: int) -> Weight4bit:
     blocks = rows * columns // 64
-    scales = _meta(blocks, dtype=torch.uint8), _meta(-(-blocks // 256), dtype=torch.float32), _meta(dtype=torch.float32)
-    return Weight4bit(_meta(rows * columns // 2, 1, dtype=torch.uint8), *scales, rows, columns, "nf4", 64)
+    nested, offset = _meta(-(-blocks // 256), dtype=torch.float32), _meta(1, dtype=torch.float32)
+    packed, codes = (_meta(rows, columns // each, dtype=torch.uint8) for each in (2, 64))
+    return Weight4bit(packed, codes, nested, offset, (rows, columns))
 
 
 def _step(columns: int, rows: tuple[int, ...], rank: int, dropout: float, form: str) -> Any:

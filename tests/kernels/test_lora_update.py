@@ -98,9 +98,9 @@ def test_y_is_overwritten_and_returned() -> None:
 def test_the_base_layers_gradient_passes_through() -> None:
     """As LoRALinear calls it: the fresh output of a dense layer (a view, for 3-D x) or of a 4-bit one."""
     weight = torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
-    packed, absmax = quantize(weight)
+    stored = quantize(weight)
     dense = nn.Linear(64, 12)
-    for base in (dense, lambda x: linear4bit(x, packed, absmax, (12, 64), torch.ones(12))):
+    for base in (dense, lambda x: linear4bit(x, stored, torch.ones(12))):
         _, x, A, B = (t.detach().requires_grad_() for t in draw((2, 3), 64, 12, 4, dtype=torch.float32))
         lora_update(base(x), x, A, B, 2.0).square().sum().backward()
         got = [t.grad.clone() for t in (x, A, B)]

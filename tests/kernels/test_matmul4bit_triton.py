@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fourbit.kernels import codes, dispatch, plan
-from fourbit.kernels.blockwise import dequantize_absmax, quantize_absmax
 from fourbit.kernels.nf4 import dequantize, quantize
 from fourbit.kernels.weight4bit import Weight4bit
 
@@ -45,11 +44,9 @@ class Sample:
     def __init__(self, N: int, K: int, seed: int, *, nested: bool = True, quant_type: str = "nf4", blocksize: int = 64):
         GUARDS.clear()
         self.generator = torch.Generator().manual_seed(seed)
-        packed, absmax = quantize(self.random(N, K), quant_type=quant_type, blocksize=blocksize)
-        stored, nested_absmax, offset = quantize_absmax(absmax) if nested else (absmax, None, None)
-        scales = dequantize_absmax(stored, nested_absmax, offset) if nested else absmax
-        self.dense = dequantize(packed, scales, (N, K), quant_type=quant_type, blocksize=blocksize)
-        self.weight = Weight4bit(guarded(packed), guarded(stored), nested_absmax, offset, N, K, quant_type, blocksize)
+        made = quantize(self.random(N, K), quant_type, blocksize, nested)
+        self.dense = dequantize(made)
+        self.weight = made._replace(packed=guarded(made.packed), absmax=guarded(made.absmax))
 
     def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(DEVICE, dtype)
@@ -259,7 +256,7 @@ def test_what_it_applies_to() -> None:
     assert not matmul4bit.applies(torch.float32, weight)
     assert not matmul4bit.applies(torch.bfloat16, meta(128, 160))  # K not a multiple of 64
     assert not matmul4bit.applies(torch.bfloat16, meta(0, 192)) and not matmul4bit.applies(torch.bfloat16, meta(1, 0))
-    assert not matmul4bit.applies(torch.bfloat16, weight._replace(rows=1 << 16, columns=1 << 16))
+    assert not matmul4bit.applies(torch.bfloat16, weight._replace(shape=(1 << 16, 1 << 16)))
 
 
 @given(st.integers(1, 5000), st.integers(1, 500), st.integers(1, 600))
@@ -279,13 +276,13 @@ def meta(N: int, K: int, nested: bool = True) -> Weight4bit:
     blocks = N * K // 64
     empty = lambda size, dtype: torch.empty(size, dtype=dtype, device="meta")  # noqa: E731
     if not nested:
-        return Weight4bit(empty(N * K // 2, torch.uint8), empty(blocks, torch.float32), None, None, N, K, "nf4", 64)
+        return Weight4bit(empty(N * K // 2, torch.uint8), empty(blocks, torch.float32), None, None, (N, K))
     absmax, groups, offset = (
         empty(blocks, torch.uint8),
         empty(-(-blocks // 256), torch.float32),
-        empty((), torch.float32),
+        empty(1, torch.float32),
     )
-    return Weight4bit(empty(N * K // 2, torch.uint8), absmax, groups, offset, N, K, "nf4", 64)
+    return Weight4bit(empty(N * K // 2, torch.uint8), absmax, groups, offset, (N, K))
 
 
 def _row(M: int, *, full: bool, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fourbit.kernels import codes, dequantize4bit, dispatch, quantize4bit
 from fourbit.kernels.codes import code_for
 from fourbit.kernels.dispatch import force_path
-from fourbit.kernels.nf4 import dequantize, dequantize_absmax, quantize, quantize_absmax
+from fourbit.kernels.nf4 import Weight4bit, dequantize, quantize
 
 # Where there is a GPU kernels are compiled for it, and take no tensors of the CPU.
 PATHS = [path for path in dispatch.PATHS if path != "triton" or not torch.cuda.is_available()]
@@ -60,11 +60,24 @@ def test_bytes_and_scales_equal_bitsandbytes(oracle: Any, quant_type: str, block
         for dtype in DTYPES:
             weight = random_weight(shape, dtype)
             with force_path(path):
-                packed, absmax = quantize(weight, quant_type=quant_type, blocksize=blocksize)
+                made = quantize(weight, quant_type, blocksize)
             want_packed, want_absmax = oracle.quantize(weight, quant_type, blocksize)
-            assert packed.shape == ((weight.numel() + 1) // 2, 1), (shape, dtype)
-            assert torch.equal(packed, want_packed), (shape, dtype)
-            assert torch.equal(absmax, want_absmax), (shape, dtype)
+            assert made.shape == shape and made.check() is made
+            assert torch.equal(made.packed.view(-1, 1), want_packed), (shape, dtype)
+            assert torch.equal(made.absmax.view(-1), want_absmax), (shape, dtype)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_rows_of_whole_blocks_are_rows_of_what_is_stored(double_quant: bool) -> None:
+    """So that cutting the packed bytes and the scales on rows is cutting the weight; other weights are flat."""
+    made = quantize(random_weight((6, 128)), blocksize=32, double_quant=double_quant)
+    assert made.packed.shape == (6, 64) and made.absmax.shape == (6, 4)
+    assert (made.offset is None) != double_quant and (made.offset is None or made.offset.shape == (1,))
+    part = made._replace(packed=made.packed[2:4], absmax=made.scales[2:4], nested_absmax=None, offset=None)
+    assert torch.equal(dequantize(part._replace(shape=(2, 128))), dequantize(made)[2:4])
+    for shape in ((6, 129), (6 * 128,), (2, 3, 128)):
+        made = quantize(random_weight(shape), blocksize=32, double_quant=double_quant)
+        assert made.packed.dim() == made.absmax.dim() == 1
 
 
 @given(awkward_values(), st.sampled_from(TYPES), st.sampled_from(BLOCKSIZES))
@@ -73,8 +86,8 @@ def test_bytes_equal_bitsandbytes_on_ties(oracle: Any, weight: Tensor, quant_typ
     want_packed, want_absmax = oracle.quantize(weight, quant_type, blocksize)
     for path in PATHS:
         with force_path(path):
-            packed, absmax = quantize(weight, quant_type=quant_type, blocksize=blocksize)
-        assert torch.equal(packed, want_packed) and torch.equal(absmax, want_absmax), path
+            made = quantize(weight, quant_type, blocksize)
+        assert torch.equal(made.packed, want_packed.view(-1)) and torch.equal(made.absmax, want_absmax), path
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -82,10 +95,11 @@ def test_bytes_equal_bitsandbytes_on_ties(oracle: Any, weight: Tensor, quant_typ
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_values_equal_bitsandbytes(oracle: Any, quant_type: str, blocksize: int, path: str) -> None:
     for shape in shapes_for(path):
-        packed, absmax = quantize(random_weight(shape), quant_type=quant_type, blocksize=blocksize)
+        made = quantize(random_weight(shape), quant_type, blocksize)
+        packed, absmax = made.packed.view(-1, 1), made.absmax.view(-1)
         for dtype in DTYPES:
             with force_path(path):
-                got = dequantize(packed, absmax, shape, dtype=dtype, quant_type=quant_type, blocksize=blocksize)
+                got = dequantize(made, dtype)
             want = oracle.dequantize(packed, absmax, got.numel(), quant_type, blocksize, dtype)
             assert got.shape == shape and torch.equal(got.view(-1), want), (shape, dtype)
 
@@ -93,7 +107,7 @@ def test_values_equal_bitsandbytes(oracle: Any, quant_type: str, blocksize: int,
 def test_a_whole_matrix_equals_bitsandbytes_as_its_users_call_it(oracle: Any) -> None:
     weight = random_weight((128, 512), torch.bfloat16)
     packed, state = oracle.functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
-    got = dequantize(packed, state.absmax, weight.shape, dtype=torch.bfloat16)
+    got = dequantize(Weight4bit(packed, state.absmax, None, None, (128, 512)), torch.bfloat16)
     assert torch.equal(got, oracle.functional.dequantize_4bit(packed, state))
 
 
@@ -124,15 +138,14 @@ def test_paths_agree_across_chunks(
     n = 2 * 8192 + extra
     weight = random_weight((n,), seed=extra)
     with force_path("reference"):
-        want = quantize(weight, quant_type=quant_type, blocksize=blocksize)
-        want_values = dequantize(*want, (n,), quant_type=quant_type, blocksize=blocksize)
+        want = quantize(weight, quant_type, blocksize)
+        want_values = dequantize(want)
     monkeypatch.setattr(quantize4bit, "CHUNK", 8192)
     monkeypatch.setattr(dequantize4bit, "CHUNK", 8192)
-    got = quantize(weight, quant_type=quant_type, blocksize=blocksize)
+    got = quantize(weight, quant_type, blocksize)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
     for dtype in (*DTYPES, torch.float64):
-        values = dequantize(*got, (n,), dtype=dtype, quant_type=quant_type, blocksize=blocksize)
-        assert torch.equal(values, want_values.to(dtype)), dtype
+        assert torch.equal(dequantize(got, dtype), want_values.to(dtype)), dtype
 
 
 def test_chunks_are_whole_blocks() -> None:
@@ -146,18 +159,18 @@ def test_every_byte_decodes(quant_type: str) -> None:
     results = []
     for path in PATHS:
         with force_path(path):
-            results.append(dequantize(packed, absmax, (packed.numel() * 2,), quant_type=quant_type))
+            results.append(dequantize(Weight4bit(packed, absmax, None, None, (packed.numel() * 2,), quant_type)))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
 @given(st.integers(0, 700), st.integers(0, 3), st.integers(0, 5))
 def test_packed_and_out_may_lie_anywhere(n: int, skip_packed: int, skip_out: int) -> None:
     """Views at odd offsets, where the table's 8-byte entries are not aligned."""
-    packed, absmax = quantize(random_weight((n + 1,))[:n])
-    want = dequantize(packed, absmax, (n,))
-    moved = torch.cat([packed.new_zeros(skip_packed, 1), packed])[skip_packed:]
+    made = quantize(random_weight((n + 1,))[:n])
+    want = dequantize(made)
+    moved = made._replace(packed=torch.cat([made.packed.new_zeros(skip_packed), made.packed])[skip_packed:])
     out = torch.full((n + skip_out,), torch.nan)[skip_out:]
-    assert dequantize(moved, absmax, (n,), out=out) is out
+    assert dequantize(moved, out=out) is out
     assert torch.equal(out, want)
 
 
@@ -165,10 +178,10 @@ def test_packed_and_out_may_lie_anywhere(n: int, skip_packed: int, skip_out: int
 @pytest.mark.parametrize("skip_values", [0, 1, 2, 3])
 def test_out_may_start_anywhere_in_memory(skip_bytes: int, skip_values: int) -> None:
     """Memory from outside torch need not be aligned, whatever the offset within it says."""
-    packed, absmax = quantize(random_weight((64,)))
+    made = quantize(random_weight((64,)))
     memory = torch.from_numpy(np.zeros(512, np.uint8)[skip_bytes:-16]).view(torch.float32)
     out = memory[skip_values : skip_values + 64]
-    assert torch.equal(dequantize(packed, absmax, (64,), out=out), dequantize(packed, absmax, (64,)))
+    assert torch.equal(dequantize(made, out=out), dequantize(made))
 
 
 def test_the_cpu_takes_the_quick_path_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,12 +192,12 @@ def test_the_cpu_takes_the_quick_path_unless_told_otherwise(monkeypatch: pytest.
     monkeypatch.setattr(quantize4bit, "_pack_by_pattern", tripped)
     weight = random_weight((64,))
     with force_path("reference"):
-        packed, absmax = quantize(weight)
-        dequantize(packed, absmax, (64,))
+        made = quantize(weight)
+        dequantize(made)
     with pytest.raises(AssertionError, match="quick path"):
         quantize(weight)
     with pytest.raises(AssertionError, match="quick path"):
-        dequantize(packed, absmax, (64,))
+        dequantize(made)
 
 
 @given(
@@ -202,17 +215,16 @@ def test_error_is_at_most_half_the_widest_gap(
     """Half the gap from -1 to -0.696 is 0.1519036, from 2/3 to 1 is 1/6; the rest pays for the fp32 roundings."""
     quant_type, bound = type_and_bound
     weight = draw_weight(n, kind, seed) * 2.0**log2_scale
-    packed, absmax = quantize(weight, quant_type=quant_type, blocksize=blocksize)
-    values = dequantize(packed, absmax, (n,), quant_type=quant_type, blocksize=blocksize)
-    error = (values.double() - weight.double()).abs()
-    assert bool((error <= bound * absmax.double().repeat_interleave(blocksize)[:n]).all())
+    made = quantize(weight, quant_type, blocksize)
+    error = (dequantize(made).double() - weight.double()).abs()
+    assert bool((error <= bound * made.absmax.double().repeat_interleave(blocksize)[:n]).all())
 
 
 @given(st.integers(1, 400), st.sampled_from(TYPES), st.sampled_from(BLOCKSIZES), st.integers(0, 2**31))
 def test_each_code_is_the_nearest(n: int, quant_type: str, blocksize: int, seed: int) -> None:
     """No other code is nearer by more than the roundings of scaling: 4 units of 2^-24 of absmax."""
     weight = draw_weight(n, "heavy", seed)
-    packed, absmax = quantize(weight, quant_type=quant_type, blocksize=blocksize)
+    packed, absmax, *_ = quantize(weight, quant_type, blocksize)
     scales = absmax.double().repeat_interleave(blocksize)[:n]
     candidates = code_for(quant_type).double() * scales.unsqueeze(1)  # [n, 16], exact
     nibbles = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], 1).view(-1)[:n].long()
@@ -227,25 +239,21 @@ def test_code_values_times_a_scale_come_back_exactly(seed: int, quant_type: str,
     weight = code[torch.randint(16, (3 * blocksize + 5,), generator=torch.Generator().manual_seed(seed))]
     weight[::blocksize] = 1.0  # each block then has absmax = scale
     weight = weight * torch.tensor(scale)
-    packed, absmax = quantize(weight, quant_type=quant_type, blocksize=blocksize)
-    got = dequantize(packed, absmax, weight.shape, quant_type=quant_type, blocksize=blocksize)
-    assert torch.equal(got, weight)
+    assert torch.equal(dequantize(quantize(weight, quant_type, blocksize)), weight)
 
 
 @pytest.mark.parametrize(("quant_type", "byte"), [("nf4", 0x77), ("fp4", 0x00)])
 def test_zero_blocks_stay_zero(quant_type: str, byte: int) -> None:
-    packed, absmax = quantize(torch.zeros(2, 50), quant_type=quant_type)  # one whole block, one short one
-    assert packed.unique().tolist() == [byte]
-    assert absmax[0] == 0 and absmax[1] == torch.tensor(1e-38)
-    assert not dequantize(packed, absmax, (2, 50), quant_type=quant_type).any()
+    made = quantize(torch.zeros(2, 50), quant_type)  # one whole block, one short one
+    assert made.packed.unique().tolist() == [byte]
+    assert made.absmax[0] == 0 and made.absmax[1] == torch.tensor(1e-38)
+    assert not dequantize(made).any()
 
 
 def test_relative_error_on_normal_weights_is_the_known_one() -> None:
     weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
-    packed, absmax = quantize(weight)
-    plain = dequantize(packed, absmax, weight.shape)
-    nested = dequantize(packed, dequantize_absmax(*quantize_absmax(absmax)), weight.shape)
-    relative = [float((values - weight).norm() / weight.norm()) for values in (plain, nested)]
+    made = [dequantize(quantize(weight, double_quant=nested)) for nested in (False, True)]
+    relative = [float((values - weight).norm() / weight.norm()) for values in made]
     assert relative[0] == pytest.approx(0.0920, abs=5e-4)
     assert abs(relative[1] - relative[0]) < 5e-4
 
@@ -254,8 +262,8 @@ def test_double_quantisation_costs_at_most_4_13_bits_a_parameter() -> None:
     """The linears of SmolLM2-135M (30 layers), from the bytes of what is stored, the two code tables counted once."""
     stored, parameters = (16 + 256) * 4, 0
     for shape, count in {(576, 576): 60, (192, 576): 60, (1536, 576): 60, (576, 1536): 30}.items():
-        packed, absmax = quantize(torch.ones(shape))
-        stored += count * sum(t.numel() * t.element_size() for t in (packed, *quantize_absmax(absmax)))
+        made = quantize(torch.ones(shape), double_quant=True)
+        stored += count * sum(tensor.nbytes for tensor in made[:4])
         parameters += count * torch.Size(shape).numel()
     assert parameters == 106_168_320
     assert 8 * stored / parameters <= 4.13
@@ -263,9 +271,9 @@ def test_double_quantisation_costs_at_most_4_13_bits_a_parameter() -> None:
 
 @pytest.mark.parametrize("shape", [(0,), (0, 64), (3, 0)])
 def test_empty_tensors_quantise_to_nothing(shape: tuple[int, ...]) -> None:
-    packed, absmax = quantize(torch.empty(shape))
-    assert packed.shape == (0, 1) and absmax.shape == (0,)
-    assert dequantize(packed, absmax, shape).shape == shape
+    made = quantize(torch.empty(shape))
+    assert made.packed.numel() == made.absmax.numel() == 0
+    assert dequantize(made).shape == shape
 
 
 def test_other_layouts_and_fp64_are_the_same_weight() -> None:
@@ -279,10 +287,9 @@ def test_other_layouts_and_fp64_are_the_same_weight() -> None:
 
 
 def test_fp64_holds_the_fp32_values_and_half_types_round_them_once() -> None:
-    packed, absmax = quantize(random_weight((50, 50)))
-    values = dequantize(packed, absmax, (50, 50))
+    made = quantize(random_weight((50, 50)))
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        assert torch.equal(dequantize(packed, absmax, (50, 50), dtype=dtype), values.to(dtype))
+        assert torch.equal(dequantize(made, dtype), dequantize(made).to(dtype))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -290,7 +297,7 @@ def test_defaults_of_the_caller_change_nothing(path: str) -> None:
     """A default dtype of bf16 and tables first made on the meta device, as a loader may have it."""
     weight = random_weight((30, 67))
     want = quantize(weight)
-    values = dequantize(*want, weight.shape)
+    values = dequantize(want)
     for cached in (quantize4bit._pattern_tables, codes._pairs):
         cached.cache_clear()
     default = torch.get_default_dtype()
@@ -299,7 +306,7 @@ def test_defaults_of_the_caller_change_nothing(path: str) -> None:
         with force_path(path), torch.device("meta"):
             got = quantize(weight)
             out = torch.empty(30, 67, dtype=torch.float16, device="cpu")
-            dequantize(*got, weight.shape, dtype=torch.float16, out=out)
+            dequantize(got, torch.float16, out)
     finally:
         torch.set_default_dtype(default)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and torch.equal(out, values.half())
@@ -307,10 +314,10 @@ def test_defaults_of_the_caller_change_nothing(path: str) -> None:
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_memory_with_huge_pages_is_memory_all_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    packed, absmax = quantize(random_weight((33, 35)))
-    want = dequantize(packed, absmax, (33, 35), dtype=dtype)
+    made = quantize(random_weight((33, 35)))
+    want = dequantize(made, dtype)
     monkeypatch.setattr(dequantize4bit, "HUGE_PAGES_FROM", 1)
-    got = dequantize(packed, absmax, (33, 35), dtype=dtype)
+    got = dequantize(made, dtype)
     assert torch.equal(got, want) and got.dtype == dtype and got.is_contiguous()
     got.add_(1)  # writable
 
@@ -336,34 +343,34 @@ def test_fp64_beyond_fp32_is_refused() -> None:
 
 @pytest.mark.parametrize("blocksize", [0, -64, 1, 16, 48, 100, 8192])
 def test_other_block_sizes_are_refused(blocksize: int) -> None:
-    packed, absmax = quantize(torch.ones(64))
+    made = quantize(torch.ones(64))
     rule = f"blocksize must be a power of two from 32 to 4096, got {blocksize}"
     with pytest.raises(ValueError, match=rule):
         quantize(torch.ones(64), blocksize=blocksize)
     with pytest.raises(ValueError, match=rule):
-        dequantize(packed, absmax, (64,), blocksize=blocksize)
+        dequantize(made._replace(blocksize=blocksize))
 
 
 def test_unknown_types_and_integers_are_refused() -> None:
     with pytest.raises(ValueError, match="quant_type must be 'nf4' or 'fp4', got 'int8'"):
-        quantize(torch.ones(64), quant_type="int8")
+        quantize(torch.ones(64), "int8")
     with pytest.raises(ValueError, match="only floating-point tensors can be quantised, got"):
         quantize(torch.ones(64, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"dtype must be a floating-point type, got torch\.int8"):
-        dequantize(*quantize(torch.ones(64)), (64,), dtype=torch.int8)
+        dequantize(quantize(torch.ones(64)), torch.int8)
 
 
 def test_sizes_that_disagree_are_refused() -> None:
-    packed, absmax = quantize(torch.ones(100))
+    made = quantize(torch.ones(10, 10))
     with pytest.raises(ValueError, match=r"102 values of shape \(102,\) need 51 packed uint8 bytes, got 50"):
-        dequantize(packed, absmax, (102,))
+        dequantize(made._replace(shape=(102,)))
     with pytest.raises(ValueError, match="100 values in blocks of 32 need 4 fp32 scales, got 2"):
-        dequantize(packed, absmax, (100,), blocksize=32)
+        dequantize(made._replace(blocksize=32))
     with pytest.raises(ValueError, match=r"fp32 scales, got 2 of torch\.uint8"):
-        dequantize(packed, absmax.to(torch.uint8), (100,))
+        dequantize(made._replace(absmax=made.absmax.to(torch.uint8)))
     for out in (torch.empty(10, 11), torch.empty(10, 10, dtype=torch.float16), torch.empty(10, 10).T):
         with pytest.raises(ValueError, match=r"out must be a contiguous \(10, 10\) tensor of torch.float32"):
-            dequantize(packed, absmax, (10, 10), out=out)
+            dequantize(made, out=out)
 
 
 def draw_weight(n: int, kind: str, seed: int) -> Tensor:
@@ -377,14 +384,12 @@ def draw_weight(n: int, kind: str, seed: int) -> Tensor:
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
 def test_decoding_is_one_node_for_torch_compile(nested: bool, transpose: bool) -> None:
-    packed, absmax = quantize(torch.randn(6, 64))
-    scales, nested_absmax, offset = quantize_absmax(absmax) if nested else (absmax, None, None)
-    layout = ([6, 64], torch.bfloat16, "nf4", 64, transpose)
-    torch.library.opcheck(dequantize4bit._in_graph, (packed, scales, nested_absmax, offset, *layout))
+    made = quantize(torch.randn(6, 64), double_quant=nested)
+    layout = ([6, 64], "nf4", 64, torch.bfloat16, transpose)
+    torch.library.opcheck(dequantize4bit._in_graph, (*made[:4], *layout))
 
     def decode(out: Tensor | None = None) -> Tensor:
-        kwargs = {"nested_absmax": nested_absmax, "offset": offset, "transpose": transpose, "out": out}
-        return dequantize(packed, scales, (6, 64), **kwargs)
+        return dequantize(made, out=out, transpose=transpose)
 
     compiled = torch.compile(decode, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(), decode())

@@ -145,7 +145,7 @@ def test_under_checkpointing_keep_saves_the_decoding_of_backward(
 ) -> None:
     """Two weights, decoded by the first forward pass, by the second and, without keep, by backward."""
     made: list[int] = []
-    for name in ("slabs", "decode"):
+    for name in ("slabs", "dequantize"):
         original = getattr(lora_paths, name)
         monkeypatch.setattr(lora_paths, name, lambda *a, original=original: (made.append(1), original(*a))[1])
     modules = [layer(40, dropout=0.2), layer(24, seed=1, dropout=0.2)]

@@ -56,7 +56,7 @@ def test_checkpointing_changes_no_bit_and_keeping_saves_a_pass_of_decoding(
     """By default weights are kept on a GPU only. Nobody needs the first layer's input's gradient: q, k, v of it."""
     want = step(model)
     decoded: list[int] = []
-    for name in ("slabs", "decode"):
+    for name in ("slabs", "dequantize"):
         original = getattr(lora_paths, name)
         monkeypatch.setattr(lora_paths, name, lambda *a, original=original: (decoded.append(1), original(*a))[1])
     recomputed = copy.deepcopy(model)
