@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo demo-dpo test test-slow test-gpu lint types wheel-check bench bench-cpu bench-sft bench-dpo clean
+.PHONY: demo demo-dpo test test-slow test-gpu lint types wheel-check size walks bench bench-cpu bench-sft bench-dpo clean
 
 demo: $(VENV)/.installed $(VENV)/.model ## fine-tune a real model on examples/tickets
 	$(BIN)/python examples/tickets/demo.py
@@ -33,6 +33,12 @@ types: $(VENV)/.dev
 
 wheel-check: $(VENV)/.dev ## build the wheel, install it elsewhere, import it and run its command
 	.ci/wheel-check $(BIN)/python
+
+size: $(VENV)/.dev ## lines of the package by folder, beside the first house's
+	$(BIN)/python -m benchmarks.size
+
+walks: $(VENV)/.dev ## files that --lr, a chat row and a pair cross on their way through the package
+	$(BIN)/python -m benchmarks.walks
 
 bench: $(VENV)/.dev ## every op, a layer and a training step against the peers, on a CUDA GPU, in ten minutes
 	$(BIN)/python -m benchmarks --device cuda $(BENCH_ARGS)

@@ -1,0 +1,16 @@
+"""`benchmarks.size` counts every file of the package and no other, and functions by their lines."""
+
+import subprocess
+
+from benchmarks import CHECKOUT, size
+
+
+def test_every_file_of_the_package_counts() -> None:
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    ours = [name for name in tracked.stdout.split() if name.split("/")[0] not in ("tests", "benchmarks", "examples")]
+    assert {str(path.relative_to(CHECKOUT)) for path in size.package_files()} >= set(ours)
+
+
+def test_a_function_is_as_long_as_its_lines() -> None:
+    source = "class A:\n    @cached\n    def b(self):\n        '''c'''\n\n        return 1\n\n\nasync def d(): ...\n"
+    assert size.function_lengths(source) == [1, 4]
