@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import fourbit
 from fourbit.kernels.weight4bit import Weight4bit
-from fourbit.models.llama import Llama, LlamaConfig
+from fourbit.models.decoder import Decoder as Model
+from fourbit.models.spec import Spec
 
 from .cases import Setting
 from .peers import bnb, dense, peft_lora
@@ -69,13 +70,13 @@ class Parts:
         return [(layer, name, weights, weights.copies[i]) for layer, name, weights, i in self.places()]
 
 
-def ours(parts: Parts, *, quantised: bool = True, dropout: float = 0.0, dtype: torch.dtype | None = None) -> Llama:
+def ours(parts: Parts, *, quantised: bool = True, dropout: float = 0.0, dtype: torch.dtype | None = None) -> Model:
     """Our decoder with LoRA on every linear, in 4 bits or over the decoded dense weights, in training mode."""
     dtype = dtype or parts.setting.dtype
     shape = parts.shape
     with torch.device("meta"):
-        model = Llama(
-            LlamaConfig(
+        model = Model(
+            Spec(
                 vocab_size=parts.vocabulary,
                 hidden_size=shape.hidden,
                 intermediate_size=shape.intermediate,
@@ -118,7 +119,7 @@ def randomise(model: nn.Module, scale: float = 0.05) -> None:
         module.lora_B.data.copy_(scale * values)
 
 
-def transformers(parts: Parts, adapters: Llama, *, quantised: bool = True, dropout: float = 0.0) -> Any:
+def transformers(parts: Parts, adapters: Model, *, quantised: bool = True, dropout: float = 0.0) -> Any:
     """transformers' Llama over bitsandbytes (or dense) linears with peft's LoRA, its adapters those of our model."""
     from transformers import LlamaConfig as PeerConfig
     from transformers import LlamaForCausalLM

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fourbit
 from fourbit.kernels.dispatch import force_path
-from fourbit.models.llama import Llama
+from fourbit.models.decoder import Decoder
 
 from . import decoder
 from .cases import OURS, Case, Point, Setting, Variant, Work, present
@@ -55,13 +55,13 @@ def layer(parts: Parts, tokens: int) -> Work:
     x = setting.normal(tokens // length, length, shape.hidden, seed=1).requires_grad_()
     grad = setting.normal(*x.shape, seed=2)
 
-    def run_ours(model: Llama, x: Tensor, grad: Tensor) -> list[Tensor]:
+    def run_ours(model: Decoder, x: Tensor, grad: Tensor) -> list[Tensor]:
         adapters = fourbit.lora.attach.adapter_parameters(model)
         model.model.embed_tokens = Given(x)
         y = model.hidden(torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device))
         return [y, *torch.autograd.grad(y, [x, *adapters], grad)]
 
-    def built(**how: Any) -> Llama:
+    def built(**how: Any) -> Decoder:
         model = decoder.ours(parts, **how)
         decoder.randomise(model)
         model.model.norm = nn.Identity()

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from ..errors import InputError
 from ..models.generate import generate
+from ..models.protocol import CausalLM
 from .load import load_adapted
 from .options import AdaptedModelOptions, SamplingOptions, option
 from .parse import Sources
@@ -60,7 +61,7 @@ def _ask() -> str | None:
         return None
 
 
-def _answer(model: Any, tokenizer: Any, prompt: list[int], options: Options) -> str:
+def _answer(model: CausalLM, tokenizer: Any, prompt: list[int], options: Options) -> str:
     """Write the answer to stdout token by token; Ctrl-C ends it early, and what was written counts."""
     stream = Stream(tokenizer.decode, lambda text: print(visible(text), end="", flush=True))
     seed = options.seed + len(prompt)

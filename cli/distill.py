@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 
 from ..errors import InputError
 from ..lora.files import load_adapter, read_snapshot
+from ..lora.snapshot import Snapshot
 from ..models.load import load_tokenizer
+from ..models.protocol import CausalLM
 from ..trainer.distill import DistillTrainer, check_same_tokens
 from ..trainer.distill_config import DistillConfig
 from .load import check_adapter, check_exists, load_weights, remark_other_form, run_settings
@@ -70,10 +72,10 @@ class Options(DistillConfig, TeacherOptions, StartOptions):
             )
         return options
 
-    def trainer(self, model: Any, tokenizer: Any, rows: Any, val: Any, **more: Any) -> Any:
+    def trainer(self, model: CausalLM, tokenizer: Any, rows: Any, val: Any, **more: Any) -> Any:
         return super().trainer(model, tokenizer, rows, val, teacher=self._load_teacher(model, tokenizer))
 
-    def _load_teacher(self, student: Any, tokenizer: Any) -> Any:
+    def _load_teacher(self, student: CausalLM, tokenizer: Any) -> CausalLM | Snapshot | None:
         """A model, or what stands for one on the student's base."""
         adapter, quant = self.teacher_adapter, str(self.teacher_quant)
         if adapter is not None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..models.protocol import CausalLM
 from ..trainer.dpo import DPOTrainer
 from ..trainer.preference_config import DPOConfig
 from .load import refuse_reward_model
@@ -35,7 +36,7 @@ class Options(DPOConfig, StartOptions):
             refuse_reward_model(self.adapter)
         return self
 
-    def trainer(self, model: Any, tokenizer: Any, rows: Any, val: Any, **more: Any) -> Any:
+    def trainer(self, model: CausalLM, tokenizer: Any, rows: Any, val: Any, **more: Any) -> Any:
         trainer = super().trainer(model, tokenizer, rows, val)
         if trainer.reference is not None:
             base = trainer.config.reference == "base"

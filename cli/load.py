@@ -13,6 +13,7 @@ from ..errors import EnvironmentProblem, InputError
 from ..lora.files import load_adapter
 from ..lora.linear4bit import NF4Linear
 from ..models.load import check_tokenizer, load_model, load_tokenizer
+from ..models.protocol import CausalLM
 from .config_file import read_config
 from .options import AdaptedModelOptions, ModelOptions
 from .show import amount, note, working
@@ -55,7 +56,7 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def load_weights(options: ModelOptions, tokenizer: Any, quant: str) -> Any:
+def load_weights(options: ModelOptions, tokenizer: Any, quant: str) -> CausalLM:
     """The model that the options name; prints what was loaded. Raises InputError if the tokenizer is not its own."""
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
@@ -69,7 +70,7 @@ def load_weights(options: ModelOptions, tokenizer: Any, quant: str) -> Any:
     return model
 
 
-def load_adapted(options: AdaptedModelOptions) -> tuple[Any, Any, ChatTemplate]:
+def load_adapted(options: AdaptedModelOptions) -> tuple[CausalLM, Any, ChatTemplate]:
     """Model with the adapter on it, tokenizer and template.
 
     The 4-bit form and the template default to those that the adapter (or the whole model) was trained with.

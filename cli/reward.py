@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..models.protocol import CausalLM
 from ..trainer.preference_config import RewardConfig
 from ..trainer.reward import RewardTrainer
 from ..trainer.reward_model import HEAD, read_head
@@ -32,7 +33,7 @@ class Options(RewardConfig, StartOptions):
     def kind_of_rows(self) -> str:
         return "pairs"
 
-    def trainer(self, model: Any, tokenizer: Any, rows: Any, val: Any, **more: Any) -> Any:
+    def trainer(self, model: CausalLM, tokenizer: Any, rows: Any, val: Any, **more: Any) -> Any:
         if self.adapter is None or not (Path(self.adapter) / HEAD).exists():
             return super().trainer(model, tokenizer, rows, val)
         note(f"head: goes on from {self.adapter}")

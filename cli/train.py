@@ -15,6 +15,7 @@ from ..lora.attach import attach
 from ..lora.config import LoRAConfig
 from ..lora.files import load_adapter
 from ..models.load import load_tokenizer
+from ..models.protocol import CausalLM
 from ..trainer.config import TrainingConfig
 from ..trainer.interrupt import stop_if_asked
 from ..trainer.progress import display_for
@@ -117,7 +118,7 @@ class TrainOptions(ResultOptions, TrainingConfig, AdapterOptions, DataOptions, M
     def kind_of_rows(self) -> str:
         return "chat"
 
-    def trainer(self, model: Any, tokenizer: Any, rows: Any, val: Any, **more: Any) -> Any:
+    def trainer(self, model: CausalLM, tokenizer: Any, rows: Any, val: Any, **more: Any) -> Any:
         config = self.config_type(**{field.name: getattr(self, field.name) for field in fields(self.config_type)})
         return self.trainer_type(model, tokenizer, train=rows, val=val, config=config, **more)
 
@@ -218,7 +219,7 @@ def _datasets(options: TrainOptions, tokenizer: Any) -> tuple[Any, Any]:
     return train, val
 
 
-def _put_adapter(model: Any, options: TrainOptions) -> None:
+def _put_adapter(model: CausalLM, options: TrainOptions) -> None:
     """The adapter that training starts from, and a line about it."""
     if options.start is not None:
         note(f"adapter: goes on from {options.start}, on {len(load_adapter(model, options.start))} layers")

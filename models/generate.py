@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cache import KVCache as KVCache
-from .llama import Llama
+from .protocol import CausalLM
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Sampling:
 
 @torch.inference_mode()
 def generate(
-    model: Llama,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 256,
@@ -79,14 +78,14 @@ class _Batch:
     """
 
     def __init__(
-        self, model: Llama, prompts: list[Sequence[int]], sampling: Sampling, seeds: list[tuple[int, int]]
+        self, model: CausalLM, prompts: list[Sequence[int]], sampling: Sampling, seeds: list[tuple[int, int]]
     ) -> None:
         self.model, self.sampling = model, sampling
-        self.device = model.model.embed_tokens.weight.device
+        self.device = model.device
         self.generators = [_generator(*seed) for seed in seeds]
         self.answers: list[list[int]] = [[] for _ in prompts]
         self.active = list(range(len(prompts)))
-        self.cache = KVCache(len(model.model.layers))
+        self.cache = model.new_cache()
         shared = _common_start(prompts)
         if shared:
             model.hidden(torch.tensor([prompts[0][:shared]], device=self.device), cache=self.cache)
@@ -178,7 +177,7 @@ def _generator(seed: int, index: int) -> torch.Generator:
 
 
 def _check(
-    model: Llama,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_size: int,
@@ -195,5 +194,5 @@ def _check(
             raise ValueError(
                 f"prompt {i} is empty; a prompt needs at least one token (the beginning-of-text token, say)"
             )
-        if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
-            raise ValueError(f"prompt {i} holds a token id outside 0 to {model.config.vocab_size - 1}")
+        if min(prompt) < 0 or max(prompt) >= model.vocab_size:
+            raise ValueError(f"prompt {i} holds a token id outside 0 to {model.vocab_size - 1}")

@@ -17,9 +17,11 @@ from ..errors import EnvironmentProblem, InputError
 from ..lora.linear4bit import NF4Linear
 from ..lora.quantize import quantize_
 from . import hf
+from .decoder import Decoder
+from .families import read_spec
 from .gguf import GGUFFile
 from .gguf_tensors import hf_name
-from .llama import Llama, LlamaConfig
+from .protocol import CausalLM
 from .tokenizer import Tokenizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -34,7 +36,7 @@ def load(
     quantize: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> tuple[Llama, Tokenizer]:
+) -> tuple[Decoder, Tokenizer]:
     """Model and tokenizer of a Hugging Face folder or a `.gguf` file; arguments and errors as in `load_model`.
 
     InputError also where the tokenizer is missing or has more tokens than the model has embeddings.
@@ -51,12 +53,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer.from_gguf(GGUFFile(path).metadata) if _is_gguf(path) else Tokenizer.from_folder(_folder(path))
 
 
-def check_tokenizer(model: Llama, tokenizer: Tokenizer) -> None:
+def check_tokenizer(model: CausalLM, tokenizer: Tokenizer) -> None:
     """Raise InputError when the tokenizer can yield a token that the model has no embedding for."""
-    if tokenizer.vocab_size > model.config.vocab_size:
+    if tokenizer.vocab_size > model.vocab_size:
         raise InputError(
             f"{model.source}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's "
-            f"{model.config.vocab_size} embeddings; they belong to different models."
+            f"{model.vocab_size} embeddings; they belong to different models."
         )
 
 
@@ -66,7 +68,7 @@ def load_model(
     quantize: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> Llama:
+) -> Decoder:
     """The model alone, in evaluation mode, all parameters as trainable as their layer makes them.
 
     `quantize`: None or "none" keeps every weight dense in `dtype`; "nf4" (double quantisation), "nf4-nodq" and "fp4"
@@ -81,9 +83,9 @@ def load_model(
     if quantize not in (None, "none", *QUANTIZE):
         raise InputError(f"quantize must be none, {', '.join(QUANTIZE)}, got {quantize!r}.")
     data, shapes, tensors = _read_gguf(path) if _is_gguf(path) else _read_folder(path)
-    config = LlamaConfig.from_hf(data)
+    spec = read_spec(data)
     with torch.device("meta"), _NoInitialValues():
-        model = Llama(config)
+        model = Decoder(spec)
     skip = _check_tensors(path, model, shapes)
     if quantize in QUANTIZE:
         code, double_quant = QUANTIZE[quantize]
@@ -91,7 +93,7 @@ def load_model(
     for name, tensor in tensors:
         if name not in skip:
             _place(model, name, tensor, dtype, device, path)
-    if config.tie_word_embeddings:
+    if spec.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.source = str(path)
     return model.eval()
@@ -146,12 +148,12 @@ def _device(device: torch.device | str) -> torch.device:
     return device
 
 
-def _check_tensors(path: Path, model: Llama, shapes: Shapes) -> set[str]:
+def _check_tensors(path: Path, model: Decoder, shapes: Shapes) -> set[str]:
     """Compare the file's tensors with the model's; returns names to skip (old rotary buffers, a tied head's second
     copy).
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)}
-    if model.config.tie_word_embeddings:
+    if model.spec.tie_word_embeddings:
         del wanted["lm_head.weight"]
     skip = {
         name
@@ -178,7 +180,7 @@ def _check_tensors(path: Path, model: Llama, shapes: Shapes) -> set[str]:
     return skip
 
 
-def _place(model: Llama, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, path: Path) -> None:
+def _place(model: Decoder, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, path: Path) -> None:
     """Put one tensor where it belongs; a 4-bit layer's weight is quantised on the way and not kept."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)

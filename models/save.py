@@ -2,20 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import InputError, NumericError
-from .llama_config import LlamaConfig
+from .protocol import CausalLM
 from .tokenizer import Tokenizer
 
 
-def save_model(model: Any, tokenizer: Tokenizer, folder: str | Path) -> None:
+def save_model(model: CausalLM, tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write config.json, model.safetensors and the tokenizer's files into `folder`, which is made if need be.
 
-    model: a dense `Llama` without an adapter. Tied weights are written once, under the embedding's name.
+    model: a dense one without an adapter. Tied weights are written once, under the embedding's name.
     Raises InputError for a 4-bit model or one with an adapter, NumericError for NaN or infinity, by tensor.
     """
     from safetensors.torch import save_file
@@ -23,11 +22,12 @@ def save_model(model: Any, tokenizer: Tokenizer, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _dense_state(model)
-    if model.config.tie_word_embeddings:
+    settings = model.settings()
+    if settings.get("tie_word_embeddings"):
         tensors.pop("lm_head.weight", None)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    config = hf_config(model.config) | {"torch_dtype": dtype}
+    config = settings | {"torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_tokenizer(tokenizer, folder)
 
@@ -50,34 +50,3 @@ def _dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
         if not torch.isfinite(tensor).all():
             raise NumericError(f"{name} holds NaN or infinity; it is not saved")
     return state
-
-
-def hf_config(config: LlamaConfig) -> dict[str, Any]:
-    """The keys of a Hugging Face `config.json` for this decoder, as transformers 4 and 5 both read them."""
-    scaling = config.rope_scaling
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if scaling is None else _scaling(scaling),
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-    }
-
-
-def _scaling(scaling: Any) -> dict[str, Any]:
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return {"rope_type": scaling.kind} | {name: getattr(scaling, name) for name in names}

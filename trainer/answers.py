@@ -1,12 +1,13 @@
 """Log-probabilities of whole answers from a model and a batch of them, without logits of prompts or padding."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..data.answer_batch import AnswerBatch
 from ..kernels.linear_logprobs import check_targets
+from ..models.protocol import CausalLM
 from .logprobs import token_scores, vocabulary_of
 from .step import summed
 
@@ -30,7 +31,7 @@ class Answers(NamedTuple):
         return {"entropy": summed(self.entropy, self.there), "token_accuracy": summed(self.correct, self.there)}
 
 
-def answer_scores(model: Any, batch: AnswerBatch) -> Answers:
+def answer_scores(model: CausalLM, batch: AnswerBatch) -> Answers:
     """One forward pass over a batch that is still on the CPU; the head runs on predicted tokens only.
 
     A token that both answers of a pair begin with is predicted once and counts in both.

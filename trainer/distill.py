@@ -16,6 +16,8 @@ from ..kernels.linear_logprobs import check_targets
 from ..lora.attach import lora_modules
 from ..lora.linear import LoRALinear
 from ..lora.snapshot import Factors, Snapshot, adapter_swapped
+from ..models.protocol import CausalLM
+from ..models.tokenizer import Tokenizer
 from .distill_config import DistillConfig
 from .divergence import token_divergence
 from .evaluate import evaluating
@@ -38,17 +40,20 @@ class DistillTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: Any,
+        model: CausalLM,
         tokenizer: Any,
         *,
-        teacher: Any | Snapshot | None,
+        teacher: CausalLM | Snapshot | None,
         train: Any,
         config: DistillConfig,
         val: Any | float | None = None,
     ) -> None:
         super().__init__(model, tokenizer, train=train, config=config, val=val)
-        shared = teacher is None or isinstance(teacher, Snapshot)
-        self.teacher: Teacher = _SameBase(model, teacher or Snapshot({}), config) if shared else _Other(model, teacher)
+        self.teacher: Teacher
+        if isinstance(teacher, CausalLM):
+            self.teacher = _Other(model, teacher)
+        else:
+            self.teacher = _SameBase(model, teacher or Snapshot({}), config)
         vocabulary = vocabulary_of(model.lm_head)
         if config.top_k is not None and config.top_k > vocabulary:
             raise InputError(f"top_k must be at most {vocabulary}, the vocabulary, got {config.top_k}")
@@ -90,7 +95,7 @@ class DistillTrainer(SFTTrainer):
 class Teacher:
     """A model to learn from, and how it is put in place for a forward pass."""
 
-    def __init__(self, model: Any, head: nn.Module) -> None:
+    def __init__(self, model: CausalLM, head: nn.Module) -> None:
         self.model, self.head = model, head
 
     def in_place(self) -> AbstractContextManager[Any]:
@@ -107,7 +112,7 @@ class Teacher:
 class _SameBase(Teacher):
     """The student itself, with another adapter in place of its own."""
 
-    def __init__(self, model: Any, adapter: Snapshot, config: DistillConfig) -> None:
+    def __init__(self, model: CausalLM, adapter: Snapshot, config: DistillConfig) -> None:
         if config.full:
             raise InputError(
                 "full training changes the student's base, so the base cannot be the teacher: give a model of its own"
@@ -129,7 +134,7 @@ class _SameBase(Teacher):
 class _Other(Teacher):
     """A model of its own."""
 
-    def __init__(self, student: Any, model: Any) -> None:
+    def __init__(self, student: CausalLM, model: CausalLM) -> None:
         if model is student:
             raise InputError("the teacher is the student itself: give None for its base, or a Snapshot of an adapter")
         ours, theirs = vocabulary_of(student.lm_head), vocabulary_of(model.lm_head)
@@ -142,12 +147,10 @@ class _Other(Teacher):
         if places[0] != places[1]:
             raise InputError(f"the teacher is on {places[1]}, the student on {places[0]}: load both on one device")
         head = model.lm_head
-        own = Factors(head.lora_A, head.lora_B, head.alpha, head.rslora) if _adapted(head) else None
+        own = None
+        if isinstance(head, LoRALinear) and head.enabled:
+            own = Factors(head.lora_A, head.lora_B, head.alpha, head.rslora)
         super().__init__(model, frozen_head(head, own))
-
-
-def _adapted(head: nn.Module) -> bool:
-    return isinstance(head, LoRALinear) and head.enabled
 
 
 def frozen_head(head: nn.Module, factors: Factors | None) -> nn.Module:
@@ -165,7 +168,7 @@ def frozen_head(head: nn.Module, factors: Factors | None) -> nn.Module:
     return other.requires_grad_(False)  # without dropout, so its mode does not matter
 
 
-def check_same_tokens(student: Any, teacher: Any) -> None:
+def check_same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:
     """Raise InputError unless every id stands for the same token in both tokenizers."""
     ours, theirs = (tokenizer.backend.get_vocab(with_added_tokens=True) for tokenizer in (student, teacher))
     if ours == theirs:

@@ -20,6 +20,7 @@ from ..data.pairs import JudgedDataset, Judgement, PairDataset, load_judged, loa
 from ..errors import InputError, NumericError
 from ..lora.attach import lora_modules
 from ..lora.snapshot import snapshot
+from ..models.protocol import CausalLM
 from .answers import Answers, answer_scores
 from .evaluate import evaluating
 from .loop import Weights
@@ -88,7 +89,9 @@ class DPOTrainer(PreferenceTrainer):
 
     config: DPOConfig
 
-    def __init__(self, model: Any, tokenizer: Any, *, train: Any, config: DPOConfig, val: Any | float | None = None):
+    def __init__(
+        self, model: CausalLM, tokenizer: Any, *, train: Any, config: DPOConfig, val: Any | float | None = None
+    ):
         self.objective = config.objective()
         self.judged = self.objective.unpaired
         super().__init__(model, tokenizer, train=train, config=config, val=val)

@@ -15,6 +15,7 @@ from ..data.formats import Conversation
 from ..data.template import ChatTemplate
 from ..kernels.linear_logprobs import TokenScores, check_targets
 from ..models.generate import generate
+from ..models.protocol import CausalLM
 from .logprobs import token_scores, vocabulary_of
 
 
@@ -33,17 +34,17 @@ class Answer:
         return _trimmed(self.answer) == _trimmed(self.expected)
 
 
-def batch_loss_sum(model: Any, batch: Batch) -> Tensor:
+def batch_loss_sum(model: CausalLM, batch: Batch) -> Tensor:
     """Sum of the losses of a batch's trained tokens, 0-d float64. The head runs on trained positions only."""
     return batch_token_losses(model, batch).sum(dtype=torch.float64)
 
 
-def batch_token_losses(model: Any, batch: Batch) -> Tensor:
+def batch_token_losses(model: CausalLM, batch: Batch) -> Tensor:
     """Loss of each trained token, [batch.trained], in the order of the batch's flattened positions."""
     return -batch_token_scores(model, batch).logps
 
 
-def batch_token_scores(model: Any, batch: Batch) -> TokenScores:
+def batch_token_scores(model: CausalLM, batch: Batch) -> TokenScores:
     """Log-probability, entropy and correctness of each trained token, [batch.trained] each, in the order of positions.
 
     `batch` is on the CPU: trained positions are found and looked at there, so the device is never waited for.
@@ -61,7 +62,7 @@ def batch_token_scores(model: Any, batch: Batch) -> TokenScores:
 
 
 def evaluate_loss(
-    model: nn.Module,
+    model: CausalLM,
     examples: Sequence[Encoded],
     *,
     packing: bool = True,
@@ -84,7 +85,7 @@ def evaluate_loss(
 
 
 def answer_all(
-    model: Any,
+    model: CausalLM,
     tokenizer: Any,
     template: ChatTemplate,
     conversations: Sequence[Conversation],

@@ -9,9 +9,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +23,7 @@ from ..errors import DiskError, InputError, NumericError
 from ..lora.attach import adapters_off, lora_modules
 from ..lora.safe_files import write_whole
 from ..lora.snapshot import Factors, Snapshot, adapter_swapped
+from ..models.protocol import CausalLM
 from .answers import answer_scores
 from .evaluate import evaluating
 
@@ -40,7 +40,7 @@ class Reference(Protocol):
 class LiveReference:
     """The model itself with its adapter off (`start` None), or with the adapter that `start` holds."""
 
-    def __init__(self, model: Any, start: Snapshot | None) -> None:
+    def __init__(self, model: CausalLM, start: Snapshot | None) -> None:
         self.model, self.start = model, start
 
     def logps(self, batch: AnswerBatch) -> Tensor:
@@ -148,11 +148,9 @@ def write_cache(path: Path, flat: Tensor, parts: dict[str, str]) -> None:
         raise DiskError(f"could not write reference_cache {path} ({flat.nbytes:,} bytes): {problem}") from problem
 
 
-def cache_parts(model: nn.Module, start: Snapshot | None, data: str) -> dict[str, str]:
+def cache_parts(model: CausalLM, start: Snapshot | None, data: str) -> dict[str, str]:
     """What reference log-probabilities depend on, each as a hash: data (tokens and masks, so template and lengths
     too), base (weights and configuration), adapter, and the dtype that is computed in."""
-    config = getattr(model, "config", None)
-    settings = asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
     adapter = {id(p) for m in lora_modules(model).values() for p in (m.lora_A, m.lora_B)}
     tensors = [*model.named_parameters(), *model.named_buffers()]
     # A layer's weights are the same ones whether an adapter sits on it or not.
@@ -163,7 +161,7 @@ def cache_parts(model: nn.Module, start: Snapshot | None, data: str) -> dict[str
     dtype = next(p.dtype for p in model.parameters() if id(p) not in adapter)
     return {
         "data": data,
-        "base": hashlib.sha256((_hash(base) + json.dumps(settings, default=str)).encode()).hexdigest(),
+        "base": hashlib.sha256((_hash(base) + json.dumps(model.settings())).encode()).hexdigest(),
         "adapter": hashlib.sha256((_hash(frozen) + scales).encode()).hexdigest(),
         "dtype": str(dtype),
     }

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from ..data.answer_batch import AnswerBatch
+from ..models.protocol import CausalLM
 from .dpo import PreferenceTrainer
 from .loop import Weights
 from .objective import Rewards
@@ -30,7 +31,7 @@ class RewardTrainer(PreferenceTrainer):
 
     def __init__(
         self,
-        model: Any,
+        model: CausalLM,
         tokenizer: Any,
         *,
         train: Any,

@@ -24,6 +24,7 @@ from ..data.template import template_for
 from ..errors import DiskError, InputError, NumericError
 from ..lora.files import load_adapter, save_adapter
 from ..lora.safe_files import float_tensors, regular_file, write_whole
+from ..models.protocol import CausalLM
 from .evaluate import evaluating
 
 HEAD, KEY = "reward_head.safetensors", "score.weight"
@@ -37,14 +38,14 @@ class RewardModel:
     prompt's answers compare with each other; their zero and their scale mean nothing.
     """
 
-    def __init__(self, model: Any, head: Tensor) -> None:
-        wanted = (1, model.config.hidden_size)
+    def __init__(self, model: CausalLM, head: Tensor) -> None:
+        wanted = (1, model.hidden_size)
         if tuple(head.shape) != wanted:
             raise InputError(f"a reward model's head must be {list(wanted)} for this model, got {list(head.shape)}")
         self.model, self.head = model, head
 
     @classmethod
-    def load(cls, model: Any, folder: str | Path) -> "RewardModel":
+    def load(cls, model: CausalLM, folder: str | Path) -> "RewardModel":
         """Put the adapter in `folder` on the model, as `load_adapter` does, and read the head beside it.
 
         Raises InputError for a head or an adapter that is missing, broken or of another model, before the model is
@@ -59,7 +60,7 @@ class RewardModel:
         head = self.head.detach().cpu().contiguous()
         if not bool(torch.isfinite(head).all()):
             raise NumericError("the reward model's head holds NaN or infinity, so it was not saved")
-        save_adapter(self.model, folder, base_model=str(getattr(self.model, "source", "")))
+        save_adapter(self.model, folder, base_model=self.model.source)
         try:
             write_whole(Path(folder) / HEAD, lambda path: save_file({KEY: head}, path, metadata={"format": "pt"}))
         except (OSError, SafetensorError) as problem:
@@ -102,14 +103,13 @@ class RewardModel:
         return scores
 
 
-def fresh_head(model: Any) -> Tensor:
+def fresh_head(model: CausalLM) -> Tensor:
     """Zeros: all rewards are equal, the loss starts at ln 2, and there is no random start to unlearn."""
-    weight = model.model.embed_tokens.weight
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.zeros(1, model.config.hidden_size, dtype=dtype, device=weight.device)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    return torch.zeros(1, model.hidden_size, dtype=dtype, device=model.device)
 
 
-def read_head(model: Any, folder: str | Path) -> Tensor:
+def read_head(model: CausalLM, folder: str | Path) -> Tensor:
     """The head that `folder` holds, on the model's device, in fp32 (float64 for a float64 model).
 
     Raises InputError for a file that is missing, no regular file of the folder, or no head of this model, and for NaN

@@ -19,6 +19,7 @@ from ..data.order import step_indices, steps_per_epoch
 from ..errors import InputError
 from ..lora.attach import lora_modules
 from ..lora.files import adapter_state, load_adapter_state, save_adapter
+from ..models.protocol import CausalLM
 from .config import TrainingConfig
 from .disk import lock_folder
 from .evaluate import evaluating
@@ -63,7 +64,7 @@ class Trainer(ABC):
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, train: Any, config: TrainingConfig, val: Any | float | None = None
+        self, model: CausalLM, tokenizer: Any, *, train: Any, config: TrainingConfig, val: Any | float | None = None
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.parameters = self._parameters()
@@ -125,7 +126,7 @@ class Trainer(ABC):
 
     def save(self, out: Path) -> None:
         """Write what was trained into the run's folder."""
-        save_adapter(self.model, str(out), base_model=str(getattr(self.model, "source", "")))
+        save_adapter(self.model, str(out), base_model=self.model.source)
 
     def weights(self) -> Weights:
         """All that training changes, by name: the adapter."""

@@ -5,14 +5,15 @@ import torch
 from torch import Tensor
 
 import fourbit
-from fourbit.models.llama import Llama, LlamaConfig
+from fourbit.models.decoder import Decoder
+from fourbit.models.spec import Spec
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_training_step_is_one_graph_with_the_same_numbers(dropout: float) -> None:
     """Loss and every adapter gradient, forward and backward traced, within a few roundings of sums in another order."""
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(97, 64, 128, 2, 4, 2, 16))
+    model = Decoder(Spec(97, 64, 128, 2, 4, 2, 16))
     fourbit.quantize_(model)
     fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8, dropout=dropout, target="all-linear"))
     for name, parameter in model.named_parameters():

@@ -16,8 +16,8 @@ from fourbit.data.answer_batch import AnswerBatch, pack_answers, pad_answers
 from fourbit.data.encode import Encoded
 from fourbit.data.pairs import Pair, shared_tokens
 from fourbit.kernels import attention as attention_module
-from fourbit.models import llama
-from fourbit.models.llama import Llama, LlamaConfig
+from fourbit.models.decoder import Decoder
+from fourbit.models.spec import Spec
 
 VOCABULARY = 97
 Fault = Callable[[pytest.MonkeyPatch], None]
@@ -36,9 +36,9 @@ def pair(trunk: int, answers: Sequence[int], seed: int = 0) -> Pair:
 PAIRS = [(0, pair(17, (5, 9), 1)), (1, pair(1, (1, 1), 2)), (2, pair(30, (1, 12), 3)), (3, pair(8, (20, 3), 4))]
 
 
-def dense(dtype: torch.dtype, heads: tuple[int, int] = (4, 2)) -> Llama:
+def dense(dtype: torch.dtype, heads: tuple[int, int] = (4, 2)) -> Decoder:
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(VOCABULARY, 64, 96, 3, *heads, 16)).to(dtype)
+    model = Decoder(Spec(VOCABULARY, 64, 96, 3, *heads, 16)).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.2)
@@ -47,7 +47,7 @@ def dense(dtype: torch.dtype, heads: tuple[int, int] = (4, 2)) -> Llama:
     return model
 
 
-def quantised(dtype: torch.dtype) -> Llama:
+def quantised(dtype: torch.dtype) -> Decoder:
     """NF4 under LoRA with B not zero; no dropout, which would be drawn for other rows."""
     model = dense(dtype)
     fourbit.quantize_(model)
@@ -58,20 +58,20 @@ def quantised(dtype: torch.dtype) -> Llama:
     return model.to(dtype).train()
 
 
-def logps(model: Llama, batch: AnswerBatch) -> Tensor:
+def logps(model: Decoder, batch: AnswerBatch) -> Tensor:
     """Log-probabilities of every answer's trained tokens from full logits, [A, P, L]; 0 where an answer is shorter."""
     hidden = model.hidden(batch.input_ids, batch.position_ids, batch.spans).flatten(0, 1)[batch.rows]
     scores = model.lm_head(hidden).log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
     return torch.cat([scores, scores.new_zeros(1)])[batch.slots]
 
 
-def loss(model: Llama, batch: AnswerBatch) -> Tensor:
+def loss(model: Decoder, batch: AnswerBatch) -> Tensor:
     """A DPO-like loss, so that both answers' gradients matter and differ."""
     chosen, rejected = logps(model, batch).sum(2)
     return -nn.functional.logsigmoid(0.1 * (chosen - rejected)).sum()
 
 
-def gradients(model: Llama, batches: Sequence[AnswerBatch]) -> dict[str, Tensor]:
+def gradients(model: Decoder, batches: Sequence[AnswerBatch]) -> dict[str, Tensor]:
     model.zero_grad()
     for batch in batches:
         loss(model, batch).backward()
@@ -116,7 +116,7 @@ def distance(got: dict[str, Tensor], want: dict[str, Tensor], floor: float = 0.0
     return max(float((got[name] - want[name]).norm()) / max(float(want[name].norm()), least) for name in want)
 
 
-MODELS: dict[str, Callable[[torch.dtype], Llama]] = {
+MODELS: dict[str, Callable[[torch.dtype], Decoder]] = {
     "as many heads": lambda dtype: dense(dtype, (4, 4)),
     "grouped heads": dense,
     "one key head": lambda dtype: dense(dtype, (4, 1)),
@@ -222,14 +222,14 @@ def upper_left(patch: pytest.MonkeyPatch) -> None:
 
 def positions_run_on(patch: pytest.MonkeyPatch) -> None:
     """The second branch is numbered after the first, as if it followed it."""
-    original = llama.Llama.hidden
+    original = Decoder.hidden
 
     def hidden(self: Any, ids: Tensor, positions: Tensor | None = None, spans: Any = None) -> Tensor:
         plain = None if spans is None else [(span[0], span[-1]) for span in spans]
         moved = attention_module.span_positions(plain, ids.device).view(ids.shape) if plain else positions
         return original(self, ids, moved, spans)
 
-    patch.setattr(llama.Llama, "hidden", hidden)
+    patch.setattr(Decoder, "hidden", hidden)
 
 
 def target_off_by_one(patch: pytest.MonkeyPatch) -> None:

@@ -11,24 +11,25 @@ from hypothesis import strategies as st
 from fourbit.lora.attach import adapter_parameters, attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.quantize import quantize_
+from fourbit.models.decoder import Decoder
+from fourbit.models.families import read_spec
 from fourbit.models.generate import Sampling, choose, generate
-from fourbit.models.llama import Llama, LlamaConfig
 
 Oracle = Callable[..., Any]
 PROMPTS = [[5, 6, 7], [11], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 8], [90, 80, 70, 60, 50, 40, 30, 20]]
 
 
 @pytest.fixture(scope="module")
-def model(oracle: Oracle) -> Llama:
+def model(oracle: Oracle) -> Decoder:
     """In float64, so that rounding cannot flip a choice between batched and single runs."""
     theirs = oracle("gqa 2:1")
-    model = Llama(LlamaConfig.from_hf(theirs.config.to_dict()))
+    model = Decoder(read_spec(theirs.config.to_dict()))
     model.load_state_dict(theirs.state_dict())
     return model.double().eval()
 
 
 @torch.no_grad()
-def slowly(model: Llama, prompt: list[int], steps: int, stop: tuple[int, ...] = ()) -> list[int]:
+def slowly(model: Decoder, prompt: list[int], steps: int, stop: tuple[int, ...] = ()) -> list[int]:
     """Greedy generation in its plainest form: the whole text again for each token."""
     new: list[int] = []
     while len(new) < steps:
@@ -40,13 +41,13 @@ def slowly(model: Llama, prompt: list[int], steps: int, stop: tuple[int, ...] = 
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 32])
-def test_greedy_equals_the_plain_loop(model: Llama, batch_size: int) -> None:
+def test_greedy_equals_the_plain_loop(model: Decoder, batch_size: int) -> None:
     got = generate(model, PROMPTS, max_new_tokens=24, batch_size=batch_size)
     assert got == [slowly(model, prompt, 24) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("shared", [1, 7, 70])
-def test_a_common_start_is_read_once(model: Llama, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_common_start_is_read_once(model: Decoder, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
     start = [(13 * i) % 97 for i in range(shared)]
     prompts = [start + rest for rest in ([1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 2, 7])]
     expected = [slowly(model, prompt, 10) for prompt in prompts]
@@ -57,7 +58,7 @@ def test_a_common_start_is_read_once(model: Llama, shared: int, monkeypatch: pyt
     assert shapes[:3] == [(1, shared), (4, 5), (4, 1)]
 
 
-def test_equal_prompts_share_all_but_the_last_token(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_prompts_share_all_but_the_last_token(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = slowly(model, PROMPTS[2], 6)
     shapes: list[tuple[int, ...]] = []
     hidden = model.hidden
@@ -68,7 +69,7 @@ def test_equal_prompts_share_all_but_the_last_token(model: Llama, monkeypatch: p
 
 def test_greedy_equals_the_oracle(oracle: Oracle, kind: str) -> None:
     theirs = oracle(kind).double()
-    model = Llama(LlamaConfig.from_hf(theirs.config.to_dict())).double()
+    model = Decoder(read_spec(theirs.config.to_dict())).double()
     model.load_state_dict(theirs.state_dict())
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = [theirs.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in PROMPTS]
@@ -76,7 +77,7 @@ def test_greedy_equals_the_oracle(oracle: Oracle, kind: str) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5])
-def test_rows_stop_by_themselves(model: Llama, batch_size: int) -> None:
+def test_rows_stop_by_themselves(model: Decoder, batch_size: int) -> None:
     """Stop ids that cut the rows at different places, some at once."""
     full = [slowly(model, prompt, 24) for prompt in PROMPTS]
     stop = (full[0][0], full[1][5], full[2][11])
@@ -85,7 +86,7 @@ def test_rows_stop_by_themselves(model: Llama, batch_size: int) -> None:
     assert got[0] == [] and len({len(answer) for answer in got}) >= 3
 
 
-def test_finished_rows_leave_the_batch(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_rows_leave_the_batch(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     full = [slowly(model, prompt, 24) for prompt in PROMPTS]
     stop = (full[0][0], full[1][5], full[2][11])
     rows: list[int] = []
@@ -97,22 +98,22 @@ def test_finished_rows_leave_the_batch(model: Llama, monkeypatch: pytest.MonkeyP
     assert len(rows) == min(24, longest + 1)  # and nothing runs once all are done
 
 
-def test_streaming(model: Llama) -> None:
+def test_streaming(model: Decoder) -> None:
     seen: list[int] = []
     stop = (slowly(model, PROMPTS[0], 12)[8],)
     answers = generate(model, PROMPTS[:1], max_new_tokens=12, stop_ids=stop, on_token=seen.append)
     assert answers == [seen] == [slowly(model, PROMPTS[0], 12, stop)]
 
 
-def test_nothing_to_do(model: Llama) -> None:
+def test_nothing_to_do(model: Decoder) -> None:
     assert generate(model, []) == []
     assert generate(model, PROMPTS, max_new_tokens=0) == [[]] * 5
 
 
 def test_training_works_after_generation(oracle: Oracle) -> None:
     """What a pass under inference mode leaves behind (decoding tables, buffers) must not break or change a gradient."""
-    config = LlamaConfig.from_hf(oracle("bias").config.to_dict())
-    before, after = (Llama(config) for _ in range(2))
+    config = read_spec(oracle("bias").config.to_dict())
+    before, after = (Decoder(config) for _ in range(2))
     for network in (before, after):
         network.load_state_dict(oracle("bias").state_dict())
         quantize_(network)
@@ -126,7 +127,7 @@ def test_training_works_after_generation(oracle: Oracle) -> None:
         assert a is not None and torch.equal(a, b)
 
 
-def test_training_mode_is_put_back(model: Llama) -> None:
+def test_training_mode_is_put_back(model: Decoder) -> None:
     model.train()
     try:
         generate(model, PROMPTS[:1], max_new_tokens=1)
@@ -136,7 +137,7 @@ def test_training_mode_is_put_back(model: Llama) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 7}, {"top_p": 0.7}, {"top_k": 20, "top_p": 0.9}])
-def test_a_sampled_answer_depends_on_its_seed_alone(model: Llama, options: dict[str, Any]) -> None:
+def test_a_sampled_answer_depends_on_its_seed_alone(model: Decoder, options: dict[str, Any]) -> None:
     settings = {"max_new_tokens": 20, "temperature": 1.3, **options}
     together = generate(model, PROMPTS, seed=3, **settings)
     assert together == generate(model, PROMPTS, seed=3, batch_size=2, **settings)
@@ -217,6 +218,6 @@ def test_any_logits_give_a_token_that_may_be_chosen(
         ({"top_p": 1.5}, "top_p must be above 0 .* got 1.5"),
     ],
 )
-def test_impossible_arguments(model: Llama, arguments: dict[str, Any], message: str) -> None:
+def test_impossible_arguments(model: Decoder, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(model, **{"prompts": [[1]], **arguments})

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.models.cache import KVCache
+from fourbit.models.decoder import Decoder
+from fourbit.models.families import read_spec
 from fourbit.models.generate import generate
-from fourbit.models.llama import Llama, LlamaConfig
 
 Oracle = Callable[..., Any]
 
 
-def ours(theirs: Any, dtype: torch.dtype = torch.float32) -> Llama:
+def ours(theirs: Any, dtype: torch.dtype = torch.float32) -> Decoder:
     """Our model with the oracle's weights."""
-    model = Llama(LlamaConfig.from_hf(theirs.config.to_dict()))
+    model = Decoder(read_spec(theirs.config.to_dict()))
     model.load_state_dict(theirs.state_dict())
     return model.to(dtype).eval()
 
@@ -57,49 +58,49 @@ def test_logits_equal_the_oracle_in_float64(oracle: Oracle, kind: str) -> None:
     assert (ours(theirs, torch.float64)(ids) - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
-def wrong_base(model: Llama) -> None:
-    object.__setattr__(model.config, "rope_theta", model.config.rope_theta * 1.05)
+def wrong_base(model: Decoder) -> None:
+    object.__setattr__(model.spec, "rope_theta", model.spec.rope_theta * 1.05)
 
 
-def pairs_side_by_side(model: Llama) -> None:
+def pairs_side_by_side(model: Decoder) -> None:
     """Q and K rows in the order of GGUF files (rotary pairs adjacent)."""
     for layer in model.model.layers:
         for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-            size = model.config.head_dim
+            size = model.spec.head_dim
             rows = linear.weight.data.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
             linear.weight.data.copy_(rows)
 
 
-def one_layer_only(model: Llama) -> None:
+def one_layer_only(model: Decoder) -> None:
     layer = model.model.layers[-1].self_attn
     layer.k_proj.weight.data = layer.k_proj.weight.data.roll(1, 0)
 
 
-def no_query_bias(model: Llama) -> None:
+def no_query_bias(model: Decoder) -> None:
     model.model.layers[0].self_attn.q_proj.bias.data.zero_()
 
 
-def swapped_biases(model: Llama) -> None:
+def swapped_biases(model: Decoder) -> None:
     mlp = model.model.layers[0].mlp
     mlp.gate_proj.bias, mlp.up_proj.bias = mlp.up_proj.bias, mlp.gate_proj.bias
 
 
-def swapped_norms(model: Llama) -> None:
+def swapped_norms(model: Decoder) -> None:
     layer = model.model.layers[1]
     layer.input_layernorm, layer.post_attention_layernorm = layer.post_attention_layernorm, layer.input_layernorm
 
 
-def other_eps(model: Llama) -> None:
+def other_eps(model: Decoder) -> None:
     for module in model.modules():
         if hasattr(module, "eps"):
             module.eps = 1e-6
 
 
-def no_stretch(model: Llama) -> None:
-    object.__setattr__(model.config, "rope_scaling", None)
+def no_stretch(model: Decoder) -> None:
+    object.__setattr__(model.spec, "rope_scaling", None)
 
 
-def positions_from_one(model: Llama) -> None:
+def positions_from_one(model: Decoder) -> None:
     """Relative positions do not change, so this is no fault at all: the comparison must not flag it."""
     hidden = model.hidden
     model.hidden = lambda ids, *rest: hidden(ids, torch.arange(1, ids.shape[1] + 1).expand_as(ids))  # type: ignore[method-assign]
@@ -122,7 +123,7 @@ def positions_from_one(model: Llama) -> None:
 )
 @torch.no_grad()
 def test_the_comparison_catches_planted_faults(
-    oracle: Oracle, kind_of_model: str, fault: Callable[[Llama], None]
+    oracle: Oracle, kind_of_model: str, fault: Callable[[Decoder], None]
 ) -> None:
     theirs = oracle(kind_of_model)
     ids = tokens(2, 96)
@@ -162,7 +163,7 @@ SPANS = [(0, 17), (17, 22), (22, 23), (23, 53)]
 def test_packed_equals_single(oracle: Oracle, kind: str, dtype: torch.dtype, bound: float) -> None:
     model = ours(oracle(kind), dtype)
     ids = tokens(1, 53)
-    weight = torch.randn(53, model.config.hidden_size, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(53, model.spec.hidden_size, dtype=dtype, generator=torch.Generator().manual_seed(2))
     packed = model.hidden(ids, spans=SPANS)
     singles = torch.cat([model.hidden(ids[:, a:b]) for a, b in SPANS], dim=1)
     assert (packed - singles).abs().max() <= bound * singles.abs().max()
@@ -268,7 +269,7 @@ def test_what_training_keeps_for_backward(oracle: Oracle, alive: Any) -> None:
     model = ours(oracle("gqa 2:1")).requires_grad_(False)
     for layer in model.model.layers:  # one trainable weight in front makes every layer's activations needed
         layer.self_attn.q_proj.requires_grad_(True)
-    config, length = model.config, 53
+    config, length = model.spec, 53
     with alive() as made:
         hidden = model.hidden(tokens(1, length))
     query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourbit.errors import InputError
-from fourbit.models.llama import LlamaConfig, RopeScaling
-from fourbit.models.llama_config import ignored_keys
+from fourbit.models.families import read_spec, write_spec
+from fourbit.models.spec import RopeScaling
 
 BASE: dict[str, Any] = {
     "model_type": "llama",
@@ -30,7 +30,7 @@ LLAMA3: dict[str, Any] = {
 
 
 def test_defaults() -> None:
-    config = LlamaConfig.from_hf(BASE)
+    config = read_spec(BASE)
     assert (config.num_key_value_heads, config.head_dim) == (4, 16)
     assert (config.rms_norm_eps, config.rope_theta, config.rope_scaling) == (1e-6, 10000.0, None)
     assert not (config.tie_word_embeddings or config.attention_bias or config.mlp_bias)
@@ -39,7 +39,7 @@ def test_defaults() -> None:
 def test_null_means_default() -> None:
     keys = ["head_dim", "num_key_value_heads", "rope_scaling", "rope_parameters", "rope_theta", "attention_bias"]
     nulls = dict.fromkeys([*keys, "sliding_window", "quantization_config", "max_position_embeddings"])
-    assert LlamaConfig.from_hf(BASE | nulls) == LlamaConfig.from_hf(BASE)
+    assert read_spec(BASE | nulls) == read_spec(BASE)
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,13 @@ def test_null_means_default() -> None:
     ],
 )
 def test_rope_in_the_words_of_both_versions(keys: dict[str, Any], theta: float, scaling: RopeScaling | None) -> None:
-    config = LlamaConfig.from_hf(BASE | keys)
+    config = read_spec(BASE | keys)
     assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
 
 
 def test_llama3_falls_back_to_the_context_length() -> None:
     rope = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
-    scaling = LlamaConfig.from_hf(BASE | {"rope_scaling": rope, "max_position_embeddings": 4096}).rope_scaling
+    scaling = read_spec(BASE | {"rope_scaling": rope, "max_position_embeddings": 4096}).rope_scaling
     assert scaling is not None and scaling.original_max_position_embeddings == 4096
 
 
@@ -123,15 +123,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         (rope(rope_type=bad), "rope_scaling.rope_type must be .* got ")
         for bad in ("yarn", "dynamic", "longrope", "su", None, 3, [])
     ),
+    ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.type must be .* got 'yarn'"),
     (rope(factor=...), "rope_scaling.factor must be a number above 0, .* got nothing"),
     (rope(factor=-8), "rope_scaling.factor"),
     (rope(low_freq_factor=...), "rope_scaling.low_freq_factor"),
     (rope(high_freq_factor="4"), "rope_scaling.high_freq_factor"),
-    (rope(high_freq_factor=1.0), "low_freq_factor must be below high_freq_factor, got 1.0 and 1.0"),
+    (rope(high_freq_factor=1.0), r"low_freq_factor must be below high_freq_factor \(1.0\), got 1.0"),
     (rope(original_max_position_embeddings=0), "rope_scaling.original_max_position_embeddings"),
     (rope(original_max_position_embeddings=...), "rope_scaling.original_max_position_embeddings .* got nothing"),
     (rope(partial_rotary_factor=0.25), "rope_scaling.partial_rotary_factor must be 1, got 0.25"),
-    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters must hold plain values"),
+    (
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        "rope_parameters must be an object of plain values",
+    ),
 ]
 
 
@@ -141,16 +145,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_refused_by_key_and_value(keys: dict[str, Any], message: str) -> None:
     data = {key: value for key, value in (BASE | keys).items() if value is not ...}
     with pytest.raises(InputError, match=message):
-        LlamaConfig.from_hf(data)
+        read_spec(data)
 
 
 @pytest.mark.parametrize("data", [[], "llama", 3, None])
 def test_only_objects(data: Any) -> None:
     with pytest.raises(InputError, match="must be a JSON object"):
-        LlamaConfig.from_hf(data)
+        read_spec(data)
 
 
-def test_unknown_keys_are_ignored_and_reported() -> None:
+def test_unknown_keys_are_ignored() -> None:
     unknown = {f"key_{i}": i + 1 for i in range(200)}
     hostile = {
         "auto_map": {"AutoModel": "x--evil.Model"},
@@ -165,9 +169,29 @@ def test_unknown_keys_are_ignored_and_reported() -> None:
     }
     silent = {"attention_dropout": 0.0, "task_specific_params": None}
     data = BASE | unknown | hostile | harmless | silent
-    assert LlamaConfig.from_hf(data) == LlamaConfig.from_hf(BASE)
-    assert ignored_keys(data) == sorted([*unknown, *hostile])
-    assert ignored_keys(BASE | {"attention_dropout": 0.1}) == ["attention_dropout"]
+    assert read_spec(data) == read_spec(BASE)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"tie_word_embeddings": True, "num_key_value_heads": 2, "rope_theta": 5e5},
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 20, "rms_norm_eps": 1e-5},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "max_position_embeddings": 4096},
+        {"rope_scaling": LLAMA3},
+    ],
+)
+def test_what_is_written_is_read_again(keys: dict[str, Any]) -> None:
+    spec = read_spec(BASE | keys)
+    written = write_spec(spec)
+    assert read_spec(json.loads(json.dumps(written))) == spec
+    assert "qk_norm" not in written and written["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_a_spec_that_the_words_of_its_family_cannot_say_is_not_written() -> None:
+    with pytest.raises(InputError, match=r"no llama model can be described as .*qk_norm=True"):
+        write_spec(dataclasses.replace(read_spec(BASE), qk_norm=True))
 
 
 json_values = st.recursive(
@@ -194,7 +218,7 @@ KEYS = [
 def test_any_json_is_read_or_refused(changes: dict[str, Any], rope: dict[str, Any]) -> None:
     for data in (BASE | changes, BASE | {"rope_scaling": LLAMA3 | rope}):
         try:
-            config = LlamaConfig.from_hf(data)
+            config = read_spec(data)
         except InputError as error:
             assert str(error).startswith("config: ") and len(str(error)) < 400
         else:

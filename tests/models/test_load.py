@@ -14,7 +14,7 @@ from torch import nn
 from fourbit.errors import EnvironmentProblem, InputError
 from fourbit.kernels import nf4
 from fourbit.lora.linear4bit import NF4Linear
-from fourbit.models.llama import Llama
+from fourbit.models.decoder import Decoder
 from fourbit.models.load import load, load_model
 
 Oracle = Callable[..., Any]
@@ -261,4 +261,4 @@ def test_on_cuda_the_same_weights(save: Callable[..., Path], quantize: str | Non
     for (name, a), b in zip(here.state_dict().items(), there.state_dict().values(), strict=True):
         assert b.is_cuda and torch.equal(a, b.cpu()), name
     torch.testing.assert_close(there(IDS.cuda()).cpu(), here(IDS), rtol=0, atol=1e-3)
-    assert isinstance(there, Llama)
+    assert isinstance(there, Decoder)

@@ -9,16 +9,17 @@ from torch import Tensor
 
 import fourbit
 from fourbit.kernels import lora_linears, lora_paths
-from fourbit.models.llama import Llama, LlamaConfig
+from fourbit.models.decoder import Decoder
+from fourbit.models.spec import Spec
 
 LAYERS, ROWS = 2, 24
 
 
 @pytest.fixture
-def model() -> Llama:
+def model() -> Decoder:
     """Hidden size 64, 128 in between, every linear of the layers adapted."""
     torch.manual_seed(0)
-    made = Llama(LlamaConfig(97, 64, 128, LAYERS, 4, 2, 16))
+    made = Decoder(Spec(97, 64, 128, LAYERS, 4, 2, 16))
     fourbit.quantize_(made)
     fourbit.attach(made, fourbit.LoRAConfig(rank=4, alpha=8, dropout=0.1))
     for name, parameter in made.named_parameters():
@@ -27,7 +28,7 @@ def model() -> Llama:
     return made.train()
 
 
-def step(model: Llama) -> list[Tensor]:
+def step(model: Decoder) -> list[Tensor]:
     """The adapters' gradients."""
     model.zero_grad()
     torch.manual_seed(1)  # of dropout
@@ -36,7 +37,7 @@ def step(model: Llama) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def test_a_layer_makes_four_passes_not_seven(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_makes_four_passes_not_seven(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[int] = []
     original = lora_linears._forward
 
@@ -51,7 +52,7 @@ def test_a_layer_makes_four_passes_not_seven(model: Llama, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("keep", [None, False, True])
 def test_checkpointing_changes_no_bit_and_keeping_saves_a_pass_of_decoding(
-    model: Llama, keep: bool | None, monkeypatch: pytest.MonkeyPatch
+    model: Decoder, keep: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By default weights are kept on a GPU only. Nobody needs the first layer's input's gradient: q, k, v of it."""
     want = step(model)
@@ -68,7 +69,7 @@ def test_checkpointing_changes_no_bit_and_keeping_saves_a_pass_of_decoding(
         assert torch.equal(mine, expected)
 
 
-def test_inputs_of_projections_are_made_again_not_kept(model: Llama, alive: Any) -> None:
+def test_inputs_of_projections_are_made_again_not_kept(model: Decoder, alive: Any) -> None:
     """For each row of a layer: the residuals, q, k, v, what attention gave, gate, up, each s and a few scalars."""
     with alive() as made:
         hidden = model.hidden(torch.arange(ROWS).view(2, ROWS // 2))

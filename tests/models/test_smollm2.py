@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from fourbit.models.decoder import Decoder
 from fourbit.models.generate import generate
-from fourbit.models.llama import Llama
 from fourbit.models.load import load
 from fourbit.models.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def ours() -> tuple[Llama, Tokenizer]:
+def ours() -> tuple[Decoder, Tokenizer]:
     assert FILE is not None
     return load(FILE)
 
@@ -47,19 +47,19 @@ def theirs() -> Any:
 
 
 @pytest.fixture(scope="module")
-def ids(ours: tuple[Llama, Tokenizer]) -> list[list[int]]:
+def ids(ours: tuple[Decoder, Tokenizer]) -> list[list[int]]:
     return [ours[1].encode(prompt) for prompt in PROMPTS]
 
 
 @torch.no_grad()
-def test_logits(ours: tuple[Llama, Tokenizer], theirs: Any, ids: list[list[int]]) -> None:
+def test_logits(ours: tuple[Decoder, Tokenizer], theirs: Any, ids: list[list[int]]) -> None:
     for row in ids:
         text = torch.tensor([row])
         expected = theirs(text).logits
         assert (ours[0](text) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_greedy_tokens(ours: tuple[Llama, Tokenizer], theirs: Any, ids: list[list[int]]) -> None:
+def test_greedy_tokens(ours: tuple[Decoder, Tokenizer], theirs: Any, ids: list[list[int]]) -> None:
     options = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     with torch.inference_mode():
         expected = [theirs.generate(torch.tensor([row]), **options)[0, len(row) :].tolist() for row in ids]

@@ -14,7 +14,7 @@ from fourbit.errors import InputError
 from fourbit.lora.attach import lora_modules
 from fourbit.lora.files import read_snapshot
 from fourbit.lora.snapshot import Snapshot, snapshot
-from fourbit.models.llama import Llama
+from fourbit.models.decoder import Decoder
 from fourbit.models.save import save_model
 from fourbit.trainer.checkpoint import load_checkpoint
 from fourbit.trainer.distill import DistillTrainer, check_same_tokens
@@ -41,7 +41,7 @@ def wide_folder(tiny_folder, tmp_path_factory):
     model, tokenizer = fourbit.load(tiny_folder)
     sizes = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, head_dim=12, tie_word_embeddings=False)
     torch.manual_seed(3)
-    wide = Llama(replace(model.config, **sizes))
+    wide = Decoder(replace(model.spec, **sizes))
     for parameter in wide.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.2)
@@ -334,7 +334,7 @@ def test_teachers_that_cannot_teach_are_refused(tiny_folder, rows, tmp_path):
     model, tokenizer = adapted(tiny_folder)
     with pytest.raises(InputError, match="the teacher is the student itself"):
         distiller(model, tokenizer, model, rows, tmp_path)
-    large = Llama(replace(model.config, vocab_size=300))
+    large = Decoder(replace(model.spec, vocab_size=300))
     with pytest.raises(InputError, match="the teacher predicts 300 tokens, the student 259"):
         distiller(model, tokenizer, large, rows, tmp_path)
     dense, _ = fourbit.load(tiny_folder)
@@ -345,7 +345,7 @@ def test_teachers_that_cannot_teach_are_refused(tiny_folder, rows, tmp_path):
         distiller(small, tokenizer, snapshot(model), rows, tmp_path)
     with pytest.raises(InputError, match="top_k must be at most 259, the vocabulary, got 260"):
         distiller(model, tokenizer, None, rows, tmp_path, top_k=260)
-    elsewhere = Llama(model.config).to("meta")
+    elsewhere = Decoder(model.spec).to("meta")
     with pytest.raises(InputError, match="the teacher is on meta, the student on cpu"):
         distiller(model, tokenizer, elsewhere, rows, tmp_path)
 

@@ -444,7 +444,7 @@ def test_a_cache_outlives_other_targets_and_not_another_configuration(tiny_folde
     model, tokenizer = fourbit.load(tiny_folder, quantize="nf4")
     fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8, target="attn"))
     DPOTrainer(model, tokenizer, train=pairs, config=config)
-    model.config = replace(model.config, rope_theta=500.0)
+    model.spec = replace(model.spec, rope_theta=500.0)
     with pytest.raises(InputError, match="another base"):
         DPOTrainer(model, tokenizer, train=pairs, config=config)
 

@@ -9,8 +9,8 @@ from fourbit.data.encode import Encoded
 from fourbit.kernels import chunked_head
 from fourbit.lora.linear import LoRALinear
 from fourbit.lora.linear4bit import NF4Linear
-from fourbit.models.llama import Llama
-from fourbit.models.llama_config import LlamaConfig
+from fourbit.models.decoder import Decoder
+from fourbit.models.spec import Spec
 from fourbit.trainer.evaluate import batch_token_losses, batch_token_scores
 from fourbit.trainer.logprobs import token_scores
 
@@ -201,9 +201,9 @@ def test_refusals(kind):
         token_scores(head, hidden, torch.tensor([0, 1]))
 
 
-def tiny_batch(last: int = 7) -> tuple[Llama, Batch]:
+def tiny_batch(last: int = 7) -> tuple[Decoder, Batch]:
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = Spec(
         vocab_size=V,
         hidden_size=D,
         intermediate_size=32,
@@ -216,7 +216,7 @@ def tiny_batch(last: int = 7) -> tuple[Llama, Batch]:
         Encoded([5, 1, 2, 3], [False, False, True, True], "", "a:1"),
         Encoded([8, 1, last], [False, True, True], "", "a:2"),
     ]
-    return Llama(config), pack_batch(examples)
+    return Decoder(config), pack_batch(examples)
 
 
 def test_scores_of_a_batch_are_of_its_trained_tokens():

@@ -1,0 +1,92 @@
+"""What trainers, generation, evaluation and adapters may ask of a model: this list and nothing else.
+
+`decoder.Decoder` is ours; a model of another library, or a test's toy, is trained like it by subclassing `CausalLM`.
+It is a class and not a `typing.Protocol` because torch's own functions want an `nn.Module`. Adapters ask for no more
+than a module's tree of `nn.Linear` and `NF4Linear` layers.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.attention import Spans
+
+
+class Cache(Protocol):
+    """What a model keeps of the tokens it has seen; made by its `new_cache`, read and extended by its `hidden`."""
+
+    def select(self, rows: Tensor) -> None:
+        """Take the rows with the given indices (int64), in that order; a repeated one is continued in several ways."""
+
+
+class CausalLM(nn.Module, ABC):
+    """A causal language model: hidden states, and a head that turns them into logits."""
+
+    lm_head: nn.Module
+    """The output head: an `nn.Linear`, or what stands in for one and has its `out_features` (hidden -> logits)."""
+
+    vocab_size: int
+    """Logits of a token, and one more than the largest token id."""
+
+    hidden_size: int
+    """Size of a hidden state."""
+
+    checkpointing: bool = False
+    """Trainers set it: True trades time for memory by recomputing activations in backward. It may have no effect."""
+
+    source: str = ""
+    """Where the weights came from (a path), for messages and for what an adapter's files say of their base."""
+
+    @abstractmethod
+    def hidden(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        spans: Spans | None = None,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """What `lm_head` takes, after any final norm: [B, T, hidden_size] for `input_ids` [B, T] int64.
+
+        `position_ids` [B, T]: default counts from 0 in every row or span, from the cache's length on, or over a mask's
+        True places. `spans`: (start, end) pairs over the flattened B * T tokens, in order and without gaps: examples of
+        a packed row, each attended alone; (start, fork, end_1, ..., end_n) is one text with n continuations, whose
+        positions all go on from the fork. None is one causal text a row (right padding needs no mask). `mask` [B, S]
+        bool over cached and new tokens: False hides left padding. `cache` is read and extended. Spans exclude mask and
+        cache. ValueError where these do not fit together.
+        """
+
+    @abstractmethod
+    def new_cache(self) -> Cache:
+        """An empty cache for generation, for any number of rows."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What `config.json` says of this model: with the weights, all that its numbers depend on. Plain JSON values.
+
+        Written when the whole model is saved; part of what tells reference caches apart.
+        """
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and inputs have to be."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first weights, which hidden states have too."""
+        return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        spans: Spans | None = None,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, T, vocab_size]; the arguments are those of `hidden`."""
+        logits: Tensor = self.lm_head(self.hidden(input_ids, position_ids, spans, cache, mask))
+        return logits
