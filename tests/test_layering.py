@@ -1,4 +1,7 @@
-"""Imports point one way: cli -> trainer -> {models, data, optim}; models -> lora -> kernels; optim -> kernels."""
+"""Imports point one way: cli -> trainer -> {models, data, optim}; models -> lora -> kernels; optim -> kernels.
+
+No circle, inside a folder neither; and our own modules are imported at the top of a file, but for kernels.
+"""
 
 import ast
 from pathlib import Path
@@ -86,3 +89,82 @@ def test_every_folder_has_a_layer() -> None:
 )
 def test_planted_imports_are_judged(parts: tuple[str, ...], source: str, wrong: set[str]) -> None:
     assert wrong_arrows(source, parts) == wrong
+
+
+# Inside folders.
+
+MODULES = {
+    path.relative_to(ROOT).with_suffix("").parts: path
+    for layer in BELOW
+    for path in ([ROOT / f"{layer}.py"] if layer in LEAVES else sorted((ROOT / layer).rglob("*.py")))
+}
+LATE = {  # what may import a module of ours inside a function, besides `*_triton`: Triton is slow and on Linux only
+    ("kernels", "lora_linears"): {("kernels", "lora_cuda")},  # which imports Triton kernels itself
+    # Until these are rebuilt:
+    ("cli", "doctor"): {("kernels", "dispatch"), ("kernels", "plan"), ("trainer", "memory")},
+    ("data", "template"): {("data", "sandbox")},
+    ("trainer", "metrics"): {("errors",)},
+}
+CIRCLES = [{("optim", "pager"), ("optim", "pages")}]  # until these are one file
+
+Name = tuple[str, ...]
+
+
+def imported_modules(source: str, parts: Name, known: set[Name]) -> tuple[set[Name], set[Name]]:
+    """Which of `known` the module at `parts` imports at its top (type checkers' imports too), and inside functions."""
+    top, late = set[Name](), set[Name]()
+
+    def visit(nodes: list[ast.stmt], into: set[Name]) -> None:
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and node.level:
+                folder = (*parts[: len(parts) - node.level], *(node.module.split(".") if node.module else ()))
+                for alias in node.names:
+                    into.update({(*folder, alias.name), folder} & known)
+            inside = late if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else into
+            for block in ("body", "orelse", "handlers", "finalbody"):
+                visit(getattr(node, block, []), inside)
+
+    visit(ast.parse(source).body, top)
+    return top - {parts}, late - {parts}
+
+
+def circles(arrows: dict[Name, set[Name]]) -> list[set[Name]]:
+    """Sets of modules each of which leads to all others of the set."""
+
+    def reached(start: Name) -> set[Name]:
+        seen, left = set[Name](), [start]
+        while left:
+            new = arrows[left.pop()] - seen
+            seen |= new
+            left += new
+        return seen
+
+    leads = {name: reached(name) for name in arrows}
+    found: list[set[Name]] = []
+    for name in arrows:
+        if name in leads[name] and not any(name in circle for circle in found):
+            found.append({other for other in leads[name] if name in leads[other]})
+    return found
+
+
+def test_no_circle_of_imports() -> None:
+    arrows = {name: imported_modules(path.read_text(), name, set(MODULES))[0] for name, path in MODULES.items()}
+    assert sum(map(len, arrows.values())) > 100
+    assert [circle for circle in circles(arrows) if circle not in CIRCLES] == []
+
+
+def test_our_own_modules_are_imported_at_the_top() -> None:
+    for name, path in MODULES.items():
+        late = imported_modules(path.read_text(), name, set(MODULES))[1] - LATE.get(name, set())
+        late = {other for other in late if not other[-1].endswith("_triton")}
+        assert not late, f"{path.relative_to(ROOT)} imports {sorted(late)} inside a function"
+
+
+def test_planted_circles_and_late_imports_are_seen() -> None:
+    a, b, c = ("x", "a"), ("x", "b"), ("y", "c")
+    known = {a, b, c}
+    source = "from . import b\nif TYPE_CHECKING:\n    from ..y.c import d\ndef f():\n    from .b import e\n"
+    assert imported_modules(source, a, known) == ({b, c}, {b})
+    assert circles({a: {b}, b: {c}, c: {a}}) == [{a, b, c}]
+    assert circles({a: {b}, b: {c}, c: set()}) == []
+    assert circles({a: {b, c}, b: {a}, c: {b}}) == [{a, b, c}]
