@@ -23,18 +23,18 @@ from .lora.quantize import quantize_ as quantize_
 from .models.generate import generate as generate
 from .models.load import load as load
 from .models.save import save_model as save_model
+from .trainer.config import DistillConfig as DistillConfig
+from .trainer.config import DPOConfig as DPOConfig
+from .trainer.config import RewardConfig as RewardConfig
 from .trainer.config import SFTConfig as SFTConfig
 from .trainer.distill import DistillTrainer as DistillTrainer
-from .trainer.distill_config import DistillConfig as DistillConfig
-from .trainer.dpo import DPOTrainer as DPOTrainer
 from .trainer.evaluate import answer_all as answer_all
 from .trainer.evaluate import evaluate_loss as evaluate_loss
 from .trainer.evaluate import exact_match as exact_match
-from .trainer.preference_config import DPOConfig as DPOConfig
-from .trainer.preference_config import RewardConfig as RewardConfig
+from .trainer.preference import DPOTrainer as DPOTrainer
 from .trainer.reward import RewardTrainer as RewardTrainer
 from .trainer.reward_model import RewardModel as RewardModel
+from .trainer.run import TrainResult as TrainResult
 from .trainer.sft import SFTTrainer as SFTTrainer
-from .trainer.trainer import TrainResult as TrainResult
 
 __version__ = "0.1.0"

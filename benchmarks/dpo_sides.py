@@ -31,8 +31,8 @@ def ours(folder: Path, model_path: str, packing: bool = True) -> Step:
 
     from fourbit.data.dataset import Report
     from fourbit.data.pairs import PairDataset
-    from fourbit.trainer.dpo import DPOTrainer
-    from fourbit.trainer.preference_config import DPOConfig
+    from fourbit.trainer.config import DPOConfig
+    from fourbit.trainer.preference import DPOTrainer
 
     model, tokenizer = load_ours(folder, model_path)
     rows = [row for batch in json.loads((folder / BATCHES).read_text()) for row in batch]
@@ -40,8 +40,8 @@ def ours(folder: Path, model_path: str, packing: bool = True) -> Step:
     options: dict[str, Any] = {"packing": packing, "beta": BETA, "reference": "base", "weight_decay": 0.0}
     config = DPOConfig(out=str(folder / "ours"), max_grad_norm=CLIP, **options)
     trainer = DPOTrainer(model, tokenizer, train=data, config=config)
-    stepper = trainer._stepper()
-    model.checkpointing = trainer._checkpointing()
+    stepper = trainer.make_stepper()
+    model.checkpointing = trainer.recomputes()
     model.train()
 
     def step(rows: Sequence[Row]) -> float:

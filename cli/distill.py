@@ -9,8 +9,8 @@ from ..lora.files import load_adapter, read_snapshot
 from ..lora.snapshot import Snapshot
 from ..models.load import load_tokenizer
 from ..models.protocol import CausalLM
+from ..trainer.config import DistillConfig
 from ..trainer.distill import DistillTrainer, check_same_tokens
-from ..trainer.distill_config import DistillConfig
 from .load import check_adapter, check_exists, load_weights, remark_other_form, run_settings
 from .options import Quant, option
 from .show import note

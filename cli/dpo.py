@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..models.protocol import CausalLM
-from ..trainer.dpo import DPOTrainer
-from ..trainer.preference_config import DPOConfig
+from ..trainer.config import DPOConfig
+from ..trainer.preference import DPOTrainer
 from .load import refuse_reward_model
 from .show import note
 from .train import StartOptions

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..models.protocol import CausalLM
-from ..trainer.preference_config import RewardConfig
+from ..trainer.config import RewardConfig
 from ..trainer.reward import RewardTrainer
 from ..trainer.reward_model import HEAD, read_head
 from .show import note

@@ -19,7 +19,7 @@ from ..models.protocol import CausalLM
 from ..trainer.config import TrainingConfig
 from ..trainer.interrupt import stop_if_asked
 from ..trainer.progress import display_for
-from ..trainer.trainer import TrainResult
+from ..trainer.run import TrainResult
 from .config_file import write_config
 from .load import CONFIG, check_adapter, check_exists, is_reward_model, load_weights, read_rows, run_settings
 from .options import ModelOptions, ResultOptions, option

@@ -1,7 +1,7 @@
 """Training checkpoints that are complete and verified, or ignored.
 
 A checkpoint is a folder `step-000123/`: one `<group>.safetensors` for each group of tensors the trainer hands in
-(adapter, optimizer, random generators, ...), `state.json` for its numbers, and `manifest.json`, which lists every file
+(weights, optimizer, random generators, ...), `state.json` for its numbers, and `manifest.json`, which lists every file
 with its size and SHA-256 and its own SHA-256 too. Nothing here knows a model, and nothing is ever unpickled: only files
 that the manifest names are opened, and their names come from a fixed pattern.
 
@@ -17,17 +17,18 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import files
 from ..errors import InputError, NumericError
-from . import disk
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 _GROUP = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -35,20 +36,6 @@ _FILE = re.compile(_GROUP.pattern + r"\.safetensors|state\.json")
 _FOLDER = re.compile(r"step-(?P<step>[0-9]{6,18})(?:\.[0-9]{1,6})?")
 _MANIFEST_LIMIT = 1 << 20  # bytes; ours have about 150 a file
 _FORMAT = "fourbit checkpoint 1"
-
-# safetensors' names of the dtypes it can hold and torch has.
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -81,32 +68,45 @@ def save_checkpoint(
         raise ValueError(f"step must be 0 or more and keep 1 or more; got step={step}, keep={keep}")
     folder = Path(folder)
     text = _dump_state(state)
-    headers = {f"{group}.safetensors": _header(group, members) for group, members in tensors.items()}
-    needed = len(text) + sum(_nbytes(t) for members in tensors.values() for t in members.values())
-    needed += sum(len(header) for header in headers.values()) + 200 * (len(headers) + 2)  # and the manifest
-    with disk.reporting_bytes(f"the checkpoint of step {step}", folder, needed):
+    needed = len(text) + 200 * (len(tensors) + 2)  # headers and the manifest are reckoned
+    for group, members in tensors.items():
+        _check_group(group, members)
+        needed += sum(tensor.numel() * tensor.element_size() + 100 + len(name) for name, tensor in members.items())
+    with files.disk_errors(f"the checkpoint of step {step}", folder, needed):
         folder.mkdir(parents=True, exist_ok=True)
-        disk.remove_stale(folder)
-        temporary = folder / disk.temporary_name(f"{step:06d}")
+        files.remove_stale(folder)
+        temporary = folder / files.temporary_name(f"{step:06d}")
         try:
             os.mkdir(temporary)
-            files = {
-                name: disk.write_file(temporary / name, _chunks(headers[name], tensors[name.partition(".")[0]]))
-                for name in sorted(headers)
-            }
-            files[STATE] = disk.write_file(temporary / STATE, [text])
-            manifest = Manifest(step, 1 + max((m.serial for m, _ in _ours(folder)), default=0), files)
-            disk.write_file(temporary / MANIFEST, [_dump_manifest(manifest)])
-            disk.sync_folder(temporary)
+            _write(temporary, step, 1 + max((m.serial for m, _ in _ours(folder)), default=0), tensors, text)
             target = _publish(temporary, folder / f"step-{step:06d}")
         except BaseException:
             with contextlib.suppress(OSError):
-                disk.remove_flat(temporary)
+                files.remove_flat(temporary)
             raise
-        disk.sync_folder(folder)
-        disk.replace_text(folder / LATEST, target.name + "\n")
+        files.sync(folder)
+        files.write_text(folder / LATEST, target.name + "\n")
         _prune(folder, keep)
     return target
+
+
+def _write(folder: Path, step: int, serial: int, tensors: Mapping[str, Mapping[str, Tensor]], text: bytes) -> None:
+    """Every file of a checkpoint, each forced to the disk, the manifest last."""
+    found = {}
+    for group in sorted(tensors):
+        own = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors[group].items())}
+        save_file(own, folder / f"{group}.safetensors")
+        found[f"{group}.safetensors"] = _synced(folder / f"{group}.safetensors")
+    (folder / STATE).write_bytes(text)
+    found[STATE] = _synced(folder / STATE)
+    (folder / MANIFEST).write_bytes(_dump_manifest(Manifest(step, serial, found)))
+    files.sync(folder / MANIFEST)
+    files.sync(folder)
+
+
+def _synced(file: Path) -> tuple[int, str]:
+    files.sync(file)
+    return files.size_and_sha256(file)
 
 
 def load_checkpoint(path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -125,13 +125,38 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dic
     return tensors, state
 
 
+def checkpoint_to_resume(out: Path, resume: str | None, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that `resume` names ("auto" or a path), None for a fresh start.
+
+    Tells `say` why it passes over damaged ones. InputError when `out` holds a run already and resume is None.
+    """
+    folder = out / "checkpoints"
+    if folder.is_dir():
+        files.remove_stale(folder)  # what a killed run left half-written; it may have been killed after its last save
+    if resume not in (None, "auto"):
+        path = Path(str(resume))
+        if not path.is_dir() or not path.name.rpartition("-")[2].isdecimal():
+            raise InputError(f"resume must be auto or a checkpoint folder such as {folder / 'step-000100'}, got {path}")
+        return path
+    newest, problems = newest_checkpoint(folder)
+    for problem in problems:
+        say(problem)
+    if resume is None and newest is not None:
+        raise InputError(
+            f"{out} already holds a run ({newest.name}); go on with --resume auto, or choose another --out"
+        )
+    return newest
+
+
 def newest_checkpoint(folder: Path | str) -> tuple[Path | None, list[str]]:
     """The checkpoint in `folder` that was written last and verifies, and why each one tried before it was passed over.
 
     `(None, reasons)` when there is none. Never raises for a damaged checkpoint.
     """
     folder, reasons = Path(folder), []
-    for path in reversed(_by_age(folder)):
+    ours = [path for _, path in _ours(folder)]
+    # Those without an intact manifest first, by step: nothing says that they are old.
+    for path in reversed(ours + [path for path in _candidates(folder) if path not in ours]):
         try:
             verify_checkpoint(path)
         except InputError as error:
@@ -146,8 +171,8 @@ def verify_checkpoint(path: Path) -> Manifest:
     manifest = _read_manifest(path)
     for name, (size, digest) in manifest.files.items():
         file = _regular(path / name)
-        with _reading(file), file.open("rb") as stream:
-            found, found_digest = file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()
+        with _reading(file):
+            found, found_digest = files.size_and_sha256(file)
         if found != size:
             raise InputError(f"{file}: holds {found:,} bytes, the checkpoint's manifest says {size:,}: torn or changed")
         if found_digest != digest:
@@ -155,52 +180,22 @@ def verify_checkpoint(path: Path) -> Manifest:
     return manifest
 
 
-def _header(group: str, members: Mapping[str, Tensor]) -> bytes:
-    """A safetensors header: 8 bytes of length, then JSON padded so that the data starts at a multiple of 8."""
+def _check_group(group: str, members: Mapping[str, Tensor]) -> None:
     if not _GROUP.fullmatch(group) or group == "state":
         raise ValueError(f"a group of tensors must match {_GROUP.pattern}, and not be 'state'; got {group!r}")
-    entries, offset = {}, 0
-    for name in _order(members):
-        tensor = members[name]
-        _check_tensor(f"{group}/{name}", tensor)
-        end = offset + _nbytes(tensor)
-        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _order(members: Mapping[str, Tensor]) -> list[str]:
-    """Widest dtype first, so that every tensor starts aligned; by name within one."""
-    return sorted(members, key=lambda name: (-members[name].element_size(), name))
-
-
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    if name.endswith("/__metadata__"):
-        raise ValueError("a tensor must not be named __metadata__: safetensors uses that name itself")
-    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
-        raise ValueError(
-            f"cannot store {name}: it must be a dense tensor with values, of one of {sorted(_DTYPES.values())}; "
-            f"got {tensor.dtype}, {tensor.layout} on {tensor.device}"
-        )
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-        raise NumericError(
-            f"{name} holds NaN or infinity, so no checkpoint was written; earlier ones are untouched. Lower the "
-            "learning rate, or look at the batch of this step."
-        )
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _chunks(header: bytes, members: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The header, then each tensor's bytes in order; one tensor at a time is copied off its device."""
-    yield header
-    for name in _order(members):
-        flat = members[name].detach().cpu().contiguous().reshape(-1)
-        yield flat.view(torch.uint8).numpy().data
+    for name, tensor in members.items():
+        if name == "__metadata__":
+            raise ValueError("a tensor must not be named __metadata__: safetensors uses that name itself")
+        if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(
+                f"cannot store {group}/{name}: it must be a dense tensor of real numbers, with values; "
+                f"got {tensor.dtype}, {tensor.layout} on {tensor.device}"
+            )
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise NumericError(
+                f"{group}/{name} holds NaN or infinity, so no checkpoint was written; earlier ones are untouched. "
+                "Lower the learning rate, or look at the batch of this step."
+            )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -240,13 +235,12 @@ def _read_manifest(path: Path) -> Manifest:
     with _reading(file):
         raw = file.read_bytes()
         body = json.loads(raw)
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in body["files"].items()}
-        manifest = Manifest(int(body["step"]), int(body["serial"]), files)
+        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in body["files"].items()}
+        manifest = Manifest(int(body["step"]), int(body["serial"]), listed)
     if _dump_manifest(manifest) != raw:
         raise InputError(f"{file}: torn or changed, or not of format {_FORMAT!r}: its own SHA-256 does not fit")
-    strange = [name for name in files if not _FILE.fullmatch(name)]
-    if strange or STATE not in files:
-        raise InputError(f"{file}: may name only <group>.safetensors and must name {STATE}; it names {sorted(files)}")
+    if STATE not in listed or not all(_FILE.fullmatch(name) for name in listed):
+        raise InputError(f"{file}: may name only <group>.safetensors and must name {STATE}; it names {sorted(listed)}")
     return manifest
 
 
@@ -277,12 +271,6 @@ def _ours(folder: Path) -> list[tuple[Manifest, Path]]:
     return sorted(found, key=lambda item: item[0].serial)
 
 
-def _by_age(folder: Path) -> list[Path]:
-    """Oldest first; those without an intact manifest last, by step: nothing says that they are old."""
-    ours = [path for _, path in _ours(folder)]
-    return ours + [path for path in _candidates(folder) if path not in ours]
-
-
 def _candidates(folder: Path) -> list[Path]:
     """Real folders named like a checkpoint, by step."""
     if not folder.is_dir():
@@ -307,6 +295,8 @@ def _prune(folder: Path, keep: int) -> None:
     for manifest, path in _ours(folder)[:-keep]:
         if {entry.name for entry in path.iterdir()} != {*manifest.files, MANIFEST}:
             continue
-        doomed = folder / disk.temporary_name("old")  # renamed first: a half-removed one must not look like one of ours
+        doomed = folder / files.temporary_name(
+            "old"
+        )  # renamed first: a half-removed one must not look like one of ours
         os.rename(path, doomed)
-        disk.remove_flat(doomed)
+        files.remove_flat(doomed)

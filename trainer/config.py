@@ -1,4 +1,4 @@
-"""What a fine-tuning run can be told: one flat, frozen dataclass that checks itself.
+"""What a run can be told: one flat, frozen dataclass for each kind of training, which checks itself.
 
 Every field carries its help text, so the command line and the docs print the same sentence. The defaults train an
 adapter sensibly on a few hundred to a few thousand rows; nothing here needs a GPU.
@@ -9,15 +9,20 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
+from ..data.pairs import Truncation
 from ..errors import InputError
-from ..optim.schedule import SCHEDULES, Schedule
+from ..optim.schedule import SCHEDULES, Schedule, learning_rate
+from .losses.objective import PAIR_LOSSES, SETTINGS, UNPAIRED_LOSSES, Objective, parse_losses
+from .losses.pairs import check_ld_alpha
 
 LossOn = Literal["assistant", "all", "last"]
 OptimizerName = Literal[
     "adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit", "lion", "lion8bit", "paged-lion", "paged-lion8bit"
 ]
+DivergenceKind = Literal["forward-kl", "reverse-kl", "jsd"]
+ReferenceKind = Literal["auto", "base", "start"]
 PAGED = "paged-"
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -130,13 +135,16 @@ class TrainingConfig:
                 f"got {self.optimizer_budget!r}"
             )
 
-    def warmup_steps(self, total: int) -> int:
-        """Steps of warm-up in a run of `total` steps."""
-        return _steps(self.warmup, total)
-
-    def decay_steps(self, total: int) -> int | None:
-        """Steps of wsd's last part in a run of `total` steps; None: the schedule's default."""
-        return None if self.decay is None else _steps(self.decay, total)
+    def learning_rate(self, step: int, total: int) -> float:
+        """The rate of step `step` (from 0) in a run of `total` steps."""
+        return learning_rate(
+            step,
+            total=total,
+            peak=self.lr,
+            warmup=_steps(self.warmup, total),
+            schedule=self.schedule,
+            decay=None if self.decay is None else _steps(self.decay, total),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +159,142 @@ class SFTConfig(TrainingConfig):
         one_of(self, "loss_on", *get_args(LossOn))
         if self.full and self.lora_plus != 1:
             raise InputError("lora_plus is the ratio of an adapter's learning rates; full training has no adapter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(SFTConfig):
+    """Options of distillation. Raises InputError for a value that cannot work, naming it."""
+
+    divergence: DivergenceKind = setting(
+        "forward-kl",
+        "between teacher and student at each trained token: forward-kl covers all that the teacher says, reverse-kl "
+        "keeps to what it finds likely, jsd lies between",
+    )
+    jsd_beta: float | None = setting(
+        None, "jsd: how much of the teacher is in the mixture that both are compared with, between 0 and 1; default 0.5"
+    )
+    temperature: float = setting(
+        1.0, "both sides' logits are divided by it; the loss is the divergence itself, not multiplied by its square"
+    )
+    top_k: int | None = setting(
+        None, "compare the teacher's k likeliest tokens only, both sides renormalised; default: the whole vocabulary"
+    )
+    sft_weight: float = setting(0.0, "weight of the cross-entropy on the data's own tokens, added to the divergence")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "divergence", *get_args(DivergenceKind))
+        at_least(self, 1, "top_k")
+        at_least(self, 0, "sft_weight")
+        if not 0 < self.temperature < float("inf"):
+            raise InputError(f"temperature must be above 0 and finite, got {self.temperature}")
+        if self.jsd_beta is None:
+            return
+        if self.divergence != "jsd":
+            raise InputError(
+                f"jsd_beta belongs to divergence jsd, got {self.jsd_beta} with {self.divergence}: leave it out"
+            )
+        if not 0 < self.jsd_beta < 1:
+            raise InputError(
+                f"jsd_beta must lie between 0 and 1, got {self.jsd_beta}; its ends are divergence forward-kl (0) and "
+                "reverse-kl (1)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig(TrainingConfig):
+    """Options that every training on preference rows has. Raises InputError for a value that cannot work."""
+
+    title: ClassVar[str] = "preferences"
+    max_length: int = setting(1024, "tokens that a prompt and one answer may have together; see truncation")
+    truncation: Truncation = setting(
+        "drop",
+        "a row with an answer past max_length: drop leaves it out and counts it; answer cuts the answer but keeps its "
+        "end-of-turn token",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "truncation", *get_args(Truncation))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(PreferenceConfig):
+    """Options of preference training. Raises InputError for a value that cannot work, naming it."""
+
+    lr: float = setting(5e-5, "peak learning rate")
+    title: ClassVar[str] = "preferences"
+    loss: tuple[str, ...] = setting(
+        ("sigmoid",),
+        f"one of {', '.join(PAIR_LOSSES)}, or on judged answers {', '.join(UNPAIRED_LOSSES)}; NAME=WEIGHT and the flag "
+        "repeated for a weighted sum, such as sigmoid=0.8 and sft=0.2",
+    )
+    beta: float | None = setting(None, "how strongly the policy is held to the reference; default: the loss' own")
+    label_smoothing: float | None = setting(
+        None, "share of labels taken to be wrong: sigmoid (cDPO), robust, exo, simpo, cpo"
+    )
+    gamma: float | None = setting(None, "simpo: the margin of rewards aimed at")
+    tau: float | None = setting(None, "discopop: the temperature of its mixture")
+    sft_weight: float | None = setting(None, "cpo: the weight of its term that fits the chosen answers")
+    desirable_weight: float | None = setting(None, "kto, apo-zero-unpaired: the weight of good answers")
+    undesirable_weight: float | None = setting(None, "kto, apo-zero-unpaired: the weight of bad answers")
+    divergence: str | None = setting(None, "f-DPO: reverse-kl (DPO itself), forward-kl, jsd or alpha")
+    divergence_alpha: float | None = setting(None, "alpha of divergence alpha, 0 to 1")
+    ld_alpha: float | None = setting(
+        None, "LD-DPO: what tokens past the shorter answer's length count, 0 to 1; default 1"
+    )
+    reference: ReferenceKind = setting(
+        "auto",
+        "what the policy is compared with: base (adapter off), or start (the adapter as it was at the start); auto: "
+        "start on top of a trained adapter, else base, which then is the same",
+    )
+    reference_cache: str | None = setting(
+        None,
+        "a file for the reference's log-probabilities, computed once before training; made if it is not there, and "
+        "refused if it was made from other data, weights or template",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "reference", *get_args(ReferenceKind))
+        objective = self.objective()
+        if self.ld_alpha is not None:
+            check_ld_alpha(self.ld_alpha)
+            if objective.unpaired:
+                raise InputError(
+                    f"ld_alpha compares the two answers of a pair, got {self.ld_alpha} with the loss "
+                    f"{', '.join(objective.losses)}, which judges single answers: leave it out"
+                )
+        if not objective.needs_reference:
+            for name, default in (("reference", "auto"), ("reference_cache", None)):
+                if getattr(self, name) != default:
+                    raise InputError(
+                        f"{name} has no use with the loss {', '.join(objective.losses)}, which compares with no "
+                        f"reference; got {getattr(self, name)!r}: leave it out"
+                    )
+
+    def objective(self) -> Objective:
+        """The loss as a checked object."""
+        given: dict[str, Any] = {name: getattr(self, name) for name in SETTINGS}
+        return Objective(parse_losses(self.loss), {name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(PreferenceConfig):
+    """Options of training a reward model. Raises InputError for a value that cannot work, naming it."""
+
+    head_lr: float = setting(
+        3e-3, "peak learning rate of the head, which starts at zero; an lr_scale of score.weight decides instead"
+    )
+    center: float = setting(
+        0.0, "weight of the squared sum of a pair's rewards, which holds rewards around zero; 0.01 is usual"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "center")
+        if not 0 < self.head_lr < float("inf"):
+            raise InputError(f"head_lr must be above 0 and finite, got {self.head_lr}")
 
 
 def _steps(given: float, total: int) -> int:

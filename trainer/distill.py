@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import Batch, sent
+from ..data.batch import Batch
 from ..errors import InputError
-from ..kernels.linear_logprobs import check_targets
 from ..lora.attach import lora_modules
 from ..lora.linear import LoRALinear
 from ..lora.snapshot import Factors, Snapshot, adapter_swapped
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
-from .distill_config import DistillConfig
-from .divergence import token_divergence
+from .config import DistillConfig
 from .evaluate import evaluating
-from .logprobs import token_scores, vocabulary_of
+from .losses.divergence import token_divergence
+from .losses.tokens import hidden_rows, token_scores, trained_rows, vocabulary_of
 from .sft import SFTTrainer
 from .step import Sums, summed
 
@@ -59,13 +58,10 @@ class DistillTrainer(SFTTrainer):
             raise InputError(f"top_k must be at most {vocabulary}, the vocabulary, got {config.top_k}")
 
     def sums(self, batch: Batch) -> Sums:
-        config, targets = self.config, batch.targets.flatten()
-        trained = (targets >= 0).nonzero().squeeze(1)  # [N], found on the CPU: the device is not waited for
-        targets = targets[trained]
-        check_targets(targets, vocabulary_of(self.model.lm_head))
-        here, rows = batch.to(self.device), sent(trained, self.device)
-        theirs = self.teacher.hidden(here).flatten(0, 1).index_select(0, rows)  # before there is a graph
-        ours = self.model.hidden(here.input_ids, here.position_ids, here.spans).flatten(0, 1).index_select(0, rows)
+        config = self.config
+        here, rows, targets = trained_rows(self.model, batch)
+        theirs = self.teacher.hidden(here, rows)  # before there is a graph
+        ours = hidden_rows(self.model, here, rows)
         divergence = token_divergence(
             self.model.lm_head,
             ours,
@@ -79,17 +75,17 @@ class DistillTrainer(SFTTrainer):
         loss = divergence.sum(dtype=torch.float64)
         if not config.sft_weight:
             return Sums(loss, {})
-        scores = token_scores(self.model.lm_head, ours, sent(targets, self.device))
-        figures = {
+        scores = token_scores(self.model.lm_head, ours, targets)
+        metrics = {
             "divergence": summed(divergence),
             "cross_entropy": summed(-scores.logps),
             "token_accuracy": summed(scores.correct),
             "entropy": summed(scores.entropy),
         }
-        return Sums(loss - config.sft_weight * scores.logps.sum(dtype=torch.float64), figures)
+        return Sums(loss - config.sft_weight * scores.logps.sum(dtype=torch.float64), metrics)
 
-    def describe(self, figures: dict[str, float]) -> dict[str, float]:
-        return figures  # the loss is no cross-entropy, so it has no perplexity
+    def describe(self, metrics: dict[str, float]) -> dict[str, float]:
+        return metrics  # the loss is no cross-entropy, so it has no perplexity
 
 
 class Teacher:
@@ -102,11 +98,10 @@ class Teacher:
         """Inside, `model` is the teacher."""
         return nullcontext()
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Hidden states [B, T, E] of a batch on the device, without gradient or dropout."""
+    def hidden(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Hidden states [N, E] at these flattened places of a batch on the device, without gradient or dropout."""
         with evaluating(self.model), self.in_place():
-            states: Tensor = self.model.hidden(batch.input_ids, batch.position_ids, batch.spans)
-            return states
+            return hidden_rows(self.model, batch, rows)
 
 
 class _SameBase(Teacher):

@@ -1,4 +1,4 @@
-"""Held-out figures: mean loss of a trained token, and how often the answer is exactly right."""
+"""Held-out metrics: mean loss of a trained token, and how often the answer is exactly right."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import Batch, micro_batches, sent
+from ..data.batch import Batch, micro_batches
 from ..data.encode import Encoded, encode_prompt
 from ..data.formats import Conversation
 from ..data.template import ChatTemplate
-from ..kernels.linear_logprobs import TokenScores, check_targets
 from ..models.generate import generate
 from ..models.protocol import CausalLM
-from .logprobs import token_scores, vocabulary_of
+from .losses.tokens import batch_token_scores
 
 
 @dataclass(frozen=True)
@@ -35,30 +34,8 @@ class Answer:
 
 
 def batch_loss_sum(model: CausalLM, batch: Batch) -> Tensor:
-    """Sum of the losses of a batch's trained tokens, 0-d float64. The head runs on trained positions only."""
-    return batch_token_losses(model, batch).sum(dtype=torch.float64)
-
-
-def batch_token_losses(model: CausalLM, batch: Batch) -> Tensor:
-    """Loss of each trained token, [batch.trained], in the order of the batch's flattened positions."""
-    return -batch_token_scores(model, batch).logps
-
-
-def batch_token_scores(model: CausalLM, batch: Batch) -> TokenScores:
-    """Log-probability, entropy and correctness of each trained token, [batch.trained] each, in the order of positions.
-
-    `batch` is on the CPU: trained positions are found and looked at there, so the device is never waited for.
-    Raises ValueError for a target outside the model's vocabulary.
-    """
-    targets = batch.targets.flatten()
-    trained = (targets >= 0).nonzero().squeeze(1)  # [trained]
-    targets = targets[trained]
-    check_targets(targets, vocabulary_of(model.lm_head))
-    device = next(model.parameters()).device
-    here = batch.to(device)
-    hidden = model.hidden(here.input_ids, here.position_ids, here.spans)  # [B, T, D]
-    rows = hidden.flatten(0, 1).index_select(0, sent(trained, device))
-    return token_scores(model.lm_head, rows, sent(targets, device))
+    """Sum of the losses of a batch's trained tokens, 0-d float64."""
+    return -batch_token_scores(model, batch).logps.sum(dtype=torch.float64)
 
 
 def evaluate_loss(

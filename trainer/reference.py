@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from ..data.answer_batch import AnswerBatch
 from ..data.batch import sent
 from ..errors import DiskError, InputError, NumericError
+from ..files import write_whole
 from ..lora.attach import adapters_off, lora_modules
-from ..lora.safe_files import write_whole
 from ..lora.snapshot import Factors, Snapshot, adapter_swapped
 from ..models.protocol import CausalLM
-from .answers import answer_scores
 from .evaluate import evaluating
+from .losses.tokens import answer_scores
 
 FORMAT = "fourbit reference log-probabilities 1"
 

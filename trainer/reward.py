@@ -6,16 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
 from ..data.answer_batch import AnswerBatch
 from ..models.protocol import CausalLM
-from .dpo import PreferenceTrainer
-from .loop import Weights
-from .objective import Rewards
-from .preference_config import RewardConfig
+from .config import RewardConfig
+from .losses.reward import reward_loss
+from .preference import PreferenceTrainer, reward_metrics
 from .reward_model import KEY, RewardModel, fresh_head
-from .step import Sums, summed
+from .step import Sums
+from .trainer import Weights
 
 
 class RewardTrainer(PreferenceTrainer):
@@ -47,14 +46,7 @@ class RewardTrainer(PreferenceTrainer):
     def sums(self, batch: AnswerBatch) -> Sums:
         chosen, rejected = self.reward_model.rewards(batch)
         losses = reward_loss(chosen, rejected, center=self.config.center)
-        rewards = Rewards(chosen.detach(), rejected.detach())
-        figures = {
-            "reward_chosen": summed(rewards.chosen),
-            "reward_rejected": summed(rewards.rejected),
-            "reward_margin": summed(rewards.margin),
-            "reward_accuracy": summed(rewards.accuracy),
-        }
-        return Sums(losses.sum(dtype=torch.float64), figures)
+        return Sums(losses.sum(dtype=torch.float64), reward_metrics(chosen, rejected))
 
     def save(self, out: Path) -> None:
         self.reward_model.save(out)
@@ -66,18 +58,7 @@ class RewardTrainer(PreferenceTrainer):
         super().load_weights({name: tensor for name, tensor in state.items() if name != KEY})
         self.reward_model.head.data.copy_(state[KEY])
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
         head = self.reward_model.head
         assert isinstance(head, nn.Parameter)
-        return super()._parameters() | {KEY: head}
-
-
-def reward_loss(chosen: Tensor, rejected: Tensor, *, center: float = 0.0) -> Tensor:
-    """-log σ(r+ - r-) + center (r+ + r-)², for rewards [P] of preferred and other answers. Returns [P], not reduced.
-
-    The first term is the negative log-likelihood of Bradley and Terry's model (1952) as Ouyang et al. 2022
-    (arXiv 2203.02155, equation 1) use it. It sees differences only; the second (Eisenstein et al. 2023, arXiv
-    2312.09244, equation 2) holds rewards around zero, so that those of different prompts compare better.
-    """
-    losses = -logsigmoid(chosen - rejected)
-    return losses + center * (chosen + rejected).square() if center else losses
+        return super().trained_parameters() | {KEY: head}

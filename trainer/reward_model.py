@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data.answer_batch import AnswerBatch, answer_batches
@@ -21,11 +19,12 @@ from ..data.pairs import Judgement
 from ..data.protocol import TokenizerLike
 from ..data.read import Row
 from ..data.template import template_for
-from ..errors import DiskError, InputError, NumericError
+from ..errors import InputError
+from ..files import check_finite, float_tensors, regular_file, write_tensors
 from ..lora.files import load_adapter, save_adapter
-from ..lora.safe_files import float_tensors, regular_file, write_whole
 from ..models.protocol import CausalLM
 from .evaluate import evaluating
+from .losses.tokens import hidden_rows
 
 HEAD, KEY = "reward_head.safetensors", "score.weight"
 Answered = Conversation | Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -57,20 +56,14 @@ class RewardModel:
 
     def save(self, folder: str | Path) -> None:
         """Write adapter and head. Raises NumericError for NaN or infinity, DiskError when the disk refuses."""
-        head = self.head.detach().cpu().contiguous()
-        if not bool(torch.isfinite(head).all()):
-            raise NumericError("the reward model's head holds NaN or infinity, so it was not saved")
+        check_finite(KEY, self.head)  # before the adapter is written
         save_adapter(self.model, folder, base_model=self.model.source)
-        try:
-            write_whole(Path(folder) / HEAD, lambda path: save_file({KEY: head}, path, metadata={"format": "pt"}))
-        except (OSError, SafetensorError) as problem:
-            raise DiskError(f"could not write {HEAD} ({head.nbytes:,} bytes) to '{folder}': {problem}") from problem
+        write_tensors(Path(folder) / HEAD, {KEY: self.head}, HEAD)
 
     def rewards(self, batch: AnswerBatch) -> Tensor:
         """The reward of each answer, [A, P] in the head's dtype, for a batch that is still on the CPU."""
         here = batch.to(self.head.device)
-        hidden = self.model.hidden(here.input_ids, here.position_ids, here.spans)  # [B, T, D]
-        last = hidden.flatten(0, 1).index_select(0, here.last.flatten())  # [A * P, D]
+        last = hidden_rows(self.model, here, here.last.flatten())  # [A * P, D]
         rewards: Tensor = (last.to(self.head.dtype) @ self.head.T).view(here.last.shape)
         return rewards
 
@@ -105,8 +98,7 @@ class RewardModel:
 
 def fresh_head(model: CausalLM) -> Tensor:
     """Zeros: all rewards are equal, the loss starts at ln 2, and there is no random start to unlearn."""
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    return torch.zeros(1, model.hidden_size, dtype=dtype, device=model.device)
+    return torch.zeros(1, model.hidden_size, dtype=torch.promote_types(model.dtype, torch.float32), device=model.device)
 
 
 def read_head(model: CausalLM, folder: str | Path) -> Tensor:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,10 +13,9 @@ from ..errors import InputError
 from ..lora.attach import lora_modules
 from ..models.save import save_model
 from .config import SFTConfig
-from .evaluate import batch_token_scores
-from .loop import Weights
+from .losses.tokens import batch_token_scores
 from .step import Sums, summed
-from .trainer import Trainer, adapter_parameters
+from .trainer import MicroBatchSize, Trainer, Weights
 
 
 class SFTTrainer(Trainer):
@@ -40,7 +38,7 @@ class SFTTrainer(Trainer):
             on_bad_row=self.config.on_bad_row,
         )
 
-    def micro_batches(self, dataset: Dataset, numbers: Sequence[int], micro_batch: Any) -> list[Batch]:
+    def micro_batches(self, dataset: Dataset, numbers: Sequence[int], micro_batch: MicroBatchSize) -> list[Batch]:
         return micro_batches(
             [dataset.examples[i] for i in numbers],
             packing=self.config.packing,
@@ -51,17 +49,16 @@ class SFTTrainer(Trainer):
 
     def sums(self, batch: Batch) -> Sums:
         scores = batch_token_scores(self.model, batch)
-        figures = {"token_accuracy": summed(scores.correct), "entropy": summed(scores.entropy)}
-        return Sums(-scores.logps.sum(dtype=torch.float64), figures)
+        metrics = {"token_accuracy": summed(scores.correct), "entropy": summed(scores.entropy)}
+        return Sums(-scores.logps.sum(dtype=torch.float64), metrics)
 
-    def describe(self, figures: dict[str, float]) -> dict[str, float]:
-        return figures | {"perplexity": math.exp(figures["loss"]) if figures["loss"] < 700 else math.inf}
+    def describe(self, metrics: dict[str, float]) -> dict[str, float]:
+        return metrics | {"perplexity": math.exp(metrics["loss"]) if metrics["loss"] < 700 else math.inf}
 
-    def save(self, out: Path) -> None:
-        if self.config.full:
-            save_model(self.model, self.tokenizer, out)
-        else:
-            super().save(out)
+    # With `full` all weights are trained instead of an adapter.
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        return all_parameters(self.model) if self.config.full else super().trained_parameters()
 
     def weights(self) -> Weights:
         return {n: p.detach() for n, p in self.parameters.items()} if self.config.full else super().weights()
@@ -73,8 +70,11 @@ class SFTTrainer(Trainer):
         for name, parameter in self.parameters.items():
             parameter.data.copy_(state[name])
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return all_parameters(self.model) if self.config.full else adapter_parameters(self.model)
+    def save(self, out: Path) -> None:
+        if self.config.full:
+            save_model(self.model, self.tokenizer, out)
+        else:
+            super().save(out)
 
 
 def all_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,24 +2,32 @@
 
 Nothing here waits for the device. Whether a step may be applied is decided on the device by a flag that the optimizer's
 kernel reads (the mechanism of loss scaling); the host looks at the flag of the step before while this one runs.
+
+A long sequence can need for one backward what a paged optimizer's pages take. Its micro-batch is then run again without
+them: `backward_or_retry`, the one place that knows. What a micro-batch leaves behind is in its `Sums`, so the attempt
+that failed leaves nothing.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .. import optim
 from ..errors import InputError
-from .optimizers import make_optimizer, paging
-from .retry import backward_or_retry
+from ..optim.groups import parameter_groups
+from ..optim.optimizer import FlatOptimizer
+from .config import PAGED, OptimizerName, size_in_bytes
+
+PAGE_COUNTERS = ("hits", "misses", "evictions", "bytes_in", "bytes_out", "stall_seconds")
 
 
 class MicroBatch(Protocol):
-    """What loop and stepper read of one forward pass' batch."""
+    """What the loop reads of one forward pass' batch."""
 
     input_ids: Tensor  # [B, T] int64, on the CPU
 
@@ -37,14 +45,15 @@ class MicroBatch(Protocol):
 
 
 class Sums(NamedTuple):
-    """What a batch's forward pass gives: its loss, and figures to report."""
+    """What a batch's forward pass gives: its loss, metrics to report, and what the kind of training carries on."""
 
     loss: Tensor  # 0-d: the sum over what the batch's weight counts (trained tokens, pairs); carries the gradient
-    figures: Mapping[str, Tensor]  # each [2]: a sum, and the number of things it is over; without gradient
+    metrics: Mapping[str, Tensor]  # each [2]: a sum, and the number of things it is over; without gradient
+    carried: Mapping[str, Tensor] = MappingProxyType({})  # added up over a step's batches, for `Trainer.applied`
 
 
 def summed(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A figure of `Sums`: [2], the sum of `values` (where `mask` is true) and how many they are; float64, no graph."""
+    """A metric of `Sums`: [2], the sum of `values` (where `mask` is true) and how many they are; float64, no graph."""
     values = values.detach().to(torch.float64)
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
     return torch.stack([torch.where(mask, values, 0.0).sum(), mask.sum(dtype=torch.float64)])
@@ -55,32 +64,28 @@ class StepResult:
     """What a step leaves behind, still on the device: reading it waits for the step."""
 
     loss: Tensor  # 0-d float64: mean over the step's weight
-    figures: Mapping[str, Tensor]  # 0-d means over the whole step
+    metrics: Mapping[str, Tensor]  # 0-d means over the whole step
+    carried: Mapping[str, Tensor]  # sums over the whole step
     grad_norm: Tensor  # 0-d: global norm before clipping
     skipped: Tensor  # 0-d: 1 when loss or norm was not finite, so no weight moved; 0 otherwise
     optimizer: Mapping[str, int | float]  # bytes of its state, and what paging did in this step; known to the host
 
-    def read_figures(self) -> dict[str, float | None]:
-        """The figures on the host, in one copy; None for what is not finite."""
-        if not self.figures:
+    def read_metrics(self) -> dict[str, float | None]:
+        """The metrics on the host, in one copy; None for what is not finite."""
+        if not self.metrics:
             return {}
-        values = torch.stack([value.double() for value in self.figures.values()]).tolist()
-        return {n: v if math.isfinite(v) else None for n, v in zip(self.figures, values, strict=True)}
+        values = torch.stack([value.double() for value in self.metrics.values()]).tolist()
+        return {n: v if math.isfinite(v) else None for n, v in zip(self.metrics, values, strict=True)}
 
 
 class Stepper:
     """An optimizer over named parameters; a step's loss is the sum over its batches divided by their `weight`.
 
-    parameters: name -> parameter to train. sums: a batch (still on the CPU) -> its loss and figures. The rest is for
+    parameters: name -> parameter to train. sums: a batch (still on the CPU) -> its loss and metrics. The rest is for
     `make_optimizer`.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        sums: Callable[[Any], Sums],
-        **options: Any,
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], sums: Callable[[Any], Sums], **options: Any) -> None:
         self.parameters = dict(parameters)
         self.sums = sums
         self.device = next(iter(self.parameters.values())).device
@@ -92,68 +97,65 @@ class Stepper:
     def step(self, batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
         """One update from the micro-batches of one step, at this learning rate."""
         weight = sum(batch.weight for batch in batches)
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        figures: dict[int, Mapping[str, Tensor]] = {}  # by batch: one that runs out of memory is run twice
-
-        def part(i: int) -> Tensor:
-            sums = self.sums(batches[i])
-            figures[i] = sums.figures
-            # Divided by the whole step's weight, so any split into micro-batches gives the same gradients.
-            return sums.loss / weight
-
-        for i in range(len(batches)):
-            loss += self._backward(partial(part, i))
-        return self._update(loss, means(list(figures.values())), learning_rate)
-
-    def _backward(self, part: Callable[[], Tensor]) -> Tensor:
-        """Add a micro-batch's gradients; where memory runs out and pages can make room, on the second attempt."""
-        if self.optimizer.budget is not None:
-            return backward_or_retry(list(self.parameters.values()), part, self._make_room)
-        value = part()
-        value.backward()
-        return value.detach()
-
-    def _make_room(self) -> None:
-        self.retries += 1
-        self.optimizer.evict_all()
-
-    def _update(self, loss: Tensor, figures: Mapping[str, Tensor], learning_rate: float) -> StepResult:
+        # Divided by the whole step's weight, so any split into micro-batches gives the same gradients.
+        parts = [self._gradients(batch, weight) for batch in batches]
         optimizer = self.optimizer
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
+        loss = torch.stack([part.loss.double() for part in parts]).sum()
         # Where it is 1, or the norm is not finite, weights, moments and step counts stay as they are.
         optimizer.found_inf = (~torch.isfinite(loss)).float()
         optimizer.step()
         for parameter in self.parameters.values():  # those too that no group has
             parameter.grad = None
         assert optimizer.grad_norm is not None and optimizer.skipped is not None
-        return StepResult(loss, figures, optimizer.grad_norm, optimizer.skipped, self._state_figures())
+        metrics, carried = means([part.metrics for part in parts]), totals([part.carried for part in parts])
+        return StepResult(loss, metrics, carried, optimizer.grad_norm, optimizer.skipped, self._state_metrics())
 
-    def _state_figures(self) -> dict[str, int | float]:
+    def _gradients(self, batch: MicroBatch, weight: int) -> Sums:
+        """Add a micro-batch's gradients; where memory runs out and pages can make room, on the second attempt."""
+
+        def backward() -> Sums:
+            sums = self.sums(batch)
+            loss = sums.loss / weight
+            loss.backward()
+            return sums._replace(loss=loss.detach())
+
+        if self.optimizer.budget is None:
+            return backward()
+        return backward_or_retry(list(self.parameters.values()), backward, self._make_room)
+
+    def _make_room(self) -> None:
+        self.retries += 1
+        self.optimizer.evict_all()
+
+    def _state_metrics(self) -> dict[str, int | float]:
         device, host = self.optimizer.state_bytes()
-        before, self._paged = self._paged, paging(self.optimizer)
-        if self._paged:
-            self._paged["page_retries"] = self.retries
+        counters = [pager.counters for pager in self.optimizer.pagers.values()]
+        if not counters:
+            return {"optimizer_bytes": device}
+        paged = {f"page_{name}": sum(getattr(each, name) for each in counters) for name in PAGE_COUNTERS}
+        before, self._paged = self._paged, {**paged, "page_retries": self.retries}
         moved = {name: round(value - before.get(name, 0), 6) for name, value in self._paged.items()}
-        return {"optimizer_bytes": device, **({"optimizer_host_bytes": host} if moved else {}), **moved}
+        return {"optimizer_bytes": device, "optimizer_host_bytes": host, **moved}
 
     def state(self) -> dict[str, Tensor]:
-        """The optimizer's tensors as `parameter.slot`; empty before the first step."""
+        """The optimizer's tensors as `parameter.field`; empty before the first step."""
         names = self._order()
         saved = self.optimizer.state_dict()["state"]
-        return {f"{names[i]}.{slot}": value for i, slots in saved.items() for slot, value in slots.items()}
+        return {f"{names[i]}.{field}": value for i, fields in saved.items() for field, value in fields.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave. Raises InputError when a name or a shape does not fit these parameters."""
         numbers = {name: number for number, name in enumerate(self._order())}
-        slots: dict[int, dict[str, Tensor]] = {}
+        saved: dict[int, dict[str, Tensor]] = {}
         for key, value in state.items():
-            name, _, slot = key.rpartition(".")
+            name, _, field = key.rpartition(".")
             if name not in numbers:
                 raise InputError(f"optimizer state {key!r} {tuple(value.shape)} fits no parameter trained here")
-            slots.setdefault(numbers[name], {})[slot] = value
+            saved.setdefault(numbers[name], {})[field] = value
         try:
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved})
         except ValueError as error:
             raise InputError(f"the optimizer's state does not fit this run: {error}") from None
         self._paged, self.retries = {}, 0  # the pagers start anew
@@ -163,8 +165,114 @@ class Stepper:
         return [self._names[p] for group in self.optimizer.param_groups for p in group["params"]]
 
 
-def means(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Each figure of several batches, [2] sum and number, as one 0-d mean."""
+def totals(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Each entry added up over several batches."""
     names = dict.fromkeys(name for part in parts for name in part)
-    sums = {name: torch.stack([part[name] for part in parts if name in part]).sum(0) for name in names}
-    return {name: both[0] / both[1] for name, both in sums.items()}
+    return {name: torch.stack([part[name] for part in parts if name in part]).sum(0) for name in names}
+
+
+def means(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Each metric of several batches, [2] sum and number, as one 0-d mean."""
+    return {name: both[0] / both[1] for name, both in totals(parts).items()}
+
+
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    weight_decay: float,
+    max_grad_norm: float,
+    name: OptimizerName = "adamw",
+    budget: str = "auto",
+    stochastic_rounding: bool = False,
+    lora_plus: float = 1.0,
+    lr_scale: Mapping[str, float] | None = None,
+) -> FlatOptimizer:
+    """An optimizer that measures the gradients' norm, clips it where max_grad_norm is above 0, and skips what is not
+    finite. Its groups' learning rates are 0, and "lr_scale" of each is the factor on the rate of a step.
+
+    Raises InputError for patterns in lr_scale that match nothing, or leave nothing to train, and for
+    stochastic_rounding where nothing that is trained has few enough bits to be rounded so.
+    """
+    try:
+        groups: list[dict[str, Any]] = parameter_groups(
+            parameters.items(), lr=0.0, weight_decay=weight_decay, lora_plus=lora_plus, lr_scale=lr_scale
+        )
+    except ValueError as error:
+        raise InputError(f"lr_scale: {error}") from None
+    if not groups:
+        raise InputError("lr_scale leaves nothing to train: the factor of every parameter is 0")
+    if stochastic_rounding and not any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for group in groups for p in group["params"]})
+        raise InputError(
+            f"stochastic_rounding is for weights in bfloat16, but all that are trained here are {' or '.join(dtypes)}; "
+            "it helps where all weights of a model (full) are trained in dtype bfloat16"
+        )
+    kind = optim.Lion if "lion" in name else optim.AdamW
+    size: Any = "auto" if budget == "auto" else size_in_bytes(budget)
+    return kind(
+        groups,
+        lr=0.0,
+        bits=8 if name.endswith("8bit") else 32,
+        budget=size if name.startswith(PAGED) else None,
+        max_grad_norm=max_grad_norm or math.inf,
+        stochastic_rounding=stochastic_rounding,
+    )
+
+
+def backward_or_retry(
+    parameters: Sequence[nn.Parameter], backward: Callable[[], Sums], make_room: Callable[[], object]
+) -> Sums:
+    """Run backward(), which leaves gradients in .grad. One OutOfMemoryError is answered by make_room() and a retry.
+
+    All gradients of a micro-batch count, or none: those of earlier ones are set aside while it runs, and the new ones
+    are added when it is through. These are the additions that autograd would have made, in the same order, so the sums
+    are equal bit for bit. It costs no copy; from the second micro-batch of a step on, memory for one more set of
+    gradients. The retry draws the same random numbers. Whatever backward or make_room raises, parameters' gradients
+    then are as they were before.
+    """
+    device = parameters[0].device
+    rng, before = rng_states(device), [p.grad for p in parameters]
+    try:
+        sums = _attempt(parameters, backward)
+        if sums is None:  # and what it had taken is free again: no exception holds its frames
+            make_room()
+            set_rng_states(rng, device)
+            _put(parameters, [None] * len(parameters))
+            sums = backward()
+    except BaseException:
+        _put(parameters, before)
+        raise
+    new = [p.grad for p in parameters]
+    both = [(old, fresh) for old, fresh in zip(before, new, strict=True) if old is not None and fresh is not None]
+    if both:
+        torch._foreach_add_([old for old, _ in both], [fresh for _, fresh in both])
+    _put(parameters, [fresh if old is None else old for old, fresh in zip(before, new, strict=True)])
+    return sums
+
+
+def _attempt(parameters: Sequence[nn.Parameter], backward: Callable[[], Sums]) -> Sums | None:
+    _put(parameters, [None] * len(parameters))
+    try:
+        return backward()
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _put(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+
+
+def rng_states(device: torch.device) -> dict[str, Tensor]:
+    """Random generators' states, of the CPU and, where training runs on one, of that CUDA device; no waiting."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_rng_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Go on drawing where `rng_states` was taken."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

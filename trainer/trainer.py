@@ -1,59 +1,67 @@
-"""What every kind of training shares: rows, parameters, the run around the loop, what is saved at its end.
+"""The training loop, and what every kind of training shares: read it top-down.
 
-A kind of training (`sft`, `dpo`, `reward`, `distill`) says how rows are read, how examples become batches, and what the
-loss of a batch is. Everything else, from the order of rows to resuming bit for bit, is here and in the loop.
+A kind of training (`sft`, `preference`, `reward`, `distill`) says how rows are read, how examples become batches, and
+what the loss of a batch is. The rest is here: the order of rows, steps, metrics, evaluations, checkpoints, the best
+weights, early stopping, interruption, resuming bit for bit, what is saved at the end. Step k depends on nothing but k,
+the configuration and what a checkpoint holds, so the data cursor of a checkpoint is one number.
 """
 
 import hashlib
+import json
+import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..data.dataset import fingerprint, split_validation
 from ..data.order import step_indices, steps_per_epoch
-from ..errors import InputError
+from ..errors import InputError, NumericError
+from ..files import lock_folder
 from ..lora.attach import lora_modules
 from ..lora.files import adapter_state, load_adapter_state, save_adapter
 from ..models.protocol import CausalLM
-from .config import TrainingConfig
-from .disk import lock_folder
+from .checkpoint import checkpoint_to_resume, load_checkpoint, save_checkpoint
+from .config import TrainingConfig, changed_options
 from .evaluate import evaluating
 from .interrupt import Interrupt, interrupts
-from .loop import Loop, StepData, Weights, find_checkpoint
-from .memory import memory_free, saved_bytes
+from .memory import memory_free, memory_used, saved_bytes
 from .metrics import Display, Metrics
 from .progress import display_for
 from .report import draw_curves
-from .step import Stepper, StepResult, Sums, means
+from .run import RunState, TrainResult
+from .step import MicroBatch, Stepper, StepResult, Sums, means, rng_states, set_rng_states
 
+SKIPS_ALLOWED = 2  # in a row; one more ends the run
 TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}  # of micro_batch="auto": matmuls run at full speed from there on
+Weights = dict[str, Tensor]
+MicroBatchSize = int | Literal["auto"]
 
 
 @dataclass(frozen=True)
-class TrainResult:
-    """What a run ended with. Losses are means in nats (of trained tokens, or of pairs); `signal` is set when one ended
-    the run."""
+class StepData:
+    """What a step trains on, still on the CPU: one batch of rows, as micro-batches for each update that is made of it.
 
-    out: Path
-    steps: int
-    loss: float | None  # of the last step that was applied
-    val: Mapping[str, float | None]  # figures of the best evaluation: its loss and what else this training reports
-    best_step: int
-    skipped_steps: int
-    tokens: int  # seen in training, padding not counted
-    stopped_early: bool
-    signal: int | None
-    checkpoint: Path | None
+    Most kinds make one update of a batch of rows; one that generates its rows may make several.
+    """
 
-    @property
-    def val_loss(self) -> float | None:
-        """The best loss on the validation rows."""
-        return self.val.get("loss")
+    updates: Sequence[Sequence[MicroBatch]]
+    sources: list[str]  # file and line of each row
+
+
+class Pending(NamedTuple):
+    """An update whose metrics are still on the device."""
+
+    step: int
+    batches: Sequence[MicroBatch]
+    sources: list[str]
+    result: StepResult
+    rate: float
 
 
 class Trainer(ABC):
@@ -63,11 +71,14 @@ class Trainer(ABC):
     Raises InputError for rows, options or a model that cannot be trained on.
     """
 
+    best_metric: ClassVar[str] = "loss"  # of an evaluation: what keep_best and patience go by
+    best_is: ClassVar[Literal["lowest", "highest"]] = "lowest"
+
     def __init__(
         self, model: CausalLM, tokenizer: Any, *, train: Any, config: TrainingConfig, val: Any | float | None = None
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.parameters = self._parameters()
+        self.parameters = self.trained_parameters()
         self.device = next(iter(self.parameters.values())).device
         self.pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else 0
         self.token_budget = TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET["cuda"])
@@ -92,22 +103,18 @@ class Trainer(ABC):
         """Files to a dataset."""
 
     @abstractmethod
-    def micro_batches(self, dataset: Any, numbers: Sequence[int], micro_batch: int | str) -> list[Any]:
+    def micro_batches(self, dataset: Any, numbers: Sequence[int], micro_batch: MicroBatchSize) -> list[Any]:
         """The examples with these numbers, each once, as batches of one forward pass each, on the CPU."""
 
     @abstractmethod
     def sums(self, batch: Any) -> Sums:
-        """Loss and figures of a batch, summed; the loss carries the gradient."""
-
-    def tokens_of(self, example: Any) -> int:
-        """How many tokens an example takes through the model."""
-        return len(example.ids)
+        """Loss and metrics of a batch, summed; the loss carries the gradient. May be called twice for one batch."""
 
     def begin(self, dataset: Any, batches: Sequence[Any]) -> None:
         """Called with all batches of a step, or of an evaluation, before the first forward pass."""
 
     def applied(self, result: StepResult) -> None:
-        """Called after a step's update."""
+        """Called after an update."""
 
     def state(self) -> Weights:
         """What a resumed run needs besides weights and optimizer; tensors by name."""
@@ -116,28 +123,35 @@ class Trainer(ABC):
     def load_state(self, state: Weights) -> None:
         """Take back what `state` gave."""
 
-    def describe(self, figures: dict[str, float]) -> dict[str, float]:
-        """The figures of an evaluation, with what follows from them."""
-        return figures
+    def describe(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics of an evaluation, with what follows from them."""
+        return metrics
 
     def constants(self) -> dict[str, float]:
-        """Figures of the data that every record carries."""
+        """Metrics of the data that every record carries."""
         return {}
 
-    def save(self, out: Path) -> None:
-        """Write what was trained into the run's folder."""
-        save_adapter(self.model, str(out), base_model=self.model.source)
+    def tokens_of(self, example: Any) -> int:
+        """How many tokens an example takes through the model."""
+        return len(example.ids)
+
+    # What is trained: the adapter, unless a kind says otherwise.
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimizer moves, by name."""
+        return adapter_parameters(self.model)
 
     def weights(self) -> Weights:
-        """All that training changes, by name: the adapter."""
+        """All that training changes, by name."""
         return adapter_state(self.model)
 
     def load_weights(self, state: Weights) -> None:
         """Put back what `weights` gave."""
         load_adapter_state(self.model, state)
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return adapter_parameters(self.model)
+    def save(self, out: Path) -> None:
+        """Write what was trained into the run's folder."""
+        save_adapter(self.model, str(out), base_model=self.model.source)
 
     # The run.
 
@@ -147,12 +161,8 @@ class Trainer(ABC):
 
     @property
     def total(self) -> int:
-        """Optimizer steps in all."""
+        """Steps in all."""
         return self.config.steps or self.config.epochs * self.steps_per_epoch
-
-    @property
-    def evaluates(self) -> bool:
-        return self.val_set is not None
 
     @property
     def fingerprint(self) -> str:
@@ -167,28 +177,62 @@ class Trainer(ABC):
         """
         out = Path(self.config.out)
         out.mkdir(parents=True, exist_ok=True)
-        with lock_folder(out), torch.random.fork_rng(), interrupts() as interrupt:
+        with lock_folder(out), torch.random.fork_rng(), interrupts() as self.interrupt:
             notes: list[str] = []
-            checkpoint = find_checkpoint(self.config, notes.append)
+            checkpoint = checkpoint_to_resume(out, self.config.resume, notes.append)
             torch.manual_seed(self.config.seed)
-            stepper = self._stepper()
-            self.model.checkpointing = self._checkpointing()
+            self.run, self.stepper = RunState(), self.make_stepper()
+            self.best: Weights | None = None
+            self._pending: Pending | None = None
+            self.model.checkpointing = self.recomputes()
             start = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
             displays = [display(self.total, start)] if display else []
-            metrics = Metrics(out, displays, log=self.config.log, resumed_at=start)
-            loop = Loop(self, stepper, self.config, metrics, interrupt)
+            self.metrics = Metrics(out, displays, log=self.config.log, resumed_at=start)
             try:
                 for note in notes:
-                    metrics.message(note)
+                    self.metrics.message(note)
                 if checkpoint is not None:
-                    loop.resume(checkpoint)
-                    metrics.message(f"resumed from {checkpoint}")
+                    self._resume(checkpoint)
+                    self.metrics.message(f"resumed from {checkpoint}")
                 self.model.train()
-                loop.run()
+                self._loop()
             finally:
-                metrics.close()
+                self.metrics.close()
                 self.model.checkpointing = False
-            return self._finish(loop, interrupt)
+            return self._finish()
+
+    def _loop(self) -> None:
+        """Ends with the trained weights in place: the best ones with keep_best and validation, else the last."""
+        run, config = self.run, self.config
+        self._clock = time.perf_counter()
+        while True:
+            ended = run.done >= self.total or run.stopped_early
+            if self._due(config.eval_every, ended) and run.evaluated != run.done:
+                self._evaluate()
+                ended = ended or run.stopped_early
+            if self.interrupt or (self._due(config.save_every, ended) and run.saved != run.done):
+                self._save()
+            if self.interrupt or ended:
+                break
+            self._step()
+        if ended and not self.interrupt and self.best is not None:
+            self.load_weights(self.best)
+
+    def _due(self, every: int | None, ended: bool) -> bool:
+        return self.run.done > 0 and (ended or self.run.done % (every or self.steps_per_epoch) == 0)
+
+    def _step(self) -> None:
+        step = self.run.done
+        data = self.step_data(step)
+        rate = self.config.learning_rate(step, self.total)
+        for batches in data.updates:
+            result = self.stepper.step(batches, rate)
+            self.applied(result)
+            self._settle()  # the update before this one: its metrics are there without waiting for this one
+            self._pending = Pending(step, batches, data.sources, result, rate)
+            if self.device.type == "cpu":
+                self._settle()  # already computed: nothing to wait for, and its time is its own
+        self.run.done += 1
 
     def step_data(self, step: int) -> StepData:
         """The examples of step `step` (from 0), laid out in micro-batches."""
@@ -196,12 +240,84 @@ class Trainer(ABC):
         numbers = step_indices(len(examples), self.config.batch_size, step, self.config.seed)
         batches = self.micro_batches(self.train_set, numbers, self.config.micro_batch)
         self.begin(self.train_set, batches)
-        return StepData(batches, [examples[i].source for i in numbers])
+        return StepData([batches], [examples[i].source for i in numbers])
 
-    def evaluate(self, interrupt: Interrupt) -> dict[str, float] | None:
-        """Mean loss and figures on the validation rows, dropout off; None when it was interrupted."""
+    def _settle(self) -> None:
+        """Read the metrics of the last update off the device, record them, and stop a run that has gone bad."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        run, result, batches = self.run, pending.result, pending.batches
+        loss, skipped, norm = result.loss.item(), bool(result.skipped.item()), result.grad_norm.item()
+        now, tokens = time.perf_counter(), sum(batch.tokens for batch in batches)
+        run.tokens += tokens
+        run.skipped += skipped
+        run.skipped_in_a_row = run.skipped_in_a_row + 1 if skipped else 0
+        run.last_loss = loss if not skipped else run.last_loss
+        what, used = memory_used(self.device)
+        self.metrics.write(
+            {
+                "step": pending.step + 1,
+                "epoch": round((pending.step + 1) / self.steps_per_epoch, 4),
+                "loss": _finite(loss),
+                **result.read_metrics(),
+                **self.constants(),
+                "lr": pending.rate,
+                "grad_norm": _finite(norm),
+                "skipped": skipped,
+                "tokens": tokens,
+                "trained_tokens": sum(batch.trained for batch in batches),
+                "tokens_per_second": round(tokens / (now - self._clock), 2),
+                what: used,
+                **result.optimizer,
+            }
+        )
+        self._clock = now
+        if run.skipped_in_a_row > SKIPS_ALLOWED:
+            self._give_up(pending, loss, norm)
+
+    def _give_up(self, last: Pending, loss: float, norm: float) -> None:
+        step, dump = last.step + 1, Path(self.config.out) / f"nonfinite-step-{last.step + 1}.json"
+        rows = {"sources": last.sources, "input_ids": [batch.input_ids.tolist() for batch in last.batches]}
+        dump.write_text(json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), **rows}))
+        raise NumericError(
+            f"loss or gradient was not finite in {self.run.skipped_in_a_row} steps in a row (step {step}: loss "
+            f"{loss}, gradient norm {norm}); none of them changed a weight. The last batch is in {dump}; the newest "
+            f"checkpoint is unharmed. Usual causes: a learning rate too high (lr={self.config.lr:g}), float16 overflow."
+        )
+
+    def _evaluate(self) -> None:
+        """Validation metrics, and what follows from them: the best weights so far, an early stop."""
+        self._settle()
+        run = self.run
+        metrics = {} if self.val_set is None else self.evaluate(self.interrupt)
+        if metrics is None:
+            return  # interrupted: the resumed run does it again
+        run.evaluated = run.done
+        if not metrics:
+            return
+        run.saved = min(run.saved, run.done - 1)  # a checkpoint made before this evaluation lacks its outcome
+        finite = {name: _finite(value) for name, value in metrics.items()}
+        self.metrics.write({"step": run.done, **{f"val_{name}": value for name, value in finite.items()}})
+        if self._is_best(finite[self.best_metric]):
+            run.best_metrics, run.best_step, run.without_better = finite, run.done, 0
+            if self.config.keep_best:
+                self.best = {name: tensor.detach().clone() for name, tensor in self.weights().items()}
+        else:
+            run.without_better += 1
+            run.stopped_early = self.config.patience is not None and run.without_better >= self.config.patience
+        self._clock = time.perf_counter()  # an evaluation is not training time
+
+    def _is_best(self, value: float | None) -> bool:
+        before = self.run.best_metrics.get(self.best_metric)
+        if value is None or before is None:
+            return value is not None
+        return value < before if self.best_is == "lowest" else value > before
+
+    def evaluate(self, interrupt: Interrupt | bool = False) -> dict[str, float] | None:
+        """Mean loss and metrics on the validation rows, dropout off; None when it was interrupted."""
         batches = self.micro_batches(self.val_set, range(len(self.val_set.examples)), "auto")
-        loss, figures, weight = 0.0, list[Mapping[str, Tensor]](), 0
+        loss, parts = 0.0, list[Mapping[str, Tensor]]()
         with evaluating(self.model):
             self.begin(self.val_set, batches)
             for batch in batches:
@@ -209,16 +325,66 @@ class Trainer(ABC):
                     return None
                 sums = self.sums(batch)
                 loss += sums.loss.item()
-                figures.append(sums.figures)
-                weight += batch.weight
-        return self.describe({"loss": loss / weight, **{name: v.item() for name, v in means(figures).items()}})
+                parts.append(sums.metrics)
+        weight = sum(batch.weight for batch in batches)
+        return self.describe({"loss": loss / weight, **{name: v.item() for name, v in means(parts).items()}})
+
+    def _save(self) -> None:
+        self._settle()
+        run = self.run
+        if run.done == 0 or run.saved == run.done:
+            return
+        run.saved = run.done
+        groups = {"weights": self.weights(), "optimizer": self.stepper.state(), "rng": rng_states(self.device)}
+        groups |= {"task": state} if (state := self.state()) else {}
+        groups |= {"best": self.best} if self.best is not None else {}
+        config = json.loads(json.dumps(asdict(self.config)))  # as JSON gives it back: lists for tuples
+        numbers = {"run": asdict(run), "config": config, "data": self.fingerprint}
+        save_checkpoint(Path(self.config.out) / "checkpoints", run.done, groups, numbers, keep=self.config.keep)
+        self._clock = time.perf_counter()
+
+    def _resume(self, path: Path) -> None:
+        """Take up a checkpoint. Raises InputError when it belongs to other data or other options."""
+        tensors, state = load_checkpoint(path)
+        if changes := changed_options(state["config"], self.config):
+            raise InputError(
+                f"{path} was written by a run with other options ({'; '.join(changes)}); use the same ones"
+            )
+        if state["data"] != self.fingerprint:
+            raise InputError(f"{path} was written by a run on other training data; resume with the same data files")
+        self.run, self.best = RunState(**state["run"]), tensors.get("best")
+        self.load_weights(tensors["weights"])
+        self.load_state(tensors.get("task", {}))
+        self.stepper.load_state(tensors["optimizer"])
+        set_rng_states(tensors["rng"], self.device)
+
+    def _finish(self) -> TrainResult:
+        out, run = Path(self.config.out), self.run
+        if not self.interrupt:
+            self.save(out)
+        if self.metrics.path.stat().st_size:
+            draw_curves(self.metrics.path, out / "loss.png")
+        newest = out / "checkpoints" / f"step-{run.saved:06d}"
+        return TrainResult(
+            out=out,
+            steps=run.done,
+            loss=run.last_loss,
+            val=run.best_metrics,
+            best_step=run.best_step,
+            skipped_steps=run.skipped,
+            tokens=run.tokens,
+            stopped_early=run.stopped_early,
+            signal=self.interrupt.signal,
+            checkpoint=newest if newest.is_dir() else None,
+        )
 
     def _dataset(self, rows: Any) -> Any:
         if hasattr(rows, "examples"):
             return rows
         return self.load_rows([rows] if isinstance(rows, (str, Path)) else list(rows))
 
-    def _stepper(self) -> Stepper:
+    def make_stepper(self) -> Stepper:
+        """The optimizer over what is trained, as the options say."""
         config = self.config
         return Stepper(
             self.parameters,
@@ -232,36 +398,16 @@ class Trainer(ABC):
             stochastic_rounding=config.stochastic_rounding,
         )
 
-    def _checkpointing(self) -> bool:
+    def recomputes(self) -> bool:
         """Recompute activations? `auto` measures what the longest example keeps and scales it to a micro-batch."""
         if self.config.checkpointing != "auto":
             return self.config.checkpointing == "on"
         sizes = [self.tokens_of(example) for example in self.train_set.examples]
         longest = max(sizes)
         (batch,) = self.micro_batches(self.train_set, [sizes.index(longest)], 1)
-        per_token = saved_bytes(self.model, lambda: self.sums(batch).loss) / longest
         tokens = self.token_budget if self.config.micro_batch == "auto" else int(self.config.micro_batch) * longest
-        return per_token * max(tokens, longest) > memory_free(self.device) / 2 > 0
-
-    def _finish(self, loop: Loop, interrupt: Interrupt) -> TrainResult:
-        out, state = Path(self.config.out), loop.state
-        if not interrupt:
-            self.save(out)
-        if loop.metrics.path.stat().st_size:
-            draw_curves(loop.metrics.path, out / "loss.png")
-        newest = loop.checkpoints / f"step-{state.saved:06d}"
-        return TrainResult(
-            out=out,
-            steps=state.done,
-            loss=state.last_loss,
-            val=state.best_figures,
-            best_step=state.best_step,
-            skipped_steps=state.skipped,
-            tokens=state.tokens,
-            stopped_early=state.stopped_early,
-            signal=interrupt.signal,
-            checkpoint=newest if newest.is_dir() else None,
-        )
+        needed = saved_bytes(self.model, lambda: self.sums(batch).loss) / longest * max(tokens, longest)
+        return needed > memory_free(self.device) / 2 > 0
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -269,3 +415,8 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     if not lora_modules(model):
         raise InputError("the model has no adapter to train: call fourbit.attach first, or train all weights (full)")
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: a metric that is none is null."""
+    return value if math.isfinite(value) else None

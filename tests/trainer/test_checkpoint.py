@@ -22,11 +22,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fourbit.errors import DiskError, EnvironmentProblem, InputError, NumericError
-from fourbit.trainer import checkpoint, disk
+from fourbit.files import lock_folder
+from fourbit.trainer import checkpoint
 from fourbit.trainer.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from fourbit.trainer.disk import lock_folder
 
-DTYPES = sorted(checkpoint._DTYPES, key=str)
+DTYPES = [
+    *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+]
 OPENED: list[str] | None = None  # paths opened while a list is here
 
 
@@ -367,7 +370,7 @@ def test_a_real_full_disk_is_one_clear_error(tmp_path: Path) -> None:
             save_checkpoint(tmp_path, 2, tensors, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert caught.value.exit_code == 5 and caught.value.__cause__.errno == errno.EFBIG  # type: ignore[union-attr]
+    assert caught.value.exit_code == 5 and os.strerror(errno.EFBIG) in str(caught.value)
     assert sorted(tmp_path.iterdir()) == before and newest_checkpoint(tmp_path) == (good, [])
 
 
@@ -378,11 +381,11 @@ def test_the_bytes_named_are_the_bytes_written(tmp_path: Path, monkeypatch: pyte
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(disk, "write_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(DiskError, match="No space left") as caught:
         save_checkpoint(tmp_path, 2, *sample())
     needed = int(str(caught.value).split("It needs ")[1].split(" bytes")[0].replace(",", ""))
-    assert written <= needed <= written + 800  # the manifest is reckoned at 200 a file
+    assert written <= needed <= written + 1200  # headers and the manifest are reckoned
 
 
 def test_a_second_run_is_refused_and_a_dead_one_does_not_block(tmp_path: Path) -> None:
@@ -395,13 +398,16 @@ def test_a_second_run_is_refused_and_a_dead_one_does_not_block(tmp_path: Path) -
         with lock_folder(tmp_path / "other"):
             pass
     program = (
-        "import sys, time\nfrom fourbit.trainer.disk import lock_folder\n"
+        "import sys, time\nfrom fourbit.files import lock_folder\n"
         "with lock_folder(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(600)\n"
     )
     child = subprocess.Popen([sys.executable, "-P", "-c", program, tmp_path / "out"], stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout is not None and child.stdout.readline() == "held\n"
-        with pytest.raises(EnvironmentProblem, match=f"in use by process {child.pid} "), lock_folder(tmp_path / "out"):
+        with (
+            pytest.raises(EnvironmentProblem, match=f"in use by process {child.pid} "),
+            lock_folder(tmp_path / "out"),
+        ):
             pass
     finally:
         child.send_signal(signal.SIGKILL)
@@ -414,7 +420,10 @@ def test_a_lock_that_is_a_link_or_cannot_be_made_is_refused(tmp_path: Path) -> N
     (tmp_path / "out").mkdir()
     (tmp_path / "victim").write_text("precious")
     (tmp_path / "out" / "run.lock").symlink_to(tmp_path / "victim")
-    with pytest.raises(EnvironmentProblem, match="cannot write to the output folder"), lock_folder(tmp_path / "out"):
+    with (
+        pytest.raises(EnvironmentProblem, match="cannot write to the output folder"),
+        lock_folder(tmp_path / "out"),
+    ):
         pass
     assert (tmp_path / "victim").read_text() == "precious"
     with pytest.raises(EnvironmentProblem, match="cannot write"), lock_folder(tmp_path / "victim" / "out"):

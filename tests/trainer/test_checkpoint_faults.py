@@ -1,10 +1,10 @@
 """Every file operation of a save fails once, or is the last one of the process: a good checkpoint always loads.
 
-`FaultyDisk` stands between the module and `os`. It trips the n-th operation, for every n: the disk is full (ENOSPC,
-EDQUOT), it fails (EIO), the process dies there, or the machine does. In the last case it also takes away what was not
-yet forced to the disk, in the worst way: files without fsync lose their second half, new names and renames in folders
-without fsync are undone (all, or only the oldest one), while removals stay. So a missing or misplaced fsync is caught,
-and not only a wrong order.
+`FaultyDisk` stands between the module and `os`, and before its three ways to write a file. It trips the n-th operation,
+for every n: the disk is full (ENOSPC, EDQUOT), it fails (EIO), the process dies there, or the machine does. In the last
+case it also takes away what was not yet forced to the disk, in the worst way: files without fsync lose their second
+half, new names and renames in folders without fsync are undone (all, or only the oldest one), while removals stay. So a
+missing or misplaced fsync is caught, and not only a wrong order.
 """
 
 import errno
@@ -29,7 +29,7 @@ FAULTS = {
     "power": None,
     "reordered": None,
 }
-GROWS = {"open", "write", "mkdir", "rename", "replace"}  # what a full disk can refuse
+GROWS = {"write", "mkdir", "rename", "replace"}  # what a full disk can refuse
 
 
 @pytest.fixture(autouse=True)
@@ -47,13 +47,21 @@ class FaultyDisk:
 
     def __init__(self, patch: pytest.MonkeyPatch, fault: str, trip: int) -> None:
         self.fault, self.trip, self.count, self.dead = fault, trip, 0, False
-        self.real = {name: getattr(os, name) for name in (*GROWS, "fsync", "unlink", "rmdir", "close")}
+        self.real = {
+            name: getattr(os, name)
+            for name in ("open", "mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "close")
+        }
         self.opened: dict[int, Path] = {}
         self.torn: set[Path] = set()  # files written since their last fsync
         self.made: list[Path] = []  # names new since their folder's last fsync
         self.moved: list[tuple[Path, Path, bytes | None]] = []  # renames since then, and the file each replaced
         for name in self.real:
             patch.setattr(os, name, getattr(self, name))
+        plain = {name: getattr(Path, name) for name in ("write_bytes", "write_text")}
+        for name, real in plain.items():
+            patch.setattr(Path, name, lambda path, data, real=real, **more: self.write(path, real, path, data, **more))
+        serialise = checkpoint.save_file
+        patch.setattr(checkpoint, "save_file", lambda tensors, path: self.write(path, serialise, tensors, path))
 
     def tick(self, name: str) -> None:
         if self.dead:
@@ -71,18 +79,23 @@ class FaultyDisk:
         self.tick("open")
         descriptor = self.real["open"](path, flags, mode, **kwargs)
         self.opened[descriptor] = Path(path)
-        if flags & os.O_CREAT:
-            self.made.append(Path(path))
         return int(descriptor)
 
-    def write(self, descriptor: int, data: Any) -> int:
-        self.torn.add(self.opened[descriptor])
+    def write(self, path: Path, real: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """A whole file, by any of the ways there are; a part of it lands when it is tripped."""
+        was_dead = self.dead
         try:
             self.tick("write")
         except (OSError, Killed):
-            self.real["write"](descriptor, data[: len(data) // 2])  # a part lands all the same
+            if not was_dead:
+                real(*args, **kwargs)
+                self.made.append(path)
+                self.torn.add(path)
+                os.truncate(path, path.stat().st_size // 2)
             raise
-        return int(self.real["write"](descriptor, data[: max(1, len(data) // 3)]))  # short writes are allowed
+        real(*args, **kwargs)
+        self.made.append(path)
+        self.torn.add(path)
 
     def fsync(self, descriptor: int) -> None:
         self.tick("fsync")

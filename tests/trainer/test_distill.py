@@ -17,8 +17,8 @@ from fourbit.lora.snapshot import Snapshot, snapshot
 from fourbit.models.decoder import Decoder
 from fourbit.models.save import save_model
 from fourbit.trainer.checkpoint import load_checkpoint
+from fourbit.trainer.config import DistillConfig
 from fourbit.trainer.distill import DistillTrainer, check_same_tokens
-from fourbit.trainer.distill_config import DistillConfig
 from fourbit.trainer.metrics import read_metrics
 
 KINDS = ("forward-kl", "reverse-kl", "jsd")
@@ -121,14 +121,14 @@ def test_loss_and_gradients_are_those_of_full_logits(tiny_folder, wide_folder, r
         assert expected.norm() > 0
         assert (gradient - expected).norm() <= 1e-10 * expected.norm(), name
     if trainer.config.sft_weight:
-        both = {name: sum(part.figures[name] for part in parts) for name in ("divergence", "cross_entropy")}
+        both = {name: sum(part.metrics[name] for part in parts) for name in ("divergence", "cross_entropy")}
         weighted = both["divergence"][0] + trainer.config.sft_weight * both["cross_entropy"][0]
         assert weighted.item() == pytest.approx(loss, rel=1e-12)
         assert both["divergence"][1] == sum(
             batch.trained for batch in trainer.micro_batches(trainer.train_set, range(8), "auto")
         )
     else:
-        assert all(not part.figures for part in parts)
+        assert all(not part.metrics for part in parts)
 
 
 def test_no_layout_changes_a_gradient(tiny_folder, rows, tmp_path):
@@ -239,7 +239,7 @@ def test_a_teacher_on_the_same_base_draws_no_random_number(tiny_folder, rows, tm
     before, kept = flags(model), {name: p.clone() for name, p in model.named_parameters()}
     (batch,) = trainer.micro_batches(trainer.train_set, [0, 1], 2)
     state = torch.get_rng_state()
-    first, second = (trainer.teacher.hidden(batch) for _ in range(2))
+    first, second = (trainer.teacher.hidden(batch, torch.arange(batch.tokens)) for _ in range(2))
     assert torch.equal(first, second) and not first.requires_grad and torch.equal(state, torch.get_rng_state())
     assert flags(model) == before and all(torch.equal(p, kept[name]) for name, p in model.named_parameters())
     assert not any(p.requires_grad for n, p in trainer.teacher.head.named_parameters() if "lora" in n)
@@ -380,6 +380,11 @@ def test_settings_that_cannot_work_are_refused(options, error):
 def test_packed_rows_do_not_see_each_other_in_the_teacher(tiny_folder, rows, tmp_path):
     trainer = trainer_for(tiny_folder, rows, tmp_path, None, dtype=torch.float64)
     examples = trainer.train_set.examples[:3]
-    together = trainer.teacher.hidden(pack_batch(examples))[0].split([len(e.ids) for e in examples])
-    for example, states in zip(examples, together, strict=True):
-        torch.testing.assert_close(trainer.teacher.hidden(pack_batch([example]))[0], states, rtol=1e-10, atol=1e-12)
+
+    def states(*examples):
+        batch = pack_batch(examples)
+        return trainer.teacher.hidden(batch, torch.arange(batch.tokens))
+
+    together = states(*examples).split([len(e.ids) for e in examples])
+    for example, found in zip(examples, together, strict=True):
+        torch.testing.assert_close(states(example), found, rtol=1e-10, atol=1e-12)

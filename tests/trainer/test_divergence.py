@@ -8,7 +8,7 @@ from fourbit.kernels import chunked_head
 from fourbit.kernels.linear_divergence import linear_divergence
 from fourbit.lora.linear import LoRALinear
 from fourbit.lora.linear4bit import NF4Linear
-from fourbit.trainer.divergence import token_divergence
+from fourbit.trainer.losses.divergence import token_divergence
 
 V, N = 61, 11
 

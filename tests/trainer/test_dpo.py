@@ -20,11 +20,11 @@ from fourbit.errors import InputError, NumericError
 from fourbit.lora.attach import lora_modules
 from fourbit.lora.files import adapter_state
 from fourbit.lora.snapshot import snapshot
-from fourbit.trainer.answers import answer_scores
 from fourbit.trainer.checkpoint import load_checkpoint
-from fourbit.trainer.dpo import DPOTrainer, crossed_over
+from fourbit.trainer.config import DPOConfig
+from fourbit.trainer.losses.tokens import answer_scores
 from fourbit.trainer.metrics import read_metrics
-from fourbit.trainer.preference_config import DPOConfig
+from fourbit.trainer.preference import DPOTrainer, crossed_over
 from fourbit.trainer.reference import LiveReference
 from fourbit.trainer.step import StepResult
 
@@ -297,9 +297,9 @@ def test_bco_remembers_the_mean_of_all_rewards(tiny_folder, pairs, tmp_path):
     sizes = [4, 4, 2] * 2
     for side, name in enumerate(("reward_chosen", "reward_rejected")):
         total = sum(size * record[name] for size, record in zip(sizes, steps, strict=True))
-        assert trainer.shift.totals[side].item() == pytest.approx(total, rel=1e-6)
-        assert trainer.shift.counts[side].item() == 20
-    assert trainer.shift.value.item() == pytest.approx((trainer.shift.totals / 20).mean().item())
+        assert trainer.seen[0, side].item() == pytest.approx(total, rel=1e-6)
+        assert trainer.seen[1, side].item() == 20
+    assert trainer.points["shift"].item() == pytest.approx((trainer.seen[0] / 20).mean().item())
 
 
 def test_kto_sets_answers_against_other_prompts(tiny_folder, judged, tmp_path):
@@ -316,7 +316,7 @@ def test_kto_sets_answers_against_other_prompts(tiny_folder, judged, tmp_path):
     (batch,) = answer_batches(list(enumerate(expected)), packing=False, micro_batch=3, token_budget=1, pad_id=0)
     with torch.no_grad():
         ratio = answer_scores(trainer.model.eval(), batch).logps - LiveReference(trainer.model, None).logps(batch)
-    assert trainer.kl.item() == pytest.approx(max(0, ratio.sum(-1).mean().item()), abs=1e-5)
+    assert trainer.points["kl"].item() == pytest.approx(max(0, ratio.sum(-1).mean().item()), abs=1e-5)
 
 
 def write(path, rows):
@@ -333,7 +333,9 @@ def test_kto_crosses_prompts_even_where_the_step_has_one(tiny_folder, tmp_path):
 
     def crossings(numbers):
         seen = []
-        patch.setattr("fourbit.trainer.dpo.crossed_over", lambda a, b, n: seen.append((a, b)) or crossed_over(a, b, n))
+        patch.setattr(
+            "fourbit.trainer.preference.crossed_over", lambda a, b, n: seen.append((a, b)) or crossed_over(a, b, n)
+        )
         trainer.begin(trainer.train_set, trainer.micro_batches(trainer.train_set, numbers, 4))
         return [(examples.index(a), examples.index(b)) for a, b in seen]
 
@@ -343,7 +345,7 @@ def test_kto_crosses_prompts_even_where_the_step_has_one(tiny_folder, tmp_path):
     one = [row for row in rows if row["prompt"] == "say ab"]
     alone = trainer_for(tiny_folder, write(tmp_path / "one", one), tmp_path, loss=("kto",), b_seed=0, reference="base")
     alone.begin(alone.train_set, alone.micro_batches(alone.train_set, [0, 1], 2))
-    assert alone.kl == 0
+    assert alone.points["kl"] == 0
 
 
 def test_crossed_answers_keep_to_max_length(tiny_folder, judged, tmp_path):
@@ -377,18 +379,18 @@ def test_kto_crosses_validation_rows_with_each_other(tiny_folder, judged, tmp_pa
     alone = trainer_for(tiny_folder, val, tmp_path, **options)
     for one, dataset in ((trainer, trainer.val_set), (alone, alone.train_set)):
         one.begin(dataset, one.micro_batches(dataset, range(3), 3))
-    assert trainer.kl.item() == pytest.approx(alone.kl.item(), rel=1e-5) and alone.kl > 0
+    assert trainer.points["kl"].item() == pytest.approx(alone.points["kl"].item(), rel=1e-5) and alone.points["kl"] > 0
 
 
 def test_a_skipped_step_adds_nothing_to_bcos_mean(tiny_folder, pairs, tmp_path):
     trainer = trainer_for(tiny_folder, pairs, tmp_path, loss=("bco",), b_seed=0, reference="base")
     trainer._at_start = False
-    result = StepResult(torch.zeros(()), {}, torch.zeros(()), torch.ones(()), {})
+    result = StepResult(torch.zeros(()), {}, {}, torch.zeros(()), torch.ones(()), {})
     for skipped, counts in ((1, [0, 0]), (0, [4, 4])):
-        (batch,) = trainer.step_data(0).batches
-        trainer.sums(batch)
-        trainer.applied(replace(result, skipped=torch.tensor(float(skipped))))
-        assert trainer.shift.counts.tolist() == counts and (trainer.shift.value != 0) == (not skipped)
+        ((batch,),) = trainer.step_data(0).updates
+        carried = trainer.sums(batch).carried
+        trainer.applied(replace(result, carried=carried, skipped=torch.tensor(float(skipped))))
+        assert trainer.seen[1].tolist() == counts and (trainer.points["shift"] != 0) == (not skipped)
 
 
 def test_every_loss_with_a_reference_is_held_to_its_start(tiny_folder, pairs, tmp_path):

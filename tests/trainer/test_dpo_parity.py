@@ -23,8 +23,8 @@ from fourbit.data.dataset import Report
 from fourbit.data.encode import Encoded
 from fourbit.data.pairs import Pair, PairDataset, shared_tokens
 from fourbit.models.save import save_model
-from fourbit.trainer.dpo import DPOTrainer
-from fourbit.trainer.preference_config import DPOConfig
+from fourbit.trainer.config import DPOConfig
+from fourbit.trainer.preference import DPOTrainer
 
 STEPS, PAIRS, RATE, CLIP, BETA = 10, 2, 2e-4, 1.0, 0.1
 TOLERANCE = 2e-3  # of a step's loss in nats, and of its mean rewards and margins
@@ -81,7 +81,7 @@ def our_steps(folder: Path, reference: Any, steps: int) -> tuple[list[Figures], 
     )
     data = PairDataset(examples, [], Report(rows=len(examples)))
     trainer = DPOTrainer(model, tokenizer, train=data, config=config)
-    stepper = trainer._stepper()
+    stepper = trainer.make_stepper()
     figures = []
     for k in range(steps):
         batches = trainer.micro_batches(data, range(k * PAIRS, (k + 1) * PAIRS), config.micro_batch)
@@ -89,7 +89,7 @@ def our_steps(folder: Path, reference: Any, steps: int) -> tuple[list[Figures], 
         trainer.begin(data, batches)
         result = stepper.step(batches, RATE)
         trainer.applied(result)
-        figures.append({"loss": result.loss.item(), **result.read_figures()})
+        figures.append({"loss": result.loss.item(), **result.read_metrics()})
     return figures, examples
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fourbit.kernels import chunked_head
 from fourbit.lora.linear import LoRALinear
 from fourbit.lora.linear4bit import NF4Linear
-from fourbit.trainer.divergence import token_divergence
-from fourbit.trainer.logprobs import token_scores
+from fourbit.trainer.losses.divergence import token_divergence
+from fourbit.trainer.losses.tokens import token_scores
 
 V, D, ROWS = 8192, 64, 16  # ROWS: of a chunk
 CHUNK = 4 * V * ROWS

@@ -11,8 +11,7 @@ from fourbit.lora.linear import LoRALinear
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.models.decoder import Decoder
 from fourbit.models.spec import Spec
-from fourbit.trainer.evaluate import batch_token_losses, batch_token_scores
-from fourbit.trainer.logprobs import token_scores
+from fourbit.trainer.losses.tokens import batch_token_scores, token_scores
 
 V, D = 61, 16
 HEADS = [
@@ -227,11 +226,10 @@ def test_scores_of_a_batch_are_of_its_trained_tokens():
     log_p = torch.log_softmax(logits[[1, 2, 4, 5]], 1)
     want = log_p[range(4), [2, 3, 1, 7]]
     torch.testing.assert_close(scores.logps, want)
-    torch.testing.assert_close(batch_token_losses(model, batch), -want)
 
 
 def test_a_token_that_the_model_lacks_is_named():
     model, batch = tiny_batch()
     batch.targets[batch.targets == 7] = V
     with pytest.raises(ValueError, match=rf"got {V};"):
-        batch_token_losses(model, batch)
+        batch_token_scores(model, batch)

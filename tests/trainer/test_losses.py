@@ -15,15 +15,10 @@ from hypothesis import strategies as st
 from mpmath import exp, expm1, log, mp, mpf
 from torch import Tensor
 
-from fourbit.trainer import losses, scores
-from fourbit.trainer.losses import DIVERGENCES
-from fourbit.trainer.objective import LOSSES, PAIR_LOSSES, UNPAIRED_LOSSES, Objective
-from fourbit.trainer.scores import (
-    JudgedScores,
-    PairScores,
-    RewardShift,
-    answer_sums,
-)
+from fourbit.trainer.losses import pairs as losses
+from fourbit.trainer.losses.judged import JudgedScores, reward_shift
+from fourbit.trainer.losses.objective import LOSSES, PAIR_LOSSES, UNPAIRED_LOSSES, Objective
+from fourbit.trainer.losses.pairs import DIVERGENCES, PairScores, answer_sums
 
 mp.dps = 50
 EXACT = 1e-12  # of 1 + |value|: a few dozen roundings of float64
@@ -53,13 +48,13 @@ def judged(count: int = 8, seed: int = 0) -> JudgedScores:
     return JudgedScores(pairs.chosen, pairs.reference_chosen, torch.arange(count) % 3 > 0)
 
 
-def shift_of(value: float) -> RewardShift:
-    return RewardShift.start()._replace(value=torch.tensor(value, dtype=torch.float64))
+def number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def call(name: str, sample: Any, **settings: Any) -> Tensor:
     """One loss through an objective."""
-    return Objective({name: 1.0}, settings)(sample, shift=shift_of(0.3), kl=torch.tensor(0.7, dtype=torch.float64))[0]
+    return Objective({name: 1.0}, settings)(sample, {"shift": number(0.3), "kl": number(0.7)})
 
 
 def log_sigma(x: Any) -> Any:
@@ -273,27 +268,28 @@ def test_orpo_of_certain_answers() -> None:
 def test_exponentials_go_on_along_their_tangent() -> None:
     x = torch.tensor([-700.0, -1.0, 0.0, 30.0, 31.0, 1e4], dtype=torch.float64, requires_grad=True)
     wanted = [exp(mpf(v)) for v in (-700, -1, 0, 30)] + [exp(mpf(30)) * 2, exp(mpf(30)) * (1 + 9970)]
-    assert_exact(scores.safe_exp(x), wanted)
-    assert_exact(scores.safe_expm1(x), [expm1(mpf(-700)), expm1(mpf(-1)), mpf(0), *(w - 1 for w in wanted[3:])])
-    for function in (scores.safe_exp, scores.safe_expm1):
+    assert_exact(losses.safe_exp(x), wanted)
+    assert_exact(losses.safe_expm1(x), [expm1(mpf(-700)), expm1(mpf(-1)), mpf(0), *(w - 1 for w in wanted[3:])])
+    for function in (losses.safe_exp, losses.safe_expm1):
         (slope,) = torch.autograd.grad(function(x).sum(), x)
         assert slope[-1].item() == pytest.approx(math.exp(30), rel=1e-12) and slope[-2] == slope[-1]
-    assert scores.safe_expm1(torch.tensor(1e-12, dtype=torch.float64)).item() == pytest.approx(1e-12, rel=1e-12)
+    assert losses.safe_expm1(torch.tensor(1e-12, dtype=torch.float64)).item() == pytest.approx(1e-12, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_value_is_read(name: str) -> None:
     """Tensors without values: a loss that looked at one, and so made a GPU wait, would raise here."""
     bare = lambda dtype=torch.float32: torch.empty(4, dtype=dtype, device="meta")  # noqa: E731
-    shift, kl = RewardShift.start("meta"), torch.empty((), device="meta")
+    points = {"shift": torch.empty((), device="meta"), "kl": torch.empty((), device="meta")}
     if name in UNPAIRED_LOSSES:
         sample: Any = JudgedScores(bare(), bare(), bare(torch.bool))
     else:
         sample = PairScores(bare(), bare(), bare(), bare(), bare(torch.int64), bare(torch.int64))
     weights = {"sigmoid": 1.0, "sft": 1.0} if name == "sft" else {name: 1.0}
-    found, after = Objective(weights)(sample, shift=shift, kl=kl)
+    objective = Objective(weights)
+    found = objective(sample, points)
     assert found.shape == (4,) and found.dtype == torch.float32
-    assert after is not None and after.settle().value.dtype == torch.float64
+    assert not objective.needs("shift") or reward_shift(objective.seen(sample)).dtype == torch.float64
     logps, lengths = torch.empty(2, 4, 5, device="meta"), torch.empty(2, 4, device="meta")
     assert answer_sums(logps, lengths, ld_alpha=0.5).shape == (2, 4)
 
@@ -331,7 +327,7 @@ def test_at_the_reference(name: str) -> None:
     )
     if name in UNPAIRED_LOSSES:
         same = JudgedScores(sample.chosen, sample.chosen.detach(), torch.arange(len(sample.chosen)) % 2 == 0)
-    found, _ = Objective({name: 1.0})(same, shift=RewardShift.start(), kl=torch.zeros(()))
+    found = Objective({name: 1.0})(same, {"shift": torch.zeros(()), "kl": torch.zeros(())})
     torch.testing.assert_close(found, torch.full_like(found, AT_START[name]), rtol=1e-13, atol=0)
 
 

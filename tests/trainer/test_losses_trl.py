@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fourbit.trainer.objective import Objective
-from fourbit.trainer.scores import PairScores, RewardShift, judged_scores, pair_scores
-from fourbit.trainer.unpaired_losses import mismatch_kl
+from fourbit.trainer.losses.judged import judged_scores, mismatch_kl
+from fourbit.trainer.losses.objective import Objective
+from fourbit.trainer.losses.pairs import PairScores, pair_scores
+from fourbit.trainer.preference import reward_metrics
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what its imports warn about is not ours to mend
@@ -170,7 +171,7 @@ NAMES = {"reverse-kl": "reverse_kl", "forward-kl": "forward_kl", "jsd": "js_dive
 
 
 def our_loss(sample: Sample, losses: dict[str, float], settings: dict[str, Any], ld: float | None = None) -> Tensor:
-    return Objective(losses, settings)(sample.scores(ld), shift=RewardShift.start())[0]
+    return Objective(losses, settings)(sample.scores(ld), {"shift": torch.zeros(())})
 
 
 @pytest.fixture(autouse=True)
@@ -285,14 +286,11 @@ def leaf_of(sample: Sample, dtype: torch.dtype) -> Tensor:
 
 
 def check_rewards(objective: Objective, sample: Sample, metrics: dict[str, float]) -> None:
-    rewards = objective.rewards(sample.scores())
-    for key, value in {
-        "chosen": rewards.chosen,
-        "rejected": rewards.rejected,
-        "margins": rewards.margin,
-        "accuracies": rewards.accuracy,
-    }.items():
-        assert float(value.mean()) == pytest.approx(metrics[f"rewards/{key}"], rel=2e-6, abs=1e-6), key
+    found = reward_metrics(*objective.rewards(sample.scores()))
+    names = {"chosen": "chosen", "rejected": "rejected", "margin": "margins", "accuracy": "accuracies"}
+    for ours, theirs in names.items():
+        total, count = found[f"reward_{ours}"].tolist()
+        assert total / count == pytest.approx(metrics[f"rewards/{theirs}"], rel=2e-6, abs=1e-6), ours
 
 
 @dtypes
@@ -302,7 +300,7 @@ def test_simpo(smoothing: float, dtype: torch.dtype) -> None:
     free = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 0.6, "label_smoothing": smoothing}
     theirs, metrics = reference_free_loss(CPOTrainer, sample, sample.logps, **free)
     objective = Objective({"simpo": 1.0}, {"beta": 2.0, "gamma": 0.6, "label_smoothing": smoothing})
-    assert_same(sample, objective(sample.scores())[0].mean(), theirs, sample.logps, dtype)
+    assert_same(sample, objective(sample.scores()).mean(), theirs, sample.logps, dtype)
     check_rewards(objective, sample, metrics)
 
 
@@ -313,7 +311,7 @@ def test_cpo(sft_weight: float, dtype: torch.dtype) -> None:
     free = {"loss_type": "sigmoid", "cpo_alpha": sft_weight, "beta": 0.1, "label_smoothing": 0.05}
     theirs, metrics = reference_free_loss(CPOTrainer, sample, sample.logps, **free)
     objective = Objective({"cpo": 1.0}, {"sft_weight": sft_weight, "label_smoothing": 0.05})
-    assert_same(sample, objective(sample.scores())[0].mean(), theirs, sample.logps, dtype)
+    assert_same(sample, objective(sample.scores()).mean(), theirs, sample.logps, dtype)
     check_rewards(objective, sample, metrics)
 
 
@@ -324,7 +322,7 @@ def test_orpo(dtype: torch.dtype) -> None:
     leaf = leaf_of(sample, dtype)
     theirs, metrics = reference_free_loss(ORPOTrainer, sample, leaf, beta=0.3)
     objective = Objective({"orpo": 1.0}, {"beta": 0.3})
-    assert_same(sample, objective(sample.scores())[0].mean(), theirs, leaf, dtype)
+    assert_same(sample, objective(sample.scores()).mean(), theirs, leaf, dtype)
     check_rewards(objective, sample, metrics)
 
 
@@ -336,9 +334,9 @@ def test_conservative_dpo(dtype: torch.dtype) -> None:
     trainer = trainer_of(CPOTrainer, loss_type="sigmoid", beta=0.2, label_smoothing=0.15, alpha=0.0)
     theirs, chosen, rejected = trainer.cpo_loss(scores.chosen_ratio, scores.rejected_ratio)
     objective = Objective({"sigmoid": 1.0}, {"beta": 0.2, "label_smoothing": 0.15})
-    assert_same(sample, objective(scores)[0].mean(), theirs.mean(), sample.logps, dtype)
-    assert_near(objective.rewards(scores).chosen, chosen, dtype, what="chosen rewards")
-    assert_near(objective.rewards(scores).rejected, rejected, dtype, what="rejected rewards")
+    assert_same(sample, objective(scores).mean(), theirs.mean(), sample.logps, dtype)
+    for mine, trls, what in zip(objective.rewards(scores), (chosen, rejected), ("chosen", "rejected"), strict=True):
+        assert_near(mine, trls, dtype, what=f"{what} rewards")
 
 
 @dtypes
@@ -376,5 +374,5 @@ def test_unpaired(name: str, raised: bool, dtype: torch.dtype) -> None:
     assert (float(kl) > 0) is raised
     objective = Objective({name: 1.0}, {"desirable_weight": 1.3, "undesirable_weight": 0.8})
     scores = judged_scores(sample.logps[:1], sample.lengths[:1], labels, sample.reference[:1])
-    ours, _ = objective(scores, kl=kl)
+    ours = objective(scores, {"kl": kl})
     assert_same(sample, ours.mean(), theirs, sample.logps, dtype)

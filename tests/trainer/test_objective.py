@@ -11,17 +11,14 @@ import torch
 from torch import Tensor
 
 from fourbit.errors import InputError
-from fourbit.trainer import losses, objective, scores, unpaired_losses
-from fourbit.trainer.objective import LOSSES, PAIR_LOSSES, UNPAIRED_LOSSES, Objective, parse_losses
-from fourbit.trainer.scores import (
-    JudgedScores,
-    PairScores,
-    RewardShift,
-    answer_sums,
-    pair_scores,
-    token_kl,
-)
-from fourbit.trainer.unpaired_losses import mismatch_kl
+from fourbit.trainer.losses import judged as judged_losses
+from fourbit.trainer.losses import objective
+from fourbit.trainer.losses import pairs as losses
+from fourbit.trainer.losses.judged import JudgedScores, judged_scores, mismatch_kl, reward_shift
+from fourbit.trainer.losses.objective import LOSSES, PAIR_LOSSES, UNPAIRED_LOSSES, Objective, parse_losses
+from fourbit.trainer.losses.pairs import PairScores, answer_sums, pair_scores
+from fourbit.trainer.losses.tokens import token_kl
+from fourbit.trainer.preference import reward_metrics
 
 
 def sampled(count: int = 9, seed: int = 0) -> PairScores:
@@ -38,13 +35,13 @@ def judged(count: int = 8, seed: int = 0) -> JudgedScores:
     return JudgedScores(pairs.chosen, pairs.reference_chosen, torch.arange(count) % 3 > 0)
 
 
-def shift_of(value: float) -> RewardShift:
-    return RewardShift.start()._replace(value=torch.tensor(value, dtype=torch.float64))
+def number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def call(name: str, sample: Any, **settings: Any) -> Tensor:
     """One loss through an objective."""
-    return Objective({name: 1.0}, settings)(sample, shift=shift_of(0.3), kl=torch.tensor(0.7, dtype=torch.float64))[0]
+    return Objective({name: 1.0}, settings)(sample, {"shift": number(0.3), "kl": number(0.7)})
 
 
 def value_of(name: str, sample: PairScores, **settings: Any) -> Tensor:
@@ -63,7 +60,7 @@ def pairs_of(chosen: Any, rejected: Any, *, dtype: torch.dtype = torch.float64) 
 def test_mixtures_are_linear() -> None:
     sample = sampled()
     parts = {"sigmoid": 0.8, "bco": 0.5, "simpo": 0.25, "sft": 0.2}
-    found, _ = Objective(parts, {"beta": 0.3})(sample, shift=shift_of(0.3))
+    found = Objective(parts, {"beta": 0.3})(sample, {"shift": number(0.3)})
     wanted = sum(weight * value_of(name, sample, beta=0.3) for name, weight in parts.items())
     torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
 
@@ -73,40 +70,34 @@ def test_a_loss_does_not_depend_on_the_split(name: str) -> None:
     """An answer's loss is its own: any micro-batches give the same numbers, and the same state after the step."""
     weights = {"sigmoid": 1.0, "sft": 1.0} if name == "sft" else {name: 1.0}
     whole: Any = judged(9) if name in UNPAIRED_LOSSES else sampled(9)
-    aim, kl = Objective(weights), torch.tensor(0.2)
+    aim, points = Objective(weights), {"shift": number(0.4), "kl": number(0.2)}
     fields = [getattr(whole, key) for key in whole.__dataclass_fields__]
-    together, after = aim(whole, shift=shift_of(0.4), kl=kl)
-    state, parts = shift_of(0.4), []
+    parts, seen = [], []
     for start, stop in ((0, 2), (2, 3), (3, 9)):
-        part, state = aim(type(whole)(*(f if f is None else f[start:stop] for f in fields)), shift=state, kl=kl)
-        parts.append(part)
-    assert torch.equal(torch.cat(parts), together)
-    assert after is not None and state is not None
-    torch.testing.assert_close(state.settle().value, after.settle().value, rtol=1e-14, atol=0)
+        part = type(whole)(*(f if f is None else f[start:stop] for f in fields))
+        parts.append(aim(part, points))
+        seen += [aim.seen(part)] if aim.needs("shift") else []
+    assert torch.equal(torch.cat(parts), aim(whole, points))
+    if seen:
+        torch.testing.assert_close(sum(seen), aim.seen(whole), rtol=1e-14, atol=0)
 
 
 def test_bco_carries_the_mean_of_all_rewards() -> None:
-    first, second, state = sampled(5, seed=1), sampled(8, seed=2), RewardShift.start()
-    before, state = losses.bco(first, state, beta=0.2)
-    assert state.value == 0  # this step still, whatever was added
-    _, state = losses.bco(second, state, beta=0.2)
-    rewards = [0.2 * r for s in (first, second) for r in (s.chosen_ratio, s.rejected_ratio)]
-    torch.testing.assert_close(state.settle().value, torch.cat(rewards).mean().detach(), rtol=1e-14, atol=0)
-    settled = state.settle()
-    after, _ = losses.bco(first, settled, beta=0.2)
-    assert not torch.allclose(after, before)
-    assert torch.equal(after, losses.bco(first, shift_of(settled.value.item()), beta=0.2)[0])
-    assert not any(part.requires_grad for part in settled)
+    first, second, aim = sampled(5, seed=1), sampled(8, seed=2), Objective({"sigmoid-norm": 1.0, "bco": 1.0})
+    seen = aim.seen(first) + aim.seen(second)
+    rewards = [0.1 * r for s in (first, second) for r in (s.chosen_ratio, s.rejected_ratio)]  # BCO's beta
+    shift = reward_shift(seen)
+    torch.testing.assert_close(shift, torch.cat(rewards).mean().detach(), rtol=1e-14, atol=0)
+    assert not torch.allclose(losses.bco(first, shift), losses.bco(first, number(0.0)))
+    assert not seen.requires_grad and reward_shift(torch.zeros(2, 2)) == 0
 
 
 def test_unpaired_bco_stands_midway_between_good_and_bad() -> None:
-    sample, state = judged(), RewardShift.start()
-    assert RewardShift.start().settle().value == 0
-    for _ in range(2):
-        _, state = unpaired_losses.bco_unpaired(sample, state, beta=0.2)
+    sample = judged()
+    seen = Objective({"bco-unpaired": 1.0}, {"beta": 0.2}).seen(sample)
     good, bad = 0.2 * sample.ratio[sample.labels], 0.2 * sample.ratio[~sample.labels]
-    assert len(good) != len(bad)
-    torch.testing.assert_close(state.settle().value, ((good.mean() + bad.mean()) / 2).detach(), rtol=1e-14, atol=0)
+    assert seen[1].tolist() == [len(good), len(bad)] and len(good) != len(bad)
+    torch.testing.assert_close(reward_shift(2 * seen), ((good.mean() + bad.mean()) / 2).detach(), rtol=1e-14, atol=0)
 
 
 def test_mismatch_kl_is_a_mean_and_never_negative() -> None:
@@ -119,7 +110,7 @@ def test_mismatch_kl_is_a_mean_and_never_negative() -> None:
 def test_ktos_reference_point_gets_no_gradient() -> None:
     kl = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     sample = judged()
-    found = unpaired_losses.kto(sample, kl).sum()
+    found = judged_losses.kto(sample, kl).sum()
     assert torch.autograd.grad(found, (kl, sample.answer), allow_unused=True)[0] is None
 
 
@@ -164,9 +155,7 @@ def test_reference_scores_carry_no_gradient() -> None:
     policy, reference = logps.clone().requires_grad_(), logps.clone().requires_grad_()
     for found in (
         losses.sigmoid(pair_scores(policy, lengths, reference)),
-        unpaired_losses.apo_zero_unpaired(
-            scores.judged_scores(policy[:1], lengths[:1], torch.arange(4) < 2, reference[:1])
-        ),
+        judged_losses.apo_zero_unpaired(judged_scores(policy[:1], lengths[:1], torch.arange(4) < 2, reference[:1])),
     ):
         mine, theirs = torch.autograd.grad(found.sum(), (policy, reference), allow_unused=True)
         assert mine is not None and mine.any() and theirs is None
@@ -198,15 +187,14 @@ def test_token_kl_at_its_ends() -> None:
 def test_rewards_margins_and_accuracy() -> None:
     sample, _ = pairs_of([2.0, -1.0, 3.0], [1.0, 5.0, 3.0])
     found = Objective({"sft": 0.3, "sigmoid": 0.4, "simpo": 1.0}, {"beta": 0.5}).rewards(sample)
-    assert found.chosen.tolist() == [1.0, -0.5, 1.5] and found.rejected.tolist() == [0.5, 2.5, 1.5]
-    assert found.margin.tolist() == [0.5, -3.0, 0.0] and found.accuracy.tolist() == [1.0, 0.0, 0.0]
+    assert found[0].tolist() == [1.0, -0.5, 1.5] and found[1].tolist() == [0.5, 2.5, 1.5]
     assert not any(part.requires_grad for part in found)
-    answers = JudgedScores(sample.chosen, sample.reference_chosen, torch.tensor([True, False, True]))
-    assert Objective({"kto": 1.0}).answer_rewards(answers).tolist() == pytest.approx([0.2, -0.1, 0.3])
+    metrics = reward_metrics(*found)
+    assert metrics["reward_margin"].tolist() == [-2.5, 3] and metrics["reward_accuracy"].tolist() == [1, 3]
 
 
 def test_every_loss_function_is_in_a_table() -> None:
-    for module, table in ((losses, PAIR_LOSSES), (unpaired_losses, UNPAIRED_LOSSES)):
+    for module, table in ((losses, PAIR_LOSSES), (judged_losses, UNPAIRED_LOSSES)):
         takes = [
             function
             for key, function in vars(module).items()
@@ -237,7 +225,7 @@ def test_the_table_knows_who_needs_a_reference(name: str) -> None:
     assert value_of(name, other).isnan().any() == LOSSES[name].reference
     if name != "sft":
         assert Objective({name: 1.0, "sft": 1.0}).needs_reference == LOSSES[name].reference
-        assert Objective({name: 1.0}).rewards(other).chosen.isnan().any() == LOSSES[name].reference
+        assert Objective({name: 1.0}).rewards(other)[0].isnan().any() == LOSSES[name].reference
 
 
 OTHER_VALUES = {
@@ -337,9 +325,10 @@ def test_parse_losses() -> None:
 
 def test_what_an_objective_asks_for() -> None:
     plain, free = Objective({"sigmoid": 1.0}), Objective({"simpo": 1.0, "sft": 0.1})
-    assert (plain.unpaired, plain.needs_reference, plain.needs_kl, plain.needs_shift) == (False, True, False, False)
-    assert (free.unpaired, free.needs_reference, free.beta) == (False, False, 2.0)
+    asked = lambda aim: (aim.unpaired, aim.needs_reference, aim.needs("kl"), aim.needs("shift"))  # noqa: E731
+    assert asked(plain) == (False, True, False, False) and asked(free) == (False, False, False, False)
+    assert free.beta == 2.0
     kto, bco = Objective({"kto": 1.0, "bco-unpaired": 1.0}), Objective({"sigmoid": 1.0, "bco": 1.0}, {"beta": 0.4})
-    assert (kto.unpaired, kto.needs_reference, kto.needs_kl, kto.needs_shift) == (True, True, True, True)
-    assert (bco.unpaired, bco.needs_kl, bco.needs_shift, bco.beta) == (False, False, True, 0.4)
+    assert asked(kto) == (True, True, True, True)
+    assert asked(bco) == (False, True, False, True) and bco.beta == 0.4
     assert Objective({"sigmoid": 1.0, "sppo-hard": 1.0}).settings_of("sppo-hard") == {"beta": 1e-3}

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fourbit.trainer.retry import backward_or_retry
-from fourbit.trainer.step import Stepper, Sums
+from fourbit.trainer.step import Stepper, Sums, backward_or_retry
 
 OOM = torch.OutOfMemoryError
 
@@ -73,6 +72,11 @@ def batches_of(sizes):
     return [torch.randn(size, 6, generator=generator) for size in sizes]
 
 
+def backward(loss):
+    loss.backward()
+    return Sums(loss.detach(), {})
+
+
 def plainly(net, batches):
     losses = []
     for batch in batches:
@@ -102,8 +106,11 @@ def test_bit_identical(nets, sizes, where, failing):
     faults = Faults(*failing)
     ours.where, ours.when = where, faults
     torch.manual_seed(5)
-    got = [backward_or_retry(list(ours.parameters()), lambda b=b: ours(b), faults.make_room) for b in batches_of(sizes)]
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    got = [
+        backward_or_retry(list(ours.parameters()), lambda b=b: backward(ours(b)), faults.make_room)
+        for b in batches_of(sizes)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip((sums.loss for sums in got), wanted, strict=True))
     assert_same(gradients(ours), gradients(theirs))
     after = torch.rand(3)
     torch.manual_seed(5)
@@ -129,10 +136,10 @@ def test_what_is_raised_leaves_the_gradients_of_before(nets, where, numbers, err
     faults = Faults(*numbers, error=error)
     net.where, net.when = where, faults
     first, second = batches_of([3, 3])
-    backward_or_retry(list(net.parameters()), lambda: net(first), faults.make_room)
+    backward_or_retry(list(net.parameters()), lambda: backward(net(first)), faults.make_room)
     before, kept = gradients(net), [p.grad for p in net.parameters()]
     with pytest.raises(error, match="injected"):
-        backward_or_retry(list(net.parameters()), lambda: net(second), faults.make_room)
+        backward_or_retry(list(net.parameters()), lambda: backward(net(second)), faults.make_room)
     assert_same(gradients(net), before)
     assert all(p.grad is g for p, g in zip(net.parameters(), kept, strict=True))
     assert faults.rooms == (error is OOM)
@@ -143,7 +150,7 @@ def test_room_is_made_when_the_failed_attempt_is_gone(nets):
     net, _ = nets
     alive = []
 
-    def loss():
+    def forward():
         x = torch.randn(3, 6)
         hidden = net.first(x)
         alive.append(weakref.ref(hidden))
@@ -151,7 +158,7 @@ def test_room_is_made_when_the_failed_attempt_is_gone(nets):
 
     faults = Faults(0)
     net.where, net.when = "backward", faults
-    backward_or_retry(list(net.parameters()), loss, lambda: alive.append(alive[0]()))
+    backward_or_retry(list(net.parameters()), lambda: backward(forward()), lambda: alive.append(alive[0]()))
     assert alive[1] is None and faults.calls == 2
 
 
@@ -161,7 +168,7 @@ def test_one_micro_batch_is_not_copied(nets):
     made = {}
     for name, p in net.named_parameters():
         p.register_post_accumulate_grad_hook(lambda p, name=name: made.__setitem__(name, p.grad))
-    backward_or_retry(list(net.parameters()), lambda: net(batches_of([3])[0]), lambda: None)
+    backward_or_retry(list(net.parameters()), lambda: backward(net(batches_of([3])[0])), lambda: None)
     assert made and all(p.grad is made[name] for name, p in net.named_parameters())
 
 

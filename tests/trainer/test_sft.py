@@ -17,11 +17,16 @@ from fourbit.data.template import template_for
 from fourbit.errors import InputError, NumericError
 from fourbit.lora.files import adapter_state
 from fourbit.trainer.checkpoint import load_checkpoint
-from fourbit.trainer.evaluate import answer_all, batch_token_losses, evaluate_loss, exact_match
+from fourbit.trainer.evaluate import answer_all, evaluate_loss, exact_match
+from fourbit.trainer.losses.tokens import batch_token_scores
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.sft import SFTTrainer
 
 TINY = fourbit.LoRAConfig(rank=4, alpha=8)
+
+
+def batch_token_losses(model, batch):
+    return -batch_token_scores(model, batch).logps
 
 
 def adapted(folder, *, quantize="nf4", dtype=torch.float32, dropout=0.0, b_seed=None):

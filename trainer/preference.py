@@ -1,7 +1,7 @@
 """Preference training: pairs of answers, or judged ones, in; an adapter out.
 
-The loop is that of fine-tuning; what is new is the batch (a prompt once, its answers as branches), the loss and the
-reference it compares with.
+What is new beside fine-tuning is the batch (a prompt once, its answers as branches), the loss and the reference it
+compares with.
 """
 
 import math
@@ -21,15 +21,14 @@ from ..errors import InputError, NumericError
 from ..lora.attach import lora_modules
 from ..lora.snapshot import snapshot
 from ..models.protocol import CausalLM
-from .answers import Answers, answer_scores
+from .config import DPOConfig
 from .evaluate import evaluating
-from .loop import Weights
-from .preference_config import DPOConfig
+from .losses.judged import JudgedScores, judged_scores, mismatch_kl, reward_shift
+from .losses.pairs import PairScores, pair_scores
+from .losses.tokens import answer_scores, token_kl
 from .reference import LiveReference, Reference, cached, starts_at_base
-from .scores import JudgedScores, PairScores, RewardShift, judged_scores, pair_scores, token_kl
 from .step import StepResult, Sums, summed
-from .trainer import Trainer
-from .unpaired_losses import mismatch_kl
+from .trainer import MicroBatchSize, Trainer, Weights
 
 
 class PreferenceTrainer(Trainer):
@@ -57,8 +56,8 @@ class PreferenceTrainer(Trainer):
             on_bad_row=self.config.on_bad_row,
         )
 
-    def micro_batches(self, dataset: Any, numbers: Sequence[int], micro_batch: Any) -> list[AnswerBatch]:
-        offset = 0 if dataset is self.train_set else len(self.train_set.examples)  # validation rows count on
+    def micro_batches(self, dataset: Any, numbers: Sequence[int], micro_batch: MicroBatchSize) -> list[AnswerBatch]:
+        offset = self._offset(dataset)
         return self._laid_out([(i + offset, dataset.examples[i]) for i in numbers], micro_batch)
 
     def tokens_of(self, example: Any) -> int:
@@ -69,7 +68,11 @@ class PreferenceTrainer(Trainer):
         lost = sum(report.dropped.values()) + sum(report.skipped.values())
         return {"dropped": lost / max(1, lost + report.rows)}
 
-    def _laid_out(self, examples: Sequence[tuple[int, Any]], micro_batch: Any) -> list[AnswerBatch]:
+    def _offset(self, dataset: Any) -> int:
+        """What is added to a row's number: validation rows count on where training rows end."""
+        return 0 if dataset is self.train_set else len(self.train_set.examples)
+
+    def _laid_out(self, examples: Sequence[tuple[int, Any]], micro_batch: MicroBatchSize) -> list[AnswerBatch]:
         return answer_batches(
             examples,
             packing=self.config.packing,
@@ -77,6 +80,16 @@ class PreferenceTrainer(Trainer):
             token_budget=self.token_budget,
             pad_id=self.pad_id,
         )
+
+
+def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """Metrics of `Sums` on the rewards of P pairs, [P] each; accuracy counts a tie, as before the first step, as 0."""
+    return {
+        "reward_chosen": summed(chosen),
+        "reward_rejected": summed(rejected),
+        "reward_margin": summed(chosen.detach() - rejected.detach()),
+        "reward_accuracy": summed(chosen > rejected),
+    }
 
 
 class DPOTrainer(PreferenceTrainer):
@@ -100,44 +113,55 @@ class DPOTrainer(PreferenceTrainer):
         self.reference: Reference | None = None
         if self.objective.needs_reference:
             self._set_reference()
-        self.shift = RewardShift.start(self.device)
-        self.kl = torch.zeros((), device=self.device)
-        self._added: dict[tuple[int, ...], RewardShift] = {}  # rewards of this step by batch: one may be run twice
+        self.seen = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # `judged.rewards_seen` of all steps
+        self.points = {"kl": torch.zeros((), device=self.device), "shift": reward_shift(self.seen)}
         self._at_start = True
 
     def sums(self, batch: AnswerBatch) -> Sums:
         reference = None if self.reference is None else self.reference.logps(batch)  # before there is a graph
         answers = answer_scores(self.model, batch)
-        scores = self._scores(answers, reference, batch)
-        nothing_yet = RewardShift.start(self.device)._replace(value=self.shift.value)
-        losses, added = self.objective(scores, shift=nothing_yet, kl=self.kl)
-        if self.objective.needs_shift and added is not None:
-            self._added[batch.numbers] = added
-        return Sums(losses.sum(dtype=torch.float64), self._figures(answers, reference, scores))
+        scores: PairScores | JudgedScores
+        if batch.labels is None:
+            scores = pair_scores(answers.logps, answers.lengths, reference, ld_alpha=self.config.ld_alpha)
+            metrics = reward_metrics(*self.objective.rewards(scores))
+            metrics |= {"logp_chosen": summed(scores.chosen), "logp_rejected": summed(scores.rejected)}
+        else:
+            scores = judged_scores(answers.logps, answers.lengths, sent(batch.labels, self.device), reference)
+            metrics = self._judged_metrics(scores)
+        if reference is not None:
+            metrics["kl"] = summed(token_kl(answers.logps, reference), answers.there)
+        metrics["entropy"] = summed(answers.entropy, answers.there)
+        metrics["token_accuracy"] = summed(answers.correct, answers.there)
+        carried = {"seen": self.objective.seen(scores)} if self.objective.needs("shift") else {}
+        return Sums(self.objective(scores, self.points).sum(dtype=torch.float64), metrics, carried)
+
+    def _judged_metrics(self, scores: JudgedScores) -> dict[str, Tensor]:
+        reward, sides = self.objective.beta * scores.ratio, {"chosen": scores.labels, "rejected": ~scores.labels}
+        metrics = {f"reward_{side}": summed(reward, there) for side, there in sides.items()}
+        return metrics | {f"logp_{side}": summed(scores.answer, there) for side, there in sides.items()}
 
     def begin(self, dataset: Any, batches: Sequence[AnswerBatch]) -> None:
-        self._added = {}
-        if self.objective.needs_kl:
-            self.kl = self._mismatch(dataset, sorted(number for batch in batches for number in batch.numbers))
+        if self.objective.needs("kl"):
+            numbers = sorted(number for batch in batches for number in batch.numbers)
+            self.points["kl"] = self._mismatch(dataset, numbers)
 
     def applied(self, result: StepResult) -> None:
         if self._at_start:
             self._at_start = False
             self._check_start(result)
-        if self._added:
-            kept = result.skipped == 0  # a step that moved nothing, perhaps for a NaN, adds nothing
-            totals = torch.stack([added.totals for added in self._added.values()]).sum(0)
-            counts = torch.stack([added.counts for added in self._added.values()]).sum(0)
-            totals, counts = torch.where(kept, totals, 0.0), torch.where(kept, counts, 0.0)
-            self.shift = RewardShift(self.shift.value, self.shift.totals + totals, self.shift.counts + counts).settle()
+        if "seen" in result.carried:  # a step that moved nothing, perhaps for a NaN, adds nothing
+            self._set_seen(self.seen + torch.where(result.skipped == 0, result.carried["seen"], 0.0))
+
+    def _set_seen(self, seen: Tensor) -> None:
+        self.seen, self.points["shift"] = seen, reward_shift(seen)
 
     def state(self) -> Weights:
         reference = {} if self.live is None else {f"reference.{n}": t for n, t in self.live.state().items()}
-        return reference | {f"shift.{name}": value for name, value in self.shift._asdict().items()}
+        return reference | {"seen": self.seen}
 
     def load_state(self, state: Weights) -> None:
         self._at_start = False
-        self.shift = RewardShift(*(state[f"shift.{name}"].to(self.device) for name in RewardShift._fields))
+        self._set_seen(state["seen"].to(self.device))
         if self.live is not None:
             before = self.live.state()
             self.live.load_state({n.removeprefix("reference."): t for n, t in state.items()})
@@ -161,42 +185,11 @@ class DPOTrainer(PreferenceTrainer):
             batches = [b for dataset in sets for b in self.micro_batches(dataset, range(len(dataset)), "auto")]
             self.reference = cached(self.live, Path(self.config.reference_cache), self.fingerprint, batches, lengths)
 
-    def _scores(self, answers: Answers, reference: Tensor | None, batch: AnswerBatch) -> PairScores | JudgedScores:
-        if batch.labels is not None:
-            labels = sent(batch.labels, self.device)
-            return judged_scores(answers.logps, answers.lengths, labels, reference)
-        return pair_scores(answers.logps, answers.lengths, reference, ld_alpha=self.config.ld_alpha)
-
-    def _figures(
-        self, answers: Answers, reference: Tensor | None, scores: PairScores | JudgedScores
-    ) -> dict[str, Tensor]:
-        if isinstance(scores, PairScores):
-            rewards = self.objective.rewards(scores)
-            figures = {
-                "reward_chosen": summed(rewards.chosen),
-                "reward_rejected": summed(rewards.rejected),
-                "reward_margin": summed(rewards.margin),
-                "reward_accuracy": summed(rewards.accuracy),
-                "logp_chosen": summed(scores.chosen),
-                "logp_rejected": summed(scores.rejected),
-            }
-        else:
-            reward = self.objective.answer_rewards(scores)
-            figures = {
-                "reward_chosen": summed(reward, scores.labels),
-                "reward_rejected": summed(reward, ~scores.labels),
-                "logp_chosen": summed(scores.answer, scores.labels),
-                "logp_rejected": summed(scores.answer, ~scores.labels),
-            }
-        if reference is not None:
-            figures["kl"] = summed(token_kl(answers.logps, reference), answers.there)
-        return figures | answers.figures
-
     @torch.no_grad()
     def _mismatch(self, dataset: Any, numbers: Sequence[int]) -> Tensor:
         """KTO's reference point, from each prompt with the answer to another one: 0 where all prompts are the same."""
         assert self.live is not None
-        offset = 0 if dataset is self.train_set else len(self.train_set.examples)
+        offset = self._offset(dataset)
         chosen = [number - offset for number in numbers]
         others = [self._other_prompt(dataset, chosen, k) for k in range(len(chosen))]
         crossed = [
@@ -236,7 +229,7 @@ class DPOTrainer(PreferenceTrainer):
             raise NumericError(f"the first loss is {loss:.6f}, not ln 2 = 0.693147 (within {allowed:g}): {self._why()}")
         for name in ("reward_chosen", "reward_rejected"):
             # Taken as of beta 0.1, or a small beta would hide everything: a reward is beta times a log-ratio.
-            reward = result.figures[name].item() * 0.1 / self.objective.beta
+            reward = result.metrics[name].item() * 0.1 / self.objective.beta
             if abs(reward) > 2 * allowed:
                 raise NumericError(
                     f"the first {name} is {reward:.6f} (at beta 0.1), not 0 (within {2 * allowed:g}): {self._why()}"

@@ -3,12 +3,13 @@
 Each takes PairScores and its own settings by name, and returns [P], not reduced: the trainer averages over all pairs
 of an optimizer step, so no loss depends on how the step was split into micro-batches. Notation: π the policy, π_ref
 the reference, y+ the chosen answer, y- the rejected one, h(y) = log π(y) - log π_ref(y) the log-ratio,
-Δ = h(y+) - h(y-), σ the logistic function, |y| a number of tokens. Settings are checked by
-trainer/objective.py, which also holds the table of names. A loss must stay finite, with finite gradients, for
-log-ratios of ±1e4 in fp32: hence log σ instead of log of σ, and exponentials that go on along their tangent past e^30.
+Δ = h(y+) - h(y-), σ the logistic function, |y| a number of tokens. `objective` checks settings and has the table of
+names. A loss must stay finite, with finite gradients, for log-ratios of ±1e4 in fp32: hence log σ instead of log of σ,
+and exponentials that go on along their tangent past e^30.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from math import log, log1p
 
@@ -16,9 +17,86 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .scores import PairScores, RewardShift, safe_exp, safe_expm1
+from ...errors import InputError
 
+STEEPEST = 30.0  # exp goes on along its tangent past this: its square times 1e4 is still far below the largest fp32
 Divergence = Callable[[Tensor], Tensor]  # log-ratios -> f'(ratio), up to a constant
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """P pairs. All [P], fp32 or float64; the policy's carry the gradient, the reference's none.
+
+    chosen, rejected: the policy's log-probability of each whole answer given its prompt.
+    reference_chosen, reference_rejected: the reference model's; zeros where no loss asks for a reference.
+    chosen_tokens, rejected_tokens: how many tokens each answer was scored on, at least 1.
+    undiscounted: chosen before `ld_alpha` discounted its tail, for SFT terms; None where nothing was discounted.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    reference_chosen: Tensor
+    reference_rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+    undiscounted: Tensor | None = None
+
+    @property
+    def chosen_ratio(self) -> Tensor:
+        """log π(chosen) - log π_ref(chosen), [P]."""
+        return self.chosen - self.reference_chosen
+
+    @property
+    def rejected_ratio(self) -> Tensor:
+        return self.rejected - self.reference_rejected
+
+    @property
+    def chosen_mean(self) -> Tensor:
+        """Log-probability a token, [P]."""
+        return self.chosen / self.chosen_tokens
+
+    @property
+    def rejected_mean(self) -> Tensor:
+        return self.rejected / self.rejected_tokens
+
+
+def answer_sums(logps: Tensor, lengths: Tensor, *, ld_alpha: float | None = None) -> Tensor:
+    """Log-probability of each whole answer.
+
+    logps: [A, P, L] per token, zero past an answer's end. lengths: [A, P] int64. Returns [A, P].
+    ld_alpha: LD-DPO (Liu et al. 2024, arXiv 2409.06411) with α in [0, 1]: tokens of an answer past the length of its
+    pair's shortest answer, l_p, count α times, Σ_{t <= l_p} log π(y_t) + α Σ_{t > l_p} log π(y_t); a long answer then
+    wins less by being long. α = 1 discounts nothing.
+    Raises InputError for an α outside [0, 1], or answers that have nothing to be compared with.
+    """
+    if ld_alpha is not None:
+        check_ld_alpha(ld_alpha)
+        if len(lengths) < 2:
+            raise InputError("ld_alpha compares the two answers of a pair, and these answers stand alone: leave it out")
+        tail = torch.arange(logps.shape[-1], device=logps.device) >= lengths.amin(0).unsqueeze(-1)  # [P, L]
+        logps = torch.where(tail, ld_alpha * logps, logps)
+    return logps.sum(-1)
+
+
+def check_ld_alpha(value: object) -> None:
+    """InputError for an alpha of LD-DPO that is no number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InputError(f"ld_alpha must be a number from 0 to 1 (1 discounts nothing), got {value!r}")
+
+
+def pair_scores(
+    logps: Tensor, lengths: Tensor, reference: Tensor | None = None, *, ld_alpha: float | None = None
+) -> PairScores:
+    """PairScores of P pairs.
+
+    logps, reference: [2, P, L], the policy's and the reference's per-token log-probabilities, chosen first, zero past
+    an answer's end; without a reference its sums are zeros. lengths: [2, P]. ld_alpha: as in `answer_sums`, for both.
+    """
+    reference = torch.zeros_like(logps) if reference is None else reference
+    sums = [answer_sums(each, lengths, ld_alpha=ld_alpha) for each in (logps, reference.detach())]
+    undiscounted = None if ld_alpha is None else logps[0].sum(-1)
+    (chosen, rejected), (base_chosen, base_rejected) = sums
+    return PairScores(chosen, rejected, base_chosen, base_rejected, lengths[0], lengths[1], undiscounted)
 
 
 def reverse_kl(ratio: Tensor) -> Tensor:
@@ -134,18 +212,13 @@ def discopop(
     return safe_exp(logsigmoid(mix) - logits) - (-mix).sigmoid() * logsigmoid(logits)
 
 
-def bco(scores: PairScores, shift: RewardShift, *, beta: float = 0.1) -> tuple[Tensor, RewardShift]:
+def bco(scores: PairScores, shift: Tensor, *, beta: float = 0.1) -> Tensor:
     """BCO: -log σ(βh(y+) - δ) - log σ(-(βh(y-) - δ)). Jung et al. 2024, arXiv 2404.04656.
 
-    δ is the running mean of all rewards βh. `shift` holds it as it was when the optimizer step began; the second
-    result is `shift` with these rewards added, and its `settle()` after the step makes δ anew.
+    shift: δ, 0-d, the mean of all rewards βh up to this optimizer step (`judged.reward_shift`).
     """
-    rewards = beta * torch.stack([scores.chosen_ratio, scores.rejected_ratio])
-    labels = torch.stack(
-        [torch.ones_like(rewards[0], dtype=torch.bool), torch.zeros_like(rewards[1], dtype=torch.bool)]
-    )
-    losses = -logsigmoid(rewards[0] - shift.value) - logsigmoid(shift.value - rewards[1])
-    return losses, shift.add(rewards, labels)
+    chosen, rejected = beta * scores.chosen_ratio, beta * scores.rejected_ratio
+    return -logsigmoid(chosen - shift) - logsigmoid(shift - rejected)
 
 
 def sppo_hard(scores: PairScores, *, beta: float = 1e-3) -> Tensor:
@@ -214,3 +287,14 @@ def sft(scores: PairScores) -> Tensor:
     """
     chosen = scores.chosen if scores.undiscounted is None else scores.undiscounted
     return -chosen / scores.chosen_tokens
+
+
+def safe_exp(x: Tensor) -> Tensor:
+    """exp, going on along its tangent past STEEPEST: finite, rising, and with a gradient for any x of fp32's range."""
+    return x.clamp(max=STEEPEST).exp() * (1 + (x - STEEPEST).relu())
+
+
+def safe_expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1, exact near zero, going on along its tangent as `safe_exp` does."""
+    low = x.clamp(max=STEEPEST)
+    return low.expm1() + low.exp() * (x - STEEPEST).relu()

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from ..kernels.chunked_head import rows_per_chunk
-from ..kernels.linear_divergence import Divergence, DivergenceScorer
-from .logprobs import head_figures, vocabulary_of
+from ...kernels.chunked_head import rows_per_chunk
+from ...kernels.linear_divergence import Divergence, DivergenceScorer
+from .tokens import head_scores, vocabulary_of
 
 
 def token_divergence(
@@ -46,5 +46,5 @@ def token_divergence(
             return logits
 
     scorer = DivergenceScorer(teacher_logits, wanted)
-    (values,) = head_figures(head, hidden, scorer, rows_per_chunk(2 * vocabulary, hidden.device))
+    (values,) = head_scores(head, hidden, scorer, rows_per_chunk(2 * vocabulary, hidden.device))
     return values

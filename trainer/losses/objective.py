@@ -11,20 +11,26 @@ from difflib import get_close_matches
 from inspect import Parameter, signature
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..errors import InputError
-from . import losses as pairs
-from . import unpaired_losses as unpaired
-from .losses import DIVERGENCES, divergence_of
-from .scores import JudgedScores, PairScores, RewardShift
+from ...errors import InputError
+from . import judged, pairs
+from .judged import JudgedScores, rewards_seen
+from .pairs import DIVERGENCES, PairScores, divergence_of
 
 
 class Loss(NamedTuple):
-    """function: f(scores, [shift or kl,] *, settings...). reward: what β multiplies in a reward of an answer."""
+    """function: f(scores, [point,] *, settings...). reward: what β multiplies in a reward of an answer.
 
-    function: Callable[..., Any]
+    point: a number that the function is given besides, the same for a whole optimizer step. "kl" is made when the step
+    begins, from answers set against other prompts (`judged.mismatch_kl`); "shift" is carried from step to step, the
+    mean of all rewards before this one (`judged.reward_shift`).
+    """
+
+    function: Callable[..., Tensor]
     reward: Literal["ratio", "sum", "mean", "none"] = "ratio"
+    point: Literal["kl", "shift"] | None = None
 
     @property
     def reference(self) -> bool:
@@ -48,7 +54,7 @@ PAIR_LOSSES = {
     "hinge": Loss(pairs.hinge),
     "exo": Loss(pairs.exo),
     "discopop": Loss(pairs.discopop),
-    "bco": Loss(pairs.bco),
+    "bco": Loss(pairs.bco, point="shift"),
     "sppo-hard": Loss(pairs.sppo_hard),
     "nca": Loss(pairs.nca),
     "apo-zero": Loss(pairs.apo_zero),
@@ -59,9 +65,9 @@ PAIR_LOSSES = {
     "sft": Loss(pairs.sft, "none"),
 }
 UNPAIRED_LOSSES = {
-    "kto": Loss(unpaired.kto),
-    "bco-unpaired": Loss(unpaired.bco_unpaired),
-    "apo-zero-unpaired": Loss(unpaired.apo_zero_unpaired),
+    "kto": Loss(judged.kto, point="kl"),
+    "bco-unpaired": Loss(judged.bco_unpaired, point="shift"),
+    "apo-zero-unpaired": Loss(judged.apo_zero_unpaired),
 }
 LOSSES = PAIR_LOSSES | UNPAIRED_LOSSES
 
@@ -75,22 +81,6 @@ ELSEWHERE = {
     **{"apo": "apo-zero", "ln-dpo": "sigmoid-norm"},
 }
 NO_AOT = ": it sorts a whole batch, so its result would depend on how a step is split into micro-batches"
-
-
-class Rewards(NamedTuple):
-    """Implicit rewards of P pairs, fp32 or float64, without gradient: chosen, rejected [P]."""
-
-    chosen: Tensor
-    rejected: Tensor
-
-    @property
-    def margin(self) -> Tensor:
-        return self.chosen - self.rejected
-
-    @property
-    def accuracy(self) -> Tensor:
-        """1 where the chosen answer has the higher reward; 0 for a tie, as before the first step."""
-        return (self.chosen > self.rejected).to(self.chosen.dtype)
 
 
 @dataclass(frozen=True)
@@ -121,15 +111,9 @@ class Objective:
     def needs_reference(self) -> bool:
         return any(LOSSES[name].reference for name in self.losses)
 
-    @property
-    def needs_kl(self) -> bool:
-        """Whether a call needs `kl` (unpaired_losses.mismatch_kl): KTO."""
-        return "kto" in self.losses
-
-    @property
-    def needs_shift(self) -> bool:
-        """Whether a call needs `shift`, and state is carried from step to step: BCO."""
-        return not {"bco", "bco-unpaired"}.isdisjoint(self.losses)
+    def needs(self, point: Literal["kl", "shift"]) -> bool:
+        """Whether a loss here is given this number (see `Loss`)."""
+        return any(LOSSES[name].point == point for name in self.losses)
 
     @property
     def beta(self) -> float:
@@ -144,26 +128,31 @@ class Objective:
             given["divergence"] = divergence_of(given["divergence"], self.settings.get("divergence_alpha", 0.5))
         return given
 
-    def __call__(
-        self, scores: PairScores | JudgedScores, *, shift: RewardShift | None = None, kl: Tensor | None = None
-    ) -> tuple[Tensor, RewardShift | None]:
-        """The weighted losses, [P], not reduced, and `shift` with this call's rewards added."""
-        total: Tensor | None = None
+    def __call__(self, scores: PairScores | JudgedScores, points: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The weighted losses, [P], not reduced. points: the 0-d numbers that losses here need, by name."""
+        parts = []
         for name, weight in self.losses.items():
-            function, settings = LOSSES[name].function, self.settings_of(name)
-            if name in ("bco", "bco-unpaired"):
-                part, shift = function(scores, shift, **settings)
-            else:
-                part = function(scores, kl, **settings) if name == "kto" else function(scores, **settings)
-            total = weight * part if total is None else total + weight * part
-        assert total is not None
-        return total, shift
+            loss = LOSSES[name]
+            given = () if loss.point is None else ((points or {})[loss.point],)
+            parts.append(weight * loss.function(scores, *given, **self.settings_of(name)))
+        return torch.stack(parts).sum(0)
 
-    def rewards(self, scores: PairScores) -> Rewards:
-        """β times the log-ratio; of losses without a reference, β times what they compare, as TRL reports them.
+    def seen(self, scores: PairScores | JudgedScores) -> Tensor:
+        """`judged.rewards_seen` of these answers, for the loss that carries a shift."""
+        name = next(name for name in self.losses if LOSSES[name].point == "shift")
+        beta = self.settings_of(name)["beta"]
+        if isinstance(scores, JudgedScores):
+            return rewards_seen(beta * scores.ratio, scores.labels)
+        rewards = beta * torch.stack([scores.chosen_ratio, scores.rejected_ratio])
+        good = (torch.arange(2, device=rewards.device) == 0).unsqueeze(1)
+        return rewards_seen(rewards, good.expand_as(rewards))
 
-        That is the log-probability of the answer for CPO, and a token's mean of it for SimPO and ORPO. In a mixture
-        the first loss that has a beta decides.
+    def rewards(self, scores: PairScores) -> tuple[Tensor, Tensor]:
+        """Implicit rewards of the chosen answers and of the rejected ones, [P] each, without gradient.
+
+        β times the log-ratio; of losses without a reference, β times what they compare, as TRL reports them: the
+        log-probability of the answer for CPO, and a token's mean of it for SimPO and ORPO. In a mixture the first loss
+        that has a beta decides.
         """
         kind = next(LOSSES[name].reward for name in self.losses if LOSSES[name].reward != "none")
         chosen, rejected = {
@@ -171,11 +160,7 @@ class Objective:
             "sum": (scores.chosen, scores.rejected),
             "mean": (scores.chosen_mean, scores.rejected_mean),
         }[kind]
-        return Rewards((self.beta * chosen).detach(), (self.beta * rejected).detach())
-
-    def answer_rewards(self, scores: JudgedScores) -> Tensor:
-        """β times the log-ratio of each judged answer, [P], without gradient."""
-        return (self.beta * scores.ratio).detach()
+        return (self.beta * chosen).detach(), (self.beta * rejected).detach()
 
     def _check_setting(self, key: str, value: object) -> None:
         if key == "divergence_alpha":

@@ -1,0 +1,1 @@
+"""Losses as pure functions of log-probabilities or hidden states, each with its paper; `objective` is their table."""

@@ -1,0 +1,123 @@
+"""What a model makes of trained tokens, for any output head (dense, 4-bit, with a bias or an adapter) and any layout.
+
+The head runs on trained positions only, in chunks of logits. SFT's loss is -logps of `batch_token_scores`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...data.answer_batch import AnswerBatch
+from ...data.batch import Batch, sent
+from ...kernels.chunked_head import Scorer, dense_figures, module_figures, rows_per_chunk
+from ...kernels.linear_logprobs import TokenScorer, TokenScores, check_targets
+from ...lora.linear import LoRALinear
+from ...lora.linear4bit import NF4Linear
+from ...models.protocol import CausalLM
+
+NEVER_SURE = 1e-12  # a probability of 1 - 1e-12 is the largest that `token_kl` works with: log(1 - p) stays finite
+
+
+def token_scores(head: nn.Module, hidden: Tensor, targets: Tensor) -> TokenScores:
+    """Log-probability of each row's target, with the row's entropy and whether the target is the likeliest token.
+
+    head: the output head, [N, D] -> [N, V]. hidden: [N, D], trained positions only. targets: [N] int64 in 0..V-1.
+    Gradients flow from logps to hidden and to what is trained in the head. A head without trained parameters runs once,
+    a trained one again in backward; one chunk of logits is alive at a time.
+    Raises ValueError when the shapes do not fit together, and for targets out of range on a CPU (on CUDA a device-side
+    assertion: `kernels.linear_logprobs.check_targets` before they are sent).
+    """
+    vocabulary = vocabulary_of(head)
+    if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"token_scores needs hidden [N, D] and targets [N], got {tuple(hidden.shape)} and {tuple(targets.shape)}"
+        )
+    rows = rows_per_chunk(vocabulary, hidden.device)
+    return TokenScores(*head_scores(head, hidden, TokenScorer(targets, vocabulary), rows))
+
+
+def head_scores(head: nn.Module, hidden: Tensor, scorer: Scorer, rows: int) -> tuple[Tensor, ...]:
+    """What the scorer makes of the head's logits, `rows` of them at a time, by the shortest way for this head."""
+    plain = type(head) in (nn.Linear, NF4Linear, LoRALinear) and not (head._forward_hooks or head._forward_pre_hooks)
+    if plain and type(head) is nn.Linear and head.bias is None:
+        return dense_figures(hidden, head.weight, scorer, rows)
+    return module_figures(hidden, head, scorer, rows, in_place=plain)
+
+
+def vocabulary_of(head: nn.Module) -> int:
+    """How many tokens the head scores."""
+    size = head.out_features
+    assert isinstance(size, int)
+    return size
+
+
+def batch_token_scores(model: CausalLM, batch: Batch) -> TokenScores:
+    """Log-probability, entropy and correctness of each trained token, [batch.trained] each, in the order of positions.
+
+    `batch` is on the CPU. Raises ValueError for a target outside the model's vocabulary.
+    """
+    here, rows, targets = trained_rows(model, batch)
+    return token_scores(model.lm_head, hidden_rows(model, here, rows), targets)
+
+
+def trained_rows(model: CausalLM, batch: Batch) -> tuple[Batch, Tensor, Tensor]:
+    """The batch on the model's device, the flattened places whose next token is trained, and those tokens, [N] each.
+
+    They are found and looked at on the CPU, so the device is never waited for.
+    """
+    targets = batch.targets.flatten()
+    rows = (targets >= 0).nonzero().squeeze(1)
+    targets = targets[rows]
+    check_targets(targets, model.vocab_size)
+    return batch.to(model.device), sent(rows, model.device), sent(targets, model.device)
+
+
+def hidden_rows(model: CausalLM, here: Batch | AnswerBatch, rows: Tensor) -> Tensor:
+    """Hidden states [N, D] at these flattened places of a batch that is on the model's device."""
+    hidden = model.hidden(here.input_ids, here.position_ids, here.spans)  # [B, T, D]
+    return hidden.flatten(0, 1).index_select(0, rows)
+
+
+class Answers(NamedTuple):
+    """What a model makes of the A answers to each of P prompts; L is the longest answer's number of tokens."""
+
+    logps: Tensor  # [A, P, L] fp32 or float64: log-probability of each token, zero past an answer's end
+    lengths: Tensor  # [A, P] int64
+    entropy: Tensor  # [A, P, L] nats, of the distribution that predicts each token; no gradient
+    correct: Tensor  # [A, P, L] bool: the token was the likeliest
+
+    @property
+    def there(self) -> Tensor:
+        """[A, P, L] bool: False past an answer's end."""
+        return torch.arange(self.logps.shape[-1], device=self.logps.device) < self.lengths.unsqueeze(-1)
+
+
+def answer_scores(model: CausalLM, batch: AnswerBatch) -> Answers:
+    """One forward pass over a batch that is still on the CPU; the head runs on predicted tokens only.
+
+    A token that both answers of a pair begin with is predicted once and counts in both.
+    """
+    check_targets(batch.targets, model.vocab_size)
+    here = batch.to(model.device)
+    scores = token_scores(model.lm_head, hidden_rows(model, here, here.rows), here.targets)
+    logps, entropy, correct = (_by_answer(values, here.slots) for values in scores)
+    return Answers(logps, here.lengths, entropy, correct)
+
+
+def _by_answer(values: Tensor, slots: Tensor) -> Tensor:
+    """[R] predictions as [A, P, L]; slots of what is not there point past the end, at a zero."""
+    return torch.cat([values, values.new_zeros(1)]).index_select(0, slots.flatten()).view(slots.shape)
+
+
+def token_kl(logps: Tensor, reference: Tensor) -> Tensor:
+    """How far the policy has moved at each token of an answer: a lower bound of KL(policy || reference), in nats.
+
+    It is the divergence of "this token or another one", p log(p/q) + (1-p) log((1-p)/(1-q)), which is at most that of
+    the whole distributions and equal to it over two tokens. It needs no samples of the policy, which the answers of
+    preference data are not; the usual estimates from samples (k1, k3) are negative or without bound there.
+    Any shape, returns the same, fp32 or float64, never negative; no gradient.
+    """
+    p, q = (x.detach().double().clamp(max=-NEVER_SURE) for x in (logps, reference))
+    not_p, not_q = ((-x.expm1()).log() for x in (p, q))
+    return (p.exp() * (p - q) + not_p.exp() * (not_p - not_q)).clamp(min=0).to(logps.dtype)

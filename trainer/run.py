@@ -1,0 +1,44 @@
+"""What a run knows while it goes, and what it ends with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class RunState:
+    """All that a run knows besides tensors; saved as JSON in every checkpoint."""
+
+    done: int = 0  # steps finished
+    evaluated: int = 0  # value of `done` at the last evaluation
+    saved: int = 0
+    best_metrics: dict[str, float | None] = field(default_factory=dict)  # of the best evaluation
+    best_step: int = 0
+    without_better: int = 0  # evaluations since the best one
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    tokens: int = 0
+    stopped_early: bool = False
+    last_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run ended with. Losses are means in nats (of trained tokens, or of pairs); `signal` is set when one ended
+    the run."""
+
+    out: Path
+    steps: int
+    loss: float | None  # of the last step that was applied
+    val: Mapping[str, float | None]  # metrics of the best evaluation: its loss and what else this training reports
+    best_step: int
+    skipped_steps: int
+    tokens: int  # seen in training, padding not counted
+    stopped_early: bool
+    signal: int | None
+    checkpoint: Path | None
+
+    @property
+    def val_loss(self) -> float | None:
+        """The loss on the validation rows, of the best evaluation."""
+        return self.val.get("loss")
