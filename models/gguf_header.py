@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .gguf_tensors import FORMATS, OTHER_FORMATS, Bytes, Format
+from .gguf_tensors import FORMATS, OTHER_FORMATS, Bytes
 
 MAX_STRING_BYTES = 1 << 24
 MAX_NAME_BYTES = (1 << 16) - 1
@@ -27,22 +27,8 @@ MAX_TENSORS = 1_000_000
 
 MetadataValue = int | float | bool | str | list[str] | np.ndarray[Any, Any]
 
-_STRING, _ARRAY, _BOOL = 8, 9, 7
-_NUMBERS = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "|u1",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-}
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-_KNOWN = tuple(kind.name for kind in FORMATS.values())
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_NUMBERS = dict(enumerate(["<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "|u1"])) | {10: "<u8", 11: "<i8", 12: "<f8"}
 
 
 @dataclass(frozen=True)
@@ -97,16 +83,13 @@ class _Header:
         self.at += count
         return start
 
-    def _u32(self, what: str) -> int:
-        value: int = _U32.unpack_from(self.data, self._take(4, what))[0]
-        return value
-
-    def _u64(self, what: str) -> int:
-        value: int = _U64.unpack_from(self.data, self._take(8, what))[0]
+    def _integer(self, what: str, format: str = "<I") -> int:
+        """A number of 32 ("<I") or 64 ("<Q") bits."""
+        value: int = struct.unpack_from(format, self.data, self._take(struct.calcsize(format), what))[0]
         return value
 
     def _count(self, what: str, limit: int) -> int:
-        value = self._u64(what)
+        value = self._integer(what, "<Q")
         if value > limit:
             raise self._fail(f"{what} is {value}, more than the limit of {limit}")
         return value
@@ -123,7 +106,7 @@ class _Header:
         magic = bytes(self.data[self._take(4, "the magic number") : self.at])
         if magic != b"GGUF":
             raise InputError(f"{self.path} is no GGUF file: it starts with {magic!r}, not with b'GGUF'.")
-        version = self._u32("the version")
+        version = self._integer("the version")
         if version in (2, 3):
             return
         if version & 0xFFFF == 0 and version:
@@ -132,44 +115,42 @@ class _Header:
 
     def _read_pair(self) -> None:
         key = self._string("a metadata key", MAX_NAME_BYTES)
+        name = _shown(key)
         if key in self.metadata:
-            raise self._fail(f"metadata key {_shown(key)} occurs twice")
-        kind = self._u32(f"the type of {_shown(key)}")
+            raise self._fail(f"metadata key {name} occurs twice")
+        kind = self._integer(f"the type of {name}")
         if kind == _STRING:
-            self.metadata[key] = self._string(f"the value of {_shown(key)}")
+            self.metadata[key] = self._string(f"the value of {name}")
         elif kind == _ARRAY:
-            self.metadata[key] = self._array(key)
+            self.metadata[key] = self._array(name)
         elif kind in _NUMBERS:
-            self.metadata[key] = self._numbers(key, kind, 1)[0].item()
+            self.metadata[key] = self._numbers(name, kind, 1)[0].item()
         else:
-            raise self._fail(f"metadata key {_shown(key)} has the unknown type {kind}")
+            raise self._fail(f"metadata key {name} has the unknown type {kind}")
 
-    def _array(self, key: str) -> list[str] | np.ndarray[Any, Any]:
-        kind = self._u32(f"the item type of {_shown(key)}")
-        length = self._count(f"the length of array {_shown(key)}", MAX_ARRAY_LENGTH)
-        if kind == _STRING:
-            # Eight bytes an item at least: a declared length beyond the file ends here, not after 2^24 turns.
-            if 8 * length > self.size - self.at:
-                raise self._fail(f"array {_shown(key)} of {length} strings does not fit into the rest of the file")
-            what = f"an item of {_shown(key)}"
-            return [self._string(what) for _ in range(length)]
+    def _array(self, name: str) -> list[str] | np.ndarray[Any, Any]:
+        kind = self._integer(f"the item type of {name}")
+        length = self._count(f"the length of array {name}", MAX_ARRAY_LENGTH)
         if kind == _ARRAY:
-            raise self._fail(f"metadata key {_shown(key)} is an array of arrays, which no model needs")
-        if kind not in _NUMBERS:
-            raise self._fail(f"array {_shown(key)} has the unknown item type {kind}")
-        return self._numbers(key, kind, length)
+            raise self._fail(f"metadata key {name} is an array of arrays, which no model needs")
+        if kind in _NUMBERS:
+            return self._numbers(name, kind, length)
+        if kind != _STRING:
+            raise self._fail(f"array {name} has the unknown item type {kind}")
+        # Eight bytes an item at least: a declared length beyond the file ends here, not after 2^24 turns.
+        if 8 * length > self.size - self.at:
+            raise self._fail(f"array {name} of {length} strings does not fit into the rest of the file")
+        return [self._string(f"an item of {name}") for _ in range(length)]
 
-    def _numbers(self, key: str, kind: int, length: int) -> np.ndarray[Any, Any]:
+    def _numbers(self, name: str, kind: int, length: int) -> np.ndarray[Any, Any]:
         dtype = np.dtype(_NUMBERS[kind])
-        start = self._take(length * dtype.itemsize, f"the value of {_shown(key)}")
+        start = self._take(length * dtype.itemsize, f"the value of {name}")
         values = np.frombuffer(self.data, dtype, length, start).copy()
-        if kind == _BOOL:
-            if values.size and values.max() > 1:
-                raise self._fail(
-                    f"metadata key {_shown(key)} is a truth value but holds {values.max()}; 0 and 1 are allowed"
-                )
-            return values.astype(np.bool_)
-        return values
+        if kind != _BOOL:
+            return values
+        if values.size and values.max() > 1:
+            raise self._fail(f"metadata key {name} is a truth value but holds {values.max()}; 0 and 1 are allowed")
+        return values.astype(np.bool_)
 
     def _alignment(self) -> int:
         value = self.metadata.get("general.alignment", 32)
@@ -192,44 +173,39 @@ class _Header:
     def _read_tensor(self) -> TensorInfo:
         """One tensor's entry, its `start` still relative to the data section."""
         name = self._string("a tensor name", MAX_NAME_BYTES)
-        n_dims = self._u32(f"the number of dimensions of tensor {_shown(name)}")
+        shown = f"tensor {_shown(name)}"
+        n_dims = self._integer(f"the number of dimensions of {shown}")
         if not 1 <= n_dims <= MAX_DIMENSIONS:
-            raise self._fail(f"tensor {_shown(name)} has {n_dims} dimensions; 1 to {MAX_DIMENSIONS} are allowed")
-        dims = [self._u64(f"a dimension of tensor {_shown(name)}") for _ in range(n_dims)]
-        type_id = self._u32(f"the type of tensor {_shown(name)}")
-        offset = self._u64(f"the offset of tensor {_shown(name)}")
-        kind = self._format(type_id, name)
-        if min(dims) < 1 or dims[0] % kind.block_size:
-            raise self._fail(
-                f"tensor {_shown(name)} has dimensions {dims}; rows of {kind.name} hold a multiple of {kind.block_size}"
+            raise self._fail(f"{shown} has {n_dims} dimensions; 1 to {MAX_DIMENSIONS} are allowed")
+        dims = [self._integer(f"a dimension of {shown}", "<Q") for _ in range(n_dims)]
+        kind = self._integer(f"the type of {shown}")
+        offset = self._integer(f"the offset of {shown}", "<Q")
+        if kind not in FORMATS:
+            found = OTHER_FORMATS.get(kind, f"the unknown type {kind}")
+            known = ", ".join(format.name for format in FORMATS.values())
+            raise InputError(
+                f"{self.path}: {shown} is stored as {found}; only {known} can be read. Take another quantisation of "
+                "the model (Q8_0 is closest to full precision) or its Hugging Face folder."
             )
+        format, block, size = FORMATS[kind]
+        if min(dims) < 1 or dims[0] % block:
+            raise self._fail(f"{shown} has dimensions {dims}; rows of {format} hold a multiple of {block}")
         if offset % self.alignment:
-            raise self._fail(f"tensor {_shown(name)} lies at offset {offset}, which is no multiple of {self.alignment}")
-        nbytes = math.prod(dims) // kind.block_size * kind.block_bytes
-        return TensorInfo(name, tuple(reversed(dims)), kind.name, offset, nbytes)
-
-    def _format(self, type_id: int, name: str) -> Format:
-        if type_id in FORMATS:
-            return FORMATS[type_id]
-        found = OTHER_FORMATS.get(type_id, f"the unknown type {type_id}")
-        raise InputError(
-            f"{self.path}: tensor {_shown(name)} is stored as {found}; only {', '.join(_KNOWN)} can be read. "
-            "Take another quantisation of the model (Q8_0 is closest to full precision) or its Hugging Face folder."
-        )
+            raise self._fail(f"{shown} lies at offset {offset}, which is no multiple of {self.alignment}")
+        return TensorInfo(name, tuple(reversed(dims)), format, offset, math.prod(dims) // block * size)
 
     def _check_places(self, tensors: dict[str, TensorInfo]) -> None:
         """Every tensor inside the file, no two over each other."""
         end, before = 0, ""
         for info in sorted(tensors.values(), key=lambda info: info.start):
-            stop = info.start + info.nbytes
+            stop, name = info.start + info.nbytes, _shown(info.name)
             if stop > self.size:
                 raise InputError(
-                    f"{self.path}: tensor {_shown(info.name)} {list(info.shape)} ends at byte {stop}, but the file has "
+                    f"{self.path}: tensor {name} {list(info.shape)} ends at byte {stop}, but the file has "
                     f"{self.size}. It is cut short or damaged: get it again."
                 )
             if info.start < end:
                 raise InputError(
-                    f"{self.path}: tensors {_shown(before)} and {_shown(info.name)} overlap. "
-                    "The file is damaged: get it again."
+                    f"{self.path}: tensors {before} and {name} overlap. The file is damaged: get it again."
                 )
-            end, before = stop, info.name
+            end, before = stop, name

@@ -6,13 +6,12 @@ library. Both go by row chunks into one output tensor: decoding a 2 GB embedding
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import EnvironmentProblem, InputError
 
@@ -21,8 +20,7 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 CHUNK_ELEMENTS = 1 << 20  # 4 MB of fp32 a chunk: the decoder's temporaries stay near 30 MB
 
 
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     """A tensor format: `block_size` elements of a row are stored in `block_bytes` bytes."""
 
     name: str
@@ -45,72 +43,62 @@ OTHER_FORMATS = {
     40: "NVFP4",
 }  # fmt: skip
 
-_WHOLE_MODEL = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LINEARS = {
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.([a-z0-9_]+)\.(weight|bias)")
+_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.([a-z0-9_]+)")
 
 
 def hf_name(path: Path, name: str) -> str:
     """A Llama tensor's name in a Hugging Face checkpoint; InputError for a tensor that a Llama does not have."""
-    if name in _WHOLE_MODEL:
-        return _WHOLE_MODEL[name]
-    if match := BLOCK_NAME.fullmatch(name):
-        layer, part, kind = match.groups()
-        if part in _LINEARS:
-            return f"model.layers.{layer}.{_LINEARS[part]}.{kind}"
-        if part in _NORMS and kind == "weight":
-            return f"model.layers.{layer}.{_NORMS[part]}.weight"
-    raise InputError(
-        f"{path}: tensor {name!r} belongs to no Llama model. The file holds a variant that is not supported; "
-        "leaving the tensor out would change what the model computes."
-    )
+    place, _, kind = name.rpartition(".")
+    block = _BLOCK.fullmatch(place)
+    part = block[2] if block else place
+    whole = part in ("token_embd", "output_norm", "output")
+    plain = kind == "weight" or (kind == "bias" and block and not part.endswith("_norm"))
+    if part not in _NAMES or whole is bool(block) or not plain:
+        raise InputError(
+            f"{path}: tensor {name!r} belongs to no Llama model. The file holds a variant that is not supported; "
+            "leaving the tensor out would change what the model computes."
+        )
+    return f"model.layers.{block[1]}.{_NAMES[part]}.{kind}" if block else f"{_NAMES[part]}.{kind}"
 
 
-def decode(
-    raw: Bytes,
-    format: str,
-    shape: tuple[int, ...],
-    *,
-    dtype: torch.dtype | None = None,
-    interleaved_heads: int | None = None,
-) -> torch.Tensor:
+def decode(raw: Bytes, format: str, shape: tuple[int, ...], interleaved_heads: int | None = None) -> Tensor:
     """A tensor's bytes to a new tensor of `shape`; peak memory is the output plus some 30 MB.
 
-    `dtype` None keeps F32, F16 and BF16 as they are and gives fp32 for blocks. With `interleaved_heads` = H the rows
-    of each of H heads are put back from llama.cpp's rotary order (pairs side by side) to Hugging Face's (halves).
+    F32, F16 and BF16 stay what they are, blocks become fp32. With `interleaved_heads` = H the rows of each of H heads
+    are put back from llama.cpp's rotary order (pairs side by side) to Hugging Face's (halves).
     """
-    to_rows = _row_decoder(format)
-    if len(shape) == 1:  # a vector is one row of blocks
-        values = to_rows(raw.reshape(1, -1)).view(-1, 1)
-        if interleaved_heads is not None:
-            values = halves_from_pairs(values, interleaved_heads)
-        return values.view(shape).to(dtype or values.dtype)
     rows = raw.reshape(math.prod(shape[:-1]), -1)  # [R, bytes]
-    head_dim = _head_dim(len(rows), interleaved_heads) if interleaved_heads is not None else 1
-    step = max(1, CHUNK_ELEMENTS // (shape[-1] * head_dim)) * head_dim  # whole heads, so that a chunk can be reordered
-    out: torch.Tensor | None = None
-    for first in range(0, len(rows), step):
-        values = to_rows(rows[first : first + step])  # [<= step, in]
-        if interleaved_heads is not None:
-            values = halves_from_pairs(values, len(values) // head_dim)
-        if out is None:
-            out = torch.empty(len(rows), shape[-1], dtype=dtype or values.dtype)
-        out[first : first + step] = values
-    assert out is not None  # a tensor has at least one row
-    return out.view(shape)
+    if interleaved_heads is None:
+        return _decode_rows(rows, format, 1).view(shape)
+    if len(shape) == 1:  # a bias is one row of blocks
+        return halves_from_pairs(_decode_rows(rows, format, 1).view(-1, 1), interleaved_heads).view(shape)
+    head_dim = _head_dim(len(rows), interleaved_heads)
+    return _decode_rows(rows, format, head_dim).view(shape)
+
+
+def _decode_rows(rows: Bytes, format: str, head_dim: int) -> Tensor:
+    """Rows of bytes [R, bytes] to values [R, in], chunk by chunk; with a `head_dim` above 1 in halves."""
+    first = _values(rows[:head_dim], format)
+    out = torch.empty(len(rows), first.shape[1], dtype=first.dtype)
+    step = max(1, CHUNK_ELEMENTS // (first.shape[1] * head_dim)) * head_dim  # whole heads, to be put in order
+    for start in range(0, len(rows), step):
+        values = _values(rows[start : start + step], format)
+        out[start : start + step] = values if head_dim == 1 else halves_from_pairs(values, len(values) // head_dim)
+    return out
 
 
 def _head_dim(rows: int, heads: int) -> int:
@@ -119,29 +107,22 @@ def _head_dim(rows: int, heads: int) -> int:
     return rows // heads
 
 
-def halves_from_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
+def halves_from_pairs(rows: Tensor, heads: int) -> Tensor:
     """Undo llama.cpp's row order: [H * d, in] with rotary pairs side by side -> first halves, then second halves."""
     pairs = rows.view(heads, _head_dim(len(rows), heads) // 2, 2, -1)  # [H, d/2, 2, in]
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
-def _row_decoder(format: str) -> Callable[[Bytes], torch.Tensor]:
-    """The function that turns rows of bytes [R, bytes] into values [R, in]; always a copy, never a view of the map."""
-    if format == "F32":
-        return lambda rows: torch.from_numpy(rows.view("<f4").copy())
-    if format == "F16":
-        return lambda rows: torch.from_numpy(rows.view("<f2").copy())
-    if format == "BF16":
-        return lambda rows: torch.from_numpy(rows.view("<i2").copy()).view(torch.bfloat16)
+def _values(rows: Bytes, format: str) -> Tensor:
+    """Rows of bytes [R, bytes] to values [R, in]; always a copy, never a view of the map."""
+    plain = {"F32": "<f4", "F16": "<f2", "BF16": "<i2"}.get(format)
+    if plain is not None:
+        values = torch.from_numpy(rows.view(plain).copy())
+        return values.view(torch.bfloat16) if format == "BF16" else values
     try:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
     except ImportError as error:
         raise EnvironmentProblem(f"reading {format} tensors needs the package gguf: pip install gguf") from error
-    kind = GGMLQuantizationType[format]
-
-    def blocks(rows: Bytes) -> torch.Tensor:
-        with np.errstate(all="ignore"):  # an infinite scale gives NaN; whoever uses the weight refuses it by name
-            return torch.from_numpy(dequantize(rows, kind))
-
-    return blocks
+    with np.errstate(all="ignore"):  # an infinite scale gives NaN; whoever uses the weight refuses it by name
+        return torch.from_numpy(dequantize(rows, GGMLQuantizationType[format]))

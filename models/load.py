@@ -20,8 +20,8 @@ from . import hf
 from .decoder import Decoder
 from .families import read_spec
 from .gguf import GGUFFile
-from .gguf_tensors import hf_name
 from .protocol import CausalLM
+from .spec import Spec
 from .tokenizer import Tokenizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -82,8 +82,7 @@ def load_model(
         raise InputError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}.")
     if quantize not in (None, "none", *QUANTIZE):
         raise InputError(f"quantize must be none, {', '.join(QUANTIZE)}, got {quantize!r}.")
-    data, shapes, tensors = _read_gguf(path) if _is_gguf(path) else _read_folder(path)
-    spec = read_spec(data)
+    spec, shapes, tensors = _read(path)
     with torch.device("meta"), _NoInitialValues():
         model = Decoder(spec)
     skip = _check_tensors(path, model, shapes)
@@ -111,15 +110,12 @@ class _NoInitialValues(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _read_folder(path: Path) -> tuple[dict[str, Any], Shapes, Iterator[tuple[str, Tensor]]]:
+def _read(path: Path) -> tuple[Spec, Shapes, Iterator[tuple[str, Tensor]]]:
+    if _is_gguf(path):
+        file = GGUFFile(path)
+        return file.spec(), file.shapes(), file.iter_tensors()
     folder = _folder(path)
-    return hf.read_config(folder), hf.tensor_shapes(folder), hf.iter_tensors(folder)
-
-
-def _read_gguf(path: Path) -> tuple[dict[str, Any], Shapes, Iterator[tuple[str, Tensor]]]:
-    file = GGUFFile(path)
-    shapes = {hf_name(path, name): info.shape for name, info in file.tensors.items() if name != "rope_freqs.weight"}
-    return file.config(), shapes, file.iter_tensors()
+    return read_spec(hf.read_config(folder)), hf.tensor_shapes(folder), hf.iter_tensors(folder)
 
 
 def _is_gguf(path: Path) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fourbit.models.gguf import GGUFFile
 from fourbit.models.gguf_tensors import decode, halves_from_pairs
+from fourbit.models.spec import Spec
 
 FORMATS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 BLOCKS = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
@@ -140,15 +141,16 @@ def test_blocks_decode_as_their_description_says(kind: str) -> None:
         torch.testing.assert_close(ours.double(), torch.tensor(by_hand(kind, bytes(block))).double(), rtol=0, atol=1e-4)
 
 
-def test_decoding_in_chunks_and_to_another_dtype_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = gguf.quants.quantize(np.random.default_rng(4).standard_normal((24, 64), dtype=np.float32), Kind.Q8_0)
     flat = raw.reshape(-1)
     whole = decode(flat, "Q8_0", (24, 64), interleaved_heads=3)
+    pairs = decode(flat, "Q8_0", (24, 64))
+    assert torch.equal(whole, halves_from_pairs(pairs, 3)) and not torch.equal(whole, pairs)
     for chunk in (1, 64 * 8, 64 * 9, 64 * 16):
         monkeypatch.setattr("fourbit.models.gguf_tensors.CHUNK_ELEMENTS", chunk)
         assert torch.equal(decode(flat, "Q8_0", (24, 64), interleaved_heads=3), whole), chunk
-        half = decode(flat, "Q8_0", (24, 64), interleaved_heads=3, dtype=torch.bfloat16)
-        assert torch.equal(half, whole.to(torch.bfloat16)), chunk
+        assert torch.equal(decode(flat, "Q8_0", (24, 64)), pairs), chunk
 
 
 def test_a_large_tensor_is_decoded_in_little_memory_beside_its_output() -> None:
@@ -200,10 +202,8 @@ def test_a_head_count_that_does_not_divide_is_a_programmers_error() -> None:
 
 
 def test_smollm2_describes_itself() -> None:
-    config = GGUFFile(smollm2()).config()
-    expected = {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "vocab_size": 49152,
-        "tie_word_embeddings": True, "rope_scaling": None, "max_position_embeddings": 8192, "eos_token_id": 2,
-    }  # fmt: skip
-    assert {key: config[key] for key in expected} == expected
+    assert GGUFFile(smollm2()).spec() == Spec(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, head_dim=64, rms_norm_eps=1e-5, rope_theta=100000.0, vocab_size=49152,
+        tie_word_embeddings=True, max_position_embeddings=8192,
+    )  # fmt: skip
