@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fourbit import LoRALinear
+from fourbit import AdapterLayer, LoRA
 
 from .cases import Setting
 from .peers import bnb, fused_lora
@@ -29,15 +29,22 @@ class Buffers:
         for x in self.x:
             x.requires_grad_()
 
-    def ours(self, weights: Weights, i: int, dropout: float) -> LoRALinear:
+    def ours(self, weights: Weights, i: int, dropout: float) -> AdapterLayer:
         """fp32 masters of the adapter, as `attach` makes them."""
-        layer = LoRALinear(weights.layer(i), self.rank, ALPHA, dropout)
-        layer.lora_A = nn.Parameter(self.A.float())
-        layer.lora_B = nn.Parameter(self.B.float())
-        return layer.train()
+        base = weights.layer(i)
+        part = LoRA(base, self.rank, ALPHA, dropout)
+        part.lora_A = nn.Parameter(self.A.float())
+        part.lora_B = nn.Parameter(self.B.float())
+        return AdapterLayer(base, default=part).train()
 
     def gradients(self, y: Tensor, A: Tensor, B: Tensor, i: int) -> dict[str, Tensor]:
         return dict(zip(NAMES, (y, *torch.autograd.grad(y, [self.x[i], A, B], self.grad[i])), strict=True))
+
+
+def factors(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
+    """A and B of a layer of ours."""
+    part = layer.adapters["default"]
+    return part.lora_A, part.lora_B
 
 
 def copies(tensor: Tensor, count: int) -> list[Tensor]:

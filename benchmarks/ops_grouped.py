@@ -10,7 +10,7 @@ from fourbit.lora.project import project
 
 from . import gate
 from .cases import OURS, Case, Point, Setting, Variant, Work, present
-from .lora_buffers import ALPHA, Buffers, fused, grouped_gradients, lora_bytes
+from .lora_buffers import ALPHA, Buffers, factors, fused, grouped_gradients, lora_bytes
 from .ops_linear import scales_late
 from .peers import bnb, fused_lora, peft_lora
 from .shapes import Grid, Projection
@@ -80,8 +80,8 @@ def grouped(shapes: Sequence[Projection], M: int, rank: int, setting: Setting) -
     def ours(apart: bool) -> Call:
         layers = [[b.ours(w, i, 0.0) for b, w in pairs] for i in range(sets)]
         if apart:
-            return called(layers, lambda layer: (layer.lora_A, layer.lora_B))
-        return called(layers, lambda layer: (layer.lora_A, layer.lora_B), project)
+            return called(layers, factors)
+        return called(layers, factors, project)
 
     def peft() -> Call:
         base = lambda b, w, i: bnb.module(w.copies[i], (w.N, w.K), setting.dtype)  # noqa: E731

@@ -14,7 +14,7 @@ from fourbit.kernels.dropout import dropout as our_dropout
 
 from . import gate
 from .cases import GATE_SEED, OURS, Case, Point, Setting, Variant, Work, present
-from .lora_buffers import ALPHA, Buffers, copies, fused, lora_bytes
+from .lora_buffers import ALPHA, Buffers, copies, factors, fused, lora_bytes
 from .ops_linear import scales_late
 from .peers import bnb, dense, fused_lora, peft_lora
 from .shapes import Grid, Projection
@@ -63,7 +63,7 @@ def qlora(shape: Projection, M: int, rank: int, dropout: float, setting: Setting
 
     def ours() -> Call:
         layers = [buffers.ours(weights, i, dropout) for i in range(sets)]
-        return lambda i: buffers.gradients(layers[i](buffers.x[i]), layers[i].lora_A, layers[i].lora_B, i)
+        return lambda i: buffers.gradients(layers[i](buffers.x[i]), *factors(layers[i]), i)
 
     def peft(base: Callable[[int], nn.Module]) -> Call:
         layers = [peft_lora.linear(base(i), buffers.A, buffers.B, ALPHA, dropout).train() for i in range(sets)]

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fourbit import LoRALinear
+from fourbit import AdapterLayer, LoRA
 
 from .cases import OURS, Case, Point, Setting, Variant, Work
 from .lora_buffers import ALPHA
@@ -40,11 +40,8 @@ def memory(shape: Projection, layers: int, rows: int, rank: int, setting: Settin
     dtype = setting.dtype
 
     def stack(quantised: bool) -> Call:
-        chain = [
-            LoRALinear(each.layer(0) if quantised else dense.module(each.decoded(dtype)), rank, ALPHA)
-            for each in weights
-        ]
-        model = nn.Sequential(*chain)
+        bases = [each.layer(0) if quantised else dense.module(each.decoded(dtype)) for each in weights]
+        model = nn.Sequential(*(AdapterLayer(base, default=LoRA(base, rank, ALPHA)) for base in bases))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
         def call(i: int) -> Tensor:

@@ -21,9 +21,10 @@ RATE = 2e-4
 def ours(folder: Path, model_path: str) -> Step:
     """fourbit as its trainer runs it: packed micro-batches, head on trained positions only."""
     from fourbit.data.batch import micro_batches
+    from fourbit.lora.adapter import adapter_parameters
     from fourbit.trainer.evaluate import batch_loss_sum
     from fourbit.trainer.step import Stepper, Sums
-    from fourbit.trainer.trainer import TOKEN_BUDGET, adapter_parameters
+    from fourbit.trainer.trainer import TOKEN_BUDGET
 
     model = load_ours(folder, model_path)[0]
     stepper = Stepper(

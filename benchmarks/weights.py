@@ -50,7 +50,7 @@ class Weights:
     def layer(self, i: int, bias: Tensor | None = None) -> NF4Linear:
         """Our module over copy i."""
         layer = NF4Linear(self.K, self.N, bias=False, device="meta")
-        layer.weight, layer.absmax, layer.nested_absmax, layer.nested_offset = self.copies[i][:4]
+        layer.store(self.copies[i])
         if bias is not None:
             layer.bias = torch.nn.Parameter(bias, requires_grad=False)
         return layer

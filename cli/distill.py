@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import InputError
-from ..lora.files import load_adapter, read_snapshot
-from ..lora.snapshot import Snapshot
+from ..lora.peft_files import load_adapter
 from ..models.load import load_tokenizer
 from ..models.protocol import CausalLM
 from ..trainer.config import DistillConfig
@@ -75,7 +74,7 @@ class Options(DistillConfig, TeacherOptions, StartOptions):
     def trainer(self, model: CausalLM, tokenizer: Any, rows: Any, val: Any, **more: Any) -> Any:
         return super().trainer(model, tokenizer, rows, val, teacher=self._load_teacher(model, tokenizer))
 
-    def _load_teacher(self, student: CausalLM, tokenizer: Any) -> CausalLM | Snapshot | None:
+    def _load_teacher(self, student: CausalLM, tokenizer: Any) -> CausalLM | str | None:
         """A model, or what stands for one on the student's base."""
         adapter, quant = self.teacher_adapter, str(self.teacher_quant)
         if adapter is not None:
@@ -83,7 +82,10 @@ class Options(DistillConfig, TeacherOptions, StartOptions):
         what = "without an adapter" if adapter is None else f"with the adapter {adapter}"
         if self.one_base:
             note(f"teacher: the student's own base, in memory once, {what}")
-            return None if adapter is None else read_snapshot(student, adapter)
+            if adapter is None:
+                return None
+            load_adapter(student, adapter, name="teacher", trainable=False)
+            return "teacher"
         teacher = load_weights(replace(self, model=self.teacher), tokenizer, quant)
         if adapter is not None:
             load_adapter(teacher, adapter)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..files import write_text
-from ..lora.attach import adapters_off
+from ..lora.adapter import adapters_off
 from ..trainer.config import at_least
 from ..trainer.evaluate import Answer, answer_all, evaluate_loss, exact_match
 from .load import load_adapted, read_rows

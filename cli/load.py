@@ -10,8 +10,8 @@ from ..data.dataset import load_dataset
 from ..data.pairs import load_judged, load_preferences
 from ..data.template import ChatTemplate, template_for
 from ..errors import EnvironmentProblem, InputError
-from ..lora.files import load_adapter
 from ..lora.linear4bit import NF4Linear
+from ..lora.peft_files import load_adapter
 from ..models.load import check_tokenizer, load_model, load_tokenizer
 from ..models.protocol import CausalLM
 from .config_file import read_config
@@ -64,7 +64,9 @@ def load_weights(options: ModelOptions, tokenizer: Any, quant: str) -> CausalLM:
         model = load_model(options.model, quantize=quant, dtype=dtype, device=device)
     check_tokenizer(model, tokenizer)
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    size = sum(m.in_features * m.out_features for m in packed) + sum(p.numel() for p in model.parameters())
+    inside = {id(parameter) for module in packed for parameter in module.stored_parameters().values()}
+    size = sum(m.in_features * m.out_features for m in packed)
+    size += sum(p.numel() for p in model.parameters() if id(p) not in inside)
     kind = str(dtype).removeprefix("torch.")
     note(f"model: {options.model}, {amount(size)} parameters, {FORMS[quant]} and {kind} on {device}")
     return model

@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..files import lock_folder
 from ..lora.attach import attach
 from ..lora.config import LoRAConfig
-from ..lora.files import load_adapter
+from ..lora.peft_files import load_adapter
 from ..models.load import load_tokenizer
 from ..models.protocol import CausalLM
 from ..trainer.config import TrainingConfig

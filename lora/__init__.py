@@ -1,1 +1,1 @@
-"""Modules made of the kernels: NF4Linear, LoRALinear, attaching and switching off adapters, adapter files."""
+"""Modules made of the kernels: 4-bit layers, layers with named adapters; attaching, switching and keeping adapters."""

@@ -1,10 +1,13 @@
 """LoRAConfig: what to attach and where, checked when it is made."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ..errors import InputError
+
+Number = TypeVar("Number", int, float)
 
 LARGEST_ALPHA = 1e30  # far beyond use, and what it scales still fits fp32
 
@@ -30,6 +33,14 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     exclude: str | Sequence[str] = ()
 
+    def rank_at(self, path: str) -> int:
+        """The rank of the layer at `path`."""
+        return pattern_value(self.rank_pattern, path, self.rank)
+
+    def alpha_at(self, path: str) -> float:
+        """The alpha of the layer at `path`."""
+        return pattern_value(self.alpha_pattern, path, float(self.alpha))
+
     def __post_init__(self) -> None:
         _check_rank("rank", self.rank)
         _check_alpha("alpha", self.alpha)
@@ -45,6 +56,17 @@ class LoRAConfig:
             )
         for key, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
             object.__setattr__(self, key, _checked_pattern(key, getattr(self, key), check))
+
+
+def pattern_value(patterns: Mapping[str, Number], path: str, default: Number) -> Number:
+    """The value of the first key, in dict order, that matches the end of `path`; PEFT's rule."""
+    key = pattern_key(patterns, path)
+    return default if key is None else patterns[key]
+
+
+def pattern_key(patterns: Iterable[str], path: str) -> str | None:
+    """The first of the patterns that matches the end of `path`."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
 
 
 def _is_number(value: object) -> bool:

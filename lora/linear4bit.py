@@ -1,9 +1,9 @@
 """NF4Linear: a frozen linear layer whose weight is kept in 4 bits.
 
-The quantised weight is four plain buffers, so the layer saves, moves, copies and prints like any other module; there
-is no tensor subclass and no hidden state object. The price is one rule that modules normally do not need: casting the
-model must not cast the scales, so `_apply` keeps every buffer's dtype. Dense weights are never kept: the forward and
-the backward pass decode into scratch (`kernels.nf4.linear4bit`).
+The quantised weight is up to four plain frozen parameters, so the layer counts, shards, saves, moves, copies and prints
+like any other module; there is no tensor subclass and no hidden state object. The price is one rule that modules
+normally do not need: casting the model must not cast the scales, so `_apply` keeps the dtype of all four. Dense weights
+are never kept: the forward and the backward pass decode into scratch (`kernels.nf4.linear4bit`).
 
 Layout and rounding are bitsandbytes' (Dettmers et al. 2023, "QLoRA", section 3).
 """
@@ -24,7 +24,7 @@ from ..kernels.weight4bit import Weight4bit, check_format, stored_shapes
 class NF4Linear(nn.Module):
     """y = x W^T + bias with a frozen 4-bit W (NF4, or FP4 with `quant_type="fp4"`); computes in the dtype of x.
 
-    Buffers, for n = out_features * in_features:
+    Frozen parameters besides the bias, for n = out_features * in_features:
         weight         uint8 [out, in / 2]    two codes a byte, the earlier element in the high nibble
         absmax         uint8 or fp32 [out, in / blocksize]    a block's scale; 8-bit codes with double quantisation
         nested_absmax  fp32 [ceil(blocks / 256)]    scales of the absmax codes; None without double quantisation
@@ -35,10 +35,10 @@ class NF4Linear(nn.Module):
     Raises ValueError for a quant_type or blocksize that does not exist.
     """
 
-    weight: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    nested_offset: Tensor | None
+    weight: nn.Parameter
+    absmax: nn.Parameter
+    nested_absmax: nn.Parameter | None
+    nested_offset: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -56,15 +56,19 @@ class NF4Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
         packed, absmax = stored_shapes((out_features, in_features), blocksize)
-        absmax_dtype = torch.uint8 if double_quant else torch.float32
-        self.register_buffer("weight", torch.zeros(packed, dtype=torch.uint8, device=device))
-        self.register_buffer("absmax", torch.zeros(absmax, dtype=absmax_dtype, device=device))
-        nested = torch.zeros(-(-prod(absmax) // NESTED_BLOCKSIZE), device=device, dtype=torch.float32)
-        self.register_buffer("nested_absmax", nested if double_quant else None)
-        offset = torch.zeros(1, device=device, dtype=torch.float32)
-        self.register_buffer("nested_offset", offset if double_quant else None)
-        zeros = torch.zeros(out_features, device=device) if bias else None
-        self.bias = None if zeros is None else nn.Parameter(zeros, requires_grad=False)
+        zeros: dict[str, Tensor | None] = {
+            "weight": torch.zeros(packed, dtype=torch.uint8, device=device),
+            "absmax": torch.zeros(absmax, dtype=torch.uint8 if double_quant else torch.float32, device=device),
+            "nested_absmax": None,
+            "nested_offset": None,
+            "bias": torch.zeros(out_features, device=device) if bias else None,
+        }
+        if double_quant:
+            groups = -(-prod(absmax) // NESTED_BLOCKSIZE)
+            zeros["nested_absmax"] = torch.zeros(groups, dtype=torch.float32, device=device)
+            zeros["nested_offset"] = torch.zeros(1, dtype=torch.float32, device=device)
+        for name, tensor in zeros.items():
+            self.register_parameter(name, None if tensor is None else _frozen(tensor))
 
     @classmethod
     def from_weight(
@@ -79,11 +83,11 @@ class NF4Linear(nn.Module):
     ) -> Self:
         """Quantise a dense weight. `name` is what an error calls the tensor; NaN or infinity raises InputError."""
         out_features, in_features = weight.shape
-        # built on meta: the real buffers come from quantize_weight_, so no second set is allocated
+        # built on meta: the real tensors come from quantize_weight_, so no second set is allocated
         layer = cls(in_features, out_features, False, quant_type, blocksize, double_quant, device="meta")
         layer.quantize_weight_(weight, name=name)
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+            layer.bias = _frozen(bias.detach())
         return layer
 
     @torch.no_grad()
@@ -103,12 +107,22 @@ class NF4Linear(nn.Module):
             stored = quantize(weight, self.quant_type, self.blocksize, self.double_quant).to(device)
         except ValueError as problem:
             raise InputError(f"{label} cannot be quantised to {self.quant_type}: {problem}") from problem
-        self.weight, self.absmax, self.nested_absmax, self.nested_offset = stored[:4]
+        self.store(stored)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         if not x.is_floating_point():  # code that casts its input to `weight.dtype` would arrive here with uint8
             raise TypeError(f"NF4Linear takes floating-point activations, got {x.dtype}")
         return linear4bit(autocast_input(x), self.stored, self.bias)
+
+    def store(self, stored: Weight4bit) -> None:
+        """Make these tensors, of this layer's format, its weight."""
+        self.weight, self.absmax = _frozen(stored.packed), _frozen(stored.absmax)
+        if stored.nested_absmax is not None and stored.offset is not None:
+            self.nested_absmax, self.nested_offset = _frozen(stored.nested_absmax), _frozen(stored.offset)
+
+    def stored_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that make the weight, by name: all but the bias."""
+        return {name: parameter for name, parameter in self.named_parameters() if name != "bias"}
 
     @property
     def stored(self) -> Weight4bit:
@@ -130,7 +144,7 @@ class NF4Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves follow `fn`, casts do not: scales rounded to a lower precision would be another weight."""
-        quantised = {id(buffer) for buffer in self._buffers.values()}
+        quantised = {id(parameter) for parameter in self.stored_parameters().values()}
 
         def move_only(tensor: Tensor) -> Tensor:
             new = fn(tensor)
@@ -151,11 +165,10 @@ class NF4Linear(nn.Module):
         errors: Any,
     ) -> None:
         """A copy between dtypes would turn scales into codes or codes into scales without a word, so it is an error."""
-        given = {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}
         wrong = [
-            f"dtype mismatch for {prefix}{name}: the layer holds {buffer.dtype}, the file {given[name].dtype}"
-            for name, buffer in self._buffers.items()
-            if buffer is not None and name in given and given[name].dtype != buffer.dtype
+            f"dtype mismatch for {prefix}{name}: the layer holds {own.dtype}, the file {given.dtype}"
+            for name, own in self.stored_parameters().items()
+            if (given := state_dict.get(prefix + name)) is not None and given.dtype != own.dtype
         ]
         if wrong:
             errors += wrong
@@ -167,6 +180,10 @@ class NF4Linear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"quant_type={self.quant_type}, blocksize={self.blocksize}, double_quant={self.double_quant}"
         )
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def autocast_input(x: Tensor) -> Tensor:

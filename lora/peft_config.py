@@ -15,10 +15,11 @@ from typing import Any
 from torch import nn
 
 from ..errors import InputError
-from .config import LoRAConfig
-from .linear import LoRALinear
+from .adapter import Adapter
+from .config import LoRAConfig, pattern_value
+from .lora import scale_of
 from .safe_regex import backtracks_little
-from .targets import base_modules, linear_layers, matcher, output_heads, pattern_value
+from .targets import base_modules, linear_layers, matcher, output_heads
 
 UNDERSTOOD = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
@@ -91,33 +92,38 @@ def read_config(text: str, file: str) -> PeftConfig:
     return PeftConfig(lora, _indices(raw.get("layers_to_transform"), file), _strings(raw.get("layers_pattern"), file))
 
 
-def write_config(model: nn.Module, modules: Mapping[str, LoRALinear], base_model: str) -> str:
-    """The text of an adapter_config.json for `modules`, all of `model`'s adapters."""
-    rslora = all(module.rslora for module in modules.values())
-    ranks = {name: module.rank for name, module in modules.items()}
-    alphas = {
-        name: module.alpha if rslora or not module.rslora else module.scale * module.rank
-        for name, module in modules.items()
-    }
+def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str) -> str:
+    """The text of an adapter_config.json for an adapter of `model`, given by its layers' paths."""
+    fields = {path: part.peft_fields() for path, part in parts.items()}
+    rslora = all(own["use_rslora"] for own in fields.values())
+    ranks = {path: own["r"] for path, own in fields.items()}
+    alphas = {path: _alpha(own, rslora) for path, own in fields.items()}
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     settings = {
-        "peft_type": "LORA",
+        "peft_type": next(iter(parts.values())).peft_type,
         "task_type": "CAUSAL_LM" if output_heads(model) else None,
         "base_model_name_or_path": base_model or None,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": _as_integer(alpha),
-        "lora_dropout": _most_common(module.dropout for module in modules.values()),
+        "lora_dropout": _most_common(own["lora_dropout"] for own in fields.values()),
         "use_rslora": rslora,
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": {key: _as_integer(value) for key, value in _pattern(alphas, alpha).items()},
-        "target_modules": _target_modules(model, list(modules)),
+        "target_modules": _target_modules(model, list(parts)),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
     }
     return json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+
+
+def _alpha(fields: Mapping[str, Any], rslora: bool) -> float:
+    """The alpha that gives a layer its scale where the whole adapter is rsLoRA, or is not."""
+    if rslora or not fields["use_rslora"]:
+        return float(fields["lora_alpha"])
+    return scale_of(fields["lora_alpha"], fields["r"], True) * fields["r"]
 
 
 def _json_object(text: str, file: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..kernels.weight4bit import check_format
-from .linear import LoRALinear
+from .adapter import AdapterLayer
 from .linear4bit import NF4Linear
 
 
@@ -64,7 +64,7 @@ def bits_per_parameter(model: nn.Module) -> float:
     for layer in model.modules():
         if isinstance(layer, NF4Linear):
             weights[id(layer.weight)] = layer.in_features * layer.out_features
-            stored.update({id(buffer): 8 * buffer.nbytes for buffer in layer.buffers()})
+            stored.update({id(tensor): 8 * tensor.nbytes for tensor in layer.stored_parameters().values()})
     if not weights:
         raise ValueError("bits_per_parameter counts 4-bit layers, and this model has none: call quantize_ first")
     return sum(stored.values()) / sum(weights.values())
@@ -80,13 +80,13 @@ class LinearPlace:
 
 
 def linear_places(module: nn.Module) -> list[LinearPlace]:
-    """Exact nn.Linear layers inside `module` in module order; a LoRALinear's base goes by the LoRALinear's path."""
+    """Exact nn.Linear layers inside `module` in module order; an AdapterLayer's base goes by that one's path."""
     found: dict[int, LinearPlace] = {}
     for path, parent in module.named_modules():
         for attribute, child in parent._modules.items():  # named_children would hide a second use of one layer
             if type(child) is not nn.Linear:
                 continue
-            name = path if isinstance(parent, LoRALinear) else f"{path}.{attribute}".removeprefix(".")
+            name = path if isinstance(parent, AdapterLayer) else f"{path}.{attribute}".removeprefix(".")
             found.setdefault(id(child), LinearPlace(name, child)).uses.append((parent, attribute))
     return list(found.values())
 
@@ -94,11 +94,11 @@ def linear_places(module: nn.Module) -> list[LinearPlace]:
 def _quantized(
     layer: nn.Linear, name: str, quant: str, blocksize: int, double_quant: bool, twin: NF4Linear | None = None
 ) -> NF4Linear:
-    """The 4-bit form of `layer`; with `twin`, one that shares the twin's buffers."""
+    """The 4-bit form of `layer`; with `twin`, one that shares the twin's weight."""
     new = NF4Linear(layer.in_features, layer.out_features, False, quant, blocksize, double_quant, device="meta")
     if twin is not None:
-        for buffer, value in twin.named_buffers():
-            setattr(new, buffer, value)
+        for parameter, value in twin.stored_parameters().items():
+            setattr(new, parameter, value)
     elif not layer.weight.is_meta:
         new.quantize_weight_(layer.weight.detach(), name=name)
     if layer.bias is not None:

@@ -9,17 +9,15 @@ layers.
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
 
 from torch import nn
 
 from ..errors import InputError
-from .config import LoRAConfig
-from .linear import LoRALinear
+from .adapter import AdapterLayer
+from .config import LoRAConfig, pattern_key
 from .linear4bit import NF4Linear
 
 Linear = nn.Linear | NF4Linear
-Number = TypeVar("Number", int, float)
 
 ATTENTION = ("attn", "attention")
 ATTENTION_LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value")
@@ -28,13 +26,13 @@ MLP_LEAVES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2")
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module in module order, as if no adapter were attached: a LoRALinear stands for its base layer."""
+    """Path -> module in module order, as if no adapter were attached: an AdapterLayer stands for its base."""
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
             continue
-        if isinstance(module, LoRALinear):
+        if isinstance(module, AdapterLayer):
             inside = (f"{name}.",)
             module = module.base
         found[name] = module
@@ -60,16 +58,6 @@ def resolve(model: nn.Module, config: LoRAConfig) -> list[str]:
             f"exclude={config.exclude!r} takes away all {len(chosen)} layers that target={config.target!r} names"
         )
     return names
-
-
-def pattern_value(patterns: Mapping[str, Number], name: str, default: Number) -> Number:
-    """The value of the first key, in dict order, that matches the end of `name`; PEFT's rule."""
-    key = pattern_key(patterns, name)
-    return default if key is None else patterns[key]
-
-
-def pattern_key(patterns: Iterable[str], name: str) -> str | None:
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
 def check_patterns_used(field: str, patterns: Mapping[str, float], names: Sequence[str]) -> None:

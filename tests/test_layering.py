@@ -64,10 +64,10 @@ def test_every_folder_has_a_layer() -> None:
 @pytest.mark.parametrize(
     ("parts", "source", "wrong"),
     [
-        (("kernels", "nf4"), "from ..lora.linear import LoRALinear", {"lora"}),
+        (("kernels", "nf4"), "from ..lora.lora import LoRA", {"lora"}),
         (("kernels", "nf4"), "from .. import lora", {"lora"}),
-        (("kernels", "nf4"), "import fourbit.lora.linear", {"lora"}),
-        (("kernels", "nf4"), "from fourbit.lora import linear", {"lora"}),
+        (("kernels", "nf4"), "import fourbit.lora.lora", {"lora"}),
+        (("kernels", "nf4"), "from fourbit.lora import lora", {"lora"}),
         (("kernels", "nf4"), "from fourbit import load", {"load"}),
         (("kernels", "nf4"), "def late():\n    from ..trainer import sft", {"trainer"}),
         (("kernels", "deep", "nf4"), "from ...cli import main", {"cli"}),
@@ -81,7 +81,7 @@ def test_every_folder_has_a_layer() -> None:
         (("lora", "attach"), "from ..files import read_json", set()),
         (
             ("lora", "attach"),
-            "from .linear import LoRALinear\nfrom ..kernels import nf4\nfrom ..errors import InputError",
+            "from .lora import LoRA\nfrom ..kernels import nf4\nfrom ..errors import InputError",
             set(),
         ),
         (("data", "read"), "import json\nfrom torch import nn\nfrom . import template\nfrom .. import errors", set()),

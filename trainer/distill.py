@@ -4,6 +4,7 @@ The teacher is another model, 4-bit or of another size, or the student's own bas
 then is not in memory a second time. Neither's logits ever exist as a whole.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,9 +13,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..errors import InputError
-from ..lora.attach import lora_modules
-from ..lora.linear import LoRALinear
-from ..lora.snapshot import Factors, Snapshot, adapter_swapped
+from ..lora.adapter import AdapterLayer, carried, using
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
 from .config import DistillConfig
@@ -29,8 +28,9 @@ class DistillTrainer(SFTTrainer):
     """Trains a student towards a teacher: the loss is their divergence, averaged over trained tokens, in nats.
 
     model: the student, from `fourbit.load`, with an adapter, or dense with `config.full`. teacher: another model with
-    the same tokens (see `check_same_tokens`) on the same device; a Snapshot (`read_snapshot`): the student's base with
-    that adapter; None: the student's base alone. train, val: as for SFTTrainer.
+    the same tokens (see `check_same_tokens`) on the same device; a name: the student's base with its adapter of that
+    name (`load_adapter(model, folder, name=..., trainable=False)`); None: the student's base alone. train, val: as
+    for SFTTrainer.
     The teacher runs in evaluation mode, without gradients, and is afterwards as it was.
     Raises InputError for rows, options, a model that cannot be trained on, or a teacher that cannot teach it.
     """
@@ -42,7 +42,7 @@ class DistillTrainer(SFTTrainer):
         model: CausalLM,
         tokenizer: Any,
         *,
-        teacher: CausalLM | Snapshot | None,
+        teacher: CausalLM | str | None,
         train: Any,
         config: DistillConfig,
         val: Any | float | None = None,
@@ -52,7 +52,7 @@ class DistillTrainer(SFTTrainer):
         if isinstance(teacher, CausalLM):
             self.teacher = _Other(model, teacher)
         else:
-            self.teacher = _SameBase(model, teacher or Snapshot({}), config)
+            self.teacher = _SameBase(model, teacher, config)
         vocabulary = vocabulary_of(model.lm_head)
         if config.top_k is not None and config.top_k > vocabulary:
             raise InputError(f"top_k must be at most {vocabulary}, the vocabulary, got {config.top_k}")
@@ -105,25 +105,20 @@ class Teacher:
 
 
 class _SameBase(Teacher):
-    """The student itself, with another adapter in place of its own."""
+    """The student itself, with another adapter active in place of its own, or none."""
 
-    def __init__(self, model: CausalLM, adapter: Snapshot, config: DistillConfig) -> None:
+    def __init__(self, model: CausalLM, adapter: str | None, config: DistillConfig) -> None:
         if config.full:
             raise InputError(
                 "full training changes the student's base, so the base cannot be the teacher: give a model of its own"
             )
-        modules = lora_modules(model)
-        if bare := [name for name in adapter.layers if name not in modules]:
-            raise InputError(
-                f"the teacher's adapter has layers on which the student carries none, such as '{bare[0]}' (of "
-                f"{len(bare)}): give the student's adapter these targets as well"
-            )
-        name = next((name for name, module in modules.items() if module is model.lm_head), None)
-        super().__init__(model, frozen_head(model.lm_head, adapter.layers.get(name) if name else None))
-        self.adapter = adapter
+        self.names = [] if adapter is None else [adapter]
+        for name in self.names:
+            carried(model, name)
+        super().__init__(model, frozen_head(model.lm_head, self.names))
 
     def in_place(self) -> AbstractContextManager[Any]:
-        return adapter_swapped(self.model, self.adapter)
+        return using(self.model, *self.names)
 
 
 class _Other(Teacher):
@@ -131,7 +126,9 @@ class _Other(Teacher):
 
     def __init__(self, student: CausalLM, model: CausalLM) -> None:
         if model is student:
-            raise InputError("the teacher is the student itself: give None for its base, or a Snapshot of an adapter")
+            raise InputError(
+                "the teacher is the student itself: give None for its base, or the name of an adapter on it"
+            )
         ours, theirs = vocabulary_of(student.lm_head), vocabulary_of(model.lm_head)
         if ours != theirs:
             raise InputError(
@@ -142,25 +139,15 @@ class _Other(Teacher):
         if places[0] != places[1]:
             raise InputError(f"the teacher is on {places[1]}, the student on {places[0]}: load both on one device")
         head = model.lm_head
-        own = None
-        if isinstance(head, LoRALinear) and head.enabled:
-            own = Factors(head.lora_A, head.lora_B, head.alpha, head.rslora)
-        super().__init__(model, frozen_head(head, own))
+        super().__init__(model, frozen_head(head, head.active if isinstance(head, AdapterLayer) else ()))
 
 
-def frozen_head(head: nn.Module, factors: Factors | None) -> nn.Module:
-    """An output head with the adapter of these factors, or none, apart from what `head` itself carries and will carry.
+def frozen_head(head: nn.Module, names: Sequence[str]) -> nn.Module:
+    """An output head with the named adapters as they are now, whatever `head` itself carries and will carry.
 
-    It shares all weights; it is there because a head is also run in backward, when no other adapter is in place.
+    It is there because a head is also run in backward, when no other adapter is in place.
     """
-    if not isinstance(head, LoRALinear):
-        return head
-    if factors is None:
-        return head.base
-    a, b, alpha, rslora = factors
-    other = LoRALinear(head.base, len(a), alpha, rslora=rslora, dtype=a.dtype, generator=torch.Generator())
-    other.lora_A.data, other.lora_B.data = a.detach(), b.detach()
-    return other.requires_grad_(False)  # without dropout, so its mode does not matter
+    return head.frozen(names) if isinstance(head, AdapterLayer) else head
 
 
 def check_same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:

@@ -18,8 +18,7 @@ from ..data.answer_batch import AnswerBatch, answer_batches, packed_size, padded
 from ..data.batch import sent
 from ..data.pairs import JudgedDataset, Judgement, PairDataset, load_judged, load_preferences
 from ..errors import InputError, NumericError
-from ..lora.attach import lora_modules
-from ..lora.snapshot import snapshot
+from ..lora.adapter import DEFAULT, adapters_of, copy_adapter, remove_adapter
 from ..models.protocol import CausalLM
 from .config import DPOConfig
 from .evaluate import evaluating
@@ -29,6 +28,8 @@ from .losses.tokens import answer_scores, token_kl
 from .reference import LiveReference, Reference, cached, starts_at_base
 from .step import StepResult, Sums, summed
 from .trainer import MicroBatchSize, Trainer, Weights
+
+REFERENCE = "reference"  # the name of the frozen adapter that the policy started as
 
 
 class PreferenceTrainer(Trainer):
@@ -163,8 +164,9 @@ class DPOTrainer(PreferenceTrainer):
         self._at_start = False
         self._set_seen(state["seen"].to(self.device))
         if self.live is not None:
-            before = self.live.state()
-            self.live.load_state({n.removeprefix("reference."): t for n, t in state.items()})
+            before = {name: tensor.clone() for name, tensor in self.live.state().items()}
+            kept = {n: t for n, t in state.items() if n.startswith("reference.")}
+            self.live.load_state({n.removeprefix("reference."): t for n, t in kept.items()})
             now = self.live.state()
             if self.reference is not self.live and not all(torch.equal(before[name], now[name]) for name in now):
                 raise InputError(
@@ -177,7 +179,11 @@ class DPOTrainer(PreferenceTrainer):
         if kind == "auto":
             kind = "base" if self.fresh else "start"
         self.config = replace(self.config, reference=kind)  # so that checkpoints and the run's folder say which
-        self.live = LiveReference(self.model, snapshot(self.model) if kind == "start" else None)
+        if adapters_of(self.model, REFERENCE):  # of an earlier training
+            remove_adapter(self.model, REFERENCE)
+        if kind == "start":
+            copy_adapter(self.model, DEFAULT, REFERENCE)
+        self.live = LiveReference(self.model, REFERENCE if kind == "start" else None)
         self.reference = self.live
         if self.config.reference_cache is not None:
             sets = [self.train_set] + ([self.val_set] if self.val_set is not None else [])
@@ -220,7 +226,7 @@ class DPOTrainer(PreferenceTrainer):
         """While the policy still is the reference all rewards are 0, so that DPO's loss is ln 2; anything else means
         that the reference is another model."""
         same = self.config.reference == "start" or self.fresh
-        dropout = any(module.dropout for module in lora_modules(self.model).values())
+        dropout = any(part.dropout for part in adapters_of(self.model).values())
         if not self.objective.needs_reference or not same or dropout:
             return
         half = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)

@@ -1,28 +1,26 @@
 """The reference model of preference training: the base, the adapter as it was at the start, or numbers in a file.
 
-There is never a second model. The base is the model with its adapter off; the start is a frozen copy of the adapter,
-put in place for a forward pass; and either's log-probabilities can be computed once and kept in a file, which is bound
-to everything they depend on, so that a stale one is an error and not a silent other training.
+There is never a second model. The base is the model with its adapter off; the start is a frozen copy of the adapter
+under another name, active for a forward pass; and either's log-probabilities can be computed once and kept in a file,
+which is bound to everything they depend on, so that a stale one is an error and not a silent other training.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..data.answer_batch import AnswerBatch
 from ..data.batch import sent
-from ..errors import DiskError, InputError, NumericError
-from ..files import write_whole
-from ..lora.attach import adapters_off, lora_modules
-from ..lora.snapshot import Factors, Snapshot, adapter_swapped
+from ..errors import InputError
+from ..files import write_tensors
+from ..lora.adapter import adapter_layers, adapters_of, using
+from ..lora.peft_files import adapter_state, load_adapter_state
 from ..models.protocol import CausalLM
 from .evaluate import evaluating
 from .losses.tokens import answer_scores
@@ -38,36 +36,28 @@ class Reference(Protocol):
 
 
 class LiveReference:
-    """The model itself with its adapter off (`start` None), or with the adapter that `start` holds."""
+    """The model itself with its adapter off (`start` None), or with its frozen adapter of the name `start`."""
 
-    def __init__(self, model: CausalLM, start: Snapshot | None) -> None:
+    def __init__(self, model: CausalLM, start: str | None) -> None:
         self.model, self.start = model, start
 
     def logps(self, batch: AnswerBatch) -> Tensor:
         """As Reference: dropout off, no graph, and the model afterwards as it was before."""
-        with evaluating(self.model), self._in_place():
+        with evaluating(self.model), using(self.model, *self._names):
             return answer_scores(self.model, batch).logps
 
-    def _in_place(self) -> AbstractContextManager[None]:
-        return adapters_off(self.model) if self.start is None else adapter_swapped(self.model, self.start)
+    @property
+    def _names(self) -> list[str]:
+        return [] if self.start is None else [self.start]
 
     def state(self) -> dict[str, Tensor]:
-        """The frozen adapter's tensors by name, for a checkpoint; nothing when the base is the reference."""
-        if self.start is None:
-            return {}
-        layers = self.start.layers.items()
-        return {f"{name}.lora_A": f.lora_A for name, f in layers} | {f"{name}.lora_B": f.lora_B for name, f in layers}
+        """The frozen adapter's live tensors by name, for a checkpoint; nothing when the base is the reference."""
+        return {} if self.start is None else adapter_state(self.model, self.start)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` gave."""
-        if self.start is None:
-            return
-        device = next(self.model.parameters()).device
-        layers = {
-            name: Factors(state[f"{name}.lora_A"].to(device), state[f"{name}.lora_B"].to(device), f.alpha, f.rslora)
-            for name, f in self.start.layers.items()
-        }
-        self.start = Snapshot(layers)
+        if self.start is not None:
+            load_adapter_state(self.model, state, self.start)
 
 
 class CachedReference:
@@ -93,8 +83,8 @@ class CachedReference:
 
 
 def starts_at_base(model: nn.Module) -> bool:
-    """Whether the adapter changes nothing yet: every B is zero."""
-    return all(not bool(module.lora_B.any()) for module in lora_modules(model).values())
+    """Whether the adapter changes nothing yet."""
+    return all(part.is_idle() for part in adapters_of(model).values())
 
 
 def fill_cache(reference: LiveReference, batches: Sequence[AnswerBatch], lengths: Sequence[Sequence[int]]) -> Tensor:
@@ -138,26 +128,20 @@ def read_cache(path: Path, parts: dict[str, str], size: int) -> Tensor:
 
 def write_cache(path: Path, flat: Tensor, parts: dict[str, str]) -> None:
     """Write the file, whole or not at all. Raises DiskError when the disk refuses."""
-    if not bool(torch.isfinite(flat).all()):
-        raise NumericError("the reference's log-probabilities hold NaN or infinity, so they were not kept")
     metadata = {"format": FORMAT, "parts": json.dumps(parts, sort_keys=True)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda part: save_file({"logps": flat}, part, metadata=metadata))
-    except (OSError, SafetensorError) as problem:
-        raise DiskError(f"could not write reference_cache {path} ({flat.nbytes:,} bytes): {problem}") from problem
+    write_tensors(path, {"logps": flat}, f"reference_cache {path.name}", metadata)
 
 
-def cache_parts(model: CausalLM, start: Snapshot | None, data: str) -> dict[str, str]:
+def cache_parts(model: CausalLM, start: str | None, data: str) -> dict[str, str]:
     """What reference log-probabilities depend on, each as a hash: data (tokens and masks, so template and lengths
     too), base (weights and configuration), adapter, and the dtype that is computed in."""
-    adapter = {id(p) for m in lora_modules(model).values() for p in (m.lora_A, m.lora_B)}
+    adapter = {id(p) for layer in adapter_layers(model).values() for p in layer.adapters.parameters()}
     tensors = [*model.named_parameters(), *model.named_buffers()]
     # A layer's weights are the same ones whether an adapter sits on it or not.
     base = {name.replace(".base.", "."): tensor for name, tensor in tensors if id(tensor) not in adapter}
-    factors = {} if start is None else start.layers
-    frozen = {f"{n}.{f}": getattr(factors[n], f) for n in factors for f in ("lora_A", "lora_B")}
-    scales = json.dumps([[n, f.alpha, f.rslora] for n, f in sorted(factors.items())])
+    parts = {} if start is None else adapters_of(model, start)
+    frozen = {} if start is None else adapter_state(model, start)
+    scales = json.dumps([[path, part.peft_fields()] for path, part in sorted(parts.items())])
     dtype = next(p.dtype for p in model.parameters() if id(p) not in adapter)
     return {
         "data": data,

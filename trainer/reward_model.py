@@ -21,7 +21,7 @@ from ..data.read import Row
 from ..data.template import template_for
 from ..errors import InputError
 from ..files import check_finite, float_tensors, regular_file, write_tensors
-from ..lora.files import load_adapter, save_adapter
+from ..lora.peft_files import load_adapter, save_adapter
 from ..models.protocol import CausalLM
 from .evaluate import evaluating
 from .losses.tokens import hidden_rows

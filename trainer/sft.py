@@ -10,7 +10,7 @@ from torch import nn
 from ..data.batch import Batch, micro_batches
 from ..data.dataset import Dataset, load_dataset
 from ..errors import InputError
-from ..lora.attach import lora_modules
+from ..lora.adapter import adapter_layers
 from ..models.save import save_model
 from .config import SFTConfig
 from .losses.tokens import batch_token_scores
@@ -79,7 +79,7 @@ class SFTTrainer(Trainer):
 
 def all_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter, by name, set to train. Raises InputError for a 4-bit model or one with an adapter."""
-    if lora_modules(model) or any(not p.is_floating_point() for p in [*model.parameters(), *model.buffers()]):
+    if adapter_layers(model) or any(not p.is_floating_point() for p in model.parameters()):
         raise InputError(
             "full training needs a dense model without an adapter; load it with quantize='none' (--quant none)"
         )

@@ -23,8 +23,8 @@ from ..data.dataset import fingerprint, split_validation
 from ..data.order import step_indices, steps_per_epoch
 from ..errors import InputError, NumericError
 from ..files import lock_folder
-from ..lora.attach import lora_modules
-from ..lora.files import adapter_state, load_adapter_state, save_adapter
+from ..lora.adapter import adapter_parameters
+from ..lora.peft_files import adapter_state, load_adapter_state, save_adapter
 from ..models.protocol import CausalLM
 from .checkpoint import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from .config import TrainingConfig, changed_options
@@ -139,7 +139,9 @@ class Trainer(ABC):
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name."""
-        return adapter_parameters(self.model)
+        if found := adapter_parameters(self.model):
+            return found
+        raise InputError("the model has no adapter to train: call fourbit.attach first, or train all weights (full)")
 
     def weights(self) -> Weights:
         """All that training changes, by name."""
@@ -408,13 +410,6 @@ class Trainer(ABC):
         tokens = self.token_budget if self.config.micro_batch == "auto" else int(self.config.micro_batch) * longest
         needed = saved_bytes(self.model, lambda: self.sums(batch).loss) / longest * max(tokens, longest)
         return needed > memory_free(self.device) / 2 > 0
-
-
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters that training moves, by name. Raises InputError for a model without an adapter."""
-    if not lora_modules(model):
-        raise InputError("the model has no adapter to train: call fourbit.attach first, or train all weights (full)")
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _finite(value: float) -> float | None:

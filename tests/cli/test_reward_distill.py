@@ -219,10 +219,6 @@ NOTHING = "the teacher is what the student starts as, so there is nothing to lea
         (["--full", "--adapter", "{adapter}"], "full training has no adapter: leave out adapter"),
         (["--full", "--quant", "nf4"], "full training needs the dense model: quant nf4"),
         (["--sft-weight", "1", "--top-k", "260"], "top_k must be at most 259, the vocabulary, got 260"),
-        (
-            ["--teacher-adapter", "{adapter}", "--target", "q_proj"],
-            "such as 'model.layers.0.self_attn.k_proj': give the model's adapter these targets as well: q_proj,k_proj,",
-        ),
     ],
 )
 def test_what_distill_refuses(

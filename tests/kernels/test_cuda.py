@@ -12,31 +12,33 @@ import torch
 from torch import Tensor, nn
 
 import fourbit
-from fourbit.lora.linear import LoRALinear
+from fourbit.lora.adapter import AdapterLayer
 from fourbit.lora.linear4bit import NF4Linear
+from fourbit.lora.lora import LoRA
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 ROWS = (1, 16, 300, 2048)
 
 
-def layer(rank: int = 16, *, dropout: float = 0.0, device: str = "cuda") -> LoRALinear:
+def layer(rank: int = 16, *, dropout: float = 0.0, device: str = "cuda") -> AdapterLayer:
     """1024 -> 1536 outputs, 4-bit with double quantisation, B not zero."""
     torch.manual_seed(0)
     base = NF4Linear.from_weight(torch.randn(1536, 1024) / 32, torch.randn(1536))
-    made = LoRALinear(base, rank, alpha=2.0 * rank, dropout=dropout)
-    nn.init.normal_(made.lora_B, std=0.02)
+    made = AdapterLayer(base, default=LoRA(base, rank, alpha=2.0 * rank, dropout=dropout))
+    nn.init.normal_(made.adapters["default"].lora_B, std=0.02)
     return made.to(device)
 
 
-def step(made: LoRALinear, x: Tensor) -> Tensor:
+def step(made: AdapterLayer, x: Tensor) -> Tensor:
     """One forward and backward; the gradients land in x, lora_A and lora_B."""
     y: Tensor = made(x)
     y.square().mean().backward()
     return y.detach()
 
 
-def gradients(made: LoRALinear, x: Tensor) -> dict[str, Tensor]:
-    return {"x": x.grad, "A": made.lora_A.grad, "B": made.lora_B.grad}
+def gradients(made: AdapterLayer, x: Tensor) -> dict[str, Tensor]:
+    part = made.adapters["default"]
+    return {"x": x.grad, "A": part.lora_A.grad, "B": part.lora_B.grad}
 
 
 def example(rows: int, device: str = "cuda") -> Tensor:

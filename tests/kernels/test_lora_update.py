@@ -96,7 +96,7 @@ def test_y_is_overwritten_and_returned() -> None:
 
 
 def test_the_base_layers_gradient_passes_through() -> None:
-    """As LoRALinear calls it: the fresh output of a dense layer (a view, for 3-D x) or of a 4-bit one."""
+    """As LoRA calls it: the fresh output of a dense layer (a view, for 3-D x) or of a 4-bit one."""
     weight = torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
     stored = quantize(weight)
     dense = nn.Linear(64, 12)

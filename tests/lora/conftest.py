@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from fourbit.lora.attach import adapter_parameters, attach
+from fourbit.lora.adapter import adapter_parameters
+from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
-from fourbit.lora.files import save_adapter
+from fourbit.lora.peft_files import save_adapter
 
 Make = Callable[..., nn.ModuleDict]
 
@@ -36,7 +37,7 @@ def make_adapted(seed: int = 1, dtype: torch.dtype = torch.float32, **settings: 
     model = make_base()
     attach(model, LoRAConfig(**{"rank": 2, "alpha": 6, **settings}), dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
-    for parameter in adapter_parameters(model):
+    for parameter in adapter_parameters(model).values():
         parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype)
     return model
 

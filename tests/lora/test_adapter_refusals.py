@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fourbit.errors import InputError
-from fourbit.lora.attach import lora_modules
-from fourbit.lora.files import adapter_state, load_adapter
+from fourbit.lora.adapter import adapters_of
+from fourbit.lora.peft_files import adapter_state, load_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -32,7 +32,7 @@ def refuses(base: Make) -> Refuses:
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(InputError, match=message):
             load_adapter(model, folder)
-        assert not lora_modules(model) and all(parameter.requires_grad for parameter in model.parameters())
+        assert not adapters_of(model) and all(parameter.requires_grad for parameter in model.parameters())
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
     return check

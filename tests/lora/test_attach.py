@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fourbit.errors import InputError
-from fourbit.lora.attach import adapter_parameters, adapters_off, attach, lora_modules
-from fourbit.lora.config import LoRAConfig
-from fourbit.lora.linear import LoRALinear
+from fourbit.lora.adapter import AdapterLayer, adapter_layers, adapter_parameters, adapters_of, adapters_off
+from fourbit.lora.attach import attach
+from fourbit.lora.config import LoRAConfig, pattern_key
 from fourbit.lora.quantize import quantize_
-from fourbit.lora.targets import base_modules, linear_layers, pattern_key
+from fourbit.lora.targets import base_modules, linear_layers
 
 
 class Layer(nn.Module):
@@ -59,7 +59,7 @@ MLP = [f"layers.{i}.mlp.{leaf}" for i in range(3) for leaf in ("gate_proj", "up_
 
 def randomise(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
-    for parameter in adapter_parameters(model):
+    for parameter in adapter_parameters(model).values():
         nn.init.normal_(parameter, std=0.1, generator=generator)
 
 
@@ -82,8 +82,8 @@ def randomise(model: nn.Module) -> None:
 def test_targets(target: str | list[str], names: list[str]) -> None:
     model = Decoder()
     attached = attach(model, LoRAConfig(rank=2, target=target))
-    order = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
-    assert attached == order == list(lora_modules(model))
+    order = [name for name, module in model.named_modules() if isinstance(module, AdapterLayer)]
+    assert attached == order == list(adapters_of(model))
     assert sorted(attached) == names
 
 
@@ -105,7 +105,7 @@ def test_patterns_are_looked_up_separately_and_the_first_key_counts() -> None:
         alpha_pattern={"q_proj": 30, "layers.1.self_attn.o_proj": 5},
     )
     attach(model, config)
-    got = {name: (module.rank, module.alpha) for name, module in lora_modules(model).items()}
+    got = {name: (module.rank, module.alpha) for name, module in adapters_of(model).items()}
     leaves = ("q_proj", "k_proj", "v_proj", "o_proj")
     assert [got[f"layers.0.self_attn.{leaf}"] for leaf in leaves] == [(2, 30), (2, 8), (2, 8), (2, 8)]
     assert [got[f"layers.1.self_attn.{leaf}"] for leaf in leaves] == [(3, 30), (1, 8), (1, 8), (4, 5)]
@@ -147,7 +147,7 @@ def test_what_matches_nothing_or_cannot_be_is_refused_and_the_model_left_alone(
     before = model(IDS)
     with pytest.raises(InputError, match=message):
         attach(model, LoRAConfig(**{"rank": 2, **settings}))
-    assert not lora_modules(model) and all(parameter.requires_grad for parameter in model.parameters())
+    assert not adapters_of(model) and all(parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(model(IDS), before)
 
 
@@ -165,9 +165,9 @@ def test_models_without_a_place_for_it() -> None:
 def test_attaching_twice_is_refused() -> None:
     model = Decoder()
     attach(model, LoRAConfig(rank=2, target="attn"))
-    with pytest.raises(InputError, match="already carries LoRA adapters"):
+    with pytest.raises(InputError, match="already carries an adapter 'default'"):
         attach(model, LoRAConfig(rank=2, target="mlp"))
-    assert len(lora_modules(model)) == 12
+    assert len(adapters_of(model)) == 12
 
 
 def test_all_linear_spares_the_output_head_however_it_is_known() -> None:
@@ -190,13 +190,15 @@ def test_a_fresh_adapter_changes_nothing_and_all_else_is_frozen(quantized: bool)
     attach(model, LoRAConfig(rank=2))
     assert torch.equal(model(IDS), before)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trainable == {f"{name}.lora_{half}" for name in ATTENTION + MLP for half in "AB"}
-    assert all(parameter.dtype == torch.float32 for parameter in adapter_parameters(model))
+    assert trainable == {f"{name}.adapters.default.lora_{half}" for name in ATTENTION + MLP for half in "AB"}
+    assert all(parameter.dtype == torch.float32 for parameter in adapter_parameters(model).values())
     randomise(model)
     model(IDS).square().sum().backward()
     with_grad = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert with_grad == trainable
-    assert {id(p) for p in adapter_parameters(model)} == {id(p) for n, p in model.named_parameters() if n in trainable}
+    assert {id(p) for p in adapter_parameters(model).values()} == {
+        id(p) for n, p in model.named_parameters() if n in trainable
+    }
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -214,12 +216,12 @@ def test_checkpointed_layers_train_every_adapter(quantized: bool) -> None:
         for layer in model.layers:
             x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         x.square().sum().backward()
-        gradients.append([parameter.grad for parameter in adapter_parameters(model)])
+        gradients.append([parameter.grad for parameter in adapter_parameters(model).values()])
     assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
 
 
 def starts(model: nn.Module) -> dict[str, Tensor]:
-    return {name: module.lora_A.detach().clone() for name, module in lora_modules(model).items()}
+    return {name: module.lora_A.detach().clone() for name, module in adapters_of(model).items()}
 
 
 def test_one_more_target_leaves_the_other_starts_as_they_were() -> None:
@@ -243,7 +245,7 @@ def test_the_start_is_pinned() -> None:
     model = nn.ModuleDict({"q_proj": nn.Linear(4, 2)})
     attach(model, LoRAConfig(rank=1), seed=3)
     torch.testing.assert_close(
-        lora_modules(model)["q_proj"].lora_A.detach(),
+        adapters_of(model)["q_proj"].lora_A.detach(),
         torch.tensor([[0.217044652, 0.241868138, 0.262296379, 0.100973129]]),
         rtol=0,
         atol=1e-7,
@@ -254,7 +256,7 @@ def test_a_layer_in_two_places_gets_one_adapter() -> None:
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": nn.Sequential(shared), "b": shared})
     assert attach(model, LoRAConfig(rank=1)) == ["a.0"]
-    assert model["b"] is model["a"][0] and isinstance(model["b"], LoRALinear)
+    assert model["b"] is model["a"][0] and isinstance(model["b"], AdapterLayer)
 
 
 def test_a_subclass_that_may_read_its_own_weight_is_no_target() -> None:
@@ -274,7 +276,7 @@ def test_names_stay_what_they_were_before_the_adapters() -> None:
 def test_dtype_and_settings_reach_the_layers() -> None:
     model = Decoder()
     attach(model, LoRAConfig(rank=4, alpha=6, dropout=0.5, rslora=True), dtype=torch.bfloat16)
-    for module in lora_modules(model).values():
+    for module in adapters_of(model).values():
         assert (module.rank, module.alpha, module.dropout, module.scale) == (4, 6, 0.5, 3.0)
         assert module.lora_A.dtype == module.lora_B.dtype == torch.bfloat16
 
@@ -298,12 +300,12 @@ def test_adapters_off_is_the_base_exactly(quantized: bool) -> None:
 def test_adapters_off_restores_each_state_even_after_an_error() -> None:
     model = Decoder()
     names = attach(model, LoRAConfig(rank=2))
-    modules = lora_modules(model)
-    modules[names[3]].enabled = False
+    layers = adapter_layers(model)
+    layers[names[3]].active = []
     with pytest.raises(RuntimeError, match="in the block"), adapters_off(model):
-        assert not any(module.enabled for module in modules.values())
+        assert not any(layer.active for layer in layers.values())
         raise RuntimeError("in the block")
-    assert [name for name, module in modules.items() if not module.enabled] == [names[3]]
+    assert [name for name, layer in layers.items() if not layer.active] == [names[3]]
 
 
 segments = st.sampled_from(["a", "b", "proj", "q_proj", "0", "1", "layers", "lora_A", "weight"])

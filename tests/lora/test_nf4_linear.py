@@ -37,7 +37,7 @@ def example(n_in: int = 48, n_out: int = 40, seed: int = 0, **kwargs: object) ->
 
 
 def stored(layer: NF4Linear) -> dict[str, Tensor]:
-    return {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    return {name: tensor.clone() for name, tensor in layer.stored_parameters().items()}
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -124,9 +124,9 @@ def test_casting_the_model_leaves_the_weight_alone(cast, double_quant: bool) -> 
 def test_a_move_keeps_dtypes_and_shapes() -> None:
     layer = example()
     moved = copy.deepcopy(layer).to("meta", torch.float16)
-    for name, buffer in layer.named_buffers():
-        there = moved.get_buffer(name)
-        assert (there.is_meta, there.dtype, there.shape) == (True, buffer.dtype, buffer.shape)
+    for name, tensor in layer.stored_parameters().items():
+        there = moved.get_parameter(name)
+        assert (there.is_meta, there.dtype, there.shape) == (True, tensor.dtype, tensor.shape)
 
 
 @given(sizes, sizes, options(), st.booleans())
@@ -181,15 +181,15 @@ def test_meta_layer_filled_from_a_stream(double_quant: bool) -> None:
         in_context = NF4Linear(48, 40, double_quant=double_quant)
     layer = NF4Linear(48, 40, True, "nf4", 64, double_quant, device="meta")
     for built in (in_context, layer):
-        assert all(t.is_meta for t in [*built.buffers(), *built.parameters()])
-        shapes = {name: (b.shape, b.dtype) for name, b in built.named_buffers()}
+        assert all(t.is_meta for t in built.parameters())
+        shapes = {name: (b.shape, b.dtype) for name, b in built.stored_parameters().items()}
         built.quantize_weight_(weight, name="w")
         expected = NF4Linear.from_weight(weight, double_quant=double_quant)
         assert same(stored(built), stored(expected))
-        assert shapes == {name: (b.shape, b.dtype) for name, b in built.named_buffers()}
+        assert shapes == {name: (b.shape, b.dtype) for name, b in built.stored_parameters().items()}
     storage = weight.untyped_storage().data_ptr()
-    assert all(buffer.untyped_storage().data_ptr() != storage for buffer in layer.buffers())
-    assert sum(buffer.untyped_storage().nbytes() for buffer in layer.buffers()) < weight.nbytes / 6
+    assert all(buffer.untyped_storage().data_ptr() != storage for buffer in layer.stored_parameters().values())
+    assert sum(buffer.untyped_storage().nbytes() for buffer in layer.stored_parameters().values()) < weight.nbytes / 6
 
 
 @given(st.integers(1, 200), st.integers(1, 200), options())
@@ -197,7 +197,7 @@ def test_an_empty_layer_has_the_shapes_of_a_full_one(n_in: int, n_out: int, kwar
     """Several nested scales and partial last blocks among them."""
     empty = NF4Linear(n_in, n_out, False, device="meta", **kwargs)
     full = NF4Linear.from_weight(torch.ones(n_out, n_in), **kwargs)
-    shapes = [{name: (b.shape, b.dtype) for name, b in layer.named_buffers()} for layer in (empty, full)]
+    shapes = [{name: (b.shape, b.dtype) for name, b in layer.stored_parameters().items()} for layer in (empty, full)]
     assert shapes[0] == shapes[1]
 
 
@@ -240,7 +240,9 @@ def test_misuse_says_what_was_wrong() -> None:
 def test_frozen_and_printed() -> None:
     layer = example()
     assert layer.bias is not None and not layer.bias.requires_grad
-    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+    names = [name for name, _ in layer.named_parameters()]
+    assert names == ["weight", "absmax", "nested_absmax", "nested_offset", "bias"]
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
     expected = "in_features=48, out_features=40, bias=True, quant_type=nf4, blocksize=64, double_quant=True"
     assert repr(layer) == f"NF4Linear({expected})"
     assert NF4Linear.from_weight(torch.randn(4, 4, requires_grad=True)).dequantize().requires_grad is False

@@ -14,11 +14,12 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fourbit.lora.attach import adapter_parameters, attach, lora_modules
+from fourbit.lora.adapter import adapter_parameters, adapters_of
+from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
-from fourbit.lora.files import load_adapter, save_adapter
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.peft_config import read_config, write_config
+from fourbit.lora.peft_files import load_adapter, save_adapter
 from fourbit.lora.quantize import quantize_
 from fourbit.lora.targets import linear_layers
 
@@ -88,14 +89,14 @@ ADAPTERS = {
 def test_peft_loads_ours(settings: dict[str, object], tmp_path: Path) -> None:
     ours = tiny_llama()
     attach(ours, LoRAConfig(rank=4, alpha=6, **settings))
-    randomise(adapter_parameters(ours), 1, 0.3)
+    randomise(adapter_parameters(ours).values(), 1, 0.3)
     save_adapter(ours, tmp_path, base_model="tiny")
     theirs = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
     count = sum(name.endswith("lora_A.default") for name, _ in theirs.named_modules())
-    assert count == len(lora_modules(ours))
+    assert count == len(adapters_of(ours))
     assert_same_logits(ours, theirs)
     again = tiny_llama()
-    assert load_adapter(again, tmp_path) == list(lora_modules(ours))
+    assert load_adapter(again, tmp_path) == list(adapters_of(ours))
     assert torch.equal(logits(again), logits(ours))
 
 
@@ -137,10 +138,10 @@ def test_we_load_theirs(settings: dict[str, object], dtype: torch.dtype, tmp_pat
     names = load_adapter(ours, tmp_path)
     assert len(names) == len(adapter) // 2
     assert_same_logits(theirs, ours)
-    assert {parameter.dtype for parameter in adapter_parameters(ours)} == {torch.float32}
+    assert {parameter.dtype for parameter in adapter_parameters(ours).values()} == {torch.float32}
     kept = tiny_llama()
     load_adapter(kept, tmp_path, dtype=None)
-    assert {parameter.dtype for parameter in adapter_parameters(kept)} == {dtype}
+    assert {parameter.dtype for parameter in adapter_parameters(kept).values()} == {dtype}
 
 
 @pytest.mark.parametrize("quant", ["nf4", "fp4"])
@@ -151,7 +152,7 @@ def test_over_a_4bit_base(quant: str, tmp_path: Path) -> None:
         if isinstance(layer, NF4Linear):
             dense.get_submodule(name).weight.data = layer.dequantize()
     attach(ours, LoRAConfig(rank=4, alpha=6, target="all-linear"))
-    randomise(adapter_parameters(ours), 1, 0.3)
+    randomise(adapter_parameters(ours).values(), 1, 0.3)
     save_adapter(ours, tmp_path)
     theirs = PeftModel.from_pretrained(dense, tmp_path, is_trainable=True).eval()
     assert_same_logits(ours, theirs)
@@ -159,12 +160,12 @@ def test_over_a_4bit_base(quant: str, tmp_path: Path) -> None:
         model(input_ids=IDS, labels=IDS).loss.backward()
     wanted = {name: p.grad for name, p in theirs.named_parameters() if "lora_" in name}
     assert len(wanted) == len(adapter_parameters(ours))
-    for name, module in lora_modules(ours).items():
+    for name, module in adapters_of(ours).items():
         for half in ("lora_A", "lora_B"):
             mine, reference = getattr(module, half).grad, wanted[f"base_model.model.{name}.{half}.default.weight"]
             assert float((mine - reference).norm()) <= LIMIT * float(reference.norm()), f"{name}.{half}"
     assert {n for n, p in ours.named_parameters() if p.grad is not None} == {
-        f"{name}.{half}" for name in lora_modules(ours) for half in ("lora_A", "lora_B")
+        f"{name}.adapters.default.{half}" for name in adapters_of(ours) for half in ("lora_A", "lora_B")
     }
 
 
@@ -175,7 +176,7 @@ def test_any_module_crosses_over(tmp_path: Path) -> None:
 
     ours, x = model(), torch.randn(4, 6)
     attach(ours, LoRAConfig(rank=2, rank_pattern={"2.1": 1}))
-    randomise(adapter_parameters(ours), 3, 0.5)
+    randomise(adapter_parameters(ours).values(), 3, 0.5)
     save_adapter(ours, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] is None
     theirs = PeftModel.from_pretrained(model(), tmp_path)
@@ -198,17 +199,17 @@ def test_written_configs_mean_the_same_to_peft(
     layers = list(linear_layers(model))
     names = [name for name in layers if data.draw(st.booleans(), label=name)] or layers
     attach(model, LoRAConfig(rank=1, target="|".join(name.replace("+", r"\+") for name in names)))
-    for name, module in lora_modules(model).items():
+    for name, module in adapters_of(model).items():
         module.rank, module.alpha = wanted[name]
         module.rslora = data.draw(st.booleans(), label=f"rslora {name}")
-    text = write_config(model, lora_modules(model), "")
+    text = write_config(model, adapters_of(model), "")
     raw = json.loads(text)
     theirs = LoraConfig(**raw)
     listed = raw["target_modules"]
     assert isinstance(listed, str) or listed == sorted(listed)
     found = [name for name, _ in model.named_modules() if not name.endswith(".base")]
     assert sorted(name for name in found if name and check_target_module_exists(theirs, name)) == sorted(names)
-    for name, module in lora_modules(model).items():
+    for name, module in adapters_of(model).items():
         rank = theirs.rank_pattern.get(get_pattern_key(theirs.rank_pattern, name), theirs.r)
         alpha = theirs.alpha_pattern.get(get_pattern_key(theirs.alpha_pattern, name), theirs.lora_alpha)
         assert rank == module.rank
@@ -255,8 +256,8 @@ def test_written_patterns_tell_paths_apart_that_end_alike(
 ) -> None:
     model = tree(list(ranks))
     attach(model, LoRAConfig(rank=1))
-    for name, module in lora_modules(model).items():
+    for name, module in adapters_of(model).items():
         module.rank = ranks[name]
-    raw = json.loads(write_config(model, lora_modules(model), ""))
+    raw = json.loads(write_config(model, adapters_of(model), ""))
     patterns = raw["rank_pattern"]
     assert {name: patterns.get(get_pattern_key(patterns, name), raw["r"]) for name in ranks} == ranks

@@ -11,21 +11,22 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 from fourbit.kernels import lora_linears, lora_paths
-from fourbit.lora.linear import LoRALinear
+from fourbit.lora.adapter import AdapterLayer
 from fourbit.lora.linear4bit import NF4Linear
+from fourbit.lora.lora import LoRA
 from fourbit.lora.project import project
 
 WIDE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def layer(rows: int, *, quantised: bool = True, bias: bool = False, seed: int = 0, **options: object) -> LoRALinear:
+def layer(rows: int, *, quantised: bool = True, bias: bool = False, seed: int = 0, **options: object) -> AdapterLayer:
     torch.manual_seed(seed)
     dense = nn.Linear(64, rows, bias=bias)
     format_ = {name: options.pop(name) for name in ("blocksize", "double_quant") if name in options}
     base = NF4Linear.from_weight(dense.weight.detach(), dense.bias, **format_) if quantised else dense
-    made = LoRALinear(base, 4, 8, **options)
-    nn.init.normal_(made.lora_B)
-    return made
+    part = LoRA(base, 4, 8, **options)
+    nn.init.normal_(part.lora_B)
+    return AdapterLayer(base, default=part)
 
 
 def count_ops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -49,7 +50,7 @@ def gradients(modules: Sequence[nn.Module], x: Tensor, outputs: Sequence[Tensor]
 def test_it_equals_calling_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any mix: adapters over 4-bit and dense bases, with and without bias, switched off, plain linears, repetition."""
     off = layer(24, seed=3)
-    off.enabled = False
+    off.active = []
     modules = [layer(40), layer(24, quantised=False), off, layer(16, bias=True, seed=4), nn.Linear(64, 8)]
     modules.append(modules[0])
     x = torch.randn(3, 5, 64, requires_grad=True)
@@ -76,7 +77,7 @@ def test_only_what_agrees_shares_an_op(other: dict[str, object], monkeypatch: py
 
 
 def test_modules_with_hooks_and_subclasses_are_called() -> None:
-    class Doubled(LoRALinear):
+    class Doubled(AdapterLayer):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
@@ -84,7 +85,8 @@ def test_modules_with_hooks_and_subclasses_are_called() -> None:
     seen: list[str] = []
     hooked.register_forward_hook(lambda *_: seen.append("hooked"))
     on_base.base.register_forward_hook(lambda *_: seen.append("base"))
-    doubled = Doubled(layer(8).base, 4, 8)
+    single = layer(8)
+    doubled = Doubled(single.base, default=single.adapters["default"])
     outputs = project(x, [hooked, on_base, doubled])
     assert seen == ["hooked", "base"]
     for got, module in zip(outputs, (hooked, on_base, doubled), strict=True):

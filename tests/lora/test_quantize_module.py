@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.errors import InputError
-from fourbit.lora.attach import attach, lora_modules
+from fourbit.lora.adapter import adapter_layers
+from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.quantize import bits_per_parameter, quantize_
@@ -165,7 +166,7 @@ def test_after_attach_the_base_is_quantised_under_its_own_name() -> None:
     model = Tiny()
     attach(model, LoRAConfig(rank=2, target=["up", "down"]))
     quantize_(model, skip=("down", "lm_head"))
-    bases = {name: type(module.base) for name, module in lora_modules(model).items()}
+    bases = {name: type(layer.base) for name, layer in adapter_layers(model).items()}
     assert bases["layers.0.up"] is NF4Linear and bases["layers.0.down"] is nn.Linear
 
 

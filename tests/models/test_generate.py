@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourbit.lora.attach import adapter_parameters, attach
+from fourbit.lora.adapter import adapter_parameters
+from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.quantize import quantize_
 from fourbit.models.decoder import Decoder
@@ -122,7 +123,7 @@ def test_training_works_after_generation(oracle: Oracle) -> None:
     for network in (after, before):
         attach(network, LoRAConfig(rank=4))
         network(torch.tensor(PROMPTS[2:3])).square().mean().backward()
-        grads.append([parameter.grad for parameter in adapter_parameters(network)])
+        grads.append([parameter.grad for parameter in adapter_parameters(network).values()])
     for a, b in zip(*grads, strict=True):
         assert a is not None and torch.equal(a, b)
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fourbit.lora.adapter import adapter_parameters
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.optim.groups import parameter_groups
@@ -32,7 +33,7 @@ def where(named, groups):
 def adapted():
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
     attach(model, LoRAConfig(rank=2, target="all-linear"))
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return list(adapter_parameters(model).items())
 
 
 def test_vectors_do_not_decay():

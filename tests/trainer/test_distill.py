@@ -11,9 +11,8 @@ from torch import nn
 import fourbit
 from fourbit.data.batch import pack_batch
 from fourbit.errors import InputError
-from fourbit.lora.attach import lora_modules
-from fourbit.lora.files import read_snapshot
-from fourbit.lora.snapshot import Snapshot, snapshot
+from fourbit.lora.adapter import adapter_layers, adapters_of, copy_adapter
+from fourbit.lora.attach import install
 from fourbit.models.decoder import Decoder
 from fourbit.models.save import save_model
 from fourbit.trainer.checkpoint import load_checkpoint
@@ -30,9 +29,33 @@ def adapted(folder, *, quantize="nf4", dtype=torch.float32, seed=None, **lora):
     fourbit.attach(model, fourbit.LoRAConfig(**({"rank": 4, "alpha": 8} | lora)), dtype=dtype, seed=seed or 0)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
-        for module in lora_modules(model).values():
+        for module in adapters_of(model).values():
             module.lora_B.data.copy_(torch.randn(module.lora_B.shape, generator=generator) * 0.1)
     return model, tokenizer
+
+
+def start_as_teacher(model):
+    """What the student is now teaches it."""
+    copy_adapter(model, "default", "teacher")
+    return "teacher"
+
+
+def other_teacher(folder):
+    """Puts another adapter on the student's base, to teach it."""
+
+    def put(model):
+        install(model, adapters_of(adapted(folder, seed=2)[0]), "teacher", trainable=False)
+        return "teacher"
+
+    return put
+
+
+def loaded_teacher(folder):
+    def put(model):
+        fourbit.load_adapter(model, folder, name="teacher", trainable=False)
+        return "teacher"
+
+    return put
 
 
 @pytest.fixture(scope="session")
@@ -168,9 +191,7 @@ def test_a_teacher_on_the_same_base_is_the_one_loaded_beside_it(tiny_folder, row
     fourbit.load_adapter(beside, tmp_path / "teacher")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
     options = {"seed": 1, "quantize": quantize, "target": targets, "temperature": 1.3}
-    shared = trainer_for(
-        tiny_folder, rows, tmp_path, lambda model: read_snapshot(model, tmp_path / "teacher"), **options
-    )
+    shared = trainer_for(tiny_folder, rows, tmp_path, loaded_teacher(tmp_path / "teacher"), **options)
     apart = trainer_for(tiny_folder, rows, tmp_path, beside, **options)
     loss, gradients, _ = total(shared)
     other_loss, other_gradients, _ = total(apart)
@@ -184,7 +205,7 @@ def test_a_teachers_head_counts_as_it_is_switched(tiny_folder, rows, tmp_path):
     teacher, _ = adapted(tiny_folder, quantize=None, dtype=torch.float64, seed=2, **lora)
     losses = []
     for enabled in (True, False):
-        teacher.lm_head.enabled = enabled
+        teacher.lm_head.active = ["default"] if enabled else []
         trainer = trainer_for(tiny_folder, rows, tmp_path, teacher, quantize=None, dtype=torch.float64, seed=1)
         want = plain(trainer.model, teacher, trainer.train_set.examples[:8], trainer.config).item()
         losses.append(total(trainer)[0])
@@ -202,17 +223,17 @@ def test_the_base_alone_can_teach(tiny_folder, rows, tmp_path):
 @pytest.mark.parametrize("target", ["all-linear", ["q_proj", "lm_head"]])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny_folder, rows, tmp_path, kind, target):
     trainer = trainer_for(
-        tiny_folder, rows, tmp_path, snapshot, seed=1, dtype=torch.float64, divergence=kind, target=target
+        tiny_folder, rows, tmp_path, start_as_teacher, seed=1, dtype=torch.float64, divergence=kind, target=target
     )
     loss, gradients, _ = total(trainer)
     assert abs(loss) < 1e-12 and all(gradient.abs().max() < 1e-12 for gradient in gradients.values())
-    for module in lora_modules(trainer.model).values():
+    for module in adapters_of(trainer.model).values():
         module.lora_B.data.mul_(1.5)
-    assert total(trainer)[0] > 1e-3, "the snapshot does not follow the student"
+    assert total(trainer)[0] > 1e-3, "the copy does not follow the student"
 
 
 def flags(model):
-    state = {name: (m.training, getattr(m, "enabled", None)) for name, m in model.named_modules()}
+    state = {name: (m.training, list(getattr(m, "active", []))) for name, m in model.named_modules()}
     return state, {name: p.requires_grad for name, p in model.named_parameters()}
 
 
@@ -221,7 +242,7 @@ def test_a_teacher_is_left_as_it_was(tiny_folder, rows, tmp_path, training):
     """Values, modes, flags; also of one in training mode, with dropout on its head too and a layer switched off."""
     teacher, _ = adapted(tiny_folder, seed=2, dropout=0.5, target=["q_proj", "up_proj", "lm_head"])
     teacher.train(training)
-    next(iter(lora_modules(teacher).values())).enabled = False
+    next(iter(adapter_layers(teacher).values())).active = []
     tensors = {**dict(teacher.named_parameters()), **dict(teacher.named_buffers())}
     before, kept = flags(teacher), {name: tensor.clone() for name, tensor in tensors.items()}
     trainer = trainer_for(tiny_folder, rows, tmp_path, teacher, target=["v_proj", "lm_head"], steps=3)
@@ -234,7 +255,7 @@ def test_a_teacher_is_left_as_it_was(tiny_folder, rows, tmp_path, training):
 
 
 def test_a_teacher_on_the_same_base_draws_no_random_number(tiny_folder, rows, tmp_path):
-    trainer = trainer_for(tiny_folder, rows, tmp_path, lambda m: snapshot(adapted(tiny_folder, seed=2)[0]), dropout=0.5)
+    trainer = trainer_for(tiny_folder, rows, tmp_path, other_teacher(tiny_folder), dropout=0.5)
     model = trainer.model.train()
     before, kept = flags(model), {name: p.clone() for name, p in model.named_parameters()}
     (batch,) = trainer.micro_batches(trainer.train_set, [0, 1], 2)
@@ -299,7 +320,7 @@ class Stop:
 def test_resume_is_bit_exact(tiny_folder, wide_folder, rows, val_rows, tmp_path, same_base, stop):
     def trainer(name, **more):
         apart = None if same_base else fourbit.load(wide_folder, quantize="nf4")[0]
-        teacher = (lambda model: snapshot(adapted(tiny_folder, seed=2)[0])) if same_base else apart
+        teacher = other_teacher(tiny_folder) if same_base else apart
         options = dict(val=val_rows, eval_every=3, dropout=0.2, divergence="jsd", top_k=20, sft_weight=0.1, steps=7)
         return trainer_for(tiny_folder, rows, tmp_path / name, teacher, **options, **more)
 
@@ -322,7 +343,7 @@ def test_resume_is_bit_exact(tiny_folder, wide_folder, rows, val_rows, tmp_path,
 def test_checkpointing_changes_nothing(tiny_folder, wide_folder, rows, tmp_path):
     teacher, _ = fourbit.load(wide_folder, quantize="nf4")
     for choice in ("off", "on"):
-        for kind, other in {"apart": teacher, "same": lambda m: snapshot(adapted(tiny_folder, seed=2)[0])}.items():
+        for kind, other in {"apart": teacher, "same": other_teacher(tiny_folder)}.items():
             out = tmp_path / kind / choice
             trainer_for(tiny_folder, rows, out, other, steps=3, dropout=0.1, checkpointing=choice).train(display=None)
     for kind in ("apart", "same"):
@@ -339,10 +360,9 @@ def test_teachers_that_cannot_teach_are_refused(tiny_folder, rows, tmp_path):
         distiller(model, tokenizer, large, rows, tmp_path)
     dense, _ = fourbit.load(tiny_folder)
     with pytest.raises(InputError, match="full training changes the student's base"):
-        distiller(dense, tokenizer, Snapshot({}), rows, tmp_path, full=True)
-    small, _ = adapted(tiny_folder, target=["q_proj"])
-    with pytest.raises(InputError, match=r"carries none, such as 'model\.layers\.0\.self_attn\.k_proj' \(of 12\)"):
-        distiller(small, tokenizer, snapshot(model), rows, tmp_path)
+        distiller(dense, tokenizer, None, rows, tmp_path, full=True)
+    with pytest.raises(InputError, match="carries no adapter 'teacher'; it carries default"):
+        distiller(model, tokenizer, "teacher", rows, tmp_path)
     with pytest.raises(InputError, match="top_k must be at most 259, the vocabulary, got 260"):
         distiller(model, tokenizer, None, rows, tmp_path, top_k=260)
     elsewhere = Decoder(model.spec).to("meta")

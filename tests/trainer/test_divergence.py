@@ -6,8 +6,9 @@ from torch import nn
 
 from fourbit.kernels import chunked_head
 from fourbit.kernels.linear_divergence import linear_divergence
-from fourbit.lora.linear import LoRALinear
+from fourbit.lora.adapter import AdapterLayer
 from fourbit.lora.linear4bit import NF4Linear
+from fourbit.lora.lora import LoRA
 from fourbit.trainer.losses.divergence import token_divergence
 
 V, N = 61, 11
@@ -19,8 +20,8 @@ def head_of(kind: str, width: int, seed: int) -> nn.Module:
     if "nf4" in kind:
         head = NF4Linear.from_weight(head.weight.detach(), head.bias)
     if "lora" in kind:
-        head = LoRALinear(head, 3, 6.0)
-        nn.init.normal_(head.lora_B)
+        head = AdapterLayer(head, default=LoRA(head, 3, 6.0))
+        nn.init.normal_(head.adapters["default"].lora_B)
     return head.double()
 
 

@@ -17,9 +17,8 @@ from fourbit.data.answer_batch import answer_batches
 from fourbit.data.dataset import load_dataset
 from fourbit.data.pairs import load_judged, load_preferences
 from fourbit.errors import InputError, NumericError
-from fourbit.lora.attach import lora_modules
-from fourbit.lora.files import adapter_state
-from fourbit.lora.snapshot import snapshot
+from fourbit.lora.adapter import adapters_of
+from fourbit.lora.peft_files import adapter_state
 from fourbit.trainer.checkpoint import load_checkpoint
 from fourbit.trainer.config import DPOConfig
 from fourbit.trainer.losses.tokens import answer_scores
@@ -58,7 +57,7 @@ def adapted(folder, *, quantize="nf4", dtype=torch.float32, dropout=0.0, b_seed=
     fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8, dropout=dropout), dtype=dtype)
     if b_seed is not None:
         generator = torch.Generator().manual_seed(b_seed)
-        for module in lora_modules(model).values():
+        for module in adapters_of(model).values():
             module.lora_B.data.copy_(torch.randn(module.lora_B.shape, generator=generator) * 0.1)
     return model, tokenizer
 
@@ -165,7 +164,7 @@ def test_a_reference_pass_leaves_no_trace(tiny_folder, pairs, tmp_path):
         trainer = trainer_for(tiny_folder, pairs, tmp_path, dropout=0.5, b_seed=0, reference=kind)
         model = trainer.model.train()
         with torch.no_grad():  # training has moved on since the start
-            for module in lora_modules(model).values():
+            for module in adapters_of(model).values():
                 module.lora_B += 0.05
         before = {name: p.clone() for name, p in model.named_parameters()}
         (batch,) = trainer.micro_batches(trainer.train_set, [0, 1], 2)
@@ -173,7 +172,7 @@ def test_a_reference_pass_leaves_no_trace(tiny_folder, pairs, tmp_path):
         first, second = trainer.reference.logps(batch), trainer.reference.logps(batch)
         assert torch.equal(first, second) and not first.requires_grad
         assert torch.equal(state, torch.get_rng_state())
-        assert model.training and all(m.training and m.enabled for m in lora_modules(model).values())
+        assert model.training and all(m.training for m in adapters_of(model).values())
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, before[name]) and parameter.grad is None
         model.eval()
@@ -193,7 +192,7 @@ def test_on_top_of_an_adapter_the_start_is_the_reference(tiny_folder, pairs, tmp
 
 def test_a_start_that_is_not_its_reference_is_an_error(tiny_folder, pairs, tmp_path):
     trainer = trainer_for(tiny_folder, pairs, tmp_path, b_seed=0)
-    for module in lora_modules(trainer.model).values():
+    for module in adapters_of(trainer.model).values():
         module.lora_B.data.mul_(1.5)
     with pytest.raises(NumericError, match=r"first loss is 0\.\d+, not ln 2 .* does not start at its ref"):
         trainer.train(display=None)
@@ -246,15 +245,15 @@ def test_the_reference_is_resumed_with_the_run(tiny_folder, pairs, tmp_path):
     first.train(display=lambda total, start: Stop(2))
     again = trainer_for(tiny_folder, pairs, tmp_path, b_seed=1, dropout=0.2, resume="auto")
     again.train(display=None)
-    for name, factors in first.live.start.layers.items():
-        assert torch.equal(factors.lora_B, again.live.start.layers[name].lora_B)
+    for name, tensor in first.live.state().items():
+        assert torch.equal(tensor, again.live.state()[name])
 
 
 @pytest.mark.parametrize(
     "change, named",
     [
         (lambda t: t.model.model.norm.weight.data.add_(1e-3), "another base"),
-        (lambda t: next(iter(lora_modules(t.model).values())).lora_A.data.add_(1e-3), "another adapter"),
+        (lambda t: next(iter(adapters_of(t.model).values())).lora_A.data.add_(1e-3), "another adapter"),
     ],
 )
 def test_a_stale_cache_is_refused(tiny_folder, pairs, tmp_path, change, named):
@@ -396,7 +395,7 @@ def test_a_skipped_step_adds_nothing_to_bcos_mean(tiny_folder, pairs, tmp_path):
 def test_every_loss_with_a_reference_is_held_to_its_start(tiny_folder, pairs, tmp_path):
     for loss, beta in ((("ipo",), 0.1), (("sigmoid=0.8", "sft=0.2"), 0.1), (("sigmoid",), 0.001)):
         trainer = trainer_for(tiny_folder, pairs, tmp_path / f"{loss}{beta}", b_seed=0, loss=loss, beta=beta)
-        for module in lora_modules(trainer.model).values():
+        for module in adapters_of(trainer.model).values():
             module.lora_B.data.mul_(1.5)
         with pytest.raises(NumericError, match="does not start at its reference"):
             trainer.train(display=None)
@@ -526,11 +525,3 @@ def test_a_dataset_may_be_given(tiny_folder, pairs, judged, tmp_path):
     for loss, load, path in (("sigmoid", load_preferences, pairs), ("kto", load_judged, judged)):
         trainer = trainer_for(tiny_folder, load(path, tokenizer), tmp_path / loss, loss=(loss,), steps=1, val=0.2)
         assert trainer.train(display=None).steps == 1 and len(trainer.val_set) + len(trainer.train_set) == 10
-
-
-def test_snapshots_stand_apart_from_the_model(tiny_folder):
-    model, _ = adapted(tiny_folder, b_seed=0)
-    kept = snapshot(model)
-    for module in lora_modules(model).values():
-        module.lora_B.data.zero_()
-    assert all(factors.lora_B.abs().sum() > 0 for factors in kept.layers.values())

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.kernels import chunked_head
-from fourbit.lora.linear import LoRALinear
+from fourbit.lora.adapter import AdapterLayer
 from fourbit.lora.linear4bit import NF4Linear
+from fourbit.lora.lora import LoRA
 from fourbit.trainer.losses.divergence import token_divergence
 from fourbit.trainer.losses.tokens import token_scores
 
@@ -46,7 +47,7 @@ def head_of(kind: str) -> nn.Module:
     dense = nn.Linear(D, V, bias=kind == "bias").requires_grad_(kind == "trained")
     if kind in ("nf4", "lora-nf4"):
         dense = NF4Linear.from_weight(dense.weight)
-    return LoRALinear(dense, 2, 4.0) if kind.startswith("lora") else dense
+    return AdapterLayer(dense, default=LoRA(dense, 2, 4.0)) if kind.startswith("lora") else dense
 
 
 def logprob_step(head: nn.Module, hidden: Tensor) -> None:

@@ -7,8 +7,9 @@ from torch import nn
 from fourbit.data.batch import Batch, pack_batch
 from fourbit.data.encode import Encoded
 from fourbit.kernels import chunked_head
-from fourbit.lora.linear import LoRALinear
+from fourbit.lora.adapter import AdapterLayer
 from fourbit.lora.linear4bit import NF4Linear
+from fourbit.lora.lora import LoRA
 from fourbit.models.decoder import Decoder
 from fourbit.models.spec import Spec
 from fourbit.trainer.losses.tokens import batch_token_scores, token_scores
@@ -37,11 +38,10 @@ def head_of(kind: str, dtype: torch.dtype = torch.float64, dropout: float = 0.0)
     if "nf4" in kind:
         head = NF4Linear.from_weight(head.weight.detach(), head.bias)
     if "lora" in kind:
-        head = LoRALinear(head, 3, 6.0, dropout)
-        nn.init.normal_(head.lora_B)
-        head.requires_grad_("frozen" not in kind)
-        head.base.requires_grad_(False)
-        head.enabled = "off" not in kind
+        head = AdapterLayer(head, default=LoRA(head, 3, 6.0, dropout))
+        nn.init.normal_(head.adapters["default"].lora_B)
+        head.adapters.requires_grad_("frozen" not in kind)
+        head.active = [] if "off" in kind else ["default"]
     return head.to(dtype)
 
 
@@ -76,7 +76,11 @@ def test_equals_full_logits(kind, rows, monkeypatch):
     torch.testing.assert_close(scores.logps, logps, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(scores.entropy, torch.special.entr(log_p.detach().exp()).sum(1), rtol=1e-12, atol=0)
     assert torch.equal(scores.correct, log_p.argmax(1) == targets)
-    trained = {"lora_A", "lora_B"} if kind.startswith("lora") and "frozen" not in kind and "off" not in kind else set()
+    trained = (
+        {f"adapters.default.lora_{x}" for x in "AB"}
+        if kind.startswith("lora") and "frozen" not in kind and "off" not in kind
+        else set()
+    )
     trained |= {"weight"} if "trained" in kind else set()
     trained |= {"bias"} if "bias trained" in kind else set()
     assert set(got) == set(want) == trained | {"hidden"}

@@ -19,9 +19,9 @@ import torch
 import fourbit
 from fourbit.data.batch import pack_batch, shifted_targets
 from fourbit.data.encode import Encoded
+from fourbit.lora.adapter import adapter_parameters
 from fourbit.trainer.evaluate import batch_loss_sum
 from fourbit.trainer.step import Stepper, Sums
-from fourbit.trainer.trainer import adapter_parameters
 
 STEPS, RATE, CLIP = 20, 5e-4, 1.0
 TOLERANCE = 2e-3  # of the mean loss of a step, in nats
@@ -126,7 +126,7 @@ def test_twenty_steps_agree_with_the_peer(tmp_path: Path, monkeypatch: pytest.Mo
     model, _ = fourbit.load(path, quantize="nf4")
     fourbit.attach(model, fourbit.LoRAConfig(rank=16, alpha=32), seed=0)
     generator = torch.Generator().manual_seed(0)
-    for module in fourbit.lora.attach.lora_modules(model).values():  # a zero B would hide a wrong scale at first
+    for module in fourbit.lora.adapter.adapters_of(model).values():  # a zero B would hide a wrong scale at first
         torch.nn.init.normal_(module.lora_B, std=0.01, generator=generator)
     fourbit.save_adapter(model, tmp_path / "adapter")
     model, tokenizer = fourbit.load(path, quantize="nf4")

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 import fourbit
 from fourbit.errors import InputError, NumericError
-from fourbit.lora.attach import lora_modules
+from fourbit.lora.adapter import adapters_of
 from fourbit.trainer.checkpoint import load_checkpoint
 from fourbit.trainer.config import RewardConfig
 from fourbit.trainer.losses.reward import reward_loss
@@ -46,7 +46,7 @@ def adapted(folder, *, quantize="nf4", dtype=torch.float32, dropout=0.0, b_seed=
     fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8, dropout=dropout), dtype=dtype)
     if b_seed is not None:
         generator = torch.Generator().manual_seed(b_seed)
-        for module in lora_modules(model).values():
+        for module in adapters_of(model).values():
             module.lora_B.data.copy_(torch.randn(module.lora_B.shape, generator=generator) * 0.1)
     return model, tokenizer
 
@@ -281,7 +281,7 @@ def test_goes_on_from_a_head(tiny_folder, pairs, tmp_path):
     trainer.train(display=None)
     assert torch.equal(trainer.reward_model.head, head), "a factor of 0 leaves it as it is"
     assert torch.equal(read_head(trainer.model, tmp_path), head)
-    assert any(module.lora_B.any() for module in lora_modules(trainer.model).values())
+    assert any(module.lora_B.any() for module in adapters_of(trainer.model).values())
     moved = trainer_for(tiny_folder, pairs, tmp_path / "moved", head=head, steps=2)
     moved.train(display=None)
     assert not torch.equal(moved.reward_model.head, head) and torch.equal(head, some_head()), "a copy is trained"
@@ -323,7 +323,7 @@ def test_a_head_that_is_none_is_refused(tiny_folder, trained, tmp_path):
         model, _ = fourbit.load(tiny_folder)
         with pytest.raises(InputError, match=message):
             RewardModel.load(model, folder(name, change))
-        assert not lora_modules(model), "the model is untouched"
+        assert not adapters_of(model), "the model is untouched"
     with pytest.raises(InputError, match=r"head must be \[1, 32\] for this model, got \[32, 1\]"):
         RewardModel(fourbit.load(tiny_folder)[0], torch.zeros(32, 1))
 

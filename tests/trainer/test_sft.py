@@ -15,7 +15,7 @@ from fourbit.data.batch import pack_batch, pad_batch
 from fourbit.data.dataset import load_dataset
 from fourbit.data.template import template_for
 from fourbit.errors import InputError, NumericError
-from fourbit.lora.files import adapter_state
+from fourbit.lora.peft_files import adapter_state
 from fourbit.trainer.checkpoint import load_checkpoint
 from fourbit.trainer.evaluate import answer_all, evaluate_loss, exact_match
 from fourbit.trainer.losses.tokens import batch_token_scores

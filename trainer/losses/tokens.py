@@ -12,7 +12,7 @@ from ...data.answer_batch import AnswerBatch
 from ...data.batch import Batch, sent
 from ...kernels.chunked_head import Scorer, dense_figures, module_figures, rows_per_chunk
 from ...kernels.linear_logprobs import TokenScorer, TokenScores, check_targets
-from ...lora.linear import LoRALinear
+from ...lora.adapter import AdapterLayer
 from ...lora.linear4bit import NF4Linear
 from ...models.protocol import CausalLM
 
@@ -39,7 +39,7 @@ def token_scores(head: nn.Module, hidden: Tensor, targets: Tensor) -> TokenScore
 
 def head_scores(head: nn.Module, hidden: Tensor, scorer: Scorer, rows: int) -> tuple[Tensor, ...]:
     """What the scorer makes of the head's logits, `rows` of them at a time, by the shortest way for this head."""
-    plain = type(head) in (nn.Linear, NF4Linear, LoRALinear) and not (head._forward_hooks or head._forward_pre_hooks)
+    plain = type(head) in (nn.Linear, NF4Linear, AdapterLayer) and not (head._forward_hooks or head._forward_pre_hooks)
     if plain and type(head) is nn.Linear and head.bias is None:
         return dense_figures(hidden, head.weight, scorer, rows)
     return module_figures(hidden, head, scorer, rows, in_place=plain)

@@ -1,0 +1,273 @@
+"""The seam of adapters: a frozen linear layer, the named adapters on it, and which of them are active.
+
+A layer wraps its base and does not subclass it, so dense and 4-bit layers look alike to other code. A kind of adapter
+says what it adds to the base's output, what that is as a change of the weight, and its tensors; attaching, switching,
+copying, taking off and files are written once, here and beside this file, for all kinds.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar, NamedTuple, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..kernels.lora import lora_linears4bit
+from .linear4bit import NF4Linear, autocast_input
+
+DEFAULT = "default"
+
+
+class LowRank(NamedTuple):
+    """The update scale * B A dropout(x), as the op takes it that makes base and update together."""
+
+    A: Tensor  # [rank, in]
+    B: Tensor  # [out, rank]
+    scale: float
+    dropout: float  # in the mode the adapter is in: none outside training
+
+
+class Adapter(nn.Module):
+    """A trained change of one linear layer. A kind of adapter is a subclass with `forward` and `delta`.
+
+    What PEFT knows has a `peft_type` besides, and `peft_fields`; other kinds can be kept as tensors, but not in files.
+    """
+
+    peft_type: ClassVar[str] = ""
+    dropout: float = 0.0
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """y [..., out] with this adapter's part added, for the layer's input x [..., in].
+
+        y may be written over, and so may what is returned: backward must need neither.
+        """
+        raise NotImplementedError
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """The change [out, in] that this adapter makes to the dense weight [out, in], in the dtype of `weight`."""
+        raise NotImplementedError
+
+    def low_rank(self) -> LowRank | None:
+        """The update if it is nothing but a low-rank one, which a layer may make together with its base."""
+        return None
+
+    def is_idle(self) -> bool:
+        """Whether it changes nothing yet, as at the start."""
+        return False
+
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors under the names they have in files: the live ones, detached and not copied."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy in what `state` gave; dtype and device stay."""
+        for name, own in self.state().items():
+            own.copy_(state[name])
+
+    def peft_fields(self) -> dict[str, Any]:
+        """Its settings under their names in an adapter_config.json."""
+        return {}
+
+    def freeze(self) -> Self:
+        """Never train or drop anything from here on."""
+        self.dropout = 0.0
+        return self.requires_grad_(False)
+
+    def frozen(self) -> Self:
+        """A frozen copy as it is now, apart from this one."""
+        return copy.deepcopy(self).freeze()
+
+
+class AdapterLayer(nn.Module):
+    """y = base(x), to which each active adapter adds its part, in the order of `active`.
+
+    A 4-bit base under one low-rank adapter is one op with it (`kernels.lora.lora_linears4bit`, see `project`), unless a
+    hook sits on either. The base is frozen. The adapters given are active; change that with `use` and `using`.
+    """
+
+    def __init__(self, base: nn.Linear | NF4Linear, **adapters: Adapter) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.adapters = nn.ModuleDict(adapters)
+        self.active = list(adapters)
+        self.train(base.training)
+
+    def running(self) -> list[Adapter]:
+        """The active adapters, in order."""
+        return [cast(Adapter, self.adapters[name]) for name in self.active]
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        if (joint := self.joint(x)) is not None:
+            return joint_forward(x, [joint])[0]
+        x = autocast_input(x)
+        y: Tensor = self.base(x)
+        for adapter in self.running():
+            y = adapter(x, y)
+        return y
+
+    def joint(self, x: Tensor) -> tuple[NF4Linear, LowRank] | None:
+        """Base and update if one op makes both: 4 bits under exactly one low-rank adapter, and nothing hooked."""
+        if len(self.active) != 1 or type(self.base) is not NF4Linear or not x.is_floating_point():
+            return None
+        (adapter,) = self.running()
+        update = None if is_hooked(self.base) or is_hooked(adapter) else adapter.low_rank()
+        return None if update is None else (self.base, update)
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """What the active adapters change of the dense weight [out, in], in fp32 (float64 for float64 adapters)."""
+        dtypes = [parameter.dtype for parameter in self.adapters.parameters()]
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        base = self.base.dequantize(dtype) if isinstance(self.base, NF4Linear) else self.base.weight.to(dtype)
+        weight = base
+        for adapter in self.running():
+            weight = weight + adapter.delta(weight)
+        return weight - base
+
+    def frozen(self, names: Sequence[str]) -> nn.Module:
+        """A layer on the same base with frozen copies of the named adapters, as far as this one carries them.
+
+        It computes the same whatever is active here; without any of them it is the base itself.
+        """
+        twins = {name: cast(Adapter, self.adapters[name]).frozen() for name in names if name in self.adapters}
+        return AdapterLayer(self.base, **twins) if twins else self.base
+
+    # What other code reads from a linear layer is passed through; `weight` is the frozen base's and may be packed.
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    def extra_repr(self) -> str:
+        return f"active={', '.join(self.active) or 'none'}"
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether anything listens to the module's own call, so that it must be called."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
+def joint_forward(x: Tensor, layers: Sequence[tuple[NF4Linear, LowRank]], keep: bool = False) -> list[Tensor]:
+    """The outputs of what `joint` gave, for one input, 4-bit format and dropout; `keep` as in lora_linears4bit."""
+    return lora_linears4bit(
+        autocast_input(x),
+        [base.stored for base, _ in layers],
+        [base.bias for base, _ in layers],
+        [update.A for _, update in layers],
+        [update.B for _, update in layers],
+        [update.scale for _, update in layers],
+        dropout=layers[0][1].dropout,
+        keep=keep,
+    )
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """Path -> layer that carries adapters, in module order."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLayer)}
+
+
+def adapters_of(model: nn.Module, name: str = DEFAULT) -> dict[str, Adapter]:
+    """Path of its layer -> part of the adapter `name`, in module order; empty if the model carries none."""
+    layers = adapter_layers(model).items()
+    return {path: cast(Adapter, layer.adapters[name]) for path, layer in layers if name in layer.adapters}
+
+
+def adapter_parameters(model: nn.Module, name: str = DEFAULT) -> dict[str, nn.Parameter]:
+    """What an optimizer trains: the adapter's parameters as `path.parameter`, in module order."""
+    parts = adapters_of(model, name).items()
+    return {f"{path}.{own}": parameter for path, part in parts for own, parameter in part.named_parameters()}
+
+
+def carried(model: nn.Module, name: str) -> dict[str, Adapter]:
+    """As `adapters_of`; InputError if the model carries no adapter of that name."""
+    if found := adapters_of(model, name):
+        return found
+    there = sorted({other for layer in adapter_layers(model).values() for other in layer.adapters})
+    raise InputError(f"this model carries no adapter '{name}'; it carries {', '.join(there) or 'none at all'}")
+
+
+def use(model: nn.Module, *names: str) -> None:
+    """Make the named adapters the active ones, in this order, on every layer that carries them; none: the base alone.
+
+    Which parameters train is another matter and stays. InputError for a name that the model does not carry.
+    """
+    for name in names:
+        carried(model, name)
+    for layer in adapter_layers(model).values():
+        layer.active = [name for name in dict.fromkeys(names) if name in layer.adapters]
+
+
+@contextmanager
+def using(model: nn.Module, *names: str) -> Iterator[None]:
+    """As `use`, inside the block; after it each layer's active adapters are what they were before."""
+    before = [(layer, layer.active) for layer in adapter_layers(model).values()]
+    try:
+        use(model, *names)
+        yield
+    finally:
+        for layer, active in before:
+            layer.active = active
+
+
+def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
+    """A block inside which the model computes what its base computes; after it, each adapter is on or off as before."""
+    return using(model)
+
+
+def copy_adapter(model: nn.Module, source: str, target: str) -> None:
+    """Keep the adapter `source` as it is now under the name `target`: frozen, without dropout, not active.
+
+    So a reference, or a teacher on the same base, costs the memory of an adapter and not of a model. InputError if
+    there is no such source, or a `target` already.
+    """
+    parts = carried(model, source)
+    refuse_second(model, target)
+    for path, layer in adapter_layers(model).items():
+        if path in parts:
+            layer.adapters[target] = parts[path].frozen()
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Take the adapter off; a layer that carries no other is its base again. InputError if there is none."""
+    carried(model, name)
+    bare: dict[nn.Module, nn.Module] = {}
+    for layer in adapter_layers(model).values():
+        if name in layer.adapters:
+            del layer.adapters[name]
+            layer.active = [other for other in layer.active if other != name]
+        if not layer.adapters:
+            bare[layer] = layer.base
+    replace_modules(model, bare)
+
+
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each module's replacement wherever the model holds it; a layer used twice is replaced in both places."""
+    for parent in list(model.modules()):
+        for attribute, child in list(parent._modules.items()):
+            if child is not None and child in new:
+                setattr(parent, attribute, new[child])
+
+
+def refuse_second(model: nn.Module, name: str) -> None:
+    """InputError if the model carries an adapter of this name already."""
+    if adapters_of(model, name):
+        raise InputError(
+            f"this model already carries an adapter '{name}': give the new one another name, take the old one off "
+            "(remove_adapter), or continue training it"
+        )

@@ -1,0 +1,87 @@
+"""LoRA, the plain kind of adapter: a trainable low-rank update beside a frozen layer."""
+
+import math
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..kernels.lora import lora_update
+from .adapter import Adapter, LowRank
+from .linear4bit import NF4Linear
+
+
+def scale_of(alpha: float, rank: int, rslora: bool) -> float:
+    """What B A is multiplied by: alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+class LoRA(Adapter):
+    """y + scale * B A dropout(x), training only A and B (Hu et al. 2021, "LoRA", equation 3).
+
+    scale = alpha / rank, or alpha / sqrt(rank) with rslora. `lora_A` [r, in] starts uniform in +-1/sqrt(in), `lora_B`
+    [out, r] starts at zero, so a fresh adapter changes nothing. Both are fp32 masters unless `dtype` says otherwise;
+    the sum is computed in the dtype of x. Of `base` only sizes and device are taken.
+    Raises InputError for a rank outside 1..min(in, out).
+    """
+
+    peft_type: ClassVar[str] = "LORA"
+
+    def __init__(
+        self,
+        base: nn.Linear | NF4Linear,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        *,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,  # a CPU generator: the same start on every device
+    ) -> None:
+        super().__init__()
+        largest = min(base.in_features, base.out_features)
+        if not 1 <= rank <= largest:
+            raise InputError(
+                f"rank must be in 1..{largest} for a {base.out_features}x{base.in_features} (out x in) layer, "
+                f"got {rank}"
+            )
+        self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
+        device, bound = base.weight.device, 1 / math.sqrt(base.in_features)
+        start = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(start.to(device, dtype))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=dtype))
+
+    @property
+    def scale(self) -> float:
+        return scale_of(self.alpha, self.rank, self.rslora)
+
+    @property
+    def drop(self) -> float:
+        """The dropout of this mode: none outside training."""
+        return self.dropout if self.training else 0.0
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = F.dropout(x, self.drop) if self.drop else x
+        return lora_update(y, h, self.lora_A, self.lora_B, self.scale)
+
+    def low_rank(self) -> LowRank | None:
+        # a subclass may compute something else
+        return LowRank(self.lora_A, self.lora_B, self.scale, self.drop) if type(self) is LoRA else None
+
+    @torch.no_grad()
+    def delta(self, weight: Tensor) -> Tensor:
+        return self.scale * (self.lora_B.to(weight.dtype) @ self.lora_A.to(weight.dtype))
+
+    def is_idle(self) -> bool:
+        return not bool(self.lora_B.any())
+
+    def state(self) -> dict[str, Tensor]:
+        return {"lora_A.weight": self.lora_A.detach(), "lora_B.weight": self.lora_B.detach()}
+
+    def peft_fields(self) -> dict[str, Any]:
+        return {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "use_rslora": self.rslora}
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha:g}, scale={self.scale:g}, dropout={self.dropout:g}"

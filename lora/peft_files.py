@@ -1,0 +1,234 @@
+"""Adapter files in PEFT's format, both ways: adapter_config.json and adapter_model.safetensors.
+
+What is read is untrusted: no pickle, no path out of the folder, keys and shapes checked before the model is touched.
+What is written depends on the adapter alone (sorted keys, no times), so equal adapters give equal bytes.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..files import disk_errors, float_tensors, regular_file, write_tensors, write_text
+from .adapter import DEFAULT, Adapter, adapters_of
+from .attach import fresh, install
+from .lora import LoRA
+from .peft_config import PeftConfig, read_config, write_config
+from .targets import base_modules, linear_layers
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+LARGEST_CONFIG = 8 << 20  # bytes: room for the full paths of 100,000 layers
+
+
+def adapter_state(model: nn.Module, name: str = DEFAULT) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's keys, sorted: the live parameters, detached and not copied."""
+    return _keyed(adapters_of(model, name))
+
+
+@torch.no_grad()
+def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], name: str = DEFAULT) -> None:
+    """Copy `state` into the adapter of `model`, whose dtype and device stay. Keys with or without `base_model.model.`.
+
+    Raises InputError, before anything is copied, for a key that is missing, unexpected or of another shape, naming it.
+    """
+    parameters = adapter_state(model, name)
+    keys = _canonical(state, linear_layers(model), "the adapter state")
+    _compare(parameters, {key: state[given] for key, given in keys.items()}, "the adapter state")
+    for key, given in keys.items():
+        parameters[key].copy_(state[given])
+
+
+def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", name: str = DEFAULT) -> None:
+    """Write the adapter of `model` into `folder` in PEFT's format; `base_model` is recorded as the base's name.
+
+    Each file appears whole or not at all. Raises InputError for a model without this adapter or one of a kind that PEFT
+    does not know, NumericError for NaN or infinity in it (naming the tensor; nothing is written), DiskError when the
+    disk refuses.
+    """
+    parts = adapters_of(model, name)
+    if not parts:
+        raise InputError(f"save_adapter found no adapter '{name}' in this model: attach one first")
+    if not all(part.peft_type for part in parts.values()):
+        raise InputError(f"PEFT has no file for the adapter '{name}': keep its tensors (adapter_state) instead")
+    folder, config = Path(folder), write_config(model, parts, base_model)
+    write_tensors(folder / WEIGHTS, _keyed(parts), "the adapter")
+    with disk_errors("the adapter", folder, len(config)):
+        write_text(folder / CONFIG, config)
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    name: str = DEFAULT,
+    trainable: bool = True,
+) -> list[str]:
+    """Read a PEFT adapter folder into `model` under a name and return the paths of its layers in module order.
+
+    A model without an adapter of this name gets it attached in `dtype`, or in the file's own dtype for None: as the
+    active one, all else frozen, or, not `trainable`, frozen and inactive beside what is there. A model that carries one
+    keeps it, dtype included, and must have it on the same layers with the same rank and scale.
+    Raises InputError, before the model is touched, for a file that is missing, broken or not plain LoRA, for keys that
+    are missing, unexpected or misshaped, and for NaN or infinity.
+    """
+    label, parts, state = _read_adapter(model, Path(folder))
+    attached = adapters_of(model, name)
+    if attached:
+        _check_same(attached, parts, label)
+    dtype = next(iter(adapter_state(model, name).values())).dtype if attached else dtype
+    dtype = dtype or functools.reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
+    _check_finite(state, dtype, label)
+    if not attached:
+        install(model, {path: part.to(dtype) for path, part in parts.items()}, name, trainable=trainable)
+    load_adapter_state(model, state, name)
+    return list(parts)
+
+
+def _keyed(parts: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """The tensors of an adapter under PEFT's keys, sorted."""
+    state = {f"{PREFIX}{path}.{key}": tensor for path, part in parts.items() for key, tensor in part.state().items()}
+    return dict(sorted(state.items()))
+
+
+def _read_adapter(model: nn.Module, folder: Path) -> tuple[str, dict[str, LoRA], dict[str, Tensor]]:
+    """What errors call the file, the parts it describes (not filled yet), its tensors by PEFT's key.
+
+    Everything is checked that can be without regard to adapters the model carries; values are not looked at yet.
+    """
+    config = _read_config(folder)
+    weights = _adapter_file(folder, WEIGHTS)
+    label = f"'{weights}'"
+    state = _without_base_copies(model, float_tensors(weights), label)
+    layers = linear_layers(model)
+    keys = _canonical(state, layers, label)
+    names = config.targeted(model)
+    if names is None:  # a pattern too costly to trust: the file's own tensors say which layers are meant
+        meant = {_module_of(key) for key in keys}
+        names = [name for name in layers if PREFIX + name in meant]
+    if not names:
+        raise InputError(f"{label}: target_modules={config.lora.target!r} names no linear layer of this model")
+    parts = fresh(model, config.lora, names, seed=0, dtype=torch.float32)
+    found = {key: state[given] for key, given in keys.items()}
+    _compare(_keyed(parts), found, label)
+    return label, parts, found
+
+
+def _read_config(folder: Path) -> PeftConfig:
+    file = _adapter_file(folder, CONFIG)
+    if file.stat().st_size > LARGEST_CONFIG:
+        raise InputError(
+            f"'{file}' has {file.stat().st_size:,} bytes; an adapter config has at most {LARGEST_CONFIG:,}"
+        )
+    try:
+        return read_config(file.read_text(encoding="utf-8"), f"'{file}'")
+    except UnicodeDecodeError as problem:
+        raise InputError(f"'{file}' is not UTF-8 text: {problem}") from None
+
+
+def _without_base_copies(model: nn.Module, state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
+    """Drop the whole base weights that PEFT saves beside adapters on an output head or of a resized vocabulary.
+
+    InputError if one differs from the model's own: then it was trained or grown, and the adapter needs it.
+    """
+    modules = base_modules(model)
+    adapter: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        path = key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer")
+        if not key.endswith(".weight") or ".lora_" in key or path not in modules:
+            adapter[key] = tensor
+            continue
+        own = getattr(modules[path], "weight", None)
+        if not isinstance(own, Tensor) or not torch.equal(own, tensor.to(own)):
+            raise InputError(
+                f"{label}: the tensor '{key}' is a whole weight, and it differs from this model's '{path}': it was "
+                "trained or resized, or another base is meant. Merge the adapter into its own base with PEFT first."
+            )
+    return adapter
+
+
+def _adapter_file(folder: Path, name: str) -> Path:
+    """The file `name` of an adapter in `folder`."""
+    if not folder.is_dir():
+        raise InputError(f"'{folder}' is no folder; an adapter is a folder with {CONFIG} and {WEIGHTS}")
+    return regular_file(folder, name, _instead(folder, name))
+
+
+def _instead(folder: Path, name: str) -> str:
+    """What lies there in place of the missing file, if a person can be told what to do about it."""
+    pickled = folder / "adapter_model.bin"
+    if name == WEIGHTS and pickled.exists():
+        return (
+            f" Its {pickled.name} is a pickle, which can run code and is never opened: load it with PEFT where you "
+            "trust it, and save it again with save_pretrained(..., safe_serialization=True)."
+        )
+    inside = sorted(path.name for path in folder.iterdir() if (path / CONFIG).is_file())
+    return f" PEFT puts an adapter that has a name into a subfolder: try {', '.join(inside[:8])}." if inside else ""
+
+
+def _canonical(given: Iterable[str], layers: Mapping[str, object], label: str) -> dict[str, str]:
+    """PEFT's key -> the key given, which may lack `base_model.model.`; InputError if two mean the same."""
+    given = list(given)
+    prefixed = all(key.startswith(PREFIX) and _module_of(key.removeprefix(PREFIX)) in layers for key in given)
+    keys: dict[str, str] = {}
+    for key in given:
+        # a model may itself hold a path that starts like the prefix
+        has_prefix = key.startswith(PREFIX) and (prefixed or _module_of(key) not in layers)
+        canonical = key if has_prefix else PREFIX + key
+        if canonical in keys:
+            raise InputError(f"{label}: the keys '{keys[canonical]}' and '{key}' mean the same tensor")
+        keys[canonical] = key
+    return keys
+
+
+def _module_of(key: str) -> str:
+    """The path in front of the last `.lora_`; names that hold "lora" or "weight" themselves stay whole."""
+    return key.rpartition(".lora_")[0]
+
+
+def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], label: str) -> None:
+    """InputError unless both have the same keys and shapes; it lists what is missing, unexpected and misshaped."""
+    missing = [key for key in expected if key not in found]
+    extra = [key for key in found if key not in expected]
+    wrong = [
+        f"{key} must be {list(expected[key].shape)}, got {list(found[key].shape)}"
+        for key in expected
+        if key in found and expected[key].shape != found[key].shape
+    ]
+    lists = [(missing, "missing"), (extra, "without a place in this model"), (wrong, "of another shape")]
+    if any(keys for keys, _ in lists):
+        parts = [
+            f"{len(keys)} {what}: {'; '.join(keys[:6])}{'; ...' if len(keys) > 6 else ''}"
+            for keys, what in lists
+            if keys
+        ]
+        raise InputError(
+            f"{label}: the adapter's tensors do not fit this model and its configuration. {'. '.join(parts)}. "
+            "Is this the base model that the adapter was trained on?"
+        )
+
+
+def _check_same(attached: Mapping[str, Adapter], parts: Mapping[str, LoRA], label: str) -> None:
+    """InputError unless the adapter on the model has the ranks and scales that the file says."""
+    for path in parts.keys() | attached.keys():
+        has, wants = _described(attached.get(path)), _described(parts.get(path))
+        if has != wants:
+            raise InputError(
+                f"{label}: on '{path}' the model has {has}, the file {wants}; load it into a fresh model instead"
+            )
+
+
+def _described(part: Adapter | None) -> str:
+    if part is None:
+        return "no adapter"
+    return f"rank {part.rank}, scale {part.scale:.9g}" if isinstance(part, LoRA) else f"a {type(part).__name__}"
+
+
+def _check_finite(state: Mapping[str, Tensor], dtype: torch.dtype, label: str) -> None:
+    for key, tensor in state.items():
+        if not bool(torch.isfinite(tensor.to(dtype)).all()):
+            raise InputError(f"{label}: the tensor '{key}' holds NaN, infinity or a number too large for {dtype}")

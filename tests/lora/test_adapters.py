@@ -1,0 +1,238 @@
+"""Named adapters: several on one layer, of any kind; switched, copied, taken off and kept as tensors by name."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fourbit
+from fourbit.errors import InputError
+from fourbit.lora.adapter import (
+    Adapter,
+    AdapterLayer,
+    adapter_layers,
+    adapter_parameters,
+    adapters_of,
+    adapters_off,
+    copy_adapter,
+    remove_adapter,
+    use,
+    using,
+)
+from fourbit.lora.attach import attach, install
+from fourbit.lora.config import LoRAConfig
+from fourbit.lora.peft_files import adapter_state, load_adapter, load_adapter_state, save_adapter
+from fourbit.lora.quantize import quantize_
+from fourbit.lora.targets import linear_layers
+
+Make = Callable[..., nn.ModuleDict]
+PATHS = ["mlp.up_proj", "mlp.down_proj"]
+
+
+class Scale(Adapter):
+    """A second kind, which the package does not know: each output times 1 + gain (IA3, arXiv 2205.05638)."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * (1 + self.gain.to(y.dtype))
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return weight * self.gain.detach()[:, None]
+
+
+def outputs(model: nn.ModuleDict) -> Tensor:
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    return model["mlp"]["down_proj"](model["mlp"]["up_proj"](x).relu())
+
+
+def add_scale(model: nn.Module, name: str = "scale") -> None:
+    install(model, {path: Scale(linear_layers(model)[path].out_features) for path in PATHS}, name)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture(params=[False, True], ids=["dense", "nf4"])
+def two(request: pytest.FixtureRequest, adapted: Make) -> nn.ModuleDict:
+    """LoRA on both layers of the MLP, and beside it an adapter of the other kind, both active, with random values."""
+    model = quantize_(adapted()) if request.param else adapted()
+    add_scale(model)
+    for parameter in adapter_parameters(model, "scale").values():
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
+    use(model, "default", "scale")
+    return model
+
+
+def test_a_second_kind_trains_beside_lora(two: nn.ModuleDict) -> None:
+    """Each order of both is what the weights changed by their deltas give; what was attached last is trained."""
+    x, layer = torch.randn(4, 6, dtype=torch.float64), adapter_layers(two.double())["mlp.up_proj"]
+    layer.base.bias.data.zero_()  # which the other kind scales too, and a delta leaves alone
+    for names in (["default", "scale"], ["scale", "default"], ["scale"], []):
+        use(two, *names)
+        with adapters_off(two):
+            base = layer(x)
+        torch.testing.assert_close(layer(x), base + x @ layer.delta().T, rtol=1e-12, atol=1e-12)
+    trained = {name for name, parameter in two.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{path}.adapters.scale.gain" for path in PATHS}
+    use(two, "default", "scale")
+    optimizer, before = torch.optim.SGD(adapter_parameters(two, "scale").values(), lr=0.1), state(two)
+    losses = []
+    for _ in range(5):
+        losses.append(layer(x).square().mean())
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    assert {name for name, value in state(two).items() if not torch.equal(value, before[name])} == {
+        "mlp.up_proj.adapters.scale.gain"
+    }
+
+
+def test_a_second_kind_is_switched_copied_and_kept(two: nn.ModuleDict, tmp_path: Path) -> None:
+    both = outputs(two)
+    copy_adapter(two, "scale", "kept")
+    for parameter in adapter_parameters(two, "scale").values():
+        parameter.data.zero_()
+    with using(two, "default", "kept"):
+        assert torch.equal(outputs(two), both)
+    with using(two, "default"):
+        alone = outputs(two)
+    assert torch.equal(outputs(two), alone) and not torch.equal(alone, both)
+    load_adapter_state(two, adapter_state(two, "kept"), "scale")
+    assert torch.equal(outputs(two), both)
+    wrong = adapter_state(two, "kept") | {"base_model.model.mlp.up_proj.gain": torch.ones(3)}
+    with pytest.raises(InputError, match=r"1 of another shape: .*up_proj\.gain must be \[10\], got \[3\]"):
+        load_adapter_state(two, wrong, "scale")
+    with pytest.raises(InputError, match="PEFT has no file for the adapter 'scale'"):
+        save_adapter(two, tmp_path, name="scale")
+    save_adapter(two, tmp_path)  # the LoRA beside it
+    remove_adapter(two, "scale")
+    assert torch.equal(outputs(two), alone)
+
+
+def test_two_loras_add_up(adapted: Make, base: Make) -> None:
+    one, other, model = adapted(), adapted(seed=2, rank=3, alpha=1, rslora=True), quantize_(adapted())
+    dense = [adapter_layers(m)["mlp.up_proj"].delta() for m in (one, other)]
+    install(model, adapters_of(other), "other")
+    layer = adapter_layers(model)["mlp.up_proj"]
+    assert layer.active == ["other"] and not any(p.requires_grad for p in adapter_parameters(model).values())
+    use(model, "default", "other", "default")
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(layer(x), layer.base(x) + x @ (dense[0] + dense[1]).T)
+    assert layer.joint(x) is None  # several: the general way
+    use(model, "other")
+    assert layer.joint(x) is not None
+
+
+@pytest.mark.parametrize("settings", [{}, {"rank": 3, "alpha": 1, "rslora": True}, {"target": ["up_proj"]}])
+def test_another_adapter_computes_as_in_its_own_model(
+    tmp_path: Path, base: Make, adapted: Make, settings: dict[str, object]
+) -> None:
+    """Loaded beside the model's own, of another rank, scale and layers, or on layers where there is none."""
+    other = adapted(seed=2, **settings)
+    save_adapter(other, tmp_path)
+    for model in (adapted(), adapted(target=["down_proj"])):
+        before, own = state(model), outputs(model)
+        assert load_adapter(model, tmp_path, name="teacher", trainable=False) == list(adapters_of(other))
+        assert torch.equal(outputs(model), own)
+        with using(model, "teacher"):
+            assert torch.equal(outputs(model), outputs(other))
+            with adapters_off(model):
+                assert torch.equal(outputs(model), outputs(base()))
+            assert torch.equal(outputs(model), outputs(other))
+        assert torch.equal(outputs(model), own) and not torch.equal(own, outputs(other))
+        assert all(p.requires_grad for p in adapter_parameters(model).values())
+        assert not any(p.requires_grad for p in adapter_parameters(model, "teacher").values())
+        remove_adapter(model, "teacher")
+        assert same(state(model), before)
+
+
+def test_an_error_inside_leaves_the_model_whole(adapted: Make) -> None:
+    model = adapted(dropout=0.5)
+    adapter_layers(model)["mlp.up_proj"].active = []
+    copy_adapter(model, "default", "reference")
+    before = state(model)
+    with pytest.raises(RuntimeError, match="boom"), using(model, "reference"):
+        raise RuntimeError("boom")
+    assert [layer.active for layer in adapter_layers(model).values()] == [[], ["default"]]
+    assert same(state(model), before)
+    parts = list(adapters_of(model, "reference").values())
+    assert [part.dropout for part in parts] == [0.0, 0.0] and not any(p.requires_grad for p in parts[0].parameters())
+
+
+def test_a_graph_made_before_keeps_its_gradients(adapted: Make) -> None:
+    """The reference may run between a policy's forward and its backward."""
+    model = adapted()
+    copy_adapter(model, "default", "reference")
+    outputs(model).sum().backward()
+    wanted = {name: p.grad.clone() for name, p in adapter_parameters(model).items()}
+    model.zero_grad()
+    loss = outputs(model).sum()
+    with using(model, "reference"):
+        assert not outputs(model).requires_grad
+    loss.backward()
+    assert all(torch.equal(p.grad, wanted[name]) for name, p in adapter_parameters(model).items())
+
+
+def test_taking_off_the_last_adapter_gives_back_the_base(base: Make) -> None:
+    model, shared = base(), base()
+    layers, before = linear_layers(model), state(model)
+    model["again"] = model["mlp"]["up_proj"]
+    before |= {f"again.{name}": before[f"mlp.up_proj.{name}"] for name in ("weight", "bias")}
+    attach(model, LoRAConfig(rank=2))
+    assert isinstance(model["again"], AdapterLayer) and model["again"] is model["mlp"]["up_proj"]
+    remove_adapter(model, "default")
+    assert linear_layers(model) == layers and model["again"] is layers["mlp.up_proj"] and same(state(model), before)
+    assert same(state(base()), state(shared))
+
+
+def test_names_that_are_not_there_or_twice_are_refused(adapted: Make, base: Make) -> None:
+    model = adapted()
+    for act in (use, remove_adapter, lambda model, name: copy_adapter(model, name, "x")):
+        with pytest.raises(InputError, match="carries no adapter 'other'; it carries default"):
+            act(model, "other")
+    with pytest.raises(InputError, match="it carries none at all"), using(base(), "other"):
+        pass
+    with pytest.raises(InputError, match="already carries an adapter 'default'"):
+        copy_adapter(model, "default", "default")
+    with pytest.raises(InputError, match="already carries an adapter 'default'"):
+        attach(model, LoRAConfig(rank=2, target=["lm_head"]))
+    attach(model, LoRAConfig(rank=2, target=["lm_head"]), "head")
+    assert list(adapters_of(model, "head")) == ["lm_head"] and outputs(model).requires_grad is False
+
+
+def test_hooks_are_heard_on_layer_base_and_adapter(adapted: Make) -> None:
+    """The joint op would pass them by."""
+    layer, x = adapter_layers(quantize_(adapted()))["mlp.up_proj"], torch.randn(2, 6)
+    joint, heard = layer(x), []
+    assert layer.joint(x) is not None
+    for module in (layer.base, layer.adapters["default"]):
+        hook = module.register_forward_hook(lambda module, *_: heard.append(module))
+        assert layer.joint(x) is None
+        torch.testing.assert_close(layer(x), joint)
+        hook.remove()
+    assert heard == [layer.base, layer.adapters["default"]]
+
+
+def test_a_frozen_head_stands_apart(adapted: Make) -> None:
+    layer = adapter_layers(adapted(dropout=0.5))["mlp.up_proj"]
+    x, twin = torch.randn(2, 6), layer.train().frozen(["default", "absent"])
+    assert layer.frozen(["absent"]) is layer.base
+    want = copy.deepcopy(layer).eval()(x)
+    layer.adapters["default"].lora_B.data.zero_()
+    assert torch.equal(twin(x), want) and not any(p.requires_grad for p in twin.parameters())
+
+
+def test_the_public_names() -> None:
+    assert fourbit.use is use and fourbit.using is using and fourbit.copy_adapter is copy_adapter
