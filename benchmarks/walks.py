@@ -37,11 +37,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from fourbit.models.protocol import CausalLM
+
 from . import CHECKOUT
 
 RATE = 3.1415927e-3
 LIMITS = {"--lr to the update": 7, "a chat row to the loss": 10, "a preference pair to the loss": 12}
 FIRST_HOUSE = {"--lr to the update": 10, "a chat row to the loss": 15, "a preference pair to the loss": 24}
+PROTOCOL = "models/protocol.py"  # what a toy inherits is its own affair
 OUTSIDE = ("tests", "benchmarks", "examples", "build", ".venv")
 TEMPLATE = "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"  # noqa: E501
 SPECIAL = ("<|pad|>", "<|start|>", "<|end|>")
@@ -239,7 +242,7 @@ def rows_profile(walk: Walk) -> Callable[[FrameType, str, Any], None]:
     def profile(frame: FrameType, event: str, result: Any) -> None:
         if frame.f_code is Toy.hidden.__code__ and event in ("call", "return"):
             inside.append(frame) if event == "call" else inside.pop()
-        elif event == "call" and not inside and (file := file_of(frame.f_code)) is not None:
+        elif event == "call" and not inside and (file := file_of(frame.f_code)) not in (None, PROTOCOL):
             walk.meet(file, frame.f_code.co_qualname)
 
     return profile
@@ -264,10 +267,10 @@ class ChildHook:
                     self.walk.meet(file, "a process of its own")
 
 
-class Toy(nn.Module):
+class Toy(CausalLM):
     """The least that a trainer may ask of a model, on torch alone."""
 
-    vocab_size, hidden_size, checkpointing, source = 256 + len(SPECIAL), 16, False, "toy"
+    vocab_size, hidden_size, source = 256 + len(SPECIAL), 16, "toy"
 
     def __init__(self) -> None:
         super().__init__()
@@ -279,6 +282,12 @@ class Toy(nn.Module):
         """[B, T, hidden_size]"""
         states: Tensor = self.mix(self.embedding(input_ids))
         return states
+
+    def new_cache(self) -> Any:
+        raise NotImplementedError("a toy writes nothing")
+
+    def settings(self) -> dict[str, Any]:
+        return {"model_type": "toy"}
 
 
 class Bytes:

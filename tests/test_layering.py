@@ -1,6 +1,7 @@
 """Imports point one way: cli -> trainer -> {models, data, optim}; models -> lora -> kernels; optim -> kernels.
 
-No circle, inside a folder neither; and our own modules are imported at the top of a file, but for kernels.
+No circle, inside a folder neither; our own modules are imported at the top of a file, but for kernels; and a model is
+typed wherever it goes (`models/protocol.py` says what may be asked of it).
 """
 
 import ast
@@ -168,3 +169,29 @@ def test_planted_circles_and_late_imports_are_seen() -> None:
     assert circles({a: {b}, b: {c}, c: {a}}) == [{a, b, c}]
     assert circles({a: {b}, b: {c}, c: set()}) == []
     assert circles({a: {b, c}, b: {a}, c: {b}}) == [{a, b, c}]
+
+
+def untyped_models(source: str) -> list[str]:
+    """Arguments and attributes that are models and annotated with Any."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.arg):
+            name, annotation = node.arg, node.annotation
+        elif isinstance(node, ast.AnnAssign):
+            name, annotation = ast.unparse(node.target).split(".")[-1], node.annotation
+        else:
+            continue
+        words = "" if annotation is None else ast.unparse(annotation)
+        if name in ("model", "student", "teacher", "policy", "base") and "Any" in words:
+            found.append(f"{node.lineno}: {name}: {words}")
+    return found
+
+
+def test_models_are_typed() -> None:
+    found = {str(path.relative_to(ROOT)): untyped_models(path.read_text()) for path in MODULES.values()}
+    assert {file: lines for file, lines in found.items() if lines} == {}
+
+
+def test_a_planted_any_is_seen() -> None:
+    source = "def f(model: Any, other: Any): ...\nclass A:\n    teacher: Any | None\n"
+    assert sorted(untyped_models(source)) == ["1: model: Any", "3: teacher: Any | None"]
