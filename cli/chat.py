@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..errors import InputError
 from ..models.generate import generate
 from ..models.protocol import CausalLM
+from ..models.tokenizer import Tokenizer
 from .load import load_adapted
 from .options import AdaptedModelOptions, SamplingOptions, option
 from .parse import Sources
@@ -61,7 +62,7 @@ def _ask() -> str | None:
         return None
 
 
-def _answer(model: CausalLM, tokenizer: Any, prompt: list[int], options: Options) -> str:
+def _answer(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], options: Options) -> str:
     """Write the answer to stdout token by token; Ctrl-C ends it early, and what was written counts."""
     stream = Stream(tokenizer.decode, lambda text: print(visible(text), end="", flush=True))
     seed = options.seed + len(prompt)
@@ -69,7 +70,7 @@ def _answer(model: CausalLM, tokenizer: Any, prompt: list[int], options: Options
         generate(model, [prompt], stop_ids=tokenizer.stop_ids, seed=seed, on_token=stream.add, **options.sampling())
     except KeyboardInterrupt:
         note(" (stopped)")
-    stream.close()
+    stream.show()
     print(flush=True)
     return stream.text
 
@@ -84,14 +85,11 @@ class Stream:
 
     def add(self, token: int) -> None:
         self.ids.append(token)
+        self.show(half=False)
+
+    def show(self, half: bool = True) -> None:
+        """Write what is new; with `half` also what is no whole character yet."""
         text = self.decode(self.ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self._show(text)
-
-    def close(self) -> None:
-        """Write what was held back."""
-        self._show(self.decode(self.ids))
-
-    def _show(self, text: str) -> None:
-        self.write(text[len(self.text) :])
-        self.text = text
+        if half or not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self.write(text[len(self.text) :])
+            self.text = text

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..data.encode import Encoded
 from ..models.load import load_tokenizer
+from ..models.tokenizer import Tokenizer
 from ..trainer.config import at_least
 from .load import check_exists, read_rows
 from .options import ResultOptions, RowOptions, TokenizerOptions, option
@@ -67,7 +68,7 @@ def run(options: Options, sources: Sources) -> int:
     return 2 if refused and options.on_bad_row == "error" else 0
 
 
-def show_example(example: Encoded, tokenizer: Any) -> None:
+def show_example(example: Encoded, tokenizer: Tokenizer) -> None:
     """Print one row, with colours where the terminal has them, else with marks."""
     from rich.console import Console
     from rich.text import Text
@@ -82,7 +83,7 @@ def show_example(example: Encoded, tokenizer: Any) -> None:
         print(f"{head}\n{marked(example, tokenizer)}", flush=True)
 
 
-def pieces(example: Encoded, tokenizer: Any) -> Iterator[tuple[str, str]]:
+def pieces(example: Encoded, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
     """(kind, text) of every token: trained, context, special, trained special, or cut (beyond max_length)."""
     ids, offsets = tokenizer.encode_with_offsets(example.text)
     special = {token for token, added in tokenizer.backend.get_added_tokens_decoder().items() if added.special}
@@ -102,7 +103,7 @@ def _kind(example: Encoded, k: int, special: bool) -> str:
     return "special" if special else "context"
 
 
-def marked(example: Encoded, tokenizer: Any) -> str:
+def marked(example: Encoded, tokenizer: Tokenizer) -> str:
     """The row in plain text, runs of trained tokens as {+...+} and tokens cut off as [-...-]."""
     parts = []
     for mark, run in groupby(pieces(example, tokenizer), key=lambda piece: MARKS.get(piece[0], "")):

@@ -8,6 +8,7 @@ from ..errors import InputError
 from ..lora.peft_files import load_adapter
 from ..models.load import load_tokenizer
 from ..models.protocol import CausalLM
+from ..models.tokenizer import Tokenizer
 from ..trainer.config import DistillConfig
 from ..trainer.distill import DistillTrainer, check_same_tokens
 from .load import check_adapter, check_exists, load_weights, remark_other_form, run_settings
@@ -56,7 +57,7 @@ class Options(DistillConfig, TeacherOptions, StartOptions):
         """Whether teacher and student are one model in one form, so that it is in memory once."""
         return self.same_model and not self.full and self.teacher_quant == self.quant
 
-    def settled(self, tokenizer: Any) -> "Options":
+    def settled(self, tokenizer: Tokenizer) -> "Options":
         check_exists(self.teacher, "teacher")
         if self.teacher_adapter is not None:
             check_adapter(self.teacher_adapter, "teacher_adapter")
@@ -71,10 +72,10 @@ class Options(DistillConfig, TeacherOptions, StartOptions):
             )
         return options
 
-    def trainer(self, model: CausalLM, tokenizer: Any, rows: Any, val: Any, **more: Any) -> Any:
+    def trainer(self, model: CausalLM, tokenizer: Tokenizer, rows: Any, val: Any, **more: Any) -> Any:
         return super().trainer(model, tokenizer, rows, val, teacher=self._load_teacher(model, tokenizer))
 
-    def _load_teacher(self, student: CausalLM, tokenizer: Any) -> CausalLM | str | None:
+    def _load_teacher(self, student: CausalLM, tokenizer: Tokenizer) -> CausalLM | str | None:
         """A model, or what stands for one on the student's base."""
         adapter, quant = self.teacher_adapter, str(self.teacher_quant)
         if adapter is not None:

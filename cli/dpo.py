@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..models.protocol import CausalLM
+from ..models.tokenizer import Tokenizer
 from ..trainer.config import DPOConfig
 from ..trainer.preference import DPOTrainer
 from .load import refuse_reward_model
@@ -31,12 +32,12 @@ class Options(DPOConfig, StartOptions):
     def kind_of_rows(self) -> str:
         return "judged" if self.objective().unpaired else "pairs"
 
-    def settled(self, tokenizer: Any) -> "Options":
+    def settled(self, tokenizer: Tokenizer) -> "Options":
         if self.adapter is not None:
             refuse_reward_model(self.adapter)
         return self
 
-    def trainer(self, model: CausalLM, tokenizer: Any, rows: Any, val: Any, **more: Any) -> Any:
+    def trainer(self, model: CausalLM, tokenizer: Tokenizer, rows: Any, val: Any, **more: Any) -> Any:
         trainer = super().trainer(model, tokenizer, rows, val)
         if trainer.reference is not None:
             base = trainer.config.reference == "base"

@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..files import write_whole
 from ..models.generate import generate
 from ..models.protocol import CausalLM
+from ..models.tokenizer import Tokenizer
 from ..trainer.config import at_least
 from .load import load_adapted
 from .options import AdaptedModelOptions, ResultOptions, SamplingOptions, option
@@ -98,7 +99,11 @@ def _with_answer(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answers(
-    model: CausalLM, tokenizer: Any, template: ChatTemplate, rows: Sequence[tuple[Row, Conversation]], options: Options
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    rows: Sequence[tuple[Row, Conversation]],
+    options: Options,
 ) -> Iterator[tuple[Row, str]]:
     """Rows with their answers, in file order; some batches at a time, so that long jobs show progress."""
     for first in range(0, len(rows), 8 * options.batch_size):

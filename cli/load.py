@@ -1,5 +1,6 @@
 """Loading what a command's options name, and the choices that `auto` makes."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..lora.linear4bit import NF4Linear
 from ..lora.peft_files import load_adapter
 from ..models.load import check_tokenizer, load_model, load_tokenizer
 from ..models.protocol import CausalLM
+from ..models.tokenizer import Tokenizer
 from .config_file import read_config
 from .options import AdaptedModelOptions, ModelOptions
 from .show import amount, note, working
@@ -22,10 +24,10 @@ CONFIG = "config.yaml"  # what a run leaves in its folder
 FORMS = {"none": "dense", "nf4": "NF4 with double quantisation", "nf4-nodq": "NF4"}
 
 
-READERS: dict[str, Callable[..., Any]] = {"chat": load_dataset, "pairs": load_preferences, "judged": load_judged}
+READERS: dict[str, Callable[..., Any]] = {"sft": load_dataset, "pairs": load_preferences, "judged": load_judged}
 
 
-def read_rows(options: Any, tokenizer: Any, paths: Sequence[str], kind: str = "chat", **more: Any) -> Any:
+def read_rows(options: Any, tokenizer: Tokenizer, paths: Sequence[str], kind: str = "sft", **more: Any) -> Any:
     """The rows of data files, read, checked and encoded as the options say."""
     names = ("template", "max_length", "loss_on", "truncation", "on_bad_row")
     return READERS[kind](paths, tokenizer, **{n: getattr(options, n) for n in names if hasattr(options, n)} | more)
@@ -35,9 +37,9 @@ def choose_device(name: str) -> str:
     """The device that `--device NAME` means. Raises InputError or EnvironmentProblem for one that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isascii()) or (":" in name and not index.isdigit()):
+    if not re.fullmatch(r"(cpu|cuda)(:[0-9]+)?", name):
         raise InputError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    kind, _, index = name.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():
         raise EnvironmentProblem("--device cuda: torch sees no CUDA device here; fourbit doctor tells more")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
@@ -56,7 +58,7 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def load_weights(options: ModelOptions, tokenizer: Any, quant: str) -> CausalLM:
+def load_weights(options: ModelOptions, tokenizer: Tokenizer, quant: str) -> CausalLM:
     """The model that the options name; prints what was loaded. Raises InputError if the tokenizer is not its own."""
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
@@ -72,7 +74,7 @@ def load_weights(options: ModelOptions, tokenizer: Any, quant: str) -> CausalLM:
     return model
 
 
-def load_adapted(options: AdaptedModelOptions) -> tuple[CausalLM, Any, ChatTemplate]:
+def load_adapted(options: AdaptedModelOptions) -> tuple[CausalLM, Tokenizer, ChatTemplate]:
     """Model with the adapter on it, tokenizer and template.
 
     The 4-bit form and the template default to those that the adapter (or the whole model) was trained with.

@@ -8,8 +8,6 @@ docstring heads the help. Order: defaults, then the file, then the flags.
 import inspect
 import math
 import re
-import shutil
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from types import NoneType, UnionType
@@ -19,12 +17,22 @@ import msgspec
 
 from ..errors import InputError
 from .config_file import read_config
+from .show import wrapped
 from .synonyms import hint
 
 T = TypeVar("T")
 Sources = Mapping[str, str]  # of each option by name: DEFAULT, FLAG or "FILE:LINE"
 DEFAULT, FLAG = "default", "flag"
 BARE = {"resume": "auto"}  # options whose flag may stand without a value, and what it means then
+WORDS: dict[Any, tuple[str, str]] = {  # a type in words, and what stands for a value of it
+    int: ("a whole number", "N"),
+    float: ("a number", "X"),
+    bool: ("true or false", ""),
+    str: ("text", "TEXT"),
+    NoneType: ("null", ""),
+    tuple: ("text or a list of texts", "TEXT"),
+    dict: ("a mapping of names or patterns to numbers", "NAME=X"),
+}
 METAVARS = {  # where the type says too little
     "out": "PATH",
     "template": "NAME|FILE",
@@ -159,16 +167,20 @@ def _pairs(given: Sequence[str], where: str) -> dict[str, str]:
     return pairs
 
 
-def _expected(kind: Any) -> str:
-    """A type in words: "a whole number or auto"."""
+def _forms(kind: Any, column: int) -> list[str]:
+    """What a value of a type may be, in words (column 0) or as a placeholder (1)."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
-        return ("one of " if len(inner) > 1 else "") + ", ".join(map(str, inner))
+        return [str(value) for value in inner]
     if origin in (Union, UnionType):
-        return " or ".join(map(_expected, inner))
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
-    words |= {tuple: "text or a list of texts", dict: "a mapping of names or patterns to numbers"}
-    return words[origin or kind]
+        return [form for part in inner for form in _forms(part, column)]
+    return [WORDS[origin or kind][column]]
+
+
+def _expected(kind: Any) -> str:
+    """A type in words: "a whole number or auto"."""
+    *forms, last = _forms(kind, 0)
+    return ("one of " if len(forms) > 1 else "") + ", ".join(forms) + " or " * bool(forms) + last
 
 
 def _shown(raw: Any) -> str:
@@ -181,7 +193,7 @@ def help_page(kind: type, command: str) -> str:
     types = _types(kind)
     groups: dict[str, list[str]] = {}
     for field in _fields(kind):
-        head = f"{_flag(field.name)} {_metavar(field, types[field.name])}"
+        head = _flag(field.name) + _metavar(field, types[field.name])
         groups.setdefault(_group(kind, field.name), []).append(_entry(head, field.metadata["help"] + _default(field)))
     output = groups.pop("output", [])  # last
     output += [_entry("-h, --help", "print this and exit"), _entry("--debug", "print tracebacks")]
@@ -198,28 +210,15 @@ def _group(kind: type, name: str) -> str:
 
 
 def _entry(head: str, text: str) -> str:
-    """Lines break at blanks alone: half of a name with a hyphen is no name."""
-    width, indent = min(120, shutil.get_terminal_size().columns), " " * 32
-    text = textwrap.fill(
-        text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
-    )
+    text = wrapped(text, " " * 32, " " * 32)
     return f"  {head:<28}  {text.lstrip()}" if len(head) <= 28 else f"  {head}\n{text}"
 
 
 def _metavar(field: "Field[Any]", kind: Any) -> str:
     if kind is bool:
-        return "| --no-..."
-    given = field.metadata.get("metavar") or METAVARS.get(field.name) or _choices(kind)
-    return f"[{given}]" if field.name in BARE else str(given)
-
-
-def _choices(kind: Any) -> str:
-    """What stands for a value of a type: `N`, `nf4|none`, `auto|N`."""
-    if get_origin(kind) is Literal:
-        return "|".join(map(str, get_args(kind)))
-    if get_origin(kind) in (Union, UnionType):
-        return "|".join(_choices(part) for part in get_args(kind) if part is not NoneType)
-    return {int: "N", float: "X"}.get(kind, "TEXT")
+        return f", --no-{_flag(field.name)[2:]}"
+    given = field.metadata.get("metavar") or METAVARS.get(field.name) or "|".join(filter(None, _forms(kind, 1)))
+    return f" [{given}]" if field.name in BARE else f" {given}"
 
 
 def _default(field: "Field[Any]") -> str:

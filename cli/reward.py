@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..models.protocol import CausalLM
+from ..models.tokenizer import Tokenizer
 from ..trainer.config import RewardConfig
 from ..trainer.reward import RewardTrainer
 from ..trainer.reward_model import HEAD, read_head
@@ -33,7 +34,7 @@ class Options(RewardConfig, StartOptions):
     def kind_of_rows(self) -> str:
         return "pairs"
 
-    def trainer(self, model: CausalLM, tokenizer: Any, rows: Any, val: Any, **more: Any) -> Any:
+    def trainer(self, model: CausalLM, tokenizer: Tokenizer, rows: Any, val: Any, **more: Any) -> Any:
         if self.adapter is None or not (Path(self.adapter) / HEAD).exists():
             return super().trainer(model, tokenizer, rows, val)
         note(f"head: goes on from {self.adapter}")

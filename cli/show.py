@@ -5,14 +5,13 @@ import math
 import shutil
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..data.dataset import Examples
 from ..trainer.interrupt import stop_if_asked
-
-if TYPE_CHECKING:
-    from ..data.dataset import Examples
 
 SHOWN_DROPS = 3
 
@@ -22,10 +21,11 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def wrapped(text: str) -> str:
-    """Text broken at blanks to the terminal's width, later lines indented."""
+def wrapped(text: str, first: str = "", later: str = "  ") -> str:
+    """Text broken to the terminal's width, at blanks alone: half of a name with a hyphen is no name."""
     width = min(120, shutil.get_terminal_size().columns)
-    return textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=later, **how)
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def working(text: str) -> Iterator[None]:
 
 
 def describe(name: str, dataset: "Examples[Any, Any]") -> None:
-    """One line of figures for a dataset, and what its reader found remarkable."""
+    """One line of counts for a dataset, and what its reader found remarkable."""
     report = dataset.report
     share = report.trained / max(1, report.tokens)
     parts = [count(report.rows, "row"), count(report.tokens, "token"), f"{share:.0%} trained"]
@@ -69,7 +69,8 @@ def pairs(rows: Sequence[tuple[str, str]]) -> str:
 def result(values: Mapping[str, Any], text: str, *, as_json: bool) -> None:
     """The outcome of a command: JSON for programs, else text; NaN and infinity are null in JSON."""
     if as_json:
-        text = json.dumps({name: _finite(value) for name, value in values.items()}, ensure_ascii=False, allow_nan=False)
+        finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
+        text = json.dumps(finite, ensure_ascii=False)
     print(text, flush=True)
 
 
@@ -77,16 +78,13 @@ def bars(values: Sequence[int], most: int = 10, width: int = 40) -> str:
     """A histogram of whole numbers in at most `most` round steps, one line each."""
     top = max(values, default=0)
     step = next(s for e in range(20) for s in (10**e, 2 * 10**e, 5 * 10**e) if s * most > top)
-    counts = [0] * (top // step + 1)
-    for value in values:
-        counts[value // step] += 1
-    names = [f"{i * step}-{(i + 1) * step - 1}" if step > 1 else f"{i}" for i in range(len(counts))]
-    first = next((i for i, number in enumerate(counts) if number), 0)
-    longest, pad = max(counts), max(map(len, names))
-    return "\n".join(
-        f"{name:>{pad}}  {'█' * -(-number * width // max(1, longest))} {number}"
-        for name, number in list(zip(names, counts, strict=True))[first:]
-    )
+    counts = Counter(value // step for value in values)
+    longest = max(counts.values(), default=1)
+    rows = []
+    for i in range(min(counts, default=0), top // step + 1):
+        name = f"{i * step}-{(i + 1) * step - 1}" if step > 1 else str(i)
+        rows.append((name, f"{'█' * -(-counts[i] * width // longest)} {counts[i]}"))
+    return pairs(rows)
 
 
 def visible(text: str) -> str:
@@ -101,18 +99,10 @@ def count(number: int, noun: str) -> str:
 
 def amount(number: int) -> str:
     """A large number to three digits: `134 M`, `1.24 B`, `35.6 k`."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(number)
+    size, unit = next(((size, unit) for size, unit in ((1e9, "B"), (1e6, "M")) if number >= size), (1e3, "k"))
+    return f"{number / size:.3g} {unit}"
 
 
 def figure(value: float | None, digits: int = 4) -> str:
     """`value` with so many digits; a dash for what is missing or not finite."""
     return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,6 +16,7 @@ from ..lora.config import LoRAConfig
 from ..lora.peft_files import load_adapter
 from ..models.load import load_tokenizer
 from ..models.protocol import CausalLM
+from ..models.tokenizer import Tokenizer
 from ..trainer.config import TrainingConfig
 from ..trainer.interrupt import stop_if_asked
 from ..trainer.progress import display_for
@@ -45,15 +46,12 @@ class DataOptions:
 
     @property
     def share(self) -> float | None:
-        """The share of the data that validates, if val is one. Raises InputError for one that leaves no rows."""
+        """The share of the data that validates; None: val is a file, or there is none. Raises InputError."""
         if self.val is None or not self.val.endswith("%"):
             return None
-        try:
-            share = float(self.val[:-1]) / 100
-        except ValueError:
-            raise InputError(f"--val must be a file or a share such as 5%, got {self.val!r}") from None
+        share = float(self.val[:-1]) / 100 if re.fullmatch(r"\d+(\.\d+)?%", self.val) else 0
         if not 0 < share < 1:
-            raise InputError(f"--val must be a share above 0% and below 100%, got {self.val!r}")
+            raise InputError(f"--val must be a file, or a share above 0% and below 100%, got {self.val!r}")
         return share
 
 
@@ -111,14 +109,14 @@ class TrainOptions(ResultOptions, TrainingConfig, AdapterOptions, DataOptions, M
 
     # What a command may say.
 
-    def settled(self, tokenizer: Any) -> Self:
+    def settled(self, tokenizer: Tokenizer) -> Self:
         """Options with nothing left open. Raises InputError for what only this command can get wrong."""
         return self
 
     def kind_of_rows(self) -> str:
-        return "chat"
+        return "sft"
 
-    def trainer(self, model: CausalLM, tokenizer: Any, rows: Any, val: Any, **more: Any) -> Any:
+    def trainer(self, model: CausalLM, tokenizer: Tokenizer, rows: Any, val: Any, **more: Any) -> Any:
         config = self.config_type(**{field.name: getattr(self, field.name) for field in fields(self.config_type)})
         return self.trainer_type(model, tokenizer, train=rows, val=val, config=config, **more)
 
@@ -202,7 +200,7 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
-def _datasets(options: TrainOptions, tokenizer: Any) -> tuple[Any, Any]:
+def _datasets(options: TrainOptions, tokenizer: Tokenizer) -> tuple[Any, Any]:
     """Training and validation rows (None without), checked and described."""
     kind = options.kind_of_rows()
     with working("reading data"):

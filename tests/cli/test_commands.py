@@ -242,7 +242,7 @@ def test_a_stream_holds_back_half_characters(tiny_folder: Path) -> None:
         stream.add(token)
     assert [text for text in written if text] == ["a", "é", "€", "😀"]
     stream.add(tokenizer.encode("é")[0])  # the model stopped in mid-character
-    stream.close()
+    stream.show()
     assert "".join(written) == stream.text == "aé€😀\N{REPLACEMENT CHARACTER}"
 
 
