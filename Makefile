@@ -1,6 +1,7 @@
 # Everything a newcomer or CI does. The environment is made once in .venv; marker files make the next run instant.
 PYTHON ?= python3
 PIP_ARGS ?=
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
@@ -13,8 +14,9 @@ demo: $(VENV)/.installed $(VENV)/.model ## fine-tune a real model on examples/ti
 demo-dpo: $(VENV)/.installed $(VENV)/.model ## SFT, then DPO on examples/preferences, and what it changed
 	$(BIN)/python examples/preferences/dpo.py
 
-test: $(VENV)/.dev $(VENV)/.model ## the whole CPU suite
-	$(BIN)/python -P -m pytest $(PYTEST_ARGS)
+# A file's tests stay in one process: what its fixtures make is made once.
+test: $(VENV)/.dev $(VENV)/.model ## the whole CPU suite, in WORKERS processes
+	$(BIN)/python -P -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.dev $(VENV)/.model ## the tests that take minutes
 	$(BIN)/python -P -m pytest -m slow $(PYTEST_ARGS)

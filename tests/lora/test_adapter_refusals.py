@@ -218,7 +218,7 @@ def test_only_regular_files_of_the_folder_itself(
 def test_patterns_made_to_hang(folder: Path, base: Make, adapted: Make, refuses: Refuses) -> None:
     """A target that cannot be trusted gives way to the tensors' own names; a rank or alpha pattern is refused."""
     hostile = "((m|l|p)+[a-z_.]*)*!"
-    start, fresh = time.monotonic(), base()
+    start, fresh = time.process_time(), base()
     edit_config(folder, target_modules=hostile)
     load_adapter(fresh, folder)
     wanted = adapter_state(adapted())
@@ -229,7 +229,7 @@ def test_patterns_made_to_hang(folder: Path, base: Make, adapted: Make, refuses:
     edit_config(folder, rank_pattern={}, alpha_pattern={})
     edit_weights(folder, lambda tensors: tensors.pop(A))
     refuses(folder, "1 missing")
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_fp16_overflow_is_refused(folder: Path, base: Make) -> None:

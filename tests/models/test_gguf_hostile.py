@@ -146,10 +146,10 @@ def test_bad_header_is_refused_at_once(name: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(raw)
     tracemalloc.start()
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(InputError) as caught:
         GGUFFile(path)
-    seconds, (_, peak) = time.monotonic() - began, tracemalloc.get_traced_memory()
+    seconds, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert words in str(caught.value)
     assert str(path) in str(caught.value)
@@ -312,9 +312,9 @@ def test_20000_damaged_files_are_read_or_refused(
 def check_read_or_refused(factory: pytest.TempPathFactory, raw: bytes) -> None:
     path = factory.getbasetemp() / "changed.gguf"
     path.write_bytes(raw)
-    began = time.monotonic()
+    began = time.process_time()
     try:
         use(path)
     except InputError as error:
         assert len(str(error)) < 2000
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
