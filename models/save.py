@@ -1,52 +1,83 @@
 """Writing a dense model as a Hugging Face folder, so that anything that reads those can load it."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch import nn
+from torch import Tensor
 
-from ..errors import InputError, NumericError
+from ..errors import InputError
+from ..files import check_finite, disk_errors, write_tensors, write_text
+from .hf import INDEX, SINGLE
 from .protocol import CausalLM
 from .tokenizer import Tokenizer
 
+SHARD_BYTES = 5 * 10**9  # as transformers cuts
 
-def save_model(model: CausalLM, tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write config.json, model.safetensors and the tokenizer's files into `folder`, which is made if need be.
 
-    model: a dense one without an adapter. Tied weights are written once, under the embedding's name.
-    Raises InputError for a 4-bit model or one with an adapter, NumericError for NaN or infinity, by tensor.
+def save_model(model: CausalLM, tokenizer: Tokenizer, folder: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write config.json, the weights and the tokenizer's files into `folder`, which is made if need be.
+
+    model: a dense one without an adapter. Tied weights are written once, under the embedding's name. Weights of more
+    than `shard_bytes` become several files with an index. Every file appears whole or not at all, config.json last.
+    Raises InputError for a 4-bit model or one with an adapter, NumericError for NaN or infinity, by tensor, both before
+    anything is written, and DiskError when the disk refuses.
     """
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, settings = Path(folder), model.settings()
     tensors = _dense_state(model)
-    settings = model.settings()
     if settings.get("tie_word_embeddings"):
         tensors.pop("lm_head.weight", None)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_weights(folder, list(_shards(tensors, shard_bytes)))
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    config = settings | {"torch_dtype": dtype}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_tokenizer(tokenizer, folder)
+    text = json.dumps(settings | {"torch_dtype": dtype}, indent=2) + "\n"
+    with disk_errors("the model", folder, len(text)):
+        save_tokenizer(tokenizer, folder)
+        write_text(folder / "config.json", text)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json (special tokens and chat template)."""
-    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer.json", tokenizer.backend.to_str(pretty=True))
     names = ("bos_token", "eos_token", "pad_token", "chat_template")
     settings = {name: value for name in names if (value := getattr(tokenizer, name)) is not None}
     text = json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "tokenizer_config.json", text + "\n")
 
 
-def _dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
+def _dense_state(model: CausalLM) -> dict[str, Tensor]:
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
         if name not in names or not tensor.is_floating_point() or ".lora_" in name:
             raise InputError(f"only a dense model without an adapter can be saved as one; {name} belongs to neither")
-        if not torch.isfinite(tensor).all():
-            raise NumericError(f"{name} holds NaN or infinity; it is not saved")
+        check_finite(name, tensor)
     return state
+
+
+def _shards(tensors: dict[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
+    """The tensors in their order, cut before the one that would make a file larger than `limit` bytes."""
+    shard: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if shard and sum(held.nbytes for held in shard.values()) + tensor.nbytes > limit:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    yield shard
+
+
+def _write_weights(folder: Path, shards: list[dict[str, Tensor]]) -> None:
+    """One file, or several and an index; what an earlier save left under the other names goes."""
+    if len(shards) == 1:
+        write_tensors(folder / SINGLE, shards[0], "the model")
+    else:
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        for name, shard in zip(names, shards, strict=True):
+            write_tensors(folder / name, shard, "the model")
+        size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        text = json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2) + "\n"
+        with disk_errors("the model", folder, len(text)):
+            write_text(folder / INDEX, text)
+    with contextlib.suppress(FileNotFoundError):
+        (folder / (INDEX if len(shards) == 1 else SINGLE)).unlink()

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from ..errors import InputError
-from .hf import read_json
+from ..files import read_json, read_text
 
 TOKENIZER_BYTES = 256 << 20  # the largest in use (262k tokens) has 34 MB
 JSON_BYTES = 64 << 20
@@ -42,9 +42,9 @@ def _backend(folder: Path) -> tokenizers.Tokenizer:
             f"{folder}: needs tokenizer.json, {found}. Convert it once with transformers: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
-    raw = _read(path, TOKENIZER_BYTES)
+    text = read_text(path, TOKENIZER_BYTES)
     try:
-        backend = tokenizers.Tokenizer.from_buffer(raw)
+        backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise InputError(f"{path}: not a readable tokenizer: {error}.") from None
     if getattr(backend.model, "dropout", None):
@@ -52,19 +52,8 @@ def _backend(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _read(path: Path, limit: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(limit + 1)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error}.") from None
-    if len(raw) > limit:
-        raise InputError(f"{path}: must be at most {limit} bytes, has {path.stat().st_size}.")
-    return raw
-
-
 def _optional_json(folder: Path, name: str) -> dict[str, Any]:
-    return read_json(folder, name, JSON_BYTES) if (folder / name).exists() else {}
+    return read_json(folder / name, JSON_BYTES) if (folder / name).exists() else {}
 
 
 def _token(folder: Path, config: dict[str, Any], older: dict[str, Any], key: str) -> str | None:
@@ -95,10 +84,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """The template's source; of several named ones, the one called "default"."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        try:
-            return _read(path, TEMPLATE_BYTES).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: must be UTF-8: {error}.") from None
+        return read_text(path, TEMPLATE_BYTES)
     template = config.get("chat_template")
     where = folder / "tokenizer_config.json"
     if isinstance(template, list):

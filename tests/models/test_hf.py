@@ -274,13 +274,14 @@ def test_an_empty_folder(tmp_path: Path) -> None:
     [
         (b"", "must be JSON"),
         (b"{", "must be JSON"),
-        (b"\xff\xfe{}", "must be JSON"),
+        (b"\xff\xfe{}", "must be UTF-8"),
         (b"[1]", "JSON object, got list"),
         (b"7", "JSON object, got int"),
         (b'{"a":' * 20000, "must be JSON"),
         (b"[" * 100000, "must be JSON"),
         (b'{"a": ' + b"9" * 5000 + b"}", "must be JSON"),
-        (b" " * (5 << 20) + b"{}", "at most 4194304 bytes, got 5242882"),
+        (b'{"a": 1, "a": 2}', "the key 'a' stands there twice"),
+        (b" " * (5 << 20) + b"{}", "at most 4,194,304 bytes, got 5,242,882"),
     ],
 )
 def test_a_config_that_is_no_small_json_object(tmp_path: Path, raw: bytes, message: str) -> None:

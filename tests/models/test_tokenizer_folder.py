@@ -141,15 +141,15 @@ RAW: dict[str, tuple[str, bytes, str]] = {
     "tokenizer.json no JSON": ("tokenizer.json", b"{", "not a readable tokenizer"),
     "tokenizer.json an array": ("tokenizer.json", b"[]", "not a readable tokenizer"),
     "tokenizer.json without model": ("tokenizer.json", b'{"version": "1.0"}', "not a readable tokenizer"),
-    "tokenizer.json not UTF-8": ("tokenizer.json", b'{"version": "\xff"}', "not a readable tokenizer"),
+    "tokenizer.json not UTF-8": ("tokenizer.json", b'{"version": "\xff"}', "must be UTF-8"),
     "tokenizer.json nested deep": ("tokenizer.json", b"[" * 20000, "not a readable tokenizer"),
     "config no JSON": ("tokenizer_config.json", b"{'a': 1}", "must be JSON"),
     "config an array": ("tokenizer_config.json", b"[]", "must be a JSON object"),
     "config nested deep": ("tokenizer_config.json", b'{"a":' * 20000, "must be JSON"),
-    "config not UTF-8": ("tokenizer_config.json", b'{"bos_token": "\xff"}', "must be JSON"),
+    "config not UTF-8": ("tokenizer_config.json", b'{"bos_token": "\xff"}', "must be UTF-8"),
     "generation config no JSON": ("generation_config.json", b"eos", "must be JSON"),
     "template not UTF-8": ("chat_template.jinja", b"\xff\xfe{\0", "must be UTF-8"),
-    "template of 1 MiB + 1": ("chat_template.jinja", b"x" * ((1 << 20) + 1), "at most 1048576 bytes"),
+    "template of 1 MiB + 1": ("chat_template.jinja", b"x" * ((1 << 20) + 1), "at most 1,048,576 bytes"),
 }
 
 
