@@ -9,8 +9,9 @@ from ..errors import InputError
 from ..models.generate import generate
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
+from ..trainer.config import setting
 from .load import load_adapted
-from .options import AdaptedModelOptions, SamplingOptions, option
+from .options import AdaptedModelOptions, SamplingOptions
 from .parse import Sources
 from .show import note, visible
 
@@ -24,7 +25,7 @@ class Options(SamplingOptions, AdaptedModelOptions):
     """
 
     title: ClassVar[str] = "conversation"
-    system: str | None = option("a system message to begin with", None)
+    system: str | None = setting(None, "a system message to begin with")
 
 
 def run(options: Options, sources: Sources) -> int:

@@ -8,9 +8,9 @@ from typing import ClassVar
 from ..data.encode import Encoded
 from ..models.load import load_tokenizer
 from ..models.tokenizer import Tokenizer
-from ..trainer.config import at_least
+from ..trainer.config import at_least, setting
 from .load import check_exists, read_rows
-from .options import ResultOptions, RowOptions, TokenizerOptions, option
+from .options import ResultOptions, RowOptions, TokenizerOptions
 from .parse import Sources
 from .show import bars, count, describe, note, result, visible
 
@@ -36,8 +36,8 @@ class Options(ResultOptions, RowOptions, TokenizerOptions):
     """
 
     title: ClassVar[str] = "preview"
-    rows: int = option("rows to show in full", 3)
-    problems: int = option("problems to show", 20)
+    rows: int = setting(3, "rows to show in full")
+    problems: int = setting(20, "problems to show")
 
     def __post_init__(self) -> None:
         super().__post_init__()

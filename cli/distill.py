@@ -9,10 +9,10 @@ from ..lora.peft_files import load_adapter
 from ..models.load import load_tokenizer
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
-from ..trainer.config import DistillConfig
+from ..trainer.config import REQUIRED, DistillConfig, setting
 from ..trainer.distill import DistillTrainer, check_same_tokens
 from .load import check_adapter, check_exists, load_weights, remark_other_form, run_settings
-from .options import Quant, option
+from .options import Quant
 from .show import note
 from .train import StartOptions
 from .train import run as run
@@ -23,12 +23,14 @@ class TeacherOptions:
     """Whom the student learns from."""
 
     title: ClassVar[str] = "teacher"
-    teacher: str = option("the teacher: Hugging Face folder or .gguf file, of the student's tokenizer", metavar="PATH")
-    teacher_adapter: str | None = option("folder of the LoRA adapter that the teacher carries", None, metavar="DIR")
-    teacher_quant: Quant | None = option(
+    teacher: str = setting(
+        REQUIRED, "the teacher: Hugging Face folder or .gguf file, of the student's tokenizer", metavar="PATH"
+    )
+    teacher_adapter: str | None = setting(None, "folder of the LoRA adapter that the teacher carries", metavar="DIR")
+    teacher_quant: Quant | None = setting(
+        None,
         "as quant, of the teacher (default: as the student where both are one model, else as the teacher's adapter or "
         "model was trained, else nf4)",
-        None,
     )
 
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from ..files import write_text
 from ..lora.adapter import adapters_off
-from ..trainer.config import at_least
+from ..trainer.config import at_least, setting
 from ..trainer.evaluate import Answer, answer_all, evaluate_loss, exact_match
 from .load import load_adapted, read_rows
-from .options import AdaptedModelOptions, ResultOptions, RowOptions, option
+from .options import AdaptedModelOptions, ResultOptions, RowOptions
 from .parse import Sources
 from .show import describe, figure, note, pairs, result, working
 
@@ -27,11 +27,11 @@ class Options(ResultOptions, RowOptions, AdaptedModelOptions):
     """
 
     title: ClassVar[str] = "evaluation"
-    exact: bool = option("write answers and compare them (the slow part)", True)
-    base: bool = option("with an adapter: measure the model without it too", True)
-    max_new_tokens: int = option("tokens an answer may have", 256)
-    batch_size: int = option("answers written at a time", 32)
-    answers: str | None = option("write expected and given answers there, one JSON object a row", None, metavar="FILE")
+    exact: bool = setting(True, "write answers and compare them (the slow part)")
+    base: bool = setting(True, "with an adapter: measure the model without it too")
+    max_new_tokens: int = setting(256, "tokens an answer may have")
+    batch_size: int = setting(32, "answers written at a time")
+    answers: str | None = setting(None, "write expected and given answers there, one JSON object a row", metavar="FILE")
 
     def __post_init__(self) -> None:
         super().__post_init__()

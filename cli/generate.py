@@ -16,9 +16,9 @@ from ..files import write_whole
 from ..models.generate import generate
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
-from ..trainer.config import at_least
+from ..trainer.config import REQUIRED, at_least, setting
 from .load import load_adapted
-from .options import AdaptedModelOptions, ResultOptions, SamplingOptions, option
+from .options import AdaptedModelOptions, ResultOptions, SamplingOptions
 from .parse import Sources
 from .show import note, pairs, result
 
@@ -36,9 +36,9 @@ class Options(ResultOptions, SamplingOptions, AdaptedModelOptions):
 
     title: ClassVar[str] = "rows"
     positional: ClassVar[str] = "data"
-    data: tuple[str, ...] = option("JSONL file of prompts; repeat the flag for more", metavar="FILE")
-    out: str = option("file for the answers, one JSON object a row", metavar="FILE")
-    batch_size: int = option("answers written at a time", 32)
+    data: tuple[str, ...] = setting(REQUIRED, "JSONL file of prompts; repeat the flag for more", metavar="FILE")
+    out: str = setting(REQUIRED, "file for the answers, one JSON object a row", metavar="FILE")
+    batch_size: int = setting(32, "answers written at a time")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,13 +17,13 @@ from ..lora.peft_files import load_adapter
 from ..models.load import load_tokenizer
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
-from ..trainer.config import TrainingConfig
+from ..trainer.config import REQUIRED, TrainingConfig, setting
 from ..trainer.interrupt import stop_if_asked
 from ..trainer.progress import display_for
 from ..trainer.run import TrainResult
 from .config_file import write_config
 from .load import CONFIG, check_adapter, check_exists, is_reward_model, load_weights, read_rows, run_settings
-from .options import ModelOptions, ResultOptions, option
+from .options import ModelOptions, ResultOptions
 from .parse import DEFAULT, Sources
 from .show import amount, count, describe, figure, note, pairs, result, working, wrapped
 
@@ -39,9 +39,11 @@ class DataOptions:
     """Which rows train and which are held out."""
 
     title: ClassVar[str] = "data"
-    data: tuple[str, ...] = option("JSONL file of rows to train on; repeat the flag for more", metavar="FILE")
-    val: str | None = option(
-        "validation rows: a JSONL file, or a share of the data such as 5%", None, metavar="FILE|N%"
+    data: tuple[str, ...] = setting(
+        REQUIRED, "JSONL file of rows to train on; repeat the flag for more", metavar="FILE"
+    )
+    val: str | None = setting(
+        None, "validation rows: a JSONL file, or a share of the data such as 5%", metavar="FILE|N%"
     )
 
     @property
@@ -60,16 +62,16 @@ class AdapterOptions:
     """The adapter that a run trains."""
 
     title: ClassVar[str] = "adapter"
-    rank: int = option("rank of the adapter's matrices", 16)
-    alpha: float = option("the update is scaled by alpha / rank", 32)
-    dropout: float = option("dropout on the adapter's input", 0.0)
-    target: tuple[str, ...] = option(
+    rank: int = setting(16, "rank of the adapter's matrices")
+    alpha: float = setting(32, "the update is scaled by alpha / rank")
+    dropout: float = setting(0.0, "dropout on the adapter's input")
+    target: tuple[str, ...] = setting(
+        ("all-linear",),
         "layers that get an adapter: all-linear, attn, mlp, names such as q_proj,v_proj, or a regular expression that "
         "matches full names",
-        ("all-linear",),
         metavar="NAME",
     )
-    rslora: bool = option("scale by alpha / sqrt(rank) instead", False)
+    rslora: bool = setting(False, "scale by alpha / sqrt(rank) instead")
 
     def lora_config(self) -> LoRAConfig:
         """The checked settings; a group or a regular expression is one text, layers' names are a list."""
@@ -126,8 +128,8 @@ class StartOptions(TrainOptions):
     """The options of a training that may go on from an adapter."""
 
     title: ClassVar[str] = "adapter"
-    adapter: str | None = option(
-        "folder of a LoRA adapter to go on from; without one a fresh one is made", None, metavar="DIR"
+    adapter: str | None = setting(
+        None, "folder of a LoRA adapter to go on from; without one a fresh one is made", metavar="DIR"
     )
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from ..data.pairs import Truncation
@@ -23,20 +23,25 @@ OptimizerName = Literal[
 ]
 DivergenceKind = Literal["forward-kl", "reverse-kl", "jsd"]
 ReferenceKind = Literal["auto", "base", "start"]
+REQUIRED: Any = MISSING  # as a default: there is none
 PAGED = "paged-"
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def setting(default: Any, help: str) -> Any:
-    """A field with its default and the sentence that the command line prints about it."""
-    return field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, metavar: str = "", bare: str = "") -> Any:
+    """A field: its default (or REQUIRED), the sentence that the command line prints about it, what stands
+    there for its value where the type says too little, and what its flag means without a value."""
+    metadata = {"help": help, "metavar": metavar, "bare": bare}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Options of every kind of training. Raises InputError for a value that cannot work, naming it."""
 
-    out: str = field(metadata={"help": "folder for the adapter, checkpoints, metrics and the loss curve"})
+    out: str = setting(REQUIRED, "folder for the adapter, checkpoints, metrics and the loss curve", metavar="PATH")
     epochs: int = setting(1, "passes over the training rows (ignored when steps is given)")
     steps: int | None = setting(None, "optimizer steps in all; decides instead of epochs")
     batch_size: int = setting(8, "examples per optimizer step, over all micro-batches")
@@ -46,7 +51,9 @@ class TrainingConfig:
     packing: bool = setting(True, "lay a micro-batch's examples end to end in one row instead of padding them")
     max_length: int = setting(1024, "tokens an example may have; a longer one is a bad row")
     on_bad_row: Literal["error", "skip"] = setting("error", "stop at bad rows, or leave them out and count them")
-    template: str | None = setting(None, "chat template: a built-in's name or a .jinja file instead of the model's own")
+    template: str | None = setting(
+        None, "chat template: a built-in's name or a .jinja file instead of the model's own", metavar="NAME|FILE"
+    )
     lr: float = setting(2e-4, "peak learning rate")
     schedule: Schedule = setting(
         "cosine",
@@ -58,12 +65,11 @@ class TrainingConfig:
         None, "wsd's last part, in which the rate falls: a fraction or a number of steps, as warmup; default 0.1"
     )
     lora_plus: float = setting(1.0, "LoRA+: the learning rate of B as a multiple of A's; its authors suggest 16")
-    lr_scale: dict[str, float] = field(
-        default_factory=dict,
-        metadata={
-            "help": "factors on the learning rate by patterns of parameter names, such as '*.layers.0.*=0.5'; those "
-            "that match multiply, 0 leaves weights as they are. Repeat the flag for more"
-        },
+    lr_scale: dict[str, float] = setting(
+        {},
+        "factors on the learning rate by patterns of parameter names, such as '*.layers.0.*=0.5'; those that match "
+        "multiply, 0 leaves weights as they are. Repeat the flag for more",
+        metavar="PATTERN=X",
     )
     optimizer: OptimizerName = setting(
         "adamw",
@@ -71,7 +77,9 @@ class TrainingConfig:
         "in host memory. lion wants an lr 3 to 10 times smaller",
     )
     optimizer_budget: str = setting(
-        "auto", "most GPU memory for a paged optimizer's state, such as 2GiB; auto: what is left beside the model"
+        "auto",
+        "most GPU memory for a paged optimizer's state, such as 2GiB; auto: what is left beside the model",
+        metavar="auto|SIZE",
     )
     stochastic_rounding: bool = setting(
         False,
@@ -89,8 +97,13 @@ class TrainingConfig:
     keep_best: bool = setting(True, "save the weights of the best validation loss instead of the last")
     save_every: int | None = setting(None, "steps between training checkpoints; default each epoch")
     keep: int = setting(2, "training checkpoints kept")
-    resume: str | None = setting(None, "auto: go on from the newest checkpoint in out, if any; or a checkpoint's path")
-    log: tuple[str, ...] = setting((), "more places for metrics: tensorboard")
+    resume: str | None = setting(
+        None,
+        "auto: go on from the newest checkpoint in out, if any; or a checkpoint's path",
+        metavar="auto|PATH",
+        bare="auto",
+    )
+    log: tuple[str, ...] = setting((), "more places for metrics: tensorboard", metavar="NAME")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "epochs", "steps", "batch_size", "eval_every", "patience", "save_every", "keep")
@@ -228,6 +241,7 @@ class DPOConfig(PreferenceConfig):
         ("sigmoid",),
         f"one of {', '.join(PAIR_LOSSES)}, or on judged answers {', '.join(UNPAIRED_LOSSES)}; NAME=WEIGHT and the flag "
         "repeated for a weighted sum, such as sigmoid=0.8 and sft=0.2",
+        metavar="NAME[=WEIGHT]",
     )
     beta: float | None = setting(None, "how strongly the policy is held to the reference; default: the loss' own")
     label_smoothing: float | None = setting(
@@ -238,7 +252,7 @@ class DPOConfig(PreferenceConfig):
     sft_weight: float | None = setting(None, "cpo: the weight of its term that fits the chosen answers")
     desirable_weight: float | None = setting(None, "kto, apo-zero-unpaired: the weight of good answers")
     undesirable_weight: float | None = setting(None, "kto, apo-zero-unpaired: the weight of bad answers")
-    divergence: str | None = setting(None, "f-DPO: reverse-kl (DPO itself), forward-kl, jsd or alpha")
+    divergence: str | None = setting(None, "f-DPO: reverse-kl (DPO itself), forward-kl, jsd or alpha", metavar="NAME")
     divergence_alpha: float | None = setting(None, "alpha of divergence alpha, 0 to 1")
     ld_alpha: float | None = setting(
         None, "LD-DPO: what tokens past the shorter answer's length count, 0 to 1; default 1"
@@ -252,6 +266,7 @@ class DPOConfig(PreferenceConfig):
         None,
         "a file for the reference's log-probabilities, computed once before training; made if it is not there, and "
         "refused if it was made from other data, weights or template",
+        metavar="FILE",
     )
 
     def __post_init__(self) -> None:

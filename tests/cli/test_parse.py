@@ -1,6 +1,6 @@
 """Flags and a file into options: order, sources, unknown names; and the set of options, pinned."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,12 +13,12 @@ from fourbit.cli.doctor import Options as DoctorOptions
 from fourbit.cli.dpo import Options as DPOOptions
 from fourbit.cli.eval import Options as EvalOptions
 from fourbit.cli.generate import Options as GenerateOptions
-from fourbit.cli.options import option
 from fourbit.cli.parse import help_page, parse
 from fourbit.cli.reward import Options as RewardOptions
 from fourbit.cli.sft import Options as SFTOptions
 from fourbit.cli.synonyms import REMARKS, SYNONYMS, hint
 from fourbit.errors import InputError
+from fourbit.trainer.config import REQUIRED, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +26,14 @@ class Options:
     """Try."""
 
     title: ClassVar[str] = "all"
-    out: str = option("a folder")
-    rank: int = option("a number", 16)
-    lr: float = option("a rate of 5%", 1e-3)
-    size: int | Literal["auto"] = option("a size", "auto")
-    packing: bool = option("a switch", True)
-    target: tuple[str, ...] = option("names", ("all",))
-    resume: str | None = option("a place", None)
-    lr_scale: dict[str, float] = field(default_factory=dict, metadata={"help": "factors"})
+    out: str = setting(REQUIRED, "a folder")
+    rank: int = setting(16, "a number")
+    lr: float = setting(1e-3, "a rate of 5%")
+    size: int | Literal["auto"] = setting("auto", "a size")
+    packing: bool = setting(True, "a switch")
+    target: tuple[str, ...] = setting(("all",), "names")
+    resume: str | None = setting(None, "a place", bare="auto")
+    lr_scale: dict[str, float] = setting({}, "factors")
 
     def __post_init__(self) -> None:
         if self.rank < 1:
