@@ -1,5 +1,6 @@
 """LoRAConfig: what to attach and where, checked when it is made."""
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,7 +67,12 @@ def pattern_value(patterns: Mapping[str, Number], path: str, default: Number) ->
 
 def pattern_key(patterns: Iterable[str], path: str) -> str | None:
     """The first of the patterns that matches the end of `path`."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
+    return next((key for key in patterns if _at_the_end(key).match(path)), None)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _at_the_end(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def _is_number(value: object) -> bool:

@@ -8,7 +8,7 @@ Writing: only keys that PEFT has known since rsLoRA came (0.7), because old vers
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from ..errors import InputError
 from .adapter import Adapter
 from .config import LoRAConfig, pattern_value
 from .lora import scale_of
-from .safe_regex import backtracks_little
 from .targets import base_modules, linear_layers, matcher, output_heads
 
 UNDERSTOOD = {
@@ -33,38 +32,34 @@ HARMLESS = {  # what they hold has no part in the forward pass of a saved adapte
 STARTS_THAT_KEEP_THE_BASE = ("true", "false", "gaussian", "orthogonal", "eva")  # others rewrite the base weights too
 
 
+PATH_LENGTH = 64  # characters of a module's path: what a match reads, and what a repetition may give back one by one
+MOST_STEPS = 1 << 20  # of matching all patterns of a file to one path: under a millisecond or two
+
+
 @dataclass(frozen=True)
 class PeftConfig:
-    """What an adapter_config.json says: the LoRA settings, and PEFT's limits on which layers they reach."""
+    """What an adapter_config.json says: the LoRA settings, and whether they hold for some numbered layers only."""
 
     lora: LoRAConfig
-    layers_to_transform: tuple[int, ...] | None = None
-    layers_pattern: tuple[str, ...] = ()
+    some_layers: bool = False
 
     def targeted(self, model: nn.Module) -> list[str] | None:
-        """Paths of the linear layers of `model` that the file means, in module order, by PEFT's (lenient) rules.
+        """Paths of the linear layers of `model` that the file's lists mean, in module order, by PEFT's lenient rules.
 
-        None if that takes a regular expression that could run without end; the file's tensors must tell then.
+        None where the file's tensors must say: for numbered layers, and for a regular expression, which in a file from
+        elsewhere may be made to never end.
         """
-        for rule in (self.lora.target, self.lora.exclude):
-            if isinstance(rule, str) and not backtracks_little(rule):
-                return None
-        target, everything = self.lora.target, self.lora.target == "all-linear"
-        heads = output_heads(model) if everything else set()
-        wanted, unwanted = matcher(target), matcher(self.lora.exclude)
-        names = [name for name in linear_layers(model) if name not in heads and not unwanted(name)]
-        return [name for name in names if everything or (wanted(name) and self._in_layers(name))]
-
-    def _in_layers(self, name: str) -> bool:
-        """PEFT's layers_to_transform, which a full path overrides."""
-        if self.layers_to_transform is None or name in self.lora.target:
-            return True
-        return _layer_index(name, self.layers_pattern) in self.layers_to_transform
+        target, exclude, everything = self.lora.target, self.lora.exclude, self.lora.target == "all-linear"
+        if self.some_layers or isinstance(exclude, str) or (isinstance(target, str) and not everything):
+            return None
+        spared = output_heads(model) if everything else set()
+        wanted, unwanted = matcher(target), matcher(exclude)
+        layers = [path for path in linear_layers(model) if path not in spared and not unwanted(path)]
+        return [path for path in layers if everything or wanted(path)]
 
 
-def read_config(text: str, file: str) -> PeftConfig:
-    """Parse the text of an adapter_config.json, which errors call `file`; InputError for whatever is not plain LoRA."""
-    raw = _json_object(text, file)
+def read_config(raw: Mapping[str, Any], file: str) -> PeftConfig:
+    """Check what an adapter_config.json, called `file` in errors, holds; InputError for whatever is not plain LoRA."""
     kind = raw.get("peft_type")
     if kind != "LORA":
         raise InputError(f"{file}: peft_type must be 'LORA', got {kind!r}; fourbit reads LoRA adapters")
@@ -72,8 +67,6 @@ def read_config(text: str, file: str) -> PeftConfig:
         if raw.get(key) is None:
             raise InputError(f"{file}: the key '{key}' is missing; PEFT writes it into every LoRA adapter")
     _refuse_unsupported(raw, file)
-    for key in ("rank_pattern", "alpha_pattern"):
-        _refuse_costly_patterns(raw.get(key), key, file)
     try:
         lora = LoRAConfig(
             rank=raw["r"],
@@ -87,9 +80,26 @@ def read_config(text: str, file: str) -> PeftConfig:
         )
     except InputError as problem:
         raise InputError(f"{file}: {problem}") from None
-    if isinstance(lora.target, str) and raw.get("layers_to_transform") is not None:
-        raise InputError(f"{file}: layers_to_transform goes with a list in target_modules, got {lora.target!r}")
-    return PeftConfig(lora, _indices(raw.get("layers_to_transform"), file), _strings(raw.get("layers_pattern"), file))
+    for key, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        if sum(map(most_steps, patterns)) > MOST_STEPS:
+            raise InputError(
+                f"{file}: {key} may take very long to match, above all {max(patterns, key=most_steps)!r}, and files "
+                "from elsewhere are not trusted that far. Write it with layer names, or with fewer choices."
+            )
+    return PeftConfig(lora, raw.get("layers_to_transform") not in (None, []))
+
+
+def most_steps(pattern: str) -> int:
+    """A bound on the steps of matching `pattern` to a module path, about; beyond any limit for one with no small bound.
+
+    Python's matcher backtracks. Without a repeated group each choice in the pattern is met once on a way through it, so
+    their product bounds the ways. An escaped character is no choice; one in a character class is counted as if it were.
+    """
+    plain = re.sub(r"\\.", "x", pattern, flags=re.DOTALL).replace("(?:", "(")
+    if re.search(r"\)[*+?{]|\(\?", plain):
+        return MOST_STEPS + 1
+    repetitions, alternatives = len(re.findall(r"[*+?{]", plain)), plain.count("|") * ("(" in plain)
+    return PATH_LENGTH ** min(1 + repetitions, 9) * 2 ** min(alternatives, 99)
 
 
 def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str) -> str:
@@ -126,23 +136,6 @@ def _alpha(fields: Mapping[str, Any], rslora: bool) -> float:
     return scale_of(fields["lora_alpha"], fields["r"], True) * fields["r"]
 
 
-def _json_object(text: str, file: str) -> dict[str, Any]:
-    try:
-        raw = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as problem:
-        raise InputError(f"{file}: this is no valid JSON: {str(problem) or 'nested too deeply'}") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{file}: an adapter_config.json holds one JSON object, this one holds a {type(raw).__name__}")
-    return raw
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    counts = Counter(key for key, _ in pairs)
-    if twice := [key for key, count in counts.items() if count > 1]:
-        raise ValueError(f"the key {twice[0]!r} stands there twice")
-    return dict(pairs)
-
-
 def _refuse_unsupported(raw: Mapping[str, Any], file: str) -> None:
     """Every key that is neither understood nor harmless must be at an empty default (null, false, 0, "", [] or {})."""
     if raw.get("bias") not in (None, "none"):
@@ -160,41 +153,6 @@ def _refuse_unsupported(raw: Mapping[str, Any], file: str) -> None:
                 f"{file}: {key}={value!r} is a PEFT feature that fourbit does not support, and without it the adapter "
                 "would compute something else. Merge the adapter with PEFT, or train one without this feature."
             )
-
-
-def _refuse_costly_patterns(patterns: object, key: str, file: str) -> None:
-    for pattern in patterns if isinstance(patterns, dict) else ():
-        if not backtracks_little(pattern):
-            raise InputError(
-                f"{file}: the {key} key {pattern!r} may take very long to match, and files from elsewhere are not "
-                "trusted that far. Write it without repeated groups, or with layer names."
-            )
-
-
-def _indices(value: object, file: str) -> tuple[int, ...] | None:
-    """layers_to_transform: an index, a list of them, or nothing."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(index, int) and not isinstance(index, bool) for index in values):
-        raise InputError(f"{file}: layers_to_transform must be a whole number or a list of them, got {value!r}")
-    return tuple(values) or None
-
-
-def _strings(value: object, file: str) -> tuple[str, ...]:
-    """layers_pattern: a name, a list of them, or nothing."""
-    values = value if isinstance(value, list) else [value] if value else []
-    if not all(isinstance(name, str) for name in values):
-        raise InputError(f"{file}: layers_pattern must be a name or a list of names, got {value!r}")
-    return tuple(values)
-
-
-def _layer_index(name: str, containers: Sequence[str]) -> int | None:
-    """Number of the layer that `name` lies in: after one of the containers, or the first number at depth 2 or more."""
-    parts = name.split(".")[:-1]
-    for container in containers or (None,):
-        for place, part in enumerate(parts):
-            if part.isdecimal() and (place >= 2 if container is None else place >= 1 and parts[place - 1] == container):
-                return int(part)
-    return None
 
 
 def _most_common(values: Any) -> Any:

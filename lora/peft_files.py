@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..files import disk_errors, float_tensors, regular_file, write_tensors, write_text
+from ..files import disk_errors, float_tensors, read_json, regular_file, write_tensors, write_text
 from .adapter import DEFAULT, Adapter, adapters_of
 from .attach import fresh, install
 from .lora import LoRA
-from .peft_config import PeftConfig, read_config, write_config
+from .peft_config import read_config, write_config
 from .targets import base_modules, linear_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -100,14 +100,15 @@ def _read_adapter(model: nn.Module, folder: Path) -> tuple[str, dict[str, LoRA],
 
     Everything is checked that can be without regard to adapters the model carries; values are not looked at yet.
     """
-    config = _read_config(folder)
+    file = _adapter_file(folder, CONFIG)
+    config = read_config(read_json(file, LARGEST_CONFIG), f"'{file}'")
     weights = _adapter_file(folder, WEIGHTS)
     label = f"'{weights}'"
     state = _without_base_copies(model, float_tensors(weights), label)
     layers = linear_layers(model)
     keys = _canonical(state, layers, label)
     names = config.targeted(model)
-    if names is None:  # a pattern too costly to trust: the file's own tensors say which layers are meant
+    if names is None:  # the file's own tensors say which layers are meant
         meant = {_module_of(key) for key in keys}
         names = [name for name in layers if PREFIX + name in meant]
     if not names:
@@ -116,18 +117,6 @@ def _read_adapter(model: nn.Module, folder: Path) -> tuple[str, dict[str, LoRA],
     found = {key: state[given] for key, given in keys.items()}
     _compare(_keyed(parts), found, label)
     return label, parts, found
-
-
-def _read_config(folder: Path) -> PeftConfig:
-    file = _adapter_file(folder, CONFIG)
-    if file.stat().st_size > LARGEST_CONFIG:
-        raise InputError(
-            f"'{file}' has {file.stat().st_size:,} bytes; an adapter config has at most {LARGEST_CONFIG:,}"
-        )
-    try:
-        return read_config(file.read_text(encoding="utf-8"), f"'{file}'")
-    except UnicodeDecodeError as problem:
-        raise InputError(f"'{file}' is not UTF-8 text: {problem}") from None
 
 
 def _without_base_copies(model: nn.Module, state: dict[str, Tensor], label: str) -> dict[str, Tensor]:

@@ -90,12 +90,9 @@ def entry_matches(entry: str, name: str) -> bool:
     return name == entry or name.endswith(f".{entry}")
 
 
-def matcher(rule: str | Iterable[str]) -> Callable[[str], bool]:
-    """Whether a path matches a regular expression, or any of a list of names, however long the list is."""
-    if isinstance(rule, str):
-        pattern = re.compile(rule)
-        return lambda name: pattern.fullmatch(name) is not None
-    entries = frozenset(rule)
+def matcher(names: Iterable[str]) -> Callable[[str], bool]:
+    """Whether a path is one of the names or ends in one, however many they are."""
+    entries = frozenset(names)
     return lambda name: any(end in entries for end in _ends(name))
 
 

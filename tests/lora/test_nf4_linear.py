@@ -245,4 +245,8 @@ def test_frozen_and_printed() -> None:
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     expected = "in_features=48, out_features=40, bias=True, quant_type=nf4, blocksize=64, double_quant=True"
     assert repr(layer) == f"NF4Linear({expected})"
+    assert layer.requires_grad_(False) is layer
+    with pytest.raises(RuntimeError, match="floating point"):  # torch's refusal, at the packed codes, before any scale
+        nn.Sequential(layer).requires_grad_(True)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
     assert NF4Linear.from_weight(torch.randn(4, 4, requires_grad=True)).dequantize().requires_grad is False
