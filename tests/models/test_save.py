@@ -95,10 +95,10 @@ def test_what_cannot_be_saved_leaves_the_old_model(
     oracle: Oracle, tokenizer: Tokenizer, tmp_path: Path, change: Any, error: type[Exception], message: str
 ) -> None:
     shape = {"hidden_size": 64, "intermediate_size": 64}
-    save_model(ours(oracle(**shape)), tokenizer, tmp_path)
+    save_model(ours(oracle(**shape)), tokenizer, tmp_path, shard_bytes=25_000)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(error, match=message):
-        save_model(change(ours(oracle(seed=1, **shape))), tokenizer, tmp_path)
+        save_model(change(ours(oracle(seed=1, **shape))), tokenizer, tmp_path, shard_bytes=25_000)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
