@@ -1,0 +1,228 @@
+"""A model of no family, nothing but the protocol: every trainer trains it, evaluation and generation take it."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fourbit
+from fourbit.data.batch import pack_batch, pad_batch
+from fourbit.data.template import template_for
+from fourbit.errors import InputError
+from fourbit.kernels.attention import Spans, visible_keys
+from fourbit.lora.adapter import copy_adapter
+from fourbit.models.protocol import Cache, CausalLM
+from fourbit.models.tokenizer import Tokenizer
+from fourbit.trainer.config import DistillConfig, DPOConfig, RewardConfig, SFTConfig
+from fourbit.trainer.distill import DistillTrainer
+from fourbit.trainer.evaluate import answer_all, batch_loss_sum, evaluate_loss
+from fourbit.trainer.metrics import read_metrics
+from fourbit.trainer.preference import DPOTrainer
+from fourbit.trainer.reward import RewardTrainer
+from fourbit.trainer.reward_model import RewardModel
+from fourbit.trainer.sft import SFTTrainer
+from fourbit.trainer.trainer import Trainer
+
+
+class Seen:
+    """The toy's cache: embeddings [B, S, D] of the tokens read so far."""
+
+    def __init__(self) -> None:
+        self.words: Tensor | None = None
+
+    def select(self, rows: Tensor) -> None:
+        self.words = None if self.words is None else self.words[rows]
+
+
+class Toy(CausalLM):
+    """Predicts from the token and the mean of all it follows: no layers, no positions, no attention, no norm."""
+
+    def __init__(self, size: int = 24, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.vocab_size, self.hidden_size, self.source = 259, size, "toy"
+        self.words = nn.Embedding(self.vocab_size, size)
+        self.mix = nn.Linear(2 * size, size)
+        self.lm_head = nn.Linear(size, self.vocab_size)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        spans: Spans | None = None,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        words = self.words(input_ids)  # [B, T, D]
+        heard = words
+        if cache is not None:
+            assert isinstance(cache, Seen)
+            heard = cache.words = words if cache.words is None else torch.cat([cache.words, words], dim=1)  # [B, S, D]
+        if spans is not None:
+            sees, heard = followed(spans, input_ids.numel()), words.flatten(0, 1)
+        else:
+            sees = visible_keys(words.shape[1], heard.shape[1], mask, words.device)[:, 0]  # [B or 1, T, S]
+        mean = (sees.to(words.dtype) @ heard) / sees.sum(-1, keepdim=True)
+        return torch.tanh(self.mix(torch.cat([words, mean.view_as(words)], dim=-1)))
+
+    def new_cache(self) -> Seen:
+        return Seen()
+
+    def settings(self) -> dict[str, Any]:
+        return {"model_type": "toy", "hidden_size": self.hidden_size}
+
+
+def followed(spans: Spans, tokens: int) -> Tensor:
+    """Which tokens each one follows, [tokens, tokens] bool: a branch its span's trunk and itself."""
+    sees = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for start, *ends in spans:
+        sees[start : ends[-1], start : ends[0]] = True
+        for first, end in pairwise(ends):
+            sees[first:end, first:end] = True
+    return sees.tril()
+
+
+WORDS = ["ab", "c", "def", "gh", "i", "jkl", "m", "nopq", "rs", "t"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The rows of each kind of training, by kind."""
+    folder = tmp_path_factory.mktemp("rows")
+    rows = {
+        "sft": [{"messages": [{"role": "user", "content": w}, {"role": "assistant", "content": w * 2}]} for w in WORDS],
+        "dpo": [{"prompt": f"say {w}", "chosen": w * 3, "rejected": w * 2 + "x" * i} for i, w in enumerate(WORDS)],
+        "kto": [
+            {"prompt": f"say {w}", "completion": w * 3 if i % 3 else "no", "label": i % 3 > 0}
+            for i, w in enumerate(WORDS)
+        ],
+    }
+    paths = {kind: folder / f"{kind}.jsonl" for kind in rows}
+    for kind, path in paths.items():
+        path.write_text("\n".join(map(json.dumps, rows[kind])))
+    return paths | {"reward": paths["dpo"], "distill": paths["sft"]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder: Path) -> Tokenizer:
+    return Tokenizer.from_folder(tiny_folder)
+
+
+def adapted(seed: int = 0, **lora: Any) -> Toy:
+    model = Toy(seed=seed)
+    fourbit.attach(model, fourbit.LoRAConfig(**({"rank": 4, "alpha": 8, "target": ["mix", "lm_head"]} | lora)))
+    return model
+
+
+def trainer_of(kind: str, data: dict[str, Path], tokenizer: Tokenizer, out: Path, **options: Any) -> Trainer:
+    options = {"out": str(out), "batch_size": 5, "lr": 2e-2, "epochs": 12} | options
+    rows = data[kind.split()[0]]
+    if kind == "sft":
+        return SFTTrainer(adapted(), tokenizer, train=rows, val=rows, config=SFTConfig(**options))
+    if kind == "sft full":
+        return SFTTrainer(Toy(), tokenizer, train=rows, val=rows, config=SFTConfig(full=True, **options))
+    if kind == "reward":
+        model = adapted(target=["mix"])
+        return RewardTrainer(model, tokenizer, train=rows, val=rows, config=RewardConfig(**options))
+    if kind == "distill":
+        config = DistillConfig(**options)
+        return DistillTrainer(adapted(), tokenizer, teacher=Toy(32, seed=1), train=rows, val=rows, config=config)
+    if kind == "distill same base":
+        model = adapted()
+        model.mix.adapters["default"].lora_B.data.normal_()  # or the teacher would be the student
+        copy_adapter(model, "default", "teacher")
+        model.mix.adapters["default"].lora_B.data.zero_()
+        config = DistillConfig(**options)
+        return DistillTrainer(model, tokenizer, teacher="teacher", train=rows, val=rows, config=config)
+    config = DPOConfig(**options, **({"loss": ("kto",)} if kind == "kto" else {}))
+    return DPOTrainer(adapted(), tokenizer, train=rows, val=rows, config=config)
+
+
+KINDS = ["sft", "sft full", "dpo", "kto", "reward", "distill", "distill same base"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_trainer_trains_it(kind: str, data: dict[str, Path], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    trainer = trainer_of(kind, data, tokenizer, tmp_path)
+    result = trainer.train(display=None)
+    losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
+    assert losses[-1] < 0.8 * losses[0] and result.steps == len(losses) == 24
+    written = "config.json" if kind == "sft full" else "adapter_config.json"
+    assert (tmp_path / written).is_file()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layout_changes_nothing(kind: str, data: dict[str, Path], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Packed in one row, forked or not, and padded one by one: so the toy keeps the protocol's word on spans."""
+    losses = []
+    for name, layout in {"packed": {}, "padded": {"packing": False}, "single": {"micro_batch": 1}}.items():
+        trainer_of(kind, data, tokenizer, tmp_path / name, **layout, steps=2).train(display=None)
+        losses.append([r["loss"] for r in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in r])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_reference_cache_knows_its_settings(
+    data: dict[str, Path], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"reference_cache": str(tmp_path / "cache.safetensors"), "steps": 2}
+    for name in "ab":
+        trainer_of("dpo", data, tokenizer, tmp_path / name, **options).train(display=None)
+    monkeypatch.setattr(Toy, "settings", lambda self: {"model_type": "toy", "hidden_size": 25})
+    with pytest.raises(InputError, match="computed with another base"):
+        trainer_of("dpo", data, tokenizer, tmp_path / "c", **options)
+
+
+def test_adapters_and_rewards_come_back(data: dict[str, Path], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    trainer = trainer_of("reward", data, tokenizer, tmp_path, steps=4)
+    trainer.train(display=None)
+    fresh = RewardModel.load(Toy(), tmp_path)
+    batch = trainer.micro_batches(trainer.train_set, range(4), 4)[0]
+    trainer.model.eval()
+    with torch.no_grad():
+        for ours, theirs in zip(trainer.reward_model.rewards(batch), fresh.rewards(batch), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_quantised_toy_is_trained(data: dict[str, Path], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = Toy(64)
+    fourbit.quantize_(model)
+    assert isinstance(model.mix, fourbit.NF4Linear)
+    fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8))
+    config = SFTConfig(out=str(tmp_path), batch_size=5, lr=2e-2, epochs=12)
+    SFTTrainer(model, tokenizer, train=data["sft"], config=config).train(display=None)
+    losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_it_is_evaluated_and_answers(data: dict[str, Path], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    trainer = trainer_of("sft", data, tokenizer, tmp_path, epochs=1)
+    model, examples = trainer.model.eval(), trainer.train_set.examples
+    packed, padded = pack_batch(examples), pad_batch(examples, 0)
+    assert batch_loss_sum(model, packed).item() == pytest.approx(batch_loss_sum(model, padded).item(), rel=1e-5)
+    expected = batch_loss_sum(model, packed).item() / packed.trained
+    assert evaluate_loss(model, examples) == pytest.approx(expected, rel=1e-5)
+    prompts = [[1, 2, 3], [1, 2], [1, 2, 3, 4, 5, 6, 7], [9]]
+    assert fourbit.generate(model, prompts, max_new_tokens=8) == [slowly(model, prompt, 8) for prompt in prompts]
+    answers = answer_all(model, tokenizer, template(tokenizer), trainer.train_set.conversations[:3], max_new_tokens=4)
+    assert len(answers) == 3
+
+
+def slowly(model: Toy, prompt: list[int], steps: int) -> list[int]:
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(steps):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def template(tokenizer: Tokenizer) -> Any:
+    return template_for(tokenizer, None)
+
+
+def test_an_abstract_model_is_none() -> None:
+    with pytest.raises(TypeError, match=r"abstract .*hidden"):
+        CausalLM()
