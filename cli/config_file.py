@@ -67,7 +67,7 @@ class _Builder:
 
     def value(self, node: yaml.Node, key: str) -> Any:
         """What a node under `key` says."""
-        where = f"{self.path}:{_line(node)}"
+        where = f"{self.path}:{node.start_mark.line + 1}"
         self.built += 1
         if self.built > MAX_VALUES:
             raise InputError(f"{where}: more than {MAX_VALUES:,} values, with aliases unfolded; a config is flat")
@@ -86,7 +86,7 @@ class _Builder:
         """Name, value and line of each entry. Raises InputError for a name that is no text or is said twice."""
         lines: dict[str, int] = {}
         for key, value in node.value:
-            line = _line(key)
+            line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode) or not key.value.isprintable():
                 raise InputError(f"{self.path}:{line}: a setting's name must be plain text")
             if (name := key.value.replace("-", "_")) in lines:
@@ -95,10 +95,6 @@ class _Builder:
                 )
             lines[name] = line
             yield key.value, value, line
-
-
-def _line(node: yaml.Node) -> int:
-    return node.start_mark.line + 1
 
 
 def scalar(text: str) -> Any:

@@ -120,7 +120,7 @@ def _given(options: Mapping[str, Option], command: str, args: Sequence[str]) -> 
             continue
         flag, equals, text = arg.partition("=")
         if flag not in named:
-            near = hint(flag.lstrip("-"), options, spell="--{}") or f"; see fourbit {command} --help"
+            near = hint(flag.lstrip("-"), options, flag=True) or f"; see fourbit {command} --help"
             raise InputError(f"unknown flag {flag}{near}")
         option = named[flag]
         if option.kind is bool:

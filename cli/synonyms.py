@@ -89,20 +89,20 @@ NOTES = {
 REMARKS = {theirs: note for note, names in NOTES.items() for theirs in names.split()}
 
 
-def hint(name: str, known: Iterable[str], *, spell: str = "{}") -> str:
+def hint(name: str, known: Iterable[str], *, flag: bool = False) -> str:
     """What to write instead of the unknown option `name`, as the end of a sentence; empty when nothing is near.
 
-    known: the options there are. spell: how an option is written where the user wrote it, say `--{}`.
+    known: the options there are. flag: write them as flags.
     """
 
     def spelled(ours: str) -> str:
-        return spell.format(ours.replace("_", "-") if spell.startswith("--") else ours)
+        return "--" + ours.replace("_", "-") if flag else ours
 
     name, names = name.replace("-", "_").lower(), set(known)
-    ours = SYNONYMS.get(name)
-    if ours in names:
-        return f": it is called {spelled(ours)} here" + (f" ({REMARKS[name]})" if name in REMARKS else "")
-    if name in REMARKS:
-        return f": {REMARKS[name]}"
+    remark = REMARKS.get(name, "")
+    if (ours := SYNONYMS.get(name)) in names:
+        return f": it is called {spelled(ours)} here" + (remark and f" ({remark})")
+    if remark:
+        return f": {remark}"
     near = get_close_matches(name, sorted(names), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(map(spelled, near))}?" if near else ""

@@ -190,7 +190,7 @@ def test_every_synonym_leads_to_an_option() -> None:
 def test_hints_spell_as_the_user_wrote() -> None:
     known = {"max_length", "batch_size"}
     assert hint("sequence_len", known) == ": it is called max_length here"
-    assert hint("cutoff-len", known, spell="--{}") == ": it is called --max-length here"
+    assert hint("cutoff-len", known, flag=True) == ": it is called --max-length here"
     assert hint("gradient_accumulation_steps", known).startswith(": batch_size counts all examples")
     assert hint("qqq", known) == ""
 
