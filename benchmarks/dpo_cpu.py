@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import fourbit
+from fourbit.data.batch import Preference
+from fourbit.data.encode import load
 from fourbit.data.order import step_indices
-from fourbit.data.pairs import Pair, load_preferences
 
 from . import CHECKOUT
 from .sides import ADAPTER, ALPHA, BATCHES, RANK, Row
@@ -49,22 +50,22 @@ def near_misses(path: Path, seed: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def row(number: int, pair: Pair) -> Row:
+def row(number: int, pair: Preference) -> Row:
     """A pair as token ids: the prompt once, and of each answer what is trained."""
-    start = pair.chosen.trained.index(True)
+    start = pair.parts[0].trained.index(True)
     answers = {}
-    for name, part in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+    for name, part in zip(("chosen", "rejected"), pair.parts, strict=True):
         end = len(part.ids) - part.trained[::-1].index(True)  # what the template adds after the answer goes
         assert all(part.trained[start:end]) and part.trained.index(True) == start <= pair.shared
         answers[name] = part.ids[start:end]
-    return {"number": number, "prompt": pair.chosen.ids[:start], **answers}
+    return {"number": number, "prompt": pair.parts[0].ids[:start], **answers}
 
 
 def prepare(folder: Path, model_path: Path, steps: int, batch_size: int, threads: int) -> list[list[Row]]:
     """Write what both sides read: batches of pairs, one adapter start, and the weights as the peer takes them."""
     model, tokenizer = fourbit.load(model_path, quantize="nf4")
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, near_misses(TICKETS, seed=0))))
-    pairs = load_preferences(folder / "pairs.jsonl", tokenizer).examples
+    pairs = load(folder / "pairs.jsonl", tokenizer, "pairs").examples
     batches = [
         [row(k * batch_size + n, pairs[i]) for n, i in enumerate(step_indices(len(pairs), batch_size, k, 0))]
         for k in range(steps)

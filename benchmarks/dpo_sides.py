@@ -29,14 +29,13 @@ def ours(folder: Path, model_path: str, packing: bool = True) -> Step:
     """fourbit's DPOTrainer, as its loop runs it: packed rows in which a pair's prompt stands once, live reference."""
     import json
 
-    from fourbit.data.dataset import Report
-    from fourbit.data.pairs import PairDataset
+    from fourbit.data.encode import Dataset, Report
     from fourbit.trainer.config import DPOConfig
     from fourbit.trainer.preference import DPOTrainer
 
     model, tokenizer = load_ours(folder, model_path)
     rows = [row for batch in json.loads((folder / BATCHES).read_text()) for row in batch]
-    data = PairDataset([pair(row) for row in rows], [], Report(rows=len(rows)))
+    data = Dataset("pairs", [pair(row) for row in rows], report=Report(rows=len(rows)))
     options: dict[str, Any] = {"packing": packing, "beta": BETA, "reference": "base", "weight_decay": 0.0}
     config = DPOConfig(out=str(folder / "ours"), max_grad_norm=CLIP, **options)
     trainer = DPOTrainer(model, tokenizer, train=data, config=config)
@@ -57,15 +56,15 @@ def ours(folder: Path, model_path: str, packing: bool = True) -> Step:
 
 def pair(row: Row) -> Any:
     """The row as fourbit's data layer gives it."""
-    from fourbit.data.encode import Encoded
-    from fourbit.data.pairs import Pair, shared_tokens
+    from fourbit.data.batch import Encoded, Preference
+    from fourbit.data.encode import shared_tokens
 
     prompt = row["prompt"]
     chosen, rejected = (
         Encoded(prompt + row[name], [False] * len(prompt) + [True] * len(row[name]), "", "")
         for name in ("chosen", "rejected")
     )
-    return Pair(chosen, rejected, shared_tokens(chosen.ids, rejected.ids), "")
+    return Preference((chosen, rejected), shared_tokens(chosen.ids, rejected.ids))
 
 
 def peer(folder: Path, model_path: str) -> Step:

@@ -14,7 +14,7 @@ from typing import Any
 
 import fourbit
 from fourbit.data.batch import shifted_targets
-from fourbit.data.dataset import load_dataset
+from fourbit.data.encode import load as load_rows
 from fourbit.data.order import step_indices
 
 from . import CHECKOUT
@@ -28,7 +28,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 def prepare(folder: Path, model_path: Path, steps: int, batch_size: int, threads: int) -> list[list[Row]]:
     """Write what both sides read: batches of token ids, one adapter start, and the weights as the peer takes them."""
     model, tokenizer = fourbit.load(model_path, quantize="nf4")
-    examples = load_dataset([TICKETS], tokenizer).examples
+    examples = load_rows([TICKETS], tokenizer).examples
     batches = [
         [
             {"ids": examples[i].ids, "targets": shifted_targets(examples[i])}

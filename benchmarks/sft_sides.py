@@ -49,7 +49,7 @@ def ours(folder: Path, model_path: str) -> Step:
 
 def encoded(row: Row) -> Any:
     """The row as fourbit's data layer gives it."""
-    from fourbit.data.encode import Encoded
+    from fourbit.data.batch import Encoded
 
     return Encoded(row["ids"], [False] + [target >= 0 for target in row["targets"][:-1]], "", "")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar
 
-from ..data.encode import Encoded
+from ..data.batch import Encoded
 from ..models.load import load_tokenizer
 from ..models.tokenizer import Tokenizer
 from ..trainer.config import at_least, setting

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..data.forms import Kind
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
 from ..trainer.config import DPOConfig
@@ -29,7 +30,7 @@ class Options(DPOConfig, StartOptions):
     config_type: ClassVar = DPOConfig
     trainer_type: ClassVar = DPOTrainer
 
-    def kind_of_rows(self) -> str:
+    def kind_of_rows(self) -> Kind:
         return "judged" if self.objective().unpaired else "pairs"
 
     def settled(self, tokenizer: Tokenizer) -> "Options":

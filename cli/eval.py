@@ -51,7 +51,7 @@ def run(options: Options, sources: Sources) -> int:
         if options.exact:
             sizes = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
             with working(f"{name}: answers"):
-                answers = answer_all(model, tokenizer, template, rows.conversations, **sizes)
+                answers = answer_all(model, tokenizer, template, rows.samples, **sizes)
             metrics["exact_match"] = exact_match(answers)
             if options.answers is not None:
                 _write_answers(Path(options.answers), name, answers)

@@ -1,15 +1,14 @@
 """`fourbit generate`: one answer for every row of a file."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ..data.dataset import describe
-from ..data.encode import encode_prompt
-from ..data.formats import Conversation, conversation
-from ..data.read import BadRow, Row, read_rows
+from ..data.encode import describe, encode_prompts
+from ..data.forms import Sample, read_samples
 from ..data.template import ChatTemplate
 from ..errors import InputError
 from ..files import write_whole
@@ -21,8 +20,6 @@ from .load import load_adapted
 from .options import AdaptedModelOptions, ResultOptions, SamplingOptions
 from .parse import Sources
 from .show import note, pairs, result
-
-PLACEHOLDER = "?"  # stands for the answer to be written while a row is checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +44,7 @@ class Options(ResultOptions, SamplingOptions, AdaptedModelOptions):
 
 def run(options: Options, sources: Sources) -> int:
     """Load, answer, write: the whole file or none."""
-    rows = _rows(options.data)
+    samples = _samples(options.data)
     out = Path(options.out)
     if not out.resolve().parent.is_dir() or out.is_dir():
         raise InputError(f"out {out} must be a file in a folder that exists")
@@ -57,58 +54,39 @@ def run(options: Options, sources: Sources) -> int:
 
     def write(part: Path) -> None:
         with part.open("w", encoding="utf-8") as file:
-            for done, (row, answer) in enumerate(_answers(model, tokenizer, template, rows, options), 1):
-                file.write(json.dumps({**row.data, "answer": answer}, ensure_ascii=False) + "\n")
-                if done % (8 * options.batch_size) == 0 or done == len(rows):
-                    note(f"{done:,} of {len(rows):,} rows")
+            for done, (sample, answer) in enumerate(_answers(model, tokenizer, template, samples, options), 1):
+                file.write(json.dumps({**sample.row, "answer": answer}, ensure_ascii=False) + "\n")
+                if done % (8 * options.batch_size) == 0 or done == len(samples):
+                    note(f"{done:,} of {len(samples):,} rows")
 
     write_whole(out, write)
-    result({"out": str(out), "rows": len(rows)}, pairs([("answers", str(out))]), as_json=options.json)
+    result({"out": str(out), "rows": len(samples)}, pairs([("answers", str(out))]), as_json=options.json)
     return 0
 
 
-def _rows(paths: Sequence[str]) -> list[tuple[Row, Conversation]]:
-    """Every row and the conversation in it. Raises InputError listing the rows that hold none."""
-    good, problems, total = [], [], 0
-    for path in paths:
-        rows, unread = read_rows(path)
-        problems += unread
-        total += len(rows) + len(unread)
-        for row in rows:
-            try:
-                good.append((row, conversation(replace(row, data=_with_answer(row.data)))))
-            except BadRow as bad:
-                problems.append(bad.problem)
+def _samples(paths: Sequence[str]) -> list[Sample]:
+    """The prompt of every row. Raises InputError listing the rows that hold none."""
+    samples, problems = read_samples(paths, "prompts")
     if problems:
-        raise InputError(describe(problems, total).replace(", or leave them out with on_bad_row skip", ""))
-    if any("answer" in row.data for row, _ in good):
+        raise InputError(describe(problems, len(samples) + len(problems), skippable=False))
+    if any("answer" in sample.row for sample in samples):
         note('note: rows have an "answer" of their own; the new one takes its place')
-    return good
-
-
-def _with_answer(data: dict[str, Any]) -> dict[str, Any]:
-    """The row as training data has it, ending in an assistant turn."""
-    turn = {"role": "assistant", "content": PLACEHOLDER}
-    messages, prompt = data.get("messages"), data.get("prompt")
-    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
-        answered = messages[-1].get("role") == "assistant"
-        return {**data, "messages": [*(messages[:-1] if answered else messages), turn]}
-    if "prompt" in data and "messages" not in data:
-        return {"prompt": prompt, "completion": [turn] if isinstance(prompt, list) else PLACEHOLDER}
-    return data
+    for remark, times in sorted(Counter(remark for sample in samples for remark in sample.notes).items()):
+        note(f"note: {times} of {len(samples)} rows: {remark}")
+    return samples
 
 
 def _answers(
     model: CausalLM,
     tokenizer: Tokenizer,
     template: ChatTemplate,
-    rows: Sequence[tuple[Row, Conversation]],
+    samples: Sequence[Sample],
     options: Options,
-) -> Iterator[tuple[Row, str]]:
+) -> Iterator[tuple[Sample, str]]:
     """Rows with their answers, in file order; some batches at a time, so that long jobs show progress."""
-    for first in range(0, len(rows), 8 * options.batch_size):
-        chunk = rows[first : first + 8 * options.batch_size]
-        prompts = [encode_prompt(conv, tokenizer, template)[0] for _, conv in chunk]
+    for first in range(0, len(samples), 8 * options.batch_size):
+        chunk = samples[first : first + 8 * options.batch_size]
+        prompts = [ids for ids, _ in encode_prompts(chunk, tokenizer, template)]
         sizes = {"seed": options.seed + first, "batch_size": options.batch_size, **options.sampling()}
         new = generate(model, prompts, stop_ids=tokenizer.stop_ids, **sizes)
-        yield from ((row, tokenizer.decode(ids)) for (row, _), ids in zip(chunk, new, strict=True))
+        yield from ((sample, tokenizer.decode(ids)) for sample, ids in zip(chunk, new, strict=True))

@@ -1,14 +1,14 @@
 """Loading what a command's options name, and the choices that `auto` makes."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..data.dataset import load_dataset
-from ..data.pairs import load_judged, load_preferences
+from ..data.encode import Dataset, load
+from ..data.forms import Kind
 from ..data.template import ChatTemplate, template_for
 from ..errors import EnvironmentProblem, InputError
 from ..lora.linear4bit import NF4Linear
@@ -24,13 +24,12 @@ CONFIG = "config.yaml"  # what a run leaves in its folder
 FORMS = {"none": "dense", "nf4": "NF4 with double quantisation", "nf4-nodq": "NF4"}
 
 
-READERS: dict[str, Callable[..., Any]] = {"sft": load_dataset, "pairs": load_preferences, "judged": load_judged}
-
-
-def read_rows(options: Any, tokenizer: Tokenizer, paths: Sequence[str], kind: str = "sft", **more: Any) -> Any:
+def read_rows(
+    options: Any, tokenizer: Tokenizer, paths: Sequence[str], kind: Kind = "sft", **more: Any
+) -> Dataset[Any]:
     """The rows of data files, read, checked and encoded as the options say."""
     names = ("template", "max_length", "loss_on", "truncation", "on_bad_row")
-    return READERS[kind](paths, tokenizer, **{n: getattr(options, n) for n in names if hasattr(options, n)} | more)
+    return load(paths, tokenizer, kind, **{n: getattr(options, n) for n in names if hasattr(options, n)} | more)
 
 
 def choose_device(name: str) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..data.forms import Kind
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
 from ..trainer.config import RewardConfig
@@ -31,7 +32,7 @@ class Options(RewardConfig, StartOptions):
     config_type: ClassVar = RewardConfig
     trainer_type: ClassVar = RewardTrainer
 
-    def kind_of_rows(self) -> str:
+    def kind_of_rows(self) -> Kind:
         return "pairs"
 
     def trainer(self, model: CausalLM, tokenizer: Tokenizer, rows: Any, val: Any, **more: Any) -> Any:

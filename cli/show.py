@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..data.dataset import Examples
+from ..data.encode import Dataset
 from ..trainer.interrupt import stop_if_asked
 
 SHOWN_DROPS = 3
@@ -43,7 +43,7 @@ def working(text: str) -> Iterator[None]:
     stop_if_asked()
 
 
-def describe(name: str, dataset: "Examples[Any, Any]") -> None:
+def describe(name: str, dataset: Dataset[Any]) -> None:
     """One line of counts for a dataset, and what its reader found remarkable."""
     report = dataset.report
     share = report.trained / max(1, report.tokens)

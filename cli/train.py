@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from ..data.dataset import count_overlap, split_validation
+from ..data.forms import Kind
+from ..data.order import count_overlap, split_validation
 from ..errors import InputError
 from ..files import lock_folder
 from ..lora.attach import attach
@@ -115,7 +116,7 @@ class TrainOptions(ResultOptions, TrainingConfig, AdapterOptions, DataOptions, M
         """Options with nothing left open. Raises InputError for what only this command can get wrong."""
         return self
 
-    def kind_of_rows(self) -> str:
+    def kind_of_rows(self) -> Kind:
         return "sft"
 
     def trainer(self, model: CausalLM, tokenizer: Tokenizer, rows: Any, val: Any, **more: Any) -> Any:

@@ -1,53 +1,294 @@
-"""Conversations to tokens, and which of them are trained.
+"""Files to examples: rows in tokens, and which of these are trained (the loss mask), with a report of what was found.
 
 The mask comes from rendered prefixes, by character position and never by token id: what a template adds between "the
-assistant speaks now" and the end of its turn is the answer. So the end-of-turn token is trained even where the padding
-token has the same id, and templates need no `{% generation %}` marks. The text is tokenised once, as a whole, so that
-training sees the tokens that inference sees.
+assistant speaks now" and the end of its turn is the answer (see `template`). So the end-of-turn token is trained even
+where the padding token has the same id, and templates need no `{% generation %}` marks. The text is tokenised once, as
+a whole, so that training sees the tokens that inference sees; a prompt is never tokenised by itself.
 """
 
+import hashlib
+import json
 from bisect import bisect_left
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Literal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Literal, TypeVar
 
 from ..errors import InputError
-from .formats import Conversation
-from .messages import trains
+from .batch import Encoded, Preference
+from .forms import Kind, Paths, Sample, read_samples
 from .protocol import TokenizerLike
-from .read import BadRow, excerpt
-from .template import ChatTemplate, Unrenderable
+from .read import Messages, trains
+from .row import BadRow, Problem
+from .template import ChatTemplate, Rendered, Talk, TemplateChoice, Turn, Unrenderable, expects_bos, template_for
+from .truncate import UNKNOWN_STOP, Dropped, Truncation, fit
 
 LossOn = Literal["assistant", "all", "last"]
+OnBadRow = Literal["error", "skip"]
+E = TypeVar("E", Encoded, Preference)
+
+RENDERED_AT_ONCE = 256  # samples
+SHOWN_PROBLEMS = 20
 STRADDLE = "a token crosses the start of an answer; it is trained only if it starts inside"
 INSERTED = "the template puts text before the answer that the generation prompt lacks; it is trained with the answer"
 NO_END = "the template marks no end of turn; the end-of-text token was added after the last answer"
 NEVER_ENDS = "an answer is followed by no end-of-turn token: the model is not taught to stop there"
-UNKNOWN_STOP = (
-    "the template ends answers with a text that is none of the tokenizer's stop tokens: generation will run past it"
-)
 SPECIAL_IN_TEXT = "a message's own text holds a special token (it is encoded as that token)"
 
 
+@dataclass
+class Report:
+    """What loading found: counts, the rows left out by kind, and notices for the user."""
+
+    rows: int = 0  # rows that became examples
+    skipped: dict[str, int] = field(default_factory=dict)  # bad rows, by kind
+    dropped: dict[str, int] = field(default_factory=dict)  # good rows left out as asked, by kind
+    truncated: int = 0  # token sequences that lost their tail
+    tokens: int = 0
+    shared: int = 0  # of these, tokens that stand a second time only because two answers begin alike
+    trained: int = 0
+    longest: int = 0  # tokens of the longest sequence
+    duplicates: int = 0
+    notices: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)  # of the rows skipped
+    drops: list[Problem] = field(default_factory=list)  # of the rows dropped
+
+
+@dataclass
+class Dataset(Generic[E]):
+    """Examples of one kind and the samples they came from, in file order."""
+
+    kind: Kind
+    examples: list[E] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    report: Report = field(default_factory=Report)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+def load(
+    paths: Paths,
+    tokenizer: TokenizerLike,
+    kind: Kind = "sft",
+    *,
+    template: TemplateChoice = None,
+    max_length: int | None = 1024,
+    loss_on: LossOn = "assistant",
+    truncation: Truncation = "drop",
+    on_bad_row: OnBadRow = "error",
+) -> Dataset[Any]:
+    """Read, check and encode one or several files of one kind of rows (their forms: `forms.FORMS`).
+
+    kind: "sft" rows to learn from and "prompts" become Encoded, "pairs" and "judged" answers Preference.
+    max_length: tokens, prompt and answer together; None for no limit. What happens to longer ones, and what truncation
+    says, is told by `truncate.fit`; loss_on by `encode`.
+    Bad rows raise InputError, the first 20 one a line, or with `on_bad_row="skip"` are left out and counted. Raises
+    InputError when no row is left, and for a template that is broken for every row.
+    """
+    if on_bad_row not in ("error", "skip"):
+        raise ValueError(f'on_bad_row must be "error" or "skip", not {on_bad_row!r}')
+    if truncation not in ("drop", "answer"):
+        raise ValueError(f'truncation must be "drop" or "answer", not {truncation!r}')
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length must be at least 2, not {max_length}")
+    chat_template = template_for(tokenizer, template)
+    samples, problems = read_samples(paths, kind)
+    dataset: Dataset[Any] = Dataset(kind)
+    report, notes = dataset.report, Counter[str]()
+    for sample, parts in zip(samples, encode(samples, tokenizer, chat_template, loss_on=loss_on), strict=True):
+        try:
+            example, cut = _example(sample, parts, max_length, truncation, tokenizer.stop_ids)
+        except Dropped as dropped:
+            report.drops.append(dropped.problem)
+        except BadRow as bad:
+            problems.append(bad.problem)
+        else:
+            dataset.examples.append(example)
+            dataset.samples.append(sample)
+            report.truncated += cut
+            notes.update({*sample.notes, *(note for part in example.parts for note in part.notes)})
+    _settle(problems, on_bad_row, dataset)
+    measure(dataset)
+    report.notices = _notices(dataset, chat_template, notes)
+    return dataset
+
+
+def _example(
+    sample: Sample,
+    encoded: tuple[Encoded, ...] | BadRow,
+    max_length: int | None,
+    truncation: Truncation,
+    stops: Sequence[int],
+) -> tuple[Encoded | Preference, int]:
+    """A sample's example and how many of its sequences were cut. Raises BadRow, and Dropped where it is left out."""
+    if isinstance(encoded, BadRow):
+        raise encoded
+    if len(encoded) > 1 and len({tuple(part.ids) for part in encoded}) == 1:
+        reason = "become the same tokens (the template leaves out what sets them apart)"
+        raise BadRow(sample.problem("chosen, rejected", reason, "identical"))
+    parts = encoded
+    if max_length is not None and any(len(part.ids) > max_length for part in encoded):
+        parts = fit(sample, encoded, max_length, truncation, stops)
+    cut = sum(part is not whole for part, whole in zip(parts, encoded, strict=True))
+    if not sample.context or not sample.answers:
+        return parts[0], cut
+    shared = shared_tokens(parts[0].ids, parts[1].ids) if len(parts) > 1 else 0
+    return Preference(parts, shared, sample.label), cut
+
+
+def shared_tokens(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both begin with, leaving at least one of each."""
+    most = min(len(first), len(second)) - 1
+    return next((i for i in range(most) if first[i] != second[i]), most)
+
+
+def _settle(problems: list[Problem], on_bad_row: OnBadRow, dataset: Dataset[Any]) -> None:
+    """Raise for bad rows, or count them."""
+    report = dataset.report
+    rows = len(dataset.examples) + len(problems) + len(report.drops)
+    if problems and (on_bad_row == "error" or not (dataset.examples or report.drops)):
+        raise InputError(describe(problems, rows))
+    if not dataset.examples:
+        raise InputError(f"no row is left of {rows}; {len(report.drops)} were left out, the first: {report.drops[0]}")
+    report.problems = problems
+    report.skipped, report.dropped = (dict(Counter(p.kind for p in ps)) for ps in (problems, report.drops))
+
+
+def describe(problems: Sequence[Problem], rows: int, *, skippable: bool = True) -> str:
+    """Many problems as one message: the first 20, one a line, how many there are and what to do."""
+    lines = [str(problem) for problem in problems[:SHOWN_PROBLEMS]]
+    if len(problems) > SHOWN_PROBLEMS:
+        lines.append(f"... and {len(problems) - SHOWN_PROBLEMS} more")
+    way = "mend them, or leave them out with on_bad_row skip" if skippable else "mend them"
+    head = f"{len(problems)} of {rows} rows cannot be used; {way}:"
+    return "\n".join([head, *lines])
+
+
+def _notices(dataset: Dataset[Any], template: ChatTemplate, notes: Counter[str]) -> list[str]:
+    rows, samples = dataset.report.rows, dataset.samples
+    notices = []
+    if any(sample.text is None for sample in samples):
+        notices += [template.notice] if template.notice else []
+        if "strftime_now" in template.source and template.date is None:
+            notices.append("the chat template writes today's date into every example: another day gives other tokens")
+    if dataset.report.duplicates:
+        notices.append(f"{dataset.report.duplicates} of {rows} rows repeat an earlier row")
+    if dataset.kind == "judged" and len({sample.label for sample in samples}) == 1:
+        kind = "good" if samples[0].label else "bad"
+        notices.append(f"all {rows} answers are judged {kind}: there is nothing to compare with")
+    return notices + [f"{count} of {rows} rows: {note}" for note, count in sorted(notes.items())]
+
+
+def measure(dataset: Dataset[Any]) -> None:
+    """Fill in the counts that follow from the examples alone."""
+    report, parts = dataset.report, [part for example in dataset.examples for part in example.parts]
+    report.rows = len(dataset.examples)
+    report.tokens = sum(len(part.ids) for part in parts)
+    report.shared = sum(getattr(example, "shared", 0) for example in dataset.examples)
+    report.trained = sum(sum(part.trained) for part in parts)
+    report.longest = max((len(part.ids) for part in parts), default=0)
+    report.duplicates = report.rows - len({digest(sample.content()) for sample in dataset.samples})
+
+
+def digest(content: list[Any]) -> bytes:
+    """SHA-256 of JSON."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).digest()
+
+
+# The mask.
+
+
+def encode(
+    samples: Sequence[Sample], tokenizer: TokenizerLike, template: ChatTemplate, *, loss_on: LossOn = "assistant"
+) -> Iterator[tuple[Encoded, ...] | BadRow]:
+    """Tokens and loss masks of every sample, one conversation an answer; or the first rule that one of them breaks.
+
+    `loss_on`: "assistant" trains every assistant turn whose weight is not 0, "last" only the one that ends the
+    conversation, "all" every token but the first, whatever the weights. Plain text has no turns and is trained whole. A
+    sample without an answer becomes its prompt, of which nothing is trained. A row is bad when the template refuses it
+    or is not prefix-stable on it, when the tokenizer refuses the text, when it begins with two BOS tokens, and when
+    nothing would be trained.
+    """
+    if loss_on not in ("assistant", "all", "last"):
+        raise ValueError(f'loss_on must be "assistant", "all" or "last", not {loss_on!r}')
+    for first in range(0, len(samples), RENDERED_AT_ONCE):
+        chunk = samples[first : first + RENDERED_AT_ONCE]
+        talks = [_talks(sample, loss_on) for sample in chunk]
+        rendered = iter(template.render_all([talk for group in talks for talk in group]))
+        for sample, group in zip(chunk, talks, strict=True):
+            texts = [next(rendered) for _ in group]
+            try:
+                if sample.text is not None:
+                    yield (_plain(sample, sample.text, tokenizer),)
+                else:
+                    spoken = zip(sample.names, group, texts, strict=True)
+                    yield tuple(_encode(_conversation(sample, *said, loss_on), tokenizer, loss_on) for said in spoken)
+            except BadRow as bad:
+                yield bad
+
+
+def encode_prompts(
+    samples: Sequence[Sample], tokenizer: TokenizerLike, template: ChatTemplate
+) -> list[tuple[list[int], str]]:
+    """Of each sample the tokens a model is given so that it answers, and the answer it ends with ("" if none).
+
+    Raises BadRow for the first sample that the template refuses, or that is plain text.
+    """
+    talks, answers = [], []
+    for sample in samples:
+        if sample.text is not None:
+            raise BadRow(sample.problem("text", "is plain text, which asks for no answer", "form"))
+        messages = sample.context + (sample.answers[0] if sample.answers else [])
+        answered = messages[-1]["role"] == "assistant"
+        talks.append(Talk(messages[: len(messages) - answered], sample.tools, prompt=True))
+        answers.append(str(messages[-1]["content"]) if answered else "")
+    asked = zip(samples, talks, template.render_all(talks), strict=True)
+    prompts = [_conversation(sample, "", talk, text, "last").text for sample, talk, text in asked]
+    return [(tokenizer.encode(prompt), answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
 @dataclass(frozen=True)
-class Encoded:
-    """One example: token ids, for each whether the loss counts it, the text they stand for, and `file:line`."""
+class _Conversation:
+    """The context of a sample and one of its answers, as the model sees it; and where its trained turns stand there."""
 
-    ids: list[int]
-    trained: list[bool]
+    sample: Sample
+    name: str  # of the answer, where there may be several
+    messages: Messages
     text: str
-    source: str
-    notes: tuple[str, ...] = ()
+    turns: dict[int, Turn]
 
-    @property
-    def parts(self) -> tuple["Encoded", ...]:
-        """The token sequences of this example: itself."""
-        return (self,)
+    def bad(self, field: str, reason: str, kind: str = "template") -> BadRow:
+        """The error for a rule that this conversation breaks."""
+        return BadRow(self.sample.problem(f"{self.name}: {field}" if self.name else field, reason, kind))
 
-    def content(self) -> list[list[int]]:
-        """All that training sees, as JSON."""
-        return [self.ids, [int(trained) for trained in self.trained]]
+
+def _talks(sample: Sample, loss_on: LossOn) -> list[Talk]:
+    """The conversations of a sample to be rendered, and the turns whose place is needed; for "all" the last, for how
+    it ends."""
+    talks = []
+    for answer in () if sample.text is not None else sample.answers or ([],):
+        messages = sample.context + answer
+        turns, last = [i for i, message in enumerate(messages) if trains(message)], len(messages) - 1
+        if loss_on != "assistant" and answer:
+            turns = [last] if loss_on == "all" or last in turns else []
+        talks.append(Talk(messages, sample.tools, turns, prompt=not answer))
+    return talks
+
+
+def _conversation(
+    sample: Sample, name: str, talk: Talk, rendered: Rendered | Unrenderable, loss_on: LossOn
+) -> _Conversation:
+    """Raises BadRow where the template refused, or a place that is needed cannot be told."""
+    made = _Conversation(sample, name, talk.messages, "", {})
+    if isinstance(rendered, Unrenderable):
+        raise made.bad("messages", str(rendered))
+    for turn in rendered.turns.values():
+        if isinstance(turn, Unrenderable) and loss_on != "all":
+            raise made.bad("messages", str(turn))
+    turns = {i: turn for i, turn in rendered.turns.items() if isinstance(turn, Turn)}
+    return replace(made, text=rendered.text, turns=turns)
 
 
 @dataclass(frozen=True)
@@ -57,128 +298,53 @@ class _Tokens:
     offsets: list[tuple[int, int]]  # characters of `text`
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """An assistant turn in the rendered text: characters [start, region)."""
-
-    start: int
-    content_end: int | None  # None where the template rewrites the content
-    region: int
-    whole: bool  # rendering up to this turn is a prefix of the whole text
-    inserted: bool
-
-
-def encode_conversation(
-    conv: Conversation, tokenizer: TokenizerLike, template: ChatTemplate, *, loss_on: LossOn = "assistant"
-) -> Encoded:
-    """Tokens and loss mask of one conversation.
-
-    `loss_on`: "assistant" trains every assistant turn whose weight is not 0, "last" only the one that ends the
-    conversation, "all" every token but the first, whatever the weights. Raises BadRow when the template refuses the row
-    or is not prefix-stable on it, when the tokenizer refuses the text, when it begins with two BOS tokens, and when
-    nothing would be trained.
-    """
-    whole = _render(conv, template, len(conv.messages))
-    turns = _turns(conv, template, whole, loss_on)
-    text, notes = whole, {INSERTED for turn in turns.values() if turn.inserted}
-    append = _append_at(conv, turns, whole)
+def _encode(talk: _Conversation, tokenizer: TokenizerLike, loss_on: LossOn) -> Encoded:
+    """Tokens and mask of one conversation. Raises BadRow."""
+    text, notes = talk.text, {INSERTED for turn in talk.turns.values() if turn.inserted}
+    append = _append_at(talk)
     if append is not None and tokenizer.eos_id is not None:
-        text = whole[:append]
+        text = text[:append]
         notes.add(NO_END)
-    tokens = _tokens(conv, tokenizer, text)
+    tokens = _tokens(talk, tokenizer, text)
     ids, trained = tokens.ids, [loss_on == "all" and i > 0 for i in range(len(tokens.ids))]
+    if not talk.sample.answers:
+        return Encoded(ids, [False] * len(ids), text, talk.sample.source)
     if loss_on != "all":
-        for turn in turns.values():
-            notes |= _mark(conv, turn, tokens, tokenizer.stop_ids, trained)
+        for turn in talk.turns.values():
+            notes |= _mark(talk, turn, tokens, tokenizer.stop_ids, trained)
     if NO_END in notes:
         ids, trained = [*ids, int(tokenizer.eos_id or 0)], [*trained, True]
-    if _holds_special(conv, tokenizer):
-        notes.add(SPECIAL_IN_TEXT)
-    _check(conv, ids, trained, tokenizer)
-    return Encoded(ids, trained, text, f"{conv.file}:{conv.line}", tuple(sorted(notes)))
+    return _checked(talk, Encoded(ids, trained, text, talk.sample.source, tuple(sorted(notes))), tokenizer)
 
 
-def _tokens(conv: Conversation, tokenizer: TokenizerLike, text: str) -> _Tokens:
+def _plain(sample: Sample, text: str, tokenizer: TokenizerLike) -> Encoded:
+    """Plain text between the marks with which texts of this model begin and end, all trained but the first token."""
+    talk = _Conversation(sample, "", [{"role": "assistant", "content": text}], text, {})
+    begin, end = (tokenizer.bos_token or "") if expects_bos(tokenizer) else "", tokenizer.eos_token or ""
+    tokens = _tokens(talk, tokenizer, f"{begin}{text.removeprefix(begin).removesuffix(end)}{end}")
+    trained = [i > 0 for i in range(len(tokens.ids))]
+    return _checked(talk, Encoded(tokens.ids, trained, tokens.text, sample.source), tokenizer)
+
+
+def _tokens(talk: _Conversation, tokenizer: TokenizerLike, text: str) -> _Tokens:
     try:
         return _Tokens(text, *tokenizer.encode_with_offsets(text))
     except InputError as error:
-        raise BadRow(conv.problem("messages", str(error), "text")) from None
+        raise talk.bad("messages", str(error), "text") from None
 
 
-def encode_prompt(conv: Conversation, tokenizer: TokenizerLike, template: ChatTemplate) -> tuple[list[int], str]:
-    """The tokens a model is given so that it answers, and the answer that the conversation ends with ("" if none)."""
-    answered = conv.messages[-1]["role"] == "assistant"
-    upto = len(conv.messages) - answered
-    prompt = _render(conv, template, upto, add_generation_prompt=True)
-    return tokenizer.encode(prompt), str(conv.messages[upto]["content"]) if answered else ""
-
-
-def _turns(conv: Conversation, template: ChatTemplate, whole: str, loss_on: LossOn) -> dict[int, _Turn]:
-    """The trained turns by their index; for "all" the last turn where it can be told, for how it ends."""
-    chosen = [i for i, message in enumerate(conv.messages) if trains(message)]
-    if loss_on == "assistant":
-        return {i: _turn(conv, template, whole, i) for i in chosen}
-    last = len(conv.messages) - 1
-    if loss_on == "last":
-        return {last: _turn(conv, template, whole, last)} if last in chosen else {}
-    if loss_on != "all":
-        raise ValueError(f'loss_on must be "assistant", "all" or "last", not {loss_on!r}')
-    with suppress(BadRow):
-        return {last: _turn(conv, template, whole, last)}
-    return {}
-
-
-def _render(conv: Conversation, template: ChatTemplate, upto: int, *, add_generation_prompt: bool = False) -> str:
-    try:
-        return template.render(conv.messages[:upto], add_generation_prompt=add_generation_prompt, tools=conv.tools)
-    except Unrenderable as error:
-        raise BadRow(conv.problem("messages", str(error), "template")) from None
-
-
-def _turn(conv: Conversation, template: ChatTemplate, whole: str, i: int) -> _Turn:
-    """Where turn `i` stands in the whole text; BadRow when the template does not let that be told."""
-    prompt = _render(conv, template, i, add_generation_prompt=True)
-    if not whole.startswith(prompt):
-        raise _unstable(conv, i, prompt, whole)
-    upto = whole if i + 1 == len(conv.messages) else _render(conv, template, i + 1)
-    region = _shared(upto, whole)
-    content = str(conv.messages[i]["content"]).strip()
-    found = whole.find(content, len(prompt), region) if region >= len(prompt) else -1
-    if region < len(upto) and found < 0:
-        raise _unstable(conv, i, upto, whole)
-    inserted = found >= 0 and bool(whole[len(prompt) : found].strip())
-    return _Turn(len(prompt), None if found < 0 else found + len(content), region, region == len(upto), inserted)
-
-
-def _shared(a: str, b: str) -> int:
-    """How many characters two texts have in common from their start."""
-    if b.startswith(a):
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _unstable(conv: Conversation, i: int, part: str, whole: str) -> BadRow:
-    at = _shared(part, whole)
-    reason = (
-        f"the template is not prefix-stable at message {i}: rendered alone, the conversation so far goes on with"
-        f" {excerpt(part[at:])} where the whole has {excerpt(whole[at:])} (character {at}), so the place of the"
-        " answer cannot be told; try loss_on last, or another template"
-    )
-    return BadRow(conv.problem("messages", reason, "template"))
-
-
-def _append_at(conv: Conversation, turns: dict[int, _Turn], whole: str) -> int | None:
+def _append_at(talk: _Conversation) -> int | None:
     """Where to cut the text and add an end-of-text token: after a last answer that the template leaves unended."""
-    turn = turns.get(len(conv.messages) - 1)
-    if turn is None or turn.content_end is None or whole[turn.content_end : turn.region].strip():
+    turn = talk.turns.get(len(talk.messages) - 1)
+    if turn is None or turn.content_end is None or talk.text[turn.content_end : turn.region].strip():
         return None
     return turn.content_end
 
 
-def _mark(conv: Conversation, turn: _Turn, tokens: _Tokens, stops: Sequence[int], trained: list[bool]) -> set[str]:
+def _mark(talk: _Conversation, turn: Turn, tokens: _Tokens, stops: Sequence[int], trained: list[bool]) -> set[str]:
     """Set `trained` for the tokens that start inside one answer, its end-of-turn token included; returns notes."""
     first = bisect_left(tokens.offsets, turn.start, key=lambda span: span[0])
-    end, notes = _turn_end(conv, turn, tokens, first, stops)
+    end, notes = _turn_end(talk, turn, tokens, first, stops)
     for k in range(first, len(tokens.ids)):
         if tokens.offsets[k][0] >= end:
             break
@@ -189,7 +355,7 @@ def _mark(conv: Conversation, turn: _Turn, tokens: _Tokens, stops: Sequence[int]
 
 
 def _turn_end(
-    conv: Conversation, turn: _Turn, tokens: _Tokens, first: int, stops: Sequence[int]
+    talk: _Conversation, turn: Turn, tokens: _Tokens, first: int, stops: Sequence[int]
 ) -> tuple[int, set[str]]:
     """The character after the end-of-turn token of an answer, or where its text ends if it has none."""
     content_end = turn.start if turn.content_end is None else turn.content_end
@@ -200,7 +366,7 @@ def _turn_end(
             return end, set()
     if not turn.whole:
         reason = "the template changes what follows an answer and ends it with no stop token"
-        raise BadRow(conv.problem("messages", reason, "template"))
+        raise talk.bad("messages", reason)
     if len(tokens.text) <= content_end:  # cut there; an end-of-text token follows
         return len(tokens.text), set()
     answer = tokens.text[turn.start : turn.region].rstrip()
@@ -208,16 +374,16 @@ def _turn_end(
     return turn.start + len(answer), {UNKNOWN_STOP if marked else NEVER_ENDS}
 
 
-def _holds_special(conv: Conversation, tokenizer: TokenizerLike) -> bool:
+def _checked(talk: _Conversation, example: Encoded, tokenizer: TokenizerLike) -> Encoded:
+    """The example, with a note if its own texts hold a special token. Raises BadRow."""
+    bos = tokenizer.bos_id
+    if bos is not None and example.ids[:2] == [bos, bos]:
+        reason = f"begins with two BOS tokens ({tokenizer.bos_token!r}): the template writes one, so the row must not"
+        raise talk.bad("text", reason)
+    if not any(example.trained[1:]):
+        raise talk.bad("messages", "nothing to train: no token of an answer is left", "nothing to train")
     special = {tokenizer.decode([token], skip_special=False) for token in tokenizer.stop_ids}
     special |= {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
-    return any(token in str(message["content"]) for message in conv.messages for token in special if token)
-
-
-def _check(conv: Conversation, ids: list[int], trained: list[bool], tokenizer: TokenizerLike) -> None:
-    bos = tokenizer.bos_id
-    if bos is not None and ids[:2] == [bos, bos]:
-        reason = f"begins with two BOS tokens ({tokenizer.bos_token!r}): the template writes one, so the row must not"
-        raise BadRow(conv.problem("text", reason, "template"))
-    if not any(trained[1:]):
-        raise BadRow(conv.problem("messages", "nothing to train: no token of an answer is left", "nothing to train"))
+    if any(token in str(message["content"]) for message in talk.messages for token in special if token):
+        return replace(example, notes=tuple(sorted({*example.notes, SPECIAL_IN_TEXT})))
+    return example

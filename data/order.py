@@ -1,9 +1,14 @@
-"""Which examples make up which step, as a pure function of the step's number: a resumed run needs no saved cursor."""
+"""Which examples train, which are held out, and which make up which step: pure functions of the data and the number of
+the step, so a resumed run needs no saved cursor."""
 
 import hashlib
+import json
 from functools import lru_cache
+from typing import Any
 
 import torch
+
+from .encode import Dataset, digest, measure
 
 
 def steps_per_epoch(n_examples: int, batch_size: int) -> int:
@@ -32,3 +37,43 @@ def _epoch_order(n_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return tuple(torch.randperm(n_examples, generator=generator).tolist())
+
+
+def split_validation(dataset: Dataset[Any], fraction: float) -> tuple[Dataset[Any], Dataset[Any]]:
+    """(train, validation): a row's side depends on its topic alone, so it stays when rows are added or moved.
+
+    The topic of a conversation is all of it, of preference rows the prompt; rows of one topic go to one side.
+    `fraction` is the expected share of validation; each side gets at least one row where there are two topics. What was
+    skipped or dropped on reading stays in the report of the training side.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction must lie between 0 and 1, not {fraction}")
+    keys = [digest(row.topic()) for row in dataset.samples]
+    held = {key for key in keys if int.from_bytes(key[:8], "big") < fraction * 2**64}
+    if len(set(keys)) >= 2:
+        held = held or {min(keys)}
+        held = held - {max(keys)} if held == set(keys) else held
+    train = _subset(dataset, [key not in held for key in keys])
+    train.report.skipped, train.report.dropped = dataset.report.skipped, dataset.report.dropped
+    return train, _subset(dataset, [key in held for key in keys])
+
+
+def _subset(dataset: Dataset[Any], chosen: list[bool]) -> Dataset[Any]:
+    examples = [example for example, keep in zip(dataset.examples, chosen, strict=True) if keep]
+    part = Dataset(dataset.kind, examples, [s for s, keep in zip(dataset.samples, chosen, strict=True) if keep])
+    measure(part)
+    return part
+
+
+def count_overlap(train: Dataset[Any], validation: Dataset[Any]) -> int:
+    """Validation rows whose topic (see `split_validation`) also stands in train: a leak; a score that means little."""
+    seen = {digest(row.topic()) for row in train.samples}
+    return sum(digest(row.topic()) in seen for row in validation.samples)
+
+
+def fingerprint(dataset: Dataset[Any]) -> str:
+    """SHA-256 (hex) of all that training sees, in order: every example's token ids and mask, and its judgement."""
+    whole = hashlib.sha256()
+    for example in dataset.examples:
+        whole.update(json.dumps(example.content(), separators=(",", ":")).encode())
+    return whole.hexdigest()

@@ -1,8 +1,8 @@
-"""JSON Lines (or one JSON array) into rows, each knowing its file and line; what is no row becomes one clear problem.
+"""Files to rows, and the rules that a row and its messages keep; whatever breaks one is one problem, with its line.
 
-A file is read as bytes and line by line, so a broken line costs that line and not the file, and memory is bounded by
-the longest line allowed. Faults of a whole file (missing, a directory, UTF-16, empty) raise at once: they cannot be
-skipped.
+A file is JSON Lines or one JSON array. It is read as bytes and line by line, so a broken line costs that line and not
+the file, and memory is bounded by the longest line allowed. Faults of a whole file (missing, a directory, UTF-16,
+empty) raise at once: they cannot be skipped.
 """
 
 import json
@@ -12,11 +12,14 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from ..errors import InputError
+from .json_array import elements
+from .row import Problem, Row, bad, excerpt, type_name
+
+Messages = list[dict[str, Any]]
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 MAX_ARRAY_BYTES = 256 * 1024 * 1024
@@ -24,48 +27,21 @@ MAX_DEPTH = 64
 DISCARD_BYTES = 65536
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 OTHER_FORMATS = (".parquet", ".csv", ".tsv", ".gz", ".zst", ".txt", ".md", ".arrow", ".yaml", ".yml")
-EXCERPT = 60
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One row that cannot be used; `str()` is one line, `file:line: field: reason`; `kind` groups them for counting."""
-
-    file: str
-    line: int
-    field: str
-    reason: str
-    kind: str = "row"
-
-    def __str__(self) -> str:
-        text = f"{self.file}:{self.line}: {self.field}: {self.reason}"
-        return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
-class BadRow(InputError):
-    """A single unusable row, raised where a row is handled alone; `.problem` says which and why."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(str(problem))
-        self.problem = problem
-
-
-@dataclass(frozen=True)
-class Row:
-    """One JSON object and where it stood (lines count from 1)."""
-
-    data: dict[str, Any]
-    file: str
-    line: int
+ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLE_SYNONYMS = {
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "function": "tool",
+    "observation": "tool",
+}
+KEY_SYNONYMS = {"from": "role", "value": "content", "text": "content"}
 
 
 class _Refused(ValueError):
     """A value that JSON's grammar lets through and a dataset must not hold."""
-
-
-def excerpt(text: str, limit: int = EXCERPT) -> str:
-    """A quoted, shortened copy of `text` for a message."""
-    return repr(text if len(text) <= limit else text[: limit - 3] + "...")
 
 
 def read_rows(path: str | os.PathLike[str]) -> tuple[list[Row], list[Problem]]:
@@ -123,7 +99,7 @@ def _check_encoding(name: str) -> None:
         raise InputError(f"{name}: the file is compressed or binary, whatever its name says: unpack it to JSON Lines.")
 
 
-def _open(name: str) -> Any:
+def _open(name: str) -> BinaryIO:
     try:
         return open(name, "rb")
     except OSError as error:
@@ -135,7 +111,7 @@ def _first_byte(name: str) -> bytes:
     with _open(name) as file:
         while chunk := file.read(65536):
             if text := chunk.removeprefix(b"\xef\xbb\xbf").lstrip():
-                return bytes(text[:1])
+                return text[:1]
     return b""
 
 
@@ -151,14 +127,19 @@ def _line_items(name: str) -> Iterator[Row | Problem]:
                     line = file.readline(DISCARD_BYTES)
                 yield Problem(name, number, "line", f"is longer than {MAX_LINE_BYTES // 2**20} MiB", "json")
             elif line.strip():
-                yield _item_from_line(name, number, line)
+                yield _item(name, number, line)
 
 
-def _item_from_line(name: str, number: int, line: bytes) -> Row | Problem:
+def _item(name: str, line: int, raw: bytes | str) -> Row | Problem:
+    """What a line, or an element of an array, holds: an object, or a problem."""
     try:
-        return _row(name, number, _parse(_decode(line)))
+        value = _parse(raw if isinstance(raw, str) else _decode(raw))
+        if not isinstance(value, dict):
+            raise _Refused(f"is {type_name(value)}, not an object {{...}}")
+        _check_values(value)
+        return Row(value, name, line)
     except _Refused as error:
-        return Problem(name, number, "line", str(error), "json")
+        return Problem(name, line, "line", str(error), "json")
 
 
 def _decode(line: bytes) -> str:
@@ -193,16 +174,22 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-_SPACE = re.compile(r"[ \t\r\n]*")
+_UNFIT = re.compile("[\0\ud800-\udfff]")
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_float=_finite, parse_constant=_refuse_constant)
 
 
 def _parse(text: str) -> Any:
     """One JSON value filling the whole of `text`."""
     try:
-        value, end = _scan(text, len(text) - len(text.lstrip()))
+        value, end = _DECODER.raw_decode(text, len(text) - len(text.lstrip()))
     except json.JSONDecodeError as error:
         raise _Refused(_json_reason(text, error)) from None
+    except RecursionError:
+        raise _Refused(f"is nested deeper than {MAX_DEPTH} levels") from None
+    except _Refused:
+        raise
+    except ValueError:
+        raise _Refused("holds a number with too many digits") from None
     if rest := text[end:].strip():
         hint = ": one object a line, without commas between" if rest.startswith((",", "{")) else ""
         raise _Refused(f"more text follows the JSON value: {excerpt(rest)}{hint}")
@@ -216,30 +203,6 @@ def _json_reason(text: str, error: json.JSONDecodeError) -> str:
         return "ends before the JSON value is complete: each row must stand whole on one line"
     near = excerpt(text[max(0, error.pos - 10) : error.pos + 20].strip(), 40)
     return f"is not valid JSON at column {error.pos + 1}: {error.msg}, near {near}"
-
-
-def _scan(text: str, start: int) -> tuple[Any, int]:
-    try:
-        return _DECODER.raw_decode(text, start)
-    except RecursionError:
-        raise _Refused(f"is nested deeper than {MAX_DEPTH} levels") from None
-    except (json.JSONDecodeError, _Refused):
-        raise
-    except ValueError:
-        raise _Refused("holds a number with too many digits") from None
-
-
-def _row(name: str, number: int, value: Any) -> Row | Problem:
-    if not isinstance(value, dict):
-        return Problem(name, number, "line", f"is a JSON {_json_type(value)}, not an object {{...}}", "json")
-    _check_values(value)
-    return Row(value, name, number)
-
-
-def _json_type(value: Any) -> str:
-    if value is None:
-        return "null"
-    return {bool: "boolean", int: "number", float: "number", str: "string", list: "array"}.get(type(value), "object")
 
 
 def _check_values(value: Any) -> None:
@@ -260,86 +223,15 @@ def _check_values(value: Any) -> None:
 
 
 def _check_text(text: str, where: str) -> None:
-    if text.isascii():
-        bad = "\0" in text and "a NUL character"
-    else:
-        bad = ("\0" in text and "a NUL character") or (_has_surrogate(text) and "a lone surrogate (half a character)")
-    if bad:
-        raise _Refused(f"{where or 'a key'} holds {bad}")
-
-
-def _has_surrogate(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
+    if (text.isascii() and "\0" not in text) or not (found := _UNFIT.search(text)):
+        return
+    what = "a NUL character" if found.group() == "\0" else "a lone surrogate (half a character)"
+    raise _Refused(f"{where or 'a key'} holds {what}")
 
 
 def _array_items(name: str) -> Iterator[Row | Problem]:
-    """The elements of a file that is one JSON array; a syntax error ends it, as no later row can be told."""
-    text = _array_text(name)
-    cursor = _Cursor(text, text.index("[") + 1)
-    first = True
-    while not cursor.at("]"):
-        if not first and not cursor.take(","):
-            yield Problem(name, cursor.line, "file", "the array is not closed: a comma or ] is missing here", "json")
-            return
-        item, end = _element(name, cursor)
-        yield item
-        if end is None:
-            return
-        cursor.move(end)
-        first = False
-    if rest := text[cursor.position + 1 :].strip():
-        yield Problem(name, cursor.line, "file", f"more text follows the array: {excerpt(rest)}", "json")
-
-
-class _Cursor:
-    """A position in a text that knows its line and stands on no white space."""
-
-    def __init__(self, text: str, position: int) -> None:
-        self.text, self.position, self.line = text, 0, 1
-        self.move(position)
-
-    def move(self, position: int) -> None:
-        position = _SPACE.match(self.text, position).end()  # type: ignore[union-attr]
-        self.line += self.text.count("\n", self.position, position)
-        self.position = position
-
-    def at(self, mark: str) -> bool:
-        return self.text.startswith(mark, self.position)
-
-    def take(self, mark: str) -> bool:
-        """Step over `mark` if it stands here."""
-        found = self.at(mark)
-        if found:
-            self.move(self.position + len(mark))
-        return found
-
-
-def _element(name: str, cursor: _Cursor) -> tuple[Row | Problem, int | None]:
-    """The element that stands here, and where it ends; None where that cannot be told."""
-    try:
-        value, end = _scan(cursor.text, cursor.position)
-    except json.JSONDecodeError as error:
-        line = cursor.line + cursor.text.count("\n", cursor.position, error.pos)
-        reason = f"is not valid JSON: {error.msg}; the rest of the array is not read"
-        return Problem(name, line, "file", reason, "json"), None
-    except _Refused as error:
-        return Problem(name, cursor.line, "line", str(error), "json"), _lenient_end(cursor.text, cursor.position)
-    try:
-        return _row(name, cursor.line, value), end
-    except _Refused as error:
-        return Problem(name, cursor.line, "line", str(error), "json"), end
-
-
-def _lenient_end(text: str, position: int) -> int | None:
-    """Where an element ends whose values are refused (NaN, a key twice)."""
-    try:
-        return json.JSONDecoder().raw_decode(text, position)[1]
-    except (ValueError, RecursionError):
-        return None
+    for line, element, wrong in elements(_array_text(name)):
+        yield Problem(name, line, "file", wrong, "json") if wrong else _item(name, line, element)
 
 
 def _array_text(name: str) -> str:
@@ -354,3 +246,143 @@ def _array_text(name: str) -> str:
         return _decode(raw)
     except _Refused as error:
         raise InputError(f"{name}: {error}.") from None
+
+
+# Messages.
+
+
+def trains(message: dict[str, Any]) -> bool:
+    """Whether a message is an answer to learn."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def as_context(messages: Messages) -> Messages:
+    """The messages of a prompt: its assistant turns are not learned, whatever their weight says."""
+    return [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages]
+
+
+def core(message: dict[str, Any]) -> tuple[Any, ...]:
+    """What a model sees of a message: marks such as an id or a score make no other message of it."""
+    return tuple(message.get(key) for key in ("role", "content", "tool_calls", "tool_call_id", "name"))
+
+
+def checked_tools(row: Row, field: str, tools: Any) -> Messages | None:
+    """The tools a row offers; None for none."""
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise bad(row, field, f"must be a list of objects, not {type_name(tools)}")
+    return tools or None
+
+
+def checked_messages(row: Row, field: str, value: Any) -> Messages:
+    """A row's list of messages in the one shape. Raises BadRow for what is none, or breaks a rule of messages."""
+    if not isinstance(value, list):
+        raise bad(row, field, f"must be a list of messages, not {type_name(value)}")
+    if not value:
+        raise bad(row, field, "is an empty list", "empty")
+    return [_message(row, f"{field}[{i}]", message) for i, message in enumerate(value)]
+
+
+def _message(row: Row, field: str, message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise bad(row, field, f"must be an object with `role` and `content`, not {type_name(message)}")
+    role = _role(row, field, message)
+    result = {**message, "role": role}
+    if message.get("tool_calls") is not None:
+        result["tool_calls"] = _tool_calls(row, f"{field}.tool_calls", message["tool_calls"], role)
+    else:
+        result.pop("tool_calls", None)
+    result["content"] = _content(row, f"{field}.content", message, role)
+    if "weight" in message:
+        _check_weight(row, f"{field}.weight", message["weight"], role)
+    return result
+
+
+def _role(row: Row, field: str, message: dict[str, Any]) -> str:
+    for key, meant in KEY_SYNONYMS.items():
+        if key in message and meant not in message:
+            raise bad(
+                row, field, f'has `{key}` where `{meant}` is needed: a message is {{"role": ..., "content": ...}}'
+            )
+    if "role" not in message:
+        raise bad(row, f"{field}.role", "is missing")
+    role = message["role"]
+    if not isinstance(role, str):
+        raise bad(row, f"{field}.role", f"must be a string, not {type_name(role)}")
+    if role not in ROLES:
+        meant = ROLE_SYNONYMS.get(role.lower(), role.lower().strip())
+        hint = f": did you mean {meant!r}?" if meant in ROLES else f": must be one of {', '.join(ROLES)}"
+        raise bad(row, f"{field}.role", f"is {excerpt(role)}{hint}")
+    return role
+
+
+def _content(row: Row, field: str, message: dict[str, Any], role: str) -> str:
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return ""
+    if "content" not in message:
+        raise bad(row, field, "is missing")
+    if isinstance(content, list):
+        content = "".join(_part(row, f"{field}[{i}]", part) for i, part in enumerate(content))
+    if not isinstance(content, str):
+        raise bad(row, field, f"must be a string or a list of text parts, not {type_name(content)}")
+    if role == "user" or (role == "assistant" and not message.get("tool_calls") and message.get("weight") != 0):
+        return filled(row, field, content)
+    return content
+
+
+def _part(row: Row, field: str, part: Any) -> str:
+    if not isinstance(part, dict):
+        raise bad(row, field, f'must be an object {{"type": "text", "text": ...}}, not {type_name(part)}')
+    if part.get("type") != "text":
+        raise bad(row, f"{field}.type", f"is {excerpt(str(part.get('type')))}: only text parts can be trained on")
+    if not isinstance(part.get("text"), str):
+        raise bad(row, f"{field}.text", f"must be a string, not {type_name(part.get('text'))}")
+    return str(part["text"])
+
+
+def turn(row: Row, field: str, text: Any, role: str) -> Messages:
+    """A string as one turn."""
+    if not isinstance(text, str):
+        raise bad(row, field, f"must be a string, not {type_name(text)}")
+    return [{"role": role, "content": filled(row, field, text)}]
+
+
+def filled(row: Row, field: str, text: str) -> str:
+    """`text` unless there is nothing in it. Raises BadRow."""
+    if not text:
+        raise bad(row, field, "is empty", "empty")
+    if text.isspace():
+        raise bad(row, field, "holds only white space", "empty")
+    return text
+
+
+def _check_weight(row: Row, field: str, weight: Any, role: str) -> None:
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise bad(row, field, f"must be 0 or 1, not {excerpt(repr(weight))[1:-1]}")
+    if role != "assistant":
+        raise bad(row, field, f"belongs on assistant turns only, this one is {role!r}")
+
+
+def _tool_calls(row: Row, field: str, calls: Any, role: str) -> list[dict[str, Any]]:
+    """Tool calls with their arguments as objects, as chat templates want them (OpenAI writes them as JSON text)."""
+    if role != "assistant":
+        raise bad(row, field, f"belongs on assistant turns only, this one is {role!r}")
+    if not isinstance(calls, list):
+        raise bad(row, field, f"must be a list, not {type_name(calls)}")
+    return [_tool_call(row, f"{field}[{i}]", call) for i, call in enumerate(calls)]
+
+
+def _tool_call(row: Row, field: str, call: Any) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise bad(row, field, 'must be an object {"type": "function", "function": {"name": ..., "arguments": ...}}')
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            raise bad(row, f"{field}.arguments", "is not valid JSON") from None
+    if not isinstance(arguments, dict):
+        raise bad(row, f"{field}.arguments", f"must be a JSON object, not {type_name(arguments)}")
+    function = {**function, "arguments": arguments}
+    return {**call, "function": function} if "function" in call else function

@@ -1,26 +1,43 @@
-"""Chat templates: messages in, the exact text a model sees out.
+"""Chat templates: messages in, the exact text a model sees out, and where in it the answers stand.
 
-A template is a program that comes with a model, so it is treated as one: the first rendering of each happens in a child
-process with limits on memory and time, all later ones in a sandbox that counts (see `sandbox.py`).
+A template is a program that comes with a model, so it is treated as one: all rendering happens in one child process
+with limits on memory and time (see `render_child.py`), started on first need and used by every template from then on.
 """
 
+import atexit
+import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from datetime import date as Date
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import EnvironmentProblem, InputError
 from .protocol import TokenizerLike
+from .read import Messages
+from .row import excerpt
 
 MAX_SOURCE_BYTES = 64 * 1024
-CHILD_WALL_SECONDS = 300  # for a machine that is busy; the limit that counts is on processor time
+RENDER_SECONDS = 2.0  # processor time of one rendering
+CHILD_MEMORY = 512 * 1024 * 1024
+CHILD_WALL_SECONDS = 300.0  # for a machine that is busy; the limit that counts is on processor time
+JOB_CHARACTERS = 1 << 20  # of the conversations that are sent at a time
 SHOWN_ERROR = 500
 MAX_STRIKES = 3
-CHILD_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT")  # what starting an interpreter may need
+CHILD_NAME = "the child process that renders chat templates"
+CHILD_ENVIRONMENT = (
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "SYSTEMROOT",
+    "TZ",
+)  # what starting an interpreter may need, and a clock
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -44,6 +61,32 @@ BUILTINS = {"chatml": CHATML, "llama3": LLAMA3, "zephyr": ZEPHYR, "plain": PLAIN
 
 class Unrenderable(InputError):
     """A template that works, but not on these messages."""
+
+
+class Talk(NamedTuple):
+    """Messages to render: with `prompt` up to where the assistant speaks next. `turns`: whose place is wanted."""
+
+    messages: Messages
+    tools: Messages | None = None
+    turns: Sequence[int] = ()
+    prompt: bool = False
+
+
+class Turn(NamedTuple):
+    """Where a message of the assistant stands in the rendered text: characters [start, region)."""
+
+    start: int
+    content_end: int | None  # None where the template rewrites the content
+    region: int
+    whole: bool  # rendering up to this turn is a prefix of the whole text
+    inserted: bool  # the template puts text before the content that the generation prompt lacks
+
+
+class Rendered(NamedTuple):
+    """A text, and the places of the wanted turns, or why one cannot be told."""
+
+    text: str
+    turns: dict[int, Turn | Unrenderable]
 
 
 class ChatTemplate:
@@ -79,93 +122,217 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None = None,
     ) -> str:
         """The text for `messages`; with `add_generation_prompt` it ends where the assistant's answer begins."""
-        variables = {
-            "messages": [{key: value for key, value in message.items() if key != "weight"} for message in messages],
-            "add_generation_prompt": add_generation_prompt,
-            "tools": tools,
-            "bos_token": self.bos_token,
-            "eos_token": self.eos_token,
-        }
-        return _checked(self.source).render(variables, self.date, self.name)
+        (made,) = self.render_all([Talk(messages, tools, prompt=add_generation_prompt)])
+        if isinstance(made, Unrenderable):
+            raise made
+        return made.text
+
+    def render_all(self, talks: Sequence[Talk]) -> list[Rendered | Unrenderable]:
+        """Every conversation's text with the places of its wanted turns, or why there is none."""
+        known, jobs, found = _known(self.source), [self._job(talk) for talk in talks], list[Rendered | Unrenderable]()
+        tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        shared = json.dumps({"source": self.source, "date": self.date, "tokens": tokens})
+        while len(found) < len(talks):
+            for answer in [] if known.broken else CHILD.ask(shared, _some(jobs, len(found))):
+                known.learn(answer)
+                if known.broken:
+                    break
+                found.append(self._read(talks[len(found)], answer))
+            if known.broken:
+                raise InputError(f"{self.name}: the chat template cannot be used: {known.broken.rstrip('.')}.")
+        return found
+
+    def _job(self, talk: Talk) -> str:
+        messages = [{key: value for key, value in message.items() if key != "weight"} for message in talk.messages]
+        return json.dumps({"messages": messages, "tools": talk.tools, "cuts": _cuts(talk)})
+
+    def _read(self, talk: Talk, answer: dict[str, Any]) -> Rendered | Unrenderable:
+        """One conversation's texts, as the child tells them, into the places of its turns."""
+        told = answer.get("texts") or [{"refused": answer["much"]}]
+        texts = [self._text(one, told[0]) for one in told]
+        whole = texts[0]
+        if isinstance(whole, Unrenderable):
+            return whole
+        cut, turns = dict(zip(_cuts(talk), texts, strict=True)), dict[int, Turn | Unrenderable]()
+        for i in talk.turns:
+            prompt, upto = cut[i, True], cut.get((i + 1, False), whole)
+            if isinstance(prompt, Unrenderable) or isinstance(upto, Unrenderable):
+                turns[i] = prompt if isinstance(prompt, Unrenderable) else upto  # type: ignore[assignment]
+            else:
+                turns[i] = _place(i, str(talk.messages[i]["content"]).strip(), whole, prompt, upto)
+        return Rendered(whole, turns)
+
+    def _text(self, told: Any, whole: Any) -> str | Unrenderable:
+        if isinstance(told, dict):
+            reason = str(told["refused"])[:SHOWN_ERROR]
+            return Unrenderable(f"{self.name}: the template cannot render this: {reason}")
+        return told if isinstance(told, str) else whole[: told[0]] + told[1]
 
 
-class _Checked:
-    """One template source of this process: its first rendering goes to a child, the rest happen here.
+def _some(jobs: Sequence[str], first: int) -> Sequence[str]:
+    """As many jobs from `first` on as are sent at a time, one at least."""
+    end, size = first, 0
+    while end < len(jobs) and size < JOB_CHARACTERS:
+        size += len(jobs[end])
+        end += 1
+    return jobs[first:end]
 
-    A source that is broken or breaks a limit in the child stays refused, as no row can mend it; so does one that later
-    takes too much for three rows.
+
+def _cuts(talk: Talk) -> list[tuple[int, bool]]:
+    """The beginnings of a conversation (messages, with generation prompt?) that tell the places of its wanted turns."""
+    size = len(talk.messages)
+    after = [(i + 1, False) for i in talk.turns if i + 1 < size]
+    return [(size, talk.prompt), *((i, True) for i in talk.turns), *after]
+
+
+def _place(i: int, content: str, whole: str, prompt: str, upto: str) -> Turn:
+    """Where turn `i` stands in the whole text. Raises Unrenderable when the template does not let that be told."""
+    if not whole.startswith(prompt):
+        raise _unstable(i, prompt, whole)
+    region = _shared(upto, whole)
+    found = whole.find(content, len(prompt), region) if region >= len(prompt) else -1
+    if region < len(upto) and found < 0:
+        raise _unstable(i, upto, whole)
+    inserted = found >= 0 and bool(whole[len(prompt) : found].strip())
+    return Turn(len(prompt), None if found < 0 else found + len(content), region, region == len(upto), inserted)
+
+
+def _shared(a: str, b: str) -> int:
+    """How many characters two texts have in common from their start."""
+    if b.startswith(a):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _unstable(i: int, part: str, whole: str) -> Unrenderable:
+    at = _shared(part, whole)
+    return Unrenderable(
+        f"the template is not prefix-stable at message {i}: rendered alone, the conversation so far goes on with"
+        f" {excerpt(part[at:])} where the whole has {excerpt(whole[at:])} (character {at}), so the place of the"
+        " answer cannot be told; try loss_on last, or another template"
+    )
+
+
+TemplateChoice = str | os.PathLike[str] | ChatTemplate | None
+
+
+class _Known:
+    """What this process has learned of a template's source.
+
+    One that is broken, or takes too much at its first rendering, stays refused, as no row can mend it; so does one that
+    later takes too much for three rows.
     """
 
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self.compiled: Any = None
-        self.broken = ""
-        self.strikes = 0
+    def __init__(self) -> None:
+        self.works, self.broken, self.strikes = False, "", 0
 
-    def render(self, variables: dict[str, Any], date: str | None, name: str) -> str:
-        from . import sandbox
-
-        if self.compiled is None and not self.broken:
-            self._check(variables, date)
-        if self.broken:
-            raise InputError(f"{name}: the chat template cannot be used: {self.broken[:SHOWN_ERROR].rstrip('.')}.")
-        try:
-            box, template = self.compiled
-            return sandbox.render(box, template, variables, date)
-        except sandbox.Refused as error:
-            if isinstance(error, sandbox.TooMuch):
-                self.strikes += 1
-                self.broken = str(error) if self.strikes >= MAX_STRIKES else ""
-            raise Unrenderable(f"{name}: the template cannot render this: {str(error)[:SHOWN_ERROR]}") from None
-
-    def _check(self, variables: dict[str, Any], date: str | None) -> None:
-        """Render once in the child; only a template that came through is compiled in this process."""
-        from . import sandbox
-
-        self.broken = _broken_in_child(self.source, variables, date)
-        if not self.broken:
-            self.compiled = sandbox.compile_template(self.source)
+    def learn(self, answer: dict[str, Any]) -> None:
+        """Take in how one conversation went."""
+        self.works |= "texts" in answer
+        self.strikes += "much" in answer
+        if "broken" in answer or (self.strikes and not self.works) or self.strikes >= MAX_STRIKES:
+            self.broken = str(answer.get("broken") or answer["much"])[:SHOWN_ERROR]
 
 
 @lru_cache(maxsize=64)
-def _checked(source: str) -> _Checked:
-    return _Checked(source)
+def _known(source: str) -> _Known:
+    return _Known()
 
 
-def _broken_in_child(source: str, variables: dict[str, Any], date: str | None) -> str:
-    """What makes the template unusable for any row, or "", tried in a fresh interpreter that imports jinja2 alone."""
-    import jinja2
-    import markupsafe
+class _Child:
+    """The process that renders: started on first need, killed when it hangs, and one request at a time."""
 
-    from . import sandbox
-    from .sandbox import CHILD_MEMORY, CHILD_SECONDS
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.owner = 0  # a fork must start its own
+        self.unread = b""
 
-    folders = [str(Path(module.__file__).parent.parent) for module in (jinja2, markupsafe) if module.__file__]
-    start = "import sys, runpy; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
-    job = json.dumps({"source": source, "variables": variables, "date": date})
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-X", "utf8", "-c", start, sandbox.__file__, *folders],
-            input=job.encode(),
-            capture_output=True,
-            timeout=CHILD_WALL_SECONDS,
-            env={key: os.environ[key] for key in CHILD_ENVIRONMENT if key in os.environ},
-        )
-    except subprocess.TimeoutExpired:
-        return f"it did not render one conversation in {CHILD_WALL_SECONDS} seconds"
-    except OSError as error:
-        raise EnvironmentProblem(f"the child process that tries chat templates does not start: {error}") from None
-    if done.returncode == 0:
-        return str(json.loads(done.stdout).get("broken", ""))
-    last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-    if done.returncode > 0 and "MemoryError" not in last:
-        raise EnvironmentProblem(f"the child process that tries chat templates does not run here: {last}")
-    return f"rendering one conversation took more than {CHILD_SECONDS} seconds or {CHILD_MEMORY // 2**20} MiB"
+    def ask(self, shared: str, jobs: Sequence[str]) -> list[dict[str, Any]]:
+        """The answer to each job, up to the first that broke the template or ended the process."""
+        request = f'{shared[:-1]}, "talks": [{", ".join(jobs)}]}}\n'.encode()
+        with self.lock:
+            try:
+                process = self._running()
+                self._send(process, request)
+                found: list[dict[str, Any]] = []
+                while len(found) < len(jobs) and "broken" not in (found or [{}])[-1]:
+                    line = self._line(process)
+                    found.append(json.loads(line) if line else {"much": self._ended(process)})
+                    if not line:
+                        break
+                return found
+            except BaseException:  # an interrupt, say: answers nobody waits for would be taken for the next ones
+                self.stop()
+                raise
+
+    def stop(self) -> None:
+        """End the process, if there is one and it is ours."""
+        process, self.process, self.unread = self.process, None, b""
+        if process is None or self.owner != os.getpid():
+            return
+        process.kill()
+        process.communicate()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
+            self.stop()
+            # jinja2 may lie where an isolated interpreter does not look.
+            found = [spec.origin for name in ("jinja2", "markupsafe") if (spec := find_spec(name)) and spec.origin]
+            folders = [str(Path(origin).parent.parent) for origin in found]
+            start = "import sys, runpy; sys.path += sys.argv[4:]; runpy.run_path(sys.argv[1], run_name='__main__')"
+            limits = [str(Path(__file__).with_name("render_child.py")), str(RENDER_SECONDS), str(CHILD_MEMORY)]
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-I", "-X", "utf8", "-c", start, *limits, *folders],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    env={key: os.environ[key] for key in CHILD_ENVIRONMENT if key in os.environ},
+                    start_new_session=True,  # Ctrl-C is for the trainer, which may want to render once more
+                )
+            except OSError as error:
+                raise EnvironmentProblem(
+                    f"the child process that renders chat templates does not start: {error}"
+                ) from None
+            self.owner = os.getpid()
+            if self._line(self.process) is None:
+                self.process.kill()
+                last = self.process.communicate()[1].decode(errors="replace").strip().rpartition("\n")[2]
+                raise EnvironmentProblem(f"{CHILD_NAME} does not run here: {last}")
+        return self.process
+
+    def _send(self, process: subprocess.Popen[bytes], request: bytes) -> None:
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended; so does the stream of its answers
+            process.stdin.write(request)
+            process.stdin.flush()
+
+    def _line(self, process: subprocess.Popen[bytes]) -> bytes | None:
+        """The next line the process writes; None when it ended, or was killed because none came in time."""
+        assert process.stdout is not None
+        pieces, pipe = [self.unread], process.stdout.fileno()
+        while b"\n" not in pieces[-1]:
+            if not select.select([pipe], [], [], CHILD_WALL_SECONDS)[0]:
+                process.kill()
+            pieces.append(os.read(pipe, 1 << 20))
+            if not pieces[-1]:
+                return None
+        line, _, self.unread = b"".join(pieces).partition(b"\n")
+        return line
+
+    def _ended(self, process: subprocess.Popen[bytes]) -> str:
+        self.stop()
+        return f"it takes more than {RENDER_SECONDS:g} seconds or {CHILD_MEMORY // 2**20} MiB"
+
+
+CHILD = _Child()
+atexit.register(CHILD.stop)
 
 
 def template_for(
     tokenizer: TokenizerLike,
-    override: "str | os.PathLike[str] | ChatTemplate | None" = None,
+    override: TemplateChoice = None,
     *,
     date: str | None = None,
 ) -> ChatTemplate:
@@ -214,11 +381,11 @@ def _named(tokenizer: TokenizerLike, override: str | os.PathLike[str], date: str
 
 
 def _builtin(tokenizer: TokenizerLike, name: str, date: str | None) -> ChatTemplate:
-    bos = (tokenizer.bos_token or "") if name == "llama3" or _expects_bos(tokenizer) else ""
+    bos = (tokenizer.bos_token or "") if name == "llama3" or expects_bos(tokenizer) else ""
     return ChatTemplate(BUILTINS[name], bos, tokenizer.eos_token or "", name=name, date=date)
 
 
-def _expects_bos(tokenizer: TokenizerLike) -> bool:
+def expects_bos(tokenizer: TokenizerLike) -> bool:
     """Whether texts begin with BOS for this model: its own template says, else a BOS that is not also EOS is one."""
     if tokenizer.chat_template:
         return "bos_token" in tokenizer.chat_template

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
-from ..data.pairs import Truncation
+from ..data.truncate import Truncation
 from ..errors import InputError
 from ..optim.schedule import SCHEDULES, Schedule, learning_rate
 from .losses.objective import PAIR_LOSSES, SETTINGS, UNPAIRED_LOSSES, Objective, parse_losses

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import Batch, micro_batches
-from ..data.encode import Encoded, encode_prompt
-from ..data.formats import Conversation
+from ..data.batch import Batch, Encoded, micro_batches
+from ..data.encode import encode_prompts
+from ..data.forms import Sample
 from ..data.template import ChatTemplate
 from ..models.generate import generate
 from ..models.protocol import CausalLM
@@ -65,13 +65,13 @@ def answer_all(
     model: CausalLM,
     tokenizer: Any,
     template: ChatTemplate,
-    conversations: Sequence[Conversation],
+    samples: Sequence[Sample],
     *,
     max_new_tokens: int = 128,
     batch_size: int = 32,
 ) -> list[Answer]:
-    """Greedy answers to the last assistant turn of every conversation, in their order."""
-    encoded = [encode_prompt(conversation, tokenizer, template) for conversation in conversations]
+    """Greedy answers to the last assistant turn of every sample, in their order."""
+    encoded = encode_prompts(samples, tokenizer, template)
     with evaluating(model):
         generated = generate(
             model,
@@ -81,8 +81,8 @@ def answer_all(
             batch_size=batch_size,
         )
     return [
-        Answer(tokenizer.decode(ids, skip_special=False), expected, tokenizer.decode(new), f"{c.file}:{c.line}")
-        for (ids, expected), new, c in zip(encoded, generated, conversations, strict=True)
+        Answer(tokenizer.decode(ids, skip_special=False), expected, tokenizer.decode(new), sample.source)
+        for (ids, expected), new, sample in zip(encoded, generated, samples, strict=True)
     ]
 
 

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.answer_batch import AnswerBatch, answer_batches, packed_size, padded_size
-from ..data.batch import sent
-from ..data.pairs import JudgedDataset, Judgement, PairDataset, load_judged, load_preferences
+from ..data.batch import AnswerBatch, Preference, answer_batches, packed_size, padded_size, sent
+from ..data.encode import Dataset, load
 from ..errors import InputError, NumericError
 from ..lora.adapter import DEFAULT, adapters_of, copy_adapter, remove_adapter
 from ..models.protocol import CausalLM
@@ -39,18 +38,16 @@ class PreferenceTrainer(Trainer):
     config: Any
 
     def _dataset(self, rows: Any) -> Any:
-        dataset, kind = super()._dataset(rows), JudgedDataset if self.judged else PairDataset
-        if not isinstance(dataset, kind):
-            load = "load_judged" if self.judged else "load_preferences"
-            raise InputError(
-                f"this training reads {kind.__name__} (fourbit.data.pairs.{load}), got {type(dataset).__name__}"
-            )
+        dataset, kind = super()._dataset(rows), "judged" if self.judged else "pairs"
+        if dataset.kind != kind:
+            raise InputError(f"this training reads rows loaded as {kind!r}, got {dataset.kind!r}")
         return dataset
 
-    def load_rows(self, paths: Sequence[str | Path]) -> Any:
-        return (load_judged if self.judged else load_preferences)(
+    def load_rows(self, paths: Sequence[str | Path]) -> Dataset[Preference]:
+        return load(
             paths,
             self.tokenizer,
+            "judged" if self.judged else "pairs",
             template=self.config.template,
             max_length=self.config.max_length,
             truncation=self.config.truncation,
@@ -97,7 +94,7 @@ class DPOTrainer(PreferenceTrainer):
     """Trains an adapter on preferences: DPO and its relatives, `config.loss` says which.
 
     model: from `fourbit.load`, with an adapter, fresh or trained before (`load_adapter`). train: a JSONL file, several,
-    or a dataset of `load_preferences` (of `load_judged` for a loss on single answers). val: the same, or a fraction.
+    or a dataset of `load(..., "pairs")` ("judged" for a loss on single answers). val: the same, or a fraction.
     Raises InputError for rows, options or a model that cannot be trained on.
     """
 
@@ -213,12 +210,12 @@ class DPOTrainer(PreferenceTrainer):
         return mismatch_kl(torch.cat(policy), torch.cat(reference))
 
     @staticmethod
-    def _other_prompt(dataset: Any, chosen: Sequence[int], k: int) -> Judgement | None:
+    def _other_prompt(dataset: Any, chosen: Sequence[int], k: int) -> Preference | None:
         """The next example with another prompt, after the k-th of the step and around, then in the whole data."""
         own = prompt_of(dataset.examples[chosen[k]])
         for i in chain(chosen[k + 1 :], chosen[:k], range(chosen[k] + 1, len(dataset)), range(chosen[k])):
             if prompt_of(dataset.examples[i]) != own:
-                example: Judgement = dataset.examples[i]
+                example: Preference = dataset.examples[i]
                 return example
         return None
 
@@ -248,14 +245,16 @@ class DPOTrainer(PreferenceTrainer):
         )
 
 
-def prompt_of(example: Judgement) -> list[int]:
+def prompt_of(example: Preference) -> list[int]:
     """The tokens before the answer."""
-    return example.answer.ids[: example.answer.trained.index(True)]
+    (answer,) = example.parts
+    return answer.ids[: answer.trained.index(True)]
 
 
-def crossed_over(asked: Judgement, answered: Judgement, max_length: int) -> Judgement:
+def crossed_over(asked: Preference, answered: Preference, max_length: int) -> Preference:
     """The prompt of one example with the answer of another, its end cut off past max_length."""
-    prompt, other = prompt_of(asked), answered.answer
+    prompt, other = prompt_of(asked), answered.parts[0]
     start = other.trained.index(True)
     ids, trained = prompt + other.ids[start:], [False] * len(prompt) + other.trained[start:]
-    return replace(asked, answer=replace(asked.answer, ids=ids[:max_length], trained=trained[:max_length]))
+    answer = replace(asked.parts[0], ids=ids[:max_length], trained=trained[:max_length])
+    return replace(asked, parts=(answer,))

@@ -15,8 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..data.answer_batch import AnswerBatch
-from ..data.batch import sent
+from ..data.batch import AnswerBatch, sent
 from ..errors import InputError
 from ..files import write_tensors
 from ..lora.adapter import adapter_layers, adapters_of, using

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.answer_batch import AnswerBatch
+from ..data.batch import AnswerBatch
 from ..models.protocol import CausalLM
 from .config import RewardConfig
 from .losses.reward import reward_loss
@@ -21,7 +21,7 @@ class RewardTrainer(PreferenceTrainer):
     """Trains an adapter and a head that gives the preferred one of two answers the higher reward.
 
     model: from `fourbit.load`, with an adapter, fresh or trained before. train: a JSONL file of pairs, several, or a
-    dataset of `load_preferences`. val: the same, or a fraction. head: [1, hidden_size] to go on from (`read_head`); by
+    dataset of them. val: the same, or a fraction. head: [1, hidden_size] to go on from (`read_head`); by
     default zeros, so the loss starts at ln 2. `reward_model` scores with what is being trained.
     Raises InputError for rows, options or a model that cannot be trained on.
     """

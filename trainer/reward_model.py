@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.answer_batch import AnswerBatch, answer_batches
-from ..data.dataset import Template
-from ..data.encode import encode_conversation
-from ..data.formats import Conversation, conversation
-from ..data.pairs import Judgement
+from ..data.batch import AnswerBatch, Preference, answer_batches
+from ..data.encode import encode
+from ..data.forms import Sample, sample
 from ..data.protocol import TokenizerLike
-from ..data.read import Row
-from ..data.template import template_for
+from ..data.row import BadRow, Row
+from ..data.template import TemplateChoice, template_for
 from ..errors import InputError
 from ..files import check_finite, float_tensors, regular_file, write_tensors
 from ..lora.peft_files import load_adapter, save_adapter
@@ -27,7 +25,7 @@ from .evaluate import evaluating
 from .losses.tokens import hidden_rows
 
 HEAD, KEY = "reward_head.safetensors", "score.weight"
-Answered = Conversation | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+Answered = Sample | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 class RewardModel:
@@ -72,7 +70,7 @@ class RewardModel:
         tokenizer: TokenizerLike,
         rows: Sequence[Answered],
         *,
-        template: Template = None,
+        template: TemplateChoice = None,
         token_budget: int = 2048,
     ) -> list[float]:
         """The reward of each row's last assistant turn, in order; dropout is off and no gradient is kept.
@@ -82,12 +80,15 @@ class RewardModel:
         Raises InputError for a row that is none of these or cannot be encoded, naming its place.
         """
         form = template_for(tokenizer, template)
-        talks = [_conversation(row, place) for place, row in enumerate(rows, 1)]
-        encoded = [encode_conversation(talk, tokenizer, form, loss_on="last") for talk in talks]
-        scores = [0.0] * len(encoded)
-        if not encoded:
+        samples = [_sample(row, place) for place, row in enumerate(rows, 1)]
+        judged = []
+        for place, parts in enumerate(encode(samples, tokenizer, form, loss_on="last")):
+            if isinstance(parts, BadRow):
+                raise parts
+            judged.append((place, Preference(parts, label=True)))
+        scores = [0.0] * len(judged)
+        if not judged:
             return scores
-        judged = [(place, Judgement(answer, True, answer.source)) for place, answer in enumerate(encoded)]
         batches = answer_batches(judged, packing=True, micro_batch="auto", token_budget=token_budget, pad_id=0)
         with evaluating(self.model):
             for batch in batches:
@@ -122,8 +123,8 @@ def read_head(model: CausalLM, folder: str | Path) -> Tensor:
     return head
 
 
-def _conversation(row: Answered, place: int) -> Conversation:
-    if isinstance(row, Conversation):
+def _sample(row: Answered, place: int) -> Sample:
+    if isinstance(row, Sample):
         return row
     data = dict(row) if isinstance(row, Mapping) else {"messages": list(row)}
-    return conversation(Row(data, "rows", place))
+    return sample(Row(data, "rows", place), "sft")

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..data.batch import Batch, micro_batches
-from ..data.dataset import Dataset, load_dataset
+from ..data.batch import Batch, Encoded, micro_batches
+from ..data.encode import Dataset, load
 from ..errors import InputError
 from ..lora.adapter import adapter_layers
 from ..models.save import save_model
@@ -28,8 +28,8 @@ class SFTTrainer(Trainer):
 
     config: SFTConfig
 
-    def load_rows(self, paths: Sequence[str | Path]) -> Dataset:
-        return load_dataset(
+    def load_rows(self, paths: Sequence[str | Path]) -> Dataset[Encoded]:
+        return load(
             paths,
             self.tokenizer,
             template=self.config.template,
@@ -38,7 +38,9 @@ class SFTTrainer(Trainer):
             on_bad_row=self.config.on_bad_row,
         )
 
-    def micro_batches(self, dataset: Dataset, numbers: Sequence[int], micro_batch: MicroBatchSize) -> list[Batch]:
+    def micro_batches(
+        self, dataset: Dataset[Encoded], numbers: Sequence[int], micro_batch: MicroBatchSize
+    ) -> list[Batch]:
         return micro_batches(
             [dataset.examples[i] for i in numbers],
             packing=self.config.packing,

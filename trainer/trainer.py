@@ -19,8 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..data.dataset import fingerprint, split_validation
-from ..data.order import step_indices, steps_per_epoch
+from ..data.order import fingerprint, split_validation, step_indices, steps_per_epoch
 from ..errors import InputError, NumericError
 from ..files import lock_folder
 from ..lora.adapter import adapter_parameters

@@ -19,7 +19,7 @@ from fourbit.cli.main import COMMANDS, main
 from fourbit.cli.parse import parse
 from fourbit.cli.sft import Options as SFTOptions
 from fourbit.cli.show import bars, visible
-from fourbit.data.dataset import load_dataset
+from fourbit.data.encode import load as load_rows
 from fourbit.kernels import plan
 from fourbit.models.load import load_tokenizer
 
@@ -147,14 +147,14 @@ def test_eval_gives_both_and_agrees_with_the_library(
     answers = tmp_path / "answers.jsonl"
     values = run_json(capsys, *args, "--max-new-tokens", "6", "--answers", str(answers))
     model, tokenizer = fourbit.load(tiny_folder, quantize="nf4-nodq")  # as the adapter's own config.yaml says
-    dataset = load_dataset(val_rows, tokenizer)
+    dataset = load_rows(val_rows, tokenizer)
     assert values["base_loss"] == pytest.approx(fourbit.evaluate_loss(model, dataset.examples), rel=1e-6)
     fourbit.load_adapter(model, tuned)
     assert values["loss"] == pytest.approx(fourbit.evaluate_loss(model, dataset.examples), rel=1e-6)
     assert values["loss"] < values["base_loss"] and values["perplexity"] == pytest.approx(math.exp(values["loss"]))
     assert 0 <= values["exact_match"] <= 1 and values["rows"] == 6
     written = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert [row["expected"] for row in written] == [conv.messages[-1]["content"] for conv in dataset.conversations]
+    assert [row["expected"] for row in written] == [sample.answers[0][-1]["content"] for sample in dataset.samples]
     assert sum(row["exact"] for row in written) / 6 == pytest.approx(values["exact_match"])
     assert (tmp_path / "answers.base.jsonl").is_file()
 
@@ -257,7 +257,7 @@ def test_data_shows_what_is_trained(tiny_folder: Path, rows: Path, capsys: Captu
 
 def test_data_json_counts(tiny_folder: Path, rows: Path, capsys: Capture) -> None:
     values = run_json(capsys, "data", str(rows), "--model", str(tiny_folder))
-    dataset = load_dataset(rows, load_tokenizer(tiny_folder))
+    dataset = load_rows(rows, load_tokenizer(tiny_folder))
     assert values["rows"] == 22 and values["problems"] == []
     assert values["tokens"] == sum(len(example.ids) for example in dataset.examples)
     assert values["trained_share"] == pytest.approx(
@@ -280,7 +280,7 @@ def test_pieces_join_to_the_text_and_keep_every_kind(tiny_folder: Path, tmp_path
     tokenizer = load_tokenizer(tiny_folder)
     turns = [{"role": "user", "content": "é😀 \x1b[31m"}, {"role": "assistant", "content": "ö\nx"}]
     (tmp_path / "r.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    (example,) = load_dataset(tmp_path / "r.jsonl", tokenizer).examples
+    (example,) = load_rows(tmp_path / "r.jsonl", tokenizer).examples
     found = list(pieces(example, tokenizer))
     assert "".join(text for _, text in found) == example.text
     assert "".join(text for kind, text in found if kind.startswith("trained")) == "ö\nx<|im_end|>"
@@ -298,7 +298,7 @@ def test_cut_tokens_are_shown_as_cut(tiny_folder: Path, tmp_path: Path) -> None:
         {"role": "assistant", "content": "d", "weight": 0},
     ]
     (tmp_path / "r.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    (example,) = load_dataset(tmp_path / "r.jsonl", tokenizer, max_length=30).examples
+    (example,) = load_rows(tmp_path / "r.jsonl", tokenizer, max_length=30).examples
     shown = marked(example, tokenizer)
     assert shown.replace("{+", "").replace("+}", "").replace("[-", "").replace("-]", "") == example.text
     assert sum(len(text) for kind, text in pieces(example, tokenizer) if kind == "cut") > 0 and "[-" in shown

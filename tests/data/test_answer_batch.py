@@ -11,28 +11,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fourbit.data import answer_batch
-from fourbit.data.answer_batch import (
+from fourbit.data import batch as answer_batch
+from fourbit.data.batch import (
     AnswerBatch,
+    Encoded,
+    Preference,
     answer_batches,
     pack_answers,
     packed_size,
     pad_answers,
     padded_size,
 )
-from fourbit.data.encode import Encoded
-from fourbit.data.pairs import Judgement, Pair, shared_tokens
+from fourbit.data.encode import shared_tokens
 
 PAD = 3  # also a token of the examples: padding must never be told by its id
-Example = Pair | Judgement
+Example = Preference
 
 
 def part(ids: Sequence[int], trained: Sequence[bool]) -> Encoded:
     return Encoded(list(ids), list(trained), "", "")
 
 
-def pair(chosen: Encoded, rejected: Encoded) -> Pair:
-    return Pair(chosen, rejected, shared_tokens(chosen.ids, rejected.ids), "")
+def pair(chosen: Encoded, rejected: Encoded) -> Preference:
+    return Preference((chosen, rejected), shared_tokens(chosen.ids, rejected.ids))
 
 
 TOKEN = st.tuples(st.integers(0, 4), st.booleans())
@@ -49,12 +50,12 @@ def encoded(draw: Any, start: Sequence[tuple[int, bool]] = ((0, False),)) -> Enc
 
 
 @st.composite
-def pairs(draw: Any) -> Pair:
+def pairs(draw: Any) -> Preference:
     start = draw(TOKENS)
     return pair(draw(encoded(start)), draw(encoded(start if draw(st.booleans()) else ((9, False),))))
 
 
-JUDGED = st.builds(lambda answer, label: Judgement(answer, label, ""), encoded(), st.booleans())
+JUDGED = st.builds(lambda answer, label: Preference((answer,), label=label), encoded(), st.booleans())
 EXAMPLES = st.one_of(st.lists(pairs(), min_size=1, max_size=6), st.lists(JUDGED, min_size=1, max_size=6)).map(
     lambda examples: list(zip(range(7, 99), examples, strict=False))
 )
@@ -99,7 +100,7 @@ def holds(batch: AnswerBatch, examples: Sequence[tuple[int, Example]]) -> None:
     assert set(used) == set(range(batch.trained)), "a prediction that no answer has"
     assert batch.rows.shape == batch.targets.shape == (batch.trained,)
     assert len(set(zip(batch.rows.tolist(), batch.targets.tolist(), strict=True))) == batch.trained
-    labels = [example.label for _, example in sorted(examples) if isinstance(example, Judgement)]
+    labels = [example.label for _, example in sorted(examples) if example.label is not None]
     if labels:
         assert batch.labels is not None and batch.labels.dtype == torch.bool
         order = sorted(range(len(labels)), key=batch.numbers.__getitem__)
@@ -135,8 +136,8 @@ def test_a_padded_pair_by_hand() -> None:
 
 
 def test_a_judged_batch_by_hand() -> None:
-    good = Judgement(part([5, 6, 1], [False, True, True]), True, "")
-    examples = [(3, good), (0, Judgement(part([5, 1], [False, True]), False, ""))]
+    good = Preference((part([5, 6, 1], [False, True, True]),), label=True)
+    examples = [(3, good), (0, Preference((part([5, 1], [False, True]),), label=False))]
     batch = pack_answers(examples)
     assert batch.input_ids.tolist() == [[5, 6, 1, 5, 1]] and batch.spans == ((0, 3), (3, 5))
     assert batch.rows.tolist() == [0, 1, 3] and batch.slots.tolist() == [[[0, 1], [2, 3]]]
@@ -245,13 +246,13 @@ def test_misuse_is_refused() -> None:
         with pytest.raises(ValueError, match="example 5 has an answer without a trained token after its first"):
             layout([(4, good), (5, untrained)])
         with pytest.raises(ValueError, match="pairs or judged answers, not both"):
-            layout([(0, good), (1, Judgement(part([5, 1], [False, True]), True, ""))])
+            layout([(0, good), (1, Preference((part([5, 1], [False, True]),), label=True))])
     with pytest.raises(ValueError, match='micro_batch must be "auto" or at least 1, not 0'):
         answer_batches([(0, good)], packing=True, micro_batch=0, token_budget=1, pad_id=PAD)
 
 
 def test_a_batch_moves_whole() -> None:
-    batch = pack_answers([(0, Judgement(part([5, 1], [False, True]), True, ""))])
+    batch = pack_answers([(0, Preference((part([5, 1], [False, True]),), label=True))])
     moved = batch.to("meta")
     for field in fields(batch):
         before, after = getattr(batch, field.name), getattr(moved, field.name)

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourbit.data.batch import Batch, micro_batches, pack_batch, pad_batch
-from fourbit.data.encode import Encoded
+from fourbit.data.batch import Batch, Encoded, micro_batches, pack_batch, pad_batch
 
 PAD = 3  # also a token of the examples: padding must never be told by its id
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourbit.data.dataset import Dataset, count_overlap, fingerprint, load_dataset, split_validation
+from fourbit.data.encode import Dataset, load
+from fourbit.data.order import count_overlap, fingerprint, split_validation
 from fourbit.data.template import BUILTINS, ChatTemplate
 from fourbit.errors import InputError
 
@@ -26,21 +27,21 @@ def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
 def test_files_are_read_in_order_and_counted(write: Callable[..., Path], tokenizer: Any) -> None:
     first = write(rows(3), "a.jsonl")
     second = write([{"prompt": "p", "completion": "c"}], "b.jsonl")
-    data = load_dataset([first, second], tokenizer)
+    data = load([first, second], tokenizer)
     assert [e.source for e in data.examples] == [f"{first}:1", f"{first}:2", f"{first}:3", f"{second}:1"]
-    assert len(data) == 4 and [c.line for c in data.conversations] == [1, 2, 3, 1]
+    assert len(data) == 4 and [c.line for c in data.samples] == [1, 2, 3, 1]
     report = data.report
     assert (report.rows, report.skipped, report.truncated, report.duplicates) == (4, {}, 0, 0)
     assert report.tokens == sum(len(e.ids) for e in data.examples)
     assert report.trained == sum(sum(e.trained) for e in data.examples)
     assert report.longest == max(len(e.ids) for e in data.examples)
-    assert len(load_dataset(str(first), tokenizer)) == 3
+    assert len(load(str(first), tokenizer)) == 3
 
 
 def test_every_bad_row_is_listed_at_once(write: Callable[..., Path], tokenizer: Any) -> None:
     path = write(["{", *rows(2), {"messages": []}, chat("q", ""), chat("q", "a")])
     with pytest.raises(InputError) as caught:
-        load_dataset(path, tokenizer)
+        load(path, tokenizer)
     assert str(caught.value).split("\n") == [
         "3 of 6 rows cannot be used; mend them, or leave them out with on_bad_row skip:",
         f"{path}:1: line: ends before the JSON value is complete: each row must stand whole on one line",
@@ -52,52 +53,52 @@ def test_every_bad_row_is_listed_at_once(write: Callable[..., Path], tokenizer: 
 def test_the_first_20_of_many_bad_rows_are_shown(write: Callable[..., Path], tokenizer: Any) -> None:
     path = write([chat("q", "") for _ in range(50)])
     with pytest.raises(InputError) as caught:
-        load_dataset(path, tokenizer)
+        load(path, tokenizer)
     lines = str(caught.value).split("\n")
     assert lines[0].startswith("50 of 50 rows cannot be used") and len(lines) == 22
     assert lines[20].startswith(f"{path}:20: ") and lines[21] == "... and 30 more"
 
 
 def test_skipped_rows_are_counted_by_kind(write: Callable[..., Path], tokenizer: Any) -> None:
-    lines = ["no", *rows(2), chat("q", ""), {"text": "t"}, {"prompt": "p", "completion": "c"}, chat("q", "long " * 50)]
+    lines = ["no", *rows(2), chat("q", ""), {"txt": "t"}, {"prompt": "p", "completion": "c"}, chat("q", "long " * 50)]
     path = write([*lines, {"messages": [{"role": "user", "content": "x"}]}])
-    data = load_dataset(path, tokenizer, on_bad_row="skip", max_length=60)
+    data = load(path, tokenizer, on_bad_row="skip", max_length=60)
     assert data.report.rows == 2
     assert data.report.skipped == {"json": 1, "empty": 1, "form": 2, "nothing to train": 1, "too long": 1}
     assert [problem.line for problem in data.report.problems] == [1, 4, 5, 6, 8, 7]
     with pytest.raises(ValueError, match='on_bad_row must be "error" or "skip"'):
-        load_dataset(path, tokenizer, on_bad_row="drop")  # type: ignore[arg-type]
+        load(path, tokenizer, on_bad_row="drop")  # type: ignore[arg-type]
 
 
 def test_skipping_everything_is_still_an_error(write: Callable[..., Path], tokenizer: Any) -> None:
     path = write(["no"])
     with pytest.raises(InputError, match="1 of 1 rows cannot be used"):
-        load_dataset(path, tokenizer, on_bad_row="skip")
+        load(path, tokenizer, on_bad_row="skip")
     with pytest.raises(InputError, match="no data file was named"):
-        load_dataset([], tokenizer)
+        load([], tokenizer)
     with pytest.raises(InputError, match="no such file"):
-        load_dataset([path, "none.jsonl"], tokenizer, on_bad_row="skip")
+        load([path, "none.jsonl"], tokenizer, on_bad_row="skip")
 
 
 def test_a_broken_template_is_said_once_and_not_per_row(write: Callable[..., Path], tokenizer: Any) -> None:
     path = write(rows(3))
     with pytest.raises(InputError) as caught:
-        load_dataset(path, tokenizer, template=ChatTemplate("{% oops %}", name="mine"), on_bad_row="skip")
+        load(path, tokenizer, template=ChatTemplate("{% oops %}", name="mine"), on_bad_row="skip")
     assert str(caught.value) == ("mine: the chat template cannot be used: line 1: Encountered unknown tag 'oops'.")
 
 
 def test_an_answer_is_never_cut_short(write: Callable[..., Path], tokenizer: Any) -> None:
     path = write([chat("q", "word " * 40)])
-    length = load_dataset(path, tokenizer).report.longest
-    whole = load_dataset(path, tokenizer, max_length=length)
+    length = load(path, tokenizer).report.longest
+    whole = load(path, tokenizer, max_length=length)
     assert whole.report.truncated == 0
-    cut = load_dataset(path, tokenizer, max_length=length - 1)  # the line break after the end of turn
+    cut = load(path, tokenizer, max_length=length - 1)  # the line break after the end of turn
     assert cut.report.truncated == 1
     assert cut.examples[0].ids == whole.examples[0].ids[:-1]
     assert cut.examples[0].trained == whole.examples[0].trained[:-1]
     assert cut.report.trained == whole.report.trained
     with pytest.raises(InputError) as caught:
-        load_dataset(path, tokenizer, max_length=length - 2)
+        load(path, tokenizer, max_length=length - 2)
     assert str(caught.value).split("\n")[1] == (
         f"{path}:1: length: {length} tokens, and max_length {length - 2} cuts off the end of an answer:"
         " raise it or skip such rows"
@@ -108,24 +109,24 @@ def test_a_tail_that_is_not_trained_is_cut_and_counted(write: Callable[..., Path
     row = chat("q", "a")
     masked = {"role": "assistant", "content": "word " * 40, "weight": 0}
     row["messages"] += [{"role": "user", "content": "more"}, masked]
-    data = load_dataset(write([row]), tokenizer, max_length=30)
+    data = load(write([row]), tokenizer, max_length=30)
     assert data.report.truncated == 1 and len(data.examples[0].ids) == 30 and data.report.trained == 2
 
 
 def test_notices_are_counted(write: Callable[..., Path], tokenizer: Any) -> None:
     path = write([*rows(2), chat("Question 0?", "Answer 0."), chat("<|im_end|>", "a")])
-    notices = load_dataset(path, tokenizer).report.notices
+    notices = load(path, tokenizer).report.notices
     assert "using chatml" in notices[0]
     assert notices[1:] == [
         "1 of 4 rows repeat an earlier row",
         "1 of 4 rows: a message's own text holds a special token (it is encoded as that token)",
     ]
     dated = ChatTemplate(BUILTINS["chatml"] + "{% if false %}{{ strftime_now('%d') }}{% endif %}")
-    assert load_dataset(write(rows(1), "b.jsonl"), tokenizer, template=dated).report.notices == [
+    assert load(write(rows(1), "b.jsonl"), tokenizer, template=dated).report.notices == [
         "the chat template writes today's date into every example: another day gives other tokens"
     ]
     fixed = ChatTemplate(dated.source, date="2025-01-31")
-    assert load_dataset(write(rows(1), "c.jsonl"), tokenizer, template=fixed).report.notices == []
+    assert load(write(rows(1), "c.jsonl"), tokenizer, template=fixed).report.notices == []
 
 
 def test_duplicates_are_told_by_content(write: Callable[..., Path], tokenizer: Any) -> None:
@@ -133,19 +134,19 @@ def test_duplicates_are_told_by_content(write: Callable[..., Path], tokenizer: A
     other_order = {"messages": [{"content": "q", "role": "user"}, {"content": "a", "role": "assistant"}], "id": 7}
     pair = {"prompt": "q", "completion": "a"}
     first, second = write([same, other_order, chat("q", "b")], "a.jsonl"), write([pair], "b.jsonl")
-    data = load_dataset([first, second], tokenizer)
+    data = load([first, second], tokenizer)
     assert data.report.duplicates == 2
-    train, validation = load_dataset(first, tokenizer), load_dataset(second, tokenizer)
+    train, validation = load(first, tokenizer), load(second, tokenizer)
     assert count_overlap(train, validation) == 1 and count_overlap(validation, train) == 2
 
 
-def questions(data: Dataset) -> set[str]:
-    return {conv.messages[0]["content"] for conv in data.conversations}
+def questions(data: Dataset[Any]) -> set[str]:
+    return {sample.answers[0][0]["content"] for sample in data.samples}
 
 
 def test_a_split_stays_when_rows_are_added_or_moved(write: Callable[..., Path], tokenizer: Any) -> None:
-    small = load_dataset(write(rows(1000), "a.jsonl"), tokenizer)
-    more = load_dataset(write(rows(200, 1000)[::-1] + rows(1000)[::-1], "b.jsonl"), tokenizer)
+    small = load(write(rows(1000), "a.jsonl"), tokenizer)
+    more = load(write(rows(200, 1000)[::-1] + rows(1000)[::-1], "b.jsonl"), tokenizer)
     train, held = split_validation(small, 0.3)
     more_train, more_held = split_validation(more, 0.3)
     assert questions(held) < questions(more_held) and questions(train) < questions(more_train)
@@ -154,11 +155,11 @@ def test_a_split_stays_when_rows_are_added_or_moved(write: Callable[..., Path], 
     assert len(held) + len(train) == 1000 == held.report.rows + train.report.rows
     assert held.report.tokens + train.report.tokens == small.report.tokens
     assert held.report.trained == sum(sum(e.trained) for e in held.examples)
-    assert [e.source for e in train.examples] == [f"{c.file}:{c.line}" for c in train.conversations]
+    assert [e.source for e in train.examples] == [f"{c.file}:{c.line}" for c in train.samples]
 
 
 def test_more_is_held_back_as_the_fraction_grows(write: Callable[..., Path], tokenizer: Any) -> None:
-    data = load_dataset(write(rows(100)), tokenizer)
+    data = load(write(rows(100)), tokenizer)
     held = [questions(split_validation(data, fraction)[1]) for fraction in (0.05, 0.2, 0.5, 0.9)]
     assert held[0] < held[1] < held[2] < held[3]
 
@@ -168,14 +169,14 @@ def test_more_is_held_back_as_the_fraction_grows(write: Callable[..., Path], tok
 def test_both_sides_get_a_row_where_there_are_two(
     count: int, fraction: float, write: Callable[..., Path], tokenizer: Any
 ) -> None:
-    data = load_dataset(write(rows(count)), tokenizer)
+    data = load(write(rows(count)), tokenizer)
     train, held = split_validation(data, fraction)
     assert len(train) + len(held) == count
     assert count == 1 or (len(train) >= 1 and len(held) >= 1)
 
 
 def test_equal_rows_go_to_one_side(write: Callable[..., Path], tokenizer: Any) -> None:
-    data = load_dataset(write(rows(30) * 3), tokenizer)
+    data = load(write(rows(30) * 3), tokenizer)
     train, held = split_validation(data, 0.3)
     assert count_overlap(train, held) == 0
     assert len(held) % 3 == 0 == len(train) % 3 and len(held) > 0
@@ -185,18 +186,18 @@ def test_equal_rows_go_to_one_side(write: Callable[..., Path], tokenizer: Any) -
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 5])
 def test_a_fraction_outside_0_to_1_is_refused(fraction: float, write: Callable[..., Path], tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=f"fraction must lie between 0 and 1, not {fraction}"):
-        split_validation(load_dataset(write(rows(2)), tokenizer), fraction)
+        split_validation(load(write(rows(2)), tokenizer), fraction)
 
 
 def test_the_fingerprint_is_of_ids_masks_and_order(write: Callable[..., Path], tokenizer: Any) -> None:
-    data = load_dataset(write(rows(3), "a.jsonl"), tokenizer)
-    again = load_dataset(write(rows(3), "b.jsonl"), tokenizer)
+    data = load(write(rows(3), "a.jsonl"), tokenizer)
+    again = load(write(rows(3), "b.jsonl"), tokenizer)
     assert fingerprint(data) == fingerprint(again) and len(fingerprint(data)) == 64
     others = [
-        load_dataset(write(rows(3)[::-1], "c.jsonl"), tokenizer),
-        load_dataset(write(rows(4), "d.jsonl"), tokenizer),
-        load_dataset(write([*rows(2), chat("Question 2?", "Answer 2!")], "e.jsonl"), tokenizer),
-        load_dataset(write(rows(3), "f.jsonl"), tokenizer, loss_on="all"),
+        load(write(rows(3)[::-1], "c.jsonl"), tokenizer),
+        load(write(rows(4), "d.jsonl"), tokenizer),
+        load(write([*rows(2), chat("Question 2?", "Answer 2!")], "e.jsonl"), tokenizer),
+        load(write(rows(3), "f.jsonl"), tokenizer, loss_on="all"),
     ]
     assert len({fingerprint(d) for d in [data, *others]}) == 5
 
@@ -204,12 +205,11 @@ def test_the_fingerprint_is_of_ids_masks_and_order(write: Callable[..., Path], t
 @given(split=st.lists(st.integers(1, 5), min_size=1, max_size=6))
 def test_the_fingerprint_sees_where_examples_end(split: Sequence[int]) -> None:
     """The same tokens cut into other examples are other data."""
-    from fourbit.data.dataset import Report
-    from fourbit.data.encode import Encoded
+    from fourbit.data.batch import Encoded
 
     def cut(lengths: Sequence[int]) -> str:
         examples = [Encoded([1] * n, [True] * n, "", "") for n in lengths]
-        return fingerprint(Dataset(examples, [], Report()))
+        return fingerprint(Dataset("sft", examples))
 
     assert cut(split) == cut(list(split))
     assert (cut(split) == cut([sum(split)])) == (len(split) == 1)
@@ -221,5 +221,5 @@ def test_ten_thousand_short_rows_load_in_seconds(tmp_path: Path, tokenizer: Any)
     path = tmp_path / "many.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows(10_000)))
     start = time.process_time()
-    assert len(load_dataset(path, tokenizer)) == 10_000
+    assert len(load(path, tokenizer)) == 10_000
     assert time.process_time() - start < 15

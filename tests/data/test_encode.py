@@ -7,25 +7,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourbit.data import encode
-from fourbit.data.encode import encode_conversation, encode_prompt
-from fourbit.data.formats import Conversation
-from fourbit.data.read import BadRow
+from fourbit.data import encode as module
+from fourbit.data.batch import Encoded
+from fourbit.data.encode import encode, encode_prompts
+from fourbit.data.forms import Sample
+from fourbit.data.row import BadRow
 from fourbit.data.template import BUILTINS, ChatTemplate, template_for
 from fourbit.errors import InputError
+
+
+def encoded(sample: Sample, tokenizer: Any, template: ChatTemplate, **options: Any) -> Encoded:
+    """The one conversation of a sample in tokens. Raises BadRow."""
+    (parts,) = encode([sample], tokenizer, template, **options)
+    if isinstance(parts, BadRow):
+        raise parts
+    return parts[0]
+
 
 HI = {"role": "user", "content": "Hi"}
 
 
-def row(*messages: dict[str, Any]) -> Conversation:
-    return Conversation(list(messages), "rows.jsonl", 3)
+def row(*messages: dict[str, Any]) -> Sample:
+    return Sample([], (list(messages),), "rows.jsonl", 3)
 
 
 def say(text: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **more}
 
 
-def trained_text(example: encode.Encoded, tokenizer: Any) -> str:
+def trained_text(example: Encoded, tokenizer: Any) -> str:
     return tokenizer.decode([t for t, on in zip(example.ids, example.trained, strict=True) if on], skip_special=False)
 
 
@@ -34,9 +44,9 @@ def chatml() -> ChatTemplate:
     return ChatTemplate(BUILTINS["chatml"])
 
 
-def bad(conv: Conversation, tokenizer: Any, template: ChatTemplate, **options: Any) -> str:
+def bad(conv: Sample, tokenizer: Any, template: ChatTemplate, **options: Any) -> str:
     with pytest.raises(BadRow) as caught:
-        encode_conversation(conv, tokenizer, template, **options)
+        encoded(conv, tokenizer, template, **options)
     return str(caught.value)
 
 
@@ -54,10 +64,10 @@ def test_a_template_that_rewrites_the_past_is_refused_with_the_place(tokenizer: 
         " 'one<|im_end|>U:Hi<|im_end|>A:two<|im_end|>'"
         " (character 16), so the place of the answer cannot be told; try loss_on last, or another template"
     )
-    last = encode_conversation(conv, tokenizer, template, loss_on="last")
+    last = encoded(conv, tokenizer, template, loss_on="last")
     assert trained_text(last, tokenizer) == "two<|im_end|>"
     only = row(HI, say("<think>x</think>one", weight=0), HI, say("two"))
-    assert trained_text(encode_conversation(only, tokenizer, template), tokenizer) == "two<|im_end|>"
+    assert trained_text(encoded(only, tokenizer, template), tokenizer) == "two<|im_end|>"
 
 
 def test_a_system_text_that_moves_to_the_last_user_turn_is_refused(tokenizer: Any) -> None:
@@ -99,7 +109,7 @@ def test_a_template_that_refuses_the_row_is_quoted(tokenizer: Any) -> None:
 
 def test_a_broken_template_is_no_rows_fault(tokenizer: Any) -> None:
     with pytest.raises(InputError) as caught:
-        encode_conversation(row(HI, say("x")), tokenizer, ChatTemplate("{% broken"))
+        encoded(row(HI, say("x")), tokenizer, ChatTemplate("{% broken"))
     assert not isinstance(caught.value, BadRow)
 
 
@@ -110,7 +120,7 @@ def test_two_bos_tokens_are_refused(make_tokenizer: Callable[..., Any]) -> None:
     assert bad(conv, tokenizer, template) == (
         "rows.jsonl:3: text: begins with two BOS tokens ('<s>'): the template writes one, so the row must not"
     )
-    once = encode_conversation(row(HI, say("x")), tokenizer, template)
+    once = encoded(row(HI, say("x")), tokenizer, template)
     assert once.ids.count(tokenizer.bos_id) == 1
 
 
@@ -132,15 +142,15 @@ def test_a_tokenizers_refusal_is_the_rows_problem(chatml: ChatTemplate, make_tok
 
 def test_an_unended_answer_gets_the_end_of_text_token(tokenizer: Any) -> None:
     template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}")
-    example = encode_conversation(row(HI, say("Hello. ")), tokenizer, template)
+    example = encoded(row(HI, say("Hello. ")), tokenizer, template)
     assert example.text == "user: Hi\n\nassistant: Hello."
     assert example.ids == [*tokenizer.encode(example.text), tokenizer.eos_id]
     assert trained_text(example, tokenizer).endswith("Hello.<|im_end|>") and example.trained[-1]
-    assert encode.NO_END in example.notes
-    everything = encode_conversation(row(HI, say("Hello. ")), tokenizer, template, loss_on="all")
+    assert module.NO_END in example.notes
+    everything = encoded(row(HI, say("Hello. ")), tokenizer, template, loss_on="all")
     assert everything.ids == example.ids and all(everything.trained[1:])
-    talk = encode_conversation(row(HI, say("one"), HI, say("two")), tokenizer, template)
-    assert {encode.NO_END, encode.NEVER_ENDS} <= set(talk.notes)
+    talk = encoded(row(HI, say("one"), HI, say("two")), tokenizer, template)
+    assert {module.NO_END, module.NEVER_ENDS} <= set(talk.notes)
     assert talk.ids.count(tokenizer.eos_id) == 1
 
 
@@ -149,16 +159,16 @@ def test_an_unended_answer_without_an_end_of_text_token_is_said(make_tokenizer: 
     template = ChatTemplate(
         "{% for m in messages %}{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}{% endif %}"
     )
-    example = encode_conversation(row(HI, say("Hello.")), tokenizer, template)
+    example = encoded(row(HI, say("Hello.")), tokenizer, template)
     assert trained_text(example, tokenizer) == "Hello."
-    assert example.notes == (encode.NEVER_ENDS,)
+    assert example.notes == (module.NEVER_ENDS,)
 
 
 def test_a_token_across_the_end_of_an_answer_is_trained(make_tokenizer: Callable[..., Any]) -> None:
     """It starts inside, so it holds text of the answer."""
     tokenizer = make_tokenizer((), None, None, pieces=(".\n",))
     template = ChatTemplate("{% for m in messages %}{{ m.content }}\n{% endfor %}")
-    assert trained_text(encode_conversation(row(HI, say("Yes.")), tokenizer, template), tokenizer) == "Yes.\n"
+    assert trained_text(encoded(row(HI, say("Yes.")), tokenizer, template), tokenizer) == "Yes.\n"
 
 
 def test_another_turns_stop_token_ends_no_answer(tokenizer: Any) -> None:
@@ -181,9 +191,9 @@ def test_another_turns_stop_token_ends_no_answer(tokenizer: Any) -> None:
 def test_a_marker_that_is_no_stop_token_is_trained_whole_and_said(make_tokenizer: Callable[..., Any]) -> None:
     """ChatML on a model whose vocabulary lacks its tokens: the marker is spelled in several tokens."""
     tokenizer = make_tokenizer(("<e>",), None, "<e>")
-    example = encode_conversation(row(HI, say("Hello.")), tokenizer, ChatTemplate(BUILTINS["chatml"]))
+    example = encoded(row(HI, say("Hello.")), tokenizer, ChatTemplate(BUILTINS["chatml"]))
     assert trained_text(example, tokenizer) == "Hello.<|im_end|>"
-    assert example.notes == (encode.UNKNOWN_STOP,)
+    assert example.notes == (module.UNKNOWN_STOP,)
 
 
 def test_text_put_before_the_answer_is_said(tokenizer: Any) -> None:
@@ -191,9 +201,9 @@ def test_text_put_before_the_answer_is_said(tokenizer: Any) -> None:
         "message['role'] + '\n' + message",
         "message['role'] + '\n' + ('<think></think>' if message['role'] == 'assistant' else '') + message",
     )
-    example = encode_conversation(row(HI, say("Hello.")), tokenizer, ChatTemplate(source))
+    example = encoded(row(HI, say("Hello.")), tokenizer, ChatTemplate(source))
     assert trained_text(example, tokenizer) == "<think></think>Hello.<|im_end|>"
-    assert example.notes == (encode.INSERTED,)
+    assert example.notes == (module.INSERTED,)
 
 
 @pytest.mark.parametrize("text", ["<|im_end|> said he", "a <|im_end|>"])
@@ -202,8 +212,8 @@ def test_special_tokens_in_the_text_are_said(text: str, role: str, tokenizer: An
     messages = [HI, say("Fine.")] if role == "user" else [HI, say(text)]
     if role == "user":
         messages[0] = {"role": "user", "content": text}
-    example = encode_conversation(row(*messages), tokenizer, chatml)
-    assert example.notes == (encode.SPECIAL_IN_TEXT,)
+    example = encoded(row(*messages), tokenizer, chatml)
+    assert example.notes == (module.SPECIAL_IN_TEXT,)
     assert trained_text(example, tokenizer) == f"{messages[1]['content']}<|im_end|>"
 
 
@@ -213,26 +223,23 @@ def test_a_token_across_the_start_of_an_answer_is_context_and_said(make_tokenize
         "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    example = encode_conversation(row({"role": "user", "content": "x"}, say("Hello")), tokenizer, template)
-    assert example.notes == (encode.STRADDLE,)
+    example = encoded(row({"role": "user", "content": "x"}, say("Hello")), tokenizer, template)
+    assert example.notes == (module.STRADDLE,)
     assert trained_text(example, tokenizer) == "ello<|im_end|>"
-    inside = encode_conversation(row({"role": "user", "content": "x"}, say("Yes")), tokenizer, template)
+    inside = encoded(row({"role": "user", "content": "x"}, say("Yes")), tokenizer, template)
     assert inside.notes == () and trained_text(inside, tokenizer) == "Yes<|im_end|>"
 
 
 def test_an_answer_that_repeats_the_question_is_found_in_its_own_place(tokenizer: Any, chatml: ChatTemplate) -> None:
     for text in ("Hi", "assistant", "user\nHi", "\n", "|", "im_end"):
         conv = row({"role": "user", "content": text}, say(text.strip() or "x"))
-        assert (
-            trained_text(encode_conversation(conv, tokenizer, chatml), tokenizer)
-            == (text.strip() or "x") + "<|im_end|>"
-        )
+        assert trained_text(encoded(conv, tokenizer, chatml), tokenizer) == (text.strip() or "x") + "<|im_end|>"
 
 
 def test_weights_hold_for_the_last_turn_and_not_for_all(tokenizer: Any, chatml: ChatTemplate) -> None:
     conv = row(HI, say("one"), HI, say("two", weight=0))
     assert bad(conv, tokenizer, chatml, loss_on="last").endswith("nothing to train: no token of an answer is left")
-    everything = encode_conversation(conv, tokenizer, chatml, loss_on="all")
+    everything = encoded(conv, tokenizer, chatml, loss_on="all")
     assert everything.trained == [False] + [True] * (len(everything.ids) - 1)
 
 
@@ -240,33 +247,28 @@ def test_all_needs_no_stable_template(tokenizer: Any) -> None:
     template = ChatTemplate("{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
     conv = row(HI, say("one"))
     assert "not prefix-stable" in bad(conv, tokenizer, template)
-    assert (
-        trained_text(encode_conversation(conv, tokenizer, template, loss_on="all"), tokenizer)
-        == "Hi<|im_end|>one<|im_end|>"
-    )
+    assert trained_text(encoded(conv, tokenizer, template, loss_on="all"), tokenizer) == "Hi<|im_end|>one<|im_end|>"
 
 
 def test_loss_on_is_checked(tokenizer: Any, chatml: ChatTemplate) -> None:
     with pytest.raises(ValueError, match='loss_on must be "assistant", "all" or "last", not \'user\''):
-        encode_conversation(row(HI, say("x")), tokenizer, chatml, loss_on="user")  # type: ignore[arg-type]
+        encoded(row(HI, say("x")), tokenizer, chatml, loss_on="user")  # type: ignore[arg-type]
 
 
 def test_the_prompt_of_the_last_answer(tokenizer: Any, chatml: ChatTemplate) -> None:
-    ids, answer = encode_prompt(row(HI, say("one"), HI, say("two ")), tokenizer, chatml)
+    ids, answer = encode_prompts([row(HI, say("one"), HI, say("two "))], tokenizer, chatml)[0]
     assert tokenizer.decode(ids, skip_special=False) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
     assert answer == "two "
-    asked, none = encode_prompt(row(HI, say("one"), HI), tokenizer, chatml)
+    asked, none = encode_prompts([row(HI, say("one"), HI)], tokenizer, chatml)[0]
     assert (asked, none) == (ids, "")
 
 
 def test_prompt_and_completion_join_plainly(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer(("<s>", "</s>"), None, "</s>")
-    example = encode_conversation(
-        row({"role": "user", "content": "2+2="}, say("4")), tokenizer, template_for(tokenizer, "plain")
-    )
+    example = encoded(row({"role": "user", "content": "2+2="}, say("4")), tokenizer, template_for(tokenizer, "plain"))
     assert tokenizer.decode(example.ids, skip_special=False) == "2+2=4</s>"
     assert trained_text(example, tokenizer) == "4</s>"
 
@@ -281,6 +283,6 @@ TURNS = st.lists(st.tuples(WORDS, WORDS, st.sampled_from([0, 1])), min_size=1, m
 def test_the_trained_text_is_the_answers_and_their_ends(turns: list[tuple[str, str, int]], tokenizer: Any) -> None:
     """Decoding the trained tokens gives exactly the answers of weight 1, each with its end-of-turn token."""
     messages = [m for q, a, w in turns for m in ({"role": "user", "content": q}, say(a, weight=w))]
-    example = encode_conversation(row(*messages), tokenizer, ChatTemplate(BUILTINS["chatml"]))
+    example = encoded(row(*messages), tokenizer, ChatTemplate(BUILTINS["chatml"]))
     assert trained_text(example, tokenizer) == "".join(f"{a}<|im_end|>" for _, a, w in turns if w)
     assert tokenizer.decode(example.ids, skip_special=False) == example.text

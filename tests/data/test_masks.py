@@ -12,10 +12,19 @@ from typing import Any
 
 import pytest
 
-from fourbit.data.batch import pad_batch
-from fourbit.data.encode import Encoded, encode_conversation, encode_prompt
-from fourbit.data.formats import Conversation
+from fourbit.data.batch import Encoded, pad_batch
+from fourbit.data.encode import encode, encode_prompts
+from fourbit.data.forms import Sample
+from fourbit.data.row import BadRow
 from fourbit.data.template import BUILTINS, ChatTemplate, template_for
+
+
+def encoded(sample: Sample, tokenizer: Any, template: ChatTemplate, **options: Any) -> Encoded:
+    """The one conversation of a sample in tokens. Raises BadRow."""
+    (parts,) = encode([sample], tokenizer, template, **options)
+    if isinstance(parts, BadRow):
+        raise parts
+    return parts[0]
 
 
 @dataclass(frozen=True)
@@ -163,14 +172,14 @@ FORMATS = {
 WITH_SYSTEM = [name for name in FORMATS if name not in ("mistral", "gemma")]
 
 
-def talk(*contents: str, system: str | None = None, weights: Sequence[int] = ()) -> Conversation:
+def talk(*contents: str, system: str | None = None, weights: Sequence[int] = ()) -> Sample:
     """User and assistant in turn; `weights` of the assistant's turns."""
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     for i, content in enumerate(contents):
         messages.append({"role": ("user", "assistant")[i % 2], "content": content})
         if i % 2 and weights:
             messages[-1]["weight"] = weights[i // 2]
-    return Conversation(messages, "rows.jsonl", 1)
+    return Sample([], (messages,), "rows.jsonl", 1)
 
 
 TALK = talk("Hi", "Hello!", "Why?", "Because\nso.")
@@ -191,7 +200,7 @@ def trained_runs(example: Encoded, tokenizer: Any) -> list[str]:
 
 def test_the_template_gives_the_models_own_format(made: tuple[Format, Any, ChatTemplate]) -> None:
     form, _, template = made
-    assert template.render(TALK.messages) == form.text
+    assert template.render(TALK.answers[0]) == form.text
 
 
 def test_transformers_renders_the_same(made: tuple[Format, Any, ChatTemplate]) -> None:
@@ -200,7 +209,7 @@ def test_transformers_renders_the_same(made: tuple[Format, Any, ChatTemplate]) -
     form, _, template = made
     tokens = {"bos_token": form.bos or "", "eos_token": form.eos}
     for upto, generate in [(4, False), (3, True), (1, True), (2, False)]:
-        messages = TALK.messages[:upto]
+        messages = TALK.answers[0][:upto]
         theirs, _ = render_jinja_template(
             [messages], chat_template=form.source, add_generation_prompt=generate, **tokens
         )
@@ -209,7 +218,7 @@ def test_transformers_renders_the_same(made: tuple[Format, Any, ChatTemplate]) -
 
 def test_exactly_the_answers_and_their_ends_are_trained(made: tuple[Format, Any, ChatTemplate]) -> None:
     form, tokenizer, template = made
-    example = encode_conversation(TALK, tokenizer, template)
+    example = encoded(TALK, tokenizer, template)
     assert trained_runs(example, tokenizer) == [f"{form.lead}Hello!{form.end}", f"{form.lead}Because\nso.{form.end}"]
     assert tokenizer.decode(example.ids, skip_special=False) == form.text == example.text
     assert example.notes == ()
@@ -219,13 +228,13 @@ def test_exactly_the_answers_and_their_ends_are_trained(made: tuple[Format, Any,
 def test_last_and_all_and_weights(made: tuple[Format, Any, ChatTemplate]) -> None:
     form, tokenizer, template = made
     first, second = f"{form.lead}Hello!{form.end}", f"{form.lead}Because\nso.{form.end}"
-    last = encode_conversation(TALK, tokenizer, template, loss_on="last")
+    last = encoded(TALK, tokenizer, template, loss_on="last")
     assert trained_runs(last, tokenizer) == [second]
-    everything = encode_conversation(TALK, tokenizer, template, loss_on="all")
+    everything = encoded(TALK, tokenizer, template, loss_on="all")
     assert everything.ids == last.ids and everything.trained == [False] + [True] * (len(last.ids) - 1)
     for weights, runs in [((0, 1), [second]), ((1, 0), [first]), ((1, 1), [first, second])]:
         conv = talk("Hi", "Hello!", "Why?", "Because\nso.", weights=weights)
-        assert trained_runs(encode_conversation(conv, tokenizer, template), tokenizer) == runs
+        assert trained_runs(encoded(conv, tokenizer, template), tokenizer) == runs
 
 
 @pytest.mark.parametrize(
@@ -237,7 +246,7 @@ def test_the_last_trained_label_is_the_end_of_turn_token_even_if_it_pads(
     form, tokenizer, template = made
     end = tokenizer.id(form.end)
     talks = [talk("Hi", answer), talk("A", "B", "C", answer)]
-    examples = [encode_conversation(conv, tokenizer, template) for conv in talks]
+    examples = [encoded(conv, tokenizer, template) for conv in talks]
     for example in examples:
         assert [token for token, trained in zip(example.ids, example.trained, strict=True) if trained][-1] == end
     targets = pad_batch(examples, pad_id=end).targets
@@ -249,15 +258,15 @@ def test_the_last_trained_label_is_the_end_of_turn_token_even_if_it_pads(
 
 def test_there_is_one_bos_at_most(made: tuple[Format, Any, ChatTemplate]) -> None:
     form, tokenizer, template = made
-    ids = encode_conversation(TALK, tokenizer, template).ids
+    ids = encoded(TALK, tokenizer, template).ids
     if "bos_token" in form.source:
         assert ids.count(tokenizer.bos_id) == 1 and ids[0] == tokenizer.bos_id
 
 
 def test_a_model_answers_after_the_very_tokens_it_was_trained_on(made: tuple[Format, Any, ChatTemplate]) -> None:
     _, tokenizer, template = made
-    example = encode_conversation(TALK, tokenizer, template, loss_on="last")
-    prompt, answer = encode_prompt(TALK, tokenizer, template)
+    example = encoded(TALK, tokenizer, template, loss_on="last")
+    prompt, answer = encode_prompts([TALK], tokenizer, template)[0]
     assert answer == "Because\nso."
     assert example.ids[: len(prompt)] == prompt
     assert example.trained.index(True) == len(prompt)
@@ -268,7 +277,7 @@ def test_a_system_message_is_context(name: str, make_tokenizer: Callable[..., An
     form = FORMATS[name]
     tokenizer = make_tokenizer(form.specials, form.bos, form.eos, form.stops, form.source)
     conv = talk("Hi", "Hello!", system="Be brief.")
-    example = encode_conversation(conv, tokenizer, template_for(tokenizer))
+    example = encoded(conv, tokenizer, template_for(tokenizer))
     assert "Be brief." in example.text
     assert trained_runs(example, tokenizer) == [f"Hello!{form.end}"]
 
@@ -282,9 +291,7 @@ def test_a_tool_call_is_trained_and_its_result_is_not(make_tokenizer: Callable[.
         {"role": "user", "content": "I see it."},
         {"role": "assistant", "content": "Good."},
     ]
-    example = encode_conversation(
-        Conversation(messages, "f", 1, [{"name": "look"}]), tokenizer, template_for(tokenizer)
-    )
+    example = encoded(Sample([], (messages,), "f", 1, [{"name": "look"}]), tokenizer, template_for(tokenizer))
     assert trained_runs(example, tokenizer) == [
         '<tool_call>\n{"name": "look", "arguments": {"at": "caf\u00e9 <1>"}}\n</tool_call><|im_end|>',
         "Good.<|im_end|>",

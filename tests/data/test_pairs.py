@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourbit.data.dataset import count_overlap, fingerprint, split_validation
-from fourbit.data.encode import NEVER_ENDS, STRADDLE, UNKNOWN_STOP, Encoded, encode_prompt
-from fourbit.data.pairs import PairDataset, load_judged, load_preferences, shared_tokens, shorten
-from fourbit.data.preference_forms import CUT
+from fourbit.data.batch import Encoded, Preference
+from fourbit.data.dialects import CUT
+from fourbit.data.encode import NEVER_ENDS, STRADDLE, Dataset, encode_prompts, load, shared_tokens
+from fourbit.data.order import count_overlap, fingerprint, split_validation
 from fourbit.data.template import BUILTINS, ChatTemplate, template_for
+from fourbit.data.truncate import UNKNOWN_STOP, shorten
 from fourbit.errors import InputError
 
 CHATML = ChatTemplate(BUILTINS["chatml"])
@@ -28,8 +29,8 @@ def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
     return [row(f"Question {i}?", f"Right {i}.", f"Wrong {i}, sorry.") for i in range(start, start + count)]
 
 
-def loaded(path: Path, tokenizer: Any, **options: Any) -> PairDataset:
-    return load_preferences(path, tokenizer, **{"template": CHATML, **options})
+def loaded(path: Path, tokenizer: Any, **options: Any) -> Dataset[Preference]:
+    return load(path, tokenizer, "pairs", **{"template": CHATML, **options})
 
 
 def trained_text(answer: Encoded, tokenizer: Any) -> str:
@@ -48,19 +49,19 @@ def test_each_answer_is_the_whole_conversation_with_its_answer_trained(
         assert trained_text(part, tokenizer) == f"{answer}<|im_end|>"
         assert part.ids == tokenizer.encode(f"{head}{answer}<|im_end|>\n")
     assert pair.shared == len(tokenizer.encode(head))
-    assert pair.source == f"{data.rows[0].file}:1"
+    assert pair.source == f"{data.samples[0].file}:1"
     report = data.report
     assert (report.rows, report.skipped, report.dropped, report.truncated, report.notices) == (1, {}, {}, 0, [])
     assert report.tokens == sum(len(part.ids) for part in pair.parts) and report.shared == pair.shared
     assert report.trained == sum(sum(part.trained) for part in pair.parts)
-    assert report.longest == len(pair.chosen.ids)
+    assert report.longest == len(pair.parts[0].ids)
 
 
 def test_what_both_answers_begin_with_is_shared_too(write: Callable[..., Path], tokenizer: Any) -> None:
     (pair,) = loaded(write([row("Hi", "the capital of France", "the capital of France, maybe")]), tokenizer).examples
-    assert pair.chosen.ids[: pair.shared] == pair.rejected.ids[: pair.shared]
-    assert pair.chosen.ids[pair.shared] != pair.rejected.ids[pair.shared]
-    assert sum(pair.chosen.trained[: pair.shared]) > 2
+    assert pair.parts[0].ids[: pair.shared] == pair.parts[1].ids[: pair.shared]
+    assert pair.parts[0].ids[pair.shared] != pair.parts[1].ids[pair.shared]
+    assert sum(pair.parts[0].trained[: pair.shared]) > 2
 
 
 def test_a_token_across_the_boundary_does_not_move_it(write: Callable[..., Path], make_tokenizer: Any) -> None:
@@ -70,13 +71,13 @@ def test_a_token_across_the_boundary_does_not_move_it(write: Callable[..., Path]
         "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
     tokenizer = make_tokenizer(("</s>",), eos="</s>", pieces=["] Par"])
-    data = load_preferences(write([row("Hi", "Paris", "Rome")]), tokenizer, template=template)
+    data = load(write([row("Hi", "Paris", "Rome")]), tokenizer, "pairs", template=template)
     (pair,) = data.examples
-    assert trained_text(pair.chosen, tokenizer) == "is</s>", "the token that straddles belongs to the prompt"
-    assert trained_text(pair.rejected, tokenizer) == "Rome</s>"
+    assert trained_text(pair.parts[0], tokenizer) == "is</s>", "the token that straddles belongs to the prompt"
+    assert trained_text(pair.parts[1], tokenizer) == "Rome</s>"
     assert data.report.notices == [f"1 of 1 rows: {STRADDLE}"]
     at = pair.shared
-    assert pair.chosen.ids[:at] == pair.rejected.ids[:at] and pair.chosen.ids[at] != pair.rejected.ids[at]
+    assert pair.parts[0].ids[:at] == pair.parts[1].ids[:at] and pair.parts[0].ids[at] != pair.parts[1].ids[at]
 
 
 def test_context_is_not_trained(write: Callable[..., Path], tokenizer: Any) -> None:
@@ -105,16 +106,16 @@ def test_answers_that_the_template_makes_equal_are_identical(write: Callable[...
     template = ChatTemplate(BUILTINS["chatml"].replace("message['content']", "message['content'] | trim"))
     path = write([row("q", "Yes", " Yes ")])
     with pytest.raises(InputError, match=r"rows.jsonl:1: chosen, rejected: become the same tokens"):
-        load_preferences(path, tokenizer, template=template)
+        load(path, tokenizer, "pairs", template=template)
 
 
 def test_a_template_fault_names_the_answer(write: Callable[..., Path], tokenizer: Any) -> None:
     source = BUILTINS["chatml"] + "{% if messages[-1].content == 'No' %}{{ raise_exception('not No') }}{% endif %}"
     with pytest.raises(InputError, match=r"rows.jsonl:1: rejected: messages: .*not No"):
-        load_preferences(write([row("q", "Yes", "No")]), tokenizer, template=ChatTemplate(source))
+        load(write([row("q", "Yes", "No")]), tokenizer, "pairs", template=ChatTemplate(source))
 
 
-def sizes(data: PairDataset) -> list[tuple[int, ...]]:
+def sizes(data: Dataset[Preference]) -> list[tuple[int, ...]]:
     return [tuple(len(part.ids) for part in pair.parts) for pair in data.examples]
 
 
@@ -138,7 +139,7 @@ def test_a_line_break_after_the_end_of_turn_may_go(write: Callable[..., Path], t
     longest = loaded(path, tokenizer).report.longest
     whole, cut = (loaded(path, tokenizer, max_length=n) for n in (longest, longest - 1))
     assert (whole.report.truncated, cut.report.truncated, cut.report.dropped) == (0, 1, {})
-    assert cut.examples[0].chosen.ids == whole.examples[0].chosen.ids[:-1]
+    assert cut.examples[0].parts[0].ids == whole.examples[0].parts[0].ids[:-1]
     assert cut.report.trained == whole.report.trained and cut.report.longest == longest - 1
     with pytest.raises(InputError, match="no row is left"):
         loaded(path, tokenizer, max_length=longest - 2)
@@ -155,7 +156,7 @@ def test_a_cut_answer_keeps_its_end_of_turn(name: str, write: Callable[..., Path
             break
         data = loaded(path, tokenizer, max_length=length, truncation="answer")
         (pair,) = data.examples
-        cut = getattr(pair, name)
+        cut = pair.parts[("chosen", "rejected").index(name)]
         assert len(cut.ids) == length and data.report.truncated >= 1
         assert cut.ids[:-1] == long.ids[: length - 1] and cut.ids[-1] == tokenizer.eos_id
         assert cut.trained == [False] * prompt + [True] * (length - prompt)
@@ -171,7 +172,7 @@ def test_answers_lost_to_truncation_are_reported(write: Callable[..., Path], tok
             row("the quick brown fox jumps over the lazy dog, and what is the capital of France?", "Yes.", "no"),
         ]
     )
-    prompts = [part.trained.index(True) for part in (pair.chosen for pair in loaded(path, tokenizer).examples)]
+    prompts = [part.trained.index(True) for part in (pair.parts[0] for pair in loaded(path, tokenizer).examples)]
     length = prompts[1] + 1  # room for the prompt and the end of turn
     assert length <= prompts[3] and length > prompts[0] + 3
     data = loaded(path, tokenizer, max_length=length, truncation="answer")
@@ -191,17 +192,17 @@ def test_an_end_that_is_no_stop_token_cannot_be_kept(write: Callable[..., Path],
     )
     tokenizer = make_tokenizer(("<|endoftext|>",), eos="<|endoftext|>")
     path = write([row("q", "one two three four five", "one")])
-    data = load_preferences(path, tokenizer, template=ChatTemplate(template))
-    assert UNKNOWN_STOP in data.examples[0].chosen.notes
+    data = load(path, tokenizer, "pairs", template=ChatTemplate(template))
+    assert UNKNOWN_STOP in data.examples[0].parts[0].notes
     with pytest.raises(InputError, match="and ends with no stop token, which cutting it could keep"):
-        load_preferences(path, tokenizer, template=ChatTemplate(template), max_length=20, truncation="answer")
+        load(path, tokenizer, "pairs", template=ChatTemplate(template), max_length=20, truncation="answer")
     unended = make_tokenizer((), eos=None)
     bare = ChatTemplate(template.replace("@@", "\n"))
-    whole = load_preferences(path, unended, template=bare).examples[0].chosen
+    whole = load(path, unended, "pairs", template=bare).examples[0].parts[0]
     assert NEVER_ENDS in whole.notes
     length = len(whole.ids) - 3
-    (pair,) = load_preferences(path, unended, template=bare, max_length=length, truncation="answer").examples
-    assert pair.chosen.ids == whole.ids[:length]
+    (pair,) = load(path, unended, "pairs", template=bare, max_length=length, truncation="answer").examples
+    assert pair.parts[0].ids == whole.ids[:length]
 
 
 STOP = 9
@@ -242,19 +243,19 @@ def test_judged_answers(write: Callable[..., Path], tokenizer: Any) -> None:
     good = {"prompt": "q", "completion": "the capital of France", "label": True}
     bad = {"prompt": "q", "completion": "word " * 30, "label": False}
     path = write([good, bad, good])
-    data = load_judged(path, tokenizer, template=CHATML)
+    data = load(path, tokenizer, "judged", template=CHATML)
     assert [judgement.label for judgement in data.examples] == [True, False, True]
-    assert trained_text(data.examples[0].answer, tokenizer) == "the capital of France<|im_end|>"
+    assert trained_text(data.examples[0].parts[0], tokenizer) == "the capital of France<|im_end|>"
     assert data.report.duplicates == 1 and data.report.shared == 0
-    assert data.report.tokens == sum(len(judgement.answer.ids) for judgement in data.examples)
-    dropped = load_judged(path, tokenizer, template=CHATML, max_length=40)
+    assert data.report.tokens == sum(len(judgement.parts[0].ids) for judgement in data.examples)
+    dropped = load(path, tokenizer, "judged", template=CHATML, max_length=40)
     assert len(dropped) == 2 and dropped.report.dropped == {"too long": 1}
-    cut = load_judged(path, tokenizer, template=CHATML, max_length=40, truncation="answer")
-    assert len(cut) == 3 and cut.report.truncated == 1 and len(cut.examples[1].answer.ids) == 40
-    flipped = load_judged(write([{**good, "label": False}], "b.jsonl"), tokenizer, template=CHATML)
-    kept = load_judged(write([good], "c.jsonl"), tokenizer, template=CHATML)
+    cut = load(path, tokenizer, "judged", template=CHATML, max_length=40, truncation="answer")
+    assert len(cut) == 3 and cut.report.truncated == 1 and len(cut.examples[1].parts[0].ids) == 40
+    flipped = load(write([{**good, "label": False}], "b.jsonl"), tokenizer, "judged", template=CHATML)
+    kept = load(write([good], "c.jsonl"), tokenizer, "judged", template=CHATML)
     assert fingerprint(flipped) != fingerprint(kept)
-    assert flipped.examples[0].answer.ids == kept.examples[0].answer.ids
+    assert flipped.examples[0].parts[0].ids == kept.examples[0].parts[0].ids
 
 
 def test_misuse_is_refused(write: Callable[..., Path], tokenizer: Any) -> None:
@@ -278,15 +279,15 @@ def test_notes_are_counted_by_row(write: Callable[..., Path], tokenizer: Any) ->
     ]
 
 
-def prompts(data: PairDataset) -> set[str]:
-    return {pair.prompt[0]["content"] for pair in data.rows}
+def prompts(data: Dataset[Preference]) -> set[str]:
+    return {sample.context[0]["content"] for sample in data.samples}
 
 
 def test_a_split_keeps_prompts_together_and_stays(write: Callable[..., Path], tokenizer: Any) -> None:
     three = [row(f"Question {i % 100}?", f"Right {i}.", "Wrong.") for i in range(300)]
     data = loaded(write(three), tokenizer)
     train, held = split_validation(data, 0.3)
-    assert type(train) is type(held) is PairDataset
+    assert train.kind == held.kind == "pairs"
     assert not prompts(train) & prompts(held) and len(train) + len(held) == 300
     assert len(held) % 3 == 0 and 3 * (30 - 23) < len(held) < 3 * (30 + 23)  # five deviations of a binomial
     assert count_overlap(train, held) == 0 and count_overlap(data, held) == len(held)
@@ -305,9 +306,9 @@ def test_the_fingerprint_is_of_tokens_masks_and_which_is_chosen(write: Callable[
 def test_any_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, content: bytes) -> None:
     path = tmp_path_factory.mktemp("fuzz") / "x.jsonl"
     path.write_bytes(json.dumps(row("q", "a", "b")).encode() + b"\n" + content)
-    for load in (load_preferences, load_judged):
+    for kind in ("sft", "pairs", "judged", "prompts"):
         try:
-            load(path, tokenizer, template=CHATML)
+            load(path, tokenizer, kind, template=CHATML)
         except InputError:
             continue
 
@@ -335,11 +336,11 @@ def test_with_a_real_tokenizer_prompt_and_answer_meet_where_the_text_says(write:
         ("Yes, it is", "Yes, it was"),
         ("1234567", "1234568"),
     ]
-    data = load_preferences(write([row("What is it?", *both) for both in answers]), tokenizer)
+    data = load(write([row("What is it?", *both) for both in answers]), tokenizer, "pairs")
     template = template_for(tokenizer)
     straddling = 0
-    for pair, kept, both in zip(data.examples, data.rows, answers, strict=True):
-        prompt, _ = encode_prompt(kept.answers["chosen"], tokenizer, template)
+    for pair, kept, both in zip(data.examples, data.samples, answers, strict=True):
+        prompt, _ = encode_prompts([kept], tokenizer, template)[0]
         for part, answer in zip(pair.parts, both, strict=True):
             ids, offsets = tokenizer.encode_with_offsets(part.text)
             start = part.text.rindex(f"assistant\n{answer}<|im_end|>") + len("assistant\n")
@@ -348,5 +349,5 @@ def test_with_a_real_tokenizer_prompt_and_answer_meet_where_the_text_says(write:
             crossed = any(a < start < b for a, b in offsets)
             straddling += crossed
             assert crossed == (STRADDLE in part.notes) == (part.ids[: len(prompt)] != prompt)
-        assert pair.shared == shared_tokens(pair.chosen.ids, pair.rejected.ids)
+        assert pair.shared == shared_tokens(pair.parts[0].ids, pair.parts[1].ids)
     assert straddling == 2, "line breaks that merge with the template's own"

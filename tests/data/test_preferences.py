@@ -1,25 +1,15 @@
 """Preference rows of every form become a prompt and its answers; every rule that a row can break is one problem."""
 
 import copy
+import json
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourbit.data.preferences import (
-    JUDGED,
-    PAIRS,
-    Judged,
-    Preference,
-    judged,
-    judgements,
-    preference,
-    preferences,
-    recognise_judged,
-    recognise_pair,
-)
-from fourbit.data.read import BadRow, Row
+from fourbit.data.forms import FORMS, Sample, recognise, sample, samples
+from fourbit.data.row import BadRow, Row
 from fourbit.errors import InputError
 
 S = {"role": "system", "content": "Be brief."}
@@ -170,8 +160,8 @@ GOOD: dict[str, tuple[dict[str, Any], Expected]] = {
 }
 
 
-def made(data: dict[str, Any]) -> Preference:
-    return preference(Row(data, "rows.jsonl", 7))
+def made(data: dict[str, Any]) -> Sample:
+    return sample(Row(data, "rows.jsonl", 7), "pairs")
 
 
 @pytest.mark.parametrize("case", GOOD)
@@ -179,23 +169,21 @@ def test_every_form_becomes_a_prompt_and_two_answers(case: str) -> None:
     data, expected = GOOD[case]
     before = copy.deepcopy(data)
     got = made(data)
-    assert (got.prompt, got.chosen, got.rejected) == expected
+    assert (got.context, *got.answers) == expected
     assert data == before, "the row itself was changed"
     assert (got.file, got.line) == ("rows.jsonl", 7)
     assert bool(got.notes) == case.startswith("strings alone")
-    whole = got.answers
-    assert [conv.messages for conv in whole.values()] == [got.prompt + got.chosen, got.prompt + got.rejected]
-    assert list(whole) == ["chosen", "rejected"]
+    assert got.names == ("chosen", "rejected")
 
 
 def test_tools_reach_both_answers() -> None:
     trl = made({"prompt": [U], "chosen": [A], "rejected": [B], "tools": TOOLS})
     openai = made(
-        {"input": {"messages": [U], "tools": TOOLS}, "preferred_output": [A], "non_preferred_output": [B], "tools": 5}
+        {"input": {"messages": [U], "tools": TOOLS}, "preferred_output": [A], "non_preferred_output": [B], "id": 5}
     )
     sharegpt = made({"conversations": turns("Sky?"), "chosen": A, "rejected": B, "tools": TOOLS})
     for row in (trl, openai, sharegpt):
-        assert row.tools == TOOLS and all(conv.tools == TOOLS for conv in row.answers.values())
+        assert row.tools == TOOLS
 
 
 GOOD_JUDGED: dict[str, tuple[dict[str, Any], bool, list[dict[str, Any]], list[dict[str, Any]]]] = {
@@ -220,9 +208,8 @@ GOOD_JUDGED: dict[str, tuple[dict[str, Any], bool, list[dict[str, Any]], list[di
 @pytest.mark.parametrize("case", GOOD_JUDGED)
 def test_every_unpaired_form_becomes_a_prompt_and_a_judged_answer(case: str) -> None:
     data, label, prompt, completion = GOOD_JUDGED[case]
-    got = judged(Row(data, "f", 1))
-    assert (got.label, got.prompt, got.completion) == (label, prompt, completion)
-    assert [conv.messages for conv in got.answers.values()] == [prompt + completion]
+    got = sample(Row(data, "f", 1), "judged")
+    assert (got.label, got.context, got.answers, got.names) == (label, prompt, (completion,), ("completion",))
 
 
 P = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -231,8 +218,8 @@ USE = '{"prompt": ..., "chosen": ..., "rejected": ...}'
 BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "sft": (
         {"messages": [U, A]},
-        "row: is not a preference pair, keys are 'messages'; it looks like a row of `fourbit sft`, with one answer and"
-        f" no judgement: use {USE}",
+        "row: is not a preference pair, keys are 'messages'; it looks like a row to learn from, which"
+        f" `fourbit sft` reads: use {USE}",
         "form",
     ),
     "judged": (
@@ -430,7 +417,7 @@ BAD_JUDGED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a pair": (
         P,
         "row: is not an answer with a judgement, keys are 'prompt', 'chosen', 'rejected'; it looks like a preference"
-        ' pair: use {"prompt": ..., "completion": ..., "label": true or false}',
+        ' pair, which `fourbit dpo` reads: use {"prompt": ..., "completion": ..., "label": true or false}',
         "form",
     ),
     "label a number": (
@@ -476,24 +463,29 @@ def test_a_bad_pair_is_one_clear_problem(case: str) -> None:
 def test_a_bad_judged_row_is_one_clear_problem(case: str) -> None:
     data, says, kind = BAD_JUDGED[case]
     with pytest.raises(BadRow) as caught:
-        judged(Row(data, "rows.jsonl", 7))
+        sample(Row(data, "rows.jsonl", 7), "judged")
     assert str(caught.value) == f"rows.jsonl:7: {says}"
     assert caught.value.problem.kind == kind
 
 
+def form_of(data: dict[str, Any], kind: Any) -> str | None:
+    found = recognise(data, kind)
+    return None if found is None else found.name
+
+
 def test_forms_are_recognised() -> None:
-    assert {recognise_pair(Row(data, "f", 1)) for data, _ in GOOD.values()} == set(PAIRS)
-    assert {recognise_judged(Row(data, "f", 1)) for data, *_ in GOOD_JUDGED.values()} == set(JUDGED)
-    assert recognise_pair(Row({"prompt": "p"}, "f", 1)) is None
-    assert recognise_judged(Row({"prompt": "p", "kto_tag": True}, "f", 1)) is None
+    for kind, rows in (("pairs", GOOD), ("judged", GOOD_JUDGED)):
+        assert {form_of(row[0], kind) for row in rows.values()} == {f.name for f in FORMS if f.kind == kind}
+    assert form_of({"prompt": "p"}, "pairs") is None
+    assert form_of({"prompt": "p", "kto_tag": True}, "judged") is None
     # a set that holds the chosen conversation once more, as `messages`
-    assert recognise_pair(Row({"messages": [U, A], "chosen": [U, A], "rejected": [U, B]}, "f", 1)) is not None
+    assert form_of({"messages": [U, A], "chosen": [U, A], "rejected": [U, B]}, "pairs") is not None
 
 
 def test_a_row_of_another_form_is_named() -> None:
     openai = GOOD["openai"][0]
     rows = [*(Row(P, "f.jsonl", line) for line in (1, 2, 3)), Row(openai, "f.jsonl", 4), Row({}, "f.jsonl", 5)]
-    good, problems = preferences(rows)
+    good, problems = samples(rows, "pairs")
     assert [row.line for row in good] == [1, 2, 3]
     assert [problem.kind for problem in problems] == ["form", "form"]
     assert str(problems[0]) == (
@@ -501,7 +493,7 @@ def test_a_row_of_another_form_is_named() -> None:
         " prompt/chosen/rejected form: one form a file"
     )
     tagged, label = {"messages": [U, A], "kto_tag": True}, {"prompt": "p", "completion": "c", "label": True}
-    kept, refused = judgements([Row(tagged, "g", 1), Row(tagged, "g", 2), Row(label, "g", 3)])
+    kept, refused = samples([Row(tagged, "g", 1), Row(tagged, "g", 2), Row(label, "g", 3)], "judged")
     assert len(kept) == 2 and "of the prompt/completion/label form" in str(refused[0])
 
 
@@ -511,12 +503,12 @@ def test_an_implicit_prompt_is_the_one_that_trl_finds() -> None:
     for case, (data, _) in GOOD.items():
         if case.startswith("implicit") and "marks" not in case:
             theirs, ours = extract_prompt(data), made(data)
-            bare = [{key: value for key, value in message.items() if key != "weight"} for message in ours.prompt]
-            assert (bare, ours.chosen, ours.rejected) == (theirs["prompt"], theirs["chosen"], theirs["rejected"])
+            bare = [{key: value for key, value in message.items() if key != "weight"} for message in ours.context]
+            assert (bare, *ours.answers) == (theirs["prompt"], theirs["chosen"], theirs["rejected"])
     theirs = extract_prompt(GOOD["strings alone"][0])
     ours = made(GOOD["strings alone"][0])
-    assert theirs["prompt"] == ours.prompt[0]["content"]
-    assert theirs["chosen"].strip() == ours.chosen[0]["content"]
+    assert theirs["prompt"] == ours.context[0]["content"]
+    assert theirs["chosen"].strip() == ours.answers[0][0]["content"]
 
 
 def test_marks_that_no_model_sees_make_no_other_prompt() -> None:
@@ -531,7 +523,9 @@ def test_rows_are_grouped_by_prompt_and_told_apart_by_all() -> None:
     one, other = made(P), made({**P, "rejected": "another"})
     assert one.topic() == other.topic() and one.content() != other.content()
     assert one.topic() != made({**P, "prompt": "q"}).topic()
-    good, bad = (judged(Row({"prompt": "p", "completion": "c", "label": label}, "f", 1)) for label in (True, False))
+    good, bad = (
+        sample(Row({"prompt": "p", "completion": "c", "label": label}, "f", 1), "judged") for label in (True, False)
+    )
     assert good.topic() == bad.topic() and good.content() != bad.content()
 
 
@@ -574,15 +568,18 @@ def broken(draw: Any) -> dict[str, Any]:
 def test_any_row_is_taken_or_refused_as_a_row(data: dict[str, Any]) -> None:
     """Nothing but BadRow comes out, and what is taken keeps the promises of the shape."""
     before = copy.deepcopy(data)
-    for convert in (preference, judged):
+    kinds: tuple[Any, ...] = ("sft", "pairs", "judged", "prompts")
+    for kind in kinds:
         try:
-            row: Preference | Judged = convert(Row(data, "f", 1))
+            row = sample(Row(data, "f", 1), kind)
         except BadRow as bad:
             assert isinstance(bad, InputError) and str(bad).startswith("f:1: ") and bad.problem.kind
             continue
-        for conv in row.answers.values():
-            assert row.prompt and conv.messages[: len(row.prompt)] == row.prompt
-            assert conv.messages[len(row.prompt)]["role"] == "assistant" == conv.messages[-1]["role"]
-            assert all(isinstance(message["content"], str) for message in conv.messages)
-            assert all(m.get("weight") == 0 for m in row.prompt if m["role"] == "assistant")
+        assert json.dumps([row.content(), row.topic()])
+        assert bool(row.context) == (kind != "sft")
+        assert len(row.answers) == (kind != "prompts") + (kind == "pairs") - (row.text is not None)
+        assert all(m.get("weight") == 0 for m in row.context if m["role"] == "assistant")
+        for answer in row.answers:
+            assert answer[-1]["role"] == "assistant" and (kind == "sft" or answer[0]["role"] == "assistant")
+            assert all(isinstance(message["content"], str) for message in row.context + answer)
     assert data == before

@@ -1,16 +1,23 @@
 """Templates that try to reach Python, and templates that try to take everything: each ends in a clear error, soon."""
 
+import os
 import resource
+import signal
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourbit.data import sandbox
-from fourbit.data.template import ChatTemplate, Unrenderable
-from fourbit.errors import InputError
+from fourbit.data import template as module
+from fourbit.data.template import CHILD, ChatTemplate, Talk, Unrenderable
+from fourbit.errors import EnvironmentProblem, InputError
 
 TALK = [{"role": "user", "content": "Hi"}]
 
@@ -45,8 +52,6 @@ ESCAPES = {  # known ways from a template to the interpreter, the file system or
     "stored format": "{% set f = '{0.__class__.__mro__}'.format %}{{ f('') }}",
     "format through map": "{{ ['{0.__class__}'] | map('format', '') | list }}",
     "format_map": "{{ '{x.__class__}'.format_map({'x': ''}) }}",
-    "percent format": "{{ '%s' % messages }}",
-    "format filter": "{{ '%s' | format('x') }}",
     "mro of a number": "{{ (1).__class__.__base__ }}",
     "generator frame": "{% set g = (messages | map(attribute='role')) %}{{ g.gi_frame }}",
     "undefined": "{{ nothing.__class__.__init__.__globals__ }}",
@@ -56,107 +61,80 @@ ESCAPES = {  # known ways from a template to the interpreter, the file system or
     "mutate a message": "{{ messages[0].update({'role': 'x'}) }}",
     "dict class": "{{ dict.__base__ }}",
     "dict mro": "{{ dict.mro() }}",
-    "translate": "{{ 'a'.translate({97: 'b'}) }}",
-    "encode": "{{ 'a'.encode('utf-8') }}",
 }
 
-TURNS = "it takes more than 1000000 loop turns and calls"
-TEXT = "it builds a text of more than 4194304 characters"
-DEEP = "it is nested too deeply"
-BOMBS = {  # templates that would take hours or all memory, and which guard each meets
-    "string times number": ("`*` is allowed between numbers only", "{{ 'a' * 1000000000 }}"),
-    "times through a name": (
-        "`*` is allowed between numbers only, not str and int",
-        "{% set n = 1000000000 %}{% set s = messages[0].content %}{{ s * n }}",
-    ),
-    "list times number": (
-        "`*` is allowed between numbers only, not list and int",
-        "{% set s = messages %}{{ s * 1000000000 }}",
-    ),
+SLOW, BIG, DEEP = "it renders for longer than", "it needs more than 512 MiB of memory", "it is nested too deeply"
+TEXT, RECURSION = "it builds a text of more than 4194304 characters", "RecursionError"
+KILLED = "it takes more than 2 seconds or 512 MiB"
+GROW = "{% set n = namespace(s=START) %}{% for i in range(60) %}{% set n.s = STEP %}{% endfor %}"
+
+
+def grow(start: str, step: str, end: str = "") -> str:
+    return GROW.replace("START", start).replace("STEP", step) + end
+
+
+BOMBS = {  # templates that would take hours or all memory, and what may stop each
+    "string times number": (BIG, "{{ 'a' * 1000000000 }}"),
+    "string times a smaller number": (TEXT, "{{ 'a' * 100000000 }}"),
+    "list times number": (BIG, "{% set s = messages %}{{ s * 1000000000 }}"),
     "loops in loops": (
-        TURNS,
+        SLOW,
         "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
         "{% endfor %}{% endfor %}{% endfor %}",
     ),
-    "four loops": (
-        "loops are nested deeper than 3",
-        "{% for a in [1] %}{% for b in [1] %}{% for c in [1] %}{% for d in [1] %}"
-        "{% endfor %}{% endfor %}{% endfor %}{% endfor %}",
+    "recursive loop": (RECURSION, "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}"),
+    "range": ("Range too big", "{% for i in range(10 ** 15) %}{% endfor %}"),
+    "doubling": (BIG, grow("'aaaaaaaa'", "n.s + n.s")),
+    "doubling by ~": (BIG, grow("'aaaaaaaa'", "n.s ~ n.s")),
+    "doubling a list": (BIG, grow("[1]", "n.s + n.s")),
+    "a list of itself": (f"{BIG}|{SLOW}|{KILLED}|{RECURSION}", grow("['a']", "[n.s, n.s]", "{{ n.s }}")),
+    "a list of itself as json": (f"{BIG}|{SLOW}|{KILLED}", grow("['a']", "[n.s, n.s]", "{{ n.s | tojson }}")),
+    "replace": (BIG, grow("'aaaaaaaa'", "n.s.replace('a', n.s)")),
+    "replace filter": (BIG, grow("'aaaaaaaa'", "n.s | replace('a', n.s)")),
+    "join": (BIG, grow("'aaaaaaaa'", "n.s.join([n.s, n.s, n.s])")),
+    "power": (f"{SLOW}|{BIG}|{KILLED}", "{{ 9 ** (9 ** (9 ** 9)) }}"),
+    "numbers that grow": (f"{SLOW}|{BIG}|{KILLED}", grow("10", "n.s * n.s")),
+    "percent width": (BIG, "{{ '%999999999d' % 1 }}"),
+    "format width": (BIG, "{{ '{:>999999999}'.format('a') }}"),
+    "center": (BIG, "{{ 'a'.center(1000000000) }}"),
+    "ljust": (TEXT, "{{ 'a'.ljust(10000000) }}"),
+    "expandtabs": (BIG, "{{ '\t'.expandtabs(1000000000) }}"),
+    "indent": (BIG, "{{ 'a\nb' | indent(1000000000) }}"),
+    "json indent": (BIG, "{{ [1] | tojson(indent=1000000000) }}"),
+    "round": (f"{SLOW}|{BIG}|{KILLED}", "{{ 1.5 | round(1000000000, 'ceil') }}"),
+    "lipsum": (f"{SLOW}|{TEXT}", "{{ lipsum(n=1000000) }}"),
+    "a search that goes over all again and again": (
+        KILLED,
+        "{% set s = 'a' * 10000000 %}{{ s.rfind('a' * 1000 ~ 'b' ~ 'a' * 1000) }}",
     ),
-    "range": ("range() of more than 1000000 numbers", "{% for i in range(10 ** 15) %}{% endfor %}"),
-    "range as list": ("`**` gives too large a number", "{{ range(2 ** 62) | list | length }}"),
-    "doubling": (
-        TEXT,
-        "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
-    ),
-    "doubling by ~": (
-        TEXT,
-        "{% set n = namespace(s='aaaa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-    ),
-    "doubling a list": (
-        TEXT,
-        "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
-    ),
-    "a list of itself": (
-        TURNS,
-        "{% set n = namespace(s=['a']) %}{% for i in range(60) %}{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
-    ),
-    "a list of itself as json": (
-        TURNS,
-        "{% set n = namespace(s=['a']) %}{% for i in range(60) %}{% set n.s = [n.s, n.s] %}"
-        "{% endfor %}{{ n.s | tojson }}",
-    ),
-    "a list of itself as string": (
-        TURNS,
-        "{% set n = namespace(s=['a']) %}{% for i in range(60) %}{% set n.s = [n.s, n.s] %}"
-        "{% endfor %}{{ (n.s | string) | length }}",
-    ),
-    "replace": (
-        TEXT,
-        "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(30) %}"
-        "{% set n.s = n.s.replace('a', n.s) %}{% endfor %}",
-    ),
-    "replace filter": (
-        TEXT,
-        "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(30) %}"
-        "{% set n.s = n.s | replace('a', n.s) %}{% endfor %}",
-    ),
-    "join": (
-        TEXT,
-        "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(30) %}"
-        "{% set n.s = n.s.join([n.s, n.s, n.s]) %}{% endfor %}",
-    ),
-    "power": ("`**` gives too large a number", "{{ 9 ** 9 ** 9 ** 9 }}"),
-    "numbers that grow": (
-        "`*` gives too large a number",
-        "{% set n = namespace(s=10) %}{% for i in range(60) %}{% set n.s = n.s * n.s %}{% endfor %}",
-    ),
-    "percent width": ("`%` is allowed between numbers only, not str and int", "{{ '%999999999d' % 1 }}"),
-    "format width": ("`format` of str may not be used", "{{ '{:>999999999}'.format('a') }}"),
-    "center": ("`center` of str may not be used", "{{ 'a'.center(1000000000) }}"),
-    "ljust": ("`ljust` of str may not be used", "{{ 'a'.ljust(1000000000) }}"),
-    "zfill": ("`zfill` of str may not be used", "{{ 'a'.zfill(1000000000) }}"),
-    "expandtabs": ("`expandtabs` of str may not be used", "{{ '\t'.expandtabs(1000000000) }}"),
-    "center filter": ("No filter named 'center'", "{{ 'a' | center(1000000000) }}"),
-    "indent": ("an indentation of 1000000000; 0 to 64 are allowed", "{{ 'a\nb' | indent(1000000000) }}"),
-    "json indent": ("an indentation of 1000000000; 0 to 64 are allowed", "{{ [1] | tojson(indent=1000000000) }}"),
-    "round": ("No filter named 'round'", "{{ 1.5 | round(1000000000, 'ceil') }}"),
-    "lipsum": ("'lipsum' is undefined", "{{ lipsum(n=1000000) }}"),
-    "recursive macro": ("RecursionError", "{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}"),
+    "recursive macro": (RECURSION, "{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}"),
     "branching macro": (
-        "it renders for longer than 2 seconds|it takes more than",
+        SLOW,
         "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     ),
-    "output": (TEXT, "{% for i in range(900000) %}aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa{% endfor %}"),
+    "output": (TEXT, "{% for i in range(90000) %}" + "a" * 60 + "{% endfor %}"),
     "nested brackets": (DEEP, "{{ " + "[" * 30_000 + "]" * 30_000 + " }}"),
     "nested parentheses": (DEEP, "{{ " + "(" * 30_000 + "1" + ")" * 30_000 + " }}"),
     "nested ifs": (DEEP, "{% if 1 %}" * 3_000 + "{% endif %}" * 3_000),
     "long sum": (DEEP, "{{ 1" + "+1" * 30_000 + " }}"),
     "long not": (DEEP, "{{ " + "not " * 15_000 + "1 }}"),
-    "memory": (
-        "it needs more memory than there is",
-        "{% set n = namespace(s=[]) %}{% for i in range(200) %}{% set n.s = [n.s, range(999999) | list] %}{% endfor %}",
+    "memory": (f"{BIG}|{SLOW}", grow("[]", "[n.s, range(99999) | list, range(99999) | map('string') | list]")),
+}
+HARMLESS = {  # what hand-made lists of allowed names used to refuse
+    "center": ("{{ 'a' | center(5) }}", "  a  "),
+    "format": ("{{ '%s-%d' | format('x', 3) }}{{ '{:>3}'.format('a') }}{{ '%02d' % 7 }}", "x-3  a07"),
+    "wordwrap": ("{{ 'one two' | wordwrap(4) }}", "one\ntwo"),
+    "round": ("{{ 1.26 | round(1) }}", "1.3"),
+    "batch": ("{{ [1, 2, 3] | batch(2) | list }}", "[[1, 2], [3]]"),
+    "groupby": ("{{ messages | groupby('role') | length }}", "1"),
+    "times": ("{{ '-' * 3 }}{{ [0] * 2 }}", "---[0, 0]"),
+    "loops in loops": (
+        "{% for a in [1] %}{% for b in [1] %}{% for c in [1] %}{% for d in [1] %}x{% endfor %}"
+        "{% endfor %}{% endfor %}{% endfor %}",
+        "x",
     ),
+    "recursion": ("{% for a in [[1], []] recursive %}({{ loop(a) if a is iterable else a }}){% endfor %}", "((1))()"),
+    "cycler": ("{% set c = cycler('a', 'b') %}{{ c.next() }}{{ c.next() }}", "ab"),
 }
 
 
@@ -168,22 +146,22 @@ def test_no_template_reaches_python(case: str) -> None:
     assert TALK == [{"role": "user", "content": "Hi"}]
 
 
-@pytest.mark.parametrize("case", ESCAPES)
-def test_no_template_reaches_python_even_without_the_source_check(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names are refused when read off the source; the sandbox must hold without that."""
-    monkeypatch.setattr(sandbox, "_check_tree", lambda tree, loops: None)
-    with pytest.raises(sandbox.Refused):
-        sandbox.render(*sandbox.compile_template(ESCAPES[case]), {"messages": TALK}, None)
+@pytest.fixture
+def spent() -> Iterator[list[float]]:
+    """Processor seconds of this process and of the child that renders, which is a new one."""
+    CHILD.stop()
+    yield [processor_seconds()]
+    CHILD.stop()
 
 
 @pytest.mark.parametrize("case", BOMBS)
-def test_no_template_takes_everything(case: str) -> None:
+def test_no_template_takes_everything(case: str, spent: list[float]) -> None:
     """Under 6 seconds of processor time, children included, however slow the machine is just now."""
     says, source = BOMBS[case]
-    before = processor_seconds()
     with pytest.raises(InputError) as caught:
         ChatTemplate(source, name="model's").render(TALK)
-    assert processor_seconds() - before < 6
+    CHILD.stop()
+    assert processor_seconds() - spent[0] < 6
     assert str(caught.value).startswith("model's: the ") and any(text in str(caught.value) for text in says.split("|"))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
 
@@ -193,50 +171,37 @@ def processor_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def test_a_child_that_is_killed_by_its_limits_says_so() -> None:
-    """What the counters cannot see, the operating system's limits do."""
-    before = processor_seconds()
-    with pytest.raises(InputError, match="rendering one conversation took more than 5 seconds or 512 MiB"):
-        ChatTemplate("{{ (range(999999) | list" + " | unique | list" * 60 + ") | length }}").render(TALK)
-    assert processor_seconds() - before < 6
+@pytest.mark.parametrize("case", HARMLESS)
+def test_harmless_templates_render(case: str) -> None:
+    source, text = HARMLESS[case]
+    assert ChatTemplate(source).render(TALK) == text
 
 
-@pytest.mark.parametrize(
-    ("source", "says"),
-    [
-        (
-            "{% for a in messages[0].content %}{% for b in range(900000) %}{% endfor %}{% endfor %}",
-            "1000000 loop turns",
-        ),
-        (
-            "{% set n = namespace(s=messages[0].content) %}"
-            "{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-            "4194304 characters",
-        ),
-        ("{% set s = messages[0].content %}{% if s %}{{ s * 9 }}{% endif %}", "`*` is allowed between numbers only"),
-    ],
-)
-def test_a_bomb_that_only_some_rows_set_off_is_stopped_in_this_process(source: str, says: str) -> None:
-    """A template may behave on the row it is tried with and explode on another."""
-    template = ChatTemplate(source)
-    assert template.render([{"role": "user", "content": ""}]) == ""
-    start = time.process_time()
-    with pytest.raises(Unrenderable, match=says):
-        template.render([{"role": "user", "content": "aaaaaaaa"}])
-    assert time.process_time() - start < 3
+LOOPS = "{% for a in messages[0].content %}{% for b in range(99999) %}{% for c in range(999) %}{% endfor %}{% endfor %}"
+LOOPS += "{% endfor %}"
+SEARCH = "{% set s = messages[0].content * 10000000 %}{{ s.rfind('a' * 1000 ~ 'b' ~ 'a' * 1000) if s else '' }}"
 
 
-def test_a_template_that_takes_too_much_three_times_is_given_up() -> None:
-    loops = "{% for a in messages[0].content %}{% for b in range(900000) %}{% endfor %}{% endfor %}"
-    template = ChatTemplate("{# given up #}" + loops)
-    template.render([{"role": "user", "content": ""}])
-    bad: list[dict[str, Any]] = [{"role": "user", "content": "aa"}]
-    for _ in range(3):
-        with pytest.raises(Unrenderable):
-            template.render(bad)
-    with pytest.raises(InputError, match="cannot be used: it takes more than 1000000 loop turns") as caught:
-        template.render(bad)
+@pytest.mark.parametrize(("source", "says"), [(LOOPS, SLOW), (SEARCH, KILLED)])
+def test_a_bomb_that_only_some_rows_set_off_costs_these_rows(source: str, says: str, spent: list[float]) -> None:
+    """A template may behave on one row and explode on another: by a signal inside, or by losing the process."""
+    harmless, bomb = (Talk([{"role": "user", "content": content}]) for content in ("", "a"))
+    first, second, third = ChatTemplate(source).render_all([harmless, bomb, harmless])
+    assert isinstance(second, Unrenderable) and says in str(second)
+    assert not isinstance(first, Unrenderable) and first == third
+    CHILD.stop()
+    assert processor_seconds() - spent[0] < 6
+
+
+def test_a_template_that_takes_too_much_three_times_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RENDER_SECONDS", 0.1)
+    CHILD.stop()
+    talks = [Talk([{"role": "user", "content": content}]) for content in ("", *"aaaa")]
+    with pytest.raises(InputError, match=r"cannot be used: it renders for longer than 0\.1 seconds") as caught:
+        ChatTemplate("{# given up #}" + LOOPS).render_all(talks)
     assert not isinstance(caught.value, Unrenderable)
+    assert len(ChatTemplate("{# twice #}" + LOOPS).render_all(talks[:3])) == 3
+    CHILD.stop()
 
 
 PIECES = st.sampled_from(
@@ -272,22 +237,97 @@ TAGS = st.sampled_from(["{{ %s }}", "{%% set x = %s %%}{{ x }}", "{%% if %s %%}{
 @settings(max_examples=300)
 def test_no_source_makes_anything_but_a_refusal(pieces: list[str], tag: str) -> None:
     try:
-        box, template = sandbox.compile_template(tag % "".join(pieces))
-        sandbox.render(box, template, {"messages": TALK, "bos_token": "<s>"}, None)
-    except sandbox.Refused as error:
+        text = ChatTemplate(tag % "".join(pieces), "<s>").render(TALK)
+    except InputError as error:
         assert str(error)
+    else:
+        assert isinstance(text, str)
 
 
-def test_the_clock_stops_a_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.0)
-    box, template = sandbox.compile_template("{% for i in range(9) %}{{ i }}{% endfor %}")
-    with pytest.raises(sandbox.TooMuch, match="renders for longer than 0 seconds"):
-        sandbox.render(box, template, {}, None)
-
-
-def test_real_templates_stay_far_from_the_limits() -> None:
-    """500 turns of talk are nowhere near a million loop turns."""
+def test_real_templates_stay_far_from_the_limits(spent: list[float]) -> None:
+    """500 turns of talk take a hundredth of the time."""
     talk = [{"role": ("user", "assistant")[i % 2], "content": "word " * 50} for i in range(500)]
-    box, template = sandbox.compile_template("{% for m in messages %}{{ m.role ~ m.content.strip() }}{% endfor %}")
-    sandbox.render(box, template, {"messages": talk}, None)
-    assert box.turns > 0.99 * sandbox.MAX_TURNS
+    template = ChatTemplate("{% for m in messages %}{{ m.role ~ m.content.strip() }}{% endfor %}")
+    template.render_all([Talk(talk)])
+    CHILD.stop()
+    before = processor_seconds()
+    template.render_all([Talk(talk)] * 100)
+    CHILD.stop()
+    assert processor_seconds() - before < 100 * module.RENDER_SECONDS / 100
+
+
+def child_id() -> int:
+    ChatTemplate("{{ 1 }}").render(TALK)
+    assert CHILD.process is not None
+    return CHILD.process.pid
+
+
+def test_one_process_serves_all_templates_and_threads() -> None:
+    first = child_id()
+    texts: list[str] = []
+
+    def work(number: int) -> None:
+        texts.extend(ChatTemplate(f"{number}{{{{ messages[0].content }}}}").render(TALK) for _ in range(5))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(texts) == sorted(f"{i}Hi" for i in range(4) for _ in range(5)) and child_id() == first
+
+
+def test_a_process_that_was_killed_is_replaced_and_leaves_no_zombie() -> None:
+    first = child_id()
+    os.kill(first, signal.SIGKILL)
+    time.sleep(0.2)
+    assert child_id() != first and not Path(f"/proc/{first}").exists()
+
+
+def test_ctrl_c_is_not_for_the_process_that_renders() -> None:
+    assert os.getpgid(child_id()) != os.getpgid(0)
+
+
+def test_an_interrupt_leaves_no_answer_for_the_next_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    child_id()
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.select, "select", interrupted)
+        ChatTemplate("left over").render(TALK)
+    assert ChatTemplate("next").render(TALK) == "next"
+
+
+def test_a_process_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = child_id()
+    os.kill(stopped, signal.SIGSTOP)
+    monkeypatch.setattr(module, "CHILD_WALL_SECONDS", 0.3)
+    with pytest.raises(InputError, match=KILLED):
+        ChatTemplate("{# hangs #}").render(TALK)
+    assert not Path(f"/proc/{stopped}").exists()
+
+
+@pytest.mark.parametrize("executable", ["/nowhere/python", "/bin/false"])
+def test_a_child_that_does_not_run_is_the_machines_problem(executable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    CHILD.stop()
+    monkeypatch.setattr(module.sys, "executable", executable)
+    with pytest.raises(EnvironmentProblem, match="the child process that renders chat templates does not"):
+        ChatTemplate("x").render(TALK)
+
+
+def test_the_process_ends_with_its_parent_and_knows_no_secret() -> None:
+    code = (
+        "import os, time\nfrom fourbit.data.template import CHILD, ChatTemplate\nChatTemplate('x').render([])\n"
+        "print(CHILD.process.pid, open(f'/proc/{CHILD.process.pid}/environ').read().count('SECRET'), flush=True)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env={**os.environ, "SECRET": "1"}
+    )
+    pid, secrets = map(int, done.stdout.split())
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert secrets == 0 and not Path(f"/proc/{pid}").exists()

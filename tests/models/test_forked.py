@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fourbit
-from fourbit.data import answer_batch
-from fourbit.data.answer_batch import AnswerBatch, pack_answers, pad_answers
-from fourbit.data.encode import Encoded
-from fourbit.data.pairs import Pair, shared_tokens
+from fourbit.data.batch import AnswerBatch, Encoded, Preference, pack_answers, pad_answers
+from fourbit.data.encode import shared_tokens
 from fourbit.kernels import attention as attention_module
 from fourbit.models.decoder import Decoder
 from fourbit.models.spec import Spec
@@ -23,14 +22,14 @@ VOCABULARY = 97
 Fault = Callable[[pytest.MonkeyPatch], None]
 
 
-def pair(trunk: int, answers: Sequence[int], seed: int = 0) -> Pair:
+def pair(trunk: int, answers: Sequence[int], seed: int = 0) -> Preference:
     """Two answers of these lengths after a common beginning of `trunk` tokens; all answer tokens are trained."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randint(0, VOCABULARY - 2, (n,), generator=generator).tolist()  # noqa: E731
     start = draw(trunk)
     texts = [[*start, VOCABULARY - 2 + i, *draw(length - 1)] for i, length in enumerate(answers)]
     parts = [Encoded(ids, [False] * trunk + [True] * (len(ids) - trunk), "", "") for ids in texts]
-    return Pair(*parts, shared_tokens(*texts), "")
+    return Preference(tuple(parts), shared_tokens(*texts))
 
 
 PAIRS = [(0, pair(17, (5, 9), 1)), (1, pair(1, (1, 1), 2)), (2, pair(30, (1, 12), 3)), (3, pair(8, (20, 3), 4))]
@@ -78,12 +77,12 @@ def gradients(model: Decoder, batches: Sequence[AnswerBatch]) -> dict[str, Tenso
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def unshared(examples: Sequence[tuple[int, Pair]]) -> list[AnswerBatch]:
+def unshared(examples: Sequence[tuple[int, Preference]]) -> list[AnswerBatch]:
     """Every pair by itself in one row, each answer with its own copy of the prompt."""
     return [separate(number, example) for number, example in examples]
 
 
-def separate(number: int, example: Pair) -> AnswerBatch:
+def separate(number: int, example: Preference) -> AnswerBatch:
     """Both answers whole in one row: two plain spans, written down from the definition."""
     ids, rows, targets, slots = list[int](), list[int](), list[int](), list[list[int]]()
     for part in example.parts:
@@ -92,7 +91,7 @@ def separate(number: int, example: Pair) -> AnswerBatch:
         rows += [len(ids) + i - 1 for i in predicted]
         targets += [part.ids[i] for i in predicted]
         ids += part.ids
-    cut = len(example.chosen.ids)
+    cut = len(example.parts[0].ids)
     longest = max(map(len, slots))
     empty = torch.empty(0, dtype=torch.int64)
     return AnswerBatch(
@@ -234,18 +233,18 @@ def positions_run_on(patch: pytest.MonkeyPatch) -> None:
 
 def target_off_by_one(patch: pytest.MonkeyPatch) -> None:
     """Answers are predicted from their own place, not from the one before."""
-    original = answer_batch.pack_answers
+    original = pack_answers
 
     def shifted(examples: Any) -> AnswerBatch:
         batch = original(examples)
-        return answer_batch.replace(batch, rows=(batch.rows + 1).clamp(max=batch.tokens - 1))
+        return replace(batch, rows=(batch.rows + 1).clamp(max=batch.tokens - 1))
 
     patch.setitem(globals(), "pack_answers", shifted)
 
 
 def first_target_from_the_row_before(patch: pytest.MonkeyPatch) -> None:
     """The second branch's first token is predicted from the token that stands before it: the first branch's last."""
-    original = answer_batch.pack_answers
+    original = pack_answers
 
     def wrong(examples: Any) -> AnswerBatch:
         batch = original(examples)
@@ -254,7 +253,7 @@ def first_target_from_the_row_before(patch: pytest.MonkeyPatch) -> None:
             first = batch.slots[1, p, 0]
             assert rows[first] == fork - 1
             rows[first] = end - 1
-        return answer_batch.replace(batch, rows=rows)
+        return replace(batch, rows=rows)
 
     patch.setitem(globals(), "pack_answers", wrong)
 

@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from torch.nn.functional import logsigmoid
 
 import fourbit
-from fourbit.data.answer_batch import answer_batches
-from fourbit.data.dataset import load_dataset
-from fourbit.data.pairs import load_judged, load_preferences
+from fourbit.data.batch import answer_batches
+from fourbit.data.encode import load as load_rows
 from fourbit.errors import InputError, NumericError
 from fourbit.lora.adapter import adapters_of
 from fourbit.lora.peft_files import adapter_state
@@ -102,9 +101,9 @@ def test_the_loss_is_that_of_its_definition(tiny_folder, pairs, tmp_path):
 
     losses = []
     for pair in trainer.train_set.examples:
-        policy = logp(pair.chosen) - logp(pair.rejected)
+        policy = logp(pair.parts[0]) - logp(pair.parts[1])
         with fourbit.adapters_off(model):
-            base = logp(pair.chosen) - logp(pair.rejected)
+            base = logp(pair.parts[0]) - logp(pair.parts[1])
         losses.append(-logsigmoid(0.1 * (policy - base)).item())
     batches = trainer.micro_batches(trainer.train_set, range(len(losses)), "auto")
     assert sum(trainer.sums(batch).loss.item() for batch in batches) == pytest.approx(sum(losses), rel=1e-12)
@@ -305,9 +304,9 @@ def test_kto_sets_answers_against_other_prompts(tiny_folder, judged, tmp_path):
     trainer = trainer_for(tiny_folder, judged, tmp_path, loss=("kto",), b_seed=0, reference="base")
     examples = trainer.train_set.examples
     crossed = crossed_over(examples[0], examples[1], 1024)
-    assert trainer.tokenizer.decode(crossed.answer.ids, skip_special=False) == (
+    assert trainer.tokenizer.decode(crossed.parts[0].ids, skip_special=False) == (
         "<|im_start|>user\nsay ab<|im_end|>\n<|im_start|>assistant\nccc<|im_end|>"
-        + trainer.tokenizer.decode(examples[1].answer.ids, skip_special=False).rpartition("<|im_end|>")[2]
+        + trainer.tokenizer.decode(examples[1].parts[0].ids, skip_special=False).rpartition("<|im_end|>")[2]
     )
     batches = trainer.micro_batches(trainer.train_set, [3, 0, 1], 1)
     trainer.begin(trainer.train_set, batches)
@@ -349,8 +348,8 @@ def test_kto_crosses_prompts_even_where_the_step_has_one(tiny_folder, tmp_path):
 
 def test_crossed_answers_keep_to_max_length(tiny_folder, judged, tmp_path):
     examples = trainer_for(tiny_folder, judged, tmp_path, loss=("kto",)).train_set.examples
-    whole = crossed_over(examples[0], examples[7], 1024).answer
-    cut = crossed_over(examples[0], examples[7], len(whole.ids) - 3).answer
+    whole = crossed_over(examples[0], examples[7], 1024).parts[0]
+    cut = crossed_over(examples[0], examples[7], len(whole.ids) - 3).parts[0]
     assert cut.ids == whole.ids[:-3] and cut.trained == whole.trained[:-3]
 
 
@@ -403,12 +402,12 @@ def test_every_loss_with_a_reference_is_held_to_its_start(tiny_folder, pairs, tm
 
 def test_datasets_of_another_kind_are_refused(tiny_folder, pairs, judged, rows, tmp_path):
     _, tokenizer = fourbit.load(tiny_folder)
-    with pytest.raises(InputError, match=r"reads PairDataset .* got JudgedDataset"):
-        trainer_for(tiny_folder, load_judged(judged, tokenizer), tmp_path)
-    with pytest.raises(InputError, match=r"reads JudgedDataset .* got PairDataset"):
-        trainer_for(tiny_folder, judged, tmp_path, val=load_preferences(pairs, tokenizer), loss=("kto",))
-    with pytest.raises(InputError, match=r"reads PairDataset .* got Dataset"):
-        trainer_for(tiny_folder, load_dataset(rows, tokenizer), tmp_path)
+    with pytest.raises(InputError, match="reads rows loaded as 'pairs', got 'judged'"):
+        trainer_for(tiny_folder, load_rows(judged, tokenizer, "judged"), tmp_path)
+    with pytest.raises(InputError, match="reads rows loaded as 'judged', got 'pairs'"):
+        trainer_for(tiny_folder, judged, tmp_path, val=load_rows(pairs, tokenizer, "pairs"), loss=("kto",))
+    with pytest.raises(InputError, match="reads rows loaded as 'pairs', got 'sft'"):
+        trainer_for(tiny_folder, load_rows(rows, tokenizer), tmp_path)
 
 
 def test_one_prompt_cannot_be_split(tiny_folder, tmp_path):
@@ -522,6 +521,7 @@ def test_dropped_pairs_are_counted(tiny_folder, pairs, tmp_path):
 
 def test_a_dataset_may_be_given(tiny_folder, pairs, judged, tmp_path):
     _, tokenizer = fourbit.load(tiny_folder)
-    for loss, load, path in (("sigmoid", load_preferences, pairs), ("kto", load_judged, judged)):
-        trainer = trainer_for(tiny_folder, load(path, tokenizer), tmp_path / loss, loss=(loss,), steps=1, val=0.2)
+    for loss, kind, path in (("sigmoid", "pairs", pairs), ("kto", "judged", judged)):
+        rows = load_rows(path, tokenizer, kind)
+        trainer = trainer_for(tiny_folder, rows, tmp_path / loss, loss=(loss,), steps=1, val=0.2)
         assert trainer.train(display=None).steps == 1 and len(trainer.val_set) + len(trainer.train_set) == 10

@@ -19,9 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 import fourbit
-from fourbit.data.dataset import Report
-from fourbit.data.encode import Encoded
-from fourbit.data.pairs import Pair, PairDataset, shared_tokens
+from fourbit.data.batch import Encoded, Preference
+from fourbit.data.encode import Dataset, Report, shared_tokens
 from fourbit.models.save import save_model
 from fourbit.trainer.config import DPOConfig
 from fourbit.trainer.preference import DPOTrainer
@@ -52,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pairs(tokenizer: Any) -> list[Pair]:
+def pairs(tokenizer: Any) -> list[Preference]:
     """Two pairs a step. The answers differ in length, and begin alike in every other pair."""
     made = []
     for i in range(STEPS * PAIRS):
@@ -63,7 +62,7 @@ def pairs(tokenizer: Any) -> list[Pair]:
         chosen, rejected = (
             answered(context, tokenizer.encode(f"<|im_start|>assistant\n{text}<|im_end|>")) for text in texts
         )
-        made.append(Pair(chosen, rejected, shared_tokens(chosen.ids, rejected.ids), str(i)))
+        made.append(Preference((chosen, rejected), shared_tokens(chosen.ids, rejected.ids)))
     return made
 
 
@@ -71,7 +70,7 @@ def answered(context: list[int], answer: list[int]) -> Encoded:
     return Encoded(context + answer, [False] * len(context) + [True] * len(answer), "", "")
 
 
-def our_steps(folder: Path, reference: Any, steps: int) -> tuple[list[Figures], list[Pair]]:
+def our_steps(folder: Path, reference: Any, steps: int) -> tuple[list[Figures], list[Preference]]:
     """What each step reports; and the pairs, which need our tokenizer."""
     model, tokenizer = fourbit.load(folder / "model")
     fourbit.load_adapter(model.train(), folder / "adapter")
@@ -79,7 +78,7 @@ def our_steps(folder: Path, reference: Any, steps: int) -> tuple[list[Figures], 
     config = DPOConfig(
         out=str(folder / "ours"), beta=BETA, reference=reference, micro_batch=1, weight_decay=0.0, max_grad_norm=CLIP
     )
-    data = PairDataset(examples, [], Report(rows=len(examples)))
+    data = Dataset("pairs", examples, report=Report(rows=len(examples)))
     trainer = DPOTrainer(model, tokenizer, train=data, config=config)
     stepper = trainer.make_stepper()
     figures = []
@@ -93,7 +92,7 @@ def our_steps(folder: Path, reference: Any, steps: int) -> tuple[list[Figures], 
     return figures, examples
 
 
-def their_steps(folder: Path, reference: str, examples: Sequence[Pair], steps: int) -> list[Figures]:
+def their_steps(folder: Path, reference: str, examples: Sequence[Preference], steps: int) -> list[Figures]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a peer warns about itself is not ours to mend
         trainer = trl_trainer(folder, reference)
@@ -114,12 +113,12 @@ def their_steps(folder: Path, reference: str, examples: Sequence[Pair], steps: i
     return figures
 
 
-def ids_of(pair: Pair) -> dict[str, list[int]]:
-    start = pair.chosen.trained.index(True)
+def ids_of(pair: Preference) -> dict[str, list[int]]:
+    start = pair.parts[0].trained.index(True)
     return {
-        "prompt_ids": pair.chosen.ids[:start],
-        "chosen_ids": pair.chosen.ids[start:],
-        "rejected_ids": pair.rejected.ids[start:],
+        "prompt_ids": pair.parts[0].ids[:start],
+        "chosen_ids": pair.parts[0].ids[start:],
+        "rejected_ids": pair.parts[1].ids[start:],
     }
 
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fourbit.data.batch import Batch, pack_batch
-from fourbit.data.encode import Encoded
+from fourbit.data.batch import Batch, Encoded, pack_batch
 from fourbit.kernels import chunked_head
 from fourbit.lora.adapter import AdapterLayer
 from fourbit.lora.linear4bit import NF4Linear

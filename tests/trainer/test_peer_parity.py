@@ -17,8 +17,7 @@ import pytest
 import torch
 
 import fourbit
-from fourbit.data.batch import pack_batch, shifted_targets
-from fourbit.data.encode import Encoded
+from fourbit.data.batch import Encoded, pack_batch, shifted_targets
 from fourbit.lora.adapter import adapter_parameters
 from fourbit.trainer.evaluate import batch_loss_sum
 from fourbit.trainer.step import Stepper, Sums

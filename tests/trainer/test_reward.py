@@ -93,7 +93,7 @@ def test_loss_and_gradients_are_those_of_plain_pytorch(tiny_folder, pairs, tmp_p
         end = max(i for i, trained in enumerate(part.trained) if trained)
         return model.hidden(torch.tensor([part.ids]))[0, end] @ head[0]
 
-    rewards = [(reward(p.chosen), reward(p.rejected)) for p in trainer.train_set.examples]
+    rewards = [tuple(map(reward, p.parts)) for p in trainer.train_set.examples]
     want = sum(-logsigmoid(a - b) + 0.3 * (a + b) ** 2 for a, b in rewards)
     wanted = torch.autograd.grad(want, list(trainer.parameters.values()))
     (batch,) = trainer.micro_batches(trainer.train_set, range(len(rewards)), len(rewards))
@@ -249,7 +249,7 @@ def test_rows_that_have_no_answer_are_named(tiny_folder, trained):
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(InputError, match=r"rows:2: last message: has the role 'user'"):
         scorer.score(tokenizer, [talk, talk[:1]])
-    with pytest.raises(InputError, match=r"rows:1: row: no form recognised"):
+    with pytest.raises(InputError, match=r"rows:1: row: is not a row to learn from"):
         scorer.score(tokenizer, [{"a": "a"}, talk])
 
 

@@ -12,7 +12,7 @@ import torch
 
 import fourbit
 from fourbit.data.batch import pack_batch, pad_batch
-from fourbit.data.dataset import load_dataset
+from fourbit.data.encode import load as load_rows
 from fourbit.data.template import template_for
 from fourbit.errors import InputError, NumericError
 from fourbit.lora.peft_files import adapter_state
@@ -78,7 +78,7 @@ def gradients(model, batches):
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_packed_is_padded_is_any_split(tiny_folder, rows, quantize):
     model, tokenizer = adapted(tiny_folder, quantize=quantize, dtype=torch.float64, b_seed=3)
-    examples = load_dataset([rows], tokenizer).examples[:8]
+    examples = load_rows([rows], tokenizer).examples[:8]
     loss, want = gradients(model, [pad_batch(examples, 0)])
     assert len(want) == 28  # A and B of 14 linears
     layouts = {
@@ -98,7 +98,7 @@ def test_packed_is_padded_is_any_split(tiny_folder, rows, quantize):
 def test_a_wrong_normalisation_would_be_seen(tiny_folder, rows):
     """The mean of micro-batch means, the usual mistake, differs from the truth by far more than the test allows."""
     model, tokenizer = adapted(tiny_folder, dtype=torch.float64)
-    data = load_dataset([rows], tokenizer, loss_on="all")
+    data = load_rows([rows], tokenizer, loss_on="all")
     examples = sorted(data.examples, key=lambda e: len(e.ids))[-8:]
     examples = examples[:4] + sorted(data.examples, key=lambda e: len(e.ids))[:4]
     loss, _ = gradients(model, [pad_batch(examples, 0)])
@@ -108,7 +108,7 @@ def test_a_wrong_normalisation_would_be_seen(tiny_folder, rows):
 
 def test_packed_examples_do_not_see_each_other(tiny_folder, rows):
     model, tokenizer = adapted(tiny_folder, b_seed=1)
-    examples = load_dataset([rows], tokenizer).examples[:5]
+    examples = load_rows([rows], tokenizer).examples[:5]
     before = batch_token_losses(model, pack_batch(examples)).split([sum(e.trained) for e in examples])
     changed = replace(examples[2], ids=[*examples[2].ids[:12], *[9] * (len(examples[2].ids) - 12)])
     after = batch_token_losses(model, pack_batch([*examples[:2], changed, *examples[3:]]))
@@ -272,7 +272,7 @@ def test_answers_are_scored(tiny_folder, rows, tmp_path):
     model, trainer, _ = train(tiny_folder, rows, tmp_path, epochs=40, dropout=0.0, lr=2e-2)
     data = trainer.train_set
     template = template_for(trainer.tokenizer)
-    answers = answer_all(model, trainer.tokenizer, template, data.conversations, max_new_tokens=8)
+    answers = answer_all(model, trainer.tokenizer, template, data.samples, max_new_tokens=8)
     assert exact_match(answers) > 0.8
     assert answers[0].expected and answers[0].prompt.endswith("<|im_start|>assistant\n")
     assert exact_match([replace(a, answer=a.answer + "x") for a in answers]) == 0

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...data.answer_batch import AnswerBatch
-from ...data.batch import Batch, sent
+from ...data.batch import AnswerBatch, Batch, sent
 from ...kernels.chunked_head import Scorer, dense_figures, module_figures, rows_per_chunk
 from ...kernels.linear_logprobs import TokenScorer, TokenScores, check_targets
 from ...lora.adapter import AdapterLayer

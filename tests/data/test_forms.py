@@ -1,15 +1,18 @@
-"""Chat and prompt/completion rows become conversations; every rule that a row can break is one clear problem."""
+"""Rows to learn from and prompts, of every form, become samples; every rule that a row can break is one problem."""
 
 from typing import Any
 
 import pytest
 
-from fourbit.data.formats import Conversation, conversation, conversations, recognise
-from fourbit.data.read import BadRow, Row
+from fourbit.data.forms import Sample, recognise, sample, samples
+from fourbit.data.row import BadRow, Row
 
 U = {"role": "user", "content": "Hi"}
 A = {"role": "assistant", "content": "Hello"}
+NOT = "is not a row to learn from, keys are"
 USE = 'use {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "completion": ...}'
+PAIR = "it looks like a preference pair, which `fourbit dpo` reads"
+JUDGED = "it looks like an answer with a judgement, which losses for unpaired answers take"
 CALL_FORM = '{"type": "function", "function": {"name": ..., "arguments": ...}}'
 ROLES = "must be one of system, developer, user, assistant, tool"
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -21,39 +24,47 @@ def chat(*messages: Any, **more: Any) -> dict[str, Any]:
 
 # the row, and what its problem says after `rows.jsonl:7: `
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "no keys": ({}, f"row: no form recognised, keys are none: {USE}"),
-    "unknown keys": ({"a": 1, "b": 2}, f"row: no form recognised, keys are 'a', 'b': {USE}"),
-    "sharegpt": (
-        {"conversations": [{"from": "human", "value": "Hi"}]},
-        f"row: this looks like the ShareGPT form (`conversations`), which is not supported yet: {USE}",
-    ),
-    "alpaca": (
-        {"instruction": "Say hi", "input": "", "output": "hi"},
-        f"row: this looks like the Alpaca form (`instruction`/`output`), which is not supported yet: {USE}",
-    ),
+    "no keys": ({}, f"row: {NOT} none: {USE}"),
+    "unknown keys": ({"a": 1, "b": 2}, f"row: {NOT} 'a', 'b': {USE}"),
     "preference": (
         {"prompt": "p", "chosen": "c", "rejected": "r"},
-        f"row: this looks like a preference pair (`chosen`/`rejected`), which `fourbit dpo` reads: here {USE}",
+        f"row: {NOT} 'prompt', 'chosen', 'rejected'; {PAIR}: {USE}",
     ),
     "openai preference": (
         {"input": {}, "preferred_output": [], "non_preferred_output": []},
-        "row: this looks like OpenAI's preference form (`preferred_output`/`non_preferred_output`),"
-        f" which `fourbit dpo` reads: here {USE}",
+        f"row: {NOT} 'input', 'preferred_output', 'non_preferred_output'; {PAIR}: {USE}",
     ),
     "an answer and its label": (
         {"prompt": "p", "completion": "c", "label": False},
-        "row: this looks like an answer with a judgement (`completion`/`label`), which `fourbit dpo` reads:"
-        f" here {USE}",
+        f"row: {NOT} 'prompt', 'completion', 'label'; {JUDGED}: {USE}",
     ),
     "a conversation and its tag": (
         chat(U, A, kto_tag=True),
-        f"row: this looks like an answer with a judgement (`kto_tag`), which `fourbit dpo` reads: here {USE}",
+        f"row: {NOT} 'messages', 'kto_tag'; {JUDGED}: {USE}",
     ),
-    "question and answer": (
-        {"question": "q", "answer": "a"},
-        f"row: this looks like a question/answer form (`question`), which is not supported yet: {USE}",
+    "sharegpt preference": (
+        {"conversations": [], "chosen": {}, "rejected": {}},
+        f"row: {NOT} 'conversations', 'chosen', 'rejected'; {PAIR}: {USE}",
     ),
-    "text": ({"text": "t"}, f"row: this looks like plain text (`text`), which is not supported yet: {USE}"),
+    "question and answer": ({"question": "q", "answer": "a"}, f"row: {NOT} 'question', 'answer': {USE}"),
+    "text and a prompt": ({"prompt": "p", "text": "t"}, f"row: {NOT} 'prompt', 'text': {USE}"),
+    "text and a question": ({"question": "q", "text": "t"}, f"row: {NOT} 'question', 'text': {USE}"),
+    "text null": ({"text": None}, "text: must be a string, not null"),
+    "text blank": ({"text": " \n"}, "text: holds only white space"),
+    "sharegpt, unknown role": (
+        {"conversations": [{"from": "narrator", "value": "x"}]},
+        "conversations[0].from: is 'narrator': must be one of system, developer, user, assistant, tool",
+    ),
+    "sharegpt, no answer": (
+        {"conversations": [{"from": "human", "value": "x"}]},
+        "last message: has the role 'user': a conversation must end with an assistant turn, the answer to learn",
+    ),
+    "alpaca without output": ({"instruction": "i"}, "output: must be a string, not null"),
+    "alpaca, instruction empty": ({"instruction": "", "output": "o"}, "instruction: is empty"),
+    "alpaca, history of three": (
+        {"instruction": "i", "output": "o", "history": [["a", "b", "c"]]},
+        "history[0]: must be [question, answer]",
+    ),
     "two forms at once": (
         chat(U, A, completion="x"),
         "row: has both `messages` and `completion`: keep one of the two forms",
@@ -228,7 +239,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_bad_row_is_one_clear_problem(case: str) -> None:
     data, says = BAD[case]
     with pytest.raises(BadRow) as caught:
-        conversation(Row(data, "rows.jsonl", 7))
+        sample(Row(data, "rows.jsonl", 7), "sft")
     assert str(caught.value) == f"rows.jsonl:7: {says}"
     assert (caught.value.problem.file, caught.value.problem.line) == ("rows.jsonl", 7)
 
@@ -237,32 +248,39 @@ def test_there_are_enough_bad_rows() -> None:
     assert len(BAD) >= 70
 
 
-def made(data: dict[str, Any]) -> Conversation:
-    return conversation(Row(data, "rows.jsonl", 1))
+def made(data: dict[str, Any]) -> Sample:
+    return sample(Row(data, "rows.jsonl", 1), "sft")
+
+
+def messages(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The whole conversation that a row becomes."""
+    found = made(data)
+    assert found.context == [] and found.text is None and found.label is None
+    return found.answers[0]
 
 
 def test_chat_passes_through() -> None:
     system = {"role": "system", "content": ""}
-    assert made(chat(system, U, A)).messages == [system, U, A]
-    assert made(chat({"role": "developer", "content": "Be brief."}, U, A)).messages[0]["role"] == "developer"
+    assert messages(chat(system, U, A)) == [system, U, A]
+    assert messages(chat({"role": "developer", "content": "Be brief."}, U, A))[0]["role"] == "developer"
 
 
 def test_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
-    assert made(chat({"role": "user", "content": parts}, A)).messages[0]["content"] == "Hello"
+    assert messages(chat({"role": "user", "content": parts}, A))[0]["content"] == "Hello"
 
 
 def test_strings_become_a_user_and_an_assistant_turn() -> None:
-    assert made({"prompt": "p", "completion": "c"}).messages == [
+    assert messages({"prompt": "p", "completion": "c"}) == [
         {"role": "user", "content": "p"},
         {"role": "assistant", "content": "c"},
     ]
 
 
 def test_message_lists_are_one_conversation_whose_prompt_is_context() -> None:
-    messages = made({"prompt": [U, A, U], "completion": [A]}).messages
-    assert [message["role"] for message in messages] == ["user", "assistant", "user", "assistant"]
-    assert [message.get("weight") for message in messages] == [None, 0, None, None]
+    found = messages({"prompt": [U, A, U], "completion": [A]})
+    assert [message["role"] for message in found] == ["user", "assistant", "user", "assistant"]
+    assert [message.get("weight") for message in found] == [None, 0, None, None]
 
 
 def test_tool_calls_and_tools_reach_the_template_with_arguments_as_objects() -> None:
@@ -270,17 +288,17 @@ def test_tool_calls_and_tools_reach_the_template_with_arguments_as_objects() -> 
     answer = {"role": "assistant", "content": None, "tool_calls": [text_call]}
     tool = {"role": "tool", "content": "", "tool_call_id": "1", "name": "f"}
     conv = made(chat(U, answer, tool, A, tools=[{"type": "function"}]))
-    assert conv.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
-    assert conv.messages[2] == tool
+    assert conv.answers[0][1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert conv.answers[0][2] == tool
     assert conv.tools == [{"type": "function"}]
     bare = made(chat(U, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}))
-    assert bare.messages[1]["tool_calls"] == [{"name": "f", "arguments": {"x": 1}}]
-    assert made(chat(U, {**A, "tool_calls": None})).messages[1] == A
+    assert bare.answers[0][1]["tool_calls"] == [{"name": "f", "arguments": {"x": 1}}]
+    assert messages(chat(U, {**A, "tool_calls": None}))[1] == A
 
 
 def test_a_masked_turn_may_be_empty() -> None:
     masked = {"role": "assistant", "content": "", "weight": 0}
-    assert made(chat(U, masked, U, A)).messages[1] == masked
+    assert messages(chat(U, masked, U, A))[1] == masked
 
 
 def test_input_is_left_as_it_was() -> None:
@@ -299,17 +317,108 @@ def test_input_is_left_as_it_was() -> None:
         ({"prompt": "p"}, "prompt/completion"),
         ({"prompt": "p", "completion": "c", "label": "a topic"}, "prompt/completion"),
         ({"prompt": "p", "chosen": "c"}, None),
-        ({"instruction": "i"}, None),
+        ({"conversations": []}, "conversations"),
+        ({"conversations": [], "chosen": {}}, None),
+        ({"instruction": "i", "text": "the whole, as the first Alpaca set has it"}, "instruction/output"),
+        ({"instruction": "i", "kto_tag": True}, None),
+        ({"text": "t", "id": 3}, "text"),
+        ({"text": "t", "input": "i"}, None),
     ],
 )
 def test_forms_are_recognised(data: dict[str, Any], form: str | None) -> None:
-    assert recognise(Row(data, "f", 1)) == form
+    found = recognise(data, "sft")
+    assert (found and found.name) == form
+
+
+SAID = {"role": "user", "content": "Sky?\nNoon."}
+HISTORY = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "weight": 0}]
+OTHERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # a row of another tool's form, what it becomes
+    "sharegpt": (
+        {
+            "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+            "system": "Be brief.",
+        },
+        [{"role": "system", "content": "Be brief."}, U, A],
+    ),
+    "sharegpt, our words": ({"conversations": [U, A]}, [U, A]),
+    "alpaca": ({"instruction": "Sky?", "input": "Noon.", "output": "Hello"}, [SAID, A]),
+    "alpaca, no input": ({"instruction": "Hi", "input": "", "output": "Hello"}, [U, A]),
+    "alpaca, all of it": (
+        {"instruction": "Sky?", "input": "Noon.", "output": "Hello", "system": "S", "history": [["Hi", "Hello"]]},
+        [{"role": "system", "content": "S"}, *HISTORY, SAID, A],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_tools_rows_become_the_same_conversation(case: str) -> None:
+    data, expected = OTHERS[case]
+    assert messages(data) == expected and made(data).notes == ()
+
+
+def test_tools_reach_a_sharegpt_row() -> None:
+    assert made({"conversations": [U, A], "tools": [{"name": "f"}]}).tools == [{"name": "f"}]
+
+
+def test_plain_text_is_a_sample_of_its_own() -> None:
+    found = made({"text": " Once upon"})
+    assert (found.text, found.answers, found.context) == (" Once upon", (), [])
+    assert found.content() != made({"text": "Twice"}).content() and found.topic() == [" Once upon"]
+
+
+def test_fields_that_are_not_used_are_said() -> None:
+    assert made(chat(U, A, id=3, source="x")).notes == ("not used: 'id', 'source'",)
+    assert made({"instruction": "i", "output": "o", "text": "t"}).notes == ("not used: 'text'",)
+
+
+CONTEXT = {**A, "weight": 0}
+PROMPTS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "string": ({"prompt": "Hi", "completion": "not shown"}, [U]),
+    "list": ({"prompt": [U, A, U]}, [U, CONTEXT, U]),
+    "chat": (chat(U, A, U), [U, CONTEXT, U]),
+    "chat with its answer": (chat(U, A, U, {"role": "assistant", "content": ""}), [U, CONTEXT, U]),
+    "sharegpt with its answer": (
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "?"}]},
+        [U],
+    ),
+    "alpaca": ({"instruction": "Sky?", "input": "Noon.", "output": "not shown", "answer": "old"}, [SAID]),
+}
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_every_prompt_is_what_stands_before_the_answer(case: str) -> None:
+    data, context = PROMPTS[case]
+    found = sample(Row(data, "f", 1), "prompts")
+    assert (found.context, found.answers, found.row, found.notes) == (context, (), data, ())
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (chat(A), "prompt: is empty: an answer needs something before it"),
+        ({"messages": "Hi"}, "messages: must be a list of messages, not a string"),
+        ({"prompt": None}, "prompt: must be a string, not null"),
+        (
+            {"text": "t"},
+            "row: is not a prompt to answer, keys are 'text'; it looks like a row to learn",
+        ),
+    ],
+)
+def test_a_bad_prompt_is_one_clear_problem(data: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadRow) as caught:
+        sample(Row(data, "f", 1), "prompts")
+    assert str(caught.value).startswith(f"f:1: {says}")
+
+
+def test_prompts_may_mix_their_forms() -> None:
+    good, problems = samples([Row({"prompt": "p"}, "f", 1), Row(chat(U), "f", 2)], "prompts")
+    assert len(good) == 2 and problems == []
 
 
 def test_a_row_of_another_form_is_named() -> None:
     rows = [Row(chat(U, A), "f.jsonl", i) for i in range(1, 4)]
     rows.append(Row({"prompt": "p", "completion": "c"}, "f.jsonl", 4))
-    good, problems = conversations(rows)
+    good, problems = samples(rows, "sft")
     assert [conv.line for conv in good] == [1, 2, 3]
     assert [str(problem) for problem in problems] == [
         "f.jsonl:4: row: is of the prompt/completion form, but this file's first rows are of the chat form:"
@@ -320,13 +429,13 @@ def test_a_row_of_another_form_is_named() -> None:
 def test_the_first_200_rows_decide_and_later_ones_are_still_checked() -> None:
     pair = {"prompt": "p", "completion": "c"}
     rows = [Row(pair if i <= 101 else chat(U, A), "f", i) for i in range(1, 500)]
-    good, problems = conversations(rows)
+    good, problems = samples(rows, "sft")
     assert {conv.line for conv in good} == {*range(1, 102)}
     assert {problem.line for problem in problems} == {*range(102, 500)}
 
 
 def test_unknown_rows_do_not_decide_the_form() -> None:
     rows = [Row({"x": 1}, "f", 1), Row({"x": 1}, "f", 2), Row(chat(U, A), "f", 3)]
-    good, problems = conversations(rows)
+    good, problems = samples(rows, "sft")
     assert [conv.line for conv in good] == [3]
     assert [problem.kind for problem in problems] == ["form", "form"]

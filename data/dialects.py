@@ -1,0 +1,198 @@
+"""How other tools write what a row says: ShareGPT's messages, Alpaca's instructions, prompts a pair only implies."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from .read import KEY_SYNONYMS, ROLE_SYNONYMS, Messages, as_context, checked_messages, core, filled, turn
+from .row import BadRow, Row, bad, type_name
+
+Parts = tuple[Messages, Messages, Messages]  # prompt, chosen, rejected
+
+SAME = "are the same: a pair needs two different answers"
+CUT = "the prompt was taken to be the words that chosen and rejected begin with, as the row has no `prompt`"
+TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
+
+
+def with_system(row: Row, messages: Messages) -> Messages:
+    """The messages after the row's `system` text, unless it has none or they begin with a system message already."""
+    text = row.data.get("system")
+    if text in (None, "") or (messages and messages[0]["role"] in ("system", "developer")):
+        return messages
+    return turn(row, "system", text, "system") + messages
+
+
+def spoken(row: Row, field: str, value: Any) -> Messages:
+    """Messages in ShareGPT's words, or in ours."""
+    if not isinstance(value, list):
+        raise bad(row, field, f"must be a list of messages, not {type_name(value)}")
+    try:
+        return checked_messages(row, field, [_translated(message) for message in value])
+    except BadRow as error:
+        problem = error.problem
+        if any(isinstance(message, dict) and "from" in message for message in value):
+            named = problem.field.replace("].role", "].from").replace("].content", "].value")
+            problem = replace(problem, field=named)
+        raise BadRow(problem) from None
+
+
+def _translated(message: Any) -> Any:
+    if not isinstance(message, dict) or "role" in message:
+        return message
+    ours = {KEY_SYNONYMS.get(key, key) if key in ("from", "value") else key: value for key, value in message.items()}
+    if isinstance(role := ours.get("role"), str):
+        ours["role"] = ROLE_SYNONYMS.get(role.lower(), role)
+    return ours
+
+
+def conversation(row: Row, key: str) -> Messages:
+    """The messages of a row, after its `system` text if it has one."""
+    return with_system(row, spoken(row, key, row.data[key]))
+
+
+def instruction(row: Row) -> Messages:
+    """What an Alpaca row asks: `instruction` and `input`, after `system` and the pairs of `history`: all context."""
+    parts = [row.data.get(key) or "" for key in ("instruction", "input")]
+    for key, text in zip(("instruction", "input"), parts, strict=True):
+        if not isinstance(text, str):
+            raise bad(row, key, f"must be a string, not {type_name(text)}")
+    asked = "\n".join(text for text in parts if text.strip())
+    return as_context(with_system(row, _history(row) + turn(row, "instruction", asked, "user")))
+
+
+def _history(row: Row) -> Messages:
+    history = row.data.get("history") or []
+    if not isinstance(history, list):
+        raise bad(row, "history", f"must be a list of [question, answer], not {type_name(history)}")
+    turns: Messages = []
+    for i, pair in enumerate(history):
+        if not (isinstance(pair, list) and len(pair) == 2):
+            raise bad(row, f"history[{i}]", "must be [question, answer]")
+        turns += turn(row, f"history[{i}][0]", pair[0], "user") + turn(row, f"history[{i}][1]", pair[1], "assistant")
+    return turns
+
+
+def question(row: Row, key: str) -> Messages:
+    """A field that holds messages, or a question as a string."""
+    value = row.data[key]
+    return checked_messages(row, key, value) if isinstance(value, list) else turn(row, key, value, "user")
+
+
+def both(row: Row, first: str, second: str) -> tuple[Any, Any]:
+    """Two fields that a row must have."""
+    for key in (first, second):
+        if key not in row.data:
+            raise bad(row, key, f"is missing: the row needs both `{first}` and `{second}`")
+    return row.data[first], row.data[second]
+
+
+def answer_messages(row: Row, field: str, value: Any) -> Messages:
+    """Messages that begin with an assistant turn."""
+    messages = checked_messages(row, field, value)
+    if messages[0]["role"] != "assistant":
+        raise bad(row, f"{field}[0].role", f"must be 'assistant', not {messages[0]['role']!r}")
+    return messages
+
+
+def prompt_completion(row: Row) -> tuple[Messages, Messages]:
+    """`prompt`, whose assistant turns are context, and `completion`: strings, or lists of messages."""
+    for key in ("prompt", "completion"):
+        if key not in row.data:
+            raise bad(row, key, "is missing: a prompt/completion row needs both")
+    prompt, completion = row.data["prompt"], row.data["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return turn(row, "prompt", prompt, "user"), turn(row, "completion", completion, "assistant")
+    if not (isinstance(prompt, list) and isinstance(completion, list)):
+        raise _not_alike(row, "prompt", "completion")
+    return as_context(checked_messages(row, "prompt", prompt)), answer_messages(row, "completion", completion)
+
+
+def _not_alike(row: Row, first: str, second: str) -> BadRow:
+    """The error for two fields of which one is a string and the other a list, or either is neither."""
+    types = f"{type_name(row.data[first])} and {type_name(row.data[second])}"
+    return bad(row, f"{first}, {second}", f"must both be strings or both be lists of messages, not {types}")
+
+
+def trl_parts(row: Row) -> tuple[Parts, tuple[str, ...]]:
+    """TRL's `prompt`, `chosen` and `rejected`, strings or lists of messages, the prompt perhaps implicit. And notes."""
+    chosen, rejected = both(row, "chosen", "rejected")
+    key = next((key for key in ("prompt", "question") if row.data.get(key) is not None), None)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if key is None:
+            return _implied_by_strings(row, chosen, rejected)
+        prompt = question(row, key)
+        return (prompt, turn(row, "chosen", chosen, "assistant"), turn(row, "rejected", rejected, "assistant")), ()
+    if not (isinstance(chosen, list) and isinstance(rejected, list)):
+        raise _not_alike(row, "chosen", "rejected")
+    talks = checked_messages(row, "chosen", chosen), checked_messages(row, "rejected", rejected)
+    return _implied_by_messages(row, *talks) if key is None else _after_prompt(row, key, *talks), ()
+
+
+def _implied_by_strings(row: Row, chosen: str, rejected: str) -> tuple[Parts, tuple[str, ...]]:
+    """Two strings without a prompt: two transcripts, or two texts that begin with the same words. And what to note."""
+    if all(TRANSCRIPT.match(text) for text in (chosen, rejected)):
+        talks = _transcript(row, "chosen", chosen), _transcript(row, "rejected", rejected)
+        return _implied_by_messages(row, *talks), ()
+    prompt, chosen, rejected = _cut(row, filled(row, "chosen", chosen), filled(row, "rejected", rejected))
+    return (prompt, turn(row, "chosen", chosen, "assistant"), turn(row, "rejected", rejected, "assistant")), (CUT,)
+
+
+def _cut(row: Row, chosen: str, rejected: str) -> tuple[Messages, str, str]:
+    """Two strings into the words that both begin with, and what follows (TRL's rule, but never inside a word).
+
+    The white space at the cut belongs to no side: the template parts the turns.
+    """
+    if chosen == rejected:
+        raise bad(row, "chosen, rejected", SAME, "identical")
+    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    head = chosen[:same] if same is not None else min(chosen, rejected, key=len)
+    words = re.match(r"(?s).*\s", head)
+    if words is None or not words.group().strip():
+        reason = "is missing, and chosen and rejected share no first words that could be it: add the prompt to the row"
+        raise bad(row, "prompt", reason, "prompt")
+    at = words.end()
+    prompt = [{"role": "user", "content": chosen[:at].strip()}]
+    return prompt, chosen[at:].lstrip(), rejected[at:].lstrip()
+
+
+def _transcript(row: Row, field: str, text: str) -> Messages:
+    """A dialogue of "\\n\\nHuman: " and "\\n\\nAssistant: " in one string, as Anthropic's hh-rlhf writes it."""
+    pieces = TRANSCRIPT.split(text)[1:]
+    roles = [ROLE_SYNONYMS.get(name.lower(), name.lower()) for name in pieces[::2]]
+    turns = [{"role": role, "content": said.strip()} for role, said in zip(roles, pieces[1::2], strict=True)]
+    return checked_messages(row, field, turns)
+
+
+def _implied_by_messages(row: Row, chosen: Messages, rejected: Messages) -> Parts:
+    """Two whole conversations: the messages that both begin with are the prompt, and each keeps at least one."""
+    most = min(len(chosen), len(rejected)) - 1
+    pairs = zip(map(core, chosen[:most]), map(core, rejected[:most]), strict=True)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), most)
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if answer[same]["role"] != "assistant":
+            role = answer[same]["role"]
+            reason = f"is the first message in which the two differ, and by {role!r}: their prompts are not the same"
+            raise bad(row, f"{name}[{same}]", reason, "prompt")
+    return chosen[:same], chosen[same:], rejected[same:]
+
+
+def _after_prompt(row: Row, key: str, chosen: Messages, rejected: Messages) -> Parts:
+    """Answers that may begin with the prompt once more, which the field `key` holds."""
+    prompt = question(row, key)
+    if not isinstance(row.data[key], list) and chosen[0]["role"] != "assistant":
+        return _mentioned(row, key, prompt[0]["content"], _implied_by_messages(row, chosen, rejected))
+    start = list(map(core, prompt))
+    if all(list(map(core, answer[: len(prompt)])) == start for answer in (chosen, rejected)):
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer:
+            raise bad(row, name, "holds the prompt alone, and no answer", "empty")
+    return prompt, chosen, rejected
+
+
+def _mentioned(row: Row, key: str, question: str, parts: Parts) -> Parts:
+    """For rows that have both whole conversations and the question as a string, as many public sets do."""
+    if not any(question.strip() == message["content"].strip() for message in parts[0]):
+        reason = "is none of the messages that chosen and rejected begin with: leave it out, or mend the row"
+        raise bad(row, key, reason, "prompt")
+    return parts

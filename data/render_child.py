@@ -1,0 +1,202 @@
+"""The child process in which chat templates run: Jinja's own immutable sandbox, under limits of the operating system.
+
+A template is a program that comes with a model. It runs here, where it can reach nothing and take nothing down:
+`template` starts this file as a program of its own, which imports jinja2 and nothing of ours and ends when its input
+does. A JSON line in asks for many conversations with one template; a JSON line out answers each as soon as it is
+rendered, so that where a limit ends this process its parent knows which conversation it was.
+"""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MAX_TEXT = 4 * 1024 * 1024  # characters of a rendering
+FOREIGN = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
+
+
+class Refused(Exception):
+    """A template that is broken, or that breaks a rule, or says itself that it cannot render these messages."""
+
+
+class TooMuch(BaseException):
+    """A rendering that used up its time or memory. Nothing in jinja catches it."""
+
+
+class Generation(Extension):
+    """`{% generation %}...{% endgeneration %}`: a mark some templates put around answers; it prints what it holds."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja reads a plain set)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The statements inside, as if the tag were not there."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Set up as transformers does it."""
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
+        self.filters["tojson"] = _tojson
+        self.globals["raise_exception"] = _raise_exception
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        """Refuse at once what jinja would let through as an undefined value."""
+        raise Refused(f"`{attribute}` of {type(obj).__name__} may not be used")
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without the HTML escapes of jinja's own filter, which no model was trained on."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: object) -> NoReturn:
+    raise Refused(f"it says: {message}")
+
+
+class Limits:
+    """Processor time and memory of this process, where the operating system can limit them; and no core file.
+
+    A rendering gets `seconds`, told by a signal that ends it and leaves this process alive; what a signal cannot
+    interrupt, the system ends with the process two seconds later.
+    """
+
+    def __init__(self, seconds: float, memory: int) -> None:
+        self.seconds, self.memory, self.last = seconds, memory, 0
+        try:
+            import resource
+        except ImportError:
+            self.resource = None
+            return
+        self.resource = resource
+        signal.signal(signal.SIGPROF, self._end)
+        for what, limit in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0)):
+            hard = resource.getrlimit(what)[1]
+            limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            resource.setrlimit(what, (limit, limit))
+
+    def run(self, work: Callable[[], Any]) -> Any:
+        """The result of `work`. Raises TooMuch when it takes more than it may."""
+        try:
+            self._arm(self.seconds)
+            return work()
+        except MemoryError:
+            raise TooMuch(f"it needs more than {self.memory // 2**20} MiB of memory") from None
+        finally:
+            self._arm(0)
+
+    def _arm(self, seconds: float) -> None:
+        if self.resource is None:
+            return
+        if seconds:
+            hard = self.resource.getrlimit(self.resource.RLIMIT_CPU)[1]
+            last = int(time.process_time() + seconds) + 2
+            if last != self.last:
+                self.last = last
+                last = last if hard == self.resource.RLIM_INFINITY else min(last, hard)
+                self.resource.setrlimit(self.resource.RLIMIT_CPU, (last, hard))
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+    def _end(self, *_: object) -> NoReturn:
+        raise TooMuch(f"it renders for longer than {self.seconds:g} seconds")
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """Raises Refused for a template that is broken or loads others."""
+    sandbox = Sandbox()
+    try:
+        for node in sandbox.parse(source).find_all(FOREIGN):
+            raise Refused(f"line {node.lineno}: it may not load other templates")
+        return sandbox.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise Refused(f"line {error.lineno}: {error.message}") from None
+    except (RecursionError, SyntaxError):
+        raise Refused("it is nested too deeply") from None
+    except (Refused, MemoryError):
+        raise
+    except Exception as error:  # a parser that a mere source string makes fail: foreign input, not our bug
+        raise Refused(f"{type(error).__name__}: {error}") from None
+
+
+def render(template: jinja2.Template, variables: dict[str, Any], date: str | None) -> str:
+    """One rendering. Raises Refused for anything that goes wrong in it: the template is foreign code."""
+    now = datetime.now() if date is None else datetime.fromisoformat(date)
+    pieces, length = [], 0
+    try:
+        for piece in template.generate(**variables, strftime_now=lambda layout: now.strftime(layout)):
+            length += len(piece)
+            if length > MAX_TEXT:
+                raise Refused(f"it builds a text of more than {MAX_TEXT} characters")
+            pieces.append(piece)
+    except (Refused, MemoryError):
+        raise
+    except Exception as error:
+        raise Refused(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from None
+    return "".join(pieces)
+
+
+def answers(job: dict[str, Any], limits: Limits, known: dict[str, jinja2.Template]) -> Iterable[dict[str, Any]]:
+    """One answer a conversation: its texts, the later ones told by what they share with the first; or what is wrong."""
+    try:
+        if job["source"] not in known:
+            known.clear()
+            known[job["source"]] = limits.run(lambda: compile_template(job["source"]))
+    except (Refused, TooMuch) as error:
+        yield {"broken": str(error)}
+        return
+    for talk in job["talks"]:
+        texts: list[Any] = []
+        variables = {"tools": talk["tools"], **job["tokens"]}
+        for upto, prompt in talk["cuts"]:
+            variables |= {"messages": talk["messages"][:upto], "add_generation_prompt": prompt}
+            try:
+                text = limits.run(lambda: render(known[job["source"]], variables, job["date"]))  # noqa: B023
+            except Refused as error:
+                texts.append({"refused": str(error)})
+            except TooMuch as error:
+                yield {"much": str(error)}
+                break
+            else:
+                texts.append(told_by(texts[0], text) if texts and isinstance(texts[0], str) else text)
+        else:
+            yield {"texts": texts}
+
+
+def told_by(whole: str, text: str) -> list[Any]:
+    """`text` as [how many characters it shares with the start of `whole`, what follows these]."""
+    if whole.startswith(text):
+        return [len(text), ""]
+    pairs = enumerate(zip(whole, text, strict=False))
+    shared = next((i for i, (a, b) in pairs if a != b), len(whole))
+    return [shared, text[shared:]]
+
+
+def main() -> None:
+    """Answer until the input ends. The first line out says that this process works."""
+    limits = Limits(float(sys.argv[2]), int(sys.argv[3]))
+    known: dict[str, jinja2.Template] = {}
+    print("{}", flush=True)
+    for line in sys.stdin:
+        for answer in answers(json.loads(line), limits, known):
+            print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""A row of a data file, and what can be wrong with one."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row that cannot be used; `str()` is one line, `file:line: field: reason`; `kind` groups them for counting."""
+
+    file: str
+    line: int
+    field: str
+    reason: str
+    kind: str = "row"
+
+    def __str__(self) -> str:
+        text = f"{self.file}:{self.line}: {self.field}: {self.reason}"
+        return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+class BadRow(InputError):
+    """A single unusable row, raised where a row is handled alone; `.problem` says which and why."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+
+
+@dataclass(frozen=True)
+class Row:
+    """One JSON object and where it stood (lines count from 1)."""
+
+    data: dict[str, Any]
+    file: str
+    line: int
+
+
+def excerpt(text: str, limit: int = 60) -> str:
+    """A quoted, shortened copy of `text` for a message."""
+    return repr(text if len(text) <= limit else text[: limit - 3] + "...")
+
+
+def bad(row: Row, field: str, reason: str, kind: str = "row") -> BadRow:
+    """The error for a row that breaks a rule; the caller raises it."""
+    return BadRow(Problem(row.file, row.line, field, reason, kind))
+
+
+def type_name(value: Any) -> str:
+    """What a JSON value is, in words."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    return names[type(value)]
