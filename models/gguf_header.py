@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from .config import shown
 from .gguf_tensors import FORMATS, OTHER_FORMATS, Bytes
 
 MAX_STRING_BYTES = 1 << 24
@@ -46,11 +47,6 @@ def read_header(path: Path, data: Bytes) -> tuple[dict[str, MetadataValue], dict
     """Metadata and tensors of a mapped GGUF file; InputError names the byte, key or tensor that breaks a rule."""
     header = _Header(path, data)
     return header.metadata, header.tensors
-
-
-def _shown(name: str) -> str:
-    """A name from the file as a message shows it: escaped, and cut where it is long."""
-    return repr(name) if len(name) <= 80 else f"{name[:77]!r}..."
 
 
 class _Header:
@@ -115,7 +111,7 @@ class _Header:
 
     def _read_pair(self) -> None:
         key = self._string("a metadata key", MAX_NAME_BYTES)
-        name = _shown(key)
+        name = shown(key)
         if key in self.metadata:
             raise self._fail(f"metadata key {name} occurs twice")
         kind = self._integer(f"the type of {name}")
@@ -163,7 +159,7 @@ class _Header:
         for _ in range(count):
             info = self._read_tensor()
             if info.name in relative:
-                raise self._fail(f"tensor {_shown(info.name)} occurs twice")
+                raise self._fail(f"tensor {shown(info.name)} occurs twice")
             relative[info.name] = info
         base = -(-self.at // self.alignment) * self.alignment
         placed = {name: replace(info, start=base + info.start) for name, info in relative.items()}
@@ -173,32 +169,32 @@ class _Header:
     def _read_tensor(self) -> TensorInfo:
         """One tensor's entry, its `start` still relative to the data section."""
         name = self._string("a tensor name", MAX_NAME_BYTES)
-        shown = f"tensor {_shown(name)}"
-        n_dims = self._integer(f"the number of dimensions of {shown}")
+        what = f"tensor {shown(name)}"
+        n_dims = self._integer(f"the number of dimensions of {what}")
         if not 1 <= n_dims <= MAX_DIMENSIONS:
-            raise self._fail(f"{shown} has {n_dims} dimensions; 1 to {MAX_DIMENSIONS} are allowed")
-        dims = [self._integer(f"a dimension of {shown}", "<Q") for _ in range(n_dims)]
-        kind = self._integer(f"the type of {shown}")
-        offset = self._integer(f"the offset of {shown}", "<Q")
+            raise self._fail(f"{what} has {n_dims} dimensions; 1 to {MAX_DIMENSIONS} are allowed")
+        dims = [self._integer(f"a dimension of {what}", "<Q") for _ in range(n_dims)]
+        kind = self._integer(f"the type of {what}")
+        offset = self._integer(f"the offset of {what}", "<Q")
         if kind not in FORMATS:
             found = OTHER_FORMATS.get(kind, f"the unknown type {kind}")
             known = ", ".join(format.name for format in FORMATS.values())
             raise InputError(
-                f"{self.path}: {shown} is stored as {found}; only {known} can be read. Take another quantisation of "
+                f"{self.path}: {what} is stored as {found}; only {known} can be read. Take another quantisation of "
                 "the model (Q8_0 is closest to full precision) or its Hugging Face folder."
             )
         format, block, size = FORMATS[kind]
         if min(dims) < 1 or dims[0] % block:
-            raise self._fail(f"{shown} has dimensions {dims}; rows of {format} hold a multiple of {block}")
+            raise self._fail(f"{what} has dimensions {dims}; rows of {format} hold a multiple of {block}")
         if offset % self.alignment:
-            raise self._fail(f"{shown} lies at offset {offset}, which is no multiple of {self.alignment}")
+            raise self._fail(f"{what} lies at offset {offset}, which is no multiple of {self.alignment}")
         return TensorInfo(name, tuple(reversed(dims)), format, offset, math.prod(dims) // block * size)
 
     def _check_places(self, tensors: dict[str, TensorInfo]) -> None:
         """Every tensor inside the file, no two over each other."""
         end, before = 0, ""
         for info in sorted(tensors.values(), key=lambda info: info.start):
-            stop, name = info.start + info.nbytes, _shown(info.name)
+            stop, name = info.start + info.nbytes, shown(info.name)
             if stop > self.size:
                 raise InputError(
                     f"{self.path}: tensor {name} {list(info.shape)} ends at byte {stop}, but the file has "

@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from ..errors import InputError
+from .config import Settings
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # tokenizer.ggml.token_type; 1 normal, 5 unused, 6 byte
 
@@ -49,71 +50,67 @@ def gguf_arguments(metadata: Mapping[str, Any]) -> dict[str, Any]:
         InputError: no byte-level BPE, an unknown pre-tokenizer, a missing or malformed key, or tokens and merges that
             contradict each other.
     """
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise InputError(
-            f"GGUF metadata: tokenizer.ggml.model is {kind!r}; only 'gpt2' (byte-level BPE) can be read from GGUF. "
-            "Load the model from its Hugging Face folder, which has a tokenizer.json."
+    keys = Settings(metadata, "GGUF metadata", prefix="tokenizer.ggml.")
+    if keys.get("model") != "gpt2":
+        raise keys.refusal(
+            "model",
+            "'gpt2' (byte-level BPE; load any other model from its Hugging Face folder, which has a tokenizer.json)",
         )
-    tokens = _strings(metadata, "tokenizer.ggml.tokens")
-    backend = _backend(metadata, tokens)
+    tokens = _strings(keys, "tokens")
+    backend = _backend(keys, tokens)
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise InputError("GGUF metadata: tokenizer.chat_template must be a string.")
-    stops = (_token_id(metadata, f"{name}_token_id", tokens) for name in ("eot", "eom"))
+    bos, eos, pad, *stops = (_token_id(keys, name, len(tokens)) for name in ("bos", "eos", "padding", "eot", "eom"))
+    special = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
     return {
         "backend": backend,
         "chat_template": template,
-        "bos_token": _special(metadata, "bos_token_id", tokens),
-        "eos_token": _special(metadata, "eos_token_id", tokens),
-        "pad_token": _special(metadata, "padding_token_id", tokens),
         "stop_ids": [stop for stop in stops if stop is not None],
+        **{name: None if index is None else tokens[index] for name, index in special.items()},
     }
 
 
-def _backend(metadata: Mapping[str, Any], tokens: list[str]) -> tokenizers.Tokenizer:
-    pre = metadata.get("tokenizer.ggml.pre")
+def _backend(keys: Settings, tokens: list[str]) -> tokenizers.Tokenizer:
+    pre = keys.get("pre")
     if not isinstance(pre, str) or pre not in _SPLITS:
-        raise InputError(
-            f"GGUF metadata: tokenizer.ggml.pre is {pre!r}; the known pre-tokenizers are {', '.join(sorted(_SPLITS))}. "
-            "Cutting words by another rule would give tokens that the model was not trained on; load it from its "
-            "Hugging Face folder instead."
+        raise keys.refusal(
+            "pre",
+            f"one of {', '.join(sorted(_SPLITS))} (words cut by another rule are tokens that the model was not trained "
+            "on: load it from its Hugging Face folder)",
         )
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         twice = next(token for index, token in enumerate(tokens) if vocab[token] != index)
         raise InputError(f"GGUF metadata: tokenizer.ggml.tokens holds {twice!r} more than once.")
-    merges = _merges(metadata, vocab)
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_WORDS_FIRST))
+    model = models.BPE(vocab=vocab, merges=_merges(keys, vocab), ignore_merges=pre in _WHOLE_WORDS_FIRST)
+    backend = tokenizers.Tokenizer(model)
     if pre in _COMPOSED:
         backend.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[pre]]
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, letters])
     backend.decoder = decoders.ByteLevel()
-    _add_whole_tokens(backend, metadata, tokens)
+    backend.add_tokens(_whole_tokens(keys, tokens))
     return backend
 
 
-def _add_whole_tokens(backend: tokenizers.Tokenizer, metadata: Mapping[str, Any], tokens: list[str]) -> None:
-    """Control and user-defined tokens are found in the text before any word is cut."""
-    types = metadata.get("tokenizer.ggml.token_type")
+def _whole_tokens(keys: Settings, tokens: list[str]) -> list[AddedToken]:
+    """Control and user-defined tokens, which are found in the text before any word is cut."""
+    types = keys.get("token_type")
     if types is None:
-        return
+        return []
     if not isinstance(types, np.ndarray) or len(types) != len(tokens):
         raise InputError(f"GGUF metadata: tokenizer.ggml.token_type must be an array of {len(tokens)} numbers.")
-    whole = [
-        AddedToken(tokens[index], special=types[index] != _USER_DEFINED, normalized=False)
-        for index in np.flatnonzero(np.isin(types, (_UNKNOWN, _CONTROL, _USER_DEFINED))).tolist()
-    ]
-    if any(not token.content for token in whole):
+    found = np.flatnonzero(np.isin(types, (_UNKNOWN, _CONTROL, _USER_DEFINED))).tolist()
+    if any(not tokens[index] for index in found):
         raise InputError("GGUF metadata: tokenizer.ggml.tokens has an empty control or user-defined token.")
-    backend.add_tokens(whole)
+    return [AddedToken(tokens[i], special=types[i] != _USER_DEFINED, normalized=False) for i in found]
 
 
-def _merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+def _merges(keys: Settings, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     merges = []
-    for number, merge in enumerate(_strings(metadata, "tokenizer.ggml.merges")):
+    for number, merge in enumerate(_strings(keys, "merges")):
         left, _, right = merge.partition(" ")
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise InputError(
@@ -124,22 +121,15 @@ def _merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple
     return merges
 
 
-def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
-    value = metadata.get(key)
+def _strings(keys: Settings, key: str) -> list[str]:
+    value = keys.get(key)
     if not isinstance(value, list) or not value:
-        raise InputError(f"GGUF metadata: {key} is missing, empty or no array of strings; byte-level BPE needs it.")
+        raise keys.refusal(key, "an array of strings that is not empty")
     return value
 
 
-def _token_id(metadata: Mapping[str, Any], name: str, tokens: list[str]) -> int | None:
-    value = metadata.get(f"tokenizer.ggml.{name}")
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(tokens):
-        raise InputError(f"GGUF metadata: tokenizer.ggml.{name} is {value!r}; it must be below {len(tokens)}.")
+def _token_id(keys: Settings, name: str, count: int) -> int | None:
+    value = keys.get(f"{name}_token_id")
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count):
+        raise keys.refusal(f"{name}_token_id", f"a token id below {count}")
     return value
-
-
-def _special(metadata: Mapping[str, Any], name: str, tokens: list[str]) -> str | None:
-    index = _token_id(metadata, name, tokens)
-    return None if index is None else tokens[index]

@@ -7,6 +7,7 @@ step is run again on the same numbers, so the values come back to the bit.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,26 +27,14 @@ def recomputed(
     if not active or torch.compiler.is_compiling():
         return nullcontext()
     place, size = value.data_ptr(), value.numel()  # not `value` itself: the hooks live as long as the graph
-    recipe = _Recipe(step, tuple(x.detach() for x in inputs))
+    kept_inputs = [x.detach() for x in inputs]
+    again = cache(lambda: step(*kept_inputs).detach())  # runs once; lives until the graph's last node that uses it goes
 
     def pack(tensor: Tensor) -> Any:
         same = tensor.data_ptr() == place and tensor.numel() == size and tensor.is_contiguous()
-        return (recipe, tensor.shape) if same else tensor.detach()  # the tensor itself would be a cycle, never freed
+        return (again, tensor.shape) if same else tensor.detach()  # the tensor itself would be a cycle, never freed
 
     def unpack(kept: Any) -> Tensor:
-        return kept if isinstance(kept, Tensor) else kept[0].value().view(kept[1])
+        return kept if isinstance(kept, Tensor) else kept[0]().view(kept[1])
 
     return saved_tensors_hooks(pack, unpack)
-
-
-class _Recipe:
-    """Runs once; the result lives until the last node of the graph that uses it lets go of this object."""
-
-    def __init__(self, step: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
-        self.step, self.inputs = step, inputs
-        self.made: Tensor | None = None
-
-    def value(self) -> Tensor:
-        if self.made is None:
-            self.made = self.step(*self.inputs).detach()
-        return self.made
