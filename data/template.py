@@ -82,6 +82,9 @@ class Turn(NamedTuple):
     inserted: bool  # the template puts text before the content that the generation prompt lacks
 
 
+Told = tuple[int, str]  # a text: how many characters it shares with the start of the whole, what follows these
+
+
 class Rendered(NamedTuple):
     """A text, and the places of the wanted turns, or why one cannot be told."""
 
@@ -148,25 +151,19 @@ class ChatTemplate:
 
     def _read(self, talk: Talk, answer: dict[str, Any]) -> Rendered | Unrenderable:
         """One conversation's texts, as the child tells them, into the places of its turns."""
-        told = answer.get("texts") or [{"refused": answer["much"]}]
-        texts = [self._text(one, told[0]) for one in told]
-        whole = texts[0]
-        if isinstance(whole, Unrenderable):
-            return whole
-        cut, turns = dict(zip(_cuts(talk), texts, strict=True)), dict[int, Turn | Unrenderable]()
+        (whole, *rest), turns = answer.get("texts") or [{"refused": answer["much"]}], dict[int, Turn | Unrenderable]()
+        if not isinstance(whole, str):
+            return self._refused(whole)
+        told = dict(zip(_cuts(talk)[1:], rest, strict=True))
         for i in talk.turns:
-            prompt, upto = cut[i, True], cut.get((i + 1, False), whole)
-            if isinstance(prompt, Unrenderable) or isinstance(upto, Unrenderable):
-                turns[i] = prompt if isinstance(prompt, Unrenderable) else upto  # type: ignore[assignment]
-            else:
-                turns[i] = _place(i, str(talk.messages[i]["content"]).strip(), whole, prompt, upto)
+            prompt, upto = told[i, True], told.get((i + 1, False), [len(whole), ""])
+            refused = next((one for one in (prompt, upto) if isinstance(one, dict)), None)
+            content = str(talk.messages[i]["content"]).strip()
+            turns[i] = self._refused(refused) if refused else _place(i, content, whole, prompt, upto)
         return Rendered(whole, turns)
 
-    def _text(self, told: Any, whole: Any) -> str | Unrenderable:
-        if isinstance(told, dict):
-            reason = str(told["refused"])[:SHOWN_ERROR]
-            return Unrenderable(f"{self.name}: the template cannot render this: {reason}")
-        return told if isinstance(told, str) else whole[: told[0]] + told[1]
+    def _refused(self, told: dict[str, str]) -> Unrenderable:
+        return Unrenderable(f"{self.name}: the template cannot render this: {told['refused'][:SHOWN_ERROR]}")
 
 
 def _some(jobs: Sequence[str], first: int) -> Sequence[str]:
@@ -185,32 +182,19 @@ def _cuts(talk: Talk) -> list[tuple[int, bool]]:
     return [(size, talk.prompt), *((i, True) for i in talk.turns), *after]
 
 
-def _place(i: int, content: str, whole: str, prompt: str, upto: str) -> Turn:
-    """Where turn `i` stands in the whole text. Raises Unrenderable when the template does not let that be told."""
-    if not whole.startswith(prompt):
-        raise _unstable(i, prompt, whole)
-    region = _shared(upto, whole)
-    found = whole.find(content, len(prompt), region) if region >= len(prompt) else -1
-    if region < len(upto) and found < 0:
-        raise _unstable(i, upto, whole)
-    inserted = found >= 0 and bool(whole[len(prompt) : found].strip())
-    return Turn(len(prompt), None if found < 0 else found + len(content), region, region == len(upto), inserted)
-
-
-def _shared(a: str, b: str) -> int:
-    """How many characters two texts have in common from their start."""
-    if b.startswith(a):
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _unstable(i: int, part: str, whole: str) -> Unrenderable:
-    at = _shared(part, whole)
-    return Unrenderable(
-        f"the template is not prefix-stable at message {i}: rendered alone, the conversation so far goes on with"
-        f" {excerpt(part[at:])} where the whole has {excerpt(whole[at:])} (character {at}), so the place of the"
-        " answer cannot be told; try loss_on last, or another template"
-    )
+def _place(i: int, content: str, whole: str, prompt: Told, upto: Told) -> Turn | Unrenderable:
+    """Where turn `i` stands in the whole text; Unrenderable when the template does not let that be told."""
+    (start, lacking), (region, changed) = prompt, upto
+    found = whole.find(content, start, region) if region >= start else -1
+    if lacking or (changed and found < 0):
+        at, part = (start, lacking) if lacking else (region, changed)
+        return Unrenderable(
+            f"the template is not prefix-stable at message {i}: rendered alone, the conversation so far goes on with"
+            f" {excerpt(part)} where the whole has {excerpt(whole[at:])} (character {at}), so the place of the answer"
+            " cannot be told; try loss_on last, or another template"
+        )
+    inserted = found >= 0 and bool(whole[start:found].strip())
+    return Turn(start, None if found < 0 else found + len(content), region, not changed, inserted)
 
 
 TemplateChoice = str | os.PathLike[str] | ChatTemplate | None
