@@ -31,7 +31,7 @@ def grid() -> shapes.Grid:
         dropouts=(0.0, 0.05),
         decoder=decoder,
         tokens=(16,),
-        seconds=60,
+        seconds=600,
         case_seconds=0.0,
         least_rounds=1,
     )
