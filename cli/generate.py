@@ -2,19 +2,16 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from ..data.encode import describe, encode_prompts
 from ..data.forms import Sample, read_samples
-from ..data.template import ChatTemplate
 from ..errors import InputError
 from ..files import write_whole
 from ..models.generate import generate
-from ..models.protocol import CausalLM
-from ..models.tokenizer import Tokenizer
 from ..trainer.config import REQUIRED, at_least, setting
 from .load import load_adapted
 from .options import AdaptedModelOptions, ResultOptions, SamplingOptions
@@ -45,19 +42,23 @@ class Options(ResultOptions, SamplingOptions, AdaptedModelOptions):
 def run(options: Options, sources: Sources) -> int:
     """Load, answer, write: the whole file or none."""
     samples = _samples(options.data)
-    out = Path(options.out)
+    out, chunk = Path(options.out), 8 * options.batch_size  # some batches at a time, so that long jobs show progress
     if not out.resolve().parent.is_dir() or out.is_dir():
         raise InputError(f"out {out} must be a file in a folder that exists")
     model, tokenizer, template = load_adapted(options)
     if template.notice:
         note(f"note: {template.notice}")
+    prompts = [ids for ids, _ in encode_prompts(samples, tokenizer, template)]
+    how = {"stop_ids": tokenizer.stop_ids, "batch_size": options.batch_size, **options.sampling()}
 
     def write(part: Path) -> None:
         with part.open("w", encoding="utf-8") as file:
-            for done, (sample, answer) in enumerate(_answers(model, tokenizer, template, samples, options), 1):
-                file.write(json.dumps({**sample.row, "answer": answer}, ensure_ascii=False) + "\n")
-                if done % (8 * options.batch_size) == 0 or done == len(samples):
-                    note(f"{done:,} of {len(samples):,} rows")
+            for first in range(0, len(samples), chunk):
+                new = generate(model, prompts[first : first + chunk], seed=options.seed + first, **how)
+                for sample, ids in zip(samples[first : first + chunk], new, strict=True):
+                    row = {**sample.row, "answer": tokenizer.decode(ids)}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                note(f"{min(first + chunk, len(samples)):,} of {len(samples):,} rows")
 
     write_whole(out, write)
     result({"out": str(out), "rows": len(samples)}, pairs([("answers", str(out))]), as_json=options.json)
@@ -74,19 +75,3 @@ def _samples(paths: Sequence[str]) -> list[Sample]:
     for remark, times in sorted(Counter(remark for sample in samples for remark in sample.notes).items()):
         note(f"note: {times} of {len(samples)} rows: {remark}")
     return samples
-
-
-def _answers(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    samples: Sequence[Sample],
-    options: Options,
-) -> Iterator[tuple[Sample, str]]:
-    """Rows with their answers, in file order; some batches at a time, so that long jobs show progress."""
-    for first in range(0, len(samples), 8 * options.batch_size):
-        chunk = samples[first : first + 8 * options.batch_size]
-        prompts = [ids for ids, _ in encode_prompts(chunk, tokenizer, template)]
-        sizes = {"seed": options.seed + first, "batch_size": options.batch_size, **options.sampling()}
-        new = generate(model, prompts, stop_ids=tokenizer.stop_ids, **sizes)
-        yield from ((sample, tokenizer.decode(ids)) for sample, ids in zip(chunk, new, strict=True))
