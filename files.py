@@ -18,7 +18,7 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,24 @@ def float_tensors(file: Path) -> dict[str, Tensor]:
             return {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as problem:
         raise InputError(f"'{file}' is no valid safetensors file: {problem}") from None
+
+
+def misfits(wanted: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[int]]) -> str:
+    """Which tensors, by name and shape, are missing, unknown or of another shape: a sentence each, "" if all fit."""
+    found = {
+        "missing": [name for name in wanted if name not in given],
+        "unknown": [name for name in given if name not in wanted],
+        "of another shape": [
+            f"{name} must be {list(wanted[name])}, got {list(shape)}"
+            for name, shape in given.items()
+            if name in wanted and list(wanted[name]) != list(shape)
+        ],
+    }
+    return " ".join(
+        f"{len(names)} {what}: {'; '.join(sorted(names)[:6])}{'; ...' if len(names) > 6 else ''}."
+        for what, names in found.items()
+        if names
+    )
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:

@@ -116,17 +116,6 @@ class AdapterLayer(nn.Module):
         update = None if is_hooked(self.base) or is_hooked(adapter) else adapter.low_rank()
         return None if update is None else (self.base, update)
 
-    @torch.no_grad()
-    def delta(self) -> Tensor:
-        """What the active adapters change of the dense weight [out, in], in fp32 (float64 for float64 adapters)."""
-        dtypes = [parameter.dtype for parameter in self.adapters.parameters()]
-        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        base = self.base.dequantize(dtype) if isinstance(self.base, NF4Linear) else self.base.weight.to(dtype)
-        weight = base
-        for adapter in self.running():
-            weight = weight + adapter.delta(weight)
-        return weight - base
-
     def frozen(self, names: Sequence[str]) -> nn.Module:
         """A layer on the same base with frozen copies of the named adapters, as far as this one carries them.
 

@@ -14,12 +14,7 @@ from .targets import check_patterns_used, linear_layers, resolve
 
 
 def attach(
-    model: nn.Module,
-    config: LoRAConfig,
-    name: str = DEFAULT,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    model: nn.Module, config: LoRAConfig, name: str = DEFAULT, *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> list[str]:
     """Put an adapter on the targeted layers of `model`, in place; freeze all else; return their paths in module order.
 
@@ -43,17 +38,12 @@ def fresh(
     layers = linear_layers(model)
     made: dict[str, LoRA] = {}
     for path in paths:
-        rank, layer = config.rank_at(path), layers[path]
-        largest = min(layer.in_features, layer.out_features)
-        if rank > largest:
-            raise InputError(
-                f"rank {rank} is too large for '{path}' ({layer.out_features}x{layer.in_features}, out x in): at most "
-                f"{largest}. Lower rank, give this layer its own in rank_pattern, or exclude it."
-            )
-        start = named_generator(seed, path)
-        made[path] = LoRA(
-            layer, rank, config.alpha_at(path), config.dropout, config.rslora, dtype=dtype, generator=start
-        )
+        rank, alpha, start = config.rank_at(path), config.alpha_at(path), named_generator(seed, path)
+        try:
+            made[path] = LoRA(layers[path], rank, alpha, config.dropout, config.rslora, dtype=dtype, generator=start)
+        except InputError as problem:
+            advice = "Lower rank, give this layer its own in rank_pattern, or exclude it."
+            raise InputError(f"'{path}': {problem}. {advice}") from None
     return made
 
 

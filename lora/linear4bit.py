@@ -9,6 +9,7 @@ Layout and rounding are bitsandbytes' (Dettmers et al. 2023, "QLoRA", section 3)
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any, Self
 
@@ -56,19 +57,13 @@ class NF4Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
         packed, absmax = stored_shapes((out_features, in_features), blocksize)
-        zeros: dict[str, Tensor | None] = {
-            "weight": torch.zeros(packed, dtype=torch.uint8, device=device),
-            "absmax": torch.zeros(absmax, dtype=torch.uint8 if double_quant else torch.float32, device=device),
-            "nested_absmax": None,
-            "nested_offset": None,
-            "bias": torch.zeros(out_features, device=device) if bias else None,
-        }
-        if double_quant:
-            groups = -(-prod(absmax) // NESTED_BLOCKSIZE)
-            zeros["nested_absmax"] = torch.zeros(groups, dtype=torch.float32, device=device)
-            zeros["nested_offset"] = torch.zeros(1, dtype=torch.float32, device=device)
-        for name, tensor in zeros.items():
-            self.register_parameter(name, None if tensor is None else _frozen(tensor))
+        zeros = partial(torch.zeros, device=device, dtype=torch.float32)
+        scales = zeros(absmax, dtype=torch.uint8 if double_quant else torch.float32)
+        nested = zeros(-(-prod(absmax) // NESTED_BLOCKSIZE)) if double_quant else None
+        offset = zeros(1) if double_quant else None
+        packed_zeros = zeros(packed, dtype=torch.uint8)
+        self.store(Weight4bit(packed_zeros, scales, nested, offset, (out_features, in_features)))
+        self.register_parameter("bias", _frozen(torch.zeros(out_features, device=device)) if bias else None)
 
     @classmethod
     def from_weight(
@@ -116,9 +111,9 @@ class NF4Linear(nn.Module):
 
     def store(self, stored: Weight4bit) -> None:
         """Make these tensors, of this layer's format, its weight."""
-        self.weight, self.absmax = _frozen(stored.packed), _frozen(stored.absmax)
-        if stored.nested_absmax is not None and stored.offset is not None:
-            self.nested_absmax, self.nested_offset = _frozen(stored.nested_absmax), _frozen(stored.offset)
+        names = ("weight", "absmax", "nested_absmax", "nested_offset")
+        for name, tensor in zip(names, stored[:4], strict=True):
+            self.register_parameter(name, None if tensor is None else _frozen(tensor))
 
     def stored_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that make the weight, by name: all but the bias."""
@@ -154,16 +149,7 @@ class NF4Linear(nn.Module):
 
         return super()._apply(move_only, recurse)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: Any,
-        extra: Any,
-        errors: Any,
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """A copy between dtypes would turn scales into codes or codes into scales without a word, so it is an error."""
         wrong = [
             f"dtype mismatch for {prefix}{name}: the layer holds {own.dtype}, the file {given.dtype}"
@@ -171,9 +157,9 @@ class NF4Linear(nn.Module):
             if (given := state_dict.get(prefix + name)) is not None and given.dtype != own.dtype
         ]
         if wrong:
-            errors += wrong
+            rest[-1].extend(wrong)  # torch's list of errors
             return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, extra, errors)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         return (

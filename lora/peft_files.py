@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..files import disk_errors, float_tensors, read_json, regular_file, write_tensors, write_text
+from ..files import disk_errors, float_tensors, misfits, read_json, regular_file, write_tensors, write_text
 from .adapter import DEFAULT, Adapter, adapters_of
 from .attach import fresh, install
 from .lora import LoRA
@@ -180,23 +180,11 @@ def _module_of(key: str) -> str:
 
 
 def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], label: str) -> None:
-    """InputError unless both have the same keys and shapes; it lists what is missing, unexpected and misshaped."""
-    missing = [key for key in expected if key not in found]
-    extra = [key for key in found if key not in expected]
-    wrong = [
-        f"{key} must be {list(expected[key].shape)}, got {list(found[key].shape)}"
-        for key in expected
-        if key in found and expected[key].shape != found[key].shape
-    ]
-    lists = [(missing, "missing"), (extra, "without a place in this model"), (wrong, "of another shape")]
-    if any(keys for keys, _ in lists):
-        parts = [
-            f"{len(keys)} {what}: {'; '.join(keys[:6])}{'; ...' if len(keys) > 6 else ''}"
-            for keys, what in lists
-            if keys
-        ]
+    """InputError unless both have the same keys and shapes; it lists what is missing, unknown and misshaped."""
+    shapes = [{key: tensor.shape for key, tensor in state.items()} for state in (expected, found)]
+    if problems := misfits(*shapes):
         raise InputError(
-            f"{label}: the adapter's tensors do not fit this model and its configuration. {'. '.join(parts)}. "
+            f"{label}: the adapter's tensors do not fit this model and its configuration. {problems} "
             "Is this the base model that the adapter was trained on?"
         )
 

@@ -4,15 +4,15 @@ Only exact nn.Linear layers are swapped: a subclass may read its own weight (nn.
 output projection) and would misread packed bytes.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from ..errors import InputError
 from ..kernels.weight4bit import check_format
-from .adapter import AdapterLayer
+from .adapter import replace_modules
 from .linear4bit import NF4Linear
+from .targets import linear_layers
 
 
 def quantize_(
@@ -36,21 +36,20 @@ def quantize_(
         raise InputError(f"quantize_: {problem}") from None
     if type(module) is nn.Linear:
         return _quantized(module, "weight", quant, blocksize, double_quant)
-    places = linear_places(module)
-    wanted = [place for place in places if not _skipped(place.name, skip)]
-    held_elsewhere = _parameters_outside(module, wanted)
-    wanted = [place for place in wanted if id(place.layer.weight) not in held_elsewhere]
+    dense = {path: layer for path, layer in linear_layers(module).items() if type(layer) is nn.Linear}
+    wanted = {path: layer for path, layer in dense.items() if not _skipped(path, skip)}
+    held_elsewhere = _parameters_outside(module, wanted.values())
+    wanted = {path: layer for path, layer in wanted.items() if id(layer.weight) not in held_elsewhere}
     if not wanted:
-        raise InputError(_nothing_to_quantize(module, [place.name for place in places], skip))
+        raise InputError(_nothing_to_quantize(module, list(dense), skip))
+    dense.clear()
     twins: dict[int, NF4Linear] = {}  # id of a dense weight -> the first layer made from it
-    del places
-    while wanted:  # popped, so that each dense weight is freed before the next one is quantised
-        place = wanted.pop(0)
-        first = twins.get(id(place.layer.weight))
-        twin = _quantized(place.layer, f"{place.name}.weight", quant, blocksize, double_quant, first)
-        twins.setdefault(id(place.layer.weight), twin)
-        for parent, attribute in place.uses:
-            setattr(parent, attribute, twin)
+    for path in list(wanted):
+        layer = wanted.pop(path)  # so that each dense weight is freed before the next one is quantised
+        first = twins.get(id(layer.weight))
+        twin = _quantized(layer, f"{path}.weight", quant, blocksize, double_quant, first)
+        twins.setdefault(id(layer.weight), twin)
+        replace_modules(module, {layer: twin})
     return module
 
 
@@ -68,27 +67,6 @@ def bits_per_parameter(model: nn.Module) -> float:
     if not weights:
         raise ValueError("bits_per_parameter counts 4-bit layers, and this model has none: call quantize_ first")
     return sum(stored.values()) / sum(weights.values())
-
-
-@dataclass
-class LinearPlace:
-    """A linear layer, the path a user knows it by, and every (parent, attribute) that holds it."""
-
-    name: str
-    layer: nn.Linear
-    uses: list[tuple[nn.Module, str]] = field(default_factory=list)
-
-
-def linear_places(module: nn.Module) -> list[LinearPlace]:
-    """Exact nn.Linear layers inside `module` in module order; an AdapterLayer's base goes by that one's path."""
-    found: dict[int, LinearPlace] = {}
-    for path, parent in module.named_modules():
-        for attribute, child in parent._modules.items():  # named_children would hide a second use of one layer
-            if type(child) is not nn.Linear:
-                continue
-            name = path if isinstance(parent, AdapterLayer) else f"{path}.{attribute}".removeprefix(".")
-            found.setdefault(id(child), LinearPlace(name, child)).uses.append((parent, attribute))
-    return list(found.values())
 
 
 def _quantized(
@@ -110,10 +88,9 @@ def _skipped(name: str, skip: Sequence[str]) -> bool:
     return name in skip or name.rpartition(".")[2] in skip
 
 
-def _parameters_outside(module: nn.Module, wanted: list[LinearPlace]) -> set[int]:
+def _parameters_outside(module: nn.Module, wanted: Iterable[nn.Module]) -> set[int]:
     """Ids of the parameters that a module other than the wanted linear layers holds itself."""
-    inside = {id(place.layer) for place in wanted}
-    outside = (holder for holder in module.modules() if id(holder) not in inside)
+    outside = set(module.modules()) - set(wanted)
     return {id(parameter) for holder in outside for parameter in holder.parameters(recurse=False)}
 
 

@@ -8,7 +8,7 @@ layers.
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -93,15 +93,12 @@ def entry_matches(entry: str, name: str) -> bool:
 def matcher(names: Iterable[str]) -> Callable[[str], bool]:
     """Whether a path is one of the names or ends in one, however many they are."""
     entries = frozenset(names)
-    return lambda name: any(end in entries for end in _ends(name))
 
+    def matches(path: str) -> bool:
+        parts = path.split(".")
+        return any(".".join(parts[i:]) in entries for i in range(len(parts)))
 
-def _ends(name: str) -> Iterator[str]:
-    """The path itself and all that follows one of its dots."""
-    yield name
-    while "." in name:
-        name = name.partition(".")[2]
-        yield name
+    return matches
 
 
 def _targeted(model: nn.Module, target: str | Sequence[str], layers: list[str]) -> set[str]:

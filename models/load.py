@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import EnvironmentProblem, InputError
+from ..files import misfits
 from ..lora.linear4bit import NF4Linear
 from ..lora.quantize import quantize_
 from . import hf
@@ -156,22 +157,9 @@ def _check_tensors(path: Path, model: Decoder, shapes: Shapes) -> set[str]:
         for name in shapes
         if name not in wanted and (name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq"))
     }
-    missing = sorted(wanted.keys() - shapes.keys())
-    extra = sorted(shapes.keys() - wanted.keys() - skip)
-    wrong = [
-        f"{name} must be {list(wanted[name])}, got {list(shapes[name])}"
-        for name in wanted
-        if shapes.get(name, wanted[name]) != wanted[name]
-    ]
-    problems = [
-        f"{len(found)} {what}: {'; '.join(found[:5])}{'; ...' if len(found) > 5 else ''}"
-        for what, found in (("missing", missing), ("unknown", extra), ("of another shape", wrong))
-        if found
-    ]
-    if problems:
+    if problems := misfits(wanted, {name: shape for name, shape in shapes.items() if name not in skip}):
         raise InputError(
-            f"{path}: tensors do not fit the config. {'. '.join(problems)}. "
-            "The weights and the config are of different models."
+            f"{path}: tensors do not fit the config. {problems} The weights and the config are of different models."
         )
     return skip
 

@@ -41,7 +41,7 @@ CASES = [
     ([*SFT, "--rank", "3.5"], "--rank must be a whole number"),
     ([*SFT, "--rank", "0"], "--rank must be a whole number of at least 1, got 0"),
     ([*SFT, "--rank", "-3"], "--rank must be a whole number of at least 1, got -3"),
-    ([*SFT, "--rank", "1000"], "rank 1000 is too large for 'model.layers.0.self_attn.q_proj'"),
+    ([*SFT, "--rank", "1000"], "'model.layers.0.self_attn.q_proj': rank must be in 1..32"),
     ([*SFT, "--rank"], "--rank: needs a value"),
     ([*SFT, "--alpha", "0"], "--alpha must be a"),
     ([*SFT, "--alpha", "nan"], "--alpha must be a finite number, got nan"),

@@ -1,6 +1,7 @@
 """Adapter files: what is written is what is read back, to the byte, in any dtype and for any names."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,14 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> N
     tensors = dict(load_file(folder / WEIGHTS))
     edit(tensors)
     save_file(tensors, folder / WEIGHTS)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """With LoRA of rank 1 on every layer, at random."""
+    attach(model, LoRAConfig(rank=1))
+    for parameter in adapter_parameters(model).values():
+        nn.init.normal_(parameter)
+    return model
 
 
 def same_adapters(left: nn.Module, right: nn.Module) -> bool:
@@ -69,14 +78,10 @@ def test_what_is_written(tmp_path: Path, adapted: Make) -> None:
         f"{PREFIX}mlp.up_proj.lora_B.weight": [10, 3],
     }
     raw = json.loads((tmp_path / CONFIG).read_text())
-    wanted = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "some/base",
-        "inference_mode": True,
-    }
+    wanted = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "some/base"}
     wanted |= {"lora_alpha": 6, "lora_dropout": 0.25, "use_rslora": False, "alpha_pattern": {}, "bias": "none"}
     wanted |= {"target_modules": ["down_proj", "up_proj"], "fan_in_fan_out": False, "init_lora_weights": True}
+    wanted |= {"inference_mode": True}
     ranks = {"r": raw.pop("r"), "rank_pattern": raw.pop("rank_pattern")}
     assert raw == {**wanted, "modules_to_save": None}
     assert ranks in ({"r": 2, "rank_pattern": {"up_proj": 3}}, {"r": 3, "rank_pattern": {"down_proj": 2}})
@@ -107,40 +112,27 @@ def test_dtypes(tmp_path: Path, dtype: torch.dtype, base: Make, adapted: Make) -
             assert torch.equal(mine, theirs.to(got))
 
 
-segments = st.sampled_from(
-    ["lora", "lora_A", "lora_B", "weight", "lora_A_weight", "base_layer", "base_model", "model", "a", "0"]
-)
+words = ["lora", "lora_A", "lora_B", "weight", "lora_A_weight", "base_layer", "base_model", "model", "a", "0"]
+segments = st.sampled_from(words)
 paths = st.lists(segments, min_size=1, max_size=4).map(".".join)
 
 
 @given(st.lists(paths, min_size=1, max_size=6), st.booleans())
 def test_names_that_look_like_keys_survive(
-    tree: Callable[[list[str]], nn.Module], names: list[str], prefixed: bool
+    tree: Callable[[list[str]], nn.Module],
+    tmp_path_factory: pytest.TempPathFactory,
+    names: list[str],
+    prefixed: bool,
 ) -> None:
-    model, fresh = tree(names), tree(names)
-    attach(model, LoRAConfig(rank=1))
-    attach(fresh, LoRAConfig(rank=1), seed=1)
-    for parameter in adapter_parameters(model).values():
-        nn.init.normal_(parameter)
-    state = adapter_state(model)
-    if not prefixed:
-        state = {key.removeprefix(PREFIX): value for key, value in state.items()}
+    """As tensors, with PEFT's prefix or without, and in files."""
+    model, fresh, third = randomised(tree(names)), randomised(tree(names)), tree(names)
+    state = {key if prefixed else key.removeprefix(PREFIX): value for key, value in adapter_state(model).items()}
     load_adapter_state(fresh, state)
     assert same_adapters(model, fresh)
-
-
-@given(st.lists(paths, min_size=1, max_size=6))
-def test_such_names_survive_files_too(
-    tree: Callable[[list[str]], nn.Module], tmp_path_factory: pytest.TempPathFactory, names: list[str]
-) -> None:
     folder = tmp_path_factory.mktemp("adapter")
-    model, fresh = tree(names), tree(names)
-    attach(model, LoRAConfig(rank=1))
-    for parameter in adapter_parameters(model).values():
-        nn.init.normal_(parameter)
     save_adapter(model, folder)
-    assert load_adapter(fresh, folder) == list(adapters_of(model))
-    assert same_adapters(model, fresh)
+    assert load_adapter(third, folder) == list(adapters_of(model))
+    assert same_adapters(model, third)
 
 
 @pytest.mark.parametrize("prefixed", [False, True])
@@ -148,10 +140,7 @@ def test_such_names_survive_files_too(
 def test_a_path_that_starts_like_the_prefix(
     tree: Callable[[list[str]], nn.Module], tmp_path: Path, names: list[str], prefixed: bool
 ) -> None:
-    model, fresh = tree(names), tree(names)
-    attach(model, LoRAConfig(rank=1))
-    for parameter in adapter_parameters(model).values():
-        nn.init.normal_(parameter)
+    model, fresh = randomised(tree(names)), tree(names)
     save_adapter(model, tmp_path)
     if not prefixed:
         state = load_file(tmp_path / WEIGHTS)
@@ -199,27 +188,11 @@ def test_a_copy_of_an_unchanged_base_weight_is_ignored(folder: Path, base: Make,
 
 
 def test_settings_without_effect_are_accepted(folder: Path, base: Make, adapted: Make) -> None:
-    quiet = {
-        "peft_version": "9.9",
-        "auto_mapping": {"base_model_class": "X"},
-        "revision": "main",
-        "megatron_core": "megatron.core",
-    }
-    quiet |= {
-        "qalora_group_size": 16,
-        "loftq_config": {},
-        "use_dora": False,
-        "trainable_token_indices": None,
-        "new_list": [],
-    }
-    quiet |= {"init_lora_weights": "gaussian", "ensure_weight_tying": False, "layers_pattern": None, "new_flag": False}
-    quiet |= {
-        "rank_pattern": None,
-        "alpha_pattern": None,
-        "use_rslora": None,
-        "modules_to_save": [],
-        "exclude_modules": None,
-    }
+    quiet = {"peft_version": "9.9", "auto_mapping": {"base_model_class": "X"}, "revision": "main", "loftq_config": {}}
+    quiet |= {"megatron_core": "megatron.core", "qalora_group_size": 16, "use_dora": False, "new_list": []}
+    quiet |= {"init_lora_weights": "gaussian", "ensure_weight_tying": False, "new_flag": False, "modules_to_save": []}
+    empty = ("trainable_token_indices", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora")
+    quiet |= dict.fromkeys((*empty, "exclude_modules", "layers_to_transform"))
     raw = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**raw, **quiet}))
     fresh = base()
@@ -238,29 +211,27 @@ def test_loading_onto_adapters_that_are_there(folder: Path, adapted: Make) -> No
     assert {parameter.dtype for parameter in adapter_parameters(model).values()} == {torch.bfloat16}
     for mine, theirs in zip(adapter_parameters(model).values(), adapter_parameters(adapted()).values(), strict=True):
         assert torch.equal(mine, theirs.to(torch.bfloat16))
-    for settings, message in [
-        ({"alpha": 7}, "has rank 2, scale 3.5, the file rank 2, scale 3"),
-        ({"rank": 3, "alpha": 9}, "has rank 3, scale 3, the file rank 2, scale 3"),
-        ({"target": ["up_proj"]}, "on 'mlp.down_proj' the model has no adapter"),
-        ({"target": "all-linear", "exclude": ["down_proj"]}, "on 'mlp.down_proj' the model has no adapter"),
-        ({"target": ["mlp.up_proj", "mlp.down_proj", "lm_head"]}, "on 'lm_head' the model has .*, the file no adapter"),
-    ]:
-        other = adapted(**settings)
-        before = {key: value.clone() for key, value in adapter_state(other).items()}
-        with pytest.raises(InputError, match=message):
-            load_adapter(other, folder)
-        assert all(torch.equal(value, before[key]) for key, value in adapter_state(other).items())
-    edit_weights(folder, lambda tensors: tensors.update({A: torch.full((2, 6), float("nan"))}))
-    with pytest.raises(InputError, match="holds NaN"):
-        load_adapter(model, folder)
-    assert all(bool(torch.isfinite(parameter).all()) for parameter in adapter_parameters(model).values())
 
 
-def test_a_number_too_large_for_the_adapters_that_are_there(adapted: Make, folder: Path) -> None:
-    edit_weights(folder, lambda tensors: tensors.update({A: torch.full((2, 6), 1e6)}))
-    model = adapted(dtype=torch.float16)
+@pytest.mark.parametrize(
+    ("settings", "value", "message"),
+    [
+        ({"alpha": 7}, 0, "has rank 2, scale 3.5, the file rank 2, scale 3"),
+        ({"rank": 3, "alpha": 9}, 0, "has rank 3, scale 3, the file rank 2, scale 3"),
+        ({"target": ["up_proj"]}, 0, "on 'mlp.down_proj' the model has no adapter"),
+        ({"target": "all-linear", "exclude": ["down_proj"]}, 0, "on 'mlp.down_proj' the model has no adapter"),
+        ({"target": ["mlp.up_proj", "down_proj", "lm_head"]}, 0, "on 'lm_head' the model has .*, the file no adapter"),
+        ({}, math.nan, "holds NaN"),
+        ({"dtype": torch.float16}, 1e6, r"too large for torch\.float16"),
+    ],
+)
+def test_adapters_that_are_there_and_differ_stay_what_they_were(
+    folder: Path, adapted: Make, settings: dict[str, object], value: float, message: str
+) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({A: torch.full((2, 6), float(value))}))
+    model = adapted(**settings)
     before = {key: value.clone() for key, value in adapter_state(model).items()}
-    with pytest.raises(InputError, match=r"too large for torch\.float16"):
+    with pytest.raises(InputError, match=message):
         load_adapter(model, folder)
     assert all(torch.equal(value, before[key]) for key, value in adapter_state(model).items())
 
@@ -269,11 +240,8 @@ def test_load_adapter_state_is_strict_and_changes_nothing_on_error(adapted: Make
     model = adapted()
     before = {key: value.clone() for key, value in adapter_state(model).items()}
     state = {key: torch.zeros_like(value) for key, value in before.items()}
-    for broken in (
-        {k: v for k, v in state.items() if k != A},
-        {**state, "x": torch.zeros(1)},
-        {**state, A: torch.zeros(1)},
-    ):
+    few = {key: value for key, value in state.items() if key != A}
+    for broken in (few, {**state, "x": torch.zeros(1)}, {**state, A: torch.zeros(1)}):
         with pytest.raises(InputError, match="the adapter state: the adapter's tensors do not fit"):
             load_adapter_state(model, broken)
         assert all(torch.equal(value, before[key]) for key, value in adapter_state(model).items())
