@@ -290,10 +290,38 @@ def _trl_pair(row: Row) -> Sample:
     return _compared(row, with_system(row, prompt), chosen, rejected, _tools(row), notes=notes)
 
 
+def _completion(row: Row) -> Sample:
+    return _learned(row, *prompt_completion(row))
+
+
+def _talk(row: Row) -> Sample:
+    return _learned(row, conversation(row, "conversations"))
+
+
+def _task(row: Row) -> Sample:
+    return _learned(row, instruction(row), _output(row))
+
+
+def _judged_completion(row: Row) -> Sample:
+    return _judged(row, *prompt_completion(row), "completion", "label")
+
+
+def _judged_task(row: Row) -> Sample:
+    return _judged(row, instruction(row), _output(row), "output")
+
+
 def _judged_talk(row: Row) -> Sample:
     """The last message is the answer."""
     messages = conversation(row, "conversations" if "conversations" in row.data else "messages")
     return _judged(row, messages[:-1], messages[-1:], "last message")
+
+
+def _asked_task(row: Row) -> Sample:
+    return _asked(row, instruction(row))
+
+
+def _asked_prompt(row: Row) -> Sample:
+    return _asked(row, question(row, "prompt"))
 
 
 def _asked_talk(row: Row) -> Sample:
@@ -309,91 +337,44 @@ def _asked_talk(row: Row) -> Sample:
 # The table: the first entry of a kind that matches is a row's form.
 
 
-def _is_judged(row: dict[str, Any]) -> bool:
-    """Whether a row holds one answer and says if it is a good one: half of such answers are not to be imitated."""
-    return "kto_tag" in row or ("completion" in row and isinstance(row.get("label"), bool))
-
-
 def _learns(key: str, *beside: str) -> Matches:
-    """Rows with the field `key` and none of those named besides, that hold no judgement."""
-    return lambda row: key in row and not row.keys() & set(beside) and not _is_judged(row)
+    """Rows with the field `key` and none of those named besides, that hold no judgement: half of the answers that are
+    judged are not to be imitated."""
+    return lambda row: (
+        key in row
+        and not row.keys() & {*beside, "kto_tag"}
+        and not ("completion" in row and isinstance(row.get("label"), bool))
+    )
 
 
-def _has(*keys: str) -> Matches:
-    return lambda row: row.keys() >= set(keys)
-
-
-def _has_one(one: Sequence[str], *keys: str) -> Matches:
-    return lambda row: bool(row.keys() & set(one)) and row.keys() >= set(keys)
+def _has(*keys: str, one: Sequence[str] = ()) -> Matches:
+    """Rows with all these fields; and, if some are given, with one of these."""
+    return lambda row: row.keys() >= set(keys) and (not one or bool(row.keys() & set(one)))
 
 
 _PAIR, _OUTPUTS = ("chosen", "rejected"), ("preferred_output", "non_preferred_output")
-_ANSWERS = (*_PAIR, *_OUTPUTS, "kto_tag")
-_OTHERS = ("conversations", "conversation", "instruction", "question", "input")
+_OTHERS = ("conversations", "conversation", "instruction", "question", "input", *_PAIR, *_OUTPUTS)
 _TALK, _TASK = ("conversations", "system", "tools"), ("instruction", "input", "system", "history")
-_TEXTS = ("prompt", "completion", "tools")
+_CHAT, _TEXTS = ("messages", "system", "tools"), ("prompt", "completion", "tools")
+_TRL = ("prompt", "question", "system", "tools", *_PAIR)
 
 FORMS: tuple[Form, ...] = (
     Form("sft", "chat", _learns("messages"), _chat, ("messages", "tools")),
-    Form("sft", "prompt/completion", _learns("completion"), lambda row: _learned(row, *prompt_completion(row)), _TEXTS),
-    Form(
-        "sft",
-        "prompt/completion",
-        _learns("prompt", "text", *_OTHERS, *_ANSWERS),
-        lambda row: _learned(row, *prompt_completion(row)),
-        _TEXTS,
-    ),
-    Form(
-        "sft",
-        "conversations",
-        _learns("conversations", *_ANSWERS),
-        lambda row: _learned(row, conversation(row, "conversations")),
-        _TALK,
-    ),
-    Form(
-        "sft",
-        "instruction/output",
-        _learns("instruction", *_ANSWERS),
-        lambda row: _learned(row, instruction(row), _output(row)),
-        (*_TASK, "output"),
-    ),
-    Form("sft", "text", _learns("text", "prompt", *_OTHERS, *_ANSWERS), _text, ("text",)),
-    Form("pairs", "preferred_output/non_preferred_output", _has_one(_OUTPUTS), _openai_pair, ("input", *_OUTPUTS)),
-    Form("pairs", "conversations/chosen/rejected", _has_one(_PAIR, "conversations"), _sharegpt_pair, (*_TALK, *_PAIR)),
-    Form("pairs", "instruction/chosen/rejected", _has_one(_PAIR, "instruction"), _alpaca_pair, (*_TASK, *_PAIR)),
-    Form(
-        "pairs", "prompt/chosen/rejected", _has_one(_PAIR), _trl_pair, ("prompt", "question", "system", "tools", *_PAIR)
-    ),
+    Form("sft", "prompt/completion", _learns("completion"), _completion, _TEXTS),
+    Form("sft", "prompt/completion", _learns("prompt", "text", *_OTHERS), _completion, _TEXTS),
+    Form("sft", "conversations", _learns("conversations", *_PAIR, *_OUTPUTS), _talk, _TALK),
+    Form("sft", "instruction/output", _learns("instruction", *_PAIR, *_OUTPUTS), _task, (*_TASK, "output")),
+    Form("sft", "text", _learns("text", "prompt", *_OTHERS), _text, ("text",)),
+    Form("pairs", "preferred_output/non_preferred_output", _has(one=_OUTPUTS), _openai_pair, ("input", *_OUTPUTS)),
+    Form("pairs", "conversations/chosen/rejected", _has(_TALK[0], one=_PAIR), _sharegpt_pair, (*_TALK, *_PAIR)),
+    Form("pairs", "instruction/chosen/rejected", _has(_TASK[0], one=_PAIR), _alpaca_pair, (*_TASK, *_PAIR)),
+    Form("pairs", "prompt/chosen/rejected", _has(one=_PAIR), _trl_pair, _TRL),
     Form("judged", "conversations/kto_tag", _has("kto_tag", "conversations"), _judged_talk, (*_TALK, "kto_tag")),
-    Form(
-        "judged",
-        "messages/kto_tag",
-        _has("kto_tag", "messages"),
-        _judged_talk,
-        ("messages", "system", "tools", "kto_tag"),
-    ),
-    Form(
-        "judged",
-        "instruction/kto_tag",
-        _has("kto_tag", "instruction"),
-        lambda row: _judged(row, instruction(row), _output(row), "output"),
-        (*_TASK, "output", "kto_tag"),
-    ),
-    Form(
-        "judged",
-        "prompt/completion/label",
-        _has("completion", "label"),
-        lambda row: _judged(row, *prompt_completion(row), "completion", "label"),
-        (*_TEXTS, "label"),
-    ),
-    Form("prompts", "messages", _has("messages"), _asked_talk, ("messages", "system", "tools", "answer")),
+    Form("judged", "messages/kto_tag", _has("kto_tag", "messages"), _judged_talk, (*_CHAT, "kto_tag")),
+    Form("judged", "instruction/kto_tag", _has("kto_tag", _TASK[0]), _judged_task, (*_TASK, "output", "kto_tag")),
+    Form("judged", "prompt/completion/label", _has("completion", "label"), _judged_completion, (*_TEXTS, "label")),
+    Form("prompts", "messages", _has("messages"), _asked_talk, (*_CHAT, "answer")),
     Form("prompts", "conversations", _has("conversations"), _asked_talk, (*_TALK, "answer")),
-    Form(
-        "prompts",
-        "instruction",
-        _has("instruction"),
-        lambda row: _asked(row, instruction(row)),
-        (*_TASK, "output", "answer"),
-    ),
-    Form("prompts", "prompt", _has("prompt"), lambda row: _asked(row, question(row, "prompt")), (*_TEXTS, "answer")),
+    Form("prompts", "instruction", _has("instruction"), _asked_task, (*_TASK, "output", "answer")),
+    Form("prompts", "prompt", _has("prompt"), _asked_prompt, (*_TEXTS, "answer")),
 )

@@ -7,6 +7,7 @@ rendered, so that where a limit ends this process its parent knows which convers
 """
 
 import json
+import resource
 import signal
 import sys
 import time
@@ -72,7 +73,7 @@ def _raise_exception(message: object) -> NoReturn:
 
 
 class Limits:
-    """Processor time and memory of this process, where the operating system can limit them; and no core file.
+    """Processor time and memory of this process; and no core file.
 
     A rendering gets `seconds`, told by a signal that ends it and leaves this process alive; what a signal cannot
     interrupt, the system ends with the process two seconds later.
@@ -80,42 +81,33 @@ class Limits:
 
     def __init__(self, seconds: float, memory: int) -> None:
         self.seconds, self.memory, self.last = seconds, memory, 0
-        try:
-            import resource
-        except ImportError:
-            self.resource = None
-            return
-        self.resource = resource
         signal.signal(signal.SIGPROF, self._end)
         for what, limit in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0)):
-            hard = resource.getrlimit(what)[1]
-            limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-            resource.setrlimit(what, (limit, limit))
+            _limit(what, limit, hard=True)
 
     def run(self, work: Callable[[], Any]) -> Any:
         """The result of `work`. Raises TooMuch when it takes more than it may."""
+        last = int(time.process_time() + self.seconds) + 2
+        if last != self.last:
+            self.last = last
+            _limit(resource.RLIMIT_CPU, last)
         try:
-            self._arm(self.seconds)
+            signal.setitimer(signal.ITIMER_PROF, self.seconds)
             return work()
         except MemoryError:
             raise TooMuch(f"it needs more than {self.memory // 2**20} MiB of memory") from None
         finally:
-            self._arm(0)
-
-    def _arm(self, seconds: float) -> None:
-        if self.resource is None:
-            return
-        if seconds:
-            hard = self.resource.getrlimit(self.resource.RLIMIT_CPU)[1]
-            last = int(time.process_time() + seconds) + 2
-            if last != self.last:
-                self.last = last
-                last = last if hard == self.resource.RLIM_INFINITY else min(last, hard)
-                self.resource.setrlimit(self.resource.RLIMIT_CPU, (last, hard))
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
     def _end(self, *_: object) -> NoReturn:
         raise TooMuch(f"it renders for longer than {self.seconds:g} seconds")
+
+
+def _limit(what: int, limit: int, *, hard: bool = False) -> None:
+    """Set a limit of this process, as far as one that stands already lets it; `hard`: for good."""
+    most = resource.getrlimit(what)[1]
+    limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+    resource.setrlimit(what, (limit, limit if hard else most))
 
 
 def compile_template(source: str) -> jinja2.Template:

@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourbit.data.encode import Dataset, load
+from fourbit.data import forms
+from fourbit.data.batch import pack_batch
+from fourbit.data.encode import SPECIAL_IN_TEXT, Dataset, load
 from fourbit.data.order import count_overlap, fingerprint, split_validation
+from fourbit.data.row import Row
 from fourbit.data.template import BUILTINS, ChatTemplate
 from fourbit.errors import InputError
 
@@ -223,3 +226,63 @@ def test_ten_thousand_short_rows_load_in_seconds(tmp_path: Path, tokenizer: Any)
     start = time.process_time()
     assert len(load(path, tokenizer)) == 10_000
     assert time.process_time() - start < 15
+
+
+def test_other_tools_rows_become_the_same_examples(write: Callable[..., Path], tokenizer: Any) -> None:
+    same = {
+        "chat": chat("Sky?", "Blue."),
+        "pair": {"prompt": "Sky?", "completion": "Blue."},
+        "sharegpt": {"conversations": [{"from": "human", "value": "Sky?"}, {"from": "gpt", "value": "Blue."}]},
+        "alpaca": {"instruction": "Sky?", "input": "", "output": "Blue."},
+    }
+    assert len({fingerprint(load(write([row], f"{name}.jsonl"), tokenizer)) for name, row in same.items()}) == 1
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
+def test_plain_text_is_trained_whole_between_the_models_marks(
+    loss_on: Any, write: Callable[..., Path], make_tokenizer: Callable[..., Any]
+) -> None:
+    tokenizer = make_tokenizer(("<s>", "</s>"), "<s>", "</s>")
+    path = write([{"text": "the quick fox"}, {"text": "<s>the quick fox</s>"}])
+    data = load(path, tokenizer, loss_on=loss_on, template=ChatTemplate("{% broken"))
+    for example in data.examples:
+        assert tokenizer.decode(example.ids, skip_special=False) == "<s>the quick fox</s>"
+        assert example.trained == [False] + [True] * (len(example.ids) - 1)
+    assert data.report.notices == [f"1 of 2 rows: {SPECIAL_IN_TEXT}"], "no template is used, so none is spoken of"
+    bare = load(write([{"text": "fox"}], "b.jsonl"), make_tokenizer((), None, None))
+    assert bare.examples[0].text == "fox" and bare.report.notices == []
+
+
+def test_plain_text_that_is_too_long_is_a_bad_row(write: Callable[..., Path], tokenizer: Any) -> None:
+    path = write([{"text": "word " * 40}])
+    with pytest.raises(
+        InputError, match=r"rows.jsonl:1: length: \d+ tokens, and max_length 9 cuts off the end: raise it"
+    ):
+        load(path, tokenizer, max_length=9)
+
+
+def test_prompts_are_tokens_of_which_none_is_trained(write: Callable[..., Path], tokenizer: Any) -> None:
+    data = load(write([{"prompt": "Sky?", "id": 3}]), tokenizer, "prompts")
+    assert tokenizer.decode(data.examples[0].ids, skip_special=False) == (
+        "<|im_start|>user\nSky?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert not any(data.examples[0].trained) and data.samples[0].row == {"prompt": "Sky?", "id": 3}
+    assert data.report.notices[1:] == ["1 of 1 rows: not used: 'id'"]
+
+
+def test_a_form_is_one_entry_of_the_table(
+    write: Callable[..., Path], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def riddle(row: Row) -> forms.Sample:
+        turns = chat(row.data["riddle"], row.data["solution"])["messages"]
+        return forms.Sample([], (turns,), row.file, row.line)
+
+    form = forms.Form("sft", "riddle", lambda row: "riddle" in row, riddle, ("riddle", "solution"))
+    path = write([{"riddle": "Sky?", "solution": "Blue.", "hint": "B"}])
+    with pytest.raises(InputError, match="is not a row to learn from"):
+        load(path, tokenizer)
+    monkeypatch.setattr(forms, "FORMS", (*forms.FORMS, form))
+    data = load(path, tokenizer)
+    assert fingerprint(data) == fingerprint(load(write([chat("Sky?", "Blue.")], "b.jsonl"), tokenizer))
+    assert pack_batch(data.examples).trained == sum(data.examples[0].trained)
+    assert data.report.notices[1:] == ["1 of 1 rows: not used: 'hint'"]
