@@ -122,15 +122,8 @@ class NF4Linear(nn.Module):
     @property
     def stored(self) -> Weight4bit:
         """The weight as the kernels take it."""
-        return Weight4bit(
-            self.weight,
-            self.absmax,
-            self.nested_absmax,
-            self.nested_offset,
-            (self.out_features, self.in_features),
-            self.quant_type,
-            self.blocksize,
-        )
+        tensors = self.weight, self.absmax, self.nested_absmax, self.nested_offset
+        return Weight4bit(*tensors, (self.out_features, self.in_features), self.quant_type, self.blocksize)
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

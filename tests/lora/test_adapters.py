@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fourbit
 from fourbit.errors import InputError
 from fourbit.lora.adapter import (
     Adapter,
@@ -216,6 +215,7 @@ def test_names_that_are_not_there_or_twice_are_refused(adapted: Make, base: Make
         copy_adapter(model, "default", "default")
     with pytest.raises(InputError, match="already carries an adapter 'default'"):
         attach(model, LoRAConfig(rank=2, target=["lm_head"]))
+    assert list(adapters_of(model)) == PATHS
     attach(model, LoRAConfig(rank=2, target=["lm_head"]), "head")
     assert list(adapters_of(model, "head")) == ["lm_head"] and outputs(model).requires_grad is False
 
@@ -240,7 +240,3 @@ def test_a_frozen_head_stands_apart(adapted: Make) -> None:
     want = copy.deepcopy(layer).eval()(x)
     layer.adapters["default"].lora_B.data.zero_()
     assert torch.equal(twin(x), want) and not any(p.requires_grad for p in twin.parameters())
-
-
-def test_the_public_names() -> None:
-    assert fourbit.use is use and fourbit.using is using and fourbit.copy_adapter is copy_adapter

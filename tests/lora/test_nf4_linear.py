@@ -98,19 +98,18 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(layer, (x,))
 
 
+CASTS = {
+    "to_bf16": lambda m: m.to(torch.bfloat16),
+    "half": lambda m: m.half(),
+    "double": lambda m: m.double(),
+    "type": lambda m: m.type(torch.float16),
+    "to_cpu_fp16": lambda m: m.to("cpu", torch.float16),
+    "there_and_back": lambda m: m.bfloat16().float(),
+}
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize(
-    "cast",
-    [
-        lambda m: m.to(torch.bfloat16),
-        lambda m: m.half(),
-        lambda m: m.double(),
-        lambda m: m.type(torch.float16),
-        lambda m: m.to("cpu", torch.float16),
-        lambda m: m.bfloat16().float(),
-    ],
-    ids=["to_bf16", "half", "double", "type", "to_cpu_fp16", "there_and_back"],
-)
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS.keys())
 def test_casting_the_model_leaves_the_weight_alone(cast, double_quant: bool) -> None:
     layer = example(double_quant=double_quant)
     before, weight = stored(layer), layer.dequantize()
@@ -144,12 +143,11 @@ def test_state_dict_round_trip(n_in: int, n_out: int, kwargs: dict[str, object],
 def test_round_trip_through_a_file(tmp_path: Path, assign: bool) -> None:
     model = nn.Sequential(example(seed=1), nn.ReLU(), example(40, 8, seed=2, double_quant=False))
     save_file(model.state_dict(), tmp_path / "m.safetensors")
-    kinds = [{}, {"double_quant": False}]
-    layers = [NF4Linear(48, 40, **kinds[0]), nn.ReLU(), NF4Linear(40, 8, **kinds[1])]
-    fresh = nn.Sequential(*layers)
+    fresh = nn.Sequential(NF4Linear(48, 40), nn.ReLU(), NF4Linear(40, 8, double_quant=False))
     fresh.load_state_dict(load_file(tmp_path / "m.safetensors"), assign=assign)
     x = torch.randn(2, 48)
     assert torch.equal(fresh(x), model(x))
+    assert not any(parameter.requires_grad for parameter in fresh.parameters())
 
 
 @pytest.mark.parametrize("assign", [True, False])
@@ -201,15 +199,12 @@ def test_an_empty_layer_has_the_shapes_of_a_full_one(n_in: int, n_out: int, kwar
     assert shapes[0] == shapes[1]
 
 
-def test_refilling_a_layer_replaces_its_weight() -> None:
+def test_a_new_layer_holds_zeros_and_is_filled_anew() -> None:
+    assert torch.equal(NF4Linear(5, 3).dequantize(), torch.zeros(3, 5))
+    assert torch.equal(NF4Linear(5, 3, double_quant=False, quant_type="fp4").dequantize(), torch.zeros(3, 5))
     layer, weight = example(), torch.randn(40, 48)
     layer.quantize_weight_(weight)
     assert torch.equal(layer.dequantize(), NF4Linear.from_weight(weight).dequantize())
-
-
-def test_a_new_layer_holds_zeros() -> None:
-    assert torch.equal(NF4Linear(5, 3).dequantize(), torch.zeros(3, 5))
-    assert torch.equal(NF4Linear(5, 3, double_quant=False, quant_type="fp4").dequantize(), torch.zeros(3, 5))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
