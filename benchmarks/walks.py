@@ -225,14 +225,14 @@ def row_walk(folder: Path, kind: type, config: Any, row: dict[str, Any]) -> Walk
     path.write_text(json.dumps(row) + "\n")
     trainer = kind(model, Bytes(), train=str(path), config=config)
     walk = Walk()
-    sys.addaudithook(hook := ChildHook(walk))
     with profiled(rows_profile(walk)):
         dataset = trainer.load_rows([str(path)])
         trainer.train_set = dataset
         batches = trainer.micro_batches(dataset, [0], "auto")
         trainer.begin(dataset, batches)
         trainer.sums(batches[0])
-    hook.walk = None
+    for file, what in CHILDREN.items():
+        walk.meet(file, what)
     return walk
 
 
@@ -248,23 +248,20 @@ def rows_profile(walk: Walk) -> Callable[[FrameType, str, Any], None]:
     return profile
 
 
-class ChildHook:
-    """Hears of processes that are started. An audit hook cannot be taken away, so it forgets its walk."""
+CHILDREN: dict[str, str] = {}  # files that this process has started as processes of their own
 
-    def __init__(self, walk: Walk) -> None:
-        self.walk: Walk | None = walk
 
-    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event != "subprocess.Popen" or self.walk is None:
-            return
-        for word in map(str, arguments[1]):
-            for path in (Path(word), CHECKOUT / f"{word.removeprefix('fourbit.').replace('.', '/')}.py"):
-                if (
-                    re.fullmatch(r"[\w./-]+", word)
-                    and path.is_file()
-                    and (file := relative(path.resolve())) is not None
-                ):
-                    self.walk.meet(file, "a process of its own")
+def hear_of_children(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook. A child lives on, and later rows go to it too, so what was heard once stays."""
+    if event != "subprocess.Popen":
+        return
+    for word in map(str, arguments[1]):
+        for path in (Path(word), CHECKOUT / f"{word.removeprefix('fourbit.').replace('.', '/')}.py"):
+            if re.fullmatch(r"[\w./-]+", word) and path.is_file() and (file := relative(path.resolve())) is not None:
+                CHILDREN[file] = "a process of its own"
+
+
+sys.addaudithook(hear_of_children)
 
 
 class Toy(CausalLM):
