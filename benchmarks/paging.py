@@ -2,7 +2,7 @@
 
 A recorder between the pager and its device notes every copy and every update with the times of the device's own
 events, so the picture shows what ran, and the counters beside it are the pager's. On a CUDA GPU these are its times. On
-a CPU the device is the simulated one, whose clock is a model: copies at 25 GB/s in each direction, updates at 3 TB/s.
+a CPU copies are host memory's and their times a model's: 25 GB/s in each direction, updates at 3 TB/s.
 """
 
 import argparse
@@ -17,16 +17,55 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from fourbit.optim import AdamW
-from fourbit.optim.page_device import Device, Event
-from fourbit.optim.pager import PAGE_BYTES, Pager, make_device
-from fourbit.optim.simulated_device import SimulatedDevice
+from fourbit.optim.page_device import CudaDevice, CudaEvent, Direction, PageDevice
+from fourbit.optim.paging import PAGE_BYTES, Pager
 
 PICTURE = Path(__file__).parents[1] / "docs" / "figures" / "paging.svg"
 PAGES = 16
 ELEMENTS = PAGE_BYTES // 8  # of a page: two fp32 moments
 BEFORE = 8e-3  # seconds of other work before each step; forward and backward take longer, but no longer picture
+BANDWIDTH = 25e9  # the model's, bytes a second each way
 UPDATE_RATE = 3e12 / (26 / 8)  # bytes of state a second: AdamW moves 26 bytes for the 8 that it keeps
 COLOURS = {"in": "#3182bd", "out": "#e6550d", "update": "#111111", "stay": "#e5e5e5", "other": "#9ecae1"}
+
+
+@dataclass
+class ModelEvent:
+    """A copy, or a mark in compute's work: seconds on the model's clock."""
+
+    begin: float
+    end: float
+
+    def synchronize(self) -> None:
+        """Nothing to do: copies are done when they return."""
+
+
+class ModelDevice(PageDevice):
+    """Host memory whose copies have the times that a bus would take for them."""
+
+    def __init__(self, bandwidth: float = BANDWIDTH) -> None:
+        self.bandwidth, self.clock, self.waited = bandwidth, 0.0, 0.0
+        self._free_at: dict[Direction, float] = {"in": 0.0, "out": 0.0}
+
+    def work(self, seconds: float) -> None:
+        """Compute is busy for so long."""
+        self.clock += seconds
+
+    def mark(self) -> ModelEvent:
+        return ModelEvent(self.clock, self.clock)
+
+    def wait(self, event: ModelEvent) -> None:
+        self.waited += max(0.0, event.end - self.clock)
+        self.clock = max(self.clock, event.end)
+
+    def copy(self, direction: Direction, target: Tensor, source: Tensor, after: Sequence[ModelEvent]) -> ModelEvent:
+        begin = max(self._free_at[direction], self.clock, *(event.end for event in after))
+        self._free_at[direction] = begin + target.numel() / self.bandwidth
+        target.copy_(source)
+        return ModelEvent(begin, self._free_at[direction])
+
+    def stalled(self) -> float:
+        return self.waited
 
 
 @dataclass
@@ -36,8 +75,8 @@ class Moved:
     what: str
     memory: int  # address on the device
     host: int  # address on the host; 0 for an update
-    begin: Event
-    end: Event | None = None
+    begin: Any  # event
+    end: Any = None
 
 
 @dataclass
@@ -45,6 +84,7 @@ class Recorder:
     """A device that notes what the pager asks of it."""
 
     device: Any
+    start: Any = None  # event that times count from; None on the model's clock
     moves: list[Moved] = field(default_factory=list)
     updating: Moved | None = None
 
@@ -61,15 +101,23 @@ class Recorder:
         self.device.use(memory)
         self.updating = Moved("update", memory.data_ptr(), 0, self.device.mark())
         self.moves.append(self.updating)
-        if isinstance(self.device, SimulatedDevice):
+        if isinstance(self.device, ModelDevice):
             self.device.work(memory.numel() / UPDATE_RATE)
 
-    def mark(self) -> Event:
+    def times(self, event: Any) -> tuple[float, float]:
+        """Begin and end of what an event stands for, in seconds; the host waits for it."""
+        if not isinstance(event, CudaEvent):
+            return event.begin, event.end
+        event.synchronize()
+        since = self.start.begin.elapsed_time
+        return since(event.begin) / 1e3, since(event.end) / 1e3
+
+    def mark(self) -> Any:
         self.close()
         return self.device.mark()
 
-    def copy(self, direction: Any, target: Tensor, source: Tensor, after: Sequence[Event]) -> Event:
-        event: Event = self.device.copy(direction, target, source, after)
+    def copy(self, direction: Any, target: Tensor, source: Tensor, after: Sequence[Any]) -> Any:
+        event = self.device.copy(direction, target, source, after)
         on_device, host = (target, source) if direction == "in" else (source, target)
         self.moves.append(Moved(direction, on_device.data_ptr(), host.data_ptr(), event, event))
         return event
@@ -80,11 +128,12 @@ def run(
 ) -> tuple[Pager, Recorder, list[tuple[float, float]]]:
     """Some steps of AdamW under a budget. Returns also the begin and end of the other work before each step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recorder = Recorder(make_device(device))
-    pager = Pager(recorder, budget)
+    recorder = Recorder(CudaDevice(device) if device.type == "cuda" else ModelDevice())
+    recorder.start = recorder.device.mark()
+    pager = Pager(recorder, budget)  # type: ignore[arg-type]  # it has all that a PageDevice has
     weight = nn.Parameter(torch.randn(elements, device=device))
     optimizer = AdamW([weight], budget=budget)
-    optimizer.pagers[device] = pager
+    optimizer.pager = pager
     others = []
     for _ in range(steps):
         weight.grad = torch.randn_like(weight)
@@ -94,11 +143,11 @@ def run(
         optimizer.step()
         recorder.close()
     recorder.settle()
-    return pager, recorder, [(begin.times()[0], end.times()[1]) for begin, end in others]
+    return pager, recorder, [(recorder.times(begin)[0], recorder.times(end)[1]) for begin, end in others]
 
 
-def other_work(device: Device, where: torch.device) -> None:
-    if isinstance(device, SimulatedDevice):
+def other_work(device: PageDevice, where: torch.device) -> None:
+    if isinstance(device, ModelDevice):
         device.work(BEFORE)
         return
     a = torch.randn(8192, 8192, device=where, dtype=torch.bfloat16)
@@ -130,13 +179,13 @@ def draw(pager: Pager, recorder: Recorder, others: list[tuple[float, float]], pa
 def page_spans(pager: Pager, recorder: Recorder) -> list[tuple[str, int, float, float]]:
     """(what, page, begin, end) in seconds, in the order in which it was asked for."""
     by_host = {page.host.data_ptr(): page.number for page in pager.pages if page.host is not None}
-    by_memory = {page.slot.memory.data_ptr(): page.number for page in pager.pages if page.slot and page.resident}
+    by_memory = {page.frame.memory.data_ptr(): page.number for page in pager.pages if page.frame and page.resident}
     spans = []
     for move in recorder.moves:
         if move.host:
-            by_memory[move.memory] = by_host[move.host]  # a slot's page is the last that came in
-        end = move.end or move.begin
-        spans.append((move.what, by_memory[move.memory], move.begin.times()[0], end.times()[1]))
+            by_memory[move.memory] = by_host[move.host]  # a frame's page is the last that came in
+        begin, end = recorder.times(move.begin)[0], recorder.times(move.end or move.begin)[1]
+        spans.append((move.what, by_memory[move.memory], begin, end))
     return spans
 
 
@@ -169,7 +218,7 @@ def describe(pager: Pager, streams: Axes, table: Axes, end: float) -> None:
 
 def headline(pager: Pager, recorder: Recorder, steps: int) -> str:
     c, mib = pager.counters, 2**20
-    clock = "a model's clock" if isinstance(recorder.device, SimulatedDevice) else torch.cuda.get_device_name()
+    clock = "a model's clock" if isinstance(recorder.device, ModelDevice) else torch.cuda.get_device_name()
     state, budget = sum(page.size for page in pager.pages), int(pager.budget)
     return (
         f"{state / mib:.0f} MiB of AdamW state in {len(pager.pages)} pages under {budget / mib:.0f} MiB, {clock}. "

@@ -3,8 +3,8 @@
 from typing import Any
 
 from .optimizer import FlatOptimizer
-from .pages import Budget
-from .rules import ADAMW
+from .paging import Budget
+from .update import ADAMW
 
 
 class AdamW(FlatOptimizer):
@@ -18,7 +18,7 @@ class AdamW(FlatOptimizer):
         step whose norm is not finite is skipped. math.inf only measures and skips. None: no norm is taken.
     budget: None keeps all state on the parameters' device. "auto" keeps there what fits beside the model, a number what
         fits in so many bytes; the rest is paged in and out of pinned host memory during a step (docs/paging.md).
-    lr may be a 0-d tensor. Sparse or complex parameters and two devices under one norm are refused with ValueError.
+    lr may be a 0-d tensor. Sparse or complex parameters and two devices are refused with ValueError.
     """
 
     def __init__(
@@ -31,12 +31,11 @@ class AdamW(FlatOptimizer):
         *,
         bits: int = 32,
         stochastic_rounding: bool = False,
-        maximize: bool = False,
         max_grad_norm: float | None = None,
         min_8bit_size: int = 4096,
         budget: Budget | None = None,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(
             params,
             defaults,

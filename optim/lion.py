@@ -3,8 +3,8 @@
 from typing import Any
 
 from .optimizer import FlatOptimizer
-from .pages import Budget
-from .rules import LION
+from .paging import Budget
+from .update import LION
 
 
 class Lion(FlatOptimizer):
@@ -23,12 +23,11 @@ class Lion(FlatOptimizer):
         *,
         bits: int = 32,
         stochastic_rounding: bool = False,
-        maximize: bool = False,
         max_grad_norm: float | None = None,
         min_8bit_size: int = 4096,
         budget: Budget | None = None,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         super().__init__(
             params,
             defaults,

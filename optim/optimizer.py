@@ -2,16 +2,11 @@
 
 A step on a GPU is three launches for a group of one dtype: squares of all gradients (once a step, if the norm is
 wanted), step counts and factors, and the update. There are more where state is paged (an update for each page), for
-each tensor of fp64 or that does not lie in memory as its state does, and for a found_inf that is not fp32 on that
-device. The host waits for nothing and reads nothing back, so a step can be captured in a CUDA graph, after one that
-was not; keep the learning rate in a tensor then. Elsewhere the same runs in plain PyTorch (`plain`).
+each tensor of fp64 or that is not contiguous, and for a found_inf that is not fp32 on that device. The host waits for
+nothing and reads nothing back. Elsewhere the same runs in plain PyTorch (update.py).
 
-The seam to paging. What a step reads and writes of the state it takes from a `states.Storage`, one for each group,
-dtype and width, made by `self.make_storage(fields, device)`: `Resident`, or a pager's. A step calls
-`storage.slices(wanted)` once and works on each `Slice` (elements [start, end) of the flat state and tensors that hold
-just those, cut at multiples of layout.CHUNK) before it asks for the next; what it does to them is queued on the current
-stream when it asks. State dicts go through `read` and `write`, new parameters through `grow`. Steps go through banks in
-the order in which they were made, and a resident storage's tensors only move when it grows.
+A step takes what it reads and writes of the state in slices (`_slices`): one for each group, dtype and width, or one
+for each page (paging.py). What it does to a slice is queued before it asks for the next.
 """
 
 from collections import defaultdict
@@ -22,18 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.dispatch import path_for
-from . import plain
-from .addresses import is_capturing
-from .bank import Bank, Group, Joining, Member, Pool, check_gradient
-from .layout import blocks
-from .page_device import peaks
-from .pager import Pager, make_device
-from .pages import Budget, check_budget, check_room
-from .rules import Rule
-from .saved import load_state, read_groups
-from .states import Field, Resident, Storage, fields
+from . import update
+from .page_device import make_device, peaks
+from .paging import Budget, Pager, check_budget, check_room
+from .state import Entry, FlatState, Slice, fields, whole
+from .state_files import read_groups, read_states
+from .update import Group, Rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Key = tuple[int, torch.dtype, int]  # of a flat state: group, dtype, bits
+Numbered = tuple[nn.Parameter, int, int]  # its number among all of the optimizer, as in state dicts, and its group
 
 
 class FlatOptimizer(torch.optim.Optimizer):
@@ -42,12 +35,12 @@ class FlatOptimizer(torch.optim.Optimizer):
     Beside torch.optim's own: `found_inf`, None or a 0-d tensor that the caller may set before a step, which then
     changes nothing where it is not zero (decided on the device, as in torch's fused AdamW). After a step `grad_norm` is
     the gradients' norm (0-d fp32; None without max_grad_norm) and `skipped` is 1 where the step changed nothing (0-d
-    fp32; None without found_inf and max_grad_norm).
+    fp32; None without found_inf and max_grad_norm). `pager` is None without a budget.
 
+    A parameter joins at the first step that it has a gradient for; until then it costs nothing, as in torch.optim.
     `state[p]` shows the step count and, unless the state is paged, the moments: views, which may be changed in place.
-    Tensors put in their place are not taken (load_state_dict is the way in), but entries that are removed or emptied
-    are: such a parameter starts anew. Parameters may be moved between param_groups and taken out of them, as in
-    torch.optim; the state of one that a step finds in no group is given up.
+    Tensors put in their place are not taken (load_state_dict is the way in). A step raises ValueError if parameters
+    were moved between param_groups or taken out, or if state was removed: make a new optimizer for that.
     """
 
     def __init__(
@@ -69,52 +62,57 @@ class FlatOptimizer(torch.optim.Optimizer):
         self.rule, self.bits, self.min_8bit_size = rule, bits, min_8bit_size
         self.stochastic_rounding, self.max_grad_norm = stochastic_rounding, max_grad_norm
         self.budget = None if budget is None else check_budget(budget)
-        self.pagers: dict[torch.device, Pager] = {}  # empty without a budget, and before the first step
         self.found_inf: Tensor | None = None
         self.grad_norm: Tensor | None = None
         self.skipped: Tensor | None = None
+        self._older_peaks = peaks() if self.budget == "auto" else {}
         self._begin_anew()
         super().__init__(params, defaults)
 
     def _begin_anew(self) -> None:
-        self._pools: dict[torch.device, Pool] = {}
-        self._seen: tuple[list[list[int]], list[int]] = [], []  # ids in param_groups and in state, at the last look
-        self._parameters: list[tuple[nn.Parameter, int]] = []  # of param_groups at the last look, with their group
-        self._waiting: list[
-            tuple[nn.Parameter, int, int]
-        ] = []  # those of them that are no members, by number and group
-        self._older_peaks = peaks() if self.budget == "auto" else {}
-
-    def make_storage(self, fields: dict[str, Field], device: torch.device) -> Storage:
-        if self.budget is None:
-            return Resident(fields, device)
-        if device not in self.pagers:
-            self.pagers[device] = Pager(make_device(device, self._older_peaks.get(device, 0)), self.budget)
-        return self.pagers[device].state(fields)
-
-    def evict_all(self) -> int:
-        """Bring all paged state to the host; returns the bytes of the device given back, 0 without a budget."""
-        for bank in self._banks() if self.pagers else ():
-            bank.plans.clear()  # they may hold views of pages
-        return sum(pager.evict_all() for pager in self.pagers.values())
-
-    def state_bytes(self) -> tuple[int, int]:
-        """Bytes that the state takes now: on the parameters' devices, and in host memory (of what is paged)."""
-        banks = self._banks()
-        resident = [t for bank in banks if isinstance(bank.storage, Resident) for t in bank.storage.tensors.values()]
-        device = sum(tensor.nbytes for tensor in [*resident, *(pool.steps for pool in self._pools.values())])
-        hosts = [page.host for pager in self.pagers.values() for page in pager.pages if page.host is not None]
-        return device + sum(pager.held for pager in self.pagers.values()), sum(host.nbytes for host in hosts)
+        self.pager: Pager | None = None
+        self._states: dict[Key, FlatState] = {}
+        self._entries: list[Entry] = []  # by row
+        self._steps = torch.zeros(0)  # fp32, of each entry, as torch.optim counts them
+        self._tables: Any = None  # of the kernels (step_triton.Tables), once they are needed
+        self._waiting: list[Numbered] = []  # parameters that have no state yet
 
     def add_param_group(self, param_group: Group) -> None:
         """As torch.optim's; ValueError for what no step could work with: settings, dtypes, a budget below one page."""
         super().add_param_group(param_group)
         try:
             _check_group(group := self.param_groups[-1])
-            self._check_room([(p, 0, 0, self._bits(p)) for p in group["params"] if p.requires_grad], [])
+            self._check_room(self._by_key([(p, 0, 0) for p in group["params"] if p.requires_grad]))
         except ValueError:
             self.param_groups.pop()
             raise
+        self._seen = self._members()
+        self._waiting += [some for some in self._numbered() if some[2] == len(self.param_groups) - 1]
+
+    def _members(self) -> list[list[int]]:
+        return [list(map(id, group["params"])) for group in self.param_groups]
+
+    def _numbered(self) -> list[Numbered]:
+        groups = enumerate(self.param_groups)
+        every = [(p, group) for group, settings in groups for p in settings["params"]]
+        return [(p, number, group) for number, (p, group) in enumerate(every)]
+
+    def _bits(self, parameter: Tensor) -> int:
+        """8 only where asked for, for large parameters, and never for fp64."""
+        large = parameter.numel() >= self.min_8bit_size and parameter.dtype != torch.float64
+        return 8 if self.bits == 8 and large else 32
+
+    def _by_key(self, parameters: Iterable[Numbered]) -> dict[Key, list[Numbered]]:
+        found: dict[Key, list[Numbered]] = {}
+        for p, number, group in parameters:
+            found.setdefault((group, p.dtype, self._bits(p)), []).append((p, number, group))
+        return found
+
+    def _check_room(self, joining: dict[Key, list[Numbered]]) -> None:
+        """InputError if the budget has no room for one page of the state of what is to join."""
+        if self.budget is not None:
+            kept = [(fields(self.rule.moments, bits, dtype), some) for (_, dtype, bits), some in joining.items()]
+            check_room(self.budget, [(f, sum(whole(p.numel()) for p, _, _ in some)) for f, some in kept])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -123,123 +121,123 @@ class FlatOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._look()
+        self._check_unchanged()
         try:
-            self._begin()
-            for pool in self._pools.values():
-                self._step(pool)
+            for entry in self._entries:
+                self._take_gradient(entry)
+            if joining := [some for some in self._waiting if some[0].grad is not None]:
+                for entry in self._join(joining):
+                    self._take_gradient(entry)
+            if self._entries:
+                self._update()
         finally:
-            for pool in self._pools.values():
-                pool.end()
+            for entry in self._entries:
+                if entry.weights is not None and entry.weights is not entry.parameter:
+                    entry.parameter.copy_(entry.weights)
+                entry.weights = entry.gradient = None
         return loss
 
-    def _begin(self) -> None:
-        """Everything that can be wrong shows here, before anything is changed."""
-        for pool in self._pools.values():
-            pool.begin()
-        joining = [(p, n, index, self._bits(p)) for p, n, index in self._waiting if p.grad is not None]
-        for parameter, *_ in joining:
-            check_gradient(parameter)
-        devices = {*self._pools, *(parameter.device for parameter, *_ in joining)}
-        if len(devices) > 1 and self.max_grad_norm is not None:
-            raise ValueError(f"max_grad_norm needs all parameters on one device, got {sorted(map(str, devices))}")
-        if joining:
-            self._check_room(joining, self._banks())
-            self._check_captured("parameters join", joining)
-            self._add(joining)
-            for pool in self._pools.values():
-                pool.begin()
+    def _check_unchanged(self) -> None:
+        if self._members() != self._seen:
+            raise ValueError(
+                "parameters were moved between param_groups or taken out, and their state cannot follow: make a new "
+                "optimizer (add_param_group adds to this one)"
+            )
+        if not all(self.state.get(entry.parameter) for entry in self._entries):
+            raise ValueError("the state of a parameter was removed from optimizer.state: make a new optimizer")
 
-    def _step(self, pool: Pool) -> None:
-        rounded = self.stochastic_rounding
-        if is_capturing(pool.device):
-            if self.pagers:
-                raise RuntimeError(
-                    "a step with a budget cannot be captured in a CUDA graph: pages move differently each time"
-                )
-            pool.captured = True
-        if path_for(pool.steps) == "triton":
+    def _join(self, joining: list[Numbered]) -> list[Entry]:
+        """Give parameters zero state, and no steps taken. Memory that runs out leaves all as it was."""
+        for p, _, _ in joining:
+            _check_gradient(p)
+        keys = self._by_key(joining)
+        self._check_room(keys)
+        devices = {p.device for p, _, _ in joining} | {self._steps.device for _ in self._entries[:1]}
+        if len(devices) > 1:
+            raise ValueError(f"an optimizer works on one device, but has parameters on {sorted(map(str, devices))}")
+        (device,) = devices
+        states = {key: self._states.get(key) or FlatState(*key, self.rule.moments) for key in keys}
+        if self.budget is None:
+            grown = {k: s.grown(s.end_after([p.numel() for p, _, _ in keys[k]]), device) for k, s in states.items()}
+        elif self.pager is None:
+            self.pager = Pager(make_device(device, self._older_peaks.get(device, 0)), self.budget)
+        self._steps = torch.cat([self._steps.to(device), torch.zeros(len(joining), device=device)])
+        entries: list[Entry] = []
+        for key, state in states.items():
+            entries += state.join([(p, number) for p, number, _ in keys[key]], len(self._entries) + len(entries))
+            if self.pager is None:
+                state.tensors = grown[key]
+            else:
+                self.pager.add(state, entries[-len(keys[key])].start)
+        self._entries += entries
+        self._states |= states
+        self._tables = None
+        joined = {number for _, number, _ in joining}
+        self._waiting = [some for some in self._waiting if some[1] not in joined]
+        for entry in self._entries:
+            self.state[entry.parameter] = {"step": self._steps[entry.row], **entry.state.views(entry)}
+        return entries
+
+    def _take_gradient(self, entry: Entry) -> None:
+        """Note what a step goes by. ValueError for what is not as it was when its parameter joined.
+
+        Kernels read and write by address alone, as much as there was then.
+        """
+        p, g, device = entry.parameter, entry.parameter.grad, self._steps.device
+        if g is None:
+            return
+        if p.shape != entry.shape or p.dtype is not entry.dtype or p.device != device or not _fits(p, g):
+            _check_gradient(p)
+            raise ValueError(
+                f"parameter {entry.number} was {_kind(entry.shape, entry.dtype, device)} when its state was made, and "
+                f"now is {_kind(p.shape, p.dtype, p.device)}; for another dtype or device call "
+                "optimizer.load_state_dict(optimizer.state_dict()), for another shape make a new optimizer"
+            )
+        entry.weights = p if p.is_contiguous() else p.contiguous()
+        entry.gradient = g if g.is_contiguous() else g.contiguous()
+
+    def _update(self) -> None:
+        settings = self.param_groups, self.max_grad_norm, self.found_inf, self.stochastic_rounding
+        if path_for(self._steps) == "triton":
             from . import step_triton  # only here: Triton exists for Linux only and is slow to import
 
-            found = step_triton.step(pool, self.param_groups, self.max_grad_norm, self.found_inf, rounded)
+            if self._tables is None:
+                self._tables = step_triton.Tables(self.rule, self._entries, self._states.values(), self._steps)
+            control = step_triton.step(self._tables, self._launches(), *settings)
         else:
-            found = plain.step(pool, self.param_groups, self.max_grad_norm, self.found_inf, rounded)
-        self.grad_norm, self.skipped = found.norm, found.skip
+            control = update.step(self.rule, self._entries, self._steps, self._launches(), *settings)
+        self.grad_norm, self.skipped = control.norm, control.skip
 
-    def _look(self) -> None:
-        """Follow what users did to param_groups and state since the last look: moved, took out, or cleared."""
-        seen = [list(map(id, group["params"])) for group in self.param_groups], list(map(id, self.state))
-        if seen == self._seen and all(self.state.values()):
+    def _launches(self) -> Iterator[list[Slice]]:
+        """Slices of what has a gradient; those together that one launch may update: of one group and dtype."""
+        if self.pager is not None:
+            yield from ([part] for part in self.pager.visit())
             return
-        for p in [p for p, shown in self.state.items() if not shown]:
-            del self.state[p]
-        self._note()
-        places = {id(p): (number, group) for number, (p, group) in enumerate(self._parameters)}
-        members = [member for bank in self._banks() for member in bank.members]
-        if any(m.parameter not in self.state or places.get(id(m.parameter)) != (m.number, m.group) for m in members):
-            states = ((m, state) for m, state in self._states() if m.parameter in self.state)
-            try:
-                self._take({places[id(m.parameter)][0]: s for m, s in states if id(m.parameter) in places}, anew=False)
-            except BaseException:
-                self._seen = [], []  # the next look is to see it again
-                raise
+        together: dict[tuple[int, torch.dtype], list[Slice]] = {}
+        for state in self._states.values():
+            if any(entry.gradient is not None and entry.size for entry in state.entries):
+                together.setdefault((state.group, state.dtype), []).append(state.whole())
+        yield from together.values()
 
-    def _note(self) -> None:
-        """Remember what param_groups and state are like."""
-        groups = enumerate(self.param_groups)
-        self._parameters = [(p, index) for index, group in groups for p in group["params"]]
-        self._seen = [list(map(id, group["params"])) for group in self.param_groups], list(map(id, self.state))
-        members = {id(member.parameter) for bank in self._banks() for member in bank.members}
-        numbered = enumerate(self._parameters)
-        self._waiting = [(p, n, index) for n, (p, index) in numbered if id(p) not in members]
+    def evict_all(self) -> int:
+        """Bring all paged state to the host; returns the bytes of the device given back, 0 without a budget."""
+        for state in self._states.values():
+            state.batches.clear()  # they may hold views of pages
+        return 0 if self.pager is None else self.pager.evict_all()
 
-    def _banks(self) -> list[Bank]:
-        return [bank for pool in self._pools.values() for bank in pool.banks.values()]
+    def state_bytes(self) -> tuple[int, int]:
+        """Bytes that the state takes now: on the parameters' device, and in host memory (of what is paged)."""
+        tensors = [t for state in self._states.values() for t in (state.tensors or {}).values()]
+        device = sum(tensor.nbytes for tensor in [*tensors, self._steps])
+        return (device, 0) if self.pager is None else (device + self.pager.held, self.pager.host_bytes())
 
-    def _states(self) -> Iterator[tuple[Member, dict[str, Any]]]:
-        """All members with their whole state: views of what is resident."""
-        for pool in self._pools.values():
-            for bank in pool.banks.values():
-                for member, state in zip(bank.members, bank.states(), strict=True):
-                    yield member, {"step": pool.steps[member.row], **state}
-
-    def _bits(self, parameter: Tensor) -> int:
-        """8 only where asked for, for large parameters, and never for fp64."""
-        large = parameter.numel() >= self.min_8bit_size and parameter.dtype != torch.float64
-        return 8 if self.bits == 8 and large else 32
-
-    def _check_room(self, joining: list[Joining], banks: list[Bank]) -> None:
-        """InputError if the budget has no room for one page of the state that these banks will have."""
-        totals = {(bank.group, bank.dtype, bank.bits): bank.layout.total for bank in banks}
-        for p, _, group, bits in joining:
-            key = (group, p.dtype, bits)
-            totals[key] = totals.get(key, 0) + blocks(p.numel())
-        if self.budget is not None:
-            sizes = [(fields(self.rule.moments, bits, dtype), n) for (_, dtype, bits), n in totals.items()]
-            check_room(self.budget, sizes)
-
-    def _check_captured(self, what: str, joining: list[Joining]) -> None:
-        captured = any(pool.captured for pool in self._pools.values())
-        if captured or any(is_capturing(p.device) for p, *_ in joining):
-            raise RuntimeError(
-                f"{what} while a CUDA graph captures a step or after it did: the state that it updates must not move. "
-                "Take a step before capturing; to change more later, load state_dict() into a new optimizer"
-            )
-
-    def _add(self, joining: list[Joining]) -> None:
-        for device in {p.device: None for p, *_ in joining}:
-            if device not in self._pools:
-                self._pools[device] = Pool(device, self.rule, self.make_storage)
-            self._pools[device].add([entry for entry in joining if entry[0].device == device])
-            self._show(self._pools[device])
-        self._note()
-
-    def _show(self, pool: Pool) -> None:
-        """Put a pool's state where torch.optim has it."""
-        for bank in pool.banks.values():
-            states = bank.states() if bank.storage.resident else [{} for _ in bank.members]
-            for member, state in zip(bank.members, states, strict=True):
-                self.state[member.parameter] = {"step": pool.steps[member.row], **state}
+    def _read(self) -> dict[Tensor, dict[str, Tensor]]:
+        """All state: views of what is not paged, else new tensors in host memory."""
+        paged = self.pager is not None
+        found = {e: e.state.empty(e) if paged else e.state.views(e) for e in self._entries}
+        for part in self.pager.read() if self.pager is not None else ():
+            part.copy(found)
+        return {e.parameter: {"step": self._steps[e.row], **tensors} for e, tensors in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's: with bits=32 it is what torch.optim.AdamW writes and reads.
@@ -247,9 +245,8 @@ class FlatOptimizer(torch.optim.Optimizer):
         8-bit moments are uint8 codes shaped like the parameter, and NAME_absmax has a scale for every 256 of them.
         Tensors are views of the flat state, unless it is paged: to save one of them alone, clone it.
         """
-        self._look()
         shown = self.state
-        self.state = defaultdict(dict, {member.parameter: state for member, state in self._states()})
+        self.state = defaultdict(dict, self._read())
         try:
             return super().state_dict()
         finally:
@@ -267,42 +264,31 @@ class FlatOptimizer(torch.optim.Optimizer):
         for group in groups:
             _check_group(group)
         parameters = [p for group in groups for p in group["params"]]
-        states = load_state(state_dict, parameters, self._bits, self.rule)
-        before, self.param_groups = self.param_groups, groups
-        try:
-            self._take(states)
-        except BaseException:
-            self.param_groups = before
-            raise
+        states = read_states(state_dict, parameters, self._bits, self.rule)
+        self._take(groups, states)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _take(self, states: dict[int, dict[str, Any]], anew: bool = True) -> None:
-        """Make all state anew, with the states of parameters given by their numbers. Nothing is changed if that fails.
-
-        anew: pagers count from the beginning, as those of a new optimizer.
-        """
-        parameters = [(p, index) for index, group in enumerate(self.param_groups) for p in group["params"]]
-        joining = [(parameters[n][0], n, parameters[n][1], self._bits(parameters[n][0])) for n in sorted(states)]
-        self._check_captured("state is loaded, cleared or moved between groups", joining)
-        self._check_room(joining, [])
-        before = self._pools, self.pagers, self.state
-        self._pools, self.state = {}, defaultdict(dict)
-        self.pagers = {} if anew else {device: pager.renewed() for device, pager in self.pagers.items()}
+    def _take(self, groups: list[Group], states: dict[int, dict[str, Any]]) -> None:
+        """Make all state anew, with the states of parameters given by number. Nothing is changed if that fails."""
+        before, pager = dict(self.__dict__), self.pager
         try:
-            self._add(joining)
-            for pool in self._pools.values():
-                for bank in pool.banks.values():
-                    for member in bank.members:
-                        pool.steps[member.row] = states[member.number]["step"]
-                        bank.load(member, states[member.number])
+            self._begin_anew()
+            self.param_groups, self.state = groups, defaultdict(dict)
+            self._seen, self._waiting = self._members(), self._numbered()
+            if states:
+                self._join([some for some in self._waiting if some[1] in states])
+            found = {entry: states[entry.number] for entry in self._entries}
+            parts = self.pager.fill() if self.pager is not None else [s.whole() for s in self._states.values()]
+            for part in parts:
+                part.copy(found, back=True)
+            for entry in self._entries:
+                self._steps[entry.row] = states[entry.number]["step"]
         except BaseException:
-            self._pools, self.pagers, self.state = before
-            self._note()
+            self.__dict__.update(before)
             raise
-        for pager in before[1].values():
+        if pager is not None:
             pager.close()
-        self._note()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: torch.optim's, the settings, and the state by number, from which a copy builds its own."""
@@ -314,9 +300,9 @@ class FlatOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.grad_norm = self.skipped = None
-        self.pagers = {}
+        self._older_peaks = peaks() if self.budget == "auto" else {}
         self._begin_anew()
-        self._take(state["state"])
+        self._take(self.param_groups, state["state"])
 
 
 def _check_group(group: Group) -> None:
@@ -333,3 +319,21 @@ def _check_group(group: Group) -> None:
     for p in group["params"]:
         if p.dtype not in DTYPES or p.layout != torch.strided:
             raise ValueError(f"parameters must be dense fp32, bf16, fp16 or fp64, got {p.dtype} ({p.layout})")
+
+
+def _fits(p: Tensor, g: Tensor) -> bool:
+    return g.shape == p.shape and g.dtype is p.dtype and g.layout is torch.strided
+
+
+def _check_gradient(p: Tensor) -> None:
+    """ValueError if a parameter's gradient is not one that a step can read."""
+    g = p.grad
+    if g is not None and not _fits(p, g):
+        raise ValueError(
+            f"gradients must be dense and of their parameter's dtype and shape, {_kind(p.shape, p.dtype)}, "
+            f"got {_kind(g.shape, g.dtype)} ({g.layout})"
+        )
+
+
+def _kind(shape: torch.Size, dtype: torch.dtype, device: torch.device | None = None) -> str:
+    return f"{dtype} {list(shape)}" + ("" if device is None else f" on {device}")

@@ -1,15 +1,15 @@
-"""What a pager asks of a device: memory on both sides, copies on side streams, events. And that on CUDA.
+"""What the pager asks of a device: memory on both sides, copies on side streams, events. In host memory, and on CUDA.
 
-Work on the device runs on three streams: compute (the caller's current stream) and one for copies in each direction,
-so that a page can arrive while another leaves. Streams know nothing of each other: a copy runs after the events that
-it is given, and after the earlier copies in its direction, and nothing else is promised. Every event that orders
-two streams is therefore written out in pager.py, and simulated_device.py turns a forgotten one into wrong numbers.
+Work on a GPU runs on three streams: compute (the caller's current stream) and one for copies in each direction, so that
+a page can arrive while another leaves. Streams know nothing of each other: a copy runs after the events that it is
+given, and after the earlier copies in its direction, and nothing else is promised. Every event that orders two streams
+is therefore written out in paging.py; tests run it on a device that turns a forgotten one into wrong numbers.
 
 No managed memory: it hides its copies, cannot be told what comes next, and over-subscribed can hang a GPU.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,61 +17,65 @@ from torch import Tensor
 Direction = Literal["in", "out"]
 
 
-class Event(Protocol):
-    """A point in a stream's work."""
-
-    def done(self) -> bool:
-        """Whether the work before it has ended well; asks, and does not wait."""
+class Event:
+    """A point in a stream's work; here one that has passed."""
 
     def synchronize(self) -> None:
-        """The host waits for it. Raises what made the work before it fail."""
-
-    def times(self) -> tuple[float, float]:
-        """Begin and end of the copy in seconds since the device was made; the host waits for it."""
+        """The host waits for it."""
 
 
-class Device(Protocol):
-    """The two memories and the streams between them. Sizes are bytes; memory is uint8 [size]."""
+class PageDevice:
+    """The two memories and the streams between them. Sizes are bytes; memory is uint8 [size].
+
+    Here both are plain host memory and a copy is done when it returns: what a budget means to an optimizer on the CPU.
+    """
 
     def empty(self, size: int) -> Tensor:
         """Memory on the device. Raises torch.OutOfMemoryError."""
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
 
     def free(self, memory: Tensor) -> None:
         """The pager lets go of memory on the device; every copy that touches it has ended."""
 
     def pinned(self, size: int) -> Tensor:
         """Memory of the host that copies can run from and to beside other work."""
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
 
     def tidy(self) -> None:
         """Pages are about to come or have gone: free memory that is kept for other work becomes free for all."""
 
     def room(self, held: int) -> int:
         """What all pages together may take of the device beside everything else, while they hold `held`."""
+        return 2**63 - 1
 
-    def mark(self) -> Event:
-        """The work queued on the compute stream so far."""
+    def mark(self) -> Any:
+        """An event: the work queued on the compute stream so far."""
+        return Event()
 
     def use(self, memory: Tensor) -> None:
         """Compute is about to read and write this memory of the device, until the next mark."""
 
-    def wait(self, event: Event) -> None:
+    def wait(self, event: Any) -> None:
         """Compute goes on only after this copy; the time it stands still counts as stalled."""
 
-    def copy(self, direction: Direction, target: Tensor, source: Tensor, after: Sequence[Event]) -> Event:
-        """Queue a copy behind those of its direction and the events. It fails here, or where it is waited for."""
+    def copy(self, direction: Direction, target: Tensor, source: Tensor, after: Sequence[Any]) -> Any:
+        """Queue a copy behind those of its direction and the events; returns its event. Raises if it cannot."""
+        target.copy_(source)
+        return Event()
 
     def settle(self) -> None:
-        """The host waits until no copy is under way, and raises nothing for those that failed."""
+        """The host waits until no copy is under way."""
 
     def stalled(self) -> float:
         """Seconds that compute has waited for copies, as far as known without waiting for the device."""
+        return 0.0
 
 
-class CudaEvent:
+class CudaEvent(Event):
     """Begin and end of work on one stream, with times."""
 
-    def __init__(self, device: "CudaDevice", stream: torch.cuda.Stream) -> None:
-        self.device, self.stream = device, stream
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
         self.begin, self.end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self.begin.record(stream)
 
@@ -79,19 +83,11 @@ class CudaEvent:
         self.end.record(self.stream)
         return self
 
-    def done(self) -> bool:
-        return self.end.query()
-
     def synchronize(self) -> None:
         self.end.synchronize()
 
-    def times(self) -> tuple[float, float]:
-        self.synchronize()
-        since = self.device.start.elapsed_time
-        return since(self.begin) / 1e3, since(self.end) / 1e3
 
-
-class CudaDevice:
+class CudaDevice(PageDevice):
     """One CUDA device; compute is the stream that is current when a method is called.
 
     older_peak: the allocator's peak when the optimizer was made. It tells of loading the model, not of training it.
@@ -105,8 +101,6 @@ class CudaDevice:
             "in": torch.cuda.Stream(device),
             "out": torch.cuda.Stream(device),
         }
-        self.start = torch.cuda.Event(enable_timing=True)
-        self.start.record(self._compute())
         self._waits: list[CudaEvent] = []  # stalls whose length is not known yet
         self._stalled = 0.0
         self._peak, self._others, self._tidied = older_peak, 0, False
@@ -119,9 +113,6 @@ class CudaDevice:
         for stream in self.streams.values():
             memory.record_stream(stream)  # else who drops it with a copy under way gives it to others at once
         return memory
-
-    def free(self, memory: Tensor) -> None:
-        """Nothing to do: the allocator takes it back with its last reference."""
 
     def pinned(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
@@ -149,22 +140,19 @@ class CudaDevice:
         return free + reserved - others - total // self.RESERVE
 
     def mark(self) -> CudaEvent:
-        return CudaEvent(self, self._compute()).close()
+        return CudaEvent(self._compute()).close()
 
-    def use(self, memory: Tensor) -> None:
-        """Nothing to do: work on the compute stream is in order."""
-
-    def wait(self, event: Any) -> None:
-        stall = CudaEvent(self, self._compute())
+    def wait(self, event: CudaEvent) -> None:
+        stall = CudaEvent(self._compute())
         self._compute().wait_event(event.end)
         self._waits.append(stall.close())
 
-    def copy(self, direction: Direction, target: Tensor, source: Tensor, after: Sequence[Any]) -> CudaEvent:
+    def copy(self, direction: Direction, target: Tensor, source: Tensor, after: Sequence[CudaEvent]) -> CudaEvent:
         stream = self.streams[direction]
         for event in after:
             stream.wait_event(event.end)
         with torch.cuda.stream(stream):
-            copied = CudaEvent(self, stream)
+            copied = CudaEvent(stream)
             target.copy_(source, non_blocking=True)
         return copied.close()
 
@@ -173,10 +161,15 @@ class CudaDevice:
             stream.synchronize()
 
     def stalled(self) -> float:
-        while self._waits and self._waits[0].done():
+        while self._waits and self._waits[0].end.query():
             wait = self._waits.pop(0)
             self._stalled += wait.begin.elapsed_time(wait.end) / 1e3
         return self._stalled
+
+
+def make_device(device: torch.device, older_peak: int = 0) -> PageDevice:
+    """CUDA's memory and streams for its tensors, host memory for all others."""
+    return CudaDevice(device, older_peak) if device.type == "cuda" else PageDevice()
 
 
 def peaks() -> dict[torch.device, int]:

@@ -1,17 +1,16 @@
 """A step on CUDA: three launches at most for a group of one dtype, whatever the number of parameters.
 
-1. `_squares`, once a step and only where the norm is wanted: each chunk's sum of squared gradients.
-2. `_prepare`, for each group: norm, clipping and the decision to skip (the first group's launch), step counts, and in
-   float64 each parameter's factors.
+1. `gradient_squares_kernel`, once a step and only where the norm is wanted: each chunk's sum of squared gradients.
+2. `step_factors_kernel`, for each group: norm, clipping and the decision to skip (the first group's launch), step
+   counts, and in float64 each parameter's factors.
 3. `update_triton.update`, for each group and dtype: 32- and 8-bit states in one launch, or one launch for each page.
 
 Kernels find parameters and gradients through a table of addresses, which is copied to the device again only when an
 address changed; no gradient is address 0. Grids depend on shapes alone. Partial sums are added in one order, so norms
-repeat to the bit. A parameter or gradient that does not lie in memory as its state does is copied there and back, and
-fp64 parameters take the reference: some launches more for each such tensor.
+repeat to the bit. fp64 parameters take the reference: some launches more for each.
 """
 
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,120 +19,126 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kernels.dispatch import on_device
-from .addresses import Addresses
-from .bank import Bank, Group, Pool
-from .layout import CHUNK
-from .plain import Control, put_back, step_reference
-from .states import Slice
+from .state import CHUNK, Entry, FlatState, Slice
+from .update import Control, Group, Rule, update_reference
 from .update_triton import at, below, update
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
-def step(pool: Pool, groups: list[Group], max_norm: float | None, found_inf: Tensor | None, rounded: bool) -> Control:
-    """One step of every member of the pool that has a gradient. `rounded`: bf16 weights stochastically."""
-    if "addresses" not in pool.plans:
-        pool.plans["addresses"] = Addresses(pool)
-    addresses: Addresses = pool.plans["addresses"]
-    weights, gradients = addresses.update()
-    pool.plans["table"] = addresses.table
-    found = _control(pool, max_norm, found_inf)
-    for place, group in enumerate(dict.fromkeys(bank.group for bank in pool.banks.values())):
-        _prepare_group(pool, groups[group], group, place == 0, max_norm, found_inf, found)
-    for (group, dtype), banks in _together(pool).items():
-        if dtype == torch.float64:
-            for bank in banks:
-                exact = _as_control(found, max_norm)
-                if found is not None and exact.scale is not None:
-                    exact = exact._replace(scale=exact.scale.double() + found[3].double())
-                step_reference(bank, groups[group], pool.steps, exact, False)
-        else:
-            _update_banks(pool, groups[group], banks, found, rounded and dtype == torch.bfloat16)
-    for member, copy in weights:
-        put_back(member, copy)
-    del gradients  # only now: kernels know them by address alone
-    return _as_control(found, max_norm)
+class Tables:
+    """What kernels find parameters, gradients and state by, on their device; made anew when parameters join."""
+
+    def __init__(self, rule: Rule, entries: Sequence[Entry], states: Iterable[FlatState], steps: Tensor) -> None:
+        self.rule, self.entries, self.steps, device = rule, entries, steps, steps.device
+        self.addresses = torch.empty(len(entries), 2, dtype=torch.int64, device=device)  # of parameter and gradient
+        self._known: list[int] = []  # what they are
+        numbers = [[entry.state.group, entry.number] for entry in entries]
+        self.numbers = torch.tensor(numbers, dtype=torch.int32).to(device)
+        self.factors = torch.empty(len(entries), 4, dtype=torch.float32, device=device)
+        rows = {state: state.chunks() for state in states}
+        self._offsets = {state: chunks[:, 3] for state, chunks in rows.items()}
+        self._chunks = {state: torch.from_numpy(chunks).to(device) for state, chunks in rows.items()}
+        self.groups = list(dict.fromkeys(state.group for state in rows))
+        kinds = {KINDS[state.dtype] for state in rows}
+        self.kind = kinds.pop() if len(kinds) == 1 else -1  # that all gradients are of
+        every = np.concatenate([chunks.copy() for chunks in rows.values()])
+        every[:, 3] = np.repeat([KINDS[state.dtype] for state in rows], [len(chunks) for chunks in rows.values()])
+        self.gradient_chunks = torch.from_numpy(every).to(device)  # int64 [chunks of all, 4]: row, start, length, kind
+        self.partial = torch.empty(len(every), dtype=torch.float64, device=device)
+
+    def find(self) -> None:
+        """Bring the addresses up to date."""
+        found: list[int] = []
+        for entry in self.entries:
+            if entry.weights is None or entry.gradient is None:
+                found += (0, 0)
+            else:  # empty tensors have no address, but a gradient
+                found += (entry.weights.data_ptr(), entry.gradient.data_ptr() or 16)
+        if found != self._known:
+            values = torch.from_numpy(np.array(found, np.int64)).view(-1, 2)
+            values = values.pin_memory() if self.addresses.device.type == "cuda" else values
+            self.addresses.copy_(values, non_blocking=True)  # pinned memory is not reused before it has been read
+            self._known = found
+
+    def chunks(self, part: Slice) -> Tensor:
+        """The chunks that lie in a slice, int64 [chunks, 4]: (row, start, length, offset)."""
+        first, last = np.searchsorted(self._offsets[part.state], [part.start, part.end])
+        return self._chunks[part.state][int(first) : int(last)]
 
 
-def _as_control(found: Tensor | None, max_norm: float | None) -> Control:
-    if found is None:
+def step(
+    tables: Tables,
+    launches: Iterator[list[Slice]],
+    groups: list[Group],
+    max_norm: float | None,
+    found_inf: Tensor | None,
+    rounded: bool,
+) -> Control:
+    """One step of all entries that have a gradient. `rounded`: bf16 weights stochastically."""
+    tables.find()
+    if max_norm is not None and len(tables.partial):
+        with on_device(tables.steps):
+            gradient_squares_kernel[(len(tables.partial),)](
+                *(tables.addresses, tables.gradient_chunks, tables.partial),
+                KIND=tables.kind,
+                CHUNK=CHUNK,
+                num_warps=8,
+                enable_fp_fusion=True,
+            )
+    control = (
+        None if max_norm is None and found_inf is None else tables.factors.new_empty(4)
+    )  # scale, skip, norm, rest of scale
+    for place, group in enumerate(tables.groups):
+        _factors(tables, groups[group], group, place == 0, max_norm, found_inf, control)
+    for parts in launches:
+        state = parts[0].state
+        if state.dtype == torch.float64:
+            for part in parts:
+                update_reference(part, tables.rule, groups[state.group], tables.steps, _exact(control, max_norm), False)
+            continue
+        some = [(part, tables.chunks(part)) for part in parts]
+        pointers = tables.addresses, tables.numbers, tables.factors, control
+        stochastic = rounded and state.dtype == torch.bfloat16
+        update(pointers, tables.steps, groups[state.group], tables.rule.name, some, stochastic)
+    if control is None:
         return Control(None, None, None)
-    return Control(found[0], found[1], found[2]) if max_norm is not None else Control(None, found[1], None)
+    return Control(control[0], control[1], control[2]) if max_norm is not None else Control(None, control[1], None)
 
 
-def _control(pool: Pool, max_norm: float | None, found_inf: Tensor | None) -> Tensor | None:
-    """fp32 (scale, skip, norm, rest of scale), which the first `_prepare` fills; None without clipping and skipping."""
-    if max_norm is not None:
-        chunks, kind = _norm_chunks(pool)
-        if "partial" not in pool.plans:
-            pool.plans["partial"] = torch.empty(len(chunks), dtype=torch.float64, device=pool.device)
-        if len(chunks):
-            with on_device(chunks):
-                _squares[(len(chunks),)](
-                    *(pool.plans["table"], chunks, pool.plans["partial"]),
-                    KIND=kind,
-                    CHUNK=CHUNK,
-                    num_warps=8,
-                    enable_fp_fusion=True,
-                )
-    if max_norm is None and found_inf is None:
-        return None
-    return torch.empty(4, dtype=torch.float32, device=pool.device)
+def _exact(control: Tensor | None, max_norm: float | None) -> Control:
+    """What the reference goes by: the scale in float64."""
+    if control is None:
+        return Control(None, None, None)
+    scale = None if max_norm is None else control[0].double() + control[3].double()
+    return Control(scale, control[1], None)
 
 
-def _norm_chunks(pool: Pool) -> tuple[Tensor, int]:
-    """int64 [chunks of all banks, 4]: (row, start, length, kind); and the kind that all are, or -1."""
-    if "norm_chunks" not in pool.plans:
-        rows = [np.empty((0, 4), np.int64)]
-        for bank in pool.banks.values():
-            some = _rows(bank).copy()
-            some[:, 3] = KINDS[bank.dtype]
-            rows.append(some)
-        kinds = {KINDS[bank.dtype] for bank in pool.banks.values()}
-        table = torch.from_numpy(np.concatenate(rows)).to(pool.device)
-        pool.plans["norm_chunks"] = (table, kinds.pop() if len(kinds) == 1 else -1)
-    known: tuple[Tensor, int] = pool.plans["norm_chunks"]
-    return known
-
-
-def _rows(bank: Bank) -> Any:
-    """The layout's chunks with the parameter's row in the pool for its place in the bank."""
-    chunks = bank.layout.chunks()
-    chunks[:, 0] = np.array([m.row for m in bank.members], np.int64)[chunks[:, 0]]
-    return chunks
-
-
-def _prepare_group(
-    pool: Pool,
+def _factors(
+    tables: Tables,
     group: Group,
     number: int,
     first: bool,
     max_norm: float | None,
     found_inf: Tensor | None,
-    found: Tensor | None,
+    control: Tensor | None,
 ) -> None:
-    lr = group["lr"]
-    on_its_device = isinstance(lr, Tensor) and lr.device.type == pool.device.type != "cpu"
-    if "factors" not in pool.plans:
-        members = torch.tensor([[m.group, m.number] for m in pool.members], dtype=torch.int32)
-        pool.plans["members"] = members.to(pool.device)
-        pool.plans["factors"] = torch.empty(len(members), 4, dtype=torch.float32, device=pool.device)
-    partial = pool.plans.get("partial")
+    """Step counts and factors of one group; the first also fills `control`."""
     beta1, beta2 = group["betas"]
-    numbers = [0.0 if on_its_device else float(lr), group["weight_decay"], beta1, beta2]
-    with on_device(pool.steps):
-        _prepare[(1,)](
-            *(pool.plans["table"], pool.plans["members"], pool.steps, pool.plans["factors"], partial, found),
-            None if found_inf is None else found_inf.to(pool.device, torch.float32),
-            lr if on_its_device else None,
-            *(0 if partial is None else len(partial), len(pool.members), number),
+    numbers = [float(group["lr"]), group["weight_decay"], beta1, beta2]
+    with on_device(tables.steps):
+        step_factors_kernel[(1,)](
+            *(tables.addresses, tables.numbers, tables.steps, tables.factors),
+            None if max_norm is None else tables.partial,
+            control,
+            None if found_inf is None else found_inf.to(tables.steps.device, torch.float32),
+            *(len(tables.partial), len(tables.entries), number),
             float("inf") if max_norm is None else float(max_norm),
             *(half for x in numbers for half in _halves(x)),
-            -1.0 if group["maximize"] else 1.0,
             FIRST=first,
             NORM=max_norm is not None,
-            CONTROL=found is not None,
-            LION=pool.rule.name == "lion",
+            CONTROL=control is not None,
+            LION=tables.rule.name == "lion",
             PARTS=4096,
             BLOCK=256,
             num_warps=8,
@@ -147,39 +152,8 @@ def _halves(x: float) -> tuple[float, float]:
     return high, float(np.float32(x - high)) if np.isfinite(high) else 0.0
 
 
-def _together(pool: Pool) -> dict[tuple[int, torch.dtype], list[Bank]]:
-    """Banks of one group and dtype, which one launch updates."""
-    found: dict[tuple[int, torch.dtype], list[Bank]] = {}
-    for (group, dtype, _), bank in pool.banks.items():
-        found.setdefault((group, dtype), []).append(bank)
-    return found
-
-
-def _update_banks(pool: Pool, group: Group, banks: list[Bank], found: Tensor | None, rounded: bool) -> None:
-    tables = (pool.plans["table"], pool.plans["members"], pool.plans["factors"], found)
-    parts = [(bank, part) for bank in banks if bank.storage.resident for part in bank.storage.slices(bank.wanted())]
-    if parts:
-        update(tables, group, pool.rule.name, [(*_of(bank, part), part) for bank, part in parts], pool.steps, rounded)
-    for bank in banks:
-        if not bank.storage.resident:
-            for part in bank.storage.slices(bank.wanted()):
-                update(tables, group, pool.rule.name, [(*_of(bank, part), part)], pool.steps, rounded)
-
-
-def _of(bank: Bank, part: Slice) -> tuple[Bank, Tensor]:
-    """The bank and its table of the chunks that lie in a slice, int64 [chunks, 4]: (row, start, length, offset)."""
-    if "chunks" not in bank.plans:
-        rows = _rows(bank)
-        bank.plans["offsets"] = rows[:, 3]
-        bank.plans["chunks"] = torch.from_numpy(rows).to(bank.members[0].parameter.device)
-    if ("chunks", part.start, part.end) not in bank.plans:
-        first, last = np.searchsorted(bank.plans["offsets"], [part.start, part.end])
-        bank.plans["chunks", part.start, part.end] = bank.plans["chunks"][int(first) : int(last)]
-    return bank, bank.plans["chunks", part.start, part.end]
-
-
 @triton.jit
-def _squares(addresses, chunks, partial, KIND: tl.constexpr, CHUNK: tl.constexpr):
+def gradient_squares_kernel(addresses, chunks, partial, KIND: tl.constexpr, CHUNK: tl.constexpr):
     chunk = tl.program_id(0).to(tl.int64)
     row = tl.load(chunks + 4 * chunk)
     start = tl.multiple_of(tl.load(chunks + 4 * chunk + 1), 256)
@@ -221,18 +195,17 @@ def _sum(address, start, length, DTYPE: tl.constexpr, EVEN: tl.constexpr, CHUNK:
     return tl.sum(values * values, axis=0).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["parts", "members", "group"])
-def _prepare(
+@triton.jit(do_not_specialize=["parts", "entries", "group"])
+def step_factors_kernel(
     addresses,
-    kinds,
+    numbers,
     steps,
     factors,
     partial,
     control,
     found_inf,
-    lr_tensor,
     parts,
-    members,
+    entries,
     group,
     max_norm,
     lr_high,
@@ -243,7 +216,6 @@ def _prepare(
     beta1_low,
     beta2_high,
     beta2_low,
-    sign,
     FIRST: tl.constexpr,
     NORM: tl.constexpr,
     CONTROL: tl.constexpr,
@@ -252,7 +224,7 @@ def _prepare(
     BLOCK: tl.constexpr,
 ):
     wide = tl.zeros([BLOCK], tl.float64)
-    scale = tl.full([], 1.0, tl.float32) * sign
+    scale = tl.full([], 1.0, tl.float32)
     skip = tl.full([], 0.0, tl.float32)
     if CONTROL:
         if FIRST:
@@ -268,22 +240,19 @@ def _prepare(
                 tl.store(control, clip)
                 tl.store(control + 3, (exact - clip.to(tl.float64)).to(tl.float32))
                 tl.store(control + 2, norm.to(tl.float32))
-                scale = sign * clip
+                scale = clip
             if found_inf is not None:
                 skip = tl.where(tl.load(found_inf) != 0, 1.0, skip)
             tl.store(control + 1, skip)
         else:
             skip = tl.load(control + 1)
             if NORM:
-                scale = sign * tl.load(control)
-    if lr_tensor is not None:
-        lr = wide + tl.load(lr_tensor).to(tl.float64)
-    else:
-        lr = wide + lr_high + lr_low
+                scale = tl.load(control)
+    lr = wide + lr_high + lr_low
     decay = 1.0 - lr * (wide + decay_high + decay_low)
-    for first in range(0, members, BLOCK):
+    for first in range(0, entries, BLOCK):
         row = first + tl.arange(0, BLOCK)
-        mine = (row < members) & (tl.load(kinds + 2 * row, mask=row < members, other=-1) == group)
+        mine = (row < entries) & (tl.load(numbers + 2 * row, mask=row < entries, other=-1) == group)
         mine = mine & (tl.load(addresses + 2 * row + 1, mask=mine, other=0) != 0)
         step = tl.load(steps + row, mask=mine, other=1.0) + tl.where(skip == 0, 1.0, 0.0)
         tl.store(steps + row, step, mask=mine)

@@ -15,38 +15,44 @@ from torch import Tensor
 
 from ..kernels.codes import dynamic_code
 from ..kernels.dispatch import on_device
-from .bank import Bank, Group
-from .layout import BLOCK, CHUNK
-from .rules import ROUNDING_KEY
-from .states import Slice
+from .state import BLOCK, CHUNK, Slice
+from .update import ROUNDING_KEY, Group
 
 TILE = 2048  # elements of a program: 8 for each of its threads
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-Tables = tuple[Tensor, Tensor, Tensor, Tensor | None]  # addresses, members, factors, control
+Parts = list[tuple[Slice, Tensor]]  # with the table of the chunks in each, int64 [chunks, 4], as FlatState.chunks
+STATE = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
 
 
 def update(
-    tables: Tables, group: Group, rule: str, parts: list[tuple[Bank, Tensor, Slice]], steps: Tensor, rounded: bool
+    tables: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    steps: Tensor,
+    group: Group,
+    rule: str,
+    parts: Parts,
+    rounded: bool,
 ) -> None:
-    """One launch over the chunks of `parts`: slices of banks of one dtype, at most one of each width of state."""
-    full = next((part for part in parts if part[0].bits == 32), None)
-    short = next((part for part in parts if part[0].bits == 8), None)
-    counts = [0 if part is None else len(part[1]) for part in (full, short)]
+    """One launch over the chunks of `parts`: slices of one group and dtype, at most one of each width of state.
+
+    tables: addresses, numbers and factors (step_triton.Tables), and scale and skip (step_triton.step).
+    """
+    of_bits = {part.state.bits: (part, chunks) for part, chunks in parts}
+    counts = {bits: len(of_bits[bits][1]) if bits in of_bits else 0 for bits in (32, 8)}
     beta1, beta2 = group["betas"]
-    signed, unsigned = (dynamic_code(s, steps.device) for s in (True, False)) if short else (None, None)
-    if sum(counts):
+    signed, unsigned = (dynamic_code(s, steps.device) for s in (True, False)) if counts[8] else (None, None)
+    if sum(counts.values()):
         with on_device(steps):
-            _update[(sum(counts) * (CHUNK // TILE),)](
+            optimizer_update_kernel[(sum(counts.values()) * (CHUNK // TILE),)](
                 *(*tables, steps),
-                *_arguments(full, ("exp_avg", "exp_avg_sq")),
-                *_arguments(short, ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")),
+                *_arguments(of_bits.get(32), STATE[:2]),
+                *_arguments(of_bits.get(8), STATE),
                 *(signed, unsigned, _borders(signed), _borders(unsigned)),
-                counts[0],
+                counts[32],
                 *(beta1, 1 - beta1, beta2, 1 - beta2, group.get("eps", 0.0)),
                 KEY=ROUNDING_KEY,
-                DTYPE=DTYPES[parts[0][0].dtype],
-                FULL=counts[0] > 0,
-                SHORT=counts[1] > 0,
+                DTYPE=DTYPES[parts[0][0].state.dtype],
+                HAS_32BIT=counts[32] > 0,
+                HAS_8BIT=counts[8] > 0,
                 LION=rule == "lion",
                 ROUNDED=rounded,
                 BLOCK=BLOCK,
@@ -57,12 +63,11 @@ def update(
             )
 
 
-def _arguments(part: tuple[Bank, Tensor, Slice] | None, names: tuple[str, ...]) -> list[Any]:
+def _arguments(part: tuple[Slice, Tensor] | None, names: tuple[str, ...]) -> list[Any]:
     """The table of chunks, the state's tensors (None for what a rule does not keep), and where they begin."""
     if part is None:
         return [None, *(None for _ in names), 0]
-    _, chunks, (start, _, tensors) = part
-    return [chunks, *(tensors.get(name) for name in names), start]
+    return [part[1], *(part[0].tensors.get(name) for name in names), part[0].start]
 
 
 _known_borders: dict[tuple[int, torch.device], Tensor] = {}
@@ -78,28 +83,35 @@ def _borders(code: Tensor | None) -> Tensor | None:
     return _known_borders[key]
 
 
-@triton.jit(do_not_specialize=["base_full", "base_short", "count_full"])
-def _update(
+def _name(specialization: Any) -> str:
+    """What a profiler shows, such as adamw_8bit_update_kernel."""
+    constants = specialization.constants
+    widths = [bits for bits in ("32bit", "8bit") if constants[f"HAS_{bits.upper()}"]]
+    return "_".join(["lion" if constants["LION"] else "adamw", *widths, "update_kernel"])
+
+
+@triton.jit(do_not_specialize=["base_32bit", "base_8bit", "count_32bit"], repr=_name)
+def optimizer_update_kernel(
     addresses,
-    members,
+    numbers,
     factors,
     control,
     steps,
-    chunks_full,
-    mean_full,
-    square_full,
-    base_full,
-    chunks_short,
-    mean_short,
-    square_short,
+    chunks_32bit,
+    mean_32bit,
+    square_32bit,
+    base_32bit,
+    chunks_8bit,
+    mean_8bit,
+    square_8bit,
     mean_absmax,
     square_absmax,
-    base_short,
+    base_8bit,
     signed,
     unsigned,
     signed_borders,
     unsigned_borders,
-    count_full,
+    count_32bit,
     beta1,
     rest1,
     beta2,
@@ -107,8 +119,8 @@ def _update(
     eps,
     KEY: tl.constexpr,
     DTYPE: tl.constexpr,
-    FULL: tl.constexpr,
-    SHORT: tl.constexpr,
+    HAS_32BIT: tl.constexpr,
+    HAS_8BIT: tl.constexpr,
     LION: tl.constexpr,
     ROUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -116,26 +128,26 @@ def _update(
     TILES: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64) // TILES
-    if FULL:  # noqa: SIM102  # one is known to the compiler, the other is not
-        if chunk < count_full:
-            where = chunks_full + 4 * chunk
-            p, g, start, length, offset, row = _find(addresses, control, where, base_full, TILE, TILES)
+    if HAS_32BIT:  # noqa: SIM102  # one is known to the compiler, the other is not
+        if chunk < count_32bit:
+            where = chunks_32bit + 4 * chunk
+            p, g, start, length, offset, row = _find(addresses, control, where, base_32bit, TILE, TILES)
             if _is_even(p, g, length):
-                _full(p, g, start, length, offset, row, members, factors, steps, mean_full, square_full,
+                _update_32bit(p, g, start, length, offset, row, numbers, factors, steps, mean_32bit, square_32bit,
                       beta1, rest1, beta2, rest2, eps, KEY, DTYPE, LION, ROUNDED, True, TILE)  # fmt: skip
             else:
-                _full(p, g, start, length, offset, row, members, factors, steps, mean_full, square_full,
+                _update_32bit(p, g, start, length, offset, row, numbers, factors, steps, mean_32bit, square_32bit,
                       beta1, rest1, beta2, rest2, eps, KEY, DTYPE, LION, ROUNDED, False, TILE)  # fmt: skip
-    if SHORT:  # noqa: SIM102
-        if chunk >= count_full:
-            where = chunks_short + 4 * (chunk - count_full)
-            p, g, start, length, offset, row = _find(addresses, control, where, base_short, TILE, TILES)
+    if HAS_8BIT:  # noqa: SIM102
+        if chunk >= count_32bit:
+            where = chunks_8bit + 4 * (chunk - count_32bit)
+            p, g, start, length, offset, row = _find(addresses, control, where, base_8bit, TILE, TILES)
             if _is_even(p, g, length):
-                _short(p, g, start, length, offset, row, members, factors, steps, mean_short, square_short,
+                _update_8bit(p, g, start, length, offset, row, numbers, factors, steps, mean_8bit, square_8bit,
                        mean_absmax, square_absmax, signed, unsigned, signed_borders, unsigned_borders,
                        beta1, rest1, beta2, rest2, eps, KEY, DTYPE, LION, ROUNDED, True, BLOCK, TILE)  # fmt: skip
             else:
-                _short(p, g, start, length, offset, row, members, factors, steps, mean_short, square_short,
+                _update_8bit(p, g, start, length, offset, row, numbers, factors, steps, mean_8bit, square_8bit,
                        mean_absmax, square_absmax, signed, unsigned, signed_borders, unsigned_borders,
                        beta1, rest1, beta2, rest2, eps, KEY, DTYPE, LION, ROUNDED, False, BLOCK, TILE)  # fmt: skip
 
@@ -182,8 +194,8 @@ def below(i, length, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _full(
-    p_address, g_address, start, length, offset, row, members, factors, steps, mean_ptr, square_ptr,
+def _update_32bit(
+    p_address, g_address, start, length, offset, row, numbers, factors, steps, mean_ptr, square_ptr,
     beta1, rest1, beta2, rest2, eps, KEY: tl.constexpr, DTYPE: tl.constexpr, LION: tl.constexpr, ROUNDED: tl.constexpr,
     EVEN: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
@@ -202,13 +214,13 @@ def _full(
         tl.store(square_ptr + offset + i, square, mask=mask)
     tl.store(mean_ptr + offset + i, mean, mask=mask)
     if ROUNDED:
-        p = _rounded(p, start, row, members, steps, KEY, TILE)
+        p = _rounded(p, start, row, numbers, steps, KEY, TILE)
     tl.store(p_ptr + i, p.to(DTYPE), mask=mask)
 
 
 @triton.jit
-def _short(
-    p_address, g_address, start, length, offset, row, members, factors, steps, mean_ptr, square_ptr,
+def _update_8bit(
+    p_address, g_address, start, length, offset, row, numbers, factors, steps, mean_ptr, square_ptr,
     mean_absmax, square_absmax, signed, unsigned, signed_borders, unsigned_borders,
     beta1, rest1, beta2, rest2, eps, KEY: tl.constexpr, DTYPE: tl.constexpr, LION: tl.constexpr, ROUNDED: tl.constexpr,
     EVEN: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
@@ -229,7 +241,7 @@ def _short(
         _encode(square, square_ptr + offset + i, square_absmax + scales, unsigned_borders, mask, scaled, False)
     _encode(mean, mean_ptr + offset + i, mean_absmax + scales, signed_borders, mask, scaled, True)
     if ROUNDED:
-        p = _rounded(p, start, row, members, steps, KEY, TILE)
+        p = _rounded(p, start, row, numbers, steps, KEY, TILE)
     tl.store(p_ptr + i, p.to(DTYPE), mask=mask)
 
 
@@ -308,12 +320,12 @@ def _encode(values, codes, absmax, borders, mask, scaled, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _rounded(x, start, row, members, steps, KEY: tl.constexpr, TILE: tl.constexpr):
-    """rules.round_stochastically, its result still in fp32."""
+def _rounded(x, start, row, numbers, steps, KEY: tl.constexpr, TILE: tl.constexpr):
+    """update.round_stochastically, its result still in fp32."""
     nothing = tl.zeros([TILE // 8], tl.uint32)
     groups = nothing + (start // 8 + tl.arange(0, TILE // 8)).to(tl.uint32)
     step = nothing + tl.load(steps + row).to(tl.uint32)
-    seed = tl.load(members + 2 * row + 1).to(tl.uint64) + (KEY << 32)
+    seed = tl.load(numbers + 2 * row + 1).to(tl.uint64) + (KEY << 32)
     w0, w1, w2, w3 = tl.philox(seed, groups, step, nothing, nothing, n_rounds=7)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # word 2 i + j at [:, i, j]
     draws = tl.reshape(tl.join(words & 65535, words >> 16), [TILE]).to(tl.int32)

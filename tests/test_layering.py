@@ -106,7 +106,7 @@ LATE = {  # what may import a module of ours inside a function, besides `*_trito
     ("data", "template"): {("data", "sandbox")},
     ("trainer", "metrics"): {("errors",)},
 }
-CIRCLES = [{("optim", "pager"), ("optim", "pages")}]  # until these are one file
+CIRCLES: list[set[tuple[str, ...]]] = []
 
 Name = tuple[str, ...]
 

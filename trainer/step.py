@@ -131,10 +131,9 @@ class Stepper:
 
     def _state_metrics(self) -> dict[str, int | float]:
         device, host = self.optimizer.state_bytes()
-        counters = [pager.counters for pager in self.optimizer.pagers.values()]
-        if not counters:
+        if self.optimizer.pager is None:
             return {"optimizer_bytes": device}
-        paged = {f"page_{name}": sum(getattr(each, name) for each in counters) for name in PAGE_COUNTERS}
+        paged = {f"page_{name}": getattr(self.optimizer.pager.counters, name) for name in PAGE_COUNTERS}
         before, self._paged = self._paged, {**paged, "page_retries": self.retries}
         moved = {name: round(value - before.get(name, 0), 6) for name, value in self._paged.items()}
         return {"optimizer_bytes": device, "optimizer_host_bytes": host, **moved}
@@ -158,7 +157,7 @@ class Stepper:
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved})
         except ValueError as error:
             raise InputError(f"the optimizer's state does not fit this run: {error}") from None
-        self._paged, self.retries = {}, 0  # the pagers start anew
+        self._paged, self.retries = {}, 0  # the pager starts anew
 
     def _order(self) -> list[str]:
         """Names in the order in which the optimizer numbers its parameters."""

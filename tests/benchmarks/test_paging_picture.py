@@ -4,9 +4,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from benchmarks import paging
-from fourbit.optim.layout import CHUNK
+from fourbit.optim import AdamW
+from fourbit.optim.paging import Pager
+from fourbit.optim.state import CHUNK
 
 BUDGET = 8 * 8 * CHUNK  # eight pages of a chunk
 
@@ -46,3 +50,18 @@ def test_is_drawn(recorded, tmp_path: Path):
     paging.draw(pager, recorder, others, tmp_path / "paging.svg")
     text = (tmp_path / "paging.svg").read_text()
     assert text.startswith("<?xml") and f"{pager.counters.misses} misses" in paging.headline(pager, recorder, 3)
+
+
+def test_next_pages_are_fetched_before_the_next_step():
+    """So the first pages of a step arrive during forward and backward, and it stalls less than with one frame."""
+    stalls = {}
+    for frames in (1, 2):
+        device = paging.ModelDevice(bandwidth=8 * CHUNK)  # a page takes a second
+        optimizer = AdamW([weight := nn.Parameter(torch.zeros(8 * CHUNK))], budget=frames * 8 * CHUNK)
+        optimizer.pager = Pager(device, optimizer.budget)
+        for _ in range(4):
+            device.work(30.0)  # forward and backward
+            before, weight.grad = device.stalled(), torch.zeros_like(weight)
+            optimizer.step()
+        stalls[frames] = device.stalled() - before
+    assert stalls == {1: 14.0, 2: 7.0}  # for seven pages out and in, or for six out beside in

@@ -1,6 +1,7 @@
 """Parameters with gradients, drawn from a seed; and what tests of kernels run under."""
 
 import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+
+sys.path.append(str(Path(__file__).parent))  # for simulated_device
 
 _file = Path(__file__).parents[1] / "kernels" / "conftest.py"
 _specification = importlib.util.spec_from_file_location("kernels_conftest", _file)

@@ -117,21 +117,6 @@ def test_skipped_steps_change_no_byte(tools: SimpleNamespace, path: str, make: A
     assert [float(entry["step"]) for entry in optimizer.state_dict()["state"].values()] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("make", [AdamW, Lion])
-def test_maximize_is_minimizing_the_negative(tools: SimpleNamespace, path: str, make: Any) -> None:
-    up, down = tools.parameters(SHAPES), tools.parameters(SHAPES)
-    climbing, falling = make(up, maximize=True), make(down)
-    for i in range(3):
-        tools.give_gradients(up, down, seed=i)
-        for p in down:
-            p.grad.neg_()
-        with force_path(path):
-            climbing.step()
-            falling.step()
-    assert all(torch.equal(a, b) for a, b in zip(up, down, strict=True))
-
-
 def test_end_loss_of_8bit_is_bitsandbytes() -> None:
     """Within one percent, after a 500-step fit of a small network."""
     bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -5,12 +5,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from fourbit.optim.page_device import CudaDevice, peaks
-from fourbit.optim.pager import Pager
-from fourbit.optim.states import Field
+from fourbit.optim.paging import Pager
+from fourbit.optim.state import CHUNK, FlatState, Moment
 
-FULL = {"mean": Field(torch.float32, 1), "square": Field(torch.float32, 1)}
+PAGE = 8 * CHUNK
+
+
+def paged(pages):
+    """A pager, and so many pages of one chunk each, which a step wants."""
+    pager = Pager(CudaDevice(torch.device("cpu")), "auto", PAGE)
+    state = FlatState(0, torch.float32, 32, (Moment("mean", True), Moment("square", False)))
+    for entry in state.join([(nn.Parameter(torch.zeros(CHUNK)), i) for i in range(pages)], 0):
+        entry.gradient = torch.zeros(1)
+    pager.add(state, 0)
+    return pager
 
 
 class Cuda:
@@ -106,11 +117,9 @@ def test_memory_of_pages_is_known_to_both_copying_streams(cuda):
 def test_pages_get_memory_of_their_own(cuda):
     """What is cached goes back before pages come, and what they took goes back when they leave."""
     cuda.total = 1 << 40
-    pager = Pager(CudaDevice(torch.device("cpu")), "auto")
-    state = pager.state(FULL, 256)
-    state.grow(1024)
+    pager = paged(4)
     for _ in range(3):
-        assert len(list(state.slices([(0, 1024)]))) == 4
+        assert len(list(pager.visit())) == 4
     assert cuda.log[0] == "empty_cache" and cuda.log.count("empty_cache") == 1
     assert len(cuda.log) == 1 + 2 * 4
     pager.evict_all()
@@ -119,14 +128,12 @@ def test_pages_get_memory_of_their_own(cuda):
 
 def test_a_few_bytes_of_room_more_move_no_pages(monkeypatch, cuda):
     """The allocator would have to give its cache back and take it again."""
-    pager = Pager(CudaDevice(torch.device("cpu")), "auto")
-    state = pager.state(FULL, 256)
-    state.grow(256 * 100)
+    pager = paged(100)
     held = []
     for pages in (80, 81, 85, 79, 80, 84, 95, 99, 100):
-        monkeypatch.setattr(pager.device, "room", lambda _, pages=pages: 2048 * pages)
-        list(state.slices([(0, 256 * 100)]))
-        held.append(pager.held // 2048)
+        monkeypatch.setattr(pager.device, "room", lambda _, pages=pages: PAGE * pages)
+        list(pager.visit())
+        held.append(pager.held // PAGE)
     assert held == [80, 80, 80, 79, 79, 79, 95, 95, 100]
     assert cuda.log.count("empty_cache") == 4
 

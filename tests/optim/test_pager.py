@@ -7,105 +7,102 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from simulated_device import CopyError, SimulatedDevice
+from torch import nn
 
 from fourbit.errors import InputError
-from fourbit.optim.pager import Pager
-from fourbit.optim.pages import Page
-from fourbit.optim.simulated_device import CopyError, SimulatedDevice
-from fourbit.optim.states import Field, Resident
+from fourbit.optim.paging import Pager, check_room, page_elements, sizes
+from fourbit.optim.state import CHUNK, FlatState, Moment, fields
 
-FULL = {"mean": Field(torch.float32, 1), "square": Field(torch.float32, 1)}
-EIGHT = {
-    "mean": Field(torch.uint8, 1),
-    "mean_absmax": Field(torch.float32, 256),
-    "square": Field(torch.uint8, 1),
-    "square_absmax": Field(torch.float32, 256),
-}
-DOUBLE = {"mean": Field(torch.float64, 1)}
-KINDS = {"full": FULL, "eight": EIGHT, "double": DOUBLE}
+MOMENTS = (Moment("mean", True), Moment("square", False))
+PAGE = 8 * CHUNK  # bytes of a chunk of two fp32 moments
+KINDS = [(torch.float32, 32), (torch.bfloat16, 8), (torch.float64, 32)]
 
 
-def update(part, wanted, fields, step):
-    """In place, on those elements of a slice that are wanted."""
-    for start, end in wanted:
-        low, high = max(start, part.start), min(end, part.end)
-        if low >= high:
-            continue
-        for number, (name, field) in enumerate(fields.items()):
-            cut = slice((low - part.start) // field.per, (high - part.start) // field.per)
-            index = torch.arange(low // field.per, high // field.per)
-            values = part.tensors[name][cut]
+def update(part, step):
+    """In place, on those elements of a slice whose parameter has a gradient."""
+    for entry, _, length, offset in part.state.segments(part.start, part.end):
+        for number, (name, field) in enumerate(part.state.fields.items()) if entry.gradient is not None else ():
+            first = (offset - part.start) // field.per
+            values = part.tensors[name][first : first + -(-length // field.per)]
+            index = torch.arange(len(values)) + offset // field.per
             values.copy_((values.double() * 3 + index + step * 7 + number).remainder(251))
 
 
 class Twin:
     """One state paged and one kept whole, treated alike."""
 
-    def __init__(self, pager, fields, page_elements, total):
-        self.fields = fields
-        self.paged, self.whole = pager.state(fields, page_elements), Resident(fields, torch.device("cpu"))
-        self.grow(total)
+    def __init__(self, pager, parts, dtype=torch.float32, bits=32):
+        self.pager = pager
+        self.paged, self.whole = (FlatState(0, dtype, bits, MOMENTS) for _ in range(2))
+        self.join(parts)
 
-    def grow(self, total):
-        self.total = total
-        self.whole.grow(total)
-        self.paged.grow(total)
+    def join(self, parts):
+        parameters = [(nn.Parameter(torch.zeros(n, dtype=self.whole.dtype)), 0) for n in parts]
+        self.whole.tensors = self.whole.grown(self.whole.end_after(parts), torch.device("cpu"))
+        self.whole.join(parameters, 0)
+        self.pager.add(self.paged, self.paged.join(parameters, 0)[0].start)
 
-    def step(self, wanted, step):
-        for storage in (self.whole, self.paged):
-            for part in storage.slices(wanted):
-                update(part, wanted, self.fields, step)
+    def want(self, places=None):
+        for state in (self.paged, self.whole):
+            for place, entry in enumerate(state.entries):
+                entry.gradient = torch.zeros(1) if places is None or place in places else None
 
-    def write(self, start, end, seed):
-        for name, field in self.fields.items():
-            values = torch.randint(251, ((end - start) // field.per,), generator=torch.Generator().manual_seed(seed))
-            for storage in (self.whole, self.paged):
-                storage.write(start, {name: values.to(field.dtype)})
+    def step(self, step, places=None):
+        self.want(places)
+        run(self.pager, [self], step)
 
-    def check(self, start=0, end=None):
-        theirs, ours = (s.read([(start, self.total if end is None else end)])[0] for s in (self.whole, self.paged))
-        for name in self.fields:
-            assert torch.equal(ours[name], theirs[name]), name
+    def check(self):
+        found = {page_entry: page.state.empty(page_entry) for page in self.pager.pages for page_entry in page.entries}
+        for part in self.pager.read():
+            part.copy(found)
+        for ours, theirs in zip(self.paged.entries, self.whole.entries, strict=True):
+            for name, values in self.whole.views(theirs).items():
+                assert torch.equal(found[ours][name], values), name
 
 
-@st.composite
-def spans(draw, total):
-    """Ascending spans of whole blocks, with gaps: parameters without gradients."""
-    cuts = sorted(draw(st.sets(st.integers(0, total // 256), max_size=6)))
-    return [(256 * a, 256 * b) for a, b in zip(cuts[::2], cuts[1::2], strict=False)]
+def run(pager, twins, step):
+    for part in pager.visit():
+        update(part, step)
+    for twin in twins:
+        update(twin.whole.whole(), step)
+
+
+def ten(device, budget, pages=10):
+    """A pager, and a twin of so many pages of one chunk each."""
+    pager = Pager(device, budget, PAGE)
+    return pager, Twin(pager, [CHUNK] * pages)
+
+
+PARTS = st.lists(st.sampled_from([1, 255, 257, 3000, CHUNK, CHUNK + 1, 3 * CHUNK]), min_size=1, max_size=4)
 
 
 @given(st.data())
 def test_paged_equals_whole_under_every_budget(data):
     """Any page sizes, states, budgets from one page to everything, gradients present and missing, and disturbances."""
-    kinds = data.draw(st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=3))
-    totals = [256 * data.draw(st.integers(1, 24)) for _ in kinds]
-    pages = [256 * data.draw(st.integers(1, 6)) for _ in kinds]
-    page_sizes = [Page(0, elements, KINDS[kind]).size for kind, elements in zip(kinds, pages, strict=True)]
-    everything = sum(Page(0, total, KINDS[kind]).size for kind, total in zip(kinds, totals, strict=True))
-    budget = data.draw(st.integers(max(page_sizes), max(page_sizes) + everything))
+    kinds = data.draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=3))
+    page_bytes = PAGE * data.draw(st.integers(1, 3))
+    largest = max(sizes(f, page_elements(f, page_bytes))[1] for f in (fields(MOMENTS, b, d) for d, b in kinds))
     device = SimulatedDevice(seed=data.draw(st.none() | st.integers(0, 99)))
-    pager = Pager(device, budget)
-    twins = [Twin(pager, KINDS[k], p, t) for k, p, t in zip(kinds, pages, totals, strict=True)]
+    pager = Pager(device, "auto", page_bytes)
+    pager.budget = data.draw(st.integers(largest, 30 * PAGE))
+    twins = [Twin(pager, data.draw(PARTS), *kind) for kind in kinds]
     for step in range(data.draw(st.integers(1, 6))):
         for twin in twins:
-            twin.step(data.draw(spans(twin.total)), step)
+            twin.want(data.draw(st.sets(st.integers(0, len(twin.paged.entries) - 1))))
+        run(pager, twins, step)
         twin = data.draw(st.sampled_from(twins))
-        match data.draw(st.sampled_from(["nothing", "read", "evict", "write", "grow"])):
+        match data.draw(st.sampled_from(["nothing", "read", "evict", "join"])):
             case "read":
-                start, end = sorted(data.draw(st.tuples(*2 * [st.integers(0, twin.total // 256)])))
-                twin.check(256 * start, 256 * end)
+                twin.check()
             case "evict":
                 pager.evict_all()
                 assert device.held == pager.held == 0
-            case "write":
-                start = data.draw(st.integers(0, twin.total // 256 - 1))
-                twin.write(256 * start, 256 * data.draw(st.integers(start + 1, twin.total // 256)), step)
-            case "grow":
-                twin.grow(twin.total + 256 * data.draw(st.integers(0, 5)))
+            case "join":
+                twin.join(data.draw(PARTS))
     for twin in twins:
         twin.check()
-    assert device.peak <= budget
+    assert device.peak <= pager.budget
     assert pager.counters.peak_bytes == device.peak
 
 
@@ -113,197 +110,117 @@ def test_paged_equals_whole_under_every_budget(data):
 def test_counters_of_a_steady_step(seed):
     """Ten pages, room for two that stay and two in staging: eight stream in and out at every step."""
     device = SimulatedDevice(seed=seed)
-    pager = Pager(device, 4 * 2048)
-    twin = Twin(pager, FULL, 256, 2560)
+    pager, twin = ten(device, 4 * PAGE)
     for step in range(3):
-        twin.step([(0, 2560)], step)
+        twin.step(step)
     counters = pager.counters
     assert (counters.hits, counters.misses) == (6, 24)
-    assert counters.bytes_out == 24 * 2048
-    assert counters.bytes_in == (24 + 2) * 2048  # the first two of the next step are on their way
+    assert counters.bytes_out == 24 * PAGE
+    assert counters.bytes_in == (24 + 2) * PAGE  # the first two of the next step are on their way
     assert counters.evictions == 26 - 2  # all but those in staging
-    assert counters.peak_bytes == pager.held == 4 * 2048
-    assert counters.stall_seconds == device.stalled() > 0
+    assert counters.peak_bytes == pager.held == 4 * PAGE
+    assert counters.stall_seconds == device.stalled() == 24
     twin.check()
 
 
-def test_learns_the_order_of_states():
-    """From the second step on nothing is fetched that the step does not want next."""
-    pager = Pager(SimulatedDevice(), 3 * 2048)
-    twins = [Twin(pager, FULL, 256, 1024) for _ in range(3)]
-    moved = []
-    for step in range(5):
-        before = pager.counters.bytes_in
-        for i in (2, 1, 0):
-            twins[i].step([(0, 1024)], step)
-        moved.append((pager.counters.bytes_in - before) // 2048)
-    assert moved[2:] == 3 * [12 - 1]
-    for twin in twins:
-        twin.check()
-
-
-@pytest.mark.parametrize(("budget", "pages"), [(2048, 1), (4095, 1), (4096, 2), (8191, 3), (8192, 4), (20479, 9)])
+@pytest.mark.parametrize(
+    ("budget", "pages"),
+    [(PAGE, 1), (2 * PAGE - 1, 1), (2 * PAGE, 2), (4 * PAGE - 1, 3), (4 * PAGE, 4), (10 * PAGE - 1, 9)],
+)
 def test_a_byte_short_of_a_page_is_a_page_less(budget, pages):
     device = SimulatedDevice()
-    twin = Twin(Pager(device, budget), FULL, 256, 2560)
-    twin.step([(0, 2560)], 0)
-    assert device.held == device.peak == pages * 2048
+    _, twin = ten(device, budget)
+    twin.step(0)
+    assert device.held == device.peak == pages * PAGE
 
 
 def test_everything_fits_and_nothing_is_copied():
-    pager = Pager(SimulatedDevice(), "auto")
-    twin = Twin(pager, EIGHT, 512, 2304)
+    pager, twin = ten(SimulatedDevice(), "auto")
     for step in range(3):
-        twin.step([(0, 2304)], step)
+        twin.step(step)
     c = pager.counters
     assert (c.bytes_in, c.bytes_out, c.misses, c.evictions, c.stall_seconds) == (0, 0, 0, 0, 0.0)
-    assert c.hits == 3 * 5 and pager.held == sum(page.size for page in pager.pages)
+    assert c.hits == 3 * 10 and pager.held == sum(page.size for page in pager.pages)
     twin.check()
-
-
-def test_next_pages_are_fetched_before_the_next_step():
-    """So the first pages of a step arrive during forward and backward, and it stalls less than with one slot."""
-    stalls = {}
-    for slots in (1, 2):
-        device = SimulatedDevice(bandwidth=2048.0)  # a page takes a second
-        twin = Twin(Pager(device, slots * 2048), FULL, 256, 2048)
-        for step in range(4):
-            device.work(30.0)  # forward and backward
-            before = device.stalled()
-            twin.step([(0, 2048)], step)
-        stalls[slots] = device.stalled() - before
-    assert stalls == {1: 14.0, 2: 7.0}  # for seven pages out and in, or for six out beside in
-
-
-def test_reading_many_spans_brings_each_page_once():
-    """Not a page for every parameter in it; and the copies are the bytes that were asked for."""
-    pager = Pager(SimulatedDevice(), 4 * 2048)
-    twin = Twin(pager, EIGHT, 1024, 256 * 40)
-    twin.step([(0, twin.total)], 0)
-    read = []
-    whole = pager.read
-    pager.read = lambda page: read.append(page.number) or whole(page)
-    spans = [(256 * i, 256 * (i + 1 + i % 2)) for i in (0, 1, 3, 4, 5, 7, 8, 14, 15, 17, 30)]
-    spans.insert(3, (1024, 1024))
-    found, expected = twin.paged.read(spans), twin.whole.read(spans)
-    assert read == [0, 1, 2, 3, 4, 7]
-    for ours, theirs in zip(found, expected, strict=True):
-        for name in EIGHT:
-            assert torch.equal(ours[name], theirs[name])
-            assert ours[name].untyped_storage().nbytes() == ours[name].nbytes
-
-
-@given(st.data())
-def test_pages_that_a_step_needs(data):
-    """Those that a span overlaps; also when the spans change from step to step, or the state grows."""
-    pager = Pager(SimulatedDevice(), "auto")
-    state = pager.state(FULL, 256 * data.draw(st.integers(1, 4)))
-    total = 0
-    for _ in range(4):
-        total += 256 * data.draw(st.integers(0, 12))
-        state.grow(total)
-        wanted = data.draw(spans(total))
-        for _ in range(2):
-            seen = [(part.start, part.end) for part in state.slices(list(wanted))]
-            pages = [(page.start, page.end) for page in state.pages]
-            assert seen == [(a, b) for a, b in pages if any(start < b and a < end for start, end in wanted)]
 
 
 def test_pages_that_stay_keep_no_memory_of_the_host():
     """It would be out of date from their first update on."""
-    device = SimulatedDevice(capacity=2048 * 4)
-    pager = Pager(device, "auto")
-    twin = Twin(pager, FULL, 256, 2560)
-    hosts = lambda: sum(page.host is not None for page in pager.pages)  # noqa: E731
-    twin.step([(0, 2560)], 0)
-    twin.step([(0, 2560)], 1)
-    assert hosts() == 8
-    device.capacity = 2048 * 100
+    device = SimulatedDevice(capacity=4 * PAGE)
+    pager, twin = ten(device, "auto")
+    twin.step(0)
+    twin.step(1)
+    assert pager.host_bytes() == 8 * PAGE
+    device.capacity = 100 * PAGE
     for step in (2, 3):
-        twin.step([(0, 2560)], step)
-        assert hosts() == 0
+        twin.step(step)
+        assert pager.host_bytes() == 0
     twin.check()
     pager.evict_all()
-    assert hosts() == 10
-    twin.check()
-
-
-def test_a_copy_that_fails_while_a_state_grows_loses_nothing():
-    """The last page, short so far, is made anew: it must not be forgotten before it has been read."""
-    device = SimulatedDevice()
-    pager = Pager(device, 8192)
-    twin = Twin(pager, FULL, 1024, 256 * 5)
-    device.fail_copy(3, late=True)  # page 0 in and out, page 1 in and out
-    twin.step([(0, twin.total)], 0)
-    with pytest.raises(CopyError):
-        twin.paged.grow(256 * 7)
-    twin.check()
-    twin.grow(256 * 7)
+    assert pager.host_bytes() == 10 * PAGE
     twin.check()
 
 
 def test_a_pager_that_is_closed_has_nothing_under_way():
     device = SimulatedDevice()
-    twin = Twin(pager := Pager(device, 3 * 2048), FULL, 256, 2560)
-    twin.step([(0, 2560)], 0)
+    pager, twin = ten(device, 3 * PAGE)
+    twin.step(0)
     assert device.queued() > 0
-    counters = pager.counters
-    other = pager.renewed()
     pager.close()
     assert device.queued() == device.held == pager.held == 0
-    assert other.counters is counters and other.device is device and other.budget == pager.budget and not other.pages
 
 
 def test_budget_below_a_page_names_the_least():
-    pager = Pager(SimulatedDevice(), 2047)
-    with pytest.raises(InputError, match="budget of 2047 bytes is less than one page of state; the least is 2048"):
-        pager.state(FULL, 256).grow(512)
+    kept = fields(MOMENTS, 32, torch.float32)
+    with pytest.raises(
+        InputError, match=f"budget of {PAGE - 1} bytes is less than one page of state; the .* is {PAGE}"
+    ):
+        check_room(PAGE - 1, [(kept, 10), (kept, 2 * CHUNK)])
+    check_room(PAGE, [(kept, 10), (kept, 2 * CHUNK)])
     for budget in (0, -1, 1.5, "half", None):
         with pytest.raises(InputError, match='"auto" or a positive number of bytes'):
             Pager(SimulatedDevice(), budget)
 
 
 class TestAuto:
-    def pager(self, capacity):
-        device = SimulatedDevice(capacity=capacity)
-        pager = Pager(device, "auto")
-        return device, pager, Twin(pager, FULL, 256, 2560)
-
     def test_keeps_what_fits_and_gives_pages_back(self):
-        device, pager, twin = self.pager(capacity=2048 * 12)
+        device = SimulatedDevice(capacity=12 * PAGE)
+        pager, twin = ten(device, "auto")
         held = []
-        for step, others in enumerate([0, 7, 4, 12, 2]):
-            device.others = min(others, 12) * 2048 if others < 12 else 2048 * 10
-            twin.step([(0, 2560)], step)
-            held.append(pager.held // 2048)
+        for step, others in enumerate([0, 7, 4, 10, 2]):
+            device.others = others * PAGE
+            twin.step(step)
+            held.append(pager.held // PAGE)
         assert held == [10, 5, 8, 2, 10]  # never less than two: it would be slower still
         twin.check()
 
     def test_takes_less_where_memory_is_not_to_be_had(self):
-        device, pager, twin = self.pager(capacity=2048 * 5)
-        device.room = lambda held: 2048 * 100  # says there is much
-        twin.step([(0, 2560)], 0)
-        assert pager.held <= 2048 * 5
-        twin.step([(0, 2560)], 1)
+        device = SimulatedDevice(capacity=5 * PAGE)
+        pager, twin = ten(device, "auto")
+        device.room = lambda held: 100 * PAGE  # says there is much
+        twin.step(0)
+        assert pager.held <= 5 * PAGE
+        twin.step(1)
         twin.check()
 
-    def test_goes_down_to_one_slot_and_then_raises(self):
-        device, pager, twin = self.pager(capacity=2048)
-        twin.step([(0, 2560)], 0)
-        assert pager.held == 2048
+    def test_goes_down_to_one_frame_and_then_raises(self):
+        device = SimulatedDevice(capacity=PAGE)
+        pager, twin = ten(device, "auto")
+        twin.step(0)
+        assert pager.held == PAGE
         twin.check()
         pager.evict_all()
-        device.capacity = 2000
+        device.capacity = PAGE - 1
         with pytest.raises(torch.OutOfMemoryError):
-            list(twin.paged.slices([(0, 2560)]))
+            twin.step(1)
         twin.check()
 
     def test_takes_half_after_it_had_to_leave(self):
-        _device, pager, twin = self.pager(capacity=2048 * 12)
+        pager, twin = ten(SimulatedDevice(capacity=12 * PAGE), "auto")
         for step, held in enumerate([10, 5, 2, 2]):
-            twin.step([(0, 2560)], step)
-            assert pager.held == held * 2048
-            assert pager.evict_all() == held * 2048
+            twin.step(step)
+            assert pager.held == held * PAGE
+            assert pager.evict_all() == held * PAGE
             assert pager.held == 0
         twin.check()
 
@@ -313,70 +230,50 @@ class TestFailedCopies:
     def test_raises_and_loses_no_state(self, data):
         """Every page is as it was before the step or as it is after it, and steps go on when copies work again."""
         device = SimulatedDevice(seed=data.draw(st.none() | st.integers(0, 99)))
-        pager = Pager(device, 2048 * data.draw(st.integers(1, 9)))
-        twin = Twin(pager, FULL, 256, 256 * 8)
-        whole = [(0, twin.total)]
+        pager, twin = ten(device, PAGE * data.draw(st.integers(1, 9)), pages=8)
         for step in range(2):
-            twin.step(whole, step)
-        device.fail_copy(data.draw(st.integers(0, 20)), late=data.draw(st.booleans()))
-        done = []
+            twin.step(step)
+        device.fail_copy(data.draw(st.integers(0, 20)))
+        done = set()
         try:
-            for part in twin.paged.slices(whole):
-                update(part, whole, FULL, 2)
-                done.append((part.start, part.end))
+            for part in pager.visit():
+                update(part, 2)
+                done.add(part.start // CHUNK)
             if data.draw(st.booleans()):
                 pager.evict_all()
-            else:
-                twin.paged.read([(0, twin.total)])
         except CopyError:
             pass
         device.fail_copy(10**9)
-        for part in twin.whole.slices(whole):
-            update(part, done, FULL, 2)
+        twin.want(done)
+        update(twin.whole.whole(), 2)
         if data.draw(st.booleans()):
             twin.check()  # else the next step is the first to look
         for step in range(3, 5):
-            twin.step(data.draw(spans(twin.total)), step)
+            twin.step(step, data.draw(st.sets(st.integers(0, 7))))
         twin.check()
         assert device.peak <= pager.budget
 
     def test_every_copy_of_a_step_can_fail(self):
-        """The message is the copy's own, whichever it was; late failures show by the next step at the latest."""
-        for late in (False, True):
-            for number in range(16):
-                device = SimulatedDevice()
-                twin = Twin(Pager(device, 2 * 2048), FULL, 256, 256 * 8)
-                twin.step([(0, twin.total)], 0)
-                device.fail_copy(number, late)
-                with pytest.raises(CopyError, match="injected: copy"):
-                    for _ in range(2):
-                        for _part in twin.paged.slices([(0, twin.total)]):
-                            pass
-                twin.check()
-
-    def test_a_page_that_was_fetched_in_vain(self):
-        """Its failure shows when the page is looked at, once."""
-        for number in (15, 17):  # the copies that bring pages 0 and 1 for the next step
+        """The message is the copy's own, whichever it was; a step that failed after its last page has been done."""
+        for number in range(16):
             device = SimulatedDevice()
-            twin = Twin(Pager(device, 2 * 2048), FULL, 256, 256 * 8)
-            device.fail_copy(number, late=True)
-            twin.step([(0, twin.total)], 0)
-            twin.step([(256 * 4, 256 * 8)], 1)  # other pages take their places
-            with pytest.raises(CopyError):
-                twin.paged.read([(0, twin.total)])
-            twin.check()
-            twin.step([(0, twin.total)], 2)
+            pager, twin = ten(device, 2 * PAGE, pages=8)
+            twin.step(0)
+            device.fail_copy(number)
+            with pytest.raises(CopyError, match="injected: copy"):
+                for _part in pager.visit():
+                    pass
             twin.check()
 
     def test_caller_that_stops_half_way(self):
-        twin = Twin(Pager(SimulatedDevice(), 2 * 2048), FULL, 256, 256 * 8)
-        twin.step([(0, twin.total)], 0)
-        parts = twin.paged.slices([(0, twin.total)])
+        pager, twin = ten(SimulatedDevice(), 2 * PAGE, pages=8)
+        twin.step(0)
+        parts = pager.visit()
         for _ in range(3):
             next(parts)
         parts.close()
         twin.check()
-        twin.step([(0, twin.total)], 1)
+        twin.step(1)
         twin.check()
 
 
@@ -402,7 +299,7 @@ class Forgetful(SimulatedDevice):
         return super().copy(direction, target, source, after)
 
 
-@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("frames", [1, 2])
 @pytest.mark.parametrize(
     "forgets",
     [
@@ -413,11 +310,11 @@ class Forgetful(SimulatedDevice):
         "copy in waits for the copy out",
     ],
 )
-def test_each_wait_is_needed(forgets, slots):
+def test_each_wait_is_needed(forgets, frames):
     """Without it numbers are wrong: the simulation would show a pager that forgot one."""
-    twin = Twin(Pager(Forgetful(forgets), slots * 2048), FULL, 256, 256 * 5)
+    _, twin = ten(Forgetful(forgets), frames * PAGE, pages=5)
     for step in range(3):
-        twin.step([(0, twin.total)], step)
+        twin.step(step)
     if forgets == "nothing":
         twin.check()
     else:
@@ -426,11 +323,11 @@ def test_each_wait_is_needed(forgets, slots):
 
 
 def test_misuse_is_refused():
-    pager = Pager(SimulatedDevice(), 4096)
-    twin = Twin(pager, FULL, 256, 1024)
-    parts = twin.paged.slices([(0, 1024)])
+    pager, twin = ten(SimulatedDevice(), 2 * PAGE)
+    twin.want()
+    parts = pager.visit()
     next(parts)
     with pytest.raises(RuntimeError, match="cannot be evicted while a step visits them"):
         pager.evict_all()
-    with pytest.raises(RuntimeError, match="one state after the other"):
-        next(twin.paged.slices([(0, 1024)]))
+    with pytest.raises(RuntimeError, match="one step after the other"):
+        next(pager.visit())

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.codes import dynamic_code
-from .bank import Group
-from .layout import BLOCK
-from .rules import Rule
-from .states import fields
+from .state import BLOCK, fields
+from .update import Group, Rule
 
 _PEERS_SETTINGS = {  # settings of torch.optim.AdamW and bitsandbytes that have no meaning here
-    *("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"),
+    *("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay", "maximize"),
     *("alpha", "t_alpha", "t_beta3"),
 }
 _WRAPPED = "__bnb_optimizer_quant_state__"
@@ -34,13 +32,15 @@ def read_groups(saved: list[Group], groups: list[Group]) -> list[Group]:
         raise ValueError(f"the saved optimizer has no {' and no '.join(absent)}, so it is neither AdamW nor Lion")
     if any(group.get("amsgrad") for group in saved):
         raise ValueError("the saved optimizer used amsgrad, which has a state that AdamW here does not keep")
+    if any(group.get("maximize") for group in saved):
+        raise ValueError("the saved optimizer maximizes, which the optimizers here do not")
     if any(group.get("decoupled_weight_decay") is False and group.get("weight_decay") for group in saved):
         raise ValueError("the saved optimizer is Adam, which adds weight decay into the gradient; here it is decoupled")
     kept = [{k: v for k, v in deepcopy(group).items() if k not in _PEERS_SETTINGS} for group in saved]
     return [{**now, **before, "params": now["params"]} for now, before in zip(groups, kept, strict=True)]
 
 
-def load_state(
+def read_states(
     saved: dict[str, Any], parameters: list[nn.Parameter], bits: Callable[[Tensor], int], rule: Rule
 ) -> dict[int, dict[str, Any]]:
     """Number of a parameter -> its "step" (a float) and moments, named as ours and checked."""

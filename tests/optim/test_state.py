@@ -1,23 +1,70 @@
-"""8-bit states: how far a stored value may lie from the true one, bucket by bucket of the map; stochastic rounding."""
+"""The flat state: everything is covered once, nothing is shared, and pages cut between chunks; what 8 bits keep."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from fourbit.kernels.codes import dynamic_code
-from fourbit.optim.layout import BLOCK
-from fourbit.optim.rules import round_stochastically
-from fourbit.optim.states import Moment, Resident, decode, encode, fields
+from fourbit.optim.state import BLOCK, CHUNK, FlatState, Moment, decode, encode, fields
+from fourbit.optim.update import round_stochastically
 
+SIZES = st.lists(st.one_of(st.integers(0, 600), st.integers(4000, 20000)), max_size=12)
 MOMENTS = [Moment("mean", True), Moment("square", False)]
 VALUES = st.lists(st.floats(-(2.0**66), 2.0**66, width=32, allow_subnormal=False), min_size=1, max_size=600)
 
 
-def kept(moment: Moment, size: int) -> dict[str, torch.Tensor]:
-    storage = Resident(fields([moment], 8, torch.float32), torch.device("cpu"))
-    storage.grow(-(-size // BLOCK) * BLOCK)
-    return storage.tensors
+def join(state: FlatState, sizes: list[int]) -> None:
+    state.join([(nn.Parameter(torch.empty(size)), 0) for size in sizes], len(state.entries))
+
+
+def flat(sizes: list[int], bits: int = 32) -> FlatState:
+    state = FlatState(0, torch.float32, bits, MOMENTS)
+    state.tensors = state.grown(state.end_after(sizes), torch.device("cpu"))
+    join(state, sizes)
+    return state
+
+
+@given(SIZES)
+def test_chunks_cover_every_element_once(sizes: list[int]) -> None:
+    state = flat(sizes)
+    seen, last = [0] * len(sizes), 0
+    for row, start, length, offset in state.chunks().tolist():
+        assert start == seen[row] and 0 < length <= CHUNK
+        assert offset == state.entries[row].start + start >= last
+        assert offset // CHUNK == (offset + length - 1) // CHUNK  # in one window, so no page cuts it
+        assert start % BLOCK == offset % BLOCK == 0
+        seen[row] += length
+        last = offset + length
+    assert seen == sizes
+
+
+@given(SIZES, SIZES)
+def test_spans_are_whole_blocks_and_disjoint_and_never_move(sizes: list[int], more: list[int]) -> None:
+    """Those that join later begin at a chunk, so on pages of their own."""
+    state, end = flat(sizes), 0
+    for entry in state.entries:
+        assert entry.start == end and entry.start % BLOCK == 0
+        end = -(-(entry.start + entry.size) // BLOCK) * BLOCK
+    assert end == state.total
+    before, total = [entry.start for entry in state.entries], state.end_after(more)
+    join(state, more)
+    assert [entry.start for entry in state.entries][: len(sizes)] == before and state.total == total
+    later = [entry.start for entry in state.entries[len(sizes) :]]
+    assert not later or (later[0] % CHUNK == 0 and end <= later[0] < end + CHUNK)
+
+
+@given(SIZES, st.data())
+def test_segments_of_pages_add_up(sizes: list[int], data: st.DataObject) -> None:
+    state, page = flat(sizes), data.draw(st.integers(1, 4)) * CHUNK
+    seen = [0] * len(sizes)
+    for first in range(0, state.total, page):
+        for entry, start, length, offset in state.segments(first, min(first + page, state.total)):
+            assert start == seen[entry.row] and first <= offset and offset + length <= first + page
+            assert offset == entry.start + start
+            seen[entry.row] += length
+    assert seen == sizes
 
 
 @given(st.sampled_from(MOMENTS), VALUES)
@@ -25,7 +72,7 @@ def test_a_value_moves_at_most_half_its_bucket(moment: Moment, numbers: list[flo
     """The bucket of a value is the gap between its two neighbours in the map, times the scale of its block."""
     values = torch.tensor(numbers)
     values = values if moment.signed else values.abs()
-    tensors = kept(moment, len(values))
+    tensors = flat([len(values)], bits=8).tensors
     encode(moment, values, tensors, 0)
     back = decode(moment, tensors, 0, len(values)).double()
     scale = tensors[f"{moment.name}_absmax"].double().repeat_interleave(BLOCK)[: len(values)]
@@ -43,24 +90,23 @@ def test_a_value_moves_at_most_half_its_bucket(moment: Moment, numbers: list[flo
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_entries_of_the_map_come_back_exactly(moment: Moment) -> None:
     values = dynamic_code(moment.signed) * 0.375
-    tensors = kept(moment, 256)
+    tensors = flat([256], bits=8).tensors
     encode(moment, values, tensors, 0)
     assert torch.equal(decode(moment, tensors, 0, 256), values)
     assert tensors[moment.name].tolist() == list(range(256))
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("bits", [8, 32])
-def test_fresh_state_is_zero_and_growing_keeps_it(moment: Moment, bits: int) -> None:
-    storage = Resident(fields([moment], bits, torch.float32), torch.device("cpu"))
-    storage.grow(512)
-    assert not decode(moment, storage.tensors, 0, 512).any()
+def test_fresh_state_is_zero_and_growing_keeps_it(bits: int) -> None:
+    state = flat([512], bits=bits)
     values = torch.randn(512, generator=torch.Generator().manual_seed(0)).abs()
-    encode(moment, values, storage.tensors, 0)
-    before = decode(moment, storage.tensors, 0, 512).clone()
-    storage.grow(1024)
-    assert torch.equal(decode(moment, storage.tensors, 0, 512), before)
-    assert not decode(moment, storage.tensors, 512, 1024).any()
+    for moment in MOMENTS:
+        assert not decode(moment, state.tensors, 0, 512).any()
+        encode(moment, values, state.tensors, 0)
+    before = {name: tensor.clone() for name, tensor in state.tensors.items()}
+    grown = state.grown(state.end_after([300]), torch.device("cpu"))
+    for name, old in before.items():
+        assert torch.equal(grown[name][: len(old)], old) and not grown[name][len(old) :].any()
 
 
 def test_fp64_moments_are_never_cut() -> None:

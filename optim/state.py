@@ -1,0 +1,204 @@
+"""The flat state of an optimizer: what is kept for each element of its parameters, and whose lies where.
+
+Parameters of one group, dtype and width share flat tensors (`FlatState`). Each parameter has a span of them that starts
+at a multiple of BLOCK, the block of 8-bit states, so that no block belongs to two parameters. Spans are only appended:
+what lies somewhere stays there when parameters join. Kernels work on chunks: pieces of one parameter inside one window
+of CHUNK elements. So every cut of the flat state at a multiple of CHUNK (a page) also is a cut between chunks.
+
+A moment (a running mean of gradients or of their squares) is kept in full (fp32; fp64 for fp64 parameters) or as 8-bit
+codes of the dynamic map with one fp32 scale (absmax) for every 256 elements, as bitsandbytes does: the signed map where
+the moment has a sign, the unsigned one where it has none. An element's nearest code is found exactly
+(kernels/blockwise). Fresh state is zero bytes in either form: code 0 times a scale of 0.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..kernels.blockwise import dequantize_blockwise, quantize_blockwise
+from ..kernels.codes import dynamic_code
+
+BLOCK = 256
+CHUNK = 4096
+
+
+class Moment(NamedTuple):
+    """One running mean: its name in state dicts, and whether it can be negative."""
+
+    name: str
+    signed: bool
+
+
+class Field(NamedTuple):
+    """One flat tensor: its dtype, and how many elements of the state share one of its entries."""
+
+    dtype: torch.dtype
+    per: int
+
+
+def fields(moments: Sequence[Moment], bits: int, dtype: torch.dtype) -> dict[str, Field]:
+    """The flat tensors that keep `moments` of parameters of `dtype` with 8 or 32 bits (fp64 is never cut to either)."""
+    if bits == 32:
+        return {m.name: Field(torch.promote_types(dtype, torch.float32), 1) for m in moments}
+    return {
+        name: field
+        for m in moments
+        for name, field in ((m.name, Field(torch.uint8, 1)), (f"{m.name}_absmax", Field(torch.float32, BLOCK)))
+    }
+
+
+def whole(size: int, unit: int = BLOCK) -> int:
+    """The least multiple of `unit` that is `size` or more."""
+    return -(-size // unit) * unit
+
+
+@dataclass(eq=False)
+class Entry:
+    """One parameter whose state is kept."""
+
+    parameter: nn.Parameter
+    number: int  # among all parameters of the optimizer, as in state dicts
+    row: int  # in step counts, and in the tables of kernels
+    state: "FlatState"
+    start: int  # in it
+    weights: Tensor | None = None  # while a step runs: the parameter itself, or a contiguous copy of it
+    gradient: Tensor | None = None  # while a step runs, contiguous; None: there is none
+
+    def __post_init__(self) -> None:
+        self.shape, self.dtype, self.size = self.parameter.shape, self.parameter.dtype, self.parameter.numel()
+
+
+class Segment(NamedTuple):
+    """A piece of one parameter: its elements [start, start + length), kept in the flat state from `offset` on."""
+
+    entry: Entry
+    start: int
+    length: int
+    offset: int
+
+
+@dataclass(eq=False)
+class FlatState:
+    """The state of parameters of one group, one dtype and one width."""
+
+    group: int
+    dtype: torch.dtype
+    bits: int
+    moments: Sequence[Moment]
+    entries: list[Entry] = field(default_factory=list)
+    total: int = 0  # elements
+    tensors: dict[str, Tensor] | None = None  # by field; None while it has none, or keeps them in pages
+    batches: dict[Any, Any] = field(default_factory=dict)  # how the quick form on the CPU cuts it (update.py)
+
+    def __post_init__(self) -> None:
+        self.fields = fields(self.moments, self.bits, self.dtype)
+
+    def end_after(self, sizes: Sequence[int]) -> int:
+        """`total` once parameters of these sizes have joined. They begin at a multiple of CHUNK, so on pages anew."""
+        return whole(self.total, CHUNK) + sum(map(whole, sizes))
+
+    def grown(self, total: int, device: torch.device) -> dict[str, Tensor]:
+        """Flat tensors of `total` elements that begin with what there is, and are zero then."""
+        grown = {n: torch.zeros(total // f.per, dtype=f.dtype, device=device) for n, f in self.fields.items()}
+        for name, old in (self.tensors or {}).items():
+            grown[name][: old.numel()] = old
+        return grown
+
+    def join(self, parameters: Sequence[tuple[nn.Parameter, int]], row: int) -> list[Entry]:
+        """Append spans for (parameter, number) pairs; their rows count from `row`."""
+        start, found = whole(self.total, CHUNK), list[Entry]()
+        for parameter, number in parameters:
+            found.append(Entry(parameter, number, row + len(found), self, start))
+            start += whole(parameter.numel())
+        self.entries += found
+        self.total = start
+        self.batches.clear()
+        return found
+
+    def whole(self) -> "Slice":
+        """All of it, where it is not paged."""
+        return Slice(self, 0, self.total, self.tensors or {})
+
+    def views(self, entry: Entry) -> dict[str, Tensor]:
+        """A parameter's part of the flat tensors, moments shaped like it; nothing of what is paged."""
+        first, end = entry.start, entry.start + entry.size
+        cut = {
+            n: t[first // self.fields[n].per : -(-end // self.fields[n].per)] for n, t in (self.tensors or {}).items()
+        }
+        return {n: t.view(entry.shape) if self.fields[n].per == 1 else t for n, t in cut.items()}
+
+    def empty(self, entry: Entry) -> dict[str, Tensor]:
+        """New tensors in host memory for what `views` gives."""
+        shapes = {n: entry.shape if f.per == 1 else (-(-entry.size // f.per),) for n, f in self.fields.items()}
+        return {n: torch.empty(shape, dtype=self.fields[n].dtype, device="cpu") for n, shape in shapes.items()}
+
+    def segments(self, start: int, end: int) -> list[Segment]:
+        """What of which parameters lies in [start, end) of the flat state, in order; padding left out."""
+        found = []
+        for index in range(max(bisect_right(self.entries, start, key=lambda e: e.start) - 1, 0), len(self.entries)):
+            entry = self.entries[index]
+            if entry.start >= end:
+                break
+            low, high = max(start, entry.start), min(end, entry.start + entry.size)
+            if low < high:
+                found.append(Segment(entry, low - entry.start, high - low, low))
+        return found
+
+    def chunks(self) -> NDArray[np.int64]:
+        """All chunks in order as rows of (row, start, length, offset), int64 [chunks, 4], as in Segment."""
+        parts = [_chunks(entry) for entry in self.entries if entry.size]
+        return np.concatenate(parts) if parts else np.empty((0, 4), np.int64)
+
+
+def _chunks(entry: Entry) -> NDArray[np.int64]:
+    """One parameter's span cut at multiples of CHUNK."""
+    first, last = entry.start, entry.start + entry.size
+    inner = np.arange((first // CHUNK + 1) * CHUNK, last, CHUNK, dtype=np.int64)
+    cuts = np.concatenate([[first], inner, [last]])
+    columns = [np.full(len(cuts) - 1, entry.row), cuts[:-1] - first, np.diff(cuts), cuts[:-1]]
+    return np.stack(columns, axis=1).astype(np.int64)
+
+
+class Slice(NamedTuple):
+    """Elements [start, end) of a flat state, as `tensors` that begin at `start`, a multiple of CHUNK."""
+
+    state: FlatState
+    start: int
+    end: int
+    tensors: Mapping[str, Tensor]
+
+    def copy(self, found: Mapping[Entry, Mapping[str, Tensor]], *, back: bool = False) -> None:
+        """Copy what parameters have here to tensors of their own, by entry and field; or `back` from them."""
+        for entry, start, length, offset in self.state.segments(self.start, self.end):
+            for name, (_, per) in self.state.fields.items():
+                first = offset - self.start
+                here = self.tensors[name][first // per : -(-(first + length) // per)]
+                there = found[entry][name].reshape(-1)[start // per : -(-(start + length) // per)]
+                (here if back else there).copy_(there if back else here)
+
+
+def decode(moment: Moment, tensors: Mapping[str, Tensor], start: int, end: int) -> Tensor:
+    """A moment's elements [start, end) of flat tensors: a view of full ones, else a new fp32 tensor. 256 | start."""
+    values = tensors[moment.name][start:end]
+    if values.dtype != torch.uint8:
+        return values
+    absmax = tensors[f"{moment.name}_absmax"][start // BLOCK : -(-end // BLOCK)]
+    return dequantize_blockwise(values, absmax, dynamic_code(moment.signed, values.device), BLOCK)
+
+
+def encode(moment: Moment, values: Tensor, tensors: Mapping[str, Tensor], start: int) -> None:
+    """Put a moment back where `decode` took it; nothing to do if that was a view."""
+    target = tensors[moment.name][start : start + values.numel()]
+    if target.dtype != torch.uint8:
+        if target.data_ptr() != values.data_ptr():
+            target.copy_(values)
+        return
+    codes, absmax = quantize_blockwise(values, dynamic_code(moment.signed, values.device), BLOCK)
+    target.copy_(codes)
+    tensors[f"{moment.name}_absmax"][start // BLOCK : start // BLOCK + absmax.numel()] = absmax

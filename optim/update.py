@@ -1,0 +1,316 @@
+"""What a step does to weights and moments: the rules of AdamW and Lion, applied in plain PyTorch.
+
+`update_reference` goes parameter by parameter on any device and reads nothing back from it: step counts, clipping and
+the decision to skip stay tensors. On a CPU reading costs nothing, so the quick form, `update_cpu`, works with numbers.
+It gathers neighbours in a workspace that stays in the cache over all the operations of a step: small parameters many at
+a time, because a call of PyTorch costs more than a thousand elements, large ones in pieces.
+
+Both rules decay weights apart from the gradient ("decoupled", Loshchilov and Hutter, arXiv 1711.05101). Operations come
+in torch.optim's order, so that fp32 results agree to the last bits.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from ..kernels.dispatch import path_for
+from ..kernels.dropout import draw_halves
+from .state import BLOCK, Entry, FlatState, Moment, Segment, Slice, decode, encode, whole
+
+Group = dict[str, Any]  # a parameter group of torch.optim
+Number = float | Tensor
+Tensors = list[Tensor]
+
+# Elements of a batch by the bits of the state. 8 bits take some fifty calls a batch, and each costs as much as some ten
+# thousand elements in it.
+BATCH = {32: 1 << 16, 8: 1 << 18}
+ROUNDING_KEY = 0x5F0B  # any: it keeps the draws of stochastic rounding apart from dropout's, whose keys are drawn
+
+
+class Factors(NamedTuple):
+    """What a rule needs to know of one parameter's learning rate and step count."""
+
+    decay: Number  # 1 - lr * weight_decay: the weight's own factor
+    size: Number  # of the step
+    correction: Number  # what the root of the second moment is divided by; 1 where a rule has none
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One optimizer's mathematics. All tensors of a call have one shape and one dtype, fp32 or fp64.
+
+    factors(group, lr, step) -> Factors; `step` counts from 1. A factor is a number, or a 0-d float64 tensor where the
+        host does not know the step.
+    define(p, g, moments, factors, group) -> (new p, new moments): new tensors, from which all other forms are tested.
+    apply(p, g, moments, group, step): the same in place for the CPU.
+    """
+
+    name: str
+    moments: tuple[Moment, ...]
+    factors: Callable[[Group, Number, Number], Factors]
+    define: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+    apply: Callable[..., None]
+
+
+def _adamw_factors(group: Group, lr: Number, step: Number) -> Factors:
+    beta1, beta2 = group["betas"]
+    return Factors(1 - lr * group["weight_decay"], lr / (1 - beta1**step), (1 - beta2**step) ** 0.5)
+
+
+def _adamw(
+    p: Tensor, g: Tensor, moments: tuple[Tensor, ...], factors: Factors, group: Group
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    beta1, beta2 = group["betas"]
+    mean = moments[0] + (g - moments[0]) * (1 - beta1)
+    square = moments[1] * beta2 + g * g * (1 - beta2)
+    root = square.sqrt() / factors.correction + group["eps"]
+    return p * factors.decay - mean / root * factors.size, (mean, square)
+
+
+def _adamw_in_place(p: Tensor, g: Tensor, moments: Tensors, group: Group, step: float) -> None:
+    beta1, beta2 = group["betas"]
+    adamw(
+        *([p], [g], [moments[0]], [moments[1]], [], [torch.tensor(step - 1)]),  # counted up inside
+        fused=True,  # one pass over memory
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=float(group["lr"]),
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def _lion_factors(group: Group, lr: Number, step: Number) -> Factors:
+    return Factors(1 - lr * group["weight_decay"], lr, 1.0)
+
+
+def _lion(
+    p: Tensor, g: Tensor, moments: tuple[Tensor, ...], factors: Factors, group: Group
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    beta1, beta2 = group["betas"]
+    direction = moments[0] * beta1 + g * (1 - beta1)
+    direction = torch.where(direction.isnan(), direction, direction.sign())  # whose sign would be 0: NaN must show
+    return p * factors.decay - direction * factors.size, (moments[0] + (g - moments[0]) * (1 - beta2),)
+
+
+def _lion_in_place(p: Tensor, g: Tensor, moments: Tensors, group: Group, step: float) -> None:
+    (mean,), (beta1, beta2) = moments, group["betas"]
+    factors = _lion_factors(group, float(group["lr"]), step)
+    direction = (mean * beta1).add_(g, alpha=1 - beta1)
+    sign = direction.sign()
+    if not math.isfinite(direction.sum()):  # one pass; NaN is looked for only where there may be one
+        sign = torch.where(direction.isnan(), direction, sign)
+    p.mul_(factors.decay).add_(sign, alpha=-float(factors.size))
+    mean.lerp_(g, 1 - beta2)
+
+
+ADAMW = Rule(
+    "adamw", (Moment("exp_avg", True), Moment("exp_avg_sq", False)), _adamw_factors, _adamw, _adamw_in_place
+)  # Kingma and Ba, arXiv 1412.6980, algorithm 1
+LION = Rule(
+    "lion", (Moment("exp_avg", True),), _lion_factors, _lion, _lion_in_place
+)  # Chen et al., arXiv 2302.06675, algorithm 2
+
+
+def round_stochastically(x: Tensor, start: int, step: Tensor, number: int) -> Tensor:
+    """fp32 [n] -> bf16 [n]: up or down, each with the probability that makes the mean exact. NaN and infinity stay.
+
+    The draw is a function of parameter `number`, of its `step` (0-d) and of the place in it: element 0 of x is its
+    element `start`, a multiple of 8. So nothing is stored, and no cut of the parameters into pieces shows.
+    """
+    seed = torch.full((), ROUNDING_KEY << 32 | number, dtype=torch.int64, device=x.device)
+    draws = draw_halves(start // 8, -(-x.numel() // 8), step.to(torch.int64), seed)[: x.numel()]
+    cut = ((x.view(torch.int32) + draws) & -65536).view(torch.float32)
+    return torch.where(torch.isfinite(x), cut, x).to(torch.bfloat16)
+
+
+class Control(NamedTuple):
+    """What a step learns from all gradients together; 0-d tensors on their device."""
+
+    scale: Tensor | None  # what gradients are multiplied by to clip them
+    skip: Tensor | None  # nonzero: nothing may change
+    norm: Tensor | None  # of all gradients before clipping
+
+
+def take_control(gradients: Tensors, max_norm: float | None, found_inf: Tensor | None, device: torch.device) -> Control:
+    """The norm is taken where max_norm is given (torch.nn.utils.clip_grad_norm_'s rule), and then must be finite."""
+    if max_norm is None:
+        skip = None if found_inf is None else (found_inf.to(device).view(()) != 0).float()
+        return Control(None, skip, None)
+    norm = _norm(gradients, device)
+    skip = ~torch.isfinite(norm)
+    if found_inf is not None:
+        skip = skip | (found_inf.to(device).view(()) != 0)
+    return Control((max_norm / (norm + 1e-6)).clamp(max=1.0), skip.float(), norm.float())
+
+
+def _norm(gradients: Tensors, device: torch.device) -> Tensor:
+    """Of each gradient in at least fp32, of those in float64."""
+    gradients = [g for g in gradients if g.numel()]
+    norms: Tensors = []
+    for dtype in {g.dtype: None for g in gradients}:
+        some = [g for g in gradients if g.dtype == dtype]
+        norms += torch._foreach_norm(some, dtype=torch.promote_types(dtype, torch.float32))
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
+
+
+def step(
+    rule: Rule,
+    entries: Sequence[Entry],
+    steps: Tensor,
+    launches: Iterator[list[Slice]],
+    groups: list[Group],
+    max_norm: float | None,
+    found_inf: Tensor | None,
+    rounded: bool,
+) -> Control:
+    """One step of all entries that have a gradient; `steps` counts those of each. `rounded`: bf16 stochastically."""
+    gradients = [e.gradient for e in entries if e.gradient is not None]
+    control = take_control(gradients, max_norm, found_inf, steps.device)
+    counted = torch.tensor([float(e.gradient is not None) for e in entries]).to(steps.device)
+    if path_for(steps) != "cpu":
+        steps += counted if control.skip is None else torch.where(control.skip != 0, 0.0, counted)
+        for part in chain.from_iterable(launches):
+            update_reference(part, rule, groups[part.state.group], steps, control, rounded)
+    elif control.skip is None or not control.skip.item():
+        steps += counted
+        scale, known = 1.0 if control.scale is None else control.scale.item(), steps.tolist()
+        for part in chain.from_iterable(launches):
+            update_cpu(part, rule, groups[part.state.group], known, scale, rounded)
+    return control
+
+
+def update_reference(part: Slice, rule: Rule, group: Group, steps: Tensor, control: Control, rounded: bool) -> None:
+    """A slice's step by the rule's definition. `steps` by row count this step, unless it is skipped."""
+    rounded = rounded and part.state.dtype == torch.bfloat16
+    for entry, start, length, offset in part.state.segments(part.start, part.end):
+        if entry.gradient is None or entry.weights is None:
+            continue
+        # A first step that is skipped stays step 0, which has no factors; its results are dropped.
+        factors = rule.factors(group, group["lr"], steps[entry.row].double().clamp(min=1))
+        wide = torch.promote_types(entry.dtype, torch.float32)
+        weights, g = (t.view(-1)[start : start + length] for t in (entry.weights, entry.gradient))
+        g = g.to(wide) if control.scale is None else g.to(wide) * control.scale
+        first, last = offset - part.start, offset - part.start + length
+        moments = tuple(decode(m, part.tensors, first, last) for m in rule.moments)
+        new, moments = rule.define(weights.to(wide), g, moments, factors, group)
+        step = steps[entry.row]
+        narrow = round_stochastically(new, start, step, entry.number) if rounded else new.to(entry.dtype)
+        before = [weights.clone(), *(t.clone() for t in _region(part, first, last))] if control.skip is not None else []
+        weights.copy_(narrow)
+        for moment, values in zip(rule.moments, moments, strict=True):
+            encode(moment, values, part.tensors, first)
+        for tensor, old in zip([weights, *_region(part, first, last)], before, strict=False):
+            tensor.copy_(torch.where(control.skip != 0, old, tensor))  # type: ignore[arg-type]
+
+
+def _region(part: Slice, first: int, last: int) -> Tensors:
+    """Views of a slice's tensors where they keep its elements [first, last)."""
+    return [part.tensors[name][first // f.per : -(-last // f.per)] for name, f in part.state.fields.items()]
+
+
+@dataclass
+class Batch:
+    """Neighbouring elements [start, end) of a slice, whole blocks, of parameters that took as many steps."""
+
+    start: int
+    end: int
+    segments: list[Segment] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)  # of the workspace, for each segment
+    gradients: list[Tensor] = field(default_factory=list)
+    padding: list[slice] = field(default_factory=list)  # behind segments, in the workspace
+
+
+def update_cpu(part: Slice, rule: Rule, group: Group, steps: list[float], scale: float, rounded: bool) -> None:
+    """A slice's step; `steps` by row count this step, gradients are multiplied by `scale`.
+
+    Loops over vectors do a remainder element by element, which may round in another way. Whole blocks leave none, so
+    that results do not depend on how parameters are cut and gathered.
+    """
+    for batch in _batches(part, steps):
+        p, g = (t[: batch.end - batch.start] for t in _workspace(part.state))
+        weights, gradients = zip(*map(_weights_and_gradient, batch.segments), strict=True)
+        in_place = len(weights) == 1 and weights[0].dtype == p.dtype and not batch.padding
+        if in_place:
+            p, g = weights[0].view(-1), gradients[0].view(-1)
+        else:
+            torch._foreach_copy_(batch.weights, weights)
+            torch._foreach_copy_(batch.gradients, gradients)
+        moments = [decode(m, part.tensors, batch.start, batch.end) for m in rule.moments]
+        for padding in batch.padding:  # it counts in the scale of an 8-bit block
+            for values in (g, *moments):
+                values[padding] = 0
+        step = steps[batch.segments[0].entry.row]
+        rule.apply(p, g if scale == 1 else g * scale, moments, group, step)
+        for moment, values in zip(rule.moments, moments, strict=True):
+            encode(moment, values, part.tensors, batch.start)
+        if rounded and part.state.dtype == torch.bfloat16:
+            for (entry, start, _, _), old, new in zip(batch.segments, weights, batch.weights, strict=True):
+                values = round_stochastically(new.view(-1), start, torch.tensor(step), entry.number)
+                old.copy_(values.view(old.shape))
+        elif not in_place:
+            torch._foreach_copy_(weights, batch.weights)
+
+
+def _weights_and_gradient(segment: Segment) -> tuple[Tensor, Tensor]:
+    entry, start, length, _ = segment
+    assert entry.weights is not None and entry.gradient is not None
+    if length == entry.size:
+        return entry.weights, entry.gradient
+    return entry.weights.view(-1)[start : start + length], entry.gradient.view(-1)[start : start + length]
+
+
+def _batches(part: Slice, steps: list[float]) -> list[Batch]:
+    """The batches of a slice, made once for each pattern of gradients that are there and steps that differ."""
+    present = [e for e in part.state.entries if e.gradient is not None]
+    least = min((steps[e.row] for e in present), default=0.0)
+    pattern = [(e.row, steps[e.row] - least) for e in present]
+    known = part.state.batches.get(part.start)
+    if known is None or known[0] != pattern:
+        known = part.state.batches[part.start] = (pattern, list(_cut(part, steps)))
+    batches: list[Batch] = known[1]
+    return batches
+
+
+def _cut(part: Slice, steps: list[float]) -> Iterator[Batch]:
+    most, batch = BATCH[part.state.bits], Batch(0, 0)
+    segments = [s for s in part.state.segments(part.start, part.end) if s.entry.gradient is not None]
+    for entry, start, length, offset in segments:
+        for first in range(0, length, most):
+            size, at = min(most, length - first), offset + first - part.start
+            segment = Segment(entry, start + first, size, offset + first)
+            same = batch.segments and steps[batch.segments[0].entry.row] == steps[entry.row]
+            if not (same and at == batch.end and at + whole(size) - batch.start <= most):
+                yield from ([batch] if batch.segments else [])
+                batch = Batch(at, at)
+            _append(batch, segment, at - batch.start, _workspace(part.state))
+    yield from ([batch] if batch.segments else [])
+
+
+def _append(batch: Batch, segment: Segment, at: int, workspace: Tensor) -> None:
+    entry, _, length, _ = segment
+    batch.segments.append(segment)
+    batch.end = batch.start + at + whole(length)
+    for views, flat in zip((batch.weights, batch.gradients), workspace, strict=True):
+        views.append(flat[at : at + length].view(entry.shape if length == entry.size else -1))
+    if length % BLOCK:
+        batch.padding.append(slice(at + length, at + whole(length)))
+
+
+def _workspace(state: FlatState) -> Tensor:
+    """[2, elements] for gathered weights and gradients, as wide as the step computes."""
+    if "workspace" not in state.batches:
+        wide = torch.promote_types(state.dtype, torch.float32)
+        state.batches["workspace"] = torch.zeros(2, BATCH[state.bits], dtype=wide)
+    workspace: Tensor = state.batches["workspace"]
+    return workspace
