@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import ClassVar
 
 from ..data.batch import Encoded
+from ..data.forms import kind_of
 from ..models.load import load_tokenizer
 from ..models.tokenizer import Tokenizer
 from ..trainer.config import at_least, setting
@@ -29,8 +30,8 @@ REPORTED = ["rows", "tokens", "trained", "longest", "truncated", "duplicates", "
 class Options(ResultOptions, RowOptions, TokenizerOptions):
     """Show rows as the model will see them: trained tokens, context and special tokens
     in colour (or {+trained+} and [-cut off-] without), the lengths of all rows, the
-    share that is trained, and every problem. Exit code 2 if `fourbit sft` would
-    refuse the data.
+    share that is trained, and every problem; of preferences every answer. Exit code 2
+    if training would refuse the data.
 
       fourbit data train.jsonl --model M
     """
@@ -48,12 +49,12 @@ def run(options: Options, sources: Sources) -> int:
     """Read, print. Returns 2 when rows are bad and are not to be skipped."""
     check_exists(options.model)
     tokenizer = load_tokenizer(options.model)
-    rows = read_rows(options, tokenizer, options.data, on_bad_row="skip")
+    rows = read_rows(options, tokenizer, options.data, kind_of(options.data), on_bad_row="skip")
     report = rows.report
     if not options.json:
-        for example in rows.examples[: options.rows]:
-            show_example(example, tokenizer)
-        print(f"tokens in a row\n{bars([len(example.ids) for example in rows.examples])}\n")
+        for part in (part for example in rows.examples[: options.rows] for part in example.parts):
+            show_example(part, tokenizer)
+        print(f"tokens in a row\n{bars([len(part.ids) for example in rows.examples for part in example.parts])}\n")
     describe(", ".join(options.data), rows)
     refused = [str(problem) for problem in report.problems]
     for problem in refused[: options.problems]:

@@ -123,17 +123,29 @@ class Form(NamedTuple):
 
 def read_samples(paths: Paths, kind: Kind) -> tuple[list[Sample], list[Problem]]:
     """The samples of one or several files, and the problems of the rows that are none, in the order of files, lines."""
-    names = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    if not names:
-        raise InputError("no data file was named: give at least one .jsonl file.")
     found: list[Sample] = []
     problems: list[Problem] = []
-    for name in names:
+    for name in _names(paths):
         rows, unread = read_rows(name)
         good, bad_ones = samples(rows, kind)
         found += good
         problems += sorted(unread + bad_ones, key=lambda problem: problem.line)
     return found, problems
+
+
+def kind_of(paths: Paths) -> Kind:
+    """What most of the first rows are: "judged", "pairs" or, of all others, "sft"."""
+    rows, _ = read_rows(_names(paths)[0])
+    kinds: tuple[Kind, ...] = ("judged", "pairs", "sft")
+    seen = Counter(kind for row in rows[:DETECT_ROWS] for kind in kinds if recognise(row.data, kind))
+    return seen.most_common(1)[0][0] if seen else "sft"
+
+
+def _names(paths: Paths) -> list[str | os.PathLike[str]]:
+    names = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    if not names:
+        raise InputError("no data file was named: give at least one .jsonl file.")
+    return names
 
 
 def samples(rows: Sequence[Row], kind: Kind) -> tuple[list[Sample], list[Problem]]:

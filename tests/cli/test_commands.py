@@ -255,6 +255,12 @@ def test_data_shows_what_is_trained(tiny_folder: Path, rows: Path, capsys: Captu
     assert "tokens in a row" in out
 
 
+def test_data_shows_both_answers_of_a_pair(tiny_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "Hi", "chosen": "good", "rejected": "bad"}) + "\n")
+    out = run(capsys, "data", str(tmp_path / "pairs.jsonl"), "--model", str(tiny_folder))
+    assert "{+good<|im_end|>+}" in out and "{+bad<|im_end|>+}" in out
+
+
 def test_data_json_counts(tiny_folder: Path, rows: Path, capsys: Capture) -> None:
     values = run_json(capsys, "data", str(rows), "--model", str(tiny_folder))
     dataset = load_rows(rows, load_tokenizer(tiny_folder))

@@ -1,10 +1,12 @@
 """Rows to learn from and prompts, of every form, become samples; every rule that a row can break is one problem."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fourbit.data.forms import Sample, recognise, sample, samples
+from fourbit.data.forms import Sample, kind_of, recognise, sample, samples
 from fourbit.data.row import BadRow, Row
 
 U = {"role": "user", "content": "Hi"}
@@ -439,3 +441,17 @@ def test_unknown_rows_do_not_decide_the_form() -> None:
     good, problems = samples(rows, "sft")
     assert [conv.line for conv in good] == [3]
     assert [problem.kind for problem in problems] == ["form", "form"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"),
+    [
+        ([chat(U, A), {"text": "t"}], "sft"),
+        ([{"prompt": "p", "chosen": "c", "rejected": "r"}, chat(U, A)], "pairs"),
+        ([{"messages": [U, A], "kto_tag": True}], "judged"),
+        ([{"messages": [U, A], "chosen": [U, A], "rejected": [U, A]}], "pairs"),
+        ([{"x": 1}], "sft"),
+    ],
+)
+def test_the_kind_of_a_file_is_told(rows: list[dict[str, Any]], kind: str, write: Callable[..., Path]) -> None:
+    assert kind_of(write(rows)) == kind
