@@ -90,7 +90,7 @@ def grouped(shapes: Sequence[Projection], M: int, rank: int, setting: Setting) -
         ]
         return called(layers, peft_lora.adapter)
 
-    own_late, peer_late = any(scales_late(x[0], w.N) for w in weights), bnb.FUSED_TO >= M
+    own_late, peer_late = scales_late(x[0], weights), bnb.FUSED_TO >= M
     judge_own = partial(judge, late=own_late)
     variants = [
         Variant(OURS, lambda: ours(False), judge_own, own=True),

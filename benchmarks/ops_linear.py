@@ -1,6 +1,6 @@
 """The 4-bit linear, forward: from one row (decoding) to thousands (training)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fourbit.kernels import dispatch
+from fourbit.kernels.lora_paths import Group, few_rows
 
 from . import gate
 from .cases import OURS, Case, Point, Setting, Variant, Work, present
@@ -49,7 +50,7 @@ def forward(shape: Projection, M: int, setting: Setting) -> Work:
         weight = weights.exact if rounded is None else weights.rounded(rounded)
         return gate.product(x[0], weight, gate.UNIT[dtype], scaled_late=rounded is None)
 
-    own = None if scales_late(x[0], N) else dispatch.product_dtype(x[0])
+    own = None if scales_late(x[0], [weights]) else dispatch.product_dtype(x[0])
     judge_own, judge = (lambda y: truth(own).worst(y)), (lambda y: truth(dtype).worst(y))
     judge_late = judge if bnb.FUSED_TO < M else (lambda y: truth(None).worst(y))
 
@@ -80,12 +81,9 @@ def forward(shape: Projection, M: int, setting: Setting) -> Work:
     return Work(variants, 2.0 * M * N * K, BYTES_PER_PARAMETER * N * K + around, sets, ways, absent)
 
 
-def scales_late(x: Tensor, N: int) -> bool:
-    """Whether our path for this size multiplies unscaled codes, which has a bound of its own."""
-    if dispatch.path_for(x) != "triton":
-        return False
-    plan = dispatch.plan_linear(x, N)
-    return plan.config is not None and plan.config["scale_on"] == "sums"
+def scales_late(x: Tensor, weights: Sequence[Weights]) -> bool:
+    """Whether our way for so few rows multiplies unscaled codes, which has a bound of its own."""
+    return few_rows(x, Group([each.copies[0] for each in weights]), keep=False)
 
 
 def peer_variants(weights: Weights, x: list[Tensor], setting: Setting, judge: Callable[[Any], float]) -> list[Variant]:

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourbit.kernels.dropout import draw_seed
-from fourbit.kernels.dropout import dropout as our_dropout
+from fourbit.kernels.dropout import draw_seed, keep_mask, keep_scale
 
 from . import gate
 from .cases import GATE_SEED, OURS, Case, Point, Setting, Variant, Work, present
@@ -81,7 +80,7 @@ def qlora(shape: Projection, M: int, rank: int, dropout: float, setting: Setting
     matrix = cache(lambda i: dense.module(weights.decoded(setting.dtype)))
     packed = lambda i: bnb.module(weights.copies[i], (shape.N, shape.K), setting.dtype)  # noqa: E731
     dropped, peer_late = dropout > 0, bnb.FUSED_TO >= M
-    own_judge = judge("ours" if dropped else "none", scales_late(buffers.x[0], shape.N))
+    own_judge = judge("ours" if dropped else "none", scales_late(buffers.x[0], [weights]))
     variants = [Variant(OURS, ours, own_judge, own=True)]
     variants.append(Variant(dense.NAME, frozen_dense, judge_frozen))
     bitsandbytes = present(bnb.missing(), absent, "bitsandbytes")
@@ -100,8 +99,7 @@ def qlora(shape: Projection, M: int, rank: int, dropout: float, setting: Setting
 def our_mask(M: int, K: int, dropout: float, setting: Setting) -> Tensor:
     """What our dropout multiplies with after torch.manual_seed(GATE_SEED)."""
     torch.manual_seed(GATE_SEED)
-    ones = torch.ones(M, K, device=setting.device, dtype=torch.float64)
-    return our_dropout(ones, dropout, draw_seed(setting.device))
+    return keep_mask((M, K), dropout, draw_seed(setting.device)).double() * keep_scale(dropout)
 
 
 def torch_mask(x: Tensor, dropout: float) -> Tensor:

@@ -59,7 +59,7 @@ def lora_cost(shape: Projection, M: int, rank: int, setting: Setting) -> Work:
             bases = [peft_lora.linear(base, buffers.A, buffers.B, ALPHA, 0.0) for base in bases]
         return lambda i: bases[i](buffers.x[i])
 
-    own_late, peer_late = scales_late(buffers.x[0], shape.N), bnb.FUSED_TO >= M
+    own_late, peer_late = scales_late(buffers.x[0], [weights]), bnb.FUSED_TO >= M
     variants = [
         Variant(OURS, lambda: ours(True), lambda y: truth(True, own_late).worst(y), own=True),
         Variant(FROZEN, lambda: ours(False), lambda y: truth(False, own_late).worst(y), own=True),

@@ -12,7 +12,7 @@ import torch
 
 from .. import __version__
 from ..errors import EnvironmentProblem
-from ..kernels import dispatch, plan
+from ..kernels import border, dispatch
 from ..trainer.memory import memory_free
 from .load import choose_device, choose_dtype
 from .options import ResultOptions
@@ -22,8 +22,6 @@ from .show import pairs, result
 NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "pyyaml", "rich", "gguf", "matplotlib", "msgspec")
 OPTIONAL = {"triton": "for kernels on a GPU", "tensorboard": "for --log tensorboard"}
 TORCH_FLOOR = "2.10"
-SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))  # weights that the dispatch table is shown for
-ROWS = [2**power for power in range(14)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +35,12 @@ def run(options: Options, sources: Sources) -> int:
     instead = dict.fromkeys(NEEDED, "missing") | {name: f"not installed ({why})" for name, why in OPTIONAL.items()}
     versions = {name: number or instead[name] for name, number in found.items()}
     own = {"fourbit": __version__, "python": platform.python_version()}
-    facts = {"versions": own | versions, "machine": machine(), "used": used(), "dispatch table": dispatch_table()}
+    facts = {
+        "versions": own | versions,
+        "machine": machine(),
+        "used": used(),
+        "rows decoded inside the product": borders(),
+    }
     result(facts, "\n\n".join(f"{title}\n{_table(facts[title])}" for title in facts), as_json=options.json)
     if missing := [name for name in NEEDED if found[name] is None]:
         raise EnvironmentProblem(f"missing: pip install {' '.join(missing)}")
@@ -75,25 +78,18 @@ def used() -> dict[str, str]:
     }
 
 
-def dispatch_table() -> dict[str, str]:
-    """For each GPU architecture of kernels/table.json, where from, and up to how many rows of x decoding is fused."""
-    here = dispatch.architecture(torch.device("cuda", 0)) if torch.cuda.is_available() else ""
-    facts = {}
-    for name, entry in plan.table().items():
-        fused = ", ".join(f"{N}x{K} to {_fused_rows(name, N, K)}" for N, K in SHAPES)
-        measured = f"{len(entry['measured'])} points measured" if entry["measured"] else "nothing measured"
-        facts[name] = f"{entry['gpu']}, {entry['source']}, {measured}; rows decoded inside the product: {fused}"
-    if here:
-        taken = plan.entry(here)
-        used_by = next((name for name, entry in plan.table().items() if entry is taken), None)
-        facts["this GPU"] = f"{here}: {'not in the table, so decode first' if used_by is None else f'takes {used_by}'}"
+def borders() -> dict[str, str]:
+    """Up to how many rows of x a 4-bit weight is decoded inside the product, for each GPU of kernels/border.py."""
+    facts = {name: _border(name) for name in border.TILES}
+    if torch.cuda.is_available():
+        here = dispatch.architecture(torch.device("cuda", 0))
+        facts["this GPU"] = f"{here}, {_border(here)}"
     return facts
 
 
-def _fused_rows(architecture: str, N: int, K: int) -> int:
-    """The most rows of bf16 x, in powers of two, for which a [N, K] weight is decoded inside the product."""
-    fused = [M for M in ROWS if plan.linear(architecture, "bfloat16", plan.Size(M, N, K)).path == "fused"]
-    return max(fused, default=0)
+def _border(architecture: str) -> str:
+    how = "measured" if architecture in border.BORDER else "not measured: python -m benchmarks.tune"
+    return f"{border.border(architecture)} ({how})"
 
 
 def _version(name: str) -> str | None:

@@ -22,7 +22,7 @@ def quantize_shifted(
     if values.numel() == 0:
         return
     with on_device(values):
-        _quantize_shifted[(triton.cdiv(absmax.numel(), BLOCKS),)](
+        quantize_absmax_kernel[(triton.cdiv(absmax.numel(), BLOCKS),)](
             *(values, offset, midpoints, codes, absmax, values.numel()),
             BLOCKS=BLOCKS,
             BLOCKSIZE=blocksize,
@@ -32,7 +32,7 @@ def quantize_shifted(
 
 
 @triton.jit
-def _quantize_shifted(
+def quantize_absmax_kernel(
     values,
     offset,
     midpoints,

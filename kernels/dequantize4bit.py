@@ -12,7 +12,6 @@ first-level cache of a CPU and, between matrix products, the second: measured sl
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from .codes import code_for, pair_table
 from .dispatch import path_for
-from .weight4bit import Weight4bit
+from .weight4bit import Weight4bit, flatten, unflatten
 
 CHUNK = 1 << 20  # values at a time on a CPU: 4 MB of fp32 and a 2 MB index; a multiple of every block size
 LARGE_CHUNK = 1 << 24  # values at a time elsewhere, where launches cost more than memory
@@ -28,73 +27,53 @@ HUGE_PAGES_FROM = 1 << 25  # bytes; malloc maps blocks of this size anew, at the
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def dequantize(
-    weight: Weight4bit, dtype: torch.dtype = torch.float32, out: Tensor | None = None, *, transpose: bool = False
-) -> Tensor:
-    """The dense tensor: code[q] * absmax in fp32, then one rounding to `dtype`.
+def dequantize(weight: Weight4bit, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+    """The dense tensor: code[q] * absmax in fp32, then one rounding to `dtype`; fp64 holds the fp32 values exactly.
 
-    `transpose` gives the transposed of a matrix, contiguous. `out`, if given, is a tensor of the result's shape and
-    dtype to write into, and is returned; if 2-D, its rows may lie apart (a workspace: any row stride, last stride 1).
-    fp64 holds the fp32 values exactly. On CUDA this is one kernel. ValueError if the weight's sizes, types or devices
-    disagree or do not fit `out`, or if `dtype` is no floating-point type.
+    `out`, if given, is a contiguous tensor of the weight's shape and `dtype` to write into, and is returned. On CUDA
+    this is one kernel. ValueError if the weight's sizes, types or devices disagree or do not fit `out`, or if `dtype`
+    is no floating-point type.
     """
-    shape = weight.shape
     if torch.compiler.is_compiling():  # one node in its graph
-        made = _in_graph(*weight[:4], list(shape), weight.quant_type, weight.blocksize, dtype, transpose)
+        made = _in_graph(*flatten([weight]), dtype).view(weight.shape)
         return made if out is None else out.copy_(made)
     weight.check()
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, got {dtype}")
-    if transpose and len(shape) != 2:
-        raise ValueError(f"only a matrix can be transposed, got shape {tuple(shape)}")
-    target = tuple(reversed(shape)) if transpose else tuple(shape)
     if out is None:
-        out = _allocate(target, dtype, weight.packed.device)
-    _check_out(out, target, dtype, weight.packed.device)
-    if path_for(weight.packed) == "triton" and dtype in KERNEL_DTYPES:
-        from .dequantize4bit_triton import decode_into  # only here: Triton exists for Linux only and is slow to import
-
-        decode_into(out if len(shape) == 2 else out.view(1, -1), weight, transpose)
-    elif transpose or not out.is_contiguous():
-        dense = torch.empty(shape, dtype=dtype, device=weight.packed.device)
-        _decode(dense.view(-1), weight)
-        out.copy_(dense.T if transpose else dense)
-    else:
-        _decode(out.view(-1), weight)
+        out = _allocate(weight.shape, dtype, weight.packed.device)
+    _check_out(out, weight.shape, dtype, weight.packed.device)
+    decode_into(out, weight)
     return out
 
 
 @torch.library.custom_op("fourbit::dequantize4bit", mutates_args=())
-def _in_graph(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    quant_type: str,
-    blocksize: int,
-    dtype: torch.dtype,
-    transpose: bool,
-) -> Tensor:
-    weight = Weight4bit(packed, absmax, nested_absmax, offset, tuple(shape), quant_type, blocksize)
-    return dequantize(weight, dtype, transpose=transpose)
+def _in_graph(stored: list[Tensor], sizes: list[int], quant_type: str, blocksize: int, dtype: torch.dtype) -> Tensor:
+    return dequantize(unflatten(stored, sizes, quant_type, blocksize)[0], dtype)
 
 
 @_in_graph.register_fake
-def _(packed: Tensor, absmax: Any, nested: Any, offset: Any, shape: list[int], *rest: Any) -> Tensor:
-    return packed.new_empty(shape[::-1] if rest[-1] else shape, dtype=rest[-2])
+def _(stored: list[Tensor], sizes: list[int], quant_type: str, blocksize: int, dtype: torch.dtype) -> Tensor:
+    return stored[0].new_empty(sizes, dtype=dtype)
 
 
-def _decode(flat: Tensor, weight: Weight4bit) -> None:
-    """All of the weight, chunk by chunk, without a kernel."""
+def decode_into(out: Tensor, weight: Weight4bit) -> None:
+    """out, contiguous, becomes the weight in out's dtype. Nothing is checked.
+
+    Without a kernel the work goes chunk by chunk, and so do weights that are not whole words of packed bytes.
+    """
+    path, flat, packed = path_for(weight.packed), out.view(-1), weight.packed.reshape(-1)
+    if path == "triton" and out.dtype in KERNEL_DTYPES:
+        from . import dequantize4bit_triton  # only here: Triton exists for Linux only and is slow to import
+
+        if dequantize4bit_triton.decode_words(flat, packed.contiguous(), weight):
+            return
     absmax, blocksize = weight.scales.reshape(-1), weight.blocksize
-    cpu = path_for(weight.packed) == "cpu"
-    decode, chunk = (_decode_pairs, CHUNK) if cpu else (dequantize_reference, LARGE_CHUNK)
-    bytes_ = weight.packed.reshape(-1)
+    decode, chunk = (_decode_pairs, CHUNK) if path == "cpu" else (dequantize_reference, LARGE_CHUNK)
     for start in range(0, flat.numel(), chunk):
         piece = flat[start : start + chunk]
         scales = absmax[start // blocksize : -(-(start + piece.numel()) // blocksize)]
-        decode(bytes_[start // 2 : (start + piece.numel() + 1) // 2], scales, weight.quant_type, blocksize, piece)
+        decode(packed[start // 2 : (start + piece.numel() + 1) // 2], scales, weight.quant_type, blocksize, piece)
 
 
 def dequantize_reference(packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int, out: Tensor) -> None:
@@ -134,11 +113,10 @@ def _allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) ->
     return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(tuple(shape))
 
 
-def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    strided = out.dim() == 2 and out.stride(1) == 1 and out.stride(0) >= out.shape[1]
-    if out.shape != torch.Size(shape) or out.dtype != dtype or not (strided or out.is_contiguous()):
+def _check_out(out: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    if out.shape != torch.Size(shape) or out.dtype != dtype or not out.is_contiguous():
         raise ValueError(
-            f"out must be a contiguous {shape} tensor of {dtype} (a matrix may have a larger row stride), "
+            f"out must be a contiguous {tuple(shape)} tensor of {dtype}, "
             f"got {tuple(out.shape)} of {out.dtype} with strides {out.stride()}"
         )
     if out.device != device:

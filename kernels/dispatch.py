@@ -1,8 +1,9 @@
 """The one place that decides which implementation of an op runs, and the one switch that overrides it.
 
-"reference" is plain PyTorch on any device and defines the result; "cpu" is the quick form for the CPU, equal to it bit
-for bit; "triton" runs kernels on CUDA (or, forced, in Triton's interpreter on the CPU: for tests). Which kernel a
-matrix product takes is a matter of its size and of the GPU: see `plan`.
+"reference" is plain PyTorch on any device and defines the result; "cpu" is the quick form for the CPU: codes and
+decoded values are equal to it bit for bit, products within the rounding of their sums; "triton" runs kernels on CUDA
+(or, forced, in Triton's interpreter on the CPU: for tests). Which way a 4-bit product goes on a GPU is a matter of the
+rows of x: see `border`.
 """
 
 from collections.abc import Iterator
@@ -13,20 +14,25 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import plan
-from .plan import Plan
-
 PATHS = ("reference", "cpu", "triton")
 _forced: str | None = None
 
 
 def path_for(x: Tensor) -> str:
-    """The path that ops on x take: the forced one, else "cpu" on a CPU, "triton" on CUDA, "reference" elsewhere."""
+    """The path that ops on x take: the forced one, else "cpu" on a CPU, "triton" on CUDA, "reference" elsewhere.
+
+    GPUs older than compute capability 8.0 count as elsewhere: they have neither bf16 nor the shared memory.
+    """
     if _forced is not None:
         return _forced
     if x.device.type == "cpu":
         return "cpu"
-    return "triton" if x.device.type == "cuda" and has_triton() else "reference"
+    return "triton" if x.device.type == "cuda" and has_triton() and _runs_kernels(x.device) else "reference"
+
+
+@cache
+def _runs_kernels(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
@@ -54,7 +60,7 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 
 
 def architecture(device: torch.device) -> str:
-    """The GPU's name in the dispatch table, such as "sm_90"; "" where there is no GPU."""
+    """The GPU's name in tables, such as "sm_90"; "" where there is no GPU."""
     return _architecture(device) if device.type == "cuda" else ""
 
 
@@ -80,28 +86,11 @@ def _cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def plan_linear(x: Tensor, rows: int) -> Plan:
-    """The way of the product x [M, K] times a 4-bit W^T, W [rows, K], on x's GPU; for shapes that both ways can do."""
-    return plan.linear(architecture(x.device), _name(x.dtype), plan.Size(x.shape[0], rows, x.shape[1]))
-
-
-def plan_lora(x: Tensor, rows: tuple[int, ...], rank: int) -> str:
-    """The form of base + LoRA for projections of x [M, K] with `rows` outputs each: one of plan.FORMS."""
-    return plan.lora(architecture(x.device), _name(x.dtype), x.shape[0], rows, x.shape[1], rank)
-
-
 def processors(device: torch.device) -> int:
-    """How many programs the GPU runs at a time: its multiprocessors, or the table's where there is no GPU."""
-    if device.type == "cuda":
-        return _processors(device)
-    known = plan.entry(architecture(device))
-    return known["sms"] if known else 1
+    """How many multiprocessors the GPU has; 1 where there is none."""
+    return _processors(device) if device.type == "cuda" else 1
 
 
 @cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -43,16 +43,6 @@ def keep_scale(dropout: float) -> float:
     return LEVELS / keep_level(dropout)
 
 
-def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """x [..., K] with each element zero with probability p, and otherwise scaled by keep_scale(p).
-
-    Element (m, k) of x as a matrix is kept as keep_mask says. Rounded once from fp32 (fp64 x from fp64).
-    """
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    wide = rows.to(torch.promote_types(x.dtype, torch.float32)) * keep_scale(p)
-    return torch.where(keep_mask(rows.shape, p, seed), wide, 0.0).to(x.dtype).view(x.shape)
-
-
 def keep_mask(shape: Sequence[int], p: float, seed: Tensor) -> Tensor:
     """bool of `shape` (rows, columns) on the seed's device: which elements dropout with probability p keeps."""
     rows, columns = shape

@@ -1,18 +1,18 @@
-"""y = x W^T + b with W in 4 bits. The dense W lives only while a product needs it: backward decodes it again.
+"""Linears with frozen 4-bit weights as one op: one of them, or several with LoRA that share their input (q, k, v).
 
-On the CPU a weight of up to WHOLE values is decoded at once; a larger one goes slab by slab through one buffer, each
-slab multiplied while it is still in cache, so that no dense copy of a large weight ever exists. On CUDA few rows of x
-take a kernel that decodes inside the product; more rows decode into a workspace and leave the product to cuBLAS
-(`plan.py` says where the border lies). The workspace comes from torch's caching allocator and goes back at once: all
-layers share it.
+What linears of one input do with x and with its gradient they do together: one product makes s = dropout(x) A^T for all
+of them, one makes all gradients of A, and the gradients of x are added where they arise. Kept for backward are the
+packed weights and, with LoRA, x, which the layer below keeps anyway, and the narrow s; a dense weight only where `keep`
+asks for it. How it is computed stands in lora_paths.py.
 
-The op is registered with torch.library, so that torch.compile takes it as one node. Called op by op, the same rule runs
-as a plain autograd.Function: a registered op with gradients costs the host 40 us a call, the Function 8, and few rows
-on a fast GPU take no longer than that.
+Registered with torch.library, forward and backward, so that torch.compile sees one node each. Eager mode takes the same
+functions through a plain autograd rule: torch.library's dispatch of tensor lists costs a fifth of a millisecond a call,
+more than a GPU needs for a small batch.
 """
 
-from collections.abc import Callable, Iterator
-from math import gcd
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -20,12 +20,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
-from .dequantize4bit import dequantize
-from .dispatch import path_for, plan_linear, product_dtype
-from .weight4bit import Weight4bit
-
-WHOLE = 1 << 21  # values decoded at once on a CPU: 8 MB of fp32
-SLAB = 1 << 20  # values in a slab of a larger weight, about
+from . import dispatch, lora_paths
+from .dropout import draw_seed, keep_level
+from .lora_paths import Group
+from .weight4bit import Weight4bit, flatten, unflatten
 
 
 def linear4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None = None) -> Tensor:
@@ -34,192 +32,265 @@ def linear4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None = None) -> Ten
     Gradients flow to x and bias; the weight is frozen, and only its packed tensors are saved for backward. fp64 x sees
     the fp32 weight exactly. bf16 and fp16 x on a CPU are multiplied in fp32 and rounded once, unless the CPU multiplies
     bf16 itself; there and on CUDA the weight is rounded to x's dtype first (for few rows on CUDA see
-    matmul4bit_triton.py). ValueError if sizes disagree.
+    matmul4bit_triton.py). ValueError if sizes or devices disagree.
     """
     if x.shape[-1:] != weight.shape[1:]:
         raise ValueError(
             f"the weight is {tuple(weight.shape)} (out, in), so x must end in {weight.shape[-1]}, got {tuple(x.shape)}"
         )
+    return _run(x, Group([weight], [] if bias is None else [bias]), False)[0]
+
+
+def lora_linears4bit(
+    x: Tensor,
+    weights: Sequence[Weight4bit],
+    biases: Sequence[Tensor | None],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scales: Sequence[float],
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    keep: bool = False,
+) -> list[Tensor]:
+    """y_i = x W_i^T + b_i + scale_i (dropout(x) A_i^T) B_i^T for x [..., in] -> each [..., out_i] in x's dtype.
+
+    Weights [out_i, in] of one 4-bit format, A_i [rank_i, in] and B_i [out_i, rank_i] masters of any floating dtype.
+    LoRA (arXiv 2106.09685, eq. 3) over frozen weights: gradients flow to x, biases, A and B, each in its own dtype.
+
+    All linears see the same dropped x (kernels/dropout.py): a mask made once. `seed`, int64 0-d on x's device, fixes
+    it; by default it is drawn from the device's generator. `keep` holds the decoded weights for backward instead of
+    decoding again: for activation checkpointing, where the forward pass that runs again right before backward is the
+    one that saves. ValueError where sizes, formats or devices disagree.
+    """
+    _check(x, weights, biases, As, Bs, scales)
+    if dropout:
+        keep_level(dropout)  # its ValueError
+        seed = draw_seed(x.device) if seed is None else seed
+    numbers = [float(scale) for scale in scales], float(dropout), seed if dropout else None
+    return _run(x, Group(list(weights), _all_or_none(biases, weights), list(As), list(Bs), *numbers), keep)
+
+
+def _run(x: Tensor, group: Group, keep: bool) -> list[Tensor]:
     compiling = torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)  # such as fake tensors
+    weights, biases, A, B, scales, dropout, seed = group
     if not compiling:
-        weight.check()
-    run = _linear4bit if compiling else _Linear4bit.apply
-    y: Tensor = run(x, bias, *weight[:4], weight.rows, weight.columns, weight.quant_type, weight.blocksize)
-    return y
+        for weight in weights:
+            weight.check()
+            if x.device != weight.packed.device:
+                raise ValueError(f"x is on {x.device}, the weight on {weight.packed.device}")
+    stored, *layout = flatten(weights)
+    numbers = (*layout, scales, dropout, keep)
+    if compiling:
+        return _forward_op(x, stored, list(biases), list(A), list(B), seed, *numbers)[: len(weights)]
+    lengths = [len(stored), len(biases), len(A), len(B)]
+    return list(_Eager.apply(x, seed, numbers, lengths, *stored, *biases, *A, *B)[: len(weights)])
+
+
+def _all_or_none(biases: Sequence[Tensor | None], weights: Sequence[Weight4bit]) -> list[Tensor]:
+    """No bias at all, or one for each: zeros where a linear has none."""
+    if all(bias is None for bias in biases):
+        return []
+    some = next(bias for bias in biases if bias is not None)
+    return [some.new_zeros(w.rows) if bias is None else bias for bias, w in zip(biases, weights, strict=True)]
 
 
 def _forward(
     x: Tensor,  # [..., in]
-    bias: Tensor | None,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    rows: int,
-    columns: int,
+    stored: list[Tensor],
+    biases: list[Tensor],
+    A: list[Tensor],
+    B: list[Tensor],
+    seed: Tensor | None,
+    sizes: list[int],
     quant_type: str,
     blocksize: int,
-) -> Tensor:
-    weight = Weight4bit(packed, absmax, nested_absmax, offset, (rows, columns), quant_type, blocksize)
-    y = x.new_empty(*x.shape[:-1], rows)  # not a view of another tensor: the caller may write into it
-    multiply(_matrix(x), weight, bias, _matrix(y))
-    return y
+    scales: list[float],
+    dropout: float,
+    keep: bool,
+) -> list[Tensor]:
+    """Each y, then s [M, sum of ranks], then the decoded weights to keep."""
+    group = _group(unflatten(stored, sizes, quant_type, blocksize), biases, A, B, scales, dropout, seed)
+    rows = _matrix(x)
+    with _no_autocast(x):
+        few = lora_paths.few_rows(rows, group, keep)
+        result = lora_paths.forward_few(rows, group) if few else lora_paths.forward_many(rows, group, keep)
+    unsafe_view = torch.ops.aten._unsafe_view  # not a view of another tensor: the caller may write into it
+    return [*(unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in result.outputs), result.s, *result.dense]
 
 
-def _gradient_of_x(
-    grad: Tensor,  # [..., out]
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    rows: int,
-    columns: int,
+def _backward(
+    grads: list[Tensor],  # [..., out]
+    x: Tensor | None,  # and s: None without LoRA
+    s: Tensor | None,
+    dense: list[Tensor],
+    stored: list[Tensor],
+    A: list[Tensor],
+    B: list[Tensor],
+    seed: Tensor | None,
+    sizes: list[int],
     quant_type: str,
     blocksize: int,
-) -> Tensor:
-    weight = Weight4bit(packed, absmax, nested_absmax, offset, (rows, columns), quant_type, blocksize)
-    grad_x = grad.new_empty(*grad.shape[:-1], columns)
-    multiply_back(_matrix(grad), weight, _matrix(grad_x))
-    return grad_x
+    scales: list[float],
+    dropout: float,
+    need_x: bool,
+) -> list[Tensor]:
+    """With LoRA the gradients of all A as one matrix and of each B; then, if needed, of x."""
+    group = _group(unflatten(stored, sizes, quant_type, blocksize), [], A, B, scales, dropout, seed)
+    rows = None if x is None else _matrix(x)
+    with _no_autocast(grads[0]):
+        made = lora_paths.backward([_matrix(g) for g in grads], rows, s, group, dense, need_x)
+    of_A = [] if made.A is None else [made.A]
+    return [*of_A, *made.B, *([] if made.x is None else [made.x.view(*grads[0].shape[:-1], sizes[-1])])]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, bias, packed, absmax, nested_absmax, offset, *ctx.layout = inputs
-    ctx.save_for_backward(packed, absmax, nested_absmax, offset)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+def _group(weights: list[Weight4bit], biases: list[Tensor], A: list[Tensor], B: list[Tensor], *rest: Any) -> Group:
+    # Kernels read A and B row by row; a transposed master (an SVD's factor, say) is copied, others are not.
+    return Group(weights, biases, [a.contiguous() for a in A], [b.contiguous() for b in B], *rest)
 
 
-def _backward(ctx: Any, grad: Tensor, gradient_of_x: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = gradient_of_x(grad, *ctx.saved_tensors, *ctx.layout)
-    if ctx.needs_input_grad[1]:
-        grad_bias = _matrix(grad).sum(0, dtype=ctx.bias_dtype)
-    return grad_x, grad_bias, *[None] * 8
+def _matrix(x: Tensor) -> Tensor:
+    """x [..., features] as [M, features], also where a size is 0; columns at stride 1."""
+    matrix = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-class _Linear4bit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y = _forward(*inputs)
-        _save(ctx, inputs, y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grad, _gradient_of_x)
+def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """The op settles its dtypes itself; autocast would change them once more inside."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-_linear4bit = torch.library.custom_op("fourbit::linear4bit", _forward, mutates_args=())
-_linear4bit_backward = torch.library.custom_op("fourbit::linear4bit_backward", _gradient_of_x, mutates_args=())
-_linear4bit.register_autograd(lambda ctx, grad: _backward(ctx, grad, _linear4bit_backward), setup_context=_save)
+_forward_op = torch.library.custom_op("fourbit::linears4bit", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("fourbit::linears4bit_backward", _backward, mutates_args=())
 
 
-@_linear4bit.register_fake
+@_forward_op.register_fake
 def _(
-    x: Tensor, bias: Any, packed: Any, absmax: Any, nested: Any, offset: Any, rows: int, columns: int, *layout: Any
-) -> Tensor:
-    prepare(x, layout[0])
-    return x.new_empty(*x.shape[:-1], rows)
+    x: Tensor, stored: list[Tensor], biases: Any, A: list[Tensor], B: Any, seed: Any, sizes: list[int], *rest: Any
+) -> list[Tensor]:
+    quant_type, blocksize, _, _, keep = rest
+    _prepare(x, quant_type)
+    group = Group(unflatten(stored, sizes, quant_type, blocksize))
+    rows, dtype = x.shape[:-1].numel(), lora_paths.compute_dtype(x, group.weights)
+    if dtype != x.dtype and lora_paths.few_rows(x.new_empty(rows, sizes[-1]), group, keep):
+        dtype = x.dtype
+    s = x.new_empty(rows, sum(a.shape[0] for a in A), dtype=dtype)
+    dense = [x.new_empty(size, sizes[-1], dtype=dtype) for size in sizes[:-1] if keep]
+    return [*(x.new_empty(*x.shape[:-1], size) for size in sizes[:-1]), s, *dense]
 
 
-@_linear4bit_backward.register_fake
-def _(grad: Tensor, packed: Any, absmax: Any, nested: Any, offset: Any, rows: int, columns: int, *_: Any) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], columns)
+@_backward_op.register_fake
+def _(
+    grads: list[Tensor], x: Any, s: Tensor | None, dense: Any, stored: Any, A: Any, B: list[Tensor], seed: Any,
+    sizes: list[int], *rest: Any,
+) -> list[Tensor]:  # fmt: skip
+    of_x = [grads[0].new_empty(*grads[0].shape[:-1], sizes[-1])] if rest[-1] else []
+    if s is None:
+        return of_x
+    of_A = s.new_empty(s.shape[1], sizes[-1], dtype=lora_paths.wide(s.dtype))
+    return [of_A, *(b.new_empty(b.shape) for b in B), *of_x]
 
 
-def prepare(x: Tensor, quant_type: str) -> None:
+def _prepare(x: Tensor, quant_type: str) -> None:
     """The tables and counters that kernels share, made now: here a compiler only asks what an op returns.
 
     Made later, on the first run, they would lie in the memory of the CUDA graphs that torch.compile records.
     """
-    if x.device.type == "cuda" and path_for(x) == "triton":
-        from . import matmul4bit_triton
+    if x.device.type == "cuda" and dispatch.path_for(x) == "triton":
+        from . import matmul4bit_triton  # only here: Triton exists for Linux only and is slow to import
 
         with unset_fake_temporarily():
             matmul4bit_triton.prepare(x.device, x.dtype, quant_type)
 
 
-def multiply(x: Tensor, weight: Weight4bit, bias: Tensor | None, y: Tensor) -> None:
-    """y [N, out] = x [N, in] W^T + bias, in the dtype of compute_dtype and rounded once. Not differentiable.
-
-    y must be contiguous, x's columns too.
-    """
-    if path_for(x) == "triton" and _multiply_packed(x, weight, bias, y):
-        return
-    dtype = compute_dtype(x, weight)
-    x = x.to(dtype)
-    for start, part in slabs(weight, dtype):
-        here = y[:, start : start + part.shape[0]]
-        target = here if y.dtype == dtype else torch.empty_like(here, dtype=dtype)
-        if bias is None:
-            torch.mm(x, part.T, out=target)  # out= also keeps autocast away: the dtypes are settled here
-        else:
-            torch.addmm(bias[start : start + part.shape[0]].to(dtype), x, part.T, out=target)
-        if target is not here:
-            here.copy_(target)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, stored, biases, A, B, seed, sizes, *numbers = inputs
+    n = len(sizes) - 1
+    s, dense = output[n], output[n + 1 :]
+    ctx.mark_non_differentiable(s, *dense)
+    ctx.set_materialize_grads(False)
+    lists = (dense, stored, A, B)
+    ctx.save_for_backward(*((x, s, seed) if A else (None, None, None)), *chain.from_iterable(lists))
+    ctx.lengths = [len(tensors) for tensors in lists]
+    ctx.numbers = (sizes, *numbers[:-1])  # all but keep
+    ctx.biases = [bias.dtype if bias.requires_grad else None for bias in biases]
 
 
-def _multiply_packed(x: Tensor, weight: Weight4bit, bias: Tensor | None, y: Tensor) -> bool:
-    """Like multiply, but decoding inside the product; False, with nothing done, where that is not the quicker way."""
-    from . import matmul4bit_triton  # only here: Triton exists for Linux only and is slow to import
-
-    if not x.numel() or not matmul4bit_triton.applies(x.dtype, weight):
-        return False
-    way = plan_linear(x, weight.rows)
-    if way.config is None:
-        return False
-    matmul4bit_triton.matmul(x, weight, bias, way.config, out=y)
-    return True
-
-
-def multiply_back(grad: Tensor, weight: Weight4bit, grad_x: Tensor) -> None:
-    """grad_x [N, in] = grad [N, out] W, the gradient of x. Not differentiable."""
-    dtype = compute_dtype(grad, weight)
-    total = grad_x if grad_x.dtype == dtype else torch.empty_like(grad_x, dtype=dtype)
-    if weight.rows == 0:
-        total.zero_()
-    for start, part in slabs(weight, dtype):
-        here = grad[:, start : start + part.shape[0]].to(dtype)
-        total.addmm_(here, part, beta=1 if start else 0)  # beta 0: what empty() left there is not read
-    if total is not grad_x:
-        grad_x.copy_(total)
-
-
-def _matrix(x: Tensor) -> Tensor:
-    """x [..., features] as [N, features], also where a size is 0; columns at stride 1."""
-    matrix = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+def _differentiate(ctx: Any, grads: Sequence[Tensor | None], backward: Any = _backward_op) -> tuple[Any, ...]:
+    x, s, seed, *rest = ctx.saved_tensors
+    dense, stored, A, B = _split(rest, ctx.lengths)
+    rows, need_x = ctx.numbers[0][:-1], ctx.needs_input_grad[0]
+    some = next((g for g in grads if g is not None), None)
+    numbers: list[Any] = [
+        None,
+        None,
+        None,
+        None,
+        None if A else [],
+        None,
+        None,
+    ]  # torch takes an empty list for one of tensors
+    if some is None:
+        return None, *([None] * len(tensors) for tensors in (stored, ctx.biases, A, B)), *numbers
+    each = [
+        some.new_zeros(*some.shape[:-1], size) if g is None else g for g, size in zip(grads, rows, strict=False)
+    ]  # None: an output that the loss does not use
+    made = backward(each, x, s, dense, stored, A, B, seed, *ctx.numbers, need_x) if need_x or A else []
+    of_x = made[-1] if need_x else None
+    of_A = [p.to(a.dtype) for p, a in zip(made[0].split([len(a) for a in A]), A, strict=True)] if A else []
+    of_B = made[1 : 1 + len(B)] if A else []
+    of_biases = [
+        None if dtype is None else _matrix(g).sum(0, dtype=dtype) for g, dtype in zip(each, ctx.biases, strict=False)
+    ]
+    return of_x, [None] * len(stored), of_biases, of_A, of_B, *numbers
 
 
-def compute_dtype(x: Tensor, weight: Weight4bit) -> torch.dtype:
-    """As product_dtype says, except that sums over slabs are kept in fp32."""
-    dtype = product_dtype(x)
-    slabs = x.device.type == "cpu" and weight.rows * weight.columns > WHOLE
-    return torch.float32 if slabs and dtype == torch.bfloat16 else dtype
+_forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
-def slabs(weight: Weight4bit, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """(first row, W[first row : ...] in `dtype`) for all of W; each slab overwrites the one before."""
-    rows, columns, blocksize, step = weight.rows, weight.columns, weight.blocksize, _slab_rows(weight)
-    buffer = torch.empty(step, columns, dtype=dtype, device=weight.packed.device)
-    if rows <= step:
-        yield from [(0, dequantize(weight, dtype, buffer[:rows]))] if rows else []
-        return
-    packed, absmax = weight.packed.reshape(-1), weight.scales.reshape(-1)
-    for start in range(0, rows, step):
-        end = min(start + step, rows)
-        bytes_ = packed[start * columns // 2 : (end * columns + 1) // 2]
-        scales = absmax[start * columns // blocksize : -(-end * columns // blocksize)]
-        part = Weight4bit(bytes_, scales, None, None, (end - start, columns), weight.quant_type, blocksize)
-        yield start, dequantize(part, dtype, buffer[: end - start])
+class _Eager(torch.autograd.Function):
+    """The same op without torch.library."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, seed: Tensor | None, numbers: tuple[Any, ...], lengths: list[int], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        inputs = (x, *_split(tensors, lengths), seed, *numbers)
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return tuple(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_x, *lists = _differentiate(ctx, grads, _backward)[:5]
+        return of_x, None, None, None, *chain.from_iterable(lists)
 
 
-def _slab_rows(weight: Weight4bit) -> int:
-    """Rows decoded at a time: all of them, or as many as make about SLAB values and whole blocks."""
-    rows, columns, blocksize = weight.rows, weight.columns, weight.blocksize
-    if rows * columns <= WHOLE or weight.packed.device.type != "cpu":
-        return max(rows, 1)
-    aligned = blocksize // gcd(blocksize, columns)  # rows after which a block ends with the row
-    return min(rows, aligned * max(1, SLAB // (aligned * columns)))
+def _split(tensors: Sequence[Tensor], lengths: list[int]) -> list[list[Tensor]]:
+    places = iter(tensors)
+    return [list(islice(places, length)) for length in lengths]
+
+
+def _check(
+    x: Tensor,
+    weights: Sequence[Weight4bit],
+    biases: Sequence[Tensor | None],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scales: Sequence[float],
+) -> None:
+    if not len(weights) == len(biases) == len(As) == len(Bs) == len(scales) > 0:
+        raise ValueError(
+            "lora_linears4bit needs a bias (or None), A, B and scale for each of its weights, and at least one weight; "
+            f"got {len(weights)} weights, {len(biases)} biases, {len(As)} A, {len(Bs)} B, {len(scales)} scales"
+        )
+    if len({(w.quant_type, w.blocksize, w.nested_absmax is None) for w in weights}) > 1:
+        raise ValueError("weights of one call must share quant_type, blocksize and whether they are double quantised")
+    for weight, A, B in zip(weights, As, Bs, strict=True):
+        shapes = (x.shape[-1:], A.shape[1:], B.shape)
+        if shapes != ((weight.columns,), (weight.columns,), (weight.rows, *A.shape[:1])):
+            raise ValueError(
+                f"for a weight {(weight.rows, weight.columns)} (out, in) x must be [..., in], A [rank, in] and "
+                f"B [out, rank], got x {tuple(x.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}"
+            )

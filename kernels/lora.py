@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import product_dtype
-from .lora_linears import lora_linears4bit as lora_linears4bit
+from .linear4bit import lora_linears4bit as lora_linears4bit
 
 
 def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -1,32 +1,45 @@
-"""Base + LoRA for linears that share an input, in plain PyTorch: the definition, and the quick form for CPUs.
+"""4-bit linears that share an input, with LoRA or without: y_i = x W_i^T + b_i + scale_i (dropout(x) A_i^T) B_i^T.
 
-The quick form also serves dtypes on CUDA that have no kernel (fp32 and fp64).
+Many rows of x: a weight is decoded and the products are left to the library, on CPUs and GPUs alike. LoRA's share comes
+first and the base is added to it where it lies, forward and backward: y is read once more, and no other pass is made.
+Forced to "reference", the same sums run over the reference's decoding and mask. On the CPU a weight of up to WHOLE
+values is decoded at once; a larger one goes slab by slab through one buffer, each slab multiplied while it is still in
+cache. On CUDA the workspace of a whole weight comes from torch's caching allocator and goes back at once: all layers
+share it. So no dense copy of a large weight ever lasts.
+
+Few rows on CUDA (border.py says how many) take a kernel that decodes inside the product, LoRA's second product and bias
+included.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
+from math import gcd
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .dequantize4bit import dequantize
-from .dropout import dropout, keep_mask, keep_scale
-from .linear4bit import compute_dtype, slabs
+from . import dispatch
+from .border import LARGEST, STEP, border
+from .dequantize4bit import decode_into, dequantize
+from .dropout import keep_mask, keep_scale
 from .weight4bit import Weight4bit
 
-PAD = 64
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+WHOLE = 1 << 21  # values decoded at once on a CPU: 8 MB of fp32
+SLAB = 1 << 20  # values in a slab of a larger weight, about
 
 
 class Group(NamedTuple):
-    """What the linears of one input x [M, K] hold; the lists have one entry for each."""
+    """What the linears of one input x [M, K] hold; the lists have one entry for each, or none without LoRA or bias."""
 
     weights: list[Weight4bit]  # [out, K]
-    biases: list[Tensor]  # [out]; or no entry at all
-    A: list[Tensor]  # [rank, K]
-    B: list[Tensor]  # [out, rank]
-    scales: list[float]
-    dropout: float
-    seed: Tensor | None  # of dropout, where there is one
+    biases: Sequence[Tensor] = ()  # [out]
+    A: Sequence[Tensor] = ()  # [rank, K]
+    B: Sequence[Tensor] = ()  # [out, rank]
+    scales: Sequence[float] = ()
+    dropout: float = 0.0
+    seed: Tensor | None = None  # of dropout, where there is one
 
     @property
     def columns(self) -> list[slice]:
@@ -36,7 +49,7 @@ class Group(NamedTuple):
 
     def stacked(self, dtype: torch.dtype) -> Tensor:
         """All of A, one below the other, [sum of ranks, K]."""
-        return (self.A[0] if len(self.A) == 1 else torch.cat(self.A)).to(dtype)
+        return (self.A[0] if len(self.A) == 1 else torch.cat(list(self.A))).to(dtype)
 
     @property
     def keep_scale(self) -> float:
@@ -55,105 +68,117 @@ class Result(NamedTuple):
 class Gradients(NamedTuple):
     """What a backward pass makes."""
 
-    A: Tensor  # [sum of ranks, K], all of them
+    A: Tensor | None  # [sum of ranks, K], all of them; None without LoRA
     B: list[Tensor]  # [out, rank], in the dtype of the masters
     x: Tensor | None  # [M, K], if wanted
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """The dtype of the reference: fp32, or fp64 for fp64."""
-    return torch.promote_types(x.dtype, torch.float32)
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
-def group_dtype(x: Tensor, weights: list[Weight4bit]) -> torch.dtype:
-    """The dtype of the quick form's products: the widest of what the base linears alone would take."""
-    dtypes = {compute_dtype(x, weight) for weight in weights}
-    return torch.float32 if len(dtypes) > 1 else dtypes.pop()
+def compute_dtype(x: Tensor, weights: list[Weight4bit]) -> torch.dtype:
+    """The dtype of decoded weights and products: dispatch.product_dtype(x), but sums over slabs are kept in fp32."""
+    dtype = dispatch.product_dtype(x)
+    in_slabs = x.device.type == "cpu" and any(weight.rows * weight.columns > WHOLE for weight in weights)
+    return torch.float32 if in_slabs and dtype == torch.bfloat16 else dtype
 
 
-def padded(rank: int) -> int:
-    """How many columns the tail of an augmented matrix has (lora_cuda.py): rows stay aligned to 64 elements."""
-    return -(-rank // PAD) * PAD
+def few_rows(x: Tensor, group: Group, keep: bool) -> bool:
+    """Whether x [M, K] takes the kernel that decodes inside the product: chosen once for all linears of a call."""
+    if keep or dispatch.path_for(x) != "triton" or x.dtype not in KERNEL_DTYPES:
+        return False
+    fits = all(w.columns % STEP == 0 and 0 < w.rows * w.columns < LARGEST for w in group.weights)
+    return fits and 0 < len(x) <= border(dispatch.architecture(x.device))
 
 
-def forward_reference(x: Tensor, group: Group, keep: bool) -> Result:
-    """y_i = x W_i^T + b_i + scale_i (dropout(x) A_i^T) B_i^T: everything wide, rounded to x's dtype once."""
-    h = x.to(wide(x))
-    dropped = dropout(h, group.dropout, group.seed) if group.seed is not None else h
-    s = dropped @ group.stacked(h.dtype).T
-    dense = [dequantize(weight, h.dtype) for weight in group.weights]
-    outputs = [h @ W.T for W in dense]
-    for y, bias in zip(outputs, group.biases, strict=False):
-        y += bias
-    for y, B, scale, part in zip(outputs, group.B, group.scales, group.columns, strict=True):
-        y += scale * (s[:, part] @ B.to(h.dtype).T)
-    return Result([y.to(x.dtype) for y in outputs], s, dense if keep else [])
-
-
-def backward_reference(
-    grads: list[Tensor], x: Tensor, s: Tensor, group: Group, dense: list[Tensor], need_x: bool
-) -> Gradients:
-    """The gradients of forward_reference's sum of products with `grads`, written out."""
-    h, A = x.to(s.dtype), group.stacked(s.dtype)
-    wide_grads = [g.to(s.dtype) for g in grads]
-    each = list(zip(wide_grads, group.B, group.scales, group.columns, strict=True))
-    grad_B = [(scale * g.T @ s[:, part]).to(B.dtype) for g, B, scale, part in each]
-    grad_s = torch.cat([scale * g @ B.to(s.dtype) for g, B, scale, _ in each], dim=1)
-    dropped = (lambda t: dropout(t, group.dropout, group.seed)) if group.seed is not None else (lambda t: t)
-    grad_A = grad_s.T @ dropped(h)
-    if not need_x:
-        return Gradients(grad_A, grad_B, None)
-    grad_x = dropped(grad_s @ A)  # dropout is linear, and its own transposed
-    for g, W in zip(wide_grads, dense or [dequantize(weight, s.dtype) for weight in group.weights], strict=True):
-        grad_x += g @ W
-    return Gradients(grad_A, grad_B, grad_x.to(x.dtype))
-
-
-def forward_cpu(x: Tensor, group: Group, keep: bool) -> Result:
-    """Slab by slab, each product added in place; one product gives s for all linears."""
-    dtype = group_dtype(x, group.weights)
+def forward_many(x: Tensor, group: Group, keep: bool) -> Result:
+    """Decode, then products; one product gives s for all linears."""
+    dtype = compute_dtype(x, group.weights)
     h = x.to(dtype)
-    s = _product(_dropped(h, group), group.stacked(dtype).T, group.keep_scale)
+    s = h.new_empty(len(h), 0)
+    if group.A:
+        s = _product(_dropper(x, group)(h), group.stacked(dtype).T, group.keep_scale)
     dense = [dequantize(weight, dtype) for weight in group.weights] if keep else []
-    outputs = [x.new_empty(x.shape[0], weight.rows) for weight in group.weights]
+    outputs = [x.new_empty(len(x), weight.rows) for weight in group.weights]
     for i, y in enumerate(outputs):
-        B, part_of_s = group.B[i].to(dtype), s[:, group.columns[i]]
-        for start, part in [(0, dense[i])] if keep else slabs(group.weights[i], dtype):
-            rows = slice(start, start + len(part))
-            here = y[:, rows]
-            target = here if y.dtype == dtype else torch.empty_like(here, dtype=dtype)
-            if group.biases:
-                torch.addmm(group.biases[i][rows].to(dtype), h, part.T, out=target)
-            else:
-                torch.mm(h, part.T, out=target)
-            target.addmm_(part_of_s, B[rows].T, alpha=group.scales[i])
-            if target is not here:
-                here.copy_(target)
+        _output(h, s, group, i, dense, y)
     return Result(outputs, s, dense)
 
 
-def backward_cpu(
-    grads: list[Tensor], x: Tensor, s: Tensor, group: Group, dense: list[Tensor], need_x: bool
+def _output(h: Tensor, s: Tensor, group: Group, i: int, dense: list[Tensor], y: Tensor) -> None:
+    """y of linear i, rounded once where the products are wider than it."""
+    dtype = h.dtype
+    bias = group.biases[i].to(dtype) if group.biases else None
+    B = (group.B[i] * group.scales[i]).to(dtype) if group.A else None  # and no alpha: with a bias it costs a pass
+    for start, part in [(0, dense[i])] if dense else slabs(group.weights[i], dtype):
+        rows = slice(start, start + len(part))
+        target = y[:, rows] if y.dtype == dtype else torch.empty(len(y), len(part), dtype=dtype, device=y.device)
+        left, right = (h, part) if B is None else (s[:, group.columns[i]], B[rows])
+        if bias is None:
+            torch.mm(left, right.T, out=target)
+        else:
+            torch.addmm(bias[rows], left, right.T, out=target)
+        if B is not None:
+            target.addmm_(h, part.T)
+        if y.dtype != dtype:
+            y[:, rows].copy_(target)
+
+
+def backward(
+    grads: list[Tensor], x: Tensor | None, s: Tensor | None, group: Group, dense: list[Tensor], need_x: bool
 ) -> Gradients:
-    """The same sums; the gradient of x starts as LoRA's share, which only dropout masks, and the base adds to it."""
-    dtype = s.dtype
+    """The same sums; x and s are read for LoRA's gradients, and None without it."""
+    like = grads[0]
+    dtype = compute_dtype(like, group.weights) if s is None else s.dtype
     grads = [g.to(dtype) for g in grads]
-    grad_s, grad_B = torch.empty_like(s), []
-    for g, B, scale, part in zip(grads, group.B, group.scales, group.columns, strict=True):
-        _product(g, B.to(dtype), scale, grad_s[:, part])
-        grad_B.append(_product(g.T, s[:, part], scale).to(B.dtype))
-    mask = None if group.seed is None else keep_mask(x.shape, group.dropout, group.seed)
-    h = x.to(dtype)
-    grad_A = _product(grad_s.T, h if mask is None else h * mask, group.keep_scale).to(wide(x))
-    if not need_x:
-        return Gradients(grad_A, grad_B, None)
-    grad_x = _product(grad_s, group.stacked(dtype), group.keep_scale)
-    if mask is not None:
-        grad_x *= mask
+    grad_A, grad_B, grad_x = None, [], None
+    if x is not None and s is not None:
+        grad_s, dropped = torch.empty_like(s), _dropper(x, group)
+        for g, B, scale, part in zip(grads, group.B, group.scales, group.columns, strict=True):
+            _product(g, B.to(dtype), scale, grad_s[:, part])
+            grad_B.append(_wide_product(g.T, s[:, part], scale).to(B.dtype))
+        grad_A = _wide_product(grad_s.T, dropped(x.to(dtype)), group.keep_scale)
+        if need_x:
+            grad_x = _product(grad_s, group.stacked(dtype), group.keep_scale)
+            dropped(grad_x, grad_x)
+    if need_x:
+        grad_x = _add_base(grad_x, grads, group, dense).to(like.dtype)
+    return Gradients(grad_A, grad_B, grad_x)
+
+
+def _add_base(total: Tensor | None, grads: list[Tensor], group: Group, dense: list[Tensor]) -> Tensor:
+    """LoRA's share of the gradient of x [M, K], if there is one, plus each g W."""
+    begun, like = total is not None, grads[0]
+    total = like.new_empty(len(like), group.weights[0].columns) if total is None else total
     for i, g in enumerate(grads):
-        for start, rows in [(0, dense[i])] if dense else slabs(group.weights[i], dtype):
-            grad_x.addmm_(g[:, start : start + len(rows)], rows)
-    return Gradients(grad_A, grad_B, grad_x.to(x.dtype))
+        begun = _add(total, g, [(0, dense[i])] if dense else slabs(group.weights[i], total.dtype), begun)
+    return total if begun else total.zero_()
+
+
+def _add(total: Tensor, g: Tensor, parts: Iterable[tuple[int, Tensor]], begun: bool) -> bool:
+    """One weight's; a function, so that its workspace is gone before the next one's is made."""
+    for start, part in parts:
+        total.addmm_(g[:, start : start + len(part)], part, beta=int(begun))  # beta 0: what lies there is not read
+        begun = True
+    return begun
+
+
+def forward_few(x: Tensor, group: Group) -> Result:
+    """One launch for s and one a linear; nothing dense at all."""
+    from .lora_triton import project_down  # only here: Triton exists for Linux only and is slow to import
+    from .matmul4bit_triton import matmul
+
+    s = x.new_empty(len(x), 0)
+    if group.A:
+        s = project_down(_dropper(x, group)(x), group.stacked(group.A[0].dtype), group.keep_scale)
+    outputs = []
+    for i, weight in enumerate(group.weights):
+        bias = group.biases[i] if group.biases else None
+        lora = (s[:, group.columns[i]], group.B[i], group.scales[i]) if group.A else None
+        outputs.append(matmul(x, weight, bias, lora))
+    return Result(outputs, s, [])
 
 
 def _product(a: Tensor, b: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
@@ -162,6 +187,52 @@ def _product(a: Tensor, b: Tensor, factor: float, out: Tensor | None = None) -> 
     return torch.addmm(out, a, b, beta=0, alpha=factor, out=out)  # beta 0: what was there before is not read
 
 
-def _dropped(h: Tensor, group: Group) -> Tensor:
-    """h with what dropout removes set to zero; what survives is scaled where it is multiplied anyway."""
-    return h if group.seed is None else h * keep_mask(h.shape, group.dropout, group.seed)
+def _wide_product(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """factor * a b in fp32 or wider, not rounded to less on CUDA: the gradients of masters."""
+    if a.is_cuda and a.dtype in KERNEL_DTYPES:
+        return torch.mm(a, b, out_dtype=torch.float32).mul_(factor)
+    return _product(a, b, factor).to(wide(a.dtype))
+
+
+def _dropper(x: Tensor, group: Group) -> Callable[..., Tensor]:
+    """f(t, out=None): t, like x, with what dropout removes set to zero; survivors are scaled where they are multiplied.
+
+    `out` may be t itself; without dropout it must be.
+    """
+    p, seed = group.dropout, group.seed
+    if seed is None:
+        return lambda t, out=None: t
+    if dispatch.path_for(x) == "triton" and x.numel():
+        from .lora_triton import drop
+
+        return lambda t, out=None: drop(t, p, seed, out)
+    mask = keep_mask(x.shape, p, seed)
+    return lambda t, out=None: torch.mul(t, mask, out=out)
+
+
+def slabs(weight: Weight4bit, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """(first row, W[first row : ...] in `dtype`) for all of W; each slab overwrites the one before."""
+    rows, columns, blocksize, step = weight.rows, weight.columns, weight.blocksize, _slab_rows(weight)
+    buffer = torch.empty(step, columns, dtype=dtype, device=weight.packed.device)
+    if rows <= step:
+        if rows:
+            decode_into(buffer[:rows], weight)
+            yield 0, buffer[:rows]
+        return
+    packed, absmax = weight.packed.reshape(-1), weight.scales.reshape(-1)
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        bytes_ = packed[start * columns // 2 : (end * columns + 1) // 2]
+        scales = absmax[start * columns // blocksize : -(-end * columns // blocksize)]
+        part = Weight4bit(bytes_, scales, None, None, (end - start, columns), weight.quant_type, blocksize)
+        decode_into(buffer[: end - start], part)
+        yield start, buffer[: end - start]
+
+
+def _slab_rows(weight: Weight4bit) -> int:
+    """Rows decoded at a time: all of them, or as many as make about SLAB values and whole blocks."""
+    rows, columns, blocksize = weight.rows, weight.columns, weight.blocksize
+    if rows * columns <= WHOLE or weight.packed.device.type != "cpu":
+        return max(rows, 1)
+    aligned = blocksize // gcd(blocksize, columns)  # rows after which a block ends with the row
+    return min(rows, aligned * max(1, SLAB // (aligned * columns)))

@@ -4,22 +4,15 @@ A program owns BN rows of W and BM of x. Per step of BK columns it looks up each
 in shared memory, which gives two neighbouring values of W as they lie in a matrix unit's register; W is the left
 operand of the product, which may come from registers, so that only the small x goes through shared memory as a matrix.
 
-Where a program multiplies by the block scales is part of the configuration (`scale_on`):
-
-- "sums": the matrix units see the 4-bit code values, rounded to x's dtype, and each step's fp32 partial sum is
-  multiplied by its scale. Few instructions while BM is small. Rounding: each code value is off by up to half an ulp of
-  x's dtype, the scale is exact, so |error| <= (2 K 2^-24 + 2 u) |x| |W|^T + u |y| against the exact product of x with
-  code * scale (u = 2^-8 for bf16, 2^-11 for fp16).
-- "weight": code * scale in fp32, rounded once: bit for bit the W that `dequantize` gives in x's dtype, at about one
-  instruction more per parameter, whatever BM is. Then only the product of rounded matrices rounds:
-  |error| <= 2 K 2^-24 |x| |W|^T + u |y|.
+The matrix units see the 4-bit code values, rounded to x's dtype, and each step's fp32 partial sum is multiplied by its
+block's scale: few instructions while BM is small. Rounding: each code value is off by up to half an ulp of x's dtype,
+the scale is exact, so |error| <= (2 K 2^-24 + 2 u) |x| |W|^T + u |y| against the exact product of x with code * scale
+(u = 2^-8 for bf16, 2^-11 for fp16).
 
 Few tiles do not fill a GPU, so K is split: every program writes its partial sum to a workspace, and the last of a tile
 to arrive, known by an integer counter, adds them all in one fixed order. Results repeat to the bit; there are no
 floating-point atomics, and bias and LoRA's second product ride in the same launch.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -27,14 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dispatch
+from .border import STEP, Tile, tile_for
 from .codes import code_for, dynamic_code, pair_table
-from .project_triton import project_down as project_down
 from .split_k_triton import counters, counters_of_device, finish, is_last, splits_for, sum_of_splits
 from .weight4bit import Weight4bit
 
-DTYPES = (torch.bfloat16, torch.float16)
-STEP = 64  # K must be a multiple: rows of packed bytes then start at 32-byte sectors, and no step needs a mask
-LARGEST = 1 << 32  # values of a weight whose bytes a 31-bit offset can address
 RANKS = 64  # of LoRA in one step
 
 NEW_LAYOUT = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)  # of mma.sync's operand from 8-bit loads
@@ -42,74 +32,52 @@ NEW_LAYOUT = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)  # of m
 _Lora = tuple[Tensor, Tensor, float]
 
 
-def applies(dtype: torch.dtype, weight: Weight4bit) -> bool:
-    """Whether `matmul` can multiply this weight with x of `dtype`."""
-    size = weight.rows * weight.columns
-    return dtype in DTYPES and weight.columns % STEP == 0 and 0 < size < LARGEST
-
-
 def matmul(
-    x: Tensor,
-    weight: Weight4bit,
-    bias: Tensor | None,
-    config: dict[str, Any],
-    lora: _Lora | None = None,
-    out: Tensor | None = None,
+    x: Tensor, weight: Weight4bit, bias: Tensor | None, lora: _Lora | None = None, tile: Tile | None = None
 ) -> Tensor:
     """y [M, N] = x [M, K] W^T + bias [N] + scale * s B^T, in x's dtype (bf16 or fp16), summed in fp32, rounded once.
 
     `lora` is (s [M, R], B [N, R], scale) with s = x A^T (`project_down`) in x's dtype; B and bias may have any
-    floating dtype, B is rounded to x's. The rows of x may lie at any stride, the columns at 1. `config` is a row of
-    the dispatch table: BM, BN, BK, warps, stages, scale_on, programs. `out`, if given, is contiguous and becomes y. One
-    launch. Nothing is checked: see `applies`.
+    floating dtype, B is rounded to x's. The rows of x may lie at any stride, the columns at 1. `tile` is by default the
+    one of border.py. One launch. Nothing is checked: see `lora_paths.few_rows`.
     """
     M, N, K = x.shape[0], weight.rows, weight.columns
-    y = x.new_empty(M, N) if out is None else out
+    y = x.new_empty(M, N)
     if M == 0:
         return y
-    BM, BN, BK = config["BM"], config["BN"], min(config["BK"], weight.blocksize)
+    tile = tile_for(dispatch.architecture(x.device), M) if tile is None else tile
+    BM, BN, BK = tile.rows, tile.columns, min(STEP, weight.blocksize)
     tiles = triton.cdiv(M, BM) * triton.cdiv(N, BN)
-    splits = splits_for(tiles, K // BK, config["programs"] * dispatch.processors(x.device))
+    splits = splits_for(tiles, K // BK, tile.programs * dispatch.processors(x.device))
     sums = x.new_empty((splits, M, N) if splits > 1 else 0, dtype=torch.float32)
     s, B, lora_scale = lora if lora is not None else (None, None, 0.0)
-    exact = config["scale_on"] == "weight"
+    nested = weight.nested_absmax
     with dispatch.on_device(x):
-        _matmul_kernel[(tiles, splits)](
+        matmul4bit_kernel[(tiles, splits)](
             x,
             weight.packed.contiguous(),
             weight.absmax.contiguous(),
-            None if weight.nested_absmax is None else weight.nested_absmax.contiguous(),
+            None if nested is None else nested.contiguous(),
             weight.offset,
-            pair_table(weight.quant_type, torch.float32 if exact else x.dtype, x.device),
-            None if weight.nested_absmax is None else dynamic_code(True, x.device),
+            pair_table(weight.quant_type, x.dtype, x.device),
+            None if nested is None else dynamic_code(True, x.device),
             None if bias is None else bias.contiguous(),
-            s,
-            B,
-            y,
-            sums,
-            counters(x.device, tiles) if splits > 1 else None,
-            M,
-            N,
-            K // 2,
-            0 if s is None else s.shape[1],
-            x.stride(0),
-            0 if s is None else s.stride(0),
-            0 if B is None else B.stride(0),
-            lora_scale,
-            config["copies"],
-            splits,
+            *(s, B, y, sums, counters(x.device, tiles) if splits > 1 else None),
+            *(M, N, K // 2, 0 if s is None else s.shape[1]),
+            *(x.stride(0), 0 if s is None else s.stride(0), 0 if B is None else B.stride(0)),
+            *(lora_scale, tile.copies, splits),
             BM=BM,
             BN=BN,
             BK=BK,
             RANK=0 if s is None else min(RANKS, max(16, triton.next_power_of_2(s.shape[1]))),
             STEPS_PER_BLOCK=weight.blocksize // BK,
             SPLIT=splits > 1,
-            SCALE_WEIGHT=exact,
-            COPIES=config["copies"],
-            WARPS=config["warps"],
-            WORDS=_words(x.device, config),
-            num_warps=config["warps"],
-            num_stages=config["stages"],
+            COPIES=tile.copies,
+            WARPS=tile.warps,
+            WORDS=_words(x.device, tile),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            maxnreg=65536 // (32 * tile.warps * tile.programs) // 8 * 8 if tile.programs > 1 else None,
             enable_fp_fusion=False,  # the scales are rounded as the reference rounds them
         )
     return y
@@ -117,29 +85,27 @@ def matmul(
 
 def prepare(device: torch.device, dtype: torch.dtype, quant_type: str) -> None:
     """Makes what launches on this device share: look-up tables and counters."""
-    for kind in {dtype, torch.float32} & {*DTYPES, torch.float32}:
+    for kind in {dtype, torch.float32} & {torch.bfloat16, torch.float16, torch.float32}:
         pair_table(quant_type, kind, device)
     code_for(quant_type, device)
     dynamic_code(True, device)
     counters_of_device(device)
 
 
-def _words(device: torch.device, config: dict[str, Any]) -> int:
-    """Neighbouring bytes of W in one thread's part of the left operand, as the compiler lays it out; 0: not direct."""
-    if not config["direct"]:
-        return 0
-    wgmma = dispatch.architecture(device).startswith("sm_9") and config["warps"] % 4 == 0 and config["BM"] >= 16
+def _words(device: torch.device, tile: Tile) -> int:
+    """Neighbouring bytes of W in one thread's part of the left operand, as the compiler lays it out."""
+    wgmma = dispatch.architecture(device).startswith("sm_9") and tile.warps % 4 == 0 and tile.rows >= 16
     return 1 if wgmma or NEW_LAYOUT else 2
 
 
 @triton.jit(do_not_specialize=["M", "R", "splits"])  # the next token or prompt is no reason to compile again
-def _matmul_kernel(
+def matmul4bit_kernel(
     x_ptr,  # [M, K]
     packed_ptr,  # uint8 [N, HALF]
     absmax_ptr,  # fp32 scales, or with nested_ptr uint8 codes of them, one a block of the flattened W
     nested_ptr,  # fp32, one for 256 scales
     offset_ptr,  # fp32, one
-    pairs_ptr,  # [256] words, each the two values of a byte
+    pairs_ptr,  # int32 [256], each the two code values of a byte in x's dtype
     map_ptr,  # fp32 [256], the values of absmax codes
     bias_ptr,  # [N]
     s_ptr,  # [M, R]
@@ -147,27 +113,16 @@ def _matmul_kernel(
     y_ptr,  # [M, N]
     sums_ptr,  # fp32 [splits, M, N]
     counters_ptr,  # int32 [tiles], all 0
-    M,
-    N,
-    HALF,  # K // 2
-    R,
-    x_stride,
-    s_stride,
-    B_stride,
-    lora_scale,
+    M, N, HALF, R,  # HALF is K // 2
+    x_stride, s_stride, B_stride, lora_scale,
     copies,  # COPIES again; as an argument, the address of a look-up is one multiply-add
     splits,  # of K
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     RANK: tl.constexpr,  # 0 without LoRA
     STEPS_PER_BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,  # whether splits > 1
-    SCALE_WEIGHT: tl.constexpr,
-    COPIES: tl.constexpr,
-    WARPS: tl.constexpr,
-    WORDS: tl.constexpr,
-):
+    COPIES: tl.constexpr, WARPS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
     m_tiles = tl.cdiv(M, BM)  # neighbours in the grid share rows of W, the dearer operand
     m = tile % m_tiles * BM + tl.arange(0, BM)
@@ -179,16 +134,12 @@ def _matmul_kernel(
     share = tl.cdiv(steps, splits) if SPLIT else steps
     start = split * share
     x_at = x_ptr + m.to(tl.int64)[None, :] * x_stride + _column(k, BK, WORDS)[:, None]  # [BK, BM]
-    read = tl.minimum(first + _row(of_tile, WARPS, WORDS), N - 1)
+    read = tl.minimum(first + _row(of_tile, WARPS), N - 1)
     packed_at = packed_ptr + read[:, None] * HALF + byte[None, :]  # [BN, BK // 2]
-    if WORDS > 0:
-        packed_at = tl.max_contiguous(packed_at, [1, BK // 8])  # what a thread may take: an eighth of a row's step
+    packed_at = tl.max_contiguous(packed_at, [1, BK // 8])  # what a thread may take: an eighth of a row's step
     pairs = _table(pairs_ptr, COPIES)
-    if WORDS > 0:  # the thread that looks a byte up, in its warp: each takes a copy of the table of its own
-        lane = (of_tile % 8)[:, None] * 4 + byte[None, :] // WORDS % 4
-    else:
-        lane = of_tile[:, None] * (BK // 32) + byte[None, :] // 16
-    lane = lane % COPIES
+    # The thread that looks a byte up, in its warp: each takes a copy of the table of its own.
+    lane = ((of_tile % 8)[:, None] * 4 + byte[None, :] // WORDS % 4) % COPIES
     offset = tl.load(offset_ptr) if nested_ptr is not None else 0.0
 
     total = tl.zeros([BN, BM], tl.float32)
@@ -199,11 +150,8 @@ def _matmul_kernel(
         absmax, nested = _read_scales(absmax_ptr, nested_ptr, following, STEPS_PER_BLOCK)
         codes = tl.load(packed_at + step * (BK // 2))
         x = tl.load(x_at + step * BK, mask=(m < M)[None, :], other=0.0)
-        if SCALE_WEIGHT:
-            total = tl.dot(_decode(codes, pairs, lane, copies, scale, x.dtype, WARPS, WORDS), x, total)
-        else:
-            part = tl.dot(_decode(codes, pairs, lane, copies, None, x.dtype, WARPS, WORDS), x)
-            total = tl.fma(part, tl.broadcast_to(scale[:, None], [BN, BM]), total)
+        part = tl.dot(_codes(codes, pairs, lane, copies, x.dtype, WARPS, WORDS), x)
+        total = tl.fma(part, tl.broadcast_to(scale[:, None], [BN, BM]), total)
     if RANK > 0:  # noqa: SIM102 - the one is known to the compiler, the other is not
         if split == 0:
             total = tl.fma(_update(s_ptr, B_ptr, m, row, M, R, s_stride, B_stride, RANK), lora_scale, total)
@@ -219,30 +167,24 @@ def _matmul_kernel(
 
 
 @triton.jit
-def _row(i, WARPS: tl.constexpr, WORDS: tl.constexpr):
+def _row(i, WARPS: tl.constexpr):
     """Which row of its tile of W is read as row i of the loaded tile; `_arrange` puts it back."""
-    if WORDS > 0:
-        i = i // (16 * WARPS) * (16 * WARPS) + i // 8 % WARPS * 16 + i // (8 * WARPS) % 2 * 8 + i % 8
-    return i
+    return i // (16 * WARPS) * (16 * WARPS) + i // 8 % WARPS * 16 + i // (8 * WARPS) % 2 * 8 + i % 8
 
 
 @triton.jit
 def _column(k, BK: tl.constexpr, WORDS: tl.constexpr):
     """Which column of its step `_arrange` puts at column k of W; x is read in the same order."""
-    if WORDS > 0:
-        k = k // (2 * WORDS) % 4 * (BK // 4) + k // (8 * WORDS) * (2 * WORDS) + k % (2 * WORDS)
-    return k
+    return k // (2 * WORDS) % 4 * (BK // 4) + k // (8 * WORDS) * (2 * WORDS) + k % (2 * WORDS)
 
 
 @triton.jit
 def _arrange(codes, WARPS: tl.constexpr, WORDS: tl.constexpr):
     """The loaded tile as the left operand of a product: the bytes of each thread stay where they are."""
-    if WORDS > 0:
-        BN: tl.constexpr = codes.shape[0]
-        HALF: tl.constexpr = codes.shape[1]
-        parts = tl.reshape(codes, [BN // (16 * WARPS), 2, WARPS, 8, 4, HALF // (4 * WORDS), WORDS])
-        codes = tl.reshape(tl.permute(parts, [0, 2, 1, 3, 5, 4, 6]), [BN, HALF])
-    return codes
+    BN: tl.constexpr = codes.shape[0]
+    HALF: tl.constexpr = codes.shape[1]
+    parts = tl.reshape(codes, [BN // (16 * WARPS), 2, WARPS, 8, 4, HALF // (4 * WORDS), WORDS])
+    return tl.reshape(tl.permute(parts, [0, 2, 1, 3, 5, 4, 6]), [BN, HALF])
 
 
 @triton.jit
@@ -256,16 +198,12 @@ def _table(pairs_ptr, COPIES: tl.constexpr):
 
 
 @triton.jit
-def _decode(codes, pairs, lane, copies, scale, dtype: tl.constexpr, WARPS: tl.constexpr, WORDS: tl.constexpr):
-    """W [BN, BK] in `dtype` from its packed bytes [BN, BK // 2]; without a scale only the code values."""
+def _codes(codes, pairs, lane, copies, dtype: tl.constexpr, WARPS: tl.constexpr, WORDS: tl.constexpr):
+    """The code values [BN, BK] in `dtype` of packed bytes [BN, BK // 2]."""
     index = _arrange(codes, WARPS, WORDS).to(tl.int32) * copies + lane
     words = tl.reshape(tl.gather(pairs, tl.reshape(index, [index.numel]), 0), index.shape)
-    if scale is None:
-        even = words.to(tl.int16).to(dtype, bitcast=True)
-        odd = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
-    else:
-        even = (words.to(tl.int32).to(tl.float32, bitcast=True) * scale[:, None]).to(dtype)
-        odd = ((words >> 32).to(tl.int32).to(tl.float32, bitcast=True) * scale[:, None]).to(dtype)
+    even = words.to(tl.int16).to(dtype, bitcast=True)
+    odd = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
     return tl.reshape(tl.join(even, odd), [codes.shape[0], 2 * codes.shape[1]])
 
 
@@ -291,11 +229,8 @@ def _update(s_ptr, B_ptr, m, row, M, R, s_stride, B_stride, RANK: tl.constexpr):
     total = tl.zeros([row.shape[0], m.shape[0]], tl.float32)
     for start in range(0, R, RANK):
         r = start + tl.arange(0, RANK)
-        s = tl.load(
-            s_ptr + m.to(tl.int64)[None, :] * s_stride + r[:, None],
-            mask=(m < M)[None, :] & (r < R)[:, None],
-            other=0.0,
-        )
+        inside = (m < M)[None, :] & (r < R)[:, None]
+        s = tl.load(s_ptr + m.to(tl.int64)[None, :] * s_stride + r[:, None], mask=inside, other=0.0)
         B = tl.load(B_ptr + row.to(tl.int64)[:, None] * B_stride + r[None, :], mask=(r < R)[None, :], other=0.0)
         total = tl.dot(B.to(s.dtype), s, total)
     return total

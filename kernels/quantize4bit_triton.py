@@ -32,7 +32,7 @@ def quantize_into(
     if n == 0:
         return
     with on_device(flat):
-        _quantize[(triton.cdiv(n, TILE),)](
+        quantize4bit_kernel[(triton.cdiv(n, TILE),)](
             *(flat, midpoints, order, packed, absmax, n),
             BLOCKS=TILE // blocksize,
             BLOCKSIZE=blocksize,
@@ -44,7 +44,7 @@ def quantize_into(
 
 
 @triton.jit
-def _quantize(
+def quantize4bit_kernel(
     flat,
     midpoints,
     order,

@@ -21,7 +21,7 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     columns = x.shape[-1]
     with on_device(x):
-        _forward[(scale.numel(),)](
+        rms_norm_forward_kernel[(scale.numel(),)](
             x, weight.contiguous(), y, scale, columns, eps, BLOCK=_block(columns), num_warps=_warps(columns)
         )
     return y, scale
@@ -32,7 +32,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     dy, x = dy.contiguous(), x.contiguous()
     dx, columns = torch.empty_like(x), x.shape[-1]
     with on_device(x):
-        _backward[(scale.numel(),)](
+        rms_norm_backward_kernel[(scale.numel(),)](
             dy, x, weight.contiguous(), scale, dx, columns, BLOCK=_block(columns), num_warps=_warps(columns)
         )
     return dx
@@ -48,7 +48,7 @@ def _warps(columns: int) -> int:
 
 
 @triton.jit
-def _forward(x_ptr, weight_ptr, y_ptr, scale_ptr, columns, eps, BLOCK: tl.constexpr):
+def rms_norm_forward_kernel(x_ptr, weight_ptr, y_ptr, scale_ptr, columns, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     mask = i < columns
@@ -60,7 +60,7 @@ def _forward(x_ptr, weight_ptr, y_ptr, scale_ptr, columns, eps, BLOCK: tl.conste
 
 
 @triton.jit
-def _backward(dy_ptr, x_ptr, weight_ptr, scale_ptr, dx_ptr, columns, BLOCK: tl.constexpr):
+def rms_norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, scale_ptr, dx_ptr, columns, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     mask = i < columns

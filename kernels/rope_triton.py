@@ -23,7 +23,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     cos, sin = cos.contiguous(), sin.contiguous()
     y = torch.empty_like(x)
     with on_device(x):
-        _turn[(batch * tokens,)](
+        rope_kernel[(batch * tokens,)](
             x,
             cos,
             sin,
@@ -40,7 +40,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
 
 
 @triton.jit
-def _turn(
+def rope_kernel(
     x_ptr,
     cos_ptr,
     sin_ptr,

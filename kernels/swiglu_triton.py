@@ -20,7 +20,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
     with on_device(gate):
-        _forward[_grid(gate)](gate, up, y, gate.numel(), BLOCK=BLOCK, num_warps=8)
+        swiglu_forward_kernel[_grid(gate)](gate, up, y, gate.numel(), BLOCK=BLOCK, num_warps=8)
     return y
 
 
@@ -29,7 +29,7 @@ def backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     with on_device(gate):
-        _backward[_grid(gate)](dy, gate, up, dgate, dup, gate.numel(), BLOCK=BLOCK, num_warps=8)
+        swiglu_backward_kernel[_grid(gate)](dy, gate, up, dgate, dup, gate.numel(), BLOCK=BLOCK, num_warps=8)
     return dgate, dup
 
 
@@ -38,7 +38,7 @@ def _grid(x: Tensor) -> tuple[int]:
 
 
 @triton.jit
-def _forward(gate_ptr, up_ptr, y_ptr, n, BLOCK: tl.constexpr):
+def swiglu_forward_kernel(gate_ptr, up_ptr, y_ptr, n, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
     gate = tl.load(gate_ptr + i, mask=mask, other=0.0).to(tl.float32)
@@ -47,7 +47,7 @@ def _forward(gate_ptr, up_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, BLOCK: tl.constexpr):
+def swiglu_backward_kernel(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
     dy = tl.load(dy_ptr + i, mask=mask, other=0.0).to(tl.float32)

@@ -5,8 +5,9 @@ scale (absmax) belongs to each block of `blocksize` of them. Where a row is whol
 with a row for each row of the weight, so that cutting one on rows cuts the other; elsewhere they are flat.
 """
 
+from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -99,3 +100,23 @@ def stored_shapes(shape: tuple[int, ...], blocksize: int) -> tuple[tuple[int, ..
     if len(shape) == 2 and shape[1] % blocksize == 0:
         return (shape[0], shape[1] // 2), (shape[0], shape[1] // blocksize)
     return ((n + 1) // 2,), (-(-n // blocksize),)
+
+
+# torch.library knows no objects: its ops take weights apart, and put them together again inside.
+
+
+def flatten(weights: Sequence[Weight4bit]) -> tuple[list[Tensor], list[int], str, int]:
+    """Weights of one format and number of columns: their tensors kind by kind, [*rows, columns], the format."""
+    kinds = zip(*(weight[:4] for weight in weights), strict=True)
+    stored = [tensor for kind in kinds for tensor in kind if tensor is not None]
+    first = weights[0]
+    return stored, [*(weight.rows for weight in weights), first.columns], first.quant_type, first.blocksize
+
+
+def unflatten(stored: list[Tensor], sizes: list[int], quant_type: str, blocksize: int) -> list[Weight4bit]:
+    """What `flatten` took apart; a tensor that was no matrix comes back as one row."""
+    *rows, columns = sizes
+    n = len(rows)
+    packed, absmax, nested, offset = (list[Any](stored[i : i + n]) or [None] * n for i in range(0, 4 * n, n))
+    each = zip(packed, absmax, nested, offset, rows, strict=True)
+    return [Weight4bit(p, a, s, o, (size, columns), quant_type, blocksize) for p, a, s, o, size in each]

@@ -100,9 +100,8 @@ MODULES = {
     for path in ([ROOT / f"{layer}.py"] if layer in LEAVES else sorted((ROOT / layer).rglob("*.py")))
 }
 LATE = {  # what may import a module of ours inside a function, besides `*_triton`: Triton is slow and on Linux only
-    ("kernels", "lora_linears"): {("kernels", "lora_cuda")},  # which imports Triton kernels itself
     # Until these are rebuilt:
-    ("cli", "doctor"): {("kernels", "dispatch"), ("kernels", "plan"), ("trainer", "memory")},
+    ("cli", "doctor"): {("trainer", "memory")},
     ("data", "template"): {("data", "sandbox")},
     ("trainer", "metrics"): {("errors",)},
 }

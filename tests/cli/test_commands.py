@@ -20,7 +20,7 @@ from fourbit.cli.parse import parse
 from fourbit.cli.sft import Options as SFTOptions
 from fourbit.cli.show import bars, visible
 from fourbit.data.encode import load as load_rows
-from fourbit.kernels import plan
+from fourbit.kernels import border
 from fourbit.models.load import load_tokenizer
 
 Capture = pytest.CaptureFixture[str]
@@ -326,20 +326,13 @@ def test_doctor(capsys: Capture) -> None:
     assert "kernels" in run(capsys, "doctor")
 
 
-def test_doctor_shows_the_dispatch_table(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    shown = run_json(capsys, "doctor")["dispatch table"]
-    assert shown.keys() - {"this GPU"} == plan.table().keys()
-    entry = plan.table()["sm_90"]
-    assert entry["gpu"] in shown["sm_90"] and entry["source"] in shown["sm_90"]
-    point = {"op": "linear", "dtype": "bfloat16", "N": 4096, "K": 4096, "fused_us": 2.0, "config": entry["fused"][0]}
-    measured = [point | {"M": 32, "decode_us": 3.0}, point | {"M": 8192, "decode_us": 1.0}]
-    monkeypatch.setattr(plan, "table", lambda: {"sm_90": entry | {"measured": measured, "source": "measured"}})
-    plan.linear.cache_clear()
-    try:
-        shown = run_json(capsys, "doctor")["dispatch table"]["sm_90"]
-    finally:
-        plan.linear.cache_clear()
-    assert "measured, 2 points measured" in shown and "4096x4096 to 32," in shown
+def test_doctor_shows_how_many_rows_are_decoded_inside_the_product(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(border, "BORDER", {"sm_90": 48})
+    shown = run_json(capsys, "doctor")["rows decoded inside the product"]
+    assert shown.keys() - {"this GPU"} == border.TILES.keys()
+    assert shown["sm_90"] == "48 (measured)" and shown["sm_80"].startswith(f"{border.SAFE} (not measured")
 
 
 def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourbit.kernels import dropout as module
-from fourbit.kernels.dropout import draw_seed, dropout, keep_level, keep_mask, keep_scale
+from fourbit.kernels.dropout import draw_seed, keep_level, keep_mask, keep_scale
 
 LOW = (1 << 32) - 1
 MULTIPLIERS, STEPS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
@@ -67,11 +67,20 @@ def test_it_drops_as_often_as_said_and_neighbours_independently(p: float) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_survivors_are_scaled_by_the_inverse_of_what_the_probability_became(dtype: torch.dtype) -> None:
-    x, seed = torch.randn(4, 9, 30, dtype=dtype), torch.tensor(3)
+@pytest.mark.parametrize("shape", [(1, 1), (9, 30), (17, 515)])
+def test_the_kernel_drops_what_the_mask_says(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Into a fresh tensor, from rows that lie apart, and in place."""
+    drop = pytest.importorskip("fourbit.kernels.lora_triton").drop
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wide, seed = torch.randn(shape[0], shape[1] + 3).to(device, dtype), torch.tensor(3 << 40, device=device)
+    x = wide[:, : shape[1]]
+    want = torch.where(keep_mask(shape, 0.3, seed), x, 0)
+    assert torch.equal(drop(x, 0.3, seed), want)
+    assert drop(x, 0.3, seed, x) is x and torch.equal(x, want)
+
+
+def test_survivors_are_scaled_by_the_inverse_of_what_the_probability_became() -> None:
     assert keep_scale(0.3) == 65536 / 45875
-    want = torch.where(keep_mask((36, 30), 0.3, seed), x.view(36, 30).double() * keep_scale(0.3), 0).view(x.shape)
-    torch.testing.assert_close(dropout(x, 0.3, seed), want.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
 
 
 def test_the_seed_comes_from_torchs_generator() -> None:

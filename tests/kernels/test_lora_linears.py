@@ -11,20 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fourbit.kernels import dispatch, lora_paths
-from fourbit.kernels import lora_linears as module
+from fourbit.kernels import border, dispatch, lora_paths
+from fourbit.kernels import linear4bit as module
+from fourbit.kernels.border import Tile
 from fourbit.kernels.dispatch import force_path
 from fourbit.kernels.dropout import keep_mask, keep_scale
 from fourbit.kernels.lora import lora_linears4bit
-from fourbit.kernels.lora_paths import Group
-from fourbit.kernels.nf4 import dequantize, quantize
-from fourbit.kernels.plan import FORMS, Plan
-from fourbit.kernels.weight4bit import Weight4bit
+from fourbit.kernels.nf4 import Weight4bit, dequantize, quantize
+from fourbit.kernels.weight4bit import flatten
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN = ["reference"] if DEVICE == "cuda" else ["reference", "cpu"]  # the CPU's path takes no CUDA tensors
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-FUSED = {"BM": 16, "BN": 32, "BK": 64, "warps": 4, "stages": 3, "scale_on": "weight", "copies": 1, "direct": False}
+TILE = Tile(rows=16, stages=3, copies=4, programs=1, columns=32, warps=2)
+WAYS = ["few", "many"]
 
 
 class Sample(NamedTuple):
@@ -185,59 +185,79 @@ def test_plain_paths(
     sample = draw(K, rows[: len(ranks)], ranks, bias=bias, masters=masters, seed=seed, **quantisation)
     x, grads = inputs(sample, M, dtype, seed)
     with force_path(path), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fourbit.kernels.linear4bit.WHOLE", 1000)  # larger weights go in slabs
-        patch.setattr("fourbit.kernels.linear4bit.SLAB", 500)
+        patch.setattr("fourbit.kernels.lora_paths.WHOLE", 1000)  # larger weights go in slabs
+        patch.setattr("fourbit.kernels.lora_paths.SLAB", 500)
         check(sample, x, grads, dropout, torch.tensor(seed, device=DEVICE) if dropout else None, keep=keep)
 
 
-@pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A configuration for the fused kernel, where the table has none."""
-    monkeypatch.setattr(dispatch, "plan_linear", lambda x, rows: Plan("fused", FUSED | {"programs": 1}))
+@contextmanager
+def way(name: str) -> Iterator[None]:
+    """The kernel for few rows in small tiles, or decoding first, for any number of rows."""
+    with pytest.MonkeyPatch.context() as patch, force_path("triton"):
+        patch.setattr(border, "SAFE", 1 << 20 if name == "few" else 0)
+        patch.setattr(border, "BORDER", {})
+        patch.setattr(border, "TILES", {})
+        patch.setattr(border, "SMALL", (TILE,))
+        yield
 
 
-@pytest.mark.usefixtures("fused")
-@pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=8)  # about a second each in the interpreter
+@pytest.mark.parametrize("name", WAYS)
+@settings(max_examples=10)  # about a second each in the interpreter
 @given(
     *(sizes, sizes, st.lists(sizes, min_size=2, max_size=2), ranks.map(lambda r: r[:2]), formats),
     *(st.sampled_from([torch.bfloat16, torch.float16]), st.booleans(), st.sampled_from([0.0, 0.3])),
     *(st.booleans(), st.sampled_from([1, 3, 100]), st.integers(0, 2**31)),
 )
 def test_kernels(
-    form: str, M: int, K: int, rows: list[int], ranks: list[int], quantisation: dict[str, Any], dtype: torch.dtype,
+    name: str, M: int, K: int, rows: list[int], ranks: list[int], quantisation: dict[str, Any], dtype: torch.dtype,
     bias: bool, dropout: float, keep: bool, processors: int, seed: int,
 ) -> None:  # fmt: skip
-    K, keep = (64 * -(-K // 64), False) if form == "fused" else (K, keep)
+    K, keep = (64 * -(-K // 64), False) if name == "few" else (K, keep)
     sample = draw(K, rows[: len(ranks)], ranks, bias=bias, seed=seed, **quantisation)
     x, grads = inputs(sample, M, dtype, seed)
-    with pytest.MonkeyPatch.context() as patch, force_path("triton"), poisoned() as made:
+    with pytest.MonkeyPatch.context() as patch, way(name), poisoned() as made:
         patch.setattr(dispatch, "processors", lambda device: processors)
-        check(sample, x, grads, dropout, torch.tensor(seed, device=DEVICE) if dropout else None, keep=keep, form=form)
+        check(sample, x, grads, dropout, torch.tensor(seed, device=DEVICE) if dropout else None, keep=keep)
         assert made
 
 
-def test_large_ranks_and_long_spans_take_more_than_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks beyond 128, column blocks that one program goes over in turn, rows in several programs."""
-    monkeypatch.setattr(dispatch, "processors", lambda device: 1)
-    sample = draw(130, [700, 20], [130, 20])
-    x, grads = inputs(sample, 300, torch.bfloat16, 0)
-    with force_path("triton"), poisoned():
-        check(sample, x, grads, 0.3, torch.tensor(5, device=DEVICE), form="augmented")
+def test_large_ranks_take_more_than_one_program_and_step() -> None:
+    sample = draw(128, [70, 20], [130, 20])
+    x, grads = inputs(sample, 20, torch.bfloat16, 0)
+    with way("few"), poisoned():
+        check(sample, x, grads, 0.3, torch.tensor(5, device=DEVICE))
 
 
-def test_kernels_repeat_to_the_bit_and_take_strided_tensors() -> None:
-    sample = draw(72, [40, 24], [4, 4])
+@pytest.mark.parametrize("rows", [1, 32, 33])
+def test_all_linears_of_a_call_take_one_way(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen once, by the rows: forward makes no dense weight at all up to the border, and beyond it every one."""
+    decoded: list[int] = []
+    slabs = lora_paths.slabs
+    monkeypatch.setattr(lora_paths, "slabs", lambda weight, dtype: decoded.append(1) or slabs(weight, dtype))
+    monkeypatch.setattr(border, "BORDER", {"": 32})
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "")
+    for columns, few in ((64, rows <= 32), (96, False)):  # 96: one that the kernel does not take
+        sample = draw(columns, [40, 24], [4, 4])
+        x, _ = inputs(sample, rows, torch.bfloat16, 0)
+        with force_path("triton"), torch.no_grad():
+            decoded.clear()
+            sample(x, 0.0, None)
+        assert len(decoded) == (0 if few else 2)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_kernels_repeat_to_the_bit_and_take_strided_tensors(name: str) -> None:
+    sample = draw(128, [40, 24], [4, 4])
     x, grads = inputs(sample, 50, torch.bfloat16, 0)
     seed = torch.tensor(8, device=DEVICE)
-    with force_path("triton"):
+    with way(name):
         first = run(sample, x, grads, 0.2, seed)
         again = run(sample, x, grads, 0.2, seed)
-        wide = torch.stack([x, x], dim=1).flatten(1)[:, :72]  # rows 144 apart
+        wide = torch.stack([x, x], dim=1).flatten(1)[:, :128]  # rows 256 apart
         turned = [g.T.contiguous().T for g in grads]  # columns not at stride 1
         strided = run(sample, wide, turned, 0.2, seed)
-    for name, *results in zip(names(sample), first, again, strided, strict=True):
-        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]), name
+    for name_, *results in zip(names(sample), first, again, strided, strict=True):
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]), name_
 
 
 @pytest.mark.parametrize("path", PLAIN)
@@ -262,21 +282,19 @@ def test_fake_outputs_and_autograd_rules_are_the_real_ones(path: str, keep: bool
         pytest.skip("the CPU's path takes no CUDA tensors")
     sample = draw(24, [16, 9], [4, 3], bias=True, nested=True)
     x = torch.randn(2, 5, 24, device=DEVICE).bfloat16().requires_grad_()
-    form = "augmented" if keep else ""  # "addmm" leaves the tail of what it keeps as it found it
-    stored = module._stored(sample.weights)
-    numbers = (sample.scales, "nf4", 64, 0.3)
+    stored, *layout = flatten(sample.weights)
+    numbers = (*layout, sample.scales, 0.3)
     seed = torch.tensor(3, device=DEVICE)
     with force_path(path):
         torch.library.opcheck(
-            torch.ops.fourbit.lora_linears4bit,
-            (x, stored, sample.biases, sample.A, sample.B, seed, *numbers, keep, form),
+            torch.ops.fourbit.linears4bit, (x, stored, sample.biases, sample.A, sample.B, seed, *numbers, keep)
         )
         with torch.no_grad():
-            *outputs, s = module._forward(x, stored, sample.biases, sample.A, sample.B, seed, *numbers, False, "")
+            *outputs, s = module._forward(x, stored, sample.biases, sample.A, sample.B, seed, *numbers, False)
         grads = [torch.ones_like(y) for y in outputs]
         for need_x in (False, True):
             torch.library.opcheck(
-                torch.ops.fourbit.lora_linears4bit_backward,
+                torch.ops.fourbit.linears4bit_backward,
                 (grads, x.detach(), s, [], stored, *([t.detach() for t in ts] for ts in (sample.A, sample.B)),
                  seed, *numbers, need_x),
                 test_utils=("test_schema", "test_faketensor"),
@@ -325,14 +343,12 @@ def test_what_is_saved(path: str, keep: bool) -> None:
     saved: list[Tensor] = []
     with force_path(path):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            outputs = sample(x, 0.1, torch.tensor(1, device=DEVICE), keep=keep, form="addmm")
-        known = {t.data_ptr() for t in (x, *sample.leaves(), *module._stored(sample.weights))}
+            outputs = sample(x, 0.1, torch.tensor(1, device=DEVICE), keep=keep)
+        known = {t.data_ptr() for t in (x, *sample.leaves(), *flatten(sample.weights)[0])}
         extra = sorted(t.numel() for t in saved if t.data_ptr() not in known)
-        tail = 64 if path == "triton" else 0
-        assert extra == [1, 6 * 8, *([96 * (64 + tail), 160 * (64 + tail)] if keep else [])]
+        assert extra == [1, 6 * 8, *([96 * 64, 160 * 64] if keep else [])]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lora_paths, "slabs", None)
-            patch.setattr("fourbit.kernels.lora_cuda.decode_into", None)
             if keep:
                 sum(y.sum() for y in outputs).backward()
             else:
@@ -359,10 +375,6 @@ def test_under_autocast_dtypes_are_the_ops_own() -> None:
         ({"Bs": [torch.zeros(40, 3)]}, r"for a weight \(40, 64\)"),
         ({"scales": []}, "1 weights, 1 biases, 1 A, 1 B, 0 scales"),
         ({"dropout": 1.5}, "dropout must lie between 0 and 1, got 1.5"),
-        (
-            {"form": "split"},
-            "form must be one of addmm, augmented, fused, or '' for the dispatcher's choice, got 'split'",
-        ),
     ],
 )
 def test_misfits_are_refused(change: dict[str, Any], message: str) -> None:
@@ -379,22 +391,9 @@ def test_weights_of_two_formats_are_refused() -> None:
         lora_linears4bit(torch.zeros(3, 64), *mixed)
 
 
-@pytest.mark.parametrize(("columns", "config"), [(64, None), (96, {"BM": 16})])
-def test_the_fused_form_needs_a_configuration_and_whole_steps(
-    monkeypatch: pytest.MonkeyPatch, columns: int, config: dict[str, int] | None
-) -> None:
-    monkeypatch.setattr("fourbit.kernels.dispatch.plan_linear", lambda x, rows: Plan("fused", config))
-    sample = draw(columns, [40], [4])
-    x = torch.zeros(3, columns, dtype=torch.bfloat16, device=DEVICE)
-    with force_path("triton"), pytest.raises(ValueError, match="no fused kernel for x"):
-        sample(x, 0.0, None, form="fused")
-    with pytest.raises(ValueError, match="'fused' decodes no weight that could be kept"):
-        sample(x, 0.0, None, form="fused", keep=True)
-
-
-@pytest.mark.parametrize("form", ["addmm", "augmented"])
+@pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_masters_in_any_layout(form: str, dtype: torch.dtype) -> None:
+def test_masters_in_any_layout(name: str, dtype: torch.dtype) -> None:
     """Transposed or sliced A and B, such as factors of an SVD: everything as from contiguous copies."""
     sample = draw(64, [40], [4])
     A, B = sample.A[0].detach(), sample.B[0].detach()
@@ -404,76 +403,35 @@ def test_masters_in_any_layout(form: str, dtype: torch.dtype) -> None:
     x, grads = inputs(sample, 7, dtype, 0)
     seed = torch.tensor(1, device=DEVICE)
     results = []
-    with force_path("triton"):
+    with way(name):
         for one in (sample, odd, turned):
             for leaf in one.leaves():
                 leaf.requires_grad_()
-            results.append(run(one, x, grads, 0.1, seed, form=form))
+            results.append(run(one, x, grads, 0.1, seed))
     for other in results[1:]:
         assert all(torch.equal(mine, expected) for mine, expected in zip(other, results[0], strict=True))
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def _drop(rows: int, columns: int, dtype: torch.dtype) -> None:
+    from fourbit.kernels.lora_triton import drop
 
-
-def _weight(rows: int, columns: int) -> Weight4bit:
-    blocks = rows * columns // 64
-    nested, offset = _meta(-(-blocks // 256), dtype=torch.float32), _meta(1, dtype=torch.float32)
-    packed, codes = (_meta(rows, columns // each, dtype=torch.uint8) for each in (2, 64))
-    return Weight4bit(packed, codes, nested, offset, (rows, columns))
-
-
-def _step(columns: int, rows: tuple[int, ...], rank: int, dropout: float, form: str) -> Any:
-    """Forward and backward of 8,192 tokens, but for decoding, which has tests of its own."""
-
-    def run() -> None:
-        from fourbit.kernels import lora_cuda
-
-        masters = [
-            [_meta(*shape, dtype=torch.float32) for shape in shapes]
-            for shapes in ([(rank, columns)] * len(rows), [(n, rank) for n in rows])
-        ]
-        seed = _meta(dtype=torch.int64) if dropout else None
-        group = Group([_weight(n, columns) for n in rows], [], *masters, [2.0] * len(rows), dropout, seed)
-        x = _meta(8192, columns)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lora_cuda, "decode_into", lambda *_: None)
-            result = lora_cuda.forward(x, group, False, form)
-            lora_cuda.backward([_meta(8192, n) for n in rows], x, result.s, group, [], True)
-
-    return run
+    meta = {"device": "meta"}
+    drop(torch.empty(rows, columns, dtype=dtype, **meta), 0.05, torch.empty((), dtype=torch.int64, **meta))
 
 
 SCENARIOS = {
-    "8b qkv r16": _step(4096, (4096, 1024, 1024), 16, 0.05, "augmented"),
-    "8b o r32": _step(4096, (4096,), 32, 0.05, "addmm"),
-    "8b down r8": _step(14336, (4096,), 8, 0.0, "addmm"),
-    "70b gate, up r64": _step(8192, (28672, 28672), 64, 0.05, "augmented"),
-    "70b qkv r64": _step(8192, (8192, 1024, 1024), 64, 0.0, "augmented"),
+    "8b down": lambda: _drop(8192, 14336, torch.bfloat16),
+    "odd": lambda: _drop(999, 577, torch.float16),
+    "fp32": lambda: _drop(999, 4096, torch.float32),
 }
-# SASS instructions for each element of x or of a gradient in the longest loop (of _gradient_B that is the outer one,
-# which also reads B and writes sums, once for a column block). At full bandwidth an H100 has 9.9 issue slots a byte, an
-# A100 11.5: 20 and 23 for an element that is read, 39 and 46 for one that is read and written, as _project's copy and
-# the gradient of x are. The fewest are needed for r = 16 without dropout, the most for r = 128 with it.
-BUDGET = {
-    ("_project", False): 10,
-    ("_project", True): 28,
-    ("_gradient_B", None): 22,
-    ("_gradient_A", False): 20,
-    ("_gradient_A", True): 45,
-}
+BUDGET = 32  # SASS instructions an element of dropout, read and written: at full bandwidth an H100 has 39, an A100 46
 
 
 def test_kernels_compile_without_spills_within_their_budgets(aot: ModuleType) -> None:
+    """The product for s stands with the one that uses it, in test_matmul4bit_triton.py."""
     costs = aot.costs_of(__file__)
     aot.assert_no_spills(costs)
-    assert {cost.kernel for cost in costs} == {"_project", "_fill_tail", "_gradient_B", "_gradient_A", "_add"}
-    counted = set()
+    assert {cost.kernel for cost in costs} == {"lora_dropout_kernel"}
     for cost in costs:
-        kind = cost.kernel, cost.constants.get("DROPOUT")
-        if kind in BUDGET and cost.capability in (80, 90):
-            tile = cost.constants["BM"] * cost.constants.get("BK", cost.constants.get("BN"))
-            assert cost.loop_instructions * cost.threads <= BUDGET[kind] * tile, cost
-            counted.add(kind)
-    assert counted == set(BUDGET)
+        tile = cost.constants["ROWS"] * cost.constants["COLUMNS"]
+        assert cost.instructions * cost.threads <= BUDGET * tile and cost.registers <= 64, cost

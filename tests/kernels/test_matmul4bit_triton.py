@@ -1,10 +1,11 @@
 """The fused 4-bit product: its rounding against float64, its edges, that it repeats, and what it compiles to.
 
-The oracle is the exact product of x with code * scale. "weight" configurations round code * scale to x's dtype first
-and so are held to the rounded matrix; "sums" configurations round the code values instead, and get the term for it.
+The oracle is the exact product of x with code * scale; the kernel rounds the code values to x's dtype, which has a term
+in the bound.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -14,27 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fourbit.kernels import codes, dispatch, plan
-from fourbit.kernels.nf4 import dequantize, quantize
-from fourbit.kernels.weight4bit import Weight4bit
+from fourbit.kernels import border, codes, dispatch, lora_paths
+from fourbit.kernels.border import Tile
+from fourbit.kernels.nf4 import Weight4bit, dequantize, quantize
 
 matmul4bit = pytest.importorskip("fourbit.kernels.matmul4bit_triton")
-project = pytest.importorskip("fourbit.kernels.project_triton")
+lora = pytest.importorskip("fourbit.kernels.lora_triton")
 split_k = pytest.importorskip("fourbit.kernels.split_k_triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 BUDGET = 5.0  # SASS instructions a parameter in the main loop, for a single row of x
-SMALL = {"BM": 16, "BN": 64, "BK": 64, "warps": 4, "stages": 3, "copies": 1, "direct": False, "programs": 1}
-FORMS = [
-    SMALL | {"scale_on": "sums"},
-    SMALL | {"scale_on": "weight"},
-    SMALL | {"scale_on": "sums", "direct": True, "copies": 32, "BN": 128},
-    SMALL | {"scale_on": "weight", "direct": True, "copies": 4, "warps": 2, "BM": 8, "BN": 32},
-    SMALL | {"scale_on": "sums", "direct": True, "BM": 32, "warps": 2},
+TILES = [
+    Tile(16, stages=3, copies=32, programs=1, columns=128, warps=4),
+    Tile(8, stages=3, copies=4, programs=1, columns=32, warps=2),
+    Tile(32, stages=3, copies=1, programs=1, columns=64, warps=2),
 ]
 GUARDS: list[Tensor] = []  # the memory before and behind the weight of the latest sample
-forms = st.sampled_from(FORMS)
 dtypes = st.sampled_from([torch.bfloat16, torch.float16])
 
 
@@ -132,15 +129,14 @@ def assert_product(y: Tensor, terms: list[tuple[Tensor, Tensor, float]], K: int,
     assert float(excess.max()) <= 0, f"off by {float(excess.max())} beyond the bound"
 
 
-def check(sample: Sample, x: Tensor, config: dict[str, Any], bias: Tensor | None, rank: int = 0) -> Tensor:
+def check(sample: Sample, x: Tensor, tile: Tile, bias: Tensor | None, rank: int = 0) -> Tensor:
     lora, N = None, sample.weight.rows
-    exact = config["scale_on"] == "weight"
-    terms = [(x, sample.dense.to(x.dtype), 0.0) if exact else (x, sample.dense, UNIT[x.dtype])]
+    terms = [(x, sample.dense, UNIT[x.dtype])]
     if rank:
         s, B = sample.random(x.shape[0], rank, dtype=x.dtype), sample.random(N, rank)
         lora = (strided(s, 3), strided(B, 5), 0.75)
         terms.append((s, 0.75 * B.to(x.dtype).double(), 0.0))
-    y: Tensor = matmul4bit.matmul(x, sample.weight, bias, config, lora)
+    y: Tensor = matmul4bit.matmul(x, sample.weight, bias, lora, tile)
     assert y.shape == (x.shape[0], N) and y.dtype == x.dtype
     assert_product(y, terms, sample.weight.columns + rank, bias.expand_as(y) if bias is not None else None)
     return y
@@ -148,7 +144,7 @@ def check(sample: Sample, x: Tensor, config: dict[str, Any], bias: Tensor | None
 
 @settings(max_examples=60)
 @given(
-    forms,
+    st.sampled_from(TILES),
     dtypes,
     st.sampled_from([1, 2, 7, 8, 9, 15, 17, 33]),
     st.sampled_from([1, 31, 63, 65, 128, 129]),
@@ -159,7 +155,7 @@ def check(sample: Sample, x: Tensor, config: dict[str, Any], bias: Tensor | None
     st.integers(0, 2**31),
 )
 def test_values(
-    form: dict[str, Any],
+    tile: Tile,
     dtype: torch.dtype,
     M: int,
     N: int,
@@ -170,10 +166,9 @@ def test_values(
     seed: int,
 ) -> None:
     sample = Sample(N, K, seed, nested=nested, quant_type=quant_type, blocksize=blocksize)
-    assert matmul4bit.applies(dtype, sample.weight)
     x = strided(sample.random(M, K, dtype=dtype), seed % 3)
     bias = sample.random(N, dtype=[dtype, torch.float32][seed % 2]) if seed % 5 else None
-    check(sample, x, form, bias, rank=[0, 1, 16, 70][seed % 4])
+    check(sample, x, tile, bias, rank=[0, 1, 16, 70][seed % 4])
 
 
 @pytest.fixture
@@ -181,32 +176,31 @@ def shared_counters(monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """One buffer for all launches, as on a CUDA stream."""
     buffer = torch.zeros(64, dtype=torch.int32, device=DEVICE)
     monkeypatch.setattr(matmul4bit, "counters", lambda device, tiles: buffer)
-    monkeypatch.setattr(project, "counters", lambda device, tiles: buffer)
+    monkeypatch.setattr(lora, "counters", lambda device, tiles: buffer)
     return buffer
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form['scale_on']}-{form['direct']}-{form['copies']}")
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("new_layout", [True, False])
 def test_split_sums_repeat_and_nothing_is_written_outside(
     monkeypatch: pytest.MonkeyPatch,
     poison: list[Tensor],
     shared_counters: Tensor,
-    form: dict[str, Any],
+    tile: Tile,
     new_layout: bool,
 ) -> None:
     """Parts of 9, 9 and 8 steps; the second launch finds the counters as the first one did."""
     monkeypatch.setattr(matmul4bit, "NEW_LAYOUT", new_layout)
     sample = Sample(65, 64 * 26, seed=3)
     x, bias = strided(sample.random(9, 64 * 26, dtype=torch.bfloat16), 1), sample.random(65)
-    tiles = -(-9 // form["BM"]) * -(-65 // form["BN"])
-    config = form | {"programs": 3 * tiles}
+    tile = tile._replace(programs=3 * -(-9 // tile.rows) * -(-65 // tile.columns))
     results = []
     poison.clear()
     for _ in range(3):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dispatch, "processors", lambda device: 1)
             sample.generator.manual_seed(0)
-            results.append(check(sample, x, config, bias, rank=20))
+            results.append(check(sample, x, tile, bias, rank=20))
         assert sorted(buffer.numel() - 512 for buffer in poison) == [9 * 65, 3 * 9 * 65], "K is split in three"
         assert_edges_untouched(poison)
         assert not shared_counters.any()
@@ -227,7 +221,7 @@ def test_project_down(dtype: torch.dtype, M: int, R: int, K: int, seed: int) -> 
     x, A = strided(x.to(dtype), seed % 4), strided(A.to([dtype, torch.float32][seed % 2]), seed % 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "processors", lambda device: 1 + 7 * (seed % 5))
-        s = matmul4bit.project_down(x, A)
+        s = lora.project_down(x, A)
     assert s.shape == (M, R) and s.dtype == dtype
     assert_product(s, [(x, A.to(dtype), 0.0)], K)
 
@@ -237,26 +231,58 @@ def test_project_down_splits_and_writes_nothing_outside(
 ) -> None:
     monkeypatch.setattr(dispatch, "processors", lambda device: 64)
     x, A = torch.randn(3, 1000).to(DEVICE, torch.bfloat16), torch.randn(20, 1000, device=DEVICE)
-    first = matmul4bit.project_down(x, A)
+    first = lora.project_down(x, A)
     assert sorted(buffer.numel() - 512 for buffer in poison) == [3 * 20, 4 * 3 * 20], "K is split in four"
     assert_edges_untouched(poison)
-    assert torch.equal(first, matmul4bit.project_down(x, A)) and not shared_counters.any()
+    assert torch.equal(first, lora.project_down(x, A)) and not shared_counters.any()
 
 
 def test_no_rows() -> None:
     sample = Sample(65, 64, seed=0)
     x = torch.empty(0, 64, dtype=torch.bfloat16, device=DEVICE)
-    assert matmul4bit.matmul(x, sample.weight, None, FORMS[0]).shape == (0, 65)
-    assert matmul4bit.project_down(x, torch.ones(8, 64, device=DEVICE)).shape == (0, 8)
+    assert matmul4bit.matmul(x, sample.weight, None).shape == (0, 65)
+    assert lora.project_down(x, torch.ones(8, 64, device=DEVICE)).shape == (0, 8)
 
 
-def test_what_it_applies_to() -> None:
+def test_what_it_applies_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows in 16 bits on the kernels' path, of weights whose rows are whole steps; not to keep what is decoded."""
+
+    def few(rows: int, weight: Weight4bit, dtype: torch.dtype = torch.bfloat16, keep: bool = False) -> bool:
+        x = torch.empty(rows, weight.columns, dtype=dtype, device="meta")
+        return lora_paths.few_rows(x, lora_paths.Group([meta(128, weight.columns), weight]), keep)
+
+    monkeypatch.setattr(border, "BORDER", {"sm_90": 48})
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
     weight = meta(128, 192)
-    assert matmul4bit.applies(torch.bfloat16, weight) and matmul4bit.applies(torch.float16, weight)
-    assert not matmul4bit.applies(torch.float32, weight)
-    assert not matmul4bit.applies(torch.bfloat16, meta(128, 160))  # K not a multiple of 64
-    assert not matmul4bit.applies(torch.bfloat16, meta(0, 192)) and not matmul4bit.applies(torch.bfloat16, meta(1, 0))
-    assert not matmul4bit.applies(torch.bfloat16, weight._replace(shape=(1 << 16, 1 << 16)))
+    assert not few(1, weight), "a device without kernels"
+    with dispatch.force_path("triton"):
+        assert few(1, weight) and few(48, weight, torch.float16)
+        assert not few(49, weight) and not few(0, weight)
+        assert not few(1, weight, torch.float32) and not few(1, weight, keep=True)
+        assert not few(1, meta(128, 160)), "K not a multiple of 64"
+        assert not few(1, meta(0, 192)) and not few(1, weight._replace(shape=(1 << 26, 192)))
+
+
+def test_gpus_below_8_0_take_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Here:
+        """A tensor on a GPU that is not there."""
+
+        device = torch.device("cuda", 7)
+
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    for capability, path in (((7, 5), "reference"), ((8, 0), "triton"), ((12, 0), "triton")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        dispatch._runs_kernels.cache_clear()
+        assert dispatch.path_for(Here()) == path  # type: ignore[arg-type]
+    dispatch._runs_kernels.cache_clear()
+
+
+def test_the_border_and_the_tiles_are_one_for_all_rows_below_it() -> None:
+    assert border.border("sm_75") == border.border("") == border.SAFE
+    for tiles in (border.SMALL, *border.TILES.values()):
+        assert [tile.rows for tile in tiles] == sorted({tile.rows for tile in tiles})
+    assert border.tile_for("sm_90", 9) is border.TILES["sm_90"][1] and border.tile_for("sm_90", 300).rows == 32
+    assert border.tile_for("sm_95", 1) is border.SMALL[0]
 
 
 @given(st.integers(1, 5000), st.integers(1, 500), st.integers(1, 600))
@@ -285,31 +311,37 @@ def meta(N: int, K: int, nested: bool = True) -> Weight4bit:
     return Weight4bit(empty(N * K // 2, torch.uint8), absmax, groups, offset, (N, K))
 
 
-def _row(M: int, *, full: bool, dtype: torch.dtype = torch.bfloat16) -> None:
-    """The configuration that this architecture's table has for M rows.
+@contextmanager
+def processors(count: int) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "processors", lambda device: count)
+        yield
+
+
+def _rows(M: int, *, full: bool, dtype: torch.dtype = torch.bfloat16) -> None:
+    """The tile that this architecture has for M rows.
 
     `full` with all that may come with it; else only the main loop, which is the longest one then.
     """
     (N, K), device = (14336, 4096) if full else (1 << 17, 256), torch.device("meta")  # K is split in full ones alone
-    known = plan.entry(dispatch.architecture(device))
-    assert known is not None
-    config = next(row for row in known["fused"] if row["M"] >= M)
     x = torch.empty(M, K, dtype=dtype, device=device)
     lora, bias = None, None
     if full:
         s, B = torch.empty(M, 16, dtype=dtype, device=device), torch.empty(N, 16, device=device)
         lora, bias = (s, B, 0.5), torch.empty(N, dtype=dtype, device=device)
-    matmul4bit.matmul(x, meta(N, K, nested=full), bias, config, lora)
+    with processors(132):
+        matmul4bit.matmul(x, meta(N, K, nested=full), bias, lora)
 
 
 def _project(M: int, R: int) -> None:
     x, A = torch.empty(M, 4096, dtype=torch.bfloat16, device="meta"), torch.empty(R, 4096, device="meta")
-    matmul4bit.project_down(x, A)
+    with processors(132):
+        lora.project_down(x, A)
 
 
-SERVED = sorted({row["M"] for known in plan.table().values() for row in known["fused"]})
-SCENARIOS = {f"full {M}": lambda M=M: _row(M - 1, full=True) for M in SERVED}  # M - 1: no size is a round number
-SCENARIOS |= {f"plain {M}": lambda M=M: _row(M, full=False, dtype=torch.float16) for M in (1, *SERVED)}
+SERVED = (8, 16, 32)
+SCENARIOS = {f"full {M}": lambda M=M: _rows(M - 1, full=True) for M in SERVED}  # M - 1: no size is a round number
+SCENARIOS |= {f"plain {M}": lambda M=M: _rows(M, full=False, dtype=torch.float16) for M in (1, *SERVED)}
 SCENARIOS |= {"project 1": lambda: _project(1, 16), "project 64": lambda: _project(64, 64)}
 
 
@@ -317,19 +349,27 @@ def test_no_spills_and_shared_memory_fits(aot: ModuleType) -> None:
     aot.assert_no_spills(aot.costs_of(__file__))
 
 
-def test_instructions_a_parameter(aot: ModuleType) -> None:
-    """The main loop's SASS instructions, times threads, over the BN x BK parameters that one pass of it consumes.
+INSTRUCTIONS = {1: BUDGET, 8: 6.6, 16: 7.2, 32: 8.5}  # a parameter, for up to so many rows of x
 
-    For one row of x at most BUDGET; for every row of the table at most what the cost model reckons with.
-    """
+
+def test_instructions_a_parameter(aot: ModuleType) -> None:
+    """The main loop's SASS instructions, times threads, over the BN x BK parameters that one pass of it consumes."""
     for cost in aot.costs_of(__file__):
         kind, M = cost.scenario.split()
-        if kind != "plain":
-            continue
-        a_parameter = cost.loop_instructions * cost.threads / (cost.constants["BN"] * cost.constants["BK"])
-        row = next(row for row in plan.table()[f"sm_{cost.capability}"]["fused"] if row["M"] >= int(M))
-        assert a_parameter <= row["instructions"], (cost.scenario, cost.capability, a_parameter)
-        assert int(M) > 1 or a_parameter <= BUDGET, (cost.scenario, cost.capability, a_parameter)
+        if kind == "plain":
+            a_parameter = cost.loop_instructions * cost.threads / (cost.constants["BN"] * cost.constants["BK"])
+            assert a_parameter <= INSTRUCTIONS[int(M)], (cost.scenario, cost.capability, a_parameter)
+
+
+def test_as_many_programs_are_resident_as_the_table_says(aot: ModuleType) -> None:
+    """By the registers and the shared memory of each compiled kernel: K is split for so many, so no fewer may run."""
+    seen = 0
+    for cost in aot.costs_of(__file__):
+        if cost.kernel == "matmul4bit_kernel":
+            tile = border.tile_for(f"sm_{cost.capability}", cost.constants["BM"])
+            assert aot.resident(cost) >= tile.programs, cost
+            seen += 1
+    assert seen >= 7 * len(aot.CAPABILITIES)
 
 
 def test_counters_are_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fourbit
-from fourbit.kernels import lora_linears, lora_paths
+from fourbit.kernels import linear4bit, lora_paths
 from fourbit.models.decoder import Decoder
 from fourbit.models.spec import Spec
 
@@ -39,13 +39,13 @@ def step(model: Decoder) -> list[Tensor]:
 
 def test_a_layer_makes_four_passes_not_seven(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[int] = []
-    original = lora_linears._forward
+    original = linear4bit._forward
 
     def counted(x: Tensor, stored: Any, biases: Any, A: list[Tensor], *rest: Any) -> list[Tensor]:
-        served.append(len(A))
+        served.extend([len(A)] if A else [])
         return original(x, stored, biases, A, *rest)
 
-    monkeypatch.setattr(lora_linears, "_forward", counted)
+    monkeypatch.setattr(linear4bit, "_forward", counted)
     step(model)
     assert served == LAYERS * [3, 1, 2, 1]
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from fourbit.kernels.codes import dynamic_code
 from fourbit.kernels.dispatch import force_path
-from fourbit.kernels.plan import table
 from fourbit.optim import AdamW, AdamW8bit, Lion, Lion8bit
 
 pytest.importorskip("triton")
@@ -50,10 +49,9 @@ def test_instructions_fit_beside_the_copies(aot: Any, scenario: str) -> None:
     """Issuing an update's instructions takes an H100 no longer than moving its bytes at 70% of the copy bandwidth.
 
     Counted on the shortest way through the kernel, which tensors in aligned memory take: SASS of a thread, over its
-    elements. Ceilings are those of kernels/table.json. 8-bit AdamW on bf16 has 142 an element.
+    elements. Ceilings of an H100, a second: instructions of all lanes, bytes copied. 8-bit AdamW on bf16 has 142.
     """
-    h100 = table()["sm_90"]
-    budget = h100["issue_rate"] / (0.7 * h100["copy_bandwidth"]) * BYTES[scenario]
+    budget = 2.96e13 / (0.7 * 3.0e12) * BYTES[scenario]
     seen = [c for c in aot.costs_of(__file__) if (c.scenario, c.kernel) == (scenario, "optimizer_update_kernel")]
     seen = [c for c in seen if c.capability in (80, 90, 100)]
     assert len(seen) == 3
