@@ -18,7 +18,7 @@ from .show import bars, count, describe, note, result, visible
 STYLES = {
     "trained": "bold green",
     "trained special": "bold magenta",
-    "special": "magenta",
+    "context special": "magenta",
     "context": "",
     "cut": "red strike",
 }
@@ -85,7 +85,7 @@ def show_example(example: Encoded, tokenizer: Tokenizer) -> None:
 
 
 def pieces(example: Encoded, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
-    """(kind, text) of every token: trained, context, special, trained special, or cut (beyond max_length)."""
+    """(kind, text) of every token; one that is beyond max_length is cut."""
     ids, offsets = tokenizer.encode_with_offsets(example.text)
     special = {token for token, added in tokenizer.backend.get_added_tokens_decoder().items() if added.special}
     shown = 0  # characters; several tokens may share one
@@ -99,9 +99,7 @@ def pieces(example: Encoded, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
 def _kind(example: Encoded, k: int, special: bool) -> str:
     if k >= len(example.ids):
         return "cut"
-    if example.trained[k]:
-        return "trained special" if special else "trained"
-    return "special" if special else "context"
+    return ("trained" if example.trained[k] else "context") + " special" * special
 
 
 def marked(example: Encoded, tokenizer: Tokenizer) -> str:

@@ -43,15 +43,18 @@ def run(options: Options, sources: Sources) -> int:
     model, tokenizer, template = load_adapted(options)
     rows = read_rows(options, tokenizer, options.data, template=template)
     describe("data", rows)
+    asked = [sample for sample in rows.samples if sample.text is None] if options.exact else []
+    if options.exact and len(asked) < len(rows):
+        note("note: plain text asks for no answer; of such rows only the loss is measured")
 
     def measure(name: str) -> dict[str, Any]:
         with working(f"{name}: loss"):
             loss = evaluate_loss(model, rows.examples, pad_id=tokenizer.pad_id or 0)
         metrics = {"loss": loss, "perplexity": None if loss is None else math.exp(min(loss, 700.0))}
-        if options.exact:
+        if asked:
             sizes = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
             with working(f"{name}: answers"):
-                answers = answer_all(model, tokenizer, template, rows.samples, **sizes)
+                answers = answer_all(model, tokenizer, template, asked, **sizes)
             metrics["exact_match"] = exact_match(answers)
             if options.answers is not None:
                 _write_answers(Path(options.answers), name, answers)

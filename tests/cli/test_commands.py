@@ -163,23 +163,16 @@ def test_eval_prints_a_table(tuned: Path, tiny_folder: Path, val_rows: Path, cap
     args = ["eval", "--model", str(tiny_folder), "--adapter", str(tuned), str(val_rows), "--no-exact"]
     lines = run(capsys, *args).splitlines()
     assert lines[0].split() == ["base", "adapter"] and lines[1].split()[0] == "loss" and len(lines[1].split()) == 3
-    assert run(capsys, *args, "--no-base").splitlines()[0].split() == ["adapter"]
+    assert main([*args, "--no-base", "--quant", "none"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[0].split() == ["adapter"]
+    assert "the adapter was trained on nf4-nodq; on none it will be somewhat off" in printed.err
 
 
-def test_eval_says_when_the_base_is_another(tuned: Path, tiny_folder: Path, val_rows: Path, capsys: Capture) -> None:
-    args = [
-        "eval",
-        "--model",
-        str(tiny_folder),
-        "--adapter",
-        str(tuned),
-        str(val_rows),
-        "--no-exact",
-        "--quant",
-        "none",
-    ]
-    assert main(args) == 0
-    assert "the adapter was trained on nf4-nodq; on none it will be somewhat off" in capsys.readouterr().err
+def test_eval_of_plain_text_is_its_loss(tiny_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "some words"}\n{"text": "and others"}\n')
+    values = run_json(capsys, "eval", "--model", str(tiny_folder), str(tmp_path / "text.jsonl"))
+    assert values["loss"] > 0 and values["rows"] == 2 and "exact_match" not in values
 
 
 def test_generate_answers_every_form_of_row(tiny_folder: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -290,7 +283,7 @@ def test_pieces_join_to_the_text_and_keep_every_kind(tiny_folder: Path, tmp_path
     found = list(pieces(example, tokenizer))
     assert "".join(text for _, text in found) == example.text
     assert "".join(text for kind, text in found if kind.startswith("trained")) == "ö\nx<|im_end|>"
-    assert [text for kind, text in found if kind == "special"] == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+    assert [text for kind, text in found if kind == "context special"] == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
     shown = marked(example, tokenizer)
     assert "\x1b" not in shown and r"\x1b[31m" in shown
 
