@@ -54,7 +54,17 @@ def generate(
     whatever the batch size, up to rounding. Raises ValueError for an empty prompt, an id outside the vocabulary or an
     impossible setting.
     """
-    _check(model, prompts, max_new_tokens, batch_size, on_token)
+    if max_new_tokens < 0 or batch_size < 1:
+        raise ValueError(
+            f"max_new_tokens must be 0 or more and batch_size 1 or more, got {max_new_tokens} and {batch_size}"
+        )
+    if on_token is not None and len(prompts) != 1:
+        raise ValueError(f"on_token streams one prompt, got {len(prompts)}")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} is empty; a prompt needs at least one token (beginning-of-text, say)")
+        if min(prompt) < 0 or max(prompt) >= model.vocab_size:
+            raise ValueError(f"prompt {i} holds a token id outside 0 to {model.vocab_size - 1}")
     sampling = Sampling(temperature, top_k, top_p)
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -153,9 +163,8 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
         before = probability.cumsum(-1) - probability  # mass of the better tokens
         probability = probability.masked_fill(before >= sampling.top_p, 0.0)
     mass = probability.cumsum(-1)
-    uniform = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]).to(
-        logits.device
-    )  # [B, 1]
+    drawn = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])  # [B, 1]
+    uniform = drawn.to(logits.device)
     place = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)  # the first whose mass exceeds the drawn one
     last = (probability > 0).long().mul_(torch.arange(1, k + 1, device=logits.device)).amax(-1, keepdim=True) - 1
     place = torch.minimum(place, last)
@@ -174,25 +183,3 @@ def _common_start(prompts: Sequence[Sequence[int]]) -> int:
 def _generator(seed: int, index: int) -> torch.Generator:
     """A prompt's own stream of random numbers."""
     return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + index) % (1 << 63))
-
-
-def _check(
-    model: CausalLM,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    batch_size: int,
-    on_token: Callable[[int], None] | None,
-) -> None:
-    if max_new_tokens < 0 or batch_size < 1:
-        raise ValueError(
-            f"max_new_tokens must be 0 or more and batch_size 1 or more, got {max_new_tokens} and {batch_size}"
-        )
-    if on_token is not None and len(prompts) != 1:
-        raise ValueError(f"on_token streams one prompt, got {len(prompts)}")
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(
-                f"prompt {i} is empty; a prompt needs at least one token (the beginning-of-text token, say)"
-            )
-        if min(prompt) < 0 or max(prompt) >= model.vocab_size:
-            raise ValueError(f"prompt {i} holds a token id outside 0 to {model.vocab_size - 1}")

@@ -152,11 +152,8 @@ def _check_tensors(path: Path, model: Decoder, shapes: Shapes) -> set[str]:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)}
     if model.spec.tie_word_embeddings:
         del wanted["lm_head.weight"]
-    skip = {
-        name
-        for name in shapes
-        if name not in wanted and (name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq"))
-    }
+    unknown = shapes.keys() - wanted.keys()
+    skip = {name for name in unknown if name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq")}
     if problems := misfits(wanted, {name: shape for name, shape in shapes.items() if name not in skip}):
         raise InputError(
             f"{path}: tensors do not fit the config. {problems} The weights and the config are of different models."

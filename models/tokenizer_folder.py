@@ -25,12 +25,7 @@ def folder_arguments(folder: Path) -> dict[str, Any]:
     older = _optional_json(folder, "special_tokens_map.json")
     names = {key: _token(folder, config, older, key) for key in ("bos_token", "eos_token", "pad_token")}
     _check_added(folder, config, backend)
-    return {
-        "backend": backend,
-        "chat_template": _chat_template(folder, config),
-        "stop_ids": _stop_ids(folder),
-        **names,
-    }
+    return {"backend": backend, "chat_template": _chat_template(folder, config), "stop_ids": _stop_ids(folder), **names}
 
 
 def _backend(folder: Path) -> tokenizers.Tokenizer:

