@@ -173,12 +173,7 @@ def _check(examples: Sequence[Encoded]) -> None:
 
 
 def micro_batches(
-    examples: Sequence[Encoded],
-    *,
-    packing: bool,
-    micro_batch: MicroBatch,
-    token_budget: int,
-    pad_id: int,
+    examples: Sequence[Encoded], *, packing: bool, micro_batch: MicroBatch, token_budget: int, pad_id: int
 ) -> list[Batch]:
     """One step's examples, each exactly once, split into forward passes.
 
@@ -193,12 +188,7 @@ def micro_batches(
 
 
 def split_groups(
-    items: Sequence[T],
-    sizes: Sequence[int],
-    *,
-    packing: bool,
-    micro_batch: MicroBatch,
-    token_budget: int,
+    items: Sequence[T], sizes: Sequence[int], *, packing: bool, micro_batch: MicroBatch, token_budget: int
 ) -> list[list[T]]:
     """Items of these sizes (in tokens; longest first from here on) into the groups that `micro_batches` speaks of."""
     order = sorted(range(len(items)), key=sizes.__getitem__, reverse=True)
@@ -241,12 +231,7 @@ def _padded_groups(order: Sequence[int], sizes: Sequence[int], token_budget: int
 
 
 def answer_batches(
-    examples: Sequence[Numbered],
-    *,
-    packing: bool,
-    micro_batch: MicroBatch,
-    token_budget: int,
-    pad_id: int,
+    examples: Sequence[Numbered], *, packing: bool, micro_batch: MicroBatch, token_budget: int, pad_id: int
 ) -> list[AnswerBatch]:
     """One step's examples (their numbers in the dataset beside them), each exactly once, split into forward passes.
 

@@ -78,7 +78,6 @@ def _check_file(name: str) -> None:
     _check_suffix(name)
     if info.st_size == 0:
         raise InputError(f"{name}: the file is empty: expected one JSON object a line.")
-    _check_encoding(name)
 
 
 def _check_suffix(name: str) -> None:
@@ -89,16 +88,6 @@ def _check_suffix(name: str) -> None:
     raise InputError(f"{name}: {suffix or 'a name without a suffix'} {known}: use one of {', '.join(SUFFIXES)}.")
 
 
-def _check_encoding(name: str) -> None:
-    """Raise for encodings in which no line could be read."""
-    with _open(name) as file:
-        head = file.read(4096)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (len(head) > 3 and (head[0] == 0 or head[1] == 0)):
-        raise InputError(f"{name}: the file is UTF-16 or UTF-32: save it as UTF-8 (iconv -f UTF-16 -t UTF-8 does it).")
-    if head.startswith((b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"PAR1")):
-        raise InputError(f"{name}: the file is compressed or binary, whatever its name says: unpack it to JSON Lines.")
-
-
 def _open(name: str) -> BinaryIO:
     try:
         return open(name, "rb")
@@ -107,11 +96,19 @@ def _open(name: str) -> BinaryIO:
 
 
 def _first_byte(name: str) -> bytes:
-    """The first byte that is neither white space nor part of a byte order mark."""
+    """The first byte that is neither white space nor part of a byte order mark. Raises for what holds no such lines."""
     with _open(name) as file:
-        while chunk := file.read(65536):
+        chunk = file.read(65536)
+        if chunk.startswith((b"\xff\xfe", b"\xfe\xff")) or (len(chunk) > 3 and 0 in chunk[:2]):
+            way = "save it as UTF-8 (iconv -f UTF-16 -t UTF-8 does it)"
+            raise InputError(f"{name}: the file is UTF-16 or UTF-32: {way}.")
+        if chunk.startswith((b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"PAR1")):
+            way = "unpack it to JSON Lines"
+            raise InputError(f"{name}: the file is compressed or binary, whatever its name says: {way}.")
+        while chunk:
             if text := chunk.removeprefix(b"\xef\xbb\xbf").lstrip():
                 return text[:1]
+            chunk = file.read(65536)
     return b""
 
 

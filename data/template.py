@@ -314,12 +314,7 @@ CHILD = _Child()
 atexit.register(CHILD.stop)
 
 
-def template_for(
-    tokenizer: TokenizerLike,
-    override: TemplateChoice = None,
-    *,
-    date: str | None = None,
-) -> ChatTemplate:
+def template_for(tokenizer: TokenizerLike, override: TemplateChoice = None, *, date: str | None = None) -> ChatTemplate:
     """The template to use: `override` (a built-in's name, a file, a template), else the tokenizer's, else a built-in.
 
     A tokenizer without a template gets chatml if its vocabulary has chatml's two tokens, else zephyr, whose marks are

@@ -40,10 +40,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": "p", "completion": "c", "label": False},
         f"row: {NOT} 'prompt', 'completion', 'label'; {JUDGED}: {USE}",
     ),
-    "a conversation and its tag": (
-        chat(U, A, kto_tag=True),
-        f"row: {NOT} 'messages', 'kto_tag'; {JUDGED}: {USE}",
-    ),
+    "a conversation and its tag": (chat(U, A, kto_tag=True), f"row: {NOT} 'messages', 'kto_tag'; {JUDGED}: {USE}"),
     "sharegpt preference": (
         {"conversations": [], "chosen": {}, "rejected": {}},
         f"row: {NOT} 'conversations', 'chosen', 'rejected'; {PAIR}: {USE}",
@@ -336,10 +333,7 @@ SAID = {"role": "user", "content": "Sky?\nNoon."}
 HISTORY = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "weight": 0}]
 OTHERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # a row of another tool's form, what it becomes
     "sharegpt": (
-        {
-            "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
-            "system": "Be brief.",
-        },
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "system": "Be brief."},
         [{"role": "system", "content": "Be brief."}, U, A],
     ),
     "sharegpt, our words": ({"conversations": [U, A]}, [U, A]),
@@ -400,10 +394,7 @@ def test_every_prompt_is_what_stands_before_the_answer(case: str) -> None:
         (chat(A), "prompt: is empty: an answer needs something before it"),
         ({"messages": "Hi"}, "messages: must be a list of messages, not a string"),
         ({"prompt": None}, "prompt: must be a string, not null"),
-        (
-            {"text": "t"},
-            "row: is not a prompt to answer, keys are 'text'; it looks like a row to learn",
-        ),
+        ({"text": "t"}, "row: is not a prompt to answer, keys are 'text'; it looks like a row to learn"),
     ],
 )
 def test_a_bad_prompt_is_one_clear_problem(data: dict[str, Any], says: str) -> None:

@@ -42,10 +42,7 @@ GOOD: dict[str, tuple[dict[str, Any], Expected]] = {
         {"prompt": [U, A, U2], "chosen": [A], "rejected": [B]},
         ([U, CONTEXT, U2], [A], [B]),
     ),
-    "several turns of an answer": (
-        {"prompt": [U], "chosen": [A, U2, A], "rejected": [B]},
-        ([U], [A, U2, A], [B]),
-    ),
+    "several turns of an answer": ({"prompt": [U], "chosen": [A, U2, A], "rejected": [B]}, ([U], [A, U2, A], [B])),
     "implicit prompt": ({"chosen": [S, U, A], "rejected": [S, U, B]}, ([S, U], [A], [B])),
     "implicit prompt with context": (
         {"chosen": [U, A, U2, A], "rejected": [U, A, U2, B]},
@@ -189,12 +186,7 @@ def test_tools_reach_both_answers() -> None:
 GOOD_JUDGED: dict[str, tuple[dict[str, Any], bool, list[dict[str, Any]], list[dict[str, Any]]]] = {
     "trl strings": ({"prompt": "Sky?", "completion": "Blue.", "label": True}, True, [said("Sky?")], [A]),
     "trl messages": ({"prompt": [U, A, U2], "completion": [B], "label": False}, False, [U, CONTEXT, U2], [B]),
-    "alpaca": (
-        {"instruction": "Sky?", "input": "", "output": "Green.", "kto_tag": False},
-        False,
-        [said("Sky?")],
-        [B],
-    ),
+    "alpaca": ({"instruction": "Sky?", "input": "", "output": "Green.", "kto_tag": False}, False, [said("Sky?")], [B]),
     "sharegpt": (
         {"conversations": turns("Hi", "Hello") + turns("Sky?", "Blue."), "kto_tag": True},
         True,

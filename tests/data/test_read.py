@@ -75,32 +75,16 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         GOOD,
         ": a name without a suffix is no data format known here: use one of .jsonl, .ndjson, .json.",
     ),
-    "array, not utf-8": (
-        "d.json",
-        b'[{"a": "\xe9"}]',
-        ": is not UTF-8: byte 0xe9 at column 9" + LATIN1 + ".",
-    ),
+    "array, not utf-8": ("d.json", b'[{"a": "\xe9"}]', ": is not UTF-8: byte 0xe9 at column 9" + LATIN1 + "."),
     "array with NUL": ("d.json", b'[{"a": "\0"}]', ": holds NUL bytes: the file is damaged, or not UTF-8 text."),
 }
 
 # the bytes of a whole file, and what the one problem says after the path
 LINES: dict[str, tuple[bytes, str]] = {
-    "latin-1": (
-        b'{"a": "caf\xe9"}\n',
-        ":1: line: is not UTF-8: byte 0xe9 at column 11" + LATIN1,
-    ),
-    "truncated utf-8": (
-        GOOD + b'\n{"a": "\xe2\x82"}\n',
-        ":2: line: is not UTF-8: byte 0xe2 at column 8" + LATIN1,
-    ),
-    "overlong utf-8": (
-        b'{"a": "\xc0\xaf"}\n',
-        ":1: line: is not UTF-8: byte 0xc0 at column 8" + LATIN1,
-    ),
-    "surrogate in utf-8": (
-        b'{"a": "\xed\xa0\x80"}\n',
-        ":1: line: is not UTF-8: byte 0xed at column 8" + LATIN1,
-    ),
+    "latin-1": (b'{"a": "caf\xe9"}\n', ":1: line: is not UTF-8: byte 0xe9 at column 11" + LATIN1),
+    "truncated utf-8": (GOOD + b'\n{"a": "\xe2\x82"}\n', ":2: line: is not UTF-8: byte 0xe2 at column 8" + LATIN1),
+    "overlong utf-8": (b'{"a": "\xc0\xaf"}\n', ":1: line: is not UTF-8: byte 0xc0 at column 8" + LATIN1),
+    "surrogate in utf-8": (b'{"a": "\xed\xa0\x80"}\n', ":1: line: is not UTF-8: byte 0xed at column 8" + LATIN1),
     "NUL byte": (b'{"a": "x\0y"}\n', ":1: line: holds NUL bytes: the file is damaged, or not UTF-8 text"),
     "escaped NUL": (b'{"a": "x\\u0000y"}\n', ":1: line: a holds a NUL character"),
     "escaped NUL deep": (b'{"a": [{"b": "\\u0000"}]}\n', ":1: line: a[0].b holds a NUL character"),
