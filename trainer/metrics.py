@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..errors import EnvironmentProblem
+
 
 class Display(Protocol):
     """Shows a run while it goes."""
@@ -80,7 +82,5 @@ def _tensorboard(folder: Path, resumed_at: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        from ..errors import EnvironmentProblem
-
         raise EnvironmentProblem("log=tensorboard needs the package tensorboard: pip install tensorboard") from error
     return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
