@@ -54,12 +54,40 @@ def test_commands_and_flags_exist() -> None:
     assert set(re.findall(r"^make ([a-z-]+)", shell, flags=re.M)) <= targets
 
 
+def tree_of(block: str) -> set[str]:
+    """The paths that a tree names: folders and files at its margin, files of the folder above them further in."""
+    found, folder = set[str](), ""
+    for line in filter(str.strip, block.splitlines()):
+        inside, words = line.startswith(" "), line.split()
+        names = [word for i, word in enumerate(words) if i == 0 or all(w.endswith(".py") for w in words[: i + 1])]
+        folder = folder if inside else names[0] if names[0].endswith("/") else ""
+        found |= {(folder if inside else "") + name for name in names}
+    return found
+
+
 def test_the_file_tree_is_the_tree() -> None:
+    """Every file of the package has its line, and `x_triton.py` that of the `x.py` beside it."""
     (tree,) = [block for block in blocks("") if "__init__.py" in block]
-    listed = {line.split()[0].rstrip("/") for line in tree.splitlines()}
-    assert all((ROOT / name).exists() for name in listed)
-    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"tests", "examples", "docs"}
-    assert folders - {"build"} <= listed
+    listed = tree_of(tree)
+    assert {name for name in listed if not (ROOT / name).exists()} == set(), "named but not there"
+    layers = sorted(
+        path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("benchmarks", "build")
+    )
+    files = [*ROOT.glob("*.py"), *(path for layer in layers for path in (ROOT / layer).rglob("*.py"))]
+    there = {str(path.relative_to(ROOT)) for path in files if path.name != "__init__.py" or path.parent == ROOT}
+    twins = {name for name in there if name.endswith("_triton.py") and name.replace("_triton.py", ".py") in there}
+    assert there - twins - listed == set(), "not named in README's tree"
+    assert {f"{layer}/" for layer in layers} | {"tests/", "benchmarks/", "examples/", "docs/"} <= listed
+
+
+def test_a_tree_is_read_as_it_looks() -> None:
+    tree = "a.py      one\n\nb/        two\n  c.py d.py  three of e.py\n  f/g.py   four\nh/        five\n"
+    assert tree_of(tree) == {"a.py", "b/", "b/c.py", "b/d.py", "b/f/g.py", "h/"}
+
+
+def test_files_that_contributing_names_are_there() -> None:
+    named = set(re.findall(r"`([a-z_]+/[\w/.]+\.(?:py|md|json))`", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert len(named) > 20 and {name for name in named if not (ROOT / name).exists()} == set()
 
 
 def test_links_lead_somewhere() -> None:
