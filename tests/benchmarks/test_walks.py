@@ -10,6 +10,7 @@ from benchmarks import CHECKOUT, walks
 from fourbit.lora.config import LoRAConfig
 
 RATE = walks.RATE
+REACHED = {"--lr to the update": 9, "a chat row to the loss": 12, "a preference pair to the loss": 17}
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,13 @@ def test_walks_cross_files_of_the_package_in_order(found: dict[str, walks.Walk])
     for rows in (chat, pair):
         assert rows.index("data/read.py") < rows.index("data/encode.py") < rows.index("kernels/linear_logprobs.py")
         assert not any(file.startswith("models/") or "lora.py" in file for file in rows)  # a toy's affair
+
+
+def test_no_walk_gets_longer(found: dict[str, walks.Walk]) -> None:
+    """At most the limit, or what was reached on the way to it."""
+    most = {name: max(limit, REACHED[name]) for name, limit in walks.LIMITS.items()}
+    crossed = {name: list(walk.files) for name, walk in found.items() if len(walk.files) > most[name]}
+    assert crossed == {}
 
 
 @pytest.mark.parametrize(
