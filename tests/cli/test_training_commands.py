@@ -81,7 +81,7 @@ def last_line(text: str) -> dict[str, Any]:
         ("dpo", ["--beta", "0"], "--beta must be a number above 0, got 0"),
         ("dpo", ["--adapter", "nowhere"], "adapter nowhere is no folder with adapter_config.json"),
         ("dpo", ["--adapter", "{adapter}", "--rank", "8"], "{adapter} brings its own rank: leave them out"),
-        ("dpo", ["--loss", "kto"], "it looks like a preference pair: use"),
+        ("dpo", ["--loss", "kto"], "it looks like a preference pair, which"),
         ("reward", ["--center", "-1"], "--center must be at least 0, got -1"),
         ("reward", ["--center-rewards-coefficient", "1"], "it is called --center here"),
         ("reward", ["--loss", "ipo"], "unknown flag --loss"),
