@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -58,14 +57,8 @@ class Adapter(nn.Module):
         return False
 
     def state(self) -> dict[str, Tensor]:
-        """Its tensors under the names they have in files: the live ones, detached and not copied."""
+        """Its tensors under the names they have in files: the live ones, detached; loading copies into them."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
-
-    @torch.no_grad()
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Copy in what `state` gave; dtype and device stay."""
-        for name, own in self.state().items():
-            own.copy_(state[name])
 
     def peft_fields(self) -> dict[str, Any]:
         """Its settings under their names in an adapter_config.json."""

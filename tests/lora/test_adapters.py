@@ -115,7 +115,8 @@ def test_a_second_kind_is_switched_copied_and_kept(two: nn.ModuleDict, tmp_path:
         assert torch.equal(outputs(two), both)
     with using(two, "default"):
         alone = outputs(two)
-    assert torch.equal(outputs(two), alone) and not torch.equal(alone, both)
+    torch.testing.assert_close(outputs(two), alone)  # one op with its base when alone, two beside another
+    assert not torch.equal(alone, both)
     load_adapter_state(two, adapter_state(two, "kept"), "scale")
     assert torch.equal(outputs(two), both)
     wrong = adapter_state(two, "kept") | {"base_model.model.mlp.up_proj.gain": torch.ones(3)}
