@@ -70,13 +70,6 @@ def rows_per_chunk(vocabulary: int, device: torch.device) -> int:
     return max(1, (CHUNK_BYTES_GPU if device.type == "cuda" else CHUNK_BYTES) // (4 * vocabulary))
 
 
-def checked_rows(chunk_rows: int | None, vocabulary: int, device: torch.device) -> int:
-    """`chunk_rows`, or the default; ValueError below 1."""
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}; leave it out for the default")
-    return chunk_rows or rows_per_chunk(vocabulary, device)
-
-
 def blocks(logits: Tensor) -> Iterator[slice]:
     """Rows of a chunk that are passed over together."""
     size = BLOCK_BYTES_GPU if logits.is_cuda else BLOCK_BYTES

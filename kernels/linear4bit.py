@@ -96,44 +96,27 @@ def _all_or_none(biases: Sequence[Tensor | None], weights: Sequence[Weight4bit])
 
 def _forward(
     x: Tensor,  # [..., in]
-    stored: list[Tensor],
-    biases: list[Tensor],
-    A: list[Tensor],
-    B: list[Tensor],
-    seed: Tensor | None,
-    sizes: list[int],
-    quant_type: str,
-    blocksize: int,
-    scales: list[float],
-    dropout: float,
-    keep: bool,
-) -> list[Tensor]:
+    stored: list[Tensor], biases: list[Tensor], A: list[Tensor], B: list[Tensor], seed: Tensor | None,
+    sizes: list[int], quant_type: str, blocksize: int, scales: list[float], dropout: float, keep: bool,
+) -> list[Tensor]:  # fmt: skip
     """Each y, then s [M, sum of ranks], then the decoded weights to keep."""
     group = _group(unflatten(stored, sizes, quant_type, blocksize), biases, A, B, scales, dropout, seed)
     rows = _matrix(x)
     with _no_autocast(x):
         few = lora_paths.few_rows(rows, group, keep)
-        result = lora_paths.forward_few(rows, group) if few else lora_paths.forward_many(rows, group, keep)
+        made = lora_paths.forward_few(rows, group) if few else lora_paths.forward_many(rows, group, keep)
     unsafe_view = torch.ops.aten._unsafe_view  # not a view of another tensor: the caller may write into it
-    return [*(unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in result.outputs), result.s, *result.dense]
+    n = len(group.weights)
+    return [*(unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in made[:n]), *made[n:]]
 
 
 def _backward(
     grads: list[Tensor],  # [..., out]
     x: Tensor | None,  # and s: None without LoRA
     s: Tensor | None,
-    dense: list[Tensor],
-    stored: list[Tensor],
-    A: list[Tensor],
-    B: list[Tensor],
-    seed: Tensor | None,
-    sizes: list[int],
-    quant_type: str,
-    blocksize: int,
-    scales: list[float],
-    dropout: float,
-    need_x: bool,
-) -> list[Tensor]:
+    dense: list[Tensor], stored: list[Tensor], A: list[Tensor], B: list[Tensor], seed: Tensor | None,
+    sizes: list[int], quant_type: str, blocksize: int, scales: list[float], dropout: float, need_x: bool,
+) -> list[Tensor]:  # fmt: skip
     """With LoRA the gradients of all A as one matrix and of each B; then, if needed, of x."""
     group = _group(unflatten(stored, sizes, quant_type, blocksize), [], A, B, scales, dropout, seed)
     rows = None if x is None else _matrix(x)

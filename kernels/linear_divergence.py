@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunked_head import blocks, checked_rows, dense_figures, upcast
+from .chunked_head import blocks, upcast
 
 KINDS = ("forward-kl", "reverse-kl", "jsd")
 
@@ -72,47 +72,6 @@ def linear_divergence_reference(
         return (q * (log_q - log_p)).sum(1)
     log_m = torch.logaddexp(log_p + log(beta), log_q + log1p(-beta))
     return (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(1)
-
-
-def linear_divergence(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
-    kind: str,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    beta: float = 0.5,
-    chunk_rows: int | None = None,
-) -> Tensor:
-    """The divergence of each row, [N] in fp32 (float64 for float64 hidden states), not reduced and not scaled.
-
-    hidden: [N, D], weight: [V, D], same dtype: the student's. teacher_hidden: [N, E], teacher_weight: [V, E]: the
-    teacher's, of any width. kind, temperature, top_k and beta (of jsd) as in the module's docstring. Gradients flow to
-    hidden and weight, none to the teacher.
-    Memory: one chunk of both logits (`chunk_rows` rows; by default as many as 64 MiB hold together, 512 MiB on CUDA)
-    and a few blocks of 1 MiB (64 on CUDA); and one [N, D] gradient when only hidden is trained.
-    Raises ValueError when the shapes do not fit together or a setting is out of range.
-    """
-    _check_shapes(hidden, weight, teacher_hidden, teacher_weight)
-    wanted = Divergence(kind, temperature, top_k, beta)
-    wanted.check(len(weight))
-    scorer = DivergenceScorer(lambda part: teacher_hidden[part] @ teacher_weight.T, wanted)
-    (values,) = dense_figures(hidden, weight, scorer, checked_rows(chunk_rows, 2 * len(weight), weight.device))
-    return values
-
-
-def _check_shapes(*tensors: Tensor) -> None:
-    shapes = [tuple(tensor.shape) for tensor in tensors]
-    if all(len(shape) == 2 for shape in shapes):
-        (rows, width), (vocabulary, columns), (others, their_width), (theirs, their_columns) = shapes
-        if (rows, vocabulary, width, their_width) == (others, theirs, columns, their_columns):
-            return
-    raise ValueError(
-        "linear_divergence needs hidden [N, D], weight [V, D], teacher_hidden [N, E] and teacher_weight [V, E] "
-        f"(teacher and student share rows and vocabulary), got {', '.join(map(str, shapes))}"
-    )
 
 
 class DivergenceScorer:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunked_head import blocks, checked_rows, dense_figures, upcast
+from .chunked_head import blocks, upcast
 
 
 class TokenScores(NamedTuple):
@@ -31,25 +31,6 @@ def linear_logprobs_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -
     return TokenScores(all_logps.gather(1, targets[:, None]).squeeze(1), entropy, correct)
 
 
-def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int | None = None) -> TokenScores:
-    """log softmax(hidden weight^T)[target] of each row, with the row's entropy and whether the target is likeliest.
-
-    hidden: [N, D]. weight: [V, D], same dtype. targets: [N] int64 in 0..V-1; rows to be left out (prompt, padding) are
-    not passed. Gradients flow from the log-probabilities to hidden and weight.
-    Memory: one chunk of logits (`chunk_rows` rows; by default as many as 64 MiB hold, 512 MiB on CUDA) and a sixty-
-    fourth of that, or one row; and one [N, D] gradient when only hidden is trained. Nothing waits for the device.
-    Raises ValueError when the shapes do not fit together, and for a target out of range on a CPU. On CUDA such a target
-    ends the process by a device-side assertion, since looking would wait: `check_targets` before sending them there.
-    """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
-        raise ValueError(
-            "linear_logprobs needs hidden [N, D], weight [V, D] and targets [N], "
-            f"got {tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}"
-        )
-    rows = checked_rows(chunk_rows, len(weight), weight.device)
-    return TokenScores(*dense_figures(hidden, weight, TokenScorer(targets, len(weight)), rows))
-
-
 def check_targets(targets: Tensor, vocabulary: int) -> None:
     """ValueError unless all of `targets` are tokens of the vocabulary. Looks at tensors on a CPU only."""
     if targets.dtype != torch.int64:
@@ -66,7 +47,11 @@ def check_targets(targets: Tensor, vocabulary: int) -> None:
 
 
 class TokenScorer:
-    """The three figures of TokenScores for chunks of logits. ValueError as check_targets."""
+    """The three figures of TokenScores for chunks of logits; targets int64 [N] in 0..V-1. ValueError as check_targets.
+
+    On CUDA a target out of range ends the process by a device-side assertion, since looking would wait: `check_targets`
+    before sending them there.
+    """
 
     def __init__(self, targets: Tensor, vocabulary: int) -> None:
         check_targets(targets, vocabulary)

@@ -57,14 +57,6 @@ class Group(NamedTuple):
         return keep_scale(self.dropout) if self.seed is not None else 1.0
 
 
-class Result(NamedTuple):
-    """What a forward pass makes."""
-
-    outputs: list[Tensor]  # [M, out] in x's dtype
-    s: Tensor  # [M, sum of ranks]
-    dense: list[Tensor]  # the decoded weights, if they are to be kept
-
-
 class Gradients(NamedTuple):
     """What a backward pass makes."""
 
@@ -93,8 +85,8 @@ def few_rows(x: Tensor, group: Group, keep: bool) -> bool:
     return fits and 0 < len(x) <= border(dispatch.architecture(x.device))
 
 
-def forward_many(x: Tensor, group: Group, keep: bool) -> Result:
-    """Decode, then products; one product gives s for all linears."""
+def forward_many(x: Tensor, group: Group, keep: bool) -> list[Tensor]:
+    """Each y [M, out] in x's dtype, then s [M, sum of ranks], which one product gives, then the weights to keep."""
     dtype = compute_dtype(x, group.weights)
     h = x.to(dtype)
     s = h.new_empty(len(h), 0)
@@ -104,7 +96,7 @@ def forward_many(x: Tensor, group: Group, keep: bool) -> Result:
     outputs = [x.new_empty(len(x), weight.rows) for weight in group.weights]
     for i, y in enumerate(outputs):
         _output(h, s, group, i, dense, y)
-    return Result(outputs, s, dense)
+    return [*outputs, s, *dense]
 
 
 def _output(h: Tensor, s: Tensor, group: Group, i: int, dense: list[Tensor], y: Tensor) -> None:
@@ -165,8 +157,8 @@ def _add(total: Tensor, g: Tensor, parts: Iterable[tuple[int, Tensor]], begun: b
     return begun
 
 
-def forward_few(x: Tensor, group: Group) -> Result:
-    """One launch for s and one a linear; nothing dense at all."""
+def forward_few(x: Tensor, group: Group) -> list[Tensor]:
+    """Each y, then s: one launch for s and one a linear, nothing dense at all."""
     from .lora_triton import project_down  # only here: Triton exists for Linux only and is slow to import
     from .matmul4bit_triton import matmul
 
@@ -178,7 +170,7 @@ def forward_few(x: Tensor, group: Group) -> Result:
         bias = group.biases[i] if group.biases else None
         lora = (s[:, group.columns[i]], group.B[i], group.scales[i]) if group.A else None
         outputs.append(matmul(x, weight, bias, lora))
-    return Result(outputs, s, [])
+    return [*outputs, s]
 
 
 def _product(a: Tensor, b: Tensor, factor: float, out: Tensor | None = None) -> Tensor:

@@ -45,17 +45,11 @@ def quantize_into(
 
 @triton.jit
 def quantize4bit_kernel(
-    flat,
-    midpoints,
-    order,
-    packed,
-    absmax,
-    n,
-    BLOCKS: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
+    flat, midpoints, order, packed, absmax, n,
+    BLOCKS: tl.constexpr, BLOCKSIZE: tl.constexpr,
     SMALLEST: tl.constexpr,  # divisor
     SHORT: tl.constexpr,  # the last block is not full
-):
+):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCKS  # block
     left = tl.minimum(n - first * BLOCKSIZE, BLOCKS * BLOCKSIZE).to(tl.int32)  # values from there on
     block = tl.arange(0, BLOCKS)

@@ -41,17 +41,9 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
 
 @triton.jit
 def rope_kernel(
-    x_ptr,
-    cos_ptr,
-    sin_ptr,
-    y_ptr,
-    period,
-    heads,
-    half,
-    DIRECTION: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-):
+    x_ptr, cos_ptr, sin_ptr, y_ptr, period, heads, half,
+    DIRECTION: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head, i = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     mask = (head < heads) & (i < half)
