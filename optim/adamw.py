@@ -1,24 +1,15 @@
-"""AdamW, and its names with 8-bit states."""
+"""AdamW, and its names with 8-bit and paged states."""
 
 from typing import Any
 
 from .optimizer import FlatOptimizer
-from .paging import Budget
 from .update import ADAMW
 
 
 class AdamW(FlatOptimizer):
     """Adam with decoupled weight decay: torch.optim.AdamW's update, in fp32 whatever the parameters' dtype (or fp64).
 
-    bits: 8 keeps both moments as 8-bit codes with a scale for every 256 elements, for parameters of at least
-        `min_8bit_size` elements (smaller ones, and fp64, keep full moments: they cost nothing and matter more).
-    stochastic_rounding: bf16 parameters are rounded up or down at random so that the mean is exact, and small updates
-        are not lost. The draw depends on parameter, step and element alone. Other dtypes are rounded to nearest.
-    max_grad_norm: gradients count scaled down to this norm over all groups (they are not changed themselves), and a
-        step whose norm is not finite is skipped. math.inf only measures and skips. None: no norm is taken.
-    budget: None keeps all state on the parameters' device. "auto" keeps there what fits beside the model, a number what
-        fits in so many bytes; the rest is paged in and out of pinned host memory during a step (docs/paging.md).
-    lr may be a 0-d tensor. Sparse or complex parameters and two devices are refused with ValueError.
+    options: `bits`, `stochastic_rounding`, `max_grad_norm`, `min_8bit_size` and `budget`, as FlatOptimizer has them.
     """
 
     def __init__(
@@ -28,24 +19,10 @@ class AdamW(FlatOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        *,
-        bits: int = 32,
-        stochastic_rounding: bool = False,
-        max_grad_norm: float | None = None,
-        min_8bit_size: int = 4096,
-        budget: Budget | None = None,
+        **options: Any,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(
-            params,
-            defaults,
-            ADAMW,
-            bits=bits,
-            stochastic_rounding=stochastic_rounding,
-            max_grad_norm=max_grad_norm,
-            min_8bit_size=min_8bit_size,
-            budget=budget,
-        )
+        super().__init__(params, defaults, ADAMW, **options)
 
 
 class AdamW8bit(AdamW):

@@ -2,10 +2,10 @@
 
 A step on a GPU is three launches for a group of one dtype: squares of all gradients (once a step, if the norm is
 wanted), step counts and factors, and the update. There are more where state is paged (an update for each page), for
-each tensor of fp64 or that is not contiguous, and for a found_inf that is not fp32 on that device. The host waits for
-nothing and reads nothing back. Elsewhere the same runs in plain PyTorch (update.py).
+each tensor that is not contiguous, and for a found_inf that is not fp32 on that device. The host waits for nothing and
+reads nothing back. Elsewhere, and where a parameter is fp64, the same runs in plain PyTorch (update.py).
 
-A step takes what it reads and writes of the state in slices (`_slices`): one for each group, dtype and width, or one
+A step takes what it reads and writes of the state in slices (`_launches`): one for each group, dtype and width, or one
 for each page (paging.py). What it does to a slice is queued before it asks for the next.
 """
 
@@ -30,7 +30,17 @@ Numbered = tuple[nn.Parameter, int, int]  # its number among all of the optimize
 
 
 class FlatOptimizer(torch.optim.Optimizer):
-    """Base of AdamW and Lion; see there for the arguments.
+    """Base of AdamW and Lion.
+
+    bits: 8 keeps moments as 8-bit codes with a scale for every 256 elements, for parameters of at least `min_8bit_size`
+        elements (smaller ones, and fp64, keep full moments: they cost nothing and matter more).
+    stochastic_rounding: bf16 parameters are rounded up or down at random so that the mean is exact, and small updates
+        are not lost. The draw depends on parameter, step and element alone. Other dtypes are rounded to nearest.
+    max_grad_norm: gradients count scaled down to this norm over all groups (they are not changed themselves), and a
+        step whose norm is not finite is skipped. math.inf only measures and skips. None: no norm is taken.
+    budget: None keeps all state on the parameters' device. "auto" keeps there what fits beside the model, a number what
+        fits in so many bytes; the rest is paged in and out of pinned host memory during a step (docs/paging.md).
+    lr may be a 0-d tensor. Sparse or complex parameters and two devices are refused with ValueError.
 
     Beside torch.optim's own: `found_inf`, None or a 0-d tensor that the caller may set before a step, which then
     changes nothing where it is not zero (decided on the device, as in torch's fused AdamW). After a step `grad_norm` is
@@ -49,11 +59,11 @@ class FlatOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         rule: Rule,
         *,
-        bits: int,
-        stochastic_rounding: bool,
-        max_grad_norm: float | None,
-        min_8bit_size: int,
-        budget: Budget | None,
+        bits: int = 32,
+        stochastic_rounding: bool = False,
+        max_grad_norm: float | None = None,
+        min_8bit_size: int = 4096,
+        budget: Budget | None = None,
     ) -> None:
         if bits not in (8, 32):
             raise ValueError(f"bits must be 8 or 32, got {bits!r}")
@@ -198,7 +208,8 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def _update(self) -> None:
         settings = self.param_groups, self.max_grad_norm, self.found_inf, self.stochastic_rounding
-        if path_for(self._steps) == "triton":
+        narrow = all(state.dtype != torch.float64 for state in self._states.values())
+        if narrow and path_for(self._steps) == "triton":
             from . import step_triton  # only here: Triton exists for Linux only and is slow to import
 
             if self._tables is None:

@@ -7,7 +7,7 @@
 
 Kernels find parameters and gradients through a table of addresses, which is copied to the device again only when an
 address changed; no gradient is address 0. Grids depend on shapes alone. Partial sums are added in one order, so norms
-repeat to the bit. fp64 parameters take the reference: some launches more for each.
+repeat to the bit.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..kernels.dispatch import on_device
 from .state import CHUNK, Entry, FlatState, Slice
-from .update import Control, Group, Rule, update_reference
+from .update import Control, Group, Rule
 from .update_triton import at, below, update
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Tables:
@@ -86,32 +86,17 @@ def step(
                 num_warps=8,
                 enable_fp_fusion=True,
             )
-    control = (
-        None if max_norm is None and found_inf is None else tables.factors.new_empty(4)
-    )  # scale, skip, norm, rest of scale
+    control = None if max_norm is None and found_inf is None else tables.factors.new_empty(3)  # scale, skip, norm
     for place, group in enumerate(tables.groups):
         _factors(tables, groups[group], group, place == 0, max_norm, found_inf, control)
     for parts in launches:
-        state = parts[0].state
-        if state.dtype == torch.float64:
-            for part in parts:
-                update_reference(part, tables.rule, groups[state.group], tables.steps, _exact(control, max_norm), False)
-            continue
-        some = [(part, tables.chunks(part)) for part in parts]
+        state, some = parts[0].state, [(part, tables.chunks(part)) for part in parts]
         pointers = tables.addresses, tables.numbers, tables.factors, control
         stochastic = rounded and state.dtype == torch.bfloat16
         update(pointers, tables.steps, groups[state.group], tables.rule.name, some, stochastic)
     if control is None:
         return Control(None, None, None)
     return Control(control[0], control[1], control[2]) if max_norm is not None else Control(None, control[1], None)
-
-
-def _exact(control: Tensor | None, max_norm: float | None) -> Control:
-    """What the reference goes by: the scale in float64."""
-    if control is None:
-        return Control(None, None, None)
-    scale = None if max_norm is None else control[0].double() + control[3].double()
-    return Control(scale, control[1], None)
 
 
 def _factors(
@@ -171,9 +156,6 @@ def gradient_squares_kernel(addresses, chunks, partial, KIND: tl.constexpr, CHUN
     if KIND == 2 or KIND == -1:  # noqa: SIM102  # one is known to the compiler, the other is not
         if kind == 2:
             total = _sum_of_squares(address, start, length, tl.float16, CHUNK)
-    if KIND == 3 or KIND == -1:  # noqa: SIM102  # one is known to the compiler, the other is not
-        if kind == 3:
-            total = _sum_of_squares(address, start, length, tl.float64, CHUNK)
     tl.store(partial + chunk, total)
 
 
@@ -189,40 +171,16 @@ def _sum_of_squares(address, start, length, DTYPE: tl.constexpr, CHUNK: tl.const
 @triton.jit
 def _sum(address, start, length, DTYPE: tl.constexpr, EVEN: tl.constexpr, CHUNK: tl.constexpr):
     i = tl.arange(0, CHUNK)
-    values = tl.load(at(address, start, DTYPE, EVEN) + i, mask=below(i, length, EVEN), other=0.0)
-    if DTYPE != tl.float64:  # noqa: SIM300
-        values = values.to(tl.float32)
+    values = tl.load(at(address, start, DTYPE, EVEN) + i, mask=below(i, length, EVEN), other=0.0).to(tl.float32)
     return tl.sum(values * values, axis=0).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["parts", "entries", "group"])
 def step_factors_kernel(
-    addresses,
-    numbers,
-    steps,
-    factors,
-    partial,
-    control,
-    found_inf,
-    parts,
-    entries,
-    group,
-    max_norm,
-    lr_high,
-    lr_low,
-    decay_high,
-    decay_low,
-    beta1_high,
-    beta1_low,
-    beta2_high,
-    beta2_low,
-    FIRST: tl.constexpr,
-    NORM: tl.constexpr,
-    CONTROL: tl.constexpr,
-    LION: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    addresses, numbers, steps, factors, partial, control, found_inf, parts, entries, group, max_norm, lr_high,
+    lr_low, decay_high, decay_low, beta1_high, beta1_low, beta2_high, beta2_low, FIRST: tl.constexpr, NORM:
+    tl.constexpr, CONTROL: tl.constexpr, LION: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     wide = tl.zeros([BLOCK], tl.float64)
     scale = tl.full([], 1.0, tl.float32)
     skip = tl.full([], 0.0, tl.float32)
@@ -234,11 +192,9 @@ def step_factors_kernel(
                     part = first + tl.arange(0, PARTS)
                     squares += tl.load(partial + part, mask=part < parts, other=0.0)
                 norm = tl.sqrt(tl.sum(squares, axis=0))
-                exact = tl.minimum(max_norm / (norm + 1e-6), 1.0)
-                clip = exact.to(tl.float32)
+                clip = tl.minimum(max_norm / (norm + 1e-6), 1.0).to(tl.float32)
                 skip = tl.where(norm < float("inf"), 0.0, 1.0)  # NaN is not
                 tl.store(control, clip)
-                tl.store(control + 3, (exact - clip.to(tl.float64)).to(tl.float32))
                 tl.store(control + 2, norm.to(tl.float32))
                 scale = clip
             if found_inf is not None:

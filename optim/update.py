@@ -1,7 +1,6 @@
 """What a step does to weights and moments: the rules of AdamW and Lion, applied in plain PyTorch.
 
-`update_reference` goes parameter by parameter on any device and reads nothing back from it: step counts, clipping and
-the decision to skip stay tensors. On a CPU reading costs nothing, so the quick form, `update_cpu`, works with numbers.
+`update_reference` goes parameter by parameter, on any device. `update_cpu` is the quick form for CPUs.
 It gathers neighbours in a workspace that stays in the cache over all the operations of a step: small parameters many at
 a time, because a call of PyTorch costs more than a thousand elements, large ones in pieces.
 
@@ -24,7 +23,6 @@ from ..kernels.dropout import draw_halves
 from .state import BLOCK, Entry, FlatState, Moment, Segment, Slice, decode, encode, whole
 
 Group = dict[str, Any]  # a parameter group of torch.optim
-Number = float | Tensor
 Tensors = list[Tensor]
 
 # Elements of a batch by the bits of the state. 8 bits take some fifty calls a batch, and each costs as much as some ten
@@ -36,29 +34,28 @@ ROUNDING_KEY = 0x5F0B  # any: it keeps the draws of stochastic rounding apart fr
 class Factors(NamedTuple):
     """What a rule needs to know of one parameter's learning rate and step count."""
 
-    decay: Number  # 1 - lr * weight_decay: the weight's own factor
-    size: Number  # of the step
-    correction: Number  # what the root of the second moment is divided by; 1 where a rule has none
+    decay: float  # 1 - lr * weight_decay: the weight's own factor
+    size: float  # of the step
+    correction: float  # what the root of the second moment is divided by; 1 where a rule has none
 
 
 @dataclass(frozen=True)
 class Rule:
     """One optimizer's mathematics. All tensors of a call have one shape and one dtype, fp32 or fp64.
 
-    factors(group, lr, step) -> Factors; `step` counts from 1. A factor is a number, or a 0-d float64 tensor where the
-        host does not know the step.
+    factors(group, lr, step) -> Factors; `step` counts from 1.
     define(p, g, moments, factors, group) -> (new p, new moments): new tensors, from which all other forms are tested.
     apply(p, g, moments, group, step): the same in place for the CPU.
     """
 
     name: str
     moments: tuple[Moment, ...]
-    factors: Callable[[Group, Number, Number], Factors]
+    factors: Callable[[Group, float, float], Factors]
     define: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
     apply: Callable[..., None]
 
 
-def _adamw_factors(group: Group, lr: Number, step: Number) -> Factors:
+def _adamw_factors(group: Group, lr: float, step: float) -> Factors:
     beta1, beta2 = group["betas"]
     return Factors(1 - lr * group["weight_decay"], lr / (1 - beta1**step), (1 - beta2**step) ** 0.5)
 
@@ -88,7 +85,7 @@ def _adamw_in_place(p: Tensor, g: Tensor, moments: Tensors, group: Group, step: 
     )
 
 
-def _lion_factors(group: Group, lr: Number, step: Number) -> Factors:
+def _lion_factors(group: Group, lr: float, step: float) -> Factors:
     return Factors(1 - lr * group["weight_decay"], lr, 1.0)
 
 
@@ -120,14 +117,15 @@ LION = Rule(
 )  # Chen et al., arXiv 2302.06675, algorithm 2
 
 
-def round_stochastically(x: Tensor, start: int, step: Tensor, number: int) -> Tensor:
+def round_stochastically(x: Tensor, start: int, step: float, number: int) -> Tensor:
     """fp32 [n] -> bf16 [n]: up or down, each with the probability that makes the mean exact. NaN and infinity stay.
 
-    The draw is a function of parameter `number`, of its `step` (0-d) and of the place in it: element 0 of x is its
+    The draw is a function of parameter `number`, of its `step` and of the place in it: element 0 of x is its
     element `start`, a multiple of 8. So nothing is stored, and no cut of the parameters into pieces shows.
     """
     seed = torch.full((), ROUNDING_KEY << 32 | number, dtype=torch.int64, device=x.device)
-    draws = draw_halves(start // 8, -(-x.numel() // 8), step.to(torch.int64), seed)[: x.numel()]
+    count = torch.full((), int(step), dtype=torch.int64, device=x.device)
+    draws = draw_halves(start // 8, -(-x.numel() // 8), count, seed)[: x.numel()]
     cut = ((x.view(torch.int32) + draws) & -65536).view(torch.float32)
     return torch.where(torch.isfinite(x), cut, x).to(torch.bfloat16)
 
@@ -177,46 +175,30 @@ def step(
     """One step of all entries that have a gradient; `steps` counts those of each. `rounded`: bf16 stochastically."""
     gradients = [e.gradient for e in entries if e.gradient is not None]
     control = take_control(gradients, max_norm, found_inf, steps.device)
-    counted = torch.tensor([float(e.gradient is not None) for e in entries]).to(steps.device)
-    if path_for(steps) != "cpu":
-        steps += counted if control.skip is None else torch.where(control.skip != 0, 0.0, counted)
-        for part in chain.from_iterable(launches):
-            update_reference(part, rule, groups[part.state.group], steps, control, rounded)
-    elif control.skip is None or not control.skip.item():
-        steps += counted
+    if control.skip is None or not control.skip.item():
+        steps += torch.tensor([float(e.gradient is not None) for e in entries]).to(steps.device)
+        work = update_cpu if path_for(steps) == "cpu" else update_reference
         scale, known = 1.0 if control.scale is None else control.scale.item(), steps.tolist()
         for part in chain.from_iterable(launches):
-            update_cpu(part, rule, groups[part.state.group], known, scale, rounded)
+            work(part, rule, groups[part.state.group], known, scale, rounded and part.state.dtype == torch.bfloat16)
     return control
 
 
-def update_reference(part: Slice, rule: Rule, group: Group, steps: Tensor, control: Control, rounded: bool) -> None:
-    """A slice's step by the rule's definition. `steps` by row count this step, unless it is skipped."""
-    rounded = rounded and part.state.dtype == torch.bfloat16
-    for entry, start, length, offset in part.state.segments(part.start, part.end):
-        if entry.gradient is None or entry.weights is None:
+def update_reference(part: Slice, rule: Rule, group: Group, steps: list[float], scale: float, rounded: bool) -> None:
+    """A slice's step by the rule's definition; `steps` by row count this step, gradients are multiplied by `scale`."""
+    for segment in part.state.segments(part.start, part.end):
+        entry, start, length, offset = segment
+        if entry.gradient is None:
             continue
-        # A first step that is skipped stays step 0, which has no factors; its results are dropped.
-        factors = rule.factors(group, group["lr"], steps[entry.row].double().clamp(min=1))
-        wide = torch.promote_types(entry.dtype, torch.float32)
-        weights, g = (t.view(-1)[start : start + length] for t in (entry.weights, entry.gradient))
-        g = g.to(wide) if control.scale is None else g.to(wide) * control.scale
-        first, last = offset - part.start, offset - part.start + length
-        moments = tuple(decode(m, part.tensors, first, last) for m in rule.moments)
-        new, moments = rule.define(weights.to(wide), g, moments, factors, group)
-        step = steps[entry.row]
-        narrow = round_stochastically(new, start, step, entry.number) if rounded else new.to(entry.dtype)
-        before = [weights.clone(), *(t.clone() for t in _region(part, first, last))] if control.skip is not None else []
-        weights.copy_(narrow)
+        step, wide = steps[entry.row], torch.promote_types(entry.dtype, torch.float32)
+        factors = rule.factors(group, float(group["lr"]), step)
+        weights, gradient = (t.view(-1) for t in _weights_and_gradient(segment))
+        first = offset - part.start
+        moments = tuple(decode(m, part.tensors, first, first + length) for m in rule.moments)
+        new, moments = rule.define(weights.to(wide), gradient.to(wide) * scale, moments, factors, group)
+        weights.copy_(round_stochastically(new, start, step, entry.number) if rounded else new)
         for moment, values in zip(rule.moments, moments, strict=True):
             encode(moment, values, part.tensors, first)
-        for tensor, old in zip([weights, *_region(part, first, last)], before, strict=False):
-            tensor.copy_(torch.where(control.skip != 0, old, tensor))  # type: ignore[arg-type]
-
-
-def _region(part: Slice, first: int, last: int) -> Tensors:
-    """Views of a slice's tensors where they keep its elements [first, last)."""
-    return [part.tensors[name][first // f.per : -(-last // f.per)] for name, f in part.state.fields.items()]
 
 
 @dataclass
@@ -254,9 +236,9 @@ def update_cpu(part: Slice, rule: Rule, group: Group, steps: list[float], scale:
         rule.apply(p, g if scale == 1 else g * scale, moments, group, step)
         for moment, values in zip(rule.moments, moments, strict=True):
             encode(moment, values, part.tensors, batch.start)
-        if rounded and part.state.dtype == torch.bfloat16:
+        if rounded:
             for (entry, start, _, _), old, new in zip(batch.segments, weights, batch.weights, strict=True):
-                values = round_stochastically(new.view(-1), start, torch.tensor(step), entry.number)
+                values = round_stochastically(new.view(-1), start, step, entry.number)
                 old.copy_(values.view(old.shape))
         elif not in_place:
             torch._foreach_copy_(weights, batch.weights)

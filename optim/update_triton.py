@@ -6,6 +6,7 @@ and does the whole step in registers. 8-bit states take the exactly nearest code
 is exact, decides the side. A search among the borders would read eight of them.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,15 +40,14 @@ def update(
     of_bits = {part.state.bits: (part, chunks) for part, chunks in parts}
     counts = {bits: len(of_bits[bits][1]) if bits in of_bits else 0 for bits in (32, 8)}
     beta1, beta2 = group["betas"]
-    signed, unsigned = (dynamic_code(s, steps.device) for s in (True, False)) if counts[8] else (None, None)
+    maps = [of(s, steps.device) for of in (dynamic_code, _borders) for s in (True, False)] if counts[8] else [None] * 4
     if sum(counts.values()):
         with on_device(steps):
             optimizer_update_kernel[(sum(counts.values()) * (CHUNK // TILE),)](
                 *(*tables, steps),
                 *_arguments(of_bits.get(32), STATE[:2]),
                 *_arguments(of_bits.get(8), STATE),
-                *(signed, unsigned, _borders(signed), _borders(unsigned)),
-                counts[32],
+                *(*maps, counts[32]),
                 *(beta1, 1 - beta1, beta2, 1 - beta2, group.get("eps", 0.0)),
                 KEY=ROUNDING_KEY,
                 DTYPE=DTYPES[parts[0][0].state.dtype],
@@ -70,17 +70,11 @@ def _arguments(part: tuple[Slice, Tensor] | None, names: tuple[str, ...]) -> lis
     return [part[1], *(part[0].tensors.get(name) for name in names), part[0].start]
 
 
-_known_borders: dict[tuple[int, torch.device], Tensor] = {}
-
-
-def _borders(code: Tensor | None) -> Tensor | None:
-    """float64 [255]: halfway between neighbours, exactly. Made once for each table, of which there are two a device."""
-    if code is None:
-        return None
-    key = (id(code), code.device)
-    if key not in _known_borders:
-        _known_borders[key] = (code[:-1].double() + code[1:].double()) / 2
-    return _known_borders[key]
+@cache
+def _borders(signed: bool, device: torch.device) -> Tensor:
+    """float64 [255]: halfway between neighbours of the map, exactly."""
+    code = dynamic_code(signed, device)
+    return (code[:-1].double() + code[1:].double()) / 2
 
 
 def _name(specialization: Any) -> str:
@@ -92,41 +86,12 @@ def _name(specialization: Any) -> str:
 
 @triton.jit(do_not_specialize=["base_32bit", "base_8bit", "count_32bit"], repr=_name)
 def optimizer_update_kernel(
-    addresses,
-    numbers,
-    factors,
-    control,
-    steps,
-    chunks_32bit,
-    mean_32bit,
-    square_32bit,
-    base_32bit,
-    chunks_8bit,
-    mean_8bit,
-    square_8bit,
-    mean_absmax,
-    square_absmax,
-    base_8bit,
-    signed,
-    unsigned,
-    signed_borders,
-    unsigned_borders,
-    count_32bit,
-    beta1,
-    rest1,
-    beta2,
-    rest2,
-    eps,
-    KEY: tl.constexpr,
-    DTYPE: tl.constexpr,
-    HAS_32BIT: tl.constexpr,
-    HAS_8BIT: tl.constexpr,
-    LION: tl.constexpr,
-    ROUNDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    addresses, numbers, factors, control, steps, chunks_32bit, mean_32bit, square_32bit, base_32bit, chunks_8bit,
+    mean_8bit, square_8bit, mean_absmax, square_absmax, base_8bit, signed, unsigned, signed_borders,
+    unsigned_borders, count_32bit, beta1, rest1, beta2, rest2, eps, KEY: tl.constexpr, DTYPE: tl.constexpr,
+    HAS_32BIT: tl.constexpr, HAS_8BIT: tl.constexpr, LION: tl.constexpr, ROUNDED: tl.constexpr, BLOCK:
+    tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64) // TILES
     if HAS_32BIT:  # noqa: SIM102  # one is known to the compiler, the other is not
         if chunk < count_32bit:

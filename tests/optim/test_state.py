@@ -116,15 +116,15 @@ def test_fp64_moments_are_never_cut() -> None:
 def test_stochastic_rounding_goes_to_a_neighbour() -> None:
     x = torch.randn(4099, generator=torch.Generator().manual_seed(0)) * 1e3
     for step in range(4):
-        rounded = round_stochastically(x, 0, torch.tensor(float(step)), 3)
+        rounded = round_stochastically(x, 0, float(step), 3)
         low = (x.view(torch.int32) & -65536).view(torch.float32)
         high = ((x.view(torch.int32) & -65536) + 65536).view(torch.float32)
         assert ((rounded.float() == low) | (rounded.float() == high)).all()
     exact = x.bfloat16().float()
-    assert torch.equal(round_stochastically(exact, 0, torch.tensor(1.0), 3).float(), exact)
+    assert torch.equal(round_stochastically(exact, 0, 1.0, 3).float(), exact)
     odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0])
-    assert torch.equal(round_stochastically(odd, 0, torch.tensor(1.0), 3).isnan(), odd.isnan())
-    assert round_stochastically(odd, 0, torch.tensor(1.0), 3)[1:].tolist() == odd[1:].tolist()
+    assert torch.equal(round_stochastically(odd, 0, 1.0, 3).isnan(), odd.isnan())
+    assert round_stochastically(odd, 0, 1.0, 3)[1:].tolist() == odd[1:].tolist()
 
 
 def test_stochastic_rounding_is_unbiased_and_varies() -> None:
@@ -132,11 +132,11 @@ def test_stochastic_rounding_is_unbiased_and_varies() -> None:
     n = 1 << 20
     for fraction in (0.01, 0.3, 0.5, 0.9):
         x = torch.full((n,), 1 + fraction / 128)  # bf16 has 1 and 1 + 1 / 128
-        up = (round_stochastically(x, 0, torch.tensor(7.0), 1).float() - 1) * 128
+        up = (round_stochastically(x, 0, 7.0, 1).float() - 1) * 128
         exact = float((x.double()[0] - 1) * 128)
         assert abs(float(up.double().mean()) - exact) <= 5 * (exact * (1 - exact) / n) ** 0.5
         for step, number in ((8.0, 1), (7.0, 2)):
-            other = (round_stochastically(x, 0, torch.tensor(step), number).float() - 1) * 128
+            other = (round_stochastically(x, 0, step, number).float() - 1) * 128
             both = float((up * other).double().mean())  # independent draws agree as often as chance has it
             assert abs(both - exact**2) <= 5 * (exact**2 * (1 - exact**2) / n) ** 0.5
 
@@ -144,6 +144,6 @@ def test_stochastic_rounding_is_unbiased_and_varies() -> None:
 @given(st.integers(0, 60).map(lambda i: 8 * i), st.integers(1, 300))
 def test_stochastic_rounding_does_not_see_the_cuts(start: int, length: int) -> None:
     x = torch.randn(1024, generator=torch.Generator().manual_seed(0))
-    whole = round_stochastically(x, 0, torch.tensor(3.0), 5)
-    part = round_stochastically(x[start : start + length], start, torch.tensor(3.0), 5)
+    whole = round_stochastically(x, 0, 3.0, 5)
+    part = round_stochastically(x[start : start + length], start, 3.0, 5)
     assert torch.equal(part, whole[start : start + length])
