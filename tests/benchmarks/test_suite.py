@@ -15,7 +15,7 @@ from benchmarks.cases import OURS, Case, Point, Setting, Variant, Work
 from benchmarks.peers import bnb, peft_lora
 from benchmarks.run import Result, Runner, in_turn
 from benchmarks.shapes import Grid
-from fourbit.kernels import dispatch
+from fourbit.kernels import border, dispatch
 
 FIELDS = {
     "kind",
@@ -249,13 +249,14 @@ def test_a_capture_that_fails_falls_back_to_the_queue(setting: Setting) -> None:
     assert result.figures()[0]["us_with_launch"] > 0
 
 
-@pytest.mark.usefixtures("small_ceilings", "table")
+@pytest.mark.usefixtures("small_ceilings")
 @pytest.mark.filterwarnings("default")  # a peer may warn
 def test_the_kernels_pass_their_gates_in_the_interpreter(
     grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What a GPU would run: the same cases over the Triton path, in fp16, whose rounding the interpreter has right."""
     monkeypatch.setattr(suite.machine, "cache_bytes", lambda device: 1)
+    monkeypatch.setattr(border, "SMALL", (border.Tile(16, 3, 1, 1, 32, 2),))
     small = replace(grid, projections=grid.projections[:1], rows=(3,), dtype=torch.float16)
     pattern = "^(dequantize|linear|grouped|lora_cost|adamw(8bit)? toy adapter r=)|qlora.* p=0.05"
     if torch.cuda.is_available():
