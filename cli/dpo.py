@@ -40,7 +40,7 @@ class Options(DPOConfig, StartOptions):
 
     def trainer(self, model: CausalLM, tokenizer: Tokenizer, rows: Any, val: Any, **more: Any) -> Any:
         trainer = super().trainer(model, tokenizer, rows, val)
-        if trainer.reference is not None:
+        if trainer.has_reference:
             base = trainer.config.reference == "base"
             note(f"reference: {'the base, adapter off' if base else 'the adapter as it is at the start'}")
         return trainer

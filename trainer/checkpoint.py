@@ -78,7 +78,8 @@ def save_checkpoint(
         temporary = folder / files.temporary_name(f"{step:06d}")
         try:
             os.mkdir(temporary)
-            _write(temporary, step, 1 + max((m.serial for m, _ in _ours(folder)), default=0), tensors, text)
+            serial = 1 + max((manifest.serial for _, manifest in _by_age(folder) if manifest), default=0)
+            _write(temporary, step, serial, tensors, text)
             target = _publish(temporary, folder / f"step-{step:06d}")
         except BaseException:
             with contextlib.suppress(OSError):
@@ -153,10 +154,8 @@ def newest_checkpoint(folder: Path | str) -> tuple[Path | None, list[str]]:
 
     `(None, reasons)` when there is none. Never raises for a damaged checkpoint.
     """
-    folder, reasons = Path(folder), []
-    ours = [path for _, path in _ours(folder)]
-    # Those without an intact manifest first, by step: nothing says that they are old.
-    for path in reversed(ours + [path for path in _candidates(folder) if path not in ours]):
+    reasons = []
+    for path, _ in reversed(_by_age(Path(folder))):
         try:
             verify_checkpoint(path)
         except InputError as error:
@@ -170,7 +169,7 @@ def verify_checkpoint(path: Path) -> Manifest:
     """Check each file that the manifest of `path` names against its size and SHA-256; InputError on the first fault."""
     manifest = _read_manifest(path)
     for name, (size, digest) in manifest.files.items():
-        file = _regular(path / name)
+        file = files.regular_file(path, name)
         with _reading(file):
             found, found_digest = files.size_and_sha256(file)
         if found != size:
@@ -229,7 +228,7 @@ def _dump_manifest(manifest: Manifest) -> bytes:
 
 def _read_manifest(path: Path) -> Manifest:
     """Parse and check `path/manifest.json` (not the files it names); InputError says what is wrong with it."""
-    file = _regular(path / MANIFEST)
+    file = files.regular_file(path, MANIFEST)
     if file.stat().st_size > _MANIFEST_LIMIT:
         raise InputError(f"{file}: larger than {_MANIFEST_LIMIT:,} bytes, so not a checkpoint manifest")
     with _reading(file):
@@ -255,28 +254,20 @@ def _reading(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: nested too deeply to be from a checkpoint") from error
 
 
-def _regular(path: Path) -> Path:
-    """`path`, if it is an ordinary file: a link could lead elsewhere, and a pipe or device would hang."""
-    if path.is_symlink() or not path.is_file():
-        raise InputError(f"{path}: missing, or not a regular file")
-    return path
+def _by_age(folder: Path) -> list[tuple[Path, Manifest | None]]:
+    """Real folders named like a checkpoint, oldest first, with their manifests.
 
-
-def _ours(folder: Path) -> list[tuple[Manifest, Path]]:
-    """Checkpoints whose manifest is intact, oldest first."""
+    Those without an intact one come last, by step: nothing says that they are old.
+    """
     found = []
-    for path in _candidates(folder):
-        with contextlib.suppress(InputError):
-            found.append((_read_manifest(path), path))
-    return sorted(found, key=lambda item: item[0].serial)
-
-
-def _candidates(folder: Path) -> list[Path]:
-    """Real folders named like a checkpoint, by step."""
-    if not folder.is_dir():
-        return []
-    found = [(int(m["step"]), p.name, p) for p in folder.iterdir() if (m := _FOLDER.fullmatch(p.name))]
-    return [path for _, _, path in sorted(found) if path.is_dir() and not path.is_symlink()]
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if (named := _FOLDER.fullmatch(path.name)) and path.is_dir() and not path.is_symlink():
+            manifest = None
+            with contextlib.suppress(InputError):
+                manifest = _read_manifest(path)
+            age = int(named["step"]) if manifest is None else manifest.serial
+            found.append((manifest is None, age, path.name, path, manifest))
+    return [(path, manifest) for *_, path, manifest in sorted(found, key=lambda each: each[:3])]
 
 
 def _publish(temporary: Path, target: Path) -> Path:
@@ -292,7 +283,8 @@ def _publish(temporary: Path, target: Path) -> Path:
 
 def _prune(folder: Path, keep: int) -> None:
     """Remove our older checkpoints. A folder with a file that we did not write in it stays."""
-    for manifest, path in _ours(folder)[:-keep]:
+    ours = [(path, manifest) for path, manifest in _by_age(folder) if manifest is not None]
+    for path, manifest in ours[:-keep]:
         if {entry.name for entry in path.iterdir()} != {*manifest.files, MANIFEST}:
             continue
         doomed = folder / files.temporary_name(

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from ..data.truncate import Truncation
 from ..errors import InputError
-from ..optim.schedule import SCHEDULES, Schedule, learning_rate
+from ..optim.schedule import SCHEDULES, Schedule
 from .losses.objective import PAIR_LOSSES, SETTINGS, UNPAIRED_LOSSES, Objective, parse_losses
 from .losses.pairs import check_ld_alpha
 
@@ -148,16 +148,13 @@ class TrainingConfig:
                 f"got {self.optimizer_budget!r}"
             )
 
-    def learning_rate(self, step: int, total: int) -> float:
-        """The rate of step `step` (from 0) in a run of `total` steps."""
-        return learning_rate(
-            step,
-            total=total,
-            peak=self.lr,
-            warmup=_steps(self.warmup, total),
-            schedule=self.schedule,
-            decay=None if self.decay is None else _steps(self.decay, total),
-        )
+    def warmup_steps(self, total: int) -> int:
+        """Steps of warm-up in a run of `total` steps."""
+        return _steps(self.warmup, total)
+
+    def decay_steps(self, total: int) -> int | None:
+        """Steps of wsd's last part in a run of `total` steps; None: the schedule's default."""
+        return None if self.decay is None else _steps(self.decay, total)
 
 
 @dataclass(frozen=True, kw_only=True)

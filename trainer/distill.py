@@ -4,12 +4,11 @@ The teacher is another model, 4-bit or of another size, or the student's own bas
 then is not in memory a second time. Neither's logits ever exist as a whole.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.batch import Batch
 from ..errors import InputError
@@ -17,11 +16,10 @@ from ..lora.adapter import AdapterLayer, carried, using
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
 from .config import DistillConfig
-from .evaluate import evaluating
 from .losses.divergence import token_divergence
-from .losses.tokens import hidden_rows, token_scores, trained_rows, vocabulary_of
+from .losses.tokens import evaluating, hidden_rows, summed, token_scores, trained_rows
 from .sft import SFTTrainer
-from .step import Sums, summed
+from .step import Sums
 
 
 class DistillTrainer(SFTTrainer):
@@ -48,24 +46,40 @@ class DistillTrainer(SFTTrainer):
         val: Any | float | None = None,
     ) -> None:
         super().__init__(model, tokenizer, train=train, config=config, val=val)
-        self.teacher: Teacher
         if isinstance(teacher, CausalLM):
-            self.teacher = _Other(model, teacher)
+            _check_other(model, teacher)
+            self.teacher, self.adapters = teacher, None
         else:
-            self.teacher = _SameBase(model, teacher, config)
-        vocabulary = vocabulary_of(model.lm_head)
-        if config.top_k is not None and config.top_k > vocabulary:
-            raise InputError(f"top_k must be at most {vocabulary}, the vocabulary, got {config.top_k}")
+            if config.full:
+                raise InputError(
+                    "full training changes the student's base, so the base cannot be the teacher: give a model of its "
+                    "own"
+                )
+            self.teacher, self.adapters = model, [] if teacher is None else [teacher]
+            for name in self.adapters:
+                carried(model, name)
+        # Apart from the model's own, because a head is also run in backward, when no other adapter is in place.
+        head = self.teacher.lm_head
+        names = self.adapters if self.adapters is not None else head.active if isinstance(head, AdapterLayer) else []
+        self.teacher_head = head.frozen(names) if isinstance(head, AdapterLayer) else head
+        if config.top_k is not None and config.top_k > model.vocab_size:
+            raise InputError(f"top_k must be at most {model.vocab_size}, the vocabulary, got {config.top_k}")
+
+    def teacher_hidden(self, here: Batch, rows: Tensor) -> Tensor:
+        """Hidden states [N, E] at these flattened places of a batch on the device, without gradient or dropout."""
+        switched = nullcontext() if self.adapters is None else using(self.model, *self.adapters)
+        with evaluating(self.teacher), switched:
+            return hidden_rows(self.teacher, here, rows)
 
     def sums(self, batch: Batch) -> Sums:
         config = self.config
         here, rows, targets = trained_rows(self.model, batch)
-        theirs = self.teacher.hidden(here, rows)  # before there is a graph
+        theirs = self.teacher_hidden(here, rows)  # before there is a graph
         ours = hidden_rows(self.model, here, rows)
         divergence = token_divergence(
             self.model.lm_head,
             ours,
-            self.teacher.head,
+            self.teacher_head,
             theirs,
             kind=config.divergence,
             temperature=config.temperature,
@@ -88,66 +102,19 @@ class DistillTrainer(SFTTrainer):
         return metrics  # the loss is no cross-entropy, so it has no perplexity
 
 
-class Teacher:
-    """A model to learn from, and how it is put in place for a forward pass."""
-
-    def __init__(self, model: CausalLM, head: nn.Module) -> None:
-        self.model, self.head = model, head
-
-    def in_place(self) -> AbstractContextManager[Any]:
-        """Inside, `model` is the teacher."""
-        return nullcontext()
-
-    def hidden(self, batch: Batch, rows: Tensor) -> Tensor:
-        """Hidden states [N, E] at these flattened places of a batch on the device, without gradient or dropout."""
-        with evaluating(self.model), self.in_place():
-            return hidden_rows(self.model, batch, rows)
-
-
-class _SameBase(Teacher):
-    """The student itself, with another adapter active in place of its own, or none."""
-
-    def __init__(self, model: CausalLM, adapter: str | None, config: DistillConfig) -> None:
-        if config.full:
-            raise InputError(
-                "full training changes the student's base, so the base cannot be the teacher: give a model of its own"
-            )
-        self.names = [] if adapter is None else [adapter]
-        for name in self.names:
-            carried(model, name)
-        super().__init__(model, frozen_head(model.lm_head, self.names))
-
-    def in_place(self) -> AbstractContextManager[Any]:
-        return using(self.model, *self.names)
-
-
-class _Other(Teacher):
-    """A model of its own."""
-
-    def __init__(self, student: CausalLM, model: CausalLM) -> None:
-        if model is student:
-            raise InputError(
-                "the teacher is the student itself: give None for its base, or the name of an adapter on it"
-            )
-        ours, theirs = vocabulary_of(student.lm_head), vocabulary_of(model.lm_head)
-        if ours != theirs:
-            raise InputError(
-                f"the teacher predicts {theirs} tokens, the student {ours}: distillation compares them token by token, "
-                "so both must have one vocabulary"
-            )
-        places = [next(m.parameters()).device for m in (student, model)]
-        if places[0] != places[1]:
-            raise InputError(f"the teacher is on {places[1]}, the student on {places[0]}: load both on one device")
-        head = model.lm_head
-        super().__init__(model, frozen_head(head, head.active if isinstance(head, AdapterLayer) else ()))
-
-
-def frozen_head(head: nn.Module, names: Sequence[str]) -> nn.Module:
-    """An output head with the named adapters as they are now, whatever `head` itself carries and will carry.
-
-    It is there because a head is also run in backward, when no other adapter is in place.
-    """
-    return head.frozen(names) if isinstance(head, AdapterLayer) else head
+def _check_other(student: CausalLM, teacher: CausalLM) -> None:
+    """InputError for a model of its own that cannot teach the student."""
+    if teacher is student:
+        raise InputError("the teacher is the student itself: give None for its base, or the name of an adapter on it")
+    if teacher.vocab_size != student.vocab_size:
+        raise InputError(
+            f"the teacher predicts {teacher.vocab_size} tokens, the student {student.vocab_size}: distillation "
+            "compares them token by token, so both must have one vocabulary"
+        )
+    if teacher.device != student.device:
+        raise InputError(
+            f"the teacher is on {teacher.device}, the student on {student.device}: load both on one device"
+        )
 
 
 def check_same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:

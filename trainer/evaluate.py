@@ -1,13 +1,12 @@
 """Held-out metrics: mean loss of a trained token, and how often the answer is exactly right."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.batch import Batch, Encoded, micro_batches
 from ..data.encode import encode_prompts
@@ -15,7 +14,7 @@ from ..data.forms import Sample
 from ..data.template import ChatTemplate
 from ..models.generate import generate
 from ..models.protocol import CausalLM
-from .losses.tokens import batch_token_scores
+from .losses.tokens import batch_token_scores, evaluating
 
 
 @dataclass(frozen=True)
@@ -94,15 +93,3 @@ def exact_match(answers: Iterable[Answer]) -> float:
 
 def _trimmed(text: str) -> str:
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; the mode before is restored after."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

@@ -1,4 +1,4 @@
-"""Memory in use, by figures that say what they are, and an estimate of what activations will need."""
+"""Memory in use, by metrics that say what they are, and an estimate of what activations will need."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ def memory_free(device: torch.device) -> int:
 
 def _proc_bytes(file: str, key: str) -> int:
     path = Path(file)
-    if not path.exists():  # not Linux: no figure is better than a made-up one
+    if not path.exists():  # not Linux: no number is better than a made-up one
         return 0
     line = next(line for line in path.read_text().splitlines() if line.startswith(key + ":"))
     return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""Where the figures of a run go: metrics.jsonl always, TensorBoard when asked, the terminal for whoever watches."""
+"""Where the metrics of a run go: metrics.jsonl always, TensorBoard when asked, the terminal for whoever watches."""
 
 import json
 from collections.abc import Sequence
@@ -19,21 +19,22 @@ class Display(Protocol):
 class Metrics:
     """Writes one JSON object a line, flushed at once, and passes it on.
 
-    A record has `step` (steps done) and either the figures of a step (loss, lr, grad_norm, skipped, tokens,
+    A record has `step` (steps done) and either the metrics of an update (loss, lr, grad_norm, skipped, tokens,
     trained_tokens, tokens_per_second, memory under the name of what it is, and optimizer_bytes, which is state on the
     model's device; of a paged optimizer also optimizer_host_bytes and what pages did in this step: page_hits, _misses,
     _evictions, _bytes_in, _bytes_out, _stall_seconds, and _retries, which are micro-batches that were run again without
     pages when memory ran out) or of an evaluation (names beginning with val_).
     Means over the answers' tokens: token_accuracy (the likeliest token was the right one), entropy (nats). Preference
     training adds means over pairs: reward_chosen, _rejected, _margin, _accuracy, logp_chosen, logp_rejected; kl, a
-    token's (see `scores.token_kl`); and dropped, the share of rows that were left out. Evaluations of fine-tuning add
+    token's (see `tokens.token_kl`); and dropped, the share of rows that were left out. Evaluations of fine-tuning add
     val_perplexity.
     """
 
     def __init__(self, folder: Path, displays: Sequence[Display], *, log: Sequence[str] = (), resumed_at: int = 0):
-        self.path = folder / "metrics.jsonl"
-        _drop_after(self.path, resumed_at)
-        self.displays = displays
+        self.path, self.displays = folder / "metrics.jsonl", displays
+        if self.path.exists():  # a resumed run does its steps again: records past the checkpoint would stand twice
+            kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= resumed_at]
+            self.path.write_text("".join(kept), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _tensorboard(folder, resumed_at) if "tensorboard" in log else None
 
@@ -53,10 +54,8 @@ class Metrics:
 
     def close(self) -> None:
         self._file.close()
-        for display in self.displays:
+        for display in [*self.displays, *([self._board] if self._board else [])]:
             display.close()
-        if self._board is not None:
-            self._board.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -68,14 +67,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return records
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """A resumed run does its steps again: records past the checkpoint would stand twice."""
-    if not path.exists():
-        return
-    kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
-    path.write_text("".join(kept), encoding="utf-8")
 
 
 def _tensorboard(folder: Path, resumed_at: int) -> Any:

@@ -17,15 +17,15 @@ from torch import Tensor
 from ..data.batch import AnswerBatch, Preference, answer_batches, packed_size, padded_size, sent
 from ..data.encode import Dataset, load
 from ..errors import InputError, NumericError
-from ..lora.adapter import DEFAULT, adapters_of, copy_adapter, remove_adapter
+from ..lora.adapter import DEFAULT, adapters_of, copy_adapter, remove_adapter, using
+from ..lora.peft_files import adapter_state, load_adapter_state
 from ..models.protocol import CausalLM
 from .config import DPOConfig
-from .evaluate import evaluating
-from .losses.judged import JudgedScores, judged_scores, mismatch_kl, reward_shift
-from .losses.pairs import PairScores, pair_scores
-from .losses.tokens import answer_scores, token_kl
-from .reference import LiveReference, Reference, cached, starts_at_base
-from .step import StepResult, Sums, summed
+from .losses.judged import JudgedScores, judged_scores, mismatch_kl
+from .losses.pairs import PairScores, mixture, pair_scores, reward_shift
+from .losses.tokens import answer_scores, evaluating, summed, token_kl
+from .reference import CachedReference, cache_parts, cached
+from .step import StepResult, Sums
 from .trainer import MicroBatchSize, Trainer, Weights
 
 REFERENCE = "reference"  # the name of the frozen adapter that the policy started as
@@ -95,6 +95,8 @@ class DPOTrainer(PreferenceTrainer):
 
     model: from `fourbit.load`, with an adapter, fresh or trained before (`load_adapter`). train: a JSONL file, several,
     or a dataset of `load(..., "pairs")` ("judged" for a loss on single answers). val: the same, or a fraction.
+    There is never a second model: the reference is the base, with no adapter active, or a frozen copy of the adapter
+    as it was at the start, or a file of its log-probabilities.
     Raises InputError for rows, options or a model that cannot be trained on.
     """
 
@@ -104,42 +106,50 @@ class DPOTrainer(PreferenceTrainer):
         self, model: CausalLM, tokenizer: Any, *, train: Any, config: DPOConfig, val: Any | float | None = None
     ):
         self.objective = config.objective()
-        self.judged = self.objective.unpaired
+        self.judged, self.terms, self.beta = self.objective.unpaired, self.objective.terms(), self.objective.beta
+        self.compared, self.shift_beta = self.objective.compared, self.objective.shift_beta
         super().__init__(model, tokenizer, train=train, config=config, val=val)
-        self.fresh = starts_at_base(model)
-        self.live: LiveReference | None = None
-        self.reference: Reference | None = None
-        if self.objective.needs_reference:
+        self.fresh = all(part.is_idle() for part in adapters_of(model).values())
+        self.has_reference = self.objective.needs_reference
+        self.reference: tuple[str, ...] = ()  # the adapters that are active in it
+        self.cache: CachedReference | None = None
+        if self.has_reference:
             self._set_reference()
-        self.seen = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # `judged.rewards_seen` of all steps
+        self.seen = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # `pairs.rewards_seen` of all steps
         self.points = {"kl": torch.zeros((), device=self.device), "shift": reward_shift(self.seen)}
         self._at_start = True
 
     def sums(self, batch: AnswerBatch) -> Sums:
-        reference = None if self.reference is None else self.reference.logps(batch)  # before there is a graph
+        reference = self.reference_logps(batch) if self.has_reference else None  # before there is a graph
         answers = answer_scores(self.model, batch)
         scores: PairScores | JudgedScores
         if batch.labels is None:
             scores = pair_scores(answers.logps, answers.lengths, reference, ld_alpha=self.config.ld_alpha)
-            metrics = reward_metrics(*self.objective.rewards(scores))
+            metrics = reward_metrics(*scores.rewards(self.compared, self.beta))
             metrics |= {"logp_chosen": summed(scores.chosen), "logp_rejected": summed(scores.rejected)}
         else:
             scores = judged_scores(answers.logps, answers.lengths, sent(batch.labels, self.device), reference)
-            metrics = self._judged_metrics(scores)
+            sides = {"chosen": scores.labels, "rejected": ~scores.labels}
+            metrics = {f"reward_{side}": summed(self.beta * scores.ratio, there) for side, there in sides.items()}
+            metrics |= {f"logp_{side}": summed(scores.answer, there) for side, there in sides.items()}
         if reference is not None:
             metrics["kl"] = summed(token_kl(answers.logps, reference), answers.there)
         metrics["entropy"] = summed(answers.entropy, answers.there)
         metrics["token_accuracy"] = summed(answers.correct, answers.there)
-        carried = {"seen": self.objective.seen(scores)} if self.objective.needs("shift") else {}
-        return Sums(self.objective(scores, self.points).sum(dtype=torch.float64), metrics, carried)
+        carried = {} if self.shift_beta is None else {"seen": scores.seen(self.shift_beta)}
+        return Sums(mixture(self.terms, scores, self.points).sum(dtype=torch.float64), metrics, carried)
 
-    def _judged_metrics(self, scores: JudgedScores) -> dict[str, Tensor]:
-        reward, sides = self.objective.beta * scores.ratio, {"chosen": scores.labels, "rejected": ~scores.labels}
-        metrics = {f"reward_{side}": summed(reward, there) for side, there in sides.items()}
-        return metrics | {f"logp_{side}": summed(scores.answer, there) for side, there in sides.items()}
+    def reference_logps(self, batch: AnswerBatch) -> Tensor:
+        """The reference's log-probability of each answer's tokens, [A, P, L], without gradient."""
+        return self._live_logps(batch) if self.cache is None else self.cache.logps(batch, self.device)
+
+    def _live_logps(self, batch: AnswerBatch) -> Tensor:
+        """The same from the model; dropout off, and the model afterwards as it was before."""
+        with evaluating(self.model), using(self.model, *self.reference):
+            return answer_scores(self.model, batch).logps
 
     def begin(self, dataset: Any, batches: Sequence[AnswerBatch]) -> None:
-        if self.objective.needs("kl"):
+        if any(term.point == "kl" for term in self.terms):
             numbers = sorted(number for batch in batches for number in batch.numbers)
             self.points["kl"] = self._mismatch(dataset, numbers)
 
@@ -154,22 +164,21 @@ class DPOTrainer(PreferenceTrainer):
         self.seen, self.points["shift"] = seen, reward_shift(seen)
 
     def state(self) -> Weights:
-        reference = {} if self.live is None else {f"reference.{n}": t for n, t in self.live.state().items()}
-        return reference | {"seen": self.seen}
+        frozen = {f"{name}.{n}": t for name in self.reference for n, t in adapter_state(self.model, name).items()}
+        return frozen | {"seen": self.seen}
 
     def load_state(self, state: Weights) -> None:
         self._at_start = False
         self._set_seen(state["seen"].to(self.device))
-        if self.live is not None:
-            before = {name: tensor.clone() for name, tensor in self.live.state().items()}
-            kept = {n: t for n, t in state.items() if n.startswith("reference.")}
-            self.live.load_state({n.removeprefix("reference."): t for n, t in kept.items()})
-            now = self.live.state()
-            if self.reference is not self.live and not all(torch.equal(before[name], now[name]) for name in now):
+        for name in self.reference:
+            then = {n.removeprefix(f"{name}."): t for n, t in state.items() if n.startswith(f"{name}.")}
+            now = adapter_state(self.model, name)
+            if self.cache is not None and not all(torch.equal(now[n].cpu(), then[n]) for n in now):
                 raise InputError(
                     "reference_cache was computed with another adapter than the one this run began with: resume with "
                     "that adapter and its file, or without reference_cache"
                 )
+            load_adapter_state(self.model, then, name)
 
     def _set_reference(self) -> None:
         kind = self.config.reference
@@ -180,18 +189,17 @@ class DPOTrainer(PreferenceTrainer):
             remove_adapter(self.model, REFERENCE)
         if kind == "start":
             copy_adapter(self.model, DEFAULT, REFERENCE)
-        self.live = LiveReference(self.model, REFERENCE if kind == "start" else None)
-        self.reference = self.live
+            self.reference = (REFERENCE,)
         if self.config.reference_cache is not None:
             sets = [self.train_set] + ([self.val_set] if self.val_set is not None else [])
             lengths = [[sum(part.trained) for part in e.parts] for dataset in sets for e in dataset.examples]
             batches = [b for dataset in sets for b in self.micro_batches(dataset, range(len(dataset)), "auto")]
-            self.reference = cached(self.live, Path(self.config.reference_cache), self.fingerprint, batches, lengths)
+            parts = cache_parts(self.model, self.reference, self.fingerprint)
+            self.cache = cached(Path(self.config.reference_cache), parts, batches, lengths, self._live_logps)
 
     @torch.no_grad()
     def _mismatch(self, dataset: Any, numbers: Sequence[int]) -> Tensor:
         """KTO's reference point, from each prompt with the answer to another one: 0 where all prompts are the same."""
-        assert self.live is not None
         offset = self._offset(dataset)
         chosen = [number - offset for number in numbers]
         others = [self._other_prompt(dataset, chosen, k) for k in range(len(chosen))]
@@ -205,7 +213,7 @@ class DPOTrainer(PreferenceTrainer):
         policy, reference = [], []
         with evaluating(self.model):
             for batch in self._laid_out(list(enumerate(crossed)), self.config.micro_batch):
-                reference.append(self.live.logps(batch).sum(-1).flatten())
+                reference.append(self._live_logps(batch).sum(-1).flatten())
                 policy.append(answer_scores(self.model, batch).logps.sum(-1).flatten())
         return mismatch_kl(torch.cat(policy), torch.cat(reference))
 
@@ -224,7 +232,7 @@ class DPOTrainer(PreferenceTrainer):
         that the reference is another model."""
         same = self.config.reference == "start" or self.fresh
         dropout = any(part.dropout for part in adapters_of(self.model).values())
-        if not self.objective.needs_reference or not same or dropout:
+        if not self.has_reference or not same or dropout:
             return
         half = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
         loss, allowed = result.loss.item(), 2e-2 if half else 1e-4
@@ -232,7 +240,7 @@ class DPOTrainer(PreferenceTrainer):
             raise NumericError(f"the first loss is {loss:.6f}, not ln 2 = 0.693147 (within {allowed:g}): {self._why()}")
         for name in ("reward_chosen", "reward_rejected"):
             # Taken as of beta 0.1, or a small beta would hide everything: a reward is beta times a log-ratio.
-            reward = result.metrics[name].item() * 0.1 / self.objective.beta
+            reward = result.metrics[name].item() * 0.1 / self.beta
             if abs(reward) > 2 * allowed:
                 raise NumericError(
                     f"the first {name} is {reward:.6f} (at beta 0.1), not 0 (within {2 * allowed:g}): {self._why()}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from .metrics import Display
 
-SMOOTHING = 0.9  # of the figures shown: exponential moving average over steps
+SMOOTHING = 0.9  # of the metrics shown: exponential moving average over steps
 SMOOTHED = {  # those, and what they are called
     "loss": "loss",
     "reward_margin": "margin",
@@ -32,8 +32,8 @@ def display_for(total: int, start: int = 0) -> Display:
     return _Live(console, total, start) if console.is_terminal else _Plain(total, start)
 
 
-class _Smoothed:
-    """The figures to show, smoothed where they jump; shared by both displays."""
+class _Shown:
+    """The metrics to show, smoothed where they jump; shared by both displays."""
 
     def __init__(self) -> None:
         self.means: dict[str, float] = {}
@@ -41,6 +41,7 @@ class _Smoothed:
         self.shown: dict[str, str] = {}
 
     def add(self, record: dict[str, Any]) -> dict[str, str]:
+        """What to show from now on, by name."""
         if "val_loss" in record:
             found = {SMOOTHED[name]: record[f"val_{name}"] for name in OF_VALIDATION if f"val_{name}" in record}
             self.shown |= {f"val {short}": _number(value) for short, value in found.items()}
@@ -48,16 +49,16 @@ class _Smoothed:
         self.skipped += record["skipped"]
         self.shown |= {short: _number(self._mean(name, record)) for name, short in SMOOTHED.items() if name in record}
         memory = record.get("rss_anon") or record.get("max_memory_allocated") or 0
+        host = record.get("optimizer_host_bytes")
         self.shown |= {
             "lr": f"{record['lr']:.1e}",
             "tok/s": f"{record['tokens_per_second']:,.0f}",
             "mem": f"{memory / 2**30:.2f} GiB",
-            "opt": _optimizer(record),
+            "opt": f"{record['optimizer_bytes'] / 2**30:.2f} GiB"
+            + ("" if host is None else f" + {host / 2**30:.2f} on host"),
         }
-        if record.get("dropped"):
-            self.shown["dropped"] = f"{record['dropped']:.1%}"
-        if self.skipped:
-            self.shown["skipped"] = str(self.skipped)
+        self.shown |= {"dropped": f"{record['dropped']:.1%}"} if record.get("dropped") else {}
+        self.shown |= {"skipped": str(self.skipped)} if self.skipped else {}
         return self.shown
 
     def _mean(self, name: str, record: dict[str, Any]) -> float | None:
@@ -66,35 +67,27 @@ class _Smoothed:
         return self.means.get(name)
 
 
-def _optimizer(record: dict[str, Any]) -> str:
-    """Memory of its state, and where paging has it."""
-    text = f"{record['optimizer_bytes'] / 2**30:.2f} GiB"
-    host = record.get("optimizer_host_bytes")
-    return text if host is None else f"{text} + {host / 2**30:.2f} on host"
-
-
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
 class _Plain:
-    """One line every few seconds, and at every evaluation and the last step."""
+    """One line every few seconds, and at every evaluation and the first and last step."""
 
     def __init__(self, total: int, start: int) -> None:
-        self.total, self.figures = total, _Smoothed()
+        self.total, self.start, self.metrics = total, start, _Shown()
         self.begun = self.last = time.monotonic()
-        self.start = start
 
     def show(self, record: dict[str, Any]) -> None:
-        shown = self.figures.add(record)
+        shown = self.metrics.add(record)
         step, now = record["step"], time.monotonic()
-        first = step == self.start + 1
-        if now - self.last < PLAIN_SECONDS and step < self.total and "val_loss" not in record and not first:
+        told = step in (self.start + 1, self.total) or "val_loss" in record
+        if now - self.last < PLAIN_SECONDS and not told:
             return
         self.last = now
         left = (now - self.begun) / max(1, step - self.start) * (self.total - step)
-        figures = "  ".join(f"{name} {value}" for name, value in shown.items())
-        print(f"step {step}/{self.total}  {figures}  left {_clock(left)}", file=sys.stderr, flush=True)
+        metrics = "  ".join(f"{name} {value}" for name, value in shown.items())
+        self.message(f"step {step}/{self.total}  {metrics}  left {_clock(left)}")
 
     def message(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -103,35 +96,30 @@ class _Plain:
 
 
 class _Live:
-    """A progress bar with the figures under it, redrawn in place."""
+    """A progress bar with the metrics under it, redrawn in place."""
 
     def __init__(self, console: Any, total: int, start: int) -> None:
         from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.figures = _Smoothed()
-        columns = [
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        ]
+        self.metrics = _Shown()
+        columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None)]
+        columns += [TextColumn("left"), TimeRemainingColumn()]
         self.progress = Progress(*columns, console=console, expand=True)
         self.task = self.progress.add_task("", total=total, completed=start)
         self.live = Live(self._drawn("first step ..."), console=console)
         self.live.start()
 
-    def _drawn(self, figures: str) -> Any:
+    def _drawn(self, metrics: str) -> Any:
         from rich.console import Group
         from rich.text import Text
 
-        return Group(self.progress, Text.from_markup(figures))
+        return Group(self.progress, Text.from_markup(metrics))
 
     def show(self, record: dict[str, Any]) -> None:
-        figures = "  ".join(f"[dim]{name}[/] {value}" for name, value in self.figures.add(record).items())
+        metrics = "  ".join(f"[dim]{name}[/] {value}" for name, value in self.metrics.add(record).items())
         self.progress.update(self.task, completed=record["step"])
-        self.live.update(self._drawn(figures))
+        self.live.update(self._drawn(metrics))
 
     def message(self, text: str) -> None:
         from rich.text import Text

@@ -21,8 +21,7 @@ from ..errors import InputError
 from ..files import check_finite, float_tensors, regular_file, write_tensors
 from ..lora.peft_files import load_adapter, save_adapter
 from ..models.protocol import CausalLM
-from .evaluate import evaluating
-from .losses.tokens import hidden_rows
+from .losses.tokens import evaluating, hidden_rows
 
 HEAD, KEY = "reward_head.safetensors", "score.weight"
 Answered = Sample | Mapping[str, Any] | Sequence[Mapping[str, Any]]

@@ -1,8 +1,21 @@
-"""What a run knows while it goes, and what it ends with."""
+"""What a step of a run gets, what a run knows while it goes, and what it ends with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from .step import MicroBatch
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What a step trains on, still on the CPU: one batch of rows, as micro-batches for each update that is made of it.
+
+    Most kinds make one update of a batch of rows; one that generates its rows may make several.
+    """
+
+    updates: Sequence[Sequence[MicroBatch]]
+    sources: list[str]  # file and line of each row
 
 
 @dataclass

@@ -13,8 +13,8 @@ from ..errors import InputError
 from ..lora.adapter import adapter_layers
 from ..models.save import save_model
 from .config import SFTConfig
-from .losses.tokens import batch_token_scores
-from .step import Sums, summed
+from .losses.tokens import batch_token_scores, summed
+from .step import Sums
 from .trainer import MicroBatchSize, Trainer, Weights
 
 

@@ -12,36 +12,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import optim
+from ..data.batch import AnswerBatch, Batch
 from ..errors import InputError
 from ..optim.groups import parameter_groups
 from ..optim.optimizer import FlatOptimizer
 from .config import PAGED, OptimizerName, size_in_bytes
 
+MicroBatch = Batch | AnswerBatch
 PAGE_COUNTERS = ("hits", "misses", "evictions", "bytes_in", "bytes_out", "stall_seconds")
-
-
-class MicroBatch(Protocol):
-    """What the loop reads of one forward pass' batch."""
-
-    input_ids: Tensor  # [B, T] int64, on the CPU
-
-    @property
-    def tokens(self) -> int:
-        """Run through the model, padding not counted."""
-
-    @property
-    def trained(self) -> int:
-        """Tokens that are predicted."""
-
-    @property
-    def weight(self) -> int:
-        """What its summed loss is a sum over: trained tokens, or pairs. A step's loss is divided by the step's."""
 
 
 class Sums(NamedTuple):
@@ -50,13 +34,6 @@ class Sums(NamedTuple):
     loss: Tensor  # 0-d: the sum over what the batch's weight counts (trained tokens, pairs); carries the gradient
     metrics: Mapping[str, Tensor]  # each [2]: a sum, and the number of things it is over; without gradient
     carried: Mapping[str, Tensor] = MappingProxyType({})  # added up over a step's batches, for `Trainer.applied`
-
-
-def summed(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A metric of `Sums`: [2], the sum of `values` (where `mask` is true) and how many they are; float64, no graph."""
-    values = values.detach().to(torch.float64)
-    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    return torch.stack([torch.where(mask, values, 0.0).sum(), mask.sum(dtype=torch.float64)])
 
 
 @dataclass(frozen=True)

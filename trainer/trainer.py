@@ -12,9 +12,9 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,42 +25,23 @@ from ..files import lock_folder
 from ..lora.adapter import adapter_parameters
 from ..lora.peft_files import adapter_state, load_adapter_state, save_adapter
 from ..models.protocol import CausalLM
+from ..optim.schedule import learning_rate
 from .checkpoint import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from .config import TrainingConfig, changed_options
-from .evaluate import evaluating
 from .interrupt import Interrupt, interrupts
+from .losses.tokens import evaluating
 from .memory import memory_free, memory_used, saved_bytes
 from .metrics import Display, Metrics
 from .progress import display_for
 from .report import draw_curves
-from .run import RunState, TrainResult
+from .run import RunState, StepData, TrainResult
 from .step import MicroBatch, Stepper, StepResult, Sums, means, rng_states, set_rng_states
 
 SKIPS_ALLOWED = 2  # in a row; one more ends the run
 TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}  # of micro_batch="auto": matmuls run at full speed from there on
 Weights = dict[str, Tensor]
 MicroBatchSize = int | Literal["auto"]
-
-
-@dataclass(frozen=True)
-class StepData:
-    """What a step trains on, still on the CPU: one batch of rows, as micro-batches for each update that is made of it.
-
-    Most kinds make one update of a batch of rows; one that generates its rows may make several.
-    """
-
-    updates: Sequence[Sequence[MicroBatch]]
-    sources: list[str]  # file and line of each row
-
-
-class Pending(NamedTuple):
-    """An update whose metrics are still on the device."""
-
-    step: int
-    batches: Sequence[MicroBatch]
-    sources: list[str]
-    result: StepResult
-    rate: float
+Pending = tuple[int, Sequence[MicroBatch], list[str], StepResult, float]  # step, batches, sources, result, rate
 
 
 class Trainer(ABC):
@@ -184,17 +165,17 @@ class Trainer(ABC):
             torch.manual_seed(self.config.seed)
             self.run, self.stepper = RunState(), self.make_stepper()
             self.best: Weights | None = None
-            self._pending: Pending | None = None
+            self._pending: Pending | None = None  # an update whose metrics are still on the device
             self.model.checkpointing = self.recomputes()
             start = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
             displays = [display(self.total, start)] if display else []
             self.metrics = Metrics(out, displays, log=self.config.log, resumed_at=start)
             try:
-                for note in notes:
-                    self.metrics.message(note)
                 if checkpoint is not None:
                     self._resume(checkpoint)
-                    self.metrics.message(f"resumed from {checkpoint}")
+                    notes.append(f"resumed from {checkpoint}")
+                for note in notes:
+                    self.metrics.message(note)
                 self.model.train()
                 self._loop()
             finally:
@@ -223,14 +204,17 @@ class Trainer(ABC):
         return self.run.done > 0 and (ended or self.run.done % (every or self.steps_per_epoch) == 0)
 
     def _step(self) -> None:
-        step = self.run.done
+        step, config = self.run.done, self.config
         data = self.step_data(step)
-        rate = self.config.learning_rate(step, self.total)
+        warmup, decay = config.warmup_steps(self.total), config.decay_steps(self.total)
+        rate = learning_rate(
+            step, total=self.total, peak=config.lr, warmup=warmup, schedule=config.schedule, decay=decay
+        )
         for batches in data.updates:
             result = self.stepper.step(batches, rate)
             self.applied(result)
             self._settle()  # the update before this one: its metrics are there without waiting for this one
-            self._pending = Pending(step, batches, data.sources, result, rate)
+            self._pending = step, batches, data.sources, result, rate
             if self.device.type == "cpu":
                 self._settle()  # already computed: nothing to wait for, and its time is its own
         self.run.done += 1
@@ -247,8 +231,7 @@ class Trainer(ABC):
         """Read the metrics of the last update off the device, record them, and stop a run that has gone bad."""
         if self._pending is None:
             return
-        pending, self._pending = self._pending, None
-        run, result, batches = self.run, pending.result, pending.batches
+        (step, batches, sources, result, rate), self._pending, run = self._pending, None, self.run
         loss, skipped, norm = result.loss.item(), bool(result.skipped.item()), result.grad_norm.item()
         now, tokens = time.perf_counter(), sum(batch.tokens for batch in batches)
         run.tokens += tokens
@@ -258,12 +241,12 @@ class Trainer(ABC):
         what, used = memory_used(self.device)
         self.metrics.write(
             {
-                "step": pending.step + 1,
-                "epoch": round((pending.step + 1) / self.steps_per_epoch, 4),
+                "step": step + 1,
+                "epoch": round((step + 1) / self.steps_per_epoch, 4),
                 "loss": _finite(loss),
                 **result.read_metrics(),
                 **self.constants(),
-                "lr": pending.rate,
+                "lr": rate,
                 "grad_norm": _finite(norm),
                 "skipped": skipped,
                 "tokens": tokens,
@@ -275,11 +258,11 @@ class Trainer(ABC):
         )
         self._clock = now
         if run.skipped_in_a_row > SKIPS_ALLOWED:
-            self._give_up(pending, loss, norm)
+            self._give_up(step + 1, sources, batches, loss, norm)
 
-    def _give_up(self, last: Pending, loss: float, norm: float) -> None:
-        step, dump = last.step + 1, Path(self.config.out) / f"nonfinite-step-{last.step + 1}.json"
-        rows = {"sources": last.sources, "input_ids": [batch.input_ids.tolist() for batch in last.batches]}
+    def _give_up(self, step: int, sources: list[str], batches: Sequence[MicroBatch], loss: float, norm: float) -> None:
+        dump = Path(self.config.out) / f"nonfinite-step-{step}.json"
+        rows = {"sources": sources, "input_ids": [batch.input_ids.tolist() for batch in batches]}
         dump.write_text(json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), **rows}))
         raise NumericError(
             f"loss or gradient was not finite in {self.run.skipped_in_a_row} steps in a row (step {step}: loss "

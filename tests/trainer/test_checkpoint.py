@@ -245,11 +245,11 @@ def test_links_pipes_and_huge_manifests_are_refused(tmp_path: Path) -> None:
     for name in ("state.json", "adapter.safetensors", "manifest.json"):
         kept = (path / name).rename(tmp_path / name)
         (path / name).symlink_to(kept)
-        with pytest.raises(InputError, match="not a regular file"):
+        with pytest.raises(InputError, match=r"regular file|link out of its folder"):
             load_checkpoint(path)
         (path / name).unlink()
         os.mkfifo(path / name)  # opening it would wait for ever
-        with pytest.raises(InputError, match="not a regular file"):
+        with pytest.raises(InputError, match=r"regular file|link out of its folder"):
             load_checkpoint(path)
         (path / name).unlink()
         kept.rename(path / name)

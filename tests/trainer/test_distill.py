@@ -1,7 +1,5 @@
 """Distillation on tiny models: the loss is its definition, all teachers that are one teach alike, none is touched."""
 
-import os
-import signal
 from dataclasses import replace
 
 import pytest
@@ -14,24 +12,11 @@ from fourbit.errors import InputError
 from fourbit.lora.adapter import adapter_layers, adapters_of, copy_adapter
 from fourbit.lora.attach import install
 from fourbit.models.decoder import Decoder
-from fourbit.models.save import save_model
-from fourbit.trainer.checkpoint import load_checkpoint
 from fourbit.trainer.config import DistillConfig
 from fourbit.trainer.distill import DistillTrainer, check_same_tokens
 from fourbit.trainer.metrics import read_metrics
 
 KINDS = ("forward-kl", "reverse-kl", "jsd")
-
-
-def adapted(folder, *, quantize="nf4", dtype=torch.float32, seed=None, **lora):
-    """With a seed the adapter is that of an earlier training: B is not zero."""
-    model, tokenizer = fourbit.load(folder, quantize=quantize, dtype=dtype)
-    fourbit.attach(model, fourbit.LoRAConfig(**({"rank": 4, "alpha": 8} | lora)), dtype=dtype, seed=seed or 0)
-    if seed is not None:
-        generator = torch.Generator().manual_seed(seed)
-        for module in adapters_of(model).values():
-            module.lora_B.data.copy_(torch.randn(module.lora_B.shape, generator=generator) * 0.1)
-    return model, tokenizer
 
 
 def start_as_teacher(model):
@@ -40,14 +25,18 @@ def start_as_teacher(model):
     return "teacher"
 
 
-def other_teacher(folder):
-    """Puts another adapter on the student's base, to teach it."""
+@pytest.fixture
+def other_teacher(adapted):
+    def make(folder):
+        """Puts another adapter on the student's base, to teach it."""
 
-    def put(model):
-        install(model, adapters_of(adapted(folder, seed=2)[0]), "teacher", trainable=False)
-        return "teacher"
+        def put(model):
+            install(model, adapters_of(adapted(folder, b_seed=2)[0]), "teacher", trainable=False)
+            return "teacher"
 
-    return put
+        return put
+
+    return make
 
 
 def loaded_teacher(folder):
@@ -58,25 +47,14 @@ def loaded_teacher(folder):
     return put
 
 
-@pytest.fixture(scope="session")
-def wide_folder(tiny_folder, tmp_path_factory):
-    """A teacher of another width and depth with the same tokenizer, its output head not tied."""
-    model, tokenizer = fourbit.load(tiny_folder)
-    sizes = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, head_dim=12, tie_word_embeddings=False)
-    torch.manual_seed(3)
-    wide = Decoder(replace(model.spec, **sizes))
-    for parameter in wide.parameters():
-        if parameter.ndim == 2:
-            nn.init.normal_(parameter, std=0.2)
-    folder = tmp_path_factory.mktemp("wide")
-    save_model(wide, tokenizer, folder)
-    return folder
+@pytest.fixture
+def trainer_for(adapted):
+    def make(folder, rows, out, teacher, *, val=None, config=None, **options):
+        keys = ("quantize", "dtype", "b_seed", "dropout", "target", "rank")
+        model, tokenizer = adapted(folder, **{key: options.pop(key) for key in keys if key in options})
+        return distiller(model, tokenizer, teacher, rows, out, val=val, **options)
 
-
-def trainer_for(folder, rows, out, teacher, *, val=None, config=None, **options):
-    keys = ("quantize", "dtype", "seed", "dropout", "target", "rank")
-    model, tokenizer = adapted(folder, **{key: options.pop(key) for key in keys if key in options})
-    return distiller(model, tokenizer, teacher, rows, out, val=val, **options)
+    return make
 
 
 def distiller(model, tokenizer, teacher, rows, out, *, val=None, **options):
@@ -132,10 +110,10 @@ def plain(student, teacher, examples, config):
         {"sft_weight": 1.0, "loss_on": "all"},
     ],
 )
-def test_loss_and_gradients_are_those_of_full_logits(tiny_folder, wide_folder, rows, tmp_path, options):
+def test_loss_and_gradients_are_those_of_full_logits(trainer_for, tiny_folder, wide_folder, rows, tmp_path, options):
     """A wider teacher, float64; each example alone on the plain side, packed on ours."""
     teacher, _ = fourbit.load(wide_folder, dtype=torch.float64)
-    trainer = trainer_for(tiny_folder, rows, tmp_path, teacher, quantize=None, dtype=torch.float64, seed=1, **options)
+    trainer = trainer_for(tiny_folder, rows, tmp_path, teacher, quantize=None, dtype=torch.float64, b_seed=1, **options)
     want = plain(trainer.model, teacher, trainer.train_set.examples[:8], trainer.config)
     wanted = torch.autograd.grad(want, list(trainer.parameters.values()))
     loss, got, parts = total(trainer)
@@ -154,25 +132,6 @@ def test_loss_and_gradients_are_those_of_full_logits(tiny_folder, wide_folder, r
         assert all(not part.metrics for part in parts)
 
 
-def test_no_layout_changes_a_gradient(tiny_folder, rows, tmp_path):
-    def of(dtype, **layout):
-        trainer = trainer_for(tiny_folder, rows, tmp_path, None, dtype=dtype, seed=1, sft_weight=0.5, **layout)
-        return total(trainer, micro_batch=trainer.config.micro_batch)[:2]
-
-    for dtype, allowed in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
-        value, whole = of(dtype, micro_batch=8)
-        for layout in (
-            {"micro_batch": 1},
-            {"micro_batch": 3},
-            {"packing": False},
-            {"micro_batch": 3, "packing": False},
-        ):
-            other_value, other = of(dtype, **layout)
-            assert other_value == pytest.approx(value, rel=allowed)
-            for name, gradient in whole.items():
-                assert (gradient - other[name]).norm() <= allowed * gradient.norm(), f"{layout}: {name}"
-
-
 @pytest.mark.parametrize(
     "lora",
     [
@@ -183,14 +142,16 @@ def test_no_layout_changes_a_gradient(tiny_folder, rows, tmp_path):
     ],
 )
 @pytest.mark.parametrize("quantize", ["nf4", None])
-def test_a_teacher_on_the_same_base_is_the_one_loaded_beside_it(tiny_folder, rows, tmp_path, lora, quantize):
+def test_a_teacher_on_the_same_base_is_the_one_loaded_beside_it(
+    trainer_for, adapted, tiny_folder, rows, tmp_path, lora, quantize
+):
     """Another rank, scale and layers, read from its folder; the student's adapter sits on the output head too."""
-    other, _ = adapted(tiny_folder, quantize=quantize, seed=2, **lora)
+    other, _ = adapted(tiny_folder, quantize=quantize, b_seed=2, **lora)
     fourbit.save_adapter(other, tmp_path / "teacher")
     beside, _ = fourbit.load(tiny_folder, quantize=quantize)
     fourbit.load_adapter(beside, tmp_path / "teacher")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
-    options = {"seed": 1, "quantize": quantize, "target": targets, "temperature": 1.3}
+    options = {"b_seed": 1, "quantize": quantize, "target": targets, "temperature": 1.3}
     shared = trainer_for(tiny_folder, rows, tmp_path, loaded_teacher(tmp_path / "teacher"), **options)
     apart = trainer_for(tiny_folder, rows, tmp_path, beside, **options)
     loss, gradients, _ = total(shared)
@@ -200,30 +161,30 @@ def test_a_teacher_on_the_same_base_is_the_one_loaded_beside_it(tiny_folder, row
         assert (gradient - other_gradients[name]).norm() <= 1e-6 * gradient.norm(), name
 
 
-def test_a_teachers_head_counts_as_it_is_switched(tiny_folder, rows, tmp_path):
+def test_a_teachers_head_counts_as_it_is_switched(trainer_for, adapted, tiny_folder, rows, tmp_path):
     lora = {"target": ["q_proj", "lm_head"], "rslora": True, "rank": 3}
-    teacher, _ = adapted(tiny_folder, quantize=None, dtype=torch.float64, seed=2, **lora)
+    teacher, _ = adapted(tiny_folder, quantize=None, dtype=torch.float64, b_seed=2, **lora)
     losses = []
     for enabled in (True, False):
         teacher.lm_head.active = ["default"] if enabled else []
-        trainer = trainer_for(tiny_folder, rows, tmp_path, teacher, quantize=None, dtype=torch.float64, seed=1)
+        trainer = trainer_for(tiny_folder, rows, tmp_path, teacher, quantize=None, dtype=torch.float64, b_seed=1)
         want = plain(trainer.model, teacher, trainer.train_set.examples[:8], trainer.config).item()
         losses.append(total(trainer)[0])
         assert losses[-1] == pytest.approx(want, rel=1e-11)
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
-def test_the_base_alone_can_teach(tiny_folder, rows, tmp_path):
+def test_the_base_alone_can_teach(trainer_for, tiny_folder, rows, tmp_path):
     base, _ = fourbit.load(tiny_folder, quantize="nf4")
-    losses = [total(trainer_for(tiny_folder, rows, tmp_path, teacher, seed=1))[0] for teacher in (None, base)]
+    losses = [total(trainer_for(tiny_folder, rows, tmp_path, teacher, b_seed=1))[0] for teacher in (None, base)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] > 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("target", ["all-linear", ["q_proj", "lm_head"]])
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny_folder, rows, tmp_path, kind, target):
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(trainer_for, tiny_folder, rows, tmp_path, kind, target):
     trainer = trainer_for(
-        tiny_folder, rows, tmp_path, start_as_teacher, seed=1, dtype=torch.float64, divergence=kind, target=target
+        tiny_folder, rows, tmp_path, start_as_teacher, b_seed=1, dtype=torch.float64, divergence=kind, target=target
     )
     loss, gradients, _ = total(trainer)
     assert abs(loss) < 1e-12 and all(gradient.abs().max() < 1e-12 for gradient in gradients.values())
@@ -238,9 +199,9 @@ def flags(model):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_teacher_is_left_as_it_was(tiny_folder, rows, tmp_path, training):
+def test_a_teacher_is_left_as_it_was(trainer_for, adapted, tiny_folder, rows, tmp_path, training):
     """Values, modes, flags; also of one in training mode, with dropout on its head too and a layer switched off."""
-    teacher, _ = adapted(tiny_folder, seed=2, dropout=0.5, target=["q_proj", "up_proj", "lm_head"])
+    teacher, _ = adapted(tiny_folder, b_seed=2, dropout=0.5, target=["q_proj", "up_proj", "lm_head"])
     teacher.train(training)
     next(iter(adapter_layers(teacher).values())).active = []
     tensors = {**dict(teacher.named_parameters()), **dict(teacher.named_buffers())}
@@ -254,22 +215,22 @@ def test_a_teacher_is_left_as_it_was(tiny_folder, rows, tmp_path, training):
         assert torch.equal(tensor, kept[name]), name
 
 
-def test_a_teacher_on_the_same_base_draws_no_random_number(tiny_folder, rows, tmp_path):
+def test_a_teacher_on_the_same_base_draws_no_random_number(trainer_for, other_teacher, tiny_folder, rows, tmp_path):
     trainer = trainer_for(tiny_folder, rows, tmp_path, other_teacher(tiny_folder), dropout=0.5)
     model = trainer.model.train()
     before, kept = flags(model), {name: p.clone() for name, p in model.named_parameters()}
     (batch,) = trainer.micro_batches(trainer.train_set, [0, 1], 2)
     state = torch.get_rng_state()
-    first, second = (trainer.teacher.hidden(batch, torch.arange(batch.tokens)) for _ in range(2))
+    first, second = (trainer.teacher_hidden(batch, torch.arange(batch.tokens)) for _ in range(2))
     assert torch.equal(first, second) and not first.requires_grad and torch.equal(state, torch.get_rng_state())
     assert flags(model) == before and all(torch.equal(p, kept[name]) for name, p in model.named_parameters())
-    assert not any(p.requires_grad for n, p in trainer.teacher.head.named_parameters() if "lora" in n)
+    assert not any(p.requires_grad for n, p in trainer.teacher_head.named_parameters() if "lora" in n)
 
 
-def test_learns_what_the_teacher_says(tiny_folder, wide_folder, rows, val_rows, tmp_path):
+def test_learns_what_the_teacher_says(trainer_for, tiny_folder, wide_folder, rows, val_rows, tmp_path):
     """A 4-bit teacher of another size. Its random weights follow no rule, so 22 rows tell only some of it."""
     teacher, _ = fourbit.load(wide_folder, quantize="nf4")
-    trainer = trainer_for(tiny_folder, rows, tmp_path, teacher, val=val_rows, epochs=12, seed=1, lr=2e-2)
+    trainer = trainer_for(tiny_folder, rows, tmp_path, teacher, val=val_rows, epochs=12, b_seed=1, lr=2e-2)
     start = trainer.evaluate(False)["loss"]
     result = trainer.train(display=None)
     assert result.val_loss < 0.8 * start and result.val == {"loss": result.val_loss}
@@ -281,8 +242,8 @@ def test_learns_what_the_teacher_says(tiny_folder, wide_folder, rows, val_rows, 
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
-def test_cross_entropy_is_reported_where_it_is_trained(tiny_folder, rows, tmp_path):
-    trainer_for(tiny_folder, rows, tmp_path, None, seed=1, sft_weight=0.25, steps=3).train(display=None)
+def test_cross_entropy_is_reported_where_it_is_trained(trainer_for, tiny_folder, rows, tmp_path):
+    trainer_for(tiny_folder, rows, tmp_path, None, b_seed=1, sft_weight=0.25, steps=3).train(display=None)
     for record in read_metrics(tmp_path / "metrics.jsonl"):
         assert record["loss"] == pytest.approx(record["divergence"] + 0.25 * record["cross_entropy"], rel=1e-6)
         assert 0 <= record["token_accuracy"] <= 1 and record["entropy"] > 0
@@ -300,58 +261,7 @@ def test_trains_all_weights_too(tiny_folder, wide_folder, rows, tmp_path):
     assert torch.equal(again(ids), student(ids))
 
 
-class Stop:
-    """Asks the run to end once a step has been recorded."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def show(self, record):
-        if record["step"] == self.step and "loss" in record:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    def message(self, text): ...
-
-    def close(self): ...
-
-
-@pytest.mark.parametrize("same_base", [True, False])
-@pytest.mark.parametrize("stop", [1, 3, 4])
-def test_resume_is_bit_exact(tiny_folder, wide_folder, rows, val_rows, tmp_path, same_base, stop):
-    def trainer(name, **more):
-        apart = None if same_base else fourbit.load(wide_folder, quantize="nf4")[0]
-        teacher = other_teacher(tiny_folder) if same_base else apart
-        options = dict(val=val_rows, eval_every=3, dropout=0.2, divergence="jsd", top_k=20, sft_weight=0.1, steps=7)
-        return trainer_for(tiny_folder, rows, tmp_path / name, teacher, **options, **more)
-
-    trainer("whole").train(display=None)
-    assert trainer("cut").train(display=lambda total, start: Stop(stop)).steps == stop
-    assert trainer("cut", resume="auto").train(display=None).steps == 7
-    a, b = (load_checkpoint(tmp_path / name / "checkpoints" / "step-000007")[0] for name in ("whole", "cut"))
-    assert {group: set(a[group]) for group in a} == {group: set(b[group]) for group in b}
-    assert all(torch.equal(a[group][name], b[group][name]) for group in a for name in a[group])
-    figures = [
-        [
-            {key: value for key, value in record.items() if key not in ("tokens_per_second", "rss_anon")}
-            for record in read_metrics(tmp_path / name / "metrics.jsonl")
-        ]
-        for name in ("whole", "cut")
-    ]
-    assert figures[0] == figures[1]
-
-
-def test_checkpointing_changes_nothing(tiny_folder, wide_folder, rows, tmp_path):
-    teacher, _ = fourbit.load(wide_folder, quantize="nf4")
-    for choice in ("off", "on"):
-        for kind, other in {"apart": teacher, "same": other_teacher(tiny_folder)}.items():
-            out = tmp_path / kind / choice
-            trainer_for(tiny_folder, rows, out, other, steps=3, dropout=0.1, checkpointing=choice).train(display=None)
-    for kind in ("apart", "same"):
-        files = [(tmp_path / kind / choice / "adapter_model.safetensors").read_bytes() for choice in ("off", "on")]
-        assert files[0] == files[1]
-
-
-def test_teachers_that_cannot_teach_are_refused(tiny_folder, rows, tmp_path):
+def test_teachers_that_cannot_teach_are_refused(adapted, tiny_folder, rows, tmp_path):
     model, tokenizer = adapted(tiny_folder)
     with pytest.raises(InputError, match="the teacher is the student itself"):
         distiller(model, tokenizer, model, rows, tmp_path)
@@ -397,13 +307,13 @@ def test_settings_that_cannot_work_are_refused(options, error):
         DistillConfig(out="o", **options)
 
 
-def test_packed_rows_do_not_see_each_other_in_the_teacher(tiny_folder, rows, tmp_path):
+def test_packed_rows_do_not_see_each_other_in_the_teacher(trainer_for, tiny_folder, rows, tmp_path):
     trainer = trainer_for(tiny_folder, rows, tmp_path, None, dtype=torch.float64)
     examples = trainer.train_set.examples[:3]
 
     def states(*examples):
         batch = pack_batch(examples)
-        return trainer.teacher.hidden(batch, torch.arange(batch.tokens))
+        return trainer.teacher_hidden(batch, torch.arange(batch.tokens))
 
     together = states(*examples).split([len(e.ids) for e in examples])
     for example, found in zip(examples, together, strict=True):

@@ -16,9 +16,9 @@ from mpmath import exp, expm1, log, mp, mpf
 from torch import Tensor
 
 from fourbit.trainer.losses import pairs as losses
-from fourbit.trainer.losses.judged import JudgedScores, reward_shift
+from fourbit.trainer.losses.judged import JudgedScores
 from fourbit.trainer.losses.objective import LOSSES, PAIR_LOSSES, UNPAIRED_LOSSES, Objective
-from fourbit.trainer.losses.pairs import DIVERGENCES, PairScores, answer_sums
+from fourbit.trainer.losses.pairs import DIVERGENCES, PairScores, answer_sums, reward_shift
 
 mp.dps = 50
 EXACT = 1e-12  # of 1 + |value|: a few dozen roundings of float64
@@ -289,7 +289,9 @@ def test_no_value_is_read(name: str) -> None:
     objective = Objective(weights)
     found = objective(sample, points)
     assert found.shape == (4,) and found.dtype == torch.float32
-    assert not objective.needs("shift") or reward_shift(objective.seen(sample)).dtype == torch.float64
+    beta = objective.shift_beta
+    assert (beta is None) == ("bco" not in name)
+    assert beta is None or reward_shift(sample.seen(beta)).dtype == torch.float64
     logps, lengths = torch.empty(2, 4, 5, device="meta"), torch.empty(2, 4, device="meta")
     assert answer_sums(logps, lengths, ld_alpha=0.5).shape == (2, 4)
 

@@ -286,7 +286,7 @@ def leaf_of(sample: Sample, dtype: torch.dtype) -> Tensor:
 
 
 def check_rewards(objective: Objective, sample: Sample, metrics: dict[str, float]) -> None:
-    found = reward_metrics(*objective.rewards(sample.scores()))
+    found = reward_metrics(*sample.scores().rewards(objective.compared, objective.beta))
     names = {"chosen": "chosen", "rejected": "rejected", "margin": "margins", "accuracy": "accuracies"}
     for ours, theirs in names.items():
         total, count = found[f"reward_{ours}"].tolist()
@@ -335,7 +335,9 @@ def test_conservative_dpo(dtype: torch.dtype) -> None:
     theirs, chosen, rejected = trainer.cpo_loss(scores.chosen_ratio, scores.rejected_ratio)
     objective = Objective({"sigmoid": 1.0}, {"beta": 0.2, "label_smoothing": 0.15})
     assert_same(sample, objective(scores).mean(), theirs.mean(), sample.logps, dtype)
-    for mine, trls, what in zip(objective.rewards(scores), (chosen, rejected), ("chosen", "rejected"), strict=True):
+    for mine, trls, what in zip(
+        scores.rewards(objective.compared, objective.beta), (chosen, rejected), ("chosen", "rejected"), strict=True
+    ):
         assert_near(mine, trls, dtype, what=f"{what} rewards")
 
 

@@ -14,9 +14,9 @@ from fourbit.errors import InputError
 from fourbit.trainer.losses import judged as judged_losses
 from fourbit.trainer.losses import objective
 from fourbit.trainer.losses import pairs as losses
-from fourbit.trainer.losses.judged import JudgedScores, judged_scores, mismatch_kl, reward_shift
+from fourbit.trainer.losses.judged import JudgedScores, judged_scores, mismatch_kl
 from fourbit.trainer.losses.objective import LOSSES, PAIR_LOSSES, UNPAIRED_LOSSES, Objective, parse_losses
-from fourbit.trainer.losses.pairs import PairScores, answer_sums, pair_scores
+from fourbit.trainer.losses.pairs import PairScores, answer_sums, pair_scores, reward_shift
 from fourbit.trainer.losses.tokens import token_kl
 from fourbit.trainer.preference import reward_metrics
 
@@ -76,15 +76,15 @@ def test_a_loss_does_not_depend_on_the_split(name: str) -> None:
     for start, stop in ((0, 2), (2, 3), (3, 9)):
         part = type(whole)(*(f if f is None else f[start:stop] for f in fields))
         parts.append(aim(part, points))
-        seen += [aim.seen(part)] if aim.needs("shift") else []
+        seen += [] if aim.shift_beta is None else [part.seen(aim.shift_beta)]
     assert torch.equal(torch.cat(parts), aim(whole, points))
     if seen:
-        torch.testing.assert_close(sum(seen), aim.seen(whole), rtol=1e-14, atol=0)
+        torch.testing.assert_close(sum(seen), whole.seen(aim.shift_beta), rtol=1e-14, atol=0)
 
 
 def test_bco_carries_the_mean_of_all_rewards() -> None:
     first, second, aim = sampled(5, seed=1), sampled(8, seed=2), Objective({"sigmoid-norm": 1.0, "bco": 1.0})
-    seen = aim.seen(first) + aim.seen(second)
+    seen = sum(sample.seen(aim.shift_beta) for sample in (first, second))
     rewards = [0.1 * r for s in (first, second) for r in (s.chosen_ratio, s.rejected_ratio)]  # BCO's beta
     shift = reward_shift(seen)
     torch.testing.assert_close(shift, torch.cat(rewards).mean().detach(), rtol=1e-14, atol=0)
@@ -94,7 +94,7 @@ def test_bco_carries_the_mean_of_all_rewards() -> None:
 
 def test_unpaired_bco_stands_midway_between_good_and_bad() -> None:
     sample = judged()
-    seen = Objective({"bco-unpaired": 1.0}, {"beta": 0.2}).seen(sample)
+    seen = sample.seen(Objective({"bco-unpaired": 1.0}, {"beta": 0.2}).shift_beta)
     good, bad = 0.2 * sample.ratio[sample.labels], 0.2 * sample.ratio[~sample.labels]
     assert seen[1].tolist() == [len(good), len(bad)] and len(good) != len(bad)
     torch.testing.assert_close(reward_shift(2 * seen), ((good.mean() + bad.mean()) / 2).detach(), rtol=1e-14, atol=0)
@@ -186,7 +186,8 @@ def test_token_kl_at_its_ends() -> None:
 
 def test_rewards_margins_and_accuracy() -> None:
     sample, _ = pairs_of([2.0, -1.0, 3.0], [1.0, 5.0, 3.0])
-    found = Objective({"sft": 0.3, "sigmoid": 0.4, "simpo": 1.0}, {"beta": 0.5}).rewards(sample)
+    aim = Objective({"sft": 0.3, "sigmoid": 0.4, "simpo": 1.0}, {"beta": 0.5})
+    found = sample.rewards(aim.compared, aim.beta)
     assert found[0].tolist() == [1.0, -0.5, 1.5] and found[1].tolist() == [0.5, 2.5, 1.5]
     assert not any(part.requires_grad for part in found)
     metrics = reward_metrics(*found)
@@ -225,7 +226,8 @@ def test_the_table_knows_who_needs_a_reference(name: str) -> None:
     assert value_of(name, other).isnan().any() == LOSSES[name].reference
     if name != "sft":
         assert Objective({name: 1.0, "sft": 1.0}).needs_reference == LOSSES[name].reference
-        assert Objective({name: 1.0}).rewards(other)[0].isnan().any() == LOSSES[name].reference
+        aim = Objective({name: 1.0})
+        assert other.rewards(aim.compared, aim.beta)[0].isnan().any() == LOSSES[name].reference
 
 
 OTHER_VALUES = {
@@ -325,10 +327,11 @@ def test_parse_losses() -> None:
 
 def test_what_an_objective_asks_for() -> None:
     plain, free = Objective({"sigmoid": 1.0}), Objective({"simpo": 1.0, "sft": 0.1})
-    asked = lambda aim: (aim.unpaired, aim.needs_reference, aim.needs("kl"), aim.needs("shift"))  # noqa: E731
-    assert asked(plain) == (False, True, False, False) and asked(free) == (False, False, False, False)
+    points = lambda aim: {term.point for term in aim.terms()} - {None}  # noqa: E731
+    asked = lambda aim: (aim.unpaired, aim.needs_reference, points(aim))  # noqa: E731
+    assert asked(plain) == (False, True, set()) and asked(free) == (False, False, set())
     assert free.beta == 2.0
     kto, bco = Objective({"kto": 1.0, "bco-unpaired": 1.0}), Objective({"sigmoid": 1.0, "bco": 1.0}, {"beta": 0.4})
-    assert asked(kto) == (True, True, True, True)
-    assert asked(bco) == (False, True, False, True) and bco.beta == 0.4
+    assert asked(kto) == (True, True, {"kl", "shift"})
+    assert asked(bco) == (False, True, {"shift"}) and bco.beta == 0.4
     assert Objective({"sigmoid": 1.0, "sppo-hard": 1.0}).settings_of("sppo-hard") == {"beta": 1e-3}

@@ -1,8 +1,5 @@
 """Runs with other optimizers, schedules and groups: what they do, what they tell, and that resuming changes no bit."""
 
-import signal
-from functools import partial
-
 import pytest
 import torch
 
@@ -15,21 +12,6 @@ from fourbit.trainer.progress import display_for
 from fourbit.trainer.sft import SFTTrainer
 
 STEPS = 6
-
-
-class Stop:
-    """Ends a run politely once a step has been recorded."""
-
-    def __init__(self, step, total, start):
-        self.step = step
-
-    def show(self, record):
-        if record["step"] == self.step:
-            signal.raise_signal(signal.SIGINT)
-
-    def message(self, text): ...
-
-    def close(self): ...
 
 
 def run(folder, rows, out, *, full=False, display=None, dtype=torch.float32, **options):
@@ -62,11 +44,11 @@ def state_after(out, step=STEPS):
     ],
     ids=str,
 )
-def test_resuming_with_another_budget_is_bit_exact(tiny_folder, rows, tmp_path, before, after):
+def test_resuming_with_another_budget_is_bit_exact(stopping, tiny_folder, rows, tmp_path, before, after):
     full = {"full": True, "lr": 1e-3}
     options = [full | {"optimizer": name, "optimizer_budget": budget} for name, budget in (before, after)]
     run(tiny_folder, rows, tmp_path / "whole", **options[0])
-    run(tiny_folder, rows, tmp_path / "cut", **options[0], display=partial(Stop, 3))
+    run(tiny_folder, rows, tmp_path / "cut", **options[0], display=stopping(3))
     run(tiny_folder, rows, tmp_path / "cut", **options[1], resume="auto")
     whole, cut = state_after(tmp_path / "whole"), state_after(tmp_path / "cut")
     assert {g: set(t) for g, t in whole.items()} == {g: set(t) for g, t in cut.items()}
@@ -77,8 +59,8 @@ def test_resuming_with_another_budget_is_bit_exact(tiny_folder, rows, tmp_path, 
     assert any(eight) == ("8bit" in before[0]) and whole["optimizer"]
 
 
-def test_resuming_with_another_optimizer_is_refused(tiny_folder, rows, tmp_path):
-    run(tiny_folder, rows, tmp_path, display=partial(Stop, 3))
+def test_resuming_with_another_optimizer_is_refused(stopping, tiny_folder, rows, tmp_path):
+    run(tiny_folder, rows, tmp_path, display=stopping(3))
     with pytest.raises(InputError, match=r"other options \(optimizer: 'adamw' -> 'lion8bit'\); use the same ones"):
         run(tiny_folder, rows, tmp_path, optimizer="lion8bit", resume="auto")
 

@@ -1,8 +1,6 @@
 """Losses on answers that were judged one by one, good or bad: pure functions, one number an answer.
 
-As `pairs`, whose notation this shares: h(y) = log π(y) - log π_ref(y). Each returns [P], not reduced. Here too are the
-two numbers that KTO and BCO hold rewards against; each is one for a whole optimizer step, so that the step's loss does
-not depend on how it was split into micro-batches.
+As `pairs`, whose notation this shares: h(y) = log π(y) - log π_ref(y). Each returns [P], not reduced.
 """
 
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .pairs import answer_sums
+from .pairs import answer_sums, rewards_seen
 
 
 @dataclass(frozen=True)
@@ -30,29 +28,16 @@ class JudgedScores:
     def ratio(self) -> Tensor:
         return self.answer - self.reference
 
+    def seen(self, beta: float) -> Tensor:
+        """`rewards_seen` of these answers."""
+        return rewards_seen(beta * self.ratio, self.labels)
+
 
 def judged_scores(logps: Tensor, lengths: Tensor, labels: Tensor, reference: Tensor | None = None) -> JudgedScores:
     """JudgedScores of P answers. logps, reference: [1, P, L] as in `pairs.pair_scores`. lengths: [1, P]. labels: [P]
     bool."""
     reference = torch.zeros_like(logps) if reference is None else reference
     return JudgedScores(answer_sums(logps, lengths)[0], answer_sums(reference.detach(), lengths)[0], labels)
-
-
-def rewards_seen(rewards: Tensor, labels: Tensor) -> Tensor:
-    """[2, 2] float64: the sum of the rewards of good answers and of bad ones, and below how many there are of each.
-
-    rewards: any shape; labels: bool, same shape, True for good answers. Those of several batches add up.
-    """
-    sides = torch.stack([labels, ~labels]).to(torch.float64)  # [2, ...]
-    return torch.stack([(sides * rewards.detach().to(torch.float64)).flatten(1).sum(1), sides.flatten(1).sum(1)])
-
-
-def reward_shift(seen: Tensor) -> Tensor:
-    """BCO's δ from `rewards_seen` of all steps so far: midway between the mean reward of good answers and of bad ones.
-
-    0-d. A side without answers counts as 0, the reward that every answer starts with.
-    """
-    return (seen[0] / seen[1].clamp(min=1)).mean()
 
 
 def mismatch_kl(answer: Tensor, reference: Tensor) -> Tensor:
@@ -84,7 +69,7 @@ def kto(
 def bco_unpaired(scores: JudgedScores, shift: Tensor, *, beta: float = 0.1) -> Tensor:
     """BCO: -log σ(βh(y) - δ) for good answers, -log σ(δ - βh(y)) for bad ones. Jung et al. 2024, arXiv 2404.04656.
 
-    shift: δ, 0-d, from `reward_shift`: it lies midway, so it does not follow whichever side has more answers.
+    shift: δ, 0-d, from `pairs.reward_shift`: it lies midway, so it does not follow whichever side has more answers.
     """
     gain = beta * scores.ratio - shift
     return -logsigmoid(torch.where(scores.labels, gain, -gain))

@@ -8,34 +8,34 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from inspect import Parameter, signature
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ...errors import InputError
 from . import judged, pairs
-from .judged import JudgedScores, rewards_seen
-from .pairs import DIVERGENCES, PairScores, divergence_of
+from .judged import JudgedScores
+from .pairs import DIVERGENCES, Compared, PairScores, Term, divergence_of, mixture
 
 
 class Loss(NamedTuple):
-    """function: f(scores, [point,] *, settings...). reward: what β multiplies in a reward of an answer.
+    """function: f(scores, [point,] *, settings...). compared: what β multiplies in an answer's reward, None without.
 
     point: a number that the function is given besides, the same for a whole optimizer step. "kl" is made when the step
     begins, from answers set against other prompts (`judged.mismatch_kl`); "shift" is carried from step to step, the
-    mean of all rewards before this one (`judged.reward_shift`).
+    mean of all rewards before this one (`pairs.reward_shift`).
     """
 
     function: Callable[..., Tensor]
-    reward: Literal["ratio", "sum", "mean", "none"] = "ratio"
+    compared: Compared | None = "ratio"
     point: Literal["kl", "shift"] | None = None
 
     @property
     def reference(self) -> bool:
         """Whether the loss reads the reference's log-probabilities."""
-        return self.reward == "ratio"
+        return self.compared == "ratio"
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ PAIR_LOSSES = {
     "simpo": Loss(pairs.simpo, "mean"),
     "cpo": Loss(pairs.cpo, "sum"),
     "orpo": Loss(pairs.orpo, "mean"),
-    "sft": Loss(pairs.sft, "none"),
+    "sft": Loss(pairs.sft, None),
 }
 UNPAIRED_LOSSES = {
     "kto": Loss(judged.kto, point="kl"),
@@ -98,7 +98,6 @@ class Objective:
 
     def __post_init__(self) -> None:
         _check_names(self.losses)
-        _check_weights(self.losses)
         for key, value in self.settings.items():
             self._check_setting(key, value)
 
@@ -110,10 +109,6 @@ class Objective:
     @property
     def needs_reference(self) -> bool:
         return any(LOSSES[name].reference for name in self.losses)
-
-    def needs(self, point: Literal["kl", "shift"]) -> bool:
-        """Whether a loss here is given this number (see `Loss`)."""
-        return any(LOSSES[name].point == point for name in self.losses)
 
     @property
     def beta(self) -> float:
@@ -128,39 +123,26 @@ class Objective:
             given["divergence"] = divergence_of(given["divergence"], self.settings.get("divergence_alpha", 0.5))
         return given
 
+    @property
+    def compared(self) -> Compared:
+        """What rewards are made of. As for beta, in a mixture the first loss that has them decides."""
+        return next(kind for name in self.losses if (kind := LOSSES[name].compared) is not None)
+
+    @property
+    def shift_beta(self) -> float | None:
+        """beta of the loss that carries the mean of all rewards from step to step (BCO); None where there is none."""
+        return next((self.settings_of(n)["beta"] for n in self.losses if LOSSES[n].point == "shift"), None)
+
+    def terms(self) -> list[Term]:
+        """The losses, ready to be called by `pairs.mixture`."""
+        return [
+            Term(weight, partial(LOSSES[name].function, **self.settings_of(name)), LOSSES[name].point)
+            for name, weight in self.losses.items()
+        ]
+
     def __call__(self, scores: PairScores | JudgedScores, points: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The weighted losses, [P], not reduced. points: the 0-d numbers that losses here need, by name."""
-        parts = []
-        for name, weight in self.losses.items():
-            loss = LOSSES[name]
-            given = () if loss.point is None else ((points or {})[loss.point],)
-            parts.append(weight * loss.function(scores, *given, **self.settings_of(name)))
-        return torch.stack(parts).sum(0)
-
-    def seen(self, scores: PairScores | JudgedScores) -> Tensor:
-        """`judged.rewards_seen` of these answers, for the loss that carries a shift."""
-        name = next(name for name in self.losses if LOSSES[name].point == "shift")
-        beta = self.settings_of(name)["beta"]
-        if isinstance(scores, JudgedScores):
-            return rewards_seen(beta * scores.ratio, scores.labels)
-        rewards = beta * torch.stack([scores.chosen_ratio, scores.rejected_ratio])
-        good = (torch.arange(2, device=rewards.device) == 0).unsqueeze(1)
-        return rewards_seen(rewards, good.expand_as(rewards))
-
-    def rewards(self, scores: PairScores) -> tuple[Tensor, Tensor]:
-        """Implicit rewards of the chosen answers and of the rejected ones, [P] each, without gradient.
-
-        β times the log-ratio; of losses without a reference, β times what they compare, as TRL reports them: the
-        log-probability of the answer for CPO, and a token's mean of it for SimPO and ORPO. In a mixture the first loss
-        that has a beta decides.
-        """
-        kind = next(LOSSES[name].reward for name in self.losses if LOSSES[name].reward != "none")
-        chosen, rejected = {
-            "ratio": (scores.chosen_ratio, scores.rejected_ratio),
-            "sum": (scores.chosen, scores.rejected),
-            "mean": (scores.chosen_mean, scores.rejected_mean),
-        }[kind]
-        return (self.beta * chosen).detach(), (self.beta * rejected).detach()
+        """`pairs.mixture` of these losses."""
+        return mixture(self.terms(), scores, points or {})
 
     def _check_setting(self, key: str, value: object) -> None:
         if key == "divergence_alpha":
@@ -204,9 +186,11 @@ def parse_losses(entries: Sequence[str]) -> dict[str, float]:
 def _check_names(losses: Mapping[str, float]) -> None:
     if not losses:
         raise InputError(f"loss must name at least one of {', '.join(LOSSES)}; got none")
-    for name in losses:
+    for name, weight in losses.items():
         if name not in LOSSES:
             raise InputError(f"unknown loss {name!r}{_near(name)}; there are {', '.join(LOSSES)}")
+        if not _is_number(weight) or weight <= 0:
+            raise InputError(f"the weight of loss {name} must be a number above 0, got {weight!r}")
     single = [name for name in losses if name in UNPAIRED_LOSSES]
     if single and len(single) < len(losses):
         other = next(name for name in losses if name in PAIR_LOSSES)
@@ -223,24 +207,17 @@ def _near(name: str) -> str:
     return f"; did you mean {near}?" if near else ""
 
 
-def _check_weights(losses: Mapping[str, float]) -> None:
-    for name, weight in losses.items():
-        if not _is_number(weight) or weight <= 0:
-            raise InputError(f"the weight of loss {name} must be a number above 0, got {weight!r}")
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "beta": ("a number above 0", lambda v: v > 0),
+Rule = tuple[str, Callable[[Any], bool]]
+ABOVE_0: Rule = ("a number above 0", lambda v: v > 0)
+AT_LEAST_0: Rule = ("a number of at least 0", lambda v: v >= 0)
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("beta", "tau", "desirable_weight", "undesirable_weight"), ABOVE_0),
+    **dict.fromkeys(("gamma", "sft_weight"), AT_LEAST_0),
     "label_smoothing": ("a number from 0 up to, but not including, 0.5", lambda v: 0 <= v < 0.5),
-    "gamma": ("a number of at least 0", lambda v: v >= 0),
-    "tau": ("a number above 0", lambda v: v > 0),
-    "sft_weight": ("a number of at least 0", lambda v: v >= 0),
-    "desirable_weight": ("a number above 0", lambda v: v > 0),
-    "undesirable_weight": ("a number above 0", lambda v: v > 0),
     "divergence_alpha": ("a number from 0 to 1", lambda v: 0 <= v <= 1),
 }
 SETTINGS = (*RULES, "divergence")

@@ -8,10 +8,11 @@ names. A loss must stay finite, with finite gradients, for log-ratios of ±1e4 i
 and exponentials that go on along their tangent past e^30.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import log, log1p
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch.nn.functional import logsigmoid
 from ...errors import InputError
 
 STEEPEST = 30.0  # exp goes on along its tangent past this: its square times 1e4 is still far below the largest fp32
+Compared = Literal["ratio", "sum", "mean"]  # what β multiplies in an implicit reward
 Divergence = Callable[[Tensor], Tensor]  # log-ratios -> f'(ratio), up to a constant
 
 
@@ -58,6 +60,56 @@ class PairScores:
     @property
     def rejected_mean(self) -> Tensor:
         return self.rejected / self.rejected_tokens
+
+    def rewards(self, compared: Compared, beta: float) -> tuple[Tensor, Tensor]:
+        """Implicit rewards of the chosen answers and of the rejected ones, [P] each, without gradient.
+
+        β times the log-ratio; of losses without a reference, β times what they compare, as TRL reports them: the
+        log-probability of the answer ("sum", CPO), or a token's mean of it ("mean", SimPO and ORPO).
+        """
+        sides = {
+            "ratio": (self.chosen_ratio, self.rejected_ratio),
+            "sum": (self.chosen, self.rejected),
+            "mean": (self.chosen_mean, self.rejected_mean),
+        }[compared]
+        return (beta * sides[0]).detach(), (beta * sides[1]).detach()
+
+    def seen(self, beta: float) -> Tensor:
+        """`rewards_seen` of both sides."""
+        rewards = beta * torch.stack([self.chosen_ratio, self.rejected_ratio])
+        good = torch.arange(2, device=rewards.device) == 0
+        return rewards_seen(rewards, good.unsqueeze(1).expand_as(rewards))
+
+
+class Term(NamedTuple):
+    """One loss of a weighted sum, its settings bound. point: the name of the number that it is given besides."""
+
+    weight: float
+    function: Callable[..., Tensor]
+    point: str | None
+
+
+def mixture(terms: Sequence[Term], scores: object, points: Mapping[str, Tensor]) -> Tensor:
+    """The weighted sum of losses, [P], not reduced. points: the 0-d numbers that terms need, by name."""
+    parts = [t.weight * t.function(scores, *([] if t.point is None else [points[t.point]])) for t in terms]
+    return torch.stack(parts).sum(0)
+
+
+def rewards_seen(rewards: Tensor, labels: Tensor) -> Tensor:
+    """[2, 2] float64: the sum of the rewards of good answers and of bad ones, and below how many there are of each.
+
+    rewards: any shape; labels: bool, same shape, True for good answers. Those of several batches add up.
+    """
+    sides = torch.stack([labels, ~labels]).to(torch.float64)  # [2, ...]
+    return torch.stack([(sides * rewards.detach().to(torch.float64)).flatten(1).sum(1), sides.flatten(1).sum(1)])
+
+
+def reward_shift(seen: Tensor) -> Tensor:
+    """BCO's δ from `rewards_seen` of all steps so far: midway between the mean reward of good answers and of bad ones.
+
+    0-d. A side without answers counts as 0, the reward that every answer starts with.
+    """
+    return (seen[0] / seen[1].clamp(min=1)).mean()
 
 
 def answer_sums(logps: Tensor, lengths: Tensor, *, ld_alpha: float | None = None) -> Tensor:
@@ -215,7 +267,7 @@ def discopop(
 def bco(scores: PairScores, shift: Tensor, *, beta: float = 0.1) -> Tensor:
     """BCO: -log σ(βh(y+) - δ) - log σ(-(βh(y-) - δ)). Jung et al. 2024, arXiv 2404.04656.
 
-    shift: δ, 0-d, the mean of all rewards βh up to this optimizer step (`judged.reward_shift`).
+    shift: δ, 0-d, the mean of all rewards βh up to this optimizer step (`reward_shift`).
     """
     chosen, rejected = beta * scores.chosen_ratio, beta * scores.rejected_ratio
     return -logsigmoid(chosen - shift) - logsigmoid(shift - rejected)

@@ -3,6 +3,8 @@
 The head runs on trained positions only, in chunks of logits. SFT's loss is -logps of `batch_token_scores`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -69,7 +71,8 @@ def trained_rows(model: CausalLM, batch: Batch) -> tuple[Batch, Tensor, Tensor]:
     rows = (targets >= 0).nonzero().squeeze(1)
     targets = targets[rows]
     check_targets(targets, model.vocab_size)
-    return batch.to(model.device), sent(rows, model.device), sent(targets, model.device)
+    device = next(model.parameters()).device
+    return batch.to(device), sent(rows, device), sent(targets, device)
 
 
 def hidden_rows(model: CausalLM, here: Batch | AnswerBatch, rows: Tensor) -> Tensor:
@@ -98,7 +101,7 @@ def answer_scores(model: CausalLM, batch: AnswerBatch) -> Answers:
     A token that both answers of a pair begin with is predicted once and counts in both.
     """
     check_targets(batch.targets, model.vocab_size)
-    here = batch.to(model.device)
+    here = batch.to(next(model.parameters()).device)
     scores = token_scores(model.lm_head, hidden_rows(model, here, here.rows), here.targets)
     logps, entropy, correct = (_by_answer(values, here.slots) for values in scores)
     return Answers(logps, here.lengths, entropy, correct)
@@ -120,3 +123,22 @@ def token_kl(logps: Tensor, reference: Tensor) -> Tensor:
     p, q = (x.detach().double().clamp(max=-NEVER_SURE) for x in (logps, reference))
     not_p, not_q = ((-x.expm1()).log() for x in (p, q))
     return (p.exp() * (p - q) + not_p.exp() * (not_p - not_q)).clamp(min=0).to(logps.dtype)
+
+
+def summed(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """A metric's part: [2], the sum of `values` (where `mask` is true) and how many they are; float64, no graph."""
+    values = values.detach().to(torch.float64)
+    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    return torch.stack([torch.where(mask, values, 0.0).sum(), mask.sum(dtype=torch.float64)])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; the mode before is restored after."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

@@ -1,0 +1,178 @@
+"""What every kind of training promises: layouts change no gradient, resuming changes no bit, and neither does the rest.
+
+And what the loop offers to kinds that are still to come: several updates of one batch of rows, and "best" by a metric
+that is to rise.
+"""
+
+import signal
+
+import pytest
+import torch
+
+import fourbit
+from fourbit.data.batch import Batch
+from fourbit.lora.adapter import adapter_layers
+from fourbit.models.protocol import CausalLM
+from fourbit.trainer.metrics import read_metrics
+from fourbit.trainer.sft import SFTTrainer
+from fourbit.trainer.trainer import StepData
+
+PAIRED = ("sigmoid", "ipo", "orpo", "bco", "simpo")
+JUDGED = ("kto", "bco-unpaired", "apo-zero-unpaired")
+DISTILLED = ("distill from the base", "distill from another model")
+KINDS = ("sft", *PAIRED, *JUDGED, "reward", *DISTILLED)
+STATEFUL = ("sft", "sigmoid", "bco", "kto", "bco-unpaired", "reward", *DISTILLED)  # one for each kind of state
+LAYOUTS = ({"micro_batch": 1}, {"micro_batch": 3}, {"packing": False}, {"packing": False, "micro_batch": 1})
+
+
+def gradients(trainer):
+    trainer.token_budget = 10**6  # "auto" is one micro-batch
+    numbers = range(8)
+    batches = trainer.micro_batches(trainer.train_set, numbers, trainer.config.micro_batch)
+    trainer.begin(trainer.train_set, batches)
+    loss = sum(trainer.sums(batch).loss for batch in batches)
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in trainer.parameters.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_layout_changes_a_gradient(make, kind):
+    """Packed rows, shared prompts, padded rows, any split into micro-batches; of a dense base and one in 4 bits."""
+    for dtype, quantize, allowed, layouts in (
+        (torch.float64, None, 1e-10, LAYOUTS),
+        (torch.float64, "nf4", 1e-10, LAYOUTS[1:3]),
+        (torch.float32, None, 2e-5, LAYOUTS[1:3]),
+    ):
+        loaded = {"dtype": dtype, "quantize": quantize, "b_seed": 0}
+        value, whole = gradients(make(kind, loaded=loaded))
+        assert len(whole) == 28 + (kind == "reward") and all(gradient.norm() > 0 for gradient in whole.values())
+        for layout in layouts:
+            other_value, other = gradients(make(kind, loaded=loaded, **layout))
+            assert other_value == pytest.approx(value, rel=allowed), layout
+            for name, gradient in whole.items():
+                assert (gradient - other[name]).norm() <= allowed * gradient.norm(), f"{layout}: gradient of {name}"
+
+
+@pytest.mark.parametrize("b_seed, stop", [(None, 3), (0, 1), (0, 5)], ids=["fresh", "trained before", "late"])
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_resume_is_bit_exact(make, tmp_path, stopping, assert_same_runs, kind, b_seed, stop):
+    """Stopped after any step (in an epoch, at its edge, by an evaluation), the run ends as if it never had been.
+
+    With dropout, shared prompts, and a reference that is the base or the start: weights, optimizer, random generators,
+    the best so far, what the kind of training carries, files and metrics.
+    """
+    options = dict(val=True, eval_every=3, save_every=2, steps=6, loaded={"dropout": 0.2, "b_seed": b_seed})
+    make(kind, tmp_path / "whole", **options).train(display=None)
+    result = make(kind, tmp_path / "cut", **options).train(display=stopping(stop))
+    assert result.signal == signal.SIGINT and result.steps == stop and result.checkpoint is not None
+    assert not list((tmp_path / "cut").glob("*.safetensors")), "an adapter is that of a whole run"
+    result = make(kind, tmp_path / "cut", resume="auto", **options).train(display=None)
+    assert result.signal is None and result.steps == 6
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut", 6)
+
+
+@pytest.mark.parametrize("kind", ["sft", "sigmoid", "kto", "reward", *DISTILLED])
+def test_checkpointing_evaluating_and_saving_change_nothing(make, tmp_path, kind):
+    """Recomputed activations, evaluations and checkpoints at every step, or none of them: the same adapter."""
+    some = {"checkpointing": "on", "val": True, "eval_every": 1, "save_every": 1}
+    for name, options in {"plain": {"checkpointing": "off"}, "more": some}.items():
+        options = {"steps": 4, "keep_best": False, "loaded": {"dropout": 0.2}} | options
+        make(kind, tmp_path / name, **options).train(display=None)
+    plain, more = ({p.name: p.read_bytes() for p in (tmp_path / n).glob("*.safetensors")} for n in ("plain", "more"))
+    assert plain and plain == more
+
+
+class Rehearsed(SFTTrainer):
+    """A toy kind of training: two updates of every batch of rows, the second with its examples one by one."""
+
+    best_metric, best_is = "entropy", "highest"
+
+    def step_data(self, step):
+        data = super().step_data(step)
+        (whole,) = data.updates
+        rows = self.train_set.examples
+        named = [i for i, example in enumerate(rows) if example.source in data.sources]
+        return StepData([whole, self.micro_batches(self.train_set, named, 1)], data.sources)
+
+
+def rehearsed(adapted, folder, out, rows, val, **options):
+    model, tokenizer = adapted(folder, dropout=0.2)
+    options = {"batch_size": 4, "lr": 2e-2, "steps": 5, "eval_every": 1, "save_every": 2} | options
+    return Rehearsed(model, tokenizer, train=rows, val=val, config=fourbit.SFTConfig(out=str(out), **options))
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_several_updates_of_one_batch_of_rows(
+    adapted, tiny_folder, rows, val_rows, tmp_path, stopping, assert_same_runs, stop
+):
+    """Each is recorded; a run that is stopped ends the step it is in, and resumes to the bit."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert rehearsed(adapted, tiny_folder, whole, rows, val_rows).train(display=None).steps == 5
+    updates = [record for record in read_metrics(whole / "metrics.jsonl") if "loss" in record]
+    assert [record["step"] for record in updates] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert all(a["trained_tokens"] == b["trained_tokens"] for a, b in zip(updates[::2], updates[1::2], strict=True))
+    assert all(a["loss"] != b["loss"] for a, b in zip(updates[::2], updates[1::2], strict=True)), (
+        "weights moved between"
+    )
+    assert rehearsed(adapted, tiny_folder, cut, rows, val_rows).train(display=stopping(stop)).steps == stop
+    rehearsed(adapted, tiny_folder, cut, rows, val_rows, resume="auto").train(display=None)
+    assert_same_runs(whole, cut, 5)
+
+
+def test_the_best_is_by_any_metric_up_or_down(adapted, tiny_folder, rows, val_rows, tmp_path):
+    """Its own metric decides what is kept and when to stop, though the loss says otherwise."""
+    trainer = rehearsed(adapted, tiny_folder, tmp_path, rows, val_rows, steps=40, patience=3)
+    result = trainer.train(display=None)
+    records = {r["step"]: r for r in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in r}
+    best = max(records, key=lambda step: records[step]["val_entropy"])
+    assert result.best_step == best and result.val["entropy"] == records[best]["val_entropy"]
+    assert result.stopped_early and result.steps == best + 3
+    assert min(records, key=lambda step: records[step]["val_loss"]) != best, (
+        "choose a metric that differs from the loss"
+    )
+    assert trainer.evaluate()["entropy"] == pytest.approx(result.val["entropy"], rel=1e-6), "its weights are in place"
+
+
+class Toy(CausalLM):
+    """The smallest model that satisfies the protocol: embeddings through one linear layer, so no token sees another."""
+
+    def __init__(self):
+        super().__init__()
+        self.vocab_size, self.hidden_size = 259, 32
+        self.embed = torch.nn.Embedding(259, 32)
+        self.mix = torch.nn.Linear(32, 32)
+        self.lm_head = torch.nn.Linear(32, 259, bias=False)
+
+    def hidden(self, input_ids, position_ids=None, spans=None, cache=None, mask=None):
+        x = self.embed(input_ids)
+        return x + self.mix(x).tanh()
+
+    def new_cache(self):
+        raise NotImplementedError
+
+    def settings(self):
+        return {"kind": "toy"}
+
+
+@pytest.mark.parametrize("kind", ["sft", "sigmoid", "kto", "reward", "distill from the base"])
+def test_a_toy_that_satisfies_the_protocol_is_trained_by_every_trainer(make, tiny_folder, monkeypatch, tmp_path, kind):
+    """Nothing of our decoder is asked for: only what `models.protocol` lists."""
+    _, tokenizer = fourbit.load(tiny_folder)
+
+    def load(*args, dtype=None, **kwargs):
+        torch.manual_seed(0)
+        return Toy(), tokenizer
+
+    monkeypatch.setattr(fourbit, "load", load)
+    trainer = make(kind, tmp_path, val=True, steps=6, lr=3e-2, more={}, loaded={"target": ["mix"], "b_seed": 1})
+    assert len(adapter_layers(trainer.model)) == 1
+    start = trainer.evaluate()["loss"]
+    trainer.train(display=None)
+    assert trainer.evaluate()["loss"] < start
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_a_batch_says_what_its_loss_is_a_sum_over(make):
+    """Trained tokens of rows, pairs of preferences: what a step's loss is divided by."""
+    (rows,), (pairs,) = (make(kind, micro_batch=8).step_data(0).updates[0] for kind in ("sft", "sigmoid"))
+    assert isinstance(rows, Batch) and rows.weight == rows.trained > 4 == pairs.weight < pairs.trained
