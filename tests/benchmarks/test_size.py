@@ -4,7 +4,7 @@ import subprocess
 
 from benchmarks import CHECKOUT, size
 
-LINES_NOW, LONGEST_NOW = 17_750, 416  # lower them with the package
+LINES_NOW = 17_400  # lower it with the package
 
 
 def test_every_file_of_the_package_counts() -> None:
@@ -16,7 +16,7 @@ def test_every_file_of_the_package_counts() -> None:
 def test_the_package_stays_small() -> None:
     """Files and functions are held to their limits; the whole is not at its aim yet, and may only shrink towards it."""
     found = size.measured()
-    assert max(found["longest"].values()) <= max(size.FILE, LONGEST_NOW), found["longest"]
+    assert max(found["longest"].values()) <= size.FILE, found["longest"]
     assert found["median_function"] <= size.FUNCTION
     assert found["lines"] <= max(size.LINES, LINES_NOW), "a package that grows says in CHANGELOG what for"
 

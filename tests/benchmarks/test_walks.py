@@ -10,7 +10,7 @@ from benchmarks import CHECKOUT, walks
 from fourbit.lora.config import LoRAConfig
 
 RATE = walks.RATE
-REACHED = {"--lr to the update": 9, "a chat row to the loss": 12, "a preference pair to the loss": 17}
+REACHED = {"--lr to the update": 8, "a chat row to the loss": 11, "a preference pair to the loss": 13}
 
 
 @pytest.fixture(scope="module")
