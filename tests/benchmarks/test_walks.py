@@ -25,7 +25,7 @@ def test_walks_cross_files_of_the_package_in_order(found: dict[str, walks.Walk])
     rate, chat, pair = ([*walk.files] for walk in found.values())
     assert rate[0] == "cli/main.py" and rate[-1].startswith("optim/")
     for rows in (chat, pair):
-        assert rows.index("data/read.py") < rows.index("data/encode.py") < rows.index("kernels/linear_logprobs.py")
+        assert rows.index("data/read.py") < rows.index("data/batch.py") < rows.index("kernels/linear_logprobs.py")
         assert not any(file.startswith("models/") or "lora.py" in file for file in rows)  # a toy's affair
 
 
