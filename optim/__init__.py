@@ -9,5 +9,5 @@ from .lion import Lion as Lion
 from .lion import Lion8bit as Lion8bit
 from .lion import PagedLion as PagedLion
 from .lion import PagedLion8bit as PagedLion8bit
-from .schedule import learning_rate as learning_rate
+from .schedule import rate_factor as rate_factor
 from .schedule import scheduler as scheduler

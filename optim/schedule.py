@@ -1,4 +1,4 @@
-"""The learning rate as a plain function of the step: nothing to save, so nothing to restore wrongly."""
+"""The learning rate's course as a plain function of the step: nothing to save, so nothing to restore wrongly."""
 
 import math
 from functools import partial
@@ -11,38 +11,38 @@ Schedule = Literal["cosine", "linear", "constant", "inverse-sqrt", "wsd"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
-def learning_rate(
-    step: int, *, total: int, peak: float, warmup: int, schedule: Schedule = "cosine", decay: int | None = None
+def rate_factor(
+    step: int, *, total: int, warmup: int, schedule: Schedule = "cosine", decay: int | None = None
 ) -> float:
-    """Learning rate of step `step`, counted from 0, in a run of `total` steps.
+    """What the peak learning rate is multiplied by in step `step`, counted from 0, of a run of `total` steps: 0 to 1.
 
-    Warm-up is linear and never yields zero: step i of it has peak * (i + 1) / (warmup + 1). After it the rate
+    Warm-up is linear and never yields zero: step i of it has (i + 1) / (warmup + 1). After it the factor
 
     - "constant": stays;
     - "linear", "cosine": falls to zero at step `total`, along a line or half a cosine (Loshchilov and Hutter, arXiv
       1608.03983, eq. 5, without restarts);
-    - "inverse-sqrt": falls as 1 / sqrt(step) (Vaswani et al., arXiv 1706.03762, section 5.3) from the peak at the end
-      of warm-up, whatever `total` is; without warm-up step i has peak / sqrt(i + 1);
+    - "inverse-sqrt": falls as 1 / sqrt(step) (Vaswani et al., arXiv 1706.03762, section 5.3) from 1 at the end of
+      warm-up, whatever `total` is; without warm-up step i has 1 / sqrt(i + 1);
     - "wsd" (warm-up, stable, decay; Hu et al., arXiv 2404.06395, section 4): stays, and falls to zero along a line
       over the last `decay` steps: a tenth of all unless given, and never more than there are after warm-up.
     """
     if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
+        return (step + 1) / (warmup + 1)
     if schedule == "constant":
-        return peak
+        return 1.0
     if schedule == "inverse-sqrt":
         scale = max(warmup, 1)
-        return peak * math.sqrt(scale / (scale + step - warmup))
+        return math.sqrt(scale / (scale + step - warmup))
     falling = total - warmup
     if schedule == "wsd":
         falling = min(falling, round(total / 10) if decay is None else decay)
     left = min(1.0, max(0.0, (total - step) / max(1, falling)))
-    return peak * (1 - math.cos(math.pi * left)) / 2 if schedule == "cosine" else peak * left
+    return (1 - math.cos(math.pi * left)) / 2 if schedule == "cosine" else left
 
 
 def scheduler(
     optimizer: Optimizer, *, total: int, warmup: int, schedule: Schedule = "cosine", decay: int | None = None
 ) -> LambdaLR:
     """The same as a torch scheduler, for loops of one's own: every group's `lr` is its peak; step() after each step."""
-    factor = partial(learning_rate, total=total, peak=1.0, warmup=warmup, schedule=schedule, decay=decay)
+    factor = partial(rate_factor, total=total, warmup=warmup, schedule=schedule, decay=decay)
     return LambdaLR(optimizer, factor)

@@ -25,7 +25,7 @@ from ..files import lock_folder
 from ..lora.adapter import adapter_parameters
 from ..lora.peft_files import adapter_state, load_adapter_state, save_adapter
 from ..models.protocol import CausalLM
-from ..optim.schedule import learning_rate
+from ..optim.schedule import rate_factor
 from .checkpoint import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from .config import TrainingConfig, changed_options
 from .interrupt import Interrupt, interrupts
@@ -207,9 +207,8 @@ class Trainer(ABC):
         step, config = self.run.done, self.config
         data = self.step_data(step)
         warmup, decay = config.warmup_steps(self.total), config.decay_steps(self.total)
-        rate = learning_rate(
-            step, total=self.total, peak=config.lr, warmup=warmup, schedule=config.schedule, decay=decay
-        )
+        factor = rate_factor(step, total=self.total, warmup=warmup, schedule=config.schedule, decay=decay)
+        rate = config.lr * factor
         for batches in data.updates:
             result = self.stepper.step(batches, rate)
             self.applied(result)

@@ -9,8 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fourbit.kernels.chunked_head import dense_figures, rows_per_chunk
-from fourbit.kernels.linear_logprobs import TokenScorer, TokenScores, linear_logprobs_reference
+from fourbit.kernels.chunked_head import (
+    TokenScorer,
+    TokenScores,
+    dense_figures,
+    linear_logprobs_reference,
+    rows_per_chunk,
+)
 
 FIGURES = ("logps", "entropy", "correct")
 

@@ -10,15 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler
 
-from fourbit.optim.schedule import SCHEDULES, learning_rate, scheduler
+from fourbit.optim.schedule import SCHEDULES, rate_factor, scheduler
 
 PEAK = 3.0
 
 
 def rates(schedule, total, warmup=0, peak=1.0, **options):
-    return [
-        learning_rate(i, total=total, peak=peak, warmup=warmup, schedule=schedule, **options) for i in range(total + 1)
-    ]
+    factors = (rate_factor(i, total=total, warmup=warmup, schedule=schedule, **options) for i in range(total + 1))
+    return [peak * factor for factor in factors]
 
 
 def theirs(make, steps):
@@ -122,7 +121,7 @@ def test_as_a_torch_scheduler(schedule):
     optimizer = make()
     schedule_of_steps = scheduler(optimizer, **options)
     for step in range(40):
-        wanted = learning_rate(step, peak=1.0, **options)
+        wanted = rate_factor(step, **options)
         assert [group["lr"] for group in optimizer.param_groups] == [wanted, 16 * wanted]
         if step == 20:
             saved, old = schedule_of_steps.state_dict(), optimizer.state_dict()

@@ -5,7 +5,7 @@ import torch
 
 import fourbit
 from fourbit.errors import InputError
-from fourbit.optim.schedule import learning_rate
+from fourbit.optim.schedule import rate_factor
 from fourbit.trainer.checkpoint import load_checkpoint
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.progress import display_for
@@ -68,8 +68,8 @@ def test_resuming_with_another_optimizer_is_refused(stopping, tiny_folder, rows,
 def test_the_rate_follows_the_schedule_asked_for(tiny_folder, rows, tmp_path):
     run(tiny_folder, rows, tmp_path, schedule="wsd", warmup=2, decay=0.5)
     rates = [record["lr"] for record in steps_of(tmp_path)]
-    options = {"total": STEPS, "peak": 1e-2, "warmup": 2, "schedule": "wsd", "decay": 3}
-    assert rates == [learning_rate(i, **options) for i in range(STEPS)]
+    options = {"total": STEPS, "warmup": 2, "schedule": "wsd", "decay": 3}
+    assert rates == [1e-2 * rate_factor(i, **options) for i in range(STEPS)]
     assert rates[3] == 1e-2 > rates[4] > rates[5] > 0
 
 

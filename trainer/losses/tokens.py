@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ...data.batch import AnswerBatch, Batch, sent
-from ...kernels.chunked_head import Scorer, dense_figures, module_figures, rows_per_chunk
-from ...kernels.linear_logprobs import TokenScorer, TokenScores, check_targets
+from ...kernels.chunked_head import (
+    Scorer,
+    TokenScorer,
+    TokenScores,
+    check_targets,
+    dense_figures,
+    module_figures,
+    rows_per_chunk,
+)
 from ...lora.adapter import AdapterLayer
 from ...lora.linear4bit import NF4Linear
 from ...models.protocol import CausalLM
@@ -27,7 +34,7 @@ def token_scores(head: nn.Module, hidden: Tensor, targets: Tensor) -> TokenScore
     Gradients flow from logps to hidden and to what is trained in the head. A head without trained parameters runs once,
     a trained one again in backward; one chunk of logits is alive at a time.
     Raises ValueError when the shapes do not fit together, and for targets out of range on a CPU (on CUDA a device-side
-    assertion: `kernels.linear_logprobs.check_targets` before they are sent).
+    assertion: `kernels.chunked_head.check_targets` before they are sent).
     """
     vocabulary = vocabulary_of(head)
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
