@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,16 @@ def test_an_index_of_a_million_shards_ends_at_the_first_missing_one(tmp_path: Pa
     (tmp_path / INDEX).write_text(json.dumps(index))
     with pytest.raises(InputError, match=r"0\.safetensors' cannot be read"):
         tensor_shapes(tmp_path)
+
+
+def test_one_key_that_stands_twice_among_many_is_found_at_once(tmp_path: Path) -> None:
+    """Counting each key among all of them took minutes."""
+    keys = [*range(200_000), 199_999]
+    (tmp_path / "config.json").write_text("{" + ", ".join(f'"{key}": 0' for key in keys) + "}")
+    began = time.process_time()
+    with pytest.raises(InputError, match="the key '199999' stands there twice"):
+        read_config(tmp_path)
+    assert time.process_time() - began < 20
 
 
 @pytest.mark.parametrize(
