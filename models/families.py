@@ -15,16 +15,19 @@ def read_spec(data: Mapping[str, Any]) -> Spec:
     """What a `config.json` says a decoder shall compute; InputError names the key and value that we do not take."""
     if not isinstance(data, Mapping):
         raise InputError(f"config: must be a JSON object, got {type(data).__name__}.")
-    kind = data.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        known = ", ".join(map(repr, FAMILIES))
-        raise InputError(f"config: model_type must be {known}, which is all that is read so far, got {shown(kind)}.")
-    return FAMILIES[kind].read(Settings(data, "config"))
+    return _family(data.get("model_type")).read(Settings(data, "config"))
 
 
 def write_spec(spec: Spec) -> dict[str, Any]:
     """The `config.json` of this Spec in its family's words; InputError where these cannot say it."""
-    data = FAMILIES[spec.model_type].write(spec)
+    data = _family(spec.model_type).write(spec)
     if read_spec(data) != spec:
         raise InputError(f"config: no {spec.model_type} model can be described as {spec}")
     return data
+
+
+def _family(kind: Any) -> Any:
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        known = ", ".join(map(repr, FAMILIES))
+        raise InputError(f"config: model_type must be {known}, which is all that is read so far, got {shown(kind)}.")
+    return FAMILIES[kind]

@@ -192,6 +192,8 @@ def test_what_is_written_is_read_again(keys: dict[str, Any]) -> None:
 def test_a_spec_that_the_words_of_its_family_cannot_say_is_not_written() -> None:
     with pytest.raises(InputError, match=r"no llama model can be described as .*qk_norm=True"):
         write_spec(dataclasses.replace(read_spec(BASE), qk_norm=True))
+    with pytest.raises(InputError, match=r"model_type must be 'llama', .* got 'qwen9'"):
+        write_spec(dataclasses.replace(read_spec(BASE), model_type="qwen9"))
 
 
 json_values = st.recursive(
