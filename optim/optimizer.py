@@ -3,7 +3,8 @@
 A step on a GPU is three launches for a group of one dtype: squares of all gradients (once a step, if the norm is
 wanted), step counts and factors, and the update. There are more where state is paged (an update for each page), for
 each tensor that is not contiguous, and for a found_inf that is not fp32 on that device. The host waits for nothing and
-reads nothing back. Elsewhere, and where a parameter is fp64, the same runs in plain PyTorch (update.py).
+reads nothing back, unless an lr is a tensor on the GPU. Elsewhere, and where a parameter is fp64, the same runs in
+plain PyTorch (update.py).
 
 A step takes what it reads and writes of the state in slices (`_launches`): one for each group, dtype and width, or one
 for each page (paging.py). What it does to a slice is queued before it asks for the next.
@@ -40,7 +41,8 @@ class FlatOptimizer(torch.optim.Optimizer):
         step whose norm is not finite is skipped. math.inf only measures and skips. None: no norm is taken.
     budget: None keeps all state on the parameters' device. "auto" keeps there what fits beside the model, a number what
         fits in so many bytes; the rest is paged in and out of pinned host memory during a step (docs/paging.md).
-    lr may be a 0-d tensor. Sparse or complex parameters and two devices are refused with ValueError.
+    lr may be a 0-d tensor; keep it on the CPU, for every step reads it on the host, which waits for one on the GPU.
+    Sparse or complex parameters and two devices are refused with ValueError.
 
     Beside torch.optim's own: `found_inf`, None or a 0-d tensor that the caller may set before a step, which then
     changes nothing where it is not zero (decided on the device, as in torch's fused AdamW). After a step `grad_norm` is
@@ -49,8 +51,9 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     A parameter joins at the first step that it has a gradient for; until then it costs nothing, as in torch.optim.
     `state[p]` shows the step count and, unless the state is paged, the moments: views, which may be changed in place.
-    Tensors put in their place are not taken (load_state_dict is the way in). A step raises ValueError if parameters
-    were moved between param_groups or taken out, or if state was removed: make a new optimizer for that.
+    Tensors put in their place are not taken (load_state_dict is the way in). A step and add_param_group raise
+    ValueError if parameters were moved between param_groups or taken out, or if state was removed: make a new optimizer
+    for that.
     """
 
     def __init__(
@@ -86,9 +89,12 @@ class FlatOptimizer(torch.optim.Optimizer):
         self._steps = torch.zeros(0)  # fp32, of each entry, as torch.optim counts them
         self._tables: Any = None  # of the kernels (step_triton.Tables), once they are needed
         self._waiting: list[Numbered] = []  # parameters that have no state yet
+        self._seen: list[list[int]] = []  # which parameters the groups had
 
     def add_param_group(self, param_group: Group) -> None:
-        """As torch.optim's; ValueError for what no step could work with: settings, dtypes, a budget below one page."""
+        """As torch.optim's; ValueError for what no step could work with: settings, dtypes, a budget below one page,
+        and, as in a step, groups that were changed."""
+        self._check_unchanged()
         super().add_param_group(param_group)
         try:
             _check_group(group := self.param_groups[-1])

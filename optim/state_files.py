@@ -72,9 +72,13 @@ def _entry(
     if set(state) != {"step", *kept}:
         raise ValueError(f"{what} has {sorted(state)}, but {rule.name} keeps {sorted(['step', *kept])}")
     for name, field in kept.items():
+        value, codes = state[name], field.dtype == torch.uint8
+        if not isinstance(value, Tensor) or not (value.dtype == torch.uint8 if codes else value.is_floating_point()):
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{what} has a {name} of {got}, not a tensor of {'uint8' if codes else 'floats'}")
         shape = parameter.shape if field.per == 1 else (-(-parameter.numel() // BLOCK),)
-        if tuple(state[name].shape) != tuple(shape):
-            raise ValueError(f"{what} has a {name} of shape {tuple(state[name].shape)}, not {tuple(shape)}")
+        if tuple(value.shape) != tuple(shape):
+            raise ValueError(f"{what} has a {name} of shape {tuple(value.shape)}, not {tuple(shape)}")
     return {**state, "step": float(state["step"])}
 
 

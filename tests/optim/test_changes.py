@@ -108,6 +108,17 @@ def test_groups_and_state_may_not_be_changed_behind_its_back(
     assert all(torch.equal(p, old) for p, old in zip(ps, before, strict=True))
 
 
+def test_a_new_group_does_not_hide_what_was_moved(tools: SimpleNamespace) -> None:
+    """The step would go on with the old group's rate."""
+    ps = tools.parameters([(9,), (70,), (3,)])
+    optimizer = AdamW([{"params": [p], "lr": lr} for p, lr in zip(ps[:2], (0.1, 0.5), strict=True)])
+    stepped(tools, optimizer, ps[:2])
+    CHANGES["parameter moved"](optimizer, ps[0])
+    with pytest.raises(ValueError, match="were moved between param_groups or taken out"):
+        optimizer.add_param_group({"params": ps[2:]})
+    assert len(optimizer.param_groups) == 2
+
+
 def test_groups_may_be_replaced_by_others_with_the_same_parameters(tools: SimpleNamespace) -> None:
     ps = tools.parameters([(3,)])
     optimizer = AdamW(ps)

@@ -91,6 +91,22 @@ def test_bits_are_never_changed_silently(tools: SimpleNamespace) -> None:
         AdamW8bit(ours, min_8bit_size=6000).load_state_dict(short.state_dict())
 
 
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax"])
+def test_every_tensor_must_be_of_its_kind(tools: SimpleNamespace, name: str) -> None:
+    """Second moments in fp32 would be cut to codes, scales in integers to 0."""
+    ours = tools.parameters([(5000,)])
+    for optimizer in (AdamW(ours), AdamW8bit(ours)):
+        steps(tools, range(1), (ours, optimizer))
+        saved = copy.deepcopy(optimizer.state_dict())
+        if name in (state := saved["state"][0]):
+            before = copy.deepcopy(optimizer.state_dict()["state"][0])
+            state[name] = state[name].float() if state[name].dtype == torch.uint8 else state[name].to(torch.uint8)
+            with pytest.raises(ValueError, match=r"bits, but this optimizer keeps|has a exp_avg\w+ of torch"):
+                optimizer.load_state_dict(saved)
+            now = optimizer.state_dict()["state"][0]
+            assert all(torch.equal(now[key], value) for key, value in before.items())
+
+
 def test_refusals_change_nothing(tools: SimpleNamespace) -> None:
     ours = tools.parameters([(5,), (7,)])
     optimizer = AdamW(ours)
