@@ -8,7 +8,7 @@ Writing: only keys that PEFT has known since rsLoRA came (0.7), because old vers
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,29 +33,36 @@ STARTS_THAT_KEEP_THE_BASE = ("true", "false", "gaussian", "orthogonal", "eva")  
 
 
 PATH_LENGTH = 64  # characters of a module's path: what a match reads, and what a repetition may give back one by one
-MOST_STEPS = 1 << 20  # of matching all patterns of a file to one path: under a millisecond or two
+MOST_STEPS = 1 << 20  # of matching a regular expression, or all keys of a pattern, to one path: some milliseconds
+MOST_KEYS = 4096  # of a rank or alpha pattern: to compile both takes a second or two, to match a path milliseconds
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What an adapter_config.json says: the LoRA settings, and whether they hold for some numbered layers only."""
+    """What an adapter_config.json says: the LoRA settings, and PEFT's limits on which layers they reach."""
 
     lora: LoRAConfig
-    some_layers: bool = False
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
 
     def targeted(self, model: nn.Module) -> list[str] | None:
-        """Paths of the linear layers of `model` that the file's lists mean, in module order, by PEFT's lenient rules.
+        """Paths of the linear layers of `model` that the file means, in module order, by PEFT's (lenient) rules.
 
-        None where the file's tensors must say: for numbered layers, and for a regular expression, which in a file from
-        elsewhere may be made to never end.
+        None if that takes a regular expression that could run without end; the file's tensors must tell then.
         """
         target, exclude, everything = self.lora.target, self.lora.exclude, self.lora.target == "all-linear"
-        if self.some_layers or isinstance(exclude, str) or (isinstance(target, str) and not everything):
+        if any(isinstance(rule, str) and most_steps(rule) > MOST_STEPS for rule in (target, exclude)):
             return None
         spared = output_heads(model) if everything else set()
         wanted, unwanted = matcher(target), matcher(exclude)
         layers = [path for path in linear_layers(model) if path not in spared and not unwanted(path)]
-        return [path for path in layers if everything or wanted(path)]
+        return [path for path in layers if everything or (wanted(path) and self._in_layers(path))]
+
+    def _in_layers(self, path: str) -> bool:
+        """PEFT's layers_to_transform, which a full path overrides."""
+        if self.layers_to_transform is None or path in self.lora.target:
+            return True
+        return _layer_index(path, self.layers_pattern) in self.layers_to_transform
 
 
 def read_config(raw: Mapping[str, Any], file: str) -> PeftConfig:
@@ -81,25 +88,30 @@ def read_config(raw: Mapping[str, Any], file: str) -> PeftConfig:
     except InputError as problem:
         raise InputError(f"{file}: {problem}") from None
     for key, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        if len(patterns) > MOST_KEYS:
+            raise InputError(f"{file}: {key} must have at most {MOST_KEYS:,} keys, got {len(patterns):,}")
         if sum(map(most_steps, patterns)) > MOST_STEPS:
             raise InputError(
                 f"{file}: {key} may take very long to match, above all {max(patterns, key=most_steps)!r}, and files "
                 "from elsewhere are not trusted that far. Write it with layer names, or with fewer choices."
             )
-    return PeftConfig(lora, raw.get("layers_to_transform") not in (None, []))
+    if isinstance(lora.target, str) and raw.get("layers_to_transform") is not None:
+        raise InputError(f"{file}: layers_to_transform goes with a list in target_modules, got {lora.target!r}")
+    return PeftConfig(lora, _indices(raw.get("layers_to_transform"), file), _strings(raw.get("layers_pattern"), file))
 
 
 def most_steps(pattern: str) -> int:
     """A bound on the steps of matching `pattern` to a module path, about; beyond any limit for one with no small bound.
 
     Python's matcher backtracks. Without a repeated group each choice in the pattern is met once on a way through it, so
-    their product bounds the ways. An escaped character is no choice; one in a character class is counted as if it were.
+    their product bounds the ways; without any group the alternatives are tried one by one. An escaped character is no
+    choice; one in a character class is counted as if it were.
     """
     plain = re.sub(r"\\.", "x", pattern, flags=re.DOTALL).replace("(?:", "(")
     if re.search(r"\)[*+?{]|\(\?", plain):
         return MOST_STEPS + 1
-    repetitions, alternatives = len(re.findall(r"[*+?{]", plain)), plain.count("|") * ("(" in plain)
-    return PATH_LENGTH ** min(1 + repetitions, 9) * 2 ** min(alternatives, 99)
+    repetitions, bars = len(re.findall(r"[*+?{]", plain)), plain.count("|")
+    return PATH_LENGTH ** min(1 + repetitions, 9) * (2 ** min(bars, 99) if "(" in plain else 1 + bars)
 
 
 def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str) -> str:
@@ -153,6 +165,32 @@ def _refuse_unsupported(raw: Mapping[str, Any], file: str) -> None:
                 f"{file}: {key}={value!r} is a PEFT feature that fourbit does not support, and without it the adapter "
                 "would compute something else. Merge the adapter with PEFT, or train one without this feature."
             )
+
+
+def _indices(value: object, file: str) -> tuple[int, ...] | None:
+    """layers_to_transform: an index, a list of them, or nothing."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(index, int) and not isinstance(index, bool) for index in values):
+        raise InputError(f"{file}: layers_to_transform must be a whole number or a list of them, got {value!r}")
+    return tuple(values) or None
+
+
+def _strings(value: object, file: str) -> tuple[str, ...]:
+    """layers_pattern: a name, a list of them, or nothing."""
+    values = value if isinstance(value, list) else [value] if value else []
+    if not all(isinstance(name, str) for name in values):
+        raise InputError(f"{file}: layers_pattern must be a name or a list of names, got {value!r}")
+    return tuple(values)
+
+
+def _layer_index(path: str, containers: Sequence[str]) -> int | None:
+    """Number of the layer that `path` lies in: after one of the containers, or the first number at depth 2 or more."""
+    parts = path.split(".")[:-1]
+    for container in containers or (None,):
+        for place, part in enumerate(parts):
+            if part.isdecimal() and (place >= 2 if container is None else place >= 1 and parts[place - 1] == container):
+                return int(part)
+    return None
 
 
 def _most_common(values: Any) -> Any:

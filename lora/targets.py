@@ -91,7 +91,10 @@ def entry_matches(entry: str, name: str) -> bool:
 
 
 def matcher(names: Iterable[str]) -> Callable[[str], bool]:
-    """Whether a path is one of the names or ends in one, however many they are."""
+    """Whether a path is one of the names or ends in one, however many they are; a string must match it whole."""
+    if isinstance(names, str):
+        expression = re.compile(names)
+        return lambda path: bool(expression.fullmatch(path))
     entries = frozenset(names)
 
     def matches(path: str) -> bool:

@@ -1,5 +1,6 @@
 """Adapter files that are broken, foreign or hostile: each is refused with a reason, and the model is what it was."""
 
+import contextlib
 import json
 import math
 import os
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from fourbit.errors import InputError
 from fourbit.lora.adapter import adapters_of
-from fourbit.lora.config import pattern_key
-from fourbit.lora.peft_config import MOST_STEPS, most_steps
-from fourbit.lora.peft_files import adapter_state, load_adapter
+from fourbit.lora.attach import attach
+from fourbit.lora.config import LoRAConfig, pattern_key
+from fourbit.lora.peft_config import MOST_KEYS, MOST_STEPS, most_steps
+from fourbit.lora.peft_files import adapter_state, load_adapter, save_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -106,6 +108,9 @@ def test_tensors_that_do_not_fit_are_named(
         ({"target_modules": ["q_proj"]}, "names no linear layer of this model"),
         ({"target_modules": ["up_proj"]}, r"2 unknown.*down_proj\.lora_A"),
         ({"target_modules": "all-linear", "exclude_modules": ["down_proj"]}, "2 unknown"),
+        ({"layers_to_transform": [0], "target_modules": ".*proj"}, "layers_to_transform goes with a list"),
+        ({"layers_to_transform": "1"}, "layers_to_transform must be a whole number or a list of them, got '1'"),
+        ({"layers_to_transform": [0], "layers_pattern": [3]}, "layers_pattern must be a name or a list"),
         ({"r": 3}, r"must be \[3, 6\], got \[2, 6\]"),
         ({"r": 7}, "'mlp.up_proj': rank must be in 1..6 for a 10x6"),
         ({"rank_pattern": {"up_proj": 1}}, r"must be \[1, 6\], got \[2, 6\]"),
@@ -148,6 +153,34 @@ def test_configs_that_mean_something_else_are_refused(
 def test_broken_configs(text: bytes, message: str, folder: Path, refuses: Refuses) -> None:
     (folder / CONFIG).write_bytes(text)
     refuses(folder, message)
+
+
+LIMITS = [
+    ({"target_modules": r".*\.q_proj"}, ["0.q_proj", "1.q_proj"]),
+    ({"target_modules": r"model\.layers\.1\.q_proj|model\.layers\.1\.v_proj"}, ["1.q_proj", "1.v_proj"]),
+    ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, ["0.q_proj"]),
+    ({"target_modules": ["q_proj", "model.layers.1.v_proj"], "layers_to_transform": 0}, ["0.q_proj", "1.v_proj"]),
+    ({"target_modules": ["v_proj"], "layers_to_transform": [1, 2], "layers_pattern": "layers"}, ["1.v_proj"]),
+    ({"target_modules": "all-linear", "exclude_modules": ".*layers.1.*"}, ["0.q_proj", "0.v_proj"]),
+    ({"target_modules": ["v_proj", "q_proj"], "exclude_modules": r".*\.v_proj"}, ["0.q_proj", "1.q_proj"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "meant"), LIMITS)
+def test_tensors_beyond_the_layers_that_the_config_means(
+    tree: Callable[[list[str]], nn.Module], tmp_path: Path, settings: dict[str, object], meant: list[str]
+) -> None:
+    """PEFT would leave out an extra layer, and start a missing one anew: either computes something else."""
+    paths = [f"model.layers.{index}.{leaf}" for index in (0, 1) for leaf in ("q_proj", "v_proj")]
+    meant = [f"model.layers.{name}" for name in meant]
+    other = next(path for path in paths if path not in meant)
+    for carried, message in ((meant, ""), ([*meant, other], "2 unknown"), (meant[1:] or [other], "2 missing")):
+        model = tree(paths)
+        attach(model, LoRAConfig(rank=1, target=carried))
+        save_adapter(model, tmp_path)
+        edit_config(tmp_path, **settings)
+        with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+            assert load_adapter(tree(paths), tmp_path) == meant
 
 
 def test_broken_weights(folder: Path, refuses: Refuses) -> None:
@@ -222,11 +255,31 @@ def test_patterns_made_to_hang(folder: Path, base: Make, adapted: Make, refuses:
     assert time.process_time() - start < 5
 
 
+def test_patterns_of_very_many_keys(folder: Path, base: Make, refuses: Refuses) -> None:
+    keys = [f"model.layers.{index}.self_attn.q_proj" for index in range(MOST_KEYS + 1)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        edit_config(folder, **{"rank_pattern": {}, "alpha_pattern": {}, field: dict.fromkeys(keys, 1)})
+        refuses(folder, f"{field} must have at most 4,096 keys, got 4,097")
+    most = [dict.fromkeys(keys[1:], 1), dict.fromkeys((f"^{key}" for key in keys[1:]), 1)]
+    edit_config(folder, rank_pattern=most[0], alpha_pattern=most[1])
+    load_adapter(base(), folder)  # all are compiled, and stay so
+    start = time.process_time()
+    assert not any(pattern_key(patterns, f"{NAME}{layer}") for layer in range(100) for patterns in most)
+    assert time.process_time() - start < 5
+
+
 NAME = "model.layers.11.self_attn.q_proj.model.layers.11.self_attn.q_proj"
 HONEST = ["q_proj", "^model.layers.0.self_attn.q_proj", r"model\.layers\.(0|1|2)\.(self_attn|mlp)\.(q|k|v)_proj"]
 HONEST += [r"layers\.\d+\.self_attn\.[qk]_proj", r".*layers\.1\.mlp\..*", r"a\)*b\+", "k_proj|v_proj", "(?:a|b)c", ""]
 HOSTILE = ["(a+)+$", "(a|a)*!", r"(\w+\.?){2,}!", "(?:a|b|ab)+!", "(?x)(a+) # a comment\n +!", "(?#a comment)q_proj"]
-HOSTILE += ["(.*)(.*)(.*)(.*)!", "a?" * 40 + "a" * 40, "(a|a)" * 40 + "!", "(?:.?){1,40}!", ".*" * 100]
+HOSTILE += [
+    "a|" * (MOST_STEPS // 64),
+    "(.*)(.*)(.*)(.*)!",
+    "a?" * 40 + "a" * 40,
+    "(a|a)" * 40 + "!",
+    "(?:.?){1,40}!",
+    ".*" * 100,
+]
 
 
 def test_a_bound_on_the_steps_of_a_pattern() -> None:
