@@ -2,25 +2,29 @@
 
 import contextlib
 import json
+import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import check_finite, disk_errors, write_tensors, write_text
-from .hf import INDEX, SINGLE
+from ..files import check_finite, disk_errors, read_json, write_tensors, write_text
+from .hf import INDEX, INDEX_BYTES, SINGLE
 from .protocol import CausalLM
 from .tokenizer import Tokenizer
 
 SHARD_BYTES = 5 * 10**9  # as transformers cuts
+_SHARD = re.compile(r"model-(?:[0-9a-f]{8}-)?[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
 def save_model(model: CausalLM, tokenizer: Tokenizer, folder: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write config.json, the weights and the tokenizer's files into `folder`, which is made if need be.
 
     model: a dense one without an adapter. Tied weights are written once, under the embedding's name. Weights of more
-    than `shard_bytes` become several files with an index. Every file appears whole or not at all, config.json last.
+    than `shard_bytes` become several files with an index. Every file appears whole or not at all, the weights all at
+    once (an older save's shards go), config.json last.
     Raises InputError for a 4-bit model or one with an adapter, NumericError for NaN or infinity, by tensor, both before
     anything is written, and DiskError when the disk refuses.
     """
@@ -67,17 +71,47 @@ def _shards(tensors: dict[str, Tensor], limit: int) -> Iterator[dict[str, Tensor
 
 
 def _write_weights(folder: Path, shards: list[dict[str, Tensor]]) -> None:
-    """One file, or several and an index; what an earlier save left under the other names goes."""
-    if len(shards) == 1:
-        write_tensors(folder / SINGLE, shards[0], "the model")
-    else:
-        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        for name, shard in zip(names, shards, strict=True):
-            write_tensors(folder / name, shard, "the model")
-        size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        text = json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2) + "\n"
-        with disk_errors("the model", folder, len(text)):
-            write_text(folder / INDEX, text)
-    with contextlib.suppress(FileNotFoundError):
-        (folder / (INDEX if len(shards) == 1 else SINGLE)).unlink()
+    """One file, or several and an index: what is read changes at once, when the last file takes or loses its name.
+
+    Shards get names that no file has yet, so those that an older index names stay whole until then, and go afterwards;
+    so do the new ones if the save fails.
+    """
+    old, names = set[str](), list[str]()
+    with contextlib.suppress(InputError):  # a broken index is replaced
+        old = _indexed(folder)
+    try:
+        if len(shards) == 1:
+            write_tensors(folder / SINGLE, shards[0], "the model")
+        else:
+            names += _fresh_names(folder, len(shards))
+            for name, shard in zip(names, shards, strict=True):
+                write_tensors(folder / name, shard, "the model")
+            size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+            places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+            text = json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2) + "\n"
+            with disk_errors("the model", folder, len(text)):
+                write_text(folder / INDEX, text)
+        with disk_errors("the model", folder, 0):  # readers prefer the single file to an index
+            (folder / (INDEX if len(shards) == 1 else SINGLE)).unlink(missing_ok=True)
+    finally:
+        with contextlib.suppress(InputError, OSError):  # a leftover costs space, not correctness
+            for name in {*old, *names} - _indexed(folder):
+                (folder / name).unlink(missing_ok=True)
+
+
+def _fresh_names(folder: Path, count: int) -> list[str]:
+    """As transformers names shards; with something of this save's own where such files are there already."""
+    for own in ("", f"{secrets.token_hex(4)}-"):
+        names = [f"model-{own}{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        if not any((folder / name).exists() for name in names):
+            break
+    return names
+
+
+def _indexed(folder: Path) -> set[str]:
+    """The shards that the folder's index names, if their names are like ours; InputError for a broken index."""
+    if not (folder / INDEX).exists():
+        return set()
+    places = read_json(folder / INDEX, INDEX_BYTES).get("weight_map")
+    names = places.values() if isinstance(places, dict) else ()
+    return {name for name in names if isinstance(name, str) and _SHARD.fullmatch(name)}

@@ -1,7 +1,6 @@
 """Saving a whole model: a folder that we and transformers read back to the bit, in one file or several, or nothing."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from fourbit.models.save import save_model
 from fourbit.models.tokenizer import Tokenizer
 
 Oracle = Callable[..., Any]
+BIG = 1 << 30
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def ours(theirs: Any) -> Decoder:
     return model
 
 
-@pytest.mark.parametrize("shard_bytes", [1 << 30, 25_000])
+@pytest.mark.parametrize("shard_bytes", [BIG, 25_000])
 def test_a_saved_model_comes_back(
     oracle: Oracle, kind: str, tokenizer: Tokenizer, shard_bytes: int, tmp_path: Path
 ) -> None:
@@ -61,11 +61,40 @@ def test_a_saved_model_comes_back(
 
 
 def test_what_an_earlier_save_left_does_not_win(oracle: Oracle, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Nor does it stay, unless no index of ours names it."""
+    from transformers import LlamaForCausalLM
+
     first, second = (ours(oracle("tied", seed=seed)) for seed in (0, 1))
-    for model, shard_bytes in ((first, 1 << 30), (second, 25_000), (first, 1 << 30)):
-        save_model(model, tokenizer, tmp_path, shard_bytes=shard_bytes)
+    tmp_path.joinpath("mine.safetensors").write_text("mine")
+    for model, limit in (
+        (first, BIG),
+        (second, 25_000),
+        (first, 25_000),
+        (second, 40_000),
+        (first, BIG),
+        (second, BIG),
+    ):
+        save_model(model, tokenizer, tmp_path, shard_bytes=limit)
         again, _ = load(tmp_path)
         assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+        assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight)
+        index = tmp_path / "model.safetensors.index.json"
+        assert index.exists() == (limit != BIG)
+        named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        assert {path.name for path in tmp_path.glob("*.safetensors")} == {*named, "mine.safetensors"}
+
+
+def test_an_index_of_a_stranger_costs_no_file_but_shards(oracle: Oracle, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    names = ["../out.safetensors", "adapter_model.safetensors", "model-00001-of-00001.safetensors"]
+    for name in names:
+        folder.joinpath(name).write_text(name)
+    index = folder / "model.safetensors.index.json"
+    for text in (json.dumps({"weight_map": dict(zip("abc", names, strict=True))}), "broken"):
+        index.write_text(text)
+        save_model(ours(oracle()), tokenizer, folder)
+        assert [folder.joinpath(name).exists() for name in names] == [True, True, False] and not index.exists()
 
 
 def spoiled(model: Decoder) -> Decoder:
@@ -102,19 +131,50 @@ def test_what_cannot_be_saved_leaves_the_old_model(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("after", [BIG, 25_000])
+@pytest.mark.parametrize("before", [BIG, 25_000])
 def test_a_full_disk_leaves_the_old_weights_whole(
-    oracle: Oracle, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    oracle: Oracle, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int
 ) -> None:
-    save_model(ours(oracle()), tokenizer, tmp_path / "a")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    """Whichever of the new files it has no room for, and nothing of the new ones stays."""
+    folder, new = tmp_path / "a", tmp_path / "b"
+    save_model(ours(oracle(seed=1)), tokenizer, new, shard_bytes=after)
+    save_model(ours(oracle()), tokenizer, folder, shard_bytes=before)
+    old = {path.name: path.read_bytes() for path in folder.iterdir()}
+    sync = files.sync
+    for room in range(len(list(new.glob("model*")))):
+        seen: list[Path] = []
 
-    def full(path: Path) -> None:
-        raise OSError(28, "No space left on device")
+        def full(path: Path, seen: list[Path] = seen, room: int = room) -> None:
+            seen += [path] * path.is_file()
+            if len(seen) > room:
+                raise OSError(28, "No space left on device")
+            sync(path)
 
-    monkeypatch.setattr(files, "sync", full)
-    with pytest.raises(DiskError, match=r"could not write the model in .* No space left"):
-        save_model(ours(oracle(seed=1)), tokenizer, tmp_path / "a")
-    for path in (tmp_path / "b").iterdir():
-        assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes()
-    assert len(list((tmp_path / "a").iterdir())) == len(list((tmp_path / "b").iterdir()))
-    assert json.loads((tmp_path / "a" / "config.json").read_text())["model_type"] == "llama"
+        monkeypatch.setattr(files, "sync", full)
+        with pytest.raises(DiskError, match=r"could not write the model in .* No space left"):
+            save_model(ours(oracle(seed=1)), tokenizer, folder, shard_bytes=after)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == old
+    assert json.loads(old["config.json"])["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("before", [BIG, 25_000])
+def test_a_disk_that_fails_after_the_index_leaves_whole_weights(
+    oracle: Oracle, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
+    first, second = (ours(oracle(seed=seed)) for seed in (0, 1))
+    save_model(first, tokenizer, tmp_path, shard_bytes=before)
+    sync = files.sync
+
+    def failing(path: Path) -> None:
+        index = tmp_path / "model.safetensors.index.json"
+        if path.is_dir() and index.exists() and not ({*json.loads(index.read_text())["weight_map"].values()} & old):
+            raise OSError(5, "Input/output error")
+        sync(path)
+
+    old = {path.name for path in tmp_path.glob("*.safetensors")}
+    monkeypatch.setattr(files, "sync", failing)
+    with pytest.raises(DiskError, match="could not write the model"):
+        save_model(second, tokenizer, tmp_path, shard_bytes=25_000)
+    expected = first if before == BIG else second
+    assert torch.equal(load(tmp_path)[0].lm_head.weight, expected.lm_head.weight)
