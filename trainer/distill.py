@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..errors import InputError
-from ..lora.adapter import AdapterLayer, carried, using
+from ..lora.adapter import DEFAULT, AdapterLayer, carried, using
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
 from .config import DistillConfig
@@ -54,6 +54,10 @@ class DistillTrainer(SFTTrainer):
                 raise InputError(
                     "full training changes the student's base, so the base cannot be the teacher: give a model of its "
                     "own"
+                )
+            if teacher == DEFAULT:
+                raise InputError(
+                    f"the adapter '{DEFAULT}' is what is trained, so it cannot be the teacher: give another"
                 )
             self.teacher, self.adapters = model, [] if teacher is None else [teacher]
             for name in self.adapters:

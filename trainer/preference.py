@@ -7,17 +7,17 @@ compares with.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.batch import AnswerBatch, Preference, answer_batches, packed_size, padded_size, sent
 from ..data.encode import Dataset, load
 from ..errors import InputError, NumericError
-from ..lora.adapter import DEFAULT, adapters_of, copy_adapter, remove_adapter, using
+from ..lora.adapter import DEFAULT, adapters_of, copy_adapter, using
 from ..lora.peft_files import adapter_state, load_adapter_state
 from ..models.protocol import CausalLM
 from .config import DPOConfig
@@ -25,10 +25,11 @@ from .losses.judged import JudgedScores, judged_scores, mismatch_kl
 from .losses.pairs import PairScores, mixture, pair_scores, reward_shift
 from .losses.tokens import answer_scores, evaluating, summed, token_kl
 from .reference import CachedReference, cache_parts, cached
+from .run import active_adapters
 from .step import StepResult, Sums
 from .trainer import MicroBatchSize, Trainer, Weights
 
-REFERENCE = "reference"  # the name of the frozen adapter that the policy started as
+REFERENCE = "reference"  # the name, if it is free, of the frozen adapter that the policy started as
 
 
 class PreferenceTrainer(Trainer):
@@ -96,7 +97,9 @@ class DPOTrainer(PreferenceTrainer):
     model: from `fourbit.load`, with an adapter, fresh or trained before (`load_adapter`). train: a JSONL file, several,
     or a dataset of `load(..., "pairs")` ("judged" for a loss on single answers). val: the same, or a fraction.
     There is never a second model: the reference is the base, with no adapter active, or a frozen copy of the adapter
-    as it was at the start, or a file of its log-probabilities.
+    as it was at the start, or a file of its log-probabilities. The copy stays on the model, under a name of its own
+    ("reference", or "reference-2" and so on where that is taken), so that the trainer can evaluate after training;
+    `remove_adapter` takes it off.
     Raises InputError for rows, options or a model that cannot be trained on.
     """
 
@@ -118,6 +121,15 @@ class DPOTrainer(PreferenceTrainer):
         self.seen = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # `pairs.rewards_seen` of all steps
         self.points = {"kl": torch.zeros((), device=self.device), "shift": reward_shift(self.seen)}
         self._at_start = True
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        found, others = super().trained_parameters(), [name for name in active_adapters(self.model) if name != DEFAULT]
+        if others and self.objective.needs_reference:
+            raise InputError(
+                f"the reference has no other adapter than the trained one's start, and {', '.join(others)} is active "
+                f"beside '{DEFAULT}': call fourbit.use(model, '{DEFAULT}'), or take a loss without a reference"
+            )
+        return found
 
     def sums(self, batch: AnswerBatch) -> Sums:
         reference = self.reference_logps(batch) if self.has_reference else None  # before there is a graph
@@ -164,14 +176,14 @@ class DPOTrainer(PreferenceTrainer):
         self.seen, self.points["shift"] = seen, reward_shift(seen)
 
     def state(self) -> Weights:
-        frozen = {f"{name}.{n}": t for name in self.reference for n, t in adapter_state(self.model, name).items()}
+        frozen = {f"{REFERENCE}.{n}": t for own in self.reference for n, t in adapter_state(self.model, own).items()}
         return frozen | {"seen": self.seen}
 
     def load_state(self, state: Weights) -> None:
         self._at_start = False
         self._set_seen(state["seen"].to(self.device))
         for name in self.reference:
-            then = {n.removeprefix(f"{name}."): t for n, t in state.items() if n.startswith(f"{name}.")}
+            then = {n.removeprefix(f"{REFERENCE}."): t for n, t in state.items() if n.startswith(f"{REFERENCE}.")}
             now = adapter_state(self.model, name)
             if self.cache is not None and not all(torch.equal(now[n].cpu(), then[n]) for n in now):
                 raise InputError(
@@ -185,11 +197,10 @@ class DPOTrainer(PreferenceTrainer):
         if kind == "auto":
             kind = "base" if self.fresh else "start"
         self.config = replace(self.config, reference=kind)  # so that checkpoints and the run's folder say which
-        if adapters_of(self.model, REFERENCE):  # of an earlier training
-            remove_adapter(self.model, REFERENCE)
         if kind == "start":
-            copy_adapter(self.model, DEFAULT, REFERENCE)
-            self.reference = (REFERENCE,)
+            names = chain([REFERENCE], (f"{REFERENCE}-{number}" for number in count(2)))
+            self.reference = (next(name for name in names if not adapters_of(self.model, name)),)
+            copy_adapter(self.model, DEFAULT, *self.reference)
         if self.config.reference_cache is not None:
             sets = [self.train_set] + ([self.val_set] if self.val_set is not None else [])
             lengths = [[sum(part.trained) for part in e.parts] for dataset in sets for e in dataset.examples]

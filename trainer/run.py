@@ -4,6 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import nn
+
+from ..errors import InputError
+from ..lora.adapter import DEFAULT, adapter_layers, adapter_parameters
 from .step import MicroBatch
 
 
@@ -55,3 +59,31 @@ class TrainResult:
     def val_loss(self) -> float | None:
         """The loss on the validation rows, of the best evaluation."""
         return self.val.get("loss")
+
+
+def adapter_to_train(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters, by name, of the adapter "default", which is the one that trainers train.
+
+    Raises InputError unless the model carries it, trainable and active.
+    """
+    found, layers = adapter_parameters(model), adapter_layers(model).values()
+    if not layers:
+        raise InputError("the model has no adapter to train: call fourbit.attach first, or train all weights (full)")
+    if not found:
+        problem, advice = "is not there", "attach or load the one to train under that name"
+    elif not any(parameter.requires_grad for parameter in found.values()):
+        problem, advice = "is frozen", "attach or load it after all others, or with trainable=True"
+    elif not all(DEFAULT in layer.active for layer in layers if DEFAULT in layer.adapters):
+        problem, advice = "is not active", f"call fourbit.use(model, '{DEFAULT}')"
+    else:
+        return found
+    there = ", ".join(sorted({name for layer in layers for name in layer.adapters}))
+    raise InputError(
+        f"what is trained is the adapter '{DEFAULT}', and it {problem} (the model carries {there}; active: "
+        f"{', '.join(active_adapters(model)) or 'none'}): {advice}"
+    )
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that are active on any layer, sorted."""
+    return sorted({name for layer in adapter_layers(model).values() for name in layer.active})

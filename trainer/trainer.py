@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from ..data.order import fingerprint, split_validation, step_indices, steps_per_epoch
 from ..errors import InputError, NumericError
 from ..files import lock_folder
-from ..lora.adapter import adapter_parameters
 from ..lora.peft_files import adapter_state, load_adapter_state, save_adapter
 from ..models.protocol import CausalLM
 from ..optim.schedule import rate_factor
@@ -34,7 +33,7 @@ from .memory import memory_free, memory_used, saved_bytes
 from .metrics import Display, Metrics
 from .progress import display_for
 from .report import draw_curves
-from .run import RunState, StepData, TrainResult
+from .run import RunState, StepData, TrainResult, adapter_to_train
 from .step import MicroBatch, Stepper, StepResult, Sums, means, rng_states, set_rng_states
 
 SKIPS_ALLOWED = 2  # in a row; one more ends the run
@@ -119,9 +118,7 @@ class Trainer(ABC):
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name."""
-        if found := adapter_parameters(self.model):
-            return found
-        raise InputError("the model has no adapter to train: call fourbit.attach first, or train all weights (full)")
+        return adapter_to_train(self.model)
 
     def weights(self) -> Weights:
         """All that training changes, by name."""
@@ -157,6 +154,7 @@ class Trainer(ABC):
 
         display: called with (steps in all, steps done before); None shows nothing.
         """
+        self.trained_parameters()  # raises if they have been switched off or frozen since
         out = Path(self.config.out)
         out.mkdir(parents=True, exist_ok=True)
         with lock_folder(out), torch.random.fork_rng(), interrupts() as self.interrupt:

@@ -419,3 +419,31 @@ def test_a_dataset_may_be_given(trainer_for, tiny_folder, pairs, judged, tmp_pat
         rows = load_rows(path, tokenizer, kind)
         trainer = trainer_for(tiny_folder, rows, tmp_path / loss, loss=(loss,), steps=1, val=0.2)
         assert trainer.train(display=None).steps == 1 and len(trainer.val_set) + len(trainer.train_set) == 10
+
+
+def test_another_active_adapter_is_refused_where_the_reference_would_lack_it(trainer_for, tiny_folder, pairs, tmp_path):
+    model = (first := trainer_for(tiny_folder, pairs, tmp_path, b_seed=0, dropout=0.2)).model
+    fourbit.copy_adapter(model, "default", "other")
+    fourbit.use(model, "other", "default")
+    with pytest.raises(InputError, match="other is active beside 'default': call"):
+        first.train(display=None)
+    with pytest.raises(InputError, match="other is active"):
+        DPOTrainer(model, first.tokenizer, train=pairs, config=first.config)
+    DPOTrainer(model, first.tokenizer, train=pairs, config=DPOConfig(out=str(tmp_path), loss=("simpo",)))
+
+
+def test_each_trainer_has_a_reference_of_its_own_and_leaves_those_of_others(
+    trainer_for, stopping, tiny_folder, pairs, tmp_path
+):
+    first = trainer_for(tiny_folder, pairs, tmp_path / "1", b_seed=0, val=pairs, steps=2)
+    first.train(display=None)
+    before, kept = first.evaluate(), {n: t.clone() for n, t in first.state().items()}
+    config = replace(first.config, out=str(tmp_path / "2"), reference="start")
+    again = DPOTrainer(first.model, first.tokenizer, train=pairs, config=config)
+    assert again.reference == ("reference-2",) and first.reference == ("reference",)
+    assert first.evaluate() == before and all(torch.equal(t, kept[n]) for n, t in first.state().items())
+    again.train(display=stopping(1))
+    resumed = DPOTrainer(first.model, first.tokenizer, train=pairs, config=replace(config, resume="auto"))
+    assert resumed.reference == ("reference-3",)
+    resumed.train(display=None)
+    assert all(torch.equal(t, again.state()[n]) for n, t in resumed.state().items() if n != "seen")

@@ -11,6 +11,7 @@ import torch
 
 import fourbit
 from fourbit.data.batch import Batch
+from fourbit.errors import InputError
 from fourbit.lora.adapter import adapter_layers
 from fourbit.models.protocol import CausalLM
 from fourbit.trainer.metrics import read_metrics
@@ -176,3 +177,28 @@ def test_a_batch_says_what_its_loss_is_a_sum_over(make):
     """Trained tokens of rows, pairs of preferences: what a step's loss is divided by."""
     (rows,), (pairs,) = (make(kind, micro_batch=8).step_data(0).updates[0] for kind in ("sft", "sigmoid"))
     assert isinstance(rows, Batch) and rows.weight == rows.trained > 4 == pairs.weight < pairs.trained
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (
+            lambda model: fourbit.attach(model, fourbit.LoRAConfig(2, 4), "b"),
+            "is frozen .*carries b, default; active: b",
+        ),
+        (lambda model: fourbit.use(model), r"is not active .*carries default; active: none\): call fourbit.use"),
+        (
+            lambda model: (fourbit.copy_adapter(model, "default", "mine"), fourbit.remove_adapter(model, "default")),
+            "is not there .*carries mine; active: none",
+        ),
+    ],
+    ids=["frozen", "off", "another name"],
+)
+def test_what_is_trained_must_be_there_active_and_trainable(make, rows, tmp_path, change, named):
+    """Else the error says what is there; when the trainer is made, and again when it begins."""
+    trainer = make("sft", tmp_path)
+    change(trainer.model)
+    with pytest.raises(InputError, match=f"'default', and it {named}"):
+        trainer.train(display=None)
+    with pytest.raises(InputError, match=named):
+        SFTTrainer(trainer.model, trainer.tokenizer, train=rows, config=fourbit.SFTConfig(out=str(tmp_path)))
