@@ -22,6 +22,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_TEXT = 4 * 1024 * 1024  # characters of a rendering
+FREE_SECONDS, FREE_PER_MESSAGE = 0.02, 0.0001  # of a rendering: no real template takes as long
+FREE_TO_COMPILE = 0.5
 FOREIGN = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 
 
@@ -75,7 +77,7 @@ def _raise_exception(message: object) -> NoReturn:
 class Limits:
     """Processor time and memory of this process; and no core file.
 
-    A rendering gets `seconds`, told by a signal that ends it and leaves this process alive; what a signal cannot
+    A conversation gets `seconds`, told by a signal that ends it and leaves this process alive; what a signal cannot
     interrupt, the system ends with the process two seconds later.
     """
 
@@ -85,14 +87,14 @@ class Limits:
         for what, limit in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0)):
             _limit(what, limit, hard=True)
 
-    def run(self, work: Callable[[], Any]) -> Any:
+    def run(self, work: Callable[[], Any], seconds: float) -> Any:
         """The result of `work`. Raises TooMuch when it takes more than it may."""
-        last = int(time.process_time() + self.seconds) + 2
+        last = int(time.process_time() + seconds) + 2
         if last != self.last:
             self.last = last
             _limit(resource.RLIMIT_CPU, last)
         try:
-            signal.setitimer(signal.ITIMER_PROF, self.seconds)
+            signal.setitimer(signal.ITIMER_PROF, max(seconds, 0.001))
             return work()
         except MemoryError:
             raise TooMuch(f"it needs more than {self.memory // 2**20} MiB of memory") from None
@@ -106,7 +108,8 @@ class Limits:
 def _limit(what: int, limit: int, *, hard: bool = False) -> None:
     """Set a limit of this process, as far as one that stands already lets it; `hard`: for good."""
     most = resource.getrlimit(what)[1]
-    limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+    # Below a limit that stands, so that what ends this process for its time is SIGXCPU, never SIGKILL.
+    limit = limit if most == resource.RLIM_INFINITY else min(limit, most if hard else max(most - 1, 0))
     resource.setrlimit(what, (limit, limit if hard else most))
 
 
@@ -127,9 +130,8 @@ def compile_template(source: str) -> jinja2.Template:
         raise Refused(f"{type(error).__name__}: {error}") from None
 
 
-def render(template: jinja2.Template, variables: dict[str, Any], date: str | None) -> str:
+def render(template: jinja2.Template, variables: dict[str, Any], now: datetime) -> str:
     """One rendering. Raises Refused for anything that goes wrong in it: the template is foreign code."""
-    now = datetime.now() if date is None else datetime.fromisoformat(date)
     pieces, length = [], 0
     try:
         for piece in template.generate(**variables, strftime_now=lambda layout: now.strftime(layout)):
@@ -145,30 +147,49 @@ def render(template: jinja2.Template, variables: dict[str, Any], date: str | Non
 
 
 def answers(job: dict[str, Any], limits: Limits, known: dict[str, jinja2.Template]) -> Iterable[dict[str, Any]]:
-    """One answer a conversation: its texts, the later ones told by what they share with the first; or what is wrong."""
+    """One answer a conversation: its texts, the later ones told by what they share with the first; or what is wrong.
+
+    With it comes its strike: the share of the time a conversation may take that it took beyond what is free.
+    """
+    late = 0.0
     try:
         if job["source"] not in known:
             known.clear()
-            known[job["source"]] = limits.run(lambda: compile_template(job["source"]))
+            begun = time.process_time()
+            known[job["source"]] = limits.run(lambda: compile_template(job["source"]), limits.seconds)
+            late = max(time.process_time() - begun - FREE_TO_COMPILE, 0)
     except (Refused, TooMuch) as error:
         yield {"broken": str(error)}
         return
     for talk in job["talks"]:
-        texts: list[Any] = []
-        variables = {"tools": talk["tools"], **job["tokens"]}
-        for upto, prompt in talk["cuts"]:
-            variables |= {"messages": talk["messages"][:upto], "add_generation_prompt": prompt}
-            try:
-                text = limits.run(lambda: render(known[job["source"]], variables, job["date"]))  # noqa: B023
-            except Refused as error:
-                texts.append({"refused": str(error)})
-            except TooMuch as error:
-                yield {"much": str(error)}
-                break
-            else:
-                texts.append(told_by(texts[0], text) if texts and isinstance(texts[0], str) else text)
-        else:
-            yield {"texts": texts}
+        try:
+            yield conversation(known[job["source"]], job, talk, limits, late)
+        except TooMuch as error:
+            yield {"much": str(error), "strike": 1}
+        late = 0.0
+
+
+def conversation(
+    template: jinja2.Template, job: dict[str, Any], talk: dict[str, Any], limits: Limits, late: float
+) -> dict[str, Any]:
+    """The answer for one conversation, which `late` seconds are gone of. Raises TooMuch."""
+    texts: list[Any] = []
+    variables, left = {"tools": talk["tools"], **job["tokens"]}, limits.seconds - late
+    now = datetime.now() if job["date"] is None else datetime.fromisoformat(job["date"])  # one for all its renderings
+
+    def text() -> Any:
+        made = render(template, variables, now)
+        return told_by(texts[0], made) if texts and isinstance(texts[0], str) else made
+
+    for upto, prompt in talk["cuts"]:
+        variables |= {"messages": talk["messages"][:upto], "add_generation_prompt": prompt}
+        begun = time.process_time()
+        try:
+            texts.append(limits.run(text, left))
+        except Refused as error:
+            texts.append({"refused": str(error)})
+        left -= max(time.process_time() - begun - FREE_SECONDS - FREE_PER_MESSAGE * upto, 0)
+    return {"texts": texts, "strike": 1 - left / limits.seconds}
 
 
 def told_by(whole: str, text: str) -> list[Any]:

@@ -9,10 +9,11 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date as Date
 from functools import lru_cache
 from importlib.util import find_spec
@@ -25,12 +26,13 @@ from .read import Messages
 from .row import excerpt
 
 MAX_SOURCE_BYTES = 64 * 1024
-RENDER_SECONDS = 2.0  # processor time of one rendering
+RENDER_SECONDS = 2.0  # processor time of one conversation, beyond what is free
 CHILD_MEMORY = 512 * 1024 * 1024
 CHILD_WALL_SECONDS = 300.0  # for a machine that is busy; the limit that counts is on processor time
 JOB_CHARACTERS = 1 << 20  # of the conversations that are sent at a time
 SHOWN_ERROR = 500
-MAX_STRIKES = 3
+MAX_STRIKES = 2  # more, and a template is given up: it has then taken three conversations' time at most
+TOOK = f"it takes more than {RENDER_SECONDS:g} seconds or {CHILD_MEMORY // 2**20} MiB"
 CHILD_NAME = "the child process that renders chat templates"
 CHILD_ENVIRONMENT = (
     "PATH",
@@ -136,13 +138,10 @@ class ChatTemplate:
         tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         shared = json.dumps({"source": self.source, "date": self.date, "tokens": tokens})
         while len(found) < len(talks):
-            for answer in [] if known.broken else CHILD.ask(shared, _some(jobs, len(found))):
-                known.learn(answer)
-                if known.broken:
-                    break
-                found.append(self._read(talks[len(found)], answer))
+            answers = [] if known.broken else CHILD.ask(shared, _some(jobs, len(found)), known.learn)
             if known.broken:
                 raise InputError(f"{self.name}: the chat template cannot be used: {known.broken.rstrip('.')}.")
+            found += [self._read(*told) for told in zip(talks[len(found) :], answers, strict=False)]
         return found
 
     def _job(self, talk: Talk) -> str:
@@ -203,19 +202,21 @@ TemplateChoice = str | os.PathLike[str] | ChatTemplate | None
 class _Known:
     """What this process has learned of a template's source.
 
-    One that is broken, or takes too much at its first rendering, stays refused, as no row can mend it; so does one that
-    later takes too much for three rows.
+    One that is broken, or takes too much at its first conversation, stays refused, as no row can mend it; so does one
+    that takes too much for more than two, or nearly too much again and again.
     """
 
     def __init__(self) -> None:
-        self.works, self.broken, self.strikes = False, "", 0
+        self.works, self.broken, self.strikes = False, "", 0.0
 
-    def learn(self, answer: dict[str, Any]) -> None:
-        """Take in how one conversation went."""
+    def learn(self, answer: dict[str, Any]) -> bool:
+        """Take in how one conversation went. True: no more are wanted."""
         self.works |= "texts" in answer
-        self.strikes += "much" in answer
-        if "broken" in answer or (self.strikes and not self.works) or self.strikes >= MAX_STRIKES:
-            self.broken = str(answer.get("broken") or answer["much"])[:SHOWN_ERROR]
+        self.strikes += answer.get("strike", 1)
+        if "broken" in answer or not self.works or self.strikes > MAX_STRIKES:
+            slow = f"it takes {self.strikes * RENDER_SECONDS:.1f} seconds more for a few rows than any template needs"
+            self.broken = str(answer.get("broken") or answer.get("much") or slow)[:SHOWN_ERROR]
+        return bool(self.broken)
 
 
 @lru_cache(maxsize=64)
@@ -227,40 +228,61 @@ class _Child:
     """The process that renders: started on first need, killed when it hangs, and one request at a time."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, as a forked process must: the process is its parent's, and nobody else holds the lock here."""
         self.lock = threading.RLock()
         self.process: subprocess.Popen[bytes] | None = None
-        self.owner = 0  # a fork must start its own
-        self.unread = b""
+        self.unread, self.hung, self.killed = b"", False, 0
 
-    def ask(self, shared: str, jobs: Sequence[str]) -> list[dict[str, Any]]:
-        """The answer to each job, up to the first that broke the template or ended the process."""
+    def ask(self, shared: str, jobs: Sequence[str], learn: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """The answer to each job, up to the first after which `learn` wants no more or the process has ended.
+
+        Raises EnvironmentProblem when something else kills the process again and again.
+        """
         request = f'{shared[:-1]}, "talks": [{", ".join(jobs)}]}}\n'.encode()
         with self.lock:
             try:
-                process = self._running()
+                process, found = self._running(), list[dict[str, Any]]()
                 self._send(process, request)
-                found: list[dict[str, Any]] = []
-                while len(found) < len(jobs) and "broken" not in (found or [{}])[-1]:
+                while len(found) < len(jobs):
                     line = self._line(process)
-                    found.append(json.loads(line) if line else {"much": self._ended(process)})
-                    if not line:
+                    if not line and self._was_killed(process):
+                        return found
+                    found.append(json.loads(line) if line else {"much": TOOK})
+                    if learn(found[-1]) and len(found) < len(jobs):
+                        self.stop()  # its answers would be taken for the next ones
+                    if not self.process:
                         break
+                self.killed = 0
                 return found
-            except BaseException:  # an interrupt, say: answers nobody waits for would be taken for the next ones
+            except BaseException:  # an interrupt, say: as above
                 self.stop()
                 raise
 
     def stop(self) -> None:
-        """End the process, if there is one and it is ours."""
+        """End the process, if there is one."""
         process, self.process, self.unread = self.process, None, b""
-        if process is None or self.owner != os.getpid():
-            return
-        process.kill()
-        process.communicate()
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+    def _was_killed(self, process: subprocess.Popen[bytes]) -> bool:
+        """Whether the process, which has ended, was killed by something else than its limits; raises if so twice."""
+        self.stop()
+        if self.hung or process.returncode not in (-signal.SIGKILL, -signal.SIGTERM):
+            return False
+        self.killed += 1
+        if self.killed > 1:
+            self.killed = 0
+            raise EnvironmentProblem(f"{CHILD_NAME} was killed twice; perhaps the machine is out of memory.")
+        return True
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
+        if self.process is None or self.process.poll() is not None:
             self.stop()
+            self.hung = False
             # jinja2 may lie where an isolated interpreter does not look.
             found = [spec.origin for name in ("jinja2", "markupsafe") if (spec := find_spec(name)) and spec.origin]
             folders = [str(Path(origin).parent.parent) for origin in found]
@@ -269,6 +291,7 @@ class _Child:
             try:
                 self.process = subprocess.Popen(
                     [sys.executable, "-I", "-X", "utf8", "-c", start, *limits, *folders],
+                    bufsize=0,  # a fork may fall between a write and its flush
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
@@ -276,10 +299,7 @@ class _Child:
                     start_new_session=True,  # Ctrl-C is for the trainer, which may want to render once more
                 )
             except OSError as error:
-                raise EnvironmentProblem(
-                    f"the child process that renders chat templates does not start: {error}"
-                ) from None
-            self.owner = os.getpid()
+                raise EnvironmentProblem(f"{CHILD_NAME} does not start: {error}") from None
             if self._line(self.process) is None:
                 self.process.kill()
                 last = self.process.communicate()[1].decode(errors="replace").strip().rpartition("\n")[2]
@@ -289,15 +309,17 @@ class _Child:
     def _send(self, process: subprocess.Popen[bytes], request: bytes) -> None:
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it ended; so does the stream of its answers
-            process.stdin.write(request)
-            process.stdin.flush()
+            while request:
+                request = request[os.write(process.stdin.fileno(), request) :]
 
     def _line(self, process: subprocess.Popen[bytes]) -> bytes | None:
         """The next line the process writes; None when it ended, or was killed because none came in time."""
         assert process.stdout is not None
-        pieces, pipe = [self.unread], process.stdout.fileno()
+        pieces, pipe, ready = [self.unread], process.stdout.fileno(), select.poll()
+        ready.register(pipe, select.POLLIN)
         while b"\n" not in pieces[-1]:
-            if not select.select([pipe], [], [], CHILD_WALL_SECONDS)[0]:
+            if not ready.poll(CHILD_WALL_SECONDS * 1000):
+                self.hung = True
                 process.kill()
             pieces.append(os.read(pipe, 1 << 20))
             if not pieces[-1]:
@@ -305,12 +327,9 @@ class _Child:
         line, _, self.unread = b"".join(pieces).partition(b"\n")
         return line
 
-    def _ended(self, process: subprocess.Popen[bytes]) -> str:
-        self.stop()
-        return f"it takes more than {RENDER_SECONDS:g} seconds or {CHILD_MEMORY // 2**20} MiB"
-
 
 CHILD = _Child()
+os.register_at_fork(after_in_child=CHILD.forget)
 atexit.register(CHILD.stop)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fourbit.data.template import BUILTINS, ChatTemplate, Unrenderable, template_for
+from fourbit.data.template import BUILTINS, ChatTemplate, Rendered, Talk, Turn, Unrenderable, template_for
 from fourbit.errors import InputError
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Hello! "}]
@@ -203,6 +203,12 @@ def test_the_present_is_the_default_date() -> None:
     assert shown("{{ strftime_now('%Y-%m-%d') }}") in (before, datetime.now().strftime("%Y-%m-%d"))
     with pytest.raises(ValueError):
         ChatTemplate("", date="31/01/2025")
+
+
+def test_a_conversation_has_one_present() -> None:
+    template = ChatTemplate("{{ strftime_now('%f') }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    (made,) = template.render_all([Talk(TALK, turns=[1])])
+    assert isinstance(made, Rendered) and isinstance(made.turns[1], Turn)
 
 
 def test_the_order_of_choice(make_tokenizer: Callable[..., Any], tmp_path: Path) -> None:

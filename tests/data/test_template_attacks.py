@@ -204,6 +204,88 @@ def test_a_template_that_takes_too_much_three_times_is_given_up(monkeypatch: pyt
     CHILD.stop()
 
 
+ALMOST = "{% for a in range((messages | length - 1) * N) %}{% for b in range(1000) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("turns", [(), range(1, 41)])
+def test_a_template_just_under_the_limit_is_given_up_too(turns: range, spent: list[float]) -> None:
+    """Whether it is rows that are many, or the renderings of one row."""
+    source = ALMOST.replace("N", "600" if turns else "30000")
+    talk = [{"role": "assistant", "content": "x"}] * (42 if turns else 2)
+    works, slow = Talk(talk[:1]), Talk(talk, turns=turns)
+    template = ChatTemplate(source, name="model's")
+    start = time.process_time()
+    with pytest.raises(InputError) as caught:
+        template.render_all([works, *[slow] * 100])
+    assert "cannot be used: it" in str(caught.value) and "\n" not in str(caught.value)
+    assert not isinstance(caught.value, Unrenderable)
+    with pytest.raises(InputError, match="cannot be used: it"):
+        template.render_all([works])
+    CHILD.stop()
+    assert processor_seconds() - spent[0] < 8 and time.process_time() - start < 2
+
+
+def test_a_fork_while_a_thread_renders_starts_its_own_process() -> None:
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with CHILD.lock:
+            held.set()
+            done.wait(60)
+
+    first, thread = child_id(), threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    fork = os.fork()
+    if not fork:
+        signal.alarm(20)  # a fork that hangs ends by it
+        code = 1
+        try:
+            code = int(child_id() == first)
+        finally:
+            CHILD.stop()
+            os._exit(code)
+    done.set()
+    thread.join()
+    assert os.waitpid(fork, 0)[1] == 0 and child_id() == first
+
+
+def test_more_than_a_thousand_files_may_be_open() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 1200:
+        pytest.skip("this machine allows fewer")
+    CHILD.stop()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    files = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert ChatTemplate("x").render(TALK) == "x"
+    finally:
+        CHILD.stop()
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_a_process_that_something_else_kills_is_not_the_templates_fault(
+    kills: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, left = CHILD._send, [kills]
+
+    def killed(process: Any, request: bytes) -> None:
+        if left[0]:
+            left[0] -= 1
+            process.kill()
+        send(process, request)
+
+    monkeypatch.setattr(CHILD, "_send", killed)
+    template = ChatTemplate(f"{{# killed {kills} #}}x")
+    if kills == 2:
+        with pytest.raises(EnvironmentProblem, match="was killed twice; perhaps the machine is out of memory"):
+            template.render(TALK)
+    assert template.render(TALK) == "x"
+
+
 PIECES = st.sampled_from(
     [
         *(
@@ -295,7 +377,7 @@ def test_an_interrupt_leaves_no_answer_for_the_next_to_read(monkeypatch: pytest.
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module.select, "select", interrupted)
+        patch.setattr(module.select, "poll", interrupted)
         ChatTemplate("left over").render(TALK)
     assert ChatTemplate("next").render(TALK) == "next"
 
