@@ -1,4 +1,4 @@
-"""The seam of adapters: a frozen linear layer, the named adapters on it, and which of them are active.
+"""The seam of adapters: a linear layer, the named adapters on it, and which of them are active.
 
 A layer wraps its base and does not subclass it, so dense and 4-bit layers look alike to other code. A kind of adapter
 says what it adds to the base's output, what that is as a change of the weight, and its tensors; attaching, switching,
@@ -8,7 +8,7 @@ copying, taking off and files are written once, here and beside this file, for a
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 from torch import Tensor, nn
 
@@ -31,10 +31,9 @@ class LowRank(NamedTuple):
 class Adapter(nn.Module):
     """A trained change of one linear layer. A kind of adapter is a subclass with `forward` and `delta`.
 
-    What PEFT knows has a `peft_type` besides, and `peft_fields`; other kinds can be kept as tensors, but not in files.
+    LoRA alone has `peft_fields` and a file of PEFT's besides; other kinds can be kept as tensors, but not in files.
     """
 
-    peft_type: ClassVar[str] = ""
     dropout: float = 0.0
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -78,12 +77,13 @@ class AdapterLayer(nn.Module):
     """y = base(x), to which each active adapter adds its part, in the order of `active`.
 
     A 4-bit base under one low-rank adapter is one op with it (`kernels.lora.lora_linears4bit`, see `project`), unless a
-    hook sits on either. The base is frozen. The adapters given are active; change that with `use` and `using`.
+    hook sits on either. What trains is for others to say (`install`), base included. The adapters given are active;
+    change that with `use` and `using`.
     """
 
-    def __init__(self, base: nn.Linear | NF4Linear, **adapters: Adapter) -> None:
+    def __init__(self, base: nn.Linear | NF4Linear, /, **adapters: Adapter) -> None:  # one may be called "base"
         super().__init__()
-        self.base = base.requires_grad_(False)
+        self.base = base
         self.adapters = nn.ModuleDict(adapters)
         self.active = list(adapters)
         self.train(base.training)
@@ -216,7 +216,7 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
     """Keep the adapter `source` as it is now under the name `target`: frozen, without dropout, not active.
 
     So a reference, or a teacher on the same base, costs the memory of an adapter and not of a model. InputError if
-    there is no such source, or a `target` already.
+    there is no such source, a `target` already, or a name that no adapter can have.
     """
     parts = carried(model, source)
     refuse_second(model, target)
@@ -247,7 +247,9 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
 
 
 def refuse_second(model: nn.Module, name: str) -> None:
-    """InputError if the model carries an adapter of this name already."""
+    """InputError for a name that no adapter can have, or that one of the model's has already."""
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise InputError(f"an adapter's name must be a word without dots that nn.ModuleDict can hold, got {name!r}")
     if adapters_of(model, name):
         raise InputError(
             f"this model already carries an adapter '{name}': give the new one another name, take the old one off "

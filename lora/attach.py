@@ -52,7 +52,8 @@ def install(model: nn.Module, adapters: Mapping[str, Adapter], name: str = DEFAU
 
     trainable: it becomes the active adapter, and all else in the model is frozen; otherwise it is frozen itself and
     waits for `use`, and nothing else changes.
-    InputError, before anything is changed, for a second adapter of one name and for a model that is itself the layer.
+    InputError, before anything is changed, for a name that is taken or that no adapter can have, and for a model that
+    is itself the layer.
     """
     refuse_second(model, name)
     if "" in adapters:
@@ -60,7 +61,6 @@ def install(model: nn.Module, adapters: Mapping[str, Adapter], name: str = DEFAU
             f"this {type(model).__name__} is itself a linear layer, which cannot be replaced in place: wrap it"
         )
     layers = linear_layers(model)
-    nn.ModuleDict({name: nn.Identity()})  # its error for a name that it cannot hold
     there = adapter_layers(model)
     new: dict[nn.Module, AdapterLayer] = {layers[p]: AdapterLayer(layers[p]) for p in adapters if p not in there}
     for path, adapter in adapters.items():

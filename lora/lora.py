@@ -1,7 +1,7 @@
 """LoRA, the plain kind of adapter: a trainable low-rank update beside a frozen layer."""
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,11 @@ def scale_of(alpha: float, rank: int, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
+def state_shapes(base: nn.Linear | NF4Linear, rank: int) -> dict[str, tuple[int, int]]:
+    """Name in `state` -> shape of the tensors that a LoRA of this rank on this layer has."""
+    return {"lora_A.weight": (rank, base.in_features), "lora_B.weight": (base.out_features, rank)}
+
+
 class LoRA(Adapter):
     """y + scale * B A dropout(x), training only A and B (Hu et al. 2021, "LoRA", equation 3).
 
@@ -26,8 +31,6 @@ class LoRA(Adapter):
     the sum is computed in the dtype of x. Of `base` only sizes and device are taken.
     Raises InputError for a rank outside 1..min(in, out).
     """
-
-    peft_type: ClassVar[str] = "LORA"
 
     def __init__(
         self,

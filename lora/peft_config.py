@@ -42,7 +42,7 @@ class PeftConfig:
     """What an adapter_config.json says: the LoRA settings, and PEFT's limits on which layers they reach."""
 
     lora: LoRAConfig
-    layers_to_transform: tuple[int, ...] | None = None
+    layers_to_transform: tuple[int, ...] = ()  # all
     layers_pattern: tuple[str, ...] = ()
 
     def targeted(self, model: nn.Module) -> list[str] | None:
@@ -60,7 +60,7 @@ class PeftConfig:
 
     def _in_layers(self, path: str) -> bool:
         """PEFT's layers_to_transform, which a full path overrides."""
-        if self.layers_to_transform is None or path in self.lora.target:
+        if not self.layers_to_transform or path in self.lora.target:
             return True
         return _layer_index(path, self.layers_pattern) in self.layers_to_transform
 
@@ -97,7 +97,8 @@ def read_config(raw: Mapping[str, Any], file: str) -> PeftConfig:
             )
     if isinstance(lora.target, str) and raw.get("layers_to_transform") is not None:
         raise InputError(f"{file}: layers_to_transform goes with a list in target_modules, got {lora.target!r}")
-    return PeftConfig(lora, _indices(raw.get("layers_to_transform"), file), _strings(raw.get("layers_pattern"), file))
+    indices = _listed(raw, "layers_to_transform", int, "whole number", file)
+    return PeftConfig(lora, indices, _listed(raw, "layers_pattern", str, "name", file))
 
 
 def most_steps(pattern: str) -> int:
@@ -122,7 +123,7 @@ def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str
     alphas = {path: _alpha(own, rslora) for path, own in fields.items()}
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     settings = {
-        "peft_type": next(iter(parts.values())).peft_type,
+        "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if output_heads(model) else None,
         "base_model_name_or_path": base_model or None,
         "inference_mode": True,
@@ -167,19 +168,12 @@ def _refuse_unsupported(raw: Mapping[str, Any], file: str) -> None:
             )
 
 
-def _indices(value: object, file: str) -> tuple[int, ...] | None:
-    """layers_to_transform: an index, a list of them, or nothing."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(index, int) and not isinstance(index, bool) for index in values):
-        raise InputError(f"{file}: layers_to_transform must be a whole number or a list of them, got {value!r}")
-    return tuple(values) or None
-
-
-def _strings(value: object, file: str) -> tuple[str, ...]:
-    """layers_pattern: a name, a list of them, or nothing."""
-    values = value if isinstance(value, list) else [value] if value else []
-    if not all(isinstance(name, str) for name in values):
-        raise InputError(f"{file}: layers_pattern must be a name or a list of names, got {value!r}")
+def _listed(raw: Mapping[str, Any], key: str, kind: type, what: str, file: str) -> tuple[Any, ...]:
+    """One value, a list of them, or nothing: all as a tuple."""
+    value = raw.get(key)
+    values = value if isinstance(value, list) else [] if value in (None, "") else [value]
+    if not all(type(one) is kind for one in values):
+        raise InputError(f"{file}: {key} must be a {what} or a list of them, got {value!r}")
     return tuple(values)
 
 

@@ -5,7 +5,7 @@ What is written depends on the adapter alone (sorted keys, no times), so equal a
 """
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from ..errors import InputError
 from ..files import disk_errors, float_tensors, misfits, read_json, regular_file, write_tensors, write_text
 from .adapter import DEFAULT, Adapter, adapters_of
 from .attach import fresh, install
-from .lora import LoRA
+from .config import LoRAConfig
+from .lora import LoRA, scale_of, state_shapes
 from .peft_config import read_config, write_config
 from .targets import base_modules, linear_layers
 
@@ -37,7 +38,8 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], name: str 
     """
     parameters = adapter_state(model, name)
     keys = _canonical(state, linear_layers(model), "the adapter state")
-    _compare(parameters, {key: state[given] for key, given in keys.items()}, "the adapter state")
+    shapes = {key: tensor.shape for key, tensor in parameters.items()}
+    _compare(shapes, {key: state[given] for key, given in keys.items()}, "the adapter state")
     for key, given in keys.items():
         parameters[key].copy_(state[given])
 
@@ -45,15 +47,16 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], name: str 
 def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", name: str = DEFAULT) -> None:
     """Write the adapter of `model` into `folder` in PEFT's format; `base_model` is recorded as the base's name.
 
-    Each file appears whole or not at all. Raises InputError for a model without this adapter or one of a kind that PEFT
-    does not know, NumericError for NaN or infinity in it (naming the tensor; nothing is written), DiskError when the
+    Each file appears whole or not at all. Raises InputError for a model without this adapter or one of a kind other
+    than LoRA, NumericError for NaN or infinity in it (naming the tensor; nothing is written), DiskError when the
     disk refuses.
     """
     parts = adapters_of(model, name)
     if not parts:
         raise InputError(f"save_adapter found no adapter '{name}' in this model: attach one first")
-    if not all(part.peft_type for part in parts.values()):
-        raise InputError(f"PEFT has no file for the adapter '{name}': keep its tensors (adapter_state) instead")
+    if kinds := sorted({type(part).__name__ for part in parts.values() if not isinstance(part, LoRA)}):
+        what = f"the adapter '{name}' is of the kind {', '.join(kinds)}"
+        raise InputError(f"an adapter file holds LoRA, and {what}: keep its tensors (adapter_state) instead")
     folder, config = Path(folder), write_config(model, parts, base_model)
     write_tensors(folder / WEIGHTS, _keyed(parts), "the adapter")
     with disk_errors("the adapter", folder, len(config)):
@@ -76,17 +79,17 @@ def load_adapter(
     Raises InputError, before the model is touched, for a file that is missing, broken or not plain LoRA, for keys that
     are missing, unexpected or misshaped, and for NaN or infinity.
     """
-    label, parts, state = _read_adapter(model, Path(folder))
+    label, config, paths, state = _read_adapter(model, Path(folder))
     attached = adapters_of(model, name)
     if attached:
-        _check_same(attached, parts, label)
+        _check_same(attached, config, paths, label)
     dtype = next(iter(adapter_state(model, name).values())).dtype if attached else dtype
     dtype = dtype or functools.reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
     _check_finite(state, dtype, label)
     if not attached:
-        install(model, {path: part.to(dtype) for path, part in parts.items()}, name, trainable=trainable)
+        install(model, fresh(model, config, paths, seed=0, dtype=dtype), name, trainable=trainable)
     load_adapter_state(model, state, name)
-    return list(parts)
+    return paths
 
 
 def _keyed(parts: Mapping[str, Adapter]) -> dict[str, Tensor]:
@@ -95,10 +98,11 @@ def _keyed(parts: Mapping[str, Adapter]) -> dict[str, Tensor]:
     return dict(sorted(state.items()))
 
 
-def _read_adapter(model: nn.Module, folder: Path) -> tuple[str, dict[str, LoRA], dict[str, Tensor]]:
-    """What errors call the file, the parts it describes (not filled yet), its tensors by PEFT's key.
+def _read_adapter(model: nn.Module, folder: Path) -> tuple[str, LoRAConfig, list[str], dict[str, Tensor]]:
+    """What errors call the file, its settings, the paths of the layers it means, its tensors by PEFT's key.
 
-    Everything is checked that can be without regard to adapters the model carries; values are not looked at yet.
+    Everything is checked that can be without regard to adapters the model carries, and nothing made for what the
+    config only claims; values are not looked at yet.
     """
     file = _adapter_file(folder, CONFIG)
     config = read_config(read_json(file, LARGEST_CONFIG), f"'{file}'")
@@ -113,10 +117,11 @@ def _read_adapter(model: nn.Module, folder: Path) -> tuple[str, dict[str, LoRA],
         names = [name for name in layers if PREFIX + name in meant]
     if not names:
         raise InputError(f"{label}: target_modules={config.lora.target!r} names no linear layer of this model")
-    parts = fresh(model, config.lora, names, seed=0, dtype=torch.float32)
+    shapes = {path: state_shapes(layers[path], config.lora.rank_at(path)) for path in names}
+    expected = {f"{PREFIX}{path}.{key}": shape for path, own in shapes.items() for key, shape in own.items()}
     found = {key: state[given] for key, given in keys.items()}
-    _compare(_keyed(parts), found, label)
-    return label, parts, found
+    _compare(expected, found, label)
+    return label, config.lora, names, found
 
 
 def _without_base_copies(model: nn.Module, state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
@@ -179,20 +184,20 @@ def _module_of(key: str) -> str:
     return key.rpartition(".lora_")[0]
 
 
-def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], label: str) -> None:
-    """InputError unless both have the same keys and shapes; it lists what is missing, unknown and misshaped."""
-    shapes = [{key: tensor.shape for key, tensor in state.items()} for state in (expected, found)]
-    if problems := misfits(*shapes):
+def _compare(expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor], label: str) -> None:
+    """InputError unless the tensors have these keys and shapes; it lists what is missing, unknown and misshaped."""
+    if problems := misfits(expected, {key: tensor.shape for key, tensor in found.items()}):
         raise InputError(
             f"{label}: the adapter's tensors do not fit this model and its configuration. {problems} "
             "Is this the base model that the adapter was trained on?"
         )
 
 
-def _check_same(attached: Mapping[str, Adapter], parts: Mapping[str, LoRA], label: str) -> None:
-    """InputError unless the adapter on the model has the ranks and scales that the file says."""
-    for path in parts.keys() | attached.keys():
-        has, wants = _described(attached.get(path)), _described(parts.get(path))
+def _check_same(attached: Mapping[str, Adapter], config: LoRAConfig, paths: Sequence[str], label: str) -> None:
+    """InputError unless the adapter on the model has the layers, ranks and scales that the file says."""
+    file = {path: _of_rank(config.rank_at(path), config.alpha_at(path), config.rslora) for path in paths}
+    for path in file.keys() | attached.keys():
+        has, wants = _described(attached.get(path)), file.get(path, "no adapter")
         if has != wants:
             raise InputError(
                 f"{label}: on '{path}' the model has {has}, the file {wants}; load it into a fresh model instead"
@@ -202,7 +207,11 @@ def _check_same(attached: Mapping[str, Adapter], parts: Mapping[str, LoRA], labe
 def _described(part: Adapter | None) -> str:
     if part is None:
         return "no adapter"
-    return f"rank {part.rank}, scale {part.scale:.9g}" if isinstance(part, LoRA) else f"a {type(part).__name__}"
+    return _of_rank(part.rank, part.alpha, part.rslora) if isinstance(part, LoRA) else f"a {type(part).__name__}"
+
+
+def _of_rank(rank: int, alpha: float, rslora: bool) -> str:
+    return f"rank {rank}, scale {scale_of(alpha, rank, rslora):.9g}"
 
 
 def _check_finite(state: Mapping[str, Tensor], dtype: torch.dtype, label: str) -> None:

@@ -22,7 +22,7 @@ def with_lora(base: nn.Linear | NF4Linear, *args: object, **options: object) -> 
     """A layer and its LoRA with a random B: zero B would make most checks trivial."""
     lora = LoRA(base, *args, **options)
     nn.init.normal_(lora.lora_B)
-    return AdapterLayer(base, default=lora), lora
+    return AdapterLayer(base.requires_grad_(False), default=lora), lora
 
 
 def linear(n_in: int, n_out: int, quantised: bool, bias: bool = True, **form: object) -> nn.Linear | NF4Linear:

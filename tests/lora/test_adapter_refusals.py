@@ -112,7 +112,7 @@ def test_tensors_that_do_not_fit_are_named(
         ({"layers_to_transform": "1"}, "layers_to_transform must be a whole number or a list of them, got '1'"),
         ({"layers_to_transform": [0], "layers_pattern": [3]}, "layers_pattern must be a name or a list"),
         ({"r": 3}, r"must be \[3, 6\], got \[2, 6\]"),
-        ({"r": 7}, "'mlp.up_proj': rank must be in 1..6 for a 10x6"),
+        ({"r": 10**12}, r"must be \[1000000000000, 6\], got \[2, 6\]"),
         ({"rank_pattern": {"up_proj": 1}}, r"must be \[1, 6\], got \[2, 6\]"),
         ({"bias": "all"}, "bias must be 'none', got 'all'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' rewrites the base"),
@@ -236,6 +236,21 @@ def test_only_regular_files_of_the_folder_itself(
     (elsewhere / name).rename(folder / "inside")
     file.symlink_to("inside")  # a link that stays in the folder is fine
     load_adapter(base(), folder)
+
+
+def test_a_file_is_compared_before_anything_is_made_for_it(
+    folder: Path, adapted: Make, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what a config claims without tensors for it, and of what the model has already."""
+    edit_config(folder, rank_pattern={"up_proj": 7})
+    with monkeypatch.context() as nothing_made:
+        nothing_made.setattr("fourbit.lora.peft_files.fresh", None)
+        refuses(folder, r"must be \[7, 6\], got \[2, 6\]")
+        edit_config(folder, rank_pattern={})
+        load_adapter(adapted(seed=3), folder)
+    edit_config(folder, rank_pattern={"up_proj": 7})
+    edit_weights(folder, lambda tensors: tensors.update({A: torch.ones(7, 6), B: torch.ones(10, 7)}))
+    refuses(folder, r"'mlp\.up_proj': rank must be in 1\.\.6 for a 10x6")
 
 
 def test_patterns_made_to_hang(folder: Path, base: Make, adapted: Make, refuses: Refuses) -> None:

@@ -35,6 +35,8 @@ PATHS = ["mlp.up_proj", "mlp.down_proj"]
 class Scale(Adapter):
     """A second kind, which the package does not know: each output times 1 + gain (IA3, arXiv 2205.05638)."""
 
+    peft_type = "IA3"
+
     def __init__(self, outputs: int) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.zeros(outputs))
@@ -122,8 +124,9 @@ def test_a_second_kind_is_switched_copied_and_kept(two: nn.ModuleDict, tmp_path:
     wrong = adapter_state(two, "kept") | {"base_model.model.mlp.up_proj.gain": torch.ones(3)}
     with pytest.raises(InputError, match=r"1 of another shape: .*up_proj\.gain must be \[10\], got \[3\]"):
         load_adapter_state(two, wrong, "scale")
-    with pytest.raises(InputError, match="PEFT has no file for the adapter 'scale'"):
+    with pytest.raises(InputError, match="holds LoRA, and the adapter 'scale' is of the kind Scale: keep its tensors"):
         save_adapter(two, tmp_path, name="scale")
+    assert not list(tmp_path.iterdir())
     save_adapter(two, tmp_path)  # the LoRA beside it
     remove_adapter(two, "scale")
     assert torch.equal(outputs(two), alone)
@@ -164,6 +167,42 @@ def test_another_adapter_computes_as_in_its_own_model(
         assert not any(p.requires_grad for p in adapter_parameters(model, "teacher").values())
         remove_adapter(model, "teacher")
         assert same(state(model), before)
+
+
+def test_a_waiting_adapter_changes_nothing_else(base: Make, folder: Path) -> None:
+    """Of a dense model too, which may train as a whole."""
+    model = base()
+    model["mlp"]["down_proj"].weight.requires_grad_(False)
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    load_adapter(model, folder, name="teacher", trainable=False)
+    assert {n.replace(".base.", "."): p.requires_grad for n, p in model.named_parameters() if ".base." in n} == {
+        name: value for name, value in trained.items() if "mlp" in name
+    }
+    outputs(model).sum().backward()
+    assert model["mlp"]["up_proj"].base.weight.grad is not None
+    remove_adapter(model, "teacher")
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "keys", "training", "forward", None])
+def test_names_that_no_adapter_can_have(name: object, base: Make, adapted: Make, folder: Path) -> None:
+    model = base()
+    with pytest.raises(InputError, match="an adapter's name must be a word without dots"):
+        attach(model, LoRAConfig(rank=2), name)
+    with pytest.raises(InputError, match="an adapter's name must be"):
+        load_adapter(model, folder, name=name)
+    assert same(state(model), state(base())) and all(p.requires_grad for p in model.parameters())
+    with pytest.raises(InputError, match="an adapter's name must be"):
+        copy_adapter(adapted(), "default", name)
+
+
+@pytest.mark.parametrize("name", ["base", "self", "active", "a-b c"])
+def test_names_that_are_fine(name: str, base: Make, adapted: Make, folder: Path) -> None:
+    model = base()
+    load_adapter(model, folder, name=name)
+    assert torch.equal(outputs(model), outputs(adapted()))
+    assert isinstance(adapter_layers(model)["mlp.up_proj"].frozen([name]), AdapterLayer)
+    assert list(adapters_of(model, name)) == PATHS
 
 
 def test_an_error_inside_leaves_the_model_whole(adapted: Make) -> None:
