@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from ..data.encode import describe, encode_prompts
 from ..data.forms import Sample, read_samples
+from ..data.row import counted
 from ..errors import InputError
 from ..files import write_whole
 from ..models.generate import generate
@@ -72,6 +73,6 @@ def _samples(paths: Sequence[str]) -> list[Sample]:
         raise InputError(describe(problems, len(samples) + len(problems), skippable=False))
     if any("answer" in sample.row for sample in samples):
         note('note: rows have an "answer" of their own; the new one takes its place')
-    for remark, times in sorted(Counter(remark for sample in samples for remark in sample.notes).items()):
-        note(f"note: {times} of {len(samples)} rows: {remark}")
+    for notice in counted(Counter(remark for sample in samples for remark in sample.notes), len(samples)):
+        note(f"note: {notice}")
     return samples

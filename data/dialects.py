@@ -27,7 +27,9 @@ def spoken(row: Row, field: str, value: Any) -> Messages:
     if not isinstance(value, list):
         raise bad(row, field, f"must be a list of messages, not {type_name(value)}")
     try:
-        return checked_messages(row, field, [_translated(message) for message in value])
+        return checked_messages(
+            row, field, [_translated(row, f"{field}[{i}]", message) for i, message in enumerate(value)]
+        )
     except BadRow as error:
         problem = error.problem
         if any(isinstance(message, dict) and "from" in message for message in value):
@@ -36,9 +38,11 @@ def spoken(row: Row, field: str, value: Any) -> Messages:
         raise BadRow(problem) from None
 
 
-def _translated(message: Any) -> Any:
+def _translated(row: Row, field: str, message: Any) -> Any:
     if not isinstance(message, dict) or "role" in message:
         return message
+    if {"value", "content"} <= message.keys():
+        raise bad(row, field, "has both `value` and `content`: keep one of them")
     ours = {KEY_SYNONYMS.get(key, key) if key in ("from", "value") else key: value for key, value in message.items()}
     if isinstance(role := ours.get("role"), str):
         ours["role"] = ROLE_SYNONYMS.get(role.lower(), role)

@@ -19,7 +19,7 @@ from .batch import Encoded, Preference
 from .forms import Kind, Paths, Sample, read_samples
 from .protocol import TokenizerLike
 from .read import Messages, trains
-from .row import BadRow, Problem
+from .row import BadRow, Problem, counted
 from .template import ChatTemplate, Rendered, Talk, TemplateChoice, Turn, Unrenderable, expects_bos, template_for
 from .truncate import UNKNOWN_STOP, Dropped, Truncation, fit
 
@@ -33,6 +33,7 @@ STRADDLE = "a token crosses the start of an answer; it is trained only if it sta
 INSERTED = "the template puts text before the answer that the generation prompt lacks; it is trained with the answer"
 NO_END = "the template marks no end of turn; the end-of-text token was added after the last answer"
 NEVER_ENDS = "an answer is followed by no end-of-turn token: the model is not taught to stop there"
+WHOLE = "is plain text, which has no last answer: all of it is trained"
 SPECIAL_IN_TEXT = "a message's own text holds a special token (it is encoded as that token)"
 
 
@@ -92,6 +93,8 @@ def load(
         raise ValueError(f'truncation must be "drop" or "answer", not {truncation!r}')
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2, not {max_length}")
+    if kind != "sft" and loss_on != "assistant":
+        raise InputError(f"loss_on {loss_on} is for rows to learn from (sft); of {kind} rows the answers are trained.")
     chat_template = template_for(tokenizer, template)
     samples, problems = read_samples(paths, kind)
     dataset: Dataset[Any] = Dataset(kind)
@@ -177,7 +180,7 @@ def _notices(dataset: Dataset[Any], template: ChatTemplate, notes: Counter[str])
     if dataset.kind == "judged" and len({sample.label for sample in samples}) == 1:
         kind = "good" if samples[0].label else "bad"
         notices.append(f"all {rows} answers are judged {kind}: there is nothing to compare with")
-    return notices + [f"{count} of {rows} rows: {note}" for note, count in sorted(notes.items())]
+    return notices + counted(notes, rows)
 
 
 def measure(dataset: Dataset[Any]) -> None:
@@ -221,7 +224,7 @@ def encode(
             texts = [next(rendered) for _ in group]
             try:
                 if sample.text is not None:
-                    yield (_plain(sample, sample.text, tokenizer),)
+                    yield (_plain(sample, sample.text, tokenizer, loss_on),)
                 else:
                     spoken = zip(sample.names, group, texts, strict=True)
                     yield tuple(_encode(_conversation(sample, *said, loss_on), tokenizer, loss_on) for said in spoken)
@@ -317,13 +320,14 @@ def _encode(talk: _Conversation, tokenizer: TokenizerLike, loss_on: LossOn) -> E
     return _checked(talk, Encoded(ids, trained, text, talk.sample.source, tuple(sorted(notes))), tokenizer)
 
 
-def _plain(sample: Sample, text: str, tokenizer: TokenizerLike) -> Encoded:
+def _plain(sample: Sample, text: str, tokenizer: TokenizerLike, loss_on: LossOn) -> Encoded:
     """Plain text between the marks with which texts of this model begin and end, all trained but the first token."""
     talk = _Conversation(sample, "", [{"role": "assistant", "content": text}], text, {})
     begin, end = (tokenizer.bos_token or "") if expects_bos(tokenizer) else "", tokenizer.eos_token or ""
     tokens = _tokens(talk, tokenizer, f"{begin}{text.removeprefix(begin).removesuffix(end)}{end}")
     trained = [i > 0 for i in range(len(tokens.ids))]
-    return _checked(talk, Encoded(tokens.ids, trained, tokens.text, sample.source), tokenizer)
+    notes = (WHOLE,) if loss_on == "last" else ()
+    return _checked(talk, Encoded(tokens.ids, trained, tokens.text, sample.source, notes), tokenizer)
 
 
 def _tokens(talk: _Conversation, tokenizer: TokenizerLike, text: str) -> _Tokens:

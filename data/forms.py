@@ -35,7 +35,7 @@ from .read import (
     trains,
     turn,
 )
-from .row import BadRow, Problem, Row, bad, excerpt, type_name
+from .row import UNUSED, BadRow, Problem, Row, bad, excerpt, type_name
 
 Kind = Literal["sft", "pairs", "judged", "prompts"]
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -105,7 +105,7 @@ class Sample:
         """What rows have in common that must stay on one side of a split, as JSON: the prompt, or all there is."""
         if self.context:
             return [list(map(core, self.context)), self.tools]
-        return [self.text] if self.text is not None else [self.answers[0], self.tools]
+        return [self.text] if self.text is not None else [list(map(core, self.answers[0])), self.tools]
 
 
 Matches = Callable[[dict[str, Any]], bool]
@@ -172,8 +172,8 @@ def sample(row: Row, kind: Kind, name: str | None = None) -> Sample:
         reason = f"is of the {form.name} form, but this file's first rows are of the {name} form: one form a file"
         raise bad(row, "row", reason, "form")
     made = form.sample(row)
-    unused = [key for key in row.data if key not in form.fields]
-    return replace(made, notes=(*made.notes, f"not used: {_listed(unused)}")) if unused else made
+    unused = [UNUSED + excerpt(key) for key in row.data if key not in form.fields]
+    return replace(made, notes=(*made.notes, *unused)) if unused else made
 
 
 def recognise(data: dict[str, Any], kind: Kind) -> Form | None:
@@ -341,7 +341,8 @@ def _asked_talk(row: Row) -> Sample:
     key = "messages" if "messages" in row.data else "conversations"
     given = row.data[key]
     if isinstance(given, list) and given and isinstance(given[-1], dict):
-        answered = "assistant" in (given[-1].get("role"), ROLE_SYNONYMS.get(str(given[-1].get("from")).lower()))
+        speaker = str(given[-1].get("from")).lower()
+        answered = "assistant" in (given[-1].get("role"), ROLE_SYNONYMS.get(speaker, speaker))
         given = given[:-1] if answered else given
     return _asked(row, conversation(replace(row, data={**row.data, key: given}), key) if given != [] else [])
 

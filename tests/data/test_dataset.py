@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fourbit.data import forms
 from fourbit.data.batch import pack_batch
-from fourbit.data.encode import SPECIAL_IN_TEXT, Dataset, load
+from fourbit.data.encode import SPECIAL_IN_TEXT, WHOLE, Dataset, load
 from fourbit.data.order import count_overlap, fingerprint, split_validation
 from fourbit.data.row import Row
 from fourbit.data.template import BUILTINS, ChatTemplate
@@ -248,7 +248,10 @@ def test_plain_text_is_trained_whole_between_the_models_marks(
     for example in data.examples:
         assert tokenizer.decode(example.ids, skip_special=False) == "<s>the quick fox</s>"
         assert example.trained == [False] + [True] * (len(example.ids) - 1)
-    assert data.report.notices == [f"1 of 2 rows: {SPECIAL_IN_TEXT}"], "no template is used, so none is spoken of"
+    whole = [f"2 of 2 rows: {WHOLE}"] if loss_on == "last" else []
+    assert data.report.notices == [f"1 of 2 rows: {SPECIAL_IN_TEXT}", *whole], (
+        "no template is used, so none is spoken of"
+    )
     bare = load(write([{"text": "fox"}], "b.jsonl"), make_tokenizer((), None, None))
     assert bare.examples[0].text == "fox" and bare.report.notices == []
 
@@ -268,6 +271,16 @@ def test_prompts_are_tokens_of_which_none_is_trained(write: Callable[..., Path],
     )
     assert not any(data.examples[0].trained) and data.samples[0].row == {"prompt": "Sky?", "id": 3}
     assert data.report.notices[1:] == ["1 of 1 rows: not used: 'id'"]
+
+
+@pytest.mark.parametrize("loss_on", ["last", "all"])
+@pytest.mark.parametrize("kind", ["pairs", "judged", "prompts"])
+def test_only_rows_to_learn_from_take_loss_on(
+    kind: Any, loss_on: Any, write: Callable[..., Path], tokenizer: Any
+) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "completion": "a", "label": True}
+    with pytest.raises(InputError, match=f"loss_on {loss_on} is for rows to learn from"):
+        load(write([row]), tokenizer, kind, loss_on=loss_on)
 
 
 def test_a_form_is_one_entry_of_the_table(

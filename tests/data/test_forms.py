@@ -1,5 +1,6 @@
 """Rows to learn from and prompts, of every form, become samples; every rule that a row can break is one problem."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from fourbit.data.forms import Sample, kind_of, recognise, sample, samples
-from fourbit.data.row import BadRow, Row
+from fourbit.data.row import BadRow, Row, counted
 
 U = {"role": "user", "content": "Hi"}
 A = {"role": "assistant", "content": "Hello"}
@@ -53,6 +54,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "sharegpt, unknown role": (
         {"conversations": [{"from": "narrator", "value": "x"}]},
         "conversations[0].from: is 'narrator': must be one of system, developer, user, assistant, tool",
+    ),
+    "sharegpt, two contents": (
+        {"conversations": [{"from": "human", "value": "x", "content": "y"}, {"from": "gpt", "value": "z"}]},
+        "conversations[0]: has both `value` and `content`: keep one of them",
     ),
     "sharegpt, no answer": (
         {"conversations": [{"from": "human", "value": "x"}]},
@@ -363,8 +368,22 @@ def test_plain_text_is_a_sample_of_its_own() -> None:
 
 
 def test_fields_that_are_not_used_are_said() -> None:
-    assert made(chat(U, A, id=3, source="x")).notes == ("not used: 'id', 'source'",)
+    assert made(chat(U, A, id=3, source="x")).notes == ("not used: 'id'", "not used: 'source'")
     assert made({"instruction": "i", "output": "o", "text": "t"}).notes == ("not used: 'text'",)
+
+
+def test_unused_fields_are_counted_by_key_and_do_not_flood() -> None:
+    rows = [made(chat(U, A, id=i, **{f"odd{i}": i})) for i in range(3000)]
+    notices = counted(Counter(note for row in rows for note in row.notes), 3000)
+    assert notices[:2] == ["3000 of 3000 rows: not used: 'id'", "1 of 3000 rows: not used: 'odd0'"]
+    assert len(notices) == 9 and notices[-1] == "... and 2993 more keys that are not used"
+    nine = made(chat(U, A, **dict.fromkeys("abcdefghi", 1))).notes
+    assert len(nine) == 9 and nine[-1] == "not used: 'i'"
+
+
+def test_a_marked_message_is_the_same_topic() -> None:
+    marked = made(chat(U, {**A, "id": 7}))
+    assert (marked.content(), marked.topic()) == (made(chat(U, A)).content(), made(chat(U, A)).topic())
 
 
 CONTEXT = {**A, "weight": 0}
@@ -375,6 +394,10 @@ PROMPTS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "chat with its answer": (chat(U, A, U, {"role": "assistant", "content": ""}), [U, CONTEXT, U]),
     "sharegpt with its answer": (
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "?"}]},
+        [U],
+    ),
+    "sharegpt with an answer by the assistant": (
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "assistant", "value": "?"}]},
         [U],
     ),
     "alpaca": ({"instruction": "Sky?", "input": "Noon.", "output": "not shown", "answer": "old"}, [SAID]),
