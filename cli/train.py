@@ -23,7 +23,17 @@ from ..trainer.interrupt import stop_if_asked
 from ..trainer.progress import display_for
 from ..trainer.run import TrainResult
 from .config_file import write_config
-from .load import CONFIG, check_adapter, check_exists, is_reward_model, load_weights, read_rows, run_settings
+from .load import (
+    CONFIG,
+    check_adapter,
+    check_exists,
+    choose_device,
+    choose_dtype,
+    is_reward_model,
+    load_weights,
+    read_rows,
+    run_settings,
+)
 from .options import ModelOptions, ResultOptions
 from .parse import DEFAULT, Sources
 from .show import amount, count, describe, figure, note, pairs, result, working, wrapped
@@ -31,7 +41,16 @@ from .show import amount, count, describe, figure, note, pairs, result, working,
 NAMES = re.compile(r"[\w.]+(,[\w.]+)*")  # else an entry of --target is a regular expression
 GROUPS = ("all-linear", "attn", "mlp")
 FRESH = ("rank", "alpha", "dropout", "target", "rslora")  # what a fresh adapter is told, and no other
-FIXED = ("model", "quant", "full", "adapter", "teacher", "teacher_adapter", "teacher_quant")  # for a resumed run
+FIXED = (
+    "model",
+    "quant",
+    "dtype",
+    "full",
+    "adapter",
+    "teacher",
+    "teacher_adapter",
+    "teacher_quant",
+)  # for a resumed run
 REPORTED = ("perplexity", "reward_accuracy", "reward_margin")  # of the best evaluation; --json has all metrics
 
 
@@ -155,7 +174,7 @@ def run(options: TrainOptions, sources: Sources) -> int:
 
 
 def _checked(options: TrainOptions, sources: Sources) -> TrainOptions:
-    """The options with `quant` settled. Raises InputError for all that can be told to be wrong before reading."""
+    """The options with `quant` and `dtype` settled. Raises InputError for what is wrong at first sight."""
     given = [name for name in FRESH if sources[name] != DEFAULT]
     if options.whole and (given := [*["adapter"] * (options.start is not None), *given]):
         raise InputError(f"full training has no adapter: leave out {', '.join(given)}, or leave out full")
@@ -180,7 +199,8 @@ def _checked(options: TrainOptions, sources: Sources) -> TrainOptions:
     with lock_folder(options.out):  # it can be written and nobody else does: found out now and not after an hour
         pass
     trained = run_settings(options.start).get("quant") if options.start else None
-    return replace(options, quant="none" if options.whole else options.quant or trained or "nf4")
+    dtype: Any = str(choose_dtype(options.dtype, choose_device(options.device))).removeprefix("torch.")
+    return replace(options, dtype=dtype, quant="none" if options.whole else options.quant or trained or "nf4")
 
 
 def _check_resumed(options: TrainOptions) -> None:
@@ -192,7 +212,7 @@ def _check_resumed(options: TrainOptions) -> None:
         return
     before, now = run_settings(str(folder)), _plain(asdict(options))
     for name in [*FIXED, *(FRESH if options.fresh else ())]:
-        if name in before and name in now and before[name] != now[name]:
+        if name in before and name in now and before[name] not in (now[name], "auto"):
             raise InputError(
                 f"{folder} is a run with {name} {before[name]}, and is resumed with {now[name]}; use the same"
             )

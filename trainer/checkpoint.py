@@ -35,7 +35,11 @@ _GROUP = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _FILE = re.compile(_GROUP.pattern + r"\.safetensors|state\.json")
 _FOLDER = re.compile(r"step-(?P<step>[0-9]{6,18})(?:\.[0-9]{1,6})?")
 _MANIFEST_LIMIT = 1 << 20  # bytes; ours have about 150 a file
-_FORMAT = "fourbit checkpoint 1"
+_FORMAT = "fourbit checkpoint 2"
+
+
+class OtherFormat(InputError):
+    """A whole checkpoint, of another version of fourbit."""
 
 
 @dataclass(frozen=True)
@@ -149,15 +153,30 @@ def checkpoint_to_resume(out: Path, resume: str | None, say: Callable[[str], Non
     return newest
 
 
+@contextlib.contextmanager
+def resuming(path: Path, notes: list[str]) -> Iterator[None]:
+    """Around taking up the checkpoint: what it lacks is an InputError, and that tells the notes so far too."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, InputError) as error:
+        why = (
+            f"{path / STATE}: not as this fourbit writes it ({type(error).__name__}: {error}); resume with its version"
+        )
+        raise InputError("\n".join([str(error) if isinstance(error, InputError) else why, *notes])) from error
+    notes.append(f"resumed from {path}")
+
+
 def newest_checkpoint(folder: Path | str) -> tuple[Path | None, list[str]]:
     """The checkpoint in `folder` that was written last and verifies, and why each one tried before it was passed over.
 
-    `(None, reasons)` when there is none. Never raises for a damaged checkpoint.
+    `(None, reasons)` when there is none. Never raises for a damaged checkpoint; OtherFormat for another version's.
     """
     reasons = []
     for path, _ in reversed(_by_age(Path(folder))):
         try:
             verify_checkpoint(path)
+        except OtherFormat:
+            raise
         except InputError as error:
             reasons.append(str(error))
         else:
@@ -214,10 +233,10 @@ def _dump_state(state: Mapping[str, Any]) -> bytes:
     return text.encode() + b"\n"
 
 
-def _dump_manifest(manifest: Manifest) -> bytes:
+def _dump_manifest(manifest: Manifest, form: str = _FORMAT) -> bytes:
     """The one spelling of a manifest, with a SHA-256 over its other fields, so that any changed byte shows."""
     body: dict[str, Any] = {
-        "format": _FORMAT,
+        "format": form,
         "step": manifest.step,
         "serial": manifest.serial,
         "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in manifest.files.items()},
@@ -236,8 +255,14 @@ def _read_manifest(path: Path) -> Manifest:
         body = json.loads(raw)
         listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in body["files"].items()}
         manifest = Manifest(int(body["step"]), int(body["serial"]), listed)
-    if _dump_manifest(manifest) != raw:
-        raise InputError(f"{file}: torn or changed, or not of format {_FORMAT!r}: its own SHA-256 does not fit")
+        form = str(body["format"])
+    if _dump_manifest(manifest, form) != raw:
+        raise InputError(f"{file}: torn or changed: its own SHA-256 does not fit")
+    if form != _FORMAT:
+        raise OtherFormat(
+            f"{file}: of format {form!r}, written by another version of fourbit; this one reads {_FORMAT!r}. Go on "
+            "with that version, or begin a new run in another folder (out)"
+        )
     if STATE not in listed or not all(_FILE.fullmatch(name) for name in listed):
         raise InputError(f"{file}: may name only <group>.safetensors and must name {STATE}; it names {sorted(listed)}")
     return manifest

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import EnvironmentProblem
+from ..files import write_text
 
 
 class Display(Protocol):
@@ -30,13 +31,13 @@ class Metrics:
     val_perplexity.
     """
 
-    def __init__(self, folder: Path, displays: Sequence[Display], *, log: Sequence[str] = (), resumed_at: int = 0):
-        self.path, self.displays = folder / "metrics.jsonl", displays
+    def __init__(self, folder: Path, *, log: Sequence[str] = (), resumed_at: int = 0):
+        self.path, self.displays = folder / "metrics.jsonl", list[Display]()
+        self._board = _tensorboard(folder, resumed_at) if "tensorboard" in log else None  # first: it may be missing
         if self.path.exists():  # a resumed run does its steps again: records past the checkpoint would stand twice
             kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= resumed_at]
-            self.path.write_text("".join(kept), encoding="utf-8")
+            write_text(self.path, "".join(kept))
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = _tensorboard(folder, resumed_at) if "tensorboard" in log else None
 
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")

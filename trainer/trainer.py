@@ -25,7 +25,7 @@ from ..files import lock_folder
 from ..lora.peft_files import adapter_state, load_adapter_state, save_adapter
 from ..models.protocol import CausalLM
 from ..optim.schedule import rate_factor
-from .checkpoint import checkpoint_to_resume, load_checkpoint, save_checkpoint
+from .checkpoint import checkpoint_to_resume, load_checkpoint, resuming, save_checkpoint
 from .config import TrainingConfig, changed_options
 from .interrupt import Interrupt, interrupts
 from .losses.tokens import evaluating
@@ -164,14 +164,14 @@ class Trainer(ABC):
             self.run, self.stepper = RunState(), self.make_stepper()
             self.best: Weights | None = None
             self._pending: Pending | None = None  # an update whose metrics are still on the device
-            self.model.checkpointing = self.recomputes()
-            start = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-            displays = [display(self.total, start)] if display else []
-            self.metrics = Metrics(out, displays, log=self.config.log, resumed_at=start)
-            try:
-                if checkpoint is not None:
+            recompute = self.recomputes()
+            if checkpoint is not None:  # refused, if it is, before a file of the run is touched
+                with resuming(checkpoint, notes):
                     self._resume(checkpoint)
-                    notes.append(f"resumed from {checkpoint}")
+            self.metrics = Metrics(out, log=self.config.log, resumed_at=self.run.done)
+            try:
+                self.model.checkpointing = recompute
+                self.metrics.displays = [display(self.total, self.run.done)] if display else []
                 for note in notes:
                     self.metrics.message(note)
                 self.model.train()

@@ -127,7 +127,12 @@ def test_an_existing_run_is_not_overwritten(tuned: Path, capsys: Capture) -> Non
     assert "--resume auto" in capsys.readouterr().err
     assert main(["sft", config, "--resume", "--rank", "4"]) == 2
     assert "is a run with rank 8, and is resumed with 4" in capsys.readouterr().err
-    assert (tuned / "config.yaml").read_bytes() == before
+    assert main(["sft", config, "--resume", "--dtype", "bfloat16"]) == 2
+    assert "is a run with dtype float32, and is resumed with bfloat16" in capsys.readouterr().err
+    held = {name: (tuned / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")}
+    assert main(["sft", config, "--resume", "--lr", "0.5"]) == 2
+    assert "other options (lr" in capsys.readouterr().err
+    assert held == {name: (tuned / name).read_bytes() for name in held} and held["config.yaml"] == before
 
 
 def test_bad_rows_can_be_skipped_and_are_counted(

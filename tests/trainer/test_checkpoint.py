@@ -174,6 +174,20 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
     assert found is None and "manifest.json" in reasons[0]
 
 
+def test_a_whole_checkpoint_of_another_format_is_refused_and_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint._dump_manifest, "__defaults__", ("fourbit checkpoint 1",))
+        path = save_checkpoint(tmp_path / "checkpoints", 2, *sample())
+    with pytest.raises(InputError, match="of format 'fourbit checkpoint 1', written by another version") as error:
+        load_checkpoint(path)
+    assert "torn" not in str(error.value)
+    for resume in (None, "auto"):
+        with pytest.raises(InputError, match="written by another version"):
+            checkpoint.checkpoint_to_resume(tmp_path, resume, pytest.fail)
+
+
 class Bomb:
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -426,7 +440,7 @@ def test_a_lock_that_is_a_link_or_cannot_be_made_is_refused(tmp_path: Path) -> N
     ):
         pass
     assert (tmp_path / "victim").read_text() == "precious"
-    with pytest.raises(EnvironmentProblem, match="cannot write"), lock_folder(tmp_path / "victim" / "out"):
+    with pytest.raises(InputError, match="is a file; give a folder"), lock_folder(tmp_path / "victim" / "out"):
         pass
 
 

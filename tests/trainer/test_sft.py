@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -12,8 +14,9 @@ import fourbit
 from fourbit.data.batch import pack_batch, pad_batch
 from fourbit.data.encode import load as load_rows
 from fourbit.data.template import template_for
-from fourbit.errors import InputError, NumericError
+from fourbit.errors import EnvironmentProblem, InputError, NumericError
 from fourbit.lora.peft_files import adapter_state
+from fourbit.trainer.checkpoint import load_checkpoint, save_checkpoint
 from fourbit.trainer.evaluate import answer_all, evaluate_loss, exact_match
 from fourbit.trainer.losses.tokens import batch_token_scores
 from fourbit.trainer.metrics import read_metrics
@@ -34,10 +37,10 @@ def config_for(out, **options):
 def train(adapted):
     """A function: a run to its end on a model with an adapter, or on the one that `load` gives."""
 
-    def run(folder, rows, out, *, val=None, dropout=0.1, load=None, **options):
+    def run(folder, rows, out, *, val=None, dropout=0.1, load=None, display=None, **options):
         model, tokenizer = load(folder) if load else adapted(folder, dropout=dropout)
         trainer = SFTTrainer(model, tokenizer, train=rows, val=val, config=config_for(out, **options))
-        return model, trainer, trainer.train(display=None)
+        return model, trainer, trainer.train(display=display)
 
     return run
 
@@ -86,6 +89,48 @@ def test_resume_refuses_another_run(train, tiny_folder, rows, val_rows, tmp_path
         train(tiny_folder, rows, tmp_path, lr=2e-2, resume="auto")
     with pytest.raises(InputError, match="other training data"):
         train(tiny_folder, val_rows, tmp_path, resume="auto")
+
+
+def run_files(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "loss.png"}
+
+
+def test_a_refused_resume_leaves_the_run_as_it_is_and_tells_of_damaged_checkpoints(train, tiny_folder, rows, tmp_path):
+    train(tiny_folder, rows, tmp_path, steps=3, save_every=1)
+    (damaged := tmp_path / "checkpoints" / "step-000003" / "state.json").write_text("{}")
+    before, shown = run_files(tmp_path), []
+    with pytest.raises(InputError, match=r"(?s)other options \(lr.*step-000003/state.json: holds 2 bytes"):
+        train(tiny_folder, rows, tmp_path, steps=3, save_every=1, lr=2e-2, resume="auto", display=shown.append)
+    assert run_files(tmp_path) == before and damaged in before and not shown
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda state: state.pop("config"), "state.json: not as this fourbit writes it .KeyError: 'config'"),
+        (lambda state: state["run"].update(best_figures={}), "state.json: not as .*TypeError: .*best_figures"),
+        (lambda state: state.update(run=[1]), "state.json: not as this fourbit"),
+    ],
+)
+def test_an_odd_state_is_an_error_of_input(train, tiny_folder, rows, tmp_path, change, named):
+    _, _, result = train(tiny_folder, rows, tmp_path, steps=2)
+    tensors, state = load_checkpoint(result.checkpoint)
+    change(state)
+    save_checkpoint(tmp_path / "checkpoints", 2, tensors, state)
+    with pytest.raises(InputError, match=named):
+        train(tiny_folder, rows, tmp_path, steps=2, resume="auto")
+
+
+def test_without_tensorboard_nothing_is_shown_or_cut(train, tiny_folder, rows, tmp_path, monkeypatch):
+    train(tiny_folder, rows, tmp_path, steps=2, save_every=1)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-000002")
+    before = run_files(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(EnvironmentProblem, match="pip install tensorboard"):
+        train(
+            tiny_folder, rows, tmp_path, steps=2, save_every=1, resume="auto", log=("tensorboard",), display=pytest.fail
+        )
+    assert run_files(tmp_path) == before
 
 
 def test_resume_auto_starts_afresh_where_nothing_is(train, tiny_folder, rows, tmp_path):
