@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.attention import Spans
+from ..lora.adapter import Adapter
+from ..lora.linear4bit import NF4Linear
 
 
 class Cache(Protocol):
@@ -76,8 +78,10 @@ class CausalLM(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first weights, which hidden states have too."""
-        return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+        """The dtype of the first weights that are neither in 4 bits nor an adapter's; hidden states have it too."""
+        other = {id(p) for m in self.modules() if isinstance(m, NF4Linear) for p in m.stored_parameters().values()}
+        other |= {id(p) for m in self.modules() if isinstance(m, Adapter) for p in m.parameters()}
+        return next(p.dtype for p in self.parameters() if p.is_floating_point() and id(p) not in other)
 
     def forward(
         self,

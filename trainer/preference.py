@@ -245,7 +245,7 @@ class DPOTrainer(PreferenceTrainer):
         dropout = any(part.dropout for part in adapters_of(self.model).values())
         if not self.has_reference or not same or dropout:
             return
-        half = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
+        half = self.model.dtype in (torch.bfloat16, torch.float16)
         loss, allowed = result.loss.item(), 2e-2 if half else 1e-4
         if self.objective.losses == {"sigmoid": 1.0} and abs(loss - math.log(2)) > allowed:
             raise NumericError(f"the first loss is {loss:.6f}, not ln 2 = 0.693147 (within {allowed:g}): {self._why()}")

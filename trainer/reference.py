@@ -110,12 +110,11 @@ def cache_parts(model: CausalLM, adapters: Sequence[str], data: str) -> dict[str
     for name in adapters:
         frozen |= adapter_state(model, name)
         fields += [[path, part.peft_fields()] for path, part in sorted(adapters_of(model, name).items())]
-    dtype = next(p.dtype for p in model.parameters() if id(p) not in adapter)
     return {
         "data": data,
         "base": hashlib.sha256((_hash(base) + json.dumps(model.settings())).encode()).hexdigest(),
         "adapter": hashlib.sha256((_hash(frozen) + json.dumps(fields)).encode()).hexdigest(),
-        "dtype": str(dtype),
+        "dtype": str(model.dtype),
     }
 
 

@@ -187,6 +187,17 @@ def test_adapters_and_rewards_come_back(data: dict[str, Path], tokenizer: Tokeni
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_its_dtype_is_neither_that_of_scales_nor_of_an_adapter(bias: bool) -> None:
+    model = Toy(64)
+    model.mix = nn.Linear(128, 64, bias=bias)
+    words = model._modules.pop("words")
+    fourbit.quantize_(model.bfloat16())
+    fourbit.attach(model, fourbit.LoRAConfig(rank=4, target=["mix"]))
+    model.words = words
+    assert next(iter(model.parameters())).dtype == torch.uint8 and model.dtype == torch.bfloat16
+
+
 def test_a_quantised_toy_is_trained(data: dict[str, Path], tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = Toy(64)
     fourbit.quantize_(model)
