@@ -18,8 +18,8 @@ from ..errors import InputError
 from .batch import Encoded, Preference
 from .forms import Kind, Paths, Sample, read_samples
 from .protocol import TokenizerLike
-from .read import Messages, trains
-from .row import BadRow, Problem, counted
+from .read import Messages, counted, trains
+from .row import BadRow, Problem
 from .template import ChatTemplate, Rendered, Talk, TemplateChoice, Turn, Unrenderable, expects_bos, template_for
 from .truncate import UNKNOWN_STOP, Dropped, Truncation, fit
 

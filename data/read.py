@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from ..errors import InputError
 from .json_array import elements
-from .row import Problem, Row, bad, excerpt, type_name
+from .row import SHOWN_KEYS, UNUSED, Problem, Row, bad, excerpt, type_name
 
 Messages = list[dict[str, Any]]
 
@@ -383,3 +383,11 @@ def _tool_call(row: Row, field: str, call: Any) -> dict[str, Any]:
         raise bad(row, f"{field}.arguments", f"must be a JSON object, not {type_name(arguments)}")
     function = {**function, "arguments": arguments}
     return {**call, "function": function} if "function" in call else function
+
+
+def counted(notes: Counter[str], rows: int) -> list[str]:
+    """Notes of rows as notices that say how many rows each is of; of fields that are not used the 8 most frequent."""
+    unused = sorted((note for note in notes if note.startswith(UNUSED)), key=lambda note: (-notes[note], note))
+    said = [*sorted(note for note in notes if note not in set(unused)), *unused[:SHOWN_KEYS]]
+    more = [f"... and {len(unused) - SHOWN_KEYS} more keys that are not used"] if len(unused) > SHOWN_KEYS else []
+    return [f"{notes[note]} of {rows} rows: {note}" for note in said] + more

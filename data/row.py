@@ -1,6 +1,5 @@
 """A row of a data file, and what can be wrong with one."""
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,14 +44,6 @@ class Row:
 def excerpt(text: str, limit: int = 60) -> str:
     """A quoted, shortened copy of `text` for a message."""
     return repr(text if len(text) <= limit else text[: limit - 3] + "...")
-
-
-def counted(notes: Counter[str], rows: int) -> list[str]:
-    """Notes of rows as notices that say how many rows each is of; of fields that are not used the 8 most frequent."""
-    unused = sorted((note for note in notes if note.startswith(UNUSED)), key=lambda note: (-notes[note], note))
-    said = [*sorted(note for note in notes if note not in set(unused)), *unused[:SHOWN_KEYS]]
-    more = [f"... and {len(unused) - SHOWN_KEYS} more keys that are not used"] if len(unused) > SHOWN_KEYS else []
-    return [f"{notes[note]} of {rows} rows: {note}" for note in said] + more
 
 
 def bad(row: Row, field: str, reason: str, kind: str = "row") -> BadRow:

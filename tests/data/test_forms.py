@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from fourbit.data.forms import Sample, kind_of, recognise, sample, samples
-from fourbit.data.row import BadRow, Row, counted
+from fourbit.data.read import counted
+from fourbit.data.row import BadRow, Row
 
 U = {"role": "user", "content": "Hi"}
 A = {"role": "assistant", "content": "Hello"}

@@ -82,8 +82,10 @@ def take_codes(model: Any, peer: Any) -> None:
         weight = peer.get_submodule(name).weight
         assert torch.equal(layer.weight.flatten(), weight.data.flatten()), name
         assert (layer.absmax.flatten() != weight.quant_state.absmax).float().mean() < 0.01, name
-        layer.absmax, layer.nested_offset = weight.quant_state.absmax, weight.quant_state.offset
-        layer.nested_absmax = weight.quant_state.state2.absmax
+        state = weight.quant_state
+        theirs = {"absmax": state.absmax, "nested_absmax": state.state2.absmax, "nested_offset": state.offset}
+        for stored, value in theirs.items():
+            getattr(layer, stored).copy_(value.view_as(getattr(layer, stored)))
 
 
 def peer_losses(model: Any, steps: Sequence[Sequence[Encoded]], adapter: Path) -> list[float]:
