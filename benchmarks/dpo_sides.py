@@ -48,7 +48,7 @@ def ours(folder: Path, model_path: str, packing: bool = True) -> Step:
         trainer.begin(trainer.train_set, batches)
         result = stepper.step(batches, RATE)
         trainer.applied(result)
-        result.read_figures()  # what TRL's step reads, ours reads too
+        result.read_metrics()  # what TRL's step reads, ours reads too
         return result.loss.item()
 
     return step
