@@ -33,6 +33,7 @@ def quantize_shifted(
 
 @triton.jit
 def quantize_absmax_kernel(values, offset, midpoints, codes, absmax, n, BLOCKS: tl.constexpr, BLOCKSIZE: tl.constexpr):
+    """Codes and scales of BLOCKS blocks of values - offset: the nearest entry of the 8-bit map, found in float64."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     i = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     shifted = tl.where(i < n, tl.load(values + i, mask=i < n, other=0.0) - tl.load(offset), 0.0)

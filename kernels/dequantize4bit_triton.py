@@ -63,6 +63,7 @@ def dequantize4bit_kernel(
     BITS: tl.constexpr,  # the exponent of the words in a block
     WHOLE: tl.constexpr,  # all tiles are full: no masks
 ):
+    """The dense values of a tile of words of codes, each times its block's scale, rounded once."""
     first = tl.program_id(0).to(tl.int64) * TILE
     i = tl.arange(0, TILE)
     inside = None if WHOLE else i < width - first

@@ -62,12 +62,13 @@ def lora_project_down_kernel(
     A_ptr,  # [R, K]
     s_ptr,  # [M, R]
     sums_ptr,  # fp32 [splits, M, R]
-    rows_ptr,  # int32 [tiles], all 0
+    counters_ptr,  # int32 [tiles], all 0
     M, R, K, x_stride, A_stride, scale,
     splits,  # of K
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr,  # whether splits > 1
 ):  # fmt: skip
+    """One tile of s = factor * x A^T; K may be split over programs, whose parts are added in a fixed order."""
     tile, split = tl.program_id(0), tl.program_id(1)
     r_tiles = tl.cdiv(R, BR)
     m = tile // r_tiles * BM + tl.arange(0, BM)
@@ -86,7 +87,7 @@ def lora_project_down_kernel(
     inside = (m < M)[:, None] & (r < R)[None, :]
     at = m.to(tl.int64)[:, None] * R + r[None, :]
     if SPLIT:
-        if is_last(sums_ptr + split.to(tl.int64) * M * R + at, total, inside, rows_ptr + tile, splits):
+        if is_last(sums_ptr + split.to(tl.int64) * M * R + at, total, inside, counters_ptr + tile, splits):
             total = sum_of_splits(sums_ptr + at, inside, tl.cast(M, tl.int64) * R, splits)
             finish(s_ptr + at, total, None, r, R, inside)
     else:

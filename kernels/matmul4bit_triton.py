@@ -123,6 +123,7 @@ def matmul4bit_kernel(
     SPLIT: tl.constexpr,  # whether splits > 1
     COPIES: tl.constexpr, WARPS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
+    """One tile of y = x W^T + bias + scale * s B^T, W decoded inside; K may be split, as in split_k_triton.py."""
     tile, split = tl.program_id(0), tl.program_id(1)
     m_tiles = tl.cdiv(M, BM)  # neighbours in the grid share rows of W, the dearer operand
     m = tile % m_tiles * BM + tl.arange(0, BM)

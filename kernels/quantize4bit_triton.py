@@ -50,6 +50,7 @@ def quantize4bit_kernel(
     SMALLEST: tl.constexpr,  # divisor
     SHORT: tl.constexpr,  # the last block is not full
 ):  # fmt: skip
+    """Packed codes and absmax of some blocks of a weight: the reference's bytes."""
     first = tl.program_id(0).to(tl.int64) * BLOCKS  # block
     left = tl.minimum(n - first * BLOCKSIZE, BLOCKS * BLOCKSIZE).to(tl.int32)  # values from there on
     block = tl.arange(0, BLOCKS)

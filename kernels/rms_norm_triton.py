@@ -49,6 +49,7 @@ def _warps(columns: int) -> int:
 
 @triton.jit
 def rms_norm_forward_kernel(x_ptr, weight_ptr, y_ptr, scale_ptr, columns, eps, BLOCK: tl.constexpr):
+    """x / rms(x) * weight of one row."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     mask = i < columns
@@ -61,6 +62,7 @@ def rms_norm_forward_kernel(x_ptr, weight_ptr, y_ptr, scale_ptr, columns, eps, B
 
 @triton.jit
 def rms_norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, scale_ptr, dx_ptr, columns, BLOCK: tl.constexpr):
+    """The gradient of x of one row."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     mask = i < columns

@@ -44,6 +44,7 @@ def rope_kernel(
     x_ptr, cos_ptr, sin_ptr, y_ptr, period, heads, half,
     DIRECTION: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
+    """Some heads turned by the angles of their positions; backward turns the other way."""
     token = tl.program_id(0).to(tl.int64)
     head, i = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     mask = (head < heads) & (i < half)

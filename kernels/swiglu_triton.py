@@ -39,6 +39,7 @@ def _grid(x: Tensor) -> tuple[int]:
 
 @triton.jit
 def swiglu_forward_kernel(gate_ptr, up_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    """silu(gate) * up, element by element."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
     gate = tl.load(gate_ptr + i, mask=mask, other=0.0).to(tl.float32)
@@ -48,6 +49,7 @@ def swiglu_forward_kernel(gate_ptr, up_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def swiglu_backward_kernel(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, BLOCK: tl.constexpr):
+    """The gradients of gate and up from that of their product."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
     dy = tl.load(dy_ptr + i, mask=mask, other=0.0).to(tl.float32)

@@ -87,6 +87,7 @@ def nearest(entry: str, names: Iterable[str]) -> str:
 
 
 def entry_matches(entry: str, name: str) -> bool:
+    """Whether an entry of a list is the path `name` or its end after a dot; PEFT's rule."""
     return name == entry or name.endswith(f".{entry}")
 
 

@@ -139,6 +139,7 @@ def _halves(x: float) -> tuple[float, float]:
 
 @triton.jit
 def gradient_squares_kernel(addresses, chunks, partial, KIND: tl.constexpr, CHUNK: tl.constexpr):
+    """Partial sums of the squares of all gradients, for their norm."""
     chunk = tl.program_id(0).to(tl.int64)
     row = tl.load(chunks + 4 * chunk)
     start = tl.multiple_of(tl.load(chunks + 4 * chunk + 1), 256)
@@ -181,6 +182,7 @@ def step_factors_kernel(
     lr_low, decay_high, decay_low, beta1_high, beta1_low, beta2_high, beta2_low, FIRST: tl.constexpr, NORM:
     tl.constexpr, CONTROL: tl.constexpr, LION: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """What each parameter's update is multiplied by, its step count, and whether the step is skipped."""
     wide = tl.zeros([BLOCK], tl.float64)
     scale = tl.full([], 1.0, tl.float32)
     skip = tl.full([], 0.0, tl.float32)

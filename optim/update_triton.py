@@ -92,6 +92,7 @@ def optimizer_update_kernel(
     HAS_32BIT: tl.constexpr, HAS_8BIT: tl.constexpr, LION: tl.constexpr, ROUNDED: tl.constexpr, BLOCK:
     tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
+    """One chunk of weights and state, after one step of the rule."""
     chunk = tl.program_id(0).to(tl.int64) // TILES
     if HAS_32BIT:  # noqa: SIM102  # one is known to the compiler, the other is not
         if chunk < count_32bit:
@@ -103,7 +104,7 @@ def optimizer_update_kernel(
             else:
                 _update_32bit(p, g, start, length, offset, row, numbers, factors, steps, mean_32bit, square_32bit,
                       beta1, rest1, beta2, rest2, eps, KEY, DTYPE, LION, ROUNDED, False, TILE)  # fmt: skip
-    if HAS_8BIT:  # noqa: SIM102
+    if HAS_8BIT:  # noqa: SIM102  # as above
         if chunk >= count_32bit:
             where = chunks_8bit + 4 * (chunk - count_32bit)
             p, g, start, length, offset, row = _find(addresses, control, where, base_8bit, TILE, TILES)
