@@ -156,13 +156,18 @@ def spent() -> Iterator[list[float]]:
 
 @pytest.mark.parametrize("case", BOMBS)
 def test_no_template_takes_everything(case: str, spent: list[float]) -> None:
-    """Under 6 seconds of processor time, children included, however slow the machine is just now."""
+    """Under 6 seconds of processor time, children included, however slow the machine is just now.
+
+    A slow one may spend the time that a conversation has before it gets as far as the other limits.
+    """
     says, source = BOMBS[case]
     with pytest.raises(InputError) as caught:
         ChatTemplate(source, name="model's").render(TALK)
     CHILD.stop()
     assert processor_seconds() - spent[0] < 6
-    assert str(caught.value).startswith("model's: the ") and any(text in str(caught.value) for text in says.split("|"))
+    assert str(caught.value).startswith("model's: the ") and any(
+        text in str(caught.value) for text in (*says.split("|"), SLOW, KILLED)
+    )
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
 
 
