@@ -32,6 +32,7 @@ def ours(folder: Path, model_path: str, packing: bool = True) -> Step:
     from fourbit.data.encode import Dataset, Report
     from fourbit.trainer.config import DPOConfig
     from fourbit.trainer.preference import DPOTrainer
+    from fourbit.trainer.step import Stepper
 
     model, tokenizer = load_ours(folder, model_path)
     rows = [row for batch in json.loads((folder / BATCHES).read_text()) for row in batch]
@@ -39,7 +40,7 @@ def ours(folder: Path, model_path: str, packing: bool = True) -> Step:
     options: dict[str, Any] = {"packing": packing, "beta": BETA, "reference": "base", "weight_decay": 0.0}
     config = DPOConfig(out=str(folder / "ours"), max_grad_norm=CLIP, **options)
     trainer = DPOTrainer(model, tokenizer, train=data, config=config)
-    stepper = trainer.make_stepper()
+    stepper = Stepper(trainer.parameters, trainer.sums, config)
     model.checkpointing = trainer.recomputes()
     model.train()
 

@@ -22,6 +22,7 @@ def ours(folder: Path, model_path: str) -> Step:
     """fourbit as its trainer runs it: packed micro-batches, head on trained positions only."""
     from fourbit.data.batch import micro_batches
     from fourbit.lora.adapter import adapter_parameters
+    from fourbit.trainer.config import TrainingConfig
     from fourbit.trainer.evaluate import batch_loss_sum
     from fourbit.trainer.step import Stepper, Sums
     from fourbit.trainer.trainer import TOKEN_BUDGET
@@ -30,8 +31,7 @@ def ours(folder: Path, model_path: str) -> Step:
     stepper = Stepper(
         adapter_parameters(model.train()),
         lambda batch: Sums(batch_loss_sum(model, batch), {}),
-        weight_decay=0.0,
-        max_grad_norm=CLIP,
+        TrainingConfig(out="", weight_decay=0.0, max_grad_norm=CLIP),
     )
 
     def step(rows: Sequence[Row]) -> float:

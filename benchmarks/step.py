@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fourbit.data.batch import Batch
 from fourbit.kernels.dispatch import force_path
+from fourbit.trainer.config import TrainingConfig
 from fourbit.trainer.evaluate import batch_loss_sum
 from fourbit.trainer.step import Stepper, Sums
 
@@ -57,9 +58,10 @@ def step(parts: Parts, tokens: int) -> Work:
         model = decoder.ours(parts)
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         state = 8 * sum(parameter.numel() for parameter in parameters.values())
-        options: dict[str, Any] = {"name": "paged-adamw", "budget": f"{state // 4 >> 10}KiB"} if paged else {}
+        options: dict[str, Any] = {"optimizer": "paged-adamw", "optimizer_budget": f"{state // 4 >> 10}KiB"}
+        config = TrainingConfig(out="", weight_decay=0.0, max_grad_norm=1.0, **(options if paged else {}))
         sums = lambda b: Sums(batch_loss_sum(model, b), {})  # noqa: E731
-        stepper = Stepper(parameters, sums, weight_decay=0.0, max_grad_norm=1.0, **options)
+        stepper = Stepper(parameters, sums, config)
 
         def call(i: int) -> Tensor:
             model.checkpointing = recompute

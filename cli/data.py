@@ -9,7 +9,7 @@ from ..data.batch import Encoded
 from ..data.forms import kind_of
 from ..models.load import load_tokenizer
 from ..models.tokenizer import Tokenizer
-from ..trainer.config import at_least, setting
+from ..trainer.config import setting
 from .load import check_exists, read_rows
 from .options import ResultOptions, RowOptions, TokenizerOptions
 from .parse import Sources
@@ -37,12 +37,8 @@ class Options(ResultOptions, RowOptions, TokenizerOptions):
     """
 
     title: ClassVar[str] = "preview"
-    rows: int = setting(3, "rows to show in full")
-    problems: int = setting(20, "problems to show")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, 0, "rows", "problems")
+    rows: int = setting(3, "rows to show in full", least=0)
+    problems: int = setting(20, "problems to show", least=0)
 
 
 def run(options: Options, sources: Sources) -> int:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from ..files import write_text
 from ..lora.adapter import adapters_off
-from ..trainer.config import at_least, setting
+from ..trainer.config import setting
 from ..trainer.evaluate import Answer, answer_all, evaluate_loss, exact_match
 from .load import load_adapted, read_rows
 from .options import AdaptedModelOptions, ResultOptions, RowOptions
@@ -29,13 +29,9 @@ class Options(ResultOptions, RowOptions, AdaptedModelOptions):
     title: ClassVar[str] = "evaluation"
     exact: bool = setting(True, "write answers and compare them (the slow part)")
     base: bool = setting(True, "with an adapter: measure the model without it too")
-    max_new_tokens: int = setting(256, "tokens an answer may have")
-    batch_size: int = setting(32, "answers written at a time")
+    max_new_tokens: int = setting(256, "tokens an answer may have", least=1)
+    batch_size: int = setting(32, "answers written at a time", least=1)
     answers: str | None = setting(None, "write expected and given answers there, one JSON object a row", metavar="FILE")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, 1, "max_new_tokens", "batch_size")
 
 
 def run(options: Options, sources: Sources) -> int:

@@ -13,7 +13,7 @@ from ..data.read import counted
 from ..errors import InputError
 from ..files import write_whole
 from ..models.generate import generate
-from ..trainer.config import REQUIRED, at_least, setting
+from ..trainer.config import REQUIRED, setting
 from .load import load_adapted
 from .options import AdaptedModelOptions, ResultOptions, SamplingOptions
 from .parse import Sources
@@ -33,11 +33,7 @@ class Options(ResultOptions, SamplingOptions, AdaptedModelOptions):
     positional: ClassVar[str] = "data"
     data: tuple[str, ...] = setting(REQUIRED, "JSONL file of prompts; repeat the flag for more", metavar="FILE")
     out: str = setting(REQUIRED, "file for the answers, one JSON object a row", metavar="FILE")
-    batch_size: int = setting(32, "answers written at a time")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, 1, "batch_size")
+    batch_size: int = setting(32, "answers written at a time", least=1)
 
 
 def run(options: Options, sources: Sources) -> int:

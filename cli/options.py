@@ -6,8 +6,9 @@ The field is the flag, its type the check, `help` the help. A class's `title` he
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from ..data.encode import LossOn
 from ..errors import InputError
-from ..trainer.config import REQUIRED, LossOn, at_least, setting
+from ..trainer.config import REQUIRED, Checked, setting
 
 Quant = Literal["nf4", "nf4-nodq", "none"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -47,34 +48,30 @@ class AdaptedModelOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowOptions:
+class RowOptions(Checked):
     """How data files are read, for commands that only look at them."""
 
     title: ClassVar[str] = "data"
     positional: ClassVar[str] = "data"
     data: tuple[str, ...] = setting(REQUIRED, "JSONL file of chat rows; repeat the flag for more", metavar="FILE")
-    max_length: int = setting(1024, "tokens an example may have; a longer one is a bad row")
+    max_length: int = setting(1024, "tokens an example may have; a longer one is a bad row", least=2)
     loss_on: LossOn = setting("assistant", "which tokens are trained: assistant turns, the last turn only, or all")
     on_bad_row: Literal["error", "skip"] = setting("error", "stop at bad rows, or leave them out and count them")
 
-    def __post_init__(self) -> None:
-        at_least(self, 2, "max_length")
-
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
+class SamplingOptions(Checked):
     """How tokens are drawn."""
 
     title: ClassVar[str] = "sampling"
-    max_new_tokens: int = setting(256, "tokens an answer may have")
-    temperature: float = setting(0.0, "0 takes the likeliest token each time")
-    top_k: int = setting(0, "sample from this many likeliest tokens; 0: from all")
+    max_new_tokens: int = setting(256, "tokens an answer may have", least=1)
+    temperature: float = setting(0.0, "0 takes the likeliest token each time", least=0)
+    top_k: int = setting(0, "sample from this many likeliest tokens; 0: from all", least=0)
     top_p: float = setting(1.0, "sample from the likeliest tokens that make up this share")
-    seed: int = setting(0, "seed of sampling")
+    seed: int = setting(0, "seed of sampling", least=0)
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "max_new_tokens")
-        at_least(self, 0, "temperature", "top_k", "seed")
+        super().__post_init__()
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 

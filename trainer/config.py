@@ -8,70 +8,97 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
+from ..data.encode import LossOn
 from ..data.truncate import Truncation
 from ..errors import InputError
-from ..optim.schedule import SCHEDULES, Schedule
+from ..optim.schedule import Schedule
 from .losses.objective import PAIR_LOSSES, SETTINGS, UNPAIRED_LOSSES, Objective, parse_losses
 from .losses.pairs import check_ld_alpha
 
-LossOn = Literal["assistant", "all", "last"]
-OptimizerName = Literal[
-    "adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit", "lion", "lion8bit", "paged-lion", "paged-lion8bit"
-]
-DivergenceKind = Literal["forward-kl", "reverse-kl", "jsd"]
-ReferenceKind = Literal["auto", "base", "start"]
 REQUIRED: Any = MISSING  # as a default: there is none
 PAGED = "paged-"
-UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
-def setting(default: Any, help: str, metavar: str = "", bare: str = "") -> Any:
-    """A field: its default (or REQUIRED), the sentence that the command line prints about it, what stands
-    there for its value where the type says too little, and what its flag means without a value."""
-    metadata = {"help": help, "metavar": metavar, "bare": bare}
+def setting(
+    default: Any, help: str, metavar: str = "", bare: str = "", *, least: int | None = None, positive: bool = False
+) -> Any:
+    """A field: its default (or REQUIRED) and the sentence that the command line prints about it.
+
+    metavar: what stands there for its value where the type says too little. bare: what its flag means without a value.
+    least, positive: the number must be at least that, or above 0 and finite (`Checked`).
+    """
+    metadata = {"help": help, "metavar": metavar, "bare": bare, "least": least, "positive": positive}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
+@dataclass(frozen=True)
+class Checked:
+    """Base of options: each must keep to its Literal type and its bounds. Raises InputError, naming rule and value."""
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            name, value, least = option.name, getattr(self, option.name), option.metadata.get("least")
+            if get_origin(option.type) is Literal and value not in get_args(option.type):
+                raise InputError(f"{name} must be one of {', '.join(get_args(option.type))}, got {value!r}")
+            if not isinstance(value, int | float):
+                continue
+            if least is not None and not value >= least:
+                raise InputError(f"{name} must be at least {least}, got {value}")
+            if option.metadata.get("positive") and not 0 < value < math.inf:
+                raise InputError(f"{name} must be above 0 and finite, got {value}")
+
+
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Checked):
     """Options of every kind of training. Raises InputError for a value that cannot work, naming it."""
 
     out: str = setting(REQUIRED, "folder for the adapter, checkpoints, metrics and the loss curve", metavar="PATH")
-    epochs: int = setting(1, "passes over the training rows (ignored when steps is given)")
-    steps: int | None = setting(None, "optimizer steps in all; decides instead of epochs")
-    batch_size: int = setting(8, "examples per optimizer step, over all micro-batches")
+    epochs: int = setting(1, "passes over the training rows (ignored when steps is given)", least=1)
+    steps: int | None = setting(None, "optimizer steps in all; decides instead of epochs", least=1)
+    batch_size: int = setting(8, "examples per optimizer step, over all micro-batches", least=1)
     micro_batch: int | Literal["auto"] = setting(
-        "auto", "examples per forward pass; auto fills 512 tokens on CPU, 8192 on a GPU. Never changes the result"
+        "auto",
+        "examples per forward pass; auto fills 512 tokens on CPU, 8192 on a GPU. Never changes the result",
+        least=1,
     )
     packing: bool = setting(True, "lay a micro-batch's examples end to end in one row instead of padding them")
-    max_length: int = setting(1024, "tokens an example may have; a longer one is a bad row")
+    max_length: int = setting(1024, "tokens an example may have; a longer one is a bad row", least=2)
     on_bad_row: Literal["error", "skip"] = setting("error", "stop at bad rows, or leave them out and count them")
     template: str | None = setting(
         None, "chat template: a built-in's name or a .jinja file instead of the model's own", metavar="NAME|FILE"
     )
-    lr: float = setting(2e-4, "peak learning rate")
+    lr: float = setting(2e-4, "peak learning rate", positive=True)
     schedule: Schedule = setting(
         "cosine",
         "learning rate after warm-up: cosine or linear to zero, constant, inverse-sqrt of the step, or wsd (constant, "
         "then linear to zero over the last steps)",
     )
-    warmup: float = setting(0.03, "linear warm-up: a fraction of all steps below 1, a number of steps from 1 on")
-    decay: float | None = setting(
-        None, "wsd's last part, in which the rate falls: a fraction or a number of steps, as warmup; default 0.1"
+    warmup: float = setting(
+        0.03, "linear warm-up: a fraction of all steps below 1, a number of steps from 1 on", least=0
     )
-    lora_plus: float = setting(1.0, "LoRA+: the learning rate of B as a multiple of A's; its authors suggest 16")
+    decay: float | None = setting(
+        None,
+        "wsd's last part, in which the rate falls: a fraction or a number of steps, as warmup; default 0.1",
+        positive=True,
+    )
+    lora_plus: float = setting(
+        1.0, "LoRA+: the learning rate of B as a multiple of A's; its authors suggest 16", positive=True
+    )
     lr_scale: dict[str, float] = setting(
         {},
         "factors on the learning rate by patterns of parameter names, such as '*.layers.0.*=0.5'; those that match "
         "multiply, 0 leaves weights as they are. Repeat the flag for more",
         metavar="PATTERN=X",
     )
-    optimizer: OptimizerName = setting(
+    optimizer: Literal[
+        "adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit", "lion", "lion8bit", "paged-lion", "paged-lion8bit"
+    ] = setting(
         "adamw",
         "adamw or lion; 8bit: state of 1 byte a value instead of 4; paged-: state that does not fit on the GPU waits "
         "in host memory. lion wants an lr 3 to 10 times smaller",
@@ -86,17 +113,21 @@ class TrainingConfig:
         "round updated bf16 weights up or down at random, so that updates below their precision count on average; "
         "for --full in bfloat16",
     )
-    weight_decay: float = setting(0.0, "decoupled weight decay of matrices (never of norms, biases and magnitudes)")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm; 0 turns clipping off")
+    weight_decay: float = setting(
+        0.0, "decoupled weight decay of matrices (never of norms, biases and magnitudes)", least=0
+    )
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm; 0 turns clipping off", least=0)
     checkpointing: Literal["auto", "on", "off"] = setting(
         "auto", "recompute activations in backward; auto does so when they would fill half of the free memory"
     )
-    seed: int = setting(0, "seed of the order of rows and of dropout")
-    eval_every: int | None = setting(None, "steps between evaluations on the validation rows; default each epoch")
-    patience: int | None = setting(None, "stop after this many evaluations without a better validation loss")
+    seed: int = setting(0, "seed of the order of rows and of dropout", least=0)
+    eval_every: int | None = setting(
+        None, "steps between evaluations on the validation rows; default each epoch", least=1
+    )
+    patience: int | None = setting(None, "stop after this many evaluations without a better validation loss", least=1)
     keep_best: bool = setting(True, "save the weights of the best validation loss instead of the last")
-    save_every: int | None = setting(None, "steps between training checkpoints; default each epoch")
-    keep: int = setting(2, "training checkpoints kept")
+    save_every: int | None = setting(None, "steps between training checkpoints; default each epoch", least=1)
+    keep: int = setting(2, "training checkpoints kept", least=1)
     resume: str | None = setting(
         None,
         "auto: go on from the newest checkpoint in out, if any; or a checkpoint's path",
@@ -106,35 +137,15 @@ class TrainingConfig:
     log: tuple[str, ...] = setting((), "more places for metrics: tensorboard", metavar="NAME")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "epochs", "steps", "batch_size", "eval_every", "patience", "save_every", "keep")
-        at_least(self, 2, "max_length")  # one token to read, one to predict
-        at_least(self, 0, "warmup", "weight_decay", "max_grad_norm", "seed")
-        if self.micro_batch != "auto":
-            at_least(self, 1, "micro_batch")
-        for name in ("lr", "lora_plus"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
-        one_of(self, "schedule", *SCHEDULES)
-        one_of(self, "optimizer", *get_args(OptimizerName))
-        one_of(self, "on_bad_row", "error", "skip")
-        one_of(self, "checkpointing", "auto", "on", "off")
+        super().__post_init__()
         for name in self.log:
             if name != "tensorboard":
                 raise InputError(f"log knows tensorboard (metrics.jsonl is always written), got {name!r}")
-
-        self._check_rates()
-        self._check_budget()
-
-    def _check_rates(self) -> None:
         for pattern, factor in self.lr_scale.items():
             if not 0 <= factor < math.inf:
                 raise InputError(f"lr_scale must have factors of 0 or more, got {factor} for {pattern!r}")
         if self.decay is not None and self.schedule != "wsd":
             raise InputError(f"decay is the last part of schedule wsd; {self.schedule} has none")
-        if self.decay is not None and not self.decay > 0:
-            raise InputError(f"decay must be above 0, got {self.decay}")
-
-    def _check_budget(self) -> None:
         if self.optimizer_budget == "auto":
             return
         if not self.optimizer.startswith(PAGED):
@@ -159,23 +170,22 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(TrainingConfig):
-    """Options of supervised fine-tuning. Raises InputError for a value that cannot work, naming it."""
+    """Options of supervised fine-tuning."""
 
     loss_on: LossOn = setting("assistant", "which tokens are trained: assistant turns, the last turn only, or all")
     full: bool = setting(False, "train all weights of a dense model instead of an adapter")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self, "loss_on", *get_args(LossOn))
         if self.full and self.lora_plus != 1:
             raise InputError("lora_plus is the ratio of an adapter's learning rates; full training has no adapter")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(SFTConfig):
-    """Options of distillation. Raises InputError for a value that cannot work, naming it."""
+    """Options of distillation."""
 
-    divergence: DivergenceKind = setting(
+    divergence: Literal["forward-kl", "reverse-kl", "jsd"] = setting(
         "forward-kl",
         "between teacher and student at each trained token: forward-kl covers all that the teacher says, reverse-kl "
         "keeps to what it finds likely, jsd lies between",
@@ -184,20 +194,21 @@ class DistillConfig(SFTConfig):
         None, "jsd: how much of the teacher is in the mixture that both are compared with, between 0 and 1; default 0.5"
     )
     temperature: float = setting(
-        1.0, "both sides' logits are divided by it; the loss is the divergence itself, not multiplied by its square"
+        1.0,
+        "both sides' logits are divided by it; the loss is the divergence itself, not multiplied by its square",
+        positive=True,
     )
     top_k: int | None = setting(
-        None, "compare the teacher's k likeliest tokens only, both sides renormalised; default: the whole vocabulary"
+        None,
+        "compare the teacher's k likeliest tokens only, both sides renormalised; default: the whole vocabulary",
+        least=1,
     )
-    sft_weight: float = setting(0.0, "weight of the cross-entropy on the data's own tokens, added to the divergence")
+    sft_weight: float = setting(
+        0.0, "weight of the cross-entropy on the data's own tokens, added to the divergence", least=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self, "divergence", *get_args(DivergenceKind))
-        at_least(self, 1, "top_k")
-        at_least(self, 0, "sft_weight")
-        if not 0 < self.temperature < float("inf"):
-            raise InputError(f"temperature must be above 0 and finite, got {self.temperature}")
         if self.jsd_beta is None:
             return
         if self.divergence != "jsd":
@@ -213,26 +224,22 @@ class DistillConfig(SFTConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceConfig(TrainingConfig):
-    """Options that every training on preference rows has. Raises InputError for a value that cannot work."""
+    """Options that every training on preference rows has."""
 
     title: ClassVar[str] = "preferences"
-    max_length: int = setting(1024, "tokens that a prompt and one answer may have together; see truncation")
+    max_length: int = setting(1024, "tokens that a prompt and one answer may have together; see truncation", least=2)
     truncation: Truncation = setting(
         "drop",
         "a row with an answer past max_length: drop leaves it out and counts it; answer cuts the answer but keeps its "
         "end-of-turn token",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of(self, "truncation", *get_args(Truncation))
-
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(PreferenceConfig):
-    """Options of preference training. Raises InputError for a value that cannot work, naming it."""
+    """Options of preference training."""
 
-    lr: float = setting(5e-5, "peak learning rate")
+    lr: float = setting(5e-5, "peak learning rate", positive=True)
     title: ClassVar[str] = "preferences"
     loss: tuple[str, ...] = setting(
         ("sigmoid",),
@@ -254,7 +261,7 @@ class DPOConfig(PreferenceConfig):
     ld_alpha: float | None = setting(
         None, "LD-DPO: what tokens past the shorter answer's length count, 0 to 1; default 1"
     )
-    reference: ReferenceKind = setting(
+    reference: Literal["auto", "base", "start"] = setting(
         "auto",
         "what the policy is compared with: base (adapter off), or start (the adapter as it was at the start); auto: "
         "start on top of a trained adapter, else base, which then is the same",
@@ -268,7 +275,6 @@ class DPOConfig(PreferenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self, "reference", *get_args(ReferenceKind))
         objective = self.objective()
         if self.ld_alpha is not None:
             check_ld_alpha(self.ld_alpha)
@@ -293,20 +299,16 @@ class DPOConfig(PreferenceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig(PreferenceConfig):
-    """Options of training a reward model. Raises InputError for a value that cannot work, naming it."""
+    """Options of training a reward model."""
 
     head_lr: float = setting(
-        3e-3, "peak learning rate of the head, which starts at zero; an lr_scale of score.weight decides instead"
+        3e-3,
+        "peak learning rate of the head, which starts at zero; an lr_scale of score.weight decides instead",
+        positive=True,
     )
     center: float = setting(
-        0.0, "weight of the squared sum of a pair's rewards, which holds rewards around zero; 0.01 is usual"
+        0.0, "weight of the squared sum of a pair's rewards, which holds rewards around zero; 0.01 is usual", least=0
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, 0, "center")
-        if not 0 < self.head_lr < float("inf"):
-            raise InputError(f"head_lr must be above 0 and finite, got {self.head_lr}")
 
 
 def _steps(given: float, total: int) -> int:
@@ -317,30 +319,13 @@ def _steps(given: float, total: int) -> int:
 def size_in_bytes(text: str) -> int | None:
     """2147483648 for "2GiB"; a point and a blank are fine ("1.5 GiB"). None for what is no size."""
     match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text, flags=re.IGNORECASE | re.ASCII)
-    if match is None:
-        return None
-    units = {unit.lower(): size for unit, size in UNITS.items()}
-    return int(float(match[1]) * units[match[2].lower()])
-
-
-def at_least(config: Any, least: int, *names: str) -> None:
-    """InputError for a named option that is below `least`; None is no number and passes."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise InputError(f"{name} must be at least {least}, got {value}")
-
-
-def one_of(config: Any, name: str, *allowed: str) -> None:
-    """InputError for an option that is none of the allowed values."""
-    if (value := getattr(config, name)) not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    return int(float(match[1]) * UNITS[match[2].lower()]) if match else None
 
 
 def changed_options(old: Mapping[str, Any], config: TrainingConfig) -> list[str]:
     """Options that differ from an older run's (as JSON) and would make a resumed run another, as `name: old -> new`."""
     harmless = {"out", "resume", "log", "keep", "save_every", "micro_batch", "packing", "checkpointing"}
-    harmless.add("optimizer_budget")
+    harmless |= {"optimizer_budget"}
     new, defaults = (json.loads(json.dumps(asdict(c))) for c in (config, type(config)(out="")))
     old = defaults | dict(old)  # what is newer than the run had its default
     changed = {name for name, value in new.items() if name not in harmless and old.get(name) != value}

@@ -10,6 +10,7 @@ that failed leaves nothing.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from ..data.batch import AnswerBatch, Batch
 from ..errors import InputError
 from ..optim.groups import parameter_groups
 from ..optim.optimizer import FlatOptimizer
-from .config import PAGED, OptimizerName, size_in_bytes
+from .config import PAGED, TrainingConfig, size_in_bytes
 
 MicroBatch = Batch | AnswerBatch
 PAGE_COUNTERS = ("hits", "misses", "evictions", "bytes_in", "bytes_out", "stall_seconds")
@@ -58,17 +59,21 @@ class StepResult:
 class Stepper:
     """An optimizer over named parameters; a step's loss is the sum over its batches divided by their `weight`.
 
-    parameters: name -> parameter to train. sums: a batch (still on the CPU) -> its loss and metrics. The rest is for
-    `make_optimizer`.
+    parameters: name -> parameter to train. sums: a batch (still on the CPU) -> its loss and metrics.
+    Raises InputError as `make_optimizer` does.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], sums: Callable[[Any], Sums], **options: Any) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], sums: Callable[[Any], Sums], config: TrainingConfig
+    ) -> None:
         self.parameters = dict(parameters)
         self.sums = sums
         self.device = next(iter(self.parameters.values())).device
-        self.optimizer = make_optimizer(self.parameters, **options)
+        self.optimizer = make_optimizer(self.parameters, config)
         self.retries = 0  # micro-batches that ran out of memory and were run again
-        self._names = {p: name for name, p in self.parameters.items()}
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        # In the order in which the optimizer numbers its parameters.
+        self._names = [names[p] for group in self.optimizer.param_groups for p in group["params"]]
         self._paged: dict[str, int | float] = {}
 
     def step(self, batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
@@ -117,13 +122,12 @@ class Stepper:
 
     def state(self) -> dict[str, Tensor]:
         """The optimizer's tensors as `parameter.field`; empty before the first step."""
-        names = self._order()
         saved = self.optimizer.state_dict()["state"]
-        return {f"{names[i]}.{field}": value for i, fields in saved.items() for field, value in fields.items()}
+        return {f"{self._names[i]}.{field}": value for i, fields in saved.items() for field, value in fields.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave. Raises InputError when a name or a shape does not fit these parameters."""
-        numbers = {name: number for number, name in enumerate(self._order())}
+        numbers = {name: number for number, name in enumerate(self._names)}
         saved: dict[int, dict[str, Tensor]] = {}
         for key, value in state.items():
             name, _, field = key.rpartition(".")
@@ -135,10 +139,6 @@ class Stepper:
         except ValueError as error:
             raise InputError(f"the optimizer's state does not fit this run: {error}") from None
         self._paged, self.retries = {}, 0  # the pager starts anew
-
-    def _order(self) -> list[str]:
-        """Names in the order in which the optimizer numbers its parameters."""
-        return [self._names[p] for group in self.optimizer.param_groups for p in group["params"]]
 
 
 def totals(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -152,17 +152,7 @@ def means(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: both[0] / both[1] for name, both in totals(parts).items()}
 
 
-def make_optimizer(
-    parameters: Mapping[str, nn.Parameter],
-    *,
-    weight_decay: float,
-    max_grad_norm: float,
-    name: OptimizerName = "adamw",
-    budget: str = "auto",
-    stochastic_rounding: bool = False,
-    lora_plus: float = 1.0,
-    lr_scale: Mapping[str, float] | None = None,
-) -> FlatOptimizer:
+def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> FlatOptimizer:
     """An optimizer that measures the gradients' norm, clips it where max_grad_norm is above 0, and skips what is not
     finite. Its groups' learning rates are 0, and "lr_scale" of each is the factor on the rate of a step.
 
@@ -171,27 +161,32 @@ def make_optimizer(
     """
     try:
         groups: list[dict[str, Any]] = parameter_groups(
-            parameters.items(), lr=0.0, weight_decay=weight_decay, lora_plus=lora_plus, lr_scale=lr_scale
+            parameters.items(),
+            lr=0.0,
+            weight_decay=config.weight_decay,
+            lora_plus=config.lora_plus,
+            lr_scale=config.lr_scale,
         )
     except ValueError as error:
         raise InputError(f"lr_scale: {error}") from None
     if not groups:
         raise InputError("lr_scale leaves nothing to train: the factor of every parameter is 0")
-    if stochastic_rounding and not any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
-        dtypes = sorted({str(p.dtype).removeprefix("torch.") for group in groups for p in group["params"]})
+    dtypes = {p.dtype for group in groups for p in group["params"]}
+    if config.stochastic_rounding and torch.bfloat16 not in dtypes:
+        named = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise InputError(
-            f"stochastic_rounding is for weights in bfloat16, but all that are trained here are {' or '.join(dtypes)}; "
+            f"stochastic_rounding is for weights in bfloat16, but all that are trained here are {named}; "
             "it helps where all weights of a model (full) are trained in dtype bfloat16"
         )
-    kind = optim.Lion if "lion" in name else optim.AdamW
-    size: Any = "auto" if budget == "auto" else size_in_bytes(budget)
+    kind = optim.Lion if "lion" in config.optimizer else optim.AdamW
+    budget: Any = "auto" if config.optimizer_budget == "auto" else size_in_bytes(config.optimizer_budget)
     return kind(
         groups,
         lr=0.0,
-        bits=8 if name.endswith("8bit") else 32,
-        budget=size if name.startswith(PAGED) else None,
-        max_grad_norm=max_grad_norm or math.inf,
-        stochastic_rounding=stochastic_rounding,
+        bits=8 if config.optimizer.endswith("8bit") else 32,
+        budget=budget if config.optimizer.startswith(PAGED) else None,
+        max_grad_norm=config.max_grad_norm or math.inf,
+        stochastic_rounding=config.stochastic_rounding,
     )
 
 
@@ -206,32 +201,25 @@ def backward_or_retry(
     gradients. The retry draws the same random numbers. Whatever backward or make_room raises, parameters' gradients
     then are as they were before.
     """
-    device = parameters[0].device
-    rng, before = rng_states(device), [p.grad for p in parameters]
+    device, nothing = parameters[0].device, [None] * len(parameters)
+    rng, before, sums = rng_states(device), [p.grad for p in parameters], None
     try:
-        sums = _attempt(parameters, backward)
+        _put(parameters, nothing)
+        with suppress(torch.OutOfMemoryError):
+            sums = backward()
         if sums is None:  # and what it had taken is free again: no exception holds its frames
             make_room()
             set_rng_states(rng, device)
-            _put(parameters, [None] * len(parameters))
+            _put(parameters, nothing)
             sums = backward()
     except BaseException:
         _put(parameters, before)
         raise
-    new = [p.grad for p in parameters]
-    both = [(old, fresh) for old, fresh in zip(before, new, strict=True) if old is not None and fresh is not None]
+    both = [(old, p.grad) for p, old in zip(parameters, before, strict=True) if old is not None and p.grad is not None]
     if both:
-        torch._foreach_add_([old for old, _ in both], [fresh for _, fresh in both])
-    _put(parameters, [fresh if old is None else old for old, fresh in zip(before, new, strict=True)])
+        torch._foreach_add_([old for old, _ in both], [new for _, new in both])
+    _put(parameters, [p.grad if old is None else old for p, old in zip(parameters, before, strict=True)])
     return sums
-
-
-def _attempt(parameters: Sequence[nn.Parameter], backward: Callable[[], Sums]) -> Sums | None:
-    _put(parameters, [None] * len(parameters))
-    try:
-        return backward()
-    except torch.OutOfMemoryError:
-        return None
 
 
 def _put(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:

@@ -161,7 +161,7 @@ class Trainer(ABC):
             notes: list[str] = []
             checkpoint = checkpoint_to_resume(out, self.config.resume, notes.append)
             torch.manual_seed(self.config.seed)
-            self.run, self.stepper = RunState(), self.make_stepper()
+            self.run, self.stepper = RunState(), Stepper(self.parameters, self.sums, self.config)
             self.best: Weights | None = None
             self._pending: Pending | None = None  # an update whose metrics are still on the device
             recompute = self.recomputes()
@@ -363,21 +363,6 @@ class Trainer(ABC):
         if hasattr(rows, "examples"):
             return rows
         return self.load_rows([rows] if isinstance(rows, (str, Path)) else list(rows))
-
-    def make_stepper(self) -> Stepper:
-        """The optimizer over what is trained, as the options say."""
-        config = self.config
-        return Stepper(
-            self.parameters,
-            self.sums,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            lora_plus=config.lora_plus,
-            lr_scale=config.lr_scale,
-            name=config.optimizer,
-            budget=config.optimizer_budget,
-            stochastic_rounding=config.stochastic_rounding,
-        )
 
     def recomputes(self) -> bool:
         """Recompute activations? `auto` measures what the longest example keeps and scales it to a micro-batch."""

@@ -52,7 +52,7 @@ def test_a_size_is_a_number_or_none(text):
         ({"optimizer": "paged-lion8bit", "optimizer_budget": "2"}, "such as 2GiB or 512MiB, got '2'"),
         ({"optimizer": "paged-lion8bit", "optimizer_budget": "0B"}, "got '0B'"),
         ({"decay": 0.2}, "decay is the last part of schedule wsd; cosine has none"),
-        ({"schedule": "wsd", "decay": 0.0}, "decay must be above 0, got 0.0"),
+        ({"schedule": "wsd", "decay": 0.0}, "decay must be above 0 and finite, got 0.0"),
         ({"schedule": "inverse_sqrt"}, "schedule must be one of cosine, linear, constant, inverse-sqrt, wsd"),
         ({"lora_plus": -1.0}, "lora_plus must be above 0"),
         ({"lora_plus": 16.0, "full": True}, "full training has no adapter"),

@@ -24,6 +24,7 @@ from fourbit.data.encode import Dataset, Report, shared_tokens
 from fourbit.models.save import save_model
 from fourbit.trainer.config import DPOConfig
 from fourbit.trainer.preference import DPOTrainer
+from fourbit.trainer.step import Stepper
 
 STEPS, PAIRS, RATE, CLIP, BETA = 10, 2, 2e-4, 1.0, 0.1
 TOLERANCE = 2e-3  # of a step's loss in nats, and of its mean rewards and margins
@@ -80,7 +81,7 @@ def our_steps(folder: Path, reference: Any, steps: int) -> tuple[list[Figures], 
     )
     data = Dataset("pairs", examples, report=Report(rows=len(examples)))
     trainer = DPOTrainer(model, tokenizer, train=data, config=config)
-    stepper = trainer.make_stepper()
+    stepper = Stepper(trainer.parameters, trainer.sums, config)
     figures = []
     for k in range(steps):
         batches = trainer.micro_batches(data, range(k * PAIRS, (k + 1) * PAIRS), config.micro_batch)

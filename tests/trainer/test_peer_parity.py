@@ -19,6 +19,7 @@ import torch
 import fourbit
 from fourbit.data.batch import Encoded, pack_batch, shifted_targets
 from fourbit.lora.adapter import adapter_parameters
+from fourbit.trainer.config import TrainingConfig
 from fourbit.trainer.evaluate import batch_loss_sum
 from fourbit.trainer.step import Stepper, Sums
 
@@ -48,9 +49,8 @@ def rows(tokenizer: Any) -> list[Encoded]:
 def our_losses(model: Any, steps: Sequence[Sequence[Encoded]], adapter: Path) -> list[float]:
     fourbit.load_adapter(model.train(), adapter)
     parameters = adapter_parameters(model)
-    stepper = Stepper(
-        parameters, lambda batch: Sums(batch_loss_sum(model, batch), {}), weight_decay=0.0, max_grad_norm=CLIP
-    )
+    config = TrainingConfig(out="", weight_decay=0.0, max_grad_norm=CLIP)
+    stepper = Stepper(parameters, lambda batch: Sums(batch_loss_sum(model, batch), {}), config)
     return [stepper.step([pack_batch(examples)], RATE).loss.item() for examples in steps]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fourbit.trainer.config import TrainingConfig
 from fourbit.trainer.step import Stepper, Sums, backward_or_retry
 
 OOM = torch.OutOfMemoryError
@@ -180,8 +181,8 @@ class Rows:
 
 
 def stepper_for(net, **options):
-    options = {"weight_decay": 0.1, "max_grad_norm": 1.0} | options
-    return Stepper(dict(net.named_parameters()), lambda batch: Sums(net(batch.rows), {}), **options)
+    config = TrainingConfig(out="", weight_decay=0.1, **options)
+    return Stepper(dict(net.named_parameters()), lambda batch: Sums(net(batch.rows), {}), config)
 
 
 @pytest.mark.parametrize("budget", ["auto", "32KiB"])
@@ -191,7 +192,7 @@ def test_a_run_that_ran_out_of_memory_ends_with_the_same_bits(nets, where, budge
     ours, theirs = nets
     results = {}
     for name, net, failing in (("ours", ours, (4, 9)), ("theirs", theirs, ())):
-        stepper = stepper_for(net, name="paged-adamw", budget=budget)
+        stepper = stepper_for(net, optimizer="paged-adamw", optimizer_budget=budget)
         faults = Faults(*failing)
         net.where, net.when = where, faults
         torch.manual_seed(5)

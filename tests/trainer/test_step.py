@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fourbit.errors import InputError
+from fourbit.trainer.config import TrainingConfig
 from fourbit.trainer.step import Stepper, Sums
 
 
@@ -18,8 +19,8 @@ class Rows:
 
 
 def stepper_for(layer, **options):
-    options = {"weight_decay": 0.1, "max_grad_norm": 0.0} | options
-    return Stepper(dict(layer.named_parameters()), lambda b: Sums(layer(b.rows).pow(2).sum(), {}), **options)
+    config = TrainingConfig(out="", **{"weight_decay": 0.1, "max_grad_norm": 0.0} | options)
+    return Stepper(dict(layer.named_parameters()), lambda b: Sums(layer(b.rows).pow(2).sum(), {}), config)
 
 
 @pytest.fixture
@@ -143,8 +144,8 @@ def test_every_optimizer_trains_and_goes_on_where_it_stopped(name):
     twins = [wide, copy.deepcopy(wide), copy.deepcopy(wide)]
     other = name.removeprefix("paged-") if name.startswith("paged-") else f"paged-{name}"
     names = [name, name, other]
-    budget = lambda name: {"budget": "80KiB"} if name.startswith("paged-") else {}  # noqa: E731
-    first = stepper_for(wide, name=name, max_grad_norm=1.0, **budget(name))
+    budget = lambda name: {"optimizer_budget": "80KiB"} if name.startswith("paged-") else {}  # noqa: E731
+    first = stepper_for(wide, optimizer=name, max_grad_norm=1.0, **budget(name))
     batches = [[Rows(torch.randn(4, 300))] for _ in range(6)]
     losses = [first.step(batch, 1e-2).loss.item() for batch in batches[:3]]
     saved = {key: value.clone() for key, value in first.state().items()}
@@ -153,10 +154,10 @@ def test_every_optimizer_trains_and_goes_on_where_it_stopped(name):
     for twin, again in zip(twins[1:], names[1:], strict=True):
         torch.manual_seed(0)
         twin.load_state_dict(nn.Linear(300, 40).state_dict())
-        stepper = stepper_for(twin, name=name, max_grad_norm=1.0)
+        stepper = stepper_for(twin, optimizer=name, max_grad_norm=1.0)
         for batch in batches[:3]:
             stepper.step(batch, 1e-2)
-        stepper = stepper_for(twin, name=again, max_grad_norm=1.0)
+        stepper = stepper_for(twin, optimizer=again, max_grad_norm=1.0)
         stepper.load_state(saved)
         assert [stepper.step(batch, 1e-2).loss.item() for batch in batches[3:]] == losses
         assert torch.equal(twin.weight, wide.weight) and torch.equal(twin.bias, wide.bias)
@@ -190,20 +191,20 @@ def test_state_of_another_optimizer_is_refused(layer):
     stepper = stepper_for(layer)
     stepper.step([Rows(torch.randn(4, 5, dtype=torch.float64))], 1e-2)
     with pytest.raises(InputError, match=r"does not fit this run: .* 'exp_avg_sq', 'step'\], but lion keeps"):
-        stepper_for(layer, name="lion").load_state(stepper.state())
+        stepper_for(layer, optimizer="lion").load_state(stepper.state())
 
 
 @pytest.mark.parametrize("name, per_value", [*zip(KINDS, [8, 2 + 8 / 256, 4, 1 + 4 / 256], strict=True)])
 def test_the_memory_of_state_is_told(name, per_value):
     layer = nn.Linear(256, 40, bias=False)
-    result = stepper_for(layer, name=name).step([Rows(torch.randn(4, 256))], 1e-2)
+    result = stepper_for(layer, optimizer=name).step([Rows(torch.randn(4, 256))], 1e-2)
     assert result.optimizer == {"optimizer_bytes": 256 * 40 * per_value + 4}
 
 
 def test_paging_is_told_by_the_step():
     """A budget of half the state: what does not stay is copied in and out once a step."""
     layer = nn.Linear(4096, 64, bias=False)
-    stepper = stepper_for(layer, name="paged-adamw", budget="1MiB")
+    stepper = stepper_for(layer, optimizer="paged-adamw", optimizer_budget="1MiB")
     results = [stepper.step([Rows(torch.randn(2, 4096))], 1e-3).optimizer for _ in range(3)]
     state = 8 * 4096 * 64
     for figures in results:
