@@ -5,11 +5,11 @@ of these files must.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
-from .spec import RopeScaling
+from .spec import ROPE_KEYS, RopeScaling
 
 # Limits keep a hostile config from asking for terabytes before one tensor is read; every real model stays far below.
 LIMITS = {
@@ -26,7 +26,7 @@ LIMITS = {
 
 
 class Settings:
-    """Typed look-ups in a table of settings.
+    """Typed look-ups in a table of settings; each raises InputError for a value that breaks its rule.
 
     where: what messages begin with (a file, or "config"). prefix: stands before every key in the table. path: what
     messages put before a key of an inner table. A null and a missing key are one: they say nothing.
@@ -43,18 +43,21 @@ class Settings:
         """The error for a value that breaks a rule: "hidden_size must be a whole number from 1 to 131072, got 0"."""
         return InputError(f"{self.where}: {self.path}{self.prefix}{key} must be {rule}, got {shown(self.get(key))}.")
 
-    def integer(self, key: str, high: int, default: int | None = None) -> int:
-        """A whole number from 1 to `high`."""
+    def one_of(self, key: str, allowed: Sequence[Any], rule: str) -> Any:
+        """One of the `allowed` plain values (None: nothing may stand there)."""
         value = self.get(key)
+        if not isinstance(value, str | int | float | None) or value not in allowed:
+            raise self.refusal(key, rule)
+        return value
+
+    def size(self, key: str, default: int | None = None, like: str = "") -> int:
+        """A whole number from 1 to what `LIMITS` allows for this key, or for the one it is `like`."""
+        value, high = self.get(key), LIMITS[like or key]
         if value is None and default is not None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
             raise self.refusal(key, f"a whole number from 1 to {high}")
         return value
-
-    def size(self, key: str, default: int | None = None) -> int:
-        """A whole number from 1 to what `LIMITS` allows for this key."""
-        return self.integer(key, LIMITS[key], default)
 
     def number(self, key: str, high: float, default: float | None = None) -> float:
         """A number above 0, at most `high`."""
@@ -71,10 +74,9 @@ class Settings:
 
     def flag(self, key: str) -> bool:
         """True or false; nothing is false."""
-        value = self.get(key)
-        if value is not None and not isinstance(value, bool):
+        if not isinstance(self.get(key), bool | None):
             raise self.refusal(key, "true or false")
-        return bool(value)
+        return bool(self.get(key))
 
 
 def shown(value: Any) -> str:
@@ -107,24 +109,20 @@ def rope(keys: Settings) -> tuple[float, RopeScaling | None]:
     inner = Settings(table, keys.where, path=f"{key}.")
     theta = (keys if inner.get("rope_theta") is None else inner).number("rope_theta", 1e15, default=10000.0)
     for where in (keys, inner):
-        if where.get("partial_rotary_factor") not in (None, 1):
-            raise where.refusal("partial_rotary_factor", "1")
+        where.one_of("partial_rotary_factor", (None, 1), "1")
     type_key = "rope_type" if "rope_type" in table else "type"
-    kind = table.get(type_key, "default")
-    if kind == "default":
+    if type_key not in table:
         return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", inner.number("factor", 1e6))
-    if kind == "llama3":
-        return theta, _llama3(keys, inner)
-    raise inner.refusal(type_key, "'default', 'linear' or 'llama3'")
+    kind = inner.one_of(type_key, ("default", *ROPE_KEYS), "'default', 'linear' or 'llama3'")
+    return theta, None if kind == "default" else _scaling(kind, keys, inner)
 
 
-def _llama3(keys: Settings, inner: Settings) -> RopeScaling:
+def _scaling(kind: str, keys: Settings, inner: Settings) -> RopeScaling:
     original = "original_max_position_embeddings"
     data = {original: keys.get("max_position_embeddings")} | {k: v for k, v in inner.data.items() if v is not None}
     inner = Settings(data, inner.where, path=inner.path)
-    low, high = (inner.number(f"{end}_freq_factor", 1e6) for end in ("low", "high"))
-    if low >= high:
-        raise inner.refusal("low_freq_factor", f"below high_freq_factor ({high})")
-    return RopeScaling("llama3", inner.number("factor", 1e6), low, high, inner.size(original))
+    values: dict[str, Any] = {k: inner.size(k) if k == original else inner.number(k, 1e6) for k in ROPE_KEYS[kind]}
+    scaling = RopeScaling(kind, **values)
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise inner.refusal("low_freq_factor", f"below high_freq_factor ({scaling.high_freq_factor})")
+    return scaling

@@ -1,25 +1,51 @@
-"""A GGUF file: what it says about the model and its tensors, mapped and decoded one at a time.
+"""A GGUF file, read as a stranger's: its metadata, the place of every tensor, and their values, one at a time.
 
-The header is read by our own bounded reader (`gguf_header.py`), for the `gguf` package's trusts the lengths that a file
-declares; that package only decodes blocks (`gguf_tensors.py`). `gguf_config.py` makes the metadata a `Spec`.
+A crafted file can declare an array of 2^63 items in 51 bytes, a tensor beyond the file's end or sizes whose product
+overflows, and the `gguf` package trusts what is declared. So the header is read here: every length, count and product
+is a Python integer checked against a limit and against the bytes that are really there, before anything is allocated or
+viewed. The package says how large a format's blocks are and decodes them, bit-exact with llama.cpp's own reference.
+
+Layout: the GGUF specification (ggml, docs/gguf.md), versions 2 and 3, little endian.
 """
 
+import math
 import os
 import stat
-from collections.abc import Iterator
+import struct
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .gguf_config import read
-from .gguf_header import MetadataValue, TensorInfo, read_header
-from .gguf_tensors import Bytes, decode, hf_name
-from .spec import Spec
+from .config import shown
 
-ROPE_FACTORS = "rope_freqs.weight"  # no weight: what it says is in the Spec
-MAX_ROPE_FACTORS = 4096  # one for each pair of a head's elements
+READABLE = ("F32", "F16", "Q4_0", "Q4_1", "Q8_0", "BF16")
+MAX_STRING_BYTES = 1 << 24
+MAX_NAME_BYTES = (1 << 16) - 1
+MAX_ARRAY_LENGTH = 1 << 24
+MAX_DIMENSIONS = 4
+MAX_METADATA = 100_000
+MAX_TENSORS = 1_000_000
+CHUNK_ELEMENTS = 1 << 20  # decoded at once: 4 MB of fp32, with temporaries near 30 MB
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+MetadataValue = int | float | bool | str | list[str] | np.ndarray[Any, Any]
+
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_NUMBERS = dict(enumerate(["<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "|u1"])) | {10: "<u8", 11: "<i8", 12: "<f8"}
+
+
+class TensorInfo(NamedTuple):
+    """Where one tensor lies: `shape` in torch's order (slowest first), `start` and `nbytes` in bytes of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    start: int
+    nbytes: int
 
 
 class GGUFFile:
@@ -38,45 +64,14 @@ class GGUFFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._data = _map(self.path)
-        self.metadata: dict[str, MetadataValue]
-        self.tensors: dict[str, TensorInfo]
-        self.metadata, self.tensors = read_header(self.path, self._data)
-
-    def spec(self) -> Spec:
-        """The model; InputError, by key, where it is no Llama we know."""
-        return read(self.path, self.metadata, self.shapes(), self._rope_factors())
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every weight, under its name in a Hugging Face checkpoint, in the file's order."""
-        return {hf_name(self.path, info.name): info.shape for info in self._weights()}
-
-    def iter_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under its name in a Hugging Face checkpoint, decoded one at a time in the file's order.
-
-        Block formats decode to fp32; F32, F16 and BF16 keep their dtype. Rows of Q and K come back in Hugging Face's
-        order (llama.cpp interleaves the rotary halves).
-        """
-        spec = self.spec()
-        heads = {"attn_q": spec.num_attention_heads, "attn_k": spec.num_key_value_heads}
-        for info in self._weights():
-            yield hf_name(self.path, info.name), self.tensor(info.name, heads.get(info.name.split(".")[-2]))
+        header = _Header(self.path, self._data)
+        self.metadata = header.metadata
+        self.tensors = header.tensors
 
     def tensor(self, name: str, interleaved_heads: int | None = None) -> Tensor:
-        """One tensor by its GGUF name; `interleaved_heads` undoes llama.cpp's order of rotary rows in each head."""
+        """One tensor by its GGUF name, as `decode` gives it."""
         info = self.tensors[name]
-        raw = self._data[info.start : info.start + info.nbytes]
-        return decode(raw, info.format, info.shape, interleaved_heads)
-
-    def _weights(self) -> Iterator[TensorInfo]:
-        return (info for info in self.tensors.values() if info.name != ROPE_FACTORS)
-
-    def _rope_factors(self) -> list[float] | None:
-        if ROPE_FACTORS not in self.tensors:
-            return None
-        shape = self.tensors[ROPE_FACTORS].shape
-        if len(shape) != 1 or shape[0] > MAX_ROPE_FACTORS:
-            raise InputError(f"{self.path}: tensor {ROPE_FACTORS!r} must be a short vector, got shape {list(shape)}.")
-        return self.tensor(ROPE_FACTORS).tolist()
+        return decode(self._data[info.start : info.start + info.nbytes], info.format, info.shape, interleaved_heads)
 
 
 def _map(path: Path) -> Bytes:
@@ -92,3 +87,177 @@ def _map(path: Path) -> Bytes:
     if data is None:
         raise InputError(f"{path} has {status.st_size} bytes; a GGUF header alone has 24. Get the file again.")
     return data
+
+
+class _Header:
+    """One pass over the header; `at` is the next byte to read."""
+
+    def __init__(self, path: Path, data: Bytes) -> None:
+        self.path, self.data, self.size, self.at = path, data.data, len(data), 0
+        self._check_magic()
+        n_tensors = self._integer("the number of tensors", MAX_TENSORS)
+        n_metadata = self._integer("the number of metadata keys", MAX_METADATA)
+        self.metadata: dict[str, MetadataValue] = {}
+        for _ in range(n_metadata):
+            key = self._string("a metadata key", MAX_NAME_BYTES)
+            if key in self.metadata:
+                raise self._fail(f"metadata key {shown(key)} occurs twice")
+            self.metadata[key] = self._value(shown(key))
+        self.tensors = self._placed([self._tensor() for _ in range(n_tensors)])
+
+    def _fail(self, problem: str) -> InputError:
+        return InputError(
+            f"{self.path}: {problem}, near byte {self.at}. The file is damaged or no valid GGUF: get it again."
+        )
+
+    def _take(self, count: int, what: str) -> int:
+        """Step over `count` bytes that must be there; returns where they begin."""
+        if count > self.size - self.at:
+            raise self._fail(f"{what} needs {count} bytes but the file ends after {self.size - self.at} more")
+        start = self.at
+        self.at += count
+        return start
+
+    def _integer(self, what: str, limit: int | None = None) -> int:
+        """A number of 32 bits, or with a limit of 64."""
+        format = "<I" if limit is None else "<Q"
+        value: int = struct.unpack_from(format, self.data, self._take(struct.calcsize(format), what))[0]
+        if limit is not None and value > limit:
+            raise self._fail(f"{what} is {value}, more than the limit of {limit}")
+        return value
+
+    def _string(self, what: str, limit: int = MAX_STRING_BYTES) -> str:
+        length = self._integer(f"the length of {what}", limit)
+        start = self._take(length, what)
+        try:
+            return str(self.data[start : start + length], "utf-8")
+        except UnicodeDecodeError as error:
+            raise self._fail(f"{what} is not UTF-8 ({error.reason})") from error
+
+    def _check_magic(self) -> None:
+        magic = bytes(self.data[self._take(4, "the magic number") : self.at])
+        if magic != b"GGUF":
+            raise InputError(f"{self.path} is no GGUF file: it starts with {magic!r}, not with b'GGUF'.")
+        version = self._integer("the version")
+        if version in (2, 3):
+            return
+        if version & 0xFFFF == 0 and version:
+            raise InputError(f"{self.path} is a big-endian GGUF; only little-endian files are read. Convert it again.")
+        raise InputError(f"{self.path} is GGUF version {version}; versions 2 and 3 are read. Convert the model again.")
+
+    def _value(self, name: str) -> MetadataValue:
+        """The value of a metadata key: a scalar, or an array of one type."""
+        kind = self._integer(f"the type of {name}")
+        if kind == _STRING:
+            return self._string(f"the value of {name}")
+        if kind != _ARRAY:
+            value: MetadataValue = self._numbers(name, kind, 1)[0].item()
+            return value
+        kind = self._integer(f"the item type of {name}")
+        length = self._integer(f"the length of array {name}", MAX_ARRAY_LENGTH)
+        if kind != _STRING:
+            return self._numbers(name, kind, length)
+        # Eight bytes an item at least: a declared length beyond the file ends here, not after 2^24 turns.
+        if 8 * length > self.size - self.at:
+            raise self._fail(f"array {name} of {length} strings does not fit into the rest of the file")
+        return [self._string(f"an item of {name}") for _ in range(length)]
+
+    def _numbers(self, name: str, kind: int, length: int) -> np.ndarray[Any, Any]:
+        if kind not in _NUMBERS:
+            what = "an array of arrays, which no model needs" if kind == _ARRAY else f"of the unknown type {kind}"
+            raise self._fail(f"metadata key {name} is {what}")
+        dtype = np.dtype(_NUMBERS[kind])
+        start = self._take(length * dtype.itemsize, f"the value of {name}")
+        values = np.frombuffer(self.data, dtype, length, start).copy()
+        if kind != _BOOL:
+            return values
+        if values.size and values.max() > 1:
+            raise self._fail(f"metadata key {name} is a truth value but holds {values.max()}; 0 and 1 are allowed")
+        return values.astype(np.bool_)
+
+    def _tensor(self) -> TensorInfo:
+        """One tensor's entry, its `start` still relative to the data section."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        name = self._string("a tensor name", MAX_NAME_BYTES)
+        what = f"tensor {shown(name)}"
+        n_dims = self._integer(f"the number of dimensions of {what}")
+        if not 1 <= n_dims <= MAX_DIMENSIONS:
+            raise self._fail(f"{what} has {n_dims} dimensions; 1 to {MAX_DIMENSIONS} are allowed")
+        dims = [self._integer(f"a dimension of {what}", (1 << 64) - 1) for _ in range(n_dims)]
+        kind = self._integer(f"the type of {what}")
+        offset = self._integer(f"the offset of {what}", (1 << 64) - 1)
+        format = GGMLQuantizationType(kind).name if kind in GGML_QUANT_SIZES else f"the unknown type {kind}"
+        if format not in READABLE:
+            raise InputError(
+                f"{self.path}: {what} is stored as {format}; only {', '.join(READABLE)} can be read. Take another "
+                "quantisation of the model (Q8_0 is closest to full precision) or its Hugging Face folder."
+            )
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        if min(dims) < 1 or dims[0] % block:
+            raise self._fail(f"{what} has dimensions {dims}; rows of {format} hold a multiple of {block}")
+        return TensorInfo(name, tuple(reversed(dims)), format, offset, math.prod(dims) // block * size)
+
+    def _placed(self, entries: list[TensorInfo]) -> dict[str, TensorInfo]:
+        """The tensors with their places in the file: aligned, inside it, no two over each other."""
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment < 1 or alignment.bit_count() > 1:
+            raise self._fail(f"general.alignment is {alignment!r}; it must be a power of two")
+        base = -(-self.at // alignment) * alignment
+        placed: dict[str, TensorInfo] = {}
+        for info in entries:
+            if info.name in placed:
+                raise self._fail(f"tensor {shown(info.name)} occurs twice")
+            if info.start % alignment:
+                raise self._fail(
+                    f"tensor {shown(info.name)} lies at offset {info.start}, which is no multiple of {alignment}"
+                )
+            placed[info.name] = info._replace(start=base + info.start)
+        end, before = 0, ""
+        for info in sorted(placed.values(), key=lambda info: info.start):
+            stop, name = info.start + info.nbytes, shown(info.name)
+            if stop > self.size:
+                raise InputError(
+                    f"{self.path}: tensor {name} {list(info.shape)} ends at byte {stop}, but the file has "
+                    f"{self.size}. It is cut short or damaged: get it again."
+                )
+            if info.start < end:
+                raise InputError(
+                    f"{self.path}: tensors {before} and {name} overlap. The file is damaged: get it again."
+                )
+            end, before = stop, name
+        return placed
+
+
+def decode(raw: Bytes, format: str, shape: tuple[int, ...], interleaved_heads: int | None = None) -> Tensor:
+    """A tensor's bytes to a new tensor of `shape`, some rows at a time; peak memory is the output plus some 30 MB.
+
+    F32, F16 and BF16 stay what they are, blocks become fp32. With `interleaved_heads` = H the rows (of a bias: the
+    elements) of each of H heads are put back from llama.cpp's rotary order (pairs side by side) to Hugging Face's
+    (halves).
+    """
+    rows = raw.reshape(math.prod(shape[:-1]), -1)  # [R, bytes]
+    order = np.arange(shape[0])
+    if interleaved_heads is not None:
+        order = order.reshape(interleaved_heads, -1, 2).swapaxes(1, 2).ravel()
+    if len(shape) == 1:
+        return _values(rows, format)[0, order]
+    values = torch.empty(len(rows), shape[-1], dtype=_values(rows[:1], format).dtype)
+    step = max(1, CHUNK_ELEMENTS // shape[-1])
+    for start in range(0, len(rows), step):
+        chunk = slice(start, start + step)
+        values[chunk] = _values(rows[chunk] if interleaved_heads is None else rows[order[chunk]], format)
+    return values.view(shape)
+
+
+def _values(rows: Bytes, format: str) -> Tensor:
+    """Rows of bytes [R, bytes] to values [R, in]; always a copy, never a view of the map."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    plain = {"F32": "<f4", "F16": "<f2", "BF16": "<i2"}.get(format)
+    if plain is not None:
+        values = torch.from_numpy(rows.view(plain).copy())
+        return values.view(torch.bfloat16) if format == "BF16" else values
+    with np.errstate(all="ignore"):  # an infinite scale gives NaN; whoever uses the weight refuses it by name
+        return torch.from_numpy(dequantize(rows, GGMLQuantizationType[format]))

@@ -46,20 +46,16 @@ _COMPOSED = {"qwen2", "deepseek-r1-qwen"}  # trained on NFC text
 def gguf_arguments(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `Tokenizer` that a GGUF's metadata describe.
 
-    Raises:
-        InputError: no byte-level BPE, an unknown pre-tokenizer, a missing or malformed key, or tokens and merges that
-            contradict each other.
+    InputError for another kind than byte-level BPE, an unknown pre-tokenizer, a missing or malformed key, or tokens and
+    merges that contradict each other.
     """
     keys = Settings(metadata, "GGUF metadata", prefix="tokenizer.ggml.")
-    if keys.get("model") != "gpt2":
-        raise keys.refusal(
-            "model",
-            "'gpt2' (byte-level BPE; load any other model from its Hugging Face folder, which has a tokenizer.json)",
-        )
+    other = "'gpt2' (byte-level BPE; load any other model from its Hugging Face folder, which has a tokenizer.json)"
+    keys.one_of("model", ("gpt2",), other)
     tokens = _strings(keys, "tokens")
     backend = _backend(keys, tokens)
     template = metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
+    if not isinstance(template, str | None):
         raise InputError("GGUF metadata: tokenizer.chat_template must be a string.")
     bos, eos, pad, *stops = (_token_id(keys, name, len(tokens)) for name in ("bos", "eos", "padding", "eot", "eom"))
     special = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
@@ -72,13 +68,11 @@ def gguf_arguments(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _backend(keys: Settings, tokens: list[str]) -> tokenizers.Tokenizer:
-    pre = keys.get("pre")
-    if not isinstance(pre, str) or pre not in _SPLITS:
-        raise keys.refusal(
-            "pre",
-            f"one of {', '.join(sorted(_SPLITS))} (words cut by another rule are tokens that the model was not trained "
-            "on: load it from its Hugging Face folder)",
-        )
+    known = sorted(_SPLITS)
+    other = (
+        "words cut by another rule are tokens that the model was not trained on: load it from its Hugging Face folder"
+    )
+    pre = keys.one_of("pre", known, f"one of {', '.join(known)} ({other})")
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         twice = next(token for index, token in enumerate(tokens) if vocab[token] != index)
@@ -96,7 +90,7 @@ def _backend(keys: Settings, tokens: list[str]) -> tokenizers.Tokenizer:
 
 
 def _whole_tokens(keys: Settings, tokens: list[str]) -> list[AddedToken]:
-    """Control and user-defined tokens, which are found in the text before any word is cut."""
+    """Control and user-defined tokens, found in the text before any word is cut."""
     types = keys.get("token_type")
     if types is None:
         return []

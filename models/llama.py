@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import InputError
 from .config import Settings, head_dim, rope, shown
-from .spec import RopeScaling, Spec
+from .spec import ROPE_KEYS, Spec
 
 
 def read(keys: Settings) -> Spec:
@@ -18,7 +18,18 @@ def read(keys: Settings) -> Spec:
     Raises InputError naming the key and its value where a key is missing, malformed, too large, contradictory or asks
     for something the decoder does not compute.
     """
-    _refuse_unsupported(keys)
+    if "hidden_act" in keys.data:
+        keys.one_of("hidden_act", ("silu", "swish"), "'silu'")
+    if keys.get("use_sliding_window") is not False:
+        keys.one_of("sliding_window", (None,), "null (attention sees all tokens)")
+    layers = keys.get("layer_types")
+    if layers is not None and (not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)):
+        raise InputError(f"{keys.where}: layer_types must all be 'full_attention', got {shown(layers)}.")
+    if keys.get("quantization_config") is not None:
+        raise InputError(
+            f"{keys.where}: quantization_config must be absent (weights in fp32, fp16 or bf16), got "
+            f"{shown(keys.get('quantization_config'))}. Load the unquantised model and let fourbit quantise it."
+        )
     hidden, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
     theta, scaling = rope(keys)
     return Spec(
@@ -42,28 +53,8 @@ def read(keys: Settings) -> Spec:
 
 def write(spec: Spec) -> dict[str, Any]:
     """The keys of a `config.json` that says this Spec, as transformers 4 and 5 both read them."""
-    keys = asdict(spec) | {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+    keys, scaling = asdict(spec), spec.rope_scaling
     del keys["qk_norm"]
-    return keys | {"rope_scaling": spec.rope_scaling and _scaling(spec.rope_scaling)}
-
-
-def _scaling(scaling: RopeScaling) -> dict[str, Any]:
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    values = asdict(scaling)
-    return {"rope_type": values.pop("kind"), **values}
-
-
-def _refuse_unsupported(keys: Settings) -> None:
-    if keys.data.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise keys.refusal("hidden_act", "'silu'")
-    if keys.get("sliding_window") is not None and keys.get("use_sliding_window") is not False:
-        raise keys.refusal("sliding_window", "null (attention sees all tokens)")
-    layers = keys.get("layer_types")
-    if layers is not None and (not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)):
-        raise InputError(f"{keys.where}: layer_types must all be 'full_attention', got {shown(layers)}.")
-    if keys.get("quantization_config") is not None:
-        raise InputError(
-            f"{keys.where}: quantization_config must be absent (weights in fp32, fp16 or bf16), got "
-            f"{shown(keys.get('quantization_config'))}. Load the unquantised model and let fourbit quantise it."
-        )
+    if scaling is not None:
+        keys["rope_scaling"] = {"rope_type": scaling.kind} | {k: getattr(scaling, k) for k in ROPE_KEYS[scaling.kind]}
+    return keys | {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}

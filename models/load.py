@@ -17,7 +17,7 @@ from ..errors import EnvironmentProblem, InputError
 from ..files import misfits
 from ..lora.linear4bit import NF4Linear
 from ..lora.quantize import quantize_
-from . import hf
+from . import gguf_model, hf
 from .decoder import Decoder
 from .families import read_spec
 from .gguf import GGUFFile
@@ -114,7 +114,8 @@ class _NoInitialValues(TorchFunctionMode):
 def _read(path: Path) -> tuple[Spec, Shapes, Iterator[tuple[str, Tensor]]]:
     if _is_gguf(path):
         file = GGUFFile(path)
-        return file.spec(), file.shapes(), file.iter_tensors()
+        spec = gguf_model.read_spec(file)
+        return spec, gguf_model.tensor_shapes(file), gguf_model.iter_tensors(file, spec)
     folder = _folder(path)
     return read_spec(hf.read_config(folder)), hf.tensor_shapes(folder), hf.iter_tensors(folder)
 

@@ -4,13 +4,18 @@ from dataclasses import dataclass
 
 from ..errors import InputError
 
+# Kind of scaling -> the fields that it uses, which are also its keys in `config.json`.
+ROPE_KEYS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
 
 @dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are stretched for long contexts.
 
-    `kind` "linear" divides every frequency by `factor`; "llama3" divides only the slow ones and blends in between
-    (Llama 3.1; `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings` set the band).
+    `kind` "linear" divides every frequency by `factor`; "llama3" (Llama 3.1) only the slow ones, and blends in a band.
     """
 
     kind: str

@@ -2,10 +2,12 @@
 
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -66,6 +68,22 @@ def oracle() -> Callable[..., Any]:
 def kind(request: pytest.FixtureRequest) -> str:
     """The name of each shape in turn."""
     return str(request.param)
+
+
+@pytest.fixture
+def write_gguf(tmp_path: Path) -> Callable[..., Path]:
+    """`write_gguf(fill)`: the file that gguf-py's writer makes after `fill(writer)`."""
+
+    def write(fill: Callable[[GGUFWriter], Any] = lambda _: None, architecture: str = "llama") -> Path:
+        writer = GGUFWriter(tmp_path / "m.gguf", architecture)
+        fill(writer)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return tmp_path / "m.gguf"
+
+    return write
 
 
 class Alive(TorchDispatchMode):

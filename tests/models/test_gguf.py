@@ -2,6 +2,7 @@
 
 import struct
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +14,28 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter
 from torch import Tensor
 
-from fourbit.models.gguf import GGUFFile
-from fourbit.models.gguf_tensors import decode, halves_from_pairs
+from fourbit.models.gguf import READABLE, GGUFFile, decode
+from fourbit.models.gguf_model import iter_tensors, read_spec
 from fourbit.models.spec import Spec
 
-FORMATS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 BLOCKS = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
 
 
 # ---- the container
 
 
-def test_every_kind_of_value_survives_the_writer(tmp_path: Path) -> None:
-    path = tmp_path / "values.gguf"
-    writer = GGUFWriter(path, "llama")
-    writer.add_uint8("u8", 255)
-    writer.add_int8("i8", -128)
-    writer.add_uint16("u16", 65535)
-    writer.add_int16("i16", -32768)
-    writer.add_uint32("u32", 2**32 - 1)
-    writer.add_int32("i32", -(2**31))
-    writer.add_uint64("u64", 2**64 - 1)
-    writer.add_int64("i64", -(2**63))
-    writer.add_float32("f32", 0.1)
-    writer.add_float64("f64", 0.1)
-    writer.add_bool("yes", True)
-    writer.add_bool("no", False)
-    writer.add_string("string", "naïve 日本 😀\n\0")
-    writer.add_array("strings", ["", "a", "é"])
-    writer.add_array("integers", [-1, 0, 2**31 - 1])
-    writer.add_array("floats", [0.5, -2.0])
-    writer.add_array("truths", [True, False])
-    finish(writer)
-    expected: dict[str, Any] = {
-        "u8": 255, "i8": -128, "u16": 65535, "i16": -32768, "u32": 2**32 - 1, "i32": -(2**31), "u64": 2**64 - 1,
-        "i64": -(2**63), "f32": float(np.float32(0.1)), "f64": 0.1, "yes": True, "no": False,
-        "string": "naïve 日本 😀\n\0", "strings": ["", "a", "é"], "integers": [-1, 0, 2**31 - 1], "floats": [0.5, -2.0],
-        "truths": [True, False], "general.architecture": "llama",
-    }  # fmt: skip
+VALUES: dict[str, tuple[str, Any]] = {
+    "u8": ("uint8", 255), "i8": ("int8", -128), "u16": ("uint16", 65535), "i16": ("int16", -32768),
+    "u32": ("uint32", 2**32 - 1), "i32": ("int32", -(2**31)), "u64": ("uint64", 2**64 - 1), "i64": ("int64", -(2**63)),
+    "f32": ("float32", float(np.float32(0.1))), "f64": ("float64", 0.1), "yes": ("bool", True), "no": ("bool", False),
+    "string": ("string", "naïve 日本 😀\n\0"), "strings": ("array", ["", "a", "é"]),
+    "integers": ("array", [-1, 0, 2**31 - 1]), "floats": ("array", [0.5, -2.0]), "truths": ("array", [True, False]),
+}  # fmt: skip
+
+
+def test_every_kind_of_value_survives_the_writer(write_gguf: Callable[..., Path]) -> None:
+    path = write_gguf(lambda w: [getattr(w, f"add_{kind}")(key, value) for key, (kind, value) in VALUES.items()])
+    expected = {key: value for key, (_, value) in VALUES.items()} | {"general.architecture": "llama"}
     found = GGUFFile(path).metadata
     plain = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in found.items()}
     assert plain == expected
@@ -58,32 +43,25 @@ def test_every_kind_of_value_survives_the_writer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("alignment", [8, 32, 256])
-def test_tensors_of_every_format_lie_where_the_writer_put_them(alignment: int, tmp_path: Path) -> None:
+def test_tensors_of_every_format_lie_where_the_writer_put_them(alignment: int, write_gguf: Callable[..., Path]) -> None:
     rng = np.random.default_rng(0)
-    path = tmp_path / "tensors.gguf"
-    writer = GGUFWriter(path, "llama")
-    writer.add_custom_alignment(alignment)
     values: dict[str, np.ndarray[Any, Any]] = {}
-    for kind in FORMATS:
-        for shape in ((64,), (3, 32), (2, 5, 96), (2, 1, 3, 32)):
-            name = f"{kind}{shape}"
-            stored = gguf.quants.quantize(rng.standard_normal(shape, dtype=np.float32), Kind[kind])
-            values[name] = gguf.quants.dequantize(stored, Kind[kind])
-            writer.add_tensor(name, stored, raw_dtype=Kind[kind])
-    finish(writer)
-    opened = GGUFFile(path)
+
+    def fill(writer: GGUFWriter) -> None:
+        writer.add_custom_alignment(alignment)
+        for kind in READABLE:
+            for shape in ((64,), (3, 32), (2, 5, 96), (2, 1, 3, 32)):
+                name = f"{kind}{shape}"
+                stored = gguf.quants.quantize(rng.standard_normal(shape, dtype=np.float32), Kind[kind])
+                values[name] = gguf.quants.dequantize(stored, Kind[kind])
+                writer.add_tensor(name, stored, raw_dtype=Kind[kind])
+
+    opened = GGUFFile(write_gguf(fill))
     assert list(opened.tensors) == list(values)
     for name, expected in values.items():
         ours = opened.tensor(name)
         assert ours.shape == expected.shape, name
         assert torch.equal(ours.float(), torch.from_numpy(expected)), name
-
-
-def finish(writer: GGUFWriter) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 # ---- decoding
@@ -134,14 +112,14 @@ def test_blocks_decode_as_their_description_says(kind: str) -> None:
 
 
 def test_decoding_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do they change the order of rotary rows: in each of 3 heads pairs side by side become two halves."""
     raw = gguf.quants.quantize(np.random.default_rng(4).standard_normal((24, 64), dtype=np.float32), Kind.Q8_0)
     flat = raw.reshape(-1)
-    whole = decode(flat, "Q8_0", (24, 64), interleaved_heads=3)
     pairs = decode(flat, "Q8_0", (24, 64))
-    assert torch.equal(whole, halves_from_pairs(pairs, 3)) and not torch.equal(whole, pairs)
-    for chunk in (1, 64 * 8, 64 * 9, 64 * 16):
-        monkeypatch.setattr("fourbit.models.gguf_tensors.CHUNK_ELEMENTS", chunk)
-        assert torch.equal(decode(flat, "Q8_0", (24, 64), interleaved_heads=3), whole), chunk
+    halves = pairs.view(3, 4, 2, 64).transpose(1, 2).reshape(24, 64)
+    for chunk in (1, 64 * 8, 64 * 9, 64 * 16, 1 << 20):
+        monkeypatch.setattr("fourbit.models.gguf.CHUNK_ELEMENTS", chunk)
+        assert torch.equal(decode(flat, "Q8_0", (24, 64), interleaved_heads=3), halves), chunk
         assert torch.equal(decode(flat, "Q8_0", (24, 64)), pairs), chunk
 
 
@@ -162,7 +140,8 @@ def test_smollm2_values_are_those_of_its_raw_blocks(smollm2: Path) -> None:
     info = opened.tensors["blk.0.attn_q.weight"]
     assert (info.format, info.shape) == ("Q4_1", (576, 576))
     rows = np.fromfile(smollm2, np.uint8, info.nbytes, offset=info.start).reshape(576, -1)
-    ours = next(tensor for name, tensor in opened.iter_tensors() if name == "model.layers.0.self_attn.q_proj.weight")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    ours = next(tensor for found, tensor in iter_tensors(opened, read_spec(opened)) if found == name)
     head, size = 5, 64
     for i in (0, 1, 31, 32, 33, 63):  # row i of a head lies at 2i in the file (first half) or 2(i - 32) + 1 (second)
         row = rows[head * size + (2 * i if i < 32 else 2 * (i - 32) + 1)].tobytes()
@@ -170,31 +149,8 @@ def test_smollm2_values_are_those_of_its_raw_blocks(smollm2: Path) -> None:
         torch.testing.assert_close(ours[head * size + i], torch.tensor(expected), rtol=1e-6, atol=1e-6)
 
 
-# ---- the order of rotary rows
-
-
-def llama_cpp_rows(weight: Tensor, heads: int) -> Tensor:
-    """llama.cpp's converter: the two rotary halves of each head interleaved."""
-    count, *rest = weight.shape
-    return weight.reshape(heads, 2, count // heads // 2, *rest).swapaxes(1, 2).reshape(weight.shape)
-
-
-@pytest.mark.parametrize(("heads", "size"), [(1, 2), (3, 4), (5, 6), (7, 64)])
-def test_rows_are_put_back_by_the_inverse_of_the_converters_order(heads: int, size: int) -> None:
-    weight = torch.arange(heads * size * 3.0).view(heads * size, 3)
-    forward = llama_cpp_rows(weight, heads)
-    assert torch.equal(halves_from_pairs(forward, heads), weight)
-    if size > 2:
-        assert not torch.equal(forward, weight)  # else the test shows nothing
-
-
-def test_a_head_count_that_does_not_divide_is_a_programmers_error() -> None:
-    with pytest.raises(ValueError, match="30 rows cannot be split into 4 heads"):
-        decode(np.zeros(30 * 4, dtype=np.uint8), "F32", (30, 1), interleaved_heads=4)
-
-
 def test_smollm2_describes_itself(smollm2: Path) -> None:
-    assert GGUFFile(smollm2).spec() == Spec(
+    assert read_spec(GGUFFile(smollm2)) == Spec(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, head_dim=64, rms_norm_eps=1e-5, rope_theta=100000.0, vocab_size=49152,
         tie_word_embeddings=True, max_position_embeddings=8192,

@@ -6,7 +6,9 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import gguf  # noqa: F401 - loaded here, before time and memory are counted
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -93,16 +95,13 @@ BAD: dict[str, tuple[bytes, str]] = {
     "array of 2^24 strings, none there": (file([array("a", STRING, 1 << 24, b"")]), "does not fit"),
     "array of 2^24 + 1 bytes": (file([array("a", U8, (1 << 24) + 1, b"")]), "more than the limit of 16777216"),
     "array of arrays": (file([array("a", ARRAY, 1, struct.pack("<IQ", U8, 1) + b"\0")]), "an array of arrays"),
-    "array of unknown items": (file([array("a", 13, 1, bytes(8))]), "unknown item type 13"),
+    "array of unknown items": (file([array("a", 13, 1, bytes(8))]), "unknown type 13"),
     "alignment 0": (file([pair(ALIGNMENT, U32, one(0))]), "general.alignment is 0; it must be a power of two"),
     "alignment 3": (file([pair(ALIGNMENT, U32, one(3))]), "general.alignment is 3"),
     "alignment -32": (file([pair(ALIGNMENT, I32, struct.pack("<i", -32))]), "general.alignment is -32"),
     "alignment a string": (file([pair(ALIGNMENT, STRING, text("32"))]), "general.alignment is '32'"),
     "alignment true": (file([pair(ALIGNMENT, BOOL, b"\1")]), "general.alignment is True"),
-    "alignment 2^62": (
-        file([pair(ALIGNMENT, U64, struct.pack("<Q", 1 << 62))], [tensor("t", [4])], FOUR),
-        "ends at byte",
-    ),
+    "alignment 2^62": (file([pair(ALIGNMENT, U64, struct.pack("<Q", 1 << 62))], [tensor("t", [4])], FOUR), "ends at"),
     "tensor name not UTF-8": (file([], [tensor(b"\x80", [4])], FOUR), "a tensor name is not UTF-8"),
     "tensor name of 65536 bytes": (file([], [tensor("t" * 65536, [4])], FOUR), "length of a tensor name"),
     "tensor twice": (file([], [tensor("t", [4]), tensor("t", [4], offset=32)], FOUR * 4), "'t' occurs twice"),
@@ -119,18 +118,13 @@ BAD: dict[str, tuple[bytes, str]] = {
     "Q6_K": (file([], [tensor("t", [256], kind=14)], bytes(210)), "tensor 't' is stored as Q6_K; only F32"),
     "MXFP4": (file([], [tensor("t", [32], kind=39)], bytes(17)), "tensor 't' is stored as MXFP4"),
     "I8": (file([], [tensor("t", [32], kind=24)], bytes(32)), "tensor 't' is stored as I8"),
-    "Q4_0 with a short last block": (
-        file([], [tensor("t", [33], kind=2)], bytes(64)),
-        "rows of Q4_0 hold a multiple of 32",
-    ),
-    "Q4_1 with a short last block": (
-        file([], [tensor("t", [31], kind=3)], bytes(64)),
-        "rows of Q4_1 hold a multiple of 32",
-    ),
-    "Q8_0 with a short last block": (
-        file([], [tensor("t", [48], kind=8)], bytes(96)),
-        "rows of Q8_0 hold a multiple of 32",
-    ),
+    **{
+        f"{name} with a short last block": (
+            file([], [tensor("t", [size], kind=kind)], bytes(96)),
+            f"rows of {name} hold a multiple of 32",
+        )
+        for name, kind, size in (("Q4_0", 2, 33), ("Q4_1", 3, 31), ("Q8_0", 8, 48))
+    },
     "offset unaligned": (file([], [tensor("t", [4], offset=8)], FOUR * 2), "offset 8, which is no multiple of 32"),
     "offset 2^63": (file([], [tensor("t", [4], offset=BIG)], FOUR), "but the file has"),
     "offset 2^64 - 32": (file([], [tensor("t", [4], offset=(1 << 64) - 32)], FOUR), "but the file has"),
@@ -151,11 +145,8 @@ def test_bad_header_is_refused_at_once(name: str, tmp_path: Path) -> None:
         GGUFFile(path)
     seconds, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert words in str(caught.value)
-    assert str(path) in str(caught.value)
-    assert len(str(caught.value)) < 1000
-    assert seconds < 1
-    assert peak < 2_000_000
+    assert words in str(caught.value) and str(path) in str(caught.value) and len(str(caught.value)) < 1000
+    assert seconds < 1 and peak < 2_000_000
 
 
 def test_the_case_that_hangs_the_gguf_package_has_51_bytes() -> None:
@@ -170,37 +161,24 @@ def test_an_empty_container_and_every_legal_corner_are_read(tmp_path: Path) -> N
     pairs = [pair(ALIGNMENT, U32, one(1)), array("none", STRING, 0, b""), pair("", U8, b"\7")]
     values = struct.pack("<4f", 1, 2, 3, 4)
     for pad in range(4):
-        raw = file(
-            [*pairs, pair("p" * (pad + 1), U8, b"\0")],
-            [tensor("t", [2, 1, 2, 1])],
-            values + b"tail",
-            version=2,
-            align=1,
-        )
-        path.write_bytes(raw)
+        padded, dims = [*pairs, pair("p" * (pad + 1), U8, b"\0")], [2, 1, 2, 1]
+        path.write_bytes(file(padded, [tensor("t", dims)], values + b"tail", version=2, align=1))
         opened = GGUFFile(path)
         assert opened.metadata["none"] == [] and opened.metadata[""] == 7
         assert opened.tensor("t").tolist() == [[[[1.0, 2.0]], [[3.0, 4.0]]]]
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
 def test_only_regular_files_are_opened(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "x.gguf")
     with pytest.raises(InputError, match="not a regular file"):
         GGUFFile(tmp_path / "x.gguf")
 
 
-@pytest.mark.parametrize("path", ["/dev/zero", "/dev/null"])
-def test_devices_are_refused(path: str) -> None:
-    with pytest.raises(InputError, match="not a regular file"):
+@pytest.mark.parametrize("path", ["/absent.gguf", "a\0b.gguf"])
+def test_a_missing_file_and_an_impossible_path_are_named(path: str) -> None:
+    with pytest.raises(InputError, match=r"cannot open .*\.gguf"):
         GGUFFile(path)
-
-
-def test_a_missing_file_and_an_impossible_path_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot open .*absent\.gguf"):
-        GGUFFile(tmp_path / "absent.gguf")
-    with pytest.raises(InputError, match="cannot open"):
-        GGUFFile("a\0b.gguf")
 
 
 LETTERS = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]]  # of bytes
@@ -277,39 +255,13 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
             GGUFFile(path)
 
 
-@settings(max_examples=400)
-@given(st.lists(st.tuples(PLACES, st.integers(0, 255)), min_size=1, max_size=4))
-def test_changed_bytes_are_read_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]]
-) -> None:
-    """No other exception, no hang, no large allocation, whatever bytes change."""
-    raw = bytearray(MODEL)
-    for at, value in changes:
-        raw[at] = value
-    check_read_or_refused(tmp_path_factory, bytes(raw))
+CHANGES = st.lists(st.tuples(PLACES, st.binary(min_size=1, max_size=9), st.booleans()), min_size=1, max_size=5)
 
 
-@settings(max_examples=400)
-@given(st.integers(0, HEADER), st.binary(min_size=1, max_size=8), st.booleans())
-def test_overwritten_and_inserted_runs_are_read_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, at: int, run: bytes, insert: bool
-) -> None:
-    check_read_or_refused(tmp_path_factory, MODEL[:at] + run + MODEL[at + (0 if insert else len(run)) :])
-
-
-@pytest.mark.slow
-@settings(max_examples=20_000)
-@given(st.lists(st.tuples(PLACES, st.binary(min_size=1, max_size=9), st.booleans()), min_size=1, max_size=5))
-def test_20000_damaged_files_are_read_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, bytes, bool]]
-) -> None:
+def read_or_refused(factory: pytest.TempPathFactory, changes: list[tuple[int, bytes, bool]]) -> None:
     raw = MODEL
     for at, run, insert in changes:
         raw = raw[:at] + run + raw[at + (0 if insert else len(run)) :]
-    check_read_or_refused(tmp_path_factory, raw)
-
-
-def check_read_or_refused(factory: pytest.TempPathFactory, raw: bytes) -> None:
     path = factory.getbasetemp() / "changed.gguf"
     path.write_bytes(raw)
     began = time.process_time()
@@ -318,3 +270,17 @@ def check_read_or_refused(factory: pytest.TempPathFactory, raw: bytes) -> None:
     except InputError as error:
         assert len(str(error)) < 2000
     assert time.process_time() - began < 2
+
+
+@settings(max_examples=800)
+@given(CHANGES)
+def test_changed_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, changes: Any) -> None:
+    """No other exception, no hang, no large allocation, whatever bytes are overwritten or put in."""
+    read_or_refused(tmp_path_factory, changes)
+
+
+@pytest.mark.slow
+@settings(max_examples=20_000)
+@given(CHANGES)
+def test_20000_damaged_files_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, changes: Any) -> None:
+    read_or_refused(tmp_path_factory, changes)

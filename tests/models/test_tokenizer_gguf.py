@@ -157,6 +157,7 @@ def test_missing_types_and_special_ids_leave_a_plain_tokenizer() -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "SentencePiece": ({"model": "llama"}, "tokenizer.ggml.model must be 'gpt2'"),
+    "an array as model": ({"model": np.arange(3)}, "tokenizer.json), got array([0, 1, 2])"),
     "no model": ({"model": None}, "tokenizer.json), got nothing"),
     "unknown rule": ({"pre": "smollm3"}, "tokenizer.ggml.pre must be one of deepseek-r1-qwen, "),
     "no rule": ({"pre": None}, "Hugging Face folder), got nothing"),

@@ -1,0 +1,200 @@
+"""The Llama in a GGUF file: its metadata as a `Spec`, its tensors under their names in a Hugging Face checkpoint.
+
+A key or tensor that changes the computation in a way we do not support is refused, never ignored. Whether the tensors
+are those that the Spec asks for is checked where any checkpoint's are, in `load.py`.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import InputError
+from .config import Settings
+from .gguf import GGUFFile
+from .spec import RopeScaling, Spec
+
+ROPE_FACTORS = "rope_freqs.weight"  # no weight: what it says is in the Spec
+
+# Keys of llama.cpp that change what a llama computes, with the value that leaves it plain.
+_NEUTRAL = {
+    "expert_count": 0,
+    "attention.causal": True,
+    "attention.scale": 0.0,
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "logit_scale": 0.0,
+    "residual_scale": 0.0,
+    "embedding_scale": 0.0,
+    "use_parallel_residual": True,
+}
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "blk.N.attn_norm": "model.layers.N.input_layernorm",
+    "blk.N.attn_q": "model.layers.N.self_attn.q_proj",
+    "blk.N.attn_k": "model.layers.N.self_attn.k_proj",
+    "blk.N.attn_v": "model.layers.N.self_attn.v_proj",
+    "blk.N.attn_output": "model.layers.N.self_attn.o_proj",
+    "blk.N.ffn_norm": "model.layers.N.post_attention_layernorm",
+    "blk.N.ffn_gate": "model.layers.N.mlp.gate_proj",
+    "blk.N.ffn_up": "model.layers.N.mlp.up_proj",
+    "blk.N.ffn_down": "model.layers.N.mlp.down_proj",
+}
+_NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,8})(?=\.)")
+
+
+def tensor_shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight, in the file's order. InputError for a tensor that a Llama does not have."""
+    return {hf: file.tensors[name].shape for hf, name in _weights(file)}
+
+
+def iter_tensors(file: GGUFFile, spec: Spec) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of every weight, decoded one at a time in the file's order.
+
+    Block formats decode to fp32; F32, F16 and BF16 keep their dtype. Rows of Q and K come back in Hugging Face's order
+    (llama.cpp interleaves the rotary halves).
+    """
+    heads = {"q_proj": spec.num_attention_heads, "k_proj": spec.num_key_value_heads}
+    for hf, name in _weights(file):
+        yield hf, file.tensor(name, heads.get(hf.split(".")[-2]))
+
+
+def _weights(file: GGUFFile) -> Iterator[tuple[str, str]]:
+    """A weight's name in a Hugging Face checkpoint and in the file."""
+    for name in file.tensors:
+        if name == ROPE_FACTORS:
+            continue
+        part, _, kind = name.rpartition(".")
+        number = _NUMBER.search(part)
+        found = _NAMES.get(part if number is None else _NUMBER.sub("N", part, 1))
+        biased = number is not None and not part.endswith("_norm")
+        if found is None or not (kind == "weight" or (kind == "bias" and biased)):
+            raise InputError(
+                f"{file.path}: tensor {name!r} belongs to no Llama model. The file holds a variant that is not "
+                "supported; leaving the tensor out would change what the model computes."
+            )
+        yield f"{found.replace('N', number[0]) if number else found}.{kind}", name
+
+
+def read_spec(file: GGUFFile) -> Spec:
+    """The Spec of the Llama in the file.
+
+    Raises InputError for another architecture, a missing or impossible key, or a feature that is not supported.
+    """
+    shapes, where = tensor_shapes(file), str(file.path)
+    whole, keys = Settings(file.metadata, where), Settings(file.metadata, where, prefix="llama.")
+    _check_kind(whole, keys)
+    if not any(name.startswith("model.layers.") for name in shapes):
+        raise InputError(f"{where}: it holds no decoder layer (a vocabulary-only file?).")
+    vocabulary = shapes.get("model.embed_tokens.weight", (1,))[0]  # where it is missing, that will be said
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) != vocabulary:
+        raise InputError(
+            f"{where}: tokenizer.ggml.tokens holds {len(tokens)} tokens but 'token_embd.weight' has {vocabulary} rows."
+        )
+    layers = keys.size("block_count", like="num_hidden_layers")
+    if layers > len(shapes):
+        raise keys.refusal("block_count", f"at most {len(shapes)}, the tensors in the file")
+    hidden = keys.size("embedding_length", like="hidden_size")
+    heads = keys.size("attention.head_count", like="num_attention_heads")
+    kv_heads = keys.size("attention.head_count_kv", default=heads, like="num_key_value_heads")
+    if heads % kv_heads:
+        raise keys.refusal("attention.head_count", f"a multiple of llama.attention.head_count_kv ({kv_heads})")
+    head_dim = _head_dim(keys, hidden // heads)
+    theta = _decimal(keys.number("rope.freq_base", 1e15, default=10000.0))
+    return Spec(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=keys.size("feed_forward_length", like="intermediate_size"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=_decimal(keys.number("attention.layer_norm_rms_epsilon", 1.0)),
+        rope_theta=theta,
+        rope_scaling=_rope_scaling(file, keys, theta, head_dim),
+        max_position_embeddings=keys.size("context_length", like="max_position_embeddings"),
+        tie_word_embeddings="lm_head.weight" not in shapes,
+        attention_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
+        mlp_bias="model.layers.0.mlp.gate_proj.bias" in shapes,
+    )
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal of an fp32 value: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _check_kind(whole: Settings, keys: Settings) -> None:
+    """A whole, plain, causal Llama and nothing else: to ignore a feature is to build a model that is subtly wrong."""
+    whole.one_of("general.architecture", ("llama",), "'llama', the one that can be read from GGUF")
+    whole.one_of("general.type", (None, "model"), "'model' (give the file of the model itself)")
+    whole.one_of("split.count", (None, 0, 1), "1 (join the files of the model first: llama-gguf-split --merge)")
+    for name, neutral in _NEUTRAL.items():
+        keys.one_of(name, (None, neutral), f"{neutral} (anything else is a model that is not supported)")
+
+
+def _head_dim(keys: Settings, share: int) -> int:
+    """The size of a head: rotary over all of it, the same for keys and values, even."""
+    names = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+    rotary = keys.size(names[0], default=share, like="head_dim")
+    for name in names:
+        if keys.size(name, default=rotary, like="head_dim") != rotary or rotary % 2 or not rotary:
+            raise keys.refusal(name, f"even, and as large as the part of a head that is turned ({rotary})")
+    return rotary
+
+
+def _rope_scaling(file: GGUFFile, keys: Settings, theta: float, head_dim: int) -> RopeScaling | None:
+    """From the metadata, or from a tensor of what each frequency is divided by."""
+    kind = keys.one_of("rope.scaling.type", (None, "none", "linear"), "none or linear (Llama 3's is a tensor)")
+    scaling = RopeScaling("linear", _decimal(keys.number("rope.scaling.factor", 1e6))) if kind == "linear" else None
+    if ROPE_FACTORS not in file.tensors:
+        return scaling
+    shape = file.tensors[ROPE_FACTORS].shape
+    if shape != (head_dim // 2,):
+        raise InputError(
+            f"{file.path}: tensor {ROPE_FACTORS!r} must have shape [{head_dim // 2}], one factor a pair of a head, "
+            f"got {list(shape)}."
+        )
+    factors = file.tensor(ROPE_FACTORS).tolist()
+    if all(factor == 1.0 for factor in factors):
+        return scaling
+    if scaling:
+        raise keys.refusal("rope.scaling.type", "none beside a tensor 'rope_freqs'")
+    scaling = llama3_scaling(factors, theta, head_dim)
+    if scaling is None:
+        raise InputError(
+            f"{file.path}: the factors in tensor 'rope_freqs' follow no Llama 3 rule, and no other kind is supported."
+        )
+    return scaling
+
+
+def llama3_scaling(factors: list[float], theta: float, head_dim: int) -> RopeScaling | None:
+    """The Llama 3 parameters that give these frequency divisors, [head_dim / 2]; None if none do.
+
+    llama.cpp stores only the divisors f. Between the two ends of the band 1/f is linear in the frequency, which gives
+    back the band up to a common scale (fixed by low_freq_factor = 1). Llama 3's own numbers are tried first, since a
+    small head may have too few frequencies in the band. Whatever comes out must reproduce every divisor to 1e-4.
+    """
+    stored = np.asarray(factors, dtype=np.float64)
+    if not np.isfinite(stored).all() or stored.max() <= 1.0 or stored.min() < 1.0:
+        return None
+    factor = _decimal(stored.max())
+    turns = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)  # full turns a token
+    bands = [(4.0, 8192)]
+    inside = (stored > 1.0) & (stored < stored.max())
+    if inside.sum() >= 2:
+        share = (1 / stored[inside] - 1 / factor) / (1 - 1 / factor)
+        slope, intercept = np.polyfit(turns[inside], share, 1)
+        if slope > 0 and intercept < 0:
+            high = max(1.001, round(1 - 1 / intercept, 3))
+            bands.append((high, max(1, round(slope * (high - 1)))))
+    for high, original in bands:
+        blend = np.clip((original * turns - 1) / (high - 1), 0, 1)
+        if np.allclose(1 / ((1 - blend) / factor + blend), stored, rtol=1e-4, atol=0):
+            return RopeScaling("llama3", factor, 1.0, high, original)
+    return None
