@@ -18,7 +18,6 @@ import platform
 import re
 import secrets
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,7 @@ from .errors import DiskError, EnvironmentProblem, InputError, NumericError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 LOCK = "run.lock"
-# What a dead run may leave behind. The process number and the host say whose it was.
-_TEMPORARY = re.compile(r"\.tmp-[0-9a-z]+-(?P<pid>[1-9][0-9]{0,8})-[0-9a-f]{8}@(?P<host>.+)")
+_TEMPORARY = re.compile(r"\.tmp-[0-9a-z]+-[0-9a-f]{8}")  # what a killed run may leave behind
 
 
 def regular_file(folder: Path, name: str, instead: str = "") -> Path:
@@ -52,8 +50,7 @@ def regular_file(folder: Path, name: str, instead: str = "") -> Path:
 
 
 def read_text(file: Path, limit: int) -> str:
-    """A regular file of at most `limit` bytes as UTF-8 text, less a byte-order mark. InputError names the file and what
-    is wrong with it."""
+    """A regular file of at most `limit` bytes as UTF-8 text, less a byte-order mark; else InputError."""
     try:
         if not file.is_file():
             what = "no regular file" if file.exists() else "not there"
@@ -71,10 +68,7 @@ def read_text(file: Path, limit: int) -> str:
 
 
 def read_json(file: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in a file, read by `read_text`. InputError names the file and what is wrong with it.
-
-    NaN and infinity read as NaN, a key that stands twice in an object is refused.
-    """
+    """The JSON object in a file; NaN and infinity read as NaN. InputError as in `read_text`, or a key is said twice."""
     text = read_text(file, limit)
     try:
         value = json.loads(text, parse_constant=lambda _: math.nan, object_pairs_hook=_without_duplicates)
@@ -86,10 +80,11 @@ def read_json(file: Path, limit: int) -> dict[str, Any]:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        raise ValueError(f"the key {next(key for key, count in counts.items() if count > 1)!r} stands there twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands there twice")
+        found[key] = value
     return found
 
 
@@ -101,9 +96,8 @@ def float_tensors(file: Path) -> dict[str, Tensor]:
             for name in names:
                 kind = opened.get_slice(name).get_dtype()
                 if kind not in FLOATS:
-                    raise InputError(
-                        f"'{file}': the tensor '{name}' must hold floats ({', '.join(FLOATS)}), got {kind}"
-                    )
+                    floats = ", ".join(FLOATS)
+                    raise InputError(f"'{file}': the tensor '{name}' must hold floats ({floats}), got {kind}")
             return {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as problem:
         raise InputError(f"'{file}' is no valid safetensors file: {problem}") from None
@@ -151,8 +145,7 @@ def write_tensors(
 ) -> None:
     """A safetensors file, whole or not at all, sorted by name; its folder is made. `what` is what errors call it.
 
-    Raises NumericError, before anything is written, for NaN or infinity in a tensor, and DiskError when the disk
-    refuses.
+    Raises NumericError, before anything is written, for NaN or infinity, and DiskError when the disk refuses.
     """
     for name, tensor in tensors.items():
         check_finite(name, tensor)
@@ -171,8 +164,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 def size_and_sha256(file: Path) -> tuple[int, str]:
     """Bytes of a file, and their SHA-256 in hex."""
     with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return os.fstat(stream.fileno()).st_size, digest
+        return os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -188,30 +180,16 @@ def sync(path: Path) -> None:
 
 
 def temporary_name(label: str) -> str:
-    """A fresh name that `remove_stale` knows again, once this process is dead."""
-    return f".tmp-{label}-{os.getpid()}-{secrets.token_hex(4)}@{platform.node()}"
+    """A fresh name that `remove_stale` knows again."""
+    return f".tmp-{label}-{secrets.token_hex(4)}"
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove what dead processes of this host, or an earlier try of this one, left half-written in `folder`."""
+    """Remove what was left half-written in `folder`, which no other run may use (`lock_folder`)."""
     for entry in sorted(folder.iterdir()):
-        found = _TEMPORARY.fullmatch(entry.name)
-        if found and found["host"] == platform.node() and not _another_runs(int(found["pid"])):
+        if _TEMPORARY.fullmatch(entry.name):
             with contextlib.suppress(OSError):  # a leftover costs space, not correctness
                 remove_flat(entry)
-
-
-def _another_runs(pid: int) -> bool:
-    """Whether `pid` is a live process other than this one."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # alive, and someone else's
-    return True
 
 
 def remove_flat(path: Path) -> None:
@@ -230,18 +208,14 @@ def disk_errors(what: str, folder: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        free = "an unknown number"
+        with contextlib.suppress(OSError):
+            free = f"{shutil.disk_usage(folder).free:,}"
         raise DiskError(
             f"could not write {what} in {folder}: {getattr(error, 'strerror', None) or error}. It needs {needed:,} "
-            f"bytes there and {_free_bytes(folder)} are free. What was complete is untouched; free some space or make "
-            "the folder writable, then try again (a run: with --resume)."
+            f"bytes there and {free} are free. What was complete is untouched; free some space or make the folder "
+            "writable, then try again (a run: with --resume)."
         ) from error
-
-
-def _free_bytes(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free:,}"
-    except OSError:
-        return "an unknown number"
 
 
 @contextlib.contextmanager
@@ -265,7 +239,11 @@ def lock_folder(folder: Path | str) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise EnvironmentProblem(_in_use(Path(folder), descriptor)) from None
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            raise EnvironmentProblem(
+                f"the output folder {folder} is in use by {holder}. Two runs in one folder would overwrite each other: "
+                "wait for that one to end, stop it, or choose another --out."
+            ) from None
         except OSError as error:
             raise EnvironmentProblem(f"the file system of {folder} cannot lock files: {error.strerror}") from error
         os.ftruncate(descriptor, 0)
@@ -273,11 +251,3 @@ def lock_folder(folder: Path | str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _in_use(folder: Path, descriptor: int) -> str:
-    holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-    return (
-        f"the output folder {folder} is in use by {holder}. Two runs in one folder would overwrite each other: wait "
-        "for that one to end, stop it, or choose another --out."
-    )

@@ -8,7 +8,6 @@ once, and values are counted as they are built. PyYAML only finds nodes (its Pyt
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +25,39 @@ FLOAT = re.compile(r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-
 PLAIN = re.compile(r"[A-Za-z0-9_./]([A-Za-z0-9_./%+=@~*-]|:(?=[A-Za-z0-9_./]))*")  # text that needs no quotes
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One value of a file and the line that its key stands on."""
-
-    value: Any
-    line: int
-
-
-def read_config(path: str) -> dict[str, Setting]:
-    """The settings in a YAML file by name (dashes read as underscores).
+def read_config(path: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The settings in a YAML file by name (dashes read as underscores), and the lines that their keys stand on.
 
     Raises InputError, with file and line, for a file that is missing, too large, no YAML, no mapping, or ambiguous.
     """
+    built = 0
+
+    def build(node: yaml.Node, key: str) -> Any:
+        """What a node under `key` says."""
+        nonlocal built
+        where, built = f"{path}:{node.start_mark.line + 1}", built + 1
+        if built > MAX_VALUES:
+            raise InputError(f"{where}: more than {MAX_VALUES:,} values, with aliases unfolded; a config is flat")
+        if node.tag not in TAGS:
+            raise InputError(f"{where}: the value of {key} has the type {node.tag}; a config's are told by their form")
+        if isinstance(node, yaml.MappingNode):
+            return {name: build(inner, key) for name, _, inner in _entries(node, path)}
+        if isinstance(node, yaml.SequenceNode):
+            return [build(inner, key) for inner in node.value]
+        try:
+            return node.value if getattr(node, "style", None) else scalar(node.value)
+        except ValueError:  # thousands of digits
+            raise InputError(f"{where}: the value of {key} cannot be read") from None
+
     text = read_text(Path(path), MAX_BYTES)
     try:
-        node = yaml.compose(text, Loader=yaml.BaseLoader)
-        if node is None:
-            return {}
-        if not isinstance(node, yaml.MappingNode):
+        root = yaml.compose(text, Loader=yaml.BaseLoader)
+        if root is None:
+            return {}, {}
+        if not isinstance(root, yaml.MappingNode):
             raise InputError(f"{path}: a config holds one setting a line, as `name: value`")
-        build = _Builder(path)
-        return {
-            name.replace("-", "_"): Setting(build.value(value, name), line) for name, value, line in build.entries(node)
-        }
+        entries = [(name.replace("-", "_"), line, build(node, name)) for name, line, node in _entries(root, path)]
+        return {name: value for name, _, value in entries}, {name: line for name, line, _ in entries}
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise InputError(f"{path}:{line}: this is no YAML: {error.problem or error.context}") from None
@@ -59,42 +67,17 @@ def read_config(path: str) -> dict[str, Setting]:
         raise InputError(f"{path}: nested too deeply; a config is flat") from None
 
 
-class _Builder:
-    """From YAML's nodes to values."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self.built = path, 0
-
-    def value(self, node: yaml.Node, key: str) -> Any:
-        """What a node under `key` says."""
-        where = f"{self.path}:{node.start_mark.line + 1}"
-        self.built += 1
-        if self.built > MAX_VALUES:
-            raise InputError(f"{where}: more than {MAX_VALUES:,} values, with aliases unfolded; a config is flat")
-        if node.tag not in TAGS:
-            raise InputError(f"{where}: the value of {key} has the type {node.tag}; a config's are told by their form")
-        if isinstance(node, yaml.MappingNode):
-            return {name: self.value(inner, key) for name, inner, _ in self.entries(node)}
-        if isinstance(node, yaml.SequenceNode):
-            return [self.value(inner, key) for inner in node.value]
-        try:
-            return node.value if getattr(node, "style", None) else scalar(node.value)
-        except ValueError:  # thousands of digits
-            raise InputError(f"{where}: the value of {key} cannot be read") from None
-
-    def entries(self, node: yaml.MappingNode) -> Iterator[tuple[str, yaml.Node, int]]:
-        """Name, value and line of each entry. Raises InputError for a name that is no text or is said twice."""
-        lines: dict[str, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode) or not key.value.isprintable():
-                raise InputError(f"{self.path}:{line}: a setting's name must be plain text")
-            if (name := key.value.replace("-", "_")) in lines:
-                raise InputError(
-                    f"{self.path}:{line}: {key.value} stands a second time; line {lines[name]} has it already"
-                )
-            lines[name] = line
-            yield key.value, value, line
+def _entries(node: yaml.MappingNode, path: str) -> Iterator[tuple[str, int, yaml.Node]]:
+    """Name, line and value of each entry. Raises InputError for a name that is no text or is said twice."""
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode) or not key.value.isprintable():
+            raise InputError(f"{path}:{line}: a setting's name must be plain text")
+        if (name := key.value.replace("-", "_")) in lines:
+            raise InputError(f"{path}:{line}: {key.value} stands a second time; line {lines[name]} has it already")
+        lines[name] = line
+        yield key.value, line, value
 
 
 def scalar(text: str) -> Any:

@@ -10,7 +10,7 @@ from ..data.forms import kind_of
 from ..models.load import load_tokenizer
 from ..models.tokenizer import Tokenizer
 from ..trainer.config import setting
-from .load import check_exists, read_rows
+from .load import read_rows
 from .options import ResultOptions, RowOptions, TokenizerOptions
 from .parse import Sources
 from .show import bars, count, describe, note, result, visible
@@ -43,7 +43,6 @@ class Options(ResultOptions, RowOptions, TokenizerOptions):
 
 def run(options: Options, sources: Sources) -> int:
     """Read, print. Returns 2 when rows are bad and are not to be skipped."""
-    check_exists(options.model)
     tokenizer = load_tokenizer(options.model)
     rows = read_rows(options, tokenizer, options.data, kind_of(options.data), on_bad_row="skip")
     report = rows.report

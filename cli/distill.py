@@ -11,7 +11,7 @@ from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
 from ..trainer.config import REQUIRED, DistillConfig, setting
 from ..trainer.distill import DistillTrainer, check_same_tokens
-from .load import check_adapter, check_exists, load_weights, remark_other_form, run_settings
+from .load import check_adapter, load_weights, remark_other_form, run_settings
 from .options import Quant
 from .show import note
 from .train import StartOptions
@@ -50,22 +50,16 @@ class Options(DistillConfig, TeacherOptions, StartOptions):
     trainer_type: ClassVar = DistillTrainer
 
     @property
-    def same_model(self) -> bool:
-        """Whether teacher and student are one model, in whatever form."""
-        return _same(self.teacher, self.model)
-
-    @property
     def one_base(self) -> bool:
         """Whether teacher and student are one model in one form, so that it is in memory once."""
-        return self.same_model and not self.full and self.teacher_quant == self.quant
+        return _same(self.teacher, self.model) and not self.full and self.teacher_quant == self.quant
 
     def settled(self, tokenizer: Tokenizer) -> "Options":
-        check_exists(self.teacher, "teacher")
         if self.teacher_adapter is not None:
             check_adapter(self.teacher_adapter, "teacher_adapter")
         check_same_tokens(tokenizer, load_tokenizer(self.teacher))
         trained: Quant | None = run_settings(self.teacher_adapter or self.teacher).get("quant")
-        default = self.quant if self.same_model and not self.full else trained
+        default = self.quant if _same(self.teacher, self.model) and not self.full else trained
         options = replace(self, teacher_quant=self.teacher_quant or default or "nf4")
         if options.one_base and not options.sft_weight and _same(options.teacher_adapter, options.adapter):
             raise InputError(
@@ -74,26 +68,22 @@ class Options(DistillConfig, TeacherOptions, StartOptions):
             )
         return options
 
-    def trainer(self, model: CausalLM, tokenizer: Tokenizer, rows: Any, val: Any, **more: Any) -> Any:
-        return super().trainer(model, tokenizer, rows, val, teacher=self._load_teacher(model, tokenizer))
-
-    def _load_teacher(self, student: CausalLM, tokenizer: Tokenizer) -> CausalLM | str | None:
-        """A model, or what stands for one on the student's base."""
+    def extras(self, model: CausalLM, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The teacher: a model, or what stands for one on the student's base."""
         adapter, quant = self.teacher_adapter, str(self.teacher_quant)
         if adapter is not None:
             remark_other_form("the teacher's adapter", run_settings(adapter), quant)
         what = "without an adapter" if adapter is None else f"with the adapter {adapter}"
         if self.one_base:
             note(f"teacher: the student's own base, in memory once, {what}")
-            if adapter is None:
-                return None
-            load_adapter(student, adapter, name="teacher", trainable=False)
-            return "teacher"
+            if adapter is not None:
+                load_adapter(model, adapter, name="teacher", trainable=False)
+            return {"teacher": adapter and "teacher"}
         teacher = load_weights(replace(self, model=self.teacher), tokenizer, quant)
         if adapter is not None:
             load_adapter(teacher, adapter)
         note(f"teacher: {self.teacher}, {what}")
-        return teacher
+        return {"teacher": teacher}
 
 
 def _same(a: str | None, b: str | None) -> bool:

@@ -1,15 +1,11 @@
 """`fourbit dpo`: train an adapter on preferences, on the base or on top of an adapter that was trained before."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..data.forms import Kind
-from ..models.protocol import CausalLM
-from ..models.tokenizer import Tokenizer
 from ..trainer.config import DPOConfig
 from ..trainer.preference import DPOTrainer
-from .load import refuse_reward_model
-from .show import note
 from .train import StartOptions
 from .train import run as run
 
@@ -32,15 +28,3 @@ class Options(DPOConfig, StartOptions):
 
     def kind_of_rows(self) -> Kind:
         return "judged" if self.objective().unpaired else "pairs"
-
-    def settled(self, tokenizer: Tokenizer) -> "Options":
-        if self.adapter is not None:
-            refuse_reward_model(self.adapter)
-        return self
-
-    def trainer(self, model: CausalLM, tokenizer: Tokenizer, rows: Any, val: Any, **more: Any) -> Any:
-        trainer = super().trainer(model, tokenizer, rows, val)
-        if trainer.has_reference:
-            base = trainer.config.reference == "base"
-            note(f"reference: {'the base, adapter off' if base else 'the adapter as it is at the start'}")
-        return trainer

@@ -16,6 +16,7 @@ from ..lora.peft_files import load_adapter
 from ..models.load import check_tokenizer, load_model, load_tokenizer
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
+from ..trainer.reward_model import HEAD
 from .config_file import read_config
 from .options import AdaptedModelOptions, ModelOptions
 from .show import amount, note, working
@@ -79,10 +80,8 @@ def load_adapted(options: AdaptedModelOptions) -> tuple[CausalLM, Tokenizer, Cha
     The 4-bit form and the template default to those that the adapter (or the whole model) was trained with.
     """
     run = run_settings(options.adapter or options.model)
-    check_exists(options.model)
     if options.adapter is not None:
         check_adapter(options.adapter)
-        refuse_reward_model(options.adapter)
     tokenizer = load_tokenizer(options.model)
     model = load_weights(options, tokenizer, options.quant or run.get("quant") or "nf4")
     if options.adapter is not None:
@@ -97,7 +96,7 @@ def load_adapted(options: AdaptedModelOptions) -> tuple[CausalLM, Tokenizer, Cha
 def run_settings(folder: str) -> dict[str, Any]:
     """What `fourbit sft` wrote about the run that made this folder; empty where there is nothing."""
     path = Path(folder) / CONFIG
-    return {name: setting.value for name, setting in read_config(str(path)).items()} if path.is_file() else {}
+    return read_config(str(path))[0] if path.is_file() else {}
 
 
 def remark_other_form(what: str, run: dict[str, Any], quant: str | None) -> None:
@@ -109,22 +108,12 @@ def remark_other_form(what: str, run: dict[str, Any], quant: str | None) -> None
 
 def is_reward_model(folder: str) -> bool:
     """Whether `fourbit reward` made this folder."""
-    return (Path(folder) / "reward_head.safetensors").is_file()
+    return (Path(folder) / HEAD).is_file()
 
 
-def refuse_reward_model(folder: str) -> None:
-    """InputError for an adapter whose model is to write, and cannot."""
-    if is_reward_model(folder):
-        raise InputError(f"adapter {folder} is a reward model's: it scores answers and writes none")
-
-
-def check_exists(path: str, name: str = "model") -> None:
-    """InputError for a model that is not there."""
-    if not Path(path).exists():
-        raise InputError(f"{name} {path} does not exist; give a Hugging Face folder or a .gguf file")
-
-
-def check_adapter(folder: str, name: str = "adapter") -> None:
-    """InputError for a folder without an adapter."""
+def check_adapter(folder: str, name: str = "adapter", *, writes: bool = True) -> None:
+    """InputError for a folder without an adapter, or with that of a model that is to write and can only score."""
     if not (Path(folder) / "adapter_config.json").is_file():
         raise InputError(f"{name} {folder} is no folder with adapter_config.json; fourbit sft writes one (--out)")
+    if writes and is_reward_model(folder):
+        raise InputError(f"{name} {folder} is a reward model's: it scores answers and writes none")

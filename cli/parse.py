@@ -8,7 +8,7 @@ field first names its group by its `title`, its own docstring heads the help. Or
 import inspect
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -23,6 +23,7 @@ from .synonyms import hint
 T = TypeVar("T")
 Sources = Mapping[str, str]  # of each option by name: DEFAULT, FLAG or "FILE:LINE"
 DEFAULT, FLAG = "default", "flag"
+FLAG_LIKE = re.compile(r"-[^\d.]")  # -0.5 is a value
 WORDS: dict[Any, tuple[str, str]] = {  # a type in words, and what stands for a value of it
     int: ("a whole number", "N"),
     float: ("a number", "X"),
@@ -47,10 +48,6 @@ class Option(NamedTuple):
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
-    @property
-    def switched_off(self) -> str:
-        return "--no-" + self.flag[2:] if self.kind is bool else ""
-
 
 def options_of(kind: Any) -> dict[str, Option]:
     """What a dataclass says, by name, in order."""
@@ -70,14 +67,7 @@ def parse(kind: type[T], command: str, args: Sequence[str]) -> tuple[T, Sources]
     Raises InputError naming the flag or the file's line.
     """
     options = options_of(kind)
-    flags, bare = dict[str, Any](), list[str]()
-    for name, text in _given(options, command, args):
-        if name == "":
-            bare.append(text)
-        elif get_origin(options[name].kind) in (tuple, dict):
-            flags.setdefault(name, []).append(text)
-        else:
-            flags[name] = text
+    flags, bare = _given(options, command, args)
     configs = [arg for arg in bare if arg.endswith((".yaml", ".yml"))]
     if len(configs) > 1:
         raise InputError(f"one config file a run, got {' and '.join(configs)}")
@@ -88,11 +78,12 @@ def parse(kind: type[T], command: str, args: Sequence[str]) -> tuple[T, Sources]
             )
         flags[positional] = bare + flags.get(positional, [])
     values, sources = dict[str, Any](), dict.fromkeys(options, DEFAULT)
-    for name, setting in read_config(configs[0]).items() if configs else ():
-        sources[name] = where = f"{configs[0]}:{setting.line}"
+    written, lines = read_config(configs[0]) if configs else ({}, {})
+    for name, raw in written.items():
+        sources[name] = where = f"{configs[0]}:{lines[name]}"
         if name not in options:
             raise InputError(f"{where}: unknown setting {name!r}{hint(name, options)}")
-        values[name] = _convert(setting.value, options[name].kind, f"{where}: {name}", strict=True)
+        values[name] = _convert(raw, options[name].kind, f"{where}: {name}", strict=True)
     for name, raw in flags.items():
         sources[name] = FLAG
         values[name] = _convert(raw, options[name].kind, options[name].flag, strict=False)
@@ -108,37 +99,37 @@ def parse(kind: type[T], command: str, args: Sequence[str]) -> tuple[T, Sources]
         raise InputError(f"{options[name].flag} {rest}" if source == FLAG else f"{source}: {error}") from None
 
 
-def _given(options: Mapping[str, Option], command: str, args: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Name and value (text, or True or False) of each flag, and bare arguments under the name ""."""
+def _given(options: Mapping[str, Option], command: str, args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """What flags say by name (text, True or False; a list where a flag may be repeated), and the bare arguments."""
     named = {option.flag: option for option in options.values()}
-    named |= {option.switched_off: option for option in options.values() if option.kind is bool}
-    rest = list(reversed(args))
+    named |= {f"--no-{option.flag[2:]}": option for option in options.values() if option.kind is bool}
+    flags, bare, rest = dict[str, Any](), list[str](), list(reversed(args))
     while rest:
         arg = rest.pop()
-        if not _is_flag(arg):
-            yield "", arg
+        if not FLAG_LIKE.match(arg):
+            bare.append(arg)
             continue
         flag, equals, text = arg.partition("=")
         if flag not in named:
             near = hint(flag.lstrip("-"), options, flag=True) or f"; see fourbit {command} --help"
             raise InputError(f"unknown flag {flag}{near}")
         option = named[flag]
+        value: Any
         if option.kind is bool:
             if equals:
                 raise InputError(f"{flag} takes no value, got {text!r}; there are {option.flag} and --no-...")
-            yield option.name, flag == option.flag
+            value = flag == option.flag
         elif equals:
-            yield option.name, text
-        elif rest and not _is_flag(rest[-1]):
-            yield option.name, rest.pop()
-        elif option.metadata.get("bare"):
-            yield option.name, option.metadata["bare"]
-        else:
+            value = text
+        elif rest and not FLAG_LIKE.match(rest[-1]):
+            value = rest.pop()
+        elif not (value := option.metadata["bare"]):
             raise InputError(f"{flag}: needs a value; see fourbit {command} --help")
-
-
-def _is_flag(arg: str) -> bool:
-    return re.match(r"-[^\d.]", arg) is not None  # -0.5 is a value
+        if get_origin(option.kind) in (tuple, dict):
+            flags.setdefault(option.name, []).append(value)
+        else:
+            flags[option.name] = value
+    return flags, bare
 
 
 def _convert(raw: Any, kind: Any, where: str, *, strict: bool) -> Any:
@@ -189,7 +180,7 @@ def help_page(kind: type, command: str) -> str:
     """What `fourbit COMMAND --help` prints: every option with its default, in groups."""
     groups: dict[str, list[str]] = {}
     for option in options_of(kind).values():
-        groups.setdefault(option.group, []).append(_entry(_head(option), option.metadata["help"] + _default(option)))
+        groups.setdefault(option.group, []).append(_entry(*_described(option)))
     output = groups.pop("output", [])  # last
     output += [_entry("-h, --help", "print this and exit"), _entry("--debug", "print tracebacks")]
     positional = getattr(kind, "positional", "").upper()
@@ -203,18 +194,17 @@ def _entry(head: str, text: str) -> str:
     return f"  {head:<28}  {text.lstrip()}" if len(head) <= 28 else f"  {head}\n{text}"
 
 
-def _head(option: Option) -> str:
-    if option.kind is bool:
-        return f"{option.flag}, {option.switched_off}"
-    value = option.metadata.get("metavar") or "|".join(filter(None, _forms(option.kind, 1)))
-    return f"{option.flag} [{value}]" if option.metadata.get("bare") else f"{option.flag} {value}"
-
-
-def _default(option: Option) -> str:
-    default = option.default
+def _described(option: Option) -> tuple[str, str]:
+    """The flag with what stands for its value, and the help with its default."""
+    default, told = option.default, ""
     if default is MISSING:
-        return " (required)"
-    if default is None or default is False or default in ((), {}):
-        return ""
-    shown = "on" if default is True else " ".join(default) if isinstance(default, tuple) else default
-    return f" (default: {shown})"
+        told = " (required)"
+    elif default is not None and default is not False and default not in ((), {}):
+        shown = "on" if default is True else " ".join(default) if isinstance(default, tuple) else default
+        told = f" (default: {shown})"
+    if option.kind is bool:
+        head = f"{option.flag}, --no-{option.flag[2:]}"
+    else:
+        value = option.metadata["metavar"] or "|".join(filter(None, _forms(option.kind, 1)))
+        head = f"{option.flag} [{value}]" if option.metadata["bare"] else f"{option.flag} {value}"
+    return head, option.metadata["help"] + told

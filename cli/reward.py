@@ -1,7 +1,6 @@
 """`fourbit reward`: train a reward model on preference pairs, an adapter and a head that scores answers."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ..data.forms import Kind
@@ -9,7 +8,8 @@ from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
 from ..trainer.config import RewardConfig
 from ..trainer.reward import RewardTrainer
-from ..trainer.reward_model import HEAD, read_head
+from ..trainer.reward_model import read_head
+from .load import is_reward_model
 from .show import note
 from .train import StartOptions
 from .train import run as run
@@ -31,12 +31,13 @@ class Options(RewardConfig, StartOptions):
 
     config_type: ClassVar = RewardConfig
     trainer_type: ClassVar = RewardTrainer
+    writes: ClassVar = False
 
     def kind_of_rows(self) -> Kind:
         return "pairs"
 
-    def trainer(self, model: CausalLM, tokenizer: Tokenizer, rows: Any, val: Any, **more: Any) -> Any:
-        if self.adapter is None or not (Path(self.adapter) / HEAD).exists():
-            return super().trainer(model, tokenizer, rows, val)
+    def extras(self, model: CausalLM, tokenizer: Tokenizer) -> dict[str, Any]:
+        if self.adapter is None or not is_reward_model(self.adapter):
+            return {}
         note(f"head: goes on from {self.adapter}")
-        return super().trainer(model, tokenizer, rows, val, head=read_head(model, self.adapter))
+        return {"head": read_head(model, self.adapter)}

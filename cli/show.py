@@ -69,7 +69,7 @@ def pairs(rows: Sequence[tuple[str, str]]) -> str:
 def result(values: Mapping[str, Any], text: str, *, as_json: bool) -> None:
     """The outcome of a command: JSON for programs, else text; NaN and infinity are null in JSON."""
     if as_json:
-        finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
+        finite = json.loads(json.dumps(values, default=str), parse_constant=lambda name: None)
         text = json.dumps(finite, ensure_ascii=False)
     print(text, flush=True)
 

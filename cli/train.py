@@ -26,10 +26,8 @@ from .config_file import write_config
 from .load import (
     CONFIG,
     check_adapter,
-    check_exists,
     choose_device,
     choose_dtype,
-    is_reward_model,
     load_weights,
     read_rows,
     run_settings,
@@ -41,16 +39,7 @@ from .show import amount, count, describe, figure, note, pairs, result, working,
 NAMES = re.compile(r"[\w.]+(,[\w.]+)*")  # else an entry of --target is a regular expression
 GROUPS = ("all-linear", "attn", "mlp")
 FRESH = ("rank", "alpha", "dropout", "target", "rslora")  # what a fresh adapter is told, and no other
-FIXED = (
-    "model",
-    "quant",
-    "dtype",
-    "full",
-    "adapter",
-    "teacher",
-    "teacher_adapter",
-    "teacher_quant",
-)  # for a resumed run
+FIXED = ("model", "quant", "dtype", "adapter", "teacher", "teacher_adapter", "teacher_quant")  # for a resumed run
 REPORTED = ("perplexity", "reward_accuracy", "reward_margin")  # of the best evaluation; --json has all metrics
 
 
@@ -108,6 +97,7 @@ class TrainOptions(ResultOptions, TrainingConfig, AdapterOptions, DataOptions, M
 
     config_type: ClassVar[type[TrainingConfig]]
     trainer_type: ClassVar[Any]
+    writes: ClassVar[bool] = True  # the model gives text, and not a score
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,9 +128,9 @@ class TrainOptions(ResultOptions, TrainingConfig, AdapterOptions, DataOptions, M
     def kind_of_rows(self) -> Kind:
         return "sft"
 
-    def trainer(self, model: CausalLM, tokenizer: Tokenizer, rows: Any, val: Any, **more: Any) -> Any:
-        config = self.config_type(**{field.name: getattr(self, field.name) for field in fields(self.config_type)})
-        return self.trainer_type(model, tokenizer, train=rows, val=val, config=config, **more)
+    def extras(self, model: CausalLM, tokenizer: Tokenizer) -> dict[str, Any]:
+        """What the trainer is given besides model, rows and settings."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,16 +150,20 @@ def run(options: TrainOptions, sources: Sources) -> int:
     """
     options = _checked(options, sources)
     tokenizer = load_tokenizer(options.model)
+    with lock_folder(options.out):  # it can be written and nobody else does: found out now and not after an hour
+        pass
     options = options.settled(tokenizer)
     _check_resumed(options)
     rows, val = _datasets(options, tokenizer)
     model = load_weights(options, tokenizer, str(options.quant))
     if not options.whole:
         _put_adapter(model, options)
-    trainer = options.trainer(model, tokenizer, rows, val)
+    config = options.config_type(**{field.name: getattr(options, field.name) for field in fields(options.config_type)})
+    extras = options.extras(model, tokenizer)
+    trainer = options.trainer_type(model, tokenizer, train=rows, val=val, config=config, **extras)
     stop_if_asked()
     begun = time.monotonic()
-    outcome = trainer.train(_announcing(options, trainer.config, sources))
+    outcome = trainer.train(_announcing(options, trainer, sources))
     return _report(options, outcome, time.monotonic() - begun)
 
 
@@ -179,9 +173,8 @@ def _checked(options: TrainOptions, sources: Sources) -> TrainOptions:
     if options.whole and (given := [*["adapter"] * (options.start is not None), *given]):
         raise InputError(f"full training has no adapter: leave out {', '.join(given)}, or leave out full")
     if options.whole and options.quant not in (None, "none"):
-        raise InputError(
-            f"full training needs the dense model: quant {options.quant} keeps it in 4 bits; use quant none"
-        )
+        kept = f"quant {options.quant} keeps it in 4 bits"
+        raise InputError(f"full training needs the dense model: {kept}; use quant none")
     if options.start is not None and given:
         raise InputError(f"the adapter {options.start} brings its own {', '.join(given)}: leave them out")
     if options.dtype == "float16":
@@ -193,11 +186,8 @@ def _checked(options: TrainOptions, sources: Sources) -> TrainOptions:
         if not Path(path).exists():
             near = "; a share needs a percent sign, as in 5%" if path == options.val else ""
             raise InputError(f"data file {path} does not exist{near}")
-    check_exists(options.model)
     if options.start is not None:
-        check_adapter(options.start)
-    with lock_folder(options.out):  # it can be written and nobody else does: found out now and not after an hour
-        pass
+        check_adapter(options.start, writes=options.writes)
     trained = run_settings(options.start).get("quant") if options.start else None
     dtype: Any = str(choose_dtype(options.dtype, choose_device(options.device))).removeprefix("torch.")
     return replace(options, dtype=dtype, quant="none" if options.whole else options.quant or trained or "nf4")
@@ -213,9 +203,8 @@ def _check_resumed(options: TrainOptions) -> None:
     before, now = run_settings(str(folder)), _plain(asdict(options))
     for name in [*FIXED, *(FRESH if options.fresh else ())]:
         if name in before and name in now and before[name] not in (now[name], "auto"):
-            raise InputError(
-                f"{folder} is a run with {name} {before[name]}, and is resumed with {now[name]}; use the same"
-            )
+            what = f"a run with {name} {before[name]}, and is resumed with {now[name]}"
+            raise InputError(f"{folder} is {what}; use the same")
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,12 +239,15 @@ def _put_adapter(model: CausalLM, options: TrainOptions) -> None:
     note(f"adapter: rank {options.rank}, alpha {options.alpha:g}, {len(names)} layers, {amount(size)} parameters")
 
 
-def _announcing(options: TrainOptions, config: TrainingConfig, sources: Sources) -> Callable[[int, int], Any]:
+def _announcing(options: TrainOptions, trainer: Any, sources: Sources) -> Callable[[int, int], Any]:
     """For the trainer to call once the run may begin: saves and prints the settings, then shows progress."""
     left_out = {"resume", "json", *(() if options.fresh else FRESH)}
     settings = {name: value for name, value in asdict(options).items() if name not in left_out}
     if "reference" in settings:
-        settings["reference"] = getattr(config, "reference", None)  # the trainer's choice
+        settings["reference"] = trainer.config.reference  # its choice
+        if trainer.has_reference:
+            base = trainer.config.reference == "base"
+            note(f"reference: {'the base, adapter off' if base else 'the adapter as it is at the start'}")
 
     def begin(total: int, start: int) -> Any:
         if start == 0 or _plain(settings) != run_settings(options.out):  # a resumed run keeps its record of sources
@@ -280,7 +272,6 @@ def _short(value: Any) -> str:
 def _report(options: TrainOptions, outcome: TrainResult, seconds: float) -> int:
     """Print the outcome; returns the exit code."""
     values = {name: value for name, value in asdict(outcome).items() if name != "val"}
-    values |= {"out": str(outcome.out), "checkpoint": outcome.checkpoint and str(outcome.checkpoint)}
     values |= {"val_loss": outcome.val_loss} | {f"val_{name}": value for name, value in outcome.val.items()}
     values["seconds"] = round(seconds, 3)
     if outcome.signal is None:
@@ -309,7 +300,7 @@ def _finished(options: TrainOptions, outcome: TrainResult, seconds: float) -> st
 
 
 def _try_it(options: TrainOptions) -> str:
-    if is_reward_model(options.out):
+    if not options.writes:
         return f"fourbit.RewardModel.load(model, {options.out!r}).score(tokenizer, rows), in Python"
     if options.whole:
         return f"fourbit chat --model {shlex.quote(options.out)}"

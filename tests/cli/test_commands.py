@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 
 import fourbit
 from fourbit.cli.chat import Stream
-from fourbit.cli.config_file import read_config
 from fourbit.cli.data import marked, pieces
-from fourbit.cli.load import CONFIG
+from fourbit.cli.load import CONFIG, run_settings
 from fourbit.cli.main import COMMANDS, main
 from fourbit.cli.parse import parse
 from fourbit.cli.sft import Options as SFTOptions
@@ -361,7 +360,7 @@ def test_sft_with_an_optimizer_and_rates_of_its_own(tiny_folder: Path, rows: Pat
     flags += ["--lr-scale", "*.layers.0.*=0.5", "--lr-scale", "*.k_proj.*=2", "--optimizer", "paged-adamw8bit"]
     args = ["sft", "--model", str(tiny_folder), "--data", str(rows), "--out", str(out)]
     assert main([*args, *flags, "--optimizer-budget", "1MiB"]) == 0
-    settings = {name: setting.value for name, setting in read_config(str(out / CONFIG)).items()}
+    settings = run_settings(str(out))
     assert settings["lr_scale"] == {"*.layers.0.*": 0.5, "*.k_proj.*": 2} and settings["decay"] == 0.5
     assert settings["optimizer"] == "paged-adamw8bit" and settings["optimizer_budget"] == "1MiB"
     assert main(["sft", str(out / CONFIG), "--optimizer-budget", "auto", "--resume"]) == 0

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import fourbit
-from fourbit.cli.config_file import read_config
 from fourbit.cli.dpo import Options as DPOOptions
-from fourbit.cli.load import CONFIG
+from fourbit.cli.load import CONFIG, run_settings
 from fourbit.cli.main import main
 from fourbit.cli.parse import parse
 from fourbit.trainer.metrics import read_metrics
@@ -59,10 +58,6 @@ def go(tiny_folder: Path, rows: Path, pairs: Path, capsys: Capture) -> Go:
     return run
 
 
-def settings_of(out: Path) -> dict[str, Any]:
-    return {name: setting.value for name, setting in read_config(str(out / CONFIG)).items()}
-
-
 def last_line(text: str) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(text.splitlines()[-1])
     return values
@@ -94,7 +89,11 @@ def last_line(text: str) -> dict[str, Any]:
             "the teacher is what the student starts as, so there is nothing to learn: give another teacher",
         ),
         ("distill", ["--adapter", "{adapter}", "--teacher-adapter", "{adapter}"], "so there is nothing to learn"),
-        ("distill", ["--teacher", "nowhere"], "teacher nowhere does not exist; give a Hugging Face folder or a .gguf"),
+        (
+            "distill",
+            ["--teacher", "nowhere"],
+            "nowhere: does not exist; a model is a folder with config.json and safet",
+        ),
         ("distill", ["--teacher-adapter", "nowhere"], "teacher_adapter nowhere is no folder with adapter_config.json"),
         ("distill", ["--teacher-quant", "int4"], "--teacher-quant must be one of nf4, nf4-nodq, none or null, got 'in"),
         ("distill", ["--jsd-beta", "0.5"], "--jsd-beta belongs to divergence jsd, got 0.5 with forward-kl"),
@@ -116,7 +115,7 @@ def test_what_cannot_work_is_refused(
 
 def test_dpo_on_top_of_an_adapter(go: Go, pairs: Path, adapter: str, tmp_path: Path) -> None:
     said = go("dpo", tmp_path, "--adapter", adapter, "--val", str(pairs), "--epochs", "4", "--json")
-    values, settings = last_line(said), settings_of(tmp_path)
+    values, settings = last_line(said), run_settings(str(tmp_path))
     assert values["val_reward_accuracy"] == 1 and values["val_reward_margin"] > 0 and values["steps"] == 8
     assert "reference: the adapter as it is at the start" in said
     assert settings["reference"] == "start" and settings["adapter"] == adapter
@@ -197,9 +196,9 @@ def test_a_reward_model_answers_nothing(go: Go, tiny_folder: Path, rows: Path, t
 def test_reward_goes_on_from_an_adapter_and_from_a_head(go: Go, adapter: str, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert "head: goes on" not in go("reward", first, "--adapter", adapter, "--epochs", "4")
-    assert settings_of(first)["quant"] == "nf4-nodq" and settings_of(first)["adapter"] == adapter
+    assert run_settings(str(first))["quant"] == "nf4-nodq" and run_settings(str(first))["adapter"] == adapter
     assert f"head: goes on from {first}" in go("reward", second, "--adapter", str(first), "--steps", "1")
-    assert "rank" not in settings_of(second), "the adapter brings its own"
+    assert "rank" not in run_settings(str(second)), "the adapter brings its own"
     before = (second / HEAD).read_bytes()
     assert main(["reward", str(second / CONFIG), "--resume"]) == 0
     assert (second / HEAD).read_bytes() == before, "a finished run resumes to nothing"
@@ -224,7 +223,7 @@ def test_distill_from_the_same_base_keeps_one_copy(
     assert said.count("model: ") == 1 and "somewhat off" not in said
     values, records = last_line(said), read_metrics(tmp_path / "o" / "metrics.jsonl")
     assert values["val_loss"] < records[0]["loss"] / 2 and "val_perplexity" not in values
-    assert settings_of(tmp_path / "o")["teacher_quant"] == "nf4-nodq"
+    assert run_settings(str(tmp_path / "o"))["teacher_quant"] == "nf4-nodq"
     student, _ = fourbit.load(tiny_folder, quantize="nf4-nodq")
     assert len(fourbit.load_adapter(student, tmp_path / "o")) == 14
 
@@ -240,13 +239,13 @@ def test_distill_from_another_form_loads_it(go: Go, tiny_folder: Path, adapter: 
     assert "the teacher's adapter was trained on nf4-nodq; on none it will be somewhat off" in said
     copy = shutil.copytree(tiny_folder, tmp_path / "copy")
     said = go("distill", tmp_path / "c", "--teacher", str(copy), "--teacher-adapter", adapter, "--steps", "1")
-    assert settings_of(tmp_path / "c")["teacher_quant"] == "nf4-nodq", "as its adapter was trained"
+    assert run_settings(str(tmp_path / "c"))["teacher_quant"] == "nf4-nodq", "as its adapter was trained"
     assert said.count("model: ") == 2
 
 
 def test_distill_into_all_weights(go: Go, tiny_folder: Path, adapter: str, tmp_path: Path) -> None:
     go("distill", tmp_path, "--teacher-adapter", adapter, "--full", "--lr", "1e-3", "--steps", "2")
-    settings = settings_of(tmp_path)
+    settings = run_settings(str(tmp_path))
     assert settings["quant"] == "none" and settings["teacher_quant"] == "nf4-nodq" and "rank" not in settings
     old, new = (fourbit.load(folder)[0].state_dict() for folder in (tiny_folder, tmp_path))
     assert not all(torch.equal(old[name], new[name]) for name in old)
