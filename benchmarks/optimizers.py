@@ -132,7 +132,7 @@ def paged(trained: Trained, setting: Setting) -> Work:
     absent: dict[str, str] = {}
     race = Race(trained, setting.device, False, 32)
     budget = int(race.state_bytes / RESIDENT_SHARE)
-    variants = [race.variant(OURS, lambda p: optim.PagedAdamW(p, **SETTINGS, budget=budget), own=True)]
+    variants = [race.variant(OURS, lambda p: optim.AdamW(p, **SETTINGS, budget=budget), own=True)]
     if present(bnb.missing(), absent, "bitsandbytes"):
         make = partial(bnb.adamw, bits=32, paged=True, **SETTINGS)
         variants.append(race.variant(bnb.optimizer_name(32, paged=True), make))

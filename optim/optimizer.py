@@ -1,6 +1,6 @@
 """AdamW and Lion as torch.optim.Optimizers whose state is flat: 32 or 8 bits, one launch for all parameters of a group.
 
-A step on a GPU is three launches for a group of one dtype: squares of all gradients (once a step, if the norm is
+A step on a GPU is three launches for a group of one dtype: squares of all gradients (for each dtype, if the norm is
 wanted), step counts and factors, and the update. There are more where state is paged (an update for each page), for
 each tensor that is not contiguous, and for a found_inf that is not fp32 on that device. The host waits for nothing and
 reads nothing back, unless an lr is a tensor on the GPU. Elsewhere, and where a parameter is fp64, the same runs in
@@ -15,19 +15,19 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels.dispatch import path_for
 from . import update
 from .page_device import make_device, peaks
 from .paging import Budget, Pager, check_budget, check_room
-from .state import Entry, FlatState, Slice, fields, whole
+from .state import Entry, FlatState, Kind, Slice, fields
 from .state_files import read_groups, read_states
-from .update import Group, Rule
+from .update import ADAMW, LION, Group, Rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SETTINGS = ("rule", "bits", "min_8bit_size", "stochastic_rounding", "max_grad_norm", "budget", "found_inf")
 Key = tuple[int, torch.dtype, int]  # of a flat state: group, dtype, bits
-Numbered = tuple[nn.Parameter, int, int]  # its number among all of the optimizer, as in state dicts, and its group
 
 
 class FlatOptimizer(torch.optim.Optimizer):
@@ -76,19 +76,19 @@ class FlatOptimizer(torch.optim.Optimizer):
         self.stochastic_rounding, self.max_grad_norm = stochastic_rounding, max_grad_norm
         self.budget = None if budget is None else check_budget(budget)
         self.found_inf: Tensor | None = None
-        self.grad_norm: Tensor | None = None
-        self.skipped: Tensor | None = None
-        self._older_peaks = peaks() if self.budget == "auto" else {}
+        self._older_peaks = peaks()
         self._begin_anew()
         super().__init__(params, defaults)
 
     def _begin_anew(self) -> None:
+        self.grad_norm: Tensor | None = None
+        self.skipped: Tensor | None = None
         self.pager: Pager | None = None
         self._states: dict[Key, FlatState] = {}
         self._entries: list[Entry] = []  # by row
         self._steps = torch.zeros(0)  # fp32, of each entry, as torch.optim counts them
         self._tables: Any = None  # of the kernels (step_triton.Tables), once they are needed
-        self._waiting: list[Numbered] = []  # parameters that have no state yet
+        self._waiting: list[Entry] = []  # those that have no state yet
         self._seen: list[list[int]] = []  # which parameters the groups had
 
     def add_param_group(self, param_group: Group) -> None:
@@ -98,37 +98,27 @@ class FlatOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             _check_group(group := self.param_groups[-1])
-            self._check_room(self._by_key([(p, 0, 0) for p in group["params"] if p.requires_grad]))
+            self._check_room(group["params"])
         except ValueError:
             self.param_groups.pop()
             raise
         self._seen = self._members()
-        self._waiting += [some for some in self._numbered() if some[2] == len(self.param_groups) - 1]
+        self._waiting += [entry for entry in self._new_entries() if entry.group == len(self.param_groups) - 1]
 
     def _members(self) -> list[list[int]]:
         return [list(map(id, group["params"])) for group in self.param_groups]
 
-    def _numbered(self) -> list[Numbered]:
-        groups = enumerate(self.param_groups)
-        every = [(p, group) for group, settings in groups for p in settings["params"]]
-        return [(p, number, group) for number, (p, group) in enumerate(every)]
+    def _new_entries(self) -> list[Entry]:
+        every = [(p, group) for group, settings in enumerate(self.param_groups) for p in settings["params"]]
+        return [Entry(p, number, group) for number, (p, group) in enumerate(every)]
 
     def _bits(self, parameter: Tensor) -> int:
-        """8 only where asked for, for large parameters, and never for fp64."""
         large = parameter.numel() >= self.min_8bit_size and parameter.dtype != torch.float64
         return 8 if self.bits == 8 and large else 32
 
-    def _by_key(self, parameters: Iterable[Numbered]) -> dict[Key, list[Numbered]]:
-        found: dict[Key, list[Numbered]] = {}
-        for p, number, group in parameters:
-            found.setdefault((group, p.dtype, self._bits(p)), []).append((p, number, group))
-        return found
-
-    def _check_room(self, joining: dict[Key, list[Numbered]]) -> None:
-        """InputError if the budget has no room for one page of the state of what is to join."""
+    def _check_room(self, parameters: Iterable[Tensor]) -> None:
         if self.budget is not None:
-            kept = [(fields(self.rule.moments, bits, dtype), some) for (_, dtype, bits), some in joining.items()]
-            check_room(self.budget, [(f, sum(whole(p.numel()) for p, _, _ in some)) for f, some in kept])
+            check_room(self.budget, [fields(self.rule.moments, self._bits(p), p.dtype) for p in parameters])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -138,16 +128,17 @@ class FlatOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_unchanged()
+        joining = [entry for entry in self._waiting if entry.parameter.grad is not None]
+        entries = [*self._entries, *joining]
         try:
-            for entry in self._entries:
-                self._take_gradient(entry)
-            if joining := [some for some in self._waiting if some[0].grad is not None]:
-                for entry in self._join(joining):
-                    self._take_gradient(entry)
-            if self._entries:
+            for entry in entries:
+                _take_gradient(entry)
+            if joining:
+                self._join(joining)
+            if entries:
                 self._update()
         finally:
-            for entry in self._entries:
+            for entry in entries:
                 if entry.weights is not None and entry.weights is not entry.parameter:
                     entry.parameter.copy_(entry.weights)
                 entry.weights = entry.gradient = None
@@ -162,55 +153,35 @@ class FlatOptimizer(torch.optim.Optimizer):
         if not all(self.state.get(entry.parameter) for entry in self._entries):
             raise ValueError("the state of a parameter was removed from optimizer.state: make a new optimizer")
 
-    def _join(self, joining: list[Numbered]) -> list[Entry]:
-        """Give parameters zero state, and no steps taken. Memory that runs out leaves all as it was."""
-        for p, _, _ in joining:
-            _check_gradient(p)
-        keys = self._by_key(joining)
-        self._check_room(keys)
-        devices = {p.device for p, _, _ in joining} | {self._steps.device for _ in self._entries[:1]}
+    def _join(self, joining: list[Entry]) -> None:
+        """Give entries zero state, and no steps taken. Memory that runs out leaves all as it was."""
+        self._check_room(entry.parameter for entry in joining)
+        devices = {e.parameter.device for e in joining} | {self._steps.device for _ in self._entries[:1]}
         if len(devices) > 1:
             raise ValueError(f"an optimizer works on one device, but has parameters on {sorted(map(str, devices))}")
         (device,) = devices
+        keys: dict[Key, list[Entry]] = {}
+        for entry in joining:
+            p = entry.parameter
+            keys.setdefault((entry.group, p.dtype, self._bits(p)), []).append(entry)
         states = {key: self._states.get(key) or FlatState(*key, self.rule.moments) for key in keys}
         if self.budget is None:
-            grown = {k: s.grown(s.end_after([p.numel() for p, _, _ in keys[k]]), device) for k, s in states.items()}
+            grown = {k: state.grown([e.parameter.numel() for e in keys[k]], device) for k, state in states.items()}
         elif self.pager is None:
             self.pager = Pager(make_device(device, self._older_peaks.get(device, 0)), self.budget)
         self._steps = torch.cat([self._steps.to(device), torch.zeros(len(joining), device=device)])
-        entries: list[Entry] = []
         for key, state in states.items():
-            entries += state.join([(p, number) for p, number, _ in keys[key]], len(self._entries) + len(entries))
+            start = state.join(keys[key], len(self._entries))
             if self.pager is None:
                 state.tensors = grown[key]
             else:
-                self.pager.add(state, entries[-len(keys[key])].start)
-        self._entries += entries
+                self.pager.add(state, start)
+            self._entries += keys[key]
         self._states |= states
         self._tables = None
-        joined = {number for _, number, _ in joining}
-        self._waiting = [some for some in self._waiting if some[1] not in joined]
+        self._waiting = [entry for entry in self._waiting if entry.kind is None]
         for entry in self._entries:
             self.state[entry.parameter] = {"step": self._steps[entry.row], **entry.state.views(entry)}
-        return entries
-
-    def _take_gradient(self, entry: Entry) -> None:
-        """Note what a step goes by. ValueError for what is not as it was when its parameter joined.
-
-        Kernels read and write by address alone, as much as there was then.
-        """
-        p, g, device = entry.parameter, entry.parameter.grad, self._steps.device
-        if g is None:
-            return
-        if p.shape != entry.shape or p.dtype is not entry.dtype or p.device != device or not _fits(p, g):
-            _check_gradient(p)
-            raise ValueError(
-                f"parameter {entry.number} was {_kind(entry.shape, entry.dtype, device)} when its state was made, and "
-                f"now is {_kind(p.shape, p.dtype, p.device)}; for another dtype or device call "
-                "optimizer.load_state_dict(optimizer.state_dict()), for another shape make a new optimizer"
-            )
-        entry.weights = p if p.is_contiguous() else p.contiguous()
-        entry.gradient = g if g.is_contiguous() else g.contiguous()
 
     def _update(self) -> None:
         settings = self.param_groups, self.max_grad_norm, self.found_inf, self.stochastic_rounding
@@ -233,13 +204,11 @@ class FlatOptimizer(torch.optim.Optimizer):
         together: dict[tuple[int, torch.dtype], list[Slice]] = {}
         for state in self._states.values():
             if any(entry.gradient is not None and entry.size for entry in state.entries):
-                together.setdefault((state.group, state.dtype), []).append(state.whole())
+                together.setdefault((state.group, state.dtype), []).append(state.unpaged())
         yield from together.values()
 
     def evict_all(self) -> int:
         """Bring all paged state to the host; returns the bytes of the device given back, 0 without a budget."""
-        for state in self._states.values():
-            state.batches.clear()  # they may hold views of pages
         return 0 if self.pager is None else self.pager.evict_all()
 
     def state_bytes(self) -> tuple[int, int]:
@@ -281,8 +250,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         for group in groups:
             _check_group(group)
         parameters = [p for group in groups for p in group["params"]]
-        states = read_states(state_dict, parameters, self._bits, self.rule)
-        self._take(groups, states)
+        self._take(groups, read_states(state_dict, parameters, self._bits, self.rule))
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -292,11 +260,11 @@ class FlatOptimizer(torch.optim.Optimizer):
         try:
             self._begin_anew()
             self.param_groups, self.state = groups, defaultdict(dict)
-            self._seen, self._waiting = self._members(), self._numbered()
+            self._seen, self._waiting = self._members(), self._new_entries()
             if states:
-                self._join([some for some in self._waiting if some[1] in states])
+                self._join([entry for entry in self._waiting if entry.number in states])
             found = {entry: states[entry.number] for entry in self._entries}
-            parts = self.pager.fill() if self.pager is not None else [s.whole() for s in self._states.values()]
+            parts = self.pager.fill() if self.pager is not None else [s.unpaged() for s in self._states.values()]
             for part in parts:
                 part.copy(found, back=True)
             for entry in self._entries:
@@ -309,17 +277,52 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: torch.optim's, the settings, and the state by number, from which a copy builds its own."""
-        kept = ("rule", "bits", "min_8bit_size", "stochastic_rounding", "max_grad_norm", "budget", "found_inf")
-        settings = {name: getattr(self, name) for name in kept}
+        settings = {name: getattr(self, name) for name in SETTINGS}
         return {**super().__getstate__(), "state": self.state_dict()["state"], **settings}
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.grad_norm = self.skipped = None
-        self._older_peaks = peaks() if self.budget == "auto" else {}
+        self._older_peaks = peaks()
         self._begin_anew()
         self._take(self.param_groups, state["state"])
+
+
+class AdamW(FlatOptimizer):
+    """Adam with decoupled weight decay: torch.optim.AdamW's update, in fp32 whatever the parameters' dtype (or fp64).
+
+    options: `bits`, `stochastic_rounding`, `max_grad_norm`, `min_8bit_size` and `budget`, as FlatOptimizer has them.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        **options: Any,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, ADAMW, **options)
+
+
+class Lion(FlatOptimizer):
+    """Steps of one size in the direction of an interpolated momentum's sign (Chen et al., arXiv 2302.06675).
+
+    One moment, so half of AdamW's state; a good learning rate is 3 to 10 times smaller than AdamW's, and weight decay
+    as many times larger. `options` are AdamW's.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, LION, **options)
 
 
 def _check_group(group: Group) -> None:
@@ -338,19 +341,22 @@ def _check_group(group: Group) -> None:
             raise ValueError(f"parameters must be dense fp32, bf16, fp16 or fp64, got {p.dtype} ({p.layout})")
 
 
-def _fits(p: Tensor, g: Tensor) -> bool:
-    return g.shape == p.shape and g.dtype is p.dtype and g.layout is torch.strided
-
-
-def _check_gradient(p: Tensor) -> None:
-    """ValueError if a parameter's gradient is not one that a step can read."""
-    g = p.grad
-    if g is not None and not _fits(p, g):
+def _take_gradient(entry: Entry) -> None:
+    """Note what a step goes by. ValueError for a gradient that no step can read, and for a parameter that is not as it
+    was when it joined: kernels read and write by address alone, as much as there was then."""
+    p, g = entry.parameter, entry.parameter.grad
+    if g is None:
+        return
+    if g.shape != p.shape or g.dtype is not p.dtype or g.layout is not torch.strided:
         raise ValueError(
-            f"gradients must be dense and of their parameter's dtype and shape, {_kind(p.shape, p.dtype)}, "
-            f"got {_kind(g.shape, g.dtype)} ({g.layout})"
+            f"gradients must be dense and of their parameter's dtype and shape, {p.dtype} {list(p.shape)}, "
+            f"got {g.dtype} {list(g.shape)} ({g.layout})"
         )
-
-
-def _kind(shape: torch.Size, dtype: torch.dtype, device: torch.device | None = None) -> str:
-    return f"{dtype} {list(shape)}" + ("" if device is None else f" on {device}")
+    kind = Kind(p.shape, p.dtype, p.device)
+    if entry.kind not in (None, kind):
+        raise ValueError(
+            f"parameter {entry.number} was {entry.kind} when its state was made, and now is {kind}; for another dtype "
+            "or device call optimizer.load_state_dict(optimizer.state_dict()), for another shape make a new optimizer"
+        )
+    entry.weights = p if p.is_contiguous() else p.contiguous()
+    entry.gradient = g if g.is_contiguous() else g.contiguous()

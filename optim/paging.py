@@ -35,29 +35,18 @@ def check_budget(budget: Budget) -> Budget:
     return budget
 
 
-def check_room(budget: Budget, states: Iterable[tuple[Mapping[str, Field], int]]) -> None:
-    """InputError if the budget has no room for the largest page of (fields, elements) that are to be paged."""
-    page_bytes = page_bytes_for(budget)
-    least = max((sizes(f, min(n, page_elements(f, page_bytes)))[1] for f, n in states), default=0)
+def check_room(budget: Budget, states: Iterable[Mapping[str, Field]]) -> None:
+    """InputError if the budget has no room for a page of one chunk, the least, of any of these states."""
+    least = max((sizes(fields, CHUNK)[1] for fields in states), default=0)
     if budget != "auto" and least > budget:
         raise InputError(f"an optimizer budget of {budget} bytes is less than one page of state; the least is {least}")
-
-
-def page_bytes_for(budget: Budget, most: int = PAGE_BYTES) -> int:
-    """At most an eighth of the budget, so that staging takes a quarter. A power of two, as pinned memory is."""
-    return most if budget == "auto" else min(most, 1 << max(budget // 8, 1).bit_length() - 1)
-
-
-def page_elements(fields: Mapping[str, Field], page_bytes: int) -> int:
-    """Elements of a page: whole chunks, one at least."""
-    return max(1, page_bytes // sum(CHUNK // f.per * f.dtype.itemsize for f in fields.values())) * CHUNK
 
 
 def sizes(fields: Mapping[str, Field], elements: int) -> tuple[dict[str, tuple[int, int]], int]:
     """Where a page of so many elements has its fields (first byte, bytes), and the bytes of all."""
     parts, size = dict[str, tuple[int, int]](), 0
     for name, field in fields.items():
-        parts[name] = size, elements // field.per * field.dtype.itemsize
+        parts[name] = size, field.count(elements) * field.dtype.itemsize
         size = whole(sum(parts[name]), ALIGNMENT)
     return parts, size
 
@@ -74,16 +63,15 @@ class Frame:
 class Page:
     """Elements [start, end) of one flat state, and where they are. Without frame and host memory it is blank: zero."""
 
-    def __init__(self, state: FlatState, start: int, end: int) -> None:
+    def __init__(self, number: int, state: FlatState, start: int, end: int) -> None:
+        self.number = number  # in the table
         self.state, self.start, self.end = state, start, end
         self.entries = [segment.entry for segment in state.segments(start, end)]
         self.parts, self.size = sizes(state.fields, end - start)
-        self.number = 0  # in the table
         self.host: Tensor | None = None
         self.frame: Frame | None = None
         self.resident = False  # it has a frame of its own
         self.dirty = False  # newer in its frame than on the host, and no copy out is queued
-        self.fetched = False  # copied in since its last update
         self.arriving: Any = None  # event of the copy in, until compute waits for it
         self.leaving: Any = None  # event of the last copy out
 
@@ -118,24 +106,23 @@ class Pager:
     model, looked up at every step. Below two pages, steps run with one staging frame: copies and updates take turns.
     """
 
-    def __init__(self, device: PageDevice, budget: Budget, page_bytes: int = PAGE_BYTES) -> None:
-        self.device, self.budget = device, check_budget(budget)
-        self.page_bytes = page_bytes_for(budget, page_bytes)
+    def __init__(self, device: PageDevice, budget: Budget) -> None:
+        self.device, self.budget = device, budget
+        self.page_bytes = PAGE_BYTES
+        if budget != "auto":  # at most an eighth, so that staging takes a quarter; pinned memory is a power of two
+            self.page_bytes = min(PAGE_BYTES, 1 << max(budget // 8, 1).bit_length() - 1)
         self.counters = Counters()
         self.held = 0  # bytes of the device in our hands
         self.pages: list[Page] = []  # in the order of a step
-        self._frames: list[Frame] = []
         self._staging: list[Frame] = []
         self._stale = self._visiting = False
         self._cap: int | None = None  # "auto" takes no more since memory ran out
 
     def add(self, state: FlatState, start: int) -> None:
-        """Blank pages for what has joined a flat state from element `start` on, a multiple of CHUNK."""
-        length = page_elements(state.fields, self.page_bytes)
+        """Blank pages for what has joined a flat state from element `start` on: whole chunks, one at least."""
+        length = max(CHUNK, self.page_bytes // sizes(state.fields, CHUNK)[1] * CHUNK)
         for first in range(start, state.total, length):
-            self.pages.append(Page(state, first, min(state.total, first + length)))
-        for number, page in enumerate(self.pages):
-            page.number = number
+            self.pages.append(Page(len(self.pages), state, first, min(state.total, first + length)))
         self._stale = True
 
     def visit(self) -> Iterator[Slice]:
@@ -144,15 +131,14 @@ class Pager:
             raise RuntimeError("pages are visited by one step after the other")
         self._visiting = True
         try:
-            if self._stale or self.budget == "auto":
-                self._fit()
+            self._fit()
             order = [page for page in self.pages if page.wanted()]
             streamed = [page for page in order if not page.resident]
             done = 0
             self._fetch(streamed, done)
             for page in order:
-                self.counters.misses += page.fetched
-                self.counters.hits += not page.fetched
+                self.counters.misses += page.arriving is not None
+                self.counters.hits += page.arriving is None
                 yield page.slice(self._arrive(page))
                 if not page.resident:
                     self._write_back(page)
@@ -167,16 +153,16 @@ class Pager:
         for page in self.pages:
             if page.frame is not None and (page.dirty or page.host is None):
                 yield page.slice(page.frame.memory[: page.size].to("cpu", copy=True))
-                continue
-            if page.leaving is not None:
-                page.leaving.synchronize()
-            blank = torch.zeros(page.size if page.host is None else 0, dtype=torch.uint8, device="cpu")
-            yield page.slice(blank if page.host is None else page.host)
+            elif page.host is None:
+                yield page.slice(torch.zeros(page.size, dtype=torch.uint8, device="cpu"))
+            else:
+                if page.leaving is not None:
+                    page.leaving.synchronize()
+                yield page.slice(page.host)
 
     def fill(self) -> Iterator[Slice]:
         """Every page in host memory, to be written to before the first step."""
-        for page in self.pages:
-            yield page.slice(self._host(page))
+        return (page.slice(self._host(page)) for page in self.pages)
 
     def host_bytes(self) -> int:
         """Host memory that pages have."""
@@ -195,16 +181,14 @@ class Pager:
             self.device.room(held)  # it learns from the peak that was reached with these pages in place
             self._cap = held // 2
         self._stale = True
-        self._evict([page for page in self.pages if page.frame is not None])
-        while self._staging:
-            self._close(self._staging.pop())
-        self.device.tidy()
+        self._clear(set())
         return held
 
     def close(self) -> None:
         """Let go of all memory, and of what it held, once no copy can reach it any more."""
         self.device.settle()
-        for frame in list(self._frames):
+        for frame in [*self._staging, *(page.frame for page in self.pages if page.resident)]:
+            assert frame is not None
             self._close(frame)
         self.pages, self._staging = [], []
 
@@ -212,32 +196,29 @@ class Pager:
 
     def _fit(self) -> None:
         largest, total = max((page.size for page in self.pages), default=0), sum(page.size for page in self.pages)
+        least = min(total, 2 * largest)
         if self.budget != "auto":
-            self._arrange(self.budget)
+            limit, wanted = self.budget, self._stale
         else:
-            least = min(total, 2 * largest)
-            limit = max(least, min(self.device.room(self.held), self._cap if self._cap is not None else total))
+            limit = max(least, min(self.device.room(self.held), total if self._cap is None else self._cap))
             complete = all(page.resident for page in self.pages) and limit >= total
             few = limit < min(total, self.held + self.held // 8)
-            if not self._stale and self.held <= limit and (complete or few):
-                return  # a few pages more are not worth that the allocator gives back its memory and takes it again
-            while not self._arranged(limit):
-                if limit == least:
-                    self._arrange(largest)
-                    break
-                limit = self._cap = max(least, min(limit - 1, self.held // 2))
+            # A few pages more are not worth that the allocator gives back its memory and takes it again.
+            wanted = self._stale or self.held > limit or not (complete or few)
+        if not wanted:
+            return
+        while True:
+            try:
+                self._arrange(limit, largest, total)
+                break
+            except torch.OutOfMemoryError:
+                if self.budget != "auto" or limit <= largest:
+                    raise
+                limit = self._cap = max(least, min(limit - 1, self.held // 2)) if limit > least else largest
         self._stale = False
 
-    def _arranged(self, limit: int) -> bool:
-        try:
-            self._arrange(limit)
-        except torch.OutOfMemoryError:
-            return False
-        return True
-
-    def _arrange(self, limit: int) -> None:
+    def _arrange(self, limit: int, largest: int, total: int) -> None:
         """Evict what `limit` bytes have no room for, then take in what they have room for."""
-        largest, total = max((page.size for page in self.pages), default=0), sum(page.size for page in self.pages)
         staging = 0 if total <= limit else 2 if limit >= 2 * largest else 1
         left, stay = limit - staging * largest, set[Page]()
         for page in reversed(self.pages):
@@ -247,15 +228,33 @@ class Pager:
         resident = {page for page in self.pages if page.resident}
         if stay == resident and [frame.memory.numel() for frame in self._staging] == staging * [largest]:
             return
-        self._evict([page for page in self.pages if page.frame is not None and not (page.resident and page in stay)])
-        while self._staging:
-            self._close(self._staging.pop())
-        self.device.tidy()
+        self._clear(stay)
         for _ in range(staging):
             self._staging.append(self._open(largest))
         for page in self.pages:
             if page in stay and not page.resident:
                 self._take_in(page)
+
+    def _clear(self, stay: set[Page]) -> None:
+        """Bring all pages but resident ones in `stay` to the host, wait for that, and give back their memory."""
+        pages = [page for page in self.pages if page.frame is not None and not (page.resident and page in stay)]
+        for page in pages:
+            if page.dirty or page.host is None:
+                self._write_back(page)
+        for page in pages:
+            for event in (page.arriving, page.leaving):
+                if event is not None:
+                    event.synchronize()
+            frame = page.frame
+            assert frame is not None
+            frame.page = page.frame = page.arriving = page.leaving = None
+            self.counters.evictions += 1
+            if page.resident:
+                page.resident = False
+                self._close(frame)
+        while self._staging:
+            self._close(self._staging.pop())
+        self.device.tidy()
 
     def _take_in(self, page: Page) -> None:
         """Give a page a frame of its own on the device."""
@@ -273,13 +272,11 @@ class Pager:
 
     def _open(self, size: int) -> Frame:
         frame = Frame(self.device.empty(size), self.device.mark())
-        self._frames.append(frame)
         self.held += size
         self.counters.peak_bytes = max(self.counters.peak_bytes, self.held)
         return frame
 
     def _close(self, frame: Frame) -> None:
-        self._frames.remove(frame)
         self.held -= frame.memory.numel()
         self.device.free(frame.memory)
 
@@ -300,12 +297,11 @@ class Pager:
             self._write_back(former)  # a step ended before it could
         after = [frame.born, page.leaving, None if former is None else former.leaving]
         after = [event for event in after if event is not None]
-        arriving = self.device.copy("in", frame.memory[: page.size], self._host(page), after)
+        page.arriving = self.device.copy("in", frame.memory[: page.size], self._host(page), after)
         if former is not None:
             former.frame = former.arriving = None
-            former.fetched = False
             self.counters.evictions += 1
-        frame.page, page.frame, page.arriving, page.fetched = page, frame, arriving, True
+        frame.page, page.frame = page, frame
         self.counters.bytes_in += page.size
 
     def _arrive(self, page: Page) -> Tensor:
@@ -316,7 +312,7 @@ class Pager:
         assert page.frame is not None
         if page.arriving is not None:
             self.device.wait(page.arriving)
-        page.arriving, page.fetched, page.dirty = None, False, True
+        page.arriving, page.dirty = None, True
         self.device.use(page.frame.memory)
         if page.resident:
             page.host = None  # out of date from now on, and not needed soon
@@ -333,21 +329,3 @@ class Pager:
         if page.host is None:
             page.host = self.device.pinned(page.size).zero_()
         return page.host
-
-    def _evict(self, pages: Sequence[Page]) -> None:
-        """Bring pages to the host and wait for that; give back the frames that are their own."""
-        for page in pages:
-            if page.dirty or page.host is None:
-                self._write_back(page)
-        for page in pages:
-            for event in (page.arriving, page.leaving):
-                if event is not None:
-                    event.synchronize()
-            frame = page.frame
-            assert frame is not None
-            frame.page = page.frame = page.arriving = page.leaving = None
-            page.fetched = False
-            self.counters.evictions += 1
-            if page.resident:
-                page.resident = False
-                self._close(frame)

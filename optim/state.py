@@ -41,16 +41,21 @@ class Field(NamedTuple):
     dtype: torch.dtype
     per: int
 
+    def count(self, elements: int) -> int:
+        """Its entries for so many elements."""
+        return -(-elements // self.per)
+
+    def shape(self, parameter: torch.Size) -> torch.Size:
+        """Of a parameter's part in state dicts: as it where nothing is shared, else flat."""
+        return parameter if self.per == 1 else torch.Size([self.count(parameter.numel())])
+
 
 def fields(moments: Sequence[Moment], bits: int, dtype: torch.dtype) -> dict[str, Field]:
     """The flat tensors that keep `moments` of parameters of `dtype` with 8 or 32 bits (fp64 is never cut to either)."""
     if bits == 32:
         return {m.name: Field(torch.promote_types(dtype, torch.float32), 1) for m in moments}
-    return {
-        name: field
-        for m in moments
-        for name, field in ((m.name, Field(torch.uint8, 1)), (f"{m.name}_absmax", Field(torch.float32, BLOCK)))
-    }
+    kept = {"": Field(torch.uint8, 1), "_absmax": Field(torch.float32, BLOCK)}
+    return {m.name + suffix: field for m in moments for suffix, field in kept.items()}
 
 
 def whole(size: int, unit: int = BLOCK) -> int:
@@ -58,20 +63,34 @@ def whole(size: int, unit: int = BLOCK) -> int:
     return -(-size // unit) * unit
 
 
+class Kind(NamedTuple):
+    """What a parameter must stay while it has state."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)} on {self.device}"
+
+
 @dataclass(eq=False)
 class Entry:
-    """One parameter whose state is kept."""
+    """One parameter; and from when it joins a flat state on, where it is kept."""
 
     parameter: nn.Parameter
     number: int  # among all parameters of the optimizer, as in state dicts
-    row: int  # in step counts, and in the tables of kernels
-    state: "FlatState"
-    start: int  # in it
+    group: int
+    kind: Kind | None = None  # when it joined
     weights: Tensor | None = None  # while a step runs: the parameter itself, or a contiguous copy of it
     gradient: Tensor | None = None  # while a step runs, contiguous; None: there is none
 
-    def __post_init__(self) -> None:
-        self.shape, self.dtype, self.size = self.parameter.shape, self.parameter.dtype, self.parameter.numel()
+    def join(self, state: "FlatState", row: int, start: int) -> None:
+        """row: in step counts and the tables of kernels; start: of its span."""
+        p = self.parameter
+        self.shape, self.dtype, self.size = p.shape, p.dtype, p.numel()
+        self.kind = Kind(p.shape, p.dtype, p.device)
+        self.state, self.row, self.start = state, row, start
 
 
 class Segment(NamedTuple):
@@ -99,44 +118,39 @@ class FlatState:
     def __post_init__(self) -> None:
         self.fields = fields(self.moments, self.bits, self.dtype)
 
-    def end_after(self, sizes: Sequence[int]) -> int:
-        """`total` once parameters of these sizes have joined. They begin at a multiple of CHUNK, so on pages anew."""
-        return whole(self.total, CHUNK) + sum(map(whole, sizes))
-
-    def grown(self, total: int, device: torch.device) -> dict[str, Tensor]:
-        """Flat tensors of `total` elements that begin with what there is, and are zero then."""
-        grown = {n: torch.zeros(total // f.per, dtype=f.dtype, device=device) for n, f in self.fields.items()}
+    def grown(self, sizes: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        """Its tensors with room for parameters of these sizes to join: first what there is, then zeros."""
+        total = whole(self.total, CHUNK) + sum(map(whole, sizes))
+        grown = {n: torch.zeros(f.count(total), dtype=f.dtype, device=device) for n, f in self.fields.items()}
         for name, old in (self.tensors or {}).items():
             grown[name][: old.numel()] = old
         return grown
 
-    def join(self, parameters: Sequence[tuple[nn.Parameter, int]], row: int) -> list[Entry]:
-        """Append spans for (parameter, number) pairs; their rows count from `row`."""
-        start, found = whole(self.total, CHUNK), list[Entry]()
-        for parameter, number in parameters:
-            found.append(Entry(parameter, number, row + len(found), self, start))
-            start += whole(parameter.numel())
-        self.entries += found
-        self.total = start
+    def join(self, entries: Sequence[Entry], row: int) -> int:
+        """Append spans; rows count from `row`. Returns where the first begins: at a chunk, so on pages of their own."""
+        start = self.total = whole(self.total, CHUNK)
+        for i, entry in enumerate(entries):
+            entry.join(self, row + i, self.total)
+            self.total += whole(entry.size)
+        self.entries += entries
         self.batches.clear()
-        return found
+        return start
 
-    def whole(self) -> "Slice":
+    def unpaged(self) -> "Slice":
         """All of it, where it is not paged."""
         return Slice(self, 0, self.total, self.tensors or {})
 
     def views(self, entry: Entry) -> dict[str, Tensor]:
         """A parameter's part of the flat tensors, moments shaped like it; nothing of what is paged."""
-        first, end = entry.start, entry.start + entry.size
-        cut = {
-            n: t[first // self.fields[n].per : -(-end // self.fields[n].per)] for n, t in (self.tensors or {}).items()
-        }
-        return {n: t.view(entry.shape) if self.fields[n].per == 1 else t for n, t in cut.items()}
+        found = {}
+        for name, tensor in (self.tensors or {}).items():
+            shape = self.fields[name].shape(entry.shape)
+            found[name] = tensor[entry.start // self.fields[name].per :][: shape.numel()].view(shape)
+        return found
 
     def empty(self, entry: Entry) -> dict[str, Tensor]:
         """New tensors in host memory for what `views` gives."""
-        shapes = {n: entry.shape if f.per == 1 else (-(-entry.size // f.per),) for n, f in self.fields.items()}
-        return {n: torch.empty(shape, dtype=self.fields[n].dtype, device="cpu") for n, shape in shapes.items()}
+        return {n: torch.empty(f.shape(entry.shape), dtype=f.dtype, device="cpu") for n, f in self.fields.items()}
 
     def segments(self, start: int, end: int) -> list[Segment]:
         """What of which parameters lies in [start, end) of the flat state, in order; padding left out."""
@@ -152,17 +166,14 @@ class FlatState:
 
     def chunks(self) -> NDArray[np.int64]:
         """All chunks in order as rows of (row, start, length, offset), int64 [chunks, 4], as in Segment."""
-        parts = [_chunks(entry) for entry in self.entries if entry.size]
-        return np.concatenate(parts) if parts else np.empty((0, 4), np.int64)
-
-
-def _chunks(entry: Entry) -> NDArray[np.int64]:
-    """One parameter's span cut at multiples of CHUNK."""
-    first, last = entry.start, entry.start + entry.size
-    inner = np.arange((first // CHUNK + 1) * CHUNK, last, CHUNK, dtype=np.int64)
-    cuts = np.concatenate([[first], inner, [last]])
-    columns = [np.full(len(cuts) - 1, entry.row), cuts[:-1] - first, np.diff(cuts), cuts[:-1]]
-    return np.stack(columns, axis=1).astype(np.int64)
+        parts = [np.empty((0, 4), np.int64)]
+        for entry in self.entries:
+            first, last = entry.start, entry.start + entry.size
+            cuts = np.r_[first, np.arange((first // CHUNK + 1) * CHUNK, last, CHUNK), last]
+            if entry.size:
+                columns = np.full(len(cuts) - 1, entry.row), cuts[:-1] - first, np.diff(cuts), cuts[:-1]
+                parts.append(np.stack(columns, axis=1))
+        return np.concatenate(parts)
 
 
 class Slice(NamedTuple):
@@ -176,10 +187,9 @@ class Slice(NamedTuple):
     def copy(self, found: Mapping[Entry, Mapping[str, Tensor]], *, back: bool = False) -> None:
         """Copy what parameters have here to tensors of their own, by entry and field; or `back` from them."""
         for entry, start, length, offset in self.state.segments(self.start, self.end):
-            for name, (_, per) in self.state.fields.items():
-                first = offset - self.start
-                here = self.tensors[name][first // per : -(-(first + length) // per)]
-                there = found[entry][name].reshape(-1)[start // per : -(-(start + length) // per)]
+            for name, kept in self.state.fields.items():
+                here = self.tensors[name][(offset - self.start) // kept.per :][: kept.count(length)]
+                there = found[entry][name].reshape(-1)[start // kept.per :][: kept.count(length)]
                 (here if back else there).copy_(there if back else here)
 
 

@@ -4,7 +4,7 @@ Everything is checked before anything is changed. State moves between devices, b
 never between 32 and 8 bits by itself: that would change a run without a word.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.codes import dynamic_code
-from .state import BLOCK, fields
+from .state import fields
 from .update import Group, Rule
 
 _PEERS_SETTINGS = {  # settings of torch.optim.AdamW and bitsandbytes that have no meaning here
@@ -60,8 +60,7 @@ def _entry(
     number: int, entry: dict[str, Any], parameter: nn.Parameter, bits: Callable[[Tensor], int], rule: Rule
 ) -> dict[str, Any]:
     what = f"the saved state of parameter {number}, {tuple(parameter.shape)},"
-    state = _named_as_ours({**entry, **entry.get(_WRAPPED, {})}, rule, what)
-    state.pop(_WRAPPED, None)
+    state = _named_as_ours(entry, rule, what)
     wanted, first = bits(parameter), state.get(rule.moments[0].name)
     kept = fields(rule.moments, wanted, parameter.dtype)
     if isinstance(first, Tensor) and (first.dtype == torch.uint8) != (wanted == 8):
@@ -76,25 +75,20 @@ def _entry(
         if not isinstance(value, Tensor) or not (value.dtype == torch.uint8 if codes else value.is_floating_point()):
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{what} has a {name} of {got}, not a tensor of {'uint8' if codes else 'floats'}")
-        shape = parameter.shape if field.per == 1 else (-(-parameter.numel() // BLOCK),)
-        if tuple(value.shape) != tuple(shape):
+        if value.shape != (shape := field.shape(parameter.shape)):
             raise ValueError(f"{what} has a {name} of shape {tuple(value.shape)}, not {tuple(shape)}")
     return {**state, "step": float(state["step"])}
 
 
 def _named_as_ours(entry: dict[str, Any], rule: Rule, what: str) -> dict[str, Any]:
     """bitsandbytes counts where we name: state1, absmax1 and qmap1 belong to the first moment."""
-    names = dict(_names(rule))
-    state = {names.get(name, name): value for name, value in entry.items()}
-    for moment in rule.moments:
-        code = state.pop(f"{moment.name}_code", None)
+    state = {**entry, **entry.get(_WRAPPED, {})}
+    state.pop(_WRAPPED, None)
+    for i, moment in enumerate(rule.moments, 1):
+        code = state.pop(f"qmap{i}", None)
         if code is not None and not torch.equal(code.cpu(), dynamic_code(moment.signed)):
             raise ValueError(f"{what} has a code for {moment.name} that is not the dynamic 8-bit map")
+        for theirs, ours in ((f"state{i}", moment.name), (f"absmax{i}", f"{moment.name}_absmax")):
+            if theirs in state:
+                state[ours] = state.pop(theirs)
     return state
-
-
-def _names(rule: Rule) -> Iterable[tuple[str, str]]:
-    for i, moment in enumerate(rule.moments, 1):
-        yield f"state{i}", moment.name
-        yield f"absmax{i}", f"{moment.name}_absmax"
-        yield f"qmap{i}", f"{moment.name}_code"

@@ -1,8 +1,9 @@
 """The kernels in the interpreter against the reference; what they compile to; how often they are launched."""
 
 import copy
+import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from torch import nn
 
 from fourbit.kernels.codes import dynamic_code
 from fourbit.kernels.dispatch import force_path
-from fourbit.optim import AdamW, AdamW8bit, Lion, Lion8bit
+from fourbit.optim import AdamW, Lion
+
+sys.path.append(str(Path(__file__).parent))  # aot.py runs this file without its conftest
+from optim_tools import AdamW8bit, Lion8bit, distance, give_gradients, parameters
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,32 +94,32 @@ SHAPES = [(1,), (63,), (4097,), (), (0,), (50, 170), (16, 256)]
 
 @pytest.mark.parametrize("make", [AdamW, Lion])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_32bit_states_are_the_references(tools: SimpleNamespace, make: Any, dtype: torch.dtype) -> None:
+def test_32bit_states_are_the_references(make: Any, dtype: torch.dtype) -> None:
     """Several steps: groups, missing gradients, clipping, one that joins; odd sizes and addresses."""
-    ours, theirs = on_device(tools.parameters(SHAPES, dtype)), tools.parameters(SHAPES, dtype)
+    ours, theirs = on_device(parameters(SHAPES, dtype)), parameters(SHAPES, dtype)
     split = lambda ps: [{"params": ps[:4], "lr": 1e-2}, {"params": ps[4:], "betas": (0.8, 0.95)}]  # noqa: E731
     settings: dict[str, Any] = {"weight_decay": 0.1, "max_grad_norm": 5.0}
     kernel, reference = make(split(ours), **settings), make(split(theirs), **settings)
     for i in range(3):
-        tools.give_gradients(ours, theirs, seed=i, missing=[(2, 5), (), (0, 6)][i])
+        give_gradients(ours, theirs, seed=i, missing=[(2, 5), (), (0, 6)][i])
         with force_path("triton"):
             kernel.step()
         with force_path("reference"):
             reference.step()
         torch.testing.assert_close(kernel.grad_norm.cpu(), reference.grad_norm, rtol=1e-6, atol=0)
     # fp32: a rounding or two; the others: now and then one falls the other way
-    assert tools.distance(ours, theirs) <= (1e-7 if dtype == torch.float32 else torch.finfo(dtype).eps / 8)
+    assert distance(ours, theirs) <= (1e-7 if dtype == torch.float32 else torch.finfo(dtype).eps / 8)
     for p, q in zip(ours, theirs, strict=True):
         assert kernel.state[p]["step"].item() == reference.state[q]["step"].item()
         for name in ("exp_avg", "exp_avg_sq"):
             if name in reference.state[q] and q.numel():
                 # the clipping factor is right to fp32 in both, and counts twice in a square
-                assert tools.distance([kernel.state[p][name]], [reference.state[q][name]]) <= 3e-6
+                assert distance([kernel.state[p][name]], [reference.state[q][name]]) <= 3e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [AdamW8bit, Lion8bit])
-def test_8bit_states_take_the_nearest_code(tools: SimpleNamespace, make: Any, dtype: torch.dtype) -> None:
+def test_8bit_states_take_the_nearest_code(make: Any, dtype: torch.dtype) -> None:
     """Against the rule in float64, from the state that the kernel had before the step.
 
     A moment is right to 4 units of fp32 of what it is made of (a decoding, two products, a sum), a block's scale to its
@@ -123,11 +127,11 @@ def test_8bit_states_take_the_nearest_code(tools: SimpleNamespace, make: Any, dt
     one to its dtype.
     """
     unit = 2.0**-24
-    ps = on_device(tools.parameters([(4096,), (4097,), (70, 100)], dtype))
+    ps = on_device(parameters([(4096,), (4097,), (70, 100)], dtype))
     optimizer = make(ps, lr=1e-3, weight_decay=0.1)
     group, rule = optimizer.param_groups[0], optimizer.rule
     for step in (1, 2, 3):
-        tools.give_gradients(ps, seed=step)
+        give_gradients(ps, seed=step)
         for p in ps:
             p.grad[p.grad.abs() < 0.1] = 0  # zeros, and from there tiny moments
         before = [(decoded(optimizer, p), p.grad.cpu().double(), p.detach().cpu().double()) for p in ps]
@@ -207,13 +211,13 @@ def test_encoding_is_exact() -> None:
         assert torch.equal(optimizer.state[p][name].cpu(), codes), signed
 
 
-def test_rounding_at_random_is_the_references(tools: SimpleNamespace) -> None:
-    ours, theirs = (on_device(tools.parameters([(63,), (5001,)], torch.bfloat16)) for _ in range(2))
+def test_rounding_at_random_is_the_references() -> None:
+    ours, theirs = (on_device(parameters([(63,), (5001,)], torch.bfloat16)) for _ in range(2))
     settings: dict[str, Any] = {"lr": 2**-6, "stochastic_rounding": True}
     for make in (Lion, Lion8bit):  # whose steps are exact, so that nothing but the draws could differ
         kernel, reference = (make(ps, **settings) for ps in (ours, theirs))
         for i in range(2):
-            tools.give_gradients(ours, theirs, seed=i)
+            give_gradients(ours, theirs, seed=i)
             with force_path("triton"):
                 kernel.step()
             with force_path("reference"):
@@ -242,11 +246,11 @@ def test_writes_nothing_beside_its_parameters(make: Any) -> None:
 
 @pytest.mark.parametrize("how", ["found_inf", "nan", "inf"])
 @pytest.mark.parametrize("make", [AdamW8bit, Lion])
-def test_skips_on_the_device(tools: SimpleNamespace, make: Any, how: str) -> None:
-    ours = on_device(tools.parameters([(63,), (4200,)]))
+def test_skips_on_the_device(make: Any, how: str) -> None:
+    ours = on_device(parameters([(63,), (4200,)]))
     optimizer = make(ours, max_grad_norm=None if how == "found_inf" else 1.0)
     for i in range(3):
-        tools.give_gradients(ours, seed=i)
+        give_gradients(ours, seed=i)
         before = copy.deepcopy(([p.detach() for p in ours], optimizer.state_dict()["state"]))
         if how == "found_inf":
             optimizer.found_inf = torch.tensor(float(i != 1), device=DEVICE)
@@ -261,13 +265,13 @@ def test_skips_on_the_device(tools: SimpleNamespace, make: Any, how: str) -> Non
             assert all(torch.equal(after[number][name], value) == (i != 1) for name, value in entry.items())
 
 
-def test_at_most_three_launches(tools: SimpleNamespace, launches: list[str]) -> None:
+def test_at_most_three_launches(launches: list[str]) -> None:
     """For any number of parameters with states of both widths; without a norm, two."""
-    ps = on_device(tools.parameters([(300,)] * 5 + [(5000,)] * 2))
+    ps = on_device(parameters([(300,)] * 5 + [(5000,)] * 2))
     every = ["gradient_squares_kernel", "step_factors_kernel", "optimizer_update_kernel"]
     for norm, expected in ((1.0, every), (None, every[1:])):
         optimizer = AdamW8bit(ps, max_grad_norm=norm)
-        tools.give_gradients(ps, seed=0)
+        give_gradients(ps, seed=0)
         for _ in range(2):
             launches.clear()
             with force_path("triton"):
@@ -275,14 +279,14 @@ def test_at_most_three_launches(tools: SimpleNamespace, launches: list[str]) -> 
             assert launches == expected
 
 
-def test_strides_cost_a_copy_and_change_nothing(tools: SimpleNamespace) -> None:
-    plain = on_device(tools.parameters([(70, 60), (50, 100)]))
+def test_strides_cost_a_copy_and_change_nothing() -> None:
+    plain = on_device(parameters([(70, 60), (50, 100)]))
     wide = plain[1].detach().repeat_interleave(2, dim=1)
     odd = [nn.Parameter(plain[0].detach().t().contiguous().t()), nn.Parameter(wide[:, ::2])]
     for make in (AdamW, AdamW8bit):
         a, b = make(plain, lr=1e-2), make(odd, lr=1e-2)
         for i in range(2):
-            tools.give_gradients(plain, odd, seed=i)
+            give_gradients(plain, odd, seed=i)
             odd[0].grad = odd[0].grad.contiguous()
             with force_path("triton"):
                 a.step()
@@ -290,19 +294,19 @@ def test_strides_cost_a_copy_and_change_nothing(tools: SimpleNamespace) -> None:
         assert all(torch.equal(p, q) for p, q in zip(plain, odd, strict=True))
 
 
-def test_many_steps_of_torchs_adamw(tools: SimpleNamespace) -> None:
+def test_many_steps_of_torchs_adamw() -> None:
     """40 steps, so that step counts and their powers are seen; in float64 too, which takes the reference."""
     for dtype, bound in ((torch.float32, 1e-7), (torch.float64, 1e-12)):
-        ours, theirs = on_device(tools.parameters([(63,), (300,)], dtype)), tools.parameters([(63,), (300,)], dtype)
+        ours, theirs = on_device(parameters([(63,), (300,)], dtype)), parameters([(63,), (300,)], dtype)
         settings: dict[str, Any] = {"lr": 3e-3, "weight_decay": 0.1}
         optimizer = AdamW(ours, max_grad_norm=9.0, **settings)
         oracle = torch.optim.AdamW(theirs, foreach=False, **settings)
         for i in range(40):
-            tools.give_gradients(ours, theirs, seed=i)
+            give_gradients(ours, theirs, seed=i)
             with force_path("triton"):
                 optimizer.step()
             norm = torch.linalg.vector_norm(torch.cat([p.grad for p in theirs]).double())
             for p in theirs:
                 p.grad.mul_((9.0 / (norm + 1e-6)).clamp(max=1))
             oracle.step()
-        assert tools.distance(ours, theirs) <= bound
+        assert distance(ours, theirs) <= bound

@@ -2,24 +2,24 @@
 
 import copy
 import pickle
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from optim_tools import AdamW8bit, Lion8bit, distance, give_gradients, parameters
 from torch import nn
 
 from fourbit.kernels.dispatch import force_path
-from fourbit.optim import AdamW, AdamW8bit, Lion, Lion8bit
+from fourbit.optim import AdamW, Lion
 
 PATHS = ["cpu", "reference"]
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_missing_gradients_and_groups_as_in_torch(tools: SimpleNamespace, path: str) -> None:
+def test_missing_gradients_and_groups_as_in_torch(path: str) -> None:
     """Parameters rest whole steps, join late, freeze for good; groups have settings of their own."""
     shapes = [(5, 3), (), (0, 4), (300,), (9000,), (2, 2), (4, 4)]
-    ours, theirs = tools.parameters(shapes), tools.parameters(shapes)
+    ours, theirs = parameters(shapes), parameters(shapes)
 
     def groups(ps: list[nn.Parameter]) -> list[dict[str, Any]]:
         ps[5].requires_grad_(False)
@@ -31,10 +31,10 @@ def test_missing_gradients_and_groups_as_in_torch(tools: SimpleNamespace, path: 
             if i == 3:
                 for o, ps in ((optimizer, ours), (oracle, theirs)):
                     o.add_param_group({"params": [ps[6]], "lr": 1e-1, "eps": 1e-3})
-            tools.give_gradients(ours, theirs, seed=i, missing=[*missing, *([6] if i < 3 else [])])
+            give_gradients(ours, theirs, seed=i, missing=[*missing, *([6] if i < 3 else [])])
             optimizer.step()
             oracle.step()
-    assert tools.distance(ours, theirs) <= 1e-7
+    assert distance(ours, theirs) <= 1e-7
     state, expected = optimizer.state_dict(), oracle.state_dict()
     assert state["state"].keys() == expected["state"].keys()
     for number, entry in expected["state"].items():
@@ -44,9 +44,9 @@ def test_missing_gradients_and_groups_as_in_torch(tools: SimpleNamespace, path: 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("make", [AdamW, AdamW8bit, Lion8bit])
-def test_strides_change_nothing(tools: SimpleNamespace, path: str, make: Any) -> None:
+def test_strides_change_nothing(path: str, make: Any) -> None:
     """Transposed, channels-last and sliced parameters, and gradients laid out in another way than their parameter."""
-    plain = tools.parameters([(70, 60), (4, 6, 20, 20), (50, 100), (64, 80)])
+    plain = parameters([(70, 60), (4, 6, 20, 20), (50, 100), (64, 80)])
     storage = plain[2].detach().repeat_interleave(2, dim=1)
     odd = [
         nn.Parameter(plain[0].detach().t().contiguous().t()),
@@ -58,21 +58,21 @@ def test_strides_change_nothing(tools: SimpleNamespace, path: str, make: Any) ->
     assert [p.is_contiguous() for p in odd] == [False, False, False, True]
     with force_path(path):
         for i in range(3):
-            tools.give_gradients(plain, odd, seed=i)
+            give_gradients(plain, odd, seed=i)
             odd[3].grad = odd[3].grad.t().contiguous().t()
             odd[0].grad = odd[0].grad.contiguous() if i == 1 else odd[0].grad.t().contiguous().t()
             a.step()
             b.step()
-    assert torch.equal(storage[:, 1::2], tools.parameters([(70, 60), (4, 6, 20, 20), (50, 100)])[2])  # between them
-    assert tools.distance(odd, plain) <= 1e-7
+    assert torch.equal(storage[:, 1::2], parameters([(70, 60), (4, 6, 20, 20), (50, 100)])[2])  # between them
+    assert distance(odd, plain) <= 1e-7
     for p, q in zip(plain, odd, strict=True):
         for name in ("exp_avg", "exp_avg_absmax"):
             if name in a.state[p]:
                 torch.testing.assert_close(a.state[p][name], b.state[q][name], rtol=1e-6, atol=1e-9)
 
 
-def test_closure_is_called_with_gradients_and_its_loss_returned(tools: SimpleNamespace) -> None:
-    (p,) = tools.parameters([(3,)])
+def test_closure_is_called_with_gradients_and_its_loss_returned() -> None:
+    (p,) = parameters([(3,)])
     optimizer = AdamW([p])
 
     def closure() -> torch.Tensor:
@@ -86,12 +86,12 @@ def test_closure_is_called_with_gradients_and_its_loss_returned(tools: SimpleNam
     assert not torch.equal(p, before)
 
 
-def test_zero_grad_leaves_nothing_to_do(tools: SimpleNamespace) -> None:
-    (p,) = tools.parameters([(300,)])
+def test_zero_grad_leaves_nothing_to_do() -> None:
+    (p,) = parameters([(300,)])
     optimizer = AdamW([p], max_grad_norm=1.0)
     optimizer.step()
     assert not optimizer.state
-    tools.give_gradients([p], seed=0)
+    give_gradients([p], seed=0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     before = p.detach().clone()
@@ -100,39 +100,39 @@ def test_zero_grad_leaves_nothing_to_do(tools: SimpleNamespace) -> None:
     assert optimizer.grad_norm == 0
 
 
-def test_schedulers_of_torch_drive_it(tools: SimpleNamespace) -> None:
-    ours, theirs = tools.parameters([(70,)]), tools.parameters([(70,)])
+def test_schedulers_of_torch_drive_it() -> None:
+    ours, theirs = parameters([(70,)]), parameters([(70,)])
     optimizer, oracle = AdamW(ours, lr=1e-2), torch.optim.AdamW(theirs, lr=1e-2, foreach=False)
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 5) for o in (optimizer, oracle)]
     for i in range(5):
-        tools.give_gradients(ours, theirs, seed=i)
+        give_gradients(ours, theirs, seed=i)
         for o, schedule in zip((optimizer, oracle), schedules, strict=True):
             o.step()
             schedule.step()
-    assert tools.distance(ours, theirs) <= 1e-7
+    assert distance(ours, theirs) <= 1e-7
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_learning_rate_in_a_tensor(tools: SimpleNamespace, path: str) -> None:
-    ours, same = tools.parameters([(70,)]), tools.parameters([(70,)])
+def test_learning_rate_in_a_tensor(path: str) -> None:
+    ours, same = parameters([(70,)]), parameters([(70,)])
     a, b = AdamW(ours, lr=torch.tensor(1e-2)), AdamW(same, lr=float(torch.tensor(1e-2)))
-    tools.give_gradients(ours, same, seed=0)
+    give_gradients(ours, same, seed=0)
     with force_path(path):
         a.step()
         b.step()
-    assert tools.distance(ours, same) <= 1e-8
+    assert distance(ours, same) <= 1e-8
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])  # noqa: S301
 @pytest.mark.parametrize("make", [AdamW, Lion8bit])
-def test_copies_go_on_alone(tools: SimpleNamespace, make: Any, copier: Any) -> None:
-    ours = tools.parameters([(70,), (5000,)])
+def test_copies_go_on_alone(make: Any, copier: Any) -> None:
+    ours = parameters([(70,), (5000,)])
     optimizer = make(ours, lr=1e-2)
-    tools.give_gradients(ours, seed=0)
+    give_gradients(ours, seed=0)
     optimizer.step()
     other, twin = copier((ours, optimizer))
     for i in (1, 2):
-        tools.give_gradients(ours, other, seed=i)
+        give_gradients(ours, other, seed=i)
         optimizer.step()
         twin.step()
     assert all(torch.equal(a, b) for a, b in zip(ours, other, strict=True))
@@ -155,13 +155,13 @@ def test_small_and_fp64_parameters_keep_full_moments() -> None:
 
 @pytest.mark.parametrize("make", [AdamW, Lion, AdamW8bit, Lion8bit])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_neighbours_change_nothing(tools: SimpleNamespace, make: Any, dtype: torch.dtype) -> None:
+def test_neighbours_change_nothing(make: Any, dtype: torch.dtype) -> None:
     """Small parameters are gathered and large ones cut: every bit is as if each had an optimizer of its own."""
     shapes = [(4, 1280), (256, 17), (5000,), (8192,), (4097,), (64, 80), (512, 600), (65536,), (3, 2048), (7,)]
-    together, alone = (tools.parameters(shapes, dtype) for _ in range(2))
+    together, alone = (parameters(shapes, dtype) for _ in range(2))
     one, many = make(together), [make([p]) for p in alone]
     for i in range(4):  # the second step nearly cancels the first, so that what lies behind a parameter would matter
-        tools.give_gradients(together, alone, seed=max(i, 1), missing=[(), (), (3, 5), (0,)][i])
+        give_gradients(together, alone, seed=max(i, 1), missing=[(), (), (3, 5), (0,)][i])
         if i == 1:
             for p in (*together, *alone):
                 p.grad *= -0.9

@@ -9,18 +9,18 @@ from torch import nn
 
 from fourbit.optim.page_device import CudaDevice, peaks
 from fourbit.optim.paging import Pager
-from fourbit.optim.state import CHUNK, FlatState, Moment
+from fourbit.optim.state import CHUNK, Entry, FlatState, Moment
 
 PAGE = 8 * CHUNK
 
 
 def paged(pages):
     """A pager, and so many pages of one chunk each, which a step wants."""
-    pager = Pager(CudaDevice(torch.device("cpu")), "auto", PAGE)
+    pager = Pager(CudaDevice(torch.device("cpu")), "auto")
+    pager.page_bytes = PAGE
     state = FlatState(0, torch.float32, 32, (Moment("mean", True), Moment("square", False)))
-    for entry in state.join([(nn.Parameter(torch.zeros(CHUNK)), i) for i in range(pages)], 0):
-        entry.gradient = torch.zeros(1)
-    pager.add(state, 0)
+    entries = [Entry(nn.Parameter(torch.zeros(CHUNK)), i, 0, gradient=torch.zeros(1)) for i in range(pages)]
+    pager.add(state, state.join(entries, 0))
     return pager
 
 

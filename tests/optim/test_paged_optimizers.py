@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optim_tools import assert_equal, give_gradients
 from simulated_device import CopyError, SimulatedDevice
 from torch import nn
 
 from fourbit.errors import InputError
 from fourbit.kernels.dispatch import force_path
-from fourbit.optim import AdamW, Lion, PagedAdamW, PagedAdamW8bit, PagedLion, PagedLion8bit, optimizer
+from fourbit.optim import AdamW, Lion, optimizer
 from fourbit.optim.page_device import CudaDevice
 from fourbit.optim.paging import Pager
 from fourbit.optim.state import CHUNK
@@ -40,32 +41,6 @@ def peak(some):
 def weights_of(shapes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype)) for shape, dtype in shapes]
-
-
-def give_gradients(*twins, seed, missing=()):
-    generator = torch.Generator().manual_seed(seed)
-    for i, same in enumerate(zip(*twins, strict=True)):
-        gradient = torch.randn(same[0].shape, generator=generator)
-        for p in same:
-            p.grad = None if i in missing else gradient.to(p.device, p.dtype)
-
-
-def assert_equal(ours, theirs):
-    """Two nested states, bit for bit."""
-    assert type(ours) is type(theirs)
-    if isinstance(ours, torch.Tensor):
-        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-        assert torch.equal(ours.cpu().reshape(-1).view(torch.uint8), theirs.cpu().reshape(-1).view(torch.uint8))
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert_equal(ours[key], theirs[key])
-    elif isinstance(ours, list):
-        assert len(ours) == len(theirs)
-        for a, b in zip(ours, theirs, strict=True):
-            assert_equal(a, b)
-    else:
-        assert ours == theirs
 
 
 @pytest.mark.parametrize("kind", [AdamW, Lion])
@@ -138,7 +113,7 @@ def test_paged_kernels_equal_unpaged_ones(devices, kind, bits, path):
     """A launch for each page against one launch, with clipping, missing gradients and stochastic rounding."""
     shapes = [((3, 5), torch.float32), ((2 * CHUNK + 300,), torch.bfloat16), ((CHUNK, 2), torch.float32)]
     twins = [weights_of(shapes), weights_of(shapes)]
-    options = {"bits": bits, "max_grad_norm": 1.0, "stochastic_rounding": True}
+    options = {"bits": bits, "min_8bit_size": 0, "max_grad_norm": 1.0, "stochastic_rounding": True}
     page = (CHUNK * 4 if bits == 32 else CHUNK + CHUNK // 64) * (2 if kind is AdamW else 1)
     whole, paged = kind(twins[0], 0.1, **options), kind(twins[1], 0.1, **options, budget=3 * page)
     if path == "triton":
@@ -237,18 +212,18 @@ def test_a_failed_copy_raises_and_weights_and_moments_stay_together(devices):
         assert torch.equal(weights[0].detach(), torch.where(moved, done[0].detach(), undone[0].detach()))
 
 
-@pytest.mark.parametrize("kind", [PagedAdamW, PagedAdamW8bit, PagedLion, PagedLion8bit])
-def test_named_ones_page_by_themselves(devices, kind):
-    """All state on the device when there is room; none once it is evicted."""
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("kind", [AdamW, Lion])
+def test_auto_keeps_all_while_there_is_room(devices, kind, bits):
+    """All state on the device then; none once it is evicted."""
     weights = weights_of(SHAPES)
-    some = kind(weights, 0.1)
+    some = kind(weights, 0.1, bits=bits, budget="auto")
     give_gradients(weights, seed=0)
     some.step()
     pager = some.pager
-    assert pager.budget == "auto" and pager.counters.misses == 0
+    assert pager.counters.misses == 0
     assert some.evict_all() == pager.counters.peak_bytes > 0
     assert pager.held == 0
-    assert some.defaults["lr"] == 0.1 and some.bits == (8 if "8bit" in kind.__name__ else 32)
     some.step()
     assert pager.counters.misses > 0
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fourbit.kernels.codes import dynamic_code
-from fourbit.optim.state import BLOCK, CHUNK, FlatState, Moment, decode, encode, fields
+from fourbit.optim.state import BLOCK, CHUNK, Entry, FlatState, Moment, decode, encode, fields
 from fourbit.optim.update import round_stochastically
 
 SIZES = st.lists(st.one_of(st.integers(0, 600), st.integers(4000, 20000)), max_size=12)
@@ -16,12 +16,12 @@ VALUES = st.lists(st.floats(-(2.0**66), 2.0**66, width=32, allow_subnormal=False
 
 
 def join(state: FlatState, sizes: list[int]) -> None:
-    state.join([(nn.Parameter(torch.empty(size)), 0) for size in sizes], len(state.entries))
+    state.join([Entry(nn.Parameter(torch.empty(size)), 0, 0) for size in sizes], len(state.entries))
 
 
 def flat(sizes: list[int], bits: int = 32) -> FlatState:
     state = FlatState(0, torch.float32, bits, MOMENTS)
-    state.tensors = state.grown(state.end_after(sizes), torch.device("cpu"))
+    state.tensors = state.grown(sizes, torch.device("cpu"))
     join(state, sizes)
     return state
 
@@ -48,9 +48,10 @@ def test_spans_are_whole_blocks_and_disjoint_and_never_move(sizes: list[int], mo
         assert entry.start == end and entry.start % BLOCK == 0
         end = -(-(entry.start + entry.size) // BLOCK) * BLOCK
     assert end == state.total
-    before, total = [entry.start for entry in state.entries], state.end_after(more)
+    before, grown = [entry.start for entry in state.entries], state.grown(more, torch.device("cpu"))
     join(state, more)
-    assert [entry.start for entry in state.entries][: len(sizes)] == before and state.total == total
+    assert [entry.start for entry in state.entries][: len(sizes)] == before
+    assert state.total == len(grown["mean"])
     later = [entry.start for entry in state.entries[len(sizes) :]]
     assert not later or (later[0] % CHUNK == 0 and end <= later[0] < end + CHUNK)
 
@@ -104,7 +105,7 @@ def test_fresh_state_is_zero_and_growing_keeps_it(bits: int) -> None:
         assert not decode(moment, state.tensors, 0, 512).any()
         encode(moment, values, state.tensors, 0)
     before = {name: tensor.clone() for name, tensor in state.tensors.items()}
-    grown = state.grown(state.end_after([300]), torch.device("cpu"))
+    grown = state.grown([300], torch.device("cpu"))
     for name, old in before.items():
         assert torch.equal(grown[name][: len(old)], old) and not grown[name][len(old) :].any()
 

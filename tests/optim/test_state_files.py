@@ -1,56 +1,56 @@
 """State on disk: torch.optim.AdamW's both ways, bitsandbytes' in, ours round; and what is refused."""
 
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from optim_tools import AdamW8bit, Lion8bit, distance, give_gradients, parameters
 
-from fourbit.optim import AdamW, AdamW8bit, Lion, Lion8bit
+from fourbit.optim import AdamW, Lion
 
 SHAPES = [(63,), (4097,), (3, 5), ()]
 
 
-def steps(tools: SimpleNamespace, seeds: range, *pairs: Any) -> None:
+def steps(seeds: range, *pairs: Any) -> None:
     for i in seeds:
-        tools.give_gradients(*(ps for ps, _ in pairs), seed=i)
+        give_gradients(*(ps for ps, _ in pairs), seed=i)
         for _, optimizer in pairs:
             optimizer.step()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_goes_on_where_torch_left_off_and_back(tools: SimpleNamespace, dtype: torch.dtype) -> None:
-    ours, theirs = tools.parameters(SHAPES, dtype), tools.parameters(SHAPES, dtype)
+def test_goes_on_where_torch_left_off_and_back(dtype: torch.dtype) -> None:
+    ours, theirs = parameters(SHAPES, dtype), parameters(SHAPES, dtype)
     oracle = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.1, foreach=False)
-    steps(tools, range(3), (theirs, oracle))
+    steps(range(3), (theirs, oracle))
     optimizer = AdamW(ours)
     optimizer.load_state_dict(oracle.state_dict())
     for p, q in zip(ours, theirs, strict=True):
         p.data.copy_(q.data)
     assert optimizer.param_groups[0]["lr"] == 1e-2 and "amsgrad" not in optimizer.param_groups[0]
-    steps(tools, range(3, 6), (ours, optimizer), (theirs, oracle))
+    steps(range(3, 6), (ours, optimizer), (theirs, oracle))
     back = torch.optim.AdamW(theirs, lr=1.0)
     back.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # else they would share it
     for p, q in zip(ours, theirs, strict=True):
-        assert tools.distance([back.state[q]["exp_avg"]], [optimizer.state[p]["exp_avg"]]) <= 2**-8
+        assert distance([back.state[q]["exp_avg"]], [optimizer.state[p]["exp_avg"]]) <= 2**-8
         assert back.state[q]["step"] == 6 and back.state[q]["exp_avg_sq"].dtype == dtype
     if dtype != torch.bfloat16:  # torch keeps bf16 moments, and so trains something else
-        assert tools.distance(ours, theirs) <= 1e-7
-        steps(tools, range(6, 8), (ours, optimizer), (theirs, back))
-        assert tools.distance(ours, theirs) <= 1e-7
+        assert distance(ours, theirs) <= 1e-7
+        steps(range(6, 8), (ours, optimizer), (theirs, back))
+        assert distance(ours, theirs) <= 1e-7
 
 
 @pytest.mark.parametrize("make", [AdamW, AdamW8bit, Lion, Lion8bit])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resuming_is_exact(tools: SimpleNamespace, make: Any, dtype: torch.dtype) -> None:
-    ours = tools.parameters(SHAPES, dtype)
+def test_resuming_is_exact(make: Any, dtype: torch.dtype) -> None:
+    ours = parameters(SHAPES, dtype)
     optimizer = make(ours, lr=1e-2, stochastic_rounding=True, max_grad_norm=1.0)
-    steps(tools, range(3), (ours, optimizer))
+    steps(range(3), (ours, optimizer))
     other = copy.deepcopy(ours)
     resumed = make(other, stochastic_rounding=True, max_grad_norm=1.0)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    steps(tools, range(3, 6), (ours, optimizer), (other, resumed))
+    steps(range(3, 6), (ours, optimizer), (other, resumed))
     assert all(torch.equal(a, b) for a, b in zip(ours, other, strict=True))
     a, b = optimizer.state_dict()["state"], resumed.state_dict()["state"]
     assert {n: set(entry) for n, entry in a.items()} == {n: set(entry) for n, entry in b.items()}
@@ -61,11 +61,11 @@ def test_resuming_is_exact(tools: SimpleNamespace, make: Any, dtype: torch.dtype
     ("make", "peer", "bits"),
     [(AdamW, "AdamW", 32), (AdamW8bit, "AdamW8bit", 8), (Lion, "Lion", 32), (Lion8bit, "Lion8bit", 8)],
 )
-def test_reads_bitsandbytes(tools: SimpleNamespace, make: Any, peer: str, bits: int) -> None:
+def test_reads_bitsandbytes(make: Any, peer: str, bits: int) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    ours, theirs = tools.parameters([(63,), (5000,)]), tools.parameters([(63,), (5000,)])
+    ours, theirs = parameters([(63,), (5000,)]), parameters([(63,), (5000,)])
     oracle = getattr(bitsandbytes.optim, peer)(theirs, lr=1e-2)
-    steps(tools, range(3), (theirs, oracle))
+    steps(range(3), (theirs, oracle))
     optimizer = make(ours)
     optimizer.load_state_dict(oracle.state_dict())
     assert optimizer.param_groups[0]["lr"] == 1e-2
@@ -77,10 +77,10 @@ def test_reads_bitsandbytes(tools: SimpleNamespace, make: Any, peer: str, bits: 
         assert optimizer.state[p]["step"] == 3
 
 
-def test_bits_are_never_changed_silently(tools: SimpleNamespace) -> None:
-    ours = tools.parameters([(5000,)])
+def test_bits_are_never_changed_silently() -> None:
+    ours = parameters([(5000,)])
     full, short = AdamW(ours), AdamW8bit(ours)
-    steps(tools, range(1), (ours, full), (ours, short))
+    steps(range(1), (ours, full), (ours, short))
     with pytest.raises(
         ValueError, match=r"parameter 0, \(5000,\), has 32 bits, but this optimizer keeps 8 for it; make"
     ):
@@ -92,11 +92,11 @@ def test_bits_are_never_changed_silently(tools: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax"])
-def test_every_tensor_must_be_of_its_kind(tools: SimpleNamespace, name: str) -> None:
+def test_every_tensor_must_be_of_its_kind(name: str) -> None:
     """Second moments in fp32 would be cut to codes, scales in integers to 0."""
-    ours = tools.parameters([(5000,)])
+    ours = parameters([(5000,)])
     for optimizer in (AdamW(ours), AdamW8bit(ours)):
-        steps(tools, range(1), (ours, optimizer))
+        steps(range(1), (ours, optimizer))
         saved = copy.deepcopy(optimizer.state_dict())
         if name in (state := saved["state"][0]):
             before = copy.deepcopy(optimizer.state_dict()["state"][0])
@@ -107,10 +107,10 @@ def test_every_tensor_must_be_of_its_kind(tools: SimpleNamespace, name: str) -> 
             assert all(torch.equal(now[key], value) for key, value in before.items())
 
 
-def test_refusals_change_nothing(tools: SimpleNamespace) -> None:
-    ours = tools.parameters([(5,), (7,)])
+def test_refusals_change_nothing() -> None:
+    ours = parameters([(5,), (7,)])
     optimizer = AdamW(ours)
-    steps(tools, range(2), (ours, optimizer))
+    steps(range(2), (ours, optimizer))
     good = copy.deepcopy(optimizer.state_dict())
 
     def broken(change: Any) -> dict[str, Any]:
@@ -137,12 +137,12 @@ def test_refusals_change_nothing(tools: SimpleNamespace) -> None:
         Lion(ours).load_state_dict(good)
 
 
-def test_hooks_run(tools: SimpleNamespace) -> None:
-    ours = tools.parameters([(5,)])
+def test_hooks_run() -> None:
+    ours = parameters([(5,)])
     optimizer, seen = AdamW(ours), list[str]()
     optimizer.register_state_dict_post_hook(lambda o, s: seen.append("saved"))
     optimizer.register_load_state_dict_pre_hook(lambda o, s: seen.append("loading"))
     optimizer.register_load_state_dict_post_hook(lambda o: seen.append("loaded"))
-    steps(tools, range(1), (ours, optimizer))
+    steps(range(1), (ours, optimizer))
     optimizer.load_state_dict(optimizer.state_dict())
     assert seen == ["saved", "loading", "loaded"]
