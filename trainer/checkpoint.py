@@ -17,8 +17,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +31,26 @@ from .. import files
 from ..errors import InputError, NumericError
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
+FORMAT = "fourbit checkpoint 2"
 _GROUP = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _FILE = re.compile(_GROUP.pattern + r"\.safetensors|state\.json")
 _FOLDER = re.compile(r"step-(?P<step>[0-9]{6,18})(?:\.[0-9]{1,6})?")
 _MANIFEST_LIMIT = 1 << 20  # bytes; ours have about 150 a file
-_FORMAT = "fourbit checkpoint 2"
+_BROKEN = (
+    OSError,
+    SafetensorError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
+Listed = dict[str, tuple[int, str]]  # file name -> bytes, SHA-256 in hex
 
 
 class OtherFormat(InputError):
     """A whole checkpoint, of another version of fourbit."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint folder says it holds: file name -> (bytes, SHA-256 in hex)."""
-
-    step: int
-    serial: int
-    files: dict[str, tuple[int, str]]
 
 
 def save_checkpoint(
@@ -75,16 +77,19 @@ def save_checkpoint(
     needed = len(text) + 200 * (len(tensors) + 2)  # headers and the manifest are reckoned
     for group, members in tensors.items():
         _check_group(group, members)
-        needed += sum(tensor.numel() * tensor.element_size() + 100 + len(name) for name, tensor in members.items())
+        needed += sum(tensor.nbytes + 100 + len(name) for name, tensor in members.items())
     with files.disk_errors(f"the checkpoint of step {step}", folder, needed):
         folder.mkdir(parents=True, exist_ok=True)
         files.remove_stale(folder)
-        temporary = folder / files.temporary_name(f"{step:06d}")
+        temporary, target = folder / files.temporary_name(f"{step:06d}"), folder / f"step-{step:06d}"
         try:
             os.mkdir(temporary)
-            serial = 1 + max((manifest.serial for _, manifest in _by_age(folder) if manifest), default=0)
+            serial = 1 + max((serial for _, serial, _ in _by_age(folder)), default=0)
             _write(temporary, step, serial, tensors, text)
-            target = _publish(temporary, folder / f"step-{step:06d}")
+            if os.path.lexists(target):  # of an earlier branch of the run: it steps aside
+                asides = (target.with_name(f"{target.name}.{number}") for number in count(1))
+                os.rename(target, next(aside for aside in asides if not os.path.lexists(aside)))
+            os.rename(temporary, target)
         except BaseException:
             with contextlib.suppress(OSError):
                 files.remove_flat(temporary)
@@ -97,14 +102,14 @@ def save_checkpoint(
 
 def _write(folder: Path, step: int, serial: int, tensors: Mapping[str, Mapping[str, Tensor]], text: bytes) -> None:
     """Every file of a checkpoint, each forced to the disk, the manifest last."""
-    found = {}
+    listed = {}
     for group in sorted(tensors):
         own = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors[group].items())}
         save_file(own, folder / f"{group}.safetensors")
-        found[f"{group}.safetensors"] = _synced(folder / f"{group}.safetensors")
+        listed[f"{group}.safetensors"] = _synced(folder / f"{group}.safetensors")
     (folder / STATE).write_bytes(text)
-    found[STATE] = _synced(folder / STATE)
-    (folder / MANIFEST).write_bytes(_dump_manifest(Manifest(step, serial, found)))
+    listed[STATE] = _synced(folder / STATE)
+    (folder / MANIFEST).write_bytes(_dump_manifest(FORMAT, step, serial, listed))
     files.sync(folder / MANIFEST)
     files.sync(folder)
 
@@ -119,21 +124,24 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dic
 
     Raises InputError that says which file breaks which rule. Files the manifest does not name are never opened.
     """
-    path = Path(path)
-    manifest = verify_checkpoint(path)
-    groups = sorted(name for name in manifest.files if name != STATE)
+    path, tensors = Path(path), dict[str, dict[str, Tensor]]()
+    names = verify_checkpoint(path)
     with _reading(path):
-        tensors = {name.partition(".")[0]: _read_tensors(path / name) for name in groups}
+        for name in sorted(names - {STATE}):
+            with safe_open(path / name, framework="pt") as file:
+                # Cloned: else the tensor is a view of the mapped file, which pruning may remove under it.
+                members = {key: file.get_tensor(key).clone() for key in sorted(file.keys())}
+            tensors[name.partition(".")[0]] = members
         state = json.loads((path / STATE).read_bytes())
     if not isinstance(state, dict):
         raise InputError(f"{path / STATE}: must hold a JSON object, holds a {type(state).__name__}")
     return tensors, state
 
 
-def checkpoint_to_resume(out: Path, resume: str | None, say: Callable[[str], None]) -> Path | None:
+def checkpoint_to_resume(out: Path, resume: str | None, notes: list[str]) -> Path | None:
     """The checkpoint that `resume` names ("auto" or a path), None for a fresh start.
 
-    Tells `say` why it passes over damaged ones. InputError when `out` holds a run already and resume is None.
+    Adds to `notes` why it passes over damaged ones. InputError when `out` holds a run already and resume is None.
     """
     folder = out / "checkpoints"
     if folder.is_dir():
@@ -144,8 +152,7 @@ def checkpoint_to_resume(out: Path, resume: str | None, say: Callable[[str], Non
             raise InputError(f"resume must be auto or a checkpoint folder such as {folder / 'step-000100'}, got {path}")
         return path
     newest, problems = newest_checkpoint(folder)
-    for problem in problems:
-        say(problem)
+    notes += problems
     if resume is None and newest is not None:
         raise InputError(
             f"{out} already holds a run ({newest.name}); go on with --resume auto, or choose another --out"
@@ -172,7 +179,7 @@ def newest_checkpoint(folder: Path | str) -> tuple[Path | None, list[str]]:
     `(None, reasons)` when there is none. Never raises for a damaged checkpoint; OtherFormat for another version's.
     """
     reasons = []
-    for path, _ in reversed(_by_age(Path(folder))):
+    for path, _, _ in reversed(_by_age(Path(folder))):
         try:
             verify_checkpoint(path)
         except OtherFormat:
@@ -184,10 +191,13 @@ def newest_checkpoint(folder: Path | str) -> tuple[Path | None, list[str]]:
     return None, reasons
 
 
-def verify_checkpoint(path: Path) -> Manifest:
-    """Check each file that the manifest of `path` names against its size and SHA-256; InputError on the first fault."""
-    manifest = _read_manifest(path)
-    for name, (size, digest) in manifest.files.items():
+def verify_checkpoint(path: Path) -> set[str]:
+    """The names of a checkpoint's files, each checked against the size and SHA-256 that the manifest of `path` says.
+
+    InputError on the first fault.
+    """
+    _, listed = _read_manifest(path)
+    for name, (size, digest) in listed.items():
         file = files.regular_file(path, name)
         with _reading(file):
             found, found_digest = files.size_and_sha256(file)
@@ -195,7 +205,7 @@ def verify_checkpoint(path: Path) -> Manifest:
             raise InputError(f"{file}: holds {found:,} bytes, the checkpoint's manifest says {size:,}: torn or changed")
         if found_digest != digest:
             raise InputError(f"{file}: its SHA-256 is not the one in the checkpoint's manifest: torn or changed")
-    return manifest
+    return set(listed)
 
 
 def _check_group(group: str, members: Mapping[str, Tensor]) -> None:
@@ -216,12 +226,6 @@ def _check_group(group: str, members: Mapping[str, Tensor]) -> None:
             )
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        # Cloned: else the tensor is a view of the mapped file, which pruning may remove under it.
-        return {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
-
-
 def _dump_state(state: Mapping[str, Any]) -> bytes:
     try:
         text = json.dumps(state, sort_keys=True, allow_nan=False, indent=1)
@@ -233,20 +237,16 @@ def _dump_state(state: Mapping[str, Any]) -> bytes:
     return text.encode() + b"\n"
 
 
-def _dump_manifest(manifest: Manifest, form: str = _FORMAT) -> bytes:
+def _dump_manifest(form: str, step: int, serial: int, listed: Listed) -> bytes:
     """The one spelling of a manifest, with a SHA-256 over its other fields, so that any changed byte shows."""
-    body: dict[str, Any] = {
-        "format": form,
-        "step": manifest.step,
-        "serial": manifest.serial,
-        "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in manifest.files.items()},
-    }
+    entries = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in listed.items()}
+    body: dict[str, Any] = {"format": form, "step": step, "serial": serial, "files": entries}
     body["sha256"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps(body, sort_keys=True, indent=1).encode() + b"\n"
 
 
-def _read_manifest(path: Path) -> Manifest:
-    """Parse and check `path/manifest.json` (not the files it names); InputError says what is wrong with it."""
+def _read_manifest(path: Path) -> tuple[int, Listed]:
+    """The serial number and the files in `path/manifest.json`, which is checked (not the files it names)."""
     file = files.regular_file(path, MANIFEST)
     if file.stat().st_size > _MANIFEST_LIMIT:
         raise InputError(f"{file}: larger than {_MANIFEST_LIMIT:,} bytes, so not a checkpoint manifest")
@@ -254,18 +254,17 @@ def _read_manifest(path: Path) -> Manifest:
         raw = file.read_bytes()
         body = json.loads(raw)
         listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in body["files"].items()}
-        manifest = Manifest(int(body["step"]), int(body["serial"]), listed)
-        form = str(body["format"])
-    if _dump_manifest(manifest, form) != raw:
+        form, step, serial = str(body["format"]), int(body["step"]), int(body["serial"])
+    if _dump_manifest(form, step, serial, listed) != raw:
         raise InputError(f"{file}: torn or changed: its own SHA-256 does not fit")
-    if form != _FORMAT:
+    if form != FORMAT:
         raise OtherFormat(
-            f"{file}: of format {form!r}, written by another version of fourbit; this one reads {_FORMAT!r}. Go on "
+            f"{file}: of format {form!r}, written by another version of fourbit; this one reads {FORMAT!r}. Go on "
             "with that version, or begin a new run in another folder (out)"
         )
     if STATE not in listed or not all(_FILE.fullmatch(name) for name in listed):
         raise InputError(f"{file}: may name only <group>.safetensors and must name {STATE}; it names {sorted(listed)}")
-    return manifest
+    return serial, listed
 
 
 @contextlib.contextmanager
@@ -273,47 +272,30 @@ def _reading(path: Path) -> Iterator[None]:
     """Whatever a torn, hostile or unreadable file makes the parsers raise becomes one kind of error."""
     try:
         yield
-    except (OSError, SafetensorError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+    except _BROKEN as error:
         raise InputError(f"{path}: torn, or not from a checkpoint ({type(error).__name__}: {error})") from error
-    except RecursionError as error:
-        raise InputError(f"{path}: nested too deeply to be from a checkpoint") from error
 
 
-def _by_age(folder: Path) -> list[tuple[Path, Manifest | None]]:
-    """Real folders named like a checkpoint, oldest first, with their manifests.
+def _by_age(folder: Path) -> list[tuple[Path, int, Listed]]:
+    """Real folders named like a checkpoint, oldest first, with the serial number and the files of their manifests.
 
-    Those without an intact one come last, by step: nothing says that they are old.
+    Those without an intact one (0 and {}) come last, by step: nothing says that they are old.
     """
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if (named := _FOLDER.fullmatch(path.name)) and path.is_dir() and not path.is_symlink():
-            manifest = None
+            serial, listed = 0, Listed()
             with contextlib.suppress(InputError):
-                manifest = _read_manifest(path)
-            age = int(named["step"]) if manifest is None else manifest.serial
-            found.append((manifest is None, age, path.name, path, manifest))
-    return [(path, manifest) for *_, path, manifest in sorted(found, key=lambda each: each[:3])]
-
-
-def _publish(temporary: Path, target: Path) -> Path:
-    """Give the finished folder its name; what had that name before (an earlier branch of the run) steps aside."""
-    if os.path.lexists(target):
-        number = 1
-        while os.path.lexists(aside := target.with_name(f"{target.name}.{number}")):
-            number += 1
-        os.rename(target, aside)
-    os.rename(temporary, target)
-    return target
+                serial, listed = _read_manifest(path)
+            found.append((not listed, serial or int(named["step"]), path.name, path, serial, listed))
+    return [(path, serial, listed) for *_, path, serial, listed in sorted(found, key=lambda each: each[:3])]
 
 
 def _prune(folder: Path, keep: int) -> None:
     """Remove our older checkpoints. A folder with a file that we did not write in it stays."""
-    ours = [(path, manifest) for path, manifest in _by_age(folder) if manifest is not None]
-    for path, manifest in ours[:-keep]:
-        if {entry.name for entry in path.iterdir()} != {*manifest.files, MANIFEST}:
-            continue
-        doomed = folder / files.temporary_name(
-            "old"
-        )  # renamed first: a half-removed one must not look like one of ours
-        os.rename(path, doomed)
-        files.remove_flat(doomed)
+    ours = [(path, listed) for path, _, listed in _by_age(folder) if listed]
+    for path, listed in ours[:-keep]:
+        if {entry.name for entry in path.iterdir()} == {*listed, MANIFEST}:
+            doomed = folder / files.temporary_name("old")  # else a half-removed one would look like one of ours
+            os.rename(path, doomed)
+            files.remove_flat(doomed)

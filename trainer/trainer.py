@@ -159,7 +159,7 @@ class Trainer(ABC):
         out.mkdir(parents=True, exist_ok=True)
         with lock_folder(out), torch.random.fork_rng(), interrupts() as self.interrupt:
             notes: list[str] = []
-            checkpoint = checkpoint_to_resume(out, self.config.resume, notes.append)
+            checkpoint = checkpoint_to_resume(out, self.config.resume, notes)
             torch.manual_seed(self.config.seed)
             self.run, self.stepper = RunState(), Stepper(self.parameters, self.sums, self.config)
             self.best: Weights | None = None
