@@ -19,14 +19,12 @@ def quantize_blockwise(values: Tensor, code: Tensor, blocksize: int) -> tuple[Te
     `code` is ascending fp32; exactly between two entries the lower one wins.
     """
     flat = values.detach().reshape(-1).float()
-    if flat.numel() % blocksize:
-        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % blocksize))
+    if missing := -flat.numel() % blocksize:
+        flat = torch.nn.functional.pad(flat, (0, missing))
     blocks = flat.view(-1, blocksize)
     signed = next((s for s in (True, False) if code is dynamic_code(s)), None)
-    if path_for(flat) == "cpu" and signed is not None:
-        codes, absmax = _quantize_by_carry(blocks, signed)
-    else:
-        codes, absmax = quantize_reference(blocks, code)
+    quick = path_for(flat) == "cpu" and signed is not None
+    codes, absmax = _quantize_by_carry(blocks, bool(signed)) if quick else quantize_reference(blocks, code)
     return codes.view(-1)[: values.numel()].view(values.shape), absmax
 
 
@@ -83,7 +81,7 @@ def _codes_by_carry(blocks: Tensor, absmax: Tensor, signed: bool, codes: Tensor,
 def _ascend(bits: Tensor, signed: bool, work: Tensor) -> None:
     """Patterns of fp32 in place: without their sign, and if `signed` those of negative numbers complemented.
 
-    Among numbers from -1 to 1 all stay different, and those of one upper half are in the order of their values.
+    So numbers from -1 to 1 stay different, and those of one upper half are in the order of their values.
     """
     if signed:
         bits ^= torch.bitwise_right_shift(bits, 31, out=work)
@@ -136,11 +134,10 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize:
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Double quantisation (QLoRA, arXiv 2305.14314, section 3): fp32 scales [b] -> 8 bits each and fewer scales.
+    """Double quantisation (QLoRA, arXiv 2305.14314, section 3) of b fp32 scales in any shape.
 
-    Any shape: returns (codes uint8 like absmax, nested_absmax fp32 [ceil(b / 256)], offset fp32 [1]). The offset is the
-    mean, taken off because scales are all positive and would waste half the codes of the signed map. It is summed in
-    float64.
+    Returns (codes uint8 like absmax, nested_absmax fp32 [ceil(b / 256)], offset fp32 [1]). The offset is the mean,
+    summed in float64: scales are all positive, and would else waste half the codes of the signed map.
     """
     offset = absmax.double().mean().float().view(1) if absmax.numel() else absmax.new_zeros(1)
     code = dynamic_code(True, absmax.device)

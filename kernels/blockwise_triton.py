@@ -1,7 +1,4 @@
-"""The 8-bit blockwise quantisation of scales on CUDA, in one launch: the reference's bytes.
-
-The nearest code is found in float64, as the reference does it, by a binary search among the midpoints of the table.
-"""
+"""The 8-bit blockwise quantisation of scales on CUDA, in one launch: the reference's bytes."""
 
 import triton
 import triton.language as tl
@@ -15,10 +12,7 @@ BLOCKS = 4  # blocks of one program
 def quantize_shifted(
     values: Tensor, offset: Tensor, midpoints: Tensor, blocksize: int, codes: Tensor, absmax: Tensor
 ) -> None:
-    """values - offset, fp32 [n], -> uint8 codes [n] and absmax fp32 [blocks], which are overwritten.
-
-    midpoints: float64 [255], ascending; blocksize a power of two.
-    """
+    """values - offset, fp32 [n], -> codes uint8 [n], absmax fp32 [blocks]; midpoints float64 [255], ascending."""
     if values.numel() == 0:
         return
     with on_device(values):
@@ -33,7 +27,7 @@ def quantize_shifted(
 
 @triton.jit
 def quantize_absmax_kernel(values, offset, midpoints, codes, absmax, n, BLOCKS: tl.constexpr, BLOCKSIZE: tl.constexpr):
-    """Codes and scales of BLOCKS blocks of values - offset: the nearest entry of the 8-bit map, found in float64."""
+    """Of BLOCKS blocks. Codes are found in float64, as the reference does, by binary search among the midpoints."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     i = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     shifted = tl.where(i < n, tl.load(values + i, mask=i < n, other=0.0) - tl.load(offset), 0.0)

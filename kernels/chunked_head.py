@@ -6,10 +6,9 @@ of each row and writes the first figure's gradient over them. A frozen head, as 
 to the hidden states while it is there: two products a chunk, and backward only scales. A trained head cannot, since
 its own gradient needs what each row is weighted with: its chunks are computed again in backward.
 
-`TokenScorer` is the scorer of most losses. One pass over a chunk gives all it says: with z = logit - largest,
-e = exp(z) and Z = sum e, the log-probability is z[target] - log Z, the entropy log Z - sum(e z) / Z, and the target is
-the likeliest token where z[target] = 0. So entropy and accuracy cost one product and one sum a value, in cache, and no
-second exponential.
+`TokenScorer`, of most losses, passes once over a chunk: with z = logit - largest, e = exp(z) and Z = sum e, the
+log-probability is z[target] - log Z, the entropy log Z - sum(e z) / Z, and the target is the likeliest token where
+z[target] = 0. So entropy and accuracy cost one product and one sum a value, in cache, and no second exponential.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,13 +26,12 @@ BLOCK_BYTES_GPU = 64 * 2**20  # large enough that a launch costs nothing beside 
 
 
 class Scorer(Protocol):
-    """Figures of rows of logits, the first of them differentiable."""
+    """Figures, each [n], of logits [n, V] (fp32 or fp64) that belong to `rows` of the hidden states.
 
-    def __call__(self, logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, ...]:
-        """The figures, each [n], of logits [n, V] (fp32 or fp64) that belong to `rows` of the hidden states.
+    The logits may be overwritten; with `gradient` they then hold d figures[0] / d logits.
+    """
 
-        The logits may be overwritten; with `gradient` they then hold d figures[0] / d logits.
-        """
+    def __call__(self, logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, ...]: ...
 
 
 Back = Callable[[Tensor], Tensor]  # gradient of a chunk's logits -> gradient of its hidden states
@@ -54,9 +52,8 @@ def dense_figures(hidden: Tensor, weight: Tensor, scorer: Scorer, rows: int) -> 
 def module_figures(hidden: Tensor, head: nn.Module, scorer: Scorer, rows: int, *, in_place: bool) -> tuple[Tensor, ...]:
     """As dense_figures for a head of any kind: 4-bit, with a bias, carrying an adapter.
 
-    in_place: overwrite what the head returns, which a linear layer allows; where its backward needs its output (a
-    soft cap does) that must be False, and costs one more chunk. A head with trained parameters is computed again in
-    backward, with the same random numbers.
+    in_place: overwrite what the head returns; False, at the cost of one more chunk, where its backward needs that (a
+    soft cap's does). A head with trained parameters is computed again in backward, with the same random numbers.
     """
     if torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()):
         pieces = zip(hidden.split(rows), _parts(hidden, rows), strict=True)  # split: slices' gradients would be [N, D]
@@ -166,28 +163,19 @@ class _TrainedWeight(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, weights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
-        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        dweight = torch.zeros_like(weight)
+        dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight)
         for part in _parts(hidden, ctx.rows):
-            _back_chunk(hidden[part], weight, weights[part, None], ctx.scorer, part, dhidden, dweight)
+            dhidden[part] = _back_chunk(hidden[part], weight, weights[part, None], ctx.scorer, part, dweight)
         return dhidden, dweight, None, None
 
 
-def _back_chunk(
-    hidden: Tensor,
-    weight: Tensor,
-    weights: Tensor,
-    scorer: Scorer,
-    part: slice,
-    dhidden: Tensor | None,
-    dweight: Tensor,
-) -> None:
-    logits = upcast(hidden @ weight.T)
+def _back_chunk(h: Tensor, weight: Tensor, weights: Tensor, scorer: Scorer, part: slice, dweight: Tensor) -> Tensor:
+    """The gradient of one chunk's hidden states h; that of the weight is added to dweight."""
+    logits = upcast(h @ weight.T)
     scorer(logits, part, True)
     dlogits = logits.to(weight.dtype)
-    dweight.addmm_(dlogits.T, (hidden * weights).to(weight.dtype))  # weighting [n, D] is cheaper than [n, V]
-    if dhidden is not None:
-        dhidden[part] = (dlogits @ weight) * weights
+    dweight.addmm_(dlogits.T, (h * weights).to(weight.dtype))  # weighting [n, D] is cheaper than [n, V]
+    return (dlogits @ weight) * weights
 
 
 def _trained_chunk(head: nn.Module, hidden: Tensor, scorer: Scorer, part: slice, in_place: bool) -> tuple[Tensor, ...]:
@@ -222,15 +210,6 @@ class TokenScores(NamedTuple):
     correct: Tensor  # bool: no token is likelier than the target (ties count as correct)
 
 
-def linear_logprobs_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenScores:
-    """The definition, through full logits."""
-    logits = upcast(hidden @ weight.T)
-    all_logps = torch.log_softmax(logits, dim=1)
-    entropy = torch.special.entr(all_logps.detach().exp()).sum(1)
-    correct = logits.gather(1, targets[:, None]).squeeze(1) == logits.amax(1)
-    return TokenScores(all_logps.gather(1, targets[:, None]).squeeze(1), entropy, correct)
-
-
 def check_targets(targets: Tensor, vocabulary: int) -> None:
     """ValueError unless all of `targets` are tokens of the vocabulary. Looks at tensors on a CPU only."""
     if targets.dtype != torch.int64:
@@ -249,8 +228,7 @@ def check_targets(targets: Tensor, vocabulary: int) -> None:
 class TokenScorer:
     """The three figures of TokenScores for chunks of logits; targets int64 [N] in 0..V-1. ValueError as check_targets.
 
-    On CUDA a target out of range ends the process by a device-side assertion, since looking would wait: `check_targets`
-    before sending them there.
+    On CUDA a target out of range ends the process by a device-side assertion: `check_targets` before they are sent.
     """
 
     def __init__(self, targets: Tensor, vocabulary: int) -> None:

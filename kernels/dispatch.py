@@ -59,22 +59,16 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+@cache
 def architecture(device: torch.device) -> str:
     """The GPU's name in tables, such as "sm_90"; "" where there is no GPU."""
-    return _architecture(device) if device.type == "cuda" else ""
-
-
-@cache
-def _architecture(device: torch.device) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else ""
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype for matrix products with x: its own, but fp32 for half precision that a CPU cannot multiply.
+    """The dtype for matrix products with x: its own, but on a CPU fp32 for fp16, and for bf16 if it cannot multiply it.
 
-    CPUs without half-precision arithmetic multiply bf16 and fp16 six to a hundred times slower than fp32. Those that
-    have it for bf16 keep bf16.
+    Without arithmetic of its own for them a CPU takes 6 to 100 times as long in bf16 and fp16 as in fp32.
     """
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
         return x.dtype
@@ -86,11 +80,7 @@ def _cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+@cache
 def processors(device: torch.device) -> int:
     """How many multiprocessors the GPU has; 1 where there is none."""
-    return _processors(device) if device.type == "cuda" else 1
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -29,10 +29,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def keep_level(dropout: float) -> int:
-    """How many of the 65,536 values of a draw keep an element: 1 - dropout rounded, but neither none nor all.
-
-    ValueError unless 0 < dropout < 1.
-    """
+    """How many of 65,536 draws keep an element: 1 - dropout rounded, not none nor all. ValueError outside (0, 1)."""
     if not 0 < dropout < 1:
         raise ValueError(f"dropout must lie between 0 and 1, got {dropout!r}")
     return min(max(round((1 - dropout) * LEVELS), 1), LEVELS - 1)
@@ -63,9 +60,9 @@ def keep_mask(shape: Sequence[int], p: float, seed: Tensor) -> Tensor:
 
 
 def draw_halves(first: int, groups: int, row: Tensor, seed: Tensor) -> Tensor:
-    """The 16-bit draws of `groups` calls from counter (first, row) on, in the order of memory: int32 [8 * groups].
+    """The 16-bit draws, 0 to 65535, of `groups` calls from counter (first, row) on, as in memory: int32 [8 * groups].
 
-    row and seed: 0-d int64 on one device. Values are 0 to 65535.
+    row and seed: 0-d int64 on one device.
     """
     counters = torch.arange(first, first + groups, device=seed.device).unsqueeze(0)
     words = torch.stack(torch.broadcast_tensors(*_philox(counters, row.view(1, 1), _keys(seed))), dim=-1)

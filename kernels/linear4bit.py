@@ -62,22 +62,37 @@ def lora_linears4bit(
     decoding again: for activation checkpointing, where the forward pass that runs again right before backward is the
     one that saves. ValueError where sizes, formats or devices disagree.
     """
-    _check(x, weights, biases, As, Bs, scales)
+    if not len(weights) == len(biases) == len(As) == len(Bs) == len(scales) > 0:
+        raise ValueError(
+            "lora_linears4bit needs a bias (or None), A, B and scale for each of its weights, and at least one weight; "
+            f"got {len(weights)} weights, {len(biases)} biases, {len(As)} A, {len(Bs)} B, {len(scales)} scales"
+        )
+    if len({(w.quant_type, w.blocksize, w.nested_absmax is None) for w in weights}) > 1:
+        raise ValueError("weights of one call must share quant_type, blocksize and whether they are double quantised")
+    for weight, A, B in zip(weights, As, Bs, strict=True):
+        rows, columns = weight.rows, weight.columns
+        if (x.shape[-1:], A.shape[1:], B.shape) != ((columns,), (columns,), (rows, *A.shape[:1])):
+            raise ValueError(
+                f"for a weight {(rows, columns)} (out, in) x must be [..., in], A [rank, in] and "
+                f"B [out, rank], got x {tuple(x.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}"
+            )
     if dropout:
         keep_level(dropout)  # its ValueError
         seed = draw_seed(x.device) if seed is None else seed
-    numbers = [float(scale) for scale in scales], float(dropout), seed if dropout else None
-    return _run(x, Group(list(weights), _all_or_none(biases, weights), list(As), list(Bs), *numbers), keep)
+    # Kernels read A and B row by row; a transposed master (an SVD's factor, say) is copied, others are not.
+    masters = [A.contiguous() for A in As], [B.contiguous() for B in Bs]
+    scales, seed = [float(scale) for scale in scales], seed if dropout else None
+    group = Group(list(weights), _all_or_none(biases, weights), *masters, scales, float(dropout), seed)
+    return _run(x, group, keep)
 
 
 def _run(x: Tensor, group: Group, keep: bool) -> list[Tensor]:
-    compiling = torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)  # such as fake tensors
     weights, biases, A, B, scales, dropout, seed = group
-    if not compiling:
-        for weight in weights:
-            weight.check()
-            if x.device != weight.packed.device:
-                raise ValueError(f"x is on {x.device}, the weight on {weight.packed.device}")
+    compiling = torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)  # such as fake tensors
+    for weight in () if compiling else weights:
+        weight.check()
+        if x.device != weight.packed.device:
+            raise ValueError(f"x is on {x.device}, the weight on {weight.packed.device}")
     stored, *layout = flatten(weights)
     numbers = (*layout, scales, dropout, keep)
     if compiling:
@@ -100,7 +115,7 @@ def _forward(
     sizes: list[int], quant_type: str, blocksize: int, scales: list[float], dropout: float, keep: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Each y, then s [M, sum of ranks], then the decoded weights to keep."""
-    group = _group(unflatten(stored, sizes, quant_type, blocksize), biases, A, B, scales, dropout, seed)
+    group = Group(unflatten(stored, sizes, quant_type, blocksize), biases, A, B, scales, dropout, seed)
     rows = _matrix(x)
     with _no_autocast(x):
         few = lora_paths.few_rows(rows, group, keep)
@@ -118,17 +133,12 @@ def _backward(
     sizes: list[int], quant_type: str, blocksize: int, scales: list[float], dropout: float, need_x: bool,
 ) -> list[Tensor]:  # fmt: skip
     """With LoRA the gradients of all A as one matrix and of each B; then, if needed, of x."""
-    group = _group(unflatten(stored, sizes, quant_type, blocksize), [], A, B, scales, dropout, seed)
+    group = Group(unflatten(stored, sizes, quant_type, blocksize), [], A, B, scales, dropout, seed)
     rows = None if x is None else _matrix(x)
     with _no_autocast(grads[0]):
         made = lora_paths.backward([_matrix(g) for g in grads], rows, s, group, dense, need_x)
     of_A = [] if made.A is None else [made.A]
     return [*of_A, *made.B, *([] if made.x is None else [made.x.view(*grads[0].shape[:-1], sizes[-1])])]
-
-
-def _group(weights: list[Weight4bit], biases: list[Tensor], A: list[Tensor], B: list[Tensor], *rest: Any) -> Group:
-    # Kernels read A and B row by row; a transposed master (an SVD's factor, say) is copied, others are not.
-    return Group(weights, biases, [a.contiguous() for a in A], [b.contiguous() for b in B], *rest)
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -204,27 +214,17 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None], backward: Any = _ba
     dense, stored, A, B = _split(rest, ctx.lengths)
     rows, need_x = ctx.numbers[0][:-1], ctx.needs_input_grad[0]
     some = next((g for g in grads if g is not None), None)
-    numbers: list[Any] = [
-        None,
-        None,
-        None,
-        None,
-        None if A else [],
-        None,
-        None,
-    ]  # torch takes an empty list for one of tensors
+    numbers: list[Any] = [*[None] * 4, None if A else [], None, None]  # torch takes an empty list for one of tensors
     if some is None:
         return None, *([None] * len(tensors) for tensors in (stored, ctx.biases, A, B)), *numbers
-    each = [
-        some.new_zeros(*some.shape[:-1], size) if g is None else g for g, size in zip(grads, rows, strict=False)
-    ]  # None: an output that the loss does not use
+    pairs = zip(grads, rows, strict=False)  # a gradient of None: an output that the loss does not use
+    each = [some.new_zeros(*some.shape[:-1], size) if g is None else g for g, size in pairs]
     made = backward(each, x, s, dense, stored, A, B, seed, *ctx.numbers, need_x) if need_x or A else []
     of_x = made[-1] if need_x else None
     of_A = [p.to(a.dtype) for p, a in zip(made[0].split([len(a) for a in A]), A, strict=True)] if A else []
     of_B = made[1 : 1 + len(B)] if A else []
-    of_biases = [
-        None if dtype is None else _matrix(g).sum(0, dtype=dtype) for g, dtype in zip(each, ctx.biases, strict=False)
-    ]
+    wanted = zip(each, ctx.biases, strict=False)
+    of_biases = [None if dtype is None else _matrix(g).sum(0, dtype=dtype) for g, dtype in wanted]
     return of_x, [None] * len(stored), of_biases, of_A, of_B, *numbers
 
 
@@ -253,27 +253,3 @@ class _Eager(torch.autograd.Function):
 def _split(tensors: Sequence[Tensor], lengths: list[int]) -> list[list[Tensor]]:
     places = iter(tensors)
     return [list(islice(places, length)) for length in lengths]
-
-
-def _check(
-    x: Tensor,
-    weights: Sequence[Weight4bit],
-    biases: Sequence[Tensor | None],
-    As: Sequence[Tensor],
-    Bs: Sequence[Tensor],
-    scales: Sequence[float],
-) -> None:
-    if not len(weights) == len(biases) == len(As) == len(Bs) == len(scales) > 0:
-        raise ValueError(
-            "lora_linears4bit needs a bias (or None), A, B and scale for each of its weights, and at least one weight; "
-            f"got {len(weights)} weights, {len(biases)} biases, {len(As)} A, {len(Bs)} B, {len(scales)} scales"
-        )
-    if len({(w.quant_type, w.blocksize, w.nested_absmax is None) for w in weights}) > 1:
-        raise ValueError("weights of one call must share quant_type, blocksize and whether they are double quantised")
-    for weight, A, B in zip(weights, As, Bs, strict=True):
-        shapes = (x.shape[-1:], A.shape[1:], B.shape)
-        if shapes != ((weight.columns,), (weight.columns,), (weight.rows, *A.shape[:1])):
-            raise ValueError(
-                f"for a weight {(weight.rows, weight.columns)} (out, in) x must be [..., in], A [rank, in] and "
-                f"B [out, rank], got x {tuple(x.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}"
-            )

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunked_head import blocks, upcast
+from .chunked_head import blocks
 
 KINDS = ("forward-kl", "reverse-kl", "jsd")
 
@@ -46,32 +46,6 @@ class Divergence(NamedTuple):
             raise ValueError(
                 f"beta of jsd must lie between 0 and 1, got {self.beta}; its ends are forward-kl (0) and reverse-kl (1)"
             )
-
-
-def linear_divergence_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
-    kind: str,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    beta: float = 0.5,
-) -> Tensor:
-    """The definition, through full logits."""
-    student, teacher = upcast(hidden @ weight.T), upcast(teacher_hidden @ teacher_weight.T).detach()
-    if top_k is not None:
-        teacher, places = teacher.topk(top_k, dim=1)
-        student = student.gather(1, places)
-    log_q, log_p = (torch.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
-    p, q = log_p.exp(), log_q.exp()
-    if kind == "forward-kl":
-        return (p * (log_p - log_q)).sum(1)
-    if kind == "reverse-kl":
-        return (q * (log_q - log_p)).sum(1)
-    log_m = torch.logaddexp(log_p + log(beta), log_q + log1p(-beta))
-    return (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(1)
 
 
 class DivergenceScorer:

@@ -1,10 +1,8 @@
 """The LoRA update y + scale * (x A^T) B^T as one rule of autograd, added into y in place: for dense bases.
 
-4-bit bases take `lora_linears4bit`, which makes the base's product too.
-
-Left to autograd the same line keeps two more tensors as large as y alive and passes over y three times. Here the
-second product accumulates into y itself, and only x, which the layer below keeps anyway, and the narrow x A^T are
-saved.
+4-bit bases take `lora_linears4bit`, which makes the base's product too. Left to autograd the same line keeps two more
+tensors as large as y alive and passes over y three times. Here only x, which the layer below keeps anyway, and the
+narrow x A^T are saved.
 """
 
 from typing import Any
@@ -24,7 +22,12 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Ten
     Gradients flow to y, x, A and B, each in its own dtype; x and x A^T are saved. A and B may be fp32 masters under
     lower-precision x: the products run in dispatch.product_dtype(x). ValueError if the shapes do not fit.
     """
-    _check_shapes(y, x, A, B)
+    fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] and x.shape[-1:] == A.shape[1:]
+    if not fits or y.shape != x.shape[:-1] + B.shape[:1]:
+        raise ValueError(
+            "lora_update needs y [..., out], x [..., in], A [rank, in], B [out, rank], got "
+            f"y {tuple(y.shape)}, x {tuple(x.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}"
+        )
     if torch.compiler.is_compiling():  # its compiler decides by itself what to add in place and what to keep
         dtype = product_dtype(x)
         update = (x.to(dtype) @ A.to(dtype).T) @ B.to(dtype).T
@@ -61,12 +64,3 @@ class _LoRAUpdate(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_B = (rows.T @ s).mul_(ctx.scale).to(B.dtype)
         return grad, grad_x, grad_A, grad_B, None
-
-
-def _check_shapes(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> None:
-    fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] and x.shape[-1:] == A.shape[1:]
-    if not fits or y.shape != x.shape[:-1] + B.shape[:1]:
-        raise ValueError(
-            "lora_update needs y [..., out], x [..., in], A [rank, in], B [out, rank], got "
-            f"y {tuple(y.shape)}, x {tuple(x.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}"
-        )

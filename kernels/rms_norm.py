@@ -1,9 +1,10 @@
-"""Root-mean-square normalisation, y = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019), with a lean
-gradient.
+"""Root-mean-square normalisation, y = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019).
 
 torch's own `F.rms_norm` decomposes on CPU: it saves the normalised x beside x and walks memory many times in backward.
 The rule here saves x, the weight and one number a row, and needs half the time.
 """
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,9 +21,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise the last dimension of `x` [..., D] and scale by `weight` [D]; computed in fp32 for fp16 and bf16,
-    returned in x's dtype.
-    """
+    """The last dimension of `x` [..., D] normalised, times `weight` [D]; in x's dtype, computed in fp32 for 16 bits."""
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm needs a weight of shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
     if torch.compiler.is_compiling():  # its compiler fuses the plain form by itself
@@ -35,38 +34,34 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def fused(x: Tensor) -> bool:
-    """Whether the Triton kernels run for x."""
-    if path_for(x) != "triton":
-        return False
-    from . import rms_norm_triton
+def _kernels(x: Tensor) -> ModuleType | None:
+    """The module of kernels where they run for x."""
+    if path_for(x) == "triton":
+        from . import rms_norm_triton
 
-    return rms_norm_triton.applies(x)
+        return rms_norm_triton if rms_norm_triton.applies(x) else None
+    return None
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if fused(x):
-            from . import rms_norm_triton
-
-            y, scale = rms_norm_triton.forward(x, weight, eps)
-            ctx.save_for_backward(x, weight, scale)
-            return y
-        wide = x.to(_compute_dtype(x))
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # [..., 1]
-        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        if (kernels := _kernels(x)) is not None:
+            y, scale = kernels.forward(x, weight, eps)
+        else:
+            wide = x.to(_compute_dtype(x))
+            scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # [..., 1]
+            scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            y = (wide * scale).mul_(weight).to(x.dtype)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[no-untyped-def]
         x, weight, scale = ctx.saved_tensors
-        if not ctx.needs_input_grad[1] and fused(x):
-            from . import rms_norm_triton
-
-            return rms_norm_triton.backward(dy, x, weight, scale), None, None
+        if not ctx.needs_input_grad[1] and (kernels := _kernels(x)) is not None:
+            return kernels.backward(dy, x, weight, scale), None, None
         wide, dy = x.to(scale.dtype), dy.to(scale.dtype)
         dweight = None
         if ctx.needs_input_grad[1]:

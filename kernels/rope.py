@@ -31,9 +31,7 @@ def llama3_frequencies(frequency: Tensor, *, factor: float, low: float, high: fl
 
 
 def tables(position_ids: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle: positions [B, T] and frequencies [D/2] to two tensors [B, T, 1, D/2], in the
-    frequencies' dtype.
-    """
+    """cos and sin, [B, T, 1, D/2] each, of positions [B, T] times frequencies [D/2], in the frequencies' dtype."""
     angle = (position_ids.to(frequency.dtype).unsqueeze(-1) * frequency).unsqueeze(2)  # [B, T, 1, D/2]
     return angle.cos(), angle.sin()
 

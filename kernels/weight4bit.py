@@ -46,10 +46,8 @@ class Weight4bit(NamedTuple):
 
     def to(self, device: torch.device | str) -> Self:
         """The same weight on `device`."""
-        nested = None if self.nested_absmax is None else self.nested_absmax.to(device)
-        offset = None if self.offset is None else self.offset.to(device)
-        packed, absmax = self.packed.to(device), self.absmax.to(device)
-        return self._replace(packed=packed, absmax=absmax, nested_absmax=nested, offset=offset)
+        packed, absmax, nested, offset = (None if tensor is None else tensor.to(device) for tensor in self[:4])
+        return self._replace(packed=packed, absmax=absmax, nested_absmax=nested, offset=offset)  # type: ignore[arg-type]
 
     def check(self) -> Self:
         """Itself. ValueError unless its tensors have the sizes, types and one device that its shape and format need.
@@ -57,32 +55,27 @@ class Weight4bit(NamedTuple):
         For weights that come from outside: kernels take what they are given.
         """
         check_format(self.quant_type, self.blocksize)
-        n, packed, absmax, nested, offset = prod(self.shape), self.packed, self.absmax, self.nested_absmax, self.offset
-        if packed.dtype != torch.uint8 or packed.numel() != (n + 1) // 2:
-            raise ValueError(
-                f"{n} values of shape {tuple(self.shape)} need {(n + 1) // 2} packed uint8 bytes, "
-                f"got {packed.numel()} of {packed.dtype}"
-            )
-        if (nested is None) != (offset is None):
-            raise ValueError("nested_absmax and offset belong together: give both (double quantisation) or neither")
+        n, doubled = prod(self.shape), self.nested_absmax is not None
         blocks = -(-n // self.blocksize)
-        wanted, kind = (torch.float32, "fp32 scales") if nested is None else (torch.uint8, "uint8 codes of scales")
-        if absmax.dtype != wanted or absmax.numel() != blocks:
+        groups, bytes_ = -(-blocks // NESTED_BLOCKSIZE), (n + 1) // 2
+        if doubled != (self.offset is not None):
+            raise ValueError("nested_absmax and offset belong together: give both (double quantisation) or neither")
+        types = torch.uint8, torch.uint8 if doubled else torch.float32, torch.float32, torch.float32
+        for i, (tensor, dtype, count) in enumerate(zip(self[:4], types, (bytes_, blocks, groups, 1), strict=True)):
+            if tensor is not None and (tensor.numel() != count or tensor.dtype != dtype):
+                kind = "uint8 codes of scales" if doubled else "fp32 scales"
+                rule = (
+                    f"{n} values of shape {tuple(self.shape)} need {bytes_} packed uint8 bytes",
+                    f"{n} values in blocks of {self.blocksize} need {blocks} {kind}",
+                    f"{blocks} codes in blocks of {NESTED_BLOCKSIZE} need {groups} scales in fp32",
+                    "offset must be one fp32 value",
+                )[i]
+                raise ValueError(f"{rule}, got {tensor.numel()} of {tensor.dtype}")
+        devices = {tensor.device for tensor in self[:4] if tensor is not None}
+        if len(devices) > 1:
             raise ValueError(
-                f"{n} values in blocks of {self.blocksize} need {blocks} {kind}, got {absmax.numel()} of {absmax.dtype}"
+                f"packed codes and scales must be on one device, got {', '.join(sorted(map(str, devices)))}"
             )
-        groups = -(-blocks // NESTED_BLOCKSIZE)
-        if nested is not None and (nested.dtype != torch.float32 or nested.numel() != groups):
-            raise ValueError(
-                f"{blocks} codes in blocks of {NESTED_BLOCKSIZE} need {groups} scales in fp32, "
-                f"got {nested.numel()} of {nested.dtype}"
-            )
-        if offset is not None and (offset.dtype != torch.float32 or offset.numel() != 1):
-            raise ValueError(f"offset must be one fp32 value, got {offset.numel()} of {offset.dtype}")
-        tensors = [tensor for tensor in (packed, absmax, nested, offset) if tensor is not None]
-        if any(tensor.device != packed.device for tensor in tensors):
-            devices = sorted({str(tensor.device) for tensor in tensors})
-            raise ValueError(f"packed codes and scales must be on one device, got {', '.join(devices)}")
         return self
 
 

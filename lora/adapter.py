@@ -1,8 +1,7 @@
 """The seam of adapters: a linear layer, the named adapters on it, and which of them are active.
 
-A layer wraps its base and does not subclass it, so dense and 4-bit layers look alike to other code. A kind of adapter
-says what it adds to the base's output, what that is as a change of the weight, and its tensors; attaching, switching,
-copying, taking off and files are written once, here and beside this file, for all kinds.
+A layer wraps its base and does not subclass it, so dense and 4-bit layers look alike to other code. Attaching,
+switching, copying, taking off and files are written once, here and beside this file, for all kinds of adapter.
 """
 
 import copy
@@ -29,10 +28,7 @@ class LowRank(NamedTuple):
 
 
 class Adapter(nn.Module):
-    """A trained change of one linear layer. A kind of adapter is a subclass with `forward` and `delta`.
-
-    LoRA alone has `peft_fields` and a file of PEFT's besides; other kinds can be kept as tensors, but not in files.
-    """
+    """A trained change of one linear layer; a kind is a subclass with `forward` and `delta`. Files hold LoRA alone."""
 
     dropout: float = 0.0
 
@@ -48,7 +44,7 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def low_rank(self) -> LowRank | None:
-        """The update if it is nothing but a low-rank one, which a layer may make together with its base."""
+        """The update, if a layer may make it together with its base."""
         return None
 
     def is_idle(self) -> bool:
@@ -76,9 +72,8 @@ class Adapter(nn.Module):
 class AdapterLayer(nn.Module):
     """y = base(x), to which each active adapter adds its part, in the order of `active`.
 
-    A 4-bit base under one low-rank adapter is one op with it (`kernels.lora.lora_linears4bit`, see `project`), unless a
-    hook sits on either. What trains is for others to say (`install`), base included. The adapters given are active;
-    change that with `use` and `using`.
+    A 4-bit base under one low-rank adapter is one op with it, unless a hook sits on either. The adapters given are
+    active (change that with `use` and `using`); what trains, base included, is for others to say (`install`).
     """
 
     def __init__(self, base: nn.Linear | NF4Linear, /, **adapters: Adapter) -> None:  # one may be called "base"
@@ -110,10 +105,7 @@ class AdapterLayer(nn.Module):
         return None if update is None else (self.base, update)
 
     def frozen(self, names: Sequence[str]) -> nn.Module:
-        """A layer on the same base with frozen copies of the named adapters, as far as this one carries them.
-
-        It computes the same whatever is active here; without any of them it is the base itself.
-        """
+        """A layer on the same base with frozen copies of those of the adapters that are here; without any, the base."""
         twins = {name: cast(Adapter, self.adapters[name]).frozen() for name in names if name in self.adapters}
         return AdapterLayer(self.base, **twins) if twins else self.base
 
@@ -145,8 +137,30 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
+def project(x: Tensor, modules: Sequence[nn.Module], *, keep: bool = False) -> tuple[Tensor, ...]:
+    """The output of every module on x [..., in], as if each were called: for q, k, v or gate and up.
+
+    AdapterLayers that are one op with their LoRA run as one op together (`kernels.lora.lora_linears4bit`) if they agree
+    in 4-bit format and dropout: x is read once for all of them, forward and backward, and kept once. They also share
+    dropout's mask: each update sees the same elements dropped. All other modules are called, and so are those with
+    hooks. `keep`: what the op decodes is kept for backward, for use under activation checkpointing.
+    """
+    outputs: dict[int, Tensor] = {}
+    together: dict[Any, dict[int, tuple[NF4Linear, LowRank]]] = {}
+    for i, module in enumerate(modules):
+        if type(module) is AdapterLayer and not is_hooked(module) and (joint := module.joint(x)) is not None:
+            base, update = joint
+            alike = (base.quant_type, base.blocksize, base.double_quant, update.dropout)
+            together.setdefault(alike, {})[i] = joint
+        else:
+            outputs[i] = module(x)
+    for group in together.values():
+        outputs.update(zip(group, joint_forward(x, list(group.values()), keep), strict=True))
+    return tuple(outputs[i] for i in range(len(modules)))
+
+
 def joint_forward(x: Tensor, layers: Sequence[tuple[NF4Linear, LowRank]], keep: bool = False) -> list[Tensor]:
-    """The outputs of what `joint` gave, for one input, 4-bit format and dropout; `keep` as in lora_linears4bit."""
+    """The outputs of what `joint` gave, for one input, 4-bit format and dropout."""
     return lora_linears4bit(
         autocast_input(x),
         [base.stored for base, _ in layers],
@@ -187,7 +201,7 @@ def carried(model: nn.Module, name: str) -> dict[str, Adapter]:
 def use(model: nn.Module, *names: str) -> None:
     """Make the named adapters the active ones, in this order, on every layer that carries them; none: the base alone.
 
-    Which parameters train is another matter and stays. InputError for a name that the model does not carry.
+    What trains stays. InputError for a name that the model does not carry.
     """
     for name in names:
         carried(model, name)
@@ -215,8 +229,7 @@ def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
 def copy_adapter(model: nn.Module, source: str, target: str) -> None:
     """Keep the adapter `source` as it is now under the name `target`: frozen, without dropout, not active.
 
-    So a reference, or a teacher on the same base, costs the memory of an adapter and not of a model. InputError if
-    there is no such source, a `target` already, or a name that no adapter can have.
+    InputError if there is no such source, a `target` already, or a name that no adapter can have.
     """
     parts = carried(model, source)
     refuse_second(model, target)

@@ -1,4 +1,4 @@
-"""quantize_: swap every nn.Linear of a module for its 4-bit twin, in place, and count what the result costs.
+"""quantize_: swap every nn.Linear of a module for its 4-bit twin, in place.
 
 Only exact nn.Linear layers are swapped: a subclass may read its own weight (nn.MultiheadAttention does so with its
 output projection) and would misread packed bytes.
@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..kernels.weight4bit import check_format
 from .adapter import replace_modules
 from .linear4bit import NF4Linear
-from .targets import linear_layers
+from .targets import linear_layers, matcher
 
 
 def quantize_(
@@ -25,7 +25,7 @@ def quantize_(
 ) -> nn.Module:
     """Replace the linear layers of `module` by NF4Linear, one at a time, and return it; of a bare nn.Linear, its twin.
 
-    `skip` holds leaf names ("lm_head") or full paths to leave dense. A weight that anything but a linear layer also
+    `skip` holds full paths or their ends ("lm_head") to leave dense. A weight that anything but a linear layer also
     holds, such as that of a tied output head, stays dense too. Layers that share one weight share one set of packed
     bytes. Layers on the meta device become empty 4-bit layers on meta.
     Raises InputError when nothing is left to quantise, and when a weight holds NaN or infinity (naming the tensor).
@@ -37,7 +37,8 @@ def quantize_(
     if type(module) is nn.Linear:
         return _quantized(module, "weight", quant, blocksize, double_quant)
     dense = {path: layer for path, layer in linear_layers(module).items() if type(layer) is nn.Linear}
-    wanted = {path: layer for path, layer in dense.items() if not _skipped(path, skip)}
+    skipped = matcher(skip)
+    wanted = {path: layer for path, layer in dense.items() if not skipped(path)}
     held_elsewhere = _parameters_outside(module, wanted.values())
     wanted = {path: layer for path, layer in wanted.items() if id(layer.weight) not in held_elsewhere}
     if not wanted:
@@ -53,22 +54,6 @@ def quantize_(
     return module
 
 
-def bits_per_parameter(model: nn.Module) -> float:
-    """Stored bits per weight over all 4-bit layers: packed codes, absmax, nested absmax, offset; no tables or biases.
-
-    Raises ValueError for a model without 4-bit layers.
-    """
-    stored: dict[int, int] = {}  # by storage: tied layers count once
-    weights: dict[int, int] = {}
-    for layer in model.modules():
-        if isinstance(layer, NF4Linear):
-            weights[id(layer.weight)] = layer.in_features * layer.out_features
-            stored.update({id(tensor): 8 * tensor.nbytes for tensor in layer.stored_parameters().values()})
-    if not weights:
-        raise ValueError("bits_per_parameter counts 4-bit layers, and this model has none: call quantize_ first")
-    return sum(stored.values()) / sum(weights.values())
-
-
 def _quantized(
     layer: nn.Linear, name: str, quant: str, blocksize: int, double_quant: bool, twin: NF4Linear | None = None
 ) -> NF4Linear:
@@ -82,10 +67,6 @@ def _quantized(
     if layer.bias is not None:
         new.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
     return new.train(layer.training)
-
-
-def _skipped(name: str, skip: Sequence[str]) -> bool:
-    return name in skip or name.rpartition(".")[2] in skip
 
 
 def _parameters_outside(module: nn.Module, wanted: Iterable[nn.Module]) -> set[int]:

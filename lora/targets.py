@@ -1,9 +1,8 @@
 """Which layers a LoRAConfig means: names and patterns resolved against a model, strictly.
 
 The matching rules are PEFT's (a list entry is a full path or its end after a dot; a string is a regular expression on
-the full path; a pattern key matches the end of a path), so a config means the same layers there and here. One thing
-differs: an entry that matches nothing is an error that shows the nearest names, for a silent typo trains the wrong
-layers.
+the full path; a pattern key matches the end of a path), but an entry that matches nothing is an error that shows the
+nearest names: a silent typo trains the wrong layers.
 """
 
 import difflib
@@ -86,13 +85,8 @@ def nearest(entry: str, names: Iterable[str]) -> str:
     return f" Last parts of the names there are: {', '.join(list(leaves)[:12])}."
 
 
-def entry_matches(entry: str, name: str) -> bool:
-    """Whether an entry of a list is the path `name` or its end after a dot; PEFT's rule."""
-    return name == entry or name.endswith(f".{entry}")
-
-
 def matcher(names: Iterable[str]) -> Callable[[str], bool]:
-    """Whether a path is one of the names or ends in one, however many they are; a string must match it whole."""
+    """Whether a path is one of the names or, after a dot, ends in one: PEFT's rule. A string must match it whole."""
     if isinstance(names, str):
         expression = re.compile(names)
         return lambda path: bool(expression.fullmatch(path))
@@ -125,7 +119,7 @@ def _targeted(model: nn.Module, target: str | Sequence[str], layers: list[str]) 
 def _listed(model: nn.Module, field: str, entries: str | Sequence[str], layers: list[str]) -> set[str]:
     """Linear layers that a regular expression or a list of names means; each entry must match one."""
     if isinstance(entries, str):
-        found = {name for name in layers if re.fullmatch(entries, name)}
+        found = set(filter(matcher(entries), layers))
         if not found:
             hint = f" For a layer's name, pass a list: [{entries!r}]." if entries.isidentifier() else ""
             rule = "a string is a regular expression that must match a layer's whole path, and this one matches none."
@@ -133,7 +127,7 @@ def _listed(model: nn.Module, field: str, entries: str | Sequence[str], layers: 
         return found
     chosen: set[str] = set()
     for entry in entries:
-        found = {name for name in layers if entry_matches(entry, name)}
+        found = set(filter(matcher([entry]), layers))
         if not found:
             raise InputError(
                 f"{field} entry {entry!r} matches no linear layer.{_other_kind(model, entry)}{nearest(entry, layers)}"
@@ -144,7 +138,8 @@ def _listed(model: nn.Module, field: str, entries: str | Sequence[str], layers: 
 
 def _other_kind(model: nn.Module, entry: str) -> str:
     """Says so if `entry` names a module that LoRA cannot wrap."""
-    kinds = {type(module).__name__ for name, module in base_modules(model).items() if entry_matches(entry, name)}
+    matches = matcher([entry])
+    kinds = {type(module).__name__ for name, module in base_modules(model).items() if matches(name)}
     return f" It names a {', '.join(sorted(kinds))}; LoRA wraps nn.Linear and NF4Linear only." if kinds else ""
 
 

@@ -15,7 +15,7 @@ from ..kernels import rope
 from ..kernels.attention import Spans, attention, span_lengths, span_positions, visible_keys
 from ..kernels.rms_norm import rms_norm
 from ..kernels.swiglu import swiglu
-from ..lora.project import project
+from ..lora.adapter import project
 from .cache import KVCache
 from .families import write_spec
 from .protocol import Cache, CausalLM

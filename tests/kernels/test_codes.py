@@ -1,6 +1,7 @@
 """The derived tables against the published numbers, in fp32 and exactly."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fourbit.kernels import codes
-from fourbit.kernels.codes import code_for, dynamic_code, fp4_code, nf4_code
+from fourbit.kernels.codes import code_for, dynamic_code, fp4_code, nf4_code, pair_table
 
 PUBLISHED_NF4 = [  # QLoRA, arXiv 2305.14314, appendix E
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -57,17 +58,23 @@ def test_nf4_codes_are_used_about_equally_by_normal_weights() -> None:
 
 
 def test_tables_are_made_once_and_an_unknown_type_is_refused() -> None:
-    assert nf4_code() is nf4_code("cpu") and dynamic_code() is dynamic_code(True)
+    assert code_for("nf4") is code_for("nf4", "cpu") and dynamic_code() is dynamic_code(True)
     with pytest.raises(ValueError, match="quant_type must be 'nf4' or 'fp4', got 'int4'"):
         code_for("int4")
 
 
-@pytest.mark.parametrize("make", [nf4_code, fp4_code, dynamic_code, lambda: codes.pair_table("nf4", torch.bfloat16)])
+MAKES = [
+    *(partial(code_for, name) for name in ("nf4", "fp4")),
+    dynamic_code,
+    partial(pair_table, "nf4", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("make", MAKES)
 def test_tables_do_not_depend_on_where_they_are_first_asked_for(make: Callable[[], Tensor]) -> None:
     """A loader may build its model on the meta device, with bf16 as default dtype, in inference mode."""
     want = make().clone()
-    for cached in (codes._nf4, codes._fp4, codes._dynamic, codes._pairs):
-        cached.cache_clear()
+    codes._kept.cache_clear()
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.bfloat16)
@@ -82,11 +89,11 @@ def test_tables_do_not_depend_on_where_they_are_first_asked_for(make: Callable[[
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_entry_of_a_pair_table_is_a_byte_of_two_codes(quant_type: str, dtype: torch.dtype) -> None:
     """The high nibble's value in the low half, as a kernel takes it apart."""
-    table = codes.pair_table(quant_type, dtype)
+    table = pair_table(quant_type, dtype)
     bits = 8 * dtype.itemsize
     half = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
     assert table.shape == (256,) and table.dtype == {4: torch.int64, 2: torch.int32}[dtype.itemsize]
     byte = torch.arange(256)
     for part, nibble in ((table, byte >> 4), (table >> bits, byte & 15)):
         assert torch.equal(part.to(half).view(dtype), code_for(quant_type)[nibble].to(dtype))
-    assert codes.pair_table(quant_type, dtype, "cpu") is table
+    assert pair_table(quant_type, dtype, "cpu") is table

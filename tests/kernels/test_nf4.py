@@ -299,7 +299,7 @@ def test_defaults_of_the_caller_change_nothing(path: str) -> None:
     weight = random_weight((30, 67))
     want = quantize(weight)
     values = dequantize(want)
-    for cached in (quantize4bit._pattern_tables, codes._pairs):
+    for cached in (quantize4bit._pattern_tables, codes._kept):
         cached.cache_clear()
     default = torch.get_default_dtype()
     try:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fourbit.kernels import chunked_head
-from fourbit.kernels.linear_divergence import linear_divergence_reference
+from fourbit.kernels.linear_divergence import Divergence, DivergenceScorer
 from fourbit.lora.adapter import AdapterLayer
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
@@ -56,7 +56,8 @@ def test_equals_full_logits(student, teacher, rows, monkeypatch):
 def test_is_the_op_on_tensors(settings):
     head, teacher_head = head_of("dense", 16, 0), head_of("dense", 24, 1)
     hidden, teacher_hidden = torch.randn(N, 16, dtype=torch.float64), torch.randn(N, 24, dtype=torch.float64)
-    want = linear_divergence_reference(hidden, head.weight, teacher_hidden, teacher_head.weight, **settings)
+    scorer = DivergenceScorer(lambda rows: teacher_hidden[rows] @ teacher_head.weight.T, Divergence(**settings))
+    (want,) = chunked_head.dense_figures(hidden, head.weight, scorer, 4)
     got = token_divergence(head, hidden, teacher_head, teacher_hidden, **settings)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
