@@ -245,7 +245,7 @@ def _announcing(options: TrainOptions, trainer: Any, sources: Sources) -> Callab
     settings = {name: value for name, value in asdict(options).items() if name not in left_out}
     if "reference" in settings:
         settings["reference"] = trainer.config.reference  # its choice
-        if trainer.has_reference:
+        if trainer.objective.needs_reference:
             base = trainer.config.reference == "base"
             note(f"reference: {'the base, adapter off' if base else 'the adapter as it is at the start'}")
 

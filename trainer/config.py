@@ -15,8 +15,7 @@ from ..data.encode import LossOn
 from ..data.truncate import Truncation
 from ..errors import InputError
 from ..optim.schedule import Schedule
-from .losses.objective import PAIR_LOSSES, SETTINGS, UNPAIRED_LOSSES, Objective, parse_losses
-from .losses.pairs import check_ld_alpha
+from .losses.objective import PAIR_LOSSES, RULES, UNPAIRED_LOSSES, Objective, parse_losses
 
 REQUIRED: Any = MISSING  # as a default: there is none
 PAGED = "paged-"
@@ -276,13 +275,6 @@ class DPOConfig(PreferenceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         objective = self.objective()
-        if self.ld_alpha is not None:
-            check_ld_alpha(self.ld_alpha)
-            if objective.unpaired:
-                raise InputError(
-                    f"ld_alpha compares the two answers of a pair, got {self.ld_alpha} with the loss "
-                    f"{', '.join(objective.losses)}, which judges single answers: leave it out"
-                )
         if not objective.needs_reference:
             for name, default in (("reference", "auto"), ("reference_cache", None)):
                 if getattr(self, name) != default:
@@ -293,7 +285,7 @@ class DPOConfig(PreferenceConfig):
 
     def objective(self) -> Objective:
         """The loss as a checked object."""
-        given: dict[str, Any] = {name: getattr(self, name) for name in SETTINGS}
+        given = {name: getattr(self, name) for name in RULES}
         return Objective(parse_losses(self.loss), {name: value for name, value in given.items() if value is not None})
 
 

@@ -21,8 +21,8 @@ from ..lora.adapter import DEFAULT, adapters_of, copy_adapter, using
 from ..lora.peft_files import adapter_state, load_adapter_state
 from ..models.protocol import CausalLM
 from .config import DPOConfig
-from .losses.judged import JudgedScores, judged_scores, mismatch_kl
-from .losses.pairs import PairScores, mixture, pair_scores, reward_shift
+from .losses.judged import mismatch_kl
+from .losses.pairs import mixture, reward_shift, rewards_seen, scores_of
 from .losses.tokens import answer_scores, evaluating, summed, token_kl
 from .reference import CachedReference, cache_parts, cached
 from .run import active_adapters
@@ -109,14 +109,12 @@ class DPOTrainer(PreferenceTrainer):
         self, model: CausalLM, tokenizer: Any, *, train: Any, config: DPOConfig, val: Any | float | None = None
     ):
         self.objective = config.objective()
-        self.judged, self.terms, self.beta = self.objective.unpaired, self.objective.terms(), self.objective.beta
-        self.compared, self.shift_beta = self.objective.compared, self.objective.shift_beta
+        self.judged = self.objective.unpaired
         super().__init__(model, tokenizer, train=train, config=config, val=val)
         self.fresh = all(part.is_idle() for part in adapters_of(model).values())
-        self.has_reference = self.objective.needs_reference
         self.reference: tuple[str, ...] = ()  # the adapters that are active in it
         self.cache: CachedReference | None = None
-        if self.has_reference:
+        if self.objective.needs_reference:
             self._set_reference()
         self.seen = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # `pairs.rewards_seen` of all steps
         self.points = {"kl": torch.zeros((), device=self.device), "shift": reward_shift(self.seen)}
@@ -132,24 +130,25 @@ class DPOTrainer(PreferenceTrainer):
         return found
 
     def sums(self, batch: AnswerBatch) -> Sums:
-        reference = self.reference_logps(batch) if self.has_reference else None  # before there is a graph
+        objective = self.objective
+        reference = self.reference_logps(batch) if objective.needs_reference else None  # before there is a graph
         answers = answer_scores(self.model, batch)
-        scores: PairScores | JudgedScores
-        if batch.labels is None:
-            scores = pair_scores(answers.logps, answers.lengths, reference, ld_alpha=self.config.ld_alpha)
-            metrics = reward_metrics(*scores.rewards(self.compared, self.beta))
-            metrics |= {"logp_chosen": summed(scores.chosen), "logp_rejected": summed(scores.rejected)}
+        labels = None if batch.labels is None else sent(batch.labels, self.device)
+        scores = scores_of(answers.logps, answers.lengths, reference, labels=labels, ld_alpha=self.config.ld_alpha)
+        rewards = scores.rewards(objective.compared, objective.beta)
+        sides = {"chosen": scores.good, "rejected": ~scores.good}
+        metrics = {f"logp_{side}": summed(scores.policy, there) for side, there in sides.items()}
+        if labels is None:
+            metrics |= reward_metrics(*rewards)
         else:
-            scores = judged_scores(answers.logps, answers.lengths, sent(batch.labels, self.device), reference)
-            sides = {"chosen": scores.labels, "rejected": ~scores.labels}
-            metrics = {f"reward_{side}": summed(self.beta * scores.ratio, there) for side, there in sides.items()}
-            metrics |= {f"logp_{side}": summed(scores.answer, there) for side, there in sides.items()}
+            metrics |= {f"reward_{side}": summed(rewards, there) for side, there in sides.items()}
         if reference is not None:
             metrics["kl"] = summed(token_kl(answers.logps, reference), answers.there)
         metrics["entropy"] = summed(answers.entropy, answers.there)
         metrics["token_accuracy"] = summed(answers.correct, answers.there)
-        carried = {} if self.shift_beta is None else {"seen": scores.seen(self.shift_beta)}
-        return Sums(mixture(self.terms, scores, self.points).sum(dtype=torch.float64), metrics, carried)
+        beta = objective.shift_beta
+        carried = {} if beta is None else {"seen": rewards_seen(beta * scores.ratio, scores.good)}
+        return Sums(mixture(objective.terms, scores, self.points).sum(dtype=torch.float64), metrics, carried)
 
     def reference_logps(self, batch: AnswerBatch) -> Tensor:
         """The reference's log-probability of each answer's tokens, [A, P, L], without gradient."""
@@ -161,7 +160,7 @@ class DPOTrainer(PreferenceTrainer):
             return answer_scores(self.model, batch).logps
 
     def begin(self, dataset: Any, batches: Sequence[AnswerBatch]) -> None:
-        if any(term.point == "kl" for term in self.terms):
+        if "kl" in self.objective.points:
             numbers = sorted(number for batch in batches for number in batch.numbers)
             self.points["kl"] = self._mismatch(dataset, numbers)
 
@@ -243,7 +242,7 @@ class DPOTrainer(PreferenceTrainer):
         that the reference is another model."""
         same = self.config.reference == "start" or self.fresh
         dropout = any(part.dropout for part in adapters_of(self.model).values())
-        if not self.has_reference or not same or dropout:
+        if not self.objective.needs_reference or not same or dropout:
             return
         half = self.model.dtype in (torch.bfloat16, torch.float16)
         loss, allowed = result.loss.item(), 2e-2 if half else 1e-4
@@ -251,7 +250,7 @@ class DPOTrainer(PreferenceTrainer):
             raise NumericError(f"the first loss is {loss:.6f}, not ln 2 = 0.693147 (within {allowed:g}): {self._why()}")
         for name in ("reward_chosen", "reward_rejected"):
             # Taken as of beta 0.1, or a small beta would hide everything: a reward is beta times a log-ratio.
-            reward = result.metrics[name].item() * 0.1 / self.beta
+            reward = result.metrics[name].item() * 0.1 / self.objective.beta
             if abs(reward) > 2 * allowed:
                 raise NumericError(
                     f"the first {name} is {reward:.6f} (at beta 0.1), not 0 (within {2 * allowed:g}): {self._why()}"

@@ -1,5 +1,7 @@
 """Log-probabilities for every kind of output head against the head's full logits, and how often the head is run."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
 from fourbit.models.decoder import Decoder
 from fourbit.models.spec import Spec
-from fourbit.trainer.losses.tokens import batch_token_scores, token_scores
+from fourbit.trainer.losses.tokens import batch_token_scores, token_kl, token_scores
 
 V, D = 61, 16
 HEADS = [
@@ -236,3 +238,24 @@ def test_a_token_that_the_model_lacks_is_named():
     batch.targets[batch.targets == 7] = V
     with pytest.raises(ValueError, match=rf"got {V};"):
         batch_token_scores(model, batch)
+
+
+def test_token_kl_is_the_divergence_over_two_tokens_and_below_it_over_more():
+    make = torch.Generator().manual_seed(0)
+    policy, reference = (3 * torch.randn(2, 200, 2, generator=make, dtype=torch.float64)).log_softmax(-1)
+    found = token_kl(policy[:, 0].requires_grad_(), reference[:, 0])
+    wanted = (policy.exp() * (policy - reference)).sum(-1).detach()
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    assert not found.requires_grad
+    policy, reference = (3 * torch.randn(2, 200, 50, generator=make, dtype=torch.float64)).log_softmax(-1)
+    whole = (policy.exp() * (policy - reference)).sum(-1)
+    found = token_kl(policy[:, 0], reference[:, 0])
+    assert (found >= 0).all() and (found <= whole).all() and (found < 0.99 * whole).any()
+
+
+def test_token_kl_at_its_ends():
+    """Certain tokens, impossible ones, and what stands past an answer's end (0 and 0)."""
+    sure, never = torch.tensor([0.0, 0.0, -1e4, -1e4]), torch.tensor([0.0, -1e4, 0.0, -1e4])
+    found = token_kl(sure, never)
+    assert found.isfinite().all() and (found >= 0).all() and found[0] == 0 and found[3] == 0
+    assert found[1:3].tolist() == [pytest.approx(1e4, rel=1e-6), pytest.approx(-math.log(1e-12), rel=1e-3)]

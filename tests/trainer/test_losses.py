@@ -1,11 +1,13 @@
-"""Preference losses against their formulas in 50 digits, at extremes and at their limits.
+"""Preference losses: formulas in 50 digits, extremes and limits, mixtures, and what they see of a batch.
 
 What TRL also has is compared with TRL in test_losses_trl.py.
 """
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -15,46 +17,54 @@ from hypothesis import strategies as st
 from mpmath import exp, expm1, log, mp, mpf
 from torch import Tensor
 
+from fourbit.trainer.losses import judged as judged_losses
 from fourbit.trainer.losses import pairs as losses
-from fourbit.trainer.losses.judged import JudgedScores
+from fourbit.trainer.losses.judged import mismatch_kl
 from fourbit.trainer.losses.objective import LOSSES, PAIR_LOSSES, UNPAIRED_LOSSES, Objective
-from fourbit.trainer.losses.pairs import DIVERGENCES, PairScores, answer_sums, reward_shift
+from fourbit.trainer.losses.pairs import DIVERGENCES, Scores, mixture, reward_shift, rewards_seen, scores_of
+from fourbit.trainer.preference import reward_metrics
 
 mp.dps = 50
 EXACT = 1e-12  # of 1 + |value|: a few dozen roundings of float64
 EXTREMES = list(itertools.product((-1e4, -40.0, 0.0, 40.0, 1e4), repeat=2))
+POINTS = {"shift": torch.tensor(0.3, dtype=torch.float64), "kl": torch.tensor(0.7, dtype=torch.float64)}
 numbers = st.floats(-300, 300, allow_nan=False)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 
 
-def pairs_of(chosen: Any, rejected: Any, *, dtype: torch.dtype = torch.float64) -> Any:
-    """PairScores with these log-ratios: the reference is at -250, so that log-probabilities look like some."""
-    ratios = [torch.tensor(side, dtype=dtype).reshape(-1).requires_grad_() for side in (chosen, rejected)]
-    base = torch.zeros_like(ratios[0]).detach() - 250
-    counts = [torch.full(base.shape, count) for count in (7, 4)]
-    return PairScores(ratios[0] + base, ratios[1] + base, base, base.clone(), *counts), ratios
+def scores(policy: Tensor, reference: Tensor, tokens: Tensor, good: Tensor | None = None) -> Scores:
+    first = torch.arange(2, device=policy.device).unsqueeze(1) == 0
+    return Scores(policy, reference, tokens, first.expand(policy.shape) if good is None else good, policy[0])
 
 
-def sampled(count: int = 9, seed: int = 0) -> PairScores:
+def pairs_of(chosen: Any, rejected: Any, *, dtype: torch.dtype = torch.float64) -> tuple[Scores, Tensor]:
+    """Scores with these log-ratios, and the ratios: the reference is at -250, so that log-probabilities look so."""
+    ratios = torch.tensor([chosen, rejected], dtype=dtype).reshape(2, -1).requires_grad_()
+    base = torch.full(ratios.shape, -250, dtype=dtype)
+    return scores(ratios + base, base, torch.tensor([[7], [4]]).expand(ratios.shape)), ratios
+
+
+def sampled(count: int = 9, seed: int = 0) -> Scores:
     make = torch.Generator().manual_seed(seed)
-    draw = lambda scale: scale * torch.randn(count, generator=make, dtype=torch.float64)  # noqa: E731
-    reference = [-60 + draw(9.0), -50 + draw(9.0)]
-    policy = [(base + draw(5.0)).clamp(max=-0.5).requires_grad_() for base in reference]
-    lengths = torch.randint(1, 40, (2, count), generator=make)
-    return PairScores(*policy, *reference, *lengths)
+    reference = torch.tensor([[-60.0], [-50.0]]) + 9 * torch.randn(2, count, generator=make, dtype=torch.float64)
+    moved = 5 * torch.randn(2, count, generator=make, dtype=torch.float64)
+    tokens = torch.randint(1, 40, (2, count), generator=make)
+    return scores((reference + moved).clamp(max=-0.5).requires_grad_(), reference, tokens)
 
 
-def judged(count: int = 8, seed: int = 0) -> JudgedScores:
+def judged(count: int = 8, seed: int = 0) -> Scores:
     pairs = sampled(count, seed)
-    return JudgedScores(pairs.chosen, pairs.reference_chosen, torch.arange(count) % 3 > 0)
+    policy = pairs.policy[:1].detach().requires_grad_()
+    return scores(policy, pairs.reference[:1], pairs.tokens[:1], (torch.arange(count) % 3 > 0).unsqueeze(0))
 
 
-def number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
+def sample_for(name: str, count: int = 9) -> Scores:
+    return judged(count) if name in UNPAIRED_LOSSES else sampled(count)
 
 
-def call(name: str, sample: Any, **settings: Any) -> Tensor:
-    """One loss through an objective."""
-    return Objective({name: 1.0}, settings)(sample, {"shift": number(0.3), "kl": number(0.7)})
+def value_of(name: str, sample: Scores, **settings: Any) -> Tensor:
+    """One loss through an objective; sft is none of its own, so it is called by its function."""
+    return losses.sft(sample) if name == "sft" else mixture(Objective({name: 1.0}, settings).terms, sample, POINTS)
 
 
 def log_sigma(x: Any) -> Any:
@@ -76,11 +86,10 @@ def relative_entropy(p: Any, q: Any) -> Any:
 class Row:
     """One pair in 50 digits: w, l log-probabilities, a, b log-ratios, n, m lengths."""
 
-    def __init__(self, pairs: PairScores, i: int) -> None:
-        self.w, self.l = mpf(pairs.chosen[i].item()), mpf(pairs.rejected[i].item())
-        self.a = self.w - mpf(pairs.reference_chosen[i].item())
-        self.b = self.l - mpf(pairs.reference_rejected[i].item())
-        self.n, self.m = int(pairs.chosen_tokens[i]), int(pairs.rejected_tokens[i])
+    def __init__(self, pairs: Scores, i: int) -> None:
+        (self.w, self.l), bases = ([mpf(x) for x in part[:, i].tolist()] for part in (pairs.policy, pairs.reference))
+        self.a, self.b = self.w - bases[0], self.l - bases[1]
+        self.n, self.m = pairs.tokens[:, i].tolist()
 
 
 def smoothed(x: Any, e: Any) -> Any:
@@ -149,16 +158,11 @@ def assert_exact(found: Tensor, wanted: list[Any]) -> None:
         assert abs(mpf(value) - exact) <= EXACT * (1 + abs(exact)), f"{value} instead of {mp.nstr(exact, 17)}"
 
 
-def value_of(name: str, sample: PairScores, **settings: Any) -> Tensor:
-    """sft is no objective of its own, so it is called by its function."""
-    return losses.sft(sample) if name == "sft" else call(name, sample, **settings)
-
-
 @pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_formula(name: str) -> None:
     settings, formula = FORMULAS[name]
     sample = sampled()
-    rows = [Row(sample, i) for i in range(len(sample.chosen))]
+    rows = [Row(sample, i) for i in range(sample.policy.shape[1])]
     assert_exact(value_of(name, sample, **settings), [formula(row, *map(mpf, settings.values())) for row in rows])
 
 
@@ -166,9 +170,9 @@ def test_formula(name: str) -> None:
 def test_unpaired_formula(name: str) -> None:
     settings, formula = JUDGED_FORMULAS[name]
     sample = judged()
-    ratios = [mpf(a) - mpf(b) for a, b in zip(sample.answer.tolist(), sample.reference.tolist(), strict=True)]
-    both = zip(ratios, sample.labels.tolist(), strict=True)
-    assert_exact(call(name, sample, **settings), [formula(h, good, *map(mpf, settings.values())) for h, good in both])
+    rows = zip(sample.policy[0].tolist(), sample.reference[0].tolist(), sample.good[0].tolist(), strict=True)
+    wanted = [formula(mpf(a) - mpf(b), good, *map(mpf, settings.values())) for a, b, good in rows]
+    assert_exact(value_of(name, sample, **settings), wanted)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.999999, 1.0])
@@ -201,26 +205,17 @@ def settings_with(name: str, divergence: str) -> dict[str, Any]:
 CASES = [(name, divergence) for name in PAIR_LOSSES for divergence in divergences_of(name)]
 
 
-@pytest.mark.parametrize(("name", "divergence"), CASES)
+@pytest.mark.parametrize(("name", "divergence"), [*CASES, *((name, "") for name in UNPAIRED_LOSSES)])
 def test_gradcheck(name: str, divergence: str) -> None:
-    sample = sampled(6, seed=2)
-    rest = (sample.reference_chosen, sample.reference_rejected, sample.chosen_tokens, sample.rejected_tokens)
+    sample, settings = sample_for(name, 6), settings_with(name, divergence)
 
-    def value(chosen: Tensor, rejected: Tensor) -> Tensor:
-        return value_of(name, PairScores(chosen, rejected, *rest), **settings_with(name, divergence))
+    def value(policy: Tensor) -> Tensor:
+        return value_of(name, replace(sample, policy=policy, undiscounted=policy[0]), **settings)
 
-    assert torch.autograd.gradcheck(value, (sample.chosen, sample.rejected), eps=1e-5, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", UNPAIRED_LOSSES)
-def test_gradcheck_unpaired(name: str) -> None:
-    sample = judged()
-    assert torch.autograd.gradcheck(
-        lambda answer: call(name, JudgedScores(answer, sample.reference, sample.labels)), (sample.answer,)
-    )
+    assert torch.autograd.gradcheck(value, sample.policy, eps=1e-5, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@dtypes
 @pytest.mark.parametrize(("name", "divergence"), CASES)
 def test_extremes_are_finite(name: str, divergence: str, dtype: torch.dtype) -> None:
     """Log-ratios of ±1e4 on either side or both, with the settings above, with the defaults, and DiscoPOP's τ > 1."""
@@ -230,16 +225,16 @@ def test_extremes_are_finite(name: str, divergence: str, dtype: torch.dtype) -> 
         sample, ratios = pairs_of(*zip(*EXTREMES, strict=True), dtype=dtype)
         found = value_of(name, sample, **settings)
         assert found.dtype == dtype and found.isfinite().all(), settings
-        gradients = torch.autograd.grad(found.sum(), ratios, allow_unused=True)
-        assert all(g is None or g.isfinite().all() for g in gradients), settings
+        assert torch.autograd.grad(found.sum(), ratios)[0].isfinite().all(), settings
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@dtypes
 @pytest.mark.parametrize("name", UNPAIRED_LOSSES)
 def test_unpaired_extremes_are_finite(name: str, dtype: torch.dtype) -> None:
-    answer = torch.tensor([-1e4, 1e4, 0.0, -1e4, 1e4, 0.0], dtype=dtype, requires_grad=True)
-    found = call(name, JudgedScores(answer, torch.zeros(6, dtype=dtype), torch.arange(6) < 3))
-    (gradient,) = torch.autograd.grad(found.sum(), answer)
+    policy = torch.tensor([[-1e4, 1e4, 0.0, -1e4, 1e4, 0.0]], dtype=dtype, requires_grad=True)
+    sample = scores(policy, torch.zeros_like(policy), torch.ones(1, 6), torch.arange(6).unsqueeze(0) < 3)
+    found = value_of(name, sample)
+    (gradient,) = torch.autograd.grad(found.sum(), policy)
     assert found.dtype == dtype and found.isfinite().all() and gradient.isfinite().all()
 
 
@@ -251,18 +246,16 @@ def test_extremes_are_exact(name: str) -> None:
     rows = [Row(sample, i) for i in range(len(EXTREMES))]
     with mp.workdps(2000):  # 1 - e^-4000 must not round to 1
         wanted = [formula(row, *map(mpf, settings.values())) for row in rows]
-    assert_exact(call(name, sample, **settings), wanted)
+    assert_exact(value_of(name, sample, **settings), wanted)
 
 
-def test_orpo_of_certain_answers() -> None:
+@dtypes
+def test_orpo_of_certain_answers(dtype: torch.dtype) -> None:
     """A probability of 1 has infinite odds; a sum that rounding took above zero has none at all."""
-    for dtype in (torch.float32, torch.float64):
-        sure = torch.tensor([0.0, -1e-12, 1e-6, 0.0, -8.0], dtype=dtype, requires_grad=True)
-        other = torch.tensor([-5.0, 0.0, -1e4, 0.0, 0.0], dtype=dtype, requires_grad=True)
-        one = torch.ones(5, dtype=torch.int64)
-        found = losses.orpo(PairScores(sure, other, sure.detach(), other.detach(), one, one))
-        gradients = torch.autograd.grad(found.sum(), (sure, other))
-        assert found.isfinite().all() and all(g.isfinite().all() for g in gradients)
+    sides = [[0.0, -1e-12, 1e-6, 0.0, -8.0], [-5.0, 0.0, -1e4, 0.0, 0.0]]
+    policy = torch.tensor(sides, dtype=dtype, requires_grad=True)
+    found = losses.orpo(scores(policy, policy.detach(), torch.ones(2, 5)))
+    assert found.isfinite().all() and torch.autograd.grad(found.sum(), policy)[0].isfinite().all()
 
 
 def test_exponentials_go_on_along_their_tangent() -> None:
@@ -279,21 +272,16 @@ def test_exponentials_go_on_along_their_tangent() -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_value_is_read(name: str) -> None:
     """Tensors without values: a loss that looked at one, and so made a GPU wait, would raise here."""
-    bare = lambda dtype=torch.float32: torch.empty(4, dtype=dtype, device="meta")  # noqa: E731
-    points = {"shift": torch.empty((), device="meta"), "kl": torch.empty((), device="meta")}
-    if name in UNPAIRED_LOSSES:
-        sample: Any = JudgedScores(bare(), bare(), bare(torch.bool))
-    else:
-        sample = PairScores(bare(), bare(), bare(), bare(), bare(torch.int64), bare(torch.int64))
-    weights = {"sigmoid": 1.0, "sft": 1.0} if name == "sft" else {name: 1.0}
-    objective = Objective(weights)
-    found = objective(sample, points)
-    assert found.shape == (4,) and found.dtype == torch.float32
-    beta = objective.shift_beta
-    assert (beta is None) == ("bco" not in name)
-    assert beta is None or reward_shift(sample.seen(beta)).dtype == torch.float64
     logps, lengths = torch.empty(2, 4, 5, device="meta"), torch.empty(2, 4, device="meta")
-    assert answer_sums(logps, lengths, ld_alpha=0.5).shape == (2, 4)
+    sample = scores_of(logps, lengths, logps, ld_alpha=0.5)
+    if name in UNPAIRED_LOSSES:
+        labels = torch.empty(4, dtype=torch.bool, device="meta")
+        sample = scores_of(logps[:1], lengths[:1], logps[:1], labels=labels)
+    objective = Objective({"sigmoid": 1.0, "sft": 1.0} if name == "sft" else {name: 1.0})
+    found = mixture(objective.terms, sample, {name: torch.empty((), device="meta") for name in POINTS})
+    assert found.shape == (4,) and found.dtype == torch.float32
+    assert (objective.shift_beta is None) == ("bco" not in name)
+    assert reward_shift(rewards_seen(sample.ratio, sample.good)).dtype == torch.float64
 
 
 AT_START = {
@@ -318,24 +306,15 @@ AT_START = {
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.reference])
 def test_at_the_reference(name: str) -> None:
     """With the policy at its reference a loss is one number, whatever the data: what the first step must show."""
-    sample = sampled()
-    same: Any = PairScores(
-        sample.chosen,
-        sample.rejected,
-        sample.chosen.detach(),
-        sample.rejected.detach(),
-        sample.chosen_tokens,
-        sample.rejected_tokens,
-    )
-    if name in UNPAIRED_LOSSES:
-        same = JudgedScores(sample.chosen, sample.chosen.detach(), torch.arange(len(sample.chosen)) % 2 == 0)
-    found = Objective({name: 1.0})(same, {"shift": torch.zeros(()), "kl": torch.zeros(())})
+    sample = sample_for(name)
+    points = dict.fromkeys(POINTS, torch.zeros(()))
+    found = mixture(Objective({name: 1.0}).terms, replace(sample, reference=sample.policy.detach()), points)
     torch.testing.assert_close(found, torch.full_like(found, AT_START[name]), rtol=1e-13, atol=0)
 
 
 def test_label_smoothing_of_zero_is_plain() -> None:
     sample = sampled()
-    wanted = -torch.nn.functional.logsigmoid(0.1 * (sample.chosen_ratio - sample.rejected_ratio))
+    wanted = -torch.nn.functional.logsigmoid(0.1 * (sample.ratio[0] - sample.ratio[1]))
     assert torch.equal(losses.sigmoid(sample), wanted)
     assert torch.equal(losses.sigmoid(sample, label_smoothing=0.0), losses.robust(sample, label_smoothing=0.0))
 
@@ -345,7 +324,7 @@ def test_swapping_the_answers_adds_the_margin(chosen: float, rejected: float) ->
     """-log σ(-x) + log σ(x) = x."""
     there, _ = pairs_of(chosen, rejected)
     back, _ = pairs_of(rejected, chosen)
-    margin = 0.1 * (there.chosen_ratio - there.rejected_ratio)
+    margin = 0.1 * (there.ratio[0] - there.ratio[1])
     difference = losses.sigmoid(back, beta=0.1) - losses.sigmoid(there, beta=0.1)
     torch.testing.assert_close(difference, margin, rtol=1e-12, atol=1e-12)
 
@@ -364,18 +343,11 @@ FALLING = ["sigmoid", "robust", "sigmoid-norm", "hinge", "bco", "apo-zero", "sim
 
 @given(numbers, numbers, st.floats(0.01, 100))
 @pytest.mark.parametrize("name", FALLING)
-def test_a_better_chosen_answer_never_costs(name: str, chosen: float, rejected: float, more: float) -> None:
+def test_a_better_chosen_or_worse_rejected_answer_never_costs(name: str, chosen: float, rejected: float, by: float):
     settings = {"label_smoothing": 0.0} if name == "robust" else {}
-    low, high = (call(name, pairs_of(value, rejected)[0], **settings) for value in (chosen, chosen + more))
-    assert high.item() <= low.item()
-
-
-@given(numbers, numbers, st.floats(0.01, 100))
-@pytest.mark.parametrize("name", FALLING)
-def test_a_worse_rejected_answer_never_costs(name: str, chosen: float, rejected: float, less: float) -> None:
-    settings = {"label_smoothing": 0.0} if name == "robust" else {}
-    low, high = (call(name, pairs_of(chosen, value)[0], **settings) for value in (rejected - less, rejected))
-    assert low.item() <= high.item()
+    pairs = (chosen, rejected), (chosen + by, rejected), (chosen, rejected - by)
+    before, *after = (value_of(name, pairs_of(*pair)[0], **settings).item() for pair in pairs)
+    assert max(after) <= before
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -383,3 +355,156 @@ def test_divergences_rise_with_the_ratio(divergence: str) -> None:
     ratios = torch.cat([torch.linspace(-1e4, 1e4, 2001), torch.linspace(-5, 5, 101)]).double().sort().values
     values = losses.divergence_of(divergence)(ratios)
     assert values.isfinite().all() and (values.diff() >= 0).all() and values.diff()[ratios[1:] < 5].min() > 0
+
+
+def test_mixtures_are_linear() -> None:
+    sample, parts = sampled(), {"sigmoid": 0.8, "bco": 0.5, "simpo": 0.25, "sft": 0.2}
+    found = mixture(Objective(parts, {"beta": 0.3}).terms, sample, POINTS)
+    wanted = sum(weight * value_of(name, sample, beta=0.3) for name, weight in parts.items())
+    torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_does_not_depend_on_the_split(name: str) -> None:
+    """An answer's loss is its own: any micro-batches give the same numbers, and the same state after the step."""
+    whole, parts, seen = sample_for(name), [], []
+    for part in (slice(0, 2), slice(2, 3), slice(3, 9)):
+        cut = Scores(*(getattr(whole, field.name)[..., part] for field in fields(Scores)))
+        parts.append(value_of(name, cut))
+        seen.append(rewards_seen(cut.ratio, cut.good))
+    torch.testing.assert_close(torch.cat(parts), value_of(name, whole), rtol=1e-14, atol=0)
+    torch.testing.assert_close(sum(seen), rewards_seen(whole.ratio, whole.good), rtol=1e-14, atol=0)
+
+
+def test_bco_carries_the_mean_of_all_rewards() -> None:
+    samples = [sampled(5, seed=1), sampled(8, seed=2)]
+    seen = sum(rewards_seen(sample.ratio, sample.good) for sample in samples)
+    shift = reward_shift(seen)
+    mean = torch.cat([sample.ratio.flatten() for sample in samples]).mean().detach()
+    torch.testing.assert_close(shift, mean, rtol=1e-14, atol=0)
+    assert not torch.allclose(losses.bco(samples[0], shift), losses.bco(samples[0], torch.zeros(())))
+    assert not seen.requires_grad and reward_shift(torch.zeros(2, 2)) == 0
+    assert Objective({"sigmoid-norm": 1.0, "bco": 1.0}).shift_beta == 0.1, "BCO's own, not the first loss'"
+
+
+def test_unpaired_bco_stands_midway_between_good_and_bad() -> None:
+    sample = judged()
+    seen = rewards_seen(sample.ratio, sample.good)
+    good, bad = sample.ratio[sample.good], sample.ratio[~sample.good]
+    assert seen[1].tolist() == [len(good), len(bad)] and len(good) != len(bad)
+    torch.testing.assert_close(reward_shift(2 * seen), ((good.mean() + bad.mean()) / 2).detach(), rtol=1e-14, atol=0)
+
+
+def test_mismatch_kl_is_a_mean_and_never_negative() -> None:
+    answer = torch.tensor([-3.0, -5.0, -7.0], requires_grad=True)
+    assert mismatch_kl(answer, torch.tensor([-4.0, -5.5, -9.0])).item() == pytest.approx(3.5 / 3)
+    assert mismatch_kl(answer, torch.tensor([-2.0, -2.0, -2.0])) == 0
+    assert not mismatch_kl(answer, torch.zeros(3)).requires_grad
+
+
+def test_ktos_reference_point_gets_no_gradient() -> None:
+    kl, sample = torch.tensor(0.5, dtype=torch.float64, requires_grad=True), judged()
+    found = judged_losses.kto(sample, kl).sum()
+    assert torch.autograd.grad(found, (kl, sample.policy), allow_unused=True)[0] is None
+
+
+def ragged(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """logps [2, P, L], zero past the end, and lengths [2, P]."""
+    make = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([[5, 1, 3, 7], [2, 6, 3, 7]])
+    logps = -torch.rand(2, 4, 7, generator=make, dtype=torch.float64) - 0.01
+    return logps * (torch.arange(7) < lengths.unsqueeze(-1)), lengths
+
+
+@pytest.mark.parametrize("ld_alpha", [None, 0.0, 0.25, 1.0])
+def test_answer_sums(ld_alpha: float | None) -> None:
+    logps, lengths = ragged()
+    found = scores_of(logps, lengths, 1.3 * logps, ld_alpha=ld_alpha)
+    for answer, pair in itertools.product(range(2), range(4)):
+        shared, alpha = int(lengths[:, pair].min()), 1.0 if ld_alpha is None else ld_alpha
+        tokens = logps[answer, pair, : lengths[answer, pair]].tolist()
+        wanted = sum(tokens[:shared]) + alpha * sum(tokens[shared:])
+        assert found.policy[answer, pair].item() == pytest.approx(wanted, rel=1e-13)
+        assert found.reference[answer, pair].item() == pytest.approx(1.3 * wanted, rel=1e-13)
+    assert found.good.tolist() == [[True] * 4, [False] * 4] and torch.equal(found.tokens, lengths)
+
+
+def test_sft_terms_are_not_discounted() -> None:
+    """LD-DPO is about comparing two answers; learning the chosen one goes on to its end."""
+    logps, lengths = ragged()
+    plain, discounted = (scores_of(logps, lengths, 1.3 * logps, ld_alpha=alpha) for alpha in (None, 0.0))
+    assert torch.equal(losses.sft(plain), losses.sft(discounted))
+    assert not torch.allclose(losses.sigmoid(plain), losses.sigmoid(discounted))
+    difference = losses.cpo(discounted, sft_weight=3.0) - losses.cpo(discounted, sft_weight=0.0)
+    torch.testing.assert_close(difference, 3 * losses.sft(plain), rtol=1e-12, atol=1e-12)
+
+
+def test_scores_without_a_reference() -> None:
+    logps, lengths = ragged()
+    found = scores_of(logps, lengths)
+    assert not found.reference.any() and torch.equal(found.ratio, logps.sum(-1))
+
+
+def test_reference_scores_carry_no_gradient() -> None:
+    logps, lengths = ragged()
+    policy, reference = logps.clone().requires_grad_(), logps.clone().requires_grad_()
+    single = scores_of(policy[:1], lengths[:1], reference[:1], labels=torch.arange(4) < 2)
+    for found in (losses.sigmoid(scores_of(policy, lengths, reference)), judged_losses.apo_zero_unpaired(single)):
+        mine, theirs = torch.autograd.grad(found.sum(), (policy, reference), allow_unused=True)
+        assert mine is not None and mine.any() and theirs is None
+
+
+def test_rewards_margins_and_accuracy() -> None:
+    sample, _ = pairs_of([2.0, -1.0, 3.0], [1.0, 5.0, 3.0])
+    aim = Objective({"sft": 0.3, "sigmoid": 0.4, "simpo": 1.0}, {"beta": 0.5})
+    found = sample.rewards(aim.compared, aim.beta)
+    assert found.tolist() == [[1.0, -0.5, 1.5], [0.5, 2.5, 1.5]] and not found.requires_grad
+    metrics = reward_metrics(*found)
+    assert metrics["reward_margin"].tolist() == [-2.5, 3] and metrics["reward_accuracy"].tolist() == [1, 3]
+
+
+def test_every_loss_function_is_in_a_table() -> None:
+    for module, table in ((losses, PAIR_LOSSES), (judged_losses, UNPAIRED_LOSSES)):
+        takes = [
+            function
+            for key, function in vars(module).items()
+            if inspect.isfunction(function)
+            and function.__module__ == module.__name__
+            and not key.startswith("_")
+            and next(iter(inspect.signature(function).parameters)) == "scores"
+        ]
+        assert takes == [loss.function for loss in table.values()]
+        assert list(table) == [function.__name__.replace("_", "-") for function in takes]
+        for function in takes:
+            assert function.__doc__ is not None
+            assert "20" in function.__doc__ or function is losses.sft, f"{function.__name__} names no paper"
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_the_table_knows_who_needs_a_reference(name: str) -> None:
+    """A loss without one is the same with any reference; a loss with one is not."""
+    sample = sampled()
+    other = replace(sample, reference=torch.full_like(sample.reference, math.nan))
+    assert value_of(name, other).isnan().any() == LOSSES[name].reference
+    if name != "sft":
+        aim = Objective({name: 1.0, "sft": 1.0})
+        assert aim.needs_reference == LOSSES[name].reference
+        assert other.rewards(aim.compared, aim.beta).isnan().any() == LOSSES[name].reference
+
+
+OTHER_VALUES = {
+    "beta": 0.037,
+    "label_smoothing": 0.23,
+    "gamma": 0.41,
+    "tau": 0.7,
+    "sft_weight": 0.3,
+    "desirable_weight": 1.4,
+    "undesirable_weight": 0.6,
+    "divergence": "jsd",
+}
+
+
+@pytest.mark.parametrize(("name", "key"), [(n, k) for n, loss in LOSSES.items() for k in loss.defaults])
+def test_every_setting_does_something(name: str, key: str) -> None:
+    sample = sample_for(name)
+    assert not torch.allclose(value_of(name, sample, **{key: OTHER_VALUES[key]}), value_of(name, sample))

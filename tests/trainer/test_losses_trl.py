@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fourbit.trainer.losses.judged import judged_scores, mismatch_kl
+from fourbit.trainer.losses.judged import mismatch_kl
 from fourbit.trainer.losses.objective import Objective
-from fourbit.trainer.losses.pairs import PairScores, pair_scores
+from fourbit.trainer.losses.pairs import Scores, mixture, scores_of
 from fourbit.trainer.preference import reward_metrics
 
 with warnings.catch_warnings():
@@ -93,8 +93,8 @@ class Sample:
         other.logps = self.logps[:, number : number + 1].detach().clone().requires_grad_()
         return other
 
-    def scores(self, ld_alpha: float | None = None) -> PairScores:
-        return pair_scores(self.logps, self.lengths, self.reference, ld_alpha=ld_alpha)
+    def scores(self, ld_alpha: float | None = None) -> Scores:
+        return scores_of(self.logps, self.lengths, self.reference, ld_alpha=ld_alpha)
 
     @property
     def completion_mask(self) -> Tensor:
@@ -171,7 +171,7 @@ NAMES = {"reverse-kl": "reverse_kl", "forward-kl": "forward_kl", "jsd": "js_dive
 
 
 def our_loss(sample: Sample, losses: dict[str, float], settings: dict[str, Any], ld: float | None = None) -> Tensor:
-    return Objective(losses, settings)(sample.scores(ld), {"shift": torch.zeros(())})
+    return mixture(Objective(losses, settings).terms, sample.scores(ld), {"shift": torch.zeros(())})
 
 
 @pytest.fixture(autouse=True)
@@ -300,7 +300,7 @@ def test_simpo(smoothing: float, dtype: torch.dtype) -> None:
     free = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 0.6, "label_smoothing": smoothing}
     theirs, metrics = reference_free_loss(CPOTrainer, sample, sample.logps, **free)
     objective = Objective({"simpo": 1.0}, {"beta": 2.0, "gamma": 0.6, "label_smoothing": smoothing})
-    assert_same(sample, objective(sample.scores()).mean(), theirs, sample.logps, dtype)
+    assert_same(sample, mixture(objective.terms, sample.scores(), {}).mean(), theirs, sample.logps, dtype)
     check_rewards(objective, sample, metrics)
 
 
@@ -311,7 +311,7 @@ def test_cpo(sft_weight: float, dtype: torch.dtype) -> None:
     free = {"loss_type": "sigmoid", "cpo_alpha": sft_weight, "beta": 0.1, "label_smoothing": 0.05}
     theirs, metrics = reference_free_loss(CPOTrainer, sample, sample.logps, **free)
     objective = Objective({"cpo": 1.0}, {"sft_weight": sft_weight, "label_smoothing": 0.05})
-    assert_same(sample, objective(sample.scores()).mean(), theirs, sample.logps, dtype)
+    assert_same(sample, mixture(objective.terms, sample.scores(), {}).mean(), theirs, sample.logps, dtype)
     check_rewards(objective, sample, metrics)
 
 
@@ -322,7 +322,7 @@ def test_orpo(dtype: torch.dtype) -> None:
     leaf = leaf_of(sample, dtype)
     theirs, metrics = reference_free_loss(ORPOTrainer, sample, leaf, beta=0.3)
     objective = Objective({"orpo": 1.0}, {"beta": 0.3})
-    assert_same(sample, objective(sample.scores()).mean(), theirs, leaf, dtype)
+    assert_same(sample, mixture(objective.terms, sample.scores(), {}).mean(), theirs, leaf, dtype)
     check_rewards(objective, sample, metrics)
 
 
@@ -332,13 +332,10 @@ def test_conservative_dpo(dtype: torch.dtype) -> None:
     sample = Sample(dtype, seed=11)
     scores = sample.scores()
     trainer = trainer_of(CPOTrainer, loss_type="sigmoid", beta=0.2, label_smoothing=0.15, alpha=0.0)
-    theirs, chosen, rejected = trainer.cpo_loss(scores.chosen_ratio, scores.rejected_ratio)
+    theirs, *rewards = trainer.cpo_loss(*scores.ratio)
     objective = Objective({"sigmoid": 1.0}, {"beta": 0.2, "label_smoothing": 0.15})
-    assert_same(sample, objective(scores).mean(), theirs.mean(), sample.logps, dtype)
-    for mine, trls, what in zip(
-        scores.rewards(objective.compared, objective.beta), (chosen, rejected), ("chosen", "rejected"), strict=True
-    ):
-        assert_near(mine, trls, dtype, what=f"{what} rewards")
+    assert_same(sample, mixture(objective.terms, scores, {}).mean(), theirs.mean(), sample.logps, dtype)
+    assert_near(scores.rewards(objective.compared, objective.beta), torch.stack(rewards), dtype, what="rewards")
 
 
 @dtypes
@@ -375,6 +372,6 @@ def test_unpaired(name: str, raised: bool, dtype: torch.dtype) -> None:
     assert float(kl) == pytest.approx(trainer._metrics["train"]["kl"][0] if name == "kto" else float(kl), rel=1e-6)
     assert (float(kl) > 0) is raised
     objective = Objective({name: 1.0}, {"desirable_weight": 1.3, "undesirable_weight": 0.8})
-    scores = judged_scores(sample.logps[:1], sample.lengths[:1], labels, sample.reference[:1])
-    ours = objective(scores, {"kl": kl})
+    scores = scores_of(sample.logps[:1], sample.lengths[:1], sample.reference[:1], labels=labels)
+    ours = mixture(objective.terms, scores, {"kl": kl})
     assert_same(sample, ours.mean(), theirs, sample.logps, dtype)

@@ -5,8 +5,7 @@ signature does. An objective refuses a setting that none of its losses takes: no
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from inspect import Parameter, signature
@@ -16,8 +15,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from . import judged, pairs
-from .judged import JudgedScores
-from .pairs import DIVERGENCES, Compared, PairScores, Term, divergence_of, mixture
+from .pairs import DIVERGENCES, Compared, Term, divergence_of
 
 
 class Loss(NamedTuple):
@@ -60,7 +58,7 @@ PAIR_LOSSES = {
     "apo-zero": Loss(pairs.apo_zero),
     "apo-down": Loss(pairs.apo_down),
     "simpo": Loss(pairs.simpo, "mean"),
-    "cpo": Loss(pairs.cpo, "sum"),
+    "cpo": Loss(pairs.cpo, "policy"),
     "orpo": Loss(pairs.orpo, "mean"),
     "sft": Loss(pairs.sft, None),
 }
@@ -83,86 +81,85 @@ ELSEWHERE = {
 NO_AOT = ": it sorts a whole batch, so its result would depend on how a step is split into micro-batches"
 
 
-@dataclass(frozen=True)
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+Rule = tuple[str, Callable[[Any], bool]]
+ABOVE_0: Rule = ("a number above 0", lambda v: v > 0)
+AT_LEAST_0: Rule = ("a number of at least 0", lambda v: v >= 0)
+RULES: dict[str, Rule] = {  # every setting there is
+    **dict.fromkeys(("beta", "tau", "desirable_weight", "undesirable_weight"), ABOVE_0),
+    **dict.fromkeys(("gamma", "sft_weight"), AT_LEAST_0),
+    "label_smoothing": ("a number from 0 up to, but not including, 0.5", lambda v: 0 <= v < 0.5),
+    "divergence": (f"one of {', '.join(DIVERGENCES)}", lambda v: v in DIVERGENCES),
+    "divergence_alpha": ("a number from 0 to 1", lambda v: 0 <= v <= 1),
+    "ld_alpha": ("a number from 0 to 1 (1 discounts nothing)", lambda v: 0 <= v <= 1),
+}
+
+
 class Objective:
     """A weighted sum of losses, checked: {"sigmoid": 0.8, "sft": 0.2} with {"beta": 0.05}.
 
     losses: names of PAIR_LOSSES, or all of UNPAIRED_LOSSES, with weights above 0, used as they are (not normalised).
-    settings: beta, label_smoothing, gamma, tau, sft_weight, desirable_weight, undesirable_weight, and f-DPO's
-    divergence (a name of DIVERGENCES) with divergence_alpha. Each goes to every loss that takes it; a loss has its own
-    default for what is not there. Raises InputError for what cannot work, naming the rule and the value.
+    settings: those of RULES. Each goes to every loss that takes it; a loss has its own default for what is not there.
+    ld_alpha is for `pairs.scores_of`. Raises InputError for what cannot work, naming the rule and the value.
     """
 
-    losses: Mapping[str, float]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _check_names(self.losses)
+    def __init__(self, losses: Mapping[str, float], settings: Mapping[str, Any] | None = None) -> None:
+        self.losses, self.settings = losses, dict(settings or {})
+        _check_names(losses)
+        self.unpaired = next(iter(losses)) in UNPAIRED_LOSSES  # it is about judged answers, one by one
         for key, value in self.settings.items():
             self._check_setting(key, value)
-
-    @property
-    def unpaired(self) -> bool:
-        """Whether it reads JudgedScores of single judged answers instead of PairScores."""
-        return next(iter(self.losses)) in UNPAIRED_LOSSES
-
-    @property
-    def needs_reference(self) -> bool:
-        return any(LOSSES[name].reference for name in self.losses)
-
-    @property
-    def beta(self) -> float:
-        """What rewards are scaled with: beta of the first loss that has one."""
-        return next(float(s["beta"]) for s in map(self.settings_of, self.losses) if "beta" in s)
+        found, given = [LOSSES[name] for name in losses], [self.settings_of(name) for name in losses]
+        self.points = {loss.point for loss in found}
+        self.needs_reference = any(loss.reference for loss in found)
+        # What rewards are made of, and scaled with: in a mixture the first loss that has them decides.
+        self.compared = next(loss.compared for loss in found if loss.compared is not None)
+        self.beta = next(float(own["beta"]) for own in given if "beta" in own)
+        # beta of the loss that carries the mean of all rewards from step to step (BCO), if there is one
+        both = list(zip(found, given, strict=True))
+        self.shift_beta: float | None = next((own["beta"] for loss, own in both if loss.point == "shift"), None)
+        self.terms: list[Term] = [
+            (weight, partial(loss.function, **own), loss.point)
+            for weight, (loss, own) in zip(losses.values(), both, strict=True)
+        ]
 
     def settings_of(self, name: str) -> dict[str, Any]:
         """Everything that the loss `name` is called with."""
-        known = LOSSES[name].defaults
-        given = known | {key: value for key, value in self.settings.items() if key in known}
-        if isinstance(given.get("divergence"), str):
-            given["divergence"] = divergence_of(given["divergence"], self.settings.get("divergence_alpha", 0.5))
-        return given
-
-    @property
-    def compared(self) -> Compared:
-        """What rewards are made of. As for beta, in a mixture the first loss that has them decides."""
-        return next(kind for name in self.losses if (kind := LOSSES[name].compared) is not None)
-
-    @property
-    def shift_beta(self) -> float | None:
-        """beta of the loss that carries the mean of all rewards from step to step (BCO); None where there is none."""
-        return next((self.settings_of(n)["beta"] for n in self.losses if LOSSES[n].point == "shift"), None)
-
-    def terms(self) -> list[Term]:
-        """The losses, ready to be called by `pairs.mixture`."""
-        return [
-            Term(weight, partial(LOSSES[name].function, **self.settings_of(name)), LOSSES[name].point)
-            for name, weight in self.losses.items()
-        ]
-
-    def __call__(self, scores: PairScores | JudgedScores, points: Mapping[str, Tensor] | None = None) -> Tensor:
-        """`pairs.mixture` of these losses."""
-        return mixture(self.terms(), scores, points or {})
+        own = {key: self.settings.get(key, default) for key, default in LOSSES[name].defaults.items()}
+        if isinstance(own.get("divergence"), str):
+            own["divergence"] = divergence_of(own["divergence"], self.settings.get("divergence_alpha", 0.5))
+        return own
 
     def _check_setting(self, key: str, value: object) -> None:
-        if key == "divergence_alpha":
-            if self.settings.get("divergence") != "alpha":
-                raise InputError(
-                    f"divergence_alpha belongs to divergence alpha; got {value!r} without it: leave it out"
-                )
-            _check_value(key, value, "")
-            return
-        takers = [name for name in self.losses if key in LOSSES[name].defaults]
-        if not takers:
-            raise InputError(_not_taken(key, value, self.losses))
-        for name in takers:
-            _check_value(key, value, name)
+        losses, takers = ", ".join(self.losses), [name for name in self.losses if key in LOSSES[name].defaults]
+        taking = [name for name, loss in LOSSES.items() if key in loss.defaults]
+        if key not in RULES:
+            raise InputError(f"there is no setting {key!r} of losses{_near(key, RULES)}")
+        if key == "divergence_alpha" and self.settings.get("divergence") != "alpha":
+            raise InputError(f"divergence_alpha belongs to divergence alpha; got {value!r} without it: leave it out")
+        if key == "ld_alpha" and self.unpaired:
+            raise InputError(
+                f"ld_alpha compares the two answers of a pair, got {value} with the loss {losses}, which judges single "
+                "answers: leave it out"
+            )
+        if taking and not takers:
+            raise InputError(
+                f"{key} is not used by the loss {' and '.join(self.losses)}, got {value!r}: leave it out, or choose "
+                f"among {', '.join(taking)}"
+            )
+        rule, holds = RULES[key]
+        if (key != "divergence" and not _is_number(value)) or not holds(value):
+            raise InputError(f"{key} must be {rule}, got {value!r}{_near(value, DIVERGENCES)}")
+        if "exo" in takers and key == "label_smoothing" and value == 0:
+            raise InputError("label_smoothing of the loss exo must be above 0 (its authors use 1e-3), got 0")
         others = [name for name in self.losses if LOSSES[name].reference and name not in takers]
         if key == "divergence" and value != "reverse-kl" and others:
-            taking = ", ".join(name for name, loss in LOSSES.items() if key in loss.defaults)
             raise InputError(
                 f"divergence {value} has no meaning for the loss {others[0]}, which is no function of the difference "
-                f"of two rewards; losses that take it: {taking}"
+                f"of two rewards; losses that take it: {', '.join(taking)}"
             )
 
 
@@ -188,59 +185,18 @@ def _check_names(losses: Mapping[str, float]) -> None:
         raise InputError(f"loss must name at least one of {', '.join(LOSSES)}; got none")
     for name, weight in losses.items():
         if name not in LOSSES:
-            raise InputError(f"unknown loss {name!r}{_near(name)}; there are {', '.join(LOSSES)}")
+            plain = str(name).replace("_", "-").lower()
+            near = NO_AOT if plain.startswith("aot") else _near(ELSEWHERE.get(plain, plain), LOSSES)
+            raise InputError(f"unknown loss {name!r}{near}; there are {', '.join(LOSSES)}")
         if not _is_number(weight) or weight <= 0:
             raise InputError(f"the weight of loss {name} must be a number above 0, got {weight!r}")
-    single = [name for name in losses if name in UNPAIRED_LOSSES]
-    if single and len(single) < len(losses):
-        other = next(name for name in losses if name in PAIR_LOSSES)
-        raise InputError(f"loss {single[0]} is for single judged answers and {other} for pairs: choose one kind")
+    single, paired = ([name for name in losses if name in table] for table in (UNPAIRED_LOSSES, PAIR_LOSSES))
+    if single and paired:
+        raise InputError(f"loss {single[0]} is for single judged answers and {paired[0]} for pairs: choose one kind")
     if set(losses) == {"sft"}:
         raise InputError("loss sft alone is plain fine-tuning: use fourbit sft, or give a preference loss beside it")
 
 
-def _near(name: str) -> str:
-    plain = str(name).replace("_", "-").lower()
-    if plain.startswith("aot"):
-        return NO_AOT
-    near = ELSEWHERE.get(plain) or next(iter(get_close_matches(plain, LOSSES, n=1)), None)
-    return f"; did you mean {near}?" if near else ""
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-Rule = tuple[str, Callable[[Any], bool]]
-ABOVE_0: Rule = ("a number above 0", lambda v: v > 0)
-AT_LEAST_0: Rule = ("a number of at least 0", lambda v: v >= 0)
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(("beta", "tau", "desirable_weight", "undesirable_weight"), ABOVE_0),
-    **dict.fromkeys(("gamma", "sft_weight"), AT_LEAST_0),
-    "label_smoothing": ("a number from 0 up to, but not including, 0.5", lambda v: 0 <= v < 0.5),
-    "divergence_alpha": ("a number from 0 to 1", lambda v: 0 <= v <= 1),
-}
-SETTINGS = (*RULES, "divergence")
-
-
-def _check_value(key: str, value: object, loss: str) -> None:
-    if key == "divergence":
-        if not isinstance(value, str) or value not in DIVERGENCES:
-            near = get_close_matches(str(value).replace("_", "-"), DIVERGENCES, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {value!r}{hint}")
-        return
-    rule, holds = RULES[key]
-    if not _is_number(value) or not holds(value):
-        raise InputError(f"{key} must be {rule}, got {value!r}")
-    if loss == "exo" and key == "label_smoothing" and value == 0:
-        raise InputError("label_smoothing of the loss exo must be above 0 (its authors use 1e-3), got 0")
-
-
-def _not_taken(key: str, value: object, losses: Mapping[str, float]) -> str:
-    taking = [name for name, loss in LOSSES.items() if key in loss.defaults]
-    if not taking:
-        near = get_close_matches(key, SETTINGS, n=1)
-        return f"there is no setting {key!r} of losses{f'; did you mean {near[0]}?' if near else ''}"
-    named = " and ".join(losses)
-    return f"{key} is not used by the loss {named}, got {value!r}: leave it out, or choose among {', '.join(taking)}"
+def _near(word: object, names: Iterable[str]) -> str:
+    near = get_close_matches(str(word).replace("_", "-"), names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
