@@ -6,7 +6,7 @@ CHUNK = 64  # tokens of room added at a time: copying costs less than room that 
 
 
 class KVCache:
-    """Room for every layer's keys and values, [rows, kv_heads, capacity, head_dim], grown by chunks of 64 tokens.
+    """Room for every layer's keys and values, [2, rows, kv_heads, capacity, head_dim], grown by chunks of 64 tokens.
 
     `length` counts the tokens stored. Memory: 2 * layers * rows * kv_heads * capacity * head_dim elements of the
     model's dtype.
@@ -14,15 +14,21 @@ class KVCache:
 
     def __init__(self, layers: int) -> None:
         self.length = 0
-        self._keys: list[Tensor | None] = [None] * layers
-        self._values: list[Tensor | None] = [None] * layers
+        self._rooms: list[Tensor | None] = [None] * layers
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v [B, T, K, D] after the tokens seen so far; return all of that layer's, [B, length + T, K, D]
-        (views).
-        """
+        """Store k and v [B, T, K, D] after the tokens seen; views of all of that layer's, [B, length + T, K, D]."""
         end = self.length + k.shape[1]
-        return self._store(self._keys, layer, k, end), self._store(self._values, layer, v, end)
+        room = self._rooms[layer]
+        if room is None or room.shape[3] < end:
+            old, (rows, _, heads, size) = room, k.shape
+            room = self._rooms[layer] = k.new_empty(2, rows, heads, -(-end // CHUNK) * CHUNK, size)
+            if old is not None:
+                room[:, :, :, : self.length] = old[:, :, :, : self.length]
+        for held, new in zip(room, (k, v), strict=True):
+            held[:, :, self.length : end] = new.transpose(1, 2)
+        keys, values = room[:, :, :, :end].transpose(2, 3)
+        return keys, values
 
     def advance(self, tokens: int) -> None:
         """Count the tokens just appended to every layer."""
@@ -30,20 +36,4 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Take the rows with the given indices (int64), in that order; a repeated one is continued in several ways."""
-        for store in (self._keys, self._values):
-            for layer, old in enumerate(store):
-                store[layer] = None if old is None else old.index_select(0, rows)
-
-    def _store(self, store: list[Tensor | None], layer: int, x: Tensor, end: int) -> Tensor:
-        room = store[layer]
-        if room is None or room.shape[2] < end:
-            room = store[layer] = self._grown(room, x, end)
-        room[:, :, self.length : end] = x.transpose(1, 2)
-        return room[:, :, :end].transpose(1, 2)
-
-    def _grown(self, old: Tensor | None, x: Tensor, end: int) -> Tensor:
-        rows, _, heads, size = x.shape
-        room = x.new_empty(rows, heads, -(-end // CHUNK) * CHUNK, size)
-        if old is not None:
-            room[:, :, : self.length] = old[:, :, : self.length]
-        return room
+        self._rooms = [None if room is None else room.index_select(1, rows) for room in self._rooms]

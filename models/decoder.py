@@ -47,9 +47,6 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-    def extra_repr(self) -> str:
-        return f"{self.weight.numel()}, eps={self.eps}"
-
 
 class Attention(nn.Module):
     """Grouped-query causal attention with rotary positions."""
@@ -126,10 +123,9 @@ class Trunk(nn.Module):
 class Decoder(CausalLM):
     """A language model that computes what its `spec` says.
 
-    `checkpointing`: when True, training keeps only each layer's input and recomputes the layer in backward (dropout
-    repeats exactly). `keep_decoded`: the recomputed layer then keeps its 4-bit weights decoded until its backward is
-    through, which saves decoding them once more and takes one layer's dense weights of memory (8B: 0.44 GB); by default
-    (None) on a GPU only.
+    `checkpointing`: training keeps only each layer's input and recomputes the layer in backward (dropout repeats
+    exactly). `keep_decoded`: a recomputed layer keeps its 4-bit weights decoded until its backward is through, which
+    saves decoding them once more and takes one layer's dense weights of memory (8B: 0.44 GB); None: on a GPU only.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -158,8 +154,8 @@ class Decoder(CausalLM):
         x: Tensor = self.model.embed_tokens(input_ids)  # [B, T, hidden]
         training = torch.is_grad_enabled() and cache is None
         recompute = training and self.checkpointing
-        tables, visible = self._rope_tables(position_ids, x), _visible(input_ids, cache, mask)
         keep = recompute and (x.is_cuda if self.keep_decoded is None else self.keep_decoded)
+        tables, visible = _rope_tables(self.spec, position_ids, x), _visible(input_ids, cache, mask)
         shared = _Pass(*tables, spans, visible, cache, lean=training and not recompute, keep=keep)
         for layer in self.model.layers:
             if recompute:
@@ -179,11 +175,12 @@ class Decoder(CausalLM):
         """The keys of `config.json`. InputError where the family's words cannot say the spec."""
         return write_spec(self.spec)
 
-    def _rope_tables(self, position_ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin for all layers: computed in fp32 (fp64 for float64 models), then in the activations' dtype."""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        cos, sin = rope.tables(position_ids, rope_frequencies(self.spec, wide, x.device))
-        return cos.to(x.dtype), sin.to(x.dtype)
+
+def _rope_tables(spec: Spec, position_ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin for all layers: computed in fp32 (fp64 for float64 models), then in the activations' dtype."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = rope.tables(position_ids, rope_frequencies(spec, wide, x.device))
+    return cos.to(x.dtype), sin.to(x.dtype)
 
 
 def rope_frequencies(spec: Spec, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -210,11 +207,9 @@ def _check(input_ids: Tensor, spans: Spans | None, cache: KVCache | None, mask: 
         raise ValueError("spans (packed rows) take neither a cache nor a mask")
     if spans is not None:
         span_lengths(spans, input_ids.numel())  # before any work, not in the first layer
-    total = input_ids.shape[1] + (0 if cache is None else cache.length)
-    if mask is not None and mask.shape != (input_ids.shape[0], total):
-        raise ValueError(
-            f"mask must be [batch, cached + new tokens] = {(input_ids.shape[0], total)}, got {tuple(mask.shape)}"
-        )
+    shape = (input_ids.shape[0], input_ids.shape[1] + (0 if cache is None else cache.length))
+    if mask is not None and mask.shape != shape:
+        raise ValueError(f"mask must be [batch, cached + new tokens] = {shape}, got {tuple(mask.shape)}")
 
 
 def _visible(input_ids: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor | None:

@@ -1,8 +1,7 @@
 """Text generation: batches of prompts continued token by token from a key-value cache.
 
-Prompts of similar length share a batch, padded on the left so that all rows end together; rows that are done leave it.
-Sampling draws one uniform number a token from a generator of the prompt's own, so what a prompt yields does not depend
-on its neighbours.
+Prompts of similar length share a batch, padded on the left so that all rows end together. Sampling draws one uniform
+number a token from a generator of the prompt's own, so what a prompt yields does not depend on its neighbours.
 """
 
 from collections.abc import Callable, Sequence
@@ -73,78 +72,69 @@ def generate(
     try:
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
-            batch = _Batch(model, [prompts[i] for i in rows], sampling, [(seed, i) for i in rows])
-            for i, answer in zip(rows, batch.run(max_new_tokens, frozenset(stop_ids), on_token), strict=True):
-                answers[i] = answer
+            numbers = [torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + i) % (1 << 63)) for i in rows]
+            batch = [(prompts[i], answers[i]) for i in rows]
+            _continue(model, batch, sampling, numbers, max_new_tokens, frozenset(stop_ids), on_token)
     finally:
         model.train(was_training)
     return answers
 
 
-class _Batch:
-    """Rows generated together: `active` holds the row number of each row still in the cache.
+def _continue(
+    model: CausalLM,
+    batch: list[tuple[Sequence[int], list[int]]],
+    sampling: Sampling,
+    numbers: list[torch.Generator],
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    on_token: Callable[[int], None] | None,
+) -> None:
+    """Extend the answers of (prompt, answer) pairs, together.
 
-    What all prompts begin with (a system prompt, or everything when one prompt is sampled often) is read once.
+    What all prompts begin with (a system prompt, or everything when one is sampled often) is read once; as soon as half
+    of the rows are done, only the others stay.
     """
-
-    def __init__(
-        self, model: CausalLM, prompts: list[Sequence[int]], sampling: Sampling, seeds: list[tuple[int, int]]
-    ) -> None:
-        self.model, self.sampling = model, sampling
-        self.device = model.device
-        self.generators = [_generator(*seed) for seed in seeds]
-        self.answers: list[list[int]] = [[] for _ in prompts]
-        self.active = list(range(len(prompts)))
-        self.cache = model.new_cache()
-        shared = _common_start(prompts)
-        if shared:
-            model.hidden(torch.tensor([prompts[0][:shared]], device=self.device), cache=self.cache)
-            self.cache.select(torch.zeros(len(prompts), dtype=torch.int64, device=self.device))
-        rests = [prompt[shared:] for prompt in prompts]
-        width = max(map(len, rests))
-        pads = [width - len(rest) for rest in rests]
-        self.tokens = torch.tensor([[0] * pad + list(rest) for pad, rest in zip(pads, rests, strict=True)])  # [B, T]
-        self.tokens = self.tokens.to(self.device)
-        self.mask: Tensor | None = None  # [B, cached + T]
-        if any(pads):
-            place = torch.arange(shared + width)
-            padding = (place >= shared) & (place < shared + torch.tensor(pads).unsqueeze(1))
-            self.mask = ~padding.to(self.device)
-
-    def run(
-        self, max_new_tokens: int, stop_ids: frozenset[int], on_token: Callable[[int], None] | None
-    ) -> list[list[int]]:
-        done: set[int] = set()
-        for step in range(max_new_tokens):
-            hidden = self.model.hidden(self.tokens, cache=self.cache, mask=self.mask)[:, -1]  # [B, hidden]
-            chosen = choose(self.model.lm_head(hidden), self.sampling, [self.generators[row] for row in self.active])
-            for row, token in zip(self.active, chosen.tolist(), strict=True):
-                if row in done:
-                    continue
-                if token in stop_ids:
-                    done.add(row)
-                    continue
-                self.answers[row].append(token)
+    device, cache = model.device, model.new_cache()
+    tokens, mask, shared = _padded([prompt for prompt, _ in batch])
+    tokens, mask = tokens.to(device), None if mask is None else mask.to(device)
+    if shared:
+        model.hidden(torch.tensor([batch[0][0][:shared]], device=device), cache=cache)
+        cache.select(torch.zeros(len(batch), dtype=torch.int64, device=device))
+    active, done = list(range(len(batch))), set[int]()  # rows in the cache, and those of them that are done
+    for step in range(max_new_tokens):
+        hidden = model.hidden(tokens, cache=cache, mask=mask)[:, -1]  # [B, hidden]
+        chosen = choose(model.lm_head(hidden), sampling, [numbers[row] for row in active])
+        for row, token in zip(active, chosen.tolist(), strict=True):
+            if token in stop_ids:
+                done.add(row)
+            if row not in done:
+                batch[row][1].append(token)
                 if on_token is not None:
                     on_token(token)
-            if len(done) == len(self.answers) or step + 1 == max_new_tokens:
-                break
-            self._continue(chosen, done)
-        return self.answers
-
-    def _continue(self, chosen: Tensor, done: set[int]) -> None:
-        """Feed the chosen tokens next; once half of the rows are done, only the others stay."""
-        kept = [place for place, row in enumerate(self.active) if row not in done]
-        self.tokens = chosen.unsqueeze(1)
-        if self.mask is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.active), 1)], dim=1)
-        if 2 * len(kept) > len(self.active):
+        if len(done) == len(batch) or step + 1 == max_new_tokens:
             return
-        index = torch.tensor(kept, device=self.device)
-        self.cache.select(index)
-        self.tokens = self.tokens[index]
-        self.mask = None if self.mask is None else self.mask[index]
-        self.active = [self.active[place] for place in kept]
+        tokens = chosen.unsqueeze(1)
+        mask = None if mask is None else torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+        kept = [place for place, row in enumerate(active) if row not in done]
+        if 2 * len(kept) <= len(active):
+            index = torch.tensor(kept, device=device)
+            cache.select(index)
+            tokens, mask, active = tokens[index], None if mask is None else mask[index], [active[i] for i in kept]
+
+
+def _padded(prompts: list[Sequence[int]]) -> tuple[Tensor, Tensor | None, int]:
+    """What differs of the prompts, padded on the left [B, T]; a mask [B, shared + T] if there is padding; and how many
+    tokens all begin with: one fewer than the shortest at most, and 0 for a single prompt.
+    """
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # these two differ first of all
+    limit = min(map(len, prompts)) - 1 if len(prompts) > 1 else 0
+    shared = next((i for i in range(limit) if first[i] != last[i]), limit)
+    width = max(map(len, prompts))
+    pads = torch.tensor([[width - len(prompt)] for prompt in prompts])
+    tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt[shared:]) for prompt in prompts])
+    place = torch.arange(width)
+    mask = (place < shared) | (place >= shared + pads)
+    return tokens, None if mask.all() else mask, shared
 
 
 def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
@@ -169,17 +159,3 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     last = (probability > 0).long().mul_(torch.arange(1, k + 1, device=logits.device)).amax(-1, keepdim=True) - 1
     place = torch.minimum(place, last)
     return (place if ids is None else ids.gather(1, place)).squeeze(1)
-
-
-def _common_start(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with; one fewer than the shortest at most, and 0 for a single prompt."""
-    if len(prompts) == 1:
-        return 0
-    limit = min(map(len, prompts)) - 1
-    first, last = min(map(list, prompts)), max(map(list, prompts))  # these two differ first of all
-    return next((i for i in range(limit) if first[i] != last[i]), limit)
-
-
-def _generator(seed: int, index: int) -> torch.Generator:
-    """A prompt's own stream of random numbers."""
-    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + index) % (1 << 63))

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from ..errors import InputError
 from .config import Settings
+from .tokenizer import Tokenizer
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # tokenizer.ggml.token_type; 1 normal, 5 unused, 6 byte
 
@@ -43,8 +44,8 @@ _WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3"}  # a word that is a tok
 _COMPOSED = {"qwen2", "deepseek-r1-qwen"}  # trained on NFC text
 
 
-def gguf_arguments(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `Tokenizer` that a GGUF's metadata describe.
+def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that a GGUF's metadata describe.
 
     InputError for another kind than byte-level BPE, an unknown pre-tokenizer, a missing or malformed key, or tokens and
     merges that contradict each other.
@@ -58,13 +59,15 @@ def gguf_arguments(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(template, str | None):
         raise InputError("GGUF metadata: tokenizer.chat_template must be a string.")
     bos, eos, pad, *stops = (_token_id(keys, name, len(tokens)) for name in ("bos", "eos", "padding", "eot", "eom"))
-    special = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
-    return {
-        "backend": backend,
-        "chat_template": template,
-        "stop_ids": [stop for stop in stops if stop is not None],
-        **{name: None if index is None else tokens[index] for name, index in special.items()},
-    }
+    bos_token, eos_token, pad_token = (None if index is None else tokens[index] for index in (bos, eos, pad))
+    return Tokenizer(
+        backend,
+        chat_template=template,
+        bos_token=bos_token,
+        eos_token=eos_token,
+        pad_token=pad_token,
+        stop_ids=[stop for stop in stops if stop is not None],
+    )
 
 
 def _backend(keys: Settings, tokens: list[str]) -> tokenizers.Tokenizer:

@@ -25,11 +25,6 @@ INDEX_BYTES = 64 << 20
 _PLAIN_NAME = re.compile(r'[^./\\:"\x00-\x1f][^/\\:"\x00-\x1f]*\.safetensors')
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's `config.json` as a dict; InputError where it is missing, too large or no JSON object."""
-    return read_json(folder / "config.json", CONFIG_BYTES)
-
-
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor, from the files' headers alone. Raises InputError as `iter_tensors` does."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -41,8 +36,6 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                     f"{path}: tensor {name!r} has dtype {part.get_dtype()}; weights must be {', '.join(FLOATS)}. "
                     "Load the unquantised model and let fourbit quantise it."
                 )
-            if name in shapes:
-                raise InputError(f"{path}: tensor {name!r} is also in another shard; every tensor must be in one file.")
             shapes[name] = tuple(part.get_shape())
     return shapes
 
@@ -114,8 +107,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _no_weights(folder: Path) -> str:
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
-    if pickled:
+    if pickled := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED):
         return (
             f"{folder}: holds {', '.join(pickled[:3])} but no safetensors. Such files can run code when read, so they "
             "never are; convert them with transformers: from_pretrained(folder), then save_pretrained(another_folder)."

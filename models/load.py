@@ -1,11 +1,11 @@
 """A checkpoint on disk to a model in memory, one tensor at a time.
 
-The model is built on the meta device, where shapes cost nothing; names and shapes are compared with the file before the
-first weight is read; then each tensor goes straight to its place, quantised if it is a linear layer's. So the peak is
-the finished model plus about one dense tensor, and a wrong file fails in the first second, not after minutes.
+The model is built on the meta device, where shapes cost nothing; names and shapes are compared with the file's before
+the first weight is read; then each tensor goes straight to its place, quantised if it is a linear layer's. So the peak
+is the finished model plus about one dense tensor, and a wrong file fails in the first second.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import EnvironmentProblem, InputError
-from ..files import misfits
+from ..files import misfits, read_json
 from ..lora.linear4bit import NF4Linear
 from ..lora.quantize import quantize_
 from . import gguf_model, hf
 from .decoder import Decoder
 from .families import read_spec
 from .gguf import GGUFFile
+from .gguf_tokenizer import gguf_tokenizer
 from .protocol import CausalLM
-from .spec import Spec
 from .tokenizer import Tokenizer
+from .tokenizer_folder import folder_tokenizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 QUANTIZE = {"nf4": ("nf4", True), "nf4-nodq": ("nf4", False), "fp4": ("fp4", True)}  # name -> code, double quantisation
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def load(
@@ -50,8 +49,8 @@ def load(
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer alone, without reading a weight: enough to look at data. Raises InputError where it is missing."""
-    path = Path(path)
-    return Tokenizer.from_gguf(GGUFFile(path).metadata) if _is_gguf(path) else Tokenizer.from_folder(_folder(path))
+    found = _opened(Path(path))
+    return gguf_tokenizer(found.metadata) if isinstance(found, GGUFFile) else folder_tokenizer(found)
 
 
 def check_tokenizer(model: CausalLM, tokenizer: Tokenizer) -> None:
@@ -83,7 +82,13 @@ def load_model(
         raise InputError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}.")
     if quantize not in (None, "none", *QUANTIZE):
         raise InputError(f"quantize must be none, {', '.join(QUANTIZE)}, got {quantize!r}.")
-    spec, shapes, tensors = _read(path)
+    found = _opened(path)
+    if isinstance(found, GGUFFile):
+        spec, shapes = gguf_model.read_spec(found), gguf_model.tensor_shapes(found)
+        tensors = gguf_model.iter_tensors(found, spec)
+    else:
+        spec = read_spec(read_json(found / "config.json", hf.CONFIG_BYTES))
+        shapes, tensors = hf.tensor_shapes(found), hf.iter_tensors(found)
     with torch.device("meta"), _NoInitialValues():
         model = Decoder(spec)
     skip = _check_tensors(path, model, shapes)
@@ -102,29 +107,14 @@ def load_model(
 class _NoInitialValues(TorchFunctionMode):
     """Inside it `torch.nn.init` does nothing: on meta tensors it would import sympy, 67 MB and seconds for no value."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if getattr(func, "__module__", None) == "torch.nn.init" else func(*args, **(kwargs or {}))
 
 
-def _read(path: Path) -> tuple[Spec, Shapes, Iterator[tuple[str, Tensor]]]:
-    if _is_gguf(path):
-        file = GGUFFile(path)
-        spec = gguf_model.read_spec(file)
-        return spec, gguf_model.tensor_shapes(file), gguf_model.iter_tensors(file, spec)
-    folder = _folder(path)
-    return read_spec(hf.read_config(folder)), hf.tensor_shapes(folder), hf.iter_tensors(folder)
-
-
-def _is_gguf(path: Path) -> bool:
-    return path.suffix.lower() == ".gguf"
-
-
-def _folder(path: Path) -> Path:
+def _opened(path: Path) -> GGUFFile | Path:
+    """What a model is read from: an open GGUF file or a folder."""
+    if path.suffix.lower() == ".gguf":
+        return GGUFFile(path)
     if path.is_dir():
         return path
     if path.suffix in hf.PICKLED:
@@ -146,18 +136,16 @@ def _device(device: torch.device | str) -> torch.device:
     return device
 
 
-def _check_tensors(path: Path, model: Decoder, shapes: Shapes) -> set[str]:
-    """Compare the file's tensors with the model's; returns names to skip (old rotary buffers, a tied head's second
-    copy).
-    """
+def _check_tensors(path: Path, model: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """Compare names and shapes; returns the file's names to skip: old rotary buffers, a tied head's second copy."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)}
     if model.spec.tie_word_embeddings:
         del wanted["lm_head.weight"]
     unknown = shapes.keys() - wanted.keys()
     skip = {name for name in unknown if name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq")}
-    if problems := misfits(wanted, {name: shape for name, shape in shapes.items() if name not in skip}):
+    if wrong := misfits(wanted, {name: shape for name, shape in shapes.items() if name not in skip}):
         raise InputError(
-            f"{path}: tensors do not fit the config. {problems} The weights and the config are of different models."
+            f"{path}: tensors do not fit the config. {wrong} The weights and the config are of different models."
         )
     return skip
 

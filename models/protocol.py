@@ -83,14 +83,7 @@ class CausalLM(nn.Module, ABC):
         other |= {id(p) for m in self.modules() if isinstance(m, Adapter) for p in m.parameters()}
         return next(p.dtype for p in self.parameters() if p.is_floating_point() and id(p) not in other)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None = None,
-        spans: Spans | None = None,
-        cache: Cache | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, *args: Any, **options: Any) -> Tensor:
         """Logits [B, T, vocab_size]; the arguments are those of `hidden`."""
-        logits: Tensor = self.lm_head(self.hidden(input_ids, position_ids, spans, cache, mask))
+        logits: Tensor = self.lm_head(self.hidden(input_ids, *args, **options))
         return logits

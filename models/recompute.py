@@ -1,8 +1,8 @@
 """Tensors that backward makes again instead of keeping: a normalised input, a gated product.
 
-A LoRA layer keeps its input for the gradient of A. In a Llama layer these inputs are one cheap step away from tensors
+A LoRA layer keeps its input for the gradient of A. In a decoder layer these inputs are one cheap step away from tensors
 that are kept anyway (the residual stream, gate and up), so a third of a layer's activations need not be stored. The
-step is run again on the same numbers, so the values come back to the bit.
+step runs again on the same numbers, so the values come back to the bit.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ def recomputed(
 ) -> AbstractContextManager[Any]:
     """A block inside which autograd keeps `step` and `inputs` in place of `value` = step(*inputs).
 
-    However often `value` is saved there (as it is or as a view of all of it), the step runs once, in backward. Anything
-    else is kept as ever. The inputs must not be overwritten before backward. Not `active`: nothing changes; nor under
-    torch.compile, whose compiler decides by itself what to make again.
+    However often `value` is saved there (as it is or as a view of all of it), the step runs once, in backward. The
+    inputs must not be overwritten before. Nothing changes where not `active`, and under torch.compile, whose compiler
+    decides by itself what to make again.
     """
     if not active or torch.compiler.is_compiling():
         return nullcontext()

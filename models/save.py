@@ -25,8 +25,8 @@ def save_model(model: CausalLM, tokenizer: Tokenizer, folder: str | Path, *, sha
     model: a dense one without an adapter. Tied weights are written once, under the embedding's name. Weights of more
     than `shard_bytes` become several files with an index. Every file appears whole or not at all, the weights all at
     once (an older save's shards go), config.json last.
-    Raises InputError for a 4-bit model or one with an adapter, NumericError for NaN or infinity, by tensor, both before
-    anything is written, and DiskError when the disk refuses.
+    Raises InputError for a 4-bit model or one with an adapter and NumericError for NaN or infinity, by tensor, before
+    anything is written; DiskError when the disk refuses.
     """
     folder, settings = Path(folder), model.settings()
     tensors = _dense_state(model)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: one small class over the `tokenizers` library, from a Hugging Face folder or a GGUF file.
+"""Text to token ids and back: one small class over the `tokenizers` library.
 
 It never adds a token by itself: what the chat template renders is what the model sees, so a doubled BOS cannot come
 from here. Special tokens that stand in the text are recognised as one id. Offsets are characters of the given string,
@@ -6,14 +6,10 @@ blanks before a word included, because loss masks are cut by character position.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from ..errors import InputError
-from .gguf_tokenizer import gguf_arguments
-from .tokenizer_folder import folder_arguments
 
 MAX_TEXT_BYTES = 4 << 20  # about a million tokens; at up to 2 us a byte the time is linear but has to end
 
@@ -33,8 +29,7 @@ class Tokenizer:
         stop_ids: ids that end an answer: EOS and the end-of-turn tokens, sorted.
         vocab_size: the highest id + 1.
 
-    Raises:
-        InputError: a special token is not in the vocabulary, or a stop id lies outside it.
+    Raises InputError for a special token that is not in the vocabulary and a stop id outside it.
     """
 
     def __init__(
@@ -50,8 +45,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.post_processor = None  # with no token to add, all it would do is cut blanks off the offsets
-        self.backend = backend
-        self.chat_template = chat_template
+        self.backend, self.chat_template = backend, chat_template
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.bos_token, self.bos_id = bos_token, _id(vocab, "bos_token", bos_token)
@@ -59,23 +53,12 @@ class Tokenizer:
         self.pad_token, self.pad_id = pad_token, _id(vocab, "pad_token", pad_token)
         self.stop_ids = self._stop_ids(stop_ids)
 
-    @classmethod
-    def from_folder(cls, path: str | Path) -> "Tokenizer":
-        """From a Hugging Face folder with `tokenizer.json`; InputError names the file that is missing or malformed."""
-        return cls(**folder_arguments(Path(path)))
-
-    @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
-        """From a GGUF file's metadata (byte-level BPE); InputError names the key that is missing or malformed."""
-        return cls(**gguf_arguments(metadata))
-
     def encode(self, text: str) -> list[int]:
         """Token ids; nothing is added. InputError for a lone surrogate or a text above 4 MiB."""
-        _check_text(text)
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.encode_with_offsets(text)[0]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids and, for each, the characters [start, end) it came from.
+        """Token ids and, for each, the characters [start, end) it came from; errors as `encode`.
 
         Tokens that share one character (an emoji cut into bytes) all have that character's span.
         """

@@ -12,20 +12,27 @@ import tokenizers
 
 from ..errors import InputError
 from ..files import read_json, read_text
+from .tokenizer import Tokenizer
 
 TOKENIZER_BYTES = 256 << 20  # the largest in use (262k tokens) has 34 MB
 JSON_BYTES = 64 << 20
 TEMPLATE_BYTES = 1 << 20
 
 
-def folder_arguments(folder: Path) -> dict[str, Any]:
-    """The arguments of `Tokenizer` that a folder describes; InputError names the file that is missing or malformed."""
-    backend = _backend(folder)
-    config = _optional_json(folder, "tokenizer_config.json")
-    older = _optional_json(folder, "special_tokens_map.json")
-    names = {key: _token(folder, config, older, key) for key in ("bos_token", "eos_token", "pad_token")}
-    _check_added(folder, config, backend)
-    return {"backend": backend, "chat_template": _chat_template(folder, config), "stop_ids": _stop_ids(folder), **names}
+def folder_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that a folder describes; InputError names the file that is missing or malformed."""
+    backend, where = _backend(folder), folder / "tokenizer_config.json"
+    older, config = _optional_json(folder / "special_tokens_map.json"), _optional_json(where)
+    config = older | {key: value for key, value in config.items() if value is not None}
+    _check_added(where, config, backend)
+    return Tokenizer(
+        backend,
+        chat_template=_chat_template(where, config),
+        bos_token=_token(where, config, "bos_token"),
+        eos_token=_token(where, config, "eos_token"),
+        pad_token=_token(where, config, "pad_token"),
+        stop_ids=_stop_ids(folder),
+    )
 
 
 def _backend(folder: Path) -> tokenizers.Tokenizer:
@@ -47,47 +54,44 @@ def _backend(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _optional_json(folder: Path, name: str) -> dict[str, Any]:
-    return read_json(folder / name, JSON_BYTES) if (folder / name).exists() else {}
+def _optional_json(file: Path) -> dict[str, Any]:
+    return read_json(file, JSON_BYTES) if file.exists() else {}
 
 
-def _token(folder: Path, config: dict[str, Any], older: dict[str, Any], key: str) -> str | None:
+def _token(where: Path, config: dict[str, Any], key: str) -> str | None:
     """A special token's text: a string, or an object with `content`."""
-    value = config.get(key) if config.get(key) is not None else older.get(key)
+    value = config.get(key)
     if isinstance(value, dict):
         value = value.get("content")
-    if value is not None and not isinstance(value, str):
-        raise InputError(f"{folder / 'tokenizer_config.json'}: {key} must be a string or an object with 'content'.")
+    if not isinstance(value, str | None):
+        raise InputError(f"{where}: {key} must be a string or an object with 'content'.")
     return value
 
 
-def _check_added(folder: Path, config: dict[str, Any], backend: tokenizers.Tokenizer) -> None:
+def _check_added(where: Path, config: dict[str, Any], backend: tokenizers.Tokenizer) -> None:
     """Tokens that only the config lists would be cut into pieces: refused, since the model knows them whole."""
     added = config.get("added_tokens_decoder")
-    if not isinstance(added, dict):
-        return
-    for index, token in added.items():
+    for index, token in added.items() if isinstance(added, dict) else ():
         content = token.get("content") if isinstance(token, dict) else None
         if not isinstance(content, str) or backend.token_to_id(content) is None:
             raise InputError(
-                f"{folder / 'tokenizer_config.json'}: added token {index} ({content!r}) is not in tokenizer.json. "
+                f"{where}: added token {index} ({content!r}) is not in tokenizer.json. "
                 "Write both again with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
             )
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+def _chat_template(where: Path, config: dict[str, Any]) -> str | None:
     """The template's source; of several named ones, the one called "default"."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return read_text(path, TEMPLATE_BYTES)
+    file = where.with_name("chat_template.jinja")
+    if file.is_file():
+        return read_text(file, TEMPLATE_BYTES)
     template = config.get("chat_template")
-    where = folder / "tokenizer_config.json"
     if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        named = {str(item.get("name")): item.get("template") for item in template if isinstance(item, dict)}
         template = named.get("default")
         if template is None:
-            raise InputError(f"{where}: chat_template has no entry named 'default', only {sorted(map(str, named))}.")
-    if template is not None and not isinstance(template, str):
+            raise InputError(f"{where}: chat_template has no entry named 'default', only {sorted(named)}.")
+    if not isinstance(template, str | None):
         raise InputError(f"{where}: chat_template must be a string or a list of named templates.")
     return template
 
@@ -95,7 +99,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 def _stop_ids(folder: Path) -> list[int]:
     """`eos_token_id` of generation_config.json, or where that is silent of config.json: a number or a list."""
     for name in ("generation_config.json", "config.json"):
-        value = _optional_json(folder, name).get("eos_token_id")
+        value = _optional_json(folder / name).get("eos_token_id")
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]

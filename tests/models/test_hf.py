@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from fourbit.errors import InputError
-from fourbit.models.hf import INDEX, SINGLE, iter_tensors, read_config, tensor_shapes
+from fourbit.models.hf import INDEX, SINGLE, iter_tensors, tensor_shapes
+from fourbit.models.load import load_model
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -197,7 +198,7 @@ def test_one_key_that_stands_twice_among_many_is_found_at_once(tmp_path: Path) -
     (tmp_path / "config.json").write_text("{" + ", ".join(f'"{key}": 0' for key in keys) + "}")
     began = time.process_time()
     with pytest.raises(InputError, match="the key '199999' stands there twice"):
-        read_config(tmp_path)
+        load_model(tmp_path)
     assert time.process_time() - began < 20
 
 
@@ -298,20 +299,21 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 def test_a_config_that_is_no_small_json_object(tmp_path: Path, raw: bytes, message: str) -> None:
     (tmp_path / "config.json").write_bytes(raw)
     with pytest.raises(InputError, match=message):
-        read_config(tmp_path)
+        load_model(tmp_path)
 
 
 def test_a_missing_config(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"needs the file config\.json"):
-        read_config(tmp_path)
+        load_model(tmp_path)
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(InputError, match=r"needs the file config\.json"):
-        read_config(tmp_path)
+        load_model(tmp_path)
 
 
 def test_a_config_with_a_byte_order_mark(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
-    assert read_config(tmp_path) == {"a": 1}
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"model_type": "read"}')
+    with pytest.raises(InputError, match=r"model_type must be 'llama', .* got 'read'"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {}, "x", 3])

@@ -17,12 +17,13 @@ from tokenizers import pre_tokenizers
 
 from fourbit.errors import InputError
 from fourbit.models.gguf import GGUFFile
+from fourbit.models.gguf_tokenizer import gguf_tokenizer
 from fourbit.models.tokenizer import MAX_TEXT_BYTES, Tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm2: Path) -> Tokenizer:
-    return Tokenizer.from_gguf(GGUFFile(smollm2).metadata)
+    return gguf_tokenizer(GGUFFile(smollm2).metadata)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from fourbit.errors import InputError
-from fourbit.models.tokenizer import Tokenizer
+from fourbit.models.tokenizer_folder import folder_tokenizer
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 BOS, EOS = len(LETTERS) + 2, len(LETTERS) + 3
@@ -45,7 +45,7 @@ CONFIG = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False},
 
 
 def test_everything_is_gathered(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_folder(write(tmp_path, tokenizer_config=CONFIG))
+    tokenizer = folder_tokenizer(write(tmp_path, tokenizer_config=CONFIG))
     assert (tokenizer.bos_token, tokenizer.bos_id) == ("<s>", BOS)
     assert (tokenizer.eos_token, tokenizer.eos_id) == ("</s>", EOS)
     assert (tokenizer.pad_token, tokenizer.pad_id) == (None, None)
@@ -55,7 +55,7 @@ def test_everything_is_gathered(tmp_path: Path) -> None:
 
 
 def test_nothing_is_added_cut_off_padded_or_trimmed(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_folder(write(tmp_path))
+    tokenizer = folder_tokenizer(write(tmp_path))
     text = "he he he he he</s>"
     ids, offsets = tokenizer.encode_with_offsets(text)
     assert ids == tokenizer.encode(text)
@@ -66,28 +66,28 @@ def test_nothing_is_added_cut_off_padded_or_trimmed(tmp_path: Path) -> None:
 def test_dropout_in_the_file_does_not_make_encoding_random(tmp_path: Path) -> None:
     data = json.loads(backend().to_str())
     data["model"]["dropout"] = 0.9
-    tokenizer = Tokenizer.from_folder(write(tmp_path, tokenizer=data))
+    tokenizer = folder_tokenizer(write(tmp_path, tokenizer=data))
     assert {tuple(tokenizer.encode("he he he")) for _ in range(20)} == {(BOS - 2, BOS - 1, BOS - 1)}
 
 
 def test_older_names_of_special_tokens_are_read(tmp_path: Path) -> None:
     older = {"bos_token": {"content": "<s>"}, "eos_token": "<s>", "pad_token": "</s>"}
-    tokenizer = Tokenizer.from_folder(write(tmp_path, special_tokens_map=older, tokenizer_config={"eos_token": "</s>"}))
+    tokenizer = folder_tokenizer(write(tmp_path, special_tokens_map=older, tokenizer_config={"eos_token": "</s>"}))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (BOS, EOS, EOS)  # the config wins for eos
 
 
 @pytest.mark.parametrize(("value", "stops"), [(7, (7, EOS)), ([9, 7, 9], (7, 9, EOS)), ([], (EOS,)), (None, (5, EOS))])
 def test_stop_ids_come_from_the_generation_config_then_the_config(value: Any, stops: Any, tmp_path: Path) -> None:
     files = {"generation_config": {"eos_token_id": value}, "config": {"eos_token_id": 5}}
-    assert Tokenizer.from_folder(write(tmp_path, tokenizer_config=CONFIG, **files)).stop_ids == stops
+    assert folder_tokenizer(write(tmp_path, tokenizer_config=CONFIG, **files)).stop_ids == stops
 
 
 def test_the_template_file_wins_and_of_named_templates_the_default_one(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "B"}, {"name": "default", "template": "A"}]
     write(tmp_path, tokenizer_config=CONFIG | {"chat_template": named})
-    assert Tokenizer.from_folder(tmp_path).chat_template == "A"
+    assert folder_tokenizer(tmp_path).chat_template == "A"
     (tmp_path / "chat_template.jinja").write_text("\ufeffC é", encoding="utf-8")
-    assert Tokenizer.from_folder(tmp_path).chat_template == "C é"
+    assert folder_tokenizer(tmp_path).chat_template == "C é"
 
 
 def test_what_transformers_saves_is_read(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_what_transformers_saves_is_read(tmp_path: Path) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=backend(), bos_token="<s>", eos_token="</s>", pad_token="</s>")
     fast.chat_template = "{{ messages }}"
     fast.save_pretrained(tmp_path)
-    ours = Tokenizer.from_folder(tmp_path)
+    ours = folder_tokenizer(tmp_path)
     assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.chat_template) == (BOS, EOS, EOS, "{{ messages }}")
     for text in ("he said: 12 é😀", "<s>he</s> he", "", " \n "):
         assert ours.encode(text) == fast(text, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
@@ -119,7 +119,7 @@ def test_a_sentencepiece_style_tokenizer_json_is_read(tmp_path: Path) -> None:
     built.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     built.decoder = decoders.Sequence(steps)
-    tokenizer = Tokenizer.from_folder(write(tmp_path, tokenizer=json.loads(built.to_str())))
+    tokenizer = folder_tokenizer(write(tmp_path, tokenizer=json.loads(built.to_str())))
     assert tokenizer.encode("he he") == [260, 260]
     ids, offsets = tokenizer.encode_with_offsets("he é")
     assert tokenizer.decode(ids) == "he é" and offsets[0] == (0, 2) and offsets[-2:] == [(3, 4), (3, 4)]
@@ -130,10 +130,10 @@ def test_a_sentencepiece_style_tokenizer_json_is_read(tmp_path: Path) -> None:
 
 def test_a_folder_without_tokenizer_json_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"needs tokenizer\.json, found none"):
-        Tokenizer.from_folder(tmp_path)
+        folder_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e")
     with pytest.raises(InputError, match=r"found only tokenizer.model.*AutoTokenizer.from_pretrained"):
-        Tokenizer.from_folder(tmp_path)
+        folder_tokenizer(tmp_path)
 
 
 RAW: dict[str, tuple[str, bytes, str]] = {
@@ -158,7 +158,7 @@ def test_an_unreadable_file_is_named(case: str, tmp_path: Path) -> None:
     name, raw, expected = RAW[case]
     (write(tmp_path) / name).write_bytes(raw)
     with pytest.raises(InputError) as caught:
-        Tokenizer.from_folder(tmp_path)
+        folder_tokenizer(tmp_path)
     assert expected in str(caught.value) and str(tmp_path / name) in str(caught.value)
     assert len(str(caught.value)) < 1000
 
@@ -167,6 +167,7 @@ VALUES: dict[str, tuple[str, Any, str]] = {
     "bos a number": ("tokenizer_config", {"bos_token": 3}, "bos_token must be a string"),
     "eos an object without content": ("tokenizer_config", {"eos_token": {"content": 1}}, "eos_token must be a string"),
     "eos unknown": ("tokenizer_config", {"eos_token": "<|eos|>"}, "eos_token is '<|eos|>', which is not in"),
+    "a template's name a list": ("tokenizer_config", {"chat_template": [{"name": [], "template": "x"}]}, "only ['[]']"),
     "template a number": ("tokenizer_config", {"chat_template": 3}, "chat_template must be a string"),
     "templates without default": (
         "tokenizer_config",
@@ -191,7 +192,7 @@ def test_a_bad_value_is_named(case: str, tmp_path: Path) -> None:
     name, content, expected = VALUES[case]
     write(tmp_path, **{name: content})
     with pytest.raises(InputError) as caught:
-        Tokenizer.from_folder(tmp_path)
+        folder_tokenizer(tmp_path)
     assert expected in str(caught.value)
 
 
@@ -201,10 +202,10 @@ def test_a_fifo_in_the_folder_does_not_hang(name: str, tmp_path: Path) -> None:
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
     if name == "chat_template.jinja":  # no regular file: as if absent
-        assert Tokenizer.from_folder(tmp_path).chat_template is None
+        assert folder_tokenizer(tmp_path).chat_template is None
         return
     with pytest.raises(InputError, match="needs"):
-        Tokenizer.from_folder(tmp_path)
+        folder_tokenizer(tmp_path)
 
 
 JSON = backend().to_str().encode()
@@ -220,7 +221,7 @@ def test_a_changed_tokenizer_json_is_read_or_refused(tmp_path_factory: pytest.Te
     folder = tmp_path_factory.getbasetemp()
     (folder / "tokenizer.json").write_bytes(bytes(raw))
     try:
-        tokenizer = Tokenizer.from_folder(folder)
+        tokenizer = folder_tokenizer(folder)
         tokenizer.decode(tokenizer.encode("he 12 é😀</s>"))
     except InputError:
         pass

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from fourbit.errors import InputError
+from fourbit.models.gguf_tokenizer import gguf_tokenizer
 from fourbit.models.tokenizer import Tokenizer
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 stand-ins for bytes
@@ -30,7 +31,7 @@ def metadata(pre: Any = "gpt-2", extra: dict[str, int] | None = None, **keys: An
 
 
 def build(pre: str = "gpt-2", **keys: Any) -> Tokenizer:
-    return Tokenizer.from_gguf(metadata(pre, **keys))
+    return gguf_tokenizer(metadata(pre, **keys))
 
 
 def words(tokenizer: Tokenizer, text: str) -> list[str]:

@@ -17,6 +17,7 @@ from fourbit.kernels.attention import Spans, visible_keys
 from fourbit.lora.adapter import copy_adapter
 from fourbit.models.protocol import Cache, CausalLM
 from fourbit.models.tokenizer import Tokenizer
+from fourbit.models.tokenizer_folder import folder_tokenizer
 from fourbit.trainer.config import DistillConfig, DPOConfig, RewardConfig, SFTConfig
 from fourbit.trainer.distill import DistillTrainer
 from fourbit.trainer.evaluate import answer_all, batch_loss_sum, evaluate_loss
@@ -109,7 +110,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_folder: Path) -> Tokenizer:
-    return Tokenizer.from_folder(tiny_folder)
+    return folder_tokenizer(tiny_folder)
 
 
 def adapted(seed: int = 0, **lora: Any) -> Toy:
