@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .losses.tokens import evaluating
+
 
 def memory_used(device: torch.device) -> tuple[str, int]:
     """(what it is, bytes): the allocator's peak on CUDA, else this process' anonymous resident memory."""
@@ -30,10 +32,8 @@ def _proc_bytes(file: str, key: str) -> int:
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of `forward()`, parameters and buffers not counted.
-
-    Runs once in evaluation mode, so no random number is drawn.
-    """
+    """Bytes that autograd keeps for the backward pass of `forward()`, parameters and buffers not counted. It runs once,
+    in evaluation mode, so no random number is drawn."""
     mine = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
 
@@ -43,11 +43,6 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    training = model.training
-    model.eval()
-    try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            forward()
-    finally:
-        model.train(training)
+    with evaluating(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward()
     return sum(kept.values())

@@ -18,7 +18,7 @@ class Display(Protocol):
 
 
 class Metrics:
-    """Writes one JSON object a line, flushed at once, and passes it on.
+    """Writes one JSON object a line, flushed at once, and passes it on; `display` may be set.
 
     A record has `step` (steps done) and either the metrics of an update (loss, lr, grad_norm, skipped, tokens,
     trained_tokens, tokens_per_second, memory under the name of what it is, and optimizer_bytes, which is state on the
@@ -31,8 +31,9 @@ class Metrics:
     val_perplexity.
     """
 
-    def __init__(self, folder: Path, *, log: Sequence[str] = (), resumed_at: int = 0):
-        self.path, self.displays = folder / "metrics.jsonl", list[Display]()
+    def __init__(self, folder: Path, log: Sequence[str], resumed_at: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.display: Display | None = None
         self._board = _tensorboard(folder, resumed_at) if "tensorboard" in log else None  # first: it may be missing
         if self.path.exists():  # a resumed run does its steps again: records past the checkpoint would stand twice
             kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= resumed_at]
@@ -42,21 +43,17 @@ class Metrics:
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        for display in self.displays:
-            display.show(record)
+        if self.display is not None:
+            self.display.show(record)
         if self._board is not None:
             for name, value in record.items():
                 if name != "step" and value is not None:
                     self._board.add_scalar(name, value, record["step"])
 
-    def message(self, text: str) -> None:
-        for display in self.displays:
-            display.message(text)
-
     def close(self) -> None:
         self._file.close()
-        for display in [*self.displays, *([self._board] if self._board else [])]:
-            display.close()
+        for shown in filter(None, (self.display, self._board)):
+            shown.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -28,28 +28,45 @@ def display_for(total: int, start: int = 0) -> Display:
     """The display that fits where stderr goes. total: steps of the run; start: steps done before, when resumed."""
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False)
     return _Live(console, total, start) if console.is_terminal else _Plain(total, start)
 
 
-class _Shown:
-    """The metrics to show, smoothed where they jump; shared by both displays."""
+class _Plain:
+    """One line every few seconds, and at every evaluation and the first and last step."""
 
-    def __init__(self) -> None:
+    def __init__(self, total: int, start: int) -> None:
+        self.total, self.start = total, start
+        self.begun = self.last = time.monotonic()
         self.means: dict[str, float] = {}
         self.skipped = 0
         self.shown: dict[str, str] = {}
 
-    def add(self, record: dict[str, Any]) -> dict[str, str]:
-        """What to show from now on, by name."""
+    def show(self, record: dict[str, Any]) -> None:
+        self._add(record)
+        step, now = record["step"], time.monotonic()
+        told = step in (self.start + 1, self.total) or "val_loss" in record
+        if now - self.last < PLAIN_SECONDS and not told:
+            return
+        self.last = now
+        left = (now - self.begun) / max(1, step - self.start) * (self.total - step)
+        metrics = "  ".join(f"{name} {value}" for name, value in self.shown.items())
+        self.message(f"step {step}/{self.total}  {metrics}  left {_clock(left)}")
+
+    def _add(self, record: dict[str, Any]) -> None:
+        """What to show from now on, by name; smoothed where it jumps."""
         if "val_loss" in record:
             found = {SMOOTHED[name]: record[f"val_{name}"] for name in OF_VALIDATION if f"val_{name}" in record}
             self.shown |= {f"val {short}": _number(value) for short, value in found.items()}
-            return self.shown
+            return
         self.skipped += record["skipped"]
-        self.shown |= {short: _number(self._mean(name, record)) for name, short in SMOOTHED.items() if name in record}
+        for name in SMOOTHED.keys() & record.keys():
+            if (value := record[name]) is not None:
+                self.means[name] = SMOOTHING * self.means.get(name, value) + (1 - SMOOTHING) * value
+        means = {short: self.means.get(name) for name, short in SMOOTHED.items() if name in record}
         memory = record.get("rss_anon") or record.get("max_memory_allocated") or 0
         host = record.get("optimizer_host_bytes")
+        self.shown |= {short: _number(mean) for short, mean in means.items()}
         self.shown |= {
             "lr": f"{record['lr']:.1e}",
             "tok/s": f"{record['tokens_per_second']:,.0f}",
@@ -59,35 +76,6 @@ class _Shown:
         }
         self.shown |= {"dropped": f"{record['dropped']:.1%}"} if record.get("dropped") else {}
         self.shown |= {"skipped": str(self.skipped)} if self.skipped else {}
-        return self.shown
-
-    def _mean(self, name: str, record: dict[str, Any]) -> float | None:
-        if (value := record[name]) is not None:
-            self.means[name] = SMOOTHING * self.means.get(name, value) + (1 - SMOOTHING) * value
-        return self.means.get(name)
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
-
-
-class _Plain:
-    """One line every few seconds, and at every evaluation and the first and last step."""
-
-    def __init__(self, total: int, start: int) -> None:
-        self.total, self.start, self.metrics = total, start, _Shown()
-        self.begun = self.last = time.monotonic()
-
-    def show(self, record: dict[str, Any]) -> None:
-        shown = self.metrics.add(record)
-        step, now = record["step"], time.monotonic()
-        told = step in (self.start + 1, self.total) or "val_loss" in record
-        if now - self.last < PLAIN_SECONDS and not told:
-            return
-        self.last = now
-        left = (now - self.begun) / max(1, step - self.start) * (self.total - step)
-        metrics = "  ".join(f"{name} {value}" for name, value in shown.items())
-        self.message(f"step {step}/{self.total}  {metrics}  left {_clock(left)}")
 
     def message(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -95,14 +83,14 @@ class _Plain:
     def close(self) -> None: ...
 
 
-class _Live:
+class _Live(_Plain):
     """A progress bar with the metrics under it, redrawn in place."""
 
     def __init__(self, console: Any, total: int, start: int) -> None:
         from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.metrics = _Shown()
+        super().__init__(total, start)
         columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None)]
         columns += [TextColumn("left"), TimeRemainingColumn()]
         self.progress = Progress(*columns, console=console, expand=True)
@@ -112,22 +100,23 @@ class _Live:
 
     def _drawn(self, metrics: str) -> Any:
         from rich.console import Group
-        from rich.text import Text
 
-        return Group(self.progress, Text.from_markup(metrics))
+        return Group(self.progress, metrics)
 
     def show(self, record: dict[str, Any]) -> None:
-        metrics = "  ".join(f"[dim]{name}[/] {value}" for name, value in self.metrics.add(record).items())
+        self._add(record)
         self.progress.update(self.task, completed=record["step"])
-        self.live.update(self._drawn(metrics))
+        self.live.update(self._drawn("  ".join(f"[dim]{name}[/] {value}" for name, value in self.shown.items())))
 
     def message(self, text: str) -> None:
-        from rich.text import Text
-
-        self.live.console.print(Text(text))
+        self.live.console.print(text, markup=False)
 
     def close(self) -> None:
         self.live.stop()
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _clock(seconds: float) -> str:

@@ -168,12 +168,13 @@ class Trainer(ABC):
             if checkpoint is not None:  # refused, if it is, before a file of the run is touched
                 with resuming(checkpoint, notes):
                     self._resume(checkpoint)
-            self.metrics = Metrics(out, log=self.config.log, resumed_at=self.run.done)
+            self.metrics = Metrics(out, self.config.log, self.run.done)
             try:
                 self.model.checkpointing = recompute
-                self.metrics.displays = [display(self.total, self.run.done)] if display else []
-                for note in notes:
-                    self.metrics.message(note)
+                if display is not None:
+                    self.metrics.display = shown = display(self.total, self.run.done)
+                    for note in notes:
+                        shown.message(note)
                 self.model.train()
                 self._loop()
             finally:
