@@ -226,7 +226,7 @@ def row_walk(folder: Path, kind: type, config: Any, row: dict[str, Any]) -> Walk
     trainer = kind(model, Bytes(), train=str(path), config=config)
     walk = Walk()
     with profiled(rows_profile(walk)):
-        dataset = trainer.load_rows([str(path)])
+        dataset = trainer._dataset(str(path))
         trainer.train_set = dataset
         batches = trainer.micro_batches(dataset, [0], "auto")
         trainer.begin(dataset, batches)

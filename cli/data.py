@@ -10,7 +10,7 @@ from ..data.forms import kind_of
 from ..models.load import load_tokenizer
 from ..models.tokenizer import Tokenizer
 from ..trainer.config import setting
-from .load import read_rows
+from ..trainer.trainer import read_rows
 from .options import ResultOptions, RowOptions, TokenizerOptions
 from .parse import Sources
 from .show import bars, count, describe, note, result, visible

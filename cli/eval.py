@@ -1,7 +1,6 @@
 """`fourbit eval`: held-out loss, perplexity and exact match of a model, without and with its adapter."""
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any, ClassVar
 from ..files import write_text
 from ..lora.adapter import adapters_off
 from ..trainer.config import setting
-from ..trainer.evaluate import Answer, answer_all, evaluate_loss, exact_match
-from .load import load_adapted, read_rows
+from ..trainer.evaluate import Answer, answer_all, evaluate_loss, exact_match, perplexity
+from ..trainer.trainer import read_rows
+from .load import load_adapted
 from .options import AdaptedModelOptions, ResultOptions, RowOptions
 from .parse import Sources
 from .show import describe, figure, note, pairs, result, working
@@ -37,7 +37,7 @@ class Options(ResultOptions, RowOptions, AdaptedModelOptions):
 def run(options: Options, sources: Sources) -> int:
     """Load, measure, print."""
     model, tokenizer, template = load_adapted(options)
-    rows = read_rows(options, tokenizer, options.data, template=template)
+    rows = read_rows(options, tokenizer, options.data, "sft", template=template)
     describe("data", rows)
     asked = [sample for sample in rows.samples if sample.text is None] if options.exact else []
     if options.exact and len(asked) < len(rows):
@@ -46,7 +46,8 @@ def run(options: Options, sources: Sources) -> int:
     def measure(name: str) -> dict[str, Any]:
         with working(f"{name}: loss"):
             loss = evaluate_loss(model, rows.examples, pad_id=tokenizer.pad_id or 0)
-        metrics = {"loss": loss, "perplexity": None if loss is None else math.exp(min(loss, 700.0))}
+        assert loss is not None  # nothing stops it
+        metrics = {"loss": loss, "perplexity": perplexity(loss)}
         if asked:
             sizes = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
             with working(f"{name}: answers"):

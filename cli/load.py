@@ -1,14 +1,11 @@
 """Loading what a command's options name, and the choices that `auto` makes."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..data.encode import Dataset, load
-from ..data.forms import Kind
 from ..data.template import ChatTemplate, template_for
 from ..errors import EnvironmentProblem, InputError
 from ..lora.linear4bit import NF4Linear
@@ -23,14 +20,6 @@ from .show import amount, note, working
 
 CONFIG = "config.yaml"  # what a run leaves in its folder
 FORMS = {"none": "dense", "nf4": "NF4 with double quantisation", "nf4-nodq": "NF4"}
-
-
-def read_rows(
-    options: Any, tokenizer: Tokenizer, paths: Sequence[str], kind: Kind = "sft", **more: Any
-) -> Dataset[Any]:
-    """The rows of data files, read, checked and encoded as the options say."""
-    names = ("template", "max_length", "loss_on", "truncation", "on_bad_row")
-    return load(paths, tokenizer, kind, **{n: getattr(options, n) for n in names if hasattr(options, n)} | more)
 
 
 def choose_device(name: str) -> str:

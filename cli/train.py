@@ -22,6 +22,7 @@ from ..trainer.config import REQUIRED, TrainingConfig, setting
 from ..trainer.interrupt import stop_if_asked
 from ..trainer.progress import display_for
 from ..trainer.run import TrainResult
+from ..trainer.trainer import read_rows
 from .config_file import write_config
 from .load import (
     CONFIG,
@@ -29,7 +30,6 @@ from .load import (
     choose_device,
     choose_dtype,
     load_weights,
-    read_rows,
     run_settings,
 )
 from .options import ModelOptions, ResultOptions

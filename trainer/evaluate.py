@@ -37,6 +37,11 @@ def batch_loss_sum(model: CausalLM, batch: Batch) -> Tensor:
     return -batch_token_scores(model, batch).logps.sum(dtype=torch.float64)
 
 
+def perplexity(loss: float) -> float:
+    """The exponential of a loss in nats a token; infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 def evaluate_loss(
     model: CausalLM,
     examples: Sequence[Encoded],

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import AnswerBatch, Preference, answer_batches, packed_size, padded_size, sent
-from ..data.encode import Dataset, load
+from ..data.forms import Kind
 from ..errors import InputError, NumericError
 from ..lora.adapter import DEFAULT, adapters_of, copy_adapter, using
 from ..lora.peft_files import adapter_state, load_adapter_state
@@ -35,25 +35,14 @@ REFERENCE = "reference"  # the name, if it is free, of the frozen adapter that t
 class PreferenceTrainer(Trainer):
     """What training on preference rows shares: rows, their layout, their size."""
 
-    judged = False  # single answers instead of pairs
+    kind: Kind = "pairs"
     config: Any
 
     def _dataset(self, rows: Any) -> Any:
-        dataset, kind = super()._dataset(rows), "judged" if self.judged else "pairs"
-        if dataset.kind != kind:
-            raise InputError(f"this training reads rows loaded as {kind!r}, got {dataset.kind!r}")
+        dataset = super()._dataset(rows)
+        if dataset.kind != self.kind:
+            raise InputError(f"this training reads rows loaded as {self.kind!r}, got {dataset.kind!r}")
         return dataset
-
-    def load_rows(self, paths: Sequence[str | Path]) -> Dataset[Preference]:
-        return load(
-            paths,
-            self.tokenizer,
-            "judged" if self.judged else "pairs",
-            template=self.config.template,
-            max_length=self.config.max_length,
-            truncation=self.config.truncation,
-            on_bad_row=self.config.on_bad_row,
-        )
 
     def micro_batches(self, dataset: Any, numbers: Sequence[int], micro_batch: MicroBatchSize) -> list[AnswerBatch]:
         offset = self._offset(dataset)
@@ -109,7 +98,7 @@ class DPOTrainer(PreferenceTrainer):
         self, model: CausalLM, tokenizer: Any, *, train: Any, config: DPOConfig, val: Any | float | None = None
     ):
         self.objective = config.objective()
-        self.judged = self.objective.unpaired
+        self.kind = "judged" if self.objective.unpaired else "pairs"
         super().__init__(model, tokenizer, train=train, config=config, val=val)
         self.fresh = all(part.is_idle() for part in adapters_of(model).values())
         self.reference: tuple[str, ...] = ()  # the adapters that are active in it

@@ -1,6 +1,5 @@
 """Supervised fine-tuning: chat rows in, an adapter (or a whole model) out."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,11 +7,12 @@ import torch
 from torch import nn
 
 from ..data.batch import Batch, Encoded, micro_batches
-from ..data.encode import Dataset, load
+from ..data.encode import Dataset
 from ..errors import InputError
 from ..lora.adapter import adapter_layers
 from ..models.save import save_model
 from .config import SFTConfig
+from .evaluate import perplexity
 from .losses.tokens import batch_token_scores, summed
 from .step import Sums
 from .trainer import MicroBatchSize, Trainer, Weights
@@ -27,16 +27,6 @@ class SFTTrainer(Trainer):
     """
 
     config: SFTConfig
-
-    def load_rows(self, paths: Sequence[str | Path]) -> Dataset[Encoded]:
-        return load(
-            paths,
-            self.tokenizer,
-            template=self.config.template,
-            max_length=self.config.max_length,
-            loss_on=self.config.loss_on,
-            on_bad_row=self.config.on_bad_row,
-        )
 
     def micro_batches(
         self, dataset: Dataset[Encoded], numbers: Sequence[int], micro_batch: MicroBatchSize
@@ -55,7 +45,7 @@ class SFTTrainer(Trainer):
         return Sums(-scores.logps.sum(dtype=torch.float64), metrics)
 
     def describe(self, metrics: dict[str, float]) -> dict[str, float]:
-        return metrics | {"perplexity": math.exp(metrics["loss"]) if metrics["loss"] < 700 else math.inf}
+        return metrics | {"perplexity": perplexity(metrics["loss"])}
 
     # With `full` all weights are trained instead of an adapter.
 

@@ -19,6 +19,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..data.encode import Dataset, load
+from ..data.forms import Kind
 from ..data.order import fingerprint, split_validation, step_indices, steps_per_epoch
 from ..errors import InputError, NumericError
 from ..files import lock_folder
@@ -43,6 +45,12 @@ MicroBatchSize = int | Literal["auto"]
 Pending = tuple[int, Sequence[MicroBatch], list[str], StepResult, float]  # step, batches, sources, result, rate
 
 
+def read_rows(options: Any, tokenizer: Any, paths: Sequence[str | Path], kind: Kind, **more: Any) -> Dataset[Any]:
+    """The rows of data files, read, checked and encoded as the options say."""
+    names = ("template", "max_length", "loss_on", "truncation", "on_bad_row")
+    return load(paths, tokenizer, kind, **{n: getattr(options, n) for n in names if hasattr(options, n)} | more)
+
+
 class Trainer(ABC):
     """Base of the trainers: model, rows and options in; adapter, metrics and curves out.
 
@@ -50,6 +58,7 @@ class Trainer(ABC):
     Raises InputError for rows, options or a model that cannot be trained on.
     """
 
+    kind: Kind = "sft"  # of the rows
     best_metric: ClassVar[str] = "loss"  # of an evaluation: what keep_best and patience go by
     best_is: ClassVar[Literal["lowest", "highest"]] = "lowest"
 
@@ -76,10 +85,6 @@ class Trainer(ABC):
             )
 
     # What a kind of training says.
-
-    @abstractmethod
-    def load_rows(self, paths: Sequence[str | Path]) -> Any:
-        """Files to a dataset."""
 
     @abstractmethod
     def micro_batches(self, dataset: Any, numbers: Sequence[int], micro_batch: MicroBatchSize) -> list[Any]:
@@ -363,7 +368,8 @@ class Trainer(ABC):
     def _dataset(self, rows: Any) -> Any:
         if hasattr(rows, "examples"):
             return rows
-        return self.load_rows([rows] if isinstance(rows, (str, Path)) else list(rows))
+        paths = [rows] if isinstance(rows, (str, Path)) else list(rows)
+        return read_rows(self.config, self.tokenizer, paths, self.kind)
 
     def recomputes(self) -> bool:
         """Recompute activations? `auto` measures what the longest example keeps and scales it to a micro-batch."""

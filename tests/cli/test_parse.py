@@ -117,10 +117,7 @@ def test_bare_arguments() -> None:
         ([], "fourbit try needs --out"),
         (["--out"], "--out: needs a value"),
         (["--out", "x", "--lora-r", "8"], "unknown flag --lora-r: it is called --rank here"),
-        (
-            ["--out", "x", "--lora_alpha=8"],
-            "unknown flag --lora_alpha; see fourbit try --help",
-        ),  # no --alpha in Options
+        (["--out", "x", "--lora_alpha=8"], "unknown flag --lora_alpha; see fourbit try --help"),  # there is no --alpha
         (["--out", "x", "--learning-rate", "8"], "it is called --lr here"),
         (["--out", "x", "--ran", "8"], "unknown flag --ran; did you mean --rank?"),
         (["--out", "x", "--pack"], "unknown flag --pack; did you mean --packing?"),
@@ -198,32 +195,20 @@ def test_hints_spell_as_the_user_wrote() -> None:
 MODEL = {"model", "quant", "device", "dtype"}
 ROWS = {"data", "template", "max_length", "loss_on", "on_bad_row"}
 SAMPLING = {"max_new_tokens", "temperature", "top_k", "top_p", "seed"}
-ADAPTER = {"rank", "alpha", "dropout", "target", "rslora"}
 TRAINING = (
-    "out epochs steps batch_size micro_batch packing max_length loss_on on_bad_row template lr schedule warmup "
-    "decay lora_plus lr_scale optimizer optimizer_budget stochastic_rounding "
-    "weight_decay max_grad_norm checkpointing full seed eval_every patience keep_best save_every keep resume log"
+    "out epochs steps batch_size micro_batch packing max_length on_bad_row template lr schedule warmup decay lora_plus "
+    "lr_scale optimizer optimizer_budget stochastic_rounding weight_decay max_grad_norm checkpointing seed eval_every "
+    "rslora json patience keep_best save_every keep resume log data val rank alpha dropout target"
 )
+DISTILL = "adapter teacher teacher_adapter teacher_quant divergence jsd_beta temperature top_k sft_weight"
 
 
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
-        (
-            SFTOptions,
-            {*TRAINING.split(), *MODEL, "data", "val", "rank", "alpha", "dropout", "target", "rslora", "json"},
-        ),
-        (
-            RewardOptions,
-            {*TRAINING.split(), *MODEL, *ADAPTER, "data", "val", "adapter", "json"} - {"loss_on", "full"}
-            | {"truncation", "head_lr", "center"},
-        ),
-        (
-            DistillOptions,
-            {*TRAINING.split(), *MODEL, *ADAPTER, "data", "val", "adapter", "json"}
-            | {"teacher", "teacher_adapter", "teacher_quant"}
-            | {"divergence", "jsd_beta", "temperature", "top_k", "sft_weight"},
-        ),
+        (SFTOptions, {*TRAINING.split(), *MODEL, "loss_on", "full"}),
+        (RewardOptions, {*TRAINING.split(), *MODEL, "adapter", "truncation", "head_lr", "center"}),
+        (DistillOptions, {*TRAINING.split(), *MODEL, *DISTILL.split(), "loss_on", "full"}),
         (EvalOptions, MODEL | ROWS | {"adapter", "exact", "base", "max_new_tokens", "batch_size", "answers", "json"}),
         (GenerateOptions, MODEL | SAMPLING | {"adapter", "data", "out", "template", "batch_size", "json"}),
         (ChatOptions, MODEL | SAMPLING | {"adapter", "system", "template"}),
