@@ -6,11 +6,11 @@ from itertools import groupby
 from typing import ClassVar
 
 from ..data.batch import Encoded
+from ..data.encode import read_rows
 from ..data.forms import kind_of
 from ..models.load import load_tokenizer
 from ..models.tokenizer import Tokenizer
 from ..trainer.config import setting
-from ..trainer.trainer import read_rows
 from .options import ResultOptions, RowOptions, TokenizerOptions
 from .parse import Sources
 from .show import bars, count, describe, note, result, visible

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..data.encode import read_rows
 from ..files import write_text
 from ..lora.adapter import adapters_off
 from ..trainer.config import setting
 from ..trainer.evaluate import Answer, answer_all, evaluate_loss, exact_match, perplexity
-from ..trainer.trainer import read_rows
 from .load import load_adapted
 from .options import AdaptedModelOptions, ResultOptions, RowOptions
 from .parse import Sources

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from ..data.encode import read_rows
 from ..data.forms import Kind
 from ..data.order import count_overlap, split_validation
 from ..errors import InputError
@@ -22,7 +23,6 @@ from ..trainer.config import REQUIRED, TrainingConfig, setting
 from ..trainer.interrupt import stop_if_asked
 from ..trainer.progress import display_for
 from ..trainer.run import TrainResult
-from ..trainer.trainer import read_rows
 from .config_file import write_config
 from .load import (
     CONFIG,

@@ -117,6 +117,12 @@ def load(
     return dataset
 
 
+def read_rows(options: Any, tokenizer: TokenizerLike, paths: Paths, kind: Kind, **more: Any) -> Dataset[Any]:
+    """`load` as a training's or a command's options say."""
+    names = ("template", "max_length", "loss_on", "truncation", "on_bad_row")
+    return load(paths, tokenizer, kind, **{n: getattr(options, n) for n in names if hasattr(options, n)} | more)
+
+
 def _example(
     sample: Sample,
     encoded: tuple[Encoded, ...] | BadRow,

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..data.encode import Dataset, load
+from ..data.encode import read_rows
 from ..data.forms import Kind
 from ..data.order import fingerprint, split_validation, step_indices, steps_per_epoch
 from ..errors import InputError, NumericError
@@ -43,12 +43,6 @@ TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}  # of micro_batch="auto": matmuls run 
 Weights = dict[str, Tensor]
 MicroBatchSize = int | Literal["auto"]
 Pending = tuple[int, Sequence[MicroBatch], list[str], StepResult, float]  # step, batches, sources, result, rate
-
-
-def read_rows(options: Any, tokenizer: Any, paths: Sequence[str | Path], kind: Kind, **more: Any) -> Dataset[Any]:
-    """The rows of data files, read, checked and encoded as the options say."""
-    names = ("template", "max_length", "loss_on", "truncation", "on_bad_row")
-    return load(paths, tokenizer, kind, **{n: getattr(options, n) for n in names if hasattr(options, n)} | more)
 
 
 class Trainer(ABC):
