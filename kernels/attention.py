@@ -1,8 +1,8 @@
 """Causal attention with grouped key-value heads, for padded rows, packed rows and cached generation.
 
-The one place that decides how attention is computed. Packed rows hold several examples; each is attended on its own, so
-nothing can cross, and a change in one leaves the others' numbers untouched to the bit. An example may fork: several
-continuations of one text, which stands in the row once (Hydragen, Juravsky et al. 2024, does it for generation).
+Packed rows hold several examples; each is attended on its own, so a change in one leaves the others' numbers untouched
+to the bit. An example may fork: several continuations of one text, which stands in the row once (Hydragen, Juravsky et
+al. 2024, does it for generation).
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,6 @@
 """Up to how many rows of x a 4-bit weight is decoded inside the product, and in which tiles: one line a GPU.
 
-More rows decode the weight first and leave the product to the vendor's library. `python -m benchmarks.tune` measures
-where the two ways meet on the GPU at hand and prints its line for BORDER.
+More rows decode the weight first. `python -m benchmarks.tune` measures where the ways meet, and prints BORDER's line.
 """
 
 from typing import NamedTuple

@@ -1,13 +1,10 @@
 """4-bit codes and block scales -> dense values: the inverse of quantize4bit, and the hot path of training.
 
 Torch has no nibble gather, and decoding nibble by nibble moves many bytes for each one written. So both quick paths
-take each packed byte as the index of a 256-entry table of the two fp32 values it stands for. On a CPU torch copies an
-entry as one float64; then each block is multiplied by its scale in place. On CUDA one kernel does it all, scales of
-double quantisation included (dequantize4bit_triton.py). Everything is exact: the table holds the code values, and the
-one product is the reference's own.
-
-A table over byte pairs (65,536 entries of 16 bytes) halves the number of look-ups, but at 1 MB it leaves the
-first-level cache of a CPU and, between matrix products, the second: measured slower there, and no faster when warm.
+take each packed byte as the index of a 256-entry table of the two fp32 values it stands for (65,536 entries, for two
+bytes, leave a CPU's caches: measured slower). On a CPU torch copies an entry as one float64; then each block is
+multiplied by its scale in place. On CUDA one kernel does it all, scales of double quantisation included
+(dequantize4bit_triton.py). Everything is exact: the table holds the code values, the one product is the reference's.
 """
 
 from collections.abc import Sequence
@@ -58,10 +55,7 @@ def _(stored: list[Tensor], sizes: list[int], quant_type: str, blocksize: int, d
 
 
 def decode_into(out: Tensor, weight: Weight4bit) -> None:
-    """out, contiguous, becomes the weight in out's dtype. Nothing is checked.
-
-    Without a kernel the work goes chunk by chunk, and so do weights that are not whole words of packed bytes.
-    """
+    """out, contiguous, becomes the weight in out's dtype. Nothing is checked."""
     path, flat, packed = path_for(weight.packed), out.view(-1), weight.packed.reshape(-1)
     if path == "triton" and out.dtype in KERNEL_DTYPES:
         from . import dequantize4bit_triton  # only here: Triton exists for Linux only and is slow to import
@@ -84,9 +78,9 @@ def dequantize_reference(packed: Tensor, absmax: Tensor, quant_type: str, blocks
 
 
 def _decode_pairs(packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int, out: Tensor) -> None:
-    """The CPU path: `out` is flat, in any dtype."""
     n = out.numel()
-    direct = out.dtype == torch.float32 and _holds_pairs(out)
+    # Whether `out` can be viewed as float64: aligned, both in memory and within its storage.
+    direct = out.dtype == torch.float32 and out.data_ptr() % 8 == 0 and out.storage_offset() % 2 == 0
     values = out if direct else torch.empty(n, dtype=torch.float32, device="cpu")
     pairs, index = pair_table(quant_type, torch.float32), packed.to(torch.int32)
     torch.index_select(pairs.view(torch.float64), 0, index[: n // 2], out=values[: n // 2 * 2].view(torch.float64))
@@ -98,11 +92,6 @@ def _decode_pairs(packed: Tensor, absmax: Tensor, quant_type: str, blocksize: in
         values[whole:].mul_(absmax[-1])
     if not direct:
         out.copy_(values)
-
-
-def _holds_pairs(values: Tensor) -> bool:
-    """True if fp32 `values` can be viewed as float64: aligned, both in memory and within its storage."""
-    return values.data_ptr() % 8 == 0 and values.storage_offset() % 2 == 0
 
 
 def _allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,10 +1,9 @@
 """4-bit codes -> dense values on CUDA in one launch, scales of double quantisation included.
 
-The kernel has to move little more than its bytes, and what it would run out of first is instructions and cache ports.
-Each thread takes words of packed bytes, coalesced. Every byte is the index of a 2 KB table, which stays in the L1
-cache, of the two fp32 values a byte stands for; a word's 8 bf16 values leave as one 16-byte store. The fp32 value
-times the fp32 scale, rounded once, is the reference's result bit for bit. Nothing may be fused for that
-(enable_fp_fusion=False): the scale is map[code] * nested_absmax + offset with two roundings.
+What it would run out of first is instructions and cache ports. Each thread takes words of packed bytes, coalesced.
+Every byte is the index of a 2 KB table, which stays in the L1 cache, of the two fp32 values a byte stands for; a word's
+8 bf16 values leave as one 16-byte store. The fp32 value times the fp32 scale, rounded once, is the reference's result
+bit for bit. Nothing may be fused for that: the scale is map[code] * nested_absmax + offset with two roundings.
 """
 
 import torch

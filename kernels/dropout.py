@@ -3,11 +3,9 @@
 The generator is Philox 4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), the
 fewest that pass BigCrush. Its counter is (column // 8, row, 0, 0) and its key the 64-bit seed; the 128 bits of one call
 serve eight neighbouring columns, 16 bits each, in the order of memory (word 0 low half, word 0 high half, word 1 ...).
-So probabilities are multiples of 1/65536: the keep probability is rounded to one, and survivors are scaled by the exact
-inverse of what it became, which keeps the expectation unchanged.
-
-The seed is a tensor, drawn where x lies: checkpointing repeats it with the generator's state, and a CUDA graph can
-redraw it without a word to the host.
+So the keep probability is rounded to a multiple of 1/65536, and survivors are scaled by the exact inverse of what it
+became. The seed is a tensor, drawn where x lies: checkpointing repeats it with the generator's state, and a CUDA graph
+can redraw it without a word to the host.
 """
 
 from collections.abc import Sequence
@@ -76,10 +74,7 @@ def _keys(seed: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _philox(c0: Tensor, c1: Tensor, keys: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four words that counter (c0, c1, 0, 0) gives, each the low half of an int64.
-
-    c0 [1, G] and c1 [R, 1] mix only after two rounds; until then broadcasting does R + G words of work, not R * G.
-    """
+    """The four words that counter (c0 [1, G], c1 [R, 1], 0, 0) gives, each the low half of an int64."""
     c2 = c3 = torch.zeros_like(c0[:, :1])
     for k0, k1 in keys:
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # the low 64 bits, which are all of them

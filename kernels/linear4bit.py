@@ -1,13 +1,11 @@
 """Linears with frozen 4-bit weights as one op: one of them, or several with LoRA that share their input (q, k, v).
 
-What linears of one input do with x and with its gradient they do together: one product makes s = dropout(x) A^T for all
-of them, one makes all gradients of A, and the gradients of x are added where they arise. Kept for backward are the
-packed weights and, with LoRA, x, which the layer below keeps anyway, and the narrow s; a dense weight only where `keep`
-asks for it. How it is computed stands in lora_paths.py.
+One product makes s = dropout(x) A^T for all linears of an input, one makes all gradients of A, and the gradients of x
+are added where they arise: see lora_paths.py. Kept for backward are the packed weights and, with LoRA, x, which the
+layer below keeps anyway, and the narrow s; a dense weight only where `keep` asks for it.
 
 Registered with torch.library, forward and backward, so that torch.compile sees one node each. Eager mode takes the same
-functions through a plain autograd rule: torch.library's dispatch of tensor lists costs a fifth of a millisecond a call,
-more than a GPU needs for a small batch.
+functions through a plain autograd rule: torch.library's dispatch of tensor lists costs a fifth of a millisecond a call.
 """
 
 from collections.abc import Sequence
@@ -103,10 +101,12 @@ def _run(x: Tensor, group: Group, keep: bool) -> list[Tensor]:
 
 def _all_or_none(biases: Sequence[Tensor | None], weights: Sequence[Weight4bit]) -> list[Tensor]:
     """No bias at all, or one for each: zeros where a linear has none."""
-    if all(bias is None for bias in biases):
-        return []
-    some = next(bias for bias in biases if bias is not None)
-    return [some.new_zeros(w.rows) if bias is None else bias for bias, w in zip(biases, weights, strict=True)]
+    some = next((bias for bias in biases if bias is not None), None)
+    return (
+        []
+        if some is None
+        else [some.new_zeros(w.rows) if bias is None else bias for bias, w in zip(biases, weights, strict=True)]
+    )
 
 
 def _forward(
@@ -132,13 +132,13 @@ def _backward(
     dense: list[Tensor], stored: list[Tensor], A: list[Tensor], B: list[Tensor], seed: Tensor | None,
     sizes: list[int], quant_type: str, blocksize: int, scales: list[float], dropout: float, need_x: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """With LoRA the gradients of all A as one matrix and of each B; then, if needed, of x."""
     group = Group(unflatten(stored, sizes, quant_type, blocksize), [], A, B, scales, dropout, seed)
     rows = None if x is None else _matrix(x)
     with _no_autocast(grads[0]):
         made = lora_paths.backward([_matrix(g) for g in grads], rows, s, group, dense, need_x)
-    of_A = [] if made.A is None else [made.A]
-    return [*of_A, *made.B, *([] if made.x is None else [made.x.view(*grads[0].shape[:-1], sizes[-1])])]
+    if need_x:
+        made[-1] = made[-1].view(*grads[0].shape[:-1], sizes[-1])
+    return made
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -232,8 +232,6 @@ _forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
 class _Eager(torch.autograd.Function):
-    """The same op without torch.library."""
-
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, seed: Tensor | None, numbers: tuple[Any, ...], lengths: list[int], *tensors: Tensor

@@ -7,10 +7,10 @@ With p the teacher's distribution and q the student's, both softmax(logits / tem
     jsd          beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
                  generalised Jensen-Shannon divergence (Agarwal et al. 2023, "GKD", equation 1)
 
-The value is the divergence itself, in nats: it is not multiplied by temperature^2. Hinton et al. do that to keep
-gradients as large as at temperature 1, GKD does not; who wants it multiplies the loss. With top_k only the teacher's k
-likeliest tokens count, and both p and q are renormalised over them, so it stays a divergence: never negative, and 0
-only where both agree on these tokens' proportions. What the student gives to all other tokens is then free.
+The value is in nats and not multiplied by temperature^2, as Hinton et al. do to keep gradients as large as at
+temperature 1, and GKD does not. With top_k only the teacher's k likeliest tokens count, and both p and q are
+renormalised over them, so it stays a divergence: never negative, and 0 only where both agree on these tokens'
+proportions. What the student gives to all other tokens is then free.
 
 One chunk of both logits exists at a time; see `chunked_head` for how gradients are made.
 """

@@ -1,11 +1,10 @@
 """4-bit linears that share an input, with LoRA or without: y_i = x W_i^T + b_i + scale_i (dropout(x) A_i^T) B_i^T.
 
-Many rows of x: a weight is decoded and the products are left to the library, on CPUs and GPUs alike. LoRA's share comes
-first and the base is added to it where it lies, forward and backward: y is read once more, and no other pass is made.
-Forced to "reference", the same sums run over the reference's decoding and mask. On the CPU a weight of up to WHOLE
-values is decoded at once; a larger one goes slab by slab through one buffer, each slab multiplied while it is still in
-cache. On CUDA the workspace of a whole weight comes from torch's caching allocator and goes back at once: all layers
-share it. So no dense copy of a large weight ever lasts.
+Many rows of x: a weight is decoded and the products are left to the library. LoRA's share comes first and the base is
+added to it where it lies, forward and backward: y is read once more, and no other pass is made. On the CPU a weight of
+up to WHOLE values is decoded at once; a larger one goes slab by slab through one buffer, each slab multiplied while it
+is still in cache. On CUDA the workspace of a whole weight comes from torch's caching allocator and goes back at once.
+So no dense copy of a large weight ever lasts.
 
 Few rows on CUDA (border.py says how many) take a kernel that decodes inside the product, LoRA's second product and bias
 included.
@@ -55,14 +54,6 @@ class Group(NamedTuple):
     def keep_scale(self) -> float:
         """What dropout multiplies survivors by."""
         return keep_scale(self.dropout) if self.seed is not None else 1.0
-
-
-class Gradients(NamedTuple):
-    """What a backward pass makes."""
-
-    A: Tensor | None  # [sum of ranks, K], all of them; None without LoRA
-    B: list[Tensor]  # [out, rank], in the dtype of the masters
-    x: Tensor | None  # [M, K], if wanted
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -120,24 +111,24 @@ def _output(h: Tensor, s: Tensor, group: Group, i: int, dense: list[Tensor], y: 
 
 def backward(
     grads: list[Tensor], x: Tensor | None, s: Tensor | None, group: Group, dense: list[Tensor], need_x: bool
-) -> Gradients:
-    """The same sums; x and s are read for LoRA's gradients, and None without it."""
+) -> list[Tensor]:
+    """Gradients: with LoRA (x and s are None without) of all A [sum of ranks, K] and each B, then of x, if wanted."""
     like = grads[0]
     dtype = compute_dtype(like, group.weights) if s is None else s.dtype
     grads = [g.to(dtype) for g in grads]
-    grad_A, grad_B, grad_x = None, [], None
+    made, grad_x = list[Tensor](), None
     if x is not None and s is not None:
         grad_s, dropped = torch.empty_like(s), _dropper(x, group)
         for g, B, scale, part in zip(grads, group.B, group.scales, group.columns, strict=True):
             _product(g, B.to(dtype), scale, grad_s[:, part])
-            grad_B.append(_wide_product(g.T, s[:, part], scale).to(B.dtype))
-        grad_A = _wide_product(grad_s.T, dropped(x.to(dtype)), group.keep_scale)
+            made.append(_wide_product(g.T, s[:, part], scale).to(B.dtype))
+        made.insert(0, _wide_product(grad_s.T, dropped(x.to(dtype)), group.keep_scale))
         if need_x:
             grad_x = _product(grad_s, group.stacked(dtype), group.keep_scale)
             dropped(grad_x, grad_x)
     if need_x:
-        grad_x = _add_base(grad_x, grads, group, dense).to(like.dtype)
-    return Gradients(grad_A, grad_B, grad_x)
+        made.append(_add_base(grad_x, grads, group, dense).to(like.dtype))
+    return made
 
 
 def _add_base(total: Tensor | None, grads: list[Tensor], group: Group, dense: list[Tensor]) -> Tensor:
@@ -187,10 +178,7 @@ def _wide_product(a: Tensor, b: Tensor, factor: float) -> Tensor:
 
 
 def _dropper(x: Tensor, group: Group) -> Callable[..., Tensor]:
-    """f(t, out=None): t, like x, with what dropout removes set to zero; survivors are scaled where they are multiplied.
-
-    `out` may be t itself; without dropout it must be.
-    """
+    """f(t, out=None): t, like x, with zeros for what dropout removes, unscaled; `out` may be t, undropped it is."""
     p, seed = group.dropout, group.seed
     if seed is None:
         return lambda t, out=None: t

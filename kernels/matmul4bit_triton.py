@@ -5,13 +5,9 @@ in shared memory, which gives two neighbouring values of W as they lie in a matr
 operand of the product, which may come from registers, so that only the small x goes through shared memory as a matrix.
 
 The matrix units see the 4-bit code values, rounded to x's dtype, and each step's fp32 partial sum is multiplied by its
-block's scale: few instructions while BM is small. Rounding: each code value is off by up to half an ulp of x's dtype,
-the scale is exact, so |error| <= (2 K 2^-24 + 2 u) |x| |W|^T + u |y| against the exact product of x with code * scale
-(u = 2^-8 for bf16, 2^-11 for fp16).
-
-Few tiles do not fill a GPU, so K is split: every program writes its partial sum to a workspace, and the last of a tile
-to arrive, known by an integer counter, adds them all in one fixed order. Results repeat to the bit; there are no
-floating-point atomics, and bias and LoRA's second product ride in the same launch.
+block's scale: few instructions while BM is small. Each code value is off by up to half an ulp of x's dtype, the scale
+is exact, so |error| <= (2 K 2^-24 + 2 u) |x| |W|^T + u |y| against the exact product of x with code * scale (u = 2^-8
+for bf16, 2^-11 for fp16). K is split (split_k_triton.py); bias and LoRA's second product ride in the same launch.
 """
 
 import torch

@@ -1,8 +1,7 @@
 """Weights -> 4-bit codes and a scale for each block, in bitsandbytes' layout, byte for byte.
 
 The weight is flattened row by row and cut into blocks; each block is divided by its largest magnitude (absmax), and
-every value becomes the index of the nearest number in the code table. Two codes share a byte, the first in the high
-nibble.
+every value becomes the index of the nearest number in the code table.
 
 Finding the nearest of sixteen by binary search mispredicts at every branch. The CPU path takes the upper half of the
 fp32 pattern (sign, exponent, seven bits of mantissa) as a table index: at most one midpoint of the code lies among
@@ -29,8 +28,7 @@ def quantize(weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, doubl
     """Quantise a floating-point tensor of any shape to NF4 or FP4; with `double_quant` its scales to 8 bits too.
 
     fp16, bf16 and fp64 values are converted to fp32 first. ValueError for a block size that is not a power of two from
-    32 to 4096, an unknown quant_type, a tensor that is not floating point, and for NaN or Inf: one would spoil its
-    block.
+    32 to 4096, an unknown quant_type, a tensor that is not floating point, and for NaN or Inf.
     """
     check_format(quant_type, blocksize)
     if not weight.is_floating_point():
@@ -57,7 +55,6 @@ def _quantize_triton(flat: Tensor, quant_type: str, blocksize: int, packed: Tens
 
 
 def _quantize(flat: Tensor, quant_type: str, blocksize: int, packed: Tensor, absmax: Tensor) -> None:
-    """All of the values, chunk by chunk, without a kernel."""
     pack, chunk = (_pack_by_pattern, CHUNK) if path_for(flat) == "cpu" else (pack_reference, LARGE_CHUNK)
     for start in range(0, flat.numel(), chunk):
         scaled, scales = _scale_blocks(flat[start : start + chunk].float(), blocksize)
@@ -81,7 +78,6 @@ def _midpoints(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _pack_by_pattern(scaled: Tensor, quant_type: str, packed: Tensor) -> None:
-    """The CPU path of pack_reference."""
     midpoints, high, low = _pattern_tables(quant_type)
     if scaled.numel() % 2:
         scaled = torch.cat([scaled, scaled.new_zeros(1)])
@@ -111,7 +107,7 @@ def _scale_blocks(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """Values [n] divided by their block's absmax, and the absmax [ceil(n / blocksize)].
 
     Whole blocks multiply by the reciprocal, a short last block divides, and only the latter stores the floored absmax:
-    differences of one rounding that decide ties, kept because bitsandbytes' bytes are the format.
+    roundings that decide ties, and bitsandbytes' bytes are the format.
     """
     full = values.numel() // blocksize * blocksize
     blocks, rest = values[:full].view(-1, blocksize), values[full:]

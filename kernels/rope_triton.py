@@ -24,16 +24,9 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     y = torch.empty_like(x)
     with on_device(x):
         rope_kernel[(batch * tokens,)](
-            x,
-            cos,
-            sin,
-            y,
+            *(x, cos, sin, y),
             tokens if cos.shape[0] == 1 else batch * tokens,  # after so many tokens the tables start again
-            heads,
-            size // 2,
-            DIRECTION=direction,
-            HEADS=triton.next_power_of_2(heads),
-            HALF=triton.next_power_of_2(size // 2),
+            *(heads, size // 2, direction, triton.next_power_of_2(heads), triton.next_power_of_2(size // 2)),
             num_warps=4,
         )
     return y

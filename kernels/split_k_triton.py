@@ -1,8 +1,7 @@
 """Products with a split K: few tiles do not fill a GPU, so several programs share one.
 
 Every program writes its partial sum to a workspace; the last of a tile to arrive, known by an integer counter, adds
-them all in one fixed order. Results repeat to the bit, and there is one launch: no floating-point atomics, no second
-kernel. Here are the parts that such kernels share.
+them all in one fixed order. Results repeat to the bit, in one launch and without floating-point atomics.
 """
 
 from functools import cache

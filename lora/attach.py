@@ -18,9 +18,8 @@ def attach(
 ) -> list[str]:
     """Put an adapter on the targeted layers of `model`, in place; freeze all else; return their paths in module order.
 
-    Each layer's part starts from `seed` and its own path, so naming one more target leaves the other starts as they
-    were, and the start is the same on every device. Adapters are fp32 masters unless `dtype` says otherwise. The new
-    adapter is the active one.
+    Each layer's part starts from `seed` and its own path alone, on every device the same. Adapters are fp32 masters
+    unless `dtype` says otherwise. The new adapter is the active one.
     Raises InputError for an entry or a pattern that matches nothing, a rank larger than a layer allows, a model that
     carries an adapter of this name already; the model is left untouched then.
     """
@@ -50,8 +49,7 @@ def fresh(
 def install(model: nn.Module, adapters: Mapping[str, Adapter], name: str = DEFAULT, *, trainable: bool = True) -> None:
     """Put each adapter on the linear layer of its path, wherever the model holds that.
 
-    trainable: it becomes the active adapter, and all else in the model is frozen; otherwise it is frozen itself and
-    waits for `use`, and nothing else changes.
+    trainable: it becomes the active adapter, and all else is frozen; otherwise it is frozen itself and waits for `use`.
     InputError, before anything is changed, for a name that is taken or that no adapter can have, and for a model that
     is itself the layer.
     """

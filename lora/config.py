@@ -90,7 +90,6 @@ def _check_alpha(key: str, value: object) -> None:
 
 
 def _checked_names(key: str, value: object) -> str | tuple[str, ...]:
-    """A regular expression as it is, a list of names as a tuple."""
     if isinstance(value, str):
         _check_regex(key, value)
         return value

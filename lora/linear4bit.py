@@ -1,9 +1,8 @@
 """NF4Linear: a frozen linear layer whose weight is kept in 4 bits.
 
 The quantised weight is up to four plain frozen parameters, so the layer counts, shards, saves, moves, copies and prints
-like any other module; there is no tensor subclass and no hidden state object. The price is one rule that modules
-normally do not need: casting the model must not cast the scales, so `_apply` keeps the dtype of all four. Dense weights
-are never kept: the forward and the backward pass decode into scratch (`kernels.nf4.linear4bit`).
+like any other module. The price is one rule: casting the model must not cast the scales, so `_apply` keeps the dtype of
+all four. Dense weights are never kept: forward and backward decode into scratch (`kernels.nf4.linear4bit`).
 
 Layout and rounding are bitsandbytes' (Dettmers et al. 2023, "QLoRA", section 3).
 """
@@ -32,7 +31,7 @@ class NF4Linear(nn.Module):
         nested_offset  fp32 [1]    mean that was taken off absmax before coding it; None without double quantisation
     Where a row is not whole blocks, weight is flat [(n + 1) // 2] and absmax [ceil(n / blocksize)].
 
-    A new layer holds a zero weight. `quantize_weight_` fills it from a dense tensor, `from_weight` does both steps.
+    A new layer holds a zero weight; `quantize_weight_` fills it, `from_weight` does both.
     Raises ValueError for a quant_type or blocksize that does not exist.
     """
 
@@ -89,8 +88,7 @@ class NF4Linear(nn.Module):
     def quantize_weight_(self, weight: Tensor, *, name: str = "") -> None:
         """Replace the weight by the 4-bit form of `weight` [out, in]; nothing of the dense tensor is kept.
 
-        The work is done where `weight` lies; the result goes to the layer's device, or stays there if the layer is on
-        meta.
+        It is made where `weight` lies, and goes to the layer's device, or stays there if the layer is on meta.
         Raises ValueError for a wrong shape and InputError, naming the tensor, for NaN or infinity.
         """
         label = f"'{name}'" if name else "the weight"
@@ -143,7 +141,7 @@ class NF4Linear(nn.Module):
         return super()._apply(move_only, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """A copy between dtypes would turn scales into codes or codes into scales without a word, so it is an error."""
+        """A copy between dtypes would turn scales into codes or codes into scales, so it is an error."""
         wrong = [
             f"dtype mismatch for {prefix}{name}: the layer holds {own.dtype}, the file {given.dtype}"
             for name, own in self.stored_parameters().items()

@@ -18,18 +18,12 @@ def scale_of(alpha: float, rank: int, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
-def state_shapes(base: nn.Linear | NF4Linear, rank: int) -> dict[str, tuple[int, int]]:
-    """Name in `state` -> shape of the tensors that a LoRA of this rank on this layer has."""
-    return {"lora_A.weight": (rank, base.in_features), "lora_B.weight": (base.out_features, rank)}
-
-
 class LoRA(Adapter):
     """y + scale * B A dropout(x), training only A and B (Hu et al. 2021, "LoRA", equation 3).
 
-    scale = alpha / rank, or alpha / sqrt(rank) with rslora. `lora_A` [r, in] starts uniform in +-1/sqrt(in), `lora_B`
-    [out, r] starts at zero, so a fresh adapter changes nothing. Both are fp32 masters unless `dtype` says otherwise;
-    the sum is computed in the dtype of x. Of `base` only sizes and device are taken.
-    Raises InputError for a rank outside 1..min(in, out).
+    `lora_A` [r, in] starts uniform in +-1/sqrt(in), `lora_B` [out, r] at zero, so a fresh adapter changes nothing. Both
+    are fp32 masters unless `dtype` says otherwise; the sum is computed in the dtype of x. Of `base` only sizes and
+    device are taken. Raises InputError for a rank outside 1..min(in, out).
     """
 
     def __init__(

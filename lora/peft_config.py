@@ -1,7 +1,7 @@
 """adapter_config.json, PEFT's description of an adapter: read strictly, written with few keys.
 
-Reading: the file is untrusted and may come from a newer PEFT. A key that could change what the adapter computes is
-either understood or refused by name; one that cannot, and any key left at an empty default, is accepted.
+Reading: a key that could change what the adapter computes is either understood or refused by name; one that cannot, and
+any key left at an empty default, is accepted.
 Writing: only keys that PEFT has known since rsLoRA came (0.7), because old versions stop at a key they do not know.
 """
 
@@ -20,17 +20,18 @@ from .config import LoRAConfig, pattern_value
 from .lora import scale_of
 from .targets import base_modules, linear_layers, matcher, output_heads
 
-UNDERSTOOD = {
-    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "init_lora_weights",
+REQUIRED = ("r", "lora_alpha", "target_modules")
+FIELDS = {  # PEFT's name -> that of LoRAConfig
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target", "use_rslora": "rslora",
+    "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern", "exclude_modules": "exclude",
 }  # fmt: skip
+UNDERSTOOD = {*FIELDS, "peft_type", "layers_to_transform", "layers_pattern", "bias", "init_lora_weights"}
 HARMLESS = {  # what they hold has no part in the forward pass of a saved adapter
     "task_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode",
     "runtime_config", "fan_in_fan_out", "megatron_core", "qalora_group_size", "ensure_weight_tying",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 }  # fmt: skip
 STARTS_THAT_KEEP_THE_BASE = ("true", "false", "gaussian", "orthogonal", "eva")  # others rewrite the base weights too
-
 
 PATH_LENGTH = 64  # characters of a module's path: what a match reads, and what a repetition may give back one by one
 MOST_STEPS = 1 << 20  # of matching a regular expression, or all keys of a pattern, to one path: some milliseconds
@@ -60,9 +61,8 @@ class PeftConfig:
 
     def _in_layers(self, path: str) -> bool:
         """PEFT's layers_to_transform, which a full path overrides."""
-        if not self.layers_to_transform or path in self.lora.target:
-            return True
-        return _layer_index(path, self.layers_pattern) in self.layers_to_transform
+        numbers = self.layers_to_transform
+        return not numbers or path in self.lora.target or _layer_index(path, self.layers_pattern) in numbers
 
 
 def read_config(raw: Mapping[str, Any], file: str) -> PeftConfig:
@@ -70,21 +70,12 @@ def read_config(raw: Mapping[str, Any], file: str) -> PeftConfig:
     kind = raw.get("peft_type")
     if kind != "LORA":
         raise InputError(f"{file}: peft_type must be 'LORA', got {kind!r}; fourbit reads LoRA adapters")
-    for key in ("r", "lora_alpha", "target_modules"):
+    for key in REQUIRED:
         if raw.get(key) is None:
             raise InputError(f"{file}: the key '{key}' is missing; PEFT writes it into every LoRA adapter")
     _refuse_unsupported(raw, file)
     try:
-        lora = LoRAConfig(
-            rank=raw["r"],
-            alpha=raw["lora_alpha"],
-            dropout=raw.get("lora_dropout") or 0.0,
-            target=raw["target_modules"],
-            rslora=raw.get("use_rslora") or False,
-            rank_pattern=raw.get("rank_pattern") or {},
-            alpha_pattern=raw.get("alpha_pattern") or {},
-            exclude=raw.get("exclude_modules") or (),
-        )
+        lora = LoRAConfig(**{ours: raw[key] for key, ours in FIELDS.items() if key in REQUIRED or raw.get(key)})
     except InputError as problem:
         raise InputError(f"{file}: {problem}") from None
     for key, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
@@ -105,8 +96,7 @@ def most_steps(pattern: str) -> int:
     """A bound on the steps of matching `pattern` to a module path, about; beyond any limit for one with no small bound.
 
     Python's matcher backtracks. Without a repeated group each choice in the pattern is met once on a way through it, so
-    their product bounds the ways; without any group the alternatives are tried one by one. An escaped character is no
-    choice; one in a character class is counted as if it were.
+    their product bounds the ways; without any group the alternatives are tried one by one.
     """
     plain = re.sub(r"\\.", "x", pattern, flags=re.DOTALL).replace("(?:", "(")
     if re.search(r"\)[*+?{]|\(\?", plain):

@@ -16,7 +16,7 @@ from ..files import disk_errors, float_tensors, misfits, read_json, regular_file
 from .adapter import DEFAULT, Adapter, adapters_of
 from .attach import fresh, install
 from .config import LoRAConfig
-from .lora import LoRA, scale_of, state_shapes
+from .lora import LoRA, scale_of
 from .peft_config import read_config, write_config
 from .targets import base_modules, linear_layers
 
@@ -74,8 +74,8 @@ def load_adapter(
     """Read a PEFT adapter folder into `model` under a name and return the paths of its layers in module order.
 
     A model without an adapter of this name gets it attached in `dtype`, or in the file's own dtype for None: as the
-    active one, all else frozen, or, not `trainable`, frozen and inactive beside what is there. A model that carries one
-    keeps it, dtype included, and must have it on the same layers with the same rank and scale.
+    active one, all else frozen, or, not `trainable`, frozen and inactive. A model that carries one keeps it, dtype
+    included, and must have it on the same layers with the same rank and scale.
     Raises InputError, before the model is touched, for a file that is missing, broken or not plain LoRA, for keys that
     are missing, unexpected or misshaped, and for NaN or infinity.
     """
@@ -101,8 +101,7 @@ def _keyed(parts: Mapping[str, Adapter]) -> dict[str, Tensor]:
 def _read_adapter(model: nn.Module, folder: Path) -> tuple[str, LoRAConfig, list[str], dict[str, Tensor]]:
     """What errors call the file, its settings, the paths of the layers it means, its tensors by PEFT's key.
 
-    Everything is checked that can be without regard to adapters the model carries, and nothing made for what the
-    config only claims; values are not looked at yet.
+    Checked but for values and adapters the model carries; nothing is made for what the config only claims.
     """
     file = _adapter_file(folder, CONFIG)
     config = read_config(read_json(file, LARGEST_CONFIG), f"'{file}'")
@@ -117,8 +116,11 @@ def _read_adapter(model: nn.Module, folder: Path) -> tuple[str, LoRAConfig, list
         names = [name for name in layers if PREFIX + name in meant]
     if not names:
         raise InputError(f"{label}: target_modules={config.lora.target!r} names no linear layer of this model")
-    shapes = {path: state_shapes(layers[path], config.lora.rank_at(path)) for path in names}
-    expected = {f"{PREFIX}{path}.{key}": shape for path, own in shapes.items() for key, shape in own.items()}
+    expected: dict[str, Sequence[int]] = {}
+    for path in names:
+        rank, layer = config.lora.rank_at(path), layers[path]
+        expected[f"{PREFIX}{path}.lora_A.weight"] = (rank, layer.in_features)
+        expected[f"{PREFIX}{path}.lora_B.weight"] = (layer.out_features, rank)
     found = {key: state[given] for key, given in keys.items()}
     _compare(expected, found, label)
     return label, config.lora, names, found

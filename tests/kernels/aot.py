@@ -128,11 +128,7 @@ def measure(scenario: str, run: Callable[[], object], capability: int) -> list[C
     """The costs of all kernels that `run` launches on a GPU of this compute capability."""
     from fourbit.kernels import dispatch
 
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        dispatch.force_path("triton"),
-        _compile_only(capability) as launched,
-    ):
+    with pytest.MonkeyPatch.context() as patch, dispatch.force_path("triton"), _compile_only(capability) as launched:
         patch.setattr(dispatch, "architecture", lambda device: f"sm_{capability}")
         run()
     return [_cost(scenario, name, kernel, constants, capability) for name, kernel, constants in launched]

@@ -3,7 +3,8 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Oracle:
@@ -66,8 +69,8 @@ class Guards:
 
     def around(self, tensor: Tensor, shift: int = 0) -> Tensor:
         """The same values, `shift` elements off alignment, between stretches of NaN, or of 255 for integers."""
-        margin, device = 256, "cuda" if torch.cuda.is_available() else "cpu"
-        memory = torch.full((tensor.numel() + 2 * margin + shift,), 255, dtype=tensor.dtype, device=device)
+        margin = 256
+        memory = torch.full((tensor.numel() + 2 * margin + shift,), 255, dtype=tensor.dtype, device=DEVICE)
         if tensor.is_floating_point():
             memory.fill_(float("nan"))
         first, last = margin + shift, margin + shift + tensor.numel()
@@ -105,16 +108,48 @@ def guards() -> Iterator[Guards]:
         yield made
 
 
+@contextmanager
+def nan_around_fresh_memory() -> Iterator[list[Tensor]]:
+    made: list[Tensor] = []
+
+    def around(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.device.type != DEVICE or not tensor.numel():
+            return tensor
+        store = torch.full((tensor.numel() + 512,), float("nan"), dtype=tensor.dtype, device=DEVICE)
+        made.append(store)
+        return store[256:-256].view(tensor.shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+            original = getattr(owner, name)
+            patch.setattr(owner, name, lambda *a, original=original, **k: around(original(*a, **k)))
+        yield made
+    for store in made:
+        assert store[:256].isnan().all() and store[-256:].isnan().all(), "something was written beside its buffer"
+
+
+@pytest.fixture(scope="session")
+def poisoned() -> Callable[[], AbstractContextManager[list[Tensor]]]:
+    """A block in which fresh memory holds NaN and lies between NaN; after it the surroundings must still be NaN."""
+    return nan_around_fresh_memory
+
+
 @pytest.fixture(autouse=True, scope="session")
-def bf16_converted_as_on_gpus() -> Iterator[None]:
-    """Triton's interpreter (3.6 to 3.9) cuts off where it makes bf16 of fp32, and misreads bf16's subnormals."""
+def interpreter_mended() -> Iterator[None]:
+    """Three faults of Triton's interpreter (3.6 to 3.9).
+
+    It cuts off where it makes bf16 of fp32, and misreads bf16's subnormals; it keeps bf16 as its bits, and its tl.dot
+    multiplies those as if integers; and it makes a loop bound with int() of a one-element array, which NumPy 2.4
+    refuses.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
     import triton.language as tl
     from triton.runtime import interpreter
 
-    convert = interpreter._convert_float
+    builder = interpreter.InterpreterBuilder
+    convert, dot, patch_tensor = interpreter._convert_float, builder.create_dot, interpreter._patch_lang_tensor
 
     def by_torch(values: Any, source: Any, target: Any, mode: Any) -> Any:
         if (source, target) == (tl.float32, tl.bfloat16):
@@ -125,49 +160,17 @@ def bf16_converted_as_on_gpus() -> Iterator[None]:
             return bits.float().numpy().view(np.uint32)
         return convert(values, source, target, mode)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_convert_float", by_torch)
-        yield
-
-
-@pytest.fixture(autouse=True, scope="session")
-def bf16_multiplied_as_numbers() -> Iterator[None]:
-    """Triton's interpreter (3.6 to 3.9) keeps bf16 as its bits, and its tl.dot multiplies those as if integers."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        yield
-        return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    dot = interpreter.InterpreterBuilder.create_dot
-
     def number(operand: Any) -> Any:
         if operand.dtype.scalar != tl.bfloat16:
             return operand
         return interpreter.TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def numbers(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return dot(self, number(a), number(b), *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpreterBuilder, "create_dot", numbers)
-        yield
-
-
-@pytest.fixture(autouse=True, scope="session")
-def bounds_of_loops_as_integers() -> Iterator[None]:
-    """Triton 3.6's interpreter makes a loop bound with int() of a one-element array, which NumPy 2.4 refuses."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        yield
-        return
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
 
     def with_index(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", by_torch)
+        patch.setattr(builder, "create_dot", lambda self, a, b, *rest: dot(self, number(a), number(b), *rest))
         patch.setattr(interpreter, "_patch_lang_tensor", with_index)
         yield

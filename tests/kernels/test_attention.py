@@ -64,15 +64,6 @@ def test_mask_hides_left_padding(t: int, s: int) -> None:
     torch.testing.assert_close(got, plain(q, k, v, visible | own), rtol=1e-12, atol=1e-12)
 
 
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5))
-def test_spans_equal_attention_on_each_alone(lengths: list[int]) -> None:
-    total = sum(lengths)
-    q, k, v = sample(1, total, total, 4, 2)
-    packed = attention(q, k, v, spans=spans_of(lengths))
-    alone = [attention(*(x[:, a:b] for x in (q, k, v))) for a, b in spans_of(lengths)]
-    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-12, atol=1e-12)
-
-
 def test_spans_over_several_rows() -> None:
     q, k, v = sample(2, 6, 6, 4, 2)
     got = attention(q, k, v, spans=[(0, 4), (4, 6), (6, 12)])
@@ -182,30 +173,17 @@ def test_the_comparison_catches_a_mask_that_is_off_by_one(monkeypatch: pytest.Mo
         test_forks_equal_the_definition.hypothesis.inner_test([(3, [2, 2])])  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("spans", [[(0, 3)], [(0, 3), (4, 6)], [(3, 6), (0, 3)], [(0, 4), (3, 6)], [(0, 7)], []])
+SHORT = [[(0, 3)], [(0, 3), (4, 6)], [(3, 6), (0, 3)], [(0, 4), (3, 6)], [(0, 7)], []]
+SHORT += [[(0, 2, 4, 5)], [(0, 2, 4, 7)], [(1, 2, 4, 6)], [(0, 4, 2, 6)], [(0, 2, 2, 6)], [(0, 2, 4, 6, 6)]]
+SHORT += [[(0, 2, 4), (5, 6)], [(0,), (0, 6)], [(), (0, 6)], [(0, 0), (0, 6)], [(0, -1, 6)]]
+
+
+@pytest.mark.parametrize("spans", SHORT)
 def test_spans_that_do_not_cover_the_tokens_are_refused(spans: Spans) -> None:
-    with pytest.raises(ValueError, match="spans must cover the 6 tokens in order"):
-        attention(*sample(1, 6, 6, 2, 2), spans=spans)
-
-
-@pytest.mark.parametrize(
-    "spans",
-    [
-        [(0, 2, 4, 5)],
-        [(0, 2, 4, 7)],
-        [(1, 2, 4, 6)],
-        [(0, 4, 2, 6)],
-        [(0, 2, 2, 6)],
-        [(0, 2, 4, 6, 6)],
-        [(0, 2, 4), (5, 6)],
-        [(0,), (0, 6)],
-        [(), (0, 6)],
-        [(0, 0), (0, 6)],
-        [(0, -1, 6)],
-    ],
-)
-def test_forks_that_do_not_cover_the_tokens_are_refused(spans: Spans) -> None:
-    with pytest.raises(ValueError, match=r"or \(start, fork, end_1, ..., end_n\) with no empty branch, got \["):
+    rule = (
+        r"spans must cover the 6 tokens in order .* or \(start, fork, end_1, ..., end_n\) with no empty branch, got \["
+    )
+    with pytest.raises(ValueError, match=rule):
         attention(*sample(1, 6, 6, 2, 2), spans=spans)
 
 

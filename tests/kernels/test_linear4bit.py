@@ -48,11 +48,8 @@ def assert_product(got: Tensor, a: Tensor, b: Tensor, start: Tensor | None = Non
     if start is not None:
         exact, size, terms = exact + start.double(), size + start.double().abs(), terms + 1
     accumulate = UNIT[torch.float64 if got.dtype == torch.float64 else torch.float32]
-    bound = (
-        (2 * terms * accumulate + 2.01 * unit) * size
-        + UNIT[got.dtype] * exact.abs()
-        + 2.0**-24 * (got.dtype == torch.float16)
-    )
+    tiny = 2.0**-24 * (got.dtype == torch.float16)
+    bound = (2 * terms * accumulate + 2.01 * unit) * size + UNIT[got.dtype] * exact.abs() + tiny
     excess = (got.double() - exact).abs() - bound
     assert not got.numel() or float(excess.max()) <= 0, f"off by {float(excess.max())} beyond the bound"
 
@@ -252,13 +249,8 @@ def test_misfits_are_refused() -> None:
         weight(torch.randn(3, 65))
     with pytest.raises(ValueError, match="x is on meta, the weight on cpu"):
         linear4bit(torch.randn(3, 64, device="meta"), stored)
-    with pytest.raises(ValueError, match="nested_absmax and offset belong together"):
-        linear4bit(torch.randn(3, 64), stored._replace(nested_absmax=None))
-    with pytest.raises(ValueError, match=r"need 10 fp32 scales, got 10 of torch\.uint8"):
-        linear4bit(torch.randn(3, 64), stored._replace(nested_absmax=None, offset=None))
-    for rows, need in ((20, 640), (5, 160)):
-        with pytest.raises(ValueError, match=f"need {need} packed uint8 bytes, got 320"):
-            linear4bit(torch.randn(3, 64), stored._replace(shape=(rows, 64)))
+    with pytest.raises(ValueError, match="need 640 packed uint8 bytes, got 320"):  # the rest: Weight4bit.check
+        linear4bit(torch.randn(3, 64), stored._replace(shape=(20, 64)))
 
 
 def test_force_path_names_its_paths_and_restores() -> None:
@@ -331,13 +323,3 @@ def test_both_ways_of_the_triton_path(
     assert_product(y.detach(), x.detach(), decoded.T, bias.detach(), UNIT[dtype] if taken[0] else 0.0)
     assert_product(x.grad, grad, decoded)
     assert_product(bias.grad.unsqueeze(0), torch.ones(1, grad[..., 0].numel(), device=DEVICE), grad.reshape(-1, 33))
-
-
-@pytest.mark.parametrize("columns", [63, 96, 1])
-def test_shapes_that_the_kernel_does_not_take_are_decoded(columns: int) -> None:
-    """K no multiple of 64 (a block crosses rows), for a row that would otherwise take the kernel for few."""
-    pytest.importorskip("triton")
-    weight = Weight(33, columns).to(DEVICE)
-    x = torch.randn(3, columns, device=DEVICE).bfloat16()
-    with force_path("triton"):
-        assert_product(weight(x), x, weight.dense.to(lora_paths.compute_dtype(x, [weight.stored])).T)

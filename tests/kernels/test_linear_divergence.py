@@ -98,15 +98,6 @@ def test_matches_full_logits(name, rows, vocabulary, rows_per_chunk, train_head,
         torch.testing.assert_close(got[figure], value, rtol=1e-10, atol=bound, msg=lambda m, n=figure: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("train_head", [False, True])
-def test_gradcheck(name, train_head):
-    hidden, weight, theirs, their_weight = problem(5, 7)
-    hidden.requires_grad_(), weight.requires_grad_(train_head)
-    values = lambda h, w: linear_divergence(h, w, theirs, their_weight, chunk_rows=2, **SETTINGS[name])  # noqa: E731
-    assert torch.autograd.gradcheck(values, (hidden, weight))
-
-
 def test_is_torch_s_kl_div():
     hidden, weight, theirs, their_weight = problem(9, 50)
     log_q, log_p = F.log_softmax(hidden @ weight.T, 1), F.log_softmax(theirs @ their_weight.T, 1)
@@ -162,9 +153,8 @@ def test_softmax_in_fp32(kind, vocabulary, case):
     assert (got - want).abs().le(1e-6 * want.abs() + rounding).all()
     dlogits = dlogits.double()
     assert dlogits.isfinite().all()
-    assert (
-        dlogits.sum(1).abs().le(1e-6 * dlogits.abs().sum(1) + 2 * rounding + 2**-23).all()
-    )  # as a softmax's gradient does
+    # A softmax's gradient sums to 0.
+    assert dlogits.sum(1).abs().le(1e-6 * dlogits.abs().sum(1) + 2 * rounding + 2**-23).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

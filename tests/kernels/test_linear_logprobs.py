@@ -9,12 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fourbit.kernels.chunked_head import (
-    TokenScorer,
-    TokenScores,
-    dense_figures,
-    rows_per_chunk,
-)
+from fourbit.kernels.chunked_head import TokenScorer, TokenScores, dense_figures, rows_per_chunk
 
 FIGURES = ("logps", "entropy", "correct")
 
@@ -70,16 +65,6 @@ def test_matches_full_logits(rows, vocabulary, width, chunk_rows, train_head, ma
         torch.testing.assert_close(got[name], value, rtol=1e-10, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("train_head", [False, True])
-def test_gradcheck(train_head):
-    torch.manual_seed(0)
-    hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=train_head)
-    targets = torch.randint(7, (5,))
-    logps = lambda h, w: linear_logprobs(h, w, targets, chunk_rows=2).logps  # noqa: E731
-    assert torch.autograd.gradcheck(logps, (hidden, weight))
-
-
 @pytest.mark.parametrize("kind", ["random", "within ±1e4", "equal", "one far ahead", "banned"])
 @pytest.mark.parametrize("vocabulary", [1000, 151_936])
 def test_softmax_in_fp32(kind, vocabulary):
@@ -121,35 +106,6 @@ def test_fp32_against_float64(vocabulary, rows):
     got = linear_logprobs(hidden, weight, targets, chunk_rows=7)
     for name in ("logps", "entropy"):
         torch.testing.assert_close(getattr(got, name).double(), getattr(want, name), rtol=1e-6, atol=1e-6)
-
-
-def test_is_torch_s_cross_entropy():
-    torch.manual_seed(0)
-    hidden = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
-    weight, targets = torch.randn(300, 16, dtype=torch.float64), torch.randint(300, (50,))
-    loss = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
-    (want,) = torch.autograd.grad(loss, hidden)
-    ours = -linear_logprobs(hidden, weight, targets, chunk_rows=11).logps.sum()
-    torch.testing.assert_close(ours, loss, rtol=1e-13, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(ours, hidden)[0], want, rtol=1e-12, atol=1e-14)
-
-
-@given(mask=st.lists(st.booleans(), min_size=1, max_size=24), ignored=st.sampled_from([-100, 0]))
-def test_masked_rows_are_left_out(mask, ignored):
-    """Rows picked by any mask, none and all too, give the masked loss and gradient of full logits; others get zero."""
-    torch.manual_seed(len(mask))
-    keep = torch.tensor(mask)
-    hidden = torch.randn(len(mask), 8, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(31, 8, dtype=torch.float64)
-    labels = torch.randint(31, (len(mask),)).where(keep, ignored)
-    loss = (F.cross_entropy(hidden @ weight.T, labels.clamp(min=0), reduction="none") * keep).sum()
-    (want,) = torch.autograd.grad(loss, hidden)
-    places = keep.nonzero().squeeze(1)
-    ours = -linear_logprobs(hidden.index_select(0, places), weight, labels[places], chunk_rows=5).logps.sum()
-    (got,) = torch.autograd.grad(ours, hidden)
-    torch.testing.assert_close(ours, loss, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    assert (got[~keep] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -226,12 +182,7 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("train_hidden", "train_head", "gradients", "products"),
-    [
-        (True, False, True, 2),
-        (False, False, True, 1),
-        (True, True, True, 4),
-        (True, True, False, 1),
-    ],
+    [(True, False, True, 2), (False, False, True, 1), (True, True, True, 4), (True, True, False, 1)],
 )
 def test_products_of_a_chunk(train_hidden, train_head, gradients, products):
     """Logits and dX with a frozen head; logits, and again in backward with dX and dW, with a trained one."""

@@ -131,27 +131,6 @@ def check(sample: Sample, x: Tensor, grads: list[Tensor], dropout: float, seed: 
         assert not mine.numel() or float(excess.max()) <= 0, f"{name}: off by {float(excess.max())} beyond the bound"
 
 
-@contextmanager
-def poisoned() -> Iterator[list[Tensor]]:
-    """Fresh memory holds NaN and lies between NaN; afterwards the surroundings must still be NaN."""
-    made: list[Tensor] = []
-
-    def around(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or tensor.device.type != DEVICE or not tensor.numel():
-            return tensor
-        store = torch.full((tensor.numel() + 512,), float("nan"), dtype=tensor.dtype, device=DEVICE)
-        made.append(store)
-        return store[256:-256].view(tensor.shape)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-            original = getattr(owner, name)
-            patch.setattr(owner, name, lambda *a, original=original, **k: around(original(*a, **k)))
-        yield made
-    for store in made:
-        assert store[:256].isnan().all() and store[-256:].isnan().all(), "something was written beside its buffer"
-
-
 def inputs(sample: Sample, M: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, list[Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     sizes = [sample.weights[0].columns, *(weight.rows for weight in sample.weights)]
@@ -209,8 +188,8 @@ def way(name: str) -> Iterator[None]:
     *(st.booleans(), st.sampled_from([1, 3, 100]), st.integers(0, 2**31)),
 )
 def test_kernels(
-    name: str, M: int, K: int, rows: list[int], ranks: list[int], quantisation: dict[str, Any], dtype: torch.dtype,
-    bias: bool, dropout: float, keep: bool, processors: int, seed: int,
+    poisoned: Any, name: str, M: int, K: int, rows: list[int], ranks: list[int], quantisation: dict[str, Any],
+    dtype: torch.dtype, bias: bool, dropout: float, keep: bool, processors: int, seed: int,
 ) -> None:  # fmt: skip
     K, keep = (64 * -(-K // 64), False) if name == "few" else (K, keep)
     sample = draw(K, rows[: len(ranks)], ranks, bias=bias, seed=seed, **quantisation)
@@ -221,7 +200,7 @@ def test_kernels(
         assert made
 
 
-def test_large_ranks_take_more_than_one_program_and_step() -> None:
+def test_large_ranks_take_more_than_one_program_and_step(poisoned: Any) -> None:
     sample = draw(128, [70, 20], [130, 20])
     x, grads = inputs(sample, 20, torch.bfloat16, 0)
     with way("few"), poisoned():

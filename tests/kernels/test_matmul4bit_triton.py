@@ -31,32 +31,20 @@ TILES = [
     Tile(8, stages=3, copies=4, programs=1, columns=32, warps=2),
     Tile(32, stages=3, copies=1, programs=1, columns=64, warps=2),
 ]
-GUARDS: list[Tensor] = []  # the memory before and behind the weight of the latest sample
 dtypes = st.sampled_from([torch.bfloat16, torch.float16])
 
 
 class Sample:
     """A random weight [N, K] in its quantised form and as exact values, and operands to go with it."""
 
-    def __init__(self, N: int, K: int, seed: int, *, nested: bool = True, quant_type: str = "nf4", blocksize: int = 64):
-        GUARDS.clear()
+    def __init__(self, guards: Any, N: int, K: int, seed: int, **options: Any) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        made = quantize(self.random(N, K), quant_type, blocksize, nested)
+        made = quantize(self.random(N, K), **{"double_quant": True} | options)
         self.dense = dequantize(made)
-        self.weight = made._replace(packed=guarded(made.packed), absmax=guarded(made.absmax))
+        self.weight = made._replace(packed=guards.around(made.packed), absmax=guards.around(made.absmax))
 
     def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(DEVICE, dtype)
-
-
-def guarded(tensor: Tensor) -> Tensor:
-    """The same values between stretches that nothing may read; compiled, a wrong value shows up in the result."""
-    around = torch.full((tensor.numel() + 512,), 255, dtype=tensor.dtype, device=DEVICE)
-    if tensor.is_floating_point():
-        around.fill_(float("nan"))
-    around[256:-256] = tensor.flatten()
-    GUARDS.extend([around[:256], around[-256:]])
-    return around[256:-256]
 
 
 def strided(x: Tensor, pad: int) -> Tensor:
@@ -66,53 +54,6 @@ def strided(x: Tensor, pad: int) -> Tensor:
     inside = around[1:-1, :K]
     inside.copy_(x)
     return inside
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Results and workspaces start as NaN between NaN; returns the buffers, to see that the edges stayed so."""
-    buffers: list[Tensor] = []
-    new_empty = Tensor.new_empty
-
-    def poisoned(self: Tensor, *shape: Any, **kwargs: Any) -> Tensor:
-        made = new_empty(self, *shape, **kwargs)
-        if not made.is_floating_point() or made.is_meta or not made.numel():
-            return made
-        around = torch.full((made.numel() + 512,), float("nan"), dtype=made.dtype, device=made.device)
-        buffers.append(around)
-        return around[256 : 256 + made.numel()].view(made.shape)
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
-    return buffers
-
-
-@pytest.fixture(autouse=True, scope="module")
-def reads_inside() -> Iterator[None]:
-    """In the interpreter every load is looked at: none may touch the guards, even if its value is dropped later."""
-    if DEVICE == "cuda":
-        yield
-        return
-    from triton.runtime import interpreter
-
-    load = interpreter.InterpreterBuilder.create_masked_load
-
-    def guarded_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        for guard in GUARDS:
-            offsets = pointers.data.astype("int64") - guard.data_ptr()
-            touched = (offsets >= 0) & (offsets < guard.numel() * guard.itemsize) & mask.data
-            assert not touched.any(), "read outside the weight"
-        return load(self, pointers, mask, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpreterBuilder, "create_masked_load", guarded_load)
-        yield
-
-
-def assert_edges_untouched(buffers: list[Tensor]) -> None:
-    assert buffers
-    for buffer in buffers:
-        assert buffer[:256].isnan().all() and buffer[-256:].isnan().all(), "written outside"
-    buffers.clear()
 
 
 def assert_product(y: Tensor, terms: list[tuple[Tensor, Tensor, float]], K: int, start: Tensor | None = None) -> None:
@@ -129,17 +70,22 @@ def assert_product(y: Tensor, terms: list[tuple[Tensor, Tensor, float]], K: int,
     assert float(excess.max()) <= 0, f"off by {float(excess.max())} beyond the bound"
 
 
-def check(sample: Sample, x: Tensor, tile: Tile, bias: Tensor | None, rank: int = 0) -> Tensor:
+def check(
+    sample: Sample, x: Tensor, tile: Tile, bias: Tensor | None, rank: int, guards: Any, poisoned: Any
+) -> tuple[Tensor, list[int]]:
+    """The product, and how many numbers each buffer made for it holds."""
     lora, N = None, sample.weight.rows
     terms = [(x, sample.dense, UNIT[x.dtype])]
     if rank:
         s, B = sample.random(x.shape[0], rank, dtype=x.dtype), sample.random(N, rank)
         lora = (strided(s, 3), strided(B, 5), 0.75)
         terms.append((s, 0.75 * B.to(x.dtype).double(), 0.0))
-    y: Tensor = matmul4bit.matmul(x, sample.weight, bias, lora, tile)
+    with poisoned() as made:
+        y: Tensor = matmul4bit.matmul(x, sample.weight, bias, lora, tile)
+    guards.check()
     assert y.shape == (x.shape[0], N) and y.dtype == x.dtype
     assert_product(y, terms, sample.weight.columns + rank, bias.expand_as(y) if bias is not None else None)
-    return y
+    return y, sorted(buffer.numel() - 512 for buffer in made)
 
 
 @settings(max_examples=60)
@@ -155,20 +101,13 @@ def check(sample: Sample, x: Tensor, tile: Tile, bias: Tensor | None, rank: int 
     st.integers(0, 2**31),
 )
 def test_values(
-    tile: Tile,
-    dtype: torch.dtype,
-    M: int,
-    N: int,
-    K: int,
-    blocksize: int,
-    nested: bool,
-    quant_type: str,
-    seed: int,
-) -> None:
-    sample = Sample(N, K, seed, nested=nested, quant_type=quant_type, blocksize=blocksize)
+    guards: Any, poisoned: Any, tile: Tile, dtype: torch.dtype, M: int, N: int, K: int, blocksize: int, nested: bool,
+    quant_type: str, seed: int,
+) -> None:  # fmt: skip
+    sample = Sample(guards, N, K, seed, double_quant=nested, quant_type=quant_type, blocksize=blocksize)
     x = strided(sample.random(M, K, dtype=dtype), seed % 3)
     bias = sample.random(N, dtype=[dtype, torch.float32][seed % 2]) if seed % 5 else None
-    check(sample, x, tile, bias, rank=[0, 1, 16, 70][seed % 4])
+    check(sample, x, tile, bias, [0, 1, 16, 70][seed % 4], guards, poisoned)
 
 
 @pytest.fixture
@@ -183,26 +122,20 @@ def shared_counters(monkeypatch: pytest.MonkeyPatch) -> Tensor:
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("new_layout", [True, False])
 def test_split_sums_repeat_and_nothing_is_written_outside(
-    monkeypatch: pytest.MonkeyPatch,
-    poison: list[Tensor],
-    shared_counters: Tensor,
-    tile: Tile,
-    new_layout: bool,
+    monkeypatch: pytest.MonkeyPatch, guards: Any, poisoned: Any, shared_counters: Tensor, tile: Tile, new_layout: bool
 ) -> None:
     """Parts of 9, 9 and 8 steps; the second launch finds the counters as the first one did."""
     monkeypatch.setattr(matmul4bit, "NEW_LAYOUT", new_layout)
-    sample = Sample(65, 64 * 26, seed=3)
+    monkeypatch.setattr(dispatch, "processors", lambda device: 1)
+    sample = Sample(guards, 65, 64 * 26, seed=3)
     x, bias = strided(sample.random(9, 64 * 26, dtype=torch.bfloat16), 1), sample.random(65)
     tile = tile._replace(programs=3 * -(-9 // tile.rows) * -(-65 // tile.columns))
     results = []
-    poison.clear()
     for _ in range(3):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dispatch, "processors", lambda device: 1)
-            sample.generator.manual_seed(0)
-            results.append(check(sample, x, tile, bias, rank=20))
-        assert sorted(buffer.numel() - 512 for buffer in poison) == [9 * 65, 3 * 9 * 65], "K is split in three"
-        assert_edges_untouched(poison)
+        sample.generator.manual_seed(0)
+        y, made = check(sample, x, tile, bias, 20, guards, poisoned)
+        results.append(y)
+        assert made == [9 * 65, 3 * 9 * 65], "K is split in three"
         assert not shared_counters.any()
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
@@ -227,20 +160,19 @@ def test_project_down(dtype: torch.dtype, M: int, R: int, K: int, seed: int) -> 
 
 
 def test_project_down_splits_and_writes_nothing_outside(
-    poison: list[Tensor], shared_counters: Tensor, monkeypatch: pytest.MonkeyPatch
+    poisoned: Any, shared_counters: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "processors", lambda device: 64)
     x, A = torch.randn(3, 1000).to(DEVICE, torch.bfloat16), torch.randn(20, 1000, device=DEVICE)
-    first = lora.project_down(x, A)
-    assert sorted(buffer.numel() - 512 for buffer in poison) == [3 * 20, 4 * 3 * 20], "K is split in four"
-    assert_edges_untouched(poison)
+    with poisoned() as made:
+        first = lora.project_down(x, A)
+    assert sorted(buffer.numel() - 512 for buffer in made) == [3 * 20, 4 * 3 * 20], "K is split in four"
     assert torch.equal(first, lora.project_down(x, A)) and not shared_counters.any()
 
 
-def test_no_rows() -> None:
-    sample = Sample(65, 64, seed=0)
+def test_no_rows(guards: Any) -> None:
     x = torch.empty(0, 64, dtype=torch.bfloat16, device=DEVICE)
-    assert matmul4bit.matmul(x, sample.weight, None).shape == (0, 65)
+    assert matmul4bit.matmul(x, Sample(guards, 65, 64, seed=0).weight, None).shape == (0, 65)
     assert lora.project_down(x, torch.ones(8, 64, device=DEVICE)).shape == (0, 8)
 
 
@@ -301,14 +233,11 @@ def test_k_is_split_until_the_gpu_is_full() -> None:
 def meta(N: int, K: int, nested: bool = True) -> Weight4bit:
     blocks = N * K // 64
     empty = lambda size, dtype: torch.empty(size, dtype=dtype, device="meta")  # noqa: E731
+    packed = empty(N * K // 2, torch.uint8)
     if not nested:
-        return Weight4bit(empty(N * K // 2, torch.uint8), empty(blocks, torch.float32), None, None, (N, K))
-    absmax, groups, offset = (
-        empty(blocks, torch.uint8),
-        empty(-(-blocks // 256), torch.float32),
-        empty(1, torch.float32),
-    )
-    return Weight4bit(empty(N * K // 2, torch.uint8), absmax, groups, offset, (N, K))
+        return Weight4bit(packed, empty(blocks, torch.float32), None, None, (N, K))
+    scales = empty(-(-blocks // 256), torch.float32), empty(1, torch.float32)
+    return Weight4bit(packed, empty(blocks, torch.uint8), *scales, (N, K))
 
 
 @contextmanager

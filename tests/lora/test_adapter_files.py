@@ -119,10 +119,7 @@ paths = st.lists(segments, min_size=1, max_size=4).map(".".join)
 
 @given(st.lists(paths, min_size=1, max_size=6), st.booleans())
 def test_names_that_look_like_keys_survive(
-    tree: Callable[[list[str]], nn.Module],
-    tmp_path_factory: pytest.TempPathFactory,
-    names: list[str],
-    prefixed: bool,
+    tree: Callable[[list[str]], nn.Module], tmp_path_factory: pytest.TempPathFactory, names: list[str], prefixed: bool
 ) -> None:
     """As tensors, with PEFT's prefix or without, and in files."""
     model, fresh, third = randomised(tree(names)), randomised(tree(names)), tree(names)

@@ -12,5 +12,4 @@ assert _specification and _specification.loader
 _kernels = importlib.util.module_from_spec(_specification)
 _specification.loader.exec_module(_kernels)
 aot, guards = _kernels.aot, _kernels.guards
-bf16_converted_as_on_gpus = _kernels.bf16_converted_as_on_gpus
-bounds_of_loops_as_integers = _kernels.bounds_of_loops_as_integers
+interpreter_mended = _kernels.interpreter_mended
