@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import check_finite, disk_errors, read_json, write_tensors, write_text
+from ..lora.adapter import Adapter
+from ..lora.linear4bit import NF4Linear
 from .hf import INDEX, INDEX_BYTES, SINGLE
 from .protocol import CausalLM
 from .tokenizer import Tokenizer
@@ -50,11 +52,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _dense_state(model: CausalLM) -> dict[str, Tensor]:
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, module in model.named_modules():
+        if isinstance(module, NF4Linear | Adapter):
+            raise InputError(f"only a dense model without an adapter can be saved as one; {name} belongs to neither")
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
-        if name not in names or not tensor.is_floating_point() or ".lora_" in name:
-            raise InputError(f"only a dense model without an adapter can be saved as one; {name} belongs to neither")
         check_finite(name, tensor)
     return state
 

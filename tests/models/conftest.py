@@ -1,4 +1,4 @@
-"""Tiny random Llama checkpoints made by transformers, the oracle of these tests."""
+"""Tiny random Llamas made by transformers, the oracle of these tests; ours with the same weights; memory in use."""
 
 import weakref
 from collections.abc import Callable
@@ -10,6 +10,11 @@ import torch
 from gguf import GGUFWriter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import fourbit
+from fourbit.models.decoder import Decoder
+from fourbit.models.families import read_spec
+from fourbit.models.spec import Spec
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -49,12 +54,14 @@ def tiny_llama(seed: int = 0, **shape: Any) -> Any:
         "rms_norm_eps": 1e-5,
     }
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**defaults | shape)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.2)
-            if "norm" in name:
-                parameter.add_(1.0)
+    return randomise(LlamaForCausalLM(LlamaConfig(**defaults | shape)).eval())
+
+
+@torch.no_grad()
+def randomise(model: Any) -> Any:
+    """Every weight drawn again."""
+    for name, parameter in model.named_parameters():
+        parameter.normal_(std=0.2).add_("norm" in name)
     return model
 
 
@@ -62,6 +69,42 @@ def tiny_llama(seed: int = 0, **shape: Any) -> Any:
 def oracle() -> Callable[..., Any]:
     """`oracle("gqa 2:1")` or `oracle(hidden_size=...)`: a tiny transformers Llama."""
     return lambda kind=None, **shape: tiny_llama(**(SHAPES[kind] if kind else {}), **shape)
+
+
+@pytest.fixture(scope="session")
+def ours(oracle: Callable[..., Any]) -> Callable[..., Decoder]:
+    """`ours("bias")`, `ours(theirs, torch.float64)`: our model with the oracle's weights."""
+
+    def build(theirs: Any = None, dtype: torch.dtype = torch.float32, **shape: Any) -> Decoder:
+        theirs = oracle(theirs, **shape) if isinstance(theirs, str | None) else theirs
+        model = Decoder(read_spec(theirs.config.to_dict()))
+        model.load_state_dict(theirs.state_dict())
+        return model.to(dtype).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def random_decoder() -> Callable[..., Decoder]:
+    """`random_decoder(intermediate, layers, kv_heads)`: 97 tokens, 64 wide, four heads of 16; with `dropout` given, NF4
+    under LoRA of rank 4 with B not zero, in training mode.
+    """
+
+    def build(
+        intermediate: int = 128, layers: int = 2, kv_heads: int = 2, dropout: float | None = None, **lora: Any
+    ) -> Decoder:
+        torch.manual_seed(0)
+        model: Decoder = randomise(Decoder(Spec(97, 64, intermediate, layers, 4, kv_heads, 16)))
+        if dropout is None:
+            return model
+        fourbit.quantize_(model)
+        fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8, dropout=dropout, **lora))
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                torch.nn.init.normal_(parameter, std=0.05)
+        return model.train()
+
+    return build
 
 
 @pytest.fixture(params=SHAPES, scope="session")

@@ -29,17 +29,17 @@ LLAMA3: dict[str, Any] = {
 }
 
 
-def test_defaults() -> None:
-    config = read_spec(BASE)
-    assert (config.num_key_value_heads, config.head_dim) == (4, 16)
-    assert (config.rms_norm_eps, config.rope_theta, config.rope_scaling) == (1e-6, 10000.0, None)
-    assert not (config.tie_word_embeddings or config.attention_bias or config.mlp_bias)
-
-
-def test_null_means_default() -> None:
+def test_defaults_and_null_means_default() -> None:
+    spec = read_spec(BASE)
+    assert (spec.num_key_value_heads, spec.head_dim) == (4, 16)
+    assert (spec.rms_norm_eps, spec.rope_theta, spec.rope_scaling) == (1e-6, 10000.0, None)
+    assert not (spec.tie_word_embeddings or spec.attention_bias or spec.mlp_bias)
     keys = ["head_dim", "num_key_value_heads", "rope_scaling", "rope_parameters", "rope_theta", "attention_bias"]
     nulls = dict.fromkeys([*keys, "sliding_window", "quantization_config", "max_position_embeddings"])
-    assert read_spec(BASE | nulls) == read_spec(BASE)
+    assert read_spec(BASE | nulls) == spec
+
+
+BAND = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
 
 
 @pytest.mark.parametrize(
@@ -48,16 +48,12 @@ def test_null_means_default() -> None:
         ({"rope_theta": 5e5}, 5e5, None),
         ({"rope_theta": 500000}, 5e5, None),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, None),
-        (
-            {"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1.0},
-            5e5,
-            None,
-        ),  # transformers 5 writes only the first
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1.0}, 5e5, None),
         ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}, 5e5, None),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, 1e4, RopeScaling("linear", 2.0)),
         ({"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2}}, 1e4, RopeScaling("linear", 2.0)),
-        ({"rope_scaling": LLAMA3, "rope_theta": 5e5}, 5e5, RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)),
-        ({"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}, 5e5, RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)),
+        ({"rope_scaling": LLAMA3, "rope_theta": 5e5}, 5e5, BAND),
+        ({"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}, 5e5, BAND),
     ],
 )
 def test_rope_in_the_words_of_both_versions(keys: dict[str, Any], theta: float, scaling: RopeScaling | None) -> None:
@@ -75,13 +71,12 @@ def rope(**changes: Any) -> dict[str, Any]:
     return {"rope_scaling": {key: value for key, value in (LLAMA3 | changes).items() if value is not ...}}
 
 
+NO_SIZES = (0, -1, 1.0, "64", True, [], {}, 1 << 40)
+NO_NUMBERS = (0, float("nan"), float("inf"))
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 REFUSED: list[tuple[dict[str, Any], str]] = [
     *(({key: ...}, f"{key} must .* got nothing") for key in BASE),
-    *(
-        ({key: bad}, f"{key} must be a whole number")
-        for key in list(BASE)[1:]
-        for bad in (0, -1, 1.0, "64", True, [], {}, 1 << 40)
-    ),
+    *(({key: bad}, f"{key} must be a whole number") for key in list(BASE)[1:] for bad in NO_SIZES),
     ({"vocab_size": 10**400}, "vocab_size .* got a whole number of 1329 bits"),
     ({"num_hidden_layers": 2000}, "num_hidden_layers must be a whole number from 1 to 1024, got 2000"),
     ({"max_position_embeddings": -5}, "max_position_embeddings"),
@@ -104,25 +99,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"hidden_size": 4}, "head_dim must be even and positive .* got 1"),
     ({"hidden_size": 2, "num_attention_heads": 4}, "hidden_size"),
     ({"head_dim": "16"}, "head_dim must be a whole number"),
-    *(
-        ({"rms_norm_eps": bad}, "rms_norm_eps must be a number above 0")
-        for bad in (0, -1e-5, "1e-5", True, float("nan"), float("inf"), 2)
-    ),
-    *(
-        ({"rope_theta": bad}, "rope_theta must be a number above 0")
-        for bad in (0, -1, "1e4", float("nan"), float("inf"), 10**400)
-    ),
-    *(
-        ({key: bad}, f"{key} must be true or false")
-        for key in ("tie_word_embeddings", "attention_bias", "mlp_bias")
-        for bad in (1, "true", [])
-    ),
+    *(({"rms_norm_eps": bad}, "rms_norm_eps must be a number above 0") for bad in (-1, "1", True, 2, *NO_NUMBERS)),
+    *(({"rope_theta": bad}, "rope_theta must be a number above 0") for bad in (-1, "1e4", 10**400, *NO_NUMBERS)),
+    *(({key: bad}, f"{key} must be true or false") for key in FLAGS for bad in (1, "true", [])),
     *(({"rope_scaling": bad}, "rope_scaling must be null or an object") for bad in ("linear", 2, [])),
     ({"rope_parameters": 5}, "rope_parameters must be null or an object, got 5"),
-    *(
-        (rope(rope_type=bad), "rope_scaling.rope_type must be .* got ")
-        for bad in ("yarn", "dynamic", "longrope", "su", None, 3, [])
-    ),
+    *((rope(rope_type=bad), "rope_scaling.rope_type must be .* got ") for bad in ("yarn", "longrope", None, 3, [])),
     ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.type must be .* got 'yarn'"),
     (rope(factor=...), "rope_scaling.factor must be a number above 0, .* got nothing"),
     (rope(factor=-8), "rope_scaling.factor"),
@@ -132,10 +114,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (rope(original_max_position_embeddings=0), "rope_scaling.original_max_position_embeddings"),
     (rope(original_max_position_embeddings=...), "rope_scaling.original_max_position_embeddings .* got nothing"),
     (rope(partial_rotary_factor=0.25), "rope_scaling.partial_rotary_factor must be 1, got 0.25"),
-    (
-        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
-        "rope_parameters must be an object of plain values",
-    ),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters must be .* of plain values"),
 ]
 
 
@@ -155,21 +134,10 @@ def test_only_objects(data: Any) -> None:
 
 
 def test_unknown_keys_are_ignored() -> None:
-    unknown = {f"key_{i}": i + 1 for i in range(200)}
-    hostile = {
-        "auto_map": {"AutoModel": "x--evil.Model"},
-        "_attn_implementation_internal": "x/y",
-        "custom_pipelines": {"a": "b"},
-    }
-    harmless = {
-        "architectures": ["LlamaForCausalLM"],
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-        "eos_token_id": [1, 2],
-    }
-    silent = {"attention_dropout": 0.0, "task_specific_params": None}
-    data = BASE | unknown | hostile | harmless | silent
-    assert read_spec(data) == read_spec(BASE)
+    unknown = {f"key_{i}": i + 1 for i in range(200)} | {"attention_dropout": 0.0, "task_specific_params": None}
+    hostile = {"auto_map": {"AutoModel": "x--evil.Model"}, "_attn_implementation_internal": "x/y"}
+    harmless = {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "eos_token_id": [1, 2]}
+    assert read_spec(BASE | unknown | hostile | harmless) == read_spec(BASE)
 
 
 @pytest.mark.parametrize(
@@ -201,8 +169,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-KEYS = [
-    *BASE,
+MORE = [
     "head_dim",
     "num_key_value_heads",
     "rope_theta",
@@ -214,7 +181,7 @@ KEYS = [
 
 
 @given(
-    changes=st.dictionaries(st.sampled_from(KEYS), json_values, max_size=4),
+    changes=st.dictionaries(st.sampled_from([*BASE, *MORE]), json_values, max_size=4),
     rope=st.dictionaries(st.sampled_from([*LLAMA3, "type"]), json_values),
 )
 def test_any_json_is_read_or_refused(changes: dict[str, Any], rope: dict[str, Any]) -> None:

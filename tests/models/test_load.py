@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from fourbit.models.load import load, load_model
 Oracle = Callable[..., Any]
 IDS = torch.arange(60).view(2, 30)
 DECODER_LINEARS = 3 * 7
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -94,6 +97,7 @@ def test_decoder_linears_are_quantised(
             assert torch.equal(linear.absmax, absmax), name
         if linear.bias is not None:
             assert torch.equal(linear.bias, dense[f"{name}.bias"].bfloat16()) and not linear.bias.requires_grad
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (kind_of_model == "tied")
     for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
         assert torch.equal(model.get_parameter(name), dense[name].bfloat16())
     assert all(not tensor.is_meta for tensor in model.state_dict().values())
@@ -109,12 +113,6 @@ def test_quantised_logits_equal_those_of_the_decoded_weights(oracle: Oracle, sav
         assert (quantised(IDS) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_tied_weights_are_one_tensor(save: Callable[..., Path]) -> None:
-    for quantize in (None, "nf4"):
-        model = load_model(save("tied"), quantize=quantize)
-        assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
 def test_nothing_of_the_file_is_needed_afterwards(save: Callable[..., Path]) -> None:
     folder = save("bias")
     model = load_model(folder)
@@ -126,38 +124,37 @@ def test_nothing_of_the_file_is_needed_afterwards(save: Callable[..., Path]) -> 
 
 
 def test_harmless_extras_are_ignored(oracle: Oracle, save: Callable[..., Path]) -> None:
-    folder = edit_weights(
-        save("tied"),
-        lambda tensors: tensors.update(
-            {
-                "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
-                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-                "model.rotary_emb.inv_freq": torch.ones(4),
-            }
-        ),
-    )
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        for owner in ("model.layers.0.self_attn", "model"):
+            tensors[f"{owner}.rotary_emb.inv_freq"] = torch.ones(4)
+
+    folder = edit_weights(save("tied"), add)
     torch.testing.assert_close(load_model(folder)(IDS), oracle("tied")(IDS).logits, rtol=0, atol=1e-4)
 
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
+def extra(name: str, *shape: int) -> Callable[[Any], Any]:
+    return lambda tensors: tensors.update({name: torch.ones(shape)})
+
+
+def without(*names: str) -> Callable[[Any], Any]:
+    return lambda tensors: [tensors.pop(name) for name in list(tensors) if any(part in name for part in names)]
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda t: t.pop(Q_PROJ), f"1 missing: {Q_PROJ}"),
-        (lambda t: t.pop("lm_head.weight"), "1 missing: lm_head.weight"),
-        (lambda t: t.pop("model.embed_tokens.weight"), "1 missing: model.embed_tokens.weight"),
-        (lambda t: t.update({"model.layers.3.mlp.up_proj.weight": torch.ones(2)}), "1 unknown: model.layers.3.mlp.up"),
-        (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(48)}), "1 unknown: .*q_proj.bias"),
-        (
-            lambda t: t.update({"model.layers.00.mlp.up_proj.weight": torch.ones(2)}),
-            "1 unknown: model.layers.00.mlp.up",
-        ),
-        (lambda t: t.update({Q_PROJ: t[Q_PROJ].T[:-1].contiguous()}), r"must be \[48, 48\], got \[47, 48\]"),
-        (lambda t: t.update({"model.norm.weight": torch.ones(1, 48)}), r"must be \[48\], got \[1, 48\]"),
-        (lambda t: [t.pop(name) for name in list(t) if "mlp" in name], "9 missing: .*; \\.\\.\\."),
-        (lambda t: t.clear(), "30 missing"),
+        *((without(name), f"1 missing: {name}") for name in (Q_PROJ, "lm_head.weight", "model.embed_tokens.weight")),
+        (extra("model.layers.3.mlp.up_proj.weight", 2), "1 unknown: model.layers.3.mlp.up"),
+        (extra("model.layers.00.mlp.up_proj.weight", 2), "1 unknown: model.layers.00.mlp.up"),
+        (extra("model.layers.0.self_attn.q_proj.bias", 48), "1 unknown: .*q_proj.bias"),
+        (extra(Q_PROJ, 47, 48), r"must be \[48, 48\], got \[47, 48\]"),
+        (extra("model.norm.weight", 1, 48), r"must be \[48\], got \[1, 48\]"),
+        (without("mlp"), "9 missing: .*; \\.\\.\\."),
+        (without(""), "30 missing"),
     ],
 )
 @pytest.mark.parametrize("quantize", [None, "nf4"])
@@ -207,29 +204,21 @@ def test_a_weight_too_large_for_fp16_is_refused(save: Callable[..., Path]) -> No
         load_model(folder, dtype=torch.float16)
 
 
-def test_missing_tokenizer(save: Callable[..., Path]) -> None:
-    with pytest.raises(InputError, match="tokenizer"):
-        load(save())
-
-
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("name", "make", "message"),
     [
-        (lambda path: None, "does not exist"),
-        (lambda path: path.write_text("x"), "is a file"),
-        (lambda path: path.mkdir(), "config.json"),
+        ("model", lambda path: None, "does not exist"),
+        ("model", lambda path: path.write_text("x"), "is a file"),
+        ("model", lambda path: path.mkdir(), "config.json"),
+        ("model.bin", lambda path: path.write_bytes(b"x"), "can run code"),
     ],
 )
-def test_paths_that_are_no_model(tmp_path: Path, make: Callable[[Path], Any], message: str) -> None:
-    make(tmp_path / "model")
+def test_paths_that_are_no_model(tmp_path: Path, name: str, make: Callable[[Path], Any], message: str) -> None:
+    make(tmp_path / name)
     with pytest.raises(InputError, match=message):
-        load_model(tmp_path / "model")
-
-
-def test_pickled_files_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.bin").write_bytes(b"x")
-    with pytest.raises(InputError, match="can run code"):
-        load_model(tmp_path / "model.bin")
+        load_model(tmp_path / name)
+    with pytest.raises(InputError, match="tokenizer.json" if message == "config.json" else message):
+        load(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -242,15 +231,23 @@ def test_pickled_files_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_impossible_arguments(
-    save: Callable[..., Path],
-    arguments: dict[str, Any],
-    error: type[Exception],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: dict[str, Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(error, match=message):
-        load_model(save(), **arguments)
+        load_model("anywhere", **arguments)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: reads /proc/self/status")
+def test_peak_is_the_model_and_about_one_tensor() -> None:
+    """Loading into 4 bits, in a small run of `benchmarks.load_memory`."""
+    command = [sys.executable, "-m", "benchmarks.load_memory", "--megabytes", "150"]
+    run = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert 140e6 < result["checkpoint_bytes"] < 160e6
+    # 40 MB for the allocator and the code tables; the whole checkpoint would be 150 MB, one fp32 copy 66
+    assert result["peak_bytes"] < result["model_bytes"] + result["largest_tensor_bytes"] + 40e6, run.stdout
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
