@@ -92,7 +92,7 @@ def test_an_index_of_a_stranger_costs_no_file_but_shards(ours: Ours, tokenizer: 
         (
             quantize_,
             InputError,
-            r"only a dense model without an adapter .* layers\.0\.self_attn\.q_proj belongs",
+            r"only a dense model without an adapter .*layers\.0\.self_attn\.q_proj belongs",
         ),
     ],
 )
