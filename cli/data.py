@@ -13,7 +13,7 @@ from ..models.tokenizer import Tokenizer
 from ..trainer.config import setting
 from .options import ResultOptions, RowOptions, TokenizerOptions
 from .parse import Sources
-from .show import bars, count, describe, note, result, visible
+from .show import bars, count, describe, first, note, result, visible
 
 STYLES = {
     "trained": "bold green",
@@ -47,15 +47,14 @@ def run(options: Options, sources: Sources) -> int:
     rows = read_rows(options, tokenizer, options.data, kind_of(options.data), on_bad_row="skip")
     report = rows.report
     if not options.json:
-        for part in (part for example in rows.examples[: options.rows] for part in example.parts):
-            show_example(part, tokenizer)
+        for example in rows.examples[: options.rows]:
+            for part in example.parts:
+                show_example(part, tokenizer)
         print(f"tokens in a row\n{bars([len(part.ids) for example in rows.examples for part in example.parts])}\n")
     describe(", ".join(options.data), rows)
     refused = [str(problem) for problem in report.problems]
-    for problem in refused[: options.problems]:
-        note(problem)
-    if len(refused) > options.problems:
-        note(f"... and {len(refused) - options.problems} more")
+    for line in first(refused, options.problems):
+        note(line)
     if refused:
         note(f"{count(len(refused), 'bad row')}: mend them, or leave them out with --on-bad-row skip")
     if options.json:
@@ -81,20 +80,20 @@ def show_example(example: Encoded, tokenizer: Tokenizer) -> None:
 
 def pieces(example: Encoded, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
     """(kind, text) of every token; one that is beyond max_length is cut."""
+
+    def kind(k: int, special: bool) -> str:
+        if k >= len(example.ids):
+            return "cut"
+        return ("trained" if example.trained[k] else "context") + " special" * special
+
     ids, offsets = tokenizer.encode_with_offsets(example.text)
     special = {token for token, added in tokenizer.backend.get_added_tokens_decoder().items() if added.special}
     shown = 0  # characters; several tokens may share one
     for k, (token, (_, end)) in enumerate(zip(ids, offsets, strict=True)):
         text, shown = example.text[shown:end], max(shown, end)
-        yield _kind(example, k, token in special), text
+        yield kind(k, token in special), text
     for k in range(len(ids), len(example.ids)):  # an end-of-text token that the template lacks
-        yield _kind(example, k, True), tokenizer.decode([example.ids[k]], skip_special=False)
-
-
-def _kind(example: Encoded, k: int, special: bool) -> str:
-    if k >= len(example.ids):
-        return "cut"
-    return ("trained" if example.trained[k] else "context") + " special" * special
+        yield kind(k, True), tokenizer.decode([example.ids[k]], skip_special=False)
 
 
 def marked(example: Encoded, tokenizer: Tokenizer) -> str:

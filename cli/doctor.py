@@ -3,7 +3,7 @@
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+import textwrap
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,15 +33,15 @@ def run(options: Options, sources: Sources) -> int:
     """Print everything; EnvironmentProblem at the end when something that is needed is missing or too old."""
     found = {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
     instead = dict.fromkeys(NEEDED, "missing") | {name: f"not installed ({why})" for name, why in OPTIONAL.items()}
-    versions = {name: number or instead[name] for name, number in found.items()}
     own = {"fourbit": __version__, "python": platform.python_version()}
     facts = {
-        "versions": own | versions,
+        "versions": own | {name: number or instead[name] for name, number in found.items()},
         "machine": machine(),
         "used": used(),
         "rows decoded inside the product": borders(),
     }
-    result(facts, "\n\n".join(f"{title}\n{_table(facts[title])}" for title in facts), as_json=options.json)
+    tables = (f"{title}\n{textwrap.indent(pairs(list(rows.items())), '  ')}" for title, rows in facts.items())
+    result(facts, "\n\n".join(tables), as_json=options.json)
     if missing := [name for name in NEEDED if found[name] is None]:
         raise EnvironmentProblem(f"missing: pip install {' '.join(missing)}")
     if torch.__version__ < TORCH_FLOOR:  # a TorchVersion: compares as versions do
@@ -80,16 +80,16 @@ def used() -> dict[str, str]:
 
 def borders() -> dict[str, str]:
     """Up to how many rows of x a 4-bit weight is decoded inside the product, for each GPU of kernels/border.py."""
-    facts = {name: _border(name) for name in border.TILES}
+
+    def told(name: str) -> str:
+        how = "measured" if name in border.BORDER else "not measured: python -m benchmarks.tune"
+        return f"{border.border(name)} ({how})"
+
+    facts = {name: told(name) for name in border.TILES}
     if torch.cuda.is_available():
         here = dispatch.architecture(torch.device("cuda", 0))
-        facts["this GPU"] = f"{here}, {_border(here)}"
+        facts["this GPU"] = f"{here}, {told(here)}"
     return facts
-
-
-def _border(architecture: str) -> str:
-    how = "measured" if architecture in border.BORDER else "not measured: python -m benchmarks.tune"
-    return f"{border.border(architecture)} ({how})"
 
 
 def _version(name: str) -> str | None:
@@ -109,7 +109,3 @@ def _processor() -> str:
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"
-
-
-def _table(facts: Mapping[str, str]) -> str:
-    return "\n".join(f"  {line}" for line in pairs(list(facts.items())).splitlines())

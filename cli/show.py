@@ -52,12 +52,15 @@ def describe(name: str, dataset: Dataset[Any]) -> None:
     parts += [f"{number} skipped ({kind})" for kind, number in report.skipped.items()]
     parts += [f"{number} dropped ({kind})" for kind, number in report.dropped.items()]
     note(f"{name}: {', '.join(parts)}")
-    for problem in report.drops[:SHOWN_DROPS]:
-        note(f"  dropped: {problem}")
-    if len(report.drops) > SHOWN_DROPS:
-        note(f"  ... and {len(report.drops) - SHOWN_DROPS} more")
+    for line in first([f"dropped: {problem}" for problem in report.drops], SHOWN_DROPS):
+        note(f"  {line}")
     for notice in report.notices:
         note(f"  note: {notice}")
+
+
+def first(lines: Sequence[str], most: int) -> list[str]:
+    """So many lines, and how many more there are."""
+    return [*lines[:most], *[f"... and {len(lines) - most} more"] * (len(lines) > most)]
 
 
 def pairs(rows: Sequence[tuple[str, str]]) -> str:
