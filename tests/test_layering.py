@@ -5,6 +5,7 @@ typed wherever it goes (`models/protocol.py` says what may be asked of it).
 """
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,35 +25,43 @@ BELOW = {  # layer -> what it may import of ours; everyone may import `errors` a
 LEAVES = {"errors", "files"}
 
 
-def imported_parts(source: str, parts: tuple[str, ...]) -> set[str]:
-    """Our top-level modules that the module at `parts` (say, `("lora", "attach")`) imports, anywhere in its source."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-            found |= {[*name.split("."), ""][1] for name in names if name.split(".")[0] == "fourbit"}
-        elif isinstance(node, ast.ImportFrom):
-            module = (node.module or "").split(".") if node.module else []
-            if node.level == 0:
-                base = module[1:] if module[:1] == ["fourbit"] else None
-            else:
-                base = [*parts[: len(parts) - node.level], *module]
-            if base is not None:
-                found |= {base[0]} if base else {alias.name for alias in node.names}
-    return found
+MODULES = {
+    path.relative_to(ROOT).with_suffix("").parts: path
+    for layer in BELOW
+    for path in ([ROOT / f"{layer}.py"] if layer in LEAVES else sorted((ROOT / layer).rglob("*.py")))
+}
+Name = tuple[str, ...]
 
 
-def wrong_arrows(source: str, parts: tuple[str, ...]) -> set[str]:
-    """What the module imports although its layer may not."""
-    return imported_parts(source, parts) - BELOW[parts[0]] - {parts[0]} - (LEAVES if parts[0] != "errors" else set())
+def imports(source: str, parts: Name) -> Iterator[tuple[Name, bool]]:
+    """What the module at `parts` (say, `("lora", "attach")`) imports of ours, each name, and whether in a function."""
+
+    def visit(node: ast.AST, late: bool) -> Iterator[tuple[Name, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                names = [tuple(alias.name.split(".")) for alias in child.names]
+                yield from ((name[1:], late) for name in names if name[0] == "fourbit")
+            elif isinstance(child, ast.ImportFrom):
+                folder = tuple(child.module.split(".")) if child.module else ()
+                if child.level or folder[0] == "fourbit":
+                    folder = (*parts[: len(parts) - child.level], *folder) if child.level else folder[1:]
+                    yield from (((*folder, alias.name), late) for alias in child.names)
+            yield from visit(child, late or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+
+    yield from visit(ast.parse(source), False)
+
+
+def wrong_arrows(source: str, parts: Name) -> set[str]:
+    """The parts of the package that the module imports although its layer may not."""
+    imported = {name[0] if name else "the package" for name, _ in imports(source, parts)}
+    return imported - BELOW[parts[0]] - {parts[0]} - (LEAVES if parts[0] != "errors" else set())
 
 
 @pytest.mark.parametrize("layer", sorted(BELOW))
 def test_imports_point_down(layer: str) -> None:
-    files = [ROOT / f"{layer}.py"] if layer in LEAVES else sorted((ROOT / layer).rglob("*.py"))
+    files = {parts: path for parts, path in MODULES.items() if parts[0] == layer}
     assert files, f"the layer {layer} has no files"
-    for path in files:
-        parts = path.relative_to(ROOT).with_suffix("").parts
+    for parts, path in files.items():
         wrong = wrong_arrows(path.read_text(), parts)
         assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}, which is not below {layer}"
 
@@ -94,34 +103,13 @@ def test_planted_imports_are_judged(parts: tuple[str, ...], source: str, wrong: 
 
 # Inside folders.
 
-MODULES = {
-    path.relative_to(ROOT).with_suffix("").parts: path
-    for layer in BELOW
-    for path in ([ROOT / f"{layer}.py"] if layer in LEAVES else sorted((ROOT / layer).rglob("*.py")))
-}
-LATE = {  # what may import a module of ours inside a function, besides `*_triton`: Triton is slow and on Linux only
-}
-CIRCLES: list[set[tuple[str, ...]]] = []
-
-Name = tuple[str, ...]
-
 
 def imported_modules(source: str, parts: Name, known: set[Name]) -> tuple[set[Name], set[Name]]:
     """Which of `known` the module at `parts` imports at its top (type checkers' imports too), and inside functions."""
-    top, late = set[Name](), set[Name]()
-
-    def visit(nodes: list[ast.stmt], into: set[Name]) -> None:
-        for node in nodes:
-            if isinstance(node, ast.ImportFrom) and node.level:
-                folder = (*parts[: len(parts) - node.level], *(node.module.split(".") if node.module else ()))
-                for alias in node.names:
-                    into.update({(*folder, alias.name), folder} & known)
-            inside = late if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else into
-            for block in ("body", "orelse", "handlers", "finalbody"):
-                visit(getattr(node, block, []), inside)
-
-    visit(ast.parse(source).body, top)
-    return top - {parts}, late - {parts}
+    found: tuple[set[Name], set[Name]] = set(), set()
+    for name, late in imports(source, parts):
+        found[late].update({name, name[:-1]} & known - {parts})
+    return found
 
 
 def circles(arrows: dict[Name, set[Name]]) -> list[set[Name]]:
@@ -151,8 +139,8 @@ def test_no_circle_of_imports() -> None:
 
 def test_our_own_modules_are_imported_at_the_top() -> None:
     for name, path in MODULES.items():
-        late = imported_modules(path.read_text(), name, set(MODULES))[1] - LATE.get(name, set())
-        late = {other for other in late if not other[-1].endswith("_triton")}
+        late = imported_modules(path.read_text(), name, set(MODULES))[1]
+        late = {other for other in late if not other[-1].endswith("_triton")}  # slow to import, and on Linux only
         assert not late, f"{path.relative_to(ROOT)} imports {sorted(late)} inside a function"
 
 

@@ -17,21 +17,12 @@ def project() -> dict[str, Any]:
 
 
 def test_every_package_folder_is_listed() -> None:
+    """A folder of modules that is not listed, or lacks `__init__.py`, would be left out of the wheel in silence."""
+    files = [path.relative_to(ROOT) for path in [*ROOT.glob("*/*.py"), *ROOT.glob("*/*/*.py")]]
+    folders = {path.parent for path in files if path.parts[0] not in OUTSIDE and not path.parts[0].startswith(".")}
+    assert all((ROOT / folder / "__init__.py").is_file() for folder in folders)
     listed = project()["tool"]["setuptools"]["packages"]
-    folders = [path.parent.relative_to(ROOT) for path in ROOT.rglob("__init__.py")]
-    found = [
-        ".".join(["fourbit", *folder.parts])
-        for folder in folders
-        if not OUTSIDE & set(folder.parts) and not any(part.startswith(".") for part in folder.parts)
-    ]
-    assert sorted(listed) == sorted(found)
-
-
-def test_every_module_folder_is_a_package() -> None:
-    """A folder of modules without `__init__.py` would be left out of the wheel in silence."""
-    for path in ROOT.glob("*/*.py"):
-        if path.parent.name not in OUTSIDE and not path.parent.name.startswith("."):
-            assert (path.parent / "__init__.py").is_file(), f"{path.parent} has modules but no __init__.py"
+    assert sorted(listed) == sorted(["fourbit", *(".".join(["fourbit", *folder.parts]) for folder in folders)])
 
 
 def test_torch_floor_keeps_out_versions_with_known_holes() -> None:

@@ -20,17 +20,9 @@ UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "joblib", "dill
 PEERS = {"transformers", "peft", "trl", "bitsandbytes", "accelerate", "torchao", "unsloth", "datasets", "litgpt"}
 NETWORK = {"socket", "urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "huggingface_hub"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
-UNSAFE_ATTRIBUTES = {  # (owner, attribute)
-    ("torch", "load"),
-    ("torch", "save"),
-    ("yaml", "load_all"),
-    ("yaml", "full_load"),
-    ("yaml", "unsafe_load"),
-    ("np", "load"),
-    ("numpy", "load"),
-    ("os", "system"),
-    ("os", "popen"),
-}
+UNSAFE_ATTRIBUTES = {("torch", "load"), ("torch", "save"), ("np", "load"), ("numpy", "load")}  # (owner, attribute)
+UNSAFE_ATTRIBUTES |= {("yaml", "load_all"), ("yaml", "full_load"), ("yaml", "unsafe_load")}
+UNSAFE_ATTRIBUTES |= {("os", "system"), ("os", "popen")}
 
 
 def breaches(source: str) -> list[str]:
@@ -42,20 +34,14 @@ def breaches(source: str) -> list[str]:
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             modules = [node.module or ""]
-            found += [
-                f"{node.lineno}: from torch import {a.name}"
-                for a in node.names
-                if (node.module, a.name) in UNSAFE_ATTRIBUTES
-            ]
+            named = [alias.name for alias in node.names if (node.module, alias.name) in UNSAFE_ATTRIBUTES]
+            found += [f"{node.lineno}: from {node.module} import {name}" for name in named]
         found += [f"{node.lineno}: import {m}" for m in modules if m.split(".")[0] in UNSAFE_MODULES | PEERS | NETWORK]
         if isinstance(node, ast.Call):
             if isinstance(node.func, ast.Name) and node.func.id in UNSAFE_CALLS:
                 found.append(f"{node.lineno}: {node.func.id}()")
-            if any(
-                k.arg == "shell" and not (isinstance(k.value, ast.Constant) and not k.value.value)
-                for k in node.keywords
-            ):
-                found.append(f"{node.lineno}: shell=True")
+            shells = [k.value for k in node.keywords if k.arg == "shell"]
+            found += [f"{node.lineno}: shell={ast.unparse(value)}" for value in shells if ast.unparse(value) != "False"]
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             pair = (node.value.id, node.attr)
             found += [f"{node.lineno}: {'.'.join(pair)}"] if pair in UNSAFE_ATTRIBUTES else []
