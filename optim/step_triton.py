@@ -1,6 +1,6 @@
 """A step on CUDA: three launches at most for a group of one dtype, whatever the number of parameters.
 
-1. `gradient_squares_kernel`, once a step and only where the norm is wanted: each chunk's sum of squared gradients.
+1. `gradient_squares_kernel`, for each dtype and only where the norm is wanted: each chunk's sum of squared gradients.
 2. `step_factors_kernel`, for each group: norm, clipping and the decision to skip (the first group's launch), step
    counts, and in float64 each parameter's factors.
 3. `update_triton.update`, for each group and dtype: 32- and 8-bit states in one launch, or one launch for each page.
@@ -21,9 +21,7 @@ from torch import Tensor
 from ..kernels.dispatch import on_device
 from .state import CHUNK, Entry, FlatState, Slice
 from .update import Control, Group, Rule
-from .update_triton import at, below, update
-
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from .update_triton import DTYPES, at, below, is_even, update
 
 
 class Tables:
@@ -33,19 +31,19 @@ class Tables:
         self.rule, self.entries, self.steps, device = rule, entries, steps, steps.device
         self.addresses = torch.empty(len(entries), 2, dtype=torch.int64, device=device)  # of parameter and gradient
         self._known: list[int] = []  # what they are
-        numbers = [[entry.state.group, entry.number] for entry in entries]
-        self.numbers = torch.tensor(numbers, dtype=torch.int32).to(device)
+        self.numbers = torch.tensor([[e.group, e.number] for e in entries], dtype=torch.int32).to(device)
         self.factors = torch.empty(len(entries), 4, dtype=torch.float32, device=device)
         rows = {state: state.chunks() for state in states}
         self._offsets = {state: chunks[:, 3] for state, chunks in rows.items()}
         self._chunks = {state: torch.from_numpy(chunks).to(device) for state, chunks in rows.items()}
         self.groups = list(dict.fromkeys(state.group for state in rows))
-        kinds = {KINDS[state.dtype] for state in rows}
-        self.kind = kinds.pop() if len(kinds) == 1 else -1  # that all gradients are of
-        every = np.concatenate([chunks.copy() for chunks in rows.values()])
-        every[:, 3] = np.repeat([KINDS[state.dtype] for state in rows], [len(chunks) for chunks in rows.values()])
-        self.gradient_chunks = torch.from_numpy(every).to(device)  # int64 [chunks of all, 4]: row, start, length, kind
-        self.partial = torch.empty(len(every), dtype=torch.float64, device=device)
+        self.partial = torch.empty(sum(map(len, rows.values())), dtype=torch.float64, device=device)
+        self.squares: list[tuple[torch.dtype, Tensor, Tensor]] = []  # dtype, its chunks, their place in `partial`
+        first = 0
+        for dtype in dict.fromkeys(state.dtype for state in rows):
+            chunks = torch.cat([self._chunks[state] for state in rows if state.dtype == dtype])
+            self.squares.append((dtype, chunks, self.partial[first : first + len(chunks)]))
+            first += len(chunks)
 
     def find(self) -> None:
         """Bring the addresses up to date."""
@@ -77,137 +75,100 @@ def step(
 ) -> Control:
     """One step of all entries that have a gradient. `rounded`: bf16 weights stochastically."""
     tables.find()
-    if max_norm is not None and len(tables.partial):
+    for dtype, chunks, partial in tables.squares if max_norm is not None else ():
+        if len(chunks):
+            with on_device(tables.steps):
+                gradient_squares_kernel[(len(chunks),)](
+                    *(tables.addresses, chunks, partial),
+                    DTYPE=DTYPES[dtype],
+                    CHUNK=CHUNK,
+                    num_warps=8,
+                    enable_fp_fusion=True,
+                )
+    control = None if max_norm is None and found_inf is None else tables.factors.new_empty(3)  # scale, skip, norm
+    for group in tables.groups:
+        settings = groups[group]
+        doubles = float(settings["lr"]), settings["weight_decay"], *settings["betas"]
         with on_device(tables.steps):
-            gradient_squares_kernel[(len(tables.partial),)](
-                *(tables.addresses, tables.gradient_chunks, tables.partial),
-                KIND=tables.kind,
-                CHUNK=CHUNK,
+            step_factors_kernel[(1,)](
+                *(tables.addresses, tables.numbers, tables.steps, tables.factors),
+                *((None, None) if max_norm is None else (tables.partial, float(max_norm))),
+                control,
+                None if found_inf is None else found_inf.to(tables.steps.device, torch.float32),
+                *(len(tables.partial), len(tables.entries), group),
+                *(np.float64(x).view(np.int64).item() for x in doubles),
+                FIRST=group == tables.groups[0],
+                LION=tables.rule.name == "lion",
+                PARTS=4096,
+                BLOCK=256,
                 num_warps=8,
                 enable_fp_fusion=True,
             )
-    control = None if max_norm is None and found_inf is None else tables.factors.new_empty(3)  # scale, skip, norm
-    for place, group in enumerate(tables.groups):
-        _factors(tables, groups[group], group, place == 0, max_norm, found_inf, control)
     for parts in launches:
         state, some = parts[0].state, [(part, tables.chunks(part)) for part in parts]
-        pointers = tables.addresses, tables.numbers, tables.factors, control
-        stochastic = rounded and state.dtype == torch.bfloat16
-        update(pointers, tables.steps, groups[state.group], tables.rule.name, some, stochastic)
-    if control is None:
-        return Control(None, None, None)
-    return Control(control[0], control[1], control[2]) if max_norm is not None else Control(None, control[1], None)
-
-
-def _factors(
-    tables: Tables,
-    group: Group,
-    number: int,
-    first: bool,
-    max_norm: float | None,
-    found_inf: Tensor | None,
-    control: Tensor | None,
-) -> None:
-    """Step counts and factors of one group; the first also fills `control`."""
-    beta1, beta2 = group["betas"]
-    numbers = [float(group["lr"]), group["weight_decay"], beta1, beta2]
-    with on_device(tables.steps):
-        step_factors_kernel[(1,)](
-            *(tables.addresses, tables.numbers, tables.steps, tables.factors),
-            None if max_norm is None else tables.partial,
-            control,
-            None if found_inf is None else found_inf.to(tables.steps.device, torch.float32),
-            *(len(tables.partial), len(tables.entries), number),
-            float("inf") if max_norm is None else float(max_norm),
-            *(half for x in numbers for half in _halves(x)),
-            FIRST=first,
-            NORM=max_norm is not None,
-            CONTROL=control is not None,
-            LION=tables.rule.name == "lion",
-            PARTS=4096,
-            BLOCK=256,
-            num_warps=8,
-            enable_fp_fusion=True,
+        pointers, stochastic = (
+            (tables.addresses, tables.numbers, tables.factors),
+            rounded and state.dtype == torch.bfloat16,
         )
-
-
-def _halves(x: float) -> tuple[float, float]:
-    """A float64 as the sum of two fp32, which is what kernels take: 48 of its 53 bits."""
-    high = float(np.float32(x))
-    return high, float(np.float32(x - high)) if np.isfinite(high) else 0.0
+        update(pointers, control, tables.steps, groups[state.group], tables.rule.name, some, stochastic)
+    skip, norm = (None, None) if control is None else (control[1], None if max_norm is None else control[2])
+    return Control(None, skip, norm)
 
 
 @triton.jit
-def gradient_squares_kernel(addresses, chunks, partial, KIND: tl.constexpr, CHUNK: tl.constexpr):
-    """Partial sums of the squares of all gradients, for their norm."""
+def gradient_squares_kernel(addresses, chunks, partial, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
+    """Partial sums of the squares of all gradients of one dtype, for their norm."""
     chunk = tl.program_id(0).to(tl.int64)
-    row = tl.load(chunks + 4 * chunk)
-    start = tl.multiple_of(tl.load(chunks + 4 * chunk + 1), 256)
-    length = tl.load(chunks + 4 * chunk + 2)
-    kind = tl.load(chunks + 4 * chunk + 3)
+    row, start = tl.load(chunks + 4 * chunk), tl.multiple_of(tl.load(chunks + 4 * chunk + 1), 256)
     address = tl.load(addresses + 2 * row + 1)
-    length = tl.where(address == 0, 0, length)
-    total = tl.full([], 0.0, tl.float64)
-    if KIND == 0 or KIND == -1:  # noqa: SIM102  # one is known to the compiler, the other is not
-        if kind == 0:
-            total = _sum_of_squares(address, start, length, tl.float32, CHUNK)
-    if KIND == 1 or KIND == -1:  # noqa: SIM102  # one is known to the compiler, the other is not
-        if kind == 1:
-            total = _sum_of_squares(address, start, length, tl.bfloat16, CHUNK)
-    if KIND == 2 or KIND == -1:  # noqa: SIM102  # one is known to the compiler, the other is not
-        if kind == 2:
-            total = _sum_of_squares(address, start, length, tl.float16, CHUNK)
+    length = tl.where(address == 0, 0, tl.load(chunks + 4 * chunk + 2))
+    if is_even(address, length):
+        total = _sum_of_squares(address, start, length, DTYPE, True, CHUNK)
+    else:
+        total = _sum_of_squares(address, start, length, DTYPE, False, CHUNK)
     tl.store(partial + chunk, total)
 
 
 @triton.jit
-def _sum_of_squares(address, start, length, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
-    if (length % 16 == 0) & (address % 16 == 0):
-        total = _sum(address, start, length, DTYPE, True, CHUNK)
-    else:
-        total = _sum(address, start, length, DTYPE, False, CHUNK)
-    return total
-
-
-@triton.jit
-def _sum(address, start, length, DTYPE: tl.constexpr, EVEN: tl.constexpr, CHUNK: tl.constexpr):
+def _sum_of_squares(address, start, length, DTYPE: tl.constexpr, EVEN: tl.constexpr, CHUNK: tl.constexpr):
     i = tl.arange(0, CHUNK)
     values = tl.load(at(address, start, DTYPE, EVEN) + i, mask=below(i, length, EVEN), other=0.0).to(tl.float32)
     return tl.sum(values * values, axis=0).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["parts", "entries", "group"])
+@triton.jit(do_not_specialize=["parts", "entries", "group", "lr", "weight_decay", "beta1", "beta2"])
 def step_factors_kernel(
-    addresses, numbers, steps, factors, partial, control, found_inf, parts, entries, group, max_norm, lr_high,
-    lr_low, decay_high, decay_low, beta1_high, beta1_low, beta2_high, beta2_low, FIRST: tl.constexpr, NORM:
-    tl.constexpr, CONTROL: tl.constexpr, LION: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+    addresses, numbers, steps, factors, partial, max_norm, control, found_inf, parts, entries, group,
+    lr, weight_decay, beta1, beta2, FIRST: tl.constexpr, LION: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """What each parameter's update is multiplied by, its step count, and whether the step is skipped."""
+    """What each parameter's update is multiplied by, its step count, and whether the step is skipped.
+
+    lr, weight_decay and betas come as the bits of a float64; Triton would make an fp32 of the number.
+    """
     wide = tl.zeros([BLOCK], tl.float64)
     scale = tl.full([], 1.0, tl.float32)
     skip = tl.full([], 0.0, tl.float32)
-    if CONTROL:
+    if control is not None:
         if FIRST:
-            if NORM:
+            if partial is not None:
                 squares = tl.zeros([PARTS], tl.float64)
                 for first in range(0, parts, PARTS):
                     part = first + tl.arange(0, PARTS)
                     squares += tl.load(partial + part, mask=part < parts, other=0.0)
                 norm = tl.sqrt(tl.sum(squares, axis=0))
-                clip = tl.minimum(max_norm / (norm + 1e-6), 1.0).to(tl.float32)
+                scale = tl.minimum(max_norm / (norm + 1e-6), 1.0).to(tl.float32)
                 skip = tl.where(norm < float("inf"), 0.0, 1.0)  # NaN is not
-                tl.store(control, clip)
+                tl.store(control, scale)
                 tl.store(control + 2, norm.to(tl.float32))
-                scale = clip
             if found_inf is not None:
                 skip = tl.where(tl.load(found_inf) != 0, 1.0, skip)
             tl.store(control + 1, skip)
         else:
             skip = tl.load(control + 1)
-            if NORM:
+            if partial is not None:
                 scale = tl.load(control)
-    lr = wide + lr_high + lr_low
-    decay = 1.0 - lr * (wide + decay_high + decay_low)
+    lr = wide + _float64(lr)
+    decay = 1.0 - lr * _float64(weight_decay)
     for first in range(0, entries, BLOCK):
         row = first + tl.arange(0, BLOCK)
         mine = (row < entries) & (tl.load(numbers + 2 * row, mask=row < entries, other=-1) == group)
@@ -218,11 +179,16 @@ def step_factors_kernel(
         step = tl.maximum(step, 1.0)  # it is 0 where the first step is skipped, and then unused
         size, correction = lr, wide + 1.0
         if not LION:
-            size = lr / (1.0 - _power(wide + beta1_high + beta1_low, step))
-            correction = 1.0 / tl.sqrt(1.0 - _power(wide + beta2_high + beta2_low, step))
+            size = lr / (1.0 - _power(wide + _float64(beta1), step))
+            correction = 1.0 / tl.sqrt(1.0 - _power(wide + _float64(beta2), step))
         tl.store(factors + 4 * row + 1, size.to(tl.float32), mask=mine)
         tl.store(factors + 4 * row + 2, correction.to(tl.float32), mask=mine)
         tl.store(factors + 4 * row + 3, scale + tl.zeros([BLOCK], tl.float32), mask=mine)
+
+
+@triton.jit
+def _float64(bits):
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit

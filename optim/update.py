@@ -10,9 +10,9 @@ in torch.optim's order, so that fp32 results agree to the last bits.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -152,13 +152,10 @@ def take_control(gradients: Tensors, max_norm: float | None, found_inf: Tensor |
 
 def _norm(gradients: Tensors, device: torch.device) -> Tensor:
     """Of each gradient in at least fp32, of those in float64."""
-    gradients = [g for g in gradients if g.numel()]
-    norms: Tensors = []
-    for dtype in {g.dtype: None for g in gradients}:
-        some = [g for g in gradients if g.dtype == dtype]
+    norms: Tensors = [torch.zeros((), device=device)]
+    for dtype in dict.fromkeys(g.dtype for g in gradients if g.numel()):
+        some = [g for g in gradients if g.dtype == dtype and g.numel()]
         norms += torch._foreach_norm(some, dtype=torch.promote_types(dtype, torch.float32))
-    if not norms:
-        return torch.zeros((), dtype=torch.float64, device=device)
     return torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
 
 
@@ -201,16 +198,15 @@ def update_reference(part: Slice, rule: Rule, group: Group, steps: list[float], 
             encode(moment, values, part.tensors, first)
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """Neighbouring elements [start, end) of a slice, whole blocks, of parameters that took as many steps."""
 
     start: int
     end: int
-    segments: list[Segment] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)  # of the workspace, for each segment
-    gradients: list[Tensor] = field(default_factory=list)
-    padding: list[slice] = field(default_factory=list)  # behind segments, in the workspace
+    segments: list[Segment]
+    weights: list[Tensor]  # of the workspace, for each segment
+    gradients: list[Tensor]
+    padding: list[slice]  # behind segments, in the workspace
 
 
 def update_cpu(part: Slice, rule: Rule, group: Group, steps: list[float], scale: float, rounded: bool) -> None:
@@ -259,34 +255,38 @@ def _batches(part: Slice, steps: list[float]) -> list[Batch]:
     pattern = [(e.row, steps[e.row] - least) for e in present]
     known = part.state.batches.get(part.start)
     if known is None or known[0] != pattern:
-        known = part.state.batches[part.start] = (pattern, list(_cut(part, steps)))
-    batches: list[Batch] = known[1]
-    return batches
+        batches = [_batch(part, segments) for segments in _cut(part, steps)]
+        known = part.state.batches[part.start] = (pattern, batches)
+    return cast(list[Batch], known[1])
 
 
-def _cut(part: Slice, steps: list[float]) -> Iterator[Batch]:
-    most, batch = BATCH[part.state.bits], Batch(0, 0)
+def _cut(part: Slice, steps: list[float]) -> list[list[Segment]]:
+    """The segments of each batch."""
+    most, end, cut = BATCH[part.state.bits], 0, list[list[Segment]]()
     segments = [s for s in part.state.segments(part.start, part.end) if s.entry.gradient is not None]
     for entry, start, length, offset in segments:
         for first in range(0, length, most):
-            size, at = min(most, length - first), offset + first - part.start
-            segment = Segment(entry, start + first, size, offset + first)
-            same = batch.segments and steps[batch.segments[0].entry.row] == steps[entry.row]
-            if not (same and at == batch.end and at + whole(size) - batch.start <= most):
-                yield from ([batch] if batch.segments else [])
-                batch = Batch(at, at)
-            _append(batch, segment, at - batch.start, _workspace(part.state))
-    yield from ([batch] if batch.segments else [])
+            piece = Segment(entry, start + first, min(most, length - first), offset + first)
+            goes_on = cut and piece.offset == end and steps[cut[-1][0].entry.row] == steps[entry.row]
+            end = piece.offset + whole(piece.length)
+            if goes_on and end - cut[-1][0].offset <= most:
+                cut[-1].append(piece)
+            else:
+                cut.append([piece])
+    return cut
 
 
-def _append(batch: Batch, segment: Segment, at: int, workspace: Tensor) -> None:
-    entry, _, length, _ = segment
-    batch.segments.append(segment)
-    batch.end = batch.start + at + whole(length)
-    for views, flat in zip((batch.weights, batch.gradients), workspace, strict=True):
-        views.append(flat[at : at + length].view(entry.shape if length == entry.size else -1))
-    if length % BLOCK:
-        batch.padding.append(slice(at + length, at + whole(length)))
+def _batch(part: Slice, segments: list[Segment]) -> Batch:
+    first = segments[0].offset
+    places = [slice(offset - first, offset - first + length) for _, _, length, offset in segments]
+    shapes = [torch.Size([s.length]) if s.length < s.entry.size else s.entry.shape for s in segments]
+    weights, gradients = (
+        [flat[place].view(shape) for place, shape in zip(places, shapes, strict=True)]
+        for flat in _workspace(part.state)
+    )
+    padding = [slice(place.stop, whole(place.stop)) for place in places if place.stop % BLOCK]
+    start = first - part.start
+    return Batch(start, start + whole(places[-1].stop), segments, weights, gradients, padding)
 
 
 def _workspace(state: FlatState) -> Tensor:

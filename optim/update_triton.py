@@ -22,11 +22,11 @@ from .update import ROUNDING_KEY, Group
 TILE = 2048  # elements of a program: 8 for each of its threads
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 Parts = list[tuple[Slice, Tensor]]  # with the table of the chunks in each, int64 [chunks, 4], as FlatState.chunks
-STATE = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
 
 
 def update(
-    tables: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    tables: tuple[Tensor, Tensor, Tensor],
+    control: Tensor | None,
     steps: Tensor,
     group: Group,
     rule: str,
@@ -35,39 +35,29 @@ def update(
 ) -> None:
     """One launch over the chunks of `parts`: slices of one group and dtype, at most one of each width of state.
 
-    tables: addresses, numbers and factors (step_triton.Tables), and scale and skip (step_triton.step).
+    tables: addresses, numbers and factors (step_triton.Tables). control: scale and skip (step_triton.step).
     """
-    of_bits = {part.state.bits: (part, chunks) for part, chunks in parts}
-    counts = {bits: len(of_bits[bits][1]) if bits in of_bits else 0 for bits in (32, 8)}
+    parts = [(part, chunks) for part, chunks in parts if len(chunks)]
+    if not parts:
+        return
+    counts = {part.state.bits: len(chunks) for part, chunks in parts}
+    states = {part.state.bits: (chunks, part.start, *part.tensors.values()) for part, chunks in parts}
+    maps = tuple(of(s, steps.device) for of in (dynamic_code, _borders) for s in (True, False)) if 8 in states else None
     beta1, beta2 = group["betas"]
-    maps = [of(s, steps.device) for of in (dynamic_code, _borders) for s in (True, False)] if counts[8] else [None] * 4
-    if sum(counts.values()):
-        with on_device(steps):
-            optimizer_update_kernel[(sum(counts.values()) * (CHUNK // TILE),)](
-                *(*tables, steps),
-                *_arguments(of_bits.get(32), STATE[:2]),
-                *_arguments(of_bits.get(8), STATE),
-                *(*maps, counts[32]),
-                *(beta1, 1 - beta1, beta2, 1 - beta2, group.get("eps", 0.0)),
-                KEY=ROUNDING_KEY,
-                DTYPE=DTYPES[parts[0][0].state.dtype],
-                HAS_32BIT=counts[32] > 0,
-                HAS_8BIT=counts[8] > 0,
-                LION=rule == "lion",
-                ROUNDED=rounded,
-                BLOCK=BLOCK,
-                TILE=TILE,
-                TILES=CHUNK // TILE,
-                num_warps=8,
-                enable_fp_fusion=True,
-            )
-
-
-def _arguments(part: tuple[Slice, Tensor] | None, names: tuple[str, ...]) -> list[Any]:
-    """The table of chunks, the state's tensors (None for what a rule does not keep), and where they begin."""
-    if part is None:
-        return [None, *(None for _ in names), 0]
-    return [part[1], *(part[0].tensors.get(name) for name in names), part[0].start]
+    with on_device(steps):
+        optimizer_update_kernel[(sum(counts.values()) * (CHUNK // TILE),)](
+            *((*tables, steps), control, states.get(32), states.get(8), maps, counts.get(32, 0)),
+            (beta1, 1 - beta1, beta2, 1 - beta2, group.get("eps", 0.0)),
+            KEY=ROUNDING_KEY,
+            DTYPE=DTYPES[parts[0][0].state.dtype],
+            LION=rule == "lion",
+            ROUNDED=rounded,
+            BLOCK=BLOCK,
+            TILE=TILE,
+            TILES=CHUNK // TILE,
+            num_warps=8,
+            enable_fp_fusion=True,
+        )
 
 
 @cache
@@ -80,62 +70,54 @@ def _borders(signed: bool, device: torch.device) -> Tensor:
 def _name(specialization: Any) -> str:
     """What a profiler shows, such as adamw_8bit_update_kernel."""
     constants = specialization.constants
-    widths = [bits for bits in ("32bit", "8bit") if constants[f"HAS_{bits.upper()}"]]
+    widths = [bits for bits in ("32bit", "8bit") if f"state_{bits}" not in constants]  # None is a constant
     return "_".join(["lion" if constants["LION"] else "adamw", *widths, "update_kernel"])
 
 
-@triton.jit(do_not_specialize=["base_32bit", "base_8bit", "count_32bit"], repr=_name)
+@triton.jit(do_not_specialize=["count_32bit"], repr=_name)
 def optimizer_update_kernel(
-    addresses, numbers, factors, control, steps, chunks_32bit, mean_32bit, square_32bit, base_32bit, chunks_8bit,
-    mean_8bit, square_8bit, mean_absmax, square_absmax, base_8bit, signed, unsigned, signed_borders,
-    unsigned_borders, count_32bit, beta1, rest1, beta2, rest2, eps, KEY: tl.constexpr, DTYPE: tl.constexpr,
-    HAS_32BIT: tl.constexpr, HAS_8BIT: tl.constexpr, LION: tl.constexpr, ROUNDED: tl.constexpr, BLOCK:
-    tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr
+    tables, control, state_32bit, state_8bit, maps, count_32bit, rule, KEY: tl.constexpr, DTYPE: tl.constexpr,
+    LION: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
-    """One chunk of weights and state, after one step of the rule."""
+    """One tile of weights and state, after one step of the rule.
+
+    A state is its table of chunks, where its tensors begin, and these: moments, or codes and scales of each.
+    """
     chunk = tl.program_id(0).to(tl.int64) // TILES
-    if HAS_32BIT:  # noqa: SIM102  # one is known to the compiler, the other is not
+    if state_32bit is not None:  # noqa: SIM102  # one is known to the compiler, the other is not
         if chunk < count_32bit:
-            where = chunks_32bit + 4 * chunk
-            p, g, start, length, offset, row = _find(addresses, control, where, base_32bit, TILE, TILES)
-            if _is_even(p, g, length):
-                _update_32bit(p, g, start, length, offset, row, numbers, factors, steps, mean_32bit, square_32bit,
-                      beta1, rest1, beta2, rest2, eps, KEY, DTYPE, LION, ROUNDED, True, TILE)  # fmt: skip
-            else:
-                _update_32bit(p, g, start, length, offset, row, numbers, factors, steps, mean_32bit, square_32bit,
-                      beta1, rest1, beta2, rest2, eps, KEY, DTYPE, LION, ROUNDED, False, TILE)  # fmt: skip
-    if HAS_8BIT:  # noqa: SIM102  # as above
+            _tile(tables, control, state_32bit, None, chunk, rule, KEY, DTYPE, LION, ROUNDED, BLOCK, TILE, TILES)
+    if state_8bit is not None:  # noqa: SIM102  # as above
         if chunk >= count_32bit:
-            where = chunks_8bit + 4 * (chunk - count_32bit)
-            p, g, start, length, offset, row = _find(addresses, control, where, base_8bit, TILE, TILES)
-            if _is_even(p, g, length):
-                _update_8bit(p, g, start, length, offset, row, numbers, factors, steps, mean_8bit, square_8bit,
-                       mean_absmax, square_absmax, signed, unsigned, signed_borders, unsigned_borders,
-                       beta1, rest1, beta2, rest2, eps, KEY, DTYPE, LION, ROUNDED, True, BLOCK, TILE)  # fmt: skip
-            else:
-                _update_8bit(p, g, start, length, offset, row, numbers, factors, steps, mean_8bit, square_8bit,
-                       mean_absmax, square_absmax, signed, unsigned, signed_borders, unsigned_borders,
-                       beta1, rest1, beta2, rest2, eps, KEY, DTYPE, LION, ROUNDED, False, BLOCK, TILE)  # fmt: skip
+            chunk -= count_32bit
+            _tile(tables, control, state_8bit, maps, chunk, rule, KEY, DTYPE, LION, ROUNDED, BLOCK, TILE, TILES)
 
 
 @triton.jit
-def _find(addresses, control, chunk, base, TILE: tl.constexpr, TILES: tl.constexpr):
-    """A tile's weights and gradients, by address, and its place; length 0 where nothing may change."""
-    row, first = tl.load(chunk), tl.program_id(0) % TILES * TILE
-    start = tl.multiple_of(tl.load(chunk + 1) + first, 256)
-    length = tl.minimum(tl.maximum(tl.load(chunk + 2) - first, 0), TILE)
-    offset = tl.multiple_of(tl.load(chunk + 3) - base + first, 256)
+def _tile(
+    tables, control, state, maps, chunk, rule, KEY: tl.constexpr, DTYPE: tl.constexpr, LION: tl.constexpr,
+    ROUNDED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """Find a tile's weights and gradients, by address, and its place; length 0 where nothing may change."""
+    addresses, where, first = tables[0], state[0] + 4 * chunk, tl.program_id(0) % TILES * TILE
+    row, start = tl.load(where), tl.multiple_of(tl.load(where + 1) + first, 256)
+    length = tl.minimum(tl.maximum(tl.load(where + 2) - first, 0), TILE)
+    offset = tl.multiple_of(tl.load(where + 3) - state[1] + first, 256)
     p, g = tl.load(addresses + 2 * row), tl.load(addresses + 2 * row + 1)
     length = tl.where(g == 0, 0, length)
     if control is not None:
         length = tl.where(tl.load(control + 1) != 0, 0, length)
-    return p, g, start, length, offset, row
+    place = p, g, start, length, offset, row
+    if is_even(p | g, length):
+        _update(tables, state, maps, place, rule, KEY, DTYPE, LION, ROUNDED, True, BLOCK, TILE)
+    else:
+        _update(tables, state, maps, place, rule, KEY, DTYPE, LION, ROUNDED, False, BLOCK, TILE)
 
 
 @triton.jit
-def _is_even(p, g, length):
+def is_even(address, length):
     """Whether a tile can be read and written 16 bytes at a time."""
-    return (length % 16 == 0) & (p % 16 == 0) & (g % 16 == 0)
+    return (length % 16 == 0) & (address % 16 == 0)
 
 
 @triton.jit
@@ -160,52 +142,27 @@ def below(i, length, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _update_32bit(
-    p_address, g_address, start, length, offset, row, numbers, factors, steps, mean_ptr, square_ptr,
-    beta1, rest1, beta2, rest2, eps, KEY: tl.constexpr, DTYPE: tl.constexpr, LION: tl.constexpr, ROUNDED: tl.constexpr,
-    EVEN: tl.constexpr, TILE: tl.constexpr
+def _update(
+    tables, state, maps, place, rule, KEY: tl.constexpr, DTYPE: tl.constexpr, LION: tl.constexpr, ROUNDED: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """A tile whose moments are fp32."""
+    """A tile's step. Moments are fp32, or 8-bit codes where there are maps."""
+    _, numbers, factors, steps = tables
+    p_address, g_address, start, length, offset, row = place
+    beta1, rest1, beta2, rest2, eps = rule
     i = tl.arange(0, TILE)
     mask = below(i, length, EVEN)
     p_ptr, g_ptr = at(p_address, start, DTYPE, EVEN), at(g_address, start, DTYPE, EVEN)
     p = tl.load(p_ptr + i, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + i, mask=mask, other=0.0).to(tl.float32) * tl.load(factors + 4 * row + 3)
-    mean = tl.load(mean_ptr + offset + i, mask=mask, other=0.0)
+    mean = _decode(state, maps, offset, length, mask, 0, BLOCK, TILE)
     if LION:
         p, mean = _lion(p, g, mean, row, factors, beta1, rest1, rest2)
     else:
-        square = tl.load(square_ptr + offset + i, mask=mask, other=0.0)
+        square = _decode(state, maps, offset, length, mask, 1, BLOCK, TILE)
         p, mean, square = _adamw(p, g, mean, square, row, factors, rest1, beta2, rest2, eps)
-        tl.store(square_ptr + offset + i, square, mask=mask)
-    tl.store(mean_ptr + offset + i, mean, mask=mask)
-    if ROUNDED:
-        p = _rounded(p, start, row, numbers, steps, KEY, TILE)
-    tl.store(p_ptr + i, p.to(DTYPE), mask=mask)
-
-
-@triton.jit
-def _update_8bit(
-    p_address, g_address, start, length, offset, row, numbers, factors, steps, mean_ptr, square_ptr,
-    mean_absmax, square_absmax, signed, unsigned, signed_borders, unsigned_borders,
-    beta1, rest1, beta2, rest2, eps, KEY: tl.constexpr, DTYPE: tl.constexpr, LION: tl.constexpr, ROUNDED: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
-    """A tile whose moments are 8-bit codes. Beyond the length everything is 0, so no block's scale sees it."""
-    i, blocks = tl.arange(0, TILE), tl.arange(0, TILE // BLOCK)
-    mask, scaled = below(i, length, EVEN), blocks * BLOCK < length
-    p_ptr, g_ptr = at(p_address, start, DTYPE, EVEN), at(g_address, start, DTYPE, EVEN)
-    scales = offset // BLOCK + blocks
-    p = tl.load(p_ptr + i, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(g_ptr + i, mask=mask, other=0.0).to(tl.float32) * tl.load(factors + 4 * row + 3)
-    mean = _decode(mean_ptr + offset + i, mean_absmax + scales, signed, mask, scaled)
-    if LION:
-        p, mean = _lion(p, g, mean, row, factors, beta1, rest1, rest2)
-    else:
-        square = _decode(square_ptr + offset + i, square_absmax + scales, unsigned, mask, scaled)
-        p, mean, square = _adamw(p, g, mean, square, row, factors, rest1, beta2, rest2, eps)
-        _encode(square, square_ptr + offset + i, square_absmax + scales, unsigned_borders, mask, scaled, False)
-    _encode(mean, mean_ptr + offset + i, mean_absmax + scales, signed_borders, mask, scaled, True)
+        _encode(square, state, maps, offset, length, mask, 1, BLOCK, TILE)
+    _encode(mean, state, maps, offset, length, mask, 0, BLOCK, TILE)
     if ROUNDED:
         p = _rounded(p, start, row, numbers, steps, KEY, TILE)
     tl.store(p_ptr + i, p.to(DTYPE), mask=mask)
@@ -213,11 +170,8 @@ def _update_8bit(
 
 @triton.jit
 def _adamw(p, g, mean, square, row, factors, rest1, beta2, rest2, eps):
-    decay, size, correction = (
-        tl.load(factors + 4 * row),
-        tl.load(factors + 4 * row + 1),
-        tl.load(factors + 4 * row + 2),
-    )
+    decay, size = tl.load(factors + 4 * row), tl.load(factors + 4 * row + 1)
+    correction = tl.load(factors + 4 * row + 2)
     mean = mean + (g - mean) * rest1
     square = square * beta2 + g * g * rest2
     root = tl.sqrt_rn(square) * correction + eps
@@ -233,10 +187,16 @@ def _lion(p, g, mean, row, factors, beta1, rest1, rest2):
 
 
 @triton.jit
-def _decode(codes, absmax, table, mask, scaled):
-    code = tl.load(codes, mask=mask, other=0).to(tl.int32)
-    values = tl.load(table + code) * _for_each(tl.load(absmax, mask=scaled, other=0.0), codes)
-    return tl.where(mask, values, 0.0)
+def _decode(state, maps, offset, length, mask, MOMENT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """A tile's first (0, signed) or second (1) moment in fp32; 0 beyond the length, which no block's scale may see."""
+    i, blocks = tl.arange(0, TILE), tl.arange(0, TILE // BLOCK)
+    if maps is None:
+        values = tl.load(state[2 + MOMENT] + offset + i, mask=mask, other=0.0)
+    else:
+        code = tl.load(state[2 + 2 * MOMENT] + offset + i, mask=mask, other=0).to(tl.int32)
+        scales = tl.load(state[3 + 2 * MOMENT] + offset // BLOCK + blocks, mask=blocks * BLOCK < length, other=0.0)
+        values = tl.where(mask, tl.load(maps[MOMENT] + code) * _for_each(scales, code), 0.0)
+    return values
 
 
 @triton.jit
@@ -250,17 +210,33 @@ def _for_each(scales, values):
 
 
 @triton.jit
-def _encode(values, codes, absmax, borders, mask, scaled, SIGNED: tl.constexpr):
-    """Decade i of the map is [0.1, 1] * 10^(i - 6), in 2^i cells of equal width (2^(i + 1) in the unsigned map)."""
-    values = tl.where(mask, values, 0.0)
-    magnitude = tl.abs(values)
+def _encode(values, state, maps, offset, length, mask, MOMENT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Put a tile's moment back where `_decode` took it."""
+    i, blocks = tl.arange(0, TILE), tl.arange(0, TILE // BLOCK)
+    if maps is None:
+        tl.store(state[2 + MOMENT] + offset + i, values, mask=mask)
+    else:
+        values = tl.where(mask, values, 0.0)
+        largest = _largest(values, BLOCK)
+        tl.store(state[3 + 2 * MOMENT] + offset // BLOCK + blocks, largest, mask=blocks * BLOCK < length)
+        codes = _nearest(values, largest, maps[2 + MOMENT], MOMENT == 0)
+        tl.store(state[2 + 2 * MOMENT] + offset + i, codes, mask=mask)
+
+
+@triton.jit
+def _largest(values, BLOCK: tl.constexpr):
+    """The largest magnitude of each block."""
     # As integers: the order of non-negative floats, and NaN above all, so that it is not lost.
-    ordered = tl.reshape(magnitude.to(tl.int32, bitcast=True), [absmax.shape[0], values.shape[0] // absmax.shape[0]])
-    largest = tl.max(ordered, axis=1).to(tl.float32, bitcast=True)
-    tl.store(absmax, largest, mask=scaled)
+    ordered = tl.reshape(tl.abs(values).to(tl.int32, bitcast=True), [values.shape[0] // BLOCK, BLOCK])
+    return tl.max(ordered, axis=1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _nearest(values, largest, borders, SIGNED: tl.constexpr):
+    """Codes. Decade i of the map is [0.1, 1] * 10^(i - 6), in 2^i cells of equal width (2^(i + 1) if unsigned)."""
     scale = tl.where(largest > 0, largest, 1.0)
     up = tl.where(scale < 7.8886090522101181e-31, 1.2676506002282294e30, 1.0)  # 2^-100, 2^100: keeps 1 / scale finite
-    relative = magnitude * _for_each(up, values) * _for_each(1.0 / (scale * up), values)
+    relative = tl.abs(values) * _for_each(up, values) * _for_each(1.0 / (scale * up), values)
     bits = tl.maximum(relative, 1e-6).to(tl.int32, bitcast=True)
     mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
     # log10(relative) + 6.5, of which the nearest integer is the decade: the pattern as an integer is the logarithm but
@@ -282,7 +258,7 @@ def _encode(values, codes, absmax, borders, mask, scaled, SIGNED: tl.constexpr):
         border = nearest - 2
     border = tl.minimum(tl.maximum(border, 0), 254)
     above = values.to(tl.float64) > tl.load(borders + border) * _for_each(scale, values).to(tl.float64)
-    tl.store(codes, (border + above.to(tl.int32)).to(tl.uint8), mask=mask)
+    return (border + above.to(tl.int32)).to(tl.uint8)
 
 
 @triton.jit
