@@ -121,9 +121,7 @@ def _synced(file: Path) -> tuple[int, str]:
 
 def load_checkpoint(path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Verify the checkpoint folder `path` and return its tensors (group -> name -> CPU tensor) and its state.
-
-    Raises InputError that says which file breaks which rule. Files the manifest does not name are never opened.
-    """
+    Raises InputError that says which file breaks which rule. Files the manifest does not name are never opened."""
     path, tensors = Path(path), dict[str, dict[str, Tensor]]()
     names = verify_checkpoint(path)
     with _reading(path):
@@ -140,9 +138,7 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dic
 
 def checkpoint_to_resume(out: Path, resume: str | None, notes: list[str]) -> Path | None:
     """The checkpoint that `resume` names ("auto" or a path), None for a fresh start.
-
-    Adds to `notes` why it passes over damaged ones. InputError when `out` holds a run already and resume is None.
-    """
+    Adds to `notes` why it passes over damaged ones. InputError when `out` holds a run already and resume is None."""
     folder = out / "checkpoints"
     if folder.is_dir():
         files.remove_stale(folder)  # what a killed run left half-written; it may have been killed after its last save
@@ -175,9 +171,7 @@ def resuming(path: Path, notes: list[str]) -> Iterator[None]:
 
 def newest_checkpoint(folder: Path | str) -> tuple[Path | None, list[str]]:
     """The checkpoint in `folder` that was written last and verifies, and why each one tried before it was passed over.
-
-    `(None, reasons)` when there is none. Never raises for a damaged checkpoint; OtherFormat for another version's.
-    """
+    `(None, reasons)` when there is none. Never raises for a damaged checkpoint; OtherFormat for another version's."""
     reasons = []
     for path, _, _ in reversed(_by_age(Path(folder))):
         try:
@@ -193,9 +187,7 @@ def newest_checkpoint(folder: Path | str) -> tuple[Path | None, list[str]]:
 
 def verify_checkpoint(path: Path) -> set[str]:
     """The names of a checkpoint's files, each checked against the size and SHA-256 that the manifest of `path` says.
-
-    InputError on the first fault.
-    """
+    InputError on the first fault."""
     _, listed = _read_manifest(path)
     for name, (size, digest) in listed.items():
         file = files.regular_file(path, name)
@@ -278,9 +270,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _by_age(folder: Path) -> list[tuple[Path, int, Listed]]:
     """Real folders named like a checkpoint, oldest first, with the serial number and the files of their manifests.
-
-    Those without an intact one (0 and {}) come last, by step: nothing says that they are old.
-    """
+    Those without an intact one (0 and {}) come last, by step: nothing says that they are old."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if (named := _FOLDER.fullmatch(path.name)) and path.is_dir() and not path.is_symlink():

@@ -30,9 +30,7 @@ class Interrupt:
 @contextmanager
 def interrupts() -> Iterator[Interrupt]:
     """Catch SIGINT and SIGTERM while inside. The first sets the flag, the second acts as if nobody had caught it.
-
-    Outside the main thread signals cannot be caught: the flag then stays down.
-    """
+    Outside the main thread signals cannot be caught: the flag then stays down."""
     flag = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield flag

@@ -14,9 +14,7 @@ from .step import MicroBatch
 @dataclass(frozen=True)
 class StepData:
     """What a step trains on, still on the CPU: one batch of rows, as micro-batches for each update that is made of it.
-
-    Most kinds make one update of a batch of rows; one that generates its rows may make several.
-    """
+    Most kinds make one update of a batch of rows; one that generates its rows may make several."""
 
     updates: Sequence[Sequence[MicroBatch]]
     sources: list[str]  # file and line of each row
@@ -63,9 +61,7 @@ class TrainResult:
 
 def adapter_to_train(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters, by name, of the adapter "default", which is the one that trainers train.
-
-    Raises InputError unless the model carries it, trainable and active.
-    """
+    Raises InputError unless the model carries it, trainable and active."""
     found, layers = adapter_parameters(model), adapter_layers(model).values()
     if not layers:
         raise InputError("the model has no adapter to train: call fourbit.attach first, or train all weights (full)")

@@ -58,10 +58,8 @@ class StepResult:
 
 class Stepper:
     """An optimizer over named parameters; a step's loss is the sum over its batches divided by their `weight`.
-
-    parameters: name -> parameter to train. sums: a batch (still on the CPU) -> its loss and metrics.
-    Raises InputError as `make_optimizer` does.
-    """
+    parameters: name -> parameter to train. sums: a batch (still on the CPU) -> its loss and metrics. Raises InputError
+    as `make_optimizer` does."""
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], sums: Callable[[Any], Sums], config: TrainingConfig

@@ -47,10 +47,8 @@ Pending = tuple[int, Sequence[MicroBatch], list[str], StepResult, float]  # step
 
 class Trainer(ABC):
     """Base of the trainers: model, rows and options in; adapter, metrics and curves out.
-
-    train: a JSONL file, several, or a dataset. val: the same, or a fraction of train below 1, or None.
-    Raises InputError for rows, options or a model that cannot be trained on.
-    """
+    train: a JSONL file, several, or a dataset. val: the same, or a fraction of train below 1, or None. Raises
+    InputError for rows, options or a model that cannot be trained on."""
 
     kind: Kind = "sft"  # of the rows
     best_metric: ClassVar[str] = "loss"  # of an evaluation: what keep_best and patience go by
@@ -150,9 +148,7 @@ class Trainer(ABC):
 
     def train(self, display: Callable[[int, int], Display] | None = display_for) -> TrainResult:
         """Run to the end, or until SIGINT or SIGTERM, after which everything is saved and `result.signal` set.
-
-        display: called with (steps in all, steps done before); None shows nothing.
-        """
+        display: called with (steps in all, steps done before); None shows nothing."""
         self.trained_parameters()  # raises if they have been switched off or frozen since
         out = Path(self.config.out)
         out.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -101,22 +102,32 @@ def adapted():
     return make
 
 
+def built(adapted, kind, folder, rows, out, *, val=None, **options):
+    """A trainer; options are those of its config, and of `adapted` and of the trainer itself."""
+    loaded = {k: options.pop(k) for k in ("quantize", "dtype", "b_seed", "dropout", "target", "rank") if k in options}
+    more = kind.more | {k: options.pop(k) for k in ("head", "teacher") if k in options}
+    model, tokenizer = adapted(folder, **loaded)
+    config = kind.config(out=str(out), **({"batch_size": 4, "lr": 1e-2, "epochs": 2} | kind.options | options))
+    return kind.trainer(model, tokenizer, train=rows, val=val, config=config, **more)
+
+
+@pytest.fixture(scope="module")
+def trainer_for(request, adapted):
+    """`built` for the trainer and the config that the test file names."""
+    return partial(built, adapted, Kind(request.module.TRAINER, request.module.CONFIG))
+
+
 @pytest.fixture
 def make(request, adapted, tiny_folder, wide_folder, tmp_path):
-    """A function: the trainer of a kind by name, on the tiny model; `loaded` are options of `adapted`."""
+    """A function: the trainer of a kind by name, on the tiny model."""
 
-    def trainer(kind, out=tmp_path, *, rows=None, val=None, loaded=None, more=None, **options):
-        entry = KINDS[kind]
-        model, tokenizer = adapted(tiny_folder, **(loaded or {}))
-        more = entry.more | (more or {})
-        if more.get("teacher") == "wide":
-            more["teacher"], _ = fourbit.load(
-                wide_folder, quantize="nf4", dtype=(loaded or {}).get("dtype", torch.float32)
-            )
-        rows = rows or request.getfixturevalue(entry.rows)
-        val = request.getfixturevalue(entry.rows if entry.rows != "rows" else "val_rows") if val is True else val
-        config = entry.config(out=str(out), **({"batch_size": 4, "lr": 1e-2, "epochs": 2} | entry.options | options))
-        return entry.trainer(model, tokenizer, train=rows, val=val, config=config, **more)
+    def trainer(name, out=tmp_path, *, rows=None, val=None, adapted=adapted, **options):
+        kind = KINDS[name]
+        if (kind.more | options).get("teacher") == "wide":
+            options["teacher"], _ = fourbit.load(wide_folder, quantize="nf4", dtype=options.get("dtype", torch.float32))
+        rows = rows or request.getfixturevalue(kind.rows)
+        val = request.getfixturevalue(kind.rows if kind.rows != "rows" else "val_rows") if val is True else val
+        return built(adapted, kind, tiny_folder, rows, out, val=val, **options)
 
     return trainer
 

@@ -21,15 +21,7 @@ from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.preference import DPOTrainer, crossed_over
 from fourbit.trainer.step import StepResult
 
-
-@pytest.fixture
-def trainer_for(adapted):
-    def make(folder, rows, out, *, val=None, dropout=0.0, b_seed=None, dtype=torch.float32, quantize="nf4", **options):
-        model, tokenizer = adapted(folder, dropout=dropout, b_seed=b_seed, dtype=dtype, quantize=quantize)
-        config = DPOConfig(out=str(out), **({"batch_size": 4, "lr": 1e-2, "epochs": 2} | options))
-        return DPOTrainer(model, tokenizer, train=rows, val=val, config=config)
-
-    return make
+TRAINER, CONFIG = DPOTrainer, DPOConfig  # for `trainer_for`
 
 
 def steps_of(folder):

@@ -12,8 +12,6 @@ import torch
 import fourbit
 from fourbit.data.batch import Batch
 from fourbit.errors import InputError
-from fourbit.lora.adapter import adapter_layers
-from fourbit.models.protocol import CausalLM
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.sft import SFTTrainer
 from fourbit.trainer.trainer import StepData
@@ -45,10 +43,10 @@ def test_no_layout_changes_a_gradient(make, kind):
         (torch.float32, None, 2e-5, LAYOUTS[1:3]),
     ):
         loaded = {"dtype": dtype, "quantize": quantize, "b_seed": 0}
-        value, whole = gradients(make(kind, loaded=loaded))
+        value, whole = gradients(make(kind, **loaded))
         assert len(whole) == 28 + (kind == "reward") and all(gradient.norm() > 0 for gradient in whole.values())
         for layout in layouts:
-            other_value, other = gradients(make(kind, loaded=loaded, **layout))
+            other_value, other = gradients(make(kind, **loaded, **layout))
             assert other_value == pytest.approx(value, rel=allowed), layout
             for name, gradient in whole.items():
                 assert (gradient - other[name]).norm() <= allowed * gradient.norm(), f"{layout}: gradient of {name}"
@@ -62,7 +60,7 @@ def test_resume_is_bit_exact(make, tmp_path, stopping, assert_same_runs, kind, b
     With dropout, shared prompts, and a reference that is the base or the start: weights, optimizer, random generators,
     the best so far, what the kind of training carries, files and metrics.
     """
-    options = dict(val=True, eval_every=3, save_every=2, steps=6, loaded={"dropout": 0.2, "b_seed": b_seed})
+    options = dict(val=True, eval_every=3, save_every=2, steps=6, dropout=0.2, b_seed=b_seed)
     make(kind, tmp_path / "whole", **options).train(display=None)
     result = make(kind, tmp_path / "cut", **options).train(display=stopping(stop))
     assert result.signal == signal.SIGINT and result.steps == stop and result.checkpoint is not None
@@ -77,7 +75,7 @@ def test_checkpointing_evaluating_and_saving_change_nothing(make, tmp_path, kind
     """Recomputed activations, evaluations and checkpoints at every step, or none of them: the same adapter."""
     some = {"checkpointing": "on", "val": True, "eval_every": 1, "save_every": 1}
     for name, options in {"plain": {"checkpointing": "off"}, "more": some}.items():
-        options = {"steps": 4, "keep_best": False, "loaded": {"dropout": 0.2}} | options
+        options = {"steps": 4, "keep_best": False, "dropout": 0.2} | options
         make(kind, tmp_path / name, **options).train(display=None)
     plain, more = ({p.name: p.read_bytes() for p in (tmp_path / n).glob("*.safetensors")} for n in ("plain", "more"))
     assert plain and plain == more
@@ -132,45 +130,6 @@ def test_the_best_is_by_any_metric_up_or_down(adapted, tiny_folder, rows, val_ro
         "choose a metric that differs from the loss"
     )
     assert trainer.evaluate()["entropy"] == pytest.approx(result.val["entropy"], rel=1e-6), "its weights are in place"
-
-
-class Toy(CausalLM):
-    """The smallest model that satisfies the protocol: embeddings through one linear layer, so no token sees another."""
-
-    def __init__(self):
-        super().__init__()
-        self.vocab_size, self.hidden_size = 259, 32
-        self.embed = torch.nn.Embedding(259, 32)
-        self.mix = torch.nn.Linear(32, 32)
-        self.lm_head = torch.nn.Linear(32, 259, bias=False)
-
-    def hidden(self, input_ids, position_ids=None, spans=None, cache=None, mask=None):
-        x = self.embed(input_ids)
-        return x + self.mix(x).tanh()
-
-    def new_cache(self):
-        raise NotImplementedError
-
-    def settings(self):
-        return {"kind": "toy"}
-
-
-@pytest.mark.parametrize("kind", ["sft", "sigmoid", "kto", "reward", "distill from the base"])
-def test_a_toy_that_satisfies_the_protocol_is_trained_by_every_trainer(make, tiny_folder, monkeypatch, tmp_path, kind):
-    """Nothing of our decoder is asked for: only what `models.protocol` lists."""
-    _, tokenizer = fourbit.load(tiny_folder)
-
-    def load(*args, dtype=None, **kwargs):
-        torch.manual_seed(0)
-        return Toy(), tokenizer
-
-    monkeypatch.setattr(fourbit, "load", load)
-    trainer = make(kind, tmp_path, val=True, steps=6, lr=3e-2, more={}, loaded={"target": ["mix"], "b_seed": 1})
-    assert len(adapter_layers(trainer.model)) == 1
-    start = trainer.evaluate()["loss"]
-    trainer.train(display=None)
-    assert trainer.evaluate()["loss"] < start
-    assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
 def test_a_batch_says_what_its_loss_is_a_sum_over(make):

@@ -32,26 +32,7 @@ def some_head(seed=5):
     return torch.randn(1, 32, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module")
-def trainer_for(adapted):
-    def make(
-        folder,
-        rows,
-        out,
-        *,
-        val=None,
-        dropout=0.0,
-        b_seed=None,
-        dtype=torch.float32,
-        quantize="nf4",
-        head=None,
-        **options,
-    ):
-        model, tokenizer = adapted(folder, dropout=dropout, b_seed=b_seed, dtype=dtype, quantize=quantize)
-        config = RewardConfig(out=str(out), **({"batch_size": 4, "lr": 1e-2, "epochs": 2} | options))
-        return RewardTrainer(model, tokenizer, train=rows, val=val, config=config, head=head)
-
-    return make
+TRAINER, CONFIG = RewardTrainer, RewardConfig  # for `trainer_for`
 
 
 def steps_of(folder):

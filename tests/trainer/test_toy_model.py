@@ -1,6 +1,5 @@
 """A model of no family, nothing but the protocol: every trainer trains it, evaluation and generation take it."""
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,9 @@ from fourbit.lora.adapter import copy_adapter
 from fourbit.models.protocol import Cache, CausalLM
 from fourbit.models.tokenizer import Tokenizer
 from fourbit.models.tokenizer_folder import folder_tokenizer
-from fourbit.trainer.config import DistillConfig, DPOConfig, RewardConfig, SFTConfig
-from fourbit.trainer.distill import DistillTrainer
 from fourbit.trainer.evaluate import answer_all, batch_loss_sum, evaluate_loss
 from fourbit.trainer.metrics import read_metrics
-from fourbit.trainer.preference import DPOTrainer
-from fourbit.trainer.reward import RewardTrainer
 from fourbit.trainer.reward_model import RewardModel
-from fourbit.trainer.sft import SFTTrainer
 from fourbit.trainer.trainer import Trainer
 
 
@@ -87,25 +81,43 @@ def followed(spans: Spans, tokens: int) -> Tensor:
     return sees.tril()
 
 
-WORDS = ["ab", "c", "def", "gh", "i", "jkl", "m", "nopq", "rs", "t"]
+def adapted(seed: int = 0, **lora: Any) -> Toy:
+    model = Toy(seed=seed)
+    fourbit.attach(model, fourbit.LoRAConfig(**({"rank": 4, "alpha": 8, "target": ["mix", "lm_head"]} | lora)))
+    return model
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The rows of each kind of training, by kind."""
-    folder = tmp_path_factory.mktemp("rows")
-    rows = {
-        "sft": [{"messages": [{"role": "user", "content": w}, {"role": "assistant", "content": w * 2}]} for w in WORDS],
-        "dpo": [{"prompt": f"say {w}", "chosen": w * 3, "rejected": w * 2 + "x" * i} for i, w in enumerate(WORDS)],
-        "kto": [
-            {"prompt": f"say {w}", "completion": w * 3 if i % 3 else "no", "label": i % 3 > 0}
-            for i, w in enumerate(WORDS)
-        ],
-    }
-    paths = {kind: folder / f"{kind}.jsonl" for kind in rows}
-    for kind, path in paths.items():
-        path.write_text("\n".join(map(json.dumps, rows[kind])))
-    return paths | {"reward": paths["dpo"], "distill": paths["sft"]}
+def with_teacher() -> Toy:
+    """An adapter as it is at the start, beside one that is not: or the teacher would be the student."""
+    model = adapted()
+    model.mix.adapters["default"].lora_B.data.normal_()
+    copy_adapter(model, "default", "teacher")
+    model.mix.adapters["default"].lora_B.data.zero_()
+    return model
+
+
+KINDS: dict[str, tuple[str, Any, dict[str, Any]]] = {  # the kind in conftest, its model, its options
+    "sft": ("sft", adapted, {}),
+    "sft full": ("sft", Toy, {"full": True}),
+    "dpo": ("sigmoid", adapted, {}),
+    "kto": ("kto", adapted, {}),
+    "reward": ("reward", lambda: adapted(target=["mix"]), {"head": None}),
+    "distill": ("distill from another model", adapted, {"teacher": lambda: Toy(32, seed=1)}),
+    "distill same base": ("distill from the base", with_teacher, {"teacher": "teacher"}),
+}
+
+
+@pytest.fixture
+def toy(make: Any, tokenizer: Tokenizer) -> Any:
+    """A function: the trainer of a kind, for a toy."""
+
+    def trainer(name: str, out: Path, **options: Any) -> Trainer:
+        kind, model, own = KINDS[name]
+        own = own | ({"teacher": own["teacher"]()} if callable(own.get("teacher")) else {})
+        options = {"batch_size": 5, "lr": 2e-2, "steps": 24, "adapted": lambda _: (model(), tokenizer)} | own | options
+        return make(kind, out, **options)
+
+    return trainer
 
 
 @pytest.fixture(scope="module")
@@ -113,72 +125,39 @@ def tokenizer(tiny_folder: Path) -> Tokenizer:
     return folder_tokenizer(tiny_folder)
 
 
-def adapted(seed: int = 0, **lora: Any) -> Toy:
-    model = Toy(seed=seed)
-    fourbit.attach(model, fourbit.LoRAConfig(**({"rank": 4, "alpha": 8, "target": ["mix", "lm_head"]} | lora)))
-    return model
-
-
-def trainer_of(kind: str, data: dict[str, Path], tokenizer: Tokenizer, out: Path, **options: Any) -> Trainer:
-    options = {"out": str(out), "batch_size": 5, "lr": 2e-2, "epochs": 12} | options
-    rows = data[kind.split()[0]]
-    if kind == "sft":
-        return SFTTrainer(adapted(), tokenizer, train=rows, val=rows, config=SFTConfig(**options))
-    if kind == "sft full":
-        return SFTTrainer(Toy(), tokenizer, train=rows, val=rows, config=SFTConfig(full=True, **options))
-    if kind == "reward":
-        model = adapted(target=["mix"])
-        return RewardTrainer(model, tokenizer, train=rows, val=rows, config=RewardConfig(**options))
-    if kind == "distill":
-        config = DistillConfig(**options)
-        return DistillTrainer(adapted(), tokenizer, teacher=Toy(32, seed=1), train=rows, val=rows, config=config)
-    if kind == "distill same base":
-        model = adapted()
-        model.mix.adapters["default"].lora_B.data.normal_()  # or the teacher would be the student
-        copy_adapter(model, "default", "teacher")
-        model.mix.adapters["default"].lora_B.data.zero_()
-        config = DistillConfig(**options)
-        return DistillTrainer(model, tokenizer, teacher="teacher", train=rows, val=rows, config=config)
-    config = DPOConfig(**options, **({"loss": ("kto",)} if kind == "kto" else {}))
-    return DPOTrainer(adapted(), tokenizer, train=rows, val=rows, config=config)
-
-
-KINDS = ["sft", "sft full", "dpo", "kto", "reward", "distill", "distill same base"]
+def losses_of(out: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(out / "metrics.jsonl") if "loss" in record]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_trainer_trains_it(kind: str, data: dict[str, Path], tokenizer: Tokenizer, tmp_path: Path) -> None:
-    trainer = trainer_of(kind, data, tokenizer, tmp_path)
-    result = trainer.train(display=None)
-    losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
-    assert losses[-1] < 0.8 * losses[0] and result.steps == len(losses) == 24
-    written = "config.json" if kind == "sft full" else "adapter_config.json"
-    assert (tmp_path / written).is_file()
+def test_every_trainer_trains_it(kind: str, toy: Any, tmp_path: Path) -> None:
+    result = toy(kind, tmp_path, val=True).train(display=None)
+    losses = losses_of(tmp_path)
+    assert losses[-1] < 0.8 * losses[0] and result.steps == len(losses) == 24 and result.val_loss < losses[0]
+    assert (tmp_path / ("config.json" if kind == "sft full" else "adapter_config.json")).is_file()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_layout_changes_nothing(kind: str, data: dict[str, Path], tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_layout_changes_nothing(kind: str, toy: Any, tmp_path: Path) -> None:
     """Packed in one row, forked or not, and padded one by one: so the toy keeps the protocol's word on spans."""
     losses = []
     for name, layout in {"packed": {}, "padded": {"packing": False}, "single": {"micro_batch": 1}}.items():
-        trainer_of(kind, data, tokenizer, tmp_path / name, **layout, steps=2).train(display=None)
-        losses.append([r["loss"] for r in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in r])
+        toy(kind, tmp_path / name, **layout, steps=2).train(display=None)
+        losses.append(losses_of(tmp_path / name))
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_a_reference_cache_knows_its_settings(
-    data: dict[str, Path], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reference_cache_knows_its_settings(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"reference_cache": str(tmp_path / "cache.safetensors"), "steps": 2}
     for name in "ab":
-        trainer_of("dpo", data, tokenizer, tmp_path / name, **options).train(display=None)
+        toy("dpo", tmp_path / name, **options).train(display=None)
     monkeypatch.setattr(Toy, "settings", lambda self: {"model_type": "toy", "hidden_size": 25})
     with pytest.raises(InputError, match="computed with another base"):
-        trainer_of("dpo", data, tokenizer, tmp_path / "c", **options)
+        toy("dpo", tmp_path / "c", **options)
 
 
-def test_adapters_and_rewards_come_back(data: dict[str, Path], tokenizer: Tokenizer, tmp_path: Path) -> None:
-    trainer = trainer_of("reward", data, tokenizer, tmp_path, steps=4)
+def test_adapters_and_rewards_come_back(toy: Any, tmp_path: Path) -> None:
+    trainer = toy("reward", tmp_path, steps=4)
     trainer.train(display=None)
     fresh = RewardModel.load(Toy(), tmp_path)
     batch = trainer.micro_batches(trainer.train_set, range(4), 4)[0]
@@ -199,19 +178,18 @@ def test_its_dtype_is_neither_that_of_scales_nor_of_an_adapter(bias: bool) -> No
     assert next(iter(model.parameters())).dtype == torch.uint8 and model.dtype == torch.bfloat16
 
 
-def test_a_quantised_toy_is_trained(data: dict[str, Path], tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_quantised_toy_is_trained(toy: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = Toy(64)
     fourbit.quantize_(model)
     assert isinstance(model.mix, fourbit.NF4Linear)
     fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8))
-    config = SFTConfig(out=str(tmp_path), batch_size=5, lr=2e-2, epochs=12)
-    SFTTrainer(model, tokenizer, train=data["sft"], config=config).train(display=None)
-    losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
+    toy("sft", tmp_path, adapted=lambda _: (model, tokenizer)).train(display=None)
+    losses = losses_of(tmp_path)
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_it_is_evaluated_and_answers(data: dict[str, Path], tokenizer: Tokenizer, tmp_path: Path) -> None:
-    trainer = trainer_of("sft", data, tokenizer, tmp_path, epochs=1)
+def test_it_is_evaluated_and_answers(toy: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    trainer = toy("sft", tmp_path)
     model, examples = trainer.model.eval(), trainer.train_set.examples
     packed, padded = pack_batch(examples), pad_batch(examples, 0)
     assert batch_loss_sum(model, packed).item() == pytest.approx(batch_loss_sum(model, padded).item(), rel=1e-5)
@@ -219,7 +197,9 @@ def test_it_is_evaluated_and_answers(data: dict[str, Path], tokenizer: Tokenizer
     assert evaluate_loss(model, examples) == pytest.approx(expected, rel=1e-5)
     prompts = [[1, 2, 3], [1, 2], [1, 2, 3, 4, 5, 6, 7], [9]]
     assert fourbit.generate(model, prompts, max_new_tokens=8) == [slowly(model, prompt, 8) for prompt in prompts]
-    answers = answer_all(model, tokenizer, template(tokenizer), trainer.train_set.samples[:3], max_new_tokens=4)
+    answers = answer_all(
+        model, tokenizer, template_for(tokenizer, None), trainer.train_set.samples[:3], max_new_tokens=4
+    )
     assert len(answers) == 3
 
 
@@ -229,10 +209,6 @@ def slowly(model: Toy, prompt: list[int], steps: int) -> list[int]:
         for _ in range(steps):
             ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
     return ids[len(prompt) :]
-
-
-def template(tokenizer: Tokenizer) -> Any:
-    return template_for(tokenizer, None)
 
 
 def test_an_abstract_model_is_none() -> None:

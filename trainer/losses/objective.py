@@ -20,11 +20,9 @@ from .pairs import DIVERGENCES, Compared, Term, divergence_of
 
 class Loss(NamedTuple):
     """function: f(scores, [point,] *, settings...). compared: what β multiplies in an answer's reward, None without.
-
     point: a number that the function is given besides, the same for a whole optimizer step. "kl" is made when the step
     begins, from answers set against other prompts (`judged.mismatch_kl`); "shift" is carried from step to step, the
-    mean of all rewards before this one (`pairs.reward_shift`).
-    """
+    mean of all rewards before this one (`pairs.reward_shift`)."""
 
     function: Callable[..., Tensor]
     compared: Compared | None = "ratio"
@@ -165,9 +163,7 @@ class Objective:
 
 def parse_losses(entries: Sequence[str]) -> dict[str, float]:
     """`["sigmoid=0.8", "sft=0.2"]` or `["sigmoid"]` -> weights by name; a name without a weight has 1.
-
-    Raises InputError for a weight that is no number and for a name said twice.
-    """
+    Raises InputError for a weight that is no number and for a name said twice."""
     found: dict[str, float] = {}
     for entry in entries:
         name, equals, weight = entry.partition("=")

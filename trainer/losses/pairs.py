@@ -51,10 +51,8 @@ class Scores:
 
     def rewards(self, compared: Compared, beta: float) -> Tensor:
         """Implicit rewards of the answers, [A, P], without gradient.
-
         β times the log-ratio; of losses without a reference, β times what they compare, as TRL reports them: the
-        log-probability of the answer (CPO), or a token's mean of it (SimPO and ORPO).
-        """
+        log-probability of the answer (CPO), or a token's mean of it (SimPO and ORPO)."""
         rewards: Tensor = beta * getattr(self, compared).detach()
         return rewards
 
@@ -92,18 +90,14 @@ def mixture(terms: Sequence[Term], scores: Scores, points: Mapping[str, Tensor])
 
 def rewards_seen(rewards: Tensor, good: Tensor) -> Tensor:
     """[2, 2] float64: the sum of the rewards of good answers and of bad ones, and below how many there are of each.
-
-    rewards, good (bool): of one shape. Those of several batches add up.
-    """
+    rewards, good (bool): of one shape. Those of several batches add up."""
     sides = torch.stack([good, ~good]).to(torch.float64).flatten(1)
     return torch.stack([(sides * rewards.detach().to(torch.float64).flatten()).sum(1), sides.sum(1)])
 
 
 def reward_shift(seen: Tensor) -> Tensor:
     """BCO's δ from `rewards_seen` of all steps so far: midway between the mean reward of good answers and of bad ones.
-
-    0-d. A side without answers counts as 0, the reward that every answer starts with.
-    """
+    0-d. A side without answers counts as 0, the reward that every answer starts with."""
     return (seen[0] / seen[1].clamp(min=1)).mean()
 
 
@@ -160,10 +154,8 @@ def sigmoid(
     scores: Scores, *, beta: float = 0.1, label_smoothing: float = 0.0, divergence: Divergence = reverse_kl
 ) -> Tensor:
     """DPO: -log σ(βΔ). Rafailov et al. 2023, arXiv 2305.18290. ln 2 where the policy still is the reference.
-
-    label_smoothing ε: conservative DPO, -(1-ε) log σ(βΔ) - ε log σ(-βΔ), for labels that are wrong with probability
-    ε (Mitchell 2023, "A note on DPO with noisy preferences and relationship to IPO"; no arXiv number).
-    """
+    label_smoothing ε: conservative DPO, -(1-ε) log σ(βΔ) - ε log σ(-βΔ), for labels that are wrong with probability ε
+    (Mitchell 2023, "A note on DPO with noisy preferences and relationship to IPO"; no arXiv number)."""
     return _smoothed(beta * _delta(scores, divergence), label_smoothing)
 
 
@@ -181,17 +173,13 @@ def robust(
 
 def sigmoid_norm(scores: Scores, *, beta: float = 5.0, divergence: Divergence = reverse_kl) -> Tensor:
     """Length-normalised DPO: -log σ(β (h(y+)/|y+| - h(y-)/|y-|)). Lambert et al. 2024 (Tülu 3), arXiv 2411.15124.
-
-    Log-ratios a token are small, so β is large: the default is theirs.
-    """
+    Log-ratios a token are small, so β is large: the default is theirs."""
     return -logsigmoid(beta * _mean_delta(scores, divergence))
 
 
 def ipo(scores: Scores, *, beta: float = 0.1, divergence: Divergence = reverse_kl) -> Tensor:
     """IPO: (h(y+)/|y+| - h(y-)/|y-| - 1/(2β))². Azar et al. 2023, arXiv 2310.12036, equation 17 (β is its τ).
-
-    Log-ratios are means a token, as in the authors' experiments; with sums the target would depend on lengths.
-    """
+    Log-ratios are means a token, as in the authors' experiments; with sums the target would depend on lengths."""
     return (_mean_delta(scores, divergence) - 0.5 / beta).square()
 
 
@@ -211,9 +199,7 @@ def exo(
 
 def discopop(scores: Scores, *, beta: float = 0.1, tau: float = 0.05, divergence: Divergence = reverse_kl) -> Tensor:
     """DiscoPOP: -(1-m) log σ(x) + m e^(-x), x = βΔ, m = σ(x/τ). Lu et al. 2024, arXiv 2406.08414, equation 5.
-
-    m e^(-x) is taken as one exponential: for x far below zero m vanishes faster than e^(-x) grows (τ < 1).
-    """
+    m e^(-x) is taken as one exponential: for x far below zero m vanishes faster than e^(-x) grows (τ < 1)."""
     logits = beta * _delta(scores, divergence)
     mix = logits / tau
     return safe_exp(logsigmoid(mix) - logits) - (-mix).sigmoid() * logsigmoid(logits)
@@ -221,18 +207,14 @@ def discopop(scores: Scores, *, beta: float = 0.1, tau: float = 0.05, divergence
 
 def bco(scores: Scores, shift: Tensor, *, beta: float = 0.1) -> Tensor:
     """BCO: -log σ(βh(y+) - δ) - log σ(-(βh(y-) - δ)). Jung et al. 2024, arXiv 2404.04656.
-
-    shift: δ, 0-d, the mean of all rewards βh up to this optimizer step (`reward_shift`).
-    """
+    shift: δ, 0-d, the mean of all rewards βh up to this optimizer step (`reward_shift`)."""
     chosen, rejected = beta * scores.ratio
     return -logsigmoid(chosen - shift) - logsigmoid(shift - rejected)
 
 
 def sppo_hard(scores: Scores, *, beta: float = 1e-3) -> Tensor:
     """SPPO with a win probability of 1: (h(y+) - 1/(2β))² + (h(y-) + 1/(2β))². Wu et al. 2024, arXiv 2405.00675.
-
-    β is 1/η of the paper, whose η is 1000.
-    """
+    β is 1/η of the paper, whose η is 1000."""
     chosen, rejected = scores.ratio
     return (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
 
@@ -245,26 +227,20 @@ def nca(scores: Scores, *, beta: float = 0.1) -> Tensor:
 
 def apo_zero(scores: Scores, *, beta: float = 0.1) -> Tensor:
     """APO-zero: σ(-βh(y+)) + σ(βh(y-)). D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 7.
-
-    For chosen answers that are better than what the model writes: they become likelier, rejected ones less likely.
-    """
+    For chosen answers that are better than what the model writes: they become likelier, rejected ones less likely."""
     chosen, rejected = beta * scores.ratio
     return (-chosen).sigmoid() + rejected.sigmoid()
 
 
 def apo_down(scores: Scores, *, beta: float = 0.1) -> Tensor:
     """APO-down: σ(βh(y+)) + σ(-βΔ). D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 8.
-
-    For chosen answers that are worse than what the model writes: both become less likely, rejected ones more so.
-    """
+    For chosen answers that are worse than what the model writes: both become less likely, rejected ones more so."""
     return (beta * scores.ratio[0]).sigmoid() + (-beta * _delta(scores, reverse_kl)).sigmoid()
 
 
 def simpo(scores: Scores, *, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0) -> Tensor:
     """SimPO: -log σ(β log π(y+)/|y+| - β log π(y-)/|y-| - γ), no reference. Meng et al. 2024, arXiv 2405.14734.
-
-    gamma: the margin of rewards aimed at, γ itself (not γ/β). label_smoothing as in `sigmoid`.
-    """
+    gamma: the margin of rewards aimed at, γ itself (not γ/β). label_smoothing as in `sigmoid`."""
     chosen, rejected = scores.mean
     return _smoothed(beta * (chosen - rejected) - gamma, label_smoothing)
 
@@ -277,9 +253,7 @@ def cpo(scores: Scores, *, beta: float = 0.1, label_smoothing: float = 0.0, sft_
 
 def orpo(scores: Scores, *, beta: float = 0.1) -> Tensor:
     """ORPO: sft - β log σ(o(y+) - o(y-)), no reference. Hong et al. 2024, arXiv 2403.07691 (β is its λ).
-
-    o(y) = log(p / (1-p)), the log-odds of p = exp(log π(y)/|y|), the geometric mean of a token's probability.
-    """
+    o(y) = log(p / (1-p)), the log-odds of p = exp(log π(y)/|y|), the geometric mean of a token's probability."""
     chosen, rejected = _log_odds(scores.mean)
     return sft(scores) - beta * logsigmoid(chosen - rejected)
 

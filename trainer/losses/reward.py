@@ -6,10 +6,8 @@ from torch.nn.functional import logsigmoid
 
 def reward_loss(chosen: Tensor, rejected: Tensor, *, center: float = 0.0) -> Tensor:
     """-log σ(r+ - r-) + center (r+ + r-)², for rewards [P] of preferred and other answers. Returns [P], not reduced.
-
-    The first term is the negative log-likelihood of Bradley and Terry's model (1952) as Ouyang et al. 2022
-    (arXiv 2203.02155, equation 1) use it. It sees differences only; the second (Eisenstein et al. 2023, arXiv
-    2312.09244, equation 2) holds rewards around zero, so that those of different prompts compare better.
-    """
+    The first term is the negative log-likelihood of Bradley and Terry's model (1952) as Ouyang et al. 2022 (arXiv
+    2203.02155, equation 1) use it. It sees differences only; the second (Eisenstein et al. 2023, arXiv 2312.09244,
+    equation 2) holds rewards around zero, so that those of different prompts compare better."""
     losses = -logsigmoid(chosen - rejected)
     return losses + center * (chosen + rejected).square() if center else losses
