@@ -30,6 +30,11 @@ def path_for(x: Tensor) -> str:
     return "triton" if x.device.type == "cuda" and has_triton() and _runs_kernels(x.device) else "reference"
 
 
+def fused(x: Tensor) -> bool:
+    """Whether the kernels of an activation run for x: on the path "triton", in 16 or 32 bits, not empty."""
+    return path_for(x) == "triton" and x.dtype != torch.float64 and x.numel() > 0
+
+
 @cache
 def _runs_kernels(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -4,13 +4,11 @@ torch's own `F.rms_norm` decomposes on CPU: it saves the normalised x beside x a
 The rule here saves x, the weight and one number a row, and needs half the time.
 """
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .dispatch import path_for
+from .dispatch import fused
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -34,20 +32,13 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _kernels(x: Tensor) -> ModuleType | None:
-    """The module of kernels where they run for x."""
-    if path_for(x) == "triton":
-        from . import rms_norm_triton
-
-        return rms_norm_triton if rms_norm_triton.applies(x) else None
-    return None
-
-
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if (kernels := _kernels(x)) is not None:
-            y, scale = kernels.forward(x, weight, eps)
+        if fused(x):
+            from . import rms_norm_triton
+
+            y, scale = rms_norm_triton.forward(x, weight, eps)
         else:
             wide = x.to(_compute_dtype(x))
             scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # [..., 1]
@@ -60,8 +51,10 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[no-untyped-def]
         x, weight, scale = ctx.saved_tensors
-        if not ctx.needs_input_grad[1] and (kernels := _kernels(x)) is not None:
-            return kernels.backward(dy, x, weight, scale), None, None
+        if not ctx.needs_input_grad[1] and fused(x):
+            from . import rms_norm_triton
+
+            return rms_norm_triton.backward(dy, x, weight, scale), None, None
         wide, dy = x.to(scale.dtype), dy.to(scale.dtype)
         dweight = None
         if ctx.needs_input_grad[1]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .dispatch import path_for
+from .dispatch import fused
 
 
 def frequencies(
@@ -56,10 +56,10 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    if path_for(x) == "triton":
+    if fused(x):
         from . import rope_triton
 
-        if rope_triton.applies(x):
+        if rope_triton.fits(x):
             return rope_triton.turn(x, cos, sin, direction)
     a, b = x.chunk(2, dim=-1)
     y = torch.empty_like(x)

@@ -10,10 +10,9 @@ from .dispatch import on_device
 LARGEST = 1 << 14  # values of one token that a program holds in registers
 
 
-def applies(x: Tensor) -> bool:
-    """Whether the kernel takes x [B, T, H, D]: 16 or 32 bits, a token that fits one program, not empty."""
-    fits = triton.next_power_of_2(x.shape[2]) * triton.next_power_of_2(x.shape[3]) <= LARGEST
-    return x.dtype != torch.float64 and fits and x.numel() > 0
+def fits(x: Tensor) -> bool:
+    """Whether a token of x [B, T, H, D] fits one program."""
+    return bool(triton.next_power_of_2(x.shape[2]) * triton.next_power_of_2(x.shape[3]) <= LARGEST)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:

@@ -3,14 +3,12 @@
 Written out in plain ops autograd would keep silu(gate) too: one more [tokens, intermediate] tensor in every layer.
 """
 
-from types import ModuleType
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .dispatch import path_for
+from .dispatch import fused
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -34,22 +32,18 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        kernels = _kernels(gate)
-        return F.silu(gate).mul_(up) if kernels is None else kernels.forward(gate, up)
+        if fused(gate):
+            from . import swiglu_triton
+
+            return swiglu_triton.forward(gate, up)
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
         gate, up = ctx.saved_tensors
-        if (kernels := _kernels(gate)) is not None:
-            return kernels.backward(dy, gate, up)
+        if fused(gate):
+            from . import swiglu_triton
+
+            return swiglu_triton.backward(dy, gate, up)
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
-
-
-def _kernels(gate: Tensor) -> ModuleType | None:
-    """The module of kernels where they run for tensors like gate."""
-    if path_for(gate) == "triton":
-        from . import swiglu_triton
-
-        return swiglu_triton if swiglu_triton.applies(gate) else None
-    return None

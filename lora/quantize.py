@@ -25,9 +25,9 @@ def quantize_(
 ) -> nn.Module:
     """Replace the linear layers of `module` by NF4Linear, one at a time, and return it; of a bare nn.Linear, its twin.
 
-    `skip` holds full paths or their ends ("lm_head") to leave dense. A weight that anything but a linear layer also
-    holds, such as that of a tied output head, stays dense too. Layers that share one weight share one set of packed
-    bytes. Layers on the meta device become empty 4-bit layers on meta.
+    `skip`: full paths or their ends ("lm_head") to leave dense, or a regular expression. A weight that anything but a
+    linear layer also holds, such as that of a tied output head, stays dense too. Layers that share one weight share one
+    set of packed bytes. Layers on the meta device become empty 4-bit layers on meta.
     Raises InputError when nothing is left to quantise, and when a weight holds NaN or infinity (naming the tensor).
     """
     try:

@@ -289,12 +289,6 @@ def test_other_layouts_and_fp64_are_the_same_weight(path: str) -> None:
     assert quantize(torch.tensor(3.0))[1].tolist() == [3.0]  # 0-d is one value
 
 
-def test_fp64_holds_the_fp32_values_and_half_types_round_them_once() -> None:
-    made = quantize(random_weight((50, 50)))
-    for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        assert torch.equal(dequantize(made, dtype), dequantize(made).to(dtype))
-
-
 @pytest.mark.parametrize("path", PATHS)
 def test_defaults_of_the_caller_change_nothing(path: str) -> None:
     """A default dtype of bf16 and tables first made on the meta device, as a loader may have it."""
