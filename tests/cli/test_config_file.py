@@ -29,21 +29,15 @@ def read(tmp_path: Path, text: str | bytes) -> dict[str, Any]:
         ("12", 12),
         ("+3", 3),
         ("010", 10),  # YAML 1.1 reads 8
-        ("1_000", "1_000"),  # 1.1: a thousand
-        ("1:30", "1:30"),  # 1.1: 90
-        ("on", "on"),  # 1.1: true, and `checkpointing: on` is ours
-        ("no", "no"),
-        ("yes", "yes"),
         ("true", True),
-        ("False", "False"),
         ("~", None),
         ("null", None),
         ("", None),
         ("'12'", "12"),
-        ("2024-01-01", "2024-01-01"),  # 1.1: a date
-        ("5%", "5%"),
         ("[a, 1, 2.5]", ["a", 1, 2.5]),
         (".inf", float("inf")),
+        # a thousand, 90, true (and `checkpointing: on` is ours), false, a date in YAML 1.1
+        *((text, text) for text in ("1_000", "1:30", "on", "yes", "no", "False", "2024-01-01", "5%")),
     ],
 )
 def test_scalars(tmp_path: Path, text: str, value: Any) -> None:
@@ -74,9 +68,7 @@ def test_dashes_are_underscores_and_lines_are_kept(tmp_path: Path) -> None:
             r"run.yaml:1: the value of a has the type tag:yaml.org,2002:python",
         ),
         ("a: !!python/name:os.system", r"run.yaml:1: the value of a has the type .*2002:python"),
-        ("a: !!int x", r"run.yaml:1: the value of a has the type tag:yaml.org,2002:int"),
-        ("a: !!bool x", r"run.yaml:1: the value of a has the type tag:yaml.org,2002:bool"),
-        ("a: !!float x", r"run.yaml:1: the value of a has the type tag:yaml.org,2002:float"),
+        *((f"a: !!{kind} x", rf"run.yaml:1: the value of a has .*,2002:{kind}") for kind in ("int", "bool", "float")),
         ("a: " + "9" * 5000, r"run.yaml:1: the value of a cannot be read"),
         ("? [a, b]\n: 3", r"run.yaml:1: a setting's name must be plain text"),
         ('"a\\nb": 3', r"run.yaml:1: a setting's name must be plain text"),

@@ -11,10 +11,8 @@ import pytest
 import torch
 
 import fourbit
-from fourbit.cli.dpo import Options as DPOOptions
 from fourbit.cli.load import CONFIG, run_settings
 from fourbit.cli.main import main
-from fourbit.cli.parse import parse
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.reward_model import HEAD
 
@@ -68,11 +66,7 @@ def last_line(text: str) -> dict[str, Any]:
     [
         ("dpo", ["--loss", "dpo"], "unknown loss 'dpo'; did you mean sigmoid?"),
         ("dpo", ["--loss-type", "ipo"], "unknown flag --loss-type: it is called --loss here"),
-        (
-            "dpo",
-            ["--ref-model", "m"],
-            "it is called --reference here (reference is base or start; there never is a sec",
-        ),
+        ("dpo", ["--ref-model", "m"], "it is called --reference here (reference is base or start; there never is a"),
         ("dpo", ["--beta", "0"], "--beta must be a number above 0, got 0"),
         ("dpo", ["--adapter", "nowhere"], "adapter nowhere is no folder with adapter_config.json"),
         ("dpo", ["--adapter", "{adapter}", "--rank", "8"], "{adapter} brings its own rank: leave them out"),
@@ -83,11 +77,7 @@ def last_line(text: str) -> dict[str, Any]:
         ("reward", ["--truncation", "keep"], "--truncation must be drop or answer, got 'keep'"),
         ("reward", ["--adapter", "nowhere", "--rank", "4"], "the adapter nowhere brings its own rank: leave them out"),
         ("reward", ["--dtype", "float16"], "training in float16 loses small gradients"),
-        (
-            "distill",
-            [],
-            "the teacher is what the student starts as, so there is nothing to learn: give another teacher",
-        ),
+        ("distill", [], "the teacher is what the student starts as, so there is nothing to learn: give another"),
         ("distill", ["--adapter", "{adapter}", "--teacher-adapter", "{adapter}"], "so there is nothing to learn"),
         (
             "distill",
@@ -143,13 +133,6 @@ def test_the_saved_config_repeats_the_run(go: Go, tmp_path: Path) -> None:
     assert (tmp_path / "a" / ADAPTER).read_bytes() == (tmp_path / "b" / ADAPTER).read_bytes()
 
 
-def test_losses_come_from_a_file_too(tmp_path: Path) -> None:
-    config = tmp_path / "run.yaml"
-    config.write_text("model: m\ndata: d\nout: o\nloss: [sigmoid=0.8, sft=0.2]\nbeta: 0.2\n")
-    objective = parse(DPOOptions, "dpo", [str(config)])[0].objective()
-    assert objective.losses == {"sigmoid": 0.8, "sft": 0.2} and objective.beta == 0.2
-
-
 def test_dropped_pairs_are_named(go: Go, pairs: Path, tmp_path: Path) -> None:
     said = go("dpo", tmp_path, "--max-length", "37", "--steps", "1", "--rank", "4")
     assert "1 dropped (too long)" in said and f"dropped: {pairs}:6" in said
@@ -188,7 +171,8 @@ def test_a_reward_model_answers_nothing(go: Go, tiny_folder: Path, rows: Path, t
     assert "reward accuracy" in " ".join(said.split()) and "validation loss" in said
     assert f"fourbit.RewardModel.load(model, '{out}')" in said
     error = f"adapter {out} is a reward model's"
-    assert error in go("dpo", tmp_path / "dpo", "--adapter", str(out), code=2)
+    for command, flag in (("dpo", "--adapter"), ("distill", "--adapter"), ("distill", "--teacher-adapter")):
+        assert error in go(command, tmp_path / "o", flag, str(out), code=2)
     assert main(["eval", "--model", str(tiny_folder), "--adapter", str(out), "--data", str(rows)]) == 2
     assert error in capsys.readouterr().err
 
