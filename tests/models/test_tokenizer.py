@@ -41,27 +41,20 @@ def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
 
 SPLITS: dict[str, list[str]] = {
     # digits: each alone, the blank before them too
-    "42": ["4", "2"],
     "in 2024.": ["in", " ", "2", "0", "2", "4", "."],
     "v1.25b": ["v", "1", ".", "2", "5", "b"],
-    "a1b22": ["a", "1", "b", "2", "2"],
     # blanks: one goes with the word that follows, the rest stay together
-    "the word": ["the", " word"],
     "the  word": ["the", " ", " word"],
     "the     word": ["the", "    ", " word"],
-    " the": [" the"],
-    "the ": ["the", " "],
+    " the ": [" the", " "],
     "  ": ["  "],
     # new lines
-    "\n": ["\n"],
     "\n\n": ["\n\n"],
     "the\nword": ["the", "\n", "word"],
     "the \n word": ["the", " \n", " word"],
     "\tthe": ["\t", "the"],
     # contractions are cut off, in lower case only
-    "don't": ["don", "'t"],
-    "we'll": ["we", "'ll"],
-    "I'm": ["I", "'m"],
+    "don't we'll I'm DON'T": ["don", "'t", " we", "'ll", " I", "'m", " D", "ON", "'", "T"],
     # letters, signs
     "for(i)": ["for", "(", "i", ")"],
     "world!": ["world", "!"],
@@ -89,19 +82,8 @@ def test_ids_are_those_the_model_was_trained_on(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("text", ["١٢٣", "१२", "½¾", "Ⅷ", "x²", "①②", "一二", "𝟘𝟙"])
 def test_every_character_of_class_number_stands_alone(text: str, tokenizer: Tokenizer) -> None:
     """Unicode's class N, in any script; the ideographs for one and two are letters (class Lo)."""
-    words = tokenizer.backend.pre_tokenizer.pre_tokenize_str(text)
-    spans = [span for _, span in words]
-    if text == "一二":
-        assert spans == [(0, 2)]
-    else:
-        assert spans == [(i, i + 1) for i in range(len(text))]
-
-
-@pytest.mark.parametrize(
-    "text", ["Grüße", "日本語のテキスト", "Привет, мир", "שלום עולם", "مرحبا", "नमस्ते", "สวัสดี", "😀👨‍👩‍👧🇫🇷", "e\u0301"]
-)
-def test_every_script_comes_back(text: str, tokenizer: Tokenizer) -> None:
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    spans = [span for _, span in tokenizer.backend.pre_tokenizer.pre_tokenize_str(text)]
+    assert spans == ([(0, 2)] if text == "一二" else [(i, i + 1) for i in range(len(text))])
 
 
 def test_what_the_file_says_about_chat(tokenizer: Tokenizer) -> None:
@@ -124,31 +106,26 @@ def test_nothing_is_added_and_special_tokens_can_be_left_out(tokenizer: Tokenize
 # ---- transformers as oracle
 
 
+CHOICES = [  # pieces of a text, and how often one is repeated at most
+    (["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<repo_name>", "<file_sep>", "<|im_end"], 1),
+    ([" ", "\n", "\t", "\r\n", "   \n", "\u00a0", "\u3000", " \n \n"], 4),
+    (["def f(x):\n    return x", "if (a[i] != b) { c->d(); }", "SELECT * FROM t;", "foo_bar"], 1),
+    (["I'm", "don't", "we'll", "CAN'T", "y'all'd've", "'s", "''"], 1),
+    ([*"😀🎉👨‍👩‍👧🇫🇷👍🏽"], 3),
+    ([" hello", " world", " ticket", " naïve", " Straße", " coöperate"], 1),
+]
+SCRIPTS = [(0x21, 0x7F), (0x4E00, 0x9FFF), (0x400, 0x500), (0x600, 0x980), (0, 0xD800), (0xE000, 0x110000)]
+
+
 def random_text(rng: random.Random) -> str:
     """A few pieces of mixed scripts, code, emoji, blanks and control tokens."""
 
-    def letters(low: int, high: int, count: int) -> str:
-        return "".join(chr(rng.randrange(low, high)) for _ in range(rng.randrange(1, count)))
-
     def piece() -> str:
-        kind = rng.randrange(12)
-        if kind == 0:
-            return rng.choice(["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<repo_name>", "<file_sep>", "<|im_end"])
-        if kind == 1:
-            return rng.choice([" ", "\n", "\t", "\r\n", "   \n", "\u00a0", "\u3000", " \n \n"]) * rng.randrange(1, 5)
-        if kind == 2:
-            return rng.choice(["def f(x):\n    return x", "if (a[i] != b) { c->d(); }", "SELECT * FROM t;", "foo_bar"])
-        if kind == 3:
-            return rng.choice(["I'm", "don't", "we'll", "CAN'T", "y'all'd've", "'s", "''"])
-        if kind == 4:
-            return "".join(rng.choice("😀🎉👨‍👩‍👧🇫🇷👍🏽") for _ in range(rng.randrange(1, 4)))
-        if kind == 5:
-            return letters(0x21, 0x7F, 9)
-        if kind == 6:
-            return chr(rng.choice([rng.randrange(0, 0xD800), rng.randrange(0xE000, 0x110000)]))
-        if kind == 7:
-            return " " + rng.choice(["hello", "world", "ticket", "naïve", "Straße", "coöperate"])
-        return letters(*rng.choice([(0x4E00, 0x9FFF), (0x400, 0x500), (0x600, 0x700), (0x900, 0x980)]), 8)
+        if rng.randrange(2):
+            words, most = rng.choice(CHOICES)
+            return "".join(rng.choice(words) for _ in range(rng.randint(1, most)))
+        script = rng.choice(SCRIPTS)
+        return "".join(chr(rng.randrange(*script)) for _ in range(rng.randrange(1, 8)))
 
     return "".join(piece() for _ in range(rng.randrange(1, 12)))
 
@@ -230,10 +207,8 @@ def test_offsets_are_characters_of_the_text(text: str, tokenizer: Tokenizer) -> 
 
 
 def test_tokens_that_share_a_character_share_its_span(tokenizer: Tokenizer) -> None:
-    text = "a🦑b"
-    ids, offsets = tokenizer.encode_with_offsets(text)
-    assert offsets[0] == (0, 1) and offsets[-1] == (2, 3)
-    assert len(ids) >= 4 and set(offsets[1:-1]) == {(1, 2)}
+    offsets = tokenizer.encode_with_offsets("a🦑b")[1]
+    assert len(offsets) >= 4 and offsets == [(0, 1), *[(1, 2)] * (len(offsets) - 2), (2, 3)]
 
 
 # ---- limits

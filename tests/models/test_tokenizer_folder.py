@@ -104,18 +104,10 @@ def test_what_transformers_saves_is_read(tmp_path: Path) -> None:
 
 def test_a_sentencepiece_style_tokenizer_json_is_read(tmp_path: Path) -> None:
     """Llama 2's kind: blanks as U+2581, a blank put before the text, unknown bytes as <0xNN>."""
-    vocab = {
-        "<unk>": 0,
-        **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)},
-        "▁": 257,
-        "h": 258,
-        "e": 259,
-        "▁he": 260,
-        "he": 261,
-    }
-    built = tokenizers.Tokenizer(
-        models.BPE(vocab=vocab, merges=[("h", "e"), ("▁", "he")], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "h", "e", "▁he", "he"]
+    vocab, merges = {token: id for id, token in enumerate(tokens)}, [("h", "e"), ("▁", "he")]
+    model = models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    built = tokenizers.Tokenizer(model)
     built.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     built.decoder = decoders.Sequence(steps)
@@ -136,76 +128,60 @@ def test_a_folder_without_tokenizer_json_says_how_to_make_one(tmp_path: Path) ->
         folder_tokenizer(tmp_path)
 
 
-RAW: dict[str, tuple[str, bytes, str]] = {
-    "tokenizer.json empty": ("tokenizer.json", b"", "not a readable tokenizer"),
-    "tokenizer.json no JSON": ("tokenizer.json", b"{", "not a readable tokenizer"),
-    "tokenizer.json an array": ("tokenizer.json", b"[]", "not a readable tokenizer"),
-    "tokenizer.json without model": ("tokenizer.json", b'{"version": "1.0"}', "not a readable tokenizer"),
-    "tokenizer.json not UTF-8": ("tokenizer.json", b'{"version": "\xff"}', "must be UTF-8"),
-    "tokenizer.json nested deep": ("tokenizer.json", b"[" * 20000, "not a readable tokenizer"),
-    "config no JSON": ("tokenizer_config.json", b"{'a': 1}", "must be JSON"),
-    "config an array": ("tokenizer_config.json", b"[]", "must be a JSON object"),
-    "config nested deep": ("tokenizer_config.json", b'{"a":' * 20000, "must be JSON"),
-    "config not UTF-8": ("tokenizer_config.json", b'{"bos_token": "\xff"}', "must be UTF-8"),
-    "generation config no JSON": ("generation_config.json", b"eos", "must be JSON"),
-    "template not UTF-8": ("chat_template.jinja", b"\xff\xfe{\0", "must be UTF-8"),
-    "template of 1 MiB + 1": ("chat_template.jinja", b"x" * ((1 << 20) + 1), "at most 1,048,576 bytes"),
-}
+TOKENIZER, CONFIG_FILE, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+UNREADABLE, TOKEN_IDS = "not a readable tokenizer", "eos_token_id must be a token id or a list"
+BAD: list[tuple[str, Any, str]] = [  # a file, its bytes or object, words of the refusal
+    *((TOKENIZER, raw, UNREADABLE) for raw in (b"", b"{", b"[]", b'{"version": "1.0"}', b"[" * 20000)),
+    (TOKENIZER, b'{"version": "\xff"}', "must be UTF-8"),
+    *((CONFIG_FILE, raw, "must be JSON") for raw in (b"{'a': 1}", b'{"a":' * 20000)),
+    (CONFIG_FILE, b"[]", "must be a JSON object"),
+    (CONFIG_FILE, b'{"bos_token": "\xff"}', "must be UTF-8"),
+    (GENERATION, b"eos", "must be JSON"),
+    ("chat_template.jinja", b"\xff\xfe{\0", "must be UTF-8"),
+    ("chat_template.jinja", b"x" * ((1 << 20) + 1), "at most 1,048,576 bytes"),
+    (CONFIG_FILE, {"bos_token": 3}, "bos_token must be a string"),
+    (CONFIG_FILE, {"eos_token": {"content": 1}}, "eos_token must be a string"),
+    (CONFIG_FILE, {"chat_template": 3}, "chat_template must be a string"),
+    (CONFIG_FILE, {"chat_template": [{"name": "rag", "template": "x"}]}, "only ['rag']"),
+    (CONFIG_FILE, {"chat_template": [{"name": [], "template": "x"}]}, "only ['[]']"),
+    (CONFIG_FILE, {"added_tokens_decoder": {"300": {"content": "<|new|>"}}}, "added token 300 ('<|new|>') is not in"),
+    (CONFIG_FILE, {"added_tokens_decoder": {"300": 3}}, "added token 300 (None)"),
+    *((GENERATION, {"eos_token_id": ids}, TOKEN_IDS) for ids in (["</s>"], True)),
+]
 
 
-@pytest.mark.parametrize("case", RAW)
-def test_an_unreadable_file_is_named(case: str, tmp_path: Path) -> None:
-    name, raw, expected = RAW[case]
+@pytest.mark.parametrize(("name", "content", "words"), BAD, ids=[f"{i} {case[0]}" for i, case in enumerate(BAD)])
+def test_an_unreadable_file_or_a_bad_value_is_named(name: str, content: Any, words: str, tmp_path: Path) -> None:
+    raw = content if isinstance(content, bytes) else json.dumps(content).encode()
     (write(tmp_path) / name).write_bytes(raw)
     with pytest.raises(InputError) as caught:
         folder_tokenizer(tmp_path)
-    assert expected in str(caught.value) and str(tmp_path / name) in str(caught.value)
+    assert words in str(caught.value) and str(tmp_path / name) in str(caught.value)
     assert len(str(caught.value)) < 1000
 
 
-VALUES: dict[str, tuple[str, Any, str]] = {
-    "bos a number": ("tokenizer_config", {"bos_token": 3}, "bos_token must be a string"),
-    "eos an object without content": ("tokenizer_config", {"eos_token": {"content": 1}}, "eos_token must be a string"),
-    "eos unknown": ("tokenizer_config", {"eos_token": "<|eos|>"}, "eos_token is '<|eos|>', which is not in"),
-    "a template's name a list": ("tokenizer_config", {"chat_template": [{"name": [], "template": "x"}]}, "only ['[]']"),
-    "template a number": ("tokenizer_config", {"chat_template": 3}, "chat_template must be a string"),
-    "templates without default": (
-        "tokenizer_config",
-        {"chat_template": [{"name": "rag", "template": "x"}]},
-        "only ['rag']",
-    ),
-    "a token only the config knows": (
-        "tokenizer_config",
-        {"added_tokens_decoder": {"300": {"content": "<|new|>"}}},
-        "added token 300 ('<|new|>') is not in tokenizer.json",
-    ),
-    "an added token of no shape": ("tokenizer_config", {"added_tokens_decoder": {"300": 3}}, "added token 300 (None)"),
-    "stop ids as text": ("generation_config", {"eos_token_id": ["</s>"]}, "eos_token_id must be a token id or a list"),
-    "stop id true": ("generation_config", {"eos_token_id": True}, "eos_token_id must be a token id or a list"),
-    "stop id outside": ("generation_config", {"eos_token_id": [10**6]}, "stop token id 1000000 lies outside"),
-    "stop id negative": ("generation_config", {"eos_token_id": -1}, "stop token id -1 lies outside"),
-}
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"tokenizer_config": {"eos_token": "<|eos|>"}}, r"eos_token is '<\|eos\|>', which is not in"),
+        ({"generation_config": {"eos_token_id": [10**6]}}, "stop token id 1000000 lies outside"),
+        ({"generation_config": {"eos_token_id": -1}}, "stop token id -1 lies outside"),
+    ],
+)
+def test_a_token_outside_the_vocabulary_is_named(files: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        folder_tokenizer(write(tmp_path, **files))
 
 
-@pytest.mark.parametrize("case", VALUES)
-def test_a_bad_value_is_named(case: str, tmp_path: Path) -> None:
-    name, content, expected = VALUES[case]
-    write(tmp_path, **{name: content})
-    with pytest.raises(InputError) as caught:
-        folder_tokenizer(tmp_path)
-    assert expected in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
-def test_a_fifo_in_the_folder_does_not_hang(name: str, tmp_path: Path) -> None:
+def test_a_fifo_in_the_folder_does_not_hang(tmp_path: Path) -> None:
     write(tmp_path)
-    (tmp_path / name).unlink(missing_ok=True)
-    os.mkfifo(tmp_path / name)
-    if name == "chat_template.jinja":  # no regular file: as if absent
-        assert folder_tokenizer(tmp_path).chat_template is None
-        return
-    with pytest.raises(InputError, match="needs"):
-        folder_tokenizer(tmp_path)
+    os.mkfifo(tmp_path / "chat_template.jinja")  # no regular file: as if absent
+    assert folder_tokenizer(tmp_path).chat_template is None
+    for name in (CONFIG_FILE, TOKENIZER):
+        (tmp_path / name).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(InputError, match="needs"):
+            folder_tokenizer(tmp_path)
 
 
 JSON = backend().to_str().encode()
