@@ -190,9 +190,8 @@ class DPOTrainer(PreferenceTrainer):
             self.reference = (next(name for name in names if not adapters_of(self.model, name)),)
             copy_adapter(self.model, DEFAULT, *self.reference)
         if self.config.reference_cache is not None:
-            sets = [self.train_set] + ([self.val_set] if self.val_set is not None else [])
-            lengths = [[sum(part.trained) for part in e.parts] for dataset in sets for e in dataset.examples]
-            batches = [b for dataset in sets for b in self.micro_batches(dataset, range(len(dataset)), "auto")]
+            lengths = [[sum(part.trained) for part in e.parts] for dataset in self.sets for e in dataset.examples]
+            batches = [b for dataset in self.sets for b in self.micro_batches(dataset, range(len(dataset)), "auto")]
             parts = cache_parts(self.model, self.reference, self.fingerprint)
             self.cache = cached(Path(self.config.reference_cache), parts, batches, lengths, self._live_logps)
 
@@ -233,23 +232,21 @@ class DPOTrainer(PreferenceTrainer):
         dropout = any(part.dropout for part in adapters_of(self.model).values())
         if not self.objective.needs_reference or not same or dropout:
             return
-        half = self.model.dtype in (torch.bfloat16, torch.float16)
-        loss, allowed = result.loss.item(), 2e-2 if half else 1e-4
-        if self.objective.losses == {"sigmoid": 1.0} and abs(loss - math.log(2)) > allowed:
-            raise NumericError(f"the first loss is {loss:.6f}, not ln 2 = 0.693147 (within {allowed:g}): {self._why()}")
+        allowed = 2e-2 if self.model.dtype in (torch.bfloat16, torch.float16) else 1e-4
+        checks = []
+        if self.objective.losses == {"sigmoid": 1.0}:
+            checks.append(("loss", result.loss.item(), "ln 2 = 0.693147", math.log(2), allowed))
         for name in ("reward_chosen", "reward_rejected"):
             # Taken as of beta 0.1, or a small beta would hide everything: a reward is beta times a log-ratio.
             reward = result.metrics[name].item() * 0.1 / self.objective.beta
-            if abs(reward) > 2 * allowed:
+            checks.append((f"{name}, as of beta 0.1,", reward, "0", 0.0, 2 * allowed))
+        for what, found, named, wanted, within in checks:
+            if abs(found - wanted) > within:
                 raise NumericError(
-                    f"the first {name} is {reward:.6f} (at beta 0.1), not 0 (within {2 * allowed:g}): {self._why()}"
+                    f"the first {what} is {found:.6f}, not {named} (within {within:g}): the policy does not start at "
+                    f"its reference ({self.config.reference}). Were weights of model or adapter changed since the "
+                    "trainer was made?"
                 )
-
-    def _why(self) -> str:
-        return (
-            f"the policy does not start at its reference ({self.config.reference}). Were weights of model or adapter "
-            "changed since the trainer was made?"
-        )
 
 
 def prompt_of(example: Preference) -> list[int]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..data.batch import AnswerBatch, sent
 from ..errors import InputError
@@ -24,31 +25,25 @@ FORMAT = "fourbit reference log-probabilities 1"
 
 class CachedReference:
     """Log-probabilities computed before, for every example of a run.
-
-    flat: [all answers' tokens] fp32 on the CPU, answers of example 0 first. lengths: tokens of each answer, example
-    by example.
-    """
+    flat: [all answers' tokens] fp32 on the CPU, answers of example 0 first. lengths: tokens of each answer, example by
+    example."""
 
     def __init__(self, flat: Tensor, lengths: Sequence[Sequence[int]]) -> None:
         self.flat = flat
-        counts = torch.tensor([list(row) for row in lengths])  # [examples, A]
-        self.starts = counts.flatten().cumsum(0).view(counts.shape) - counts
+        parts = iter(flat.split([length for row in lengths for length in row]))
+        self.answers = [[next(parts) for _ in row] for row in lengths]  # views
 
     def logps(self, batch: AnswerBatch, device: torch.device) -> Tensor:
         """Log-probability of each answer's tokens, [A, P, L] on this device, zero past an answer's end."""
-        there, places = self._places(batch)
-        return sent(torch.where(there, self.flat[places], 0.0), device)
+        found = [self.answers[number][a] for a in range(len(batch.lengths)) for number in batch.numbers]
+        return sent(pad_sequence(found, batch_first=True).view(*batch.lengths.shape, -1), device)
 
     def fill(self, batch: AnswerBatch, logps: Tensor) -> None:
         """Take over log-probabilities [A, P, L] of a batch."""
-        there, places = self._places(batch)
-        self.flat[places[there]] = logps.to("cpu", torch.float32)[there]
-
-    def _places(self, batch: AnswerBatch) -> tuple[Tensor, Tensor]:
-        """[A, P, L] twice: which tokens there are, and where each stands in `flat` (0 for none)."""
-        place = torch.arange(batch.slots.shape[-1])
-        there = place < batch.lengths.unsqueeze(-1)
-        return there, torch.where(there, self.starts[list(batch.numbers)].T.unsqueeze(-1) + place, 0)
+        logps = logps.cpu()
+        for p, number in enumerate(batch.numbers):
+            for a, answer in enumerate(self.answers[number]):
+                answer.copy_(logps[a, p, : len(answer)])
 
 
 def cached(
@@ -59,9 +54,7 @@ def cached(
     compute: Callable[[AnswerBatch], Tensor],
 ) -> CachedReference:
     """The log-probabilities in the file, which is made first, by `compute`, where it is not there.
-
-    parts: what they depend on; batches: all examples; lengths: tokens of each example's answers.
-    """
+    parts: what they depend on; batches: all examples; lengths: tokens of each example's answers."""
     size = sum(map(sum, lengths))
     if path.exists():
         return CachedReference(read_cache(path, parts, size), lengths)

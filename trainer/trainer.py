@@ -141,10 +141,14 @@ class Trainer(ABC):
         return self.config.steps or self.config.epochs * self.steps_per_epoch
 
     @property
+    def sets(self) -> list[Any]:
+        """What is trained and validated on."""
+        return [self.train_set] + ([self.val_set] if self.val_set is not None else [])
+
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 of what is trained and validated on."""
-        sets = [self.train_set] + ([self.val_set] if self.val_set is not None else [])
-        return hashlib.sha256("".join(fingerprint(dataset) for dataset in sets).encode()).hexdigest()
+        """SHA-256 of that."""
+        return hashlib.sha256("".join(map(fingerprint, self.sets)).encode()).hexdigest()
 
     def train(self, display: Callable[[int, int], Display] | None = display_for) -> TrainResult:
         """Run to the end, or until SIGINT or SIGTERM, after which everything is saved and `result.signal` set.
