@@ -110,19 +110,16 @@ class Objective:
         self.unpaired = next(iter(losses)) in UNPAIRED_LOSSES  # it is about judged answers, one by one
         for key, value in self.settings.items():
             self._check_setting(key, value)
-        found, given = [LOSSES[name] for name in losses], [self.settings_of(name) for name in losses]
-        self.points = {loss.point for loss in found}
-        self.needs_reference = any(loss.reference for loss in found)
+        both = [(LOSSES[name], self.settings_of(name)) for name in losses]
+        self.points = {loss.point for loss, _ in both}
+        self.needs_reference = any(loss.reference for loss, _ in both)
         # What rewards are made of, and scaled with: in a mixture the first loss that has them decides.
-        self.compared = next(loss.compared for loss in found if loss.compared is not None)
-        self.beta = next(float(own["beta"]) for own in given if "beta" in own)
+        self.compared = next(loss.compared for loss, _ in both if loss.compared is not None)
+        self.beta = next(float(own["beta"]) for _, own in both if "beta" in own)
         # beta of the loss that carries the mean of all rewards from step to step (BCO), if there is one
-        both = list(zip(found, given, strict=True))
         self.shift_beta: float | None = next((own["beta"] for loss, own in both if loss.point == "shift"), None)
-        self.terms: list[Term] = [
-            (weight, partial(loss.function, **own), loss.point)
-            for weight, (loss, own) in zip(losses.values(), both, strict=True)
-        ]
+        weighed = zip(losses.values(), both, strict=True)
+        self.terms: list[Term] = [(w, partial(loss.function, **own), loss.point) for w, (loss, own) in weighed]
 
     def settings_of(self, name: str) -> dict[str, Any]:
         """Everything that the loss `name` is called with."""
