@@ -65,8 +65,7 @@ class GGUFFile:
         self.path = Path(path)
         self._data = _map(self.path)
         header = _Header(self.path, self._data)
-        self.metadata = header.metadata
-        self.tensors = header.tensors
+        self.metadata, self.tensors = header.metadata, header.tensors
 
     def tensor(self, name: str, interleaved_heads: int | None = None) -> Tensor:
         """One tensor by its GGUF name, as `decode` gives it."""
@@ -78,15 +77,13 @@ def _map(path: Path) -> Bytes:
     """The file's bytes as a read-only map; nothing is read yet. A FIFO or device would block or never end: refused."""
     try:
         status = os.stat(path)
-        regular = stat.S_ISREG(status.st_mode)
-        data = np.memmap(path, dtype=np.uint8, mode="r") if regular and status.st_size >= 24 else None
+        if stat.S_ISREG(status.st_mode) and status.st_size >= 24:
+            return np.memmap(path, dtype=np.uint8, mode="r")
     except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
         raise InputError(f"cannot open {path}: {error}. Check the path and its permissions.") from None
-    if not regular:
+    if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path} is not a regular file; give the path of a .gguf file.")
-    if data is None:
-        raise InputError(f"{path} has {status.st_size} bytes; a GGUF header alone has 24. Get the file again.")
-    return data
+    raise InputError(f"{path} has {status.st_size} bytes; a GGUF header alone has 24. Get the file again.")
 
 
 class _Header:

@@ -72,10 +72,8 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
 
 def _backend(keys: Settings, tokens: list[str]) -> tokenizers.Tokenizer:
     known = sorted(_SPLITS)
-    other = (
-        "words cut by another rule are tokens that the model was not trained on: load it from its Hugging Face folder"
-    )
-    pre = keys.one_of("pre", known, f"one of {', '.join(known)} ({other})")
+    why = "words cut by another rule are tokens that the model was not trained on"
+    pre = keys.one_of("pre", known, f"one of {', '.join(known)} ({why}: load it from its Hugging Face folder)")
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         twice = next(token for index, token in enumerate(tokens) if vocab[token] != index)

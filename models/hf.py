@@ -53,36 +53,38 @@ def iter_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _opened(folder: Path) -> Iterator[tuple[Path, Any]]:
     """Each weight file, open, after a comparison of its tensors with those that the index places there."""
-    for path, promised in _shards(folder):
+    promised = {SINGLE: set[str]()} if (folder / SINGLE).exists() else indexed(folder)
+    if not promised:
+        raise InputError(_no_weights(folder))
+    for name in sorted(promised):
+        path = _inside(folder, name)
         try:
             opened = safe_open(path, framework="pt")
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path}: not a readable safetensors file: {error}.") from None
         with opened as file:
             held = set(file.offset_keys())
-            expected = held if promised is None else promised
-            if missing := sorted(expected - held):
+            placed = promised[name] or held
+            if missing := sorted(placed - held):
                 raise InputError(f"{path}: lacks {len(missing)} tensor(s) that {INDEX} places there: {_few(missing)}.")
-            if extra := sorted(held - expected):
+            if extra := sorted(held - placed):
                 raise InputError(f"{path}: holds {len(extra)} tensor(s) {INDEX} does not place there: {_few(extra)}.")
             yield path, file
 
 
-def _shards(folder: Path) -> list[tuple[Path, set[str] | None]]:
-    """Weight files with the tensors that the index promises in each (None: no index, whatever the file holds)."""
-    if (folder / SINGLE).exists():
-        return [(_inside(folder, SINGLE), None)]
+def indexed(folder: Path) -> dict[str, set[str]]:
+    """The shards that the folder's index names, and the tensors it places in each; InputError for a broken index."""
     if not (folder / INDEX).exists():
-        raise InputError(_no_weights(folder))
+        return {}
     weight_map = read_json(folder / INDEX, INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{folder / INDEX}: weight_map must be a non-empty object from tensor names to file names.")
-    names_by_file: dict[str, set[str]] = {}
+    places: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str):
             raise InputError(f"{folder / INDEX}: weight_map[{name!r}] must be a file name, got {shown(file)}.")
-        names_by_file.setdefault(file, set()).add(name)
-    return [(_inside(folder, file), names_by_file[file]) for file in sorted(names_by_file)]
+        places.setdefault(file, set()).add(name)
+    return places
 
 
 def _inside(folder: Path, name: str) -> Path:

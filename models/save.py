@@ -10,10 +10,10 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import check_finite, disk_errors, read_json, write_tensors, write_text
+from ..files import check_finite, disk_errors, write_tensors, write_text
 from ..lora.adapter import Adapter
 from ..lora.linear4bit import NF4Linear
-from .hf import INDEX, INDEX_BYTES, SINGLE
+from .hf import INDEX, SINGLE, indexed
 from .protocol import CausalLM
 from .tokenizer import Tokenizer
 
@@ -111,9 +111,4 @@ def _fresh_names(folder: Path, count: int) -> list[str]:
 
 
 def _indexed(folder: Path) -> set[str]:
-    """The shards that the folder's index names, if their names are like ours; InputError for a broken index."""
-    if not (folder / INDEX).exists():
-        return set()
-    places = read_json(folder / INDEX, INDEX_BYTES).get("weight_map")
-    names = places.values() if isinstance(places, dict) else ()
-    return {name for name in names if isinstance(name, str) and _SHARD.fullmatch(name)}
+    return {name for name in indexed(folder) if _SHARD.fullmatch(name)}  # a stranger's index may name any file
