@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import fourbit
-from fourbit.data.batch import Preference
+from fourbit.data.batch import Example
 from fourbit.data.encode import load
 from fourbit.data.order import step_indices
 
@@ -50,7 +50,7 @@ def near_misses(path: Path, seed: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def row(number: int, pair: Preference) -> Row:
+def row(number: int, pair: Example) -> Row:
     """A pair as token ids: the prompt once, and of each answer what is trained."""
     start = pair.parts[0].trained.index(True)
     answers = {}

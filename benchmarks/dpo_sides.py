@@ -57,7 +57,7 @@ def ours(folder: Path, model_path: str, packing: bool = True) -> Step:
 
 def pair(row: Row) -> Any:
     """The row as fourbit's data layer gives it."""
-    from fourbit.data.batch import Encoded, Preference
+    from fourbit.data.batch import Encoded, Example
     from fourbit.data.encode import shared_tokens
 
     prompt = row["prompt"]
@@ -65,7 +65,7 @@ def pair(row: Row) -> Any:
         Encoded(prompt + row[name], [False] * len(prompt) + [True] * len(row[name]), "", "")
         for name in ("chosen", "rejected")
     )
-    return Preference((chosen, rejected), shared_tokens(chosen.ids, rejected.ids))
+    return Example((chosen, rejected), shared_tokens(chosen.ids, rejected.ids))
 
 
 def peer(folder: Path, model_path: str) -> Step:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fourbit
-from fourbit.data.batch import shifted_targets
+from fourbit.data.batch import Encoded
 from fourbit.data.encode import load as load_rows
 from fourbit.data.order import step_indices
 
@@ -25,17 +25,17 @@ SIDES = "sft_sides"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
+def row(part: Encoded) -> Row:
+    """Its tokens, and after each the one to predict there, or -100."""
+    following = zip(part.ids[1:], part.trained[1:], strict=True)
+    return {"ids": part.ids, "targets": [token if trained else -100 for token, trained in following] + [-100]}
+
+
 def prepare(folder: Path, model_path: Path, steps: int, batch_size: int, threads: int) -> list[list[Row]]:
     """Write what both sides read: batches of token ids, one adapter start, and the weights as the peer takes them."""
     model, tokenizer = fourbit.load(model_path, quantize="nf4")
-    examples = load_rows([TICKETS], tokenizer).examples
-    batches = [
-        [
-            {"ids": examples[i].ids, "targets": shifted_targets(examples[i])}
-            for i in step_indices(len(examples), batch_size, k, 0)
-        ]
-        for k in range(steps)
-    ]
+    rows = [row(*example.parts) for example in load_rows([TICKETS], tokenizer).examples]
+    batches = [[rows[i] for i in step_indices(len(rows), batch_size, k, 0)] for k in range(steps)]
     (folder / BATCHES).write_text(json.dumps(batches))
     fourbit.attach(model, fourbit.LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
     fourbit.save_adapter(model, folder / ADAPTER)

@@ -36,7 +36,7 @@ def ours(folder: Path, model_path: str) -> Step:
 
     def step(rows: Sequence[Row]) -> float:
         batches = micro_batches(
-            [encoded(row) for row in rows],
+            [(i, encoded(row)) for i, row in enumerate(rows)],
             packing=True,
             micro_batch="auto",
             token_budget=TOKEN_BUDGET["cpu"],
@@ -49,9 +49,9 @@ def ours(folder: Path, model_path: str) -> Step:
 
 def encoded(row: Row) -> Any:
     """The row as fourbit's data layer gives it."""
-    from fourbit.data.batch import Encoded
+    from fourbit.data.batch import Encoded, Example
 
-    return Encoded(row["ids"], [False] + [target >= 0 for target in row["targets"][:-1]], "", "")
+    return Example((Encoded(row["ids"], [False] + [target >= 0 for target in row["targets"][:-1]], "", ""),))
 
 
 def peer(folder: Path, model_path: str) -> Step:

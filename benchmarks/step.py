@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit.data.batch import Batch
+from fourbit.data.batch import Batch, Encoded, Example, pad
 from fourbit.kernels.dispatch import force_path
 from fourbit.trainer.config import TrainingConfig
 from fourbit.trainer.evaluate import batch_loss_sum
@@ -106,9 +106,7 @@ def step(parts: Parts, tokens: int) -> Work:
 def random_batch(parts: Parts, sequences: int, length: int) -> Batch:
     """Random ids, every token but each sequence's last trained."""
     ids = torch.randint(parts.vocabulary, (sequences, length), generator=torch.Generator().manual_seed(3))
-    targets = torch.cat([ids[:, 1:], torch.full((sequences, 1), -100)], dim=1)
-    positions = torch.arange(length).expand(sequences, -1).contiguous()
-    return Batch(ids, targets, positions, None, ids.numel(), sequences * (length - 1))
+    return pad([(i, Example((Encoded(row, [True] * length, "", ""),))) for i, row in enumerate(ids.tolist())], 0)
 
 
 def peer_step(model: Any, batch: Batch) -> Call:

@@ -43,7 +43,7 @@ def working(text: str) -> Iterator[None]:
     stop_if_asked()
 
 
-def describe(name: str, dataset: Dataset[Any]) -> None:
+def describe(name: str, dataset: Dataset) -> None:
     """One line of counts for a dataset, and what its reader found remarkable."""
     report = dataset.report
     share = report.trained / max(1, report.tokens)

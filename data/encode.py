@@ -12,10 +12,10 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 from ..errors import InputError
-from .batch import Encoded, Preference
+from .batch import Encoded, Example
 from .forms import Kind, Paths, Sample, read_samples
 from .protocol import TokenizerLike
 from .read import Messages, counted, trains
@@ -25,7 +25,6 @@ from .truncate import UNKNOWN_STOP, Dropped, Truncation, fit
 
 LossOn = Literal["assistant", "all", "last"]
 OnBadRow = Literal["error", "skip"]
-E = TypeVar("E", Encoded, Preference)
 
 RENDERED_AT_ONCE = 256  # samples
 SHOWN_PROBLEMS = 20
@@ -56,11 +55,11 @@ class Report:
 
 
 @dataclass
-class Dataset(Generic[E]):
+class Dataset:
     """Examples of one kind and the samples they came from, in file order."""
 
     kind: Kind
-    examples: list[E] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     report: Report = field(default_factory=Report)
 
@@ -78,10 +77,10 @@ def load(
     loss_on: LossOn = "assistant",
     truncation: Truncation = "drop",
     on_bad_row: OnBadRow = "error",
-) -> Dataset[Any]:
+) -> Dataset:
     """Read, check and encode one or several files of one kind of rows (their forms: `forms.FORMS`).
 
-    kind: "sft" rows to learn from and "prompts" become Encoded, "pairs" and "judged" answers Preference.
+    kind: "sft" rows to learn from, "pairs" and "judged" answers, or "prompts", of which nothing is trained.
     max_length: tokens, prompt and answer together; None for no limit. What happens to longer ones, and what truncation
     says, is told by `truncate.fit`; loss_on by `encode`.
     Bad rows raise InputError, the first 20 one a line, or with `on_bad_row="skip"` are left out and counted. Raises
@@ -97,7 +96,7 @@ def load(
         raise InputError(f"loss_on {loss_on} is for rows to learn from (sft); of {kind} rows the answers are trained.")
     chat_template = template_for(tokenizer, template)
     samples, problems = read_samples(paths, kind)
-    dataset: Dataset[Any] = Dataset(kind)
+    dataset = Dataset(kind)
     report, notes = dataset.report, Counter[str]()
     for sample, parts in zip(samples, encode(samples, tokenizer, chat_template, loss_on=loss_on), strict=True):
         try:
@@ -117,7 +116,7 @@ def load(
     return dataset
 
 
-def read_rows(options: Any, tokenizer: TokenizerLike, paths: Paths, kind: Kind, **more: Any) -> Dataset[Any]:
+def read_rows(options: Any, tokenizer: TokenizerLike, paths: Paths, kind: Kind, **more: Any) -> Dataset:
     """`load` as a training's or a command's options say."""
     names = ("template", "max_length", "loss_on", "truncation", "on_bad_row")
     return load(paths, tokenizer, kind, **{n: getattr(options, n) for n in names if hasattr(options, n)} | more)
@@ -129,7 +128,7 @@ def _example(
     max_length: int | None,
     truncation: Truncation,
     stops: Sequence[int],
-) -> tuple[Encoded | Preference, int]:
+) -> tuple[Example, int]:
     """A sample's example and how many of its sequences were cut. Raises BadRow, and Dropped where it is left out."""
     if isinstance(encoded, BadRow):
         raise encoded
@@ -140,10 +139,8 @@ def _example(
     if max_length is not None and any(len(part.ids) > max_length for part in encoded):
         parts = fit(sample, encoded, max_length, truncation, stops)
     cut = sum(part is not whole for part, whole in zip(parts, encoded, strict=True))
-    if not sample.context or not sample.answers:
-        return parts[0], cut
     shared = shared_tokens(parts[0].ids, parts[1].ids) if len(parts) > 1 else 0
-    return Preference(parts, shared, sample.label), cut
+    return Example(parts, shared, sample.label), cut
 
 
 def shared_tokens(first: Sequence[int], second: Sequence[int]) -> int:
@@ -152,7 +149,7 @@ def shared_tokens(first: Sequence[int], second: Sequence[int]) -> int:
     return next((i for i in range(most) if first[i] != second[i]), most)
 
 
-def _settle(problems: list[Problem], on_bad_row: OnBadRow, dataset: Dataset[Any]) -> None:
+def _settle(problems: list[Problem], on_bad_row: OnBadRow, dataset: Dataset) -> None:
     """Raise for bad rows, or count them."""
     report = dataset.report
     rows = len(dataset.examples) + len(problems) + len(report.drops)
@@ -174,7 +171,7 @@ def describe(problems: Sequence[Problem], rows: int, *, skippable: bool = True) 
     return "\n".join([head, *lines])
 
 
-def _notices(dataset: Dataset[Any], template: ChatTemplate, notes: Counter[str]) -> list[str]:
+def _notices(dataset: Dataset, template: ChatTemplate, notes: Counter[str]) -> list[str]:
     rows, samples = dataset.report.rows, dataset.samples
     notices = []
     if any(sample.text is None for sample in samples):
@@ -189,12 +186,12 @@ def _notices(dataset: Dataset[Any], template: ChatTemplate, notes: Counter[str])
     return notices + counted(notes, rows)
 
 
-def measure(dataset: Dataset[Any]) -> None:
+def measure(dataset: Dataset) -> None:
     """Fill in the counts that follow from the examples alone."""
     report, parts = dataset.report, [part for example in dataset.examples for part in example.parts]
     report.rows = len(dataset.examples)
     report.tokens = sum(len(part.ids) for part in parts)
-    report.shared = sum(getattr(example, "shared", 0) for example in dataset.examples)
+    report.shared = sum(example.shared for example in dataset.examples)
     report.trained = sum(sum(part.trained) for part in parts)
     report.longest = max((len(part.ids) for part in parts), default=0)
     report.duplicates = report.rows - len({digest(sample.content()) for sample in dataset.samples})

@@ -4,7 +4,6 @@ the step, so a resumed run needs no saved cursor."""
 import hashlib
 import json
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -39,7 +38,7 @@ def _epoch_order(n_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(torch.randperm(n_examples, generator=generator).tolist())
 
 
-def split_validation(dataset: Dataset[Any], fraction: float) -> tuple[Dataset[Any], Dataset[Any]]:
+def split_validation(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     """(train, validation): a row's side depends on its topic alone, so it stays when rows are added or moved.
 
     The topic of a conversation is all of it, of preference rows the prompt; rows of one topic go to one side.
@@ -58,20 +57,20 @@ def split_validation(dataset: Dataset[Any], fraction: float) -> tuple[Dataset[An
     return train, _subset(dataset, [key in held for key in keys])
 
 
-def _subset(dataset: Dataset[Any], chosen: list[bool]) -> Dataset[Any]:
+def _subset(dataset: Dataset, chosen: list[bool]) -> Dataset:
     examples = [example for example, keep in zip(dataset.examples, chosen, strict=True) if keep]
     part = Dataset(dataset.kind, examples, [s for s, keep in zip(dataset.samples, chosen, strict=True) if keep])
     measure(part)
     return part
 
 
-def count_overlap(train: Dataset[Any], validation: Dataset[Any]) -> int:
+def count_overlap(train: Dataset, validation: Dataset) -> int:
     """Validation rows whose topic (see `split_validation`) also stands in train: a leak; a score that means little."""
     seen = {digest(row.topic()) for row in train.samples}
     return sum(digest(row.topic()) in seen for row in validation.samples)
 
 
-def fingerprint(dataset: Dataset[Any]) -> str:
+def fingerprint(dataset: Dataset) -> str:
     """SHA-256 (hex) of all that training sees, in order: every example's token ids and mask, and its judgement."""
     whole = hashlib.sha256()
     for example in dataset.examples:

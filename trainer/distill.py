@@ -17,7 +17,7 @@ from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
 from .config import DistillConfig
 from .losses.divergence import token_divergence
-from .losses.tokens import evaluating, hidden_rows, summed, token_scores, trained_rows
+from .losses.tokens import evaluating, hidden_rows, on_device, summed, token_scores
 from .sft import SFTTrainer
 from .step import Sums
 
@@ -77,9 +77,9 @@ class DistillTrainer(SFTTrainer):
 
     def sums(self, batch: Batch) -> Sums:
         config = self.config
-        here, rows, targets = trained_rows(self.model, batch)
-        theirs = self.teacher_hidden(here, rows)  # before there is a graph
-        ours = hidden_rows(self.model, here, rows)
+        here = on_device(self.model, batch)
+        theirs = self.teacher_hidden(here, here.rows)  # before there is a graph
+        ours = hidden_rows(self.model, here, here.rows)
         divergence = token_divergence(
             self.model.lm_head,
             ours,
@@ -93,7 +93,7 @@ class DistillTrainer(SFTTrainer):
         loss = divergence.sum(dtype=torch.float64)
         if not config.sft_weight:
             return Sums(loss, {})
-        scores = token_scores(self.model.lm_head, ours, targets)
+        scores = token_scores(self.model.lm_head, ours, here.targets)
         metrics = {
             "divergence": summed(divergence),
             "cross_entropy": summed(-scores.logps),

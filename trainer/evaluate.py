@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batch import Batch, Encoded, micro_batches
+from ..data.batch import Batch, Example, micro_batches
 from ..data.encode import encode_prompts
 from ..data.forms import Sample
 from ..data.template import ChatTemplate
@@ -44,7 +44,7 @@ def perplexity(loss: float) -> float:
 
 def evaluate_loss(
     model: CausalLM,
-    examples: Sequence[Encoded],
+    examples: Sequence[Example],
     *,
     packing: bool = True,
     token_budget: int = 512,
@@ -55,7 +55,9 @@ def evaluate_loss(
 
     Dropout is off and no gradient is kept. Returns None when `stop()` became true between two batches.
     """
-    batches = micro_batches(examples, packing=packing, micro_batch="auto", token_budget=token_budget, pad_id=pad_id)
+    batches = micro_batches(
+        list(enumerate(examples)), packing=packing, micro_batch="auto", token_budget=token_budget, pad_id=pad_id
+    )
     total = 0.0
     with evaluating(model):
         for batch in batches:

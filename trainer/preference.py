@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import AnswerBatch, Preference, answer_batches, packed_size, padded_size, sent
+from ..data.batch import Batch, Example, sent
+from ..data.encode import Dataset
 from ..data.forms import Kind
 from ..errors import InputError, NumericError
 from ..lora.adapter import DEFAULT, adapters_of, copy_adapter, using
@@ -27,13 +28,13 @@ from .losses.tokens import answer_scores, evaluating, summed, token_kl
 from .reference import CachedReference, cache_parts, cached
 from .run import active_adapters
 from .step import StepResult, Sums
-from .trainer import MicroBatchSize, Trainer, Weights
+from .trainer import Trainer, Weights
 
 REFERENCE = "reference"  # the name, if it is free, of the frozen adapter that the policy started as
 
 
 class PreferenceTrainer(Trainer):
-    """What training on preference rows shares: rows, their layout, their size."""
+    """What training on preference rows shares."""
 
     kind: Kind = "pairs"
     config: Any
@@ -44,30 +45,10 @@ class PreferenceTrainer(Trainer):
             raise InputError(f"this training reads rows loaded as {self.kind!r}, got {dataset.kind!r}")
         return dataset
 
-    def micro_batches(self, dataset: Any, numbers: Sequence[int], micro_batch: MicroBatchSize) -> list[AnswerBatch]:
-        offset = self._offset(dataset)
-        return self._laid_out([(i + offset, dataset.examples[i]) for i in numbers], micro_batch)
-
-    def tokens_of(self, example: Any) -> int:
-        return packed_size(example) if self.config.packing else padded_size(example)
-
     def constants(self) -> dict[str, float]:
         report = self.train_set.report
         lost = sum(report.dropped.values()) + sum(report.skipped.values())
         return {"dropped": lost / max(1, lost + report.rows)}
-
-    def _offset(self, dataset: Any) -> int:
-        """What is added to a row's number: validation rows count on where training rows end."""
-        return 0 if dataset is self.train_set else len(self.train_set.examples)
-
-    def _laid_out(self, examples: Sequence[tuple[int, Any]], micro_batch: MicroBatchSize) -> list[AnswerBatch]:
-        return answer_batches(
-            examples,
-            packing=self.config.packing,
-            micro_batch=micro_batch,
-            token_budget=self.token_budget,
-            pad_id=self.pad_id,
-        )
 
 
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
@@ -118,7 +99,7 @@ class DPOTrainer(PreferenceTrainer):
             )
         return found
 
-    def sums(self, batch: AnswerBatch) -> Sums:
+    def sums(self, batch: Batch) -> Sums:
         objective = self.objective
         reference = self.reference_logps(batch) if objective.needs_reference else None  # before there is a graph
         answers = answer_scores(self.model, batch)
@@ -139,16 +120,16 @@ class DPOTrainer(PreferenceTrainer):
         carried = {} if beta is None else {"seen": rewards_seen(beta * scores.ratio, scores.good)}
         return Sums(mixture(objective.terms, scores, self.points).sum(dtype=torch.float64), metrics, carried)
 
-    def reference_logps(self, batch: AnswerBatch) -> Tensor:
+    def reference_logps(self, batch: Batch) -> Tensor:
         """The reference's log-probability of each answer's tokens, [A, P, L], without gradient."""
         return self._live_logps(batch) if self.cache is None else self.cache.logps(batch, self.device)
 
-    def _live_logps(self, batch: AnswerBatch) -> Tensor:
+    def _live_logps(self, batch: Batch) -> Tensor:
         """The same from the model; dropout off, and the model afterwards as it was before."""
         with evaluating(self.model), using(self.model, *self.reference):
             return answer_scores(self.model, batch).logps
 
-    def begin(self, dataset: Any, batches: Sequence[AnswerBatch]) -> None:
+    def begin(self, dataset: Any, batches: Sequence[Batch]) -> None:
         if "kl" in self.objective.points:
             numbers = sorted(number for batch in batches for number in batch.numbers)
             self.points["kl"] = self._mismatch(dataset, numbers)
@@ -198,8 +179,7 @@ class DPOTrainer(PreferenceTrainer):
     @torch.no_grad()
     def _mismatch(self, dataset: Any, numbers: Sequence[int]) -> Tensor:
         """KTO's reference point, from each prompt with the answer to another one: 0 where all prompts are the same."""
-        offset = self._offset(dataset)
-        chosen = [number - offset for number in numbers]
+        chosen = [number - self.first_number(dataset) for number in numbers]
         others = [self._other_prompt(dataset, chosen, k) for k in range(len(chosen))]
         crossed = [
             crossed_over(dataset.examples[i], other, self.config.max_length)
@@ -210,18 +190,18 @@ class DPOTrainer(PreferenceTrainer):
             return torch.zeros((), device=self.device)
         policy, reference = [], []
         with evaluating(self.model):
-            for batch in self._laid_out(list(enumerate(crossed)), self.config.micro_batch):
+            for batch in self.micro_batches(Dataset("judged", crossed), range(len(crossed)), self.config.micro_batch):
                 reference.append(self._live_logps(batch).sum(-1).flatten())
                 policy.append(answer_scores(self.model, batch).logps.sum(-1).flatten())
         return mismatch_kl(torch.cat(policy), torch.cat(reference))
 
     @staticmethod
-    def _other_prompt(dataset: Any, chosen: Sequence[int], k: int) -> Preference | None:
+    def _other_prompt(dataset: Any, chosen: Sequence[int], k: int) -> Example | None:
         """The next example with another prompt, after the k-th of the step and around, then in the whole data."""
         own = prompt_of(dataset.examples[chosen[k]])
         for i in chain(chosen[k + 1 :], chosen[:k], range(chosen[k] + 1, len(dataset)), range(chosen[k])):
             if prompt_of(dataset.examples[i]) != own:
-                example: Preference = dataset.examples[i]
+                example: Example = dataset.examples[i]
                 return example
         return None
 
@@ -249,13 +229,13 @@ class DPOTrainer(PreferenceTrainer):
                 )
 
 
-def prompt_of(example: Preference) -> list[int]:
+def prompt_of(example: Example) -> list[int]:
     """The tokens before the answer."""
     (answer,) = example.parts
     return answer.ids[: answer.trained.index(True)]
 
 
-def crossed_over(asked: Preference, answered: Preference, max_length: int) -> Preference:
+def crossed_over(asked: Example, answered: Example, max_length: int) -> Example:
     """The prompt of one example with the answer of another, its end cut off past max_length."""
     prompt, other = prompt_of(asked), answered.parts[0]
     start = other.trained.index(True)

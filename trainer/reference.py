@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data.batch import AnswerBatch, sent
+from ..data.batch import Batch, sent
 from ..errors import InputError
 from ..files import write_tensors
 from ..lora.adapter import adapter_layers, adapters_of
@@ -33,12 +33,12 @@ class CachedReference:
         parts = iter(flat.split([length for row in lengths for length in row]))
         self.answers = [[next(parts) for _ in row] for row in lengths]  # views
 
-    def logps(self, batch: AnswerBatch, device: torch.device) -> Tensor:
+    def logps(self, batch: Batch, device: torch.device) -> Tensor:
         """Log-probability of each answer's tokens, [A, P, L] on this device, zero past an answer's end."""
         found = [self.answers[number][a] for a in range(len(batch.lengths)) for number in batch.numbers]
         return sent(pad_sequence(found, batch_first=True).view(*batch.lengths.shape, -1), device)
 
-    def fill(self, batch: AnswerBatch, logps: Tensor) -> None:
+    def fill(self, batch: Batch, logps: Tensor) -> None:
         """Take over log-probabilities [A, P, L] of a batch."""
         logps = logps.cpu()
         for p, number in enumerate(batch.numbers):
@@ -49,9 +49,9 @@ class CachedReference:
 def cached(
     path: Path,
     parts: Mapping[str, str],
-    batches: Sequence[AnswerBatch],
+    batches: Sequence[Batch],
     lengths: Sequence[Sequence[int]],
-    compute: Callable[[AnswerBatch], Tensor],
+    compute: Callable[[Batch], Tensor],
 ) -> CachedReference:
     """The log-probabilities in the file, which is made first, by `compute`, where it is not there.
     parts: what they depend on; batches: all examples; lengths: tokens of each example's answers."""

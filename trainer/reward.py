@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import AnswerBatch
+from ..data.batch import Batch
 from ..models.protocol import CausalLM
 from .config import RewardConfig
 from .losses.reward import reward_loss
@@ -43,7 +43,7 @@ class RewardTrainer(PreferenceTrainer):
         self.reward_model = RewardModel(model, nn.Parameter(start if head is None else head.detach().to(start).clone()))
         super().__init__(model, tokenizer, train=train, config=config, val=val)
 
-    def sums(self, batch: AnswerBatch) -> Sums:
+    def sums(self, batch: Batch) -> Sums:
         chosen, rejected = self.reward_model.rewards(batch)
         losses = reward_loss(chosen, rejected, center=self.config.center)
         return Sums(losses.sum(dtype=torch.float64), reward_metrics(chosen, rejected))

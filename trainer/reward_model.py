@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batch import AnswerBatch, Preference, answer_batches
+from ..data.batch import Batch, Example, micro_batches
 from ..data.encode import encode
 from ..data.forms import Sample, sample
 from ..data.protocol import TokenizerLike
@@ -57,7 +57,7 @@ class RewardModel:
         save_adapter(self.model, folder, base_model=self.model.source)
         write_tensors(Path(folder) / HEAD, {KEY: self.head}, HEAD)
 
-    def rewards(self, batch: AnswerBatch) -> Tensor:
+    def rewards(self, batch: Batch) -> Tensor:
         """The reward of each answer, [A, P] in the head's dtype, for a batch that is still on the CPU."""
         here = batch.to(self.head.device)
         last = hidden_rows(self.model, here, here.last.flatten())  # [A * P, D]
@@ -80,15 +80,15 @@ class RewardModel:
         """
         form = template_for(tokenizer, template)
         samples = [_sample(row, place) for place, row in enumerate(rows, 1)]
-        judged = []
+        answers = []
         for place, parts in enumerate(encode(samples, tokenizer, form, loss_on="last")):
             if isinstance(parts, BadRow):
                 raise parts
-            judged.append((place, Preference(parts, label=True)))
-        scores = [0.0] * len(judged)
-        if not judged:
+            answers.append((place, Example(parts)))
+        scores = [0.0] * len(answers)
+        if not answers:
             return scores
-        batches = answer_batches(judged, packing=True, micro_batch="auto", token_budget=token_budget, pad_id=0)
+        batches = micro_batches(answers, packing=True, micro_batch="auto", token_budget=token_budget, pad_id=0)
         with evaluating(self.model):
             for batch in batches:
                 for place, reward in zip(batch.numbers, self.rewards(batch)[0].tolist(), strict=True):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import nn
 
+from ..data.batch import Batch
 from ..errors import InputError
 from ..lora.adapter import DEFAULT, adapter_layers, adapter_parameters
-from .step import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class StepData:
     """What a step trains on, still on the CPU: one batch of rows, as micro-batches for each update that is made of it.
     Most kinds make one update of a batch of rows; one that generates its rows may make several."""
 
-    updates: Sequence[Sequence[MicroBatch]]
+    updates: Sequence[Sequence[Batch]]
     sources: list[str]  # file and line of each row
 
 

@@ -1,13 +1,11 @@
 """Supervised fine-tuning: chat rows in, an adapter (or a whole model) out."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..data.batch import Batch, Encoded, micro_batches
-from ..data.encode import Dataset
+from ..data.batch import Batch
 from ..errors import InputError
 from ..lora.adapter import adapter_layers
 from ..models.save import save_model
@@ -15,7 +13,7 @@ from .config import SFTConfig
 from .evaluate import perplexity
 from .losses.tokens import batch_token_scores, summed
 from .step import Sums
-from .trainer import MicroBatchSize, Trainer, Weights
+from .trainer import Trainer, Weights
 
 
 class SFTTrainer(Trainer):
@@ -27,17 +25,6 @@ class SFTTrainer(Trainer):
     """
 
     config: SFTConfig
-
-    def micro_batches(
-        self, dataset: Dataset[Encoded], numbers: Sequence[int], micro_batch: MicroBatchSize
-    ) -> list[Batch]:
-        return micro_batches(
-            [dataset.examples[i] for i in numbers],
-            packing=self.config.packing,
-            micro_batch=micro_batch,
-            token_budget=self.token_budget,
-            pad_id=self.pad_id,
-        )
 
     def sums(self, batch: Batch) -> Sums:
         scores = batch_token_scores(self.model, batch)

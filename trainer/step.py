@@ -19,13 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import optim
-from ..data.batch import AnswerBatch, Batch
+from ..data.batch import Batch
 from ..errors import InputError
 from ..optim.groups import parameter_groups
 from ..optim.optimizer import FlatOptimizer
 from .config import PAGED, TrainingConfig, size_in_bytes
 
-MicroBatch = Batch | AnswerBatch
 PAGE_COUNTERS = ("hits", "misses", "evictions", "bytes_in", "bytes_out", "stall_seconds")
 
 
@@ -74,7 +73,7 @@ class Stepper:
         self._names = [names[p] for group in self.optimizer.param_groups for p in group["params"]]
         self._paged: dict[str, int | float] = {}
 
-    def step(self, batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
+    def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """One update from the micro-batches of one step, at this learning rate."""
         weight = sum(batch.weight for batch in batches)
         # Divided by the whole step's weight, so any split into micro-batches gives the same gradients.
@@ -92,7 +91,7 @@ class Stepper:
         metrics, carried = means([part.metrics for part in parts]), totals([part.carried for part in parts])
         return StepResult(loss, metrics, carried, optimizer.grad_norm, optimizer.skipped, self._state_metrics())
 
-    def _gradients(self, batch: MicroBatch, weight: int) -> Sums:
+    def _gradients(self, batch: Batch, weight: int) -> Sums:
         """Add a micro-batch's gradients; where memory runs out and pages can make room, on the second attempt."""
 
         def backward() -> Sums:

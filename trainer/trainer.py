@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..data.batch import Batch, micro_batches
 from ..data.encode import read_rows
 from ..data.forms import Kind
 from ..data.order import fingerprint, split_validation, step_indices, steps_per_epoch
@@ -36,13 +37,13 @@ from .metrics import Display, Metrics
 from .progress import display_for
 from .report import draw_curves
 from .run import RunState, StepData, TrainResult, adapter_to_train
-from .step import MicroBatch, Stepper, StepResult, Sums, means, rng_states, set_rng_states
+from .step import Stepper, StepResult, Sums, means, rng_states, set_rng_states
 
 SKIPS_ALLOWED = 2  # in a row; one more ends the run
 TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}  # of micro_batch="auto": matmuls run at full speed from there on
 Weights = dict[str, Tensor]
 MicroBatchSize = int | Literal["auto"]
-Pending = tuple[int, Sequence[MicroBatch], list[str], StepResult, float]  # step, batches, sources, result, rate
+Pending = tuple[int, Sequence[Batch], list[str], StepResult, float]  # step, batches, sources, result, rate
 
 
 class Trainer(ABC):
@@ -79,10 +80,6 @@ class Trainer(ABC):
     # What a kind of training says.
 
     @abstractmethod
-    def micro_batches(self, dataset: Any, numbers: Sequence[int], micro_batch: MicroBatchSize) -> list[Any]:
-        """The examples with these numbers, each once, as batches of one forward pass each, on the CPU."""
-
-    @abstractmethod
     def sums(self, batch: Any) -> Sums:
         """Loss and metrics of a batch, summed; the loss carries the gradient. May be called twice for one batch."""
 
@@ -106,10 +103,6 @@ class Trainer(ABC):
     def constants(self) -> dict[str, float]:
         """Metrics of the data that every record carries."""
         return {}
-
-    def tokens_of(self, example: Any) -> int:
-        """How many tokens an example takes through the model."""
-        return len(example.ids)
 
     # What is trained: the adapter, unless a kind says otherwise.
 
@@ -224,6 +217,21 @@ class Trainer(ABC):
         self.begin(self.train_set, batches)
         return StepData([batches], [examples[i].source for i in numbers])
 
+    def micro_batches(self, dataset: Any, numbers: Sequence[int], micro_batch: MicroBatchSize) -> list[Batch]:
+        """The examples with these numbers, each once, as batches of one forward pass each, on the CPU."""
+        first = self.first_number(dataset)
+        return micro_batches(
+            [(first + i, dataset.examples[i]) for i in numbers],
+            packing=self.config.packing,
+            micro_batch=micro_batch,
+            token_budget=self.token_budget,
+            pad_id=self.pad_id,
+        )
+
+    def first_number(self, dataset: Any) -> int:
+        """The number that a batch gives a dataset's first example: validation rows count on where training rows end."""
+        return len(self.train_set.examples) if dataset is self.val_set else 0
+
     def _settle(self) -> None:
         """Read the metrics of the last update off the device, record them, and stop a run that has gone bad."""
         if self._pending is None:
@@ -257,7 +265,7 @@ class Trainer(ABC):
         if run.skipped_in_a_row > SKIPS_ALLOWED:
             self._give_up(step + 1, sources, batches, loss, norm)
 
-    def _give_up(self, step: int, sources: list[str], batches: Sequence[MicroBatch], loss: float, norm: float) -> None:
+    def _give_up(self, step: int, sources: list[str], batches: Sequence[Batch], loss: float, norm: float) -> None:
         dump = Path(self.config.out) / f"nonfinite-step-{step}.json"
         rows = {"sources": sources, "input_ids": [batch.input_ids.tolist() for batch in batches]}
         dump.write_text(json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), **rows}))
@@ -369,7 +377,7 @@ class Trainer(ABC):
         """Recompute activations? `auto` measures what the longest example keeps and scales it to a micro-batch."""
         if self.config.checkpointing != "auto":
             return self.config.checkpointing == "on"
-        sizes = [self.tokens_of(example) for example in self.train_set.examples]
+        sizes = [example.size(self.config.packing) for example in self.train_set.examples]
         longest = max(sizes)
         (batch,) = self.micro_batches(self.train_set, [sizes.index(longest)], 1)
         tokens = self.token_budget if self.config.micro_batch == "auto" else int(self.config.micro_batch) * longest

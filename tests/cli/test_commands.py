@@ -262,9 +262,9 @@ def test_data_json_counts(tiny_folder: Path, rows: Path, capsys: Capture) -> Non
     values = run_json(capsys, "data", str(rows), "--model", str(tiny_folder))
     dataset = load_rows(rows, load_tokenizer(tiny_folder))
     assert values["rows"] == 22 and values["problems"] == []
-    assert values["tokens"] == sum(len(example.ids) for example in dataset.examples)
+    assert values["tokens"] == sum(len(part.ids) for example in dataset.examples for part in example.parts)
     assert values["trained_share"] == pytest.approx(
-        sum(map(sum, (e.trained for e in dataset.examples))) / values["tokens"]
+        sum(sum(part.trained) for example in dataset.examples for part in example.parts) / values["tokens"]
     )
 
 
@@ -283,7 +283,7 @@ def test_pieces_join_to_the_text_and_keep_every_kind(tiny_folder: Path, tmp_path
     tokenizer = load_tokenizer(tiny_folder)
     turns = [{"role": "user", "content": "é😀 \x1b[31m"}, {"role": "assistant", "content": "ö\nx"}]
     (tmp_path / "r.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    (example,) = load_rows(tmp_path / "r.jsonl", tokenizer).examples
+    ((example,),) = (e.parts for e in load_rows(tmp_path / "r.jsonl", tokenizer).examples)
     found = list(pieces(example, tokenizer))
     assert "".join(text for _, text in found) == example.text
     assert "".join(text for kind, text in found if kind.startswith("trained")) == "ö\nx<|im_end|>"
@@ -301,7 +301,7 @@ def test_cut_tokens_are_shown_as_cut(tiny_folder: Path, tmp_path: Path) -> None:
         {"role": "assistant", "content": "d", "weight": 0},
     ]
     (tmp_path / "r.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    (example,) = load_rows(tmp_path / "r.jsonl", tokenizer, max_length=30).examples
+    ((example,),) = (e.parts for e in load_rows(tmp_path / "r.jsonl", tokenizer, max_length=30).examples)
     shown = marked(example, tokenizer)
     assert shown.replace("{+", "").replace("+}", "").replace("[-", "").replace("-]", "") == example.text
     assert sum(len(text) for kind, text in pieces(example, tokenizer) if kind == "cut") > 0 and "[-" in shown

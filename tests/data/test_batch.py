@@ -1,171 +1,283 @@
-"""Padded or packed, whole or in micro-batches: the same (token, target, position) triples, each example once."""
+"""Packed or padded, whole or in micro-batches: every answer's tokens, positions, predictions and last token once."""
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from fourbit.data.batch import Batch, Encoded, micro_batches, pack_batch, pad_batch
+from fourbit.data.batch import Batch, Encoded, Example, Numbered, micro_batches, pack, pad
+from fourbit.data.encode import shared_tokens
 
 PAD = 3  # also a token of the examples: padding must never be told by its id
 
 
-def made(ids: Sequence[int], trained: Sequence[bool]) -> Encoded:
+def part(ids: Sequence[int], trained: Sequence[bool]) -> Encoded:
     return Encoded(list(ids), list(trained), "", "")
 
 
-TOKEN = st.tuples(st.integers(0, 6), st.booleans())
-EXAMPLE = st.lists(TOKEN, min_size=1, max_size=9).map(lambda pairs: made(*zip(*pairs, strict=True)))
-EXAMPLES = st.lists(EXAMPLE, min_size=1, max_size=12)
+def chat(length: int) -> Example:
+    """A row to learn from of so many tokens."""
+    return Example((part([1] * length, [True] * length),))
 
 
-def triples(examples: Sequence[Encoded]) -> Counter[tuple[tuple[int, int, int], ...]]:
-    """What a model must see of each example: token, target and position, written down from the definition."""
-    found = []
-    for e in examples:
-        targets = [e.ids[i + 1] if i + 1 < len(e.ids) and e.trained[i + 1] else -100 for i in range(len(e.ids))]
-        found.append(tuple(zip(e.ids, targets, range(len(e.ids)), strict=True)))
-    return Counter(found)
+def pair(chosen: Encoded, rejected: Encoded) -> Example:
+    return Example((chosen, rejected), shared_tokens(chosen.ids, rejected.ids))
 
 
-def seen(batch: Batch, lengths: Sequence[int] | None = None) -> list[tuple[tuple[int, int, int], ...]]:
-    """The examples as they stand in a batch; `lengths` of the rows of a padded one."""
-    flat = [getattr(batch, name).flatten().tolist() for name in ("input_ids", "targets", "position_ids")]
-    width = batch.input_ids.shape[1]
-    spans = batch.spans or [(i * width, i * width + length) for i, length in enumerate(lengths or [])]
-    return [tuple(zip(*(column[start:end] for column in flat), strict=True)) for start, end in spans]
+TOKEN = st.tuples(st.integers(0, 4), st.booleans())
+TOKENS = st.lists(TOKEN, min_size=1, max_size=6)
 
 
-def test_a_padded_batch_by_hand() -> None:
-    batch = pad_batch([made([5, 6, 7], [False, False, True]), made([8], [True]), made([1, 2], [True, True])], PAD)
-    assert batch.input_ids.tolist() == [[5, 6, 7], [8, PAD, PAD], [1, 2, PAD]]
-    assert batch.targets.tolist() == [[-100, 7, -100], [-100, -100, -100], [2, -100, -100]]
-    assert batch.position_ids.tolist() == [[0, 1, 2]] * 3
-    assert (batch.spans, batch.tokens, batch.trained) == (None, 6, 2)
-    assert {t.dtype for t in (batch.input_ids, batch.targets, batch.position_ids)} == {torch.int64}
+@st.composite
+def encoded(draw: Any, start: Sequence[tuple[int, bool]] = ((0, False),)) -> Encoded:
+    """A few tokens after `start`, of which at least one past the first is trained."""
+    ids, trained = zip(*[*start, *draw(TOKENS)], strict=True)
+    flags = list(trained)
+    flags[draw(st.integers(1, len(flags) - 1))] = True
+    return part(ids, flags)
 
 
-def test_a_packed_batch_by_hand() -> None:
-    batch = pack_batch([made([5, 6, 7], [False, False, True]), made([8], [True]), made([1, 2], [True, True])])
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 1, 2]]
-    assert batch.targets.tolist() == [[-100, 7, -100, -100, 2, -100]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]]
-    assert (batch.spans, batch.tokens, batch.trained) == (((0, 3), (3, 4), (4, 6)), 6, 2)
-    assert {t.dtype for t in (batch.input_ids, batch.targets, batch.position_ids)} == {torch.int64}
+@st.composite
+def pairs(draw: Any) -> Example:
+    start = draw(TOKENS)
+    return pair(draw(encoded(start)), draw(encoded(start if draw(st.booleans()) else ((9, False),))))
 
 
-@given(EXAMPLES)
-def test_packed_and_padded_hold_the_same(examples: list[Encoded]) -> None:
-    packed, padded = pack_batch(examples), pad_batch(examples, PAD)
-    lengths = [len(e.ids) for e in examples]
-    expected = triples(examples)
-    assert Counter(seen(packed)) == expected == Counter(seen(padded, lengths))
-    assert packed.tokens == padded.tokens == sum(lengths) == packed.input_ids.numel()
-    assert packed.trained == padded.trained == sum(sum(e.trained[1:]) for e in examples)
-    assert int((padded.targets != -100).sum()) == padded.trained
-    assert padded.input_ids.shape == (len(examples), max(lengths))
-    for i, length in enumerate(lengths):
-        assert (padded.targets[i, length:] == -100).all() and (padded.input_ids[i, length:] == PAD).all()
+LEARNED = st.builds(lambda text: Example((text,)), encoded())
+JUDGED = st.builds(lambda answer, label: Example((answer,), label=label), encoded(), st.booleans())
+EXAMPLES = st.one_of(st.lists(kind, min_size=1, max_size=6) for kind in (LEARNED, pairs(), JUDGED)).map(
+    lambda examples: list(zip(range(7, 99), examples, strict=False))
+)
+PAIR = pair(
+    part([5, 6, 7, 8, 1, 0], [False, False, True, True, True, False]), part([5, 6, 7, 9], [False, False, True, True])
+)
 
 
-@given(EXAMPLES)
-def test_spans_follow_one_another_and_cover_the_row(examples: list[Encoded]) -> None:
-    spans = pack_batch(examples).spans
-    assert spans is not None
-    assert [end - start for start, end in spans] == [len(e.ids) for e in examples]
-    assert [start for start, _ in spans] == [0, *[end for _, end in spans[:-1]]]
+def split(examples: Sequence[Example], packing: bool, budget: int, micro_batch: Any = "auto") -> list[Batch]:
+    return micro_batches(
+        list(enumerate(examples)), packing=packing, micro_batch=micro_batch, token_budget=budget, pad_id=PAD
+    )
 
 
-@given(EXAMPLES, st.booleans(), st.one_of(st.just("auto"), st.integers(1, 13)), st.integers(1, 40))
-def test_micro_batches_hold_every_example_once(
-    examples: list[Encoded], packing: bool, micro_batch: int | str, budget: int
-) -> None:
-    batches = micro_batches(examples, packing=packing, micro_batch=micro_batch, token_budget=budget, pad_id=PAD)  # type: ignore[arg-type]
-    if packing:
-        assert sum((Counter(seen(batch)) for batch in batches), Counter()) == triples(examples)
-    sizes = [len(batch.spans) if batch.spans is not None else len(batch.input_ids) for batch in batches]
-    assert sum(sizes) == len(examples) and min(sizes) >= 1
-    assert all((batch.spans is not None) == packing for batch in batches)
-    assert sum(batch.tokens for batch in batches) == sum(len(e.ids) for e in examples)
-    assert sum(batch.trained for batch in batches) == sum(sum(e.trained[1:]) for e in examples)
-    if micro_batch == "auto":
-        within = [batch.input_ids.numel() <= budget or size == 1 for batch, size in zip(batches, sizes, strict=True)]
-        assert all(within)
+def text_before(batch: Batch, place: int) -> list[tuple[int, int]]:
+    """The (token, position) that a hidden state at this flattened place has seen, from the definition of spans."""
+    ids, positions = batch.input_ids.flatten().tolist(), batch.position_ids.flatten().tolist()
+    if batch.spans is None:
+        start = place - place % batch.input_ids.shape[1]
+        seen = list(range(start, place + 1))
     else:
-        assert all(size == micro_batch for size in sizes[:-1]) and sizes[-1] <= int(micro_batch)
+        span = next(span for span in batch.spans if span[0] <= place < span[-1])
+        begin = max((a for a in span[1:-1] if a <= place), default=span[0])
+        trunk = range(span[0], span[1]) if begin != span[0] else range(0)
+        seen = [*trunk, *range(begin, place + 1)]
+    return [(ids[i], positions[i]) for i in seen]
 
 
-@given(EXAMPLES, st.integers(1, 40))
-def test_padded_micro_batches_hold_every_example_once(examples: list[Encoded], budget: int) -> None:
-    """The lengths of padded rows are read off by giving every example a length and ids of its own."""
-    marked = [made([i + 10] * len(e.ids), e.trained) for i, e in enumerate(examples)]
-    batches = micro_batches(marked, packing=False, micro_batch="auto", token_budget=budget, pad_id=0)
-    found = Counter[tuple[tuple[int, int, int], ...]]()
+def holds(batch: Batch, examples: Sequence[Numbered]) -> None:
+    """Assert that `batch` is exactly these examples: each prediction sees what its answer has before it."""
+    given = dict(examples)
+    assert sorted(batch.numbers) == sorted(given) and batch.examples == len(examples)
+    answers, labels = len(examples[0][1].parts), [given[number].label for number in batch.numbers]
+    assert batch.weight == (batch.trained if answers == 1 and labels[0] is None else len(examples))
+    used = Counter[int]()
+    assert batch.lengths.shape == batch.last.shape == (answers, len(examples))
+    longest = int(batch.lengths.max())
+    assert batch.slots.shape == (answers, len(examples), longest)
+    for p, number in enumerate(batch.numbers):
+        for a, answer in enumerate(given[number].parts):
+            wanted = [i for i in range(1, len(answer.ids)) if answer.trained[i]]
+            assert batch.lengths[a, p] == len(wanted)
+            slots = batch.slots[a, p].tolist()
+            assert slots[len(wanted) :] == [batch.trained] * (longest - len(wanted))
+            used.update(slots[: len(wanted)])
+            for i, slot in zip(wanted, slots, strict=False):
+                assert batch.targets[slot] == answer.ids[i]
+                assert text_before(batch, int(batch.rows[slot])) == list(zip(answer.ids[:i], range(i), strict=True))
+            whole = list(zip(answer.ids[: wanted[-1] + 1], range(wanted[-1] + 1), strict=True))
+            assert text_before(batch, int(batch.last[a, p])) == whole
+    assert set(used) == set(range(batch.trained)), "a prediction that no answer has"
+    assert batch.rows.shape == batch.targets.shape == (batch.trained,)
+    assert len(set(zip(batch.rows.tolist(), batch.targets.tolist(), strict=True))) == batch.trained
+    assert batch.labels is None if None in labels else batch.labels.tolist() == labels
+    assert {t.dtype for t in vars(batch).values() if isinstance(t, Tensor) and t is not batch.labels} == {torch.int64}
+    if batch.spans is not None:
+        ends = [0, *(span[-1] for span in batch.spans)]
+        assert [span[0] for span in batch.spans] == ends[:-1] and ends[-1] == batch.tokens == batch.input_ids.numel()
+
+
+def test_padded_rows_by_hand() -> None:
+    examples = [Example((part([5, 6, 7], [False, False, True]),)), Example((part([1, 2], [True, True]),))]
+    batch = pad([(4, examples[0]), (2, examples[1])], PAD)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [1, 2, PAD]]
+    assert batch.position_ids.tolist() == [[0, 1, 2]] * 2
+    assert batch.rows.tolist() == [1, 3] and batch.targets.tolist() == [7, 2]
+    assert (batch.spans, batch.labels, batch.numbers) == (None, None, (4, 2))
+    assert (batch.tokens, batch.trained, batch.examples, batch.weight) == (5, 2, 2, 2)
+
+
+def test_a_forked_pair_by_hand() -> None:
+    """Prompt 5 6, answers 7 8 1 and 7 9: 7 is predicted once for both, the next token twice from one place."""
+    batch = pack([(4, PAIR)])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 1, 0, 9]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 3]]
+    assert batch.spans == ((0, 3, 6, 7),)
+    assert batch.rows.tolist() == [1, 2, 3, 2] and batch.targets.tolist() == [7, 8, 1, 9]
+    assert batch.slots.tolist() == [[[0, 1, 2]], [[0, 3, 4]]]
+    assert batch.lengths.tolist() == [[3], [2]] and batch.last.tolist() == [[4], [6]]
+    assert (batch.labels, batch.numbers, batch.tokens, batch.trained, batch.examples) == (None, (4,), 7, 4, 1)
+
+
+def test_a_judged_batch_by_hand() -> None:
+    good = Example((part([5, 6, 1], [False, True, True]),), label=True)
+    examples = [(3, good), (0, Example((part([5, 1], [False, True]),), label=False))]
+    batch = pack(examples)
+    assert batch.input_ids.tolist() == [[5, 6, 1, 5, 1]] and batch.spans == ((0, 3), (3, 5))
+    assert batch.rows.tolist() == [0, 1, 3] and batch.slots.tolist() == [[[0, 1], [2, 3]]]
+    assert batch.labels is not None and batch.labels.tolist() == [True, False] and batch.last.tolist() == [[2, 4]]
+
+
+def test_padded_rows_stand_answer_by_answer() -> None:
+    """All chosen first, then all rejected: row a * P + p."""
+    one = pair(part([5, 1], [False, True]), part([5, 2], [False, True]))
+    other = pair(part([6, 3], [False, True]), part([6, 4], [False, True]))
+    batch = pad([(0, one), (1, other)], PAD)
+    assert batch.input_ids.tolist() == [[5, 1], [6, 3], [5, 2], [6, 4]]
+    assert batch.last.tolist() == [[1, 3], [5, 7]] and batch.slots.tolist() == [[[0], [2]], [[1], [3]]]
+
+
+@given(EXAMPLES)
+def test_both_layouts_hold_every_answer(examples: list[Numbered]) -> None:
+    packed, padded = pack(examples), pad(examples, PAD)
+    holds(packed, examples)
+    holds(padded, examples)
+    assert torch.equal(packed.lengths, padded.lengths)
+    assert padded.trained == int(padded.lengths.sum()) >= packed.trained
+    assert packed.tokens == sum(e.size(packing=True) for _, e in examples)
+    assert padded.tokens == sum(len(answer.ids) for _, e in examples for answer in e.parts) >= packed.tokens
+    assert padded.input_ids.numel() == len(examples) * max(e.size(packing=False) for _, e in examples)
+    rooms = [len(answer.ids) for a in range(len(padded.lengths)) for answer in (e.parts[a] for _, e in examples)]
+    for row, room in zip(padded.input_ids, rooms, strict=True):
+        assert (row[room:] == PAD).all()
+
+
+def restart_positions(batch: Batch) -> Batch:
+    start, fork, end, _ = (batch.spans or ())[0]
+    positions = batch.position_ids.clone()
+    positions[:, fork:end] -= fork - start
+    return replace(batch, position_ids=positions)
+
+
+FAULTS: dict[str, Callable[[Batch], Batch]] = {
+    "targets shifted": lambda batch: replace(batch, targets=batch.targets.roll(1)),
+    "rows shifted": lambda batch: replace(batch, rows=batch.rows + 1),
+    "positions restart": restart_positions,
+    "answers swapped": lambda batch: replace(batch, slots=batch.slots.flip(0)),
+    "last of the row": lambda batch: replace(batch, last=batch.last + 1),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(fault: str) -> None:
+    examples = [(0, replace(PAIR, parts=(PAIR.parts[0], replace(PAIR.parts[0], ids=[5, 6, 7, 9, 1, 0]))))]
+    holds(pack(examples), examples)
+    with pytest.raises(AssertionError):
+        holds(FAULTS[fault](pack(examples)), examples)
+
+
+@given(EXAMPLES, st.booleans(), st.one_of(st.just("auto"), st.integers(1, 7)), st.integers(1, 60))
+def test_micro_batches_hold_every_example_once(
+    examples: list[Numbered], packing: bool, micro_batch: Any, budget: int
+) -> None:
+    batches = micro_batches(examples, packing=packing, micro_batch=micro_batch, token_budget=budget, pad_id=PAD)
+    given = dict(examples)
+    assert sorted(number for batch in batches for number in batch.numbers) == sorted(given)
     for batch in batches:
-        found += Counter(seen(batch, (batch.input_ids != 0).sum(1).tolist()))
-    assert found == triples(marked)
-
-
-def lengths_of(batches: Sequence[Batch]) -> list[list[int]]:
-    return [[end - start for start, end in batch.spans or ()] for batch in batches]
+        holds(batch, [(number, given[number]) for number in batch.numbers])
+        assert (batch.spans is not None) == packing
+        if micro_batch == "auto":
+            assert batch.input_ids.numel() <= budget or batch.examples == 1
+    if micro_batch != "auto":
+        counts = [batch.examples for batch in batches]
+        assert all(count == micro_batch for count in counts[:-1]) and counts[-1] <= micro_batch
+    elif packing:  # best fit opens a pass only when an example fits nowhere
+        sizes = sorted(batch.tokens for batch in batches)
+        assert len(sizes) == 1 or sizes[0] + sizes[1] > budget
 
 
 def test_auto_fills_passes_best_fit_first() -> None:
-    examples = [made([1] * n, [True] * n) for n in (2, 7, 3, 5, 12, 3)]
-    packed = micro_batches(examples, packing=True, micro_batch="auto", token_budget=10, pad_id=PAD)
-    assert lengths_of(packed) == [[12], [7, 3], [5, 3, 2]]
-    snug = [made([1] * n, [True] * n) for n in (2, 3, 4, 5, 6)]  # a roomiest-first rule would need three
-    packed = micro_batches(snug, packing=True, micro_batch="auto", token_budget=10, pad_id=PAD)
-    assert lengths_of(packed) == [[6, 4], [5, 3, 2]]
-    padded = micro_batches(examples, packing=False, micro_batch="auto", token_budget=10, pad_id=PAD)
-    assert [tuple(batch.input_ids.shape) for batch in padded] == [(1, 12), (1, 7), (2, 5), (2, 3)]
-
-
-@given(EXAMPLES, st.integers(9, 40))
-def test_no_two_packed_passes_would_fit_in_one(examples: list[Encoded], budget: int) -> None:
-    """Best fit opens a pass only when an example fits nowhere, so passes are more than half full but for one."""
-    batches = micro_batches(examples, packing=True, micro_batch="auto", token_budget=budget, pad_id=PAD)
-    sizes = sorted(batch.tokens for batch in batches)
-    assert len(sizes) == 1 or sizes[0] + sizes[1] > budget
-
-
-def test_a_large_evaluation_set_is_split_in_no_time() -> None:
-    import time
-
-    examples = [made([1] * (1 + i * 37 % 60), [True] * (1 + i * 37 % 60)) for i in range(20_000)]
-    for packing in (True, False):
-        start = time.process_time()
-        batches = micro_batches(examples, packing=packing, micro_batch="auto", token_budget=2048, pad_id=PAD)
-        assert sum(batch.tokens for batch in batches) == sum(len(e.ids) for e in examples)
-        assert time.process_time() - start < 5
+    lengths = lambda batches: [[b - a for a, b in batch.spans] for batch in batches]  # noqa: E731
+    examples = [chat(n) for n in (2, 7, 3, 5, 12, 3)]
+    assert lengths(split(examples, True, 10)) == [[12], [7, 3], [5, 3, 2]]
+    snug = [chat(n) for n in (2, 3, 4, 5, 6)]  # a roomiest-first rule would need three
+    assert lengths(split(snug, True, 10)) == [[6, 4], [5, 3, 2]]
+    assert [tuple(batch.input_ids.shape) for batch in split(examples, False, 10)] == [(1, 12), (1, 7), (2, 5), (2, 3)]
 
 
 def test_a_number_of_examples_sorts_by_length_to_save_padding() -> None:
-    examples = [made([1] * n, [True] * n) for n in (1, 9, 2, 8)]
-    batches = micro_batches(examples, packing=False, micro_batch=2, token_budget=1, pad_id=PAD)
-    assert [tuple(batch.input_ids.shape) for batch in batches] == [(2, 9), (2, 2)]
+    batches = split([chat(n) for n in (2, 9, 3, 8)], False, 1, micro_batch=2)
+    assert [tuple(batch.input_ids.shape) for batch in batches] == [(2, 9), (2, 3)]
 
 
-def test_misuse_is_refused() -> None:
-    one = [made([1], [True])]
-    with pytest.raises(ValueError, match="at least one example"):
-        pad_batch([], PAD)
-    with pytest.raises(ValueError, match="at least one example"):
-        micro_batches([], packing=True, micro_batch=1, token_budget=1, pad_id=PAD)
-    with pytest.raises(ValueError, match="without tokens"):
-        pack_batch([made([], [])])
-    with pytest.raises(ValueError, match='micro_batch must be "auto" or at least 1, not 0'):
-        micro_batches(one, packing=True, micro_batch=0, token_budget=1, pad_id=PAD)
-    with pytest.raises(ValueError, match="token_budget must be at least 1, not 0"):
-        micro_batches(one, packing=True, micro_batch="auto", token_budget=0, pad_id=PAD)
+def test_shared_prompts_fill_a_pass_that_padding_would_not() -> None:
+    answers = [part([*[0] * 90, i, 1], [False] * 90 + [True, True]) for i in range(2, 10)]
+    examples = [pair(*two) for two in list(pairwise(answers))[::2]]
+    (packed,) = split(examples, True, 400)
+    assert packed.tokens == 4 * 94
+    assert [batch.examples for batch in split(examples, False, 400)] == [2, 2]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_large_evaluation_set_is_laid_out_in_seconds(packing: bool) -> None:
+    examples = [chat(2 + i * 37 % 60) for i in range(20_000)]
+    start = time.process_time()
+    assert sum(batch.tokens for batch in split(examples, packing, 2048)) == sum(e.size(True) for e in examples)
+    assert time.process_time() - start < 15
+
+
+UNTRAINED = replace(PAIR, parts=(PAIR.parts[0], part([5, 6, 7, 9], [True, False, False, False])))
+JUDGEMENT = Example((part([5, 1], [False, True]),), label=True)
+
+
+@pytest.mark.parametrize(
+    "examples, options, error",
+    [
+        ([], {}, "at least one example, got none"),
+        ([PAIR, UNTRAINED], {}, "example 1 has an answer without a trained token after its first"),
+        ([Example((part([], []),))], {}, "example 0 has an answer without a trained token after its first"),
+        ([PAIR, JUDGEMENT], {}, "one kind of example: rows to learn from, pairs or judged answers"),
+        ([chat(2), JUDGEMENT], {}, "one kind of example: rows to learn from, pairs or judged answers"),
+        ([replace(PAIR, shared=4)], {}, "example 0 says that its answers share 4 tokens, which they do not"),
+        ([replace(PAIR, shared=5)], {}, "example 0 says that its answers share 5 tokens, which they do not"),
+        ([replace(PAIR, shared=-1)], {}, "example 0 says that its answers share -1 tokens, which they do not"),
+        ([PAIR], {"micro_batch": 0}, 'micro_batch must be "auto" or at least 1, not 0'),
+        ([PAIR], {"budget": 0}, "token_budget must be at least 1, not 0"),
+    ],
+)
+@pytest.mark.parametrize("packing", [True, False])
+def test_misuse_is_refused(examples: list[Example], options: dict[str, Any], error: str, packing: bool) -> None:
+    with pytest.raises(ValueError, match=error):
+        split(examples, packing, **{"budget": 9, **options})
+
+
+@pytest.mark.parametrize("shared", [0, 1, 3])
+def test_answers_may_share_less_than_they_could(shared: int) -> None:
+    holds(pack([(0, replace(PAIR, shared=shared))]), [(0, PAIR)])
 
 
 def test_a_batch_moves_whole() -> None:
-    batch = pack_batch([made([1, 2], [True, True])])
+    batch = pack([(0, JUDGEMENT)])
     moved = batch.to("meta")
-    assert {t.device.type for t in (moved.input_ids, moved.targets, moved.position_ids)} == {"meta"}
-    assert (moved.spans, moved.tokens, moved.trained) == (batch.spans, batch.tokens, batch.trained)
-    assert batch.input_ids.device.type == "cpu"
+    for field in fields(batch):
+        before, after = getattr(batch, field.name), getattr(moved, field.name)
+        if isinstance(before, Tensor):
+            assert (before.device.type, after.device.type) == ("cpu", "meta") and before.shape == after.shape
+        else:
+            assert before == after

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourbit.data import forms
-from fourbit.data.batch import pack_batch
+from fourbit.data.batch import Encoded, Example, pack
 from fourbit.data.encode import SPECIAL_IN_TEXT, WHOLE, Dataset, load
 from fourbit.data.order import count_overlap, fingerprint, split_validation
 from fourbit.data.row import Row
@@ -27,6 +27,10 @@ def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
     return [chat(f"Question {i}?", f"Answer {i}.") for i in range(start, start + count)]
 
 
+def parts(data: Dataset) -> list[Encoded]:
+    return [part for example in data.examples for part in example.parts]
+
+
 def test_files_are_read_in_order_and_counted(write: Callable[..., Path], tokenizer: Any) -> None:
     first = write(rows(3), "a.jsonl")
     second = write([{"prompt": "p", "completion": "c"}], "b.jsonl")
@@ -35,9 +39,9 @@ def test_files_are_read_in_order_and_counted(write: Callable[..., Path], tokeniz
     assert len(data) == 4 and [c.line for c in data.samples] == [1, 2, 3, 1]
     report = data.report
     assert (report.rows, report.skipped, report.truncated, report.duplicates) == (4, {}, 0, 0)
-    assert report.tokens == sum(len(e.ids) for e in data.examples)
-    assert report.trained == sum(sum(e.trained) for e in data.examples)
-    assert report.longest == max(len(e.ids) for e in data.examples)
+    assert report.tokens == sum(len(e.ids) for e in parts(data))
+    assert report.trained == sum(sum(e.trained) for e in parts(data))
+    assert report.longest == max(len(e.ids) for e in parts(data))
     assert len(load(str(first), tokenizer)) == 3
 
 
@@ -97,8 +101,8 @@ def test_an_answer_is_never_cut_short(write: Callable[..., Path], tokenizer: Any
     assert whole.report.truncated == 0
     cut = load(path, tokenizer, max_length=length - 1)  # the line break after the end of turn
     assert cut.report.truncated == 1
-    assert cut.examples[0].ids == whole.examples[0].ids[:-1]
-    assert cut.examples[0].trained == whole.examples[0].trained[:-1]
+    assert parts(cut)[0].ids == parts(whole)[0].ids[:-1]
+    assert parts(cut)[0].trained == parts(whole)[0].trained[:-1]
     assert cut.report.trained == whole.report.trained
     with pytest.raises(InputError) as caught:
         load(path, tokenizer, max_length=length - 2)
@@ -113,7 +117,7 @@ def test_a_tail_that_is_not_trained_is_cut_and_counted(write: Callable[..., Path
     masked = {"role": "assistant", "content": "word " * 40, "weight": 0}
     row["messages"] += [{"role": "user", "content": "more"}, masked]
     data = load(write([row]), tokenizer, max_length=30)
-    assert data.report.truncated == 1 and len(data.examples[0].ids) == 30 and data.report.trained == 2
+    assert data.report.truncated == 1 and len(parts(data)[0].ids) == 30 and data.report.trained == 2
 
 
 def test_notices_are_counted(write: Callable[..., Path], tokenizer: Any) -> None:
@@ -143,7 +147,7 @@ def test_duplicates_are_told_by_content(write: Callable[..., Path], tokenizer: A
     assert count_overlap(train, validation) == 1 and count_overlap(validation, train) == 2
 
 
-def questions(data: Dataset[Any]) -> set[str]:
+def questions(data: Dataset) -> set[str]:
     return {sample.answers[0][0]["content"] for sample in data.samples}
 
 
@@ -157,7 +161,7 @@ def test_a_split_stays_when_rows_are_added_or_moved(write: Callable[..., Path], 
     assert abs(len(held) - 300) < 73  # five deviations of a binomial of 1000 at 0.3
     assert len(held) + len(train) == 1000 == held.report.rows + train.report.rows
     assert held.report.tokens + train.report.tokens == small.report.tokens
-    assert held.report.trained == sum(sum(e.trained) for e in held.examples)
+    assert held.report.trained == sum(sum(e.trained) for e in parts(held))
     assert [e.source for e in train.examples] == [f"{c.file}:{c.line}" for c in train.samples]
 
 
@@ -208,10 +212,9 @@ def test_the_fingerprint_is_of_ids_masks_and_order(write: Callable[..., Path], t
 @given(split=st.lists(st.integers(1, 5), min_size=1, max_size=6))
 def test_the_fingerprint_sees_where_examples_end(split: Sequence[int]) -> None:
     """The same tokens cut into other examples are other data."""
-    from fourbit.data.batch import Encoded
 
     def cut(lengths: Sequence[int]) -> str:
-        examples = [Encoded([1] * n, [True] * n, "", "") for n in lengths]
+        examples = [Example((Encoded([1] * n, [True] * n, "", ""),)) for n in lengths]
         return fingerprint(Dataset("sft", examples))
 
     assert cut(split) == cut(list(split))
@@ -245,7 +248,7 @@ def test_plain_text_is_trained_whole_between_the_models_marks(
     tokenizer = make_tokenizer(("<s>", "</s>"), "<s>", "</s>")
     path = write([{"text": "the quick fox"}, {"text": "<s>the quick fox</s>"}])
     data = load(path, tokenizer, loss_on=loss_on, template=ChatTemplate("{% broken"))
-    for example in data.examples:
+    for example in parts(data):
         assert tokenizer.decode(example.ids, skip_special=False) == "<s>the quick fox</s>"
         assert example.trained == [False] + [True] * (len(example.ids) - 1)
     whole = [f"2 of 2 rows: {WHOLE}"] if loss_on == "last" else []
@@ -253,7 +256,7 @@ def test_plain_text_is_trained_whole_between_the_models_marks(
         "no template is used, so none is spoken of"
     )
     bare = load(write([{"text": "fox"}], "b.jsonl"), make_tokenizer((), None, None))
-    assert bare.examples[0].text == "fox" and bare.report.notices == []
+    assert parts(bare)[0].text == "fox" and bare.report.notices == []
 
 
 def test_plain_text_that_is_too_long_is_a_bad_row(write: Callable[..., Path], tokenizer: Any) -> None:
@@ -266,10 +269,10 @@ def test_plain_text_that_is_too_long_is_a_bad_row(write: Callable[..., Path], to
 
 def test_prompts_are_tokens_of_which_none_is_trained(write: Callable[..., Path], tokenizer: Any) -> None:
     data = load(write([{"prompt": "Sky?", "id": 3}]), tokenizer, "prompts")
-    assert tokenizer.decode(data.examples[0].ids, skip_special=False) == (
+    assert tokenizer.decode(parts(data)[0].ids, skip_special=False) == (
         "<|im_start|>user\nSky?<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert not any(data.examples[0].trained) and data.samples[0].row == {"prompt": "Sky?", "id": 3}
+    assert not any(parts(data)[0].trained) and data.samples[0].row == {"prompt": "Sky?", "id": 3}
     assert data.report.notices[1:] == ["1 of 1 rows: not used: 'id'"]
 
 
@@ -297,5 +300,5 @@ def test_a_form_is_one_entry_of_the_table(
     monkeypatch.setattr(forms, "FORMS", (*forms.FORMS, form))
     data = load(path, tokenizer)
     assert fingerprint(data) == fingerprint(load(write([chat("Sky?", "Blue.")], "b.jsonl"), tokenizer))
-    assert pack_batch(data.examples).trained == sum(data.examples[0].trained)
+    assert pack([(0, data.examples[0])]).trained == sum(parts(data)[0].trained)
     assert data.report.notices[1:] == ["1 of 1 rows: not used: 'hint'"]

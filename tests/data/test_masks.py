@@ -6,13 +6,13 @@ given when it answers is the very beginning of what it was trained on.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import pytest
 
-from fourbit.data.batch import Encoded, pad_batch
+from fourbit.data.batch import Encoded, Example, pad
 from fourbit.data.encode import encode, encode_prompts
 from fourbit.data.forms import Sample
 from fourbit.data.row import BadRow
@@ -245,15 +245,18 @@ def test_the_last_trained_label_is_the_end_of_turn_token_even_if_it_pads(
 ) -> None:
     form, tokenizer, template = made
     end = tokenizer.id(form.end)
-    talks = [talk("Hi", answer), talk("A", "B", "C", answer)]
-    examples = [encoded(conv, tokenizer, template) for conv in talks]
-    for example in examples:
+    for conv in (talk("Hi", answer), talk("A", "B", "C", answer)):
+        example = encoded(conv, tokenizer, template)
         assert [token for token, trained in zip(example.ids, example.trained, strict=True) if trained][-1] == end
-    targets = pad_batch(examples, pad_id=end).targets
-    for row, example in zip(targets, examples, strict=True):
-        trained = row[row != -100]
-        assert trained[-1] == end and len(trained) == sum(example.trained)
-        assert (row[len(example.ids) :] == -100).all()
+        batch = pad(
+            [
+                (0, Example((example,))),
+                (1, Example((replace(example, ids=example.ids + [end] * 3, trained=example.trained + [False] * 3),))),
+            ],
+            pad_id=end,
+        )
+        assert batch.lengths.tolist() == [[sum(example.trained)] * 2]
+        assert (batch.targets[batch.slots[0, :, -1]] == end).all()
 
 
 def test_there_is_one_bos_at_most(made: tuple[Format, Any, ChatTemplate]) -> None:

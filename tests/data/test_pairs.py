@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourbit.data.batch import Encoded, Preference
+from fourbit.data.batch import Encoded
 from fourbit.data.dialects import CUT
 from fourbit.data.encode import NEVER_ENDS, STRADDLE, Dataset, encode_prompts, load, shared_tokens
 from fourbit.data.order import count_overlap, fingerprint, split_validation
@@ -29,7 +29,7 @@ def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
     return [row(f"Question {i}?", f"Right {i}.", f"Wrong {i}, sorry.") for i in range(start, start + count)]
 
 
-def loaded(path: Path, tokenizer: Any, **options: Any) -> Dataset[Preference]:
+def loaded(path: Path, tokenizer: Any, **options: Any) -> Dataset:
     return load(path, tokenizer, "pairs", **{"template": CHATML, **options})
 
 
@@ -115,7 +115,7 @@ def test_a_template_fault_names_the_answer(write: Callable[..., Path], tokenizer
         load(write([row("q", "Yes", "No")]), tokenizer, "pairs", template=ChatTemplate(source))
 
 
-def sizes(data: Dataset[Preference]) -> list[tuple[int, ...]]:
+def sizes(data: Dataset) -> list[tuple[int, ...]]:
     return [tuple(len(part.ids) for part in pair.parts) for pair in data.examples]
 
 
@@ -279,7 +279,7 @@ def test_notes_are_counted_by_row(write: Callable[..., Path], tokenizer: Any) ->
     ]
 
 
-def prompts(data: Dataset[Preference]) -> set[str]:
+def prompts(data: Dataset) -> set[str]:
     return {sample.context[0]["content"] for sample in data.samples}
 
 

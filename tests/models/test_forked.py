@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fourbit.data.batch import AnswerBatch, Encoded, Preference, pack_answers, pad_answers
+from fourbit.data.batch import Batch, Encoded, Example, pack, pad
 from fourbit.data.encode import shared_tokens
 from fourbit.kernels import attention as attention_module
 from fourbit.models.decoder import Decoder
@@ -20,14 +20,14 @@ VOCABULARY = 97
 Fault, Build = Callable[[pytest.MonkeyPatch], None], Callable[..., Decoder]
 
 
-def pair(trunk: int, answers: Sequence[int], seed: int = 0) -> Preference:
+def pair(trunk: int, answers: Sequence[int], seed: int = 0) -> Example:
     """Two answers of these lengths after a common beginning of `trunk` tokens; all answer tokens are trained."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randint(0, VOCABULARY - 2, (n,), generator=generator).tolist()  # noqa: E731
     start = draw(trunk)
     texts = [[*start, VOCABULARY - 2 + i, *draw(length - 1)] for i, length in enumerate(answers)]
     parts = [Encoded(ids, [False] * trunk + [True] * (len(ids) - trunk), "", "") for ids in texts]
-    return Preference(tuple(parts), shared_tokens(*texts))
+    return Example(tuple(parts), shared_tokens(*texts))
 
 
 PAIRS = [(0, pair(17, (5, 9), 1)), (1, pair(1, (1, 1), 2)), (2, pair(30, (1, 12), 3)), (3, pair(8, (20, 3), 4))]
@@ -47,27 +47,27 @@ def build(random_decoder: Callable[..., Decoder]) -> Build:
     return lambda kind, dtype=torch.float64: random_decoder(intermediate=96, layers=3, **KINDS[kind]).to(dtype)
 
 
-def logps(model: Decoder, batch: AnswerBatch) -> Tensor:
+def logps(model: Decoder, batch: Batch) -> Tensor:
     """Log-probabilities of every answer's trained tokens from full logits, [A, P, L]; 0 where an answer is shorter."""
     hidden = model.hidden(batch.input_ids, batch.position_ids, batch.spans).flatten(0, 1)[batch.rows]
     scores = model.lm_head(hidden).log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
     return torch.cat([scores, scores.new_zeros(1)])[batch.slots]
 
 
-def loss(model: Decoder, batch: AnswerBatch) -> Tensor:
+def loss(model: Decoder, batch: Batch) -> Tensor:
     """A DPO-like loss, so that both answers' gradients matter and differ."""
     chosen, rejected = logps(model, batch).sum(2)
     return -nn.functional.logsigmoid(0.1 * (chosen - rejected)).sum()
 
 
-def gradients(model: Decoder, batches: Sequence[AnswerBatch]) -> dict[str, Tensor]:
+def gradients(model: Decoder, batches: Sequence[Batch]) -> dict[str, Tensor]:
     model.zero_grad()
     for batch in batches:
         loss(model, batch).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def separate(number: int, example: Preference) -> AnswerBatch:
+def separate(number: int, example: Example) -> Batch:
     """Both answers whole in one row, each with its own copy of the prompt: two plain spans, by definition."""
     ids, rows, targets, slots = list[int](), list[int](), list[int](), list[list[int]]()
     for part in example.parts:
@@ -79,7 +79,7 @@ def separate(number: int, example: Preference) -> AnswerBatch:
     cut = len(example.parts[0].ids)
     longest = max(map(len, slots))
     empty = torch.empty(0, dtype=torch.int64)
-    return AnswerBatch(
+    return Batch(
         torch.tensor([ids]),
         torch.tensor([[*range(cut), *range(len(ids) - cut)]]),
         ((0, cut), (cut, len(ids))),
@@ -108,7 +108,7 @@ def test_forked_separate_and_padded_are_one(
 ) -> None:
     model = build(kind, dtype)
     model.checkpointing = checkpointing
-    forked, padded, apart = pack_answers(PAIRS), pad_answers(PAIRS, pad_id=0), list(itertools.starmap(separate, PAIRS))
+    forked, padded, apart = pack(PAIRS), pad(PAIRS, pad_id=0), list(itertools.starmap(separate, PAIRS))
     assert forked.tokens == 17 + 14 + 1 + 2 + 30 + 13 + 8 + 23 < padded.tokens
     with torch.no_grad():
         scores = [logps(model, batch) for batch in (forked, padded)]
@@ -124,7 +124,7 @@ def test_forked_separate_and_padded_are_one(
 def test_hidden_states_are_those_of_each_answer_alone(build: Build) -> None:
     """Token by token and to 1e-12, trunk and branches, also where positions are left to the model."""
     model = build("grouped heads")
-    batch = pack_answers(PAIRS)
+    batch = pack(PAIRS)
     with torch.no_grad():
         hidden = model.hidden(batch.input_ids, batch.position_ids, batch.spans)[0]
         assert torch.equal(model.hidden(batch.input_ids, spans=batch.spans)[0], hidden)
@@ -144,8 +144,8 @@ FORKS = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(1,
 def test_any_lengths_agree(build: Build, forks: list[tuple[int, int, int]], seed: int) -> None:
     model = build("grouped heads")
     examples = [(i, pair(trunk, lengths, seed + i)) for i, (trunk, *lengths) in enumerate(forks)]
-    want = gradients(model, [pad_answers(examples, pad_id=5)])
-    assert distance(gradients(model, [pack_answers(examples)]), want, floor=1e-5) <= 1e-10
+    want = gradients(model, [pad(examples, pad_id=5)])
+    assert distance(gradients(model, [pack(examples)]), want, floor=1e-5) <= 1e-10
 
 
 @settings(max_examples=15)
@@ -166,7 +166,7 @@ def test_any_number_of_branches(build: Build, trunk: int, branches: list[int]) -
 @pytest.mark.parametrize("kind", ["grouped heads", "lora on nf4"])
 def test_another_branch_changes_nothing_to_the_bit(build: Build, kind: str) -> None:
     model = build(kind, torch.float32)
-    batch = pack_answers(PAIRS)
+    batch = pack(PAIRS)
     _start, fork, first, second = (batch.spans or ())[2]
     for a, b in ((fork, first), (first, second)):
         changed = batch.input_ids.clone()
@@ -209,20 +209,20 @@ def positions_run_on(patch: pytest.MonkeyPatch) -> None:
 
 def target_off_by_one(patch: pytest.MonkeyPatch) -> None:
     """Answers are predicted from their own place, not from the one before."""
-    original = pack_answers
+    original = pack
 
-    def shifted(examples: Any) -> AnswerBatch:
+    def shifted(examples: Any) -> Batch:
         batch = original(examples)
         return replace(batch, rows=(batch.rows + 1).clamp(max=batch.tokens - 1))
 
-    patch.setitem(globals(), "pack_answers", shifted)
+    patch.setitem(globals(), "pack", shifted)
 
 
 def first_target_from_the_row_before(patch: pytest.MonkeyPatch) -> None:
     """The second branch's first token is predicted from the token that stands before it: the first branch's last."""
-    original = pack_answers
+    original = pack
 
-    def wrong(examples: Any) -> AnswerBatch:
+    def wrong(examples: Any) -> Batch:
         batch = original(examples)
         rows = batch.rows.clone()
         for p, (_, fork, end, _) in enumerate(batch.spans or ()):
@@ -231,7 +231,7 @@ def first_target_from_the_row_before(patch: pytest.MonkeyPatch) -> None:
             rows[first] = end - 1
         return replace(batch, rows=rows)
 
-    patch.setitem(globals(), "pack_answers", wrong)
+    patch.setitem(globals(), "pack", wrong)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fourbit
-from fourbit.data.batch import pack_batch
+from fourbit.data.batch import pack
 from fourbit.errors import InputError
 from fourbit.lora.adapter import adapter_layers, adapters_of, copy_adapter
 from fourbit.lora.attach import install
@@ -76,7 +76,7 @@ def total(trainer, numbers=range(8), micro_batch="auto"):
 def plain(student, teacher, examples, config):
     """The definition through full logits of each example alone, summed over trained tokens."""
     loss = 0.0
-    for example in examples:
+    for (example,) in (e.parts for e in examples):
         places = [i - 1 for i in range(1, len(example.ids)) if example.trained[i]]
         ids = torch.tensor([example.ids])
         ours = student(ids)[0, places]
@@ -314,9 +314,9 @@ def test_packed_rows_do_not_see_each_other_in_the_teacher(trainer_for, tiny_fold
     examples = trainer.train_set.examples[:3]
 
     def states(*examples):
-        batch = pack_batch(examples)
+        batch = pack(list(enumerate(examples)))
         return trainer.teacher_hidden(batch, torch.arange(batch.tokens))
 
-    together = states(*examples).split([len(e.ids) for e in examples])
+    together = states(*examples).split([len(e.parts[0].ids) for e in examples])
     for example, found in zip(examples, together, strict=True):
         torch.testing.assert_close(states(example), found, rtol=1e-10, atol=1e-12)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import logsigmoid
 
 import fourbit
-from fourbit.data.batch import answer_batches
+from fourbit.data.batch import micro_batches
 from fourbit.data.encode import load as load_rows
 from fourbit.errors import InputError, NumericError
 from fourbit.lora.adapter import adapters_of
@@ -197,7 +197,7 @@ def test_kto_sets_answers_against_other_prompts(trainer_for, tiny_folder, judged
     batches = trainer.micro_batches(trainer.train_set, [3, 0, 1], 1)
     trainer.begin(trainer.train_set, batches)
     expected = [crossed_over(examples[a], examples[b], 1024) for a, b in ((0, 1), (1, 3), (3, 0))]
-    (batch,) = answer_batches(list(enumerate(expected)), packing=False, micro_batch=3, token_budget=1, pad_id=0)
+    (batch,) = micro_batches(list(enumerate(expected)), packing=False, micro_batch=3, token_budget=1, pad_id=0)
     with torch.no_grad():
         ratio = answer_scores(trainer.model.eval(), batch).logps - trainer.reference_logps(batch)
     assert trainer.points["kl"].item() == pytest.approx(max(0, ratio.sum(-1).mean().item()), abs=1e-5)

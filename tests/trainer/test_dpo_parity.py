@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import fourbit
-from fourbit.data.batch import Encoded, Preference
+from fourbit.data.batch import Encoded, Example
 from fourbit.data.encode import Dataset, Report, shared_tokens
 from fourbit.models.save import save_model
 from fourbit.trainer.config import DPOConfig
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pairs(tokenizer: Any) -> list[Preference]:
+def pairs(tokenizer: Any) -> list[Example]:
     """Two pairs a step. The answers differ in length, and begin alike in every other pair."""
     made = []
     for i in range(STEPS * PAIRS):
@@ -63,7 +63,7 @@ def pairs(tokenizer: Any) -> list[Preference]:
         chosen, rejected = (
             answered(context, tokenizer.encode(f"<|im_start|>assistant\n{text}<|im_end|>")) for text in texts
         )
-        made.append(Preference((chosen, rejected), shared_tokens(chosen.ids, rejected.ids)))
+        made.append(Example((chosen, rejected), shared_tokens(chosen.ids, rejected.ids)))
     return made
 
 
@@ -71,7 +71,7 @@ def answered(context: list[int], answer: list[int]) -> Encoded:
     return Encoded(context + answer, [False] * len(context) + [True] * len(answer), "", "")
 
 
-def our_steps(folder: Path, reference: Any, steps: int) -> tuple[list[Figures], list[Preference]]:
+def our_steps(folder: Path, reference: Any, steps: int) -> tuple[list[Figures], list[Example]]:
     """What each step reports; and the pairs, which need our tokenizer."""
     model, tokenizer = fourbit.load(folder / "model")
     fourbit.load_adapter(model.train(), folder / "adapter")
@@ -93,7 +93,7 @@ def our_steps(folder: Path, reference: Any, steps: int) -> tuple[list[Figures], 
     return figures, examples
 
 
-def their_steps(folder: Path, reference: str, examples: Sequence[Preference], steps: int) -> list[Figures]:
+def their_steps(folder: Path, reference: str, examples: Sequence[Example], steps: int) -> list[Figures]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a peer warns about itself is not ours to mend
         trainer = trl_trainer(folder, reference)
@@ -114,7 +114,7 @@ def their_steps(folder: Path, reference: str, examples: Sequence[Preference], st
     return figures
 
 
-def ids_of(pair: Preference) -> dict[str, list[int]]:
+def ids_of(pair: Example) -> dict[str, list[int]]:
     start = pair.parts[0].trained.index(True)
     return {
         "prompt_ids": pair.parts[0].ids[:start],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fourbit.data.batch import Batch, Encoded, pack_batch
+from fourbit.data.batch import Batch, Encoded, Example, pack
 from fourbit.kernels import chunked_head
 from fourbit.lora.adapter import AdapterLayer
 from fourbit.lora.linear4bit import NF4Linear
@@ -216,11 +216,11 @@ def tiny_batch(last: int = 7) -> tuple[Decoder, Batch]:
         num_key_value_heads=2,
         head_dim=8,
     )
-    examples = [
+    parts = [
         Encoded([5, 1, 2, 3], [False, False, True, True], "", "a:1"),
         Encoded([8, 1, last], [False, True, True], "", "a:2"),
     ]
-    return Decoder(config), pack_batch(examples)
+    return Decoder(config), pack([(i, Example((part,))) for i, part in enumerate(parts)])
 
 
 def test_scores_of_a_batch_are_of_its_trained_tokens():

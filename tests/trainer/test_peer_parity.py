@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fourbit
-from fourbit.data.batch import Encoded, pack_batch, shifted_targets
+from fourbit.data.batch import Encoded, Example, pack
 from fourbit.lora.adapter import adapter_parameters
 from fourbit.trainer.config import TrainingConfig
 from fourbit.trainer.evaluate import batch_loss_sum
@@ -51,7 +51,9 @@ def our_losses(model: Any, steps: Sequence[Sequence[Encoded]], adapter: Path) ->
     parameters = adapter_parameters(model)
     config = TrainingConfig(out="", weight_decay=0.0, max_grad_norm=CLIP)
     stepper = Stepper(parameters, lambda batch: Sums(batch_loss_sum(model, batch), {}), config)
-    return [stepper.step([pack_batch(examples)], RATE).loss.item() for examples in steps]
+    return [
+        stepper.step([pack([(i, Example((row,))) for i, row in enumerate(rows)])], RATE).loss.item() for rows in steps
+    ]
 
 
 def load_peer(path: Path, dense: Path) -> Any:
@@ -109,7 +111,8 @@ def peer_losses(model: Any, steps: Sequence[Sequence[Encoded]], adapter: Path) -
 def padded(examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     """What transformers takes: labels stand under their own tokens, it shifts them."""
     width = max(len(example.ids) for example in examples)
-    labels = [[-100, *shifted_targets(example)[:-1]] for example in examples]
+    pairs = [list(zip(example.ids, example.trained, strict=True)) for example in examples]
+    labels = [[token if trained else -100 for token, trained in example] for example in pairs]
     fill = [width - len(example.ids) for example in examples]
     return {
         "input_ids": torch.tensor([example.ids + [0] * n for example, n in zip(examples, fill, strict=True)]),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fourbit
-from fourbit.data.batch import pack_batch, pad_batch
+from fourbit.data.batch import Example, pack, pad
 from fourbit.data.encode import load as load_rows
 from fourbit.data.template import template_for
 from fourbit.errors import EnvironmentProblem, InputError, NumericError
@@ -25,8 +25,8 @@ from fourbit.trainer.sft import SFTTrainer
 TINY = fourbit.LoRAConfig(rank=4, alpha=8)
 
 
-def batch_token_losses(model, batch):
-    return -batch_token_scores(model, batch).logps
+def token_losses(model, examples, layout):
+    return -batch_token_scores(model, layout(list(enumerate(examples)))).logps
 
 
 def config_for(out, **options):
@@ -63,20 +63,21 @@ def test_a_wrong_normalisation_would_be_seen(adapted, tiny_folder, rows):
     """The mean of micro-batch means, the usual mistake, differs from the truth by far more than the test allows."""
     model, tokenizer = adapted(tiny_folder, dtype=torch.float64)
     data = load_rows([rows], tokenizer, loss_on="all")
-    examples = sorted(data.examples, key=lambda e: len(e.ids))[-8:]
-    examples = examples[:4] + sorted(data.examples, key=lambda e: len(e.ids))[:4]
-    loss = batch_token_losses(model, pad_batch(examples, 0)).mean().item()
-    means = [batch_token_losses(model, pad_batch(part, 0)).mean().item() for part in (examples[:4], examples[4:])]
+    examples = sorted(data.examples, key=lambda e: len(e.parts[0].ids))[-8:]
+    examples = examples[:4] + sorted(data.examples, key=lambda e: len(e.parts[0].ids))[:4]
+    loss = token_losses(model, examples, partial(pad, pad_id=0)).mean().item()
+    means = [token_losses(model, part, partial(pad, pad_id=0)).mean().item() for part in (examples[:4], examples[4:])]
     assert abs(sum(means) / 2 - loss) > 1e-4
 
 
 def test_packed_examples_do_not_see_each_other(adapted, tiny_folder, rows):
     model, tokenizer = adapted(tiny_folder, b_seed=1)
     examples = load_rows([rows], tokenizer).examples[:5]
-    before = batch_token_losses(model, pack_batch(examples)).split([sum(e.trained) for e in examples])
-    changed = replace(examples[2], ids=[*examples[2].ids[:12], *[9] * (len(examples[2].ids) - 12)])
-    after = batch_token_losses(model, pack_batch([*examples[:2], changed, *examples[3:]]))
-    after = after.split([sum(e.trained) for e in examples])
+    before = token_losses(model, examples, pack).split([sum(e.parts[0].trained) for e in examples])
+    (part,) = examples[2].parts
+    changed = Example((replace(part, ids=[*part.ids[:12], *[9] * (len(part.ids) - 12)]),))
+    after = token_losses(model, [*examples[:2], changed, *examples[3:]], pack)
+    after = after.split([sum(e.parts[0].trained) for e in examples])
     for i, (a, b) in enumerate(zip(before, after, strict=True)):
         assert torch.equal(a, b) == (i != 2), i
 

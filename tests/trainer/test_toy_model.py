@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fourbit
-from fourbit.data.batch import pack_batch, pad_batch
+from fourbit.data.batch import pack, pad
 from fourbit.data.template import template_for
 from fourbit.errors import InputError
 from fourbit.kernels.attention import Spans, visible_keys
@@ -191,7 +191,7 @@ def test_a_quantised_toy_is_trained(toy: Any, tokenizer: Tokenizer, tmp_path: Pa
 def test_it_is_evaluated_and_answers(toy: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
     trainer = toy("sft", tmp_path)
     model, examples = trainer.model.eval(), trainer.train_set.examples
-    packed, padded = pack_batch(examples), pad_batch(examples, 0)
+    packed, padded = pack(list(enumerate(examples))), pad(list(enumerate(examples)), 0)
     assert batch_loss_sum(model, packed).item() == pytest.approx(batch_loss_sum(model, padded).item(), rel=1e-5)
     expected = batch_loss_sum(model, packed).item() / packed.trained
     assert evaluate_loss(model, examples) == pytest.approx(expected, rel=1e-5)

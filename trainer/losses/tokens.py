@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...data.batch import AnswerBatch, Batch, sent
+from ...data.batch import Batch, sent
 from ...kernels.chunked_head import (
     Scorer,
     TokenScorer,
@@ -61,28 +61,21 @@ def vocabulary_of(head: nn.Module) -> int:
 
 
 def batch_token_scores(model: CausalLM, batch: Batch) -> TokenScores:
-    """Log-probability, entropy and correctness of each trained token, [batch.trained] each, in the order of positions.
+    """Log-probability, entropy and correctness of each prediction of a batch that is on the CPU, [batch.trained] each.
 
-    `batch` is on the CPU. Raises ValueError for a target outside the model's vocabulary.
+    Raises ValueError for a target outside the model's vocabulary.
     """
-    here, rows, targets = trained_rows(model, batch)
-    return token_scores(model.lm_head, hidden_rows(model, here, rows), targets)
+    here = on_device(model, batch)
+    return token_scores(model.lm_head, hidden_rows(model, here, here.rows), here.targets)
 
 
-def trained_rows(model: CausalLM, batch: Batch) -> tuple[Batch, Tensor, Tensor]:
-    """The batch on the model's device, the flattened places whose next token is trained, and those tokens, [N] each.
-
-    They are found and looked at on the CPU, so the device is never waited for.
-    """
-    targets = batch.targets.flatten()
-    rows = (targets >= 0).nonzero().squeeze(1)
-    targets = targets[rows]
-    check_targets(targets, model.vocab_size)
-    device = next(model.parameters()).device
-    return batch.to(device), sent(rows, device), sent(targets, device)
+def on_device(model: CausalLM, batch: Batch) -> Batch:
+    """The batch where the model is; its targets are checked on the CPU, so the device is never waited for."""
+    check_targets(batch.targets, model.vocab_size)
+    return batch.to(next(model.parameters()).device)
 
 
-def hidden_rows(model: CausalLM, here: Batch | AnswerBatch, rows: Tensor) -> Tensor:
+def hidden_rows(model: CausalLM, here: Batch, rows: Tensor) -> Tensor:
     """Hidden states [N, D] at these flattened places of a batch that is on the model's device."""
     hidden = model.hidden(here.input_ids, here.position_ids, here.spans)  # [B, T, D]
     return hidden.flatten(0, 1).index_select(0, rows)
@@ -102,16 +95,15 @@ class Answers(NamedTuple):
         return torch.arange(self.logps.shape[-1], device=self.logps.device) < self.lengths.unsqueeze(-1)
 
 
-def answer_scores(model: CausalLM, batch: AnswerBatch) -> Answers:
+def answer_scores(model: CausalLM, batch: Batch) -> Answers:
     """One forward pass over a batch that is still on the CPU; the head runs on predicted tokens only.
 
     A token that both answers of a pair begin with is predicted once and counts in both.
     """
-    check_targets(batch.targets, model.vocab_size)
-    here = batch.to(next(model.parameters()).device)
-    scores = token_scores(model.lm_head, hidden_rows(model, here, here.rows), here.targets)
-    logps, entropy, correct = (_by_answer(values, here.slots) for values in scores)
-    return Answers(logps, here.lengths, entropy, correct)
+    scores = batch_token_scores(model, batch)
+    slots, lengths = (sent(x, scores.logps.device) for x in (batch.slots, batch.lengths))
+    logps, entropy, correct = (_by_answer(values, slots) for values in scores)
+    return Answers(logps, lengths, entropy, correct)
 
 
 def _by_answer(values: Tensor, slots: Tensor) -> Tensor:
