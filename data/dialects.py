@@ -4,7 +4,17 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from .read import KEY_SYNONYMS, ROLE_SYNONYMS, Messages, as_context, checked_messages, core, filled, turn
+from .read import (
+    KEY_SYNONYMS,
+    ROLE_SYNONYMS,
+    Messages,
+    as_context,
+    checked_messages,
+    core,
+    filled,
+    turn,
+    with_system,
+)
 from .row import BadRow, Row, bad, type_name
 
 Parts = tuple[Messages, Messages, Messages]  # prompt, chosen, rejected
@@ -12,14 +22,6 @@ Parts = tuple[Messages, Messages, Messages]  # prompt, chosen, rejected
 SAME = "are the same: a pair needs two different answers"
 CUT = "the prompt was taken to be the words that chosen and rejected begin with, as the row has no `prompt`"
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
-
-
-def with_system(row: Row, messages: Messages) -> Messages:
-    """The messages after the row's `system` text, unless it has none or they begin with a system message already."""
-    text = row.data.get("system")
-    if text in (None, "") or (messages and messages[0]["role"] in ("system", "developer")):
-        return messages
-    return turn(row, "system", text, "system") + messages
 
 
 def spoken(row: Row, field: str, value: Any) -> Messages:
@@ -54,6 +56,16 @@ def conversation(row: Row, key: str) -> Messages:
     return with_system(row, spoken(row, key, row.data[key]))
 
 
+def unanswered(row: Row, key: str) -> Messages:
+    """The same without the answer that it may end with."""
+    given = row.data[key]
+    if isinstance(given, list) and given and isinstance(given[-1], dict):
+        speaker = str(given[-1].get("from")).lower()
+        answered = "assistant" in (given[-1].get("role"), ROLE_SYNONYMS.get(speaker, speaker))
+        given = given[:-1] if answered else given
+    return with_system(row, spoken(row, key, given)) if given != [] else []
+
+
 def instruction(row: Row) -> Messages:
     """What an Alpaca row asks: `instruction` and `input`, after `system` and the pairs of `history`: all context."""
     parts = [row.data.get(key) or "" for key in ("instruction", "input")]
@@ -72,73 +84,17 @@ def _history(row: Row) -> Messages:
     for i, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2):
             raise bad(row, f"history[{i}]", "must be [question, answer]")
-        turns += turn(row, f"history[{i}][0]", pair[0], "user") + turn(row, f"history[{i}][1]", pair[1], "assistant")
+        turns += turn(row, f"history[{i}][0]", pair[0], "user") + turn(row, f"history[{i}][1]", pair[1])
     return turns
 
 
-def question(row: Row, key: str) -> Messages:
-    """A field that holds messages, or a question as a string."""
-    value = row.data[key]
-    return checked_messages(row, key, value) if isinstance(value, list) else turn(row, key, value, "user")
-
-
-def both(row: Row, first: str, second: str) -> tuple[Any, Any]:
-    """Two fields that a row must have."""
-    for key in (first, second):
-        if key not in row.data:
-            raise bad(row, key, f"is missing: the row needs both `{first}` and `{second}`")
-    return row.data[first], row.data[second]
-
-
-def answer_messages(row: Row, field: str, value: Any) -> Messages:
-    """Messages that begin with an assistant turn."""
-    messages = checked_messages(row, field, value)
-    if messages[0]["role"] != "assistant":
-        raise bad(row, f"{field}[0].role", f"must be 'assistant', not {messages[0]['role']!r}")
-    return messages
-
-
-def prompt_completion(row: Row) -> tuple[Messages, Messages]:
-    """`prompt`, whose assistant turns are context, and `completion`: strings, or lists of messages."""
-    for key in ("prompt", "completion"):
-        if key not in row.data:
-            raise bad(row, key, "is missing: a prompt/completion row needs both")
-    prompt, completion = row.data["prompt"], row.data["completion"]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return turn(row, "prompt", prompt, "user"), turn(row, "completion", completion, "assistant")
-    if not (isinstance(prompt, list) and isinstance(completion, list)):
-        raise _not_alike(row, "prompt", "completion")
-    return as_context(checked_messages(row, "prompt", prompt)), answer_messages(row, "completion", completion)
-
-
-def _not_alike(row: Row, first: str, second: str) -> BadRow:
-    """The error for two fields of which one is a string and the other a list, or either is neither."""
-    types = f"{type_name(row.data[first])} and {type_name(row.data[second])}"
-    return bad(row, f"{first}, {second}", f"must both be strings or both be lists of messages, not {types}")
-
-
-def trl_parts(row: Row) -> tuple[Parts, tuple[str, ...]]:
-    """TRL's `prompt`, `chosen` and `rejected`, strings or lists of messages, the prompt perhaps implicit. And notes."""
-    chosen, rejected = both(row, "chosen", "rejected")
-    key = next((key for key in ("prompt", "question") if row.data.get(key) is not None), None)
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if key is None:
-            return _implied_by_strings(row, chosen, rejected)
-        prompt = question(row, key)
-        return (prompt, turn(row, "chosen", chosen, "assistant"), turn(row, "rejected", rejected, "assistant")), ()
-    if not (isinstance(chosen, list) and isinstance(rejected, list)):
-        raise _not_alike(row, "chosen", "rejected")
-    talks = checked_messages(row, "chosen", chosen), checked_messages(row, "rejected", rejected)
-    return _implied_by_messages(row, *talks) if key is None else _after_prompt(row, key, *talks), ()
-
-
-def _implied_by_strings(row: Row, chosen: str, rejected: str) -> tuple[Parts, tuple[str, ...]]:
+def implied_by_strings(row: Row, chosen: str, rejected: str) -> tuple[Parts, tuple[str, ...]]:
     """Two strings without a prompt: two transcripts, or two texts that begin with the same words. And what to note."""
     if all(TRANSCRIPT.match(text) for text in (chosen, rejected)):
         talks = _transcript(row, "chosen", chosen), _transcript(row, "rejected", rejected)
-        return _implied_by_messages(row, *talks), ()
+        return implied_by_messages(row, *talks), ()
     prompt, chosen, rejected = _cut(row, filled(row, "chosen", chosen), filled(row, "rejected", rejected))
-    return (prompt, turn(row, "chosen", chosen, "assistant"), turn(row, "rejected", rejected, "assistant")), (CUT,)
+    return (prompt, turn(row, "chosen", chosen), turn(row, "rejected", rejected)), (CUT,)
 
 
 def _cut(row: Row, chosen: str, rejected: str) -> tuple[Messages, str, str]:
@@ -167,7 +123,7 @@ def _transcript(row: Row, field: str, text: str) -> Messages:
     return checked_messages(row, field, turns)
 
 
-def _implied_by_messages(row: Row, chosen: Messages, rejected: Messages) -> Parts:
+def implied_by_messages(row: Row, chosen: Messages, rejected: Messages) -> Parts:
     """Two whole conversations: the messages that both begin with are the prompt, and each keeps at least one."""
     most = min(len(chosen), len(rejected)) - 1
     pairs = zip(map(core, chosen[:most]), map(core, rejected[:most]), strict=True)
@@ -180,21 +136,7 @@ def _implied_by_messages(row: Row, chosen: Messages, rejected: Messages) -> Part
     return chosen[:same], chosen[same:], rejected[same:]
 
 
-def _after_prompt(row: Row, key: str, chosen: Messages, rejected: Messages) -> Parts:
-    """Answers that may begin with the prompt once more, which the field `key` holds."""
-    prompt = question(row, key)
-    if not isinstance(row.data[key], list) and chosen[0]["role"] != "assistant":
-        return _mentioned(row, key, prompt[0]["content"], _implied_by_messages(row, chosen, rejected))
-    start = list(map(core, prompt))
-    if all(list(map(core, answer[: len(prompt)])) == start for answer in (chosen, rejected)):
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        if not answer:
-            raise bad(row, name, "holds the prompt alone, and no answer", "empty")
-    return prompt, chosen, rejected
-
-
-def _mentioned(row: Row, key: str, question: str, parts: Parts) -> Parts:
+def mentioned(row: Row, key: str, question: str, parts: Parts) -> Parts:
     """For rows that have both whole conversations and the question as a string, as many public sets do."""
     if not any(question.strip() == message["content"].strip() for message in parts[0]):
         reason = "is none of the messages that chosen and rejected begin with: leave it out, or mend the row"

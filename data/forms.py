@@ -1,8 +1,8 @@
 """Every form of a data row, in one table, and the one shape that each becomes: a Sample.
 
-A form is one entry of FORMS: the kind of training it serves, its name, how its rows are told by their keys, what makes
-a Sample of one, and the fields that are read. A file has one form, told from its first rows; every row is then held to
-it, and a row that does not fit is a problem with its line, its field and the reason.
+A form is one entry of FORMS: the kind of training it serves, its name, how its rows are told by their keys, what reads
+one, and the fields that are read. A file has one form, told from its first rows; every row is then held to it, and a
+row that does not fit is a problem with its line, its field and the reason. What other tools write is in `dialects`.
 """
 
 import os
@@ -13,18 +13,16 @@ from typing import Any, Literal, NamedTuple
 
 from ..errors import InputError
 from .dialects import (
-    answer_messages,
-    both,
+    SAME,
     conversation,
+    implied_by_messages,
+    implied_by_strings,
     instruction,
-    prompt_completion,
-    question,
+    mentioned,
     spoken,
-    trl_parts,
-    with_system,
+    unanswered,
 )
 from .read import (
-    ROLE_SYNONYMS,
     Messages,
     as_context,
     checked_messages,
@@ -34,6 +32,7 @@ from .read import (
     read_rows,
     trains,
     turn,
+    with_system,
 )
 from .row import UNUSED, BadRow, Problem, Row, bad, excerpt, type_name
 
@@ -41,33 +40,25 @@ Kind = Literal["sft", "pairs", "judged", "prompts"]
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 DETECT_ROWS = 200
+_CHATS = '{"messages": [{"role": ..., "content": ...}, ...]}'
 WANTED = {  # of each kind: what a row of it is, who reads it, and how one may be written
-    "sft": (
-        "a row to learn from",
-        "`fourbit sft` reads",
-        '{"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "completion": ...}',
-    ),
+    "sft": ("a row to learn from", "`fourbit sft` reads", _CHATS + ' or {"prompt": ..., "completion": ...}'),
     "pairs": ("a preference pair", "`fourbit dpo` reads", '{"prompt": ..., "chosen": ..., "rejected": ...}'),
     "judged": (
         "an answer with a judgement",
         "losses for unpaired answers take",
         '{"prompt": ..., "completion": ..., "label": true or false}',
     ),
-    "prompts": (
-        "a prompt to answer",
-        "`fourbit generate` reads",
-        '{"prompt": ...} or {"messages": [{"role": ..., "content": ...}, ...]}',
-    ),
+    "prompts": ("a prompt to answer", "`fourbit generate` reads", '{"prompt": ...} or ' + _CHATS),
 }
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A row, understood.
+    """A row, understood. Answers begin and end with assistant turns; each stands after the whole context.
 
-    Answers begin and end with assistant turns; each stands after the whole context, whose assistant turns are not
-    learned. Of a row to learn from as a whole (chat), the context is empty and the answer is all of it: there `weight`
-    0 keeps a turn out of the loss.
+    The context's assistant turns are not learned. Of a row to learn from as a whole (chat), the context is empty and
+    the answer is all of it: there `weight` 0 keeps a turn out of the loss.
     """
 
     context: Messages
@@ -103,28 +94,25 @@ class Sample:
 
     def topic(self) -> list[Any]:
         """What rows have in common that must stay on one side of a split, as JSON: the prompt, or all there is."""
-        if self.context:
-            return [list(map(core, self.context)), self.tools]
-        return [self.text] if self.text is not None else [list(map(core, self.answers[0])), self.tools]
-
-
-Matches = Callable[[dict[str, Any]], bool]
+        if self.text is not None:
+            return [self.text]
+        return [list(map(core, self.context or self.answers[0])), self.tools]
 
 
 class Form(NamedTuple):
-    """One form: `matches` looks at a row's keys, `sample` raises BadRow for a row that breaks a rule of the form."""
+    """One form. `read` raises BadRow for a row that breaks a rule of the form; the rules of its kind come after it."""
 
     kind: Kind
     name: str
-    matches: Matches
-    sample: Callable[[Row], Sample]
-    fields: tuple[str, ...]
+    matches: Callable[[dict[str, Any]], bool]  # looks at a row's keys
+    read: Callable[[Row], Sample]
+    fields: tuple[str, ...]  # that are read; of a judged answer the last one is the judgement
+    answers: tuple[str, ...] = ()  # what errors call the answers
 
 
 def read_samples(paths: Paths, kind: Kind) -> tuple[list[Sample], list[Problem]]:
     """The samples of one or several files, and the problems of the rows that are none, in the order of files, lines."""
-    found: list[Sample] = []
-    problems: list[Problem] = []
+    found, problems = list[Sample](), list[Problem]()
     for name in _names(paths):
         rows, unread = read_rows(name)
         good, bad_ones = samples(rows, kind)
@@ -153,8 +141,7 @@ def samples(rows: Sequence[Row], kind: Kind) -> tuple[list[Sample], list[Problem
     prompts may mix theirs."""
     seen = Counter(form.name for row in rows[:DETECT_ROWS] if (form := recognise(row.data, kind)))
     name = seen.most_common(1)[0][0] if seen and kind != "prompts" else None
-    good: list[Sample] = []
-    problems: list[Problem] = []
+    good, problems = list[Sample](), list[Problem]()
     for row in rows:
         try:
             good.append(sample(row, kind, name))
@@ -171,13 +158,16 @@ def sample(row: Row, kind: Kind, name: str | None = None) -> Sample:
     if name is not None and form.name != name:
         reason = f"is of the {form.name} form, but this file's first rows are of the {name} form: one form a file"
         raise bad(row, "row", reason, "form")
-    made = form.sample(row)
+    made = SETTLED[kind](row, form, form.read(row))
+    tools = checked_tools(row, "tools", row.data.get("tools")) if "tools" in form.fields else made.tools
     unused = [UNUSED + excerpt(key) for key in row.data if key not in form.fields]
-    return replace(made, notes=(*made.notes, *unused)) if unused else made
+    return replace(made, tools=tools, notes=(*made.notes, *unused))
 
 
 def recognise(data: dict[str, Any], kind: Kind) -> Form | None:
     """The form of a row, told by its keys; None when they belong to none of this kind."""
+    if kind == "sft" and ("kto_tag" in data or ("completion" in data and isinstance(data.get("label"), bool))):
+        return None  # half of the answers that are judged are not to be imitated
     return next((form for form in FORMS if form.kind == kind and form.matches(data)), None)
 
 
@@ -185,17 +175,18 @@ def _unknown(row: Row, kind: Kind) -> BadRow:
     wanted, _, use = WANTED[kind]
     others = (other for other in ("judged", "pairs", "sft") if other != kind and recognise(row.data, other))
     seen = next((f"; it looks like {WANTED[other][0]}, which {WANTED[other][1]}" for other in others), "")
-    reason = f"is not {wanted}, keys are {_listed(list(row.data)) or 'none'}{seen}: use {use}"
-    return bad(row, "row", reason, "form")
+    keys = excerpt(", ".join(map(repr, list(row.data)[:6])), 80)[1:-1]
+    return bad(row, "row", f"is not {wanted}, keys are {keys or 'none'}{seen}: use {use}", "form")
 
 
-def _listed(keys: Sequence[str]) -> str:
-    return excerpt(", ".join(map(repr, keys[:6])), 80)[1:-1]
+# The rules of a kind.
 
 
-def _learned(row: Row, *parts: Messages) -> Sample:
+def _learned(row: Row, form: Form, made: Sample) -> Sample:
     """A whole conversation to learn from."""
-    messages = [message for part in parts for message in part]
+    if made.text is not None:
+        return made
+    messages = [*made.context, *made.answers[0]]
     if messages[-1]["role"] != "assistant":
         role = messages[-1]["role"]
         reason = f"has the role {role!r}: a conversation must end with an assistant turn, the answer to learn"
@@ -204,190 +195,204 @@ def _learned(row: Row, *parts: Messages) -> Sample:
         raise bad(row, "messages", "every assistant turn has weight 0: nothing to train", "nothing to train")
     if trains(messages[0]):
         raise bad(row, "first message", "is an assistant turn: an answer needs something before it")
-    return Sample([], (messages,), row.file, row.line, _tools(row))
+    return replace(made, context=[], answers=(messages,))
 
 
-def _compared(
-    row: Row,
-    context: Messages,
-    chosen: Messages,
-    rejected: Messages,
-    tools: Messages | None,
-    fields: tuple[str, str] = ("chosen", "rejected"),
-    notes: tuple[str, ...] = (),
-) -> Sample:
-    """Two answers to one prompt, of which the first is preferred."""
-    for name, said in zip(fields, (chosen, rejected), strict=True):
-        _check_answer(row, context, said, name)
-    if list(map(core, chosen)) == list(map(core, rejected)):
-        raise bad(row, ", ".join(fields), "are the same: a pair needs two different answers", "identical")
-    return Sample(as_context(context), (chosen, rejected), row.file, row.line, tools, notes=notes)
-
-
-def _judged(row: Row, context: Messages, answer: Messages, field: str, key: str = "kto_tag") -> Sample:
-    """One answer and whether it is a good one, which the field `key` says."""
-    label = row.data[key]
-    if not isinstance(label, bool):
-        raise bad(row, key, f"must be true (a good answer) or false, not {type_name(label)}")
-    _check_answer(row, context, answer, field)
-    return Sample(as_context(context), (answer,), row.file, row.line, _tools(row), label)
-
-
-def _asked(row: Row, messages: Messages) -> Sample:
-    """A prompt to be answered."""
-    if not messages:
-        raise bad(row, "prompt", "is empty: an answer needs something before it")
-    return Sample(as_context(messages), (), row.file, row.line, _tools(row), row=row.data)
-
-
-def _check_answer(row: Row, context: Messages, answer: Messages, field: str) -> None:
+def _answered(row: Row, form: Form, made: Sample) -> Sample:
     """Something is asked, and an assistant answers."""
-    if not context:
+    if not made.context:
         raise bad(row, "prompt", "is empty: an answer needs something before it")
-    for place, message in (("first", answer[0]), ("last", answer[-1])):
-        if message["role"] != "assistant":
-            raise bad(row, field, f"must be by the assistant, but its {place} message has the role {message['role']!r}")
-    if not any(trains(message) for message in answer):
-        raise bad(row, field, "every assistant turn has weight 0: nothing to train", "nothing to train")
+    for name, answer in zip(form.answers, made.answers, strict=True):
+        for place, message in (("first", answer[0]), ("last", answer[-1])):
+            if message["role"] != "assistant":
+                reason = f"must be by the assistant, but its {place} message has the role {message['role']!r}"
+                raise bad(row, name, reason)
+        if not any(trains(message) for message in answer):
+            raise bad(row, name, "every assistant turn has weight 0: nothing to train", "nothing to train")
+    return replace(made, context=as_context(made.context))
 
 
-def _tools(row: Row) -> Messages | None:
-    return checked_tools(row, "tools", row.data.get("tools"))
+def _compared(row: Row, form: Form, made: Sample) -> Sample:
+    """Two answers to one prompt, of which the first is preferred."""
+    made = _answered(row, form, made)
+    chosen, rejected = (list(map(core, answer)) for answer in made.answers)
+    if chosen == rejected:
+        raise bad(row, ", ".join(form.answers), SAME, "identical")
+    return made
 
 
-def _output(row: Row) -> Messages:
-    return turn(row, "output", row.data.get("output"), "assistant")
+def _judged(row: Row, form: Form, made: Sample) -> Sample:
+    """One answer and whether it is a good one."""
+    label = row.data[form.fields[-1]]
+    if not isinstance(label, bool):
+        raise bad(row, form.fields[-1], f"must be true (a good answer) or false, not {type_name(label)}")
+    return replace(_answered(row, form, made), label=label)
+
+
+def _asked(row: Row, form: Form, made: Sample) -> Sample:
+    return replace(_answered(row, form, made), row=row.data)
+
+
+SETTLED = {"sft": _learned, "pairs": _compared, "judged": _judged, "prompts": _asked}
+
+
+# What reads a row of a form.
+
+
+def _made(row: Row, context: Messages, *answers: Messages, **more: Any) -> Sample:
+    return Sample(context, answers, row.file, row.line, **more)
 
 
 def _chat(row: Row) -> Sample:
     if "completion" in row.data:
         raise bad(row, "row", "has both `messages` and `completion`: keep one of the two forms", "form")
-    return _learned(row, checked_messages(row, "messages", row.data["messages"]))
+    return _made(row, [], checked_messages(row, "messages", row.data["messages"]))
 
 
 def _text(row: Row) -> Sample:
-    """Plain text, of which every token is learned."""
-    text = row.data["text"]
-    if not isinstance(text, str):
-        raise bad(row, "text", f"must be a string, not {type_name(text)}")
-    return Sample([], (), row.file, row.line, text=filled(row, "text", text))
+    return _made(row, [], text=filled(row, "text", row.data["text"]))
+
+
+def _texts(row: Row) -> Sample:
+    """`prompt`, whose assistant turns are context, and `completion`: strings, or lists of messages."""
+    for key in ("prompt", "completion"):
+        if key not in row.data:
+            raise bad(row, key, "is missing: a prompt/completion row needs both")
+    prompt, completion = row.data["prompt"], row.data["completion"]
+    if _are_strings(row, "prompt", "completion"):
+        return _made(row, turn(row, "prompt", prompt, "user"), turn(row, "completion", completion))
+    return _made(row, as_context(checked_messages(row, "prompt", prompt)), _answer(row, "completion", completion))
+
+
+def _talk(row: Row) -> Sample:
+    """The last message is the answer."""
+    messages = conversation(row, "conversations" if "conversations" in row.data else "messages")
+    return _made(row, messages[:-1], messages[-1:])
+
+
+def _task(row: Row) -> Sample:
+    return _made(row, instruction(row), turn(row, "output", row.data.get("output")))
 
 
 def _openai_pair(row: Row) -> Sample:
-    fields = ("preferred_output", "non_preferred_output")
-    outputs = both(row, *fields)
+    outputs = _both(row, *_OUTPUTS)
     source = row.data.get("input")
     if not isinstance(source, dict):
         raise bad(row, "input", f"must be an object with `messages`, not {type_name(source)}")
     context = checked_messages(row, "input.messages", source.get("messages"))
-    chosen, rejected = (answer_messages(row, field, output) for field, output in zip(fields, outputs, strict=True))
-    return _compared(row, context, chosen, rejected, checked_tools(row, "input.tools", source.get("tools")), fields)
+    answers = [_answer(row, field, output) for field, output in zip(_OUTPUTS, outputs, strict=True)]
+    return _made(row, context, *answers, tools=checked_tools(row, "input.tools", source.get("tools")))
 
 
 def _sharegpt_pair(row: Row) -> Sample:
     """Each answer is one message, or a list."""
-    given = zip(("chosen", "rejected"), both(row, "chosen", "rejected"), strict=True)
-    chosen, rejected = (spoken(row, key, value if isinstance(value, list) else [value]) for key, value in given)
-    return _compared(row, conversation(row, "conversations"), chosen, rejected, _tools(row))
+    given = zip(_PAIR, _both(row, *_PAIR), strict=True)
+    answers = [spoken(row, key, value if isinstance(value, list) else [value]) for key, value in given]
+    return _made(row, conversation(row, "conversations"), *answers)
 
 
 def _alpaca_pair(row: Row) -> Sample:
-    chosen, rejected = both(row, "chosen", "rejected")
-    answers = turn(row, "chosen", chosen, "assistant"), turn(row, "rejected", rejected, "assistant")
-    return _compared(row, instruction(row), *answers, None)
+    given = zip(_PAIR, _both(row, *_PAIR), strict=True)
+    return _made(row, instruction(row), *[turn(row, key, value) for key, value in given])
 
 
 def _trl_pair(row: Row) -> Sample:
-    (prompt, chosen, rejected), notes = trl_parts(row)
-    return _compared(row, with_system(row, prompt), chosen, rejected, _tools(row), notes=notes)
+    """TRL's `prompt`, `chosen` and `rejected`, strings or lists of messages, the prompt perhaps implicit."""
+    chosen, rejected = _both(row, *_PAIR)
+    key = next((key for key in ("prompt", "question") if row.data.get(key) is not None), None)
+    notes: tuple[str, ...] = ()
+    if not _are_strings(row, *_PAIR):
+        talks = checked_messages(row, "chosen", chosen), checked_messages(row, "rejected", rejected)
+        parts = implied_by_messages(row, *talks) if key is None else _after_prompt(row, key, *talks)
+    elif key is None:
+        parts, notes = implied_by_strings(row, chosen, rejected)
+    else:
+        parts = _question(row, key), turn(row, "chosen", chosen), turn(row, "rejected", rejected)
+    return _made(row, with_system(row, parts[0]), *parts[1:], notes=notes)
 
 
-def _completion(row: Row) -> Sample:
-    return _learned(row, *prompt_completion(row))
-
-
-def _talk(row: Row) -> Sample:
-    return _learned(row, conversation(row, "conversations"))
-
-
-def _task(row: Row) -> Sample:
-    return _learned(row, instruction(row), _output(row))
-
-
-def _judged_completion(row: Row) -> Sample:
-    return _judged(row, *prompt_completion(row), "completion", "label")
-
-
-def _judged_task(row: Row) -> Sample:
-    return _judged(row, instruction(row), _output(row), "output")
-
-
-def _judged_talk(row: Row) -> Sample:
-    """The last message is the answer."""
-    messages = conversation(row, "conversations" if "conversations" in row.data else "messages")
-    return _judged(row, messages[:-1], messages[-1:], "last message")
-
-
-def _asked_task(row: Row) -> Sample:
-    return _asked(row, instruction(row))
-
-
-def _asked_prompt(row: Row) -> Sample:
-    return _asked(row, question(row, "prompt"))
+def _after_prompt(row: Row, key: str, chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
+    """Answers that may begin with the prompt once more, which the field `key` holds."""
+    prompt = _question(row, key)
+    if not isinstance(row.data[key], list) and chosen[0]["role"] != "assistant":
+        return mentioned(row, key, prompt[0]["content"], implied_by_messages(row, chosen, rejected))
+    start = list(map(core, prompt))
+    if all(list(map(core, answer[: len(prompt)])) == start for answer in (chosen, rejected)):
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer:
+            raise bad(row, name, "holds the prompt alone, and no answer", "empty")
+    return prompt, chosen, rejected
 
 
 def _asked_talk(row: Row) -> Sample:
-    """The answer that the conversation may end with is left out."""
-    key = "messages" if "messages" in row.data else "conversations"
-    given = row.data[key]
-    if isinstance(given, list) and given and isinstance(given[-1], dict):
-        speaker = str(given[-1].get("from")).lower()
-        answered = "assistant" in (given[-1].get("role"), ROLE_SYNONYMS.get(speaker, speaker))
-        given = given[:-1] if answered else given
-    return _asked(row, conversation(replace(row, data={**row.data, key: given}), key) if given != [] else [])
+    return _made(row, unanswered(row, "messages" if "messages" in row.data else "conversations"))
+
+
+def _both(row: Row, first: str, second: str) -> tuple[Any, Any]:
+    """Two fields that a row must have."""
+    for key in (first, second):
+        if key not in row.data:
+            raise bad(row, key, f"is missing: the row needs both `{first}` and `{second}`")
+    return row.data[first], row.data[second]
+
+
+def _are_strings(row: Row, first: str, second: str) -> bool:
+    """Whether two fields are strings, where they may also both be lists."""
+    types = {type(row.data[first]), type(row.data[second])}
+    if types not in ({str}, {list}):
+        named = f"{type_name(row.data[first])} and {type_name(row.data[second])}"
+        raise bad(row, f"{first}, {second}", f"must both be strings or both be lists of messages, not {named}")
+    return types == {str}
+
+
+def _question(row: Row, key: str) -> Messages:
+    """A field that holds messages, or a question as a string."""
+    value = row.data[key]
+    return checked_messages(row, key, value) if isinstance(value, list) else turn(row, key, value, "user")
+
+
+def _answer(row: Row, field: str, value: Any) -> Messages:
+    """Messages that begin with an assistant turn."""
+    messages = checked_messages(row, field, value)
+    if messages[0]["role"] != "assistant":
+        raise bad(row, f"{field}[0].role", f"must be 'assistant', not {messages[0]['role']!r}")
+    return messages
 
 
 # The table: the first entry of a kind that matches is a row's form.
 
 
-def _learns(key: str, *beside: str) -> Matches:
-    """Rows with the field `key` and none of those named besides, that hold no judgement: half of the answers that are
-    judged are not to be imitated."""
-    return lambda row: (
-        key in row
-        and not row.keys() & {*beside, "kto_tag"}
-        and not ("completion" in row and isinstance(row.get("label"), bool))
-    )
-
-
-def _has(*keys: str, one: Sequence[str] = ()) -> Matches:
-    """Rows with all these fields; and, if some are given, with one of these."""
-    return lambda row: row.keys() >= set(keys) and (not one or bool(row.keys() & set(one)))
+def _has(*keys: str, one: Sequence[str] = (), none: Sequence[str] = ()) -> Callable[[dict[str, Any]], bool]:
+    """Rows with all these fields; if some are given, with one of these; and with none of those."""
+    return lambda row: row.keys() >= {*keys} and not row.keys() & {*none} and bool(not one or row.keys() & {*one})
 
 
 _PAIR, _OUTPUTS = ("chosen", "rejected"), ("preferred_output", "non_preferred_output")
-_OTHERS = ("conversations", "conversation", "instruction", "question", "input", *_PAIR, *_OUTPUTS)
+_RATED = (*_PAIR, *_OUTPUTS)
+_OTHERS = ("conversations", "conversation", "instruction", "question", "input", *_RATED)
 _TALK, _TASK = ("conversations", "system", "tools"), ("instruction", "input", "system", "history")
 _CHAT, _TEXTS = ("messages", "system", "tools"), ("prompt", "completion", "tools")
 _TRL = ("prompt", "question", "system", "tools", *_PAIR)
+_LAST = ("last message",)
 
 FORMS: tuple[Form, ...] = (
-    Form("sft", "chat", _learns("messages"), _chat, ("messages", "tools")),
-    Form("sft", "prompt/completion", _learns("completion"), _completion, _TEXTS),
-    Form("sft", "prompt/completion", _learns("prompt", "text", *_OTHERS), _completion, _TEXTS),
-    Form("sft", "conversations", _learns("conversations", *_PAIR, *_OUTPUTS), _talk, _TALK),
-    Form("sft", "instruction/output", _learns("instruction", *_PAIR, *_OUTPUTS), _task, (*_TASK, "output")),
-    Form("sft", "text", _learns("text", "prompt", *_OTHERS), _text, ("text",)),
-    Form("pairs", "preferred_output/non_preferred_output", _has(one=_OUTPUTS), _openai_pair, ("input", *_OUTPUTS)),
-    Form("pairs", "conversations/chosen/rejected", _has(_TALK[0], one=_PAIR), _sharegpt_pair, (*_TALK, *_PAIR)),
-    Form("pairs", "instruction/chosen/rejected", _has(_TASK[0], one=_PAIR), _alpaca_pair, (*_TASK, *_PAIR)),
-    Form("pairs", "prompt/chosen/rejected", _has(one=_PAIR), _trl_pair, _TRL),
-    Form("judged", "conversations/kto_tag", _has("kto_tag", "conversations"), _judged_talk, (*_TALK, "kto_tag")),
-    Form("judged", "messages/kto_tag", _has("kto_tag", "messages"), _judged_talk, (*_CHAT, "kto_tag")),
-    Form("judged", "instruction/kto_tag", _has("kto_tag", _TASK[0]), _judged_task, (*_TASK, "output", "kto_tag")),
-    Form("judged", "prompt/completion/label", _has("completion", "label"), _judged_completion, (*_TEXTS, "label")),
+    Form("sft", "chat", _has("messages"), _chat, ("messages", "tools")),
+    Form("sft", "prompt/completion", _has("completion"), _texts, _TEXTS),
+    Form("sft", "prompt/completion", _has("prompt", none=("text", *_OTHERS)), _texts, _TEXTS),
+    Form("sft", "conversations", _has("conversations", none=_RATED), _talk, _TALK),
+    Form("sft", "instruction/output", _has("instruction", none=_RATED), _task, (*_TASK, "output")),
+    Form("sft", "text", _has("text", none=("prompt", *_OTHERS)), _text, ("text",)),
+    Form("pairs", "/".join(_OUTPUTS), _has(one=_OUTPUTS), _openai_pair, ("input", *_OUTPUTS), _OUTPUTS),
+    Form("pairs", "conversations/chosen/rejected", _has(_TALK[0], one=_PAIR), _sharegpt_pair, (*_TALK, *_PAIR), _PAIR),
+    Form("pairs", "instruction/chosen/rejected", _has(_TASK[0], one=_PAIR), _alpaca_pair, (*_TASK, *_PAIR), _PAIR),
+    Form("pairs", "prompt/chosen/rejected", _has(one=_PAIR), _trl_pair, _TRL, _PAIR),
+    Form("judged", "conversations/kto_tag", _has("kto_tag", "conversations"), _talk, (*_TALK, "kto_tag"), _LAST),
+    Form("judged", "messages/kto_tag", _has("kto_tag", "messages"), _talk, (*_CHAT, "kto_tag"), _LAST),
+    Form("judged", "instruction/kto_tag", _has("kto_tag", _TASK[0]), _task, (*_TASK, "output", "kto_tag"), ("output",)),
+    Form("judged", "prompt/completion/label", _has(*_TEXTS[1:2], "label"), _texts, (*_TEXTS, "label"), _TEXTS[1:2]),
     Form("prompts", "messages", _has("messages"), _asked_talk, (*_CHAT, "answer")),
     Form("prompts", "conversations", _has("conversations"), _asked_talk, (*_TALK, "answer")),
-    Form("prompts", "instruction", _has("instruction"), _asked_task, (*_TASK, "output", "answer")),
-    Form("prompts", "prompt", _has("prompt"), _asked_prompt, (*_TEXTS, "answer")),
+    Form("prompts", "instruction", _has(_TASK[0]), lambda r: _made(r, instruction(r)), (*_TASK, "output", "answer")),
+    Form("prompts", "prompt", _has("prompt"), lambda r: _made(r, _question(r, "prompt")), (*_TEXTS, "answer")),
 )

@@ -28,15 +28,8 @@ DISCARD_BYTES = 65536
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 OTHER_FORMATS = (".parquet", ".csv", ".tsv", ".gz", ".zst", ".txt", ".md", ".arrow", ".yaml", ".yml")
 ROLES = ("system", "developer", "user", "assistant", "tool")
-ROLE_SYNONYMS = {
-    "human": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "ai": "assistant",
-    "function": "tool",
-    "observation": "tool",
-}
+ROLE_SYNONYMS = {"human": "user", "function": "tool", "observation": "tool"}
+ROLE_SYNONYMS |= dict.fromkeys(("gpt", "bot", "model", "ai"), "assistant")
 KEY_SYNONYMS = {"from": "role", "value": "content", "text": "content"}
 
 
@@ -337,15 +330,23 @@ def _part(row: Row, field: str, part: Any) -> str:
     return str(part["text"])
 
 
-def turn(row: Row, field: str, text: Any, role: str) -> Messages:
+def turn(row: Row, field: str, text: Any, role: str = "assistant") -> Messages:
     """A string as one turn."""
-    if not isinstance(text, str):
-        raise bad(row, field, f"must be a string, not {type_name(text)}")
     return [{"role": role, "content": filled(row, field, text)}]
 
 
-def filled(row: Row, field: str, text: str) -> str:
-    """`text` unless there is nothing in it. Raises BadRow."""
+def with_system(row: Row, messages: Messages) -> Messages:
+    """The messages after the row's `system` text, unless it has none or they begin with a system message already."""
+    text = row.data.get("system")
+    if text in (None, "") or (messages and messages[0]["role"] in ("system", "developer")):
+        return messages
+    return turn(row, "system", text, "system") + messages
+
+
+def filled(row: Row, field: str, text: Any) -> str:
+    """A string with something in it. Raises BadRow."""
+    if not isinstance(text, str):
+        raise bad(row, field, f"must be a string, not {type_name(text)}")
     if not text:
         raise bad(row, field, "is empty", "empty")
     if text.isspace():
