@@ -39,12 +39,6 @@ class PreferenceTrainer(Trainer):
     kind: Kind = "pairs"
     config: Any
 
-    def _dataset(self, rows: Any) -> Any:
-        dataset = super()._dataset(rows)
-        if dataset.kind != self.kind:
-            raise InputError(f"this training reads rows loaded as {self.kind!r}, got {dataset.kind!r}")
-        return dataset
-
     def constants(self) -> dict[str, float]:
         report = self.train_set.report
         lost = sum(report.dropped.values()) + sum(report.skipped.values())

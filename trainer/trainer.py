@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch, micro_batches
-from ..data.encode import read_rows
+from ..data.encode import Dataset, read_rows
 from ..data.forms import Kind
 from ..data.order import fingerprint, split_validation, step_indices, steps_per_epoch
 from ..errors import InputError, NumericError
@@ -367,8 +367,10 @@ class Trainer(ABC):
             checkpoint=newest if newest.is_dir() else None,
         )
 
-    def _dataset(self, rows: Any) -> Any:
-        if hasattr(rows, "examples"):
+    def _dataset(self, rows: Any) -> Dataset:
+        if isinstance(rows, Dataset):
+            if rows.kind != self.kind:
+                raise InputError(f"this training reads rows loaded as {self.kind!r}, got {rows.kind!r}")
             return rows
         paths = [rows] if isinstance(rows, (str, Path)) else list(rows)
         return read_rows(self.config, self.tokenizer, paths, self.kind)

@@ -287,7 +287,11 @@ def test_every_loss_with_a_reference_is_held_to_its_start(trainer_for, tiny_fold
 
 
 def test_datasets_of_another_kind_are_refused(trainer_for, tiny_folder, pairs, judged, rows, tmp_path):
-    _, tokenizer = fourbit.load(tiny_folder)
+    model, tokenizer = fourbit.load(tiny_folder)
+    fourbit.attach(model, fourbit.LoRAConfig(rank=2))
+    with pytest.raises(InputError, match="reads rows loaded as 'sft', got 'pairs'"):
+        config = fourbit.SFTConfig(out=str(tmp_path))
+        fourbit.SFTTrainer(model, tokenizer, train=load_rows(pairs, tokenizer, "pairs"), config=config)
     with pytest.raises(InputError, match="reads rows loaded as 'pairs', got 'judged'"):
         trainer_for(tiny_folder, load_rows(judged, tokenizer, "judged"), tmp_path)
     with pytest.raises(InputError, match="reads rows loaded as 'judged', got 'pairs'"):
