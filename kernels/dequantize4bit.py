@@ -54,10 +54,10 @@ def _(stored: list[Tensor], sizes: list[int], quant_type: str, blocksize: int, d
     return stored[0].new_empty(sizes, dtype=dtype)
 
 
-def decode_into(out: Tensor, weight: Weight4bit) -> None:
-    """out, contiguous, becomes the weight in out's dtype. Nothing is checked."""
+def decode_into(out: Tensor, weight: Weight4bit, first: int = 0) -> None:
+    """out, contiguous, becomes the weight's values from `first`, a block's start, on. Nothing is checked."""
     path, flat, packed = path_for(weight.packed), out.view(-1), weight.packed.reshape(-1)
-    if path == "triton" and out.dtype in KERNEL_DTYPES:
+    if path == "triton" and first == 0 and out.dtype in KERNEL_DTYPES:
         from . import dequantize4bit_triton  # only here: Triton exists for Linux only and is slow to import
 
         if dequantize4bit_triton.decode_words(flat, packed.contiguous(), weight):
@@ -66,8 +66,9 @@ def decode_into(out: Tensor, weight: Weight4bit) -> None:
     decode, chunk = (_decode_pairs, CHUNK) if path == "cpu" else (dequantize_reference, LARGE_CHUNK)
     for start in range(0, flat.numel(), chunk):
         piece = flat[start : start + chunk]
-        scales = absmax[start // blocksize : -(-(start + piece.numel()) // blocksize)]
-        decode(packed[start // 2 : (start + piece.numel() + 1) // 2], scales, weight.quant_type, blocksize, piece)
+        at, end = first + start, first + start + piece.numel()
+        scales = absmax[at // blocksize : -(-end // blocksize)]
+        decode(packed[at // 2 : (end + 1) // 2], scales, weight.quant_type, blocksize, piece)
 
 
 def dequantize_reference(packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int, out: Tensor) -> None:

@@ -192,21 +192,14 @@ def _dropper(x: Tensor, group: Group) -> Callable[..., Tensor]:
 
 def slabs(weight: Weight4bit, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """(first row, W[first row : ...] in `dtype`) for all of W; each slab overwrites the one before."""
-    rows, columns, blocksize, step = weight.rows, weight.columns, weight.blocksize, _slab_rows(weight)
-    buffer = torch.empty(step, columns, dtype=dtype, device=weight.packed.device)
-    if rows <= step:
-        if rows:
-            decode_into(buffer[:rows], weight)
-            yield 0, buffer[:rows]
-        return
-    packed, absmax = weight.packed.reshape(-1), weight.scales.reshape(-1)
+    rows, step = weight.rows, _slab_rows(weight)
+    buffer = torch.empty(step, weight.columns, dtype=dtype, device=weight.packed.device)
+    if rows > step:  # then scales are decoded once, not for each slab
+        weight = weight._replace(absmax=weight.scales, nested_absmax=None, offset=None)
     for start in range(0, rows, step):
-        end = min(start + step, rows)
-        bytes_ = packed[start * columns // 2 : (end * columns + 1) // 2]
-        scales = absmax[start * columns // blocksize : -(-end * columns // blocksize)]
-        part = Weight4bit(bytes_, scales, None, None, (end - start, columns), weight.quant_type, blocksize)
-        decode_into(buffer[: end - start], part)
-        yield start, buffer[: end - start]
+        slab = buffer[: rows - start]
+        decode_into(slab, weight, start * weight.columns)
+        yield start, slab
 
 
 def _slab_rows(weight: Weight4bit) -> int:
