@@ -6,52 +6,48 @@ from typing import Any
 
 import pytest
 import torch
-from optim_tools import AdamW8bit, Lion8bit, distance, give_gradients, parameters
+from optim_tools import PATHS, AdamW8bit, Lion8bit, assert_equal, distance, give_gradients, parameters, snapshot, step
 from torch import nn
 
-from fourbit.kernels.dispatch import force_path
 from fourbit.optim import AdamW, Lion
 
 SHAPES = [(1,), (63,), (4097,), (3, 70, 5), ()]
-PATHS = ["cpu", "reference"]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-7), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("path", PATHS)
 def test_thousand_steps_of_torchs_adamw(dtype: torch.dtype, bound: float, path: str) -> None:
-    """ROBUSTNESS 4.5: with weight decay, odd sizes, and saved and loaded in mid-run."""
-    shapes = [(1,), (63,), (4097,)]
-    ours, theirs = parameters(shapes, dtype), parameters(shapes, dtype)
+    """With weight decay, odd sizes, and saved and loaded in mid-run. Kernels, in the interpreter, take 40 steps."""
+    shapes, steps = ([(1,), (63,), (300,)], 40) if path == "triton" else ([(1,), (63,), (4097,)], 1000)
+    ours, theirs = parameters(shapes, dtype, path), parameters(shapes, dtype)
     start = copy.deepcopy(ours)
-    settings: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
+    settings: dict[str, Any] = {"lr": 3e-3, "weight_decay": 0.1}
     optimizer, oracle = AdamW(ours, **settings), torch.optim.AdamW(theirs, foreach=False, **settings)
-    with force_path(path):
-        for i in range(1000):
-            if i == 457:
-                saved = copy.deepcopy(optimizer.state_dict())
-                optimizer = AdamW(ours)  # other settings, which loading replaces
-                optimizer.load_state_dict(saved)
-            give_gradients(ours, theirs, seed=i)
-            optimizer.step()
-            oracle.step()
+    for i in range(steps):
+        if i == steps // 2 - 3:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = AdamW(ours)  # other settings, which loading replaces
+            optimizer.load_state_dict(saved)
+        give_gradients(ours, theirs, seed=i)
+        step(optimizer, path)
+        oracle.step()
     assert distance(ours, theirs) <= bound
-    assert distance(ours, start) > 0.05  # they did move
+    assert distance(ours, start) > 5e-5 * steps  # they did move
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["cpu", "reference"])
 def test_lion_in_float64(path: str) -> None:
     """Against the algorithm as printed (arXiv 2302.06675, algorithm 2), 300 steps."""
     ours, lr, decay, beta1, beta2 = parameters(SHAPES, torch.float64), 1e-3, 0.1, 0.9, 0.99
     weights = [p.detach().clone() for p in ours]
     means = [torch.zeros_like(w) for w in weights]
     optimizer = Lion(ours, lr=lr, weight_decay=decay)
-    with force_path(path):
-        for i in range(300):
-            give_gradients(ours, seed=i)
-            optimizer.step()
-            for w, m, p in zip(weights, means, ours, strict=True):
-                w -= lr * (torch.sign(beta1 * m + (1 - beta1) * p.grad) + decay * w)
-                m.copy_(beta2 * m + (1 - beta2) * p.grad)
+    for i in range(300):
+        give_gradients(ours, seed=i)
+        step(optimizer, path)
+        for w, m, p in zip(weights, means, ours, strict=True):
+            w -= lr * (torch.sign(beta1 * m + (1 - beta1) * p.grad) + decay * w)
+            m.copy_(beta2 * m + (1 - beta2) * p.grad)
     assert distance(ours, weights) <= 1e-12
 
 
@@ -65,10 +61,8 @@ def test_the_quick_form_is_the_reference(make: Any, dtype: torch.dtype) -> None:
     quick, reference = make(ours, **settings), make(theirs, **settings)
     for i in range(4):
         give_gradients(ours, theirs, seed=i, missing=[7, 8, 35] if i in (0, 2) else [9])
-        with force_path("cpu"):
-            quick.step()
-        with force_path("reference"):
-            reference.step()
+        step(quick, "cpu")
+        step(reference, "reference")
     unit = torch.finfo(dtype).eps
     # One rounding may fall the other way; 8-bit codes may then be neighbours, which moves a step by at most 2 percent.
     assert distance(ours, theirs) <= (unit if dtype != torch.float32 else 1e-3 if quick.bits == 8 else 1e-7)
@@ -77,44 +71,44 @@ def test_the_quick_form_is_the_reference(make: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_clipping_is_torchs(path: str) -> None:
     """Over all groups; and the gradients themselves stay what they were."""
-    ours, theirs = parameters(SHAPES), parameters(SHAPES)
+    ours, theirs = parameters(SHAPES, path=path), parameters(SHAPES)
     groups = lambda ps: [{"params": ps[:2], "lr": 1e-2}, {"params": ps[2:]}]  # noqa: E731
     optimizer, oracle = AdamW(groups(ours), max_grad_norm=0.5), torch.optim.AdamW(groups(theirs), foreach=False)
     for i in range(5):
         give_gradients(ours, theirs, seed=i)
         before = [p.grad.clone() for p in ours]
-        with force_path(path):
-            optimizer.step()
+        step(optimizer, path)
         norm = nn.utils.clip_grad_norm_(theirs, 0.5)
         oracle.step()
         assert optimizer.grad_norm is not None and optimizer.grad_norm.shape == ()
-        torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-6, atol=0)
-        assert all(torch.equal(p.grad, g) for p, g in zip(ours, before, strict=True))
+        torch.testing.assert_close(optimizer.grad_norm.cpu(), norm, rtol=1e-6, atol=0)
+        assert_equal([p.grad for p in ours], before)
     assert distance(ours, theirs) <= 1e-7
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("make", [AdamW, AdamW8bit, Lion8bit])
+@pytest.mark.parametrize("make", [AdamW, AdamW8bit, Lion, Lion8bit])
 @pytest.mark.parametrize("how", ["found_inf", "nan", "inf"])
 def test_skipped_steps_change_no_byte(path: str, make: Any, how: str) -> None:
-    ours = parameters([(63,), (5000,)])
+    ours = parameters([(63,), (5000,)], path=path)
     optimizer = make(ours, max_grad_norm=None if how == "found_inf" else math.inf)
     for i in (0, 1, 2):  # also at the very first step
         give_gradients(ours, seed=i)
-        before = copy.deepcopy(([p.detach() for p in ours], optimizer.state_dict()["state"]))
+        before = snapshot(optimizer, ours)
         if how == "found_inf":
-            optimizer.found_inf = torch.tensor(float(i != 1))
+            optimizer.found_inf = torch.tensor(float(i != 1), device=ours[0].device)
         elif i != 1:
-            ours[0].grad[3] = float(how)
-        with force_path(path):
-            optimizer.step()
+            ours[1].grad[4999] = float(how)
+        step(optimizer, path)
         assert optimizer.skipped.item() == float(i != 1)
-        moved = [not torch.equal(p, old) for p, old in zip(ours, before[0], strict=True)]
-        assert moved == [i == 1, i == 1]
-        for number, entry in before[1].items():
-            for name, value in entry.items():
-                assert torch.equal(optimizer.state_dict()["state"][number][name], value) == (i != 1), name
-    assert [float(entry["step"]) for entry in optimizer.state_dict()["state"].values()] == [1.0, 1.0]
+        now = snapshot(optimizer, ours)
+        if i == 2:
+            assert_equal(now, before)
+        else:
+            assert [torch.equal(p, old) for p, old in zip(now[0], before[0], strict=True)] == [i == 0] * 2
+        steps = [float(entry["step"]) for entry in now[1]["state"].values()]
+        assert steps == [float(i > 0)] * 2
 
 
 def test_end_loss_of_8bit_is_bitsandbytes() -> None:

@@ -5,25 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from optim_tools import AdamW8bit, Lion8bit, assert_equal, give_gradients, parameters
+from optim_tools import PATHS, AdamW8bit, Lion8bit, assert_equal, give_gradients, parameters, snapshot
 from torch import nn
 
 from fourbit.errors import InputError
 from fourbit.kernels.dispatch import force_path
 from fourbit.optim import AdamW, Lion, state
 
-PATHS = ["cpu", "reference", "triton"]
 BUDGETS = [None, 40_000]
 
 
 def stepped(optimizer: Any, *lists: Any, seed: int = 0) -> None:
     give_gradients(*lists, seed=seed)
     optimizer.step()
-
-
-def snapshot(optimizer: Any, ps: list[nn.Parameter]) -> list[torch.Tensor]:
-    entries = optimizer.state_dict()["state"].values()
-    return [t.clone() for t in [*(p.detach() for p in ps), *(t for entry in entries for t in entry.values())]]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -240,26 +234,6 @@ def test_infinity_has_a_sign(path: str) -> None:
     torch.testing.assert_close(
         p[2:6].detach(), torch.tensor([1, 0.875, 1.125, torch.nan]), rtol=0, atol=0, equal_nan=True
     )
-
-
-@pytest.mark.parametrize(
-    "lr", [float("nan"), -1.0, torch.tensor(-1.0), torch.tensor(float("nan")), torch.tensor([0.1, 0.1])]
-)
-def test_learning_rates_that_cannot_be(lr: Any) -> None:
-    with pytest.raises(ValueError, match="lr must be >= 0"):
-        AdamW(parameters([(3,)]), lr=lr)
-
-
-def test_loading_checks_groups_too() -> None:
-    ps = parameters([(3,)])
-    optimizer = AdamW(ps)
-    saved = optimizer.state_dict()
-    saved["param_groups"][0]["betas"] = (0.9, 1.0)
-    with pytest.raises(ValueError, match="betas must be two numbers"):
-        optimizer.load_state_dict(saved)
-    with pytest.raises(ValueError, match="has no betas, so it is neither AdamW nor Lion"):
-        optimizer.load_state_dict(torch.optim.SGD(ps, weight_decay=0.1).state_dict())
-    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999) and "momentum" not in optimizer.param_groups[0]
 
 
 def test_a_budget_below_a_page_is_refused_before_anything_is_changed() -> None:

@@ -46,17 +46,21 @@ def test_vectors_do_not_decay():
 
 
 @pytest.mark.parametrize(
-    "name, decay",
+    "name, decay, scale",
     [
-        ("layers.0.q_proj.lora_magnitude_vector.default.weight", 0.0),  # PEFT's
-        ("layers.0.q_proj.magnitude", 0.0),
-        ("order_of_magnitude.weight", 0.1),
-        ("layers.0.q_proj.lora_A", 0.1),
+        ("layers.0.q_proj.lora_magnitude_vector.default.weight", 0.0, 1.0),  # PEFT's
+        ("layers.0.q_proj.magnitude", 0.0, 1.0),
+        ("order_of_magnitude.weight", 0.1, 1.0),
+        ("layers.0.q_proj.lora_A", 0.1, 1.0),
+        ("m.lora_B.default.weight", 0.1, 16.0),
+        ("m.lora_embedding_B.default", 0.1, 16.0),
+        ("m.lora_Bias", 0.1, 1.0),
+        ("lora_B", 0.1, 16.0),
     ],
 )
-def test_magnitudes_do_not_decay_in_any_shape(name, decay):
-    (group,) = parameter_groups([(name, parameter(1, 4))], lr=1.0, weight_decay=0.1)
-    assert group["weight_decay"] == decay
+def test_magnitudes_and_B_are_known_by_their_names(name, decay, scale):
+    (group,) = parameter_groups([(name, parameter(1, 4))], lr=1.0, weight_decay=0.1, lora_plus=16.0)
+    assert (group["weight_decay"], group["lr_scale"]) == (decay, scale)
 
 
 def test_lora_plus_is_the_ratio_of_B_to_A(adapted):
@@ -65,15 +69,6 @@ def test_lora_plus_is_the_ratio_of_B_to_A(adapted):
     assert {lr for name, (lr, _) in found.items() if name.endswith("A")} == {1e-3}
     assert {lr for name, (lr, _) in found.items() if name.endswith("B")} == {16e-3}
     assert len(parameter_groups(adapted, lr=1e-3)) == 1
-
-
-@pytest.mark.parametrize(
-    "name, scale",
-    [("m.lora_B.default.weight", 16.0), ("m.lora_embedding_B.default", 16.0), ("m.lora_Bias", 1.0), ("lora_B", 16.0)],
-)
-def test_lora_plus_knows_B_by_its_name(name, scale):
-    (group,) = parameter_groups([(name, parameter(2, 2))], lr=1.0, lora_plus=16.0)
-    assert group["lr_scale"] == scale
 
 
 def test_patterns_multiply():
@@ -92,15 +87,12 @@ def test_the_order_of_patterns_does_not_matter_to_the_bit(patterns):
     assert group["lr"] == 0.9 * math.prod((0.1, 0.3, 1.1, 0.7))  # by pattern: *, *b, ?b, a*
 
 
-def test_zero_leaves_out(adapted):
+def test_zero_leaves_out_and_so_does_what_needs_no_gradient(adapted):
+    frozen = parameter(2, 2).requires_grad_(False)
+    assert parameter_groups([("a", frozen)], lr=1.0, lr_scale={"a": 2.0}) == []
     found = where(adapted, parameter_groups(adapted, lr=1.0, lr_scale={"0.*": 0}))
     assert set(found) == {"2.lora_A", "2.lora_B"}
     assert set(where(adapted, parameter_groups(adapted, lr=1.0, lora_plus=0))) == {"0.lora_A", "2.lora_A"}
-
-
-def test_what_needs_no_gradient_is_left_out():
-    frozen = parameter(2, 2).requires_grad_(False)
-    assert parameter_groups([("a", frozen)], lr=1.0, lr_scale={"a": 2.0}) == []
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["lora_A", "lora_B", "bias", "magnitude"])), max_size=12))

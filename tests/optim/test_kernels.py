@@ -1,6 +1,5 @@
 """The kernels in the interpreter against the reference; what they compile to; how often they are launched."""
 
-import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +10,10 @@ import torch
 from torch import nn
 
 from fourbit.kernels.codes import dynamic_code
-from fourbit.kernels.dispatch import force_path
 from fourbit.optim import AdamW, Lion
 
 sys.path.append(str(Path(__file__).parent))  # aot.py runs this file without its conftest
-from optim_tools import AdamW8bit, Lion8bit, distance, give_gradients, parameters
+from optim_tools import AdamW8bit, Lion8bit, assert_equal, distance, give_gradients, parameters, step
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,10 +83,6 @@ def launches() -> Iterator[list[str]]:
         yield seen
 
 
-def on_device(ps: list[nn.Parameter]) -> list[nn.Parameter]:
-    return [nn.Parameter(p.detach().to(DEVICE)) for p in ps]
-
-
 SHAPES = [(1,), (63,), (4097,), (), (0,), (50, 170), (16, 256)]
 
 
@@ -96,16 +90,14 @@ SHAPES = [(1,), (63,), (4097,), (), (0,), (50, 170), (16, 256)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_32bit_states_are_the_references(make: Any, dtype: torch.dtype) -> None:
     """Several steps: groups, missing gradients, clipping, one that joins; odd sizes and addresses."""
-    ours, theirs = on_device(parameters(SHAPES, dtype)), parameters(SHAPES, dtype)
+    ours, theirs = parameters(SHAPES, dtype, path="triton"), parameters(SHAPES, dtype)
     split = lambda ps: [{"params": ps[:4], "lr": 1e-2}, {"params": ps[4:], "betas": (0.8, 0.95)}]  # noqa: E731
     settings: dict[str, Any] = {"weight_decay": 0.1, "max_grad_norm": 5.0}
     kernel, reference = make(split(ours), **settings), make(split(theirs), **settings)
     for i in range(3):
         give_gradients(ours, theirs, seed=i, missing=[(2, 5), (), (0, 6)][i])
-        with force_path("triton"):
-            kernel.step()
-        with force_path("reference"):
-            reference.step()
+        step(kernel, "triton")
+        step(reference, "reference")
         torch.testing.assert_close(kernel.grad_norm.cpu(), reference.grad_norm, rtol=1e-6, atol=0)
     # fp32: a rounding or two; the others: now and then one falls the other way
     assert distance(ours, theirs) <= (1e-7 if dtype == torch.float32 else torch.finfo(dtype).eps / 8)
@@ -127,17 +119,16 @@ def test_8bit_states_take_the_nearest_code(make: Any, dtype: torch.dtype) -> Non
     one to its dtype.
     """
     unit = 2.0**-24
-    ps = on_device(parameters([(4096,), (4097,), (70, 100)], dtype))
+    ps = parameters([(4096,), (4097,), (70, 100)], dtype, path="triton")
     optimizer = make(ps, lr=1e-3, weight_decay=0.1)
     group, rule = optimizer.param_groups[0], optimizer.rule
-    for step in (1, 2, 3):
-        give_gradients(ps, seed=step)
+    for number in (1, 2, 3):
+        give_gradients(ps, seed=number)
         for p in ps:
             p.grad[p.grad.abs() < 0.1] = 0  # zeros, and from there tiny moments
         before = [(decoded(optimizer, p), p.grad.cpu().double(), p.detach().cpu().double()) for p in ps]
-        with force_path("triton"):
-            optimizer.step()
-        factors = rule.factors(group, group["lr"], step)
+        step(optimizer, "triton")
+        factors = rule.factors(group, group["lr"], number)
         for p, (moments, g, old) in zip(ps, before, strict=True):
             exact, expected = rule.define(old, g, tuple(moments), factors, group)
             rests = [1 - beta for beta in (group["betas"] if rule.name == "adamw" else group["betas"][1:])]
@@ -202,8 +193,7 @@ def test_encoding_is_exact() -> None:
         p = nn.Parameter(torch.zeros(len(scales), len(values), device=DEVICE))
         p.grad = torch.stack([values * s for s in scales]).to(DEVICE)
         optimizer = make([p], betas=(0.0, 0.0), min_8bit_size=0)
-        with force_path("triton"):
-            optimizer.step()
+        step(optimizer, "triton")
         moment = p.grad.cpu() if signed else p.grad.cpu().square()
         codes, absmax = quantize_blockwise(moment, code, 256)
         name = optimizer.rule.moments[0 if signed else 1].name
@@ -212,17 +202,15 @@ def test_encoding_is_exact() -> None:
 
 
 def test_rounding_at_random_is_the_references() -> None:
-    ours, theirs = (on_device(parameters([(63,), (5001,)], torch.bfloat16)) for _ in range(2))
+    ours, theirs = (parameters([(63,), (5001,)], torch.bfloat16, path="triton") for _ in range(2))
     settings: dict[str, Any] = {"lr": 2**-6, "stochastic_rounding": True}
     for make in (Lion, Lion8bit):  # whose steps are exact, so that nothing but the draws could differ
         kernel, reference = (make(ps, **settings) for ps in (ours, theirs))
         for i in range(2):
             give_gradients(ours, theirs, seed=i)
-            with force_path("triton"):
-                kernel.step()
-            with force_path("reference"):
-                reference.step()
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+            step(kernel, "triton")
+            step(reference, "reference")
+        assert_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("make", [AdamW, AdamW8bit])
@@ -235,8 +223,7 @@ def test_writes_nothing_beside_its_parameters(make: Any) -> None:
         p.grad = buffer[1, start : start + size]
         p.grad.fill_(0.5)
         optimizer = make([p], lr=0.125, weight_decay=0.0, min_8bit_size=0, max_grad_norm=1e9)
-        with force_path("triton"):
-            optimizer.step()
+        step(optimizer, "triton")
         assert (p - 0.875).abs().max() <= 12 * 2**-24  # a dozen roundings of values of 1 at most; the state was 0
         torch.testing.assert_close(optimizer.grad_norm.cpu(), torch.tensor(0.5 * size**0.5))
         outside = torch.ones(5000, dtype=torch.bool)
@@ -244,69 +231,14 @@ def test_writes_nothing_beside_its_parameters(make: Any) -> None:
         assert buffer.cpu()[:, outside].isnan().all()
 
 
-@pytest.mark.parametrize("how", ["found_inf", "nan", "inf"])
-@pytest.mark.parametrize("make", [AdamW8bit, Lion])
-def test_skips_on_the_device(make: Any, how: str) -> None:
-    ours = on_device(parameters([(63,), (4200,)]))
-    optimizer = make(ours, max_grad_norm=None if how == "found_inf" else 1.0)
-    for i in range(3):
-        give_gradients(ours, seed=i)
-        before = copy.deepcopy(([p.detach() for p in ours], optimizer.state_dict()["state"]))
-        if how == "found_inf":
-            optimizer.found_inf = torch.tensor(float(i != 1), device=DEVICE)
-        elif i != 1:
-            ours[1].grad[4199] = float(how)
-        with force_path("triton"):
-            optimizer.step()
-        assert optimizer.skipped.item() == float(i != 1)
-        assert [torch.equal(p, old) for p, old in zip(ours, before[0], strict=True)] == [i != 1] * 2
-        after = optimizer.state_dict()["state"]
-        for number, entry in before[1].items():
-            assert all(torch.equal(after[number][name], value) == (i != 1) for name, value in entry.items())
-
-
 def test_at_most_three_launches(launches: list[str]) -> None:
     """For any number of parameters with states of both widths; without a norm, two."""
-    ps = on_device(parameters([(300,)] * 5 + [(5000,)] * 2))
+    ps = parameters([(300,)] * 5 + [(5000,)] * 2, path="triton")
     every = ["gradient_squares_kernel", "step_factors_kernel", "optimizer_update_kernel"]
     for norm, expected in ((1.0, every), (None, every[1:])):
         optimizer = AdamW8bit(ps, max_grad_norm=norm)
         give_gradients(ps, seed=0)
         for _ in range(2):
             launches.clear()
-            with force_path("triton"):
-                optimizer.step()
+            step(optimizer, "triton")
             assert launches == expected
-
-
-def test_strides_cost_a_copy_and_change_nothing() -> None:
-    plain = on_device(parameters([(70, 60), (50, 100)]))
-    wide = plain[1].detach().repeat_interleave(2, dim=1)
-    odd = [nn.Parameter(plain[0].detach().t().contiguous().t()), nn.Parameter(wide[:, ::2])]
-    for make in (AdamW, AdamW8bit):
-        a, b = make(plain, lr=1e-2), make(odd, lr=1e-2)
-        for i in range(2):
-            give_gradients(plain, odd, seed=i)
-            odd[0].grad = odd[0].grad.contiguous()
-            with force_path("triton"):
-                a.step()
-                b.step()
-        assert all(torch.equal(p, q) for p, q in zip(plain, odd, strict=True))
-
-
-def test_many_steps_of_torchs_adamw() -> None:
-    """40 steps, so that step counts and their powers are seen; in float64 too, which takes the reference."""
-    for dtype, bound in ((torch.float32, 1e-7), (torch.float64, 1e-12)):
-        ours, theirs = on_device(parameters([(63,), (300,)], dtype)), parameters([(63,), (300,)], dtype)
-        settings: dict[str, Any] = {"lr": 3e-3, "weight_decay": 0.1}
-        optimizer = AdamW(ours, max_grad_norm=9.0, **settings)
-        oracle = torch.optim.AdamW(theirs, foreach=False, **settings)
-        for i in range(40):
-            give_gradients(ours, theirs, seed=i)
-            with force_path("triton"):
-                optimizer.step()
-            norm = torch.linalg.vector_norm(torch.cat([p.grad for p in theirs]).double())
-            for p in theirs:
-                p.grad.mul_((9.0 / (norm + 1e-6)).clamp(max=1))
-            oracle.step()
-        assert distance(ours, theirs) <= bound

@@ -163,15 +163,6 @@ def test_pages_that_stay_keep_no_memory_of_the_host():
     twin.check()
 
 
-def test_a_pager_that_is_closed_has_nothing_under_way():
-    device = SimulatedDevice()
-    pager, twin = ten(device, 3 * PAGE)
-    twin.step(0)
-    assert device.queued() > 0
-    pager.close()
-    assert device.queued() == device.held == pager.held == 0
-
-
 def test_budget_below_a_page_names_the_least():
     kept = fields(MOMENTS, 32, torch.float32)
     with pytest.raises(InputError, match=f"budget of {PAGE - 1} bytes is less than one page .* least is {PAGE}"):

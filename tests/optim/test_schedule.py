@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler
 
+from fourbit.optim import AdamW
 from fourbit.optim.schedule import SCHEDULES, rate_factor, scheduler
 
 PEAK = 3.0
@@ -61,15 +62,9 @@ def test_wsd_stays_then_falls_along_a_line():
     every = rates("wsd", 100, 10, decay=20)
     assert every[10:81] == [1.0] * 71
     assert every[80:] == pytest.approx([1 - i / 20 for i in range(21)])
-
-
-def test_wsd_falls_over_a_tenth_of_the_run_unless_told_otherwise():
-    assert rates("wsd", 100) == rates("wsd", 100, decay=10)
+    assert rates("wsd", 100) == rates("wsd", 100, decay=10), "a tenth of the run"
     assert rates("wsd", 4)[:4] == [1.0] * 4, "a tenth of 4 steps is none: the run ends on the plateau"
-
-
-def test_wsd_never_falls_before_warmup_ends():
-    assert rates("wsd", 20, 10, decay=15) == rates("linear", 20, 10)
+    assert rates("wsd", 20, 10, decay=15) == rates("linear", 20, 10), "never before warm-up ends"
 
 
 def test_inverse_sqrt_quarters_by_sixteen():
@@ -80,20 +75,16 @@ def test_inverse_sqrt_quarters_by_sixteen():
 
 
 @pytest.mark.parametrize(
-    "schedule, make",
+    "schedule, warmup, make",
     [
-        ("cosine", lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=50)),
-        ("linear", lambda o: lr_scheduler.LinearLR(o, start_factor=1.0, end_factor=0.0, total_iters=50)),
-        ("constant", lambda o: lr_scheduler.ConstantLR(o, factor=1.0)),
+        ("cosine", 0, lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=50)),
+        ("linear", 0, lambda o: lr_scheduler.LinearLR(o, start_factor=1.0, end_factor=0.0, total_iters=50)),
+        ("constant", 0, lambda o: lr_scheduler.ConstantLR(o, factor=1.0)),
+        ("constant", 10, lambda o: lr_scheduler.LinearLR(o, start_factor=1 / 11, end_factor=1.0, total_iters=10)),
     ],
 )
-def test_is_torchs(schedule, make):
-    assert rates(schedule, 50, peak=PEAK)[:50] == pytest.approx(theirs(make, 50), rel=1e-9)
-
-
-def test_warmup_is_torchs():
-    make = lambda o: lr_scheduler.LinearLR(o, start_factor=1 / 11, end_factor=1.0, total_iters=10)  # noqa: E731
-    assert rates("constant", 30, 10, PEAK)[:30] == pytest.approx(theirs(make, 30), rel=1e-9)
+def test_is_torchs(schedule, warmup, make):
+    assert rates(schedule, 50, warmup, PEAK)[:50] == pytest.approx(theirs(make, 50), rel=1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "inverse-sqrt", "wsd"])
@@ -114,9 +105,7 @@ def test_is_transformers_after_warmup(schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_as_a_torch_scheduler(schedule):
     """Two groups keep their ratio, and a saved scheduler goes on where it stopped."""
-    make = lambda: torch.optim.SGD(  # noqa: E731
-        [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 16.0)]
-    )
+    make = lambda: AdamW([{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 16.0)])  # noqa: E731
     options = {"total": 40, "warmup": 5, "schedule": schedule, "decay": 8}
     optimizer = make()
     schedule_of_steps = scheduler(optimizer, **options)
