@@ -72,7 +72,7 @@ def used() -> dict[str, str]:
     device = choose_device("auto")
     return {
         "device": device,
-        "dtype": str(choose_dtype("auto", device)).removeprefix("torch."),
+        "dtype": choose_dtype("auto", device),
         "kernels": dispatch.path_for(torch.empty(0, device=device)),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores (OMP_NUM_THREADS sets it)",
     }

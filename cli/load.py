@@ -36,15 +36,13 @@ def choose_device(name: str) -> str:
     return name
 
 
-def choose_dtype(name: str, device: str) -> torch.dtype:
+def choose_dtype(name: str, device: str) -> str:
     """The dtype that `--dtype NAME` means on a device. Raises EnvironmentProblem for bfloat16 on a GPU without it."""
     on_gpu = device.startswith("cuda")
     able = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "bfloat16" and on_gpu and not able:
         raise EnvironmentProblem("--dtype bfloat16: this GPU cannot compute in bfloat16; use float32 or float16")
-    if name == "auto":
-        name = "bfloat16" if able else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    return name if name != "auto" else "bfloat16" if able else "float32"
 
 
 def load_weights(options: ModelOptions, tokenizer: Tokenizer, quant: str) -> CausalLM:
@@ -52,14 +50,13 @@ def load_weights(options: ModelOptions, tokenizer: Tokenizer, quant: str) -> Cau
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     with working(f"loading {options.model}"):
-        model = load_model(options.model, quantize=quant, dtype=dtype, device=device)
+        model = load_model(options.model, quantize=quant, dtype=getattr(torch, dtype), device=device)
     check_tokenizer(model, tokenizer)
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     inside = {id(parameter) for module in packed for parameter in module.stored_parameters().values()}
     size = sum(m.in_features * m.out_features for m in packed)
     size += sum(p.numel() for p in model.parameters() if id(p) not in inside)
-    kind = str(dtype).removeprefix("torch.")
-    note(f"model: {options.model}, {amount(size)} parameters, {FORMS[quant]} and {kind} on {device}")
+    note(f"model: {options.model}, {amount(size)} parameters, {FORMS[quant]} and {dtype} on {device}")
     return model
 
 

@@ -189,7 +189,7 @@ def _checked(options: TrainOptions, sources: Sources) -> TrainOptions:
     if options.start is not None:
         check_adapter(options.start, writes=options.writes)
     trained = run_settings(options.start).get("quant") if options.start else None
-    dtype: Any = str(choose_dtype(options.dtype, choose_device(options.device))).removeprefix("torch.")
+    dtype: Any = choose_dtype(options.dtype, choose_device(options.device))
     return replace(options, dtype=dtype, quant="none" if options.whole else options.quant or trained or "nf4")
 
 
