@@ -12,18 +12,16 @@ GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "c
 
 
 @pytest.fixture
-def here(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a model `m`, two good rows and some bad files, made the current one."""
-    (tmp_path / "m").symlink_to(tiny_folder)
-    (tmp_path / "good.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD).replace("hi", "ho") + "\n")
-    (tmp_path / "bad.jsonl").write_text(json.dumps(GOOD) + "\n{\n" + '{"messages": [{"role": "human"}]}\n')
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "file").write_text("a file")
-    (tmp_path / "no model").mkdir()
-    (tmp_path / "weights.bin").write_bytes(b"\x80\x04.")
-    (tmp_path / "loud.jinja").write_text("{% for m in messages %}{{ m.nothing.here }}{% endfor %}")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def here(here: Path) -> Path:
+    """With two good rows and some bad files too."""
+    (here / "good.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD).replace("hi", "ho") + "\n")
+    (here / "bad.jsonl").write_text(json.dumps(GOOD) + "\n{\n" + '{"messages": [{"role": "human"}]}\n')
+    (here / "empty.jsonl").write_text("")
+    (here / "file").write_text("a file")
+    (here / "no model").mkdir()
+    (here / "weights.bin").write_bytes(b"\x80\x04.")
+    (here / "loud.jinja").write_text("{% for m in messages %}{{ m.nothing.here }}{% endfor %}")
+    return here
 
 
 SFT = ["sft", "--model", "m", "--data", "good.jsonl", "--out", "o"]
@@ -100,10 +98,7 @@ CASES = [
     (["generate", "--model", "m", "--data", "good.jsonl", "--out", "no/where/a.jsonl"], "a folder that exists"),
     (["generate", "--model", "m", "--data", "good.jsonl", "--out", "no model"], "must be a file"),
     (["generate", "--model", "m", "--data", "bad.jsonl", "--out", "a.jsonl"], "2 of 3 rows cannot be used"),
-    (
-        ["generate", "--model", "m", "--data", "good.jsonl", "--out", "a.jsonl", "--top-p", "0"],
-        "--top-p must be above 0",
-    ),
+    (["chat", "--model", "m", "--top-p", "0"], "--top-p must be above 0"),
     (["chat", "--model", "m", "--temperature", "-1"], "--temperature must be at least 0"),
     (["chat", "--model", "nowhere"], "nowhere: does not exist; a model is a folder with config.json"),
     (["data", "good.jsonl"], "needs --model"),

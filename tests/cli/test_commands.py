@@ -3,6 +3,8 @@
 import io
 import json
 import math
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +24,8 @@ from fourbit.data.encode import load as load_rows
 from fourbit.kernels import border
 from fourbit.models.load import load_tokenizer
 
-Capture = pytest.CaptureFixture[str]
-
-
-def run(capsys: Capture, *args: str) -> str:
-    """stdout of a command that ends well."""
-    code = main(list(args))
-    printed = capsys.readouterr()
-    assert code == 0, printed.err
-    return printed.out
-
-
-def run_json(capsys: Capture, *args: str) -> dict[str, Any]:
-    """The one line that --json leaves on stdout."""
-    out = run(capsys, *args, "--json")
-    assert out.count("\n") == 1
-    values: dict[str, Any] = json.loads(out)
-    return values
+Typed = Callable[..., str]
+AsJson = Callable[[str], dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
@@ -68,9 +55,9 @@ def test_the_saved_config_names_every_source(tuned: Path) -> None:
     assert found["alpha"] == found["steps"] == "default"
 
 
-def test_the_saved_config_repeats_the_run(tuned: Path, tmp_path: Path, capsys: Capture) -> None:
-    run(capsys, "sft", str(tuned / "config.yaml"), "--out", str(tmp_path / "again"))
-    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (tuned, tmp_path / "again"))
+def test_the_saved_config_repeats_the_run(tuned: Path, typed: Typed) -> None:
+    typed(f"sft {tuned}/config.yaml --out again")
+    first, second = (load_file(Path(folder) / "adapter_model.safetensors") for folder in (tuned, "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -97,89 +84,75 @@ def test_targets(tiny_folder: Path, target: list[str], layers: int) -> None:
     assert len(fourbit.attach(model, options.lora_config())) == layers
 
 
-def test_sft_json(tiny_folder: Path, rows: Path, tmp_path: Path, capsys: Capture) -> None:
-    args = ["--model", str(tiny_folder), "--data", str(rows), "--val", "20%", "--steps", "3", "--out", str(tmp_path)]
-    values = run_json(capsys, "sft", *args)
-    assert values["steps"] == 3 and values["out"] == str(tmp_path)
+def test_sft_json(as_json: AsJson) -> None:
+    values = as_json("sft --model m --data rows.jsonl --val 20% --steps 3 --out o")
+    assert values["steps"] == 3 and values["out"] == "o"
     assert values["val_perplexity"] == pytest.approx(math.exp(values["val_loss"]))
     assert values["loss"] > 0 and values["seconds"] > 0 and values["signal"] is None
 
 
-def test_full_fine_tuning_gives_a_model_that_loads(
-    tiny_folder: Path, rows: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    out = tmp_path / "full"
-    args = ["--model", str(tiny_folder), "--data", str(rows), "--full", "--steps", "2", "--out", str(out)]
-    assert f"fourbit chat --model {out}" in run(capsys, "sft", *args)
-    assert "quant: none" in (out / "config.yaml").read_text() and "rank" not in (out / "config.yaml").read_text()
-    old, new = (fourbit.load(folder)[0].state_dict() for folder in (tiny_folder, out))
+def test_full_fine_tuning_gives_a_model_that_loads(here: Path, typed: Typed, as_json: AsJson) -> None:
+    assert "fourbit chat --model full" in typed("sft --model m --data rows.jsonl --full --steps 2 --out full")
+    config = (here / "full" / CONFIG).read_text()
+    assert "quant: none" in config and "rank" not in config
+    old, new = (fourbit.load(here / folder)[0].state_dict() for folder in ("m", "full"))
     assert old.keys() == new.keys() and not all(torch.equal(old[name], new[name]) for name in old)
-    values = run_json(capsys, "eval", "--model", str(out), str(rows), "--no-exact")
-    assert values["loss"] > 0
-    run(capsys, "sft", str(out / "config.yaml"), "--resume")  # finished already: nothing is left to do, nothing breaks
+    assert as_json("eval --model full rows.jsonl --no-exact")["loss"] > 0
+    typed("sft full/config.yaml --resume")  # finished already: nothing is left to do, nothing breaks
 
 
-def test_an_existing_run_is_not_overwritten(tuned: Path, capsys: Capture) -> None:
-    before = (tuned / "config.yaml").read_bytes()
-    config = str(tuned / "config.yaml")
-    assert main(["sft", config]) == 2
-    assert "--resume auto" in capsys.readouterr().err
-    assert main(["sft", config, "--resume", "--rank", "4"]) == 2
-    assert "is a run with rank 8, and is resumed with 4" in capsys.readouterr().err
-    assert main(["sft", config, "--resume", "--dtype", "bfloat16"]) == 2
-    assert "is a run with dtype float32, and is resumed with bfloat16" in capsys.readouterr().err
-    held = {name: (tuned / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")}
-    assert main(["sft", config, "--resume", "--lr", "0.5"]) == 2
-    assert "other options (lr" in capsys.readouterr().err
-    assert held == {name: (tuned / name).read_bytes() for name in held} and held["config.yaml"] == before
+def test_an_existing_run_is_not_overwritten(tuned: Path, typed: Typed) -> None:
+    held = {name: (tuned / name).read_bytes() for name in (CONFIG, "metrics.jsonl")}
+    for flags, said in (
+        ("", "--resume auto"),
+        ("--resume --rank 4", "is a run with rank 8, and is resumed with 4"),
+        ("--resume --dtype bfloat16", "is a run with dtype float32, and is resumed with bfloat16"),
+        ("--resume --lr 0.5", "other options (lr"),
+    ):
+        assert said in typed(f"sft {tuned}/config.yaml {flags}", code=2)
+    assert held == {name: (tuned / name).read_bytes() for name in held}
 
 
-def test_bad_rows_can_be_skipped_and_are_counted(
-    tiny_folder: Path, rows: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    mixed = tmp_path / "mixed.jsonl"
-    mixed.write_text(rows.read_text() + "{\n")
-    args = ["sft", "--model", str(tiny_folder), "--data", str(mixed), "--out", str(tmp_path / "o"), "--steps", "1"]
-    assert main([*args, "--on-bad-row", "skip"]) == 0
-    assert "22 rows" in (err := capsys.readouterr().err) and "1 skipped" in err
+def test_bad_rows_can_be_skipped_and_are_counted(here: Path, typed: Typed) -> None:
+    (here / "mixed.jsonl").write_text((here / "rows.jsonl").read_text() + "{\n")
+    said = typed("sft --model m --data mixed.jsonl --out o --steps 1 --on-bad-row skip")
+    assert "22 rows" in said and "1 skipped" in said
 
 
-def test_eval_gives_both_and_agrees_with_the_library(
-    tuned: Path, tiny_folder: Path, val_rows: Path, capsys: Capture, tmp_path: Path
-) -> None:
-    args = ["eval", "--model", str(tiny_folder), "--adapter", str(tuned), "--data", str(val_rows)]
-    answers = tmp_path / "answers.jsonl"
-    values = run_json(capsys, *args, "--max-new-tokens", "6", "--answers", str(answers))
-    model, tokenizer = fourbit.load(tiny_folder, quantize="nf4-nodq")  # as the adapter's own config.yaml says
-    dataset = load_rows(val_rows, tokenizer)
+def test_eval_gives_both_and_agrees_with_the_library(tuned: Path, here: Path, as_json: AsJson) -> None:
+    values = as_json(f"eval --model m --adapter {tuned} --data val.jsonl --max-new-tokens 6 --answers answers.jsonl")
+    model, tokenizer = fourbit.load(here / "m", quantize="nf4-nodq")  # as the adapter's own config.yaml says
+    dataset = load_rows(here / "val.jsonl", tokenizer)
     assert values["base_loss"] == pytest.approx(fourbit.evaluate_loss(model, dataset.examples), rel=1e-6)
     fourbit.load_adapter(model, tuned)
     assert values["loss"] == pytest.approx(fourbit.evaluate_loss(model, dataset.examples), rel=1e-6)
     assert values["loss"] < values["base_loss"] and values["perplexity"] == pytest.approx(math.exp(values["loss"]))
     assert 0 <= values["exact_match"] <= 1 and values["rows"] == 6
-    written = [json.loads(line) for line in answers.read_text().splitlines()]
+    written = [json.loads(line) for line in (here / "answers.jsonl").read_text().splitlines()]
     assert [row["expected"] for row in written] == [sample.answers[0][-1]["content"] for sample in dataset.samples]
     assert sum(row["exact"] for row in written) / 6 == pytest.approx(values["exact_match"])
-    assert (tmp_path / "answers.base.jsonl").is_file()
+    assert (here / "answers.base.jsonl").is_file()
 
 
-def test_eval_prints_a_table(tuned: Path, tiny_folder: Path, val_rows: Path, capsys: Capture) -> None:
-    args = ["eval", "--model", str(tiny_folder), "--adapter", str(tuned), str(val_rows), "--no-exact"]
-    lines = run(capsys, *args).splitlines()
+def test_eval_prints_a_table(tuned: Path, typed: Typed) -> None:
+    line = f"eval --model m --adapter {tuned} val.jsonl --no-exact"
+    lines = typed(line, out=True).splitlines()
     assert lines[0].split() == ["base", "adapter"] and lines[1].split()[0] == "loss" and len(lines[1].split()) == 3
-    assert main([*args, "--no-base", "--quant", "none"]) == 0
-    printed = capsys.readouterr()
-    assert printed.out.splitlines()[0].split() == ["adapter"]
-    assert "the adapter was trained on nf4-nodq; on none it will be somewhat off" in printed.err
+    said = typed(f"{line} --no-base --quant none")
+    assert ["adapter"] in [line.split() for line in said.splitlines()]
+    assert "the adapter was trained on nf4-nodq; on none it will be somewhat off" in said
 
 
-def test_eval_of_plain_text_is_its_loss(tiny_folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "text.jsonl").write_text('{"text": "some words"}\n{"text": "and others"}\n')
-    values = run_json(capsys, "eval", "--model", str(tiny_folder), str(tmp_path / "text.jsonl"))
+def test_eval_of_plain_text_is_its_loss(here: Path, as_json: AsJson) -> None:
+    (here / "text.jsonl").write_text('{"text": "some words"}\n{"text": "and others"}\n')
+    values = as_json("eval --model m text.jsonl")
     assert values["loss"] > 0 and values["rows"] == 2 and "exact_match" not in values
 
 
-def test_generate_answers_every_form_of_row(tiny_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+GENERATE = "generate --model m --data prompts.jsonl --out answers.jsonl --max-new-tokens 9 --batch-size 2"
+
+
+def test_generate_answers_every_form_of_row(here: Path, as_json: AsJson) -> None:
     turn = {"role": "user", "content": "abc"}
     forms = [
         {"prompt": "abc", "id": 7},
@@ -188,18 +161,11 @@ def test_generate_answers_every_form_of_row(tiny_folder: Path, tmp_path: Path, c
         {"messages": [turn, {"role": "assistant", "content": "not shown"}]},
         {"prompt": "abc", "completion": "not shown"},
     ]
-    data, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     for form in forms:  # one form a file, as in training data; all five ask the same
-        data.write_text((json.dumps(form) + "\n") * 3)
-        values = run_json(capsys, "generate", *_prompts(tiny_folder, data, out))
-        answers = [json.loads(line) for line in out.read_text().splitlines()]
-        assert values == {"out": str(out), "rows": 3}
-        assert [{**form, "answer": answer["answer"]} for answer in answers] == answers
-        assert {answer["answer"] for answer in answers} == {_expected(tiny_folder, "abc")}
-
-
-def _prompts(model: Path, data: Path, out: Path) -> list[str]:
-    return ["--model", str(model), "--data", str(data), "--out", str(out), "--max-new-tokens", "9", "--batch-size", "2"]
+        (here / "prompts.jsonl").write_text((json.dumps(form) + "\n") * 3)
+        assert as_json(GENERATE) == {"out": "answers.jsonl", "rows": 3}
+        answers = [json.loads(line) for line in (here / "answers.jsonl").read_text().splitlines()]
+        assert answers == [form | {"answer": _expected(here / "m", "abc")}] * 3
 
 
 def _expected(folder: Path, text: str) -> str:
@@ -209,26 +175,26 @@ def _expected(folder: Path, text: str) -> str:
     return tokenizer.decode(fourbit.generate(model, [prompt], max_new_tokens=9, stop_ids=tokenizer.stop_ids)[0])
 
 
-def test_generate_leaves_no_half_file(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_leaves_no_half_file(here: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise MemoryError
 
     monkeypatch.setattr("fourbit.cli.generate.generate", fail)
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
-    (tmp_path / "a.jsonl").write_text("older answers")
-    assert main(["generate", *_prompts(tiny_folder, tmp_path / "p.jsonl", tmp_path / "a.jsonl")]) == 4
-    assert {path.name for path in tmp_path.iterdir()} == {"p.jsonl", "a.jsonl"}
-    assert (tmp_path / "a.jsonl").read_text() == "older answers"
+    (here / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    (here / "answers.jsonl").write_text("older answers")
+    before = {*here.iterdir()}
+    typed(GENERATE, code=4)
+    assert {*here.iterdir()} == before and (here / "answers.jsonl").read_text() == "older answers"
 
 
-def test_chat_remembers_until_reset(tiny_folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_remembers_until_reset(here: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("abc\nabc\n/reset\n\nabc\n/what\n/quit\nnever read\n"))
-    assert main(["chat", "--model", str(tiny_folder), "--max-new-tokens", "9"]) == 0
-    printed = capsys.readouterr()
-    fresh = visible(_expected(tiny_folder, "abc"))
-    assert printed.out.startswith(fresh + "\n") and printed.out.endswith(fresh + "\n")
-    assert printed.out != (fresh + "\n") * 3, "the second answer does not see the first turn"
-    assert "forgotten" in printed.err and "unknown command /what" in printed.err
+    said = typed("chat --model m --max-new-tokens 9")
+    told, _, out = said.partition("unknown command /what; there are /reset and /quit\n")
+    fresh = visible(_expected(here / "m", "abc"))
+    assert out.startswith(fresh + "\n") and out.endswith(fresh + "\n")
+    assert out != (fresh + "\n") * 3, "the second answer does not see the first turn"
+    assert "forgotten" in told
 
 
 def test_a_stream_holds_back_half_characters(tiny_folder: Path) -> None:
@@ -243,40 +209,35 @@ def test_a_stream_holds_back_half_characters(tiny_folder: Path) -> None:
     assert "".join(written) == stream.text == "aé€😀\N{REPLACEMENT CHARACTER}"
 
 
-def test_data_shows_what_is_trained(tiny_folder: Path, rows: Path, capsys: Capture) -> None:
-    first = json.loads(rows.read_text().splitlines()[0])["messages"]
-    out = run(capsys, "data", str(rows), "--model", str(tiny_folder), "--rows", "1")
-    question, answer = (message["content"] for message in first)
+def test_data_shows_what_is_trained(here: Path, typed: Typed) -> None:
+    out = typed("data rows.jsonl --model m --rows 1", out=True)
+    turns = json.loads((here / "rows.jsonl").read_text().splitlines()[0])["messages"]
+    question, answer = (message["content"] for message in turns)
     marks = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{{+{answer}<|im_end|>+}}\n"
     assert marks in out and out.count("{+") == 1
     assert "tokens in a row" in out
 
 
-def test_data_shows_both_answers_of_a_pair(tiny_folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "Hi", "chosen": "good", "rejected": "bad"}) + "\n")
-    out = run(capsys, "data", str(tmp_path / "pairs.jsonl"), "--model", str(tiny_folder))
+def test_data_shows_both_answers_of_a_pair(here: Path, typed: Typed) -> None:
+    (here / "pairs.jsonl").write_text(json.dumps({"prompt": "Hi", "chosen": "good", "rejected": "bad"}) + "\n")
+    out = typed("data pairs.jsonl --model m", out=True)
     assert "{+good<|im_end|>+}" in out and "{+bad<|im_end|>+}" in out
 
 
-def test_data_json_counts(tiny_folder: Path, rows: Path, capsys: Capture) -> None:
-    values = run_json(capsys, "data", str(rows), "--model", str(tiny_folder))
-    dataset = load_rows(rows, load_tokenizer(tiny_folder))
+def test_data_json_counts(here: Path, as_json: AsJson) -> None:
+    values = as_json("data rows.jsonl --model m")
+    examples = load_rows(here / "rows.jsonl", load_tokenizer(here / "m")).examples
     assert values["rows"] == 22 and values["problems"] == []
-    assert values["tokens"] == sum(len(part.ids) for example in dataset.examples for part in example.parts)
-    assert values["trained_share"] == pytest.approx(
-        sum(sum(part.trained) for example in dataset.examples for part in example.parts) / values["tokens"]
-    )
+    assert values["tokens"] == sum(len(part.ids) for example in examples for part in example.parts)
+    trained = sum(sum(part.trained) for example in examples for part in example.parts)
+    assert values["trained_share"] == pytest.approx(trained / values["tokens"])
 
 
-def test_data_lists_problems_and_shows_the_rest(tiny_folder: Path, rows: Path, tmp_path: Path, capsys: Capture) -> None:
-    mixed = tmp_path / "mixed.jsonl"
-    mixed.write_text(rows.read_text() + "{\n" * 3)
-    args = ["data", str(mixed), "--model", str(tiny_folder), "--problems", "2"]
-    assert main(args) == 2
-    printed = capsys.readouterr()
-    assert "mixed.jsonl:23: " in printed.err and "mixed.jsonl:25: " not in printed.err and "and 1 more" in printed.err
-    assert "{+" in printed.out
-    assert main([*args, "--on-bad-row", "skip"]) == 0
+def test_data_lists_problems_and_shows_the_rest(here: Path, typed: Typed) -> None:
+    (here / "mixed.jsonl").write_text((here / "rows.jsonl").read_text() + "{\n" * 3)
+    said = typed("data mixed.jsonl --model m --problems 2", code=2)
+    assert "mixed.jsonl:23: " in said and "mixed.jsonl:25: " not in said and "and 1 more" in said and "{+" in said
+    typed("data mixed.jsonl --model m --problems 2 --on-bad-row skip")
 
 
 def test_pieces_join_to_the_text_and_keep_every_kind(tiny_folder: Path, tmp_path: Path) -> None:
@@ -315,51 +276,47 @@ def test_bars_count_every_value() -> None:
     assert bars([100]).splitlines()[-1].split()[-1] == "1"
 
 
-def test_doctor(capsys: Capture) -> None:
-    facts = run_json(capsys, "doctor")
+def test_doctor(typed: Typed, as_json: AsJson) -> None:
+    facts = as_json("doctor")
     assert facts["versions"]["torch"] == torch.__version__ and facts["versions"]["fourbit"] == fourbit.__version__
     assert facts["used"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert "kernels" in run(capsys, "doctor")
+    assert "kernels" in typed("doctor", out=True)
 
 
 def test_doctor_shows_how_many_rows_are_decoded_inside_the_product(
-    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    monkeypatch: pytest.MonkeyPatch, as_json: AsJson
 ) -> None:
     monkeypatch.setattr(border, "BORDER", {"sm_90": 48})
-    shown = run_json(capsys, "doctor")["rows decoded inside the product"]
+    shown = as_json("doctor")["rows decoded inside the product"]
     assert shown.keys() - {"this GPU"} == border.TILES.keys()
     assert shown["sm_90"] == "48 (measured)" and shown["sm_80"].startswith(f"{border.SAFE} (not measured")
 
 
-def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    from importlib import metadata
-
+def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, typed: Typed) -> None:
     def version(name: str) -> str:
         if name == "gguf":
-            raise metadata.PackageNotFoundError(name)
+            raise PackageNotFoundError(name)
         return "1.0"
 
     monkeypatch.setattr("fourbit.cli.doctor.version", version)
-    assert main(["doctor"]) == 3
-    printed = capsys.readouterr()
-    assert "gguf" in printed.out and "missing: pip install gguf" in printed.err
+    said = typed("doctor", code=3)
+    assert "missing: pip install gguf" in said and "gguf         missing" in said
 
 
-def test_help_and_version(capsys: Capture) -> None:
-    page = run(capsys, "--help")
+def test_help_and_version(typed: Typed) -> None:
+    page = typed("--help", out=True)
     assert all(f"fourbit {name}" in page for name in COMMANDS)
-    assert run(capsys) == page
-    assert run(capsys, "--version") == f"fourbit {fourbit.__version__}\n"
+    assert typed("") == page
+    assert typed("--version") == f"fourbit {fourbit.__version__}\n"
 
 
-def test_sft_with_an_optimizer_and_rates_of_its_own(tiny_folder: Path, rows: Path, tmp_path: Path) -> None:
+def test_sft_with_an_optimizer_and_rates_of_its_own(typed: Typed) -> None:
     """The settings are kept as they were given, and a resumed run may have another budget."""
-    out = tmp_path / "run"
-    flags = ["--steps", "2", "--rank", "4", "--schedule", "wsd", "--decay", "0.5", "--lora-plus", "16"]
-    flags += ["--lr-scale", "*.layers.0.*=0.5", "--lr-scale", "*.k_proj.*=2", "--optimizer", "paged-adamw8bit"]
-    args = ["sft", "--model", str(tiny_folder), "--data", str(rows), "--out", str(out)]
-    assert main([*args, *flags, "--optimizer-budget", "1MiB"]) == 0
-    settings = run_settings(str(out))
+    typed(
+        "sft --model m --data rows.jsonl --out run --steps 2 --rank 4 --schedule wsd --decay 0.5 --lora-plus 16 "
+        "--lr-scale '*.layers.0.*=0.5' --lr-scale '*.k_proj.*=2' --optimizer paged-adamw8bit --optimizer-budget 1MiB"
+    )
+    settings = run_settings("run")
     assert settings["lr_scale"] == {"*.layers.0.*": 0.5, "*.k_proj.*": 2} and settings["decay"] == 0.5
     assert settings["optimizer"] == "paged-adamw8bit" and settings["optimizer_budget"] == "1MiB"
-    assert main(["sft", str(out / CONFIG), "--optimizer-budget", "auto", "--resume"]) == 0
+    typed("sft run/config.yaml --optimizer-budget auto --resume")
