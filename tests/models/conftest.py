@@ -42,17 +42,9 @@ def tiny_llama(seed: int = 0, **shape: Any) -> Any:
     """A random transformers Llama in fp32; a fresh one would hide faults, so norms and biases are random too."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    defaults: dict[str, Any] = {
-        "vocab_size": 97,
-        "hidden_size": 48,
-        "intermediate_size": 84,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.2,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-    }
+    sizes = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 84, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    defaults: dict[str, Any] = {**sizes, **heads, "max_position_embeddings": 256, "rms_norm_eps": 1e-5}
     torch.manual_seed(seed)
     return randomise(LlamaForCausalLM(LlamaConfig(**defaults | shape)).eval())
 

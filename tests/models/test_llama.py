@@ -169,14 +169,6 @@ def test_another_packed_example_changes_nothing_to_the_bit(ours: Ours) -> None:
 
 
 @torch.no_grad()
-def test_right_padding_needs_no_mask(ours: Ours) -> None:
-    model = ours("gqa 2:1")
-    ids = tokens(2, 30)
-    padded = torch.cat([ids, torch.zeros(2, 9, dtype=torch.int64)], dim=1)
-    torch.testing.assert_close(model(padded)[:, :30], model(ids), rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("steps", [[40], [1] * 40, [7, 1, 1, 31], [30, 10]])
 def test_cached_equals_uncached(ours: Ours, kind: str, steps: list[int]) -> None:
     model = ours(kind, torch.float64)
@@ -185,18 +177,6 @@ def test_cached_equals_uncached(ours: Ours, kind: str, steps: list[int]) -> None
     pieces = [model(part, cache=cache) for part in ids.split(steps, dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), rtol=0, atol=1e-10)
     assert cache.length == 40
-
-
-@torch.no_grad()
-def test_cache_grows_and_changes_rows(ours: Ours) -> None:
-    model = ours("gqa 2:1", torch.float64)
-    ids = tokens(3, 300)
-    cache = KVCache(len(model.model.layers))
-    model(ids[:, :60], cache=cache)
-    model(ids[:, 60:200], cache=cache)
-    cache.select(torch.tensor([2, 0, 2]))
-    rest = model(ids[[2, 0, 2], 200:], cache=cache)
-    torch.testing.assert_close(rest, model(ids[[2, 0, 2]])[:, 200:], rtol=0, atol=1e-10)
 
 
 @torch.no_grad()

@@ -17,18 +17,9 @@ def theirs() -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=84,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=20,
-        rms_norm_eps=1e-5,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-    )
+    sizes = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 84, "num_hidden_layers": 3, "head_dim": 20}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen3Config(**sizes, **heads, rms_norm_eps=1e-5, tie_word_embeddings=True)
     model = Qwen3ForCausalLM(config).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -36,9 +27,9 @@ def theirs() -> Any:
     return model
 
 
-def ours(theirs: Any, **changes: Any) -> Decoder:
+def ours(theirs: Any) -> Decoder:
     words = theirs.config.to_dict() | {"model_type": "llama"}
-    model = Decoder(replace(read_spec(words), qk_norm=True, **changes)).double().eval()
+    model = Decoder(replace(read_spec(words), qk_norm=True)).double().eval()
     model.load_state_dict(theirs.state_dict())
     return model
 
