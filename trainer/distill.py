@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..errors import InputError
+from ..kernels.linear_divergence import Divergence
 from ..lora.adapter import DEFAULT, AdapterLayer, carried, using
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
@@ -80,16 +81,9 @@ class DistillTrainer(SFTTrainer):
         here = on_device(self.model, batch)
         theirs = self.teacher_hidden(here, here.rows)  # before there is a graph
         ours = hidden_rows(self.model, here, here.rows)
-        divergence = token_divergence(
-            self.model.lm_head,
-            ours,
-            self.teacher_head,
-            theirs,
-            kind=config.divergence,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            beta=0.5 if config.jsd_beta is None else config.jsd_beta,
-        )
+        beta = 0.5 if config.jsd_beta is None else config.jsd_beta
+        wanted = Divergence(config.divergence, config.temperature, config.top_k, beta)
+        divergence = token_divergence(self.model.lm_head, ours, self.teacher_head, theirs, wanted)
         loss = divergence.sum(dtype=torch.float64)
         if not config.sft_weight:
             return Sums(loss, {})

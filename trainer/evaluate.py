@@ -52,9 +52,7 @@ def evaluate_loss(
     stop: Callable[[], bool] = lambda: False,
 ) -> float | None:
     """Mean loss of a trained token over all examples, in nats; its exponential is the perplexity.
-
-    Dropout is off and no gradient is kept. Returns None when `stop()` became true between two batches.
-    """
+    Dropout is off and no gradient is kept. Returns None when `stop()` became true between two batches."""
     batches = micro_batches(
         list(enumerate(examples)), packing=packing, micro_batch="auto", token_budget=token_budget, pad_id=pad_id
     )

@@ -193,11 +193,8 @@ class DPOTrainer(PreferenceTrainer):
     def _other_prompt(dataset: Any, chosen: Sequence[int], k: int) -> Example | None:
         """The next example with another prompt, after the k-th of the step and around, then in the whole data."""
         own = prompt_of(dataset.examples[chosen[k]])
-        for i in chain(chosen[k + 1 :], chosen[:k], range(chosen[k] + 1, len(dataset)), range(chosen[k])):
-            if prompt_of(dataset.examples[i]) != own:
-                example: Example = dataset.examples[i]
-                return example
-        return None
+        places = chain(chosen[k + 1 :], chosen[:k], range(chosen[k] + 1, len(dataset)), range(chosen[k]))
+        return next((dataset.examples[i] for i in places if prompt_of(dataset.examples[i]) != own), None)
 
     def _check_start(self, result: StepResult) -> None:
         """While the policy still is the reference all rewards are 0, so that DPO's loss is ln 2; anything else means

@@ -19,12 +19,10 @@ from .trainer import Weights
 
 class RewardTrainer(PreferenceTrainer):
     """Trains an adapter and a head that gives the preferred one of two answers the higher reward.
-
     model: from `fourbit.load`, with an adapter, fresh or trained before. train: a JSONL file of pairs, several, or a
-    dataset of them. val: the same, or a fraction. head: [1, hidden_size] to go on from (`read_head`); by
-    default zeros, so the loss starts at ln 2. `reward_model` scores with what is being trained.
-    Raises InputError for rows, options or a model that cannot be trained on.
-    """
+    dataset of them. val: the same, or a fraction. head: [1, hidden_size] to go on from (`read_head`); by default zeros,
+    so the loss starts at ln 2. `reward_model` scores with what is being trained. Raises InputError for rows, options or
+    a model that cannot be trained on."""
 
     config: RewardConfig
 

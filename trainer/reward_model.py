@@ -29,10 +29,8 @@ Answered = Sample | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 class RewardModel:
     """Scores answers: reward = head . hidden state at the answer's last trained token, its end of turn.
-
     model: from `fourbit.load`, with the adapter that was trained with the head. head: [1, hidden_size]. Rewards of one
-    prompt's answers compare with each other; their zero and their scale mean nothing.
-    """
+    prompt's answers compare with each other; their zero and their scale mean nothing."""
 
     def __init__(self, model: CausalLM, head: Tensor) -> None:
         wanted = (1, model.hidden_size)
@@ -43,10 +41,8 @@ class RewardModel:
     @classmethod
     def load(cls, model: CausalLM, folder: str | Path) -> "RewardModel":
         """Put the adapter in `folder` on the model, as `load_adapter` does, and read the head beside it.
-
         Raises InputError for a head or an adapter that is missing, broken or of another model, before the model is
-        touched.
-        """
+        touched."""
         head = read_head(model, folder)
         load_adapter(model, folder)
         return cls(model, head)
@@ -73,11 +69,9 @@ class RewardModel:
         token_budget: int = 2048,
     ) -> list[float]:
         """The reward of each row's last assistant turn, in order; dropout is off and no gradient is kept.
-
-        A row is a list of messages, {"messages": ...} or {"prompt": ..., "completion": ...}, and ends with an
-        assistant turn. token_budget: tokens that are run through the model at a time.
-        Raises InputError for a row that is none of these or cannot be encoded, naming its place.
-        """
+        A row is a list of messages, {"messages": ...} or {"prompt": ..., "completion": ...}, and ends with an assistant
+        turn. token_budget: tokens that are run through the model at a time. Raises InputError for a row that is none of
+        these or cannot be encoded, naming its place."""
         form = template_for(tokenizer, template)
         samples = [_sample(row, place) for place, row in enumerate(rows, 1)]
         answers = []
@@ -103,10 +97,8 @@ def fresh_head(model: CausalLM) -> Tensor:
 
 def read_head(model: CausalLM, folder: str | Path) -> Tensor:
     """The head that `folder` holds, on the model's device, in fp32 (float64 for a float64 model).
-
     Raises InputError for a file that is missing, no regular file of the folder, or no head of this model, and for NaN
-    or infinity.
-    """
+    or infinity."""
     file = regular_file(Path(folder), HEAD, " fourbit reward writes one beside the adapter it trains.")
     tensors, like = float_tensors(file), fresh_head(model)
     if tensors.keys() != {KEY}:

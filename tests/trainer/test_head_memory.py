@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.kernels import chunked_head
+from fourbit.kernels.linear_divergence import Divergence
 from fourbit.lora.adapter import AdapterLayer
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
@@ -56,7 +57,7 @@ def logprob_step(head: nn.Module, hidden: Tensor) -> None:
 
 def divergence_step(head: nn.Module, hidden: Tensor) -> None:
     teacher = hidden.detach()
-    token_divergence(head, hidden, head, teacher, kind="jsd").sum().backward()
+    token_divergence(head, hidden, head, teacher, Divergence("jsd")).sum().backward()
 
 
 def test_the_measure_sees_full_logits():

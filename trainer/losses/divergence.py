@@ -13,26 +13,19 @@ def token_divergence(
     hidden: Tensor,
     teacher_head: nn.Module,
     teacher_hidden: Tensor,
-    *,
-    kind: str,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    beta: float = 0.5,
+    wanted: Divergence,
 ) -> Tensor:
     """The divergence of each row, [N], nats: `kernels.linear_divergence` for heads that are modules, of one vocabulary.
-
     hidden: [N, D] of the student, trained positions only; teacher_hidden: [N, E] at the same positions. Both heads are
     run in the mode they are in, the teacher's without gradient; they may be the same module. Gradients flow to hidden
-    and to what is trained in the student's head. One chunk of both logits is alive at a time.
-    Raises ValueError when rows differ or a setting is out of range.
-    """
+    and to what is trained in the student's head. One chunk of both logits is alive at a time. Raises ValueError when
+    rows differ or a setting is out of range."""
     vocabulary = vocabulary_of(head)
     if hidden.ndim != 2 or teacher_hidden.ndim != 2 or len(hidden) != len(teacher_hidden):
         raise ValueError(
             "token_divergence needs hidden [N, D] and teacher_hidden [N, E], "
             f"got {tuple(hidden.shape)} and {tuple(teacher_hidden.shape)}"
         )
-    wanted = Divergence(kind, temperature, top_k, beta)
     wanted.check(vocabulary)
 
     def teacher_logits(rows: slice) -> Tensor:

@@ -62,9 +62,7 @@ def vocabulary_of(head: nn.Module) -> int:
 
 def batch_token_scores(model: CausalLM, batch: Batch) -> TokenScores:
     """Log-probability, entropy and correctness of each prediction of a batch that is on the CPU, [batch.trained] each.
-
-    Raises ValueError for a target outside the model's vocabulary.
-    """
+    Raises ValueError for a target outside the model's vocabulary."""
     here = on_device(model, batch)
     return token_scores(model.lm_head, hidden_rows(model, here, here.rows), here.targets)
 
@@ -97,9 +95,7 @@ class Answers(NamedTuple):
 
 def answer_scores(model: CausalLM, batch: Batch) -> Answers:
     """One forward pass over a batch that is still on the CPU; the head runs on predicted tokens only.
-
-    A token that both answers of a pair begin with is predicted once and counts in both.
-    """
+    A token that both answers of a pair begin with is predicted once and counts in both."""
     scores = batch_token_scores(model, batch)
     slots, lengths = (sent(x, scores.logps.device) for x in (batch.slots, batch.lengths))
     logps, entropy, correct = (_by_answer(values, slots) for values in scores)
@@ -113,12 +109,10 @@ def _by_answer(values: Tensor, slots: Tensor) -> Tensor:
 
 def token_kl(logps: Tensor, reference: Tensor) -> Tensor:
     """How far the policy has moved at each token of an answer: a lower bound of KL(policy || reference), in nats.
-
     It is the divergence of "this token or another one", p log(p/q) + (1-p) log((1-p)/(1-q)), which is at most that of
     the whole distributions and equal to it over two tokens. It needs no samples of the policy, which the answers of
-    preference data are not; the usual estimates from samples (k1, k3) are negative or without bound there.
-    Any shape, returns the same, fp32 or float64, never negative; no gradient.
-    """
+    preference data are not; the usual estimates from samples (k1, k3) are negative or without bound there. Any shape,
+    returns the same, fp32 or float64, never negative; no gradient."""
     p, q = (x.detach().double().clamp(max=-NEVER_SURE) for x in (logps, reference))
     not_p, not_q = ((-x.expm1()).log() for x in (p, q))
     return (p.exp() * (p - q) + not_p.exp() * (not_p - not_q)).clamp(min=0).to(logps.dtype)
