@@ -1,371 +1,98 @@
-"""Rows to learn from and prompts, of every form, become samples; every rule that a row can break is one problem."""
+"""Rows of every form become samples; every rule that a row can break is one problem.
 
+`good_rows.jsonl` holds rows of each kind and the sample that each must become, `bad_rows.jsonl` rows and what is said.
+"""
+
+import copy
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fourbit.data.forms import Sample, kind_of, recognise, sample, samples
+from fourbit.data.forms import FORMS, Sample, kind_of, recognise, sample, samples
 from fourbit.data.read import counted
 from fourbit.data.row import BadRow, Row
+from fourbit.errors import InputError
 
+GOOD, BAD = (
+    {f"{case['kind']}: {case['case']}": case for case in map(json.loads, path.read_text().splitlines())}
+    for path in (Path(__file__).with_name(f"{name}_rows.jsonl") for name in ("good", "bad"))
+)
+ANSWERS = {"sft": ("",), "pairs": ("chosen", "rejected"), "judged": ("completion",)}
+S = {"role": "system", "content": "Be brief."}
 U = {"role": "user", "content": "Hi"}
 A = {"role": "assistant", "content": "Hello"}
-NOT = "is not a row to learn from, keys are"
-USE = 'use {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "completion": ...}'
-PAIR = "it looks like a preference pair, which `fourbit dpo` reads"
-JUDGED = "it looks like an answer with a judgement, which losses for unpaired answers take"
-CALL_FORM = '{"type": "function", "function": {"name": ..., "arguments": ...}}'
-ROLES = "must be one of system, developer, user, assistant, tool"
-CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+B = {"role": "assistant", "content": "Green."}
+P = {"prompt": "p", "chosen": "c", "rejected": "r"}
 
 
 def chat(*messages: Any, **more: Any) -> dict[str, Any]:
     return {"messages": list(messages), **more}
 
 
-# the row, and what its problem says after `rows.jsonl:7: `
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "no keys": ({}, f"row: {NOT} none: {USE}"),
-    "unknown keys": ({"a": 1, "b": 2}, f"row: {NOT} 'a', 'b': {USE}"),
-    "preference": (
-        {"prompt": "p", "chosen": "c", "rejected": "r"},
-        f"row: {NOT} 'prompt', 'chosen', 'rejected'; {PAIR}: {USE}",
-    ),
-    "openai preference": (
-        {"input": {}, "preferred_output": [], "non_preferred_output": []},
-        f"row: {NOT} 'input', 'preferred_output', 'non_preferred_output'; {PAIR}: {USE}",
-    ),
-    "an answer and its label": (
-        {"prompt": "p", "completion": "c", "label": False},
-        f"row: {NOT} 'prompt', 'completion', 'label'; {JUDGED}: {USE}",
-    ),
-    "a conversation and its tag": (chat(U, A, kto_tag=True), f"row: {NOT} 'messages', 'kto_tag'; {JUDGED}: {USE}"),
-    "sharegpt preference": (
-        {"conversations": [], "chosen": {}, "rejected": {}},
-        f"row: {NOT} 'conversations', 'chosen', 'rejected'; {PAIR}: {USE}",
-    ),
-    "question and answer": ({"question": "q", "answer": "a"}, f"row: {NOT} 'question', 'answer': {USE}"),
-    "text and a prompt": ({"prompt": "p", "text": "t"}, f"row: {NOT} 'prompt', 'text': {USE}"),
-    "text and a question": ({"question": "q", "text": "t"}, f"row: {NOT} 'question', 'text': {USE}"),
-    "text null": ({"text": None}, "text: must be a string, not null"),
-    "text blank": ({"text": " \n"}, "text: holds only white space"),
-    "sharegpt, unknown role": (
-        {"conversations": [{"from": "narrator", "value": "x"}]},
-        "conversations[0].from: is 'narrator': must be one of system, developer, user, assistant, tool",
-    ),
-    "sharegpt, two contents": (
-        {"conversations": [{"from": "human", "value": "x", "content": "y"}, {"from": "gpt", "value": "z"}]},
-        "conversations[0]: has both `value` and `content`: keep one of them",
-    ),
-    "sharegpt, no answer": (
-        {"conversations": [{"from": "human", "value": "x"}]},
-        "last message: has the role 'user': a conversation must end with an assistant turn, the answer to learn",
-    ),
-    "alpaca without output": ({"instruction": "i"}, "output: must be a string, not null"),
-    "alpaca, instruction empty": ({"instruction": "", "output": "o"}, "instruction: is empty"),
-    "alpaca, history of three": (
-        {"instruction": "i", "output": "o", "history": [["a", "b", "c"]]},
-        "history[0]: must be [question, answer]",
-    ),
-    "two forms at once": (
-        chat(U, A, completion="x"),
-        "row: has both `messages` and `completion`: keep one of the two forms",
-    ),
-    "messages null": ({"messages": None}, "messages: must be a list of messages, not null"),
-    "messages a string": ({"messages": "Hi"}, "messages: must be a list of messages, not a string"),
-    "messages an object": ({"messages": U}, "messages: must be a list of messages, not an object"),
-    "messages empty": (chat(), "messages: is an empty list"),
-    "message a string": (chat("Hi", A), "messages[0]: must be an object with `role` and `content`, not a string"),
-    "message null": (chat(U, None), "messages[1]: must be an object with `role` and `content`, not null"),
-    "message a list": (chat([U], A), "messages[0]: must be an object with `role` and `content`, not a list"),
-    "role missing": (chat({"content": "Hi"}, A), "messages[0].role: is missing"),
-    "role null": (chat({"role": None, "content": "Hi"}, A), "messages[0].role: must be a string, not null"),
-    "role a number": (chat({"role": 1, "content": "Hi"}, A), "messages[0].role: must be a string, not a number"),
-    "role human": (chat({"role": "human", "content": "Hi"}, A), "messages[0].role: is 'human': did you mean 'user'?"),
-    "role gpt": (chat(U, {"role": "gpt", "content": "x"}), "messages[1].role: is 'gpt': did you mean 'assistant'?"),
-    "role model": (
-        chat(U, {"role": "model", "content": "x"}),
-        "messages[1].role: is 'model': did you mean 'assistant'?",
-    ),
-    "role in capitals": (
-        chat({"role": "User", "content": "Hi"}, A),
-        "messages[0].role: is 'User': did you mean 'user'?",
-    ),
-    "role with a space": (
-        chat({"role": "user ", "content": "Hi"}, A),
-        "messages[0].role: is 'user ': did you mean 'user'?",
-    ),
-    "role function": (
-        chat(U, {"role": "function", "content": "x"}, A),
-        "messages[1].role: is 'function': did you mean 'tool'?",
-    ),
-    "role unknown": (chat({"role": "narrator", "content": "Hi"}, A), f"messages[0].role: is 'narrator': {ROLES}"),
-    "role empty": (chat({"role": "", "content": "Hi"}, A), f"messages[0].role: is '': {ROLES}"),
-    "from and value": (
-        chat({"from": "human", "value": "Hi"}, A),
-        'messages[0]: has `from` where `role` is needed: a message is {"role": ..., "content": ...}',
-    ),
-    "value for content": (
-        chat({"role": "user", "value": "Hi"}, A),
-        'messages[0]: has `value` where `content` is needed: a message is {"role": ..., "content": ...}',
-    ),
-    "content missing": (chat({"role": "user"}, A), "messages[0].content: is missing"),
-    "content null": (
-        chat({"role": "user", "content": None}, A),
-        "messages[0].content: must be a string or a list of text parts, not null",
-    ),
-    "content a number": (
-        chat(U, {"role": "assistant", "content": 5}),
-        "messages[1].content: must be a string or a list of text parts, not a number",
-    ),
-    "content a boolean": (
-        chat(U, {"role": "assistant", "content": True}),
-        "messages[1].content: must be a string or a list of text parts, not a boolean",
-    ),
-    "content an object": (
-        chat({"role": "user", "content": {"text": "Hi"}}, A),
-        "messages[0].content: must be a string or a list of text parts, not an object",
-    ),
-    "part a string": (
-        chat({"role": "user", "content": ["Hi"]}, A),
-        'messages[0].content[0]: must be an object {"type": "text", "text": ...}, not a string',
-    ),
-    "part an image": (
-        chat({"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}, A),
-        "messages[0].content[1].type: is 'image_url': only text parts can be trained on",
-    ),
-    "part without type": (
-        chat({"role": "user", "content": [{"text": "x"}]}, A),
-        "messages[0].content[0].type: is 'None': only text parts can be trained on",
-    ),
-    "part text null": (
-        chat({"role": "user", "content": [{"type": "text", "text": None}]}, A),
-        "messages[0].content[0].text: must be a string, not null",
-    ),
-    "no parts": (chat({"role": "user", "content": []}, A), "messages[0].content: is empty"),
-    "user empty": (chat({"role": "user", "content": ""}, A), "messages[0].content: is empty"),
-    "assistant empty": (chat(U, {"role": "assistant", "content": ""}), "messages[1].content: is empty"),
-    "assistant blank": (
-        chat(U, {"role": "assistant", "content": " \n"}),
-        "messages[1].content: holds only white space",
-    ),
-    "assistant null": (
-        chat(U, {"role": "assistant", "content": None}),
-        "messages[1].content: must be a string or a list of text parts, not null",
-    ),
-    "weight 2": (chat(U, {**A, "weight": 2}), "messages[1].weight: must be 0 or 1, not 2"),
-    "weight half": (chat(U, {**A, "weight": 0.5}), "messages[1].weight: must be 0 or 1, not 0.5"),
-    "weight true": (chat(U, {**A, "weight": True}), "messages[1].weight: must be 0 or 1, not True"),
-    "weight null": (chat(U, {**A, "weight": None}), "messages[1].weight: must be 0 or 1, not None"),
-    "weight a string": (chat(U, {**A, "weight": "0"}), "messages[1].weight: must be 0 or 1, not '0'"),
-    "weight on user": (
-        chat({**U, "weight": 1}, A),
-        "messages[0].weight: belongs on assistant turns only, this one is 'user'",
-    ),
-    "last turn user": (
-        chat(U, A, U),
-        "last message: has the role 'user': a conversation must end with an assistant turn, the answer to learn",
-    ),
-    "last turn tool": (
-        chat(U, {**A, "tool_calls": [CALL]}, {"role": "tool", "content": "1"}),
-        "last message: has the role 'tool': a conversation must end with an assistant turn, the answer to learn",
-    ),
-    "only a user": (
-        chat(U),
-        "last message: has the role 'user': a conversation must end with an assistant turn, the answer to learn",
-    ),
-    "only an assistant": (chat(A), "first message: is an assistant turn: an answer needs something before it"),
-    "all weights 0": (chat(U, {**A, "weight": 0}), "messages: every assistant turn has weight 0: nothing to train"),
-    "tool calls on user": (
-        chat({**U, "tool_calls": [CALL]}, A),
-        "messages[0].tool_calls: belongs on assistant turns only, this one is 'user'",
-    ),
-    "tool calls an object": (
-        chat(U, {**A, "tool_calls": CALL}),
-        "messages[1].tool_calls: must be a list, not an object",
-    ),
-    "tool call a string": (
-        chat(U, {**A, "tool_calls": ["f()"]}),
-        f"messages[1].tool_calls[0]: must be an object {CALL_FORM}",
-    ),
-    "tool call without name": (
-        chat(U, {**A, "tool_calls": [{"function": {"arguments": "{}"}}]}),
-        f"messages[1].tool_calls[0]: must be an object {CALL_FORM}",
-    ),
-    "tool arguments no JSON": (
-        chat(U, {**A, "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}),
-        "messages[1].tool_calls[0].arguments: is not valid JSON",
-    ),
-    "tool arguments a list": (
-        chat(U, {**A, "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}),
-        "messages[1].tool_calls[0].arguments: must be a JSON object, not a list",
-    ),
-    "tools a string": (chat(U, A, tools="[]"), "tools: must be a list of objects, not a string"),
-    "tools of strings": (chat(U, A, tools=["f"]), "tools: must be a list of objects, not a list"),
-    "prompt alone": ({"prompt": "p"}, "completion: is missing: a prompt/completion row needs both"),
-    "completion alone": ({"completion": "c"}, "prompt: is missing: a prompt/completion row needs both"),
-    "prompt empty": ({"prompt": "", "completion": "c"}, "prompt: is empty"),
-    "completion empty": ({"prompt": "p", "completion": ""}, "completion: is empty"),
-    "completion blank": ({"prompt": "p", "completion": "\t"}, "completion: holds only white space"),
-    "prompt null": (
-        {"prompt": None, "completion": "c"},
-        "prompt, completion: must both be strings or both be lists of messages, not null and a string",
-    ),
-    "prompt a list, completion a string": (
-        {"prompt": [U], "completion": "c"},
-        "prompt, completion: must both be strings or both be lists of messages, not a list and a string",
-    ),
-    "completion an object": (
-        {"prompt": [U], "completion": A},
-        "prompt, completion: must both be strings or both be lists of messages, not a list and an object",
-    ),
-    "prompt list empty": ({"prompt": [], "completion": [A]}, "prompt: is an empty list"),
-    "completion list empty": ({"prompt": [U], "completion": []}, "completion: is an empty list"),
-    "completion by a user": ({"prompt": [U], "completion": [U]}, "completion[0].role: must be 'assistant', not 'user'"),
-    "completion ends with a user": (
-        {"prompt": [U], "completion": [A, U]},
-        "last message: has the role 'user': a conversation must end with an assistant turn, the answer to learn",
-    ),
-    "bad message in a prompt": (
-        {"prompt": [{"role": "bot", "content": "x"}], "completion": [A]},
-        "prompt[0].role: is 'bot': did you mean 'assistant'?",
-    ),
-    "bad message in a completion": (
-        {"prompt": [U], "completion": [{"role": "assistant", "content": ""}]},
-        "completion[0].content: is empty",
-    ),
-}
+def made(data: dict[str, Any], kind: Any = "sft") -> Sample:
+    return sample(Row(data, "rows.jsonl", 7), kind)
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_every_form_becomes_a_sample(case: str) -> None:
+    given = GOOD[case]
+    kind, data = given["kind"], given["row"]
+    before = copy.deepcopy(data)
+    got = made(data, kind)
+    assert (got.context, [*got.answers]) == (given["context"], given["answers"])
+    assert (got.label, got.text, got.tools) == tuple(given.get(name) for name in ("label", "text", "tools"))
+    assert [*got.notes] == given.get("notes", [])
+    assert data == before, "the row itself was changed"
+    assert got.source == "rows.jsonl:7" and got.row == (data if kind == "prompts" else {})
+    assert kind == "prompts" or got.names == ANSWERS[kind]
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_row_is_one_clear_problem(case: str) -> None:
-    data, says = BAD[case]
+    given = BAD[case]
     with pytest.raises(BadRow) as caught:
-        sample(Row(data, "rows.jsonl", 7), "sft")
-    assert str(caught.value) == f"rows.jsonl:7: {says}"
-    assert (caught.value.problem.file, caught.value.problem.line) == ("rows.jsonl", 7)
+        made(given["row"], given["kind"])
+    problem = caught.value.problem
+    assert str(caught.value) == f"rows.jsonl:7: {given['says']}"
+    assert (problem.file, problem.line, problem.kind) == ("rows.jsonl", 7, given["counted"])
 
 
-def test_there_are_enough_bad_rows() -> None:
-    assert len(BAD) >= 70
+def test_the_tables_are_whole() -> None:
+    assert len(BAD) >= 140
+    found = {(case["kind"], form_of(case["row"], case["kind"])) for case in GOOD.values()}
+    assert found == {(form.kind, form.name) for form in FORMS}
 
 
-def made(data: dict[str, Any]) -> Sample:
-    return sample(Row(data, "rows.jsonl", 1), "sft")
-
-
-def messages(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """The whole conversation that a row becomes."""
-    found = made(data)
-    assert found.context == [] and found.text is None and found.label is None
-    return found.answers[0]
-
-
-def test_chat_passes_through() -> None:
-    system = {"role": "system", "content": ""}
-    assert messages(chat(system, U, A)) == [system, U, A]
-    assert messages(chat({"role": "developer", "content": "Be brief."}, U, A))[0]["role"] == "developer"
-
-
-def test_text_parts_are_joined() -> None:
-    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
-    assert messages(chat({"role": "user", "content": parts}, A))[0]["content"] == "Hello"
-
-
-def test_strings_become_a_user_and_an_assistant_turn() -> None:
-    assert messages({"prompt": "p", "completion": "c"}) == [
-        {"role": "user", "content": "p"},
-        {"role": "assistant", "content": "c"},
-    ]
-
-
-def test_message_lists_are_one_conversation_whose_prompt_is_context() -> None:
-    found = messages({"prompt": [U, A, U], "completion": [A]})
-    assert [message["role"] for message in found] == ["user", "assistant", "user", "assistant"]
-    assert [message.get("weight") for message in found] == [None, 0, None, None]
-
-
-def test_tool_calls_and_tools_reach_the_template_with_arguments_as_objects() -> None:
-    text_call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    answer = {"role": "assistant", "content": None, "tool_calls": [text_call]}
-    tool = {"role": "tool", "content": "", "tool_call_id": "1", "name": "f"}
-    conv = made(chat(U, answer, tool, A, tools=[{"type": "function"}]))
-    assert conv.answers[0][1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
-    assert conv.answers[0][2] == tool
-    assert conv.tools == [{"type": "function"}]
-    bare = made(chat(U, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}))
-    assert bare.answers[0][1]["tool_calls"] == [{"name": "f", "arguments": {"x": 1}}]
-    assert messages(chat(U, {**A, "tool_calls": None}))[1] == A
-
-
-def test_a_masked_turn_may_be_empty() -> None:
-    masked = {"role": "assistant", "content": "", "weight": 0}
-    assert messages(chat(U, masked, U, A))[1] == masked
-
-
-def test_input_is_left_as_it_was() -> None:
-    data = chat(U, {"role": "assistant", "content": [{"type": "text", "text": "x"}]})
-    before = repr(data)
-    made(data)
-    assert repr(data) == before
+def form_of(data: dict[str, Any], kind: Any) -> str | None:
+    found = recognise(data, kind)
+    return None if found is None else found.name
 
 
 @pytest.mark.parametrize(
-    ("data", "form"),
+    ("kind", "data", "form"),
     [
-        (chat(U, A), "chat"),
-        (chat(U, A, prompt="as in some public sets", prompt_id=3), "chat"),
-        ({"prompt": "p", "completion": "c"}, "prompt/completion"),
-        ({"prompt": "p"}, "prompt/completion"),
-        ({"prompt": "p", "completion": "c", "label": "a topic"}, "prompt/completion"),
-        ({"prompt": "p", "chosen": "c"}, None),
-        ({"conversations": []}, "conversations"),
-        ({"conversations": [], "chosen": {}}, None),
-        ({"instruction": "i", "text": "the whole, as the first Alpaca set has it"}, "instruction/output"),
-        ({"instruction": "i", "kto_tag": True}, None),
-        ({"text": "t", "id": 3}, "text"),
-        ({"text": "t", "input": "i"}, None),
+        ("sft", chat(U, A, prompt="as in some public sets", prompt_id=3), "chat"),
+        ("sft", {"prompt": "p"}, "prompt/completion"),
+        ("sft", {"prompt": "p", "completion": "c", "label": "a topic"}, "prompt/completion"),
+        ("sft", {"prompt": "p", "chosen": "c"}, None),
+        ("sft", {"conversations": []}, "conversations"),
+        ("sft", {"conversations": [], "chosen": {}}, None),
+        ("sft", {"instruction": "i", "kto_tag": True}, None),
+        ("sft", {"text": "t", "id": 3}, "text"),
+        ("sft", {"text": "t", "input": "i"}, None),
+        ("pairs", {"prompt": "p"}, None),
+        ("pairs", chat(U, A, chosen=[U, A], rejected=[U, B]), "prompt/chosen/rejected"),  # the chosen one once more
+        ("judged", {"prompt": "p", "kto_tag": True}, None),
     ],
 )
-def test_forms_are_recognised(data: dict[str, Any], form: str | None) -> None:
-    found = recognise(data, "sft")
-    assert (found and found.name) == form
-
-
-SAID = {"role": "user", "content": "Sky?\nNoon."}
-HISTORY = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "weight": 0}]
-OTHERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # a row of another tool's form, what it becomes
-    "sharegpt": (
-        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "system": "Be brief."},
-        [{"role": "system", "content": "Be brief."}, U, A],
-    ),
-    "sharegpt, our words": ({"conversations": [U, A]}, [U, A]),
-    "alpaca": ({"instruction": "Sky?", "input": "Noon.", "output": "Hello"}, [SAID, A]),
-    "alpaca, no input": ({"instruction": "Hi", "input": "", "output": "Hello"}, [U, A]),
-    "alpaca, all of it": (
-        {"instruction": "Sky?", "input": "Noon.", "output": "Hello", "system": "S", "history": [["Hi", "Hello"]]},
-        [{"role": "system", "content": "S"}, *HISTORY, SAID, A],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", OTHERS)
-def test_other_tools_rows_become_the_same_conversation(case: str) -> None:
-    data, expected = OTHERS[case]
-    assert messages(data) == expected and made(data).notes == ()
-
-
-def test_tools_reach_a_sharegpt_row() -> None:
-    assert made({"conversations": [U, A], "tools": [{"name": "f"}]}).tools == [{"name": "f"}]
-
-
-def test_plain_text_is_a_sample_of_its_own() -> None:
-    found = made({"text": " Once upon"})
-    assert (found.text, found.answers, found.context) == (" Once upon", (), [])
-    assert found.content() != made({"text": "Twice"}).content() and found.topic() == [" Once upon"]
+def test_forms_are_recognised(kind: str, data: dict[str, Any], form: str | None) -> None:
+    assert form_of(data, kind) == form
 
 
 def test_fields_that_are_not_used_are_said() -> None:
@@ -382,49 +109,22 @@ def test_unused_fields_are_counted_by_key_and_do_not_flood() -> None:
     assert len(nine) == 9 and nine[-1] == "not used: 'i'"
 
 
-def test_a_marked_message_is_the_same_topic() -> None:
+def test_rows_are_grouped_by_prompt_and_told_apart_by_all() -> None:
+    """And marks that no model sees make no other row."""
     marked = made(chat(U, {**A, "id": 7}))
     assert (marked.content(), marked.topic()) == (made(chat(U, A)).content(), made(chat(U, A)).topic())
-
-
-CONTEXT = {**A, "weight": 0}
-PROMPTS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
-    "string": ({"prompt": "Hi", "completion": "not shown"}, [U]),
-    "list": ({"prompt": [U, A, U]}, [U, CONTEXT, U]),
-    "chat": (chat(U, A, U), [U, CONTEXT, U]),
-    "chat with its answer": (chat(U, A, U, {"role": "assistant", "content": ""}), [U, CONTEXT, U]),
-    "sharegpt with its answer": (
-        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "?"}]},
-        [U],
-    ),
-    "sharegpt with an answer by the assistant": (
-        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "assistant", "value": "?"}]},
-        [U],
-    ),
-    "alpaca": ({"instruction": "Sky?", "input": "Noon.", "output": "not shown", "answer": "old"}, [SAID]),
-}
-
-
-@pytest.mark.parametrize("case", PROMPTS)
-def test_every_prompt_is_what_stands_before_the_answer(case: str) -> None:
-    data, context = PROMPTS[case]
-    found = sample(Row(data, "f", 1), "prompts")
-    assert (found.context, found.answers, found.row, found.notes) == (context, (), data, ())
-
-
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        (chat(A), "prompt: is empty: an answer needs something before it"),
-        ({"messages": "Hi"}, "messages: must be a list of messages, not a string"),
-        ({"prompt": None}, "prompt: must be a string, not null"),
-        ({"text": "t"}, "row: is not a prompt to answer, keys are 'text'; it looks like a row to learn"),
-    ],
-)
-def test_a_bad_prompt_is_one_clear_problem(data: dict[str, Any], says: str) -> None:
-    with pytest.raises(BadRow) as caught:
-        sample(Row(data, "f", 1), "prompts")
-    assert str(caught.value).startswith(f"f:1: {says}")
+    one, other = made(P, "pairs"), made({**P, "rejected": "another"}, "pairs")
+    assert one.topic() == other.topic() and one.content() != other.content()
+    assert one.topic() != made({**P, "prompt": "q"}, "pairs").topic()
+    plain, marked = (
+        made({"prompt": [{**U, **mark}], "chosen": [{**A, **mark}], "rejected": [B]}, "pairs")
+        for mark in ({}, {"id": 7})
+    )
+    assert plain.topic() == marked.topic() and plain.content() == marked.content()
+    good, bad = (made({"prompt": "p", "completion": "c", "label": label}, "judged") for label in (True, False))
+    assert good.topic() == bad.topic() and good.content() != bad.content()
+    text = made({"text": " Once upon"})
+    assert text.content() != made({"text": "Twice"}).content() and text.topic() == [" Once upon"]
 
 
 def test_prompts_may_mix_their_forms() -> None:
@@ -432,15 +132,27 @@ def test_prompts_may_mix_their_forms() -> None:
     assert len(good) == 2 and problems == []
 
 
-def test_a_row_of_another_form_is_named() -> None:
-    rows = [Row(chat(U, A), "f.jsonl", i) for i in range(1, 4)]
-    rows.append(Row({"prompt": "p", "completion": "c"}, "f.jsonl", 4))
-    good, problems = samples(rows, "sft")
-    assert [conv.line for conv in good] == [1, 2, 3]
-    assert [str(problem) for problem in problems] == [
-        "f.jsonl:4: row: is of the prompt/completion form, but this file's first rows are of the chat form:"
+@pytest.mark.parametrize(
+    ("kind", "first", "other", "forms"),
+    [
+        ("sft", chat(U, A), {"prompt": "p", "completion": "c"}, ("prompt/completion", "chat")),
+        ("pairs", P, GOOD["pairs: openai"]["row"], ("preferred_output/non_preferred_output", "prompt/chosen/rejected")),
+        (
+            "judged",
+            chat(U, A, kto_tag=True),
+            {"prompt": "p", "completion": "c", "label": True},
+            ("prompt/completion/label", "messages/kto_tag"),
+        ),
+    ],
+)
+def test_a_row_of_another_form_is_named(kind: Any, first: Any, other: Any, forms: tuple[str, str]) -> None:
+    rows = [*(Row(first, "f.jsonl", line) for line in (1, 2, 3)), Row(other, "f.jsonl", 4), Row({}, "f.jsonl", 5)]
+    good, problems = samples(rows, kind)
+    assert [row.line for row in good] == [1, 2, 3] and [problem.kind for problem in problems] == ["form", "form"]
+    assert str(problems[0]) == (
+        f"f.jsonl:4: row: is of the {forms[0]} form, but this file's first rows are of the {forms[1]} form:"
         " one form a file"
-    ]
+    )
 
 
 def test_the_first_200_rows_decide_and_later_ones_are_still_checked() -> None:
@@ -470,3 +182,73 @@ def test_unknown_rows_do_not_decide_the_form() -> None:
 )
 def test_the_kind_of_a_file_is_told(rows: list[dict[str, Any]], kind: str, write: Callable[..., Path]) -> None:
     assert kind_of(write(rows)) == kind
+
+
+def test_an_implicit_prompt_is_the_one_that_trl_finds() -> None:
+    from trl import extract_prompt
+
+    for name, case in GOOD.items():
+        if name.startswith("pairs: implicit") and "marks" not in name:
+            theirs, ours = extract_prompt(case["row"]), made(case["row"], "pairs")
+            bare = [{key: value for key, value in message.items() if key != "weight"} for message in ours.context]
+            assert (bare, *ours.answers) == (theirs["prompt"], theirs["chosen"], theirs["rejected"])
+    alone = GOOD["pairs: strings alone"]["row"]
+    theirs, ours = extract_prompt(alone), made(alone, "pairs")
+    assert theirs["prompt"] == ours.context[0]["content"]
+    assert theirs["chosen"].strip() == ours.answers[0][0]["content"]
+
+
+JSON = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-2, 2),
+        st.just(0.5),
+        st.sampled_from(["", " ", "x", "Hi there", "user", "assistant", "gpt", "system", "\n\nHuman: a", "{"]),
+        st.sampled_from([U, A, B, S]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "weight", "tool_calls", "messages", "type", "text"]),
+            inner,
+            max_size=4,
+        ),
+    ),
+    max_leaves=8,
+)
+ROWS = [case["row"] for case in GOOD.values()]
+KEYS = sorted({key for row in ROWS for key in row})
+
+
+@st.composite
+def broken(draw: Any) -> dict[str, Any]:
+    """A good row of some form of which up to three fields are replaced, added or lost; or any keys at all."""
+    row = dict(draw(st.sampled_from([{}, *ROWS])))
+    for key in draw(st.lists(st.sampled_from(KEYS), max_size=3)):
+        row[key] = draw(JSON)
+    for key in draw(st.lists(st.sampled_from(KEYS), max_size=1)):
+        row.pop(key, None)
+    return row
+
+
+@settings(max_examples=600)
+@given(broken())
+def test_any_row_is_taken_or_refused_as_a_row(data: dict[str, Any]) -> None:
+    """Nothing but BadRow comes out, and what is taken keeps the promises of the shape."""
+    before = copy.deepcopy(data)
+    kinds: tuple[Any, ...] = ("sft", "pairs", "judged", "prompts")
+    for kind in kinds:
+        try:
+            row = sample(Row(data, "f", 1), kind)
+        except BadRow as bad:
+            assert isinstance(bad, InputError) and str(bad).startswith("f:1: ") and bad.problem.kind
+            continue
+        assert json.dumps([row.content(), row.topic()])
+        assert bool(row.context) == (kind != "sft")
+        assert len(row.answers) == (kind != "prompts") + (kind == "pairs") - (row.text is not None)
+        assert all(m.get("weight") == 0 for m in row.context if m["role"] == "assistant")
+        for answer in row.answers:
+            assert answer[-1]["role"] == "assistant" and (kind == "sft" or answer[0]["role"] == "assistant")
+            assert all(isinstance(message["content"], str) for message in row.context + answer)
+    assert data == before
