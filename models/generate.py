@@ -15,9 +15,7 @@ from .protocol import CausalLM
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: greedy at temperature 0, else drawn from the `top_k` best (0: all) within mass
-    `top_p`.
-    """
+    """The next token: the best at temperature 0, else drawn from the `top_k` best (0: all) within mass `top_p`."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -138,9 +136,7 @@ def _padded(prompts: list[Sequence[int]]) -> tuple[Tensor, Tensor | None, int]:
 
 
 def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token a row, [B] int64, from logits [B, V]: arg-max, or drawn by inverting the cumulative probabilities at a
-    row's own uniform number.
-    """
+    """One token a row, [B] int64, from logits [B, V]: arg-max, or where cumulated mass passes a row's own number."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     scores = logits.double() / sampling.temperature
@@ -153,9 +149,8 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
         before = probability.cumsum(-1) - probability  # mass of the better tokens
         probability = probability.masked_fill(before >= sampling.top_p, 0.0)
     mass = probability.cumsum(-1)
-    drawn = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])  # [B, 1]
-    uniform = drawn.to(logits.device)
-    place = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)  # the first whose mass exceeds the drawn one
+    drawn = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]).to(mass.device)  # [B, 1]
+    place = torch.searchsorted(mass, drawn * mass[:, -1:], right=True)  # the first whose mass exceeds the drawn one
     last = (probability > 0).long().mul_(torch.arange(1, k + 1, device=logits.device)).amax(-1, keepdim=True) - 1
     place = torch.minimum(place, last)
     return (place if ids is None else ids.gather(1, place)).squeeze(1)

@@ -81,10 +81,7 @@ def _weights(file: GGUFFile) -> Iterator[tuple[str, str]]:
 
 
 def read_spec(file: GGUFFile) -> Spec:
-    """The Spec of the Llama in the file.
-
-    Raises InputError for another architecture, a missing or impossible key, or a feature that is not supported.
-    """
+    """InputError for another architecture, a missing or impossible key, or a feature that is not supported."""
     shapes, where = tensor_shapes(file), str(file.path)
     whole, keys = Settings(file.metadata, where), Settings(file.metadata, where, prefix="llama.")
     _check_kind(whole, keys)
@@ -130,7 +127,7 @@ def _decimal(value: float) -> float:
 
 
 def _check_kind(whole: Settings, keys: Settings) -> None:
-    """A whole, plain, causal Llama and nothing else: to ignore a feature is to build a model that is subtly wrong."""
+    """A whole, plain, causal Llama and nothing else."""
     whole.one_of("general.architecture", ("llama",), "'llama', the one that can be read from GGUF")
     whole.one_of("general.type", (None, "model"), "'model' (give the file of the model itself)")
     whole.one_of("split.count", (None, 0, 1), "1 (join the files of the model first: llama-gguf-split --merge)")

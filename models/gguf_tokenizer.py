@@ -45,10 +45,8 @@ _COMPOSED = {"qwen2", "deepseek-r1-qwen"}  # trained on NFC text
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that a GGUF's metadata describe.
-
-    InputError for another kind than byte-level BPE, an unknown pre-tokenizer, a missing or malformed key, or tokens and
-    merges that contradict each other.
+    """InputError for another kind than byte-level BPE, an unknown pre-tokenizer, a missing or malformed key, or tokens
+    and merges that contradict each other.
     """
     keys = Settings(metadata, "GGUF metadata", prefix="tokenizer.ggml.")
     other = "'gpt2' (byte-level BPE; load any other model from its Hugging Face folder, which has a tokenizer.json)"

@@ -37,9 +37,8 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[Decoder, Tokenizer]:
-    """Model and tokenizer of a Hugging Face folder or a `.gguf` file; arguments and errors as in `load_model`.
-
-    InputError also where the tokenizer is missing or has more tokens than the model has embeddings.
+    """Model and tokenizer of a Hugging Face folder or a `.gguf` file; arguments and errors as in `load_model`, and
+    InputError where the tokenizer is missing or has more tokens than the model has embeddings.
     """
     tokenizer = load_tokenizer(path)
     model = load_model(path, quantize=quantize, dtype=dtype, device=device)
