@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..errors import InputError
 from .batch import Encoded, Example
@@ -100,6 +100,8 @@ def load(
     report, notes = dataset.report, Counter[str]()
     for sample, parts in zip(samples, encode(samples, tokenizer, chat_template, loss_on=loss_on), strict=True):
         try:
+            if isinstance(parts, BadRow):
+                raise parts
             example, cut = _example(sample, parts, max_length, truncation, tokenizer.stop_ids)
         except Dropped as dropped:
             report.drops.append(dropped.problem)
@@ -123,22 +125,14 @@ def read_rows(options: Any, tokenizer: TokenizerLike, paths: Paths, kind: Kind, 
 
 
 def _example(
-    sample: Sample,
-    encoded: tuple[Encoded, ...] | BadRow,
-    max_length: int | None,
-    truncation: Truncation,
-    stops: Sequence[int],
+    sample: Sample, whole: tuple[Encoded, ...], max_length: int | None, truncation: Truncation, stops: Sequence[int]
 ) -> tuple[Example, int]:
     """A sample's example and how many of its sequences were cut. Raises BadRow, and Dropped where it is left out."""
-    if isinstance(encoded, BadRow):
-        raise encoded
-    if len(encoded) > 1 and len({tuple(part.ids) for part in encoded}) == 1:
+    if len(whole) > 1 and whole[0].ids == whole[1].ids:
         reason = "become the same tokens (the template leaves out what sets them apart)"
         raise BadRow(sample.problem("chosen, rejected", reason, "identical"))
-    parts = encoded
-    if max_length is not None and any(len(part.ids) > max_length for part in encoded):
-        parts = fit(sample, encoded, max_length, truncation, stops)
-    cut = sum(part is not whole for part, whole in zip(parts, encoded, strict=True))
+    parts = whole if max_length is None else fit(sample, whole, max_length, truncation, stops)
+    cut = sum(part is not before for part, before in zip(parts, whole, strict=True))
     shared = shared_tokens(parts[0].ids, parts[1].ids) if len(parts) > 1 else 0
     return Example(parts, shared, sample.label), cut
 
@@ -297,8 +291,7 @@ def _conversation(
     return replace(made, text=rendered.text, turns=turns)
 
 
-@dataclass(frozen=True)
-class _Tokens:
+class _Tokens(NamedTuple):
     text: str
     ids: list[int]
     offsets: list[tuple[int, int]]  # characters of `text`
@@ -307,9 +300,9 @@ class _Tokens:
 def _encode(talk: _Conversation, tokenizer: TokenizerLike, loss_on: LossOn) -> Encoded:
     """Tokens and mask of one conversation. Raises BadRow."""
     text, notes = talk.text, {INSERTED for turn in talk.turns.values() if turn.inserted}
-    append = _append_at(talk)
-    if append is not None and tokenizer.eos_id is not None:
-        text = text[:append]
+    end = talk.turns[last].content_end if (last := len(talk.messages) - 1) in talk.turns else None
+    if tokenizer.eos_id is not None and end is not None and not talk.text[end : talk.turns[last].region].strip():
+        text = text[:end]  # the template leaves the last answer unended
         notes.add(NO_END)
     tokens = _tokens(talk, tokenizer, text)
     ids, trained = tokens.ids, [loss_on == "all" and i > 0 for i in range(len(tokens.ids))]
@@ -338,14 +331,6 @@ def _tokens(talk: _Conversation, tokenizer: TokenizerLike, text: str) -> _Tokens
         return _Tokens(text, *tokenizer.encode_with_offsets(text))
     except InputError as error:
         raise talk.bad("messages", str(error), "text") from None
-
-
-def _append_at(talk: _Conversation) -> int | None:
-    """Where to cut the text and add an end-of-text token: after a last answer that the template leaves unended."""
-    turn = talk.turns.get(len(talk.messages) - 1)
-    if turn is None or turn.content_end is None or talk.text[turn.content_end : turn.region].strip():
-        return None
-    return turn.content_end
 
 
 def _mark(talk: _Conversation, turn: Turn, tokens: _Tokens, stops: Sequence[int], trained: list[bool]) -> set[str]:

@@ -68,17 +68,11 @@ def _check_file(name: str) -> None:
         raise InputError(f"{name}: is a directory: name the data file itself (one of {', '.join(SUFFIXES)}).")
     if not stat.S_ISREG(info.st_mode):
         raise InputError(f"{name}: is not a regular file (a pipe, socket or device): write the rows to a file first.")
-    _check_suffix(name)
+    if (suffix := Path(name).suffix.lower()) not in SUFFIXES:
+        known = "is not supported yet" if suffix in OTHER_FORMATS else "is no data format known here"
+        raise InputError(f"{name}: {suffix or 'a name without a suffix'} {known}: use one of {', '.join(SUFFIXES)}.")
     if info.st_size == 0:
         raise InputError(f"{name}: the file is empty: expected one JSON object a line.")
-
-
-def _check_suffix(name: str) -> None:
-    suffix = Path(name).suffix.lower()
-    if suffix in SUFFIXES:
-        return
-    known = "is not supported yet" if suffix in OTHER_FORMATS else "is no data format known here"
-    raise InputError(f"{name}: {suffix or 'a name without a suffix'} {known}: use one of {', '.join(SUFFIXES)}.")
 
 
 def _open(name: str) -> BinaryIO:

@@ -34,12 +34,7 @@ SHOWN_ERROR = 500
 MAX_STRIKES = 2  # more, and a template is given up: it has then taken three conversations' time at most
 TOOK = f"it takes more than {RENDER_SECONDS:g} seconds or {CHILD_MEMORY // 2**20} MiB"
 CHILD_NAME = "the child process that renders chat templates"
-CHILD_ENVIRONMENT = (
-    "PATH",
-    "LD_LIBRARY_PATH",
-    "SYSTEMROOT",
-    "TZ",
-)  # what starting an interpreter may need, and a clock
+CHILD_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TZ")  # what an interpreter may need, and a clock
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -348,11 +343,8 @@ def template_for(tokenizer: TokenizerLike, override: TemplateChoice = None, *, d
         return ChatTemplate(tokenizer.chat_template, bos, eos, name="the model's own template", date=date)
     known = all(len(tokenizer.encode(mark)) == 1 for mark in ("<|im_start|>", "<|im_end|>"))
     template = _builtin(tokenizer, "chatml" if known else "zephyr", date)
-    why = (
-        "its two tokens are in the vocabulary"
-        if known
-        else "its marks are plain text and turns end in the end-of-text token"
-    )
+    plain = "its marks are plain text and turns end in the end-of-text token"
+    why = "its two tokens are in the vocabulary" if known else plain
     template.notice = f"the model has no chat template: using {template.name} ({why}; no new tokens are added)"
     return template
 

@@ -31,7 +31,7 @@ def fit(
     fitted = tuple(
         _fit(sample, name, part, max_length, truncation, stops) for name, part in zip(sample.names, parts, strict=True)
     )
-    if len({tuple(part.ids) for part in fitted}) < len(fitted):
+    if len(fitted) > 1 and fitted[0].ids == fitted[1].ids:
         reason = f"cut to max_length {max_length}, chosen and rejected are the same"
         raise Dropped(sample.problem("length", reason, LOST))
     return fitted

@@ -332,16 +332,16 @@ def test_no_source_makes_anything_but_a_refusal(pieces: list[str], tag: str) -> 
 
 
 def test_real_templates_stay_far_from_the_limits() -> None:
-    """500 turns of talk take a fiftieth of the time, a hundredth on most machines: the best of four tries."""
-    talk = [{"role": ("user", "assistant")[i % 2], "content": "word " * 50} for i in range(500)]
+    """200 turns of talk take less than a hundredth of the time, on a machine that is three times slower too."""
+    talk = [{"role": ("user", "assistant")[i % 2], "content": "word " * 50} for i in range(200)]
     template, found = ChatTemplate("{% for m in messages %}{{ m.role ~ m.content.strip() }}{% endfor %}"), []
-    for _ in range(4):
+    for _ in range(2):  # the better of two tries
         CHILD.stop()
         before = processor_seconds()
-        template.render_all([Talk(talk)] * 25)
+        template.render_all([Talk(talk)] * 200)
         CHILD.stop()
         found.append(processor_seconds() - before)
-    assert min(found) < 25 * module.RENDER_SECONDS / 50
+    assert min(found) < 200 * module.RENDER_SECONDS / 100
 
 
 def child_id() -> int:
