@@ -32,7 +32,8 @@ def parameter_groups(
     named_parameters = list(named_parameters)
     for pattern in scales:
         if not any(fnmatchcase(name, pattern) for name, _ in named_parameters):
-            raise ValueError(f"the learning-rate pattern {pattern!r} matches no parameter{_such_as(named_parameters)}")
+            such_as = f"; a name is such as {named_parameters[0][0]!r}" if named_parameters else ""
+            raise ValueError(f"the learning-rate pattern {pattern!r} matches no parameter{such_as}")
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in named_parameters:
         scale = math.prod(value for pattern, value in scales.items() if fnmatchcase(name, pattern))
@@ -47,9 +48,5 @@ def parameter_groups(
 
 
 def _is_magnitude(name: str) -> bool:
-    """DoRA's magnitude: `magnitude`, or PEFT's `lora_magnitude_vector.default.weight`, of any shape."""
+    """DoRA's: `magnitude`, or PEFT's `lora_magnitude_vector.default.weight`, of any shape."""
     return any(part == "magnitude" or part.startswith("lora_magnitude") for part in name.split("."))
-
-
-def _such_as(named_parameters: list[tuple[str, nn.Parameter]]) -> str:
-    return f"; a name is such as {named_parameters[0][0]!r}" if named_parameters else ""

@@ -1,10 +1,8 @@
 """AdamW and Lion as torch.optim.Optimizers whose state is flat: 32 or 8 bits, one launch for all parameters of a group.
 
-A step on a GPU is three launches for a group of one dtype: squares of all gradients (for each dtype, if the norm is
-wanted), step counts and factors, and the update. There are more where state is paged (an update for each page), for
-each tensor that is not contiguous, and for a found_inf that is not fp32 on that device. The host waits for nothing and
-reads nothing back, unless an lr is a tensor on the GPU. Elsewhere, and where a parameter is fp64, the same runs in
-plain PyTorch (update.py).
+A step on a GPU is three launches for a group of one dtype (step_triton.py); more where state is paged, for each tensor
+that is not contiguous, and for a found_inf that is not fp32 on that device. The host waits for nothing there, unless an
+lr is a tensor on the GPU. Elsewhere, and where a parameter is fp64, plain PyTorch does it (update.py).
 
 A step takes what it reads and writes of the state in slices (`_launches`): one for each group, dtype and width, or one
 for each page (paging.py). What it does to a slice is queued before it asks for the next.
@@ -217,22 +215,21 @@ class FlatOptimizer(torch.optim.Optimizer):
         device = sum(tensor.nbytes for tensor in [*tensors, self._steps])
         return (device, 0) if self.pager is None else (device + self.pager.held, self.pager.host_bytes())
 
-    def _read(self) -> dict[Tensor, dict[str, Tensor]]:
-        """All state: views of what is not paged, else new tensors in host memory."""
-        paged = self.pager is not None
-        found = {e: e.state.empty(e) if paged else e.state.views(e) for e in self._entries}
-        for part in self.pager.read() if self.pager is not None else ():
-            part.copy(found)
-        return {e.parameter: {"step": self._steps[e.row], **tensors} for e, tensors in found.items()}
-
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's: with bits=32 it is what torch.optim.AdamW writes and reads.
 
         8-bit moments are uint8 codes shaped like the parameter, and NAME_absmax has a scale for every 256 of them.
-        Tensors are views of the flat state, unless it is paged: to save one of them alone, clone it.
+        Tensors are views of the flat state (to save one alone, clone it), or new ones in host memory if it is paged.
         """
-        shown = self.state
-        self.state = defaultdict(dict, self._read())
+        if self.pager is None:
+            found = {entry: entry.state.views(entry) for entry in self._entries}
+        else:
+            found = {entry: entry.state.empty(entry) for entry in self._entries}
+            for part in self.pager.read():
+                part.copy(found)
+        shown, self.state = self.state, defaultdict(dict)
+        for entry, tensors in found.items():
+            self.state[entry.parameter] = {"step": self._steps[entry.row], **tensors}
         try:
             return super().state_dict()
         finally:

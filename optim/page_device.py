@@ -1,9 +1,9 @@
 """What the pager asks of a device: memory on both sides, copies on side streams, events. In host memory, and on CUDA.
 
 Work on a GPU runs on three streams: compute (the caller's current stream) and one for copies in each direction, so that
-a page can arrive while another leaves. Streams know nothing of each other: a copy runs after the events that it is
-given, and after the earlier copies in its direction, and nothing else is promised. Every event that orders two streams
-is therefore written out in paging.py; tests run it on a device that turns a forgotten one into wrong numbers.
+a page can arrive while another leaves. A copy runs after the events that it is given and the earlier copies in its
+direction, and nothing else is promised. Every event that orders two streams is therefore written out in paging.py;
+tests run it on a device that turns a forgotten one into wrong numbers.
 
 No managed memory: it hides its copies, cannot be told what comes next, and over-subscribed can hang a GPU.
 """
@@ -76,7 +76,7 @@ class CudaEvent(Event):
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self.stream = stream
-        self.begin, self.end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.begin.record(stream)
 
     def close(self) -> "CudaEvent":
@@ -97,10 +97,8 @@ class CudaDevice(PageDevice):
 
     def __init__(self, device: torch.device, older_peak: int = 0) -> None:
         self.device = device
-        self.streams: dict[Direction, torch.cuda.Stream] = {
-            "in": torch.cuda.Stream(device),
-            "out": torch.cuda.Stream(device),
-        }
+        stream = torch.cuda.Stream
+        self.streams: dict[Direction, torch.cuda.Stream] = {"in": stream(device), "out": stream(device)}
         self._waits: list[CudaEvent] = []  # stalls whose length is not known yet
         self._stalled = 0.0
         self._peak, self._others, self._tidied = older_peak, 0, False

@@ -44,24 +44,18 @@ def read_states(
     saved: dict[str, Any], parameters: list[nn.Parameter], bits: Callable[[Tensor], int], rule: Rule
 ) -> dict[int, dict[str, Any]]:
     """Number of a parameter -> its "step" (a float) and moments, named as ours and checked."""
-    numbers = [key for group in saved["param_groups"] for key in group["params"]]
-    place = {key: number for number, key in enumerate(numbers)}
+    place = {key: i for i, key in enumerate(key for group in saved["param_groups"] for key in group["params"])}
     unknown = [key for key in saved["state"] if key not in place]
     if unknown:
         raise ValueError(f"the saved state of parameters {unknown} belongs to no saved group")
-    return {
-        place[key]: _entry(place[key], entry, parameters[place[key]], bits, rule)
-        for key, entry in saved["state"].items()
-        if entry
-    }
+    states = {place[key]: entry for key, entry in saved["state"].items() if entry}
+    return {i: _entry(i, entry, parameters[i], bits(parameters[i]), rule) for i, entry in states.items()}
 
 
-def _entry(
-    number: int, entry: dict[str, Any], parameter: nn.Parameter, bits: Callable[[Tensor], int], rule: Rule
-) -> dict[str, Any]:
+def _entry(number: int, entry: dict[str, Any], parameter: nn.Parameter, wanted: int, rule: Rule) -> dict[str, Any]:
     what = f"the saved state of parameter {number}, {tuple(parameter.shape)},"
     state = _named_as_ours(entry, rule, what)
-    wanted, first = bits(parameter), state.get(rule.moments[0].name)
+    first = state.get(rule.moments[0].name)
     kept = fields(rule.moments, wanted, parameter.dtype)
     if isinstance(first, Tensor) and (first.dtype == torch.uint8) != (wanted == 8):
         raise ValueError(

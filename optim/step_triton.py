@@ -111,8 +111,9 @@ def step(
             rounded and state.dtype == torch.bfloat16,
         )
         update(pointers, control, tables.steps, groups[state.group], tables.rule.name, some, stochastic)
-    skip, norm = (None, None) if control is None else (control[1], None if max_norm is None else control[2])
-    return Control(None, skip, norm)
+    if control is None:
+        return Control(None, None)
+    return Control(control[1], None if max_norm is None else control[2])
 
 
 @triton.jit

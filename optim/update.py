@@ -1,8 +1,8 @@
 """What a step does to weights and moments: the rules of AdamW and Lion, applied in plain PyTorch.
 
-`update_reference` goes parameter by parameter, on any device. `update_cpu` is the quick form for CPUs.
-It gathers neighbours in a workspace that stays in the cache over all the operations of a step: small parameters many at
-a time, because a call of PyTorch costs more than a thousand elements, large ones in pieces.
+`update_reference` goes parameter by parameter, on any device. `update_cpu` gathers neighbours in a workspace that stays
+in the cache over all the operations of a step: small parameters many at a time, because a call of PyTorch costs more
+than a thousand elements, large ones in pieces.
 
 Both rules decay weights apart from the gradient ("decoupled", Loshchilov and Hutter, arXiv 1711.05101). Operations come
 in torch.optim's order, so that fp32 results agree to the last bits.
@@ -24,6 +24,7 @@ from .state import BLOCK, Entry, FlatState, Moment, Segment, Slice, decode, enco
 
 Group = dict[str, Any]  # a parameter group of torch.optim
 Tensors = list[Tensor]
+Defined = tuple[Tensor, tuple[Tensor, ...]]  # a weight and its moments, new ones
 
 # Elements of a batch by the bits of the state. 8 bits take some fifty calls a batch, and each costs as much as some ten
 # thousand elements in it.
@@ -51,7 +52,7 @@ class Rule:
     name: str
     moments: tuple[Moment, ...]
     factors: Callable[[Group, float, float], Factors]
-    define: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+    define: Callable[..., Defined]
     apply: Callable[..., None]
 
 
@@ -60,9 +61,7 @@ def _adamw_factors(group: Group, lr: float, step: float) -> Factors:
     return Factors(1 - lr * group["weight_decay"], lr / (1 - beta1**step), (1 - beta2**step) ** 0.5)
 
 
-def _adamw(
-    p: Tensor, g: Tensor, moments: tuple[Tensor, ...], factors: Factors, group: Group
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _adamw(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], factors: Factors, group: Group) -> Defined:
     beta1, beta2 = group["betas"]
     mean = moments[0] + (g - moments[0]) * (1 - beta1)
     square = moments[1] * beta2 + g * g * (1 - beta2)
@@ -89,9 +88,7 @@ def _lion_factors(group: Group, lr: float, step: float) -> Factors:
     return Factors(1 - lr * group["weight_decay"], lr, 1.0)
 
 
-def _lion(
-    p: Tensor, g: Tensor, moments: tuple[Tensor, ...], factors: Factors, group: Group
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _lion(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], factors: Factors, group: Group) -> Defined:
     beta1, beta2 = group["betas"]
     direction = moments[0] * beta1 + g * (1 - beta1)
     direction = torch.where(direction.isnan(), direction, direction.sign())  # whose sign would be 0: NaN must show
@@ -109,12 +106,10 @@ def _lion_in_place(p: Tensor, g: Tensor, moments: Tensors, group: Group, step: f
     mean.lerp_(g, 1 - beta2)
 
 
-ADAMW = Rule(
-    "adamw", (Moment("exp_avg", True), Moment("exp_avg_sq", False)), _adamw_factors, _adamw, _adamw_in_place
-)  # Kingma and Ba, arXiv 1412.6980, algorithm 1
-LION = Rule(
-    "lion", (Moment("exp_avg", True),), _lion_factors, _lion, _lion_in_place
-)  # Chen et al., arXiv 2302.06675, algorithm 2
+MEAN, SQUARE = Moment("exp_avg", True), Moment("exp_avg_sq", False)
+# Kingma and Ba, arXiv 1412.6980, algorithm 1; Chen et al., arXiv 2302.06675, algorithm 2
+ADAMW = Rule("adamw", (MEAN, SQUARE), _adamw_factors, _adamw, _adamw_in_place)
+LION = Rule("lion", (MEAN,), _lion_factors, _lion, _lion_in_place)
 
 
 def round_stochastically(x: Tensor, start: int, step: float, number: int) -> Tensor:
@@ -133,21 +128,19 @@ def round_stochastically(x: Tensor, start: int, step: float, number: int) -> Ten
 class Control(NamedTuple):
     """What a step learns from all gradients together; 0-d tensors on their device."""
 
-    scale: Tensor | None  # what gradients are multiplied by to clip them
     skip: Tensor | None  # nonzero: nothing may change
     norm: Tensor | None  # of all gradients before clipping
+    scale: Tensor | None = None  # what gradients are multiplied by to clip them, where the host must know
 
 
 def take_control(gradients: Tensors, max_norm: float | None, found_inf: Tensor | None, device: torch.device) -> Control:
     """The norm is taken where max_norm is given (torch.nn.utils.clip_grad_norm_'s rule), and then must be finite."""
+    skip = None if found_inf is None else found_inf.to(device).view(()) != 0
     if max_norm is None:
-        skip = None if found_inf is None else (found_inf.to(device).view(()) != 0).float()
-        return Control(None, skip, None)
+        return Control(None if skip is None else skip.float(), None)
     norm = _norm(gradients, device)
-    skip = ~torch.isfinite(norm)
-    if found_inf is not None:
-        skip = skip | (found_inf.to(device).view(()) != 0)
-    return Control((max_norm / (norm + 1e-6)).clamp(max=1.0), skip.float(), norm.float())
+    skip = ~torch.isfinite(norm) if skip is None else ~torch.isfinite(norm) | skip
+    return Control(skip.float(), norm.float(), (max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
 def _norm(gradients: Tensors, device: torch.device) -> Tensor:

@@ -19,7 +19,9 @@ from ..kernels.dispatch import on_device
 from .state import BLOCK, CHUNK, Slice
 from .update import ROUNDING_KEY, Group
 
-TILE = 2048  # elements of a program: 8 for each of its threads
+TILE_SIZE = 2048  # elements of a program: 8 for each of its threads
+TILE, TILES = tl.constexpr(TILE_SIZE), tl.constexpr(CHUNK // TILE_SIZE)
+PER, KEY = tl.constexpr(BLOCK), tl.constexpr(ROUNDING_KEY)  # PER: elements that share a scale
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 Parts = list[tuple[Slice, Tensor]]  # with the table of the chunks in each, int64 [chunks, 4], as FlatState.chunks
 
@@ -45,16 +47,12 @@ def update(
     maps = tuple(of(s, steps.device) for of in (dynamic_code, _borders) for s in (True, False)) if 8 in states else None
     beta1, beta2 = group["betas"]
     with on_device(steps):
-        optimizer_update_kernel[(sum(counts.values()) * (CHUNK // TILE),)](
+        optimizer_update_kernel[(sum(counts.values()) * (CHUNK // TILE_SIZE),)](
             *((*tables, steps), control, states.get(32), states.get(8), maps, counts.get(32, 0)),
             (beta1, 1 - beta1, beta2, 1 - beta2, group.get("eps", 0.0)),
-            KEY=ROUNDING_KEY,
             DTYPE=DTYPES[parts[0][0].state.dtype],
             LION=rule == "lion",
             ROUNDED=rounded,
-            BLOCK=BLOCK,
-            TILE=TILE,
-            TILES=CHUNK // TILE,
             num_warps=8,
             enable_fp_fusion=True,
         )
@@ -76,8 +74,8 @@ def _name(specialization: Any) -> str:
 
 @triton.jit(do_not_specialize=["count_32bit"], repr=_name)
 def optimizer_update_kernel(
-    tables, control, state_32bit, state_8bit, maps, count_32bit, rule, KEY: tl.constexpr, DTYPE: tl.constexpr,
-    LION: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr
+    tables, control, state_32bit, state_8bit, maps, count_32bit, rule, DTYPE: tl.constexpr, LION: tl.constexpr,
+    ROUNDED: tl.constexpr
 ):  # fmt: skip
     """One tile of weights and state, after one step of the rule.
 
@@ -86,17 +84,15 @@ def optimizer_update_kernel(
     chunk = tl.program_id(0).to(tl.int64) // TILES
     if state_32bit is not None:  # noqa: SIM102  # one is known to the compiler, the other is not
         if chunk < count_32bit:
-            _tile(tables, control, state_32bit, None, chunk, rule, KEY, DTYPE, LION, ROUNDED, BLOCK, TILE, TILES)
+            _tile(tables, control, state_32bit, None, chunk, rule, DTYPE, LION, ROUNDED)
     if state_8bit is not None:  # noqa: SIM102  # as above
         if chunk >= count_32bit:
-            chunk -= count_32bit
-            _tile(tables, control, state_8bit, maps, chunk, rule, KEY, DTYPE, LION, ROUNDED, BLOCK, TILE, TILES)
+            _tile(tables, control, state_8bit, maps, chunk - count_32bit, rule, DTYPE, LION, ROUNDED)
 
 
 @triton.jit
 def _tile(
-    tables, control, state, maps, chunk, rule, KEY: tl.constexpr, DTYPE: tl.constexpr, LION: tl.constexpr,
-    ROUNDED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr
+    tables, control, state, maps, chunk, rule, DTYPE: tl.constexpr, LION: tl.constexpr, ROUNDED: tl.constexpr
 ):  # fmt: skip
     """Find a tile's weights and gradients, by address, and its place; length 0 where nothing may change."""
     addresses, where, first = tables[0], state[0] + 4 * chunk, tl.program_id(0) % TILES * TILE
@@ -109,9 +105,9 @@ def _tile(
         length = tl.where(tl.load(control + 1) != 0, 0, length)
     place = p, g, start, length, offset, row
     if is_even(p | g, length):
-        _update(tables, state, maps, place, rule, KEY, DTYPE, LION, ROUNDED, True, BLOCK, TILE)
+        _update(tables, state, maps, place, rule, DTYPE, LION, ROUNDED, True)
     else:
-        _update(tables, state, maps, place, rule, KEY, DTYPE, LION, ROUNDED, False, BLOCK, TILE)
+        _update(tables, state, maps, place, rule, DTYPE, LION, ROUNDED, False)
 
 
 @triton.jit
@@ -143,8 +139,7 @@ def below(i, length, EVEN: tl.constexpr):
 
 @triton.jit
 def _update(
-    tables, state, maps, place, rule, KEY: tl.constexpr, DTYPE: tl.constexpr, LION: tl.constexpr, ROUNDED: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
+    tables, state, maps, place, rule, DTYPE: tl.constexpr, LION: tl.constexpr, ROUNDED: tl.constexpr, EVEN: tl.constexpr
 ):  # fmt: skip
     """A tile's step. Moments are fp32, or 8-bit codes where there are maps."""
     _, numbers, factors, steps = tables
@@ -155,16 +150,16 @@ def _update(
     p_ptr, g_ptr = at(p_address, start, DTYPE, EVEN), at(g_address, start, DTYPE, EVEN)
     p = tl.load(p_ptr + i, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + i, mask=mask, other=0.0).to(tl.float32) * tl.load(factors + 4 * row + 3)
-    mean = _decode(state, maps, offset, length, mask, 0, BLOCK, TILE)
+    mean = _decode(state, maps, offset, length, mask, 0)
     if LION:
         p, mean = _lion(p, g, mean, row, factors, beta1, rest1, rest2)
     else:
-        square = _decode(state, maps, offset, length, mask, 1, BLOCK, TILE)
+        square = _decode(state, maps, offset, length, mask, 1)
         p, mean, square = _adamw(p, g, mean, square, row, factors, rest1, beta2, rest2, eps)
-        _encode(square, state, maps, offset, length, mask, 1, BLOCK, TILE)
-    _encode(mean, state, maps, offset, length, mask, 0, BLOCK, TILE)
+        _encode(square, state, maps, offset, length, mask, 1)
+    _encode(mean, state, maps, offset, length, mask, 0)
     if ROUNDED:
-        p = _rounded(p, start, row, numbers, steps, KEY, TILE)
+        p = _rounded(p, start, row, numbers, steps)
     tl.store(p_ptr + i, p.to(DTYPE), mask=mask)
 
 
@@ -187,47 +182,45 @@ def _lion(p, g, mean, row, factors, beta1, rest1, rest2):
 
 
 @triton.jit
-def _decode(state, maps, offset, length, mask, MOMENT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def _decode(state, maps, offset, length, mask, MOMENT: tl.constexpr):
     """A tile's first (0, signed) or second (1) moment in fp32; 0 beyond the length, which no block's scale may see."""
-    i, blocks = tl.arange(0, TILE), tl.arange(0, TILE // BLOCK)
+    i, blocks = tl.arange(0, TILE), tl.arange(0, TILE // PER)
     if maps is None:
         values = tl.load(state[2 + MOMENT] + offset + i, mask=mask, other=0.0)
     else:
         code = tl.load(state[2 + 2 * MOMENT] + offset + i, mask=mask, other=0).to(tl.int32)
-        scales = tl.load(state[3 + 2 * MOMENT] + offset // BLOCK + blocks, mask=blocks * BLOCK < length, other=0.0)
-        values = tl.where(mask, tl.load(maps[MOMENT] + code) * _for_each(scales, code), 0.0)
+        scales = tl.load(state[3 + 2 * MOMENT] + offset // PER + blocks, mask=blocks * PER < length, other=0.0)
+        values = tl.where(mask, tl.load(maps[MOMENT] + code) * _for_each(scales), 0.0)
     return values
 
 
 @triton.jit
-def _for_each(scales, values):
+def _for_each(scales):
     """The scale of its block for each value. All else has one dimension: around look-ups in two, Triton moves values to
     another layout and back (3.6 where rows are contiguous, 3.9 where columns are), a fifth of all instructions.
     """
-    blocks: tl.constexpr = scales.shape[0]
-    size: tl.constexpr = values.shape[0]
-    return tl.reshape(tl.broadcast_to(scales[:, None], [blocks, size // blocks]), [size])
+    return tl.reshape(tl.broadcast_to(scales[:, None], [TILE // PER, PER]), [TILE])
 
 
 @triton.jit
-def _encode(values, state, maps, offset, length, mask, MOMENT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def _encode(values, state, maps, offset, length, mask, MOMENT: tl.constexpr):
     """Put a tile's moment back where `_decode` took it."""
-    i, blocks = tl.arange(0, TILE), tl.arange(0, TILE // BLOCK)
+    i, blocks = tl.arange(0, TILE), tl.arange(0, TILE // PER)
     if maps is None:
         tl.store(state[2 + MOMENT] + offset + i, values, mask=mask)
     else:
         values = tl.where(mask, values, 0.0)
-        largest = _largest(values, BLOCK)
-        tl.store(state[3 + 2 * MOMENT] + offset // BLOCK + blocks, largest, mask=blocks * BLOCK < length)
+        largest = _largest(values)
+        tl.store(state[3 + 2 * MOMENT] + offset // PER + blocks, largest, mask=blocks * PER < length)
         codes = _nearest(values, largest, maps[2 + MOMENT], MOMENT == 0)
         tl.store(state[2 + 2 * MOMENT] + offset + i, codes, mask=mask)
 
 
 @triton.jit
-def _largest(values, BLOCK: tl.constexpr):
+def _largest(values):
     """The largest magnitude of each block."""
     # As integers: the order of non-negative floats, and NaN above all, so that it is not lost.
-    ordered = tl.reshape(tl.abs(values).to(tl.int32, bitcast=True), [values.shape[0] // BLOCK, BLOCK])
+    ordered = tl.reshape(tl.abs(values).to(tl.int32, bitcast=True), [TILE // PER, PER])
     return tl.max(ordered, axis=1).to(tl.float32, bitcast=True)
 
 
@@ -236,7 +229,7 @@ def _nearest(values, largest, borders, SIGNED: tl.constexpr):
     """Codes. Decade i of the map is [0.1, 1] * 10^(i - 6), in 2^i cells of equal width (2^(i + 1) if unsigned)."""
     scale = tl.where(largest > 0, largest, 1.0)
     up = tl.where(scale < 7.8886090522101181e-31, 1.2676506002282294e30, 1.0)  # 2^-100, 2^100: keeps 1 / scale finite
-    relative = tl.abs(values) * _for_each(up, values) * _for_each(1.0 / (scale * up), values)
+    relative = tl.abs(values) * _for_each(up) * _for_each(1.0 / (scale * up))
     bits = tl.maximum(relative, 1e-6).to(tl.int32, bitcast=True)
     mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
     # log10(relative) + 6.5, of which the nearest integer is the decade: the pattern as an integer is the logarithm but
@@ -257,12 +250,12 @@ def _nearest(values, largest, borders, SIGNED: tl.constexpr):
     else:
         border = nearest - 2
     border = tl.minimum(tl.maximum(border, 0), 254)
-    above = values.to(tl.float64) > tl.load(borders + border) * _for_each(scale, values).to(tl.float64)
+    above = values.to(tl.float64) > tl.load(borders + border) * _for_each(scale).to(tl.float64)
     return (border + above.to(tl.int32)).to(tl.uint8)
 
 
 @triton.jit
-def _rounded(x, start, row, numbers, steps, KEY: tl.constexpr, TILE: tl.constexpr):
+def _rounded(x, start, row, numbers, steps):
     """update.round_stochastically, its result still in fp32."""
     nothing = tl.zeros([TILE // 8], tl.uint32)
     groups = nothing + (start // 8 + tl.arange(0, TILE // 8)).to(tl.uint32)
