@@ -131,7 +131,9 @@ def _example(
     if len(whole) > 1 and whole[0].ids == whole[1].ids:
         reason = "become the same tokens (the template leaves out what sets them apart)"
         raise BadRow(sample.problem("chosen, rejected", reason, "identical"))
-    parts = whole if max_length is None else fit(sample, whole, max_length, truncation, stops)
+    parts = whole
+    if max_length is not None and any(len(part.ids) > max_length for part in whole):
+        parts = fit(sample, whole, max_length, truncation, stops)
     cut = sum(part is not before for part, before in zip(parts, whole, strict=True))
     shared = shared_tokens(parts[0].ids, parts[1].ids) if len(parts) > 1 else 0
     return Example(parts, shared, sample.label), cut
