@@ -19,8 +19,13 @@ def token_divergence(
     hidden: [N, D] of the student, trained positions only; teacher_hidden: [N, E] at the same positions. Both heads are
     run in the mode they are in, the teacher's without gradient; they may be the same module. Gradients flow to hidden
     and to what is trained in the student's head. One chunk of both logits is alive at a time. Raises ValueError when
-    rows differ or a setting is out of range."""
-    vocabulary = vocabulary_of(head)
+    rows or vocabularies differ or a setting is out of range."""
+    vocabulary, theirs = vocabulary_of(head), vocabulary_of(teacher_head)
+    if vocabulary != theirs:
+        raise ValueError(
+            f"student and teacher must share one vocabulary, got {vocabulary} and {theirs} tokens; distil between "
+            "models of one tokenizer"
+        )
     if hidden.ndim != 2 or teacher_hidden.ndim != 2 or len(hidden) != len(teacher_hidden):
         raise ValueError(
             "token_divergence needs hidden [N, D] and teacher_hidden [N, E], "
