@@ -165,8 +165,9 @@ class DPOTrainer(PreferenceTrainer):
             self.reference = (next(name for name in names if not adapters_of(self.model, name)),)
             copy_adapter(self.model, DEFAULT, *self.reference)
         if self.config.reference_cache is not None:
-            lengths = [[sum(part.trained) for part in e.parts] for dataset in self.sets for e in dataset.examples]
-            batches = [b for dataset in self.sets for b in self.micro_batches(dataset, range(len(dataset)), "auto")]
+            sets = self.sets[: 1 if self.val_set is self.train_set else 2]
+            lengths = [[sum(part.trained) for part in e.parts] for dataset in sets for e in dataset.examples]
+            batches = [b for dataset in sets for b in self.micro_batches(dataset, range(len(dataset)), "auto")]
             parts = cache_parts(self.model, self.reference, self.fingerprint)
             self.cache = cached(Path(self.config.reference_cache), parts, batches, lengths, self._live_logps)
 

@@ -5,6 +5,7 @@ A stale one is an error and not a silent other training.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -30,20 +31,22 @@ class CachedReference:
 
     def __init__(self, flat: Tensor, lengths: Sequence[Sequence[int]]) -> None:
         self.flat = flat
-        parts = iter(flat.split([length for row in lengths for length in row]))
-        self.answers = [[next(parts) for _ in row] for row in lengths]  # views
+        counts = torch.tensor(lengths)  # [examples, A]
+        self.starts = counts.flatten().cumsum(0).view(counts.shape) - counts
+
+    def _own(self, batch: Batch) -> list[Tensor]:
+        """Of each answer of a batch its part of `flat`: those of the first answers, then those of the others."""
+        starts = self.starts[list(batch.numbers)].T.flatten().tolist()
+        return [self.flat[at : at + n] for at, n in zip(starts, batch.lengths.flatten().tolist(), strict=True)]
 
     def logps(self, batch: Batch, device: torch.device) -> Tensor:
         """Log-probability of each answer's tokens, [A, P, L] on this device, zero past an answer's end."""
-        found = [self.answers[number][a] for a in range(len(batch.lengths)) for number in batch.numbers]
-        return sent(pad_sequence(found, batch_first=True).view(*batch.lengths.shape, -1), device)
+        return sent(pad_sequence(self._own(batch), batch_first=True).view(*batch.lengths.shape, -1), device)
 
     def fill(self, batch: Batch, logps: Tensor) -> None:
         """Take over log-probabilities [A, P, L] of a batch."""
-        logps = logps.cpu()
-        for p, number in enumerate(batch.numbers):
-            for a, answer in enumerate(self.answers[number]):
-                answer.copy_(logps[a, p, : len(answer)])
+        for own, found in zip(self._own(batch), logps.cpu().flatten(0, 1), strict=True):
+            own.copy_(found[: len(own)])
 
 
 def cached(
@@ -58,7 +61,7 @@ def cached(
     size = sum(map(sum, lengths))
     if path.exists():
         return CachedReference(read_cache(path, parts, size), lengths)
-    found = CachedReference(torch.empty(size), lengths)
+    found = CachedReference(torch.full((size,), math.nan), lengths)  # no hole is read as a number
     for batch in batches:
         found.fill(batch, compute(batch))
     metadata = {"format": FORMAT, "parts": json.dumps(dict(parts), sort_keys=True)}

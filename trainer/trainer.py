@@ -229,8 +229,8 @@ class Trainer(ABC):
         )
 
     def first_number(self, dataset: Any) -> int:
-        """The number that a batch gives a dataset's first example: validation rows count on where training rows end."""
-        return len(self.train_set.examples) if dataset is self.val_set else 0
+        """The number that a batch gives a dataset's first example: other rows count on where training rows end."""
+        return 0 if dataset is self.train_set or dataset is not self.val_set else len(self.train_set)
 
     def _settle(self) -> None:
         """Read the metrics of the last update off the device, record them, and stop a run that has gone bad."""

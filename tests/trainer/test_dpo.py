@@ -255,6 +255,17 @@ def test_validation_rows_have_their_own_place_in_the_cache(trainer_for, tiny_fol
         assert found[1][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
+def test_one_set_for_both_is_cached_once(trainer_for, tiny_folder, pairs, tmp_path):
+    """Trained and validated on one dataset: its rows have one place in the file, and a later run reads no hole."""
+    _, tokenizer = fourbit.load(tiny_folder)
+    both, found = load_rows(pairs, tokenizer, "pairs"), []
+    for name, cache in (("live", None), ("made", str(tmp_path / "c")), ("read", str(tmp_path / "c"))):
+        trainer = trainer_for(tiny_folder, both, tmp_path / name, val=both, b_seed=0, steps=2, reference_cache=cache)
+        found.append(trainer.train(display=None).val["loss"])
+    assert len(trainer.cache.flat) == sum(sum(part.trained) for e in both.examples for part in e.parts)
+    assert found[1] == found[2] == pytest.approx(found[0], rel=1e-5)
+
+
 def test_kto_crosses_validation_rows_with_each_other(trainer_for, tiny_folder, judged, tmp_path):
     rows = [{"prompt": f"tell {w}", "completion": w, "label": w != "q"} for w in ("zz", "q", "uvw")]
     val = write(tmp_path / "val", rows)
