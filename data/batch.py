@@ -10,7 +10,7 @@ once for each.
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate, compress, pairwise
+from itertools import accumulate, chain, compress, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -51,8 +51,10 @@ class Example:
 
     def content(self) -> list[object]:
         """All that training sees, as JSON."""
-        parts = [[part.ids, [int(trained) for trained in part.trained]] for part in self.parts]
-        return [*parts] if self.label is None else [*parts, self.label]
+        parts: list[list[object]] = [[part.ids, [int(trained) for trained in part.trained]] for part in self.parts]
+        if self.label is not None:
+            return [*parts, self.label]
+        return [*parts] if len(parts) > 1 else parts[0]  # flat, as in the fingerprints of checkpoints of format 2
 
     def size(self, packing: bool) -> int:
         """Tokens it takes: packed the trunk once, then each branch; padded a row of the longest for each answer."""
@@ -75,9 +77,10 @@ class Batch:
     spans: tuple[Span, ...] | None  # packed: (start, fork, end_1, ..., end_A) of each example, or (start, end); or None
     rows: Tensor  # [R] int64: flattened places whose hidden state predicts a trained token
     targets: Tensor  # [R] int64: the token each of them predicts
-    slots: Tensor  # [A, P, L] int64: which of the R is trained token l of answer a of example p; R where it has fewer
-    lengths: Tensor  # [A, P] int64: trained tokens of each answer
-    last: Tensor  # [A, P] int64: flattened place of each answer's last trained token, its end of turn
+    # Of rated answers, which are pairs or have labels; None of rows to learn from, whose loss is about tokens:
+    slots: Any  # [A, P, L] int64: which of the R is trained token l of answer a of example p; R where it has fewer
+    lengths: Any  # [A, P] int64: trained tokens of each answer
+    last: Any  # [A, P] int64: flattened place of each answer's last trained token, its end of turn
     labels: Tensor | None  # [P] bool: judged good; None of what is not judged
     numbers: tuple[int, ...]  # the examples' places in the dataset
     tokens: int  # run through the model, without padding
@@ -87,7 +90,7 @@ class Batch:
     @property
     def weight(self) -> int:
         """What a loss summed over this batch is a sum over: trained tokens, or examples where answers are rated."""
-        return self.trained if self.labels is None and len(self.lengths) == 1 else self.examples
+        return self.trained if self.lengths is None else self.examples
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`. The host does not wait for a GPU."""
@@ -169,10 +172,11 @@ def _padded_groups(order: Sequence[int], sizes: Sequence[int], token_budget: int
 
 def pack(examples: Sequence[Numbered]) -> Batch:
     """All examples end to end in one row [1, total] without padding, each with its trunk once."""
+    _check(examples)
     ids: list[int] = []
     positions: list[int] = []
     spans: list[Span] = []
-    places = []  # of each example, of each of its answers: where its tokens stand
+    places: list[Sequence[int]] = []  # of each answer of each example: where its tokens stand
     for _, example in examples:
         start, fork, parts = len(ids), example.shared, example.parts
         ids += parts[0].ids[:fork]
@@ -182,58 +186,60 @@ def pack(examples: Sequence[Numbered]) -> Batch:
             positions += range(fork, len(part.ids))
         ends = list(accumulate((len(part.ids) - fork for part in parts), initial=start + fork))
         spans.append((start, *ends) if len(parts) > 1 else (start, ends[-1]))
-        places.append([[*range(start, start + fork), *range(a, b)] for a, b in pairwise(ends)])
+        places += [[*range(start, start + fork), *range(a, b)] for a, b in pairwise(ends)]
     return _batch(examples, places, _tensor([ids]), _tensor([positions]), tuple(spans))
 
 
 def pad(examples: Sequence[Numbered], pad_id: int) -> Batch:
     """Every answer in a row of its own with its prompt, padded on the right: first all first answers, then the rest."""
-    answers = list(zip(*(example.parts for _, example in examples), strict=True))  # [A][P]
-    flat = [part for row in answers for part in row]
+    _check(examples)
+    flat = [part for row in zip(*(example.parts for _, example in examples), strict=True) for part in row]
     width, count = max(len(part.ids) for part in flat), len(examples)
     ids = _tensor([part.ids + [pad_id] * (width - len(part.ids)) for part in flat])
-    starts = [range(p * width, len(flat) * width, count * width) for p in range(count)]
-    places = [[range(start, start + width) for start in own] for own in starts]
+    starts = [row * width for p in range(count) for row in range(p, len(flat), count)]
+    places = [range(start, start + width) for start in starts]
     return _batch(examples, places, ids, torch.arange(width).expand(len(flat), -1).contiguous(), None)
 
 
 def _batch(
     examples: Sequence[Numbered],
-    places: Sequence[Sequence[Sequence[int]]],
+    places: Sequence[Sequence[int]],
     ids: Tensor,
     positions: Tensor,
     spans: tuple[Span, ...] | None,
 ) -> Batch:
-    """The predictions of a layout: `places[p][a][i]` is where token i of answer a of example p stands."""
-    made: dict[tuple[int, int], int] = {}  # (place, target) -> its number among the R
-    slots, last = [], []
-    for (_, example), where in zip(examples, places, strict=True):
-        predicted = []
-        for part, at in zip(example.parts, where, strict=True):
-            following = part.trained[1:]
-            pairs = zip(compress(at, following), compress(part.ids[1:], following), strict=True)
-            predicted.append([made.setdefault(pair, len(made)) for pair in pairs])
-        slots.append(predicted)
-        last.append([at[_last_trained(part)] for part, at in zip(example.parts, where, strict=True)])
-    lengths = [[len(answer) for answer in predicted] for predicted in slots]  # [P][A]
-    longest, none = max(map(max, lengths)), len(made)
-    filled = [[answer + [none] * (longest - len(answer)) for answer in predicted] for predicted in slots]  # [P][A][L]
-    rows, targets = map(_tensor, zip(*made, strict=True))
+    """The predictions of a layout: `places[p * A + a][i]` is where token i of answer a of example p stands."""
+    answers = [part for _, example in examples for part in example.parts]
+    given = [list(compress(at, part.trained[1:])) for at, part in zip(places, answers, strict=True)]
+    rows = np.fromiter(chain.from_iterable(given), np.int64)
+    following = (compress(part.ids[1:], part.trained[1:]) for part in answers)
+    targets = np.fromiter(chain.from_iterable(following), np.int64)
     labels = [example.label for _, example in examples]
+    rated: dict[str, Tensor | None] = dict.fromkeys(("slots", "lengths", "last"))
+    if labels[0] is not None or len(examples[0][1].parts) > 1:
+        # What two answers predict from one place is made once, and has the place of the first of them.
+        _, first, same = np.unique(rows << 32 | targets, return_index=True, return_inverse=True)
+        order = first.argsort()
+        rows, targets = rows[first[order]], targets[first[order]]
+        lengths = np.array([len(own) for own in given]).reshape(len(examples), -1)  # [P, A]
+        there = np.arange(lengths.max()) < lengths[..., None]
+        slots = np.full(there.shape, len(rows))  # [P, A, L]
+        slots[there] = order.argsort()[same]
+        last = np.array([at[_last_trained(part)] for at, part in zip(places, answers, strict=True)])
+        made = {"slots": slots, "lengths": lengths, "last": last.reshape(lengths.shape)}
+        rated = {name: torch.from_numpy(values.swapaxes(0, 1).copy()) for name, values in made.items()}
     return Batch(
         input_ids=ids,
         position_ids=positions,
         spans=spans,
-        rows=rows,
-        targets=targets,
-        slots=_tensor(filled).transpose(0, 1).contiguous(),
-        lengths=_tensor(lengths).T.contiguous(),
-        last=_tensor(last).T.contiguous(),
+        rows=torch.from_numpy(rows),
+        targets=torch.from_numpy(targets),
         labels=torch.tensor(labels) if None not in labels else None,
         numbers=tuple(number for number, _ in examples),
-        tokens=sum(len(part.ids) for _, e in examples for part in e.parts) if spans is None else ids.numel(),
-        trained=len(made),
+        tokens=sum(len(part.ids) for part in answers) if spans is None else ids.numel(),
+        trained=len(rows),
         examples=len(examples),
+        **rated,
     )
 
 

@@ -78,7 +78,7 @@ class RewardModel:
         for place, parts in enumerate(encode(samples, tokenizer, form, loss_on="last")):
             if isinstance(parts, BadRow):
                 raise parts
-            answers.append((place, Example(parts)))
+            answers.append((place, Example(parts, label=True)))  # to be rated: its batch has `last`
         scores = [0.0] * len(answers)
         if not answers:
             return scores

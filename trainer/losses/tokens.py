@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...data.batch import Batch, sent
+from ...data.batch import Batch
 from ...kernels.chunked_head import (
     Scorer,
     TokenScorer,
@@ -63,7 +63,10 @@ def vocabulary_of(head: nn.Module) -> int:
 def batch_token_scores(model: CausalLM, batch: Batch) -> TokenScores:
     """Log-probability, entropy and correctness of each prediction of a batch that is on the CPU, [batch.trained] each.
     Raises ValueError for a target outside the model's vocabulary."""
-    here = on_device(model, batch)
+    return _scores_there(model, on_device(model, batch))
+
+
+def _scores_there(model: CausalLM, here: Batch) -> TokenScores:
     return token_scores(model.lm_head, hidden_rows(model, here, here.rows), here.targets)
 
 
@@ -96,10 +99,9 @@ class Answers(NamedTuple):
 def answer_scores(model: CausalLM, batch: Batch) -> Answers:
     """One forward pass over a batch that is still on the CPU; the head runs on predicted tokens only.
     A token that both answers of a pair begin with is predicted once and counts in both."""
-    scores = batch_token_scores(model, batch)
-    slots, lengths = (sent(x, scores.logps.device) for x in (batch.slots, batch.lengths))
-    logps, entropy, correct = (_by_answer(values, slots) for values in scores)
-    return Answers(logps, lengths, entropy, correct)
+    here = on_device(model, batch)
+    logps, entropy, correct = (_by_answer(values, here.slots) for values in _scores_there(model, here))
+    return Answers(logps, here.lengths, entropy, correct)
 
 
 def _by_answer(values: Tensor, slots: Tensor) -> Tensor:
