@@ -83,7 +83,7 @@ def test_paged_equals_whole_under_every_budget(data):
     """Any page sizes, states, budgets from one page to everything, gradients present and missing, and disturbances."""
     kinds = data.draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=3))
     chunks = data.draw(st.integers(1, 3))
-    largest = max(sizes(fields(MOMENTS, b, d), CHUNK)[1] for d, b in kinds) * chunks
+    largest = max(PAGE * chunks, *(sizes(fields(MOMENTS, b, d), CHUNK)[1] for d, b in kinds))
     device = SimulatedDevice(seed=data.draw(st.none() | st.integers(0, 99)))
     pager = Pager(device, 1)
     pager.page_bytes = PAGE * chunks
