@@ -214,7 +214,10 @@ class Pager:
             except torch.OutOfMemoryError:
                 if self.budget != "auto" or limit <= largest:
                     raise
-                limit = self._cap = max(least, min(limit - 1, self.held // 2)) if limit > least else largest
+                if limit > least:
+                    limit = self._cap = max(least, min(limit - 1, self.held // 2))
+                else:  # for this step alone: there may be room again
+                    limit = largest
         self._stale = False
 
     def _arrange(self, limit: int, largest: int, total: int) -> None:

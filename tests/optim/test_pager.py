@@ -203,6 +203,15 @@ class TestAuto:
             twin.step(1)
         twin.check()
 
+    def test_one_step_on_one_frame_does_not_bind_the_next(self):
+        device = SimulatedDevice(capacity=PAGE)
+        pager, twin = ten(device, "auto")
+        for step, (room, held) in enumerate([(1, 1), (20, 10)]):
+            device.capacity = room * PAGE
+            twin.step(step)
+            assert pager.held == held * PAGE
+        twin.check()
+
     def test_takes_half_after_it_had_to_leave(self):
         pager, twin = ten(SimulatedDevice(capacity=12 * PAGE), "auto")
         for step, held in enumerate([10, 5, 2, 2]):
