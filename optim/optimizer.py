@@ -19,7 +19,7 @@ from ..kernels.dispatch import path_for
 from . import update
 from .page_device import make_device, peaks
 from .paging import Budget, Pager, check_budget, check_room
-from .state import Entry, FlatState, Kind, Slice, fields
+from .state import Entry, FlatState, Kind, Slice, fields, whole
 from .state_files import read_groups, read_states
 from .update import ADAMW, LION, Group, Rule
 
@@ -90,18 +90,19 @@ class FlatOptimizer(torch.optim.Optimizer):
         self._seen: list[list[int]] = []  # which parameters the groups had
 
     def add_param_group(self, param_group: Group) -> None:
-        """As torch.optim's; ValueError for what no step could work with: settings, dtypes, a budget below one page,
-        and, as in a step, groups that were changed."""
+        """As torch.optim's; ValueError for what no step could work with: settings, dtypes, a budget below one page of
+        what is to be trained, and, as in a step, groups that were changed."""
         self._check_unchanged()
         super().add_param_group(param_group)
         try:
-            _check_group(group := self.param_groups[-1])
-            self._check_room(group["params"])
+            _check_group(self.param_groups[-1])
+            joining = [entry for entry in self._new_entries() if entry.group == len(self.param_groups) - 1]
+            self._by_key([entry for entry in joining if entry.parameter.requires_grad])
         except ValueError:
             self.param_groups.pop()
             raise
         self._seen = self._members()
-        self._waiting += [entry for entry in self._new_entries() if entry.group == len(self.param_groups) - 1]
+        self._waiting += joining
 
     def _members(self) -> list[list[int]]:
         return [list(map(id, group["params"])) for group in self.param_groups]
@@ -114,9 +115,16 @@ class FlatOptimizer(torch.optim.Optimizer):
         large = parameter.numel() >= self.min_8bit_size and parameter.dtype != torch.float64
         return 8 if self.bits == 8 and large else 32
 
-    def _check_room(self, parameters: Iterable[Tensor]) -> None:
+    def _by_key(self, joining: Iterable[Entry]) -> dict[Key, list[Entry]]:
+        """What is to join by flat state; InputError if the budget has no room for a page of it."""
+        keys: dict[Key, list[Entry]] = {}
+        for entry in joining:
+            p = entry.parameter
+            keys.setdefault((entry.group, p.dtype, self._bits(p)), []).append(entry)
         if self.budget is not None:
-            check_room(self.budget, [fields(self.rule.moments, self._bits(p), p.dtype) for p in parameters])
+            sizes = {key: sum(whole(entry.parameter.numel()) for entry in some) for key, some in keys.items()}
+            check_room(self.budget, [(fields(self.rule.moments, bits, d), n) for (_, d, bits), n in sizes.items()])
+        return keys
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -153,15 +161,11 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def _join(self, joining: list[Entry]) -> None:
         """Give entries zero state, and no steps taken. Memory that runs out leaves all as it was."""
-        self._check_room(entry.parameter for entry in joining)
+        keys = self._by_key(joining)
         devices = {e.parameter.device for e in joining} | {self._steps.device for _ in self._entries[:1]}
         if len(devices) > 1:
             raise ValueError(f"an optimizer works on one device, but has parameters on {sorted(map(str, devices))}")
         (device,) = devices
-        keys: dict[Key, list[Entry]] = {}
-        for entry in joining:
-            p = entry.parameter
-            keys.setdefault((entry.group, p.dtype, self._bits(p)), []).append(entry)
         states = {key: self._states.get(key) or FlatState(*key, self.rule.moments) for key in keys}
         if self.budget is None:
             grown = {k: state.grown([e.parameter.numel() for e in keys[k]], device) for k, state in states.items()}

@@ -35,9 +35,9 @@ def check_budget(budget: Budget) -> Budget:
     return budget
 
 
-def check_room(budget: Budget, states: Iterable[Mapping[str, Field]]) -> None:
-    """InputError if the budget has no room for a page of one chunk, the least, of any of these states."""
-    least = max((sizes(fields, CHUNK)[1] for fields in states), default=0)
+def check_room(budget: Budget, states: Iterable[tuple[Mapping[str, Field], int]]) -> None:
+    """InputError if the budget has no room for the least page, one chunk or all there is, of any (fields, elements)."""
+    least = max((sizes(fields, min(elements, CHUNK))[1] for fields, elements in states), default=0)
     if budget != "auto" and least > budget:
         raise InputError(f"an optimizer budget of {budget} bytes is less than one page of state; the least is {least}")
 

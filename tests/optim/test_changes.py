@@ -238,24 +238,33 @@ def test_infinity_has_a_sign(path: str) -> None:
 
 def test_a_budget_below_a_page_is_refused_before_anything_is_changed() -> None:
     ps = parameters([(300,), (9000,)])
-    with pytest.raises(InputError, match="budget of 32767 bytes is less than one page of state; the least is 32768"):
-        AdamW(ps, budget=32767)
-    optimizer = AdamW(ps, budget=32768)
+    with pytest.raises(InputError, match="budget of 4000 bytes is less than one page of state; the least is 32768"):
+        AdamW(ps, budget=4000)
+    ps[1].requires_grad_(False)  # not known to be trained, so not counted before it is
+    optimizer = AdamW(ps, budget=4096)
     give_gradients(ps, seed=0, missing=[1])
     optimizer.step()
-    ps[1].data = ps[1].data.double()  # whose page is twice as large
+    ps[1].requires_grad_(True)
     for _ in range(2):
         give_gradients(ps, seed=1)
         before = snapshot(optimizer, ps)
-        with pytest.raises(InputError, match="the least is 65536"):
+        with pytest.raises(InputError, match="the least is 32768"):
             optimizer.step()
         assert_equal(snapshot(optimizer, ps), before)
-    with pytest.raises(InputError, match="the least is 65536"):
-        optimizer.add_param_group({"params": parameters([(9000,)], torch.float64)})
+    with pytest.raises(InputError, match="the least is 32768"):
+        optimizer.add_param_group({"params": parameters([(9000,)])})
     assert len(optimizer.param_groups) == 1
     give_gradients(ps, seed=2, missing=[1])
     optimizer.step()
     assert optimizer.state[ps[0]]["step"] == 2 and ps[1] not in optimizer.state
+
+
+@pytest.mark.parametrize("budget", [2048, 4096, 20000])
+def test_small_state_needs_only_its_own_bytes(budget: int) -> None:
+    ps = parameters([(64,)])
+    optimizer = AdamW(ps, budget=budget)
+    stepped(optimizer, ps)
+    assert optimizer.pager and optimizer.pager.counters.peak_bytes == 2048
 
 
 def test_paged_state_of_one_parameter_is_saved_alone() -> None:

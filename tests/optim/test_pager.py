@@ -166,8 +166,9 @@ def test_pages_that_stay_keep_no_memory_of_the_host():
 def test_budget_below_a_page_names_the_least():
     kept = fields(MOMENTS, 32, torch.float32)
     with pytest.raises(InputError, match=f"budget of {PAGE - 1} bytes is less than one page .* least is {PAGE}"):
-        check_room(PAGE - 1, [kept])
-    check_room(PAGE, [kept])
+        check_room(PAGE - 1, [(kept, 10), (kept, 2 * CHUNK)])
+    check_room(PAGE, [(kept, 10), (kept, 2 * CHUNK)])
+    check_room(96, [(kept, 10)])
 
 
 class TestAuto:
