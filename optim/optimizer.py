@@ -243,7 +243,8 @@ class FlatOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what an optimizer of this kind, torch.optim.AdamW or bitsandbytes wrote.
 
-        ValueError if it does not fit: other parameters, or other bits. Nothing is changed then.
+        ValueError if it does not fit: other parameters, or other bits. Nothing is changed then. `grad_norm` and
+        `skipped` are None until the next step.
         """
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
