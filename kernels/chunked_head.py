@@ -163,19 +163,23 @@ class _TrainedWeight(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, weights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
-        dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight)
+        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        dweight = torch.zeros_like(weight)
         for part in _parts(hidden, ctx.rows):
-            dhidden[part] = _back_chunk(hidden[part], weight, weights[part, None], ctx.scorer, part, dweight)
+            _back_chunk(hidden, weight, weights[part, None], ctx.scorer, part, dhidden, dweight)
         return dhidden, dweight, None, None
 
 
-def _back_chunk(h: Tensor, weight: Tensor, weights: Tensor, scorer: Scorer, part: slice, dweight: Tensor) -> Tensor:
-    """The gradient of one chunk's hidden states h; that of the weight is added to dweight."""
-    logits = upcast(h @ weight.T)
+def _back_chunk(
+    hidden: Tensor, weight: Tensor, scale: Tensor, scorer: Scorer, part: slice, dhidden: Tensor | None, dweight: Tensor
+) -> None:
+    """Put in the gradient of one chunk's hidden states, if it is wanted, and add that of the weight to dweight."""
+    logits = upcast(hidden[part] @ weight.T)
     scorer(logits, part, True)
     dlogits = logits.to(weight.dtype)
-    dweight.addmm_(dlogits.T, (h * weights).to(weight.dtype))  # weighting [n, D] is cheaper than [n, V]
-    return (dlogits @ weight) * weights
+    dweight.addmm_(dlogits.T, (hidden[part] * scale).to(weight.dtype))  # scaling [n, D] is cheaper than [n, V]
+    if dhidden is not None:
+        dhidden[part] = (dlogits @ weight) * scale
 
 
 def _trained_chunk(head: nn.Module, hidden: Tensor, scorer: Scorer, part: slice, in_place: bool) -> tuple[Tensor, ...]:

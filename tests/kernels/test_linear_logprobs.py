@@ -182,7 +182,13 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("train_hidden", "train_head", "gradients", "products"),
-    [(True, False, True, 2), (False, False, True, 1), (True, True, True, 4), (True, True, False, 1)],
+    [
+        (True, False, True, 2),
+        (False, False, True, 1),
+        (True, True, True, 4),
+        (False, True, True, 3),
+        (True, True, False, 1),
+    ],
 )
 def test_products_of_a_chunk(train_hidden, train_head, gradients, products):
     """Logits and dX with a frozen head; logits, and again in backward with dX and dW, with a trained one."""
