@@ -32,10 +32,18 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _on_kernels(x: Tensor) -> bool:
+    if not fused(x):
+        return False
+    from . import rms_norm_triton
+
+    return rms_norm_triton.fits(x)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if fused(x):
+        if _on_kernels(x):
             from . import rms_norm_triton
 
             y, scale = rms_norm_triton.forward(x, weight, eps)
@@ -51,7 +59,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[no-untyped-def]
         x, weight, scale = ctx.saved_tensors
-        if not ctx.needs_input_grad[1] and fused(x):
+        if not ctx.needs_input_grad[1] and _on_kernels(x):
             from . import rms_norm_triton
 
             return rms_norm_triton.backward(dy, x, weight, scale), None, None

@@ -7,6 +7,13 @@ from torch import Tensor
 
 from .dispatch import on_device
 
+LARGEST = 1 << 16  # columns that a program holds in registers
+
+
+def fits(x: Tensor) -> bool:
+    """Whether a row of x [..., D] fits one program."""
+    return x.shape[-1] <= LARGEST
+
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(y like x, scale fp32 [..., 1]) with scale = 1 / rms(x)."""

@@ -2,6 +2,7 @@
 
 from types import ModuleType
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -125,6 +126,22 @@ def test_float64_takes_the_plain_form() -> None:
     with force_path("triton"):
         torch.testing.assert_close(rms_norm(x, x[0], 1e-5), rms_norm_reference(x, x[0], 1e-5))
         torch.testing.assert_close(swiglu(x, x), swiglu_reference(x, x))
+
+
+def test_rows_beyond_one_program_take_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton has no block for a million columns, and no GPU registers for a tenth of them."""
+    from fourbit.kernels import rms_norm_triton
+
+    x, weight = torch.randn(1, 65_537, device=DEVICE, requires_grad=True), torch.ones(65_537, device=DEVICE)
+    for way in ("forward", "backward"):
+        monkeypatch.setattr(rms_norm_triton, f"rms_norm_{way}_kernel", None)
+    with force_path("triton"):
+        y = rms_norm(x, weight, 1e-5)
+        (got,) = torch.autograd.grad(y, x, weight[None])
+    (want,) = torch.autograd.grad(rms_norm_reference(x, weight, 1e-5), x, weight[None])
+    torch.testing.assert_close(y, rms_norm_reference(x, weight, 1e-5))
+    torch.testing.assert_close(got, want)
+    assert rms_norm_triton.fits(x[:, :65_536])
 
 
 def test_a_weight_that_trains_gets_its_gradient() -> None:
