@@ -140,11 +140,13 @@ def _sum_of_squares(address, start, length, DTYPE: tl.constexpr, EVEN: tl.conste
 @triton.jit(do_not_specialize=["parts", "entries", "group", "lr", "weight_decay", "beta1", "beta2"])
 def step_factors_kernel(
     addresses, numbers, steps, factors, partial, max_norm, control, found_inf, parts, entries, group,
-    lr, weight_decay, beta1, beta2, FIRST: tl.constexpr, LION: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+    lr: tl.int64, weight_decay: tl.int64, beta1: tl.int64, beta2: tl.int64,
+    FIRST: tl.constexpr, LION: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What each parameter's update is multiplied by, its step count, and whether the step is skipped.
 
-    lr, weight_decay and betas come as the bits of a float64; Triton would make an fp32 of the number.
+    lr, weight_decay and betas come as the bits of a float64; Triton would make an fp32 of the number. Their type is
+    stated: those of 0.0 would be an int32, and a program of its own.
     """
     wide = tl.zeros([BLOCK], tl.float64)
     scale = tl.full([], 1.0, tl.float32)

@@ -20,13 +20,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _stepped(make: Any, dtype: torch.dtype, **settings: Any) -> Any:
-    """A step of large and small parameters on tensors without data, for the compiler."""
+    """Steps of large and small parameters, the last at a rate of 0, on tensors without data, for the compiler."""
 
     def run() -> None:
         ps = [nn.Parameter(torch.empty(s, dtype=dtype, device="meta")) for s in ((16, 4096), (4096, 16), (100,))]
         for p in ps:
             p.grad = torch.empty_like(p)
-        make(ps, **settings).step()
+        optimizer = make(ps, **settings)
+        for lr in (1e-3, 0.0):
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
 
     return run
 
@@ -44,6 +47,11 @@ BYTES = {"adamw": 12 + 16, "adamw8bit": 6 + 4 * (1 + 4 / 256), "lion": 12 + 8, "
 
 def test_nothing_spills(aot: Any) -> None:
     aot.assert_no_spills(aot.costs_of(__file__))
+
+
+def test_a_rate_of_zero_compiles_nothing_anew(aot: Any) -> None:
+    costs = [cost for cost in aot.costs_of(__file__) if cost.kernel == "step_factors_kernel"]
+    assert len(costs) == len(SCENARIOS) * len(aot.CAPABILITIES)
 
 
 @pytest.mark.parametrize("scenario", BYTES)
