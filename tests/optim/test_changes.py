@@ -24,7 +24,7 @@ def stepped(optimizer: Any, *lists: Any, seed: int = 0) -> None:
 @pytest.mark.parametrize("how", ["dtype", "smaller", "larger", "reshaped", "gradient"])
 def test_parameters_that_changed_are_refused(path: str, how: str) -> None:
     """Kernels go by address: after model.bfloat16() one would write twice as much as there is."""
-    ps = parameters([(9,), (20000,)])
+    ps = parameters([(9,), (20000,)], path=path)
     optimizer = AdamW(ps)
     with force_path(path):
         stepped(optimizer, ps)
@@ -37,16 +37,14 @@ def test_parameters_that_changed_are_refused(path: str, how: str) -> None:
             "reshaped": lambda t: t.view(200, 100),
             "gradient": lambda t: t,
         }[how](ps[1].detach())
-        around = torch.full((60000,), 7.0, dtype=changed.dtype)
+        around = torch.full((60000,), 7.0, dtype=changed.dtype, device=changed.device)
         inner = around[20000 : 20000 + changed.numel()].view(changed.shape)
         ps[1].grad = None
         ps[1].data = inner.copy_(changed)
         ps[1].grad = torch.ones_like(ps[1])
+        words = rf"parameter 1 was torch.float32 \[20000\] on {changed.device} when"
         if how == "gradient":
-            ps[1].grad.data = torch.ones(4)
-        words = (
-            "gradients must be dense" if how == "gradient" else r"parameter 1 was torch.float32 \[20000\] on cpu when"
-        )
+            ps[1].grad.data, words = changed.new_ones(4), "gradients must be dense"
         with pytest.raises(ValueError, match=words):
             optimizer.step()
     assert torch.equal(inner, changed)
@@ -57,7 +55,7 @@ def test_parameters_that_changed_are_refused(path: str, how: str) -> None:
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("path", PATHS)
 def test_another_dtype_is_taken_over_as_the_message_says(path: str, budget: int | None) -> None:
-    ps, twins = parameters([(9,), (3, 5000)]), parameters([(9,), (3, 5000)])
+    ps, twins = (parameters([(9,), (3, 5000)], path=path) for _ in range(2))
     optimizer, straight = AdamW(ps, lr=0.1, budget=budget), AdamW(twins, lr=0.1)
     with force_path(path):
         for some, its in ((optimizer, ps), (straight, twins)):
@@ -192,7 +190,7 @@ def test_a_step_holds_no_gradient_afterwards() -> None:
 def test_no_views_are_made_to_read_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     """They cost most of a step over hundreds of small tensors."""
     pytest.importorskip("triton")
-    ps = parameters([(300,), (16, 40), (0,), ()])
+    ps = parameters([(300,), (16, 40), (0,), ()], path="triton")
     optimizer = AdamW8bit(ps, min_8bit_size=0, max_grad_norm=1.0)
     with force_path("triton"):
         stepped(optimizer, ps)
@@ -210,14 +208,14 @@ def test_no_views_are_made_to_read_addresses(monkeypatch: pytest.MonkeyPatch) ->
 def test_nan_shows_on_every_path(path: str, make: Any) -> None:
     """The sign of NaN is 0: Lion would rest where it is, with 8 bits a whole block for good."""
     for size in (300, 8192, 70_000):
-        p = nn.Parameter(torch.ones(size))
+        (p,) = parameters([(size,)], path=path)
         optimizer = make([p], lr=0.125, weight_decay=0.0, min_8bit_size=0)
         with force_path(path):
-            p.grad = torch.ones(size)
+            p.grad = torch.ones_like(p)
             p.grad[7] = torch.nan
             optimizer.step()
             assert p.isnan().nonzero().flatten().tolist() == [7]
-            p.grad = torch.ones(size)
+            p.grad = torch.ones_like(p)
             optimizer.step()
         assert p.isnan().nonzero().flatten().tolist() == (list(range(256)) if optimizer.bits == 8 else [7])
 
@@ -225,14 +223,15 @@ def test_nan_shows_on_every_path(path: str, make: Any) -> None:
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's
 @pytest.mark.parametrize("path", PATHS)
 def test_infinity_has_a_sign(path: str) -> None:
-    p = nn.Parameter(torch.ones(300))
+    (p,) = parameters([(300,)], path=path)
+    p.data.fill_(1.0)
     optimizer = Lion([p], lr=0.125, weight_decay=0.0)
-    p.grad = torch.zeros(300)
+    p.grad = torch.zeros_like(p)
     p.grad[3:6] = torch.tensor([torch.inf, -torch.inf, torch.nan])
     with force_path(path):
         optimizer.step()
     torch.testing.assert_close(
-        p[2:6].detach(), torch.tensor([1, 0.875, 1.125, torch.nan]), rtol=0, atol=0, equal_nan=True
+        p[2:6].detach().cpu(), torch.tensor([1, 0.875, 1.125, torch.nan]), rtol=0, atol=0, equal_nan=True
     )
 
 
