@@ -371,7 +371,7 @@ def _has(*keys: str, one: Sequence[str] = (), none: Sequence[str] = ()) -> Calla
 _PAIR, _OUTPUTS = ("chosen", "rejected"), ("preferred_output", "non_preferred_output")
 _RATED = (*_PAIR, *_OUTPUTS)
 _OTHERS = ("conversations", "conversation", "instruction", "question", "input", *_RATED)
-_TALK, _TASK = ("conversations", "system", "tools"), ("instruction", "input", "system", "history")
+_TALK, _TASK = ("conversations", "system", "tools"), ("instruction", "input", "system", "history", "tools")
 _CHAT, _TEXTS = ("messages", "system", "tools"), ("prompt", "completion", "tools")
 _TRL = ("prompt", "question", "system", "tools", *_PAIR)
 _LAST = ("last message",)
@@ -390,7 +390,7 @@ FORMS: tuple[Form, ...] = (
     Form("judged", "conversations/kto_tag", _has("kto_tag", "conversations"), _talk, (*_TALK, "kto_tag"), _LAST),
     Form("judged", "messages/kto_tag", _has("kto_tag", "messages"), _talk, (*_CHAT, "kto_tag"), _LAST),
     Form("judged", "instruction/kto_tag", _has("kto_tag", _TASK[0]), _task, (*_TASK, "output", "kto_tag"), ("output",)),
-    Form("judged", "prompt/completion/label", _has(*_TEXTS[1:2], "label"), _texts, (*_TEXTS, "label"), _TEXTS[1:2]),
+    Form("judged", "prompt/completion/label", _has("completion", "label"), _texts, (*_TEXTS, "label"), ("completion",)),
     Form("prompts", "messages", _has("messages"), _asked_talk, (*_CHAT, "answer")),
     Form("prompts", "conversations", _has("conversations"), _asked_talk, (*_TALK, "answer")),
     Form("prompts", "instruction", _has(_TASK[0]), lambda r: _made(r, instruction(r)), (*_TASK, "output", "answer")),

@@ -264,6 +264,8 @@ def _reading(path: Path) -> Iterator[None]:
     """Whatever a torn, hostile or unreadable file makes the parsers raise becomes one kind of error."""
     try:
         yield
+    except RecursionError as error:
+        raise InputError(f"{path}: nested too deeply to be from a checkpoint") from error
     except _BROKEN as error:
         raise InputError(f"{path}: torn, or not from a checkpoint ({type(error).__name__}: {error})") from error
 

@@ -9,7 +9,8 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from ..data.encode import LossOn
 from ..data.truncate import Truncation
@@ -38,15 +39,22 @@ def setting(
 
 @dataclass(frozen=True)
 class Checked:
-    """Base of options: each must keep to its Literal type and its bounds. Raises InputError, naming rule and value."""
+    """Base of options: words must be of their Literal type, numbers be numbers within their bounds. Raises InputError,
+    naming rule and value."""
 
     def __post_init__(self) -> None:
         for option in fields(self):
             name, value, least = option.name, getattr(self, option.name), option.metadata.get("least")
-            if get_origin(option.type) is Literal and value not in get_args(option.type):
-                raise InputError(f"{name} must be one of {', '.join(get_args(option.type))}, got {value!r}")
-            if not isinstance(value, int | float):
+            parts = get_args(option.type) if get_origin(option.type) in (Union, UnionType) else (option.type,)
+            words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
+            number = float if float in parts else int if int in parts else None
+            if value in words or (value is None and NoneType in parts) or not (words or number):
                 continue
+            if number is None:
+                raise InputError(f"{name} must be one of {', '.join(words)}, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int | number):
+                what = " or ".join(["a number" if number is float else "a whole number", *words])
+                raise InputError(f"{name} must be {what}, got {value!r}")
             if least is not None and not value >= least:
                 raise InputError(f"{name} must be at least {least}, got {value}")
             if option.metadata.get("positive") and not 0 < value < math.inf:

@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -372,7 +373,9 @@ class Trainer(ABC):
             if rows.kind != self.kind:
                 raise InputError(f"this training reads rows loaded as {self.kind!r}, got {rows.kind!r}")
             return rows
-        paths = [rows] if isinstance(rows, (str, Path)) else list(rows)
+        paths = [rows] if isinstance(rows, str | PathLike) else rows
+        if not isinstance(paths, Sequence) or not all(isinstance(path, str | PathLike) for path in paths):
+            raise InputError(f"rows are a file's path, a list of paths or a Dataset, got {type(rows).__name__}")
         return read_rows(self.config, self.tokenizer, paths, self.kind)
 
     def recomputes(self) -> bool:

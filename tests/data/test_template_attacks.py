@@ -73,9 +73,9 @@ def grow(start: str, step: str, end: str = "") -> str:
     return GROW.replace("START", start).replace("STEP", step) + end
 
 
-BOMBS = {  # templates that would take hours or all memory, and what may stop each
+BOMBS = {  # templates that would take hours or all memory, and what may stop each: SLOW too where a slow machine may
     "string times number": (BIG, "{{ 'a' * 1000000000 }}"),
-    "string times a smaller number": (TEXT, "{{ 'a' * 100000000 }}"),
+    "string times a smaller number": (f"{TEXT}|{SLOW}", "{{ 'a' * 100000000 }}"),
     "list times number": (BIG, "{% set s = messages %}{{ s * 1000000000 }}"),
     "loops in loops": (
         SLOW,
@@ -84,14 +84,14 @@ BOMBS = {  # templates that would take hours or all memory, and what may stop ea
     ),
     "recursive loop": (RECURSION, "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}"),
     "range": ("Range too big", "{% for i in range(10 ** 15) %}{% endfor %}"),
-    "doubling": (BIG, grow("'aaaaaaaa'", "n.s + n.s")),
-    "doubling by ~": (BIG, grow("'aaaaaaaa'", "n.s ~ n.s")),
-    "doubling a list": (BIG, grow("[1]", "n.s + n.s")),
+    "doubling": (f"{BIG}|{SLOW}", grow("'aaaaaaaa'", "n.s + n.s")),
+    "doubling by ~": (f"{BIG}|{SLOW}", grow("'aaaaaaaa'", "n.s ~ n.s")),
+    "doubling a list": (f"{BIG}|{SLOW}", grow("[1]", "n.s + n.s")),
     "a list of itself": (f"{BIG}|{SLOW}|{KILLED}|{RECURSION}", grow("['a']", "[n.s, n.s]", "{{ n.s }}")),
     "a list of itself as json": (f"{BIG}|{SLOW}|{KILLED}", grow("['a']", "[n.s, n.s]", "{{ n.s | tojson }}")),
     "replace": (BIG, grow("'aaaaaaaa'", "n.s.replace('a', n.s)")),
     "replace filter": (BIG, grow("'aaaaaaaa'", "n.s | replace('a', n.s)")),
-    "join": (BIG, grow("'aaaaaaaa'", "n.s.join([n.s, n.s, n.s])")),
+    "join": (f"{BIG}|{SLOW}", grow("'aaaaaaaa'", "n.s.join([n.s, n.s, n.s])")),
     "power": (f"{SLOW}|{BIG}|{KILLED}", "{{ 9 ** (9 ** (9 ** 9)) }}"),
     "numbers that grow": (f"{SLOW}|{BIG}|{KILLED}", grow("10", "n.s * n.s")),
     "percent width": (BIG, "{{ '%999999999d' % 1 }}"),
@@ -116,7 +116,7 @@ BOMBS = {  # templates that would take hours or all memory, and what may stop ea
     "nested brackets": (DEEP, "{{ " + "[" * 30_000 + "]" * 30_000 + " }}"),
     "nested parentheses": (DEEP, "{{ " + "(" * 30_000 + "1" + ")" * 30_000 + " }}"),
     "nested ifs": (DEEP, "{% if 1 %}" * 3_000 + "{% endif %}" * 3_000),
-    "long sum": (DEEP, "{{ 1" + "+1" * 30_000 + " }}"),
+    "long sum": (f"{DEEP}|{SLOW}", "{{ 1" + "+1" * 30_000 + " }}"),
     "long not": (DEEP, "{{ " + "not " * 15_000 + "1 }}"),
     "memory": (f"{BIG}|{SLOW}", grow("[]", "[n.s, range(99999) | list, range(99999) | map('string') | list]")),
 }
@@ -156,18 +156,13 @@ def spent() -> Iterator[list[float]]:
 
 @pytest.mark.parametrize("case", BOMBS)
 def test_no_template_takes_everything(case: str, spent: list[float]) -> None:
-    """Under 6 seconds of processor time, children included, however slow the machine is just now.
-
-    A slow one may spend the time that a conversation has before it gets as far as the other limits.
-    """
+    """Under 6 seconds of processor time, children included, however slow the machine is just now."""
     says, source = BOMBS[case]
     with pytest.raises(InputError) as caught:
         ChatTemplate(source, name="model's").render(TALK)
     CHILD.stop()
     assert processor_seconds() - spent[0] < 6
-    assert str(caught.value).startswith("model's: the ") and any(
-        text in str(caught.value) for text in (*says.split("|"), SLOW, KILLED)
-    )
+    assert str(caught.value).startswith("model's: the ") and any(text in str(caught.value) for text in says.split("|"))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
 
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,6 +57,14 @@ def test_a_size_is_a_number_or_none(text):
         ({"schedule": "inverse_sqrt"}, "schedule must be one of cosine, linear, constant, inverse-sqrt, wsd"),
         ({"lora_plus": -1.0}, "lora_plus must be above 0"),
         ({"lora_plus": 16.0, "full": True}, "full training has no adapter"),
+        ({"batch_size": np.int64(8)}, r"batch_size must be a whole number, got .*8"),
+        ({"batch_size": 8.0}, "batch_size must be a whole number, got 8.0"),
+        ({"batch_size": True}, "batch_size must be a whole number, got True"),
+        ({"lr": np.float32(-1)}, "lr must be a number, got "),
+        ({"lr": "1e-4"}, "lr must be a number, got '1e-4'"),
+        ({"lr": None}, "lr must be a number, got None"),
+        ({"lr": float("nan")}, "lr must be above 0 and finite, got nan"),
+        ({"micro_batch": "atuo"}, "micro_batch must be a whole number or auto, got 'atuo'"),
         ({"lr_scale": {"*": -1.0}}, r"lr_scale must have factors of 0 or more, got -1.0 for '\*'"),
     ],
 )

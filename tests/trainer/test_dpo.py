@@ -309,6 +309,11 @@ def test_datasets_of_another_kind_are_refused(trainer_for, tiny_folder, pairs, j
         trainer_for(tiny_folder, judged, tmp_path, val=load_rows(pairs, tokenizer, "pairs"), loss=("kto",))
     with pytest.raises(InputError, match="reads rows loaded as 'pairs', got 'sft'"):
         trainer_for(tiny_folder, load_rows(rows, tokenizer), tmp_path)
+    for given in (7, [7], iter(["a"])):
+        with pytest.raises(
+            InputError, match=r"rows are a file's path, a list of paths or a Dataset, got (int|list|list_i)"
+        ):
+            trainer_for(tiny_folder, given, tmp_path)
 
 
 def test_one_prompt_cannot_be_split(trainer_for, tiny_folder, tmp_path):

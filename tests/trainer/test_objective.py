@@ -54,6 +54,7 @@ REFUSED = [
     ({"sigmoid": 1.0}, {"divergence": "js_divergence"}, "divergence must be one of reverse-kl, forward-kl, jsd, alpha"),
     ({"sigmoid": 1.0}, {"divergence": "reverse_kl"}, "got 'reverse_kl'; did you mean reverse-kl?"),
     ({"sigmoid": 1.0}, {"divergence": 3}, "got 3"),
+    ({"sigmoid": 1.0}, {"divergence": ["jsd"]}, "divergence must be one of reverse-kl, forward-kl, jsd, alpha"),
     ({"sigmoid": 1.0}, {"divergence_alpha": 0.5}, "divergence_alpha belongs to divergence alpha; got 0.5 without it"),
     (
         {"sigmoid": 1.0},

@@ -90,7 +90,7 @@ RULES: dict[str, Rule] = {  # every setting there is
     **dict.fromkeys(("beta", "tau", "desirable_weight", "undesirable_weight"), ABOVE_0),
     **dict.fromkeys(("gamma", "sft_weight"), AT_LEAST_0),
     "label_smoothing": ("a number from 0 up to, but not including, 0.5", lambda v: 0 <= v < 0.5),
-    "divergence": (f"one of {', '.join(DIVERGENCES)}", lambda v: v in DIVERGENCES),
+    "divergence": (f"one of {', '.join(DIVERGENCES)}", lambda v: isinstance(v, str) and v in DIVERGENCES),
     "divergence_alpha": ("a number from 0 to 1", lambda v: 0 <= v <= 1),
     "ld_alpha": ("a number from 0 to 1 (1 discounts nothing)", lambda v: 0 <= v <= 1),
 }
