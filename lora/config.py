@@ -50,7 +50,7 @@ class LoRAConfig:
         if not isinstance(self.rslora, bool):
             raise InputError(f"rslora must be true or false, got {self.rslora!r}")
         for key in ("target", "exclude"):
-            object.__setattr__(self, key, _checked_names(key, getattr(self, key)))
+            object.__setattr__(self, key, checked_names(key, getattr(self, key)))
         if not self.target:
             raise InputError(
                 'target must name at least one layer: "all-linear", "attn", "mlp", a list of names or a regex'
@@ -89,7 +89,8 @@ def _check_alpha(key: str, value: object) -> None:
         raise InputError(f"{key} must be a number above 0 and below {LARGEST_ALPHA:g}, got {value!r}")
 
 
-def _checked_names(key: str, value: object) -> str | tuple[str, ...]:
+def checked_names(key: str, value: object) -> str | tuple[str, ...]:
+    """A regular expression or names, as `target` is written; InputError for what is neither."""
     if isinstance(value, str):
         _check_regex(key, value)
         return value

@@ -11,8 +11,9 @@ from torch import nn
 from ..errors import InputError
 from ..kernels.weight4bit import check_format
 from .adapter import replace_modules
+from .config import checked_names
 from .linear4bit import NF4Linear
-from .targets import linear_layers, matcher
+from .targets import linear_layers, listed, matcher
 
 
 def quantize_(
@@ -21,23 +22,28 @@ def quantize_(
     *,
     blocksize: int = 64,
     double_quant: bool = True,
-    skip: Sequence[str] = ("lm_head",),
+    skip: str | Sequence[str] = ("lm_head",),
 ) -> nn.Module:
     """Replace the linear layers of `module` by NF4Linear, one at a time, and return it; of a bare nn.Linear, its twin.
 
-    `skip`: full paths or their ends ("lm_head") to leave dense, or a regular expression. A weight that anything but a
-    linear layer also holds, such as that of a tied output head, stays dense too. Layers that share one weight share one
-    set of packed bytes. Layers on the meta device become empty 4-bit layers on meta.
+    `skip` names layers to leave dense as LoRAConfig's `target` does: full paths or their ends in a list, or one regular
+    expression; each must match a layer, but for "lm_head" in a list, which not every model has. A weight that anything
+    but a linear layer also holds, such as that of a tied output head, stays dense too. Layers that share one weight
+    share one set of packed bytes. Layers on the meta device become empty 4-bit layers on meta.
     Raises InputError when nothing is left to quantise, and when a weight holds NaN or infinity (naming the tensor).
     """
+    skip = checked_names("skip", skip)
     try:
         check_format(quant, blocksize)
     except ValueError as problem:
         raise InputError(f"quantize_: {problem}") from None
     if type(module) is nn.Linear:
         return _quantized(module, "weight", quant, blocksize, double_quant)
-    dense = {path: layer for path, layer in linear_layers(module).items() if type(layer) is nn.Linear}
+    layers = linear_layers(module)
+    listed(module, "skip", skip if isinstance(skip, str) else [name for name in skip if name != "lm_head"], [*layers])
     skipped = matcher(skip)
+    dense = {path: layer for path, layer in layers.items() if type(layer) is nn.Linear}
+    layers.clear()
     wanted = {path: layer for path, layer in dense.items() if not skipped(path)}
     held_elsewhere = _parameters_outside(module, wanted.values())
     wanted = {path: layer for path, layer in wanted.items() if id(layer.weight) not in held_elsewhere}
@@ -75,14 +81,14 @@ def _parameters_outside(module: nn.Module, wanted: Iterable[nn.Module]) -> set[i
     return {id(parameter) for holder in outside for parameter in holder.parameters(recurse=False)}
 
 
-def _nothing_to_quantize(module: nn.Module, names: list[str], skip: Sequence[str]) -> str:
+def _nothing_to_quantize(module: nn.Module, names: list[str], skip: str | Sequence[str]) -> str:
     """Why `quantize_` found no work, and what to do about it."""
     if any(isinstance(layer, NF4Linear) for layer in module.modules()):
         return "quantize_ found no dense nn.Linear to quantise: the 4-bit layers of this model are already in place"
     if names:
         return (
             f"quantize_ found only layers it must leave dense ({', '.join(names[:8])}): they are named in "
-            f"skip={list(skip)} or share their weight with another module. Pass skip=() or untie the weight to "
+            f"skip={skip!r} or share their weight with another module. Pass skip=() or untie the weight to "
             "quantise them."
         )
     return f"quantize_ replaces nn.Linear layers, and this {type(module).__name__} has none"

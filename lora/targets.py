@@ -50,7 +50,7 @@ def resolve(model: nn.Module, config: LoRAConfig) -> list[str]:
     if not layers:
         raise InputError(f"LoRA wraps linear layers, and this {type(model).__name__} has none")
     chosen = _targeted(model, config.target, layers)
-    excluded = _listed(model, "exclude", config.exclude, layers) if config.exclude else set()
+    excluded = listed(model, "exclude", config.exclude, layers) if config.exclude else set()
     names = [name for name in layers if name in chosen and name not in excluded]
     if not names:
         raise InputError(
@@ -107,7 +107,7 @@ def _targeted(model: nn.Module, target: str | Sequence[str], layers: list[str]) 
         "mlp": lambda: {name for name in layers if _in_part(name, MLP, MLP_LEAVES)},
     }
     if not isinstance(target, str) or target not in words:
-        return _listed(model, "target", target, layers)
+        return listed(model, "target", target, layers)
     chosen = words[target]()
     if not chosen:
         raise InputError(
@@ -116,7 +116,7 @@ def _targeted(model: nn.Module, target: str | Sequence[str], layers: list[str]) 
     return chosen
 
 
-def _listed(model: nn.Module, field: str, entries: str | Sequence[str], layers: list[str]) -> set[str]:
+def listed(model: nn.Module, field: str, entries: str | Sequence[str], layers: list[str]) -> set[str]:
     """Linear layers that a regular expression or a list of names means; each entry must match one."""
     if isinstance(entries, str):
         found = set(filter(matcher(entries), layers))
@@ -137,10 +137,10 @@ def _listed(model: nn.Module, field: str, entries: str | Sequence[str], layers: 
 
 
 def _other_kind(model: nn.Module, entry: str) -> str:
-    """Says so if `entry` names a module that LoRA cannot wrap."""
+    """Says so if `entry` names a module of another kind."""
     matches = matcher([entry])
     kinds = {type(module).__name__ for name, module in base_modules(model).items() if matches(name)}
-    return f" It names a {', '.join(sorted(kinds))}; LoRA wraps nn.Linear and NF4Linear only." if kinds else ""
+    return f" It names a {', '.join(sorted(kinds))}; only nn.Linear and NF4Linear count." if kinds else ""
 
 
 def _in_part(name: str, parts: Sequence[str], leaves: Sequence[str]) -> bool:

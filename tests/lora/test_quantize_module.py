@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +86,30 @@ def test_options_reach_the_layers(quant: str) -> None:
 def test_skip_by_leaf_and_by_path() -> None:
     model = quantize_(Tiny(), skip=("down", "layers.1.up"))
     assert {name for name, kind in kinds(model).items() if kind is NF4Linear} == {"layers.0.up", "lm_head"}
+
+
+def test_skip_by_regular_expression() -> None:
+    model = quantize_(Tiny(), skip=r"layers\.0\..*|lm_head")
+    assert {name for name, kind in kinds(model).items() if kind is NF4Linear} == {"layers.1.up", "layers.1.down"}
+
+
+@pytest.mark.parametrize(
+    ("skip", "words"),
+    [
+        ("[", r"skip holds '\[', which is no regular expression"),
+        (3, "skip must be a string or a list of layer names, got 3"),
+        (".*", r"must leave dense .*skip='\.\*'"),
+        ("lm_head", r"skip='lm_head': a string is a regular .* pass a list: \['lm_head'\]"),
+        (["lm_head", "dwon"], r"skip entry 'dwon' matches no linear layer\. Nearest: down"),
+        (["embed"], "It names a Embedding; only nn.Linear and NF4Linear count"),
+    ],
+)
+def test_a_skip_that_means_no_layer_is_refused(skip: Any, words: str) -> None:
+    """The head would be quantised in silence."""
+    model = nn.ModuleDict({"inner": Tiny()})
+    with pytest.raises(InputError, match=words):
+        quantize_(model, skip=skip)
+    assert NF4Linear not in kinds(model).values()
 
 
 @pytest.mark.parametrize("head", ["lm_head", "vocabulary"])
@@ -193,7 +218,7 @@ def test_nothing_to_do_is_an_error_that_says_why() -> None:
         quantize_(nn.ReLU())
     with pytest.raises(InputError, match="already in place"):
         quantize_(quantize_(nn.Sequential(nn.Linear(4, 4))))
-    with pytest.raises(InputError, match=r"must leave dense \(0\).*skip=\['0'\]"):
+    with pytest.raises(InputError, match=r"must leave dense \(0\).*skip=\('0',\)"):
         quantize_(nn.Sequential(nn.Linear(4, 4)), skip=("0",))
     with pytest.raises(InputError, match=r"blocksize.*got 100"):
         quantize_(nn.Sequential(nn.Linear(4, 4)), blocksize=100)
