@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunked_head import blocks
+from .chunked_head import blocks, upcast
 
 KINDS = ("forward-kl", "reverse-kl", "jsd")
 
@@ -46,6 +46,24 @@ class Divergence(NamedTuple):
             raise ValueError(
                 f"beta of jsd must lie between 0 and 1, got {self.beta}; its ends are forward-kl (0) and reverse-kl (1)"
             )
+
+
+def divergence_reference(student: Tensor, teacher: Tensor, wanted: Divergence) -> Tensor:
+    """The definition, [N] of full logits [N, V]. Tests hold DivergenceScorer to it."""
+    if wanted.top_k is not None:
+        teacher, places = teacher.topk(wanted.top_k, dim=1)
+        student = student.gather(1, places)
+    log_q, log_p = (torch.log_softmax(upcast(logits) / wanted.temperature, dim=1) for logits in (student, teacher))
+    if wanted.kind == "forward-kl":
+        return _kl(log_p, log_q)
+    if wanted.kind == "reverse-kl":
+        return _kl(log_q, log_p)
+    log_m = torch.logaddexp(log_p + log(wanted.beta), log_q + log1p(-wanted.beta))
+    return wanted.beta * _kl(log_p, log_m) + (1 - wanted.beta) * _kl(log_q, log_m)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
 class DivergenceScorer:

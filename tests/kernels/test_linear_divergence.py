@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourbit.kernels.chunked_head import dense_figures
-from fourbit.kernels.linear_divergence import KINDS, Divergence, DivergenceScorer
+from fourbit.kernels.linear_divergence import KINDS, Divergence, DivergenceScorer, divergence_reference
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what its imports warn about is not ours to mend
@@ -46,19 +46,9 @@ def linear_divergence(hidden, weight, teacher_hidden, teacher_weight, *, chunk_r
     return dense_figures(hidden, weight, scorer, chunk_rows)[0]
 
 
-def linear_divergence_reference(
-    hidden, weight, teacher_hidden, teacher_weight, *, kind, temperature=1.0, top_k=None, beta=0.5
-):
-    """The definition, through full logits."""
-    student, teacher = hidden @ weight.T, (teacher_hidden @ teacher_weight.T).detach()
-    if top_k is not None:
-        teacher, places = teacher.topk(top_k, dim=1)
-        student = student.gather(1, places)
-    log_q, log_p = (torch.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
-    kl = lambda log_a, log_b: (log_a.exp() * (log_a - log_b)).sum(1)  # noqa: E731
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    jsd = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
-    return {"forward-kl": kl(log_p, log_q), "reverse-kl": kl(log_q, log_p), "jsd": jsd}[kind]
+def linear_divergence_reference(hidden, weight, teacher_hidden, teacher_weight, **settings):
+    teacher = (teacher_hidden @ teacher_weight.T).detach()
+    return divergence_reference(hidden @ weight.T, teacher, Divergence(**settings))
 
 
 def run(function, tensors, scale, *, train_head, **settings):

@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fourbit.kernels.chunked_head import TokenScorer, TokenScores, dense_figures, rows_per_chunk
+from fourbit.kernels.chunked_head import (
+    TokenScorer,
+    TokenScores,
+    dense_figures,
+    linear_logprobs_reference,
+    rows_per_chunk,
+)
 
 FIGURES = ("logps", "entropy", "correct")
 
@@ -17,15 +23,6 @@ FIGURES = ("logps", "entropy", "correct")
 def linear_logprobs(hidden, weight, targets, *, chunk_rows=None):
     rows = chunk_rows or rows_per_chunk(len(weight), weight.device)
     return TokenScores(*dense_figures(hidden, weight, TokenScorer(targets, len(weight)), rows))
-
-
-def linear_logprobs_reference(hidden, weight, targets):
-    """The definition, through full logits."""
-    logits = hidden @ weight.T
-    all_logps = torch.log_softmax(logits, dim=1)
-    entropy = torch.special.entr(all_logps.detach().exp()).sum(1)
-    correct = logits.gather(1, targets[:, None]).squeeze(1) == logits.amax(1)
-    return TokenScores(all_logps.gather(1, targets[:, None]).squeeze(1), entropy, correct)
 
 
 def run(function, hidden, weight, targets, scale, *, train_head):
