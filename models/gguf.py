@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import EnvironmentProblem, InputError
 from .config import shown
 
 READABLE = ("F32", "F16", "Q4_0", "Q4_1", "Q8_0", "BF16")
@@ -59,6 +59,7 @@ class GGUFFile:
     Raises:
         InputError: the file is missing, no regular file, no little-endian GGUF of version 2 or 3, breaks a limit or
             points outside itself; the message names the byte, key or tensor.
+        EnvironmentProblem: the package `gguf` is not installed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -86,6 +87,15 @@ def _map(path: Path) -> Bytes:
     raise InputError(f"{path} has {status.st_size} bytes; a GGUF header alone has 24. Get the file again.")
 
 
+def _package() -> Any:
+    """The package `gguf`, which only this file needs."""
+    try:
+        import gguf.quants
+    except ModuleNotFoundError:
+        raise EnvironmentProblem("reading GGUF files needs the package gguf: pip install gguf") from None
+    return gguf
+
+
 class _Header:
     """One pass over the header; `at` is the next byte to read."""
 
@@ -95,12 +105,23 @@ class _Header:
         n_tensors = self._integer("the number of tensors", MAX_TENSORS)
         n_metadata = self._integer("the number of metadata keys", MAX_METADATA)
         self.metadata: dict[str, MetadataValue] = {}
+        self.alignment = 32
         for _ in range(n_metadata):
             key = self._string("a metadata key", MAX_NAME_BYTES)
             if key in self.metadata:
                 raise self._fail(f"metadata key {shown(key)} occurs twice")
-            self.metadata[key] = self._value(shown(key))
-        self.tensors = self._placed([self._tensor() for _ in range(n_tensors)])
+            value = self.metadata[key] = self._value(shown(key))
+            if key == "general.alignment":
+                if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value.bit_count() > 1:
+                    raise self._fail(f"general.alignment is {value!r}; it must be a power of two")
+                self.alignment = value
+        self.tensors: dict[str, TensorInfo] = {}  # each at its place in the data section
+        for _ in range(n_tensors):
+            info = self._tensor()
+            if info.name in self.tensors:
+                raise self._fail(f"tensor {shown(info.name)} occurs twice")
+            self.tensors[info.name] = info
+        self._place()
 
     def _fail(self, problem: str) -> InputError:
         return InputError(
@@ -153,15 +174,15 @@ class _Header:
         kind = self._integer(f"the item type of {name}")
         length = self._integer(f"the length of array {name}", MAX_ARRAY_LENGTH)
         if kind != _STRING:
-            return self._numbers(name, kind, length)
+            return self._numbers(name, kind, length, "item ")
         # Eight bytes an item at least: a declared length beyond the file ends here, not after 2^24 turns.
         if 8 * length > self.size - self.at:
             raise self._fail(f"array {name} of {length} strings does not fit into the rest of the file")
         return [self._string(f"an item of {name}") for _ in range(length)]
 
-    def _numbers(self, name: str, kind: int, length: int) -> np.ndarray[Any, Any]:
+    def _numbers(self, name: str, kind: int, length: int, of: str = "") -> np.ndarray[Any, Any]:
         if kind not in _NUMBERS:
-            what = "an array of arrays, which no model needs" if kind == _ARRAY else f"of the unknown type {kind}"
+            what = "an array of arrays, which no model needs" if kind == _ARRAY else f"of the unknown {of}type {kind}"
             raise self._fail(f"metadata key {name} is {what}")
         dtype = np.dtype(_NUMBERS[kind])
         start = self._take(length * dtype.itemsize, f"the value of {name}")
@@ -174,8 +195,7 @@ class _Header:
 
     def _tensor(self) -> TensorInfo:
         """One tensor's entry, its `start` still relative to the data section."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
+        gguf = _package()
         name = self._string("a tensor name", MAX_NAME_BYTES)
         what = f"tensor {shown(name)}"
         n_dims = self._integer(f"the number of dimensions of {what}")
@@ -184,34 +204,25 @@ class _Header:
         dims = [self._integer(f"a dimension of {what}", (1 << 64) - 1) for _ in range(n_dims)]
         kind = self._integer(f"the type of {what}")
         offset = self._integer(f"the offset of {what}", (1 << 64) - 1)
-        format = GGMLQuantizationType(kind).name if kind in GGML_QUANT_SIZES else f"the unknown type {kind}"
+        format = gguf.GGMLQuantizationType(kind).name if kind in gguf.GGML_QUANT_SIZES else f"the unknown type {kind}"
         if format not in READABLE:
             raise InputError(
                 f"{self.path}: {what} is stored as {format}; only {', '.join(READABLE)} can be read. Take another "
                 "quantisation of the model (Q8_0 is closest to full precision) or its Hugging Face folder."
             )
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        block, size = gguf.GGML_QUANT_SIZES[kind]
         if min(dims) < 1 or dims[0] % block:
             raise self._fail(f"{what} has dimensions {dims}; rows of {format} hold a multiple of {block}")
+        if offset % self.alignment:
+            raise self._fail(f"{what} lies at offset {offset}, which is no multiple of {self.alignment}")
         return TensorInfo(name, tuple(reversed(dims)), format, offset, math.prod(dims) // block * size)
 
-    def _placed(self, entries: list[TensorInfo]) -> dict[str, TensorInfo]:
-        """The tensors with their places in the file: aligned, inside it, no two over each other."""
-        alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment < 1 or alignment.bit_count() > 1:
-            raise self._fail(f"general.alignment is {alignment!r}; it must be a power of two")
-        base = -(-self.at // alignment) * alignment
-        placed: dict[str, TensorInfo] = {}
-        for info in entries:
-            if info.name in placed:
-                raise self._fail(f"tensor {shown(info.name)} occurs twice")
-            if info.start % alignment:
-                raise self._fail(
-                    f"tensor {shown(info.name)} lies at offset {info.start}, which is no multiple of {alignment}"
-                )
-            placed[info.name] = info._replace(start=base + info.start)
+    def _place(self) -> None:
+        """Turn the tensors' starts into places in the file: inside it, no two over each other."""
+        base = -(-self.at // self.alignment) * self.alignment
+        self.tensors = {name: info._replace(start=base + info.start) for name, info in self.tensors.items()}
         end, before = 0, ""
-        for info in sorted(placed.values(), key=lambda info: info.start):
+        for info in sorted(self.tensors.values(), key=lambda info: info.start):
             stop, name = info.start + info.nbytes, shown(info.name)
             if stop > self.size:
                 raise InputError(
@@ -223,7 +234,6 @@ class _Header:
                     f"{self.path}: tensors {before} and {name} overlap. The file is damaged: get it again."
                 )
             end, before = stop, name
-        return placed
 
 
 def decode(raw: Bytes, format: str, shape: tuple[int, ...], interleaved_heads: int | None = None) -> Tensor:
@@ -249,12 +259,10 @@ def decode(raw: Bytes, format: str, shape: tuple[int, ...], interleaved_heads: i
 
 def _values(rows: Bytes, format: str) -> Tensor:
     """Rows of bytes [R, bytes] to values [R, in]; always a copy, never a view of the map."""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-
     plain = {"F32": "<f4", "F16": "<f2", "BF16": "<i2"}.get(format)
     if plain is not None:
         values = torch.from_numpy(rows.view(plain).copy())
         return values.view(torch.bfloat16) if format == "BF16" else values
+    gguf = _package()
     with np.errstate(all="ignore"):  # an infinite scale gives NaN; whoever uses the weight refuses it by name
-        return torch.from_numpy(dequantize(rows, GGMLQuantizationType[format]))
+        return torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[format]))

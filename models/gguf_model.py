@@ -30,19 +30,19 @@ _NEUTRAL = {
     "embedding_scale": 0.0,
     "use_parallel_residual": True,
 }
-_NAMES = {
+_NAMES = {  # of layer 0 for all layers
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
-    "blk.N.attn_norm": "model.layers.N.input_layernorm",
-    "blk.N.attn_q": "model.layers.N.self_attn.q_proj",
-    "blk.N.attn_k": "model.layers.N.self_attn.k_proj",
-    "blk.N.attn_v": "model.layers.N.self_attn.v_proj",
-    "blk.N.attn_output": "model.layers.N.self_attn.o_proj",
-    "blk.N.ffn_norm": "model.layers.N.post_attention_layernorm",
-    "blk.N.ffn_gate": "model.layers.N.mlp.gate_proj",
-    "blk.N.ffn_up": "model.layers.N.mlp.up_proj",
-    "blk.N.ffn_down": "model.layers.N.mlp.down_proj",
+    "blk.0.attn_norm": "model.layers.0.input_layernorm",
+    "blk.0.attn_q": "model.layers.0.self_attn.q_proj",
+    "blk.0.attn_k": "model.layers.0.self_attn.k_proj",
+    "blk.0.attn_v": "model.layers.0.self_attn.v_proj",
+    "blk.0.attn_output": "model.layers.0.self_attn.o_proj",
+    "blk.0.ffn_norm": "model.layers.0.post_attention_layernorm",
+    "blk.0.ffn_gate": "model.layers.0.mlp.gate_proj",
+    "blk.0.ffn_up": "model.layers.0.mlp.up_proj",
+    "blk.0.ffn_down": "model.layers.0.mlp.down_proj",
 }
 _NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,8})(?=\.)")
 
@@ -70,14 +70,14 @@ def _weights(file: GGUFFile) -> Iterator[tuple[str, str]]:
             continue
         part, _, kind = name.rpartition(".")
         number = _NUMBER.search(part)
-        found = _NAMES.get(part if number is None else _NUMBER.sub("N", part, 1))
+        found = _NAMES.get(part if number is None else _NUMBER.sub("0", part, 1))
         biased = number is not None and not part.endswith("_norm")
         if found is None or not (kind == "weight" or (kind == "bias" and biased)):
             raise InputError(
                 f"{file.path}: tensor {name!r} belongs to no Llama model. The file holds a variant that is not "
                 "supported; leaving the tensor out would change what the model computes."
             )
-        yield f"{found.replace('N', number[0]) if number else found}.{kind}", name
+        yield f"{found.replace('0', number[0]) if number else found}.{kind}", name
 
 
 def read_spec(file: GGUFFile) -> Spec:

@@ -3,6 +3,7 @@
 import math
 import os
 import struct
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourbit.errors import InputError
+from fourbit.errors import EnvironmentProblem, InputError
 from fourbit.models.gguf import GGUFFile
 from fourbit.models.gguf_tokenizer import gguf_tokenizer
 from fourbit.models.load import load_model
@@ -96,9 +97,12 @@ BAD: dict[str, tuple[bytes, str]] = {
     "array of 2^24 strings, none there": (file([array("a", STRING, 1 << 24, b"")]), "does not fit"),
     "array of 2^24 + 1 bytes": (file([array("a", U8, (1 << 24) + 1, b"")]), "more than the limit of 16777216"),
     "array of arrays": (file([array("a", ARRAY, 1, struct.pack("<IQ", U8, 1) + b"\0")]), "an array of arrays"),
-    "array of unknown items": (file([array("a", 13, 1, bytes(8))]), "unknown type 13"),
+    "array of unknown items": (file([array("a", 13, 1, bytes(8))]), "key 'a' is of the unknown item type 13"),
     "alignment 0": (file([pair(ALIGNMENT, U32, one(0))]), "general.alignment is 0; it must be a power of two"),
-    "alignment 3": (file([pair(ALIGNMENT, U32, one(3))]), "general.alignment is 3"),
+    "alignment 3": (
+        file([pair(ALIGNMENT, U32, one(3)), pair("z", U8, b"\0")]),
+        "general.alignment is 3; it must be a power of two, near byte 57.",
+    ),
     "alignment -32": (file([pair(ALIGNMENT, I32, struct.pack("<i", -32))]), "general.alignment is -32"),
     "alignment a string": (file([pair(ALIGNMENT, STRING, text("32"))]), "general.alignment is '32'"),
     "alignment true": (file([pair(ALIGNMENT, BOOL, b"\1")]), "general.alignment is True"),
@@ -126,7 +130,14 @@ BAD: dict[str, tuple[bytes, str]] = {
         )
         for name, kind, size in (("Q4_0", 2, 33), ("Q4_1", 3, 31), ("Q8_0", 8, 48))
     },
-    "offset unaligned": (file([], [tensor("t", [4], offset=8)], FOUR * 2), "offset 8, which is no multiple of 32"),
+    "offset unaligned": (
+        file([], [tensor("t", [4], offset=8)], FOUR * 2),
+        "offset 8, which is no multiple of 32, near",
+    ),
+    "offset unaligned before others": (
+        file([], [tensor("t", [4], offset=8), tensor("u", [4])], FOUR * 2),
+        "no multiple of 32, near byte 57.",
+    ),
     "offset 2^63": (file([], [tensor("t", [4], offset=BIG)], FOUR), "but the file has"),
     "offset 2^64 - 32": (file([], [tensor("t", [4], offset=(1 << 64) - 32)], FOUR), "but the file has"),
     "one byte short": (file([], [tensor("t", [4])], FOUR[:-1]), "ends at byte"),
@@ -170,6 +181,16 @@ def test_only_regular_files_are_opened(make: Callable[[Path], None], tmp_path: P
     make(tmp_path / "x.gguf")
     with pytest.raises(InputError, match="not a regular file"):
         GGUFFile(tmp_path / "x.gguf")
+
+
+def test_the_package_gguf_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's fault, and not the file's; also where its header alone was read before."""
+    (tmp_path / "m.gguf").write_bytes(MODEL)
+    opened = GGUFFile(tmp_path / "m.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for ask in (lambda: GGUFFile(tmp_path / "m.gguf"), lambda: opened.tensor("blk.0.attn_q.weight")):
+        with pytest.raises(EnvironmentProblem, match="reading GGUF files needs the package gguf: pip install gguf"):
+            ask()
 
 
 @pytest.mark.parametrize("path", ["/absent.gguf", "a\0b.gguf"])

@@ -146,6 +146,7 @@ ADDED: list[tuple[str, Change, str]] = [
     ("a matrix of them", lambda w: w.add_tensor(ROPE, np.ones((4, 4), np.float32)), "must have shape [4]"),
     ("a tensor no Llama has", vector("blk.0.attn_q_norm.weight", [1]), "belongs to no Llama"),
     ("a norm's bias", vector("output_norm.bias", [1]), "belongs to no Llama"),
+    ("a layer N", vector("blk.N.attn_q.weight", [1]), "belongs to no Llama"),
     ("a layer 00", vector("blk.00.attn_q.weight", [1]), "belongs to no Llama"),
     ("a fourth layer", vector("blk.3.attn_q.weight", [1]), "1 unknown: model.layers.3.self_attn.q_proj.weight"),
     ("a misshaped tensor", vector("blk.0.attn_q.bias", [1]), "q_proj.bias must be [40], got [1]"),
