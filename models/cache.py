@@ -36,4 +36,5 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Take the rows with the given indices (int64), in that order; a repeated one is continued in several ways."""
-        self._rooms = [None if room is None else room.index_select(1, rows) for room in self._rooms]
+        for layer, room in enumerate(self._rooms):  # one after the other, so that only one is there twice
+            self._rooms[layer] = None if room is None else room.index_select(1, rows)
