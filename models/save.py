@@ -14,6 +14,7 @@ from ..files import check_finite, disk_errors, write_tensors, write_text
 from ..lora.adapter import Adapter
 from ..lora.linear4bit import NF4Linear
 from .hf import INDEX, SINGLE, indexed
+from .load import DTYPES
 from .protocol import CausalLM
 from .tokenizer import Tokenizer
 
@@ -27,8 +28,8 @@ def save_model(model: CausalLM, tokenizer: Tokenizer, folder: str | Path, *, sha
     model: a dense one without an adapter. Tied weights are written once, under the embedding's name. Weights of more
     than `shard_bytes` become several files with an index. Every file appears whole or not at all, the weights all at
     once (an older save's shards go), config.json last.
-    Raises InputError for a 4-bit model or one with an adapter and NumericError for NaN or infinity, by tensor, before
-    anything is written; DiskError when the disk refuses.
+    Raises InputError for a 4-bit model, one with an adapter or a tensor that `load` would refuse, and NumericError for
+    NaN or infinity, by tensor, before anything is written; DiskError when the disk refuses.
     """
     folder, settings = Path(folder), model.settings()
     tensors = _dense_state(model)
@@ -55,8 +56,11 @@ def _dense_state(model: CausalLM) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, NF4Linear | Adapter):
             raise InputError(f"only a dense model without an adapter can be saved as one; {name} belongs to neither")
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
+        if name not in parameters or tensor.dtype not in DTYPES:
+            raise InputError(f"{name} ({tensor.dtype}) is no parameter that `load` reads, so the model cannot be saved")
         check_finite(name, tensor)
     return state
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import models as backends
+from torch import nn
 
 from fourbit import files
 from fourbit.errors import DiskError, InputError, NumericError
@@ -93,6 +94,22 @@ def test_an_index_of_a_stranger_costs_no_file_but_shards(ours: Ours, tokenizer: 
             quantize_,
             InputError,
             r"only a dense model without an adapter .*layers\.0\.self_attn\.q_proj belongs",
+        ),
+        *(
+            (
+                lambda m, dtype=dtype: m.register_buffer("own", torch.zeros(3, dtype=dtype)),
+                InputError,
+                rf"own \({dtype}\)",
+            )
+            for dtype in (torch.float32, torch.int64)
+        ),
+        *(
+            (
+                lambda m, dtype=dtype: m.register_parameter("own", nn.Parameter(torch.zeros(3).to(dtype), False)),
+                InputError,
+                rf"own \({dtype}\) is no parameter that `load` reads",
+            )
+            for dtype in (torch.uint8, torch.float8_e4m3fn)
         ),
     ],
 )
