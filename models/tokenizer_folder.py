@@ -17,20 +17,21 @@ from .tokenizer import Tokenizer
 TOKENIZER_BYTES = 256 << 20  # the largest in use (262k tokens) has 34 MB
 JSON_BYTES = 64 << 20
 TEMPLATE_BYTES = 1 << 20
+SPECIAL = ("bos_token", "eos_token", "pad_token")
 
 
 def folder_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that a folder describes; InputError names the file that is missing or malformed."""
     backend, where = _backend(folder), folder / "tokenizer_config.json"
     older, config = _optional_json(folder / "special_tokens_map.json"), _optional_json(where)
-    config = older | {key: value for key, value in config.items() if value is not None}
+    config = {key: older.get(key) for key in SPECIAL} | {
+        key: value for key, value in config.items() if value is not None
+    }
     _check_added(where, config, backend)
     return Tokenizer(
         backend,
         chat_template=_chat_template(where, config),
-        bos_token=_token(where, config, "bos_token"),
-        eos_token=_token(where, config, "eos_token"),
-        pad_token=_token(where, config, "pad_token"),
+        **{key: _token(where, config, key) for key in SPECIAL},
         stop_ids=_stop_ids(folder),
     )
 

@@ -76,6 +76,11 @@ def test_older_names_of_special_tokens_are_read(tmp_path: Path) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (BOS, EOS, EOS)  # the config wins for eos
 
 
+def test_the_older_file_says_nothing_but_special_tokens(tmp_path: Path) -> None:
+    older = {"chat_template": "evil", "added_tokens_decoder": {"7": {"content": "nowhere"}}}
+    assert folder_tokenizer(write(tmp_path, special_tokens_map=older)).chat_template is None
+
+
 @pytest.mark.parametrize(("value", "stops"), [(7, (7, EOS)), ([9, 7, 9], (7, 9, EOS)), ([], (EOS,)), (None, (5, EOS))])
 def test_stop_ids_come_from_the_generation_config_then_the_config(value: Any, stops: Any, tmp_path: Path) -> None:
     files = {"generation_config": {"eos_token_id": value}, "config": {"eos_token_id": 5}}
