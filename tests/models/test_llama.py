@@ -241,6 +241,10 @@ def test_what_training_keeps_for_backward(ours: Ours, alive: Any) -> None:
     assert hidden.requires_grad
 
 
+def test_a_printed_model_tells_its_norms(ours: Ours) -> None:
+    assert "(norm): RMSNorm(48, eps=1e-05)" in repr(ours())
+
+
 def test_an_unused_graph_is_freed_at_once(ours: Ours, alive: Any) -> None:
     """A saved tensor that kept itself alive would leak every evaluation that forgets `no_grad`."""
     model = ours("gqa 2:1")
