@@ -18,8 +18,8 @@ def project() -> dict[str, Any]:
 
 def test_every_package_folder_is_listed() -> None:
     """A folder of modules that is not listed, or lacks `__init__.py`, would be left out of the wheel in silence."""
-    files = [path.relative_to(ROOT) for path in [*ROOT.glob("*/*.py"), *ROOT.glob("*/*/*.py")]]
-    folders = {path.parent for path in files if path.parts[0] not in OUTSIDE and not path.parts[0].startswith(".")}
+    tops = [top for top in ROOT.glob("[!.]*/") if top.is_dir() and top.name not in OUTSIDE]
+    folders = {path.parent.relative_to(ROOT) for top in tops for path in top.rglob("*.py")}
     assert all((ROOT / folder / "__init__.py").is_file() for folder in folders)
     listed = project()["tool"]["setuptools"]["packages"]
     assert sorted(listed) == sorted(["fourbit", *(".".join(["fourbit", *folder.parts]) for folder in folders)])

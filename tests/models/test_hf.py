@@ -141,6 +141,13 @@ def test_only_regular_files_inside_are_opened(
         tensor_shapes(folder)
 
 
+def test_an_index_of_a_million_shards_ends_at_the_first_missing_one(tmp_path: Path) -> None:
+    index = {"weight_map": {f"t{i}": f"{i}.safetensors" for i in range(1_000_000)}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"0\.safetensors' cannot be read"):
+        tensor_shapes(tmp_path)
+
+
 def test_one_key_that_stands_twice_among_many_is_found_at_once(tmp_path: Path) -> None:
     """Counting each key among all of them took minutes."""
     keys = [*range(200_000), 199_999]

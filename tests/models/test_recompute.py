@@ -44,3 +44,11 @@ def test_only_the_inputs_are_kept(alive: Any, active: bool) -> None:
         del y
     assert made.bytes() == (4000 if active else 8000)  # z, and without the recipe y
     torch.testing.assert_close(torch.autograd.grad(z.sum(), x)[0], 8 * x)
+
+
+def test_other_saved_tensors_do_not_keep_themselves_alive(alive: Any) -> None:
+    x = torch.randn(1000, requires_grad=True)
+    with alive() as made, recomputed(x, lambda x: x, x):
+        y = x.sin().exp().tanh()
+    del y
+    assert made.bytes() == 0
