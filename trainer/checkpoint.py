@@ -65,7 +65,8 @@ def save_checkpoint(
 
     `tensors` maps group (a lower-case word) -> name -> dense tensor of any device and shape. `state` is plain JSON that
     reads back equal: string keys, lists and no tuples, finite numbers. A folder that already has this step's name (an
-    earlier branch of the run) is kept under a free name beside it.
+    earlier branch of the run) is kept under a free name beside it. The caller holds the run's folder (`lock_folder`),
+    since what lies half-written in `folder` is removed.
 
     Raises `NumericError` for a tensor with NaN or infinity (before anything is written), `DiskError` when the disk
     refuses, ValueError for arguments that cannot be stored.
@@ -144,7 +145,7 @@ def checkpoint_to_resume(out: Path, resume: str | None, notes: list[str]) -> Pat
         files.remove_stale(folder)  # what a killed run left half-written; it may have been killed after its last save
     if resume not in (None, "auto"):
         path = Path(str(resume))
-        if not path.is_dir() or not path.name.rpartition("-")[2].isdecimal():
+        if not path.is_dir() or not _FOLDER.fullmatch(path.name):
             raise InputError(f"resume must be auto or a checkpoint folder such as {folder / 'step-000100'}, got {path}")
         return path
     newest, problems = newest_checkpoint(folder)

@@ -149,7 +149,6 @@ class Trainer(ABC):
         display: called with (steps in all, steps done before); None shows nothing."""
         self.trained_parameters()  # raises if they have been switched off or frozen since
         out = Path(self.config.out)
-        out.mkdir(parents=True, exist_ok=True)
         with lock_folder(out), torch.random.fork_rng(), interrupts() as self.interrupt:
             notes: list[str] = []
             checkpoint = checkpoint_to_resume(out, self.config.resume, notes)

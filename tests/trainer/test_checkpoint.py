@@ -187,6 +187,16 @@ def test_a_whole_checkpoint_of_another_format_is_refused_and_not_passed_over(
             checkpoint.checkpoint_to_resume(tmp_path, resume, [])
 
 
+def test_a_checkpoint_that_stepped_aside_can_be_named(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for step in (4, 4):
+        save_checkpoint(folder, step, *sample())
+    assert checkpoint.checkpoint_to_resume(tmp_path, str(folder / "step-000004.1"), []) == folder / "step-000004.1"
+    for other in (folder, folder / "step-000005", tmp_path):
+        with pytest.raises(InputError, match="resume must be auto or a checkpoint folder"):
+            checkpoint.checkpoint_to_resume(tmp_path, str(other), [])
+
+
 class Bomb:
     def __init__(self, canary: Path) -> None:
         self.canary = canary
