@@ -39,7 +39,7 @@ def batch_loss_sum(model: CausalLM, batch: Batch) -> Tensor:
 
 def perplexity(loss: float) -> float:
     """The exponential of a loss in nats a token; infinite where a float cannot hold it."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 def evaluate_loss(

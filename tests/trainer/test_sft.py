@@ -17,7 +17,7 @@ from fourbit.data.template import template_for
 from fourbit.errors import EnvironmentProblem, InputError, NumericError
 from fourbit.lora.peft_files import adapter_state
 from fourbit.trainer.checkpoint import load_checkpoint, save_checkpoint
-from fourbit.trainer.evaluate import answer_all, evaluate_loss, exact_match
+from fourbit.trainer.evaluate import answer_all, evaluate_loss, exact_match, perplexity
 from fourbit.trainer.losses.tokens import batch_token_scores
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.sft import SFTTrainer
@@ -132,6 +132,25 @@ def test_without_tensorboard_nothing_is_shown_or_cut(train, tiny_folder, rows, t
             tiny_folder, rows, tmp_path, steps=2, save_every=1, resume="auto", log=("tensorboard",), display=pytest.fail
         )
     assert run_files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "out, error, named",
+    [
+        ("file", InputError, "out .*file is a file; give a folder"),
+        ("file/below", InputError, "below is a file; give a folder"),
+        ("/proc/none/x", EnvironmentProblem, "cannot write to the output folder /proc/none/x"),
+    ],
+)
+def test_an_output_folder_that_cannot_be(train, tiny_folder, rows, tmp_path, out, error, named):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(error, match=named):
+        train(tiny_folder, rows, tmp_path / out, steps=1)
+
+
+@pytest.mark.parametrize("loss, value", [(0.0, 1.0), (700.0, math.inf), (1e6, math.inf), (math.nan, math.nan)])
+def test_perplexity_of_any_loss(loss, value):
+    assert perplexity(loss) == pytest.approx(value, nan_ok=True)
 
 
 def test_resume_auto_starts_afresh_where_nothing_is(train, tiny_folder, rows, tmp_path):
