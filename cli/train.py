@@ -39,7 +39,7 @@ from .show import amount, count, describe, figure, note, pairs, result, working,
 NAMES = re.compile(r"[\w.]+(,[\w.]+)*")  # else an entry of --target is a regular expression
 GROUPS = ("all-linear", "attn", "mlp")
 FRESH = ("rank", "alpha", "dropout", "target", "rslora")  # what a fresh adapter is told, and no other
-FIXED = ("model", "quant", "dtype", "adapter", "teacher", "teacher_adapter", "teacher_quant")  # for a resumed run
+FIXED = ("model", "full", "quant", "dtype", "adapter", "teacher", "teacher_adapter", "teacher_quant")  # on resuming
 REPORTED = ("perplexity", "reward_accuracy", "reward_margin")  # of the best evaluation; --json has all metrics
 
 

@@ -99,6 +99,8 @@ def test_full_fine_tuning_gives_a_model_that_loads(here: Path, typed: Typed, as_
     assert old.keys() == new.keys() and not all(torch.equal(old[name], new[name]) for name in old)
     assert as_json("eval --model full rows.jsonl --no-exact")["loss"] > 0
     typed("sft full/config.yaml --resume")  # finished already: nothing is left to do, nothing breaks
+    said = typed("sft full/config.yaml --resume --no-full", code=2)
+    assert "is a run with full True, and is resumed with False; use the same" in said
 
 
 def test_an_existing_run_is_not_overwritten(tuned: Path, typed: Typed) -> None:
