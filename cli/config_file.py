@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import InputError
 from ..files import read_text, write_text
 
@@ -30,6 +28,8 @@ def read_config(path: str) -> tuple[dict[str, Any], dict[str, int]]:
 
     Raises InputError, with file and line, for a file that is missing, too large, no YAML, no mapping, or ambiguous.
     """
+    import yaml  # here: doctor tells where it is missing
+
     built = 0
 
     def build(node: yaml.Node, key: str) -> Any:
@@ -67,12 +67,12 @@ def read_config(path: str) -> tuple[dict[str, Any], dict[str, int]]:
         raise InputError(f"{path}: nested too deeply; a config is flat") from None
 
 
-def _entries(node: yaml.MappingNode, path: str) -> Iterator[tuple[str, int, yaml.Node]]:
+def _entries(node: Any, path: str) -> Iterator[tuple[str, int, Any]]:
     """Name, line and value of each entry. Raises InputError for a name that is no text or is said twice."""
     lines: dict[str, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode) or not key.value.isprintable():
+        if key.id != "scalar" or not key.value.isprintable():
             raise InputError(f"{path}:{line}: a setting's name must be plain text")
         if (name := key.value.replace("-", "_")) in lines:
             raise InputError(f"{path}:{line}: {key.value} stands a second time; line {lines[name]} has it already")

@@ -31,6 +31,7 @@ COMMANDS = {
     "data": "look at training data as the model sees it: tokens, what is trained, lengths, problems",
     "doctor": "what is installed, what the machine has, and what will be used",
 }
+PACKAGE = __name__.partition(".")[0]
 ELSEWHERE = {  # what other tools call them
     "sft": "train finetune fine-tune finetune_lora lora qlora",
     "dpo": "preference orpo kto simpo cpo ipo rlhf",
@@ -68,6 +69,9 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, FourbitError):
         return f"fourbit: {error}", error.exit_code
     what = str(error).strip().partition("\n")[0] or type(error).__name__
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(f"{PACKAGE}."):
+        needed = error.name.partition(".")[0].replace("yaml", "pyyaml")
+        return f"fourbit: needs the package {needed}: pip install {needed}", 3
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         advice = "Take a smaller --micro-batch or --max-length, --checkpointing on, or --quant nf4."
         return f"fourbit: out of memory ({what}). {advice}", 4

@@ -13,8 +13,6 @@ from dataclasses import MISSING, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import msgspec
-
 from ..errors import InputError
 from .config_file import read_config
 from .show import wrapped
@@ -134,6 +132,8 @@ def _given(options: Mapping[str, Option], command: str, args: Sequence[str]) -> 
 
 def _convert(raw: Any, kind: Any, where: str, *, strict: bool) -> Any:
     """A value from a file (strict) or a flag (text) as `kind`, or InputError that says what is expected."""
+    import msgspec  # here: doctor tells where it is missing
+
     if get_origin(kind) is tuple and isinstance(raw, str):
         raw = [raw]
     if get_origin(kind) is dict and not strict:
