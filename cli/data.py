@@ -8,9 +8,9 @@ from typing import ClassVar
 from ..data.batch import Encoded
 from ..data.encode import read_rows
 from ..data.forms import kind_of
-from ..models.load import load_tokenizer
 from ..models.tokenizer import Tokenizer
 from ..trainer.config import setting
+from .load import open_tokenizer
 from .options import ResultOptions, RowOptions, TokenizerOptions
 from .parse import Sources
 from .show import bars, count, describe, first, note, result, visible
@@ -43,7 +43,7 @@ class Options(ResultOptions, RowOptions, TokenizerOptions):
 
 def run(options: Options, sources: Sources) -> int:
     """Read, print. Returns 2 when rows are bad and are not to be skipped."""
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = open_tokenizer(options.model)
     rows = read_rows(options, tokenizer, options.data, kind_of(options.data), on_bad_row="skip")
     report = rows.report
     if not options.json:

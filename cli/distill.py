@@ -6,12 +6,11 @@ from typing import Any, ClassVar
 
 from ..errors import InputError
 from ..lora.peft_files import load_adapter
-from ..models.load import load_tokenizer
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
 from ..trainer.config import REQUIRED, DistillConfig, setting
 from ..trainer.distill import DistillTrainer, check_same_tokens
-from .load import check_adapter, load_weights, remark_other_form, run_settings
+from .load import check_adapter, load_weights, open_tokenizer, remark_other_form, run_settings
 from .options import Quant
 from .show import note
 from .train import StartOptions
@@ -57,7 +56,7 @@ class Options(DistillConfig, TeacherOptions, StartOptions):
     def settled(self, tokenizer: Tokenizer) -> "Options":
         if self.teacher_adapter is not None:
             check_adapter(self.teacher_adapter, "teacher_adapter")
-        check_same_tokens(tokenizer, load_tokenizer(self.teacher))
+        check_same_tokens(tokenizer, open_tokenizer(self.teacher, "teacher"))
         trained: Quant | None = run_settings(self.teacher_adapter or self.teacher).get("quant")
         default = self.quant if _same(self.teacher, self.model) and not self.full else trained
         options = replace(self, teacher_quant=self.teacher_quant or default or "nf4")

@@ -11,7 +11,7 @@ from ..files import write_text
 from ..lora.adapter import adapters_off
 from ..trainer.config import setting
 from ..trainer.evaluate import Answer, answer_all, evaluate_loss, exact_match, perplexity
-from .load import load_adapted
+from .load import check_file, load_adapted
 from .options import AdaptedModelOptions, ResultOptions, RowOptions
 from .parse import Sources
 from .show import describe, figure, note, pairs, result, working
@@ -36,6 +36,8 @@ class Options(ResultOptions, RowOptions, AdaptedModelOptions):
 
 def run(options: Options, sources: Sources) -> int:
     """Load, measure, print."""
+    if options.answers is not None:
+        check_file(options.answers, "answers")
     model, tokenizer, template = load_adapted(options)
     rows = read_rows(options, tokenizer, options.data, "sft", template=template)
     describe("data", rows)

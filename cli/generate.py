@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..files import write_whole
 from ..models.generate import generate
 from ..trainer.config import REQUIRED, setting
-from .load import load_adapted
+from .load import check_file, load_adapted
 from .options import AdaptedModelOptions, ResultOptions, SamplingOptions
 from .parse import Sources
 from .show import note, pairs, result
@@ -40,8 +40,7 @@ def run(options: Options, sources: Sources) -> int:
     """Load, answer, write: the whole file or none."""
     samples = _samples(options.data)
     out, chunk = Path(options.out), 8 * options.batch_size  # some batches at a time, so that long jobs show progress
-    if not out.resolve().parent.is_dir() or out.is_dir():
-        raise InputError(f"out {out} must be a file in a folder that exists")
+    check_file(options.out, "out")
     model, tokenizer, template = load_adapted(options)
     if template.notice:
         note(f"note: {template.notice}")

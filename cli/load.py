@@ -45,6 +45,13 @@ def choose_dtype(name: str, device: str) -> str:
     return name if name != "auto" else "bfloat16" if able else "float32"
 
 
+def open_tokenizer(path: str, name: str = "model") -> Tokenizer:
+    """The tokenizer of the model that the option `name` names; InputError where nothing is there."""
+    if not Path(path).exists():
+        raise InputError(f"{name} {path} does not exist; give a Hugging Face folder or a .gguf file")
+    return load_tokenizer(path)
+
+
 def load_weights(options: ModelOptions, tokenizer: Tokenizer, quant: str) -> CausalLM:
     """The model that the options name; prints what was loaded. Raises InputError if the tokenizer is not its own."""
     device = choose_device(options.device)
@@ -68,7 +75,7 @@ def load_adapted(options: AdaptedModelOptions) -> tuple[CausalLM, Tokenizer, Cha
     run = run_settings(options.adapter or options.model)
     if options.adapter is not None:
         check_adapter(options.adapter)
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = open_tokenizer(options.model)
     model = load_weights(options, tokenizer, options.quant or run.get("quant") or "nf4")
     if options.adapter is not None:
         names = load_adapter(model, options.adapter)
@@ -95,6 +102,12 @@ def remark_other_form(what: str, run: dict[str, Any], quant: str | None) -> None
 def is_reward_model(folder: str) -> bool:
     """Whether `fourbit reward` made this folder."""
     return (Path(folder) / HEAD).is_file()
+
+
+def check_file(path: str, name: str) -> None:
+    """InputError for a file to write that could not be: its folder is missing, or it is one."""
+    if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
+        raise InputError(f"{name} {path} must be a file in a folder that exists")
 
 
 def check_adapter(folder: str, name: str = "adapter", *, writes: bool = True) -> None:

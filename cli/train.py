@@ -16,7 +16,6 @@ from ..files import lock_folder
 from ..lora.attach import attach
 from ..lora.config import LoRAConfig
 from ..lora.peft_files import load_adapter
-from ..models.load import load_tokenizer
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
 from ..trainer.config import REQUIRED, TrainingConfig, setting
@@ -30,6 +29,7 @@ from .load import (
     choose_device,
     choose_dtype,
     load_weights,
+    open_tokenizer,
     run_settings,
 )
 from .options import ModelOptions, ResultOptions
@@ -149,7 +149,7 @@ def run(options: TrainOptions, sources: Sources) -> int:
     Data comes before the model: a bad row should not wait for gigabytes of weights.
     """
     options = _checked(options, sources)
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = open_tokenizer(options.model)
     with lock_folder(options.out):  # it can be written and nobody else does: found out now and not after an hour
         pass
     options = options.settled(tokenizer)

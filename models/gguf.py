@@ -81,7 +81,8 @@ def _map(path: Path) -> Bytes:
         if stat.S_ISREG(status.st_mode) and status.st_size >= 24:
             return np.memmap(path, dtype=np.uint8, mode="r")
     except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
-        raise InputError(f"cannot open {path}: {error}. Check the path and its permissions.") from None
+        why = getattr(error, "strerror", None) or error  # which would tell the path again
+        raise InputError(f"cannot open {path}: {why}. Check the path and its permissions.") from None
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path} is not a regular file; give the path of a .gguf file.")
     raise InputError(f"{path} has {status.st_size} bytes; a GGUF header alone has 24. Get the file again.")

@@ -1,6 +1,10 @@
 """Bad input on the command line: one clear paragraph, the right exit code, no traceback, nothing half done."""
 
 import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,7 @@ import torch
 
 from fourbit.cli.main import main
 
+Typed = Callable[..., str]
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
 
 
@@ -78,7 +83,8 @@ CASES = [
     ([*SFT, "--template", "loud.jinja"], "loud.jinja"),
     ([*SFT, "--packing", "yes"], "unexpected argument 'yes'"),
     ([*SFT, "nowhere.yaml"], "needs the file nowhere.yaml, which is not there"),
-    ([*SFT, "--model", "nowhere"], "nowhere: does not exist; a model is a folder with config.json"),
+    ([*SFT, "--model", "nowhere"], "fourbit: model nowhere does not exist; give a Hugging Face folder or a .gguf file"),
+    (["data", "good.jsonl", "--model", "no.gguf"], "fourbit: model no.gguf does not exist; give a Hugging Face folder"),
     ([*SFT, "--model", "file"], "file"),
     ([*SFT, "--model", "no model"], "no model"),
     ([*SFT, "--model", "weights.bin"], "can run code when read"),
@@ -94,13 +100,17 @@ CASES = [
     (["eval", "--model", "m", "--data", "good.jsonl", "--adapter", "nowhere"], "adapter nowhere is no folder with"),
     (["eval", "--model", "m", "--data", "good.jsonl", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
     (["eval", "--model", "m", "--data", "good.jsonl", "--lora-path", "o"], "it is called --adapter here"),
+    *(
+        (["eval", "--model", model, "--data", "good.jsonl", "--answers", file], f"answers {file} must be a file in a f")
+        for model, file in (("m", "no/where.jsonl"), ("nowhere", "no model"))
+    ),
     (["generate", "--model", "m", "--data", "good.jsonl"], "needs --out"),
     (["generate", "--model", "m", "--data", "good.jsonl", "--out", "no/where/a.jsonl"], "a folder that exists"),
     (["generate", "--model", "m", "--data", "good.jsonl", "--out", "no model"], "must be a file"),
     (["generate", "--model", "m", "--data", "bad.jsonl", "--out", "a.jsonl"], "2 of 3 rows cannot be used"),
     (["chat", "--model", "m", "--top-p", "0"], "--top-p must be above 0"),
     (["chat", "--model", "m", "--temperature", "-1"], "--temperature must be at least 0"),
-    (["chat", "--model", "nowhere"], "nowhere: does not exist; a model is a folder with config.json"),
+    (["chat", "--model", "nowhere"], "model nowhere does not exist; give a Hugging Face folder"),
     (["data", "good.jsonl"], "needs --model"),
     (["data", "bad.jsonl", "--model", "m"], "bad.jsonl:3: messages[0].role: is 'human'"),
     (["data", "good.jsonl", "--model", "m", "--rows", "-1"], "--rows must be at least 0"),
@@ -146,6 +156,47 @@ def test_refused_settings(here: Path, capsys: pytest.CaptureFixture[str], text: 
 def test_a_missing_gpu_is_the_environments_fault(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SFT, "--device", "cuda"]) == 3
     assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("missing", "package", "line"),
+    [
+        ("msgspec", "msgspec", "data good.jsonl --model m"),
+        ("yaml", "pyyaml", "data run.yaml"),
+        ("rich", "rich", "eval --model m good.jsonl"),
+        ("matplotlib", "matplotlib", "sft --model m --data good.jsonl --out o --steps 1"),
+        ("gguf", "gguf", "data good.jsonl --model m.gguf"),
+    ],
+)
+def test_a_missing_package_is_the_environments_fault(
+    here: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch, missing: str, package: str, line: str
+) -> None:
+    (here / "run.yaml").write_text("model: m\ndata: good.jsonl\n")
+    (here / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"t", 1, 4, 0, 0))
+    for name in [missing, *(name for name in sys.modules if name.startswith(f"{missing}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert f"needs the package {package}: pip install {package}\n" in typed(line, code=3)
+
+
+def test_doctor_and_help_start_without_packages() -> None:
+    """In an interpreter of its own, whose modules are not here yet."""
+    program = (
+        "import sys, importlib.metadata as metadata\n"
+        "gone = ('jinja2', 'yaml', 'rich', 'gguf', 'matplotlib', 'msgspec')\n"
+        "sys.modules |= dict.fromkeys(gone)\n"
+        "real = metadata.version\n"
+        "def version(name):\n"
+        "    if name.removeprefix('py') in gone:\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return real(name)\n"
+        "metadata.version = version\n"
+        "from fourbit.cli.main import main\n"
+        "assert main(['--help']) == main(['sft', '--help']) == 0\n"
+        "sys.exit(main(['doctor']))"
+    )
+    ended = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 3, ended.stderr
+    assert ended.stderr == "fourbit: missing: pip install jinja2 pyyaml rich gguf matplotlib msgspec\n"
 
 
 def test_an_unwritable_folder_is_the_environments_fault(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

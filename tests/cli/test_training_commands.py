@@ -71,7 +71,7 @@ def losses(out: str, name: str = "loss") -> list[float]:
         ("reward", "--dtype float16", "training in float16 loses small gradients"),
         ("distill", "", "the teacher is what the student starts as, so there is nothing to learn: give another"),
         ("distill", "--adapter {adapter} --teacher-adapter {adapter}", "so there is nothing to learn"),
-        ("distill", "--teacher nowhere", "nowhere: does not exist; a model is a folder with config.json and safe"),
+        ("distill", "--teacher nowhere", "teacher nowhere does not exist; give a Hugging Face folder or a .gguf file"),
         ("distill", "--teacher-adapter nowhere", "teacher_adapter nowhere is no folder with adapter_config.json"),
         ("distill", "--teacher-quant int4", "--teacher-quant must be one of nf4, nf4-nodq, none or null, got 'in"),
         ("distill", "--jsd-beta 0.5", "--jsd-beta belongs to divergence jsd, got 0.5 with forward-kl"),
