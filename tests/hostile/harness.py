@@ -27,7 +27,7 @@ SECONDS = 5.0
 KILL_SECONDS = 6.0
 KNOWN_KILL_SECONDS = 2.0  # for a case that is known to hang: so much of it is enough to see
 MEMORY_KIB = 500_000_000 // 1024  # above the level
-KILL_KIB = 1 << 21  # above the level: before the machine suffers
+KILL_KIB = 1 << 20  # above the level: before the machine suffers
 PARAGRAPH = 2000
 STDERR = 8000  # all of it, notes included
 HASHED_BYTES = 64 << 20  # larger inputs are sparse: told by size and time
@@ -176,7 +176,7 @@ def _limits(outcome: Outcome, level: int) -> list[str]:
     if outcome.ended == "time" or outcome.code == -signal.SIGXCPU:
         broken.append("hangs: killed for its time")
     elif outcome.ended == "memory":
-        broken.append("takes memory: killed at 2 GB")
+        broken.append("takes memory: killed at 1 GiB")
     elif outcome.seconds > SECONDS:
         broken.append(f"takes {outcome.seconds:.1f} s")
     if outcome.peak_kib - level > MEMORY_KIB:
