@@ -1,4 +1,7 @@
-"""Every hostile input ends as the rule says (see harness.py), or is in the list of those that do not yet (known.py)."""
+"""Every hostile input ends as the rule says (see harness.py), or is in the list of those that do not yet (known.py).
+
+All of them take minutes: `pytest -m slow tests/hostile`.
+"""
 
 from collections import Counter
 from pathlib import Path
@@ -17,6 +20,7 @@ def marked(case: Case) -> object:
     return pytest.param(case.name, marks=known)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [marked(case) for case in CASES.values()])
 def test_ends_as_the_rule_says(name: str, start: Path, forks: Forks, tmp_path: Path) -> None:
     case = CASES[name]
