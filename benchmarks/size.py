@@ -46,8 +46,18 @@ def function_lengths(source: str) -> list[int]:
     return [(node.end_lineno or node.lineno) - node.lineno + 1 for node in nodes]
 
 
+def kinds_of_lines(source: str) -> Counter[str]:
+    """How many lines are docstrings, empty, and all else."""
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    first = [node.body[0] for node in ast.walk(ast.parse(source)) if isinstance(node, owners) and node.body]
+    said = [n for n in first if isinstance(n, ast.Expr) and isinstance(getattr(n.value, "value", None), str)]
+    inside = {line for node in said for line in range(node.lineno, (node.end_lineno or 0) + 1)}
+    every = enumerate(source.splitlines(), 1)
+    return Counter("docstring" if i in inside else "other" if line.strip() else "empty" for i, line in every)
+
+
 def measured() -> dict[str, Any]:
-    """Lines by folder and in all, the longest files, and the median function."""
+    """Lines by folder and by kind, the longest files, and the median function."""
     files = {str(path.relative_to(CHECKOUT)): path for path in package_files()}
     sizes = {name: lines(path) for name, path in files.items()}
     folders: Counter[str] = Counter()
@@ -57,6 +67,7 @@ def measured() -> dict[str, Any]:
     return {
         "folders": {name: folders[name] for name in FIRST_HOUSE},
         "lines": sum(sizes.values()),
+        "kinds": dict(sum((kinds_of_lines(path.read_text()) for path in files.values()), Counter[str]())),
         "longest": dict(sorted(sizes.items(), key=lambda item: -item[1])[:5]),
         "files": len(sizes),
         "functions": len(functions),
@@ -72,6 +83,7 @@ def main() -> int:
     for name, before in FIRST_HOUSE.items():
         print(f"{name:10}{before:13,}{folders[name]:8,}")
     print(f"{'in all':10}{sum(FIRST_HOUSE.values()):13,}{total:8,}  (at most {LINES:,})\n")
+    print("of these:", ", ".join(f"{number:,} {kind}" for kind, number in sorted(found["kinds"].items())))
     print("longest files:", ", ".join(f"{name} {size}" for name, size in found["longest"].items()), f"(at most {FILE})")
     print(f"median of {found['functions']} functions: {found['median_function']:g} lines (at most {FUNCTION})")
     print(json.dumps(found))

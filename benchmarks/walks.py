@@ -8,7 +8,7 @@ Nobody counts by hand: each walk is run, and a profiler sees which functions of 
   happens inside its call (a weight is another one when it returns) and it, or a function that it calls on the way,
   has the rate in hand; or if it hands the rate back to a function on the way. Who only looks, to log or to check, is
   beside it.
-- **a chat row to the loss** and **a preference pair to the loss.** One JSONL row is read (`read_rows`), laid out by a
+- **a chat row to the loss** and **a preference pair to the loss.** One JSONL row is read (`load_rows`), laid out by a
   trainer (`micro_batches`, `begin`) and has its loss taken (`sums`); every file whose functions run counts, in order
   of first calls. Tokenizer and model are toys outside the package, and what the toy's adapter does inside its
   forward pass is the model's affair and is not counted. A child process counts as the file that it runs.
@@ -217,7 +217,7 @@ PAIR = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": [{"role": "assistant
 def row_walk(folder: Path, kind: type, config: Any, row: dict[str, Any]) -> Walk:
     """One row through a trainer of this kind, whose other rows do not count."""
     import fourbit
-    from fourbit.data.encode import read_rows
+    from fourbit.data.encode import load_rows
 
     torch.manual_seed(0)
     model = Toy()
@@ -227,7 +227,7 @@ def row_walk(folder: Path, kind: type, config: Any, row: dict[str, Any]) -> Walk
     trainer = kind(model, Bytes(), train=str(path), config=config)
     walk = Walk()
     with profiled(rows_profile(walk)):
-        dataset = read_rows(config, trainer.tokenizer, [path], trainer.kind)
+        dataset = load_rows(config, trainer.tokenizer, [path], trainer.kind)
         trainer.train_set = dataset
         batches = trainer.micro_batches(dataset, [0], "auto")
         trainer.begin(dataset, batches)

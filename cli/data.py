@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import ClassVar
 
 from ..data.batch import Encoded
-from ..data.encode import read_rows
+from ..data.encode import load_rows
 from ..data.forms import kind_of
 from ..models.tokenizer import Tokenizer
 from ..trainer.config import setting
@@ -44,7 +44,7 @@ class Options(ResultOptions, RowOptions, TokenizerOptions):
 def run(options: Options, sources: Sources) -> int:
     """Read, print. Returns 2 when rows are bad and are not to be skipped."""
     tokenizer = open_tokenizer(options.model)
-    rows = read_rows(options, tokenizer, options.data, kind_of(options.data), on_bad_row="skip")
+    rows = load_rows(options, tokenizer, options.data, kind_of(options.data), on_bad_row="skip")
     report = rows.report
     if not options.json:
         for example in rows.examples[: options.rows]:

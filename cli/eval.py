@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..data.encode import read_rows
+from ..data.encode import load_rows
 from ..files import write_text
 from ..lora.adapter import adapters_off
 from ..trainer.config import setting
@@ -39,7 +39,7 @@ def run(options: Options, sources: Sources) -> int:
     if options.answers is not None:
         check_file(options.answers, "answers")
     model, tokenizer, template = load_adapted(options)
-    rows = read_rows(options, tokenizer, options.data, "sft", template=template)
+    rows = load_rows(options, tokenizer, options.data, "sft", template=template)
     describe("data", rows)
     asked = [sample for sample in rows.samples if sample.text is None] if options.exact else []
     if options.exact and len(asked) < len(rows):
@@ -48,7 +48,6 @@ def run(options: Options, sources: Sources) -> int:
     def measure(name: str) -> dict[str, Any]:
         with working(f"{name}: loss"):
             loss = evaluate_loss(model, rows.examples, pad_id=tokenizer.pad_id or 0)
-        assert loss is not None  # nothing stops it
         metrics = {"loss": loss, "perplexity": perplexity(loss)}
         if asked:
             sizes = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from ..data.encode import read_rows
+from ..data.encode import load_rows
 from ..data.forms import Kind
 from ..data.order import count_overlap, split_validation
 from ..errors import InputError
@@ -216,13 +216,13 @@ def _datasets(options: TrainOptions, tokenizer: Tokenizer) -> tuple[Any, Any]:
     """Training and validation rows (None without), checked and described."""
     kind = options.kind_of_rows()
     with working("reading data"):
-        train, val = read_rows(options, tokenizer, options.data, kind), None
+        train, val = load_rows(options, tokenizer, options.data, kind), None
     describe("train", train)
     if options.share is not None:
         train, val = split_validation(train, options.share)
         note(f"validation: {count(len(val), 'row')} of these, {count(len(train), 'row')} left to train on")
     elif options.val is not None:
-        val = read_rows(options, tokenizer, [options.val], kind)
+        val = load_rows(options, tokenizer, [options.val], kind)
         describe("validation", val)
         if leaked := count_overlap(train, val):
             note(f"  note: {count(leaked, 'validation row')} also in the training data; the score will flatter")

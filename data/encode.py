@@ -118,7 +118,7 @@ def load(
     return dataset
 
 
-def read_rows(options: Any, tokenizer: TokenizerLike, paths: Paths, kind: Kind, **more: Any) -> Dataset:
+def load_rows(options: Any, tokenizer: TokenizerLike, paths: Paths, kind: Kind, **more: Any) -> Dataset:
     """`load` as a training's or a command's options say."""
     names = ("template", "max_length", "loss_on", "truncation", "on_bad_row")
     return load(paths, tokenizer, kind, **{n: getattr(options, n) for n in names if hasattr(options, n)} | more)

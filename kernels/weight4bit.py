@@ -47,7 +47,7 @@ class Weight4bit(NamedTuple):
     def to(self, device: torch.device | str) -> Self:
         """The same weight on `device`."""
         packed, absmax, nested, offset = (None if tensor is None else tensor.to(device) for tensor in self[:4])
-        return self._replace(packed=packed, absmax=absmax, nested_absmax=nested, offset=offset)  # type: ignore[arg-type]
+        return self._replace(packed=packed, absmax=absmax, nested_absmax=nested, offset=offset)  # type: ignore[arg-type]  # packed and absmax are never None
 
     def check(self) -> Self:
         """Itself. ValueError unless its tensors have the sizes, types and one device that its shape and format need.

@@ -84,7 +84,7 @@ def write_tokenizer(folder: Path) -> None:
 
 def write_model(folder: Path, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
-    random = lambda *shape: torch.randn(*shape, generator=generator) * 0.2  # noqa: E731
+    random = lambda *shape: torch.randn(*shape, generator=generator) * 0.2
     h, f, kv = CONFIG["hidden_size"], CONFIG["intermediate_size"], 16
     tensors = {"model.embed_tokens.weight": random(CONFIG["vocab_size"], h), "model.norm.weight": 1 + random(h)}
     for i in range(CONFIG["num_hidden_layers"]):

@@ -1,7 +1,7 @@
 """Held-out metrics: mean loss of a trained token, and how often the answer is exactly right."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,19 +49,14 @@ def evaluate_loss(
     packing: bool = True,
     token_budget: int = 512,
     pad_id: int = 0,
-    stop: Callable[[], bool] = lambda: False,
-) -> float | None:
+) -> float:
     """Mean loss of a trained token over all examples, in nats; its exponential is the perplexity.
-    Dropout is off and no gradient is kept. Returns None when `stop()` became true between two batches."""
+    Dropout is off and no gradient is kept."""
     batches = micro_batches(
         list(enumerate(examples)), packing=packing, micro_batch="auto", token_budget=token_budget, pad_id=pad_id
     )
-    total = 0.0
     with evaluating(model):
-        for batch in batches:
-            if stop():
-                return None
-            total += batch_loss_sum(model, batch).item()
+        total = sum(batch_loss_sum(model, batch).item() for batch in batches)
     return total / sum(batch.trained for batch in batches)
 
 

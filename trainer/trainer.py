@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch, micro_batches
-from ..data.encode import Dataset, read_rows
+from ..data.encode import Dataset, load_rows
 from ..data.forms import Kind
 from ..data.order import fingerprint, split_validation, step_indices, steps_per_epoch
 from ..errors import InputError, NumericError
@@ -375,7 +375,7 @@ class Trainer(ABC):
         paths = [rows] if isinstance(rows, str | PathLike) else rows
         if not isinstance(paths, Sequence) or not all(isinstance(path, str | PathLike) for path in paths):
             raise InputError(f"rows are a file's path, a list of paths or a Dataset, got {type(rows).__name__}")
-        return read_rows(self.config, self.tokenizer, paths, self.kind)
+        return load_rows(self.config, self.tokenizer, paths, self.kind)
 
     def recomputes(self) -> bool:
         """Recompute activations? `auto` measures what the longest example keeps and scales it to a micro-batch."""

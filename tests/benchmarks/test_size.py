@@ -24,3 +24,10 @@ def test_the_package_stays_small() -> None:
 def test_a_function_is_as_long_as_its_lines() -> None:
     source = "class A:\n    @cached\n    def b(self):\n        '''c'''\n\n        return 1\n\n\nasync def d(): ...\n"
     assert size.function_lengths(source) == [1, 4]
+
+
+def test_every_line_is_of_one_kind() -> None:
+    source = '"""a\n\nb"""\n\ndef f():\n    """c"""\n    x = """d"""\n\n    return x\n'
+    assert size.kinds_of_lines(source) == {"docstring": 4, "empty": 2, "other": 3}
+    found = size.measured()
+    assert sum(found["kinds"].values()) == found["lines"]

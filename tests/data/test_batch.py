@@ -223,7 +223,7 @@ def test_micro_batches_hold_every_example_once(
 
 
 def test_auto_fills_passes_best_fit_first() -> None:
-    lengths = lambda batches: [[b - a for a, b in batch.spans] for batch in batches]  # noqa: E731
+    lengths = lambda batches: [[b - a for a, b in batch.spans] for batch in batches]
     examples = [chat(n) for n in (2, 7, 3, 5, 12, 3)]
     assert lengths(split(examples, True, 10)) == [[12], [7, 3], [5, 3, 2]]
     snug = [chat(n) for n in (2, 3, 4, 5, 6)]  # a roomiest-first rule would need three

@@ -81,7 +81,7 @@ def test_a_token_across_the_boundary_does_not_move_it(write: Callable[..., Path]
 
 
 def test_context_is_not_trained(write: Callable[..., Path], tokenizer: Any) -> None:
-    turn = lambda role, content: {"role": role, "content": content}  # noqa: E731
+    turn = lambda role, content: {"role": role, "content": content}
     start = [turn("user", "Hi"), turn("assistant", "Hello"), turn("user", "Sky?")]
     conversations = {"chosen": [*start, turn("assistant", "Blue")], "rejected": [*start, turn("assistant", "Red")]}
     (pair,) = loaded(write([conversations]), tokenizer).examples

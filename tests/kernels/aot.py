@@ -139,7 +139,7 @@ def _cost(scenario: str, name: str, kernel: Any, constants: dict[str, Any], capa
         file.write(kernel.asm["cubin"])
         file.flush()
         usage, sass = _tool("cuobjdump", "--dump-resource-usage", file.name), _tool("nvdisasm", file.name)
-    field = lambda key: int(re.search(rf"\b{key}:(\d+)", usage).group(1))  # type: ignore[union-attr]  # noqa: E731
+    field = lambda key: int(re.search(rf"\b{key}:(\d+)", usage).group(1))  # type: ignore[union-attr]
     whole, loop, path = _instructions(sass)
     return Cost(
         scenario=scenario,

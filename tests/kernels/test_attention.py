@@ -110,7 +110,7 @@ def fork_visible(forks: list[tuple[int, list[int]]]) -> torch.Tensor:
     owner = [
         (s, b) for s, (trunk, lengths) in enumerate(forks) for b, n in enumerate([trunk, *lengths]) for _ in range(n)
     ]
-    sees = lambda i, j: j <= i and owner[i][0] == owner[j][0] and owner[j][1] in (0, owner[i][1])  # noqa: E731
+    sees = lambda i, j: j <= i and owner[i][0] == owner[j][0] and owner[j][1] in (0, owner[i][1])
     return torch.tensor([[sees(i, j) for j in range(len(owner))] for i in range(len(owner))])
 
 

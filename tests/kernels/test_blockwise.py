@@ -49,7 +49,7 @@ def is_the_definitions(vector: Tensor, signed: bool, blocksize: int = 256) -> bo
         want, want_absmax = quantize_blockwise(vector, code, blocksize)
     with force_path("cpu"):
         codes, absmax = quantize_blockwise(vector, code, blocksize)
-    pattern = lambda x: x.view(torch.int32)  # noqa: E731  # of NaN and -0.0 too
+    pattern = lambda x: x.view(torch.int32)  # of NaN and -0.0 too
     whole = ~absmax.isnan()
     same = torch.equal(pattern(absmax[whole]), pattern(want_absmax[whole])) and torch.equal(whole, ~want_absmax.isnan())
     return torch.equal(codes, want) and same

@@ -56,7 +56,7 @@ def draw(
     blocksize: int = 64,
 ) -> Sample:
     generator = torch.Generator().manual_seed(seed)
-    random = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, masters)  # noqa: E731
+    random = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, masters)
     weights = []
     for n in rows:
         weights.append(quantize(random(n, columns), quant_type, blocksize, nested))

@@ -232,7 +232,7 @@ def test_k_is_split_until_the_gpu_is_full() -> None:
 
 def meta(N: int, K: int, nested: bool = True) -> Weight4bit:
     blocks = N * K // 64
-    empty = lambda size, dtype: torch.empty(size, dtype=dtype, device="meta")  # noqa: E731
+    empty = lambda size, dtype: torch.empty(size, dtype=dtype, device="meta")
     packed = empty(N * K // 2, torch.uint8)
     if not nested:
         return Weight4bit(packed, empty(blocks, torch.float32), None, None, (N, K))

@@ -23,7 +23,7 @@ Fault, Build = Callable[[pytest.MonkeyPatch], None], Callable[..., Decoder]
 def pair(trunk: int, answers: Sequence[int], seed: int = 0) -> Example:
     """Two answers of these lengths after a common beginning of `trunk` tokens; all answer tokens are trained."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda n: torch.randint(0, VOCABULARY - 2, (n,), generator=generator).tolist()  # noqa: E731
+    draw = lambda n: torch.randint(0, VOCABULARY - 2, (n,), generator=generator).tolist()
     start = draw(trunk)
     texts = [[*start, VOCABULARY - 2 + i, *draw(length - 1)] for i, length in enumerate(answers)]
     parts = [Encoded(ids, [False] * trunk + [True] * (len(ids) - trunk), "", "") for ids in texts]
@@ -166,14 +166,14 @@ def test_another_branch_changes_nothing_to_the_bit(build: Build, kind: str) -> N
 
 def branches_see_each_other(patch: pytest.MonkeyPatch) -> None:
     """One causal text: the second branch sees the first."""
-    whole = lambda parts: [  # noqa: E731
+    whole = lambda parts: [
         attention_module._sdpa(*(torch.cat(x, dim=1) for x in zip(*parts, strict=True)), is_causal=True)
     ]
     patch.setattr(attention_module, "_span", whole)
 
 
 def branch_without_trunk(patch: pytest.MonkeyPatch) -> None:
-    alone = lambda parts: [attention_module._sdpa(*part, is_causal=True) for part in parts]  # noqa: E731
+    alone = lambda parts: [attention_module._sdpa(*part, is_causal=True) for part in parts]
     patch.setattr(attention_module, "_span", alone)
 
 

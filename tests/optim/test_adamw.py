@@ -72,7 +72,7 @@ def test_the_quick_form_is_the_reference(make: Any, dtype: torch.dtype) -> None:
 def test_clipping_is_torchs(path: str) -> None:
     """Over all groups; and the gradients themselves stay what they were."""
     ours, theirs = parameters(SHAPES, path=path), parameters(SHAPES)
-    groups = lambda ps: [{"params": ps[:2], "lr": 1e-2}, {"params": ps[2:]}]  # noqa: E731
+    groups = lambda ps: [{"params": ps[:2], "lr": 1e-2}, {"params": ps[2:]}]
     optimizer, oracle = AdamW(groups(ours), max_grad_norm=0.5), torch.optim.AdamW(groups(theirs), foreach=False)
     for i in range(5):
         give_gradients(ours, theirs, seed=i)
@@ -163,7 +163,7 @@ def test_one_8bit_step_beside_bitsandbytes(make: Any, peer: str, size: int) -> N
     state, other = optimizer.state[ours], oracle.state[theirs]
     for i, moment in enumerate(optimizer.rule.moments, 1):
         code, name = dynamic_code(moment.signed).double(), moment.name
-        expand = lambda absmax: absmax.double().repeat_interleave(256)[:size]  # noqa: E731
+        expand = lambda absmax: absmax.double().repeat_interleave(256)[:size]
         old = code[before[name].long()] * expand(before[f"{name}_absmax"])
         g, beta = (
             ours.grad.double(),

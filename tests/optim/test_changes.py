@@ -197,7 +197,7 @@ def test_no_views_are_made_to_read_addresses(monkeypatch: pytest.MonkeyPatch) ->
         seen: list[str] = []
         for name in ("view", "reshape", "flatten", "as_strided", "contiguous", "detach"):
             method = getattr(torch.Tensor, name)
-            patched = lambda *a, name=name, method=method: (seen.append(name), method(*a))[1]  # noqa: E731
+            patched = lambda *a, name=name, method=method: (seen.append(name), method(*a))[1]
             monkeypatch.setattr(torch.Tensor, name, patched)
         stepped(optimizer, ps, seed=1)
     assert optimizer.state[ps[1]]["step"] == 2 and len(seen) < len(ps), seen  # one, of the table itself

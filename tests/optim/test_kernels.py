@@ -101,7 +101,7 @@ SHAPES = [(1,), (63,), (4097,), (), (0,), (50, 170), (16, 256)]
 def test_32bit_states_are_the_references(make: Any, dtype: torch.dtype) -> None:
     """Several steps: groups, missing gradients, clipping, one that joins; odd sizes and addresses."""
     ours, theirs = parameters(SHAPES, dtype, path="triton"), parameters(SHAPES, dtype)
-    split = lambda ps: [{"params": ps[:4], "lr": 1e-2}, {"params": ps[4:], "betas": (0.8, 0.95)}]  # noqa: E731
+    split = lambda ps: [{"params": ps[:4], "lr": 1e-2}, {"params": ps[4:], "betas": (0.8, 0.95)}]
     settings: dict[str, Any] = {"weight_decay": 0.1, "max_grad_norm": 5.0}
     kernel, reference = make(split(ours), **settings), make(split(theirs), **settings)
     for i in range(3):

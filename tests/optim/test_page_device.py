@@ -29,9 +29,9 @@ class Cuda:
 
     def __init__(self, monkeypatch):
         self.total, self.live, self.cached, self.peak, self.pages, self.log = 16, 0, 0, 0, 0, []
-        nothing = lambda *_, **__: None  # noqa: E731
-        stream = lambda *_: SimpleNamespace(synchronize=nothing, wait_event=nothing)  # noqa: E731
-        event = lambda **_: SimpleNamespace(  # noqa: E731
+        nothing = lambda *_, **__: None
+        stream = lambda *_: SimpleNamespace(synchronize=nothing, wait_event=nothing)
+        event = lambda **_: SimpleNamespace(
             record=nothing, query=lambda: True, synchronize=nothing, elapsed_time=lambda _: 0.0
         )
         for name, value in {

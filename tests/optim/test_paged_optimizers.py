@@ -66,7 +66,7 @@ def test_paged_equals_unpaged(kind, bits, data):
     if budget > 4 * least:
         paged.pager.page_bytes *= data.draw(st.integers(1, 3))
     late = data.draw(st.integers(1, 4))
-    missing = lambda _: data.draw(st.sets(st.integers(0, len(shapes) - 1)))  # noqa: E731
+    missing = lambda _: data.draw(st.sets(st.integers(0, len(shapes) - 1)))
     for step in range(data.draw(st.integers(1, 4))):
         if step == late:
             for weights, some in zip(twins, (whole, paged), strict=True):

@@ -105,7 +105,7 @@ def test_is_transformers_after_warmup(schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_as_a_torch_scheduler(schedule):
     """Two groups keep their ratio, and a saved scheduler goes on where it stopped."""
-    make = lambda: AdamW([{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 16.0)])  # noqa: E731
+    make = lambda: AdamW([{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 16.0)])
     options = {"total": 40, "warmup": 5, "schedule": schedule, "decay": 8}
     optimizer = make()
     schedule_of_steps = scheduler(optimizer, **options)

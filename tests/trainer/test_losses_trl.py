@@ -59,7 +59,7 @@ class Model(nn.Module):
 
 
 def accelerator() -> SimpleNamespace:
-    same = lambda value: value  # noqa: E731
+    same = lambda value: value
     return SimpleNamespace(device=torch.device("cpu"), gather=same, gather_for_metrics=same)
 
 
@@ -81,7 +81,7 @@ class Sample:
         if equal:
             self.lengths[0] = LONGEST
         self.mask = torch.arange(LONGEST) < self.lengths.unsqueeze(-1)
-        draw = lambda: torch.rand(2, pairs, LONGEST, generator=make, dtype=torch.float64).to(dtype)  # noqa: E731
+        draw = lambda: torch.rand(2, pairs, LONGEST, generator=make, dtype=torch.float64).to(dtype)
         self.reference = -(0.05 + 3 * draw()) * self.mask
         self.logps = ((self.reference + 4 * draw() - 2).clamp(max=-0.02) * self.mask).detach().requires_grad_()
 

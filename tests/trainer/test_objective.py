@@ -86,7 +86,7 @@ def test_parse_losses() -> None:
 
 def test_what_an_objective_asks_for() -> None:
     plain, free = Objective({"sigmoid": 1.0}), Objective({"simpo": 1.0, "sft": 0.1})
-    asked = lambda aim: (aim.unpaired, aim.needs_reference, aim.points - {None})  # noqa: E731
+    asked = lambda aim: (aim.unpaired, aim.needs_reference, aim.points - {None})
     assert asked(plain) == (False, True, set()) and asked(free) == (False, False, set())
     assert free.beta == 2.0
     kto, bco = Objective({"kto": 1.0, "bco-unpaired": 1.0}), Objective({"sigmoid": 1.0, "bco": 1.0}, {"beta": 0.4})

@@ -87,7 +87,7 @@ def test_the_loss_is_trls(dtype, bound, center):
     generator = torch.Generator().manual_seed(1)
     chosen, rejected = (3 * torch.randn(7, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
     ours, theirs = ([x.clone().requires_grad_() for x in (chosen, rejected)] for _ in range(2))
-    same = lambda value: value  # noqa: E731
+    same = lambda value: value
     trainer = object.__new__(TRLRewardTrainer)
     trainer.model = SimpleNamespace(training=True)
     trainer.accelerator = SimpleNamespace(gather=same, gather_for_metrics=same)

@@ -130,7 +130,7 @@ def test_every_optimizer_trains_and_goes_on_where_it_stopped(name):
     twins = [wide, copy.deepcopy(wide), copy.deepcopy(wide)]
     other = name.removeprefix("paged-") if name.startswith("paged-") else f"paged-{name}"
     names = [name, name, other]
-    budget = lambda name: {"optimizer_budget": "80KiB"} if name.startswith("paged-") else {}  # noqa: E731
+    budget = lambda name: {"optimizer_budget": "80KiB"} if name.startswith("paged-") else {}
     first = stepper_for(wide, optimizer=name, max_grad_norm=1.0, **budget(name))
     batches = [[Rows(torch.randn(4, 300))] for _ in range(6)]
     losses = [first.step(batch, 1e-2).loss.item() for batch in batches[:3]]
