@@ -78,9 +78,9 @@ class Batch:
     rows: Tensor  # [R] int64: flattened places whose hidden state predicts a trained token
     targets: Tensor  # [R] int64: the token each of them predicts
     # Of rated answers, which are pairs or have labels; None of rows to learn from, whose loss is about tokens:
-    slots: Any  # [A, P, L] int64: which of the R is trained token l of answer a of example p; R where it has fewer
-    lengths: Any  # [A, P] int64: trained tokens of each answer
-    last: Any  # [A, P] int64: flattened place of each answer's last trained token, its end of turn
+    slots: Tensor | None  # [A, P, L] int64: which of the R is trained token l of answer a of example p; R: none
+    lengths: Tensor | None  # [A, P] int64: trained tokens of each answer
+    last: Tensor | None  # [A, P] int64: flattened place of each answer's last trained token, its end of turn
     labels: Tensor | None  # [P] bool: judged good; None of what is not judged
     numbers: tuple[int, ...]  # the examples' places in the dataset
     tokens: int  # run through the model, without padding

@@ -36,12 +36,13 @@ class CachedReference:
 
     def _own(self, batch: Batch) -> list[Tensor]:
         """Of each answer of a batch its part of `flat`: those of the first answers, then those of the others."""
+        assert batch.lengths is not None  # its answers are rated
         starts = self.starts[list(batch.numbers)].T.flatten().tolist()
         return [self.flat[at : at + n] for at, n in zip(starts, batch.lengths.flatten().tolist(), strict=True)]
 
     def logps(self, batch: Batch, device: torch.device) -> Tensor:
         """Log-probability of each answer's tokens, [A, P, L] on this device, zero past an answer's end."""
-        return sent(pad_sequence(self._own(batch), batch_first=True).view(*batch.lengths.shape, -1), device)
+        return sent(pad_sequence(self._own(batch), batch_first=True).unflatten(0, (-1, batch.examples)), device)
 
     def fill(self, batch: Batch, logps: Tensor) -> None:
         """Take over log-probabilities [A, P, L] of a batch."""

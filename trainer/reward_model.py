@@ -56,6 +56,7 @@ class RewardModel:
     def rewards(self, batch: Batch) -> Tensor:
         """The reward of each answer, [A, P] in the head's dtype, for a batch that is still on the CPU."""
         here = batch.to(self.head.device)
+        assert here.last is not None  # its answers are rated
         last = hidden_rows(self.model, here, here.last.flatten())  # [A * P, D]
         rewards: Tensor = (last.to(self.head.dtype) @ self.head.T).view(here.last.shape)
         return rewards

@@ -100,6 +100,7 @@ def answer_scores(model: CausalLM, batch: Batch) -> Answers:
     """One forward pass over a batch that is still on the CPU; the head runs on predicted tokens only.
     A token that both answers of a pair begin with is predicted once and counts in both."""
     here = on_device(model, batch)
+    assert here.slots is not None and here.lengths is not None  # its answers are rated
     logps, entropy, correct = (_by_answer(values, here.slots) for values in _scores_there(model, here))
     return Answers(logps, here.lengths, entropy, correct)
 
