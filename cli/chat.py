@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import InputError
+from ..errors import InputError, visible
 from ..models.generate import generate
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
@@ -13,7 +13,7 @@ from ..trainer.config import setting
 from .load import load_adapted
 from .options import AdaptedModelOptions, SamplingOptions
 from .parse import Sources
-from .show import note, visible
+from .show import note
 
 
 @dataclass(frozen=True, kw_only=True)

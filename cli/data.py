@@ -8,12 +8,13 @@ from typing import ClassVar
 from ..data.batch import Encoded
 from ..data.encode import load_rows
 from ..data.forms import kind_of
+from ..errors import visible
 from ..models.tokenizer import Tokenizer
 from ..trainer.config import setting
 from .load import open_tokenizer
 from .options import ResultOptions, RowOptions, TokenizerOptions
 from .parse import Sources
-from .show import bars, count, describe, first, note, result, visible
+from .show import bars, count, describe, first, note, result
 
 STYLES = {
     "trained": "bold green",

@@ -9,6 +9,7 @@ A command is a module beside this one: `Options`, a dataclass whose docstring he
 
 import errno
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from .. import __version__
-from ..errors import FourbitError, InputError
+from ..errors import FourbitError, InputError, clean
 from ..trainer.interrupt import remembered_ctrl_c
 from .parse import help_page, parse
 
@@ -48,18 +49,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+            stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
     try:
         with remembered_ctrl_c():
-            return _dispatch([arg for arg in args if arg != "--debug"])
+            code = _dispatch([arg for arg in args if arg != "--debug"])
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:  # `fourbit data ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
         message, code = explain(error)
-        print(message, file=sys.stderr, flush=True)
-        return code
+        if isinstance(error, OSError):
+            _drop_output()
+        if sys.stderr is not None:
+            print(clean(message), file=sys.stderr, flush=True)
+    return code
+
+
+def _drop_output() -> None:
+    """Let what stdout cannot take go nowhere: else Python says so once more at its exit, with a code of its own."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def explain(error: BaseException) -> tuple[str, int]:

@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..data.encode import Dataset
+from ..errors import visible
 from ..trainer.interrupt import stop_if_asked
 
 SHOWN_DROPS = 3
 
 
 def note(text: str) -> None:
-    """A line of progress or advice, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """A line of progress or advice, on stderr; it may quote a stranger's file."""
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def wrapped(text: str, first: str = "", later: str = "  ") -> str:
@@ -88,11 +89,6 @@ def bars(values: Sequence[int], most: int = 10, width: int = 40) -> str:
         name = f"{i * step}-{(i + 1) * step - 1}" if step > 1 else str(i)
         rows.append((name, f"{'█' * -(-counts[i] * width // longest)} {counts[i]}"))
     return pairs(rows)
-
-
-def visible(text: str) -> str:
-    """Text from a file or a model, safe to print: control characters, which could drive the terminal, are escaped."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def count(number: int, noun: str) -> str:

@@ -19,8 +19,9 @@ from fourbit.cli.load import CONFIG, run_settings
 from fourbit.cli.main import COMMANDS, main
 from fourbit.cli.parse import parse
 from fourbit.cli.sft import Options as SFTOptions
-from fourbit.cli.show import bars, visible
+from fourbit.cli.show import bars
 from fourbit.data.encode import load as load_rows
+from fourbit.errors import visible
 from fourbit.kernels import border
 from fourbit.models.load import load_tokenizer
 
