@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from ..data.encode import describe, encode_prompts
 from ..data.forms import Sample, read_samples
-from ..data.read import counted
+from ..data.row import counted
 from ..errors import InputError
 from ..files import write_whole
 from ..models.generate import generate

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from .read import (
+from .messages import (
     KEY_SYNONYMS,
     ROLE_SYNONYMS,
     Messages,

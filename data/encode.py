@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 from ..errors import InputError
 from .batch import Encoded, Example
 from .forms import Kind, Paths, Sample, read_samples
+from .messages import Messages, trains
 from .protocol import TokenizerLike
-from .read import Messages, counted, trains
-from .row import BadRow, Problem
+from .row import BadRow, Problem, counted
 from .template import ChatTemplate, Rendered, Talk, TemplateChoice, Turn, Unrenderable, expects_bos, template_for
 from .truncate import UNKNOWN_STOP, Dropped, Truncation, fit
 
@@ -244,7 +244,7 @@ def encode_prompts(
             raise BadRow(sample.problem("text", "is plain text, which asks for no answer", "form"))
         messages = sample.context + (sample.answers[0] if sample.answers else [])
         answered = messages[-1]["role"] == "assistant"
-        talks.append(Talk(messages[: len(messages) - answered], sample.tools, prompt=True))
+        talks.append(Talk(messages[: len(messages) - answered], sample.tools, prompt=True, variables=sample.variables))
         answers.append(str(messages[-1]["content"]) if answered else "")
     asked = zip(samples, talks, template.render_all(talks), strict=True)
     prompts = [_conversation(sample, "", talk, text, "last").text for sample, talk, text in asked]
@@ -275,7 +275,7 @@ def _talks(sample: Sample, loss_on: LossOn) -> list[Talk]:
         turns, last = [i for i, message in enumerate(messages) if trains(message)], len(messages) - 1
         if loss_on != "assistant" and answer:
             turns = [last] if loss_on == "all" or last in turns else []
-        talks.append(Talk(messages, sample.tools, turns, prompt=not answer))
+        talks.append(Talk(messages, sample.tools, turns, not answer, sample.variables))
     return talks
 
 

@@ -22,18 +22,18 @@ from .dialects import (
     spoken,
     unanswered,
 )
-from .read import (
+from .messages import (
     Messages,
     as_context,
     checked_messages,
     checked_tools,
     core,
     filled,
-    read_rows,
     trains,
     turn,
     with_system,
 )
+from .read import read_rows
 from .row import UNUSED, BadRow, Problem, Row, bad, excerpt, type_name
 
 Kind = Literal["sft", "pairs", "judged", "prompts"]
@@ -66,6 +66,7 @@ class Sample:
     file: str
     line: int
     tools: Messages | None = None
+    variables: dict[str, Any] | None = None  # that the template is given beside them
     label: bool | None = None  # of a judged answer: whether it is a good one
     text: str | None = None  # of plain text: all there is
     row: dict[str, Any] = field(default_factory=dict)  # of a prompt: the row itself, to be written with its answer

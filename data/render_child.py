@@ -174,7 +174,7 @@ def conversation(
 ) -> dict[str, Any]:
     """The answer for one conversation, which `late` seconds are gone of. Raises TooMuch."""
     texts: list[Any] = []
-    variables, left = {"tools": talk["tools"], **job["tokens"]}, limits.seconds - late
+    variables, left = {**job["tokens"], **talk["variables"], "tools": talk["tools"]}, limits.seconds - late
     now = datetime.now() if job["date"] is None else datetime.fromisoformat(job["date"])  # one for all its renderings
 
     def text() -> Any:

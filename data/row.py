@@ -1,5 +1,6 @@
 """A row of a data file, and what can be wrong with one."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,3 +58,11 @@ def type_name(value: Any) -> str:
         return "null"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
     return names[type(value)]
+
+
+def counted(notes: Counter[str], rows: int) -> list[str]:
+    """Notes of rows as notices that say how many rows each is of; of fields that are not used the 8 most frequent."""
+    unused = sorted((note for note in notes if note.startswith(UNUSED)), key=lambda note: (-notes[note], note))
+    said = [*sorted(note for note in notes if note not in set(unused)), *unused[:SHOWN_KEYS]]
+    more = [f"... and {len(unused) - SHOWN_KEYS} more keys that are not used"] if len(unused) > SHOWN_KEYS else []
+    return [f"{notes[note]} of {rows} rows: {note}" for note in said] + more

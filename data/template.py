@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import EnvironmentProblem, InputError
+from .messages import Messages
 from .protocol import TokenizerLike
-from .read import Messages
 from .row import excerpt
 
 MAX_SOURCE_BYTES = 64 * 1024
@@ -67,6 +67,7 @@ class Talk(NamedTuple):
     tools: Messages | None = None
     turns: Sequence[int] = ()
     prompt: bool = False
+    variables: dict[str, Any] | None = None  # of the row's own, as `chat_template_kwargs` of transformers
 
 
 class Turn(NamedTuple):
@@ -141,7 +142,9 @@ class ChatTemplate:
 
     def _job(self, talk: Talk) -> str:
         messages = [{key: value for key, value in message.items() if key != "weight"} for message in talk.messages]
-        return json.dumps({"messages": messages, "tools": talk.tools, "cuts": _cuts(talk)})
+        return json.dumps(
+            {"messages": messages, "tools": talk.tools, "variables": talk.variables or {}, "cuts": _cuts(talk)}
+        )
 
     def _read(self, talk: Talk, answer: dict[str, Any]) -> Rendered | Unrenderable:
         """One conversation's texts, as the child tells them, into the places of its turns."""

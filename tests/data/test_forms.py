@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourbit.data.forms import FORMS, Sample, kind_of, recognise, sample, samples
-from fourbit.data.read import counted
-from fourbit.data.row import BadRow, Row
+from fourbit.data.row import BadRow, Row, counted
 from fourbit.errors import InputError
 
 GOOD, BAD = (

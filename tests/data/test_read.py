@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourbit.data import read
-from fourbit.data.read import Problem, read_rows
+from fourbit.data.read import read_rows
+from fourbit.data.row import Problem
 from fourbit.errors import InputError
 
 GOOD = b'{"a": 1}'
