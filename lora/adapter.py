@@ -16,6 +16,11 @@ from ..kernels.lora import lora_linears4bit
 from .linear4bit import NF4Linear, autocast_input
 
 DEFAULT = "default"
+WRAPPED = (
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+)  # what is inside torch's wrappers
 
 
 class LowRank(NamedTuple):
@@ -173,9 +178,30 @@ def joint_forward(x: Tensor, layers: Sequence[tuple[NF4Linear, LowRank]], keep: 
     )
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What torch's wrappers (torch.compile, DDP, FSDP, a checkpointed block) are around, or the module itself."""
+    while True:
+        parallel = isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        own = next((name for name in module._modules if name in WRAPPED or (parallel and name == "module")), None)
+        if own is None:
+            return module
+        module = module.get_submodule(own)
+
+
+def plain_name(name: str) -> str:
+    """A module's or parameter's name as it is where nothing is wrapped."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module in module order, as if torch's wrappers were not there."""
+    modules = unwrapped(model).named_modules()
+    return {plain_name(path): module for path, module in modules if unwrapped(module) is module}
+
+
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """Path -> layer that carries adapters, in module order."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLayer)}
+    return {path: module for path, module in plain_modules(model).items() if isinstance(module, AdapterLayer)}
 
 
 def adapters_of(model: nn.Module, name: str = DEFAULT) -> dict[str, Adapter]:

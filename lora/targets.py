@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import nn
 
 from ..errors import InputError
-from .adapter import AdapterLayer
+from .adapter import AdapterLayer, plain_modules, unwrapped
 from .config import LoRAConfig, pattern_key
 from .linear4bit import NF4Linear
 
@@ -28,7 +28,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> module in module order, as if no adapter were attached: an AdapterLayer stands for its base."""
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model).items():
         if inside and name.startswith(inside):
             continue
         if isinstance(module, AdapterLayer):
@@ -149,7 +149,7 @@ def _in_part(name: str, parts: Sequence[str], leaves: Sequence[str]) -> bool:
 
 def output_heads(model: nn.Module) -> set[str]:
     """Paths of the layers onto the vocabulary: what the model says, `lm_head`, or a weight tied to an embedding."""
-    says = getattr(model, "get_output_embeddings", None)
+    says = getattr(unwrapped(model), "get_output_embeddings", None)
     head = says() if callable(says) else None
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return {

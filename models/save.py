@@ -7,11 +7,11 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files import check_finite, disk_errors, write_tensors, write_text
-from ..lora.adapter import Adapter
+from ..lora.adapter import Adapter, plain_name, unwrapped
 from ..lora.linear4bit import NF4Linear
 from .hf import INDEX, SINGLE, indexed
 from .load import DTYPES
@@ -52,12 +52,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     write_text(folder / "tokenizer_config.json", text + "\n")
 
 
-def _dense_state(model: CausalLM) -> dict[str, Tensor]:
+def _dense_state(model: nn.Module) -> dict[str, Tensor]:
+    model = unwrapped(model)
     for name, module in model.named_modules():
         if isinstance(module, NF4Linear | Adapter):
             raise InputError(f"only a dense model without an adapter can be saved as one; {name} belongs to neither")
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    parameters = {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    state = {plain_name(name): tensor.detach() for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
         if name not in parameters or tensor.dtype not in DTYPES:
             raise InputError(f"{name} ({tensor.dtype}) is no parameter that `load` reads, so the model cannot be saved")

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..data.batch import Batch
 from ..errors import InputError
-from ..lora.adapter import adapter_layers
+from ..lora.adapter import adapter_layers, plain_name, unwrapped
 from ..models.save import save_model
 from .config import SFTConfig
 from .evaluate import perplexity
@@ -63,4 +63,4 @@ def all_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             "full training needs a dense model without an adapter; load it with quantize='none' (--quant none)"
         )
     model.requires_grad_()
-    return dict(model.named_parameters())
+    return {plain_name(name): parameter for name, parameter in unwrapped(model).named_parameters()}

@@ -1,0 +1,121 @@
+"""Which base an adapter was trained on: what its file says of it, and how far another base is from that.
+
+Hashes are of 4-bit codes, and of all else rounded to bfloat16, as every dtype that trains holds it. So they depend
+on the model's numbers and 4-bit form alone: not on device, dtype, compilation or adapters. They tell accidents apart,
+and are no signature.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.nf4 import dequantize
+from ..kernels.weight4bit import BLOCKSIZES, Weight4bit
+from .linear4bit import NF4Linear
+from .targets import base_modules
+
+KEY = "fourbit.base."  # in the metadata of a safetensors file, before the name of a field
+CHUNK = 1 << 22  # values that are rounded, and brought from the device, at a time
+SAMPLED, VALUES = 32, 32  # matrices, and values of each, whose signs are kept
+ALIKE = 0.75  # of the signs: rounding a base to 4 bits leaves 0.9 and more, another base has half by chance
+
+
+class BaseIdentity(NamedTuple):
+    """A model without its adapters. A hash is "" for a float16 model, whose numbers may have been rounded twice."""
+
+    quant: str  # 4-bit form of the linear layers: nf4, nf4-nodq, fp4, ...; none
+    vectors: str  # hash of norms and biases, which no way of quantising a base or its file changes
+    weights: str  # hash of all other parameters, as they are kept
+    signs: str  # of some weights, - or +: alike for every form of one base
+
+    def metadata(self) -> dict[str, str]:
+        """As a safetensors file keeps it."""
+        return {KEY + name: value for name, value in self._asdict().items()}
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, str]) -> Self | None:
+        """What `metadata` gave; None where a file says nothing."""
+        found = [metadata.get(KEY + name, "") for name in cls._fields]
+        return cls(*found) if all((found[0], found[-1])) else None
+
+    def is_other_base(self, trained: "BaseIdentity") -> bool:
+        """Whether the two are different models, and not forms of one."""
+        alike = sum(a == b for a, b in zip(self.signs, trained.signs, strict=False))
+        longest = max(len(self.signs), len(trained.signs))
+        return alike < ALIKE * longest or _differ(self.vectors, trained.vectors)
+
+    def difference(self, trained: "BaseIdentity") -> str:
+        """What an adapter should know of this form of its base; "" where it is the one that it was trained on."""
+        if self.quant != trained.quant:
+            return f"was trained on {_form(trained.quant)}; on {_form(self.quant)} it will be somewhat off"
+        if _differ(self.weights, trained.weights):
+            return "was trained on slightly other weights of this base: from a file that rounds otherwise, or changed"
+        return ""
+
+
+def base_identity(model: nn.Module) -> BaseIdentity:
+    """The identity of `model`, without its adapters; every parameter is read once."""
+    vectors, weights, signed = dict[str, Tensor](), dict[str, Tensor](), list[nn.Parameter | NF4Linear]()
+    forms, seen, exact = set[str](), set[nn.Parameter](), True
+    for path, module in sorted(base_modules(model).items()):
+        packed = module if isinstance(module, NF4Linear) else None
+        stored = packed.stored_parameters() if packed else {}
+        forms |= {_quant(packed)} if packed else set()
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen:
+                continue  # a tied weight counts once
+            seen.add(parameter)
+            exact = exact and parameter.dtype != torch.float16
+            (vectors if parameter.ndim < 2 and name not in stored else weights)[f"{path}.{name}"] = parameter
+            if packed and name == "weight":
+                signed.append(packed)
+            elif parameter.ndim > 1 and name not in stored:
+                signed.append(parameter)
+    some = [signed[i * len(signed) // SAMPLED] for i in range(SAMPLED)] if len(signed) > SAMPLED else signed
+    hashes = (_hash(vectors), _hash(weights)) if exact else ("", "")
+    return BaseIdentity(", ".join(sorted(forms)) or "none", *hashes, "".join(map(_signs, some)))
+
+
+def _quant(layer: NF4Linear) -> str:
+    """A layer's 4-bit form in the words of `--quant`."""
+    blocks = f" in blocks of {layer.blocksize}" if layer.blocksize != 64 else ""
+    return layer.quant_type + ("" if layer.double_quant else "-nodq") + blocks
+
+
+def _form(quant: str) -> str:
+    return "the dense base" if quant == "none" else quant
+
+
+def _differ(a: str, b: str) -> bool:
+    return bool(a and b) and a != b
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and values."""
+
+    def digest(named: tuple[str, Tensor]) -> bytes:
+        found = hashlib.sha256(f"{named[0]} {tuple(named[1].shape)}\n".encode())
+        for chunk in named[1].detach().reshape(-1).split(CHUNK):
+            values = chunk.bfloat16() if chunk.is_floating_point() else chunk
+            found.update(values.cpu().view(torch.uint8).numpy().data)
+        return found.digest()
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing lets other threads run
+        return hashlib.sha256(b"".join(pool.map(digest, sorted(tensors.items())))).hexdigest()
+
+
+def _signs(weight: nn.Parameter | NF4Linear) -> str:
+    """The signs of some values in the middle of a matrix."""
+    layer = weight if isinstance(weight, NF4Linear) else None
+    flat = (weight.weight if isinstance(weight, NF4Linear) else weight).detach().reshape(-1)
+    size = flat.numel() if layer is None else layer.in_features * layer.out_features
+    start = size // 2 // BLOCKSIZES[-1] * BLOCKSIZES[-1]  # where a block of any size begins
+    values, count = flat[start : start + VALUES], min(VALUES, size - start)
+    if layer is not None:
+        codes, one = flat[start // 2 : (start + count + 1) // 2], torch.ones(1, device=flat.device)
+        values = dequantize(Weight4bit(codes, one, None, None, (count,), layer.quant_type, layer.blocksize))
+    return "".join("-" if value < 0 else "+" for value in values.tolist())
