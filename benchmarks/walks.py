@@ -293,6 +293,7 @@ class Bytes:
 
     chat_template, bos_token, eos_token = TEMPLATE, None, "<|end|>"
     bos_id, eos_id, pad_id, stop_ids = None, 258, 256, (258,)
+    named_tokens, special_tokens = {"eos_token": "<|end|>"}, SPECIAL
 
     def encode(self, text: str) -> list[int]:
         return self.encode_with_offsets(text)[0]

@@ -1,13 +1,14 @@
 """What this folder asks of a tokenizer: little enough that any tokenizer can be wrapped to fit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 
 class TokenizerLike(Protocol):
     """A tokenizer that never adds special tokens by itself and recognises those written in the text.
 
-    `stop_ids` are the tokens that end a generation (end of text and end of turn).
+    `stop_ids` are the tokens that end a generation (end of text and end of turn). `named_tokens` are the special tokens
+    by the names that chat templates know them by, such as `bos_token`; `special_tokens` the texts of all of them.
     """
 
     @property
@@ -22,6 +23,10 @@ class TokenizerLike(Protocol):
     def eos_id(self) -> int | None: ...
     @property
     def stop_ids(self) -> Sequence[int]: ...
+    @property
+    def named_tokens(self) -> Mapping[str, str]: ...
+    @property
+    def special_tokens(self) -> Sequence[str]: ...
     def encode(self, text: str) -> list[int]: ...
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and for each the (start, end) characters of `text` it covers."""

@@ -36,14 +36,21 @@ class TooMuch(BaseException):
 
 
 class Generation(Extension):
-    """`{% generation %}...{% endgeneration %}`: a mark some templates put around answers; it prints what it holds."""
+    """`{% generation %}...{% endgeneration %}`: a mark some templates put around answers; it prints what it holds.
+
+    A variable that is set inside is not known outside, as in transformers."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja reads a plain set)
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The statements inside, as if the tag were not there."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        """The statements inside, as a block of their own."""
+        line = next(parser.stream).lineno
+        inside = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_printed"), [], [], inside).set_lineno(line)
+
+    @staticmethod
+    def _printed(caller: Callable[[], str]) -> str:
+        return caller()
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -174,7 +181,8 @@ def conversation(
 ) -> dict[str, Any]:
     """The answer for one conversation, which `late` seconds are gone of. Raises TooMuch."""
     texts: list[Any] = []
-    variables, left = {**job["tokens"], **talk["variables"], "tools": talk["tools"]}, limits.seconds - late
+    variables = {"documents": None, **job["tokens"], **talk["variables"], "tools": talk["tools"]}
+    left = limits.seconds - late
     now = datetime.now() if job["date"] is None else datetime.fromisoformat(job["date"])  # one for all its renderings
 
     def text() -> Any:

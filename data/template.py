@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date as Date
 from functools import lru_cache
 from importlib.util import find_spec
@@ -35,6 +35,8 @@ MAX_STRIKES = 2  # more, and a template is given up: it has then taken three con
 TOOK = f"it takes more than {RENDER_SECONDS:g} seconds or {CHILD_MEMORY // 2**20} MiB"
 CHILD_NAME = "the child process that renders chat templates"
 CHILD_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TZ")  # what an interpreter may need, and a clock
+
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of an assistant turn; the first is the standard one
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -93,6 +95,7 @@ class Rendered(NamedTuple):
 class ChatTemplate:
     """A chat template in Jinja, as Hugging Face writes them.
 
+    `tokens` are the variables that name special tokens (`bos_token` and so on); one that a model lacks is left out.
     `date` (ISO, such as "2025-01-31") fixes what `strftime_now` gives; None is the present. `notice` is a sentence for
     the user about where the template came from, or "". Rendering raises InputError for a template that is broken or
     breaks a limit, and its subclass Unrenderable for messages that it does not suit; both name `name`.
@@ -101,8 +104,7 @@ class ChatTemplate:
     def __init__(
         self,
         source: str,
-        bos_token: str = "",
-        eos_token: str = "",
+        tokens: Mapping[str, str] | None = None,
         *,
         name: str = "chat template",
         date: str | None = None,
@@ -112,7 +114,7 @@ class ChatTemplate:
             raise InputError(f"{name}: the chat template has {size} bytes; at most {MAX_SOURCE_BYTES} are allowed.")
         if date is not None:
             Date.fromisoformat(date)
-        self.source, self.bos_token, self.eos_token = source, bos_token, eos_token
+        self.source, self.tokens = source, dict(tokens or {})
         self.name, self.date, self.notice = name, date, ""
 
     def render(
@@ -121,9 +123,12 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = False,
         tools: list[dict[str, Any]] | None = None,
+        variables: dict[str, Any] | None = None,
     ) -> str:
-        """The text for `messages`; with `add_generation_prompt` it ends where the assistant's answer begins."""
-        (made,) = self.render_all([Talk(messages, tools, prompt=add_generation_prompt)])
+        """The text for `messages`; with `add_generation_prompt` it ends where the assistant's answer begins.
+
+        variables: more for the template to use, as transformers' `apply_chat_template` takes them by name."""
+        (made,) = self.render_all([Talk(messages, tools, prompt=add_generation_prompt, variables=variables)])
         if isinstance(made, Unrenderable):
             raise made
         return made.text
@@ -131,8 +136,7 @@ class ChatTemplate:
     def render_all(self, talks: Sequence[Talk]) -> list[Rendered | Unrenderable]:
         """Every conversation's text with the places of its wanted turns, or why there is none."""
         known, jobs, found = _known(self.source), [self._job(talk) for talk in talks], list[Rendered | Unrenderable]()
-        tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
-        shared = json.dumps({"source": self.source, "date": self.date, "tokens": tokens})
+        shared = json.dumps({"source": self.source, "date": self.date, "tokens": self.tokens})
         while len(found) < len(talks):
             answers = [] if known.broken else CHILD.ask(shared, _some(jobs, len(found)), known.learn)
             if known.broken:
@@ -141,10 +145,8 @@ class ChatTemplate:
         return found
 
     def _job(self, talk: Talk) -> str:
-        messages = [{key: value for key, value in message.items() if key != "weight"} for message in talk.messages]
-        return json.dumps(
-            {"messages": messages, "tools": talk.tools, "variables": talk.variables or {}, "cuts": _cuts(talk)}
-        )
+        job = {"messages": list(map(_shown, talk.messages)), "tools": talk.tools, "cuts": _cuts(talk)}
+        return json.dumps(job | {"variables": talk.variables or {}})
 
     def _read(self, talk: Talk, answer: dict[str, Any]) -> Rendered | Unrenderable:
         """One conversation's texts, as the child tells them, into the places of its turns."""
@@ -161,6 +163,13 @@ class ChatTemplate:
 
     def _refused(self, told: dict[str, str]) -> Unrenderable:
         return Unrenderable(f"{self.name}: the template cannot render this: {told['refused'][:SHOWN_ERROR]}")
+
+
+def _shown(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as transformers shows it to templates: null is absent, and reasoning has the names they know it by."""
+    shown = {key: value for key, value in message.items() if key != "weight" and value is not None}
+    reasoning = next((shown[key] for key in REASONING if key in shown), None)
+    return shown if reasoning is None else {"thinking": reasoning, **shown, "reasoning_content": reasoning}
 
 
 def _some(jobs: Sequence[str], first: int) -> Sequence[str]:
@@ -342,8 +351,8 @@ def template_for(tokenizer: TokenizerLike, override: TemplateChoice = None, *, d
     if override is not None:
         return _named(tokenizer, override, date)
     if tokenizer.chat_template:
-        bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-        return ChatTemplate(tokenizer.chat_template, bos, eos, name="the model's own template", date=date)
+        tokens = tokenizer.named_tokens
+        return ChatTemplate(tokenizer.chat_template, tokens, name="the model's own template", date=date)
     known = all(len(tokenizer.encode(mark)) == 1 for mark in ("<|im_start|>", "<|im_end|>"))
     template = _builtin(tokenizer, "chatml" if known else "zephyr", date)
     plain = "its marks are plain text and turns end in the end-of-text token"
@@ -370,12 +379,13 @@ def _named(tokenizer: TokenizerLike, override: str | os.PathLike[str], date: str
         source = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{name}: the chat template cannot be read: {error}.") from None
-    return ChatTemplate(source, tokenizer.bos_token or "", tokenizer.eos_token or "", name=name, date=date)
+    return ChatTemplate(source, tokenizer.named_tokens, name=name, date=date)
 
 
 def _builtin(tokenizer: TokenizerLike, name: str, date: str | None) -> ChatTemplate:
     bos = (tokenizer.bos_token or "") if name == "llama3" or expects_bos(tokenizer) else ""
-    return ChatTemplate(BUILTINS[name], bos, tokenizer.eos_token or "", name=name, date=date)
+    tokens = {**tokenizer.named_tokens, "bos_token": bos, "eos_token": tokenizer.eos_token or ""}
+    return ChatTemplate(BUILTINS[name], tokens, name=name, date=date)
 
 
 def expects_bos(tokenizer: TokenizerLike) -> bool:

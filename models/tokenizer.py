@@ -27,6 +27,8 @@ class Tokenizer:
         chat_template: Jinja source, or None.
         bos_token, eos_token, pad_token: the special tokens' text, or None; `bos_id`, `eos_id`, `pad_id` their ids.
         stop_ids: ids that end an answer: EOS and the end-of-turn tokens, sorted.
+        named_tokens: the texts of the special tokens that have a name, as templates know them: `bos_token` and others.
+        special_tokens: the texts of all special tokens: those that no message may spell.
         vocab_size: the highest id + 1.
 
     Raises InputError for a special token that is not in the vocabulary and a stop id outside it.
@@ -41,6 +43,7 @@ class Tokenizer:
         eos_token: str | None = None,
         pad_token: str | None = None,
         stop_ids: Iterable[int] = (),
+        named_tokens: Mapping[str, str] | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -52,6 +55,12 @@ class Tokenizer:
         self.eos_token, self.eos_id = eos_token, _id(vocab, "eos_token", eos_token)
         self.pad_token, self.pad_id = pad_token, _id(vocab, "pad_token", pad_token)
         self.stop_ids = self._stop_ids(stop_ids)
+        given = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
+        self.named_tokens = {**(named_tokens or {}), **{name: text for name, text in given.items() if text is not None}}
+        # Of the added tokens alone: no other is found whole in a text.
+        known = {*self.named_tokens.values(), *(backend.id_to_token(stop) for stop in self.stop_ids)}
+        added = backend.get_added_tokens_decoder().values()
+        self.special_tokens = tuple(token.content for token in added if token.special or token.content in known)
 
     def encode(self, text: str) -> list[int]:
         """Token ids; nothing is added. InputError for a lone surrogate or a text above 4 MiB."""

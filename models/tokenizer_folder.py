@@ -24,7 +24,7 @@ def folder_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that a folder describes; InputError names the file that is missing or malformed."""
     backend, where = _backend(folder), folder / "tokenizer_config.json"
     older, config = _optional_json(folder / "special_tokens_map.json"), _optional_json(where)
-    config = {key: older.get(key) for key in SPECIAL} | {
+    config = {key: value for key, value in older.items() if key.endswith("_token")} | {
         key: value for key, value in config.items() if value is not None
     }
     _check_added(where, config, backend)
@@ -33,6 +33,7 @@ def folder_tokenizer(folder: Path) -> Tokenizer:
         chat_template=_chat_template(where, config),
         **{key: _token(where, config, key) for key in SPECIAL},
         stop_ids=_stop_ids(folder),
+        named_tokens=_named_tokens(config),
     )
 
 
@@ -67,6 +68,17 @@ def _token(where: Path, config: dict[str, Any], key: str) -> str | None:
     if not isinstance(value, str | None):
         raise InputError(f"{where}: {key} must be a string or an object with 'content'.")
     return value
+
+
+def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """The special tokens that have a name: keys that end in `_token`, and those of `extra_special_tokens`."""
+    extra, told = config.get("extra_special_tokens"), {}
+    named = (extra if isinstance(extra, dict) else {}) | {k: v for k, v in config.items() if k.endswith("_token")}
+    for key, value in named.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            told[key] = text
+    return told
 
 
 def _check_added(where: Path, config: dict[str, Any], backend: tokenizers.Tokenizer) -> None:

@@ -36,6 +36,8 @@ class TinyTokenizer:
         self.backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
         self.backend.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
         self.chat_template, self.bos_token, self.eos_token = chat_template, bos, eos
+        self.named_tokens = {name: text for name, text in (("bos_token", bos), ("eos_token", eos)) if text is not None}
+        self.special_tokens = tuple(specials)
         self.bos_id, self.eos_id = self.id(bos), self.id(eos)
         self.stop_ids = tuple(
             self.backend.token_to_id(token) for token in dict.fromkeys([*stops, *([eos] if eos else [])])

@@ -115,7 +115,7 @@ def test_a_broken_template_is_no_rows_fault(tokenizer: Any) -> None:
 
 def test_two_bos_tokens_are_refused(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer(("<s>", "</s>"), "<s>", "</s>")
-    template = ChatTemplate("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}", "<s>", "</s>")
+    template = ChatTemplate("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}", {"bos_token": "<s>"})
     conv = row({"role": "user", "content": "<s>Hi"}, say("x</s>"))
     assert bad(conv, tokenizer, template) == (
         "rows.jsonl:3: text: begins with two BOS tokens ('<s>'): the template writes one, so the row must not"

@@ -9,11 +9,12 @@ import pytest
 from fourbit.data.template import BUILTINS, ChatTemplate, Rendered, Talk, Turn, Unrenderable, template_for
 from fourbit.errors import InputError
 
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Hello! "}]
 
 
 def shown(source: str, messages: list[dict[str, Any]] | None = None, **options: Any) -> str:
-    return ChatTemplate(source, "<s>", "</s>", **options).render(TALK if messages is None else messages)
+    return ChatTemplate(source, TOKENS, **options).render(TALK if messages is None else messages)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,7 @@ def test_the_built_ins() -> None:
     }
     assert {name: shown(source) for name, source in BUILTINS.items()} == texts
     for name, source in BUILTINS.items():
-        template = ChatTemplate(source, "<s>", "</s>")
+        template = ChatTemplate(source, TOKENS)
         prompt = template.render(TALK[:1], add_generation_prompt=True)
         assert texts[name].startswith(prompt) and len(prompt) > 4
 

@@ -319,7 +319,7 @@ TAGS = st.sampled_from(["{{ %s }}", "{%% set x = %s %%}{{ x }}", "{%% if %s %%}{
 @settings(max_examples=300)
 def test_no_source_makes_anything_but_a_refusal(pieces: list[str], tag: str) -> None:
     try:
-        text = ChatTemplate(tag % "".join(pieces), "<s>").render(TALK)
+        text = ChatTemplate(tag % "".join(pieces), {"bos_token": "<s>"}).render(TALK)
     except InputError as error:
         assert str(error)
     else:

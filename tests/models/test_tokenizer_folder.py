@@ -54,6 +54,24 @@ def test_everything_is_gathered(tmp_path: Path) -> None:
     assert tokenizer.vocab_size == EOS + 1
 
 
+def test_templates_get_the_named_tokens_that_transformers_gives_them(tmp_path: Path) -> None:
+    """Any key that ends in _token, as text or object, and those of `extra_special_tokens`; null and flags are none."""
+    from transformers import PreTrainedTokenizerFast
+
+    config = CONFIG | {
+        "eos_token": "</s>",
+        "add_bos_token": True,
+        "pad_token": None,
+        "unk_token": "</s>",
+        "image_token": "<s>",
+    }
+    config |= {"cls_token": {"__type": "AddedToken", "content": "<s>"}, "extra_special_tokens": {"boi_token": "</s>"}}
+    tokenizer = folder_tokenizer(write(tmp_path, tokenizer_config=config))
+    assert tokenizer.named_tokens == PreTrainedTokenizerFast.from_pretrained(tmp_path).special_tokens_map
+    assert set(tokenizer.named_tokens) == {f"{kind}_token" for kind in ("bos", "eos", "unk", "cls", "image", "boi")}
+    assert tokenizer.special_tokens == ("<s>", "</s>")
+
+
 def test_nothing_is_added_cut_off_padded_or_trimmed(tmp_path: Path) -> None:
     tokenizer = folder_tokenizer(write(tmp_path))
     text = "he he he he he</s>"

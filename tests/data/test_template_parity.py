@@ -1,0 +1,131 @@
+"""Every chat template that TRL ships (72 of 30 families): text and tokens equal transformers' `apply_chat_template`."""
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fourbit.data.template import ChatTemplate
+from fourbit.errors import InputError
+
+FOLDER = Path(str(find_spec("trl").origin)).parent / "chat_templates"  # type: ignore[union-attr]
+TEMPLATES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
+NAMED = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "image_token": "<image>"}
+CALL = {"name": "weather", "arguments": {"city": "S\u00e3o <Paulo>", "days": 3, "now": True, "unit": ["c", "f"]}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": 'Tells the "weather".',
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "where"},
+                "days": {"type": "integer", "description": "how many"},
+                "unit": {"type": "array", "items": {"type": "string"}, "description": "of what"},
+            },
+            "required": ["city"],
+        },
+    },
+}
+
+
+def say(role: str, content: Any = None, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+CALLED = {"id": "abcdef123", "type": "function", "function": CALL}
+CHAT = [say("user", " Hi\n"), say("assistant", "Hello! "), say("user", "Why?"), say("assistant", "So.\n")]
+USED = [
+    say("user", "Rain?"),
+    say("assistant", "", tool_calls=[CALLED]),
+    say("tool", '{"rain": 1}', name="weather", tool_call_id="abcdef123"),
+    say("assistant", "Yes."),
+]
+CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "a chat": (CHAT, {}),
+    "asked": (CHAT[:1], {"add_generation_prompt": True}),
+    "asked again": (CHAT[:3], {"add_generation_prompt": True, "enable_thinking": False, "thinking": True}),
+    "a system text": (
+        [say("system", "Be brief."), *CHAT],
+        {"date_string": "1 Jan 2020", "documents": [{"title": "T", "text": "X"}]},
+    ),
+    "thoughts": (
+        [
+            CHAT[0],
+            say("assistant", "<think>\nhm\n</think>\n\nHello!"),
+            CHAT[2],
+            say("assistant", "<think>\nwell\n</think>\n\nSo."),
+        ],
+        {},
+    ),
+    "reasoning": (
+        [
+            CHAT[0],
+            say("assistant", "Hello!", reasoning_content="hm"),
+            CHAT[2],
+            say("assistant", "So.", reasoning="well"),
+        ],
+        {"enable_thinking": True},
+    ),
+    "a tool": (USED, {"tools": [TOOL]}),
+    "a tool unused": ([say("system", "Be brief."), *CHAT], {"tools": [TOOL], "tools_in_user_message": False}),
+    "a tool answered": (USED[:3], {"tools": [TOOL], "add_generation_prompt": True}),
+    "a call without content": ([USED[0], say("assistant", tool_calls=[CALLED]), *USED[2:]], {"tools": [TOOL]}),
+    "nulls": (
+        [
+            say("user", "Hi", name=None, tool_calls=None),
+            say("assistant", "Yo", tool_calls=None, reasoning_content=None),
+        ],
+        {"tools": None},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sides(make_tokenizer: Callable[..., Any]) -> tuple[Any, Any]:
+    """One tokenizer, ours and transformers'."""
+    from transformers import PreTrainedTokenizerFast
+
+    from fourbit.models.tokenizer import Tokenizer
+
+    backend = make_tokenizer(("<|im_start|>", "<|im_end|>", *NAMED.values())).backend
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, **NAMED)
+    named = {key: NAMED[key] for key in ("bos_token", "eos_token", "pad_token")}
+    return Tokenizer(backend, named_tokens=NAMED, **named), theirs
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if i % 4 else ()) for i, name in enumerate(TEMPLATES)]
+)
+def test_text_and_tokens_equal_transformers(name: str, sides: tuple[Any, Any]) -> None:
+    """Also where a template refuses: then both do."""
+    ours, theirs = sides
+    source = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    template = ChatTemplate(source, ours.named_tokens)
+    refused = []
+    for case, (messages, options) in CASES.items():
+        before = json.dumps([messages, options])
+        variables = {key: value for key, value in options.items() if key not in ("tools", "add_generation_prompt")}
+        given = {key: value for key, value in options.items() if key not in variables}
+        try:
+            expected = theirs.apply_chat_template(deepcopy(messages), chat_template=source, tokenize=False, **options)
+        except Exception:
+            refused.append(case)
+            with pytest.raises(InputError, match="the template cannot render this"):
+                template.render(messages, variables=variables, **given)
+            continue
+        text = template.render(messages, variables=variables, **given)
+        assert text == expected, case
+        ids = theirs.apply_chat_template(deepcopy(messages), chat_template=source, return_dict=False, **options)
+        assert ours.encode(text) == ids, case
+        assert json.dumps([messages, options]) == before
+    assert len(refused) < len(CASES)  # some take only contents in parts
+
+
+def test_all_templates_are_there() -> None:
+    assert len(TEMPLATES) >= 72
