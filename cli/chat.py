@@ -66,9 +66,9 @@ def _ask() -> str | None:
 def _answer(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], options: Options) -> str:
     """Write the answer to stdout token by token; Ctrl-C ends it early, and what was written counts."""
     stream = Stream(tokenizer.decode, lambda text: print(visible(text), end="", flush=True))
-    seed = options.seed + len(prompt)
+    how = {"stop_ids": tokenizer.stop_ids, "seed": options.seed, **options.sampling()}
     try:
-        generate(model, [prompt], stop_ids=tokenizer.stop_ids, seed=seed, on_token=stream.add, **options.sampling())
+        generate(model, [prompt], on_token=stream.add, **how)
     except KeyboardInterrupt:
         note(" (stopped)")
     stream.show()

@@ -12,7 +12,7 @@ from ..data.forms import Sample, read_samples
 from ..data.row import counted
 from ..errors import InputError
 from ..files import write_whole
-from ..models.generate import generate
+from ..models.generate import generate, prompt_seeds
 from ..trainer.config import REQUIRED, setting
 from .load import check_file, load_adapted
 from .options import AdaptedModelOptions, ResultOptions, SamplingOptions
@@ -45,12 +45,13 @@ def run(options: Options, sources: Sources) -> int:
     if template.notice:
         note(f"note: {template.notice}")
     prompts = [ids for ids, _ in encode_prompts(samples, tokenizer, template)]
+    seeds = prompt_seeds(prompts, options.seed)
     how = {"stop_ids": tokenizer.stop_ids, "batch_size": options.batch_size, **options.sampling()}
 
     def write(part: Path) -> None:
         with part.open("w", encoding="utf-8") as file:
             for first in range(0, len(samples), chunk):
-                new = generate(model, prompts[first : first + chunk], seed=options.seed + first, **how)
+                new = generate(model, prompts[first : first + chunk], seed=seeds[first : first + chunk], **how)
                 for sample, ids in zip(samples[first : first + chunk], new, strict=True):
                     row = {**sample.row, "answer": tokenizer.decode(ids)}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,16 +1,24 @@
 """Text generation: batches of prompts continued token by token from a key-value cache.
 
 Prompts of similar length share a batch, padded on the left so that all rows end together. Sampling draws one uniform
-number a token from a generator of the prompt's own, so what a prompt yields does not depend on its neighbours.
+number a token, from a counter: a function of the prompt's own seed and the token's place alone. So an answer's luck
+depends on no neighbour, on no order of rows and on no batch size. The logits it is applied to may: products over
+another number of rows round otherwise in their last bits, and where two tokens are as good as equal, that decides.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
+from ..errors import NumericError
+from .finite import explain_nonfinite, first_nonfinite
 from .protocol import CausalLM
+
+NOT_FINITE = -1  # in the place of a token
 
 
 @dataclass(frozen=True)
@@ -30,26 +38,39 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
 
+@dataclass
+class _Row:
+    prompt: Sequence[int]
+    seed: int
+    room: int  # tokens that its answer may have
+    answer: list[int] = field(default_factory=list)
+
+
 @torch.inference_mode()
 def generate(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 256,
+    max_length: int | None = None,
     stop_ids: Sequence[int] = (),
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     batch_size: int = 32,
     on_token: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt (token ids) until a stop token or `max_new_tokens`; returns the new tokens, without the stop
     token, in order.
 
-    `on_token` is called with each new token as it comes (one prompt only). The same seed gives the same answers,
-    whatever the batch size, up to rounding. Raises ValueError for an empty prompt, an id outside the vocabulary or an
-    impossible setting.
+    `max_length`: tokens that prompt and answer may have together (a model's positions, say). `seed`: one for all, or
+    one a prompt; of one for all, each prompt's own is made by `prompt_seeds`, so a sampled answer goes with its prompt
+    wherever that stands, whatever the batch size, up to rounding of the logits. `on_token` is called with each new
+    token as it comes (one prompt only).
+
+    Raises ValueError for an empty prompt, one that leaves no room, an id outside the vocabulary or an impossible
+    setting; NumericError for logits that are no numbers, naming the layer where they went bad.
     """
     if max_new_tokens < 0 or batch_size < 1:
         raise ValueError(
@@ -62,95 +83,124 @@ def generate(
             raise ValueError(f"prompt {i} is empty; a prompt needs at least one token (beginning-of-text, say)")
         if min(prompt) < 0 or max(prompt) >= model.vocab_size:
             raise ValueError(f"prompt {i} holds a token id outside 0 to {model.vocab_size - 1}")
-    sampling = Sampling(temperature, top_k, top_p)
-    answers: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    was_training = model.training
+        if max_length is not None and len(prompt) >= max_length:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens, which leaves no room in max_length {max_length}")
+    seeds = prompt_seeds(prompts, seed) if isinstance(seed, int) else seed
+    rooms = [max_new_tokens if max_length is None else min(max_new_tokens, max_length - len(p)) for p in prompts]
+    rows = [_Row(*each) for each in zip(prompts, seeds, rooms, strict=True)]
+    order = sorted(rows, key=lambda row: len(row.prompt))
+    sampling, was_training = Sampling(temperature, top_k, top_p), model.training
     model.eval()
     try:
         for first in range(0, len(order), batch_size):
-            rows = order[first : first + batch_size]
-            numbers = [torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + i) % (1 << 63)) for i in rows]
-            batch = [(prompts[i], answers[i]) for i in rows]
-            _continue(model, batch, sampling, numbers, max_new_tokens, frozenset(stop_ids), on_token)
+            _continue(model, order[first : first + batch_size], sampling, frozenset(stop_ids), on_token)
     finally:
         model.train(was_training)
-    return answers
+    return [row.answer for row in rows]
+
+
+def prompt_seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
+    """A seed for each prompt: from the prompt itself, and from how many equal ones stand before it, so that these draw
+    anew."""
+    seen, made = Counter[tuple[int, ...]](), list[int]()
+    for prompt in map(tuple, prompts):
+        made.append(_hashed(seed, seen[prompt], *prompt))
+        seen[prompt] += 1
+    return made
+
+
+def _hashed(*numbers: int) -> int:
+    """64 bits from whole numbers of any size."""
+    return int.from_bytes(blake2b(repr(numbers).encode(), digest_size=8).digest())
 
 
 def _continue(
     model: CausalLM,
-    batch: list[tuple[Sequence[int], list[int]]],
+    rows: list[_Row],
     sampling: Sampling,
-    numbers: list[torch.Generator],
-    max_new_tokens: int,
     stop_ids: frozenset[int],
     on_token: Callable[[int], None] | None,
 ) -> None:
-    """Extend the answers of (prompt, answer) pairs, together.
+    """Extend the answers of some rows, together.
 
     What all prompts begin with (a system prompt, or everything when one is sampled often) is read once; as soon as half
     of the rows are done, only the others stay.
     """
     device, cache = model.device, model.new_cache()
-    tokens, mask, shared = _padded([prompt for prompt, _ in batch])
+    tokens, mask, shared = _padded([row.prompt for row in rows])
     tokens, mask = tokens.to(device), None if mask is None else mask.to(device)
     if shared:
-        model.hidden(torch.tensor([batch[0][0][:shared]], device=device), cache=cache)
-        cache.select(torch.zeros(len(batch), dtype=torch.int64, device=device))
-    active, done = list(range(len(batch))), set[int]()  # rows in the cache, and those of them that are done
-    for step in range(max_new_tokens):
+        model.hidden(torch.tensor([rows[0].prompt[:shared]], device=device), cache=cache)
+        cache.select(torch.zeros(len(rows), dtype=torch.int64, device=device))
+    active, done = list(rows), set[int]()  # rows in the cache, and the ids of those that are done
+    for step in range(max(row.room for row in rows)):
         hidden = model.hidden(tokens, cache=cache, mask=mask)[:, -1]  # [B, hidden]
-        chosen = choose(model.lm_head(hidden), sampling, [numbers[row] for row in active])
+        drawn = torch.tensor([(_hashed(row.seed, step) >> 11) * 2.0**-53 for row in active], dtype=torch.float64)
+        chosen = choose(model.lm_head(hidden), sampling, drawn)
         for row, token in zip(active, chosen.tolist(), strict=True):
-            if token in stop_ids:
-                done.add(row)
-            if row not in done:
-                batch[row][1].append(token)
+            if id(row) in done:
+                continue
+            if token == NOT_FINITE:
+                raise _not_finite(model, row)
+            if token not in stop_ids:
+                row.answer.append(token)
                 if on_token is not None:
                     on_token(token)
-        if len(done) == len(batch) or step + 1 == max_new_tokens:
+            if token in stop_ids or len(row.answer) == row.room:
+                done.add(id(row))
+        kept = [place for place, row in enumerate(active) if id(row) not in done]
+        if not kept:
             return
         tokens = chosen.unsqueeze(1)
         mask = None if mask is None else torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        kept = [place for place, row in enumerate(active) if row not in done]
         if 2 * len(kept) <= len(active):
             index = torch.tensor(kept, device=device)
             cache.select(index)
             tokens, mask, active = tokens[index], None if mask is None else mask[index], [active[i] for i in kept]
 
 
+def _not_finite(model: CausalLM, row: _Row) -> NumericError:
+    read = torch.tensor([[*row.prompt, *row.answer]], device=model.device)
+    what = f"token {len(row.answer) + 1} of an answer cannot be chosen: its logits"
+    return explain_nonfinite(model, what, first_nonfinite(model, read))
+
+
 def _padded(prompts: list[Sequence[int]]) -> tuple[Tensor, Tensor | None, int]:
     """What differs of the prompts, padded on the left [B, T]; a mask [B, shared + T] if there is padding; and how many
     tokens all begin with: one fewer than the shortest at most, and 0 for a single prompt.
+
+    A row is padded with a token of its own: another's activations might overflow, and NaN passes through every mask.
     """
     first, last = min(map(list, prompts)), max(map(list, prompts))  # these two differ first of all
     limit = min(map(len, prompts)) - 1 if len(prompts) > 1 else 0
     shared = next((i for i in range(limit) if first[i] != last[i]), limit)
     width = max(map(len, prompts))
     pads = torch.tensor([[width - len(prompt)] for prompt in prompts])
-    tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt[shared:]) for prompt in prompts])
+    own = max(shared - 1, 0)
+    tokens = torch.tensor([[prompt[own]] * (width - len(prompt)) + list(prompt[shared:]) for prompt in prompts])
     place = torch.arange(width)
     mask = (place < shared) | (place >= shared + pads)
     return tokens, None if mask.all() else mask, shared
 
 
-def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token a row, [B] int64, from logits [B, V]: arg-max, or where cumulated mass passes a row's own number."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    scores = logits.double() / sampling.temperature
-    k = min(sampling.top_k or scores.shape[-1], scores.shape[-1])
-    ids: Tensor | None = None
-    if k < scores.shape[-1] or sampling.top_p < 1:
-        scores, ids = scores.topk(k, dim=-1)  # falling
-    probability = scores.softmax(-1)
-    if sampling.top_p < 1:
-        before = probability.cumsum(-1) - probability  # mass of the better tokens
-        probability = probability.masked_fill(before >= sampling.top_p, 0.0)
-    mass = probability.cumsum(-1)
-    drawn = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]).to(mass.device)  # [B, 1]
-    place = torch.searchsorted(mass, drawn * mass[:, -1:], right=True)  # the first whose mass exceeds the drawn one
-    last = (probability > 0).long().mul_(torch.arange(1, k + 1, device=logits.device)).amax(-1, keepdim=True) - 1
-    place = torch.minimum(place, last)
-    return (place if ids is None else ids.gather(1, place)).squeeze(1)
+def choose(logits: Tensor, sampling: Sampling, drawn: Tensor) -> Tensor:
+    """One token a row, [B] int64, from logits [B, V]: arg-max, or where cumulated mass passes the row's number of
+    `drawn`, [B] float64 in 0..1. NOT_FINITE for a row that holds NaN, or whose best logit is infinite.
+
+    Tokens are cumulated in the order of their ids, so which of two nearly equal ones is the better decides nothing.
+    """
+    best, place = logits.max(-1)  # NaN is larger than any number here
+    if sampling.temperature > 0:
+        # Less the best one before the division: any temperature leaves it at 0, and the others below or at -inf.
+        scores = (logits.double() - best.double().unsqueeze(-1)) / sampling.temperature
+        k = min(sampling.top_k or scores.shape[-1], scores.shape[-1])
+        if k < scores.shape[-1] or sampling.top_p < 1:
+            kept, ids = scores.topk(k, dim=-1)  # falling
+            share = kept.softmax(-1)
+            kept = kept.masked_fill(share.cumsum(-1) - share >= sampling.top_p, -torch.inf)  # mass of the better ones
+            scores = torch.full_like(scores, -torch.inf).scatter_(1, ids, kept)
+        mass = scores.softmax(-1).cumsum(-1)
+        total = mass[:, -1:].contiguous()
+        place = torch.searchsorted(mass, drawn.to(mass.device).unsqueeze(1) * total, right=True)  # the first above
+        place = torch.minimum(place, torch.searchsorted(mass, total)).squeeze(1)  # rounding may put it past the last
+    return place.masked_fill(~best.isfinite(), NOT_FINITE)

@@ -12,9 +12,10 @@ from ..data.batch import Batch, Example, micro_batches
 from ..data.encode import encode_prompts
 from ..data.forms import Sample
 from ..data.template import ChatTemplate
+from ..models.finite import explain_nonfinite, first_nonfinite
 from ..models.generate import generate
 from ..models.protocol import CausalLM
-from .losses.tokens import batch_token_scores, evaluating
+from .losses.tokens import batch_token_scores, evaluating, on_device
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ def batch_loss_sum(model: CausalLM, batch: Batch) -> Tensor:
     return -batch_token_scores(model, batch).logps.sum(dtype=torch.float64)
 
 
+def nonfinite_layer(model: CausalLM, batch: Batch) -> str | None:
+    """Name of the layer whose output first holds NaN or infinity on a batch; None if all are finite."""
+    here = on_device(model, batch)
+    return first_nonfinite(model, here.input_ids, here.position_ids, here.spans)
+
+
 def perplexity(loss: float) -> float:
     """The exponential of a loss in nats a token; infinite where a float cannot hold it."""
     return math.inf if loss >= 700 else math.exp(loss)
@@ -51,12 +58,17 @@ def evaluate_loss(
     pad_id: int = 0,
 ) -> float:
     """Mean loss of a trained token over all examples, in nats; its exponential is the perplexity.
-    Dropout is off and no gradient is kept."""
+    Dropout is off and no gradient is kept. NumericError, naming the layer, where the loss is no number."""
     batches = micro_batches(
         list(enumerate(examples)), packing=packing, micro_batch="auto", token_budget=token_budget, pad_id=pad_id
     )
+    total = 0.0
     with evaluating(model):
-        total = sum(batch_loss_sum(model, batch).item() for batch in batches)
+        for batch in batches:
+            total += (loss := batch_loss_sum(model, batch).item())
+            if not math.isfinite(loss):
+                what = f"losses of rows from {examples[batch.numbers[0]].source} on"
+                raise explain_nonfinite(model, what, nonfinite_layer(model, batch))
     return total / sum(batch.trained for batch in batches)
 
 

@@ -31,6 +31,7 @@ from ..models.protocol import CausalLM
 from ..optim.schedule import rate_factor
 from .checkpoint import checkpoint_to_resume, load_checkpoint, resuming, save_checkpoint
 from .config import TrainingConfig, changed_options
+from .evaluate import nonfinite_layer
 from .interrupt import Interrupt, interrupts
 from .losses.tokens import evaluating
 from .memory import memory_free, memory_used, saved_bytes
@@ -262,17 +263,20 @@ class Trainer(ABC):
             }
         )
         self._clock = now
-        if run.skipped_in_a_row > SKIPS_ALLOWED:
+        in_vain = step + 1 == self.total and run.last_loss is None  # the last step, and none has counted
+        if skipped and (in_vain or run.skipped_in_a_row > SKIPS_ALLOWED):
             self._give_up(step + 1, sources, batches, loss, norm)
 
     def _give_up(self, step: int, sources: list[str], batches: Sequence[Batch], loss: float, norm: float) -> None:
         dump = Path(self.config.out) / f"nonfinite-step-{step}.json"
         rows = {"sources": sources, "input_ids": [batch.input_ids.tolist() for batch in batches]}
         dump.write_text(json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), **rows}))
+        layer = next(filter(None, (nonfinite_layer(self.model, batch) for batch in batches)), None)
+        where = f"; first not finite: the output of {layer}" if layer else ""
         raise NumericError(
             f"loss or gradient was not finite in {self.run.skipped_in_a_row} steps in a row (step {step}: loss "
-            f"{loss}, gradient norm {norm}); none of them changed a weight. The last batch is in {dump}; the newest "
-            f"checkpoint is unharmed. Usual causes: a learning rate too high (lr={self.config.lr:g}), float16 overflow."
+            f"{loss}, gradient norm {norm}{where}); none of them changed a weight. The last batch is in {dump}; the "
+            f"newest checkpoint is unharmed. Usual causes: a learning rate too high (lr={self.config.lr:g}), float16 overflow."
         )
 
     def _evaluate(self) -> None:

@@ -171,6 +171,20 @@ def test_generate_answers_every_form_of_row(here: Path, as_json: AsJson) -> None
         assert answers == [form | {"answer": _expected(here / "m", "abc")}] * 3
 
 
+def test_a_sampled_answer_does_not_depend_on_its_neighbours(here: Path, typed: Typed) -> None:
+    """The model is float32 here: its logits differ in their last bits, which decides among some 10^7 draws of one."""
+    prompts = [{"prompt": "ab" * (i % 4) + "c", "id": i} for i in range(20)]
+    found = []
+    for batch_size, rows in ((1, prompts), (2, prompts), (5, prompts), (3, prompts[::-1])):
+        (here / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        typed(f"{GENERATE} --temperature 1.5 --seed 3 --batch-size {batch_size}")
+        written = [json.loads(line) for line in (here / "answers.jsonl").read_text().splitlines()]
+        assert [row["id"] for row in written] == [row["id"] for row in rows]
+        # Equal prompts draw their answers one after the other, so they are told apart by their order alone.
+        found.append(sorted((row["prompt"], row["answer"]) for row in written))
+    assert found[1:] == found[:1] * 3 and len({*found[0]}) > 15
+
+
 def _expected(folder: Path, text: str) -> str:
     """The greedy answer by the library alone."""
     model, tokenizer = fourbit.load(folder, quantize="nf4")

@@ -8,13 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fourbit.errors import NumericError
 from fourbit.lora.adapter import adapter_parameters
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.quantize import quantize_
 from fourbit.models.cache import KVCache
 from fourbit.models.decoder import Decoder
-from fourbit.models.generate import Sampling, choose, generate
+from fourbit.models.generate import NOT_FINITE, Sampling, choose, generate, prompt_seeds
 
 Oracle = Callable[..., Any]
 PROMPTS = [[5, 6, 7], [11], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 8], [90, 80, 70, 60, 50, 40, 30, 20]]
@@ -144,21 +145,33 @@ def test_nothing_to_do_and_training_mode_is_put_back(model: Decoder) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 7}, {"top_p": 0.7}, {"top_k": 20, "top_p": 0.9}])
-def test_a_sampled_answer_depends_on_its_seed_alone(model: Decoder, options: dict[str, Any]) -> None:
+def test_a_sampled_answer_depends_on_its_prompt_and_the_seed_alone(model: Decoder, options: dict[str, Any]) -> None:
     settings = {"max_new_tokens": 20, "temperature": 1.3, **options}
     together = generate(model, PROMPTS, seed=3, **settings)
-    assert together == generate(model, PROMPTS, seed=3, batch_size=2, **settings)
-    assert together[0] == generate(model, PROMPTS[:1], seed=3, **settings)[0]
+    for batch_size in (1, 2, 5):
+        assert together == generate(model, PROMPTS, seed=3, batch_size=batch_size, **settings)
+    assert together[::-1] == generate(model, PROMPTS[::-1], seed=3, batch_size=2, **settings)
+    assert together[2] == generate(model, PROMPTS[2:3], seed=3, **settings)[0]
     assert together != generate(model, PROMPTS, seed=4, **settings)
     same = generate(model, [PROMPTS[0]] * 8, seed=3, **settings)
     assert len({tuple(answer) for answer in same}) > 1  # equal prompts do not share their luck
+    assert same[0] == together[0]
+    seeds = prompt_seeds([PROMPTS[0]] * 8, 3)
+    assert len({*seeds}) == 8 and same[5:] == generate(model, [PROMPTS[0]] * 3, seed=seeds[5:], **settings)
+
+
+def test_an_answer_ends_where_prompt_and_answer_have_max_length(model: Decoder) -> None:
+    full = [slowly(model, prompt, 9) for prompt in PROMPTS]
+    rooms = [min(9, 12 - len(prompt)) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, max_new_tokens=9, max_length=12) == [a[:n] for a, n in zip(full, rooms, strict=True)]
+    assert rooms == [9, 9, 1, 9, 4]
 
 
 def draws(logits: list[float], sampling: Sampling, count: int = 20000) -> torch.Tensor:
     """How often each token is chosen, as a share."""
-    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows = torch.tensor(logits).expand(count, -1)
-    return choose(rows, sampling, [generator] * count).bincount(minlength=len(logits)) / count
+    return choose(rows, sampling, drawn).bincount(minlength=len(logits)) / count
 
 
 LOGITS = [2.0, -1.0, 1.0, 0.0, -30.0, 1.5]
@@ -193,20 +206,59 @@ def test_top_k_and_top_p_cut_and_rescale(sampling: Sampling, allowed: set[int]) 
 
 @given(
     logits=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=12),
-    temperature=st.floats(1e-3, 100),
-    top_k=st.integers(0, 15),
-    top_p=st.floats(1e-6, 1.0),
-    seed=st.integers(0, 1 << 62),
+    temperature=st.floats(5e-324, 1.7e308),
+    top_k=st.integers(0, 15) | st.just(1 << 70),
+    top_p=st.floats(5e-324, 1.0),
+    drawn=st.floats(0, 1, exclude_max=True),
 )
 def test_any_logits_give_a_token_that_may_be_chosen(
-    logits: list[float], temperature: float, top_k: int, top_p: float, seed: int
+    logits: list[float], temperature: float, top_k: int, top_p: float, drawn: float
 ) -> None:
     row = torch.tensor([logits])
-    token = int(choose(row, Sampling(temperature, top_k, top_p), [torch.Generator().manual_seed(seed)]))
+    token = int(choose(row, Sampling(temperature, top_k, top_p), torch.tensor([drawn], dtype=torch.float64)))
     better = sum(x > logits[token] for x in logits)
     assert better < (top_k or len(logits))
-    mass = (row.double() / temperature).softmax(-1)[0]
-    assert mass[row[0] > logits[token]].sum() <= top_p + 1e-9
+    mass = ((row.double() - row.max()) / temperature).softmax(-1)[0]
+    assert mass[token] > 0 and mass[row[0] > logits[token]].sum() <= top_p + 1e-9
+
+
+@given(
+    bad=st.sampled_from([float("nan"), float("inf")]), temperature=st.sampled_from([0.0, 5e-324, 1.0]), top=st.booleans()
+)
+def test_logits_that_are_no_numbers_choose_nothing(bad: float, temperature: float, top: bool) -> None:
+    """And the rows beside them, one with a token that can never come, do."""
+    rows = torch.tensor([[0.0, 1.0, 2.0], [0.0, bad, 2.0], [-torch.inf, -torch.inf, 3.0], [-torch.inf] * 3])
+    sampling = Sampling(temperature, top_k=2 if top else 0, top_p=0.9 if top else 1.0)
+    chosen = choose(rows, sampling, torch.full((4,), 0.99, dtype=torch.float64)).tolist()
+    assert chosen == [2, NOT_FINITE, 2, NOT_FINITE]
+
+
+def test_padding_brings_no_token_of_others_with_it(ours: Callable[..., Decoder]) -> None:
+    model = ours("gqa 2:1", torch.float64)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.data.clone())  # untied, where it was tied
+    model.model.embed_tokens.weight.data[0] = torch.nan
+    model.lm_head.weight.data[0] = 0
+    for prompts in (PROMPTS, [[5, 7, *prompt] for prompt in PROMPTS]):
+        assert generate(model, prompts, max_new_tokens=9) == [slowly(model, prompt, 9) for prompt in prompts]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_activations_that_overflow_name_their_layer(
+    ours: Callable[..., Decoder], temperature: float
+) -> None:
+    model = ours("gqa 2:1").half()
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(1e5).clamp_(-6e4, 6e4)
+    said = "token 1 of an answer .*, first in the output of model.layers.1.mlp.*, in float16; .* bfloat16 or float32"
+    with pytest.raises(NumericError, match=said):
+        generate(model, PROMPTS, temperature=temperature, max_new_tokens=2)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(generate(model.float(), PROMPTS, temperature=temperature, max_new_tokens=2))  # the advice
+    model.model.layers[0].self_attn.o_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(NumericError, match=r"first in the output of model.layers.0.self_attn.o_proj, in float32; the m"):
+        generate(model, PROMPTS, temperature=temperature, max_new_tokens=2)
+    attach(model, LoRAConfig(rank=2))
+    with pytest.raises(NumericError, match=r"model.layers.0.self_attn.o_proj.base, .* \(without --adapter\)"):
+        generate(model, PROMPTS, temperature=temperature, max_new_tokens=2)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +270,7 @@ def test_any_logits_give_a_token_that_may_be_chosen(
         ({"prompts": [[1], [2]], "on_token": print}, "one prompt, got 2"),
         ({"max_new_tokens": -1}, "max_new_tokens must be 0 or more"),
         ({"batch_size": 0}, "batch_size 1 or more"),
+        ({"max_length": 1}, "prompt 0 has 1 tokens, which leaves no room in max_length 1"),
         ({"temperature": -0.1}, "temperature must be 0 .* got -0.1"),
         ({"temperature": float("nan")}, "temperature must be 0"),
         ({"top_k": -1}, "top_k must be 0 .* got -1"),

@@ -182,7 +182,7 @@ def test_three_bad_steps_end_the_run(train, adapted, tiny_folder, rows, tmp_path
     with torch.no_grad():
         model.model.norm.weight[0] = math.inf
     before = {k: v.clone() for k, v in adapter_state(model).items()}
-    with pytest.raises(NumericError, match="3 steps in a row"):
+    with pytest.raises(NumericError, match="3 steps in a row .*; first not finite: the output of model.norm"):
         SFTTrainer(model, tokenizer, train=rows, config=config_for(tmp_path)).train(display=None)
     assert all(torch.equal(v, before[k]) for k, v in adapter_state(model).items())
     (dump,) = tmp_path.glob("nonfinite-step-*.json")
@@ -190,6 +190,21 @@ def test_three_bad_steps_end_the_run(train, adapted, tiny_folder, rows, tmp_path
     assert not (tmp_path / "adapter_model.safetensors").exists()
     steps = read_metrics(tmp_path / "metrics.jsonl")
     assert all(r["skipped"] and r["loss"] is None for r in steps) and len(steps) == 3
+
+
+def test_a_run_of_bad_steps_alone_is_no_success(adapted, tiny_folder, rows, tmp_path):
+    model, tokenizer = adapted(tiny_folder)
+    model.model.norm.weight.data[0] = math.inf
+    with pytest.raises(NumericError, match="in 1 steps in a row"):
+        SFTTrainer(model, tokenizer, train=rows, config=config_for(tmp_path, steps=1)).train(display=None)
+
+
+def test_a_loss_that_is_no_number_names_the_layer(adapted, tiny_folder, rows, tmp_path):
+    model, tokenizer = adapted(tiny_folder)
+    trainer = SFTTrainer(model, tokenizer, train=rows, config=config_for(tmp_path))
+    model.model.layers[1].mlp.down_proj.adapters["default"].lora_B.data[0, 0] = math.nan
+    with pytest.raises(NumericError, match=r"train.jsonl:1 .* first in the output of model.layers.1.mlp.down_proj"):
+        evaluate_loss(model, trainer.train_set.examples)
 
 
 def test_one_bad_step_is_skipped_and_counted(train, adapted, tiny_folder, rows, tmp_path):
