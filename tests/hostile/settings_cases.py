@@ -203,7 +203,12 @@ FINE_TOGETHER = (  # if it is said, or as what happens at the end of a run count
     "a length beyond the positions",
     "dropout that leaves nothing",
 )
-LEGAL_SAMPLING = ("a temperature of 1e308", "top-p of the smallest float", "a temperature of 1e-40")
+LEGAL_SAMPLING = (
+    "a temperature of 1e308",
+    "a temperature of 1e-40",
+    "a temperature of the smallest float",
+    "top-p of the smallest float",
+)
 
 
 def yaml(text: Any) -> Make:
