@@ -276,7 +276,7 @@ class Trainer(ABC):
         raise NumericError(
             f"loss or gradient was not finite in {self.run.skipped_in_a_row} steps in a row (step {step}: loss "
             f"{loss}, gradient norm {norm}{where}); none of them changed a weight. The last batch is in {dump}; the "
-            f"newest checkpoint is unharmed. Usual causes: a learning rate too high (lr={self.config.lr:g}), float16 overflow."
+            f"newest checkpoint is unharmed. Usual causes: lr={self.config.lr:g} is too high, float16 overflow."
         )
 
     def _evaluate(self) -> None:

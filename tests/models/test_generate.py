@@ -163,7 +163,9 @@ def test_a_sampled_answer_depends_on_its_prompt_and_the_seed_alone(model: Decode
 def test_an_answer_ends_where_prompt_and_answer_have_max_length(model: Decoder) -> None:
     full = [slowly(model, prompt, 9) for prompt in PROMPTS]
     rooms = [min(9, 12 - len(prompt)) for prompt in PROMPTS]
-    assert generate(model, PROMPTS, max_new_tokens=9, max_length=12) == [a[:n] for a, n in zip(full, rooms, strict=True)]
+    assert generate(model, PROMPTS, max_new_tokens=9, max_length=12) == [
+        a[:n] for a, n in zip(full, rooms, strict=True)
+    ]
     assert rooms == [9, 9, 1, 9, 4]
 
 
@@ -223,7 +225,9 @@ def test_any_logits_give_a_token_that_may_be_chosen(
 
 
 @given(
-    bad=st.sampled_from([float("nan"), float("inf")]), temperature=st.sampled_from([0.0, 5e-324, 1.0]), top=st.booleans()
+    bad=st.sampled_from([float("nan"), float("inf")]),
+    temperature=st.sampled_from([0.0, 5e-324, 1.0]),
+    top=st.booleans(),
 )
 def test_logits_that_are_no_numbers_choose_nothing(bad: float, temperature: float, top: bool) -> None:
     """And the rows beside them, one with a token that can never come, do."""
@@ -243,9 +247,7 @@ def test_padding_brings_no_token_of_others_with_it(ours: Callable[..., Decoder])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_activations_that_overflow_name_their_layer(
-    ours: Callable[..., Decoder], temperature: float
-) -> None:
+def test_activations_that_overflow_name_their_layer(ours: Callable[..., Decoder], temperature: float) -> None:
     model = ours("gqa 2:1").half()
     model.model.layers[1].mlp.up_proj.weight.data.mul_(1e5).clamp_(-6e4, 6e4)
     said = "token 1 of an answer .*, first in the output of model.layers.1.mlp.*, in float16; .* bfloat16 or float32"
@@ -254,7 +256,9 @@ def test_activations_that_overflow_name_their_layer(
     assert not any(module._forward_hooks for module in model.modules())
     assert all(generate(model.float(), PROMPTS, temperature=temperature, max_new_tokens=2))  # the advice
     model.model.layers[0].self_attn.o_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(NumericError, match=r"first in the output of model.layers.0.self_attn.o_proj, in float32; the m"):
+    with pytest.raises(
+        NumericError, match=r"first in the output of model.layers.0.self_attn.o_proj, in float32; the m"
+    ):
         generate(model, PROMPTS, temperature=temperature, max_new_tokens=2)
     attach(model, LoRAConfig(rank=2))
     with pytest.raises(NumericError, match=r"model.layers.0.self_attn.o_proj.base, .* \(without --adapter\)"):
