@@ -182,7 +182,7 @@ def test_three_bad_steps_end_the_run(train, adapted, tiny_folder, rows, tmp_path
     with torch.no_grad():
         model.model.norm.weight[0] = math.inf
     before = {k: v.clone() for k, v in adapter_state(model).items()}
-    with pytest.raises(NumericError, match="3 steps in a row .*; first not finite: the output of model.norm"):
+    with pytest.raises(NumericError, match=r"3 steps in a row .*; first not finite: the output of model.norm"):
         SFTTrainer(model, tokenizer, train=rows, config=config_for(tmp_path)).train(display=None)
     assert all(torch.equal(v, before[k]) for k, v in adapter_state(model).items())
     (dump,) = tmp_path.glob("nonfinite-step-*.json")
