@@ -9,7 +9,7 @@ from ..errors import InputError, visible
 from ..models.generate import generate
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
-from ..trainer.config import setting
+from ..settings import setting
 from .load import load_adapted
 from .options import AdaptedModelOptions, SamplingOptions
 from .parse import Sources

@@ -16,6 +16,7 @@ from ..files import read_text, write_text
 
 MAX_BYTES = 1 << 16
 MAX_VALUES = 10_000  # with aliases unfolded
+MAX_DIGITS = 4000
 TAGS = [f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")]  # of nodes without a type of their own
 WORDS = {"true": True, "false": False, "null": None, "~": None, "": None, ".nan": math.nan}
 INTEGER = re.compile(r"[-+]?[0-9]+")
@@ -44,10 +45,7 @@ def read_config(path: str) -> tuple[dict[str, Any], dict[str, int]]:
             return {name: build(inner, key) for name, _, inner in _entries(node, path)}
         if isinstance(node, yaml.SequenceNode):
             return [build(inner, key) for inner in node.value]
-        try:
-            return node.value if getattr(node, "style", None) else scalar(node.value)
-        except ValueError:  # thousands of digits
-            raise InputError(f"{where}: the value of {key} cannot be read") from None
+        return node.value if getattr(node, "style", None) else scalar(node.value)
 
     text = read_text(Path(path), MAX_BYTES)
     try:
@@ -81,10 +79,11 @@ def _entries(node: Any, path: str) -> Iterator[tuple[str, int, Any]]:
 
 
 def scalar(text: str) -> Any:
-    """What text without quotes means: as in YAML 1.2, less octal and hexadecimal numbers."""
+    """What text without quotes means: as in YAML 1.2, less octal and hexadecimal numbers, and those of more digits than
+    Python reads."""
     if text in WORDS:
         return WORDS[text]
-    if INTEGER.fullmatch(text):
+    if INTEGER.fullmatch(text) and len(text) <= MAX_DIGITS:
         return int(text)
     return float(text.replace(".inf", "inf")) if FLOAT.fullmatch(text) else text
 

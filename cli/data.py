@@ -10,7 +10,7 @@ from ..data.encode import load_rows
 from ..data.forms import kind_of
 from ..errors import visible
 from ..models.tokenizer import Tokenizer
-from ..trainer.config import setting
+from ..settings import setting
 from .load import open_tokenizer
 from .options import ResultOptions, RowOptions, TokenizerOptions
 from .parse import Sources

@@ -8,7 +8,8 @@ from ..errors import InputError
 from ..lora.peft_files import load_adapter
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
-from ..trainer.config import REQUIRED, DistillConfig, setting
+from ..settings import REQUIRED, Checked, setting
+from ..trainer.config import DistillConfig
 from ..trainer.distill import DistillTrainer, check_same_tokens
 from .load import check_adapter, load_weights, open_tokenizer, remark_other_form, run_settings
 from .options import Quant
@@ -18,7 +19,7 @@ from .train import run as run
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherOptions:
+class TeacherOptions(Checked):
     """Whom the student learns from."""
 
     title: ClassVar[str] = "teacher"

@@ -19,7 +19,7 @@ from .options import ResultOptions
 from .parse import Sources
 from .show import pairs, result
 
-NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "pyyaml", "rich", "gguf", "matplotlib", "msgspec")
+NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "pyyaml", "rich", "gguf", "matplotlib")
 OPTIONAL = {"triton": "for kernels on a GPU", "tensorboard": "for --log tensorboard"}
 TORCH_FLOOR = "2.10"
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ..data.encode import load_rows
 from ..files import write_text
 from ..lora.adapter import adapters_off
-from ..trainer.config import setting
+from ..settings import setting
 from ..trainer.evaluate import Answer, answer_all, evaluate_loss, exact_match, perplexity
 from .load import check_file, load_adapted
 from .options import AdaptedModelOptions, ResultOptions, RowOptions

@@ -13,7 +13,7 @@ from ..data.row import counted
 from ..errors import InputError
 from ..files import write_whole
 from ..models.generate import generate, prompt_seeds
-from ..trainer.config import REQUIRED, setting
+from ..settings import REQUIRED, setting
 from .load import check_file, load_adapted
 from .options import AdaptedModelOptions, ResultOptions, SamplingOptions
 from .parse import Sources

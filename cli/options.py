@@ -8,14 +8,14 @@ from typing import Any, ClassVar, Literal
 
 from ..data.encode import LossOn
 from ..errors import InputError
-from ..trainer.config import REQUIRED, Checked, setting
+from ..settings import LARGEST, REQUIRED, Checked, setting
 
 Quant = Literal["nf4", "nf4-nodq", "none"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerOptions:
+class TokenizerOptions(Checked):
     """Whose tokenizer and template."""
 
     title: ClassVar[str] = "model"
@@ -68,7 +68,7 @@ class SamplingOptions(Checked):
     temperature: float = setting(0.0, "0 takes the likeliest token each time", least=0)
     top_k: int = setting(0, "sample from this many likeliest tokens; 0: from all", least=0)
     top_p: float = setting(1.0, "sample from the likeliest tokens that make up this share")
-    seed: int = setting(0, "seed of sampling", least=0)
+    seed: int = setting(0, "seed of sampling", least=0, most=LARGEST)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,7 +81,7 @@ class SamplingOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResultOptions:
+class ResultOptions(Checked):
     """How results are printed."""
 
     title: ClassVar[str] = "output"

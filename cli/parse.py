@@ -1,20 +1,19 @@
 """From flags and a YAML file to one frozen dataclass of options, and where each value came from.
 
-The dataclass is all there is to say: its fields are the flags (`micro_batch` is `--micro-batch`), their types are
-checked alike for flags and files, their metadata is the help (see `trainer.config.setting`), the class that defines a
-field first names its group by its `title`, its own docstring heads the help. Order: defaults, the file, the flags.
+The dataclass is all there is to say: its fields are the flags (`micro_batch` is `--micro-batch`), it checks their types
+and bounds itself (`settings.Checked`), their metadata is the help, the class that defines a field first names its group
+by its `title`, its own docstring heads the help. Order: defaults, the file, the flags.
 """
 
 import inspect
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
-from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
-from ..errors import InputError
-from .config_file import read_config
+from ..errors import InputError, shown
+from ..settings import forms
+from .config_file import read_config, scalar
 from .show import wrapped
 from .synonyms import hint
 
@@ -22,15 +21,6 @@ T = TypeVar("T")
 Sources = Mapping[str, str]  # of each option by name: DEFAULT, FLAG or "FILE:LINE"
 DEFAULT, FLAG = "default", "flag"
 FLAG_LIKE = re.compile(r"-[^\d.]")  # -0.5 is a value
-WORDS: dict[Any, tuple[str, str]] = {  # a type in words, and what stands for a value of it
-    int: ("a whole number", "N"),
-    float: ("a number", "X"),
-    bool: ("true or false", ""),
-    str: ("text", "TEXT"),
-    NoneType: ("null", ""),
-    tuple: ("text or a list of texts", "TEXT"),
-    dict: ("a mapping of names or patterns to numbers", "NAME=X"),
-}
 
 
 class Option(NamedTuple):
@@ -59,7 +49,7 @@ def options_of(kind: Any) -> dict[str, Option]:
 
 
 def parse(kind: type[T], command: str, args: Sequence[str]) -> tuple[T, Sources]:
-    """The options `kind` (a frozen dataclass) from arguments and the YAML file they may name, and their sources.
+    """The options `kind` (a `Checked` dataclass) from arguments and the YAML file they may name, and their sources.
 
     Bare arguments fill the option that `kind.positional` names, if it does, besides a file that ends in .yaml or .yml.
     Raises InputError naming the flag or the file's line.
@@ -80,11 +70,12 @@ def parse(kind: type[T], command: str, args: Sequence[str]) -> tuple[T, Sources]
     for name, raw in written.items():
         sources[name] = where = f"{configs[0]}:{lines[name]}"
         if name not in options:
-            raise InputError(f"{where}: unknown setting {name!r}{hint(name, options)}")
-        values[name] = _convert(raw, options[name].kind, f"{where}: {name}", strict=True)
+            raise InputError(f"{where}: unknown setting {shown(name)}{hint(name, options)}")
+        listed = get_origin(options[name].kind) is tuple and isinstance(raw, str)
+        values[name] = [raw] if listed else raw
     for name, raw in flags.items():
-        sources[name] = FLAG
-        values[name] = _convert(raw, options[name].kind, options[name].flag, strict=False)
+        sources[name], option = FLAG, options[name]
+        values[name] = _pairs(raw, option.flag) if get_origin(option.kind) is dict else _read(raw, option.kind)
     if missing := [o.flag for o in options.values() if o.default is MISSING and o.name not in values]:
         raise InputError(f"fourbit {command} needs {', '.join(missing)}; see fourbit {command} --help")
     try:
@@ -130,50 +121,20 @@ def _given(options: Mapping[str, Option], command: str, args: Sequence[str]) -> 
     return flags, bare
 
 
-def _convert(raw: Any, kind: Any, where: str, *, strict: bool) -> Any:
-    """A value from a file (strict) or a flag (text) as `kind`, or InputError that says what is expected."""
-    import msgspec  # here: doctor tells where it is missing
-
-    if get_origin(kind) is tuple and isinstance(raw, str):
-        raw = [raw]
-    if get_origin(kind) is dict and not strict:
-        raw = _pairs(raw, where)
-    try:
-        value = msgspec.convert(raw, kind, strict=strict)
-    except msgspec.ValidationError:
-        *forms, last = _forms(kind, 0)
-        expected = ("one of " if len(forms) > 1 else "") + ", ".join(forms) + " or " * bool(forms) + last
-        raise InputError(f"{where} must be {expected}, got {_shown(raw)}") from None
-    for number in value.values() if isinstance(value, dict) else [value]:
-        if isinstance(number, float) and not math.isfinite(number):
-            raise InputError(f"{where} must be a finite number, got {number}")
-    return value
+def _read(text: Any, kind: Any) -> Any:
+    """What a flag's text says, by the rules of a config file; where text is asked for, the text itself."""
+    return scalar(text) if isinstance(text, str) and str not in (kind, *get_args(kind)) else text
 
 
-def _pairs(given: Sequence[str], where: str) -> dict[str, str]:
+def _pairs(given: Sequence[str], flag: str) -> dict[str, Any]:
     """`NAME=X` texts as a mapping; of two with one name the last counts, as with any flag."""
     pairs = {}
     for text in given:
         name, _, value = text.rpartition("=")
         if not name or not value:
-            raise InputError(f"{where} must be a name or pattern, = and a number, got {_shown(text)}")
-        pairs[name] = value
+            raise InputError(f"{flag} must be a name or pattern, = and a number, got {shown(text)}")
+        pairs[name] = scalar(value)
     return pairs
-
-
-def _forms(kind: Any, column: int) -> list[str]:
-    """What a value of a type may be, in words (column 0) or as a placeholder (1)."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return [str(value) for value in inner]
-    if origin in (Union, UnionType):
-        return [form for part in inner for form in _forms(part, column)]
-    return [WORDS[origin or kind][column]]
-
-
-def _shown(raw: Any) -> str:
-    text = "null" if raw is None else repr(raw)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def help_page(kind: type, command: str) -> str:
@@ -205,6 +166,6 @@ def _described(option: Option) -> tuple[str, str]:
     if option.kind is bool:
         head = f"{option.flag}, --no-{option.flag[2:]}"
     else:
-        value = option.metadata["metavar"] or "|".join(filter(None, _forms(option.kind, 1)))
+        value = option.metadata["metavar"] or "|".join(filter(None, forms(option.kind, 1)))
         head = f"{option.flag} [{value}]" if option.metadata["bare"] else f"{option.flag} {value}"
     return head, option.metadata["help"] + told

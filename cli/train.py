@@ -18,7 +18,8 @@ from ..lora.config import LoRAConfig
 from ..lora.peft_files import load_adapter
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
-from ..trainer.config import REQUIRED, TrainingConfig, setting
+from ..settings import REQUIRED, Checked, setting
+from ..trainer.config import TrainingConfig
 from ..trainer.interrupt import stop_if_asked
 from ..trainer.progress import display_for
 from ..trainer.run import TrainResult
@@ -44,7 +45,7 @@ REPORTED = ("perplexity", "reward_accuracy", "reward_margin")  # of the best eva
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class DataOptions(Checked):
     """Which rows train and which are held out."""
 
     title: ClassVar[str] = "data"
@@ -67,7 +68,7 @@ class DataOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterOptions:
+class AdapterOptions(Checked):
     """The adapter that a run trains."""
 
     title: ClassVar[str] = "adapter"

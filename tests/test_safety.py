@@ -88,7 +88,7 @@ def test_harmless_source_is_let_through() -> None:
 
 BLOCK = """
 import sys
-late = {"jinja2", "yaml", "rich", "gguf", "matplotlib", "msgspec", "tensorboard", "triton"}
+late = {"jinja2", "yaml", "rich", "gguf", "matplotlib", "tensorboard", "triton"}
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in late:

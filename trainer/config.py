@@ -8,57 +8,18 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
 
 from ..data.encode import LossOn
 from ..data.truncate import Truncation
 from ..errors import InputError
 from ..optim.schedule import Schedule
+from ..settings import LARGEST, REQUIRED, Checked, setting
 from .losses.objective import PAIR_LOSSES, RULES, UNPAIRED_LOSSES, Objective, parse_losses
 
-REQUIRED: Any = MISSING  # as a default: there is none
 PAGED = "paged-"
 UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-
-
-def setting(
-    default: Any, help: str, metavar: str = "", bare: str = "", *, least: int | None = None, positive: bool = False
-) -> Any:
-    """A field: its default (or REQUIRED) and the sentence that the command line prints about it.
-
-    metavar: what stands there for its value where the type says too little. bare: what its flag means without a value.
-    least, positive: the number must be at least that, or above 0 and finite (`Checked`).
-    """
-    metadata = {"help": help, "metavar": metavar, "bare": bare, "least": least, "positive": positive}
-    if isinstance(default, dict):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class Checked:
-    """Base of options: words must be of their Literal type, numbers be numbers within their bounds. Raises InputError,
-    naming rule and value."""
-
-    def __post_init__(self) -> None:
-        for option in fields(self):
-            name, value, least = option.name, getattr(self, option.name), option.metadata.get("least")
-            parts = get_args(option.type) if get_origin(option.type) in (Union, UnionType) else (option.type,)
-            words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
-            number = float if float in parts else int if int in parts else None
-            if value in words or (value is None and NoneType in parts) or not (words or number):
-                continue
-            if number is None:
-                raise InputError(f"{name} must be one of {', '.join(words)}, got {value!r}")
-            if isinstance(value, bool) or not isinstance(value, int | number):
-                what = " or ".join(["a number" if number is float else "a whole number", *words])
-                raise InputError(f"{name} must be {what}, got {value!r}")
-            if least is not None and not value >= least:
-                raise InputError(f"{name} must be at least {least}, got {value}")
-            if option.metadata.get("positive") and not 0 < value < math.inf:
-                raise InputError(f"{name} must be above 0 and finite, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +88,7 @@ class TrainingConfig(Checked):
     checkpointing: Literal["auto", "on", "off"] = setting(
         "auto", "recompute activations in backward; auto does so when they would fill half of the free memory"
     )
-    seed: int = setting(0, "seed of the order of rows and of dropout", least=0)
+    seed: int = setting(0, "seed of the order of rows and of dropout", least=0, most=LARGEST)
     eval_every: int | None = setting(
         None, "steps between evaluations on the validation rows; default each epoch", least=1
     )
@@ -326,7 +287,7 @@ def changed_options(old: Mapping[str, Any], config: TrainingConfig) -> list[str]
     """Options that differ from an older run's (as JSON) and would make a resumed run another, as `name: old -> new`."""
     harmless = {"out", "resume", "log", "keep", "save_every", "micro_batch", "packing", "checkpointing"}
     harmless |= {"optimizer_budget"}
-    new, defaults = (json.loads(json.dumps(asdict(c))) for c in (config, type(config)(out="")))
+    new, defaults = (json.loads(json.dumps(asdict(c))) for c in (config, type(config)(out="o")))
     old = defaults | dict(old)  # what is newer than the run had its default
     changed = {name for name, value in new.items() if name not in harmless and old.get(name) != value}
     if "optimizer" in changed and str(old["optimizer"]).removeprefix(PAGED) == new["optimizer"].removeprefix(PAGED):

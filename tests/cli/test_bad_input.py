@@ -53,7 +53,7 @@ CASES = [
     ([*SFT, "--rank", "0"], "--rank must be a whole number of at least 1, got 0"),
     ([*SFT, "--rank", "1000"], "'model.layers.0.self_attn.q_proj': rank must be in 1..32"),
     ([*SFT, "--alpha", "0"], "--alpha must be a"),
-    ([*SFT, "--alpha", "nan"], "--alpha must be a finite number, got nan"),
+    ([*SFT, "--alpha", "nan"], "--alpha must be a number, got 'nan'"),
     ([*SFT, "--dropout", "1"], "--dropout must be a number from 0 up to"),
     ([*SFT, "--target", "q_prj"], "q_proj"),
     ([*SFT, "--target", "("], "--target"),
@@ -161,7 +161,6 @@ def test_a_missing_gpu_is_the_environments_fault(here: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("missing", "package", "line"),
     [
-        ("msgspec", "msgspec", "data good.jsonl --model m"),
         ("yaml", "pyyaml", "data run.yaml"),
         ("rich", "rich", "eval --model m good.jsonl"),
         ("matplotlib", "matplotlib", "sft --model m --data good.jsonl --out o --steps 1"),
@@ -182,7 +181,7 @@ def test_doctor_and_help_start_without_packages() -> None:
     """In an interpreter of its own, whose modules are not here yet."""
     program = (
         "import sys, importlib.metadata as metadata\n"
-        "gone = ('jinja2', 'yaml', 'rich', 'gguf', 'matplotlib', 'msgspec')\n"
+        "gone = ('jinja2', 'yaml', 'rich', 'gguf', 'matplotlib')\n"
         "sys.modules |= dict.fromkeys(gone)\n"
         "real = metadata.version\n"
         "def version(name):\n"
@@ -196,7 +195,7 @@ def test_doctor_and_help_start_without_packages() -> None:
     )
     ended = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
     assert ended.returncode == 3, ended.stderr
-    assert ended.stderr == "fourbit: missing: pip install jinja2 pyyaml rich gguf matplotlib msgspec\n"
+    assert ended.stderr == "fourbit: missing: pip install jinja2 pyyaml rich gguf matplotlib\n"
 
 
 def test_an_unwritable_folder_is_the_environments_fault(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,8 @@ def read(tmp_path: Path, text: str | bytes) -> dict[str, Any]:
         ("'12'", "12"),
         ("[a, 1, 2.5]", ["a", 1, 2.5]),
         (".inf", float("inf")),
+        ("9" * 400, int("9" * 400)),
+        ("9" * 5000, "9" * 5000),  # more digits than Python reads
         # a thousand, 90, true (and `checkpointing: on` is ours), false, a date in YAML 1.1
         *((text, text) for text in ("1_000", "1:30", "on", "yes", "no", "False", "2024-01-01", "5%")),
     ],
@@ -69,7 +71,6 @@ def test_dashes_are_underscores_and_lines_are_kept(tmp_path: Path) -> None:
         ),
         ("a: !!python/name:os.system", r"run.yaml:1: the value of a has the type .*2002:python"),
         *((f"a: !!{kind} x", rf"run.yaml:1: the value of a has .*,2002:{kind}") for kind in ("int", "bool", "float")),
-        ("a: " + "9" * 5000, r"run.yaml:1: the value of a cannot be read"),
         ("? [a, b]\n: 3", r"run.yaml:1: a setting's name must be plain text"),
         ('"a\\nb": 3', r"run.yaml:1: a setting's name must be plain text"),
         ("a: " + "[" * 1000 + "]" * 1000, r"run.yaml: nested too deeply"),

@@ -11,28 +11,24 @@ from fourbit.cli.main import COMMANDS
 from fourbit.cli.parse import help_page, parse
 from fourbit.cli.synonyms import REMARKS, SYNONYMS, hint
 from fourbit.errors import InputError
-from fourbit.trainer.config import REQUIRED, setting
+from fourbit.settings import REQUIRED, Checked, setting
 
 KINDS = {name: importlib.import_module(f"fourbit.cli.{name}").Options for name in COMMANDS}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Checked):
     """Try."""
 
     title: ClassVar[str] = "all"
     out: str = setting(REQUIRED, "a folder")
-    rank: int = setting(16, "a number")
+    rank: int = setting(16, "a number", least=1)
     lr: float = setting(1e-3, "a rate of 5%")
     size: int | Literal["auto"] = setting("auto", "a size")
     packing: bool = setting(True, "a switch")
     target: tuple[str, ...] = setting(("all",), "names")
     resume: str | None = setting(None, "a place", bare="auto")
     lr_scale: dict[str, float] = setting({}, "factors")
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"rank must be at least 1, got {self.rank}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +106,7 @@ def test_bare_arguments() -> None:
         (["--out", "x", "--pack"], "unknown flag --pack; did you mean --packing?"),
         (["--out", "x", "--rank", "0"], "--rank must be at least 1, got 0"),
         (["--out", "x", "--rank", "eight"], "--rank must be a whole number, got 'eight'"),
-        (["--out", "x", "--lr", "nan"], "--lr must be a finite number, got nan"),
+        (["--out", "x", "--lr", "nan"], "--lr must be a number, got 'nan'"),
         (["--out", "x", "--size", "big"], "--size must be a whole number or auto, got 'big'"),
         (["--out", "x", "--packing=no"], "--packing takes no value, got 'no'; there are --packing and --no-..."),
         (["a.yaml", "b.yaml"], "one config file a run, got a.yaml and b.yaml"),

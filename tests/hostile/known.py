@@ -48,10 +48,6 @@ FAILS: dict[str, list[str]] = {
     "ends as a fault of fourbit: OSError": [
         "output: a folder whose run.lock is a pipe",
     ],
-    "ends as a fault of fourbit: OverflowError": [
-        "yaml: steps = 99999999999999999999...",
-        "yaml: micro_batch = 99999999999999999999...",
-    ],
     "ends as a fault of fourbit: RecursionError": [
         "run metrics: nested 2,000 deep",
         "cache: parts nested 2,000 deep",
@@ -74,17 +70,10 @@ FAILS: dict[str, list[str]] = {
         "checkpoint state: tokens a text",
         "checkpoint state: best metrics of texts",
     ],
-    "ends as a fault of fourbit: UnicodeEncodeError": [
-        "flags: a value that is not UTF-8",
-    ],
     "ends as a fault of fourbit: ValueError": [
         "run metrics: a loss that is a list",
         "run metrics: a number of 5,000 digits",
         "checkpoint state: done -1",
-        'yaml: out = "a\\0b"',
-        "yaml: seed = 99999999999999999999...",
-        "yaml: seed = 18446744073709551616",
-        "flags: a seed of 400 digits",
     ],
     "hangs": [
         "data file: 40 GB of nothing after a good row",
@@ -100,7 +89,6 @@ FAILS: dict[str, list[str]] = {
         "tokenizer: a normalizer of 400,000 steps",
         "template: slow for 500 rows",
         "cache: a pipe",
-        "sampling: tokens of 400 digits",
         "output: a folder whose metrics are a pipe",
     ],
     "is overwritten": [
@@ -139,25 +127,11 @@ FAILS: dict[str, list[str]] = {
         "template: the roles alone",
         "template: the contents turned round",
         "checkpoint state: skipped a list",
-        'yaml: out = ""',
-        "yaml: epochs = 99999999999999999999...",
-        "yaml: epochs = 9223372036854775808",
-        "yaml: batch_size = 99999999999999999999...",
-        "yaml: max_length = 99999999999999999999...",
         "settings together: warm-up longer than the run",
         "settings together: a decay longer than the run",
         "settings together: warm-up and decay longer than the run",
         "settings together: a share that holds no row",
         "settings together: a share that leaves no row",
-        "flags: a seed of 400 digits in chat",
-        "flags: top-k of 400 digits in chat",
-        "flags: a batch of 400 digits in eval",
-        "sampling: a seed of 400 digits",
-        "sampling: a seed of 2^64",
-        "sampling: top-k of 400 digits",
-        "sampling: top-k of 2^63",
-        "sampling: a batch of 400 digits",
-        "sampling: a batch of 2^63",
     ],
     "is written into without a word": [
         "output: the model's folder, an adapter",

@@ -396,8 +396,8 @@ def test_mixtures_and_settings_reach_the_loss(trainer_for, tiny_folder, pairs, t
         ({"loss": ("orpo",), "reference_cache": "f"}, "reference_cache has no use with the loss orpo"),
         ({"loss": ("kto",), "ld_alpha": 0.5}, "ld_alpha compares the two answers of a pair"),
         ({"ld_alpha": 1.5}, "ld_alpha must be a number from 0 to 1"),
-        ({"truncation": "prompt"}, "truncation must be one of drop, answer, got 'prompt'"),
-        ({"reference": "snapshot"}, "reference must be one of auto, base, start, got 'snapshot'"),
+        ({"truncation": "prompt"}, "truncation must be drop or answer, got 'prompt'"),
+        ({"reference": "snapshot"}, "reference must be one of auto, base or start, got 'snapshot'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(options, error):
@@ -414,7 +414,8 @@ def test_rows_of_the_other_kind_are_refused(trainer_for, tiny_folder, pairs, jud
 
 def test_dropped_pairs_are_counted(trainer_for, tiny_folder, pairs, tmp_path):
     lengths = [
-        max(len(part.ids) for part in pair.parts) for pair in trainer_for(tiny_folder, pairs, "").train_set.examples
+        max(len(part.ids) for part in pair.parts)
+        for pair in trainer_for(tiny_folder, pairs, tmp_path).train_set.examples
     ]
     trainer = trainer_for(tiny_folder, pairs, tmp_path, max_length=sorted(lengths)[6], steps=1)
     dropped = sum(length > sorted(lengths)[6] for length in lengths)
