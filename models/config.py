@@ -1,18 +1,18 @@
 """A stranger's settings (`config.json`, GGUF metadata) read with care: typed look-ups, limits, errors by key and value.
 
-Nothing in such a table can name code, a URL or another file. Keys that no reader asks for are ignored, as every reader
-of these files must.
+Nothing in such a table can name code, a URL or another file. Keys of `config.json` that no reader asks for are ignored,
+as transformers ignores them.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
 from .spec import ROPE_KEYS, RopeScaling
 
-# Limits keep a hostile config from asking for terabytes before one tensor is read; every real model stays far below.
-LIMITS = {
+# The numbers that are read, each with the most it may be: a whole number from 1 where the limit is whole, else a number
+# above 0. So a hostile config cannot ask for terabytes before one tensor is read; every real model stays far below.
+LIMITS: dict[str, int | float] = {
     "vocab_size": 1 << 22,
     "hidden_size": 1 << 17,
     "intermediate_size": 1 << 20,
@@ -22,6 +22,11 @@ LIMITS = {
     "head_dim": 1 << 12,
     "max_position_embeddings": 1 << 31,
     "original_max_position_embeddings": 1 << 31,
+    "rms_norm_eps": 1.0,
+    "rope_theta": 1e15,
+    "factor": 1e6,
+    "low_freq_factor": 1e6,
+    "high_freq_factor": 1e6,
 }
 
 
@@ -44,33 +49,25 @@ class Settings:
         return InputError(f"{self.where}: {self.path}{self.prefix}{key} must be {rule}, got {shown(self.get(key))}.")
 
     def one_of(self, key: str, allowed: Sequence[Any], rule: str) -> Any:
-        """One of the `allowed` plain values (None: nothing may stand there)."""
+        """One of the `allowed` plain values (None: nothing may stand there); a truth value is no number."""
         value = self.get(key)
-        if not isinstance(value, str | int | float | None) or value not in allowed:
+        plain = isinstance(value, str | int | float | None)
+        if not plain or all(value != a or isinstance(value, bool) != isinstance(a, bool) for a in allowed):
             raise self.refusal(key, rule)
         return value
 
-    def size(self, key: str, default: int | None = None, like: str = "") -> int:
-        """A whole number from 1 to what `LIMITS` allows for this key, or for the one it is `like`."""
+    def number(self, key: str, default: float | None = None, like: str = "") -> Any:
+        """A number of the kind and size that `LIMITS` says of this key, or of the one it is `like`."""
         value, high = self.get(key), LIMITS[like or key]
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-            raise self.refusal(key, f"a whole number from 1 to {high}")
-        return value
-
-    def number(self, key: str, high: float, default: float | None = None) -> float:
-        """A number above 0, at most `high`."""
-        value = self.get(key)
-        if value is None and default is not None:
-            return default
-        try:  # an int too large for a float overflows
-            number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
-        except OverflowError:
-            number = math.inf
-        if not 0 < number <= high:
-            raise self.refusal(key, f"a number above 0, at most {high:g}")
-        return number
+        whole = isinstance(high, int)
+        is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not (is_number and (1 if whole else 0) <= value <= high and value):
+            raise self.refusal(
+                key, f"a whole number from 1 to {high}" if whole else f"a number above 0, at most {high:g}"
+            )
+        return value if whole else float(value)
 
     def flag(self, key: str) -> bool:
         """True or false; nothing is false."""
@@ -95,33 +92,46 @@ def head_dim(keys: Settings, hidden: int, heads: int) -> int:
         raise InputError(
             f"config: without head_dim, hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads})."
         )
-    return keys.size("head_dim", default=hidden // heads)
+    return int(keys.number("head_dim", default=hidden // heads))
 
 
 def rope(keys: Settings) -> tuple[float, RopeScaling | None]:
-    """Base and scaling from `rope_parameters` (which wins, as in transformers 5) or `rope_theta` and `rope_scaling`."""
-    key = "rope_parameters" if keys.get("rope_parameters") is not None else "rope_scaling"
-    table = keys.get(key) or {}
-    if not isinstance(keys.get(key), Mapping | None):
+    """Base and scaling from `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5).
+
+    A base in the table wins over the one beside it, as in transformers 5. InputError where two tables say two things.
+    """
+    keys_there = [key for key in ("rope_scaling", "rope_parameters") if keys.get(key) is not None]
+    said = {key: _rope_table(keys, key) for key in keys_there if keys.get(key) != {}}
+    if len(set(said.values())) > 1:
+        raise keys.refusal("rope_parameters", f"what rope_scaling is ({shown(keys.get('rope_scaling'))}), or absent")
+    keys.one_of("partial_rotary_factor", (None, 1), "1")
+    return next(iter(said.values()), (keys.number("rope_theta", default=10000.0), None))
+
+
+def _rope_table(keys: Settings, key: str) -> tuple[float, RopeScaling | None]:
+    table = keys.get(key)
+    if not isinstance(table, Mapping):
         raise keys.refusal(key, "null or an object")
     if any(isinstance(value, Mapping) for value in table.values()):  # one RoPE for each kind of layer
         raise keys.refusal(key, "an object of plain values, the same for every layer")
     inner = Settings(table, keys.where, path=f"{key}.")
-    theta = (keys if inner.get("rope_theta") is None else inner).number("rope_theta", 1e15, default=10000.0)
-    for where in (keys, inner):
-        where.one_of("partial_rotary_factor", (None, 1), "1")
+    inner.one_of("partial_rotary_factor", (None, 1), "1")
+    theta = (keys if inner.get("rope_theta") is None else inner).number("rope_theta", default=10000.0)
     type_key = "rope_type" if "rope_type" in table else "type"
-    if type_key not in table:
-        return theta, None
-    kind = inner.one_of(type_key, ("default", *ROPE_KEYS), "'default', 'linear' or 'llama3'")
-    return theta, None if kind == "default" else _scaling(kind, keys, inner)
+    allowed = ("default", *ROPE_KEYS) if type_key in table else (None,)
+    kind = inner.one_of(type_key, allowed, "'default', 'linear' or 'llama3'")
+    if kind in ROPE_KEYS:
+        return theta, _scaling(kind, keys, inner)
+    if inner.get("factor") not in (None, 1):
+        raise inner.refusal(type_key, f"'linear' or 'llama3' beside a factor ({shown(inner.get('factor'))})")
+    return theta, None
 
 
 def _scaling(kind: str, keys: Settings, inner: Settings) -> RopeScaling:
     original = "original_max_position_embeddings"
     data = {original: keys.get("max_position_embeddings")} | {k: v for k, v in inner.data.items() if v is not None}
     inner = Settings(data, inner.where, path=inner.path)
-    values: dict[str, Any] = {k: inner.size(k) if k == original else inner.number(k, 1e6) for k in ROPE_KEYS[kind]}
+    values: dict[str, Any] = {k: inner.number(k) for k in ROPE_KEYS[kind]}
     scaling = RopeScaling(kind, **values)
     if scaling.low_freq_factor >= scaling.high_freq_factor:
         raise inner.refusal("low_freq_factor", f"below high_freq_factor ({scaling.high_freq_factor})")

@@ -7,6 +7,7 @@ are those that the Spec asks for is checked where any checkpoint's are, in `load
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -16,19 +17,62 @@ from .config import Settings
 from .gguf import GGUFFile
 from .spec import RopeScaling, Spec
 
+_PREFIX = "llama."
 ROPE_FACTORS = "rope_freqs.weight"  # no weight: what it says is in the Spec
 
-# Keys of llama.cpp that change what a llama computes, with the value that leaves it plain.
-_NEUTRAL = {
-    "expert_count": 0,
-    "attention.causal": True,
-    "attention.scale": 0.0,
-    "attention.clamp_kqv": 0.0,
-    "attention.max_alibi_bias": 0.0,
-    "logit_scale": 0.0,
-    "residual_scale": 0.0,
-    "embedding_scale": 0.0,
-    "use_parallel_residual": True,
+# What may stand under "llama." in the metadata, by what is made of it; another key is refused, as it may be of a variant
+# that computes something else. First the numbers that are obeyed, each with its name in config.json.
+_OBEYED = {
+    "vocab_size": "vocab_size",
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "rope.dimension_count": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+    "rope.scaling.factor": "factor",
+    "rope.scale_linear": "factor",  # the name of old for the same
+}
+_PLAIN = {  # what would change the numbers, with the values that do not
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.output_scale": (0, 1),
+    "attention.scale": (0,),
+    "attention.sliding_window": (0,),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "expert_count": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "nextn_predict_layers": (0,),
+    "residual_scale": (0, 1),
+    "rope.scaling.attn_factor": (1,),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_ext_factor": (0, -1),
+    "use_parallel_residual": (True,),
+}
+_WITHOUT_EFFECT = {  # on a plain llama: what only other kinds of norm, experts, scaling and storage ask for
+    "attention.layer_norm_epsilon",
+    "expert_used_count",
+    "pooling_type",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",  # for this one see _rope_scaling
+    "tensor_data_layout",
+}
+_REQUIRED = {
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
 }
 _NAMES = {  # of layer 0 for all layers
     "token_embd": "model.embed_tokens",
@@ -83,42 +127,60 @@ def _weights(file: GGUFFile) -> Iterator[tuple[str, str]]:
 def read_spec(file: GGUFFile) -> Spec:
     """InputError for another architecture, a missing or impossible key, or a feature that is not supported."""
     shapes, where = tensor_shapes(file), str(file.path)
-    whole, keys = Settings(file.metadata, where), Settings(file.metadata, where, prefix="llama.")
-    _check_kind(whole, keys)
+    whole, keys = Settings(file.metadata, where), Settings(file.metadata, where, prefix=_PREFIX)
+    numbers = _numbers(whole, keys)
     if not any(name.startswith("model.layers.") for name in shapes):
         raise InputError(f"{where}: it holds no decoder layer (a vocabulary-only file?).")
-    vocabulary = shapes.get("model.embed_tokens.weight", (1,))[0]  # where it is missing, that will be said
+    rows = shapes.get("model.embed_tokens.weight", (1,))[0]  # where it is missing, that will be said
+    if numbers.get("vocab_size", rows) != rows:
+        raise keys.refusal("vocab_size", f"{rows}, the rows of 'token_embd.weight'")
     tokens = file.metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, list) and len(tokens) != vocabulary:
+    if isinstance(tokens, list) and len(tokens) != rows:
         raise InputError(
-            f"{where}: tokenizer.ggml.tokens holds {len(tokens)} tokens but 'token_embd.weight' has {vocabulary} rows."
+            f"{where}: tokenizer.ggml.tokens holds {len(tokens)} tokens but 'token_embd.weight' has {rows} rows."
         )
-    layers = keys.size("block_count", like="num_hidden_layers")
+    layers = numbers["block_count"]
     if layers > len(shapes):
         raise keys.refusal("block_count", f"at most {len(shapes)}, the tensors in the file")
-    hidden = keys.size("embedding_length", like="hidden_size")
-    heads = keys.size("attention.head_count", like="num_attention_heads")
-    kv_heads = keys.size("attention.head_count_kv", default=heads, like="num_key_value_heads")
+    hidden, heads = numbers["embedding_length"], numbers["attention.head_count"]
+    kv_heads = numbers.get("attention.head_count_kv", heads)
     if heads % kv_heads:
         raise keys.refusal("attention.head_count", f"a multiple of llama.attention.head_count_kv ({kv_heads})")
-    head_dim = _head_dim(keys, hidden // heads)
-    theta = _decimal(keys.number("rope.freq_base", 1e15, default=10000.0))
+    head_dim = _head_dim(keys, numbers, hidden // heads)
+    theta = numbers.get("rope.freq_base", 10000.0)
     return Spec(
-        vocab_size=vocabulary,
+        vocab_size=rows,
         hidden_size=hidden,
-        intermediate_size=keys.size("feed_forward_length", like="intermediate_size"),
+        intermediate_size=numbers["feed_forward_length"],
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=_decimal(keys.number("attention.layer_norm_rms_epsilon", 1.0)),
+        rms_norm_eps=numbers["attention.layer_norm_rms_epsilon"],
         rope_theta=theta,
-        rope_scaling=_rope_scaling(file, keys, theta, head_dim),
-        max_position_embeddings=keys.size("context_length", like="max_position_embeddings"),
+        rope_scaling=_rope_scaling(file, keys, numbers, theta, head_dim),
+        max_position_embeddings=numbers["context_length"],
         tie_word_embeddings="lm_head.weight" not in shapes,
         attention_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
         mlp_bias="model.layers.0.mlp.gate_proj.bias" in shapes,
     )
+
+
+def _numbers(whole: Settings, keys: Settings) -> dict[str, Any]:
+    """The numbers that say a whole, plain, causal Llama; InputError for what says more than that, or less."""
+    whole.one_of("general.architecture", ("llama",), "'llama', the one that can be read from GGUF")
+    whole.one_of("general.type", (None, "model"), "'model' (give the file of the model itself)")
+    whole.one_of("split.count", (None, 0, 1), "1 (join the files of the model first: llama-gguf-split --merge)")
+    for name in whole.data:
+        key = name.removeprefix(_PREFIX)
+        if key in _PLAIN:
+            allowed = " or ".join(map(str, _PLAIN[key]))
+            keys.one_of(key, _PLAIN[key], f"{allowed} (anything else is a model that is not supported)")
+        elif key != name and key not in _OBEYED and key not in _WITHOUT_EFFECT:
+            raise keys.refusal(key, "absent: no plain Llama has it, and it may change what the model computes")
+    there = [key for key in _OBEYED if key in _REQUIRED or keys.get(key) is not None]
+    found = {key: keys.number(key, like=_OBEYED[key]) for key in there}
+    return {key: _decimal(value) if isinstance(value, float) else value for key, value in found.items()}
 
 
 def _decimal(value: float) -> float:
@@ -126,29 +188,27 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _check_kind(whole: Settings, keys: Settings) -> None:
-    """A whole, plain, causal Llama and nothing else."""
-    whole.one_of("general.architecture", ("llama",), "'llama', the one that can be read from GGUF")
-    whole.one_of("general.type", (None, "model"), "'model' (give the file of the model itself)")
-    whole.one_of("split.count", (None, 0, 1), "1 (join the files of the model first: llama-gguf-split --merge)")
-    for name, neutral in _NEUTRAL.items():
-        keys.one_of(name, (None, neutral), f"{neutral} (anything else is a model that is not supported)")
-
-
-def _head_dim(keys: Settings, share: int) -> int:
+def _head_dim(keys: Settings, numbers: dict[str, Any], share: int) -> int:
     """The size of a head: rotary over all of it, the same for keys and values, even."""
-    names = ("rope.dimension_count", "attention.key_length", "attention.value_length")
-    rotary = keys.size(names[0], default=share, like="head_dim")
-    for name in names:
-        if keys.size(name, default=rotary, like="head_dim") != rotary or rotary % 2 or not rotary:
-            raise keys.refusal(name, f"even, and as large as the part of a head that is turned ({rotary})")
-    return rotary
+    size = int(numbers.get("attention.key_length", numbers.get("rope.dimension_count", share)))
+    for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        if numbers.get(name, size) != size or size % 2 or not size:
+            raise keys.refusal(name, f"even, and as large as the part of a head that is turned ({size})")
+    return size
 
 
-def _rope_scaling(file: GGUFFile, keys: Settings, theta: float, head_dim: int) -> RopeScaling | None:
-    """From the metadata, or from a tensor of what each frequency is divided by."""
+def _rope_scaling(
+    file: GGUFFile, keys: Settings, numbers: dict[str, Any], theta: float, head_dim: int
+) -> RopeScaling | None:
+    """From the metadata, or from a tensor of what each frequency is divided by.
+
+    As in llama.cpp a factor scales linearly unless the type says "none".
+    """
     kind = keys.one_of("rope.scaling.type", (None, "none", "linear"), "none or linear (Llama 3's is a tensor)")
-    scaling = RopeScaling("linear", _decimal(keys.number("rope.scaling.factor", 1e6))) if kind == "linear" else None
+    factor = numbers.get("rope.scaling.factor", numbers.get("rope.scale_linear"))
+    if factor is None and kind == "linear":
+        raise keys.refusal("rope.scaling.factor", "a number above 0 beside rope.scaling.type linear")
+    scaling = None if factor in (None, 1) or kind == "none" else RopeScaling("linear", factor)
     if ROPE_FACTORS not in file.tensors:
         return scaling
     shape = file.tensors[ROPE_FACTORS].shape

@@ -20,6 +20,7 @@ def read(keys: Settings) -> Spec:
     """
     if "hidden_act" in keys.data:
         keys.one_of("hidden_act", ("silu", "swish"), "'silu'")
+    keys.one_of("attention_dropout", (None, 0), "0 (fourbit trains without it; set it to 0)")
     if keys.get("use_sliding_window") is not False:
         keys.one_of("sliding_window", (None,), "null (attention sees all tokens)")
     layers = keys.get("layer_types")
@@ -30,21 +31,21 @@ def read(keys: Settings) -> Spec:
             f"{keys.where}: quantization_config must be absent (weights in fp32, fp16 or bf16), got "
             f"{shown(keys.get('quantization_config'))}. Load the unquantised model and let fourbit quantise it."
         )
-    hidden, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
+    hidden, heads = keys.number("hidden_size"), keys.number("num_attention_heads")
     theta, scaling = rope(keys)
     return Spec(
-        vocab_size=keys.size("vocab_size"),
+        vocab_size=keys.number("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=keys.size("intermediate_size"),
-        num_hidden_layers=keys.size("num_hidden_layers"),
+        intermediate_size=keys.number("intermediate_size"),
+        num_hidden_layers=keys.number("num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=keys.size("num_key_value_heads", default=heads),
+        num_key_value_heads=keys.number("num_key_value_heads", default=heads),
         head_dim=head_dim(keys, hidden, heads),
         model_type="llama",
-        rms_norm_eps=keys.number("rms_norm_eps", 1.0, default=1e-6),
+        rms_norm_eps=keys.number("rms_norm_eps", default=1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_position_embeddings=keys.size("max_position_embeddings", default=2048),
+        max_position_embeddings=keys.number("max_position_embeddings", default=2048),
         tie_word_embeddings=keys.flag("tie_word_embeddings"),
         attention_bias=keys.flag("attention_bias"),
         mlp_bias=keys.flag("mlp_bias"),

@@ -123,8 +123,12 @@ OTHERS: dict[str, tuple[str, int, Any]] = {  # keys that hold something else, or
     "rope type an array": ("llama.rope.scaling.type", ARRAY, (STRING, ["linear"])),
     "rope type an array of numbers": ("llama.rope.scaling.type", ARRAY, (U32, [1, 2])),
     "rope type yarn": ("llama.rope.scaling.type", STRING, "yarn"),
-    "rope factor without a type": ("llama.rope.scaling.factor", F32, 8.0),
-    "rope scale of old": ("llama.rope.scale_linear", F32, 4.0),
+    "rope factor a text": ("llama.rope.scaling.factor", STRING, "8"),
+    "rope scale of old of two numbers": ("llama.rope.scale_linear", ARRAY, (F32, [4.0, 4.0])),
+    "rope attention factor": ("llama.rope.scaling.attn_factor", F32, 2.0),
+    "rope base of windows": ("llama.rope.freq_base_swa", F32, 1e4),
+    "soft caps": ("llama.attn_logit_softcapping", F32, 50.0),
+    "a key that no llama has": ("llama.full_attention_interval", U32, 4),
     "a sliding window": ("llama.attention.sliding_window", U32, 4),
     "a vocabulary of another size": ("llama.vocab_size", U32, 7),
     "head count 3": ("llama.attention.head_count", U32, 3),
@@ -204,6 +208,8 @@ CASES = [
         if not (what == "2^64 - 1" and "rope.freq" in name) and (what != "a text" or "llama.a" in name)
     ],
     *[Case(f"gguf: {name}", key(*entry), ARGV) for name, entry in OTHERS.items()],
+    Case("gguf: rope factor without a type", key("llama.rope.scaling.factor", F32, 8.0), ARGV, ends="done"),
+    Case("gguf: rope scale of old", key("llama.rope.scale_linear", F32, 4.0), ARGV, ends="done"),
     *[Case(f"gguf tensor: {name}", make, ARGV) for name, make in TENSORS.items()],
     *[
         Case(f"gguf without {name}", without(name), ARGV)

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter
+from gguf import GGUFWriter, Keys
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fourbit.errors import InputError
@@ -127,14 +129,28 @@ ADDED: list[tuple[str, Change, str]] = [
             ("llama.expert_count", 8, f"0 {PLAIN} 8"),
             ("llama.expert_count", [8, 8], f"0 {PLAIN} array([8, 8]"),
             ("llama.rope.scaling.type", "yarn", "none or linear (Llama 3's is a tensor), got 'yarn'"),
-            ("llama.attention.scale", 0.5, f"0.0 {PLAIN} 0.5"),
+            ("llama.attention.scale", 0.5, f"0 {PLAIN} 0.5"),
             ("llama.attention.causal", False, f"True {PLAIN} False"),
-            ("llama.logit_scale", 2.0, f"0.0 {PLAIN} 2.0"),
+            ("llama.attention.causal", 1, f"True {PLAIN} 1"),
+            ("llama.attention.sliding_window", 4096, f"0 {PLAIN} 4096"),
+            ("llama.attention.sliding_window", [0, 4096], f"0 {PLAIN} array([   0, 4096]"),
+            ("llama.attn_logit_softcapping", 50.0, f"0 {PLAIN} 50.0"),
+            ("llama.rope.scaling.attn_factor", 1.5, f"1 {PLAIN} 1.5"),
+            ("llama.rope.freq_base_swa", 1e4, "absent: no plain Llama has it, and it may change what"),
+            ("llama.rope.dimension_sections", [4, 4], "absent: no plain Llama has it, and it may change what"),
+            ("llama.vocab_size", 96, "97, the rows of 'token_embd.weight', got 96"),
+            ("llama.rope.scaling.factor", [8], "a number above 0, at most 1e+06, got array([8]"),
+            ("llama.rope.scale_linear", 0.0, "a number above 0, at most 1e+06, got 0.0"),
+            ("llama.logit_scale", 2.0, f"0 or 1 {PLAIN} 2.0"),
             ("general.type", "adapter", "'model' (give the file of the model itself), got 'adapter'"),
             ("split.count", 3, "1 (join the files of the model first: llama-gguf-split --merge), got 3"),
         )
     ),
-    ("no factor", says("llama.rope.scaling.type", "linear"), "factor must be a number above 0, at most 1e+06, got no"),
+    (
+        "no factor",
+        says("llama.rope.scaling.type", "linear"),
+        "factor must be a number above 0 beside rope.scaling.type linear, got no",
+    ),
     ("another vocabulary", says("tokenizer.ggml.tokens", ["a", "b"]), "2 tokens but 'token_embd.weight' has 97 rows"),
     ("unknown rope factors", vector(ROPE, [1, 2, 7, 1]), "follow no Llama 3 rule"),
     ("rope factors NaN", vector(ROPE, [math.nan] * 4), "follow no Llama 3 rule"),
@@ -200,20 +216,91 @@ def test_another_architecture_is_named(architecture: str, write_gguf: Callable[.
         load_model(write_gguf(architecture=architecture))
 
 
-@pytest.mark.parametrize(
-    ("change", "scaling"),
-    [
-        (
-            lambda w: [says("llama.rope.scaling.type", "linear")(w), says("llama.rope.scaling.factor", 2.5)(w)],
-            RopeScaling("linear", 2.5),
-        ),
-        (vector(ROPE, [1.0] * 4), None),
-    ],
-)
-def test_linear_scaling_is_carried_over_and_factors_of_one_are_none(
-    change: Change, scaling: RopeScaling | None, write_llama: Callable[..., Path]
+LINEAR = "llama.rope.scaling.type"
+SCALED: dict[str, tuple[dict[str, Any], float | None]] = {  # what llama.cpp makes of it: a factor, or none
+    "type and factor": ({LINEAR: "linear", "llama.rope.scaling.factor": 2.5}, 2.5),
+    "a factor alone": ({"llama.rope.scaling.factor": 8.0}, 8.0),
+    "the key of old": ({"llama.rope.scale_linear": 4.0}, 4.0),
+    "both: the new one": ({"llama.rope.scale_linear": 4.0, "llama.rope.scaling.factor": 2.0}, 2.0),
+    "linear, and the key of old": ({LINEAR: "linear", "llama.rope.scale_linear": 4.0}, 4.0),
+    "none, and a factor": ({LINEAR: "none", "llama.rope.scaling.factor": 8.0}, None),
+    "a factor of one": ({"llama.rope.scaling.factor": 1.0}, None),
+    "a whole factor": ({"llama.rope.scaling.factor": 4}, 4.0),
+    "without effect": ({"llama.rope.scaling.finetuned": True, "llama.rope.scaling.original_context_length": 64}, None),
+}
+
+
+@pytest.mark.parametrize("case", SCALED)
+def test_a_factor_scales_as_in_llama_cpp_with_a_type_or_without(
+    case: str, oracle: Callable[..., Any], write_llama: Callable[..., Path]
 ) -> None:
-    assert read_spec(GGUFFile(write_llama(change=change))).rope_scaling == scaling
+    keys, factor = SCALED[case]
+    rope = {} if factor is None else {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": factor}}
+    model = oracle(**SHAPES["five heads"], **rope)
+    path = write_llama(model, change=lambda writer: [says(*entry)(writer) for entry in keys.items()])
+    ours = load_model(path)
+    assert ours.spec.rope_scaling == (factor and RopeScaling("linear", factor))
+    ids = torch.arange(40).view(2, 20)
+    torch.testing.assert_close(ours(ids), model(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_factors_of_one_are_none(write_llama: Callable[..., Path]) -> None:
+    assert read_spec(GGUFFile(write_llama(change=vector(ROPE, [1.0] * 4)))).rope_scaling is None
+
+
+def test_keys_that_leave_a_llama_plain_are_read_over(write_llama: Callable[..., Path]) -> None:
+    plain: dict[str, Any] = {"expert_count": 0, "attention.causal": True, "logit_scale": 1.0, "vocab_size": 97}
+    plain |= {"attention.sliding_window": 0, "attention.scale": 0.0, "tensor_data_layout": "Meta AI original pth"}
+    path = write_llama(change=lambda writer: [says(f"llama.{key}", value)(writer) for key, value in plain.items()])
+    assert read_spec(GGUFFile(path)) == read_spec(GGUFFile(write_llama()))
+
+
+def test_a_head_of_its_own_size_needs_no_rotary_size(
+    oracle: Callable[..., Any], write_llama: Callable[..., Path]
+) -> None:
+    model = oracle(**SHAPES["one key head"] | {"head_dim": 8})  # a share would be 16
+    assert load_model(write_llama(model, skip="rope.dimension_count")).spec.head_dim == 8
+
+
+KEYS = [v for kind in (Keys.Rope, Keys.Attention, Keys.LLM) for v in vars(kind).values() if str(v)[:6] == "{arch}"]
+SAID_TO_NOBODY = {"attention.layer_norm_epsilon", "expert_used_count", "pooling_type", "tensor_data_layout"}
+SAID_TO_NOBODY |= {"rope.scaling.finetuned", "rope.scaling.original_context_length"}
+metadata = st.one_of(
+    st.integers(-(2**63), 2**64 - 1) | st.integers(-1, 9) | st.floats() | st.booleans() | st.text(max_size=5),
+    st.sampled_from(["linear", "none", "yarn", 0.0, 1.0]),
+    st.lists(st.text(max_size=3), max_size=3),
+    st.lists(st.integers(0, 9), max_size=3).map(np.array),
+    st.lists(st.floats(), max_size=3).map(np.array),
+)
+
+
+@given(changes=st.dictionaries(st.sampled_from(KEYS).map(lambda key: key[7:]), metadata, min_size=1, max_size=3))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+def test_any_value_of_any_key_is_obeyed_refused_or_plain(
+    changes: dict[str, Any], write_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The keys are all that gguf-py knows of ropes, attention and models."""
+    file = GGUFFile(tmp_path / "m.gguf" if (tmp_path / "m.gguf").exists() else write_llama())
+    plain = read_spec(file)
+    file.metadata |= {f"llama.{key}": value for key, value in changes.items()}
+    try:
+        spec = read_spec(file)
+    except InputError as error:
+        assert any(key in str(error) for key in changes) and len(str(error)) < 400
+        return
+    for key, value in changes.items():
+        if key not in SAID_TO_NOBODY:
+            assert isinstance(value, str if key == "rope.scaling.type" else int | float), (key, value)
+    obeyed = {"context_length": "max_position_embeddings", "rope.freq_base": "rope_theta"}
+    obeyed |= {"attention.layer_norm_rms_epsilon": "rms_norm_eps", "block_count": "num_hidden_layers"}
+    obeyed |= {"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size"}
+    obeyed |= {"attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads"}
+    said = {field: float(np.float32(changes[key])) for key, field in obeyed.items() if key in changes}
+    if (factor := float(np.float32(changes.get("rope.scaling.factor", 1)))) != 1:
+        said["rope_scaling"] = None if changes.get("rope.scaling.type") == "none" else RopeScaling("linear", factor)
+    for field, value in asdict(spec).items():
+        expected = said.get(field, getattr(plain, field))
+        assert value == (asdict(expected) if is_dataclass(expected) else pytest.approx(expected)), field
 
 
 # ---- Llama 3's rope factors

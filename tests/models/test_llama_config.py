@@ -5,10 +5,12 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from fourbit.errors import InputError
+from fourbit.models.decoder import Decoder
 from fourbit.models.families import read_spec, write_spec
 from fourbit.models.spec import RopeScaling
 
@@ -54,6 +56,9 @@ BAND = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
         ({"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2}}, 1e4, RopeScaling("linear", 2.0)),
         ({"rope_scaling": LLAMA3, "rope_theta": 5e5}, 5e5, BAND),
         ({"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}, 5e5, BAND),
+        ({"rope_parameters": {**LLAMA3, "rope_theta": 5e5}, "rope_scaling": LLAMA3, "rope_theta": 5e5}, 5e5, BAND),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {}}, 5e5, None),
+        ({"rope_scaling": {"type": "default", "factor": 1.0}}, 1e4, None),
     ],
 )
 def test_rope_in_the_words_of_both_versions(keys: dict[str, Any], theta: float, scaling: RopeScaling | None) -> None:
@@ -114,6 +119,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (rope(original_max_position_embeddings=0), "rope_scaling.original_max_position_embeddings"),
     (rope(original_max_position_embeddings=...), "rope_scaling.original_max_position_embeddings .* got nothing"),
     (rope(partial_rotary_factor=0.25), "rope_scaling.partial_rotary_factor must be 1, got 0.25"),
+    (
+        {"rope_scaling": {"factor": 8.0}},
+        "rope_scaling.type must be 'linear' or 'llama3' beside a factor .8.0., got not",
+    ),
+    (rope(rope_type="default"), "rope_scaling.rope_type must be 'linear' or 'llama3' beside a factor"),
+    (rope() | {"rope_parameters": LLAMA3 | {"factor": 8.0}}, "rope_parameters must be what rope_scaling is"),
+    (rope() | {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}, "rope_parameters must be what rope_scaling is"),
+    ({"partial_rotary_factor": True}, "partial_rotary_factor must be 1, got True"),
+    ({"attention_dropout": 0.1}, "attention_dropout must be 0 .* got 0.1"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters must be .* of plain values"),
 ]
 
@@ -163,6 +177,78 @@ def test_a_spec_that_the_words_of_its_family_cannot_say_is_not_written() -> None
     with pytest.raises(InputError, match=r"model_type must be 'llama', .* got 'qwen9'"):
         write_spec(dataclasses.replace(read_spec(BASE), model_type="qwen9"))
 
+
+# ---- what transformers makes of the same keys
+
+TRIED: dict[str, st.SearchStrategy[Any]] = {
+    "vocab_size": st.sampled_from([97, 96, 0, "97", 97.0]),
+    "hidden_size": st.sampled_from([48, 60, 50, True]),
+    "num_attention_heads": st.sampled_from([4, 3, 6, None]),
+    "num_key_value_heads": st.sampled_from([None, 1, 2, 4, 3, 0]),
+    "head_dim": st.sampled_from([None, 8, 12, 7, "8", 16.0]),
+    "rms_norm_eps": st.sampled_from([1e-5, 0.1, 0, "1e-5", None]),
+    "hidden_act": st.sampled_from(["silu", "swish", "gelu", None]),
+    "attention_bias": st.sampled_from([True, False, 1, None]),
+    "mlp_bias": st.sampled_from([True, False, None]),
+    "tie_word_embeddings": st.sampled_from([True, False, None, "true"]),
+    "rope_theta": st.sampled_from([100.0, 500, "500", 0, None]),
+    "partial_rotary_factor": st.sampled_from([0.5, 1, 1.0, None]),
+    "max_position_embeddings": st.sampled_from([64, 8, "64"]),
+    "original_max_position_embeddings": st.sampled_from([16, 64]),
+    "sliding_window": st.sampled_from([4, None]),
+    "use_sliding_window": st.booleans(),
+    "layer_types": st.sampled_from([["full_attention"] * 2, ["sliding_attention", "full_attention"], None]),
+    "attention_dropout": st.sampled_from([0, 0.0, 0.1, None]),
+    "pretraining_tp": st.sampled_from([1, 2]),
+    "logit_scale": st.sampled_from([2.0]),
+    "embedding_multiplier": st.sampled_from([2.0]),
+    "final_logit_softcapping": st.sampled_from([1.0]),
+}
+TABLES = st.fixed_dictionaries(
+    {},
+    optional={
+        "rope_type": st.sampled_from(["default", "linear", "llama3", "yarn", "dynamic", None]),
+        "type": st.sampled_from(["default", "linear", "llama3", "dynamic"]),
+        "factor": st.sampled_from([1.0, 4.0, 8, 0.5, "8"]),
+        "low_freq_factor": st.sampled_from([1.0, 2]),
+        "high_freq_factor": st.sampled_from([4.0, 3]),
+        "original_max_position_embeddings": st.sampled_from([16, 64]),
+        "rope_theta": st.sampled_from([100.0, 500]),
+        "attention_factor": st.sampled_from([2.0]),
+        "partial_rotary_factor": st.sampled_from([0.5, 1.0]),
+    },
+)
+
+
+TRIED |= {"rope_scaling": TABLES, "rope_parameters": TABLES}
+SOME = st.lists(st.sampled_from(sorted(TRIED)), max_size=5, unique=True)
+
+
+@given(changes=SOME.flatmap(lambda names: st.fixed_dictionaries({name: TRIED[name] for name in names})))
+@settings(max_examples=120)
+def test_what_is_read_computes_what_transformers_computes(changes: dict[str, Any]) -> None:
+    """Any keys: refused, or the same logits."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    data = BASE | {"hidden_size": 48, "vocab_size": 97, "max_position_embeddings": 64} | changes
+    try:
+        spec = read_spec(data)
+    except InputError:
+        return
+    try:
+        theirs = LlamaForCausalLM(LlamaConfig.from_dict(json.loads(json.dumps(data)))).eval()
+    except Exception:  # what transformers cannot make, it cannot judge
+        reject()
+    ours = Decoder(spec).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.2)
+        ours.load_state_dict(theirs.state_dict())
+        ids = torch.arange(40)[None]
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+# ---- values of any type
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
