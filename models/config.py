@@ -7,7 +7,7 @@ as transformers ignores them.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from .spec import ROPE_KEYS, RopeScaling
 
 # The numbers that are read, each with the most it may be: a whole number from 1 where the limit is whole, else a number
@@ -46,7 +46,8 @@ class Settings:
 
     def refusal(self, key: str, rule: str) -> InputError:
         """The error for a value that breaks a rule: "hidden_size must be a whole number from 1 to 131072, got 0"."""
-        return InputError(f"{self.where}: {self.path}{self.prefix}{key} must be {rule}, got {shown(self.get(key))}.")
+        got = "nothing" if self.get(key) is None else shown(self.get(key))
+        return InputError(f"{self.where}: {self.path}{self.prefix}{key} must be {rule}, got {got}.")
 
     def one_of(self, key: str, allowed: Sequence[Any], rule: str) -> Any:
         """One of the `allowed` plain values (None: nothing may stand there); a truth value is no number."""
@@ -74,16 +75,6 @@ class Settings:
         if not isinstance(self.get(key), bool | None):
             raise self.refusal(key, "true or false")
         return bool(self.get(key))
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it: cut short; a whole number too long to print is described."""
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
-        return f"a whole number of {value.bit_length()} bits"
-    if value is None:
-        return "nothing"
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def head_dim(keys: Settings, hidden: int, heads: int) -> int:

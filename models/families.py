@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import InputError
 from . import llama
-from .config import Settings, shown
+from .config import Settings
 from .spec import Spec
 
 FAMILIES = {"llama": llama}
@@ -15,19 +15,18 @@ def read_spec(data: Mapping[str, Any]) -> Spec:
     """What a `config.json` says a decoder shall compute; InputError names the key and value that we do not take."""
     if not isinstance(data, Mapping):
         raise InputError(f"config: must be a JSON object, got {type(data).__name__}.")
-    return _family(data.get("model_type")).read(Settings(data, "config"))
+    keys = Settings(data, "config")
+    return _family(keys).read(keys)
 
 
 def write_spec(spec: Spec) -> dict[str, Any]:
     """The `config.json` of this Spec in its family's words; InputError where these cannot say it."""
-    data = _family(spec.model_type).write(spec)
+    data = _family(Settings({"model_type": spec.model_type}, "config")).write(spec)
     if read_spec(data) != spec:
         raise InputError(f"config: no {spec.model_type} model can be described as {spec}")
     return data
 
 
-def _family(kind: Any) -> Any:
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        known = ", ".join(map(repr, FAMILIES))
-        raise InputError(f"config: model_type must be {known}, which is all that is read so far, got {shown(kind)}.")
-    return FAMILIES[kind]
+def _family(keys: Settings) -> Any:
+    known = ", ".join(map(repr, FAMILIES))
+    return FAMILIES[keys.one_of("model_type", tuple(FAMILIES), f"{known}, which is all that is read so far")]

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import EnvironmentProblem, InputError
-from .config import shown
+from ..errors import EnvironmentProblem, InputError, shown
 
 READABLE = ("F32", "F16", "Q4_0", "Q4_1", "Q8_0", "BF16")
 MAX_STRING_BYTES = 1 << 24

@@ -20,7 +20,7 @@ from .spec import RopeScaling, Spec
 _PREFIX = "llama."
 ROPE_FACTORS = "rope_freqs.weight"  # no weight: what it says is in the Spec
 
-# What may stand under "llama." in the metadata, by what is made of it; another key is refused, as it may be of a variant
+# What may stand under "llama." in the metadata, by what is made of it; another key is refused: it may be of a variant
 # that computes something else. First the numbers that are obeyed, each with its name in config.json.
 _OBEYED = {
     "vocab_size": "vocab_size",
@@ -193,7 +193,7 @@ def _head_dim(keys: Settings, numbers: dict[str, Any], share: int) -> int:
     size = int(numbers.get("attention.key_length", numbers.get("rope.dimension_count", share)))
     for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
         if numbers.get(name, size) != size or size % 2 or not size:
-            raise keys.refusal(name, f"even, and as large as the part of a head that is turned ({size})")
+            raise keys.refusal(name, f"even, and as attention.key_length the part of a head that is turned ({size})")
     return size
 
 

@@ -13,9 +13,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..files import FLOATS, read_json
-from .config import shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

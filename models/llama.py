@@ -7,8 +7,8 @@ sliding window) is refused by key and value. Tensors are called in checkpoints a
 from dataclasses import asdict
 from typing import Any
 
-from ..errors import InputError
-from .config import Settings, head_dim, rope, shown
+from ..errors import InputError, shown
+from .config import Settings, head_dim, rope
 from .spec import ROPE_KEYS, Spec
 
 
