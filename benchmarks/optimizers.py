@@ -113,7 +113,7 @@ def step(op: str, trained: Trained, setting: Setting, *, clipped: bool = False) 
     """All tools with state of one width."""
     absent: dict[str, str] = {}
     race = Race(trained, setting.device, clipped, 8 if op == EIGHT_BIT else 32)
-    own = {"bits": race.bits, **({"max_grad_norm": MAX_NORM} if clipped else {})}
+    own = {"bits": race.bits, "rounding": "nearest", **({"max_grad_norm": MAX_NORM} if clipped else {})}  # as peers do
     variants = [race.variant(OURS, lambda p: optim.AdamW(p, **SETTINGS, **own), own=True)]
     if op == ADAMW:
         variants.append(race.variant(FUSED, lambda p: torch.optim.AdamW(p, **SETTINGS, fused=True)))
@@ -132,7 +132,7 @@ def paged(trained: Trained, setting: Setting) -> Work:
     absent: dict[str, str] = {}
     race = Race(trained, setting.device, False, 32)
     budget = int(race.state_bytes / RESIDENT_SHARE)
-    variants = [race.variant(OURS, lambda p: optim.AdamW(p, **SETTINGS, budget=budget), own=True)]
+    variants = [race.variant(OURS, lambda p: optim.AdamW(p, **SETTINGS, rounding="nearest", budget=budget), own=True)]
     if present(bnb.missing(), absent, "bitsandbytes"):
         make = partial(bnb.adamw, bits=32, paged=True, **SETTINGS)
         variants.append(race.variant(bnb.optimizer_name(32, paged=True), make))

@@ -30,6 +30,7 @@ ELSEWHERE = {
     "lora_plus": "loraplus_lr_ratio loraplus_ratio loraplus lora_plus_ratio",
     "lr_scale": "lr_groups embedding_learning_rate embedding_lr loraplus_lr_embedding",
     "optimizer": "optim optimizer_name optimizer_type",
+    "rounding": "stochastic_rounding bf16_stochastic_round",
     "max_grad_norm": "max_grad_clip gradient_clipping grad_clip clip_grad",
     "loss_on": "completion_only_loss assistant_only_loss train_on_inputs mask_prompt train_on_prompt",
     "packing": "sample_packing neat_packing packing_strategy",

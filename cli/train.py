@@ -243,6 +243,9 @@ def _put_adapter(model: CausalLM, options: TrainOptions) -> None:
 def _announcing(options: TrainOptions, trainer: Any, sources: Sources) -> Callable[[int, int], Any]:
     """For the trainer to call once the run may begin: saves and prints the settings, then shows progress."""
     left_out = {"resume", "json", *(() if options.fresh else FRESH)}
+    if options.whole and options.dtype != "float32":
+        kept = "on average none is lost" if options.rounding == "stochastic" else "those below their precision are lost"
+        note(f"updates: of weights in {options.dtype}, rounding {options.rounding}: {kept}")
     settings = {name: value for name, value in asdict(options).items() if name not in left_out}
     if "reference" in settings:
         settings["reference"] = trainer.config.reference  # its choice

@@ -21,10 +21,10 @@ from .page_device import make_device, peaks
 from .paging import Budget, Pager, check_budget, check_room
 from .state import Entry, FlatState, Kind, Slice, fields, whole
 from .state_files import read_groups, read_states
-from .update import ADAMW, LION, Group, Rule
+from .update import ADAMW, LION, ROUNDINGS, Group, Rounding, Rule, rounding_key
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SETTINGS = ("rule", "bits", "min_8bit_size", "stochastic_rounding", "max_grad_norm", "budget", "found_inf")
+SETTINGS = ("rule", "bits", "min_8bit_size", "rounding", "seed", "max_grad_norm", "budget", "found_inf")
 Key = tuple[int, torch.dtype, int]  # of a flat state: group, dtype, bits
 
 
@@ -33,8 +33,9 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     bits: 8 keeps moments as 8-bit codes with a scale for every 256 elements, for parameters of at least `min_8bit_size`
         elements (smaller ones, and fp64, keep full moments: they cost nothing and matter more).
-    stochastic_rounding: bf16 parameters are rounded up or down at random so that the mean is exact, and small updates
-        are not lost. The draw depends on parameter, step and element alone. Other dtypes are rounded to nearest.
+    rounding: of updated bf16 and fp16 parameters. "stochastic" goes up or down at random so that the mean is exact and
+        no update is lost, at no cost in memory; the draw depends on `seed`, parameter, step and element alone.
+        "nearest" loses every update below half their spacing. Wider parameters are always rounded to nearest.
     max_grad_norm: gradients count scaled down to this norm over all groups (they are not changed themselves), and a
         step whose norm is not finite is skipped. math.inf only measures and skips. None: no norm is taken.
     budget: None keeps all state on the parameters' device. "auto" keeps there what fits beside the model, a number what
@@ -61,7 +62,8 @@ class FlatOptimizer(torch.optim.Optimizer):
         rule: Rule,
         *,
         bits: int = 32,
-        stochastic_rounding: bool = False,
+        rounding: Rounding = "stochastic",
+        seed: int = 0,
         max_grad_norm: float | None = None,
         min_8bit_size: int = 4096,
         budget: Budget | None = None,
@@ -70,8 +72,10 @@ class FlatOptimizer(torch.optim.Optimizer):
             raise ValueError(f"bits must be 8 or 32, got {bits!r}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive, or None not to clip, got {max_grad_norm!r}")
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         self.rule, self.bits, self.min_8bit_size = rule, bits, min_8bit_size
-        self.stochastic_rounding, self.max_grad_norm = stochastic_rounding, max_grad_norm
+        self.rounding, self.seed, self.max_grad_norm = rounding, seed, max_grad_norm
         self.budget = None if budget is None else check_budget(budget)
         self.found_inf: Tensor | None = None
         self._older_peaks = peaks()
@@ -109,7 +113,7 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def _new_entries(self) -> list[Entry]:
         every = [(p, group) for group, settings in enumerate(self.param_groups) for p in settings["params"]]
-        return [Entry(p, number, group) for number, (p, group) in enumerate(every)]
+        return [Entry(p, number, group, rounding_key(self.seed, number)) for number, (p, group) in enumerate(every)]
 
     def _bits(self, parameter: Tensor) -> int:
         large = parameter.numel() >= self.min_8bit_size and parameter.dtype != torch.float64
@@ -186,7 +190,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             self.state[entry.parameter] = {"step": self._steps[entry.row], **entry.state.views(entry)}
 
     def _update(self) -> None:
-        settings = self.param_groups, self.max_grad_norm, self.found_inf, self.stochastic_rounding
+        settings = self.param_groups, self.max_grad_norm, self.found_inf, self.rounding == "stochastic"
         narrow = all(state.dtype != torch.float64 for state in self._states.values())
         if narrow and path_for(self._steps) == "triton":
             from . import step_triton  # only here: Triton exists for Linux only and is slow to import
@@ -293,7 +297,7 @@ class FlatOptimizer(torch.optim.Optimizer):
 class AdamW(FlatOptimizer):
     """Adam with decoupled weight decay: torch.optim.AdamW's update, in fp32 whatever the parameters' dtype (or fp64).
 
-    options: `bits`, `stochastic_rounding`, `max_grad_norm`, `min_8bit_size` and `budget`, as FlatOptimizer has them.
+    options: `bits`, `rounding`, `seed`, `max_grad_norm`, `min_8bit_size` and `budget`, as FlatOptimizer has them.
     """
 
     def __init__(

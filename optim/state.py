@@ -81,6 +81,7 @@ class Entry:
     parameter: nn.Parameter
     number: int  # among all parameters of the optimizer, as in state dicts
     group: int
+    key: int = 0  # of its draws, where it is rounded stochastically
     kind: Kind | None = None  # when it joined
     weights: Tensor | None = None  # while a step runs: the parameter itself, or a contiguous copy of it
     gradient: Tensor | None = None  # while a step runs, contiguous; None: there is none

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..kernels.dispatch import on_device
 from .state import CHUNK, Entry, FlatState, Slice
-from .update import Control, Group, Rule
+from .update import NARROW, Control, Group, Rule
 from .update_triton import DTYPES, at, below, is_even, update
 
 
@@ -31,7 +31,8 @@ class Tables:
         self.rule, self.entries, self.steps, device = rule, entries, steps, steps.device
         self.addresses = torch.empty(len(entries), 2, dtype=torch.int64, device=device)  # of parameter and gradient
         self._known: list[int] = []  # what they are
-        self.numbers = torch.tensor([[e.group, e.number] for e in entries], dtype=torch.int32).to(device)
+        numbers = np.array([[e.group, e.key] for e in entries], np.uint32).view(np.int32)
+        self.numbers = torch.from_numpy(numbers).to(device)
         self.factors = torch.empty(len(entries), 4, dtype=torch.float32, device=device)
         rows = {state: state.chunks() for state in states}
         self._offsets = {state: chunks[:, 3] for state, chunks in rows.items()}
@@ -73,7 +74,7 @@ def step(
     found_inf: Tensor | None,
     rounded: bool,
 ) -> Control:
-    """One step of all entries that have a gradient. `rounded`: bf16 weights stochastically."""
+    """One step of all entries that have a gradient. `rounded`: weights of 16 bits stochastically."""
     tables.find()
     for dtype, chunks, partial in tables.squares if max_norm is not None else ():
         if len(chunks):
@@ -108,7 +109,7 @@ def step(
         state, some = parts[0].state, [(part, tables.chunks(part)) for part in parts]
         pointers, stochastic = (
             (tables.addresses, tables.numbers, tables.factors),
-            rounded and state.dtype == torch.bfloat16,
+            rounded and state.dtype in NARROW,
         )
         update(pointers, control, tables.steps, groups[state.group], tables.rule.name, some, stochastic)
     if control is None:

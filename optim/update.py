@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from ..kernels.dispatch import path_for
 from ..kernels.dropout import draw_halves
 from .state import BLOCK, Entry, FlatState, Moment, Segment, Slice, decode, encode, whole
 
+Rounding = Literal["stochastic", "nearest"]
+ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
+NARROW = (torch.bfloat16, torch.float16)  # what is rounded so
 Group = dict[str, Any]  # a parameter group of torch.optim
 Tensors = list[Tensor]
 Defined = tuple[Tensor, tuple[Tensor, ...]]  # a weight and its moments, new ones
@@ -112,17 +115,31 @@ ADAMW = Rule("adamw", (MEAN, SQUARE), _adamw_factors, _adamw, _adamw_in_place)
 LION = Rule("lion", (MEAN,), _lion_factors, _lion, _lion_in_place)
 
 
-def round_stochastically(x: Tensor, start: int, step: float, number: int) -> Tensor:
-    """fp32 [n] -> bf16 [n]: up or down, each with the probability that makes the mean exact. NaN and infinity stay.
+def rounding_key(seed: int, number: int) -> int:
+    """The 32 bits from which parameter `number` of an optimizer is rounded: no two of one share them."""
+    return (seed * 0x9E3779B9 + number) % (1 << 32)
 
-    The draw is a function of parameter `number`, of its `step` and of the place in it: element 0 of x is its
+
+def round_stochastically(x: Tensor, dtype: torch.dtype, start: int, step: float, key: int) -> Tensor:
+    """fp32 [n] -> bf16 or fp16 [n]: up or down, each with the probability that makes the mean exact (of fp16's
+    subnormals to 2^-16 of their spacing). NaN and infinity stay.
+
+    The draw is a function of the parameter's `key`, of its `step` and of the place in it: element 0 of x is its
     element `start`, a multiple of 8. So nothing is stored, and no cut of the parameters into pieces shows.
     """
-    seed = torch.full((), ROUNDING_KEY << 32 | number, dtype=torch.int64, device=x.device)
+    seed = torch.full((), ROUNDING_KEY << 32 | key, dtype=torch.int64, device=x.device)
     count = torch.full((), int(step), dtype=torch.int64, device=x.device)
     draws = draw_halves(start // 8, -(-x.numel() // 8), count, seed)[: x.numel()]
-    cut = ((x.view(torch.int32) + draws) & -65536).view(torch.float32)
-    return torch.where(torch.isfinite(x), cut, x).to(torch.bfloat16)
+    bits = x.view(torch.int32)
+    if dtype == torch.bfloat16:
+        cut = ((bits + draws) & -65536).view(torch.float32)
+    else:  # numbers between two powers of two are 2^-10 of the lower one apart; below 2^-14, 2^-24
+        exponent = ((bits >> 23) & 255).clamp_(min=127 - 14)
+        size = x.abs() * ((127 + 127 + 10 - exponent) << 23).view(torch.float32)  # in units of that
+        whole = size.floor()
+        up = (size - whole) * 65536 > draws
+        cut = ((whole + up) * ((exponent - 10) << 23).view(torch.float32)).copysign(x)
+    return torch.where(torch.isfinite(x), cut, x).to(dtype)
 
 
 class Control(NamedTuple):
@@ -162,7 +179,8 @@ def step(
     found_inf: Tensor | None,
     rounded: bool,
 ) -> Control:
-    """One step of all entries that have a gradient; `steps` counts those of each. `rounded`: bf16 stochastically."""
+    """One step of all entries that have a gradient; `steps` counts those of each. `rounded`: weights of 16 bits
+    stochastically."""
     gradients = [e.gradient for e in entries if e.gradient is not None]
     control = take_control(gradients, max_norm, found_inf, steps.device)
     if control.skip is None or not control.skip.item():
@@ -170,7 +188,7 @@ def step(
         work = update_cpu if path_for(steps) == "cpu" else update_reference
         scale, known = 1.0 if control.scale is None else control.scale.item(), steps.tolist()
         for part in chain.from_iterable(launches):
-            work(part, rule, groups[part.state.group], known, scale, rounded and part.state.dtype == torch.bfloat16)
+            work(part, rule, groups[part.state.group], known, scale, rounded and part.state.dtype in NARROW)
     return control
 
 
@@ -186,7 +204,7 @@ def update_reference(part: Slice, rule: Rule, group: Group, steps: list[float], 
         first = offset - part.start
         moments = tuple(decode(m, part.tensors, first, first + length) for m in rule.moments)
         new, moments = rule.define(weights.to(wide), gradient.to(wide) * scale, moments, factors, group)
-        weights.copy_(round_stochastically(new, start, step, entry.number) if rounded else new)
+        weights.copy_(round_stochastically(new, entry.dtype, start, step, entry.key) if rounded else new)
         for moment, values in zip(rule.moments, moments, strict=True):
             encode(moment, values, part.tensors, first)
 
@@ -227,7 +245,7 @@ def update_cpu(part: Slice, rule: Rule, group: Group, steps: list[float], scale:
             encode(moment, values, part.tensors, batch.start)
         if rounded:
             for (entry, start, _, _), old, new in zip(batch.segments, weights, batch.weights, strict=True):
-                values = round_stochastically(new.view(-1), start, step, entry.number)
+                values = round_stochastically(new.view(-1), entry.dtype, start, step, entry.key)
                 old.copy_(values.view(old.shape))
         elif not in_place:
             torch._foreach_copy_(weights, batch.weights)

@@ -159,7 +159,7 @@ def _update(
         _encode(square, state, maps, offset, length, mask, 1)
     _encode(mean, state, maps, offset, length, mask, 0)
     if ROUNDED:
-        p = _rounded(p, start, row, numbers, steps)
+        p = _rounded(p, start, row, numbers, steps, tl.float16 == DTYPE)
     tl.store(p_ptr + i, p.to(DTYPE), mask=mask)
 
 
@@ -255,14 +255,23 @@ def _nearest(values, largest, borders, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _rounded(x, start, row, numbers, steps):
+def _rounded(x, start, row, numbers, steps, HALF: tl.constexpr):
     """update.round_stochastically, its result still in fp32."""
     nothing = tl.zeros([TILE // 8], tl.uint32)
     groups = nothing + (start // 8 + tl.arange(0, TILE // 8)).to(tl.uint32)
     step = nothing + tl.load(steps + row).to(tl.uint32)
-    seed = tl.load(numbers + 2 * row + 1).to(tl.uint64) + (KEY << 32)
+    seed = tl.load(numbers + 2 * row + 1).to(tl.uint32, bitcast=True).to(tl.uint64) + (KEY << 32)
     w0, w1, w2, w3 = tl.philox(seed, groups, step, nothing, nothing, n_rounds=7)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # word 2 i + j at [:, i, j]
     draws = tl.reshape(tl.join(words & 65535, words >> 16), [TILE]).to(tl.int32)
-    cut = ((x.to(tl.int32, bitcast=True) + draws) & -65536).to(tl.float32, bitcast=True)
+    bits = x.to(tl.int32, bitcast=True)
+    if HALF:
+        exponent = tl.maximum((bits >> 23) & 255, 113)
+        size = tl.abs(x) * ((264 - exponent) << 23).to(tl.float32, bitcast=True)
+        whole = tl.floor(size)
+        up = ((size - whole) * 65536.0 > draws.to(tl.float32)).to(tl.float32)
+        cut = (whole + up) * ((exponent - 10) << 23).to(tl.float32, bitcast=True)
+        cut = (cut.to(tl.int32, bitcast=True) | (bits & -2147483648)).to(tl.float32, bitcast=True)
+    else:
+        cut = ((bits + draws) & -65536).to(tl.float32, bitcast=True)
     return tl.where(tl.abs(x) < float("inf"), cut, x)

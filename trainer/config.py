@@ -15,6 +15,7 @@ from ..data.encode import LossOn
 from ..data.truncate import Truncation
 from ..errors import InputError
 from ..optim.schedule import Schedule
+from ..optim.update import Rounding
 from ..settings import LARGEST, REQUIRED, Checked, setting
 from .losses.objective import PAIR_LOSSES, RULES, UNPAIRED_LOSSES, Objective, parse_losses
 
@@ -76,10 +77,10 @@ class TrainingConfig(Checked):
         "most GPU memory for a paged optimizer's state, such as 2GiB; auto: what is left beside the model",
         metavar="auto|SIZE",
     )
-    stochastic_rounding: bool = setting(
-        False,
-        "round updated bf16 weights up or down at random, so that updates below their precision count on average; "
-        "for --full in bfloat16",
+    rounding: Rounding = setting(
+        "stochastic",
+        "of trained weights in 16 bits (full in bfloat16): stochastic goes up or down at random so that no update is "
+        "lost on average; nearest loses those below their precision",
     )
     weight_decay: float = setting(
         0.0, "decoupled weight decay of matrices (never of norms, biases and magnitudes)", least=0

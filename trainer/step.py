@@ -153,8 +153,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConfi
     """An optimizer that measures the gradients' norm, clips it where max_grad_norm is above 0, and skips what is not
     finite. Its groups' learning rates are 0, and "lr_scale" of each is the factor on the rate of a step.
 
-    Raises InputError for patterns in lr_scale that match nothing, or leave nothing to train, and for
-    stochastic_rounding where nothing that is trained has few enough bits to be rounded so.
+    Raises InputError for patterns in lr_scale that match nothing, or leave nothing to train.
     """
     try:
         groups: list[dict[str, Any]] = parameter_groups(
@@ -168,13 +167,6 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConfi
         raise InputError(f"lr_scale: {error}") from None
     if not groups:
         raise InputError("lr_scale leaves nothing to train: the factor of every parameter is 0")
-    dtypes = {p.dtype for group in groups for p in group["params"]}
-    if config.stochastic_rounding and torch.bfloat16 not in dtypes:
-        named = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise InputError(
-            f"stochastic_rounding is for weights in bfloat16, but all that are trained here are {named}; "
-            "it helps where all weights of a model (full) are trained in dtype bfloat16"
-        )
     kind = optim.Lion if "lion" in config.optimizer else optim.AdamW
     budget: Any = "auto" if config.optimizer_budget == "auto" else size_in_bytes(config.optimizer_budget)
     return kind(
@@ -183,7 +175,8 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConfi
         bits=8 if config.optimizer.endswith("8bit") else 32,
         budget=budget if config.optimizer.startswith(PAGED) else None,
         max_grad_norm=config.max_grad_norm or math.inf,
-        stochastic_rounding=config.stochastic_rounding,
+        rounding=config.rounding,
+        seed=config.seed,
     )
 
 

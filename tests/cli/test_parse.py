@@ -179,7 +179,7 @@ ROWS = {"data", "template", "max_length", "loss_on", "on_bad_row"}
 SAMPLING = {"max_new_tokens", "temperature", "top_k", "top_p", "seed"}
 TRAINING = (
     "out epochs steps batch_size micro_batch packing max_length on_bad_row template lr schedule warmup decay lora_plus "
-    "lr_scale optimizer optimizer_budget stochastic_rounding weight_decay max_grad_norm checkpointing seed eval_every "
+    "lr_scale optimizer optimizer_budget rounding weight_decay max_grad_norm checkpointing seed eval_every "
     "rslora json patience keep_best save_every keep resume log data val rank alpha dropout target"
 )
 DISTILL = "adapter teacher teacher_adapter teacher_quant divergence jsd_beta temperature top_k sft_weight"

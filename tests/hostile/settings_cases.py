@@ -167,7 +167,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "more layers than there are": (*SFT, "--target", "layers.7.mlp.up_proj"),
     "patience without rows": (*SFT, "--patience", "1"),
     "full and a rank": (*SFT, "--full"),
-    "stochastic rounding of fp32": (*SFT, "--stochastic-rounding"),
+    "a rounding that is none": (*SFT, "--rounding", "up"),
 }
 TOGETHER: dict[str, str] = {  # each fine alone
     "warm-up longer than the run": "warmup: 1000\n",

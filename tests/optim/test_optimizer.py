@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -134,6 +135,7 @@ def test_neighbours_change_nothing(make: Any, dtype: torch.dtype) -> None:
     """Small parameters are gathered and large ones cut: every bit is as if each had an optimizer of its own."""
     shapes = [(4, 1280), (256, 17), (5000,), (8192,), (4097,), (64, 80), (512, 600), (65536,), (3, 2048), (7,)]
     together, alone = (parameters(shapes, dtype) for _ in range(2))
+    make = partial(make, rounding="nearest")  # the draws belong to a parameter's number
     one, many = make(together), [make([p]) for p in alone]
     for i in range(4):  # the second step nearly cancels the first, so that what lies behind a parameter would matter
         give_gradients(together, alone, seed=max(i, 1), missing=[(), (), (3, 5), (0,)][i])
@@ -154,9 +156,9 @@ def test_neighbours_change_nothing(make: Any, dtype: torch.dtype) -> None:
 def test_stochastic_rounding_keeps_small_updates(path: str) -> None:
     """bf16 weights of 1 and steps of 1e-4, a fortieth of their spacing: rounded to nearest they would never move."""
     moved = []
-    for rounding in (False, True):
+    for rounding in ("nearest", "stochastic"):
         p = nn.Parameter(torch.ones(20000, dtype=torch.bfloat16))
-        optimizer = Lion([p], lr=1e-4, stochastic_rounding=rounding)
+        optimizer = Lion([p], lr=1e-4, rounding=rounding)
         for _ in range(10):
             p.grad = torch.ones_like(p)
             step(optimizer, path)
@@ -177,6 +179,7 @@ def test_stochastic_rounding_keeps_small_updates(path: str) -> None:
         ({"eps": -1e-8}, "eps must be >= 0"),
         ({"weight_decay": -1}, "weight_decay must be >= 0"),
         ({"bits": 4}, "bits must be 8 or 32, got 4"),
+        ({"rounding": "up"}, "rounding must be one of stochastic, nearest, got 'up'"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be positive, or None not to clip, got 0.0"),
     ],
 )

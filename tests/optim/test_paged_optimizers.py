@@ -56,7 +56,7 @@ def test_paged_equals_unpaged(kind, bits, data):
     shapes.append(((3 * CHUNK + 5,), torch.bfloat16))
     twins = [weights_of(shapes), weights_of(shapes)]
     options = {"lr": 0.1, "weight_decay": 0.1, "bits": bits, "max_grad_norm": data.draw(st.sampled_from([None, 1.0]))}
-    options["stochastic_rounding"] = data.draw(st.booleans())
+    options["rounding"] = data.draw(st.sampled_from(["stochastic", "nearest"]))
     whole = kind(twins[0], **options)
     everything = sum((p.numel() + CHUNK) * 16 for p in twins[0])
     least = CHUNK * (8 if bits == 32 else 9) * (2 if any(d == torch.float64 for _, d in shapes) else 1)
@@ -120,7 +120,7 @@ def test_paged_kernels_equal_unpaged_ones(devices, kind, bits, path):
     """A launch for each page against one launch, with clipping, missing gradients and stochastic rounding."""
     shapes = [((3, 5), torch.float32), ((2 * CHUNK + 300,), torch.bfloat16), ((CHUNK, 2), torch.float32)]
     twins = [weights_of(shapes), weights_of(shapes)]
-    options = {"bits": bits, "min_8bit_size": 0, "max_grad_norm": 1.0, "stochastic_rounding": True}
+    options = {"bits": bits, "min_8bit_size": 0, "max_grad_norm": 1.0}
     page = (CHUNK * 4 if bits == 32 else CHUNK + CHUNK // 64) * (2 if kind is AdamW else 1)
     whole, paged = kind(twins[0], 0.1, **options), kind(twins[1], 0.1, **options, budget=3 * page)
     if path == "triton":

@@ -114,18 +114,37 @@ def test_fp64_moments_are_never_cut() -> None:
     assert fields(MOMENTS, 32, torch.float64)["mean"].dtype == torch.float64
 
 
+def test_stochastic_rounding_to_fp16_goes_to_a_neighbour_and_is_unbiased() -> None:
+    """Down to its subnormals, and below them: 2^16 draws of one value, five standard deviations and 2^-16."""
+    n = 1 << 16
+    for value in (1.0, 1 + 2**-10, 0.3, -3.1e-3, 60000.5, 2**-15 * 1.3, -(2**-20) * 1.7, 2**-24 * 0.2, -1e-9, 0.0):
+        x = torch.full((n,), value)
+        rounded = round_stochastically(x, torch.float16, 0, 1.0, 3).double()
+        nearest = x[0].half()
+        around = [torch.nextafter(nearest, torch.tensor(s * torch.inf, dtype=torch.float16)) for s in (-1, 0, 1)]
+        around[1] = nearest
+        low = max(v for v in map(float, around) if v <= float(x[0]))
+        high = min(v for v in map(float, around) if v >= float(x[0]))
+        assert ((rounded == low) | (rounded == high)).all()
+        off, gap = abs(float(rounded.mean()) - float(x.double()[0])), high - low
+        fraction = (float(x.double()[0]) - low) / gap if gap else 0.0
+        assert off <= gap * (5 * (fraction * (1 - fraction) / n) ** 0.5 + 2**-16)
+    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -0.0])
+    assert str(round_stochastically(odd, torch.float16, 0, 1.0, 3).tolist()) == "[nan, inf, -inf, inf, -0.0]"
+
+
 def test_stochastic_rounding_goes_to_a_neighbour() -> None:
     x = torch.randn(4099, generator=torch.Generator().manual_seed(0)) * 1e3
     for step in range(4):
-        rounded = round_stochastically(x, 0, float(step), 3)
+        rounded = round_stochastically(x, torch.bfloat16, 0, float(step), 3)
         low = (x.view(torch.int32) & -65536).view(torch.float32)
         high = ((x.view(torch.int32) & -65536) + 65536).view(torch.float32)
         assert ((rounded.float() == low) | (rounded.float() == high)).all()
     exact = x.bfloat16().float()
-    assert torch.equal(round_stochastically(exact, 0, 1.0, 3).float(), exact)
+    assert torch.equal(round_stochastically(exact, torch.bfloat16, 0, 1.0, 3).float(), exact)
     odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0])
-    assert torch.equal(round_stochastically(odd, 0, 1.0, 3).isnan(), odd.isnan())
-    assert round_stochastically(odd, 0, 1.0, 3)[1:].tolist() == odd[1:].tolist()
+    assert torch.equal(round_stochastically(odd, torch.bfloat16, 0, 1.0, 3).isnan(), odd.isnan())
+    assert round_stochastically(odd, torch.bfloat16, 0, 1.0, 3)[1:].tolist() == odd[1:].tolist()
 
 
 def test_stochastic_rounding_is_unbiased_and_varies() -> None:
@@ -133,11 +152,11 @@ def test_stochastic_rounding_is_unbiased_and_varies() -> None:
     n = 1 << 20
     for fraction in (0.01, 0.3, 0.5, 0.9):
         x = torch.full((n,), 1 + fraction / 128)  # bf16 has 1 and 1 + 1 / 128
-        up = (round_stochastically(x, 0, 7.0, 1).float() - 1) * 128
+        up = (round_stochastically(x, torch.bfloat16, 0, 7.0, 1).float() - 1) * 128
         exact = float((x.double()[0] - 1) * 128)
         assert abs(float(up.double().mean()) - exact) <= 5 * (exact * (1 - exact) / n) ** 0.5
         for step, number in ((8.0, 1), (7.0, 2)):
-            other = (round_stochastically(x, 0, step, number).float() - 1) * 128
+            other = (round_stochastically(x, torch.bfloat16, 0, step, number).float() - 1) * 128
             both = float((up * other).double().mean())  # independent draws agree as often as chance has it
             assert abs(both - exact**2) <= 5 * (exact**2 * (1 - exact**2) / n) ** 0.5
 
@@ -145,6 +164,6 @@ def test_stochastic_rounding_is_unbiased_and_varies() -> None:
 @given(st.integers(0, 60).map(lambda i: 8 * i), st.integers(1, 300))
 def test_stochastic_rounding_does_not_see_the_cuts(start: int, length: int) -> None:
     x = torch.randn(1024, generator=torch.Generator().manual_seed(0))
-    whole = round_stochastically(x, 0, 3.0, 5)
-    part = round_stochastically(x[start : start + length], start, 3.0, 5)
+    whole = round_stochastically(x, torch.bfloat16, 0, 3.0, 5)
+    part = round_stochastically(x[start : start + length], torch.bfloat16, start, 3.0, 5)
     assert torch.equal(part, whole[start : start + length])
