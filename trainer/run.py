@@ -50,6 +50,7 @@ class TrainResult:
     skipped_steps: int
     tokens: int  # seen in training, padding not counted
     stopped_early: bool
+    unmoved: Mapping[str, str]  # trained tensors that the first steps (50 after warm-up) did not move: a word for why
     signal: int | None
     checkpoint: Path | None
 

@@ -23,6 +23,7 @@ from ..data.batch import Batch
 from ..errors import InputError
 from ..optim.groups import parameter_groups
 from ..optim.optimizer import FlatOptimizer
+from ..optim.unmoved import checksums, unmoved
 from .config import PAGED, TrainingConfig, size_in_bytes
 
 PAGE_COUNTERS = ("hits", "misses", "evictions", "bytes_in", "bytes_out", "stall_seconds")
@@ -68,6 +69,9 @@ class Stepper:
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = make_optimizer(self.parameters, config)
         self.retries = 0  # micro-batches that ran out of memory and were run again
+        self.updates, self.watched = 0, 0  # made by this object; after how many `unmoved` is known (0: never)
+        self.unmoved: dict[str, str] = {}  # parameters that are as they were before the first update, and why
+        self._checksums: dict[str, Tensor] = {}
         names = {parameter: name for name, parameter in self.parameters.items()}
         # In the order in which the optimizer numbers its parameters.
         self._names = [names[p] for group in self.optimizer.param_groups for p in group["params"]]
@@ -75,6 +79,8 @@ class Stepper:
 
     def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """One update from the micro-batches of one step, at this learning rate."""
+        if self.updates == 0 < self.watched:
+            self._checksums = checksums(self.parameters)
         weight = sum(batch.weight for batch in batches)
         # Divided by the whole step's weight, so any split into micro-batches gives the same gradients.
         parts = [self._gradients(batch, weight) for batch in batches]
@@ -85,6 +91,10 @@ class Stepper:
         # Where it is 1, or the norm is not finite, weights, moments and step counts stay as they are.
         optimizer.found_inf = (~torch.isfinite(loss)).float()
         optimizer.step()
+        self.updates += 1
+        if self.updates == self.watched:  # here the host waits for the device, once
+            learning = [p for group in optimizer.param_groups if group["lr"] > 0 for p in group["params"]]
+            self.unmoved = unmoved(self.parameters, self._checksums, learning)
         for parameter in self.parameters.values():  # those too that no group has
             parameter.grad = None
         assert optimizer.grad_norm is not None and optimizer.skipped is not None

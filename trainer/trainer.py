@@ -29,6 +29,7 @@ from ..files import lock_folder
 from ..lora.peft_files import adapter_state, load_adapter_state, save_adapter
 from ..models.protocol import CausalLM
 from ..optim.schedule import rate_factor
+from ..optim.unmoved import notice
 from .checkpoint import checkpoint_to_resume, load_checkpoint, resuming, save_checkpoint
 from .config import TrainingConfig, changed_options
 from .evaluate import nonfinite_layer
@@ -42,6 +43,7 @@ from .run import RunState, StepData, TrainResult, adapter_to_train
 from .step import Stepper, StepResult, Sums, means, rng_states, set_rng_states
 
 SKIPS_ALLOWED = 2  # in a row; one more ends the run
+WATCHED = 50  # steps after warm-up in which every trained tensor should have moved
 TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}  # of micro_batch="auto": matmuls run at full speed from there on
 Weights = dict[str, Tensor]
 MicroBatchSize = int | Literal["auto"]
@@ -169,6 +171,8 @@ class Trainer(ABC):
                     for note in notes:
                         shown.message(note)
                 self.model.train()
+                watched = min(self.total - self.run.done, self.config.warmup_steps(self.total) + WATCHED)
+                self.stepper.watched = watched if watched > 1 else 0  # LoRA's A gets no gradient while B is 0
                 self._loop()
             finally:
                 self.metrics.close()
@@ -204,6 +208,9 @@ class Trainer(ABC):
         for batches in data.updates:
             result = self.stepper.step(batches, rate)
             self.applied(result)
+            if self.stepper.updates == self.stepper.watched and self.stepper.unmoved and self.metrics.display:
+                told = notice(self.stepper.unmoved, len(self.parameters), self.stepper.updates)
+                self.metrics.display.message(told)
             self._settle()  # the update before this one: its metrics are there without waiting for this one
             self._pending = step, batches, data.sources, result, rate
             if self.device.type == "cpu":
@@ -367,6 +374,7 @@ class Trainer(ABC):
             skipped_steps=run.skipped,
             tokens=run.tokens,
             stopped_early=run.stopped_early,
+            unmoved=self.stepper.unmoved,
             signal=self.interrupt.signal,
             checkpoint=newest if newest.is_dir() else None,
         )

@@ -136,3 +136,46 @@ def test_bf16_weights_resume_bit_for_bit(stopping, tiny_folder, rows, tmp_path):
     whole, cut, other = (state_after(tmp_path / name)["weights"] for name in ("whole", "cut", "other"))
     assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
     assert any(not torch.equal(tensor, other[name]) for name, tensor in whole.items())
+
+
+class Told:
+    """A display that keeps what it is told."""
+
+    def __init__(self):
+        self.said = []
+
+    def show(self, record): ...
+    def close(self): ...
+    def message(self, text):
+        self.said.append(text)
+
+
+def test_what_does_not_move_is_told_once_by_name_and_reason(tiny_folder, rows, tmp_path):
+    told = Told()
+    options = {"rounding": "nearest", "lr_scale": {"*.layers.0.*": 0}, "display": lambda total, start: told, **BF16}
+    _, end = run(tiny_folder, rows, tmp_path, steps=3, **options)
+    (note,) = told.said
+    assert note.startswith("note: ") and "trained tensors did not move in 3 steps" in note
+    assert "their learning rate is 0 (model.layers.0.self_attn.q_proj.weight, " in note
+    assert "updates are rounded away" in note and "model.layers.1.input_layernorm.weight" in note
+    assert all(p.grad is None for p in end.values())
+
+
+def test_where_all_moves_nothing_is_told(tiny_folder, rows, tmp_path):
+    """LoRA's A has no gradient in the first step, while B is 0: one step says nothing, two do."""
+    for steps in (1, 2, 5):
+        told = Told()
+        run(tiny_folder, rows, tmp_path / str(steps), steps=steps, display=lambda total, start: told)  # noqa: B023
+        assert not told.said, steps
+
+
+def test_an_adapter_that_no_gradient_reaches_is_told(tiny_folder, rows, tmp_path):
+    """Cut off from the loss, as an expert that no token is sent to."""
+    model, tokenizer = fourbit.load(tiny_folder, quantize="none")
+    fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8))
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x, shared: torch.zeros_like(x)
+    config = fourbit.SFTConfig(out=str(tmp_path), batch_size=4, lr=1e-2, steps=3)
+    outcome = SFTTrainer(model, tokenizer, train=rows, config=config).train(display=None)
+    assert len(outcome.unmoved) == 6 and set(outcome.unmoved.values()) == {"no gradient"}
+    assert all(".layers.1.mlp." in name for name in outcome.unmoved)
