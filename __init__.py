@@ -34,7 +34,7 @@ from .trainer.config import SFTConfig as SFTConfig
 from .trainer.distill import DistillTrainer as DistillTrainer
 from .trainer.evaluate import answer_all as answer_all
 from .trainer.evaluate import evaluate_loss as evaluate_loss
-from .trainer.evaluate import exact_match as exact_match
+from .trainer.evaluate import share_right as share_right
 from .trainer.preference import DPOTrainer as DPOTrainer
 from .trainer.reward import RewardTrainer as RewardTrainer
 from .trainer.reward_model import RewardModel as RewardModel

@@ -44,7 +44,7 @@ def run(options: Options, sources: Sources) -> int:
     model, tokenizer, template = load_adapted(options)
     if template.notice:
         note(f"note: {template.notice}")
-    prompts = [ids for ids, _ in encode_prompts(samples, tokenizer, template)]
+    prompts = encode_prompts(samples, tokenizer, template)
     seeds = prompt_seeds(prompts, options.seed)
     how = {"stop_ids": tokenizer.stop_ids, "batch_size": options.batch_size, **options.sampling()}
 

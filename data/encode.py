@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any, Literal, NamedTuple
 
 from ..errors import InputError
@@ -231,24 +232,48 @@ def encode(
                 yield bad
 
 
-def encode_prompts(
-    samples: Sequence[Sample], tokenizer: TokenizerLike, template: ChatTemplate
-) -> list[tuple[list[int], str]]:
-    """Of each sample the tokens a model is given so that it answers, and the answer it ends with ("" if none).
+def encode_prompts(samples: Sequence[Sample], tokenizer: TokenizerLike, template: ChatTemplate) -> list[list[int]]:
+    """Of each sample the tokens a model is given so that it answers.
 
     Raises BadRow for the first sample that the template refuses, or that is plain text.
     """
-    talks, answers = [], []
+    return [tokenizer.encode(prompt) for prompt in _prompts(samples, template)]
+
+
+def encode_questions(
+    samples: Sequence[Sample], tokenizer: TokenizerLike, template: ChatTemplate
+) -> tuple[list[list[int]], list[str]]:
+    """Of samples that end with an answer the tokens a model is given so that it answers, and the answer as the template
+    writes it, calls and special tokens included, up to the token that ends it. Raises BadRow as `encode` gives it."""
+    prompts, answers = _prompts(samples, template), list[str]()
+    weighed = [replace(sample, answers=(_last_weighed(sample.answers[0]),)) for sample in samples]
+    for prompt, parts in zip(prompts, encode(weighed, tokenizer, template, loss_on="last"), strict=True):
+        if isinstance(parts, BadRow):
+            raise parts
+        text, trained = parts[0].text, parts[0].trained
+        ids, offsets = tokenizer.encode_with_offsets(text)
+        last = max(compress(range(len(ids)), trained), default=-1)  # -1: all that is trained is the end of the text
+        ends = last >= 0 and ids[last] in tokenizer.stop_ids
+        answers.append(text[len(prompt) : offsets[last][0 if ends else 1]])
+    return [tokenizer.encode(prompt) for prompt in prompts], answers
+
+
+def _last_weighed(answer: Messages) -> Messages:
+    """The answer, with its last turn one to learn: what is asked for is not always trained."""
+    return [*answer[:-1], {key: value for key, value in answer[-1].items() if key != "weight"}]
+
+
+def _prompts(samples: Sequence[Sample], template: ChatTemplate) -> list[str]:
+    """The text of each sample up to where its last answer begins, or the next one would."""
+    talks = []
     for sample in samples:
         if sample.text is not None:
             raise BadRow(sample.problem("text", "is plain text, which asks for no answer", "form"))
         messages = sample.context + (sample.answers[0] if sample.answers else [])
-        answered = messages[-1]["role"] == "assistant"
-        talks.append(Talk(messages[: len(messages) - answered], sample.tools, prompt=True, variables=sample.variables))
-        answers.append(str(messages[-1]["content"]) if answered else "")
+        messages = messages[: len(messages) - (messages[-1]["role"] == "assistant")]
+        talks.append(Talk(messages, sample.tools, prompt=True, variables=sample.variables))
     asked = zip(samples, talks, template.render_all(talks), strict=True)
-    prompts = [_conversation(sample, "", talk, text, "last").text for sample, talk, text in asked]
-    return [(tokenizer.encode(prompt), answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [_conversation(sample, "", talk, text, "last").text for sample, talk, text in asked]
 
 
 @dataclass(frozen=True)

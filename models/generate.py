@@ -7,9 +7,10 @@ another number of rows round otherwise in their last bits, and where two tokens 
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +98,21 @@ def generate(
     finally:
         model.train(was_training)
     return [row.answer for row in rows]
+
+
+def generate_each(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 32,
+    seed: int | Sequence[int] = 0,
+    **how: Any,
+) -> Iterator[list[int]]:
+    """`generate` for many prompts: each answer in its turn, as soon as the 8 batches that hold it are done."""
+    seeds = prompt_seeds(prompts, seed) if isinstance(seed, int) else seed
+    for first in range(0, len(prompts), 8 * batch_size):
+        these = slice(first, first + 8 * batch_size)
+        yield from generate(model, prompts[these], seed=seeds[these], batch_size=batch_size, **how)
 
 
 def prompt_seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:

@@ -1,36 +1,41 @@
-"""Held-out metrics: mean loss of a trained token, and how often the answer is exactly right."""
+"""Held-out metrics: mean loss of a trained token, and how often the answer is right."""
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..data.batch import Batch, Example, micro_batches
-from ..data.encode import encode_prompts
+from ..data.encode import encode_questions
 from ..data.forms import Sample
+from ..data.strict_json import Refused, parse
 from ..data.template import ChatTemplate
+from ..errors import InputError, shown
 from ..models.finite import explain_nonfinite, first_nonfinite
-from ..models.generate import generate
+from ..models.generate import generate_each
 from ..models.protocol import CausalLM
 from .losses.tokens import batch_token_scores, evaluating, on_device
+
+Match = Literal["exact", "json", "regex", "contains"]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated answer beside the one in the data."""
+    """One generated answer beside the one in the data.
+
+    expected: the answer in the data as the template writes it, calls and special tokens included, up to the token that
+    ends it. answer: all that was generated up to such a token. right: whether they match.
+    """
 
     prompt: str
     expected: str
     answer: str
     source: str
-
-    @property
-    def exact(self) -> bool:
-        """Equal but for white space at line ends and at both ends of the text."""
-        return _trimmed(self.answer) == _trimmed(self.expected)
+    right: bool
 
 
 def batch_loss_sum(model: CausalLM, batch: Batch) -> Tensor:
@@ -78,29 +83,81 @@ def answer_all(
     template: ChatTemplate,
     samples: Sequence[Sample],
     *,
+    match: Match = "exact",
     max_new_tokens: int = 128,
     batch_size: int = 32,
-) -> list[Answer]:
-    """Greedy answers to the last assistant turn of every sample, in their order."""
-    encoded = encode_prompts(samples, tokenizer, template)
-    with evaluating(model):
-        generated = generate(
-            model,
-            [ids for ids, _ in encoded],
-            max_new_tokens=max_new_tokens,
-            stop_ids=tokenizer.stop_ids,
-            batch_size=batch_size,
-        )
-    return [
-        Answer(tokenizer.decode(ids, skip_special=False), expected, tokenizer.decode(new), sample.source)
-        for (ids, expected), new, sample in zip(encoded, generated, samples, strict=True)
-    ]
+) -> Iterator[Answer]:
+    """Greedy answers to the last assistant turn of every sample, in their order, as they are finished.
+
+    Raises InputError for an answer in the data that `match` cannot compare, NumericError as `generate`.
+    """
+    check_comparable(samples, match)
+    prompts, written = encode_questions(samples, tokenizer, template)
+    new = generate_each(
+        model, prompts, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, batch_size=batch_size
+    )
+    for sample, prompt, expected, ids in zip(samples, prompts, written, new, strict=True):
+        answer = tokenizer.decode(ids, skip_special=False)
+        right = matches(answer, expected, _said(sample), match)
+        yield Answer(tokenizer.decode(prompt, skip_special=False), expected, answer, sample.source, right)
 
 
-def exact_match(answers: Iterable[Answer]) -> float:
-    """Share of answers that are exactly right, 0 to 1; NaN of none."""
-    exact = [answer.exact for answer in answers]
-    return sum(exact) / len(exact) if exact else math.nan
+def share_right(answers: Iterable[Answer]) -> float:
+    """Share of answers that are right, 0 to 1; NaN of none."""
+    right = [answer.right for answer in answers]
+    return sum(right) / len(right) if right else math.nan
+
+
+def matches(answer: str, expected: str, said: str, match: Match) -> bool:
+    """Whether a generated answer is right.
+
+    expected: the answer in the data as the template writes it; said: its own text, "" where it only calls tools. White
+    space at line ends and around a text never counts.
+
+    exact: the answer is what the template writes. json: it is the same JSON value. regex: the data's answer is a
+    regular expression that is found in it. contains: the data's answer stands in it. What the template writes around
+    the data's answer is the template's, and cut off before JSON and expressions are looked at.
+    """
+    answer, expected, text, pattern = _trimmed(answer), _trimmed(expected), _trimmed(said), said.strip()
+    if match == "exact":
+        return answer == expected
+    if match == "contains":
+        return (text or expected) in answer
+    before, found, after = expected.partition(text)
+    if found:
+        answer = answer.removeprefix(before.rstrip()).removesuffix(after.lstrip()).strip()
+    if match == "regex":
+        return re.search(pattern, answer) is not None
+    try:
+        return _same(parse(answer), parse(text))
+    except Refused:
+        return False
+
+
+def check_comparable(samples: Iterable[Sample], match: Match) -> None:
+    """InputError for the first sample whose answer is no JSON, or no regular expression, where `match` needs it."""
+    for sample in samples if match in ("json", "regex") else ():
+        said, what = _said(sample), "JSON" if match == "json" else "regular expression"
+        try:
+            if not said:
+                raise Refused
+            parse(said) if match == "json" else re.compile(said)
+        except (Refused, re.error, OverflowError, RecursionError):
+            answer = f"the answer {shown(said)}" if said else "an answer of tool calls alone"
+            raise InputError(f"{sample.source}: {answer} is no {what}: mend the row, or take another --match") from None
+
+
+def _said(sample: Sample) -> str:
+    return str(sample.answers[0][-1]["content"]).strip()
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two JSON values are one: 1 is 1.0 and not true, keys have no order."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(value, b[key]) for key, value in a.items())
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
 
 
 def _trimmed(text: str) -> str:

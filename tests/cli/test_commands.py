@@ -98,7 +98,7 @@ def test_full_fine_tuning_gives_a_model_that_loads(here: Path, typed: Typed, as_
     assert "quant: none" in config and "rank" not in config
     old, new = (fourbit.load(here / folder)[0].state_dict() for folder in ("m", "full"))
     assert old.keys() == new.keys() and not all(torch.equal(old[name], new[name]) for name in old)
-    assert as_json("eval --model full rows.jsonl --no-exact")["loss"] > 0
+    assert as_json("eval --model full rows.jsonl --match none")["loss"] > 0
     typed("sft full/config.yaml --resume")  # finished already: nothing is left to do, nothing breaks
     said = typed("sft full/config.yaml --resume --no-full", code=2)
     assert "is a run with full True, and is resumed with False; use the same" in said
@@ -138,7 +138,7 @@ def test_eval_gives_both_and_agrees_with_the_library(tuned: Path, here: Path, as
 
 
 def test_eval_prints_a_table(tuned: Path, typed: Typed) -> None:
-    line = f"eval --model m --adapter {tuned} val.jsonl --no-exact"
+    line = f"eval --model m --adapter {tuned} val.jsonl --match none"
     lines = typed(line, out=True).splitlines()
     assert lines[0].split() == ["base", "adapter"] and lines[1].split()[0] == "loss" and len(lines[1].split()) == 3
     said = typed(f"{line} --no-base --quant none")

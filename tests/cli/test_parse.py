@@ -191,7 +191,7 @@ DISTILL = "adapter teacher teacher_adapter teacher_quant divergence jsd_beta tem
         ("sft", {*TRAINING.split(), *MODEL, "loss_on", "full"}),
         ("reward", {*TRAINING.split(), *MODEL, "adapter", "truncation", "head_lr", "center"}),
         ("distill", {*TRAINING.split(), *MODEL, *DISTILL.split(), "loss_on", "full"}),
-        ("eval", MODEL | ROWS | {"adapter", "exact", "base", "max_new_tokens", "batch_size", "answers", "json"}),
+        ("eval", MODEL | ROWS | {"adapter", "match", "base", "max_new_tokens", "batch_size", "answers", "json"}),
         ("generate", MODEL | SAMPLING | {"adapter", "data", "out", "template", "batch_size", "json"}),
         ("chat", MODEL | SAMPLING | {"adapter", "system", "template"}),
         ("data", ROWS | {"model", "rows", "problems", "json"}),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fourbit.data import encode as module
 from fourbit.data.batch import Encoded
-from fourbit.data.encode import encode, encode_prompts
+from fourbit.data.encode import encode, encode_prompts, encode_questions
 from fourbit.data.forms import Sample
 from fourbit.data.row import BadRow
 from fourbit.data.template import BUILTINS, ChatTemplate, template_for
@@ -256,14 +256,14 @@ def test_loss_on_is_checked(tokenizer: Any, chatml: ChatTemplate) -> None:
 
 
 def test_the_prompt_of_the_last_answer(tokenizer: Any, chatml: ChatTemplate) -> None:
-    ids, answer = encode_prompts([row(HI, say("one"), HI, say("two "))], tokenizer, chatml)[0]
+    answered = row(HI, say("one"), HI, say("two ", weight=0))
+    (ids,), answers = encode_questions([answered], tokenizer, chatml)
     assert tokenizer.decode(ids, skip_special=False) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert answer == "two "
-    asked, none = encode_prompts([row(HI, say("one"), HI)], tokenizer, chatml)[0]
-    assert (asked, none) == (ids, "")
+    assert answers == ["two "]
+    assert encode_prompts([answered, row(HI, say("one"), HI)], tokenizer, chatml) == [ids, ids]
 
 
 def test_prompt_and_completion_join_plainly(make_tokenizer: Callable[..., Any]) -> None:

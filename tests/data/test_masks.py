@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fourbit.data.batch import Encoded, Example, pad
-from fourbit.data.encode import encode, encode_prompts
+from fourbit.data.encode import encode, encode_questions
 from fourbit.data.forms import Sample
 from fourbit.data.row import BadRow
 from fourbit.data.template import BUILTINS, ChatTemplate, template_for
@@ -269,8 +269,8 @@ def test_there_is_one_bos_at_most(made: tuple[Format, Any, ChatTemplate]) -> Non
 def test_a_model_answers_after_the_very_tokens_it_was_trained_on(made: tuple[Format, Any, ChatTemplate]) -> None:
     _, tokenizer, template = made
     example = encoded(TALK, tokenizer, template, loss_on="last")
-    prompt, answer = encode_prompts([TALK], tokenizer, template)[0]
-    assert answer == "Because\nso."
+    (prompt,), (answer,) = encode_questions([TALK], tokenizer, template)
+    assert answer.strip() == "Because\nso."
     assert example.ids[: len(prompt)] == prompt
     assert example.trained.index(True) == len(prompt)
 

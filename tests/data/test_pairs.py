@@ -340,7 +340,7 @@ def test_with_a_real_tokenizer_prompt_and_answer_meet_where_the_text_says(write:
     template = template_for(tokenizer)
     straddling = 0
     for pair, kept, both in zip(data.examples, data.samples, answers, strict=True):
-        prompt, _ = encode_prompts([kept], tokenizer, template)[0]
+        (prompt,) = encode_prompts([kept], tokenizer, template)
         for part, answer in zip(pair.parts, both, strict=True):
             ids, offsets = tokenizer.encode_with_offsets(part.text)
             start = part.text.rindex(f"assistant\n{answer}<|im_end|>") + len("assistant\n")

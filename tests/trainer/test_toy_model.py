@@ -197,10 +197,8 @@ def test_it_is_evaluated_and_answers(toy: Any, tokenizer: Tokenizer, tmp_path: P
     assert evaluate_loss(model, examples) == pytest.approx(expected, rel=1e-5)
     prompts = [[1, 2, 3], [1, 2], [1, 2, 3, 4, 5, 6, 7], [9]]
     assert fourbit.generate(model, prompts, max_new_tokens=8) == [slowly(model, prompt, 8) for prompt in prompts]
-    answers = answer_all(
-        model, tokenizer, template_for(tokenizer, None), trainer.train_set.samples[:3], max_new_tokens=4
-    )
-    assert len(answers) == 3
+    samples = trainer.train_set.samples[:3]
+    assert len([*answer_all(model, tokenizer, template_for(tokenizer, None), samples, max_new_tokens=4)]) == 3
 
 
 def slowly(model: Toy, prompt: list[int], steps: int) -> list[int]:
