@@ -8,33 +8,33 @@ a whole, so that training sees the tokens that inference sees; a prompt is never
 
 import hashlib
 import json
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from .batch import Encoded, Example
 from .forms import Kind, Paths, Sample, read_samples
+from .mask import LEFT_OUT, NO_END, Tokens, mask
 from .messages import Messages, trains
 from .protocol import TokenizerLike
 from .row import BadRow, Problem, counted
-from .template import ChatTemplate, Rendered, Talk, TemplateChoice, Turn, Unrenderable, expects_bos, template_for
-from .truncate import UNKNOWN_STOP, Dropped, Truncation, fit
+from .said import spelled, unsaid
+from .template import ChatTemplate, TemplateChoice, expects_bos, template_for
+from .truncate import Dropped, Truncation, fit
+from .turns import Rendered, Talk, Turn, Unrenderable
 
 LossOn = Literal["assistant", "all", "last"]
 OnBadRow = Literal["error", "skip"]
 
 RENDERED_AT_ONCE = 256  # samples
 SHOWN_PROBLEMS = 20
-STRADDLE = "a token crosses the start of an answer; it is trained only if it starts inside"
-INSERTED = "the template puts text before the answer that the generation prompt lacks; it is trained with the answer"
-NO_END = "the template marks no end of turn; the end-of-text token was added after the last answer"
-NEVER_ENDS = "an answer is followed by no end-of-turn token: the model is not taught to stop there"
+SPECIAL = "a special token, which steers a model and is never read: spell it another way; a `text` row may hold it"
+LOST = "stands nowhere in what the template writes for it: the template cannot say it; name one that can (--template)"
+SPECIAL_IN_TEXT = "is plain text that holds special tokens: they are encoded as such"
 WHOLE = "is plain text, which has no last answer: all of it is trained"
-SPECIAL_IN_TEXT = "a message's own text holds a special token (it is encoded as that token)"
 
 
 @dataclass
@@ -210,9 +210,10 @@ def encode(
 
     `loss_on`: "assistant" trains every assistant turn whose weight is not 0, "last" only the one that ends the
     conversation, "all" every token but the first, whatever the weights. Plain text has no turns and is trained whole. A
-    sample without an answer becomes its prompt, of which nothing is trained. A row is bad when the template refuses it
-    or is not prefix-stable on it, when the tokenizer refuses the text, when it begins with two BOS tokens, and when
-    nothing would be trained.
+    sample without an answer becomes its prompt, of which nothing is trained. Where the template changes earlier answers
+    once another turn follows, these are not trained, with a note. A row is bad when the template refuses it, leaves out
+    something that it says (see `said`) or is not prefix-stable on its last answer, when a message spells a special
+    token, when the tokenizer refuses the text, when it begins with two BOS tokens, and when nothing would be trained.
     """
     if loss_on not in ("assistant", "all", "last"):
         raise ValueError(f'loss_on must be "assistant", "all" or "last", not {loss_on!r}')
@@ -227,7 +228,9 @@ def encode(
                     yield (_plain(sample, sample.text, tokenizer, loss_on),)
                 else:
                     spoken = zip(sample.names, group, texts, strict=True)
-                    yield tuple(_encode(_conversation(sample, *said, loss_on), tokenizer, loss_on) for said in spoken)
+                    yield tuple(
+                        _encode(_conversation(sample, *said, tokenizer, loss_on), tokenizer, loss_on) for said in spoken
+                    )
             except BadRow as bad:
                 yield bad
 
@@ -237,7 +240,7 @@ def encode_prompts(samples: Sequence[Sample], tokenizer: TokenizerLike, template
 
     Raises BadRow for the first sample that the template refuses, or that is plain text.
     """
-    return [tokenizer.encode(prompt) for prompt in _prompts(samples, template)]
+    return [tokenizer.encode(prompt) for prompt in _prompts(samples, tokenizer, template)]
 
 
 def encode_questions(
@@ -245,16 +248,18 @@ def encode_questions(
 ) -> tuple[list[list[int]], list[str]]:
     """Of samples that end with an answer the tokens a model is given so that it answers, and the answer as the template
     writes it, calls and special tokens included, up to the token that ends it. Raises BadRow as `encode` gives it."""
-    prompts, answers = _prompts(samples, template), list[str]()
+    prompts, answers = _prompts(samples, tokenizer, template), list[str]()
     weighed = [replace(sample, answers=(_last_weighed(sample.answers[0]),)) for sample in samples]
     for prompt, parts in zip(prompts, encode(weighed, tokenizer, template, loss_on="last"), strict=True):
         if isinstance(parts, BadRow):
             raise parts
         text, trained = parts[0].text, parts[0].trained
         ids, offsets = tokenizer.encode_with_offsets(text)
-        last = max(compress(range(len(ids)), trained), default=-1)  # -1: all that is trained is the end of the text
+        learned = list(compress(range(len(ids)), trained))
+        first, last = (learned[0], learned[-1]) if learned else (-1, -1)  # -1: only the end of the text is trained
         ends = last >= 0 and ids[last] in tokenizer.stop_ids
-        answers.append(text[len(prompt) : offsets[last][0 if ends else 1]])
+        begin = min(len(prompt), offsets[first][0])  # the earlier one where the text lacks what ends the prompt
+        answers.append(text[begin : offsets[last][0 if ends else 1]])
     return [tokenizer.encode(prompt) for prompt in prompts], answers
 
 
@@ -263,7 +268,7 @@ def _last_weighed(answer: Messages) -> Messages:
     return [*answer[:-1], {key: value for key, value in answer[-1].items() if key != "weight"}]
 
 
-def _prompts(samples: Sequence[Sample], template: ChatTemplate) -> list[str]:
+def _prompts(samples: Sequence[Sample], tokenizer: TokenizerLike, template: ChatTemplate) -> list[str]:
     """The text of each sample up to where its last answer begins, or the next one would."""
     talks = []
     for sample in samples:
@@ -273,7 +278,7 @@ def _prompts(samples: Sequence[Sample], template: ChatTemplate) -> list[str]:
         messages = messages[: len(messages) - (messages[-1]["role"] == "assistant")]
         talks.append(Talk(messages, sample.tools, prompt=True, variables=sample.variables))
     asked = zip(samples, talks, template.render_all(talks), strict=True)
-    return [_conversation(sample, "", talk, text, "last").text for sample, talk, text in asked]
+    return [_conversation(sample, "", talk, text, tokenizer, "last").text for sample, talk, text in asked]
 
 
 @dataclass(frozen=True)
@@ -285,6 +290,7 @@ class _Conversation:
     messages: Messages
     text: str
     turns: dict[int, Turn]
+    changed: bool = False  # a turn that is to be trained has no place, as the template changes it later
 
     def bad(self, field: str, reason: str, kind: str = "template") -> BadRow:
         """The error for a rule that this conversation breaks."""
@@ -305,28 +311,31 @@ def _talks(sample: Sample, loss_on: LossOn) -> list[Talk]:
 
 
 def _conversation(
-    sample: Sample, name: str, talk: Talk, rendered: Rendered | Unrenderable, loss_on: LossOn
+    sample: Sample, name: str, talk: Talk, rendered: Rendered | Unrenderable, tokenizer: TokenizerLike, loss_on: LossOn
 ) -> _Conversation:
-    """Raises BadRow where the template refused, or a place that is needed cannot be told."""
+    """Raises BadRow where the template refused or left something out, a special token is spelled, or the place of the
+    last answer cannot be told."""
     made = _Conversation(sample, name, talk.messages, "", {})
     if isinstance(rendered, Unrenderable):
         raise made.bad("messages", str(rendered))
-    for turn in rendered.turns.values():
-        if isinstance(turn, Unrenderable) and loss_on != "all":
-            raise made.bad("messages", str(turn))
+    if special := spelled(talk, tokenizer.special_tokens):
+        field, token = special
+        raise made.bad(field, f"spells {shown(token)}, {SPECIAL}", "special token")
     turns = {i: turn for i, turn in rendered.turns.items() if isinstance(turn, Turn)}
-    return replace(made, text=rendered.text, turns=turns)
-
-
-class _Tokens(NamedTuple):
-    text: str
-    ids: list[int]
-    offsets: list[tuple[int, int]]  # characters of `text`
+    made = replace(made, text=rendered.text, turns=turns, changed=len(turns) < len(rendered.turns))
+    if made.changed and loss_on != "all":
+        last = rendered.turns[max(rendered.turns)]
+        if isinstance(last, Unrenderable):
+            raise made.bad("messages", str(last))
+    if lost := unsaid(talk, rendered.text, turns):
+        field, text = lost
+        raise made.bad(field, f"{shown(text)} {LOST}")
+    return made
 
 
 def _encode(talk: _Conversation, tokenizer: TokenizerLike, loss_on: LossOn) -> Encoded:
     """Tokens and mask of one conversation. Raises BadRow."""
-    text, notes = talk.text, {INSERTED for turn in talk.turns.values() if turn.inserted}
+    text, notes = talk.text, {LEFT_OUT} if talk.changed and loss_on != "all" else set()
     end = talk.turns[last].content_end if (last := len(talk.messages) - 1) in talk.turns else None
     if tokenizer.eos_id is not None and end is not None and not talk.text[end : talk.turns[last].region].strip():
         text = text[:end]  # the template leaves the last answer unended
@@ -336,8 +345,11 @@ def _encode(talk: _Conversation, tokenizer: TokenizerLike, loss_on: LossOn) -> E
     if not talk.sample.answers:
         return Encoded(ids, [False] * len(ids), text, talk.sample.source)
     if loss_on != "all":
-        for turn in talk.turns.values():
-            notes |= _mark(talk, turn, tokens, tokenizer.stop_ids, trained)
+        try:
+            trained, more = mask(tokens, talk.turns, tokenizer.stop_ids)
+        except Unrenderable as error:
+            raise talk.bad("messages", str(error)) from None
+        notes |= more
     if NO_END in notes:
         ids, trained = [*ids, int(tokenizer.eos_id or 0)], [*trained, True]
     return _checked(talk, Encoded(ids, trained, text, talk.sample.source, tuple(sorted(notes))), tokenizer)
@@ -347,62 +359,27 @@ def _plain(sample: Sample, text: str, tokenizer: TokenizerLike, loss_on: LossOn)
     """Plain text between the marks with which texts of this model begin and end, all trained but the first token."""
     talk = _Conversation(sample, "", [{"role": "assistant", "content": text}], text, {})
     begin, end = (tokenizer.bos_token or "") if expects_bos(tokenizer) else "", tokenizer.eos_token or ""
-    tokens = _tokens(talk, tokenizer, f"{begin}{text.removeprefix(begin).removesuffix(end)}{end}")
+    inside = text.removeprefix(begin).removesuffix(end)
+    tokens = _tokens(talk, tokenizer, f"{begin}{inside}{end}")
     trained = [i > 0 for i in range(len(tokens.ids))]
-    notes = (WHOLE,) if loss_on == "last" else ()
+    special = spelled(Talk([{"content": inside}]), tokenizer.special_tokens)
+    notes = tuple(note for note, so in ((WHOLE, loss_on == "last"), (SPECIAL_IN_TEXT, special)) if so)
     return _checked(talk, Encoded(tokens.ids, trained, tokens.text, sample.source, notes), tokenizer)
 
 
-def _tokens(talk: _Conversation, tokenizer: TokenizerLike, text: str) -> _Tokens:
+def _tokens(talk: _Conversation, tokenizer: TokenizerLike, text: str) -> Tokens:
     try:
-        return _Tokens(text, *tokenizer.encode_with_offsets(text))
+        return Tokens(text, *tokenizer.encode_with_offsets(text))
     except InputError as error:
         raise talk.bad("messages", str(error), "text") from None
 
 
-def _mark(talk: _Conversation, turn: Turn, tokens: _Tokens, stops: Sequence[int], trained: list[bool]) -> set[str]:
-    """Set `trained` for the tokens that start inside one answer, its end-of-turn token included; returns notes."""
-    first = bisect_left(tokens.offsets, turn.start, key=lambda span: span[0])
-    end, notes = _turn_end(talk, turn, tokens, first, stops)
-    for k in range(first, len(tokens.ids)):
-        if tokens.offsets[k][0] >= end:
-            break
-        trained[k] = True
-    if first > 0 and tokens.offsets[first - 1][1] > turn.start:
-        notes.add(STRADDLE)
-    return notes
-
-
-def _turn_end(
-    talk: _Conversation, turn: Turn, tokens: _Tokens, first: int, stops: Sequence[int]
-) -> tuple[int, set[str]]:
-    """The character after the end-of-turn token of an answer, or where its text ends if it has none."""
-    content_end = turn.start if turn.content_end is None else turn.content_end
-    for token, (start, end) in zip(tokens.ids[first:], tokens.offsets[first:], strict=True):
-        if end > turn.region:
-            break
-        if start >= content_end and token in stops:
-            return end, set()
-    if not turn.whole:
-        reason = "the template changes what follows an answer and ends it with no stop token"
-        raise talk.bad("messages", reason)
-    if len(tokens.text) <= content_end:  # cut there; an end-of-text token follows
-        return len(tokens.text), set()
-    answer = tokens.text[turn.start : turn.region].rstrip()
-    marked = turn.content_end is None or turn.start + len(answer) > turn.content_end
-    return turn.start + len(answer), {UNKNOWN_STOP if marked else NEVER_ENDS}
-
-
 def _checked(talk: _Conversation, example: Encoded, tokenizer: TokenizerLike) -> Encoded:
-    """The example, with a note if its own texts hold a special token. Raises BadRow."""
+    """The example. Raises BadRow where it begins with two BOS tokens, or nothing of it is trained."""
     bos = tokenizer.bos_id
     if bos is not None and example.ids[:2] == [bos, bos]:
         reason = f"begins with two BOS tokens ({tokenizer.bos_token!r}): the template writes one, so the row must not"
         raise talk.bad("text", reason)
     if not any(example.trained[1:]):
         raise talk.bad("messages", "nothing to train: no token of an answer is left", "nothing to train")
-    special = {tokenizer.decode([token], skip_special=False) for token in tokenizer.stop_ids}
-    special |= {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
-    if any(token in str(message["content"]) for message in talk.messages for token in special if token):
-        return replace(example, notes=tuple(sorted({*example.notes, SPECIAL_IN_TEXT})))
     return example

@@ -18,12 +18,12 @@ from datetime import date as Date
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import EnvironmentProblem, InputError
-from .messages import Messages
 from .protocol import TokenizerLike
-from .row import excerpt
+from .said import REASONING
+from .turns import Rendered, Talk, Turn, Unrenderable, place, too_many, with_thoughts
 
 MAX_SOURCE_BYTES = 64 * 1024
 RENDER_SECONDS = 2.0  # processor time of one conversation, beyond what is free
@@ -35,8 +35,6 @@ MAX_STRIKES = 2  # more, and a template is given up: it has then taken three con
 TOOK = f"it takes more than {RENDER_SECONDS:g} seconds or {CHILD_MEMORY // 2**20} MiB"
 CHILD_NAME = "the child process that renders chat templates"
 CHILD_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TZ")  # what an interpreter may need, and a clock
-
-REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of an assistant turn; the first is the standard one
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -56,40 +54,6 @@ PLAIN = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 BUILTINS = {"chatml": CHATML, "llama3": LLAMA3, "zephyr": ZEPHYR, "plain": PLAIN}
-
-
-class Unrenderable(InputError):
-    """A template that works, but not on these messages."""
-
-
-class Talk(NamedTuple):
-    """Messages to render: with `prompt` up to where the assistant speaks next. `turns`: whose place is wanted."""
-
-    messages: Messages
-    tools: Messages | None = None
-    turns: Sequence[int] = ()
-    prompt: bool = False
-    variables: dict[str, Any] | None = None  # of the row's own, as `chat_template_kwargs` of transformers
-
-
-class Turn(NamedTuple):
-    """Where a message of the assistant stands in the rendered text: characters [start, region)."""
-
-    start: int
-    content_end: int | None  # None where the template rewrites the content
-    region: int
-    whole: bool  # rendering up to this turn is a prefix of the whole text
-    inserted: bool  # the template puts text before the content that the generation prompt lacks
-
-
-Told = tuple[int, str]  # a text: how many characters it shares with the start of the whole, what follows these
-
-
-class Rendered(NamedTuple):
-    """A text, and the places of the wanted turns, or why one cannot be told."""
-
-    text: str
-    turns: dict[int, Turn | Unrenderable]
 
 
 class ChatTemplate:
@@ -145,7 +109,7 @@ class ChatTemplate:
         return found
 
     def _job(self, talk: Talk) -> str:
-        job = {"messages": list(map(_shown, talk.messages)), "tools": talk.tools, "cuts": _cuts(talk)}
+        job = {"messages": list(map(_shown, talk.messages)), "tools": talk.tools, "cuts": talk.cuts}
         return json.dumps(job | {"variables": talk.variables or {}})
 
     def _read(self, talk: Talk, answer: dict[str, Any]) -> Rendered | Unrenderable:
@@ -153,12 +117,17 @@ class ChatTemplate:
         (whole, *rest), turns = answer.get("texts") or [{"refused": answer["much"]}], dict[int, Turn | Unrenderable]()
         if not isinstance(whole, str):
             return self._refused(whole)
-        told = dict(zip(_cuts(talk)[1:], rest, strict=True))
+        told = dict(zip(talk.cuts[1:], rest, strict=True))
+        if not told:
+            return Rendered(whole, dict.fromkeys(talk.turns, too_many(talk)))
         for i in talk.turns:
             prompt, upto = told[i, True], told.get((i + 1, False), [len(whole), ""])
             refused = next((one for one in (prompt, upto) if isinstance(one, dict)), None)
-            content = str(talk.messages[i]["content"]).strip()
-            turns[i] = self._refused(refused) if refused else _place(i, content, whole, prompt, upto)
+            turns[i] = self._refused(refused) if refused else place(talk, i, whole, prompt, upto)
+        last = len(talk.messages) - 1
+        prompt = told.get((last, True))
+        if isinstance(prompt, list) and (made := with_thoughts(talk, whole, prompt)):
+            whole, turns[last] = made
         return Rendered(whole, turns)
 
     def _refused(self, told: dict[str, str]) -> Unrenderable:
@@ -179,28 +148,6 @@ def _some(jobs: Sequence[str], first: int) -> Sequence[str]:
         size += len(jobs[end])
         end += 1
     return jobs[first:end]
-
-
-def _cuts(talk: Talk) -> list[tuple[int, bool]]:
-    """The beginnings of a conversation (messages, with generation prompt?) that tell the places of its wanted turns."""
-    size = len(talk.messages)
-    after = [(i + 1, False) for i in talk.turns if i + 1 < size]
-    return [(size, talk.prompt), *((i, True) for i in talk.turns), *after]
-
-
-def _place(i: int, content: str, whole: str, prompt: Told, upto: Told) -> Turn | Unrenderable:
-    """Where turn `i` stands in the whole text; Unrenderable when the template does not let that be told."""
-    (start, lacking), (region, changed) = prompt, upto
-    found = whole.find(content, start, region) if region >= start else -1
-    if lacking or (changed and found < 0):
-        at, part = (start, lacking) if lacking else (region, changed)
-        return Unrenderable(
-            f"the template is not prefix-stable at message {i}: rendered alone, the conversation so far goes on with"
-            f" {excerpt(part)} where the whole has {excerpt(whole[at:])} (character {at}), so the place of the answer"
-            " cannot be told; try loss_on last, or another template"
-        )
-    inserted = found >= 0 and bool(whole[start:found].strip())
-    return Turn(start, None if found < 0 else found + len(content), region, not changed, inserted)
 
 
 TemplateChoice = str | os.PathLike[str] | ChatTemplate | None

@@ -121,12 +121,11 @@ def test_a_tail_that_is_not_trained_is_cut_and_counted(write: Callable[..., Path
 
 
 def test_notices_are_counted(write: Callable[..., Path], tokenizer: Any) -> None:
-    path = write([*rows(2), chat("Question 0?", "Answer 0."), chat("<|im_end|>", "a")])
+    path = write([*rows(2), chat("Question 0?", "Answer 0."), chat("b", "a")])
     notices = load(path, tokenizer).report.notices
     assert "using chatml" in notices[0]
     assert notices[1:] == [
         "1 of 4 rows repeat an earlier row",
-        "1 of 4 rows: a message's own text holds a special token (it is encoded as that token)",
     ]
     dated = ChatTemplate(BUILTINS["chatml"] + "{% if false %}{{ strftime_now('%d') }}{% endif %}")
     assert load(write(rows(1), "b.jsonl"), tokenizer, template=dated).report.notices == [
@@ -247,14 +246,13 @@ def test_plain_text_is_trained_whole_between_the_models_marks(
 ) -> None:
     tokenizer = make_tokenizer(("<s>", "</s>"), "<s>", "</s>")
     path = write([{"text": "the quick fox"}, {"text": "<s>the quick fox</s>"}])
+    assert SPECIAL_IN_TEXT in str(load(write([{"text": "a</s>b"}], "s.jsonl"), tokenizer).report.notices)
     data = load(path, tokenizer, loss_on=loss_on, template=ChatTemplate("{% broken"))
     for example in parts(data):
         assert tokenizer.decode(example.ids, skip_special=False) == "<s>the quick fox</s>"
         assert example.trained == [False] + [True] * (len(example.ids) - 1)
     whole = [f"2 of 2 rows: {WHOLE}"] if loss_on == "last" else []
-    assert data.report.notices == [f"1 of 2 rows: {SPECIAL_IN_TEXT}", *whole], (
-        "no template is used, so none is spoken of"
-    )
+    assert data.report.notices == whole, "no template is used, so none is spoken of"
     bare = load(write([{"text": "fox"}], "b.jsonl"), make_tokenizer((), None, None))
     assert parts(bare)[0].text == "fox" and bare.report.notices == []
 

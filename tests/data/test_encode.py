@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourbit.data import encode as module
+from fourbit.data import mask as module
 from fourbit.data.batch import Encoded
 from fourbit.data.encode import encode, encode_prompts, encode_questions
 from fourbit.data.forms import Sample
 from fourbit.data.row import BadRow
 from fourbit.data.template import BUILTINS, ChatTemplate, template_for
+from fourbit.data.truncate import UNKNOWN_STOP
 from fourbit.errors import InputError
 
 
@@ -50,24 +51,59 @@ def bad(conv: Sample, tokenizer: Any, template: ChatTemplate, **options: Any) ->
     return str(caught.value)
 
 
-def test_a_template_that_rewrites_the_past_is_refused_with_the_place(tokenizer: Any) -> None:
+THINKS = ChatTemplate(
+    "{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }}<|im_end|>{% elif loop.last %}"
+    "A:{{ m.content }}<|im_end|>{% else %}A:{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A:{% endif %}"
+)
+
+
+def test_an_answer_that_the_template_changes_later_is_left_out_and_said(tokenizer: Any) -> None:
     """As reasoning models' templates do: an earlier answer loses its thoughts once another follows."""
-    template = ChatTemplate(
-        "{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }}<|im_end|>{% elif loop.last %}"
-        "A:{{ m.content }}<|im_end|>{% else %}A:{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}A:{% endif %}"
-    )
-    conv = row(HI, say("<think>x</think>one"), HI, say("two"))
-    assert bad(conv, tokenizer, template) == (
+    conv = row(HI, say("<think>x</think>one"), HI, say("<think>y</think>two"))
+    example = encoded(conv, tokenizer, THINKS)
+    assert trained_text(example, tokenizer) == "<think>y</think>two<|im_end|>"
+    assert example.notes == (module.LEFT_OUT,) and "<think>x" not in example.text
+    last = encoded(conv, tokenizer, THINKS, loss_on="last")
+    assert last.trained == example.trained and last.notes == ()
+    stays = encoded(row(HI, say("one"), HI, say("two")), tokenizer, THINKS)
+    assert trained_text(stays, tokenizer) == "one<|im_end|>two<|im_end|>" and stays.notes == ()
+
+
+def test_a_last_answer_that_the_template_changes_is_refused_with_the_place_and_the_advice_helps(tokenizer: Any) -> None:
+    conv = row(HI, say("<think>x</think>one"), HI, say("two", weight=0))
+    says = bad(conv, tokenizer, THINKS)
+    assert says == (
         "rows.jsonl:3: messages: the template is not prefix-stable at message 1: rendered alone, the conversation so"
         " far goes on with '<think>x</think>one<|im_end|>' where the whole has"
-        " 'one<|im_end|>U:Hi<|im_end|>A:two<|im_end|>'"
-        " (character 16), so the place of the answer cannot be told; try loss_on last, or another template"
+        " 'one<|im_end|>U:Hi<|im_end|>A:two<|im_end|>' (character 16), so the place of the answer cannot be told; name"
+        " another template (--template)"
     )
-    last = encoded(conv, tokenizer, template, loss_on="last")
-    assert trained_text(last, tokenizer) == "two<|im_end|>"
-    only = row(HI, say("<think>x</think>one", weight=0), HI, say("two"))
-    assert trained_text(encoded(only, tokenizer, template), tokenizer) == "two<|im_end|>"
+    assert trained_text(encoded(conv, tokenizer, template_for(tokenizer, "chatml")), tokenizer) == (
+        "<think>x</think>one<|im_end|>"
+    )
+
+
+R1 = ChatTemplate(
+    "{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }}{% else %}"
+    "A:{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A:<think>\n{% endif %}"
+)
+
+
+def test_an_answers_thoughts_follow_a_prompt_that_begins_them(tokenizer: Any) -> None:
+    """As DeepSeek's distilled models: the template leaves out all thoughts, and the prompt ends in their mark."""
+    conv = row(HI, say("<think>\nx\n</think>\n\none"), HI, say("<think>\ny\n</think>\n\ntwo"))
+    example = encoded(conv, tokenizer, R1)
+    assert example.text == "U:HiA:\n\none<|im_end|>U:HiA:<think>\ny\n</think>\n\ntwo<|im_end|>"
+    assert trained_text(example, tokenizer) == "y\n</think>\n\ntwo<|im_end|>"
+    assert example.notes == (module.LEFT_OUT,)
+    (prompt,), answers = encode_questions([conv], tokenizer, R1)
+    assert example.ids[: len(prompt)] == prompt and answers == ["y\n</think>\n\ntwo"]
+    without = encoded(row(HI, say("one"), HI, say("two")), tokenizer, R1)
+    assert trained_text(without, tokenizer) == "two<|im_end|>"
+    assert without.notes == (module.LACKS, module.LEFT_OUT)
+    assert encode_questions([row(HI, say("one"))], tokenizer, R1)[1] == ["one"]
 
 
 def test_a_system_text_that_moves_to_the_last_user_turn_is_refused(tokenizer: Any) -> None:
@@ -81,23 +117,35 @@ def test_a_system_text_that_moves_to_the_last_user_turn_is_refused(tokenizer: An
     assert "is not prefix-stable at message 2" in bad(conv, tokenizer, template)
 
 
-def test_a_generation_prompt_that_the_whole_lacks_is_refused(tokenizer: Any) -> None:
+def test_a_generation_prompt_that_the_whole_lacks_is_said(tokenizer: Any) -> None:
     template = ChatTemplate(BUILTINS["chatml"].replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"))
-    says = bad(row(HI, say("one")), tokenizer, template)
-    assert "goes on with '<think>\\n' where the whole has 'one<|im_end|>\\n'" in says
+    example = encoded(row(HI, say("one")), tokenizer, template)
+    assert trained_text(example, tokenizer) == "one<|im_end|>" and example.notes == (module.LACKS,)
+    inserts = "{% for m in messages %}{{ '!' if m.role == 'assistant' }}{{ m.content }}|{% endfor %}"
+    asks = ChatTemplate(inserts + "{% if add_generation_prompt %}?{% endif %}")
+    assert "goes on with '?' where the whole has '!one|'" in bad(row(HI, say("one")), tokenizer, asks)
 
 
-def test_a_turn_that_changes_without_a_stop_token_is_refused(tokenizer: Any) -> None:
-    template = ChatTemplate("{% for m in messages %}{{ m.content }}{{ '~' if loop.last else '-' }}{% endfor %}")
-    conv = row(HI, say("one"), HI, say("two"))
-    assert "not prefix-stable at message 1" in bad(conv, tokenizer, template)
+def test_only_the_last_of_answers_that_change_and_have_no_stop_token_is_trained(tokenizer: Any) -> None:
+    """As where the end-of-text token stands at the end of the text alone."""
     template = ChatTemplate(
         "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ '~' if loop.last else '-' }}{% endif %}"
         "{% endfor %}"
     )
+    example = encoded(row(HI, say("one"), HI, say(" two")), tokenizer, template)
+    assert trained_text(example, tokenizer) == " two~"
+    assert example.notes == (module.LEFT_OUT, UNKNOWN_STOP)
+    ended = ChatTemplate("{% for m in messages %}{{ m.content }}\n{% endfor %}<|im_end|>")
+    example = encoded(row(HI, say("one"), HI, say("two")), tokenizer, ended)
+    assert trained_text(example, tokenizer) == "two\n<|im_end|>" and module.LEFT_OUT in example.notes
+    conv = row(HI, say(" one"), HI, say("two", weight=0))
     assert bad(conv, tokenizer, template) == (
-        "rows.jsonl:3: messages: the template changes what follows an answer and ends it with no stop token"
+        "rows.jsonl:3: messages: the template changes what follows an answer and ends it with no stop token, so its end"
+        " cannot be told; name another template (--template)"
     )
+    assert trained_text(encoded(conv, tokenizer, template_for(tokenizer, "plain")), tokenizer) == " one<|im_end|>"
+    every = ChatTemplate("{% for m in messages %}{{ m.content }}{{ '~' if loop.last else '-' }}{% endfor %}")
+    assert "not prefix-stable at message 3" in bad(row(HI, say("one"), HI, say("two")), tokenizer, every)
 
 
 def test_a_template_that_refuses_the_row_is_quoted(tokenizer: Any) -> None:
@@ -116,7 +164,7 @@ def test_a_broken_template_is_no_rows_fault(tokenizer: Any) -> None:
 def test_two_bos_tokens_are_refused(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer(("<s>", "</s>"), "<s>", "</s>")
     template = ChatTemplate("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}", {"bos_token": "<s>"})
-    conv = row({"role": "user", "content": "<s>Hi"}, say("x</s>"))
+    conv = Sample([], (), "rows.jsonl", 3, text="<s><s>Hi")
     assert bad(conv, tokenizer, template) == (
         "rows.jsonl:3: text: begins with two BOS tokens ('<s>'): the template writes one, so the row must not"
     )
@@ -124,11 +172,12 @@ def test_two_bos_tokens_are_refused(make_tokenizer: Callable[..., Any]) -> None:
     assert once.ids.count(tokenizer.bos_id) == 1
 
 
-def test_nothing_to_train_is_refused(tokenizer: Any) -> None:
+def test_an_answer_that_the_template_drops_is_refused(tokenizer: Any) -> None:
     """The template drops the answer altogether."""
     template = ChatTemplate("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
     assert bad(row(HI, say("one")), tokenizer, template) == (
-        "rows.jsonl:3: messages: nothing to train: no token of an answer is left"
+        "rows.jsonl:3: messages[1].content: 'one' stands nowhere in what the template writes for it: the template"
+        " cannot say it; name one that can (--template)"
     )
 
 
@@ -193,7 +242,7 @@ def test_a_marker_that_is_no_stop_token_is_trained_whole_and_said(make_tokenizer
     tokenizer = make_tokenizer(("<e>",), None, "<e>")
     example = encoded(row(HI, say("Hello.")), tokenizer, ChatTemplate(BUILTINS["chatml"]))
     assert trained_text(example, tokenizer) == "Hello.<|im_end|>"
-    assert example.notes == (module.UNKNOWN_STOP,)
+    assert example.notes == (UNKNOWN_STOP,)
 
 
 def test_text_put_before_the_answer_is_said(tokenizer: Any) -> None:
@@ -204,17 +253,6 @@ def test_text_put_before_the_answer_is_said(tokenizer: Any) -> None:
     example = encoded(row(HI, say("Hello.")), tokenizer, ChatTemplate(source))
     assert trained_text(example, tokenizer) == "<think></think>Hello.<|im_end|>"
     assert example.notes == (module.INSERTED,)
-
-
-@pytest.mark.parametrize("text", ["<|im_end|> said he", "a <|im_end|>"])
-@pytest.mark.parametrize("role", ["user", "assistant"])
-def test_special_tokens_in_the_text_are_said(text: str, role: str, tokenizer: Any, chatml: ChatTemplate) -> None:
-    messages = [HI, say("Fine.")] if role == "user" else [HI, say(text)]
-    if role == "user":
-        messages[0] = {"role": "user", "content": text}
-    example = encoded(row(*messages), tokenizer, chatml)
-    assert example.notes == (module.SPECIAL_IN_TEXT,)
-    assert trained_text(example, tokenizer) == f"{messages[1]['content']}<|im_end|>"
 
 
 def test_a_token_across_the_start_of_an_answer_is_context_and_said(make_tokenizer: Callable[..., Any]) -> None:

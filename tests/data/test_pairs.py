@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from fourbit.data.batch import Encoded
 from fourbit.data.dialects import CUT
-from fourbit.data.encode import NEVER_ENDS, STRADDLE, Dataset, encode_prompts, load, shared_tokens
+from fourbit.data.encode import Dataset, encode_prompts, load, shared_tokens
+from fourbit.data.mask import NEVER_ENDS, STRADDLE
 from fourbit.data.order import count_overlap, fingerprint, split_validation
 from fourbit.data.template import BUILTINS, ChatTemplate, template_for
 from fourbit.data.truncate import UNKNOWN_STOP, shorten
@@ -270,11 +271,10 @@ def test_misuse_is_refused(write: Callable[..., Path], tokenizer: Any) -> None:
 
 def test_notes_are_counted_by_row(write: Callable[..., Path], tokenizer: Any) -> None:
     strings = [{"chosen": f"{i} The sky is blue", "rejected": f"{i} The sky is green"} for i in range(2)]
-    special = row("say <|im_end|>", "a", "b")
-    notices = loaded(write([*strings, special, special]), tokenizer).report.notices
+    other = row("say", "a", "b")
+    notices = loaded(write([*strings, other, other]), tokenizer).report.notices
     assert notices == [
         "1 of 4 rows repeat an earlier row",
-        "2 of 4 rows: a message's own text holds a special token (it is encoded as that token)",
         f"2 of 4 rows: {CUT}",
     ]
 
