@@ -126,7 +126,7 @@ class ChatTemplate:
             turns[i] = self._refused(refused) if refused else place(talk, i, whole, prompt, upto)
         last = len(talk.messages) - 1
         prompt = told.get((last, True))
-        if isinstance(prompt, list) and (made := with_thoughts(talk, whole, prompt)):
+        if isinstance(prompt, list) and (made := with_thoughts(talk, whole, *prompt)):
             whole, turns[last] = made
         return Rendered(whole, turns)
 

@@ -89,10 +89,10 @@ def place(talk: Talk, i: int, whole: str, prompt: Told, upto: Told) -> Turn | Un
     return Turn(start, None if found < 0 else found + len(content), region, not changed, inserted, bool(lacking))
 
 
-def with_thoughts(talk: Talk, whole: str, prompt: Told) -> tuple[str, Turn] | None:
+def with_thoughts(talk: Talk, whole: str, start: int, lacking: str) -> tuple[str, Turn] | None:
     """The text with the last answer's thoughts, where the generation prompt begins them and the template leaves them
     out: prompt, answer and end, as a model is to write it. None where that is not so."""
-    (start, lacking), content = prompt, _content(talk, len(talk.messages) - 1)
+    content = _content(talk, len(talk.messages) - 1)
     begun, said = lacking.strip(), THOUGHT.split(content)[-1].strip()
     at = whole.find(said, start)
     if not begun or not said or not content.startswith(begun) or at < 0 or whole[start:at].strip():
