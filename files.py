@@ -1,4 +1,4 @@
-"""The one place that writes a file, or trusts one: whole-or-not-at-all writes, bounded reads, one run a folder.
+"""The one place that writes a file, or trusts one: whole-or-not-at-all writes, bounded reads.
 
 Written: a file appears whole or not at all, and a name is on the disk only after its bytes are. Everything is plain
 `os` calls, each of which may fail or be the process's last, so tests can trip every one of them. An fsync is a promise
@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import secrets
 import shutil
@@ -27,11 +26,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import DiskError, EnvironmentProblem, InputError, NumericError
+from .errors import DiskError, InputError, NumericError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-LOCK = "run.lock"
-_TEMPORARY = re.compile(r"\.tmp-[0-9a-z]+-[0-9a-f]{8}")  # what a killed run may leave behind
+UNABLE = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what a file system says to a call it lacks
+UNABLE_ON_FOLDERS = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF)
+_TEMPORARY = re.compile(r"\.fourbit-[0-9a-z]+-[0-9a-f]{16}")  # what a killed run may leave behind
 
 
 def regular_file(folder: Path, name: str, instead: str = "") -> Path:
@@ -122,8 +122,14 @@ def misfits(wanted: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[in
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """`write` beside `file`, flush to the disk, rename: a reader sees the old file or the whole new one."""
+    """`write` beside `file`, flush to the disk, rename: a reader sees the old file or the whole new one.
+    InputError where the name is that of a link (whose aim would stay as it was), a pipe, a device or a folder."""
+    if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
+        raise InputError(
+            f"{file} is a link, a pipe, a device or a folder, and a file is to be written there: remove it"
+        )
     part = file.with_name(temporary_name("part"))
+    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))  # nobody else's
     try:
         write(part)
         sync(part)
@@ -167,27 +173,37 @@ def size_and_sha256(file: Path) -> tuple[int, str]:
         return os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sync(path: Path) -> None:
-    """Force a file's bytes, or a folder's list of names, to the disk (a rename is only safe after this)."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def sync(path: Path) -> bool:
+    """Force a file's bytes, or a folder's list of names, to the disk (a rename is only safe after this).
+    False where the file system cannot: some network ones do not know how, or open no folder."""
+    descriptor = None
     try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder, and say so this way
+        if error.errno not in (*UNABLE, *(UNABLE_ON_FOLDERS if path.is_dir() else ())):
             raise
+        return False
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
+    return True
 
 
 def temporary_name(label: str) -> str:
-    """A fresh name that `remove_stale` knows again."""
-    return f".tmp-{label}-{secrets.token_hex(4)}"
+    """A fresh name that `is_temporary` knows again."""
+    return f".fourbit-{label}-{secrets.token_hex(8)}"
+
+
+def is_temporary(name: str) -> bool:
+    """Whether `temporary_name` made this name."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove what was left half-written in `folder`, which no other run may use (`lock_folder`)."""
+    """Remove what was left half-written in `folder`, which no other run may use (`outputs.lock_folder`)."""
     for entry in sorted(folder.iterdir()):
-        if _TEMPORARY.fullmatch(entry.name):
+        if is_temporary(entry.name):
             with contextlib.suppress(OSError):  # a leftover costs space, not correctness
                 remove_flat(entry)
 
@@ -216,38 +232,3 @@ def disk_errors(what: str, folder: Path, needed: int) -> Iterator[None]:
             f"bytes there and {free} are free. What was complete is untouched; free some space or make the folder "
             "writable, then try again (a run: with --resume)."
         ) from error
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path | str) -> Iterator[None]:
-    """Hold `folder` for this run, made if need be; a second run on it is refused with `EnvironmentProblem`.
-
-    The operating system drops the lock with the process, however that ends, so a lock never goes stale; the file that
-    stays behind only names the last holder. (A forked child shares the lock and keeps it as long as it lives.)
-    """
-    import fcntl  # not on Windows; `import fourbit` must not need it
-
-    file = Path(folder) / LOCK
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"out {folder} is a file; give a folder") from None
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot write to the output folder {folder}: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-            raise EnvironmentProblem(
-                f"the output folder {folder} is in use by {holder}. Two runs in one folder would overwrite each other: "
-                "wait for that one to end, stop it, or choose another --out."
-            ) from None
-        except OSError as error:
-            raise EnvironmentProblem(f"the file system of {folder} cannot lock files: {error.strerror}") from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)

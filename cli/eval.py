@@ -1,24 +1,27 @@
 """`fourbit eval`: held-out loss, perplexity and right answers of a model, without and with its adapter."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..data.encode import load_rows
-from ..files import write_text
+from ..errors import InputError
+from ..files import size_and_sha256
 from ..lora.adapter import adapters_off
+from ..outputs import Output
 from ..settings import setting
 from ..trainer.evaluate import Answer, Match, answer_all, check_comparable, evaluate_loss, perplexity, share_right
-from .load import check_file, load_adapted
-from .options import AdaptedModelOptions, ResultOptions, RowOptions
+from .load import load_adapted
+from .options import AdaptedModelOptions, FileOptions, RowOptions, inputs_of
 from .parse import Sources
 from .show import describe, figure, note, pairs, result, working
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ResultOptions, RowOptions, AdaptedModelOptions):
+class Options(FileOptions, RowOptions, AdaptedModelOptions):
     """Measure a model on held-out rows: loss of a trained token and its exponential
     (perplexity), and how often the greedy answer is the one in the data (--match).
     With --adapter all figures come twice, without and with it.
@@ -41,8 +44,35 @@ class Options(ResultOptions, RowOptions, AdaptedModelOptions):
 
 def run(options: Options, sources: Sources) -> int:
     """Load, measure, print."""
-    if options.answers is not None:
-        check_file(options.answers, "answers")
+    measured = ["base"] * (options.base or options.adapter is None) + ["adapter"] * (options.adapter is not None)
+    with ExitStack() as stack:
+        return _run(options, measured, _outputs(options, sources, measured, stack))
+
+
+def _outputs(options: Options, sources: Sources, measured: Sequence[str], stack: ExitStack) -> dict[str, Output]:
+    """Where the answers of what is measured go: `answers.jsonl`; with an adapter the base's `answers.base.jsonl`."""
+    if options.answers is None or options.match == "none":
+        return {}
+    path, found = Path(options.answers), dict[str, Output]()
+    how: dict[str, Any] = {name: getattr(options, name) for name in ("overwrite", "resume")}
+    how["inputs"] = inputs_of(options, sources)
+    settings = ("model", "adapter", "template", "quant", "dtype", "match", "max_new_tokens")
+    made_from = {name: getattr(options, name) for name in settings}
+    made_from["data"] = [size_and_sha256(Path(file)) if Path(file).is_file() else file for file in options.data]
+    for name in reversed(measured):
+        place = path if name == measured[-1] else path.with_suffix(f".base{path.suffix}")
+        found[name] = output = Output(place, name="answers", made_from=made_from | {"measured": name}, **how)
+        stack.enter_context(output)
+        if output.partial is None and len(measured) > 1:
+            raise InputError(f"answers {path}: those of base and adapter are two files; give a file, or no-base")
+        if output.stdout and options.json:
+            raise InputError(
+                "json prints results to standard output, where answers - writes rows: leave one of them out"
+            )
+    return found
+
+
+def _run(options: Options, measured: Sequence[str], outputs: Mapping[str, Output]) -> int:
     model, tokenizer, template = load_adapted(options)
     rows = load_rows(options, tokenizer, options.data, "sft", template=template)
     describe("data", rows)
@@ -58,31 +88,39 @@ def run(options: Options, sources: Sources) -> int:
         metrics = {"loss": loss, "perplexity": perplexity(loss)}
         if asked and options.match != "none":
             sizes = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
+            answers = [_read(line, options.match) for line in outputs[name].rows] if name in outputs else []
             with working(f"{name}: answers"):
-                answers = [*answer_all(model, tokenizer, template, asked, match=options.match, **sizes)]
+                left = asked[len(answers) :]
+                for answer in answer_all(model, tokenizer, template, left, match=options.match, **sizes):
+                    answers.append(answer)
+                    if name in outputs:
+                        outputs[name].write(_line(answer, options.match))
             metrics[f"{options.match}_match"] = share_right(answers)
-            if options.answers is not None:
-                _write_answers(Path(options.answers), name, options.match, answers)
+            if name in outputs:
+                note(f"answers: {outputs[name].path}")
         return metrics
 
     found = {}
-    if options.base or options.adapter is None:
-        with adapters_off(model):
-            found["base"] = measure("base")
-    if options.adapter is not None:
-        found["adapter"] = measure("adapter")
+    for name in measured:
+        with adapters_off(model) if name == "base" else nullcontext():
+            found[name] = measure(name)
     values = {"model": options.model, "adapter": options.adapter, "rows": len(rows), **found.get("adapter", {})}
     values |= {f"base_{name}" if "adapter" in found else name: value for name, value in found.get("base", {}).items()}
-    result(values, _table(found, options.match), as_json=options.json)
+    if any(output.stdout for output in outputs.values()):
+        note(_table(found, options.match))
+    else:
+        result(values, _table(found, options.match), as_json=options.json)
     return 0
 
 
-def _write_answers(path: Path, name: str, match: str, answers: Sequence[Answer]) -> None:
-    """`answers.jsonl` for the adapter, `answers.base.jsonl` for the base beside it."""
-    file = path if name == "adapter" else path.with_suffix(f".base{path.suffix}")
-    rows = [{"source": a.source, "expected": a.expected, "answer": a.answer, match: a.right} for a in answers]
-    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    note(f"answers: {file}")
+def _line(answer: Answer, match: str) -> str:
+    row = {"source": answer.source, "expected": answer.expected, "answer": answer.answer, match: answer.right}
+    return json.dumps(row, ensure_ascii=False)
+
+
+def _read(line: str, match: str) -> Answer:
+    row = json.loads(line)
+    return Answer("", row["expected"], row["answer"], row["source"], row[match])
 
 
 def _table(found: dict[str, dict[str, Any]], match: str) -> str:

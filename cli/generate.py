@@ -11,17 +11,18 @@ from ..data.encode import describe, encode_prompts
 from ..data.forms import Sample, read_samples
 from ..data.row import counted
 from ..errors import InputError
-from ..files import write_whole
+from ..files import size_and_sha256
 from ..models.generate import generate, prompt_seeds
+from ..outputs import Output
 from ..settings import REQUIRED, setting
-from .load import check_file, load_adapted
-from .options import AdaptedModelOptions, ResultOptions, SamplingOptions
+from .load import load_adapted
+from .options import AdaptedModelOptions, FileOptions, SamplingOptions, inputs_of
 from .parse import Sources
 from .show import note, pairs, result
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ResultOptions, SamplingOptions, AdaptedModelOptions):
+class Options(FileOptions, SamplingOptions, AdaptedModelOptions):
     """Answer every row of a JSONL file. A row is {"prompt": ...} or {"messages": [...]};
     an answer that stands in it already is not shown to the model. Each row is
     written as it was, with the new answer under "answer".
@@ -32,33 +33,42 @@ class Options(ResultOptions, SamplingOptions, AdaptedModelOptions):
     title: ClassVar[str] = "rows"
     positional: ClassVar[str] = "data"
     data: tuple[str, ...] = setting(REQUIRED, "JSONL file of prompts; repeat the flag for more", metavar="FILE")
-    out: str = setting(REQUIRED, "file for the answers, one JSON object a row", metavar="FILE")
+    out: str = setting(REQUIRED, "file for the answers, one JSON object a row; - is standard output", metavar="FILE")
     batch_size: int = setting(32, "answers written at a time", least=1)
 
 
 def run(options: Options, sources: Sources) -> int:
-    """Load, answer, write: the whole file or none."""
+    """Load, answer, write each row as it is answered."""
     samples = _samples(options.data)
-    out, chunk = Path(options.out), 8 * options.batch_size  # some batches at a time, so that long jobs show progress
-    check_file(options.out, "out")
-    model, tokenizer, template = load_adapted(options)
-    if template.notice:
-        note(f"note: {template.notice}")
-    prompts = encode_prompts(samples, tokenizer, template)
-    seeds = prompt_seeds(prompts, options.seed)
-    how = {"stop_ids": tokenizer.stop_ids, "batch_size": options.batch_size, **options.sampling()}
-
-    def write(part: Path) -> None:
-        with part.open("w", encoding="utf-8") as file:
-            for first in range(0, len(samples), chunk):
-                new = generate(model, prompts[first : first + chunk], seed=seeds[first : first + chunk], **how)
-                for sample, ids in zip(samples[first : first + chunk], new, strict=True):
-                    row = {**sample.row, "answer": tokenizer.decode(ids)}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                note(f"{min(first + chunk, len(samples)):,} of {len(samples):,} rows")
-
-    write_whole(out, write)
-    result({"out": str(out), "rows": len(samples)}, pairs([("answers", str(out))]), as_json=options.json)
+    chunk = 8 * options.batch_size  # some batches at a time, so that long jobs show progress
+    settings = ("model", "adapter", "template", "quant", "dtype", "seed")
+    made_from = options.sampling() | {name: getattr(options, name) for name in settings}
+    made_from["data"] = [size_and_sha256(Path(file)) if Path(file).is_file() else file for file in options.data]
+    with Output(
+        options.out,
+        inputs=inputs_of(options, sources),
+        overwrite=options.overwrite,
+        resume=options.resume,
+        made_from=made_from,
+    ) as out:
+        if out.stdout and options.json:
+            raise InputError("json prints results to standard output, where out - writes rows: leave one of them out")
+        model, tokenizer, template = load_adapted(options)
+        if template.notice:
+            note(f"note: {template.notice}")
+        prompts = encode_prompts(samples, tokenizer, template)
+        seeds = prompt_seeds(prompts, options.seed)
+        how = {"stop_ids": tokenizer.stop_ids, "batch_size": options.batch_size, **options.sampling()}
+        for first in range(len(out.rows), len(samples), chunk):
+            new = generate(model, prompts[first : first + chunk], seed=seeds[first : first + chunk], **how)
+            for sample, ids in zip(samples[first : first + chunk], new, strict=True):
+                row = {**sample.row, "answer": tokenizer.decode(ids)}
+                out.write(json.dumps(row, ensure_ascii=False))
+            note(f"{min(first + chunk, len(samples)):,} of {len(samples):,} rows")
+    if out.stdout:
+        note(f"answers: {len(samples):,} rows")
+    else:
+        result({"out": options.out, "rows": len(samples)}, pairs([("answers", options.out)]), as_json=options.json)
     return 0
 
 

@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError):
             _drop_output()
         if sys.stderr is not None:
+            message = "\n".join([message, *getattr(error, "__notes__", ())])
             print(clean(message), file=sys.stderr, flush=True)
     return code
 

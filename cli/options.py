@@ -3,7 +3,8 @@
 The field is the flag, its type the check, `help` the help. A class's `title` heads its group in `--help`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from ..data.encode import LossOn
@@ -11,6 +12,7 @@ from ..errors import InputError
 from ..settings import LARGEST, REQUIRED, Checked, setting
 
 Quant = Literal["nf4", "nf4-nodq", "none"]
+WRITTEN = ("out", "answers", "resume")  # options that name a place to write, or one in it
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -86,3 +88,22 @@ class ResultOptions(Checked):
 
     title: ClassVar[str] = "output"
     json: bool = setting(False, "print one JSON line of results, last and alone on stdout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(ResultOptions):
+    """What happens to a file of rows that is there already."""
+
+    title: ClassVar[str] = "output"
+    overwrite: bool = setting(False, "replace an output file that is there")
+    resume: bool = setting(False, "go on from the rows that an earlier run of this command finished")
+
+
+def inputs_of(options: Any, sources: Mapping[str, str]) -> list[str]:
+    """Every path that a command reads: of the options that are paths, and the settings' own file."""
+    found = [source.rpartition(":")[0] for source in sources.values()]
+    for option in fields(options):
+        if option.name not in WRITTEN and {"PATH", "FILE", "DIR"} & {*option.metadata["metavar"].split("|")}:
+            value = getattr(options, option.name)
+            found += value if isinstance(value, tuple) else [value]
+    return sorted({path for path in found if path})

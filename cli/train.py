@@ -12,12 +12,12 @@ from ..data.encode import load_rows
 from ..data.forms import Kind
 from ..data.order import count_overlap, split_validation
 from ..errors import InputError
-from ..files import lock_folder
 from ..lora.attach import attach
 from ..lora.config import LoRAConfig
 from ..lora.peft_files import load_adapter
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
+from ..outputs import lock_folder
 from ..settings import REQUIRED, Checked, setting
 from ..trainer.config import TrainingConfig
 from ..trainer.interrupt import stop_if_asked
@@ -33,7 +33,7 @@ from .load import (
     open_tokenizer,
     run_settings,
 )
-from .options import ModelOptions, ResultOptions
+from .options import ModelOptions, ResultOptions, inputs_of
 from .parse import DEFAULT, Sources
 from .show import amount, count, describe, figure, note, pairs, result, working, wrapped
 
@@ -151,7 +151,7 @@ def run(options: TrainOptions, sources: Sources) -> int:
     """
     options = _checked(options, sources)
     tokenizer = open_tokenizer(options.model)
-    with lock_folder(options.out):  # it can be written and nobody else does: found out now and not after an hour
+    with lock_folder(options.out, inputs_of(options, sources), options.resume):  # found out now and not after an hour
         pass
     options = options.settled(tokenizer)
     _check_resumed(options)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files import disk_errors, float_tensors, misfits, read_json, regular_file, write_tensors, write_text
+from ..outputs import check_apart
 from .adapter import DEFAULT, Adapter, adapters_of
 from .attach import fresh, install
 from .config import LoRAConfig
@@ -47,9 +48,9 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], name: str 
 def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", name: str = DEFAULT) -> None:
     """Write the adapter of `model` into `folder` in PEFT's format; `base_model` is recorded as the base's name.
 
-    Each file appears whole or not at all. Raises InputError for a model without this adapter or one of a kind other
-    than LoRA, NumericError for NaN or infinity in it (naming the tensor; nothing is written), DiskError when the
-    disk refuses.
+    Each file appears whole or not at all, in place of one that is there. Raises InputError for the folder of the model,
+    or one in it, and for a model without this adapter or with one of a kind other than LoRA; NumericError for NaN or
+    infinity in it (naming the tensor; nothing is written); DiskError when the disk refuses.
     """
     parts = adapters_of(model, name)
     if not parts:
@@ -57,6 +58,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", 
     if kinds := sorted({type(part).__name__ for part in parts.values() if not isinstance(part, LoRA)}):
         what = f"the adapter '{name}' is of the kind {', '.join(kinds)}"
         raise InputError(f"an adapter file holds LoRA, and {what}: keep its tensors (adapter_state) instead")
+    check_apart(folder, f"the adapter's folder {folder}", [getattr(model, "source", "")], folder=True)
     folder, config = Path(folder), write_config(model, parts, base_model)
     write_tensors(folder / WEIGHTS, _keyed(parts), "the adapter")
     with disk_errors("the adapter", folder, len(config)):

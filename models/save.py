@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..files import check_finite, disk_errors, write_tensors, write_text
 from ..lora.adapter import Adapter, plain_name, unwrapped
 from ..lora.linear4bit import NF4Linear
+from ..outputs import check_apart
 from .hf import INDEX, SINGLE, indexed
 from .load import DTYPES
 from .protocol import CausalLM
@@ -28,9 +29,11 @@ def save_model(model: CausalLM, tokenizer: Tokenizer, folder: str | Path, *, sha
     model: a dense one without an adapter. Tied weights are written once, under the embedding's name. Weights of more
     than `shard_bytes` become several files with an index. Every file appears whole or not at all, the weights all at
     once (an older save's shards go), config.json last.
-    Raises InputError for a 4-bit model, one with an adapter or a tensor that `load` would refuse, and NumericError for
-    NaN or infinity, by tensor, before anything is written; DiskError when the disk refuses.
+    Raises InputError for the folder that the model came from, or one in it, a 4-bit model, one with an adapter or a
+    tensor that `load` would refuse, and NumericError for NaN or infinity, by tensor, before anything is written;
+    DiskError when the disk refuses.
     """
+    check_apart(folder, f"the folder {folder}", [model.source], folder=True)
     folder, settings = Path(folder), model.settings()
     tensors = _dense_state(model)
     if settings.get("tie_word_embeddings"):

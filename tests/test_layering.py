@@ -20,10 +20,11 @@ BELOW = {  # layer -> what it may import of ours; everyone may import the leaves
     "trainer": {"models", "data", "optim", "lora", "kernels"},
     "cli": {"trainer", "models", "data", "optim", "lora", "kernels", "__version__"},
     "files": set[str](),
+    "outputs": set[str](),
     "settings": set[str](),
     "errors": set[str](),
 }
-LEAVES = {"errors", "files", "settings"}
+LEAVES = {"errors", "files", "outputs", "settings"}
 
 
 MODULES = {

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
 from .metrics import read_metrics
 
 PANELS = (  # axis label -> figures drawn against it, where a run has them: in training, and on the validation rows
@@ -33,7 +34,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
             axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside: it hides no curve
     figure.axes[0].set_ylim(bottom=min(0.0, figure.axes[0].get_ylim()[0]))  # some losses have no lower bound
     figure.axes[-1].set_xlabel("optimizer step")
-    figure.savefig(picture, dpi=120)
+    write_whole(picture, lambda part: figure.savefig(part, format=picture.suffix[1:] or "png", dpi=120))
 
 
 def _draw(axes: Any, records: Sequence[dict[str, Any]], name: str, colour: str, *, alone: bool) -> None:

@@ -25,11 +25,12 @@ from ..data.encode import Dataset, load_rows
 from ..data.forms import Kind
 from ..data.order import fingerprint, split_validation, step_indices, steps_per_epoch
 from ..errors import InputError, NumericError
-from ..files import lock_folder
+from ..files import write_text
 from ..lora.peft_files import adapter_state, load_adapter_state, save_adapter
 from ..models.protocol import CausalLM
 from ..optim.schedule import rate_factor
 from ..optim.unmoved import notice
+from ..outputs import lock_folder
 from .checkpoint import checkpoint_to_resume, load_checkpoint, resuming, save_checkpoint
 from .config import TrainingConfig, changed_options
 from .evaluate import nonfinite_layer
@@ -152,8 +153,9 @@ class Trainer(ABC):
         display: called with (steps in all, steps done before); None shows nothing."""
         self.trained_parameters()  # raises if they have been switched off or frozen since
         out = Path(self.config.out)
-        with lock_folder(out), torch.random.fork_rng(), interrupts() as self.interrupt:
-            notes: list[str] = []
+        reads = [self.model.source, *{sample.file for rows in self.sets for sample in rows.samples}]
+        held = lock_folder(self.config.out, reads, self.config.resume)
+        with held as notes, torch.random.fork_rng(), interrupts() as self.interrupt:
             checkpoint = checkpoint_to_resume(out, self.config.resume, notes)
             torch.manual_seed(self.config.seed)
             self.run, self.stepper = RunState(), Stepper(self.parameters, self.sums, self.config)
@@ -277,7 +279,7 @@ class Trainer(ABC):
     def _give_up(self, step: int, sources: list[str], batches: Sequence[Batch], loss: float, norm: float) -> None:
         dump = Path(self.config.out) / f"nonfinite-step-{step}.json"
         rows = {"sources": sources, "input_ids": [batch.input_ids.tolist() for batch in batches]}
-        dump.write_text(json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), **rows}))
+        write_text(dump, json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), **rows}))
         layer = next(filter(None, (nonfinite_layer(self.model, batch) for batch in batches)), None)
         where = f"; first not finite: the output of {layer}" if layer else ""
         raise NumericError(

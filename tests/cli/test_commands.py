@@ -166,7 +166,7 @@ def test_generate_answers_every_form_of_row(here: Path, as_json: AsJson) -> None
     ]
     for form in forms:  # one form a file, as in training data; all five ask the same
         (here / "prompts.jsonl").write_text((json.dumps(form) + "\n") * 3)
-        assert as_json(GENERATE) == {"out": "answers.jsonl", "rows": 3}
+        assert as_json(f"{GENERATE} --overwrite") == {"out": "answers.jsonl", "rows": 3}
         answers = [json.loads(line) for line in (here / "answers.jsonl").read_text().splitlines()]
         assert answers == [form | {"answer": _expected(here / "m", "abc")}] * 3
 
@@ -200,8 +200,33 @@ def test_generate_leaves_no_half_file(here: Path, typed: Typed, monkeypatch: pyt
     (here / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     (here / "answers.jsonl").write_text("older answers")
     before = {*here.iterdir()}
-    typed(GENERATE, code=4)
+    assert "answers.jsonl is there already: --overwrite replaces it" in typed(GENERATE, code=2)
+    typed(f"{GENERATE} --overwrite", code=4)
     assert {*here.iterdir()} == before and (here / "answers.jsonl").read_text() == "older answers"
+
+
+def test_generate_keeps_what_it_answered_and_goes_on(
+    here: Path, typed: Typed, as_json: AsJson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "prompts.jsonl").write_text("".join(f'{{"prompt": "{"ab" * i}"}}\n' for i in range(1, 20)))
+    line = f"{GENERATE} --batch-size 2 --temperature 1"
+    as_json(line)
+    whole = (here / "answers.jsonl").rename(here / "whole.jsonl").read_text()
+    calls = [fourbit.generate]  # the second one ends in Ctrl-C
+
+    def answer(*args: Any, **more: Any) -> Any:
+        if not calls:
+            raise KeyboardInterrupt
+        return calls.pop()(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fourbit.cli.generate.generate", answer)
+        told = typed(line, code=130)
+    assert "answers.jsonl.partial keeps the 16 rows that were finished; the same command with --resume goes on" in told
+    assert "holds 16 rows of an earlier run: --resume goes on, --overwrite begins anew" in typed(line, code=2)
+    assert "were made with another temperature" in typed(f"{GENERATE} --batch-size 2 --resume", code=2)
+    as_json(f"{line} --resume")
+    assert (here / "answers.jsonl").read_text() == whole and not (here / "answers.jsonl.partial").exists()
 
 
 def test_chat_remembers_until_reset(here: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,14 +185,17 @@ TRAINING = (
 DISTILL = "adapter teacher teacher_adapter teacher_quant divergence jsd_beta temperature top_k sft_weight"
 
 
+FILE = {"overwrite", "resume", "json"}
+
+
 @pytest.mark.parametrize(
     ("command", "names"),
     [
         ("sft", {*TRAINING.split(), *MODEL, "loss_on", "full"}),
         ("reward", {*TRAINING.split(), *MODEL, "adapter", "truncation", "head_lr", "center"}),
         ("distill", {*TRAINING.split(), *MODEL, *DISTILL.split(), "loss_on", "full"}),
-        ("eval", MODEL | ROWS | {"adapter", "match", "base", "max_new_tokens", "batch_size", "answers", "json"}),
-        ("generate", MODEL | SAMPLING | {"adapter", "data", "out", "template", "batch_size", "json"}),
+        ("eval", MODEL | ROWS | FILE | {"adapter", "match", "base", "max_new_tokens", "batch_size", "answers"}),
+        ("generate", MODEL | SAMPLING | FILE | {"adapter", "data", "out", "template", "batch_size"}),
         ("chat", MODEL | SAMPLING | {"adapter", "system", "template"}),
         ("data", ROWS | {"model", "rows", "problems", "json"}),
         ("doctor", {"json"}),

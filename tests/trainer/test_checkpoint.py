@@ -20,8 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fourbit import files
 from fourbit.errors import DiskError, EnvironmentProblem, InputError, NumericError
-from fourbit.files import lock_folder
+from fourbit.outputs import lock_folder
 from fourbit.trainer import checkpoint
 from fourbit.trainer.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 
@@ -356,11 +357,12 @@ def test_a_branch_from_an_older_step_is_the_newest(tmp_path: Path) -> None:
 
 def test_leftovers_of_dead_runs_are_removed_and_all_else_is_kept(tmp_path: Path) -> None:
     """The folder is locked for this run, so what has such a name is a dead one's."""
-    names = {".tmp-000003-0123abcd": False, ".tmp-old-0123abcd": False, ".tmp-mine": True, ".tmp-00004-0123abcdx": True}
+    dead = [files.temporary_name(label) for label in ("000003", "old")]
+    names = dict.fromkeys(dead, False) | dict.fromkeys([".fourbit-mine", dead[0] + "x", ".tmp-000003-0123abcd"], True)
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("x")
-    nested = tmp_path / ".tmp-000005-0123abcd"
+    nested = tmp_path / files.temporary_name("000005")
     (nested / "folder").mkdir(parents=True)  # not ours whatever its name says: left, and no reason to fail
     save_checkpoint(tmp_path, 4, *sample(4))
     assert {name: (tmp_path / name).exists() for name in names} == names and nested.exists()
@@ -405,7 +407,7 @@ def test_a_second_run_is_refused_and_a_dead_one_does_not_block(tmp_path: Path) -
         with lock_folder(tmp_path / "other"):
             pass
     program = (
-        "import sys, time\nfrom fourbit.files import lock_folder\n"
+        "import sys, time\nfrom fourbit.outputs import lock_folder\n"
         "with lock_folder(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(600)\n"
     )
     child = subprocess.Popen([sys.executable, "-P", "-c", program, tmp_path / "out"], stdout=subprocess.PIPE, text=True)
@@ -427,10 +429,7 @@ def test_a_lock_that_is_a_link_or_cannot_be_made_is_refused(tmp_path: Path) -> N
     (tmp_path / "out").mkdir()
     (tmp_path / "victim").write_text("precious")
     (tmp_path / "out" / "run.lock").symlink_to(tmp_path / "victim")
-    with (
-        pytest.raises(EnvironmentProblem, match="cannot write to the output folder"),
-        lock_folder(tmp_path / "out"),
-    ):
+    with pytest.raises(InputError, match="is no run's folder and holds run.lock"), lock_folder(tmp_path / "out"):
         pass
     assert (tmp_path / "victim").read_text() == "precious"
     with pytest.raises(InputError, match="is a file; give a folder"), lock_folder(tmp_path / "victim" / "out"):
