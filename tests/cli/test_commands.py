@@ -177,7 +177,7 @@ def test_a_sampled_answer_does_not_depend_on_its_neighbours(here: Path, typed: T
     found = []
     for batch_size, rows in ((1, prompts), (2, prompts), (5, prompts), (3, prompts[::-1])):
         (here / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        typed(f"{GENERATE} --temperature 1.5 --seed 3 --batch-size {batch_size}")
+        typed(f"{GENERATE} --temperature 1.5 --seed 3 --overwrite --batch-size {batch_size}")
         written = [json.loads(line) for line in (here / "answers.jsonl").read_text().splitlines()]
         assert [row["id"] for row in written] == [row["id"] for row in rows]
         # Equal prompts draw their answers one after the other, so they are told apart by their order alone.
