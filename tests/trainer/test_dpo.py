@@ -358,9 +358,9 @@ def test_a_cache_outlives_other_targets_and_not_another_configuration(trainer_fo
 def test_a_cache_of_another_start_does_not_resume_a_run(trainer_for, stopping, tiny_folder, pairs, tmp_path):
     cache = tmp_path / "cache"
     options = {"reference_cache": str(cache), "dropout": 0.2}
-    trainer_for(tiny_folder, pairs, tmp_path, b_seed=0, **options).train(display=stopping(2))
+    trainer_for(tiny_folder, pairs, tmp_path / "out", b_seed=0, **options).train(display=stopping(2))
     cache.unlink()
-    again = trainer_for(tiny_folder, pairs, tmp_path, b_seed=1, resume="auto", **options)
+    again = trainer_for(tiny_folder, pairs, tmp_path / "out", b_seed=1, resume="auto", **options)
     with pytest.raises(InputError, match="another adapter than the one this run began with"):
         again.train(display=None)
 
