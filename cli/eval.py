@@ -67,7 +67,7 @@ def _outputs(options: Options, sources: Sources, measured: Sequence[str], stack:
             raise InputError(f"answers {path}: those of base and adapter are two files; give a file, or no-base")
         if output.stdout and options.json:
             raise InputError(
-                "json prints results to standard output, where answers - writes rows: leave one of them out"
+                "json prints results to standard output, where answers - writes rows: leave one out"
             )
     return found
 
