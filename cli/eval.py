@@ -66,9 +66,7 @@ def _outputs(options: Options, sources: Sources, measured: Sequence[str], stack:
         if output.partial is None and len(measured) > 1:
             raise InputError(f"answers {path}: those of base and adapter are two files; give a file, or no-base")
         if output.stdout and options.json:
-            raise InputError(
-                "json prints results to standard output, where answers - writes rows: leave one out"
-            )
+            raise InputError("json prints results to standard output, where answers - writes rows: leave one out")
     return found
 
 
