@@ -6,6 +6,7 @@ is the finished model plus about one dense tensor, and a wrong file fails in the
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .tokenizer import Tokenizer
 from .tokenizer_folder import folder_tokenizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 QUANTIZE = {"nf4": ("nf4", True), "nf4-nodq": ("nf4", False), "fp4": ("fp4", True)}  # name -> code, double quantisation
 
 
@@ -72,9 +74,10 @@ def load_model(
 
     `quantize`: None or "none" keeps every weight dense in `dtype`; "nf4" (double quantisation), "nf4-nodq" and "fp4"
     (double quantisation) keep the decoder's linears in 4 bits, and embeddings, norms, biases and the output head dense
-    in `dtype`. Raises InputError naming the file, key or tensor for a config that asks for something unsupported, a
-    missing, unknown, misshaped or non-finite tensor, and for an unreadable file; EnvironmentProblem for a device that
-    is not there.
+    in `dtype`. Of a tied model the file may hold either tensor, or both; where the two differ it is loaded untied, as
+    transformers does. Raises InputError naming the file, key or tensor for a config that asks for something that is not
+    supported, a missing, unknown, misshaped or non-finite tensor, and for an unreadable file; EnvironmentProblem for a
+    device that is not there.
     """
     path, device = Path(path), _device(device)
     if dtype not in DTYPES:
@@ -88,17 +91,21 @@ def load_model(
     else:
         spec = read_spec(read_json(found / "config.json", hf.CONFIG_BYTES))
         shapes, tensors = hf.tensor_shapes(found), hf.iter_tensors(found)
+    tied = spec.tie_word_embeddings
+    renamed = {HEAD: EMBEDDING} if tied and EMBEDDING not in shapes else {}
+    shapes = {renamed.get(name, name): shape for name, shape in shapes.items()}
+    both = tied and HEAD in shapes
     with torch.device("meta"), _NoInitialValues():
-        model = Decoder(spec)
+        model = Decoder(replace(spec, tie_word_embeddings=tied and not both))
     skip = _check_tensors(path, model, shapes)
     if quantize in QUANTIZE:
         code, double_quant = QUANTIZE[quantize]
         quantize_(model, code, double_quant=double_quant)
     for name, tensor in tensors:
         if name not in skip:
-            _place(model, name, tensor, dtype, device, path)
-    if spec.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+            _place(model, renamed.get(name, name), tensor, dtype, device, path)
+    if tied and (not both or torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)):
+        model.spec, model.lm_head.weight = spec, model.model.embed_tokens.weight
     model.source = str(path)
     return model.eval()
 
@@ -136,15 +143,15 @@ def _device(device: torch.device | str) -> torch.device:
 
 
 def _check_tensors(path: Path, model: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
-    """Compare names and shapes; returns the file's names to skip: old rotary buffers, a tied head's second copy."""
+    """Compare names and shapes; returns the file's names to skip: old rotary buffers."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)}
     if model.spec.tie_word_embeddings:
-        del wanted["lm_head.weight"]
-    unknown = shapes.keys() - wanted.keys()
-    skip = {name for name in unknown if name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq")}
+        del wanted[HEAD]
+    skip = {name for name in shapes.keys() - wanted.keys() if name.endswith(".rotary_emb.inv_freq")}
     if wrong := misfits(wanted, {name: shape for name, shape in shapes.items() if name not in skip}):
+        tied = " A head that is the embedding needs tie_word_embeddings true." if HEAD in wanted.keys() - shapes else ""
         raise InputError(
-            f"{path}: tensors do not fit the config. {wrong} The weights and the config are of different models."
+            f"{path}: tensors do not fit the config. {wrong} The weights and the config are of different models.{tied}"
         )
     return skip
 

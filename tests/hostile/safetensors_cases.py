@@ -171,8 +171,8 @@ TENSORS: dict[str, Make] = {
     "an unknown one of 100,000 characters": tensors(lambda held: held.update({LONG: held[QUERY].clone()})),
     "whole numbers under 100,000 characters": tensors(lambda held: held.update({LONG: torch.zeros(1).long()})),
     "20,000 unknown ones": tensors(lambda held: held.update({f"t{i}": torch.zeros(1) for i in range(20_000)})),
-    "a head that differs from the tied embedding": tensors(
-        lambda held: held.update({"lm_head.weight": torch.randn(259, 32)})
+    "a head of another size than the tied embedding": tensors(
+        lambda held: held.update({"lm_head.weight": torch.randn(258, 32)})
     ),
     "names of a model that was compiled": tensors(
         lambda held: [held.update({f"_orig_mod.{name}": held.pop(name)}) for name in list(held)]
@@ -217,6 +217,18 @@ def overflowing(here: Path) -> None:
 CASES = [
     *[Case(f"safetensors: {name}", make, CHAT) for name, make in HEADERS.items()],
     *[Case(f"safetensors tensor: {name}", make, CHAT) for name, make in TENSORS.items()],
+    Case(
+        "safetensors tensor: a head that differs from the tied embedding",
+        tensors(lambda held: held.update({"lm_head.weight": torch.randn(259, 32)})),
+        CHAT,
+        ends="done",
+    ),
+    Case(
+        "safetensors tensor: the head alone of a tied model",
+        tensors(lambda held: held.update({"lm_head.weight": held.pop(EMBED)})),
+        CHAT,
+        ends="done",
+    ),
     *[Case(f"safetensors index: {name}", make, CHAT) for name, make in INDEXES.items()],
     *[
         Case(f"safetensors: activations that overflow, {name}", all_of(rows(GOOD), overflowing), argv, stdin="hi\n")

@@ -46,7 +46,8 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -
 
 def edit_config(folder: Path, **changes: Any) -> Path:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
+    config = {key: value for key, value in (config | changes).items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -131,6 +132,43 @@ def test_harmless_extras_are_ignored(oracle: Oracle, save: Callable[..., Path]) 
 
     folder = edit_weights(save("tied"), add)
     torch.testing.assert_close(load_model(folder)(IDS), oracle("tied")(IDS).logits, rtol=0, atol=1e-4)
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEADS: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {  # what the config says, and what the file holds
+    "tied, the embedding alone": ({"tie_word_embeddings": True}, lambda held: held.pop(HEAD)),
+    "tied, the head alone": ({"tie_word_embeddings": True}, lambda held: held.pop(EMBEDDING)),
+    "tied, both the same": ({"tie_word_embeddings": True}, lambda held: held.update({HEAD: held[EMBEDDING].clone()})),
+    "tied, both, that differ": ({"tie_word_embeddings": True}, lambda held: None),
+    "untied, both the same": ({}, lambda held: held.update({HEAD: held[EMBEDDING].clone()})),
+    "no word, both": ({"tie_word_embeddings": ...}, lambda held: None),
+}
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("case", HEADS)
+@torch.no_grad()
+def test_a_head_is_what_transformers_makes_of_config_and_file(
+    save: Callable[..., Path], case: str, quantize: str | None
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    changes, edit = HEADS[case]
+    folder = edit_config(edit_weights(save(), edit), **changes)
+    theirs, model = LlamaForCausalLM.from_pretrained(folder), load_model(folder, quantize=quantize)
+    torch.testing.assert_close(model.lm_head.weight, theirs.lm_head.weight, rtol=0, atol=0)
+    torch.testing.assert_close(model.model.embed_tokens.weight, theirs.model.embed_tokens.weight, rtol=0, atol=0)
+    if quantize is None:
+        torch.testing.assert_close(model(IDS), theirs(IDS).logits, rtol=0, atol=1e-4)
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert tied == model.spec.tie_word_embeddings == (case.startswith("tied") and "differ" not in case)
+
+
+def test_a_config_that_forgets_to_tie_is_told_and_the_advice_works(save: Callable[..., Path]) -> None:
+    folder = edit_config(save("tied"), tie_word_embeddings=False)
+    with pytest.raises(InputError, match=r"1 missing: lm_head.weight.* needs tie_word_embeddings true"):
+        load_model(folder)
+    load_model(edit_config(folder, tie_word_embeddings=True))
 
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
