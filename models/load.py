@@ -51,7 +51,9 @@ def load(
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer alone, without reading a weight: enough to look at data. Raises InputError where it is missing."""
     found = _opened(Path(path))
-    return gguf_tokenizer(found.metadata) if isinstance(found, GGUFFile) else folder_tokenizer(found)
+    tokenizer = gguf_tokenizer(found.metadata) if isinstance(found, GGUFFile) else folder_tokenizer(found)
+    tokenizer.source = str(path)
+    return tokenizer
 
 
 def check_tokenizer(model: CausalLM, tokenizer: Tokenizer) -> None:
@@ -104,7 +106,7 @@ def load_model(
     for name, tensor in tensors:
         if name not in skip:
             _place(model, renamed.get(name, name), tensor, dtype, device, path)
-    if tied and (not both or torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)):
+    if tied and (not both or torch.equal(model.get_parameter(HEAD), model.get_parameter(EMBEDDING))):
         model.spec, model.lm_head.weight = spec, model.model.embed_tokens.weight
     model.source = str(path)
     return model.eval()

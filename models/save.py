@@ -5,30 +5,44 @@ import json
 import re
 import secrets
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..files import check_finite, disk_errors, write_tensors, write_text
+from ..files import check_finite, disk_errors, read_json, write_tensors, write_text, write_whole
 from ..lora.adapter import Adapter, plain_name, unwrapped
 from ..lora.linear4bit import NF4Linear
 from ..outputs import check_apart
-from .hf import INDEX, SINGLE, indexed
+from .hf import CONFIG_BYTES, INDEX, SINGLE, indexed
 from .load import DTYPES
 from .protocol import CausalLM
 from .tokenizer import Tokenizer
+from .tokenizer_folder import TOKENIZER_BYTES
 
 SHARD_BYTES = 5 * 10**9  # as transformers cuts
+GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", TEMPLATE)
 _SHARD = re.compile(r"model-(?:[0-9a-f]{8}-)?[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
-def save_model(model: CausalLM, tokenizer: Tokenizer, folder: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write config.json, the weights and the tokenizer's files into `folder`, which is made if need be.
+def save_model(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    *,
+    template: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write config.json, the weights and what came with the base into `folder`, which is made if need be: the
+    tokenizer's files, and generation_config.json with all tokens that end an answer.
 
     model: a dense one without an adapter. Tied weights are written once, under the embedding's name. Weights of more
     than `shard_bytes` become several files with an index. Every file appears whole or not at all, the weights all at
     once (an older save's shards go), config.json last.
+    template: the chat template that the model was trained with, where it is not the tokenizer's own.
     Raises InputError for the folder that the model came from, or one in it, a 4-bit model, one with an adapter or a
     tensor that `load` would refuse, and NumericError for NaN or infinity, by tensor, before anything is written;
     DiskError when the disk refuses.
@@ -40,19 +54,53 @@ def save_model(model: CausalLM, tokenizer: Tokenizer, folder: str | Path, *, sha
         tensors.pop("lm_head.weight", None)
     _write_weights(folder, list(_shards(tensors, shard_bytes)))
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    text = json.dumps(settings | {"torch_dtype": dtype}, indent=2) + "\n"
+    ids = {name: value for name, value in _token_ids(tokenizer).items() if value is not None}
+    said = {name: _of_base(model, "config.json").get(name) for name in _token_ids(tokenizer)}
+    text = json.dumps(settings | said | ids | {"torch_dtype": dtype}, indent=2) + "\n"
     with disk_errors("the model", folder, len(text)):
-        save_tokenizer(tokenizer, folder)
+        save_tokenizer(tokenizer, folder, template)
+        generation = _of_base(model, GENERATION) | ids
+        write_text(folder / GENERATION, json.dumps(generation, indent=2, ensure_ascii=False) + "\n")
         write_text(folder / "config.json", text)
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json (special tokens and chat template)."""
-    write_text(folder / "tokenizer.json", tokenizer.backend.to_str(pretty=True))
-    names = ("bos_token", "eos_token", "pad_token", "chat_template")
-    settings = {name: value for name in names if (value := getattr(tokenizer, name)) is not None}
-    text = json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, ensure_ascii=False)
-    write_text(folder / "tokenizer_config.json", text + "\n")
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, template: str | None = None) -> None:
+    """Write the tokenizer's files: those of the folder it came from, or tokenizer.json and tokenizer_config.json
+    (special tokens, chat template). `template` stands in the place of its own chat template.
+    """
+    home = Path(tokenizer.source)
+    if tokenizer.source and (home / TOKENIZER_FILES[0]).is_file():
+        kept = {name: (home / name).read_bytes() for name in TOKENIZER_FILES if _is_small(home / name)}
+    else:
+        settings = tokenizer.named_tokens | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings |= {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}
+        texts = tokenizer.backend.to_str(pretty=True), json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        kept = {name: text.encode() for name, text in zip(TOKENIZER_FILES, texts, strict=False)}
+    if template is not None:
+        kept[TEMPLATE] = template.encode()
+    for name in TOKENIZER_FILES:
+        if name in kept:
+            write_whole(folder / name, partial(Path.write_bytes, data=kept[name]))
+        else:
+            (folder / name).unlink(missing_ok=True)  # an older save's, which would be read with the new ones
+
+
+def _is_small(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size <= TOKENIZER_BYTES
+
+
+def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Special tokens as config.json and generation_config.json name them; None where there is none."""
+    stops = sorted(tokenizer.stop_ids, key=lambda stop: stop != tokenizer.eos_id)  # the first may be used for padding
+    eos = None if not stops else stops[0] if len(stops) == 1 else stops
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
+
+
+def _of_base(model: CausalLM, name: str) -> dict[str, Any]:
+    """A JSON file of the base's, where there is one that can be read."""
+    with contextlib.suppress(InputError):
+        return read_json(Path(model.source) / name, CONFIG_BYTES) if model.source else {}
+    return {}
 
 
 def _dense_state(model: nn.Module) -> dict[str, Tensor]:

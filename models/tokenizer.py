@@ -30,9 +30,12 @@ class Tokenizer:
         named_tokens: the texts of the special tokens that have a name, as templates know them: `bos_token` and others.
         special_tokens: the texts of all special tokens: those that no message may spell.
         vocab_size: the highest id + 1.
+        source: the folder or file it was read from, whose files go with what is saved; "" where it is not known.
 
     Raises InputError for a special token that is not in the vocabulary and a stop id outside it.
     """
+
+    source: str = ""
 
     def __init__(
         self,

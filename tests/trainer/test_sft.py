@@ -231,6 +231,8 @@ def test_full_fine_tuning(train, tiny_folder, rows, tmp_path):
     again, tokenizer = fourbit.load(tmp_path)
     ids = torch.tensor([tokenizer.encode("hello")])
     assert torch.equal(again(ids), model(ids))
+    assert tokenizer.stop_ids == fourbit.models.load.load_tokenizer(tiny_folder).stop_ids != ()
+    assert (tmp_path / "generation_config.json").is_file()
 
 
 @pytest.mark.parametrize("quantize, full, message", [("nf4", True, "dense model"), ("none", False, "no adapter")])
