@@ -49,6 +49,8 @@ class NumericError(FourbitError, ArithmeticError):
 
 def visible(text: str) -> str:
     """Text from elsewhere, safe to print: control characters, which could drive the terminal, are escaped."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 

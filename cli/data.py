@@ -14,7 +14,7 @@ from ..settings import setting
 from .load import open_tokenizer
 from .options import ResultOptions, RowOptions, TokenizerOptions
 from .parse import Sources
-from .show import bars, count, describe, first, note, result
+from .show import bars, count, describe, note, result
 
 STYLES = {
     "trained": "bold green",
@@ -54,10 +54,12 @@ def run(options: Options, sources: Sources) -> int:
         print(f"tokens in a row\n{bars([len(part.ids) for example in rows.examples for part in example.parts])}\n")
     describe(", ".join(options.data), rows)
     refused = [str(problem) for problem in report.problems]
-    for line in first(refused, options.problems):
+    for line in refused[: options.problems]:
         note(line)
+    if (shown := min(len(refused), options.problems)) < report.problems.total:
+        note(f"... and {report.problems.total - shown} more")
     if refused:
-        note(f"{count(len(refused), 'bad row')}: mend them, or leave them out with --on-bad-row skip")
+        note(f"{count(report.problems.total, 'bad row')}: mend them, or leave them out with --on-bad-row skip")
     if options.json:
         metrics = {name: getattr(report, name) for name in REPORTED}
         result(metrics | {"trained_share": report.trained / report.tokens, "problems": refused}, "", as_json=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..data.forms import Kind
+from ..data.sample import Kind
 from ..trainer.config import DPOConfig
 from ..trainer.preference import DPOTrainer
 from .train import StartOptions

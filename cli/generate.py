@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ..data.encode import describe, encode_prompts
-from ..data.forms import Sample, read_samples
+from ..data.encode import encode_prompts, words_of
+from ..data.forms import read_samples
 from ..data.row import counted
+from ..data.sample import Sample
 from ..errors import InputError
 from ..files import size_and_sha256
 from ..models.generate import generate, prompt_seeds
@@ -56,6 +57,9 @@ def run(options: Options, sources: Sources) -> int:
         model, tokenizer, template = load_adapted(options)
         if template.notice:
             note(f"note: {template.notice}")
+        words = words_of(template)
+        for notice in counted(Counter(remark for sample in samples for remark in sample.remarks(words)), len(samples)):
+            note(f"note: {notice}")
         prompts = encode_prompts(samples, tokenizer, template)
         seeds = prompt_seeds(prompts, options.seed)
         how = {"stop_ids": tokenizer.stop_ids, "batch_size": options.batch_size, **options.sampling()}
@@ -76,9 +80,7 @@ def _samples(paths: Sequence[str]) -> list[Sample]:
     """The prompt of every row. Raises InputError listing the rows that hold none."""
     samples, problems = read_samples(paths, "prompts")
     if problems:
-        raise InputError(describe(problems, len(samples) + len(problems), skippable=False))
+        raise InputError(problems.describe(str(len(samples) + problems.total), "mend them"))
     if any("answer" in sample.row for sample in samples):
         note('note: rows have an "answer" of their own; the new one takes its place')
-    for notice in counted(Counter(remark for sample in samples for remark in sample.notes), len(samples)):
-        note(f"note: {notice}")
     return samples

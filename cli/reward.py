@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..data.forms import Kind
+from ..data.sample import Kind
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
 from ..trainer.config import RewardConfig

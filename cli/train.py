@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from ..data.encode import load_rows
-from ..data.forms import Kind
 from ..data.order import count_overlap, split_validation
+from ..data.sample import Kind
 from ..errors import InputError
 from ..lora.attach import attach
 from ..lora.config import LoRAConfig

@@ -1,21 +1,11 @@
 """How other tools write what a row says: ShareGPT's messages, Alpaca's instructions, prompts a pair only implies."""
 
 import re
-from dataclasses import replace
 from typing import Any
 
-from .messages import (
-    KEY_SYNONYMS,
-    ROLE_SYNONYMS,
-    Messages,
-    as_context,
-    checked_messages,
-    core,
-    filled,
-    turn,
-    with_system,
-)
-from .row import BadRow, Row, bad, type_name
+from .keys import present, whole
+from .messages import CALLING, ROLE_SYNONYMS, Messages, as_context, checked_messages, core, filled, turn
+from .row import Row, bad, type_name
 
 Parts = tuple[Messages, Messages, Messages]  # prompt, chosen, rejected
 
@@ -24,56 +14,30 @@ CUT = "the prompt was taken to be the words that chosen and rejected begin with,
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 
 
-def spoken(row: Row, field: str, value: Any) -> Messages:
+def spoken(row: Row, key: str, value: Any) -> Messages:
     """Messages in ShareGPT's words, or in ours."""
-    if not isinstance(value, list):
-        raise bad(row, field, f"must be a list of messages, not {type_name(value)}")
-    try:
-        return checked_messages(
-            row, field, [_translated(row, f"{field}[{i}]", message) for i, message in enumerate(value)]
-        )
-    except BadRow as error:
-        problem = error.problem
-        if any(isinstance(message, dict) and "from" in message for message in value):
-            named = problem.field.replace("].role", "].from").replace("].content", "].value")
-            problem = replace(problem, field=named)
-        raise BadRow(problem) from None
-
-
-def _translated(row: Row, field: str, message: Any) -> Any:
-    if not isinstance(message, dict) or "role" in message:
-        return message
-    if {"value", "content"} <= message.keys():
-        raise bad(row, field, "has both `value` and `content`: keep one of them")
-    ours = {KEY_SYNONYMS.get(key, key) if key in ("from", "value") else key: value for key, value in message.items()}
-    if isinstance(role := ours.get("role"), str):
-        ours["role"] = ROLE_SYNONYMS.get(role.lower(), role)
-    return ours
-
-
-def conversation(row: Row, key: str) -> Messages:
-    """The messages of a row, after its `system` text if it has one."""
-    return with_system(row, spoken(row, key, row.data[key]))
+    return checked_messages(row, key, value, sharegpt=True)
 
 
 def unanswered(row: Row, key: str) -> Messages:
-    """The same without the answer that it may end with."""
+    """The messages of a field without the answer that they may end with."""
     given = row.data[key]
     if isinstance(given, list) and given and isinstance(given[-1], dict):
-        speaker = str(given[-1].get("from")).lower()
-        answered = "assistant" in (given[-1].get("role"), ROLE_SYNONYMS.get(speaker, speaker))
+        speaker = str(given[-1].get("role", given[-1].get("from"))).lower()
+        if answered := ROLE_SYNONYMS.get(speaker, speaker) in ("assistant", *CALLING):
+            whole(given[-1])
         given = given[:-1] if answered else given
-    return with_system(row, spoken(row, key, given)) if given != [] else []
+    return spoken(row, key, given) if given != [] else []
 
 
 def instruction(row: Row) -> Messages:
-    """What an Alpaca row asks: `instruction` and `input`, after `system` and the pairs of `history`: all context."""
+    """What an Alpaca row asks: `instruction` and `input`, after the pairs of `history`: all context."""
     parts = [row.data.get(key) or "" for key in ("instruction", "input")]
     for key, text in zip(("instruction", "input"), parts, strict=True):
         if not isinstance(text, str):
             raise bad(row, key, f"must be a string, not {type_name(text)}")
     asked = "\n".join(text for text in parts if text.strip())
-    return as_context(with_system(row, _history(row) + turn(row, "instruction", asked, "user")))
+    return as_context(_history(row) + turn(row, "instruction", asked, "user"))
 
 
 def _history(row: Row) -> Messages:
@@ -120,7 +84,7 @@ def _transcript(row: Row, field: str, text: str) -> Messages:
     pieces = TRANSCRIPT.split(text)[1:]
     roles = [ROLE_SYNONYMS.get(name.lower(), name.lower()) for name in pieces[::2]]
     turns = [{"role": role, "content": said.strip()} for role, said in zip(roles, pieces[1::2], strict=True)]
-    return checked_messages(row, field, turns)
+    return checked_messages(row, field, present(turns))
 
 
 def implied_by_messages(row: Row, chosen: Messages, rejected: Messages) -> Parts:

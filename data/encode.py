@@ -8,6 +8,7 @@ a whole, so that training sees the tokens that inference sees; a prompt is never
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,12 +17,13 @@ from typing import Any, Literal
 
 from ..errors import InputError, shown
 from .batch import Encoded, Example
-from .forms import Kind, Paths, Sample, read_samples
+from .forms import Paths, read_samples
 from .mask import LEFT_OUT, NO_END, Tokens, mask
 from .messages import Messages, trains
 from .protocol import TokenizerLike
-from .row import BadRow, Problem, counted
-from .said import spelled, unsaid
+from .row import BadRow, Problems, counted
+from .said import REASONING, spelled, unsaid
+from .sample import Kind, Sample
 from .template import ChatTemplate, TemplateChoice, expects_bos, template_for
 from .truncate import Dropped, Truncation, fit
 from .turns import Rendered, Talk, Turn, Unrenderable
@@ -30,7 +32,6 @@ LossOn = Literal["assistant", "all", "last"]
 OnBadRow = Literal["error", "skip"]
 
 RENDERED_AT_ONCE = 256  # samples
-SHOWN_PROBLEMS = 20
 SPECIAL = "a special token, which steers a model and is never read: spell it another way; a `text` row may hold it"
 LOST = "stands nowhere in what the template writes for it: the template cannot say it; name one that can (--template)"
 SPECIAL_IN_TEXT = "is plain text that holds special tokens: they are encoded as such"
@@ -51,8 +52,8 @@ class Report:
     longest: int = 0  # tokens of the longest sequence
     duplicates: int = 0
     notices: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)  # of the rows skipped
-    drops: list[Problem] = field(default_factory=list)  # of the rows dropped
+    problems: Problems = field(default_factory=Problems)  # of the rows skipped
+    drops: Problems = field(default_factory=Problems)  # of the rows dropped
 
 
 @dataclass
@@ -98,21 +99,21 @@ def load(
     chat_template = template_for(tokenizer, template)
     samples, problems = read_samples(paths, kind)
     dataset = Dataset(kind)
-    report, notes = dataset.report, Counter[str]()
+    report, notes, words = dataset.report, Counter[str](), words_of(chat_template)
     for sample, parts in zip(samples, encode(samples, tokenizer, chat_template, loss_on=loss_on), strict=True):
         try:
             if isinstance(parts, BadRow):
                 raise parts
             example, cut = _example(sample, parts, max_length, truncation, tokenizer.stop_ids)
         except Dropped as dropped:
-            report.drops.append(dropped.problem)
+            report.drops.add(dropped.problem)
         except BadRow as bad:
-            problems.append(bad.problem)
+            problems.add(bad.problem)
         else:
             dataset.examples.append(example)
             dataset.samples.append(sample)
             report.truncated += cut
-            notes.update({*sample.notes, *(note for part in example.parts for note in part.notes)})
+            notes.update({*sample.remarks(words), *(note for part in example.parts for note in part.notes)})
     _settle(problems, on_bad_row, dataset)
     measure(dataset)
     report.notices = _notices(dataset, chat_template, notes)
@@ -146,26 +147,16 @@ def shared_tokens(first: Sequence[int], second: Sequence[int]) -> int:
     return next((i for i in range(most) if first[i] != second[i]), most)
 
 
-def _settle(problems: list[Problem], on_bad_row: OnBadRow, dataset: Dataset) -> None:
+def _settle(problems: Problems, on_bad_row: OnBadRow, dataset: Dataset) -> None:
     """Raise for bad rows, or count them."""
     report = dataset.report
-    rows = len(dataset.examples) + len(problems) + len(report.drops)
+    rows = len(dataset.examples) + problems.total + report.drops.total
     if problems and (on_bad_row == "error" or not (dataset.examples or report.drops)):
-        raise InputError(describe(problems, rows))
+        raise InputError(problems.describe(str(rows), "mend them, or leave them out with on_bad_row skip"))
     if not dataset.examples:
-        raise InputError(f"no row is left of {rows}; {len(report.drops)} were left out, the first: {report.drops[0]}")
+        raise InputError(f"no row is left of {rows}; {report.drops.total} were left out, the first: {report.drops[0]}")
     report.problems = problems
-    report.skipped, report.dropped = (dict(Counter(p.kind for p in ps)) for ps in (problems, report.drops))
-
-
-def describe(problems: Sequence[Problem], rows: int, *, skippable: bool = True) -> str:
-    """Many problems as one message: the first 20, one a line, how many there are and what to do."""
-    lines = [str(problem) for problem in problems[:SHOWN_PROBLEMS]]
-    if len(problems) > SHOWN_PROBLEMS:
-        lines.append(f"... and {len(problems) - SHOWN_PROBLEMS} more")
-    way = "mend them, or leave them out with on_bad_row skip" if skippable else "mend them"
-    head = f"{len(problems)} of {rows} rows cannot be used; {way}:"
-    return "\n".join([head, *lines])
+    report.skipped, report.dropped = dict(problems.kinds), dict(report.drops.kinds)
 
 
 def _notices(dataset: Dataset, template: ChatTemplate, notes: Counter[str]) -> list[str]:
@@ -181,6 +172,12 @@ def _notices(dataset: Dataset, template: ChatTemplate, notes: Counter[str]) -> l
         kind = "good" if samples[0].label else "bad"
         notices.append(f"all {rows} answers are judged {kind}: there is nothing to compare with")
     return notices + counted(notes, rows)
+
+
+def words_of(template: ChatTemplate) -> set[str]:
+    """The words of a template's source, among them the keys that it knows. Reasoning has several names for one."""
+    words = set(re.findall(r"\w+", template.source))
+    return words | {*REASONING} if words & {*REASONING} else words
 
 
 def measure(dataset: Dataset) -> None:

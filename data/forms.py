@@ -1,4 +1,4 @@
-"""Every form of a data row, in one table, and the one shape that each becomes: a Sample.
+"""Every form of a data row, in one table, and the reading of rows into Samples.
 
 A form is one entry of FORMS: the kind of training it serves, its name, how its rows are told by their keys, what reads
 one, and the fields that are read. A file has one form, told from its first rows; every row is then held to it, and a
@@ -7,39 +7,35 @@ row that does not fit is a problem with its line, its field and the reason. What
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 from ..errors import InputError
-from .dialects import (
-    SAME,
-    conversation,
-    implied_by_messages,
-    implied_by_strings,
-    instruction,
-    mentioned,
-    spoken,
-    unanswered,
-)
+from .dialects import SAME, implied_by_messages, implied_by_strings, instruction, mentioned, spoken, unanswered
+from .keys import Fields, present, unread
 from .messages import (
     Messages,
     as_context,
     checked_messages,
-    checked_tools,
     core,
     filled,
+    offered_tools,
+    system_turn,
+    template_variables,
     trains,
     turn,
-    with_system,
 )
 from .read import read_rows
-from .row import UNUSED, BadRow, Problem, Row, bad, excerpt, type_name
+from .row import UNUSED, BadRow, Problem, Problems, Row, bad, excerpt, type_name
+from .sample import Kind, Sample
 
-Kind = Literal["sft", "pairs", "judged", "prompts"]
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 DETECT_ROWS = 200
+MAX_BAD_ROWS = 20_000
+ASIDE = ("completion", "output", "answer")  # of a prompt: an answer, which is not shown to the model
 _CHATS = '{"messages": [{"role": ..., "content": ...}, ...]}'
 WANTED = {  # of each kind: what a row of it is, who reads it, and how one may be written
     "sft": ("a row to learn from", "`fourbit sft` reads", _CHATS + ' or {"prompt": ..., "completion": ...}'),
@@ -53,53 +49,6 @@ WANTED = {  # of each kind: what a row of it is, who reads it, and how one may b
 }
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A row, understood. Answers begin and end with assistant turns; each stands after the whole context.
-
-    The context's assistant turns are not learned. Of a row to learn from as a whole (chat), the context is empty and
-    the answer is all of it: there `weight` 0 keeps a turn out of the loss.
-    """
-
-    context: Messages
-    answers: tuple[Messages, ...]  # one; of a pair the chosen and the rejected one; of a prompt none
-    file: str
-    line: int
-    tools: Messages | None = None
-    variables: dict[str, Any] | None = None  # that the template is given beside them
-    label: bool | None = None  # of a judged answer: whether it is a good one
-    text: str | None = None  # of plain text: all there is
-    row: dict[str, Any] = field(default_factory=dict)  # of a prompt: the row itself, to be written with its answer
-    notes: tuple[str, ...] = ()
-
-    @property
-    def source(self) -> str:
-        """`file:line`."""
-        return f"{self.file}:{self.line}"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of each conversation the name of its answer, "" where no other could be meant."""
-        if len(self.answers) > 1:
-            return ("chosen", "rejected")
-        return ("",) if self.label is None else ("completion",)
-
-    def problem(self, field: str, reason: str, kind: str = "row") -> Problem:
-        """A problem that names this row."""
-        return Problem(self.file, self.line, field, reason, kind)
-
-    def content(self) -> list[Any]:
-        """What makes two rows the same row, as JSON."""
-        learned = [[(core(message), trains(message)) for message in answer] for answer in self.answers]
-        return [list(map(core, self.context)), learned, self.label, self.text, self.tools]
-
-    def topic(self) -> list[Any]:
-        """What rows have in common that must stay on one side of a split, as JSON: the prompt, or all there is."""
-        if self.text is not None:
-            return [self.text]
-        return [list(map(core, self.context or self.answers[0])), self.tools]
-
-
 class Form(NamedTuple):
     """One form. `read` raises BadRow for a row that breaks a rule of the form; the rules of its kind come after it."""
 
@@ -107,27 +56,31 @@ class Form(NamedTuple):
     name: str
     matches: Callable[[dict[str, Any]], bool]  # looks at a row's keys
     read: Callable[[Row], Sample]
-    fields: tuple[str, ...]  # that are read; of a judged answer the last one is the judgement
     answers: tuple[str, ...] = ()  # what errors call the answers
+    judgement: str = ""  # of a judged answer: the field that says whether it is a good one
 
 
-def read_samples(paths: Paths, kind: Kind) -> tuple[list[Sample], list[Problem]]:
-    """The samples of one or several files, and the problems of the rows that are none, in the order of files, lines."""
-    found, problems = list[Sample](), list[Problem]()
+def read_samples(paths: Paths, kind: Kind) -> tuple[list[Sample], Problems]:
+    """The samples of one or several files, and the problems of the rows that are none, in the order of files, lines.
+
+    Raises InputError for a file that is none, and as soon as 20,000 rows are bad and most are.
+    """
+    found, problems = list[Sample](), Problems()
     for name in _names(paths):
-        rows, unread = read_rows(name)
-        good, bad_ones = samples(rows, kind)
-        found += good
-        problems += sorted(unread + bad_ones, key=lambda problem: problem.line)
+        found += samples(read_rows(name), kind, problems)
     return found, problems
 
 
 def kind_of(paths: Paths) -> Kind:
     """What most of the first rows are: "judged", "pairs" or, of all others, "sft"."""
-    rows, _ = read_rows(_names(paths)[0])
     kinds: tuple[Kind, ...] = ("judged", "pairs", "sft")
-    seen = Counter(kind for row in rows[:DETECT_ROWS] for kind in kinds if recognise(row.data, kind))
+    first = _first_rows(islice(read_rows(_names(paths)[0]), MAX_BAD_ROWS))
+    seen = Counter(kind for row in first for kind in kinds if recognise(row.data, kind))
     return seen.most_common(1)[0][0] if seen else "sft"
+
+
+def _first_rows(items: Iterable[Row | Problem]) -> list[Row]:
+    return list(islice((item for item in items if isinstance(item, Row)), DETECT_ROWS))
 
 
 def _names(paths: Paths) -> list[str | os.PathLike[str]]:
@@ -137,18 +90,26 @@ def _names(paths: Paths) -> list[str | os.PathLike[str]]:
     return names
 
 
-def samples(rows: Sequence[Row], kind: Kind) -> tuple[list[Sample], list[Problem]]:
-    """Every row of one file as a sample, or as a problem. The file's form is the one most of its first 200 rows have;
-    prompts may mix theirs."""
-    seen = Counter(form.name for row in rows[:DETECT_ROWS] if (form := recognise(row.data, kind)))
+def samples(items: Iterable[Row | Problem], kind: Kind, problems: Problems) -> Iterator[Sample]:
+    """Every row of one file that is a sample; the others are added to `problems`. The file's form is the one most of
+    its first 200 rows have; prompts may mix theirs."""
+    items, good = iter(items), 0
+    first = list(islice(items, DETECT_ROWS))
+    seen = Counter(form.name for row in _first_rows(first) if (form := recognise(row.data, kind)))
     name = seen.most_common(1)[0][0] if seen and kind != "prompts" else None
-    good, problems = list[Sample](), list[Problem]()
-    for row in rows:
+    for item in chain(first, items):
         try:
-            good.append(sample(row, kind, name))
+            problem = item if isinstance(item, Problem) else None
+            if not isinstance(item, Problem):
+                yield sample(item, kind, name)
+                good += 1
         except BadRow as error:
-            problems.append(error.problem)
-    return good, problems
+            problem = error.problem
+        if problem is not None:
+            problems.add(problem)
+        if problems.total > max(MAX_BAD_ROWS, good):
+            way = "so many that the rest is not read; mend them"
+            raise InputError(problems.describe(f"the first {problems.total + good}", way))
 
 
 def sample(row: Row, kind: Kind, name: str | None = None) -> Sample:
@@ -159,14 +120,29 @@ def sample(row: Row, kind: Kind, name: str | None = None) -> Sample:
     if name is not None and form.name != name:
         reason = f"is of the {form.name} form, but this file's first rows are of the {name} form: one form a file"
         raise bad(row, "row", reason, "form")
-    made = SETTLED[kind](row, form, form.read(row))
-    tools = checked_tools(row, "tools", row.data.get("tools")) if "tools" in form.fields else made.tools
-    unused = [UNUSED + excerpt(key) for key in row.data if key not in form.fields]
-    return replace(made, tools=tools, notes=(*made.notes, *unused))
+    fields = present(row.data)
+    fields.level = kind
+    read = Row(fields, row.file, row.line)
+    made = SETTLED[kind](read, form, _beside_messages(read, form.read(read)))
+    unused, passed = unread(read, ASIDE if kind == "prompts" else ())
+    notes = (*made.notes, *(UNUSED + excerpt(place) for place in unused))
+    return replace(made, notes=notes, passed=tuple(passed), row=row.data if kind == "prompts" else {})
+
+
+def _beside_messages(row: Row, made: Sample) -> Sample:
+    """What any form may say beside its messages: a system text, tools, variables of the template."""
+    if made.text is not None:
+        return made
+    system = system_turn(row, next(chain(made.context, *made.answers), None))
+    tools, variables = made.tools or offered_tools(row, row.data), template_variables(row)
+    if not (system or tools or variables):
+        return made
+    return replace(made, context=system + made.context, tools=tools, variables=variables)
 
 
 def recognise(data: dict[str, Any], kind: Kind) -> Form | None:
     """The form of a row, told by its keys; None when they belong to none of this kind."""
+    data = {key: value for key, value in data.items() if value is not None}
     if kind == "sft" and ("kto_tag" in data or ("completion" in data and isinstance(data.get("label"), bool))):
         return None  # half of the answers that are judged are not to be imitated
     return next((form for form in FORMS if form.kind == kind and form.matches(data)), None)
@@ -176,7 +152,8 @@ def _unknown(row: Row, kind: Kind) -> BadRow:
     wanted, _, use = WANTED[kind]
     others = (other for other in ("judged", "pairs", "sft") if other != kind and recognise(row.data, other))
     seen = next((f"; it looks like {WANTED[other][0]}, which {WANTED[other][1]}" for other in others), "")
-    keys = excerpt(", ".join(map(repr, list(row.data)[:6])), 80)[1:-1]
+    named = [repr(key) + " (null)" * (value is None) for key, value in islice(row.data.items(), 6)]
+    keys = excerpt(", ".join(named), 80)[1:-1]
     return bad(row, "row", f"is not {wanted}, keys are {keys or 'none'}{seen}: use {use}", "form")
 
 
@@ -224,17 +201,13 @@ def _compared(row: Row, form: Form, made: Sample) -> Sample:
 
 def _judged(row: Row, form: Form, made: Sample) -> Sample:
     """One answer and whether it is a good one."""
-    label = row.data[form.fields[-1]]
+    label = row.data[form.judgement]
     if not isinstance(label, bool):
-        raise bad(row, form.fields[-1], f"must be true (a good answer) or false, not {type_name(label)}")
+        raise bad(row, form.judgement, f"must be true (a good answer) or false, not {type_name(label)}")
     return replace(_answered(row, form, made), label=label)
 
 
-def _asked(row: Row, form: Form, made: Sample) -> Sample:
-    return replace(_answered(row, form, made), row=row.data)
-
-
-SETTLED = {"sft": _learned, "pairs": _compared, "judged": _judged, "prompts": _asked}
+SETTLED = {"sft": _learned, "pairs": _compared, "judged": _judged, "prompts": _answered}
 
 
 # What reads a row of a form.
@@ -267,7 +240,8 @@ def _texts(row: Row) -> Sample:
 
 def _talk(row: Row) -> Sample:
     """The last message is the answer."""
-    messages = conversation(row, "conversations" if "conversations" in row.data else "messages")
+    key = "conversations" if "conversations" in row.data else "messages"
+    messages = spoken(row, key, row.data[key])
     return _made(row, messages[:-1], messages[-1:])
 
 
@@ -278,18 +252,18 @@ def _task(row: Row) -> Sample:
 def _openai_pair(row: Row) -> Sample:
     outputs = _both(row, *_OUTPUTS)
     source = row.data.get("input")
-    if not isinstance(source, dict):
+    if not isinstance(source, Fields):
         raise bad(row, "input", f"must be an object with `messages`, not {type_name(source)}")
     context = checked_messages(row, "input.messages", source.get("messages"))
     answers = [_answer(row, field, output) for field, output in zip(_OUTPUTS, outputs, strict=True)]
-    return _made(row, context, *answers, tools=checked_tools(row, "input.tools", source.get("tools")))
+    return _made(row, context, *answers, tools=offered_tools(row, source, "input."))
 
 
 def _sharegpt_pair(row: Row) -> Sample:
     """Each answer is one message, or a list."""
     given = zip(_PAIR, _both(row, *_PAIR), strict=True)
     answers = [spoken(row, key, value if isinstance(value, list) else [value]) for key, value in given]
-    return _made(row, conversation(row, "conversations"), *answers)
+    return _made(row, spoken(row, "conversations", row.data["conversations"]), *answers)
 
 
 def _alpaca_pair(row: Row) -> Sample:
@@ -309,7 +283,7 @@ def _trl_pair(row: Row) -> Sample:
         parts, notes = implied_by_strings(row, chosen, rejected)
     else:
         parts = _question(row, key), turn(row, "chosen", chosen), turn(row, "rejected", rejected)
-    return _made(row, with_system(row, parts[0]), *parts[1:], notes=notes)
+    return _made(row, *parts, notes=notes)
 
 
 def _after_prompt(row: Row, key: str, chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
@@ -372,28 +346,25 @@ def _has(*keys: str, one: Sequence[str] = (), none: Sequence[str] = ()) -> Calla
 _PAIR, _OUTPUTS = ("chosen", "rejected"), ("preferred_output", "non_preferred_output")
 _RATED = (*_PAIR, *_OUTPUTS)
 _OTHERS = ("conversations", "conversation", "instruction", "question", "input", *_RATED)
-_TALK, _TASK = ("conversations", "system", "tools"), ("instruction", "input", "system", "history", "tools")
-_CHAT, _TEXTS = ("messages", "system", "tools"), ("prompt", "completion", "tools")
-_TRL = ("prompt", "question", "system", "tools", *_PAIR)
 _LAST = ("last message",)
 
 FORMS: tuple[Form, ...] = (
-    Form("sft", "chat", _has("messages"), _chat, ("messages", "tools")),
-    Form("sft", "prompt/completion", _has("completion"), _texts, _TEXTS),
-    Form("sft", "prompt/completion", _has("prompt", none=("text", *_OTHERS)), _texts, _TEXTS),
-    Form("sft", "conversations", _has("conversations", none=_RATED), _talk, _TALK),
-    Form("sft", "instruction/output", _has("instruction", none=_RATED), _task, (*_TASK, "output")),
-    Form("sft", "text", _has("text", none=("prompt", *_OTHERS)), _text, ("text",)),
-    Form("pairs", "/".join(_OUTPUTS), _has(one=_OUTPUTS), _openai_pair, ("input", *_OUTPUTS), _OUTPUTS),
-    Form("pairs", "conversations/chosen/rejected", _has(_TALK[0], one=_PAIR), _sharegpt_pair, (*_TALK, *_PAIR), _PAIR),
-    Form("pairs", "instruction/chosen/rejected", _has(_TASK[0], one=_PAIR), _alpaca_pair, (*_TASK, *_PAIR), _PAIR),
-    Form("pairs", "prompt/chosen/rejected", _has(one=_PAIR), _trl_pair, _TRL, _PAIR),
-    Form("judged", "conversations/kto_tag", _has("kto_tag", "conversations"), _talk, (*_TALK, "kto_tag"), _LAST),
-    Form("judged", "messages/kto_tag", _has("kto_tag", "messages"), _talk, (*_CHAT, "kto_tag"), _LAST),
-    Form("judged", "instruction/kto_tag", _has("kto_tag", _TASK[0]), _task, (*_TASK, "output", "kto_tag"), ("output",)),
-    Form("judged", "prompt/completion/label", _has("completion", "label"), _texts, (*_TEXTS, "label"), ("completion",)),
-    Form("prompts", "messages", _has("messages"), _asked_talk, (*_CHAT, "answer")),
-    Form("prompts", "conversations", _has("conversations"), _asked_talk, (*_TALK, "answer")),
-    Form("prompts", "instruction", _has(_TASK[0]), lambda r: _made(r, instruction(r)), (*_TASK, "output", "answer")),
-    Form("prompts", "prompt", _has("prompt"), lambda r: _made(r, _question(r, "prompt")), (*_TEXTS, "answer")),
+    Form("sft", "chat", _has("messages"), _chat),
+    Form("sft", "prompt/completion", _has("completion"), _texts),
+    Form("sft", "prompt/completion", _has("prompt", none=("text", *_OTHERS)), _texts),
+    Form("sft", "conversations", _has("conversations", none=_RATED), _talk),
+    Form("sft", "instruction/output", _has("instruction", none=_RATED), _task),
+    Form("sft", "text", _has("text", none=("prompt", *_OTHERS)), _text),
+    Form("pairs", "/".join(_OUTPUTS), _has(one=_OUTPUTS), _openai_pair, _OUTPUTS),
+    Form("pairs", "conversations/chosen/rejected", _has("conversations", one=_PAIR), _sharegpt_pair, _PAIR),
+    Form("pairs", "instruction/chosen/rejected", _has("instruction", one=_PAIR), _alpaca_pair, _PAIR),
+    Form("pairs", "prompt/chosen/rejected", _has(one=_PAIR), _trl_pair, _PAIR),
+    Form("judged", "conversations/kto_tag", _has("kto_tag", "conversations"), _talk, _LAST, "kto_tag"),
+    Form("judged", "messages/kto_tag", _has("kto_tag", "messages"), _talk, _LAST, "kto_tag"),
+    Form("judged", "instruction/kto_tag", _has("kto_tag", "instruction"), _task, ("output",), "kto_tag"),
+    Form("judged", "prompt/completion/label", _has("completion", "label"), _texts, ("completion",), "label"),
+    Form("prompts", "messages", _has("messages"), _asked_talk),
+    Form("prompts", "conversations", _has("conversations"), _asked_talk),
+    Form("prompts", "instruction", _has("instruction"), lambda row: _made(row, instruction(row))),
+    Form("prompts", "prompt", _has("prompt"), lambda row: _made(row, _question(row, "prompt"))),
 )

@@ -1,15 +1,20 @@
 """Messages in the one shape, and the rules that they keep."""
 
-import json
 from typing import Any
 
+from .keys import CALL, TURN, Fields, parsed, plain, present, whole
 from .row import Row, bad, excerpt, type_name
 
 Messages = list[dict[str, Any]]
 ROLES = ("system", "developer", "user", "assistant", "tool")
-ROLE_SYNONYMS = {"human": "user", "function": "tool", "observation": "tool"}
+CALLING = ("function_call", "tool_call")  # roles whose content is a call, as JSON, by the assistant
+ANSWERING = ("function", "tool_response")  # other names for a tool that answers
+ROLE_SYNONYMS = dict.fromkeys((*ANSWERING, "observation", "function_response"), "tool") | {"human": "user"}
 ROLE_SYNONYMS |= dict.fromkeys(("gpt", "bot", "model", "ai"), "assistant")
+MISSING = "is missing, or null"
 KEY_SYNONYMS = {"from": "role", "value": "content", "text": "content"}
+OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
+SEEN = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 
 
 def trains(message: dict[str, Any]) -> bool:
@@ -24,69 +29,74 @@ def as_context(messages: Messages) -> Messages:
 
 def core(message: dict[str, Any]) -> tuple[Any, ...]:
     """What a model sees of a message: marks such as an id or a score make no other message of it."""
-    return tuple(message.get(key) for key in ("role", "content", "tool_calls", "tool_call_id", "name"))
+    return tuple(message.get(key) for key in SEEN)
 
 
-def checked_tools(row: Row, field: str, tools: Any) -> Messages | None:
-    """The tools a row offers; None for none."""
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise bad(row, field, f"must be a list of objects, not {type_name(tools)}")
-    return tools or None
+def checked_messages(row: Row, field: str, value: Any, *, sharegpt: bool = False) -> Messages:
+    """A row's list of messages in the one shape. Raises BadRow for what is none, or breaks a rule of messages.
 
-
-def checked_messages(row: Row, field: str, value: Any) -> Messages:
-    """A row's list of messages in the one shape. Raises BadRow for what is none, or breaks a rule of messages."""
+    `sharegpt`: those without `role` are in ShareGPT's words, `from` and `value`.
+    """
     if not isinstance(value, list):
         raise bad(row, field, f"must be a list of messages, not {type_name(value)}")
     if not value:
         raise bad(row, field, "is an empty list", "empty")
-    return [_message(row, f"{field}[{i}]", message) for i, message in enumerate(value)]
+    return [_message(row, f"{field}[{i}]", message, sharegpt) for i, message in enumerate(value)]
 
 
-def _message(row: Row, field: str, message: Any) -> dict[str, Any]:
-    if not isinstance(message, dict):
+def _message(row: Row, field: str, message: Any, sharegpt: bool) -> dict[str, Any]:
+    if not isinstance(message, Fields):
         raise bad(row, field, f"must be an object with `role` and `content`, not {type_name(message)}")
-    role = _role(row, field, message)
-    result = {**message, "role": role}
-    if message.get("tool_calls") is not None:
-        result["tool_calls"] = _tool_calls(row, f"{field}.tool_calls", message["tool_calls"], role)
+    message.level = TURN
+    message.get("tool_call_id")  # a link between turns, which their order tells too
+    theirs = sharegpt and "role" not in message
+    if theirs and {"value", "content"} <= message.keys():
+        raise bad(row, field, "has both `value` and `content`: keep one of them")
+    speaker, text = ("from", "content" if "content" in message else "value") if theirs else ("role", "content")
+    role = _role(row, field, speaker, message)
+    if role in CALLING:
+        calls, role, content = _calls_of_text(row, f"{field}.{text}", message, text), "assistant", ""
     else:
-        result.pop("tool_calls", None)
-    result["content"] = _content(row, f"{field}.content", message, role)
+        calls = _tool_calls(row, field, message, role)
+        content = _content(row, f"{field}.{text}", message, role, bool(calls))
     if "weight" in message:
         _check_weight(row, f"{field}.weight", message["weight"], role)
+    result = plain(message) | {"role": role, "content": content} | ({} if calls is None else {"tool_calls": calls})
+    for key in {"from", "value"} & {speaker, text} | {"function_call"} & message.read:
+        result.pop(key, None)
     return result
 
 
-def _role(row: Row, field: str, message: dict[str, Any]) -> str:
-    for key, meant in KEY_SYNONYMS.items():
-        if key in message and meant not in message:
-            raise bad(
-                row, field, f'has `{key}` where `{meant}` is needed: a message is {{"role": ..., "content": ...}}'
-            )
-    if "role" not in message:
-        raise bad(row, f"{field}.role", "is missing")
-    role = message["role"]
+def _role(row: Row, field: str, key: str, message: Fields) -> str:
+    for theirs, meant in KEY_SYNONYMS.items():
+        if key == "role" and theirs in message and meant not in message:
+            reason = f'has `{theirs}` where `{meant}` is needed: a message is {{"role": ..., "content": ...}}'
+            raise bad(row, field, reason)
+    if key not in message:
+        raise bad(row, f"{field}.{key}", MISSING)
+    role = message[key]
     if not isinstance(role, str):
-        raise bad(row, f"{field}.role", f"must be a string, not {type_name(role)}")
-    if role not in ROLES:
+        raise bad(row, f"{field}.{key}", f"must be a string, not {type_name(role)}")
+    if key == "from" or role in ANSWERING:
+        role = ROLE_SYNONYMS.get(role.lower(), role)
+    if role not in (*ROLES, *CALLING):
         meant = ROLE_SYNONYMS.get(role.lower(), role.lower().strip())
         hint = f": did you mean {meant!r}?" if meant in ROLES else f": must be one of {', '.join(ROLES)}"
-        raise bad(row, f"{field}.role", f"is {excerpt(role)}{hint}")
+        raise bad(row, f"{field}.{key}", f"is {excerpt(role)}{hint}")
     return role
 
 
-def _content(row: Row, field: str, message: dict[str, Any], role: str) -> str:
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
+def _content(row: Row, field: str, message: Fields, role: str, calls: bool) -> str:
+    content = message.get(field.rpartition(".")[2])
+    if content is None and calls:
         return ""
-    if "content" not in message:
-        raise bad(row, field, "is missing")
+    if content is None:
+        raise bad(row, field, MISSING)
     if isinstance(content, list):
         content = "".join(_part(row, f"{field}[{i}]", part) for i, part in enumerate(content))
     if not isinstance(content, str):
         raise bad(row, field, f"must be a string or a list of text parts, not {type_name(content)}")
-    if role == "user" or (role == "assistant" and not message.get("tool_calls") and message.get("weight") != 0):
+    if role == "user" or (role == "assistant" and not calls and message.get("weight") != 0):
         return filled(row, field, content)
     return content
 
@@ -104,14 +114,6 @@ def _part(row: Row, field: str, part: Any) -> str:
 def turn(row: Row, field: str, text: Any, role: str = "assistant") -> Messages:
     """A string as one turn."""
     return [{"role": role, "content": filled(row, field, text)}]
-
-
-def with_system(row: Row, messages: Messages) -> Messages:
-    """The messages after the row's `system` text, unless it has none or they begin with a system message already."""
-    text = row.data.get("system")
-    if text in (None, "") or (messages and messages[0]["role"] in ("system", "developer")):
-        return messages
-    return turn(row, "system", text, "system") + messages
 
 
 def filled(row: Row, field: str, text: Any) -> str:
@@ -132,26 +134,82 @@ def _check_weight(row: Row, field: str, weight: Any, role: str) -> None:
         raise bad(row, field, f"belongs on assistant turns only, this one is {role!r}")
 
 
-def _tool_calls(row: Row, field: str, calls: Any, role: str) -> list[dict[str, Any]]:
-    """Tool calls with their arguments as objects, as chat templates want them (OpenAI writes them as JSON text)."""
+def _tool_calls(row: Row, field: str, message: Fields, role: str) -> Messages | None:
+    """The calls of a turn: `tool_calls`, or the one `function_call` that OpenAI's first form of them had."""
+    key = "tool_calls" if "tool_calls" in message else "function_call"
+    if key not in message:
+        return None
+    calls, where = message[key], f"{field}.{key}"
     if role != "assistant":
-        raise bad(row, field, f"belongs on assistant turns only, this one is {role!r}")
+        raise bad(row, where, f"belongs on assistant turns only, this one is {role!r}")
+    if key == "function_call":
+        return [_tool_call(row, where, calls)]
     if not isinstance(calls, list):
-        raise bad(row, field, f"must be a list, not {type_name(calls)}")
+        raise bad(row, where, f"must be a list, not {type_name(calls)}")
+    return [_tool_call(row, f"{where}[{i}]", call) for i, call in enumerate(calls)]
+
+
+def _calls_of_text(row: Row, field: str, message: Fields, key: str) -> Messages | None:
+    """The calls, one or a list, that the content of a turn holds as JSON."""
+    calls = message.get(key)
+    calls = present(parsed(row, field, calls), null=True) if isinstance(calls, str) else calls
+    message[key] = calls = calls if isinstance(calls, list) else [calls]  # as it was read, for what is unread there
     return [_tool_call(row, f"{field}[{i}]", call) for i, call in enumerate(calls)]
 
 
 def _tool_call(row: Row, field: str, call: Any) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    """A call as chat templates want it: under `function`, its arguments an object (OpenAI writes them as JSON text)."""
+    function = call.get("function", call) if isinstance(call, Fields) else None
+    kind = call.get("type", "function") if isinstance(call, Fields) else None
+    if not isinstance(function, Fields) or kind != "function" or not isinstance(function.get("name"), str):
         raise bad(row, field, 'must be an object {"type": "function", "function": {"name": ..., "arguments": ...}}')
+    call.get("id")  # a link between turns, which their order tells too
+    call.level = function.level = CALL
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            raise bad(row, f"{field}.arguments", "is not valid JSON") from None
+        arguments = parsed(row, f"{field}.arguments", arguments)
     if not isinstance(arguments, dict):
         raise bad(row, f"{field}.arguments", f"must be a JSON object, not {type_name(arguments)}")
-    function = {**function, "arguments": arguments}
-    return {**call, "function": function} if "function" in call else function
+    made = plain(function) | {"arguments": whole(arguments)}
+    return plain(call) | {"function": made} if "function" in call else {"type": "function", "function": made}
+
+
+# What a row says beside its messages.
+
+
+def offered_tools(row: Row, fields: dict[str, Any], inside: str = "") -> Messages | None:
+    """The tools that a row, or its part `inside`, offers: `tools`, or the `functions` that OpenAI had first; or as
+    JSON text. None for none."""
+    key = "tools" if "tools" in fields else "functions"
+    tools, field = whole(fields.get(key)), inside + key
+    if isinstance(tools, str):
+        tools = parsed(row, field, tools) if tools.strip() else None
+    if isinstance(tools, list):
+        tools = [parsed(row, f"{field}[{i}]", t) if isinstance(t, str) else t for i, t in enumerate(tools)]
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise bad(row, field, f"must be a list of objects, or that as JSON text, not {type_name(tools)}")
+    if key == "functions":
+        return [{"type": "function", "function": tool} for tool in tools or []] or None
+    return tools or None
+
+
+def template_variables(row: Row) -> dict[str, Any] | None:
+    """`chat_template_kwargs`: what the row itself gives to the template."""
+    given = whole(row.data.get("chat_template_kwargs"))
+    if isinstance(given, str):
+        given = parsed(row, "chat_template_kwargs", given)
+    if given is not None and not isinstance(given, dict):
+        raise bad(row, "chat_template_kwargs", f"must be an object, or one as JSON text, not {type_name(given)}")
+    for key in given or {}:
+        if key in OURS:
+            reason = f"may not say {key!r}, which is given from elsewhere: take it out"
+            raise bad(row, "chat_template_kwargs", reason)
+    return given or None
+
+
+def system_turn(row: Row, first: dict[str, Any] | None) -> Messages:
+    """The row's `system` text as a turn to stand before `first`; none if that is one already, and no text is read."""
+    if first is not None and first["role"] in ("system", "developer"):
+        return []
+    text = row.data.get("system")
+    return [] if text in (None, "") else turn(row, "system", text, "system")

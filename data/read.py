@@ -17,27 +17,25 @@ from .strict_json import Refused, elements, parse
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 MAX_ARRAY_BYTES = 256 * 1024 * 1024
-DISCARD_BYTES = 65536
+DISCARD_BYTES = 1 << 20
+MAX_DISCARDED_BYTES = 1 << 30
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 OTHER_FORMATS = (".parquet", ".csv", ".tsv", ".gz", ".zst", ".txt", ".md", ".arrow", ".yaml", ".yml")
 
 
-def read_rows(path: str | os.PathLike[str]) -> tuple[list[Row], list[Problem]]:
+def read_rows(path: str | os.PathLike[str]) -> Iterator[Row | Problem]:
     """All rows of a `.jsonl`, `.ndjson` or `.json` file, and a problem for every line that holds no JSON object.
 
     Blank lines are passed over; a UTF-8 byte order mark and CRLF line ends are accepted. A file whose first character
     is `[` is read as one JSON array. Raises InputError for a file that cannot be read at all or that holds no rows.
     """
-    name = os.fspath(path)
+    name, empty = os.fspath(path), True
     _check_file(name)
-    rows: list[Row] = []
-    problems: list[Problem] = []
-    source = _array_items(name) if _first_byte(name) == b"[" else _line_items(name)
-    for item in source:
-        (rows if isinstance(item, Row) else problems).append(item)  # type: ignore[arg-type]
-    if not rows and not problems:
+    for item in _array_items(name) if _first_byte(name) == b"[" else _line_items(name):
+        yield item
+        empty = False
+    if empty:
         raise InputError(f"{name}: the file holds no rows: expected one JSON object a line.")
-    return rows, problems
 
 
 def _check_file(name: str) -> None:
@@ -92,8 +90,12 @@ def _line_items(name: str) -> Iterator[Row | Problem]:
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if len(line) > MAX_LINE_BYTES:
+                start = file.tell()
                 while line and not line.endswith(b"\n"):
                     line = file.readline(DISCARD_BYTES)
+                    if file.tell() - start > MAX_DISCARDED_BYTES:
+                        size = f"{MAX_DISCARDED_BYTES // 2**30} GiB"
+                        raise InputError(f"{name}: line {number} is longer than {size}: write one object a line.")
                 yield Problem(name, number, "line", f"is longer than {MAX_LINE_BYTES // 2**20} MiB", "json")
             elif line.strip():
                 yield _item(name, number, line)
@@ -107,7 +109,7 @@ def _item(name: str, line: int, raw: bytes | str) -> Row | Problem:
             raise Refused(f"is {type_name(value)}, not an object {{...}}")
         return Row(value, name, line)
     except Refused as error:
-        return Problem(name, line, "line", str(error), "json")
+        return Problem(name, line, "line", f"{error}{error.hint}", "json")
 
 
 def _decode(line: bytes) -> str:

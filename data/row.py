@@ -1,4 +1,4 @@
-"""A row of a data file, and what can be wrong with one."""
+"""A row of a data file, and what can be wrong with one, or with many."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ from ..errors import InputError
 
 UNUSED = "not used: "  # begins the note of a field of a row that nothing reads
 SHOWN_KEYS = 8
+SHOWN_PROBLEMS, SHOWN_CHARACTERS = 20, 1600
+KEPT_PROBLEMS = 1000
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,33 @@ class Problem:
 
     def __str__(self) -> str:
         text = f"{self.file}:{self.line}: {self.field}: {self.reason}"
+        if text.isprintable():
+            return text
         return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+class Problems(list[Problem]):
+    """The first 1,000 of many problems, how many there are (`total`), and of each kind (`kinds`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.kinds = 0, Counter[str]()
+
+    def add(self, problem: Problem) -> None:
+        """Count one more problem, and keep it while there is room."""
+        self.total += 1
+        self.kinds[problem.kind] += 1
+        if self.total <= KEPT_PROBLEMS:
+            self.append(problem)
+
+    def describe(self, rows: str, way: str) -> str:
+        """One message: how many of `rows` these are, what to do, and the first ones, one a line: 20, or fewer that are
+        longer than a message can be."""
+        lines = [str(problem) for problem in self[:SHOWN_PROBLEMS]]
+        while len(lines) > 1 and sum(map(len, lines)) > SHOWN_CHARACTERS:
+            lines.pop()
+        more = [f"... and {self.total - len(lines)} more"] * (self.total > len(lines))
+        return "\n".join([f"{self.total} of {rows} rows cannot be used; {way}:", *lines, *more])
 
 
 class BadRow(InputError):
@@ -54,15 +82,13 @@ def bad(row: Row, field: str, reason: str, kind: str = "row") -> BadRow:
 
 def type_name(value: Any) -> str:
     """What a JSON value is, in words."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return names[type(value)]
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return "an object" if isinstance(value, dict) else names.get(type(value), "null")
 
 
 def counted(notes: Counter[str], rows: int) -> list[str]:
     """Notes of rows as notices that say how many rows each is of; of fields that are not used the 8 most frequent."""
     unused = sorted((note for note in notes if note.startswith(UNUSED)), key=lambda note: (-notes[note], note))
-    said = [*sorted(note for note in notes if note not in set(unused)), *unused[:SHOWN_KEYS]]
+    said = [*sorted(note for note in notes if not note.startswith(UNUSED)), *unused[:SHOWN_KEYS]]
     more = [f"... and {len(unused) - SHOWN_KEYS} more keys that are not used"] if len(unused) > SHOWN_KEYS else []
     return [f"{notes[note]} of {rows} rows: {note}" for note in said] + more

@@ -13,7 +13,11 @@ MAX_DEPTH = 64
 
 
 class Refused(ValueError):
-    """A value that JSON's grammar lets through and a dataset must not hold."""
+    """A text that is no JSON, or holds a value that a dataset must not; `hint` is for one that is a row."""
+
+    def __init__(self, reason: str = "", hint: str = "") -> None:
+        super().__init__(reason)
+        self.hint = hint
 
 
 def _refuse_constant(text: str) -> NoReturn:
@@ -44,7 +48,7 @@ def parse(text: str) -> Any:
     try:
         value, end = _DECODER.raw_decode(text, len(text) - len(text.lstrip()))
     except json.JSONDecodeError as error:
-        raise Refused(_json_reason(text, error)) from None
+        raise _no_json(text, error) from None
     except RecursionError:
         raise Refused(f"is nested deeper than {MAX_DEPTH} levels") from None
     except Refused:
@@ -53,18 +57,18 @@ def parse(text: str) -> Any:
         raise Refused("holds a number with too many digits") from None
     if rest := text[end:].strip():
         hint = ": one object a line, without commas between" if rest.startswith((",", "{")) else ""
-        raise Refused(f"more text follows the JSON value: {excerpt(rest)}{hint}")
+        raise Refused(f"more text follows the JSON value: {excerpt(rest)}", hint)
     _check_values(value)
     return value
 
 
-def _json_reason(text: str, error: json.JSONDecodeError) -> str:
+def _no_json(text: str, error: json.JSONDecodeError) -> Refused:
     if not text.lstrip().startswith(("{", "[", '"')):
-        return f"is not JSON: {excerpt(text.strip())}; expected an object {{...}}"
+        return Refused(f"is not JSON: {excerpt(text.strip())}", "; expected an object {...}")
     if error.msg.startswith("Unterminated") or not text[error.pos :].strip():
-        return "ends before the JSON value is complete: each row must stand whole on one line"
+        return Refused("ends before the JSON value is complete", ": each row must stand whole on one line")
     near = excerpt(text[max(0, error.pos - 10) : error.pos + 20].strip(), 40)
-    return f"is not valid JSON at column {error.pos + 1}: {error.msg}, near {near}"
+    return Refused(f"is not valid JSON at column {error.pos + 1}: {error.msg}, near {near}")
 
 
 def _check_values(value: Any) -> None:
@@ -94,6 +98,7 @@ def _check_text(text: str, where: str) -> None:
 # Arrays.
 
 _SPACE = re.compile(r"[ \t\r\n]*")
+_ANY = json.JSONDecoder()
 
 
 def elements(text: str) -> Iterator[tuple[int, str, str]]:
@@ -110,7 +115,7 @@ def elements(text: str) -> Iterator[tuple[int, str, str]]:
             at = _past_space(text, at + 1)
         line, counted, first = line + text.count("\n", counted, at), at, False
         try:
-            end = json.JSONDecoder().raw_decode(text, at)[1]
+            end = _ANY.raw_decode(text, at)[1]
         except json.JSONDecodeError as error:
             line += text.count("\n", at, error.pos)
             yield line, "", f"is not valid JSON: {error.msg}; the rest of the array is not read"

@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Literal
 
 from .batch import Encoded
-from .forms import Sample
 from .row import BadRow
+from .sample import Sample
 
 Truncation = Literal["drop", "answer"]
 LOST = "lost to truncation"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.batch import Batch, Example, micro_batches
 from ..data.encode import encode_questions
-from ..data.forms import Sample
+from ..data.sample import Sample
 from ..data.strict_json import Refused, parse
 from ..data.template import ChatTemplate
 from ..errors import InputError, shown

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch, Example, sent
 from ..data.encode import Dataset
-from ..data.forms import Kind
+from ..data.sample import Kind
 from ..errors import InputError, NumericError
 from ..lora.adapter import DEFAULT, adapters_of, copy_adapter, using
 from ..lora.peft_files import adapter_state, load_adapter_state

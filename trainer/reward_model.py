@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..data.batch import Batch, Example, micro_batches
 from ..data.encode import encode
-from ..data.forms import Sample, sample
+from ..data.forms import sample
 from ..data.protocol import TokenizerLike
 from ..data.row import BadRow, Row
+from ..data.sample import Sample
 from ..data.template import TemplateChoice, template_for
 from ..errors import InputError
 from ..files import check_finite, float_tensors, regular_file, write_tensors

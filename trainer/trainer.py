@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch, micro_batches
 from ..data.encode import Dataset, load_rows
-from ..data.forms import Kind
 from ..data.order import fingerprint, split_validation, step_indices, steps_per_epoch
+from ..data.sample import Kind
 from ..errors import InputError, NumericError
 from ..files import write_text
 from ..lora.peft_files import adapter_state, load_adapter_state, save_adapter

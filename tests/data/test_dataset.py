@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from fourbit.data import forms
 from fourbit.data.batch import Encoded, Example, pack
-from fourbit.data.encode import SPECIAL_IN_TEXT, WHOLE, Dataset, load
+from fourbit.data.encode import SPECIAL_IN_TEXT, WHOLE, Dataset, encode_prompts, load
 from fourbit.data.order import count_overlap, fingerprint, split_validation
 from fourbit.data.row import Row
+from fourbit.data.sample import Sample
 from fourbit.data.template import BUILTINS, ChatTemplate
 from fourbit.errors import InputError
 
@@ -57,13 +58,21 @@ def test_every_bad_row_is_listed_at_once(write: Callable[..., Path], tokenizer: 
     ]
 
 
-def test_the_first_20_of_many_bad_rows_are_shown(write: Callable[..., Path], tokenizer: Any) -> None:
-    path = write([chat("q", "") for _ in range(50)])
+def test_the_first_20_of_many_bad_rows_are_shown(
+    write: Callable[..., Path], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write([chat("q", "") for _ in range(50)])
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as caught:
-        load(path, tokenizer)
+        load("rows.jsonl", tokenizer)
     lines = str(caught.value).split("\n")
     assert lines[0].startswith("50 of 50 rows cannot be used") and len(lines) == 22
-    assert lines[20].startswith(f"{path}:20: ") and lines[21] == "... and 30 more"
+    assert lines[20].startswith("rows.jsonl:20: ") and lines[21] == "... and 30 more"
+    longer = write([{"messages": 1}] * 31, "x" * 99 + ".jsonl")
+    with pytest.raises(InputError) as caught:
+        load(longer, tokenizer)
+    lines = str(caught.value).split("\n")
+    assert len(str(caught.value)) <= 1900 and lines[-1] == f"... and {31 - len(lines[1:-1])} more"
 
 
 def test_skipped_rows_are_counted_by_kind(write: Callable[..., Path], tokenizer: Any) -> None:
@@ -133,6 +142,33 @@ def test_notices_are_counted(write: Callable[..., Path], tokenizer: Any) -> None
     ]
     fixed = ChatTemplate(dated.source, date="2025-01-31")
     assert load(write(rows(1), "c.jsonl"), tokenizer, template=fixed).report.notices == []
+
+
+def test_a_key_that_only_the_template_can_use_is_told_of_where_it_does_not(
+    write: Callable[..., Path], tokenizer: Any
+) -> None:
+    path = write(
+        [{"messages": [{"role": "user", "content": "q", "mood": "gay", "id": 3}, *chat("", "a")["messages"][1:]]}]
+    )
+    assert load(path, tokenizer).report.notices[1:] == [
+        "1 of 1 rows: not used: 'messages[].id'",
+        "1 of 1 rows: not used: 'messages[].mood'",
+    ]
+    moody = BUILTINS["chatml"].replace("+ message['content']", "+ message['content'] + message.mood | default('')")
+    data = load(path, tokenizer, template=ChatTemplate(moody))
+    assert data.report.notices == ["1 of 1 rows: not used: 'messages[].id'"] and "qgay" in parts(data)[0].text
+
+
+def test_a_rows_variables_reach_the_template(write: Callable[..., Path], tokenizer: Any) -> None:
+    """And make another row of it. A null one stays unknown there."""
+    kwargs = [{"style": "short"}, '{"style": "long"}', {"style": None}, None]
+    path = write([chat("q", "a", chat_template_kwargs=given) for given in kwargs])
+    template = ChatTemplate("{{ style is defined and style or '-' }}:" + BUILTINS["chatml"])
+    data = load(path, tokenizer, template=template)
+    assert [part.text.split(":")[0] for part in parts(data)] == ["short", "long", "-", "-"]
+    assert data.report.duplicates == 1
+    prompts = encode_prompts(data.samples, tokenizer, template)
+    assert [tokenizer.decode(ids).split(":")[0] for ids in prompts] == ["short", "long", "-", "-"]
 
 
 def test_duplicates_are_told_by_content(write: Callable[..., Path], tokenizer: Any) -> None:
@@ -287,11 +323,11 @@ def test_only_rows_to_learn_from_take_loss_on(
 def test_a_form_is_one_entry_of_the_table(
     write: Callable[..., Path], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def riddle(row: Row) -> forms.Sample:
+    def riddle(row: Row) -> Sample:
         turns = chat(row.data["riddle"], row.data["solution"])["messages"]
-        return forms.Sample([], (turns,), row.file, row.line)
+        return Sample([], (turns,), row.file, row.line)
 
-    form = forms.Form("sft", "riddle", lambda row: "riddle" in row, riddle, ("riddle", "solution"))
+    form = forms.Form("sft", "riddle", lambda row: "riddle" in row, riddle)
     path = write([{"riddle": "Sky?", "solution": "Blue.", "hint": "B"}])
     with pytest.raises(InputError, match="is not a row to learn from"):
         load(path, tokenizer)

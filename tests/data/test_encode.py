@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from fourbit.data import mask as module
 from fourbit.data.batch import Encoded
 from fourbit.data.encode import encode, encode_prompts, encode_questions
-from fourbit.data.forms import Sample
 from fourbit.data.row import BadRow
+from fourbit.data.sample import Sample
 from fourbit.data.template import BUILTINS, ChatTemplate, template_for
 from fourbit.data.truncate import UNKNOWN_STOP
 from fourbit.errors import InputError

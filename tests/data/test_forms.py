@@ -5,8 +5,10 @@
 
 import copy
 import json
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourbit.data.forms import FORMS, Sample, kind_of, recognise, sample, samples
-from fourbit.data.row import BadRow, Row, counted
+from fourbit.data import forms
+from fourbit.data.forms import ASIDE, FORMS, kind_of, recognise, sample
+from fourbit.data.forms import samples as read_samples
+from fourbit.data.keys import ELSEWHERE
+from fourbit.data.row import BadRow, Problem, Problems, Row, counted
+from fourbit.data.sample import Sample
 from fourbit.errors import InputError
 
 GOOD, BAD = (
     {f"{case['kind']}: {case['case']}": case for case in map(json.loads, path.read_text().splitlines())}
     for path in (Path(__file__).with_name(f"{name}_rows.jsonl") for name in ("good", "bad"))
 )
+BESIDE = ("label", "text", "tools", "variables")
 ANSWERS = {"sft": ("",), "pairs": ("chosen", "rejected"), "judged": ("completion",)}
 S = {"role": "system", "content": "Be brief."}
 U = {"role": "user", "content": "Hi"}
@@ -32,6 +39,11 @@ P = {"prompt": "p", "chosen": "c", "rejected": "r"}
 
 def chat(*messages: Any, **more: Any) -> dict[str, Any]:
     return {"messages": list(messages), **more}
+
+
+def samples(rows: Sequence[Row | Problem], kind: Any) -> tuple[list[Sample], Problems]:
+    problems = Problems()
+    return list(read_samples(rows, kind, problems)), problems
 
 
 def made(data: dict[str, Any], kind: Any = "sft") -> Sample:
@@ -45,11 +57,19 @@ def test_every_form_becomes_a_sample(case: str) -> None:
     before = copy.deepcopy(data)
     got = made(data, kind)
     assert (got.context, [*got.answers]) == (given["context"], given["answers"])
-    assert (got.label, got.text, got.tools) == tuple(given.get(name) for name in ("label", "text", "tools"))
+    assert (got.label, got.text, got.tools, got.variables) == tuple(given.get(name) for name in BESIDE)
     assert [*got.notes] == given.get("notes", [])
+    assert sorted(place for place, _ in got.passed) == sorted(given.get("passed", []))
+    assert set(map(type, parts_of([got.context, *got.answers, got.tools, got.variables]))) <= {dict, list}
     assert data == before, "the row itself was changed"
     assert got.source == "rows.jsonl:7" and got.row == (data if kind == "prompts" else {})
     assert kind == "prompts" or got.names == ANSWERS[kind]
+
+
+def parts_of(value: Any) -> list[Any]:
+    """All objects and lists of a JSON value."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [value] * isinstance(value, (dict, list)) + [part for inner in inside for part in parts_of(inner)]
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -195,6 +215,79 @@ def test_an_implicit_prompt_is_the_one_that_trl_finds() -> None:
     theirs, ours = extract_prompt(alone), made(alone, "pairs")
     assert theirs["prompt"] == ours.context[0]["content"]
     assert theirs["chosen"].strip() == ours.answers[0][0]["content"]
+
+
+def objects_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where the objects of a JSON value stand in it."""
+    items = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
+    return [path] * isinstance(value, dict) + [p for key, inner in items for p in objects_in(inner, (*path, key))]
+
+
+def at(value: Any, path: Sequence[Any]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+KNOWN = sorted({key for keys in ELSEWHERE.values() for key in keys} | {"system", "functions", "function_call", "name"})
+NEW_KEYS = st.one_of(
+    st.sampled_from([*KNOWN, "messages", "answer", "history", "type", "id", "from"]), st.text(max_size=5)
+)
+VALUES = st.sampled_from([1, 0.5, True, False, "x", ["x"], {"x": 1}, [{"x": 1}], [U], '{"x": 1}'])
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_no_key_is_dropped_in_silence(data: st.DataObject) -> None:
+    """Another key anywhere in a row of any form: the row is refused, or it becomes another sample, or the key is told
+    of. Of a prompt the answer is set aside."""
+    case = GOOD[data.draw(st.sampled_from([*GOOD]))]
+    kind, row = case["kind"], copy.deepcopy(case["row"])
+    place = data.draw(st.sampled_from(objects_in(row) if kind != "prompts" else [()]))
+    key, value = data.draw(NEW_KEYS), data.draw(VALUES)
+    if at(row, place).get(key) is not None or (kind == "prompts" and key in ASIDE):
+        return
+    before = replace(made(row, kind), row={})
+    if place and f"not used: {place[0]!r}" in before.notes:
+        return
+    at(row, place)[key] = value
+    try:
+        after = replace(made(row, kind), row={})
+    except BadRow:
+        return
+    assert after != before, f"{key} at {place} changes nothing"
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_null_is_absent_at_every_level(data: st.DataObject) -> None:
+    case = GOOD[data.draw(st.sampled_from([*GOOD]))]
+    kind, row = case["kind"], copy.deepcopy(case["row"])
+    without = replace(made(row, kind), row={})
+    for place in objects_in(row):
+        for key in data.draw(st.lists(st.one_of(NEW_KEYS, st.sampled_from([*KEYS, *KNOWN])), max_size=3)):
+            at(row, place).setdefault(key, None)
+    assert replace(made(row, kind), row={}) == without
+
+
+def test_many_faults_are_counted_and_the_first_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In memory that does not grow with them; where most rows are bad, reading stops and says so."""
+    wrong = [Problem("f", line, "line", "is no JSON", "json") for line in range(1, 3001)]
+    good, problems = samples([*(Row(chat(U, A), "f", line) for line in range(1, 3001)), *wrong], "sft")
+    assert (len(good), problems.total, len(problems), problems.kinds) == (3000, 3000, 1000, {"json": 3000})
+    text = problems.describe("6000", "mend them")
+    assert text.startswith("3000 of 6000 rows cannot be used; mend them:\nf:1: ") and text.endswith("and 2980 more")
+    monkeypatch.setattr(forms, "MAX_BAD_ROWS", 1000)
+    read = iter(wrong)
+    with pytest.raises(InputError, match="1001 of the first 1001 rows cannot be used; so many"):
+        samples(read, "sft")  # type: ignore[arg-type]
+    assert len(list(read)) == 3000 - 1001
+
+
+def test_notices_of_a_hundred_thousand_keys_take_no_time() -> None:
+    start = time.process_time()
+    notices = counted(Counter(f"not used: 'k{i}'" for i in range(100_000)), 100_000)
+    assert len(notices) == 9 and time.process_time() - start < 5
 
 
 JSON = st.recursive(

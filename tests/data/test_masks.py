@@ -14,8 +14,8 @@ import pytest
 
 from fourbit.data.batch import Encoded, Example, pad
 from fourbit.data.encode import encode, encode_questions
-from fourbit.data.forms import Sample
 from fourbit.data.row import BadRow
+from fourbit.data.sample import Sample
 from fourbit.data.template import BUILTINS, ChatTemplate, template_for
 
 

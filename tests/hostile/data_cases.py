@@ -166,7 +166,7 @@ ROWS: dict[str, Any] = {  # one row each
     "arguments with half a surrogate pair": calls(r'{"a": "\ud800"}'),
     "arguments with NaN": calls('{"a": NaN}'),
     "a tool's answer that is an object": message(role="tool", content={"a": 1}),
-    "tools a text": {**GOOD, "tools": "[]"},
+    "tools a text": {**GOOD, "tools": "[f]"},
     "tools of numbers": {**GOOD, "tools": [1]},
     "the user last": {"messages": [{"role": "user", "content": "a"}]},
     "the assistant alone": {"messages": [{"role": "assistant", "content": "a"}]},
@@ -184,9 +184,20 @@ ROWS: dict[str, Any] = {  # one row each
     "text of 5 MB": {"text": "a b " * 1_250_000},
     "an answer of 5 MB": turns("hi", "yo " * 1_700_000),
     "a system text that is a number": {"conversations": GOOD["messages"], "system": 1},
-    "a system text beside messages": {**GOOD, "system": "be kind"},
+    "a system text of a number beside messages": {**GOOD, "system": 1},
     "messages beside a completion": {**GOOD, "prompt": 1, "completion": []},
     "chat_template_kwargs a list": {**GOOD, "chat_template_kwargs": [1]},
+    "chat_template_kwargs that say the messages": {**GOOD, "chat_template_kwargs": {"messages": []}},
+    "chat_template_kwargs nested 990 deep, as text": {**GOOD, "chat_template_kwargs": '{"a":' + nested(990) + "}"},
+    "tools with NaN, as text": {**GOOD, "tools": '[{"a": NaN}]'},
+    "images": {**GOOD, "images": ["file:///etc/passwd"]},
+    "a loss mark of another tool": answer(loss=False),
+    "a call of another's keys": answer(tool_calls=[{"name": "f", "parameters": {"a": 1}}]),
+    "a function_call of a number": answer(function_call=5),
+    "a turn of calls that are no JSON": message(role="tool_call", content="f(1)"),
+    "ShareGPT's function_call nested 100,000 deep": {
+        "conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": nested(100_000)}]
+    },
 }
 PAIRS: dict[str, Any] = {
     "chosen a number": {"prompt": "a", "chosen": 1, "rejected": "c"},

@@ -1,0 +1,133 @@
+"""What the keys of a row mean: one that a reader reads is used, one of ELSEWHERE is refused, any other is told of.
+
+Rows are read through `Fields`, which remember what was read. What was not is found afterwards, at every level of the
+row, so that no reader can drop a key in silence; and whoever reads another key has nothing to enter anywhere. Null is
+absent: no reader and no template sees a key that holds it. (JSON in a text is taken as it stands.)
+"""
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+from .row import Row, bad
+from .strict_json import Refused, parse
+
+TURN, CALL, WHOLE = "turn", "tool call", "whole"  # levels of a row; that of the row itself is the kind of rows
+
+_MEDIA = dict.fromkeys(
+    ("image", "images", "video", "videos", "audio", "audios"),
+    "holds what a model of text would not see: leave such rows out, or the key where the text stands without it",
+)
+_TOKENS = dict.fromkeys(
+    ("input_ids", "prompt_ids", "completion_ids", "completion_mask", "assistant_masks", "loss_mask"),
+    "holds tokens or a loss mask of another tool, which are not used here (`weight` 0 on a turn keeps it from being"
+    " trained): take the key out",
+)
+_WEIGHTS = dict.fromkeys(
+    ("weight", "weights", "sample_weight", "loss_weight", "loss_scale"),
+    "would weigh the row, and all rows count the same here: take the key out, or the row",
+)
+_ROW = {
+    **_MEDIA,
+    **_TOKENS,
+    **_WEIGHTS,
+    "system_prompt": "is `system` here: rename the key, or take it out where the messages hold that text",
+    "rejected_response": "makes this a preference pair: write it as prompt, chosen and rejected, or take the key out",
+}
+# Of each level the keys that other tools give a meaning that changes training, and what to do about them.
+ELSEWHERE: dict[str, dict[str, str]] = {
+    "sft": _ROW,
+    "judged": _ROW,
+    "pairs": {
+        **_ROW,
+        "margin": "would ask for a margin of its own, which no loss here takes: take the key out",
+        **dict.fromkeys(
+            ("ref_chosen_logps", "ref_rejected_logps", "reference_chosen_logps", "reference_rejected_logps"),
+            "holds log-probabilities of a reference model, which are computed here: take the key out",
+        ),
+    },
+    "prompts": _MEDIA,
+    TURN: {
+        **_MEDIA,
+        **dict.fromkeys(
+            ("train", "training", "train_detail", "loss", "loss_scale", "mask", "masked"),
+            "says elsewhere what is trained: write `weight` 0 (not trained) or 1 on the assistant's turn instead",
+        ),
+        "refusal": "is text of the answer: write it as `content`",
+    },
+    CALL: dict.fromkeys(("parameters", "args", "kwargs", "input"), "is `arguments` here: rename the key"),
+}
+
+
+class Fields(dict[str, Any]):
+    """An object of a row that remembers which of its keys were read. `level`: what it is (see ELSEWHERE)."""
+
+    __slots__ = ("level", "read")
+
+    def __init__(self, data: dict[str, Any], level: str = "") -> None:
+        super().__init__(data)
+        self.level, self.read = level, set[str]()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key, which counts as read."""
+        self.read.add(key)
+        return super().get(key, default)
+
+
+def present(value: Any, *, null: bool = False) -> Any:
+    """A JSON value as it is read: objects as Fields, without the keys that hold null unless these are wanted."""
+    if isinstance(value, dict):
+        return Fields({key: present(inner, null=null) for key, inner in value.items() if null or inner is not None})
+    return [present(inner, null=null) for inner in value] if isinstance(value, list) else value
+
+
+def plain(value: Any) -> Any:
+    """The same in dicts of their own."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list) else value
+
+
+def whole(value: Any) -> Any:
+    """The same for who uses the value as it is, with every key that it holds."""
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, Fields):
+            item.level = WHOLE
+    return plain(value)
+
+
+def parsed(row: Row, field: str, text: str) -> Any:
+    """The JSON that a text holds. Raises BadRow."""
+    try:
+        return parse(text)
+    except Refused as error:
+        raise bad(row, field, f"is text that must be JSON, and {error}") from None
+
+
+def unread(row: Row, aside: Collection[str] = ()) -> tuple[list[str], list[tuple[str, str]]]:
+    """The keys of a row that nobody read, but for those set `aside`: places of what is not used at all, and (place,
+    key) of what is given to the template, which alone knows. Raises BadRow for one of ELSEWHERE that is not empty."""
+    unused, passed, stack = dict[str, None](), dict[tuple[str, str], None](), list[tuple[str, Any]]([("", row.data)])
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, list):
+            stack += [(f"{path}[{i}]", inner) for i, inner in enumerate(value)]
+        if not isinstance(value, Fields) or value.level == WHOLE:
+            continue
+        for key, inner in value.items():
+            where = f"{path}.{key}" if path else key
+            if key in value.read:
+                stack.append((where, inner))
+            elif path or key not in aside:
+                if (why := ELSEWHERE.get(value.level, {}).get(key)) and inner not in ([], {}, ""):
+                    raise bad(row, where, why, "key")
+                place = re.sub(r"\[\d+\]", "[]", path) + where[len(path) :]
+                if value.level in (TURN, CALL):
+                    passed[place, key] = None
+                else:
+                    unused[place] = None
+    return [*unused], [*passed]

@@ -1,0 +1,65 @@
+"""The one shape that a row of every form becomes."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .messages import Messages, core, trains
+from .row import UNUSED, Problem, excerpt
+
+Kind = Literal["sft", "pairs", "judged", "prompts"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row, understood. Answers begin and end with assistant turns; each stands after the whole context.
+
+    The context's assistant turns are not learned. Of a row to learn from as a whole (chat), the context is empty and
+    the answer is all of it: there `weight` 0 keeps a turn out of the loss.
+    """
+
+    context: Messages
+    answers: tuple[Messages, ...]  # one; of a pair the chosen and the rejected one; of a prompt none
+    file: str
+    line: int
+    tools: Messages | None = None
+    variables: dict[str, Any] | None = None  # that the template is given beside them
+    label: bool | None = None  # of a judged answer: whether it is a good one
+    text: str | None = None  # of plain text: all there is
+    row: dict[str, Any] = field(default_factory=dict)  # of a prompt: the row itself, to be written with its answer
+    notes: tuple[str, ...] = ()
+    passed: tuple[tuple[str, str], ...] = ()  # (place, key) of what the template is given and nothing else reads
+
+    def remarks(self, words: Collection[str]) -> set[str]:
+        """What is to be said of this row, for a template in whose source these words stand."""
+        return {*self.notes, *(UNUSED + excerpt(place) for place, key in self.passed if key not in words)}
+
+    @property
+    def source(self) -> str:
+        """`file:line`."""
+        return f"{self.file}:{self.line}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of each conversation the name of its answer, "" where no other could be meant."""
+        if len(self.answers) > 1:
+            return ("chosen", "rejected")
+        return ("",) if self.label is None else ("completion",)
+
+    def problem(self, field: str, reason: str, kind: str = "row") -> Problem:
+        """A problem that names this row."""
+        return Problem(self.file, self.line, field, reason, kind)
+
+    def content(self) -> list[Any]:
+        """What makes two rows the same row, as JSON."""
+        learned = [[(core(message), trains(message)) for message in answer] for answer in self.answers]
+        return [list(map(core, self.context)), learned, self.label, self.text, self.tools, *self._variables()]
+
+    def topic(self) -> list[Any]:
+        """What rows have in common that must stay on one side of a split, as JSON: the prompt, or all there is."""
+        if self.text is not None:
+            return [self.text]
+        return [list(map(core, self.context or self.answers[0])), self.tools, *self._variables()]
+
+    def _variables(self) -> list[Any]:
+        return [] if self.variables is None else [self.variables]
