@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from ..errors import InputError, visible
@@ -14,6 +15,8 @@ from .load import load_adapted
 from .options import AdaptedModelOptions, SamplingOptions
 from .parse import Sources
 from .show import note
+
+LOST = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,10 @@ class Options(SamplingOptions, AdaptedModelOptions):
 
 def run(options: Options, sources: Sources) -> int:
     """Load, and answer line after line."""
+    if sys.stdin is None:
+        raise InputError(
+            "chat reads what you say from standard input, which is closed: start it with one, if an empty one"
+        )
     model, tokenizer, template = load_adapted(options)
     start = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(start)
@@ -45,7 +52,7 @@ def run(options: Options, sources: Sources) -> int:
             try:
                 prompt = tokenizer.encode(template.render(asked, add_generation_prompt=True))
                 answer = _answer(model, tokenizer, prompt, options)
-            except InputError as error:  # the template refuses such a conversation
+            except InputError as error:  # the template refuses such a conversation, or it has become too long
                 note(str(error))
             else:
                 messages = [*asked, {"role": "assistant", "content": answer}]
@@ -57,22 +64,35 @@ def _ask() -> str | None:
     if sys.stdin.isatty():
         import readline  # noqa: F401  (arrow keys and history in input())
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        line = input("> " if sys.stdin.isatty() else "").strip()
     except (EOFError, KeyboardInterrupt):
-        print(file=sys.stderr)
+        note("")
         return None
+    if LOST in line:
+        note(f"note: what is no {sys.stdin.encoding} text reads as {LOST} (PYTHONUTF8=1 reads and writes UTF-8)")
+    return line
 
 
 def _answer(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], options: Options) -> str:
-    """Write the answer to stdout token by token; Ctrl-C ends it early, and what was written counts."""
-    stream = Stream(tokenizer.decode, lambda text: print(visible(text), end="", flush=True))
-    how = {"stop_ids": tokenizer.stop_ids, "seed": options.seed, **options.sampling()}
+    """Write the answer to stdout token by token; Ctrl-C ends it early, and what was written counts.
+
+    Raises InputError where the conversation leaves no room for one.
+    """
+    most = model.max_positions
+    full = f"the conversation fills the model's {most or 0:,} positions; /reset forgets it"
+    if most is not None and len(prompt) >= most:
+        raise InputError(full)
+    decode = partial(tokenizer.decode, skip_special=False)  # what the model writes, it reads again
+    stream = Stream(decode, lambda text: print(visible(text), end="", flush=True))
+    how = {"stop_ids": tokenizer.stop_ids, "seed": options.seed, "max_length": most, **options.sampling()}
     try:
         generate(model, [prompt], on_token=stream.add, **how)
     except KeyboardInterrupt:
         note(" (stopped)")
     stream.show()
     print(flush=True)
+    if len(prompt) + len(stream.ids) == most:
+        note(full)
     return stream.text
 
 
@@ -83,14 +103,21 @@ class Stream:
         self.decode, self.write = decode, write
         self.ids: list[int] = []
         self.text = ""  # what was written
+        self.before, self.shown = 0, 0  # ids: those that are decoded once more beside the new ones, those written
 
     def add(self, token: int) -> None:
         self.ids.append(token)
         self.show(half=False)
 
     def show(self, half: bool = True) -> None:
-        """Write what is new; with `half` also what is no whole character yet."""
-        text = self.decode(self.ids)
-        if half or not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self.write(text[len(self.text) :])
-            self.text = text
+        """Write what is new; with `half` also what is no whole character yet.
+
+        New ids are decoded beside those written last, as a first word may lose its blank; all ids again each time would
+        take as long as the answer squared.
+        """
+        text = self.decode(self.ids[self.before :])
+        if half or not text.endswith(LOST):
+            new = text[len(self.decode(self.ids[self.before : self.shown])) :]
+            self.write(new)
+            self.text += new
+            self.before, self.shown = self.shown, len(self.ids)

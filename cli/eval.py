@@ -9,13 +9,12 @@ from typing import Any, ClassVar, Literal
 
 from ..data.encode import load_rows
 from ..errors import InputError
-from ..files import size_and_sha256
 from ..lora.adapter import adapters_off
 from ..outputs import Output
 from ..settings import setting
 from ..trainer.evaluate import Answer, Match, answer_all, check_comparable, evaluate_loss, perplexity, share_right
-from .load import load_adapted
-from .options import AdaptedModelOptions, FileOptions, RowOptions, inputs_of
+from .load import load_adapted, remark_positions
+from .options import AdaptedModelOptions, FileOptions, RowOptions, inputs_of, made_from_options
 from .parse import Sources
 from .show import describe, figure, note, pairs, result, working
 
@@ -56,9 +55,7 @@ def _outputs(options: Options, sources: Sources, measured: Sequence[str], stack:
     path, found = Path(options.answers), dict[str, Output]()
     how: dict[str, Any] = {name: getattr(options, name) for name in ("overwrite", "resume")}
     how["inputs"] = inputs_of(options, sources)
-    settings = ("model", "adapter", "template", "quant", "dtype", "match", "max_new_tokens")
-    made_from = {name: getattr(options, name) for name in settings}
-    made_from["data"] = [size_and_sha256(Path(file)) if Path(file).is_file() else file for file in options.data]
+    made_from = made_from_options(options, "match", "max_new_tokens", "max_length", "on_bad_row")
     for name in reversed(measured):
         place = path if name == measured[-1] else path.with_suffix(f".base{path.suffix}")
         found[name] = output = Output(place, name="answers", made_from=made_from | {"measured": name}, **how)
@@ -74,6 +71,7 @@ def _run(options: Options, measured: Sequence[str], outputs: Mapping[str, Output
     model, tokenizer, template = load_adapted(options)
     rows = load_rows(options, tokenizer, options.data, "sft", template=template)
     describe("data", rows)
+    remark_positions(model, rows.report.longest)
     asked = [] if options.match == "none" else [sample for sample in rows.samples if sample.text is None]
     if options.match != "none":
         check_comparable(asked, options.match)

@@ -4,20 +4,19 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..data.encode import encode_prompts, words_of
 from ..data.forms import read_samples
 from ..data.row import counted
 from ..data.sample import Sample
 from ..errors import InputError
-from ..files import size_and_sha256
-from ..models.generate import generate, prompt_seeds
+from ..models.generate import generate_each, prompt_seeds
 from ..outputs import Output
 from ..settings import REQUIRED, setting
-from .load import load_adapted
-from .options import AdaptedModelOptions, FileOptions, SamplingOptions, inputs_of
+from ..trainer.evaluate import check_room
+from .load import load_adapted, remark_positions
+from .options import AdaptedModelOptions, FileOptions, SamplingOptions, inputs_of, made_from_options
 from .parse import Sources
 from .show import note, pairs, result
 
@@ -41,10 +40,7 @@ class Options(FileOptions, SamplingOptions, AdaptedModelOptions):
 def run(options: Options, sources: Sources) -> int:
     """Load, answer, write each row as it is answered."""
     samples = _samples(options.data)
-    chunk = 8 * options.batch_size  # some batches at a time, so that long jobs show progress
-    settings = ("model", "adapter", "template", "quant", "dtype", "seed")
-    made_from = options.sampling() | {name: getattr(options, name) for name in settings}
-    made_from["data"] = [size_and_sha256(Path(file)) if Path(file).is_file() else file for file in options.data]
+    made_from = made_from_options(options, "seed", *options.sampling())
     with Output(
         options.out,
         inputs=inputs_of(options, sources),
@@ -61,14 +57,16 @@ def run(options: Options, sources: Sources) -> int:
         for notice in counted(Counter(remark for sample in samples for remark in sample.remarks(words)), len(samples)):
             note(f"note: {notice}")
         prompts = encode_prompts(samples, tokenizer, template)
-        seeds = prompt_seeds(prompts, options.seed)
-        how = {"stop_ids": tokenizer.stop_ids, "batch_size": options.batch_size, **options.sampling()}
-        for first in range(len(out.rows), len(samples), chunk):
-            new = generate(model, prompts[first : first + chunk], seed=seeds[first : first + chunk], **how)
-            for sample, ids in zip(samples[first : first + chunk], new, strict=True):
-                row = {**sample.row, "answer": tokenizer.decode(ids)}
-                out.write(json.dumps(row, ensure_ascii=False))
-            note(f"{min(first + chunk, len(samples)):,} of {len(samples):,} rows")
+        check_room(model, samples, prompts)
+        remark_positions(model, max(map(len, prompts)), options.max_new_tokens)
+        how: dict[str, Any] = {"stop_ids": tokenizer.stop_ids, "max_length": model.max_positions, **options.sampling()}
+        done, seeds = len(out.rows), prompt_seeds(prompts, options.seed)
+        new = generate_each(model, prompts[done:], seed=seeds[done:], batch_size=options.batch_size, **how)
+        for number, (sample, ids) in enumerate(zip(samples[done:], new, strict=True), done + 1):
+            row = {**sample.row, "answer": tokenizer.decode(ids, skip_special=False)}
+            out.write(json.dumps(row, ensure_ascii=False))
+            if number == len(samples) or (number - done) % (8 * options.batch_size) == 0:
+                note(f"{number:,} of {len(samples):,} rows")
     if out.stdout:
         note(f"answers: {len(samples):,} rows")
     else:

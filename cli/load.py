@@ -99,6 +99,14 @@ def remark_other_form(what: str, run: dict[str, Any], quant: str | None) -> None
         note(f"note: {what} was trained on {trained}; on {quant} it will be somewhat off")
 
 
+def remark_positions(model: CausalLM, longest: int, new: int = 0) -> None:
+    """A note where the longest text, with `new` tokens of an answer, goes beyond the positions that the model has."""
+    most = model.max_positions
+    if most is not None and longest + new > most:
+        answers, end = (f" with {new:,} new ones", "answers end there") if new else ("", "it was not made for more")
+        note(f"note: texts of up to {longest:,} tokens{answers} go beyond the model's {most:,} positions; {end}")
+
+
 def is_reward_model(folder: str) -> bool:
     """Whether `fourbit reward` made this folder."""
     return (Path(folder) / HEAD).is_file()

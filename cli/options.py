@@ -5,10 +5,12 @@ The field is the flag, its type the check, `help` the help. A class's `title` he
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..data.encode import LossOn
 from ..errors import InputError
+from ..files import size_and_sha256
 from ..settings import LARGEST, REQUIRED, Checked, setting
 
 Quant = Literal["nf4", "nf4-nodq", "none"]
@@ -107,3 +109,15 @@ def inputs_of(options: Any, sources: Mapping[str, str]) -> list[str]:
             value = getattr(options, option.name)
             found += value if isinstance(value, tuple) else [value]
     return sorted({path for path in found if path})
+
+
+def made_from_options(options: Any, *names: str) -> dict[str, Any]:
+    """What the rows of an output depend on, as JSON: the model, the options of these names, and the bytes of the data,
+    of the adapter and of a template's file."""
+    found = {name: getattr(options, name) for name in ("model", "adapter", "template", "quant", "dtype", *names)}
+    for name in ("data", "adapter", "template"):
+        value = getattr(options, name)
+        paths = [Path(path) for path in (value if isinstance(value, tuple) else [value] if value else [])]
+        files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.glob("adapter_*")))]
+        found[f"{name}'s bytes"] = [size_and_sha256(file) for file in files]
+    return found

@@ -31,6 +31,7 @@ from .load import (
     choose_dtype,
     load_weights,
     open_tokenizer,
+    remark_positions,
     run_settings,
 )
 from .options import ModelOptions, ResultOptions, inputs_of
@@ -157,6 +158,7 @@ def run(options: TrainOptions, sources: Sources) -> int:
     _check_resumed(options)
     rows, val = _datasets(options, tokenizer)
     model = load_weights(options, tokenizer, str(options.quant))
+    remark_positions(model, max(each.report.longest for each in (rows, val) if each is not None))
     if not options.whole:
         _put_adapter(model, options)
     config = options.config_type(**{field.name: getattr(options, field.name) for field in fields(options.config_type)})

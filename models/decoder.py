@@ -134,6 +134,7 @@ class Decoder(CausalLM):
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec, self.vocab_size, self.hidden_size = spec, spec.vocab_size, spec.hidden_size
+        self.max_positions = spec.max_position_embeddings
         self.keep_decoded: bool | None = None
         self.model = Trunk(spec)
         self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)

@@ -35,6 +35,9 @@ class CausalLM(nn.Module, ABC):
     hidden_size: int
     """Size of a hidden state."""
 
+    max_positions: int | None = None
+    """Tokens that a text may have, as the model's makers say; None where they do not."""
+
     checkpointing: bool = False
     """Trainers set it: True trades time for memory by recomputing activations in backward. It may have no effect."""
 

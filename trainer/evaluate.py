@@ -89,17 +89,28 @@ def answer_all(
 ) -> Iterator[Answer]:
     """Greedy answers to the last assistant turn of every sample, in their order, as they are finished.
 
-    Raises InputError for an answer in the data that `match` cannot compare, NumericError as `generate`.
+    Raises InputError for an answer in the data that `match` cannot compare and a prompt that leaves no room for one,
+    NumericError as `generate`.
     """
     check_comparable(samples, match)
     prompts, written = encode_questions(samples, tokenizer, template)
-    new = generate_each(
-        model, prompts, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, batch_size=batch_size
-    )
+    check_room(model, samples, prompts)
+    how = {"max_length": model.max_positions, "stop_ids": tokenizer.stop_ids, "batch_size": batch_size}
+    new = generate_each(model, prompts, max_new_tokens=max_new_tokens, **how)
     for sample, prompt, expected, ids in zip(samples, prompts, written, new, strict=True):
         answer = tokenizer.decode(ids, skip_special=False)
         right = matches(answer, expected, _said(sample), match)
         yield Answer(tokenizer.decode(prompt, skip_special=False), expected, answer, sample.source, right)
+
+
+def check_room(model: CausalLM, samples: Sequence[Sample], prompts: Sequence[Sequence[int]]) -> None:
+    """InputError for the first sample whose prompt fills all positions of the model."""
+    for sample, prompt in zip(samples, prompts, strict=True):
+        if model.max_positions is not None and len(prompt) >= model.max_positions:
+            raise InputError(
+                f"{sample.source}: the prompt has {len(prompt):,} tokens, which leaves no room for an answer in the "
+                f"model's {model.max_positions:,} positions: shorten it, or take the row out"
+            )
 
 
 def share_right(answers: Iterable[Answer]) -> float:

@@ -3,12 +3,14 @@
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file
 
@@ -189,7 +191,8 @@ def _expected(folder: Path, text: str) -> str:
     """The greedy answer by the library alone."""
     model, tokenizer = fourbit.load(folder, quantize="nf4")
     prompt = tokenizer.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
-    return tokenizer.decode(fourbit.generate(model, [prompt], max_new_tokens=9, stop_ids=tokenizer.stop_ids)[0])
+    (ids,) = fourbit.generate(model, [prompt], max_new_tokens=9, stop_ids=tokenizer.stop_ids)
+    return tokenizer.decode(ids, skip_special=False)
 
 
 def test_generate_leaves_no_half_file(here: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +242,49 @@ def test_chat_remembers_until_reset(here: Path, typed: Typed, monkeypatch: pytes
     assert "forgotten" in told
 
 
+@pytest.fixture
+def short(here: Path) -> Path:
+    """The model with 32 positions, named `short`."""
+    folder = here / "short"
+    shutil.copytree(here / "m", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32}))
+    return folder
+
+
+def test_what_goes_beyond_the_positions_is_said(
+    short: Path, here: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = GENERATE.replace("--model m", "--model short")
+    (here / "prompts.jsonl").write_text('{"prompt": "a"}\n')  # 20 tokens, so 12 more have room
+    said = typed(line.replace("-tokens 9", "-tokens 13"))
+    assert (
+        "note: texts of up to 20 tokens with 13 new ones go beyond the model's 32 positions; answers end there" in said
+    )
+    (row,) = [json.loads(text) for text in (here / "answers.jsonl").read_text().splitlines()]
+    (here / "answers.jsonl").unlink()
+    typed(f"{line} --seed 1".replace("-tokens 9", "-tokens 12"))
+    assert row == json.loads((here / "answers.jsonl").read_text())
+    (here / "answers.jsonl").unlink()
+    assert "positions" not in typed(line)
+    (here / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "0123456789abc"}\n')
+    assert "prompts.jsonl:2: the prompt has 32 tokens, which leaves no room for an answer in the" in typed(line, code=2)
+    (here / "rows.jsonl").unlink()
+    (here / "rows.jsonl").write_text('{"prompt": "0123456789", "completion": "bbbbb"}\n')
+    assert "tokens go beyond the model's 32 positions" in typed("eval --model short rows.jsonl --max-new-tokens 1")
+    assert "tokens go beyond the model's 32 positions" in typed("sft --model short --data rows.jsonl --steps 1 --out o")
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n/reset\na\n"))
+    said = typed("chat --model short --max-new-tokens 20 --temperature 1")
+    assert said.count("the conversation fills the model's 32 positions; /reset forgets it") in (2, 3)
+
+
+def test_chat_says_what_it_cannot_read(here: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert "standard input, which is closed" in typed("chat --model m", code=2)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"h\xff\n"), encoding="ascii"))
+    assert "what is no ascii text reads as \ufffd (PYTHONUTF8=1" in typed("chat --model m --max-new-tokens 2")
+
+
 def test_a_stream_holds_back_half_characters(tiny_folder: Path) -> None:
     tokenizer = load_tokenizer(tiny_folder)  # a token a byte
     written: list[str] = []
@@ -249,6 +295,28 @@ def test_a_stream_holds_back_half_characters(tiny_folder: Path) -> None:
     stream.add(tokenizer.encode("é")[0])  # the model stopped in mid-character
     stream.show()
     assert "".join(written) == stream.text == "aé€😀\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_stream_is_the_text_of_all_its_tokens_in_linear_time() -> None:
+    words = {"<unk>": 0, **{f"_w{i}": i + 1 for i in range(9)}, **{f"<0x{b:02X}>": 10 + b for b in range(256)}}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(words, [], unk_token="<unk>", byte_fallback=True))
+    steps = [tokenizers.decoders.Replace("_", " "), tokenizers.decoders.ByteFallback()]
+    backend.decoder = tokenizers.decoders.Sequence(
+        [*steps, tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)]
+    )
+    sizes, ids = list[int](), [1, 2, *(10 + byte for byte in "né€😀".encode()), 3, 4, 10 + 0xC3, 5, 10 + 0xC3]
+
+    def decode(part: list[int]) -> str:
+        sizes.append(len(part))
+        return backend.decode(part)
+
+    written: list[str] = []
+    stream = Stream(decode, written.append)
+    for token in ids * 20:
+        stream.add(token)
+    stream.show()
+    assert "".join(written) == stream.text == backend.decode(ids * 20)
+    assert max(sizes) < 2 * len(ids)
 
 
 def test_data_shows_what_is_trained(here: Path, typed: Typed) -> None:

@@ -31,7 +31,6 @@ FAILS: dict[str, list[str]] = {
     ],
     "ends as a fault of fourbit: AttributeError": [
         "checkpoint state: best metrics a list",
-        "streams: a chat without standard input",
     ],
     "ends as a fault of fourbit: Exception": [
         "tokenizer: an unknown token that is missing, and letters too",
