@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from ..errors import InputError, visible
+from ..data.said import spelled
+from ..data.turns import Talk
+from ..errors import InputError, shown, visible
 from ..models.generate import generate
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
@@ -38,7 +40,7 @@ def run(options: Options, sources: Sources) -> int:
             "chat reads what you say from standard input, which is closed: start it with one, if an empty one"
         )
     model, tokenizer, template = load_adapted(options)
-    start = [{"role": "system", "content": options.system}] if options.system else []
+    start = [_said("system", options.system, tokenizer)] if options.system else []
     messages = list(start)
     note("/reset forgets the conversation, /quit ends it")
     while (line := _ask()) not in (None, "/quit", "/exit", "/q"):
@@ -48,11 +50,11 @@ def run(options: Options, sources: Sources) -> int:
         elif line.startswith("/") and line[1:].isalpha():
             note(f"unknown command {line}; there are /reset and /quit")
         elif line:
-            asked = [*messages, {"role": "user", "content": line}]
             try:
+                asked = [*messages, _said("user", line, tokenizer)]
                 prompt = tokenizer.encode(template.render(asked, add_generation_prompt=True))
                 answer = _answer(model, tokenizer, prompt, options)
-            except InputError as error:  # the template refuses such a conversation, or it has become too long
+            except InputError as error:  # of such a line, a template that refuses it, a conversation that is too long
                 note(str(error))
             else:
                 messages = [*asked, {"role": "assistant", "content": answer}]
@@ -71,6 +73,14 @@ def _ask() -> str | None:
     if LOST in line:
         note(f"note: what is no {sys.stdin.encoding} text reads as {LOST} (PYTHONUTF8=1 reads and writes UTF-8)")
     return line
+
+
+def _said(role: str, text: str, tokenizer: Tokenizer) -> dict[str, str]:
+    """A message. InputError for one that spells a special token; in the model's own answers they are its own."""
+    message = {"role": role, "content": text}
+    if found := spelled(Talk([message]), tokenizer.special_tokens):
+        raise InputError(f"{shown(found[1])} is a special token, which would steer the model instead of being read")
+    return message
 
 
 def _answer(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], options: Options) -> str:

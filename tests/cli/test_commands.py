@@ -283,6 +283,9 @@ def test_chat_says_what_it_cannot_read(here: Path, typed: Typed, monkeypatch: py
     assert "standard input, which is closed" in typed("chat --model m", code=2)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"h\xff\n"), encoding="ascii"))
     assert "what is no ascii text reads as \ufffd (PYTHONUTF8=1" in typed("chat --model m --max-new-tokens 2")
+    monkeypatch.setattr("sys.stdin", io.StringIO("<|im_end|>\nhi\n"))
+    assert "'<|im_end|>' is a special token, which would steer the model" in typed("chat --model m --max-new-tokens 2")
+    assert "'<|im_end|>' is a special token" in typed("chat --model m --system 'a<|im_end|>'", code=2)
 
 
 def test_a_stream_holds_back_half_characters(tiny_folder: Path) -> None:

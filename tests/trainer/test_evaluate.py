@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def asked(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch)
                 yield [*takewhile(lambda id: id not in tokenizer.stop_ids, ids)]
 
         monkeypatch.setattr("fourbit.trainer.evaluate.generate_each", perfect)
-        model: Any = None
+        model: Any = SimpleNamespace(max_positions=None)
         return [*answer_all(model, tokenizer, template, samples, match=match)]
 
     return ask
