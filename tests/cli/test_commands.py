@@ -199,7 +199,7 @@ def test_generate_leaves_no_half_file(here: Path, typed: Typed, monkeypatch: pyt
     def fail(*args: Any, **kwargs: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("fourbit.cli.generate.generate", fail)
+    monkeypatch.setattr("fourbit.cli.generate.generate_each", fail)
     (here / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     (here / "answers.jsonl").write_text("older answers")
     before = {*here.iterdir()}
@@ -223,12 +223,32 @@ def test_generate_keeps_what_it_answered_and_goes_on(
         return calls.pop()(*args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fourbit.cli.generate.generate", answer)
+        patch.setattr("fourbit.models.generate.generate", answer)
         told = typed(line, code=130)
     assert "answers.jsonl.partial keeps the 16 rows that were finished; the same command with --resume goes on" in told
     assert "holds 16 rows of an earlier run: --resume goes on, --overwrite begins anew" in typed(line, code=2)
     assert "were made with another temperature" in typed(f"{GENERATE} --batch-size 2 --resume", code=2)
     as_json(f"{line} --resume")
+    assert (here / "answers.jsonl").read_text() == whole and not (here / "answers.jsonl.partial").exists()
+
+
+def test_eval_keeps_its_answers_and_goes_on(here: Path, typed: Typed, as_json: AsJson, monkeypatch: Any) -> None:
+    line = "eval --model m --answers answers.jsonl --max-new-tokens 3 --batch-size 1 rows.jsonl"
+    expected = as_json(line)
+    whole = (here / "answers.jsonl").rename(here / "whole.jsonl").read_text()
+    calls = [fourbit.generate, fourbit.generate]  # the third one runs out of memory
+
+    def answer(*args: Any, **more: Any) -> Any:
+        if not calls:
+            raise MemoryError
+        return calls.pop()(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fourbit.models.generate.generate", answer)
+        assert "answers.jsonl.partial keeps the 16 rows that were finished" in typed(line, code=4)
+    for other, named in (("--match contains", "match"), ("--max-length 1000", "max_length"), ("--quant none", "quant")):
+        assert f"made with another {named}" in typed(f"{line} {other} --resume", code=2)
+    assert as_json(f"{line} --resume") == expected
     assert (here / "answers.jsonl").read_text() == whole and not (here / "answers.jsonl.partial").exists()
 
 
@@ -267,6 +287,7 @@ def test_what_goes_beyond_the_positions_is_said(
     assert row == json.loads((here / "answers.jsonl").read_text())
     (here / "answers.jsonl").unlink()
     assert "positions" not in typed(line)
+    (here / "answers.jsonl").unlink()
     (here / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "0123456789abc"}\n')
     assert "prompts.jsonl:2: the prompt has 32 tokens, which leaves no room for an answer in the" in typed(line, code=2)
     (here / "rows.jsonl").unlink()
