@@ -103,6 +103,15 @@ def float_tensors(file: Path) -> dict[str, Tensor]:
         raise InputError(f"'{file}' is no valid safetensors file: {problem}") from None
 
 
+def tensor_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors. InputError for a broken file."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError) as problem:
+        raise InputError(f"'{file}' is no valid safetensors file: {problem}") from None
+
+
 def misfits(wanted: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[int]]) -> str:
     """Which tensors, by name and shape, are missing, unknown or of another shape: a sentence each, "" if all fit."""
     found = {
@@ -158,7 +167,17 @@ def write_tensors(
     own = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with disk_errors(what, file.parent, sum(tensor.nbytes for tensor in own.values())):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda part: save_file(own, part, metadata={"format": "pt", **(metadata or {})}))
+        write_whole(file, lambda part: _save_sorted(own, part, {"format": "pt", **(metadata or {})}))
+
+
+def _save_sorted(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file with its metadata sorted: the library writes that in an order of chance."""
+    save_file(tensors, file, metadata)
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size)) | {"__metadata__": dict(sorted(metadata.items()))}
+        stream.seek(8)
+        stream.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

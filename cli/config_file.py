@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import InputError
 from ..files import read_text, write_text
 
+RUN = "fourbit run 1"  # the value of `format` in a file that a run wrote: what tells it from anybody else's
 MAX_BYTES = 1 << 16
 MAX_VALUES = 10_000  # with aliases unfolded
 MAX_DIGITS = 4000
@@ -55,6 +56,7 @@ def read_config(path: str) -> tuple[dict[str, Any], dict[str, int]]:
         if not isinstance(root, yaml.MappingNode):
             raise InputError(f"{path}: a config holds one setting a line, as `name: value`")
         entries = [(name.replace("-", "_"), line, build(node, name)) for name, line, node in _entries(root, path)]
+        entries = [entry for entry in entries if (entry[0], entry[2]) != ("format", RUN)]
         return {name: value for name, _, value in entries}, {name: line for name, line, _ in entries}
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -78,6 +80,15 @@ def _entries(node: Any, path: str) -> Iterator[tuple[str, int, Any]]:
         yield key.value, line, value
 
 
+def read_run(path: Path) -> dict[str, Any]:
+    """The settings in a file that a run wrote; empty where there is none, or one of somebody else's."""
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        ours = file.readline(100).strip() == f"format: {RUN}".encode()
+    return read_config(str(path))[0] if ours else {}
+
+
 def scalar(text: str) -> Any:
     """What text without quotes means: as in YAML 1.2, less octal and hexadecimal numbers, and those of more digits than
     Python reads."""
@@ -93,7 +104,9 @@ def write_config(path: Path, values: Mapping[str, Any], sources: Mapping[str, st
     settings = {name: f"{name}: {_yaml(value)}" for name, value in values.items()}
     width = min(40, max(map(len, settings.values())))
     printable = {name: "".join(c if c.isprintable() else "?" for c in source) for name, source in sources.items()}
-    write_text(path, "".join(f"{text:<{width}}  # {printable[name]}\n" for name, text in settings.items()))
+    write_text(
+        path, f"format: {RUN}\n" + "".join(f"{text:<{width}}  # {printable[name]}\n" for name, text in settings.items())
+    )
 
 
 def _yaml(value: Any) -> str:

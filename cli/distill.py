@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import InputError
-from ..lora.peft_files import load_adapter
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
 from ..settings import REQUIRED, Checked, setting
 from ..trainer.config import DistillConfig
 from ..trainer.distill import DistillTrainer, check_same_tokens
-from .load import check_adapter, load_weights, open_tokenizer, remark_other_form, run_settings
+from .load import load_weights, open_tokenizer, put_adapter, trained
 from .options import Quant
 from .show import note
-from .train import StartOptions
+from .train import TrainOptions
 from .train import run as run
 
 
@@ -35,7 +34,7 @@ class TeacherOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(DistillConfig, TeacherOptions, StartOptions):
+class Options(DistillConfig, TeacherOptions, TrainOptions):
     """Train a student to predict what a teacher predicts, on the tokens of chat rows.
 
       fourbit distill --model STUDENT --teacher T --data rows.jsonl --val 5% --out runs/small
@@ -54,12 +53,13 @@ class Options(DistillConfig, TeacherOptions, StartOptions):
         """Whether teacher and student are one model in one form, so that it is in memory once."""
         return _same(self.teacher, self.model) and not self.full and self.teacher_quant == self.quant
 
+    def adapters(self) -> dict[str, str | None]:
+        return super().adapters() | {"teacher_adapter": self.teacher_adapter}
+
     def settled(self, tokenizer: Tokenizer) -> "Options":
-        if self.teacher_adapter is not None:
-            check_adapter(self.teacher_adapter, "teacher_adapter")
         check_same_tokens(tokenizer, open_tokenizer(self.teacher, "teacher"))
-        trained: Quant | None = run_settings(self.teacher_adapter or self.teacher).get("quant")
-        default = self.quant if _same(self.teacher, self.model) and not self.full else trained
+        theirs = trained(self.teacher, self.teacher_adapter).quant
+        default = self.quant if _same(self.teacher, self.model) and not self.full else theirs
         options = replace(self, teacher_quant=self.teacher_quant or default or "nf4")
         if options.one_base and not options.sft_weight and _same(options.teacher_adapter, options.adapter):
             raise InputError(
@@ -71,17 +71,15 @@ class Options(DistillConfig, TeacherOptions, StartOptions):
     def extras(self, model: CausalLM, tokenizer: Tokenizer) -> dict[str, Any]:
         """The teacher: a model, or what stands for one on the student's base."""
         adapter, quant = self.teacher_adapter, str(self.teacher_quant)
-        if adapter is not None:
-            remark_other_form("the teacher's adapter", run_settings(adapter), quant)
         what = "without an adapter" if adapter is None else f"with the adapter {adapter}"
         if self.one_base:
             note(f"teacher: the student's own base, in memory once, {what}")
             if adapter is not None:
-                load_adapter(model, adapter, name="teacher", trainable=False)
+                put_adapter(model, adapter, self.force, name="teacher", trainable=False)
             return {"teacher": adapter and "teacher"}
         teacher = load_weights(replace(self, model=self.teacher), tokenizer, quant)
         if adapter is not None:
-            load_adapter(teacher, adapter)
+            put_adapter(teacher, adapter, self.force)
         note(f"teacher: {self.teacher}, {what}")
         return {"teacher": teacher}
 

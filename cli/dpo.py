@@ -6,12 +6,12 @@ from typing import ClassVar
 from ..data.sample import Kind
 from ..trainer.config import DPOConfig
 from ..trainer.preference import DPOTrainer
-from .train import StartOptions
+from .train import TrainOptions
 from .train import run as run
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(DPOConfig, StartOptions):
+class Options(DPOConfig, TrainOptions):
     """Train an adapter on preference rows: DPO, and its relatives by --loss.
 
       fourbit dpo --model M --adapter runs/sft --data pairs.jsonl --val 5% --out runs/dpo

@@ -2,20 +2,23 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import torch
 
+from ..data.template import FILE as TEMPLATE
 from ..data.template import ChatTemplate, template_for
 from ..errors import EnvironmentProblem, InputError
+from ..files import regular_file
 from ..lora.linear4bit import NF4Linear
-from ..lora.peft_files import load_adapter
+from ..lora.peft_files import load_adapter, trained_base
 from ..models.load import check_tokenizer, load_model, load_tokenizer
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
+from ..settings import checked
 from ..trainer.reward_model import HEAD
-from .config_file import read_config
-from .options import AdaptedModelOptions, ModelOptions
+from .config_file import read_run
+from .options import AdaptedModelOptions, ModelOptions, Quant
 from .show import amount, note, working
 
 CONFIG = "config.yaml"  # what a run leaves in its folder
@@ -67,36 +70,56 @@ def load_weights(options: ModelOptions, tokenizer: Tokenizer, quant: str) -> Cau
     return model
 
 
-def load_adapted(options: AdaptedModelOptions) -> tuple[CausalLM, Tokenizer, ChatTemplate]:
-    """Model with the adapter on it, tokenizer and template.
+class Trained(NamedTuple):
+    """How an adapter, or a whole model, was trained, as far as its files say."""
 
-    The 4-bit form and the template default to those that the adapter (or the whole model) was trained with.
-    """
-    run = run_settings(options.adapter or options.model)
+    quant: Quant | None = None
+    template: Path | None = None  # a file
+
+
+def trained(model: str, adapter: str | None) -> Trained:
+    """What `adapter`, or without one `model`, was trained with. Raises InputError for files that are damaged."""
+    if adapter is None:  # its own files hold its template
+        return Trained(checked(f"{model}/{CONFIG}: quant", run_settings(model).get("quant"), Quant | None))
+    base, file = trained_base(Path(adapter)), Path(adapter) / TEMPLATE
+    quant: Any = base.quant if base is not None and base.quant in get_args(Quant) else None
+    return Trained(quant, regular_file(file.parent, TEMPLATE) if file.exists() else None)
+
+
+def settle(options: ModelOptions, tokenizer: Tokenizer, *adapters: str | None) -> tuple[Quant, ChatTemplate]:
+    """The 4-bit form and the template of a command: those it was given, else those that the first of these adapters, or
+    the model, was trained with. Notes where the template is from there, or another one."""
+    found = [trained(options.model, adapter) for adapter in adapters or (None,)]
+    kept = next((one.template for one in found if one.template), None)
+    template = template_for(tokenizer, kept if options.template is None else options.template)
+    if kept and options.template is None:
+        note(f"template: {kept}, as in training")
+    for other in dict.fromkeys(one.template for one in found if one.template):
+        if template_for(tokenizer, other).portable() != template.portable():
+            note(f"note: {other.parent} was trained with another template, {other.name} there")
+    return options.quant or found[0].quant or "nf4", template
+
+
+def load_adapted(options: AdaptedModelOptions) -> tuple[CausalLM, Tokenizer, ChatTemplate]:
+    """Model with the adapter on it, tokenizer and template, as `settle` says."""
     if options.adapter is not None:
         check_adapter(options.adapter)
     tokenizer = open_tokenizer(options.model)
-    model = load_weights(options, tokenizer, options.quant or run.get("quant") or "nf4")
+    quant, template = settle(options, tokenizer, options.adapter)
+    model = load_weights(options, tokenizer, quant)
     if options.adapter is not None:
-        names = load_adapter(model, options.adapter)
-        note(f"adapter: {options.adapter}, on {len(names)} layers")
-        remark_other_form("the adapter", run, options.quant)
-    if options.template is None and run.get("template") is not None:
-        note(f"template: {run['template']}, as in training")
-    return model, tokenizer, template_for(tokenizer, options.template or run.get("template"))
+        note(f"adapter: {options.adapter}, on {put_adapter(model, options.adapter, options.force)} layers")
+    return model, tokenizer, template
+
+
+def put_adapter(model: CausalLM, folder: str, force: bool, **how: Any) -> int:
+    """Load an adapter as `load_adapter` does, and note how its base differs. Returns the number of its layers."""
+    return len(load_adapter(model, folder, force=force, tell=lambda text: note(f"note: {text}"), **how))
 
 
 def run_settings(folder: str) -> dict[str, Any]:
-    """What `fourbit sft` wrote about the run that made this folder; empty where there is nothing."""
-    path = Path(folder) / CONFIG
-    return read_config(str(path))[0] if path.is_file() else {}
-
-
-def remark_other_form(what: str, run: dict[str, Any], quant: str | None) -> None:
-    """A note where an adapter's run had another 4-bit form than the one asked for."""
-    trained = run.get("quant")
-    if quant is not None and trained not in (None, quant):
-        note(f"note: {what} was trained on {trained}; on {quant} it will be somewhat off")
+    """What a run wrote into its folder about itself; empty where no run did."""
+    return read_run(Path(folder) / CONFIG)
 
 
 def remark_positions(model: CausalLM, longest: int, new: int = 0) -> None:

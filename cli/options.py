@@ -44,11 +44,19 @@ class ModelOptions(TokenizerOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptedModelOptions(ModelOptions):
-    """A model, with an adapter or without."""
+class AdapterChoice(Checked):
+    """Which adapter the model carries."""
 
-    title: ClassVar[str] = "model"
-    adapter: str | None = setting(None, "folder with a LoRA adapter (PEFT's format)", metavar="DIR")
+    title: ClassVar[str] = "adapter"
+    adapter: str | None = setting(
+        None, "folder of a LoRA adapter, PEFT's format; a training goes on from it, or else makes one", metavar="DIR"
+    )
+    force: bool = setting(False, "put an adapter on another base than the one it was trained on, too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedModelOptions(AdapterChoice, ModelOptions):
+    """A model, with an adapter or without."""
 
 
 @dataclass(frozen=True, kw_only=True)

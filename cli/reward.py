@@ -11,12 +11,12 @@ from ..trainer.reward import RewardTrainer
 from ..trainer.reward_model import read_head
 from .load import is_reward_model
 from .show import note
-from .train import StartOptions
+from .train import TrainOptions
 from .train import run as run
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RewardConfig, StartOptions):
+class Options(RewardConfig, TrainOptions):
     """Train a reward model on preference pairs: a LoRA adapter and a head that gives
     the preferred one of two answers the higher score.
 

@@ -16,6 +16,7 @@ class Options(SFTConfig, TrainOptions):
       fourbit sft --model M --data train.jsonl --val 5% --out runs/first
       fourbit sft run.yaml --lr 1e-4
 
+    With --adapter training goes on from that adapter.
     A YAML file holds the same settings, `micro_batch: 4` for `--micro-batch 4`;
     flags win over the file. The folder --out gets the adapter, config.yaml (all
     settings and where each came from), metrics.jsonl, loss.png and checkpoints.

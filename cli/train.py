@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Self
 from ..data.encode import load_rows
 from ..data.order import count_overlap, split_validation
 from ..data.sample import Kind
+from ..data.template import ChatTemplate
 from ..errors import InputError
 from ..lora.attach import attach
 from ..lora.config import LoRAConfig
-from ..lora.peft_files import load_adapter
 from ..models.protocol import CausalLM
 from ..models.tokenizer import Tokenizer
 from ..outputs import lock_folder
@@ -31,10 +31,12 @@ from .load import (
     choose_dtype,
     load_weights,
     open_tokenizer,
+    put_adapter,
     remark_positions,
     run_settings,
+    settle,
 )
-from .options import ModelOptions, ResultOptions, inputs_of
+from .options import AdapterChoice, ModelOptions, ResultOptions, inputs_of
 from .parse import DEFAULT, Sources
 from .show import amount, count, describe, figure, note, pairs, result, working, wrapped
 
@@ -69,7 +71,7 @@ class DataOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterOptions(Checked):
+class AdapterOptions(AdapterChoice):
     """The adapter that a run trains."""
 
     title: ClassVar[str] = "adapter"
@@ -112,16 +114,16 @@ class TrainOptions(ResultOptions, TrainingConfig, AdapterOptions, DataOptions, M
         return bool(getattr(self, "full", False))
 
     @property
-    def start(self) -> str | None:
-        """The adapter that training goes on from."""
-        return getattr(self, "adapter", None)
-
-    @property
     def fresh(self) -> bool:
         """Whether training makes an adapter."""
-        return not self.whole and self.start is None
+        return not self.whole and self.adapter is None
 
     # What a command may say.
+
+    def adapters(self) -> dict[str, str | None]:
+        """The adapters that it reads, by the option that names them; the first one's quant and template are the run's
+        where it is given none."""
+        return {"adapter": self.adapter}
 
     def settled(self, tokenizer: Tokenizer) -> Self:
         """Options with nothing left open. Raises InputError for what only this command can get wrong."""
@@ -135,16 +137,6 @@ class TrainOptions(ResultOptions, TrainingConfig, AdapterOptions, DataOptions, M
         return {}
 
 
-@dataclass(frozen=True, kw_only=True)
-class StartOptions(TrainOptions):
-    """The options of a training that may go on from an adapter."""
-
-    title: ClassVar[str] = "adapter"
-    adapter: str | None = setting(
-        None, "folder of a LoRA adapter to go on from; without one a fresh one is made", metavar="DIR"
-    )
-
-
 def run(options: TrainOptions, sources: Sources) -> int:
     """Check, load, train, report. Returns 0, or 128 + the signal that ended the run.
 
@@ -154,9 +146,10 @@ def run(options: TrainOptions, sources: Sources) -> int:
     tokenizer = open_tokenizer(options.model)
     with lock_folder(options.out, inputs_of(options, sources), options.resume):  # found out now and not after an hour
         pass
-    options = options.settled(tokenizer)
+    quant, template = settle(options, tokenizer, *options.adapters().values())
+    options = replace(options, quant="none" if options.whole else quant).settled(tokenizer)
     _check_resumed(options)
-    rows, val = _datasets(options, tokenizer)
+    rows, val = _datasets(options, tokenizer, template)
     model = load_weights(options, tokenizer, str(options.quant))
     remark_positions(model, max(each.report.longest for each in (rows, val) if each is not None))
     if not options.whole:
@@ -171,15 +164,15 @@ def run(options: TrainOptions, sources: Sources) -> int:
 
 
 def _checked(options: TrainOptions, sources: Sources) -> TrainOptions:
-    """The options with `quant` and `dtype` settled. Raises InputError for what is wrong at first sight."""
+    """The options with `dtype` settled. Raises InputError for what is wrong at first sight."""
     given = [name for name in FRESH if sources[name] != DEFAULT]
-    if options.whole and (given := [*["adapter"] * (options.start is not None), *given]):
+    if options.whole and (given := [*["adapter"] * (options.adapter is not None), *given]):
         raise InputError(f"full training has no adapter: leave out {', '.join(given)}, or leave out full")
     if options.whole and options.quant not in (None, "none"):
         kept = f"quant {options.quant} keeps it in 4 bits"
         raise InputError(f"full training needs the dense model: {kept}; use quant none")
-    if options.start is not None and given:
-        raise InputError(f"the adapter {options.start} brings its own {', '.join(given)}: leave them out")
+    if options.adapter is not None and given:
+        raise InputError(f"the adapter {options.adapter} brings its own {', '.join(given)}: leave them out")
     if options.dtype == "float16":
         raise InputError("training in float16 loses small gradients; use dtype bfloat16 or float32")
     if options.val is None and (options.patience or options.eval_every):
@@ -189,11 +182,11 @@ def _checked(options: TrainOptions, sources: Sources) -> TrainOptions:
         if not Path(path).exists():
             near = "; a share needs a percent sign, as in 5%" if path == options.val else ""
             raise InputError(f"data file {path} does not exist{near}")
-    if options.start is not None:
-        check_adapter(options.start, writes=options.writes)
-    trained = run_settings(options.start).get("quant") if options.start else None
+    for name, folder in options.adapters().items():
+        if folder is not None:
+            check_adapter(folder, name, writes=options.writes)
     dtype: Any = choose_dtype(options.dtype, choose_device(options.device))
-    return replace(options, dtype=dtype, quant="none" if options.whole else options.quant or trained or "nf4")
+    return replace(options, dtype=dtype)
 
 
 def _check_resumed(options: TrainOptions) -> None:
@@ -215,17 +208,17 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
-def _datasets(options: TrainOptions, tokenizer: Tokenizer) -> tuple[Any, Any]:
+def _datasets(options: TrainOptions, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[Any, Any]:
     """Training and validation rows (None without), checked and described."""
     kind = options.kind_of_rows()
     with working("reading data"):
-        train, val = load_rows(options, tokenizer, options.data, kind), None
+        train, val = load_rows(options, tokenizer, options.data, kind, template=template), None
     describe("train", train)
     if options.share is not None:
         train, val = split_validation(train, options.share)
         note(f"validation: {count(len(val), 'row')} of these, {count(len(train), 'row')} left to train on")
     elif options.val is not None:
-        val = load_rows(options, tokenizer, [options.val], kind)
+        val = load_rows(options, tokenizer, [options.val], kind, template=template)
         describe("validation", val)
         if leaked := count_overlap(train, val):
             note(f"  note: {count(leaked, 'validation row')} also in the training data; the score will flatter")
@@ -234,8 +227,9 @@ def _datasets(options: TrainOptions, tokenizer: Tokenizer) -> tuple[Any, Any]:
 
 def _put_adapter(model: CausalLM, options: TrainOptions) -> None:
     """The adapter that training starts from, and a line about it."""
-    if options.start is not None:
-        note(f"adapter: goes on from {options.start}, on {len(load_adapter(model, options.start))} layers")
+    if options.adapter is not None:
+        layers = put_adapter(model, options.adapter, options.force)
+        note(f"adapter: goes on from {options.adapter}, on {layers} layers")
         return
     names = attach(model, options.lora_config(), seed=options.seed)
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -64,6 +64,7 @@ class Dataset:
     examples: list[Example] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     report: Report = field(default_factory=Report)
+    template: ChatTemplate | None = None  # that rendered them
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -98,7 +99,7 @@ def load(
         raise InputError(f"loss_on {loss_on} is for rows to learn from (sft); of {kind} rows the answers are trained.")
     chat_template = template_for(tokenizer, template)
     samples, problems = read_samples(paths, kind)
-    dataset = Dataset(kind)
+    dataset = Dataset(kind, template=chat_template)
     report, notes, words = dataset.report, Counter[str](), words_of(chat_template)
     for sample, parts in zip(samples, encode(samples, tokenizer, chat_template, loss_on=loss_on), strict=True):
         try:

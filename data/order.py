@@ -60,6 +60,7 @@ def split_validation(dataset: Dataset, fraction: float) -> tuple[Dataset, Datase
 def _subset(dataset: Dataset, chosen: list[bool]) -> Dataset:
     examples = [example for example, keep in zip(dataset.examples, chosen, strict=True) if keep]
     part = Dataset(dataset.kind, examples, [s for s, keep in zip(dataset.samples, chosen, strict=True) if keep])
+    part.template = dataset.template
     measure(part)
     return part
 

@@ -53,6 +53,7 @@ PLAIN = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
+FILE = "chat_template.jinja"  # in the folder of a model or an adapter, as transformers has it: its template
 BUILTINS = {"chatml": CHATML, "llama3": LLAMA3, "zephyr": ZEPHYR, "plain": PLAIN}
 
 
@@ -80,6 +81,11 @@ class ChatTemplate:
             Date.fromisoformat(date)
         self.source, self.tokens = source, dict(tokens or {})
         self.name, self.date, self.notice = name, date, ""
+
+    def portable(self) -> str:
+        """The source as a file of its own, which a reader gives the tokenizer's own tokens: a built-in may use none."""
+        bare = self.tokens.get("bos_token") == "" and "bos_token" in self.source
+        return "{% set bos_token = '' %}" * bare + self.source
 
     def render(
         self,

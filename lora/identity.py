@@ -6,6 +6,7 @@ and are no signature.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Self
@@ -13,6 +14,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError, shown
 from ..kernels.nf4 import dequantize
 from ..kernels.weight4bit import BLOCKSIZES, Weight4bit
 from .linear4bit import NF4Linear
@@ -21,6 +23,7 @@ from .targets import base_modules
 KEY = "fourbit.base."  # in the metadata of a safetensors file, before the name of a field
 CHUNK = 1 << 22  # values that are rounded, and brought from the device, at a time
 SAMPLED, VALUES = 32, 32  # matrices, and values of each, whose signs are kept
+_WRITTEN = re.compile(r"[\w ,-]{1,200}(\n([0-9a-f]{64})?){2}\n[+-]{0,4096}")  # the fields, one a line
 ALIKE = 0.75  # of the signs: rounding a base to 4 bits leaves 0.9 and more, another base has half by chance
 
 
@@ -38,9 +41,11 @@ class BaseIdentity(NamedTuple):
 
     @classmethod
     def read(cls, metadata: Mapping[str, str]) -> Self | None:
-        """What `metadata` gave; None where a file says nothing."""
+        """What `metadata` gave; None where a file says nothing. InputError for what it never gives."""
         found = [metadata.get(KEY + name, "") for name in cls._fields]
-        return cls(*found) if all((found[0], found[-1])) else None
+        if any(found) and not _WRITTEN.fullmatch("\n".join(found)):
+            raise InputError(f"what it says of its base ({KEY}*) is damaged: got {shown(found)}")
+        return cls(*found) if any(found) else None
 
     def is_other_base(self, trained: "BaseIdentity") -> bool:
         """Whether the two are different models, and not forms of one."""

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -115,7 +116,7 @@ def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if output_heads(model) else None,
-        "base_model_name_or_path": base_model or None,
+        "base_model_name_or_path": _base_name(base_model),
         "inference_mode": True,
         "r": rank,
         "lora_alpha": _as_integer(alpha),
@@ -130,6 +131,12 @@ def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str
         "modules_to_save": None,
     }
     return json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+
+
+def _base_name(base: str) -> str | None:
+    """As PEFT finds the base from any folder: a folder by its whole path, a hub's name as it is; it opens no file."""
+    path = Path(base)
+    return str(path.resolve()) if base and path.is_dir() else None if path.is_file() else base or None
 
 
 def _alpha(fields: Mapping[str, Any], rslora: bool) -> float:

@@ -1,22 +1,33 @@
 """Adapter files in PEFT's format, both ways: adapter_config.json and adapter_model.safetensors.
 
 What is read is untrusted: no pickle, no path out of the folder, keys and shapes checked before the model is touched.
-What is written depends on the adapter alone (sorted keys, no times), so equal adapters give equal bytes.
+What is written depends on the adapter and its base alone (sorted keys, no times), so equal ones give equal bytes.
 """
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..files import disk_errors, float_tensors, misfits, read_json, regular_file, write_tensors, write_text
+from ..files import (
+    disk_errors,
+    float_tensors,
+    misfits,
+    read_json,
+    regular_file,
+    tensor_metadata,
+    write_tensors,
+    write_text,
+)
 from ..outputs import check_apart
-from .adapter import DEFAULT, Adapter, adapters_of
+from .adapter import DEFAULT, Adapter, adapters_of, plain_name, unwrapped
 from .attach import fresh, install
 from .config import LoRAConfig
+from .identity import BaseIdentity, base_identity
 from .lora import LoRA, scale_of
 from .peft_config import read_config, write_config
 from .targets import base_modules, linear_layers
@@ -46,8 +57,9 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], name: str 
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", name: str = DEFAULT) -> None:
-    """Write the adapter of `model` into `folder` in PEFT's format; `base_model` is recorded as the base's name.
+    """Write the adapter of `model` into `folder` in PEFT's format, with the identity of its base.
 
+    `base_model` is recorded as the base's name, for PEFT: a folder by its whole path, a hub's name as it is, no file.
     Each file appears whole or not at all, in place of one that is there. Raises InputError for the folder of the model,
     or one in it, and for a model without this adapter or with one of a kind other than LoRA; NumericError for NaN or
     infinity in it (naming the tensor; nothing is written); DiskError when the disk refuses.
@@ -58,9 +70,9 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", 
     if kinds := sorted({type(part).__name__ for part in parts.values() if not isinstance(part, LoRA)}):
         what = f"the adapter '{name}' is of the kind {', '.join(kinds)}"
         raise InputError(f"an adapter file holds LoRA, and {what}: keep its tensors (adapter_state) instead")
-    check_apart(folder, f"the adapter's folder {folder}", [getattr(model, "source", "")], folder=True)
+    check_apart(folder, f"the adapter's folder {folder}", [getattr(unwrapped(model), "source", "")], folder=True)
     folder, config = Path(folder), write_config(model, parts, base_model)
-    write_tensors(folder / WEIGHTS, _keyed(parts), "the adapter")
+    write_tensors(folder / WEIGHTS, _keyed(parts), "the adapter", base_identity(model).metadata())
     with disk_errors("the adapter", folder, len(config)):
         write_text(folder / CONFIG, config)
 
@@ -72,16 +84,22 @@ def load_adapter(
     dtype: torch.dtype | None = torch.float32,
     name: str = DEFAULT,
     trainable: bool = True,
+    force: bool = False,
+    tell: Callable[[str], object] = warnings.warn,
 ) -> list[str]:
     """Read a PEFT adapter folder into `model` under a name and return the paths of its layers in module order.
 
     A model without an adapter of this name gets it attached in `dtype`, or in the file's own dtype for None: as the
     active one, all else frozen, or, not `trainable`, frozen and inactive. A model that carries one keeps it, dtype
     included, and must have it on the same layers with the same rank and scale.
+    `tell` is given a sentence where the base is another 4-bit form of the one that the adapter was trained on, or has
+    slightly other weights. An adapter of another base is refused unless `force`; one whose file does not say what it
+    was trained on is taken.
     Raises InputError, before the model is touched, for a file that is missing, broken or not plain LoRA, for keys that
-    are missing, unexpected or misshaped, and for NaN or infinity.
+    are missing, unexpected or misshaped, for NaN or infinity, and for another base.
     """
     label, config, paths, state = _read_adapter(model, Path(folder))
+    _check_base(model, Path(folder), force, tell)
     attached = adapters_of(model, name)
     if attached:
         _check_same(attached, config, paths, label)
@@ -92,6 +110,29 @@ def load_adapter(
         install(model, fresh(model, config, paths, seed=0, dtype=dtype), name, trainable=trainable)
     load_adapter_state(model, state, name)
     return paths
+
+
+def trained_base(folder: Path) -> BaseIdentity | None:
+    """The base that the adapter in `folder` was trained on; None where its file does not say. Errors as loading."""
+    file = _adapter_file(folder, WEIGHTS)
+    try:
+        return BaseIdentity.read(tensor_metadata(file))
+    except InputError as problem:
+        raise InputError(f"'{file}': {problem}") from None
+
+
+def _check_base(model: nn.Module, folder: Path, force: bool, tell: Callable[[str], object]) -> None:
+    """Tell how the model differs from the base of the adapter in `folder`; InputError for another base."""
+    if (trained := trained_base(folder)) is None:
+        return
+    here, what = base_identity(model), f"the adapter {folder}"
+    if here.is_other_base(trained):
+        what += " was trained on another base: this one has the same shapes and other weights"
+        if not force:
+            raise InputError(f"{what}. Give the base it was trained on, or force it (--force, force=True)")
+        tell(f"{what}; it goes on by force")
+    elif difference := here.difference(trained):
+        tell(f"{what} {difference}")
 
 
 def _keyed(parts: Mapping[str, Adapter]) -> dict[str, Tensor]:
@@ -169,18 +210,27 @@ def _instead(folder: Path, name: str) -> str:
 
 
 def _canonical(given: Iterable[str], layers: Mapping[str, object], label: str) -> dict[str, str]:
-    """PEFT's key -> the key given, which may lack `base_model.model.`; InputError if two mean the same."""
-    given = list(given)
-    prefixed = all(key.startswith(PREFIX) and _module_of(key.removeprefix(PREFIX)) in layers for key in given)
+    """PEFT's key -> the key given, which may lack `base_model.model.`, and may have names of torch's wrappers (a model
+    that was compiled, or trained in parallel); InputError if two mean the same."""
+    plain = {key: _without_wrappers(key, layers) for key in given}
+    prefixed = all(key.startswith(PREFIX) and _module_of(key.removeprefix(PREFIX)) in layers for key in plain.values())
     keys: dict[str, str] = {}
-    for key in given:
+    for name, key in plain.items():
         # a model may itself hold a path that starts like the prefix
         has_prefix = key.startswith(PREFIX) and (prefixed or _module_of(key) not in layers)
         canonical = key if has_prefix else PREFIX + key
         if canonical in keys:
             raise InputError(f"{label}: the keys '{keys[canonical]}' and '{key}' mean the same tensor")
-        keys[canonical] = key
+        keys[canonical] = name
     return keys
+
+
+def _without_wrappers(key: str, layers: Mapping[str, object]) -> str:
+    """The key less what torch.compile and DDP put into it, where it names no layer as it is."""
+    plain = plain_name(key)
+    without = plain.replace("module.", "", 1)
+    names = [_module_of(name).removeprefix(PREFIX) for name in (plain, without)]
+    return without if names[0] not in layers and names[1] in layers else plain
 
 
 def _module_of(key: str) -> str:

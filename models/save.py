@@ -7,9 +7,9 @@ import secrets
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError
 from ..files import check_finite, disk_errors, read_json, write_tensors, write_text, write_whole
@@ -47,6 +47,7 @@ def save_model(
     tensor that `load` would refuse, and NumericError for NaN or infinity, by tensor, before anything is written;
     DiskError when the disk refuses.
     """
+    model = cast(CausalLM, unwrapped(model))
     check_apart(folder, f"the folder {folder}", [model.source], folder=True)
     folder, settings = Path(folder), model.settings()
     tensors = _dense_state(model)
@@ -103,8 +104,7 @@ def _of_base(model: CausalLM, name: str) -> dict[str, Any]:
     return {}
 
 
-def _dense_state(model: nn.Module) -> dict[str, Tensor]:
-    model = unwrapped(model)
+def _dense_state(model: CausalLM) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, NF4Linear | Adapter):
             raise InputError(f"only a dense model without an adapter can be saved as one; {name} belongs to neither")

@@ -17,9 +17,10 @@ from ..data.forms import sample
 from ..data.protocol import TokenizerLike
 from ..data.row import BadRow, Row
 from ..data.sample import Sample
-from ..data.template import TemplateChoice, template_for
+from ..data.template import FILE as TEMPLATE
+from ..data.template import MAX_SOURCE_BYTES, TemplateChoice, template_for
 from ..errors import InputError
-from ..files import check_finite, float_tensors, regular_file, write_tensors
+from ..files import check_finite, float_tensors, read_text, regular_file, write_tensors, write_text
 from ..lora.peft_files import load_adapter, save_adapter
 from ..models.protocol import CausalLM
 from .losses.tokens import evaluating, hidden_rows
@@ -31,28 +32,33 @@ Answered = Sample | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 class RewardModel:
     """Scores answers: reward = head . hidden state at the answer's last trained token, its end of turn.
     model: from `fourbit.load`, with the adapter that was trained with the head. head: [1, hidden_size]. Rewards of one
-    prompt's answers compare with each other; their zero and their scale mean nothing."""
+    prompt's answers compare with each other; their zero and their scale mean nothing. template: the file of the chat
+    template that it was trained with, the default of `score`."""
 
-    def __init__(self, model: CausalLM, head: Tensor) -> None:
+    def __init__(self, model: CausalLM, head: Tensor, template: Path | None = None) -> None:
         wanted = (1, model.hidden_size)
         if tuple(head.shape) != wanted:
             raise InputError(f"a reward model's head must be {list(wanted)} for this model, got {list(head.shape)}")
-        self.model, self.head = model, head
+        self.model, self.head, self.template = model, head, template
 
     @classmethod
-    def load(cls, model: CausalLM, folder: str | Path) -> "RewardModel":
-        """Put the adapter in `folder` on the model, as `load_adapter` does, and read the head beside it.
+    def load(cls, model: CausalLM, folder: str | Path, **how: Any) -> "RewardModel":
+        """Put the adapter in `folder` on the model, as `load_adapter` does (`how`: its `force`, `tell`, ...), and read
+        the head and find the template beside it.
         Raises InputError for a head or an adapter that is missing, broken or of another model, before the model is
         touched."""
         head = read_head(model, folder)
-        load_adapter(model, folder)
-        return cls(model, head)
+        template = regular_file(Path(folder), TEMPLATE) if (Path(folder) / TEMPLATE).exists() else None
+        load_adapter(model, folder, **how)
+        return cls(model, head, template)
 
     def save(self, folder: str | Path) -> None:
         """Write adapter and head. Raises NumericError for NaN or infinity, DiskError when the disk refuses."""
         check_finite(KEY, self.head)  # before the adapter is written
         save_adapter(self.model, folder, base_model=self.model.source)
         write_tensors(Path(folder) / HEAD, {KEY: self.head}, HEAD)
+        if self.template is not None:
+            write_text(Path(folder) / TEMPLATE, read_text(self.template, MAX_SOURCE_BYTES))
 
     def rewards(self, batch: Batch) -> Tensor:
         """The reward of each answer, [A, P] in the head's dtype, for a batch that is still on the CPU."""
@@ -74,7 +80,7 @@ class RewardModel:
         A row is a list of messages, {"messages": ...} or {"prompt": ..., "completion": ...}, and ends with an assistant
         turn. token_budget: tokens that are run through the model at a time. Raises InputError for a row that is none of
         these or cannot be encoded, naming its place."""
-        form = template_for(tokenizer, template)
+        form = template_for(tokenizer, self.template if template is None else template)
         samples = [_sample(row, place) for place, row in enumerate(rows, 1)]
         answers = []
         for place, parts in enumerate(encode(samples, tokenizer, form, loss_on="last")):

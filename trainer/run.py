@@ -7,7 +7,10 @@ from pathlib import Path
 from torch import nn
 
 from ..data.batch import Batch
+from ..data.encode import Dataset
+from ..data.template import FILE as TEMPLATE
 from ..errors import InputError
+from ..files import write_text
 from ..lora.adapter import DEFAULT, adapter_layers, adapter_parameters
 
 
@@ -79,6 +82,19 @@ def adapter_to_train(model: nn.Module) -> dict[str, nn.Parameter]:
         f"what is trained is the adapter '{DEFAULT}', and it {problem} (the model carries {there}; active: "
         f"{', '.join(active_adapters(model)) or 'none'}): {advice}"
     )
+
+
+def template_text(rows: Dataset) -> str | None:
+    """The chat template that rendered the rows, as the text of a file: it goes with what was trained."""
+    return None if rows.template is None else rows.template.portable()
+
+
+def save_template(folder: Path, rows: Dataset) -> None:
+    """Write that file into `folder`, or take away an older run's where there is none."""
+    if (text := template_text(rows)) is not None:
+        write_text(folder / TEMPLATE, text)
+    else:
+        (folder / TEMPLATE).unlink(missing_ok=True)
 
 
 def active_adapters(model: nn.Module) -> list[str]:

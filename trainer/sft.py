@@ -12,6 +12,7 @@ from ..models.save import save_model
 from .config import SFTConfig
 from .evaluate import perplexity
 from .losses.tokens import batch_token_scores, summed
+from .run import template_text
 from .step import Sums
 from .trainer import Trainer, Weights
 
@@ -51,7 +52,7 @@ class SFTTrainer(Trainer):
 
     def save(self, out: Path) -> None:
         if self.config.full:
-            save_model(self.model, self.tokenizer, out)
+            save_model(self.model, self.tokenizer, out, template=template_text(self.train_set))
         else:
             super().save(out)
 

@@ -40,7 +40,7 @@ from .memory import memory_free, memory_used, saved_bytes
 from .metrics import Display, Metrics
 from .progress import display_for
 from .report import draw_curves
-from .run import RunState, StepData, TrainResult, adapter_to_train
+from .run import RunState, StepData, TrainResult, adapter_to_train, save_template
 from .step import Stepper, StepResult, Sums, means, rng_states, set_rng_states
 
 SKIPS_ALLOWED = 2  # in a row; one more ends the run
@@ -363,6 +363,7 @@ class Trainer(ABC):
     def _finish(self) -> TrainResult:
         out, run = Path(self.config.out), self.run
         if not self.interrupt:
+            save_template(out, self.train_set)
             self.save(out)
         if self.metrics.path.stat().st_size:
             draw_curves(self.metrics.path, out / "loss.png")

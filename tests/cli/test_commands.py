@@ -145,7 +145,7 @@ def test_eval_prints_a_table(tuned: Path, typed: Typed) -> None:
     assert lines[0].split() == ["base", "adapter"] and lines[1].split()[0] == "loss" and len(lines[1].split()) == 3
     said = typed(f"{line} --no-base --quant none")
     assert ["adapter"] in [line.split() for line in said.splitlines()]
-    assert "the adapter was trained on nf4-nodq; on none it will be somewhat off" in said
+    assert f"the adapter {tuned} was trained on nf4-nodq; on the dense base it will be somewhat off" in said
 
 
 def test_eval_of_plain_text_is_its_loss(here: Path, as_json: AsJson) -> None:

@@ -126,7 +126,7 @@ def test_what_is_written_reads_back(tmp_path_factory: pytest.TempPathFactory, se
 
 def test_every_line_names_its_source(tmp_path: Path) -> None:
     write_config(tmp_path / "c.yaml", {"rank": 8, "lr": 1e-4}, {"rank": "flag", "lr": "a\nb.yaml:3"})
-    assert (tmp_path / "c.yaml").read_text() == "rank: 8     # flag\nlr: 0.0001  # a?b.yaml:3\n"
+    assert (tmp_path / "c.yaml").read_text() == "format: fourbit run 1\nrank: 8     # flag\nlr: 0.0001  # a?b.yaml:3\n"
 
 
 @given(st.text(alphabet=st.sampled_from("ab:-[]{}&*!|>'\"#%@`,? \n\t0.1e~<"), max_size=60))

@@ -180,9 +180,9 @@ SAMPLING = {"max_new_tokens", "temperature", "top_k", "top_p", "seed"}
 TRAINING = (
     "out epochs steps batch_size micro_batch packing max_length on_bad_row template lr schedule warmup decay lora_plus "
     "lr_scale optimizer optimizer_budget rounding weight_decay max_grad_norm checkpointing seed eval_every "
-    "rslora json patience keep_best save_every keep resume log data val rank alpha dropout target"
+    "rslora json patience keep_best save_every keep resume log data val rank alpha dropout target adapter force"
 )
-DISTILL = "adapter teacher teacher_adapter teacher_quant divergence jsd_beta temperature top_k sft_weight"
+DISTILL = "teacher teacher_adapter teacher_quant divergence jsd_beta temperature top_k sft_weight"
 
 
 FILE = {"overwrite", "resume", "json"}
@@ -192,11 +192,11 @@ FILE = {"overwrite", "resume", "json"}
     ("command", "names"),
     [
         ("sft", {*TRAINING.split(), *MODEL, "loss_on", "full"}),
-        ("reward", {*TRAINING.split(), *MODEL, "adapter", "truncation", "head_lr", "center"}),
+        ("reward", {*TRAINING.split(), *MODEL, "truncation", "head_lr", "center"}),
         ("distill", {*TRAINING.split(), *MODEL, *DISTILL.split(), "loss_on", "full"}),
-        ("eval", MODEL | ROWS | FILE | {"adapter", "match", "base", "max_new_tokens", "batch_size", "answers"}),
-        ("generate", MODEL | SAMPLING | FILE | {"adapter", "data", "out", "template", "batch_size"}),
-        ("chat", MODEL | SAMPLING | {"adapter", "system", "template"}),
+        ("eval", MODEL | ROWS | FILE | {"adapter", "force", "match", "base", "max_new_tokens", "batch_size", "answers"}),
+        ("generate", MODEL | SAMPLING | FILE | {"adapter", "force", "data", "out", "template", "batch_size"}),
+        ("chat", MODEL | SAMPLING | {"adapter", "force", "system", "template"}),
         ("data", ROWS | {"model", "rows", "problems", "json"}),
         ("doctor", {"json"}),
     ],

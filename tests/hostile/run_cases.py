@@ -28,10 +28,12 @@ from makes import (
     sparse,
     told,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 ADAPTED = (*CHAT, "--adapter", "run")
-CONFIG, WEIGHTS = "run/adapter_config.json", "run/adapter_model.safetensors"
+CONFIG, WEIGHTS, TEMPLATE = "run/adapter_config.json", "run/adapter_model.safetensors", "run/chat_template.jinja"
+KEY = "fourbit.base."
 STEP = "run/checkpoints/step-000001"
 RUN = (
     "sft",
@@ -134,11 +136,15 @@ TENSORS: dict[str, Make] = {
     "twice, with and without PEFT's prefix": tensors(
         lambda held: [held.update({name.removeprefix("base_model.model."): held[name].clone()}) for name in list(held)]
     ),
-    "names of a model that was compiled": renamed(lambda name: name.replace("model.model.", "model._orig_mod.model.")),
-    "names of a model in parallel": renamed(lambda name: "module." + name),
     "of a layer that is not there": renamed(lambda name: name.replace("layers.1", "layers.7")),
 }
-SETTINGS: dict[str, str] = {  # config.yaml of the run
+WRAPPED: dict[str, Make] = {
+    "that was compiled": renamed(lambda name: name.replace("model.model.", "model._orig_mod.model.")),
+    "in parallel": renamed(lambda name: "module." + name),
+    "compiled in parallel": renamed(lambda name: "_orig_mod.module." + name),
+}
+OURS = "format: fourbit run 1\n"
+SETTINGS: dict[str, str] = {  # config.yaml of a model's folder that a run of ours made
     "a list": "- a\n",
     "no YAML": "a: [b\n",
     "quant a list": "quant: [nf4]\n",
@@ -146,14 +152,45 @@ SETTINGS: dict[str, str] = {  # config.yaml of the run
     "quant unknown": "quant: gptq\n",
     "quant of escapes": 'quant: "\\e[2J\\x07"\n',
     "quant true": "quant: true\n",
-    "template a number": "template: 5\n",
-    "template a list": "template: [a, b]\n",
-    "template a mapping": "template: {a: b}\n",
-    "template a file that is gone": "template: gone.jinja\n",
-    "template of 10,000 characters": "template: " + "x" * 10_000 + "\n",
-    "template of escapes": 'template: "\\e[2J"\n',
-    "template of NUL": 'template: "a\\0b"\n',
+    "quant of 10,000 characters": "quant: " + "x" * 10_000 + "\n",
+    "quant twice": "quant: nf4\nquant: nf4\n",
     "aliases that unfold": aliases(9),
+}
+FOREIGN: dict[str, str] = {**SETTINGS, "of another version": "format: fourbit run 2\nquant: gptq\n", "empty": ""}
+
+
+def stamped(**changes: str) -> Make:
+    """The adapter's file says something else of its base."""
+
+    def make(here: Path) -> None:
+        with safe_open(here / WEIGHTS, framework="pt") as file:
+            metadata = file.metadata()
+        save_file(
+            load_file(here / WEIGHTS), here / WEIGHTS, metadata=metadata | {KEY + k: v for k, v in changes.items()}
+        )
+
+    return make
+
+
+STAMPS: dict[str, Make] = {
+    "another base's norms": stamped(vectors="0" * 64),
+    "another base's signs": stamped(signs="+" * 100),
+    "no signs": stamped(signs=""),
+    "signs that are none": stamped(signs="01" * 400),
+    "signs of a megabyte": stamped(signs="+" * 1_000_000),
+    "a form of escapes": stamped(quant=ESCAPES),
+    "a form of 100,000 characters": stamped(quant=LONG),
+    "no form": stamped(quant=""),
+    "a hash of escapes": stamped(weights=ESCAPES),
+    "a hash of half its length": stamped(weights="0" * 32),
+}
+TEMPLATES: dict[str, Make] = {  # that go with the adapter
+    "not UTF-8": put(TEMPLATE, b"\xff"),
+    "of 100,000 characters": put(TEMPLATE, LONG),
+    "a pipe": all_of(gone(TEMPLATE), pipe(TEMPLATE)),
+    "a folder": all_of(gone(TEMPLATE), folder(TEMPLATE)),
+    "a link out of the folder": all_of(gone(TEMPLATE), link(TEMPLATE, "../m/config.json")),
+    "40 GB of nothing": all_of(gone(TEMPLATE), sparse(TEMPLATE, 40 << 30)),
 }
 METRICS: dict[str, str] = {
     "a number a line": "5\n",
@@ -281,9 +318,13 @@ TABLE = [
     ],
     *[Case(f"adapter config: {name}", make, ADAPTED) for name, make in CONFIGS.items()],
     *[Case(f"adapter tensor: {name}", make, ADAPTED) for name, make in TENSORS.items()],
-    *[Case(f"run settings: {name}", put("run/config.yaml", text), ADAPTED) for name, text in SETTINGS.items()],
+    *[Case(f"adapter tensor: names of a model {name}", make, ADAPTED, "done") for name, make in WRAPPED.items()],
+    *[Case(f"adapter stamp: {name}", make, ADAPTED) for name, make in STAMPS.items()],
+    *[Case(f"adapter template: {name}", make, ADAPTED) for name, make in TEMPLATES.items()],
+    *[Case(f"run settings: {name}", put("m/config.yaml", OURS + text), CHAT) for name, text in SETTINGS.items()],
+    *[Case(f"foreign config.yaml: {n}", put("m/config.yaml", text), CHAT, "done") for n, text in FOREIGN.items()],
     *[
-        Case(f"run settings, resumed: {name}", put("run/config.yaml", text), RESUME, outputs=LOCK)
+        Case(f"run settings, resumed: {name}", put("run/config.yaml", OURS + text), RESUME, outputs=LOCK)
         for name, text in {
             "rank a list": "rank: [2]\n",
             "model a number": "model: 5\n",

@@ -56,6 +56,7 @@ def tree() -> Callable[[list[str]], nn.Module]:
 
 
 def grow(names: list[str]) -> nn.Module:
+    torch.manual_seed(0)
     root = nn.Module()
     for name in dict.fromkeys(names):
         if any(other.startswith(f"{name}.") for other in names):

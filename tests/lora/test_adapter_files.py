@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fourbit.errors import DiskError, InputError, NumericError
-from fourbit.lora.adapter import adapter_parameters, adapters_of
+from fourbit.lora.adapter import adapter_layers, adapter_parameters, adapters_of
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
+from fourbit.lora.identity import base_identity
 from fourbit.lora.peft_files import adapter_state, load_adapter, load_adapter_state, save_adapter
 from fourbit.lora.quantize import quantize_
 
@@ -57,7 +58,9 @@ def test_round_trip(tmp_path: Path, settings: dict[str, object], quantized: bool
     fresh = base()
     if quantized:
         quantize_(fresh)
-    assert load_adapter(fresh, tmp_path / "new" / "folder") == ["mlp.up_proj", "mlp.down_proj"]
+    told: list[str] = []
+    assert load_adapter(fresh, tmp_path / "new" / "folder", tell=told.append) == ["mlp.up_proj", "mlp.down_proj"]
+    assert len(told) == quantized
     assert same_adapters(model, fresh)
     trainable = {name for name, parameter in fresh.named_parameters() if parameter.requires_grad}
     assert trainable == {
@@ -69,7 +72,7 @@ def test_what_is_written(tmp_path: Path, adapted: Make) -> None:
     save_adapter(adapted(dropout=0.25, rank_pattern={"up_proj": 3}), tmp_path, base_model="some/base")
     assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
     with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata() == {"format": "pt", **base_identity(adapted()).metadata()}
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     assert shapes == {
         f"{PREFIX}mlp.down_proj.lora_A.weight": [2, 10],
@@ -97,6 +100,66 @@ def test_equal_adapters_give_equal_bytes(tmp_path: Path, adapted: Make) -> None:
     save_adapter(reordered, two)  # over itself
     for name in (CONFIG, WEIGHTS):
         assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager")
+
+
+@pytest.mark.parametrize("wrapped", [compiled, nn.DataParallel, lambda model: compiled(nn.DataParallel(model))])
+def test_wrappers_leave_no_trace(tmp_path: Path, wrapped: Callable, base: Make, adapted: Make) -> None:
+    plain, model = adapted(), adapted()
+    save_adapter(plain, tmp_path / "plain")
+    model["mlp"] = compiled(model["mlp"])
+    save_adapter(wrapped(model), tmp_path / "wrapped")
+    for name in (CONFIG, WEIGHTS):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "wrapped" / name).read_bytes()
+    fresh = wrapped(base())
+    assert load_adapter(fresh, tmp_path / "plain") == ["mlp.up_proj", "mlp.down_proj"]
+    assert same_adapters(plain, fresh)
+    assert attach(wrapped(base()), LoRAConfig(rank=2, target="mlp.up_proj")) == ["mlp.up_proj"]
+
+
+@pytest.mark.parametrize(
+    "prefix", [f"{PREFIX}_orig_mod.", f"_orig_mod.{PREFIX}", f"{PREFIX}module.", f"module.{PREFIX}"]
+)
+def test_files_with_wrappers_names_load(tmp_path: Path, prefix: str, base: Make, adapted: Make) -> None:
+    model = adapted()
+    save_adapter(model, tmp_path)
+    save_file(
+        {prefix + key.removeprefix(PREFIX): t for key, t in load_file(tmp_path / WEIGHTS).items()}, tmp_path / WEIGHTS
+    )
+    fresh = base()
+    load_adapter(fresh, tmp_path)
+    assert same_adapters(model, fresh)
+
+
+def test_another_base_is_refused_unless_forced(tmp_path: Path, base: Make, adapted: Make) -> None:
+    save_adapter(adapted(), tmp_path)
+    other = base()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    with pytest.raises(InputError, match=r"was trained on another base.*--force"):
+        load_adapter(other, tmp_path)
+    assert not adapter_layers(other)
+    with pytest.warns(UserWarning, match="goes on by force"):
+        load_adapter(other, tmp_path, force=True)
+    save_adapter(other, tmp_path)  # on the base that it was loaded on by force
+    told: list[str] = []
+    load_adapter(other, tmp_path, tell=told.append)
+    assert not told
+
+
+def test_the_base_s_name_leads_there_from_any_folder(
+    tmp_path: Path, adapted: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m.gguf").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    for name, kept in (("m", str(tmp_path / "m")), ("hub/name", "hub/name"), ("m.gguf", None), ("", None)):
+        save_adapter(adapted(), tmp_path / "a", base_model=name)
+        assert json.loads((tmp_path / "a" / CONFIG).read_text())["base_model_name_or_path"] == kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

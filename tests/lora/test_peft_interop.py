@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -100,6 +100,18 @@ def test_peft_loads_ours(settings: dict[str, object], tmp_path: Path) -> None:
     again = tiny_llama()
     assert load_adapter(again, tmp_path) == list(adapters_of(ours))
     assert torch.equal(logits(again), logits(ours))
+
+
+def test_auto_peft_model_finds_the_base_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ours = tiny_llama()
+    ours.save_pretrained("base")
+    attach(ours, LoRAConfig(rank=2, alpha=6))
+    randomise(adapter_parameters(ours).values(), 1, 0.3)
+    save_adapter(ours, "run", base_model="base")
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir("away")
+    assert_same_logits(ours, AutoPeftModelForCausalLM.from_pretrained("../run").eval())
 
 
 PEFT_ADAPTERS = {

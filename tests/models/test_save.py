@@ -72,6 +72,16 @@ def test_what_an_earlier_save_left_does_not_win(ours: Ours, tokenizer: Tokenizer
         assert {path.name for path in tmp_path.glob("*.safetensors")} == {*named, "mine.safetensors"}
 
 
+def test_wrappers_leave_no_trace(oracle: Oracle, ours: Ours, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = ours(oracle("tied"))
+    save_model(model, tokenizer, tmp_path / "a")
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    for wrapped in (model, nn.DataParallel(model), torch.compile(model, backend="eager")):
+        save_model(wrapped, tokenizer, tmp_path / "b")
+        for file in (tmp_path / "a").iterdir():
+            assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
+
+
 def test_an_index_of_a_stranger_costs_no_file_but_shards(ours: Ours, tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
