@@ -194,7 +194,10 @@ FILE = {"overwrite", "resume", "json"}
         ("sft", {*TRAINING.split(), *MODEL, "loss_on", "full"}),
         ("reward", {*TRAINING.split(), *MODEL, "truncation", "head_lr", "center"}),
         ("distill", {*TRAINING.split(), *MODEL, *DISTILL.split(), "loss_on", "full"}),
-        ("eval", MODEL | ROWS | FILE | {"adapter", "force", "match", "base", "max_new_tokens", "batch_size", "answers"}),
+        (
+            "eval",
+            MODEL | ROWS | FILE | {"adapter", "force", "match", "base", "max_new_tokens", "batch_size", "answers"},
+        ),
         ("generate", MODEL | SAMPLING | FILE | {"adapter", "force", "data", "out", "template", "batch_size"}),
         ("chat", MODEL | SAMPLING | {"adapter", "force", "system", "template"}),
         ("data", ROWS | {"model", "rows", "problems", "json"}),

@@ -129,8 +129,7 @@ FAILS: dict[str, list[str]] = {
     "prints control characters of the input": [
         "path: an output of escapes",
     ],
-    "repeats more than 2,000 characters of the input": [
-    ],
+    "repeats more than 2,000 characters of the input": [],
     "takes more than 1 GiB": [
         "tokenizer: a normalizer that multiplies by 10^12",
         "tokenizer: a normalizer that prepends 50 MB",
