@@ -72,11 +72,13 @@ def test_answers_are_asked_for_with_template_and_form(tuned: Path, typed: Typed,
     for command in ("chat --model m --adapter run", f"generate {adapted} --data rows.jsonl --out answers.jsonl"):
         said = typed(command)
         assert f"template: run/{TEMPLATE}, as in training" in said and "NF4 and" in said
-    loss = as_json(f"eval {adapted} --data val.jsonl --no-exact")["loss"]
+    loss = as_json(f"eval {adapted} --data val.jsonl --match none")["loss"]
     Path("again.jinja").write_text(OWN)
-    said = typed(f"eval {adapted} --data val.jsonl --no-exact --template again.jinja --json")
+    said = typed(f"eval {adapted} --data val.jsonl --match none --template again.jinja --json")
     assert json.loads(said.splitlines()[-1])["loss"] == loss and "another template" not in said
-    assert "note: run was trained with another template" in typed(f"eval {adapted} --data val.jsonl --template chatml")
+    assert "note: run was trained with another template" in typed(
+        f"eval {adapted} --data val.jsonl --match none --template chatml"
+    )
 
 
 def test_a_teacher_s_template_is_the_student_s(tuned: Path, typed: Typed) -> None:
