@@ -53,17 +53,14 @@ def run(options: Options, sources: Sources) -> int:
                 show_example(part, tokenizer)
         print(f"tokens in a row\n{bars([len(part.ids) for example in rows.examples for part in example.parts])}\n")
     describe(", ".join(options.data), rows)
-    refused = [str(problem) for problem in report.problems]
-    for line in refused[: options.problems]:
+    for line in report.problems.lines(options.problems):
         note(line)
-    if (shown := min(len(refused), options.problems)) < report.problems.total:
-        note(f"... and {report.problems.total - shown} more")
-    if refused:
+    if report.problems:
         note(f"{count(report.problems.total, 'bad row')}: mend them, or leave them out with --on-bad-row skip")
     if options.json:
-        metrics = {name: getattr(report, name) for name in REPORTED}
-        result(metrics | {"trained_share": report.trained / report.tokens, "problems": refused}, "", as_json=True)
-    return 2 if refused and options.on_bad_row == "error" else 0
+        metrics = {name: getattr(report, name) for name in REPORTED} | {"problems": list(map(str, report.problems))}
+        result(metrics | {"trained_share": report.trained / report.tokens}, "", as_json=True)
+    return 2 if report.problems and options.on_bad_row == "error" else 0
 
 
 def show_example(example: Encoded, tokenizer: Tokenizer) -> None:

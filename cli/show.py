@@ -53,15 +53,10 @@ def describe(name: str, dataset: Dataset) -> None:
     parts += [f"{number} skipped ({kind})" for kind, number in report.skipped.items()]
     parts += [f"{number} dropped ({kind})" for kind, number in report.dropped.items()]
     note(f"{name}: {', '.join(parts)}")
-    for line in first([f"dropped: {problem}" for problem in report.drops], SHOWN_DROPS):
-        note(f"  {line}")
+    for line in report.drops.lines(SHOWN_DROPS):
+        note(f"  dropped: {line}")
     for notice in report.notices:
         note(f"  note: {notice}")
-
-
-def first(lines: Sequence[str], most: int) -> list[str]:
-    """So many lines, and how many more there are."""
-    return [*lines[:most], *[f"... and {len(lines) - most} more"] * (len(lines) > most)]
 
 
 def pairs(rows: Sequence[tuple[str, str]]) -> str:

@@ -114,7 +114,12 @@ def load(
             dataset.examples.append(example)
             dataset.samples.append(sample)
             report.truncated += cut
-            notes.update({*sample.remarks(words), *(note for part in example.parts for note in part.notes)})
+            notes.update(
+                {
+                    *sample.remarks(words, [part.text for part in example.parts]),
+                    *(note for part in example.parts for note in part.notes),
+                }
+            )
     _settle(problems, on_bad_row, dataset)
     measure(dataset)
     report.notices = _notices(dataset, chat_template, notes)

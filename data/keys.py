@@ -7,7 +7,7 @@ absent: no reader and no template sees a key that holds it. (JSON in a text is t
 
 import re
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 from .row import Row, bad
 from .strict_json import Refused, parse
@@ -31,6 +31,7 @@ _ROW = {
     **_MEDIA,
     **_TOKENS,
     **_WEIGHTS,
+    "functions": "is an older name of `tools`: keep one of the two",
     "system_prompt": "is `system` here: rename the key, or take it out where the messages hold that text",
     "rejected_response": "makes this a preference pair: write it as prompt, chosen and rejected, or take the key out",
 }
@@ -53,10 +54,19 @@ ELSEWHERE: dict[str, dict[str, str]] = {
             ("train", "training", "train_detail", "loss", "loss_scale", "mask", "masked"),
             "says elsewhere what is trained: write `weight` 0 (not trained) or 1 on the assistant's turn instead",
         ),
+        "function_call": "is an older form of `tool_calls`: keep one of the two",
         "refusal": "is text of the answer: write it as `content`",
     },
     CALL: dict.fromkeys(("parameters", "args", "kwargs", "input"), "is `arguments` here: rename the key"),
 }
+
+
+class Passed(NamedTuple):
+    """A key that only the template can use: where, what, and its text if it holds one."""
+
+    place: str
+    key: str
+    text: str | None
 
 
 class Fields(dict[str, Any]):
@@ -108,10 +118,17 @@ def parsed(row: Row, field: str, text: str) -> Any:
         raise bad(row, field, f"is text that must be JSON, and {error}") from None
 
 
-def unread(row: Row, aside: Collection[str] = ()) -> tuple[list[str], list[tuple[str, str]]]:
-    """The keys of a row that nobody read, but for those set `aside`: places of what is not used at all, and (place,
-    key) of what is given to the template, which alone knows. Raises BadRow for one of ELSEWHERE that is not empty."""
-    unused, passed, stack = dict[str, None](), dict[tuple[str, str], None](), list[tuple[str, Any]]([("", row.data)])
+def opened(row: Row, field: str, value: Any) -> Any:
+    """A value that may stand as JSON text, as it is used, `whole`; None for a blank text. Raises BadRow."""
+    if not isinstance(value, str):
+        return whole(value)
+    return parsed(row, field, value) if value.strip() else None
+
+
+def unread(row: Row, aside: Collection[str] = ()) -> tuple[list[str], list[Passed]]:
+    """The keys of a row that nobody read, but for those set `aside`: the places of what is not used at all, and what
+    is given to the template, which alone knows. Raises BadRow for one of ELSEWHERE that is not empty."""
+    unused, passed, stack = dict[str, None](), dict[Passed, None](), list[tuple[str, Any]]([("", row.data)])
     while stack:
         path, value = stack.pop()
         if isinstance(value, list):
@@ -127,7 +144,7 @@ def unread(row: Row, aside: Collection[str] = ()) -> tuple[list[str], list[tuple
                     raise bad(row, where, why, "key")
                 place = re.sub(r"\[\d+\]", "[]", path) + where[len(path) :]
                 if value.level in (TURN, CALL):
-                    passed[place, key] = None
+                    passed[Passed(place, key, inner if isinstance(inner, str) else None)] = None
                 else:
                     unused[place] = None
     return [*unused], [*passed]

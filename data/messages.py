@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .keys import CALL, TURN, Fields, parsed, plain, present, whole
+from .keys import CALL, TURN, Fields, opened, parsed, plain, present
 from .row import Row, bad, excerpt, type_name
 
 Messages = list[dict[str, Any]]
@@ -136,7 +136,7 @@ def _check_weight(row: Row, field: str, weight: Any, role: str) -> None:
 
 def _tool_calls(row: Row, field: str, message: Fields, role: str) -> Messages | None:
     """The calls of a turn: `tool_calls`, or the one `function_call` that OpenAI's first form of them had."""
-    key = "tool_calls" if "tool_calls" in message else "function_call"
+    key = "function_call" if "function_call" in message and not message.get("tool_calls") else "tool_calls"
     if key not in message:
         return None
     calls, where = message[key], f"{field}.{key}"
@@ -165,12 +165,11 @@ def _tool_call(row: Row, field: str, call: Any) -> dict[str, Any]:
         raise bad(row, field, 'must be an object {"type": "function", "function": {"name": ..., "arguments": ...}}')
     call.get("id")  # a link between turns, which their order tells too
     call.level = function.level = CALL
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = parsed(row, f"{field}.arguments", arguments)
+    arguments = opened(row, f"{field}.arguments", function.get("arguments", ""))
+    arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
         raise bad(row, f"{field}.arguments", f"must be a JSON object, not {type_name(arguments)}")
-    made = plain(function) | {"arguments": whole(arguments)}
+    made = plain(function) | {"arguments": arguments}
     return plain(call) | {"function": made} if "function" in call else {"type": "function", "function": made}
 
 
@@ -180,12 +179,11 @@ def _tool_call(row: Row, field: str, call: Any) -> dict[str, Any]:
 def offered_tools(row: Row, fields: dict[str, Any], inside: str = "") -> Messages | None:
     """The tools that a row, or its part `inside`, offers: `tools`, or the `functions` that OpenAI had first; or as
     JSON text. None for none."""
-    key = "tools" if "tools" in fields else "functions"
-    tools, field = whole(fields.get(key)), inside + key
-    if isinstance(tools, str):
-        tools = parsed(row, field, tools) if tools.strip() else None
+    key = "functions" if "functions" in fields and not fields.get("tools") else "tools"
+    field = inside + key
+    tools = opened(row, field, fields.get(key))
     if isinstance(tools, list):
-        tools = [parsed(row, f"{field}[{i}]", t) if isinstance(t, str) else t for i, t in enumerate(tools)]
+        tools = [opened(row, f"{field}[{i}]", tool) for i, tool in enumerate(tools)]
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise bad(row, field, f"must be a list of objects, or that as JSON text, not {type_name(tools)}")
     if key == "functions":
@@ -195,15 +193,12 @@ def offered_tools(row: Row, fields: dict[str, Any], inside: str = "") -> Message
 
 def template_variables(row: Row) -> dict[str, Any] | None:
     """`chat_template_kwargs`: what the row itself gives to the template."""
-    given = whole(row.data.get("chat_template_kwargs"))
-    if isinstance(given, str):
-        given = parsed(row, "chat_template_kwargs", given)
+    field = "chat_template_kwargs"
+    given = opened(row, field, row.data.get(field))
     if given is not None and not isinstance(given, dict):
-        raise bad(row, "chat_template_kwargs", f"must be an object, or one as JSON text, not {type_name(given)}")
-    for key in given or {}:
-        if key in OURS:
-            reason = f"may not say {key!r}, which is given from elsewhere: take it out"
-            raise bad(row, "chat_template_kwargs", reason)
+        raise bad(row, field, f"must be an object, or one as JSON text, not {type_name(given)}")
+    if ours := sorted({*OURS} & {*(given or {})}):
+        raise bad(row, field, f"may not say {ours[0]!r}, which is given from elsewhere: take it out")
     return given or None
 
 

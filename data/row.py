@@ -1,5 +1,6 @@
 """A row of a data file, and what can be wrong with one, or with many."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -43,14 +44,17 @@ class Problems(list[Problem]):
         if self.total <= KEPT_PROBLEMS:
             self.append(problem)
 
+    def lines(self, most: int, characters: float = math.inf) -> list[str]:
+        """The first ones, one a line: so many, or fewer of more characters; and how many more there are."""
+        shown = [str(problem) for problem in self[:most]]
+        while len(shown) > 1 and sum(map(len, shown)) > characters:
+            shown.pop()
+        return shown + [f"... and {self.total - len(shown)} more"] * (self.total > len(shown))
+
     def describe(self, rows: str, way: str) -> str:
-        """One message: how many of `rows` these are, what to do, and the first ones, one a line: 20, or fewer that are
-        longer than a message can be."""
-        lines = [str(problem) for problem in self[:SHOWN_PROBLEMS]]
-        while len(lines) > 1 and sum(map(len, lines)) > SHOWN_CHARACTERS:
-            lines.pop()
-        more = [f"... and {self.total - len(lines)} more"] * (self.total > len(lines))
-        return "\n".join([f"{self.total} of {rows} rows cannot be used; {way}:", *lines, *more])
+        """One message: how many of `rows` these are, what to do, and the first ones."""
+        head = f"{self.total} of {rows} rows cannot be used; {way}:"
+        return "\n".join([head, *self.lines(SHOWN_PROBLEMS, SHOWN_CHARACTERS)])
 
 
 class BadRow(InputError):

@@ -69,6 +69,11 @@ def spelled(talk: Talk, tokens: Sequence[str]) -> Part | None:
     return None
 
 
+def stands(said: str, text: str) -> bool:
+    """Whether a text says it, in any spelling."""
+    return _found(_bare(text), said, 0, len(text)) >= 0
+
+
 @lru_cache(maxsize=8)
 def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
     longest = sorted(filter(None, tokens), key=len, reverse=True)

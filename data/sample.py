@@ -1,11 +1,13 @@
 """The one shape that a row of every form becomes."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .keys import Passed
 from .messages import Messages, core, trains
 from .row import UNUSED, Problem, excerpt
+from .said import stands
 
 Kind = Literal["sft", "pairs", "judged", "prompts"]
 
@@ -28,11 +30,16 @@ class Sample:
     text: str | None = None  # of plain text: all there is
     row: dict[str, Any] = field(default_factory=dict)  # of a prompt: the row itself, to be written with its answer
     notes: tuple[str, ...] = ()
-    passed: tuple[tuple[str, str], ...] = ()  # (place, key) of what the template is given and nothing else reads
+    passed: tuple[Passed, ...] = ()
 
-    def remarks(self, words: Collection[str]) -> set[str]:
-        """What is to be said of this row, for a template in whose source these words stand."""
-        return {*self.notes, *(UNUSED + excerpt(place) for place, key in self.passed if key not in words)}
+    def remarks(self, words: Collection[str], texts: Sequence[str] = ()) -> set[str]:
+        """What is to be said of this row, for a template whose source has these words and which wrote these texts."""
+        lost = (
+            UNUSED + excerpt(place)
+            for place, key, said in self.passed
+            if key not in words or (texts and said and not any(stands(said, text) for text in texts))
+        )
+        return {*self.notes, *lost}
 
     @property
     def source(self) -> str:

@@ -157,6 +157,12 @@ def test_a_key_that_only_the_template_can_use_is_told_of_where_it_does_not(
     moody = BUILTINS["chatml"].replace("+ message['content']", "+ message['content'] + message.mood | default('')")
     data = load(path, tokenizer, template=ChatTemplate(moody))
     assert data.report.notices == ["1 of 1 rows: not used: 'messages[].id'"] and "qgay" in parts(data)[0].text
+    first = "{% if loop.first %}{{ message.mood }}{% endif %}"
+    some = ChatTemplate(BUILTINS["chatml"].replace("{% endfor %}", first + "{% endfor %}", 1))
+    row = chat("q", "a")
+    row["messages"] = [{**row["messages"][0], "mood": "gay"}, {**row["messages"][1], "mood": "gray"}]
+    told = load(write([row], "b.jsonl"), tokenizer, template=some)
+    assert told.report.notices == ["1 of 1 rows: not used: 'messages[].mood'"], "the second one stands nowhere"
 
 
 def test_a_rows_variables_reach_the_template(write: Callable[..., Path], tokenizer: Any) -> None:

@@ -59,7 +59,7 @@ def test_every_form_becomes_a_sample(case: str) -> None:
     assert (got.context, [*got.answers]) == (given["context"], given["answers"])
     assert (got.label, got.text, got.tools, got.variables) == tuple(given.get(name) for name in BESIDE)
     assert [*got.notes] == given.get("notes", [])
-    assert sorted(place for place, _ in got.passed) == sorted(given.get("passed", []))
+    assert sorted({key.place for key in got.passed}) == sorted(given.get("passed", []))
     assert set(map(type, parts_of([got.context, *got.answers, got.tools, got.variables]))) <= {dict, list}
     assert data == before, "the row itself was changed"
     assert got.source == "rows.jsonl:7" and got.row == (data if kind == "prompts" else {})
