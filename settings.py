@@ -7,7 +7,7 @@ from a file that anyone may have written. All are fields of a dataclass, whose a
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -26,6 +26,7 @@ WORDS: dict[Any, tuple[str, str]] = {  # a type in words, and what stands for a 
     tuple: ("text or a list of texts", "TEXT"),
     dict: ("a mapping of names or patterns to numbers", "NAME=X"),
     dict[str, Any]: ("a mapping", ""),
+    dict[str, str]: ("a mapping of texts", ""),
 }
 
 
@@ -83,10 +84,10 @@ def read_fields(kind: type[T], given: Any, where: str) -> T:
 
 def checked(name: str, value: Any, kind: Any, bounds: Mapping[str, Any] | None = None) -> Any:
     """`value` as the type `kind`, within the bounds of `setting`; whatever is called `name` in the InputError."""
+    if is_dataclass(kind):
+        return read_fields(kind, value, name)  # type: ignore[arg-type]
     try:
         value = _fitted(value, kind)
-    except InputError:
-        raise
     except (ValueError, OverflowError, RecursionError):
         *some, last = forms(kind)
         expected = ("one of " if len(some) > 1 else "") + ", ".join(some) + " or " * bool(some) + last
@@ -111,7 +112,7 @@ def checked(name: str, value: Any, kind: Any, bounds: Mapping[str, Any] | None =
 
 
 def _fitted(value: Any, kind: Any) -> Any:
-    """`value` as `kind`. Raises ValueError where it is none, InputError where a dataclass's field is not."""
+    """`value` as `kind`; ValueError or OverflowError where it is none."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         for part in inner[:-1]:

@@ -40,6 +40,13 @@ class Options(FileOptions, RowOptions, AdaptedModelOptions):
     batch_size: int = setting(32, "answers written at a time", least=1)
     answers: str | None = setting(None, "write expected and given answers there, one JSON object a row", metavar="FILE")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.match == "none" and self.answers is not None:
+            raise InputError(f"answers {self.answers} would stay empty: match none writes none; leave one of them out")
+        if not self.base and self.adapter is None:
+            raise InputError("base is off, and there is no adapter: nothing is left to measure; leave --no-base out")
+
 
 def run(options: Options, sources: Sources) -> int:
     """Load, measure, print."""

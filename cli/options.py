@@ -86,6 +86,9 @@ class SamplingOptions(Checked):
         super().__post_init__()
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not self.temperature and (self.top_k or self.top_p != 1):
+            name = "top_k" if self.top_k else "top_p"
+            raise InputError(f"{name} draws, and temperature 0 takes the likeliest token each time: give a temperature")
 
     def sampling(self) -> dict[str, Any]:
         """Arguments for `fourbit.generate`, less the seed."""

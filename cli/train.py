@@ -150,6 +150,7 @@ def run(options: TrainOptions, sources: Sources) -> int:
     options = replace(options, quant="none" if options.whole else quant).settled(tokenizer)
     _check_resumed(options)
     rows, val = _datasets(options, tokenizer, template)
+    options.check_rows(len(rows), None if val is None else len(val))
     model = load_weights(options, tokenizer, str(options.quant))
     remark_positions(model, max(each.report.longest for each in (rows, val) if each is not None))
     if not options.whole:

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 
+from ..errors import InputError
 from .encode import Dataset, digest, measure
 
 
@@ -43,10 +44,15 @@ def split_validation(dataset: Dataset, fraction: float) -> tuple[Dataset, Datase
 
     The topic of a conversation is all of it, of preference rows the prompt; rows of one topic go to one side.
     `fraction` is the expected share of validation; each side gets at least one row where there are two topics. What was
-    skipped or dropped on reading stays in the report of the training side.
+    skipped or dropped on reading stays in the report of the training side. InputError for a share of less than a row.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must lie between 0 and 1, not {fraction}")
+    if len(dataset) and round(min(fraction, 1 - fraction) * len(dataset), 6) < 1:
+        raise InputError(
+            f"a share of {fraction:.4%} of {len(dataset):,} rows for validation is less than a row on one side: each "
+            f"side needs {1 / len(dataset):.2%} at least; or give validation rows of their own"
+        )
     keys = [digest(row.topic()) for row in dataset.samples]
     held = {key for key in keys if int.from_bytes(key[:8], "big") < fraction * 2**64}
     if len(set(keys)) >= 2:

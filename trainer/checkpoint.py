@@ -28,10 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import files
-from ..errors import InputError, NumericError
+from ..errors import InputError, NumericError, shown
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
-FORMAT = "fourbit checkpoint 2"
+FORMAT = "fourbit checkpoint 3"
 _GROUP = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _FILE = re.compile(_GROUP.pattern + r"\.safetensors|state\.json")
 _FOLDER = re.compile(r"step-(?P<step>[0-9]{6,18})(?:\.[0-9]{1,6})?")
@@ -122,7 +122,8 @@ def _synced(file: Path) -> tuple[int, str]:
 
 def load_checkpoint(path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Verify the checkpoint folder `path` and return its tensors (group -> name -> CPU tensor) and its state.
-    Raises InputError that says which file breaks which rule. Files the manifest does not name are never opened."""
+    Raises InputError that says which file breaks which rule, or which tensor holds NaN or infinity. Files the manifest
+    does not name are never opened."""
     path, tensors = Path(path), dict[str, dict[str, Tensor]]()
     names = verify_checkpoint(path)
     with _reading(path):
@@ -134,6 +135,10 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dic
         state = json.loads((path / STATE).read_bytes())
     if not isinstance(state, dict):
         raise InputError(f"{path / STATE}: must hold a JSON object, holds a {type(state).__name__}")
+    for group, members in tensors.items():
+        for key, tensor in members.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise InputError(f"{path}: {shown(key)} of {group} holds NaN or infinity, which no checkpoint may")
     return tensors, state
 
 

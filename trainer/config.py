@@ -4,22 +4,22 @@ Every field carries its help text, so the command line and the docs print the sa
 adapter sensibly on a few hundred to a few thousand rows; nothing here needs a GPU.
 """
 
-import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ..data.encode import LossOn
+from ..data.order import steps_per_epoch
 from ..data.truncate import Truncation
 from ..errors import InputError
-from ..optim.schedule import Schedule
+from ..optim.schedule import Schedule, rate_factor
 from ..optim.update import Rounding
 from ..settings import LARGEST, REQUIRED, Checked, setting
 from .losses.objective import PAIR_LOSSES, RULES, UNPAIRED_LOSSES, Objective, parse_losses
 
 PAGED = "paged-"
+COURSE = {"epochs", "steps", "schedule", "warmup", "decay"}  # what decides how long a run is, and its rates
 UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
@@ -113,6 +113,11 @@ class TrainingConfig(Checked):
         for pattern, factor in self.lr_scale.items():
             if not 0 <= factor < math.inf:
                 raise InputError(f"lr_scale must have factors of 0 or more, got {factor} for {pattern!r}")
+        if isinstance(self.micro_batch, int) and self.micro_batch > self.batch_size:
+            raise InputError(
+                f"micro_batch splits a batch, and is {self.micro_batch} for a batch_size of {self.batch_size}: give at "
+                "most that, or auto"
+            )
         if self.decay is not None and self.schedule != "wsd":
             raise InputError(f"decay is the last part of schedule wsd; {self.schedule} has none")
         if self.optimizer_budget == "auto":
@@ -128,13 +133,49 @@ class TrainingConfig(Checked):
                 f"got {self.optimizer_budget!r}"
             )
 
+    def total_steps(self, rows: int) -> int:
+        """Steps in all of a run on so many rows."""
+        return self.steps or self.epochs * steps_per_epoch(rows, self.batch_size)
+
     def warmup_steps(self, total: int) -> int:
         """Steps of warm-up in a run of `total` steps."""
         return _steps(self.warmup, total)
 
-    def decay_steps(self, total: int) -> int | None:
-        """Steps of wsd's last part in a run of `total` steps; None: the schedule's default."""
-        return None if self.decay is None else _steps(self.decay, total)
+    def rate(self, step: int, total: int) -> float:
+        """The learning rate of step `step`, counted from 0, in a run of `total` steps."""
+        warmup, decay = self.warmup_steps(total), None if self.decay is None else _steps(self.decay, total)
+        return self.lr * rate_factor(step, total=total, warmup=warmup, schedule=self.schedule, decay=decay)
+
+    def course(self) -> tuple[Any, ...]:
+        """What decides the rates of all steps, besides their number."""
+        return self.schedule, self.warmup, self.decay
+
+    def check_rows(self, rows: int, val: int | None) -> None:
+        """Whether the settings can do what they say with so many rows to train on, and to validate on (None: without).
+        Raises InputError that says the numbers."""
+        if not rows:
+            raise InputError("there are no rows to train on")
+        if val == 0:
+            raise InputError(
+                "no row was left for validation: rows of one prompt stay on one side of a split, and these all have "
+                "one. Give validation rows of their own, or none"
+            )
+        total, epoch = self.total_steps(rows), steps_per_epoch(rows, self.batch_size)
+        run = f"the run has {total:,} step{'s' * (total > 1)} ({rows:,} rows, {self.batch_size} a step)"
+        warmup, falling = self.warmup_steps(total), 0.1 if self.decay is None else self.decay
+        if warmup >= total:
+            raise InputError(f"warmup {self.warmup:g} is {warmup:,} steps, and {run}: no step would have the full rate")
+        if self.schedule == "wsd" and not 0 < (decay := _steps(falling, total)) <= total - warmup:
+            raise InputError(f"decay {falling:g} is {decay:,} steps after {warmup:,} of warmup, and {run}")
+        for name in ("eval_every", "save_every"):
+            if (every := getattr(self, name)) is not None and every > total:
+                raise InputError(f"{name} is {every:,}, and {run}: leave it out, its end counts without it")
+        times = -(-total // (self.eval_every or epoch))
+        if self.patience is not None and val is not None and self.patience >= times:
+            raise InputError(
+                f"patience {self.patience} needs more than {self.patience} evaluations, and there will be {times}: "
+                f"{run}, and one is every {self.eval_every or epoch:,} (eval_every)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,15 +323,3 @@ def size_in_bytes(text: str) -> int | None:
     """2147483648 for "2GiB"; a point and a blank are fine ("1.5 GiB"). None for what is no size."""
     match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text, flags=re.IGNORECASE | re.ASCII)
     return int(float(match[1]) * UNITS[match[2].lower()]) if match else None
-
-
-def changed_options(old: Mapping[str, Any], config: TrainingConfig) -> list[str]:
-    """Options that differ from an older run's (as JSON) and would make a resumed run another, as `name: old -> new`."""
-    harmless = {"out", "resume", "log", "keep", "save_every", "micro_batch", "packing", "checkpointing"}
-    harmless |= {"optimizer_budget"}
-    new, defaults = (json.loads(json.dumps(asdict(c))) for c in (config, type(config)(out="o")))
-    old = defaults | dict(old)  # what is newer than the run had its default
-    changed = {name for name, value in new.items() if name not in harmless and old.get(name) != value}
-    if "optimizer" in changed and str(old["optimizer"]).removeprefix(PAGED) == new["optimizer"].removeprefix(PAGED):
-        changed.remove("optimizer")  # paging is about where state lies; it computes the same
-    return [f"{name}: {old.get(name)!r} -> {new[name]!r}" for name in new if name in changed]

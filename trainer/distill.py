@@ -19,6 +19,8 @@ from ..models.tokenizer import Tokenizer
 from .config import DistillConfig
 from .losses.divergence import token_divergence
 from .losses.tokens import evaluating, hidden_rows, on_device, summed, token_scores
+from .resume import adapters_hash, base_hash
+from .run import active_adapters
 from .sft import SFTTrainer
 from .step import Sums
 
@@ -69,6 +71,13 @@ class DistillTrainer(SFTTrainer):
         self.teacher_head = head.frozen(names) if isinstance(head, AdapterLayer) else head
         if config.top_k is not None and config.top_k > model.vocab_size:
             raise InputError(f"top_k must be at most {model.vocab_size}, the vocabulary, got {config.top_k}")
+
+    def depends(self) -> dict[str, str]:
+        if self.adapters is None:
+            base, names = base_hash(self.teacher), active_adapters(self.teacher)
+        else:
+            base, names = "the student's base", self.adapters
+        return super().depends() | {"teacher": f"{base} with {adapters_hash(self.teacher, names)}"}
 
     def teacher_hidden(self, here: Batch, rows: Tensor) -> Tensor:
         """Hidden states [N, E] at these flattened places of a batch on the device, without gradient or dropout."""

@@ -1,12 +1,18 @@
-"""Where the metrics of a run go: metrics.jsonl always, TensorBoard when asked, the terminal for whoever watches."""
+"""Where the metrics of a run go: metrics.jsonl always, TensorBoard when asked, the terminal for whoever watches.
+
+Each line ends with a checksum of itself, under `crc32`: a resumed run and the curve read the file back.
+"""
 
 import json
+import math
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import EnvironmentProblem
-from ..files import write_text
+from ..files import regular_file, write_text
+from ..settings import LARGEST, checked
 
 
 class Display(Protocol):
@@ -31,17 +37,17 @@ class Metrics:
     val_perplexity.
     """
 
-    def __init__(self, folder: Path, log: Sequence[str], resumed_at: int) -> None:
+    def __init__(self, folder: Path, log: Sequence[str], resumed_at: int, notes: list[str]) -> None:
         self.path = folder / "metrics.jsonl"
         self.display: Display | None = None
         self._board = _tensorboard(folder, resumed_at) if "tensorboard" in log else None  # first: it may be missing
         if self.path.exists():  # a resumed run does its steps again: records past the checkpoint would stand twice
-            kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= resumed_at]
-            write_text(self.path, "".join(kept))
+            kept = read_metrics(regular_file(folder, self.path.name), notes) if resumed_at else []
+            write_text(self.path, "".join(_line(record) for record in kept if record["step"] <= resumed_at))
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(_line(record))
         self._file.flush()
         if self.display is not None:
             self.display.show(record)
@@ -56,15 +62,40 @@ class Metrics:
             shown.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a metrics.jsonl; a line cut off by a crash is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+def read_metrics(path: Path, notes: list[str] | None = None) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, as `write` took them. Lines that are not as they were written are left out, and
+    counted in `notes`; without a word only a last one that a crash cut off."""
+    records, damaged = list[dict[str, Any]](), 0
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                records.append(_record(line))
+            except (ValueError, RecursionError):
+                damaged += line.endswith("\n")
+    if damaged and notes is not None:
+        notes.append(f"{path}: {damaged} lines damaged, or not of this run: left out")
     return records
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN: a metric that is none is null."""
+    return value if math.isfinite(value) else None
+
+
+def _line(record: dict[str, Any]) -> str:
+    text = json.dumps(record)
+    return f'{text[:-1]}, "crc32": {zlib.crc32(text.encode())}}}\n'
+
+
+def _record(line: str) -> dict[str, Any]:
+    """What a line holds; ValueError (InputError for a type that no record has) where it is not as it was written."""
+    text, _, checksum = line.rpartition(', "crc32": ')
+    if checksum != f"{zlib.crc32(f'{text}}}'.encode())}}}\n":
+        raise ValueError("checksum")
+    record: dict[str, Any] = json.loads(text + "}")
+    checked("metrics", record, dict[str, float | bool | None])
+    checked("step", record.get("step"), int, {"least": 0, "most": LARGEST})
+    return record
 
 
 def _tensorboard(folder: Path, resumed_at: int) -> Any:

@@ -3,7 +3,6 @@
 A stale one is an error and not a silent other training.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +14,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data.batch import Batch, sent
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..files import write_tensors
-from ..lora.adapter import adapter_layers, adapters_of
-from ..lora.peft_files import adapter_state
 from ..models.protocol import CausalLM
+from ..settings import checked
+from .resume import adapters_hash, base_hash, hashed
 
-FORMAT = "fourbit reference log-probabilities 1"
+FORMAT = "fourbit reference log-probabilities 2"
 
 
 class CachedReference:
@@ -65,7 +64,7 @@ def cached(
     found = CachedReference(torch.full((size,), math.nan), lengths)  # no hole is read as a number
     for batch in batches:
         found.fill(batch, compute(batch))
-    metadata = {"format": FORMAT, "parts": json.dumps(dict(parts), sort_keys=True)}
+    metadata = {"format": FORMAT, "parts": json.dumps(dict(parts), sort_keys=True), "sha256": hashed({"": found.flat})}
     write_tensors(path, {"logps": found.flat}, f"reference_cache {path.name}", metadata)
     return found
 
@@ -73,12 +72,17 @@ def cached(
 def read_cache(path: Path, parts: Mapping[str, str], size: int) -> Tensor:
     """The `size` numbers in the file. Raises InputError for a file that is none, is broken, or was made from anything
     else than `parts`, naming what."""
+    if not path.is_file():
+        raise InputError(f"reference_cache {path} is no valid file of log-probabilities, but a folder, pipe or device")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise InputError(f"reference_cache {path} is no file of reference log-probabilities: give another name")
-            made_from = json.loads(metadata["parts"])
+            if (form := metadata.get("format")) != FORMAT:
+                raise InputError(
+                    f"reference_cache {path} is no file of reference log-probabilities as this fourbit writes them "
+                    f"(format {FORMAT!r}, got {shown(form)}): give another name"
+                )
+            made_from = checked(f"reference_cache {path}: parts", json.loads(metadata["parts"]), dict[str, str])
             stale = [name for name, value in parts.items() if made_from.get(name) != value]
             if stale:
                 raise InputError(
@@ -86,12 +90,15 @@ def read_cache(path: Path, parts: Mapping[str, str], size: int) -> Tensor:
                     "Delete it to compute it anew, or give another name"
                 )
             flat: Tensor = file.get_tensor("logps")
-    except (SafetensorError, OSError, KeyError, AttributeError, json.JSONDecodeError) as problem:
+    except InputError:
+        raise
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as problem:
         raise InputError(f"reference_cache {path} is no valid file of log-probabilities: {problem}") from None
-    if flat.shape != (size,) or flat.dtype != torch.float32 or not bool(torch.isfinite(flat).all()):
+    fits = flat.shape == (size,) and flat.dtype == torch.float32 and bool(torch.isfinite(flat).all())
+    if not fits or hashed({"": flat}) != metadata.get("sha256"):
         raise InputError(
-            f"reference_cache {path} must hold {size} finite fp32 numbers, and holds {tuple(flat.shape)} {flat.dtype}: "
-            "it is damaged; delete it to compute it anew"
+            f"reference_cache {path} must hold {size} finite fp32 numbers of the SHA-256 that it names, and holds "
+            f"{tuple(flat.shape)} {flat.dtype}: it is damaged; delete it to compute it anew"
         )
     return flat
 
@@ -99,26 +106,5 @@ def read_cache(path: Path, parts: Mapping[str, str], size: int) -> Tensor:
 def cache_parts(model: CausalLM, adapters: Sequence[str], data: str) -> dict[str, str]:
     """What reference log-probabilities depend on, each as a hash: data (tokens and masks, so template and lengths
     too), base (weights and configuration), the adapters of these names, and the dtype that is computed in."""
-    adapter = {id(p) for layer in adapter_layers(model).values() for p in layer.adapters.parameters()}
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    # A layer's weights are the same ones whether an adapter sits on it or not.
-    base = {name.replace(".base.", "."): tensor for name, tensor in tensors if id(tensor) not in adapter}
-    frozen, fields = dict[str, Tensor](), []
-    for name in adapters:
-        frozen |= adapter_state(model, name)
-        fields += [[path, part.peft_fields()] for path, part in sorted(adapters_of(model, name).items())]
-    return {
-        "data": data,
-        "base": hashlib.sha256((_hash(base) + json.dumps(model.settings())).encode()).hexdigest(),
-        "adapter": hashlib.sha256((_hash(frozen) + json.dumps(fields)).encode()).hexdigest(),
-        "dtype": str(model.dtype),
-    }
-
-
-def _hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    adapter, dtype = adapters_hash(model, adapters), str(model.dtype)
+    return {"data": data, "base": base_hash(model), "adapter": adapter, "dtype": dtype}

@@ -1,17 +1,21 @@
 """What a step of a run gets, what a run knows while it goes, and what it ends with."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from ..data.batch import Batch
-from ..data.encode import Dataset
+from ..data.encode import Dataset, load_rows
+from ..data.sample import Kind
 from ..data.template import FILE as TEMPLATE
 from ..errors import InputError
 from ..files import write_text
 from ..lora.adapter import DEFAULT, adapter_layers, adapter_parameters
+from ..settings import LARGEST, setting
 
 
 @dataclass(frozen=True)
@@ -23,19 +27,23 @@ class StepData:
     sources: list[str]  # file and line of each row
 
 
+def _counted(help: str) -> Any:
+    return setting(0, help, least=0, most=LARGEST)
+
+
 @dataclass
 class RunState:
     """All that a run knows besides tensors; saved as JSON in every checkpoint."""
 
-    done: int = 0  # steps finished
-    evaluated: int = 0  # value of `done` at the last evaluation
-    saved: int = 0
-    best_metrics: dict[str, float | None] = field(default_factory=dict)  # of the best evaluation
-    best_step: int = 0
-    without_better: int = 0  # evaluations since the best one
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    tokens: int = 0
+    done: int = _counted("steps finished")
+    evaluated: int = _counted("value of `done` at the last evaluation")
+    saved: int = _counted("value of `done` in the last checkpoint")
+    best_metrics: dict[str, float | None] = setting({}, "of the best evaluation")
+    best_step: int = _counted("steps done at it")
+    without_better: int = _counted("evaluations since")
+    skipped: int = _counted("steps that were not applied")
+    skipped_in_a_row: int = _counted("of them, those at the end")
+    tokens: int = _counted("seen in training, padding not counted")
     stopped_early: bool = False
     last_loss: float | None = None
 
@@ -61,6 +69,18 @@ class TrainResult:
     def val_loss(self) -> float | None:
         """The loss on the validation rows, of the best evaluation."""
         return self.val.get("loss")
+
+
+def dataset_of(rows: Any, kind: Kind, config: Any, tokenizer: Any) -> Dataset:
+    """A file, several or a dataset as a dataset of this kind, read as the config says. Raises InputError."""
+    if isinstance(rows, Dataset):
+        if rows.kind != kind:
+            raise InputError(f"this training reads rows loaded as {kind!r}, got {rows.kind!r}")
+        return rows
+    paths = [rows] if isinstance(rows, str | PathLike) else rows
+    if not isinstance(paths, Sequence) or not all(isinstance(path, str | PathLike) for path in paths):
+        raise InputError(f"rows are a file's path, a list of paths or a Dataset, got {type(rows).__name__}")
+    return load_rows(config, tokenizer, paths, kind)
 
 
 def adapter_to_train(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -8,12 +8,10 @@ the configuration and what a checkpoint holds, so the data cursor of a checkpoin
 
 import hashlib
 import json
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,26 +19,26 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch, micro_batches
-from ..data.encode import Dataset, load_rows
 from ..data.order import fingerprint, split_validation, step_indices, steps_per_epoch
 from ..data.sample import Kind
-from ..errors import InputError, NumericError
+from ..errors import NumericError
 from ..files import write_text
 from ..lora.peft_files import adapter_state, load_adapter_state, save_adapter
 from ..models.protocol import CausalLM
-from ..optim.schedule import rate_factor
 from ..optim.unmoved import notice
 from ..outputs import lock_folder
-from .checkpoint import checkpoint_to_resume, load_checkpoint, resuming, save_checkpoint
-from .config import TrainingConfig, changed_options
+from ..settings import read_fields
+from .checkpoint import STATE, checkpoint_to_resume, load_checkpoint, resuming, save_checkpoint
+from .config import TrainingConfig
 from .evaluate import nonfinite_layer
 from .interrupt import Interrupt, interrupts
 from .losses.tokens import evaluating
 from .memory import memory_free, memory_used, saved_bytes
-from .metrics import Display, Metrics
+from .metrics import Display, Metrics, finite
 from .progress import display_for
 from .report import draw_curves
-from .run import RunState, StepData, TrainResult, adapter_to_train, save_template
+from .resume import SavedState, adapter_form, as_json, base_hash, check_resumed, layout
+from .run import RunState, StepData, TrainResult, adapter_to_train, dataset_of, save_template
 from .step import Stepper, StepResult, Sums, means, rng_states, set_rng_states
 
 SKIPS_ALLOWED = 2  # in a row; one more ends the run
@@ -68,19 +66,13 @@ class Trainer(ABC):
         self.device = next(iter(self.parameters.values())).device
         self.pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else 0
         self.token_budget = TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET["cuda"])
-        self.train_set = self._dataset(train)
+        self.train_set = dataset_of(train, self.kind, config, tokenizer)
         self.val_set: Any = None
         if isinstance(val, float):
             self.train_set, self.val_set = split_validation(self.train_set, val)
         elif val is not None:
-            self.val_set = self._dataset(val)
-        if not self.train_set.examples:
-            raise InputError("there are no rows to train on")
-        if self.val_set is not None and not self.val_set.examples:
-            raise InputError(
-                "no row was left for validation: rows of one prompt stay on one side of a split, and these all have "
-                "one. Give validation rows of their own, or none"
-            )
+            self.val_set = dataset_of(val, self.kind, config, tokenizer)
+        config.check_rows(len(self.train_set), None if self.val_set is None else len(self.val_set))
 
     # What a kind of training says.
 
@@ -109,6 +101,15 @@ class Trainer(ABC):
         """Metrics of the data that every record carries."""
         return {}
 
+    def depends(self) -> dict[str, str]:
+        """What the run stands on besides rows and options, by name: resumed with another it would be another run."""
+        return {
+            "trainer": type(self).__name__,
+            "dtype": str(self.model.dtype),
+            "base": self.base_hash,
+            "form of its adapter": adapter_form(self.model),
+        }
+
     # What is trained: the adapter, unless a kind says otherwise.
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
@@ -136,7 +137,7 @@ class Trainer(ABC):
     @property
     def total(self) -> int:
         """Steps in all."""
-        return self.config.steps or self.config.epochs * self.steps_per_epoch
+        return self.config.total_steps(len(self.train_set.examples))
 
     @property
     def sets(self) -> list[Any]:
@@ -158,14 +159,15 @@ class Trainer(ABC):
         with held as notes, torch.random.fork_rng(), interrupts() as self.interrupt:
             checkpoint = checkpoint_to_resume(out, self.config.resume, notes)
             torch.manual_seed(self.config.seed)
+            self.base_hash = base_hash(self.model, self.parameters.values())
             self.run, self.stepper = RunState(), Stepper(self.parameters, self.sums, self.config)
             self.best: Weights | None = None
             self._pending: Pending | None = None  # an update whose metrics are still on the device
             recompute = self.recomputes()
             if checkpoint is not None:  # refused, if it is, before a file of the run is touched
                 with resuming(checkpoint, notes):
-                    self._resume(checkpoint)
-            self.metrics = Metrics(out, self.config.log, self.run.done)
+                    self._resume(checkpoint, notes)
+            self.metrics = Metrics(out, self.config.log, self.run.done, notes)
             try:
                 self.model.checkpointing = recompute
                 if display is not None:
@@ -204,9 +206,7 @@ class Trainer(ABC):
     def _step(self) -> None:
         step, config = self.run.done, self.config
         data = self.step_data(step)
-        warmup, decay = config.warmup_steps(self.total), config.decay_steps(self.total)
-        factor = rate_factor(step, total=self.total, warmup=warmup, schedule=config.schedule, decay=decay)
-        rate = config.lr * factor
+        rate = config.rate(step, self.total)
         for batches in data.updates:
             result = self.stepper.step(batches, rate)
             self.applied(result)
@@ -258,11 +258,11 @@ class Trainer(ABC):
             {
                 "step": step + 1,
                 "epoch": round((step + 1) / self.steps_per_epoch, 4),
-                "loss": _finite(loss),
+                "loss": finite(loss),
                 **result.read_metrics(),
                 **self.constants(),
                 "lr": rate,
-                "grad_norm": _finite(norm),
+                "grad_norm": finite(norm),
                 "skipped": skipped,
                 "tokens": tokens,
                 "trained_tokens": sum(batch.trained for batch in batches),
@@ -299,10 +299,10 @@ class Trainer(ABC):
         if not metrics:
             return
         run.saved = min(run.saved, run.done - 1)  # a checkpoint made before this evaluation lacks its outcome
-        finite = {name: _finite(value) for name, value in metrics.items()}
-        self.metrics.write({"step": run.done, **{f"val_{name}": value for name, value in finite.items()}})
-        if self._is_best(finite[self.best_metric]):
-            run.best_metrics, run.best_step, run.without_better = finite, run.done, 0
+        found = {name: finite(value) for name, value in metrics.items()}
+        self.metrics.write({"step": run.done, **{f"val_{name}": value for name, value in found.items()}})
+        if self._is_best(found[self.best_metric]):
+            run.best_metrics, run.best_step, run.without_better = found, run.done, 0
             if self.config.keep_best:
                 self.best = {name: tensor.detach().clone() for name, tensor in self.weights().items()}
         else:
@@ -340,21 +340,20 @@ class Trainer(ABC):
         groups = {"weights": self.weights(), "optimizer": self.stepper.state(), "rng": rng_states(self.device)}
         groups |= {"task": state} if (state := self.state()) else {}
         groups |= {"best": self.best} if self.best is not None else {}
-        config = json.loads(json.dumps(asdict(self.config)))  # as JSON gives it back: lists for tuples
-        numbers = {"run": asdict(run), "config": config, "data": self.fingerprint}
-        save_checkpoint(Path(self.config.out) / "checkpoints", run.done, groups, numbers, keep=self.config.keep)
+        folder, state = Path(self.config.out) / "checkpoints", asdict(self._saved())
+        save_checkpoint(folder, run.done, groups, state, keep=self.config.keep)
         self._clock = time.perf_counter()
 
-    def _resume(self, path: Path) -> None:
-        """Take up a checkpoint. Raises InputError when it belongs to other data or other options."""
+    def _saved(self) -> SavedState:
+        order = layout(self.config, self.device)
+        return SavedState(self.run, as_json(self.config), self.fingerprint, self.depends(), order)
+
+    def _resume(self, path: Path, notes: list[str]) -> None:
+        """Take up a checkpoint. Raises InputError when it belongs to other data, other options or another model."""
         tensors, state = load_checkpoint(path)
-        if changes := changed_options(state["config"], self.config):
-            raise InputError(
-                f"{path} was written by a run with other options ({'; '.join(changes)}); use the same ones"
-            )
-        if state["data"] != self.fingerprint:
-            raise InputError(f"{path} was written by a run on other training data; resume with the same data files")
-        self.run, self.best = RunState(**state["run"]), tensors.get("best")
+        saved = read_fields(SavedState, state, str(path / STATE))
+        notes += check_resumed(path, saved, self._saved(), self.config, len(self.train_set.examples))
+        self.run, self.best = saved.run, tensors.get("best")
         self.load_weights(tensors["weights"])
         self.load_state(tensors.get("task", {}))
         self.stepper.load_state(tensors["optimizer"])
@@ -382,16 +381,6 @@ class Trainer(ABC):
             checkpoint=newest if newest.is_dir() else None,
         )
 
-    def _dataset(self, rows: Any) -> Dataset:
-        if isinstance(rows, Dataset):
-            if rows.kind != self.kind:
-                raise InputError(f"this training reads rows loaded as {self.kind!r}, got {rows.kind!r}")
-            return rows
-        paths = [rows] if isinstance(rows, str | PathLike) else rows
-        if not isinstance(paths, Sequence) or not all(isinstance(path, str | PathLike) for path in paths):
-            raise InputError(f"rows are a file's path, a list of paths or a Dataset, got {type(rows).__name__}")
-        return load_rows(self.config, self.tokenizer, paths, self.kind)
-
     def recomputes(self) -> bool:
         """Recompute activations? `auto` measures what the longest example keeps and scales it to a micro-batch."""
         if self.config.checkpointing != "auto":
@@ -402,8 +391,3 @@ class Trainer(ABC):
         tokens = self.token_budget if self.config.micro_batch == "auto" else int(self.config.micro_batch) * longest
         needed = saved_bytes(self.model, lambda: self.sums(batch).loss) / longest * max(tokens, longest)
         return needed > memory_free(self.device) / 2 > 0
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN: a metric that is none is null."""
-    return value if math.isfinite(value) else None

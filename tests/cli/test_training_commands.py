@@ -88,6 +88,45 @@ def test_what_cannot_work_is_refused(go: Go, adapter: str, command: str, flags: 
     assert error.format(adapter=adapter) in go(command, "o", flags.format(adapter=adapter), code=2)
 
 
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        ("--steps 3 --warmup 3", "warmup 3 is 3 steps, and the run has 3 steps (22 rows, 8 a step): no step would"),
+        ("--steps 9 --schedule wsd --decay 20", "decay 20 is 20 steps after 0 of warmup, and the run has 9 steps"),
+        ("--save-every 4", "save_every is 4, and the run has 3 steps (22 rows, 8 a step)"),
+        ("--val val.jsonl --eval-every 4", "eval_every is 4, and the run has 3 steps"),
+        ("--val val.jsonl --patience 2", "patience 2 needs more than 2 evaluations, and there will be 1"),
+        ("--val 4%", "a share of 4.0000% of 22 rows for validation is less than a row on one side"),
+        ("--val 96%", "each side needs 4.55% at least; or give validation rows of their own"),
+        ("--micro-batch 9", "--micro-batch splits a batch, and is 9 for a batch_size of 8"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_model_is_read(
+    typed: Go, monkeypatch: pytest.MonkeyPatch, flags: str, error: str
+) -> None:
+    monkeypatch.setattr("fourbit.cli.train.load_weights", lambda *args: pytest.fail("the model was read"))
+    assert error in typed(f"sft --model m --data rows.jsonl --out o {flags}", code=2)
+
+
+def test_what_draws_needs_a_temperature(typed: Go) -> None:
+    for flags, name in (("--top-k 5", "--top-k"), ("--top-p 0.9", "--top-p")):
+        assert f"{name} draws, and temperature 0 takes the likeliest token" in typed(f"chat --model m {flags}", code=2)
+
+
+def test_an_evaluation_measures_something(typed: Go) -> None:
+    assert "--answers a would stay empty" in typed("eval --model m rows.jsonl --match none --answers a", code=2)
+    assert "--base is off, and there is no adapter" in typed("eval --model m rows.jsonl --no-base", code=2)
+
+
+def test_a_run_is_made_longer(here: Path, typed: Go) -> None:
+    typed("sft --model m --data rows.jsonl --out o --schedule constant --warmup 0 --rank 2 --steps 2")
+    said = typed("sft o/config.yaml --resume --steps 3")
+    assert "goes on to step 3 by schedule constant; it was to end at step 2" in said
+    assert "all 3 steps of this run were done: to go on from it, see the README" in typed("sft o/config.yaml --resume")
+    assert "cannot become that run" in typed("sft o/config.yaml --resume --steps 9 --schedule linear", code=2)
+    assert len(losses("o")) == 3
+
+
 def test_dpo_on_top_of_an_adapter(go: Go, adapter: str) -> None:
     said = go("dpo", "o", f"--adapter {adapter} --val pairs.jsonl --epochs 4 --json")
     values, settings = last_line(said), run_settings("o")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -205,6 +206,12 @@ METRICS: dict[str, str] = {
     "a number of 5,000 digits": '{"step": 1, "loss": ' + "9" * 5000 + "}\n",
     "nested 2,000 deep": nested(2000) + "\n",
 }
+SIGNED = {  # with a checksum that fits
+    name: "".join(
+        f'{line[:-1]}, "crc32": {zlib.crc32(line.encode())}}}\n' for line in text.splitlines() if line.endswith("}")
+    )
+    for name, text in METRICS.items()
+}
 STATE: dict[str, dict[str, Any]] = {
     "run a list": {"run": []},
     "run of unknown keys": {"run__extra": 1},
@@ -336,7 +343,7 @@ TABLE = [
     ],
     *[
         Case(f"run metrics: {name}", put("run/metrics.jsonl", text), RESUME, ends="either", outputs=("run", *LOCK))
-        for name, text in METRICS.items()
+        for name, text in {**METRICS, **{f"{name}, signed": text for name, text in SIGNED.items() if text}}.items()
     ],
     *[
         Case(f"checkpoint state: {name}", signed(keys(f"{STEP}/state.json", **changes)), RESUME, outputs=LOCK)

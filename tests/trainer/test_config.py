@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourbit.errors import InputError
-from fourbit.trainer.config import SFTConfig, changed_options, size_in_bytes
+from fourbit.trainer.config import SFTConfig, size_in_bytes
+from fourbit.trainer.resume import changed_options
 
 
 def plain(**options):
@@ -74,10 +75,13 @@ def test_refused(options, error):
 
 
 def test_decay_and_warmup_are_fractions_or_steps():
-    config = SFTConfig(out="o", schedule="wsd", warmup=30, decay=0.25)
-    assert config.warmup_steps(200) == 30 and config.decay_steps(200) == 50
-    assert SFTConfig(out="o", schedule="wsd", decay=7).decay_steps(200) == 7
-    assert SFTConfig(out="o", schedule="wsd").decay_steps(200) is None
+    def rates(total, **options):
+        config = SFTConfig(out="o", schedule="wsd", lr=1.0, **options)
+        return [config.rate(step, total) for step in range(total)]
+
+    assert rates(200, warmup=30, decay=0.25) == rates(200, warmup=0.15, decay=50)
+    assert rates(200, warmup=0, decay=7) == [1.0] * 194 + [k / 7 for k in range(6, 0, -1)]
+    assert rates(200, warmup=0) == rates(200, warmup=0, decay=0.1)
 
 
 def test_another_optimizer_is_another_run_and_another_budget_is_not():

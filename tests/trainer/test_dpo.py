@@ -19,6 +19,7 @@ from fourbit.trainer.config import DPOConfig
 from fourbit.trainer.losses.tokens import answer_scores
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.preference import DPOTrainer, crossed_over
+from fourbit.trainer.reference import cache_parts, read_cache
 from fourbit.trainer.step import StepResult
 
 TRAINER, CONFIG = DPOTrainer, DPOConfig  # for `trainer_for`
@@ -340,6 +341,23 @@ def test_a_damaged_cache_is_refused(trainer_for, tiny_folder, pairs, tmp_path):
             trainer_for(tiny_folder, pairs, tmp_path, reference_cache=str(cache))
     with pytest.raises(InputError, match="no valid file"):
         trainer_for(tiny_folder, pairs, tmp_path, reference_cache=str(tmp_path))
+
+
+def test_no_flipped_bit_of_a_cache_is_read(trainer_for, tiny_folder, pairs, tmp_path):
+    cache = tmp_path / "cache"
+    trainer = trainer_for(tiny_folder, pairs, tmp_path, reference_cache=str(cache))
+    raw, parts, size = cache.read_bytes(), cache_parts(trainer.model, (), trainer.fingerprint), len(trainer.cache.flat)
+    assert torch.equal(read_cache(cache, parts, size), trainer.cache.flat)
+    for place in range(8 * len(raw)):
+        damaged = bytearray(raw)
+        damaged[place // 8] ^= 1 << place % 8
+        cache.write_bytes(damaged)
+        try:
+            read = read_cache(cache, parts, size)
+        except InputError as error:
+            assert "reference_cache" in str(error)
+        else:  # in the padding of the header, or a name that nothing reads
+            assert torch.equal(read, trainer.cache.flat), place
 
 
 def test_a_cache_outlives_other_targets_and_not_another_configuration(trainer_for, tiny_folder, pairs, tmp_path):

@@ -108,9 +108,17 @@ def test_a_refused_resume_leaves_the_run_as_it_is_and_tells_of_damaged_checkpoin
 @pytest.mark.parametrize(
     "change, named",
     [
-        (lambda state: state.pop("config"), "state.json: not as this fourbit writes it .KeyError: 'config'"),
-        (lambda state: state["run"].update(best_figures={}), "state.json: not as .*TypeError: .*best_figures"),
-        (lambda state: state.update(run=[1]), "state.json: not as this fourbit"),
+        (lambda state: state.pop("config"), "state.json lacks config"),
+        (
+            lambda state: state["run"].update(best_figures={}),
+            "run holds 'best_figures', which this fourbit does",
+        ),
+        (lambda state: state.update(run=[1]), r"state.json: run must be a mapping, got \[1\]"),
+        (lambda state: state["run"].update(done=-1), "state.json: run: done must be at least 0, got -1"),
+        (
+            lambda state: state["run"].update(best_metrics={"loss": "x"}),
+            "run: best_metrics must be a mapping",
+        ),
     ],
 )
 def test_an_odd_state_is_an_error_of_input(train, tiny_folder, rows, tmp_path, change, named):

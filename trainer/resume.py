@@ -1,0 +1,150 @@
+"""Whether a run may go on from a checkpoint: what must be the same, what may differ and is told, how a run gets longer.
+
+The rule for its length and schedule: they may change as long as each step that is done had the learning rate that the
+new course gives it. Then the run goes on as if it had been meant so from the beginning. So a constant rate may go on
+for ever and may be led down at last (wsd), and a cosine, whose every rate depends on the end, may not.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, shown
+from ..lora.adapter import DEFAULT, adapter_layers, adapters_of, plain_name
+from ..lora.peft_files import adapter_state
+from ..models.protocol import CausalLM
+from .config import COURSE, PAGED, TrainingConfig
+from .run import RunState
+
+HARMLESS = {"out", "resume", "log", "keep", "save_every", "checkpointing", "optimizer_budget", "micro_batch", "packing"}
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What `state.json` of a checkpoint holds."""
+
+    run: RunState
+    config: dict[str, Any]  # the options, as JSON gives them back
+    data: str  # fingerprint of the rows
+    depends: dict[str, str]  # `Trainer.depends`
+    layout: dict[str, str]  # `layout`
+
+
+def check_resumed(path: Path, saved: SavedState, now: SavedState, config: TrainingConfig, rows: int) -> list[str]:
+    """What to tell about going on from the checkpoint at `path`, which says `saved`, as `now`. InputError where that
+    would be another training."""
+    if other := _differences(saved.depends, now.depends):
+        raise InputError(
+            f"{path} was written by a run with another {'; another '.join(other)}. Go on with what it began with, or "
+            "begin a new run in another folder (out)"
+        )
+    if changes := changed_options(saved.config, config):
+        raise InputError(f"{path} was written by a run with other options ({'; '.join(changes)}); use the same ones")
+    if saved.data != now.data:
+        raise InputError(f"{path} was written by a run on other training data; resume with the same data files")
+    notes = []
+    old = replace(config, **{name: saved.config[name] for name in COURSE if name in saved.config})
+    before, total = old.total_steps(rows), config.total_steps(rows)
+    if (before, old.course()) != (total, config.course()):
+        _check_course(old, config, before, total, saved.run)
+        notes.append(f"goes on to step {total:,} by schedule {config.schedule}; it was to end at step {before:,}")
+    elif saved.run.done >= total:
+        notes.append(f"all {total:,} steps of this run were done: to go on from it, see the README ('Going on')")
+    if other := _differences(saved.layout, now.layout):
+        notes.append(f"resumed with another {', another '.join(other)}: the same training, not bit for bit the same")
+    return notes
+
+
+def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    names = [name for name in {**now, **before} if before.get(name) != now.get(name)]
+    return [f"{name} ({shown(before.get(name))}, now {shown(now.get(name))})" for name in names]
+
+
+def _check_course(old: TrainingConfig, new: TrainingConfig, before: int, total: int, run: RunState) -> None:
+    """InputError unless all steps that are done had the rates of the new course, and it has steps left."""
+    anew = "begin a new run from what this one saved, with another out (an adapter: --adapter; a whole model: --model)"
+    if total < run.done:
+        raise InputError(f"{run.done:,} steps of this run are done, more than the {total:,} asked for; {anew}")
+    if run.stopped_early:
+        raise InputError(f"this run stopped early, after step {run.done:,}, and more steps change nothing; {anew}")
+    for step in range(run.done):
+        was, would = old.rate(step, before), new.rate(step, total)
+        if was != would:
+            raise InputError(
+                f"a run of {total:,} steps by schedule {new.schedule} has the learning rate {would:.4g} in step "
+                f"{step + 1}, and this one ({before:,} steps, {old.schedule}) had {was:.4g} there: it cannot become "
+                "that run. A constant or inverse-sqrt one (or wsd before its decay), its warmup given in steps, can be "
+                f"made longer; else {anew}"
+            )
+
+
+def changed_options(old: Mapping[str, Any], config: TrainingConfig) -> list[str]:
+    """Options, but for those of the course, that differ from an older run's (as JSON) and would make a resumed run
+    another, as `name: old -> new`."""
+    new, defaults = as_json(config), as_json(type(config)(out="o"))
+    old = defaults | dict(old)  # what is newer than the run had its default
+    changed = {name for name, value in new.items() if name not in HARMLESS | COURSE and old[name] != value}
+    if "optimizer" in changed and str(old["optimizer"]).removeprefix(PAGED) == new["optimizer"].removeprefix(PAGED):
+        changed.remove("optimizer")  # paging is about where state lies; it computes the same
+    return [f"{name}: {shown(old[name])} -> {shown(new[name])}" for name in new if name in changed]
+
+
+def as_json(config: TrainingConfig) -> dict[str, Any]:
+    """The options as JSON gives them back: lists for tuples."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return plain
+
+
+def layout(config: TrainingConfig, device: torch.device) -> dict[str, str]:
+    """What decides in which order numbers are added up: another gives the same training, not the same bits."""
+    on_gpu = device.type == "cuda"
+    return {
+        "packing": str(config.packing),
+        "micro_batch": str(config.micro_batch),
+        "device": torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
+        "number of threads": "any" if on_gpu else str(torch.get_num_threads()),
+        "torch": torch.__version__,
+    }
+
+
+def base_hash(model: CausalLM, trained: Collection[Tensor] = ()) -> str:
+    """SHA-256 over a model's settings, and its weights but for adapters and `trained`. It is exact, where the identity
+    in an adapter's file forgives another dtype."""
+    left_out = {id(p) for layer in adapter_layers(model).values() for p in layer.adapters.parameters()}
+    left_out |= {id(p) for p in trained}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    # A layer's weights are the same ones whether an adapter or one of torch's wrappers sits on it or not.
+    base = {plain_name(name).replace(".base.", "."): tensor for name, tensor in tensors if id(tensor) not in left_out}
+    return hashlib.sha256((hashed(base) + json.dumps(model.settings())).encode()).hexdigest()
+
+
+def adapter_form(model: CausalLM, name: str = DEFAULT) -> str:
+    """What an adapter's tensors do not say: on which layers it is, and kind, scale and dropout of each part."""
+    return json.dumps([[path, part.peft_fields()] for path, part in sorted(adapters_of(model, name).items())])
+
+
+def adapters_hash(model: CausalLM, names: Sequence[str]) -> str:
+    """SHA-256 over the adapters of these names."""
+    tensors = {f"{i}.{key}": t for i, name in enumerate(names) for key, t in adapter_state(model, name).items()}
+    forms = [adapter_form(model, name) for name in names]
+    return hashlib.sha256((hashed(tensors) + json.dumps(forms)).encode()).hexdigest()
+
+
+def hashed(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes."""
+
+    def digest(named: tuple[str, Tensor]) -> bytes:
+        name, tensor = named
+        found = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+        return found.digest()
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing lets other threads run
+        return hashlib.sha256(b"".join(pool.map(digest, sorted(tensors.items())))).hexdigest()
