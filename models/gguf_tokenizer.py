@@ -93,8 +93,11 @@ def _whole_tokens(keys: Settings, tokens: list[str]) -> list[AddedToken]:
     types = keys.get("token_type")
     if types is None:
         return []
-    if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu" or len(types) != len(tokens):
-        raise InputError(f"GGUF metadata: tokenizer.ggml.token_type must be an array of {len(tokens)} whole numbers.")
+    whole = isinstance(types, np.ndarray) and types.dtype.kind in "iu" and len(types) == len(tokens)
+    if not whole or not np.isin(types, range(7)).all():
+        raise InputError(
+            f"GGUF metadata: tokenizer.ggml.token_type must be an array of {len(tokens)} whole numbers, each 0 to 6."
+        )
     found = np.flatnonzero(np.isin(types, (_UNKNOWN, _CONTROL, _USER_DEFINED))).tolist()
     if any(not tokens[index] for index in found):
         raise InputError("GGUF metadata: tokenizer.ggml.tokens has an empty control or user-defined token.")

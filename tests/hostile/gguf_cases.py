@@ -154,6 +154,8 @@ OTHERS: dict[str, tuple[str, int, Any]] = {  # keys that hold something else, or
     "tokens twice the same, of escapes": ("tokenizer.ggml.tokens", ARRAY, (STRING, [ESCAPES * 100] * 260)),
     "types too few": ("tokenizer.ggml.token_type", ARRAY, (I32, [1])),
     "types of floats": ("tokenizer.ggml.token_type", ARRAY, (F32, [math.nan] * 260)),
+    "types that are none": ("tokenizer.ggml.token_type", ARRAY, (I32, [7] * 260)),
+    "types below 0": ("tokenizer.ggml.token_type", ARRAY, (I32, [-1] * 260)),
     "types of texts": ("tokenizer.ggml.token_type", ARRAY, (STRING, ["1"] * 260)),
     "types a number": ("tokenizer.ggml.token_type", U32, 1),
     "merges none": ("tokenizer.ggml.merges", ARRAY, (STRING, [])),
