@@ -122,12 +122,12 @@ def run_settings(folder: str) -> dict[str, Any]:
     return read_run(Path(folder) / CONFIG)
 
 
-def remark_positions(model: CausalLM, longest: int, new: int = 0) -> None:
+def remark_positions(model: CausalLM, longest: int, new: int = 0, *, whose: str = "model") -> None:
     """A note where the longest text, with `new` tokens of an answer, goes beyond the positions that the model has."""
     most = model.max_positions
     if most is not None and longest + new > most:
         answers, end = (f" with {new:,} new ones", "answers end there") if new else ("", "it was not made for more")
-        note(f"note: texts of up to {longest:,} tokens{answers} go beyond the model's {most:,} positions; {end}")
+        note(f"note: texts of up to {longest:,} tokens{answers} go beyond the {whose}'s {most:,} positions; {end}")
 
 
 def is_reward_model(folder: str) -> bool:

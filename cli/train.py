@@ -152,11 +152,15 @@ def run(options: TrainOptions, sources: Sources) -> int:
     rows, val = _datasets(options, tokenizer, template)
     options.check_rows(len(rows), None if val is None else len(val))
     model = load_weights(options, tokenizer, str(options.quant))
-    remark_positions(model, max(each.report.longest for each in (rows, val) if each is not None))
+    asked = options.max_length if sources["max_length"] != DEFAULT else 0
+    longest = max(asked, *(each.report.longest for each in (rows, val) if each is not None))
+    remark_positions(model, longest)
     if not options.whole:
         _put_adapter(model, options)
     config = options.config_type(**{field.name: getattr(options, field.name) for field in fields(options.config_type)})
     extras = options.extras(model, tokenizer)
+    if isinstance(teacher := extras.get("teacher"), CausalLM):
+        remark_positions(teacher, longest, whose="teacher")
     trainer = options.trainer_type(model, tokenizer, train=rows, val=val, config=config, **extras)
     stop_if_asked()
     begun = time.monotonic()
