@@ -103,7 +103,7 @@ def test_nothing_in_it_leads_elsewhere(tmp_path: Path, run: Path, name: str, kin
 
 
 def test_a_result_is_not_replaced_by_another_run(run: Path) -> None:
-    with pytest.raises(InputError, match="already holds a run .step-000001.; go on with --resume auto, or choose"):
+    with pytest.raises(InputError, match=r"already holds a run .step-000001.; go on with --resume auto, or choose"):
         held(run, resume=None)
     held(run)
     (run / "checkpoints").rename(run.parent / "elsewhere")
