@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import bucketed
+
 Spans = Sequence[tuple[int, ...]]
 """Of each example (start, end), or of one that forks (start, fork, end_1, ..., end_n): its trunk, then n branches."""
 
@@ -94,18 +96,32 @@ def _span(parts: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
     """Attention of one example from the q, k, v of its parts. Each branch has its keys after the trunk's."""
     if len(parts) == 1:
         return [_sdpa(*parts[0], is_causal=True)]
-    from torch.nn.attention.bias import causal_lower_right  # here: it brings in half of torch's compiler
-
     trunk, first, *others = parts
     outputs = [_sdpa(*(torch.cat(pair, dim=1) for pair in zip(trunk, first, strict=True)), is_causal=True)]
     for q, k, v in others:
         keys, values = torch.cat((trunk[1], k), dim=1), torch.cat((trunk[2], v), dim=1)
-        outputs.append(_sdpa(q, keys, values, attn_mask=causal_lower_right(q.shape[1], keys.shape[1])))
+        outputs.append(_sdpa(q, keys, values, attn_mask=_after(q.shape[1], keys.shape[1], q.device)))
     return outputs
 
 
+def _after(queries: int, keys: int, device: torch.device) -> Tensor:
+    """The mask of queries that are the last of the keys; on a GPU one that its kernels know without reading it."""
+    if device.type == "cpu":
+        return visible_keys(queries, keys, None, device)
+    from torch.nn.attention.bias import causal_lower_right  # here: it brings in half of torch's compiler
+
+    bias: Tensor = causal_lower_right(queries, keys)
+    return bias
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    tokens, keys = q.shape[1], k.shape[1]
+    below, behind = bucketed(tokens, q) - tokens, bucketed(keys, k) - keys
+    if below + behind and (is_causal or attn_mask is not None):  # padding that no query of ours sees
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, more)) for x, more in ((q, below), (k, behind), (v, behind)))
+        if attn_mask is not None:  # a query in the padding must see something, or its softmax would be 0/0
+            attn_mask = F.pad(F.pad(attn_mask, (0, behind)), (0, 0, 0, below), value=True)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, tokens, D]
     grouped = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=grouped)
-    return y.transpose(1, 2)
+    return y.transpose(1, 2)[:, :tokens]

@@ -15,9 +15,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from .dispatch import bucketed
 
 CHUNK_BYTES = 64 * 2**20  # of one chunk's logits in fp32, on a CPU
 CHUNK_BYTES_GPU = 512 * 2**20  # a thousand rows at 128k tokens of vocabulary: fewer do not fill a GPU's products
@@ -43,10 +46,13 @@ def dense_figures(hidden: Tensor, weight: Tensor, scorer: Scorer, rows: int) -> 
 
     Gradients flow from the first figure to hidden and weight. Memory: a chunk, and [N, D] with a frozen weight.
     """
+    count = len(hidden)
+    hidden, scorer = _evened(hidden, scorer, rows)
     if torch.is_grad_enabled() and weight.requires_grad:
-        trained: tuple[Tensor, ...] = _TrainedWeight.apply(hidden, weight, scorer, rows)
-        return trained
-    return _frozen_figures(hidden, _dense(weight), scorer, rows)
+        figures: tuple[Tensor, ...] = _TrainedWeight.apply(hidden, weight, scorer, rows)
+    else:
+        figures = _frozen_figures(hidden, _dense(weight), scorer, rows)
+    return tuple(figure[:count] for figure in figures)
 
 
 def module_figures(hidden: Tensor, head: nn.Module, scorer: Scorer, rows: int, *, in_place: bool) -> tuple[Tensor, ...]:
@@ -55,11 +61,30 @@ def module_figures(hidden: Tensor, head: nn.Module, scorer: Scorer, rows: int, *
     in_place: overwrite what the head returns; False, at the cost of one more chunk, where its backward needs that (a
     soft cap's does). A head with trained parameters is computed again in backward, with the same random numbers.
     """
+    count = len(hidden)
+    hidden, scorer = _evened(hidden, scorer, rows)
     if torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()):
         pieces = zip(hidden.split(rows), _parts(hidden, rows), strict=True)  # split: slices' gradients would be [N, D]
         parts = [checkpoint(_trained_chunk, head, h, scorer, p, in_place, use_reentrant=False) for h, p in pieces]
-        return _joined(parts)
-    return _frozen_figures(hidden, _module(head, in_place), scorer, rows)
+        figures = _joined(parts)
+    else:
+        figures = _frozen_figures(hidden, _module(head, in_place), scorer, rows)
+    return tuple(figure[:count] for figure in figures)
+
+
+def _evened(hidden: Tensor, scorer: Scorer, rows: int) -> tuple[Tensor, Scorer]:
+    """Hidden states with zeros behind them where the last chunk's size must be one of a few, and a scorer that looks at
+    none of their logits."""
+    count, tail = len(hidden), len(hidden) % rows
+    more = min(bucketed(tail, hidden), rows) - tail
+
+    def evened(logits: Tensor, part: slice, gradient: bool) -> tuple[Tensor, ...]:
+        real = logits[: count - part.start]
+        figures = scorer(real, part, gradient)
+        logits[len(real) :] = 0  # of the gradient, if it is one
+        return tuple(F.pad(figure, (0, len(logits) - len(real))) for figure in figures)
+
+    return (F.pad(hidden, (0, 0, 0, more)), evened) if more else (hidden, scorer)
 
 
 def upcast(logits: Tensor) -> Tensor:

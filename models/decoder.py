@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import rope
 from ..kernels.attention import Spans, attention, span_lengths, span_positions, visible_keys
+from ..kernels.dispatch import bucketed
 from ..kernels.rms_norm import rms_norm
 from ..kernels.swiglu import swiglu
 from ..lora.adapter import project
@@ -155,6 +157,11 @@ class Decoder(CausalLM):
         _check(input_ids, spans, cache, mask)
         if position_ids is None:
             position_ids = _positions(input_ids, spans, cache, mask)
+        tokens = input_ids.shape[1]
+        if cache is None and mask is None and (spans is None or len(input_ids) == 1):
+            more = bucketed(tokens, self.model.norm.weight) - tokens  # padding, which no token sees
+            input_ids, position_ids = F.pad(input_ids, (0, more)), F.pad(position_ids, (0, more))
+            spans = spans and [*spans[:-1], (*spans[-1][:-1], tokens + more)]
         x: Tensor = self.model.embed_tokens(input_ids)  # [B, T, hidden]
         training = torch.is_grad_enabled() and cache is None
         recompute = training and self.checkpointing
@@ -169,7 +176,7 @@ class Decoder(CausalLM):
         if cache is not None:
             cache.advance(input_ids.shape[1])
         y: Tensor = self.model.norm(x)
-        return y
+        return y[:, :tokens]
 
     def new_cache(self) -> KVCache:
         """An empty key-value cache."""
