@@ -49,7 +49,7 @@ def rows(tokenizer: Any) -> list[Encoded]:
 def our_losses(model: Any, steps: Sequence[Sequence[Encoded]], adapter: Path) -> list[float]:
     fourbit.load_adapter(model.train(), adapter)
     parameters = adapter_parameters(model)
-    config = TrainingConfig(out="", weight_decay=0.0, max_grad_norm=CLIP)
+    config = TrainingConfig(out="unused", weight_decay=0.0, max_grad_norm=CLIP)
     stepper = Stepper(parameters, lambda batch: Sums(batch_loss_sum(model, batch), {}), config)
     return [
         stepper.step([pack([(i, Example((row,))) for i, row in enumerate(rows)])], RATE).loss.item() for rows in steps

@@ -181,7 +181,7 @@ class Rows:
 
 
 def stepper_for(net, **options):
-    config = TrainingConfig(out="", weight_decay=0.1, **options)
+    config = TrainingConfig(out="unused", weight_decay=0.1, **options)
     return Stepper(dict(net.named_parameters()), lambda batch: Sums(net(batch.rows), {}), config)
 
 

@@ -19,7 +19,7 @@ class Rows:
 
 
 def stepper_for(layer, **options):
-    config = TrainingConfig(out="", **{"weight_decay": 0.1, "max_grad_norm": 0.0} | options)
+    config = TrainingConfig(out="unused", **{"weight_decay": 0.1, "max_grad_norm": 0.0} | options)
     return Stepper(dict(layer.named_parameters()), lambda b: Sums(layer(b.rows).pow(2).sum(), {}), config)
 
 
