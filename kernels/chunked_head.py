@@ -72,15 +72,15 @@ def module_figures(hidden: Tensor, head: nn.Module, scorer: Scorer, rows: int, *
     return tuple(figure[:count] for figure in figures)
 
 
-def _evened(hidden: Tensor, scorer: Scorer, rows: int) -> tuple[Tensor, Scorer]:
+def _evened(hidden: Tensor, scorer: Scorer, chunk: int) -> tuple[Tensor, Scorer]:
     """Hidden states with zeros behind them where the last chunk's size must be one of a few, and a scorer that looks at
     none of their logits."""
-    count, tail = len(hidden), len(hidden) % rows
-    more = min(bucketed(tail, hidden), rows) - tail
+    count, tail = len(hidden), len(hidden) % chunk
+    more = min(bucketed(tail, hidden), chunk) - tail
 
-    def evened(logits: Tensor, part: slice, gradient: bool) -> tuple[Tensor, ...]:
-        real = logits[: count - part.start]
-        figures = scorer(real, part, gradient)
+    def evened(logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, ...]:
+        real = logits[: count - rows.start]
+        figures = scorer(real, rows, gradient)
         logits[len(real) :] = 0  # of the gradient, if it is one
         return tuple(F.pad(figure, (0, len(logits) - len(real))) for figure in figures)
 
