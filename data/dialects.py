@@ -1,7 +1,6 @@
 """How other tools write what a row says: ShareGPT's messages, Alpaca's instructions, prompts a pair only implies."""
 
 import re
-from typing import Any
 
 from .keys import present, whole
 from .messages import CALLING, ROLE_SYNONYMS, Messages, as_context, checked_messages, core, filled, turn
@@ -14,11 +13,6 @@ CUT = "the prompt was taken to be the words that chosen and rejected begin with,
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 
 
-def spoken(row: Row, key: str, value: Any) -> Messages:
-    """Messages in ShareGPT's words, or in ours."""
-    return checked_messages(row, key, value, sharegpt=True)
-
-
 def unanswered(row: Row, key: str) -> Messages:
     """The messages of a field without the answer that they may end with."""
     given = row.data[key]
@@ -27,7 +21,7 @@ def unanswered(row: Row, key: str) -> Messages:
         if answered := ROLE_SYNONYMS.get(speaker, speaker) in ("assistant", *CALLING):
             whole(given[-1])
         given = given[:-1] if answered else given
-    return spoken(row, key, given) if given != [] else []
+    return checked_messages(row, key, given) if given != [] else []
 
 
 def instruction(row: Row) -> Messages:

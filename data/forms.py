@@ -13,7 +13,7 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from .dialects import SAME, implied_by_messages, implied_by_strings, instruction, mentioned, spoken, unanswered
+from .dialects import SAME, implied_by_messages, implied_by_strings, instruction, mentioned, unanswered
 from .keys import Fields, present, unread
 from .messages import (
     Messages,
@@ -241,7 +241,7 @@ def _texts(row: Row) -> Sample:
 def _talk(row: Row) -> Sample:
     """The last message is the answer."""
     key = "conversations" if "conversations" in row.data else "messages"
-    messages = spoken(row, key, row.data[key])
+    messages = checked_messages(row, key, row.data[key])
     return _made(row, messages[:-1], messages[-1:])
 
 
@@ -262,8 +262,8 @@ def _openai_pair(row: Row) -> Sample:
 def _sharegpt_pair(row: Row) -> Sample:
     """Each answer is one message, or a list."""
     given = zip(_PAIR, _both(row, *_PAIR), strict=True)
-    answers = [spoken(row, key, value if isinstance(value, list) else [value]) for key, value in given]
-    return _made(row, spoken(row, "conversations", row.data["conversations"]), *answers)
+    answers = [checked_messages(row, key, value if isinstance(value, list) else [value]) for key, value in given]
+    return _made(row, checked_messages(row, "conversations", row.data["conversations"]), *answers)
 
 
 def _alpaca_pair(row: Row) -> Sample:

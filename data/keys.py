@@ -14,27 +14,23 @@ from .strict_json import Refused, parse
 
 TURN, CALL, WHOLE = "turn", "tool call", "whole"  # levels of a row; that of the row itself is the kind of rows
 
-_MEDIA = dict.fromkeys(
-    ("image", "images", "video", "videos", "audio", "audios"),
-    "holds what a model of text would not see: leave such rows out, or the key where the text stands without it",
-)
-_TOKENS = dict.fromkeys(
-    ("input_ids", "prompt_ids", "completion_ids", "completion_mask", "assistant_masks", "loss_mask"),
-    "holds tokens or a loss mask of another tool, which are not used here (`weight` 0 on a turn keeps it from being"
-    " trained): take the key out",
-)
-_WEIGHTS = dict.fromkeys(
-    ("weight", "weights", "sample_weight", "loss_weight", "loss_scale"),
-    "would weigh the row, and all rows count the same here: take the key out, or the row",
-)
+_ALONE = "which a model of text would not see: take the key out where the text stands without it, or such rows"
+_MASKED = "which are not used here (`weight` 0 on a turn keeps it from being trained): take the key out"
+_MEDIA = {key: f"holds {key}, {_ALONE}" for key in ("image", "images", "video", "videos", "audio", "audios")}
+_TOKENS = ("input_ids", "prompt_ids", "completion_ids", "completion_mask", "assistant_masks", "loss_mask")
 _ROW = {
     **_MEDIA,
-    **_TOKENS,
-    **_WEIGHTS,
+    **dict.fromkeys(_TOKENS, f"holds tokens or a loss mask of another tool, {_MASKED}"),
+    **dict.fromkeys(
+        ("weight", "weights", "sample_weight", "loss_weight", "loss_scale"),
+        "would weigh the row, and all rows count the same here: take the key out, or the row",
+    ),
     "functions": "is an older name of `tools`: keep one of the two",
     "system_prompt": "is `system` here: rename the key, or take it out where the messages hold that text",
     "rejected_response": "makes this a preference pair: write it as prompt, chosen and rejected, or take the key out",
 }
+_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
+_TRAINED = ("train", "training", "train_detail", "loss", "loss_scale", "mask", "masked")
 # Of each level the keys that other tools give a meaning that changes training, and what to do about them.
 ELSEWHERE: dict[str, dict[str, str]] = {
     "sft": _ROW,
@@ -42,18 +38,12 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "pairs": {
         **_ROW,
         "margin": "would ask for a margin of its own, which no loss here takes: take the key out",
-        **dict.fromkeys(
-            ("ref_chosen_logps", "ref_rejected_logps", "reference_chosen_logps", "reference_rejected_logps"),
-            "holds log-probabilities of a reference model, which are computed here: take the key out",
-        ),
+        **dict.fromkeys(_REFERENCE, "holds what a reference model says, which is computed here: take the key out"),
     },
     "prompts": _MEDIA,
     TURN: {
         **_MEDIA,
-        **dict.fromkeys(
-            ("train", "training", "train_detail", "loss", "loss_scale", "mask", "masked"),
-            "says elsewhere what is trained: write `weight` 0 (not trained) or 1 on the assistant's turn instead",
-        ),
+        **dict.fromkeys(_TRAINED, "says what is trained: write `weight` 0 (not) or 1 on the assistant's turn instead"),
         "function_call": "is an older form of `tool_calls`: keep one of the two",
         "refusal": "is text of the answer: write it as `content`",
     },

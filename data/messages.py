@@ -8,11 +8,9 @@ from .row import Row, bad, excerpt, type_name
 Messages = list[dict[str, Any]]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CALLING = ("function_call", "tool_call")  # roles whose content is a call, as JSON, by the assistant
-ANSWERING = ("function", "tool_response")  # other names for a tool that answers
-ROLE_SYNONYMS = dict.fromkeys((*ANSWERING, "observation", "function_response"), "tool") | {"human": "user"}
-ROLE_SYNONYMS |= dict.fromkeys(("gpt", "bot", "model", "ai"), "assistant")
+ROLE_SYNONYMS = dict.fromkeys(("function", "observation", "tool_response", "function_response"), "tool")
+ROLE_SYNONYMS |= {"human": "user"} | dict.fromkeys(("gpt", "bot", "model", "ai"), "assistant")
 MISSING = "is missing, or null"
-KEY_SYNONYMS = {"from": "role", "value": "content", "text": "content"}
 OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
 SEEN = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 
@@ -32,24 +30,22 @@ def core(message: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(message.get(key) for key in SEEN)
 
 
-def checked_messages(row: Row, field: str, value: Any, *, sharegpt: bool = False) -> Messages:
-    """A row's list of messages in the one shape. Raises BadRow for what is none, or breaks a rule of messages.
-
-    `sharegpt`: those without `role` are in ShareGPT's words, `from` and `value`.
-    """
+def checked_messages(row: Row, field: str, value: Any) -> Messages:
+    """A row's list of messages in the one shape; given so, or with ShareGPT's `from` and `value`. Raises BadRow for
+    what is none, or breaks a rule of messages."""
     if not isinstance(value, list):
         raise bad(row, field, f"must be a list of messages, not {type_name(value)}")
     if not value:
         raise bad(row, field, "is an empty list", "empty")
-    return [_message(row, f"{field}[{i}]", message, sharegpt) for i, message in enumerate(value)]
+    return [_message(row, f"{field}[{i}]", message) for i, message in enumerate(value)]
 
 
-def _message(row: Row, field: str, message: Any, sharegpt: bool) -> dict[str, Any]:
+def _message(row: Row, field: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, Fields):
         raise bad(row, field, f"must be an object with `role` and `content`, not {type_name(message)}")
     message.level = TURN
     message.get("tool_call_id")  # a link between turns, which their order tells too
-    theirs = sharegpt and "role" not in message
+    theirs = "from" in message and "role" not in message
     if theirs and {"value", "content"} <= message.keys():
         raise bad(row, field, "has both `value` and `content`: keep one of them")
     speaker, text = ("from", "content" if "content" in message else "value") if theirs else ("role", "content")
@@ -68,19 +64,14 @@ def _message(row: Row, field: str, message: Any, sharegpt: bool) -> dict[str, An
 
 
 def _role(row: Row, field: str, key: str, message: Fields) -> str:
-    for theirs, meant in KEY_SYNONYMS.items():
-        if key == "role" and theirs in message and meant not in message:
-            reason = f'has `{theirs}` where `{meant}` is needed: a message is {{"role": ..., "content": ...}}'
-            raise bad(row, field, reason)
     if key not in message:
         raise bad(row, f"{field}.{key}", MISSING)
     role = message[key]
     if not isinstance(role, str):
         raise bad(row, f"{field}.{key}", f"must be a string, not {type_name(role)}")
-    if key == "from" or role in ANSWERING:
-        role = ROLE_SYNONYMS.get(role.lower(), role)
+    role = ROLE_SYNONYMS.get(role.lower(), role)
     if role not in (*ROLES, *CALLING):
-        meant = ROLE_SYNONYMS.get(role.lower(), role.lower().strip())
+        meant = role.lower().strip()
         hint = f": did you mean {meant!r}?" if meant in ROLES else f": must be one of {', '.join(ROLES)}"
         raise bad(row, f"{field}.{key}", f"is {excerpt(role)}{hint}")
     return role

@@ -60,13 +60,15 @@ class Sample:
     def content(self) -> list[Any]:
         """What makes two rows the same row, as JSON."""
         learned = [[(core(message), trains(message)) for message in answer] for answer in self.answers]
-        return [list(map(core, self.context)), learned, self.label, self.text, self.tools, *self._variables()]
+        asked = list(map(core, self.context))
+        return [asked, learned, self.label, self.text, self.tools, self.variables]
 
     def topic(self) -> list[Any]:
         """What rows have in common that must stay on one side of a split, as JSON: the prompt, or all there is."""
         if self.text is not None:
             return [self.text]
-        return [list(map(core, self.context or self.answers[0])), self.tools, *self._variables()]
-
-    def _variables(self) -> list[Any]:
-        return [] if self.variables is None else [self.variables]
+        return [
+            list(map(core, self.context or self.answers[0])),
+            self.tools,
+            *([self.variables] if self.variables else []),
+        ]

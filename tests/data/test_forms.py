@@ -5,6 +5,7 @@
 
 import copy
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourbit.data import forms
-from fourbit.data.forms import ASIDE, FORMS, kind_of, recognise, sample
+from fourbit.data.forms import ASIDE, FORMS, WANTED, kind_of, recognise, sample
 from fourbit.data.forms import samples as read_samples
-from fourbit.data.keys import ELSEWHERE
+from fourbit.data.keys import CALL, ELSEWHERE, TURN
 from fourbit.data.row import BadRow, Problem, Problems, Row, counted
 from fourbit.data.sample import Sample
 from fourbit.errors import InputError
@@ -268,6 +269,42 @@ def test_null_is_absent_at_every_level(data: st.DataObject) -> None:
         for key in data.draw(st.lists(st.one_of(NEW_KEYS, st.sampled_from([*KEYS, *KNOWN])), max_size=3)):
             at(row, place).setdefault(key, None)
     assert replace(made(row, kind), row={}) == without
+
+
+CALL_OF_F = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+HELD = {  # what a row or turn holds beside a key of ELSEWHERE, where it is not refused alone
+    "functions": {"tools": [{"name": "f"}]},
+    "function_call": {"tool_calls": [CALL_OF_F]},
+}
+ADVICE = {  # what becomes of a key, where it is not to be taken out
+    "system_prompt": "system",
+    "refusal": "content",
+    **dict.fromkeys(ELSEWHERE[CALL], "arguments"),
+}
+
+
+@pytest.mark.parametrize(("level", "key"), [(level, key) for level, keys in ELSEWHERE.items() for key in keys])
+def test_a_key_that_means_more_elsewhere_is_refused_and_the_advice_works(level: str, key: str) -> None:
+    kind = level if level in WANTED else "sft"
+    talk = chat(U, {**A, "tool_calls": [{"name": "f"}]})
+    row = talk if kind == "sft" else copy.deepcopy(next(c["row"] for c in GOOD.values() if c["kind"] == kind))
+    place = {TURN: talk["messages"][1], CALL: talk["messages"][1]["tool_calls"][0]}.get(level, row)
+    place |= {key: "x" if key not in ELSEWHERE[CALL] else {"x": 1}, **HELD.get(key, {})}
+    with pytest.raises(BadRow, match=re.escape(f"{key}: {ELSEWHERE[level][key]}")):
+        made(row, kind)
+    value = place.pop(key)
+    if key in ADVICE:
+        place[ADVICE[key]] = value
+        assert ADVICE[key] in ELSEWHERE[level][key]
+    assert not (told := made(row, kind)).notes and (key not in ADVICE or value in parts_and_texts(told))
+
+
+def parts_and_texts(told: Sample) -> list[Any]:
+    """The contents and the arguments of all turns of a sample."""
+    turns = [*told.context, *(turn for answer in told.answers for turn in answer)]
+    return [turn["content"] for turn in turns] + [
+        call["function"]["arguments"] for turn in turns for call in turn.get("tool_calls", ())
+    ]
 
 
 def test_many_faults_are_counted_and_the_first_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
