@@ -127,8 +127,8 @@ def _fitted(value: Any, kind: Any) -> Any:
         return float(value)
     if origin is Literal and isinstance(value, str) and value in inner:
         return value
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_fitted(each, inner[0]) for each in value)
+    if origin is tuple and isinstance(value, str | list | tuple):
+        return tuple(_fitted(each, inner[0]) for each in ([value] if isinstance(value, str) else value))
     if origin is dict and isinstance(value, dict):
         return {_fitted(key, inner[0]): _fitted(each, inner[1]) for key, each in value.items()}
     raise ValueError(kind)

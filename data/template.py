@@ -11,15 +11,14 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date as Date
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..child import child_command, child_environment
 from ..errors import EnvironmentProblem, InputError
 from .protocol import TokenizerLike
 from .said import REASONING
@@ -34,7 +33,6 @@ SHOWN_ERROR = 500
 MAX_STRIKES = 2  # more, and a template is given up: it has then taken three conversations' time at most
 TOOK = f"it takes more than {RENDER_SECONDS:g} seconds or {CHILD_MEMORY // 2**20} MiB"
 CHILD_NAME = "the child process that renders chat templates"
-CHILD_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TZ")  # what an interpreter may need, and a clock
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -243,19 +241,15 @@ class _Child:
         if self.process is None or self.process.poll() is not None:
             self.stop()
             self.hung = False
-            # jinja2 may lie where an isolated interpreter does not look.
-            found = [spec.origin for name in ("jinja2", "markupsafe") if (spec := find_spec(name)) and spec.origin]
-            folders = [str(Path(origin).parent.parent) for origin in found]
-            start = "import sys, runpy; sys.path += sys.argv[4:]; runpy.run_path(sys.argv[1], run_name='__main__')"
-            limits = [str(Path(__file__).with_name("render_child.py")), str(RENDER_SECONDS), str(CHILD_MEMORY)]
+            program, limits = Path(__file__).with_name("render_child.py"), (str(RENDER_SECONDS), str(CHILD_MEMORY))
             try:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-I", "-X", "utf8", "-c", start, *limits, *folders],
+                    child_command(program, ["jinja2", "markupsafe"], *limits),
                     bufsize=0,  # a fork may fall between a write and its flush
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
-                    env={key: os.environ[key] for key in CHILD_ENVIRONMENT if key in os.environ},
+                    env=child_environment(),
                     start_new_session=True,  # Ctrl-C is for the trainer, which may want to render once more
                 )
             except OSError as error:

@@ -5,11 +5,12 @@ from here. Special tokens that stand in the text are recognised as one id. Offse
 blanks before a word included, because loss masks are cut by character position.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import tokenizers
 
-from ..errors import InputError
+from ..errors import FourbitError, InputError
 
 MAX_TEXT_BYTES = 4 << 20  # about a million tokens; at up to 2 us a byte the time is linear but has to end
 
@@ -66,7 +67,10 @@ class Tokenizer:
         self.special_tokens = tuple(token.content for token in added if token.special or token.content in known)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; nothing is added. InputError for a lone surrogate or a text above 4 MiB."""
+        """Token ids; nothing is added.
+
+        Raises InputError for a lone surrogate, a text above 4 MiB, and one that the `tokenizers` library fails at.
+        """
         return self.encode_with_offsets(text)[0]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -75,12 +79,14 @@ class Tokenizer:
         Tokens that share one character (an emoji cut into bytes) all have that character's span.
         """
         _check_text(text)
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        with fenced("the tokenizer cannot encode this text"):
+            encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of the ids; bytes that form no character become U+FFFD. Ids outside the vocabulary stand for nothing."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        with fenced("the tokenizer cannot decode these tokens"):
+            return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def _stop_ids(self, given: Iterable[int]) -> tuple[int, ...]:
         stops = set(given)
@@ -92,6 +98,17 @@ class Tokenizer:
         stops.update(whole[name] for name in _ENDS_TEXT if name in whole)
         stops.update(whole[name] for name in _ENDS_TURN if name in whole and name in (self.chat_template or ""))
         return tuple(sorted(stops))
+
+
+@contextlib.contextmanager
+def fenced(what: str) -> Iterator[None]:
+    """What the tokenizers library raises, a plain Exception or at a panic not even one, as an InputError."""
+    try:
+        yield
+    except (FourbitError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise InputError(f"{what}: {error}.") from None
 
 
 def _id(vocab: Mapping[str, int], what: str, token: str | None) -> int | None:

@@ -5,36 +5,44 @@ special tokens; the chat template is in `chat_template.jinja` or in the config; 
 `generation_config.json`. All of it is data: nothing here can name code or another file.
 """
 
+import contextlib
+import json
+import re
+import signal
+import string
+import subprocess
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from ..errors import InputError
+from ..child import child_command, child_environment
+from ..errors import InputError, shown
 from ..files import read_json, read_text
-from .tokenizer import Tokenizer
+from .special_tokens import AGAIN, add_special_tokens
+from .tokenizer import Tokenizer, fenced
 
 TOKENIZER_BYTES = 256 << 20  # the largest in use (262k tokens) has 34 MB
 JSON_BYTES = 64 << 20
 TEMPLATE_BYTES = 1 << 20
-SPECIAL = ("bos_token", "eos_token", "pad_token")
 
 
 def folder_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that a folder describes; InputError names the file that is missing or malformed."""
     backend, where = _backend(folder), folder / "tokenizer_config.json"
     older, config = _optional_json(folder / "special_tokens_map.json"), _optional_json(where)
-    config = {key: value for key, value in older.items() if key.endswith("_token")} | {
-        key: value for key, value in config.items() if value is not None
-    }
-    _check_added(where, config, backend)
-    return Tokenizer(
+    with fenced(str(where)):
+        named = add_special_tokens(where, config, older, backend)
+    tokenizer = Tokenizer(
         backend,
         chat_template=_chat_template(where, config),
-        **{key: _token(where, config, key) for key in SPECIAL},
+        **{key: named.get(key) for key in ("bos_token", "eos_token", "pad_token")},
         stop_ids=_stop_ids(folder),
-        named_tokens=_named_tokens(config),
+        named_tokens=named,
     )
+    _check_letters(folder, tokenizer)
+    return tokenizer
 
 
 def _backend(folder: Path) -> tokenizers.Tokenizer:
@@ -46,51 +54,46 @@ def _backend(folder: Path) -> tokenizers.Tokenizer:
             f"{folder}: needs tokenizer.json, {found}. Convert it once with transformers: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
-    text = read_text(path, TOKENIZER_BYTES)
-    try:
+    text, now = read_text(path, TOKENIZER_BYTES), path.stat()
+    if fault := _tried(path.resolve(), now.st_ino, now.st_size, now.st_mtime_ns):
+        raise InputError(f"{path}: not a readable tokenizer: {fault}. {AGAIN}")
+    with fenced(f"{path}: not a readable tokenizer"):
         backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{path}: not a readable tokenizer: {error}.") from None
+    listed = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
+    for token in json.JSONDecoder().raw_decode(text, listed.end())[0] if listed else ():
+        if (index := backend.token_to_id(token["content"])) != token["id"]:
+            what = f"the added token {shown(token['content'])} has id {token['id']}, in the vocabulary {index}"
+            raise InputError(f"{path}: {what}. {AGAIN}")
     if getattr(backend.model, "dropout", None):
         backend.model.dropout = None  # a training aid that would make every encoding random
     return backend
 
 
+def _check_letters(folder: Path, tokenizer: Tokenizer) -> None:
+    """InputError where a text would vanish without an error: its letters have no token, and the unknown has none."""
+    lost = ""
+    with contextlib.suppress(InputError):  # at what it cannot encode: no silence
+        lost = "".join(letter for letter in string.ascii_letters if not tokenizer.encode(letter))
+    if lost:
+        what = f"has no token for {shown(lost)}, so that texts would vanish"
+        raise InputError(f"{folder / 'tokenizer.json'} {what}: give its model an unk_token of its vocabulary.")
+
+
+@lru_cache(maxsize=64)
+def _tried(path: Path, *version: int) -> str:
+    """What happened when a process of its own opened the tokenizer.json of this version under limits; "": nothing."""
+    program = child_command(Path(__file__).with_name("tokenizer_child.py"), ["tokenizers"], str(path))
+    one_thread = {**child_environment(), "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    ended = subprocess.run(program, stdin=subprocess.DEVNULL, capture_output=True, env=one_thread)
+    if ended.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        return "it takes a text of a few characters longer than a second, or to open far longer than others of its size"
+    if ended.returncode < 0:
+        return "it takes more than 256 MB for a text of a few characters, or 16 times its size for itself"
+    return ended.stdout.decode(errors="replace").strip()
+
+
 def _optional_json(file: Path) -> dict[str, Any]:
     return read_json(file, JSON_BYTES) if file.exists() else {}
-
-
-def _token(where: Path, config: dict[str, Any], key: str) -> str | None:
-    """A special token's text: a string, or an object with `content`."""
-    value = config.get(key)
-    if isinstance(value, dict):
-        value = value.get("content")
-    if not isinstance(value, str | None):
-        raise InputError(f"{where}: {key} must be a string or an object with 'content'.")
-    return value
-
-
-def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """The special tokens that have a name: keys that end in `_token`, and those of `extra_special_tokens`."""
-    extra, told = config.get("extra_special_tokens"), {}
-    named = (extra if isinstance(extra, dict) else {}) | {k: v for k, v in config.items() if k.endswith("_token")}
-    for key, value in named.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            told[key] = text
-    return told
-
-
-def _check_added(where: Path, config: dict[str, Any], backend: tokenizers.Tokenizer) -> None:
-    """Tokens that only the config lists would be cut into pieces: refused, since the model knows them whole."""
-    added = config.get("added_tokens_decoder")
-    for index, token in added.items() if isinstance(added, dict) else ():
-        content = token.get("content") if isinstance(token, dict) else None
-        if not isinstance(content, str) or backend.token_to_id(content) is None:
-            raise InputError(
-                f"{where}: added token {index} ({content!r}) is not in tokenizer.json. "
-                "Write both again with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
-            )
 
 
 def _chat_template(where: Path, config: dict[str, Any]) -> str | None:

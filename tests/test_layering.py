@@ -22,9 +22,10 @@ BELOW = {  # layer -> what it may import of ours; everyone may import the leaves
     "files": set[str](),
     "outputs": set[str](),
     "settings": set[str](),
+    "child": set[str](),
     "errors": set[str](),
 }
-LEAVES = {"errors", "files", "outputs", "settings"}
+LEAVES = {"child", "errors", "files", "outputs", "settings"}
 
 
 MODULES = {
