@@ -278,11 +278,14 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each module's replacement wherever the model holds it; a layer used twice is replaced in both places."""
+    """Put each module's replacement wherever the model holds it; a layer used twice is replaced in both places.
+
+    One that is compiled by itself gives up its wrapper, which would go on calling what it wrapped at first.
+    """
     for parent in list(model.modules()):
         for attribute, child in list(parent._modules.items()):
-            if child is not None and child in new:
-                setattr(parent, attribute, new[child])
+            if child is not None and (inside := unwrapped(child)) in new:
+                setattr(parent, attribute, new[inside])
 
 
 def refuse_second(model: nn.Module, name: str) -> None:

@@ -264,6 +264,18 @@ def test_dtype_and_settings_reach_the_layers() -> None:
         assert module.lora_A.dtype == module.lora_B.dtype == torch.bfloat16
 
 
+def test_a_layer_that_is_compiled_by_itself_gets_its_adapter() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(torch.compile(nn.Linear(4, 4), backend="eager"), nn.ReLU())
+    x = torch.randn(3, 4)
+    base = net(x)
+    assert attach(net, LoRAConfig(rank=2)) == ["0"]
+    torch.nn.init.normal_(net[0].adapters["default"].lora_B)
+    assert not torch.equal(net(x), base)
+    with adapters_off(net):
+        assert torch.equal(net(x), base)
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_adapters_off_is_the_base_exactly(quantized: bool) -> None:
     model = decoder(quantized)
