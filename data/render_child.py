@@ -22,7 +22,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_TEXT = 4 * 1024 * 1024  # characters of a rendering
-FREE_SECONDS, FREE_PER_MESSAGE = 0.02, 0.0001  # of a rendering: no real template takes as long
+# Of a rendering, beside so much a character of the template: ten times what the slowest templates in use take.
+FREE_SECONDS, FREE_PER_MESSAGE, FREE_PER_CHARACTER = 0.001, 0.0001, 5e-7
 FREE_TO_COMPILE = 0.5
 FOREIGN = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 
@@ -109,7 +110,7 @@ class Limits:
             signal.setitimer(signal.ITIMER_PROF, 0)
 
     def _end(self, *_: object) -> NoReturn:
-        raise TooMuch(f"it renders for longer than {self.seconds:g} seconds")
+        raise TooMuch(f"it renders for longer than {self.seconds:g} s")
 
 
 def _limit(what: int, limit: int, *, hard: bool = False) -> None:
@@ -182,7 +183,7 @@ def conversation(
     """The answer for one conversation, which `late` seconds are gone of. Raises TooMuch."""
     texts: list[Any] = []
     variables = {"documents": None, **job["tokens"], **talk["variables"], "tools": talk["tools"]}
-    left = limits.seconds - late
+    left, free = limits.seconds - late, FREE_SECONDS + FREE_PER_CHARACTER * len(job["source"])
     now = datetime.now() if job["date"] is None else datetime.fromisoformat(job["date"])  # one for all its renderings
 
     def text() -> Any:
@@ -196,7 +197,7 @@ def conversation(
             texts.append(limits.run(text, left))
         except Refused as error:
             texts.append({"refused": str(error)})
-        left -= max(time.process_time() - begun - FREE_SECONDS - FREE_PER_MESSAGE * upto, 0)
+        left -= max(time.process_time() - begun - free - FREE_PER_MESSAGE * upto, 0)
     return {"texts": texts, "strike": 1 - left / limits.seconds}
 
 

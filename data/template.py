@@ -25,13 +25,13 @@ from .said import REASONING
 from .turns import Rendered, Talk, Turn, Unrenderable, place, too_many, with_thoughts
 
 MAX_SOURCE_BYTES = 64 * 1024
-RENDER_SECONDS = 2.0  # processor time of one conversation, beyond what is free
+RENDER_SECONDS = 1.0  # processor time of one conversation, beyond what is free
 CHILD_MEMORY = 512 * 1024 * 1024
 CHILD_WALL_SECONDS = 300.0  # for a machine that is busy; the limit that counts is on processor time
 JOB_CHARACTERS = 1 << 20  # of the conversations that are sent at a time
 SHOWN_ERROR = 500
 MAX_STRIKES = 2  # more, and a template is given up: it has then taken three conversations' time at most
-TOOK = f"it takes more than {RENDER_SECONDS:g} seconds or {CHILD_MEMORY // 2**20} MiB"
+TOOK = f"it takes more than {RENDER_SECONDS:g} s or {CHILD_MEMORY // 2**20} MiB"
 CHILD_NAME = "the child process that renders chat templates"
 
 CHATML = (
@@ -172,7 +172,7 @@ class _Known:
         self.works |= "texts" in answer
         self.strikes += answer.get("strike", 1)
         if "broken" in answer or not self.works or self.strikes > MAX_STRIKES:
-            slow = f"it takes {self.strikes * RENDER_SECONDS:.1f} seconds more for a few rows than any template needs"
+            slow = f"it takes {self.strikes * RENDER_SECONDS:.1f} s more for a few rows than any template needs"
             self.broken = str(answer.get("broken") or answer.get("much") or slow)[:SHOWN_ERROR]
         return bool(self.broken)
 

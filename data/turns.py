@@ -77,7 +77,7 @@ def place(talk: Talk, i: int, whole: str, prompt: Told, upto: Told) -> Turn | Un
     found = whole.find(content, start, region) if region >= start else -1
     if changed and any(name not in whole[start:region] for name in called(talk.messages[i])):
         found = -1
-    fits = last and found >= 0 and not THOUGHT.sub("", whole[start:found]).strip()
+    fits = last and found >= 0 and not THOUGHT.sub("", lacking + whole[start:found]).strip()
     if (lacking and not fits) or (changed and found < 0):
         at, part = (start, lacking) if lacking else (region, changed)
         return Unrenderable(

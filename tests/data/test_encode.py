@@ -148,6 +148,21 @@ def test_only_the_last_of_answers_that_change_and_have_no_stop_token_is_trained(
     assert "not prefix-stable at message 3" in bad(row(HI, say("one"), HI, say("two")), tokenizer, every)
 
 
+def test_a_conversation_of_too_many_answers_is_told_the_limit_and_its_advice_helps(
+    tokenizer: Any, chatml: ChatTemplate
+) -> None:
+    """Each answer's place needs the conversation up to it: work that grows with the square of the turns has a limit."""
+    turns = [(HI, say("yo"))[i % 2] for i in range(20_000)]
+    assert bad(row(*turns), tokenizer, chatml) == (
+        "rows.jsonl:3: messages: has 20,000 messages with 10,000 answers to train: to find them all, the template would"
+        " have to write more than 200,000 messages; split it, or train the last answer (loss_on last)"
+    )
+    last = encoded(row(*turns), tokenizer, chatml, loss_on="last")
+    assert trained_text(last, tokenizer) == "yo<|im_end|>" and len(last.ids) > 100_000
+    half = encoded(row(*turns[:600]), tokenizer, chatml)
+    assert trained_text(half, tokenizer) == "yo<|im_end|>" * 300
+
+
 def test_a_template_that_refuses_the_row_is_quoted(tokenizer: Any) -> None:
     template = ChatTemplate("{{ raise_exception('No system messages') }}", name="model's template")
     assert bad(row(HI, say("x")), tokenizer, template) == (
