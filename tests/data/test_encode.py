@@ -135,7 +135,9 @@ def test_only_the_last_of_answers_that_change_and_have_no_stop_token_is_trained(
     example = encoded(row(HI, say("one"), HI, say(" two")), tokenizer, template)
     assert trained_text(example, tokenizer) == " two~"
     assert example.notes == (module.LEFT_OUT, UNKNOWN_STOP)
-    ended = ChatTemplate("{% for m in messages %}{{ m.content }}\n{% endfor %}<|im_end|>")
+    ended = ChatTemplate(
+        "{% for m in messages %}{{ m.content }}\n{% endfor %}{% if not add_generation_prompt %}<|im_end|>{% endif %}"
+    )
     example = encoded(row(HI, say("one"), HI, say("two")), tokenizer, ended)
     assert trained_text(example, tokenizer) == "two\n<|im_end|>" and module.LEFT_OUT in example.notes
     conv = row(HI, say(" one"), HI, say("two", weight=0))
