@@ -96,6 +96,8 @@ FILES: dict[str, Make] = {
     "a link to /dev/zero": link(FILE, "/dev/zero"),
     "not there": gone(FILE),
     "a config that names code": keys(FILE, auto_map={"AutoModelForCausalLM": "evil.Model"}, model_type="evil"),
+}
+ANOTHERS: dict[str, Make] = {  # a config.yaml of another tool beside the model: no run of ours, so nobody reads it
     "the config of a run of another tool": put("m/config.yaml", "- not\n- a run\n"),
     "the config of another tool with its own quant": put("m/config.yaml", "quant: gptq\ntemplate: 5\n"),
     "the config of another tool with lists": put("m/config.yaml", "quant: [nf4]\ntemplate: {a: b}\n"),
@@ -122,6 +124,7 @@ CASES = [
     ],
     *[Case(f"config rope: {name}", keys(FILE, rope_scaling=table), CHAT) for name, table in ROPE.items()],
     *[Case(f"config file: {name}", make, CHAT) for name, make in FILES.items()],
+    *[Case(f"config file: {name}", make, CHAT, ends="done") for name, make in ANOTHERS.items()],
     *[Case(f"generation config: eos {name}", put_json(GENERATION, table), CHAT) for name, table in EOS.items()],
     *[
         Case(f"generation config: {name}", make, CHAT)
