@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ..errors import InputError
+from ..errors import InputError, shown
+from ..settings import MOST
 
 Number = TypeVar("Number", int, float)
 
@@ -46,9 +47,9 @@ class LoRAConfig:
         _check_rank("rank", self.rank)
         _check_alpha("alpha", self.alpha)
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be a number from 0 up to, but not including, 1; got {self.dropout!r}")
+            raise InputError(f"dropout must be a number from 0 up to, but not including, 1; got {shown(self.dropout)}")
         if not isinstance(self.rslora, bool):
-            raise InputError(f"rslora must be true or false, got {self.rslora!r}")
+            raise InputError(f"rslora must be true or false, got {shown(self.rslora)}")
         for key in ("target", "exclude"):
             object.__setattr__(self, key, checked_names(key, getattr(self, key)))
         if not self.target:
@@ -80,13 +81,13 @@ def _is_number(value: object) -> bool:
 
 
 def _check_rank(key: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{key} must be a whole number of at least 1, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
+        raise InputError(f"{key} must be a whole number of at least 1, got {shown(value)}")
 
 
 def _check_alpha(key: str, value: object) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < LARGEST_ALPHA:
-        raise InputError(f"{key} must be a number above 0 and below {LARGEST_ALPHA:g}, got {value!r}")
+        raise InputError(f"{key} must be a number above 0 and below {LARGEST_ALPHA:g}, got {shown(value)}")
 
 
 def checked_names(key: str, value: object) -> str | tuple[str, ...]:

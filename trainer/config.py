@@ -113,6 +113,9 @@ class TrainingConfig(Checked):
         for pattern, factor in self.lr_scale.items():
             if not 0 <= factor < math.inf:
                 raise InputError(f"lr_scale must have factors of 0 or more, got {factor} for {pattern!r}")
+        for name in ("warmup", "decay"):
+            if (given := getattr(self, name)) is not None and given > 1 and given % 1:
+                raise InputError(f"{name} must be a fraction of all steps below 1, or a number of them, got {given}")
         if isinstance(self.micro_batch, int) and self.micro_batch > self.batch_size:
             raise InputError(
                 f"micro_batch splits a batch, and is {self.micro_batch} for a batch_size of {self.batch_size}: give at "
@@ -321,5 +324,5 @@ def _steps(given: float, total: int) -> int:
 
 def size_in_bytes(text: str) -> int | None:
     """2147483648 for "2GiB"; a point and a blank are fine ("1.5 GiB"). None for what is no size."""
-    match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text, flags=re.IGNORECASE | re.ASCII)
+    match = re.fullmatch(rf"(\d{{1,15}}(?:\.\d{{1,15}})?) ?({'|'.join(UNITS)})", text, flags=re.IGNORECASE | re.ASCII)
     return int(float(match[1]) * UNITS[match[2].lower()]) if match else None

@@ -35,6 +35,7 @@ def plain(**options):
         ("2GiB\n", None),
         ("٢GiB", None),
         ("GiB", None),
+        ("9" * 500 + "GiB", None),
     ],
 )
 def test_sizes(text, size):
@@ -56,6 +57,8 @@ def test_a_size_is_a_number_or_none(text):
         ({"decay": 0.2}, "decay is the last part of schedule wsd; cosine has none"),
         ({"schedule": "wsd", "decay": 0.0}, "decay must be above 0 and finite, got 0.0"),
         ({"schedule": "inverse_sqrt"}, "schedule must be one of cosine, linear, constant, inverse-sqrt or wsd"),
+        ({"warmup": 1.5}, "warmup must be a fraction of all steps below 1, or a number of them, got 1.5"),
+        ({"schedule": "wsd", "decay": 2.25}, "decay must be a fraction of all steps below 1, or a number of them"),
         ({"lora_plus": -1.0}, "lora_plus must be above 0"),
         ({"lora_plus": 16.0, "full": True}, "full training has no adapter"),
         ({"batch_size": np.int64(8)}, r"batch_size must be a whole number, got .*8"),

@@ -269,7 +269,7 @@ def test_settings_that_cannot_do_what_they_say_are_refused_with_the_numbers(opti
 @given(
     st.integers(1, 60), st.integers(1, 12), st.integers(1, 50),
     st.sampled_from(["cosine", "linear", "constant", "inverse-sqrt", "wsd"]),
-    st.floats(0, 60), st.none() | st.floats(0.01, 60),
+    st.floats(0, 1) | st.integers(0, 60), st.none() | st.floats(0.01, 1) | st.integers(1, 60),
 )  # fmt: skip
 def test_what_passes_reaches_the_full_rate_and_decays_as_told(rows, batch, steps, schedule, warmup, decay):
     config = rules(steps=steps, batch_size=batch, schedule=schedule, warmup=warmup)
