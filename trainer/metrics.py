@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import EnvironmentProblem
+from ..errors import EnvironmentProblem, InputError
 from ..files import regular_file, write_text
 from ..settings import LARGEST, checked
+
+LARGEST_FILE = 1 << 30  # bytes that are read back: two million steps
+LONGEST_LINE = 1 << 16  # characters; ours have some hundreds
 
 
 class Display(Protocol):
@@ -41,9 +44,15 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         self.display: Display | None = None
         self._board = _tensorboard(folder, resumed_at) if "tensorboard" in log else None  # first: it may be missing
-        if self.path.exists():  # a resumed run does its steps again: records past the checkpoint would stand twice
-            kept = read_metrics(regular_file(folder, self.path.name), notes) if resumed_at else []
-            write_text(self.path, "".join(_line(record) for record in kept if record["step"] <= resumed_at))
+        kept = list[dict[str, Any]]()
+        if resumed_at and self.path.exists():  # its steps are done again: records past the checkpoint would stand twice
+            if (size := regular_file(folder, self.path.name).stat().st_size) > LARGEST_FILE:
+                raise InputError(f"{self.path} must be at most {LARGEST_FILE:,} bytes, got {size:,}: move it away")
+            kept = [record for record in read_metrics(self.path, notes) if record["step"] <= resumed_at]
+        if missing := resumed_at - len({record["step"] for record in kept if "loss" in record}):
+            notes.append(f"{self.path} lacks {missing:,} of the {resumed_at:,} steps that are done")
+        if self.path.exists():
+            write_text(self.path, "".join(map(_line, kept)))
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -67,7 +76,7 @@ def read_metrics(path: Path, notes: list[str] | None = None) -> list[dict[str, A
     counted in `notes`; without a word only a last one that a crash cut off."""
     records, damaged = list[dict[str, Any]](), 0
     with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
+        while line := file.readline(LONGEST_LINE):
             try:
                 records.append(_record(line))
             except (ValueError, RecursionError):

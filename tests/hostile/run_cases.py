@@ -346,6 +346,22 @@ TABLE = [
         for name, text in {**METRICS, **{f"{name}, signed": text for name, text in SIGNED.items() if text}}.items()
     ],
     *[
+        Case(f"run metrics: {name}", make, RESUME, outputs=LOCK)
+        for name, make in {
+            "a pipe": pipe("run/metrics.jsonl"),
+            "a folder": folder("run/metrics.jsonl"),
+            "a link to the model": link("run/metrics.jsonl", "../m/model.safetensors"),
+            "40 GB of nothing": sparse("run/metrics.jsonl", 40 << 30),
+        }.items()
+    ],
+    Case(
+        "run metrics: a line of 200 MB",
+        put("run/metrics.jsonl", "x" * 200_000_000),
+        RESUME,
+        ends="either",
+        outputs=("run", *LOCK),
+    ),
+    *[
         Case(f"checkpoint state: {name}", signed(keys(f"{STEP}/state.json", **changes)), RESUME, outputs=LOCK)
         for name, changes in STATE.items()
     ],

@@ -218,6 +218,7 @@ def test_damaged_metrics_are_left_out_and_told(make, stopping, tmp_path):
     told = Told()
     make("sft", steps=6, resume="auto").train(display=told)
     assert any("3 lines damaged, or not of this run" in text for text in told.messages)
+    assert any("lacks 1 of the 2 steps that are done" in text for text in told.messages)
     assert [record["step"] for record in read_metrics(path)] == [2, 3, 4, 5, 6]
 
 
