@@ -114,12 +114,8 @@ def load(
             dataset.examples.append(example)
             dataset.samples.append(sample)
             report.truncated += cut
-            notes.update(
-                {
-                    *sample.remarks(words, [part.text for part in example.parts]),
-                    *(note for part in example.parts for note in part.notes),
-                }
-            )
+            written = "".join(part.text for part in example.parts) if sample.passed else ""
+            notes.update(sample.remarks(words, written).union(*(part.notes for part in example.parts)))
     _settle(problems, on_bad_row, dataset)
     measure(dataset)
     report.notices = _notices(dataset, chat_template, notes)

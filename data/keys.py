@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from .row import Row, bad
 from .strict_json import Refused, parse
 
+MOST_TEXTS = 50  # of a key in a row: each is looked for in all that the template writes
 TURN, CALL, WHOLE = "turn", "tool call", "whole"  # levels of a row; that of the row itself is the kind of rows
 
 _ALONE = "which a model of text would not see: take the key out where the text stands without it, or such rows"
@@ -52,11 +53,11 @@ ELSEWHERE: dict[str, dict[str, str]] = {
 
 
 class Passed(NamedTuple):
-    """A key that only the template can use: where, what, and its text if it holds one."""
+    """A key that only the template can use: where, what, and some of the texts that it holds in a row."""
 
     place: str
     key: str
-    text: str | None
+    texts: tuple[str, ...]
 
 
 class Fields(dict[str, Any]):
@@ -118,7 +119,11 @@ def opened(row: Row, field: str, value: Any) -> Any:
 def unread(row: Row, aside: Collection[str] = ()) -> tuple[list[str], list[Passed]]:
     """The keys of a row that nobody read, but for those set `aside`: the places of what is not used at all, and what
     is given to the template, which alone knows. Raises BadRow for one of ELSEWHERE that is not empty."""
-    unused, passed, stack = dict[str, None](), dict[Passed, None](), list[tuple[str, Any]]([("", row.data)])
+    unused, passed, stack = (
+        dict[str, None](),
+        dict[tuple[str, str], list[str]](),
+        list[tuple[str, Any]]([("", row.data)]),
+    )
     while stack:
         path, value = stack.pop()
         if isinstance(value, list):
@@ -134,7 +139,8 @@ def unread(row: Row, aside: Collection[str] = ()) -> tuple[list[str], list[Passe
                     raise bad(row, where, why, "key")
                 place = re.sub(r"\[\d+\]", "[]", path) + where[len(path) :]
                 if value.level in (TURN, CALL):
-                    passed[Passed(place, key, inner if isinstance(inner, str) else None)] = None
+                    texts = passed.setdefault((place, key), [])
+                    texts += [inner] * (isinstance(inner, str) and len(texts) < MOST_TEXTS)
                 else:
                     unused[place] = None
-    return [*unused], [*passed]
+    return [*unused], [Passed(place, key, tuple(texts)) for (place, key), texts in passed.items()]

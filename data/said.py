@@ -69,9 +69,10 @@ def spelled(talk: Talk, tokens: Sequence[str]) -> Part | None:
     return None
 
 
-def stands(said: str, text: str) -> bool:
-    """Whether a text says it, in any spelling."""
-    return _found(_bare(text), said, 0, len(text)) >= 0
+def lacks(text: str, parts: Sequence[str]) -> bool:
+    """Whether one of the parts stands nowhere in a text, in no spelling."""
+    whole = _bare(text) if parts else ""
+    return any(_found(whole, part, 0, len(whole)) < 0 for part in parts)
 
 
 @lru_cache(maxsize=8)

@@ -1,13 +1,13 @@
 """The one shape that a row of every form becomes."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .keys import Passed
 from .messages import Messages, core, trains
 from .row import UNUSED, Problem, excerpt
-from .said import stands
+from .said import lacks
 
 Kind = Literal["sft", "pairs", "judged", "prompts"]
 
@@ -32,14 +32,10 @@ class Sample:
     notes: tuple[str, ...] = ()
     passed: tuple[Passed, ...] = ()
 
-    def remarks(self, words: Collection[str], texts: Sequence[str] = ()) -> set[str]:
-        """What is to be said of this row, for a template whose source has these words and which wrote these texts."""
-        lost = (
-            UNUSED + excerpt(place)
-            for place, key, said in self.passed
-            if key not in words or (texts and said and not any(stands(said, text) for text in texts))
-        )
-        return {*self.notes, *lost}
+    def remarks(self, words: Collection[str], written: str = "") -> set[str]:
+        """What is to be said of this row, for a template whose source has these words and which wrote this text."""
+        passed = (p for p in self.passed if p.key not in words or (written and lacks(written, p.texts)))
+        return {*self.notes, *(UNUSED + excerpt(p.place) for p in passed)}
 
     @property
     def source(self) -> str:

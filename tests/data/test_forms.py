@@ -327,6 +327,16 @@ def test_notices_of_a_hundred_thousand_keys_take_no_time() -> None:
     assert len(notices) == 9 and time.process_time() - start < 5
 
 
+def test_keys_of_many_turns_take_linear_time() -> None:
+    turns = [{**(U if i % 2 else A), "name": f"n{i}", "mood": i} for i in range(20_001)]
+    start = time.process_time()
+    told = made(chat(U, *turns))
+    written = "".join(f"Hello n{i}" for i in range(20_001))
+    assert told.remarks({"name"}, written) == {"not used: 'messages[].mood'"}
+    assert told.remarks({"name", "mood"}, written[:-100]) <= {"not used: 'messages[].name'"}
+    assert time.process_time() - start < 10
+
+
 JSON = st.recursive(
     st.one_of(
         st.none(),
