@@ -173,6 +173,40 @@ def test_generate_answers_every_form_of_row(here: Path, as_json: AsJson) -> None
         assert answers == [form | {"answer": _expected(here / "m", "abc")}] * 3
 
 
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_what_a_row_says_beside_its_messages_reaches_the_model(
+    here: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """System text, tools, the template's variables; and a key that nobody knows is told of."""
+    (here / "t.jinja").write_text(
+        "{{ mood }};{% for t in tools or [] %}{{ t.function.name }};{% endfor %}{% for m in messages %}{{ m.role }}:"
+        "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    more = {"system": "S", "tools": [{"type": "function", "function": {"name": "f"}}], "odd": 1}
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    rows = [
+        {"messages": talk, "chat_template_kwargs": {"mood": "glad"}, **more},
+        {"prompt": "hi", "completion": "yo", "chat_template_kwargs": {"mood": "sad"}, **more},
+    ]
+    tokenizer, seen = load_tokenizer(here / "m"), list[list[int]]()
+
+    def answers(model: Any, prompts: list[list[int]], **how: Any) -> list[list[int]]:
+        seen.extend(prompts)
+        return [tokenizer.encode("yo")] * len(prompts)
+
+    monkeypatch.setattr(
+        f"fourbit.{'cli.generate' if command == 'generate' else 'trainer.evaluate'}.generate_each", answers
+    )
+    for i, row in enumerate(rows):
+        (here / "d.jsonl").write_text(json.dumps(row) + "\n")
+        out = f"--out o{i}.jsonl" if command == "generate" else ""
+        said = typed(f"{command} --model m --data d.jsonl --template t.jinja --max-new-tokens 2 {out}")
+        assert "'odd'" in said, said
+        assert command == "generate" or "100.0%" in said
+    moods = [tokenizer.decode(ids, skip_special=False) for ids in seen]
+    assert moods == [f"{mood};f;system:S<|im_end|>user:hi<|im_end|>assistant:" for mood in ("glad", "sad")]
+
+
 def test_a_sampled_answer_does_not_depend_on_its_neighbours(here: Path, typed: Typed) -> None:
     """The model is float32 here: its logits differ in their last bits, which decides among some 10^7 draws of one."""
     prompts = [{"prompt": "ab" * (i % 4) + "c", "id": i} for i in range(20)]
