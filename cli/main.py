@@ -92,7 +92,9 @@ def explain(error: BaseException) -> tuple[str, int]:
         needed = error.name.partition(".")[0].replace("yaml", "pyyaml")
         return f"fourbit: needs the package {needed}: pip install {needed}", 3
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        advice = "Take a smaller --micro-batch or --max-length, --checkpointing on, or --quant nf4."
+        advice = (
+            "Take a smaller --micro-batch (answers: --batch-size), --max-length, --checkpointing on or --quant nf4."
+        )
         return f"fourbit: out of memory ({what}). {advice}", 4
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"fourbit: the disk is full: {what}", 5

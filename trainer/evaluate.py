@@ -18,8 +18,10 @@ from ..errors import InputError, shown
 from ..models.finite import explain_nonfinite, first_nonfinite
 from ..models.generate import generate_each
 from ..models.protocol import CausalLM
+from .interrupt import at_most
 from .losses.tokens import batch_token_scores, evaluating, on_device
 
+REGEX_SECONDS = 2
 Match = Literal["exact", "json", "regex", "contains"]
 
 
@@ -138,7 +140,9 @@ def matches(answer: str, expected: str, said: str, match: Match) -> bool:
     if found:
         answer = answer.removeprefix(before.rstrip()).removesuffix(after.lstrip()).strip()
     if match == "regex":
-        return re.search(pattern, answer) is not None
+        slow = f"the regular expression {shown(pattern)} takes more than {REGEX_SECONDS} seconds for an answer"
+        with at_most(REGEX_SECONDS, InputError(f"{slow}: nest no repeats in one another")):
+            return re.search(pattern, answer) is not None
     try:
         return _same(parse(answer), parse(text))
     except Refused:

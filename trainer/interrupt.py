@@ -63,6 +63,26 @@ def remembered_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@contextmanager
+def at_most(seconds: float, error: Exception) -> Iterator[None]:
+    """Raises `error` where the body takes more processor time: also in the middle of a regular expression, which looks
+    for signals as it goes. Outside the main thread there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise error
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
 def stop_if_asked() -> None:
     """Raise the KeyboardInterrupt that was dropped, if one was."""
     handler = signal.getsignal(signal.SIGINT)

@@ -22,7 +22,9 @@ from ..data.template import MAX_SOURCE_BYTES, TemplateChoice, template_for
 from ..errors import InputError
 from ..files import check_finite, float_tensors, read_text, regular_file, write_tensors, write_text
 from ..lora.peft_files import load_adapter, save_adapter
+from ..models.finite import explain_nonfinite
 from ..models.protocol import CausalLM
+from .evaluate import nonfinite_layer
 from .losses.tokens import evaluating, hidden_rows
 
 HEAD, KEY = "reward_head.safetensors", "score.weight"
@@ -79,7 +81,7 @@ class RewardModel:
         """The reward of each row's last assistant turn, in order; dropout is off and no gradient is kept.
         A row is a list of messages, {"messages": ...} or {"prompt": ..., "completion": ...}, and ends with an assistant
         turn. token_budget: tokens that are run through the model at a time. Raises InputError for a row that is none of
-        these or cannot be encoded, naming its place."""
+        these or cannot be encoded, naming its place, NumericError for rewards that are no numbers."""
         form = template_for(tokenizer, self.template if template is None else template)
         samples = [_sample(row, place) for place, row in enumerate(rows, 1)]
         answers = []
@@ -93,7 +95,11 @@ class RewardModel:
         batches = micro_batches(answers, packing=True, micro_batch="auto", token_budget=token_budget, pad_id=0)
         with evaluating(self.model):
             for batch in batches:
-                for place, reward in zip(batch.numbers, self.rewards(batch)[0].tolist(), strict=True):
+                found = self.rewards(batch)[0]
+                if not bool(found.isfinite().all()):
+                    what = f"rewards of rows from {samples[batch.numbers[0]].source} on"
+                    raise explain_nonfinite(self.model, what, nonfinite_layer(self.model, batch))
+                for place, reward in zip(batch.numbers, found.tolist(), strict=True):
                     scores[place] = reward
         return scores
 

@@ -160,6 +160,9 @@ def test_saved_and_loaded_it_scores_the_same_whatever_the_form(tiny_folder, pair
     assert max(want) - min(want) > 0.05, "so that an order that is lost would be seen"
     assert model.training and torch.equal(state, torch.get_rng_state())
     assert scorer.score(tokenizer, []) == []
+    model.model.norm.weight.data[0] = math.nan
+    with pytest.raises(NumericError, match=r"rewards of rows from rows:\d on .*, first in the output of model.norm"):
+        scorer.score(tokenizer, turns)
 
 
 def test_rows_that_have_no_answer_are_named(tiny_folder, trained):
