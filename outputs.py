@@ -22,12 +22,15 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from .errors import DiskError, EnvironmentProblem, InputError
-from .files import disk_errors, is_temporary, remove_flat, sync, temporary_name, write_whole
+from .files import disk_errors, is_temporary, remove_flat, remove_stale, sync, temporary_name, write_whole
 
 LOCK = "run.lock"
 StrPath = str | os.PathLike[str]
 _PARTIAL = "partial: the rows that were finished; the same command with --resume goes on from here"
-_HOLDER = re.compile(r"process [0-9]+ on [^\n]* \(fourbit\)\n")  # of a lock of ours, so of a run's folder
+_MARKS = {  # what a run's files say, and nobody else's
+    LOCK: re.compile(r"\Aprocess [0-9]+ on [^\n]* \(fourbit\)\n\Z"),
+    "config.yaml": re.compile(r'^format: "?fourbit run ', re.MULTILINE),
+}
 _FILES = re.compile(r"latest|.*\.(lock|yaml|jsonl?|png|safetensors|jinja)")  # names that a run writes to
 _FOLDERS = ("checkpoints", "tensorboard")
 _RESULTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
@@ -67,20 +70,21 @@ class Output:
         self.stdout = os.fspath(path) == "-"
         inputs, there = list(inputs), None if self.stdout else _look(path, name)
         check_apart(path, f"{name} {path}", inputs)
-        if self.stdout or _is_stdout(there):
+        if self.stdout or (there and (out := _stat(1)) and os.path.samestat(there, out)):
             if sys.stdout is None:
                 raise InputError(f"{name} is standard output, which is closed")
             self.stdout, self._file = True, sys.stdout.buffer
-        elif there is not None and (stat.S_ISFIFO(there.st_mode) or stat.S_ISCHR(there.st_mode)):
+        elif there and (stat.S_ISFIFO(there.st_mode) or stat.S_ISCHR(there.st_mode)):
             self._file = _opened_stream(path, name)
-        elif there is not None and not stat.S_ISREG(there.st_mode):
+        elif there and not stat.S_ISREG(there.st_mode):
             raise InputError(f"{name} {path} must be a file in a folder that exists, not a folder, a socket or a disk")
-        elif there is not None and not overwrite:
+        elif there and not overwrite:
             raise InputError(f"{name} {path} is there already: --overwrite replaces it, or give another name")
         else:
             self.path = Path(os.path.realpath(path))
             self.partial = self.path.with_name(self.path.name + ".partial")
-            check_apart(self.partial, f"{self.partial}, where rows wait for {name},", inputs)
+            alone = [read for read in inputs if not os.path.isdir(read)]  # in a folder that is read it may wait
+            check_apart(self.partial, f"{self.partial}, where rows wait for {name},", alone)
             self._head = json.dumps({"fourbit": _PARTIAL, "made_from": dict(made_from or {})}).encode() + b"\n"
             self._file = self._opened_partial(self.partial, overwrite, resume)
 
@@ -103,19 +107,19 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self.stdout:
-            return
+        done = len(self.rows) + self.written
         try:
             if self.partial is not None and error is None:
                 self._finish(self.partial)
-            elif self.partial is not None and error is not None and (done := len(self.rows) + self.written):
+            elif self.partial is not None and not done:
+                os.unlink(self.partial)
+            elif self.partial is not None and error is not None:
                 rows = "row that was" if done == 1 else f"{done:,} rows that were"
                 error.add_note(f"{self.partial} keeps the {rows} finished; the same command with --resume goes on")
-            elif self.partial is not None:
-                os.unlink(self.partial)
         finally:
             with contextlib.suppress(OSError):  # every row is flushed: what fails here was told
-                self._file.close()  # and with it the lock
+                if not self.stdout:
+                    self._file.close()  # and with it the lock
 
     def _finish(self, partial: Path) -> None:
         def copy(part: Path) -> None:
@@ -194,11 +198,6 @@ def _stat(path: StrPath | int) -> os.stat_result | None:
         return None
 
 
-def _is_stdout(there: os.stat_result | None) -> bool:
-    out = _stat(1)
-    return there is not None and out is not None and os.path.samestat(there, out)
-
-
 def _opened_stream(path: StrPath, name: str) -> BinaryIO:
     """A pipe that somebody reads, or a device."""
     try:
@@ -252,7 +251,9 @@ def lock_folder(folder: StrPath, inputs: Iterable[StrPath] = (), resume: str | N
     try:
         holder = os.pread(descriptor, 400, 0).decode(errors="replace").removesuffix(" (fourbit)\n")
         locked = _lock(descriptor, where, holder or "another process")
-        notices = [] if locked else [f"{where} is where files cannot be locked: start no second run there"]
+        if locked:
+            remove_stale(Path(folder))
+        notices = [] if locked else [f"files in {where} cannot be locked: start no second run in it"]
         text = f"process {os.getpid()} on {platform.node()} (fourbit)\n".encode()
         with disk_errors("the lock", Path(folder), len(text)):
             os.pwrite(descriptor, text, 0)
@@ -298,13 +299,14 @@ def _check_folder(folder: StrPath, inputs: Iterable[StrPath], resume: str | None
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a run made the folder: its lock says so."""
-    try:
-        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            return bool(_HOLDER.fullmatch(file.read(400).decode(errors="replace")))
-    except OSError:  # there is none, or it is a link or a folder
-        return False
+    """Whether a run made the folder: its lock or its settings say so."""
+    for name, mark in _MARKS.items():
+        with contextlib.suppress(OSError):  # there is none, or it is a link or a folder
+            descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with open(descriptor, "rb") as file:
+                if mark.search(file.read(1 << 16).decode(errors="replace")):
+                    return True
+    return False
 
 
 def _lock(descriptor: int, what: str, holder: str) -> bool:
@@ -342,3 +344,10 @@ def _tried(folder: Path) -> list[str]:
         what = "a run makes, replaces and renames files and folders in its output folder, and cannot"
         raise kind(f"{what} in {folder}: {error.strerror}. Choose another --out") from error
     return [] if all(forced) else [f"{folder} cannot force its files to the disk: a loss of power may cost checkpoints"]
+
+
+def check_free(folder: Path, needed: int) -> None:
+    """DiskError where a run's folder has fewer bytes free than its first checkpoint and its result need."""
+    if (free := shutil.disk_usage(folder).free) < needed:
+        what = f"a checkpoint and the result need {needed:,} bytes in {folder} and {free:,} are free"
+        raise DiskError(f"{what}: free some space, or choose another --out")

@@ -14,7 +14,7 @@ from ..outputs import Output
 from ..settings import setting
 from ..trainer.evaluate import Answer, Match, answer_all, check_comparable, evaluate_loss, perplexity, share_right
 from .load import load_adapted, remark_positions
-from .options import AdaptedModelOptions, FileOptions, RowOptions, inputs_of, made_from_options
+from .options import AdaptedModelOptions, FileOptions, RowOptions, output_of
 from .parse import Sources
 from .show import describe, figure, note, pairs, result, working
 
@@ -60,17 +60,11 @@ def _outputs(options: Options, sources: Sources, measured: Sequence[str], stack:
     if options.answers is None or options.match == "none":
         return {}
     path, found = Path(options.answers), dict[str, Output]()
-    how: dict[str, Any] = {name: getattr(options, name) for name in ("overwrite", "resume")}
-    how["inputs"] = inputs_of(options, sources)
-    made_from = made_from_options(options, "match", "max_new_tokens", "max_length", "on_bad_row")
     for name in reversed(measured):
         place = path if name == measured[-1] else path.with_suffix(f".base{path.suffix}")
-        found[name] = output = Output(place, name="answers", made_from=made_from | {"measured": name}, **how)
-        stack.enter_context(output)
-        if output.partial is None and len(measured) > 1:
+        found[name] = stack.enter_context(output_of(options, sources, "answers", place, measured=name))
+        if found[name].partial is None and len(measured) > 1:
             raise InputError(f"answers {path}: those of base and adapter are two files; give a file, or no-base")
-        if output.stdout and options.json:
-            raise InputError("json prints results to standard output, where answers - writes rows: leave one out")
     return found
 
 

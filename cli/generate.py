@@ -12,11 +12,10 @@ from ..data.row import counted
 from ..data.sample import Sample
 from ..errors import InputError
 from ..models.generate import generate_each, prompt_seeds
-from ..outputs import Output
 from ..settings import REQUIRED, setting
 from ..trainer.evaluate import check_room
 from .load import load_adapted, remark_positions
-from .options import AdaptedModelOptions, FileOptions, SamplingOptions, inputs_of, made_from_options
+from .options import AdaptedModelOptions, FileOptions, SamplingOptions, output_of
 from .parse import Sources
 from .show import note, pairs, result
 
@@ -40,16 +39,7 @@ class Options(FileOptions, SamplingOptions, AdaptedModelOptions):
 def run(options: Options, sources: Sources) -> int:
     """Load, answer, write each row as it is answered."""
     samples = _samples(options.data)
-    made_from = made_from_options(options, "seed", *options.sampling())
-    with Output(
-        options.out,
-        inputs=inputs_of(options, sources),
-        overwrite=options.overwrite,
-        resume=options.resume,
-        made_from=made_from,
-    ) as out:
-        if out.stdout and options.json:
-            raise InputError("json prints results to standard output, where out - writes rows: leave one of them out")
+    with output_of(options, sources, "out", options.out) as out:
         model, tokenizer, template = load_adapted(options)
         if template.notice:
             note(f"note: {template.notice}")

@@ -135,12 +135,6 @@ def is_reward_model(folder: str) -> bool:
     return (Path(folder) / HEAD).is_file()
 
 
-def check_file(path: str, name: str) -> None:
-    """InputError for a file to write that could not be: its folder is missing, or it is one."""
-    if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
-        raise InputError(f"{name} {path} must be a file in a folder that exists")
-
-
 def check_adapter(folder: str, name: str = "adapter", *, writes: bool = True) -> None:
     """InputError for a folder without an adapter, or with that of a model that is to write and can only score."""
     if not (Path(folder) / "adapter_config.json").is_file():

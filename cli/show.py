@@ -70,7 +70,7 @@ def result(values: Mapping[str, Any], text: str, *, as_json: bool) -> None:
     if as_json:
         finite = json.loads(json.dumps(values, default=str), parse_constant=lambda name: None)
         text = json.dumps(finite, ensure_ascii=False)
-    print(text, flush=True)
+    print(text if as_json else visible(text), flush=True)
 
 
 def bars(values: Sequence[int], most: int = 10, width: int = 40) -> str:

@@ -5,6 +5,7 @@ compares with.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, count
@@ -169,7 +170,9 @@ class DPOTrainer(PreferenceTrainer):
             lengths = [[sum(part.trained) for part in e.parts] for dataset in sets for e in dataset.examples]
             batches = [b for dataset in sets for b in self.micro_batches(dataset, range(len(dataset)), "auto")]
             parts = cache_parts(self.model, self.reference, self.fingerprint)
-            self.cache = cached(Path(self.config.reference_cache), parts, batches, lengths, self._live_logps)
+            self.cache = cached(
+                Path(os.path.realpath(self.config.reference_cache)), parts, batches, lengths, self._live_logps
+            )
 
     @torch.no_grad()
     def _mismatch(self, dataset: Any, numbers: Sequence[int]) -> Tensor:

@@ -1,10 +1,16 @@
-"""The curves of a run as one picture."""
+"""What a run leaves to look at: its curves as one picture, and the batch that ended it."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_whole
+from ..data.batch import Batch
+from ..errors import NumericError
+from ..files import write_text, write_whole
+from ..models.protocol import CausalLM
+from .config import TrainingConfig
+from .evaluate import nonfinite_layer
 from .metrics import read_metrics
 
 PANELS = (  # axis label -> figures drawn against it, where a run has them: in training, and on the validation rows
@@ -35,6 +41,22 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     figure.axes[0].set_ylim(bottom=min(0.0, figure.axes[0].get_ylim()[0]))  # some losses have no lower bound
     figure.axes[-1].set_xlabel("optimizer step")
     write_whole(picture, lambda part: figure.savefig(part, format=picture.suffix[1:] or "png", dpi=120))
+
+
+def nonfinite(
+    model: CausalLM, config: TrainingConfig, step: int, sources: list[str], batches: Sequence[Batch], what: str
+) -> NumericError:
+    """The error that ends a run whose loss or gradient is not finite in too many steps; its last batch goes to a file.
+    what: the steps and the last one's numbers, in words."""
+    dump = Path(config.out) / f"nonfinite-step-{step}.json"
+    rows = {"sources": sources, "input_ids": [batch.input_ids.tolist() for batch in batches]}
+    write_text(dump, json.dumps({"step": step, "what": what, **rows}))
+    layer = next(filter(None, (nonfinite_layer(model, batch) for batch in batches)), None)
+    where = f"; first not finite: the output of {layer}" if layer else ""
+    return NumericError(
+        f"loss or gradient was not finite in {what}{where}); none changed a weight. The last batch is in {dump}; the "
+        f"newest checkpoint is unharmed. Usual causes: lr={config.lr:g} is too high, float16 overflow."
+    )
 
 
 def _draw(axes: Any, records: Sequence[dict[str, Any]], name: str, colour: str, *, alone: bool) -> None:

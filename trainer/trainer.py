@@ -7,7 +7,6 @@ the configuration and what a checkpoint holds, so the data cursor of a checkpoin
 """
 
 import hashlib
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -21,22 +20,19 @@ from torch import Tensor, nn
 from ..data.batch import Batch, micro_batches
 from ..data.order import fingerprint, split_validation, step_indices, steps_per_epoch
 from ..data.sample import Kind
-from ..errors import NumericError
-from ..files import write_text
 from ..lora.peft_files import adapter_state, load_adapter_state, save_adapter
 from ..models.protocol import CausalLM
 from ..optim.unmoved import notice
-from ..outputs import lock_folder
+from ..outputs import check_free, lock_folder
 from ..settings import read_fields
 from .checkpoint import STATE, checkpoint_to_resume, load_checkpoint, resuming, save_checkpoint
 from .config import TrainingConfig
-from .evaluate import nonfinite_layer
 from .interrupt import Interrupt, interrupts
 from .losses.tokens import evaluating
 from .memory import memory_free, memory_used, saved_bytes
 from .metrics import Display, Metrics, finite
 from .progress import display_for
-from .report import draw_curves
+from .report import draw_curves, nonfinite
 from .resume import SavedState, adapter_form, as_json, base_hash, check_resumed, layout
 from .run import RunState, StepData, TrainResult, adapter_to_train, dataset_of, save_template
 from .step import Stepper, StepResult, Sums, means, rng_states, set_rng_states
@@ -161,6 +157,9 @@ class Trainer(ABC):
             torch.manual_seed(self.config.seed)
             self.base_hash = base_hash(self.model, self.parameters.values())
             self.run, self.stepper = RunState(), Stepper(self.parameters, self.sums, self.config)
+            moments = (1 if "lion" in self.config.optimizer else 2) * (1 if "8bit" in self.config.optimizer else 4)
+            needed = moments * sum(parameter.numel() for parameter in self.parameters.values())
+            check_free(out, needed + 2 * sum(tensor.nbytes for tensor in self.weights().values()))
             self.best: Weights | None = None
             self._pending: Pending | None = None  # an update whose metrics are still on the device
             recompute = self.recomputes()
@@ -274,19 +273,8 @@ class Trainer(ABC):
         self._clock = now
         in_vain = step + 1 == self.total and run.last_loss is None  # the last step, and none has counted
         if skipped and (in_vain or run.skipped_in_a_row > SKIPS_ALLOWED):
-            self._give_up(step + 1, sources, batches, loss, norm)
-
-    def _give_up(self, step: int, sources: list[str], batches: Sequence[Batch], loss: float, norm: float) -> None:
-        dump = Path(self.config.out) / f"nonfinite-step-{step}.json"
-        rows = {"sources": sources, "input_ids": [batch.input_ids.tolist() for batch in batches]}
-        write_text(dump, json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), **rows}))
-        layer = next(filter(None, (nonfinite_layer(self.model, batch) for batch in batches)), None)
-        where = f"; first not finite: the output of {layer}" if layer else ""
-        raise NumericError(
-            f"loss or gradient was not finite in {self.run.skipped_in_a_row} steps in a row (step {step}: loss "
-            f"{loss}, gradient norm {norm}{where}); none of them changed a weight. The last batch is in {dump}; the "
-            f"newest checkpoint is unharmed. Usual causes: lr={self.config.lr:g} is too high, float16 overflow."
-        )
+            what = f"{run.skipped_in_a_row} steps in a row (step {step + 1}: loss {loss}, gradient norm {norm}"
+            raise nonfinite(self.model, self.config, step + 1, sources, batches, what)
 
     def _evaluate(self) -> None:
         """Validation metrics, and what follows from them: the best weights so far, an early stop."""

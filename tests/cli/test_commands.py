@@ -26,6 +26,7 @@ from fourbit.data.encode import load as load_rows
 from fourbit.errors import visible
 from fourbit.kernels import border
 from fourbit.models.load import load_tokenizer
+from fourbit.outputs import Output
 
 Typed = Callable[..., str]
 AsJson = Callable[[str], dict[str, Any]]
@@ -284,6 +285,37 @@ def test_eval_keeps_its_answers_and_goes_on(here: Path, typed: Typed, as_json: A
         assert f"made with another {named}" in typed(f"{line} {other} --resume", code=2)
     assert as_json(f"{line} --resume") == expected
     assert (here / "answers.jsonl").read_text() == whole and not (here / "answers.jsonl.partial").exists()
+
+
+def test_eval_keeps_what_it_answered_and_goes_on(
+    tuned: Path, here: Path, typed: Typed, as_json: AsJson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the adapter's own folder, and only as long as the adapter is the same."""
+    run = shutil.copytree(tuned, here / "run")
+    line = "eval --model m --adapter run --data val.jsonl --max-new-tokens 6 --answers run/answers.jsonl"
+    whole = as_json(line)
+    answers = {name: (run / name).read_text() for name in ("answers.jsonl", "answers.base.jsonl")}
+    for name in answers:
+        (run / name).unlink()
+    write = Output.write
+
+    def dies(self: Output, row: str) -> None:
+        if self.written == 3 and "base" not in self.path.name:
+            raise MemoryError
+        write(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "write", dies)
+        told = typed(line, code=4)
+    assert "answers.jsonl.partial keeps the 3 rows" in told and "answers.base.jsonl.partial keeps the 6 rows" in told
+    (run / "notes.txt").write_text("")
+    config = (run / "adapter_config.json").read_text()
+    (run / "adapter_config.json").write_text(config + " ")
+    assert "made with another run/adapter_config.json, run/notes.txt" in typed(f"{line} --resume", code=2)
+    (run / "adapter_config.json").write_text(config)
+    (run / "notes.txt").unlink()
+    assert as_json(f"{line} --resume") == whole
+    assert answers == {name: (run / name).read_text() for name in answers}
 
 
 def test_chat_remembers_until_reset(here: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Places: outputs that are inputs, links, pipes and folders of others; paths of any bytes; streams that are closed."""
 
+import contextlib
 import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +32,27 @@ DISTILL = ("distill", "--model", "m", "--teacher", "m", "--data", "good.jsonl", 
 EVAL = ("eval", "--model", "m", "--data", "good.jsonl", "--max-new-tokens", "2")
 ANSWERS = ("generate", "--model", "m", "--data", "d.jsonl", "--max-new-tokens", "2", "--out")
 RUN = (*SFT, "--steps", "1")
+RESUMED = (
+    "sft",
+    "--model",
+    "m",
+    "--data",
+    "good.jsonl",
+    "--steps",
+    "2",
+    "--save-every",
+    "1",
+    "--rank",
+    "2",
+    "--out",
+    "run",
+    "--resume",
+)
+PARTIAL = (
+    '{"fourbit": "partial: the rows that were finished; the same command with --resume goes on from here", '
+    '"made_from": {"seed": 1}}\n'
+)
+ROW = '{"prompt": "hi", "completion": "yo"}\n'
 
 
 def read_by(name: str) -> Make:
@@ -47,6 +70,16 @@ kept: list[int] = []  # of pipes that are read by nobody else; closed with the p
 
 def renamed(old: str, new: str) -> Make:
     return lambda here: os.rename(os.fsencode(here / old), os.fsencode(here) + b"/" + os.fsencode(new))
+
+
+def bound(name: str) -> Make:
+    """A socket that nobody listens to."""
+
+    def make(here: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as made, contextlib.chdir(here):
+            made.bind(name)
+
+    return make
 
 
 def outside(inner: str, aim: str = "good.jsonl") -> Make:
@@ -139,6 +172,53 @@ OUTPUTS: dict[str, tuple[Make, tuple[str, ...]]] = {  # what is read, or is anot
         put("a.base.jsonl", "mine"),
         (*EVAL, "--adapter", "run", "--answers", "a.jsonl"),
     ),
+    "answers: an existing file of the model, overwritten": (rows(GOOD), (*ANSWERS, "m/config.json", "--overwrite")),
+    "answers: the rows, overwritten by a link": (
+        all_of(rows(GOOD), link("a", "d.jsonl")),
+        (*ANSWERS, "a", "--overwrite"),
+    ),
+    "answers: what the model links to, overwritten": (
+        all_of(rows(GOOD), renamed("m/model.safetensors", "w"), link("m/model.safetensors", "../w")),
+        (*ANSWERS, "w", "--overwrite"),
+    ),
+    "answers: the settings": (put("g.yaml", "model: m\nout: g.yaml\ndata: good.jsonl\n"), ("generate", "g.yaml")),
+    "answers: another's partial file": (all_of(rows(GOOD), put("a.partial", "mine")), (*ANSWERS, "a", "--overwrite")),
+    "answers: another's partial file, resumed": (
+        all_of(rows(GOOD), put("a.partial", "mine")),
+        (*ANSWERS, "a", "--resume"),
+    ),
+    "answers: a partial file of other settings": (
+        all_of(rows(GOOD), put("a.partial", PARTIAL + '{"prompt": "x"}\n')),
+        (*ANSWERS, "a", "--resume"),
+    ),
+    "answers: a partial file, not resumed": (all_of(rows(GOOD), put("a.partial", PARTIAL + "{}\n")), (*ANSWERS, "a")),
+    "answers: a partial file that is a link": (all_of(rows(GOOD), link("a.partial", "good.jsonl")), (*ANSWERS, "a")),
+    "answers: a partial file that is a pipe": (all_of(rows(GOOD), pipe("a.partial")), (*ANSWERS, "a")),
+    "answers: a full device": (rows(GOOD), (*ANSWERS, "/dev/full")),
+    "answers: JSON beside them": (rows(GOOD), (*ANSWERS, "-", "--json")),
+    "evaluation: two files into a pipe": (read_by("a"), (*EVAL, "--adapter", "run", "--answers", "a")),
+    "evaluation: the adapter's settings": (nothing, (*EVAL, "--adapter", "run", "--answers", "run/config.yaml")),
+    "evaluation: the base's are the rows": (
+        all_of(nothing, renamed("good.jsonl", "a.base.jsonl")),
+        (*EVAL[:4], "a.base.jsonl", "--adapter", "run", "--answers", "a.jsonl", "--overwrite"),
+    ),
+    "a finished run whose settings are a link out": (link("run/config.yaml", "../good.jsonl"), RESUMED),
+    "a finished run whose metrics are a link out": (link("run/metrics.jsonl", "../good.jsonl"), RESUMED),
+    "a finished run whose metrics are a pipe": (pipe("run/metrics.jsonl"), RESUMED),
+    "a finished run whose adapter is a link out": (link("run/adapter_model.safetensors", "../good.jsonl"), RESUMED),
+    "a finished run whose newest checkpoint is named by a link": (
+        link("run/checkpoints/latest", "../../good.jsonl"),
+        RESUMED,
+    ),
+    "a finished run without checkpoints": (lambda here: (here / "run" / "checkpoints").rename(here / "o"), RESUMED),
+    "a folder in the adapter's": (
+        nothing,
+        ("dpo", "--model", "m", "--adapter", "run", "--data", "pairs.jsonl", "--steps", "1", "--out", "run/new"),
+    ),
+    "the data's folder": (all_of(folder("f"), put("f/d.jsonl", ROW)), (*SFT[:3], "--data", "f/d.jsonl", "--out", "f")),
+    "the folder that one is in": (nothing, (*TRAIN, "--out", ".")),
+    "a socket": (bound("o"), SFT),
+    "answers: a socket": (all_of(rows(GOOD), bound("a")), (*ANSWERS, "a")),
     "reference cache: the model's weights": (
         nothing,
         ("dpo", "--model", "m", "--data", "pairs.jsonl", "--out", "o", "--reference-cache", "m/model.safetensors"),
