@@ -104,9 +104,9 @@ def main() -> None:
     model, out, begun = args.model or find_model(), args.out, time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
 
-    base, base_seconds = answered(model, out / "answers.base.jsonl")
     data = ("--data", HERE / "train.jsonl", "--val", HERE / "valid.jsonl")
     sft_seconds = fourbit("sft", "--model", model, *data, "--out", out, *SFT.split(), *more)
+    base, base_seconds = answered(model, out / "answers.base.jsonl")
     tuned, tuned_seconds = answered(model, out / "answers.jsonl", "--adapter", out)
 
     scores = all_scores(base, tuned)
