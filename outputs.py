@@ -126,6 +126,8 @@ class Output:
             with part.open("wb") as file:
                 self._file.seek(len(self._head))
                 shutil.copyfileobj(self._file, file)
+            if self.path.exists():  # what is replaced may have been for few eyes
+                shutil.copymode(self.path, part)
 
         with disk_errors("rows", self.path.parent, os.fstat(self._file.fileno()).st_size):
             write_whole(self.path, copy)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from fourbit.errors import DiskError, EnvironmentProblem, InputError
 from fourbit.outputs import Output
+from fourbit.trainer.report import draw_curves
 
 Make = Callable[[Path], object]
 
@@ -93,8 +94,9 @@ def test_overwriting_begins_anew(here: Path) -> None:
     assert (here / "o").read_text() == "new\n"
     with pytest.raises(InputError, match="is there already: --overwrite replaces it"):
         put("again")
+    (here / "o").chmod(0o600)
     put("again", overwrite=True)
-    assert (here / "o").read_text() == "again\n"
+    assert (here / "o").read_text() == "again\n" and stat.S_IMODE(os.stat("o").st_mode) == 0o600
 
 
 @pytest.mark.parametrize("content", ["", "mine\n", '{"fourbit": "mine"}\n', "{" * 5000, "\xff\n", "[1]\n", "null\n"])
@@ -270,6 +272,16 @@ def test_no_place_to_write(here: Path, make: Make, path: str) -> None:
     with pytest.raises(InputError, match=r"^out "):
         Output(path, overwrite=True)
     assert files(here) == before
+
+
+def test_curves_are_not_drawn_over_their_metrics(here: Path) -> None:
+    (here / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (here / "loss.png").symlink_to("metrics.jsonl")
+    for picture in ("metrics.jsonl", "loss.png"):
+        with pytest.raises(InputError, match="is read"):
+            draw_curves(here / "metrics.jsonl", here / picture)
+    draw_curves(here / "metrics.jsonl", here / "loss.svg")
+    assert (here / "loss.svg").read_text().startswith("<?xml")
 
 
 def test_a_full_disk_keeps_the_rows(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

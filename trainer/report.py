@@ -9,6 +9,7 @@ from ..data.batch import Batch
 from ..errors import NumericError
 from ..files import write_text, write_whole
 from ..models.protocol import CausalLM
+from ..outputs import check_apart
 from .config import TrainingConfig
 from .evaluate import nonfinite_layer
 from .metrics import read_metrics
@@ -28,6 +29,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     """Draw losses, and rewards and their accuracy where there are any, from a metrics.jsonl into a PNG or SVG."""
     from matplotlib.figure import Figure  # the object interface: no global state, no display needed
 
+    check_apart(picture, f"the picture {picture}", [metrics])
     records = read_metrics(metrics)
     panels = [panel for panel in PANELS if panel[0] == PANELS[0][0] or any(_points(records, n) for n in panel[1])]
     figure = Figure(figsize=(9, 1 + 3 * len(panels)), layout="constrained")

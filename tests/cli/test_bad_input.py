@@ -104,6 +104,7 @@ CASES = [
         (["eval", "--model", model, "--data", "good.jsonl", "--answers", file], f"answers {file} must be a file in a f")
         for model, file in (("m", "no/where.jsonl"), ("nowhere", "no model"))
     ),
+    (["eval", "--model", "m", "--data", "good.jsonl", "--answers", "a", "--match", "none"], "match none writes none"),
     (["generate", "--model", "m", "--data", "good.jsonl"], "needs --out"),
     (["generate", "--model", "m", "--data", "good.jsonl", "--out", "no/where/a.jsonl"], "a folder that exists"),
     (["generate", "--model", "m", "--data", "good.jsonl", "--out", "no model"], "must be a file"),
