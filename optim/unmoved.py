@@ -4,18 +4,22 @@ A checksum is the sum of a tensor's bits, each element's times an odd number dra
 that move against each other do not cancel, and one that moved alone always shows.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
+from .optimizer import FlatOptimizer
+from .update import NARROW
+
 REASONS = {
     "rate": "their learning rate is 0",
     "no gradient": "no gradient reached them: no row used that part of the model, or it is cut off from the loss",
     "zero gradient": "their gradient is 0",
-    "rounding": "updates are rounded away: too small for their dtype; use a higher lr, rounding stochastic or float32",
+    "rounding": "updates are rounded away, too small for their dtype; in 16 bits use rounding stochastic, in float32 a "
+    "higher lr",
 }
 SHOWN = 3  # names of each reason in a notice
 PIECE = 1 << 20  # elements at a time: 8 MB of random numbers
@@ -44,14 +48,18 @@ def checksums(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def unmoved(
-    parameters: Mapping[str, nn.Parameter], before: Mapping[str, Tensor], learning: Iterable[nn.Parameter]
+    parameters: Mapping[str, nn.Parameter], before: Mapping[str, Tensor], optimizer: FlatOptimizer
 ) -> dict[str, str]:
-    """Name -> the key in REASONS, of the parameters whose checksums are those of `before`, after a step whose gradients
-    are still there. learning: those with a learning rate above 0."""
-    now, rates = checksums(parameters), {id(p) for p in learning}
+    """Name -> the key in REASONS, of the parameters whose checksums are those of `before`, after a step of the
+    optimizer whose gradients are still there. Stochastic rounding freezes nothing: a few small steps may move a small
+    tensor or not."""
+    now = checksums(parameters)
     moved = (torch.stack([*now.values()]) != torch.stack([before[name] for name in now])).tolist()  # one wait
     same = {name: p for (name, p), has in zip(parameters.items(), moved, strict=True) if p.numel() and not has}
-    return {name: _reason(p, id(p) in rates) for name, p in same.items()}
+    learning = {id(p) for group in optimizer.param_groups if group["lr"] > 0 for p in group["params"]}
+    found = {name: _reason(p, id(p) in learning) for name, p in same.items()}
+    drawn = NARROW if optimizer.rounding == "stochastic" else ()
+    return {name: reason for name, reason in found.items() if reason != "rounding" or same[name].dtype not in drawn}
 
 
 def _reason(parameter: nn.Parameter, learns: bool) -> str:

@@ -93,8 +93,7 @@ class Stepper:
         optimizer.step()
         self.updates += 1
         if self.updates == self.watched:  # here the host waits for the device, once
-            learning = [p for group in optimizer.param_groups if group["lr"] > 0 for p in group["params"]]
-            self.unmoved = unmoved(self.parameters, self._checksums, learning)
+            self.unmoved = unmoved(self.parameters, self._checksums, optimizer)
         for parameter in self.parameters.values():  # those too that no group has
             parameter.grad = None
         assert optimizer.grad_norm is not None and optimizer.skipped is not None

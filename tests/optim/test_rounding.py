@@ -46,6 +46,7 @@ CASES = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", CASES)
 def test_ten_thousand_steps_end_where_fp32_does(name: str) -> None:
     make, dtype, settings = CASES[name]

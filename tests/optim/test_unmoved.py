@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fourbit.optim import AdamW
 from fourbit.optim.unmoved import PIECE, checksum, checksums, notice, unmoved
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -38,7 +39,13 @@ def test_each_reason_is_told() -> None:
         ps[name].grad = torch.ones(3)
     ps["dead"].grad = torch.zeros(3)
     ps["moved"].data[1] += 1e-6
-    found = unmoved(ps, before, [p for name, p in ps.items() if name not in ("frozen", "left_out")])
+    ps["unlucky"] = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    ps["unlucky"].grad = torch.ones(3, dtype=torch.bfloat16)
+    before |= checksums({"unlucky": ps["unlucky"]})
+    learning = [p for name, p in ps.items() if name not in ("frozen", "left_out")]
+    groups = [{"params": learning}, {"params": [ps["frozen"]], "lr": 0.0}]
+    assert unmoved(ps, before, AdamW(groups, rounding="nearest"))["unlucky"] == "rounding"
+    found = unmoved(ps, before, AdamW(groups))
     assert found == {
         "frozen": "rate",
         "cut": "no gradient",
@@ -47,8 +54,8 @@ def test_each_reason_is_told() -> None:
         "left_out": "rate",
     }
     told = notice(found, len(ps), 7)
-    assert told.startswith("note: 5 of 7 trained tensors did not move in 7 steps: ")
-    for part in ("learning rate is 0 (frozen, left_out)", "reached them", "gradient is 0 (dead)", "lr, rounding"):
+    assert told.startswith("note: 5 of 8 trained tensors did not move in 7 steps: ")
+    for part in ("learning rate is 0 (frozen, left_out)", "reached them", "gradient is 0 (dead)", "higher lr (small)"):
         assert part in told
     many = notice({f"p{i}": "rounding" for i in range(9)}, 9, 50)
     assert "(p0, p1, p2 and 6 more)" in many

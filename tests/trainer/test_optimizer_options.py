@@ -158,6 +158,10 @@ def test_what_does_not_move_is_told_once_by_name_and_reason(tiny_folder, rows, t
     assert note.startswith("note: ") and "trained tensors did not move in 3 steps" in note
     assert "their learning rate is 0 (model.layers.0.self_attn.q_proj.weight, " in note
     assert "updates are rounded away" in note and "model.layers.1.input_layernorm.weight" in note
+    assert "in 16 bits use rounding stochastic" in note
+    told.said.clear()
+    run(tiny_folder, rows, tmp_path / "advised", steps=3, **options | {"rounding": "stochastic", "lr_scale": {}})
+    assert not told.said
     assert all(p.grad is None for p in end.values())
 
 
