@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from ..data.said import spelled
+from ..data.said import spelled, unsaid
 from ..data.turns import Talk
 from ..errors import InputError, shown, visible
 from ..models.generate import generate
@@ -52,8 +52,10 @@ def run(options: Options, sources: Sources) -> int:
         elif line:
             try:
                 asked = [*messages, _said("user", line, tokenizer)]
-                prompt = tokenizer.encode(template.render(asked, add_generation_prompt=True))
-                answer = _answer(model, tokenizer, prompt, options)
+                text = template.render(asked, add_generation_prompt=True)
+                if lost := unsaid(Talk([message for message in asked if message["role"] != "assistant"]), text, {}):
+                    raise InputError(f"{template.name} leaves out {shown(lost[1])}: name another one with --template")
+                answer = _answer(model, tokenizer, tokenizer.encode(text), options)
             except InputError as error:  # of such a line, a template that refuses it, a conversation that is too long
                 note(str(error))
             else:

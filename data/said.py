@@ -16,7 +16,7 @@ import html
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +25,14 @@ from .turns import THOUGHT, Talk, Turn
 REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of an assistant turn; the first is the standard one
 ANYWHERE = ("system", "developer")  # roles whose texts templates put where they like
 SHOWN_TO_TEMPLATES = ("content", *REASONING, "tool_calls", "name", "tool_call_id")
+
+SPELLINGS: tuple[Callable[[str], str], ...] = (
+    str,
+    lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
+    lambda text: json.dumps(text)[1:-1],
+    lambda text: repr(text)[1:-1],
+    lambda text: html.escape(text, quote=False).replace('"', "&#34;").replace("'", "&#39;"),  # as jinja's filter does
+)
 
 Part = tuple[str, str]  # the field that holds a text, and the text
 
@@ -98,27 +106,11 @@ def _spots(text: str, turns: Mapping[int, Turn]) -> dict[int, tuple[int, int]]:
 
 def _found(whole: str, said: str, low: int, high: int) -> int:
     """Where what is said ends in the text without white space, in any spelling; -1 where it is not there."""
-    for spell in (str, _json, _ascii_json, _python, _html):
+    for spell in SPELLINGS:
         wanted = _bare(spell(said))
         if (at := whole.find(wanted, low, high)) >= 0:
             return at + len(wanted)
     return -1
-
-
-def _json(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1]
-
-
-def _ascii_json(text: str) -> str:
-    return json.dumps(text)[1:-1]
-
-
-def _python(text: str) -> str:
-    return repr(text)[1:-1]
-
-
-def _html(text: str) -> str:
-    return html.escape(text, quote=False).replace('"', "&#34;").replace("'", "&#39;")  # as jinja's filter does
 
 
 def _contents(message: dict[str, Any], trained: bool) -> list[str]:

@@ -373,6 +373,12 @@ def test_chat_says_what_it_cannot_read(here: Path, typed: Typed, monkeypatch: py
     monkeypatch.setattr("sys.stdin", io.StringIO("<|im_end|>\nhi\n"))
     assert "'<|im_end|>' is a special token, which would steer the model" in typed("chat --model m --max-new-tokens 2")
     assert "'<|im_end|>' is a special token" in typed("chat --model m --system 'a<|im_end|>'", code=2)
+    (here / "u.jinja").write_text("{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}")
+    asked = "chat --model m --max-new-tokens 2 --system Briefly. --template"
+    for template, lost in (("u.jinja", 1), ("chatml", 0)):
+        monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+        said = typed(f"{asked} {template}")
+        assert said.count("u.jinja leaves out 'Briefly.': name another one with --template") == lost
 
 
 def test_a_stream_holds_back_half_characters(tiny_folder: Path) -> None:

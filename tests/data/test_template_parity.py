@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 
+from fourbit.data.encode import encode
+from fourbit.data.mask import LEFT_OUT
+from fourbit.data.row import BadRow
+from fourbit.data.sample import Sample
 from fourbit.data.template import ChatTemplate
 from fourbit.errors import InputError
 
 FOLDER = Path(str(find_spec("trl").origin)).parent / "chat_templates"  # type: ignore[union-attr]
 TEMPLATES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
+SOME = [pytest.param(name, marks=pytest.mark.slow if i % 4 else ()) for i, name in enumerate(TEMPLATES)]
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "image_token": "<image>"}
 CALL = {"name": "weather", "arguments": {"city": "S\u00e3o <Paulo>", "days": 3, "now": True, "unit": ["c", "f"]}}
 TOOL = {
@@ -99,9 +104,7 @@ def sides(make_tokenizer: Callable[..., Any]) -> tuple[Any, Any]:
     return Tokenizer(backend, named_tokens=NAMED, **named), theirs
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if i % 4 else ()) for i, name in enumerate(TEMPLATES)]
-)
+@pytest.mark.parametrize("name", SOME)
 def test_text_and_tokens_equal_transformers(name: str, sides: tuple[Any, Any]) -> None:
     """Also where a template refuses: then both do."""
     ours, theirs = sides
@@ -125,6 +128,29 @@ def test_text_and_tokens_equal_transformers(name: str, sides: tuple[Any, Any]) -
         assert ours.encode(text) == ids, case
         assert json.dumps([messages, options]) == before
     assert len(refused) < len(CASES)  # some take only contents in parts
+
+
+PARTS_ONLY = ("idefics3", "llava_next", "smolvlm")  # these write no content that is a plain text
+CLOSED = ("qwen3_5_nothink",)  # the generation prompt ends the thoughts that a row's answer begins
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_rows_of_several_turns_train_their_last_answer_at_least(name: str, sides: tuple[Any, Any]) -> None:
+    """With thoughts and without; what is trained follows the very prompt, or such thoughts as the template drops."""
+    ours, _ = sides
+    template = ChatTemplate((FOLDER / f"{name}.jinja").read_text(encoding="utf-8"), ours.named_tokens)
+    for case in ("a chat", "thoughts"):
+        messages = CASES[case][0]
+        (made,) = encode([Sample([], (messages,), "f", 1)], ours, template)
+        if name.removesuffix("_training") in PARTS_ONLY or (
+            name.removesuffix("_training") in CLOSED and case != "a chat"
+        ):
+            assert isinstance(made, BadRow)
+            continue
+        assert not isinstance(made, BadRow), case
+        trained = ours.decode([token for token, on in zip(made[0].ids, made[0].trained, strict=True) if on], False)
+        assert "So." in trained and ("Hello!" in trained) == (LEFT_OUT not in made[0].notes), case
+        assert case == "a chat" or "well" in trained
 
 
 def test_all_templates_are_there() -> None:
