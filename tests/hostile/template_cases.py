@@ -71,6 +71,15 @@ SILENT: dict[str, str] = {  # that leave out what was said: nothing can be train
     "another text each time": "{{ range(9) | random }}{% for m in messages %}{{ m.content }}{% endfor %}",
     "the number of messages first": "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
 }
+CONTENTS = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"
+CALLS = [{"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}]
+ASKED, CALLING = {"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": CALLS}
+UNSAID: dict[str, object] = {  # rows of which such a template says a part alone
+    "a call": {"messages": [ASKED, CALLING]},
+    "tools": {**turns("hi", "yo"), "tools": [{"type": "function", "function": {"name": "look"}}]},
+    "a system text": {"messages": [{"role": "system", "content": "short"}, *turns("hi", "yo")["messages"]]},
+    "thoughts": {"messages": [ASKED, {"role": "assistant", "content": "yo", "reasoning_content": "hm"}]},
+}
 
 
 def template(source: str) -> Make:
@@ -93,6 +102,11 @@ CASES = [
         Case(f"template named {told(name)}", all_of(), (*ARGV, "--template", name))
         for name in ("none such", "../../etc/passwd", LONG[:5000], ESCAPES, "m", "/dev/zero")
     ],
+    *[
+        Case(f"template: {name} left out", all_of(template(CONTENTS), rows(row)), ("data", "d.jsonl", "--model", "m"))
+        for name, row in UNSAID.items()
+    ],
+    Case("template: a special token in a row", rows(turns("hi<|im_end|>", "yo")), ("data", "d.jsonl", "--model", "m")),
     Case(
         "template: slow for 500 rows",
         all_of(template("{% for i in range(3000) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}"),
