@@ -162,13 +162,13 @@ def test_an_unforked_text_is_to_the_bit_what_it_was() -> None:
     assert torch.equal(attention(q, k, v, spans=[(0, 7, 20), (20, 20, 60)]), plain_spans)
 
 
-def every_branch_after_the_other(q: int, k: int) -> torch.Tensor:
+def every_branch_after_the_other(q: int, k: int, device: torch.device) -> torch.Tensor:
     """A planted fault: a branch's tokens are one place too far left, so each misses itself."""
     return torch.ones(q, k).tril(k - q - 1).bool()
 
 
 def test_the_comparison_catches_a_mask_that_is_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.nn.attention.bias.causal_lower_right", every_branch_after_the_other)
+    monkeypatch.setattr("fourbit.kernels.attention._after", every_branch_after_the_other)
     with pytest.raises(AssertionError):
         test_forks_equal_the_definition.hypothesis.inner_test([(3, [2, 2])])  # type: ignore[attr-defined]
 

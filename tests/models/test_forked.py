@@ -179,7 +179,7 @@ def branch_without_trunk(patch: pytest.MonkeyPatch) -> None:
 
 def upper_left(patch: pytest.MonkeyPatch) -> None:
     """The second branch's first token sees the first key only, as a causal mask aligned at the start has it."""
-    patch.setattr("torch.nn.attention.bias.causal_lower_right", lambda q, k: torch.ones(q, k).tril().bool())
+    patch.setattr("fourbit.kernels.attention._after", lambda q, k, device: torch.ones(q, k).tril().bool())
 
 
 def positions_run_on(patch: pytest.MonkeyPatch) -> None:
