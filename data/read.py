@@ -18,7 +18,7 @@ from .strict_json import Refused, elements, parse
 MAX_LINE_BYTES = 16 * 1024 * 1024
 MAX_ARRAY_BYTES = 256 * 1024 * 1024
 DISCARD_BYTES = 1 << 20
-MAX_DISCARDED_BYTES = 1 << 30
+MAX_DISCARDED_BYTES = 1 << 28
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 OTHER_FORMATS = (".parquet", ".csv", ".tsv", ".gz", ".zst", ".txt", ".md", ".arrow", ".yaml", ".yml")
 
@@ -94,7 +94,7 @@ def _line_items(name: str) -> Iterator[Row | Problem]:
                 while line and not line.endswith(b"\n"):
                     line = file.readline(DISCARD_BYTES)
                     if file.tell() - start > MAX_DISCARDED_BYTES:
-                        size = f"{MAX_DISCARDED_BYTES // 2**30} GiB"
+                        size = f"{MAX_DISCARDED_BYTES // 2**20} MiB"
                         raise InputError(f"{name}: line {number} is longer than {size}: write one object a line.")
                 yield Problem(name, number, "line", f"is longer than {MAX_LINE_BYTES // 2**20} MiB", "json")
             elif line.strip():
