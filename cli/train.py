@@ -180,8 +180,6 @@ def _checked(options: TrainOptions, sources: Sources) -> TrainOptions:
         raise InputError(f"the adapter {options.adapter} brings its own {', '.join(given)}: leave them out")
     if options.dtype == "float16":
         raise InputError("training in float16 loses small gradients; use dtype bfloat16 or float32")
-    if options.val is None and (options.patience or options.eval_every):
-        raise InputError(f"{'patience' if options.patience else 'eval_every'} needs validation rows: give val, say 5%")
     share = options.share
     for path in [*options.data, *([options.val] if options.val and share is None else [])]:
         if not Path(path).exists():

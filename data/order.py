@@ -3,6 +3,7 @@ the step, so a resumed run needs no saved cursor."""
 
 import hashlib
 import json
+import math
 from functools import lru_cache
 
 import torch
@@ -51,7 +52,7 @@ def split_validation(dataset: Dataset, fraction: float) -> tuple[Dataset, Datase
     if len(dataset) and round(min(fraction, 1 - fraction) * len(dataset), 6) < 1:
         raise InputError(
             f"a share of {fraction:.4%} of {len(dataset):,} rows for validation is less than a row on one side: each "
-            f"side needs {1 / len(dataset):.2%} at least; or give validation rows of their own"
+            f"side needs {math.ceil(10_000 / len(dataset)) / 100:.2f}% at least; or give validation rows of their own"
         )
     keys = [digest(row.topic()) for row in dataset.samples]
     held = {key for key in keys if int.from_bytes(key[:8], "big") < fraction * 2**64}

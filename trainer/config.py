@@ -163,6 +163,8 @@ class TrainingConfig(Checked):
                 "no row was left for validation: rows of one prompt stay on one side of a split, and these all have "
                 "one. Give validation rows of their own, or none"
             )
+        if val is None and (self.patience or self.eval_every):
+            raise InputError(f"{'patience' if self.patience else 'eval_every'} needs validation rows: give val, say 5%")
         total, epoch = self.total_steps(rows), steps_per_epoch(rows, self.batch_size)
         run = f"the run has {total:,} step{'s' * (total > 1)} ({rows:,} rows, {self.batch_size} a step)"
         warmup, falling = self.warmup_steps(total), 0.1 if self.decay is None else self.decay
@@ -172,9 +174,9 @@ class TrainingConfig(Checked):
             raise InputError(f"decay {falling:g} is {decay:,} steps after {warmup:,} of warmup, and {run}")
         for name in ("eval_every", "save_every"):
             if (every := getattr(self, name)) is not None and every > total:
-                raise InputError(f"{name} is {every:,}, and {run}: leave it out, its end counts without it")
+                raise InputError(f"{name} is {every:,}, and {run}: leave it out, the end counts anyway")
         times = -(-total // (self.eval_every or epoch))
-        if self.patience is not None and val is not None and self.patience >= times:
+        if self.patience is not None and self.patience >= times:
             raise InputError(
                 f"patience {self.patience} needs more than {self.patience} evaluations, and there will be {times}: "
                 f"{run}, and one is every {self.eval_every or epoch:,} (eval_every)"

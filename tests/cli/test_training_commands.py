@@ -123,8 +123,10 @@ def test_a_run_is_made_longer(here: Path, typed: Go) -> None:
     said = typed("sft o/config.yaml --resume --steps 3")
     assert "goes on to step 3 by schedule constant; it was to end at step 2" in said
     assert "all 3 steps of this run were done: to go on from it, see the README" in typed("sft o/config.yaml --resume")
-    assert "cannot become that run" in typed("sft o/config.yaml --resume --steps 9 --schedule linear", code=2)
+    said = typed("sft o/config.yaml --resume --steps 9 --schedule linear", code=2)
+    assert "cannot become that run" in said and "begin a new run from what this one saved, with another out" in said
     assert len(losses("o")) == 3
+    assert "adapter: goes on from o" in typed("sft --model m --data rows.jsonl --adapter o --out more --steps 1")
 
 
 def test_dpo_on_top_of_an_adapter(go: Go, adapter: str) -> None:

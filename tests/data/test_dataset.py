@@ -212,7 +212,7 @@ def test_more_is_held_back_as_the_fraction_grows(write: Callable[..., Path], tok
     assert held[0] < held[1] < held[2] < held[3]
 
 
-@pytest.mark.parametrize("count", [2, 3, 10])
+@pytest.mark.parametrize("count", [2, 3, 7, 10])
 def test_both_sides_get_a_row_where_there_are_two(count: int, write: Callable[..., Path], tokenizer: Any) -> None:
     data = load(write(rows(count)), tokenizer)
     for fraction in (1 / count, 0.5, 1 - 1 / count):
@@ -220,8 +220,12 @@ def test_both_sides_get_a_row_where_there_are_two(count: int, write: Callable[..
         assert len(train) + len(held) == count
         assert len(train) >= 1 and len(held) >= 1
     for fraction in (1e-9, 0.9 / count, 1 - 0.9 / count, 1 - 1e-9):
-        with pytest.raises(InputError, match=f"of {count} rows for validation is less than a row on one side"):
+        with pytest.raises(
+            InputError, match=f"of {count} rows for validation is less than a row on one side"
+        ) as caught:
             split_validation(data, fraction)
+        least = float(str(caught.value).partition("side needs ")[2].partition("%")[0]) / 100
+        assert split_validation(data, least)[1].examples and split_validation(data, 1 - least)[0].examples
 
 
 def test_equal_rows_go_to_one_side(write: Callable[..., Path], tokenizer: Any) -> None:

@@ -358,6 +358,9 @@ def test_no_flipped_bit_of_a_cache_is_read(trainer_for, tiny_folder, pairs, tmp_
             assert "reference_cache" in str(error)
         else:  # in the padding of the header, or a name that nothing reads
             assert torch.equal(read, trainer.cache.flat), place
+    cache.unlink()  # what the error says
+    again = trainer_for(tiny_folder, pairs, tmp_path, reference_cache=str(cache))
+    assert torch.equal(again.cache.flat, trainer.cache.flat)
 
 
 def test_a_cache_outlives_other_targets_and_not_another_configuration(trainer_for, tiny_folder, pairs, tmp_path):

@@ -134,7 +134,7 @@ def test_the_best_is_by_any_metric_up_or_down(adapted, tiny_folder, rows, val_ro
 
 def test_a_batch_says_what_its_loss_is_a_sum_over(make):
     """Trained tokens of rows, pairs of preferences: what a step's loss is divided by."""
-    (rows,), (pairs,) = (make(kind, micro_batch=8).step_data(0).updates[0] for kind in ("sft", "sigmoid"))
+    (rows,), (pairs,) = (make(kind, micro_batch=4).step_data(0).updates[0] for kind in ("sft", "sigmoid"))
     assert isinstance(rows, Batch) and rows.weight == rows.trained > 4 == pairs.weight < pairs.trained
 
 

@@ -259,6 +259,8 @@ def rules(**options):
         ({"epochs": 3, "patience": 3}, (80, 8), "patience 3 needs more than 3 evaluations, and there will be 3"),
         ({"steps": 4, "schedule": "wsd"}, (80, None), "decay 0.1 is 0 steps after 0 of warmup"),
         ({}, (0, None), "there are no rows to train on"),
+        ({"patience": 1}, (80, None), "patience needs validation rows: give val, say 5%"),
+        ({"eval_every": 1}, (80, None), "eval_every needs validation rows: give val, say 5%"),
         ({}, (8, 0), "no row was left for validation"),
     ],
 )
