@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import fourbit
+from fourbit.cli.config_file import write_config
 from fourbit.errors import DiskError, EnvironmentProblem, InputError
 from fourbit.files import temporary_name, write_text
 from fourbit.lora.peft_files import adapter_state
@@ -73,7 +74,9 @@ def test_new_empty_and_own_folders_are_taken(tmp_path: Path, run: Path) -> None:
     (tmp_path / "killed" / temporary_name("probe")).mkdir()
     (run / "notes.txt").write_text("what I thought of it")  # in a folder of a run everything else is left alone
     (run / "base").symlink_to(tmp_path)
-    for folder in (tmp_path / "new" / "er", tmp_path / "empty", tmp_path / "link", tmp_path / "killed", run):
+    copied = shutil.copytree(run, tmp_path / "copied", ignore=shutil.ignore_patterns(LOCK), symlinks=True)
+    write_config(copied / "config.yaml", {"lr": 1e-3}, {"lr": "flag"})
+    for folder in (copied, tmp_path / "new" / "er", tmp_path / "empty", tmp_path / "link", tmp_path / "killed", run):
         assert held(folder) == [] and held(folder) == []
     assert (run / "notes.txt").read_text() == "what I thought of it"
     assert sorted(p.name for p in (tmp_path / "new" / "er").iterdir()) == [LOCK]
