@@ -427,7 +427,7 @@ def test_a_process_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("executable", ["/nowhere/python", "/bin/false"])
 def test_a_child_that_does_not_run_is_the_machines_problem(executable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     CHILD.stop()
-    monkeypatch.setattr(module.sys, "executable", executable)
+    monkeypatch.setattr(sys, "executable", executable)
     with pytest.raises(EnvironmentProblem, match="the child process that renders chat templates does not"):
         ChatTemplate("x").render(TALK)
 
