@@ -31,7 +31,7 @@ def ours(folder: Path, model_path: str) -> Step:
     stepper = Stepper(
         adapter_parameters(model.train()),
         lambda batch: Sums(batch_loss_sum(model, batch), {}),
-        TrainingConfig(out="", weight_decay=0.0, max_grad_norm=CLIP),
+        TrainingConfig(out="none", weight_decay=0.0, max_grad_norm=CLIP),
     )
 
     def step(rows: Sequence[Row]) -> float:

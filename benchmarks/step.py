@@ -59,7 +59,7 @@ def step(parts: Parts, tokens: int) -> Work:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         state = 8 * sum(parameter.numel() for parameter in parameters.values())
         options: dict[str, Any] = {"optimizer": "paged-adamw", "optimizer_budget": f"{state // 4 >> 10}KiB"}
-        config = TrainingConfig(out="", weight_decay=0.0, max_grad_norm=1.0, **(options if paged else {}))
+        config = TrainingConfig(out="none", weight_decay=0.0, max_grad_norm=1.0, **(options if paged else {}))
         sums = lambda b: Sums(batch_loss_sum(model, b), {})  # noqa: E731
         stepper = Stepper(parameters, sums, config)
 
