@@ -9,6 +9,7 @@ of a run's folder cannot do is found out before the first step.
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import platform
@@ -280,7 +281,8 @@ def _check_folder(folder: StrPath, inputs: Iterable[StrPath], resume: str | None
     entries = [entry for entry in os.scandir(place) if not is_temporary(entry.name)]
     if not _is_run(place) and (others := sorted(e.name for e in entries if e.name != LOCK or e.stat().st_size)):
         what = f"{name} is no run's folder and holds {', '.join(others[:3])}"
-        raise InputError(f"{what}: give an empty or a new one, such as {place / 'run'}")
+        new = next(path for number in itertools.count(1) if not os.path.lexists(path := place / f"run{number}"))
+        raise InputError(f"{what}: give an empty or a new one, such as {new}")
     if any(entry.name == "checkpoints" and entry.is_dir(follow_symlinks=False) for entry in entries):
         entries += os.scandir(place / "checkpoints")
     for entry in entries:

@@ -56,7 +56,8 @@ def run(options: Options, sources: Sources) -> int:
     for line in report.problems.lines(options.problems):
         note(line)
     if report.problems:
-        note(f"{count(report.problems.total, 'bad row')}: mend them, or leave them out with --on-bad-row skip")
+        way = "left out" if options.on_bad_row == "skip" else "mend them, or leave them out with --on-bad-row skip"
+        note(f"{count(report.problems.total, 'bad row')}: {way}")
     if options.json:
         metrics = {name: getattr(report, name) for name in REPORTED} | {"problems": list(map(str, report.problems))}
         result(metrics | {"trained_share": report.trained / report.tokens}, "", as_json=True)

@@ -44,7 +44,7 @@ def choose_dtype(name: str, device: str) -> str:
     on_gpu = device.startswith("cuda")
     able = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "bfloat16" and on_gpu and not able:
-        raise EnvironmentProblem("--dtype bfloat16: this GPU cannot compute in bfloat16; use float32 or float16")
+        raise EnvironmentProblem("--dtype bfloat16: this GPU cannot do that; use float32 (or float16, not to train)")
     return name if name != "auto" else "bfloat16" if able else "float32"
 
 

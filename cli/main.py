@@ -93,7 +93,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"fourbit: needs the package {needed}: pip install {needed}", 3
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         advice = (
-            "Take a smaller --micro-batch (answers: --batch-size), --max-length, --checkpointing on or --quant nf4."
+            "In training take a smaller --micro-batch or --max-length, or --checkpointing on; for answers a smaller "
+            "--batch-size or --max-new-tokens; --quant nf4 makes the model smaller (not with --full)."
         )
         return f"fourbit: out of memory ({what}). {advice}", 4
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -154,7 +154,8 @@ def _settle(problems: Problems, on_bad_row: OnBadRow, dataset: Dataset) -> None:
     report = dataset.report
     rows = len(dataset.examples) + problems.total + report.drops.total
     if problems and (on_bad_row == "error" or not (dataset.examples or report.drops)):
-        raise InputError(problems.describe(str(rows), "mend them, or leave them out with on_bad_row skip"))
+        way = "mend them" + ", or leave them out with on_bad_row skip" * bool(dataset.examples)  # else none is left
+        raise InputError(problems.describe(str(rows), way))
     if not dataset.examples:
         raise InputError(f"no row is left of {rows}; {report.drops.total} were left out, the first: {report.drops[0]}")
     report.problems = problems

@@ -170,7 +170,9 @@ def _place(model: Decoder, name: str, tensor: Tensor, dtype: torch.dtype, device
         raise InputError(f"{path}: tensor {name!r} holds NaN or infinity. The file is damaged: get it again.")
     if not extremes.to(dtype).isfinite().all():
         largest = extremes.abs().max().item()
-        raise InputError(f"{path}: tensor {name!r} holds {largest:.3g}, too large for {dtype}. Load in torch.bfloat16.")
+        holds = largest <= torch.finfo(torch.bfloat16).max
+        way = "Load the model in bfloat16 or float32 (--dtype)" if holds else "Only float64 holds it, in Python"
+        raise InputError(f"{path}: tensor {name!r} holds {largest:.3g}, too large for {dtype}. {way}.")
     old = getattr(module, attribute)
     value = tensor.to(device=device, dtype=dtype, copy=True)  # the file's map must not live on in the model
     setattr(module, attribute, nn.Parameter(value, requires_grad=old.requires_grad))

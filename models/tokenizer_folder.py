@@ -49,14 +49,13 @@ def _backend(folder: Path) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).exists()]
-        found = f"found only {others[0]}" if others else "found none"
-        raise InputError(
-            f"{folder}: needs tokenizer.json, {found}. Convert it once with transformers: "
-            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
-        )
+        way = "Get it from where the model is from."
+        if others:
+            way = "Convert it once with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+        raise InputError(f"{folder}: needs tokenizer.json, found {f'only {others[0]}' if others else 'none'}. {way}")
     text, now = read_text(path, TOKENIZER_BYTES), path.stat()
     if fault := _tried(path.resolve(), now.st_ino, now.st_size, now.st_mtime_ns):
-        raise InputError(f"{path}: not a readable tokenizer: {fault}. {AGAIN}")
+        raise InputError(f"{path}: not a readable tokenizer: {fault}. Get the file again.")
     with fenced(f"{path}: not a readable tokenizer"):
         backend = tokenizers.Tokenizer.from_str(text)
     listed = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)

@@ -152,7 +152,7 @@ class DPOTrainer(PreferenceTrainer):
             if self.cache is not None and not all(torch.equal(now[n].cpu(), then[n]) for n in now):
                 raise InputError(
                     "reference_cache was computed with another adapter than the one this run began with: resume with "
-                    "that adapter and its file, or without reference_cache"
+                    "that adapter and its file"
                 )
             load_adapter_state(self.model, then, name)
 

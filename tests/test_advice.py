@@ -1,0 +1,1002 @@
+"""No message gives advice that fails: what a message advises is done here, and works.
+
+A message is known by its file and a few of its words, so that lines may move. The advice of a command line stands in
+`COMMANDS`, of rows in `ROWS`, of library functions in tests under `@follows`; `ELSEWHERE` names tests of other files
+that follow one, `NOT_FOLLOWED` the rest, with the reason. A scan of the package finds every text that advises, and the
+last tests fail on one that is in none of these, and on a flag, command or function that is named and is not there.
+"""
+
+import ast
+import importlib
+import importlib.util
+import io
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import fourbit
+from fourbit import LoRAConfig, SFTConfig, SFTTrainer
+from fourbit.cli import train as training
+from fourbit.cli.main import COMMANDS as ALL_COMMANDS
+from fourbit.cli.main import ELSEWHERE as COMMANDS_ELSEWHERE
+from fourbit.cli.main import explain, main
+from fourbit.cli.parse import options_of
+from fourbit.cli.synonyms import SYNONYMS
+from fourbit.data import read as reading
+from fourbit.data.encode import Dataset, load
+from fourbit.data.forms import WANTED
+from fourbit.data.order import split_validation
+from fourbit.errors import FourbitError, InputError
+from fourbit.models.load import load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("", "cli", "data", "kernels", "lora", "models", "optim", "trainer", "trainer/losses")
+FOLLOWED: list[tuple[str, str]] = []  # file, words: by the tests below
+
+
+class Reached(Exception):
+    """A training got as far as its model: what it was refused for lies behind it."""
+
+
+def follows(*messages: tuple[str, str]) -> Callable[[Any], Any]:
+    """Marks a test that follows the advice of these messages."""
+    FOLLOWED.extend(messages)
+    return lambda test: test
+
+
+def words_of(said: str) -> Any:
+    """Expects an error that says these words."""
+    return pytest.raises((FourbitError, ValueError, RuntimeError), match=re.escape(said))
+
+
+# Commands.
+
+PAIRS = [{"prompt": f"say {w}", "chosen": w * 3, "rejected": w * 2 + "x"} for w in ("ab", "c", "def", "gh")]
+SFT, DPO = "sft --model m --data rows.jsonl --steps 1", "dpo --model m --data pairs.jsonl --steps 1"
+DISTILL = "distill --model m --data rows.jsonl --steps 1 --out o"
+GENERATE = "generate --model m --data rows.jsonl --max-new-tokens 1"
+EVAL = "eval --model m --data rows.jsonl --max-new-tokens 1"
+
+
+class Case(NamedTuple):
+    """The command `wrong`, which ends with the words of a message of `file`; each command of `right` follows its
+    advice. `$ ...` in front is a line of a shell, `;` parts what is done one after the other."""
+
+    file: str
+    words: str
+    wrong: str
+    right: tuple[str, ...]
+
+
+def case(file: str, words: str, wrong: str, *right: str) -> Case:
+    FOLLOWED.append((file, words))
+    return Case(file, words, wrong, right)
+
+
+COMMANDS = [
+    case("outputs.py", "--overwrite replaces it, or give another name", f"$ echo 1 > a; {GENERATE} --out a",
+         f"{GENERATE} --out a --overwrite", f"{GENERATE} --out b"),
+    case("outputs.py", "rename it, or give", f"$ echo 1 > a.partial; {GENERATE} --out a",
+         f"{GENERATE} --out b", f"$ mv a.partial mine; {GENERATE} --out a"),
+    case("outputs.py", "which is read: give another place", f"{SFT} --out m", f"{SFT} --out o"),
+    case("outputs.py", " is read, as ", f"{GENERATE} --out rows.jsonl --overwrite", f"{GENERATE} --out b"),
+    case("outputs.py", "choose another --out", f"{SFT} --out /proc/run", f"{SFT} --out o"),
+    case("outputs.py", "is a file; give a folder", f"{SFT} --out rows.jsonl", f"{SFT} --out o"),
+    case("outputs.py", "and a run writes there: remove it", f"$ ln -sf ../x run/loss.png; {SFT} --out run --resume",
+         f"$ rm run/loss.png; {SFT} --out run --rank 2 --resume"),
+    case("outputs.py", "go on with --resume auto, or choose another --out", f"{SFT} --out run",
+         f"{SFT} --out run --rank 2 --resume auto", f"{SFT} --out o"),
+    case("outputs.py", "no checkpoint to go on from: choose another --out",
+         f"$ rm -r run/checkpoints; {SFT} --out run", f"{SFT} --out o"),
+    case("cli/data.py", "leave them out with --on-bad-row skip", "data --model m bad.jsonl",
+         "data --model m bad.jsonl --on-bad-row skip", "data --model m rows.jsonl"),
+    case("cli/distill.py", "give another teacher, teacher_adapter, or sft_weight", f"{DISTILL} --teacher m",
+         f"{DISTILL} --teacher other", f"{DISTILL} --teacher m --teacher-adapter run",
+         f"{DISTILL} --teacher m --sft-weight 0.5"),
+    case("cli/eval.py", "leave one of them out", f"{EVAL} --match none --answers a",
+         f"{EVAL} --match none", f"{EVAL} --answers a"),
+    case("cli/eval.py", "leave --no-base out", f"{EVAL} --no-base", EVAL),
+    case("cli/eval.py", "give a file, or no-base", f"{EVAL} --adapter run --answers -",
+         f"{EVAL} --adapter run --answers a", f"{EVAL} --adapter run --answers - --no-base"),
+    case("cli/options.py", "leave json out, or give a file", f"{EVAL} --answers - --json", f"{EVAL} --answers -",
+         f"{EVAL} --answers a --json"),
+    case("cli/options.py", "leave json out, or give a file", f"{GENERATE} --out - --json",
+         f"{GENERATE} --out -", f"{GENERATE} --out a --json"),
+    case("cli/generate.py", "mend them", "generate --model m --data bad.jsonl --out a", f"{GENERATE} --out a"),
+    case("cli/load.py", "--device must be auto, cpu", f"{EVAL} --match none --device gpu",
+         f"{EVAL} --match none --device cpu", f"{EVAL} --match none --device auto"),
+    case("cli/load.py", "give a Hugging Face folder or a .gguf file", "data rows.jsonl --model nope",
+         "data rows.jsonl --model m"),
+    case("cli/load.py", "fourbit sft writes one (--out)", f"{EVAL} --match none --adapter nope",
+         f"{EVAL} --match none --adapter run"),
+    case("cli/main.py", "did you mean fourbit {}?", "finetune --model m", "sft --help"),
+    case("cli/options.py", "give a temperature", f"{GENERATE} --out a --top-k 5",
+         f"{GENERATE} --out a --top-k 5 --temperature 1"),
+    case("cli/parse.py", "needs {}; see fourbit {} --help", "generate", "generate --help"),
+    case("cli/parse.py", "; see fourbit {} --help", "generate --qqqqqqqq 1", "generate --help"),
+    case("cli/parse.py", "needs a value; see fourbit", "generate --out", "generate --help"),
+    case("cli/parse.py", "and --no-...", f"{EVAL} --match none --base=1 --adapter run",
+         f"{EVAL} --match none --base --adapter run", f"{EVAL} --match none --no-base --adapter run"),
+    case("cli/synonyms.py", "; did you mean {}?", f"{SFT} --out o --rnak 2", f"{SFT} --out o --rank 2"),
+    case("cli/train.py", "--val must be a file, or a share", f"{SFT} --out o --val 200%",
+         f"{SFT} --out o --val val.jsonl", f"{SFT} --out o --val 50%"),
+    case("cli/train.py", "a share needs a percent sign", f"{SFT} --out o --val 5", f"{SFT} --out o --val 5%"),
+    case("cli/train.py", "or leave out full", f"{SFT} --out o --full --rank 2", f"{SFT} --out o --full",
+         f"{SFT} --out o --rank 2"),
+    case("cli/train.py", "use quant none", f"{SFT} --out o --full --quant nf4", f"{SFT} --out o --full --quant none"),
+    case("cli/train.py", "brings its own", f"{SFT} --out o --adapter run --rank 2", f"{SFT} --out o --adapter run"),
+    case("cli/train.py", "use dtype bfloat16 or float32", f"{SFT} --out o --dtype float16",
+         f"{SFT} --out o --dtype bfloat16", f"{SFT} --out o --dtype float32"),
+    case("cli/train.py", "needs validation rows: give val, say 5%", f"{SFT} --out o --eval-every 1",
+         f"{SFT} --out o --eval-every 1 --val 5%"),
+    case("cli/train.py", "{} is {}; use the same", f"{SFT} --out run --resume --rank 5",
+         f"{SFT} --out run --resume --rank 2"),
+    case("data/forms.py", "so many that the rest is not read; mend them",
+         "$ yes '{\"x\": 1}' | head -n 20002 > a.jsonl; data --model m a.jsonl",
+         "$ head -n 30000 rows.jsonl > a.jsonl; data --model m a.jsonl"),
+    case("data/read.py", "no such file. Check the path", "data --model m nope.jsonl", "data --model m rows.jsonl"),
+    case("data/read.py", "name the data file itself", "$ mkdir d; data --model m d", "data --model m rows.jsonl"),
+    case("data/read.py", "write the rows to a file first", "$ mkfifo p.jsonl; data --model m p.jsonl",
+         "$ (cat rows.jsonl > p.jsonl &) ; cat p.jsonl > a.jsonl; data --model m a.jsonl"),
+    case("data/read.py", ": use one of {}.", "$ cp rows.jsonl a.txt; data --model m a.txt",
+         "$ cp rows.jsonl a.jsonl; data --model m a.jsonl", "$ cp rows.jsonl a.json; data --model m a.json"),
+    case("data/read.py", "the file holds no rows: expected one JSON object a line", "$ echo > a.jsonl; data --model m "
+         "a.jsonl", "data --model m rows.jsonl"),
+    case("data/read.py", "the file is empty: expected one JSON object a line", "$ : > a.jsonl; data --model m a.jsonl",
+         "data --model m rows.jsonl"),
+    case("data/read.py", "(iconv -f UTF-16 -t UTF-8 does it)",
+         "$ iconv -f UTF-8 -t UTF-16 rows.jsonl > a.jsonl; data --model m a.jsonl",
+         "$ iconv -f UTF-16 -t UTF-8 a.jsonl > b.jsonl; data --model m b.jsonl"),
+    case("data/read.py", "iconv -f LATIN1 -t UTF-8", "$ printf '{\"text\": \"caf\\351\"}\\n' > a.jsonl; data --model m "
+         "a.jsonl", "$ iconv -f LATIN1 -t UTF-8 a.jsonl > b.jsonl; data --model m b.jsonl"),
+    case("data/read.py", "unpack it to JSON Lines", "$ gzip -c rows.jsonl > a.jsonl; data --model m a.jsonl",
+         "$ gunzip -c < a.jsonl > b.jsonl; data --model m b.jsonl"),
+    case("data/template.py", "name one of those or a .jinja file", "data rows.jsonl --model m --template nope",
+         "data rows.jsonl --model m --template chatml", "data rows.jsonl --model m --template mine.jinja"),
+    case("data/truncate.py", "raise it or skip such rows", "data rows.jsonl --model m --max-length 30",
+         "data rows.jsonl --model m --max-length 80", "data rows.jsonl --model m --max-length 30 --on-bad-row skip"),
+    case("data/encode.py", "leave them out with on_bad_row skip", f"{SFT.replace('rows', 'bad')} --out o",
+         f"{SFT.replace('rows', 'bad')} --out o --on-bad-row skip", f"{SFT} --out o"),
+    case("trainer/config.py", "give at most that, or auto", f"{SFT} --out o --batch-size 2 --micro-batch 3",
+         f"{SFT} --out o --batch-size 2 --micro-batch 2", f"{SFT} --out o --batch-size 2 --micro-batch auto"),
+    case("trainer/config.py", "leave it out, its end counts without it", f"{SFT} --out o --save-every 3",
+         f"{SFT} --out o"),
+    case("trainer/config.py", "belongs to divergence jsd", f"{DISTILL} --teacher other --jsd-beta 0.4",
+         f"{DISTILL} --teacher other", f"{DISTILL} --teacher other --jsd-beta 0.4 --divergence jsd"),
+    case("trainer/config.py", "which compares with no reference", f"{DPO} --out o --loss orpo --reference-cache c",
+         f"{DPO} --out o --loss orpo"),
+    case("trainer/config.py", "Give validation rows of their own, or none",
+         f"{SFT.replace('rows', 'same')} --out o --val 50%", f"{SFT.replace('rows', 'same')} --out o --val val.jsonl",
+         f"{SFT.replace('rows', 'same')} --out o"),
+    case("trainer/losses/objective.py", "belongs to divergence alpha", f"{DPO} --out o --divergence-alpha 0.5",
+         f"{DPO} --out o", f"{DPO} --out o --divergence-alpha 0.5 --divergence alpha"),
+    case("trainer/losses/objective.py", "which judges single answers: leave it out",
+         f"{DPO} --out o --loss kto --ld-alpha 0.5", f"{DPO.replace('pairs', 'judged')} --out o --loss kto"),
+    case("trainer/losses/objective.py", "leave it out, or choose among", f"{DPO} --out o --loss ipo --gamma 1",
+         f"{DPO} --out o --loss ipo", f"{DPO} --out o --loss simpo --gamma 1"),
+    case("trainer/losses/objective.py", "give it once, with the weight", f"{DPO} --out o --loss ipo --loss ipo=2",
+         f"{DPO} --out o --loss ipo=2"),
+    case("trainer/losses/objective.py", "choose one kind", f"{DPO} --out o --loss ipo --loss kto",
+         f"{DPO} --out o --loss ipo", f"{DPO.replace('pairs', 'judged')} --out o --loss kto"),
+    case("trainer/losses/objective.py", "use fourbit sft, or give a preference loss beside it",
+         f"{DPO} --out o --loss sft", f"{SFT} --out o", f"{DPO} --out o --loss sft --loss sigmoid"),
+    case("trainer/losses/objective.py", "; did you mean {}?", f"{DPO} --out o --loss hinges",
+         f"{DPO} --out o --loss hinge"),
+    case("trainer/evaluate.py", "mend the row, or take another --match", f"{EVAL} --match json",
+         f"{EVAL} --match contains"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def kept(tiny_folder: Path, rows: Path, val_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, and rows: good, bad, pairs, judged."""
+    place = tmp_path_factory.mktemp("advice")
+    lines = {
+        "pairs.jsonl": PAIRS,
+        "same.jsonl": 2 * [{"prompt": "a", "completion": "a"}],
+        "judged.jsonl": [{"prompt": "say", "completion": "a" * n, "label": n % 2 == 0} for n in range(1, 5)],
+    }
+    for name, found in lines.items():
+        (place / name).write_text("\n".join(map(json.dumps, found)))
+    (place / "rows.jsonl").write_bytes(rows.read_bytes())
+    (place / "val.jsonl").write_bytes(val_rows.read_bytes())
+    (place / "bad.jsonl").write_text(rows.read_text() + '{"x": 1}\n')
+    (place / "mine.jinja").write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    shutil.copytree(tiny_folder, place / "m")
+    shutil.copytree(tiny_folder, place / "other")
+    tensors = load_file(place / "other/model.safetensors")
+    save_file({name: 1.5 * tensor for name, tensor in tensors.items()}, place / "other/model.safetensors")
+    flags = ["--model", "m", "--data", "rows.jsonl", "--steps", "1", "--rank", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        assert main(["sft", *flags, "--out", "run"]) == 0
+    return place
+
+
+@pytest.fixture
+def here(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with all that `kept` holds."""
+    for entry in kept.iterdir():
+        if entry.name == "run":
+            shutil.copytree(entry, tmp_path / "run", copy_function=shutil.copy)
+        else:
+            (tmp_path / entry.name).symlink_to(entry)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def done(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Does lines of a shell and commands of fourbit, parted by `;`, and gives what the last one said, "" if it did
+    what it was asked. A training has done it once its model would be read."""
+
+    def stop(*_: Any) -> None:
+        raise Reached
+
+    def do(line: str) -> str:
+        monkeypatch.setattr(training, "load_weights", stop)
+        said = ""
+        for part in map(str.strip, line.split(";")):
+            if part.startswith(("$", "cat")):
+                subprocess.run(["bash", "-c", part.lstrip("$")], check=True, timeout=60)
+                continue
+            capsys.readouterr()
+            code = main(shlex.split(part))
+            said = capsys.readouterr().err
+            said = "" if code == 0 or "(Reached" in said else said
+        return said
+
+    return do
+
+
+@pytest.mark.parametrize("one", COMMANDS, ids=[f"{each.file}: {each.words}" for each in COMMANDS])
+def test_the_advice_of_a_command_works(one: Case, done: Callable[[str], str]) -> None:
+    said = done(one.wrong)
+    for part in one.words.split("{}"):
+        assert part in said
+    for line in one.right:
+        assert done(line) == "", line
+
+
+@follows(("outputs.py", "give an empty or a new one, such as"))
+def test_the_folder_that_is_named_is_free(here: Path, done: Callable[[str], str]) -> None:
+    (here / "d/run1").mkdir(parents=True)
+    (here / "d/run1/mine").touch()
+    said = done(f"{SFT} --out d")
+    assert "such as" in said and done(f"{SFT} --out {said.split()[-1]}") == "" and done(f"{SFT} --out o") == ""
+
+
+@follows(("cli/chat.py", "start it with one, if an empty one"))
+def test_an_empty_input_is_one(done: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert "start it with one" in done("chat --model m")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert done("chat --model m") == ""
+
+
+@follows(("cli/train.py", "fourbit chat --model {}"), ("cli/train.py", "fourbit chat --model {} --adapter {}"))
+@pytest.mark.parametrize("flags", ["", "--full", "--template mine.jinja"])
+def test_what_a_training_says_to_try_runs(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: str
+) -> None:
+    assert main(shlex.split(f"{SFT} --out o {flags}")) == 0
+    (told,) = re.findall(r"try it +fourbit (.*)", capsys.readouterr().out)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert main([*shlex.split(told), "--max-new-tokens", "1"]) == 0
+
+
+# Rows.
+
+ASK, SAY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+ROWS: list[tuple[str, str, Any, dict[str, Any], list[dict[str, Any]]]] = [
+    ("data/dialects.py", "add the prompt to the row", "pairs", {"chosen": "abc", "rejected": "xyz"},
+     [{"prompt": "say", "chosen": "abc", "rejected": "xyz"}]),
+    ("data/dialects.py", "leave it out, or mend the row", "pairs",
+     {"prompt": "no", "chosen": [ASK, SAY], "rejected": [ASK, {**SAY, "content": "no"}]},
+     [{"chosen": [ASK, SAY], "rejected": [ASK, {**SAY, "content": "no"}]},
+      {"prompt": "hi", "chosen": [ASK, SAY], "rejected": [ASK, {**SAY, "content": "no"}]}]),
+    ("data/forms.py", "is not {}, keys are {}{}: use {}", "sft", {"x": 1}, [{"messages": [ASK, SAY]},
+                                                                            {"prompt": "a", "completion": "b"}]),
+    ("data/forms.py", "is not {}, keys are {}{}: use {}", "pairs", {"x": 1},
+     [{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+    ("data/forms.py", "is not {}, keys are {}{}: use {}", "judged", {"x": 1},
+     [{"prompt": "a", "completion": "b", "label": True}]),
+    ("data/forms.py", "keep one of the two forms", "sft", {"messages": [ASK, SAY], "completion": "b"},
+     [{"messages": [ASK, SAY]}, {"prompt": "a", "completion": "b"}]),
+    ("data/messages.py", "has both `value` and `content`: keep one of them", "sft",
+     {"messages": [ASK, {"from": "gpt", "value": "a", "content": "b"}]},
+     [{"messages": [ASK, {"from": "gpt", "value": "a"}]}, {"messages": [ASK, {"from": "gpt", "content": "b"}]}]),
+    ("data/messages.py", ": did you mean {}?", "sft", {"messages": [ASK, {**SAY, "role": "Assistant "}]},
+     [{"messages": [ASK, SAY]}]),
+    ("data/messages.py", "which is given from elsewhere: take it out", "sft",
+     {"messages": [ASK, SAY], "chat_template_kwargs": {"messages": 1}},
+     [{"messages": [ASK, SAY], "chat_template_kwargs": {}}]),
+    ("data/strict_json.py", "use null or leave the field out", "sft", {"messages": [ASK, {**SAY, "weight": math.nan}]},
+     [{"messages": [ASK, {**SAY, "weight": None}]}, {"messages": [ASK, SAY]}]),
+]  # fmt: skip
+FOLLOWED += [(file, words) for file, words, *_ in ROWS]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(kept: Path) -> Any:
+    return load_tokenizer(kept / "m")
+
+
+def written(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("file, said, kind, bad, good", ROWS, ids=[f"{row[0]}: {row[1]}" for row in ROWS])
+def test_the_advice_for_a_row_works(
+    file: str, said: str, kind: Any, bad: Any, good: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as caught:
+        load([written(tmp_path / "a.jsonl", bad)], tokenizer, kind)
+    assert all(part in str(caught.value) for part in said.split("{}"))
+    assert WANTED[kind][2] in str(caught.value) or "use {}" not in said
+    for row in good:
+        assert len(load([written(tmp_path / "a.jsonl", row)], tokenizer, kind)) == 1
+
+
+@follows(("data/encode.py", "mend them"), ("data/forms.py", "give at least one .jsonl file"))
+def test_leaving_out_is_advised_where_a_row_is_left(tokenizer: Any, tmp_path: Path) -> None:
+    good = {"messages": [ASK, SAY]}
+    with words_of("mend them, or leave them out with on_bad_row skip"):
+        load([written(tmp_path / "a.jsonl", {"x": 1}, good)], tokenizer, "sft")
+    assert len(load([tmp_path / "a.jsonl"], tokenizer, "sft", on_bad_row="skip")) == 1
+    for how in ("error", "skip"):
+        with pytest.raises(InputError, match="mend them:"):
+            load([written(tmp_path / "a.jsonl", {"x": 1})], tokenizer, "sft", on_bad_row=how)
+    with words_of("give at least one .jsonl file"):
+        load([], tokenizer, "sft")
+
+
+@follows(("data/order.py", "needs {}% at least; or give validation rows of their own"))
+def test_the_least_share_that_is_named_is_enough(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"messages": [{**ASK, "content": str(i)}, SAY]} for i in range(100)]
+    whole = load([written(tmp_path / "a.jsonl", *rows)], tokenizer, "sft")
+    for number in range(2, 101):
+        some = Dataset("sft", whole.examples[:number], whole.samples[:number], template=whole.template)
+        for share in (1e-6, 1 - 1e-6):
+            with words_of("is less than a row on one side") as caught:
+                split_validation(some, share)
+            least = float(re.findall(r"needs ([\d.]+)%", str(caught.value))[0]) / 100
+            assert all(map(len, split_validation(some, min(least, 0.5))))
+
+
+@follows(("data/read.py", "at most {} are read whole: write one object a line"))
+def test_a_long_array_is_read_as_lines(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"messages": [ASK, SAY]}] * 5
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(reading, "MAX_ARRAY_BYTES", 100)
+    with words_of("write one object a line"):
+        load([tmp_path / "a.json"], tokenizer, "sft")
+    assert len(load([written(tmp_path / "b.json", *rows)], tokenizer, "sft")) == 5
+
+
+# The library.
+
+
+def loaded(place: Path, quantize: str = "nf4") -> Any:
+    return fourbit.load(place / "m", quantize=quantize)
+
+
+def adapted(place: Path, **how: Any) -> Any:
+    model, _ = loaded(place)
+    fourbit.attach(model, LoRAConfig(**{"rank": 2} | how))
+    return model
+
+
+@follows(
+    ("kernels/quantize4bit.py", "repair or skip it"),
+    ("kernels/weight4bit.py", "give both (double quantisation) or neither"),
+    ("lora/quantize.py", "Pass skip=() or untie the weight"),
+    ("lora/attach.py", "which cannot be replaced in place: wrap it"),
+    ("lora/attach.py", "give this layer its own in rank_pattern, or exclude it"),
+    ("lora/targets.py", "name them in a list"),
+    ("lora/targets.py", "pass a list: [{}]"),
+    ("lora/adapter.py", "give the new one another name, take the old one off (remove_adapter), or continue"),
+)
+def test_layers_are_changed_as_advised(kept: Path) -> None:
+    weight = torch.full((64, 64), math.nan)
+    with words_of("repair or skip it"):
+        fourbit.nf4.quantize(weight)
+    fourbit.nf4.quantize(weight.nan_to_num())
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[0].weight.data = weight
+    fourbit.quantize_(model, skip=("0",))
+    quantized = fourbit.nf4.quantize(torch.randn(64, 64), double_quant=True)
+    with words_of("give both (double quantisation) or neither"):
+        quantized._replace(offset=None).check()
+    quantized._replace(offset=None, nested_absmax=None, absmax=quantized.scales).check(), quantized.check()
+
+    head = nn.ModuleDict({"lm_head": nn.Linear(64, 64)})
+    with words_of("Pass skip=() or untie"):
+        fourbit.quantize_(head)
+    fourbit.quantize_(head, skip=())
+    tied = nn.ModuleDict({"a": nn.Embedding(64, 64), "b": nn.Linear(64, 64)})
+    tied["b"].weight = tied["a"].weight
+    with words_of("or untie the weight"):
+        fourbit.quantize_(tied)
+    tied["b"].weight = nn.Parameter(tied["a"].weight.detach().clone())
+    fourbit.quantize_(tied)
+
+    with words_of("wrap it"):
+        fourbit.attach(nn.Linear(64, 64), LoRAConfig(rank=2))
+    fourbit.attach(nn.Sequential(nn.Linear(64, 64)), LoRAConfig(rank=2))
+    with words_of("Lower rank, give this layer its own in rank_pattern, or exclude it"):
+        adapted(kept, rank=20)
+    adapted(kept, rank=16), adapted(kept, rank=20, rank_pattern={"k_proj": 4, "v_proj": 4})
+    adapted(kept, rank=20, exclude=["k_proj", "v_proj"])
+    with words_of("finds no such layer in this model; name them in a list"):
+        fourbit.attach(nn.Sequential(nn.Linear(64, 64)), LoRAConfig(rank=2, target="attn"))
+    fourbit.attach(nn.Sequential(nn.Linear(64, 64)), LoRAConfig(rank=2, target=["0"]))
+    with words_of("pass a list: ['q_proj']"):
+        adapted(kept, target="q_proj")
+    model = adapted(kept, target=["q_proj"])
+    with words_of("already carries an adapter 'default'"):
+        fourbit.attach(model, LoRAConfig(rank=2))
+    fourbit.attach(model, LoRAConfig(rank=2), name="second")
+    fourbit.remove_adapter(model, "default")
+    fourbit.attach(model, LoRAConfig(rank=2))
+
+
+@follows(
+    ("lora/peft_config.py", "Write it with layer names, or with fewer choices"),
+    ("lora/peft_config.py", "Merge the adapter with PEFT, or train one without this feature"),
+    ("lora/peft_config.py", "save_pretrained with path_initial_model_for_weight_conversion"),
+    ("lora/peft_files.py", "attach one first"),
+    ("lora/peft_files.py", "PEFT puts an adapter that has a name into a subfolder: try"),
+    ("lora/peft_files.py", "save_pretrained(..., safe_serialization=True)"),
+    ("lora/peft_files.py", "Merge the adapter into its own base with PEFT first"),
+    ("lora/peft_files.py", "load it into a fresh model instead"),
+    ("files.py", "is not followed: copy the file itself there"),
+)
+def test_adapter_files_are_mended_as_advised(kept: Path, tmp_path: Path) -> None:
+    model, folder = loaded(kept)[0], tmp_path / "a"
+    with words_of("attach one first"):
+        fourbit.save_adapter(model, folder)
+    fourbit.save_adapter(adapted(kept), folder)
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    plain, tensors = json.loads(config.read_text()), load_file(weights)
+
+    def load_with(state: dict[str, Any] | None = None, into: Any = None, **changes: Any) -> None:
+        config.write_text(json.dumps(plain | changes))
+        save_file(state or tensors, weights)
+        fourbit.load_adapter(loaded(kept)[0] if into is None else into, folder)
+
+    with words_of("Write it with layer names, or with fewer choices"):
+        load_with(rank_pattern={"(.*q|.*q)+_proj": 2})
+    load_with(rank_pattern={"q_proj": 2})
+    with words_of("Merge the adapter with PEFT, or train one without this feature"):
+        load_with(use_dora=True)
+    with words_of("path_initial_model_for_weight_conversion"):
+        load_with(init_lora_weights="pissa")
+    peft = importlib.util.find_spec("peft")
+    theirs = Path(str(peft and peft.origin)).with_name("peft_model.py").read_text()  # importing it takes seconds
+    assert "path_initial_model_for_weight_conversion: Optional" in theirs and "safe_serialization: bool" in theirs
+    load_with()
+    head = {"base_model.model.lm_head.weight": torch.zeros(259, 32)}
+    with words_of("Merge the adapter into its own base with PEFT first"):
+        load_with(tensors | head)
+    with words_of("load it into a fresh model instead"):
+        load_with(into=adapted(kept, alpha=7))
+    load_with(into=loaded(kept)[0])
+    shutil.copytree(folder, tmp_path / "b/default")
+    with words_of("into a subfolder: try default"):
+        fourbit.load_adapter(loaded(kept)[0], tmp_path / "b")
+    fourbit.load_adapter(loaded(kept)[0], tmp_path / "b/default")
+    weights.rename(tmp_path / "far")
+    weights.symlink_to(tmp_path / "far")
+    with words_of("copy the file itself there"):
+        fourbit.load_adapter(loaded(kept)[0], folder)
+    weights.unlink()
+    (folder / "adapter_model.bin").touch()
+    with words_of("save it again with save_pretrained(..., safe_serialization=True)"):
+        fourbit.load_adapter(loaded(kept)[0], folder)
+    shutil.copy(tmp_path / "far", weights)
+    fourbit.load_adapter(loaded(kept)[0], folder)
+
+
+@pytest.fixture
+def folder(kept: Path, tmp_path: Path) -> Path:
+    """A model of one's own to break."""
+    return Path(shutil.copytree(kept / "m", tmp_path / "mine"))
+
+
+def change(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@follows(
+    ("models/llama.py", "fourbit trains without it; set it to 0"),
+    ("models/hf.py", "Copy the file into the folder"),
+    ("models/hf.py", "convert them with transformers: from_pretrained(folder), then save_pretrained(another_folder)"),
+    ("models/load.py", "Give a folder of safetensors or a .gguf file"),
+    ("models/load.py", "Load the model in bfloat16 or float32 (--dtype)"),
+    ("models/load.py", "Use cpu."),
+    ("models/tokenizer.py", "mend the text"),
+    ("models/tokenizer.py", "are encoded at once. Split it"),
+)
+def test_model_folders_are_mended_as_advised(folder: Path, tmp_path: Path) -> None:
+    change(folder / "config.json", attention_dropout=0.1)
+    with words_of("set it to 0"):
+        fourbit.load(folder)
+    change(folder / "config.json", attention_dropout=0)
+    tokenizer = fourbit.load(folder)[1]
+    weights, far = folder / "model.safetensors", tmp_path / "far.safetensors"
+    weights.rename(far)
+    weights.symlink_to(far)
+    with words_of("Copy the file into the folder"):
+        fourbit.load(folder)
+    weights.unlink()
+    shutil.copy(far, weights)
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] = 1e5
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with words_of("Load the model in bfloat16 or float32 (--dtype)"):
+        fourbit.load(folder, dtype=torch.float16)
+    fourbit.load(folder, dtype=torch.bfloat16), fourbit.load(folder, dtype=torch.float32)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].double() * 1e200
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with words_of("Only float64 holds it, in Python"):
+        fourbit.load(folder)
+    fourbit.load(folder, dtype=torch.float64)
+    if not torch.cuda.is_available():
+        with words_of("Use cpu"):
+            fourbit.load(folder, device="cuda")
+
+    import transformers
+
+    shutil.copy(far, weights)
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    with words_of("Give a folder of safetensors"):
+        fourbit.models.load.load_model(folder / "pytorch_model.bin")
+    with words_of("convert them with transformers"):
+        fourbit.load(folder)
+    change(folder / "config.json", architectures=["LlamaForCausalLM"])
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "another")
+    fourbit.models.load.load_model(tmp_path / "another")
+
+    with words_of("mend the text"):
+        tokenizer.encode("\ud800")
+    with words_of("Split it"):
+        tokenizer.encode("a" * (5 << 20))
+    tokenizer.encode("a" * (5 << 9))
+
+
+def without_vocabulary(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    vocabulary = json.loads(file.read_text())["model"]["vocab"]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    change(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", unk_token="!", bos_token="!")
+    file.unlink()
+
+
+def under_another_id(folder: Path) -> None:
+    tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    change(folder / "tokenizer.json", added_tokens=[tokens[0] | {"id": 3}, *tokens[1:]])
+
+
+START = {"content": "<|im_start|>", "special": True}
+
+
+@follows(
+    ("models/special_tokens.py", "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"),
+    ("models/tokenizer_folder.py", "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"),
+)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda folder: change(folder / "tokenizer_config.json", bos_token="<nope>"),
+        lambda folder: change(folder / "tokenizer_config.json", extra_special_tokens=["<nope>"]),
+        lambda folder: change(folder / "tokenizer_config.json", added_tokens_decoder={"5": START}),
+        under_another_id,
+        without_vocabulary,
+    ],
+)
+def test_transformers_mends_a_tokenizer(folder: Path, wrong: Callable[[Path], Any]) -> None:
+    from transformers import AutoTokenizer
+
+    wrong(folder)
+    with words_of("AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"):
+        load_tokenizer(folder)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    load_tokenizer(folder)
+
+
+def test_what_transformers_cannot_mend_is_to_be_got_again(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"found none\. Get it from where the model is from"):
+        load_tokenizer(folder)
+    with pytest.raises(ValueError, match="instantiate"):
+        AutoTokenizer.from_pretrained(folder)
+
+
+@follows(
+    ("models/finite.py", "load the model in bfloat16 or float32 (--dtype)"),
+    ("models/finite.py", "see whether the model alone works (without --adapter)"),
+)
+def test_overflow_is_mended_as_advised(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("gate", "up"):
+        tensors[f"model.layers.0.mlp.{name}_proj.weight"] *= 1e3
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with words_of("load the model in bfloat16 or float32 (--dtype)"):
+        fourbit.generate(fourbit.load(folder, dtype=torch.float16)[0], [[1, 2]], max_new_tokens=1)
+    for dtype in (torch.bfloat16, torch.float32):
+        model = fourbit.load(folder, dtype=dtype)[0]
+        fourbit.generate(model, [[1, 2]], max_new_tokens=1)
+    fourbit.attach(model, LoRAConfig(rank=2))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(math.nan)
+    with words_of("see whether the model alone works"):
+        fourbit.generate(model, [[1, 2]], max_new_tokens=1)
+    with fourbit.adapters_off(model):
+        fourbit.generate(model, [[1, 2]], max_new_tokens=1)
+
+
+@follows(
+    ("optim/optimizer.py", "make a new optimizer (add_param_group adds to this one)"),
+    ("optim/optimizer.py", "was removed from optimizer.state: make a new optimizer"),
+    ("optim/optimizer.py", "call optimizer.load_state_dict(optimizer.state_dict())"),
+    ("optim/state_files.py", "make one with the `bits` and `min_8bit_size` that it was saved with"),
+)
+def test_optimizers_are_mended_as_advised() -> None:
+    def made(**how: Any) -> tuple[nn.Linear, Any]:
+        layer = nn.Linear(64, 64)
+        optimizer = fourbit.optim.AdamW(layer.parameters(), lr=1e-3, **how)
+        stepped(layer, optimizer)
+        return layer, optimizer
+
+    def stepped(layer: nn.Linear, optimizer: Any) -> None:
+        layer(torch.ones(1, 64, dtype=layer.weight.dtype)).sum().backward()
+        optimizer.step()
+
+    layer, optimizer = made()
+    optimizer.param_groups[0]["params"].pop()
+    with words_of("make a new optimizer"):
+        stepped(layer, optimizer)
+    stepped(layer, fourbit.optim.AdamW(layer.parameters(), lr=1e-3))
+    layer, optimizer = made()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    optimizer.step()
+    optimizer.state.clear()
+    with words_of("was removed from optimizer.state"):
+        stepped(layer, optimizer)
+    layer, optimizer = made()
+    layer.bfloat16()
+    layer.zero_grad()
+    with words_of("call optimizer.load_state_dict(optimizer.state_dict())"):
+        stepped(layer, optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    saved = made(bits=8, min_8bit_size=1)[1].state_dict()
+    with words_of("make one with the `bits` and `min_8bit_size`"):
+        made()[1].load_state_dict(saved)
+    made(bits=8, min_8bit_size=1)[1].load_state_dict(saved)
+
+
+@follows(
+    ("trainer/run.py", "call fourbit.attach first, or train all weights (full)"),
+    ("trainer/run.py", "attach or load the one to train under that name"),
+    ("trainer/run.py", "attach or load it after all others, or with trainable=True"),
+    ("trainer/run.py", "call fourbit.use(model, '{}')"),
+    ("trainer/sft.py", "load it with quantize='none' (--quant none)"),
+    ("trainer/preference.py", "or take a loss without a reference"),
+    ("trainer/distill.py", "so the base cannot be the teacher: give a model of its own"),
+    ("trainer/distill.py", "so it cannot be the teacher: give another"),
+    ("trainer/distill.py", "give None for its base, or the name of an adapter on it"),
+    ("trainer/checkpoint.py", "resume must be auto or a checkpoint folder such as"),
+    ("trainer/checkpoint.py", "go on with --resume auto, or choose another --out"),
+)
+def test_trainers_take_what_they_advise(here: Path, tokenizer: Any) -> None:
+    def sft(model: Any, **how: Any) -> Any:
+        return SFTTrainer(model, tokenizer, train="rows.jsonl", config=SFTConfig(**{"out": "o", "steps": 1} | how))
+
+    def dpo(model: Any, **how: Any) -> Any:
+        config = fourbit.DPOConfig(out="o", steps=1, **how)
+        return fourbit.DPOTrainer(model, tokenizer, train="pairs.jsonl", config=config)
+
+    def distil(model: Any, teacher: Any, **how: Any) -> Any:
+        config = fourbit.DistillConfig(out="o", steps=1, **how)
+        return fourbit.DistillTrainer(model, tokenizer, teacher=teacher, train="rows.jsonl", config=config)
+
+    with words_of("call fourbit.attach first, or train all weights (full)"):
+        sft(loaded(here)[0])
+    sft(adapted(here)), sft(loaded(here, "none")[0], full=True)
+    with words_of("load it with quantize='none' (--quant none)"):
+        sft(loaded(here)[0], full=True)
+    model = loaded(here)[0]
+    fourbit.attach(model, LoRAConfig(rank=2), name="second")
+    with words_of("attach or load the one to train under that name"):
+        sft(model)
+    fourbit.attach(model, LoRAConfig(rank=2))
+    sft(model)
+    fourbit.use(model, "second")
+    with words_of("call fourbit.use(model, 'default')"):
+        sft(model)
+    fourbit.use(model, "default")
+    sft(model)
+    fourbit.use(model, "default", "second")
+    with words_of("or take a loss without a reference"):
+        dpo(model)
+    dpo(model, loss=("orpo",))
+    fourbit.use(model, "default")
+    dpo(model)
+    model = loaded(here)[0]
+    fourbit.load_adapter(model, "run", trainable=False)
+    with words_of("attach or load it after all others, or with trainable=True"):
+        sft(model)
+    model = loaded(here)[0]
+    fourbit.load_adapter(model, "run", trainable=True)
+    sft(model)
+
+    with words_of("give a model of its own"):
+        distil(loaded(here, "none")[0], None, full=True)
+    distil(loaded(here, "none")[0], loaded(here)[0], full=True)
+    with words_of("so it cannot be the teacher: give another"):
+        distil(model, "default")
+    with words_of("give None for its base, or the name of an adapter on it"):
+        distil(model, model)
+    fourbit.load_adapter(model, "run", name="teacher", trainable=False)
+    distil(model, None), distil(model, "teacher")
+
+    with words_of("resume must be auto or a checkpoint folder such as"):
+        sft(adapted(here), out="run", resume="nope").train(display=None)
+    with words_of("go on with --resume auto, or choose another --out"):
+        sft(adapted(here), out="run").train(display=None)
+    first, again = adapted(here), adapted(here)
+    assert sft(first, out="new").train(display=None).steps == 1
+    assert sft(again, out="new", resume="auto").train(display=None).steps == 1
+    assert sft(adapted(here), out="new", resume="new/checkpoints/step-000001").train(display=None).steps == 1
+
+
+@follows(
+    ("trainer/reference.py", "Delete it to compute it anew, or give another name"),
+    ("trainer/reference.py", "it is damaged; delete it to compute it anew"),
+    ("trainer/reference.py", "as this fourbit writes them (format {}, got {}): give another name"),
+)
+def test_a_cache_is_renewed_as_advised(here: Path, tokenizer: Any) -> None:
+    def made(rows: str, cache: str) -> None:
+        fourbit.DPOTrainer(model, tokenizer, train=rows, config=fourbit.DPOConfig(out="o", reference_cache=cache))
+
+    model = adapted(here)
+    written(here / "rest.jsonl", *PAIRS[:1])
+    made("pairs.jsonl", "c")
+    with words_of("Delete it to compute it anew, or give another name"):
+        made("rest.jsonl", "c")
+    made("rest.jsonl", "d")
+    for marks, said in (({}, "it is damaged; delete it"), ({"format": "another"}, "give another name")):
+        with safe_open("d", framework="pt") as file:
+            tensors, metadata = {"logps": file.get_tensor("logps") + 1}, file.metadata()
+        save_file(tensors, "d", metadata=metadata | marks)
+        with words_of(said):
+            made("rest.jsonl", "d")
+        made("rest.jsonl", f"e{len(marks)}")
+        Path("d").unlink()
+        made("rest.jsonl", "d")
+
+
+@follows(
+    ("trainer/resume.py", "Go on with what it began with, or begin a new run in another folder (out)"),
+    ("trainer/resume.py", "use the same ones"),
+    ("trainer/resume.py", "resume with the same data files"),
+)
+def test_a_run_is_gone_on_from_as_advised(here: Path, tokenizer: Any) -> None:
+    def run(rows: str = "val.jsonl", rank: int = 2, out: str = "o", **how: Any) -> None:
+        config = SFTConfig(out=out, steps=1, resume="auto", **how)
+        SFTTrainer(adapted(here, rank=rank), tokenizer, train=rows, config=config).train(display=None)
+
+    run()
+    with words_of("resume with the same data files"):
+        run("rows.jsonl")
+    with words_of("Go on with what it began with, or begin a new run in another folder (out)"):
+        run(rank=3)
+    with words_of("use the same ones"):
+        run(lr=0.3)
+    run(), run(rank=3, out="p")
+
+
+# Nothing is left out.
+
+ELSEWHERE = {  # tests of other files that follow an advice
+    "tests/cli/test_bad_input.py::test_the_traceback_comes_with_debug": [("cli/main.py", "Run again with --debug")],
+    "tests/cli/test_commands.py::test_generate_keeps_what_it_answered_and_goes_on": [
+        ("outputs.py", "partial: the rows that were finished; the same command with --resume goes on"),
+        ("outputs.py", "keeps the {} finished; the same command with --resume goes on"),
+        ("outputs.py", ": --resume goes on, --overwrite begins anew"),
+    ],
+    "tests/test_outputs.py::test_overwriting_begins_anew": [("outputs.py", "or --overwrite to begin anew")],
+    "tests/data/test_forms.py::test_a_key_that_means_more_elsewhere_is_refused_and_the_advice_works": [
+        ("data/keys.py", words)
+        for words in (
+            "take the key out where the text stands without it", "(`weight` 0 on a turn keeps it from being trained)",
+            "take the key out, or the row", "is an older name of `tools`", "is `system` here: rename the key",
+            "write it as prompt, chosen and rejected", "would ask for a margin", "holds what a reference model says",
+            "write `weight` 0 (not) or 1", "is an older form of `tool_calls`", "write it as `content`",
+            "is `arguments` here: rename the key",
+        )
+    ],
+    "tests/data/test_said.py::test_the_advice_for_what_a_template_cannot_say_helps": [
+        ("data/encode.py", "name one that can (--template)")
+    ],
+    "tests/data/test_said.py::test_the_advice_for_a_special_token_helps": [
+        ("data/encode.py", "spell it another way; a `text` row may hold it")
+    ],
+    "tests/data/test_encode.py::test_a_last_answer_that_the_template_changes_is_refused_with_the_place_and_the_"
+    "advice_helps": [("data/turns.py", "cannot be told; name another template (--template)")],
+    "tests/data/test_encode.py::test_only_the_last_of_answers_that_change_and_have_no_stop_token_is_trained": [
+        ("data/mask.py", "name another template (--template)")
+    ],
+    "tests/data/test_encode.py::test_a_conversation_of_too_many_answers_is_told_the_limit_and_its_advice_helps": [
+        ("data/turns.py", "split it, or train the last answer (loss_on last)")
+    ],
+    "tests/lora/test_adapter_files.py::test_another_base_is_refused_unless_forced": [
+        ("lora/peft_files.py", "or force it (--force, force=True)")
+    ],
+    "tests/models/test_tokenizer_folder.py::test_letters_that_would_vanish_are_refused": [
+        ("models/tokenizer_folder.py", "give its model an unk_token of its vocabulary")
+    ],
+    "tests/trainer/test_resume.py::test_the_advice_for_a_run_that_cannot_be_longer_works": [
+        ("trainer/resume.py", "begin a new run from what this one saved, with another out")
+    ],
+    "tests/trainer/test_checkpoint.py::test_a_second_run_is_refused_and_a_dead_one_does_not_block": [
+        ("outputs.py", "wait for that one to end, stop it, or choose another --out")
+    ],
+}  # fmt: skip
+NOT_FOLLOWED = {  # why -> what
+    "a disk or file system that a test cannot have; another place is tried beside `cannot write to`": [
+        ("files.py", "free some space or make the folder writable"),
+        ("outputs.py", "start no second run there"),
+        ("outputs.py", ". Choose another --out"),
+    ],
+    "a GPU, or a second device": [
+        ("cli/load.py", "fourbit doctor tells more"),
+        ("cli/load.py", "there are {} CUDA devices"),
+        ("cli/load.py", "use float32 (or float16, not to train)"),
+        ("trainer/distill.py", "load both on one device"),
+    ],
+    "a package; the names are those of pyproject.toml": [
+        ("cli/doctor.py", "missing: pip install"),
+        ("cli/main.py", "needs the package {}: pip install"),
+        ("models/gguf.py", "pip install gguf"),
+        ("trainer/metrics.py", "pip install tensorboard"),
+    ],
+    "memory; that the flags are there is tested below": [("cli/main.py", "--quant nf4 makes the model smaller")],
+    "another file or version, which any other test reads": [
+        ("files.py", "and a file is to be written there: remove it"),
+        ("data/read.py", "is longer than {}: write one object a line"),
+        ("models/gguf.py", "Check the path and its permissions"),
+        ("models/gguf.py", "give the path of a .gguf file"),
+        ("models/gguf.py", "a GGUF header alone has 24. Get the file again"),
+        ("models/gguf.py", "is damaged or no valid GGUF: get it again"),
+        ("models/gguf.py", "only little-endian files are read. Convert it again"),
+        ("models/gguf.py", "Convert the model again"),
+        ("models/gguf.py", "Take another quantisation of the model"),
+        ("models/gguf.py", "It is cut short or damaged: get it again"),
+        ("models/gguf.py", "overlap. The file is damaged: get it again"),
+        ("models/gguf_model.py", "llama-gguf-split --merge"),
+        ("models/gguf_tokenizer.py", "load any other model from its Hugging Face folder"),
+        ("models/gguf_tokenizer.py", "load it from its Hugging Face folder"),
+        ("models/hf.py", "Load the unquantised model and let fourbit quantise it"),
+        ("models/llama.py", "Load the unquantised model and let fourbit quantise it"),
+        ("models/load.py", "holds NaN or infinity. The file is damaged: get it again"),
+        ("models/tokenizer_folder.py", "Get the file again"),
+        ("models/tokenizer_folder.py", "Get it from where the model is from"),
+        ("models/finite.py", "or come from a training that diverged: take others"),
+        ("trainer/checkpoint.py", "resume with its version"),
+        ("trainer/checkpoint.py", "Go on with that version, or begin a new run"),
+        ("trainer/distill.py", "so take two models of one family"),
+        ("trainer/preference.py", "resume with that adapter and its file"),
+        ("kernels/chunked_head.py", "leave out the rows that are not trained"),
+    ],
+    "a row that is to be shorter, or other options to be chosen": [
+        ("trainer/evaluate.py", "shorten it, or take the row out"),
+        ("trainer/checkpoint.py", "Lower the learning rate, or look at the batch"),
+        ("trainer/checkpoint.py", "use string keys, and lists instead of tuples"),
+        ("lora/peft_files.py", "keep its tensors (adapter_state) instead"),
+        ("optim/unmoved.py", "use a higher lr, rounding stochastic or float32"),
+    ],
+    "no advice": [
+        ("cli/main.py", words)
+        for words in ("fine-tune a model on chat rows", "answer every row of a file", "--help    all flags")
+    ]
+    + [("cli/synonyms.py", "is base or start"), ("lora/targets.py", "takes away all")]
+    + [("trainer/checkpoint.py", "keep 1 or more"), ("trainer/losses/objective.py", "loss must be NAME or NAME=WEIGHT")]
+    + [("cli/doctor.py", "for --log tensorboard"), ("cli/parse.py", "-h, --help"), ("cli/parse.py", "{}, --no-{}")]
+    + [("data/forms.py", f"`fourbit {name}` reads") for name in ("sft", "dpo", "generate")]
+    + [("trainer/reward_model.py", "fourbit reward writes one beside")],
+}  # fmt: skip
+VERBS = (
+    "add attach begin call check choose convert copy delete exclude free get give go join keep leave load lower make "
+    "mend merge move name pass pip put raise read remove rename repair replace reset save set shorten skip spell split "
+    "start take unpack untie use wait wrap write"
+)
+ADVICE = re.compile(
+    rf"(?i:(?:^\s*|[.:;,(]\s+(?:(?:or|else|first|then|and)\s+)?|\bor )(?:{VERBS.replace(' ', '|')})\b)"
+    rf"|--[a-z]|did you mean|begins? anew|goes on with|see fourbit|\bfourbit (?:{'|'.join(ALL_COMMANDS)})\b"
+)
+
+
+def texts(file: Path) -> Iterator[str]:
+    """Every text of a module but docstrings and the help of options, `{}` for what is put in."""
+    todo: list[ast.AST] = [ast.parse(file.read_text())]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+            todo += [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
+        elif not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
+            option = ast.AnnAssign if isinstance(node, ast.ClassDef) else ()
+            todo += [child for child in ast.iter_child_nodes(node) if not isinstance(child, option)]
+
+
+@pytest.fixture(scope="module")
+def advising() -> list[tuple[str, str]]:
+    """File and text of all that advises."""
+    files = [file for folder in FOLDERS for file in sorted((ROOT / folder).glob("*.py"))]
+    found = {(file.relative_to(ROOT).as_posix(), text) for file in files for text in texts(file)}
+    return sorted((file, text) for file, text in found if " " in text.strip() and ADVICE.search(text))
+
+
+def test_every_advice_is_followed_or_has_a_reason(advising: list[tuple[str, str]]) -> None:
+    known = FOLLOWED + [one for some in (*ELSEWHERE.values(), *NOT_FOLLOWED.values()) for one in some]
+    missing = [one for one in advising if not any(one[0] == file and words in one[1] for file, words in known)]
+    assert not missing, "follow these in a test, or say why not:\n" + "\n".join(map(str, missing))
+    gone = [(file, words) for file, words in known if not any(words in text for text in texts(ROOT / file))]
+    assert not gone, f"no message says this any more: {gone}"
+    for test in ELSEWHERE:
+        file, name = test.split("::")
+        assert f"def {name}(" in (ROOT / file).read_text(), test
+
+
+def flags_of(command: str) -> set[str]:
+    options = importlib.import_module(f"fourbit.cli.{command}").Options
+    return {option.flag for option in options_of(options).values()}
+
+
+def test_every_flag_and_command_that_is_named_is_there(advising: list[tuple[str, str]]) -> None:
+    flags = {"--help", "--version", "--debug", "--no", "--no-base", "--merge"}  # the last is another tool's
+    flags |= {flag for name in ALL_COMMANDS for flag in flags_of(name)}
+    for file, text in advising:
+        assert {*re.findall(r"--[a-z][a-z-]*[a-z]", text)} <= flags, (file, text)
+        for name in re.findall(r"(?:see|use|mean|:|`) ?`?fourbit ([a-z]+)", text):
+            assert name in ALL_COMMANDS, (file, text)
+        for name in re.findall(r"fourbit\.([A-Za-z_]+)", text):
+            assert hasattr(fourbit, name), (file, text)
+    for ours in SYNONYMS.values():
+        assert f"--{ours.replace('_', '-')}" in flags, ours
+    assert COMMANDS_ELSEWHERE.keys() <= ALL_COMMANDS.keys()
+    assert "**Going on** from a finished run" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("commands", "named"),
+    [("sft dpo reward distill", "--micro-batch --max-length --checkpointing"), ("eval generate", "--batch-size"),
+     ("eval generate chat", "--max-new-tokens"), ("sft dpo reward distill eval generate chat", "--quant")],
+)  # fmt: skip
+def test_what_is_advised_where_memory_ran_out_is_there(commands: str, named: str) -> None:
+    said = explain(MemoryError())[0]
+    for name in commands.split():
+        assert {*named.split()} <= {*re.findall(r"--[a-z-]+", said)} & flags_of(name)
