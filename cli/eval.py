@@ -59,8 +59,6 @@ def _outputs(options: Options, sources: Sources, measured: Sequence[str], stack:
     """Where the answers of what is measured go: `answers.jsonl`; with an adapter the base's `answers.base.jsonl`."""
     if options.answers is None:
         return {}
-    if options.match == "none":
-        raise InputError("answers is where answers go, and match none writes none: leave one of them out")
     path, found = Path(options.answers), dict[str, Output]()
     for name in reversed(measured):
         place = path if name == measured[-1] else path.with_suffix(f".base{path.suffix}")

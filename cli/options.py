@@ -138,5 +138,5 @@ def output_of(options: FileOptions, sources: Mapping[str, str], name: str, path:
     how: dict[str, Any] = {"overwrite": options.overwrite, "resume": options.resume, "made_from": made_from}
     output = Output(path, name=name, inputs=inputs, **how)
     if output.stdout and options.json:
-        raise InputError(f"json prints results to standard output, where {name} - writes rows: leave json out, or give a file")
+        raise InputError(f"json prints results to standard output, where {name} - writes rows: leave json out")
     return output

@@ -40,6 +40,7 @@ from fourbit.data.forms import WANTED
 from fourbit.data.order import split_validation
 from fourbit.errors import FourbitError, InputError
 from fourbit.models.load import load_tokenizer
+from fourbit.trainer import metrics
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("", "cli", "data", "kernels", "lora", "models", "optim", "trainer", "trainer/losses")
@@ -110,9 +111,9 @@ COMMANDS = [
     case("cli/eval.py", "leave --no-base out", f"{EVAL} --no-base", EVAL),
     case("cli/eval.py", "give a file, or no-base", f"{EVAL} --adapter run --answers -",
          f"{EVAL} --adapter run --answers a", f"{EVAL} --adapter run --answers - --no-base"),
-    case("cli/options.py", "leave json out, or give a file", f"{EVAL} --answers - --json", f"{EVAL} --answers -",
+    case("cli/options.py", "leave json out", f"{EVAL} --answers - --json", f"{EVAL} --answers -",
          f"{EVAL} --answers a --json"),
-    case("cli/options.py", "leave json out, or give a file", f"{GENERATE} --out - --json",
+    case("cli/options.py", "leave json out", f"{GENERATE} --out - --json",
          f"{GENERATE} --out -", f"{GENERATE} --out a --json"),
     case("cli/generate.py", "mend them", "generate --model m --data bad.jsonl --out a", f"{GENERATE} --out a"),
     case("cli/load.py", "--device must be auto, cpu", f"{EVAL} --match none --device gpu",
@@ -139,7 +140,7 @@ COMMANDS = [
     case("cli/train.py", "brings its own", f"{SFT} --out o --adapter run --rank 2", f"{SFT} --out o --adapter run"),
     case("cli/train.py", "use dtype bfloat16 or float32", f"{SFT} --out o --dtype float16",
          f"{SFT} --out o --dtype bfloat16", f"{SFT} --out o --dtype float32"),
-    case("cli/train.py", "needs validation rows: give val, say 5%", f"{SFT} --out o --eval-every 1",
+    case("trainer/config.py", "needs validation rows: give val, say 5%", f"{SFT} --out o --eval-every 1",
          f"{SFT} --out o --eval-every 1 --val 5%"),
     case("cli/train.py", "{} is {}; use the same", f"{SFT} --out run --resume --rank 5",
          f"{SFT} --out run --resume --rank 2"),
@@ -171,7 +172,7 @@ COMMANDS = [
          f"{SFT.replace('rows', 'bad')} --out o --on-bad-row skip", f"{SFT} --out o"),
     case("trainer/config.py", "give at most that, or auto", f"{SFT} --out o --batch-size 2 --micro-batch 3",
          f"{SFT} --out o --batch-size 2 --micro-batch 2", f"{SFT} --out o --batch-size 2 --micro-batch auto"),
-    case("trainer/config.py", "leave it out, its end counts without it", f"{SFT} --out o --save-every 3",
+    case("trainer/config.py", "leave it out, the end counts anyway", f"{SFT} --out o --save-every 3",
          f"{SFT} --out o"),
     case("trainer/config.py", "belongs to divergence jsd", f"{DISTILL} --teacher other --jsd-beta 0.4",
          f"{DISTILL} --teacher other", f"{DISTILL} --teacher other --jsd-beta 0.4 --divergence jsd"),
@@ -284,6 +285,15 @@ def test_an_empty_input_is_one(done: Callable[[str], str], monkeypatch: pytest.M
     assert "start it with one" in done("chat --model m")
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert done("chat --model m") == ""
+
+
+@follows(("cli/chat.py", "name another one with --template"))
+def test_another_template_says_what_one_leaves_out(here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("users.jinja").write_text("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+    for template, told in (("users.jinja", True), ("chatml", False)):
+        monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+        assert main(shlex.split(f"chat --model m --max-new-tokens 1 --system Briefly. --template {template}")) == 0
+        assert ("name another one with --template" in capsys.readouterr().err) == told
 
 
 @follows(("cli/train.py", "fourbit chat --model {}"), ("cli/train.py", "fourbit chat --model {} --adapter {}"))
@@ -800,8 +810,9 @@ def test_a_cache_is_renewed_as_advised(here: Path, tokenizer: Any) -> None:
     ("trainer/resume.py", "Go on with what it began with, or begin a new run in another folder (out)"),
     ("trainer/resume.py", "use the same ones"),
     ("trainer/resume.py", "resume with the same data files"),
+    ("trainer/metrics.py", "bytes, got {}: move it away"),
 )
-def test_a_run_is_gone_on_from_as_advised(here: Path, tokenizer: Any) -> None:
+def test_a_run_is_gone_on_from_as_advised(here: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(rows: str = "val.jsonl", rank: int = 2, out: str = "o", **how: Any) -> None:
         config = SFTConfig(out=out, steps=1, resume="auto", **how)
         SFTTrainer(adapted(here, rank=rank), tokenizer, train=rows, config=config).train(display=None)
@@ -813,6 +824,10 @@ def test_a_run_is_gone_on_from_as_advised(here: Path, tokenizer: Any) -> None:
         run(rank=3)
     with words_of("use the same ones"):
         run(lr=0.3)
+    with monkeypatch.context() as patch, words_of("move it away"):
+        patch.setattr(metrics, "LARGEST_FILE", 10)
+        run()
+    Path("o/metrics.jsonl").rename("away")
     run(), run(rank=3, out="p")
 
 
@@ -866,7 +881,7 @@ ELSEWHERE = {  # tests of other files that follow an advice
 NOT_FOLLOWED = {  # why -> what
     "a disk or file system that a test cannot have; another place is tried beside `cannot write to`": [
         ("files.py", "free some space or make the folder writable"),
-        ("outputs.py", "start no second run there"),
+        ("outputs.py", "start no second run in it"),
         ("outputs.py", ". Choose another --out"),
     ],
     "a GPU, or a second device": [
