@@ -144,10 +144,10 @@ class TrainingConfig(Checked):
         """Steps of warm-up in a run of `total` steps."""
         return _steps(self.warmup, total)
 
-    def rate(self, step: int, total: int) -> float:
-        """The learning rate of step `step`, counted from 0, in a run of `total` steps."""
+    def rate_factor(self, step: int, total: int) -> float:
+        """The learning rate of step `step`, counted from 0, in a run of `total` steps, as a share of `lr`."""
         warmup, decay = self.warmup_steps(total), None if self.decay is None else _steps(self.decay, total)
-        return self.lr * rate_factor(step, total=total, warmup=warmup, schedule=self.schedule, decay=decay)
+        return rate_factor(step, total=total, warmup=warmup, schedule=self.schedule, decay=decay)
 
     def course(self) -> tuple[Any, ...]:
         """What decides the rates of all steps, besides their number."""

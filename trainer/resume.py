@@ -75,7 +75,7 @@ def _check_course(old: TrainingConfig, new: TrainingConfig, before: int, total: 
     if run.stopped_early:
         raise InputError(f"this run stopped early, after step {run.done:,}, and more steps change nothing; {anew}")
     for step in range(run.done):
-        was, would = old.rate(step, before), new.rate(step, total)
+        was, would = old.lr * old.rate_factor(step, before), new.lr * new.rate_factor(step, total)
         if was != would:
             raise InputError(
                 f"a run of {total:,} steps by schedule {new.schedule} has the learning rate {would:.4g} in step "

@@ -205,7 +205,7 @@ class Trainer(ABC):
     def _step(self) -> None:
         step, config = self.run.done, self.config
         data = self.step_data(step)
-        rate = config.rate(step, self.total)
+        rate = config.lr * config.rate_factor(step, self.total)
         for batches in data.updates:
             result = self.stepper.step(batches, rate)
             self.applied(result)

@@ -79,8 +79,8 @@ def test_refused(options, error):
 
 def test_decay_and_warmup_are_fractions_or_steps():
     def rates(total, **options):
-        config = SFTConfig(out="o", schedule="wsd", lr=1.0, **options)
-        return [config.rate(step, total) for step in range(total)]
+        config = SFTConfig(out="o", schedule="wsd", **options)
+        return [config.rate_factor(step, total) for step in range(total)]
 
     assert rates(200, warmup=30, decay=0.25) == rates(200, warmup=0.15, decay=50)
     assert rates(200, warmup=0, decay=7) == [1.0] * 194 + [k / 7 for k in range(6, 0, -1)]
