@@ -6,6 +6,7 @@ from a file that anyone may have written. All are fields of a dataclass, whose a
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
@@ -55,7 +56,8 @@ def setting(
 @dataclass(frozen=True)
 class Checked:
     """Base of options: each field is of its type and within its bounds; a whole number given for a float is a float,
-    a list for a tuple is a tuple. Raises InputError that begins with the field's name and says rule and value."""
+    a list for a tuple a tuple, a `Path` for text its text. Raises InputError that begins with the field's name and
+    says rule and value."""
 
     def __post_init__(self) -> None:
         types = get_type_hints(type(self))
@@ -127,8 +129,10 @@ def _fitted(value: Any, kind: Any) -> Any:
         return float(value)
     if origin is Literal and isinstance(value, str) and value in inner:
         return value
-    if origin is tuple and isinstance(value, str | list | tuple):
-        return tuple(_fitted(each, inner[0]) for each in ([value] if isinstance(value, str) else value))
+    if kind is str and isinstance(value, os.PathLike) and isinstance(path := os.fspath(value), str):
+        return path
+    if origin is tuple and isinstance(value, str | os.PathLike | list | tuple):
+        return tuple(_fitted(each, inner[0]) for each in (value if isinstance(value, list | tuple) else [value]))
     if origin is dict and isinstance(value, dict):
         return {_fitted(key, inner[0]): _fitted(each, inner[1]) for key, each in value.items()}
     raise ValueError(kind)

@@ -3,6 +3,7 @@
 import importlib
 import math
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -67,6 +68,8 @@ class Some(Checked):
 def test_values_take_the_type_of_their_field() -> None:
     some = Some(name="a", many=["b"], rate=1)  # type: ignore[arg-type]
     assert some == Some(name="a", many=("b",), rate=1.0) and type(some.rate) is float
+    assert Some(name=Path("a/b"), many=[Path("c"), "d"]) == Some(name="a/b", many=("c", "d"))  # type: ignore[arg-type]
+    assert Some(name="a", many=Path("c")).many == ("c",)  # type: ignore[arg-type]
     assert checked("size", MOST, int) == MOST and checked("seed", LARGEST, int, {"most": LARGEST}) == LARGEST
 
 
