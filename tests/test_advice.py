@@ -273,8 +273,9 @@ def test_the_advice_of_a_command_works(one: Case, done: Callable[[str], str]) ->
 
 @follows(("outputs.py", "give an empty or a new one, such as"))
 def test_the_folder_that_is_named_is_free(here: Path, done: Callable[[str], str]) -> None:
-    (here / "d/run1").mkdir(parents=True)
-    (here / "d/run1/mine").touch()
+    for name in ("run", "run1"):
+        (here / "d" / name).mkdir(parents=True)
+        (here / "d" / name / "mine").touch()
     said = done(f"{SFT} --out d")
     assert "such as" in said and done(f"{SFT} --out {said.split()[-1]}") == "" and done(f"{SFT} --out o") == ""
 
