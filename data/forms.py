@@ -125,6 +125,8 @@ def sample(row: Row, kind: Kind, name: str | None = None) -> Sample:
     read = Row(fields, row.file, row.line)
     made = SETTLED[kind](read, form, _beside_messages(read, form.read(read)))
     unused, passed = unread(read, ASIDE if kind == "prompts" else ())
+    if not (unused or passed or kind == "prompts"):
+        return made
     notes = (*made.notes, *(UNUSED + excerpt(place) for place in unused))
     return replace(made, notes=notes, passed=tuple(passed), row=row.data if kind == "prompts" else {})
 

@@ -5,7 +5,6 @@ row, so that no reader can drop a key in silence; and whoever reads another key 
 absent: no reader and no template sees a key that holds it. (JSON in a text is taken as it stands.)
 """
 
-import re
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -65,9 +64,8 @@ class Fields(dict[str, Any]):
 
     __slots__ = ("level", "read")
 
-    def __init__(self, data: dict[str, Any], level: str = "") -> None:
-        super().__init__(data)
-        self.level, self.read = level, set[str]()
+    def __init__(self) -> None:
+        self.level, self.read = "", set[str]()
 
     def __getitem__(self, key: str) -> Any:
         self.read.add(key)
@@ -82,14 +80,18 @@ class Fields(dict[str, Any]):
 def present(value: Any, *, null: bool = False) -> Any:
     """A JSON value as it is read: objects as Fields, without the keys that hold null unless these are wanted."""
     if isinstance(value, dict):
-        return Fields({key: present(inner, null=null) for key, inner in value.items() if null or inner is not None})
+        made = Fields()
+        for key, inner in value.items():
+            if null or inner is not None:
+                made[key] = inner if isinstance(inner, str) else present(inner, null=null)
+        return made
     return [present(inner, null=null) for inner in value] if isinstance(value, list) else value
 
 
 def plain(value: Any) -> Any:
     """The same in dicts of their own."""
     if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
+        return {key: inner if isinstance(inner, str) else plain(inner) for key, inner in value.items()}
     return [plain(inner) for inner in value] if isinstance(value, list) else value
 
 
@@ -119,28 +121,30 @@ def opened(row: Row, field: str, value: Any) -> Any:
 def unread(row: Row, aside: Collection[str] = ()) -> tuple[list[str], list[Passed]]:
     """The keys of a row that nobody read, but for those set `aside`: the places of what is not used at all, and what
     is given to the template, which alone knows. Raises BadRow for one of ELSEWHERE that is not empty."""
-    unused, passed, stack = (
-        dict[str, None](),
-        dict[tuple[str, str], list[str]](),
-        list[tuple[str, Any]]([("", row.data)]),
-    )
+    unused, passed = dict[str, None](), dict[tuple[str, str], list[str]]()
+    stack: list[tuple[tuple[str | int, ...], Any]] = [((), row.data)]
     while stack:
         path, value = stack.pop()
         if isinstance(value, list):
-            stack += [(f"{path}[{i}]", inner) for i, inner in enumerate(value)]
+            stack += [((*path, i), inner) for i, inner in enumerate(value) if isinstance(inner, (dict, list))]
         if not isinstance(value, Fields) or value.level == WHOLE:
             continue
         for key, inner in value.items():
-            where = f"{path}.{key}" if path else key
             if key in value.read:
-                stack.append((where, inner))
+                if isinstance(inner, (dict, list)):
+                    stack.append(((*path, key), inner))
             elif path or key not in aside:
                 if (why := ELSEWHERE.get(value.level, {}).get(key)) and inner not in ([], {}, ""):
-                    raise bad(row, where, why, "key")
-                place = re.sub(r"\[\d+\]", "[]", path) + where[len(path) :]
+                    raise bad(row, _place((*path, key), "[{}]"), why, "key")
+                place = _place((*path, key), "[]")
                 if value.level in (TURN, CALL):
                     texts = passed.setdefault((place, key), [])
                     texts += [inner] * (isinstance(inner, str) and len(texts) < MOST_TEXTS)
                 else:
                     unused[place] = None
     return [*unused], [Passed(place, key, tuple(texts)) for (place, key), texts in passed.items()]
+
+
+def _place(steps: tuple[str | int, ...], index: str) -> str:
+    """Where a key stands, in words: `index` formats a place in a list."""
+    return "".join(f".{s}" if isinstance(s, str) else index.format(s) for s in steps).removeprefix(".")

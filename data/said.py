@@ -31,6 +31,9 @@ SPELLINGS: tuple[Callable[[str], str], ...] = (
     lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
     lambda text: json.dumps(text)[1:-1],
     lambda text: repr(text)[1:-1],
+    lambda text: (
+        re.sub(r"[\\']", r"\\\g<0>", text).replace("\n", "\\n").replace("\r", "\\r")
+    ),  # as LFM2 does for Python
     lambda text: html.escape(text, quote=False).replace('"', "&#34;").replace("'", "&#39;"),  # as jinja's filter does
 )
 

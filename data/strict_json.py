@@ -58,7 +58,8 @@ def parse(text: str) -> Any:
     if rest := text[end:].strip():
         hint = ": one object a line, without commas between" if rest.startswith((",", "{")) else ""
         raise Refused(f"more text follows the JSON value: {excerpt(rest)}", hint)
-    _check_values(value)
+    if "\\u" in text or _UNFIT.search(text) or text.count("{") + text.count("[") > MAX_DEPTH:  # few rows are so
+        _check_values(value)
     return value
 
 

@@ -22,7 +22,7 @@ from ..child import child_command, child_environment
 from ..errors import EnvironmentProblem, InputError
 from .protocol import TokenizerLike
 from .said import REASONING
-from .turns import Rendered, Talk, Turn, Unrenderable, place, too_many, with_thoughts
+from .turns import Rendered, Talk, Turn, Unrenderable, before_mark, place, too_many, with_thoughts
 
 MAX_SOURCE_BYTES = 64 * 1024
 RENDER_SECONDS = 1.0  # processor time of one conversation, beyond what is free
@@ -122,6 +122,7 @@ class ChatTemplate:
         if not isinstance(whole, str):
             return self._refused(whole)
         told = dict(zip(talk.cuts[1:], rest, strict=True))
+        told |= {cut: before_mark(whole, *text) for cut, text in told.items() if cut[1] and isinstance(text, list)}
         if not told:
             return Rendered(whole, dict.fromkeys(talk.turns, too_many(talk)))
         for i in talk.turns:
@@ -130,7 +131,7 @@ class ChatTemplate:
             turns[i] = self._refused(refused) if refused else place(talk, i, whole, prompt, upto)
         last = len(talk.messages) - 1
         prompt = told.get((last, True))
-        if isinstance(prompt, list) and (made := with_thoughts(talk, whole, *prompt)):
+        if isinstance(prompt, tuple) and (made := with_thoughts(talk, whole, *prompt)):
             whole, turns[last] = made
         return Rendered(whole, turns)
 

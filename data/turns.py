@@ -17,6 +17,7 @@ from .messages import Messages
 # with the square of the turns, so that no faster machine would do.
 MAX_RENDERED = 200_000
 THOUGHT = re.compile(r"[<\[]/?(?:\w+:)?(?:think(?:ing)?|thought)[>\]]", re.IGNORECASE)  # begins or ends thoughts
+LONGEST_MARK = 40
 
 
 class Unrenderable(InputError):
@@ -68,6 +69,16 @@ def too_many(talk: Talk) -> Unrenderable:
         f"has {len(talk.messages):,} messages with {len(talk.turns):,} answers to train: to find them all, the template"
         f" would have to write more than {MAX_RENDERED:,} messages; split it, or train the last answer (loss_on last)"
     )
+
+
+def before_mark(whole: str, start: int, lacking: str) -> Told:
+    """What the whole lacks of a prompt from the beginning of a mark of thoughts: an answer that begins with "<" too
+    shares that character with the mark."""
+    near = whole[:start][-LONGEST_MARK:]
+    for mark in THOUGHT.finditer(near + lacking):
+        if mark.start() < len(near) < mark.end():
+            return start - len(near) + mark.start(), near[mark.start() :] + lacking
+    return start, lacking
 
 
 def place(talk: Talk, i: int, whole: str, prompt: Told, upto: Told) -> Turn | Unrenderable:

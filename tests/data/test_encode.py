@@ -106,6 +106,13 @@ def test_an_answers_thoughts_follow_a_prompt_that_begins_them(tokenizer: Any) ->
     assert encode_questions([row(HI, say("one"))], tokenizer, R1)[1] == ["one"]
 
 
+@pytest.mark.parametrize("answer", ["<b>so</b>", "<thin", "<think>\ny\n</think>\n\n<b>so</b>"])
+def test_an_answer_may_begin_as_the_mark_of_thoughts_does(answer: str, tokenizer: Any) -> None:
+    """What the text shares with the prompt ends inside the mark then."""
+    example = encoded(row(HI, say("<i>one</i>"), HI, say(answer)), tokenizer, R1)
+    assert trained_text(example, tokenizer) == answer.removeprefix("<think>\n") + "<|im_end|>"
+
+
 def test_a_system_text_that_moves_to_the_last_user_turn_is_refused(tokenizer: Any) -> None:
     """As newer Mistral templates do."""
     template = ChatTemplate(

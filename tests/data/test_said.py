@@ -87,13 +87,14 @@ def test_what_a_template_leaves_out_is_an_error_that_names_it(
         "{{ m.content | tojson(ensure_ascii=true) }}",
         "{{ m.content | e }}",
         "{{ [m.content] }}",
+        r"""{{ m.content | replace('\\', '\\\\') | replace("'", "\\'") | replace('\n', '\\n') }}""",
         "{{ m.content | indent(4) }}",
         "{{ m.content.split() | join(' ') }}",
         "{{ m.content.replace('\n', '\n> ') if false else m.content }}",
     ],
 )
 def test_texts_may_be_trimmed_escaped_or_set_in(each: str, tokenizer: Any) -> None:
-    said = [say("user", ' "a" \u00e9 <b>\n\n c\\ '), say("assistant", "Yes\n")]
+    said = [say("user", " \"a\" '\u00e9'\t<b>\n\n c\\ "), say("assistant", "Yes\n")]
     template = ChatTemplate("{% for m in messages %}{{ m.role }}: " + each + "<|im_end|>{% endfor %}")
     assert not isinstance(chosen(row(*said), tokenizer, template), BadRow)
 
