@@ -43,7 +43,7 @@ from .show import amount, count, describe, figure, note, pairs, result, working,
 NAMES = re.compile(r"[\w.]+(,[\w.]+)*")  # else an entry of --target is a regular expression
 GROUPS = ("all-linear", "attn", "mlp")
 FRESH = ("rank", "alpha", "dropout", "target", "rslora")  # what a fresh adapter is told, and no other
-FIXED = ("model", "full", "quant", "dtype", "adapter", "teacher", "teacher_adapter", "teacher_quant")  # on resuming
+FIXED = ("full", "quant", "dtype", "teacher_quant")  # on resuming; models and adapters may be elsewhere now
 REPORTED = ("perplexity", "reward_accuracy", "reward_margin")  # of the best evaluation; --json has all metrics
 
 
@@ -193,7 +193,7 @@ def _checked(options: TrainOptions, sources: Sources) -> TrainOptions:
 
 
 def _check_resumed(options: TrainOptions) -> None:
-    """A resumed run has the model and adapter of its first part; the trainer checks the rest."""
+    """What is known to be another before the model is read; the trainer compares models and adapters themselves."""
     if options.resume is None:
         return
     folder = Path(options.out) if options.resume == "auto" else Path(options.resume).parent.parent

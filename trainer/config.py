@@ -167,14 +167,11 @@ class TrainingConfig(Checked):
             raise InputError(f"{'patience' if self.patience else 'eval_every'} needs validation rows: give val, say 5%")
         total, epoch = self.total_steps(rows), steps_per_epoch(rows, self.batch_size)
         run = f"the run has {total:,} step{'s' * (total > 1)} ({rows:,} rows, {self.batch_size} a step)"
-        warmup, falling = self.warmup_steps(total), 0.1 if self.decay is None else self.decay
+        warmup = self.warmup_steps(total)
         if warmup >= total:
             raise InputError(f"warmup {self.warmup:g} is {warmup:,} steps, and {run}: no step would have the full rate")
-        if self.schedule == "wsd" and not 0 < (decay := _steps(falling, total)) <= total - warmup:
-            raise InputError(f"decay {falling:g} is {decay:,} steps after {warmup:,} of warmup, and {run}")
-        for name in ("eval_every", "save_every"):
-            if (every := getattr(self, name)) is not None and every > total:
-                raise InputError(f"{name} is {every:,}, and {run}: leave it out, the end counts anyway")
+        if self.decay is not None and not 0 < (decay := _steps(self.decay, total)) <= total - warmup:
+            raise InputError(f"decay {self.decay:g} is {decay:,} steps after {warmup:,} of warmup, and {run}")
         times = -(-total // (self.eval_every or epoch))
         if self.patience is not None and self.patience >= times:
             raise InputError(

@@ -102,7 +102,7 @@ class Trainer(ABC):
         return {
             "trainer": type(self).__name__,
             "dtype": str(self.model.dtype),
-            "base": self.base_hash,
+            "base": base_hash(self.model, self.parameters.values()),
             "form of its adapter": adapter_form(self.model),
         }
 
@@ -155,7 +155,7 @@ class Trainer(ABC):
         with held as notes, torch.random.fork_rng(), interrupts() as self.interrupt:
             checkpoint = checkpoint_to_resume(out, self.config.resume, notes)
             torch.manual_seed(self.config.seed)
-            self.base_hash = base_hash(self.model, self.parameters.values())
+            self.depends_on = self.depends()  # once: it reads whole models
             self.run, self.stepper = RunState(), Stepper(self.parameters, self.sums, self.config)
             moments = (1 if "lion" in self.config.optimizer else 2) * (1 if "8bit" in self.config.optimizer else 4)
             needed = moments * sum(parameter.numel() for parameter in self.parameters.values())
@@ -334,7 +334,7 @@ class Trainer(ABC):
 
     def _saved(self) -> SavedState:
         order = layout(self.config, self.device)
-        return SavedState(self.run, as_json(self.config), self.fingerprint, self.depends(), order)
+        return SavedState(self.run, as_json(self.config), self.fingerprint, self.depends_on, order)
 
     def _resume(self, path: Path, notes: list[str]) -> None:
         """Take up a checkpoint. Raises InputError when it belongs to other data, other options or another model."""
