@@ -127,11 +127,11 @@ def _check_weight(row: Row, field: str, weight: Any, role: str) -> None:
 
 def _tool_calls(row: Row, field: str, message: Fields, role: str) -> Messages | None:
     """The calls of a turn: `tool_calls`, or the one `function_call` that OpenAI's first form of them had."""
-    key = "function_call" if "function_call" in message and not message.get("tool_calls") else "tool_calls"
+    key = "function_call" if not message.get("tool_calls") and message.get("function_call") else "tool_calls"
     if key not in message:
         return None
     calls, where = message[key], f"{field}.{key}"
-    if role != "assistant":
+    if role != "assistant" and calls:
         raise bad(row, where, f"belongs on assistant turns only, this one is {role!r}")
     if key == "function_call":
         return [_tool_call(row, where, calls)]

@@ -391,3 +391,16 @@ def test_any_row_is_taken_or_refused_as_a_row(data: dict[str, Any]) -> None:
             assert answer[-1]["role"] == "assistant" and (kind == "sft" or answer[0]["role"] == "assistant")
             assert all(isinstance(message["content"], str) for message in row.context + answer)
     assert data == before
+
+
+@pytest.mark.parametrize(
+    ("role", "more"),
+    [("assistant", {"function_call": {}}), ("assistant", {"function_call": ""}), ("user", {"tool_calls": []})],
+)
+def test_empty_calls_say_nothing(role: str, more: dict[str, Any]) -> None:
+    """As writers fill them in that give every turn the same keys."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    filled = [turn | (more if turn["role"] == role else {}) for turn in turns]
+    made = sample(Row({"messages": filled}, "f", 1), "sft")
+    assert [(turn["role"], turn["content"]) for turn in made.answers[0]] == [("user", "a"), ("assistant", "b")]
+    assert not made.notes and not made.passed and not any(turn.get("function_call") for turn in made.answers[0])
