@@ -25,13 +25,14 @@ CHUNK = 1 << 22  # values that are rounded, and brought from the device, at a ti
 SAMPLED, VALUES = 32, 32  # matrices, and values of each, whose signs are kept
 _WRITTEN = re.compile(r"[\w ,-]{1,200}(\n([0-9a-f]{64})?){2}\n[+-]{0,4096}")  # the fields, one a line
 ALIKE = 0.75  # of the signs: rounding a base to 4 bits leaves 0.9 and more, another base has half by chance
+ROUNDED = 0.995  # of the signs, dense or 4-bit both: what rounding alone leaves (to float16, then bfloat16)
 
 
 class BaseIdentity(NamedTuple):
     """A model without its adapters. A hash is "" for a float16 model, whose numbers may have been rounded twice."""
 
     quant: str  # 4-bit form of the linear layers: nf4, nf4-nodq, fp4, ...; none
-    vectors: str  # hash of norms and biases, which no way of quantising a base or its file changes
+    vectors: str  # hash of norms and biases, which no way of quantising a base changes
     weights: str  # hash of all other parameters, as they are kept
     signs: str  # of some weights, - or +: alike for every form of one base
 
@@ -51,13 +52,14 @@ class BaseIdentity(NamedTuple):
         """Whether the two are different models, and not forms of one."""
         alike = sum(a == b for a, b in zip(self.signs, trained.signs, strict=False))
         longest = max(len(self.signs), len(trained.signs))
-        return alike < ALIKE * longest or _differ(self.vectors, trained.vectors)
+        rounded = alike >= ROUNDED * longest
+        return alike < ALIKE * longest or (_differ(self.vectors, trained.vectors) and not rounded)
 
     def difference(self, trained: "BaseIdentity") -> str:
         """What an adapter should know of this form of its base; "" where it is the one that it was trained on."""
         if self.quant != trained.quant:
             return f"was trained on {_form(trained.quant)}; on {_form(self.quant)} it will be somewhat off"
-        if _differ(self.weights, trained.weights):
+        if _differ(self.weights, trained.weights) or _differ(self.vectors, trained.vectors):
             return "was trained on slightly other weights of this base: from a file that rounds otherwise, or changed"
         return ""
 

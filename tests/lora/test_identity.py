@@ -71,8 +71,28 @@ def test_what_was_trained_further_is_told():
     assert not here.is_other_base(known)
     assert "slightly other weights of this base" in here.difference(known)
     with torch.no_grad():
-        model["norm"].weight[3] += 0.01
-    assert base_identity(model).is_other_base(known)
+        model["norm"].weight += 0.01
+    assert "slightly other weights" in base_identity(model).difference(here), "norms alone"
+    assert base_identity(quantize_(small(100))).is_other_base(here)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_that_rounds_otherwise_is_no_other_base(form):
+    """Float32 through float16 to bfloat16 is not float32 to bfloat16, in norms too."""
+
+    def kept(*dtypes):
+        torch.manual_seed(0)
+        parts = {"up_proj": nn.Linear(64, 64), "norm": nn.LayerNorm(64)}
+        nn.init.normal_(parts["norm"].weight, 1, 0.2)
+        model = nn.ModuleDict(parts)
+        for dtype in (*dtypes, torch.float32):
+            model = model.to(dtype)
+        return base_identity(quantize_(model, FORMS[form][0], double_quant=FORMS[form][1]) if FORMS[form] else model)
+
+    known, here = kept(), kept(torch.float16)
+    assert known.vectors != here.vectors and not here.is_other_base(known)
+    assert "slightly other weights of this base" in here.difference(known)
+    assert kept(torch.bfloat16).vectors == known.vectors
 
 
 def test_a_block_size_of_its_own_is_named():
