@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from .errors import DiskError, EnvironmentProblem, InputError
-from .files import disk_errors, is_temporary, remove_flat, remove_stale, sync, temporary_name, write_whole
+from .files import disk_errors, remove_flat, remove_stale, sync, temporary_name, write_whole
 
 LOCK = "run.lock"
 StrPath = str | os.PathLike[str]
@@ -278,7 +278,7 @@ def _check_folder(folder: StrPath, inputs: Iterable[StrPath], resume: str | None
     check_apart(folder, name, inputs, folder=True)
     if standing != place:
         return
-    entries = [entry for entry in os.scandir(place) if not is_temporary(entry.name)]
+    entries = [entry for entry in os.scandir(place) if not entry.name.startswith(".")]  # .gitkeep: no name of a run's
     if not _is_run(place) and (others := sorted(e.name for e in entries if e.name != LOCK or e.stat().st_size)):
         what = f"{name} is no run's folder and holds {', '.join(others[:3])}"
         new = next(path for number in itertools.count(1) if not os.path.lexists(path := place / f"run{number}"))

@@ -55,9 +55,9 @@ def setting(
 
 @dataclass(frozen=True)
 class Checked:
-    """Base of options: each field is of its type and within its bounds; a whole number given for a float is a float,
-    a list for a tuple a tuple, a `Path` for text its text. Raises InputError that begins with the field's name and
-    says rule and value."""
+    """Base of options: each field is of its type and within its bounds. A whole number given for a float is a float,
+    1e3 a whole number, a list a tuple, a `Path` its text. Raises InputError that begins with the field's name and says
+    rule and value."""
 
     def __post_init__(self) -> None:
         types = get_type_hints(type(self))
@@ -125,6 +125,8 @@ def _fitted(value: Any, kind: Any) -> Any:
         return _fitted(value, inner[-1])
     if kind is Any or type(value) is kind or (value is None and kind is NoneType):
         return value
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e3
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if origin is Literal and isinstance(value, str) and value in inner:

@@ -67,7 +67,8 @@ def test_a_folder_of_another_is_left_alone(tmp_path: Path, name: str, resume: st
 
 
 def test_new_empty_and_own_folders_are_taken(tmp_path: Path, run: Path) -> None:
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".ipynb_checkpoints").mkdir(parents=True)
+    (tmp_path / "empty" / ".gitkeep").touch()
     (tmp_path / "link").symlink_to("empty")
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed" / LOCK).touch()  # killed before it wrote its name

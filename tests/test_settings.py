@@ -70,6 +70,7 @@ def test_values_take_the_type_of_their_field() -> None:
     assert some == Some(name="a", many=("b",), rate=1.0) and type(some.rate) is float
     assert Some(name=Path("a/b"), many=[Path("c"), "d"]) == Some(name="a/b", many=("c", "d"))  # type: ignore[arg-type]
     assert Some(name="a", many=Path("c")).many == ("c",)  # type: ignore[arg-type]
+    assert Some(name="a", size=1e3).size == 1000 and type(Some(name="a", size=2.0).size) is int  # type: ignore[arg-type]
     assert checked("size", MOST, int) == MOST and checked("seed", LARGEST, int, {"most": LARGEST}) == LARGEST
 
 
@@ -87,6 +88,7 @@ def test_values_take_the_type_of_their_field() -> None:
         ({"name": "a", "size": 0}, "it: size must be at least 1, got 0"),
         ({"name": "a", "size": 2**31}, "it: size must be at most 2,147,483,647, got 2147483648"),
         ({"name": "a", "size": -(10**5000)}, "it: size must be at least 1, got a number of thousands of digits"),
+        ({"name": "a", "size": 2.5}, "it: size must be a whole number or auto, got 2.5"),
         ({"name": "a", "size": "many"}, "it: size must be a whole number or auto, got 'many'"),
         ({"name": "a\0b"}, "it: name must be text without NUL, got 'a\\x00b'"),
         ({"name": ""}, "name must not be empty"),
