@@ -25,7 +25,6 @@ from typing import Any
 
 SECONDS = 5.0
 KILL_SECONDS = 6.0
-KNOWN_KILL_SECONDS = 2.0  # for a case that is known to hang: so much of it is enough to see
 MEMORY_KIB = 500_000_000 // 1024  # above the level
 KILL_KIB = 1 << 20  # above the level: before the machine suffers
 PARAGRAPH = 2000
