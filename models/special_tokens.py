@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 from ..errors import InputError, shown
 
 STANDARD = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+NEEDED = ("bos_token", "eos_token", "pad_token")  # with an id
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 AGAIN = "Write both again with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
 
@@ -25,7 +26,7 @@ def add_special_tokens(
     """Add to `backend` what tokenizer_config.json (`where`) and the older special_tokens_map.json say.
 
     Returns the texts of the tokens that have a name. Raises InputError for an entry of a wrong type, and for a token
-    that is not in the vocabulary or has another id there.
+    that is needed and not in the vocabulary, or has another id there.
     """
     listed = _listed(where, config.get("added_tokens_decoder"))
     if config.get("added_tokens_decoder") is None:
@@ -36,19 +37,22 @@ def add_special_tokens(
         extra = config.get("additional_special_tokens")
     if not isinstance(extra, list | None):
         raise InputError(f"{where}: extra_special_tokens must be a list or an object, got {shown(extra)}.")
-    special = [*named.values(), *(_token(where, "extra_special_tokens", token) for token in extra or [])]
-    for token in special:
-        if backend.token_to_id(token.content) is None and token.content not in {t.content for t in listed.values()}:
+    extras = [_token(where, "extra_special_tokens", token) for token in extra or []]
+    has, theirs = list(backend.get_added_tokens_decoder().values()), {token.content for token in listed.values()}
+    for token in [*(named[key] for key in NEEDED if key in named), *extras]:
+        if backend.token_to_id(token.content) is None and token.content not in theirs:
             what = f"the special token {shown(token.content)} is not in the tokenizer's vocabulary"
             raise InputError(f"{where}: {what}. {AGAIN}")
-    has = list(backend.get_added_tokens_decoder().values())
-    added = [token for _, token in sorted(listed.items()) if repr(token) not in set(map(repr, has))]
-    known = {token.content for token in [*has, *added]}
+    # Another named one may have no id, as CodeLlama's <FILL_ME>: it is a name alone, which no text of the model holds.
+    special = [token for token in [*named.values(), *extras] if backend.token_to_id(token.content) is not None]
+    same = set(map(repr, has))
+    added = [token for _, token in sorted(listed.items()) if repr(token) not in same]
+    known, names = {token.content for token in [*has, *added]}, {token.content for token in named.values()}
     for token in special:
         if token.content not in known and token not in added:  # with other flags: the last one counts
             added.append(token)
     for token in added:
-        token.special |= token.content in {token.content for token in named.values()}
+        token.special |= token.content in names
     backend.add_tokens(added)
     for index, token in listed.items():
         if (found := backend.token_to_id(token.content)) != index:

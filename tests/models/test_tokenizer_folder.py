@@ -73,6 +73,14 @@ def test_templates_get_the_named_tokens_that_transformers_gives_them(tmp_path: P
     assert tokenizer.special_tokens == ("<s>", "</s>")
 
 
+def test_a_named_token_without_an_id_is_a_name_alone(tmp_path: Path) -> None:
+    """CodeLlama's fill_token, which only its own tokenizer class knows, has none."""
+    names = {"fill_token": "<FILL_ME>", "mask_token": "<mask>"}
+    tokenizer = folder_tokenizer(write(tmp_path, tokenizer_config=CONFIG | names))
+    assert names.items() <= tokenizer.named_tokens.items()
+    assert (tokenizer.vocab_size, tokenizer.special_tokens) == (EOS + 1, ("<s>", "</s>"))
+
+
 FLAGS = st.fixed_dictionaries({}, optional=dict.fromkeys(("lstrip", "rstrip", "special", "normalized"), st.booleans()))
 WHOLE = {
     "<s>": BOS,
