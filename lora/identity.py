@@ -83,7 +83,7 @@ def base_identity(model: nn.Module) -> BaseIdentity:
             elif parameter.ndim > 1 and name not in stored:
                 signed.append(parameter)
     some = [signed[i * len(signed) // SAMPLED] for i in range(SAMPLED)] if len(signed) > SAMPLED else signed
-    hashes = (_hash(vectors), _hash(weights)) if exact else ("", "")
+    hashes = (hashed(vectors, rounded=True), hashed(weights, rounded=True)) if exact else ("", "")
     return BaseIdentity(", ".join(sorted(forms)) or "none", *hashes, "".join(map(_signs, some)))
 
 
@@ -101,13 +101,14 @@ def _differ(a: str, b: str) -> bool:
     return bool(a and b) and a != b
 
 
-def _hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and values."""
+def hashed(tensors: Mapping[str, Tensor], *, rounded: bool = False) -> str:
+    """SHA-256 over names, shapes and values: exact ones and their dtypes, or as bfloat16 holds them."""
 
     def digest(named: tuple[str, Tensor]) -> bytes:
-        found = hashlib.sha256(f"{named[0]} {tuple(named[1].shape)}\n".encode())
-        for chunk in named[1].detach().reshape(-1).split(CHUNK):
-            values = chunk.bfloat16() if chunk.is_floating_point() else chunk
+        name, tensor = named
+        found = hashlib.sha256(f"{name} {'' if rounded else tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        for chunk in tensor.detach().reshape(-1).split(CHUNK):
+            values = chunk.bfloat16() if rounded and chunk.is_floating_point() else chunk
             found.update(values.cpu().view(torch.uint8).numpy().data)
         return found.digest()
 

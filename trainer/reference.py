@@ -16,9 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 from ..data.batch import Batch, sent
 from ..errors import InputError, shown
 from ..files import write_tensors
+from ..lora.identity import hashed
 from ..models.protocol import CausalLM
 from ..settings import checked
-from .resume import adapters_hash, base_hash, hashed
+from .resume import adapters_hash, base_hash
 
 FORMAT = "fourbit reference log-probabilities 2"
 

@@ -8,7 +8,6 @@ for ever and may be led down at last (wsd), and a cosine, whose every rate depen
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..errors import InputError, shown
 from ..lora.adapter import DEFAULT, adapter_layers, adapters_of, plain_name
+from ..lora.identity import hashed
 from ..lora.peft_files import adapter_state
 from ..models.protocol import CausalLM
 from .config import COURSE, PAGED, TrainingConfig
@@ -137,16 +137,3 @@ def adapters_hash(model: CausalLM, names: Sequence[str]) -> str:
     tensors = {f"{i}.{key}": t for i, name in enumerate(names) for key, t in adapter_state(model, name).items()}
     forms = [adapter_form(model, name) for name in names]
     return hashlib.sha256((hashed(tensors) + json.dumps(forms)).encode()).hexdigest()
-
-
-def hashed(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes."""
-
-    def digest(named: tuple[str, Tensor]) -> bytes:
-        name, tensor = named
-        found = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-        return found.digest()
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing lets other threads run
-        return hashlib.sha256(b"".join(pool.map(digest, sorted(tensors.items())))).hexdigest()
