@@ -18,7 +18,6 @@ from typing import Any, Literal
 from ..errors import InputError, shown
 from .batch import Encoded, Example
 from .forms import Paths, read_samples
-from .mask import LEFT_OUT, NO_END, Tokens, mask
 from .messages import Messages, trains
 from .protocol import TokenizerLike
 from .row import BadRow, Problems, counted
@@ -26,7 +25,7 @@ from .said import REASONING, spelled, unsaid
 from .sample import Kind, Sample
 from .template import ChatTemplate, TemplateChoice, expects_bos, template_for
 from .truncate import Dropped, Truncation, fit
-from .turns import Rendered, Talk, Turn, Unrenderable
+from .turns import LEFT_OUT, NO_END, Rendered, Talk, Tokens, Turn, Unrenderable, mask
 
 LossOn = Literal["assistant", "all", "last"]
 OnBadRow = Literal["error", "skip"]

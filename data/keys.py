@@ -8,8 +8,8 @@ absent: no reader and no template sees a key that holds it. (JSON in a text is t
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+from .read import Refused, parse
 from .row import Row, bad
-from .strict_json import Refused, parse
 
 MOST_TEXTS = 50  # of a key in a row: each is looked for in all that the template writes
 TURN, CALL, WHOLE = "turn", "tool call", "whole"  # levels of a row; that of the row itself is the kind of rows

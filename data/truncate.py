@@ -7,12 +7,10 @@ from typing import Literal
 from .batch import Encoded
 from .row import BadRow
 from .sample import Sample
+from .turns import UNKNOWN_STOP
 
 Truncation = Literal["drop", "answer"]
 LOST = "lost to truncation"
-UNKNOWN_STOP = (
-    "the template ends answers with a text that is none of the tokenizer's stop tokens: generation will run past it"
-)
 
 
 class Dropped(BadRow):

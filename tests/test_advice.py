@@ -172,8 +172,6 @@ COMMANDS = [
          f"{SFT.replace('rows', 'bad')} --out o --on-bad-row skip", f"{SFT} --out o"),
     case("trainer/config.py", "give at most that, or auto", f"{SFT} --out o --batch-size 2 --micro-batch 3",
          f"{SFT} --out o --batch-size 2 --micro-batch 2", f"{SFT} --out o --batch-size 2 --micro-batch auto"),
-    case("trainer/config.py", "leave it out, the end counts anyway", f"{SFT} --out o --save-every 3",
-         f"{SFT} --out o"),
     case("trainer/config.py", "belongs to divergence jsd", f"{DISTILL} --teacher other --jsd-beta 0.4",
          f"{DISTILL} --teacher other", f"{DISTILL} --teacher other --jsd-beta 0.4 --divergence jsd"),
     case("trainer/config.py", "which compares with no reference", f"{DPO} --out o --loss orpo --reference-cache c",
@@ -334,7 +332,7 @@ ROWS: list[tuple[str, str, Any, dict[str, Any], list[dict[str, Any]]]] = [
     ("data/messages.py", "which is given from elsewhere: take it out", "sft",
      {"messages": [ASK, SAY], "chat_template_kwargs": {"messages": 1}},
      [{"messages": [ASK, SAY], "chat_template_kwargs": {}}]),
-    ("data/strict_json.py", "use null or leave the field out", "sft", {"messages": [ASK, {**SAY, "weight": math.nan}]},
+    ("data/read.py", "use null or leave the field out", "sft", {"messages": [ASK, {**SAY, "weight": math.nan}]},
      [{"messages": [ASK, {**SAY, "weight": None}]}, {"messages": [ASK, SAY]}]),
 ]  # fmt: skip
 FOLLOWED += [(file, words) for file, words, *_ in ROWS]
@@ -861,7 +859,7 @@ ELSEWHERE = {  # tests of other files that follow an advice
     "tests/data/test_encode.py::test_a_last_answer_that_the_template_changes_is_refused_with_the_place_and_the_"
     "advice_helps": [("data/turns.py", "cannot be told; name another template (--template)")],
     "tests/data/test_encode.py::test_only_the_last_of_answers_that_change_and_have_no_stop_token_is_trained": [
-        ("data/mask.py", "name another template (--template)")
+        ("data/turns.py", "name another template (--template)")
     ],
     "tests/data/test_encode.py::test_a_conversation_of_too_many_answers_is_told_the_limit_and_its_advice_helps": [
         ("data/turns.py", "split it, or train the last answer (loss_on last)")

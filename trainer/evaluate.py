@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..data.batch import Batch, Example, micro_batches
 from ..data.encode import encode_questions
+from ..data.read import Refused, parse
 from ..data.sample import Sample
-from ..data.strict_json import Refused, parse
 from ..data.template import ChatTemplate
 from ..errors import InputError, shown
 from ..models.finite import explain_nonfinite, first_nonfinite

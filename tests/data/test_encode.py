@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourbit.data import mask as module
+from fourbit.data import turns as module
 from fourbit.data.batch import Encoded
 from fourbit.data.encode import encode, encode_prompts, encode_questions
 from fourbit.data.row import BadRow
 from fourbit.data.sample import Sample
 from fourbit.data.template import BUILTINS, ChatTemplate, template_for
-from fourbit.data.truncate import UNKNOWN_STOP
+from fourbit.data.turns import UNKNOWN_STOP
 from fourbit.errors import InputError
 
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from fourbit.data.batch import Encoded
 from fourbit.data.dialects import CUT
 from fourbit.data.encode import Dataset, encode_prompts, load, shared_tokens
-from fourbit.data.mask import NEVER_ENDS, STRADDLE
 from fourbit.data.order import count_overlap, fingerprint, split_validation
 from fourbit.data.template import BUILTINS, ChatTemplate, template_for
-from fourbit.data.truncate import UNKNOWN_STOP, shorten
+from fourbit.data.truncate import shorten
+from fourbit.data.turns import NEVER_ENDS, STRADDLE, UNKNOWN_STOP
 from fourbit.errors import InputError
 
 CHATML = ChatTemplate(BUILTINS["chatml"])

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from fourbit.data.encode import encode
-from fourbit.data.mask import LEFT_OUT
 from fourbit.data.row import BadRow
 from fourbit.data.sample import Sample
 from fourbit.data.template import ChatTemplate
+from fourbit.data.turns import LEFT_OUT
 from fourbit.errors import InputError
 
 FOLDER = Path(str(find_spec("trl").origin)).parent / "chat_templates"  # type: ignore[union-attr]
