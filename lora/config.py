@@ -82,7 +82,7 @@ def _is_number(value: object) -> bool:
 
 def _check_rank(key: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
-        raise InputError(f"{key} must be a whole number of at least 1, got {shown(value)}")
+        raise InputError(f"{key} must be a whole number from 1 to {MOST:,}, got {shown(value)}")
 
 
 def _check_alpha(key: str, value: object) -> None:

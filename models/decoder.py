@@ -158,11 +158,11 @@ class Decoder(CausalLM):
         if position_ids is None:
             position_ids = _positions(input_ids, spans, cache, mask)
         tokens = input_ids.shape[1]
-        if cache is None and mask is None and (spans is None or len(input_ids) == 1):
-            more = bucketed(tokens, self.model.norm.weight) - tokens  # padding, which no token sees
-            input_ids, position_ids = F.pad(input_ids, (0, more)), F.pad(position_ids, (0, more))
-            spans = spans and [*spans[:-1], (*spans[-1][:-1], tokens + more)]
         x: Tensor = self.model.embed_tokens(input_ids)  # [B, T, hidden]
+        alone = cache is None and mask is None and (spans is None or len(input_ids) == 1)
+        if alone and (more := bucketed(tokens, x) - tokens):  # padding, which no token sees
+            x, position_ids = F.pad(x, (0, 0, 0, more)), F.pad(position_ids, (0, more))
+            spans = spans and [*spans[:-1], (*spans[-1][:-1], tokens + more)]
         training = torch.is_grad_enabled() and cache is None
         recompute = training and self.checkpointing
         keep = recompute and (x.is_cuda if self.keep_decoded is None else self.keep_decoded)

@@ -5,7 +5,6 @@ special tokens; the chat template is in `chat_template.jinja` or in the config; 
 `generation_config.json`. All of it is data: nothing here can name code or another file.
 """
 
-import contextlib
 import json
 import re
 import signal
@@ -69,13 +68,14 @@ def _backend(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _check_letters(folder: Path, tokenizer: Tokenizer) -> None:
-    """InputError where a text would vanish without an error: its letters have no token, and the unknown has none."""
-    lost = ""
-    with contextlib.suppress(InputError):  # at what it cannot encode: no silence
-        lost = "".join(letter for letter in string.ascii_letters if not tokenizer.encode(letter))
-    if lost:
-        what = f"has no token for {shown(lost)}, so that texts would vanish"
-        raise InputError(f"{folder / 'tokenizer.json'} {what}: give its model an unk_token of its vocabulary.")
+    """InputError where texts would vanish without an error: no letter or digit has a token, nor has the unknown."""
+    try:
+        if any(tokenizer.encode(letter) for letter in string.ascii_letters + string.digits):
+            return
+    except InputError:  # at what it cannot encode: no silence
+        return
+    what = "has no token for any letter or digit, so that texts would vanish"
+    raise InputError(f"{folder / 'tokenizer.json'} {what}: give its model an unk_token of its vocabulary.")
 
 
 @lru_cache(maxsize=64)

@@ -50,7 +50,7 @@ CASES = [
     (["sft"], "needs --model, --data, --out"),
     ([*SFT, "--lora-r", "8"], "--lora-r: it is called --rank here"),
     ([*SFT, "--gradient-accumulation-steps", "4"], "batch_size counts all examples"),
-    ([*SFT, "--rank", "0"], "--rank must be a whole number of at least 1, got 0"),
+    ([*SFT, "--rank", "0"], "--rank must be a whole number from 1 to 2,147,483,647, got 0"),
     ([*SFT, "--rank", "1000"], "'model.layers.0.self_attn.q_proj': rank must be in 1..32"),
     ([*SFT, "--alpha", "0"], "--alpha must be a"),
     ([*SFT, "--alpha", "nan"], "--alpha must be a number, got 'nan'"),
@@ -113,7 +113,7 @@ CASES = [
     (["chat", "--model", "m", "--temperature", "-1"], "--temperature must be at least 0"),
     (["chat", "--model", "nowhere"], "model nowhere does not exist; give a Hugging Face folder"),
     (["data", "good.jsonl"], "needs --model"),
-    (["data", "bad.jsonl", "--model", "m"], "bad.jsonl:3: messages[0].role: is 'human'"),
+    (["data", "bad.jsonl", "--model", "m"], "bad.jsonl:3: messages[0].content: is missing"),
     (["data", "good.jsonl", "--model", "m", "--rows", "-1"], "--rows must be at least 0"),
     (["doctor", "--verbose"], "unknown flag --verbose"),
 ]

@@ -23,13 +23,16 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
-        ({"rank": 4.0}, "rank must be a whole number of at least 1, got 4.0"),
-        ({"rank": True}, "rank must be a whole number of at least 1, got True"),
-        ({"rank": 10**5000}, "rank must be a whole number of at least 1, got a number of thousands of digits"),
+        ({"rank": 0}, "rank must be a whole number from 1 to 2,147,483,647, got 0"),
+        ({"rank": 4.0}, "rank must be a whole number from 1 to 2,147,483,647, got 4.0"),
+        ({"rank": True}, "rank must be a whole number from 1 to 2,147,483,647, got True"),
+        (
+            {"rank": 10**5000},
+            "rank must be a whole number from 1 to 2,147,483,647, got a number of thousands of digits",
+        ),
         ({"alpha": 10**5000}, "got a number of thousands of digits"),
         ({"dropout": 10**5000}, "got a number of thousands of digits"),
-        ({"rank": "8"}, "rank must be a whole number of at least 1, got '8'"),
+        ({"rank": "8"}, "rank must be a whole number from 1 to 2,147,483,647, got '8'"),
         ({"alpha": 0}, r"alpha must be a number above 0 and below 1e\+30, got 0"),
         ({"alpha": float("inf")}, r"alpha must be a number above 0 and below 1e\+30, got inf"),
         ({"alpha": float("nan")}, r"alpha must be a number above 0 and below 1e\+30, got nan"),
@@ -49,7 +52,10 @@ def test_defaults() -> None:
         ({"target": "q_proj("}, r"target holds 'q_proj\(', which is no regular expression"),
         ({"exclude": "*"}, r"exclude holds '\*', which is no regular expression"),
         ({"exclude": 5}, "exclude must be a string or a list"),
-        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] must be a whole number of at least 1, got 0"),
+        (
+            {"rank_pattern": {"q_proj": 0}},
+            r"rank_pattern\['q_proj'\] must be a whole number from 1 to 2,147,483,647, got 0",
+        ),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern must map patterns to numbers, got"),
         ({"rank_pattern": {"": 4}}, "rank_pattern must have regular expressions as keys, got ''"),
         ({"alpha_pattern": {3: 4}}, "alpha_pattern must have regular expressions as keys, got 3"),

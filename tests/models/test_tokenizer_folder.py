@@ -300,9 +300,12 @@ def test_a_text_that_the_library_fails_at_is_an_error_of_ours(tmp_path: Path) ->
 
 
 def test_letters_that_would_vanish_are_refused(tmp_path: Path) -> None:
-    model = {**json.loads(JSON)["model"], "vocab": {letter: id for id, letter in enumerate(LETTERS) if letter != "q"}}
+    model = {
+        **json.loads(JSON)["model"],
+        "vocab": {letter: id for id, letter in enumerate(LETTERS) if not letter.isalnum()},
+    }
     file = {**json.loads(JSON), "model": {**model, "merges": []}, "added_tokens": []}
-    with pytest.raises(InputError, match=r"json has no token for 'q'.*give its model an unk_token"):
+    with pytest.raises(InputError, match=r"json has no token for any letter.*give its model an unk_token"):
         folder_tokenizer(write(tmp_path, tokenizer=file))
     file["model"]["unk_token"] = "!"  # the advice
     assert folder_tokenizer(write(tmp_path, tokenizer=file)).encode("q")

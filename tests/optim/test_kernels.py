@@ -130,7 +130,7 @@ def test_8bit_states_take_the_nearest_code(make: Any, dtype: torch.dtype) -> Non
     """
     unit = 2.0**-24
     ps = parameters([(4096,), (4097,), (70, 100)], dtype, path="triton")
-    optimizer = make(ps, lr=1e-3, weight_decay=0.1)
+    optimizer = make(ps, lr=1e-3, weight_decay=0.1, rounding="nearest")
     group, rule = optimizer.param_groups[0], optimizer.rule
     for number in (1, 2, 3):
         give_gradients(ps, seed=number)

@@ -62,7 +62,7 @@ def test_a_size_is_a_number_or_none(text):
         ({"lora_plus": -1.0}, "lora_plus must be above 0"),
         ({"lora_plus": 16.0, "full": True}, "full training has no adapter"),
         ({"batch_size": np.int64(8)}, r"batch_size must be a whole number, got .*8"),
-        ({"batch_size": 8.0}, "batch_size must be a whole number, got 8.0"),
+        ({"batch_size": 8.5}, "batch_size must be a whole number, got 8.5"),
         ({"batch_size": True}, "batch_size must be a whole number, got True"),
         ({"lr": np.float32(-1)}, "lr must be a number, got "),
         ({"lr": "1e-4"}, "lr must be a number, got '1e-4'"),

@@ -262,5 +262,5 @@ def test_settings_that_cannot_work_are_refused():
         RewardConfig(out="o", center=-0.1)
     with pytest.raises(InputError, match=r"head_lr must be above 0 and finite, got 0\.0"):
         RewardConfig(out="o", head_lr=0.0)
-    with pytest.raises(InputError, match="truncation must be one of"):
+    with pytest.raises(InputError, match="truncation must be drop or answer"):
         RewardConfig(out="o", truncation="prompt")
