@@ -50,7 +50,7 @@ class Options(FileOptions, RowOptions, AdaptedModelOptions):
 
 def run(options: Options, sources: Sources) -> int:
     """Load, measure, print."""
-    measured = ["base"] * (options.base or options.adapter is None) + ["adapter"] * (options.adapter is not None)
+    measured = ["base"] * options.base + ["adapter"] * (options.adapter is not None)
     with ExitStack() as stack:
         return _run(options, measured, _outputs(options, sources, measured, stack))
 
