@@ -63,7 +63,7 @@ def row(number: int, pair: Example) -> Row:
 
 def prepare(folder: Path, model_path: Path, steps: int, batch_size: int, threads: int) -> list[list[Row]]:
     """Write what both sides read: batches of pairs, one adapter start, and the weights as the peer takes them."""
-    model, tokenizer = fourbit.load(model_path, quantize="nf4")
+    model, tokenizer = fourbit.load(model_path, quant_type="nf4")
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, near_misses(TICKETS, seed=0))))
     pairs = load(folder / "pairs.jsonl", tokenizer, "pairs").examples
     batches = [

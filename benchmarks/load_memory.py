@@ -25,15 +25,23 @@ SLACK = 100 * MB
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=1000, help="size of the bf16 checkpoint")
-    parser.add_argument("--quantize", default="nf4", choices=["nf4", "nf4-nodq", "fp4"])
+    parser.add_argument("--quant-type", default="nf4", choices=["nf4", "fp4"])
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # what the fresh process is told
     options = parser.parse_args()
     if options.measure is not None:
-        print(json.dumps(measure(options.measure, options.quantize)))
+        print(json.dumps(measure(options.measure, options.quant_type)))
         return 0
     with tempfile.TemporaryDirectory() as name:
         config = write_checkpoint(Path(name), options.megabytes * MB)
-        command = [sys.executable, "-m", "benchmarks.load_memory", "--measure", name, "--quantize", options.quantize]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.load_memory",
+            "--measure",
+            name,
+            "--quant-type",
+            options.quant_type,
+        ]
         answer = subprocess.run(command, cwd=CHECKOUT, check=True, stdout=subprocess.PIPE, text=True).stdout
         stored = sum(path.stat().st_size for path in Path(name).glob("*.safetensors"))
     return report(stored, 2 * config["vocab_size"] * config["hidden_size"], json.loads(answer.splitlines()[-1]))
@@ -112,7 +120,7 @@ def shards(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, tuple[int, .
     yield "last.safetensors", {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
 
 
-def measure(folder: Path, quantize: str) -> dict[str, Any]:
+def measure(folder: Path, quant_type: str) -> dict[str, Any]:
     """Load in this process and return the peak of RssAnon above the level before, the model's bytes and the time."""
     import torch
 
@@ -121,7 +129,7 @@ def measure(folder: Path, quantize: str) -> dict[str, Any]:
     before = rss_anon()
     with Watch() as watch:
         start = time.perf_counter()
-        model = load_model(folder, quantize=quantize, dtype=torch.bfloat16)
+        model = load_model(folder, quant_type=quant_type, dtype=torch.bfloat16)
         seconds = time.perf_counter() - start
     after = rss_anon() - before
     model_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])

@@ -46,7 +46,7 @@ class Matrix:
         self.shape, self.dense = (N, K), torch.randn(N, K) * 0.05
         self.weights = Weights.random(N, K, CPU, sets=1)
         self.stored, self.layer = self.weights.copies[0], self.weights.layer(0)
-        self.plain_stored = self.stored._replace(absmax=self.stored.scales, nested_absmax=None, offset=None)
+        self.plain_stored = self.stored._replace(absmax=self.stored.scales, nested_absmax=None, nested_offset=None)
         self.plain, self.nested = (bnb.state(self.stored, (N, K), torch.float32, nested=n) for n in (False, True))
 
     def decode(self) -> Tensor:

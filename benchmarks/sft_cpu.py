@@ -33,7 +33,7 @@ def row(part: Encoded) -> Row:
 
 def prepare(folder: Path, model_path: Path, steps: int, batch_size: int, threads: int) -> list[list[Row]]:
     """Write what both sides read: batches of token ids, one adapter start, and the weights as the peer takes them."""
-    model, tokenizer = fourbit.load(model_path, quantize="nf4")
+    model, tokenizer = fourbit.load(model_path, quant_type="nf4")
     rows = [row(*example.parts) for example in load_rows([TICKETS], tokenizer).examples]
     batches = [[rows[i] for i in step_indices(len(rows), batch_size, k, 0)] for k in range(steps)]
     (folder / BATCHES).write_text(json.dumps(batches))

@@ -32,7 +32,7 @@ def load_ours(folder: Path, model_path: str) -> tuple[Any, Any]:
     """Our model in 4 bits, with the peer's codes and the adapter that both sides start from; and its tokenizer."""
     import fourbit
 
-    model, tokenizer = fourbit.load(model_path, quantize="nf4")
+    model, tokenizer = fourbit.load(model_path, quant_type="nf4")
     take_packed(model, folder / PACKED)
     fourbit.load_adapter(model, folder / ADAPTER)
     return model, tokenizer

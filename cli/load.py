@@ -22,7 +22,12 @@ from .options import AdaptedModelOptions, ModelOptions, Quant
 from .show import amount, note, working
 
 CONFIG = "config.yaml"  # what a run leaves in its folder
-FORMS = {"none": "dense", "nf4": "NF4 with double quantisation", "nf4-nodq": "NF4"}
+# --quant's words: what people read, and load_model's arguments
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "none": ("dense", {}),
+    "nf4": ("NF4 with double quantisation", {"quant_type": "nf4"}),
+    "nf4-nodq": ("NF4", {"quant_type": "nf4", "double_quant": False}),
+}
 
 
 def choose_device(name: str) -> str:
@@ -57,16 +62,16 @@ def open_tokenizer(path: str, name: str = "model") -> Tokenizer:
 
 def load_weights(options: ModelOptions, tokenizer: Tokenizer, quant: str) -> CausalLM:
     """The model that the options name; prints what was loaded. Raises InputError if the tokenizer is not its own."""
-    device = choose_device(options.device)
+    device, (form, arguments) = choose_device(options.device), FORMS[quant]
     dtype = choose_dtype(options.dtype, device)
     with working(f"loading {options.model}"):
-        model = load_model(options.model, quantize=quant, dtype=getattr(torch, dtype), device=device)
+        model = load_model(options.model, **arguments, dtype=getattr(torch, dtype), device=device)
     check_tokenizer(model, tokenizer)
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     inside = {id(parameter) for module in packed for parameter in module.stored_parameters().values()}
     size = sum(m.in_features * m.out_features for m in packed)
     size += sum(p.numel() for p in model.parameters() if id(p) not in inside)
-    note(f"model: {options.model}, {amount(size)} parameters, {FORMS[quant]} and {dtype} on {device}")
+    note(f"model: {options.model}, {amount(size)} parameters, {form} and {dtype} on {device}")
     return model
 
 

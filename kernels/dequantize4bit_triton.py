@@ -33,7 +33,7 @@ def decode_words(flat: Tensor, packed: Tensor, weight: Weight4bit) -> bool:
             packed.view(torch.int32),
             weight.absmax.reshape(-1).contiguous(),  # a view of every other element, say, is still one when it is flat
             None if nested is None else nested.reshape(-1).contiguous(),
-            weight.offset,
+            weight.nested_offset,
             None if nested is None else dynamic_code(True, flat.device),
             pair_table(weight.quant_type, torch.float32, flat.device),
             width,

@@ -195,7 +195,7 @@ def slabs(weight: Weight4bit, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]
     rows, step = weight.rows, _slab_rows(weight)
     buffer = torch.empty(step, weight.columns, dtype=dtype, device=weight.packed.device)
     if rows > step:  # then scales are decoded once, not for each slab
-        weight = weight._replace(absmax=weight.scales, nested_absmax=None, offset=None)
+        weight = weight._replace(absmax=weight.scales, nested_absmax=None, nested_offset=None)
     for start in range(0, rows, step):
         slab = buffer[: rows - start]
         decode_into(slab, weight, start * weight.columns)

@@ -54,7 +54,7 @@ def matmul(
             weight.packed.contiguous(),
             weight.absmax.contiguous(),
             None if nested is None else nested.contiguous(),
-            weight.offset,
+            weight.nested_offset,
             pair_table(weight.quant_type, x.dtype, x.device),
             None if nested is None else dynamic_code(True, x.device),
             None if bias is None else bias.contiguous(),

@@ -23,7 +23,7 @@ class Weight4bit(NamedTuple):
     packed: Tensor  # uint8 [out, in / 2] where a row is whole blocks, else [ceil(n / 2)]
     absmax: Tensor  # fp32 [out, in / blocksize] or [blocks]; with double quantisation uint8 codes of the scales
     nested_absmax: Tensor | None  # fp32 [ceil(blocks / 256)], with double quantisation
-    offset: Tensor | None  # fp32 [1], with double quantisation
+    nested_offset: Tensor | None  # fp32 [1], with double quantisation
     shape: tuple[int, ...]
     quant_type: str = "nf4"  # or "fp4"
     blocksize: int = 64
@@ -40,14 +40,14 @@ class Weight4bit(NamedTuple):
     @property
     def scales(self) -> Tensor:
         """The scales themselves, fp32 in the shape of absmax."""
-        if self.nested_absmax is None or self.offset is None:
+        if self.nested_absmax is None or self.nested_offset is None:
             return self.absmax
-        return dequantize_absmax(self.absmax, self.nested_absmax, self.offset)
+        return dequantize_absmax(self.absmax, self.nested_absmax, self.nested_offset)
 
     def to(self, device: torch.device | str) -> Self:
         """The same weight on `device`."""
         packed, absmax, nested, offset = (None if tensor is None else tensor.to(device) for tensor in self[:4])
-        return self._replace(packed=packed, absmax=absmax, nested_absmax=nested, offset=offset)  # type: ignore[arg-type]  # packed and absmax are never None
+        return self._replace(packed=packed, absmax=absmax, nested_absmax=nested, nested_offset=offset)  # type: ignore[arg-type]  # packed and absmax are never None
 
     def check(self) -> Self:
         """Itself. ValueError unless its tensors have the sizes, types and one device that its shape and format need.
@@ -58,8 +58,10 @@ class Weight4bit(NamedTuple):
         n, doubled = prod(self.shape), self.nested_absmax is not None
         blocks = -(-n // self.blocksize)
         groups, bytes_ = -(-blocks // NESTED_BLOCKSIZE), (n + 1) // 2
-        if doubled != (self.offset is not None):
-            raise ValueError("nested_absmax and offset belong together: give both (double quantisation) or neither")
+        if doubled != (self.nested_offset is not None):
+            raise ValueError(
+                "nested_absmax and nested_offset belong together: give both (double quantisation) or neither"
+            )
         types = torch.uint8, torch.uint8 if doubled else torch.float32, torch.float32, torch.float32
         for i, (tensor, dtype, count) in enumerate(zip(self[:4], types, (bytes_, blocks, groups, 1), strict=True)):
             if tensor is not None and (tensor.numel() != count or tensor.dtype != dtype):
@@ -68,7 +70,7 @@ class Weight4bit(NamedTuple):
                     f"{n} values of shape {tuple(self.shape)} need {bytes_} packed uint8 bytes",
                     f"{n} values in blocks of {self.blocksize} need {blocks} {kind}",
                     f"{blocks} codes in blocks of {NESTED_BLOCKSIZE} need {groups} scales in fp32",
-                    "offset must be one fp32 value",
+                    "nested_offset must be one fp32 value",
                 )[i]
                 raise ValueError(f"{rule}, got {tensor.numel()} of {tensor.dtype}")
         devices = {tensor.device for tensor in self[:4] if tensor is not None}

@@ -18,7 +18,7 @@ from .targets import linear_layers, listed, matcher
 
 def quantize_(
     module: nn.Module,
-    quant: str = "nf4",
+    quant_type: str = "nf4",
     *,
     blocksize: int = 64,
     double_quant: bool = True,
@@ -34,11 +34,11 @@ def quantize_(
     """
     skip = checked_names("skip", skip)
     try:
-        check_format(quant, blocksize)
+        check_format(quant_type, blocksize)
     except ValueError as problem:
         raise InputError(f"quantize_: {problem}") from None
     if type(module) is nn.Linear:
-        return _quantized(module, "weight", quant, blocksize, double_quant)
+        return _quantized(module, "weight", quant_type, blocksize, double_quant)
     layers = linear_layers(module)
     listed(module, "skip", skip if isinstance(skip, str) else [name for name in skip if name != "lm_head"], [*layers])
     skipped = matcher(skip)
@@ -54,17 +54,17 @@ def quantize_(
     for path in list(wanted):
         layer = wanted.pop(path)  # so that each dense weight is freed before the next one is quantised
         first = twins.get(id(layer.weight))
-        twin = _quantized(layer, f"{path}.weight", quant, blocksize, double_quant, first)
+        twin = _quantized(layer, f"{path}.weight", quant_type, blocksize, double_quant, first)
         twins.setdefault(id(layer.weight), twin)
         replace_modules(module, {layer: twin})
     return module
 
 
 def _quantized(
-    layer: nn.Linear, name: str, quant: str, blocksize: int, double_quant: bool, twin: NF4Linear | None = None
+    layer: nn.Linear, name: str, quant_type: str, blocksize: int, double_quant: bool, twin: NF4Linear | None = None
 ) -> NF4Linear:
     """The 4-bit form of `layer`; with `twin`, one that shares the twin's weight."""
-    new = NF4Linear(layer.in_features, layer.out_features, False, quant, blocksize, double_quant, device="meta")
+    new = NF4Linear(layer.in_features, layer.out_features, False, quant_type, blocksize, double_quant, device="meta")
     if twin is not None:
         for parameter, value in twin.stored_parameters().items():
             setattr(new, parameter, value)

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import EnvironmentProblem, InputError
 from ..files import misfits, read_json
+from ..kernels.weight4bit import check_format
 from ..lora.linear4bit import NF4Linear
 from ..lora.quantize import quantize_
 from . import gguf_model, hf
@@ -29,13 +30,14 @@ from .tokenizer_folder import folder_tokenizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-QUANTIZE = {"nf4": ("nf4", True), "nf4-nodq": ("nf4", False), "fp4": ("fp4", True)}  # name -> code, double quantisation
 
 
 def load(
     path: str | Path,
     *,
-    quantize: str | None = None,
+    quant_type: str | None = None,
+    double_quant: bool = True,
+    blocksize: int = 64,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[Decoder, Tokenizer]:
@@ -43,7 +45,9 @@ def load(
     InputError where the tokenizer is missing or has more tokens than the model has embeddings.
     """
     tokenizer = load_tokenizer(path)
-    model = load_model(path, quantize=quantize, dtype=dtype, device=device)
+    model = load_model(
+        path, quant_type=quant_type, double_quant=double_quant, blocksize=blocksize, dtype=dtype, device=device
+    )
     check_tokenizer(model, tokenizer)
     return model, tokenizer
 
@@ -68,24 +72,29 @@ def check_tokenizer(model: CausalLM, tokenizer: Tokenizer) -> None:
 def load_model(
     path: str | Path,
     *,
-    quantize: str | None = None,
+    quant_type: str | None = None,
+    double_quant: bool = True,
+    blocksize: int = 64,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Decoder:
     """The model alone, in evaluation mode, all parameters as trainable as their layer makes them.
 
-    `quantize`: None or "none" keeps every weight dense in `dtype`; "nf4" (double quantisation), "nf4-nodq" and "fp4"
-    (double quantisation) keep the decoder's linears in 4 bits, and embeddings, norms, biases and the output head dense
-    in `dtype`. Of a tied model the file may hold either tensor, or both; where the two differ it is loaded untied, as
-    transformers does. Raises InputError naming the file, key or tensor for a config that asks for something that is not
-    supported, a missing, unknown, misshaped or non-finite tensor, and for an unreadable file; EnvironmentProblem for a
-    device that is not there.
+    `quant_type`: None keeps every weight dense in `dtype`; "nf4" and "fp4" keep the decoder's linears in 4 bits, in the
+    form that `quantize_` describes, and embeddings, norms, biases and the output head dense in `dtype`. Of a tied model
+    the file may hold either tensor, or both; where the two differ it is loaded untied, as transformers does.
+    Raises InputError naming the file, key or tensor for a config that asks for something that is not supported, a
+    missing, unknown, misshaped or non-finite tensor, and for an unreadable file; EnvironmentProblem for a device that
+    is not there.
     """
     path, device = Path(path), _device(device)
     if dtype not in DTYPES:
         raise InputError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}.")
-    if quantize not in (None, "none", *QUANTIZE):
-        raise InputError(f"quantize must be none, {', '.join(QUANTIZE)}, got {quantize!r}.")
+    if quant_type is not None:
+        try:
+            check_format(quant_type, blocksize)
+        except ValueError as problem:
+            raise InputError(f"{problem}; quant_type=None keeps the model dense") from None
     found = _opened(path)
     if isinstance(found, GGUFFile):
         spec, shapes = gguf_model.read_spec(found), gguf_model.tensor_shapes(found)
@@ -100,9 +109,8 @@ def load_model(
     with torch.device("meta"), _NoInitialValues():
         model = Decoder(replace(spec, tie_word_embeddings=tied and not both))
     skip = _check_tensors(path, model, shapes)
-    if quantize in QUANTIZE:
-        code, double_quant = QUANTIZE[quantize]
-        quantize_(model, code, double_quant=double_quant)
+    if quant_type is not None:
+        quantize_(model, quant_type, blocksize=blocksize, double_quant=double_quant)
     for name, tensor in tensors:
         if name not in skip:
             _place(model, renamed.get(name, name), tensor, dtype, device, path)

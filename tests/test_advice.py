@@ -399,8 +399,8 @@ def test_a_long_array_is_read_as_lines(tokenizer: Any, tmp_path: Path, monkeypat
 # The library.
 
 
-def loaded(place: Path, quantize: str = "nf4") -> Any:
-    return fourbit.load(place / "m", quantize=quantize)
+def loaded(place: Path, quant_type: str | None = "nf4") -> Any:
+    return fourbit.load(place / "m", quant_type=quant_type)
 
 
 def adapted(place: Path, **how: Any) -> Any:
@@ -429,8 +429,8 @@ def test_layers_are_changed_as_advised(kept: Path) -> None:
     fourbit.quantize_(model, skip=("0",))
     quantized = fourbit.nf4.quantize(torch.randn(64, 64), double_quant=True)
     with words_of("give both (double quantisation) or neither"):
-        quantized._replace(offset=None).check()
-    quantized._replace(offset=None, nested_absmax=None, absmax=quantized.scales).check(), quantized.check()
+        quantized._replace(nested_offset=None).check()
+    quantized._replace(nested_offset=None, nested_absmax=None, absmax=quantized.scales).check(), quantized.check()
 
     head = nn.ModuleDict({"lm_head": nn.Linear(64, 64)})
     with words_of("Pass skip=() or untie"):
@@ -709,7 +709,7 @@ def test_optimizers_are_mended_as_advised() -> None:
     ("trainer/run.py", "attach or load the one to train under that name"),
     ("trainer/run.py", "attach or load it after all others, or with trainable=True"),
     ("trainer/run.py", "call fourbit.use(model, '{}')"),
-    ("trainer/sft.py", "load it with quantize='none' (--quant none)"),
+    ("trainer/sft.py", "load it with quant_type=None (--quant none)"),
     ("trainer/preference.py", "or take a loss without a reference"),
     ("trainer/distill.py", "so the base cannot be the teacher: give a model of its own"),
     ("trainer/distill.py", "so it cannot be the teacher: give another"),
@@ -731,8 +731,8 @@ def test_trainers_take_what_they_advise(here: Path, tokenizer: Any) -> None:
 
     with words_of("call fourbit.attach first, or train all weights (full)"):
         sft(loaded(here)[0])
-    sft(adapted(here)), sft(loaded(here, "none")[0], full=True)
-    with words_of("load it with quantize='none' (--quant none)"):
+    sft(adapted(here)), sft(loaded(here, None)[0], full=True)
+    with words_of("load it with quant_type=None (--quant none)"):
         sft(loaded(here)[0], full=True)
     model = loaded(here)[0]
     fourbit.attach(model, LoRAConfig(rank=2), name="second")
@@ -760,8 +760,8 @@ def test_trainers_take_what_they_advise(here: Path, tokenizer: Any) -> None:
     sft(model)
 
     with words_of("give a model of its own"):
-        distil(loaded(here, "none")[0], None, full=True)
-    distil(loaded(here, "none")[0], loaded(here)[0], full=True)
+        distil(loaded(here, None)[0], None, full=True)
+    distil(loaded(here, None)[0], loaded(here)[0], full=True)
     with words_of("so it cannot be the teacher: give another"):
         distil(model, "default")
     with words_of("give None for its base, or the name of an adapter on it"):

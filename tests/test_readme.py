@@ -31,7 +31,7 @@ def test_the_library_example_runs(tiny_folder: Path, rows: Path, tmp_path: Path)
     done = subprocess.run([sys.executable, "-P", "example.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.match(r"loss \d+\.\d+:.* -> ", done.stdout, flags=re.S)
-    model, _ = fourbit.load(tmp_path / "model", quantize="nf4")
+    model, _ = fourbit.load(tmp_path / "model", quant_type="nf4")
     assert fourbit.load_adapter(model, tmp_path / "adapter") == fourbit.load_adapter(model, tmp_path / "run")
 
 

@@ -190,7 +190,7 @@ def test_what_a_run_needs_is_tried(
 def test_room_is_counted_before_the_first_step(
     tiny_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tokenizer = fourbit.load(tiny_folder, quantize="none")
+    model, tokenizer = fourbit.load(tiny_folder, quant_type=None)
     fourbit.attach(model, fourbit.LoRAConfig(rank=2))
     config = fourbit.SFTConfig(out=str(tmp_path), steps=1)
     trainer, weights = fourbit.SFTTrainer(model, tokenizer, train=rows, config=config), adapter_state(model).values()
@@ -233,7 +233,7 @@ def test_whole_writes_follow_no_link_and_take_no_other_name(tmp_path: Path, monk
 
 @pytest.mark.parametrize("inner", ["", "checkpoints"])
 def test_nothing_is_saved_into_the_models_folder(tiny_folder: Path, rows: Path, tmp_path: Path, inner: str) -> None:
-    model, tokenizer = fourbit.load(tiny_folder, quantize="none")
+    model, tokenizer = fourbit.load(tiny_folder, quant_type=None)
     before = contents(tiny_folder)
     with pytest.raises(InputError, match="is read"):
         save_model(model, tokenizer, tiny_folder / inner)
@@ -248,7 +248,7 @@ def test_nothing_is_saved_into_the_models_folder(tiny_folder: Path, rows: Path, 
 
 def test_a_trainer_writes_beside_no_data(tiny_folder: Path, rows: Path, tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(rows.read_bytes())
-    model, tokenizer = fourbit.load(tiny_folder, quantize="none")
+    model, tokenizer = fourbit.load(tiny_folder, quant_type=None)
     fourbit.attach(model, fourbit.LoRAConfig(rank=2))
     config = fourbit.SFTConfig(out=str(tmp_path), steps=1)
     with pytest.raises(InputError, match=r"is no run's folder and holds d\.jsonl"):

@@ -61,7 +61,7 @@ def all_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter, by name, set to train. Raises InputError for a 4-bit model or one with an adapter."""
     if adapter_layers(model) or any(not p.is_floating_point() for p in model.parameters()):
         raise InputError(
-            "full training needs a dense model without an adapter; load it with quantize='none' (--quant none)"
+            "full training needs a dense model without an adapter; load it with quant_type=None (--quant none)"
         )
     model.requires_grad_()
     return {plain_name(name): parameter for name, parameter in unwrapped(model).named_parameters()}

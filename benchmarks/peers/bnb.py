@@ -40,7 +40,7 @@ def state(stored: Weight4bit, shape: tuple[int, int], dtype: torch.dtype, *, nes
         return functional.QuantState(absmax=stored.scales.view(-1), **form)
     scales = functional.create_dynamic_map().to(stored.packed.device)
     inner = functional.QuantState(absmax=stored.nested_absmax, blocksize=256, code=scales, dtype=torch.float32)
-    offset = None if stored.offset is None else stored.offset.view(())
+    offset = None if stored.nested_offset is None else stored.nested_offset.view(())
     return functional.QuantState(absmax=stored.absmax.view(-1), offset=offset, state2=inner, **form)
 
 

@@ -127,7 +127,9 @@ def test_bad_rows_can_be_skipped_and_are_counted(here: Path, typed: Typed) -> No
 
 def test_eval_gives_both_and_agrees_with_the_library(tuned: Path, here: Path, as_json: AsJson) -> None:
     values = as_json(f"eval --model m --adapter {tuned} --data val.jsonl --max-new-tokens 6 --answers answers.jsonl")
-    model, tokenizer = fourbit.load(here / "m", quantize="nf4-nodq")  # as the adapter's own config.yaml says
+    model, tokenizer = fourbit.load(
+        here / "m", quant_type="nf4", double_quant=False
+    )  # as the adapter's own config.yaml says
     dataset = load_rows(here / "val.jsonl", tokenizer)
     assert values["base_loss"] == pytest.approx(fourbit.evaluate_loss(model, dataset.examples), rel=1e-6)
     fourbit.load_adapter(model, tuned)
@@ -224,7 +226,7 @@ def test_a_sampled_answer_does_not_depend_on_its_neighbours(here: Path, typed: T
 
 def _expected(folder: Path, text: str) -> str:
     """The greedy answer by the library alone."""
-    model, tokenizer = fourbit.load(folder, quantize="nf4")
+    model, tokenizer = fourbit.load(folder, quant_type="nf4")
     prompt = tokenizer.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
     (ids,) = fourbit.generate(model, [prompt], max_new_tokens=9, stop_ids=tokenizer.stop_ids)
     return tokenizer.decode(ids, skip_special=False)

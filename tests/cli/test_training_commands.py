@@ -175,7 +175,7 @@ def test_a_reward_model_scores_held_out_pairs(here: Path, go: Go) -> None:
     assert losses("o")[0] == pytest.approx(math.log(2), abs=6e-8)
     names = {path.name for path in (here / "o").iterdir()}
     assert names >= {"adapter_config.json", ADAPTER, HEAD, CONFIG, "metrics.jsonl", "loss.png"}
-    model, tokenizer = fourbit.load("m", quantize="nf4")
+    model, tokenizer = fourbit.load("m", quant_type="nf4")
     scorer = fourbit.RewardModel.load(model, "o")
     chosen, rejected = (
         scorer.score(tokenizer, [{"prompt": row["prompt"], "completion": row[side]} for row in PAIRS])
@@ -220,7 +220,7 @@ def test_distill_from_the_same_base_keeps_one_copy(here: Path, go: Go, adapter: 
     values = last_line(said)
     assert values["val_loss"] < losses("o")[0] / 2 and "val_perplexity" not in values
     assert run_settings("o")["teacher_quant"] == "nf4-nodq"
-    student, _ = fourbit.load("m", quantize="nf4-nodq")
+    student, _ = fourbit.load("m", quant_type="nf4", double_quant=False)
     assert len(fourbit.load_adapter(student, "o")) == 14
 
 

@@ -90,7 +90,7 @@ def test_a_teacher_s_template_is_the_student_s(tuned: Path, typed: Typed) -> Non
 
 def test_a_reward_model_scores_with_its_template(tuned: Path, typed: Typed) -> None:
     typed("reward --model m --adapter run --data pairs.jsonl --epochs 3 --lr 1e-2 --out rm")
-    model, tokenizer = fourbit.load("m", quantize="nf4-nodq")
+    model, tokenizer = fourbit.load("m", quant_type="nf4", double_quant=False)
     scorer = fourbit.RewardModel.load(model, "rm")
     row = [{"role": "user", "content": "say ab"}, {"role": "assistant", "content": "ababab"}]
     asked = scorer.score(tokenizer, [row], template=template_for(tokenizer, f"run/{TEMPLATE}"))

@@ -73,8 +73,10 @@ def test_rows_of_whole_blocks_are_rows_of_what_is_stored(double_quant: bool) -> 
     """So that cutting the packed bytes and the scales on rows is cutting the weight; other weights are flat."""
     made = quantize(random_weight((6, 128)), blocksize=32, double_quant=double_quant)
     assert made.packed.shape == (6, 64) and made.absmax.shape == (6, 4)
-    assert (made.offset is None) != double_quant and (made.offset is None or made.offset.shape == (1,))
-    part = made._replace(packed=made.packed[2:4], absmax=made.scales[2:4], nested_absmax=None, offset=None)
+    assert (made.nested_offset is None) != double_quant and (
+        made.nested_offset is None or made.nested_offset.shape == (1,)
+    )
+    part = made._replace(packed=made.packed[2:4], absmax=made.scales[2:4], nested_absmax=None, nested_offset=None)
     assert torch.equal(dequantize(part._replace(shape=(2, 128))), dequantize(made)[2:4])
     for shape in ((6, 129), (6 * 128,), (2, 3, 128)):
         made = quantize(random_weight(shape), blocksize=32, double_quant=double_quant)

@@ -78,23 +78,23 @@ def test_dtypes(save: Callable[..., Path], stored: torch.dtype, dtype: torch.dty
         assert tensor.dtype == dtype and torch.equal(tensor, expected[name].to(dtype)), name
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "nf4-nodq", "fp4"])
+@pytest.mark.parametrize("quant_type, double_quant", [("nf4", True), ("nf4", False), ("fp4", True)])
 @pytest.mark.parametrize("kind_of_model", ["bias", "tied", "gqa 4:1"])
 @pytest.mark.parametrize("shard", ["1GB", "10KB"])  # 10 KB: a weight and its bias in different files
 def test_decoder_linears_are_quantised(
-    oracle: Oracle, save: Callable[..., Path], quantize: str, kind_of_model: str, shard: str
+    oracle: Oracle, save: Callable[..., Path], quant_type: str, double_quant: bool, kind_of_model: str, shard: str
 ) -> None:
     folder = save(kind_of_model, shard=shard)
-    model = load_model(folder, quantize=quantize, dtype=torch.bfloat16)
+    model = load_model(folder, quant_type=quant_type, double_quant=double_quant, dtype=torch.bfloat16)
     dense = oracle(kind_of_model).state_dict()
     found = linears(model, NF4Linear)
     assert len(found) == DECODER_LINEARS and list(linears(model, nn.Linear)) == ["lm_head"]
     for name, linear in found.items():
-        packed, absmax, *_ = nf4.quantize(dense[f"{name}.weight"], quant_type=quantize[:3])
+        packed, absmax, *_ = nf4.quantize(dense[f"{name}.weight"], quant_type=quant_type)
         assert torch.equal(linear.weight, packed), name
-        assert (linear.nested_absmax is None) == (quantize == "nf4-nodq")
-        assert linear.absmax.dtype == (torch.float32 if quantize == "nf4-nodq" else torch.uint8)
-        if quantize == "nf4-nodq":
+        assert (linear.nested_absmax is not None) == double_quant
+        assert linear.absmax.dtype == (torch.uint8 if double_quant else torch.float32)
+        if not double_quant:
             assert torch.equal(linear.absmax, absmax), name
         if linear.bias is not None:
             assert torch.equal(linear.bias, dense[f"{name}.bias"].bfloat16()) and not linear.bias.requires_grad
@@ -105,7 +105,7 @@ def test_decoder_linears_are_quantised(
 
 
 def test_quantised_logits_equal_those_of_the_decoded_weights(oracle: Oracle, save: Callable[..., Path]) -> None:
-    quantised = load_model(save("bias"), quantize="nf4")
+    quantised = load_model(save("bias"), quant_type="nf4")
     theirs = oracle("bias")
     with torch.no_grad():
         for name, linear in linears(quantised, NF4Linear).items():
@@ -145,20 +145,20 @@ HEADS: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {  # what the co
 }
 
 
-@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("quant_type", [None, "nf4"])
 @pytest.mark.parametrize("case", HEADS)
 @torch.no_grad()
 def test_a_head_is_what_transformers_makes_of_config_and_file(
-    save: Callable[..., Path], case: str, quantize: str | None
+    save: Callable[..., Path], case: str, quant_type: str | None
 ) -> None:
     from transformers import LlamaForCausalLM
 
     changes, edit = HEADS[case]
     folder = edit_config(edit_weights(save(), edit), **changes)
-    theirs, model = LlamaForCausalLM.from_pretrained(folder), load_model(folder, quantize=quantize)
+    theirs, model = LlamaForCausalLM.from_pretrained(folder), load_model(folder, quant_type=quant_type)
     torch.testing.assert_close(model.lm_head.weight, theirs.lm_head.weight, rtol=0, atol=0)
     torch.testing.assert_close(model.model.embed_tokens.weight, theirs.model.embed_tokens.weight, rtol=0, atol=0)
-    if quantize is None:
+    if quant_type is None:
         torch.testing.assert_close(model(IDS), theirs(IDS).logits, rtol=0, atol=1e-4)
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     assert tied == model.spec.tie_word_embeddings == (case.startswith("tied") and "differ" not in case)
@@ -195,12 +195,12 @@ def without(*names: str) -> Callable[[Any], Any]:
         (without(""), "30 missing"),
     ],
 )
-@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("quant_type", [None, "nf4"])
 def test_tensors_that_do_not_fit_are_named(
-    save: Callable[..., Path], edit: Callable[[Any], Any], message: str, quantize: str | None
+    save: Callable[..., Path], edit: Callable[[Any], Any], message: str, quant_type: str | None
 ) -> None:
     with pytest.raises(InputError, match=message):
-        load_model(edit_weights(save(), edit), quantize=quantize)
+        load_model(edit_weights(save(), edit), quant_type=quant_type)
 
 
 @pytest.mark.parametrize(
@@ -222,17 +222,17 @@ def test_configs_that_do_not_fit_are_refused(save: Callable[..., Path], changes:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", [Q_PROJ, "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
-@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("quant_type", [None, "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_non_finite_weights_are_refused_by_name(
-    save: Callable[..., Path], bad: float, name: str, quantize: str | None, dtype: torch.dtype
+    save: Callable[..., Path], bad: float, name: str, quant_type: str | None, dtype: torch.dtype
 ) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name].view(-1)[-1] = bad
         tensors[name] = tensors[name].to(dtype)
 
     with pytest.raises(InputError, match=name):
-        load_model(edit_weights(save(), spoil), quantize=quantize)
+        load_model(edit_weights(save(), spoil), quant_type=quant_type)
 
 
 def test_a_weight_too_large_for_fp16_is_refused(save: Callable[..., Path]) -> None:
@@ -262,7 +262,7 @@ def test_paths_that_are_no_model(tmp_path: Path, name: str, make: Callable[[Path
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"quantize": "nf5"}, InputError, "quantize must be none, nf4, nf4-nodq, fp4, got 'nf5'"),
+        ({"quant_type": "nf5"}, InputError, "quant_type must be 'nf4' or 'fp4', got 'nf5'"),
         ({"dtype": torch.int8}, InputError, "dtype must be .* got torch.int8"),
         ({"device": "gpu"}, InputError, "got 'gpu'"),
         ({"device": "cuda"}, EnvironmentProblem, "no CUDA device"),
@@ -289,10 +289,10 @@ def test_peak_is_the_model_and_about_one_tensor() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_on_cuda_the_same_weights(save: Callable[..., Path], quantize: str | None) -> None:
+@pytest.mark.parametrize("quant_type", [None, "nf4"])
+def test_on_cuda_the_same_weights(save: Callable[..., Path], quant_type: str | None) -> None:
     folder = save("bias")
-    here, there = (load_model(folder, quantize=quantize, device=device) for device in ("cpu", "cuda"))
+    here, there = (load_model(folder, quant_type=quant_type, device=device) for device in ("cpu", "cuda"))
     for (name, a), b in zip(here.state_dict().items(), there.state_dict().values(), strict=True):
         assert b.is_cuda and torch.equal(a, b.cpu()), name
     torch.testing.assert_close(there(IDS.cuda()).cpu(), here(IDS), rtol=0, atol=1e-3)

@@ -88,8 +88,8 @@ def wide_folder(tiny_folder, tmp_path_factory):
 def adapted():
     """A function: a model with an adapter; with b_seed that of an earlier training, whose B is not zero."""
 
-    def make(folder, *, quantize="nf4", dtype=torch.float32, b_seed=None, **lora):
-        model, tokenizer = fourbit.load(folder, quantize=quantize, dtype=dtype)
+    def make(folder, *, quant_type="nf4", dtype=torch.float32, b_seed=None, **lora):
+        model, tokenizer = fourbit.load(folder, quant_type=quant_type, dtype=dtype)
         lora = fourbit.LoRAConfig(**({"rank": 4, "alpha": 8} | lora))
         fourbit.attach(model, lora, dtype=dtype, seed=b_seed or 0)
         if b_seed is not None:
@@ -104,7 +104,7 @@ def adapted():
 
 def built(adapted, kind, folder, rows, out, *, val=None, **options):
     """A trainer; options are those of its config, and of `adapted` and of the trainer itself."""
-    loaded = {k: options.pop(k) for k in ("quantize", "dtype", "b_seed", "dropout", "target", "rank") if k in options}
+    loaded = {k: options.pop(k) for k in ("quant_type", "dtype", "b_seed", "dropout", "target", "rank") if k in options}
     more = kind.more | {k: options.pop(k) for k in ("head", "teacher") if k in options}
     model, tokenizer = adapted(folder, **loaded)
     config = kind.config(out=str(out), **({"batch_size": 4, "lr": 1e-2, "epochs": 2} | kind.options | options))
@@ -124,7 +124,9 @@ def make(request, adapted, tiny_folder, wide_folder, tmp_path):
     def trainer(name, out=tmp_path, *, rows=None, val=None, adapted=adapted, **options):
         kind = KINDS[name]
         if (kind.more | options).get("teacher") == "wide":
-            options["teacher"], _ = fourbit.load(wide_folder, quantize="nf4", dtype=options.get("dtype", torch.float32))
+            options["teacher"], _ = fourbit.load(
+                wide_folder, quant_type="nf4", dtype=options.get("dtype", torch.float32)
+            )
         rows = rows or request.getfixturevalue(kind.rows)
         val = request.getfixturevalue(kind.rows if kind.rows != "rows" else "val_rows") if val is True else val
         return built(adapted, kind, tiny_folder, rows, out, val=val, **options)

@@ -50,7 +50,7 @@ def loaded_teacher(folder):
 @pytest.fixture
 def trainer_for(adapted):
     def make(folder, rows, out, teacher, *, val=None, config=None, **options):
-        keys = ("quantize", "dtype", "b_seed", "dropout", "target", "rank")
+        keys = ("quant_type", "dtype", "b_seed", "dropout", "target", "rank")
         model, tokenizer = adapted(folder, **{key: options.pop(key) for key in keys if key in options})
         return distiller(model, tokenizer, teacher, rows, out, val=val, **options)
 
@@ -113,7 +113,9 @@ def plain(student, teacher, examples, config):
 def test_loss_and_gradients_are_those_of_full_logits(trainer_for, tiny_folder, wide_folder, rows, tmp_path, options):
     """A wider teacher, float64; each example alone on the plain side, packed on ours."""
     teacher, _ = fourbit.load(wide_folder, dtype=torch.float64)
-    trainer = trainer_for(tiny_folder, rows, tmp_path, teacher, quantize=None, dtype=torch.float64, b_seed=1, **options)
+    trainer = trainer_for(
+        tiny_folder, rows, tmp_path, teacher, quant_type=None, dtype=torch.float64, b_seed=1, **options
+    )
     want = plain(trainer.model, teacher, trainer.train_set.examples[:8], trainer.config)
     wanted = torch.autograd.grad(want, list(trainer.parameters.values()))
     loss, got, parts = total(trainer)
@@ -141,17 +143,17 @@ def test_loss_and_gradients_are_those_of_full_logits(trainer_for, tiny_folder, w
         {"target": ["q_proj", "lm_head"], "rank": 3, "rslora": True},
     ],
 )
-@pytest.mark.parametrize("quantize", ["nf4", None])
+@pytest.mark.parametrize("quant_type", ["nf4", None])
 def test_a_teacher_on_the_same_base_is_the_one_loaded_beside_it(
-    trainer_for, adapted, tiny_folder, rows, tmp_path, lora, quantize
+    trainer_for, adapted, tiny_folder, rows, tmp_path, lora, quant_type
 ):
     """Another rank, scale and layers, read from its folder; the student's adapter sits on the output head too."""
-    other, _ = adapted(tiny_folder, quantize=quantize, b_seed=2, **lora)
+    other, _ = adapted(tiny_folder, quant_type=quant_type, b_seed=2, **lora)
     fourbit.save_adapter(other, tmp_path / "teacher")
-    beside, _ = fourbit.load(tiny_folder, quantize=quantize)
+    beside, _ = fourbit.load(tiny_folder, quant_type=quant_type)
     fourbit.load_adapter(beside, tmp_path / "teacher")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
-    options = {"b_seed": 1, "quantize": quantize, "target": targets, "temperature": 1.3}
+    options = {"b_seed": 1, "quant_type": quant_type, "target": targets, "temperature": 1.3}
     shared = trainer_for(tiny_folder, rows, tmp_path, loaded_teacher(tmp_path / "teacher"), **options)
     apart = trainer_for(tiny_folder, rows, tmp_path, beside, **options)
     loss, gradients, _ = total(shared)
@@ -163,11 +165,11 @@ def test_a_teacher_on_the_same_base_is_the_one_loaded_beside_it(
 
 def test_a_teachers_head_counts_as_it_is_switched(trainer_for, adapted, tiny_folder, rows, tmp_path):
     lora = {"target": ["q_proj", "lm_head"], "rslora": True, "rank": 3}
-    teacher, _ = adapted(tiny_folder, quantize=None, dtype=torch.float64, b_seed=2, **lora)
+    teacher, _ = adapted(tiny_folder, quant_type=None, dtype=torch.float64, b_seed=2, **lora)
     losses = []
     for enabled in (True, False):
         teacher.lm_head.active = ["default"] if enabled else []
-        trainer = trainer_for(tiny_folder, rows, tmp_path, teacher, quantize=None, dtype=torch.float64, b_seed=1)
+        trainer = trainer_for(tiny_folder, rows, tmp_path, teacher, quant_type=None, dtype=torch.float64, b_seed=1)
         want = plain(trainer.model, teacher, trainer.train_set.examples[:8], trainer.config).item()
         losses.append(total(trainer)[0])
         assert losses[-1] == pytest.approx(want, rel=1e-11)
@@ -175,7 +177,7 @@ def test_a_teachers_head_counts_as_it_is_switched(trainer_for, adapted, tiny_fol
 
 
 def test_the_base_alone_can_teach(trainer_for, tiny_folder, rows, tmp_path):
-    base, _ = fourbit.load(tiny_folder, quantize="nf4")
+    base, _ = fourbit.load(tiny_folder, quant_type="nf4")
     losses = [total(trainer_for(tiny_folder, rows, tmp_path, teacher, b_seed=1))[0] for teacher in (None, base)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] > 1
 
@@ -229,7 +231,7 @@ def test_a_teacher_on_the_same_base_draws_no_random_number(trainer_for, other_te
 
 def test_learns_what_the_teacher_says(trainer_for, tiny_folder, wide_folder, rows, val_rows, tmp_path):
     """A 4-bit teacher of another size. Its random weights follow no rule, so 22 rows tell only some of it."""
-    teacher, _ = fourbit.load(wide_folder, quantize="nf4")
+    teacher, _ = fourbit.load(wide_folder, quant_type="nf4")
     trainer = trainer_for(tiny_folder, rows, tmp_path, teacher, val=val_rows, epochs=12, b_seed=1, lr=2e-2)
     start = trainer.evaluate(False)["loss"]
     result = trainer.train(display=None)

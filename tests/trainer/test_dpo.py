@@ -48,7 +48,9 @@ def test_learns_from_ln_2_and_leaves_what_it_promised(trainer_for, tiny_folder, 
 
 def test_the_loss_is_that_of_its_definition(trainer_for, tiny_folder, pairs, tmp_path):
     """-log sigmoid(beta * difference of log-ratios), from full logits of each answer alone, in float64."""
-    trainer = trainer_for(tiny_folder, pairs, tmp_path, b_seed=0, dtype=torch.float64, quantize=None, reference="base")
+    trainer = trainer_for(
+        tiny_folder, pairs, tmp_path, b_seed=0, dtype=torch.float64, quant_type=None, reference="base"
+    )
     model = trainer.model.eval()
 
     def logp(part):
@@ -160,7 +162,7 @@ def test_a_cache_of_other_rows_or_lengths_or_dtype_is_refused(trainer_for, tiny_
     with pytest.raises(InputError, match="another data"):
         trainer_for(tiny_folder, pairs, tmp_path, template="plain", **cache)
     with pytest.raises(InputError, match="another dtype"):
-        trainer_for(tiny_folder, pairs, tmp_path, dtype=torch.float64, quantize=None, **cache)
+        trainer_for(tiny_folder, pairs, tmp_path, dtype=torch.float64, quant_type=None, **cache)
     (tmp_path / "adapter.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(InputError, match="no valid file of log-probabilities"):
         trainer_for(tiny_folder, pairs, tmp_path, reference_cache=str(tmp_path / "adapter.safetensors"))
@@ -368,7 +370,7 @@ def test_a_cache_outlives_other_targets_and_not_another_configuration(trainer_fo
     cache = str(tmp_path / "cache")
     config = DPOConfig(out=str(tmp_path), reference_cache=cache)
     trainer_for(tiny_folder, pairs, tmp_path, reference_cache=cache)
-    model, tokenizer = fourbit.load(tiny_folder, quantize="nf4")
+    model, tokenizer = fourbit.load(tiny_folder, quant_type="nf4")
     fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8, target="attn"))
     DPOTrainer(model, tokenizer, train=pairs, config=config)
     model.spec = replace(model.spec, rope_theta=500.0)

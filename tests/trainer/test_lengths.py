@@ -60,7 +60,7 @@ def gradients(model: Any, batch: Any) -> Iterator[torch.Tensor]:
 
 @pytest.fixture(scope="module", params=["lora", "full"])
 def model(request: Any, tiny_folder: Any) -> Any:
-    model, _ = fourbit.load(tiny_folder, quantize="nf4" if request.param == "lora" else "none", dtype=torch.float32)
+    model, _ = fourbit.load(tiny_folder, quant_type="nf4" if request.param == "lora" else None, dtype=torch.float32)
     if request.param == "lora":
         fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8))
     return model

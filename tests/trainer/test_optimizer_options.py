@@ -15,7 +15,7 @@ STEPS = 6
 
 
 def run(folder, rows, out, *, full=False, display=None, dtype=torch.float32, **options):
-    model, tokenizer = fourbit.load(folder, quantize="none" if full else "nf4", dtype=dtype)
+    model, tokenizer = fourbit.load(folder, quant_type=None if full else "nf4", dtype=dtype)
     if not full:
         fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8))
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -175,7 +175,7 @@ def test_where_all_moves_nothing_is_told(tiny_folder, rows, tmp_path):
 
 def test_an_adapter_that_no_gradient_reaches_is_told(tiny_folder, rows, tmp_path):
     """Cut off from the loss, as an expert that no token is sent to."""
-    model, tokenizer = fourbit.load(tiny_folder, quantize="none")
+    model, tokenizer = fourbit.load(tiny_folder, quant_type=None)
     fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8))
     mlp = model.model.layers[1].mlp
     mlp.forward = lambda x, shared: torch.zeros_like(x)

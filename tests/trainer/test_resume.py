@@ -168,7 +168,7 @@ def test_the_advice_for_a_run_that_cannot_be_longer_works(make, tiny_folder, row
     make("sft", steps=2).train(display=None)
     with pytest.raises(InputError, match="--adapter"):
         make("sft", steps=4, resume="auto").train(display=None)
-    model, tokenizer = fourbit.load(tiny_folder, quantize="nf4")
+    model, tokenizer = fourbit.load(tiny_folder, quant_type="nf4")
     fourbit.load_adapter(model, tmp_path)
     config = SFTConfig(out=str(tmp_path / "more"), steps=2, batch_size=4)
     assert fourbit.SFTTrainer(model, tokenizer, train=rows, config=config).train(display=None).steps == 2

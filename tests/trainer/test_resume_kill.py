@@ -30,7 +30,7 @@ STEPS = 12
 
 def run(model: str, rows: str, val: str, out: str) -> None:
     """One training run, or the rest of one."""
-    loaded, tokenizer = fourbit.load(model, quantize="nf4")
+    loaded, tokenizer = fourbit.load(model, quant_type="nf4")
     fourbit.attach(loaded, fourbit.LoRAConfig(rank=4, alpha=8, dropout=0.2))
     config = fourbit.SFTConfig(
         out=out, steps=STEPS, batch_size=4, lr=1e-2, eval_every=3, save_every=2, seed=5, resume="auto"

@@ -56,7 +56,7 @@ def test_learns_from_ln_2_and_leaves_what_it_promised(trainer_for, tiny_folder, 
 def test_loss_and_gradients_are_those_of_plain_pytorch(trainer_for, tiny_folder, pairs, tmp_path):
     """Each answer alone through the model, its last token's hidden state times the head; adapter and head, float64."""
     trainer = trainer_for(
-        tiny_folder, pairs, tmp_path, b_seed=0, dtype=torch.float64, quantize=None, head=some_head(), center=0.3
+        tiny_folder, pairs, tmp_path, b_seed=0, dtype=torch.float64, quant_type=None, head=some_head(), center=0.3
     )
     model, head = trainer.model, trainer.reward_model.head
     assert head.dtype == torch.float64
@@ -118,7 +118,7 @@ def test_the_best_head_is_kept_with_the_best_adapter(trainer_for, tiny_folder, p
     losses = [record["val_loss"] for record in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in record]
     assert result.val_loss == min(losses) < losses[-1], "choose another rate"
     again = trainer_for(tiny_folder, pairs, tmp_path / "x")
-    again.model, _ = fourbit.load(tiny_folder, quantize="nf4")
+    again.model, _ = fourbit.load(tiny_folder, quant_type="nf4")
     again.reward_model, again.val_set = RewardModel.load(again.model, tmp_path), trainer.val_set
     assert again.evaluate(False)["loss"] == pytest.approx(result.val_loss, rel=1e-5)
 
@@ -127,7 +127,7 @@ def test_the_best_head_is_kept_with_the_best_adapter(trainer_for, tiny_folder, p
 def trained(trainer_for, tiny_folder, pairs, tmp_path_factory):
     """A reward model's folder, trained on a dense base, and what its trainer makes of every chosen answer."""
     out = tmp_path_factory.mktemp("reward")
-    trainer = trainer_for(tiny_folder, pairs, out, quantize=None, dropout=0.1)
+    trainer = trainer_for(tiny_folder, pairs, out, quant_type=None, dropout=0.1)
     trainer.train(display=None)
     trainer.model.eval()
     (batch,) = trainer.micro_batches(trainer.train_set, range(10), 10)

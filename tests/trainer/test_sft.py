@@ -53,7 +53,7 @@ def test_learns_and_leaves_what_it_promised(train, tiny_folder, rows, val_rows, 
     assert steps[-1]["loss"] < steps[0]["loss"] / 1.5 and result.val_loss < steps[0]["loss"]
     assert sum(r["tokens"] for r in steps) == result.tokens
     assert (tmp_path / "adapter_model.safetensors").is_file() and (tmp_path / "loss.png").stat().st_size > 5000
-    again, _ = fourbit.load(tiny_folder, quantize="nf4")
+    again, _ = fourbit.load(tiny_folder, quant_type="nf4")
     fourbit.load_adapter(again, tmp_path)
     assert evaluate_loss(again, trainer.val_set.examples) == pytest.approx(result.val_loss, abs=1e-6)
     assert result.val_loss == min(r["val_loss"] for r in records if "val_loss" in r)
@@ -232,7 +232,7 @@ def test_one_bad_step_is_skipped_and_counted(train, adapted, tiny_folder, rows, 
 
 
 def test_full_fine_tuning(train, tiny_folder, rows, tmp_path):
-    load = partial(fourbit.load, quantize="none")
+    load = partial(fourbit.load, quant_type=None)
     model, _, _ = train(tiny_folder, rows, tmp_path, load=load, full=True, lr=1e-3, epochs=3)
     records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
     assert records[-1]["loss"] < records[0]["loss"]
@@ -243,9 +243,9 @@ def test_full_fine_tuning(train, tiny_folder, rows, tmp_path):
     assert (tmp_path / "generation_config.json").is_file()
 
 
-@pytest.mark.parametrize("quantize, full, message", [("nf4", True, "dense model"), ("none", False, "no adapter")])
-def test_refuses_what_it_cannot_train(tiny_folder, rows, tmp_path, quantize, full, message):
-    model, tokenizer = fourbit.load(tiny_folder, quantize=quantize)
+@pytest.mark.parametrize("quant_type, full, message", [("nf4", True, "dense model"), (None, False, "no adapter")])
+def test_refuses_what_it_cannot_train(tiny_folder, rows, tmp_path, quant_type, full, message):
+    model, tokenizer = fourbit.load(tiny_folder, quant_type=quant_type)
     with pytest.raises(InputError, match=message):
         SFTTrainer(model, tokenizer, train=rows, config=config_for(tmp_path, full=full))
 
