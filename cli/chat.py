@@ -11,8 +11,8 @@ from ..data.turns import Talk
 from ..errors import InputError, shown, visible
 from ..models.generate import generate
 from ..models.protocol import CausalLM
-from ..models.tokenizer import Tokenizer
 from ..settings import setting
+from ..text.tokenizer import Tokenizer
 from .load import load_adapted
 from .options import AdaptedModelOptions, SamplingOptions
 from .parse import Sources

@@ -9,8 +9,8 @@ from ..data.batch import Encoded
 from ..data.encode import load_rows
 from ..data.forms import kind_of
 from ..errors import visible
-from ..models.tokenizer import Tokenizer
 from ..settings import setting
+from ..text.tokenizer import Tokenizer
 from .load import open_tokenizer
 from .options import ResultOptions, RowOptions, TokenizerOptions
 from .parse import Sources

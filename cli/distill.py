@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from ..errors import InputError
 from ..models.protocol import CausalLM
-from ..models.tokenizer import Tokenizer
 from ..settings import REQUIRED, Checked, setting
+from ..text.tokenizer import Tokenizer
 from ..trainer.config import DistillConfig
 from ..trainer.distill import DistillTrainer, check_same_tokens
 from .load import load_weights, open_tokenizer, put_adapter, trained

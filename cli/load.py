@@ -14,8 +14,8 @@ from ..lora.linear4bit import NF4Linear
 from ..lora.peft_files import load_adapter, trained_base
 from ..models.load import check_tokenizer, load_model, load_tokenizer
 from ..models.protocol import CausalLM
-from ..models.tokenizer import Tokenizer
 from ..settings import checked
+from ..text.tokenizer import Tokenizer
 from ..trainer.reward_model import HEAD
 from .config_file import read_run
 from .options import AdaptedModelOptions, ModelOptions, Quant

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from ..data.sample import Kind
 from ..models.protocol import CausalLM
-from ..models.tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from ..trainer.config import RewardConfig
 from ..trainer.reward import RewardTrainer
 from ..trainer.reward_model import read_head

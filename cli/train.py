@@ -16,9 +16,9 @@ from ..errors import InputError
 from ..lora.attach import attach
 from ..lora.config import LoRAConfig
 from ..models.protocol import CausalLM
-from ..models.tokenizer import Tokenizer
 from ..outputs import lock_folder
 from ..settings import REQUIRED, Checked, setting
+from ..text.tokenizer import Tokenizer
 from ..trainer.config import TrainingConfig
 from ..trainer.interrupt import stop_if_asked
 from ..trainer.progress import display_for

@@ -1,1 +1,1 @@
-"""Decoders, one file a family; reading checkpoints (HF folder, GGUF); tokenizers; generation."""
+"""Decoders, one file a family; reading checkpoints (HF folder, GGUF); generation."""

@@ -19,14 +19,14 @@ from ..files import misfits, read_json
 from ..kernels.weight4bit import check_format
 from ..lora.linear4bit import NF4Linear
 from ..lora.quantize import quantize_
+from ..text.tokenizer import Tokenizer
+from ..text.tokenizer_folder import folder_tokenizer
 from . import gguf_model, hf
 from .decoder import Decoder
 from .families import read_spec
 from .gguf import GGUFFile
 from .gguf_tokenizer import gguf_tokenizer
 from .protocol import CausalLM
-from .tokenizer import Tokenizer
-from .tokenizer_folder import folder_tokenizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

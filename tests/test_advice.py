@@ -43,7 +43,7 @@ from fourbit.models.load import load_tokenizer
 from fourbit.trainer import metrics
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("", "cli", "data", "kernels", "lora", "models", "optim", "trainer", "trainer/losses")
+FOLDERS = ("", "cli", "data", "kernels", "lora", "models", "optim", "text", "trainer", "trainer/losses")
 FOLLOWED: list[tuple[str, str]] = []  # file, words: by the tests below
 
 
@@ -537,8 +537,8 @@ def change(file: Path, **changes: Any) -> None:
     ("models/load.py", "Give a folder of safetensors or a .gguf file"),
     ("models/load.py", "Load the model in bfloat16 or float32 (--dtype)"),
     ("models/load.py", "Use cpu."),
-    ("models/tokenizer.py", "mend the text"),
-    ("models/tokenizer.py", "are encoded at once. Split it"),
+    ("text/tokenizer.py", "mend the text"),
+    ("text/tokenizer.py", "are encoded at once. Split it"),
 )
 def test_model_folders_are_mended_as_advised(folder: Path, tmp_path: Path) -> None:
     change(folder / "config.json", attention_dropout=0.1)
@@ -606,8 +606,8 @@ START = {"content": "<|im_start|>", "special": True}
 
 
 @follows(
-    ("models/special_tokens.py", "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"),
-    ("models/tokenizer_folder.py", "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"),
+    ("text/special_tokens.py", "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"),
+    ("text/tokenizer_folder.py", "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"),
 )
 @pytest.mark.parametrize(
     "wrong",
@@ -867,8 +867,8 @@ ELSEWHERE = {  # tests of other files that follow an advice
     "tests/lora/test_adapter_files.py::test_another_base_is_refused_unless_forced": [
         ("lora/peft_files.py", "or force it (--force, force=True)")
     ],
-    "tests/models/test_tokenizer_folder.py::test_letters_that_would_vanish_are_refused": [
-        ("models/tokenizer_folder.py", "give its model an unk_token of its vocabulary")
+    "tests/text/test_tokenizer_folder.py::test_letters_that_would_vanish_are_refused": [
+        ("text/tokenizer_folder.py", "give its model an unk_token of its vocabulary")
     ],
     "tests/trainer/test_resume.py::test_the_advice_for_a_run_that_cannot_be_longer_works": [
         ("trainer/resume.py", "begin a new run from what this one saved, with another out")
@@ -914,8 +914,8 @@ NOT_FOLLOWED = {  # why -> what
         ("models/hf.py", "Load the unquantised model and let fourbit quantise it"),
         ("models/llama.py", "Load the unquantised model and let fourbit quantise it"),
         ("models/load.py", "holds NaN or infinity. The file is damaged: get it again"),
-        ("models/tokenizer_folder.py", "Get the file again"),
-        ("models/tokenizer_folder.py", "Get it from where the model is from"),
+        ("text/tokenizer_folder.py", "Get the file again"),
+        ("text/tokenizer_folder.py", "Get it from where the model is from"),
         ("models/finite.py", "or come from a training that diverged: take others"),
         ("trainer/checkpoint.py", "resume with its version"),
         ("trainer/checkpoint.py", "Go on with that version, or begin a new run"),

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..kernels.linear_divergence import Divergence
 from ..lora.adapter import DEFAULT, AdapterLayer, carried, using
 from ..models.protocol import CausalLM
-from ..models.tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from .config import DistillConfig
 from .losses.divergence import token_divergence
 from .losses.tokens import evaluating, hidden_rows, on_device, summed, token_scores

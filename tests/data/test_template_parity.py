@@ -96,7 +96,7 @@ def sides(make_tokenizer: Callable[..., Any]) -> tuple[Any, Any]:
     """One tokenizer, ours and transformers'."""
     from transformers import PreTrainedTokenizerFast
 
-    from fourbit.models.tokenizer import Tokenizer
+    from fourbit.text.tokenizer import Tokenizer
 
     backend = make_tokenizer(("<|im_start|>", "<|im_end|>", *NAMED.values())).backend
     theirs = PreTrainedTokenizerFast(tokenizer_object=backend, **NAMED)

@@ -19,7 +19,7 @@ from fourbit.lora.quantize import quantize_
 from fourbit.models.decoder import Decoder
 from fourbit.models.load import load
 from fourbit.models.save import save_model
-from fourbit.models.tokenizer import Tokenizer
+from fourbit.text.tokenizer import Tokenizer
 
 Oracle = Callable[..., Any]
 Ours = Callable[..., Decoder]

@@ -16,7 +16,7 @@ from fourbit.models.generate import generate
 from fourbit.models.gguf_tokenizer import gguf_tokenizer
 from fourbit.models.load import load, load_tokenizer
 from fourbit.models.save import save_model
-from fourbit.models.tokenizer import Tokenizer
+from fourbit.text.tokenizer import Tokenizer
 
 WORDS = ["t", "1", *(f"t{i}" for i in range(1, 93)), "<s>", "</s>", "<end>"]
 BOS, EOS, END = 94, 95, 96

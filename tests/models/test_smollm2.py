@@ -9,7 +9,7 @@ import torch
 from fourbit.models.decoder import Decoder
 from fourbit.models.generate import generate
 from fourbit.models.load import load
-from fourbit.models.tokenizer import Tokenizer
+from fourbit.text.tokenizer import Tokenizer
 
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 PROMPTS = [

@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers
 
 from fourbit.errors import InputError
 from fourbit.models.gguf_tokenizer import gguf_tokenizer
-from fourbit.models.tokenizer import Tokenizer
+from fourbit.text.tokenizer import Tokenizer
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 stand-ins for bytes
 MERGES = ["h e", "Ġ he", "l l", "he ll"]

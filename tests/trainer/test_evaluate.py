@@ -16,8 +16,8 @@ from tokenizers import AddedToken
 from fourbit.data.encode import encode, load
 from fourbit.data.template import CHATML, ChatTemplate
 from fourbit.errors import InputError
-from fourbit.models.tokenizer import Tokenizer
-from fourbit.models.tokenizer_folder import folder_tokenizer
+from fourbit.text.tokenizer import Tokenizer
+from fourbit.text.tokenizer_folder import folder_tokenizer
 from fourbit.trainer.evaluate import Match, answer_all, matches, share_right
 
 CALLS = (  # as Mistral and Qwen write them: special tokens, and ones that are not

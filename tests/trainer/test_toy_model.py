@@ -15,8 +15,8 @@ from fourbit.errors import InputError
 from fourbit.kernels.attention import Spans, visible_keys
 from fourbit.lora.adapter import copy_adapter
 from fourbit.models.protocol import Cache, CausalLM
-from fourbit.models.tokenizer import Tokenizer
-from fourbit.models.tokenizer_folder import folder_tokenizer
+from fourbit.text.tokenizer import Tokenizer
+from fourbit.text.tokenizer_folder import folder_tokenizer
 from fourbit.trainer.evaluate import answer_all, batch_loss_sum, evaluate_loss
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.reward_model import RewardModel

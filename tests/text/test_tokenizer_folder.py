@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from fourbit.errors import InputError
-from fourbit.models.tokenizer_folder import folder_tokenizer
+from fourbit.text.tokenizer_folder import folder_tokenizer
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 BOS, EOS = len(LETTERS) + 2, len(LETTERS) + 3
@@ -344,7 +344,7 @@ def test_a_changed_tokenizer_json_is_read_or_refused(tmp_path_factory: pytest.Te
     (folder / "tokenizer.json").write_bytes(bytes(raw))
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fourbit.models.tokenizer_folder._tried", lambda *version: "")
+            patch.setattr("fourbit.text.tokenizer_folder._tried", lambda *version: "")
             tokenizer = folder_tokenizer(folder)
         tokenizer.decode(tokenizer.encode("he 12 é😀</s>"))
     except InputError:

@@ -18,7 +18,7 @@ from tokenizers import pre_tokenizers
 from fourbit.errors import InputError
 from fourbit.models.gguf import GGUFFile
 from fourbit.models.gguf_tokenizer import gguf_tokenizer
-from fourbit.models.tokenizer import MAX_TEXT_BYTES, Tokenizer
+from fourbit.text.tokenizer import MAX_TEXT_BYTES, Tokenizer
 
 
 @pytest.fixture(scope="module")

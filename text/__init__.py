@@ -1,0 +1,1 @@
+"""Text to tokens and back: the tokenizer, and what is read to make one."""
