@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo demo-dpo test test-slow test-gpu lint types wheel-check size walks bench bench-cpu bench-sft bench-dpo clean
+.PHONY: demo demo-dpo test test-slow test-gpu lint types docs wheel-check size walks bench bench-cpu bench-sft bench-dpo clean
 
 demo: $(VENV)/.installed $(VENV)/.model ## fine-tune a real model on examples/tickets
 	$(BIN)/python examples/tickets/demo.py
@@ -32,6 +32,9 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	mkdir -p build/types && ln -sfn ../.. build/types/fourbit
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fourbit
+
+docs: $(VENV)/.dev ## the API reference as HTML in build/api; every link of it and of our Markdown is checked
+	$(BIN)/python -P docs/api.py
 
 wheel-check: $(VENV)/.dev ## build the wheel, install it elsewhere, import it and run its command
 	.ci/wheel-check $(BIN)/python
