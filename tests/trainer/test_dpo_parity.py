@@ -160,7 +160,9 @@ def trl_trainer(folder: Path, reference: str) -> Any:
     return trainer
 
 
-@pytest.mark.parametrize(("reference", "steps"), [("base", 10), ("start", 3)])
+@pytest.mark.parametrize(
+    ("reference", "steps"), [("base", 4), pytest.param("base", 10, marks=pytest.mark.slow), ("start", 3)]
+)
 def test_steps_agree_with_trl(reference: str, steps: int, folder: Path) -> None:
     ours, examples = our_steps(folder, reference, steps)
     theirs = their_steps(folder, reference, examples, steps)
