@@ -1,4 +1,4 @@
-"""The API reference as HTML, from the docstrings of what is public: `make docs` writes build/api, and checks every link.
+"""The API reference as HTML, from the docstrings of what is public: `make docs` writes build/api and checks every link.
 
 A page each for `fourbit` and its namespaces, with what their `__all__` names: a public name cannot lack its place.
 Links: those inside the reference, and those of the repository's Markdown to files and headings.

@@ -1,8 +1,8 @@
-"""SIGKILL at random moments (twenty with `-m slow`, five in every run): the run that is taken up again ends bit for bit like one that was never killed.
+"""SIGKILL at random moments: the run that is taken up again ends bit for bit like one that was never killed.
 
-A process that has imported everything and never trained forks each run, so a run starts in milliseconds; this file is
-that process' program too. Dropout, packing, shuffling and evaluation are on, and every second step is saved, so that
-many kills fall into a save.
+Five kills in every run of the tests, twenty with `-m slow`. A process that has imported everything and never trained
+forks each run, so a run starts in milliseconds; this file is that process' program too. Dropout, packing, shuffling and
+evaluation are on, and every second step is saved, so that many kills fall into a save.
 """
 
 import json
