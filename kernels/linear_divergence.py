@@ -17,20 +17,21 @@ One chunk of both logits exists at a time; see `chunked_head` for how gradients 
 
 from collections.abc import Callable
 from math import log, log1p
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .chunked_head import blocks, upcast
 
-KINDS = ("forward-kl", "reverse-kl", "jsd")
+Kind = Literal["forward-kl", "reverse-kl", "jsd"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Divergence(NamedTuple):
     """Which divergence; `check` raises ValueError for settings that make none."""
 
-    kind: str
+    kind: Kind
     temperature: float = 1.0
     top_k: int | None = None
     beta: float = 0.5  # of jsd

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..errors import InputError
-from ..kernels.linear_divergence import Divergence
 from ..lora.adapter import DEFAULT, AdapterLayer, carried, using
 from ..models.protocol import CausalLM
 from ..text.tokenizer import Tokenizer
@@ -91,8 +90,8 @@ class DistillTrainer(SFTTrainer):
         theirs = self.teacher_hidden(here, here.rows)  # before there is a graph
         ours = hidden_rows(self.model, here, here.rows)
         beta = 0.5 if config.jsd_beta is None else config.jsd_beta
-        wanted = Divergence(config.divergence, config.temperature, config.top_k, beta)
-        divergence = token_divergence(self.model.lm_head, ours, self.teacher_head, theirs, wanted)
+        how = config.divergence, config.temperature, config.top_k, beta
+        divergence = token_divergence(self.model.lm_head, ours, self.teacher_head, theirs, *how)
         loss = divergence.sum(dtype=torch.float64)
         if not config.sft_weight:
             return Sums(loss, {})

@@ -42,12 +42,12 @@ def test_equals_full_logits(student, teacher, rows, monkeypatch):
     scale = torch.randn(N, dtype=torch.float64)
     inputs = [hidden, *(p for p in head.parameters() if p.requires_grad)]
     want = reference(head, hidden, teacher_head, teacher_hidden, 2.0)
-    got = token_divergence(head, hidden, teacher_head, teacher_hidden, Divergence("reverse-kl", 2.0))
+    got = token_divergence(head, hidden, teacher_head, teacher_hidden, *Divergence("reverse-kl", 2.0))
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
     wanted = torch.autograd.grad((want * scale).sum(), inputs)
     for value, ours in zip(wanted, torch.autograd.grad((got * scale).sum(), inputs), strict=True):
         torch.testing.assert_close(ours, value, rtol=1e-10, atol=1e-12)
-    got = token_divergence(head, hidden, teacher_head, teacher_hidden, Divergence("reverse-kl", 2.0))
+    got = token_divergence(head, hidden, teacher_head, teacher_hidden, *Divergence("reverse-kl", 2.0))
     (got * scale).sum().backward()
     assert teacher_hidden.grad is None and all(p.grad is None for p in teacher_head.parameters())
 
@@ -58,7 +58,7 @@ def test_is_the_op_on_tensors(settings):
     hidden, teacher_hidden = torch.randn(N, 16, dtype=torch.float64), torch.randn(N, 24, dtype=torch.float64)
     scorer = DivergenceScorer(lambda rows: teacher_hidden[rows] @ teacher_head.weight.T, Divergence(**settings))
     (want,) = chunked_head.dense_figures(hidden, head.weight, scorer, 4)
-    got = token_divergence(head, hidden, teacher_head, teacher_hidden, Divergence(**settings))
+    got = token_divergence(head, hidden, teacher_head, teacher_hidden, *Divergence(**settings))
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
@@ -67,7 +67,7 @@ def test_one_head_may_serve_both_sides():
     head = head_of("lora nf4", 16, 0)
     hidden = torch.randn(N, 16, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(N, 16, dtype=torch.float64)
-    got = token_divergence(head, hidden, head, teacher, Divergence("reverse-kl"))
+    got = token_divergence(head, hidden, head, teacher, *Divergence("reverse-kl"))
     torch.testing.assert_close(got, reference(head, hidden, head, teacher))
 
 
@@ -75,7 +75,7 @@ def test_no_rows():
     for kind in ("dense", "nf4", "lora"):
         hidden = torch.randn(0, 16, dtype=torch.float64, requires_grad=True)
         values = token_divergence(
-            head_of(kind, 16, 0), hidden, head_of("nf4", 16, 1), hidden.detach(), Divergence("jsd")
+            head_of(kind, 16, 0), hidden, head_of("nf4", 16, 1), hidden.detach(), *Divergence("jsd")
         )
         values.sum().backward()
         assert values.shape == (0,) and hidden.grad.shape == (0, 16)
@@ -84,10 +84,10 @@ def test_no_rows():
 def test_refusals():
     head, hidden = head_of("dense", 16, 0), torch.randn(N, 16, dtype=torch.float64)
     with pytest.raises(ValueError, match="share one vocabulary, got 61 and 60 tokens"):
-        token_divergence(head, hidden, nn.Linear(16, 60).double(), hidden, Divergence("forward-kl", top_k=5))
-    with pytest.raises(ValueError, match=r"got \(11, 16\) and \(10, 16\)"):
-        token_divergence(head, hidden, head, hidden[1:], Divergence("jsd"))
+        token_divergence(head, hidden, nn.Linear(16, 60).double(), hidden, *Divergence("forward-kl", top_k=5))
+    with pytest.raises(ValueError, match=r"got hidden float64 \[11, 16\], teacher_hidden float64 \[10, 16\]"):
+        token_divergence(head, hidden, head, hidden[1:], *Divergence("jsd"))
     with pytest.raises(ValueError, match="kind must be one of"):
-        token_divergence(head, hidden, head, hidden, Divergence("tv"))
+        token_divergence(head, hidden, head, hidden, *Divergence("tv"))
     with pytest.raises(ValueError, match=r"top_k must be in 1\.\.61"):
-        token_divergence(head, hidden, head, hidden, Divergence("jsd", top_k=62))
+        token_divergence(head, hidden, head, hidden, *Divergence("jsd", top_k=62))

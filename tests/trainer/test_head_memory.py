@@ -57,7 +57,7 @@ def logprob_step(head: nn.Module, hidden: Tensor) -> None:
 
 def divergence_step(head: nn.Module, hidden: Tensor) -> None:
     teacher = hidden.detach()
-    token_divergence(head, hidden, head, teacher, Divergence("jsd")).sum().backward()
+    token_divergence(head, hidden, head, teacher, *Divergence("jsd")).sum().backward()
 
 
 def test_the_measure_sees_full_logits():

@@ -23,41 +23,49 @@ from ...kernels.chunked_head import (
 from ...lora.adapter import AdapterLayer
 from ...lora.linear4bit import NF4Linear
 from ...models.protocol import CausalLM
+from .shapes import Alike, Hidden, Targets, checked
 
 NEVER_SURE = 1e-12  # a probability of 1 - 1e-12 is the largest that `token_kl` works with: log(1 - p) stays finite
 
 
-def token_scores(head: nn.Module, hidden: Tensor, targets: Tensor) -> TokenScores:
+@checked
+def token_scores(head: nn.Module | Tensor, hidden: Hidden, targets: Targets) -> TokenScores:
     """Log-probability of each row's target, with the row's entropy and whether the target is the likeliest token.
 
-    head: the output head, [N, D] -> [N, V]. hidden: [N, D], trained positions only. targets: [N] int64 in 0..V-1.
-    Gradients flow from logps to hidden and to what is trained in the head. A head without trained parameters runs once,
-    a trained one again in backward; one chunk of logits is alive at a time.
+    head: any module [N, D] -> [N, V], 4-bit or with an adapter too, or the weight [V, D] of one without a bias. hidden:
+    [N, D], trained positions only. targets: [N] int64 in 0..V-1. Gradients flow from logps to hidden and to what is
+    trained in the head. A head without trained parameters runs once, a trained one again in backward; one chunk of
+    logits is alive at a time.
     Raises ValueError when the shapes do not fit together, and for targets out of range on a CPU (on CUDA a device-side
     assertion: `kernels.chunked_head.check_targets` before they are sent).
     """
-    vocabulary = vocabulary_of(head)
-    if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"token_scores needs hidden [N, D] and targets [N], got {tuple(hidden.shape)} and {tuple(targets.shape)}"
-        )
+    vocabulary = vocabulary_of(head, hidden)
     rows = rows_per_chunk(vocabulary, hidden.device)
     return TokenScores(*head_scores(head, hidden, TokenScorer(targets, vocabulary), rows))
 
 
-def head_scores(head: nn.Module, hidden: Tensor, scorer: Scorer, rows: int) -> tuple[Tensor, ...]:
+def head_scores(head: nn.Module | Tensor, hidden: Tensor, scorer: Scorer, rows: int) -> tuple[Tensor, ...]:
     """What the scorer makes of the head's logits, `rows` of them at a time, by the shortest way for this head."""
+    if isinstance(head, Tensor):
+        return dense_figures(hidden, head, scorer, rows)
     plain = type(head) in (nn.Linear, NF4Linear, AdapterLayer) and not (head._forward_hooks or head._forward_pre_hooks)
     if plain and type(head) is nn.Linear and head.bias is None:
         return dense_figures(hidden, head.weight, scorer, rows)
     return module_figures(hidden, head, scorer, rows, in_place=plain)
 
 
-def vocabulary_of(head: nn.Module) -> int:
-    """How many tokens the head scores."""
-    size = head.out_features
-    assert isinstance(size, int)
-    return size
+def logits_of(head: nn.Module | Tensor, hidden: Tensor) -> Tensor:
+    """[N, V] of hidden states [N, D]."""
+    logits: Tensor = hidden @ head.T if isinstance(head, Tensor) else head(hidden)
+    return logits
+
+
+def vocabulary_of(head: nn.Module | Tensor, hidden: Tensor) -> int:
+    """How many tokens the head scores; one that does not say so is asked with a row of zeros."""
+    if isinstance(size := getattr(head, "out_features", None), int):
+        return size
+    with torch.no_grad():
+        return logits_of(head, hidden.new_zeros(1, hidden.shape[1])).shape[1]
 
 
 def batch_token_scores(model: CausalLM, batch: Batch) -> TokenScores:
@@ -110,7 +118,8 @@ def _by_answer(values: Tensor, slots: Tensor) -> Tensor:
     return torch.cat([values, values.new_zeros(1)]).index_select(0, slots.flatten()).view(slots.shape)
 
 
-def token_kl(logps: Tensor, reference: Tensor) -> Tensor:
+@checked
+def token_kl(logps: Alike, reference: Alike) -> Tensor:
     """How far the policy has moved at each token of an answer: a lower bound of KL(policy || reference), in nats.
     It is the divergence of "this token or another one", p log(p/q) + (1-p) log((1-p)/(1-q)), which is at most that of
     the whole distributions and equal to it over two tokens. It needs no samples of the policy, which the answers of
