@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from fourbit.kernels import nf4
+from fourbit import nf4
 from fourbit.kernels.codes import fp4_code, nf4_code
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"

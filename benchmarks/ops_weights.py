@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit.kernels import nf4
+from fourbit import nf4
 from fourbit.kernels.dispatch import force_path
 
 from . import gate

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit.kernels import nf4
+from fourbit import nf4
 
 from . import CHECKOUT, machine
 from .peers import bnb

@@ -10,8 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fourbit import NF4Linear
-from fourbit.kernels import nf4
+from fourbit import NF4Linear, nf4
 from fourbit.kernels.dispatch import force_path
 from fourbit.kernels.weight4bit import Weight4bit
 

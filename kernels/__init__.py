@@ -1,4 +1,7 @@
-"""Functional ops on tensors and plain numbers: quantisation, 4-bit linear, LoRA update; references included."""
+"""Functional ops on tensors and plain numbers; the reference that defines an op stands beside it, in its own file."""
 
-from . import lora as lora
-from . import nf4 as nf4
+from .attention import causal_attention, span_positions
+from .linear4bit import lora_linears4bit
+from .lora import lora_update
+
+__all__ = ["causal_attention", "lora_linears4bit", "lora_update", "span_positions"]

@@ -18,7 +18,9 @@ Spans = Sequence[tuple[int, ...]]
 """Of each example (start, end), or of one that forks (start, fork, end_1, ..., end_n): its trunk, then n branches."""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, spans: Spans | None = None, visible: Tensor | None = None) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, spans: Spans | None = None, visible: Tensor | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, each query seeing the keys at and before its own place.
 
     q [B, T, H, D]; k and v [B, S, K, D], with H a multiple of K and S >= T: the last T keys belong to the queries.
@@ -30,7 +32,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, spans: Spans | None = None, vi
     """
     if spans is not None:
         if visible is not None:
-            raise ValueError("attention takes spans or visible keys, not both")
+            raise ValueError("causal_attention takes spans or visible keys, not both")
         return _by_span(q, k, v, spans)
     if visible is None and q.shape[1] == k.shape[1]:
         return _sdpa(q, k, v, is_causal=True)

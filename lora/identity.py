@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, shown
-from ..kernels.nf4 import dequantize
+from ..kernels.dequantize4bit import dequantize
 from ..kernels.weight4bit import BLOCKSIZES, Weight4bit
 from .linear4bit import NF4Linear
 from .targets import base_modules

@@ -2,7 +2,7 @@
 
 The quantised weight is up to four plain frozen parameters, so the layer counts, shards, saves, moves, copies and prints
 like any other module. The price is one rule: casting the model must not cast the scales, so `_apply` keeps the dtype of
-all four. Dense weights are never kept: forward and backward decode into scratch (`kernels.nf4.linear4bit`).
+all four. Dense weights are never kept: forward and backward decode into scratch (`kernels.linear4bit.linear4bit`).
 
 Layout and rounding are bitsandbytes' (Dettmers et al. 2023, "QLoRA", section 3).
 """
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..kernels.blockwise import NESTED_BLOCKSIZE
-from ..kernels.nf4 import dequantize, linear4bit, quantize
+from ..kernels.dequantize4bit import dequantize
+from ..kernels.linear4bit import linear4bit
+from ..kernels.quantize4bit import quantize
 from ..kernels.weight4bit import Weight4bit, check_format, stored_shapes
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import rope
-from ..kernels.attention import Spans, attention, span_lengths, span_positions, visible_keys
+from ..kernels.attention import Spans, causal_attention, span_lengths, span_positions, visible_keys
 from ..kernels.dispatch import bucketed
 from ..kernels.rms_norm import rms_norm
 from ..kernels.swiglu import swiglu
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         v = v.view(heads)
         if shared.cache is not None:
             k, v = shared.cache.append(self.index, k, v)
-        heard = attention(q, k, v, spans=shared.spans, visible=shared.visible).flatten(2)
+        heard = causal_attention(q, k, v, spans=shared.spans, visible=shared.visible).flatten(2)
         return project(heard, (self.o_proj,), keep=shared.keep)[0]
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourbit.kernels.attention import attention, span_lengths, span_positions, visible_keys
+from fourbit.kernels.attention import causal_attention, span_lengths, span_positions, visible_keys
 
 Spans = list[tuple[int, ...]]
 
@@ -43,13 +43,13 @@ def spans_of(lengths: list[int]) -> Spans:
 def test_causal_and_cached(heads: int, kv: int, t: int, s: int) -> None:
     q, k, v = sample(2, t, s, heads, kv)
     expected = plain(q, k, v, causal(t, s).expand(2, t, s))
-    torch.testing.assert_close(attention(q, k, v), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(causal_attention(q, k, v), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_fp32_within_a_rounding_bound() -> None:
     q, k, v = sample(1, 63, 63, 4, 2, torch.float32)
     exact = plain(q.double(), k.double(), v.double(), causal(63, 63)[None])
-    assert (attention(q, k, v).double() - exact).abs().max() < 2e-6
+    assert (causal_attention(q, k, v).double() - exact).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize(("t", "s"), [(6, 6), (1, 6), (2, 6)])
@@ -59,32 +59,32 @@ def test_mask_hides_left_padding(t: int, s: int) -> None:
     visible = causal(t, s) & mask[:, None]
     own = torch.zeros(t, s, dtype=torch.bool)
     own[:, s - t :] = torch.eye(t, dtype=torch.bool)
-    got = attention(q, k, v, visible=visible_keys(t, s, mask, q.device))
+    got = causal_attention(q, k, v, visible=visible_keys(t, s, mask, q.device))
     assert got.isfinite().all()  # padding queries see themselves: no 0/0
     torch.testing.assert_close(got, plain(q, k, v, visible | own), rtol=1e-12, atol=1e-12)
 
 
 def test_spans_over_several_rows() -> None:
     q, k, v = sample(2, 6, 6, 4, 2)
-    got = attention(q, k, v, spans=[(0, 4), (4, 6), (6, 12)])
-    torch.testing.assert_close(got[0, 4:], attention(q[:1, 4:], k[:1, 4:], v[:1, 4:])[0])
-    torch.testing.assert_close(got[1], attention(q[1:], k[1:], v[1:])[0])
+    got = causal_attention(q, k, v, spans=[(0, 4), (4, 6), (6, 12)])
+    torch.testing.assert_close(got[0, 4:], causal_attention(q[:1, 4:], k[:1, 4:], v[:1, 4:])[0])
+    torch.testing.assert_close(got[1], causal_attention(q[1:], k[1:], v[1:])[0])
 
 
 @pytest.mark.parametrize("lengths", [[1], [3, 1, 2], [2, 2]])
 def test_gradients_in_float64(lengths: list[int]) -> None:
     q, k, v = (x.requires_grad_() for x in sample(1, sum(lengths), sum(lengths), 4, 2))
-    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, spans=spans_of(lengths)), (q, k, v))
+    assert torch.autograd.gradcheck(lambda q, k, v: causal_attention(q, k, v, spans=spans_of(lengths)), (q, k, v))
 
 
 def test_another_span_changes_nothing_to_the_bit() -> None:
     q, k, v = sample(1, 90, 90, 4, 2, torch.float32)
     spans = spans_of([31, 17, 42])
-    before = attention(q, k, v, spans=spans)
+    before = causal_attention(q, k, v, spans=spans)
     q, k, v = (x.clone() for x in (q, k, v))
     for x in (q, k, v):
         x[:, 31:48] = torch.randn(1, 17, *x.shape[2:], generator=torch.Generator().manual_seed(1)) * 100
-    after = attention(q, k, v, spans=spans)
+    after = causal_attention(q, k, v, spans=spans)
     assert torch.equal(before[:, :31], after[:, :31]) and torch.equal(before[:, 48:], after[:, 48:])
     assert not torch.equal(before[:, 31:48], after[:, 31:48])
 
@@ -119,7 +119,7 @@ def test_forks_equal_the_definition(forks: list[tuple[int, list[int]]]) -> None:
     spans = laid_out(forks)
     total = spans[-1][-1]
     q, k, v = sample(1, total, total, 4, 2)
-    got = attention(q, k, v, spans=spans)
+    got = causal_attention(q, k, v, spans=spans)
     torch.testing.assert_close(got, plain(q, k, v, fork_visible(forks)[None]), rtol=1e-12, atol=1e-12)
     texts = [[*range(trunk), *(p for n in branches for p in range(trunk, trunk + n))] for trunk, branches in forks]
     assert span_positions(spans, q.device).tolist() == [place for text in texts for place in text]
@@ -132,7 +132,7 @@ def test_forks_equal_the_definition(forks: list[tuple[int, list[int]]]) -> None:
 def test_gradients_of_forks_in_float64(fork: tuple[int, list[int]], heads: tuple[int, int]) -> None:
     spans = laid_out([fork])
     q, k, v = (x.requires_grad_() for x in sample(1, spans[-1][-1], spans[-1][-1], *heads))
-    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, spans=spans), (q, k, v))
+    assert torch.autograd.gradcheck(lambda q, k, v: causal_attention(q, k, v, spans=spans), (q, k, v))
 
 
 def test_another_branch_changes_nothing_to_the_bit() -> None:
@@ -146,7 +146,7 @@ def test_another_branch_changes_nothing_to_the_bit() -> None:
             for x in (q, k, v):
                 x[:, slice(*parts[changed])] *= scale
                 x.requires_grad_()
-            out = attention(q, k, v, spans=spans)
+            out = causal_attention(q, k, v, spans=spans)
             results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
         for name, (start, end) in parts.items():
             same = [torch.equal(a[:, start:end], b[:, start:end]) for a, b in zip(*results, strict=True)]
@@ -156,10 +156,10 @@ def test_another_branch_changes_nothing_to_the_bit() -> None:
 
 def test_an_unforked_text_is_to_the_bit_what_it_was() -> None:
     q, k, v = sample(1, 60, 60, 4, 2, torch.float32)
-    plain_spans = attention(q, k, v, spans=[(0, 20), (20, 60)])
-    alone = torch.cat([attention(*(x[:, a:b] for x in (q, k, v))) for a, b in ((0, 20), (20, 60))], dim=1)
+    plain_spans = causal_attention(q, k, v, spans=[(0, 20), (20, 60)])
+    alone = torch.cat([causal_attention(*(x[:, a:b] for x in (q, k, v))) for a, b in ((0, 20), (20, 60))], dim=1)
     assert torch.equal(plain_spans, alone)
-    assert torch.equal(attention(q, k, v, spans=[(0, 7, 20), (20, 20, 60)]), plain_spans)
+    assert torch.equal(causal_attention(q, k, v, spans=[(0, 7, 20), (20, 20, 60)]), plain_spans)
 
 
 def every_branch_after_the_other(q: int, k: int, device: torch.device) -> torch.Tensor:
@@ -184,9 +184,9 @@ def test_spans_that_do_not_cover_the_tokens_are_refused(spans: Spans) -> None:
         r"spans must cover the 6 tokens in order .* or \(start, fork, end_1, ..., end_n\) with no empty branch, got \["
     )
     with pytest.raises(ValueError, match=rule):
-        attention(*sample(1, 6, 6, 2, 2), spans=spans)
+        causal_attention(*sample(1, 6, 6, 2, 2), spans=spans)
 
 
 def test_spans_and_visible_keys_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="not both"):
-        attention(*sample(1, 6, 6, 2, 2), spans=[(0, 6)], visible=visible_keys(6, 6, None, torch.device("cpu")))
+        causal_attention(*sample(1, 6, 6, 2, 2), spans=[(0, 6)], visible=visible_keys(6, 6, None, torch.device("cpu")))

@@ -13,7 +13,7 @@ from fourbit.kernels import blockwise
 from fourbit.kernels.blockwise import dequantize_blockwise, quantize_blockwise
 from fourbit.kernels.codes import dynamic_code
 from fourbit.kernels.dispatch import force_path
-from fourbit.kernels.nf4 import dequantize_absmax, quantize, quantize_absmax
+from fourbit.nf4 import dequantize_absmax, quantize, quantize_absmax
 
 
 @st.composite

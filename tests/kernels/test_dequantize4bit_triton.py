@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fourbit.kernels import dequantize4bit
 from fourbit.kernels.dispatch import force_path
-from fourbit.kernels.nf4 import dequantize, quantize
 from fourbit.kernels.weight4bit import BLOCKSIZES, Weight4bit
+from fourbit.nf4 import dequantize, quantize
 
 decoding = pytest.importorskip("fourbit.kernels.dequantize4bit_triton")
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fourbit.kernels import border, dispatch, lora_paths
 from fourbit.kernels import linear4bit as module
 from fourbit.kernels.dispatch import force_path, product_dtype
-from fourbit.kernels.nf4 import Weight4bit, dequantize, linear4bit, quantize
 from fourbit.kernels.weight4bit import flatten
+from fourbit.nf4 import Weight4bit, dequantize, linear4bit, quantize
 
 # Where there is a GPU kernels are compiled for it, and take no tensors of the CPU.
 PATHS = [path for path in dispatch.PATHS if path != "triton" or not torch.cuda.is_available()]

@@ -17,8 +17,8 @@ from fourbit.kernels.border import Tile
 from fourbit.kernels.dispatch import force_path
 from fourbit.kernels.dropout import keep_mask, keep_scale
 from fourbit.kernels.lora import lora_linears4bit
-from fourbit.kernels.nf4 import Weight4bit, dequantize, quantize
 from fourbit.kernels.weight4bit import flatten
+from fourbit.nf4 import Weight4bit, dequantize, quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN = ["reference"] if DEVICE == "cuda" else ["reference", "cpu"]  # the CPU's path takes no CUDA tensors

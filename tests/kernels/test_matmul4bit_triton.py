@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fourbit.kernels import border, codes, dispatch, lora_paths
 from fourbit.kernels.border import Tile
-from fourbit.kernels.nf4 import Weight4bit, dequantize, quantize
+from fourbit.nf4 import Weight4bit, dequantize, quantize
 
 matmul4bit = pytest.importorskip("fourbit.kernels.matmul4bit_triton")
 lora = pytest.importorskip("fourbit.kernels.lora_triton")

@@ -12,8 +12,8 @@ from torch import Tensor
 from fourbit.kernels import codes, dequantize4bit, dispatch, quantize4bit
 from fourbit.kernels.codes import code_for
 from fourbit.kernels.dispatch import force_path
-from fourbit.kernels.nf4 import Weight4bit, dequantize, quantize
 from fourbit.kernels.weight4bit import flatten
+from fourbit.nf4 import Weight4bit, dequantize, quantize
 
 # Where there is a GPU kernels are compiled for it, and take no tensors of the CPU.
 PATHS = [path for path in dispatch.PATHS if path != "triton" or not torch.cuda.is_available()]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fourbit.kernels import blockwise, quantize4bit
 from fourbit.kernels.dispatch import force_path
-from fourbit.kernels.nf4 import quantize, quantize_absmax
 from fourbit.kernels.weight4bit import BLOCKSIZES
+from fourbit.nf4 import quantize, quantize_absmax
 
 shifting = pytest.importorskip("fourbit.kernels.blockwise_triton")
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fourbit import nf4
 from fourbit.errors import EnvironmentProblem, InputError
-from fourbit.kernels import nf4
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.models.decoder import Decoder
 from fourbit.models.load import load, load_model

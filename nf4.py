@@ -4,9 +4,10 @@ The name is the usual type's; FP4 goes the same ways with quant_type="fp4". A qu
 plain tensors (packed codes, scales), laid out as bitsandbytes lays them out, with its shape, quant_type and blocksize.
 """
 
-from .blockwise import dequantize_absmax as dequantize_absmax
-from .blockwise import quantize_absmax as quantize_absmax
-from .dequantize4bit import dequantize as dequantize
-from .linear4bit import linear4bit as linear4bit
-from .quantize4bit import quantize as quantize
-from .weight4bit import Weight4bit as Weight4bit
+from .kernels.blockwise import dequantize_absmax, quantize_absmax
+from .kernels.dequantize4bit import dequantize
+from .kernels.linear4bit import linear4bit
+from .kernels.quantize4bit import quantize
+from .kernels.weight4bit import Weight4bit
+
+__all__ = ["Weight4bit", "dequantize", "dequantize_absmax", "linear4bit", "quantize", "quantize_absmax"]
