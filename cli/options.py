@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from ..data.encode import LossOn
 from ..errors import InputError
 from ..files import size_and_sha256
+from ..models.generate import Sampling
 from ..outputs import Output
 from ..settings import LARGEST, REQUIRED, Checked, setting
 
@@ -75,23 +76,12 @@ class RowOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions(Checked):
-    """How tokens are drawn."""
+class SamplingOptions(Sampling):
+    """How tokens are drawn, and how many."""
 
     title: ClassVar[str] = "sampling"
     max_new_tokens: int = setting(256, "tokens an answer may have", least=1)
-    temperature: float = setting(0.0, "0 takes the likeliest token each time", least=0)
-    top_k: int = setting(0, "sample from this many likeliest tokens; 0: from all", least=0)
-    top_p: float = setting(1.0, "sample from the likeliest tokens that make up this share")
     seed: int = setting(0, "seed of sampling", least=0, most=LARGEST)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if not self.temperature and (self.top_k or self.top_p != 1):
-            name = "top_k" if self.top_k else "top_p"
-            raise InputError(f"{name} draws, and temperature 0 takes the likeliest token each time: give a temperature")
 
     def sampling(self) -> dict[str, Any]:
         """Arguments for `fourbit.generate`, less the seed."""

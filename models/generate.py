@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import NumericError
+from ..errors import InputError, NumericError
+from ..settings import LARGEST, Checked, setting
 from .finite import explain_nonfinite, first_nonfinite
 from .protocol import CausalLM
 
@@ -23,20 +24,18 @@ NOT_FINITE = -1  # in the place of a token
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """The next token: the best at temperature 0, else drawn from the `top_k` best (0: all) within mass `top_p`."""
+class Sampling(Checked):
+    """How the next token is chosen. Raises InputError for what cannot be, or would be ignored."""
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float = setting(0.0, "0 takes the likeliest token each time", least=0)
+    top_k: int = setting(0, "sample from this many likeliest tokens; 0: from all", least=0)
+    top_p: float = setting(1.0, "sample from the likeliest tokens that make up this share", positive=True, most=1)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (all tokens) or above, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        super().__post_init__()
+        if not self.temperature and (self.top_k or self.top_p != 1):
+            name = "top_k" if self.top_k else "top_p"
+            raise InputError(f"{name} draws, and temperature 0 takes the likeliest token each time: give a temperature")
 
 
 @dataclass
@@ -58,7 +57,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int] | None = None,
     batch_size: int = 32,
     on_token: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
@@ -66,9 +65,9 @@ def generate(
     token, in order.
 
     `max_length`: tokens that prompt and answer may have together (a model's positions, say). `seed`: one for all, or
-    one a prompt; of one for all, each prompt's own is made by `prompt_seeds`, so a sampled answer goes with its prompt
-    wherever that stands, whatever the batch size, up to rounding of the logits. `on_token` is called with each new
-    token as it comes (one prompt only).
+    one a prompt, or None: drawn from torch's generator where anything is. Of one for all, each prompt's own is made by
+    `prompt_seeds`, so a sampled answer goes with its prompt wherever that stands, whatever the batch size, up to
+    rounding of the logits. `on_token` is called with each new token as it comes (one prompt only).
 
     Raises ValueError for an empty prompt, one that leaves no room, an id outside the vocabulary or an impossible
     setting; NumericError for logits that are no numbers, naming the layer where they went bad.
@@ -86,6 +85,8 @@ def generate(
             raise ValueError(f"prompt {i} holds a token id outside 0 to {model.vocab_size - 1}")
         if max_length is not None and len(prompt) >= max_length:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens, which leaves no room in max_length {max_length}")
+    if seed is None:
+        seed = int(torch.randint(LARGEST, ())) if temperature else 0
     seeds = prompt_seeds(prompts, seed) if isinstance(seed, int) else seed
     rooms = [max_new_tokens if max_length is None else min(max_new_tokens, max_length - len(p)) for p in prompts]
     rows = [_Row(*each) for each in zip(prompts, seeds, rooms, strict=True)]

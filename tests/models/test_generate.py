@@ -209,7 +209,7 @@ def test_top_k_and_top_p_cut_and_rescale(sampling: Sampling, allowed: set[int]) 
 @given(
     logits=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=12),
     temperature=st.floats(5e-324, 1.7e308),
-    top_k=st.integers(0, 15) | st.just(1 << 70),
+    top_k=st.integers(0, 15) | st.just(2**31 - 1),
     top_p=st.floats(5e-324, 1.0),
     drawn=st.floats(0, 1, exclude_max=True),
 )
@@ -232,7 +232,7 @@ def test_any_logits_give_a_token_that_may_be_chosen(
 def test_logits_that_are_no_numbers_choose_nothing(bad: float, temperature: float, top: bool) -> None:
     """And the rows beside them, one with a token that can never come, do."""
     rows = torch.tensor([[0.0, 1.0, 2.0], [0.0, bad, 2.0], [-torch.inf, -torch.inf, 3.0], [-torch.inf] * 3])
-    sampling = Sampling(temperature, top_k=2 if top else 0, top_p=0.9 if top else 1.0)
+    sampling = Sampling(temperature, top_k=2, top_p=0.9) if top and temperature else Sampling(temperature)
     chosen = choose(rows, sampling, torch.full((4,), 0.99, dtype=torch.float64)).tolist()
     assert chosen == [2, NOT_FINITE, 2, NOT_FINITE]
 
@@ -265,6 +265,17 @@ def test_activations_that_overflow_name_their_layer(ours: Callable[..., Decoder]
         generate(model, PROMPTS, temperature=temperature, max_new_tokens=2)
 
 
+def test_without_a_seed_torchs_generator_decides(model: Decoder) -> None:
+    def drawn(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        return generate(model, [[1, 2], [1, 2]], max_new_tokens=12, temperature=2.0)
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    before = torch.get_rng_state()
+    generate(model, [[1, 2]], max_new_tokens=2)
+    assert torch.equal(torch.get_rng_state(), before), "the likeliest tokens need no luck"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -275,11 +286,12 @@ def test_activations_that_overflow_name_their_layer(ours: Callable[..., Decoder]
         ({"max_new_tokens": -1}, "max_new_tokens must be 0 or more"),
         ({"batch_size": 0}, "batch_size 1 or more"),
         ({"max_length": 1}, "prompt 0 has 1 tokens, which leaves no room in max_length 1"),
-        ({"temperature": -0.1}, "temperature must be 0 .* got -0.1"),
-        ({"temperature": float("nan")}, "temperature must be 0"),
-        ({"top_k": -1}, "top_k must be 0 .* got -1"),
-        ({"top_p": 0.0}, "top_p must be above 0 .* got 0.0"),
-        ({"top_p": 1.5}, "top_p must be above 0 .* got 1.5"),
+        ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be a finite number"),
+        ({"top_k": -1}, "top_k must be at least 0, got -1"),
+        ({"top_p": 0.0}, "top_p must be above 0 and finite, got 0.0"),
+        ({"top_p": 1.5}, "top_p must be at most 1, got 1.5"),
+        ({"top_p": 0.5}, "top_p draws, and temperature 0"),
     ],
 )
 def test_impossible_arguments(model: Decoder, arguments: dict[str, Any], message: str) -> None:

@@ -13,6 +13,7 @@ from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
 from fourbit.models.decoder import Decoder
 from fourbit.models.spec import Spec
+from fourbit.trainer.losses.divergence import token_divergence
 from fourbit.trainer.losses.tokens import batch_token_scores, token_kl, token_scores
 
 V, D = 61, 16
@@ -201,7 +202,7 @@ def test_refusals(kind):
     head, hidden = head_of(kind), torch.randn(3, D, dtype=torch.float64)
     with pytest.raises(ValueError, match=rf"targets must be in 0\.\.{V - 1}, .* got {V};"):
         token_scores(head, hidden, torch.tensor([0, V, 1]))
-    with pytest.raises(ValueError, match=r"got hidden float64 \[3, 16\], targets int64 \[2\]"):
+    with pytest.raises(ValueError, match=r"got \(3, 16\) and \(2,\)"):
         token_scores(head, hidden, torch.tensor([0, 1]))
 
 
@@ -259,3 +260,18 @@ def test_token_kl_at_its_ends():
     found = token_kl(sure, never)
     assert found.isfinite().all() and (found >= 0).all() and found[0] == 0 and found[3] == 0
     assert found[1:3].tolist() == [pytest.approx(1e4, rel=1e-6), pytest.approx(-math.log(1e-12), rel=1e-3)]
+
+
+def test_a_head_may_be_any_module_or_a_weight() -> None:
+    """A weight, a module without `out_features`, and the plain layer: one loss, one gradient."""
+    torch.manual_seed(0)
+    layer, targets = nn.Linear(D, V, bias=False).double(), torch.tensor([3, 0, 7])
+    hidden = torch.randn(3, D, dtype=torch.float64, requires_grad=True)
+    found = []
+    for head in (layer, layer.weight, nn.Sequential(nn.Identity(), layer)):
+        scores = token_scores(head, hidden, targets)
+        found.append((scores.logps, *torch.autograd.grad(scores.logps.sum(), (hidden, layer.weight))))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-12)
+    far = token_divergence(layer.weight, hidden, nn.Sequential(layer), hidden.detach())
+    torch.testing.assert_close(far, torch.zeros_like(far), rtol=0, atol=1e-12)

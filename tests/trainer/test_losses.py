@@ -6,9 +6,8 @@ What TRL also has is compared with TRL in test_losses_trl.py.
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -18,10 +17,11 @@ from hypothesis import strategies as st
 from mpmath import exp, expm1, log, mp, mpf
 from torch import Tensor
 
+from fourbit import losses as public
 from fourbit.trainer.losses import judged as judged_losses
 from fourbit.trainer.losses import pairs as losses
 from fourbit.trainer.losses.judged import mismatch_kl
-from fourbit.trainer.losses.objective import LOSSES, PAIR_LOSSES, UNPAIRED_LOSSES, Loss, Objective
+from fourbit.trainer.losses.objective import LOSSES, PAIR_LOSSES, UNPAIRED_LOSSES, Objective
 from fourbit.trainer.losses.pairs import DIVERGENCES, Scores, mixture, reward_shift, rewards_seen, scores_of
 from fourbit.trainer.preference import reward_metrics
 
@@ -63,20 +63,9 @@ def sample_for(name: str, count: int = 9) -> Scores:
     return judged(count) if name in UNPAIRED_LOSSES else sampled(count)
 
 
-def run(
-    function: Callable[..., Tensor], sample: Scores, points: Mapping[str, Tensor] = POINTS, **settings: Any
-) -> Tensor:
-    """A loss with its tensors from a sample."""
-    return mixture([(1.0, partial(function, **settings), Loss(function).tensors)], sample, points)
-
-
 def value_of(name: str, sample: Scores, **settings: Any) -> Tensor:
     """One loss through an objective; sft is none of its own, so it is called by its function."""
-    return (
-        run(LOSSES[name].function, sample)
-        if name == "sft"
-        else mixture(Objective({name: 1.0}, settings).terms, sample, POINTS)
-    )
+    return losses.sft(sample) if name == "sft" else mixture(Objective({name: 1.0}, settings).terms, sample, POINTS)
 
 
 def log_sigma(x: Any) -> Any:
@@ -259,7 +248,7 @@ def test_orpo_of_certain_answers(dtype: torch.dtype) -> None:
     """A probability of 1 has infinite odds; a sum that rounding took above zero has none at all."""
     sides = [[0.0, -1e-12, 1e-6, 0.0, -8.0], [-5.0, 0.0, -1e4, 0.0, 0.0]]
     policy = torch.tensor(sides, dtype=dtype, requires_grad=True)
-    found = run(losses.orpo, scores(policy, policy.detach(), torch.ones(2, 5, dtype=torch.int64)))
+    found = losses.orpo(scores(policy, policy.detach(), torch.ones(2, 5, dtype=torch.int64)))
     assert found.isfinite().all() and torch.autograd.grad(found.sum(), policy)[0].isfinite().all()
 
 
@@ -320,18 +309,16 @@ def test_at_the_reference(name: str) -> None:
 def test_label_smoothing_of_zero_is_plain() -> None:
     sample = sampled()
     wanted = -torch.nn.functional.logsigmoid(0.1 * (sample.ratio[0] - sample.ratio[1]))
-    assert torch.equal(run(losses.sigmoid, sample), wanted)
-    assert torch.equal(
-        run(losses.sigmoid, sample, label_smoothing=0.0), run(losses.robust, sample, label_smoothing=0.0)
-    )
+    assert torch.equal(losses.sigmoid(sample), wanted)
+    assert torch.equal(losses.sigmoid(sample, label_smoothing=0.0), losses.robust(sample, label_smoothing=0.0))
 
 
 @given(numbers, numbers, st.floats(0.01, 0.49))
 def test_robust_is_unbiased(chosen: float, rejected: float, flips: float) -> None:
     """Its mean over labels flipped with probability ε is the loss on the labels that were right."""
     there, back = pairs_of(chosen, rejected)[0], pairs_of(rejected, chosen)[0]
-    right, wrong = (run(losses.robust, side, label_smoothing=flips) for side in (there, back))
-    wanted = run(losses.sigmoid, there)
+    right, wrong = (losses.robust(side, label_smoothing=flips) for side in (there, back))
+    wanted = losses.sigmoid(there)
     torch.testing.assert_close((1 - flips) * right + flips * wrong, wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -379,9 +366,7 @@ def test_bco_carries_the_mean_of_all_rewards() -> None:
     shift = reward_shift(seen)
     mean = torch.cat([sample.ratio.flatten() for sample in samples]).mean().detach()
     torch.testing.assert_close(shift, mean, rtol=1e-14, atol=0)
-    assert not torch.allclose(
-        run(losses.bco, samples[0], {"shift": shift}), run(losses.bco, samples[0], {"shift": torch.zeros(())})
-    )
+    assert not torch.allclose(losses.bco(samples[0], shift), losses.bco(samples[0], torch.zeros(())))
     assert not seen.requires_grad and reward_shift(torch.zeros(2, 2)) == 0
     assert Objective({"sigmoid-norm": 1.0, "bco": 1.0}).shift_beta == 0.1, "BCO's own, not the first loss'"
 
@@ -403,7 +388,7 @@ def test_mismatch_kl_is_a_mean_and_never_negative() -> None:
 
 def test_ktos_reference_point_gets_no_gradient() -> None:
     kl, sample = torch.tensor(0.5, dtype=torch.float64, requires_grad=True), judged()
-    found = run(judged_losses.kto, sample, {"kl": kl}).sum()
+    found = judged_losses.kto(sample, kl).sum()
     assert torch.autograd.grad(found, (kl, sample.policy), allow_unused=True)[0] is None
 
 
@@ -432,10 +417,10 @@ def test_sft_terms_are_not_discounted() -> None:
     """LD-DPO is about comparing two answers; learning the chosen one goes on to its end."""
     logps, lengths = ragged()
     plain, discounted = (scores_of(logps, lengths, 1.3 * logps, ld_alpha=alpha) for alpha in (None, 0.0))
-    assert torch.equal(run(losses.sft, plain), run(losses.sft, discounted))
-    assert not torch.allclose(run(losses.sigmoid, plain), run(losses.sigmoid, discounted))
-    difference = run(losses.cpo, discounted, sft_weight=3.0) - run(losses.cpo, discounted, sft_weight=0.0)
-    torch.testing.assert_close(difference, 3 * run(losses.sft, plain), rtol=1e-12, atol=1e-12)
+    assert torch.equal(losses.sft(plain), losses.sft(discounted))
+    assert not torch.allclose(losses.sigmoid(plain), losses.sigmoid(discounted))
+    difference = losses.cpo(discounted, sft_weight=3.0) - losses.cpo(discounted, sft_weight=0.0)
+    torch.testing.assert_close(difference, 3 * losses.sft(plain), rtol=1e-12, atol=1e-12)
 
 
 def test_scores_without_a_reference() -> None:
@@ -448,10 +433,7 @@ def test_reference_scores_carry_no_gradient() -> None:
     logps, lengths = ragged()
     policy, reference = logps.clone().requires_grad_(), logps.clone().requires_grad_()
     single = scores_of(policy[:1], lengths[:1], reference[:1], labels=torch.arange(4) < 2)
-    for found in (
-        run(losses.sigmoid, scores_of(policy, lengths, reference)),
-        run(judged_losses.apo_zero_unpaired, single),
-    ):
+    for found in (losses.sigmoid(scores_of(policy, lengths, reference)), judged_losses.apo_zero_unpaired(single)):
         mine, theirs = torch.autograd.grad(found.sum(), (policy, reference), allow_unused=True)
         assert mine is not None and mine.any() and theirs is None
 
@@ -473,7 +455,7 @@ def test_every_loss_function_is_in_a_table() -> None:
             if inspect.isfunction(function)
             and function.__module__ == module.__name__
             and not key.startswith("_")
-            and next(iter(inspect.signature(function).parameters)) == "policy"
+            and next(iter(inspect.signature(function).parameters)) == "scores"
         ]
         assert takes == [loss.function for loss in table.values()]
         assert list(table) == [function.__name__.replace("_", "-") for function in takes]
@@ -510,3 +492,38 @@ OTHER_VALUES = {
 def test_every_setting_does_something(name: str, key: str) -> None:
     sample = sample_for(name)
     assert not torch.allclose(value_of(name, sample, **{key: OTHER_VALUES[key]}), value_of(name, sample))
+
+
+def test_plain_tensors_are_enough() -> None:
+    """The public way: `fourbit.losses`, stacked log-probabilities, and labels where answers are judged one by one."""
+    sample = sampled()
+    found = public.ipo(public.scores(sample.policy, sample.reference, sample.tokens), beta=0.3)
+    assert torch.equal(found, value_of("ipo", sample, beta=0.3))
+    single = judged()
+    plain = public.scores(single.policy[0], single.reference[0], single.tokens[0], single.good[0])
+    assert torch.equal(public.kto(plain, POINTS["kl"]), value_of("kto", single))
+    alone = public.scores(sample.policy, None, sample.tokens)
+    assert torch.equal(public.simpo(alone), value_of("simpo", sample)) and public.sigmoid(alone).isnan().all()
+
+
+one, eight, many = torch.zeros(2, 1), torch.zeros(2, 8), torch.ones(2, 8, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: public.reward_loss(one[0], eight[0]), r"chosen torch.float32 \[1\], rejected torch.float32 \[8\]"),
+        (lambda: public.scores(eight, one, many), r"policy torch.float32 \[2, 8\], reference torch.float32 \[2, 1\]"),
+        (lambda: public.scores(eight, eight, many[:1]), r"tokens \(int64\) \[2, P\].* got policy \[2, 8\]"),
+        (lambda: public.scores(eight, eight, many.float()), "torch.float32"),
+        (lambda: public.scores(eight[0], eight[0], many[0]), "got policy"),
+        (lambda: public.scores(eight[0], eight[0], many[0], many[0]), "good"),
+        (lambda: public.scores(eight[0], eight[0], many[0], torch.ones(1, dtype=torch.bool)), "good"),
+        (lambda: public.scores(many, many, many), "floating-point"),
+        (lambda: public.token_kl(eight, one), "one shape"),
+        (lambda: public.mismatch_kl(eight, one), "one shape"),
+    ],
+)
+def test_nothing_is_broadcast(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

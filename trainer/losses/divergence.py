@@ -1,22 +1,17 @@
 """Divergence between a teacher's and the student's next-token distributions for output heads of any kind."""
 
-from typing import Annotated
-
-import torch
 from torch import Tensor, nn
 
 from ...kernels.chunked_head import rows_per_chunk
 from ...kernels.linear_divergence import Divergence, DivergenceScorer, Kind
-from .shapes import Hidden, checked
 from .tokens import head_scores, logits_of, vocabulary_of
 
 
-@checked
 def token_divergence(
     head: nn.Module | Tensor,
-    hidden: Hidden,
+    hidden: Tensor,
     teacher_head: nn.Module | Tensor,
-    teacher_hidden: Annotated[Tensor, "float [N, E]"],
+    teacher_hidden: Tensor,
     kind: Kind = "forward-kl",
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -29,6 +24,11 @@ def token_divergence(
     the teacher's without gradient. Gradients flow to hidden and to what is trained in the student's head. One chunk of
     both logits is alive at a time. Raises ValueError when shapes or vocabularies do not fit or a setting is out of
     range."""
+    if hidden.ndim != 2 or teacher_hidden.ndim != 2 or len(hidden) != len(teacher_hidden):
+        raise ValueError(
+            "token_divergence needs hidden [N, D] and teacher_hidden [N, E], "
+            f"got {tuple(hidden.shape)} and {tuple(teacher_hidden.shape)}"
+        )
     vocabulary, theirs = vocabulary_of(head, hidden), vocabulary_of(teacher_head, teacher_hidden)
     if vocabulary != theirs:
         raise ValueError(
@@ -38,10 +38,6 @@ def token_divergence(
     wanted = Divergence(kind, temperature, top_k, beta)
     wanted.check(vocabulary)
 
-    def teacher_logits(rows: slice) -> Tensor:
-        with torch.no_grad():
-            return logits_of(teacher_head, teacher_hidden[rows])
-
-    scorer = DivergenceScorer(teacher_logits, wanted)
+    scorer = DivergenceScorer(lambda rows: logits_of(teacher_head, teacher_hidden[rows]), wanted)
     (values,) = head_scores(head, hidden, scorer, rows_per_chunk(2 * vocabulary, hidden.device))
     return values

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from inspect import Parameter, signature
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -19,23 +19,19 @@ from .pairs import DIVERGENCES, Compared, Term, divergence_of
 
 
 class Loss(NamedTuple):
-    """function: f(tensors..., *, settings...). compared: what β multiplies in an answer's reward, None without."""
+    """function: f(scores, [point,] *, settings...). compared: what β multiplies in an answer's reward, None without.
+    point: a number that the function is given besides, the same for a whole optimizer step. "kl" is made when the step
+    begins, from answers set against other prompts (`judged.mismatch_kl`); "shift" is carried from step to step, the
+    mean of all rewards before this one (`pairs.reward_shift`)."""
 
     function: Callable[..., Tensor]
     compared: Compared | None = "ratio"
-
-    @property
-    def tensors(self) -> list[str]:
-        """What it takes: fields of `pairs.Scores`, and points, numbers that are the same for a whole optimizer step.
-        "kl" is made when the step begins, from answers set against other prompts (`judged.mismatch_kl`); "shift" is
-        carried from step to step, the mean of all rewards before this one (`pairs.reward_shift`)."""
-        parameters = signature(self.function).parameters.values()
-        return [p.name for p in parameters if p.kind is not Parameter.KEYWORD_ONLY]
+    point: Literal["kl", "shift"] | None = None
 
     @property
     def reference(self) -> bool:
         """Whether the loss reads the reference's log-probabilities."""
-        return "reference" in self.tensors
+        return self.compared == "ratio"
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -54,7 +50,7 @@ PAIR_LOSSES = {
     "hinge": Loss(pairs.hinge),
     "exo": Loss(pairs.exo),
     "discopop": Loss(pairs.discopop),
-    "bco": Loss(pairs.bco),
+    "bco": Loss(pairs.bco, point="shift"),
     "sppo-hard": Loss(pairs.sppo_hard),
     "nca": Loss(pairs.nca),
     "apo-zero": Loss(pairs.apo_zero),
@@ -65,8 +61,8 @@ PAIR_LOSSES = {
     "sft": Loss(pairs.sft, None),
 }
 UNPAIRED_LOSSES = {
-    "kto": Loss(judged.kto),
-    "bco-unpaired": Loss(judged.bco_unpaired),
+    "kto": Loss(judged.kto, point="kl"),
+    "bco-unpaired": Loss(judged.bco_unpaired, point="shift"),
     "apo-zero-unpaired": Loss(judged.apo_zero_unpaired),
 }
 LOSSES = PAIR_LOSSES | UNPAIRED_LOSSES
@@ -115,15 +111,15 @@ class Objective:
         for key, value in self.settings.items():
             self._check_setting(key, value)
         both = [(LOSSES[name], self.settings_of(name)) for name in losses]
-        self.points = {name for loss, _ in both for name in loss.tensors} & {"kl", "shift"}
+        self.points = {loss.point for loss, _ in both}
         self.needs_reference = any(loss.reference for loss, _ in both)
         # What rewards are made of, and scaled with: in a mixture the first loss that has them decides.
         self.compared = next(loss.compared for loss, _ in both if loss.compared is not None)
         self.beta = next(float(own["beta"]) for _, own in both if "beta" in own)
         # beta of the loss that carries the mean of all rewards from step to step (BCO), if there is one
-        self.shift_beta: float | None = next((own["beta"] for loss, own in both if "shift" in loss.tensors), None)
+        self.shift_beta: float | None = next((own["beta"] for loss, own in both if loss.point == "shift"), None)
         weighed = zip(losses.values(), both, strict=True)
-        self.terms: list[Term] = [(w, partial(loss.function, **own), loss.tensors) for w, (loss, own) in weighed]
+        self.terms: list[Term] = [(w, partial(loss.function, **own), loss.point) for w, (loss, own) in weighed]
 
     def settings_of(self, name: str) -> dict[str, Any]:
         """Everything that the loss `name` is called with."""

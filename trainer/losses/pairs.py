@@ -1,17 +1,15 @@
 """Losses on pairs of answers: pure functions on log-probabilities, one number a pair.
 
-Each takes tensors and its own settings by name, and returns [P], not reduced: the trainer averages over all pairs of an
-optimizer step, so no loss depends on how the step was split into micro-batches. policy, reference: [2, P], of P pairs
-the log-probabilities of the chosen answers and, below, of the rejected ones, given their prompts, under the policy and
-under the reference; tokens: int64 [2, P], how many each answer has. ValueError for other shapes and dtypes. Notation: π
-the policy, π_ref the reference, y+ the chosen answer, y- the rejected one, h(y) = log π(y) - log π_ref(y) the
-log-ratio, Δ = h(y+) - h(y-), σ the logistic function, |y| a number of tokens. `objective` checks settings and has the
-table of names. A loss must stay finite, with finite gradients, for log-ratios of ±1e4 in fp32: hence log σ instead of
-log of σ, and exponentials that go on along their tangent past e^30.
+Each takes Scores and its own settings by name, and returns [P], not reduced: the trainer averages over all pairs of an
+optimizer step, so no loss depends on how the step was split into micro-batches. Notation: π the policy, π_ref the
+reference, y+ the chosen answer, y- the rejected one, h(y) = log π(y) - log π_ref(y) the log-ratio, Δ = h(y+) - h(y-), σ
+the logistic function, |y| a number of tokens. `objective` checks settings and has the table of names. A loss must stay
+finite, with finite gradients, for log-ratios of ±1e4 in fp32: hence log σ instead of log of σ, and exponentials that go
+on along their tangent past e^30.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import log, log1p
 from typing import Literal
@@ -20,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .shapes import Number, Pair, Rows, Tokens, checked
+from .reward import alike
 
 STEEPEST = 30.0  # exp goes on along its tangent past this: its square times 1e4 is still far below the largest fp32
 Compared = Literal["ratio", "policy", "mean"]  # what β multiplies in an implicit reward: a property of Scores
-Slope = Callable[[Tensor], Tensor]  # of an f-divergence: log-ratios -> f'(ratio), up to a constant
-Term = tuple[float, Callable[..., Tensor], Sequence[str]]  # weight, loss, the tensors that it takes
+Divergence = Callable[[Tensor], Tensor]  # log-ratios -> f'(ratio), up to a constant
+Term = tuple[float, Callable[..., Tensor], str | None]  # weight, loss, the name of the number it is given besides
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,7 @@ class Scores:
     policy, with its gradient, and under the reference, without one; zeros where no loss asks for a reference.
     tokens: [A, P] int64, how many each answer was scored on, at least 1. good: [A, P] bool, chosen or judged good.
     undiscounted: [P], policy of the first answers before `ld_alpha` discounted their tails, for SFT terms.
+    Raises ValueError for other shapes or dtypes: nothing is broadcast.
     """
 
     policy: Tensor
@@ -44,8 +43,16 @@ class Scores:
     good: Tensor
     undiscounted: Tensor
 
+    def __post_init__(self) -> None:
+        alike("a loss", policy=self.policy, reference=self.reference)
+        found = [(x.dtype, tuple(x.shape)) for x in (self.tokens, self.good)]
+        if self.policy.ndim != 2 or found != [(kind, self.policy.shape) for kind in (torch.int64, torch.bool)]:
+            rule = "a loss takes policy, reference, tokens (int64) [2, P], or [P] with good (bool) [P]"
+            raise ValueError(f"{rule}, got policy {list(self.policy.shape)}, tokens and good {found}")
+
     @property
     def ratio(self) -> Tensor:
+        """h(y), [A, P]."""
         return self.policy - self.reference
 
     @property
@@ -59,6 +66,21 @@ class Scores:
         log-probability of the answer (CPO), or a token's mean of it (SimPO and ORPO)."""
         rewards: Tensor = beta * getattr(self, compared).detach()
         return rewards
+
+
+def scores(policy: Tensor, reference: Tensor | None, tokens: Tensor, good: Tensor | None = None) -> Scores:
+    """What the losses here take, from log-probabilities of whole answers, given their prompts.
+
+    policy, reference: fp32 or float64 [2, P], chosen answers in the first row and rejected ones in the second; or [P]
+    of answers that were judged one by one, with good: bool [P]. reference may be None for losses that need none; others
+    are NaN then. tokens: int64 of policy's shape, how many each answer has. Raises ValueError for other shapes or
+    dtypes. Gradients flow to policy."""
+    reference = torch.full_like(policy, torch.nan) if reference is None else reference.detach()
+    if good is not None:
+        policy, reference, tokens, good = (tensor.unsqueeze(0) for tensor in (policy, reference, tokens, good))
+    else:
+        good = (torch.arange(2, device=policy.device) == 0).unsqueeze(1).expand(2, policy.shape[-1])
+    return Scores(policy, reference, tokens, good, policy[0])
 
 
 def scores_of(
@@ -81,16 +103,14 @@ def scores_of(
         tail = torch.arange(logps.shape[-1], device=logps.device) >= lengths.amin(0).unsqueeze(-1)  # [P, L]
         counted = [torch.where(tail, ld_alpha * values, values) for values in counted]
     policy, base = (values.sum(-1) for values in counted)
-    first = torch.arange(len(lengths), device=lengths.device).unsqueeze(1) == 0
-    good = first.expand(lengths.shape) if labels is None else labels.unsqueeze(0)
-    return Scores(policy, base, lengths, good, policy[0] if ld_alpha is None else logps[0].sum(-1))
+    whole = scores(policy, base, lengths) if labels is None else scores(policy[0], base[0], lengths[0], labels)
+    return whole if ld_alpha is None else replace(whole, undiscounted=logps[0].sum(-1))
 
 
 def mixture(terms: Sequence[Term], scores: Scores, points: Mapping[str, Tensor]) -> Tensor:
     """The weighted sum of losses, [P], not reduced. points: the 0-d numbers that terms need, by name."""
-    judged = {"policy", "reference", "tokens", "good"} if len(scores.policy) == 1 else set()  # [1, P] are [P] to them
-    given = {name: tensor[0] if name in judged else tensor for name, tensor in vars(scores).items()} | dict(points)
-    return torch.stack([weight * loss(**{name: given[name] for name in names}) for weight, loss, names in terms]).sum(0)
+    parts = [weight * loss(scores, *([] if point is None else [points[point]])) for weight, loss, point in terms]
+    return torch.stack(parts).sum(0)
 
 
 def rewards_seen(rewards: Tensor, good: Tensor) -> Tensor:
@@ -126,12 +146,12 @@ def alpha_divergence(ratio: Tensor, alpha: float = 0.5) -> Tensor:
     return ratio if alpha == 1 else safe_expm1((alpha - 1) * ratio) / (alpha - 1)
 
 
-def divergence_of(name: str, alpha: float = 0.5) -> Slope:
+def divergence_of(name: str, alpha: float = 0.5) -> Divergence:
     """f-DPO (Wang et al. 2023, arXiv 2309.16240): h(y) becomes f'(π(y) / π_ref(y)) in losses that are made of Δ."""
     return partial(alpha_divergence, alpha=alpha) if name == "alpha" else DIVERGENCES[name]
 
 
-DIVERGENCES: dict[str, Slope] = {
+DIVERGENCES: dict[str, Divergence] = {
     "reverse-kl": reverse_kl,
     "forward-kl": forward_kl,
     "jsd": jsd,
@@ -139,8 +159,14 @@ DIVERGENCES: dict[str, Slope] = {
 }
 
 
-def _difference(of: Tensor) -> Tensor:
-    chosen, rejected = of
+def _delta(scores: Scores, divergence: Divergence) -> Tensor:
+    chosen, rejected = divergence(scores.ratio)
+    return chosen - rejected
+
+
+def _mean_delta(scores: Scores, divergence: Divergence) -> Tensor:
+    """Each answer's score divided by its own length, then the difference."""
+    chosen, rejected = divergence(scores.ratio) / scores.tokens
     return chosen - rejected
 
 
@@ -149,139 +175,112 @@ def _smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
 
 
-@checked
 def sigmoid(
-    policy: Pair, reference: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0, divergence: Slope = reverse_kl
+    scores: Scores, *, beta: float = 0.1, label_smoothing: float = 0.0, divergence: Divergence = reverse_kl
 ) -> Tensor:
     """DPO: -log σ(βΔ). Rafailov et al. 2023, arXiv 2305.18290. ln 2 where the policy still is the reference.
     label_smoothing ε: conservative DPO, -(1-ε) log σ(βΔ) - ε log σ(-βΔ), for labels that are wrong with probability ε
     (Mitchell 2023, "A note on DPO with noisy preferences and relationship to IPO"; no arXiv number)."""
-    return _smoothed(beta * _difference(divergence(policy - reference)), label_smoothing)
+    return _smoothed(beta * _delta(scores, divergence), label_smoothing)
 
 
-@checked
 def robust(
-    policy: Pair, reference: Pair, *, beta: float = 0.1, label_smoothing: float = 0.1, divergence: Slope = reverse_kl
+    scores: Scores, *, beta: float = 0.1, label_smoothing: float = 0.1, divergence: Divergence = reverse_kl
 ) -> Tensor:
     """Robust DPO: (-(1-ε) log σ(βΔ) + ε log σ(-βΔ)) / (1-2ε). Chowdhury et al. 2024, arXiv 2403.00409.
 
     Unbiased for labels flipped with probability ε: its mean over flips is the loss on clean labels. Not bounded below.
     """
-    logits = beta * _difference(divergence(policy - reference))
+    logits = beta * _delta(scores, divergence)
     flipped = label_smoothing * logsigmoid(-logits) - (1 - label_smoothing) * logsigmoid(logits)
     return flipped / (1 - 2 * label_smoothing)
 
 
-@checked
-def sigmoid_norm(
-    policy: Pair, reference: Pair, tokens: Tokens, *, beta: float = 5.0, divergence: Slope = reverse_kl
-) -> Tensor:
+def sigmoid_norm(scores: Scores, *, beta: float = 5.0, divergence: Divergence = reverse_kl) -> Tensor:
     """Length-normalised DPO: -log σ(β (h(y+)/|y+| - h(y-)/|y-|)). Lambert et al. 2024 (Tülu 3), arXiv 2411.15124.
     Log-ratios a token are small, so β is large: the default is theirs."""
-    return -logsigmoid(beta * _difference(divergence(policy - reference) / tokens))
+    return -logsigmoid(beta * _mean_delta(scores, divergence))
 
 
-@checked
-def ipo(policy: Pair, reference: Pair, tokens: Tokens, *, beta: float = 0.1, divergence: Slope = reverse_kl) -> Tensor:
+def ipo(scores: Scores, *, beta: float = 0.1, divergence: Divergence = reverse_kl) -> Tensor:
     """IPO: (h(y+)/|y+| - h(y-)/|y-| - 1/(2β))². Azar et al. 2023, arXiv 2310.12036, equation 17 (β is its τ).
     Log-ratios are means a token, as in the authors' experiments; with sums the target would depend on lengths."""
-    return (_difference(divergence(policy - reference) / tokens) - 0.5 / beta).square()
+    return (_mean_delta(scores, divergence) - 0.5 / beta).square()
 
 
-@checked
-def hinge(policy: Pair, reference: Pair, *, beta: float = 0.1, divergence: Slope = reverse_kl) -> Tensor:
+def hinge(scores: Scores, *, beta: float = 0.1, divergence: Divergence = reverse_kl) -> Tensor:
     """SLiC: max(0, 1 - βΔ). Zhao et al. 2023, arXiv 2305.10425; on log-ratios as RSO, Liu et al. 2023, 2309.06657."""
-    return (1 - beta * _difference(divergence(policy - reference))).relu()
+    return (1 - beta * _delta(scores, divergence)).relu()
 
 
-@checked
 def exo(
-    policy: Pair, reference: Pair, *, beta: float = 0.1, label_smoothing: float = 1e-3, divergence: Slope = reverse_kl
+    scores: Scores, *, beta: float = 0.1, label_smoothing: float = 1e-3, divergence: Divergence = reverse_kl
 ) -> Tensor:
     """EXO: KL((q, 1-q) || (1-ε, ε)) with q = σ(βΔ). Ji et al. 2024, arXiv 2402.00856, equation 16. Needs ε > 0."""
-    logits = beta * _difference(divergence(policy - reference))
+    logits = beta * _delta(scores, divergence)
     right = logits.sigmoid() * (logsigmoid(logits) - log1p(-label_smoothing))
     return right + (-logits).sigmoid() * (logsigmoid(-logits) - log(label_smoothing))
 
 
-@checked
-def discopop(
-    policy: Pair, reference: Pair, *, beta: float = 0.1, tau: float = 0.05, divergence: Slope = reverse_kl
-) -> Tensor:
+def discopop(scores: Scores, *, beta: float = 0.1, tau: float = 0.05, divergence: Divergence = reverse_kl) -> Tensor:
     """DiscoPOP: -(1-m) log σ(x) + m e^(-x), x = βΔ, m = σ(x/τ). Lu et al. 2024, arXiv 2406.08414, equation 5.
     m e^(-x) is taken as one exponential: for x far below zero m vanishes faster than e^(-x) grows (τ < 1)."""
-    logits = beta * _difference(divergence(policy - reference))
+    logits = beta * _delta(scores, divergence)
     mix = logits / tau
     return safe_exp(logsigmoid(mix) - logits) - (-mix).sigmoid() * logsigmoid(logits)
 
 
-@checked
-def bco(policy: Pair, reference: Pair, shift: Number, *, beta: float = 0.1) -> Tensor:
+def bco(scores: Scores, shift: Tensor, *, beta: float = 0.1) -> Tensor:
     """BCO: -log σ(βh(y+) - δ) - log σ(-(βh(y-) - δ)). Jung et al. 2024, arXiv 2404.04656.
     shift: δ, 0-d, the mean of all rewards βh up to this optimizer step (`reward_shift`)."""
-    chosen, rejected = beta * (policy - reference)
+    chosen, rejected = beta * scores.ratio
     return -logsigmoid(chosen - shift) - logsigmoid(shift - rejected)
 
 
-@checked
-def sppo_hard(policy: Pair, reference: Pair, *, beta: float = 1e-3) -> Tensor:
+def sppo_hard(scores: Scores, *, beta: float = 1e-3) -> Tensor:
     """SPPO with a win probability of 1: (h(y+) - 1/(2β))² + (h(y-) + 1/(2β))². Wu et al. 2024, arXiv 2405.00675.
     β is 1/η of the paper, whose η is 1000."""
-    chosen, rejected = policy - reference
+    chosen, rejected = scores.ratio
     return (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
 
 
-@checked
-def nca(policy: Pair, reference: Pair, *, beta: float = 0.1) -> Tensor:
+def nca(scores: Scores, *, beta: float = 0.1) -> Tensor:
     """NCA on pairs: -log σ(r+) - ½ log σ(-r+) - ½ log σ(-r-), r = βh. Chen et al. 2024, arXiv 2402.05369."""
-    chosen, rejected = beta * (policy - reference)
+    chosen, rejected = beta * scores.ratio
     return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
 
-@checked
-def apo_zero(policy: Pair, reference: Pair, *, beta: float = 0.1) -> Tensor:
+def apo_zero(scores: Scores, *, beta: float = 0.1) -> Tensor:
     """APO-zero: σ(-βh(y+)) + σ(βh(y-)). D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 7.
     For chosen answers that are better than what the model writes: they become likelier, rejected ones less likely."""
-    chosen, rejected = beta * (policy - reference)
+    chosen, rejected = beta * scores.ratio
     return (-chosen).sigmoid() + rejected.sigmoid()
 
 
-@checked
-def apo_down(policy: Pair, reference: Pair, *, beta: float = 0.1) -> Tensor:
+def apo_down(scores: Scores, *, beta: float = 0.1) -> Tensor:
     """APO-down: σ(βh(y+)) + σ(-βΔ). D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 8.
     For chosen answers that are worse than what the model writes: both become less likely, rejected ones more so."""
-    ratio = policy - reference
-    return (beta * ratio[0]).sigmoid() + (-beta * _difference(ratio)).sigmoid()
+    return (beta * scores.ratio[0]).sigmoid() + (-beta * _delta(scores, reverse_kl)).sigmoid()
 
 
-@checked
-def simpo(
-    policy: Pair, tokens: Tokens, *, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0
-) -> Tensor:
+def simpo(scores: Scores, *, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0) -> Tensor:
     """SimPO: -log σ(β log π(y+)/|y+| - β log π(y-)/|y-| - γ), no reference. Meng et al. 2024, arXiv 2405.14734.
     gamma: the margin of rewards aimed at, γ itself (not γ/β). label_smoothing as in `sigmoid`."""
-    return _smoothed(beta * _difference(policy / tokens) - gamma, label_smoothing)
+    chosen, rejected = scores.mean
+    return _smoothed(beta * (chosen - rejected) - gamma, label_smoothing)
 
 
-@checked
-def cpo(
-    policy: Pair,
-    tokens: Tokens,
-    undiscounted: Rows | None = None,
-    *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    sft_weight: float = 1.0,
-) -> Tensor:
+def cpo(scores: Scores, *, beta: float = 0.1, label_smoothing: float = 0.0, sft_weight: float = 1.0) -> Tensor:
     """CPO: -log σ(β (log π(y+) - log π(y-))) + sft_weight · sft, no reference. Xu et al. 2024, arXiv 2401.08417."""
-    return _smoothed(beta * _difference(policy), label_smoothing) + sft_weight * sft(policy, tokens, undiscounted)
+    chosen, rejected = scores.policy
+    return _smoothed(beta * (chosen - rejected), label_smoothing) + sft_weight * sft(scores)
 
 
-@checked
-def orpo(policy: Pair, tokens: Tokens, undiscounted: Rows | None = None, *, beta: float = 0.1) -> Tensor:
+def orpo(scores: Scores, *, beta: float = 0.1) -> Tensor:
     """ORPO: sft - β log σ(o(y+) - o(y-)), no reference. Hong et al. 2024, arXiv 2403.07691 (β is its λ).
     o(y) = log(p / (1-p)), the log-odds of p = exp(log π(y)/|y|), the geometric mean of a token's probability."""
-    return sft(policy, tokens, undiscounted) - beta * logsigmoid(_difference(_log_odds(policy / tokens)))
+    chosen, rejected = _log_odds(scores.mean)
+    return sft(scores) - beta * logsigmoid(chosen - rejected)
 
 
 def _log_odds(mean: Tensor) -> Tensor:
@@ -290,16 +289,14 @@ def _log_odds(mean: Tensor) -> Tensor:
     return -(surprise + (-(-surprise).expm1()).log())
 
 
-@checked
-def sft(policy: Pair, tokens: Tokens, undiscounted: Rows | None = None) -> Tensor:
+def sft(scores: Scores) -> Tensor:
     """Negative log-likelihood of the chosen answer a token: -log π(y+)/|y+|. Needs no reference.
-    undiscounted: [P], log π(y+) where `policy` is not it (`ld_alpha`).
 
     The mean is taken in each pair, so a pair weighs the same here as in the preference term beside it, and the step's
     loss is a plain mean over pairs however it is split; Pang et al. 2024 (IRPO, arXiv 2404.19733) normalise alike. TRL
     divides by the tokens of all chosen answers in a micro-batch: the same for one pair, or for answers of one length.
     """
-    return -(policy[0] if undiscounted is None else undiscounted) / tokens[0]
+    return -scores.undiscounted / scores.tokens[0]
 
 
 def safe_exp(x: Tensor) -> Tensor:

@@ -23,13 +23,12 @@ from ...kernels.chunked_head import (
 from ...lora.adapter import AdapterLayer
 from ...lora.linear4bit import NF4Linear
 from ...models.protocol import CausalLM
-from .shapes import Alike, Hidden, Targets, checked
+from .reward import alike
 
 NEVER_SURE = 1e-12  # a probability of 1 - 1e-12 is the largest that `token_kl` works with: log(1 - p) stays finite
 
 
-@checked
-def token_scores(head: nn.Module | Tensor, hidden: Hidden, targets: Targets) -> TokenScores:
+def token_scores(head: nn.Module | Tensor, hidden: Tensor, targets: Tensor) -> TokenScores:
     """Log-probability of each row's target, with the row's entropy and whether the target is the likeliest token.
 
     head: any module [N, D] -> [N, V], 4-bit or with an adapter too, or the weight [V, D] of one without a bias. hidden:
@@ -39,6 +38,10 @@ def token_scores(head: nn.Module | Tensor, hidden: Hidden, targets: Targets) -> 
     Raises ValueError when the shapes do not fit together, and for targets out of range on a CPU (on CUDA a device-side
     assertion: `kernels.chunked_head.check_targets` before they are sent).
     """
+    if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"token_scores needs hidden [N, D] and targets [N], got {tuple(hidden.shape)} and {tuple(targets.shape)}"
+        )
     vocabulary = vocabulary_of(head, hidden)
     rows = rows_per_chunk(vocabulary, hidden.device)
     return TokenScores(*head_scores(head, hidden, TokenScorer(targets, vocabulary), rows))
@@ -118,13 +121,13 @@ def _by_answer(values: Tensor, slots: Tensor) -> Tensor:
     return torch.cat([values, values.new_zeros(1)]).index_select(0, slots.flatten()).view(slots.shape)
 
 
-@checked
-def token_kl(logps: Alike, reference: Alike) -> Tensor:
+def token_kl(logps: Tensor, reference: Tensor) -> Tensor:
     """How far the policy has moved at each token of an answer: a lower bound of KL(policy || reference), in nats.
     It is the divergence of "this token or another one", p log(p/q) + (1-p) log((1-p)/(1-q)), which is at most that of
     the whole distributions and equal to it over two tokens. It needs no samples of the policy, which the answers of
     preference data are not; the usual estimates from samples (k1, k3) are negative or without bound there. Any shape,
     returns the same, fp32 or float64, never negative; no gradient."""
+    alike("token_kl", logps=logps, reference=reference)
     p, q = (x.detach().double().clamp(max=-NEVER_SURE) for x in (logps, reference))
     not_p, not_q = ((-x.expm1()).log() for x in (p, q))
     return (p.exp() * (p - q) + not_p.exp() * (not_p - not_q)).clamp(min=0).to(logps.dtype)
