@@ -9,18 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Self, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.optim.swa_utils import AveragedModel
 
 from ..errors import InputError
 from ..kernels.lora import lora_linears4bit
-from .linear4bit import NF4Linear, autocast_input
+from .linear4bit import LinearWeight, NF4Linear, autocast_input, over_nested
 
 DEFAULT = "default"
-WRAPPED = (
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-)  # what is inside torch's wrappers
+WRAPPED = "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"  # what is inside torch's wrappers
 
 
 class LowRank(NamedTuple):
@@ -84,6 +83,7 @@ class AdapterLayer(nn.Module):
     def __init__(self, base: nn.Linear | NF4Linear, /, **adapters: Adapter) -> None:  # one may be called "base"
         super().__init__()
         self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
         self.adapters = nn.ModuleDict(adapters)
         self.active = list(adapters)
         self.train(base.training)
@@ -93,17 +93,19 @@ class AdapterLayer(nn.Module):
         return [cast(Adapter, self.adapters[name]) for name in self.active]
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        if x.is_nested:
+            return over_nested(self.forward, x)
         if (joint := self.joint(x)) is not None:
             return joint_forward(x, [joint])[0]
-        x = autocast_input(x)
+        x, kept = autocast_input(x), is_hooked(self.base)
         y: Tensor = self.base(x)
         for adapter in self.running():
-            y = adapter(x, y)
+            y, kept = adapter(x, y.clone() if kept else y), is_hooked(adapter)  # hooks may keep what they are shown
         return y
 
     def joint(self, x: Tensor) -> tuple[NF4Linear, LowRank] | None:
         """Base and update if one op makes both: 4 bits under exactly one low-rank adapter, and nothing hooked."""
-        if len(self.active) != 1 or type(self.base) is not NF4Linear or not x.is_floating_point():
+        if len(self.active) != 1 or type(self.base) is not NF4Linear or x.is_nested or not x.is_floating_point():
             return None
         (adapter,) = self.running()
         update = None if is_hooked(self.base) or is_hooked(adapter) else adapter.low_rank()
@@ -114,32 +116,35 @@ class AdapterLayer(nn.Module):
         twins = {name: cast(Adapter, self.adapters[name]).frozen() for name in names if name in self.adapters}
         return AdapterLayer(self.base, **twins) if twins else self.base
 
-    # What other code reads from a linear layer is passed through; `weight` is the frozen base's and may be packed.
-
     @property
     def weight(self) -> Tensor:
-        return self.base.weight
+        """The weight [out, in] that the layer computes with, active adapters included: see `LinearWeight`."""
+        weight, parts = self.base.weight, [p for adapter in self.running() for p in adapter.parameters()]
+        like = next((p for p in parts if p.requires_grad), weight)
+        return LinearWeight.of(self._weight, weight.shape, weight.dtype, like) if self.active else weight
+
+    def _weight(self) -> Tensor:
+        if any(adapter.training and adapter.dropout for adapter in self.running()):
+            raise InputError(
+                "where a module computes with a layer's weight, its input cannot be dropped: set dropout=0"
+            )
+        found = (weight := self.base.weight).to(torch.promote_types(weight.dtype, torch.float32))
+        for adapter in self.running():
+            found = found + adapter.delta(found)
+        return found.to(weight.dtype)
 
     @property
     def bias(self) -> nn.Parameter | None:
         return self.base.bias
-
-    @property
-    def in_features(self) -> int:
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.base.out_features
 
     def extra_repr(self) -> str:
         return f"active={', '.join(self.active) or 'none'}"
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether anything listens to the module's own call, so that it must be called."""
-    forward = module._forward_hooks or module._forward_pre_hooks
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+    """Whether anything listens to the module's own call, or stands in its place, so that it must be called."""
+    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook())
 
 
 def project(x: Tensor, modules: Sequence[nn.Module], *, keep: bool = False) -> tuple[Tensor, ...]:
@@ -181,7 +186,7 @@ def joint_forward(x: Tensor, layers: Sequence[tuple[NF4Linear, LowRank]], keep: 
 def unwrapped(module: nn.Module) -> nn.Module:
     """What torch's wrappers (torch.compile, DDP, FSDP, a checkpointed block) are around, or the module itself."""
     while True:
-        parallel = isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        parallel = isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel)
         own = next((name for name in module._modules if name in WRAPPED or (parallel and name == "module")), None)
         if own is None:
             return module
@@ -195,8 +200,14 @@ def plain_name(name: str) -> str:
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> module in module order, as if torch's wrappers were not there."""
-    modules = unwrapped(model).named_modules()
-    return {plain_name(path): module for path, module in modules if unwrapped(module) is module}
+    found, left = dict[nn.Module, str](), [("", model)]
+    while left:
+        path, module = left.pop()
+        if (inside := unwrapped(module)) not in found:
+            found[inside] = path
+            children = [(f"{path}.{name}".strip("."), child) for name, child in inside.named_children()]
+            left += children[::-1]
+    return {path: module for module, path in found.items()}
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -257,24 +268,19 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
 
     InputError if there is no such source, a `target` already, or a name that no adapter can have.
     """
-    parts = carried(model, source)
+    parts, layers = carried(model, source), adapter_layers(model)
     refuse_second(model, target)
-    for path, layer in adapter_layers(model).items():
-        if path in parts:
-            layer.adapters[target] = parts[path].frozen()
+    for path, part in parts.items():
+        layers[path].adapters[target] = part.frozen()
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
     """Take the adapter off; a layer that carries no other is its base again. InputError if there is none."""
-    carried(model, name)
-    bare: dict[nn.Module, nn.Module] = {}
-    for layer in adapter_layers(model).values():
-        if name in layer.adapters:
-            del layer.adapters[name]
-            layer.active = [other for other in layer.active if other != name]
-        if not layer.adapters:
-            bare[layer] = layer.base
-    replace_modules(model, bare)
+    layers = adapter_layers(model)
+    for path in carried(model, name):
+        del layers[path].adapters[name]
+        layers[path].active = [other for other in layers[path].active if other != name]
+    replace_modules(model, {layer: layer.base for layer in layers.values() if not layer.adapters})
 
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:

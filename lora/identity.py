@@ -78,7 +78,7 @@ def base_identity(model: nn.Module) -> BaseIdentity:
             seen.add(parameter)
             exact = exact and parameter.dtype != torch.float16
             (vectors if parameter.ndim < 2 and name not in stored else weights)[f"{path}.{name}"] = parameter
-            if packed and name == "weight":
+            if packed and name == "packed":
                 signed.append(packed)
             elif parameter.ndim > 1 and name not in stored:
                 signed.append(parameter)
@@ -119,7 +119,7 @@ def hashed(tensors: Mapping[str, Tensor], *, rounded: bool = False) -> str:
 def _signs(weight: nn.Parameter | NF4Linear) -> str:
     """The signs of some values in the middle of a matrix."""
     layer = weight if isinstance(weight, NF4Linear) else None
-    flat = (weight.weight if isinstance(weight, NF4Linear) else weight).detach().reshape(-1)
+    flat = (weight.packed if isinstance(weight, NF4Linear) else weight).detach().reshape(-1)
     size = flat.numel() if layer is None else layer.in_features * layer.out_features
     start = size // 2 // BLOCKSIZES[-1] * BLOCKSIZES[-1]  # where a block of any size begins
     values, count = flat[start : start + VALUES], min(VALUES, size - start)

@@ -7,13 +7,14 @@ all four. Dense weights are never kept: forward and backward decode into scratch
 Layout and rounding are bitsandbytes' (Dettmers et al. 2023, "QLoRA", section 3).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..errors import InputError
 from ..kernels.blockwise import NESTED_BLOCKSIZE
@@ -27,17 +28,18 @@ class NF4Linear(nn.Module):
     """y = x W^T + bias with a frozen 4-bit W (NF4, or FP4 with `quant_type="fp4"`); computes in the dtype of x.
 
     Frozen parameters besides the bias, for n = out_features * in_features:
-        weight         uint8 [out, in / 2]    two codes a byte, the earlier element in the high nibble
+        packed         uint8 [out, in / 2]    two codes a byte, the earlier element in the high nibble
         absmax         uint8 or fp32 [out, in / blocksize]    a block's scale; 8-bit codes with double quantisation
         nested_absmax  fp32 [ceil(blocks / 256)]    scales of the absmax codes; None without double quantisation
         nested_offset  fp32 [1]    mean that was taken off absmax before coding it; None without double quantisation
-    Where a row is not whole blocks, weight is flat [(n + 1) // 2] and absmax [ceil(n / blocksize)].
+    Where a row is not whole blocks, packed is flat [(n + 1) // 2] and absmax [ceil(n / blocksize)].
 
-    A new layer holds a zero weight; `quantize_weight_` fills it, `from_weight` does both.
+    `weight` is the dense weight [out, in], made when an operation takes it, in `dtype`: that of the weight it was made
+    from, then of casts. A new layer holds a zero weight; `quantize_weight_` fills it, `from_weight` does both.
     Raises ValueError for a quant_type or blocksize that does not exist.
     """
 
-    weight: nn.Parameter
+    packed: nn.Parameter
     absmax: nn.Parameter
     nested_absmax: nn.Parameter | None
     nested_offset: nn.Parameter | None
@@ -57,6 +59,7 @@ class NF4Linear(nn.Module):
         check_format(quant_type, blocksize)
         self.in_features, self.out_features = in_features, out_features
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
+        self.dtype = torch.get_default_dtype()
         packed, absmax = stored_shapes((out_features, in_features), blocksize)
         zeros = partial(torch.zeros, device=device, dtype=torch.float32)
         scales = zeros(absmax, dtype=torch.uint8 if double_quant else torch.float32)
@@ -97,21 +100,24 @@ class NF4Linear(nn.Module):
         if tuple(weight.shape) != (self.out_features, self.in_features):
             expected = [self.out_features, self.in_features]
             raise ValueError(f"{label} must have shape {expected}, got {list(weight.shape)}")
-        device = weight.device if self.weight.is_meta else self.weight.device
+        device = weight.device if self.packed.is_meta else self.packed.device
         try:
             stored = quantize(weight, self.quant_type, self.blocksize, self.double_quant).to(device)
         except ValueError as problem:
             raise InputError(f"{label} cannot be quantised to {self.quant_type}: {problem}") from problem
         self.store(stored)
+        self.dtype = weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        if not x.is_floating_point():  # code that casts its input to `weight.dtype` would arrive here with uint8
+        if not x.is_floating_point():
             raise TypeError(f"NF4Linear takes floating-point activations, got {x.dtype}")
+        if x.is_nested:
+            return over_nested(self.forward, x)
         return linear4bit(autocast_input(x), self.stored, self.bias)
 
     def store(self, stored: Weight4bit) -> None:
         """Make these tensors, of this layer's format, its weight."""
-        names = ("weight", "absmax", "nested_absmax", "nested_offset")
+        names = ("packed", "absmax", "nested_absmax", "nested_offset")
         for name, tensor in zip(names, stored[:4], strict=True):
             self.register_parameter(name, None if tensor is None else _frozen(tensor))
 
@@ -122,8 +128,12 @@ class NF4Linear(nn.Module):
     @property
     def stored(self) -> Weight4bit:
         """The weight as the kernels take it."""
-        tensors = self.weight, self.absmax, self.nested_absmax, self.nested_offset
+        tensors = self.packed, self.absmax, self.nested_absmax, self.nested_offset
         return Weight4bit(*tensors, (self.out_features, self.in_features), self.quant_type, self.blocksize)
+
+    @property
+    def weight(self) -> Tensor:
+        return LinearWeight.of(lambda: self.dequantize(self.dtype), self.stored.shape, self.dtype, self.packed)
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -140,6 +150,7 @@ class NF4Linear(nn.Module):
                 return tensor.to(new.device)
             return new
 
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(move_only, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -161,13 +172,61 @@ class NF4Linear(nn.Module):
         )
 
 
+class LinearWeight(Tensor):
+    """The weight [out, in] that a layer computes with, for code that reads `weight` of what it takes for nn.Linear.
+
+    Sizes, dtype and device are known at once; an operation gets the values, made for it, and gradients flow to what
+    made them. So nn.MultiheadAttention uses its adapted projection, and nn.TransformerEncoderLayer calls its layers:
+    its fast path takes no tensor with a torch function of its own. TypeError for what would write into it.
+    """
+
+    make: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
+        """What `make` gives, on the device of `like`, trained as that is; made at once under torch.compile."""
+        if torch.compiler.is_compiling():
+            return make()
+        new = cls._make_wrapper_subclass(cls, shape, dtype=dtype, device=like.device, requires_grad=like.requires_grad)
+        new.make = make
+        return new
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func.__name__
+        if func in _KNOWN:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        first = next(iter((*args, *kwargs.values())))
+        if func == _DATA:
+            return first  # so that writing into that is refused too
+        if isinstance(first, cls) and (name[-1] == "_" != name[-2] or name in ("__set__", "__setitem__")):
+            raise TypeError(f"{name}: the weight of such a layer is made when it is read; change what it is made of")
+        args, kwargs = tree_map_only(cls, lambda weight: weight.make(), (args, kwargs))
+        return func(*args, **kwargs)
+
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
+
+
+_PROPERTIES = "data shape dtype device layout ndim requires_grad grad grad_fn is_leaf is_meta is_cpu is_cuda is_nested"
+_DATA, *_GETTERS = (getattr(Tensor, name).__get__ for name in _PROPERTIES.split())
+_KNOWN = {*_GETTERS, Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point}
+
+
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def over_nested(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What a layer makes of a nested tensor, such as nn.TransformerEncoder makes of a batch with padding."""
+    if x.layout == torch.jagged:
+        return torch.nested.nested_tensor_from_jagged(forward(x.values()), x.offsets())  # type: ignore[attr-defined]
+    return torch.nested.as_nested_tensor([forward(part) for part in x.unbind()])
 
 
 def autocast_input(x: Tensor) -> Tensor:
     """`x` as torch.autocast wants the input of a linear layer; it casts nn.Linear's by itself, but not ours."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # meta knows no autocast
         return x.to(torch.get_autocast_dtype(device))
     return x

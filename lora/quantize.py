@@ -42,7 +42,9 @@ def quantize_(
     layers = linear_layers(module)
     listed(module, "skip", skip if isinstance(skip, str) else [name for name in skip if name != "lm_head"], [*layers])
     skipped = matcher(skip)
-    dense = {path: layer for path, layer in layers.items() if type(layer) is nn.Linear}
+    dense = {
+        path: layer for path, layer in layers.items() if type(layer) is nn.Linear and "weight" in layer._parameters
+    }
     layers.clear()
     wanted = {path: layer for path, layer in dense.items() if not skipped(path)}
     held_elsewhere = _parameters_outside(module, wanted.values())
@@ -72,6 +74,8 @@ def _quantized(
         new.quantize_weight_(layer.weight.detach(), name=name)
     if layer.bias is not None:
         new.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    new.dtype = layer.weight.dtype
+    vars(new).update({name: held for name, held in vars(layer).items() if "hook" in name})
     return new.train(layer.training)
 
 

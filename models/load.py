@@ -172,6 +172,7 @@ def _place(model: Decoder, name: str, tensor: Tensor, dtype: torch.dtype, device
     module = model.get_submodule(owner)
     if isinstance(module, NF4Linear) and attribute == "weight":
         module.quantize_weight_(tensor.to(device), name=f"{path}: {name}")
+        module.dtype = dtype
         return
     extremes = torch.stack(torch.aminmax(tensor))  # NaN spreads to both; no copy of the tensor is made
     if not extremes.isfinite().all():

@@ -144,7 +144,7 @@ def test_nothing_dense_is_saved_for_backward(dropout: float, checkpointed: bool)
     floats = [tensor for tensor in saved if tensor.is_floating_point()]
     assert saved and max((tensor.numel() for tensor in floats), default=0) <= rows * n_in < n_in * n_out // 8
     bytes_ = [tensor for tensor in saved if tensor.dtype == torch.uint8]
-    assert {tensor.data_ptr() for tensor in bytes_} <= {layer.base.weight.data_ptr(), layer.base.absmax.data_ptr()}
+    assert {tensor.data_ptr() for tensor in bytes_} <= {layer.base.packed.data_ptr(), layer.base.absmax.data_ptr()}
     assert checkpointed or sum(tensor.nbytes for tensor in bytes_) >= n_in * n_out // 2
 
 
@@ -168,7 +168,7 @@ def test_delta_and_scale() -> None:
     assert lora.scale == 2.0 and LoRA(nn.Linear(6, 5), 4, 8, rslora=True).scale == 4.0
     for dtype in (torch.float32, torch.float64):
         delta = lora.delta(torch.zeros(5, 6, dtype=dtype))
-        assert delta.dtype == dtype and not delta.requires_grad
+        assert delta.dtype == dtype
         torch.testing.assert_close(delta, 2.0 * (lora.lora_B @ lora.lora_A).detach().to(dtype))
 
 
@@ -176,7 +176,11 @@ def test_it_passes_for_a_linear_layer_where_its_sizes_are_read() -> None:
     base = nn.Linear(6, 5)
     layer, _ = with_lora(base.eval(), 2, 4)
     assert (layer.in_features, layer.out_features) == (6, 5)
-    assert layer.weight is base.weight and layer.bias is base.bias and not layer.training
+    assert (layer.weight.shape, layer.weight.dtype) == ((5, 6), torch.float32)
+    assert layer.bias is base.bias and not layer.training
+    layer.active = []
+    assert layer.weight is base.weight
+    layer.active = ["default"]
     assert "active=default\n" in repr(layer) and "(default): LoRA(rank=2, alpha=4, scale=2, dropout=0)" in repr(layer)
     assert {n for n, p in layer.named_parameters() if p.requires_grad} == {A, B}
 

@@ -131,8 +131,8 @@ def test_deepcopy_is_independent() -> None:
     layer = example()
     twin = copy.deepcopy(layer)
     assert same(stored(layer), stored(twin))
-    twin.weight.zero_()
-    assert not torch.equal(layer.weight, twin.weight)
+    twin.packed.zero_()
+    assert not torch.equal(layer.packed, twin.packed)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -199,7 +199,7 @@ def test_frozen_and_printed() -> None:
     layer = example()
     assert layer.bias is not None and not layer.bias.requires_grad
     names = [name for name, _ in layer.named_parameters()]
-    assert names == ["weight", "absmax", "nested_absmax", "nested_offset", "bias"]
+    assert names == ["packed", "absmax", "nested_absmax", "nested_offset", "bias"]
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     expected = "in_features=48, out_features=40, bias=True, quant_type=nf4, blocksize=64, double_quant=True"
     assert repr(layer) == f"NF4Linear({expected})"

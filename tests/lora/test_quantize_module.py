@@ -44,7 +44,7 @@ def bits_per_parameter(model: nn.Module) -> float:
     weights: dict[int, int] = {}
     for layer in model.modules():
         if isinstance(layer, NF4Linear):
-            weights[id(layer.weight)] = layer.in_features * layer.out_features
+            weights[id(layer.packed)] = layer.in_features * layer.out_features
             stored.update({id(tensor): 8 * tensor.nbytes for tensor in layer.stored_parameters().values()})
     return sum(stored.values()) / sum(weights.values())
 
@@ -136,7 +136,7 @@ def test_shared_layers_and_shared_weights_are_quantised_once() -> None:
     assert model[0] is model[1][0]
     first, last = model[0], model[2]
     assert isinstance(first, NF4Linear) and isinstance(last, NF4Linear) and first is not last
-    assert last.weight is first.weight and last.absmax is first.absmax
+    assert last.packed is first.packed and last.absmax is first.absmax
     assert torch.equal(first.bias, biases[0]) and torch.equal(last.bias, biases[1])
     assert bits_per_parameter(model) == bits_per_parameter(quantize_(nn.Sequential(nn.Linear(8, 8))))
 

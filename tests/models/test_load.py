@@ -91,7 +91,7 @@ def test_decoder_linears_are_quantised(
     assert len(found) == DECODER_LINEARS and list(linears(model, nn.Linear)) == ["lm_head"]
     for name, linear in found.items():
         packed, absmax, *_ = nf4.quantize(dense[f"{name}.weight"], quant_type=quant_type)
-        assert torch.equal(linear.weight, packed), name
+        assert torch.equal(linear.packed, packed), name
         assert (linear.nested_absmax is not None) == double_quant
         assert linear.absmax.dtype == (torch.uint8 if double_quant else torch.float32)
         if not double_quant:

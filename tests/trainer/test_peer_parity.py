@@ -82,7 +82,7 @@ def take_codes(model: Any, peer: Any) -> None:
     assert len(layers) == 7 * 30
     for name, layer in layers.items():
         weight = peer.get_submodule(name).weight
-        assert torch.equal(layer.weight.flatten(), weight.data.flatten()), name
+        assert torch.equal(layer.packed.flatten(), weight.data.flatten()), name
         assert (layer.absmax.flatten() != weight.quant_state.absmax).float().mean() < 0.01, name
         state = weight.quant_state
         theirs = {"absmax": state.absmax, "nested_absmax": state.state2.absmax, "nested_offset": state.offset}
