@@ -25,7 +25,8 @@ def quantize_blockwise(values: Tensor, code: Tensor, blocksize: int) -> tuple[Te
     signed = next((s for s in (True, False) if code is dynamic_code(s)), None)
     quick = path_for(flat) == "cpu" and signed is not None
     codes, absmax = _quantize_by_carry(blocks, bool(signed)) if quick else quantize_reference(blocks, code)
-    return codes.view(-1)[: values.numel()].view(values.shape), absmax
+    codes = codes.view(-1)[: values.numel()].view(values.shape)
+    return (codes.clone() if missing else codes), absmax  # not a view of more: files refuse that
 
 
 def quantize_reference(blocks: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:

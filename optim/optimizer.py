@@ -19,8 +19,8 @@ from ..kernels.dispatch import path_for
 from . import update
 from .page_device import make_device, peaks
 from .paging import Budget, Pager, check_budget, check_room
-from .state import Entry, FlatState, Kind, Slice, fields, whole
-from .state_files import read_groups, read_states
+from .state import Entry, FlatState, Kind, Slice, fields, largest_shard, local, whole
+from .state_files import TORCHS, read_groups, read_states
 from .update import ADAMW, LION, ROUNDINGS, Group, Rounding, Rule, rounding_key
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -34,14 +34,18 @@ class FlatOptimizer(torch.optim.Optimizer):
     bits: 8 keeps moments as 8-bit codes with a scale for every 256 elements, for parameters of at least `min_8bit_size`
         elements (smaller ones, and fp64, keep full moments: they cost nothing and matter more).
     rounding: of updated bf16 and fp16 parameters. "stochastic" goes up or down at random so that the mean is exact and
-        no update is lost, at no cost in memory; the draw depends on `seed`, parameter, step and element alone.
+        no update is lost, at no cost in memory; the draw depends on `seed`, parameter, step and element alone. None
+        takes a seed from torch's generator; ranks with copies of one model need the same, so 0 is the default.
         "nearest" loses every update below half their spacing. Wider parameters are always rounded to nearest.
     max_grad_norm: gradients count scaled down to this norm over all groups (they are not changed themselves), and a
         step whose norm is not finite is skipped. math.inf only measures and skips. None: no norm is taken.
     budget: None keeps all state on the parameters' device. "auto" keeps there what fits beside the model, a number what
         fits in so many bytes; the rest is paged in and out of pinned host memory during a step (docs/paging.md).
+    torchs: settings of torch.optim.AdamW; ValueError for one that is on, but for `foreach` and `fused`: speed alone.
     lr may be a 0-d tensor; keep it on the CPU, for every step reads it on the host, which waits for one on the GPU.
     Sparse or complex parameters and two devices are refused with ValueError.
+    Of DTensors (FSDP2, tensor parallel) a rank steps its shard, and norms count all ranks. State dicts hold DTensors,
+        on the mesh's device, for torch.distributed.checkpoint; 8-bit ones load on as many ranks as saved them.
 
     Beside torch.optim's own: `found_inf`, None or a 0-d tensor that the caller may set before a step, which then
     changes nothing where it is not zero (decided on the device, as in torch's fused AdamW). After a step `grad_norm` is
@@ -63,11 +67,17 @@ class FlatOptimizer(torch.optim.Optimizer):
         *,
         bits: int = 32,
         rounding: Rounding = "stochastic",
-        seed: int = 0,
+        seed: int | None = 0,
         max_grad_norm: float | None = None,
         min_8bit_size: int = 4096,
         budget: Budget | None = None,
+        **torchs: bool | None,
     ) -> None:
+        for name, value in torchs.items():
+            if name not in TORCHS:
+                raise TypeError(f"{type(self).__name__} takes no argument {name!r}")
+            if value and name not in ("foreach", "fused"):
+                raise ValueError(f"{name}={value!r} is not done here: leave it out, or use torch.optim.AdamW for it")
         if bits not in (8, 32):
             raise ValueError(f"bits must be 8 or 32, got {bits!r}")
         if max_grad_norm is not None and not max_grad_norm > 0:
@@ -75,7 +85,8 @@ class FlatOptimizer(torch.optim.Optimizer):
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         self.rule, self.bits, self.min_8bit_size = rule, bits, min_8bit_size
-        self.rounding, self.seed, self.max_grad_norm = rounding, seed, max_grad_norm
+        self.rounding, self.max_grad_norm = rounding, max_grad_norm
+        self.seed = int(torch.randint(1 << 32, ())) if seed is None else seed
         self.budget = None if budget is None else check_budget(budget)
         self.found_inf: Tensor | None = None
         self._older_peaks = peaks()
@@ -149,12 +160,14 @@ class FlatOptimizer(torch.optim.Optimizer):
                 self._update()
         finally:
             for entry in entries:
-                if entry.weights is not None and entry.weights is not entry.parameter:
-                    entry.parameter.copy_(entry.weights)
+                if entry.weights is not None and entry.weights is not (own := local(entry.parameter)):
+                    own.copy_(entry.weights)
                 entry.weights = entry.gradient = None
         return loss
 
     def _check_unchanged(self) -> None:
+        if self._members() != self._seen and not self._entries:  # no state yet: accelerate puts shards in their place
+            self._seen, self._waiting = self._members(), self._new_entries()
         if self._members() != self._seen:
             raise ValueError(
                 "parameters were moved between param_groups or taken out, and their state cannot follow: make a new "
@@ -172,7 +185,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         (device,) = devices
         states = {key: self._states.get(key) or FlatState(*key, self.rule.moments) for key in keys}
         if self.budget is None:
-            grown = {k: state.grown([e.parameter.numel() for e in keys[k]], device) for k, state in states.items()}
+            grown = {k: s.grown([largest_shard(e.parameter) for e in keys[k]], device) for k, s in states.items()}
         elif self.pager is None:
             self.pager = Pager(make_device(device, self._older_peaks.get(device, 0)), self.budget)
         self._steps = torch.cat([self._steps.to(device), torch.zeros(len(joining), device=device)])
@@ -187,7 +200,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         self._tables = None
         self._waiting = [entry for entry in self._waiting if entry.kind is None]
         for entry in self._entries:
-            self.state[entry.parameter] = {"step": self._steps[entry.row], **entry.state.views(entry)}
+            self.state[entry.parameter] = entry.state.views(entry, self._steps)
 
     def _update(self) -> None:
         settings = self.param_groups, self.max_grad_norm, self.found_inf, self.rounding == "stochastic"
@@ -227,17 +240,14 @@ class FlatOptimizer(torch.optim.Optimizer):
         """As torch.optim's: with bits=32 it is what torch.optim.AdamW writes and reads.
 
         8-bit moments are uint8 codes shaped like the parameter, and NAME_absmax has a scale for every 256 of them.
-        Tensors are views of the flat state (to save one alone, clone it), or new ones in host memory if it is paged.
+        Tensors are the live state, each with a storage of its own, or new ones in host memory if it is paged.
         """
-        if self.pager is None:
-            found = {entry: entry.state.views(entry) for entry in self._entries}
-        else:
-            found = {entry: entry.state.empty(entry) for entry in self._entries}
-            for part in self.pager.read():
-                part.copy(found)
+        paged = {} if self.pager is None else {entry: entry.state.empty(entry) for entry in self._entries}
+        for part in () if self.pager is None else self.pager.read():
+            part.copy(paged)
         shown, self.state = self.state, defaultdict(dict)
-        for entry, tensors in found.items():
-            self.state[entry.parameter] = {"step": self._steps[entry.row], **tensors}
+        for entry in self._entries:
+            self.state[entry.parameter] = {**entry.state.views(entry, self._steps), **paged.get(entry, {})}
         try:
             return super().state_dict()
         finally:
@@ -353,6 +363,9 @@ def _take_gradient(entry: Entry) -> None:
     p, g = entry.parameter, entry.parameter.grad
     if g is None:
         return
+    if getattr(g, "placements", None) != getattr(p, "placements", None):
+        g = g.redistribute(placements=p.placements)
+    p, g = local(p), local(g)
     if g.shape != p.shape or g.dtype is not p.dtype or g.layout is not torch.strided:
         raise ValueError(
             f"gradients must be dense and of their parameter's dtype and shape, {p.dtype} {list(p.shape)}, "

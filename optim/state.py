@@ -11,6 +11,7 @@ the moment has a sign, the unsigned one where it has none. An element's nearest 
 (kernels/blockwise). Fresh state is zero bytes in either form: code 0 times a scale of 0.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from ..kernels.blockwise import dequantize_blockwise, quantize_blockwise
 from ..kernels.codes import dynamic_code
@@ -45,9 +47,10 @@ class Field(NamedTuple):
         """Its entries for so many elements."""
         return -(-elements // self.per)
 
-    def shape(self, parameter: torch.Size) -> torch.Size:
-        """Of a parameter's part in state dicts: as it where nothing is shared, else flat."""
-        return parameter if self.per == 1 else torch.Size([self.count(parameter.numel())])
+    def shape(self, parameter: Tensor) -> torch.Size:
+        """Of what this process keeps for a parameter: shaped as its part of it, or a row of scales."""
+        scales = [1] * hasattr(parameter, "placements") + [self.count(largest_shard(parameter))]
+        return local(parameter).shape if self.per == 1 else torch.Size(scales)
 
 
 def fields(moments: Sequence[Moment], bits: int, dtype: torch.dtype) -> dict[str, Field]:
@@ -74,11 +77,42 @@ class Kind(NamedTuple):
         return f"{self.dtype} {list(self.shape)} on {self.device}"
 
 
+def owned(view: Tensor) -> Tensor:
+    """The same memory in a storage of its own: files refuse parts of another's, or write all of it."""
+    return view if view.is_meta else from_dlpack(view)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of it: of a DTensor its shard. Known by the method, for the import takes seconds."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def largest_shard(parameter: Any) -> int:
+    """Elements of the largest part that a rank holds: every rank keeps room, and scales, for as many."""
+    shape = list(parameter.shape)
+    for i, placement in enumerate(getattr(parameter, "placements", ())):
+        if not placement.is_replicate():
+            shape[placement.dim] = -(-shape[placement.dim] // parameter.device_mesh.size(i))
+    return math.prod(shape)
+
+
+def as_dtensor(own: Tensor, p: Any, per: int) -> Tensor:
+    """What this process keeps for a DTensor, as one: cut as p, or [ranks, ...] where `per` elements share an entry."""
+    if not hasattr(p, "placements"):
+        return own
+    from torch.distributed.tensor import DTensor, Shard
+
+    placements = p.placements if per == 1 else [Shard(0)] * p.device_mesh.ndim
+    shape = p.shape if per == 1 else torch.Size([p.device_mesh.size(), own.numel()])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(own, p.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
 @dataclass(eq=False)
 class Entry:
     """One parameter; and from when it joins a flat state on, where it is kept."""
 
-    parameter: nn.Parameter
+    parameter: Any  # an nn.Parameter, which may be a DTensor
     number: int  # among all parameters of the optimizer, as in state dicts
     group: int
     key: int = 0  # of its draws, where it is rounded stochastically
@@ -88,8 +122,10 @@ class Entry:
 
     def join(self, state: "FlatState", row: int, start: int) -> None:
         """row: in step counts and the tables of kernels; start: of its span."""
-        p = self.parameter
+        p, placements = local(self.parameter), enumerate(getattr(self.parameter, "placements", ()))
         self.shape, self.dtype, self.size = p.shape, p.dtype, p.numel()
+        self.groups = tuple(self.parameter.device_mesh.get_group(i) for i, cut in placements if not cut.is_replicate())
+        self.shapes = {name: field.shape(self.parameter) for name, field in state.fields.items()}
         self.kind = Kind(p.shape, p.dtype, p.device)
         self.state, self.row, self.start = state, row, start
 
@@ -132,7 +168,7 @@ class FlatState:
         start = self.total = whole(self.total, CHUNK)
         for i, entry in enumerate(entries):
             entry.join(self, row + i, self.total)
-            self.total += whole(entry.size)
+            self.total += whole(largest_shard(entry.parameter))
         self.entries += entries
         self.batches.clear()
         return start
@@ -141,17 +177,19 @@ class FlatState:
         """All of it, where it is not paged."""
         return Slice(self, 0, self.total, self.tensors or {})
 
-    def views(self, entry: Entry) -> dict[str, Tensor]:
-        """A parameter's part of the flat tensors, moments shaped like it; nothing of what is paged."""
-        found = {}
+    def views(self, entry: Entry, steps: Tensor) -> dict[str, Tensor]:
+        """A parameter's step count and its part of the flat tensors, moments shaped like it; of paged ones nothing."""
+        found = {"step": owned(steps[entry.row])}
         for name, tensor in (self.tensors or {}).items():
-            shape = self.fields[name].shape(entry.shape)
-            found[name] = tensor[entry.start // self.fields[name].per :][: shape.numel()].view(shape)
+            shape, per = entry.shapes[name], self.fields[name].per
+            view = tensor[entry.start // per :][: shape.numel()].view(shape)
+            found[name] = as_dtensor(owned(view), entry.parameter, per)
         return found
 
     def empty(self, entry: Entry) -> dict[str, Tensor]:
         """New tensors in host memory for what `views` gives."""
-        return {n: torch.empty(f.shape(entry.shape), dtype=f.dtype, device="cpu") for n, f in self.fields.items()}
+        made = {n: torch.empty(entry.shapes[n], dtype=f.dtype, device="cpu") for n, f in self.fields.items()}
+        return {name: as_dtensor(own, entry.parameter, self.fields[name].per) for name, own in made.items()}
 
     def segments(self, start: int, end: int) -> list[Segment]:
         """What of which parameters lies in [start, end) of the flat state, in order; padding left out."""
@@ -190,7 +228,7 @@ class Slice(NamedTuple):
         for entry, start, length, offset in self.state.segments(self.start, self.end):
             for name, kept in self.state.fields.items():
                 here = self.tensors[name][(offset - self.start) // kept.per :][: kept.count(length)]
-                there = found[entry][name].reshape(-1)[start // kept.per :][: kept.count(length)]
+                there = local(found[entry][name]).reshape(-1)[start // kept.per :][: kept.count(length)]
                 (here if back else there).copy_(there if back else here)
 
 

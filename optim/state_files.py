@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.codes import dynamic_code
-from .state import fields
+from .state import fields, local
 from .update import Group, Rule
 
-_PEERS_SETTINGS = {  # settings of torch.optim.AdamW and bitsandbytes that have no meaning here
-    *("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay", "maximize"),
-    *("alpha", "t_alpha", "t_beta3"),
-}
+TORCHS = ("foreach", "fused", "amsgrad", "maximize", "capturable", "differentiable")  # torch.optim.AdamW's own settings
+_PEERS_SETTINGS = {*TORCHS, "decoupled_weight_decay", "alpha", "t_alpha", "t_beta3"}  # which have no meaning here
 _WRAPPED = "__bnb_optimizer_quant_state__"
 
 
@@ -69,8 +67,8 @@ def _entry(number: int, entry: dict[str, Any], parameter: nn.Parameter, wanted: 
         if not isinstance(value, Tensor) or not (value.dtype == torch.uint8 if codes else value.is_floating_point()):
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{what} has a {name} of {got}, not a tensor of {'uint8' if codes else 'floats'}")
-        if value.shape != (shape := field.shape(parameter.shape)):
-            raise ValueError(f"{what} has a {name} of shape {tuple(value.shape)}, not {tuple(shape)}")
+        if (held := local(value).shape) != (shape := field.shape(parameter)):
+            raise ValueError(f"{what} has a {name} of shape {tuple(held)}, not {tuple(shape)}")
     return {**state, "step": float(state["step"])}
 
 

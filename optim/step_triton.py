@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..kernels.dispatch import on_device
 from .state import CHUNK, Entry, FlatState, Slice
-from .update import NARROW, Control, Group, Rule
+from .update import NARROW, Control, Group, Rule, gradient_norm
 from .update_triton import DTYPES, at, below, is_even, update
 
 
@@ -76,7 +76,9 @@ def step(
 ) -> Control:
     """One step of all entries that have a gradient. `rounded`: weights of 16 bits stochastically."""
     tables.find()
-    for dtype, chunks, partial in tables.squares if max_norm is not None else ():
+    cut = max_norm is not None and any(entry.groups for entry in tables.entries)
+    squares = gradient_norm(tables.entries, tables.steps.device).square().view(1) if cut else tables.partial
+    for dtype, chunks, partial in tables.squares if max_norm is not None and not cut else ():
         if len(chunks):
             with on_device(tables.steps):
                 gradient_squares_kernel[(len(chunks),)](
@@ -93,10 +95,10 @@ def step(
         with on_device(tables.steps):
             step_factors_kernel[(1,)](
                 *(tables.addresses, tables.numbers, tables.steps, tables.factors),
-                *((None, None) if max_norm is None else (tables.partial, float(max_norm))),
+                *((None, None) if max_norm is None else (squares, float(max_norm))),
                 control,
                 None if found_inf is None else found_inf.to(tables.steps.device, torch.float32),
-                *(len(tables.partial), len(tables.entries), group),
+                *(len(squares), len(tables.entries), group),
                 *(np.float64(x).view(np.int64).item() for x in doubles),
                 FIRST=group == tables.groups[0],
                 LION=tables.rule.name == "lion",

@@ -150,23 +150,30 @@ class Control(NamedTuple):
     scale: Tensor | None = None  # what gradients are multiplied by to clip them, where the host must know
 
 
-def take_control(gradients: Tensors, max_norm: float | None, found_inf: Tensor | None, device: torch.device) -> Control:
+def take_control(entries: Sequence[Entry], max_norm: float | None, found_inf: Tensor | None, steps: Tensor) -> Control:
     """The norm is taken where max_norm is given (torch.nn.utils.clip_grad_norm_'s rule), and then must be finite."""
-    skip = None if found_inf is None else found_inf.to(device).view(()) != 0
+    skip = None if found_inf is None else found_inf.to(steps.device).view(()) != 0
     if max_norm is None:
         return Control(None if skip is None else skip.float(), None)
-    norm = _norm(gradients, device)
+    norm = gradient_norm(entries, steps.device)
     skip = ~torch.isfinite(norm) if skip is None else ~torch.isfinite(norm) | skip
     return Control(skip.float(), norm.float(), (max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
-def _norm(gradients: Tensors, device: torch.device) -> Tensor:
-    """Of each gradient in at least fp32, of those in float64."""
-    norms: Tensors = [torch.zeros((), device=device)]
-    for dtype in dict.fromkeys(g.dtype for g in gradients if g.numel()):
-        some = [g for g in gradients if g.dtype == dtype and g.numel()]
-        norms += torch._foreach_norm(some, dtype=torch.promote_types(dtype, torch.float32))
-    return torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
+def gradient_norm(entries: Sequence[Entry], device: torch.device) -> Tensor:
+    """Of each gradient in at least fp32, of those in float64; of DTensors with the parts of all ranks."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for groups in dict.fromkeys(entry.groups for entry in entries):
+        gradients = [e.gradient for e in entries if e.groups == groups and e.gradient is not None and e.size]
+        norms: Tensors = [torch.zeros((), device=device)]
+        for dtype in dict.fromkeys(g.dtype for g in gradients):
+            some = [g for g in gradients if g.dtype == dtype]
+            norms += torch._foreach_norm(some, dtype=torch.promote_types(dtype, torch.float32))
+        squares = torch.stack([n.double() for n in norms]).square().sum()
+        for group in groups:
+            torch.distributed.all_reduce(squares, group=group)
+        total += squares
+    return total.sqrt()
 
 
 def step(
@@ -181,8 +188,7 @@ def step(
 ) -> Control:
     """One step of all entries that have a gradient; `steps` counts those of each. `rounded`: weights of 16 bits
     stochastically."""
-    gradients = [e.gradient for e in entries if e.gradient is not None]
-    control = take_control(gradients, max_norm, found_inf, steps.device)
+    control = take_control(entries, max_norm, found_inf, steps)
     if control.skip is None or not control.skip.item():
         steps += torch.tensor([float(e.gradient is not None) for e in entries]).to(steps.device)
         work = update_cpu if path_for(steps) == "cpu" else update_reference
