@@ -35,7 +35,7 @@ def main() -> int:
     for name, page in pages.items():
         file = OUT / f"{name.replace('.', '/')}.html"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(pdoc.render.html_module(page, pages))
+        file.write_text(without_guesses(pdoc.render.html_module(page, pages)))
     broken = [*broken_pages(OUT), *broken_markdown()]
     print("\n".join(broken) or f"{len(list(OUT.rglob('*.html')))} pages in {OUT}, all links lead somewhere")
     return bool(broken)
@@ -54,6 +54,12 @@ def options(settings: type[Checked]) -> str:
         kinds = " or ".join(kind for kind in forms(types[field.name]) if kind != "null")
         rows.append(f"| `{field.name}` | {kinds} | {default} | {field.metadata.get('help', '')} |")
     return "\n".join(rows)
+
+
+def without_guesses(text: str) -> str:
+    """A page less links that pdoc guessed from a word in backticks: an inherited attribute has no entry of its own."""
+    ids = Page(text).ids
+    return re.sub(r'<a href="#([\w.]+)">(.*?)</a>', lambda found: found[0 if found[1] in ids else 2], text)
 
 
 class Page(html.parser.HTMLParser):
