@@ -11,7 +11,7 @@ from .lora.config import LoRAConfig
 from .lora.linear4bit import NF4Linear
 from .lora.lora import LoRA
 from .lora.peft_files import load_adapter, save_adapter
-from .lora.quantize import quantize_
+from .lora.quantize import dense_weights, quantize_
 from .models.generate import generate
 from .models.load import load
 from .models.protocol import CausalLM
@@ -30,7 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CausalLM", "Tokenizer", "generate", "load", "save_model",  # models
     "Adapter", "AdapterLayer", "LoRA", "LoRAConfig", "NF4Linear", "adapters_off", "attach", "copy_adapter",
-    "load_adapter", "quantize_", "remove_adapter", "save_adapter", "use", "using",  # adapters and 4-bit layers
+    "dense_weights", "load_adapter", "quantize_", "remove_adapter", "save_adapter", "use", "using",  # adapters, 4 bits
     "DPOConfig", "DPOTrainer", "DistillConfig", "DistillTrainer", "RewardConfig", "RewardModel", "RewardTrainer",
     "SFTConfig", "SFTTrainer", "TrainResult",  # training
     "Answer", "answer_all", "evaluate_loss", "share_right",  # evaluation

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..errors import InputError
 from ..kernels.lora import lora_linears4bit
-from .linear4bit import LinearWeight, NF4Linear, autocast_input, over_nested
+from .linear4bit import LinearWeight, NF4Linear, autocast_input, is_conv1d, over_nested, sizes
 
 DEFAULT = "default"
 WRAPPED = "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"  # what is inside torch's wrappers
@@ -83,7 +83,7 @@ class AdapterLayer(nn.Module):
     def __init__(self, base: nn.Linear | NF4Linear, /, **adapters: Adapter) -> None:  # one may be called "base"
         super().__init__()
         self.base = base
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features, self.out_features = sizes(base)
         self.adapters = nn.ModuleDict(adapters)
         self.active = list(adapters)
         self.train(base.training)
@@ -129,9 +129,10 @@ class AdapterLayer(nn.Module):
                 "where a module computes with a layer's weight, its input cannot be dropped: set dropout=0"
             )
         found = (weight := self.base.weight).to(torch.promote_types(weight.dtype, torch.float32))
+        found = found.t() if is_conv1d(self.base) else found
         for adapter in self.running():
             found = found + adapter.delta(found)
-        return found.to(weight.dtype)
+        return (found.t() if is_conv1d(self.base) else found).to(weight.dtype)
 
     @property
     def bias(self) -> nn.Parameter | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import InputError, shown
 from ..kernels.dequantize4bit import dequantize
 from ..kernels.weight4bit import BLOCKSIZES, Weight4bit
-from .linear4bit import NF4Linear
+from .linear4bit import NF4Linear, is_conv1d
 from .targets import base_modules
 
 KEY = "fourbit.base."  # in the metadata of a safetensors file, before the name of a field
@@ -66,7 +66,7 @@ class BaseIdentity(NamedTuple):
 
 def base_identity(model: nn.Module) -> BaseIdentity:
     """The identity of `model`, without its adapters; every parameter is read once."""
-    vectors, weights, signed = dict[str, Tensor](), dict[str, Tensor](), list[nn.Parameter | NF4Linear]()
+    vectors, weights, signed = dict[str, Tensor](), dict[str, Tensor](), list[Tensor | NF4Linear]()
     forms, seen, exact = set[str](), set[nn.Parameter](), True
     for path, module in sorted(base_modules(model).items()):
         packed = module if isinstance(module, NF4Linear) else None
@@ -81,7 +81,7 @@ def base_identity(model: nn.Module) -> BaseIdentity:
             if packed and name == "packed":
                 signed.append(packed)
             elif parameter.ndim > 1 and name not in stored:
-                signed.append(parameter)
+                signed.append(parameter.t() if is_conv1d(module) else parameter)  # as 4 bits keep it: [out, in]
     some = [signed[i * len(signed) // SAMPLED] for i in range(SAMPLED)] if len(signed) > SAMPLED else signed
     hashes = (hashed(vectors, rounded=True), hashed(weights, rounded=True)) if exact else ("", "")
     return BaseIdentity(", ".join(sorted(forms)) or "none", *hashes, "".join(map(_signs, some)))
@@ -116,7 +116,7 @@ def hashed(tensors: Mapping[str, Tensor], *, rounded: bool = False) -> str:
         return hashlib.sha256(b"".join(pool.map(digest, sorted(tensors.items())))).hexdigest()
 
 
-def _signs(weight: nn.Parameter | NF4Linear) -> str:
+def _signs(weight: Tensor | NF4Linear) -> str:
     """The signs of some values in the middle of a matrix."""
     layer = weight if isinstance(weight, NF4Linear) else None
     flat = (weight.packed if isinstance(weight, NF4Linear) else weight).detach().reshape(-1)

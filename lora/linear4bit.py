@@ -213,6 +213,17 @@ _DATA, *_GETTERS = (getattr(Tensor, name).__get__ for name in _PROPERTIES.split(
 _KNOWN = {*_GETTERS, Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point}
 
 
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, GPT-2's linear layer, which keeps its weight [in, out]."""
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def sizes(layer: nn.Linear | NF4Linear) -> tuple[int, int]:
+    """in_features and out_features of a linear layer, Conv1D too."""
+    known = layer.weight.shape if is_conv1d(layer) else (layer.in_features, layer.out_features)
+    return known[0], known[1]
+
+
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 

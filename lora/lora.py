@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..kernels.lora import lora_update
 from .adapter import Adapter, LowRank, is_hooked
-from .linear4bit import NF4Linear
+from .linear4bit import NF4Linear, sizes
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:
@@ -38,17 +38,17 @@ class LoRA(Adapter):
         generator: torch.Generator | None = None,  # a CPU generator: the same start on every device
     ) -> None:
         super().__init__()
-        largest = min(base.in_features, base.out_features)
+        in_features, out_features = sizes(base)
+        largest = min(in_features, out_features)
         if not 1 <= rank <= largest:
             raise InputError(
-                f"rank must be in 1..{largest} for a {base.out_features}x{base.in_features} (out x in) layer, "
-                f"got {rank}"
+                f"rank must be in 1..{largest} for a {out_features}x{in_features} (out x in) layer, got {rank}"
             )
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
-        device, bound = base.weight.device, 1 / math.sqrt(base.in_features)
-        start = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        device, bound = base.weight.device, 1 / math.sqrt(in_features)
+        start = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(start.to(device, dtype))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
 
     @property
     def scale(self) -> float:

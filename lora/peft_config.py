@@ -19,7 +19,7 @@ from ..errors import InputError
 from .adapter import Adapter
 from .config import LoRAConfig, pattern_value
 from .lora import scale_of
-from .targets import base_modules, linear_layers, matcher, output_heads
+from .targets import base_modules, linear_layers, matcher, output_heads, vocabulary_heads
 
 REQUIRED = ("r", "lora_alpha", "target_modules")
 FIELDS = {  # PEFT's name -> that of LoRAConfig
@@ -115,7 +115,7 @@ def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     settings = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if output_heads(model) else None,
+        "task_type": "CAUSAL_LM" if vocabulary_heads(model) else None,
         "base_model_name_or_path": _base_name(base_model),
         "inference_mode": True,
         "r": rank,

@@ -28,6 +28,7 @@ from .adapter import DEFAULT, Adapter, adapters_of, plain_name, unwrapped
 from .attach import fresh, install
 from .config import LoRAConfig
 from .identity import BaseIdentity, base_identity
+from .linear4bit import sizes
 from .lora import LoRA, scale_of
 from .peft_config import read_config, write_config
 from .targets import base_modules, linear_layers
@@ -161,9 +162,9 @@ def _read_adapter(model: nn.Module, folder: Path) -> tuple[str, LoRAConfig, list
         raise InputError(f"{label}: target_modules={config.lora.target!r} names no linear layer of this model")
     expected: dict[str, Sequence[int]] = {}
     for path in names:
-        rank, layer = config.lora.rank_at(path), layers[path]
-        expected[f"{PREFIX}{path}.lora_A.weight"] = (rank, layer.in_features)
-        expected[f"{PREFIX}{path}.lora_B.weight"] = (layer.out_features, rank)
+        rank, (in_features, out_features) = config.lora.rank_at(path), sizes(layers[path])
+        expected[f"{PREFIX}{path}.lora_A.weight"] = (rank, in_features)
+        expected[f"{PREFIX}{path}.lora_B.weight"] = (out_features, rank)
     found = {key: state[given] for key, given in keys.items()}
     _compare(expected, found, label)
     return label, config.lora, names, found

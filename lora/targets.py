@@ -8,19 +8,21 @@ nearest names: a silent typo trains the wrong layers.
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
 
 from torch import nn
 
 from ..errors import InputError
-from .adapter import AdapterLayer, plain_modules, unwrapped
+from .adapter import AdapterLayer, plain_modules
 from .config import LoRAConfig, pattern_key
-from .linear4bit import NF4Linear
+from .linear4bit import NF4Linear, is_conv1d
 
 Linear = nn.Linear | NF4Linear
 
 ATTENTION = ("attn", "attention")
 ATTENTION_LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value")
 MLP = ("mlp", "ffn", "feed_forward", "feedforward")
+CLASSIFIERS = {"classifier", "score", "qa_outputs"}
 MLP_LEAVES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2")
 
 
@@ -39,16 +41,20 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
-    """Every layer an adapter can wrap: exact nn.Linear (a subclass may read its own weight) and NF4Linear."""
-    modules = base_modules(model)
-    return {name: layer for name, layer in modules.items() if type(layer) is nn.Linear or isinstance(layer, NF4Linear)}
+    """Every layer an adapter can wrap: whose forward is nn.Linear's, NF4Linear's or that of transformers' Conv1D."""
+    return {name: cast(Linear, layer) for name, layer in base_modules(model).items() if is_linear(layer)}
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether it computes x W^T + bias. A subclass of nn.Linear that has a forward of its own may compute anything."""
+    return type(layer).forward is nn.Linear.forward or isinstance(layer, NF4Linear) or is_conv1d(layer)
 
 
 def resolve(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Paths of the layers that `config` targets, in module order; InputError for an entry that matches nothing."""
     layers = list(linear_layers(model))
     if not layers:
-        raise InputError(f"LoRA wraps linear layers, and this {type(model).__name__} has none")
+        raise InputError(f"LoRA wraps linear layers, and this {type(model).__name__} has none.{_own_forwards(model)}")
     chosen = _targeted(model, config.target, layers)
     excluded = listed(model, "exclude", config.exclude, layers) if config.exclude else set()
     names = [name for name in layers if name in chosen and name not in excluded]
@@ -112,6 +118,7 @@ def _targeted(model: nn.Module, target: str | Sequence[str], layers: list[str]) 
     if not chosen:
         raise InputError(
             f"target={target!r} finds no such layer in this model; name them in a list.{nearest(target, layers)}"
+            f"{_own_forwards(model)}"
         )
     return chosen
 
@@ -140,20 +147,43 @@ def _other_kind(model: nn.Module, entry: str) -> str:
     """Says so if `entry` names a module of another kind."""
     matches = matcher([entry])
     kinds = {type(module).__name__ for name, module in base_modules(model).items() if matches(name)}
-    return f" It names a {', '.join(sorted(kinds))}; only nn.Linear and NF4Linear count." if kinds else ""
+    return f" It names a {', '.join(sorted(kinds))}, which is no linear layer.{_own_forwards(model)}" if kinds else ""
+
+
+def _own_forwards(model: nn.Module) -> str:
+    """Says so if some layers are linear by their class, but not by what they compute."""
+    own = [layer for layer in base_modules(model).values() if isinstance(layer, nn.Linear) and not is_linear(layer)]
+    kinds = ", ".join(sorted({type(layer).__name__ for layer in own}))
+    return f" {kinds} has a forward of its own, so it may be no linear layer: make it an nn.Linear." if kinds else ""
 
 
 def _in_part(name: str, parts: Sequence[str], leaves: Sequence[str]) -> bool:
     return name.rpartition(".")[2] in leaves or any(part in name.lower() for part in parts)
 
 
-def output_heads(model: nn.Module) -> set[str]:
-    """Paths of the layers onto the vocabulary: what the model says, `lm_head`, or a weight tied to an embedding."""
-    says = getattr(unwrapped(model), "get_output_embeddings", None)
-    head = says() if callable(says) else None
+def vocabulary_heads(model: nn.Module) -> set[str]:
+    """Paths of the layers onto the vocabulary: what a model says, `lm_head`, or a weight tied to an embedding."""
+    says = [getattr(module, "get_output_embeddings", None) for module in model.modules()]
+    heads = [ask() for ask in says if callable(ask)]
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return {
         name
         for name, layer in linear_layers(model).items()
-        if layer is head or name.rpartition(".")[2] == "lm_head" or id(layer.weight) in embeddings
+        if any(layer is head for head in heads) or name.endswith("lm_head") or id(layer.weight) in embeddings
     }
+
+
+def output_heads(model: nn.Module) -> set[str]:
+    """Paths of the layers that give the answer: onto the vocabulary, and the heads of other tasks, which start fresh.
+
+    A model of transformers has its head beside its body (`base_model_prefix`); elsewhere a head is what the outermost
+    module calls classifier, score or qa_outputs, one layer or several.
+    """
+    heads, layers = vocabulary_heads(model), linear_layers(model)
+    for path, module in base_modules(model).items():
+        inside, children = f"{path}." if path else "", module._modules
+        if children.get(prefix := getattr(module, "base_model_prefix", None) or "") is not None:
+            bodies = [name for name, child in children.items() if name == prefix or hasattr(child, "base_model_prefix")]
+            beside = tuple(f"{inside}{name}." for name in children.keys() - bodies)
+            heads |= {name for name in layers if f"{name}.".startswith(beside)}
+    return heads | {name for name in layers if name.partition(".")[0] in CLASSIFIERS}

@@ -412,10 +412,13 @@ def adapted(place: Path, **how: Any) -> Any:
 @follows(
     ("kernels/quantize4bit.py", "repair or skip it"),
     ("kernels/weight4bit.py", "give both (double quantisation) or neither"),
-    ("lora/quantize.py", "Pass skip=() or untie the weight"),
+    ("lora/quantize.py", "skip=() takes it too"),
+    ("lora/quantize.py", "untie the weight first"),
+    ("lora/quantize.py", "undo that first"),
     ("lora/attach.py", "which cannot be replaced in place: wrap it"),
     ("lora/attach.py", "give this layer its own in rank_pattern, or exclude it"),
     ("lora/targets.py", "name them in a list"),
+    ("lora/targets.py", "make it an nn.Linear"),
     ("lora/targets.py", "pass a list: [{}]"),
     ("lora/adapter.py", "give the new one another name, take the old one off (remove_adapter), or continue"),
 )
@@ -433,15 +436,20 @@ def test_layers_are_changed_as_advised(kept: Path) -> None:
     quantized._replace(nested_offset=None, nested_absmax=None, absmax=quantized.scales).check(), quantized.check()
 
     head = nn.ModuleDict({"lm_head": nn.Linear(64, 64)})
-    with words_of("Pass skip=() or untie"):
+    with words_of("skip=() takes it too"):
         fourbit.quantize_(head)
     fourbit.quantize_(head, skip=())
     tied = nn.ModuleDict({"a": nn.Embedding(64, 64), "b": nn.Linear(64, 64)})
     tied["b"].weight = tied["a"].weight
-    with words_of("or untie the weight"):
+    with words_of("untie the weight first"):
         fourbit.quantize_(tied)
     tied["b"].weight = nn.Parameter(tied["a"].weight.detach().clone())
     fourbit.quantize_(tied)
+    parametrised = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)))
+    with words_of("undo that first"):
+        fourbit.quantize_(parametrised)
+    nn.utils.parametrize.remove_parametrizations(parametrised[0], "weight")
+    fourbit.quantize_(parametrised)
 
     with words_of("wrap it"):
         fourbit.attach(nn.Linear(64, 64), LoRAConfig(rank=2))
