@@ -13,6 +13,7 @@ from math import prod
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .codes import code_for, pair_table
 from .dispatch import path_for
@@ -31,7 +32,7 @@ def dequantize(weight: Weight4bit, dtype: torch.dtype = torch.float32, out: Tens
     this is one kernel. ValueError if the weight's sizes, types or devices disagree or do not fit `out`, or if `dtype`
     is no floating-point type.
     """
-    if torch.compiler.is_compiling():  # one node in its graph
+    if torch.compiler.is_compiling() or isinstance(weight.packed, FakeTensor):  # one node in its graph
         made = _in_graph(*flatten([weight]), dtype).view(weight.shape)
         return made if out is None else out.copy_(made)
     weight.check()

@@ -149,8 +149,8 @@ def _matrix(x: Tensor) -> Tensor:
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """The op settles its dtypes itself; autocast would change them once more inside."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    on = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
 _forward_op = torch.library.custom_op("fourbit::linears4bit", _forward, mutates_args=())

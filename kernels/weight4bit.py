@@ -72,7 +72,8 @@ class Weight4bit(NamedTuple):
                     f"{blocks} codes in blocks of {NESTED_BLOCKSIZE} need {groups} scales in fp32",
                     "nested_offset must be one fp32 value",
                 )[i]
-                raise ValueError(f"{rule}, got {tensor.numel()} of {tensor.dtype}")
+                cast = "; scales must not be cast (FSDP2: param_dtype=None)" if tensor.is_floating_point() else ""
+                raise ValueError(f"{rule}, got {tensor.numel()} of {tensor.dtype}{cast}")
         devices = {tensor.device for tensor in self[:4] if tensor is not None}
         if len(devices) > 1:
             raise ValueError(

@@ -186,12 +186,9 @@ def joint_forward(x: Tensor, layers: Sequence[tuple[NF4Linear, LowRank]], keep: 
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """What torch's wrappers (torch.compile, DDP, FSDP, a checkpointed block) are around, or the module itself."""
-    while True:
-        parallel = isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel)
-        own = next((name for name in module._modules if name in WRAPPED or (parallel and name == "module")), None)
-        if own is None:
-            return module
-        module = module.get_submodule(own)
+    parallel = isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel)
+    own = next((name for name in module._modules if name in WRAPPED or (parallel and name == "module")), None)
+    return module if own is None else unwrapped(module.get_submodule(own))
 
 
 def plain_name(name: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from ..errors import InputError
@@ -65,8 +66,7 @@ class NF4Linear(nn.Module):
         scales = zeros(absmax, dtype=torch.uint8 if double_quant else torch.float32)
         nested = zeros(-(-prod(absmax) // NESTED_BLOCKSIZE)) if double_quant else None
         offset = zeros(1) if double_quant else None
-        packed_zeros = zeros(packed, dtype=torch.uint8)
-        self.store(Weight4bit(packed_zeros, scales, nested, offset, (out_features, in_features)))
+        self.store(Weight4bit(zeros(packed, dtype=torch.uint8), scales, nested, offset, (out_features, in_features)))
         self.register_parameter("bias", _frozen(torch.zeros(out_features, device=device)) if bias else None)
 
     @classmethod
@@ -97,15 +97,15 @@ class NF4Linear(nn.Module):
         Raises ValueError for a wrong shape and InputError, naming the tensor, for NaN or infinity.
         """
         label = f"'{name}'" if name else "the weight"
-        if tuple(weight.shape) != (self.out_features, self.in_features):
-            expected = [self.out_features, self.in_features]
+        if list(weight.shape) != (expected := [self.out_features, self.in_features]):
             raise ValueError(f"{label} must have shape {expected}, got {list(weight.shape)}")
         device = weight.device if self.packed.is_meta else self.packed.device
         try:
-            stored = quantize(weight, self.quant_type, self.blocksize, self.double_quant).to(device)
+            fake = isinstance(weight, FakeTensor)  # it has no values
+            stored = self.stored if fake else quantize(weight, self.quant_type, self.blocksize, self.double_quant)
         except ValueError as problem:
             raise InputError(f"{label} cannot be quantised to {self.quant_type}: {problem}") from problem
-        self.store(stored)
+        self.store(stored.to(device))
         self.dtype = weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
@@ -117,8 +117,7 @@ class NF4Linear(nn.Module):
 
     def store(self, stored: Weight4bit) -> None:
         """Make these tensors, of this layer's format, its weight."""
-        names = ("packed", "absmax", "nested_absmax", "nested_offset")
-        for name, tensor in zip(names, stored[:4], strict=True):
+        for name, tensor in zip(("packed", "absmax", "nested_absmax", "nested_offset"), stored[:4], strict=True):
             self.register_parameter(name, None if tensor is None else _frozen(tensor))
 
     def stored_parameters(self) -> dict[str, nn.Parameter]:
@@ -146,9 +145,7 @@ class NF4Linear(nn.Module):
 
         def move_only(tensor: Tensor) -> Tensor:
             new = fn(tensor)
-            if id(tensor) in quantised and new.dtype != tensor.dtype:
-                return tensor.to(new.device)
-            return new
+            return tensor.to(new.device) if id(tensor) in quantised and new.dtype != tensor.dtype else new
 
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(move_only, recurse)
@@ -160,10 +157,9 @@ class NF4Linear(nn.Module):
             for name, own in self.stored_parameters().items()
             if (given := state_dict.get(prefix + name)) is not None and given.dtype != own.dtype
         ]
-        if wrong:
-            rest[-1].extend(wrong)  # torch's list of errors
-            return
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        rest[-1].extend(wrong)  # torch's list of errors
+        if not wrong:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         return (

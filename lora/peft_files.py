@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import InputError
 from ..files import (
@@ -50,6 +51,10 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], name: str 
     Raises InputError, before anything is copied, for a key that is missing, unexpected or of another shape, naming it.
     """
     parameters = adapter_state(model, name)
+    if any(is_parametrized(part) for part in adapters_of(model, name).values()):
+        raise InputError(
+            f"the adapter '{name}' is made of other tensors: remove_parametrizations before loading into it"
+        )
     keys = _canonical(state, linear_layers(model), "the adapter state")
     shapes = {key: tensor.shape for key, tensor in parameters.items()}
     _compare(shapes, {key: state[given] for key, given in keys.items()}, "the adapter state")

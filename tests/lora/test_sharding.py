@@ -3,15 +3,16 @@
 import copy
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from fourbit.lora.adapter import AdapterLayer
+from fourbit.lora.adapter import AdapterLayer, adapter_parameters
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
 
@@ -27,11 +28,11 @@ def model(double_quant: bool) -> nn.Sequential:
     )
     lora = LoRA(second, 4, 8)
     nn.init.normal_(lora.lora_B)
-    return nn.Sequential(first, nn.Tanh(), AdapterLayer(second, default=lora), nn.Tanh(), third)
+    return nn.Sequential(first, nn.Tanh(), AdapterLayer(second, default=lora), nn.Tanh(), third).double()
 
 
 def step(network: nn.Module) -> tuple[Tensor, Tensor]:
-    x = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    x = torch.randn(7, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     y = network(x)
     y.square().sum().backward()
     return y.detach(), x.grad
@@ -39,15 +40,16 @@ def step(network: nn.Module) -> tuple[Tensor, Tensor]:
 
 def worker(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for double_quant in (True, False):
+    for double_quant, parts in product((True, False), (["0", "2"], ["0", "2.base", "2.adapters.default"])):
         whole = model(double_quant)
         cut = copy.deepcopy(whole)
-        for layer in (cut[0], cut[2], cut):
+        for layer in (*map(cut.get_submodule, parts), cut):
             fully_shard(layer)
         local = {name: tuple(parameter.to_local().shape) for name, parameter in cut.named_parameters()}
         assert local["0.packed"] == (129, WIDTH // 2) and local["0.absmax"] == (129, WIDTH // 64), local
         names = {name for name, parameter in cut.named_parameters() if parameter.requires_grad}
         assert names == {"2.adapters.default.lora_A", "2.adapters.default.lora_B"}
+        assert adapter_parameters(cut).keys() == adapter_parameters(whole).keys()
         wanted, got = step(whole), step(cut)
         for mine, reference in zip(got, wanted, strict=True):
             torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-6)
@@ -57,6 +59,9 @@ def worker(rank: int, store: str) -> None:
             else:
                 assert parameter.grad is None
                 assert torch.equal(parameter.full_tensor(), whole.get_parameter(name)), name
+        cast = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match=r"scales must not be cast \(FSDP2: param_dtype=None\)"):
+            step(fully_shard(copy.deepcopy(whole), mp_policy=cast))
     dist.destroy_process_group()
 
 

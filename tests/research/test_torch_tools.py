@@ -3,22 +3,25 @@
 import copy
 import io
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 
+from fourbit.errors import InputError
 from fourbit.lora.adapter import AdapterLayer, adapter_parameters, adapters_of
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
-from fourbit.lora.peft_files import adapter_state
+from fourbit.lora.peft_files import adapter_state, load_adapter_state
 from fourbit.lora.quantize import quantize_
 
 IN, OUT = 64, 32
@@ -105,8 +108,8 @@ def test_functional_calls_and_meta(layer: AdapterLayer) -> None:
     parameters = {name: tensor.detach().clone() for name, tensor in layer.named_parameters()}
     parameters[B] = torch.zeros_like(parameters[B])
     assert torch.equal(functional_call(layer, parameters, (X,)), layer.base(X))
-    meta = copy.deepcopy(layer.base).to("meta")
-    assert meta.weight.is_meta and (isinstance(meta, NF4Linear) or meta(X.to("meta")).shape == (3, OUT))
+    meta = copy.deepcopy(layer).to("meta")
+    assert meta.weight.is_meta and meta(X.to("meta")).shape == (3, OUT)
 
 
 CHANGES: dict[str, Callable[[nn.Module, str], object]] = {
@@ -170,6 +173,37 @@ def test_inputs_of_any_layout(layer: AdapterLayer) -> None:
         layer(X)
     layer(X).sum().backward()
     assert part_of(layer).lora_B.grad is not None
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("place", [FakeTensorMode, lambda: torch.device("meta")], ids=["fake", "meta"])
+def test_a_step_without_numbers(place: Callable[[], AbstractContextManager[object]], dropout: float) -> None:
+    """As one asks for shapes and memory before there is a model."""
+    with place():
+        model = quantize_(Network())
+        attach(model, LoRAConfig(rank=2, alpha=4, target=["encoder.0", "head"], dropout=dropout))
+        x = torch.randn(5, 8, requires_grad=True)
+        y = model(x)
+        y.sum().backward()
+        layer = model.head
+        assert isinstance(layer, AdapterLayer) and isinstance(layer.base, NF4Linear)
+        assert y.shape == (5, 4) and layer.weight.shape == layer.base.dequantize().shape == (4, 8)
+        assert y.device == layer.base.packed.device == layer.weight.device == x.device
+        assert x.grad is not None and all(p.grad is not None for p in adapter_parameters(model).values())
+    layer = NF4Linear.from_weight(torch.eye(IN))
+    assert torch.equal(layer(X), X)  # nothing of it stays behind
+
+
+def test_a_file_is_not_loaded_into_tensors_made_of_others() -> None:
+    model = Network()
+    attach(model, LoRAConfig(rank=2, alpha=4, target=["head"]))
+    state = {key: tensor.clone() for key, tensor in adapter_state(model).items()}
+    parametrize.register_parametrization(adapters_of(model)["head"], "lora_A", nn.Tanh())
+    with pytest.raises(InputError, match="remove_parametrizations before loading"):
+        load_adapter_state(model, state)
+    parametrize.remove_parametrizations(adapters_of(model)["head"], "lora_A")
+    load_adapter_state(model, state)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in adapter_state(model).items())
 
 
 class Network(nn.Module):
