@@ -68,10 +68,6 @@ class Adapter(nn.Module):
         self.dropout = 0.0
         return self.requires_grad_(False)
 
-    def frozen(self) -> Self:
-        """A frozen copy as it is now, apart from this one."""
-        return copy.deepcopy(self).freeze()
-
 
 class AdapterLayer(nn.Module):
     """y = base(x), to which each active adapter adds its part, in the order of `active`.
@@ -113,7 +109,8 @@ class AdapterLayer(nn.Module):
 
     def frozen(self, names: Sequence[str]) -> nn.Module:
         """A layer on the same base with frozen copies of those of the adapters that are here; without any, the base."""
-        twins = {name: cast(Adapter, self.adapters[name]).frozen() for name in names if name in self.adapters}
+        own = {name: cast(Adapter, self.adapters[name]) for name in names if name in self.adapters}
+        twins = {name: copy.deepcopy(adapter).freeze() for name, adapter in own.items()}
         return AdapterLayer(self.base, **twins) if twins else self.base
 
     @property
@@ -269,7 +266,7 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
     parts, layers = carried(model, source), adapter_layers(model)
     refuse_second(model, target)
     for path, part in parts.items():
-        layers[path].adapters[target] = part.frozen()
+        layers[path].adapters[target] = copy.deepcopy(part).freeze()
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

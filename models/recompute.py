@@ -11,8 +11,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+
+from ..lora.adapter import is_hooked
 
 
 def recomputed(
@@ -21,10 +23,10 @@ def recomputed(
     """A block inside which autograd keeps `step` and `inputs` in place of `value` = step(*inputs).
 
     However often `value` is saved there (as it is or as a view of all of it), the step runs once, in backward. The
-    inputs must not be overwritten before. Nothing changes where not `active`, and under torch.compile, whose compiler
-    decides by itself what to make again.
+    inputs must not be overwritten before. Nothing changes where not `active`, where hooks of `step` would be called a
+    second time, and under torch.compile, whose compiler decides by itself what to make again.
     """
-    if not active or torch.compiler.is_compiling():
+    if not active or torch.compiler.is_compiling() or (isinstance(step, nn.Module) and is_hooked(step)):
         return nullcontext()
     place, size = value.data_ptr(), value.numel()  # not `value` itself: the hooks live as long as the graph
     kept_inputs = [x.detach() for x in inputs]

@@ -82,7 +82,7 @@ def test_a_hook_is_called_once_and_changes_nothing(layer: AdapterLayer, where: s
 
 
 def test_what_a_hook_was_shown_stays_as_it_was(layer: AdapterLayer) -> None:
-    layer.adapters["second"] = part_of(layer).frozen()
+    layer.adapters["second"] = copy.deepcopy(part_of(layer)).freeze()
     layer.active.append("second")
     x, shown = rows(), list[Tensor]()
     for module in (layer.base, *layer.running()):

@@ -20,7 +20,7 @@ from ...kernels.chunked_head import (
     module_figures,
     rows_per_chunk,
 )
-from ...lora.adapter import AdapterLayer
+from ...lora.adapter import AdapterLayer, is_hooked
 from ...lora.linear4bit import NF4Linear
 from ...models.protocol import CausalLM
 from .reward import alike
@@ -51,7 +51,7 @@ def head_scores(head: nn.Module | Tensor, hidden: Tensor, scorer: Scorer, rows: 
     """What the scorer makes of the head's logits, `rows` of them at a time, by the shortest way for this head."""
     if isinstance(head, Tensor):
         return dense_figures(hidden, head, scorer, rows)
-    plain = type(head) in (nn.Linear, NF4Linear, AdapterLayer) and not (head._forward_hooks or head._forward_pre_hooks)
+    plain = type(head) in (nn.Linear, NF4Linear, AdapterLayer) and not any(map(is_hooked, head.modules()))
     if plain and type(head) is nn.Linear and head.bias is None:
         return dense_figures(hidden, head.weight, scorer, rows)
     return module_figures(hidden, head, scorer, rows, in_place=plain)
