@@ -162,9 +162,9 @@ def write_tensors(
 
     Raises NumericError, before anything is written, for NaN or infinity, and DiskError when the disk refuses.
     """
-    for name, tensor in tensors.items():
+    own = {name: gathered(tensors[name]).cpu().contiguous() for name in sorted(tensors)}
+    for name, tensor in own.items():
         check_finite(name, tensor)
-    own = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with disk_errors(what, file.parent, sum(tensor.nbytes for tensor in own.values())):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, lambda part: _save_sorted(own, part, {"format": "pt", **(metadata or {})}))
@@ -178,6 +178,11 @@ def _save_sorted(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str
         header = json.loads(stream.read(size)) | {"__metadata__": dict(sorted(metadata.items()))}
         stream.seek(8)
         stream.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of it, detached: a DTensor's (FSDP2) comes from all ranks, each of which has to ask."""
+    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

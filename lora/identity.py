@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, shown
+from ..files import gathered
 from ..kernels.dequantize4bit import dequantize
 from ..kernels.weight4bit import BLOCKSIZES, Weight4bit
 from .linear4bit import NF4Linear, is_conv1d
@@ -107,19 +108,20 @@ def hashed(tensors: Mapping[str, Tensor], *, rounded: bool = False) -> str:
     def digest(named: tuple[str, Tensor]) -> bytes:
         name, tensor = named
         found = hashlib.sha256(f"{name} {'' if rounded else tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        for chunk in tensor.detach().reshape(-1).split(CHUNK):
+        for chunk in gathered(tensor).reshape(-1).split(CHUNK):
             values = chunk.bfloat16() if rounded and chunk.is_floating_point() else chunk
             found.update(values.cpu().view(torch.uint8).numpy().data)
         return found.digest()
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing lets other threads run
-        return hashlib.sha256(b"".join(pool.map(digest, sorted(tensors.items())))).hexdigest()
+        ordered = any(hasattr(tensor, "full_tensor") for tensor in tensors.values())  # ranks have to ask in one order
+        return hashlib.sha256(b"".join((map if ordered else pool.map)(digest, sorted(tensors.items())))).hexdigest()
 
 
 def _signs(weight: Tensor | NF4Linear) -> str:
     """The signs of some values in the middle of a matrix."""
     layer = weight if isinstance(weight, NF4Linear) else None
-    flat = (weight.packed if isinstance(weight, NF4Linear) else weight).detach().reshape(-1)
+    flat = gathered(weight.packed if isinstance(weight, NF4Linear) else weight).reshape(-1)
     size = flat.numel() if layer is None else layer.in_features * layer.out_features
     start = size // 2 // BLOCKSIZES[-1] * BLOCKSIZES[-1]  # where a block of any size begins
     values, count = flat[start : start + VALUES], min(VALUES, size - start)

@@ -41,12 +41,9 @@ def parameter_groups(
             scale *= lora_plus
         if not parameter.requires_grad or scale == 0:
             continue
-        decay = weight_decay if parameter.ndim >= 2 and not _is_magnitude(name) else 0.0
+        # DoRA's magnitude: `magnitude`, or PEFT's `lora_magnitude_vector.default.weight`, of any shape
+        is_magnitude = any(part == "magnitude" or part.startswith("lora_magnitude") for part in name.split("."))
+        decay = weight_decay if parameter.ndim >= 2 and not is_magnitude else 0.0
         empty = {"params": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": decay}
         groups.setdefault((decay, scale), empty)["params"].append(parameter)
     return list(groups.values())
-
-
-def _is_magnitude(name: str) -> bool:
-    """DoRA's: `magnitude`, or PEFT's `lora_magnitude_vector.default.weight`, of any shape."""
-    return any(part == "magnitude" or part.startswith("lora_magnitude") for part in name.split("."))

@@ -44,5 +44,4 @@ def scheduler(
     optimizer: Optimizer, *, total: int, warmup: int, schedule: Schedule = "cosine", decay: int | None = None
 ) -> LambdaLR:
     """The same as a torch scheduler, for loops of one's own: every group's `lr` is its peak; step() after each step."""
-    factor = partial(rate_factor, total=total, warmup=warmup, schedule=schedule, decay=decay)
-    return LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, partial(rate_factor, total=total, warmup=warmup, schedule=schedule, decay=decay))

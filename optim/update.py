@@ -186,8 +186,7 @@ def step(
     found_inf: Tensor | None,
     rounded: bool,
 ) -> Control:
-    """One step of all entries that have a gradient; `steps` counts those of each. `rounded`: weights of 16 bits
-    stochastically."""
+    """One step of all entries that have a gradient; `steps` counts those of each. `rounded`: 16-bit ones at random."""
     control = take_control(entries, max_norm, found_inf, steps)
     if control.skip is None or not control.skip.item():
         steps += torch.tensor([float(e.gradient is not None) for e in entries]).to(steps.device)
