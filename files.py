@@ -180,7 +180,7 @@ def _save_sorted(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str
         stream.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
-def gathered(tensor: Tensor) -> Tensor:
+def gathered(tensor: Any) -> Tensor:
     """The whole of it, detached: a DTensor's (FSDP2) comes from all ranks, each of which has to ask."""
     return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 

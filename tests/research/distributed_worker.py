@@ -158,6 +158,14 @@ def checkpoint(rank: int, mesh: DeviceMesh, folder: Path) -> Found:
             for i, entry in plain[1]["state"].items()
             for a, b in zip(whole(entry.values()), whole(saved[i].values()), strict=True)
         )
+        if options is CLIPPED:  # from one process to two
+            one, its = alone(make)
+            weights, state = get_state_dict(one, its)
+            everything = StateDictOptions(full_state_dict=True)
+            set_state_dict(again, other, model_state_dict=weights, optim_state_dict=state, options=everything)
+            train(again, other, rows(rank))
+            train(one, its, rows())
+            found[f"{name} from one process"] = distance(again, one)
         _, full = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         found[f"{name} whole"] = rank > 0 or not any(
             hasattr(t, "full_tensor") for entry in full["state"].values() for t in entry.values()
