@@ -6,12 +6,15 @@ al. 2024, does it for generation).
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import chain, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .derivatives import transformed
 from .dispatch import bucketed
 
 Spans = Sequence[tuple[int, ...]]
@@ -28,8 +31,11 @@ def causal_attention(
     (start, fork, end_1, ..., end_n) tokens start to fork are the trunk and end_(i-1) to end_i branch i, which sees the
     trunk and itself, causally, as if it followed the trunk at once; (start, fork, end) is (start, end).
     `visible` [B or 1, 1, T, S] bool, from `visible_keys`: which keys a query sees, in place of plain causality.
-    Returns [B, T, H, D] in q's dtype. ValueError for spans that do not cover the tokens, or spans and `visible`.
+    Returns [B, T, H, D] in q's dtype. ValueError for other shapes, spans that leave tokens out, or spans and `visible`.
     """
+    if k.shape != v.shape or k.shape[::3] != q.shape[::3] or k.shape[1] < q.shape[1] or q.shape[2] % k.shape[2]:
+        shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+        raise ValueError(f"q [B, T, H, D] needs k and v [B, S, K, D], S >= T and H a multiple of K, got {shapes}")
     if spans is not None:
         if visible is not None:
             raise ValueError("causal_attention takes spans or visible keys, not both")
@@ -108,7 +114,7 @@ def _span(parts: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
 
 def _after(queries: int, keys: int, device: torch.device) -> Tensor:
     """The mask of queries that are the last of the keys; on a GPU one that its kernels know without reading it."""
-    if device.type == "cpu":
+    if device.type == "cpu" or transformed():
         return visible_keys(queries, keys, None, device)
     from torch.nn.attention.bias import causal_lower_right  # here: it brings in half of torch's compiler
 
@@ -125,5 +131,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, i
             attn_mask = F.pad(F.pad(attn_mask, (0, behind)), (0, 0, 0, below), value=True)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, tokens, D]
     grouped = q.shape[1] != k.shape[1]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=grouped)
+    # its quick kernels have no rule for torch.func's vmap and jvp
+    with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=grouped)
     return y.transpose(1, 2)[:, :tokens]

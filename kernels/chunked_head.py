@@ -17,10 +17,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .dispatch import bucketed
+from .derivatives import beyond_first, transformed
+from .dispatch import bucketed, widened
 
 CHUNK_BYTES = 64 * 2**20  # of one chunk's logits in fp32, on a CPU
 CHUNK_BYTES_GPU = 512 * 2**20  # a thousand rows at 128k tokens of vocabulary: fewer do not fill a GPU's products
@@ -36,6 +36,8 @@ class Scorer(Protocol):
 
     def __call__(self, logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, ...]: ...
 
+    def plain(self, logits: Tensor) -> tuple[Tensor, ...]: ...  # the definition, of all rows, of any order
+
 
 Back = Callable[[Tensor], Tensor]  # gradient of a chunk's logits -> gradient of its hidden states
 Product = Callable[[Tensor, bool], tuple[Tensor, Back | None]]  # hidden states, whether to go back -> logits, the way
@@ -46,6 +48,8 @@ def dense_figures(hidden: Tensor, weight: Tensor, scorer: Scorer, rows: int) -> 
 
     Gradients flow from the first figure to hidden and weight. Memory: a chunk, and [N, D] with a frozen weight.
     """
+    if transformed():
+        return scorer.plain(widened(hidden @ weight.T))
     count = len(hidden)
     hidden, scorer = _evened(hidden, scorer, rows)
     if torch.is_grad_enabled() and weight.requires_grad:
@@ -61,6 +65,8 @@ def module_figures(hidden: Tensor, head: nn.Module, scorer: Scorer, rows: int, *
     in_place: overwrite what the head returns; False, at the cost of one more chunk, where its backward needs that (a
     soft cap's does). A head with trained parameters is computed again in backward, with the same random numbers.
     """
+    if transformed():
+        return scorer.plain(widened(head(hidden)))
     count = len(hidden)
     hidden, scorer = _evened(hidden, scorer, rows)
     if torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()):
@@ -72,7 +78,7 @@ def module_figures(hidden: Tensor, head: nn.Module, scorer: Scorer, rows: int, *
     return tuple(figure[:count] for figure in figures)
 
 
-def _evened(hidden: Tensor, scorer: Scorer, chunk: int) -> tuple[Tensor, Scorer]:
+def _evened(hidden: Tensor, scorer: Scorer, chunk: int) -> tuple[Tensor, Any]:
     """Hidden states with zeros behind them where the last chunk's size must be one of a few, and a scorer that looks at
     none of their logits."""
     count, tail = len(hidden), len(hidden) % chunk
@@ -87,11 +93,6 @@ def _evened(hidden: Tensor, scorer: Scorer, chunk: int) -> tuple[Tensor, Scorer]
     return (F.pad(hidden, (0, 0, 0, more)), evened) if more else (hidden, scorer)
 
 
-def upcast(logits: Tensor) -> Tensor:
-    """fp32 at least: an exponential of 16-bit logits is no softmax."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def rows_per_chunk(vocabulary: int, device: torch.device) -> int:
     """Rows of logits that one chunk holds by default, at least one."""
     return max(1, (CHUNK_BYTES_GPU if device.type == "cuda" else CHUNK_BYTES) // (4 * vocabulary))
@@ -104,6 +105,11 @@ def blocks(logits: Tensor) -> Iterator[slice]:
     yield from (slice(i, i + step) for i in range(0, len(logits), step))
 
 
+def _first_only() -> None:
+    if beyond_first():
+        raise NotImplementedError("a chunked head keeps first derivatives only: take torch.func's, or use head(hidden)")
+
+
 def _parts(hidden: Tensor, rows: int) -> list[slice]:
     return [slice(i, i + rows) for i in range(0, max(1, len(hidden)), rows)]  # one empty part where there is no row
 
@@ -114,14 +120,14 @@ def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 def _dense(weight: Tensor) -> Product:
     def product(hidden: Tensor, gradient: bool) -> tuple[Tensor, Back | None]:
-        return upcast(hidden @ weight.T), lambda dlogits: dlogits.to(weight.dtype) @ weight
+        return widened(hidden @ weight.T), lambda dlogits: dlogits.to(weight.dtype) @ weight
 
     return product
 
 
 def _own(logits: Tensor, in_place: bool) -> Tensor:
     """The logits as a scorer may overwrite them."""
-    wide = upcast(logits.detach())
+    wide = widened(logits.detach())
     return wide.clone() if wide.dtype == logits.dtype and not in_place else wide
 
 
@@ -169,8 +175,8 @@ class _FrozenHead(torch.autograd.Function):
         return figures
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, weights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # weights [N]: of each row's figure
+        _first_only()
         (dhidden,) = ctx.saved_tensors
         return (dhidden * weights[:, None]).to(dhidden.dtype), None, None, None
 
@@ -185,8 +191,8 @@ class _TrainedWeight(torch.autograd.Function):
         return figures
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, weights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        _first_only()
         hidden, weight = ctx.saved_tensors
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight)
@@ -199,7 +205,7 @@ def _back_chunk(
     hidden: Tensor, weight: Tensor, scale: Tensor, scorer: Scorer, part: slice, dhidden: Tensor | None, dweight: Tensor
 ) -> None:
     """Put in the gradient of one chunk's hidden states, if it is wanted, and add that of the weight to dweight."""
-    logits = upcast(hidden[part] @ weight.T)
+    logits = widened(hidden[part] @ weight.T)
     scorer(logits, part, True)
     dlogits = logits.to(weight.dtype)
     dweight.addmm_(dlogits.T, (hidden[part] * scale).to(weight.dtype))  # scaling [n, D] is cheaper than [n, V]
@@ -225,8 +231,8 @@ class _LogitFigures(torch.autograd.Function):
         return figures
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, weights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        _first_only()
         (dlogits,) = ctx.saved_tensors
         return dlogits.mul_(weights[:, None]).to(ctx.dtype), None, None, None
 
@@ -239,20 +245,11 @@ class TokenScores(NamedTuple):
     correct: Tensor  # bool: no token is likelier than the target (ties count as correct)
 
 
-def linear_logprobs_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenScores:
-    """The definition, through full logits. Tests hold chunks to it."""
-    logits = upcast(hidden @ weight.T)
-    all_logps = torch.log_softmax(logits, dim=1)
-    entropy = torch.special.entr(all_logps.detach().exp()).sum(1)
-    correct = logits.gather(1, targets[:, None]).squeeze(1) == logits.amax(1)
-    return TokenScores(all_logps.gather(1, targets[:, None]).squeeze(1), entropy, correct)
-
-
 def check_targets(targets: Tensor, vocabulary: int) -> None:
     """ValueError unless all of `targets` are tokens of the vocabulary. Looks at tensors on a CPU only."""
     if targets.dtype != torch.int64:
         raise ValueError(f"targets must be int64, got {targets.dtype}")
-    if targets.device.type != "cpu" or not len(targets):
+    if targets.device.type != "cpu" or not len(targets) or transformed():
         return
     least, most = (bound.item() for bound in targets.aminmax())
     if least < 0 or most >= vocabulary:
@@ -275,6 +272,8 @@ class TokenScorer:
 
     def __call__(self, logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, ...]:
         target = self.targets[rows, None]
+        if len(target) != len(logits):
+            raise ValueError(f"each row of hidden states needs one target, got {len(target)} for {len(logits)} rows")
         above = logits.gather(1, target)
         top, total, weighted = logits.new_empty(3, len(logits), 1)
         for block in blocks(logits):
@@ -285,6 +284,11 @@ class TokenScorer:
         log_total = total.log()
         figures = above - log_total, log_total - weighted / total, above == 0
         return tuple(figure.squeeze(1) for figure in figures)
+
+    def plain(self, logits: Tensor) -> tuple[Tensor, ...]:
+        all_logps = torch.log_softmax(logits, dim=1)
+        logps = all_logps.gather(1, self.targets[:, None]).squeeze(1)
+        return logps, torch.special.entr(all_logps.detach().exp()).sum(1), logps == all_logps.amax(1)
 
 
 def _pass_over(logits: Tensor, top: Tensor, total: Tensor, weighted: Tensor, gradient: bool) -> None:

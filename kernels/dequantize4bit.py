@@ -25,22 +25,18 @@ HUGE_PAGES_FROM = 1 << 25  # bytes; malloc maps blocks of this size anew, at the
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def dequantize(weight: Weight4bit, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+def dequantize(weight: Weight4bit, dtype: torch.dtype = torch.float32) -> Tensor:
     """The dense tensor: code[q] * absmax in fp32, then one rounding to `dtype`; fp64 holds the fp32 values exactly.
 
-    `out`, if given, is a contiguous tensor of the weight's shape and `dtype` to write into, and is returned. On CUDA
-    this is one kernel. ValueError if the weight's sizes, types or devices disagree or do not fit `out`, or if `dtype`
-    is no floating-point type.
+    On CUDA this is one kernel. ValueError if the weight's sizes, types or devices disagree, or if `dtype` is no
+    floating-point type.
     """
     if torch.compiler.is_compiling() or isinstance(weight.packed, FakeTensor):  # one node in its graph
-        made = _in_graph(*flatten([weight]), dtype).view(weight.shape)
-        return made if out is None else out.copy_(made)
+        return _in_graph(*flatten([weight]), dtype).view(weight.shape)
     weight.check()
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, got {dtype}")
-    if out is None:
-        out = _allocate(weight.shape, dtype, weight.packed.device)
-    _check_out(out, weight.shape, dtype, weight.packed.device)
+    out = _allocate(weight.shape, dtype, weight.packed.device)
     decode_into(out, weight)
     return out
 
@@ -81,8 +77,7 @@ def dequantize_reference(packed: Tensor, absmax: Tensor, quant_type: str, blocks
 
 def _decode_pairs(packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int, out: Tensor) -> None:
     n = out.numel()
-    # Whether `out` can be viewed as float64: aligned, both in memory and within its storage.
-    direct = out.dtype == torch.float32 and out.data_ptr() % 8 == 0 and out.storage_offset() % 2 == 0
+    direct = out.dtype == torch.float32
     values = out if direct else torch.empty(n, dtype=torch.float32, device="cpu")
     pairs, index = pair_table(quant_type, torch.float32), packed.to(torch.int32)
     torch.index_select(pairs.view(torch.float64), 0, index[: n // 2], out=values[: n // 2 * 2].view(torch.float64))
@@ -102,13 +97,3 @@ def _allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) ->
     if device.type != "cpu" or size < HUGE_PAGES_FROM:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(tuple(shape))
-
-
-def _check_out(out: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-    if out.shape != torch.Size(shape) or out.dtype != dtype or not out.is_contiguous():
-        raise ValueError(
-            f"out must be a contiguous {tuple(shape)} tensor of {dtype}, "
-            f"got {tuple(out.shape)} of {out.dtype} with strides {out.stride()}"
-        )
-    if out.device != device:
-        raise ValueError(f"out must be on the codes' device {device}, got {out.device}")

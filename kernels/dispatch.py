@@ -70,6 +70,11 @@ def architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else ""
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in at least fp32: of 16-bit logits an exponential is no softmax, of 16-bit rows a square no norm."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype for matrix products with x: its own, but on a CPU fp32 for fp16, and for bf16 if it cannot multiply it.
 

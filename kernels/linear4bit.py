@@ -11,14 +11,15 @@ functions through a plain autograd rule: torch.library's dispatch of tensor list
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.autograd.function import once_differentiable
 
 from . import dispatch, lora_paths
+from .derivatives import beyond_first, derivatives, transformed
 from .dropout import draw_seed, keep_level
 from .lora_paths import Group
 from .weight4bit import Weight4bit, flatten, unflatten
@@ -76,7 +77,7 @@ def lora_linears4bit(
             )
     if dropout:
         keep_level(dropout)  # its ValueError
-        seed = draw_seed(x.device) if seed is None else seed
+        seed = draw_seed(x.device) if seed is None and not transformed() else seed
     # Kernels read A and B row by row; a transposed master (an SVD's factor, say) is copied, others are not.
     masters = [A.contiguous() for A in As], [B.contiguous() for B in Bs]
     scales, seed = [float(scale) for scale in scales], seed if dropout else None
@@ -91,6 +92,12 @@ def _run(x: Tensor, group: Group, keep: bool) -> list[Tensor]:
         weight.check()
         if x.device != weight.packed.device:
             raise ValueError(f"x is on {x.device}, the weight on {weight.packed.device}")
+    for weight, bias in zip(weights, biases, strict=False):  # none, or one for each
+        if bias.shape != (weight.rows,):
+            raise ValueError(f"a bias must be [{weight.rows}], one for each output, got {tuple(bias.shape)}")
+    if transformed():
+        with _no_autocast(x):
+            return lora_paths.plain(x, group)
     stored, *layout = flatten(weights)
     numbers = (*layout, scales, dropout, keep)
     if compiling:
@@ -164,7 +171,7 @@ def _(
     quant_type, blocksize, _, _, keep = rest
     _prepare(x, quant_type)
     group = Group(unflatten(stored, sizes, quant_type, blocksize))
-    rows, dtype = x.shape[:-1].numel(), lora_paths.compute_dtype(x, group.weights)
+    rows, dtype = prod(x.shape[:-1]), lora_paths.compute_dtype(x, group.weights)
     if dtype != x.dtype and lora_paths.few_rows(x.new_empty(rows, sizes[-1]), group, keep):
         dtype = x.dtype
     s = x.new_empty(rows, sum(a.shape[0] for a in A), dtype=dtype)
@@ -180,7 +187,7 @@ def _(
     of_x = [grads[0].new_empty(*grads[0].shape[:-1], sizes[-1])] if rest[-1] else []
     if s is None:
         return of_x
-    of_A = s.new_empty(s.shape[1], sizes[-1], dtype=lora_paths.wide(s.dtype))
+    of_A = dispatch.widened(s.new_empty(s.shape[1], sizes[-1]))
     return [of_A, *(b.new_empty(b.shape) for b in B), *of_x]
 
 
@@ -212,17 +219,31 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _differentiate(ctx: Any, grads: Sequence[Tensor | None], backward: Any = _backward_op) -> tuple[Any, ...]:
     x, s, seed, *rest = ctx.saved_tensors
     dense, stored, A, B = _split(rest, ctx.lengths)
-    rows, need_x = ctx.numbers[0][:-1], ctx.needs_input_grad[0]
+    (*rows, columns), need_x = ctx.numbers[0], ctx.needs_input_grad[0]
     some = next((g for g in grads if g is not None), None)
     numbers: list[Any] = [*[None] * 4, None if A else [], None, None]  # torch takes an empty list for one of tensors
     if some is None:
         return None, *([None] * len(tensors) for tensors in (stored, ctx.biases, A, B)), *numbers
     pairs = zip(grads, rows, strict=False)  # a gradient of None: an output that the loss does not use
     each = [some.new_zeros(*some.shape[:-1], size) if g is None else g for g, size in pairs]
-    made = backward(each, x, s, dense, stored, A, B, seed, *ctx.numbers, need_x) if need_x or A else []
-    of_x = made[-1] if need_x else None
-    of_A = [p.to(a.dtype) for p, a in zip(made[0].split([len(a) for a in A]), A, strict=True)] if A else []
-    of_B = made[1 : 1 + len(B)] if A else []
+    if beyond_first():
+        n, (*layout, scales, dropout) = len(A), ctx.numbers
+        group = Group(unflatten(stored, *layout), scales=scales, dropout=dropout, seed=seed)
+        if x is None:  # without LoRA it is not kept, nor asked for: y is linear in it
+            x = torch.zeros(*some.shape[:-1], columns, dtype=some.dtype, device=some.device, requires_grad=True)
+        with _no_autocast(x):
+            of_x, *rest = derivatives(
+                lambda x, *masters: lora_paths.plain(x, group._replace(A=masters[:n], B=masters[n:])),
+                (x, *A, *B),
+                [need_x, *(master.requires_grad for master in (*A, *B))],
+                each,
+            )
+        of_A, of_B = _split(rest, [n, n])
+    else:
+        made = backward(each, x, s, dense, stored, A, B, seed, *ctx.numbers, need_x) if need_x or A else []
+        of_x = made[-1] if need_x else None
+        of_A = [p.to(a.dtype) for p, a in zip(made[0].split([len(a) for a in A]), A, strict=True)] if A else []
+        of_B = made[1 : 1 + len(B)] if A else []
     wanted = zip(each, ctx.biases, strict=False)
     of_biases = [None if dtype is None else _matrix(g).sum(0, dtype=dtype) for g, dtype in wanted]
     return of_x, [None] * len(stored), of_biases, of_A, of_B, *numbers
@@ -242,12 +263,11 @@ class _Eager(torch.autograd.Function):
         return tuple(output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         of_x, *lists = _differentiate(ctx, grads, _backward)[:5]
         return of_x, None, None, None, *chain.from_iterable(lists)
 
 
-def _split(tensors: Sequence[Tensor], lengths: list[int]) -> list[list[Tensor]]:
+def _split(tensors: Sequence[Any], lengths: list[int]) -> list[list[Any]]:
     places = iter(tensors)
     return [list(islice(places, length)) for length in lengths]

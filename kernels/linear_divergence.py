@@ -16,13 +16,13 @@ One chunk of both logits exists at a time; see `chunked_head` for how gradients 
 """
 
 from collections.abc import Callable
-from math import log, log1p
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .chunked_head import blocks, upcast
+from .chunked_head import blocks
+from .dispatch import widened
 
 Kind = Literal["forward-kl", "reverse-kl", "jsd"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -49,22 +49,30 @@ class Divergence(NamedTuple):
             )
 
 
-def divergence_reference(student: Tensor, teacher: Tensor, wanted: Divergence) -> Tensor:
-    """The definition, [N] of full logits [N, V]. Tests hold DivergenceScorer to it."""
+def divergence(student: Tensor, teacher: Tensor, wanted: Divergence) -> Tensor:
+    """The divergence of each row, [N], of full logits [N, V]; differentiable to any order."""
     if wanted.top_k is not None:
-        teacher, places = teacher.topk(wanted.top_k, dim=1)
+        teacher, places = teacher.topk(wanted.top_k, dim=1, sorted=False)
         student = student.gather(1, places)
-    log_q, log_p = (torch.log_softmax(upcast(logits) / wanted.temperature, dim=1) for logits in (student, teacher))
+    log_q, log_p = (_log_softmax(widened(logits) / wanted.temperature) for logits in (student, teacher))
     if wanted.kind == "forward-kl":
         return _kl(log_p, log_q)
     if wanted.kind == "reverse-kl":
         return _kl(log_q, log_p)
-    log_m = torch.logaddexp(log_p + log(wanted.beta), log_q + log1p(-wanted.beta))
+    mixture = wanted.beta * log_p.exp() + (1 - wanted.beta) * log_q.exp()
+    log_m = mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log()
     return wanted.beta * _kl(log_p, log_m) + (1 - wanted.beta) * _kl(log_q, log_m)
 
 
+def _log_softmax(logits: Tensor) -> Tensor:
+    """By steps: torch.log_softmax on a CPU adds up 150,000 exponentials to 6e-6."""
+    z = logits - logits.detach().amax(1, keepdim=True)
+    return z - z.exp().sum(1, keepdim=True).log()
+
+
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(1)
+    p = log_p.exp()
+    return (p * torch.where(p > 0, log_p - log_q, 0)).sum(1)  # inf - inf where both ban a token
 
 
 class DivergenceScorer:
@@ -73,59 +81,24 @@ class DivergenceScorer:
     def __init__(self, teacher: Callable[[slice], Tensor], wanted: Divergence) -> None:
         self.teacher, self.wanted = teacher, wanted
 
-    @torch.no_grad()
     def __call__(self, logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, ...]:
-        teacher = self.teacher(rows)
-        values = logits.new_empty(len(logits))
+        teacher, values = self._teacher(logits, rows), logits.new_empty(len(logits))
         for block in blocks(logits):
-            values[block] = self._block(logits[block], teacher[block].to(logits.dtype), gradient)
+            student = logits[block].detach().requires_grad_(gradient)
+            with torch.set_grad_enabled(gradient):
+                value = divergence(student, teacher[block], self.wanted)
+            values[block] = value.detach()
+            if gradient:
+                logits[block] = torch.autograd.grad(value, student, torch.ones_like(value))[0]
         return (values,)
 
-    def _block(self, student: Tensor, teacher: Tensor, gradient: bool) -> Tensor:
-        wanted, chosen, places = self.wanted, student, None
-        if wanted.top_k is not None:
-            teacher, places = teacher.topk(wanted.top_k, dim=1, sorted=False)
-            chosen = student.gather(1, places)
-        value, dlogits = _divergence(
-            *_softmax(teacher, wanted.temperature), *_softmax(chosen, wanted.temperature), wanted
-        )
-        if gradient:
-            dlogits /= wanted.temperature
-            if places is None:
-                student.copy_(dlogits)
-            else:
-                student.zero_().scatter_(1, places, dlogits)
-        return value.squeeze(1)
+    def plain(self, logits: Tensor) -> tuple[Tensor, ...]:
+        return (divergence(logits, self._teacher(logits, slice(None)), self.wanted),)
 
-
-def _softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log p and p. By steps: torch.log_softmax on a CPU adds up 150,000 exponentials to 6e-6."""
-    z = logits / temperature
-    p = z.sub_(z.amax(1, keepdim=True)).exp()
-    total = p.sum(1, keepdim=True)
-    return z.sub_(total.log()), p.div_(total)
-
-
-def _divergence(log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor, wanted: Divergence) -> tuple[Tensor, Tensor]:
-    """The value [n, 1] and its gradient [n, V] with respect to what q is the softmax of."""
-    if wanted.kind == "forward-kl":
-        return _mean(p, log_p - log_q), q - p
-    if wanted.kind == "reverse-kl":
-        over = log_q - log_p
-        value = _mean(q, over)
-        return value, _weighted(q, over - value)
-    beta = wanted.beta
-    log_m = torch.logaddexp(log_p + log(beta), log_q + log1p(-beta))
-    over = log_q - log_m
-    of_student = _mean(q, over)
-    value = beta * _mean(p, log_p - log_m) + (1 - beta) * of_student
-    return value, _weighted(q, over - of_student).mul_(1 - beta)
-
-
-def _weighted(p: Tensor, x: Tensor) -> Tensor:
-    """p x, and 0 where p is 0: tokens that both sides ban have x = inf - inf."""
-    return torch.where(p > 0, p * x, 0)
-
-
-def _mean(p: Tensor, x: Tensor) -> Tensor:
-    return _weighted(p, x).sum(1, keepdim=True)
+    def _teacher(self, logits: Tensor, rows: slice) -> Tensor:
+        teacher = self.teacher(rows).detach().to(logits.dtype)
+        if teacher.shape != logits.shape:
+            raise ValueError(
+                f"a teacher must give logits {tuple(logits.shape)}, as the student, got {tuple(teacher.shape)}"
+            )
+        return teacher

@@ -11,11 +11,13 @@ included.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
-from math import gcd
-from typing import NamedTuple
+from math import gcd, prod
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch
@@ -56,11 +58,6 @@ class Group(NamedTuple):
         return keep_scale(self.dropout) if self.seed is not None else 1.0
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 for fp64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def compute_dtype(x: Tensor, weights: list[Weight4bit]) -> torch.dtype:
     """The dtype of decoded weights and products: dispatch.product_dtype(x), but sums over slabs are kept in fp32."""
     dtype = dispatch.product_dtype(x)
@@ -88,6 +85,47 @@ def forward_many(x: Tensor, group: Group, keep: bool) -> list[Tensor]:
     for i, y in enumerate(outputs):
         _output(h, s, group, i, dense, y)
     return [*outputs, s, *dense]
+
+
+def plain(x: Tensor, group: Group) -> list[Tensor]:
+    """The definition in torch's differentiable calls, each y [..., out] for x [..., K]: see derivatives.py."""
+    h = x.to(compute_dtype(x, group.weights))
+    if group.seed is None:  # of a transform: torch's own dropout knows what vmap's `randomness` asks for
+        dropped = F.dropout(h, group.dropout) if group.dropout else h
+    else:
+        mask = keep_mask((prod(x.shape[:-1]), x.shape[-1]), group.dropout, group.seed)
+        dropped = h * mask.view(x.shape) * group.keep_scale
+    outputs = []
+    for i, weight in enumerate(group.weights):
+        decode = partial(dequantize, weight)  # a compiler takes no rule with a jvp
+        y: Tensor = h @ decode(h.dtype).T if torch.compiler.is_compiling() else _Base.apply(h, decode, True)
+        if group.A:
+            y = y + (dropped @ group.A[i].to(h.dtype).T) @ (group.B[i] * group.scales[i]).to(h.dtype).T
+        outputs.append((y + group.biases[i].to(h.dtype) if group.biases else y).to(x.dtype))
+    return outputs
+
+
+class _Base(torch.autograd.Function):
+    """x W^T, or g W: each is the other's derivative, of any order and direction, so only packed weights are kept."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, decode: Callable[[torch.dtype], Tensor], ahead: bool) -> Tensor:
+        dense = decode(x.dtype)
+        return x @ (dense.T if ahead else dense)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.decode, ctx.ahead = inputs
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return _Base.apply(g, ctx.decode, not ctx.ahead), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _Base.apply(tangent, ctx.decode, ctx.ahead)
 
 
 def _output(h: Tensor, s: Tensor, group: Group, i: int, dense: list[Tensor], y: Tensor) -> None:
@@ -174,7 +212,7 @@ def _wide_product(a: Tensor, b: Tensor, factor: float) -> Tensor:
     """factor * a b in fp32 or wider, not rounded to less on CUDA: the gradients of masters."""
     if a.is_cuda and a.dtype in KERNEL_DTYPES:
         return torch.mm(a, b, out_dtype=torch.float32).mul_(factor)
-    return _product(a, b, factor).to(wide(a.dtype))
+    return dispatch.widened(_product(a, b, factor))
 
 
 def _dropper(x: Tensor, group: Group) -> Callable[..., Tensor]:

@@ -10,11 +10,12 @@ code. On CUDA one kernel does it all (quantize4bit_triton.py).
 """
 
 from functools import cache
+from math import prod
 
 import torch
 from torch import Tensor
 
-from .blockwise import quantize_absmax
+from .blockwise import NESTED_BLOCKSIZE, quantize_absmax
 from .codes import code_for
 from .dispatch import path_for
 from .weight4bit import Weight4bit, check_format, stored_shapes
@@ -33,16 +34,28 @@ def quantize(weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, doubl
     check_format(quant_type, blocksize)
     if not weight.is_floating_point():
         raise ValueError(f"only floating-point tensors can be quantised, got {weight.dtype}")
-    shape, flat = tuple(weight.shape), weight.detach().reshape(-1)
-    bytes_, blocks = stored_shapes(shape, blocksize)
+    packed, absmax, *nested = _stored(weight.detach(), quant_type, blocksize, double_quant)
+    nested_absmax, offset = nested or (None, None)
+    return Weight4bit(packed, absmax, nested_absmax, offset, tuple(weight.shape), quant_type, blocksize)
+
+
+@torch.library.custom_op("fourbit::quantize4bit", mutates_args=())  # one node for a compiler
+def _stored(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> list[Tensor]:
+    bytes_, blocks = stored_shapes(tuple(weight.shape), blocksize)
     packed = torch.empty(bytes_, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device)
     write = _quantize_triton if path_for(weight) == "triton" else _quantize
-    write(flat, quant_type, blocksize, packed.view(-1), absmax.view(-1))
+    write(weight.reshape(-1), quant_type, blocksize, packed.view(-1), absmax.view(-1))
     _check_finite(weight, absmax.view(-1), blocksize)
-    if double_quant:
-        return Weight4bit(packed, *quantize_absmax(absmax), shape, quant_type, blocksize)
-    return Weight4bit(packed, absmax, None, None, shape, quant_type, blocksize)
+    return [packed, *(quantize_absmax(absmax) if double_quant else [absmax])]
+
+
+@_stored.register_fake
+def _(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> list[Tensor]:
+    bytes_, blocks = stored_shapes(tuple(weight.shape), blocksize)
+    sizes = [bytes_, blocks, (-(-prod(blocks) // NESTED_BLOCKSIZE),), (1,)][: 4 if double_quant else 2]
+    types = torch.uint8, torch.uint8 if double_quant else torch.float32, torch.float32, torch.float32
+    return [weight.new_empty(size, dtype=dtype) for size, dtype in zip(sizes, types, strict=False)]
 
 
 def _quantize_triton(flat: Tensor, quant_type: str, blocksize: int, packed: Tensor, absmax: Tensor) -> None:

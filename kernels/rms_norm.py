@@ -4,16 +4,21 @@ torch's own `F.rms_norm` decomposes on CPU: it saves the normalised x beside x a
 The rule here saves x, the weight and one number a row, and needs half the time.
 """
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .dispatch import fused
+from .derivatives import beyond_first, derivatives, run
+from .dispatch import fused, widened
+
+LARGEST = 1 << 16  # columns that a program of its kernels holds in registers
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The definition, in fp32 for half dtypes. Tests hold `rms_norm` to it."""
-    wide = x.to(_compute_dtype(x))
+    wide = widened(x)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (y * weight.to(wide.dtype)).to(x.dtype)
 
@@ -22,43 +27,35 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The last dimension of `x` [..., D] normalised, times `weight` [D]; in x's dtype, computed in fp32 for 16 bits."""
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm needs a weight of shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
-    if torch.compiler.is_compiling():  # its compiler fuses the plain form by itself
-        return rms_norm_reference(x, weight, eps)
-    y: Tensor = _RMSNorm.apply(x, weight, eps)
-    return y
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return run(_RMSNorm, rms_norm_reference, x, weight, eps)
 
 
 def _on_kernels(x: Tensor) -> bool:
-    if not fused(x):
-        return False
-    from . import rms_norm_triton
-
-    return rms_norm_triton.fits(x)
+    return fused(x) and x.shape[-1] <= LARGEST
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if _on_kernels(x):
             from . import rms_norm_triton
 
             y, scale = rms_norm_triton.forward(x, weight, eps)
         else:
-            wide = x.to(_compute_dtype(x))
+            wide = widened(x)
             scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # [..., 1]
             scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
             y = (wide * scale).mul_(weight).to(x.dtype)
         ctx.save_for_backward(x, weight, scale)
+        ctx.eps = eps
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
+        if beyond_first():
+            norm = partial(rms_norm_reference, eps=ctx.eps)
+            return *derivatives(norm, (x, weight), ctx.needs_input_grad[:2], [dy]), None
         if not ctx.needs_input_grad[1] and _on_kernels(x):
             from . import rms_norm_triton
 

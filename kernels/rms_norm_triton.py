@@ -7,13 +7,6 @@ from torch import Tensor
 
 from .dispatch import on_device
 
-LARGEST = 1 << 16  # columns that a program holds in registers
-
-
-def fits(x: Tensor) -> bool:
-    """Whether a row of x [..., D] fits one program."""
-    return x.shape[-1] <= LARGEST
-
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(y like x, scale fp32 [..., 1]) with scale = 1 / rms(x)."""
@@ -22,7 +15,14 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     columns = x.shape[-1]
     with on_device(x):
         rms_norm_forward_kernel[(scale.numel(),)](
-            x, weight.contiguous(), y, scale, columns, eps, BLOCK=_block(columns), num_warps=_warps(columns)
+            x,
+            weight.contiguous(),
+            y,
+            scale,
+            columns,
+            eps,
+            BLOCK=triton.next_power_of_2(columns),
+            num_warps=_warps(columns),
         )
     return y, scale
 
@@ -33,18 +33,21 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     dx, columns = torch.empty_like(x), x.shape[-1]
     with on_device(x):
         rms_norm_backward_kernel[(scale.numel(),)](
-            dy, x, weight.contiguous(), scale, dx, columns, BLOCK=_block(columns), num_warps=_warps(columns)
+            dy,
+            x,
+            weight.contiguous(),
+            scale,
+            dx,
+            columns,
+            BLOCK=triton.next_power_of_2(columns),
+            num_warps=_warps(columns),
         )
     return dx
 
 
-def _block(columns: int) -> int:
-    return triton.next_power_of_2(columns)
-
-
 def _warps(columns: int) -> int:
     """About sixteen values a thread, where a block allows it."""
-    return min(max(_block(columns) // 512, 1), 16)
+    return min(max(triton.next_power_of_2(columns) // 512, 1), 16)
 
 
 @triton.jit

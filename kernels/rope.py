@@ -8,8 +8,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from .derivatives import beyond_first, run
 from .dispatch import fused
 
 
@@ -43,16 +44,16 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs of `x` [B, T, H, D] by the tables [B, T, 1, D/2] (same dtype); only x gets a gradient."""
-    if x.shape[-1] != 2 * cos.shape[-1] or cos.shape != sin.shape:
+    """Turn the pairs of `x` [B, T, H, D] by the tables [B or 1, T, 1, D/2] (same dtype)."""
+    batch, tokens, _, width = x.shape
+    if cos.shape != sin.shape or cos.shape not in ((batch, tokens, 1, width / 2), (1, tokens, 1, width / 2)):
         raise ValueError(
-            f"rope needs two tables of half the head size, got x {tuple(x.shape)}, "
+            f"rope needs tables [B or 1, T, 1, D / 2] for x [B, T, H, D], got x {tuple(x.shape)}, "
             f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
         )
-    if torch.compiler.is_compiling():  # its compiler fuses the plain form by itself, and takes no strided out=
+    if cos.requires_grad or sin.requires_grad:
         return rope_reference(x, cos, sin)
-    y: Tensor = _RoPE.apply(x, cos, sin)
-    return y
+    return run(_RoPE, rope_reference, x, cos, sin)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
@@ -76,7 +77,6 @@ class _RoPE(torch.autograd.Function):
         return _turn(x, cos, sin, 1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         cos, sin = ctx.saved_tensors
-        return _turn(dy, cos, sin, -1), None, None
+        return rope_reference(dy, cos, -sin) if beyond_first() else _turn(dy, cos, sin, -1), None, None

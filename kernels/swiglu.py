@@ -6,8 +6,9 @@ Written out in plain ops autograd would keep silu(gate) too: one more [tokens, i
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from .derivatives import beyond_first, derivatives, run
 from .dispatch import fused
 
 
@@ -22,10 +23,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         raise ValueError(
             f"swiglu needs gate and up alike, got {tuple(gate.shape)} {gate.dtype} and {tuple(up.shape)} {up.dtype}"
         )
-    if torch.compiler.is_compiling():  # its compiler fuses the plain form by itself
-        return swiglu_reference(gate, up)
-    y: Tensor = _SwiGLU.apply(gate, up)
-    return y
+    return run(_SwiGLU, swiglu_reference, gate, up)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -39,9 +37,10 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         gate, up = ctx.saved_tensors
+        if beyond_first():
+            return tuple(derivatives(swiglu_reference, (gate, up), ctx.needs_input_grad, [dy]))
         if fused(gate):
             from . import swiglu_triton
 

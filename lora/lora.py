@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..kernels.lora import lora_update
-from .adapter import Adapter, LowRank, is_hooked
+from .adapter import Adapter, LowRank
 from .linear4bit import NF4Linear, sizes
 
 
@@ -61,7 +61,6 @@ class LoRA(Adapter):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         h = F.dropout(x, self.drop) if self.drop else x
-        y = y.clone() if is_hooked(self) else y  # a hook may have kept it
         return lora_update(y, h, self.lora_A, self.lora_B, self.scale)
 
     def low_rank(self) -> LowRank | None:

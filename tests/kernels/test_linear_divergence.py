@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourbit.kernels.chunked_head import dense_figures
-from fourbit.kernels.linear_divergence import KINDS, Divergence, DivergenceScorer, divergence_reference
+from fourbit.kernels.linear_divergence import KINDS, Divergence, DivergenceScorer, divergence
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what its imports warn about is not ours to mend
@@ -48,7 +48,7 @@ def linear_divergence(hidden, weight, teacher_hidden, teacher_weight, *, chunk_r
 
 def linear_divergence_reference(hidden, weight, teacher_hidden, teacher_weight, **settings):
     teacher = (teacher_hidden @ teacher_weight.T).detach()
-    return divergence_reference(hidden @ weight.T, teacher, Divergence(**settings))
+    return divergence(hidden @ weight.T, teacher, Divergence(**settings))
 
 
 def run(function, tensors, scale, *, train_head, **settings):

@@ -13,7 +13,6 @@ from fourbit.kernels.chunked_head import (
     TokenScorer,
     TokenScores,
     dense_figures,
-    linear_logprobs_reference,
     rows_per_chunk,
 )
 
@@ -23,6 +22,11 @@ FIGURES = ("logps", "entropy", "correct")
 def linear_logprobs(hidden, weight, targets, *, chunk_rows=None):
     rows = chunk_rows or rows_per_chunk(len(weight), weight.device)
     return TokenScores(*dense_figures(hidden, weight, TokenScorer(targets, len(weight)), rows))
+
+
+def linear_logprobs_reference(hidden, weight, targets):
+    """Through full logits, by torch's own log-softmax."""
+    return TokenScores(*TokenScorer(targets, len(weight)).plain(hidden @ weight.T))
 
 
 def run(function, hidden, weight, targets, scale, *, train_head):

@@ -74,5 +74,5 @@ def test_tables_hold_the_angle_of_each_position() -> None:
 
 def test_tables_of_another_size_are_refused() -> None:
     x, cos, sin = sample(1, 2, 1, 4)
-    with pytest.raises(ValueError, match="half the head size"):
+    with pytest.raises(ValueError, match="rope needs tables"):
         rope(x, cos[..., :1], sin[..., :1])
