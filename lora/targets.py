@@ -144,10 +144,12 @@ def listed(model: nn.Module, field: str, entries: str | Sequence[str], layers: l
 
 
 def _other_kind(model: nn.Module, entry: str) -> str:
-    """Says so if `entry` names a module of another kind."""
-    matches = matcher([entry])
+    """Says so if `entry` names a module of another kind, and how those inside it are meant."""
+    matches, inside = matcher([entry]), rf"(.*\.)?{re.escape(entry)}\..*"
     kinds = {type(module).__name__ for name, module in base_modules(model).items() if matches(name)}
-    return f" It names a {', '.join(sorted(kinds))}, which is no linear layer.{_own_forwards(model)}" if kinds else ""
+    hint = f" For all inside it, pass the string {inside!r}." if any(map(matcher(inside), linear_layers(model))) else ""
+    what = f" It names a {', '.join(sorted(kinds))}, which is no linear layer.{hint}{_own_forwards(model)}"
+    return what if kinds else ""
 
 
 def _own_forwards(model: nn.Module) -> str:

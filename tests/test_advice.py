@@ -419,6 +419,7 @@ def adapted(place: Path, **how: Any) -> Any:
     ("lora/attach.py", "give this layer its own in rank_pattern, or exclude it"),
     ("lora/targets.py", "name them in a list"),
     ("lora/targets.py", "make it an nn.Linear"),
+    ("lora/targets.py", "For all inside it, pass the string"),
     ("lora/targets.py", "pass a list: [{}]"),
     ("lora/adapter.py", "give the new one another name, take the old one off (remove_adapter), or continue"),
 )
@@ -445,6 +446,11 @@ def test_layers_are_changed_as_advised(kept: Path) -> None:
         fourbit.quantize_(tied)
     tied["b"].weight = nn.Parameter(tied["a"].weight.detach().clone())
     fourbit.quantize_(tied)
+    with words_of("pass the string '(.*\\\\.)?c\\\\..*'"):
+        fourbit.quantize_(nn.ModuleDict({"b": nn.Linear(64, 64), "c": nn.Sequential(nn.Linear(64, 64))}), skip=("c",))
+    fourbit.quantize_(
+        nn.ModuleDict({"b": nn.Linear(64, 64), "c": nn.Sequential(nn.Linear(64, 64))}), skip=r"(.*\.)?c\..*"
+    )
     parametrised = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)))
     with words_of("undo that first"):
         fourbit.quantize_(parametrised)

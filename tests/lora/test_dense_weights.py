@@ -173,6 +173,7 @@ def test_conv1d_is_a_linear_layer() -> None:
         attach(model, LoRAConfig(rank=2))
         nn.init.ones_(model[0].adapters["default"].lora_B)
         assert (model[0].in_features, model[0].out_features) == (8, 64)
+    torch.testing.assert_close(models[0][0].weight.t() + 0, models[1][0].weight + 0)
     torch.testing.assert_close(models[0](x), models[1](x))
     for model in models:
         quantize_(model)

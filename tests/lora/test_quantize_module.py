@@ -101,6 +101,8 @@ def test_skip_by_regular_expression() -> None:
         (".*", r"finds no layer of this ModuleDict to quantise: .*layers\.0\.up.*\(named in skip\)"),
         ("lm_head", r"skip='lm_head': a string is a regular .* pass a list: \['lm_head'\]"),
         (["lm_head", "dwon"], r"skip entry 'dwon' matches no linear layer\. Nearest: down"),
+        (["lm_heads"], r"skip entry 'lm_heads' matches no linear layer\. Nearest: lm_head"),
+        (["layers"], r"It names a ModuleList, which .* For all inside it, pass the string '\(\.\*"),
         (["embed"], "It names a Embedding, which is no linear layer"),
     ],
 )
@@ -110,6 +112,11 @@ def test_a_skip_that_means_no_layer_is_refused(skip: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
         quantize_(model, skip=skip)
     assert NF4Linear not in kinds(model).values()
+
+
+def test_a_name_in_skip_that_this_model_has_not_is_refused_lm_head_too() -> None:
+    with pytest.raises(InputError, match="skip entry 'lm_head' matches no linear layer"):
+        quantize_(nn.Sequential(nn.Linear(4, 4)), skip=("lm_head",))
 
 
 @pytest.mark.parametrize("head", ["lm_head", "vocabulary"])

@@ -1,4 +1,4 @@
-"""Any architecture: quantise, attach, train in one's own loop, save and load, on 26 models of transformers.
+"""Any architecture: quantise, attach, train in one's own loop, save and load, on 27 models of transformers.
 
 The tests hold the table of docs/architectures.md against what they find; this file, run as a program, writes it.
 """
@@ -90,6 +90,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # class -> ki
     "Wav2Vec2ForSequenceClassification": ("audio", SPEECH, SOUND),
     "WavLMForSequenceClassification": ("audio", SPEECH, SOUND),
     "MambaForCausalLM": ("state space", BASIC | {"state_size": 8, "time_step_rank": 4}, LM),
+    "RwkvForCausalLM": ("recurrent", BASIC | {"rescale_every": 0}, LM),
     "MixtralForCausalLM": ("mixture of experts", GROUPED | {"num_local_experts": 4}, LM),
     "Qwen3MoeForCausalLM": ("mixture of experts", GROUPED | EXPERTS, LM),
     "SwitchTransformersForConditionalGeneration": (
@@ -137,7 +138,11 @@ def leaves(names: dict[str, int]) -> str:
     return ", ".join(dict.fromkeys(".".join(p for p in name.split(".")[-3:-1] if not p.isdecimal()) for name in names))
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = ["DistilBert", "Albert", "OPT", "Bloom", "Phi", "Swin", "Wav2Vec2", "Qwen3Moe"]  # much like others of these
+CASES = [pytest.param(name, marks=pytest.mark.slow if name.startswith(tuple(SLOW)) else ()) for name in MODELS]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_model_is_quantised_trained_saved_and_loaded(name: str, tmp_path: Path) -> None:
     model, batch = built(name), MODELS[name][2]
     paths = fourbit.attach(model, LoRAConfig(rank=2, alpha=4))
@@ -174,6 +179,14 @@ def test_falcon_is_refused_by_name_for_its_own_forward() -> None:
         fourbit.quantize_(model)
     with pytest.raises(InputError, match=r"'all-linear' finds no such layer.* FalconLinear has a forward of its own"):
         fourbit.attach(model, LoRAConfig(rank=2))
+
+
+def test_rwkv_that_scales_its_weights_in_place_is_refused() -> None:
+    """It does so before it answers, by default: a packed weight cannot be written into."""
+    torch.manual_seed(0)
+    model = fourbit.quantize_(transformers.RwkvForCausalLM(transformers.RwkvConfig(**BASIC, rescale_every=1))).eval()
+    with pytest.raises(TypeError, match="the weight of such a layer is made when it is read"):
+        outputs(model, LM)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT
