@@ -88,14 +88,14 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def float_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, still mapped from it. InputError for a broken file or one not of floats."""
+def float_tensors(file: Path, besides: Sequence[str] = ()) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, still mapped from it; InputError if it is broken or has other kinds in it."""
     try:
         with safe_open(file, framework="pt") as opened:
             names = list(opened.keys())
             for name in names:
                 kind = opened.get_slice(name).get_dtype()
-                if kind not in FLOATS:
+                if kind not in (*FLOATS, *besides):
                     floats = ", ".join(FLOATS)
                     raise InputError(f"'{file}': the tensor '{name}' must hold floats ({floats}), got {kind}")
             return {name: opened.get_tensor(name) for name in names}

@@ -5,17 +5,19 @@ switching, copying, taking off and files are written once, here and beside this 
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.swa_utils import AveragedModel
 
 from ..errors import InputError
 from ..kernels.lora import lora_linears4bit
+from .config import LoRAConfig
 from .linear4bit import LinearWeight, NF4Linear, autocast_input, is_conv1d, over_nested, sizes
 
 DEFAULT = "default"
@@ -31,10 +33,30 @@ class LowRank(NamedTuple):
     dropout: float  # in the mode the adapter is in: none outside training
 
 
+class Copies(nn.Module):
+    """An adapter's own copies of some of a module's parameters (masters in `dtype`) and buffers, under their names."""
+
+    def __init__(self, base: nn.Module, names: Iterable[str], dtype: torch.dtype) -> None:
+        super().__init__()
+        for name in names:
+            tensor = getattr(base, name).detach()
+            if name in base._parameters:
+                self.register_parameter(name, nn.Parameter(tensor.to(dtype, copy=True)))
+            else:
+                self.register_buffer(name, tensor.clone())
+
+
 class Adapter(nn.Module):
-    """A trained change of one linear layer; a kind is a subclass with `forward` and `delta`. Files hold LoRA alone."""
+    """A trained change of one layer, as `attach(model, config, layer=Kind)` makes of each base and config. A kind is a
+    subclass with `forward`, and `delta` if it can be merged; files keep its parameters and buffers."""
 
     dropout: float = 0.0
+    config: LoRAConfig | None = None  # the settings of its layer that `attach` made it with
+    copies: Copies | None  # of what this adapter trains in the base's place: its bias, say
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies = None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y [..., out] with this adapter's part added, for the layer's input x [..., in].
@@ -57,11 +79,12 @@ class Adapter(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """Its tensors under the names they have in files: the live ones, detached; loading copies into them."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("copies.")}
 
     def peft_fields(self) -> dict[str, Any]:
         """Its settings under their names in an adapter_config.json."""
-        return {}
+        own = self.config or LoRAConfig()
+        return {"r": own.rank, "lora_alpha": own.alpha, "lora_dropout": own.dropout, "use_rslora": own.rslora}
 
     def freeze(self) -> Self:
         """Never train or drop anything from here on."""
@@ -69,17 +92,23 @@ class Adapter(nn.Module):
         return self.requires_grad_(False)
 
 
+class Whole(Adapter):
+    """Nothing but copies: a module that is trained itself (PEFT's modules_to_save), or its bias."""
+
+
 class AdapterLayer(nn.Module):
-    """y = base(x), to which each active adapter adds its part, in the order of `active`.
+    """y = base(x), to which each active adapter adds its part, in the order of `active`; the base computes with the
+    active adapters' copies of its tensors. Other attributes are the base's, and tensors those that it computes with.
 
     A 4-bit base under one low-rank adapter is one op with it, unless a hook sits on either. The adapters given are
     active (change that with `use` and `using`); what trains, base included, is for others to say (`install`).
     """
 
-    def __init__(self, base: nn.Linear | NF4Linear, /, **adapters: Adapter) -> None:  # one may be called "base"
+    def __init__(self, base: nn.Module, /, **adapters: Adapter) -> None:  # one may be called "base"
         super().__init__()
         self.base = base
-        self.in_features, self.out_features = sizes(base)
+        if is_conv1d(base):
+            self.in_features, self.out_features = sizes(cast(nn.Linear, base))
         self.adapters = nn.ModuleDict(adapters)
         self.active = list(adapters)
         self.train(base.training)
@@ -88,23 +117,32 @@ class AdapterLayer(nn.Module):
         """The active adapters, in order."""
         return [cast(Adapter, self.adapters[name]) for name in self.active]
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        if x.is_nested:
+    def copied(self) -> dict[str, Tensor]:
+        """The active adapters' copies of the base's tensors, by name, in the dtypes that it has."""
+        copies = [part.copies for part in self.running() if part.copies is not None]
+        tensors = [pair for own in copies for pair in (*own.named_parameters(), *own.named_buffers())]
+        return {name: tensor.to(getattr(self.base, name).dtype) for name, tensor in tensors}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # of a linear layer: [..., in] -> [..., out]
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(x, Tensor) and x.is_nested:
             return over_nested(self.forward, x)
         if (joint := self.joint(x)) is not None:
             return joint_forward(x, [joint])[0]
-        x, kept = autocast_input(x), is_hooked(self.base)
-        y: Tensor = self.base(x)
+        own, kept = self.copied(), is_hooked(self.base)
+        y = functional_call(self.base, own, args, kwargs) if own else self.base(*args, **kwargs)
         for adapter in self.running():
-            y, kept = adapter(x, y.clone() if kept else y), is_hooked(adapter)  # hooks may keep what they are shown
+            if not isinstance(adapter, Whole):
+                y, kept = adapter(x, y.clone() if kept else y), is_hooked(adapter)  # hooks may keep what they are shown
         return y
 
-    def joint(self, x: Tensor) -> tuple[NF4Linear, LowRank] | None:
+    def joint(self, x: Any) -> tuple[NF4Linear, LowRank] | None:
         """Base and update if one op makes both: 4 bits under exactly one low-rank adapter, and nothing hooked."""
         if len(self.active) != 1 or type(self.base) is not NF4Linear or x.is_nested or not x.is_floating_point():
             return None
         (adapter,) = self.running()
-        update = None if is_hooked(self.base) or is_hooked(adapter) else adapter.low_rank()
+        apart = adapter.copies is not None or is_hooked(self.base) or is_hooked(adapter)
+        update = None if apart else adapter.low_rank()
         return None if update is None else (self.base, update)
 
     def frozen(self, names: Sequence[str]) -> nn.Module:
@@ -116,24 +154,31 @@ class AdapterLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight [out, in] that the layer computes with, active adapters included: see `LinearWeight`."""
-        weight, parts = self.base.weight, [p for adapter in self.running() for p in adapter.parameters()]
+        weight = cast(Tensor, self.copied().get("weight", self.base.weight))
+        parts = [p for adapter in self.running() if not isinstance(adapter, Whole) for p in adapter.parameters()]
         like = next((p for p in parts if p.requires_grad), weight)
-        return LinearWeight.of(self._weight, weight.shape, weight.dtype, like) if self.active else weight
+        return LinearWeight.of(self._weight, weight.shape, weight.dtype, like) if parts else weight
 
     def _weight(self) -> Tensor:
         if any(adapter.training and adapter.dropout for adapter in self.running()):
             raise InputError(
                 "where a module computes with a layer's weight, its input cannot be dropped: set dropout=0"
             )
-        found = (weight := self.base.weight).to(torch.promote_types(weight.dtype, torch.float32))
+        weight = cast(Tensor, self.copied().get("weight", self.base.weight))
+        found = weight.to(torch.promote_types(weight.dtype, torch.float32))
         found = found.t() if is_conv1d(self.base) else found
         for adapter in self.running():
-            found = found + adapter.delta(found)
+            found = found if isinstance(adapter, Whole) else found + adapter.delta(found)
         return (found.t() if is_conv1d(self.base) else found).to(weight.dtype)
 
-    @property
-    def bias(self) -> nn.Parameter | None:
-        return self.base.bias
+    def __getattr__(self, name: str) -> Any:  # what this layer does not have itself
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+        own = self.copied()
+        return own[name] if name in own else getattr(self.base, name)
 
     def extra_repr(self) -> str:
         return f"active={', '.join(self.active) or 'none'}"
@@ -194,13 +239,14 @@ def plain_name(name: str) -> str:
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module in module order, as if torch's wrappers were not there."""
+    """Path -> module in module order, as if torch's wrappers were not there and layers did not wrap their bases."""
     found, left = dict[nn.Module, str](), [("", model)]
     while left:
         path, module = left.pop()
         if (inside := unwrapped(module)) not in found:
             found[inside] = path
-            children = [(f"{path}.{name}".strip("."), child) for name, child in inside.named_children()]
+            holder = unwrapped(inside.base) if isinstance(inside, AdapterLayer) else inside
+            children = [(f"{path}.{name}".strip("."), child) for name, child in holder.named_children()]
             left += children[::-1]
     return {path: module for module, path in found.items()}
 
@@ -230,13 +276,27 @@ def carried(model: nn.Module, name: str) -> dict[str, Adapter]:
     raise InputError(f"this model carries no adapter '{name}'; it carries {', '.join(there) or 'none at all'}")
 
 
+def refuse_left_out(model: nn.Module, name: str = DEFAULT) -> None:
+    """InputError if anything trains that no adapter of `model` holds, so that no file of an adapter would hold it."""
+    held = {id(p) for layer in adapter_layers(model).values() for p in layer.adapters.parameters()}
+    if left := [plain_name(n) for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
+        raise InputError(
+            f"the adapter '{name}' does not hold all that trains: {', '.join(left[:4])} ({len(left)}). Attach with "
+            "their modules in modules_to_save, freeze them (requires_grad_(False)), or remove_adapter and save_model"
+        )
+
+
 def use(model: nn.Module, *names: str) -> None:
     """Make the named adapters the active ones, in this order, on every layer that carries them; none: the base alone.
 
-    What trains stays. InputError for a name that the model does not carry.
+    What trains stays. InputError for a name that the model does not carry, and for two with copies of one module.
     """
     for name in names:
         carried(model, name)
+    for path, layer in adapter_layers(model).items():
+        copies = [name for name in names if name in layer.adapters and layer.adapters[name].copies is not None]
+        if len(copies) > 1:
+            raise InputError(f"{' and '.join(copies)} cannot be active together: each has its own copy of '{path}'")
     for layer in adapter_layers(model).values():
         layer.active = [name for name in dict.fromkeys(names) if name in layer.adapters]
 

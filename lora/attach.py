@@ -1,53 +1,118 @@
-"""Attach adapters to the linear layers of any module."""
+"""Attach adapters to the linear layers of any module, and copies of what else is to be trained to their modules."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ..errors import InputError
-from .adapter import DEFAULT, Adapter, AdapterLayer, adapter_layers, refuse_second, replace_modules, use
+from .adapter import DEFAULT, Adapter, AdapterLayer, Copies, Whole, adapter_layers, refuse_second, replace_modules, use
 from .config import LoRAConfig
+from .linear4bit import NF4Linear
 from .lora import LoRA
-from .targets import check_patterns_used, linear_layers, resolve
+from .peft_config import PeftConfig, PeftLike, from_peft
+from .targets import Linear, base_modules, check_patterns_used, matcher, nearest, resolve
+
+LayerFactory = Callable[[Linear, LoRAConfig], Adapter]
 
 
 def attach(
-    model: nn.Module, config: LoRAConfig, name: str = DEFAULT, *, seed: int = 0, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    config: LoRAConfig | PeftLike | Mapping[str, object],
+    name: str = DEFAULT,
+    *,
+    layer: LayerFactory = LoRA.of,
+    seed: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> list[str]:
-    """Put an adapter on the targeted layers of `model`, in place; freeze all else; return their paths in module order.
+    """Put an adapter on the targeted layers of `model`, in place; freeze all else; return their paths in module order,
+    with those of what `modules_to_save` and `bias` train.
 
-    Each layer's part starts from `seed` and its own path alone, on every device the same. Adapters are fp32 masters
-    unless `dtype` says otherwise. The new adapter is the active one.
-    Raises InputError for an entry or a pattern that matches nothing, a rank larger than a layer allows, a model that
-    carries an adapter of this name already; the model is left untouched then.
+    config: ours, or peft's LoraConfig or a dict of it. layer: makes each layer's part of its base and the config of
+    that layer (its rank and alpha): a class of one's own with the methods of `Adapter`. Each part starts from torch's
+    generator or, with a `seed`, from that and its own path alone, on every device the same if it draws on the CPU.
+    Adapters and copies are fp32 masters unless `dtype` says otherwise. The new one is active.
+    Raises InputError for an entry or a pattern that matches nothing, a rank larger than a layer allows, a tied or 4-bit
+    weight in `modules_to_save`, a model that carries an adapter of this name already; the model is left untouched then.
     """
-    paths = resolve(model, config)
-    for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+    read = PeftConfig(config) if isinstance(config, LoRAConfig) else from_peft(config)
+    lora = read.lora_for(model)
+    paths = [path for path in resolve(model, lora) if read.in_layers(path)]
+    for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         check_patterns_used(field, patterns, paths)
-    install(model, fresh(model, config, paths, seed=seed, dtype=dtype), name)
-    return paths
+    parts = dict(fresh(model, lora, paths, layer, seed, dtype))
+    install(model, parts, name)
+    return list(parts)
 
 
 def fresh(
-    model: nn.Module, config: LoRAConfig, paths: Iterable[str], *, seed: int, dtype: torch.dtype
-) -> dict[str, LoRA]:
-    """The adapter that `config` describes for each of these layers; InputError for a rank that a layer cannot hold."""
-    layers = linear_layers(model)
-    made: dict[str, LoRA] = {}
-    for path in paths:
-        rank, alpha, start = config.rank_at(path), config.alpha_at(path), named_generator(seed, path)
+    model: nn.Module, config: LoRAConfig, paths: list[str], layer: LayerFactory, seed: int | None, dtype: torch.dtype
+) -> Iterator[tuple[str, Adapter]]:
+    """What `config` describes, with adapters on these paths: layer by layer, in module order. Errors as `attach`."""
+    modules = base_modules(model)
+    copied = _whole(modules, config.modules_to_save)
+    targeted = set(paths) - copied.keys()
+    if not targeted:
+        raise InputError(f"modules_to_save={config.modules_to_save!r} leaves nothing of target={config.target!r}")
+    for path in modules.keys() - copied.keys() if config.bias != "none" else ():
+        if modules[path]._parameters.get("bias") is not None and (config.bias == "all" or path in targeted):
+            copied[path] = ["bias"]
+    _refuse_tied(modules, copied)
+    for path in [path for path in modules if path in targeted | copied.keys()]:
+        at = replace(config, rank=config.rank_at(path), alpha=config.alpha_at(path), rank_pattern={}, alpha_pattern={})
+        part = _made(layer, modules[path], at, path, seed) if path in targeted else Whole()
+        part = part.to(dtype) if {p.dtype for p in part.parameters()} - {dtype} else part
+        part.config, part.copies = at, Copies(modules[path], copied[path], dtype) if path in copied else None
+        yield path, part
+
+
+def _made(layer: LayerFactory, base: nn.Module, config: LoRAConfig, path: str, seed: int | None) -> Adapter:
+    """One layer's part; with a seed, from a CPU random stream that depends on that and the path alone."""
+    with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            digest = hashlib.sha256(f"{seed}\n{path}".encode()).hexdigest()
+            torch.default_generator.manual_seed(int(digest[:16], 16) >> 1)
         try:
-            made[path] = LoRA(layers[path], rank, alpha, config.dropout, config.rslora, dtype=dtype, generator=start)
+            return layer(base, config)  # type: ignore[arg-type]  # what is targeted is linear
         except InputError as problem:
             advice = "Lower rank, give this layer its own in rank_pattern, or exclude it."
             raise InputError(f"'{path}': {problem}. {advice}") from None
-    return made
+
+
+def _whole(modules: Mapping[str, nn.Module], entries: Iterable[str]) -> dict[str, list[str]]:
+    """Path -> names of its own tensors, for each module that `modules_to_save` means or that lies in one of those."""
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        tops = [f"{path}." for path in filter(matcher([entry]), modules)]
+        inside = {path: module for path, module in modules.items() if f"{path}.".startswith((*tops,))}
+        own = {path: [n for n in module.state_dict() if "." not in n] for path, module in inside.items()}
+        if not any(own.values()):
+            what = "names nothing that can be trained" if tops else "matches no module"
+            raise InputError(f"modules_to_save entry {entry!r} {what}.{nearest(entry, modules)}")
+        if packed := [path for path, module in inside.items() if isinstance(module, NF4Linear)]:
+            rule = "are in 4 bits and cannot be trained: leave them dense (skip in quantize_)"
+            raise InputError(f"modules_to_save entry {entry!r}: {', '.join(packed[:4])} {rule}")
+        found |= {path: names for path, names in own.items() if names}
+    return found
+
+
+def _refuse_tied(modules: Mapping[str, nn.Module], copied: Mapping[str, Iterable[str]]) -> None:
+    """InputError if a tensor to be copied has a second place, where it would stay what it is, or drift apart."""
+    copies = {id(modules[path]._parameters.get(n)): f"{path}.{n}" for path, names in copied.items() for n in names}
+    for path, module in modules.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and copies.get(id(parameter), own := f"{path}.{name}") != own:
+                raise InputError(
+                    f"'{copies[id(parameter)]}' and '{own}' are one tied tensor, and trained copies would drift apart: "
+                    f"untie them before, with module.{name} = torch.nn.Parameter(module.{name}.detach().clone())"
+                )
 
 
 def install(model: nn.Module, adapters: Mapping[str, Adapter], name: str = DEFAULT, *, trainable: bool = True) -> None:
-    """Put each adapter on the linear layer of its path, wherever the model holds that.
+    """Put each adapter on the module of its path, wherever the model holds that.
 
     trainable: it becomes the active adapter, and all else is frozen; otherwise it is frozen itself and waits for `use`.
     InputError, before anything is changed, for a name that is taken or that no adapter can have, and for a model that
@@ -56,9 +121,9 @@ def install(model: nn.Module, adapters: Mapping[str, Adapter], name: str = DEFAU
     refuse_second(model, name)
     if "" in adapters:
         raise InputError(
-            f"this {type(model).__name__} is itself a linear layer, which cannot be replaced in place: wrap it"
+            f"this {type(model).__name__} is itself a layer to train, which cannot be replaced in place: wrap it"
         )
-    layers = linear_layers(model)
+    layers = base_modules(model)
     there = adapter_layers(model)
     new: dict[nn.Module, AdapterLayer] = {layers[p]: AdapterLayer(layers[p]) for p in adapters if p not in there}
     for path, adapter in adapters.items():
@@ -70,9 +135,3 @@ def install(model: nn.Module, adapters: Mapping[str, Adapter], name: str = DEFAU
         for adapter in adapters.values():
             adapter.requires_grad_()
         use(model, name)
-
-
-def named_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU random stream that depends on the seed and the name alone."""
-    digest = hashlib.sha256(f"{seed}\n{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -23,6 +23,9 @@ class LoRAConfig:
     exclude: a list of names or a regular expression, in the same way; it wins over `target`.
     rank_pattern, alpha_pattern: regular expression on the end of a path -> its own rank or alpha; the first key that
         matches, in dict order, counts. Each is looked up by itself.
+    modules_to_save: names of modules of any kind (full paths or their ends) that are trained whole, such as a
+        classifier: the adapter holds a copy of each, so that without it the model is its base.
+    bias: whether biases are trained, in copies too: "none", those of the layers with adapters ("lora_only"), "all".
     Raises InputError naming the field, its rule and the value.
     """
 
@@ -34,6 +37,8 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     exclude: str | Sequence[str] = ()
+    modules_to_save: Sequence[str] = ()
+    bias: str = "none"
 
     def rank_at(self, path: str) -> int:
         """The rank of the layer at `path`."""
@@ -50,7 +55,11 @@ class LoRAConfig:
             raise InputError(f"dropout must be a number from 0 up to, but not including, 1; got {shown(self.dropout)}")
         if not isinstance(self.rslora, bool):
             raise InputError(f"rslora must be true or false, got {shown(self.rslora)}")
-        for key in ("target", "exclude"):
+        if self.bias not in ("none", "all", "lora_only"):
+            raise InputError(f"bias must be 'none', 'all' or 'lora_only', got {shown(self.bias)}")
+        if isinstance(self.modules_to_save, str):
+            raise InputError(f"modules_to_save must be a list of names, got {shown(self.modules_to_save)}")
+        for key in ("target", "exclude", "modules_to_save"):
             object.__setattr__(self, key, checked_names(key, getattr(self, key)))
         if not self.target:
             raise InputError(

@@ -1,7 +1,7 @@
 """LoRA, the plain kind of adapter: a trainable low-rank update beside a frozen layer."""
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..kernels.lora import lora_update
 from .adapter import Adapter, LowRank
-from .linear4bit import NF4Linear, sizes
+from .config import LoRAConfig
+from .linear4bit import NF4Linear, autocast_input, sizes
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:
@@ -22,20 +23,12 @@ class LoRA(Adapter):
     """y + scale * B A dropout(x), training only A and B (Hu et al. 2021, "LoRA", equation 3).
 
     `lora_A` [r, in] starts uniform in +-1/sqrt(in), `lora_B` [out, r] at zero, so a fresh adapter changes nothing. Both
-    are fp32 masters unless `dtype` says otherwise; the sum is computed in the dtype of x. Of `base` only sizes and
-    device are taken. Raises InputError for a rank outside 1..min(in, out).
+    are fp32 masters until cast; the sum is computed in the dtype of x. Of `base` only sizes and device are taken.
+    Raises InputError for a rank outside 1..min(in, out).
     """
 
     def __init__(
-        self,
-        base: nn.Linear | NF4Linear,
-        rank: int,
-        alpha: float,
-        dropout: float = 0.0,
-        rslora: bool = False,
-        *,
-        dtype: torch.dtype = torch.float32,
-        generator: torch.Generator | None = None,  # a CPU generator: the same start on every device
+        self, base: nn.Linear | NF4Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False
     ) -> None:
         super().__init__()
         in_features, out_features = sizes(base)
@@ -46,9 +39,14 @@ class LoRA(Adapter):
             )
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
         device, bound = base.weight.device, 1 / math.sqrt(in_features)
-        start = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(start.to(device, dtype))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
+        start = torch.empty(rank, in_features, device="cpu").uniform_(-bound, bound)  # one start on every device
+        self.lora_A = nn.Parameter(start.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
+
+    @classmethod
+    def of(cls, base: nn.Linear | NF4Linear, config: LoRAConfig) -> Self:
+        """The part that `config` describes."""
+        return cls(base, config.rank, config.alpha, config.dropout, config.rslora)
 
     @property
     def scale(self) -> float:
@@ -60,6 +58,7 @@ class LoRA(Adapter):
         return self.dropout if self.training else 0.0
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = autocast_input(x)
         h = F.dropout(x, self.drop) if self.drop else x
         return lora_update(y, h, self.lora_A, self.lora_B, self.scale)
 

@@ -9,29 +9,31 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
-from ..errors import InputError
-from .adapter import Adapter
+from ..errors import InputError, shown
+from .adapter import Adapter, Whole
 from .config import LoRAConfig, pattern_value
-from .lora import scale_of
-from .targets import base_modules, linear_layers, matcher, output_heads, vocabulary_heads
+from .lora import LoRA, scale_of
+from .targets import CLASSIFIERS, base_modules, linear_layers, matcher, output_heads, vocabulary_heads
 
 REQUIRED = ("r", "lora_alpha", "target_modules")
 FIELDS = {  # PEFT's name -> that of LoRAConfig
     "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target", "use_rslora": "rslora",
     "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern", "exclude_modules": "exclude",
+    "modules_to_save": "modules_to_save", "bias": "bias",
 }  # fmt: skip
-UNDERSTOOD = {*FIELDS, "peft_type", "layers_to_transform", "layers_pattern", "bias", "init_lora_weights"}
+UNDERSTOOD = {*FIELDS, "peft_type", "layers_to_transform", "layers_pattern", "init_lora_weights"}
 HARMLESS = {  # what they hold has no part in the forward pass of a saved adapter
     "task_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode",
     "runtime_config", "fan_in_fan_out", "megatron_core", "qalora_group_size", "ensure_weight_tying",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 }  # fmt: skip
+KIND = "fourbit."  # what a peft_type that PEFT does not have begins with: an adapter of another kind than LoRA
 STARTS_THAT_KEEP_THE_BASE = ("true", "false", "gaussian", "orthogonal", "eva")  # others rewrite the base weights too
 
 PATH_LENGTH = 64  # characters of a module's path: what a match reads, and what a repetition may give back one by one
@@ -44,6 +46,7 @@ class PeftConfig:
     """What an adapter_config.json says: the LoRA settings, and PEFT's limits on which layers they reach."""
 
     lora: LoRAConfig
+    kind: str = "LORA"
     layers_to_transform: tuple[int, ...] = ()  # all
     layers_pattern: tuple[str, ...] = ()
 
@@ -58,18 +61,40 @@ class PeftConfig:
         spared = output_heads(model) if everything else set()
         wanted, unwanted = matcher(target), matcher(exclude)
         layers = [path for path in linear_layers(model) if path not in spared and not unwanted(path)]
-        return [path for path in layers if everything or (wanted(path) and self._in_layers(path))]
+        return [path for path in layers if everything or (wanted(path) and self.in_layers(path))]
 
-    def _in_layers(self, path: str) -> bool:
+    def lora_for(self, model: nn.Module) -> LoRAConfig:
+        """The settings, without heads that this model does not have: PEFT names all that a task could have."""
+        modules, named = base_modules(model), self.lora.modules_to_save
+        there = [name for name in named if name not in CLASSIFIERS or any(map(matcher([name]), modules))]
+        return replace(self.lora, modules_to_save=there or named)
+
+    def in_layers(self, path: str) -> bool:
         """PEFT's layers_to_transform, which a full path overrides."""
         numbers = self.layers_to_transform
         return not numbers or path in self.lora.target or _layer_index(path, self.layers_pattern) in numbers
 
 
+class PeftLike(Protocol):
+    """What is asked of peft's LoraConfig."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def from_peft(config: PeftLike | Mapping[str, object]) -> PeftConfig:
+    """Settings of a new adapter, from peft's LoraConfig. InputError for what is not plain LoRA that starts as usual."""
+    raw = dict(config if isinstance(config, Mapping) else config.to_dict())
+    if (start := raw.get("init_lora_weights", True)) is not True:
+        raise InputError(f"the LoraConfig: init_lora_weights must be True, fourbit's start, got {shown(start)}")
+    read, task = read_config({"peft_type": "LORA"} | raw, "the LoraConfig"), str(raw.get("task_type"))
+    named = dict.fromkeys((*read.lora.modules_to_save, *(sorted(CLASSIFIERS) if task.endswith(("CLS", "ANS")) else ())))
+    return replace(read, lora=replace(read.lora, modules_to_save=[*named]))
+
+
 def read_config(raw: Mapping[str, Any], file: str) -> PeftConfig:
     """Check what an adapter_config.json, called `file` in errors, holds; InputError for whatever is not plain LoRA."""
     kind = raw.get("peft_type")
-    if kind != "LORA":
+    if kind != "LORA" and not (isinstance(kind, str) and kind.startswith(KIND)):
         raise InputError(f"{file}: peft_type must be 'LORA', got {kind!r}; fourbit reads LoRA adapters")
     for key in REQUIRED:
         if raw.get(key) is None:
@@ -90,7 +115,7 @@ def read_config(raw: Mapping[str, Any], file: str) -> PeftConfig:
     if isinstance(lora.target, str) and raw.get("layers_to_transform") is not None:
         raise InputError(f"{file}: layers_to_transform goes with a list in target_modules, got {lora.target!r}")
     indices = _listed(raw, "layers_to_transform", int, "whole number", file)
-    return PeftConfig(lora, indices, _listed(raw, "layers_pattern", str, "name", file))
+    return PeftConfig(lora, kind, indices, _listed(raw, "layers_pattern", str, "name", file))
 
 
 def most_steps(pattern: str) -> int:
@@ -108,13 +133,19 @@ def most_steps(pattern: str) -> int:
 
 def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str) -> str:
     """The text of an adapter_config.json for an adapter of `model`, given by its layers' paths."""
-    fields = {path: part.peft_fields() for path, part in parts.items()}
+    kind, *more = {kind_of(part) for part in parts.values() if not isinstance(part, Whole)}
+    if more:
+        raise InputError(
+            f"a file holds an adapter of one kind, and this one's layers are of {', '.join((kind, *more))}"
+        )
+    fields = {path: part.peft_fields() for path, part in parts.items() if not isinstance(part, Whole)}
+    config = next(iter(parts.values())).config or LoRAConfig()
     rslora = all(own["use_rslora"] for own in fields.values())
     ranks = {path: own["r"] for path, own in fields.items()}
     alphas = {path: _alpha(own, rslora) for path, own in fields.items()}
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     settings = {
-        "peft_type": "LORA",
+        "peft_type": kind,
         "task_type": "CAUSAL_LM" if vocabulary_heads(model) else None,
         "base_model_name_or_path": _base_name(base_model),
         "inference_mode": True,
@@ -124,13 +155,18 @@ def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str
         "use_rslora": rslora,
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": {key: _as_integer(value) for key, value in _pattern(alphas, alpha).items()},
-        "target_modules": _target_modules(model, list(parts)),
-        "bias": "none",
+        "target_modules": _target_modules(model, list(fields)),
+        "bias": config.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": list(config.modules_to_save) or None,
     }
     return json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+
+
+def kind_of(part: Adapter) -> str:
+    """The kind of an adapter's part as peft_type; PEFT knows LoRA alone, and refuses all others by that name."""
+    return "LORA" if type(part) is LoRA else f"{KIND}{type(part).__name__}"
 
 
 def _base_name(base: str) -> str | None:
@@ -148,8 +184,6 @@ def _alpha(fields: Mapping[str, Any], rslora: bool) -> float:
 
 def _refuse_unsupported(raw: Mapping[str, Any], file: str) -> None:
     """Every key that is neither understood nor harmless must be at an empty default (null, false, 0, "", [] or {})."""
-    if raw.get("bias") not in (None, "none"):
-        raise InputError(f"{file}: bias must be 'none', got {raw['bias']!r}; trained biases are not supported")
     start = raw.get("init_lora_weights")
     if start is not None and str(start).lower() not in STARTS_THAT_KEEP_THE_BASE:
         raise InputError(

@@ -6,7 +6,7 @@ What is written depends on the adapter and its base alone (sorted keys, no times
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,22 +25,21 @@ from ..files import (
     write_text,
 )
 from ..outputs import check_apart
-from .adapter import DEFAULT, Adapter, adapters_of, plain_name, unwrapped
-from .attach import fresh, install
-from .config import LoRAConfig
+from .adapter import DEFAULT, Adapter, Whole, adapters_of, carried, plain_name, refuse_left_out, unwrapped
+from .attach import LayerFactory, fresh, install
 from .identity import BaseIdentity, base_identity
-from .linear4bit import sizes
-from .lora import LoRA, scale_of
-from .peft_config import read_config, write_config
+from .lora import LoRA
+from .peft_config import kind_of, read_config, write_config
 from .targets import base_modules, linear_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+COUNTS = ("I64", "I32", "U8", "BOOL")  # what buffers may be
 LARGEST_CONFIG = 8 << 20  # bytes: room for the full paths of 100,000 layers
 
 
 def adapter_state(model: nn.Module, name: str = DEFAULT) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's keys, sorted: the live parameters, detached and not copied."""
+    """All that the adapter holds under PEFT's keys, sorted: the live tensors, detached and not copied."""
     return _keyed(adapters_of(model, name))
 
 
@@ -50,16 +49,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], name: str 
 
     Raises InputError, before anything is copied, for a key that is missing, unexpected or of another shape, naming it.
     """
-    parameters = adapter_state(model, name)
-    if any(is_parametrized(part) for part in adapters_of(model, name).values()):
-        raise InputError(
-            f"the adapter '{name}' is made of other tensors: remove_parametrizations before loading into it"
-        )
-    keys = _canonical(state, linear_layers(model), "the adapter state")
-    shapes = {key: tensor.shape for key, tensor in parameters.items()}
-    _compare(shapes, {key: state[given] for key, given in keys.items()}, "the adapter state")
-    for key, given in keys.items():
-        parameters[key].copy_(state[given])
+    _copy_into(adapters_of(model, name), _canonical(state, _holders(model), "the adapter state"), "the adapter state")
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", name: str = DEFAULT) -> None:
@@ -67,15 +57,12 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", 
 
     `base_model` is recorded as the base's name, for PEFT: a folder by its whole path, a hub's name as it is, no file.
     Each file appears whole or not at all, in place of one that is there. Raises InputError for the folder of the model,
-    or one in it, and for a model without this adapter or with one of a kind other than LoRA; NumericError for NaN or
-    infinity in it (naming the tensor; nothing is written); DiskError when the disk refuses.
+    or one in it, for a model without this adapter, with layers of several kinds in it, or with other parameters that
+    train and would be left out (naming them); NumericError for NaN or infinity in it (naming the tensor; nothing is
+    written); DiskError when the disk refuses. PEFT loads LoRA; an adapter of another kind it refuses.
     """
-    parts = adapters_of(model, name)
-    if not parts:
-        raise InputError(f"save_adapter found no adapter '{name}' in this model: attach one first")
-    if kinds := sorted({type(part).__name__ for part in parts.values() if not isinstance(part, LoRA)}):
-        what = f"the adapter '{name}' is of the kind {', '.join(kinds)}"
-        raise InputError(f"an adapter file holds LoRA, and {what}: keep its tensors (adapter_state) instead")
+    parts = carried(model, name)
+    refuse_left_out(model, name)
     check_apart(folder, f"the adapter's folder {folder}", [getattr(unwrapped(model), "source", "")], folder=True)
     folder, config = Path(folder), write_config(model, parts, base_model)
     write_tensors(folder / WEIGHTS, _keyed(parts), "the adapter", base_identity(model).metadata())
@@ -89,6 +76,7 @@ def load_adapter(
     *,
     dtype: torch.dtype | None = torch.float32,
     name: str = DEFAULT,
+    layer: LayerFactory = LoRA.of,
     trainable: bool = True,
     force: bool = False,
     tell: Callable[[str], object] = warnings.warn,
@@ -97,25 +85,23 @@ def load_adapter(
 
     A model without an adapter of this name gets it attached in `dtype`, or in the file's own dtype for None: as the
     active one, all else frozen, or, not `trainable`, frozen and inactive. A model that carries one keeps it, dtype
-    included, and must have it on the same layers with the same rank and scale.
+    included, and must have it on the same layers with the same rank and scale. `layer`: as `attach` was given it.
     `tell` is given a sentence where the base is another 4-bit form of the one that the adapter was trained on, or has
     slightly other weights. An adapter of another base is refused unless `force`; one whose file does not say what it
     was trained on is taken.
     Raises InputError, before the model is touched, for a file that is missing, broken or not plain LoRA, for keys that
     are missing, unexpected or misshaped, for NaN or infinity, and for another base.
     """
-    label, config, paths, state = _read_adapter(model, Path(folder))
+    label, parts, state = _read_adapter(model, Path(folder), dtype, layer)
     _check_base(model, Path(folder), force, tell)
     attached = adapters_of(model, name)
     if attached:
-        _check_same(attached, config, paths, label)
-    dtype = next(iter(adapter_state(model, name).values())).dtype if attached else dtype
-    dtype = dtype or functools.reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
-    _check_finite(state, dtype, label)
+        _check_same(attached, parts, label)
+    _check_finite(state, _keyed(attached or parts), label)
+    _copy_into(attached or parts, state, label)
     if not attached:
-        install(model, fresh(model, config, paths, seed=0, dtype=dtype), name, trainable=trainable)
-    load_adapter_state(model, state, name)
-    return paths
+        install(model, parts, name, trainable=trainable)
+    return list(parts)
 
 
 def trained_base(folder: Path) -> BaseIdentity | None:
@@ -143,39 +129,72 @@ def _check_base(model: nn.Module, folder: Path, force: bool, tell: Callable[[str
 
 def _keyed(parts: Mapping[str, Adapter]) -> dict[str, Tensor]:
     """The tensors of an adapter under PEFT's keys, sorted."""
-    state = {f"{PREFIX}{path}.{key}": tensor for path, part in parts.items() for key, tensor in part.state().items()}
+    state: dict[str, Tensor] = {}
+    for path, part in parts.items():
+        where = f"{PREFIX}{path}." if isinstance(part, Whole) else f"{PREFIX}{path}.base_layer."
+        copies = part.copies.state_dict() if part.copies is not None else {}
+        state |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in part.state().items()}
+        state |= {where + key: tensor for key, tensor in copies.items()}
     return dict(sorted(state.items()))
 
 
-def _read_adapter(model: nn.Module, folder: Path) -> tuple[str, LoRAConfig, list[str], dict[str, Tensor]]:
-    """What errors call the file, its settings, the paths of the layers it means, its tensors by PEFT's key.
+@torch.no_grad()
+def _copy_into(parts: Mapping[str, Adapter], state: Mapping[str, Tensor], label: str) -> None:
+    """Copy tensors under PEFT's keys into an adapter; InputError, before that, unless they fit."""
+    if any(map(is_parametrized, parts.values())):
+        raise InputError(f"{label}: the adapter is made of other tensors: remove_parametrizations before loading")
+    own = _keyed(parts)
+    _compare({key: tensor.shape for key, tensor in own.items()}, state, label)
+    for key, tensor in own.items():
+        tensor.copy_(state[key])
 
-    Checked but for values and adapters the model carries; nothing is made for what the config only claims.
+
+def _holders(model: nn.Module) -> set[str]:
+    """Paths of what may carry a part of an adapter: modules with tensors of their own."""
+    return {path for path, module in base_modules(model).items() if module._parameters}
+
+
+def _read_adapter(
+    model: nn.Module, folder: Path, dtype: torch.dtype | None, layer: LayerFactory
+) -> tuple[str, dict[str, Adapter], dict[str, Tensor]]:
+    """What errors call the file, the adapter that it describes, its tensors by PEFT's key.
+
+    Checked but for values and adapters the model carries; no more than a layer is made of what the config only claims.
     """
     file = _adapter_file(folder, CONFIG)
     config = read_config(read_json(file, LARGEST_CONFIG), f"'{file}'")
     weights = _adapter_file(folder, WEIGHTS)
     label = f"'{weights}'"
-    state = _without_base_copies(model, float_tensors(weights), label)
-    layers = linear_layers(model)
-    keys = _canonical(state, layers, label)
+    again = (".modules_to_save", ".original_module")  # PEFT's bias="all" puts what it saves whole there too
+    read = float_tensors(weights, COUNTS).items()
+    tensors = {key: tensor for key, tensor in read if not key.rpartition(".")[0].endswith(again)}
+    state = _canonical(tensors, _holders(model), label)
     names = config.targeted(model)
     if names is None:  # the file's own tensors say which layers are meant
-        meant = {_module_of(key) for key in keys}
-        names = [name for name in layers if PREFIX + name in meant]
+        meant = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in state}
+        names = [name for name in linear_layers(model) if name in meant]
     if not names:
         raise InputError(f"{label}: target_modules={config.lora.target!r} names no linear layer of this model")
+    parts: dict[str, Adapter] = {}
     expected: dict[str, Sequence[int]] = {}
-    for path in names:
-        rank, (in_features, out_features) = config.lora.rank_at(path), sizes(layers[path])
-        expected[f"{PREFIX}{path}.lora_A.weight"] = (rank, in_features)
-        expected[f"{PREFIX}{path}.lora_B.weight"] = (out_features, rank)
-    found = {key: state[given] for key, given in keys.items()}
-    _compare(expected, found, label)
-    return label, config.lora, names, found
+    for path, part in fresh(model, config.lora_for(model), names, layer, 0, dtype or torch.float32):
+        if not isinstance(part, Whole) and kind_of(part) != config.kind:
+            what = f"holds an adapter of the kind {config.kind}, and layer= makes {kind_of(part)}"
+            raise InputError(f"'{file}' {what}: give load_adapter the layer that it was attached with")
+        shapes = {key: tensor.shape for key, tensor in _keyed({path: part}).items()}
+        expected |= shapes
+        if all(key in state and state[key].shape == shape for key, shape in shapes.items()):
+            parts[path] = part
+    state = _without_base_copies(model, state, expected, label)
+    _compare(expected, state, label)
+    if dtype is None:
+        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
+    return label, {path: part.to(dtype) for path, part in parts.items()}, state
 
 
-def _without_base_copies(model: nn.Module, state: dict[str, Tensor], label: str) -> dict[str, Tensor]:
+def _without_base_copies(
+    model: nn.Module, state: dict[str, Tensor], expected: Mapping[str, object], label: str
+) -> dict[str, Tensor]:
     """Drop the whole base weights that PEFT saves beside adapters on an output head or of a resized vocabulary.
 
     InputError if one differs from the model's own: then it was trained or grown, and the adapter needs it.
@@ -183,14 +202,15 @@ def _without_base_copies(model: nn.Module, state: dict[str, Tensor], label: str)
     modules = base_modules(model)
     adapter: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        path = key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer")
-        if not key.endswith(".weight") or ".lora_" in key or path not in modules:
+        path, _, name = key.removeprefix(PREFIX).rpartition(".")
+        path = path.removesuffix(".base_layer")
+        if key in expected or name not in ("weight", "bias") or path not in modules:
             adapter[key] = tensor
             continue
-        own = getattr(modules[path], "weight", None)
+        own = getattr(modules[path], name, None)
         if not isinstance(own, Tensor) or not torch.equal(own, tensor.to(own)):
             raise InputError(
-                f"{label}: the tensor '{key}' is a whole weight, and it differs from this model's '{path}': it was "
+                f"{label}: the tensor '{key}' is a whole {name}, and it differs from this model's '{path}': it was "
                 "trained or resized, or another base is meant. Merge the adapter into its own base with PEFT first."
             )
     return adapter
@@ -215,33 +235,21 @@ def _instead(folder: Path, name: str) -> str:
     return f" PEFT puts an adapter that has a name into a subfolder: try {', '.join(inside[:8])}." if inside else ""
 
 
-def _canonical(given: Iterable[str], layers: Mapping[str, object], label: str) -> dict[str, str]:
-    """PEFT's key -> the key given, which may lack `base_model.model.`, and may have names of torch's wrappers (a model
-    that was compiled, or trained in parallel); InputError if two mean the same."""
-    plain = {key: _without_wrappers(key, layers) for key in given}
-    prefixed = all(key.startswith(PREFIX) and _module_of(key.removeprefix(PREFIX)) in layers for key in plain.values())
+def _canonical(given: Mapping[str, Tensor], holders: Collection[str], label: str) -> dict[str, Tensor]:
+    """The tensors by PEFT's keys. Those given may lack `base_model.model.`, and may have names of torch's wrappers (a
+    model that was compiled, or trained in parallel); InputError if two mean the same."""
+    plain = [plain_name(key) for key in given]
+    ways = [[key.replace("module.", "", n).removeprefix(own) for key in plain] for n in (0, 1) for own in (PREFIX, "")]
+
+    def known(names: Iterable[str]) -> int:  # a model may itself hold a path that starts like the prefix
+        return len({key for key in names if any(key[:i] in holders for i, sign in enumerate(key) if sign == ".")})
+
     keys: dict[str, str] = {}
-    for name, key in plain.items():
-        # a model may itself hold a path that starts like the prefix
-        has_prefix = key.startswith(PREFIX) and (prefixed or _module_of(key) not in layers)
-        canonical = key if has_prefix else PREFIX + key
-        if canonical in keys:
-            raise InputError(f"{label}: the keys '{keys[canonical]}' and '{key}' mean the same tensor")
-        keys[canonical] = name
-    return keys
-
-
-def _without_wrappers(key: str, layers: Mapping[str, object]) -> str:
-    """The key less what torch.compile and DDP put into it, where it names no layer as it is."""
-    plain = plain_name(key)
-    without = plain.replace("module.", "", 1)
-    names = [_module_of(name).removeprefix(PREFIX) for name in (plain, without)]
-    return without if names[0] not in layers and names[1] in layers else plain
-
-
-def _module_of(key: str) -> str:
-    """The path in front of the last `.lora_`; names that hold "lora" or "weight" themselves stay whole."""
-    return key.rpartition(".lora_")[0]
+    for key, name in zip(given, max(ways, key=known), strict=True):
+        if (own := PREFIX + name) in keys:
+            raise InputError(f"{label}: the keys '{keys[own]}' and '{key}' mean the same tensor")
+        keys[own] = key
+    return {own: given[key] for own, key in keys.items()}
 
 
 def _compare(expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor], label: str) -> None:
@@ -253,11 +261,10 @@ def _compare(expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor],
         )
 
 
-def _check_same(attached: Mapping[str, Adapter], config: LoRAConfig, paths: Sequence[str], label: str) -> None:
-    """InputError unless the adapter on the model has the layers, ranks and scales that the file says."""
-    file = {path: _of_rank(config.rank_at(path), config.alpha_at(path), config.rslora) for path in paths}
-    for path in file.keys() | attached.keys():
-        has, wants = _described(attached.get(path)), file.get(path, "no adapter")
+def _check_same(attached: Mapping[str, Adapter], parts: Mapping[str, Adapter], label: str) -> None:
+    """InputError unless the adapter on the model has the layers, kinds, ranks and scales that the file says."""
+    for path in parts.keys() | attached.keys():
+        has, wants = (_described(adapter.get(path)) for adapter in (attached, parts))
         if has != wants:
             raise InputError(
                 f"{label}: on '{path}' the model has {has}, the file {wants}; load it into a fresh model instead"
@@ -265,16 +272,13 @@ def _check_same(attached: Mapping[str, Adapter], config: LoRAConfig, paths: Sequ
 
 
 def _described(part: Adapter | None) -> str:
-    if part is None:
-        return "no adapter"
-    return _of_rank(part.rank, part.alpha, part.rslora) if isinstance(part, LoRA) else f"a {type(part).__name__}"
+    kind = f"rank {part.rank}, scale {part.scale:.9g}" if isinstance(part, LoRA) else f"a {type(part).__name__}"
+    own = "" if part is None or part.copies is None else f" and its own {', '.join(part.copies.state_dict())}"
+    return "no adapter" if part is None else kind + own
 
 
-def _of_rank(rank: int, alpha: float, rslora: bool) -> str:
-    return f"rank {rank}, scale {scale_of(alpha, rank, rslora):.9g}"
-
-
-def _check_finite(state: Mapping[str, Tensor], dtype: torch.dtype, label: str) -> None:
+def _check_finite(state: Mapping[str, Tensor], own: Mapping[str, Tensor], label: str) -> None:
     for key, tensor in state.items():
-        if not bool(torch.isfinite(tensor.to(dtype)).all()):
+        dtype = own[key].dtype
+        if dtype.is_floating_point != tensor.is_floating_point() or not bool(torch.isfinite(tensor.to(dtype)).all()):
             raise InputError(f"{label}: the tensor '{key}' holds NaN, infinity or a number too large for {dtype}")

@@ -28,16 +28,8 @@ MLP_LEAVES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2")
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> module in module order, as if no adapter were attached: an AdapterLayer stands for its base."""
-    found: dict[str, nn.Module] = {}
-    inside: tuple[str, ...] = ()
-    for name, module in plain_modules(model).items():
-        if inside and name.startswith(inside):
-            continue
-        if isinstance(module, AdapterLayer):
-            inside = (f"{name}.",)
-            module = module.base
-        found[name] = module
-    return found
+    modules = plain_modules(model).items()
+    return {path: module.base if isinstance(module, AdapterLayer) else module for path, module in modules}
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:

@@ -481,7 +481,6 @@ def test_layers_are_changed_as_advised(kept: Path) -> None:
     ("lora/peft_config.py", "Write it with layer names, or with fewer choices"),
     ("lora/peft_config.py", "Merge the adapter with PEFT, or train one without this feature"),
     ("lora/peft_config.py", "save_pretrained with path_initial_model_for_weight_conversion"),
-    ("lora/peft_files.py", "attach one first"),
     ("lora/peft_files.py", "PEFT puts an adapter that has a name into a subfolder: try"),
     ("lora/peft_files.py", "save_pretrained(..., safe_serialization=True)"),
     ("lora/peft_files.py", "Merge the adapter into its own base with PEFT first"),
@@ -489,9 +488,7 @@ def test_layers_are_changed_as_advised(kept: Path) -> None:
     ("files.py", "is not followed: copy the file itself there"),
 )
 def test_adapter_files_are_mended_as_advised(kept: Path, tmp_path: Path) -> None:
-    model, folder = loaded(kept)[0], tmp_path / "a"
-    with words_of("attach one first"):
-        fourbit.save_adapter(model, folder)
+    folder = tmp_path / "a"
     fourbit.save_adapter(adapted(kept), folder)
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     plain, tensors = json.loads(config.read_text()), load_file(weights)
@@ -853,6 +850,16 @@ ELSEWHERE = {  # tests of other files that follow an advice
         ("outputs.py", "keeps the {} finished; the same command with --resume goes on"),
         ("outputs.py", ": --resume goes on, --overwrite begins anew"),
     ],
+    "tests/research/test_saved.py::test_a_save_that_leaves_something_out_is_refused": [
+        ("lora/adapter.py", "Attach with their modules in modules_to_save, freeze them"),
+        ("lora/attach.py", "leave them dense (skip in quantize_)"),
+    ],
+    "tests/research/test_saved.py::test_tied_weights_are_untied_by_advice_or_refused": [
+        ("lora/attach.py", "untie them before, with module.{} = torch.nn.Parameter"),
+    ],
+    "tests/research/test_own_adapter.py::test_a_round_trip": [
+        ("lora/peft_files.py", "give load_adapter the layer that it was attached with"),
+    ],
     "tests/test_outputs.py::test_overwriting_begins_anew": [("outputs.py", "or --overwrite to begin anew")],
     "tests/data/test_forms.py::test_a_key_that_means_more_elsewhere_is_refused_and_the_advice_works": [
         ("data/keys.py", words)
@@ -941,7 +948,6 @@ NOT_FOLLOWED = {  # why -> what
         ("trainer/evaluate.py", "shorten it, or take the row out"),
         ("trainer/checkpoint.py", "Lower the learning rate, or look at the batch"),
         ("trainer/checkpoint.py", "use string keys, and lists instead of tuples"),
-        ("lora/peft_files.py", "keep its tensors (adapter_state) instead"),
         ("optim/unmoved.py", "in 16 bits use rounding stochastic, in float32 a "),
     ],
     "no advice": [

@@ -129,7 +129,8 @@ def base_hash(model: CausalLM, trained: Collection[Tensor] = ()) -> str:
 
 def adapter_form(model: CausalLM, name: str = DEFAULT) -> str:
     """What an adapter's tensors do not say: on which layers it is, and kind, scale and dropout of each part."""
-    return json.dumps([[path, part.peft_fields()] for path, part in sorted(adapters_of(model, name).items())])
+    parts = sorted(adapters_of(model, name).items())
+    return json.dumps([[path, type(part).__name__, part.peft_fields()] for path, part in parts])
 
 
 def adapters_hash(model: CausalLM, names: Sequence[str]) -> str:

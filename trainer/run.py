@@ -14,7 +14,7 @@ from ..data.sample import Kind
 from ..data.template import FILE as TEMPLATE
 from ..errors import InputError
 from ..files import write_text
-from ..lora.adapter import DEFAULT, adapter_layers, adapter_parameters
+from ..lora.adapter import DEFAULT, adapter_layers, adapter_parameters, refuse_left_out
 from ..settings import LARGEST, setting
 
 
@@ -96,6 +96,7 @@ def adapter_to_train(model: nn.Module) -> dict[str, nn.Parameter]:
     elif not all(DEFAULT in layer.active for layer in layers if DEFAULT in layer.adapters):
         problem, advice = "is not active", f"call fourbit.use(model, '{DEFAULT}')"
     else:
+        refuse_left_out(model)
         return found
     there = ", ".join(sorted({name for layer in layers for name in layer.adapters}))
     raise InputError(

@@ -324,7 +324,7 @@ def test_a_broken_adapter_is_not_saved(tmp_path: Path, bad: float, base: Make, a
     with pytest.raises(NumericError, match=r"mlp\.up_proj\.lora_B\.weight' holds NaN or infinity"):
         save_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(InputError, match="found no adapter"):
+    with pytest.raises(InputError, match="carries no adapter 'default'"):
         save_adapter(base(), tmp_path)
 
 

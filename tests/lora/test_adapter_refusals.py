@@ -114,13 +114,16 @@ def test_tensors_that_do_not_fit_are_named(
         ({"r": 3}, r"must be \[3, 6\], got \[2, 6\]"),
         ({"r": 10**12}, "must be a whole number from 1 to 2,147,483,647, got 1000000000000"),
         ({"rank_pattern": {"up_proj": 1}}, r"must be \[1, 6\], got \[2, 6\]"),
-        ({"bias": "all"}, "bias must be 'none', got 'all'"),
+        ({"bias": "all"}, "3 missing: .*lm_head.bias.*up_proj.base_layer.bias"),
+        ({"bias": "some"}, "bias must be 'none', 'all' or 'lora_only', got 'some'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' rewrites the base"),
         ({"init_lora_weights": "pissa_niter_4"}, "rewrites the base"),
         ({"init_lora_weights": ["x"]}, "rewrites the base"),
         ({"use_dora": True}, "use_dora=True is a PEFT feature that fourbit does not support"),
         ({"lora_bias": True}, "lora_bias=True is a PEFT feature"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+        ({"modules_to_save": ["lm_head"]}, r"2 missing: .*lm_head\.bias"),
+        ({"modules_to_save": ["head"]}, "modules_to_save entry 'head' matches no module. Nearest: lm_head"),
+        ({"peft_type": "fourbit.Scale"}, "kind fourbit.Scale, and layer= makes LORA: give load_adapter the layer"),
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
         ({"trainable_token_indices": [1]}, "trainable_token_indices="),
         ({"target_parameters": ["w"]}, "target_parameters="),
@@ -242,15 +245,15 @@ def test_a_file_is_compared_before_anything_is_made_for_it(
     folder: Path, adapted: Make, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of what a config claims without tensors for it, and of what the model has already."""
+    made: list[str] = []
+    monkeypatch.setattr("fourbit.lora.peft_files.install", lambda *_, **__: made.append("attached"))
+    edit_config(folder, rank_pattern={"up_proj": 5})
+    refuses(folder, r"must be \[5, 6\], got \[2, 6\]")
     edit_config(folder, rank_pattern={"up_proj": 7})
-    with monkeypatch.context() as nothing_made:
-        nothing_made.setattr("fourbit.lora.peft_files.fresh", None)
-        refuses(folder, r"must be \[7, 6\], got \[2, 6\]")
-        edit_config(folder, rank_pattern={})
-        load_adapter(adapted(seed=3), folder)
-    edit_config(folder, rank_pattern={"up_proj": 7})
-    edit_weights(folder, lambda tensors: tensors.update({A: torch.ones(7, 6), B: torch.ones(10, 7)}))
     refuses(folder, r"'mlp\.up_proj': rank must be in 1\.\.6 for a 10x6")
+    edit_config(folder, rank_pattern={})
+    load_adapter(adapted(seed=3), folder)
+    assert not made
 
 
 def test_patterns_made_to_hang(folder: Path, base: Make, adapted: Make, refuses: Refuses) -> None:

@@ -124,9 +124,6 @@ def test_a_second_kind_is_switched_copied_and_kept(two: nn.ModuleDict, tmp_path:
     wrong = adapter_state(two, "kept") | {"base_model.model.mlp.up_proj.gain": torch.ones(3)}
     with pytest.raises(InputError, match=r"1 of another shape: .*up_proj\.gain must be \[10\], got \[3\]"):
         load_adapter_state(two, wrong, "scale")
-    with pytest.raises(InputError, match="holds LoRA, and the adapter 'scale' is of the kind Scale: keep its tensors"):
-        save_adapter(two, tmp_path, name="scale")
-    assert not list(tmp_path.iterdir())
     save_adapter(two, tmp_path)  # the LoRA beside it
     remove_adapter(two, "scale")
     assert torch.equal(outputs(two), alone)
