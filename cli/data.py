@@ -24,7 +24,7 @@ STYLES = {
     "cut": "red strike",
 }
 MARKS = {"trained": "{++}", "trained special": "{++}", "cut": "[--]"}
-REPORTED = ["rows", "tokens", "trained", "longest", "truncated", "duplicates", "skipped", "notices"]
+REPORTED = ["rows", "tokens", "trained", "longest", "truncated", "duplicates", "notices"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +53,18 @@ def run(options: Options, sources: Sources) -> int:
                 show_example(part, tokenizer)
         print(f"tokens in a row\n{bars([len(part.ids) for example in rows.examples for part in example.parts])}\n")
     describe(", ".join(options.data), rows)
-    for line in report.problems.lines(options.problems):
+    for line in report.skipped.lines(options.problems):
         note(line)
-    if report.problems:
+    if report.skipped:
         way = "left out" if options.on_bad_row == "skip" else "mend them, or leave them out with --on-bad-row skip"
-        note(f"{count(report.problems.total, 'bad row')}: {way}")
+        note(f"{count(report.skipped.total, 'bad row')}: {way}")
     if options.json:
-        metrics = {name: getattr(report, name) for name in REPORTED} | {"problems": list(map(str, report.problems))}
+        metrics = {name: getattr(report, name) for name in REPORTED} | {
+            "skipped": report.skipped.kinds,
+            "problems": list(map(str, report.skipped)),
+        }
         result(metrics | {"trained_share": report.trained / report.tokens}, "", as_json=True)
-    return 2 if report.problems and options.on_bad_row == "error" else 0
+    return 2 if report.skipped and options.on_bad_row == "error" else 0
 
 
 def show_example(example: Encoded, tokenizer: Tokenizer) -> None:
@@ -93,8 +96,8 @@ def pieces(example: Encoded, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
     for k, (token, (_, end)) in enumerate(zip(ids, offsets, strict=True)):
         text, shown = example.text[shown:end], max(shown, end)
         yield kind(k, token in special), text
-    for k in range(len(ids), len(example.ids)):  # an end-of-text token that the template lacks
-        yield kind(k, True), tokenizer.decode([example.ids[k]], skip_special=False)
+    for k in range(len(ids), len(example.ids)):  # an end-of-text token that the template lacks, or ready tokens
+        yield kind(k, example.ids[k] in special), tokenizer.decode([example.ids[k]], skip_special=False)
 
 
 def marked(example: Encoded, tokenizer: Tokenizer) -> str:

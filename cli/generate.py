@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..data.encode import encode_prompts, words_of
-from ..data.forms import read_samples
+from ..data.forms import samples_of
 from ..data.row import counted
 from ..data.sample import Sample
-from ..errors import InputError
 from ..models.generate import generate_each, prompt_seeds
 from ..settings import REQUIRED, setting
 from ..trainer.evaluate import check_room
@@ -66,9 +65,7 @@ def run(options: Options, sources: Sources) -> int:
 
 def _samples(paths: Sequence[str]) -> list[Sample]:
     """The prompt of every row. Raises InputError listing the rows that hold none."""
-    samples, problems = read_samples(paths, "prompts")
-    if problems:
-        raise InputError(problems.describe(str(len(samples) + problems.total), "mend them"))
+    samples = samples_of(paths, "prompts")
     if any("answer" in sample.row for sample in samples):
         note('note: rows have an "answer" of their own; the new one takes its place')
     return samples

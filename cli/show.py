@@ -50,10 +50,10 @@ def describe(name: str, dataset: Dataset) -> None:
     share = report.trained / max(1, report.tokens)
     parts = [count(report.rows, "row"), count(report.tokens, "token"), f"{share:.0%} trained"]
     parts += [f"longest {report.longest}"] + [f"{report.truncated} truncated"] * (report.truncated > 0)
-    parts += [f"{number} skipped ({kind})" for kind, number in report.skipped.items()]
-    parts += [f"{number} dropped ({kind})" for kind, number in report.dropped.items()]
+    parts += [f"{number} skipped ({kind})" for kind, number in report.skipped.kinds.items()]
+    parts += [f"{number} dropped ({kind})" for kind, number in report.dropped.kinds.items()]
     note(f"{name}: {', '.join(parts)}")
-    for line in report.drops.lines(SHOWN_DROPS):
+    for line in report.dropped.lines(SHOWN_DROPS):
         note(f"  dropped: {line}")
     for notice in report.notices:
         note(f"  note: {notice}")

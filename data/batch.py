@@ -9,7 +9,7 @@ once for each.
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, compress, pairwise
 from typing import Any, Literal
 
@@ -52,9 +52,7 @@ class Example:
     def content(self) -> list[object]:
         """All that training sees, as JSON."""
         parts: list[list[object]] = [[part.ids, [int(trained) for trained in part.trained]] for part in self.parts]
-        if self.label is not None:
-            return [*parts, self.label]
-        return [*parts] if len(parts) > 1 else parts[0]  # flat, as in the fingerprints of checkpoints of format 2
+        return [*parts, self.label]
 
     def size(self, packing: bool) -> int:
         """Tokens it takes: packed the trunk once, then each branch; padded a row of the longest for each answer."""
@@ -94,8 +92,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`. The host does not wait for a GPU."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {name: sent(x, device) for name, x in named.items() if isinstance(x, Tensor)}
+        moved: dict[str, Any] = {n: sent(x, device) for n, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **moved)
 
 

@@ -4,7 +4,7 @@ import re
 
 from .keys import present, whole
 from .messages import CALLING, ROLE_SYNONYMS, Messages, as_context, checked_messages, core, filled, turn
-from .row import Row, bad, type_name
+from .row import Row, bad, typed
 
 Parts = tuple[Messages, Messages, Messages]  # prompt, chosen, rejected
 
@@ -28,16 +28,13 @@ def instruction(row: Row) -> Messages:
     """What an Alpaca row asks: `instruction` and `input`, after the pairs of `history`: all context."""
     parts = [row.data.get(key) or "" for key in ("instruction", "input")]
     for key, text in zip(("instruction", "input"), parts, strict=True):
-        if not isinstance(text, str):
-            raise bad(row, key, f"must be a string, not {type_name(text)}")
+        typed(row, key, text, str)
     asked = "\n".join(text for text in parts if text.strip())
     return as_context(_history(row) + turn(row, "instruction", asked, "user"))
 
 
 def _history(row: Row) -> Messages:
-    history = row.data.get("history") or []
-    if not isinstance(history, list):
-        raise bad(row, "history", f"must be a list of [question, answer], not {type_name(history)}")
+    history = typed(row, "history", row.data.get("history") or [], list, "be a list of [question, answer]")
     turns: Messages = []
     for i, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2):

@@ -16,11 +16,14 @@ from itertools import compress
 from typing import Any, Literal
 
 from ..errors import InputError, shown
+from ..settings import checked
+from ..text.tokenizer_folder import as_tokenizer
 from .batch import Encoded, Example
-from .forms import Paths, read_samples
+from .forms import read_samples
 from .messages import Messages, trains
 from .protocol import TokenizerLike
-from .row import BadRow, Problems, counted
+from .read import Rows
+from .row import BadRow, Problems, bad, counted
 from .said import REASONING, spelled, unsaid
 from .sample import Kind, Sample
 from .template import ChatTemplate, TemplateChoice, expects_bos, template_for
@@ -35,6 +38,7 @@ SPECIAL = "a special token, which steers a model and is never read: spell it ano
 LOST = "stands nowhere in what the template writes for it: the template cannot say it; name one that can (--template)"
 SPECIAL_IN_TEXT = "is plain text that holds special tokens: they are encoded as such"
 WHOLE = "is plain text, which has no last answer: all of it is trained"
+LABELLED = "has labels, which say what of it is trained, whatever loss_on says"
 
 
 @dataclass
@@ -42,8 +46,6 @@ class Report:
     """What loading found: counts, the rows left out by kind, and notices for the user."""
 
     rows: int = 0  # rows that became examples
-    skipped: dict[str, int] = field(default_factory=dict)  # bad rows, by kind
-    dropped: dict[str, int] = field(default_factory=dict)  # good rows left out as asked, by kind
     truncated: int = 0  # token sequences that lost their tail
     tokens: int = 0
     shared: int = 0  # of these, tokens that stand a second time only because two answers begin alike
@@ -51,8 +53,8 @@ class Report:
     longest: int = 0  # tokens of the longest sequence
     duplicates: int = 0
     notices: list[str] = field(default_factory=list)
-    problems: Problems = field(default_factory=Problems)  # of the rows skipped
-    drops: Problems = field(default_factory=Problems)  # of the rows dropped
+    skipped: Problems = field(default_factory=Problems)  # bad rows
+    dropped: Problems = field(default_factory=Problems)  # good rows left out as asked
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Dataset:
 
 
 def load(
-    paths: Paths,
+    rows: Rows,
     tokenizer: TokenizerLike,
     kind: Kind = "sft",
     *,
@@ -79,8 +81,10 @@ def load(
     loss_on: LossOn = "assistant",
     truncation: Truncation = "drop",
     on_bad_row: OnBadRow = "error",
+    name: str = "rows",
 ) -> Dataset:
-    """Read, check and encode one or several files of one kind of rows (their forms: `forms.FORMS`).
+    """Read, check and encode one or several files of one kind of rows (their forms: `forms.FORMS`), or objects, which
+    errors call `name` (see `read.read_rows`).
 
     kind: "sft" rows to learn from, "pairs" and "judged" answers, or "prompts", of which nothing is trained.
     max_length: tokens, prompt and answer together; None for no limit. What happens to longer ones, and what truncation
@@ -88,16 +92,14 @@ def load(
     Bad rows raise InputError, the first 20 one a line, or with `on_bad_row="skip"` are left out and counted. Raises
     InputError when no row is left, and for a template that is broken for every row.
     """
-    if on_bad_row not in ("error", "skip"):
-        raise ValueError(f'on_bad_row must be "error" or "skip", not {on_bad_row!r}')
-    if truncation not in ("drop", "answer"):
-        raise ValueError(f'truncation must be "drop" or "answer", not {truncation!r}')
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length must be at least 2, not {max_length}")
+    checked("on_bad_row", on_bad_row, OnBadRow)
+    checked("truncation", truncation, Truncation)
+    checked("max_length", max_length, int | None, {"least": 2})
     if kind != "sft" and loss_on != "assistant":
         raise InputError(f"loss_on {loss_on} is for rows to learn from (sft); of {kind} rows the answers are trained.")
+    tokenizer = as_tokenizer(tokenizer)
     chat_template = template_for(tokenizer, template)
-    samples, problems = read_samples(paths, kind)
+    samples, problems = read_samples(rows, kind, name)
     dataset = Dataset(kind, template=chat_template)
     report, notes, words = dataset.report, Counter[str](), words_of(chat_template)
     for sample, parts in zip(samples, encode(samples, tokenizer, chat_template, loss_on=loss_on), strict=True):
@@ -106,9 +108,9 @@ def load(
                 raise parts
             example, cut = _example(sample, parts, max_length, truncation, tokenizer.stop_ids)
         except Dropped as dropped:
-            report.drops.add(dropped.problem)
-        except BadRow as bad:
-            problems.add(bad.problem)
+            report.dropped.add(dropped.problem)
+        except BadRow as error:
+            problems.add(error.problem)
         else:
             dataset.examples.append(example)
             dataset.samples.append(sample)
@@ -121,10 +123,15 @@ def load(
     return dataset
 
 
-def load_rows(options: Any, tokenizer: TokenizerLike, paths: Paths, kind: Kind, **more: Any) -> Dataset:
-    """`load` as a training's or a command's options say."""
+def load_rows(options: Any, tokenizer: TokenizerLike, rows: Rows | Dataset, kind: Kind, **more: Any) -> Dataset:
+    """`load` as a training's or a command's options say; a dataset as it is. Raises InputError for one of another
+    kind."""
+    if isinstance(rows, Dataset):
+        if rows.kind != kind:
+            raise InputError(f"this training reads rows loaded as {kind!r}, got {rows.kind!r}")
+        return rows
     names = ("template", "max_length", "loss_on", "truncation", "on_bad_row")
-    return load(paths, tokenizer, kind, **{n: getattr(options, n) for n in names if hasattr(options, n)} | more)
+    return load(rows, tokenizer, kind, **{n: getattr(options, n) for n in names if hasattr(options, n)} | more)
 
 
 def _example(
@@ -133,7 +140,7 @@ def _example(
     """A sample's example and how many of its sequences were cut. Raises BadRow, and Dropped where it is left out."""
     if len(whole) > 1 and whole[0].ids == whole[1].ids:
         reason = "become the same tokens (the template leaves out what sets them apart)"
-        raise BadRow(sample.problem("chosen, rejected", reason, "identical"))
+        raise bad(sample, "chosen, rejected", reason, "identical")
     parts = whole
     if max_length is not None and any(len(part.ids) > max_length for part in whole):
         parts = fit(sample, whole, max_length, truncation, stops)
@@ -151,14 +158,15 @@ def shared_tokens(first: Sequence[int], second: Sequence[int]) -> int:
 def _settle(problems: Problems, on_bad_row: OnBadRow, dataset: Dataset) -> None:
     """Raise for bad rows, or count them."""
     report = dataset.report
-    rows = len(dataset.examples) + problems.total + report.drops.total
-    if problems and (on_bad_row == "error" or not (dataset.examples or report.drops)):
+    rows = len(dataset.examples) + problems.total + report.dropped.total
+    if problems and (on_bad_row == "error" or not (dataset.examples or report.dropped)):
         way = "mend them" + ", or leave them out with on_bad_row skip" * bool(dataset.examples)  # else none is left
         raise InputError(problems.describe(str(rows), way))
     if not dataset.examples:
-        raise InputError(f"no row is left of {rows}; {report.drops.total} were left out, the first: {report.drops[0]}")
-    report.problems = problems
-    report.skipped, report.dropped = dict(problems.kinds), dict(report.drops.kinds)
+        raise InputError(
+            f"no row is left of {rows}; {report.dropped.total} were left out, the first: {report.dropped[0]}"
+        )
+    report.skipped = problems
 
 
 def _notices(dataset: Dataset, template: ChatTemplate, notes: Counter[str]) -> list[str]:
@@ -214,8 +222,7 @@ def encode(
     something that it says (see `said`) or is not prefix-stable on its last answer, when a message spells a special
     token, when the tokenizer refuses the text, when it begins with two BOS tokens, and when nothing would be trained.
     """
-    if loss_on not in ("assistant", "all", "last"):
-        raise ValueError(f'loss_on must be "assistant", "all" or "last", not {loss_on!r}')
+    checked("loss_on", loss_on, LossOn)
     for first in range(0, len(samples), RENDERED_AT_ONCE):
         chunk = samples[first : first + RENDERED_AT_ONCE]
         talks = [_talks(sample, loss_on) for sample in chunk]
@@ -230,8 +237,18 @@ def encode(
                     yield tuple(
                         _encode(_conversation(sample, *said, tokenizer, loss_on), tokenizer, loss_on) for said in spoken
                     )
-            except BadRow as bad:
-                yield bad
+            except BadRow as error:
+                yield error
+
+
+def encoded(
+    samples: Sequence[Sample], tokenizer: TokenizerLike, template: ChatTemplate, loss_on: LossOn
+) -> Iterator[tuple[Encoded, ...]]:
+    """`encode`. Raises BadRow for the first sample that is one."""
+    for parts in encode(samples, tokenizer, template, loss_on=loss_on):
+        if isinstance(parts, BadRow):
+            raise parts
+        yield parts
 
 
 def encode_prompts(samples: Sequence[Sample], tokenizer: TokenizerLike, template: ChatTemplate) -> list[list[int]]:
@@ -249,10 +266,8 @@ def encode_questions(
     writes it, calls and special tokens included, up to the token that ends it. Raises BadRow as `encode` gives it."""
     prompts, answers = _prompts(samples, tokenizer, template), list[str]()
     weighed = [replace(sample, answers=(_last_weighed(sample.answers[0]),)) for sample in samples]
-    for prompt, parts in zip(prompts, encode(weighed, tokenizer, template, loss_on="last"), strict=True):
-        if isinstance(parts, BadRow):
-            raise parts
-        text, trained = parts[0].text, parts[0].trained
+    for prompt, (answer,) in zip(prompts, encoded(weighed, tokenizer, template, "last"), strict=True):
+        text, trained = answer.text, answer.trained
         ids, offsets = tokenizer.encode_with_offsets(text)
         learned = list(compress(range(len(ids)), trained))
         first, last = (learned[0], learned[-1]) if learned else (-1, -1)  # -1: only the end of the text is trained
@@ -272,7 +287,7 @@ def _prompts(samples: Sequence[Sample], tokenizer: TokenizerLike, template: Chat
     talks = []
     for sample in samples:
         if sample.text is not None:
-            raise BadRow(sample.problem("text", "is plain text, which asks for no answer", "form"))
+            raise bad(sample, "text", "has no messages, so it asks for no answer", "form")
         messages = sample.context + (sample.answers[0] if sample.answers else [])
         messages = messages[: len(messages) - (messages[-1]["role"] == "assistant")]
         talks.append(Talk(messages, sample.tools, prompt=True, variables=sample.variables))
@@ -293,7 +308,7 @@ class _Conversation:
 
     def bad(self, field: str, reason: str, kind: str = "template") -> BadRow:
         """The error for a rule that this conversation breaks."""
-        return BadRow(self.sample.problem(f"{self.name}: {field}" if self.name else field, reason, kind))
+        return bad(self.sample, f"{self.name}: {field}" if self.name else field, reason, kind)
 
 
 def _talks(sample: Sample, loss_on: LossOn) -> list[Talk]:
@@ -355,8 +370,16 @@ def _encode(talk: _Conversation, tokenizer: TokenizerLike, loss_on: LossOn) -> E
 
 
 def _plain(sample: Sample, text: str, tokenizer: TokenizerLike, loss_on: LossOn) -> Encoded:
-    """Plain text between the marks with which texts of this model begin and end, all trained but the first token."""
+    """Plain text between the marks with which texts of this model begin and end, all trained but the first token; or
+    ready tokens as they are."""
     talk = _Conversation(sample, "", [{"role": "assistant", "content": text}], text, {})
+    if sample.tokens is not None:
+        ids, trained = sample.tokens
+        if outside := [token for token in ids if not 0 <= token < tokenizer.vocab_size]:
+            size = tokenizer.vocab_size
+            raise talk.bad("input_ids", f"holds {outside[0]}, and the tokenizer has the tokens 0 to {size - 1}")
+        notes = (LABELLED,) * (loss_on != "assistant")
+        return _checked(talk, Encoded(ids, [False, *trained[1:]], "", sample.source, notes), tokenizer)
     begin, end = (tokenizer.bos_token or "") if expects_bos(tokenizer) else "", tokenizer.eos_token or ""
     inside = text.removeprefix(begin).removesuffix(end)
     tokens = _tokens(talk, tokenizer, f"{begin}{inside}{end}")
@@ -377,7 +400,7 @@ def _checked(talk: _Conversation, example: Encoded, tokenizer: TokenizerLike) ->
     """The example. Raises BadRow where it begins with two BOS tokens, or nothing of it is trained."""
     bos = tokenizer.bos_id
     if bos is not None and example.ids[:2] == [bos, bos]:
-        reason = f"begins with two BOS tokens ({tokenizer.bos_token!r}): the template writes one, so the row must not"
+        reason = f"begins with two BOS tokens ({tokenizer.bos_token!r}): the row must not hold one that is added"
         raise talk.bad("text", reason)
     if not any(example.trained[1:]):
         raise talk.bad("messages", "nothing to train: no token of an answer is left", "nothing to train")

@@ -5,7 +5,6 @@ one, and the fields that are read. A file has one form, told from its first rows
 row that does not fit is a problem with its line, its field and the reason. What other tools write is in `dialects`.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -27,11 +26,9 @@ from .messages import (
     trains,
     turn,
 )
-from .read import read_rows
-from .row import UNUSED, BadRow, Problem, Problems, Row, bad, excerpt, type_name
+from .read import Rows, sources
+from .row import UNUSED, BadRow, Problem, Problems, Row, bad, excerpt, type_name, typed
 from .sample import Kind, Sample
-
-Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 DETECT_ROWS = 200
 MAX_BAD_ROWS = 20_000
@@ -60,21 +57,31 @@ class Form(NamedTuple):
     judgement: str = ""  # of a judged answer: the field that says whether it is a good one
 
 
-def read_samples(paths: Paths, kind: Kind) -> tuple[list[Sample], Problems]:
-    """The samples of one or several files, and the problems of the rows that are none, in the order of files, lines.
+def read_samples(rows: Rows, kind: Kind, name: str = "rows") -> tuple[list[Sample], Problems]:
+    """The samples of files or objects (see `read.sources`), and the problems of the rows that are none, in their order.
 
     Raises InputError for a file that is none, and as soon as 20,000 rows are bad and most are.
     """
     found, problems = list[Sample](), Problems()
-    for name in _names(paths):
-        found += samples(read_rows(name), kind, problems)
+    for source in sources(rows, name):
+        found += samples(source, kind, problems)
     return found, problems
 
 
-def kind_of(paths: Paths) -> Kind:
+def samples_of(rows: Rows | Sequence[Sample], kind: Kind) -> list[Sample]:
+    """Samples as they are, or those of rows. Raises InputError listing the rows that are none."""
+    if isinstance(rows, list | tuple) and all(isinstance(row, Sample) for row in rows):
+        return [*rows]
+    found, problems = read_samples(rows, kind)
+    if problems:
+        raise InputError(problems.describe(str(len(found) + problems.total), "mend them"))
+    return found
+
+
+def kind_of(paths: Rows) -> Kind:
     """What most of the first rows are: "judged", "pairs" or, of all others, "sft"."""
     kinds: tuple[Kind, ...] = ("judged", "pairs", "sft")
-    first = _first_rows(islice(read_rows(_names(paths)[0]), MAX_BAD_ROWS))
+    first = _first_rows(islice(sources(paths)[0], MAX_BAD_ROWS))
     seen = Counter(kind for row in first for kind in kinds if recognise(row.data, kind))
     return seen.most_common(1)[0][0] if seen else "sft"
 
@@ -83,30 +90,21 @@ def _first_rows(items: Iterable[Row | Problem]) -> list[Row]:
     return list(islice((item for item in items if isinstance(item, Row)), DETECT_ROWS))
 
 
-def _names(paths: Paths) -> list[str | os.PathLike[str]]:
-    names = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    if not names:
-        raise InputError("no data file was named: give at least one .jsonl file.")
-    return names
-
-
 def samples(items: Iterable[Row | Problem], kind: Kind, problems: Problems) -> Iterator[Sample]:
-    """Every row of one file that is a sample; the others are added to `problems`. The file's form is the one most of
-    its first 200 rows have; prompts may mix theirs."""
+    """Every row of one source that is a sample; the others are added to `problems`. The form is the one most of its
+    first 200 rows have; prompts may mix theirs."""
     items, good = iter(items), 0
     first = list(islice(items, DETECT_ROWS))
     seen = Counter(form.name for row in _first_rows(first) if (form := recognise(row.data, kind)))
     name = seen.most_common(1)[0][0] if seen and kind != "prompts" else None
     for item in chain(first, items):
         try:
-            problem = item if isinstance(item, Problem) else None
-            if not isinstance(item, Problem):
-                yield sample(item, kind, name)
-                good += 1
+            if isinstance(item, Problem):
+                raise BadRow(item)
+            yield sample(item, kind, name)
+            good += 1
         except BadRow as error:
-            problem = error.problem
-        if problem is not None:
-            problems.add(problem)
+            problems.add(error.problem)
         if problems.total > max(MAX_BAD_ROWS, good):
             way = "so many that the rest is not read; mend them"
             raise InputError(problems.describe(f"the first {problems.total + good}", way))
@@ -118,11 +116,11 @@ def sample(row: Row, kind: Kind, name: str | None = None) -> Sample:
     if form is None:
         raise _unknown(row, kind)
     if name is not None and form.name != name:
-        reason = f"is of the {form.name} form, but this file's first rows are of the {name} form: one form a file"
+        reason = f"is of the {form.name} form, but the first rows are of the {name} form: one form a file"
         raise bad(row, "row", reason, "form")
     fields = present(row.data)
     fields.level = kind
-    read = Row(fields, row.file, row.line)
+    read = Row(fields, row.place)
     made = SETTLED[kind](read, form, _beside_messages(read, form.read(read)))
     unused, passed = unread(read, ASIDE if kind == "prompts" else ())
     if not (unused or passed or kind == "prompts"):
@@ -203,9 +201,7 @@ def _compared(row: Row, form: Form, made: Sample) -> Sample:
 
 def _judged(row: Row, form: Form, made: Sample) -> Sample:
     """One answer and whether it is a good one."""
-    label = row.data[form.judgement]
-    if not isinstance(label, bool):
-        raise bad(row, form.judgement, f"must be true (a good answer) or false, not {type_name(label)}")
+    label = typed(row, form.judgement, row.data[form.judgement], bool, "be true (a good answer) or false")
     return replace(_answered(row, form, made), label=label)
 
 
@@ -216,7 +212,7 @@ SETTLED = {"sft": _learned, "pairs": _compared, "judged": _judged, "prompts": _a
 
 
 def _made(row: Row, context: Messages, *answers: Messages, **more: Any) -> Sample:
-    return Sample(context, answers, row.file, row.line, **more)
+    return Sample(context, answers, row.place, **more)
 
 
 def _chat(row: Row) -> Sample:
@@ -229,12 +225,28 @@ def _text(row: Row) -> Sample:
     return _made(row, [], text=filled(row, "text", row.data["text"]))
 
 
+def _ready(row: Row) -> Sample:
+    """Tokens, and of each its label: itself where it is trained, else -100."""
+    given: dict[str, Any] = {key: row.data.get(key) for key in ("input_ids", "labels", "attention_mask")}
+    ids, labels, seen = given.values()
+    seen = [1] * len(ids) if seen is None and isinstance(ids, list) else seen
+    for key, values in zip(given, (ids, labels, seen), strict=True):
+        if not isinstance(values, list) or {*map(type, values)} != {int}:
+            raise bad(row, key, f"must be a list of whole numbers, of one row, not {excerpt(repr(values))[1:-1]}")
+        if len(values) != len(ids):
+            raise bad(row, key, f"has {len(values)} numbers, and input_ids {len(ids)}: one for each token")
+    size = sum(seen)
+    if seen != [1] * size + [0] * (len(ids) - size):
+        raise bad(row, "attention_mask", "must be 1 for every token, but for padding at the end: take padding out")
+    if wrong := [i for i, label in enumerate(labels) if label != -100 and (i >= size or label != ids[i])]:
+        reason = "is neither -100 (not trained) nor the token itself: labels are not shifted, padding has -100"
+        raise bad(row, f"labels[{wrong[0]}]", reason)
+    return _made(row, [], text="", tokens=(ids[:size], [label != -100 for label in labels[:size]]))
+
+
 def _texts(row: Row) -> Sample:
     """`prompt`, whose assistant turns are context, and `completion`: strings, or lists of messages."""
-    for key in ("prompt", "completion"):
-        if key not in row.data:
-            raise bad(row, key, "is missing: a prompt/completion row needs both")
-    prompt, completion = row.data["prompt"], row.data["completion"]
+    prompt, completion = _both(row, "prompt", "completion")
     if _are_strings(row, "prompt", "completion"):
         return _made(row, turn(row, "prompt", prompt, "user"), turn(row, "completion", completion))
     return _made(row, as_context(checked_messages(row, "prompt", prompt)), _answer(row, "completion", completion))
@@ -253,9 +265,7 @@ def _task(row: Row) -> Sample:
 
 def _openai_pair(row: Row) -> Sample:
     outputs = _both(row, *_OUTPUTS)
-    source = row.data.get("input")
-    if not isinstance(source, Fields):
-        raise bad(row, "input", f"must be an object with `messages`, not {type_name(source)}")
+    source = typed(row, "input", row.data.get("input"), Fields, "be an object with `messages`")
     context = checked_messages(row, "input.messages", source.get("messages"))
     answers = [_answer(row, field, output) for field, output in zip(_OUTPUTS, outputs, strict=True)]
     return _made(row, context, *answers, tools=offered_tools(row, source, "input."))
@@ -356,7 +366,8 @@ FORMS: tuple[Form, ...] = (
     Form("sft", "prompt/completion", _has("prompt", none=("text", *_OTHERS)), _texts),
     Form("sft", "conversations", _has("conversations", none=_RATED), _talk),
     Form("sft", "instruction/output", _has("instruction", none=_RATED), _task),
-    Form("sft", "text", _has("text", none=("prompt", *_OTHERS)), _text),
+    Form("sft", "text", _has("text", none=("prompt", "input_ids", *_OTHERS)), _text),
+    Form("sft", "input_ids/labels", _has("input_ids", none=("prompt", *_OTHERS)), _ready),
     Form("pairs", "/".join(_OUTPUTS), _has(one=_OUTPUTS), _openai_pair, _OUTPUTS),
     Form("pairs", "conversations/chosen/rejected", _has("conversations", one=_PAIR), _sharegpt_pair, _PAIR),
     Form("pairs", "instruction/chosen/rejected", _has("instruction", one=_PAIR), _alpaca_pair, _PAIR),

@@ -17,10 +17,10 @@ TURN, CALL, WHOLE = "turn", "tool call", "whole"  # levels of a row; that of the
 _ALONE = "which a model of text would not see: take the key out where the text stands without it, or such rows"
 _MASKED = "which are not used here (`weight` 0 on a turn keeps it from being trained): take the key out"
 _MEDIA = {key: f"holds {key}, {_ALONE}" for key in ("image", "images", "video", "videos", "audio", "audios")}
-_TOKENS = ("input_ids", "prompt_ids", "completion_ids", "completion_mask", "assistant_masks", "loss_mask")
+_IDS = ("input_ids", "position_ids", "prompt_ids", "completion_ids", "completion_mask", "assistant_masks", "loss_mask")
 _ROW = {
     **_MEDIA,
-    **dict.fromkeys(_TOKENS, f"holds tokens or a loss mask of another tool, {_MASKED}"),
+    **dict.fromkeys(_IDS, f"holds tokens or a loss mask of another tool, {_MASKED}"),
     **dict.fromkeys(
         ("weight", "weights", "sample_weight", "loss_weight", "loss_scale"),
         "would weigh the row, and all rows count the same here: take the key out, or the row",

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .keys import CALL, TURN, Fields, opened, parsed, plain, present
-from .row import Row, bad, excerpt, type_name
+from .row import Row, bad, excerpt, type_name, typed
 
 Messages = list[dict[str, Any]]
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -33,16 +33,13 @@ def core(message: dict[str, Any]) -> tuple[Any, ...]:
 def checked_messages(row: Row, field: str, value: Any) -> Messages:
     """A row's list of messages in the one shape; given so, or with ShareGPT's `from` and `value`. Raises BadRow for
     what is none, or breaks a rule of messages."""
-    if not isinstance(value, list):
-        raise bad(row, field, f"must be a list of messages, not {type_name(value)}")
-    if not value:
+    if not typed(row, field, value, list, "be a list of messages"):
         raise bad(row, field, "is an empty list", "empty")
     return [_message(row, f"{field}[{i}]", message) for i, message in enumerate(value)]
 
 
 def _message(row: Row, field: str, message: Any) -> dict[str, Any]:
-    if not isinstance(message, Fields):
-        raise bad(row, field, f"must be an object with `role` and `content`, not {type_name(message)}")
+    typed(row, field, message, Fields, "be an object with `role` and `content`")
     message.level = TURN
     message.get("tool_call_id")  # a link between turns, which their order tells too
     theirs = "from" in message and "role" not in message
@@ -66,9 +63,7 @@ def _message(row: Row, field: str, message: Any) -> dict[str, Any]:
 def _role(row: Row, field: str, key: str, message: Fields) -> str:
     if key not in message:
         raise bad(row, f"{field}.{key}", MISSING)
-    role = message[key]
-    if not isinstance(role, str):
-        raise bad(row, f"{field}.{key}", f"must be a string, not {type_name(role)}")
+    role = typed(row, f"{field}.{key}", message[key], str)
     role = ROLE_SYNONYMS.get(role.lower(), role)
     if role not in (*ROLES, *CALLING):
         meant = role.lower().strip()
@@ -85,21 +80,17 @@ def _content(row: Row, field: str, message: Fields, role: str, calls: bool) -> s
         raise bad(row, field, MISSING)
     if isinstance(content, list):
         content = "".join(_part(row, f"{field}[{i}]", part) for i, part in enumerate(content))
-    if not isinstance(content, str):
-        raise bad(row, field, f"must be a string or a list of text parts, not {type_name(content)}")
+    typed(row, field, content, str, "be a string or a list of text parts")
     if role == "user" or (role == "assistant" and not calls and message.get("weight") != 0):
         return filled(row, field, content)
     return content
 
 
 def _part(row: Row, field: str, part: Any) -> str:
-    if not isinstance(part, dict):
-        raise bad(row, field, f'must be an object {{"type": "text", "text": ...}}, not {type_name(part)}')
+    typed(row, field, part, dict, 'be an object {"type": "text", "text": ...}')
     if part.get("type") != "text":
         raise bad(row, f"{field}.type", f"is {excerpt(str(part.get('type')))}: only text parts can be trained on")
-    if not isinstance(part.get("text"), str):
-        raise bad(row, f"{field}.text", f"must be a string, not {type_name(part.get('text'))}")
-    return str(part["text"])
+    return str(typed(row, f"{field}.text", part.get("text"), str))
 
 
 def turn(row: Row, field: str, text: Any, role: str = "assistant") -> Messages:
@@ -109,13 +100,11 @@ def turn(row: Row, field: str, text: Any, role: str = "assistant") -> Messages:
 
 def filled(row: Row, field: str, text: Any) -> str:
     """A string with something in it. Raises BadRow."""
-    if not isinstance(text, str):
-        raise bad(row, field, f"must be a string, not {type_name(text)}")
-    if not text:
+    if not typed(row, field, text, str):
         raise bad(row, field, "is empty", "empty")
     if text.isspace():
         raise bad(row, field, "holds only white space", "empty")
-    return text
+    return str(text)
 
 
 def _check_weight(row: Row, field: str, weight: Any, role: str) -> None:
@@ -135,9 +124,7 @@ def _tool_calls(row: Row, field: str, message: Fields, role: str) -> Messages | 
         raise bad(row, where, f"belongs on assistant turns only, this one is {role!r}")
     if key == "function_call":
         return [_tool_call(row, where, calls)]
-    if not isinstance(calls, list):
-        raise bad(row, where, f"must be a list, not {type_name(calls)}")
-    return [_tool_call(row, f"{where}[{i}]", call) for i, call in enumerate(calls)]
+    return [_tool_call(row, f"{where}[{i}]", c) for i, c in enumerate(typed(row, where, calls, list, "be a list"))]
 
 
 def _calls_of_text(row: Row, field: str, message: Fields, key: str) -> Messages | None:
@@ -158,8 +145,7 @@ def _tool_call(row: Row, field: str, call: Any) -> dict[str, Any]:
     call.level = function.level = CALL
     arguments = opened(row, f"{field}.arguments", function.get("arguments", ""))
     arguments = {} if arguments is None else arguments
-    if not isinstance(arguments, dict):
-        raise bad(row, f"{field}.arguments", f"must be a JSON object, not {type_name(arguments)}")
+    typed(row, f"{field}.arguments", arguments, dict, "be a JSON object")
     made = plain(function) | {"arguments": arguments}
     return plain(call) | {"function": made} if "function" in call else {"type": "function", "function": made}
 
@@ -186,9 +172,8 @@ def template_variables(row: Row) -> dict[str, Any] | None:
     """`chat_template_kwargs`: what the row itself gives to the template."""
     field = "chat_template_kwargs"
     given = opened(row, field, row.data.get(field))
-    if given is not None and not isinstance(given, dict):
-        raise bad(row, field, f"must be an object, or one as JSON text, not {type_name(given)}")
-    if ours := sorted({*OURS} & {*(given or {})}):
+    given = typed(row, field, {} if given is None else given, dict, "be an object, or one as JSON text")
+    if ours := sorted({*OURS} & {*given}):
         raise bad(row, field, f"may not say {ours[0]!r}, which is given from elsewhere: take it out")
     return given or None
 

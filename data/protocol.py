@@ -7,8 +7,9 @@ from typing import Protocol
 class TokenizerLike(Protocol):
     """A tokenizer that never adds special tokens by itself and recognises those written in the text.
 
-    `stop_ids` are the tokens that end a generation (end of text and end of turn). `named_tokens` are the special tokens
-    by the names that chat templates know them by, such as `bos_token`; `special_tokens` the texts of all of them.
+    `vocab_size` is the highest token + 1; `stop_ids` are the tokens that end a generation (end of text and end of
+    turn). `named_tokens` are the special tokens by the names that chat templates know them by, such as `bos_token`;
+    `special_tokens` the texts of all of them.
     """
 
     @property
@@ -23,6 +24,8 @@ class TokenizerLike(Protocol):
     def eos_id(self) -> int | None: ...
     @property
     def stop_ids(self) -> Sequence[int]: ...
+    @property
+    def vocab_size(self) -> int: ...
     @property
     def named_tokens(self) -> Mapping[str, str]: ...
     @property

@@ -3,9 +3,9 @@
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..errors import InputError
+from ..errors import InputError, visible
 
 UNUSED = "not used: "  # begins the note of a field of a row that nothing reads
 SHOWN_KEYS = 8
@@ -13,21 +13,28 @@ SHOWN_PROBLEMS, SHOWN_CHARACTERS = 20, 1600
 KEPT_PROBLEMS = 1000
 
 
+class Place(NamedTuple):
+    """Where a row stands, counted from 1: `file:line`, or in rows that were given as objects "row 17 of train"."""
+
+    name: str
+    number: int
+    in_file: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.number}" if self.in_file else f"row {self.number} of {self.name}"
+
+
 @dataclass(frozen=True)
 class Problem:
-    """One row that cannot be used; `str()` is one line, `file:line: field: reason`; `kind` groups them for counting."""
+    """One row that cannot be used; `str()` is one line, `place: field: reason`; `kind` groups them for counting."""
 
-    file: str
-    line: int
+    place: Place
     field: str
     reason: str
     kind: str = "row"
 
     def __str__(self) -> str:
-        text = f"{self.file}:{self.line}: {self.field}: {self.reason}"
-        if text.isprintable():
-            return text
-        return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+        return visible(f"{self.place}: {self.field}: {self.reason}").replace("\n", "\\n").replace("\t", "\\t")
 
 
 class Problems(list[Problem]):
@@ -67,11 +74,10 @@ class BadRow(InputError):
 
 @dataclass(frozen=True)
 class Row:
-    """One JSON object and where it stood (lines count from 1)."""
+    """One JSON object and where it stood."""
 
     data: dict[str, Any]
-    file: str
-    line: int
+    place: Place
 
 
 def excerpt(text: str, limit: int = 60) -> str:
@@ -79,9 +85,16 @@ def excerpt(text: str, limit: int = 60) -> str:
     return repr(text if len(text) <= limit else text[: limit - 3] + "...")
 
 
-def bad(row: Row, field: str, reason: str, kind: str = "row") -> BadRow:
-    """The error for a row that breaks a rule; the caller raises it."""
-    return BadRow(Problem(row.file, row.line, field, reason, kind))
+def bad(row: Any, field: str, reason: str, kind: str = "row") -> BadRow:
+    """The error for a row, or a sample of one, that breaks a rule; the caller raises it."""
+    return BadRow(Problem(row.place, field, reason, kind))
+
+
+def typed(row: Any, field: str, value: Any, kind: type, rule: str = "be a string") -> Any:
+    """The value. Raises BadRow where it is of another type: it must ..."""
+    if not isinstance(value, kind):
+        raise bad(row, field, f"must {rule}, not {type_name(value)}")
+    return value
 
 
 def type_name(value: Any) -> str:

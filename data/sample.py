@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from .keys import Passed
 from .messages import Messages, core, trains
-from .row import UNUSED, Problem, excerpt
+from .row import UNUSED, Place, excerpt
 from .said import lacks
 
 Kind = Literal["sft", "pairs", "judged", "prompts"]
@@ -22,12 +22,12 @@ class Sample:
 
     context: Messages
     answers: tuple[Messages, ...]  # one; of a pair the chosen and the rejected one; of a prompt none
-    file: str
-    line: int
+    place: Place
     tools: Messages | None = None
     variables: dict[str, Any] | None = None  # that the template is given beside them
     label: bool | None = None  # of a judged answer: whether it is a good one
-    text: str | None = None  # of plain text: all there is
+    text: str | None = None  # of plain text: all there is; "" of ready tokens
+    tokens: tuple[list[int], list[bool]] | None = None  # ready ones, and for each whether it is trained
     row: dict[str, Any] = field(default_factory=dict)  # of a prompt: the row itself, to be written with its answer
     notes: tuple[str, ...] = ()
     passed: tuple[Passed, ...] = ()
@@ -39,8 +39,8 @@ class Sample:
 
     @property
     def source(self) -> str:
-        """`file:line`."""
-        return f"{self.file}:{self.line}"
+        """Where the row stands, in words."""
+        return str(self.place)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -49,20 +49,16 @@ class Sample:
             return ("chosen", "rejected")
         return ("",) if self.label is None else ("completion",)
 
-    def problem(self, field: str, reason: str, kind: str = "row") -> Problem:
-        """A problem that names this row."""
-        return Problem(self.file, self.line, field, reason, kind)
-
     def content(self) -> list[Any]:
         """What makes two rows the same row, as JSON."""
         learned = [[(core(message), trains(message)) for message in answer] for answer in self.answers]
         asked = list(map(core, self.context))
-        return [asked, learned, self.label, self.text, self.tools, self.variables]
+        return [asked, learned, self.label, self.text, self.tools, self.variables, self.tokens]
 
     def topic(self) -> list[Any]:
         """What rows have in common that must stay on one side of a split, as JSON: the prompt, or all there is."""
         if self.text is not None:
-            return [self.text]
+            return [self.text, *(self.tokens or ())]
         return [
             list(map(core, self.context or self.answers[0])),
             self.tools,

@@ -20,6 +20,7 @@ from typing import Any
 
 from ..child import child_command, child_environment
 from ..errors import EnvironmentProblem, InputError
+from ..files import read_text
 from .protocol import TokenizerLike
 from .said import REASONING
 from .turns import Rendered, Talk, Turn, Unrenderable, before_mark, place, too_many, with_thoughts
@@ -34,25 +35,8 @@ MAX_STRIKES = 2  # more, and a template is given up: it has then taken three con
 TOOK = f"it takes more than {RENDER_SECONDS:g} s or {CHILD_MEMORY // 2**20} MiB"
 CHILD_NAME = "the child process that renders chat templates"
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA3 = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] }}"
-    "{{ '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-ZEPHYR = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
-    "{{ eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-PLAIN = (
-    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-)
 FILE = "chat_template.jinja"  # in the folder of a model or an adapter, as transformers has it: its template
-BUILTINS = {"chatml": CHATML, "llama3": LLAMA3, "zephyr": ZEPHYR, "plain": PLAIN}
+BUILTINS = ("chatml", "llama3", "plain", "zephyr")  # files in the folder templates
 
 
 class ChatTemplate:
@@ -315,25 +299,22 @@ def _named(tokenizer: TokenizerLike, override: str | os.PathLike[str], date: str
         return _builtin(tokenizer, name, date)
     path = Path(name)
     if not path.is_file():
-        known = ", ".join(sorted(BUILTINS))
+        known = ", ".join(BUILTINS)
         raise InputError(
             f"template {name!r}: neither a built-in ({known}) nor a file: name one of those or a .jinja file."
         )
-    if path.stat().st_size > MAX_SOURCE_BYTES:
-        raise InputError(
-            f"{name}: the chat template has {path.stat().st_size} bytes; at most {MAX_SOURCE_BYTES} are allowed."
-        )
-    try:
-        source = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{name}: the chat template cannot be read: {error}.") from None
-    return ChatTemplate(source, tokenizer.named_tokens, name=name, date=date)
+    return ChatTemplate(read_text(path, MAX_SOURCE_BYTES), tokenizer.named_tokens, name=name, date=date)
 
 
 def _builtin(tokenizer: TokenizerLike, name: str, date: str | None) -> ChatTemplate:
     bos = (tokenizer.bos_token or "") if name == "llama3" or expects_bos(tokenizer) else ""
     tokens = {**tokenizer.named_tokens, "bos_token": bos, "eos_token": tokenizer.eos_token or ""}
-    return ChatTemplate(BUILTINS[name], tokens, name=name, date=date)
+    return ChatTemplate(builtin(name), tokens, name=name, date=date)
+
+
+def builtin(name: str) -> str:
+    """The source of one of BUILTINS."""
+    return (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
 
 
 def expects_bos(tokenizer: TokenizerLike) -> bool:

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from ..errors import InputError
-from ..text.tokenizer import Tokenizer
+from ..text.tokenizer import NEEDED, Tokenizer
 from .config import Settings
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # tokenizer.ggml.token_type; 1 normal, 5 unused, 6 byte
@@ -57,15 +57,9 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     if not isinstance(template, str | None):
         raise InputError("GGUF metadata: tokenizer.chat_template must be a string.")
     bos, eos, pad, *stops = (_token_id(keys, name, len(tokens)) for name in ("bos", "eos", "padding", "eot", "eom"))
-    bos_token, eos_token, pad_token = (None if index is None else tokens[index] for index in (bos, eos, pad))
-    return Tokenizer(
-        backend,
-        chat_template=template,
-        bos_token=bos_token,
-        eos_token=eos_token,
-        pad_token=pad_token,
-        stop_ids=[stop for stop in stops if stop is not None],
-    )
+    named = {name: tokens[i] for name, i in zip(NEEDED, (bos, eos, pad), strict=True) if i is not None}
+    stop_ids = [stop for stop in stops if stop is not None]
+    return Tokenizer(backend, chat_template=template, named_tokens=named, stop_ids=stop_ids)
 
 
 def _backend(keys: Settings, tokens: list[str]) -> tokenizers.Tokenizer:

@@ -115,7 +115,7 @@ COMMANDS = [
          f"{EVAL} --answers a --json"),
     case("cli/options.py", "leave json out", f"{GENERATE} --out - --json",
          f"{GENERATE} --out -", f"{GENERATE} --out a --json"),
-    case("cli/generate.py", "mend them", "generate --model m --data bad.jsonl --out a", f"{GENERATE} --out a"),
+    case("data/forms.py", "mend them", "generate --model m --data bad.jsonl --out a", f"{GENERATE} --out a"),
     case("cli/load.py", "--device must be auto, cpu", f"{EVAL} --match none --device gpu",
          f"{EVAL} --match none --device cpu", f"{EVAL} --match none --device auto"),
     case("cli/load.py", "give a Hugging Face folder or a .gguf file", "data rows.jsonl --model nope",
@@ -153,7 +153,7 @@ COMMANDS = [
          "$ (cat rows.jsonl > p.jsonl &) ; cat p.jsonl > a.jsonl; data --model m a.jsonl"),
     case("data/read.py", ": use one of {}.", "$ cp rows.jsonl a.txt; data --model m a.txt",
          "$ cp rows.jsonl a.jsonl; data --model m a.jsonl", "$ cp rows.jsonl a.json; data --model m a.json"),
-    case("data/read.py", "the file holds no rows: expected one JSON object a line", "$ echo > a.jsonl; data --model m "
+    case("data/read.py", "expected one JSON object a line", "$ echo > a.jsonl; data --model m "
          "a.jsonl", "data --model m rows.jsonl"),
     case("data/read.py", "the file is empty: expected one JSON object a line", "$ : > a.jsonl; data --model m a.jsonl",
          "data --model m rows.jsonl"),
@@ -360,7 +360,7 @@ def test_the_advice_for_a_row_works(
         assert len(load([written(tmp_path / "a.jsonl", row)], tokenizer, kind)) == 1
 
 
-@follows(("data/encode.py", "mend them"), ("data/forms.py", "give at least one .jsonl file"))
+@follows(("data/encode.py", "mend them"))
 def test_leaving_out_is_advised_where_a_row_is_left(tokenizer: Any, tmp_path: Path) -> None:
     good = {"messages": [ASK, SAY]}
     with words_of("mend them, or leave them out with on_bad_row skip"):
@@ -369,8 +369,34 @@ def test_leaving_out_is_advised_where_a_row_is_left(tokenizer: Any, tmp_path: Pa
     for how in ("error", "skip"):
         with pytest.raises(InputError, match="mend them:"):
             load([written(tmp_path / "a.jsonl", {"x": 1})], tokenizer, "sft", on_bad_row=how)
-    with words_of("give at least one .jsonl file"):
-        load([], tokenizer, "sft")
+
+
+@follows(
+    ("data/forms.py", "for padding at the end: take padding out"),
+    ("data/read.py", "give one dict a row; a generator gives its rows but once"),
+    ("data/read.py", "leave the key out, or such rows"),
+    ("data/read.py", "give a list of rows, or one of its parts"),
+    ("text/tokenizer_folder.py", "take AutoTokenizer's, or fourbit.load's for the folder"),
+)
+def test_rows_from_python_are_mended_as_advised(tokenizer: Any, kept: Path) -> None:
+    from transformers import AutoTokenizer
+
+    row, ready = {"messages": [ASK, SAY]}, {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
+    for words, wrong, right in (
+        ("take padding out", [ready | {"attention_mask": [0, 1, 1]}], [{k: ids[1:] for k, ids in ready.items()}]),
+        ("give one dict a row", iter(()), iter([row])),
+        ("leave the key out", [row | {"when": object()}], [row]),
+        ("or such rows", [row, row | {"when": object()}], [row]),
+        ("give a list of rows", row, [row]),
+        ("or one of its parts", {"train": [row]}, {"train": [row]}["train"]),
+    ):
+        with words_of(words):
+            load(wrong, tokenizer)
+        assert len(load(right, tokenizer)) == 1
+    with words_of("take AutoTokenizer's"):
+        load([row], kept / "m")
+    for taken in (AutoTokenizer.from_pretrained(kept / "m"), fourbit.load(kept / "m")[1]):
+        assert len(load([row], taken)) == 1
 
 
 @follows(("data/order.py", "needs {}% at least; or give validation rows of their own"))

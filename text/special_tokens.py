@@ -13,9 +13,10 @@ import tokenizers
 from tokenizers import AddedToken
 
 from ..errors import InputError, shown
+from ..settings import checked
+from .tokenizer import NEEDED
 
 STANDARD = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-NEEDED = ("bos_token", "eos_token", "pad_token")  # with an id
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 AGAIN = "Write both again with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
 
@@ -90,7 +91,5 @@ def _token(where: Path, key: str, value: Any) -> AddedToken:
     content = given.get("content") if isinstance(given, dict) else None
     if not isinstance(content, str) or (not content.isprintable() and "\ud800" <= max(content) <= "\udfff"):
         raise InputError(f"{where}: {key} must be a token's text or an object with its 'content', got {shown(value)}.")
-    flags = {name: given[name] for name in FLAGS if name in given}
-    if wrong := [name for name, flag in flags.items() if not isinstance(flag, bool)]:
-        raise InputError(f"{where}: {wrong[0]} of {key} must be true or false, got {shown(flags[wrong[0]])}.")
+    flags = {name: checked(f"{where}: {name} of {key}", given[name], bool) for name in FLAGS if name in given}
     return AddedToken(content, **flags)

@@ -12,6 +12,7 @@ import tokenizers
 
 from ..errors import FourbitError, InputError
 
+NEEDED = ("bos_token", "eos_token", "pad_token")  # with an id, where they are named
 MAX_TEXT_BYTES = 4 << 20  # about a million tokens; at up to 2 us a byte the time is linear but has to end
 
 # Tokens that end an answer, as the common chat formats name them. The second group also stands inside an answer in
@@ -43,24 +44,18 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         *,
         chat_template: str | None = None,
-        bos_token: str | None = None,
-        eos_token: str | None = None,
-        pad_token: str | None = None,
-        stop_ids: Iterable[int] = (),
         named_tokens: Mapping[str, str] | None = None,
+        stop_ids: Iterable[int] = (),
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         backend.post_processor = None  # with no token to add, all it would do is cut blanks off the offsets
         self.backend, self.chat_template = backend, chat_template
-        vocab = backend.get_vocab(with_added_tokens=True)
+        vocab, self.named_tokens = backend.get_vocab(with_added_tokens=True), dict(named_tokens or {})
         self.vocab_size = max(vocab.values(), default=-1) + 1
-        self.bos_token, self.bos_id = bos_token, _id(vocab, "bos_token", bos_token)
-        self.eos_token, self.eos_id = eos_token, _id(vocab, "eos_token", eos_token)
-        self.pad_token, self.pad_id = pad_token, _id(vocab, "pad_token", pad_token)
+        self.bos_token, self.eos_token, self.pad_token = map(self.named_tokens.get, NEEDED)
+        self.bos_id, self.eos_id, self.pad_id = (_id(vocab, name, self.named_tokens.get(name)) for name in NEEDED)
         self.stop_ids = self._stop_ids(stop_ids)
-        given = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
-        self.named_tokens = {**(named_tokens or {}), **{name: text for name, text in given.items() if text is not None}}
         # Of the added tokens alone: no other is found whole in a text.
         known = {*self.named_tokens.values(), *(backend.id_to_token(stop) for stop in self.stop_ids)}
         added = backend.get_added_tokens_decoder().values()

@@ -7,18 +7,22 @@ special tokens; the chat template is in `chat_template.jinja` or in the config; 
 
 import json
 import re
+import shutil
 import signal
 import string
 import subprocess
+import tempfile
+import weakref
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tokenizers
 
 from ..child import child_command, child_environment
 from ..errors import InputError, shown
 from ..files import read_json, read_text
+from ..settings import checked
 from .special_tokens import AGAIN, add_special_tokens
 from .tokenizer import Tokenizer, fenced
 
@@ -27,24 +31,48 @@ JSON_BYTES = 64 << 20
 TEMPLATE_BYTES = 1 << 20
 
 
-def folder_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that a folder describes; InputError names the file that is missing or malformed."""
-    backend, where = _backend(folder), folder / "tokenizer_config.json"
+def as_tokenizer(given: object) -> Tokenizer:
+    """A tokenizer of ours, or of the user's own making with what `data.protocol` asks, as it is; a fast one of
+    transformers as the folder that it saves would be read, so that tokens, template and special tokens are the same.
+
+    It is taken as it is now; the tokens that end an answer are also those of the folder it was loaded from, if it was.
+    Files go to a temporary folder: before a loop convert once. Raises InputError for anything else: a slow tokenizer
+    of transformers does not say where in a text its tokens stand.
+    """
+    if hasattr(given, "encode_with_offsets"):
+        return cast(Tokenizer, given)
+    if not (hasattr(given, "backend_tokenizer") and hasattr(given, "save_pretrained")):
+        raise InputError(
+            "a tokenizer is one that fourbit.load gives or a fast one of transformers (with .backend_tokenizer), got "
+            f"{type(given).__name__}: take AutoTokenizer's, or fourbit.load's for the folder"
+        )
+    folder = Path(tempfile.mkdtemp(prefix="fourbit-tokenizer-"))
+    try:
+        given.save_pretrained(str(folder))
+        made = folder_tokenizer(folder, Path(getattr(given, "name_or_path", None) or folder))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    made.source = str(folder)  # its files go with what is saved
+    weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)
+    return made
+
+
+def folder_tokenizer(folder: Path, home: Path | None = None) -> Tokenizer:
+    """The tokenizer that a folder describes; InputError names the file that is missing or malformed.
+    home: of a tokenizer that is open already, and was saved there: the folder of its model."""
+    backend, where = _backend(folder, home is not None), folder / "tokenizer_config.json"
     older, config = _optional_json(folder / "special_tokens_map.json"), _optional_json(where)
     with fenced(str(where)):
         named = add_special_tokens(where, config, older, backend)
     tokenizer = Tokenizer(
-        backend,
-        chat_template=_chat_template(where, config),
-        **{key: named.get(key) for key in ("bos_token", "eos_token", "pad_token")},
-        stop_ids=_stop_ids(folder),
-        named_tokens=named,
+        backend, chat_template=_chat_template(where, config), named_tokens=named, stop_ids=_stop_ids(home or folder)
     )
     _check_letters(folder, tokenizer)
     return tokenizer
 
 
-def _backend(folder: Path) -> tokenizers.Tokenizer:
+def _backend(folder: Path, tried: bool) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).exists()]
@@ -53,7 +81,7 @@ def _backend(folder: Path) -> tokenizers.Tokenizer:
             way = "Convert it once with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         raise InputError(f"{folder}: needs tokenizer.json, found {f'only {others[0]}' if others else 'none'}. {way}")
     text, now = read_text(path, TOKENIZER_BYTES), path.stat()
-    if fault := _tried(path.resolve(), now.st_ino, now.st_size, now.st_mtime_ns):
+    if not tried and (fault := _tried(path.resolve(), now.st_ino, now.st_size, now.st_mtime_ns)):
         raise InputError(f"{path}: not a readable tokenizer: {fault}. Get the file again.")
     with fenced(f"{path}: not a readable tokenizer"):
         backend = tokenizers.Tokenizer.from_str(text)
@@ -101,26 +129,20 @@ def _chat_template(where: Path, config: dict[str, Any]) -> str | None:
     if file.is_file():
         return read_text(file, TEMPLATE_BYTES)
     template = config.get("chat_template")
+    named: dict[str, Any] = {file.stem: None for file in where.parent.glob("additional_chat_templates/*.jinja")}
     if isinstance(template, list):
-        named = {str(item.get("name")): item.get("template") for item in template if isinstance(item, dict)}
+        named |= {str(item.get("name")): item.get("template") for item in template if isinstance(item, dict)}
         template = named.get("default")
-        if template is None:
-            raise InputError(f"{where}: chat_template has no entry named 'default', only {sorted(named)}.")
-    if not isinstance(template, str | None):
-        raise InputError(f"{where}: chat_template must be a string or a list of named templates.")
-    return template
+    if template is None and (named or config.get("chat_template") is not None):
+        raise InputError(f"{where}: chat_template has no entry named 'default', only {sorted(named)}.")
+    found: str | None = checked(f"{where}: chat_template", template, str | None)
+    return found
 
 
 def _stop_ids(folder: Path) -> list[int]:
     """`eos_token_id` of generation_config.json, or where that is silent of config.json: a number or a list."""
     for name in ("generation_config.json", "config.json"):
-        value = _optional_json(folder / name).get("eos_token_id")
-        if value is None:
-            continue
-        ids = value if isinstance(value, list) else [value]
-        if any(not isinstance(index, int) or isinstance(index, bool) for index in ids):
-            raise InputError(
-                f"{folder / name}: eos_token_id must be a token id or a list of them, got {str(value)[:80]}."
-            )
-        return ids
+        if (value := _optional_json(folder / name).get("eos_token_id")) is not None:
+            ids = value if isinstance(value, list) else [value]
+            return [checked(f"{folder / name}: eos_token_id", index, int) for index in ids]
     return []

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch, Example, micro_batches
-from ..data.encode import encode_questions
-from ..data.read import Refused, parse
+from ..data.encode import Dataset, encode_questions, load_rows
+from ..data.forms import samples_of
+from ..data.protocol import TokenizerLike
+from ..data.read import Refused, Rows, parse
 from ..data.sample import Sample
-from ..data.template import ChatTemplate
+from ..data.template import TemplateChoice, template_for
 from ..errors import InputError, shown
 from ..models.finite import explain_nonfinite, first_nonfinite
 from ..models.generate import generate_each
 from ..models.protocol import CausalLM
+from ..text.tokenizer_folder import as_tokenizer
 from .interrupt import at_most
 from .losses.tokens import batch_token_scores, evaluating, on_device
 
@@ -58,14 +61,19 @@ def perplexity(loss: float) -> float:
 
 def evaluate_loss(
     model: CausalLM,
-    examples: Sequence[Example],
+    rows: Rows | Dataset | Sequence[Example],
+    tokenizer: TokenizerLike | None = None,
     *,
     packing: bool = True,
     token_budget: int = 512,
     pad_id: int = 0,
 ) -> float:
-    """Mean loss of a trained token over all examples, in nats; its exponential is the perplexity.
+    """Mean loss of a trained token over all rows, in nats; its exponential is the perplexity.
+    rows: files or objects, as a trainer's `val`, for which `tokenizer` is needed; or examples of a dataset.
     Dropout is off and no gradient is kept. NumericError, naming the layer, where the loss is no number."""
+    examples: Any = rows
+    if not (isinstance(rows, list | tuple) and rows and isinstance(rows[0], Example)):
+        examples = load_rows(None, as_tokenizer(tokenizer), rows, "sft", max_length=None).examples
     batches = micro_batches(
         list(enumerate(examples)), packing=packing, micro_batch="auto", token_budget=token_budget, pad_id=pad_id
     )
@@ -81,23 +89,27 @@ def evaluate_loss(
 
 def answer_all(
     model: CausalLM,
-    tokenizer: Any,
-    template: ChatTemplate,
-    samples: Sequence[Sample],
+    tokenizer: TokenizerLike,
+    template: TemplateChoice,
+    rows: Rows | Dataset | Sequence[Sample],
     *,
     match: Match = "exact",
     max_new_tokens: int = 128,
     batch_size: int = 32,
 ) -> Iterator[Answer]:
-    """Greedy answers to the last assistant turn of every sample, in their order, as they are finished.
+    """Greedy answers to the last assistant turn of every row (as for `evaluate_loss`), in their order, as they are
+    finished. template: as `template_for` takes it.
 
     Raises InputError for an answer in the data that `match` cannot compare and a prompt that leaves no room for one,
     NumericError as `generate`.
     """
+    samples = rows.samples if isinstance(rows, Dataset) else samples_of(rows, "sft")
+    tokenizer = as_tokenizer(tokenizer)
+    template = template_for(tokenizer, template)
     check_comparable(samples, match)
     prompts, written = encode_questions(samples, tokenizer, template)
     check_room(model, samples, prompts)
-    how = {"max_length": model.max_positions, "stop_ids": tokenizer.stop_ids, "batch_size": batch_size}
+    how: dict[str, Any] = {"max_length": model.max_positions, "stop_ids": tokenizer.stop_ids, "batch_size": batch_size}
     new = generate_each(model, prompts, max_new_tokens=max_new_tokens, **how)
     for sample, prompt, expected, ids in zip(samples, prompts, written, new, strict=True):
         answer = tokenizer.decode(ids, skip_special=False)

@@ -42,7 +42,7 @@ class PreferenceTrainer(Trainer):
 
     def constants(self) -> dict[str, float]:
         report = self.train_set.report
-        lost = sum(report.dropped.values()) + sum(report.skipped.values())
+        lost = report.dropped.total + report.skipped.total
         return {"dropped": lost / max(1, lost + report.rows)}
 
 

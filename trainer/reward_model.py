@@ -4,7 +4,7 @@ The head lies beside the adapter as `reward_head.safetensors` with one tensor, `
 and shape that transformers' `LlamaForSequenceClassification` with one label has.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch, Example, micro_batches
-from ..data.encode import encode
-from ..data.forms import sample
+from ..data.encode import encoded
+from ..data.forms import samples_of
 from ..data.protocol import TokenizerLike
-from ..data.row import BadRow, Row
+from ..data.read import Rows
 from ..data.sample import Sample
 from ..data.template import FILE as TEMPLATE
 from ..data.template import MAX_SOURCE_BYTES, TemplateChoice, template_for
@@ -24,11 +24,11 @@ from ..files import check_finite, float_tensors, read_text, regular_file, write_
 from ..lora.peft_files import load_adapter, save_adapter
 from ..models.finite import explain_nonfinite
 from ..models.protocol import CausalLM
+from ..text.tokenizer_folder import as_tokenizer
 from .evaluate import nonfinite_layer
 from .losses.tokens import evaluating, hidden_rows
 
 HEAD, KEY = "reward_head.safetensors", "score.weight"
-Answered = Sample | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 class RewardModel:
@@ -73,22 +73,20 @@ class RewardModel:
     def score(
         self,
         tokenizer: TokenizerLike,
-        rows: Sequence[Answered],
+        rows: Rows | Sequence[Sample],
         *,
         template: TemplateChoice = None,
         token_budget: int = 2048,
     ) -> list[float]:
         """The reward of each row's last assistant turn, in order; dropout is off and no gradient is kept.
-        A row is a list of messages, {"messages": ...} or {"prompt": ..., "completion": ...}, and ends with an assistant
-        turn. token_budget: tokens that are run through the model at a time. Raises InputError for a row that is none of
+        rows: files or objects, as a trainer's; a list of messages counts as a row. Each ends with an assistant turn.
+        token_budget: tokens that are run through the model at a time. Raises InputError for a row that is none of
         these or cannot be encoded, naming its place, NumericError for rewards that are no numbers."""
+        tokenizer = as_tokenizer(tokenizer)
         form = template_for(tokenizer, self.template if template is None else template)
-        samples = [_sample(row, place) for place, row in enumerate(rows, 1)]
-        answers = []
-        for place, parts in enumerate(encode(samples, tokenizer, form, loss_on="last")):
-            if isinstance(parts, BadRow):
-                raise parts
-            answers.append((place, Example(parts, label=True)))  # to be rated: its batch has `last`
+        samples = samples_of(rows, "sft")
+        parts = encoded(samples, tokenizer, form, "last")
+        answers = [(i, Example(part, label=True)) for i, part in enumerate(parts)]  # to be rated: its batch has `last`
         scores = [0.0] * len(answers)
         if not answers:
             return scores
@@ -126,10 +124,3 @@ def read_head(model: CausalLM, folder: str | Path) -> Tensor:
     if not bool(torch.isfinite(head).all()):
         raise InputError(f"'{file}': the tensor '{KEY}' holds NaN or infinity")
     return head
-
-
-def _sample(row: Answered, place: int) -> Sample:
-    if isinstance(row, Sample):
-        return row
-    data = dict(row) if isinstance(row, Mapping) else {"messages": list(row)}
-    return sample(Row(data, "rows", place), "sft")

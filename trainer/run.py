@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..data.batch import Batch
-from ..data.encode import Dataset, load_rows
-from ..data.sample import Kind
+from ..data.encode import Dataset
 from ..data.template import FILE as TEMPLATE
 from ..errors import InputError
 from ..files import write_text
@@ -69,18 +67,6 @@ class TrainResult:
     def val_loss(self) -> float | None:
         """The loss on the validation rows, of the best evaluation."""
         return self.val.get("loss")
-
-
-def dataset_of(rows: Any, kind: Kind, config: Any, tokenizer: Any) -> Dataset:
-    """A file, several or a dataset as a dataset of this kind, read as the config says. Raises InputError."""
-    if isinstance(rows, Dataset):
-        if rows.kind != kind:
-            raise InputError(f"this training reads rows loaded as {kind!r}, got {rows.kind!r}")
-        return rows
-    paths = [rows] if isinstance(rows, str | PathLike) else rows
-    if not isinstance(paths, Sequence) or not all(isinstance(path, str | PathLike) for path in paths):
-        raise InputError(f"rows are a file's path, a list of paths or a Dataset, got {type(rows).__name__}")
-    return load_rows(config, tokenizer, paths, kind)
 
 
 def adapter_to_train(model: nn.Module) -> dict[str, nn.Parameter]:

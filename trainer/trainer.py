@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch, micro_batches
+from ..data.encode import load_rows
 from ..data.order import fingerprint, split_validation, step_indices, steps_per_epoch
 from ..data.sample import Kind
 from ..lora.peft_files import adapter_state, load_adapter_state, save_adapter
@@ -25,6 +26,7 @@ from ..models.protocol import CausalLM
 from ..optim.unmoved import notice
 from ..outputs import check_free, lock_folder
 from ..settings import read_fields
+from ..text.tokenizer_folder import as_tokenizer
 from .checkpoint import STATE, checkpoint_to_resume, load_checkpoint, resuming, save_checkpoint
 from .config import TrainingConfig
 from .interrupt import Interrupt, interrupts
@@ -34,7 +36,7 @@ from .metrics import Display, Metrics, finite
 from .progress import display_for
 from .report import draw_curves, nonfinite
 from .resume import SavedState, adapter_form, as_json, base_hash, check_resumed, layout
-from .run import RunState, StepData, TrainResult, adapter_to_train, dataset_of, save_template
+from .run import RunState, StepData, TrainResult, adapter_to_train, save_template
 from .step import Stepper, StepResult, Sums, means, rng_states, set_rng_states
 
 SKIPS_ALLOWED = 2  # in a row; one more ends the run
@@ -57,17 +59,17 @@ class Trainer(ABC):
     def __init__(
         self, model: CausalLM, tokenizer: Any, *, train: Any, config: TrainingConfig, val: Any | float | None = None
     ) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.model, self.tokenizer, self.config = model, as_tokenizer(tokenizer), config
         self.parameters = self.trained_parameters()
         self.device = next(iter(self.parameters.values())).device
-        self.pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else 0
+        self.pad_id = self.tokenizer.pad_id if self.tokenizer.pad_id is not None else 0
         self.token_budget = TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET["cuda"])
-        self.train_set = dataset_of(train, self.kind, config, tokenizer)
+        self.train_set = load_rows(config, self.tokenizer, train, self.kind, name="train")
         self.val_set: Any = None
         if isinstance(val, float):
             self.train_set, self.val_set = split_validation(self.train_set, val)
         elif val is not None:
-            self.val_set = dataset_of(val, self.kind, config, tokenizer)
+            self.val_set = load_rows(config, self.tokenizer, val, self.kind, name="val")
         config.check_rows(len(self.train_set), None if self.val_set is None else len(self.val_set))
 
     # What a kind of training says.
@@ -150,7 +152,7 @@ class Trainer(ABC):
         display: called with (steps in all, steps done before); None shows nothing."""
         self.trained_parameters()  # raises if they have been switched off or frozen since
         out = Path(self.config.out)
-        reads = [self.model.source, *{sample.file for rows in self.sets for sample in rows.samples}]
+        reads = [self.model.source, *{s.place.name for rows in self.sets for s in rows.samples if s.place.in_file}]
         held = lock_folder(self.config.out, reads, self.config.resume)
         with held as notes, torch.random.fork_rng(), interrupts() as self.interrupt:
             checkpoint = checkpoint_to_resume(out, self.config.resume, notes)

@@ -111,7 +111,9 @@ def test_a_built_in_means_the_same_as_a_file(tiny_folder: Path, name: str, tmp_p
     """A tokenizer with a bos token that its own template leaves out: the built-ins leave it out too, but for llama3."""
     _, tokenizer = fourbit.load(tiny_folder)
     tokenizer = type(tokenizer)(
-        tokenizer.backend, bos_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=tokenizer.chat_template
+        tokenizer.backend,
+        named_tokens={"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"},
+        chat_template=tokenizer.chat_template,
     )
     built_in, talk = template_for(tokenizer, name), [{"role": "user", "content": "x"}]
     (tmp_path / TEMPLATE).write_text(built_in.portable())

@@ -39,6 +39,7 @@ class TinyTokenizer:
         self.named_tokens = {name: text for name, text in (("bos_token", bos), ("eos_token", eos)) if text is not None}
         self.special_tokens = tuple(specials)
         self.bos_id, self.eos_id = self.id(bos), self.id(eos)
+        self.vocab_size = self.backend.get_vocab_size()
         self.stop_ids = tuple(
             self.backend.token_to_id(token) for token in dict.fromkeys([*stops, *([eos] if eos else [])])
         )

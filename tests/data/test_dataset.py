@@ -15,7 +15,7 @@ from fourbit.data.encode import SPECIAL_IN_TEXT, WHOLE, Dataset, encode_prompts,
 from fourbit.data.order import count_overlap, fingerprint, split_validation
 from fourbit.data.row import Row
 from fourbit.data.sample import Sample
-from fourbit.data.template import BUILTINS, ChatTemplate
+from fourbit.data.template import ChatTemplate, builtin
 from fourbit.errors import InputError
 
 
@@ -37,9 +37,9 @@ def test_files_are_read_in_order_and_counted(write: Callable[..., Path], tokeniz
     second = write([{"prompt": "p", "completion": "c"}], "b.jsonl")
     data = load([first, second], tokenizer)
     assert [e.source for e in data.examples] == [f"{first}:1", f"{first}:2", f"{first}:3", f"{second}:1"]
-    assert len(data) == 4 and [c.line for c in data.samples] == [1, 2, 3, 1]
+    assert len(data) == 4 and [c.place.number for c in data.samples] == [1, 2, 3, 1]
     report = data.report
-    assert (report.rows, report.skipped, report.truncated, report.duplicates) == (4, {}, 0, 0)
+    assert (report.rows, report.skipped.kinds, report.truncated, report.duplicates) == (4, {}, 0, 0)
     assert report.tokens == sum(len(e.ids) for e in parts(data))
     assert report.trained == sum(sum(e.trained) for e in parts(data))
     assert report.longest == max(len(e.ids) for e in parts(data))
@@ -80,9 +80,9 @@ def test_skipped_rows_are_counted_by_kind(write: Callable[..., Path], tokenizer:
     path = write([*lines, {"messages": [{"role": "user", "content": "x"}]}])
     data = load(path, tokenizer, on_bad_row="skip", max_length=60)
     assert data.report.rows == 2
-    assert data.report.skipped == {"json": 1, "empty": 1, "form": 2, "nothing to train": 1, "too long": 1}
-    assert [problem.line for problem in data.report.problems] == [1, 4, 5, 6, 8, 7]
-    with pytest.raises(ValueError, match='on_bad_row must be "error" or "skip"'):
+    assert data.report.skipped.kinds == {"json": 1, "empty": 1, "form": 2, "nothing to train": 1, "too long": 1}
+    assert [problem.place.number for problem in data.report.skipped] == [1, 4, 5, 6, 8, 7]
+    with pytest.raises(ValueError, match="on_bad_row must be error or skip"):
         load(path, tokenizer, on_bad_row="drop")  # type: ignore[arg-type]
 
 
@@ -90,7 +90,7 @@ def test_skipping_everything_is_still_an_error(write: Callable[..., Path], token
     path = write(["no"])
     with pytest.raises(InputError, match="1 of 1 rows cannot be used"):
         load(path, tokenizer, on_bad_row="skip")
-    with pytest.raises(InputError, match="no data file was named"):
+    with pytest.raises(InputError, match="holds no rows"):
         load([], tokenizer)
     with pytest.raises(InputError, match="no such file"):
         load([path, "none.jsonl"], tokenizer, on_bad_row="skip")
@@ -136,7 +136,7 @@ def test_notices_are_counted(write: Callable[..., Path], tokenizer: Any) -> None
     assert notices[1:] == [
         "1 of 4 rows repeat an earlier row",
     ]
-    dated = ChatTemplate(BUILTINS["chatml"] + "{% if false %}{{ strftime_now('%d') }}{% endif %}")
+    dated = ChatTemplate(builtin("chatml") + "{% if false %}{{ strftime_now('%d') }}{% endif %}")
     assert load(write(rows(1), "b.jsonl"), tokenizer, template=dated).report.notices == [
         "the chat template writes today's date into every example: another day gives other tokens"
     ]
@@ -154,11 +154,11 @@ def test_a_key_that_only_the_template_can_use_is_told_of_where_it_does_not(
         "1 of 1 rows: not used: 'messages[].id'",
         "1 of 1 rows: not used: 'messages[].mood'",
     ]
-    moody = BUILTINS["chatml"].replace("+ message['content']", "+ message['content'] + message.mood | default('')")
+    moody = builtin("chatml").replace("+ message['content']", "+ message['content'] + message.mood | default('')")
     data = load(path, tokenizer, template=ChatTemplate(moody))
     assert data.report.notices == ["1 of 1 rows: not used: 'messages[].id'"] and "qgay" in parts(data)[0].text
     first = "{% if loop.first %}{{ message.mood }}{% endif %}"
-    some = ChatTemplate(BUILTINS["chatml"].replace("{% endfor %}", first + "{% endfor %}", 1))
+    some = ChatTemplate(builtin("chatml").replace("{% endfor %}", first + "{% endfor %}", 1))
     row = chat("q", "a")
     row["messages"] = [{**row["messages"][0], "mood": "gay"}, {**row["messages"][1], "mood": "gray"}]
     told = load(write([row], "b.jsonl"), tokenizer, template=some)
@@ -169,7 +169,7 @@ def test_a_rows_variables_reach_the_template(write: Callable[..., Path], tokeniz
     """And make another row of it. A null one stays unknown there."""
     kwargs = [{"style": "short"}, '{"style": "long"}', {"style": None}, None]
     path = write([chat("q", "a", chat_template_kwargs=given) for given in kwargs])
-    template = ChatTemplate("{{ style is defined and style or '-' }}:" + BUILTINS["chatml"])
+    template = ChatTemplate("{{ style is defined and style or '-' }}:" + builtin("chatml"))
     data = load(path, tokenizer, template=template)
     assert [part.text.split(":")[0] for part in parts(data)] == ["short", "long", "-", "-"]
     assert data.report.duplicates == 1
@@ -203,7 +203,7 @@ def test_a_split_stays_when_rows_are_added_or_moved(write: Callable[..., Path], 
     assert len(held) + len(train) == 1000 == held.report.rows + train.report.rows
     assert held.report.tokens + train.report.tokens == small.report.tokens
     assert held.report.trained == sum(sum(e.trained) for e in parts(held))
-    assert [e.source for e in train.examples] == [f"{c.file}:{c.line}" for c in train.samples]
+    assert [e.source for e in train.examples] == [str(c.place) for c in train.samples]
 
 
 def test_more_is_held_back_as_the_fraction_grows(write: Callable[..., Path], tokenizer: Any) -> None:
@@ -336,7 +336,7 @@ def test_a_form_is_one_entry_of_the_table(
 ) -> None:
     def riddle(row: Row) -> Sample:
         turns = chat(row.data["riddle"], row.data["solution"])["messages"]
-        return Sample([], (turns,), row.file, row.line)
+        return Sample([], (turns,), row.place)
 
     form = forms.Form("sft", "riddle", lambda row: "riddle" in row, riddle)
     path = write([{"riddle": "Sky?", "solution": "Blue.", "hint": "B"}])

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from fourbit.data import turns as module
 from fourbit.data.batch import Encoded
 from fourbit.data.encode import encode, encode_prompts, encode_questions
-from fourbit.data.row import BadRow
+from fourbit.data.row import BadRow, Place
 from fourbit.data.sample import Sample
-from fourbit.data.template import BUILTINS, ChatTemplate, template_for
+from fourbit.data.template import ChatTemplate, builtin, template_for
 from fourbit.data.turns import UNKNOWN_STOP
 from fourbit.errors import InputError
 
@@ -29,7 +29,7 @@ HI = {"role": "user", "content": "Hi"}
 
 
 def row(*messages: dict[str, Any]) -> Sample:
-    return Sample([], (list(messages),), "rows.jsonl", 3)
+    return Sample([], (list(messages),), Place("rows.jsonl", 3))
 
 
 def say(text: str, **more: Any) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def trained_text(example: Encoded, tokenizer: Any) -> str:
 
 @pytest.fixture
 def chatml() -> ChatTemplate:
-    return ChatTemplate(BUILTINS["chatml"])
+    return ChatTemplate(builtin("chatml"))
 
 
 def bad(conv: Sample, tokenizer: Any, template: ChatTemplate, **options: Any) -> str:
@@ -125,7 +125,7 @@ def test_a_system_text_that_moves_to_the_last_user_turn_is_refused(tokenizer: An
 
 
 def test_a_generation_prompt_that_the_whole_lacks_is_said(tokenizer: Any) -> None:
-    template = ChatTemplate(BUILTINS["chatml"].replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"))
+    template = ChatTemplate(builtin("chatml").replace("<|im_start|>assistant\\n", "<|im_start|>assistant\\n<think>\\n"))
     example = encoded(row(HI, say("one")), tokenizer, template)
     assert trained_text(example, tokenizer) == "one<|im_end|>" and example.notes == (module.LACKS,)
     inserts = "{% for m in messages %}{{ '!' if m.role == 'assistant' }}{{ m.content }}|{% endfor %}"
@@ -188,9 +188,9 @@ def test_a_broken_template_is_no_rows_fault(tokenizer: Any) -> None:
 def test_two_bos_tokens_are_refused(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer(("<s>", "</s>"), "<s>", "</s>")
     template = ChatTemplate("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}", {"bos_token": "<s>"})
-    conv = Sample([], (), "rows.jsonl", 3, text="<s><s>Hi")
+    conv = Sample([], (), Place("rows.jsonl", 3), text="<s><s>Hi")
     assert bad(conv, tokenizer, template) == (
-        "rows.jsonl:3: text: begins with two BOS tokens ('<s>'): the template writes one, so the row must not"
+        "rows.jsonl:3: text: begins with two BOS tokens ('<s>'): the row must not hold one that is added"
     )
     once = encoded(row(HI, say("x")), tokenizer, template)
     assert once.ids.count(tokenizer.bos_id) == 1
@@ -264,15 +264,15 @@ def test_another_turns_stop_token_ends_no_answer(tokenizer: Any) -> None:
 def test_a_marker_that_is_no_stop_token_is_trained_whole_and_said(make_tokenizer: Callable[..., Any]) -> None:
     """ChatML on a model whose vocabulary lacks its tokens: the marker is spelled in several tokens."""
     tokenizer = make_tokenizer(("<e>",), None, "<e>")
-    example = encoded(row(HI, say("Hello.")), tokenizer, ChatTemplate(BUILTINS["chatml"]))
+    example = encoded(row(HI, say("Hello.")), tokenizer, ChatTemplate(builtin("chatml")))
     assert trained_text(example, tokenizer) == "Hello.<|im_end|>"
     assert example.notes == (UNKNOWN_STOP,)
 
 
 def test_text_put_before_the_answer_is_said(tokenizer: Any) -> None:
-    source = BUILTINS["chatml"].replace(
-        "message['role'] + '\n' + message",
-        "message['role'] + '\n' + ('<think></think>' if message['role'] == 'assistant' else '') + message",
+    source = builtin("chatml").replace(
+        "message['role'] + '\\n' + message",
+        "message['role'] + '\\n' + ('<think></think>' if message['role'] == 'assistant' else '') + message",
     )
     example = encoded(row(HI, say("Hello.")), tokenizer, ChatTemplate(source))
     assert trained_text(example, tokenizer) == "<think></think>Hello.<|im_end|>"
@@ -313,7 +313,7 @@ def test_all_needs_no_stable_template(tokenizer: Any) -> None:
 
 
 def test_loss_on_is_checked(tokenizer: Any, chatml: ChatTemplate) -> None:
-    with pytest.raises(ValueError, match='loss_on must be "assistant", "all" or "last", not \'user\''):
+    with pytest.raises(ValueError, match="loss_on must be one of assistant, all or last, got 'user'"):
         encoded(row(HI, say("x")), tokenizer, chatml, loss_on="user")  # type: ignore[arg-type]
 
 
@@ -345,6 +345,6 @@ TURNS = st.lists(st.tuples(WORDS, WORDS, st.sampled_from([0, 1])), min_size=1, m
 def test_the_trained_text_is_the_answers_and_their_ends(turns: list[tuple[str, str, int]], tokenizer: Any) -> None:
     """Decoding the trained tokens gives exactly the answers of weight 1, each with its end-of-turn token."""
     messages = [m for q, a, w in turns for m in ({"role": "user", "content": q}, say(a, weight=w))]
-    example = encoded(row(*messages), tokenizer, ChatTemplate(BUILTINS["chatml"]))
+    example = encoded(row(*messages), tokenizer, ChatTemplate(builtin("chatml")))
     assert trained_text(example, tokenizer) == "".join(f"{a}<|im_end|>" for _, a, w in turns if w)
     assert tokenizer.decode(example.ids, skip_special=False) == example.text

@@ -21,7 +21,7 @@ from fourbit.data import forms
 from fourbit.data.forms import ASIDE, FORMS, WANTED, kind_of, recognise, sample
 from fourbit.data.forms import samples as read_samples
 from fourbit.data.keys import CALL, ELSEWHERE, TURN
-from fourbit.data.row import BadRow, Problem, Problems, Row, counted
+from fourbit.data.row import BadRow, Place, Problem, Problems, Row, counted
 from fourbit.data.sample import Sample
 from fourbit.errors import InputError
 
@@ -48,7 +48,7 @@ def samples(rows: Sequence[Row | Problem], kind: Any) -> tuple[list[Sample], Pro
 
 
 def made(data: dict[str, Any], kind: Any = "sft") -> Sample:
-    return sample(Row(data, "rows.jsonl", 7), kind)
+    return sample(Row(data, Place("rows.jsonl", 7)), kind)
 
 
 @pytest.mark.parametrize("case", GOOD)
@@ -80,7 +80,7 @@ def test_a_bad_row_is_one_clear_problem(case: str) -> None:
         made(given["row"], given["kind"])
     problem = caught.value.problem
     assert str(caught.value) == f"rows.jsonl:7: {given['says']}"
-    assert (problem.file, problem.line, problem.kind) == ("rows.jsonl", 7, given["counted"])
+    assert (problem.place, problem.kind) == (Place("rows.jsonl", 7), given["counted"])
 
 
 def test_the_tables_are_whole() -> None:
@@ -148,7 +148,7 @@ def test_rows_are_grouped_by_prompt_and_told_apart_by_all() -> None:
 
 
 def test_prompts_may_mix_their_forms() -> None:
-    good, problems = samples([Row({"prompt": "p"}, "f", 1), Row(chat(U), "f", 2)], "prompts")
+    good, problems = samples([Row({"prompt": "p"}, Place("f", 1)), Row(chat(U), Place("f", 2))], "prompts")
     assert len(good) == 2 and problems == []
 
 
@@ -166,27 +166,33 @@ def test_prompts_may_mix_their_forms() -> None:
     ],
 )
 def test_a_row_of_another_form_is_named(kind: Any, first: Any, other: Any, forms: tuple[str, str]) -> None:
-    rows = [*(Row(first, "f.jsonl", line) for line in (1, 2, 3)), Row(other, "f.jsonl", 4), Row({}, "f.jsonl", 5)]
+    rows = [
+        *(Row(first, Place("f.jsonl", line)) for line in (1, 2, 3)),
+        Row(other, Place("f.jsonl", 4)),
+        Row({}, Place("f.jsonl", 5)),
+    ]
     good, problems = samples(rows, kind)
-    assert [row.line for row in good] == [1, 2, 3] and [problem.kind for problem in problems] == ["form", "form"]
+    assert [row.place.number for row in good] == [1, 2, 3] and [problem.kind for problem in problems] == [
+        "form",
+        "form",
+    ]
     assert str(problems[0]) == (
-        f"f.jsonl:4: row: is of the {forms[0]} form, but this file's first rows are of the {forms[1]} form:"
-        " one form a file"
+        f"f.jsonl:4: row: is of the {forms[0]} form, but the first rows are of the {forms[1]} form: one form a file"
     )
 
 
 def test_the_first_200_rows_decide_and_later_ones_are_still_checked() -> None:
     pair = {"prompt": "p", "completion": "c"}
-    rows = [Row(pair if i <= 101 else chat(U, A), "f", i) for i in range(1, 500)]
+    rows = [Row(pair if i <= 101 else chat(U, A), Place("f", i)) for i in range(1, 500)]
     good, problems = samples(rows, "sft")
-    assert {conv.line for conv in good} == {*range(1, 102)}
-    assert {problem.line for problem in problems} == {*range(102, 500)}
+    assert {conv.place.number for conv in good} == {*range(1, 102)}
+    assert {problem.place.number for problem in problems} == {*range(102, 500)}
 
 
 def test_unknown_rows_do_not_decide_the_form() -> None:
-    rows = [Row({"x": 1}, "f", 1), Row({"x": 1}, "f", 2), Row(chat(U, A), "f", 3)]
+    rows = [Row({"x": 1}, Place("f", 1)), Row({"x": 1}, Place("f", 2)), Row(chat(U, A), Place("f", 3))]
     good, problems = samples(rows, "sft")
-    assert [conv.line for conv in good] == [3]
+    assert [conv.place.number for conv in good] == [3]
     assert [problem.kind for problem in problems] == ["form", "form"]
 
 
@@ -309,8 +315,8 @@ def parts_and_texts(told: Sample) -> list[Any]:
 
 def test_many_faults_are_counted_and_the_first_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """In memory that does not grow with them; where most rows are bad, reading stops and says so."""
-    wrong = [Problem("f", line, "line", "is no JSON", "json") for line in range(1, 3001)]
-    good, problems = samples([*(Row(chat(U, A), "f", line) for line in range(1, 3001)), *wrong], "sft")
+    wrong = [Problem(Place("f", line), "line", "is no JSON", "json") for line in range(1, 3001)]
+    good, problems = samples([*(Row(chat(U, A), Place("f", line)) for line in range(1, 3001)), *wrong], "sft")
     assert (len(good), problems.total, len(problems), problems.kinds) == (3000, 3000, 1000, {"json": 3000})
     text = problems.describe("6000", "mend them")
     assert text.startswith("3000 of 6000 rows cannot be used; mend them:\nf:1: ") and text.endswith("and 2980 more")
@@ -379,7 +385,7 @@ def test_any_row_is_taken_or_refused_as_a_row(data: dict[str, Any]) -> None:
     kinds: tuple[Any, ...] = ("sft", "pairs", "judged", "prompts")
     for kind in kinds:
         try:
-            row = sample(Row(data, "f", 1), kind)
+            row = sample(Row(data, Place("f", 1)), kind)
         except BadRow as bad:
             assert isinstance(bad, InputError) and str(bad).startswith("f:1: ") and bad.problem.kind
             continue
@@ -401,6 +407,6 @@ def test_empty_calls_say_nothing(role: str, more: dict[str, Any]) -> None:
     """As writers fill them in that give every turn the same keys."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     filled = [turn | (more if turn["role"] == role else {}) for turn in turns]
-    made = sample(Row({"messages": filled}, "f", 1), "sft")
+    made = sample(Row({"messages": filled}, Place("f", 1)), "sft")
     assert [(turn["role"], turn["content"]) for turn in made.answers[0]] == [("user", "a"), ("assistant", "b")]
     assert not made.notes and not made.passed and not any(turn.get("function_call") for turn in made.answers[0])

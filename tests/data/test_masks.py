@@ -14,9 +14,9 @@ import pytest
 
 from fourbit.data.batch import Encoded, Example, pad
 from fourbit.data.encode import encode, encode_questions
-from fourbit.data.row import BadRow
+from fourbit.data.row import BadRow, Place
 from fourbit.data.sample import Sample
-from fourbit.data.template import BUILTINS, ChatTemplate, template_for
+from fourbit.data.template import ChatTemplate, builtin, template_for
 
 
 def encoded(sample: Sample, tokenizer: Any, template: ChatTemplate, **options: Any) -> Encoded:
@@ -150,7 +150,7 @@ PHI3 = Format(
     ("<|end|>",),
 )
 CHATML = Format(
-    BUILTINS["chatml"],
+    builtin("chatml"),
     ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     "<|endoftext|>",
     "<|endoftext|>",
@@ -179,7 +179,7 @@ def talk(*contents: str, system: str | None = None, weights: Sequence[int] = ())
         messages.append({"role": ("user", "assistant")[i % 2], "content": content})
         if i % 2 and weights:
             messages[-1]["weight"] = weights[i // 2]
-    return Sample([], (messages,), "rows.jsonl", 1)
+    return Sample([], (messages,), Place("rows.jsonl", 1))
 
 
 TALK = talk("Hi", "Hello!", "Why?", "Because\nso.")
@@ -294,7 +294,7 @@ def test_a_tool_call_is_trained_and_its_result_is_not(make_tokenizer: Callable[.
         {"role": "user", "content": "I see it."},
         {"role": "assistant", "content": "Good."},
     ]
-    example = encoded(Sample([], (messages,), "f", 1, [{"name": "look"}]), tokenizer, template_for(tokenizer))
+    example = encoded(Sample([], (messages,), Place("f", 1), [{"name": "look"}]), tokenizer, template_for(tokenizer))
     assert trained_runs(example, tokenizer) == [
         '<tool_call>\n{"name": "look", "arguments": {"at": "caf\u00e9 <1>"}}\n</tool_call><|im_end|>',
         "Good.<|im_end|>",

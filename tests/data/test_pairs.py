@@ -14,12 +14,12 @@ from fourbit.data.batch import Encoded
 from fourbit.data.dialects import CUT
 from fourbit.data.encode import Dataset, encode_prompts, load, shared_tokens
 from fourbit.data.order import count_overlap, fingerprint, split_validation
-from fourbit.data.template import BUILTINS, ChatTemplate, template_for
+from fourbit.data.template import ChatTemplate, builtin, template_for
 from fourbit.data.truncate import shorten
 from fourbit.data.turns import NEVER_ENDS, STRADDLE, UNKNOWN_STOP
 from fourbit.errors import InputError
 
-CHATML = ChatTemplate(BUILTINS["chatml"])
+CHATML = ChatTemplate(builtin("chatml"))
 
 
 def row(prompt: str, chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
@@ -50,9 +50,15 @@ def test_each_answer_is_the_whole_conversation_with_its_answer_trained(
         assert trained_text(part, tokenizer) == f"{answer}<|im_end|>"
         assert part.ids == tokenizer.encode(f"{head}{answer}<|im_end|>\n")
     assert pair.shared == len(tokenizer.encode(head))
-    assert pair.source == f"{data.samples[0].file}:1"
+    assert pair.source == f"{data.samples[0].place.name}:1"
     report = data.report
-    assert (report.rows, report.skipped, report.dropped, report.truncated, report.notices) == (1, {}, {}, 0, [])
+    assert (report.rows, report.skipped.kinds, report.dropped.kinds, report.truncated, report.notices) == (
+        1,
+        {},
+        {},
+        0,
+        [],
+    )
     assert report.tokens == sum(len(part.ids) for part in pair.parts) and report.shared == pair.shared
     assert report.trained == sum(sum(part.trained) for part in pair.parts)
     assert report.longest == len(pair.parts[0].ids)
@@ -100,18 +106,18 @@ def test_every_bad_row_is_listed_with_its_answer(write: Callable[..., Path], tok
         f"{path}:4: chosen: is empty",
     ]
     data = loaded(path, tokenizer, on_bad_row="skip")
-    assert data.report.skipped == {"json": 1, "identical": 1, "empty": 1, "form": 1} and len(data) == 1
+    assert data.report.skipped.kinds == {"json": 1, "identical": 1, "empty": 1, "form": 1} and len(data) == 1
 
 
 def test_answers_that_the_template_makes_equal_are_identical(write: Callable[..., Path], tokenizer: Any) -> None:
-    template = ChatTemplate(BUILTINS["chatml"].replace("message['content']", "message['content'] | trim"))
+    template = ChatTemplate(builtin("chatml").replace("message['content']", "message['content'] | trim"))
     path = write([row("q", "Yes", " Yes ")])
     with pytest.raises(InputError, match=r"rows.jsonl:1: chosen, rejected: become the same tokens"):
         load(path, tokenizer, "pairs", template=template)
 
 
 def test_a_template_fault_names_the_answer(write: Callable[..., Path], tokenizer: Any) -> None:
-    source = BUILTINS["chatml"] + "{% if messages[-1].content == 'No' %}{{ raise_exception('not No') }}{% endif %}"
+    source = builtin("chatml") + "{% if messages[-1].content == 'No' %}{{ raise_exception('not No') }}{% endif %}"
     with pytest.raises(InputError, match=r"rows.jsonl:1: rejected: messages: .*not No"):
         load(write([row("q", "Yes", "No")]), tokenizer, "pairs", template=ChatTemplate(source))
 
@@ -124,10 +130,12 @@ def test_drop_leaves_out_pairs_with_a_long_answer(write: Callable[..., Path], to
     path = write([*rows(2), row("q", "word " * 40, "a"), row("q", "a", "word " * 41)])
     data = loaded(path, tokenizer, max_length=60)
     assert sizes(data) == sizes(loaded(write(rows(2), "b.jsonl"), tokenizer))
-    assert data.report.dropped == {"too long": 2} and data.report.skipped == {} and data.report.truncated == 0
+    assert (
+        data.report.dropped.kinds == {"too long": 2} and data.report.skipped.kinds == {} and data.report.truncated == 0
+    )
     whole = loaded(path, tokenizer)
     (long, _), (_, longer) = sizes(whole)[2:]
-    assert [str(problem) for problem in data.report.drops] == [
+    assert [str(problem) for problem in data.report.dropped] == [
         f"{path}:3: length: the chosen answer has {long} tokens with its prompt, more than max_length 60",
         f"{path}:4: length: the rejected answer has {longer} tokens with its prompt, more than max_length 60",
     ]
@@ -139,7 +147,7 @@ def test_a_line_break_after_the_end_of_turn_may_go(write: Callable[..., Path], t
     path = write([row("q", "word " * 20, "a")])
     longest = loaded(path, tokenizer).report.longest
     whole, cut = (loaded(path, tokenizer, max_length=n) for n in (longest, longest - 1))
-    assert (whole.report.truncated, cut.report.truncated, cut.report.dropped) == (0, 1, {})
+    assert (whole.report.truncated, cut.report.truncated, cut.report.dropped.kinds) == (0, 1, {})
     assert cut.examples[0].parts[0].ids == whole.examples[0].parts[0].ids[:-1]
     assert cut.report.trained == whole.report.trained and cut.report.longest == longest - 1
     with pytest.raises(InputError, match="no row is left"):
@@ -177,8 +185,8 @@ def test_answers_lost_to_truncation_are_reported(write: Callable[..., Path], tok
     length = prompts[1] + 1  # room for the prompt and the end of turn
     assert length <= prompts[3] and length > prompts[0] + 3
     data = loaded(path, tokenizer, max_length=length, truncation="answer")
-    assert len(data) == 1 and data.report.dropped == {"lost to truncation": 3}
-    says = [str(problem) for problem in data.report.drops]
+    assert len(data) == 1 and data.report.dropped.kinds == {"lost to truncation": 3}
+    says = [str(problem) for problem in data.report.dropped]
     assert says[0].startswith(f"{path}:2: length: max_length {length} leaves nothing of the chosen answer (")
     assert says[1] == f"{path}:3: length: cut to max_length {length}, chosen and rejected are the same"
     assert says[2].startswith(f"{path}:4: length: max_length {length} leaves nothing of the chosen answer (")
@@ -250,7 +258,7 @@ def test_judged_answers(write: Callable[..., Path], tokenizer: Any) -> None:
     assert data.report.duplicates == 1 and data.report.shared == 0
     assert data.report.tokens == sum(len(judgement.parts[0].ids) for judgement in data.examples)
     dropped = load(path, tokenizer, "judged", template=CHATML, max_length=40)
-    assert len(dropped) == 2 and dropped.report.dropped == {"too long": 1}
+    assert len(dropped) == 2 and dropped.report.dropped.kinds == {"too long": 1}
     cut = load(path, tokenizer, "judged", template=CHATML, max_length=40, truncation="answer")
     assert len(cut) == 3 and cut.report.truncated == 1 and len(cut.examples[1].parts[0].ids) == 40
     flipped = load(write([{**good, "label": False}], "b.jsonl"), tokenizer, "judged", template=CHATML)
@@ -261,11 +269,11 @@ def test_judged_answers(write: Callable[..., Path], tokenizer: Any) -> None:
 
 def test_misuse_is_refused(write: Callable[..., Path], tokenizer: Any) -> None:
     path = write(rows(1))
-    with pytest.raises(ValueError, match='truncation must be "drop" or "answer", not \'left\''):
+    with pytest.raises(ValueError, match="truncation must be drop or answer, got 'left'"):
         loaded(path, tokenizer, truncation="left")
-    with pytest.raises(ValueError, match="max_length must be at least 2, not 1"):
+    with pytest.raises(ValueError, match="max_length must be at least 2, got 1"):
         loaded(path, tokenizer, max_length=1)
-    with pytest.raises(ValueError, match='on_bad_row must be "error" or "skip"'):
+    with pytest.raises(ValueError, match="on_bad_row must be error or skip"):
         loaded(path, tokenizer, on_bad_row="drop")
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourbit.data import read
-from fourbit.data.row import Problem, Row
+from fourbit.data.row import Place, Problem, Row
 from fourbit.errors import InputError, clean
 
 GOOD = b'{"a": 1}'
@@ -30,10 +30,10 @@ LATIN1 = "; if the file is Latin-1, convert it with iconv -f LATIN1 -t UTF-8"
 # name of the file, its bytes, what the error says after the path
 FILES: dict[str, tuple[str, bytes, str]] = {
     "empty": ("d.jsonl", b"", ": the file is empty: expected one JSON object a line."),
-    "blank lines only": ("d.jsonl", b"\n\n  \r\n", ": the file holds no rows: expected one JSON object a line."),
-    "byte order mark only": ("d.jsonl", b"\xef\xbb\xbf", ": the file holds no rows: expected one JSON object a line."),
-    "empty array": ("d.json", b"[]", ": the file holds no rows: expected one JSON object a line."),
-    "empty array in spaces": ("d.json", b" \n[ \n]\n", ": the file holds no rows: expected one JSON object a line."),
+    "blank lines only": ("d.jsonl", b"\n\n  \r\n", " holds no rows: expected one JSON object a line."),
+    "byte order mark only": ("d.jsonl", b"\xef\xbb\xbf", " holds no rows: expected one JSON object a line."),
+    "empty array": ("d.json", b"[]", " holds no rows: expected one JSON object a line."),
+    "empty array in spaces": ("d.json", b" \n[ \n]\n", " holds no rows: expected one JSON object a line."),
     "utf-16 le": (
         "d.jsonl",
         '{"a": 1}'.encode("utf-16"),
@@ -74,17 +74,31 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         b"PAR1rest",
         ": the file is compressed or binary, whatever its name says: unpack it to JSON Lines.",
     ),
-    "parquet": ("d.parquet", GOOD, ": .parquet is not supported yet: use one of .jsonl, .ndjson, .json."),
-    "csv": ("d.csv", b"a,b\n1,2\n", ": .csv is not supported yet: use one of .jsonl, .ndjson, .json."),
-    "gz": ("d.jsonl.gz", GOOD, ": .gz is not supported yet: use one of .jsonl, .ndjson, .json."),
-    "txt": ("d.txt", GOOD, ": .txt is not supported yet: use one of .jsonl, .ndjson, .json."),
-    "unknown suffix": ("d.rows", GOOD, ": .rows is no data format known here: use one of .jsonl, .ndjson, .json."),
+    "parquet": ("d.parquet", GOOD, ": .parquet is no format that is read here: use one of .jsonl, .ndjson, .json."),
+    "csv": ("d.csv", b"a,b\n1,2\n", ": .csv is no format that is read here: use one of .jsonl, .ndjson, .json."),
+    "gz": ("d.jsonl.gz", GOOD, ": .gz is no format that is read here: use one of .jsonl, .ndjson, .json."),
+    "txt": ("d.txt", GOOD, ": .txt is no format that is read here: use one of .jsonl, .ndjson, .json."),
+    "unknown suffix": ("d.rows", GOOD, ": .rows is no format that is read here: use one of .jsonl, .ndjson, .json."),
     "no suffix": (
         "rows",
         GOOD,
-        ": a name without a suffix is no data format known here: use one of .jsonl, .ndjson, .json.",
+        ": a name without a suffix is no format that is read here: use one of .jsonl, .ndjson, .json.",
     ),
     "array, not utf-8": ("d.json", b'[{"a": "\xe9"}]', ": is not UTF-8: byte 0xe9 at column 9" + LATIN1 + "."),
+    "array, missing comma": (
+        "d.json",
+        b'[{"a": 1}\n{"a": 2}]',
+        ": is not valid JSON at line 2, column 1: Expecting ',' delimiter, near '[{\"a\": 1}\\n{\"a\": 2}]'.",
+    ),
+    "array not closed": ("d.json", b'[{"a": 1},\n{"a": 2}\n', ": ends before the JSON value is complete."),
+    "array, text after": ("d.json", b'[{"a": 1}]\nmore', ": more text follows the JSON value: 'more'."),
+    "array, bad element": (
+        "d.json",
+        b'[{"a": 1},\n{"b": tru}]',
+        ": is not valid JSON at line 2, column 7: Expecting value, near '1},\\n{\"b\": tru}]'.",
+    ),
+    "array, comma only": ("d.json", b"[,]", ": is not valid JSON at column 2: Expecting value, near '[,]'."),
+    "array, huge integer": ("d.json", b'[{"a": ' + b"9" * 5000 + b"}]", ": holds a number with too many digits."),
     "array with NUL": ("d.json", b'[{"a": "\0"}]', ": holds NUL bytes: the file is damaged, or not UTF-8 text."),
 }
 
@@ -154,31 +168,30 @@ LINES: dict[str, tuple[bytes, str]] = {
         b"\x1b[31mred\n",
         ":1: line: is not JSON: '\\x1b[31mred'; expected an object {...}",
     ),
-    "array of a number": (b"[1]", ":1: line: is a number, not an object {...}"),
-    "array of nulls": (b'[\n{"a": 1},\nnull]', ":3: line: is null, not an object {...}"),
-    "array, missing comma": (
-        b'[{"a": 1}\n{"a": 2}]',
-        ":2: file: the array is not closed: a comma or ] is missing here",
-    ),
-    "array not closed": (b'[{"a": 1},\n{"a": 2}\n', ":3: file: the array is not closed: a comma or ] is missing here"),
-    "array, text after": (b'[{"a": 1}]\nmore', ":1: file: more text follows the array: 'more'"),
-    "array, bad element": (
-        b'[{"a": 1},\n{"b": tru}]',
-        ":2: file: is not valid JSON: Expecting value; the rest of the array is not read",
-    ),
-    "array, trailing comma": (
-        b'[{"a": 1},\n]',
-        ":2: file: is not valid JSON: Expecting value; the rest of the array is not read",
-    ),
-    "array, comma only": (b"[,]", ":1: file: is not valid JSON: Expecting value; the rest of the array is not read"),
-    "array with NaN": (
-        b'[{"a": NaN}, {"a": 1}]',
-        ":1: line: holds NaN, which is not JSON: use null or leave the field out",
-    ),
-    "array, key twice": (b'[{"a": 1, "a": 1},\n{"a": 1}]', ":1: line: the key 'a' stands twice in one object"),
-    "array, huge integer": (b'[{"a": ' + b"9" * 5000 + b"}]", ":1: line: holds a number with too many digits"),
-    "array, surrogate": (b'[{"a": "\\ud800"}, {"a": 1}]', ":1: line: a holds a lone surrogate (half a character)"),
 }
+
+
+ELEMENTS = {
+    "number": (b"[1]", "row 1 of {}: row: is a number, not an object {{...}}"),
+    "null": (b'[\n{"a": 1},\nnull]', "row 2 of {}: row: is null, not an object {{...}}"),
+    "NaN": (
+        b'[{"a": NaN}, {"a": 1}]',
+        "row 1 of {}: row: holds NaN, which is not JSON: use null or leave the field out",
+    ),
+    "key twice": (b'[{"a": 1, "a": 1},\n{"a": 1}]', "row 1 of {}: row: the key 'a' stands twice in one object"),
+    "infinity": (b'[{"a": 1},{"b": 1e999}]', "row 2 of {}: row: holds the number '1e999', too large for a float"),
+    "surrogate": (b'[{"a": "\\ud800"}, {"a": 1}]', "row 1 of {}: row: a holds a lone surrogate (half a character)"),
+}
+
+
+@pytest.mark.parametrize("case", ELEMENTS)
+def test_a_bad_element_costs_itself_and_not_its_array(case: str, tmp_path: Path) -> None:
+    content, says = ELEMENTS[case]
+    path = tmp_path / "d.json"
+    path.write_bytes(content)
+    rows, problems = read_rows(path)
+    assert [str(problem) for problem in problems] == [says.format(path)]
+    assert len(rows) == (content != b"[1]")
 
 
 @pytest.mark.parametrize("case", FILES)
@@ -254,8 +267,8 @@ def test_a_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (b'{"a": 0}\r\n{"a": 1}\r\n', [1, 2]),
         (b'\xef\xbb\xbf{"a": 0}\n{"a": 1}\n', [1, 2]),
         (b'\n\n{"a": 0}\n   \n\t{"a": 1}  \n\n', [3, 5]),
-        (b'[{"a": 0}, {"a": 1}]', [1, 1]),
-        (b'\xef\xbb\xbf[\n  {"a": 0},\n  {\n   "a":\n 1}\n]\n', [2, 3]),
+        (b'[{"a": 0}, {"a": 1}]', [1, 2]),
+        (b'\xef\xbb\xbf[\n  {"a": 0},\n  {\n   "a":\n 1}\n]\n', [1, 2]),
         ('{"a": 0, "t": "\u2028 caf\u00e9 \U0001f600"}\n{"a": 1}\n'.encode(), [1, 2]),
         (b'{"a": 0, "t": "\\ud83d\\ude00"}\n{"a": 1}\n', [1, 2]),
     ],
@@ -267,16 +280,16 @@ def test_good_oddities_are_read(content: bytes, lines: list[int], tmp_path: Path
     rows, problems = read_rows(path)
     assert problems == []
     assert [row.data["a"] for row in rows] == [0, 1]
-    assert [row.line for row in rows] == lines
-    assert {row.file for row in rows} == {str(path)}
+    assert [row.place.number for row in rows] == lines
+    assert {row.place.name for row in rows} == {str(path)}
 
 
 def test_a_bad_line_does_not_cost_its_neighbours(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"a": 1}\nbad\n{"a": 2}\n\xff\n{"a": 3}\n')
     rows, problems = read_rows(path)
-    assert [(row.line, row.data["a"]) for row in rows] == [(1, 1), (3, 2), (5, 3)]
-    assert [problem.line for problem in problems] == [2, 4]
+    assert [(row.place.number, row.data["a"]) for row in rows] == [(1, 1), (3, 2), (5, 3)]
+    assert [problem.place.number for problem in problems] == [2, 4]
 
 
 def test_a_huge_line_costs_its_line_and_little_memory(tmp_path: Path) -> None:
@@ -290,7 +303,7 @@ def test_a_huge_line_costs_its_line_and_little_memory(tmp_path: Path) -> None:
     rows, problems = read_rows(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert [row.line for row in rows] == [1, 3]
+    assert [row.place.number for row in rows] == [1, 3]
     assert [str(problem) for problem in problems] == [f"{path}:2: line: is longer than 16 MiB"]
     assert peak < 40 * 2**20, f"a capped line of 16 MiB took {peak} bytes"
 
@@ -320,7 +333,7 @@ def test_a_line_of_exactly_the_cap_is_read(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"a": "12345678901"}\n{"a": "1234567890"}\n')
     rows, problems = read_rows(path)
-    assert [row.line for row in rows] == [2] and [problem.line for problem in problems] == [1]
+    assert [row.place.number for row in rows] == [2] and [problem.place.number for problem in problems] == [1]
 
 
 def test_64_levels_are_read(tmp_path: Path) -> None:
@@ -340,7 +353,7 @@ def test_a_huge_array_is_refused_by_size(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_problem_is_one_printable_line() -> None:
-    problem = Problem("a\nb.jsonl", 3, "messages", "holds \x1b[31m and \ud800 and caf\u00e9")
+    problem = Problem(Place("a\nb.jsonl", 3), "messages", "holds \x1b[31m and \ud800 and caf\u00e9")
     assert str(problem) == "a\\nb.jsonl:3: messages: holds \\x1b[31m and \\ud800 and caf\u00e9"
 
 

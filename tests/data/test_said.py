@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from fourbit.data.encode import encode, encode_prompts, load
 from fourbit.data.forms import Sample
-from fourbit.data.row import BadRow
-from fourbit.data.template import BUILTINS, ChatTemplate
+from fourbit.data.row import BadRow, Place
+from fourbit.data.template import ChatTemplate, builtin
 
-CHATML = ChatTemplate(BUILTINS["chatml"])
+CHATML = ChatTemplate(builtin("chatml"))
 LOOP = "{% for m in messages %}%s<|im_end|>{% endfor %}"
 CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"place": 'S\u00e3o "<1>"\n', "n": [7, 2.5]}}}
 TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "Finds places."}}]
@@ -42,7 +42,7 @@ def chosen(sample: Sample, tokenizer: Any, template: ChatTemplate, **options: An
 
 
 def row(*messages: dict[str, Any], **more: Any) -> Sample:
-    return Sample([], (list(messages),), "f", 1, **more)
+    return Sample([], (list(messages),), Place("f", 1), **more)
 
 
 def refused(sample: Sample, tokenizer: Any, template: ChatTemplate, **options: Any) -> str:
@@ -128,12 +128,12 @@ def test_thoughts_of_earlier_answers_may_be_left_out(tokenizer: Any) -> None:
         say("assistant", "<think>y</think>d"),
     ]
     assert not isinstance(chosen(row(*said), tokenizer, template), BadRow)
-    (prompt,) = encode_prompts([Sample(said[:3], (said[3:],), "f", 1)], tokenizer, template)
+    (prompt,) = encode_prompts([Sample(said[:3], (said[3:],), Place("f", 1))], tokenizer, template)
     assert "x" not in tokenizer.decode(prompt)
 
 
 def test_a_prompt_says_everything_too(tokenizer: Any) -> None:
-    asked = Sample([say("system", "Brief."), say("user", "a")], (), "f", 1)
+    asked = Sample([say("system", "Brief."), say("user", "a")], (), Place("f", 1))
     with pytest.raises(BadRow, match=r"messages\[0\]\.content: 'Brief\.' stands nowhere"):
         encode_prompts([asked], tokenizer, ChatTemplate("{% for m in messages[1:] %}{{ m.content }}{% endfor %}"))
 
@@ -225,7 +225,7 @@ def test_the_advice_for_a_special_token_helps(write: Callable[..., Path], tokeni
         Exception, match=r"1 of 2 rows .*leave them out with on_bad_row skip:\n.*messages\[0\]\.content"
     ):
         load(rows, tokenizer)
-    assert load(rows, tokenizer, on_bad_row="skip").report.skipped == {"special token": 1}
+    assert load(rows, tokenizer, on_bad_row="skip").report.skipped.kinds == {"special token": 1}
     spelled = json.loads(json.dumps(talk).replace("<|im_end|>", "<| im_end |>"))
     assert len(load(write([{"messages": spelled}], "a.jsonl"), tokenizer)) == 1
     (example,) = load(write([{"text": "what is <|im_end|>?"}], "b.jsonl"), tokenizer).examples

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fourbit.data.template import BUILTINS, ChatTemplate, Rendered, Talk, Turn, Unrenderable, template_for
+from fourbit.data.template import BUILTINS, ChatTemplate, Rendered, Talk, Turn, Unrenderable, builtin, template_for
 from fourbit.errors import InputError
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -215,7 +215,7 @@ def test_a_conversation_has_one_present() -> None:
 def test_the_order_of_choice(make_tokenizer: Callable[..., Any], tmp_path: Path) -> None:
     own = make_tokenizer(chat_template="own {{ eos_token }}")
     assert template_for(own).render([]) == "own <|im_end|>"
-    assert template_for(own, "chatml").source == BUILTINS["chatml"]
+    assert template_for(own, "chatml").source == builtin("chatml")
     file = tmp_path / "mine.jinja"
     file.write_text("\ufefffile {{ eos_token }}", encoding="utf-8")
     assert template_for(own, file).render([]) == "file <|im_end|>"
@@ -227,7 +227,7 @@ def test_the_order_of_choice(make_tokenizer: Callable[..., Any], tmp_path: Path)
 
 def test_a_model_without_a_template_gets_one_that_adds_no_tokens(make_tokenizer: Callable[..., Any]) -> None:
     chatml = template_for(make_tokenizer())
-    assert (chatml.name, chatml.source) == ("chatml", BUILTINS["chatml"])
+    assert (chatml.name, chatml.source) == ("chatml", builtin("chatml"))
     assert "no chat template: using chatml" in chatml.notice and "no new tokens are added" in chatml.notice
     base = make_tokenizer(("<s>", "</s>"), "<s>", "</s>")
     zephyr = template_for(base)
@@ -252,8 +252,8 @@ def test_the_built_ins() -> None:
         "zephyr": "<s><|user|>\nHi</s>\n<|assistant|>\n Hello! </s>\n",
         "plain": "<s>Hi Hello! </s>",
     }
-    assert {name: shown(source) for name, source in BUILTINS.items()} == texts
-    for name, source in BUILTINS.items():
+    assert {name: shown(source) for name, source in ((name, builtin(name)) for name in BUILTINS)} == texts
+    for name, source in ((name, builtin(name)) for name in BUILTINS):
         template = ChatTemplate(source, TOKENS)
         prompt = template.render(TALK[:1], add_generation_prompt=True)
         assert texts[name].startswith(prompt) and len(prompt) > 4
@@ -267,8 +267,8 @@ def test_the_built_ins() -> None:
             None,
             "template 'nosuch': neither a built-in (chatml, llama3, plain, zephyr) nor a file: name one of",
         ),
-        ("big.jinja", b"x" * 65_537, "the chat template has 65537 bytes; at most 65536 are allowed."),
-        ("latin.jinja", b"\xe9", "the chat template cannot be read: 'utf-8' codec can't decode byte 0xe9"),
+        ("big.jinja", b"x" * 65_537, "must be at most 65,536 bytes, got 65,537."),
+        ("latin.jinja", b"\xe9", "must be UTF-8 text: 'utf-8' codec can't decode byte 0xe9"),
     ],
 )
 def test_bad_choices(name: str, content: bytes | None, says: str, tokenizer: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fourbit.data.encode import encode
-from fourbit.data.row import BadRow
+from fourbit.data.row import BadRow, Place
 from fourbit.data.sample import Sample
 from fourbit.data.template import ChatTemplate
 from fourbit.data.turns import LEFT_OUT
@@ -100,8 +100,7 @@ def sides(make_tokenizer: Callable[..., Any]) -> tuple[Any, Any]:
 
     backend = make_tokenizer(("<|im_start|>", "<|im_end|>", *NAMED.values())).backend
     theirs = PreTrainedTokenizerFast(tokenizer_object=backend, **NAMED)
-    named = {key: NAMED[key] for key in ("bos_token", "eos_token", "pad_token")}
-    return Tokenizer(backend, named_tokens=NAMED, **named), theirs
+    return Tokenizer(backend, named_tokens=NAMED), theirs
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -141,7 +140,7 @@ def test_rows_of_several_turns_train_their_last_answer_at_least(name: str, sides
     template = ChatTemplate((FOLDER / f"{name}.jinja").read_text(encoding="utf-8"), ours.named_tokens)
     for case in ("a chat", "thoughts"):
         messages = CASES[case][0]
-        (made,) = encode([Sample([], (messages,), "f", 1)], ours, template)
+        (made,) = encode([Sample([], (messages,), Place("f", 1))], ours, template)
         if name.removesuffix("_training") in PARTS_ONLY or (
             name.removesuffix("_training") in CLOSED and case != "a chat"
         ):

@@ -28,7 +28,9 @@ BIG = 1 << 30
 
 @pytest.fixture
 def tokenizer() -> Tokenizer:
-    return Tokenizer(Backend(backends.BPE({"a": 0, "b": 1}, [])), eos_token="b", chat_template="{{ messages }}")
+    return Tokenizer(
+        Backend(backends.BPE({"a": 0, "b": 1}, [])), named_tokens={"eos_token": "b"}, chat_template="{{ messages }}"
+    )
 
 
 @pytest.mark.parametrize("shard_bytes", [BIG, 25_000])

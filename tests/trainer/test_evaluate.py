@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from fourbit.data.encode import encode, load
-from fourbit.data.template import CHATML, ChatTemplate
+from fourbit.data.template import ChatTemplate, builtin
 from fourbit.errors import InputError
 from fourbit.text.tokenizer import Tokenizer
 from fourbit.text.tokenizer_folder import folder_tokenizer
@@ -25,10 +25,10 @@ CALLS = (  # as Mistral and Qwen write them: special tokens, and ones that are n
     "{% for c in m.tool_calls %}[CALL]<tool_call>{{ c.function.name }}{{ c.function.arguments | tojson }}</tool_call>"
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-THINKS = CHATML.replace(
+THINKS = builtin("chatml").replace(
     "message['content']", "('[THINK][/THINK]' if message.role == 'assistant' else '') + message['content']"
 )
-TEMPLATES = {"chatml": CHATML, "calls": CALLS, "thinks": THINKS}
+TEMPLATES = {"chatml": builtin("chatml"), "calls": CALLS, "thinks": THINKS}
 CALL = {"function": {"name": "f", "arguments": {"x": [1, "é"]}}}
 ANSWERS: list[dict[str, Any]] = [
     {"content": "yes, so "},

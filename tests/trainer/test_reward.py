@@ -161,7 +161,9 @@ def test_saved_and_loaded_it_scores_the_same_whatever_the_form(tiny_folder, pair
     assert model.training and torch.equal(state, torch.get_rng_state())
     assert scorer.score(tokenizer, []) == []
     model.model.norm.weight.data[0] = math.nan
-    with pytest.raises(NumericError, match=r"rewards of rows from rows:\d on .*, first in the output of model.norm"):
+    with pytest.raises(
+        NumericError, match=r"rewards of rows from row \d of rows on .*, first in the output of model.norm"
+    ):
         scorer.score(tokenizer, turns)
 
 
@@ -169,9 +171,9 @@ def test_rows_that_have_no_answer_are_named(tiny_folder, trained):
     model, tokenizer = fourbit.load(tiny_folder)
     scorer = RewardModel.load(model, trained[0])
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(InputError, match=r"rows:2: last message: has the role 'user'"):
+    with pytest.raises(InputError, match=r"row 2 of rows: last message: has the role 'user'"):
         scorer.score(tokenizer, [talk, talk[:1]])
-    with pytest.raises(InputError, match=r"rows:1: row: is not a row to learn from"):
+    with pytest.raises(InputError, match=r"row 1 of rows: row: is not a row to learn from"):
         scorer.score(tokenizer, [{"a": "a"}, talk])
 
 
