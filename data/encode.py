@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any, Literal
@@ -102,15 +102,13 @@ def load(
     samples, problems = read_samples(rows, kind, name)
     dataset = Dataset(kind, template=chat_template)
     report, notes, words = dataset.report, Counter[str](), words_of(chat_template)
-    for sample, parts in zip(samples, encode(samples, tokenizer, chat_template, loss_on=loss_on), strict=True):
+    for sample, parts in encode(samples, tokenizer, chat_template, loss_on=loss_on, refuse=problems.add):
         try:
-            if isinstance(parts, BadRow):
-                raise parts
             example, cut = _example(sample, parts, max_length, truncation, tokenizer.stop_ids)
         except Dropped as dropped:
-            report.dropped.add(dropped.problem)
+            report.dropped.add(dropped)
         except BadRow as error:
-            problems.add(error.problem)
+            problems.add(error)
         else:
             dataset.examples.append(example)
             dataset.samples.append(sample)
@@ -211,9 +209,15 @@ def digest(content: list[Any]) -> bytes:
 
 
 def encode(
-    samples: Sequence[Sample], tokenizer: TokenizerLike, template: ChatTemplate, *, loss_on: LossOn = "assistant"
-) -> Iterator[tuple[Encoded, ...] | BadRow]:
-    """Tokens and loss masks of every sample, one conversation an answer; or the first rule that one of them breaks.
+    samples: Sequence[Sample],
+    tokenizer: TokenizerLike,
+    template: ChatTemplate,
+    *,
+    loss_on: LossOn = "assistant",
+    refuse: Callable[[BadRow], object] | None = None,
+) -> Iterator[tuple[Sample, tuple[Encoded, ...]]]:
+    """Samples with their tokens and loss masks, one conversation an answer. Raises BadRow for a bad row, or calls
+    `refuse` with it and goes on.
 
     `loss_on`: "assistant" trains every assistant turn whose weight is not 0, "last" only the one that ends the
     conversation, "all" every token but the first, whatever the weights. Plain text has no turns and is trained whole. A
@@ -231,24 +235,15 @@ def encode(
             texts = [next(rendered) for _ in group]
             try:
                 if sample.text is not None:
-                    yield (_plain(sample, sample.text, tokenizer, loss_on),)
+                    yield sample, (_plain(sample, sample.text, tokenizer, loss_on),)
                 else:
                     spoken = zip(sample.names, group, texts, strict=True)
-                    yield tuple(
-                        _encode(_conversation(sample, *said, tokenizer, loss_on), tokenizer, loss_on) for said in spoken
-                    )
+                    answered = (_conversation(sample, *said, tokenizer, loss_on) for said in spoken)
+                    yield sample, tuple(_encode(talk, tokenizer, loss_on) for talk in answered)
             except BadRow as error:
-                yield error
-
-
-def encoded(
-    samples: Sequence[Sample], tokenizer: TokenizerLike, template: ChatTemplate, loss_on: LossOn
-) -> Iterator[tuple[Encoded, ...]]:
-    """`encode`. Raises BadRow for the first sample that is one."""
-    for parts in encode(samples, tokenizer, template, loss_on=loss_on):
-        if isinstance(parts, BadRow):
-            raise parts
-        yield parts
+                if refuse is None:
+                    raise
+                refuse(error)
 
 
 def encode_prompts(samples: Sequence[Sample], tokenizer: TokenizerLike, template: ChatTemplate) -> list[list[int]]:
@@ -266,7 +261,7 @@ def encode_questions(
     writes it, calls and special tokens included, up to the token that ends it. Raises BadRow as `encode` gives it."""
     prompts, answers = _prompts(samples, tokenizer, template), list[str]()
     weighed = [replace(sample, answers=(_last_weighed(sample.answers[0]),)) for sample in samples]
-    for prompt, (answer,) in zip(prompts, encoded(weighed, tokenizer, template, "last"), strict=True):
+    for prompt, (_, (answer,)) in zip(prompts, encode(weighed, tokenizer, template, loss_on="last"), strict=True):
         text, trained = answer.text, answer.trained
         ids, offsets = tokenizer.encode_with_offsets(text)
         learned = list(compress(range(len(ids)), trained))

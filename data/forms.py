@@ -104,7 +104,7 @@ def samples(items: Iterable[Row | Problem], kind: Kind, problems: Problems) -> I
             yield sample(item, kind, name)
             good += 1
         except BadRow as error:
-            problems.add(error.problem)
+            problems.add(error)
         if problems.total > max(MAX_BAD_ROWS, good):
             way = "so many that the rest is not read; mend them"
             raise InputError(problems.describe(f"the first {problems.total + good}", way))

@@ -44,12 +44,12 @@ class Problems(list[Problem]):
         super().__init__()
         self.total, self.kinds = 0, Counter[str]()
 
-    def add(self, problem: Problem) -> None:
+    def add(self, bad: "BadRow") -> None:
         """Count one more problem, and keep it while there is room."""
         self.total += 1
-        self.kinds[problem.kind] += 1
+        self.kinds[bad.problem.kind] += 1
         if self.total <= KEPT_PROBLEMS:
-            self.append(problem)
+            self.append(bad.problem)
 
     def lines(self, most: int, characters: float = math.inf) -> list[str]:
         """The first ones, one a line: so many, or fewer of more characters; and how many more there are."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch, Example, micro_batches
-from ..data.encode import encoded
+from ..data.encode import encode
 from ..data.forms import samples_of
 from ..data.protocol import TokenizerLike
 from ..data.read import Rows
@@ -85,8 +85,8 @@ class RewardModel:
         tokenizer = as_tokenizer(tokenizer)
         form = template_for(tokenizer, self.template if template is None else template)
         samples = samples_of(rows, "sft")
-        parts = encoded(samples, tokenizer, form, "last")
-        answers = [(i, Example(part, label=True)) for i, part in enumerate(parts)]  # to be rated: its batch has `last`
+        made = enumerate(encode(samples, tokenizer, form, loss_on="last"))
+        answers = [(i, Example(parts, label=True)) for i, (_, parts) in made]  # to be rated: its batch has `last`
         scores = [0.0] * len(answers)
         if not answers:
             return scores

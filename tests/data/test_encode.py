@@ -19,9 +19,7 @@ from fourbit.errors import InputError
 
 def encoded(sample: Sample, tokenizer: Any, template: ChatTemplate, **options: Any) -> Encoded:
     """The one conversation of a sample in tokens. Raises BadRow."""
-    (parts,) = encode([sample], tokenizer, template, **options)
-    if isinstance(parts, BadRow):
-        raise parts
+    ((_, parts),) = encode([sample], tokenizer, template, **options)
     return parts[0]
 
 

@@ -14,16 +14,14 @@ import pytest
 
 from fourbit.data.batch import Encoded, Example, pad
 from fourbit.data.encode import encode, encode_questions
-from fourbit.data.row import BadRow, Place
+from fourbit.data.row import Place
 from fourbit.data.sample import Sample
 from fourbit.data.template import ChatTemplate, builtin, template_for
 
 
 def encoded(sample: Sample, tokenizer: Any, template: ChatTemplate, **options: Any) -> Encoded:
     """The one conversation of a sample in tokens. Raises BadRow."""
-    (parts,) = encode([sample], tokenizer, template, **options)
-    if isinstance(parts, BadRow):
-        raise parts
+    ((_, parts),) = encode([sample], tokenizer, template, **options)
     return parts[0]
 
 

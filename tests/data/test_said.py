@@ -37,8 +37,9 @@ CALLING = [
 
 
 def chosen(sample: Sample, tokenizer: Any, template: ChatTemplate, **options: Any) -> Any:
-    (made,) = encode([sample], tokenizer, template, **options)
-    return made
+    bad: list[BadRow] = []
+    made = [parts for _, parts in encode([sample], tokenizer, template, refuse=bad.append, **options)]
+    return (made + bad)[0]
 
 
 def row(*messages: dict[str, Any], **more: Any) -> Sample:
@@ -189,10 +190,10 @@ def test_every_special_token_in_a_message_is_an_error(family: str, make_tokenize
     tokenizer = make_tokenizer(FAMILIES[family], None, None)
     tokens = [token for token in FAMILIES[family] for _ in PLACES]
     held = [placed(PLACES[i % len(PLACES)], f"x{token}") for i, token in enumerate(tokens)]
-    for token, (_, field), found in zip(
-        tokens, held, encode([sample for sample, _ in held], tokenizer, EVERYTHING), strict=True
-    ):
-        assert isinstance(found, BadRow) and found.problem.kind == "special token"
+    bad: list[BadRow] = []
+    assert [*encode([sample for sample, _ in held], tokenizer, EVERYTHING, refuse=bad.append)] == []
+    for token, (_, field), found in zip(tokens, held, bad, strict=True):
+        assert found.problem.kind == "special token"
         assert str(found).startswith(f"f:1: {field}: spells {token!r}, a special token, which steers a model")
 
 

@@ -56,8 +56,7 @@ def asked(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch)
         samples = load(file, tokenizer, template=template).samples
 
         def perfect(*_: Any, **__: Any) -> Iterator[list[int]]:
-            for parts in encode(samples, tokenizer, template, loss_on="last"):
-                assert isinstance(parts, tuple)
+            for _, parts in encode(samples, tokenizer, template, loss_on="last"):
                 ids = [id for id, trained in zip(parts[0].ids, parts[0].trained, strict=True) if trained]
                 yield [*takewhile(lambda id: id not in tokenizer.stop_ids, ids)]
 
