@@ -13,8 +13,6 @@ from torch import nn
 import fourbit
 
 transformers = pytest.importorskip("transformers")
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
 PAGE = (Path(__file__).parents[2] / "docs" / "other-trainers.md").read_text()
@@ -111,17 +109,20 @@ def test_transformers_trainer_is_a_loop_of_ones_own(tiny_folder: Path, tmp_path:
     assert max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs if a.requires_grad) < 1e-6
 
 
+@pytest.mark.slow
 def test_trls_sft_trainer(tiny_folder: Path, tmp_path: Path) -> None:
-    bench = Bench(tiny_folder, tmp_path)
+    datasets, bench = pytest.importorskip("datasets"), Bench(tiny_folder, tmp_path)
+    pytest.importorskip("trl")
     turns = lambda i: [{"role": "user", "content": "ab" * i}, {"role": "assistant", "content": "cdcdcd"}]
     bench.names["chats"] = datasets.Dataset.from_list([{"messages": turns(i)} for i in range(1, 17)])
     bench.run("trl.SFTTrainer")
     bench.check()
 
 
+@pytest.mark.slow
 def test_trls_dpo_trainer_needs_no_second_model(tiny_folder: Path, tmp_path: Path) -> None:
     """The reference computed before the first step, a copy of the model, and our base without its adapter are one."""
-    found = []
+    trl, datasets, found = pytest.importorskip("trl"), pytest.importorskip("datasets"), []
     prompts = [{"prompt": "ab" * i, "chosen": "cdcdcd", "rejected": "xyxy"} for i in range(1, 17)]
     for name in ("precomputed", "copied"):
         bench = Bench(tiny_folder, tmp_path / name)

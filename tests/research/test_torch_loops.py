@@ -176,6 +176,35 @@ def test_an_optimizer_for_each_parameter_in_its_backward_is_one_for_all() -> Non
     assert_same(one, each)
 
 
+@pytest.mark.parametrize("quantised", [True, False])
+def test_code_that_reads_a_heads_weight_computes_what_the_head_does(quantised: bool) -> None:
+    """As TRL's fused losses do: decoded, with the adapter, and its gradients."""
+    model = nn.ModuleDict({"lm_head": nn.Linear(64, 96)})
+    if quantised:
+        fourbit.quantize_(model, skip=())
+    fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8, target=["lm_head"]), seed=0)
+    head, x = model["lm_head"], torch.randn(5, 64)
+    nn.init.normal_(head.adapters["default"].lora_B)
+    y = nn.functional.linear(x, head.weight, head.bias)
+    assert torch.allclose(y, head(x), atol=1e-5)
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in trained(model))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_is_the_step() -> None:
+    models = [qlora(), qlora()]
+    optimizers = [AdamW(trained(model), lr=1e-2) for model in models]
+    steps = [torch.compile(optimizers[0].step), optimizers[1].step]
+    for number in range(3):
+        for model, optimizer, step in zip(models, optimizers, steps, strict=True):
+            loss(model, number).backward()
+            step()
+            optimizer.zero_grad()
+    assert_same(*models)
+
+
 def test_settings_of_torch_that_ask_for_nothing_are_taken_and_others_refused() -> None:
     p = nn.Parameter(torch.zeros(3))
     off = dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable"), False)
