@@ -65,16 +65,17 @@ class BaseIdentity(NamedTuple):
         return ""
 
 
-def base_identity(model: nn.Module) -> BaseIdentity:
-    """The identity of `model`, without its adapters; every parameter is read once."""
+def base_identity(model: nn.Module, adapter: Mapping[str, nn.Module] | None = None) -> BaseIdentity:
+    """The identity of `model`, without its adapters and what `adapter` has copies of; parameters are read once."""
     vectors, weights, signed = dict[str, Tensor](), dict[str, Tensor](), list[Tensor | NF4Linear]()
     forms, seen, exact = set[str](), set[nn.Parameter](), True
     for path, module in sorted(base_modules(model).items()):
         packed = module if isinstance(module, NF4Linear) else None
         stored = packed.stored_parameters() if packed else {}
         forms |= {_quant(packed)} if packed else set()
+        copies = getattr((adapter or {}).get(path), "copies", None) or nn.Module()  # as of a head that starts fresh
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter in seen:
+            if parameter in seen or name in copies.state_dict():
                 continue  # a tied weight counts once
             seen.add(parameter)
             exact = exact and parameter.dtype != torch.float16

@@ -65,7 +65,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", 
     refuse_left_out(model, name)
     check_apart(folder, f"the adapter's folder {folder}", [getattr(unwrapped(model), "source", "")], folder=True)
     folder, config = Path(folder), write_config(model, parts, base_model)
-    write_tensors(folder / WEIGHTS, _keyed(parts), "the adapter", base_identity(model).metadata())
+    write_tensors(folder / WEIGHTS, _keyed(parts), "the adapter", base_identity(model, parts).metadata())
     with disk_errors("the adapter", folder, len(config)):
         write_text(folder / CONFIG, config)
 
@@ -93,7 +93,7 @@ def load_adapter(
     are missing, unexpected or misshaped, for NaN or infinity, and for another base.
     """
     label, parts, state = _read_adapter(model, Path(folder), dtype, layer)
-    _check_base(model, Path(folder), force, tell)
+    _check_base(model, parts, Path(folder), force, tell)
     attached = adapters_of(model, name)
     if attached:
         _check_same(attached, parts, label)
@@ -113,11 +113,13 @@ def trained_base(folder: Path) -> BaseIdentity | None:
         raise InputError(f"'{file}': {problem}") from None
 
 
-def _check_base(model: nn.Module, folder: Path, force: bool, tell: Callable[[str], object]) -> None:
+def _check_base(
+    model: nn.Module, parts: Mapping[str, Adapter], folder: Path, force: bool, tell: Callable[[str], object]
+) -> None:
     """Tell how the model differs from the base of the adapter in `folder`; InputError for another base."""
     if (trained := trained_base(folder)) is None:
         return
-    here, what = base_identity(model), f"the adapter {folder}"
+    here, what = base_identity(model, parts), f"the adapter {folder}"
     if here.is_other_base(trained):
         what += " was trained on another base: this one has the same shapes and other weights"
         if not force:

@@ -157,8 +157,7 @@ def _in_part(name: str, parts: Sequence[str], leaves: Sequence[str]) -> bool:
 
 def vocabulary_heads(model: nn.Module) -> set[str]:
     """Paths of the layers onto the vocabulary: what a model says, `lm_head`, or a weight tied to an embedding."""
-    says = [getattr(module, "get_output_embeddings", None) for module in model.modules()]
-    heads = [ask() for ask in says if callable(ask)]
+    heads = [ask() for module in model.modules() if callable(ask := getattr(module, "get_output_embeddings", None))]
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return {
         name
