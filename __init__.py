@@ -3,7 +3,7 @@
 This page and the namespaces that it names are the public API: what their `__all__` lists. Everything else is internal.
 """
 
-from . import kernels, losses, nf4, optim
+from . import data, kernels, losses, nf4, optim
 from .errors import DiskError, EnvironmentProblem, FourbitError, InputError, NumericError
 from .lora.adapter import Adapter, AdapterLayer, adapters_off, copy_adapter, remove_adapter, use, using
 from .lora.attach import attach
@@ -35,5 +35,5 @@ __all__ = [
     "SFTConfig", "SFTTrainer", "TrainResult",  # training
     "Answer", "answer_all", "evaluate_loss", "share_right",  # evaluation
     "DiskError", "EnvironmentProblem", "FourbitError", "InputError", "NumericError",
-    "kernels", "losses", "nf4", "optim",  # functions on tensors, optimizers
+    "data", "kernels", "losses", "nf4", "optim",  # functions on tensors, optimizers
 ]  # fmt: skip

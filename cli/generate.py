@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..data.encode import encode_prompts, words_of
+from ..data.encode import prompt_texts, words_of
 from ..data.forms import samples_of
 from ..data.row import counted
 from ..data.sample import Sample
@@ -45,7 +45,7 @@ def run(options: Options, sources: Sources) -> int:
         words = words_of(template)
         for notice in counted(Counter(remark for sample in samples for remark in sample.remarks(words)), len(samples)):
             note(f"note: {notice}")
-        prompts = encode_prompts(samples, tokenizer, template)
+        prompts = [tokenizer.encode(text) for text in prompt_texts(samples, tokenizer, template)]
         check_room(model, samples, prompts)
         remark_positions(model, max(map(len, prompts)), options.max_new_tokens)
         how: dict[str, Any] = {"stop_ids": tokenizer.stop_ids, "max_length": model.max_positions, **options.sampling()}

@@ -27,8 +27,8 @@ class Encoded:
 
     ids: list[int]
     trained: list[bool]
-    text: str
-    source: str
+    text: str = ""
+    source: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -167,8 +167,11 @@ def _padded_groups(order: Sequence[int], sizes: Sequence[int], token_budget: int
     return groups
 
 
-def pack(examples: Sequence[Numbered]) -> Batch:
-    """All examples end to end in one row [1, total] without padding, each with its trunk once."""
+def pack(given: Sequence[Numbered | tuple[Sequence[int], Sequence[bool]]]) -> Batch:
+    """All examples end to end in one row [1, total] without padding, each with its trunk once: examples with their
+    numbers, or token ids with loss masks, as `encode_chat` gives them. ValueError where nothing is trained."""
+    pairs: Any = ((i, a, b) for i, (a, b) in enumerate(given))
+    examples = [(a, b) if isinstance(b, Example) else (i, Example((Encoded([*a], [*b]),))) for i, a, b in pairs]
     _check(examples)
     ids: list[int] = []
     positions: list[int] = []

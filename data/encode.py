@@ -19,7 +19,7 @@ from ..errors import InputError, shown
 from ..settings import checked
 from ..text.tokenizer_folder import as_tokenizer
 from .batch import Encoded, Example
-from .forms import read_samples
+from .forms import read_samples, samples_of
 from .messages import Messages, trains
 from .protocol import TokenizerLike
 from .read import Rows
@@ -246,12 +246,14 @@ def encode(
                 refuse(error)
 
 
-def encode_prompts(samples: Sequence[Sample], tokenizer: TokenizerLike, template: ChatTemplate) -> list[list[int]]:
-    """Of each sample the tokens a model is given so that it answers.
-
-    Raises BadRow for the first sample that the template refuses, or that is plain text.
-    """
-    return [tokenizer.encode(prompt) for prompt in _prompts(samples, tokenizer, template)]
+def encode_chat(
+    messages: Messages, tokenizer: TokenizerLike, *, template: TemplateChoice = None, tools: Messages | None = None
+) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation that ends with an answer, and of each whether the loss counts it, as in training.
+    Raises InputError where training would."""
+    samples, tokenizer = samples_of([{"messages": messages, "tools": tools}], "sft"), as_tokenizer(tokenizer)
+    ((_, (made,)),) = encode(samples, tokenizer, template_for(tokenizer, template))
+    return made.ids, made.trained
 
 
 def encode_questions(
@@ -259,7 +261,7 @@ def encode_questions(
 ) -> tuple[list[list[int]], list[str]]:
     """Of samples that end with an answer the tokens a model is given so that it answers, and the answer as the template
     writes it, calls and special tokens included, up to the token that ends it. Raises BadRow as `encode` gives it."""
-    prompts, answers = _prompts(samples, tokenizer, template), list[str]()
+    prompts, answers = prompt_texts(samples, tokenizer, template), list[str]()
     weighed = [replace(sample, answers=(_last_weighed(sample.answers[0]),)) for sample in samples]
     for prompt, (_, (answer,)) in zip(prompts, encode(weighed, tokenizer, template, loss_on="last"), strict=True):
         text, trained = answer.text, answer.trained
@@ -277,8 +279,9 @@ def _last_weighed(answer: Messages) -> Messages:
     return [*answer[:-1], {key: value for key, value in answer[-1].items() if key != "weight"}]
 
 
-def _prompts(samples: Sequence[Sample], tokenizer: TokenizerLike, template: ChatTemplate) -> list[str]:
-    """The text of each sample up to where its last answer begins, or the next one would."""
+def prompt_texts(samples: Sequence[Sample], tokenizer: TokenizerLike, template: ChatTemplate) -> list[str]:
+    """The text of each sample up to where its last answer begins, or the next one would. Raises BadRow for the first
+    one that the template refuses, or that holds no messages."""
     talks = []
     for sample in samples:
         if sample.text is not None:

@@ -8,6 +8,7 @@ row that does not fit is a problem with its line, its field and the reason. What
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -273,14 +274,13 @@ def _openai_pair(row: Row) -> Sample:
 
 def _sharegpt_pair(row: Row) -> Sample:
     """Each answer is one message, or a list."""
-    given = zip(_PAIR, _both(row, *_PAIR), strict=True)
-    answers = [checked_messages(row, key, value if isinstance(value, list) else [value]) for key, value in given]
-    return _made(row, checked_messages(row, "conversations", row.data["conversations"]), *answers)
+    given = [value if isinstance(value, list) else [value] for value in _both(row, *_PAIR)]
+    talks = map(partial(checked_messages, row), ("conversations", *_PAIR), (row.data["conversations"], *given))
+    return _made(row, *talks)
 
 
 def _alpaca_pair(row: Row) -> Sample:
-    given = zip(_PAIR, _both(row, *_PAIR), strict=True)
-    return _made(row, instruction(row), *[turn(row, key, value) for key, value in given])
+    return _made(row, instruction(row), *map(partial(turn, row), _PAIR, _both(row, *_PAIR)))
 
 
 def _trl_pair(row: Row) -> Sample:

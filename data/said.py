@@ -7,9 +7,8 @@ that is trained stand in the text, contents in their order, an answer that is tr
 not count, and a text may be spelled as JSON, Python or HTML spell it. Of earlier answers the thoughts may be left out:
 so do templates by design.
 
-A special token in what is said is an error, whichever token and wherever: read as a token it would end or forge a turn,
-and encoded as text it would be cut otherwise here than by any other tool that reads such rows. Plain text rows are what
-a model sees, special tokens included, and may hold them.
+A special token in what is said is an error, wherever: as a token it would end or forge a turn, and as text it would be
+cut otherwise here than by other tools. Plain text rows are what a model sees, and may hold them.
 """
 
 import html

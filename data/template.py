@@ -143,11 +143,8 @@ TemplateChoice = str | os.PathLike[str] | ChatTemplate | None
 
 
 class _Known:
-    """What this process has learned of a template's source.
-
-    One that is broken, or takes too much at its first conversation, stays refused, as no row can mend it; so does one
-    that takes too much for more than two, or nearly too much again and again.
-    """
+    """What this process has learned of a template's source: one that is broken, or takes too much at its first
+    conversation, for more than two, or nearly too much again and again, stays refused, as no row can mend it."""
 
     def __init__(self) -> None:
         self.works, self.broken, self.strikes = False, "", 0.0

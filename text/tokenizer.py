@@ -62,17 +62,13 @@ class Tokenizer:
         self.special_tokens = tuple(token.content for token in added if token.special or token.content in known)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; nothing is added.
-
-        Raises InputError for a lone surrogate, a text above 4 MiB, and one that the `tokenizers` library fails at.
-        """
+        """Token ids; nothing is added. Errors as `encode_with_offsets`."""
         return self.encode_with_offsets(text)[0]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids and, for each, the characters [start, end) it came from; errors as `encode`.
-
-        Tokens that share one character (an emoji cut into bytes) all have that character's span.
-        """
+        """Token ids and, for each, the characters [start, end) it came from: tokens that share one (an emoji cut into
+        bytes) all have its span. Raises InputError for a lone surrogate, a text above 4 MiB, and one that the
+        `tokenizers` library fails at."""
         _check_text(text)
         with fenced("the tokenizer cannot encode this text"):
             encoding = self.backend.encode(text, add_special_tokens=False)

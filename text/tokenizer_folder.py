@@ -35,9 +35,8 @@ def as_tokenizer(given: object) -> Tokenizer:
     """A tokenizer of ours, or of the user's own making with what `data.protocol` asks, as it is; a fast one of
     transformers as the folder that it saves would be read, so that tokens, template and special tokens are the same.
 
-    It is taken as it is now; the tokens that end an answer are also those of the folder it was loaded from, if it was.
-    Files go to a temporary folder: before a loop convert once. Raises InputError for anything else: a slow tokenizer
-    of transformers does not say where in a text its tokens stand.
+    It is taken as it is now, with the end tokens of the folder it was loaded from. Files go to a temporary folder: for
+    a loop convert once. Raises InputError for anything else: a slow one does not say where in a text its tokens stand.
     """
     if hasattr(given, "encode_with_offsets"):
         return cast(Tokenizer, given)

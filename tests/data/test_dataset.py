@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fourbit.data import forms
 from fourbit.data.batch import Encoded, Example, pack
-from fourbit.data.encode import SPECIAL_IN_TEXT, WHOLE, Dataset, encode_prompts, load
+from fourbit.data.encode import SPECIAL_IN_TEXT, WHOLE, Dataset, load, prompt_texts
 from fourbit.data.order import count_overlap, fingerprint, split_validation
 from fourbit.data.row import Row
 from fourbit.data.sample import Sample
@@ -173,8 +173,8 @@ def test_a_rows_variables_reach_the_template(write: Callable[..., Path], tokeniz
     data = load(path, tokenizer, template=template)
     assert [part.text.split(":")[0] for part in parts(data)] == ["short", "long", "-", "-"]
     assert data.report.duplicates == 1
-    prompts = encode_prompts(data.samples, tokenizer, template)
-    assert [tokenizer.decode(ids).split(":")[0] for ids in prompts] == ["short", "long", "-", "-"]
+    prompts = prompt_texts(data.samples, tokenizer, template)
+    assert [text.split(":")[0] for text in prompts] == ["short", "long", "-", "-"]
 
 
 def test_duplicates_are_told_by_content(write: Callable[..., Path], tokenizer: Any) -> None:

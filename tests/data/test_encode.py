@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fourbit.data import turns as module
 from fourbit.data.batch import Encoded
-from fourbit.data.encode import encode, encode_prompts, encode_questions
+from fourbit.data.encode import encode, encode_questions, prompt_texts
 from fourbit.data.row import BadRow, Place
 from fourbit.data.sample import Sample
 from fourbit.data.template import ChatTemplate, builtin, template_for
@@ -323,7 +323,7 @@ def test_the_prompt_of_the_last_answer(tokenizer: Any, chatml: ChatTemplate) -> 
         "<|im_start|>assistant\n"
     )
     assert answers == ["two "]
-    assert encode_prompts([answered, row(HI, say("one"), HI)], tokenizer, chatml) == [ids, ids]
+    assert [*map(tokenizer.encode, prompt_texts([answered, row(HI, say("one"), HI)], tokenizer, chatml))] == [ids] * 2
 
 
 def test_prompt_and_completion_join_plainly(make_tokenizer: Callable[..., Any]) -> None:

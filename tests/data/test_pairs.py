@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fourbit.data.batch import Encoded
 from fourbit.data.dialects import CUT
-from fourbit.data.encode import Dataset, encode_prompts, load, shared_tokens
+from fourbit.data.encode import Dataset, load, prompt_texts, shared_tokens
 from fourbit.data.order import count_overlap, fingerprint, split_validation
 from fourbit.data.template import ChatTemplate, builtin, template_for
 from fourbit.data.truncate import shorten
@@ -348,7 +348,7 @@ def test_with_a_real_tokenizer_prompt_and_answer_meet_where_the_text_says(write:
     template = template_for(tokenizer)
     straddling = 0
     for pair, kept, both in zip(data.examples, data.samples, answers, strict=True):
-        (prompt,) = encode_prompts([kept], tokenizer, template)
+        (prompt,) = map(tokenizer.encode, prompt_texts([kept], tokenizer, template))
         for part, answer in zip(pair.parts, both, strict=True):
             ids, offsets = tokenizer.encode_with_offsets(part.text)
             start = part.text.rindex(f"assistant\n{answer}<|im_end|>") + len("assistant\n")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourbit.data.encode import encode, encode_prompts, load
+from fourbit.data.encode import encode, load, prompt_texts
 from fourbit.data.forms import Sample
 from fourbit.data.row import BadRow, Place
 from fourbit.data.template import ChatTemplate, builtin
@@ -129,14 +129,14 @@ def test_thoughts_of_earlier_answers_may_be_left_out(tokenizer: Any) -> None:
         say("assistant", "<think>y</think>d"),
     ]
     assert not isinstance(chosen(row(*said), tokenizer, template), BadRow)
-    (prompt,) = encode_prompts([Sample(said[:3], (said[3:],), Place("f", 1))], tokenizer, template)
-    assert "x" not in tokenizer.decode(prompt)
+    (prompt,) = prompt_texts([Sample(said[:3], (said[3:],), Place("f", 1))], tokenizer, template)
+    assert "x" not in prompt
 
 
 def test_a_prompt_says_everything_too(tokenizer: Any) -> None:
     asked = Sample([say("system", "Brief."), say("user", "a")], (), Place("f", 1))
     with pytest.raises(BadRow, match=r"messages\[0\]\.content: 'Brief\.' stands nowhere"):
-        encode_prompts([asked], tokenizer, ChatTemplate("{% for m in messages[1:] %}{{ m.content }}{% endfor %}"))
+        prompt_texts([asked], tokenizer, ChatTemplate("{% for m in messages[1:] %}{{ m.content }}{% endfor %}"))
 
 
 def test_the_advice_for_what_a_template_cannot_say_helps(

@@ -17,6 +17,7 @@ import fourbit
 from fourbit.data import read
 from fourbit.data.encode import load
 from fourbit.data.order import fingerprint
+from fourbit.data.row import Row
 from fourbit.errors import InputError
 
 ASK, SAY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
@@ -281,3 +282,26 @@ def test_evaluations_take_rows(tiny_folder: Path, rows: Path) -> None:
     assert fourbit.share_right(answers) == 0
     with pytest.raises(InputError, match="row 1 of rows: text: has no messages, so it asks for no answer"):
         [*fourbit.answer_all(model, tokenizer, None, [{"input_ids": [1, 2], "labels": [1, 2]}])]
+
+
+def test_chats_in_tokens_and_packing_stand_alone(tiny_folder: Path, rows: Path) -> None:
+    model, tokenizer = fourbit.load(tiny_folder)
+    talks = [row.data["messages"] for row in fourbit.data.read_rows(rows) if isinstance(row, Row)][:3]
+    examples = load(rows, tokenizer).examples[:3]
+    made = [fourbit.data.encode_chat(talk, tokenizer) for talk in talks]
+    assert made == [(example.parts[0].ids, example.parts[0].trained) for example in examples]
+    batch, same = fourbit.data.pack(made), fourbit.data.pack([*enumerate(examples)])
+    assert batch.spans == same.spans and torch.equal(batch.position_ids, same.position_ids)
+    with torch.no_grad():
+        hidden = model.hidden(batch.input_ids, batch.position_ids, batch.spans).flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[batch.rows]), batch.targets)
+    assert loss.item() == pytest.approx(fourbit.evaluate_loss(model, examples), rel=1e-5)
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    says = "{{ tools[0].function.name }}{% for m in messages %}|{{ m.content }}{% endfor %}"
+    template = fourbit.data.ChatTemplate(says)
+    ids, _ = fourbit.data.encode_chat([ASK, SAY], tokenizer, template=template, tools=tools)
+    assert tokenizer.decode(ids) == "look|hi|yes"
+    with pytest.raises(InputError, match="row 1 of rows: last message: has the role 'user'"):
+        fourbit.data.encode_chat([ASK], tokenizer)
+    with pytest.raises(ValueError, match="without a trained token after its first"):
+        fourbit.data.pack([([1, 2], [True, False])])
