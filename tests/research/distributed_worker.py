@@ -208,7 +208,8 @@ def paged(rank: int, mesh: DeviceMesh, folder: Path) -> Found:
         optimizer.load_state_dict(optimizer.state_dict())
         train(model, optimizer, rows(rank))
         runs.append(model)
-    return {"distance": distance(*runs)}
+    moments = [t for entry in optimizer.state_dict()["state"].values() for name, t in entry.items() if name != "step"]
+    return {"distance": distance(*runs), "shards": all(hasattr(t, "placements") for t in moments)}
 
 
 def not_finite(rank: int, mesh: DeviceMesh, folder: Path) -> Found:

@@ -77,7 +77,7 @@ def test_8_bit_states_of_shards(found: list[dict[str, Any]]) -> None:
 
 
 def test_paged_is_unpaged(found: list[dict[str, Any]]) -> None:
-    assert all(rank["paged"]["distance"] == 0.0 for rank in found)
+    assert all(rank["paged"] == {"distance": 0.0, "shards": True} for rank in found)
 
 
 def test_one_ranks_bad_gradient_skips_the_step_on_all(found: list[dict[str, Any]]) -> None:
