@@ -19,6 +19,7 @@ from fourbit.errors import InputError
 from fourbit.lora.adapter import AdapterLayer, adapter_parameters, adapters_of
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
+from fourbit.lora.identity import base_identity
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
 from fourbit.lora.peft_files import adapter_state, load_adapter_state
@@ -238,15 +239,19 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_names_are_the_plain_model_s_wherever_a_wrapper_sits(wrapper: str, where: str, one_process: None) -> None:
     """Targets, patterns, starts and files: a part may be wrapped as well as the whole, before or after attaching."""
-    config = LoRAConfig(rank=2, alpha=4, target=["encoder.0", "encoder.2"], rank_pattern={"encoder.2": 3})
-    plain, before, after = Network(), Network(), Network()
-    paths = attach(plain, config, seed=3)
+    target = ["encoder.0", "encoder.2"]
+    config = LoRAConfig(2, 4, target=target, rank_pattern={"encoder.2": 3}, modules_to_save=["head"], bias="lora_only")
+    plain = Network()
+    before, after = copy.deepcopy(plain), copy.deepcopy(plain)
+    attach(plain, config, seed=3)
+    paths = ["encoder.0", "encoder.2", "head"]
     wrapped = [wrap(before, where, wrapper), None]
     attach(wrapped[0], config, seed=3)
     attach(after, config, seed=3)
     wrapped[1] = wrap(after, where, wrapper)
-    for model in wrapped:
-        assert list(adapters_of(model)) == paths and list(adapter_parameters(model)) == list(adapter_parameters(plain))
+    for model in (plain, *wrapped):
+        assert list(adapters_of(model)) == paths and base_identity(model) == base_identity(plain)
+        assert list(adapter_parameters(model)) == list(adapter_parameters(plain))
         state, wanted = adapter_state(model), adapter_state(plain)
         assert state.keys() == wanted.keys() and all(torch.equal(state[key], wanted[key]) for key in wanted)
 
