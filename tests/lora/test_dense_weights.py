@@ -170,7 +170,7 @@ def test_conv1d_is_a_linear_layer() -> None:
     models = [nn.Sequential(layer), nn.Sequential(linear)]
     torch.testing.assert_close(models[0](x), models[1](x))
     for model in models:
-        attach(model, LoRAConfig(rank=2))
+        attach(model, LoRAConfig(rank=2), seed=0)
         nn.init.ones_(model[0].adapters["default"].lora_B)
         assert (model[0].in_features, model[0].out_features) == (8, 64)
     torch.testing.assert_close(models[0][0].weight.t() + 0, models[1][0].weight + 0)
