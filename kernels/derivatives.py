@@ -33,10 +33,9 @@ def derivatives(
     plain: Callable[..., Any], inputs: Sequence[Tensor], wanted: Sequence[bool], grads: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """The gradient of each input that is wanted, for `grads` of plain(*inputs), a tensor or several; as a graph."""
-    again = torch.is_grad_enabled()
     with torch.enable_grad():
         own = [x.view_as(x) for x in inputs]  # where the way back ends, even if one input was made of another
         outputs = plain(*own)
     leaves = [x for x, want in zip(own, wanted, strict=True) if want]
-    found = iter(torch.autograd.grad(outputs, leaves, grads, create_graph=again) if leaves else ())
+    found = iter(torch.autograd.grad(outputs, leaves, grads, create_graph=torch.is_grad_enabled()) if leaves else ())
     return [next(found) if want else None for want in wanted]

@@ -231,21 +231,20 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None], backward: Any = _ba
         group = Group(unflatten(stored, *layout), scales=scales, dropout=dropout, seed=seed)
         if x is None:  # without LoRA it is not kept, nor asked for: y is linear in it
             x = torch.zeros(*some.shape[:-1], columns, dtype=some.dtype, device=some.device, requires_grad=True)
+
+        def plain(x: Tensor, *masters: Tensor) -> list[Tensor]:
+            return lora_paths.plain(x, group._replace(A=masters[:n], B=masters[n:]))
+
+        wanted = [need_x, *(master.requires_grad for master in (*A, *B))]
         with _no_autocast(x):
-            of_x, *rest = derivatives(
-                lambda x, *masters: lora_paths.plain(x, group._replace(A=masters[:n], B=masters[n:])),
-                (x, *A, *B),
-                [need_x, *(master.requires_grad for master in (*A, *B))],
-                each,
-            )
-        of_A, of_B = _split(rest, [n, n])
+            of_x, *rest = derivatives(plain, (x, *A, *B), wanted, each)
+        of_A, of_B = rest[:n], rest[n:]
     else:
         made = backward(each, x, s, dense, stored, A, B, seed, *ctx.numbers, need_x) if need_x or A else []
         of_x = made[-1] if need_x else None
         of_A = [p.to(a.dtype) for p, a in zip(made[0].split([len(a) for a in A]), A, strict=True)] if A else []
         of_B = made[1 : 1 + len(B)] if A else []
-    wanted = zip(each, ctx.biases, strict=False)
-    of_biases = [None if dtype is None else _matrix(g).sum(0, dtype=dtype) for g, dtype in wanted]
+    of_biases = [None if d is None else _matrix(g).sum(0, dtype=d) for g, d in zip(each, ctx.biases, strict=False)]
     return of_x, [None] * len(stored), of_biases, of_A, of_B, *numbers
 
 

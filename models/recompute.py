@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..kernels.derivatives import transformed
 from ..lora.adapter import is_hooked
 
 
@@ -24,9 +25,10 @@ def recomputed(
 
     However often `value` is saved there (as it is or as a view of all of it), the step runs once, in backward. The
     inputs must not be overwritten before. Nothing changes where not `active`, where hooks of `step` would be called a
-    second time, and under torch.compile, whose compiler decides by itself what to make again.
+    second time, and under torch.compile, whose compiler decides what to make again, and torch.func, which has no hooks.
     """
-    if not active or torch.compiler.is_compiling() or (isinstance(step, nn.Module) and is_hooked(step)):
+    hooked = isinstance(step, nn.Module) and is_hooked(step)
+    if not active or hooked or torch.compiler.is_compiling() or transformed():
         return nullcontext()
     place, size = value.data_ptr(), value.numel()  # not `value` itself: the hooks live as long as the graph
     kept_inputs = [x.detach() for x in inputs]

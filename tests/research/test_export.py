@@ -39,6 +39,7 @@ def test_export_with_a_dynamic_batch(model: nn.Sequential, one: bool, strict: bo
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
 def test_aot_inductor_runs_it(model: nn.Module, tmp_path: Path) -> None:
     exported = torch.export.export(model.eval(), (torch.randn(5, 64),), dynamic_shapes=({0: Batch},))
     package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))

@@ -1,13 +1,16 @@
 """Second and higher orders through LoRA layers: finite differences in float64, dense layers, MAML."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import fourbit
 from fourbit.kernels.attention import causal_attention
 from fourbit.kernels.chunked_head import TokenScorer, dense_figures, module_figures
 from fourbit.kernels.dequantize4bit import dequantize
@@ -20,6 +23,8 @@ from fourbit.kernels.swiglu import swiglu
 from fourbit.lora.adapter import AdapterLayer
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward mode uses it
 
 
 def layer(n_in: int, n_out: int, *, quantised: bool = True, dropout: float = 0.0, dtype: Any = torch.float64) -> Any:
@@ -230,3 +235,44 @@ def test_beyond_first_order_weights_stay_packed() -> None:
 def test_shapes_that_would_broadcast_are_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(quantize(torch.zeros(3, 8)), torch.zeros)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", None])
+def test_a_whole_language_model(tiny_folder: Path, quant_type: Any) -> None:
+    """Hessian times vector of a Llama in training, against differences of its gradient; torch.func's, the same."""
+    model, _ = fourbit.load(tiny_folder, quant_type=quant_type, dtype=torch.float64)
+    fourbit.attach(model, fourbit.LoRAConfig(rank=2), seed=0)
+    model.double().train()  # the adapter too
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    torch.manual_seed(0)
+    for p in parameters.values():
+        nn.init.normal_(p, std=0.1)
+    ids, positions = torch.randint(0, 250, (2, 7)), torch.arange(7).expand(2, 7)
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self) -> Tensor:
+            logits = model.lm_head(model.hidden(ids, positions))
+            return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    module, leaves = Loss(), list(parameters.values())
+    direction = [torch.cos(p.detach()) for p in leaves]
+    loss = lambda given: torch.func.functional_call(module, {f"model.{name}": p for name, p in given.items()}, ())
+    with sdpa_kernel(SDPBackend.MATH):
+        once = torch.autograd.grad(module(), leaves, create_graph=True)
+        twice = torch.autograd.grad(sum((g * d).sum() for g, d in zip(once, direction, strict=True)), leaves)
+    ends = []
+    for step in (1e-6, -1e-6):
+        moved = {name: p + step * d for (name, p), d in zip(parameters.items(), direction, strict=True)}
+        ends.append(torch.autograd.grad(loss(moved), list(moved.values())))
+    given = {name: p.detach() for name, p in parameters.items()}
+    tangents = dict(zip(given, direction, strict=True))
+    gradient, product = torch.func.jvp(torch.func.grad(loss), (given,), (tangents,))
+    for i, name in enumerate(parameters):
+        torch.testing.assert_close(gradient[name], once[i], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(product[name], twice[i], rtol=1e-9, atol=1e-12)
+        difference = (ends[0][i] - ends[1][i]) / 2e-6
+        assert float((twice[i] - difference).norm()) < 1e-4 * float(difference.norm()), name
