@@ -17,14 +17,17 @@ from .models.load import load
 from .models.protocol import CausalLM
 from .models.save import save_model
 from .text.tokenizer import Tokenizer
+from .trainer.callbacks import Callback
 from .trainer.config import DistillConfig, DPOConfig, RewardConfig, SFTConfig
 from .trainer.distill import DistillTrainer
 from .trainer.evaluate import Answer, answer_all, evaluate_loss, share_right
+from .trainer.loop import Completion, Run
 from .trainer.preference import DPOTrainer
 from .trainer.reward import RewardTrainer
 from .trainer.reward_model import RewardModel
 from .trainer.run import TrainResult
 from .trainer.sft import SFTTrainer
+from .trainer.step import Sums
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +36,7 @@ __all__ = [
     "dense_weights", "load_adapter", "quantize_", "remove_adapter", "save_adapter", "use", "using",  # adapters, 4 bits
     "DPOConfig", "DPOTrainer", "DistillConfig", "DistillTrainer", "RewardConfig", "RewardModel", "RewardTrainer",
     "SFTConfig", "SFTTrainer", "TrainResult",  # training
+    "Callback", "Completion", "Run", "Sums",  # loops and parts of one's own
     "Answer", "answer_all", "evaluate_loss", "share_right",  # evaluation
     "DiskError", "EnvironmentProblem", "FourbitError", "InputError", "NumericError",
     "data", "kernels", "losses", "nf4", "optim",  # functions on tensors, optimizers

@@ -32,7 +32,6 @@ def ours(folder: Path, model_path: str, packing: bool = True) -> Step:
     from fourbit.data.encode import Dataset, Report
     from fourbit.trainer.config import DPOConfig
     from fourbit.trainer.preference import DPOTrainer
-    from fourbit.trainer.step import Stepper
 
     model, tokenizer = load_ours(folder, model_path)
     rows = [row for batch in json.loads((folder / BATCHES).read_text()) for row in batch]
@@ -40,14 +39,15 @@ def ours(folder: Path, model_path: str, packing: bool = True) -> Step:
     options: dict[str, Any] = {"packing": packing, "beta": BETA, "reference": "base", "weight_decay": 0.0}
     config = DPOConfig(out=str(folder / "ours"), max_grad_norm=CLIP, **options)
     trainer = DPOTrainer(model, tokenizer, train=data, config=config)
-    stepper = Stepper(trainer.parameters, trainer.sums, config)
+    run = trainer.new_run()
     model.checkpointing = trainer.recomputes()
     model.train()
 
     def step(rows: Sequence[Row]) -> float:
         batches = trainer.micro_batches(trainer.train_set, [row["number"] for row in rows], config.micro_batch)
         trainer.begin(trainer.train_set, batches)
-        result = stepper.step(batches, RATE)
+        run.forward_backward(*batches)
+        result = run.optim_step(RATE)
         trainer.applied(result)
         result.read_metrics()  # what TRL's step reads, ours reads too
         return result.loss.item()

@@ -23,16 +23,14 @@ def ours(folder: Path, model_path: str) -> Step:
     from fourbit.data.batch import micro_batches
     from fourbit.lora.adapter import adapter_parameters
     from fourbit.trainer.config import TrainingConfig
-    from fourbit.trainer.evaluate import batch_loss_sum
-    from fourbit.trainer.step import Stepper, Sums
+    from fourbit.trainer.loop import Run
+    from fourbit.trainer.step import make_optimizer
     from fourbit.trainer.trainer import TOKEN_BUDGET
 
     model = load_ours(folder, model_path)[0]
-    stepper = Stepper(
-        adapter_parameters(model.train()),
-        lambda batch: Sums(batch_loss_sum(model, batch), {}),
-        TrainingConfig(out="none", weight_decay=0.0, max_grad_norm=CLIP),
-    )
+    parameters = adapter_parameters(model.train())
+    config = TrainingConfig(out="none", weight_decay=0.0, max_grad_norm=CLIP)
+    run = Run(model, parameters=parameters, optimizer=make_optimizer(parameters, config))
 
     def step(rows: Sequence[Row]) -> float:
         batches = micro_batches(
@@ -42,7 +40,8 @@ def ours(folder: Path, model_path: str) -> Step:
             token_budget=TOKEN_BUDGET["cpu"],
             pad_id=0,
         )
-        return stepper.step(batches, RATE).loss.item()
+        run.forward_backward(*batches)
+        return run.optim_step(RATE).loss.item()
 
     return step
 

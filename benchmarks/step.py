@@ -14,8 +14,8 @@ from torch import Tensor
 from fourbit.data.batch import Batch, Encoded, Example, pad
 from fourbit.kernels.dispatch import force_path
 from fourbit.trainer.config import TrainingConfig
-from fourbit.trainer.evaluate import batch_loss_sum
-from fourbit.trainer.step import Stepper, Sums
+from fourbit.trainer.loop import Run, cross_entropy
+from fourbit.trainer.step import make_optimizer
 
 from . import decoder
 from .cases import OURS, Case, Point, Setting, Variant, Work, present
@@ -49,7 +49,7 @@ def step(parts: Parts, tokens: int) -> Work:
     def truth() -> float:
         model = decoder.ours(parts)
         with force_path("reference"), torch.no_grad():
-            return float(batch_loss_sum(model, batch)) / batch.trained
+            return float(cross_entropy(model, batch).loss) / batch.trained
 
     def judge(loss: Any) -> float:
         return abs(float(loss) - truth()) / (UNIT * abs(truth()))
@@ -60,12 +60,12 @@ def step(parts: Parts, tokens: int) -> Work:
         state = 8 * sum(parameter.numel() for parameter in parameters.values())
         options: dict[str, Any] = {"optimizer": "paged-adamw", "optimizer_budget": f"{state // 4 >> 10}KiB"}
         config = TrainingConfig(out="none", weight_decay=0.0, max_grad_norm=1.0, **(options if paged else {}))
-        sums = lambda b: Sums(batch_loss_sum(model, b), {})  # noqa: E731
-        stepper = Stepper(parameters, sums, config)
+        run = Run(model, parameters=parameters, optimizer=make_optimizer(parameters, config))
 
         def call(i: int) -> Tensor:
             model.checkpointing = recompute
-            return stepper.step([batch], RATE).loss
+            run.forward_backward(batch)
+            return run.optim_step(RATE).loss
 
         return call
 

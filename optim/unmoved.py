@@ -11,7 +11,6 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from .optimizer import FlatOptimizer
 from .update import NARROW
 
 REASONS = {
@@ -48,7 +47,7 @@ def checksums(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def unmoved(
-    parameters: Mapping[str, nn.Parameter], before: Mapping[str, Tensor], optimizer: FlatOptimizer
+    parameters: Mapping[str, nn.Parameter], before: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, str]:
     """Name -> the key in REASONS, of the parameters whose checksums are those of `before`, after a step of the
     optimizer whose gradients are still there. Stochastic rounding freezes nothing: a few small steps may move a small
@@ -58,7 +57,7 @@ def unmoved(
     same = {name: p for (name, p), has in zip(parameters.items(), moved, strict=True) if p.numel() and not has}
     learning = {id(p) for group in optimizer.param_groups if group["lr"] > 0 for p in group["params"]}
     found = {name: _reason(p, id(p) in learning) for name, p in same.items()}
-    drawn = NARROW if optimizer.rounding == "stochastic" else ()
+    drawn = NARROW if getattr(optimizer, "rounding", "") == "stochastic" else ()
     return {name: reason for name, reason in found.items() if reason != "rounding" or same[name].dtype not in drawn}
 
 

@@ -15,6 +15,7 @@ step: a run resumed from an older checkpoint writes lower steps that are newer. 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,7 @@ from .. import files
 from ..errors import InputError, NumericError, shown
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
-FORMAT = "fourbit checkpoint 3"
+FORMAT = "fourbit checkpoint 4"
 _GROUP = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _FILE = re.compile(_GROUP.pattern + r"\.safetensors|state\.json")
 _FOLDER = re.compile(r"step-(?P<step>[0-9]{6,18})(?:\.[0-9]{1,6})?")
@@ -222,6 +223,37 @@ def _check_group(group: str, members: Mapping[str, Tensor]) -> None:
                 f"{group}/{name} holds NaN or infinity, so no checkpoint was written; earlier ones are untouched. "
                 "Lower the learning rate, or look at the batch of this step."
             )
+
+
+def packed(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    """State of any shape (an optimizer's, a scheduler's) as JSON, its tensors taken out into `tensors` by their place.
+    InputError for what is neither."""
+    if isinstance(value, Tensor):
+        tensors[place] = value
+        return {"tensor": place}
+    if isinstance(value, dict):
+        return {"dict": [[packed(k, place, tensors), packed(v, f"{place}.{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [packed(each, f"{place}.{i}", tensors) for i, each in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise InputError(
+        f"{place} of the state holds {shown(value)} ({type(value).__name__}), and a checkpoint holds tensors, finite "
+        "numbers, texts, and lists and dicts of them, no code: an optimizer or scheduler of this kind cannot be saved"
+    )
+
+
+def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `packed` took apart."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "dict":
+        return {unpacked(k, tensors): unpacked(v, tensors) for k, v in inner}
+    return (list if kind == "list" else tuple)(unpacked(each, tensors) for each in inner)
 
 
 def _dump_state(state: Mapping[str, Any]) -> bytes:

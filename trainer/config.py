@@ -6,6 +6,7 @@ adapter sensibly on a few hundred to a few thousand rows; nothing here needs a G
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +21,7 @@ from .losses.objective import PAIR_LOSSES, RULES, UNPAIRED_LOSSES, Objective, pa
 
 PAGED = "paged-"
 COURSE = {"epochs", "steps", "schedule", "warmup", "decay"}  # what decides how long a run is, and its rates
+OF_OPTIMIZER = {"lr", "lora_plus", "lr_scale", "optimizer", "optimizer_budget", "rounding", "weight_decay"}
 UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
@@ -135,6 +137,12 @@ class TrainingConfig(Checked):
                 "optimizer_budget must be auto or a size above 0 with a unit, such as 2GiB or 512MiB, "
                 f"got {self.optimizer_budget!r}"
             )
+
+    def refuse(self, names: Iterable[str], why: str) -> None:
+        """Raise InputError for those of these options that were given."""
+        defaults = type(self)(out=self.out)
+        if given := [name for name in sorted(names) if getattr(self, name) != getattr(defaults, name)]:
+            raise InputError(f"{', '.join(given)} would do nothing, as {why}: leave out what the config says of it")
 
     def total_steps(self, rows: int) -> int:
         """Steps in all of a run on so many rows."""

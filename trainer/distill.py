@@ -5,7 +5,7 @@ then is not in memory a second time. Neither's logits ever exist as a whole.
 """
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..lora.adapter import DEFAULT, AdapterLayer, carried, using
 from ..models.protocol import CausalLM
 from ..text.tokenizer import Tokenizer
+from .callbacks import Options
 from .config import DistillConfig
 from .losses.divergence import token_divergence
 from .losses.tokens import evaluating, hidden_rows, on_device, summed, token_scores
@@ -43,11 +44,10 @@ class DistillTrainer(SFTTrainer):
         tokenizer: Any,
         *,
         teacher: CausalLM | str | None,
-        train: Any,
         config: DistillConfig,
-        val: Any | float | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(model, tokenizer, train=train, config=config, val=val)
+        super().__init__(model, tokenizer, config=config, **options)
         if isinstance(teacher, CausalLM):
             _check_other(model, teacher)
             self.teacher, self.adapters = teacher, None

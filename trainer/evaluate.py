@@ -6,9 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from ..data.batch import Batch, Example, micro_batches
 from ..data.encode import Dataset, encode_questions, load_rows
 from ..data.forms import samples_of
@@ -22,7 +19,8 @@ from ..models.generate import generate_each
 from ..models.protocol import CausalLM
 from ..text.tokenizer_folder import as_tokenizer
 from .interrupt import at_most
-from .losses.tokens import batch_token_scores, evaluating, on_device
+from .loop import cross_entropy
+from .losses.tokens import evaluating, on_device
 
 REGEX_SECONDS = 2
 Match = Literal["exact", "json", "regex", "contains"]
@@ -41,11 +39,6 @@ class Answer:
     answer: str
     source: str
     right: bool
-
-
-def batch_loss_sum(model: CausalLM, batch: Batch) -> Tensor:
-    """Sum of the losses of a batch's trained tokens, 0-d float64."""
-    return -batch_token_scores(model, batch).logps.sum(dtype=torch.float64)
 
 
 def nonfinite_layer(model: CausalLM, batch: Batch) -> str | None:
@@ -80,7 +73,7 @@ def evaluate_loss(
     total = 0.0
     with evaluating(model):
         for batch in batches:
-            total += (loss := batch_loss_sum(model, batch).item())
+            total += (loss := cross_entropy(model, batch).loss.item())
             if not math.isfinite(loss):
                 what = f"losses of rows from {examples[batch.numbers[0]].source} on"
                 raise explain_nonfinite(model, what, nonfinite_layer(model, batch))

@@ -6,25 +6,25 @@ compares with.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch, Example, sent
 from ..data.encode import Dataset
-from ..data.sample import Kind
 from ..errors import InputError, NumericError
 from ..lora.adapter import DEFAULT, adapters_of, copy_adapter, using
 from ..lora.peft_files import adapter_state, load_adapter_state
 from ..models.protocol import CausalLM
+from .callbacks import Options
 from .config import DPOConfig
 from .losses.judged import mismatch_kl
-from .losses.pairs import mixture, reward_shift, rewards_seen, scores_of
+from .losses.pairs import Scores, mixture, reward_shift, rewards_seen, scores_of
 from .losses.tokens import answer_scores, evaluating, summed, token_kl
 from .reference import CachedReference, cache_parts, cached
 from .run import active_adapters
@@ -32,18 +32,6 @@ from .step import StepResult, Sums
 from .trainer import Trainer, Weights
 
 REFERENCE = "reference"  # the name, if it is free, of the frozen adapter that the policy started as
-
-
-class PreferenceTrainer(Trainer):
-    """What training on preference rows shares."""
-
-    kind: Kind = "pairs"
-    config: Any
-
-    def constants(self) -> dict[str, float]:
-        report = self.train_set.report
-        lost = report.dropped.total + report.skipped.total
-        return {"dropped": lost / max(1, lost + report.rows)}
 
 
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
@@ -56,11 +44,12 @@ def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
     }
 
 
-class DPOTrainer(PreferenceTrainer):
+class DPOTrainer(Trainer):
     """Trains an adapter on preferences: DPO and its relatives, `config.loss` says which.
 
-    model: from `fourbit.load`, with an adapter, fresh or trained before (`load_adapter`). train: a JSONL file, several,
-    or a dataset of `load(..., "pairs")` ("judged" for a loss on single answers). val: the same, or a fraction.
+    model: from `fourbit.load`, with an adapter, fresh or trained before (`load_adapter`). train, val: rows of kind
+    "pairs" ("judged" for a loss on single answers). loss: `Scores` -> [P], instead of what config.loss computes, which
+    still says the kind of rows, whether there is a reference, and what the metrics' rewards are. The rest: `Trainer`.
     There is never a second model: the reference is the base, with no adapter active, or a frozen copy of the adapter
     as it was at the start, or a file of its log-probabilities. The copy stays on the model, under a name of its own
     ("reference", or "reference-2" and so on where that is taken), so that the trainer can evaluate after training;
@@ -71,11 +60,17 @@ class DPOTrainer(PreferenceTrainer):
     config: DPOConfig
 
     def __init__(
-        self, model: CausalLM, tokenizer: Any, *, train: Any, config: DPOConfig, val: Any | float | None = None
-    ):
+        self,
+        model: CausalLM,
+        tokenizer: Any,
+        *,
+        config: DPOConfig,
+        loss: Callable[[Scores], Tensor] | None = None,
+        **options: Unpack[Options],
+    ) -> None:
         self.objective = config.objective()
         self.kind = "judged" if self.objective.unpaired else "pairs"
-        super().__init__(model, tokenizer, train=train, config=config, val=val)
+        super().__init__(model, tokenizer, config=config, loss=loss, **options)
         self.fresh = all(part.is_idle() for part in adapters_of(model).values())
         self.reference: tuple[str, ...] = ()  # the adapters that are active in it
         self.cache: CachedReference | None = None
@@ -113,7 +108,8 @@ class DPOTrainer(PreferenceTrainer):
         metrics["token_accuracy"] = summed(answers.correct, answers.there)
         beta = objective.shift_beta
         carried = {} if beta is None else {"seen": rewards_seen(beta * scores.ratio, scores.good)}
-        return Sums(mixture(objective.terms, scores, self.points).sum(dtype=torch.float64), metrics, carried)
+        losses: Any = self.loss(scores) if self.loss else mixture(objective.terms, scores, self.points)
+        return Sums(losses.sum(dtype=torch.float64), metrics, carried)
 
     def reference_logps(self, batch: Batch) -> Tensor:
         """The reference's log-probability of each answer's tokens, [A, P, L], without gradient."""
@@ -209,7 +205,7 @@ class DPOTrainer(PreferenceTrainer):
             return
         allowed = 2e-2 if self.model.dtype in (torch.bfloat16, torch.float16) else 1e-4
         checks = []
-        if self.objective.losses == {"sigmoid": 1.0}:
+        if self.objective.losses == {"sigmoid": 1.0} and self.loss is None:
             checks.append(("loss", result.loss.item(), "ln 2 = 0.693147", math.log(2), allowed))
         for name in ("reward_chosen", "reward_rejected"):
             # Taken as of beta 0.1, or a small beta would hide everything: a reward is beta times a log-ratio.

@@ -1,7 +1,9 @@
 """What a run leaves to look at: its curves as one picture, and the batch that ended it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from html import escape
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,23 @@ Point = tuple[int, float]
 
 def draw_curves(metrics: Path, picture: Path) -> None:
     """Draw losses, and rewards and their accuracy where there are any, from a metrics.jsonl into a PNG or SVG."""
+    check_apart(picture, f"the picture {picture}", [metrics])
+    figure = _curves(metrics)
+    write_whole(picture, lambda part: figure.savefig(part, format=picture.suffix[1:] or "png", dpi=120))
+
+
+def as_html(values: Mapping[str, object], metrics: Path) -> str:
+    """Values by name as a table, and the curves of a metrics.jsonl as SVG: for a notebook, every text escaped."""
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in values.items())
+    drawn = StringIO()
+    if metrics.exists():
+        _curves(metrics).savefig(drawn, format="svg")
+    return f"<table>{rows}</table>" + "".join(drawn.getvalue().partition("<svg")[1:])
+
+
+def _curves(metrics: Path) -> Any:
     from matplotlib.figure import Figure  # the object interface: no global state, no display needed
 
-    check_apart(picture, f"the picture {picture}", [metrics])
     records = read_metrics(metrics)
     panels = [panel for panel in PANELS if panel[0] == PANELS[0][0] or any(_points(records, n) for n in panel[1])]
     figure = Figure(figsize=(9, 1 + 3 * len(panels)), layout="constrained")
@@ -42,7 +58,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
             axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside: it hides no curve
     figure.axes[0].set_ylim(bottom=min(0.0, figure.axes[0].get_ylim()[0]))  # some losses have no lower bound
     figure.axes[-1].set_xlabel("optimizer step")
-    write_whole(picture, lambda part: figure.savefig(part, format=picture.suffix[1:] or "png", dpi=120))
+    return figure
 
 
 def nonfinite(

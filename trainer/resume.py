@@ -36,6 +36,7 @@ class SavedState:
     data: str  # fingerprint of the rows
     depends: dict[str, str]  # `Trainer.depends`
     layout: dict[str, str]  # `layout`
+    loop: dict[str, Any]  # what `Run.state` holds beside tensors
 
 
 def check_resumed(path: Path, saved: SavedState, now: SavedState, config: TrainingConfig, rows: int) -> list[str]:

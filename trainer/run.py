@@ -1,4 +1,4 @@
-"""What a step of a run gets, what a run knows while it goes, and what it ends with."""
+"""What a run knows while it goes, and what it ends with."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,22 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from ..data.batch import Batch
 from ..data.encode import Dataset
 from ..data.template import FILE as TEMPLATE
 from ..errors import InputError
 from ..files import write_text
 from ..lora.adapter import DEFAULT, adapter_layers, adapter_parameters, refuse_left_out
 from ..settings import LARGEST, setting
-
-
-@dataclass(frozen=True)
-class StepData:
-    """What a step trains on, still on the CPU: one batch of rows, as micro-batches for each update that is made of it.
-    Most kinds make one update of a batch of rows; one that generates its rows may make several."""
-
-    updates: Sequence[Sequence[Batch]]
-    sources: list[str]  # file and line of each row
+from .report import as_html
 
 
 def _counted(help: str) -> Any:
@@ -62,6 +53,10 @@ class TrainResult:
     unmoved: Mapping[str, str]  # trained tensors that the first steps (50 after warm-up) did not move: a word for why
     signal: int | None
     checkpoint: Path | None
+
+    def _repr_html_(self) -> str:
+        """In a notebook: what is said here, and the curves."""
+        return as_html(vars(self), self.out / "metrics.jsonl")
 
     @property
     def val_loss(self) -> float | None:

@@ -2,53 +2,43 @@
 
 from pathlib import Path
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..errors import InputError
-from ..lora.adapter import adapter_layers, plain_name, unwrapped
+from ..lora.adapter import adapter_layers
 from ..models.save import save_model
 from .config import SFTConfig
 from .evaluate import perplexity
-from .losses.tokens import batch_token_scores, summed
+from .loop import cross_entropy, trainable
+from .losses.tokens import on_device
 from .run import template_text
 from .step import Sums
-from .trainer import Trainer, Weights
+from .trainer import Trainer
 
 
 class SFTTrainer(Trainer):
     """Fine-tunes a model on chat rows.
 
     model: from `fourbit.load`, with an adapter attached, or dense with `config.full`.
-    train: a JSONL file, several, or a Dataset. val: the same, or a fraction of train below 1, or None.
+    loss: (model, batch on its device) -> the value of each trained token, [N], or `Sums`. The rest: see `Trainer`.
     Raises InputError for rows, options or a model that cannot be trained on.
     """
 
     config: SFTConfig
 
-    def sums(self, batch: Batch) -> Sums:
-        scores = batch_token_scores(self.model, batch)
-        metrics = {"token_accuracy": summed(scores.correct), "entropy": summed(scores.entropy)}
-        return Sums(-scores.logps.sum(dtype=torch.float64), metrics)
+    def sums(self, batch: Batch) -> Tensor | Sums:
+        if self.loss is None:
+            return cross_entropy(self.model, batch)
+        return self.loss(self.model, on_device(self.model, batch))
 
     def describe(self, metrics: dict[str, float]) -> dict[str, float]:
-        return metrics | {"perplexity": perplexity(metrics["loss"])}
+        return metrics if self.loss else metrics | {"perplexity": perplexity(metrics["loss"])}
 
     # With `full` all weights are trained instead of an adapter.
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return all_parameters(self.model) if self.config.full else super().trained_parameters()
-
-    def weights(self) -> Weights:
-        return {n: p.detach() for n, p in self.parameters.items()} if self.config.full else super().weights()
-
-    def load_weights(self, state: Weights) -> None:
-        if not self.config.full:
-            super().load_weights(state)
-            return
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(state[name])
 
     def save(self, out: Path) -> None:
         if self.config.full:
@@ -64,4 +54,4 @@ def all_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             "full training needs a dense model without an adapter; load it with quant_type=None (--quant none)"
         )
     model.requires_grad_()
-    return {plain_name(name): parameter for name, parameter in unwrapped(model).named_parameters()}
+    return trainable(model)

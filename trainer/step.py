@@ -1,7 +1,4 @@
-"""One optimizer step: gradients of all micro-batches, clipping, the non-finite guard, and the update.
-
-Nothing here waits for the device. Whether a step may be applied is decided on the device by a flag that the optimizer's
-kernel reads (the mechanism of loss scaling); the host looks at the flag of the step before while this one runs.
+"""The parts of an optimizer step: what a loss gives, what a step leaves, the optimizer, and a backward that may fail.
 
 A long sequence can need for one backward what a paged optimizer's pages take. Its micro-batch is then run again without
 them: `backward_or_retry`, the one place that knows. What a micro-batch leaves behind is in its `Sums`, so the attempt
@@ -19,22 +16,31 @@ import torch
 from torch import Tensor, nn
 
 from .. import optim
-from ..data.batch import Batch
 from ..errors import InputError
 from ..optim.groups import parameter_groups
 from ..optim.optimizer import FlatOptimizer
-from ..optim.unmoved import checksums, unmoved
 from .config import PAGED, TrainingConfig, size_in_bytes
-
-PAGE_COUNTERS = ("hits", "misses", "evictions", "bytes_in", "bytes_out", "stall_seconds")
 
 
 class Sums(NamedTuple):
-    """What a batch's forward pass gives: its loss, metrics to report, and what the kind of training carries on."""
+    """What a loss gives for a batch: sums, which add up over the batches of a step to one exact mean."""
 
-    loss: Tensor  # 0-d: the sum over what the batch's weight counts (trained tokens, pairs); carries the gradient
-    metrics: Mapping[str, Tensor]  # each [2]: a sum, and the number of things it is over; without gradient
+    loss: Tensor  # 0-d: the sum over what `weight` counts (trained tokens, pairs); carries the gradient
+    metrics: Mapping[str, Tensor] = MappingProxyType({})  # each [2]: a sum, and over how many things; no gradient
     carried: Mapping[str, Tensor] = MappingProxyType({})  # added up over a step's batches, for `Trainer.applied`
+    weight: float | Tensor | None = None  # what a step's loss is divided by, summed over it; None: the batch's `weight`
+
+
+def as_sums(given: Tensor | Sums, batch: object) -> Sums:
+    """What a loss gave for a batch, with its weight. Raises InputError for a mean."""
+    if isinstance(given, Sums):
+        return given if given.weight is not None else given._replace(weight=getattr(batch, "weight", None))
+    if given.ndim == 0:
+        raise InputError(
+            "a loss gives the value of each token, row or pair that counts ([N]), or Sums with a weight, got one "
+            "number: means of micro-batches do not add up to the step's mean"
+        )
+    return Sums(given.sum(dtype=torch.float64), weight=given.numel())
 
 
 @dataclass(frozen=True)
@@ -56,97 +62,6 @@ class StepResult:
         return {n: v if math.isfinite(v) else None for n, v in zip(self.metrics, values, strict=True)}
 
 
-class Stepper:
-    """An optimizer over named parameters; a step's loss is the sum over its batches divided by their `weight`.
-    parameters: name -> parameter to train. sums: a batch (still on the CPU) -> its loss and metrics. Raises InputError
-    as `make_optimizer` does."""
-
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], sums: Callable[[Any], Sums], config: TrainingConfig
-    ) -> None:
-        self.parameters = dict(parameters)
-        self.sums = sums
-        self.device = next(iter(self.parameters.values())).device
-        self.optimizer = make_optimizer(self.parameters, config)
-        self.retries = 0  # micro-batches that ran out of memory and were run again
-        self.updates, self.watched = 0, 0  # made by this object; after how many `unmoved` is known (0: never)
-        self.unmoved: dict[str, str] = {}  # parameters that are as they were before the first update, and why
-        self._checksums: dict[str, Tensor] = {}
-        names = {parameter: name for name, parameter in self.parameters.items()}
-        # In the order in which the optimizer numbers its parameters.
-        self._names = [names[p] for group in self.optimizer.param_groups for p in group["params"]]
-        self._paged: dict[str, int | float] = {}
-
-    def step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        """One update from the micro-batches of one step, at this learning rate."""
-        if self.updates == 0 < self.watched:
-            self._checksums = checksums(self.parameters)
-        weight = sum(batch.weight for batch in batches)
-        # Divided by the whole step's weight, so any split into micro-batches gives the same gradients.
-        parts = [self._gradients(batch, weight) for batch in batches]
-        optimizer = self.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * group["lr_scale"]
-        loss = torch.stack([part.loss.double() for part in parts]).sum()
-        # Where it is 1, or the norm is not finite, weights, moments and step counts stay as they are.
-        optimizer.found_inf = (~torch.isfinite(loss)).float()
-        optimizer.step()
-        self.updates += 1
-        if self.updates == self.watched:  # here the host waits for the device, once
-            self.unmoved = unmoved(self.parameters, self._checksums, optimizer)
-        for parameter in self.parameters.values():  # those too that no group has
-            parameter.grad = None
-        assert optimizer.grad_norm is not None and optimizer.skipped is not None
-        metrics, carried = means([part.metrics for part in parts]), totals([part.carried for part in parts])
-        return StepResult(loss, metrics, carried, optimizer.grad_norm, optimizer.skipped, self._state_metrics())
-
-    def _gradients(self, batch: Batch, weight: int) -> Sums:
-        """Add a micro-batch's gradients; where memory runs out and pages can make room, on the second attempt."""
-
-        def backward() -> Sums:
-            sums = self.sums(batch)
-            loss = sums.loss / weight
-            loss.backward()
-            return sums._replace(loss=loss.detach())
-
-        if self.optimizer.budget is None:
-            return backward()
-        return backward_or_retry(list(self.parameters.values()), backward, self._make_room)
-
-    def _make_room(self) -> None:
-        self.retries += 1
-        self.optimizer.evict_all()
-
-    def _state_metrics(self) -> dict[str, int | float]:
-        device, host = self.optimizer.state_bytes()
-        if self.optimizer.pager is None:
-            return {"optimizer_bytes": device}
-        paged = {f"page_{name}": getattr(self.optimizer.pager.counters, name) for name in PAGE_COUNTERS}
-        before, self._paged = self._paged, {**paged, "page_retries": self.retries}
-        moved = {name: round(value - before.get(name, 0), 6) for name, value in self._paged.items()}
-        return {"optimizer_bytes": device, "optimizer_host_bytes": host, **moved}
-
-    def state(self) -> dict[str, Tensor]:
-        """The optimizer's tensors as `parameter.field`; empty before the first step."""
-        saved = self.optimizer.state_dict()["state"]
-        return {f"{self._names[i]}.{field}": value for i, fields in saved.items() for field, value in fields.items()}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` gave. Raises InputError when a name or a shape does not fit these parameters."""
-        numbers = {name: number for number, name in enumerate(self._names)}
-        saved: dict[int, dict[str, Tensor]] = {}
-        for key, value in state.items():
-            name, _, field = key.rpartition(".")
-            if name not in numbers:
-                raise InputError(f"optimizer state {key!r} {tuple(value.shape)} fits no parameter trained here")
-            saved.setdefault(numbers[name], {})[field] = value
-        try:
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved})
-        except ValueError as error:
-            raise InputError(f"the optimizer's state does not fit this run: {error}") from None
-        self._paged, self.retries = {}, 0  # the pager starts anew
-
-
 def totals(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Each entry added up over several batches."""
     names = dict.fromkeys(name for part in parts for name in part)
@@ -160,14 +75,14 @@ def means(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> FlatOptimizer:
     """An optimizer that measures the gradients' norm, clips it where max_grad_norm is above 0, and skips what is not
-    finite. Its groups' learning rates are 0, and "lr_scale" of each is the factor on the rate of a step.
+    finite. Its groups begin at their peak rates, and "lr_scale" of each is its factor on the rate of a step.
 
     Raises InputError for patterns in lr_scale that match nothing, or leave nothing to train.
     """
     try:
         groups: list[dict[str, Any]] = parameter_groups(
             parameters.items(),
-            lr=0.0,
+            lr=config.lr,
             weight_decay=config.weight_decay,
             lora_plus=config.lora_plus,
             lr_scale=config.lr_scale,
@@ -180,7 +95,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConfi
     budget: Any = "auto" if config.optimizer_budget == "auto" else size_in_bytes(config.optimizer_budget)
     return kind(
         groups,
-        lr=0.0,
+        lr=config.lr,
         bits=8 if config.optimizer.endswith("8bit") else 32,
         budget=budget if config.optimizer.startswith(PAGED) else None,
         max_grad_norm=config.max_grad_norm or math.inf,
@@ -203,25 +118,32 @@ def backward_or_retry(
     device, nothing = parameters[0].device, [None] * len(parameters)
     rng, before, sums = rng_states(device), [p.grad for p in parameters], None
     try:
-        _put(parameters, nothing)
+        put_gradients(parameters, nothing)
         with suppress(torch.OutOfMemoryError):
             sums = backward()
         if sums is None:  # and what it had taken is free again: no exception holds its frames
             make_room()
             set_rng_states(rng, device)
-            _put(parameters, nothing)
+            put_gradients(parameters, nothing)
             sums = backward()
     except BaseException:
-        _put(parameters, before)
+        put_gradients(parameters, before)
         raise
-    both = [(old, p.grad) for p, old in zip(parameters, before, strict=True) if old is not None and p.grad is not None]
-    if both:
-        torch._foreach_add_([old for old, _ in both], [new for _, new in both])
-    _put(parameters, [p.grad if old is None else old for p, old in zip(parameters, before, strict=True)])
+    new = [p.grad for p in parameters]
+    put_gradients(parameters, before)
+    add_gradients(parameters, new)
     return sums
 
 
-def _put(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+def add_gradients(parameters: Sequence[nn.Parameter], more: Sequence[Tensor | None]) -> None:
+    """Add to the parameters' gradients, in place where there is one."""
+    both = [(p.grad, new) for p, new in zip(parameters, more, strict=True) if p.grad is not None and new is not None]
+    if both:
+        torch._foreach_add_([old for old, _ in both], [new for _, new in both])
+    put_gradients(parameters, [new if p.grad is None else p.grad for p, new in zip(parameters, more, strict=True)])
+
+
+def put_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
 

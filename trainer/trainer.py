@@ -16,28 +16,32 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..data.batch import Batch, micro_batches
 from ..data.encode import load_rows
 from ..data.order import fingerprint, split_validation, step_indices, steps_per_epoch
 from ..data.sample import Kind
-from ..lora.peft_files import adapter_state, load_adapter_state, save_adapter
+from ..errors import InputError
+from ..lora.peft_files import save_adapter
 from ..models.protocol import CausalLM
 from ..optim.unmoved import notice
 from ..outputs import check_free, lock_folder
 from ..settings import read_fields
 from ..text.tokenizer_folder import as_tokenizer
+from .callbacks import Callback, told
 from .checkpoint import STATE, checkpoint_to_resume, load_checkpoint, resuming, save_checkpoint
-from .config import TrainingConfig
+from .config import COURSE, OF_OPTIMIZER, TrainingConfig
 from .interrupt import Interrupt, interrupts
+from .loop import MakeOptimizer, MakeScheduler, Run, name_of, trainable
 from .losses.tokens import evaluating
 from .memory import memory_free, memory_used, saved_bytes
 from .metrics import Display, Metrics, finite
 from .progress import display_for
 from .report import draw_curves, nonfinite
 from .resume import SavedState, adapter_form, as_json, base_hash, check_resumed, layout
-from .run import RunState, StepData, TrainResult, adapter_to_train, save_template
-from .step import Stepper, StepResult, Sums, means, rng_states, set_rng_states
+from .run import RunState, TrainResult, adapter_to_train, save_template
+from .step import StepResult, Sums, as_sums, make_optimizer, means
 
 SKIPS_ALLOWED = 2  # in a row; one more ends the run
 WATCHED = 50  # steps after warm-up in which every trained tensor should have moved
@@ -49,17 +53,38 @@ Pending = tuple[int, Sequence[Batch], list[str], StepResult, float]  # step, bat
 
 class Trainer(ABC):
     """Base of the trainers: model, rows and options in; adapter, metrics and curves out.
-    train: a JSONL file, several, or a dataset. val: the same, or a fraction of train below 1, or None. Raises
-    InputError for rows, options or a model that cannot be trained on."""
+
+    train: a JSONL file, several, or a dataset. val: the same, or a fraction of train below 1, or None.
+    loss: instead of the trainer's own; see there what it is given. It returns the value of each token or pair, [N].
+    optimizer: instead of the config's: one of torch.optim's kind on the trained parameters, or a function that makes
+        one of their list; its groups' rates are the peaks of the config's schedule. scheduler: makes torch's scheduler
+        for it, instead of that schedule. Both are saved in checkpoints and go on bit for bit.
+    Raises InputError for rows, options or a model that cannot be trained on.
+    """
 
     kind: Kind = "sft"  # of the rows
     best_metric: ClassVar[str] = "loss"  # of an evaluation: what keep_best and patience go by
     best_is: ClassVar[Literal["lowest", "highest"]] = "lowest"
 
     def __init__(
-        self, model: CausalLM, tokenizer: Any, *, train: Any, config: TrainingConfig, val: Any | float | None = None
+        self,
+        model: CausalLM,
+        tokenizer: Any,
+        *,
+        train: Any,
+        config: TrainingConfig,
+        val: Any | float | None = None,
+        loss: Callable[..., Tensor | Sums] | None = None,
+        optimizer: Optimizer | MakeOptimizer | None = None,
+        scheduler: MakeScheduler | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.model, self.tokenizer, self.config = model, as_tokenizer(tokenizer), config
+        self.model, self.tokenizer, self.config, self.callbacks = model, as_tokenizer(tokenizer), config, callbacks
+        self.loss, self.optimizer, self.scheduler = loss, optimizer, scheduler
+        if optimizer is not None:
+            config.refuse(OF_OPTIMIZER, "an optimizer of your own has its own")
+        if scheduler is not None:
+            config.refuse(COURSE - {"epochs", "steps"}, "a scheduler of your own decides the rates")
         self.parameters = self.trained_parameters()
         self.device = next(iter(self.parameters.values())).device
         self.pad_id = self.tokenizer.pad_id if self.tokenizer.pad_id is not None else 0
@@ -71,11 +96,14 @@ class Trainer(ABC):
         elif val is not None:
             self.val_set = load_rows(config, self.tokenizer, val, self.kind, name="val")
         config.check_rows(len(self.train_set), None if self.val_set is None else len(self.val_set))
+        self.steps_per_epoch = steps_per_epoch(len(self.train_set), config.batch_size)
+        self.total = config.total_steps(len(self.train_set))  # steps in all
+        self.run = self.new_run()
 
     # What a kind of training says.
 
     @abstractmethod
-    def sums(self, batch: Any) -> Sums:
+    def sums(self, batch: Any) -> Tensor | Sums:
         """Loss and metrics of a batch, summed; the loss carries the gradient. May be called twice for one batch."""
 
     def begin(self, dataset: Any, batches: Sequence[Any]) -> None:
@@ -95,47 +123,28 @@ class Trainer(ABC):
         """The metrics of an evaluation, with what follows from them."""
         return metrics
 
-    def constants(self) -> dict[str, float]:
-        """Metrics of the data that every record carries."""
-        return {}
-
     def depends(self) -> dict[str, str]:
         """What the run stands on besides rows and options, by name: resumed with another it would be another run."""
+        own = {"loss": self.loss, "optimizer": self.optimizer, "scheduler": self.scheduler}
         return {
             "trainer": type(self).__name__,
             "dtype": str(self.model.dtype),
             "base": base_hash(self.model, self.parameters.values()),
             "form of its adapter": adapter_form(self.model),
-        }
+        } | {what: name_of(given) for what, given in own.items() if given is not None}
 
     # What is trained: the adapter, unless a kind says otherwise.
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name."""
-        return adapter_to_train(self.model)
-
-    def weights(self) -> Weights:
-        """All that training changes, by name."""
-        return adapter_state(self.model)
-
-    def load_weights(self, state: Weights) -> None:
-        """Put back what `weights` gave."""
-        load_adapter_state(self.model, state)
+        adapter_to_train(self.model)
+        return trainable(self.model)
 
     def save(self, out: Path) -> None:
         """Write what was trained into the run's folder."""
         save_adapter(self.model, str(out), base_model=self.model.source)
 
     # The run.
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.train_set.examples), self.config.batch_size)
-
-    @property
-    def total(self) -> int:
-        """Steps in all."""
-        return self.config.total_steps(len(self.train_set.examples))
 
     @property
     def sets(self) -> list[Any]:
@@ -158,26 +167,28 @@ class Trainer(ABC):
             checkpoint = checkpoint_to_resume(out, self.config.resume, notes)
             torch.manual_seed(self.config.seed)
             self.depends_on = self.depends()  # once: it reads whole models
-            self.run, self.stepper = RunState(), Stepper(self.parameters, self.sums, self.config)
+            self.progress = RunState()
+            if self.run.updates:
+                self.run = self.new_run()
             moments = (1 if "lion" in self.config.optimizer else 2) * (1 if "8bit" in self.config.optimizer else 4)
             needed = moments * sum(parameter.numel() for parameter in self.parameters.values())
-            check_free(out, needed + 2 * sum(tensor.nbytes for tensor in self.weights().values()))
+            check_free(out, needed + 2 * sum(tensor.nbytes for tensor in self.run.weights().values()))
             self.best: Weights | None = None
             self._pending: Pending | None = None  # an update whose metrics are still on the device
             recompute = self.recomputes()
             if checkpoint is not None:  # refused, if it is, before a file of the run is touched
                 with resuming(checkpoint, notes):
                     self._resume(checkpoint, notes)
-            self.metrics = Metrics(out, self.config.log, self.run.done, notes)
+            self.metrics = Metrics(out, self.config.log, self.progress.done, notes)
             try:
                 self.model.checkpointing = recompute
                 if display is not None:
-                    self.metrics.display = shown = display(self.total, self.run.done)
+                    self.metrics.display = shown = display(self.total, self.progress.done)
                     for note in notes:
                         shown.message(note)
                 self.model.train()
-                watched = min(self.total - self.run.done, self.config.warmup_steps(self.total) + WATCHED)
-                self.stepper.watched = watched if watched > 1 else 0  # LoRA's A gets no gradient while B is 0
+                watched = min(self.total - self.progress.done, self.config.warmup_steps(self.total) + WATCHED)
+                self.run.watched = watched if watched > 1 else 0  # LoRA's A gets no gradient while B is 0
                 self._loop()
             finally:
                 self.metrics.close()
@@ -186,12 +197,14 @@ class Trainer(ABC):
 
     def _loop(self) -> None:
         """Ends with the trained weights in place: the best ones with keep_best and validation, else the last."""
-        run, config = self.run, self.config
+        run, config = self.progress, self.config
         self._clock = time.perf_counter()
         while True:
+            run.stopped_early |= self.run.stopped
             ended = run.done >= self.total or run.stopped_early
             if self._due(config.eval_every, ended) and run.evaluated != run.done:
                 self._evaluate()
+                run.stopped_early |= self.run.stopped
                 ended = ended or run.stopped_early
             if self.interrupt or (self._due(config.save_every, ended) and run.saved != run.done):
                 self._save()
@@ -199,34 +212,35 @@ class Trainer(ABC):
                 break
             self._step()
         if ended and not self.interrupt and self.best is not None:
-            self.load_weights(self.best)
+            self.run.load_weights(self.best)
 
     def _due(self, every: int | None, ended: bool) -> bool:
-        return self.run.done > 0 and (ended or self.run.done % (every or self.steps_per_epoch) == 0)
+        return self.progress.done > 0 and (ended or self.progress.done % (every or self.steps_per_epoch) == 0)
 
     def _step(self) -> None:
-        step, config = self.run.done, self.config
-        data = self.step_data(step)
-        rate = config.lr * config.rate_factor(step, self.total)
-        for batches in data.updates:
-            result = self.stepper.step(batches, rate)
-            self.applied(result)
-            if self.stepper.updates == self.stepper.watched and self.stepper.unmoved and self.metrics.display:
-                told = notice(self.stepper.unmoved, len(self.parameters), self.stepper.updates)
-                self.metrics.display.message(told)
-            self._settle()  # the update before this one: its metrics are there without waiting for this one
-            self._pending = step, batches, data.sources, result, rate
-            if self.device.type == "cpu":
-                self._settle()  # already computed: nothing to wait for, and its time is its own
-        self.run.done += 1
+        step, config = self.progress.done, self.config
+        batches, sources = self.step_data(step)
+        lr = (config.lr if self.optimizer is None else 1.0) * config.rate_factor(step, self.total)
+        first = self.run.optimizer.param_groups[0]
+        rate = first["lr"] if self.scheduler else lr * (1.0 if self.optimizer is None else first["lr_scale"])
+        self.run.forward_backward(*batches)
+        result = self.run.optim_step(None if self.scheduler else lr)
+        self.applied(result)
+        if self.run.updates == self.run.watched and self.run.unmoved and self.metrics.display:
+            self.metrics.display.message(notice(self.run.unmoved, len(self.parameters), self.run.updates))
+        self._settle()  # the update before this one: its metrics are there without waiting for this one
+        self._pending = step, batches, sources, result, rate
+        if self.device.type == "cpu":
+            self._settle()  # already computed: nothing to wait for, and its time is its own
+        self.progress.done += 1
 
-    def step_data(self, step: int) -> StepData:
-        """The examples of step `step` (from 0), laid out in micro-batches."""
+    def step_data(self, step: int) -> tuple[list[Batch], list[str]]:
+        """The examples of step `step` (from 0), laid out in micro-batches, and file and line of each."""
         examples = self.train_set.examples
         numbers = step_indices(len(examples), self.config.batch_size, step, self.config.seed)
         batches = self.micro_batches(self.train_set, numbers, self.config.micro_batch)
         self.begin(self.train_set, batches)
-        return StepData([batches], [examples[i].source for i in numbers])
+        return batches, [examples[i].source for i in numbers]
 
     def micro_batches(self, dataset: Any, numbers: Sequence[int], micro_batch: MicroBatchSize) -> list[Batch]:
         """The examples with these numbers, each once, as batches of one forward pass each, on the CPU."""
@@ -247,7 +261,7 @@ class Trainer(ABC):
         """Read the metrics of the last update off the device, record them, and stop a run that has gone bad."""
         if self._pending is None:
             return
-        (step, batches, sources, result, rate), self._pending, run = self._pending, None, self.run
+        (step, batches, sources, result, rate), self._pending, run = self._pending, None, self.progress
         loss, skipped, norm = result.loss.item(), bool(result.skipped.item()), result.grad_norm.item()
         now, tokens = time.perf_counter(), sum(batch.tokens for batch in batches)
         run.tokens += tokens
@@ -255,23 +269,24 @@ class Trainer(ABC):
         run.skipped_in_a_row = run.skipped_in_a_row + 1 if skipped else 0
         run.last_loss = loss if not skipped else run.last_loss
         what, used = memory_used(self.device)
-        self.metrics.write(
-            {
-                "step": step + 1,
-                "epoch": round((step + 1) / self.steps_per_epoch, 4),
-                "loss": finite(loss),
-                **result.read_metrics(),
-                **self.constants(),
-                "lr": rate,
-                "grad_norm": finite(norm),
-                "skipped": skipped,
-                "tokens": tokens,
-                "trained_tokens": sum(batch.trained for batch in batches),
-                "tokens_per_second": round(tokens / (now - self._clock), 2),
-                what: used,
-                **result.optimizer,
-            }
-        )
+        report = self.train_set.report
+        lost = report.dropped.total + report.skipped.total
+        record = {
+            "step": step + 1,
+            "epoch": round((step + 1) / self.steps_per_epoch, 4),
+            "loss": finite(loss),
+            **result.read_metrics(),
+            **({} if self.kind == "sft" else {"dropped": lost / max(1, lost + report.rows)}),
+            "lr": float(rate),
+            "grad_norm": finite(norm),
+            "skipped": skipped,
+            "tokens": tokens,
+            "trained_tokens": sum(batch.trained for batch in batches),
+            "tokens_per_second": round(tokens / (now - self._clock), 2),
+            what: used,
+            **result.optimizer,
+        }
+        self.metrics.write(told(self.callbacks, "on_step", self.run, record))
         self._clock = now
         in_vain = step + 1 == self.total and run.last_loss is None  # the last step, and none has counted
         if skipped and (in_vain or run.skipped_in_a_row > SKIPS_ALLOWED):
@@ -281,76 +296,78 @@ class Trainer(ABC):
     def _evaluate(self) -> None:
         """Validation metrics, and what follows from them: the best weights so far, an early stop."""
         self._settle()
-        run = self.run
-        metrics = {} if self.val_set is None else self.evaluate(self.interrupt)
-        if metrics is None:
+        run = self.progress
+        found = {} if self.val_set is None else self.evaluate(self.interrupt)
+        if self.val_set is not None and not found:
             return  # interrupted: the resumed run does it again
         run.evaluated = run.done
-        if not metrics:
+        if not found:
             return
         run.saved = min(run.saved, run.done - 1)  # a checkpoint made before this evaluation lacks its outcome
-        found = {name: finite(value) for name, value in metrics.items()}
         self.metrics.write({"step": run.done, **{f"val_{name}": value for name, value in found.items()}})
         if self._is_best(found[self.best_metric]):
             run.best_metrics, run.best_step, run.without_better = found, run.done, 0
             if self.config.keep_best:
-                self.best = {name: tensor.detach().clone() for name, tensor in self.weights().items()}
+                self.best = {name: tensor.detach().clone() for name, tensor in self.run.weights().items()}
         else:
             run.without_better += 1
-            run.stopped_early = self.config.patience is not None and run.without_better >= self.config.patience
+            run.stopped_early |= self.config.patience is not None and run.without_better >= self.config.patience
         self._clock = time.perf_counter()  # an evaluation is not training time
 
     def _is_best(self, value: float | None) -> bool:
-        before = self.run.best_metrics.get(self.best_metric)
+        before = self.progress.best_metrics.get(self.best_metric)
         if value is None or before is None:
             return value is not None
         return value < before if self.best_is == "lowest" else value > before
 
-    def evaluate(self, interrupt: Interrupt | bool = False) -> dict[str, float] | None:
-        """Mean loss and metrics on the validation rows, dropout off; None when it was interrupted."""
+    def evaluate(self, interrupt: Interrupt | bool = False) -> dict[str, float | None]:
+        """Mean loss and metrics on the validation rows, dropout off; also before training, and after. Empty when it was
+        interrupted. Raises InputError without validation rows."""
+        if self.val_set is None:
+            raise InputError("evaluate needs validation rows: give the trainer val, rows or a share such as 0.1")
         batches = self.micro_batches(self.val_set, range(len(self.val_set.examples)), "auto")
-        loss, parts = 0.0, list[Mapping[str, Tensor]]()
+        loss, weight, parts = 0.0, 0.0, list[Mapping[str, Tensor]]()
         with evaluating(self.model):
             self.begin(self.val_set, batches)
             for batch in batches:
                 if interrupt:
-                    return None
-                sums = self.sums(batch)
-                loss += sums.loss.item()
+                    return {}
+                sums = as_sums(self.sums(batch), batch)
+                loss, weight = loss + sums.loss.item(), weight + float(sums.weight or 0)
                 parts.append(sums.metrics)
-        weight = sum(batch.weight for batch in batches)
-        return self.describe({"loss": loss / weight, **{name: v.item() for name, v in means(parts).items()}})
+        found = self.describe({"loss": loss / weight, **{name: v.item() for name, v in means(parts).items()}})
+        return told(self.callbacks, "on_evaluate", self.run, {name: finite(value) for name, value in found.items()})
 
     def _save(self) -> None:
         self._settle()
-        run = self.run
+        run = self.progress
         if run.done == 0 or run.saved == run.done:
             return
         run.saved = run.done
-        groups = {"weights": self.weights(), "optimizer": self.stepper.state(), "rng": rng_states(self.device)}
-        groups |= {"task": state} if (state := self.state()) else {}
+        groups, loop = self.run.state()
+        groups |= {"task": task} if (task := self.state()) else {}
         groups |= {"best": self.best} if self.best is not None else {}
-        folder, state = Path(self.config.out) / "checkpoints", asdict(self._saved())
-        save_checkpoint(folder, run.done, groups, state, keep=self.config.keep)
+        folder, state = Path(self.config.out) / "checkpoints", asdict(self._saved(loop))
+        path = save_checkpoint(folder, run.done, groups, state, keep=self.config.keep)
+        for callback in self.callbacks:
+            callback.on_checkpoint(self.run, path)
         self._clock = time.perf_counter()
 
-    def _saved(self) -> SavedState:
+    def _saved(self, loop: dict[str, Any]) -> SavedState:
         order = layout(self.config, self.device)
-        return SavedState(self.run, as_json(self.config), self.fingerprint, self.depends_on, order)
+        return SavedState(self.progress, as_json(self.config), self.fingerprint, self.depends_on, order, loop)
 
     def _resume(self, path: Path, notes: list[str]) -> None:
         """Take up a checkpoint. Raises InputError when it belongs to other data, other options or another model."""
         tensors, state = load_checkpoint(path)
         saved = read_fields(SavedState, state, str(path / STATE))
-        notes += check_resumed(path, saved, self._saved(), self.config, len(self.train_set.examples))
-        self.run, self.best = saved.run, tensors.get("best")
-        self.load_weights(tensors["weights"])
+        notes += check_resumed(path, saved, self._saved({}), self.config, len(self.train_set.examples))
+        self.progress, self.best = saved.run, tensors.get("best")
+        self.run.restore(tensors, saved.loop)
         self.load_state(tensors.get("task", {}))
-        self.stepper.load_state(tensors["optimizer"])
-        set_rng_states(tensors["rng"], self.device)
 
     def _finish(self) -> TrainResult:
-        out, run = Path(self.config.out), self.run
+        out, run = Path(self.config.out), self.progress
         if not self.interrupt:
             save_template(out, self.train_set)
             self.save(out)
@@ -366,10 +383,21 @@ class Trainer(ABC):
             skipped_steps=run.skipped,
             tokens=run.tokens,
             stopped_early=run.stopped_early,
-            unmoved=self.stepper.unmoved,
+            unmoved=self.run.unmoved,
             signal=self.interrupt.signal,
             checkpoint=newest if newest.is_dir() else None,
         )
+
+    def new_run(self) -> Run:
+        """What the trainer's loop stands on, at its start."""
+        config, own = self.config, self.optimizer
+        optimizer = make_optimizer(self.parameters, config) if own is None else own
+        how: dict[str, Any] = {"scheduler": self.scheduler, "max_grad_norm": config.max_grad_norm}
+        how |= {"loss": lambda model, batch: self.sums(batch), "parameters": self.parameters}
+        run = Run(self.model, self.tokenizer, optimizer=optimizer, **how)
+        for group in run.optimizer.param_groups if own is not None else ():  # the peak, as torch's schedulers keep it
+            group["lr_scale"] = group.setdefault("initial_lr", group["lr"])
+        return run
 
     def recomputes(self) -> bool:
         """Recompute activations? `auto` measures what the longest example keeps and scales it to a micro-batch."""
@@ -379,5 +407,5 @@ class Trainer(ABC):
         longest = max(sizes)
         (batch,) = self.micro_batches(self.train_set, [sizes.index(longest)], 1)
         tokens = self.token_budget if self.config.micro_batch == "auto" else int(self.config.micro_batch) * longest
-        needed = saved_bytes(self.model, lambda: self.sums(batch).loss) / longest * max(tokens, longest)
+        needed = saved_bytes(self.model, lambda: as_sums(self.sums(batch), batch).loss) / longest * max(tokens, longest)
         return needed > memory_free(self.device) / 2 > 0

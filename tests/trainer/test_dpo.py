@@ -285,7 +285,7 @@ def test_a_skipped_step_adds_nothing_to_bcos_mean(trainer_for, tiny_folder, pair
     trainer._at_start = False
     result = StepResult(torch.zeros(()), {}, {}, torch.zeros(()), torch.ones(()), {})
     for skipped, counts in ((1, [0, 0]), (0, [4, 4])):
-        ((batch,),) = trainer.step_data(0).updates
+        (batch,) = trainer.step_data(0)[0]
         carried = trainer.sums(batch).carried
         trainer.applied(replace(result, carried=carried, skipped=torch.tensor(float(skipped))))
         assert trainer.seen[1].tolist() == counts and (trainer.points["shift"] != 0) == (not skipped)
@@ -445,8 +445,9 @@ def test_dropped_pairs_are_counted(trainer_for, tiny_folder, pairs, tmp_path):
     assert 0 < dropped < 10 and len(trainer.train_set) == 10 - dropped
     trainer.train(display=None)
     assert steps_of(tmp_path)[0]["dropped"] == pytest.approx(dropped / 10)
-    split = trainer_for(tiny_folder, pairs, tmp_path, max_length=sorted(lengths)[6], val=0.3)
-    assert split.constants()["dropped"] == pytest.approx(dropped / (dropped + len(split.train_set)))
+    split = trainer_for(tiny_folder, pairs, tmp_path / "split", max_length=sorted(lengths)[6], val=0.3, steps=1)
+    split.train(display=None)
+    assert steps_of(tmp_path / "split")[0]["dropped"] == pytest.approx(dropped / (dropped + len(split.train_set)))
 
 
 def test_a_dataset_may_be_given(trainer_for, tiny_folder, pairs, judged, tmp_path):

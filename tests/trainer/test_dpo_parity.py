@@ -24,7 +24,6 @@ from fourbit.data.encode import Dataset, Report, shared_tokens
 from fourbit.models.save import save_model
 from fourbit.trainer.config import DPOConfig
 from fourbit.trainer.preference import DPOTrainer
-from fourbit.trainer.step import Stepper
 
 STEPS, PAIRS, RATE, CLIP, BETA = 10, 2, 2e-4, 1.0, 0.1
 TOLERANCE = 2e-3  # of a step's loss in nats, and of its mean rewards and margins
@@ -81,13 +80,14 @@ def our_steps(folder: Path, reference: Any, steps: int) -> tuple[list[Figures], 
     )
     data = Dataset("pairs", examples, report=Report(rows=len(examples)))
     trainer = DPOTrainer(model, tokenizer, train=data, config=config)
-    stepper = Stepper(trainer.parameters, trainer.sums, config)
+    run = trainer.new_run()
     figures = []
     for k in range(steps):
         batches = trainer.micro_batches(data, range(k * PAIRS, (k + 1) * PAIRS), config.micro_batch)
         assert len(batches) == PAIRS and all(len(span) == 4 for batch in batches for span in batch.spans or [()])
         trainer.begin(data, batches)
-        result = stepper.step(batches, RATE)
+        run.forward_backward(*batches)
+        result = run.optim_step(RATE)
         trainer.applied(result)
         figures.append({"loss": result.loss.item(), **result.read_metrics()})
     return figures, examples

@@ -1,7 +1,6 @@
 """What every kind of training promises: layouts change no gradient, resuming changes no bit, and neither does the rest.
 
-And what the loop offers to kinds that are still to come: several updates of one batch of rows, and "best" by a metric
-that is to rise.
+And what the loop offers to kinds that are still to come: "best" by a metric that is to rise.
 """
 
 import signal
@@ -14,7 +13,6 @@ from fourbit.data.batch import Batch
 from fourbit.errors import InputError
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.sft import SFTTrainer
-from fourbit.trainer.trainer import StepData
 
 PAIRED = ("sigmoid", "ipo", "orpo", "bco", "simpo")
 JUDGED = ("kto", "bco-unpaired", "apo-zero-unpaired")
@@ -81,46 +79,15 @@ def test_checkpointing_evaluating_and_saving_change_nothing(make, tmp_path, kind
     assert plain and plain == more
 
 
-class Rehearsed(SFTTrainer):
-    """A toy kind of training: two updates of every batch of rows, the second with its examples one by one."""
-
+class ByEntropy(SFTTrainer):
     best_metric, best_is = "entropy", "highest"
-
-    def step_data(self, step):
-        data = super().step_data(step)
-        (whole,) = data.updates
-        rows = self.train_set.examples
-        named = [i for i, example in enumerate(rows) if example.source in data.sources]
-        return StepData([whole, self.micro_batches(self.train_set, named, 1)], data.sources)
-
-
-def rehearsed(adapted, folder, out, rows, val, **options):
-    model, tokenizer = adapted(folder, dropout=0.2)
-    options = {"batch_size": 4, "lr": 2e-2, "steps": 5, "eval_every": 1, "save_every": 2} | options
-    return Rehearsed(model, tokenizer, train=rows, val=val, config=fourbit.SFTConfig(out=str(out), **options))
-
-
-@pytest.mark.parametrize("stop", [1, 2, 4])
-def test_several_updates_of_one_batch_of_rows(
-    adapted, tiny_folder, rows, val_rows, tmp_path, stopping, assert_same_runs, stop
-):
-    """Each is recorded; a run that is stopped ends the step it is in, and resumes to the bit."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert rehearsed(adapted, tiny_folder, whole, rows, val_rows).train(display=None).steps == 5
-    updates = [record for record in read_metrics(whole / "metrics.jsonl") if "loss" in record]
-    assert [record["step"] for record in updates] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
-    assert all(a["trained_tokens"] == b["trained_tokens"] for a, b in zip(updates[::2], updates[1::2], strict=True))
-    assert all(a["loss"] != b["loss"] for a, b in zip(updates[::2], updates[1::2], strict=True)), (
-        "weights moved between"
-    )
-    assert rehearsed(adapted, tiny_folder, cut, rows, val_rows).train(display=stopping(stop)).steps == stop
-    rehearsed(adapted, tiny_folder, cut, rows, val_rows, resume="auto").train(display=None)
-    assert_same_runs(whole, cut, 5)
 
 
 def test_the_best_is_by_any_metric_up_or_down(adapted, tiny_folder, rows, val_rows, tmp_path):
     """Its own metric decides what is kept and when to stop, though the loss says otherwise."""
-    trainer = rehearsed(adapted, tiny_folder, tmp_path, rows, val_rows, steps=40, patience=3)
+    options = dict(batch_size=4, lr=2e-2, steps=40, eval_every=1, save_every=2, patience=3)
+    config = fourbit.SFTConfig(out=str(tmp_path), **options)
+    trainer = ByEntropy(*adapted(tiny_folder, dropout=0.2), train=rows, val=val_rows, config=config)
     result = trainer.train(display=None)
     records = {r["step"]: r for r in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in r}
     best = max(records, key=lambda step: records[step]["val_entropy"])
@@ -134,7 +101,7 @@ def test_the_best_is_by_any_metric_up_or_down(adapted, tiny_folder, rows, val_ro
 
 def test_a_batch_says_what_its_loss_is_a_sum_over(make):
     """Trained tokens of rows, pairs of preferences: what a step's loss is divided by."""
-    (rows,), (pairs,) = (make(kind, micro_batch=4).step_data(0).updates[0] for kind in ("sft", "sigmoid"))
+    (rows,), (pairs,) = (make(kind, micro_batch=4).step_data(0)[0] for kind in ("sft", "sigmoid"))
     assert isinstance(rows, Batch) and rows.weight == rows.trained > 4 == pairs.weight < pairs.trained
 
 

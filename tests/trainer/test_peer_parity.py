@@ -20,8 +20,8 @@ import fourbit
 from fourbit.data.batch import Encoded, Example, pack
 from fourbit.lora.adapter import adapter_parameters
 from fourbit.trainer.config import TrainingConfig
-from fourbit.trainer.evaluate import batch_loss_sum
-from fourbit.trainer.step import Stepper, Sums
+from fourbit.trainer.loop import Run
+from fourbit.trainer.step import make_optimizer
 
 STEPS, RATE, CLIP = 20, 5e-4, 1.0
 TOLERANCE = 2e-3  # of the mean loss of a step, in nats
@@ -50,10 +50,11 @@ def our_losses(model: Any, steps: Sequence[Sequence[Encoded]], adapter: Path) ->
     fourbit.load_adapter(model.train(), adapter, tell=lambda text: None)  # its base has the peer's codes now
     parameters = adapter_parameters(model)
     config = TrainingConfig(out="unused", weight_decay=0.0, max_grad_norm=CLIP)
-    stepper = Stepper(parameters, lambda batch: Sums(batch_loss_sum(model, batch), {}), config)
-    return [
-        stepper.step([pack([(i, Example((row,))) for i, row in enumerate(rows)])], RATE).loss.item() for rows in steps
-    ]
+    run, losses = Run(model, optimizer=make_optimizer(parameters, config), parameters=parameters), []
+    for rows in steps:
+        run.forward_backward(pack([(i, Example((row,))) for i, row in enumerate(rows)]))
+        losses.append(run.optim_step(RATE).loss.item())
+    return losses
 
 
 def load_peer(path: Path, dense: Path) -> Any:

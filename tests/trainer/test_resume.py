@@ -101,8 +101,8 @@ def going_on(then, first, done=5, **state):
     """The notes of a run on eight rows that is resumed after `done` steps with other options."""
     device, depends = torch.device("cpu"), {"base": "a"}
     old, new = (SFTConfig(**{"out": "o", "batch_size": 4, "lr": 1e-3} | options) for options in (first, first | then))
-    saved = SavedState(RunState(done=done, **state), as_json(old), "d", depends, layout(old, device))
-    now = SavedState(RunState(), as_json(new), "d", depends, layout(new, device))
+    saved = SavedState(RunState(done=done, **state), as_json(old), "d", depends, layout(old, device), {})
+    now = SavedState(RunState(), as_json(new), "d", depends, layout(new, device), {})
     return check_resumed(Path("step-000005"), saved, now, new, 8)
 
 

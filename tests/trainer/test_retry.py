@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fourbit.trainer.config import TrainingConfig
-from fourbit.trainer.step import Stepper, Sums, backward_or_retry
+from fourbit.trainer.loop import Run
+from fourbit.trainer.step import Sums, backward_or_retry, make_optimizer
 
 OOM = torch.OutOfMemoryError
 
@@ -174,15 +175,26 @@ def test_one_micro_batch_is_not_copied(nets):
 
 
 class Rows:
-    """What the stepper reads of a batch: what its loss is a sum over; and here the rows themselves."""
+    """What the run reads of a batch: what its loss is a sum over; and here the rows themselves."""
 
     def __init__(self, rows):
         self.rows, self.weight = rows, len(rows)
 
 
-def stepper_for(net, **options):
+def run_for(net, **options):
     config = TrainingConfig(out="unused", weight_decay=0.1, **options)
-    return Stepper(dict(net.named_parameters()), lambda batch: Sums(net(batch.rows), {}), config)
+    parameters = dict(net.named_parameters())
+    return Run(
+        net,
+        loss=lambda model, b: Sums(model(b.rows)),
+        optimizer=make_optimizer(parameters, config),
+        parameters=parameters,
+    )
+
+
+def step(run, batches, rate):
+    run.forward_backward(*batches)
+    return run.optim_step(rate)
 
 
 @pytest.mark.parametrize("budget", ["auto", "32KiB"])
@@ -192,15 +204,15 @@ def test_a_run_that_ran_out_of_memory_ends_with_the_same_bits(nets, where, budge
     ours, theirs = nets
     results = {}
     for name, net, failing in (("ours", ours, (4, 9)), ("theirs", theirs, ())):
-        stepper = stepper_for(net, optimizer="paged-adamw", optimizer_budget=budget)
+        run = run_for(net, optimizer="paged-adamw", optimizer_budget=budget)
         faults = Faults(*failing)
         net.where, net.when = where, faults
         torch.manual_seed(5)
-        steps = [stepper.step([Rows(b) for b in batches_of([3, 4, 2])], 1e-2) for _ in range(3)]
-        results[name] = [step.loss for step in steps], stepper.state(), dict(net.named_parameters())
-        assert [step.optimizer["page_retries"] for step in steps] == ([0, 1, 1] if failing else [0, 0, 0])
-        counters = stepper.optimizer.pager.counters
-        assert stepper.retries == len(failing) and (counters.evictions > 0) == bool(failing)
+        steps = [step(run, [Rows(b) for b in batches_of([3, 4, 2])], 1e-2) for _ in range(3)]
+        results[name] = [result.loss for result in steps], run.state()[0]["optimizer"], dict(net.named_parameters())
+        assert [result.optimizer["page_retries"] for result in steps] == ([0, 1, 1] if failing else [0, 0, 0])
+        counters = run.optimizer.pager.counters
+        assert run.retries == len(failing) and (counters.evictions > 0) == bool(failing)
     for a, b in zip(results["ours"][0], results["theirs"][0], strict=True):
         assert torch.equal(a, b)
     for a, b in zip(results["ours"][1:], results["theirs"][1:], strict=True):
@@ -211,5 +223,5 @@ def test_without_pages_memory_that_runs_out_is_an_error(nets):
     net, _ = nets
     net.where, net.when = "forward", Faults(0)
     with pytest.raises(OOM, match="injected"):
-        stepper_for(net).step([Rows(batches_of([3])[0])], 1e-2)
+        step(run_for(net), [Rows(batches_of([3])[0])], 1e-2)
     assert net.when.calls == 1

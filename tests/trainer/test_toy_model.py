@@ -17,7 +17,8 @@ from fourbit.lora.adapter import copy_adapter
 from fourbit.models.protocol import Cache, CausalLM
 from fourbit.text.tokenizer import Tokenizer
 from fourbit.text.tokenizer_folder import folder_tokenizer
-from fourbit.trainer.evaluate import answer_all, batch_loss_sum, evaluate_loss
+from fourbit.trainer.evaluate import answer_all, evaluate_loss
+from fourbit.trainer.loop import cross_entropy
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.reward_model import RewardModel
 from fourbit.trainer.trainer import Trainer
@@ -192,8 +193,8 @@ def test_it_is_evaluated_and_answers(toy: Any, tokenizer: Tokenizer, tmp_path: P
     trainer = toy("sft", tmp_path)
     model, examples = trainer.model.eval(), trainer.train_set.examples
     packed, padded = pack(list(enumerate(examples))), pad(list(enumerate(examples)), 0)
-    assert batch_loss_sum(model, packed).item() == pytest.approx(batch_loss_sum(model, padded).item(), rel=1e-5)
-    expected = batch_loss_sum(model, packed).item() / packed.trained
+    assert cross_entropy(model, packed).loss.item() == pytest.approx(cross_entropy(model, padded).loss.item(), rel=1e-5)
+    expected = cross_entropy(model, packed).loss.item() / packed.trained
     assert evaluate_loss(model, examples) == pytest.approx(expected, rel=1e-5)
     prompts = [[1, 2, 3], [1, 2], [1, 2, 3, 4, 5, 6, 7], [9]]
     assert fourbit.generate(model, prompts, max_new_tokens=8) == [slowly(model, prompt, 8) for prompt in prompts]

@@ -1,0 +1,47 @@
+"""Parts of one's own that every trainer takes: looking on while a run goes, and the options that name the others."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Required, TypedDict
+
+from torch.optim import Optimizer
+
+from ..errors import InputError
+from .loop import MakeOptimizer, MakeScheduler, Run
+from .metrics import finite
+
+Record = Mapping[str, float | None]  # metrics by name; None for what is not finite
+
+
+class Callback:
+    """Looks on while a trainer's run goes; a subclass has the events that it wants. What on_step and on_evaluate return
+    is recorded in metrics.jsonl beside the trainer's own metrics; `run.stop()` ends the run after the step, as patience
+    does. What a callback draws from torch's generators is missing in the run: it has one of its own."""
+
+    def on_step(self, run: Run, record: Record) -> Mapping[str, float] | None:
+        """After an update, with its metrics; on a GPU once they are there, which is during the next one."""
+
+    def on_evaluate(self, run: Run, metrics: Record) -> Mapping[str, float] | None:
+        """After an evaluation; the names of what is returned get val_ before them."""
+
+    def on_checkpoint(self, run: Run, folder: Path) -> None:
+        """After a checkpoint was written."""
+
+
+class Options(TypedDict, total=False):
+    """What every trainer takes besides model, tokenizer, config and loss; see `Trainer`."""
+
+    train: Required[Any]
+    val: Any | float | None
+    optimizer: Optimizer | MakeOptimizer | None
+    scheduler: MakeScheduler | None
+    callbacks: Sequence[Callback]
+
+
+def told(callbacks: Sequence[Callback], event: str, run: Run, record: Record) -> dict[str, float | None]:
+    """A record with the metrics that callbacks give at an event. InputError for names that are taken."""
+    given = [getattr(callback, event)(run, record) or {} for callback in callbacks]
+    own = {name: finite(float(value)) for each in given for name, value in each.items()}
+    if taken := own.keys() & record.keys():
+        raise InputError(f"a callback's metrics must have names of their own, got {', '.join(sorted(taken))}")
+    return {**record, **own}

@@ -1,0 +1,357 @@
+"""The primitives of a training loop: gradients, an update, samples, saved state. The trainers' own loop stands on them.
+
+    run = Run(model, tokenizer)
+    while run.steps < total:
+        run.forward_backward(*batches_of(run.steps))
+        run.optim_step(lr=1e-4)
+    run.save_state(folder)
+
+Nothing here waits for the device, but for an optimizer that is not of `fourbit.optim`. Whether a step may be applied is
+decided on the device by a flag that the optimizer's kernel reads (the mechanism of loss scaling); the host looks at the
+flag of the step before while this one runs.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from ..data.batch import Batch, Encoded, Example, micro_batches, pad
+from ..data.protocol import TokenizerLike
+from ..errors import InputError
+from ..files import misfits
+from ..lora.adapter import adapter_parameters, plain_name, unwrapped
+from ..models.generate import generate
+from ..models.protocol import CausalLM
+from ..optim import AdamW
+from ..optim.optimizer import FlatOptimizer
+from ..optim.unmoved import checksums, unmoved
+from . import step
+from .checkpoint import load_checkpoint, newest_checkpoint, packed, resuming, save_checkpoint, unpacked
+from .losses.tokens import batch_token_scores, evaluating, summed
+from .step import StepResult, Sums
+
+PAGE_COUNTERS = ("hits", "misses", "evictions", "bytes_in", "bytes_out", "stall_seconds")
+Loss = Callable[..., Tensor | Sums]  # (model, batch) -> the value of each token, row or pair, [N]; or their `Sums`
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+MakeScheduler = Callable[[Optimizer], LRScheduler]
+
+
+class Completion(NamedTuple):
+    """An answer: its tokens without the one that ended it, the log-probability of each (nats, at temperature 1, as a
+    training step computes it), and its text ("" without a tokenizer)."""
+
+    ids: list[int]
+    logprobs: list[float]
+    text: str
+
+
+class Run:
+    """A model, what of it is trained, and its optimizer.
+
+    model: any module. tokenizer: for `sample` with texts.
+    loss: (model, batch) -> the value of each token, row or pair that counts, [N] with gradient, or `Sums`. No mean: it
+        is divided by all that a step counts. Default: `cross_entropy`.
+    optimizer: one of torch.optim's kind on the trained parameters, or a function that makes one of their list. Default:
+        `fourbit.optim.AdamW` without weight decay. scheduler: makes torch's scheduler for it, which is stepped after
+        each update that was applied.
+    parameters: what is trained, by name; default: all that need a gradient. max_grad_norm: the norm that gradients are
+        scaled down to (0: never), where the optimizer does not say its own.
+    `steps` counts the updates. A step whose loss or gradient is not finite moves nothing. Raises InputError for what
+    cannot be trained, or not saved.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: TokenizerLike | None = None,
+        *,
+        loss: Loss | None = None,
+        optimizer: Optimizer | MakeOptimizer | None = None,
+        scheduler: MakeScheduler | None = None,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+        max_grad_norm: float = 1.0,
+    ) -> None:
+        self.model, self.tokenizer, self.loss = model, tokenizer, loss or cross_entropy
+        self.parameters = dict(trainable(model) if parameters is None else parameters)
+        if not self.parameters:
+            raise InputError("nothing of the model is trained: attach an adapter, or call model.requires_grad_()")
+        self.device, self.max_grad_norm = next(iter(self.parameters.values())).device, max_grad_norm or math.inf
+        made = optimizer or partial(AdamW, lr=2e-4, weight_decay=0.0)
+        self.optimizer = made if isinstance(made, Optimizer) else made([*self.parameters.values()])
+        self._names = _numbered(self.optimizer, self.parameters)
+        if isinstance(self.optimizer, FlatOptimizer) and self.optimizer.max_grad_norm is None:
+            self.optimizer.max_grad_norm = self.max_grad_norm
+        self.scheduler = scheduler and scheduler(self.optimizer)
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            raise InputError("ReduceLROnPlateau goes by a metric: step it yourself, after an evaluation")
+        self.steps, self.stopped = 0, False
+        self.retries = 0  # micro-batches that ran out of memory and were run again
+        self.updates, self.watched = 0, 0  # made by this object; after how many `unmoved` is known (0: never)
+        self.unmoved: dict[str, str] = {}  # parameters that are as they were before the first update, and why
+        self._checksums: dict[str, Tensor] = {}
+        self._paged: dict[str, int | float] = {}
+        self._gathered: list[tuple[Tensor, list[Sums]]] = []
+        self.state()  # what cannot be saved is said now
+
+    def forward_backward(
+        self, *batches: object, loss: Loss | None = None, weight: float | None = None, scale: float = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add to the step the gradient of `scale` times the loss' mean over these batches, of one forward pass each.
+        Returns that number, and the metrics' means, 0-d and still on the device.
+
+        The mean is over all that the batches count together, however these are split. Calls before one step add up: of
+        several losses, or of one with `weight`, what all its batches of the step count. Whatever is raised leaves the
+        gradients as they were.
+        """
+        parameters = [*self.parameters.values()]
+        before = [parameter.grad for parameter in parameters]
+        step.put_gradients(parameters, [None] * len(parameters))
+        try:
+            found = [self._backward(loss or self.loss, batch) for batch in batches]
+            own = [parameter.grad for parameter in parameters]
+        finally:
+            step.put_gradients(parameters, before)
+        counted: Any = sum(sums.weight or 0 for sums in found) if weight is None else weight
+        if not found or (not isinstance(counted, Tensor) and not counted > 0):
+            raise InputError(f"batches must have something to learn from; together these {len(found)} weigh {counted}")
+        if present := [gradient for gradient in own if gradient is not None]:
+            torch._foreach_div_(present, counted)
+            torch._foreach_mul_(present, scale)
+        step.add_gradients(parameters, own)
+        mean = torch.stack([sums.loss.double() for sums in found]).sum() / counted * scale
+        self._gathered.append((mean, found))
+        return mean, step.means([sums.metrics for sums in found])
+
+    def _backward(self, loss: Loss, batch: object) -> Sums:
+        """Add a micro-batch's gradients; where memory runs out and pages can make room, on the second attempt."""
+
+        def backward() -> Sums:
+            sums = step.as_sums(loss(self.model, batch), batch)
+            sums.loss.backward()
+            return sums._replace(loss=sums.loss.detach())
+
+        if not isinstance(self.optimizer, FlatOptimizer) or self.optimizer.budget is None:
+            return backward()
+        return step.backward_or_retry([*self.parameters.values()], backward, self._make_room)
+
+    def _make_room(self) -> None:
+        assert isinstance(self.optimizer, FlatOptimizer)
+        self.retries += 1
+        self.optimizer.evict_all()
+
+    def optim_step(self, lr: float | None = None) -> StepResult:
+        """One update from the gradients so far, which are gone then. lr: the rate of every group, times its "lr_scale"
+        where it has one; None: as the optimizer, or its scheduler, has it."""
+        if not self._gathered:
+            raise InputError("a step needs gradients: call forward_backward before optim_step")
+        if self.updates == 0 < self.watched:
+            self._checksums = checksums(self.parameters)
+        gathered, self._gathered = self._gathered, []
+        loss = torch.stack([mean for mean, _ in gathered]).sum()
+        for group in self.optimizer.param_groups if lr is not None else ():
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        norm, skipped = self._update(loss)
+        self.steps, self.updates = self.steps + 1, self.updates + 1
+        if self.updates == 1:
+            self.state()  # of which the optimizer makes much in its first step
+        if self.updates == self.watched:  # here the host waits for the device, once
+            self.unmoved = unmoved(self.parameters, self._checksums, self.optimizer)
+        for parameter in self.parameters.values():  # those too that no group has
+            parameter.grad = None
+        every = [sums for _, found in gathered for sums in found]
+        metrics, carried = step.means([s.metrics for s in every]), step.totals([s.carried for s in every])
+        return StepResult(loss, metrics, carried, norm, skipped, self._state_metrics())
+
+    def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients' norm, and 1 where nothing moved since it or the loss is not finite."""
+        optimizer = self.optimizer
+        if isinstance(optimizer, FlatOptimizer):
+            # Where it is 1, or the norm is not finite, weights, moments and step counts stay as they are.
+            optimizer.found_inf = (~torch.isfinite(loss)).float()
+            optimizer.step()
+            assert optimizer.grad_norm is not None and optimizer.skipped is not None
+            norm, skipped = optimizer.grad_norm, optimizer.skipped
+        else:
+            moved = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norm = nn.utils.get_total_norm([p.grad for p in moved if p.grad is not None])
+            skipped = (~torch.isfinite(loss + norm)).float()
+            if not skipped:
+                nn.utils.clip_grads_with_norm_(moved, self.max_grad_norm, norm)
+                optimizer.step()
+        if self.scheduler is not None and not skipped:
+            self.scheduler.step()
+        return norm, skipped
+
+    def stop(self) -> None:
+        """Tell the loop to end after this step; a trainer's does."""
+        self.stopped = True
+
+    def _state_metrics(self) -> dict[str, int | float]:
+        if not isinstance(self.optimizer, FlatOptimizer):
+            kept = [value for fields in self.optimizer.state.values() for value in fields.values()]
+            return {"optimizer_bytes": sum(value.nbytes for value in kept if isinstance(value, Tensor))}
+        device, host = self.optimizer.state_bytes()
+        if self.optimizer.pager is None:
+            return {"optimizer_bytes": device}
+        paged = {f"page_{name}": getattr(self.optimizer.pager.counters, name) for name in PAGE_COUNTERS}
+        before, self._paged = self._paged, {**paged, "page_retries": self.retries}
+        moved = {name: round(value - before.get(name, 0), 6) for name, value in self._paged.items()}
+        return {"optimizer_bytes": device, "optimizer_host_bytes": host, **moved}
+
+    def sample(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        token_budget: int = 2048,
+    ) -> list[Completion]:
+        """An answer to each prompt, a text as the model reads it or token ids, drawn as `fourbit.generate` does: equal
+        prompts get other answers, and torch's generators are left alone. token_budget: of a pass that scores them.
+        Raises InputError for texts without a tokenizer, and a model that is no `CausalLM`."""
+        model, tokenizer = self.model, self.tokenizer
+        if not isinstance(model, CausalLM) or (tokenizer is None and any(isinstance(p, str) for p in prompts)):
+            raise InputError("sample needs a model of fourbit.load, and for texts its tokenizer: Run(model, tokenizer)")
+        asked = [tokenizer.encode(p) if tokenizer and isinstance(p, str) else [*map(int, p)] for p in prompts]
+        how: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        stop_ids = tokenizer.stop_ids if tokenizer else ()
+        answers = generate(model, asked, max_new_tokens=max_new_tokens, stop_ids=stop_ids, **how)
+        both = enumerate(zip(asked, answers, strict=True))
+        rows = [(i, Encoded(a + b, [False] * len(a) + [True] * len(b), "", "")) for i, (a, b) in both if b]
+        made, logprobs = [(i, Example((row,))) for i, row in rows], list[list[float]]([] for _ in asked)
+        layout: Any = {"packing": True, "micro_batch": "auto", "token_budget": token_budget, "pad_id": 0}
+        with evaluating(model):
+            for batch in micro_batches(made, **layout) if made else ():
+                own = batch_token_scores(model, batch).logps.split([len(answers[i]) for i in batch.numbers])
+                for number, values in zip(batch.numbers, own, strict=True):
+                    logprobs[number] = values.tolist()
+        texts = [tokenizer.decode(answer) if tokenizer else "" for answer in answers]
+        return [Completion(*each) for each in zip(answers, logprobs, texts, strict=True)]
+
+    def weights(self) -> dict[str, Tensor]:
+        """All that training changes, by name: what is trained, and running statistics of norms."""
+        buffers = {plain_name(name): buffer for name, buffer in unwrapped(self.model).named_buffers()}
+        running = {name: buffer for name, buffer in buffers.items() if "running_" in name or "batches_tracked" in name}
+        return {name: tensor.detach() for name, tensor in {**running, **self.parameters}.items()}
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Put back what `weights` gave."""
+        for name, tensor in self.weights().items():
+            tensor.copy_(weights[name])
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """All that a run goes on from: tensors in groups (`weights`, the state of optimizer and scheduler, torch's
+        generators), and the rest as JSON. InputError for state that is neither."""
+        tensors, saved = dict[str, Tensor](), self.optimizer.state_dict()
+        plain = {"steps": self.steps, "optimizer": name_of(type(self.optimizer)), "names": self._names}
+        plain["groups"] = packed([{**group, "params": None} for group in saved["param_groups"]], "groups", tensors)
+        fields = {(name := self._names[i]): packed(each, name, tensors) for i, each in saved["state"].items()}
+        plain |= {"fields": fields, "scheduler": None}
+        if self.scheduler is not None:
+            plain["scheduler"] = packed(self.scheduler.state_dict(), "scheduler", tensors)
+        return {"weights": self.weights(), "optimizer": tensors, "rng": step.rng_states(self.device)}, plain
+
+    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, Any]) -> None:
+        """Take over what `state` gave. Raises InputError for what is of another model or optimizer."""
+        shapes, given = ({n: t.shape for n, t in some.items()} for some in (self.weights(), tensors["weights"]))
+        if problem := misfits(shapes, given):
+            raise InputError(f"the saved weights are of another model. {problem}")
+        self._load_optimizer(tensors["optimizer"], plain)
+        self.load_weights(tensors["weights"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(unpacked(plain["scheduler"], tensors["optimizer"]))
+        step.set_rng_states(tensors["rng"], self.device)
+        self.steps = plain["steps"]
+        self._gathered = []
+        self._paged, self.retries = {}, 0  # the pager starts anew
+
+    def _load_optimizer(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        optimizer, kind = self.optimizer, name_of(type(self.optimizer))
+        if plain["names"] != self._names or plain["optimizer"] != kind:
+            raise InputError(
+                f"the saved state is of {plain['optimizer']} on {len(plain['names'])} parameters, and this {kind} on "
+                f"{len(self._names)} has others, or another order: make it as for the run that saved the state"
+            )
+        saved = {self._names.index(name): unpacked(each, tensors) for name, each in plain["fields"].items()}
+        both = zip(optimizer.state_dict()["param_groups"], unpacked(plain["groups"], tensors), strict=True)
+        groups = [{**then, "params": now["params"]} for now, then in both]
+        try:
+            optimizer.load_state_dict({"state": saved, "param_groups": groups})
+        except ValueError as error:
+            raise InputError(f"the optimizer's state does not fit this run: {error}") from None
+        for number, each in saved.items() if not isinstance(optimizer, FlatOptimizer) else ():
+            own = optimizer.state[self.parameters[self._names[number]]]
+            for name, value in each.items():  # torch casts state to its parameter's dtype; fp32 moments shall stay so
+                own[name] = value.to(own[name].device) if isinstance(value, Tensor) else value
+
+    def save_state(self, folder: str | Path, *, keep: int = 2) -> Path:
+        """Write `folder/step-<steps>`, whole or not at all, and return it; the newest `keep` stay. It has no place in
+        your data and not Python's or numpy's generators. Raises as `save_checkpoint`."""
+        groups, plain = self.state()
+        return save_checkpoint(folder, self.steps, groups, {"loop": plain}, keep=keep)
+
+    def load_state(self, path: str | Path) -> None:
+        """Go on, bit for bit, from what `save_state` wrote, or from a trainer's checkpoint: such a folder, or the
+        newest whole one in it. Raises InputError where there is none, or it is of another model or optimizer."""
+        found, problems = newest_checkpoint(path)
+        tensors, state = load_checkpoint(found or path)
+        with resuming(found or Path(path), problems):
+            self.restore(tensors, state["loop"])
+
+
+def cross_entropy(model: CausalLM, batch: Batch | Mapping[str, Tensor]) -> Sums:
+    """The loss of fine-tuning: -log p of each trained token, with token_accuracy and entropy (nats).
+    batch: of our own, or `input_ids` and `labels`, as `ready` takes them."""
+    scores = batch_token_scores(model, batch if isinstance(batch, Batch) else ready(batch))
+    metrics = {"token_accuracy": summed(scores.correct), "entropy": summed(scores.entropy)}
+    return Sums(-scores.logps.sum(dtype=torch.float64), metrics, weight=len(scores.logps))
+
+
+def ready(batch: Mapping[str, Tensor]) -> Batch:
+    """A batch of `input_ids` and `labels`, [B, T] int64 each, as transformers has them: a label is its own token where
+    that is trained, else -100; the shift to what predicts it is made here. Rows are padded on the right. Raises
+    InputError for other shapes or labels."""
+    ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
+    same = all(label in (-100, own) for a, b in zip(ids, labels, strict=True) for own, label in zip(a, b, strict=True))
+    padded = "attention_mask" in batch and not bool(batch["attention_mask"][:, 0].all())
+    if batch["input_ids"].shape != batch["labels"].shape or not same or padded:
+        raise InputError("a batch is input_ids and labels, [B, T] each and alike but for -100, padded on the right")
+    rows = [Encoded(a, [label != -100 for label in b], "", "") for a, b in zip(ids, labels, strict=True)]
+    return pad([(number, Example((row,))) for number, row in enumerate(rows) if any(row.trained[1:])], 0)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that need a gradient, in module order, by name; an adapter's as `path.parameter`."""
+    adapter = {id(parameter): name for name, parameter in adapter_parameters(model).items()}
+    every = unwrapped(model).named_parameters()
+    return {adapter.get(id(p), plain_name(name)): p for name, p in every if p.requires_grad}
+
+
+def name_of(function: object) -> str:
+    """What a function, a class or a partial one is called, for messages and comparisons."""
+    while isinstance(function, partial):
+        function = function.func
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def _numbered(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """The names of the optimizer's parameters, as it numbers them. InputError for one that cannot train them."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    moved = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    if strangers := sum(one not in names for one in moved):
+        raise InputError(
+            f"{strangers} of the optimizer's {len(moved)} parameters are not trained here: make it after the adapter "
+            "is attached, from those that need a gradient, or give a function that makes it of their list"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise InputError("LBFGS calls the loss itself, as often as it likes, which a run cannot let it do")
+    return [names[one] for one in moved]
