@@ -15,8 +15,8 @@ Record = Mapping[str, float | None]  # metrics by name; None for what is not fin
 
 class Callback:
     """Looks on while a trainer's run goes; a subclass has the events that it wants. What on_step and on_evaluate return
-    is recorded in metrics.jsonl beside the trainer's own metrics; `run.stop()` ends the run after the step, as patience
-    does. What a callback draws from torch's generators is missing in the run: it has one of its own."""
+    is recorded in metrics.jsonl beside the trainer's own metrics; `run.stopped = True` ends it after the step, as
+    patience does. What a callback draws from torch's generators is missing in the run: it has one of its own."""
 
     def on_step(self, run: Run, record: Record) -> Mapping[str, float] | None:
         """After an update, with its metrics; on a GPU once they are there, which is during the next one."""

@@ -229,7 +229,7 @@ def packed(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     """State of any shape (an optimizer's, a scheduler's) as JSON, its tensors taken out into `tensors` by their place.
     InputError for what is neither."""
     if isinstance(value, Tensor):
-        tensors[place] = value
+        tensors[place] = value if value.ndim else value.clone()  # one rate may stand at several places
         return {"tensor": place}
     if isinstance(value, dict):
         return {"dict": [[packed(k, place, tensors), packed(v, f"{place}.{k}", tensors)] for k, v in value.items()]}

@@ -91,7 +91,8 @@ class Run:
         self.scheduler = scheduler and scheduler(self.optimizer)
         if isinstance(self.scheduler, ReduceLROnPlateau):
             raise InputError("ReduceLROnPlateau goes by a metric: step it yourself, after an evaluation")
-        self.steps, self.stopped = 0, False
+        self.steps = 0
+        self.stopped = False  # a loop that finds it set ends after the step; the trainers' do
         self.retries = 0  # micro-batches that ran out of memory and were run again
         self.updates, self.watched = 0, 0  # made by this object; after how many `unmoved` is known (0: never)
         self.unmoved: dict[str, str] = {}  # parameters that are as they were before the first update, and why
@@ -118,7 +119,7 @@ class Run:
             own = [parameter.grad for parameter in parameters]
         finally:
             step.put_gradients(parameters, before)
-        counted: Any = sum(sums.weight or 0 for sums in found) if weight is None else weight
+        counted: Any = sum(0 if s.weight is None else s.weight for s in found) if weight is None else weight
         if not found or (not isinstance(counted, Tensor) and not counted > 0):
             raise InputError(f"batches must have something to learn from; together these {len(found)} weigh {counted}")
         if present := [gradient for gradient in own if gradient is not None]:
@@ -139,12 +140,12 @@ class Run:
 
         if not isinstance(self.optimizer, FlatOptimizer) or self.optimizer.budget is None:
             return backward()
-        return step.backward_or_retry([*self.parameters.values()], backward, self._make_room)
 
-    def _make_room(self) -> None:
-        assert isinstance(self.optimizer, FlatOptimizer)
-        self.retries += 1
-        self.optimizer.evict_all()
+        def make_room(evict: Callable[[], int] = self.optimizer.evict_all) -> None:
+            self.retries += 1
+            evict()
+
+        return step.backward_or_retry([*self.parameters.values()], backward, make_room)
 
     def optim_step(self, lr: float | None = None) -> StepResult:
         """One update from the gradients so far, which are gone then. lr: the rate of every group, times its "lr_scale"
@@ -189,10 +190,6 @@ class Run:
             self.scheduler.step()
         return norm, skipped
 
-    def stop(self) -> None:
-        """Tell the loop to end after this step; a trainer's does."""
-        self.stopped = True
-
     def _state_metrics(self) -> dict[str, int | float]:
         if not isinstance(self.optimizer, FlatOptimizer):
             kept = [value for fields in self.optimizer.state.values() for value in fields.values()]
@@ -218,7 +215,7 @@ class Run:
         """An answer to each prompt, a text as the model reads it or token ids, drawn as `fourbit.generate` does: equal
         prompts get other answers, and torch's generators are left alone. token_budget: of a pass that scores them.
         Raises InputError for texts without a tokenizer, and a model that is no `CausalLM`."""
-        model, tokenizer = self.model, self.tokenizer
+        model, tokenizer = unwrapped(self.model), self.tokenizer
         if not isinstance(model, CausalLM) or (tokenizer is None and any(isinstance(p, str) for p in prompts)):
             raise InputError("sample needs a model of fourbit.load, and for texts its tokenizer: Run(model, tokenizer)")
         asked = [tokenizer.encode(p) if tokenizer and isinstance(p, str) else [*map(int, p)] for p in prompts]

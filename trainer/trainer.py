@@ -222,7 +222,7 @@ class Trainer(ABC):
         batches, sources = self.step_data(step)
         lr = (config.lr if self.optimizer is None else 1.0) * config.rate_factor(step, self.total)
         first = self.run.optimizer.param_groups[0]
-        rate = first["lr"] if self.scheduler else lr * (1.0 if self.optimizer is None else first["lr_scale"])
+        rate = float(first["lr"] if self.scheduler else lr if self.optimizer is None else lr * first["lr_scale"])
         self.run.forward_backward(*batches)
         result = self.run.optim_step(None if self.scheduler else lr)
         self.applied(result)
@@ -277,7 +277,7 @@ class Trainer(ABC):
             "loss": finite(loss),
             **result.read_metrics(),
             **({} if self.kind == "sft" else {"dropped": lost / max(1, lost + report.rows)}),
-            "lr": float(rate),
+            "lr": rate,
             "grad_norm": finite(norm),
             "skipped": skipped,
             "tokens": tokens,

@@ -105,7 +105,7 @@ class Stretched(torch.optim.Optimizer):
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True),
-    "adamw": lambda parameters: torch.optim.AdamW([{"params": parameters, "lr": 1e-2}], weight_decay=0.1),
+    "adamw": lambda parameters: torch.optim.AdamW([{"params": parameters, "lr": torch.tensor(1e-2)}], foreach=False),
     "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.02),
     "stretched": lambda parameters: Stretched(parameters, lr=0.1),
     "ours": lambda parameters: fourbit.optim.AdamW(parameters, lr=1e-2, bits=8, min_8bit_size=64),
@@ -143,7 +143,7 @@ def test_an_optimizer_and_a_scheduler_of_ones_own_go_on_bit_for_bit(trainer_of, 
             other = ends[1][0][group][name]
             assert tensor.dtype == other.dtype and torch.equal(tensor, other), f"{group}: {name}"
     rates = [r["lr"] for r in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "lr" in r]
-    first = {"adagrad": 0.01}.get(optimizer, whole.run.optimizer.param_groups[0]["initial_lr"])
+    first = float({"adagrad": 0.01}.get(optimizer, whole.run.optimizer.param_groups[0]["initial_lr"]))
     falls = {"exponential": [1, 0.7, 0.49, 0.343], "chained": [1, 1, 2, 0.2], None: [1, 0.8536, 0.5, 0.1464]}[scheduler]
     assert rates == pytest.approx([first * fall for fall in falls], rel=1e-3)
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.pkl"))
@@ -194,7 +194,7 @@ class Watch(fourbit.Callback):
     def on_evaluate(self, run, metrics):
         answers = run.sample(["ab"], max_new_tokens=2, temperature=0)
         if run.steps >= 3:
-            run.stop()
+            run.stopped = True
         return {"length": len(answers[0].ids)}
 
     def on_checkpoint(self, run, folder):
