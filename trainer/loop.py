@@ -235,9 +235,9 @@ class Run:
         return [Completion(*each) for each in zip(answers, logprobs, texts, strict=True)]
 
     def weights(self) -> dict[str, Tensor]:
-        """All that training changes, by name: what is trained, and running statistics of norms."""
-        buffers = {plain_name(name): buffer for name, buffer in unwrapped(self.model).named_buffers()}
-        running = {name: buffer for name, buffer in buffers.items() if "running_" in name or "batches_tracked" in name}
+        """All that training changes, by name: what is trained, adapters' buffers, and running statistics of norms."""
+        buffers, kinds = unwrapped(self.model).named_buffers(), ("running_", "batches_tracked", ".adapters.")
+        running = {plain_name(name): buffer for name, buffer in buffers if any(kind in name for kind in kinds)}
         return {name: tensor.detach() for name, tensor in {**running, **self.parameters}.items()}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:

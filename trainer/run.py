@@ -1,6 +1,6 @@
 """What a run knows while it goes, and what it ends with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
