@@ -134,9 +134,9 @@ def test_state_of_other_parameters_is_refused(layer):
     with pytest.raises(InputError, match=r"another model. 2 of another shape: bias must be \[3\], got \[4\]; weight"):
         run.restore(tensors, plain)
     with pytest.raises(InputError, match=r"does not fit this run: the saved state of parameter 0, \(3, 5\),"):
-        run.load_optimizer_state(tensors["optimizer"], plain)
+        run._load_optimizer(tensors["optimizer"], plain)
     with pytest.raises(InputError, match=r"of AdamW on 1 parameters, and this AdamW on 2 has others"):
-        run.load_optimizer_state(tensors["optimizer"], plain | {"names": ["weight"]})
+        run._load_optimizer(tensors["optimizer"], plain | {"names": ["weight"]})
     assert not run.state()[0]["optimizer"] and run.steps == 0
 
 
@@ -166,7 +166,7 @@ def test_every_optimizer_trains_and_goes_on_where_it_stopped(name):
         for batch in batches[:3]:
             step(run, batch, 1e-2)
         run = run_for(twin, optimizer=again, max_grad_norm=1.0)
-        run.load_optimizer_state(saved, plain)
+        run._load_optimizer(saved, plain)
         assert [step(run, batch, 1e-2).loss.item() for batch in batches[3:]] == losses
         assert torch.equal(twin.weight, wide.weight) and torch.equal(twin.bias, wide.bias)
 
@@ -175,7 +175,7 @@ def test_state_of_another_optimizer_is_refused(layer):
     run = run_for(layer)
     step(run, [Rows(torch.randn(4, 5, dtype=torch.float64))], 1e-2)
     with pytest.raises(InputError, match=r"the saved state is of AdamW on 2 parameters, and this Lion"):
-        run_for(layer, optimizer="lion").load_optimizer_state(tensors_of(run), run.state()[1])
+        run_for(layer, optimizer="lion")._load_optimizer(tensors_of(run), run.state()[1])
 
 
 @pytest.mark.parametrize("name, per_value", [*zip(KINDS, [8, 2 + 8 / 256, 4, 1 + 4 / 256], strict=True)])
