@@ -125,7 +125,13 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize(
     "optimizer, scheduler",
-    [("sgd", None), ("adamw", "exponential"), ("adagrad", "chained"), ("stretched", None), ("ours", "exponential")],
+    [
+        pytest.param("sgd", None, marks=pytest.mark.slow),
+        ("adamw", "exponential"),
+        pytest.param("adagrad", "chained", marks=pytest.mark.slow),
+        ("stretched", None),
+        pytest.param("ours", "exponential", marks=pytest.mark.slow),
+    ],
 )
 def test_an_optimizer_and_a_scheduler_of_ones_own_go_on_bit_for_bit(trainer_of, tmp_path, optimizer, scheduler):
     """Their state is in checkpoints as safetensors and JSON; a run that was stopped ends as one that was not."""
