@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..data.batch import Batch, micro_batches
+from ..data.batch import Batch, MicroBatch, micro_batches
 from ..data.encode import load_rows
 from ..data.order import fingerprint, split_validation, step_indices, steps_per_epoch
 from ..data.sample import Kind
@@ -47,7 +47,6 @@ SKIPS_ALLOWED = 2  # in a row; one more ends the run
 WATCHED = 50  # steps after warm-up in which every trained tensor should have moved
 TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}  # of micro_batch="auto": matmuls run at full speed from there on
 Weights = dict[str, Tensor]
-MicroBatchSize = int | Literal["auto"]
 Pending = tuple[int, Sequence[Batch], list[str], StepResult, float]  # step, batches, sources, result, rate
 
 
@@ -120,7 +119,7 @@ class Trainer(ABC):
         """Take back what `state` gave."""
 
     def describe(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The metrics of an evaluation, with what follows from them."""
+        """Metrics of an evaluation, with what follows from them."""
         return metrics
 
     def depends(self) -> dict[str, str]:
@@ -167,9 +166,7 @@ class Trainer(ABC):
             checkpoint = checkpoint_to_resume(out, self.config.resume, notes)
             torch.manual_seed(self.config.seed)
             self.depends_on = self.depends()  # once: it reads whole models
-            self.progress = RunState()
-            if self.run.updates:
-                self.run = self.new_run()
+            self.progress, self.run = RunState(), self.new_run() if self.run.updates else self.run
             moments = (1 if "lion" in self.config.optimizer else 2) * (1 if "8bit" in self.config.optimizer else 4)
             needed = moments * sum(parameter.numel() for parameter in self.parameters.values())
             check_free(out, needed + 2 * sum(tensor.nbytes for tensor in self.run.weights().values()))
@@ -242,16 +239,12 @@ class Trainer(ABC):
         self.begin(self.train_set, batches)
         return batches, [examples[i].source for i in numbers]
 
-    def micro_batches(self, dataset: Any, numbers: Sequence[int], micro_batch: MicroBatchSize) -> list[Batch]:
+    def micro_batches(self, dataset: Any, numbers: Sequence[int], micro_batch: MicroBatch) -> list[Batch]:
         """The examples with these numbers, each once, as batches of one forward pass each, on the CPU."""
-        first = self.first_number(dataset)
-        return micro_batches(
-            [(first + i, dataset.examples[i]) for i in numbers],
-            packing=self.config.packing,
-            micro_batch=micro_batch,
-            token_budget=self.token_budget,
-            pad_id=self.pad_id,
-        )
+        first, config = self.first_number(dataset), self.config
+        chosen, how = [(first + i, dataset.examples[i]) for i in numbers], {"pad_id": self.pad_id}
+        budget = self.token_budget
+        return micro_batches(chosen, packing=config.packing, micro_batch=micro_batch, token_budget=budget, **how)
 
     def first_number(self, dataset: Any) -> int:
         """The number that a batch gives a dataset's first example: other rows count on where training rows end."""
@@ -301,7 +294,7 @@ class Trainer(ABC):
         if self.val_set is not None and not found:
             return  # interrupted: the resumed run does it again
         run.evaluated = run.done
-        if not found:
+        if self.val_set is None:
             return
         run.saved = min(run.saved, run.done - 1)  # a checkpoint made before this evaluation lacks its outcome
         self.metrics.write({"step": run.done, **{f"val_{name}": value for name, value in found.items()}})
@@ -393,8 +386,8 @@ class Trainer(ABC):
         config, own = self.config, self.optimizer
         optimizer = make_optimizer(self.parameters, config) if own is None else own
         how: dict[str, Any] = {"scheduler": self.scheduler, "max_grad_norm": config.max_grad_norm}
-        how |= {"loss": lambda model, batch: self.sums(batch), "parameters": self.parameters}
-        run = Run(self.model, self.tokenizer, optimizer=optimizer, **how)
+        how |= {"loss": lambda _, batch: self.sums(batch), "parameters": self.parameters, "optimizer": optimizer}
+        run = Run(self.model, self.tokenizer, **how)
         for group in run.optimizer.param_groups if own is not None else ():  # the peak, as torch's schedulers keep it
             group["lr_scale"] = group.setdefault("initial_lr", group["lr"])
         return run
@@ -404,8 +397,7 @@ class Trainer(ABC):
         if self.config.checkpointing != "auto":
             return self.config.checkpointing == "on"
         sizes = [example.size(self.config.packing) for example in self.train_set.examples]
-        longest = max(sizes)
-        (batch,) = self.micro_batches(self.train_set, [sizes.index(longest)], 1)
+        (batch,) = self.micro_batches(self.train_set, [sizes.index(longest := max(sizes))], 1)
         tokens = self.token_budget if self.config.micro_batch == "auto" else int(self.config.micro_batch) * longest
         needed = saved_bytes(self.model, lambda: as_sums(self.sums(batch), batch).loss) / longest * max(tokens, longest)
         return needed > memory_free(self.device) / 2 > 0
