@@ -1,10 +1,8 @@
-"""A run on the terminal: one line that is written over when someone watches, plain lines when output goes to a file.
+"""A run on the terminal: a live line with rich when someone watches, plain lines when output goes to a file.
 
 Everything goes to stderr, so that stdout stays free for results.
 """
 
-import os
-import shutil
 import sys
 import time
 from typing import Any
@@ -28,15 +26,17 @@ PLAIN_SECONDS = 10.0  # between plain lines
 
 def display_for(total: int, start: int = 0) -> Display:
     """The display that fits where stderr goes. total: steps of the run; start: steps done before, when resumed."""
-    return _Lines(total, start, live=sys.stderr.isatty() and os.environ.get("TERM") != "dumb")
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    return _Live(console, total, start) if console.is_terminal else _Plain(total, start)
 
 
-class _Lines:
-    """One line at every evaluation, at the first and last step, and every few seconds; live: one at every step, which
-    the next one is written over."""
+class _Plain:
+    """One line every few seconds, and at every evaluation and the first and last step."""
 
-    def __init__(self, total: int, start: int, live: bool) -> None:
-        self.total, self.start, self.live = total, start, live
+    def __init__(self, total: int, start: int) -> None:
+        self.total, self.start = total, start
         self.begun = self.last = time.monotonic()
         self.means: dict[str, float] = {}
         self.skipped = 0
@@ -46,16 +46,12 @@ class _Lines:
         self._add(record)
         step, now = record["step"], time.monotonic()
         told = step in (self.start + 1, self.total) or "val_loss" in record
-        if now - self.last < PLAIN_SECONDS and not told and not self.live:
+        if now - self.last < PLAIN_SECONDS and not told:
             return
         self.last = now
         left = (now - self.begun) / max(1, step - self.start) * (self.total - step)
         metrics = "  ".join(f"{name} {value}" for name, value in self.shown.items())
-        line = f"step {step}/{self.total}  {metrics}  left {_clock(left)}"
-        if self.live:
-            print(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
-        else:
-            self.message(line)
+        self.message(f"step {step}/{self.total}  {metrics}  left {_clock(left)}")
 
     def _add(self, record: dict[str, Any]) -> None:
         """What to show from now on, by name; smoothed where it jumps."""
@@ -82,11 +78,41 @@ class _Lines:
         self.shown |= {"skipped": str(self.skipped)} if self.skipped else {}
 
     def message(self, text: str) -> None:
-        print("\r\x1b[K" * self.live + text, file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None: ...
+
+
+class _Live(_Plain):
+    """A progress bar with the metrics under it, redrawn in place."""
+
+    def __init__(self, console: Any, total: int, start: int) -> None:
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        super().__init__(total, start)
+        columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None)]
+        columns += [TextColumn("left"), TimeRemainingColumn()]
+        self.progress = Progress(*columns, console=console, expand=True)
+        self.task = self.progress.add_task("", total=total, completed=start)
+        self.live = Live(self._drawn("first step ..."), console=console)
+        self.live.start()
+
+    def _drawn(self, metrics: str) -> Any:
+        from rich.console import Group
+
+        return Group(self.progress, metrics)
+
+    def show(self, record: dict[str, Any]) -> None:
+        self._add(record)
+        self.progress.update(self.task, completed=record["step"])
+        self.live.update(self._drawn("  ".join(f"[dim]{name}[/] {value}" for name, value in self.shown.items())))
+
+    def message(self, text: str) -> None:
+        self.live.console.print(text, markup=False)
 
     def close(self) -> None:
-        if self.live:
-            print(file=sys.stderr)
+        self.live.stop()
 
 
 def _number(value: float | None) -> str:

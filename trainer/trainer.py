@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ..data.batch import Batch, MicroBatch, micro_batches
 from ..data.encode import load_rows
@@ -74,7 +73,7 @@ class Trainer(ABC):
         config: TrainingConfig,
         val: Any | float | None = None,
         loss: Callable[..., Tensor | Sums] | None = None,
-        optimizer: Optimizer | MakeOptimizer | None = None,
+        optimizer: torch.optim.Optimizer | MakeOptimizer | None = None,
         scheduler: MakeScheduler | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -86,7 +85,6 @@ class Trainer(ABC):
             config.refuse(COURSE - {"epochs", "steps"}, "a scheduler of your own decides the rates")
         self.parameters = self.trained_parameters()
         self.device = next(iter(self.parameters.values())).device
-        self.pad_id = self.tokenizer.pad_id if self.tokenizer.pad_id is not None else 0
         self.token_budget = TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET["cuda"])
         self.train_set = load_rows(config, self.tokenizer, train, self.kind, name="train")
         self.val_set: Any = None
@@ -241,10 +239,9 @@ class Trainer(ABC):
 
     def micro_batches(self, dataset: Any, numbers: Sequence[int], micro_batch: MicroBatch) -> list[Batch]:
         """The examples with these numbers, each once, as batches of one forward pass each, on the CPU."""
-        first, config = self.first_number(dataset), self.config
-        chosen, how = [(first + i, dataset.examples[i]) for i in numbers], {"pad_id": self.pad_id}
-        budget = self.token_budget
-        return micro_batches(chosen, packing=config.packing, micro_batch=micro_batch, token_budget=budget, **how)
+        first, budget, pad_id = self.first_number(dataset), self.token_budget, self.tokenizer.pad_id or 0
+        chosen, packing = [(first + i, dataset.examples[i]) for i in numbers], self.config.packing
+        return micro_batches(chosen, packing=packing, micro_batch=micro_batch, token_budget=budget, pad_id=pad_id)
 
     def first_number(self, dataset: Any) -> int:
         """The number that a batch gives a dataset's first example: other rows count on where training rows end."""
