@@ -40,7 +40,7 @@ def test_no_layout_changes_a_gradient(make, kind):
         (torch.float64, "nf4", 1e-10, LAYOUTS[1:3]),
         (torch.float32, None, 2e-5, LAYOUTS[1:3]),
     ):
-        loaded = {"dtype": dtype, "quantize": quantize, "b_seed": 0}
+        loaded = {"dtype": dtype, "quant_type": quantize, "b_seed": 0}
         value, whole = gradients(make(kind, **loaded))
         assert len(whole) == 28 + (kind == "reward") and all(gradient.norm() > 0 for gradient in whole.values())
         for layout in layouts:
