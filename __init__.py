@@ -8,6 +8,7 @@ from .errors import DiskError, EnvironmentProblem, FourbitError, InputError, Num
 from .lora.adapter import Adapter, AdapterLayer, adapters_off, copy_adapter, remove_adapter, use, using
 from .lora.attach import attach
 from .lora.config import LoRAConfig
+from .lora.convert import delta, dequantize, from_bitsandbytes, merge, to_bitsandbytes
 from .lora.linear4bit import NF4Linear
 from .lora.lora import LoRA
 from .lora.peft_files import load_adapter, save_adapter
@@ -32,6 +33,7 @@ from .trainer.step import Sums
 __version__ = "0.1.0"
 __all__ = [
     "CausalLM", "Tokenizer", "generate", "load", "save_model",  # models
+    "delta", "dequantize", "from_bitsandbytes", "merge", "to_bitsandbytes",  # layers in other forms
     "Adapter", "AdapterLayer", "LoRA", "LoRAConfig", "NF4Linear", "adapters_off", "attach", "copy_adapter",
     "dense_weights", "load_adapter", "quantize_", "remove_adapter", "save_adapter", "use", "using",  # adapters, 4 bits
     "DPOConfig", "DPOTrainer", "DistillConfig", "DistillTrainer", "RewardConfig", "RewardModel", "RewardTrainer",

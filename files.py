@@ -254,5 +254,5 @@ def disk_errors(what: str, folder: Path, needed: int) -> Iterator[None]:
         raise DiskError(
             f"could not write {what} in {folder}: {getattr(error, 'strerror', None) or error}. It needs {needed:,} "
             f"bytes there and {free} are free. What was complete is untouched; free some space or make the folder "
-            "writable, then try again (a run: with --resume)."
+            'writable, then try again (a run: with resume="auto").'
         ) from error

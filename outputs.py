@@ -27,7 +27,7 @@ from .files import disk_errors, remove_flat, remove_stale, sync, temporary_name,
 
 LOCK = "run.lock"
 StrPath = str | os.PathLike[str]
-_PARTIAL = "partial: the rows that were finished; the same command with --resume goes on from here"
+_PARTIAL = "partial: the rows that were finished; the same command, resumed, goes on from here"
 _MARKS = {  # what a run's files say, and nobody else's
     LOCK: re.compile(r"\Aprocess [0-9]+ on [^\n]* \(fourbit\)\n\Z"),
     "config.yaml": re.compile(r'^format: "?fourbit run ', re.MULTILINE),
@@ -80,7 +80,7 @@ class Output:
         elif there and not stat.S_ISREG(there.st_mode):
             raise InputError(f"{name} {path} must be a file in a folder that exists, not a folder, a socket or a disk")
         elif there and not overwrite:
-            raise InputError(f"{name} {path} is there already: --overwrite replaces it, or give another name")
+            raise InputError(f"{name} {path} is there already: overwrite=True replaces it, or give another name")
         else:
             self.path = Path(os.path.realpath(path))
             self.partial = self.path.with_name(self.path.name + ".partial")
@@ -116,7 +116,7 @@ class Output:
                 os.unlink(self.partial)
             elif self.partial is not None and error is not None:
                 rows = "row that was" if done == 1 else f"{done:,} rows that were"
-                error.add_note(f"{self.partial} keeps the {rows} finished; the same command with --resume goes on")
+                error.add_note(f"{self.partial} keeps the {rows} finished; the same command with resume=True goes on")
         finally:
             with contextlib.suppress(OSError):  # every row is flushed: what fails here was told
                 if not self.stdout:
@@ -161,11 +161,13 @@ class Output:
             now = json.loads(self._head)["made_from"]
             if other := [key for key in sorted({*now, *made_from}) if now.get(key) != made_from.get(key)]:
                 what = f"{partial} holds rows that were made with another {', '.join(other)}"
-                raise InputError(f"{what}: resume with the same, or --overwrite to begin anew")
+                raise InputError(f"{what}: resume with the same, or overwrite=True to begin anew")
             self.rows = [line.decode("utf-8", "surrogatepass") for line in lines]
         elif lines and not overwrite:
             what = f"{len(lines):,} rows" if len(lines) > 1 else "a row"
-            raise InputError(f"{partial} holds {what} of an earlier run: --resume goes on, --overwrite begins anew")
+            raise InputError(
+                f"{partial} holds {what} of an earlier run: resume=True goes on, overwrite=True begins anew"
+            )
         with disk_errors("rows", partial.parent, len(self._head)):
             file.seek(0)
             file.write(self._head + b"".join(line + b"\n" for line in lines[: len(self.rows)]))
@@ -250,7 +252,7 @@ def lock_folder(folder: StrPath, inputs: Iterable[StrPath] = (), resume: str | N
         how = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(Path(folder) / LOCK, how, 0o644)
     except OSError as error:
-        raise EnvironmentProblem(f"cannot write to {where}: {error.strerror}; choose another --out") from error
+        raise EnvironmentProblem(f"cannot write to {where}: {error.strerror}; choose another out") from error
     try:
         holder = os.pread(descriptor, 400, 0).decode(errors="replace").removesuffix(" (fourbit)\n")
         locked = _lock(descriptor, where, holder or "another process")
@@ -294,12 +296,10 @@ def _check_folder(folder: StrPath, inputs: Iterable[StrPath], resume: str | None
     steps = sorted(place.glob("checkpoints/step-*"))
     if steps and resume is None:
         raise InputError(
-            f"{folder} already holds a run ({steps[-1].name}); go on with --resume auto, or choose another --out"
+            f'{folder} already holds a run ({steps[-1].name}); go on with resume="auto", or choose another out'
         )
     if not steps and (kept := [each for result in _RESULTS if (each := place / result).exists()]):
-        raise InputError(
-            f"{folder} holds {kept[0].name} of a run, and no checkpoint to go on from: choose another --out"
-        )
+        raise InputError(f"{folder} holds {kept[0].name} of a run, and no checkpoint to go on from: choose another out")
 
 
 def _is_run(folder: Path) -> bool:
@@ -322,7 +322,7 @@ def _lock(descriptor: int, what: str, holder: str) -> bool:
     except BlockingIOError:
         raise EnvironmentProblem(
             f"{what} is in use by {holder}. Two runs in one place would overwrite each other: wait for that one to "
-            "end, stop it, or choose another --out."
+            "end, stop it, or choose another out."
         ) from None
     except OSError:
         return False
@@ -346,7 +346,7 @@ def _tried(folder: Path) -> list[str]:
                 remove_flat(left)
         kind = DiskError if error.errno in (errno.ENOSPC, errno.EDQUOT) else EnvironmentProblem
         what = "a run makes, replaces and renames files and folders in its output folder, and cannot"
-        raise kind(f"{what} in {folder}: {error.strerror}. Choose another --out") from error
+        raise kind(f"{what} in {folder}: {error.strerror}. Choose another out") from error
     return [] if all(forced) else [f"{folder} cannot force its files to the disk: a loss of power may cost checkpoints"]
 
 
@@ -354,4 +354,4 @@ def check_free(folder: Path, needed: int) -> None:
     """DiskError where a run's folder has fewer bytes free than its first checkpoint and its result need."""
     if (free := shutil.disk_usage(folder).free) < needed:
         what = f"a checkpoint and the result need {needed:,} bytes in {folder} and {free:,} are free"
-        raise DiskError(f"{what}: free some space, or choose another --out")
+        raise DiskError(f"{what}: free some space, or choose another out")

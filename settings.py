@@ -10,11 +10,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
 
 from .errors import InputError, shown
+from .synonyms import hint
 
 T = TypeVar("T")
+DType = torch.dtype | str  # or its name in torch
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REQUIRED: Any = MISSING  # as a default: there is none
 MOST = 2**31 - 1  # of whole numbers: beyond it a setting is a slip, and libraries of 32 bits end
 LARGEST = 2**63 - 1  # of those that count without an end, and of seeds
@@ -53,8 +58,26 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+def floating(dtype: DType) -> torch.dtype:
+    """The dtype, or that of the name: "bfloat16". InputError for what no weight here may have."""
+    found: object = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or found not in DTYPES:
+        raise InputError(f"dtype must be float32, bfloat16, float16 or float64, got {shown(dtype)}")
+    return found
+
+
+class Named:
+    """Base of dataclasses that are made by keyword: TypeError for a name that is none of theirs, with the right one."""
+
+    def __new__(cls, *_: object, **given: object) -> Self:
+        known = [option.name for option in fields(cls)]  # type: ignore[arg-type]  # it is a dataclass
+        if unknown := [name for name in given if name not in known]:
+            raise TypeError(f"{cls.__name__} has no setting {unknown[0]!r}{hint(unknown[0], known)}")
+        return super().__new__(cls)
+
+
 @dataclass(frozen=True)
-class Checked:
+class Checked(Named):
     """Base of options: each field is of its type and within its bounds. A whole number given for a float is a float,
     1e3 a whole number, a list a tuple, a `Path` its text. Raises InputError that begins with the field's name and says
     rule and value."""

@@ -65,7 +65,7 @@ def load_weights(options: ModelOptions, tokenizer: Tokenizer, quant: str) -> Cau
     device, (form, arguments) = choose_device(options.device), FORMS[quant]
     dtype = choose_dtype(options.dtype, device)
     with working(f"loading {options.model}"):
-        model = load_model(options.model, **arguments, dtype=getattr(torch, dtype), device=device)
+        model = load_model(options.model, **arguments, dtype=dtype, device=device)
     check_tokenizer(model, tokenizer)
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     inside = {id(parameter) for module in packed for parameter in module.stored_parameters().values()}

@@ -11,6 +11,7 @@ import errno
 import importlib
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -68,8 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             _drop_output()
         if sys.stderr is not None:
             message = "\n".join([message, *getattr(error, "__notes__", ())])
-            print(clean(message), file=sys.stderr, flush=True)
+            print(clean(as_flags(message)), file=sys.stderr, flush=True)
     return code
+
+
+def as_flags(message: str) -> str:
+    """What the library says of arguments, as the command line has them: `resume="auto"` is --resume auto."""
+    said = re.sub(r"\banother (out|match)\b", r"another --\1", message.replace("quant_type=None", "--quant none"))
+    return re.sub(r"\b(dtype|force|overwrite|resume|template)=(True|\.\.\.)", r"--\1", said).replace(
+        'resume="auto"', "--resume auto"
+    )
 
 
 def _drop_output() -> None:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hint
 
 from ..errors import InputError, shown
 from ..settings import forms
+from ..synonyms import hint
 from .config_file import read_config, scalar
 from .show import wrapped
-from .synonyms import hint
 
 T = TypeVar("T")
 Sources = Mapping[str, str]  # of each option by name: DEFAULT, FLAG or "FILE:LINE"

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any, Literal
@@ -35,7 +35,7 @@ OnBadRow = Literal["error", "skip"]
 
 RENDERED_AT_ONCE = 256  # samples
 SPECIAL = "a special token, which steers a model and is never read: spell it another way; a `text` row may hold it"
-LOST = "stands nowhere in what the template writes for it: the template cannot say it; name one that can (--template)"
+LOST = "stands nowhere in what the template writes for it: the template cannot say it; name one that can (template=...)"
 SPECIAL_IN_TEXT = "is plain text that holds special tokens: they are encoded as such"
 WHOLE = "is plain text, which has no last answer: all of it is trained"
 LABELLED = "has labels, which say what of it is trained, whatever loss_on says"
@@ -247,7 +247,11 @@ def encode(
 
 
 def encode_chat(
-    messages: Messages, tokenizer: TokenizerLike, *, template: TemplateChoice = None, tools: Messages | None = None
+    messages: Sequence[Mapping[str, object]],
+    tokenizer: TokenizerLike,
+    *,
+    template: TemplateChoice = None,
+    tools: Sequence[Mapping[str, object]] | None = None,
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation that ends with an answer, and of each whether the loss counts it, as in training.
     Raises InputError where training would."""

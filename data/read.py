@@ -29,7 +29,7 @@ MAX_UNCOUNTED = 200_000  # rows of what has no length, and may have no end
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
-Rows = str | os.PathLike[str] | Iterable[Any]
+Rows = str | os.PathLike[str] | Iterable[object]
 
 
 def sources(rows: Any, name: str = "rows") -> list[Iterator[Row | Problem]]:

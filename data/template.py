@@ -71,16 +71,20 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: list[dict[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         *,
         add_generation_prompt: bool = False,
-        tools: list[dict[str, Any]] | None = None,
-        variables: dict[str, Any] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        variables: Mapping[str, object] | None = None,
     ) -> str:
         """The text for `messages`; with `add_generation_prompt` it ends where the assistant's answer begins.
 
         variables: more for the template to use, as transformers' `apply_chat_template` takes them by name."""
-        (made,) = self.render_all([Talk(messages, tools, prompt=add_generation_prompt, variables=variables)])
+        shown = None if tools is None else list(map(dict, tools))
+        more = None if variables is None else dict(variables)
+        (made,) = self.render_all(
+            [Talk(list(map(dict, messages)), shown, prompt=add_generation_prompt, variables=more)]
+        )
         if isinstance(made, Unrenderable):
             raise made
         return made.text

@@ -105,7 +105,7 @@ def place(talk: Talk, i: int, whole: str, prompt: Told, upto: Told) -> Turn | Un
         return Unrenderable(
             f"the template is not prefix-stable at message {i}: rendered alone, the conversation so far goes on with"
             f" {shown(part, 60)} where the whole has {shown(whole[at : at + 61], 60)} (character {at}), so the place of"
-            " the answer cannot be told; name another template (--template)"
+            " the answer cannot be told; name another template (template=...)"
         )
     inserted = found >= 0 and bool(whole[start:found].strip())
     return Turn(start, None if found < 0 else found + len(content), region, not changed, inserted, bool(lacking))
@@ -151,7 +151,7 @@ def mask(tokens: Tokens, turns: Mapping[int, Turn], stops: Sequence[int]) -> tup
         if note == LEFT_OUT and i == max(turns):
             raise Unrenderable(
                 "the template changes what follows an answer and ends it with no stop token, so its end cannot be told;"
-                " name another template (--template)"
+                " name another template (template=...)"
             )
         for k in range(first, bisect_left(tokens.offsets, end, key=lambda span: span[0])):
             trained[k] = True

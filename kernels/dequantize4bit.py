@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..settings import DType, floating
 from .codes import code_for, pair_table
 from .dispatch import path_for
 from .weight4bit import Weight4bit, flatten, unflatten
@@ -25,17 +26,16 @@ HUGE_PAGES_FROM = 1 << 25  # bytes; malloc maps blocks of this size anew, at the
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def dequantize(weight: Weight4bit, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(weight: Weight4bit, dtype: DType = torch.float32) -> Tensor:
     """The dense tensor: code[q] * absmax in fp32, then one rounding to `dtype`; fp64 holds the fp32 values exactly.
 
     On CUDA this is one kernel. ValueError if the weight's sizes, types or devices disagree, or if `dtype` is no
     floating-point type.
     """
+    dtype = floating(dtype)
     if torch.compiler.is_compiling() or isinstance(weight.packed, FakeTensor):  # one node in its graph
         return _in_graph(*flatten([weight]), dtype).view(weight.shape)
     weight.check()
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
     out = _allocate(weight.shape, dtype, weight.packed.device)
     decode_into(out, weight)
     return out

@@ -35,6 +35,7 @@ class Weight4bit(NamedTuple):
 
     @property
     def columns(self) -> int:
+        """Of the matrix, for a linear layer its inputs; of what is no matrix, all its values."""
         return self.shape[1] if len(self.shape) == 2 else prod(self.shape)
 
     @property

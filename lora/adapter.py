@@ -81,7 +81,7 @@ class Adapter(nn.Module):
         """Its tensors under the names they have in files: the live ones, detached; loading copies into them."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("copies.")}
 
-    def peft_fields(self) -> dict[str, Any]:
+    def peft_fields(self) -> dict[str, float]:
         """Its settings under their names in an adapter_config.json."""
         own = self.config or LoRAConfig()
         return {"r": own.rank, "lora_alpha": own.alpha, "lora_dropout": own.dropout, "use_rslora": own.rslora}
@@ -123,7 +123,7 @@ class AdapterLayer(nn.Module):
         tensors = [pair for own in copies for pair in (*own.named_parameters(), *own.named_buffers())]
         return {name: tensor.to(getattr(self.base, name).dtype) for name, tensor in tensors}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # of a linear layer: [..., in] -> [..., out]
+    def forward(self, *args: object, **kwargs: object) -> Tensor:  # of a linear layer: [..., in] -> [..., out]
         x: Any = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(x, Tensor) and x.is_nested:
             return over_nested(self.forward, x)
@@ -136,8 +136,8 @@ class AdapterLayer(nn.Module):
                 y, kept = adapter(x, y.clone() if kept else y), is_hooked(adapter)  # hooks may keep what they are shown
         return y
 
-    def joint(self, x: Any) -> tuple[NF4Linear, LowRank] | None:
-        """Base and update if one op makes both: 4 bits under exactly one low-rank adapter, and nothing hooked."""
+    def joint(self, x: Tensor) -> tuple[NF4Linear, LowRank] | None:
+        """Base and update if one op makes both for x [..., in]: 4 bits, one low-rank adapter, nothing hooked."""
         if len(self.active) != 1 or type(self.base) is not NF4Linear or x.is_nested or not x.is_floating_point():
             return None
         (adapter,) = self.running()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..settings import DType, floating
 from .adapter import DEFAULT, Adapter, AdapterLayer, Copies, Whole, adapter_layers, refuse_second, replace_modules, use
 from .config import LoRAConfig
 from .linear4bit import NF4Linear
@@ -26,7 +27,7 @@ def attach(
     *,
     layer: LayerFactory = LoRA.of,
     seed: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: DType = torch.float32,
 ) -> list[str]:
     """Put an adapter on the targeted layers of `model`, in place; freeze all else; return their paths in module order,
     with those of what `modules_to_save` and `bias` train.
@@ -43,7 +44,7 @@ def attach(
     paths = [path for path in resolve(model, lora) if read.in_layers(path)]
     for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         check_patterns_used(field, patterns, paths)
-    parts = dict(fresh(model, lora, paths, layer, seed, dtype))
+    parts = dict(fresh(model, lora, paths, layer, seed, floating(dtype)))
     install(model, parts, name)
     return list(parts)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ..errors import InputError, shown
-from ..settings import MOST
+from ..settings import MOST, Named
 
 Number = TypeVar("Number", int, float)
 
@@ -15,7 +15,7 @@ LARGEST_ALPHA = 1e30  # far beyond use, and what it scales still fits fp32
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Named):
     """Settings of LoRA (Hu et al. 2021): rank r and alpha give W + (alpha / r) B A; rsLoRA divides by sqrt(r) instead.
 
     target: "all-linear" (every linear layer but output heads), "attn", "mlp", a list of names (full paths or their

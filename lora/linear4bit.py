@@ -23,6 +23,7 @@ from ..kernels.dequantize4bit import dequantize
 from ..kernels.linear4bit import linear4bit
 from ..kernels.quantize4bit import quantize
 from ..kernels.weight4bit import Weight4bit, check_format, stored_shapes
+from ..settings import DType
 
 
 class NF4Linear(nn.Module):
@@ -80,7 +81,7 @@ class NF4Linear(nn.Module):
         double_quant: bool = True,
         name: str = "",
     ) -> Self:
-        """Quantise a dense weight. `name` is what an error calls the tensor; NaN or infinity raises InputError."""
+        """Quantise a dense weight [out, in]. `name` is what an error calls it; NaN or infinity raises InputError."""
         out_features, in_features = weight.shape
         # built on meta: the real tensors come from quantize_weight_, so no second set is allocated
         layer = cls(in_features, out_features, False, quant_type, blocksize, double_quant, device="meta")
@@ -132,10 +133,11 @@ class NF4Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        """The dense weight [out, in], made when an operation takes it."""
         return LinearWeight.of(lambda: self.dequantize(self.dtype), self.stored.shape, self.dtype, self.packed)
 
     @torch.no_grad()
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize(self, dtype: DType = torch.float32) -> Tensor:
         """The dense weight [out, in] that this layer computes with, rounded once to `dtype`."""
         return dequantize(self.stored, dtype)
 

@@ -1,7 +1,7 @@
 """LoRA, the plain kind of adapter: a trainable low-rank update beside a frozen layer."""
 
 import math
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,7 @@ class LoRA(Adapter):
 
     @property
     def scale(self) -> float:
+        """What B A is multiplied by."""
         return scale_of(self.alpha, self.rank, self.rslora)
 
     @property
@@ -75,7 +76,7 @@ class LoRA(Adapter):
     def state(self) -> dict[str, Tensor]:
         return {"lora_A.weight": self.lora_A.detach(), "lora_B.weight": self.lora_B.detach()}
 
-    def peft_fields(self) -> dict[str, Any]:
+    def peft_fields(self) -> dict[str, float]:
         return {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "use_rslora": self.rslora}
 
     def extra_repr(self) -> str:

@@ -78,7 +78,7 @@ class PeftConfig:
 class PeftLike(Protocol):
     """What is asked of peft's LoraConfig."""
 
-    def to_dict(self) -> dict[str, Any]: ...
+    def to_dict(self) -> dict[str, object]: ...
 
 
 def from_peft(config: PeftLike | Mapping[str, object]) -> PeftConfig:

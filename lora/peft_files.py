@@ -25,6 +25,7 @@ from ..files import (
     write_text,
 )
 from ..outputs import check_apart
+from ..settings import DType, floating
 from .adapter import DEFAULT, Adapter, Whole, adapters_of, carried, plain_name, refuse_left_out, unwrapped
 from .attach import LayerFactory, fresh, install
 from .identity import BaseIdentity, base_identity
@@ -74,7 +75,7 @@ def load_adapter(
     model: nn.Module,
     folder: str | Path,
     *,
-    dtype: torch.dtype | None = torch.float32,
+    dtype: DType | None = torch.float32,
     name: str = DEFAULT,
     layer: LayerFactory = LoRA.of,
     trainable: bool = True,
@@ -92,7 +93,7 @@ def load_adapter(
     Raises InputError, before the model is touched, for a file that is missing, broken or not plain LoRA, for keys that
     are missing, unexpected or misshaped, for NaN or infinity, and for another base.
     """
-    label, parts, state = _read_adapter(model, Path(folder), dtype, layer)
+    label, parts, state = _read_adapter(model, Path(folder), None if dtype is None else floating(dtype), layer)
     _check_base(model, parts, Path(folder), force, tell)
     attached = adapters_of(model, name)
     if attached:
@@ -123,7 +124,7 @@ def _check_base(
     if here.is_other_base(trained):
         what += " was trained on another base: this one has the same shapes and other weights"
         if not force:
-            raise InputError(f"{what}. Give the base it was trained on, or force it (--force, force=True)")
+            raise InputError(f"{what}. Give the base it was trained on, or force it (force=True)")
         tell(f"{what}; it goes on by force")
     elif difference := here.difference(trained):
         tell(f"{what} {difference}")

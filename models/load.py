@@ -19,6 +19,7 @@ from ..files import misfits, read_json
 from ..kernels.weight4bit import check_format
 from ..lora.linear4bit import NF4Linear
 from ..lora.quantize import quantize_
+from ..settings import DType, floating
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_folder import folder_tokenizer
 from . import gguf_model, hf
@@ -28,7 +29,6 @@ from .gguf import GGUFFile
 from .gguf_tokenizer import gguf_tokenizer
 from .protocol import CausalLM
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -38,7 +38,7 @@ def load(
     quant_type: str | None = None,
     double_quant: bool = True,
     blocksize: int = 64,
-    dtype: torch.dtype = torch.float32,
+    dtype: DType = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[Decoder, Tokenizer]:
     """Model and tokenizer of a Hugging Face folder or a `.gguf` file; arguments and errors as in `load_model`, and
@@ -75,7 +75,7 @@ def load_model(
     quant_type: str | None = None,
     double_quant: bool = True,
     blocksize: int = 64,
-    dtype: torch.dtype = torch.float32,
+    dtype: DType = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Decoder:
     """The model alone, in evaluation mode, all parameters as trainable as their layer makes them.
@@ -87,9 +87,7 @@ def load_model(
     missing, unknown, misshaped or non-finite tensor, and for an unreadable file; EnvironmentProblem for a device that
     is not there.
     """
-    path, device = Path(path), _device(device)
-    if dtype not in DTYPES:
-        raise InputError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}.")
+    path, device, dtype = Path(path), _device(device), floating(dtype)
     if quant_type is not None:
         try:
             check_format(quant_type, blocksize)
@@ -180,7 +178,7 @@ def _place(model: Decoder, name: str, tensor: Tensor, dtype: torch.dtype, device
     if not extremes.to(dtype).isfinite().all():
         largest = extremes.abs().max().item()
         holds = largest <= torch.finfo(torch.bfloat16).max
-        way = "Load the model in bfloat16 or float32 (--dtype)" if holds else "Only float64 holds it, in Python"
+        way = "Load the model in bfloat16 or float32 (dtype=...)" if holds else "Only float64 holds it, in Python"
         raise InputError(f"{path}: tensor {name!r} holds {largest:.3g}, too large for {dtype}. {way}.")
     old = getattr(module, attribute)
     value = tensor.to(device=device, dtype=dtype, copy=True)  # the file's map must not live on in the model

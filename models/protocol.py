@@ -6,7 +6,7 @@ than a module's tree of `nn.Linear` and `NF4Linear` layers.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class CausalLM(nn.Module, ABC):
         """An empty cache for generation, for any number of rows."""
 
     @abstractmethod
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """What `config.json` says of this model: with the weights, all that its numbers depend on. Plain JSON values.
 
         Written when the whole model is saved; part of what tells reference caches apart.
@@ -86,7 +86,14 @@ class CausalLM(nn.Module, ABC):
         other |= {id(p) for m in self.modules() if isinstance(m, Adapter) for p in m.parameters()}
         return next(p.dtype for p in self.parameters() if p.is_floating_point() and id(p) not in other)
 
-    def forward(self, input_ids: Tensor, *args: Any, **options: Any) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        spans: Spans | None = None,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Logits [B, T, vocab_size]; the arguments are those of `hidden`."""
-        logits: Tensor = self.lm_head(self.hidden(input_ids, *args, **options))
+        logits: Tensor = self.lm_head(self.hidden(input_ids, position_ids, spans, cache, mask))
         return logits

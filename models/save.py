@@ -16,10 +16,10 @@ from ..files import check_finite, disk_errors, read_json, write_tensors, write_t
 from ..lora.adapter import Adapter, plain_name, unwrapped
 from ..lora.linear4bit import NF4Linear
 from ..outputs import check_apart
+from ..settings import DTYPES
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_folder import TOKENIZER_BYTES
 from .hf import CONFIG_BYTES, INDEX, SINGLE, indexed
-from .load import DTYPES
 from .protocol import CausalLM
 
 SHARD_BYTES = 5 * 10**9  # as transformers cuts

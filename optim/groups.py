@@ -15,7 +15,7 @@ def parameter_groups(
     weight_decay: float = 0.0,
     lora_plus: float = 1.0,
     lr_scale: Mapping[str, float] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Groups for an optimizer, by weight decay and learning rate, in the order of their first parameter.
 
     Matrices decay; vectors (norms, biases) and DoRA's magnitudes do not. `lora_plus` is the ratio of lora_B's learning

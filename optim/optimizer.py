@@ -10,10 +10,11 @@ for each page (paging.py). What it does to a slice is queued before it asks for 
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from ..kernels.dispatch import path_for
 from . import update
@@ -26,6 +27,23 @@ from .update import ADAMW, LION, ROUNDINGS, Group, Rounding, Rule, rounding_key
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SETTINGS = ("rule", "bits", "min_8bit_size", "rounding", "seed", "max_grad_norm", "budget", "found_inf")
 Key = tuple[int, torch.dtype, int]  # of a flat state: group, dtype, bits
+
+
+class Options(TypedDict, total=False):
+    """What AdamW and Lion take besides, as `FlatOptimizer` describes it; of torch's, what asks for nothing."""
+
+    bits: int
+    rounding: Rounding
+    seed: int | None
+    max_grad_norm: float | None
+    min_8bit_size: int
+    budget: Budget | None
+    foreach: bool | None
+    fused: bool | None
+    amsgrad: bool
+    maximize: bool
+    capturable: bool
+    differentiable: bool
 
 
 class FlatOptimizer(torch.optim.Optimizer):
@@ -61,7 +79,7 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         defaults: dict[str, Any],
         rule: Rule,
         *,
@@ -142,7 +160,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         return keys
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient; the closure's loss, if there is one."""
         loss = None
         if closure is not None:
@@ -312,12 +330,12 @@ class AdamW(FlatOptimizer):
 
     def __init__(
         self,
-        params: Any,
-        lr: Any = 1e-3,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, ADAMW, **options)
@@ -332,11 +350,11 @@ class Lion(FlatOptimizer):
 
     def __init__(
         self,
-        params: Any,
-        lr: Any = 1e-4,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, LION, **options)
 

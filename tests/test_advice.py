@@ -31,15 +31,15 @@ from fourbit import LoRAConfig, SFTConfig, SFTTrainer
 from fourbit.cli import train as training
 from fourbit.cli.main import COMMANDS as ALL_COMMANDS
 from fourbit.cli.main import ELSEWHERE as COMMANDS_ELSEWHERE
-from fourbit.cli.main import explain, main
+from fourbit.cli.main import as_flags, explain, main
 from fourbit.cli.parse import options_of
-from fourbit.cli.synonyms import SYNONYMS
 from fourbit.data import read as reading
 from fourbit.data.encode import Dataset, load
 from fourbit.data.forms import WANTED
 from fourbit.data.order import split_validation
 from fourbit.errors import FourbitError, InputError
 from fourbit.models.load import load_tokenizer
+from fourbit.synonyms import SYNONYMS
 from fourbit.trainer import metrics
 
 ROOT = Path(__file__).parents[1]
@@ -87,19 +87,19 @@ def case(file: str, words: str, wrong: str, *right: str) -> Case:
 
 
 COMMANDS = [
-    case("outputs.py", "--overwrite replaces it, or give another name", f"$ echo 1 > a; {GENERATE} --out a",
+    case("outputs.py", "overwrite=True replaces it, or give another name", f"$ echo 1 > a; {GENERATE} --out a",
          f"{GENERATE} --out a --overwrite", f"{GENERATE} --out b"),
     case("outputs.py", "rename it, or give", f"$ echo 1 > a.partial; {GENERATE} --out a",
          f"{GENERATE} --out b", f"$ mv a.partial mine; {GENERATE} --out a"),
     case("outputs.py", "which is read: give another place", f"{SFT} --out m", f"{SFT} --out o"),
     case("outputs.py", " is read, as ", f"{GENERATE} --out rows.jsonl --overwrite", f"{GENERATE} --out b"),
-    case("outputs.py", "choose another --out", f"{SFT} --out /proc/run", f"{SFT} --out o"),
+    case("outputs.py", "choose another out", f"{SFT} --out /proc/run", f"{SFT} --out o"),
     case("outputs.py", "is a file; give a folder", f"{SFT} --out rows.jsonl", f"{SFT} --out o"),
     case("outputs.py", "and a run writes there: remove it", f"$ ln -sf ../x run/loss.png; {SFT} --out run --resume",
          f"$ rm run/loss.png; {SFT} --out run --rank 2 --resume"),
-    case("outputs.py", "go on with --resume auto, or choose another --out", f"{SFT} --out run",
+    case("outputs.py", "go on with resume=\"auto\", or choose another out", f"{SFT} --out run",
          f"{SFT} --out run --rank 2 --resume auto", f"{SFT} --out o"),
-    case("outputs.py", "no checkpoint to go on from: choose another --out",
+    case("outputs.py", "no checkpoint to go on from: choose another out",
          f"$ rm -r run/checkpoints; {SFT} --out run", f"{SFT} --out o"),
     case("cli/data.py", "leave them out with --on-bad-row skip", "data --model m bad.jsonl",
          "data --model m bad.jsonl --on-bad-row skip", "data --model m rows.jsonl"),
@@ -130,7 +130,7 @@ COMMANDS = [
     case("cli/parse.py", "needs a value; see fourbit", "generate --out", "generate --help"),
     case("cli/parse.py", "and --no-...", f"{EVAL} --match none --base=1 --adapter run",
          f"{EVAL} --match none --base --adapter run", f"{EVAL} --match none --no-base --adapter run"),
-    case("cli/synonyms.py", "; did you mean {}?", f"{SFT} --out o --rnak 2", f"{SFT} --out o --rank 2"),
+    case("synonyms.py", "; did you mean {}?", f"{SFT} --out o --rnak 2", f"{SFT} --out o --rank 2"),
     case("cli/train.py", "--val must be a file, or a share", f"{SFT} --out o --val 200%",
          f"{SFT} --out o --val val.jsonl", f"{SFT} --out o --val 50%"),
     case("cli/train.py", "a share needs a percent sign", f"{SFT} --out o --val 5", f"{SFT} --out o --val 5%"),
@@ -189,11 +189,11 @@ COMMANDS = [
          f"{DPO} --out o --loss ipo=2"),
     case("trainer/losses/objective.py", "choose one kind", f"{DPO} --out o --loss ipo --loss kto",
          f"{DPO} --out o --loss ipo", f"{DPO.replace('pairs', 'judged')} --out o --loss kto"),
-    case("trainer/losses/objective.py", "use fourbit sft, or give a preference loss beside it",
+    case("trainer/losses/objective.py", "train with sft (SFTTrainer), or give a preference loss beside it",
          f"{DPO} --out o --loss sft", f"{SFT} --out o", f"{DPO} --out o --loss sft --loss sigmoid"),
     case("trainer/losses/objective.py", "; did you mean {}?", f"{DPO} --out o --loss hinges",
          f"{DPO} --out o --loss hinge"),
-    case("trainer/evaluate.py", "mend the row, or take another --match", f"{EVAL} --match json",
+    case("trainer/evaluate.py", "mend the row, or take another match", f"{EVAL} --match json",
          f"{EVAL} --match contains"),
 ]  # fmt: skip
 
@@ -264,7 +264,7 @@ def done(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 def test_the_advice_of_a_command_works(one: Case, done: Callable[[str], str]) -> None:
     said = done(one.wrong)
     for part in one.words.split("{}"):
-        assert part in said
+        assert as_flags(part) in said
     for line in one.right:
         assert done(line) == "", line
 
@@ -572,7 +572,7 @@ def change(file: Path, **changes: Any) -> None:
     ("models/hf.py", "Copy the file into the folder"),
     ("models/hf.py", "convert them with transformers: from_pretrained(folder), then save_pretrained(another_folder)"),
     ("models/load.py", "Give a folder of safetensors or a .gguf file"),
-    ("models/load.py", "Load the model in bfloat16 or float32 (--dtype)"),
+    ("models/load.py", "Load the model in bfloat16 or float32 (dtype=...)"),
     ("models/load.py", "Use cpu."),
     ("text/tokenizer.py", "mend the text"),
     ("text/tokenizer.py", "are encoded at once. Split it"),
@@ -593,7 +593,7 @@ def test_model_folders_are_mended_as_advised(folder: Path, tmp_path: Path) -> No
     tensors = load_file(weights)
     tensors["model.norm.weight"][0] = 1e5
     save_file(tensors, weights, metadata={"format": "pt"})
-    with words_of("Load the model in bfloat16 or float32 (--dtype)"):
+    with words_of("Load the model in bfloat16 or float32 (dtype=...)"):
         fourbit.load(folder, dtype=torch.float16)
     fourbit.load(folder, dtype=torch.bfloat16), fourbit.load(folder, dtype=torch.float32)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].double() * 1e200
@@ -677,15 +677,15 @@ def test_what_transformers_cannot_mend_is_to_be_got_again(folder: Path) -> None:
 
 
 @follows(
-    ("models/finite.py", "load the model in bfloat16 or float32 (--dtype)"),
-    ("models/finite.py", "see whether the model alone works (without --adapter)"),
+    ("models/finite.py", "load the model in bfloat16 or float32 (dtype=...)"),
+    ("models/finite.py", "see whether the model alone works (without an adapter)"),
 )
 def test_overflow_is_mended_as_advised(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     for name in ("gate", "up"):
         tensors[f"model.layers.0.mlp.{name}_proj.weight"] *= 1e3
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with words_of("load the model in bfloat16 or float32 (--dtype)"):
+    with words_of("load the model in bfloat16 or float32 (dtype=...)"):
         fourbit.generate(fourbit.load(folder, dtype=torch.float16)[0], [[1, 2]], max_new_tokens=1)
     for dtype in (torch.bfloat16, torch.float32):
         model = fourbit.load(folder, dtype=dtype)[0]
@@ -746,13 +746,13 @@ def test_optimizers_are_mended_as_advised() -> None:
     ("trainer/run.py", "attach or load the one to train under that name"),
     ("trainer/run.py", "attach or load it after all others, or with trainable=True"),
     ("trainer/run.py", "call fourbit.use(model, '{}')"),
-    ("trainer/sft.py", "load it with quant_type=None (--quant none)"),
+    ("trainer/sft.py", "load it with quant_type=None"),
     ("trainer/preference.py", "or take a loss without a reference"),
     ("trainer/distill.py", "so the base cannot be the teacher: give a model of its own"),
     ("trainer/distill.py", "so it cannot be the teacher: give another"),
     ("trainer/distill.py", "give None for its base, or the name of an adapter on it"),
     ("trainer/checkpoint.py", "resume must be auto or a checkpoint folder such as"),
-    ("trainer/checkpoint.py", "go on with --resume auto, or choose another --out"),
+    ("trainer/checkpoint.py", 'go on with resume="auto", or choose another out'),
 )
 def test_trainers_take_what_they_advise(here: Path, tokenizer: Any) -> None:
     def sft(model: Any, **how: Any) -> Any:
@@ -769,7 +769,7 @@ def test_trainers_take_what_they_advise(here: Path, tokenizer: Any) -> None:
     with words_of("call fourbit.attach first, or train all weights (full)"):
         sft(loaded(here)[0])
     sft(adapted(here)), sft(loaded(here, None)[0], full=True)
-    with words_of("load it with quant_type=None (--quant none)"):
+    with words_of("load it with quant_type=None"):
         sft(loaded(here)[0], full=True)
     model = loaded(here)[0]
     fourbit.attach(model, LoRAConfig(rank=2), name="second")
@@ -808,7 +808,7 @@ def test_trainers_take_what_they_advise(here: Path, tokenizer: Any) -> None:
 
     with words_of("resume must be auto or a checkpoint folder such as"):
         sft(adapted(here), out="run", resume="nope").train(display=None)
-    with words_of("go on with --resume auto, or choose another --out"):
+    with words_of('go on with resume="auto", or choose another out'):
         sft(adapted(here), out="run").train(display=None)
     first, again = adapted(here), adapted(here)
     assert sft(first, out="new").train(display=None).steps == 1
@@ -872,9 +872,9 @@ def test_a_run_is_gone_on_from_as_advised(here: Path, tokenizer: Any, monkeypatc
 ELSEWHERE = {  # tests of other files that follow an advice
     "tests/cli/test_bad_input.py::test_the_traceback_comes_with_debug": [("cli/main.py", "Run again with --debug")],
     "tests/cli/test_commands.py::test_generate_keeps_what_it_answered_and_goes_on": [
-        ("outputs.py", "partial: the rows that were finished; the same command with --resume goes on"),
-        ("outputs.py", "keeps the {} finished; the same command with --resume goes on"),
-        ("outputs.py", ": --resume goes on, --overwrite begins anew"),
+        ("outputs.py", "partial: the rows that were finished; the same command, resumed, goes on"),
+        ("outputs.py", "keeps the {} finished; the same command with resume=True goes on"),
+        ("outputs.py", ": resume=True goes on, overwrite=True begins anew"),
     ],
     "tests/research/test_saved.py::test_a_save_that_leaves_something_out_is_refused": [
         ("lora/adapter.py", "Attach with their modules in modules_to_save, freeze them"),
@@ -886,7 +886,20 @@ ELSEWHERE = {  # tests of other files that follow an advice
     "tests/research/test_own_adapter.py::test_a_round_trip": [
         ("lora/peft_files.py", "give load_adapter the layer that it was attached with"),
     ],
-    "tests/test_outputs.py::test_overwriting_begins_anew": [("outputs.py", "or --overwrite to begin anew")],
+    "tests/lora/test_convert.py::test_what_cannot_be_merged_is_refused_before_anything_changes": [
+        ("lora/convert.py", "make it dense first, with fourbit.dequantize(model), or keep the adapter")
+    ],
+    "tests/lora/test_convert.py::test_bitsandbytes_layers_keep_their_bytes_both_ways": [
+        ("lora/convert.py", "convert it before it runs")
+    ],
+    "tests/test_errors.py::test_the_library_speaks_of_arguments_and_the_command_line_of_flags": [
+        ("cli/main.py", "--quant none"),
+        ("cli/main.py", "--resume auto"),
+    ],
+    "tests/models/test_generate.py::test_a_sampled_answer_depends_on_its_prompt_and_the_seed_alone": [
+        ("models/generate.py", "give a temperature")
+    ],
+    "tests/test_outputs.py::test_overwriting_begins_anew": [("outputs.py", "or overwrite=True to begin anew")],
     "tests/data/test_forms.py::test_a_key_that_means_more_elsewhere_is_refused_and_the_advice_works": [
         ("data/keys.py", words)
         for words in (
@@ -898,21 +911,21 @@ ELSEWHERE = {  # tests of other files that follow an advice
         )
     ],
     "tests/data/test_said.py::test_the_advice_for_what_a_template_cannot_say_helps": [
-        ("data/encode.py", "name one that can (--template)")
+        ("data/encode.py", "name one that can (template=...)")
     ],
     "tests/data/test_said.py::test_the_advice_for_a_special_token_helps": [
         ("data/encode.py", "spell it another way; a `text` row may hold it")
     ],
     "tests/data/test_encode.py::test_a_last_answer_that_the_template_changes_is_refused_with_the_place_and_the_"
-    "advice_helps": [("data/turns.py", "cannot be told; name another template (--template)")],
+    "advice_helps": [("data/turns.py", "cannot be told; name another template (template=...)")],
     "tests/data/test_encode.py::test_only_the_last_of_answers_that_change_and_have_no_stop_token_is_trained": [
-        ("data/turns.py", "name another template (--template)")
+        ("data/turns.py", "name another template (template=...)")
     ],
     "tests/data/test_encode.py::test_a_conversation_of_too_many_answers_is_told_the_limit_and_its_advice_helps": [
         ("data/turns.py", "split it, or train the last answer (loss_on last)")
     ],
     "tests/lora/test_adapter_files.py::test_another_base_is_refused_unless_forced": [
-        ("lora/peft_files.py", "or force it (--force, force=True)")
+        ("lora/peft_files.py", "or force it (force=True)")
     ],
     "tests/text/test_tokenizer_folder.py::test_letters_that_would_vanish_are_refused": [
         ("text/tokenizer_folder.py", "give its model an unk_token of its vocabulary")
@@ -921,14 +934,14 @@ ELSEWHERE = {  # tests of other files that follow an advice
         ("trainer/resume.py", "begin a new run from what this one saved, with another out")
     ],
     "tests/trainer/test_checkpoint.py::test_a_second_run_is_refused_and_a_dead_one_does_not_block": [
-        ("outputs.py", "wait for that one to end, stop it, or choose another --out")
+        ("outputs.py", "wait for that one to end, stop it, or choose another out")
     ],
 }  # fmt: skip
 NOT_FOLLOWED = {  # why -> what
     "a disk or file system that a test cannot have; another place is tried beside `cannot write to`": [
         ("files.py", "free some space or make the folder writable"),
         ("outputs.py", "start no second run in it"),
-        ("outputs.py", ". Choose another --out"),
+        ("outputs.py", ". Choose another out"),
     ],
     "a GPU, or a second device": [
         ("cli/load.py", "fourbit doctor tells more"),
@@ -980,7 +993,7 @@ NOT_FOLLOWED = {  # why -> what
         ("cli/main.py", words)
         for words in ("fine-tune a model on chat rows", "answer every row of a file", "--help    all flags")
     ]
-    + [("cli/synonyms.py", "is base or start"), ("lora/targets.py", "takes away all")]
+    + [("synonyms.py", "is base or start"), ("lora/targets.py", "takes away all")]
     + [("trainer/checkpoint.py", "keep 1 or more"), ("trainer/losses/objective.py", "loss must be NAME or NAME=WEIGHT")]
     + [("cli/doctor.py", "for --log tensorboard"), ("cli/parse.py", "-h, --help"), ("cli/parse.py", "{}, --no-{}")]
     + [("data/forms.py", f"`fourbit {name}` reads") for name in ("sft", "dpo", "generate")]

@@ -1,14 +1,17 @@
 """What every message is made of: safe to print, and one paragraph."""
 
+import ast
 import io
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourbit.cli.main import main
+from fourbit.cli.main import as_flags, main
 from fourbit.errors import DiskError, EnvironmentProblem, FourbitError, InputError, NumericError, clean, shown, visible
 
 LIMIT = 2000 - len("fourbit: ")
@@ -65,3 +68,36 @@ def test_output_that_finds_no_room_is_the_disks_error() -> None:
     with open("/dev/full", "w") as full:
         ended = subprocess.run([sys.executable, "-P", "-m", "fourbit", "--help"], stdout=full, stderr=subprocess.PIPE)
     assert ended.returncode == 5 and b"the disk is full" in ended.stderr and b"Traceback" not in ended.stderr
+
+
+FLAG = re.compile(r"(?<![\w-])--[a-z]")
+
+
+def flags_in(source: str) -> list[str]:
+    """Texts with a flag in them, but for docstrings."""
+    tree = ast.parse(source)
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [text.value for text in texts if id(text) not in docs and FLAG.search(text.value)]
+
+
+def test_the_library_speaks_of_arguments_and_the_command_line_of_flags() -> None:
+    root = Path(__file__).parents[1]
+    folders = ("", "kernels", "lora", "optim", "data", "models", "text", "trainer", "trainer/losses")
+    found = {path.name: flags_in(path.read_text()) for folder in folders for path in (root / folder).glob("*.py")}
+    told = {name: texts for name, texts in found.items() if texts and name not in ("synonyms.py", "settings.py")}
+    assert told.pop("gguf_model.py") == ["1 (join the files of the model first: llama-gguf-split --merge)"]
+    assert told == {}
+    for said, wanted in {
+        'go on with resume="auto", or choose another out': "go on with --resume auto, or choose another --out",
+        "resume=True goes on, overwrite=True begins anew": "--resume goes on, --overwrite begins anew",
+        "name one that can (template=...)": "name one that can (--template)",
+        "load it with quant_type=None": "load it with --quant none",
+        "load it with trainable=True or another outer": "load it with trainable=True or another outer",
+    }.items():
+        assert as_flags(said) == wanted
+
+
+def test_a_planted_flag_is_seen() -> None:
+    source = '"""Docs may say --out."""\ndef f(x):\n    """--out"""\n    raise ValueError(f"{x}: choose another --out")'
+    assert flags_in(source) == [": choose another --out"]

@@ -24,10 +24,11 @@ BELOW = {  # layer -> what it may import of ours; everyone may import the leaves
     "files": set[str](),
     "outputs": set[str](),
     "settings": set[str](),
+    "synonyms": set[str](),
     "child": set[str](),
     "errors": set[str](),
 }
-LEAVES = {"child", "errors", "files", "outputs", "settings"}
+LEAVES = {"child", "errors", "files", "outputs", "settings", "synonyms"}
 
 
 MODULES = {

@@ -65,13 +65,15 @@ def test_what_was_finished_is_kept_and_gone_on_from(here: Path) -> None:
         out.write("two")
         raise KeyboardInterrupt
     assert stopped.value.__notes__ == [
-        f"{here}/o.partial keeps the 2 rows that were finished; the same command with --resume goes on"
+        f"{here}/o.partial keeps the 2 rows that were finished; the same command with resume=True goes on"
     ]
     with (here / "o.partial").open("a") as file:
         file.write("tor")  # by a crash
-    with pytest.raises(InputError, match="holds 2 rows of an earlier run: --resume goes on, --overwrite begins anew"):
+    with pytest.raises(
+        InputError, match="holds 2 rows of an earlier run: resume=True goes on, overwrite=True begins anew"
+    ):
         Output("o", made_from={"seed": 1})
-    with pytest.raises(InputError, match="were made with another seed, top: resume with the same, or --overwrite"):
+    with pytest.raises(InputError, match="were made with another seed, top: resume with the same, or overwrite=True"):
         Output("o", made_from={"seed": 2, "top": 1}, resume=True)
     with Output("o", made_from={"seed": 1}, resume=True) as out:
         assert out.rows == ["one", "two"]
@@ -92,7 +94,7 @@ def test_overwriting_begins_anew(here: Path) -> None:
         raise KeyError
     assert put("new", overwrite=True).rows == []
     assert (here / "o").read_text() == "new\n"
-    with pytest.raises(InputError, match="is there already: --overwrite replaces it"):
+    with pytest.raises(InputError, match="is there already: overwrite=True replaces it"):
         put("again")
     (here / "o").chmod(0o600)
     put("again", overwrite=True)

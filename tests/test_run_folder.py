@@ -107,7 +107,7 @@ def test_nothing_in_it_leads_elsewhere(tmp_path: Path, run: Path, name: str, kin
 
 
 def test_a_result_is_not_replaced_by_another_run(run: Path) -> None:
-    with pytest.raises(InputError, match=r"already holds a run .step-000001.; go on with --resume auto, or choose"):
+    with pytest.raises(InputError, match=r"already holds a run .step-000001.; go on with resume=.auto., or choose"):
         held(run, resume=None)
     held(run)
     (run / "checkpoints").rename(run.parent / "elsewhere")
@@ -180,7 +180,7 @@ def test_what_a_run_needs_is_tried(
         patch.setattr(os, call, failing(code))
         if (call, code) == ("fsync", errno.EPERM):
             patch.setattr(os, "fsync", failing(errno.EROFS))
-        with pytest.raises(error, match="Choose another --out"):
+        with pytest.raises(error, match="Choose another out"):
             held(tmp_path / "o")
     if call not in ("rmdir", "unlink"):
         assert [path.name for path in (tmp_path / "o").iterdir()] == [LOCK]

@@ -1,8 +1,11 @@
 """One place checks type and range of every setting, wherever it came from."""
 
+import copy
 import importlib
 import math
-from dataclasses import MISSING, dataclass, fields
+import pickle
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 
 from fourbit.cli.main import COMMANDS
 from fourbit.errors import InputError
+from fourbit.lora.config import LoRAConfig
 from fourbit.settings import LARGEST, MOST, Checked, checked, read_fields, setting
 from fourbit.trainer.config import DistillConfig, DPOConfig, RewardConfig, SFTConfig
 
@@ -98,3 +102,29 @@ def test_a_file_s_mapping_is_checked_against_the_fields(given: Any, error: str) 
     with pytest.raises(InputError) as caught:
         read_fields(Some, given, "it")
     assert error in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoRAConfig(r=8), "LoRAConfig has no setting 'r': it is called rank here"),
+        (lambda: LoRAConfig(lora_alpha=8), "it is called alpha here"),
+        (lambda: LoRAConfig(target_modules=["q"]), "it is called target here"),
+        (
+            lambda: SFTConfig(out="o", num_train_epochs=3),
+            "no setting 'num_train_epochs': it is called epochs",
+        ),
+        (lambda: SFTConfig(out="o", gradient_accumulation_steps=4), "micro_batch splits them"),
+        (lambda: DPOConfig(out="o", bata=0.1), "DPOConfig has no setting 'bata'; did you mean beta"),
+        (lambda: replace(SFTConfig(out="o"), learning_rate=1.0), "it is called lr here"),
+        (lambda: LoRAConfig(zzzz=1), "LoRAConfig has no setting 'zzzz'$"),
+    ],
+)
+def test_a_setting_by_another_tools_name_is_told_ours(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_configs_are_copied_and_pickled() -> None:
+    for config in (LoRAConfig(4, alpha=8), SFTConfig(out="o", epochs=3)):
+        assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))  # noqa: S301

@@ -157,9 +157,7 @@ def checkpoint_to_resume(out: Path, resume: str | None, notes: list[str]) -> Pat
     newest, problems = newest_checkpoint(folder)
     notes += problems
     if resume is None and newest is not None:
-        raise InputError(
-            f"{out} already holds a run ({newest.name}); go on with --resume auto, or choose another --out"
-        )
+        raise InputError(f'{out} already holds a run ({newest.name}); go on with resume="auto", or choose another out')
     return newest
 
 

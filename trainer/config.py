@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from ..data.encode import LossOn
 from ..data.order import steps_per_epoch
@@ -157,7 +157,7 @@ class TrainingConfig(Checked):
         warmup, decay = self.warmup_steps(total), None if self.decay is None else _steps(self.decay, total)
         return rate_factor(step, total=total, warmup=warmup, schedule=self.schedule, decay=decay)
 
-    def course(self) -> tuple[Any, ...]:
+    def course(self) -> tuple[Schedule, float, float | None]:
         """What decides the rates of all steps, besides their number."""
         return self.schedule, self.warmup, self.decay
 

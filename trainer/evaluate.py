@@ -164,7 +164,7 @@ def check_comparable(samples: Iterable[Sample], match: Match) -> None:
             parse(said) if match == "json" else re.compile(said)
         except (Refused, re.error, OverflowError, RecursionError):
             answer = f"the answer {shown(said)}" if said else "an answer of tool calls alone"
-            raise InputError(f"{sample.source}: {answer} is no {what}: mend the row, or take another --match") from None
+            raise InputError(f"{sample.source}: {answer} is no {what}: mend the row, or take another match") from None
 
 
 def _said(sample: Sample) -> str:

@@ -6,7 +6,6 @@ and shape that transformers' `LlamaForSequenceClassification` with one label has
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ class RewardModel:
     """Scores answers: reward = head . hidden state at the answer's last trained token, its end of turn.
     model: from `fourbit.load`, with the adapter that was trained with the head. head: [1, hidden_size]. Rewards of one
     prompt's answers compare with each other; their zero and their scale mean nothing. template: the file of the chat
-    template that it was trained with, the default of `score`."""
+    template that it was trained with, the default of `score`. InputError for a head of another shape."""
 
     def __init__(self, model: CausalLM, head: Tensor, template: Path | None = None) -> None:
         wanted = (1, model.hidden_size)
@@ -44,14 +43,14 @@ class RewardModel:
         self.model, self.head, self.template = model, head, template
 
     @classmethod
-    def load(cls, model: CausalLM, folder: str | Path, **how: Any) -> "RewardModel":
-        """Put the adapter in `folder` on the model, as `load_adapter` does (`how`: its `force`, `tell`, ...), and read
-        the head and find the template beside it.
+    def load(cls, model: CausalLM, folder: str | Path, *, force: bool = False) -> "RewardModel":
+        """Put the adapter in `folder` on the model, as `load_adapter` does (`force`: its own), and read the
+        head and find the template beside it.
         Raises InputError for a head or an adapter that is missing, broken or of another model, before the model is
         touched."""
         head = read_head(model, folder)
         template = regular_file(Path(folder), TEMPLATE) if (Path(folder) / TEMPLATE).exists() else None
-        load_adapter(model, folder, **how)
+        load_adapter(model, folder, force=force)
         return cls(model, head, template)
 
     def save(self, folder: str | Path) -> None:

@@ -50,8 +50,6 @@ class SFTTrainer(Trainer):
 def all_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter, by name, set to train. Raises InputError for a 4-bit model or one with an adapter."""
     if adapter_layers(model) or any(not p.is_floating_point() for p in model.parameters()):
-        raise InputError(
-            "full training needs a dense model without an adapter; load it with quant_type=None (--quant none)"
-        )
+        raise InputError("full training needs a dense model without an adapter; load it with quant_type=None")
     model.requires_grad_()
     return trainable(model)

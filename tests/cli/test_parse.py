@@ -9,9 +9,9 @@ import pytest
 
 from fourbit.cli.main import COMMANDS
 from fourbit.cli.parse import help_page, parse
-from fourbit.cli.synonyms import REMARKS, SYNONYMS, hint
 from fourbit.errors import InputError
 from fourbit.settings import REQUIRED, Checked, setting
+from fourbit.synonyms import REMARKS, SYNONYMS, hint
 
 KINDS = {name: importlib.import_module(f"fourbit.cli.{name}").Options for name in COMMANDS}
 

@@ -75,7 +75,7 @@ def test_a_last_answer_that_the_template_changes_is_refused_with_the_place_and_t
         "rows.jsonl:3: messages: the template is not prefix-stable at message 1: rendered alone, the conversation so"
         " far goes on with '<think>x</think>one<|im_end|>' where the whole has"
         " 'one<|im_end|>U:Hi<|im_end|>A:two<|im_end|>' (character 16), so the place of the answer cannot be told; name"
-        " another template (--template)"
+        " another template (template=...)"
     )
     assert trained_text(encoded(conv, tokenizer, template_for(tokenizer, "chatml")), tokenizer) == (
         "<think>x</think>one<|im_end|>"
@@ -148,7 +148,7 @@ def test_only_the_last_of_answers_that_change_and_have_no_stop_token_is_trained(
     conv = row(HI, say(" one"), HI, say("two", weight=0))
     assert bad(conv, tokenizer, template) == (
         "rows.jsonl:3: messages: the template changes what follows an answer and ends it with no stop token, so its end"
-        " cannot be told; name another template (--template)"
+        " cannot be told; name another template (template=...)"
     )
     assert trained_text(encoded(conv, tokenizer, template_for(tokenizer, "plain")), tokenizer) == " one<|im_end|>"
     every = ChatTemplate("{% for m in messages %}{{ m.content }}{{ '~' if loop.last else '-' }}{% endfor %}")
@@ -199,7 +199,7 @@ def test_an_answer_that_the_template_drops_is_refused(tokenizer: Any) -> None:
     template = ChatTemplate("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
     assert bad(row(HI, say("one")), tokenizer, template) == (
         "rows.jsonl:3: messages[1].content: 'one' stands nowhere in what the template writes for it: the template"
-        " cannot say it; name one that can (--template)"
+        " cannot say it; name one that can (template=...)"
     )
 
 

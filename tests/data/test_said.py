@@ -143,7 +143,7 @@ def test_the_advice_for_what_a_template_cannot_say_helps(
     write: Callable[..., Path], tokenizer: Any, tmp_path: Path
 ) -> None:
     rows = write([{"messages": [{**CALLING[0]}, {**CALLING[1], "content": None}], "tools": TOOLS}])
-    with pytest.raises(Exception, match=r"the template cannot say it; name one that can \(--template\)"):
+    with pytest.raises(Exception, match=r"the template cannot say it; name one that can \(template=\.\.\.\)"):
         load(rows, tokenizer)
     file = tmp_path / "calls.jinja"
     file.write_text(CALLS.source, encoding="utf-8")

@@ -143,7 +143,7 @@ def test_json_is_compared_by_value(value: Any, other: Any, indent: int) -> None:
         (
             "json",
             {"content": "yes"},
-            "rows.jsonl:2: the answer 'yes' is no JSON: mend the row, or take another --match",
+            "rows.jsonl:2: the answer 'yes' is no JSON: mend the row, or take another match",
         ),
         ("json", {"content": "", "tool_calls": [CALL]}, "an answer of tool calls alone is no JSON"),
         ("regex", {"content": "(a"}, r"the answer '\(a' is no regular expression"),

@@ -161,12 +161,12 @@ def test_a_longer_run_is_the_one_that_was_meant_so(make, stopping, tmp_path, fir
 def test_a_run_whose_rates_would_be_others_is_refused(first, then, named):
     with pytest.raises(InputError, match=named) as caught:
         going_on({"steps": 9} | then, {"steps": 5, "warmup": 0} | first)
-    assert "begin a new run from what this one saved, with another out (an adapter: --adapter" in str(caught.value)
+    assert "begin a new run from what this one saved, with another out (an adapter as adapter=" in str(caught.value)
 
 
 def test_the_advice_for_a_run_that_cannot_be_longer_works(make, tiny_folder, rows, tmp_path):
     make("sft", steps=2).train(display=None)
-    with pytest.raises(InputError, match="--adapter"):
+    with pytest.raises(InputError, match="as adapter="):
         make("sft", steps=4, resume="auto").train(display=None)
     model, tokenizer = fourbit.load(tiny_folder, quant_type="nf4")
     fourbit.load_adapter(model, tmp_path)

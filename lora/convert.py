@@ -1,0 +1,139 @@
+"""Layers in other forms, in place: dense again, merged with an adapter, bitsandbytes' and back.
+
+Each function changes what `module` holds and returns it; of a bare layer it returns what stands for it.
+"""
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..kernels.blockwise import NESTED_BLOCKSIZE
+from ..kernels.codes import code_for, dynamic_code
+from ..kernels.weight4bit import Weight4bit, stored_shapes
+from ..settings import DType
+from .adapter import DEFAULT, AdapterLayer, Whole, adapter_layers, carried, remove_adapter, replace_modules
+from .linear4bit import NF4Linear, is_conv1d
+
+
+def dequantize(module: nn.Module, dtype: DType | None = None) -> nn.Module:
+    """Make 4-bit layers nn.Linear again, in place: frozen weights [out, in], rounded once to `dtype`.
+
+    dtype: by default that of the weight which the layer was made from. Adapters stay, and work on the dense layers.
+    Raises InputError where there is no 4-bit layer.
+    """
+
+    def dense(layer: nn.Module) -> nn.Module | None:
+        if not isinstance(layer, NF4Linear):
+            return None
+        new = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
+        new.weight = nn.Parameter(layer.dequantize(dtype or layer.dtype), requires_grad=False)
+        new.register_parameter("bias", layer.bias)
+        return new
+
+    return _swapped(module, dense, "layer in 4 bits")
+
+
+def delta(model: nn.Module, name: str = DEFAULT) -> Iterator[tuple[str, Tensor]]:
+    """Path and change of each weight that the adapter makes, [out, in] fp32 (fp64 of fp64), one at a time and detached.
+
+    As `named_parameters`: `dict(delta(model))` has all. Copies (`modules_to_save`, biases) are no changes of this kind.
+    Raises InputError where there is no such adapter, NotImplementedError for a kind that does not say its change.
+    """
+    layers = adapter_layers(model)
+    for path, adapter in carried(model, name).items():
+        if not isinstance(adapter, Whole):
+            yield path, adapter.delta(_wide(layers[path].base)).detach()
+
+
+@torch.no_grad()
+def merge(model: nn.Module, name: str = DEFAULT) -> nn.Module:
+    """Add the adapter's changes to the dense weights, W + delta in fp32 rounded once to W's dtype, put its copies in
+    their modules' places, and take it off.
+
+    A weight that others hold too, as a tied head's, is the layer's own afterwards. Raises InputError, before anything
+    is changed, where there is no such adapter, and for 4-bit layers, which would round the change away.
+    """
+    layers, parts = adapter_layers(model), carried(model, name)
+    if wrong := [p for p in parts if not isinstance(parts[p], Whole) and "weight" not in layers[p].base._parameters]:
+        raise InputError(
+            f"'{wrong[0]}' ({type(layers[wrong[0]].base).__name__}) has no dense weight of its own, and 4 bits would "
+            "round the change away: make it dense first, with fourbit.dequantize(model), or keep the adapter"
+        )
+    for path, change in delta(model, name):
+        base = cast(nn.Linear, layers[path].base)
+        merged = (_wide(base) + change).to(base.weight.dtype)
+        base.weight = nn.Parameter(merged.T.contiguous() if is_conv1d(base) else merged, base.weight.requires_grad)
+    for path, part in parts.items():
+        for own, tensor in () if part.copies is None else part.copies.state_dict().items():
+            module, old = layers[path].base, getattr(layers[path].base, own)
+            new = tensor.to(old.dtype, copy=True)
+            setattr(module, own, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    remove_adapter(model, name)
+    return model.base if isinstance(model, AdapterLayer) and not model.adapters else model
+
+
+def from_bitsandbytes(module: nn.Module) -> nn.Module:
+    """Make bitsandbytes' Linear4bit layers NF4Linear, in place; packed bytes and scales are the same tensors.
+
+    Ours compute in the dtype of their input, whatever `compute_dtype` said. Raises InputError where there is no such
+    layer, and for one that bitsandbytes has repacked for its CPU kernel, whose scales are rounded to bfloat16.
+    """
+
+    def ours(layer: Any) -> nn.Module | None:
+        if (state := getattr(getattr(layer, "weight", None), "quant_state", None)) is None:
+            return None
+        if getattr(state, "packing_format_for_cpu", False):
+            raise InputError("a bitsandbytes layer was repacked when it ran on this CPU: convert it before it runs")
+        size = layer.in_features, layer.out_features
+        new = NF4Linear(*size, False, state.quant_type, state.blocksize, state.nested, device="meta")
+        packed, absmax = stored_shapes(size[::-1], state.blocksize)
+        nested = [state.state2.absmax, state.offset.reshape(1)] if state.nested else [None, None]
+        codes = layer.weight.detach().view(torch.uint8).as_subclass(Tensor)
+        new.store(Weight4bit(codes.view(packed), state.absmax.view(absmax), nested[0], nested[1], size[::-1]))
+        new.bias, new.dtype = layer.bias, state.dtype
+        return new
+
+    return _swapped(module, ours, "bitsandbytes layer in 4 bits")
+
+
+def to_bitsandbytes(module: nn.Module, bitsandbytes: ModuleType) -> nn.Module:
+    """The way back: NF4Linear layers become `bitsandbytes.nn.Linear4bit` (give the imported module), in place, of the
+    same tensors. Raises InputError where there is no 4-bit layer."""
+
+    def theirs(layer: nn.Module) -> nn.Module | None:
+        if not isinstance(layer, NF4Linear):
+            return None
+        packed, absmax, nested, offset, shape, kind, blocksize = layer.stored
+        make, code = bitsandbytes.functional.QuantState, code_for(kind, packed.device)
+        state = make(absmax.detach().reshape(-1), shape, code, blocksize, kind, layer.dtype)
+        if nested is not None and offset is not None:
+            state.nested, state.offset, code = True, offset.detach().reshape(()), dynamic_code(True, packed.device)
+            state.state2 = make(nested.detach(), code=code, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
+        new: nn.Module = bitsandbytes.nn.Linear4bit(*shape[::-1], bias=False, quant_type=kind, device="meta")
+        new.register_parameter("bias", layer.bias)
+        how = {"blocksize": blocksize, "compress_statistics": layer.double_quant, "quant_type": kind, "module": new}
+        data = packed.detach().reshape(-1, 1)
+        new.weight = bitsandbytes.nn.Params4bit(data, quant_state=state, bnb_quantized=True, **how)
+        return new
+
+    return _swapped(module, theirs, "layer in 4 bits")
+
+
+def _wide(base: nn.Module) -> Tensor:
+    """The dense weight [out, in] of a linear layer, in fp32, or fp64 if it is."""
+    weight = cast(Tensor, base.weight).detach()
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return wide.T if is_conv1d(base) else wide
+
+
+def _swapped(module: nn.Module, made: Callable[[Any], nn.Module | None], what: str) -> nn.Module:
+    """`module` with what is made of its layers in their places, once for each; InputError where nothing is."""
+    new = {layer: other.train(layer.training) for layer in module.modules() if (other := made(layer)) is not None}
+    if not new:
+        raise InputError(f"this {type(module).__name__} holds no {what}")
+    replace_modules(module, new)
+    return new.get(module, module)
