@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .dispatch import product_dtype
-from .linear4bit import lora_linears4bit as lora_linears4bit
 
 
 def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

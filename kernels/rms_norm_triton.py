@@ -14,16 +14,7 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     columns = x.shape[-1]
     with on_device(x):
-        rms_norm_forward_kernel[(scale.numel(),)](
-            x,
-            weight.contiguous(),
-            y,
-            scale,
-            columns,
-            eps,
-            BLOCK=triton.next_power_of_2(columns),
-            num_warps=_warps(columns),
-        )
+        rms_norm_forward_kernel[(scale.numel(),)](x, weight.contiguous(), y, scale, columns, eps, **_sizes(columns))
     return y, scale
 
 
@@ -32,22 +23,14 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     dy, x = dy.contiguous(), x.contiguous()
     dx, columns = torch.empty_like(x), x.shape[-1]
     with on_device(x):
-        rms_norm_backward_kernel[(scale.numel(),)](
-            dy,
-            x,
-            weight.contiguous(),
-            scale,
-            dx,
-            columns,
-            BLOCK=triton.next_power_of_2(columns),
-            num_warps=_warps(columns),
-        )
+        rms_norm_backward_kernel[(scale.numel(),)](dy, x, weight.contiguous(), scale, dx, columns, **_sizes(columns))
     return dx
 
 
-def _warps(columns: int) -> int:
-    """About sixteen values a thread, where a block allows it."""
-    return min(max(triton.next_power_of_2(columns) // 512, 1), 16)
+def _sizes(columns: int) -> dict[str, int]:
+    """The row as one block, and about sixteen values a thread where that allows it."""
+    block = triton.next_power_of_2(columns)
+    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 
 @triton.jit

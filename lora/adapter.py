@@ -16,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.swa_utils import AveragedModel
 
 from ..errors import InputError
-from ..kernels.lora import lora_linears4bit
+from ..kernels.linear4bit import lora_linears4bit
 from .config import LoRAConfig
 from .linear4bit import LinearWeight, NF4Linear, autocast_input, is_conv1d, over_nested, sizes
 

@@ -16,7 +16,7 @@ from fourbit.kernels import linear4bit as module
 from fourbit.kernels.border import Tile
 from fourbit.kernels.dispatch import force_path
 from fourbit.kernels.dropout import keep_mask, keep_scale
-from fourbit.kernels.lora import lora_linears4bit
+from fourbit.kernels.linear4bit import lora_linears4bit
 from fourbit.kernels.weight4bit import flatten
 from fourbit.nf4 import Weight4bit, dequantize, quantize
 
