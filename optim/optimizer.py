@@ -9,7 +9,7 @@ for each page (paging.py). What it does to a slice is queued before it asks for 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -91,11 +91,9 @@ class FlatOptimizer(torch.optim.Optimizer):
         budget: Budget | None = None,
         **torchs: bool | None,
     ) -> None:
-        for name, value in torchs.items():
-            if name not in TORCHS:
-                raise TypeError(f"{type(self).__name__} takes no argument {name!r}")
-            if value and name not in ("foreach", "fused"):
-                raise ValueError(f"{name}={value!r} is not done here: leave it out, or use torch.optim.AdamW for it")
+        if unknown := [name for name in torchs if name not in TORCHS]:
+            raise TypeError(f"{type(self).__name__} takes no argument {unknown[0]!r}")
+        _refuse_torchs(torchs)
         if bits not in (8, 32):
             raise ValueError(f"bits must be 8 or 32, got {bits!r}")
         if max_grad_norm is not None and not max_grad_norm > 0:
@@ -359,7 +357,14 @@ class Lion(FlatOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, LION, **options)
 
 
+def _refuse_torchs(settings: Mapping[str, Any]) -> None:
+    for name in TORCHS:
+        if (value := settings.get(name)) and name not in ("foreach", "fused"):
+            raise ValueError(f"{name}={value!r} is not done here: leave it out, or use torch.optim.AdamW for it")
+
+
 def _check_group(group: Group) -> None:
+    _refuse_torchs(group)
     lr = group["lr"]
     rules: Iterable[tuple[str, bool, str]] = [
         ("lr", (not isinstance(lr, Tensor) or lr.numel() == 1) and float(lr) >= 0, ">= 0"),

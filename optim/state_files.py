@@ -28,10 +28,9 @@ def read_groups(saved: list[Group], groups: list[Group]) -> list[Group]:
     absent = [name for name in ("lr", "betas", "weight_decay") if any(name not in group for group in saved)]
     if absent:
         raise ValueError(f"the saved optimizer has no {' and no '.join(absent)}, so it is neither AdamW nor Lion")
-    if any(group.get("amsgrad") for group in saved):
-        raise ValueError("the saved optimizer used amsgrad, which has a state that AdamW here does not keep")
-    if any(group.get("maximize") for group in saved):
-        raise ValueError("the saved optimizer maximizes, which the optimizers here do not")
+    for name in ("amsgrad", "maximize"):
+        if any(group.get(name) for group in saved):
+            raise ValueError(f"the saved optimizer has {name}=True, which the optimizers here do not do")
     if any(group.get("decoupled_weight_decay") is False and group.get("weight_decay") for group in saved):
         raise ValueError("the saved optimizer is Adam, which adds weight decay into the gradient; here it is decoupled")
     kept = [{k: v for k, v in deepcopy(group).items() if k not in _PEERS_SETTINGS} for group in saved]

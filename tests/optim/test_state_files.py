@@ -109,7 +109,7 @@ def test_every_tensor_must_be_of_its_kind(name: str) -> None:
     [
         (lambda s: s["param_groups"][0]["params"].pop(), r"groups of \[1\] parameters, this one of \[2\]"),
         (lambda s: s["param_groups"][0].update(amsgrad=True), "amsgrad"),
-        (lambda s: s["param_groups"][0].update(maximize=True), "maximizes, which the optimizers here do not"),
+        (lambda s: s["param_groups"][0].update(maximize=True), "maximize=True, which the optimizers here do not do"),
         (lambda s: s["param_groups"][0].update(decoupled_weight_decay=False), "weight decay into the gradient"),
         (lambda s: s["param_groups"][0].update(betas=(0.9, 1.0)), "betas must be two numbers"),
         (lambda s: s["param_groups"][0].pop("betas"), "has no betas, so it is neither AdamW nor Lion"),

@@ -214,6 +214,8 @@ def test_settings_of_torch_that_ask_for_nothing_are_taken_and_others_refused() -
         for name in off:
             with pytest.raises(ValueError, match=f"{name}=True is not done here: leave it out, or use torch.optim"):
                 kind([p], **{name: True})
+            with pytest.raises(ValueError, match=f"{name}=True is not done here"):
+                kind([{"params": [p], name: True}])
             torch.optim.AdamW([p], **{name: True})  # so the advice works
         with pytest.raises(TypeError, match=f"{kind.__name__} takes no argument 'ams_grad'"):
             kind([p], ams_grad=False)
