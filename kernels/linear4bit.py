@@ -31,7 +31,7 @@ def linear4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None = None) -> Ten
     Gradients flow to x and bias; the weight is frozen, and only its packed tensors are saved for backward. fp64 x sees
     the fp32 weight exactly. bf16 and fp16 x on a CPU are multiplied in fp32 and rounded once, unless the CPU multiplies
     bf16 itself; there and on CUDA the weight is rounded to x's dtype first (for few rows on CUDA see
-    matmul4bit_triton.py). ValueError if sizes or devices disagree.
+    matmul4bit_triton.py). ValueError if sizes or devices disagree, or if scales require a gradient.
     """
     if x.shape[-1:] != weight.shape[1:]:
         raise ValueError(
@@ -90,6 +90,8 @@ def _run(x: Tensor, group: Group, keep: bool) -> list[Tensor]:
     compiling = torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)  # such as fake tensors
     for weight in () if compiling else weights:
         weight.check()
+        if any(tensor is not None and tensor.requires_grad for tensor in weight[:4]):
+            raise ValueError("scales of a 4-bit weight get no gradient here: freeze them, or take dequantize(weight)")
         if x.device != weight.packed.device:
             raise ValueError(f"x is on {x.device}, the weight on {weight.packed.device}")
     for weight, bias in zip(weights, biases, strict=False):  # none, or one for each

@@ -253,6 +253,23 @@ def test_misfits_are_refused() -> None:
         linear4bit(torch.randn(3, 64), stored._replace(shape=(20, 64)))
 
 
+def test_scales_that_want_a_gradient_are_refused_and_the_advice_works() -> None:
+    stored = quantize(torch.randn(32, 64))
+
+    def of_scales(scales: Tensor, own: bool) -> Tensor:
+        weight = stored._replace(absmax=scales)
+        return (linear4bit(torch.ones(3, 64), weight) if own else torch.ones(3, 64) @ dequantize(weight).T).sum()
+
+    for gradient in (
+        torch.func.grad(of_scales),
+        lambda scales, own: torch.autograd.grad(of_scales(scales.clone().requires_grad_(), own), scales),
+    ):
+        with pytest.raises(ValueError, match=r"scales of a 4-bit weight get no gradient here: .* take dequantize"):
+            gradient(stored.absmax, True)
+    codes = dequantize(stored._replace(absmax=torch.ones_like(stored.absmax)))
+    torch.testing.assert_close(torch.func.grad(of_scales)(stored.absmax, False), 3 * codes.sum(1, keepdim=True))
+
+
 def test_force_path_names_its_paths_and_restores() -> None:
     before = dispatch.path_for(torch.ones(1))
     with force_path("reference"):
