@@ -63,6 +63,8 @@ def fresh(
             copied[path] = ["bias"]
     _refuse_tied(modules, copied)
     for path in [path for path in modules if path in targeted | copied.keys()]:
+        if any(parameter.is_complex() for parameter in modules[path].parameters(recurse=False)):
+            raise InputError(f"'{path}' is complex, and adapters and their files are real: exclude it")
         at = replace(config, rank=config.rank_at(path), alpha=config.alpha_at(path), rank_pattern={}, alpha_pattern={})
         part = _made(layer, modules[path], at, path, seed) if path in targeted else Whole()
         part = part.to(dtype) if {p.dtype for p in part.parameters()} - {dtype} else part

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import InputError
 from ..kernels.blockwise import NESTED_BLOCKSIZE
@@ -175,7 +175,7 @@ class LinearWeight(Tensor):
 
     Sizes, dtype and device are known at once; an operation gets the values, made for it, and gradients flow to what
     made them. So nn.MultiheadAttention uses its adapted projection, and nn.TransformerEncoderLayer calls its layers:
-    its fast path takes no tensor with a torch function of its own. TypeError for what would write into it.
+    its fast path takes no tensor with a torch function of its own. RuntimeError for what would write into it.
     """
 
     make: Callable[[], Tensor]
@@ -198,8 +198,10 @@ class LinearWeight(Tensor):
         first = next(iter((*args, *kwargs.values())))
         if func == _DATA:
             return first  # so that writing into that is refused too
-        if isinstance(first, cls) and (name[-1] == "_" != name[-2] or name in ("__set__", "__setitem__")):
-            raise TypeError(f"{name}: the weight of such a layer is made when it is read; change what it is made of")
+        if any(isinstance(part, cls) for part in tree_leaves(first)) and (
+            name[-1] == "_" != name[-2] or name in ("__set__", "__setitem__")
+        ):  # no TypeError: Python would take w += 1 as w = w + 1 then
+            raise RuntimeError(f"{name}: the weight of such a layer is made when it is read; change what it is made of")
         args, kwargs = tree_map_only(cls, lambda weight: weight.make(), (args, kwargs))
         return func(*args, **kwargs)
 

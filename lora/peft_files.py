@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import is_pruned
 
 from ..errors import InputError
 from ..files import (
@@ -144,8 +145,9 @@ def _keyed(parts: Mapping[str, Adapter]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _copy_into(parts: Mapping[str, Adapter], state: Mapping[str, Tensor], label: str) -> None:
     """Copy tensors under PEFT's keys into an adapter; InputError, before that, unless they fit."""
-    if any(map(is_parametrized, parts.values())):
-        raise InputError(f"{label}: the adapter is made of other tensors: remove_parametrizations before loading")
+    if any(is_parametrized(part) or is_pruned(part) for part in parts.values()):
+        advice = "remove_parametrizations or prune.remove before loading"
+        raise InputError(f"{label}: the adapter is made of other tensors: {advice}")
     own = _keyed(parts)
     _compare({key: tensor.shape for key, tensor in own.items()}, state, label)
     for key, tensor in own.items():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import InputError
 from .adapter import AdapterLayer, plain_modules
@@ -33,7 +34,12 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
-    """Every layer an adapter can wrap: whose forward is nn.Linear's, NF4Linear's or that of transformers' Conv1D."""
+    """Every layer an adapter can wrap: whose forward is nn.Linear's, NF4Linear's or that of transformers' Conv1D.
+
+    InputError for a model that has lazy modules without sizes.
+    """
+    if lazy := next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None):
+        raise InputError(f"'{lazy}' has no size yet: run the model on a batch first, which makes its lazy modules")
     return {name: cast(Linear, layer) for name, layer in base_modules(model).items() if is_linear(layer)}
 
 

@@ -23,7 +23,7 @@ from fourbit.lora.identity import base_identity
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
 from fourbit.lora.peft_files import adapter_state, load_adapter_state
-from fourbit.lora.quantize import quantize_
+from fourbit.lora.quantize import dense_weights, quantize_
 
 IN, OUT = 64, 32
 X = torch.randn(3, IN, generator=torch.Generator().manual_seed(1))
@@ -195,16 +195,41 @@ def test_a_step_without_numbers(place: Callable[[], AbstractContextManager[objec
     assert torch.equal(layer(X), X)  # nothing of it stays behind
 
 
-def test_a_file_is_not_loaded_into_tensors_made_of_others() -> None:
+UNDO: dict[str, Callable[[nn.Module, str], object]] = {
+    "parametrize": parametrize.remove_parametrizations,
+    "weight norm": parametrize.remove_parametrizations,
+    "prune": prune.remove,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_is_not_loaded_into_tensors_made_of_others(change: str) -> None:
     model = Network()
     attach(model, LoRAConfig(rank=2, alpha=4, target=["head"]))
     state = {key: tensor.clone() for key, tensor in adapter_state(model).items()}
-    parametrize.register_parametrization(adapters_of(model)["head"], "lora_A", nn.Tanh())
-    with pytest.raises(InputError, match="remove_parametrizations before loading"):
+    CHANGES[change](adapters_of(model)["head"], "lora_A")
+    with pytest.raises(InputError, match=r"remove_parametrizations or prune\.remove before loading"):
         load_adapter_state(model, state)
-    parametrize.remove_parametrizations(adapters_of(model)["head"], "lora_A")
+    UNDO[change](adapters_of(model)["head"], "lora_A")
     load_adapter_state(model, state)
     assert all(torch.equal(tensor, state[key]) for key, tensor in adapter_state(model).items())
+
+
+@pytest.mark.parametrize("take", [quantize_, dense_weights, lambda model: attach(model, LoRAConfig(rank=2))])
+def test_a_model_whose_lazy_modules_have_no_size_is_refused(take: Callable[[nn.Module], object]) -> None:
+    model = nn.Sequential(nn.Linear(IN, IN), nn.LazyLinear(OUT))
+    with pytest.raises(InputError, match=r"'1\.weight' has no size yet: run the model on a batch first"):
+        take(model)
+    model(X)
+    take(model)
+
+
+def test_complex_layers_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.complex64))
+    for config in (LoRAConfig(rank=2), LoRAConfig(rank=2, target=["0"], bias="all")):
+        with pytest.raises(InputError, match="'1' is complex"):
+            attach(model, config)
+    assert attach(model, LoRAConfig(rank=2, target=["0"])) == ["0"]
 
 
 class Network(nn.Module):
