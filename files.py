@@ -36,9 +36,7 @@ _TEMPORARY = re.compile(r"\.fourbit-[0-9a-z]+-[0-9a-f]{16}")  # what a killed ru
 
 def regular_file(folder: Path, name: str, instead: str = "") -> Path:
     """The file `name` in `folder`; InputError if it is missing, a link out of the folder, a pipe or a device.
-
-    instead: what the error for a missing file ends with.
-    """
+    instead: what the error for a missing file ends with."""
     file = folder / name
     if not file.exists():
         raise InputError(f"'{folder}' holds no {name}.{instead}")
@@ -159,9 +157,7 @@ def write_tensors(
     file: Path, tensors: Mapping[str, Tensor], what: str, metadata: Mapping[str, str] | None = None
 ) -> None:
     """A safetensors file, whole or not at all, sorted by name; its folder is made. `what` is what errors call it.
-
-    Raises NumericError, before anything is written, for NaN or infinity, and DiskError when the disk refuses.
-    """
+    Raises NumericError, before anything is written, for NaN or infinity, and DiskError when the disk refuses."""
     own = {name: gathered(tensors[name]).cpu().contiguous() for name in sorted(tensors)}
     for name, tensor in own.items():
         check_finite(name, tensor)
@@ -215,19 +211,14 @@ def sync(path: Path) -> bool:
 
 
 def temporary_name(label: str) -> str:
-    """A fresh name that `is_temporary` knows again."""
+    """A fresh name that `remove_stale` knows again."""
     return f".fourbit-{label}-{secrets.token_hex(8)}"
-
-
-def is_temporary(name: str) -> bool:
-    """Whether `temporary_name` made this name."""
-    return _TEMPORARY.fullmatch(name) is not None
 
 
 def remove_stale(folder: Path) -> None:
     """Remove what was left half-written in `folder`, which no other run may use (`outputs.lock_folder`)."""
     for entry in sorted(folder.iterdir()):
-        if is_temporary(entry.name):
+        if _TEMPORARY.fullmatch(entry.name):
             with contextlib.suppress(OSError):  # a leftover costs space, not correctness
                 remove_flat(entry)
 

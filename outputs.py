@@ -19,7 +19,6 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from .errors import DiskError, EnvironmentProblem, InputError
@@ -105,9 +104,7 @@ class Output:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         done = len(self.rows) + self.written
         try:
             if self.partial is not None and error is None:
@@ -154,9 +151,14 @@ class Output:
     def _take_over(self, file: BinaryIO, partial: Path, new: bool, overwrite: bool, resume: bool) -> None:
         regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
         head, *lines = file.read().split(b"\n")[:-1] or [b""] if regular else [b""]  # what is torn has no line break
-        made_from = {} if new else _made_from(head)
-        if made_from is None:
-            raise InputError(f"{partial} is no partial file of fourbit's: rename it, or give {self.name} another name")
+        try:
+            said = json.loads(self._head if new else head)
+            if said["fourbit"] != _PARTIAL:
+                raise LookupError(said)
+            made_from = dict(said["made_from"])
+        except (ValueError, TypeError, LookupError, RecursionError):
+            what = f"{partial} is no partial file of fourbit's"
+            raise InputError(f"{what}: rename it, or give {self.name} another name") from None
         if lines and resume:
             now = json.loads(self._head)["made_from"]
             if other := [key for key in sorted({*now, *made_from}) if now.get(key) != made_from.get(key)]:
@@ -173,15 +175,6 @@ class Output:
             file.write(self._head + b"".join(line + b"\n" for line in lines[: len(self.rows)]))
             file.truncate()
             file.flush()
-
-
-def _made_from(head: bytes) -> dict[str, Any] | None:
-    """What the first line of a partial file says; None for a file that is not ours."""
-    with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
-        said = json.loads(head)
-        if said["fourbit"] == _PARTIAL:
-            return dict(said["made_from"])
-    return None
 
 
 def _look(path: StrPath, name: str) -> os.stat_result | None:
@@ -240,11 +233,9 @@ def lock_folder(folder: StrPath, inputs: Iterable[StrPath] = (), resume: str | N
     inputs: what the run reads. resume: as in its settings. Yields a sentence for each thing that the file system cannot
     do and the run can do without. Raises InputError for a folder that is read, is no run's, holds links or a run that
     this one does not go on from; EnvironmentProblem where no run can be written; DiskError when the disk refuses.
-
     The operating system drops the lock with the process, however that ends, so a lock never goes stale; the file that
     stays behind names the last holder and marks the folder as a run's. (A forked child shares the lock and keeps it as
-    long as it lives.)
-    """
+    long as it lives.)"""
     where = f"the output folder {folder}"
     _check_folder(folder, inputs, resume)
     try:
@@ -290,9 +281,8 @@ def _check_folder(folder: StrPath, inputs: Iterable[StrPath], resume: str | None
     for entry in entries:
         file = _FILES.fullmatch(entry.name) and not entry.is_file(follow_symlinks=False)
         if file or (entry.name in _FOLDERS and not entry.is_dir(follow_symlinks=False)):
-            raise InputError(
-                f"{entry.path} is a link or no {'file' if file else 'folder'}, and a run writes there: remove it"
-            )
+            kind = "file" if file else "folder"
+            raise InputError(f"{entry.path} is a link or no {kind}, and a run writes there: remove it")
     steps = sorted(place.glob("checkpoints/step-*"))
     if steps and resume is None:
         raise InputError(

@@ -49,8 +49,7 @@ def setting(
     """A field: its default (or REQUIRED) and the sentence that the command line prints about it.
 
     metavar: what stands there for its value where the type says too little. bare: what its flag means without a value.
-    least, most, positive: the number must be at least, at most that, or above 0 (whole numbers: at most `MOST` unless
-    given).
+    least, most, positive: the number must be at least, at most that (else `MOST` for whole numbers), or above 0.
     """
     metadata = {"help": help, "metavar": metavar, "bare": bare, "least": least, "most": most, "positive": positive}
     if isinstance(default, dict):
@@ -79,8 +78,7 @@ class Named:
 @dataclass(frozen=True)
 class Checked(Named):
     """Base of options: each field is of its type and within its bounds. A whole number given for a float is a float,
-    1e3 a whole number, a list a tuple, a `Path` its text. Raises InputError that begins with the field's name and says
-    rule and value."""
+    1e3 a whole number, a list a tuple, a `Path` its text. Raises InputError that says field, rule and value."""
 
     def __post_init__(self) -> None:
         types = get_type_hints(type(self))
@@ -102,9 +100,8 @@ def read_fields(kind: type[T], given: Any, where: str) -> T:
     needed = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in needed if name not in given]:
         raise InputError(f"{where} lacks {', '.join(missing)}")
-    return kind(
-        **{name: checked(f"{where}: {name}", value, types[name], known[name].metadata) for name, value in given.items()}
-    )
+    found = {n: checked(f"{where}: {n}", value, types[n], known[n].metadata) for n, value in given.items()}
+    return kind(**found)
 
 
 def checked(name: str, value: Any, kind: Any, bounds: Mapping[str, Any] | None = None) -> Any:

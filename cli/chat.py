@@ -36,9 +36,7 @@ class Options(SamplingOptions, AdaptedModelOptions):
 def run(options: Options, sources: Sources) -> int:
     """Load, and answer line after line."""
     if sys.stdin is None:
-        raise InputError(
-            "chat reads what you say from standard input, which is closed: start it with one, if an empty one"
-        )
+        raise InputError("chat reads what you say from standard input, which is closed: start it with one, even empty")
     model, tokenizer, template = load_adapted(options)
     start = [_said("system", options.system, tokenizer)] if options.system else []
     messages = list(start)
@@ -87,9 +85,7 @@ def _said(role: str, text: str, tokenizer: Tokenizer) -> dict[str, str]:
 
 def _answer(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], options: Options) -> str:
     """Write the answer to stdout token by token; Ctrl-C ends it early, and what was written counts.
-
-    Raises InputError where the conversation leaves no room for one.
-    """
+    Raises InputError where the conversation leaves no room for one."""
     most = model.max_positions
     full = f"the conversation fills the model's {most or 0:,} positions; /reset forgets it"
     if most is not None and len(prompt) >= most:
@@ -123,10 +119,8 @@ class Stream:
 
     def show(self, half: bool = True) -> None:
         """Write what is new; with `half` also what is no whole character yet.
-
         New ids are decoded beside those written last, as a first word may lose its blank; all ids again each time would
-        take as long as the answer squared.
-        """
+        take as long as the answer squared."""
         text = self.decode(self.ids[self.before :])
         if half or not text.endswith(LOST):
             new = text[len(self.decode(self.ids[self.before : self.shown])) :]

@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import InputError
 from ..files import read_text, write_text
 
+CONFIG = "config.yaml"  # what a run leaves in its folder
 RUN = "fourbit run 1"  # the value of `format` in a file that a run wrote: what tells it from anybody else's
 MAX_BYTES = 1 << 16
 MAX_VALUES = 10_000  # with aliases unfolded
@@ -27,9 +28,7 @@ PLAIN = re.compile(r"[A-Za-z0-9_./]([A-Za-z0-9_./%+=@~*-]|:(?=[A-Za-z0-9_./]))*"
 
 def read_config(path: str) -> tuple[dict[str, Any], dict[str, int]]:
     """The settings in a YAML file by name (dashes read as underscores), and the lines that their keys stand on.
-
-    Raises InputError, with file and line, for a file that is missing, too large, no YAML, no mapping, or ambiguous.
-    """
+    Raises InputError, with file and line, for a file that is missing, too large, no YAML, no mapping, or ambiguous."""
     import yaml  # here: doctor tells where it is missing
 
     built = 0
@@ -80,9 +79,9 @@ def _entries(node: Any, path: str) -> Iterator[tuple[str, int, Any]]:
         yield key.value, line, value
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """The settings in a file that a run wrote; empty where there is none, or one of somebody else's."""
-    if not path.is_file():
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """The settings that a run wrote into its folder; empty where there are none, or somebody else's."""
+    if not (path := Path(folder) / CONFIG).is_file():
         return {}
     with path.open("rb") as file:
         ours = file.readline(100).strip() == f"format: {RUN}".encode()
@@ -90,8 +89,7 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def scalar(text: str) -> Any:
-    """What text without quotes means: as in YAML 1.2, less octal and hexadecimal numbers, and those of more digits than
-    Python reads."""
+    """What text without quotes means: as in YAML 1.2, but octal, hexadecimal and overlong numbers are text."""
     if text in WORDS:
         return WORDS[text]
     if INTEGER.fullmatch(text) and len(text) <= MAX_DIGITS:
@@ -104,9 +102,8 @@ def write_config(path: Path, values: Mapping[str, Any], sources: Mapping[str, st
     settings = {name: f"{name}: {_yaml(value)}" for name, value in values.items()}
     width = min(40, max(map(len, settings.values())))
     printable = {name: "".join(c if c.isprintable() else "?" for c in source) for name, source in sources.items()}
-    write_text(
-        path, f"format: {RUN}\n" + "".join(f"{text:<{width}}  # {printable[name]}\n" for name, text in settings.items())
-    )
+    lines = [f"{text:<{width}}  # {printable[name]}\n" for name, text in settings.items()]
+    write_text(path, "".join([f"format: {RUN}\n", *lines]))
 
 
 def _yaml(value: Any) -> str:

@@ -22,9 +22,7 @@ class TeacherOptions(Checked):
     """Whom the student learns from."""
 
     title: ClassVar[str] = "teacher"
-    teacher: str = setting(
-        REQUIRED, "the teacher: Hugging Face folder or .gguf file, of the student's tokenizer", metavar="PATH"
-    )
+    teacher: str = setting(REQUIRED, "Hugging Face folder or .gguf file, of the student's tokenizer", metavar="PATH")
     teacher_adapter: str | None = setting(None, "folder of the LoRA adapter that the teacher carries", metavar="DIR")
     teacher_quant: Quant | None = setting(
         None,
@@ -58,7 +56,7 @@ class Options(DistillConfig, TeacherOptions, TrainOptions):
 
     def settled(self, tokenizer: Tokenizer) -> "Options":
         check_same_tokens(tokenizer, open_tokenizer(self.teacher, "teacher"))
-        theirs = trained(self.teacher, self.teacher_adapter).quant
+        theirs, _ = trained(self.teacher, self.teacher_adapter)
         default = self.quant if _same(self.teacher, self.model) and not self.full else theirs
         options = replace(self, teacher_quant=self.teacher_quant or default or "nf4")
         if options.one_base and not options.sft_weight and _same(options.teacher_adapter, options.adapter):

@@ -80,16 +80,11 @@ def used() -> dict[str, str]:
 
 def borders() -> dict[str, str]:
     """Up to how many rows of x a 4-bit weight is decoded inside the product, for each GPU of kernels/border.py."""
-
-    def told(name: str) -> str:
-        how = "measured" if name in border.BORDER else "not measured: python -m benchmarks.tune"
-        return f"{border.border(name)} ({how})"
-
-    facts = {name: told(name) for name in border.TILES}
+    names = {name: name for name in border.TILES}
     if torch.cuda.is_available():
-        here = dispatch.architecture(torch.device("cuda", 0))
-        facts["this GPU"] = f"{here}, {told(here)}"
-    return facts
+        names["this GPU"] = dispatch.architecture(torch.device("cuda", 0))
+    how = ("not measured: python -m benchmarks.tune", "measured")
+    return {title: f"{border.border(name)} ({how[name in border.BORDER]})" for title, name in names.items()}
 
 
 def _version(name: str) -> str | None:

@@ -2,14 +2,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..data.encode import prompt_texts, words_of
 from ..data.forms import samples_of
 from ..data.row import counted
-from ..data.sample import Sample
 from ..models.generate import generate_each, prompt_seeds
 from ..settings import REQUIRED, setting
 from ..trainer.evaluate import check_room
@@ -37,7 +35,9 @@ class Options(FileOptions, SamplingOptions, AdaptedModelOptions):
 
 def run(options: Options, sources: Sources) -> int:
     """Load, answer, write each row as it is answered."""
-    samples = _samples(options.data)
+    samples = samples_of(options.data, "prompts")
+    if any("answer" in sample.row for sample in samples):
+        note('note: rows have an "answer" of their own; the new one takes its place')
     with output_of(options, sources, "out", options.out) as out:
         model, tokenizer, template = load_adapted(options)
         if template.notice:
@@ -61,11 +61,3 @@ def run(options: Options, sources: Sources) -> int:
     else:
         result({"out": options.out, "rows": len(samples)}, pairs([("answers", options.out)]), as_json=options.json)
     return 0
-
-
-def _samples(paths: Sequence[str]) -> list[Sample]:
-    """The prompt of every row. Raises InputError listing the rows that hold none."""
-    samples = samples_of(paths, "prompts")
-    if any("answer" in sample.row for sample in samples):
-        note('note: rows have an "answer" of their own; the new one takes its place')
-    return samples

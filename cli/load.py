@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 
@@ -17,11 +17,10 @@ from ..models.protocol import CausalLM
 from ..settings import checked
 from ..text.tokenizer import Tokenizer
 from ..trainer.reward_model import HEAD
-from .config_file import read_run
+from .config_file import CONFIG, read_run
 from .options import AdaptedModelOptions, ModelOptions, Quant
 from .show import amount, note, working
 
-CONFIG = "config.yaml"  # what a run leaves in its folder
 # --quant's words: what people read, and load_model's arguments
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("dense", {}),
@@ -75,34 +74,28 @@ def load_weights(options: ModelOptions, tokenizer: Tokenizer, quant: str) -> Cau
     return model
 
 
-class Trained(NamedTuple):
-    """How an adapter, or a whole model, was trained, as far as its files say."""
-
-    quant: Quant | None = None
-    template: Path | None = None  # a file
-
-
-def trained(model: str, adapter: str | None) -> Trained:
-    """What `adapter`, or without one `model`, was trained with. Raises InputError for files that are damaged."""
+def trained(model: str, adapter: str | None) -> tuple[Quant | None, Path | None]:
+    """The 4-bit form and the template's file that `adapter`, or without one `model`, was trained with, as far as its
+    files say. Raises InputError for those that are damaged."""
     if adapter is None:  # its own files hold its template
-        return Trained(checked(f"{model}/{CONFIG}: quant", run_settings(model).get("quant"), Quant | None))
+        return checked(f"{model}/{CONFIG}: quant", read_run(model).get("quant"), Quant | None), None
     base, file = trained_base(Path(adapter)), Path(adapter) / TEMPLATE
     quant: Any = base.quant if base is not None and base.quant in get_args(Quant) else None
-    return Trained(quant, regular_file(file.parent, TEMPLATE) if file.exists() else None)
+    return quant, regular_file(file.parent, TEMPLATE) if file.exists() else None
 
 
 def settle(options: ModelOptions, tokenizer: Tokenizer, *adapters: str | None) -> tuple[Quant, ChatTemplate]:
     """The 4-bit form and the template of a command: those it was given, else those that the first of these adapters, or
     the model, was trained with. Notes where the template is from there, or another one."""
-    found = [trained(options.model, adapter) for adapter in adapters or (None,)]
-    kept = next((one.template for one in found if one.template), None)
+    forms, templates = zip(*(trained(options.model, adapter) for adapter in adapters or (None,)), strict=True)
+    kept = next(filter(None, templates), None)
     template = template_for(tokenizer, kept if options.template is None else options.template)
     if kept and options.template is None:
         note(f"template: {kept}, as in training")
-    for other in dict.fromkeys(one.template for one in found if one.template):
+    for other in dict.fromkeys(filter(None, templates)):
         if template_for(tokenizer, other).portable() != template.portable():
             note(f"note: {other.parent} was trained with another template, {other.name} there")
-    return options.quant or found[0].quant or "nf4", template
+    return options.quant or forms[0] or "nf4", template
 
 
 def load_adapted(options: AdaptedModelOptions) -> tuple[CausalLM, Tokenizer, ChatTemplate]:
@@ -120,11 +113,6 @@ def load_adapted(options: AdaptedModelOptions) -> tuple[CausalLM, Tokenizer, Cha
 def put_adapter(model: CausalLM, folder: str, force: bool, **how: Any) -> int:
     """Load an adapter as `load_adapter` does, and note how its base differs. Returns the number of its layers."""
     return len(load_adapter(model, folder, force=force, tell=lambda text: note(f"note: {text}"), **how))
-
-
-def run_settings(folder: str) -> dict[str, Any]:
-    """What a run wrote into its folder about itself; empty where no run did."""
-    return read_run(Path(folder) / CONFIG)
 
 
 def remark_positions(model: CausalLM, longest: int, new: int = 0, *, whose: str = "model") -> None:

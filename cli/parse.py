@@ -50,10 +50,8 @@ def options_of(kind: Any) -> dict[str, Option]:
 
 def parse(kind: type[T], command: str, args: Sequence[str]) -> tuple[T, Sources]:
     """The options `kind` (a `Checked` dataclass) from arguments and the YAML file they may name, and their sources.
-
     Bare arguments fill the option that `kind.positional` names, if it does, besides a file that ends in .yaml or .yml.
-    Raises InputError naming the flag or the file's line.
-    """
+    Raises InputError naming the flag or the file's line."""
     options = options_of(kind)
     flags, bare = _given(options, command, args)
     configs = [arg for arg in bare if arg.endswith((".yaml", ".yml"))]
@@ -75,7 +73,11 @@ def parse(kind: type[T], command: str, args: Sequence[str]) -> tuple[T, Sources]
         values[name] = [raw] if listed else raw
     for name, raw in flags.items():
         sources[name], option = FLAG, options[name]
-        values[name] = _pairs(raw, option.flag) if get_origin(option.kind) is dict else _read(raw, option.kind)
+        if get_origin(option.kind) is dict:
+            values[name] = _pairs(raw, option.flag)
+        else:  # by the rules of a config file; where text is asked for, the text itself
+            is_text = str in (option.kind, *get_args(option.kind))
+            values[name] = scalar(raw) if isinstance(raw, str) and not is_text else raw
     if missing := [o.flag for o in options.values() if o.default is MISSING and o.name not in values]:
         raise InputError(f"fourbit {command} needs {', '.join(missing)}; see fourbit {command} --help")
     try:
@@ -119,11 +121,6 @@ def _given(options: Mapping[str, Option], command: str, args: Sequence[str]) -> 
         else:
             flags[option.name] = value
     return flags, bare
-
-
-def _read(text: Any, kind: Any) -> Any:
-    """What a flag's text says, by the rules of a config file; where text is asked for, the text itself."""
-    return scalar(text) if isinstance(text, str) and str not in (kind, *get_args(kind)) else text
 
 
 def _pairs(given: Sequence[str], flag: str) -> dict[str, Any]:

@@ -23,9 +23,8 @@ from ..trainer.config import TrainingConfig
 from ..trainer.interrupt import stop_if_asked
 from ..trainer.progress import display_for
 from ..trainer.run import TrainResult
-from .config_file import write_config
+from .config_file import CONFIG, read_run, write_config
 from .load import (
-    CONFIG,
     check_adapter,
     choose_device,
     choose_dtype,
@@ -33,7 +32,6 @@ from .load import (
     open_tokenizer,
     put_adapter,
     remark_positions,
-    run_settings,
     settle,
 )
 from .options import AdapterChoice, ModelOptions, ResultOptions, inputs_of
@@ -52,12 +50,8 @@ class DataOptions(Checked):
     """Which rows train and which are held out."""
 
     title: ClassVar[str] = "data"
-    data: tuple[str, ...] = setting(
-        REQUIRED, "JSONL file of rows to train on; repeat the flag for more", metavar="FILE"
-    )
-    val: str | None = setting(
-        None, "validation rows: a JSONL file, or a share of the data such as 5%", metavar="FILE|N%"
-    )
+    data: tuple[str, ...] = setting(REQUIRED, "JSONL file to train on; repeat the flag for more", metavar="FILE")
+    val: str | None = setting(None, "validation rows: a JSONL file, or a share of data such as 5%", metavar="FILE|N%")
 
     @property
     def share(self) -> float | None:
@@ -121,8 +115,7 @@ class TrainOptions(ResultOptions, TrainingConfig, AdapterOptions, DataOptions, M
     # What a command may say.
 
     def adapters(self) -> dict[str, str | None]:
-        """The adapters that it reads, by the option that names them; the first one's quant and template are the run's
-        where it is given none."""
+        """Those it reads, by the option that names them; the first one's quant and template stand in for the run's."""
         return {"adapter": self.adapter}
 
     def settled(self, tokenizer: Tokenizer) -> Self:
@@ -139,9 +132,7 @@ class TrainOptions(ResultOptions, TrainingConfig, AdapterOptions, DataOptions, M
 
 def run(options: TrainOptions, sources: Sources) -> int:
     """Check, load, train, report. Returns 0, or 128 + the signal that ended the run.
-
-    Data comes before the model: a bad row should not wait for gigabytes of weights.
-    """
+    Data comes before the model: a bad row should not wait for gigabytes of weights."""
     options = _checked(options, sources)
     tokenizer = open_tokenizer(options.model)
     with lock_folder(options.out, inputs_of(options, sources), options.resume):  # found out now and not after an hour
@@ -199,7 +190,7 @@ def _check_resumed(options: TrainOptions) -> None:
     folder = Path(options.out) if options.resume == "auto" else Path(options.resume).parent.parent
     if not any((folder / "checkpoints").glob("step-*")):
         return
-    before, now = run_settings(str(folder)), _plain(asdict(options))
+    before, now = read_run(folder), _plain(asdict(options))
     for name in [*FIXED, *(FRESH if options.fresh else ())]:
         if name in before and name in now and before[name] not in (now[name], "auto"):
             what = f"a run with {name} {before[name]}, and is resumed with {now[name]}"
@@ -253,7 +244,7 @@ def _announcing(options: TrainOptions, trainer: Any, sources: Sources) -> Callab
             note(f"reference: {'the base, adapter off' if base else 'the adapter as it is at the start'}")
 
     def begin(total: int, start: int) -> Any:
-        if start == 0 or _plain(settings) != run_settings(options.out):  # a resumed run keeps its record of sources
+        if start == 0 or _plain(settings) != read_run(options.out):  # a resumed run keeps its record of sources
             write_config(Path(options.out) / CONFIG, settings, sources)
         groups: dict[str, list[str]] = {}
         for name, value in settings.items():

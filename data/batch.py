@@ -35,10 +35,8 @@ class Encoded:
 @dataclass(frozen=True)
 class Example:
     """What a row becomes: a conversation to learn from, a judged answer, or two of which the first is preferred.
-
     Every answer has its prompt before it. The first `shared` tokens of two answers are the same; at least one token of
-    each is not shared, so a model that runs shared tokens once still has two branches.
-    """
+    each is not shared, so a model that runs shared tokens once still has two branches."""
 
     parts: tuple[Encoded, ...]
     shared: int = 0
@@ -66,9 +64,7 @@ Numbered = tuple[int, Example]  # with its place in the dataset
 @dataclass(frozen=True)
 class Batch:
     """One forward pass over P examples of A answers each (2: chosen, rejected), of L trained tokens at most.
-
-    `slots` says which prediction belongs to which answer, so what follows never sees how the answers were laid out.
-    """
+    `slots` says which prediction belongs to which answer, so what follows never sees how the answers were laid out."""
 
     input_ids: Tensor  # [B, T] int64; packed [1, T], padded [A * P, T] with answer a of example p in row a * P + p
     position_ids: Tensor  # [B, T] int64, from 0 in every answer; a branch goes on from the end of its trunk
@@ -171,7 +167,7 @@ def pack(given: Sequence[Numbered | tuple[Sequence[int], Sequence[bool]]]) -> Ba
     """All examples end to end in one row [1, total] without padding, each with its trunk once: examples with their
     numbers, or token ids with loss masks, as `encode_chat` gives them. ValueError where nothing is trained."""
     pairs: Any = ((i, a, b) for i, (a, b) in enumerate(given))
-    examples = [(a, b) if isinstance(b, Example) else (i, Example((Encoded([*a], [*b]),))) for i, a, b in pairs]
+    examples = [(a, b) if isinstance(b, Example) else (i, Example((_encoded(i, a, b),))) for i, a, b in pairs]
     _check(examples)
     ids: list[int] = []
     positions: list[int] = []
@@ -188,6 +184,12 @@ def pack(given: Sequence[Numbered | tuple[Sequence[int], Sequence[bool]]]) -> Ba
         spans.append((start, *ends) if len(parts) > 1 else (start, ends[-1]))
         places += [[*range(start, start + fork), *range(a, b)] for a, b in pairwise(ends)]
     return _batch(examples, places, _tensor([ids]), _tensor([positions]), tuple(spans))
+
+
+def _encoded(number: int, ids: Sequence[int], mask: Sequence[bool]) -> Encoded:
+    if len(ids) != len(mask) or any(trained not in (0, 1) for trained in mask):  # labels, say
+        raise ValueError(f"example {number} needs a mask of {len(ids)} times True or False, as its tokens, got {mask}")
+    return Encoded([*ids], [*mask])
 
 
 def pad(examples: Sequence[Numbered], pad_id: int) -> Batch:
@@ -225,7 +227,7 @@ def _batch(
         there = np.arange(lengths.max()) < lengths[..., None]
         slots = np.full(there.shape, len(rows))  # [P, A, L]
         slots[there] = order.argsort()[same]
-        last = np.array([at[_last_trained(part)] for at, part in zip(places, answers, strict=True)])
+        last = np.array([[*compress(at, part.trained)][-1] for at, part in zip(places, answers, strict=True)])
         made = {"slots": slots, "lengths": lengths, "last": last.reshape(lengths.shape)}
         rated = {name: torch.from_numpy(values.swapaxes(0, 1).copy()) for name, values in made.items()}
     return Batch(
@@ -241,10 +243,6 @@ def _batch(
         examples=len(examples),
         **rated,
     )
-
-
-def _last_trained(part: Encoded) -> int:
-    return len(part.trained) - 1 - part.trained[::-1].index(True)
 
 
 def _tensor(values: Sequence[Any]) -> Tensor:

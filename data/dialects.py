@@ -30,17 +30,13 @@ def instruction(row: Row) -> Messages:
     for key, text in zip(("instruction", "input"), parts, strict=True):
         typed(row, key, text, str)
     asked = "\n".join(text for text in parts if text.strip())
-    return as_context(_history(row) + turn(row, "instruction", asked, "user"))
-
-
-def _history(row: Row) -> Messages:
     history = typed(row, "history", row.data.get("history") or [], list, "be a list of [question, answer]")
     turns: Messages = []
     for i, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2):
             raise bad(row, f"history[{i}]", "must be [question, answer]")
         turns += turn(row, f"history[{i}][0]", pair[0], "user") + turn(row, f"history[{i}][1]", pair[1])
-    return turns
+    return as_context(turns + turn(row, "instruction", asked, "user"))
 
 
 def implied_by_strings(row: Row, chosen: str, rejected: str) -> tuple[Parts, tuple[str, ...]]:
@@ -54,9 +50,7 @@ def implied_by_strings(row: Row, chosen: str, rejected: str) -> tuple[Parts, tup
 
 def _cut(row: Row, chosen: str, rejected: str) -> tuple[Messages, str, str]:
     """Two strings into the words that both begin with, and what follows (TRL's rule, but never inside a word).
-
-    The white space at the cut belongs to no side: the template parts the turns.
-    """
+    The white space at the cut belongs to no side: the template parts the turns."""
     if chosen == rejected:
         raise bad(row, "chosen, rejected", SAME, "identical")
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
@@ -89,11 +83,3 @@ def implied_by_messages(row: Row, chosen: Messages, rejected: Messages) -> Parts
             reason = f"is the first message in which the two differ, and by {role!r}: their prompts are not the same"
             raise bad(row, f"{name}[{same}]", reason, "prompt")
     return chosen[:same], chosen[same:], rejected[same:]
-
-
-def mentioned(row: Row, key: str, question: str, parts: Parts) -> Parts:
-    """For rows that have both whole conversations and the question as a string, as many public sets do."""
-    if not any(question.strip() == message["content"].strip() for message in parts[0]):
-        reason = "is none of the messages that chosen and rejected begin with: leave it out, or mend the row"
-        raise bad(row, key, reason, "prompt")
-    return parts

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any, Literal
 
-from ..errors import InputError, shown
+from ..errors import InputError, html_table, shown
 from ..settings import checked
 from ..text.tokenizer_folder import as_tokenizer
 from .batch import Encoded, Example
@@ -23,7 +23,7 @@ from .forms import read_samples, samples_of
 from .messages import Messages, trains
 from .protocol import TokenizerLike
 from .read import Rows
-from .row import BadRow, Problems, bad, counted
+from .row import SHOWN_PROBLEMS, BadRow, Problems, bad, counted
 from .said import REASONING, spelled, unsaid
 from .sample import Kind, Sample
 from .template import ChatTemplate, TemplateChoice, expects_bos, template_for
@@ -56,6 +56,10 @@ class Report:
     skipped: Problems = field(default_factory=Problems)  # bad rows
     dropped: Problems = field(default_factory=Problems)  # good rows left out as asked
 
+    def _repr_html_(self) -> str:
+        said = {n: v.lines(SHOWN_PROBLEMS) if isinstance(v, Problems) else v for n, v in vars(self).items()}
+        return html_table({n: "; ".join(v) if isinstance(v, list) else v for n, v in said.items()})
+
 
 @dataclass
 class Dataset:
@@ -69,6 +73,9 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
 
 def load(
@@ -92,6 +99,7 @@ def load(
     Bad rows raise InputError, the first 20 one a line, or with `on_bad_row="skip"` are left out and counted. Raises
     InputError when no row is left, and for a template that is broken for every row.
     """
+    checked("kind", kind, Kind)
     checked("on_bad_row", on_bad_row, OnBadRow)
     checked("truncation", truncation, Truncation)
     checked("max_length", max_length, int | None, {"least": 2})
@@ -122,8 +130,7 @@ def load(
 
 
 def load_rows(options: Any, tokenizer: TokenizerLike, rows: Rows | Dataset, kind: Kind, **more: Any) -> Dataset:
-    """`load` as a training's or a command's options say; a dataset as it is. Raises InputError for one of another
-    kind."""
+    """`load` as a training's or a command's options say; a dataset as it is, or InputError for one of another kind."""
     if isinstance(rows, Dataset):
         if rows.kind != kind:
             raise InputError(f"this training reads rows loaded as {kind!r}, got {rows.kind!r}")
@@ -155,16 +162,14 @@ def shared_tokens(first: Sequence[int], second: Sequence[int]) -> int:
 
 def _settle(problems: Problems, on_bad_row: OnBadRow, dataset: Dataset) -> None:
     """Raise for bad rows, or count them."""
-    report = dataset.report
-    rows = len(dataset.examples) + problems.total + report.dropped.total
-    if problems and (on_bad_row == "error" or not (dataset.examples or report.dropped)):
+    dropped = dataset.report.dropped
+    rows = len(dataset.examples) + problems.total + dropped.total
+    if problems and (on_bad_row == "error" or not (dataset.examples or dropped)):
         way = "mend them" + ", or leave them out with on_bad_row skip" * bool(dataset.examples)  # else none is left
         raise InputError(problems.describe(str(rows), way))
     if not dataset.examples:
-        raise InputError(
-            f"no row is left of {rows}; {report.dropped.total} were left out, the first: {report.dropped[0]}"
-        )
-    report.skipped = problems
+        raise InputError(f"no row is left of {rows}; {dropped.total} were left out, the first: {dropped[0]}")
+    dataset.report.skipped = problems
 
 
 def _notices(dataset: Dataset, template: ChatTemplate, notes: Counter[str]) -> list[str]:
@@ -266,7 +271,11 @@ def encode_questions(
     """Of samples that end with an answer the tokens a model is given so that it answers, and the answer as the template
     writes it, calls and special tokens included, up to the token that ends it. Raises BadRow as `encode` gives it."""
     prompts, answers = prompt_texts(samples, tokenizer, template), list[str]()
-    weighed = [replace(sample, answers=(_last_weighed(sample.answers[0]),)) for sample in samples]
+    weighed = []
+    for sample in samples:  # its last turn is one to learn: what is asked for is not always trained
+        *before, last_turn = sample.answers[0]
+        learnt = {key: value for key, value in last_turn.items() if key != "weight"}
+        weighed.append(replace(sample, answers=([*before, learnt],)))
     for prompt, (_, (answer,)) in zip(prompts, encode(weighed, tokenizer, template, loss_on="last"), strict=True):
         text, trained = answer.text, answer.trained
         ids, offsets = tokenizer.encode_with_offsets(text)
@@ -276,11 +285,6 @@ def encode_questions(
         begin = min(len(prompt), offsets[first][0])  # the earlier one where the text lacks what ends the prompt
         answers.append(text[begin : offsets[last][0 if ends else 1]])
     return [tokenizer.encode(prompt) for prompt in prompts], answers
-
-
-def _last_weighed(answer: Messages) -> Messages:
-    """The answer, with its last turn one to learn: what is asked for is not always trained."""
-    return [*answer[:-1], {key: value for key, value in answer[-1].items() if key != "weight"}]
 
 
 def prompt_texts(samples: Sequence[Sample], tokenizer: TokenizerLike, template: ChatTemplate) -> list[str]:
@@ -314,8 +318,7 @@ class _Conversation:
 
 
 def _talks(sample: Sample, loss_on: LossOn) -> list[Talk]:
-    """The conversations of a sample to be rendered, and the turns whose place is needed; for "all" the last, for how
-    it ends."""
+    """The conversations of a sample to be rendered, and the turns whose place is needed: for "all" that which ends."""
     talks = []
     for answer in () if sample.text is not None else sample.answers or ([],):
         messages = sample.context + answer
@@ -372,8 +375,7 @@ def _encode(talk: _Conversation, tokenizer: TokenizerLike, loss_on: LossOn) -> E
 
 
 def _plain(sample: Sample, text: str, tokenizer: TokenizerLike, loss_on: LossOn) -> Encoded:
-    """Plain text between the marks with which texts of this model begin and end, all trained but the first token; or
-    ready tokens as they are."""
+    """Plain text between this model's first and last token, all trained but the first; or ready tokens as they are."""
     talk = _Conversation(sample, "", [{"role": "assistant", "content": text}], text, {})
     if sample.tokens is not None:
         ids, trained = sample.tokens

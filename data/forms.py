@@ -13,26 +13,16 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from .dialects import SAME, implied_by_messages, implied_by_strings, instruction, mentioned, unanswered
-from .keys import Fields, present, unread
-from .messages import (
-    Messages,
-    as_context,
-    checked_messages,
-    core,
-    filled,
-    offered_tools,
-    system_turn,
-    template_variables,
-    trains,
-    turn,
-)
+from .dialects import SAME, implied_by_messages, implied_by_strings, instruction, unanswered
+from .keys import Fields, opened, present, unread
+from .messages import Messages, as_context, checked_messages, core, filled, offered_tools, system_turn, trains, turn
 from .read import Rows, sources
 from .row import UNUSED, BadRow, Problem, Problems, Row, bad, excerpt, type_name, typed
 from .sample import Kind, Sample
 
 DETECT_ROWS = 200
 MAX_BAD_ROWS = 20_000
+OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
 ASIDE = ("completion", "output", "answer")  # of a prompt: an answer, which is not shown to the model
 _CHATS = '{"messages": [{"role": ..., "content": ...}, ...]}'
 WANTED = {  # of each kind: what a row of it is, who reads it, and how one may be written
@@ -60,9 +50,7 @@ class Form(NamedTuple):
 
 def read_samples(rows: Rows, kind: Kind, name: str = "rows") -> tuple[list[Sample], Problems]:
     """The samples of files or objects (see `read.sources`), and the problems of the rows that are none, in their order.
-
-    Raises InputError for a file that is none, and as soon as 20,000 rows are bad and most are.
-    """
+    Raises InputError for a file that is none, and as soon as 20,000 rows are bad and most are."""
     found, problems = list[Sample](), Problems()
     for source in sources(rows, name):
         found += samples(source, kind, problems)
@@ -135,10 +123,14 @@ def _beside_messages(row: Row, made: Sample) -> Sample:
     if made.text is not None:
         return made
     system = system_turn(row, next(chain(made.context, *made.answers), None))
-    tools, variables = made.tools or offered_tools(row, row.data), template_variables(row)
+    tools, field = made.tools or offered_tools(row, row.data), "chat_template_kwargs"
+    given = opened(row, field, row.data.get(field))
+    variables = typed(row, field, {} if given is None else given, dict, "be an object, or one as JSON text")
+    if ours := sorted({*OURS} & {*variables}):
+        raise bad(row, field, f"may not say {ours[0]!r}, which is given from elsewhere: take it out")
     if not (system or tools or variables):
         return made
-    return replace(made, context=system + made.context, tools=tools, variables=variables)
+    return replace(made, context=system + made.context, tools=tools, variables=variables or None)
 
 
 def recognise(data: dict[str, Any], kind: Kind) -> Form | None:
@@ -232,7 +224,8 @@ def _ready(row: Row) -> Sample:
     ids, labels, seen = given.values()
     seen = [1] * len(ids) if seen is None and isinstance(ids, list) else seen
     for key, values in zip(given, (ids, labels, seen), strict=True):
-        if not isinstance(values, list) or {*map(type, values)} != {int}:
+        kinds = [{int}, {bool}] if key == "attention_mask" else [{int}]
+        if not isinstance(values, list) or {*map(type, values)} not in kinds:
             raise bad(row, key, f"must be a list of whole numbers, of one row, not {excerpt(repr(values))[1:-1]}")
         if len(values) != len(ids):
             raise bad(row, key, f"has {len(values)} numbers, and input_ids {len(ids)}: one for each token")
@@ -250,7 +243,10 @@ def _texts(row: Row) -> Sample:
     prompt, completion = _both(row, "prompt", "completion")
     if _are_strings(row, "prompt", "completion"):
         return _made(row, turn(row, "prompt", prompt, "user"), turn(row, "completion", completion))
-    return _made(row, as_context(checked_messages(row, "prompt", prompt)), _answer(row, "completion", completion))
+    context, answer = checked_messages(row, "prompt", prompt), checked_messages(row, "completion", completion)
+    if answer[0]["role"] != "assistant":
+        raise bad(row, "completion[0].role", f"must be 'assistant', not {answer[0]['role']!r}")
+    return _made(row, as_context(context), answer)
 
 
 def _talk(row: Row) -> Sample:
@@ -268,7 +264,7 @@ def _openai_pair(row: Row) -> Sample:
     outputs = _both(row, *_OUTPUTS)
     source = typed(row, "input", row.data.get("input"), Fields, "be an object with `messages`")
     context = checked_messages(row, "input.messages", source.get("messages"))
-    answers = [_answer(row, field, output) for field, output in zip(_OUTPUTS, outputs, strict=True)]
+    answers = map(partial(checked_messages, row), _OUTPUTS, outputs)
     return _made(row, context, *answers, tools=offered_tools(row, source, "input."))
 
 
@@ -302,7 +298,11 @@ def _after_prompt(row: Row, key: str, chosen: Messages, rejected: Messages) -> t
     """Answers that may begin with the prompt once more, which the field `key` holds."""
     prompt = _question(row, key)
     if not isinstance(row.data[key], list) and chosen[0]["role"] != "assistant":
-        return mentioned(row, key, prompt[0]["content"], implied_by_messages(row, chosen, rejected))
+        parts = implied_by_messages(row, chosen, rejected)  # both whole conversations, and the question as a string
+        if not any(prompt[0]["content"].strip() == message["content"].strip() for message in parts[0]):
+            reason = "is none of the messages that chosen and rejected begin with: leave it out, or mend the row"
+            raise bad(row, key, reason, "prompt")
+        return parts
     start = list(map(core, prompt))
     if all(list(map(core, answer[: len(prompt)])) == start for answer in (chosen, rejected)):
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
@@ -337,14 +337,6 @@ def _question(row: Row, key: str) -> Messages:
     """A field that holds messages, or a question as a string."""
     value = row.data[key]
     return checked_messages(row, key, value) if isinstance(value, list) else turn(row, key, value, "user")
-
-
-def _answer(row: Row, field: str, value: Any) -> Messages:
-    """Messages that begin with an assistant turn."""
-    messages = checked_messages(row, field, value)
-    if messages[0]["role"] != "assistant":
-        raise bad(row, f"{field}[0].role", f"must be 'assistant', not {messages[0]['role']!r}")
-    return messages
 
 
 # The table: the first entry of a kind that matches is a row's form.

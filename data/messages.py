@@ -11,7 +11,6 @@ CALLING = ("function_call", "tool_call")  # roles whose content is a call, as JS
 ROLE_SYNONYMS = dict.fromkeys(("function", "observation", "tool_response", "function_response"), "tool")
 ROLE_SYNONYMS |= {"human": "user"} | dict.fromkeys(("gpt", "bot", "model", "ai"), "assistant")
 MISSING = "is missing, or null"
-OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
 SEEN = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 
 
@@ -53,7 +52,10 @@ def _message(row: Row, field: str, message: Any) -> dict[str, Any]:
         calls = _tool_calls(row, field, message, role)
         content = _content(row, f"{field}.{text}", message, role, bool(calls))
     if "weight" in message:
-        _check_weight(row, f"{field}.weight", message["weight"], role)
+        if isinstance(weight := message["weight"], bool) or weight not in (0, 1):
+            raise bad(row, f"{field}.weight", f"must be 0 or 1, not {excerpt(repr(weight))[1:-1]}")
+        if role != "assistant":
+            raise bad(row, f"{field}.weight", f"belongs on assistant turns only, this one is {role!r}")
     result = plain(message) | {"role": role, "content": content} | ({} if calls is None else {"tool_calls": calls})
     for key in {"from", "value"} & {speaker, text} | {"function_call"} & message.read:
         result.pop(key, None)
@@ -100,18 +102,9 @@ def turn(row: Row, field: str, text: Any, role: str = "assistant") -> Messages:
 
 def filled(row: Row, field: str, text: Any) -> str:
     """A string with something in it. Raises BadRow."""
-    if not typed(row, field, text, str):
-        raise bad(row, field, "is empty", "empty")
-    if text.isspace():
-        raise bad(row, field, "holds only white space", "empty")
+    if not typed(row, field, text, str).strip():
+        raise bad(row, field, "holds only white space" if text else "is empty", "empty")
     return str(text)
-
-
-def _check_weight(row: Row, field: str, weight: Any, role: str) -> None:
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise bad(row, field, f"must be 0 or 1, not {excerpt(repr(weight))[1:-1]}")
-    if role != "assistant":
-        raise bad(row, field, f"belongs on assistant turns only, this one is {role!r}")
 
 
 def _tool_calls(row: Row, field: str, message: Fields, role: str) -> Messages | None:
@@ -166,16 +159,6 @@ def offered_tools(row: Row, fields: dict[str, Any], inside: str = "") -> Message
     if key == "functions":
         return [{"type": "function", "function": tool} for tool in tools or []] or None
     return tools or None
-
-
-def template_variables(row: Row) -> dict[str, Any] | None:
-    """`chat_template_kwargs`: what the row itself gives to the template."""
-    field = "chat_template_kwargs"
-    given = opened(row, field, row.data.get(field))
-    given = typed(row, field, {} if given is None else given, dict, "be an object, or one as JSON text")
-    if ours := sorted({*OURS} & {*given}):
-        raise bad(row, field, f"may not say {ours[0]!r}, which is given from elsewhere: take it out")
-    return given or None
 
 
 def system_turn(row: Row, first: dict[str, Any] | None) -> Messages:

@@ -139,7 +139,7 @@ def _line_items(file: BinaryIO, name: str) -> Iterator[Row | Problem]:
                     raise InputError(f"{name}: line {number} is longer than {size}: write one object a line.")
             yield Problem(Place(name, number), "line", f"is longer than {MAX_LINE_BYTES // 2**20} MiB", "json")
         elif line.strip():
-            yield _item(Place(name, number), "line", partial(_parsed, line))
+            yield _item(Place(name, number), "line", partial(parse, line))
 
 
 def _item(place: Place, field: str, read: Callable[[], Any]) -> Row | Problem:
@@ -153,23 +153,6 @@ def _item(place: Place, field: str, read: Callable[[], Any]) -> Row | Problem:
         return Problem(place, field, f"{error}{error.hint}", "json")
 
 
-def _parsed(line: bytes) -> Any:
-    return parse(_decode(line))
-
-
-def _decode(line: bytes) -> str:
-    if b"\0" in line:
-        raise Refused("holds NUL bytes: the file is damaged, or not UTF-8 text")
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = line[error.start]
-        raise Refused(
-            f"is not UTF-8: byte 0x{byte:02x} at column {error.start + 1}; if the file is Latin-1, convert it with"
-            " iconv -f LATIN1 -t UTF-8"
-        ) from None
-
-
 def _array(file: BinaryIO, name: str) -> list[Any]:
     """The objects that a file of one array holds; a Refused in the place of a value that is none."""
     if (size := os.fstat(file.fileno()).st_size) > MAX_ARRAY_BYTES:
@@ -177,7 +160,7 @@ def _array(file: BinaryIO, name: str) -> list[Any]:
             f"{name}: a JSON array of {size} bytes; at most {MAX_ARRAY_BYTES} are read whole: write one object a line."
         )
     try:
-        found: list[Any] = _decoded(_decode(file.read()))
+        found: list[Any] = _decoded(file.read())
     except Refused as error:
         raise InputError(f"{name}: {error}.") from None
     return found
@@ -216,16 +199,23 @@ _UNFIT = re.compile("[\0\ud800-\udfff]")
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_float=_finite, parse_constant=_no_constant)
 
 
-def parse(text: str) -> Any:
+def parse(text: str | bytes) -> Any:
     """One JSON value filling the whole of `text`. Raises Refused."""
     return json_value(_decoded(text))
 
 
-def _decoded(text: str) -> Any:
+def _decoded(raw: str | bytes) -> Any:
+    if isinstance(raw, bytes) and b"\0" in raw:
+        raise Refused("holds NUL bytes: the file is damaged, or not UTF-8 text")
     try:
+        text = raw.decode() if isinstance(raw, bytes) else raw
         value, end = _DECODER.raw_decode(text, len(text) - len(text.lstrip()))
     except json.JSONDecodeError as error:
         raise _no_json(text, error) from None
+    except UnicodeDecodeError as error:
+        place = f"byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
+        hint = "if the file is Latin-1, convert it with iconv -f LATIN1 -t UTF-8"
+        raise Refused(f"is not UTF-8: {place}; {hint}") from None
     except RecursionError:
         raise Refused(f"is nested deeper than {MAX_DEPTH} levels") from None
     except ValueError:

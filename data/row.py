@@ -72,8 +72,7 @@ class BadRow(InputError):
         self.problem = problem
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One JSON object and where it stood."""
 
     data: dict[str, Any]

@@ -30,9 +30,7 @@ SPELLINGS: tuple[Callable[[str], str], ...] = (
     lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
     lambda text: json.dumps(text)[1:-1],
     lambda text: repr(text)[1:-1],
-    lambda text: (
-        re.sub(r"[\\']", r"\\\g<0>", text).replace("\n", "\\n").replace("\r", "\\r")
-    ),  # as LFM2 does for Python
+    lambda text: re.sub(r"[\\']", r"\\\g<0>", text).replace("\n", "\\n").replace("\r", "\\r"),  # LFM2's Python
     lambda text: html.escape(text, quote=False).replace('"', "&#34;").replace("'", "&#39;"),  # as jinja's filter does
 )
 
@@ -50,7 +48,8 @@ def unsaid(talk: Talk, text: str, turns: Mapping[int, Turn]) -> Part | None:
     for i, message in enumerate(talk.messages):
         later = bisect_right(order, i)
         low, high = spots.get(i, (at, starts[later] if later < len(starts) else len(whole)))
-        for field, said in _calls(i, message) + (_thoughts(i, message) if i in turns else []):
+        thoughts = [(f"messages[{i}].{key}", message[key]) for key in REASONING if isinstance(message.get(key), str)]
+        for field, said in _calls(i, message) + (thoughts if i in turns else []):
             if _found(whole, said, low, high) < 0:
                 return field, said
         if message["role"] in ANYWHERE:
@@ -124,10 +123,6 @@ def _contents(message: dict[str, Any], trained: bool) -> list[str]:
     return parts if trained else parts[-1:]
 
 
-def _thoughts(i: int, message: dict[str, Any]) -> list[Part]:
-    return [(f"messages[{i}].{key}", value) for key in REASONING if isinstance(value := message.get(key), str)]
-
-
 def _calls(i: int, message: dict[str, Any]) -> list[Part]:
     found = list[Part]()
     for k, call in enumerate(message.get("tool_calls") or ()):
@@ -145,11 +140,8 @@ def _tools(talk: Talk) -> list[Part]:
         function = function if isinstance(function, dict) else tool
         parameters = function.get("parameters")
         properties = parameters.get("properties") if isinstance(parameters, dict) else None
-        told = [
-            function.get("name"),
-            function.get("description"),
-            *(properties if isinstance(properties, dict) else ()),
-        ]
+        told = [function.get("name"), function.get("description")]
+        told += properties if isinstance(properties, dict) else ()
         found += [(f"tools[{k}]", text) for text in told if isinstance(text, str)]
     return found
 

@@ -15,10 +15,8 @@ Kind = Literal["sft", "pairs", "judged", "prompts"]
 @dataclass(frozen=True)
 class Sample:
     """A row, understood. Answers begin and end with assistant turns; each stands after the whole context.
-
     The context's assistant turns are not learned. Of a row to learn from as a whole (chat), the context is empty and
-    the answer is all of it: there `weight` 0 keeps a turn out of the loss.
-    """
+    the answer is all of it: there `weight` 0 keeps a turn out of the loss."""
 
     context: Messages
     answers: tuple[Messages, ...]  # one; of a pair the chosen and the rejected one; of a prompt none
@@ -59,8 +57,5 @@ class Sample:
         """What rows have in common that must stay on one side of a split, as JSON: the prompt, or all there is."""
         if self.text is not None:
             return [self.text, *(self.tokens or ())]
-        return [
-            list(map(core, self.context or self.answers[0])),
-            self.tools,
-            *([self.variables] if self.variables else []),
-        ]
+        asked = list(map(core, self.context or self.answers[0]))
+        return [asked, self.tools, *([self.variables] if self.variables else [])]

@@ -21,6 +21,7 @@ from typing import Any
 from ..child import child_command, child_environment
 from ..errors import EnvironmentProblem, InputError
 from ..files import read_text
+from ..text.tokenizer_folder import as_tokenizer
 from .protocol import TokenizerLike
 from .said import REASONING
 from .turns import Rendered, Talk, Turn, Unrenderable, before_mark, place, too_many, with_thoughts
@@ -78,20 +79,21 @@ class ChatTemplate:
         variables: Mapping[str, object] | None = None,
     ) -> str:
         """The text for `messages`; with `add_generation_prompt` it ends where the assistant's answer begins.
-
         variables: more for the template to use, as transformers' `apply_chat_template` takes them by name."""
         shown = None if tools is None else list(map(dict, tools))
         more = None if variables is None else dict(variables)
-        (made,) = self.render_all(
-            [Talk(list(map(dict, messages)), shown, prompt=add_generation_prompt, variables=more)]
-        )
+        talk = Talk(list(map(dict, messages)), shown, prompt=add_generation_prompt, variables=more)
+        (made,) = self.render_all([talk])
         if isinstance(made, Unrenderable):
             raise made
         return made.text
 
     def render_all(self, talks: Sequence[Talk]) -> list[Rendered | Unrenderable]:
         """Every conversation's text with the places of its wanted turns, or why there is none."""
-        known, jobs, found = _known(self.source), [self._job(talk) for talk in talks], list[Rendered | Unrenderable]()
+        known, jobs, found = _known(self.source), list[str](), list[Rendered | Unrenderable]()
+        for talk in talks:
+            job = {"messages": list(map(_shown, talk.messages)), "tools": talk.tools, "cuts": talk.cuts}
+            jobs.append(json.dumps(job | {"variables": talk.variables or {}}))
         shared = json.dumps({"source": self.source, "date": self.date, "tokens": self.tokens})
         while len(found) < len(talks):
             answers = [] if known.broken else CHILD.ask(shared, _some(jobs, len(found)), known.learn)
@@ -99,10 +101,6 @@ class ChatTemplate:
                 raise InputError(f"{self.name}: the chat template cannot be used: {known.broken.rstrip('.')}.")
             found += [self._read(*told) for told in zip(talks[len(found) :], answers, strict=False)]
         return found
-
-    def _job(self, talk: Talk) -> str:
-        job = {"messages": list(map(_shown, talk.messages)), "tools": talk.tools, "cuts": talk.cuts}
-        return json.dumps(job | {"variables": talk.variables or {}})
 
     def _read(self, talk: Talk, answer: dict[str, Any]) -> Rendered | Unrenderable:
         """One conversation's texts, as the child tells them, into the places of its turns."""
@@ -182,9 +180,7 @@ class _Child:
 
     def ask(self, shared: str, jobs: Sequence[str], learn: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
         """The answer to each job, up to the first after which `learn` wants no more or the process has ended.
-
-        Raises EnvironmentProblem when something else kills the process again and again.
-        """
+        Raises EnvironmentProblem when something else kills the process again and again."""
         request = f'{shared[:-1]}, "talks": [{", ".join(jobs)}]}}\n'.encode()
         with self.lock:
             try:
@@ -281,8 +277,14 @@ def template_for(tokenizer: TokenizerLike, override: TemplateChoice = None, *, d
     """
     if isinstance(override, ChatTemplate):
         return override
+    tokenizer = as_tokenizer(tokenizer)
+    if override is not None and (name := os.fspath(override)) in BUILTINS:
+        return _builtin(tokenizer, name, date)
     if override is not None:
-        return _named(tokenizer, override, date)
+        if not Path(name).is_file():
+            what = f"neither a built-in ({', '.join(BUILTINS)}) nor a file"
+            raise InputError(f"template {name!r}: {what}: name one of those or a .jinja file.")
+        return ChatTemplate(read_text(Path(name), MAX_SOURCE_BYTES), tokenizer.named_tokens, name=name, date=date)
     if tokenizer.chat_template:
         tokens = tokenizer.named_tokens
         return ChatTemplate(tokenizer.chat_template, tokens, name="the model's own template", date=date)
@@ -292,19 +294,6 @@ def template_for(tokenizer: TokenizerLike, override: TemplateChoice = None, *, d
     why = "its two tokens are in the vocabulary" if known else plain
     template.notice = f"the model has no chat template: using {template.name} ({why}; no new tokens are added)"
     return template
-
-
-def _named(tokenizer: TokenizerLike, override: str | os.PathLike[str], date: str | None) -> ChatTemplate:
-    name = os.fspath(override)
-    if name in BUILTINS:
-        return _builtin(tokenizer, name, date)
-    path = Path(name)
-    if not path.is_file():
-        known = ", ".join(BUILTINS)
-        raise InputError(
-            f"template {name!r}: neither a built-in ({known}) nor a file: name one of those or a .jinja file."
-        )
-    return ChatTemplate(read_text(path, MAX_SOURCE_BYTES), tokenizer.named_tokens, name=name, date=date)
 
 
 def _builtin(tokenizer: TokenizerLike, name: str, date: str | None) -> ChatTemplate:

@@ -21,14 +21,11 @@ def fit(
     sample: Sample, parts: Sequence[Encoded], max_length: int, truncation: Truncation, stops: Sequence[int]
 ) -> tuple[Encoded, ...]:
     """The token sequences of a sample, none longer than `max_length`.
-
     A tail goes where no trained token stands in it. Where one does, a row to learn from is bad (an answer cut short
     teaches a model not to stop), and so is a prompt; of preferences the row is left out, or with `truncation="answer"`
-    the answer loses its tail and keeps its end of turn. Raises BadRow, and Dropped for what is left out.
-    """
-    fitted = tuple(
-        _fit(sample, name, part, max_length, truncation, stops) for name, part in zip(sample.names, parts, strict=True)
-    )
+    the answer loses its tail and keeps its end of turn. Raises BadRow, and Dropped for what is left out."""
+    named = zip(sample.names, parts, strict=True)
+    fitted = tuple(_fit(sample, name, part, max_length, truncation, stops) for name, part in named)
     if len(fitted) > 1 and fitted[0].ids == fitted[1].ids:
         reason = f"cut to max_length {max_length}, chosen and rejected are the same"
         raise Dropped(Problem(sample.place, "length", reason, LOST))
@@ -62,10 +59,8 @@ def _fit(
 
 def shorten(answer: Encoded, max_length: int, stops: Sequence[int]) -> Encoded | None:
     """An answer cut to at most `max_length` tokens that still ends as a turn ends; None if nothing of it is left.
-
     Its last turn loses its tail but not its end (the stop tokens it closes with). Where the cut falls before that turn,
-    an earlier turn of the answer becomes the last one, whole, or cut in the same way.
-    """
+    an earlier turn of the answer becomes the last one, whole, or cut in the same way."""
     last = max(i for i, trained in enumerate(answer.trained) if trained)
     first_end = last + 1
     while answer.trained[first_end - 1] and answer.ids[first_end - 1] in stops:

@@ -26,9 +26,7 @@ LACKS = "the generation prompt ends with text that the template writes before no
 LEFT_OUT = "the template changes earlier answers once another turn follows: they are not trained, the last one is"
 NO_END = "the template marks no end of turn; the end-of-text token was added after the last answer"
 NEVER_ENDS = "an answer is followed by no end-of-turn token: the model is not taught to stop there"
-UNKNOWN_STOP = (
-    "the template ends answers with a text that is none of the tokenizer's stop tokens: generation will run past it"
-)
+UNKNOWN_STOP = "the template ends answers with a text that is no stop token: generation will run past it"
 
 
 class Unrenderable(InputError):

@@ -25,10 +25,8 @@ def add_special_tokens(
     where: Path, config: Mapping[str, Any], older: Mapping[str, Any], backend: tokenizers.Tokenizer
 ) -> dict[str, str]:
     """Add to `backend` what tokenizer_config.json (`where`) and the older special_tokens_map.json say.
-
     Returns the texts of the tokens that have a name. Raises InputError for an entry of a wrong type, and for a token
-    that is needed and not in the vocabulary, or has another id there.
-    """
+    that is needed and not in the vocabulary, or has another id there."""
     listed = _listed(where, config.get("added_tokens_decoder"))
     if config.get("added_tokens_decoder") is None:
         config = {**config, **older}
@@ -57,9 +55,8 @@ def add_special_tokens(
     backend.add_tokens(added)
     for index, token in listed.items():
         if (found := backend.token_to_id(token.content)) != index:
-            raise InputError(
-                f"{where}: the added token {shown(token.content)} has id {index}, in tokenizer.json {found}. {AGAIN}"
-            )
+            what = f"the added token {shown(token.content)} has id {index}, in tokenizer.json {found}"
+            raise InputError(f"{where}: {what}. {AGAIN}")
     return {key: token.content for key, token in named.items()}
 
 

@@ -5,9 +5,9 @@ special tokens; the chat template is in `chat_template.jinja` or in the config; 
 `generation_config.json`. All of it is data: nothing here can name code or another file.
 """
 
+import contextlib
 import json
 import re
-import shutil
 import signal
 import string
 import subprocess
@@ -45,15 +45,12 @@ def as_tokenizer(given: object) -> Tokenizer:
             "a tokenizer is one that fourbit.load gives or a fast one of transformers (with .backend_tokenizer), got "
             f"{type(given).__name__}: take AutoTokenizer's, or fourbit.load's for the folder"
         )
-    folder = Path(tempfile.mkdtemp(prefix="fourbit-tokenizer-"))
-    try:
-        given.save_pretrained(str(folder))
-        made = folder_tokenizer(folder, Path(getattr(given, "name_or_path", None) or folder))
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    made.source = str(folder)  # its files go with what is saved
-    weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)
+    with contextlib.ExitStack() as kept:
+        folder = kept.enter_context(tempfile.TemporaryDirectory(prefix="fourbit-tokens-", ignore_cleanup_errors=True))
+        given.save_pretrained(folder)
+        made = folder_tokenizer(Path(folder), Path(getattr(given, "name_or_path", None) or folder))
+        made.source = folder  # its files go with what is saved, and are there as long as the tokenizer
+        weakref.finalize(made, kept.pop_all().close)
     return made
 
 

@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from ..data.batch import Batch
-from ..errors import NumericError
+from ..errors import NumericError, html_table
 from ..files import write_text, write_whole
 from ..models.protocol import CausalLM
 from ..outputs import check_apart
@@ -36,11 +35,10 @@ def draw_curves(metrics: Path, picture: Path) -> None:
 
 def as_html(values: Mapping[str, object], metrics: Path) -> str:
     """Values by name as a table, and the curves of a metrics.jsonl as SVG: for a notebook, every text escaped."""
-    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in values.items())
     drawn = StringIO()
     if metrics.exists():
         _curves(metrics).savefig(drawn, format="svg")
-    return f"<table>{rows}</table>" + "".join(drawn.getvalue().partition("<svg")[1:])
+    return html_table(values) + "".join(drawn.getvalue().partition("<svg")[1:])
 
 
 def _curves(metrics: Path) -> Any:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import fourbit
 from fourbit.cli.chat import Stream
+from fourbit.cli.config_file import CONFIG, read_run
 from fourbit.cli.data import marked, pieces
-from fourbit.cli.load import CONFIG, run_settings
 from fourbit.cli.main import COMMANDS, main
 from fourbit.cli.parse import parse
 from fourbit.cli.sft import Options as SFTOptions
@@ -283,7 +283,11 @@ def test_eval_keeps_its_answers_and_goes_on(here: Path, typed: Typed, as_json: A
     with monkeypatch.context() as patch:
         patch.setattr("fourbit.models.generate.generate", answer)
         assert "answers.jsonl.partial keeps the 16 rows that were finished" in typed(line, code=4)
-    for other, named in (("--match contains", "match"), ("--max-length 1000", "max_length"), ("--quant none", "quant")):
+    for other, named in (
+        ("--match contains", "--match"),
+        ("--max-length 1000", "max_length"),
+        ("--quant none", "quant"),
+    ):
         assert f"made with another {named}" in typed(f"{line} {other} --resume", code=2)
     assert as_json(f"{line} --resume") == expected
     assert (here / "answers.jsonl").read_text() == whole and not (here / "answers.jsonl.partial").exists()
@@ -524,7 +528,7 @@ def test_sft_with_an_optimizer_and_rates_of_its_own(typed: Typed) -> None:
         "sft --model m --data rows.jsonl --out run --steps 2 --rank 4 --schedule wsd --decay 0.5 --lora-plus 16 "
         "--lr-scale '*.layers.0.*=0.5' --lr-scale '*.k_proj.*=2' --optimizer paged-adamw8bit --optimizer-budget 1MiB"
     )
-    settings = run_settings("run")
+    settings = read_run("run")
     assert settings["lr_scale"] == {"*.layers.0.*": 0.5, "*.k_proj.*": 2} and settings["decay"] == 0.5
     assert settings["optimizer"] == "paged-adamw8bit" and settings["optimizer_budget"] == "1MiB"
     typed("sft run/config.yaml --optimizer-budget auto --resume")

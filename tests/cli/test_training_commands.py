@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fourbit
-from fourbit.cli.load import CONFIG, run_settings
+from fourbit.cli.config_file import CONFIG, read_run
 from fourbit.cli.main import main
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.reward_model import HEAD
@@ -129,7 +129,7 @@ def test_a_run_is_made_longer(here: Path, typed: Go) -> None:
 
 def test_dpo_on_top_of_an_adapter(go: Go, adapter: str) -> None:
     said = go("dpo", "o", f"--adapter {adapter} --val pairs.jsonl --epochs 4 --json")
-    values, settings = last_line(said), run_settings("o")
+    values, settings = last_line(said), read_run("o")
     assert values["val_reward_accuracy"] == 1 and values["val_reward_margin"] > 0 and values["steps"] == 8
     assert "reference: the adapter as it is at the start" in said
     assert settings["reference"] == "start" and settings["adapter"] == adapter
@@ -197,9 +197,9 @@ def test_a_reward_model_answers_nothing(go: Go, typed: Go) -> None:
 
 def test_reward_goes_on_from_an_adapter_and_from_a_head(here: Path, go: Go, typed: Go, adapter: str) -> None:
     assert "head: goes on" not in go("reward", "first", f"--adapter {adapter} --epochs 4")
-    assert run_settings("first")["quant"] == "nf4-nodq" and run_settings("first")["adapter"] == adapter
+    assert read_run("first")["quant"] == "nf4-nodq" and read_run("first")["adapter"] == adapter
     assert "head: goes on from first" in go("reward", "second", "--adapter first --steps 1")
-    assert "rank" not in run_settings("second"), "the adapter brings its own"
+    assert "rank" not in read_run("second"), "the adapter brings its own"
     before = (here / "second" / HEAD).read_bytes()
     typed(f"reward second/{CONFIG} --resume")
     assert (here / "second" / HEAD).read_bytes() == before, "a finished run resumes to nothing"
@@ -219,7 +219,7 @@ def test_distill_from_the_same_base_keeps_one_copy(here: Path, go: Go, adapter: 
     assert said.count("model: ") == 1 and "somewhat off" not in said
     values = last_line(said)
     assert values["val_loss"] < losses("o")[0] / 2 and "val_perplexity" not in values
-    assert run_settings("o")["teacher_quant"] == "nf4-nodq"
+    assert read_run("o")["teacher_quant"] == "nf4-nodq"
     student, _ = fourbit.load("m", quant_type="nf4", double_quant=False)
     assert len(fourbit.load_adapter(student, "o")) == 14
 
@@ -233,13 +233,13 @@ def test_distill_from_another_form_loads_it(here: Path, go: Go, adapter: str) ->
     assert f"the adapter {adapter} was trained on nf4-nodq; on the dense base it will be somewhat off" in said
     shutil.copytree(here / "m", here / "copy")
     said = go("distill", "c", f"--teacher copy --teacher-adapter {adapter} --steps 1")
-    assert run_settings("c")["teacher_quant"] == "nf4-nodq", "as its adapter was trained"
+    assert read_run("c")["teacher_quant"] == "nf4-nodq", "as its adapter was trained"
     assert said.count("model: ") == 2
 
 
 def test_distill_into_all_weights(go: Go, typed: Go, adapter: str) -> None:
     go("distill", "o", f"--teacher-adapter {adapter} --full --lr 1e-3 --steps 2")
-    settings = run_settings("o")
+    settings = read_run("o")
     assert settings["quant"] == "none" and settings["teacher_quant"] == "nf4-nodq" and "rank" not in settings
     old, new = (fourbit.load(folder)[0].state_dict() for folder in ("m", "o"))
     assert not all(torch.equal(old[name], new[name]) for name in old)

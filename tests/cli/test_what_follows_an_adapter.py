@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fourbit
-from fourbit.cli.load import CONFIG, run_settings
+from fourbit.cli.config_file import CONFIG, read_run
 from fourbit.cli.main import main
 from fourbit.data.template import FILE as TEMPLATE
 from fourbit.data.template import template_for
@@ -64,7 +64,7 @@ def test_a_training_goes_on_with_template_and_form(tuned: Path, typed: Typed, co
     said = typed(f"{TRAININGS[command]} --model m --adapter run --steps 1 --out o")
     assert f"template: run/{TEMPLATE}, as in training" in said and "NF4 and" in said
     assert Path("o", TEMPLATE).read_text() == OWN
-    assert run_settings("o")["quant"] == "nf4-nodq"
+    assert read_run("o")["quant"] == "nf4-nodq"
 
 
 def test_answers_are_asked_for_with_template_and_form(tuned: Path, typed: Typed, as_json: Callable) -> None:

@@ -132,7 +132,7 @@ READY: dict[str, Callable[[list[int], list[int]], dict[str, Any]]] = {
     "lists": lambda ids, labels: {"input_ids": ids, "labels": labels},
     "numpy": lambda ids, labels: {"input_ids": np.array(ids, np.int32), "labels": np.array(labels)},
     "torch": lambda ids, labels: {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)},
-    "a mask": lambda ids, labels: {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)},
+    "a mask": lambda ids, labels: {"input_ids": ids, "labels": labels, "attention_mask": [True] * len(ids)},
     "padding": lambda ids, labels: {
         "input_ids": torch.tensor([*ids, 5, 5]),
         "labels": torch.tensor([*labels, -100, -100]),
@@ -305,3 +305,17 @@ def test_chats_in_tokens_and_packing_stand_alone(tiny_folder: Path, rows: Path) 
         fourbit.data.encode_chat([ASK], tokenizer)
     with pytest.raises(ValueError, match="without a trained token after its first"):
         fourbit.data.pack([([1, 2], [True, False])])
+    for mask in ([False, True], [-100, -100, 3]):  # one too short, and labels
+        with pytest.raises(ValueError, match=r"example 1 needs a mask of 3 times True or False, as its tokens, got \["):
+            fourbit.data.pack([([1, 2], [0, 1]), ([1, 2, 3], mask)])
+
+
+def test_a_report_shows_itself_in_a_notebook(tiny_folder: Path) -> None:
+    """Counts and problems; what it says is text, whatever a row holds."""
+    tokenizer = fourbit.load(tiny_folder)[1]
+    data = load([TALK, {"messages": [ASK, SAY], "<b>": 1}, {"messages": "\x1b"}], tokenizer, on_bad_row="skip")
+    html = data._repr_html_()
+    assert html == data.report._repr_html_() and "<th>rows</th><td>2</td>" in html and "&lt;b&gt;" in html
+    assert "row 3 of rows: messages: must be a list" in html and "<b>" not in html and "\x1b" not in html
+    with pytest.raises(InputError, match="kind must be one of sft, pairs, judged or prompts, got 'dpo'"):
+        load([TALK], tokenizer, "dpo")  # type: ignore[arg-type]

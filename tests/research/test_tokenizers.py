@@ -112,7 +112,7 @@ def test_of_named_templates_the_default_one_is_taken(theirs: Any) -> None:
     with pytest.raises(InputError, match=r"chat_template has no entry named 'default', only \['tool_use'\]"):
         as_tokenizer(theirs)
     theirs.chat_template = None
-    assert "using chatml" in template_for(as_tokenizer(theirs)).notice
+    assert "using chatml" in template_for(theirs).notice == template_for(as_tokenizer(theirs)).notice
 
 
 def test_what_was_changed_after_loading_counts(theirs: Any) -> None:
