@@ -81,7 +81,7 @@ def _run(options: Options, measured: Sequence[str], outputs: Mapping[str, Output
 
     def measure(name: str) -> dict[str, Any]:
         with working(f"{name}: loss"):
-            loss = evaluate_loss(model, rows.examples, pad_id=tokenizer.pad_id or 0)
+            loss = evaluate_loss(model, rows.examples)
         metrics = {"loss": loss, "perplexity": perplexity(loss)}
         if asked and options.match != "none":
             sizes = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}

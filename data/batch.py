@@ -123,6 +123,12 @@ def micro_batches(
     return [pack(group) if packing else pad(group, pad_id) for group in chosen]
 
 
+def in_batches(examples: Sequence[Numbered], token_budget: int = 2048) -> list[Batch]:
+    """Examples to be scored, packed into passes of about so many tokens; none of none."""
+    how: Any = {"packing": True, "micro_batch": "auto", "token_budget": token_budget, "pad_id": 0}
+    return micro_batches(examples, **how) if examples else []
+
+
 def _check(examples: Sequence[Numbered]) -> None:
     if not examples:
         raise ValueError("a batch needs at least one example, got none")

@@ -748,7 +748,7 @@ def test_optimizers_are_mended_as_advised() -> None:
     ("trainer/run.py", "call fourbit.use(model, '{}')"),
     ("trainer/sft.py", "load it with quant_type=None"),
     ("trainer/preference.py", "or take a loss without a reference"),
-    ("trainer/distill.py", "so the base cannot be the teacher: give a model of its own"),
+    ("trainer/distill.py", "student's base, so it cannot be the teacher: give another"),
     ("trainer/distill.py", "so it cannot be the teacher: give another"),
     ("trainer/distill.py", "give None for its base, or the name of an adapter on it"),
     ("trainer/checkpoint.py", "resume must be auto or a checkpoint folder such as"),
@@ -796,7 +796,7 @@ def test_trainers_take_what_they_advise(here: Path, tokenizer: Any) -> None:
     fourbit.load_adapter(model, "run", trainable=True)
     sft(model)
 
-    with words_of("give a model of its own"):
+    with words_of("student's base, so it cannot be the teacher: give another"):
         distil(loaded(here, None)[0], None, full=True)
     distil(loaded(here, None)[0], loaded(here)[0], full=True)
     with words_of("so it cannot be the teacher: give another"):
@@ -929,6 +929,20 @@ ELSEWHERE = {  # tests of other files that follow an advice
     ],
     "tests/text/test_tokenizer_folder.py::test_letters_that_would_vanish_are_refused": [
         ("text/tokenizer_folder.py", "give its model an unk_token of its vocabulary")
+    ],
+    "tests/research/test_own_loop_edges.py::test_the_advice_of_a_run_works": [
+        ("trainer/loop.py", words)
+        for words in (
+            "call forward_backward before optim_step", "attach an adapter, or call model.requires_grad_()",
+            "give a function of it, or a class", "got {}: give a loss", "make both as for the run that saved the state",
+            "make it after the adapter is attached",
+        )
+    ],
+    "tests/research/test_own_parts.py::test_a_trainer_evaluates_alone_and_goes_on_with_itself": [
+        ("trainer/trainer.py", "give the trainer val, rows or a share such as 0.1")
+    ],
+    "tests/research/test_own_parts.py::test_an_optimizer_and_a_scheduler_of_ones_own_go_on_bit_for_bit": [
+        ("trainer/config.py", "leave out what the config says of it")
     ],
     "tests/trainer/test_resume.py::test_the_advice_for_a_run_that_cannot_be_longer_works": [
         ("trainer/resume.py", "begin a new run from what this one saved, with another out")

@@ -40,8 +40,10 @@ class Options(TypedDict, total=False):
 
 def told(callbacks: Sequence[Callback], event: str, run: Run, record: Record) -> dict[str, float | None]:
     """A record with the metrics that callbacks give at an event. InputError for names that are taken."""
-    given = [getattr(callback, event)(run, record) or {} for callback in callbacks]
-    own = {name: finite(float(value)) for each in given for name, value in each.items()}
-    if taken := own.keys() & record.keys():
-        raise InputError(f"a callback's metrics must have names of their own, got {', '.join(sorted(taken))}")
-    return {**record, **own}
+    told = dict(record)
+    for callback in callbacks:
+        own = getattr(callback, event)(run, record) or {}
+        if taken := own.keys() & told.keys():
+            raise InputError(f"a callback's metrics must have names of their own, got {', '.join(sorted(taken))}")
+        told |= {name: finite(float(value)) for name, value in own.items()}
+    return told

@@ -37,16 +37,8 @@ _GROUP = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _FILE = re.compile(_GROUP.pattern + r"\.safetensors|state\.json")
 _FOLDER = re.compile(r"step-(?P<step>[0-9]{6,18})(?:\.[0-9]{1,6})?")
 _MANIFEST_LIMIT = 1 << 20  # bytes; ours have about 150 a file
-_BROKEN = (
-    OSError,
-    SafetensorError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    RecursionError,
-)
+_BROKEN = (OSError, SafetensorError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError)
+Groups = Mapping[str, Mapping[str, Tensor]]
 Listed = dict[str, tuple[int, str]]  # file name -> bytes, SHA-256 in hex
 
 
@@ -54,14 +46,7 @@ class OtherFormat(InputError):
     """A whole checkpoint, of another version of fourbit."""
 
 
-def save_checkpoint(
-    folder: Path | str,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    *,
-    keep: int = 2,
-) -> Path:
+def save_checkpoint(folder: Path | str, step: int, tensors: Groups, state: Mapping[str, Any], *, keep: int = 2) -> Path:
     """Write `folder/step-<step>/` and return it; then remove our older ones but the newest `keep`.
 
     `tensors` maps group (a lower-case word) -> name -> dense tensor of any device and shape. `state` is plain JSON that
@@ -102,7 +87,7 @@ def save_checkpoint(
     return target
 
 
-def _write(folder: Path, step: int, serial: int, tensors: Mapping[str, Mapping[str, Tensor]], text: bytes) -> None:
+def _write(folder: Path, step: int, serial: int, tensors: Groups, text: bytes) -> None:
     """Every file of a checkpoint, each forced to the disk, the manifest last."""
     listed = {}
     for group in sorted(tensors):
@@ -167,9 +152,7 @@ def resuming(path: Path, notes: list[str]) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, AttributeError, InputError) as error:
-        why = (
-            f"{path / STATE}: not as this fourbit writes it ({type(error).__name__}: {error}); resume with its version"
-        )
+        why = f"{path / STATE}: not as fourbit writes it ({type(error).__name__}: {error}); resume with its version"
         raise InputError("\n".join([str(error) if isinstance(error, InputError) else why, *notes])) from error
     notes.append(f"resumed from {path}")
 
@@ -257,11 +240,10 @@ def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def _dump_state(state: Mapping[str, Any]) -> bytes:
     try:
         text = json.dumps(state, sort_keys=True, allow_nan=False, indent=1)
-        same = json.loads(text) == state
+        if json.loads(text) != state:
+            raise ValueError("it does not read back equal from JSON: use string keys, and lists instead of tuples")
     except (TypeError, ValueError) as error:
         raise ValueError(f"the state must be plain JSON with finite numbers: {error}") from error
-    if not same:
-        raise ValueError("the state does not read back equal from JSON: use string keys, and lists instead of tuples")
     return text.encode() + b"\n"
 
 

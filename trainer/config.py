@@ -34,9 +34,7 @@ class TrainingConfig(Checked):
     steps: int | None = setting(None, "optimizer steps in all; decides instead of epochs", least=1)
     batch_size: int = setting(8, "examples per optimizer step, over all micro-batches", least=1)
     micro_batch: int | Literal["auto"] = setting(
-        "auto",
-        "examples per forward pass; auto fills 512 tokens on CPU, 8192 on a GPU. Never changes the result",
-        least=1,
+        "auto", "examples per forward pass; auto: 512 tokens on CPU, 8192 on a GPU. Never changes the result", least=1
     )
     packing: bool = setting(True, "lay a micro-batch's examples end to end in one row instead of padding them")
     max_length: int = setting(1024, "tokens an example may have; a longer one is a bad row", least=2)
@@ -50,17 +48,11 @@ class TrainingConfig(Checked):
         "learning rate after warm-up: cosine or linear to zero, constant, inverse-sqrt of the step, or wsd (constant, "
         "then linear to zero over the last steps)",
     )
-    warmup: float = setting(
-        0.03, "linear warm-up: a fraction of all steps below 1, a number of steps from 1 on", least=0
-    )
+    warmup: float = setting(0.03, "linear warm-up: a fraction of all steps below 1, a number from 1 on", least=0)
     decay: float | None = setting(
-        None,
-        "wsd's last part, in which the rate falls: a fraction or a number of steps, as warmup; default 0.1",
-        positive=True,
+        None, "wsd's last part, in which the rate falls: a fraction or a number, as warmup; default 0.1", positive=True
     )
-    lora_plus: float = setting(
-        1.0, "LoRA+: the learning rate of B as a multiple of A's; its authors suggest 16", positive=True
-    )
+    lora_plus: float = setting(1.0, "LoRA+: the rate of B as a multiple of A's; its authors suggest 16", positive=True)
     lr_scale: dict[str, float] = setting(
         {},
         "factors on the learning rate by patterns of parameter names, such as '*.layers.0.*=0.5'; those that match "
@@ -75,35 +67,26 @@ class TrainingConfig(Checked):
         "in host memory. lion wants an lr 3 to 10 times smaller",
     )
     optimizer_budget: str = setting(
-        "auto",
-        "most GPU memory for a paged optimizer's state, such as 2GiB; auto: what is left beside the model",
-        metavar="auto|SIZE",
+        "auto", "most GPU memory for paged state, such as 2GiB; auto: what is left by the model", metavar="auto|SIZE"
     )
     rounding: Rounding = setting(
         "stochastic",
         "of trained weights in 16 bits (full in bfloat16): stochastic goes up or down at random so that no update is "
         "lost on average; nearest loses those below their precision",
     )
-    weight_decay: float = setting(
-        0.0, "decoupled weight decay of matrices (never of norms, biases and magnitudes)", least=0
-    )
+    weight_decay: float = setting(0.0, "decoupled weight decay of matrices (no norms, biases, magnitudes)", least=0)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm; 0 turns clipping off", least=0)
     checkpointing: Literal["auto", "on", "off"] = setting(
         "auto", "recompute activations in backward; auto does so when they would fill half of the free memory"
     )
     seed: int = setting(0, "seed of the order of rows and of dropout", least=0, most=LARGEST)
-    eval_every: int | None = setting(
-        None, "steps between evaluations on the validation rows; default each epoch", least=1
-    )
+    eval_every: int | None = setting(None, "steps between evaluations on validation rows; default each epoch", least=1)
     patience: int | None = setting(None, "stop after this many evaluations without a better validation loss", least=1)
     keep_best: bool = setting(True, "save the weights of the best validation loss instead of the last")
     save_every: int | None = setting(None, "steps between training checkpoints; default each epoch", least=1)
     keep: int = setting(2, "training checkpoints kept", least=1)
     resume: str | None = setting(
-        None,
-        "auto: go on from the newest checkpoint in out, if any; or a checkpoint's path",
-        metavar="auto|PATH",
-        bare="auto",
+        None, "auto: from the newest checkpoint in out, if any; or from this one", metavar="auto|PATH", bare="auto"
     )
     log: tuple[str, ...] = setting((), "more places for metrics: tensorboard", metavar="NAME")
 
@@ -119,10 +102,8 @@ class TrainingConfig(Checked):
             if (given := getattr(self, name)) is not None and given > 1 and given % 1:
                 raise InputError(f"{name} must be a fraction of all steps below 1, or a number of them, got {given}")
         if isinstance(self.micro_batch, int) and self.micro_batch > self.batch_size:
-            raise InputError(
-                f"micro_batch splits a batch, and is {self.micro_batch} for a batch_size of {self.batch_size}: give at "
-                "most that, or auto"
-            )
+            both = f"{self.micro_batch} for a batch_size of {self.batch_size}"
+            raise InputError(f"micro_batch splits a batch, and is {both}: give at most that, or auto")
         if self.decay is not None and self.schedule != "wsd":
             raise InputError(f"decay is the last part of schedule wsd; {self.schedule} has none")
         if self.optimizer_budget == "auto":
@@ -133,10 +114,8 @@ class TrainingConfig(Checked):
                 f"{PAGED}{self.optimizer} does not"
             )
         if not size_in_bytes(self.optimizer_budget):
-            raise InputError(
-                "optimizer_budget must be auto or a size above 0 with a unit, such as 2GiB or 512MiB, "
-                f"got {self.optimizer_budget!r}"
-            )
+            size = "a size above 0 with a unit, such as 2GiB or 512MiB"
+            raise InputError(f"optimizer_budget must be auto or {size}, got {self.optimizer_budget!r}")
 
     def refuse(self, names: Iterable[str], why: str) -> None:
         """Raise InputError for those of these options that were given."""
@@ -214,32 +193,21 @@ class DistillConfig(SFTConfig):
         None, "jsd: how much of the teacher is in the mixture that both are compared with, between 0 and 1; default 0.5"
     )
     temperature: float = setting(
-        1.0,
-        "both sides' logits are divided by it; the loss is the divergence itself, not multiplied by its square",
-        positive=True,
+        1.0, "both sides' logits are divided by it; the divergence is not multiplied by its square", positive=True
     )
     top_k: int | None = setting(
-        None,
-        "compare the teacher's k likeliest tokens only, both sides renormalised; default: the whole vocabulary",
-        least=1,
+        None, "compare the teacher's k likeliest tokens only, both sides renormalised; default: all", least=1
     )
-    sft_weight: float = setting(
-        0.0, "weight of the cross-entropy on the data's own tokens, added to the divergence", least=0
-    )
+    sft_weight: float = setting(0.0, "weight of the cross-entropy on the data's own tokens, which is added", least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.jsd_beta is None:
+        if (beta := self.jsd_beta) is None:
             return
         if self.divergence != "jsd":
-            raise InputError(
-                f"jsd_beta belongs to divergence jsd, got {self.jsd_beta} with {self.divergence}: leave it out"
-            )
-        if not 0 < self.jsd_beta < 1:
-            raise InputError(
-                f"jsd_beta must lie between 0 and 1, got {self.jsd_beta}; its ends are divergence forward-kl (0) and "
-                "reverse-kl (1)"
-            )
+            raise InputError(f"jsd_beta belongs to divergence jsd, got {beta} with {self.divergence}: leave it out")
+        if not 0 < beta < 1:
+            raise InputError(f"jsd_beta must lie between 0 and 1, got {beta}; its ends are forward-kl and reverse-kl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +228,6 @@ class DPOConfig(PreferenceConfig):
     """Options of preference training."""
 
     lr: float = setting(5e-5, "peak learning rate", positive=True)
-    title: ClassVar[str] = "preferences"
     loss: tuple[str, ...] = setting(
         ("sigmoid",),
         f"one of {', '.join(PAIR_LOSSES)}, or on judged answers {', '.join(UNPAIRED_LOSSES)}; NAME=WEIGHT and the flag "
@@ -268,9 +235,7 @@ class DPOConfig(PreferenceConfig):
         metavar="NAME[=WEIGHT]",
     )
     beta: float | None = setting(None, "how strongly the policy is held to the reference; default: the loss' own")
-    label_smoothing: float | None = setting(
-        None, "share of labels taken to be wrong: sigmoid (cDPO), robust, exo, simpo, cpo"
-    )
+    label_smoothing: float | None = setting(None, "share of wrong labels: sigmoid (cDPO), robust, exo, simpo, cpo")
     gamma: float | None = setting(None, "simpo: the margin of rewards aimed at")
     tau: float | None = setting(None, "discopop: the temperature of its mixture")
     sft_weight: float | None = setting(None, "cpo: the weight of its term that fits the chosen answers")
@@ -278,9 +243,7 @@ class DPOConfig(PreferenceConfig):
     undesirable_weight: float | None = setting(None, "kto, apo-zero-unpaired: the weight of bad answers")
     divergence: str | None = setting(None, "f-DPO: reverse-kl (DPO itself), forward-kl, jsd or alpha", metavar="NAME")
     divergence_alpha: float | None = setting(None, "alpha of divergence alpha, 0 to 1")
-    ld_alpha: float | None = setting(
-        None, "LD-DPO: what tokens past the shorter answer's length count, 0 to 1; default 1"
-    )
+    ld_alpha: float | None = setting(None, "LD-DPO: what tokens past the shorter answer count, 0 to 1; default 1")
     reference: Literal["auto", "base", "start"] = setting(
         "auto",
         "what the policy is compared with: base (adapter off), or start (the adapter as it was at the start); auto: "
@@ -315,9 +278,7 @@ class RewardConfig(PreferenceConfig):
     """Options of training a reward model."""
 
     head_lr: float = setting(
-        3e-3,
-        "peak learning rate of the head, which starts at zero; an lr_scale of score.weight decides instead",
-        positive=True,
+        3e-3, "peak learning rate of the head, which starts at 0; an lr_scale of score.weight goes first", positive=True
     )
     center: float = setting(
         0.0, "weight of the squared sum of a pair's rewards, which holds rewards around zero; 0.01 is usual", least=0

@@ -24,6 +24,8 @@ from .run import active_adapters
 from .sft import SFTTrainer
 from .step import Sums
 
+Teacher = CausalLM | str | None
+
 
 class DistillTrainer(SFTTrainer):
     """Trains a student towards a teacher: the loss is their divergence, averaged over trained tokens, in nats.
@@ -39,13 +41,7 @@ class DistillTrainer(SFTTrainer):
     config: DistillConfig
 
     def __init__(
-        self,
-        model: CausalLM,
-        tokenizer: Any,
-        *,
-        teacher: CausalLM | str | None,
-        config: DistillConfig,
-        **options: Unpack[Options],
+        self, model: CausalLM, tokenizer: Any, *, teacher: Teacher, config: DistillConfig, **options: Unpack[Options]
     ) -> None:
         super().__init__(model, tokenizer, config=config, **options)
         if isinstance(teacher, CausalLM):
@@ -53,10 +49,7 @@ class DistillTrainer(SFTTrainer):
             self.teacher, self.adapters = teacher, None
         else:
             if config.full:
-                raise InputError(
-                    "full training changes the student's base, so the base cannot be the teacher: give a model of its "
-                    "own"
-                )
+                raise InputError("full training changes the student's base, so it cannot be the teacher: give another")
             if teacher == DEFAULT:
                 raise InputError(
                     f"the adapter '{DEFAULT}' is what is trained, so it cannot be the teacher: give another"
@@ -96,12 +89,8 @@ class DistillTrainer(SFTTrainer):
         if not config.sft_weight:
             return Sums(loss, {})
         scores = token_scores(self.model.lm_head, ours, here.targets)
-        metrics = {
-            "divergence": summed(divergence),
-            "cross_entropy": summed(-scores.logps),
-            "token_accuracy": summed(scores.correct),
-            "entropy": summed(scores.entropy),
-        }
+        metrics = {"divergence": summed(divergence), "cross_entropy": summed(-scores.logps)}
+        metrics |= {"token_accuracy": summed(scores.correct), "entropy": summed(scores.entropy)}
         return Sums(loss - config.sft_weight * scores.logps.sum(dtype=torch.float64), metrics)
 
     def describe(self, metrics: dict[str, float]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..data.batch import Batch, Example, micro_batches
+from ..data.batch import Batch, Example, in_batches
 from ..data.encode import Dataset, encode_questions, load_rows
 from ..data.forms import samples_of
 from ..data.protocol import TokenizerLike
@@ -53,13 +53,7 @@ def perplexity(loss: float) -> float:
 
 
 def evaluate_loss(
-    model: CausalLM,
-    rows: Rows | Dataset | Sequence[Example],
-    tokenizer: TokenizerLike | None = None,
-    *,
-    packing: bool = True,
-    token_budget: int = 512,
-    pad_id: int = 0,
+    model: CausalLM, rows: Rows | Dataset | Sequence[Example], tokenizer: TokenizerLike | None = None
 ) -> float:
     """Mean loss of a trained token over all rows, in nats; its exponential is the perplexity.
     rows: files or objects, as a trainer's `val`, for which `tokenizer` is needed; or examples of a dataset.
@@ -67,10 +61,7 @@ def evaluate_loss(
     examples: Any = rows
     if not (isinstance(rows, list | tuple) and rows and isinstance(rows[0], Example)):
         examples = load_rows(None, as_tokenizer(tokenizer), rows, "sft", max_length=None).examples
-    batches = micro_batches(
-        list(enumerate(examples)), packing=packing, micro_batch="auto", token_budget=token_budget, pad_id=pad_id
-    )
-    total = 0.0
+    batches, total = in_batches(list(enumerate(examples))), 0.0
     with evaluating(model):
         for batch in batches:
             total += (loss := cross_entropy(model, batch).loss.item())

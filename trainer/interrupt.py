@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 class Interrupt:
@@ -27,21 +28,25 @@ class Interrupt:
         self.then()
 
 
+def _caught(handler: Any, *numbers: int) -> Callable[[], None]:
+    """Set a signal handler; what is returned puts back those before. Outside the main thread none can be set."""
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    before = {number: signal.signal(number, handler) for number in numbers}
+
+    def restore() -> None:
+        for number, usual in before.items():
+            signal.signal(number, usual)
+
+    return restore
+
+
 @contextmanager
 def interrupts() -> Iterator[Interrupt]:
     """Catch SIGINT and SIGTERM while inside. The first sets the flag, the second acts as if nobody had caught it.
-    Outside the main thread signals cannot be caught: the flag then stays down."""
+    Outside the main thread the flag stays down."""
     flag = Interrupt()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-    before = {number: signal.signal(number, flag) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    flag.then = restore
+    flag.then = restore = _caught(flag, signal.SIGINT, signal.SIGTERM)
     try:
         yield flag
     finally:
@@ -53,14 +58,11 @@ def remembered_ctrl_c() -> Iterator[None]:
     """Inside, Ctrl-C raises KeyboardInterrupt as ever and is remembered. Where SIGINT is ignored or handled by another
     already, that stays."""
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not usual or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, Interrupt(_stop))
+    restore = _caught(Interrupt(_stop), *([signal.SIGINT] if usual else []))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        restore()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ flag of the step before while this one runs.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ..data.batch import Batch, Encoded, Example, micro_batches, pad
+from ..data.batch import Batch, Encoded, Example, in_batches, pad
 from ..data.protocol import TokenizerLike
 from ..errors import InputError
 from ..files import misfits
@@ -32,8 +33,9 @@ from ..models.protocol import CausalLM
 from ..optim import AdamW
 from ..optim.optimizer import FlatOptimizer
 from ..optim.unmoved import checksums, unmoved
+from ..text.tokenizer_folder import as_tokenizer
 from . import step
-from .checkpoint import load_checkpoint, newest_checkpoint, packed, resuming, save_checkpoint, unpacked
+from .checkpoint import Groups, load_checkpoint, newest_checkpoint, packed, resuming, save_checkpoint, unpacked
 from .losses.tokens import batch_token_scores, evaluating, summed
 from .step import StepResult, Sums
 
@@ -78,16 +80,20 @@ class Run:
         parameters: Mapping[str, nn.Parameter] | None = None,
         max_grad_norm: float = 1.0,
     ) -> None:
-        self.model, self.tokenizer, self.loss = model, tokenizer, loss or cross_entropy
+        self.model, self.loss = model, loss or cross_entropy
+        self.tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
         self.parameters = dict(trainable(model) if parameters is None else parameters)
         if not self.parameters:
             raise InputError("nothing of the model is trained: attach an adapter, or call model.requires_grad_()")
         self.device, self.max_grad_norm = next(iter(self.parameters.values())).device, max_grad_norm or math.inf
         made = optimizer or partial(AdamW, lr=2e-4, weight_decay=0.0)
         self.optimizer = made if isinstance(made, Optimizer) else made([*self.parameters.values()])
-        self._names = _numbered(self.optimizer, self.parameters)
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise InputError("LBFGS calls the loss itself, as often as it likes, which a run cannot let it do")
         if isinstance(self.optimizer, FlatOptimizer) and self.optimizer.max_grad_norm is None:
             self.optimizer.max_grad_norm = self.max_grad_norm
+        if isinstance(scheduler, LRScheduler):
+            raise InputError("scheduler makes torch's scheduler for an optimizer: give a function of it, or a class")
         self.scheduler = scheduler and scheduler(self.optimizer)
         if isinstance(self.scheduler, ReduceLROnPlateau):
             raise InputError("ReduceLROnPlateau goes by a metric: step it yourself, after an evaluation")
@@ -112,13 +118,8 @@ class Run:
         gradients as they were.
         """
         parameters = [*self.parameters.values()]
-        before = [parameter.grad for parameter in parameters]
-        step.put_gradients(parameters, [None] * len(parameters))
-        try:
+        with step.gradients_apart(parameters) as own:
             found = [self._backward(loss or self.loss, batch) for batch in batches]
-            own = [parameter.grad for parameter in parameters]
-        finally:
-            step.put_gradients(parameters, before)
         counted: Any = sum(0 if s.weight is None else s.weight for s in found) if weight is None else weight
         if not found or (not isinstance(counted, Tensor) and not counted > 0):
             raise InputError(f"batches must have something to learn from; together these {len(found)} weigh {counted}")
@@ -160,8 +161,8 @@ class Run:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         norm, skipped = self._update(loss)
         self.steps, self.updates = self.steps + 1, self.updates + 1
-        if self.updates == 1:
-            self.state()  # of which the optimizer makes much in its first step
+        if self.updates == 1 and not isinstance(self.optimizer, FlatOptimizer):
+            self.state()  # much of which an optimizer makes in its first step: what cannot be saved is said now
         if self.updates == self.watched:  # here the host waits for the device, once
             self.unmoved = unmoved(self.parameters, self._checksums, self.optimizer)
         for parameter in self.parameters.values():  # those too that no group has
@@ -192,7 +193,8 @@ class Run:
 
     def _state_metrics(self) -> dict[str, int | float]:
         if not isinstance(self.optimizer, FlatOptimizer):
-            kept = [value for fields in self.optimizer.state.values() for value in fields.values()]
+            every = self.optimizer.state.values()
+            kept = [value for fields in every if isinstance(fields, dict) for value in fields.values()]
             return {"optimizer_bytes": sum(value.nbytes for value in kept if isinstance(value, Tensor))}
         device, host = self.optimizer.state_bytes()
         if self.optimizer.pager is None:
@@ -209,25 +211,23 @@ class Run:
         max_new_tokens: int = 256,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        seed: int = 0,
-        token_budget: int = 2048,
+        seed: int | None = None,
     ) -> list[Completion]:
         """An answer to each prompt, a text as the model reads it or token ids, drawn as `fourbit.generate` does: equal
-        prompts get other answers, and torch's generators are left alone. token_budget: of a pass that scores them.
+        prompts get other answers. seed: one for all; None draws it from torch's generator where temperature is not 0.
         Raises InputError for texts without a tokenizer, and a model that is no `CausalLM`."""
         model, tokenizer = unwrapped(self.model), self.tokenizer
         if not isinstance(model, CausalLM) or (tokenizer is None and any(isinstance(p, str) for p in prompts)):
             raise InputError("sample needs a model of fourbit.load, and for texts its tokenizer: Run(model, tokenizer)")
         asked = [tokenizer.encode(p) if tokenizer and isinstance(p, str) else [*map(int, p)] for p in prompts]
         how: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
-        stop_ids = tokenizer.stop_ids if tokenizer else ()
-        answers = generate(model, asked, max_new_tokens=max_new_tokens, stop_ids=stop_ids, **how)
+        how |= {"max_length": model.max_positions, "stop_ids": tokenizer.stop_ids if tokenizer else ()}
+        answers = generate(model, asked, max_new_tokens=max_new_tokens, **how)
         both = enumerate(zip(asked, answers, strict=True))
-        rows = [(i, Encoded(a + b, [False] * len(a) + [True] * len(b), "", "")) for i, (a, b) in both if b]
+        rows = [(i, Encoded(a + b, [False] * len(a) + [True] * len(b))) for i, (a, b) in both if b]
         made, logprobs = [(i, Example((row,))) for i, row in rows], list[list[float]]([] for _ in asked)
-        layout: Any = {"packing": True, "micro_batch": "auto", "token_budget": token_budget, "pad_id": 0}
         with evaluating(model):
-            for batch in micro_batches(made, **layout) if made else ():
+            for batch in in_batches(made):
                 own = batch_token_scores(model, batch).logps.split([len(answers[i]) for i in batch.numbers])
                 for number, values in zip(batch.numbers, own, strict=True):
                     logprobs[number] = values.tolist()
@@ -235,10 +235,11 @@ class Run:
         return [Completion(*each) for each in zip(answers, logprobs, texts, strict=True)]
 
     def weights(self) -> dict[str, Tensor]:
-        """All that training changes, by name: what is trained, adapters' buffers, and running statistics of norms."""
-        buffers, kinds = unwrapped(self.model).named_buffers(), ("running_", "batches_tracked", ".adapters.")
-        running = {plain_name(name): buffer for name, buffer in buffers if any(kind in name for kind in kinds)}
-        return {name: tensor.detach() for name, tensor in {**running, **self.parameters}.items()}
+        """All that training changes, by name: what is trained, and all modules' buffers that a state_dict has."""
+        model = unwrapped(self.model)
+        lasting = model.state_dict().keys()
+        buffers = {plain_name(name): buffer for name, buffer in model.named_buffers() if name in lasting}
+        return {name: tensor.detach() for name, tensor in {**buffers, **self.parameters}.items()}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Put back what `weights` gave."""
@@ -248,51 +249,62 @@ class Run:
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """All that a run goes on from: tensors in groups (`weights`, the state of optimizer and scheduler, torch's
         generators), and the rest as JSON. InputError for state that is neither."""
-        tensors, saved = dict[str, Tensor](), self.optimizer.state_dict()
-        plain = {"steps": self.steps, "optimizer": name_of(type(self.optimizer)), "names": self._names}
-        plain["groups"] = packed([{**group, "params": None} for group in saved["param_groups"]], "groups", tensors)
-        fields = {(name := self._names[i]): packed(each, name, tensors) for i, each in saved["state"].items()}
-        plain |= {"fields": fields, "scheduler": None}
-        if self.scheduler is not None:
-            plain["scheduler"] = packed(self.scheduler.state_dict(), "scheduler", tensors)
+        tensors, (kinds, names) = dict[str, Tensor](), self._form()
+        kept = [self.optimizer.state_dict(), self.scheduler and self.scheduler.state_dict()]
+        plain = {"steps": self.steps, "kinds": kinds, "names": names, "kept": packed(kept, "kept", tensors)}
         return {"weights": self.weights(), "optimizer": tensors, "rng": step.rng_states(self.device)}, plain
 
-    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, Any]) -> None:
-        """Take over what `state` gave. Raises InputError for what is of another model or optimizer."""
+    def _form(self) -> tuple[str, list[list[str]]]:
+        """What keeps the state, in words, and the names of the parameters in the optimizer's groups."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        moved = [[id(parameter) for parameter in group["params"]] for group in self.optimizer.param_groups]
+        if strangers := sum(one not in names for one in chain(*moved)):
+            raise InputError(
+                f"{strangers} of the optimizer's {sum(map(len, moved))} parameters are not trained here: make it after "
+                "the adapter is attached, from those that need a gradient, or give a function of their list"
+            )
+        kinds = " and ".join(name_of(type(each)) for each in (self.optimizer, self.scheduler) if each is not None)
+        return kinds, [[names[one] for one in group] for group in moved]
+
+    def restore(self, tensors: Groups, plain: Mapping[str, Any]) -> None:
+        """Take over what `state` gave. Raises InputError for what is of another model, optimizer or scheduler, and
+        then changes nothing."""
         shapes, given = ({n: t.shape for n, t in some.items()} for some in (self.weights(), tensors["weights"]))
         if problem := misfits(shapes, given):
             raise InputError(f"the saved weights are of another model. {problem}")
-        self._load_optimizer(tensors["optimizer"], plain)
+        scheduler = self._load_optimizer(tensors["optimizer"], plain)
         self.load_weights(tensors["weights"])
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(unpacked(plain["scheduler"], tensors["optimizer"]))
+            self.scheduler.load_state_dict(scheduler)
         step.set_rng_states(tensors["rng"], self.device)
-        self.steps = plain["steps"]
-        self._gathered = []
+        self.steps, self._gathered = plain["steps"], []
         self._paged, self.retries = {}, 0  # the pager starts anew
 
-    def _load_optimizer(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        optimizer, kind = self.optimizer, name_of(type(self.optimizer))
-        if plain["names"] != self._names or plain["optimizer"] != kind:
+    def _load_optimizer(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> Any:
+        """Returns the state of the scheduler."""
+        (kinds, names), then = self._form(), [len(group) for group in plain["names"]]
+        if plain["kinds"] != kinds or plain["names"] != names:
             raise InputError(
-                f"the saved state is of {plain['optimizer']} on {len(plain['names'])} parameters, and this {kind} on "
-                f"{len(self._names)} has others, or another order: make it as for the run that saved the state"
+                f"the saved state is of {plain['kinds']} on groups of {then} parameters, and this {kinds} on "
+                f"{[*map(len, names)]} has others, or another order: make both as for the run that saved the state"
             )
-        saved = {self._names.index(name): unpacked(each, tensors) for name, each in plain["fields"].items()}
-        both = zip(optimizer.state_dict()["param_groups"], unpacked(plain["groups"], tensors), strict=True)
-        groups = [{**then, "params": now["params"]} for now, then in both]
+        saved, scheduler = unpacked(plain["kept"], tensors)
         try:
-            optimizer.load_state_dict({"state": saved, "param_groups": groups})
+            self.optimizer.load_state_dict(saved)
         except ValueError as error:
             raise InputError(f"the optimizer's state does not fit this run: {error}") from None
-        for number, each in saved.items() if not isinstance(optimizer, FlatOptimizer) else ():
-            own = optimizer.state[self.parameters[self._names[number]]]
-            for name, value in each.items():  # torch casts state to its parameter's dtype; fp32 moments shall stay so
-                own[name] = value.to(own[name].device) if isinstance(value, Tensor) else value
+        numbered = dict(enumerate(chain(*names))) if not isinstance(self.optimizer, FlatOptimizer) else {}
+        for number in numbered.keys() & saved["state"].keys():
+            own = self.optimizer.state[self.parameters[numbered[number]]]
+            for field, value in saved["state"][number].items():
+                # torch casts state to its parameter's dtype; fp32 moments stay so
+                own[field] = value.to(own[field].device) if isinstance(value, Tensor) else value
+        return scheduler
 
     def save_state(self, folder: str | Path, *, keep: int = 2) -> Path:
-        """Write `folder/step-<steps>`, whole or not at all, and return it; the newest `keep` stay. It has no place in
-        your data and not Python's or numpy's generators. Raises as `save_checkpoint`."""
+        """Write `folder/step-<steps>`, whole or not at all, and return it; the newest `keep` stay. It has no gradients
+        of a step that is begun, no place in your data, and not Python's or numpy's generators. Raises as
+        `save_checkpoint`."""
         groups, plain = self.state()
         return save_checkpoint(folder, self.steps, groups, {"loop": plain}, keep=keep)
 
@@ -300,14 +312,17 @@ class Run:
         """Go on, bit for bit, from what `save_state` wrote, or from a trainer's checkpoint: such a folder, or the
         newest whole one in it. Raises InputError where there is none, or it is of another model or optimizer."""
         found, problems = newest_checkpoint(path)
-        tensors, state = load_checkpoint(found or path)
         with resuming(found or Path(path), problems):
+            tensors, state = load_checkpoint(found or path)
             self.restore(tensors, state["loop"])
 
 
 def cross_entropy(model: CausalLM, batch: Batch | Mapping[str, Tensor]) -> Sums:
     """The loss of fine-tuning: -log p of each trained token, with token_accuracy and entropy (nats).
-    batch: of our own, or `input_ids` and `labels`, as `ready` takes them."""
+    batch: of our own, or `input_ids` and `labels`, as `ready` takes them. InputError for a model that is none of ours.
+    """
+    if not isinstance(unwrapped(model), CausalLM):
+        raise InputError(f"the loss of fine-tuning needs a model of fourbit.load, got {name_of(model)}: give a loss")
     scores = batch_token_scores(model, batch if isinstance(batch, Batch) else ready(batch))
     metrics = {"token_accuracy": summed(scores.correct), "entropy": summed(scores.entropy)}
     return Sums(-scores.logps.sum(dtype=torch.float64), metrics, weight=len(scores.logps))
@@ -317,13 +332,15 @@ def ready(batch: Mapping[str, Tensor]) -> Batch:
     """A batch of `input_ids` and `labels`, [B, T] int64 each, as transformers has them: a label is its own token where
     that is trained, else -100; the shift to what predicts it is made here. Rows are padded on the right. Raises
     InputError for other shapes or labels."""
-    ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
-    same = all(label in (-100, own) for a, b in zip(ids, labels, strict=True) for own, label in zip(a, b, strict=True))
-    padded = "attention_mask" in batch and not bool(batch["attention_mask"][:, 0].all())
-    if batch["input_ids"].shape != batch["labels"].shape or not same or padded:
+    given: Any = [batch.get(name) for name in ("input_ids", "labels", "attention_mask")]
+    ids, labels, mask = given
+    fits = ids is not None and labels is not None and ids.ndim == 2 and ids.shape == labels.shape
+    if not fits or ((labels != ids) & (labels != -100)).any() or (mask is not None and (mask.long().diff() > 0).any()):
         raise InputError("a batch is input_ids and labels, [B, T] each and alike but for -100, padded on the right")
-    rows = [Encoded(a, [label != -100 for label in b], "", "") for a, b in zip(ids, labels, strict=True)]
-    return pad([(number, Example((row,))) for number, row in enumerate(rows) if any(row.trained[1:])], 0)
+    rows = [Encoded(a, b) for a, b in zip(ids.tolist(), (labels != -100).tolist(), strict=True) if any(b[1:])]
+    if not rows:
+        raise InputError("a batch must have something to learn from, and all its labels past the first place are -100")
+    return pad([(number, Example((row,))) for number, row in enumerate(rows)], 0)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -338,17 +355,3 @@ def name_of(function: object) -> str:
     while isinstance(function, partial):
         function = function.func
     return str(getattr(function, "__qualname__", type(function).__qualname__))
-
-
-def _numbered(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[str]:
-    """The names of the optimizer's parameters, as it numbers them. InputError for one that cannot train them."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    moved = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    if strangers := sum(one not in names for one in moved):
-        raise InputError(
-            f"{strangers} of the optimizer's {len(moved)} parameters are not trained here: make it after the adapter "
-            "is attached, from those that need a gradient, or give a function that makes it of their list"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise InputError("LBFGS calls the loss itself, as often as it likes, which a run cannot let it do")
-    return [names[one] for one in moved]

@@ -28,20 +28,18 @@ from .losses.pairs import Scores, mixture, reward_shift, rewards_seen, scores_of
 from .losses.tokens import answer_scores, evaluating, summed, token_kl
 from .reference import CachedReference, cache_parts, cached
 from .run import active_adapters
-from .step import StepResult, Sums
+from .step import StepResult, Sums, as_sums
 from .trainer import Trainer, Weights
 
+OwnLoss = Callable[[Scores], Tensor] | None
 REFERENCE = "reference"  # the name, if it is free, of the frozen adapter that the policy started as
 
 
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
     """Metrics of `Sums` on the rewards of P pairs, [P] each; accuracy counts a tie, as before the first step, as 0."""
-    return {
-        "reward_chosen": summed(chosen),
-        "reward_rejected": summed(rejected),
-        "reward_margin": summed(chosen.detach() - rejected.detach()),
-        "reward_accuracy": summed(chosen > rejected),
-    }
+    margin = chosen.detach() - rejected.detach()
+    each = {"chosen": chosen, "rejected": rejected, "margin": margin, "accuracy": chosen > rejected}
+    return {f"reward_{name}": summed(values) for name, values in each.items()}
 
 
 class DPOTrainer(Trainer):
@@ -60,13 +58,7 @@ class DPOTrainer(Trainer):
     config: DPOConfig
 
     def __init__(
-        self,
-        model: CausalLM,
-        tokenizer: Any,
-        *,
-        config: DPOConfig,
-        loss: Callable[[Scores], Tensor] | None = None,
-        **options: Unpack[Options],
+        self, model: CausalLM, tokenizer: Any, *, config: DPOConfig, loss: OwnLoss = None, **options: Unpack[Options]
     ) -> None:
         self.objective = config.objective()
         self.kind = "judged" if self.objective.unpaired else "pairs"
@@ -109,7 +101,7 @@ class DPOTrainer(Trainer):
         beta = objective.shift_beta
         carried = {} if beta is None else {"seen": rewards_seen(beta * scores.ratio, scores.good)}
         losses: Any = self.loss(scores) if self.loss else mixture(objective.terms, scores, self.points)
-        return Sums(losses.sum(dtype=torch.float64), metrics, carried)
+        return as_sums(losses, batch)._replace(metrics=metrics, carried=carried)
 
     def reference_logps(self, batch: Batch) -> Tensor:
         """The reference's log-probability of each answer's tokens, [A, P, L], without gradient."""
@@ -166,20 +158,16 @@ class DPOTrainer(Trainer):
             lengths = [[sum(part.trained) for part in e.parts] for dataset in sets for e in dataset.examples]
             batches = [b for dataset in sets for b in self.micro_batches(dataset, range(len(dataset)), "auto")]
             parts = cache_parts(self.model, self.reference, self.fingerprint)
-            self.cache = cached(
-                Path(os.path.realpath(self.config.reference_cache)), parts, batches, lengths, self._live_logps
-            )
+            file = Path(os.path.realpath(self.config.reference_cache))
+            self.cache = cached(file, parts, batches, lengths, self._live_logps)
 
     @torch.no_grad()
     def _mismatch(self, dataset: Any, numbers: Sequence[int]) -> Tensor:
         """KTO's reference point, from each prompt with the answer to another one: 0 where all prompts are the same."""
         chosen = [number - self.first_number(dataset) for number in numbers]
         others = [self._other_prompt(dataset, chosen, k) for k in range(len(chosen))]
-        crossed = [
-            crossed_over(dataset.examples[i], other, self.config.max_length)
-            for i, other in zip(chosen, others, strict=True)
-            if other is not None
-        ]
+        pairs, most = zip(chosen, others, strict=True), self.config.max_length
+        crossed = [crossed_over(dataset.examples[i], other, most) for i, other in pairs if other is not None]
         if not crossed:
             return torch.zeros((), device=self.device)
         policy, reference = [], []

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch
@@ -16,7 +15,7 @@ from .config import RewardConfig
 from .losses.reward import reward_loss
 from .preference import reward_metrics
 from .reward_model import KEY, RewardModel, fresh_head
-from .step import Sums
+from .step import Sums, as_sums
 from .trainer import Trainer
 
 
@@ -51,7 +50,7 @@ class RewardTrainer(Trainer):
     def sums(self, batch: Batch) -> Sums:
         chosen, rejected = self.reward_model.rewards(batch)
         losses: Any = (self.loss or partial(reward_loss, center=self.config.center))(chosen, rejected)
-        return Sums(losses.sum(dtype=torch.float64), reward_metrics(chosen, rejected))
+        return as_sums(losses, batch)._replace(metrics=reward_metrics(chosen, rejected))
 
     def save(self, out: Path) -> None:
         self.reward_model.save(out)

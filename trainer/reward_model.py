@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data.batch import Batch, Example, micro_batches
+from ..data.batch import Batch, Example, in_batches
 from ..data.encode import encode
 from ..data.forms import samples_of
 from ..data.protocol import TokenizerLike
@@ -87,11 +87,8 @@ class RewardModel:
         made = enumerate(encode(samples, tokenizer, form, loss_on="last"))
         answers = [(i, Example(parts, label=True)) for i, (_, parts) in made]  # to be rated: its batch has `last`
         scores = [0.0] * len(answers)
-        if not answers:
-            return scores
-        batches = micro_batches(answers, packing=True, micro_batch="auto", token_budget=token_budget, pad_id=0)
         with evaluating(self.model):
-            for batch in batches:
+            for batch in in_batches(answers, token_budget):
                 found = self.rewards(batch)[0]
                 if not bool(found.isfinite().all()):
                     what = f"rewards of rows from {samples[batch.numbers[0]].source} on"
@@ -116,9 +113,7 @@ def read_head(model: CausalLM, folder: str | Path) -> Tensor:
         raise InputError(f"'{file}' must hold the one tensor '{KEY}', got {', '.join(sorted(tensors)[:4]) or 'none'}")
     if tensors[KEY].shape != like.shape:
         got, want = list(tensors[KEY].shape), list(like.shape)
-        raise InputError(
-            f"'{file}': the tensor '{KEY}' must be {want} for this model, got {got}: it is of another base"
-        )
+        raise InputError(f"'{file}': the tensor '{KEY}' must be {want} for this model, got {got}: of another base")
     head = tensors[KEY].to(like.device, like.dtype, copy=True)
     if not bool(torch.isfinite(head).all()):
         raise InputError(f"'{file}': the tensor '{KEY}' holds NaN or infinity")

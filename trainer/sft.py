@@ -35,8 +35,6 @@ class SFTTrainer(Trainer):
     def describe(self, metrics: dict[str, float]) -> dict[str, float]:
         return metrics if self.loss else metrics | {"perplexity": perplexity(metrics["loss"])}
 
-    # With `full` all weights are trained instead of an adapter.
-
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return all_parameters(self.model) if self.config.full else super().trained_parameters()
 

@@ -6,8 +6,8 @@ that failed leaves nothing.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -32,13 +32,15 @@ class Sums(NamedTuple):
 
 
 def as_sums(given: Tensor | Sums, batch: object) -> Sums:
-    """What a loss gave for a batch, with its weight. Raises InputError for a mean."""
+    """What a loss gave for a batch, with its weight. Raises InputError for a mean, and for a grid, in which places may
+    not count."""
     if isinstance(given, Sums):
         return given if given.weight is not None else given._replace(weight=getattr(batch, "weight", None))
-    if given.ndim == 0:
+    if given.ndim != 1:
+        got = f"the shape {list(given.shape)}" if given.ndim else "one number"
         raise InputError(
-            "a loss gives the value of each token, row or pair that counts ([N]), or Sums with a weight, got one "
-            "number: means of micro-batches do not add up to the step's mean"
+            f"a loss gives the value of each token, row or pair that counts ([N]), or Sums with a weight, got {got}: "
+            "means of micro-batches do not add up to the step's mean, and places that do not count add to no weight"
         )
     return Sums(given.sum(dtype=torch.float64), weight=given.numel())
 
@@ -80,13 +82,8 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConfi
     Raises InputError for patterns in lr_scale that match nothing, or leave nothing to train.
     """
     try:
-        groups: list[dict[str, Any]] = parameter_groups(
-            parameters.items(),
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            lora_plus=config.lora_plus,
-            lr_scale=config.lr_scale,
-        )
+        how: dict[str, Any] = {name: getattr(config, name) for name in ("lr", "weight_decay", "lora_plus", "lr_scale")}
+        groups: list[dict[str, Any]] = parameter_groups(parameters.items(), **how)
     except ValueError as error:
         raise InputError(f"lr_scale: {error}") from None
     if not groups:
@@ -115,24 +112,30 @@ def backward_or_retry(
     gradients. The retry draws the same random numbers. Whatever backward or make_room raises, parameters' gradients
     then are as they were before.
     """
-    device, nothing = parameters[0].device, [None] * len(parameters)
-    rng, before, sums = rng_states(device), [p.grad for p in parameters], None
-    try:
-        put_gradients(parameters, nothing)
+    device, sums = parameters[0].device, None
+    rng = rng_states(device)
+    with gradients_apart(parameters) as new:
         with suppress(torch.OutOfMemoryError):
             sums = backward()
         if sums is None:  # and what it had taken is free again: no exception holds its frames
             make_room()
             set_rng_states(rng, device)
-            put_gradients(parameters, nothing)
+            put_gradients(parameters, [None] * len(parameters))
             sums = backward()
-    except BaseException:
-        put_gradients(parameters, before)
-        raise
-    new = [p.grad for p in parameters]
-    put_gradients(parameters, before)
     add_gradients(parameters, new)
     return sums
+
+
+@contextmanager
+def gradients_apart(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor | None]]:
+    """Inside, gradients begin at None; after it, those made there are in the list, and .grad is as it was before."""
+    before, made = [p.grad for p in parameters], list[Tensor | None]()
+    put_gradients(parameters, [None] * len(parameters))
+    try:
+        yield made
+        made += [p.grad for p in parameters]
+    finally:
+        put_gradients(parameters, before)
 
 
 def add_gradients(parameters: Sequence[nn.Parameter], more: Sequence[Tensor | None]) -> None:
@@ -159,5 +162,5 @@ def rng_states(device: torch.device) -> dict[str, Tensor]:
 def set_rng_states(states: Mapping[str, Tensor], device: torch.device) -> None:
     """Go on drawing where `rng_states` was taken."""
     torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
+    if "cuda" in states and device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)

@@ -122,7 +122,7 @@ def test_a_run_is_made_longer(here: Path, typed: Go) -> None:
     assert "goes on to step 3 by schedule constant; it was to end at step 2" in said
     assert "all 3 steps of this run were done: to go on from it, see the README" in typed("sft o/config.yaml --resume")
     said = typed("sft o/config.yaml --resume --steps 9 --schedule linear", code=2)
-    assert "cannot become that run" in said and "begin a new run from what this one saved, with another out" in said
+    assert "cannot become that run" in said and "begin a new run from what this one saved, with another --out" in said
     assert len(losses("o")) == 3
     assert "adapter: goes on from o" in typed("sft --model m --data rows.jsonl --adapter o --out more --steps 1")
 

@@ -85,6 +85,9 @@ def test_losses_of_ones_own_on_preferences(trainer_of, tmp_path):
             for name in ("own", "built-in")
         )
         assert own == pytest.approx(built_in, rel=1e-5) and own[0] > own[-1]
+        with pytest.raises(InputError, match="the step's mean"):
+            mean = {"loss": lambda *given, loss=loss: loss(*given).mean()}
+            trainer_of(f"{kind.__name__} mean", parts=mean, **how).train(display=None)
 
 
 class Stretched(torch.optim.Optimizer):

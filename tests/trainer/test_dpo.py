@@ -313,9 +313,7 @@ def test_datasets_of_another_kind_are_refused(trainer_for, tiny_folder, pairs, j
     with pytest.raises(InputError, match="reads rows loaded as 'pairs', got 'sft'"):
         trainer_for(tiny_folder, load_rows(rows, tokenizer), tmp_path)
     for given in (7, [7], iter(["a"])):
-        with pytest.raises(
-            InputError, match=r"rows are a file's path, a list of paths or a Dataset, got (int|list|list_i)"
-        ):
+        with pytest.raises(InputError, match=r"train must be a file's path, .* got 7|row 1 of train: row: is .*, not"):
             trainer_for(tiny_folder, given, tmp_path)
 
 

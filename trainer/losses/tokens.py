@@ -142,11 +142,12 @@ def summed(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; the mode before is restored after."""
-    training = model.training
+    """Evaluation mode and no gradients inside; each module's mode before (a frozen norm's) is restored after."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
