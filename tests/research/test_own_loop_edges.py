@@ -142,7 +142,7 @@ def test_the_advice_of_a_run_works(tmp_path):
     with pytest.raises(InputError, match=r"or call model.requires_grad_\(\)"):
         run_of(model=model)
     model.requires_grad_()
-    with pytest.raises(InputError, match="make it after the adapter is attached, .* or give a function of their list"):
+    with pytest.raises(InputError, match=r"make it after the adapter is attached, .* or give a function of their list"):
         run_of(model=model, optimizer=sgd(nn.Linear(4, 3).parameters()))
     with pytest.raises(InputError, match="give a function of it, or a class"):
         run_of(model=model, scheduler=stepped(sgd(model.parameters())))
