@@ -18,6 +18,11 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def differentiated(x: Tensor) -> bool:
+    """Whether anything is to be differentiated by x, backward or forward."""
+    return x.requires_grad or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None)
+
+
 def run(op: type[torch.autograd.Function], plain: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """The op; plain(*inputs) for a transform, or for a compiler, which fuses it by itself."""
     made: Tensor = (plain if torch.compiler.is_compiling() or transformed() else op.apply)(*inputs)

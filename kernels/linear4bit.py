@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from . import dispatch, lora_paths
-from .derivatives import beyond_first, derivatives, transformed
+from .derivatives import beyond_first, derivatives, differentiated, transformed
 from .dropout import draw_seed, keep_level
 from .lora_paths import Group
 from .weight4bit import Weight4bit, flatten, unflatten
@@ -90,7 +90,7 @@ def _run(x: Tensor, group: Group, keep: bool) -> list[Tensor]:
     compiling = torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)  # such as fake tensors
     for weight in () if compiling else weights:
         weight.check()
-        if any(tensor is not None and tensor.requires_grad for tensor in weight[:4]):
+        if any(tensor is not None and differentiated(tensor) for tensor in weight[:4]):
             raise ValueError("scales of a 4-bit weight get no gradient here: freeze them, or take dequantize(weight)")
         if x.device != weight.packed.device:
             raise ValueError(f"x is on {x.device}, the weight on {weight.packed.device}")
@@ -111,11 +111,9 @@ def _run(x: Tensor, group: Group, keep: bool) -> list[Tensor]:
 def _all_or_none(biases: Sequence[Tensor | None], weights: Sequence[Weight4bit]) -> list[Tensor]:
     """No bias at all, or one for each: zeros where a linear has none."""
     some = next((bias for bias in biases if bias is not None), None)
-    return (
-        []
-        if some is None
-        else [some.new_zeros(w.rows) if bias is None else bias for bias, w in zip(biases, weights, strict=True)]
-    )
+    if some is None:
+        return []
+    return [some.new_zeros(w.rows) if bias is None else bias for bias, w in zip(biases, weights, strict=True)]
 
 
 def _forward(

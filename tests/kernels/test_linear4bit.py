@@ -253,6 +253,7 @@ def test_misfits_are_refused() -> None:
         linear4bit(torch.randn(3, 64), stored._replace(shape=(20, 64)))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward mode uses it
 def test_scales_that_want_a_gradient_are_refused_and_the_advice_works() -> None:
     stored = quantize(torch.randn(32, 64))
 
@@ -263,6 +264,7 @@ def test_scales_that_want_a_gradient_are_refused_and_the_advice_works() -> None:
     for gradient in (
         torch.func.grad(of_scales),
         lambda scales, own: torch.autograd.grad(of_scales(scales.clone().requires_grad_(), own), scales),
+        lambda scales, own: torch.func.jvp(lambda s: of_scales(s, own), (scales,), (scales,)),
     ):
         with pytest.raises(ValueError, match=r"scales of a 4-bit weight get no gradient here: .* take dequantize"):
             gradient(stored.absmax, True)
