@@ -67,7 +67,7 @@ class Adapter(nn.Module):
 
     def delta(self, weight: Tensor) -> Tensor:
         """The change [out, in] that this adapter makes to the dense weight [out, in], in the dtype of `weight`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no delta, which merging and reading a weight ask for")
 
     def low_rank(self) -> LowRank | None:
         """The update, if a layer may make it together with its base."""
@@ -147,8 +147,7 @@ class AdapterLayer(nn.Module):
 
     def frozen(self, names: Sequence[str]) -> nn.Module:
         """A layer on the same base with frozen copies of those of the adapters that are here; without any, the base."""
-        own = {name: cast(Adapter, self.adapters[name]) for name in names if name in self.adapters}
-        twins = {name: copy.deepcopy(adapter).freeze() for name, adapter in own.items()}
+        twins = {n: cast(Adapter, copy.deepcopy(self.adapters[n])).freeze() for n in names if n in self.adapters}
         return AdapterLayer(self.base, **twins) if twins else self.base
 
     @property

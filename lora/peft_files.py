@@ -146,8 +146,7 @@ def _keyed(parts: Mapping[str, Adapter]) -> dict[str, Tensor]:
 def _copy_into(parts: Mapping[str, Adapter], state: Mapping[str, Tensor], label: str) -> None:
     """Copy tensors under PEFT's keys into an adapter; InputError, before that, unless they fit."""
     if any(is_parametrized(part) or is_pruned(part) for part in parts.values()):
-        advice = "remove_parametrizations or prune.remove before loading"
-        raise InputError(f"{label}: the adapter is made of other tensors: {advice}")
+        raise InputError(f"{label}: remove_parametrizations or prune.remove before loading: the adapter is computed")
     own = _keyed(parts)
     _compare({key: tensor.shape for key, tensor in own.items()}, state, label)
     for key, tensor in own.items():

@@ -68,7 +68,7 @@ def dense_weights(model: nn.Module, skip: str | Sequence[str] | None = None) -> 
     for path, module in base_modules(model).items():
         if path in layers and path not in reasons:
             continue
-        own = "has a forward of its own" if isinstance(module, nn.Linear) else "is no linear layer"
+        own = "has a forward of its own: make it nn.Linear" if isinstance(module, nn.Linear) else "is no linear layer"
         for name, weight in module.named_parameters(recurse=False):
             if weight.ndim > 1:
                 why = reasons.get(path.partition(".parametrizations")[0], f"{type(module).__name__} {own}")

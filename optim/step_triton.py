@@ -109,10 +109,7 @@ def step(
             )
     for parts in launches:
         state, some = parts[0].state, [(part, tables.chunks(part)) for part in parts]
-        pointers, stochastic = (
-            (tables.addresses, tables.numbers, tables.factors),
-            rounded and state.dtype in NARROW,
-        )
+        pointers, stochastic = (tables.addresses, tables.numbers, tables.factors), rounded and state.dtype in NARROW
         update(pointers, control, tables.steps, groups[state.group], tables.rule.name, some, stochastic)
     if control is None:
         return Control(None, None)

@@ -59,7 +59,7 @@ def pruned() -> nn.Linear:
 
 
 LEFT: dict[str, Callable[[], nn.Module]] = {
-    "OwnForward has a forward of its own": lambda: OwnForward(8, 8),
+    "OwnForward has a forward of its own: make it nn.Linear": lambda: OwnForward(8, 8),
     "Embedding is no linear layer": lambda: nn.Embedding(8, 8),
     "Conv2d is no linear layer": lambda: nn.Conv2d(8, 8, 3),
     "Bilinear is no linear layer": lambda: nn.Bilinear(8, 8, 8),

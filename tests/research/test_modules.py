@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fourbit.errors import InputError
-from fourbit.lora.adapter import AdapterLayer, adapter_layers, project
+from fourbit.lora.adapter import Adapter, AdapterLayer, adapter_layers, project
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.linear4bit import NF4Linear
@@ -121,6 +121,26 @@ def test_global_hooks_hear_base_adapter_and_layer(layer: AdapterLayer, kind: str
     assert set(heard) == set(inside(layer).values()) and len(heard) == 3
     for mine, reference in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, reference)
+
+
+class InPlace(Adapter):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y.add_(1.0)
+
+
+@pytest.mark.parametrize("where", ["base", "first"])
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_what_a_hook_keeps_is_not_written_over(kind: str, where: str) -> None:
+    """By a kind of adapter that adds in place, as it may."""
+    base, x, kept = adapted(kind).base, rows().detach(), list[Tensor]()
+    layer = AdapterLayer(base, first=InPlace(), second=InPlace())
+    expected = base(x) + (where == "first")
+    layer.get_submodule(where if where == "base" else f"adapters.{where}").register_forward_hook(
+        lambda module, args, output: kept.append(output)
+    )
+    with torch.no_grad():
+        assert torch.equal(layer(x), base(x) + 1.0 + 1.0)
+    assert torch.equal(kept[0], expected)
 
 
 @pytest.mark.parametrize("where", ["base", "adapter"])
