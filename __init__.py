@@ -14,7 +14,7 @@ from .lora.lora import LoRA
 from .lora.peft_files import load_adapter, save_adapter
 from .lora.quantize import dense_weights, quantize_
 from .models.generate import generate
-from .models.load import load
+from .models.load import load, load_model
 from .models.protocol import CausalLM
 from .models.save import save_model
 from .text.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ from .trainer.step import Sums
 
 __version__ = "0.1.0"
 __all__ = [
-    "CausalLM", "Tokenizer", "generate", "load", "save_model",  # models
+    "CausalLM", "Tokenizer", "generate", "load", "load_model", "save_model",  # models
     "delta", "dequantize", "from_bitsandbytes", "merge", "to_bitsandbytes",  # layers in other forms
     "Adapter", "AdapterLayer", "LoRA", "LoRAConfig", "NF4Linear", "adapters_off", "attach", "copy_adapter",
     "dense_weights", "load_adapter", "quantize_", "remove_adapter", "save_adapter", "use", "using",  # adapters, 4 bits

@@ -29,6 +29,7 @@ from torch import Tensor
 from .errors import DiskError, InputError, NumericError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+COUNTS = ("I64", "I32", "U8", "BOOL")  # what buffers may be besides
 UNABLE = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what a file system says to a call it lacks
 UNABLE_ON_FOLDERS = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF)
 _TEMPORARY = re.compile(r"\.fourbit-[0-9a-z]+-[0-9a-f]{16}")  # what a killed run may leave behind

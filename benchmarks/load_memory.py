@@ -124,12 +124,12 @@ def measure(folder: Path, quant_type: str) -> dict[str, Any]:
     """Load in this process and return the peak of RssAnon above the level before, the model's bytes and the time."""
     import torch
 
-    from fourbit.models.load import load_model
+    from fourbit.models.load import load_decoder
 
     before = rss_anon()
     with Watch() as watch:
         start = time.perf_counter()
-        model = load_model(folder, quant_type=quant_type, dtype=torch.bfloat16)
+        model = load_decoder(folder, quant_type=quant_type, dtype=torch.bfloat16)
         seconds = time.perf_counter() - start
     after = rss_anon() - before
     model_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])

@@ -12,7 +12,7 @@ from ..errors import EnvironmentProblem, InputError
 from ..files import regular_file
 from ..lora.linear4bit import NF4Linear
 from ..lora.peft_files import load_adapter, trained_base
-from ..models.load import check_tokenizer, load_model, load_tokenizer
+from ..models.load import check_tokenizer, load_decoder, load_tokenizer
 from ..models.protocol import CausalLM
 from ..settings import checked
 from ..text.tokenizer import Tokenizer
@@ -21,7 +21,7 @@ from .config_file import CONFIG, read_run
 from .options import AdaptedModelOptions, ModelOptions, Quant
 from .show import amount, note, working
 
-# --quant's words: what people read, and load_model's arguments
+# --quant's words: what people read, and load_decoder's arguments
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("dense", {}),
     "nf4": ("NF4 with double quantisation", {"quant_type": "nf4"}),
@@ -64,7 +64,7 @@ def load_weights(options: ModelOptions, tokenizer: Tokenizer, quant: str) -> Cau
     device, (form, arguments) = choose_device(options.device), FORMS[quant]
     dtype = choose_dtype(options.dtype, device)
     with working(f"loading {options.model}"):
-        model = load_model(options.model, **arguments, dtype=dtype, device=device)
+        model = load_decoder(options.model, **arguments, dtype=dtype, device=device)
     check_tokenizer(model, tokenizer)
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     inside = {id(parameter) for module in packed for parameter in module.stored_parameters().values()}

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..kernels.blockwise import NESTED_BLOCKSIZE
-from ..kernels.codes import code_for, dynamic_code
-from ..kernels.weight4bit import Weight4bit, stored_shapes
 from ..settings import DType
 from .adapter import DEFAULT, AdapterLayer, Whole, adapter_layers, carried, remove_adapter, replace_modules
 from .linear4bit import NF4Linear, is_conv1d
+from .packed import packed_layer, packed_tensors
 
 
 def dequantize(module: nn.Module, dtype: DType | None = None) -> nn.Module:
@@ -88,13 +86,9 @@ def from_bitsandbytes(module: nn.Module) -> nn.Module:
             return None
         if getattr(state, "packing_format_for_cpu", False):
             raise InputError("a bitsandbytes layer was repacked when it ran on this CPU: convert it before it runs")
-        size = layer.in_features, layer.out_features
-        new = NF4Linear(*size, False, state.quant_type, state.blocksize, state.nested, device="meta")
-        packed, absmax = stored_shapes(size[::-1], state.blocksize)
-        nested = [state.state2.absmax, state.offset.reshape(1)] if state.nested else [None, None]
-        codes = layer.weight.detach().view(torch.uint8).as_subclass(Tensor)
-        new.store(Weight4bit(codes.view(packed), state.absmax.view(absmax), nested[0], nested[1], size[::-1]))
-        new.bias, new.dtype = layer.bias, state.dtype
+        pieces = {f".{piece}": tensor for piece, tensor in state.as_dict(packed=True).items()}
+        new = packed_layer({"": layer.weight.detach().as_subclass(Tensor)} | pieces, f"this {type(layer).__name__}")
+        new.bias = layer.bias
         return new
 
     return _swapped(module, ours, "bitsandbytes layer in 4 bits")
@@ -107,17 +101,10 @@ def to_bitsandbytes(module: nn.Module, bitsandbytes: ModuleType) -> nn.Module:
     def theirs(layer: nn.Module) -> nn.Module | None:
         if not isinstance(layer, NF4Linear):
             return None
-        packed, absmax, nested, offset, shape, kind, blocksize = layer.stored
-        make, code = bitsandbytes.functional.QuantState, code_for(kind, packed.device)
-        state = make(absmax.detach().reshape(-1), shape, code, blocksize, kind, layer.dtype)
-        if nested is not None and offset is not None:
-            state.nested, state.offset, code = True, offset.detach().reshape(()), dynamic_code(True, packed.device)
-            state.state2 = make(nested.detach(), code=code, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
-        new: nn.Module = bitsandbytes.nn.Linear4bit(*shape[::-1], bias=False, quant_type=kind, device="meta")
-        new.register_parameter("bias", layer.bias)
-        how = {"blocksize": blocksize, "compress_statistics": layer.double_quant, "quant_type": kind, "module": new}
-        data = packed.detach().reshape(-1, 1)
-        new.weight = bitsandbytes.nn.Params4bit(data, quant_state=state, bnb_quantized=True, **how)
+        new: Any = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, device="meta")
+        pieces, new.bias = packed_tensors("", layer), layer.bias
+        how = {"device": layer.packed.device, "module": new}
+        new.weight = bitsandbytes.nn.Params4bit.from_prequantized(pieces.pop(""), pieces, **how)
         return new
 
     return _swapped(module, theirs, "layer in 4 bits")

@@ -16,6 +16,7 @@ from torch.nn.utils.prune import is_pruned
 
 from ..errors import InputError
 from ..files import (
+    COUNTS,
     disk_errors,
     float_tensors,
     misfits,
@@ -36,7 +37,6 @@ from .targets import base_modules, linear_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-COUNTS = ("I64", "I32", "U8", "BOOL")  # what buffers may be
 LARGEST_CONFIG = 8 << 20  # bytes: room for the full paths of 100,000 layers
 
 

@@ -6,7 +6,7 @@ the folder, and tensors are handed out one at a time as views of the mapped file
 
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..errors import InputError, shown
 from ..files import FLOATS, read_json
+from ..lora.linear4bit import NF4Linear
+from ..lora.packed import FORM, packed_layer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -24,13 +26,13 @@ INDEX_BYTES = 64 << 20
 _PLAIN_NAME = re.compile(r'[^./\\:"\x00-\x1f][^/\\:"\x00-\x1f]*\.safetensors')
 
 
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor, from the files' headers alone. Raises InputError as `iter_tensors` does."""
+def tensor_shapes(folder: Path, besides: Sequence[str] = (), skip: Container[str] = ()) -> dict[str, tuple[int, ...]]:
+    """Name and shape of all tensors but `skip`, from headers. InputError as in `iter_tensors`, and for other types."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path, file in _opened(folder):
-        for name in file.offset_keys():
+        for name in [name for name in file.offset_keys() if name not in skip]:
             part = file.get_slice(name)
-            if part.get_dtype() not in FLOATS:
+            if part.get_dtype() not in (*FLOATS, *besides):
                 raise InputError(
                     f"{path}: tensor {name!r} has dtype {part.get_dtype()}; weights must be {', '.join(FLOATS)}. "
                     "Load the unquantised model and let fourbit quantise it."
@@ -48,6 +50,18 @@ def iter_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for _, file in _opened(folder):
         for name in file.offset_keys():
             yield name, file.get_tensor(name)
+
+
+def packed_layers(folder: Path) -> tuple[dict[str, NF4Linear], set[str]]:
+    """The folder's 4-bit layers, less their biases, by the names of their weights, on the CPU in memory of their own;
+    and the names of all tensors that they are made of. InputError as `iter_tensors` and `packed_layer` raise it."""
+    names = [name for _, file in _opened(folder) for name in file.offset_keys()]
+    pieces: dict[str, dict[str, Tensor]] = {name.partition(FORM)[0]: {} for name in names if FORM in name}
+    for name, tensor in iter_tensors(folder) if pieces else ():
+        for weight in pieces.keys() & {name, name.rpartition(".")[0], name.partition(FORM)[0]}:
+            pieces[weight][name.removeprefix(weight)] = tensor.clone()
+    layers = {weight: packed_layer(found, f"{folder}: {weight!r}") for weight, found in pieces.items()}
+    return layers, {weight + piece for weight, found in pieces.items() for piece in found}
 
 
 def _opened(folder: Path) -> Iterator[tuple[Path, Any]]:

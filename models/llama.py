@@ -26,10 +26,11 @@ def read(keys: Settings) -> Spec:
     layers = keys.get("layer_types")
     if layers is not None and (not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)):
         raise InputError(f"{keys.where}: layer_types must all be 'full_attention', got {shown(layers)}.")
-    if keys.get("quantization_config") is not None:
+    quantized = keys.get("quantization_config")
+    if quantized is not None and (not isinstance(quantized, dict) or quantized.get("quant_method") != "bitsandbytes"):
         raise InputError(
-            f"{keys.where}: quantization_config must be absent (weights in fp32, fp16 or bf16), got "
-            f"{shown(keys.get('quantization_config'))}. Load the unquantised model and let fourbit quantise it."
+            f"{keys.where}: quantization_config must be absent (weights in fp32, fp16 or bf16) or bitsandbytes', got "
+            f"{shown(quantized)}. Load the unquantised model and let fourbit quantise it."
         )
     hidden, heads = keys.number("hidden_size"), keys.number("num_attention_heads")
     theta, scaling = rope(keys)

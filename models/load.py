@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import EnvironmentProblem, InputError
-from ..files import misfits, read_json
+from ..files import COUNTS, misfits, read_json
 from ..kernels.weight4bit import check_format
-from ..lora.linear4bit import NF4Linear
+from ..lora.adapter import adapter_layers, plain_modules, plain_name, replace_modules, unwrapped
+from ..lora.linear4bit import NF4Linear, is_conv1d
 from ..lora.quantize import quantize_
+from ..lora.targets import is_linear
 from ..settings import DType, floating
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_folder import folder_tokenizer
@@ -41,11 +43,11 @@ def load(
     dtype: DType = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[Decoder, Tokenizer]:
-    """Model and tokenizer of a Hugging Face folder or a `.gguf` file; arguments and errors as in `load_model`, and
+    """Model and tokenizer of a Hugging Face folder or a `.gguf` file; arguments and errors as in `load_decoder`, and
     InputError where the tokenizer is missing or has more tokens than the model has embeddings.
     """
     tokenizer = load_tokenizer(path)
-    model = load_model(
+    model = load_decoder(
         path, quant_type=quant_type, double_quant=double_quant, blocksize=blocksize, dtype=dtype, device=device
     )
     check_tokenizer(model, tokenizer)
@@ -69,7 +71,7 @@ def check_tokenizer(model: CausalLM, tokenizer: Tokenizer) -> None:
         )
 
 
-def load_model(
+def load_decoder(
     path: str | Path,
     *,
     quant_type: str | None = None,
@@ -96,26 +98,93 @@ def load_model(
     found = _opened(path)
     if isinstance(found, GGUFFile):
         spec, shapes = gguf_model.read_spec(found), gguf_model.tensor_shapes(found)
-        tensors = gguf_model.iter_tensors(found, spec)
+        tensors, layers, pieces = gguf_model.iter_tensors(found, spec), dict[str, NF4Linear](), set[str]()
     else:
-        spec = read_spec(read_json(found / "config.json", hf.CONFIG_BYTES))
-        shapes, tensors = hf.tensor_shapes(found), hf.iter_tensors(found)
+        spec, (layers, pieces) = read_spec(read_json(found / "config.json", hf.CONFIG_BYTES)), hf.packed_layers(found)
+        shapes, tensors = hf.tensor_shapes(found, skip=pieces) | _sizes(layers), hf.iter_tensors(found)
     tied = spec.tie_word_embeddings
-    renamed = {HEAD: EMBEDDING} if tied and EMBEDDING not in shapes else {}
+    renamed = {HEAD: EMBEDDING} if tied and EMBEDDING not in shapes and HEAD not in layers else {}
     shapes = {renamed.get(name, name): shape for name, shape in shapes.items()}
     both = tied and HEAD in shapes
     with torch.device("meta"), _NoInitialValues():
         model = Decoder(replace(spec, tie_word_embeddings=tied and not both))
-    skip = _check_tensors(path, model, shapes)
+    skip = _check_tensors(path, model, shapes) | pieces
     if quant_type is not None:
         quantize_(model, quant_type, blocksize=blocksize, double_quant=double_quant)
+    for name, layer in layers.items():
+        its = layer.quant_type, layer.blocksize, layer.double_quant
+        if quant_type is not None and its != (quant_type, blocksize, double_quant):
+            raise InputError(f"{path}: {name!r} is in 4 bits already, as {its}: give quant_type=None (--quant none)")
+        layer.to(device).dtype = dtype
+    _put_layers(model, layers, path)
+    own = weights_of(model)
     for name, tensor in tensors:
         if name not in skip:
-            _place(model, renamed.get(name, name), tensor, dtype, device, path)
-    if tied and (not both or torch.equal(model.get_parameter(HEAD), model.get_parameter(EMBEDDING))):
+            _place(own[renamed.get(name, name)], tensor, dtype, device, f"{path}: tensor {name!r}")
+    if both and HEAD not in layers and torch.equal(model.get_parameter(HEAD), model.get_parameter(EMBEDDING)):
         model.spec, model.lm_head.weight = spec, model.model.embed_tokens.weight
     model.source = str(path)
     return model.eval()
+
+
+def load_model(module: nn.Module, folder: str | Path) -> nn.Module:
+    """Put the weights of a folder into `module`, whatever its class, and return it: what `save_model` wrote, or any
+    folder of safetensors with the module's names. Linear layers that the file has in 4 bits become NF4Linear of the
+    same bytes (of a bare one, that is what is returned), and dense weights of 4-bit layers are quantised. Others are
+    cast to the dtype that they have in the module, or keep the file's where that is on meta, and are then on the CPU.
+
+    Raises InputError, before anything is changed, for a broken file, tensors that are missing, unknown or of another
+    shape, adapters on the module, and buffers on meta that no file holds; on the way, for NaN, infinity, values too
+    large for the dtype, and integers in the place of floats.
+    """
+    path, own, parts = Path(folder), weights_of(module), plain_modules(module)
+    layers, pieces = hf.packed_layers(path)
+    shapes = hf.tensor_shapes(path, COUNTS, pieces) | _sizes(layers)
+    first = {id(tensor): name for name, tensor in reversed(own.items())}  # a tied one's other names may be missing
+    wanted = {name: size for name, size in _sizes(own).items() if name in shapes or first[id(own[name])] == name}
+    conv1d = {name for name in layers.keys() & wanted if is_conv1d(parts.get(name.removesuffix(".weight"), module))}
+    wanted |= {name: wanted[name][::-1] for name in conv1d}
+    lost = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in own]
+    if wrong := misfits(wanted, shapes) or (f"No file holds the buffers {', '.join(lost[:4])}." if lost else ""):
+        raise InputError(f"{path}: its tensors do not fill this {type(module).__name__}. {wrong}")
+    module = _put_layers(module, layers, path)
+    for name, tensor in hf.iter_tensors(path):
+        if name not in pieces:
+            _place(own[name], tensor, tensor.dtype, torch.device("cpu"), f"{path}: tensor {name!r}")
+    return module
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor | NF4Linear]:
+    """Every parameter and saved buffer by name, the 4-bit layer itself as its weight. InputError where adapters are."""
+    if layers := adapter_layers(module):
+        raise InputError(
+            f"'{next(iter(layers))}' carries an adapter, which is no part of a whole model: save or load it by itself "
+            "(save_adapter, load_adapter), and merge it or take it off (fourbit.remove_adapter) before this"
+        )
+    packed = {path: part for path, part in plain_modules(module).items() if isinstance(part, NF4Linear)}
+    inside = {id(tensor) for layer in packed.values() for tensor in layer.stored_parameters().values()}
+    state = unwrapped(module).state_dict(keep_vars=True)
+    dense = {plain_name(name): tensor for name, tensor in state.items() if id(tensor) not in inside}
+    return dense | {f"{path}.weight".strip("."): layer for path, layer in packed.items()}
+
+
+def _sizes(weights: Mapping[str, Tensor | NF4Linear]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(own.stored.shape if isinstance(own, NF4Linear) else own.shape) for name, own in weights.items()}
+
+
+def _put_layers(module: nn.Module, layers: Mapping[str, NF4Linear], path: Path) -> nn.Module:
+    """`module` with a file's 4-bit layers in the places of their weights; InputError first for a place that is none."""
+    modules, new = plain_modules(module), dict[nn.Module, nn.Module]()
+    for name, layer in layers.items():
+        place: Any = modules.get(name.rpartition(".")[0])
+        if not name.endswith("weight") or place is None or not is_linear(place):
+            raise InputError(f"{path}: {name!r} is in 4 bits, and what this model has there is no linear layer")
+        if not place.weight.is_meta:
+            layer.to(place.weight.device)
+        layer.bias = place.bias
+        new[place] = layer.train(place.training)
+    replace_modules(module, new)
+    return new.get(module, module)
 
 
 class _NoInitialValues(TorchFunctionMode):
@@ -164,22 +233,27 @@ def _check_tensors(path: Path, model: Decoder, shapes: Mapping[str, tuple[int, .
     return skip
 
 
-def _place(model: Decoder, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, path: Path) -> None:
-    """Put one tensor where it belongs; a 4-bit layer's weight is quantised on the way and not kept."""
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if isinstance(module, NF4Linear) and attribute == "weight":
-        module.quantize_weight_(tensor.to(device), name=f"{path}: {name}")
-        module.dtype = dtype
+def _place(own: Tensor | NF4Linear, tensor: Tensor, dtype: torch.dtype, device: torch.device, what: str) -> None:
+    """Fill a tensor of the model's with the file's, or make it of that dtype there if it is on meta, so that tied ones
+    stay tied; a 4-bit layer's weight is quantised on the way and not kept. `what` is what errors call it."""
+    if isinstance(own, NF4Linear):
+        own.quantize_weight_(tensor.to(device), name=what)
+        own.dtype = dtype
         return
-    extremes = torch.stack(torch.aminmax(tensor))  # NaN spreads to both; no copy of the tensor is made
-    if not extremes.isfinite().all():
-        raise InputError(f"{path}: tensor {name!r} holds NaN or infinity. The file is damaged: get it again.")
-    if not extremes.to(dtype).isfinite().all():
-        largest = extremes.abs().max().item()
-        holds = largest <= torch.finfo(torch.bfloat16).max
-        way = "Load the model in bfloat16 or float32 (dtype=...)" if holds else "Only float64 holds it, in Python"
-        raise InputError(f"{path}: tensor {name!r} holds {largest:.3g}, too large for {dtype}. {way}.")
-    old = getattr(module, attribute)
+    dtype = dtype if own.is_meta else own.dtype
+    if tensor.is_floating_point() != dtype.is_floating_point:
+        raise InputError(f"{what} holds {tensor.dtype}, and this model has {dtype} there.")
+    if tensor.is_floating_point() and tensor.numel():
+        extremes = torch.stack(torch.aminmax(tensor))  # NaN spreads to both; no copy of the tensor is made
+        if not extremes.isfinite().all():
+            raise InputError(f"{what} holds NaN or infinity. The file is damaged: get it again.")
+        if not extremes.to(dtype).isfinite().all():
+            largest = extremes.abs().max().item()
+            holds = largest <= torch.finfo(torch.bfloat16).max
+            way = "Load the model in bfloat16 or float32 (--dtype)" if holds else "Only float64 holds it, in Python"
+            raise InputError(f"{what} holds {largest:.3g}, too large for {dtype}. {way}.")
+    if not own.is_meta:
+        own.detach().copy_(tensor)
+        return
     value = tensor.to(device=device, dtype=dtype, copy=True)  # the file's map must not live on in the model
-    setattr(module, attribute, nn.Parameter(value, requires_grad=old.requires_grad))
+    torch.utils.swap_tensors(own, nn.Parameter(value, own.requires_grad) if isinstance(own, nn.Parameter) else value)

@@ -1,4 +1,4 @@
-"""Writing a dense model as a Hugging Face folder, so that anything that reads those can load it."""
+"""Writing a model, dense or in 4 bits, as a Hugging Face folder, so that anything that reads those can load it."""
 
 import contextlib
 import json
@@ -7,19 +7,23 @@ import secrets
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files import check_finite, disk_errors, read_json, write_tensors, write_text, write_whole
-from ..lora.adapter import Adapter, plain_name, unwrapped
+from ..lora.adapter import plain_modules, unwrapped
 from ..lora.linear4bit import NF4Linear
+from ..lora.packed import packed_tensors
+from ..lora.targets import is_linear
 from ..outputs import check_apart
 from ..settings import DTYPES
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_folder import TOKENIZER_BYTES
 from .hf import CONFIG_BYTES, INDEX, SINGLE, indexed
+from .load import weights_of
 from .protocol import CausalLM
 
 SHARD_BYTES = 5 * 10**9  # as transformers cuts
@@ -29,40 +33,69 @@ _SHARD = re.compile(r"model-(?:[0-9a-f]{8}-)?[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
 def save_model(
-    model: CausalLM,
-    tokenizer: Tokenizer,
+    model: nn.Module,
     folder: str | Path,
+    tokenizer: Tokenizer | None = None,
     *,
     template: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write config.json, the weights and what came with the base into `folder`, which is made if need be: the
-    tokenizer's files, and generation_config.json with all tokens that end an answer.
+    """Write the weights of any module into `folder`, which is made if need be: dense ones as they are, those in 4 bits
+    as bitsandbytes and transformers read them, of the same bytes. `load_model` reads them into a module of that class;
+    `fourbit.load` and transformers' `from_pretrained` open the folder where the model has a config, which goes beside
+    them, with the tokenizer's files and generation_config.json with all tokens that end an answer.
 
-    model: a dense one without an adapter. Tied weights are written once, under the embedding's name. Weights of more
-    than `shard_bytes` become several files with an index. Every file appears whole or not at all, the weights all at
-    once (an older save's shards go), config.json last.
-    template: the chat template that the model was trained with, where it is not the tokenizer's own.
-    Raises InputError for the folder that the model came from, or one in it, a 4-bit model, one with an adapter or a
-    tensor that `load` would refuse, and NumericError for NaN or infinity, by tensor, before anything is written;
+    Tied weights are written once, under their first name. Weights of more than `shard_bytes` become several files with
+    an index. Every file appears whole or not at all, the weights all at once (an older save's shards go), config.json
+    last. template: the chat template that the model was trained with, where it is not the tokenizer's own.
+    Raises InputError for the folder that the model came from, or one in it, for adapters, which save_adapter saves, and
+    for types that `load_model` does not read; NumericError for NaN or infinity, by tensor, before anything is written;
     DiskError when the disk refuses.
     """
-    model = cast(CausalLM, unwrapped(model))
-    check_apart(folder, f"the folder {folder}", [model.source], folder=True)
-    folder, settings = Path(folder), model.settings()
-    tensors = _dense_state(model)
-    if settings.get("tie_word_embeddings"):
-        tensors.pop("lm_head.weight", None)
+    model, source = unwrapped(model), getattr(model, "source", "")
+    check_apart(folder, f"the folder {folder}", [source], folder=True)
+    folder, own = Path(folder), weights_of(model)
+    first = {id(value): (name, value) for name, value in reversed(own.items())}
+    packed = [layer for layer in own.values() if isinstance(layer, NF4Linear)]
+    tensors: dict[str, Tensor] = {}
+    for name, value in list(first.values())[::-1]:
+        tensors |= packed_tensors(name, value) if isinstance(value, NF4Linear) else {name: value.detach()}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (*DTYPES, torch.int64, torch.int32, torch.uint8, torch.bool):
+            raise InputError(f"{name} ({tensor.dtype}) is of a type that `load_model` does not read: cast it first")
+        check_finite(name, tensor)
     _write_weights(folder, list(_shards(tensors, shard_bytes)))
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    ids = {name: value for name, value in _token_ids(tokenizer).items() if value is not None}
-    said = {name: _of_base(model, "config.json").get(name) for name in _token_ids(tokenizer)}
-    text = json.dumps(settings | said | ids | {"torch_dtype": dtype}, indent=2) + "\n"
-    with disk_errors("the model", folder, len(text)):
-        save_tokenizer(tokenizer, folder, template)
-        generation = _of_base(model, GENERATION) | ids
-        write_text(folder / GENERATION, json.dumps(generation, indent=2, ensure_ascii=False) + "\n")
-        write_text(folder / "config.json", text)
+    if (settings := _settings(model)) is None:
+        return
+    dtype = next(value.dtype for value in own.values() if value.dtype.is_floating_point)
+    settings["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if settings.get("tie_word_embeddings") and "lm_head.weight" in tensors:
+        settings["tie_word_embeddings"] = False  # its own now, as after a merge
+    if packed:
+        linear = [path for path, part in plain_modules(model).items() if is_linear(part) and part not in packed]
+        how = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": linear}
+        how |= {"bnb_4bit_quant_type": packed[0].quant_type, "bnb_4bit_use_double_quant": packed[0].double_quant}
+        settings["quantization_config"] = how | {"bnb_4bit_compute_dtype": settings["torch_dtype"]}
+    with disk_errors("the model", folder, len(str(settings))):
+        if tokenizer is not None:
+            ids = {name: value for name, value in _token_ids(tokenizer).items() if value is not None}
+            settings |= {name: _of_base(source, "config.json").get(name) for name in _token_ids(tokenizer)} | ids
+            save_tokenizer(tokenizer, folder, template)
+            generation = _of_base(source, GENERATION) | ids
+            write_text(folder / GENERATION, json.dumps(generation, indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+
+
+def _settings(model: nn.Module) -> dict[str, Any] | None:
+    """What config.json says of a model of ours, or of transformers'; None for any other module."""
+    if isinstance(model, CausalLM):
+        return model.settings()
+    if (to_text := getattr(getattr(model, "config", None), "to_json_string", None)) is None:
+        return None
+    stale = "dtype", "quantization_config"
+    return {key: v for key, v in json.loads(to_text()).items() if key not in stale} | {
+        "architectures": [type(model).__name__]
+    }
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, template: str | None = None) -> None:
@@ -97,24 +130,11 @@ def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
 
 
-def _of_base(model: CausalLM, name: str) -> dict[str, Any]:
+def _of_base(source: str, name: str) -> dict[str, Any]:
     """A JSON file of the base's, where there is one that can be read."""
     with contextlib.suppress(InputError):
-        return read_json(Path(model.source) / name, CONFIG_BYTES) if model.source else {}
+        return read_json(Path(source) / name, CONFIG_BYTES) if source else {}
     return {}
-
-
-def _dense_state(model: CausalLM) -> dict[str, Tensor]:
-    for name, module in model.named_modules():
-        if isinstance(module, NF4Linear | Adapter):
-            raise InputError(f"only a dense model without an adapter can be saved as one; {name} belongs to neither")
-    parameters = {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    state = {plain_name(name): tensor.detach() for name, tensor in model.state_dict().items()}
-    for name, tensor in state.items():
-        if name not in parameters or tensor.dtype not in DTYPES:
-            raise InputError(f"{name} ({tensor.dtype}) is no parameter that `load` reads, so the model cannot be saved")
-        check_finite(name, tensor)
-    return state
 
 
 def _shards(tensors: dict[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:

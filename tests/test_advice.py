@@ -611,12 +611,12 @@ def test_model_folders_are_mended_as_advised(folder: Path, tmp_path: Path) -> No
     torch.save(load_file(weights), folder / "pytorch_model.bin")
     weights.unlink()
     with words_of("Give a folder of safetensors"):
-        fourbit.models.load.load_model(folder / "pytorch_model.bin")
+        fourbit.models.load.load_decoder(folder / "pytorch_model.bin")
     with words_of("convert them with transformers"):
         fourbit.load(folder)
     change(folder / "config.json", architectures=["LlamaForCausalLM"])
     transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "another")
-    fourbit.models.load.load_model(tmp_path / "another")
+    fourbit.models.load.load_decoder(tmp_path / "another")
 
     with words_of("mend the text"):
         tokenizer.encode("\ud800")

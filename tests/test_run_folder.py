@@ -236,7 +236,7 @@ def test_nothing_is_saved_into_the_models_folder(tiny_folder: Path, rows: Path, 
     model, tokenizer = fourbit.load(tiny_folder, quant_type=None)
     before = contents(tiny_folder)
     with pytest.raises(InputError, match="is read"):
-        save_model(model, tokenizer, tiny_folder / inner)
+        save_model(model, tiny_folder / inner, tokenizer)
     fourbit.attach(model, fourbit.LoRAConfig(rank=2))
     with pytest.raises(InputError, match="is read"):
         fourbit.save_adapter(model, tiny_folder / inner)

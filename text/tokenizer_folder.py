@@ -72,7 +72,7 @@ def _backend(folder: Path, tried: bool) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).exists()]
-        way = "Get it from where the model is from."
+        way = "Get it from where the model is from (save_model writes that of its third argument)."
         if others:
             way = "Convert it once with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         raise InputError(f"{folder}: needs tokenizer.json, found {f'only {others[0]}' if others else 'none'}. {way}")

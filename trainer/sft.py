@@ -40,7 +40,7 @@ class SFTTrainer(Trainer):
 
     def save(self, out: Path) -> None:
         if self.config.full:
-            save_model(self.model, self.tokenizer, out, template=template_text(self.train_set))
+            save_model(self.model, out, self.tokenizer, template=template_text(self.train_set))
         else:
             super().save(out)
 

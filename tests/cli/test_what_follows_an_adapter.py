@@ -159,7 +159,7 @@ def test_the_form_is_known_from_the_adapter_alone(tuned: Path, typed: Typed) -> 
 )
 def test_somebody_else_s_config_is_no_run_of_ours(here: Path, typed: Typed, text: str) -> None:
     model, tokenizer = fourbit.load("m")
-    save_model(model, tokenizer, "theirs")
+    save_model(model, "theirs", tokenizer)
     Path("theirs", CONFIG).write_bytes(text.encode("latin-1"))
     assert "NF4 with double quantisation" in typed("chat --model theirs")
 

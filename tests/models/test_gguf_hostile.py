@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fourbit.errors import EnvironmentProblem, InputError, visible
 from fourbit.models.gguf import GGUFFile
 from fourbit.models.gguf_tokenizer import gguf_tokenizer
-from fourbit.models.load import load_model
+from fourbit.models.load import load_decoder
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 
@@ -251,7 +251,7 @@ def use(path: Path) -> int:
     tokenizer = gguf_tokenizer(opened.metadata)
     ids, _ = tokenizer.encode_with_offsets("he said 12 <|x|>\n<|im_end|>é")
     tokenizer.decode(ids)
-    return len(load_model(path).state_dict())
+    return len(load_decoder(path).state_dict())
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:

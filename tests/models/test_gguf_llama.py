@@ -18,7 +18,7 @@ from fourbit.errors import InputError
 from fourbit.models.families import read_spec as read_config
 from fourbit.models.gguf import GGUFFile
 from fourbit.models.gguf_model import iter_tensors, llama3_scaling, read_spec
-from fourbit.models.load import load_model
+from fourbit.models.load import load_decoder
 from fourbit.models.spec import RopeScaling
 
 Change = Callable[[GGUFWriter], Any]
@@ -173,7 +173,7 @@ ADDED: list[tuple[str, Change, str]] = [
 def test_what_would_change_the_model_is_refused(change: Change, words: str, write_llama: Callable[..., Path]) -> None:
     path = write_llama(change=change)
     with pytest.raises(InputError) as caught:
-        load_model(path)
+        load_decoder(path)
     assert words in str(caught.value) and str(path) in str(caught.value)
 
 
@@ -206,14 +206,14 @@ def test_sizes_and_tensors_must_be_there_and_agree(
 ) -> None:
     change: Change = (lambda _: None) if value is None else says(f"llama.{key}", value)
     with pytest.raises(InputError) as caught:
-        load_model(write_llama(change=change, skip=key))
+        load_decoder(write_llama(change=change, skip=key))
     assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma", "Llama"])
 def test_another_architecture_is_named(architecture: str, write_gguf: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match=rf"general\.architecture must be 'llama', .* got {architecture!r}"):
-        load_model(write_gguf(architecture=architecture))
+        load_decoder(write_gguf(architecture=architecture))
 
 
 LINEAR = "llama.rope.scaling.type"
@@ -238,7 +238,7 @@ def test_a_factor_scales_as_in_llama_cpp_with_a_type_or_without(
     rope = {} if factor is None else {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": factor}}
     model = oracle(**SHAPES["five heads"], **rope)
     path = write_llama(model, change=lambda writer: [says(*entry)(writer) for entry in keys.items()])
-    ours = load_model(path)
+    ours = load_decoder(path)
     assert ours.spec.rope_scaling == (factor and RopeScaling("linear", factor))
     ids = torch.arange(40).view(2, 20)
     torch.testing.assert_close(ours(ids), model(ids).logits, atol=1e-4, rtol=0)
@@ -259,7 +259,7 @@ def test_a_head_of_its_own_size_needs_no_rotary_size(
     oracle: Callable[..., Any], write_llama: Callable[..., Path]
 ) -> None:
     model = oracle(**SHAPES["one key head"] | {"head_dim": 8})  # a share would be 16
-    assert load_model(write_llama(model, skip="rope.dimension_count")).spec.head_dim == 8
+    assert load_decoder(write_llama(model, skip="rope.dimension_count")).spec.head_dim == 8
 
 
 KEYS = [v for kind in (Keys.Rope, Keys.Attention, Keys.LLM) for v in vars(kind).values() if str(v)[:6] == "{arch}"]

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from fourbit.errors import InputError
 from fourbit.models.hf import INDEX, SINGLE, iter_tensors, tensor_shapes
-from fourbit.models.load import load_model
+from fourbit.models.load import load_decoder
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -154,7 +154,7 @@ def test_one_key_that_stands_twice_among_many_is_found_at_once(tmp_path: Path) -
     (tmp_path / "config.json").write_text("{" + ", ".join(f'"{key}": 0' for key in keys) + "}")
     began = time.process_time()
     with pytest.raises(InputError, match="the key '199999' stands there twice"):
-        load_model(tmp_path)
+        load_decoder(tmp_path)
     assert time.process_time() - began < 20
 
 
@@ -245,14 +245,14 @@ def test_pickled_weights_are_refused_and_never_opened(tmp_path: Path, name: str)
 def test_a_config_that_is_no_small_json_object(tmp_path: Path, raw: bytes, message: str) -> None:
     (tmp_path / "config.json").write_bytes(raw)
     with pytest.raises(InputError, match=message):
-        load_model(tmp_path)
+        load_decoder(tmp_path)
 
 
 @pytest.mark.parametrize("make", [lambda path: None, os.mkfifo, os.mkdir])
 def test_a_missing_config(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "config.json")
     with pytest.raises(InputError, match=r"needs the file config\.json"):
-        load_model(tmp_path)
+        load_decoder(tmp_path)
 
 
 @pytest.mark.parametrize(

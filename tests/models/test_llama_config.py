@@ -94,7 +94,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"sliding_window": 4096, "use_sliding_window": True}, "sliding_window"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must all be 'full_attention'"),
     ({"layer_types": "full_attention"}, "layer_types"),
-    ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config must be absent .*bitsandbytes"),
+    (
+        {"quantization_config": {"quant_method": "gptq"}},
+        "quantization_config must be absent .*bitsandbytes', got .*gptq",
+    ),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
     ({"hidden_size": 66}, r"hidden_size \(66\) must be a multiple of num_attention_heads \(4\)"),
     ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(3\)"),

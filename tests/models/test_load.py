@@ -17,7 +17,7 @@ from fourbit import nf4
 from fourbit.errors import EnvironmentProblem, InputError
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.models.decoder import Decoder
-from fourbit.models.load import load, load_model
+from fourbit.models.load import load, load_decoder
 
 Oracle = Callable[..., Any]
 IDS = torch.arange(60).view(2, 30)
@@ -60,7 +60,7 @@ def linears(model: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
 def test_dense_equals_the_oracle(oracle: Oracle, kind: str, save: Callable[..., Path], shard: str) -> None:
     folder = save(kind, shard=shard)
     assert len(list(folder.glob("*.safetensors"))) > 1 or shard == "1GB"
-    model = load_model(folder)
+    model = load_decoder(folder)
     assert not model.training and model.source == str(folder)
     expected = oracle(kind).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
@@ -73,7 +73,7 @@ def test_dtypes(save: Callable[..., Path], stored: torch.dtype, dtype: torch.dty
     folder = save("bias")
     edit_weights(folder, lambda tensors: tensors.update({name: t.to(stored) for name, t in tensors.items()}))
     expected = load_file(folder / "model.safetensors")
-    model = load_model(folder, dtype=dtype)
+    model = load_decoder(folder, dtype=dtype)
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == dtype and torch.equal(tensor, expected[name].to(dtype)), name
 
@@ -85,7 +85,7 @@ def test_decoder_linears_are_quantised(
     oracle: Oracle, save: Callable[..., Path], quant_type: str, double_quant: bool, kind_of_model: str, shard: str
 ) -> None:
     folder = save(kind_of_model, shard=shard)
-    model = load_model(folder, quant_type=quant_type, double_quant=double_quant, dtype=torch.bfloat16)
+    model = load_decoder(folder, quant_type=quant_type, double_quant=double_quant, dtype=torch.bfloat16)
     dense = oracle(kind_of_model).state_dict()
     found = linears(model, NF4Linear)
     assert len(found) == DECODER_LINEARS and list(linears(model, nn.Linear)) == ["lm_head"]
@@ -105,7 +105,7 @@ def test_decoder_linears_are_quantised(
 
 
 def test_quantised_logits_equal_those_of_the_decoded_weights(oracle: Oracle, save: Callable[..., Path]) -> None:
-    quantised = load_model(save("bias"), quant_type="nf4")
+    quantised = load_decoder(save("bias"), quant_type="nf4")
     theirs = oracle("bias")
     with torch.no_grad():
         for name, linear in linears(quantised, NF4Linear).items():
@@ -116,7 +116,7 @@ def test_quantised_logits_equal_those_of_the_decoded_weights(oracle: Oracle, sav
 
 def test_nothing_of_the_file_is_needed_afterwards(save: Callable[..., Path]) -> None:
     folder = save("bias")
-    model = load_model(folder)
+    model = load_decoder(folder)
     before = model(IDS)
     (folder / "model.safetensors").write_bytes(b"")  # a map of the file would now be gone
     shutil.rmtree(folder)
@@ -131,7 +131,7 @@ def test_harmless_extras_are_ignored(oracle: Oracle, save: Callable[..., Path]) 
             tensors[f"{owner}.rotary_emb.inv_freq"] = torch.ones(4)
 
     folder = edit_weights(save("tied"), add)
-    torch.testing.assert_close(load_model(folder)(IDS), oracle("tied")(IDS).logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(load_decoder(folder)(IDS), oracle("tied")(IDS).logits, rtol=0, atol=1e-4)
 
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -155,7 +155,7 @@ def test_a_head_is_what_transformers_makes_of_config_and_file(
 
     changes, edit = HEADS[case]
     folder = edit_config(edit_weights(save(), edit), **changes)
-    theirs, model = LlamaForCausalLM.from_pretrained(folder), load_model(folder, quant_type=quant_type)
+    theirs, model = LlamaForCausalLM.from_pretrained(folder), load_decoder(folder, quant_type=quant_type)
     torch.testing.assert_close(model.lm_head.weight, theirs.lm_head.weight, rtol=0, atol=0)
     torch.testing.assert_close(model.model.embed_tokens.weight, theirs.model.embed_tokens.weight, rtol=0, atol=0)
     if quant_type is None:
@@ -167,8 +167,8 @@ def test_a_head_is_what_transformers_makes_of_config_and_file(
 def test_a_config_that_forgets_to_tie_is_told_and_the_advice_works(save: Callable[..., Path]) -> None:
     folder = edit_config(save("tied"), tie_word_embeddings=False)
     with pytest.raises(InputError, match=r"1 missing: lm_head.weight.* needs tie_word_embeddings true"):
-        load_model(folder)
-    load_model(edit_config(folder, tie_word_embeddings=True))
+        load_decoder(folder)
+    load_decoder(edit_config(folder, tie_word_embeddings=True))
 
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -200,7 +200,7 @@ def test_tensors_that_do_not_fit_are_named(
     save: Callable[..., Path], edit: Callable[[Any], Any], message: str, quant_type: str | None
 ) -> None:
     with pytest.raises(InputError, match=message):
-        load_model(edit_weights(save(), edit), quant_type=quant_type)
+        load_decoder(edit_weights(save(), edit), quant_type=quant_type)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_tensors_that_do_not_fit_are_named(
 )
 def test_configs_that_do_not_fit_are_refused(save: Callable[..., Path], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        load_model(edit_config(save(), **changes))
+        load_decoder(edit_config(save(), **changes))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -232,14 +232,14 @@ def test_non_finite_weights_are_refused_by_name(
         tensors[name] = tensors[name].to(dtype)
 
     with pytest.raises(InputError, match=name):
-        load_model(edit_weights(save(), spoil), quant_type=quant_type)
+        load_decoder(edit_weights(save(), spoil), quant_type=quant_type)
 
 
 def test_a_weight_too_large_for_fp16_is_refused(save: Callable[..., Path]) -> None:
     folder = edit_weights(save(), lambda tensors: tensors["model.norm.weight"].fill_(1e6))
-    load_model(folder)
+    load_decoder(folder)
     with pytest.raises(InputError, match=r"model\.norm\.weight.*1e[+]06, too large for torch\.float16"):
-        load_model(folder, dtype=torch.float16)
+        load_decoder(folder, dtype=torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_weight_too_large_for_fp16_is_refused(save: Callable[..., Path]) -> No
 def test_paths_that_are_no_model(tmp_path: Path, name: str, make: Callable[[Path], Any], message: str) -> None:
     make(tmp_path / name)
     with pytest.raises(InputError, match=message):
-        load_model(tmp_path / name)
+        load_decoder(tmp_path / name)
     with pytest.raises(InputError, match="tokenizer.json" if message == "config.json" else message):
         load(tmp_path / name)
 
@@ -273,7 +273,7 @@ def test_impossible_arguments(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(error, match=message):
-        load_model("anywhere", **arguments)
+        load_decoder("anywhere", **arguments)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: reads /proc/self/status")
@@ -292,7 +292,7 @@ def test_peak_is_the_model_and_about_one_tensor() -> None:
 @pytest.mark.parametrize("quant_type", [None, "nf4"])
 def test_on_cuda_the_same_weights(save: Callable[..., Path], quant_type: str | None) -> None:
     folder = save("bias")
-    here, there = (load_model(folder, quant_type=quant_type, device=device) for device in ("cpu", "cuda"))
+    here, there = (load_decoder(folder, quant_type=quant_type, device=device) for device in ("cpu", "cuda"))
     for (name, a), b in zip(here.state_dict().items(), there.state_dict().values(), strict=True):
         assert b.is_cuda and torch.equal(a, b.cpu()), name
     torch.testing.assert_close(there(IDS.cuda()).cpu(), here(IDS), rtol=0, atol=1e-3)

@@ -73,7 +73,7 @@ def test_what_came_with_a_folder_leaves_with_the_result(base: Any, tmp_path: Pat
     folder, prompt, stop = base
     out = tmp_path / "out"
     model, tokenizer = load(folder)
-    save_model(model, tokenizer, out)
+    save_model(model, out, tokenizer)
     for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
         assert (out / name).read_bytes() == (folder / name).read_bytes(), name
     generation, config = (json.loads((out / f"{name}config.json").read_text()) for name in ("generation_", ""))
@@ -96,7 +96,7 @@ def test_what_came_with_a_gguf_file_leaves_with_the_result(
     metadata |= {"token_type": np.array([1] * 94 + [3] * 3), "bos_token_id": BOS, "eos_token_id": EOS}
     metadata |= {"eot_token_id": stop}
     given = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()} | {"tokenizer.chat_template": "{{ 1 }}"}
-    save_model(model, gguf_tokenizer(given), tmp_path / "out")
+    save_model(model, tmp_path / "out", gguf_tokenizer(given))
     assert len(stops_as_transformers(tmp_path / "out", prompt)) < 30
     again = load_tokenizer(tmp_path / "out")
     assert again.stop_ids == tuple(sorted((EOS, stop))) and again.chat_template == "{{ 1 }}"
@@ -108,9 +108,9 @@ def test_the_template_of_the_training_takes_the_place_of_the_base_s(base: Any, t
 
     model, tokenizer = load(base[0])
     out = tmp_path / "out"
-    save_model(model, tokenizer, out, template="{{ 'trained' }}")
+    save_model(model, out, tokenizer, template="{{ 'trained' }}")
     assert load_tokenizer(out).chat_template == AutoTokenizer.from_pretrained(out).chat_template == "{{ 'trained' }}"
-    save_model(model, tokenizer, out)  # and one that is saved over it has its own
+    save_model(model, out, tokenizer)  # and one that is saved over it has its own
     assert load_tokenizer(out).chat_template == tokenizer.chat_template
 
 
@@ -119,13 +119,13 @@ def test_a_base_that_is_gone_or_broken_costs_no_result(base: Any, tmp_path: Path
     model, tokenizer = load(folder)
     (folder / "generation_config.json").write_text("{")
     (folder / "tokenizer.json").unlink()
-    save_model(model, tokenizer, tmp_path / "out")
+    save_model(model, tmp_path / "out", tokenizer)
     again = load_tokenizer(tmp_path / "out")
     assert again.stop_ids == tokenizer.stop_ids and again.chat_template == tokenizer.chat_template
     assert len(stops_as_transformers(tmp_path / "out", prompt)) < 30
 
 
 def test_a_tokenizer_without_special_tokens_names_none(ours: Callable[..., Decoder], tmp_path: Path) -> None:
-    save_model(ours("tied"), Tokenizer(Backend(models.BPE({"a": 0}, []))), tmp_path)
+    save_model(ours("tied"), tmp_path, Tokenizer(Backend(models.BPE({"a": 0}, []))))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["eos_token_id"] is None and load(tmp_path)[1].stop_ids == ()

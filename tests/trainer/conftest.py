@@ -80,7 +80,7 @@ def wide_folder(tiny_folder, tmp_path_factory):
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.2)
     folder = tmp_path_factory.mktemp("wide")
-    save_model(wide, tokenizer, folder)
+    save_model(wide, folder, tokenizer)
     return folder
 
 

