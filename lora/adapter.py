@@ -5,7 +5,7 @@ switching, copying, taking off and files are written once, here and beside this 
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Self, cast
 
@@ -164,8 +164,7 @@ class AdapterLayer(nn.Module):
                 "where a module computes with a layer's weight, its input cannot be dropped: set dropout=0"
             )
         weight = cast(Tensor, self.copied().get("weight", self.base.weight))
-        found = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        found = found.t() if is_conv1d(self.base) else found
+        found = wide(weight, self.base)
         for adapter in self.running():
             found = found if isinstance(adapter, Whole) else found + adapter.delta(found)
         return (found.t() if is_conv1d(self.base) else found).to(weight.dtype)
@@ -174,13 +173,31 @@ class AdapterLayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base":
+            if name == "base" or name.startswith("__"):  # a parametrised base has a __deepcopy__ of its own
                 raise
         own = self.copied()
-        return own[name] if name in own else getattr(self.base, name)
+        found: Any = own[name] if name in own else getattr(self.base, name)
+        if not own or getattr(found, "__self__", None) is not self.base:
+            return found
+        tensors, method = {f"base.{key}": tensor for key, tensor in own.items()}, _Method(self.base, found)
+        return lambda *args, **kwargs: functional_call(method, tensors, args, kwargs)  # of the module, trained whole
 
     def extra_repr(self) -> str:
         return f"active={', '.join(self.active) or 'none'}"
+
+
+def wide(weight: Tensor, base: nn.Module) -> Tensor:
+    """A weight of `base` as [out, in], in fp32, or fp64 if it is."""
+    found = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return found.t() if is_conv1d(base) else found
+
+
+class _Method(nn.Module):
+    """A method of a module as a forward, which `functional_call` can give other tensors."""
+
+    def __init__(self, base: nn.Module, method: Callable[..., Any]) -> None:
+        super().__init__()
+        self.base, self.forward = base, method
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -19,6 +19,14 @@ from .targets import Linear, base_modules, check_patterns_used, matcher, nearest
 
 LayerFactory = Callable[[Linear, LoRAConfig], Adapter]
 
+UNCOPIED: dict[type | tuple[type, ...], str] = {  # what modules_to_save cannot train -> why, and what to do
+    NF4Linear: "are in 4 bits and cannot be trained: leave them dense (skip in quantize_)",
+    (
+        nn.ParameterList,
+        nn.ParameterDict,
+    ): "are read, not called: register their parameters in the module around",
+}
+
 
 def attach(
     model: nn.Module,
@@ -36,8 +44,8 @@ def attach(
     that layer (its rank and alpha): a class of one's own with the methods of `Adapter`. Each part starts from torch's
     generator or, with a `seed`, from that and its own path alone, on every device the same if it draws on the CPU.
     Adapters and copies are fp32 masters unless `dtype` says otherwise. The new one is active.
-    Raises InputError for an entry or a pattern that matches nothing, a rank larger than a layer allows, a tied or 4-bit
-    weight in `modules_to_save`, a model that carries an adapter of this name already; the model is left untouched then.
+    Raises InputError for an entry or a pattern that matches nothing, a tied or 4-bit weight or a ParameterList in
+    `modules_to_save`, a model that carries an adapter of this name already; the model is left untouched then.
     """
     read = PeftConfig(config) if isinstance(config, LoRAConfig) else from_peft(config)
     lora = read.lora_for(model)
@@ -78,11 +86,7 @@ def _made(layer: LayerFactory, base: nn.Module, config: LoRAConfig, path: str, s
         if seed is not None:
             digest = hashlib.sha256(f"{seed}\n{path}".encode()).hexdigest()
             torch.default_generator.manual_seed(int(digest[:16], 16) >> 1)
-        try:
-            return layer(base, config)  # type: ignore[arg-type]  # what is targeted is linear
-        except InputError as problem:
-            advice = "Lower rank, give this layer its own in rank_pattern, or exclude it."
-            raise InputError(f"'{path}': {problem}. {advice}") from None
+        return layer(base, config)  # type: ignore[arg-type]  # what is targeted is linear
 
 
 def _whole(modules: Mapping[str, nn.Module], entries: Iterable[str]) -> dict[str, list[str]]:
@@ -91,13 +95,13 @@ def _whole(modules: Mapping[str, nn.Module], entries: Iterable[str]) -> dict[str
     for entry in entries:
         tops = [f"{path}." for path in filter(matcher([entry]), modules)]
         inside = {path: module for path, module in modules.items() if f"{path}.".startswith((*tops,))}
-        own = {path: [n for n in module.state_dict() if "." not in n] for path, module in inside.items()}
+        own = {path: [n for n in m.state_dict() if n in m._parameters | m._buffers] for path, m in inside.items()}
         if not any(own.values()):
             what = "names nothing that can be trained" if tops else "matches no module"
-            raise InputError(f"modules_to_save entry {entry!r} {what}.{nearest(entry, modules)}")
-        if packed := [path for path, module in inside.items() if isinstance(module, NF4Linear)]:
-            rule = "are in 4 bits and cannot be trained: leave them dense (skip in quantize_)"
-            raise InputError(f"modules_to_save entry {entry!r}: {', '.join(packed[:4])} {rule}")
+            raise InputError(f"modules_to_save entry {entry!r} {what}.{nearest(entry, filter(None, modules))}")
+        for kinds, rule in UNCOPIED.items():
+            if wrong := [path for path, module in inside.items() if isinstance(module, kinds)]:
+                raise InputError(f"modules_to_save entry {entry!r}: {', '.join(wrong[:4])} {rule}")
         found |= {path: names for path, names in own.items() if names}
     return found
 

@@ -49,7 +49,7 @@ class LoRAConfig(Named):
         return pattern_value(self.alpha_pattern, path, float(self.alpha))
 
     def __post_init__(self) -> None:
-        _check_rank("rank", self.rank)
+        check_rank("rank", self.rank)
         _check_alpha("alpha", self.alpha)
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be a number from 0 up to, but not including, 1; got {shown(self.dropout)}")
@@ -65,7 +65,7 @@ class LoRAConfig(Named):
             raise InputError(
                 'target must name at least one layer: "all-linear", "attn", "mlp", a list of names or a regex'
             )
-        for key, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+        for key, check in (("rank_pattern", check_rank), ("alpha_pattern", _check_alpha)):
             object.__setattr__(self, key, _checked_pattern(key, getattr(self, key), check))
 
 
@@ -89,7 +89,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_rank(key: str, value: object) -> None:
+def check_rank(key: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
         raise InputError(f"{key} must be a whole number from 1 to {MOST:,}, got {shown(value)}")
 

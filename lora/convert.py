@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..settings import DType
-from .adapter import DEFAULT, AdapterLayer, Whole, adapter_layers, carried, remove_adapter, replace_modules
+from .adapter import DEFAULT, AdapterLayer, Whole, adapter_layers, carried, remove_adapter, replace_modules, wide
 from .linear4bit import NF4Linear, is_conv1d
 from .packed import packed_layer, packed_tensors
 
@@ -24,15 +24,13 @@ def dequantize(module: nn.Module, dtype: DType | None = None) -> nn.Module:
     Raises InputError where there is no 4-bit layer.
     """
 
-    def dense(layer: nn.Module) -> nn.Module | None:
-        if not isinstance(layer, NF4Linear):
-            return None
+    def dense(layer: NF4Linear) -> nn.Module:
         new = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
         new.weight = nn.Parameter(layer.dequantize(dtype or layer.dtype), requires_grad=False)
         new.register_parameter("bias", layer.bias)
         return new
 
-    return _swapped(module, dense, "layer in 4 bits")
+    return _swapped(module, dense)
 
 
 def delta(model: nn.Module, name: str = DEFAULT) -> Iterator[tuple[str, Tensor]]:
@@ -44,7 +42,7 @@ def delta(model: nn.Module, name: str = DEFAULT) -> Iterator[tuple[str, Tensor]]
     layers = adapter_layers(model)
     for path, adapter in carried(model, name).items():
         if not isinstance(adapter, Whole):
-            yield path, adapter.delta(_wide(layers[path].base)).detach()
+            yield path, adapter.delta(wide(cast(Tensor, layers[path].base.weight), layers[path].base)).detach()
 
 
 @torch.no_grad()
@@ -63,7 +61,7 @@ def merge(model: nn.Module, name: str = DEFAULT) -> nn.Module:
         )
     for path, change in delta(model, name):
         base = cast(nn.Linear, layers[path].base)
-        merged = (_wide(base) + change).to(base.weight.dtype)
+        merged = (wide(base.weight, base) + change).to(base.weight.dtype)
         base.weight = nn.Parameter(merged.T.contiguous() if is_conv1d(base) else merged, base.weight.requires_grad)
     for path, part in parts.items():
         for own, tensor in () if part.copies is None else part.copies.state_dict().items():
@@ -82,7 +80,7 @@ def from_bitsandbytes(module: nn.Module) -> nn.Module:
     """
 
     def ours(layer: Any) -> nn.Module | None:
-        if (state := getattr(getattr(layer, "weight", None), "quant_state", None)) is None:
+        if (state := getattr(layer.weight, "quant_state", None)) is None:
             return None
         if getattr(state, "packing_format_for_cpu", False):
             raise InputError("a bitsandbytes layer was repacked when it ran on this CPU: convert it before it runs")
@@ -91,35 +89,29 @@ def from_bitsandbytes(module: nn.Module) -> nn.Module:
         new.bias = layer.bias
         return new
 
-    return _swapped(module, ours, "bitsandbytes layer in 4 bits")
+    return _swapped(module, ours, nn.Linear, "bitsandbytes layer in 4 bits")
 
 
 def to_bitsandbytes(module: nn.Module, bitsandbytes: ModuleType) -> nn.Module:
     """The way back: NF4Linear layers become `bitsandbytes.nn.Linear4bit` (give the imported module), in place, of the
     same tensors. Raises InputError where there is no 4-bit layer."""
 
-    def theirs(layer: nn.Module) -> nn.Module | None:
-        if not isinstance(layer, NF4Linear):
-            return None
+    def theirs(layer: NF4Linear) -> nn.Module:
         new: Any = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, device="meta")
         pieces, new.bias = packed_tensors("", layer), layer.bias
         how = {"device": layer.packed.device, "module": new}
         new.weight = bitsandbytes.nn.Params4bit.from_prequantized(pieces.pop(""), pieces, **how)
         return new
 
-    return _swapped(module, theirs, "layer in 4 bits")
+    return _swapped(module, theirs)
 
 
-def _wide(base: nn.Module) -> Tensor:
-    """The dense weight [out, in] of a linear layer, in fp32, or fp64 if it is."""
-    weight = cast(Tensor, base.weight).detach()
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return wide.T if is_conv1d(base) else wide
-
-
-def _swapped(module: nn.Module, made: Callable[[Any], nn.Module | None], what: str) -> nn.Module:
-    """`module` with what is made of its layers in their places, once for each; InputError where nothing is."""
-    new = {layer: other.train(layer.training) for layer in module.modules() if (other := made(layer)) is not None}
+def _swapped(
+    module: nn.Module, made: Callable[[Any], nn.Module | None], kind: type = NF4Linear, what: str = "layer in 4 bits"
+) -> nn.Module:
+    """`module` with what is made of each layer of that kind in its place; InputError where nothing is."""
+    layers = [layer for layer in module.modules() if isinstance(layer, kind)]
+    new = {layer: other.train(layer.training) for layer in layers if (other := made(layer)) is not None}
     if not new:
         raise InputError(f"this {type(module).__name__} holds no {what}")
     replace_modules(module, new)

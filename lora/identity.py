@@ -9,13 +9,14 @@ import hashlib
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, shown
-from ..files import gathered
+from ..files import gathered, tensor_metadata
 from ..kernels.dequantize4bit import dequantize
 from ..kernels.weight4bit import BLOCKSIZES, Weight4bit
 from .linear4bit import NF4Linear, is_conv1d
@@ -42,11 +43,12 @@ class BaseIdentity(NamedTuple):
         return {KEY + name: value for name, value in self._asdict().items()}
 
     @classmethod
-    def read(cls, metadata: Mapping[str, str]) -> Self | None:
-        """What `metadata` gave; None where a file says nothing. InputError for what it never gives."""
+    def read(cls, file: Path) -> Self | None:
+        """What a file says; None where it says nothing. InputError for what `metadata` never gives."""
+        metadata = tensor_metadata(file)
         found = [metadata.get(KEY + name, "") for name in cls._fields]
         if any(found) and not _WRITTEN.fullmatch("\n".join(found)):
-            raise InputError(f"what it says of its base ({KEY}*) is damaged: got {shown(found)}")
+            raise InputError(f"'{file}': what it says of its base ({KEY}*) is damaged: got {shown(found)}")
         return cls(*found) if any(found) else None
 
     def is_other_base(self, trained: "BaseIdentity") -> bool:
@@ -59,7 +61,8 @@ class BaseIdentity(NamedTuple):
     def difference(self, trained: "BaseIdentity") -> str:
         """What an adapter should know of this form of its base; "" where it is the one that it was trained on."""
         if self.quant != trained.quant:
-            return f"was trained on {_form(trained.quant)}; on {_form(self.quant)} it will be somewhat off"
+            then, here = ("the dense base" if q == "none" else q for q in (trained.quant, self.quant))
+            return f"was trained on {then}; on {here} it will be somewhat off"
         if _differ(self.weights, trained.weights) or _differ(self.vectors, trained.vectors):
             return "was trained on slightly other weights of this base: from a file that rounds otherwise, or changed"
         return ""
@@ -93,10 +96,6 @@ def _quant(layer: NF4Linear) -> str:
     """A layer's 4-bit form in the words of `--quant`."""
     blocks = f" in blocks of {layer.blocksize}" if layer.blocksize != 64 else ""
     return layer.quant_type + ("" if layer.double_quant else "-nodq") + blocks
-
-
-def _form(quant: str) -> str:
-    return "the dense base" if quant == "none" else quant
 
 
 def _differ(a: str, b: str) -> bool:

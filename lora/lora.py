@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError
 from ..kernels.lora import lora_update
 from .adapter import Adapter, LowRank
-from .config import LoRAConfig
+from .config import LoRAConfig, check_rank
 from .linear4bit import NF4Linear, autocast_input, sizes
 
 
@@ -24,7 +23,7 @@ class LoRA(Adapter):
 
     `lora_A` [r, in] starts uniform in +-1/sqrt(in), `lora_B` [out, r] at zero, so a fresh adapter changes nothing. Both
     are fp32 masters until cast; the sum is computed in the dtype of x. Of `base` only sizes and device are taken.
-    Raises InputError for a rank outside 1..min(in, out).
+    Raises InputError for a rank below 1; one above min(in, out) is taken, as PEFT does, and wastes parameters alone.
     """
 
     def __init__(
@@ -32,11 +31,7 @@ class LoRA(Adapter):
     ) -> None:
         super().__init__()
         in_features, out_features = sizes(base)
-        largest = min(in_features, out_features)
-        if not 1 <= rank <= largest:
-            raise InputError(
-                f"rank must be in 1..{largest} for a {out_features}x{in_features} (out x in) layer, got {rank}"
-            )
+        check_rank("rank", rank)
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
         device, bound = base.weight.device, 1 / math.sqrt(in_features)
         start = torch.empty(rank, in_features, device="cpu").uniform_(-bound, bound)  # one start on every device

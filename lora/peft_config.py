@@ -7,10 +7,10 @@ Writing: only keys that PEFT has known since rsLoRA came (0.7), because old vers
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mode
 from typing import Any, Protocol
 
 from torch import nn
@@ -143,7 +143,7 @@ def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str
     rslora = all(own["use_rslora"] for own in fields.values())
     ranks = {path: own["r"] for path, own in fields.items()}
     alphas = {path: _alpha(own, rslora) for path, own in fields.items()}
-    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    rank, alpha = mode(ranks.values()), mode(alphas.values())
     settings = {
         "peft_type": kind,
         "task_type": "CAUSAL_LM" if vocabulary_heads(model) else None,
@@ -151,7 +151,7 @@ def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str
         "inference_mode": True,
         "r": rank,
         "lora_alpha": _as_integer(alpha),
-        "lora_dropout": _most_common(own["lora_dropout"] for own in fields.values()),
+        "lora_dropout": mode(own["lora_dropout"] for own in fields.values()),
         "use_rslora": rslora,
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": {key: _as_integer(value) for key, value in _pattern(alphas, alpha).items()},
@@ -218,10 +218,6 @@ def _layer_index(path: str, containers: Sequence[str]) -> int | None:
     return None
 
 
-def _most_common(values: Any) -> Any:
-    return Counter(values).most_common(1)[0][0]
-
-
 def _as_integer(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
@@ -232,11 +228,9 @@ def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
         return {}
     exceptions = {name: value for name, value in sorted(values.items()) if value != default}
     by_leaf = {re.escape(name.rpartition(".")[2]): value for name, value in exceptions.items()}
-    by_path = {re.escape(name): value for name, value in exceptions.items()}
-    for keys in (by_leaf, by_path):
-        if all(pattern_value(keys, name, default) == value for name, value in values.items()):
-            return keys
-    return {f"^{key}": value for key, value in by_path.items()}
+    if all(pattern_value(by_leaf, name, default) == value for name, value in values.items()):
+        return by_leaf
+    return {f"^{re.escape(name)}": value for name, value in exceptions.items()}
 
 
 def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:

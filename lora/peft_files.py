@@ -15,25 +15,17 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import is_pruned
 
 from ..errors import InputError
-from ..files import (
-    COUNTS,
-    disk_errors,
-    float_tensors,
-    misfits,
-    read_json,
-    regular_file,
-    tensor_metadata,
-    write_tensors,
-    write_text,
-)
+from ..files import COUNTS, disk_errors, float_tensors, misfits, read_json, regular_file, write_tensors, write_text
 from ..outputs import check_apart
 from ..settings import DType, floating
 from .adapter import DEFAULT, Adapter, Whole, adapters_of, carried, plain_name, refuse_left_out, unwrapped
 from .attach import LayerFactory, fresh, install
+from .config import LoRAConfig
 from .identity import BaseIdentity, base_identity
+from .linear4bit import sizes
 from .lora import LoRA
 from .peft_config import kind_of, read_config, write_config
-from .targets import base_modules, linear_layers
+from .targets import Linear, base_modules, linear_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -108,11 +100,7 @@ def load_adapter(
 
 def trained_base(folder: Path) -> BaseIdentity | None:
     """The base that the adapter in `folder` was trained on; None where its file does not say. Errors as loading."""
-    file = _adapter_file(folder, WEIGHTS)
-    try:
-        return BaseIdentity.read(tensor_metadata(file))
-    except InputError as problem:
-        raise InputError(f"'{file}': {problem}") from None
+    return BaseIdentity.read(_adapter_file(folder, WEIGHTS))
 
 
 def _check_base(
@@ -181,7 +169,15 @@ def _read_adapter(
         raise InputError(f"{label}: target_modules={config.lora.target!r} names no linear layer of this model")
     parts: dict[str, Adapter] = {}
     expected: dict[str, Sequence[int]] = {}
-    for path, part in fresh(model, config.lora_for(model), names, layer, 0, dtype or torch.float32):
+    where = {module: path for path, module in base_modules(model).items()}
+
+    def made(base: Linear, at: LoRAConfig) -> Adapter:
+        if config.kind == "LORA" and at.rank > min(sizes(base)):  # nothing is made as large as a config alone claims
+            needed = {f"{PREFIX}{where[base]}.lora_A.weight": (at.rank, sizes(base)[0])}
+            _compare(needed, {key: state[key] for key in needed.keys() & state.keys()}, label)
+        return layer(base, at)
+
+    for path, part in fresh(model, config.lora_for(model), names, made, 0, dtype or torch.float32):
         if not isinstance(part, Whole) and kind_of(part) != config.kind:
             what = f"holds an adapter of the kind {config.kind}, and layer= makes {kind_of(part)}"
             raise InputError(f"'{file}' {what}: give load_adapter the layer that it was attached with")

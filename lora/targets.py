@@ -20,11 +20,14 @@ from .linear4bit import NF4Linear, is_conv1d
 
 Linear = nn.Linear | NF4Linear
 
-ATTENTION = ("attn", "attention")
-ATTENTION_LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value")
-MLP = ("mlp", "ffn", "feed_forward", "feedforward")
+PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # words in a path, last parts
+    "attn": (("attn", "attention"), ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value")),
+    "mlp": (
+        ("mlp", "ffn", "feed_forward", "feedforward"),
+        ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2"),
+    ),
+}
 CLASSIFIERS = {"classifier", "score", "qa_outputs"}
-MLP_LEAVES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2")
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -65,18 +68,12 @@ def resolve(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 def check_patterns_used(field: str, patterns: Mapping[str, float], names: Sequence[str]) -> None:
     """Raise InputError for a pattern key that decides nothing among the targeted `names`."""
-    used = {pattern_key(patterns, name) for name in names}
-    for key in patterns:
-        if key in used:
-            continue
-        earlier = next(
-            (other for name in names if pattern_key([key], name) and (other := pattern_key(patterns, name))), None
-        )
-        if earlier is not None:
-            raise InputError(
-                f"{field} key {key!r} decides nothing: {earlier!r} stands before it and matches the same layers"
-            )
-        raise InputError(f"{field} key {key!r} matches none of the {len(names)} targeted layers.{nearest(key, names)}")
+    used = {name: pattern_key(patterns, name) for name in names}
+    for key in [key for key in patterns if key not in used.values()]:
+        earlier = next((used[name] for name in names if pattern_key([key], name)), None)
+        why = f"decides nothing: {earlier!r} stands before it and matches the same layers"
+        none = f"matches none of the {len(names)} targeted layers.{nearest(key, names)}"
+        raise InputError(f"{field} key {key!r} {why if earlier else none}")
 
 
 def nearest(entry: str, names: Iterable[str]) -> str:
@@ -105,17 +102,16 @@ def matcher(names: Iterable[str]) -> Callable[[str], bool]:
 
 def _targeted(model: nn.Module, target: str | Sequence[str], layers: list[str]) -> set[str]:
     """What `target` names among the linear layers; never empty."""
-    words: dict[str, Callable[[], set[str]]] = {
-        "all-linear": lambda: set(layers) - output_heads(model),
-        "attn": lambda: {name for name in layers if _in_part(name, ATTENTION, ATTENTION_LEAVES)},
-        "mlp": lambda: {name for name in layers if _in_part(name, MLP, MLP_LEAVES)},
-    }
-    if not isinstance(target, str) or target not in words:
+    if target == "all-linear":
+        chosen = set(layers) - output_heads(model)
+    elif isinstance(target, str) and target in PARTS:
+        words, leaves = PARTS[target]
+        chosen = {n for n in layers if n.rpartition(".")[2] in leaves or any(word in n.lower() for word in words)}
+    else:
         return listed(model, "target", target, layers)
-    chosen = words[target]()
     if not chosen:
         raise InputError(
-            f"target={target!r} finds no such layer in this model; name them in a list.{nearest(target, layers)}"
+            f"target={target!r} finds no such layer in this model; name them in a list.{nearest(str(target), layers)}"
             f"{_own_forwards(model)}"
         )
     return chosen
@@ -155,10 +151,6 @@ def _own_forwards(model: nn.Module) -> str:
     own = [layer for layer in base_modules(model).values() if isinstance(layer, nn.Linear) and not is_linear(layer)]
     kinds = ", ".join(sorted({type(layer).__name__ for layer in own}))
     return f" {kinds} has a forward of its own, so it may be no linear layer: make it an nn.Linear." if kinds else ""
-
-
-def _in_part(name: str, parts: Sequence[str], leaves: Sequence[str]) -> bool:
-    return name.rpartition(".")[2] in leaves or any(part in name.lower() for part in parts)
 
 
 def vocabulary_heads(model: nn.Module) -> set[str]:

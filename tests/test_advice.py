@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,7 +124,7 @@ COMMANDS = [
     case("cli/load.py", "fourbit sft writes one (--out)", f"{EVAL} --match none --adapter nope",
          f"{EVAL} --match none --adapter run"),
     case("cli/main.py", "did you mean fourbit {}?", "finetune --model m", "sft --help"),
-    case("cli/options.py", "give a temperature", f"{GENERATE} --out a --top-k 5",
+    case("models/generate.py", "give a temperature", f"{GENERATE} --out a --top-k 5",
          f"{GENERATE} --out a --top-k 5 --temperature 1"),
     case("cli/parse.py", "needs {}; see fourbit {} --help", "generate", "generate --help"),
     case("cli/parse.py", "; see fourbit {} --help", "generate --qqqqqqqq 1", "generate --help"),
@@ -278,7 +279,7 @@ def test_the_folder_that_is_named_is_free(here: Path, done: Callable[[str], str]
     assert "such as" in said and done(f"{SFT} --out {said.split()[-1]}") == "" and done(f"{SFT} --out o") == ""
 
 
-@follows(("cli/chat.py", "start it with one, if an empty one"))
+@follows(("cli/chat.py", "start it with one, even empty"))
 def test_an_empty_input_is_one(done: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", None)
     assert "start it with one" in done("chat --model m")
@@ -312,7 +313,7 @@ ASK, SAY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "
 ROWS: list[tuple[str, str, Any, dict[str, Any], list[dict[str, Any]]]] = [
     ("data/dialects.py", "add the prompt to the row", "pairs", {"chosen": "abc", "rejected": "xyz"},
      [{"prompt": "say", "chosen": "abc", "rejected": "xyz"}]),
-    ("data/dialects.py", "leave it out, or mend the row", "pairs",
+    ("data/forms.py", "leave it out, or mend the row", "pairs",
      {"prompt": "no", "chosen": [ASK, SAY], "rejected": [ASK, {**SAY, "content": "no"}]},
      [{"chosen": [ASK, SAY], "rejected": [ASK, {**SAY, "content": "no"}]},
       {"prompt": "hi", "chosen": [ASK, SAY], "rejected": [ASK, {**SAY, "content": "no"}]}]),
@@ -329,7 +330,7 @@ ROWS: list[tuple[str, str, Any, dict[str, Any], list[dict[str, Any]]]] = [
      [{"messages": [ASK, {"from": "gpt", "value": "a"}]}, {"messages": [ASK, {"from": "gpt", "content": "b"}]}]),
     ("data/messages.py", ": did you mean {}?", "sft", {"messages": [ASK, {**SAY, "role": "Assistant "}]},
      [{"messages": [ASK, SAY]}]),
-    ("data/messages.py", "which is given from elsewhere: take it out", "sft",
+    ("data/forms.py", "which is given from elsewhere: take it out", "sft",
      {"messages": [ASK, SAY], "chat_template_kwargs": {"messages": 1}},
      [{"messages": [ASK, SAY], "chat_template_kwargs": {}}]),
     ("data/read.py", "use null or leave the field out", "sft", {"messages": [ASK, {**SAY, "weight": math.nan}]},
@@ -442,7 +443,9 @@ def adapted(place: Path, **how: Any) -> Any:
     ("lora/quantize.py", "untie the weight first"),
     ("lora/quantize.py", "undo that first"),
     ("lora/attach.py", "which cannot be replaced in place: wrap it"),
-    ("lora/attach.py", "give this layer its own in rank_pattern, or exclude it"),
+    ("lora/attach.py", "are read, not called: register their parameters in the module around"),
+    ("lora/adapter.py", "its input cannot be dropped: set dropout=0"),
+    ("lora/attach.py", "is complex, and adapters and their files are real: exclude it"),
     ("lora/targets.py", "name them in a list"),
     ("lora/targets.py", "make it an nn.Linear"),
     ("lora/targets.py", "For all inside it, pass the string"),
@@ -486,10 +489,22 @@ def test_layers_are_changed_as_advised(kept: Path) -> None:
     with words_of("wrap it"):
         fourbit.attach(nn.Linear(64, 64), LoRAConfig(rank=2))
     fourbit.attach(nn.Sequential(nn.Linear(64, 64)), LoRAConfig(rank=2))
-    with words_of("Lower rank, give this layer its own in rank_pattern, or exclude it"):
-        adapted(kept, rank=20)
-    adapted(kept, rank=16), adapted(kept, rank=20, rank_pattern={"k_proj": 4, "v_proj": 4})
-    adapted(kept, rank=20, exclude=["k_proj", "v_proj"])
+    attention = nn.Sequential(nn.MultiheadAttention(8, 2))
+    for dropout in (0.1, 0):
+        fourbit.attach(attention, LoRAConfig(rank=2, dropout=dropout))
+        with words_of("set dropout=0") if dropout else nullcontext():
+            attention[0](*3 * [torch.ones(2, 8)])
+        fourbit.remove_adapter(attention, "default")
+    mixed = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.complex64))
+    with words_of("is complex, and adapters and their files are real: exclude it"):
+        fourbit.attach(mixed, LoRAConfig(rank=2))
+    fourbit.attach(mixed, LoRAConfig(rank=2, exclude=["1"]))
+    listed = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Module()})
+    listed["b"].scales = nn.ParameterList([nn.Parameter(torch.ones(8))])
+    with words_of("register their parameters in the module around"):
+        fourbit.attach(listed, LoRAConfig(rank=2, modules_to_save=["b"]))
+    listed["b"].first, listed["b"].scales = listed["b"].scales[0], None
+    fourbit.attach(listed, LoRAConfig(rank=2, modules_to_save=["b"]))
     with words_of("finds no such layer in this model; name them in a list"):
         fourbit.attach(nn.Sequential(nn.Linear(64, 64)), LoRAConfig(rank=2, target="attn"))
     fourbit.attach(nn.Sequential(nn.Linear(64, 64)), LoRAConfig(rank=2, target=["0"]))
@@ -817,6 +832,58 @@ def test_trainers_take_what_they_advise(here: Path, tokenizer: Any) -> None:
 
 
 @follows(
+    ("trainer/loop.py", "call forward_backward before optim_step"),
+    ("trainer/loop.py", "attach an adapter, or call model.requires_grad_()"),
+    ("trainer/loop.py", "make it as for the run that saved the state"),
+    ("trainer/loop.py", "make it after the adapter is attached, from those that need a gradient, or give a function"),
+)
+def test_a_loop_is_mended_as_advised(tmp_path: Path) -> None:
+    def run_of(model: nn.Module, **how: Any) -> fourbit.Run:
+        return fourbit.Run(model, loss=lambda model, x: model(x).square().sum(1), **how)
+
+    def sgd(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    model = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
+    with words_of("attach an adapter, or call model.requires_grad_()"):
+        run_of(model)
+    run_of(model.requires_grad_())
+    early = sgd(model.parameters())
+    fourbit.attach(model, LoRAConfig(rank=2))
+    with words_of("make it after the adapter is attached, from those that need a gradient, or give a function"):
+        run_of(model, optimizer=early)
+    run_of(model, optimizer=sgd(p for p in model.parameters() if p.requires_grad))
+    run = run_of(model, optimizer=sgd)
+    with words_of("call forward_backward before optim_step"):
+        run.optim_step()
+    run.forward_backward(torch.ones(2, 4))
+    run.optim_step()
+    folder = run.save_state(tmp_path / "state")
+    with words_of("make it as for the run that saved the state"):
+        run_of(model).load_state(folder)
+    again = run_of(model, optimizer=sgd)
+    again.load_state(folder)
+    assert again.steps == 1
+
+
+@follows(
+    ("trainer/config.py", "would do nothing, as {}: leave out what the config says of it"),
+    ("trainer/trainer.py", "give the trainer val, rows or a share such as 0.1"),
+)
+def test_a_trainer_with_parts_of_ones_own_is_mended_as_advised(here: Path, tokenizer: Any) -> None:
+    def sft(how: dict[str, Any], **parts: Any) -> SFTTrainer:
+        config = SFTConfig(out="o", steps=1, **how)
+        return SFTTrainer(adapted(here), tokenizer, train="rows.jsonl", config=config, **parts)
+
+    with words_of("leave out what the config says of it"):
+        sft({"lr": 1e-3}, optimizer=torch.optim.SGD)
+    sft({}, optimizer=torch.optim.SGD)
+    with words_of("give the trainer val, rows or a share such as 0.1"):
+        sft({}).evaluate()
+    assert sft({}, val=0.1).evaluate()["loss"] and sft({}, val="val.jsonl").evaluate()["loss"]
+
+
+@follows(
     ("trainer/reference.py", "Delete it to compute it anew, or give another name"),
     ("trainer/reference.py", "it is damaged; delete it to compute it anew"),
     ("trainer/reference.py", "as this fourbit writes them (format {}, got {}): give another name"),
@@ -882,6 +949,15 @@ ELSEWHERE = {  # tests of other files that follow an advice
     ],
     "tests/research/test_saved.py::test_tied_weights_are_untied_by_advice_or_refused": [
         ("lora/attach.py", "untie them before, with module.{} = torch.nn.Parameter"),
+    ],
+    "tests/research/test_second_order.py::test_a_head_that_trains_refuses_a_second_order": [
+        ("kernels/chunked_head.py", "take torch.func's, or use head(hidden)")
+    ],
+    "tests/research/test_torch_loops.py::test_settings_of_torch_that_ask_for_nothing_are_taken_and_others_refused": [
+        ("optim/optimizer.py", "leave it out, or use torch.optim.AdamW for it")
+    ],
+    "tests/kernels/test_linear4bit.py::test_scales_that_want_a_gradient_are_refused_and_the_advice_works": [
+        ("kernels/linear4bit.py", "freeze them, or take dequantize(weight)")
     ],
     "tests/research/test_own_adapter.py::test_a_round_trip": [
         ("lora/peft_files.py", "give load_adapter the layer that it was attached with"),

@@ -249,8 +249,11 @@ def test_a_file_is_compared_before_anything_is_made_for_it(
     monkeypatch.setattr("fourbit.lora.peft_files.install", lambda *_, **__: made.append("attached"))
     edit_config(folder, rank_pattern={"up_proj": 5})
     refuses(folder, r"must be \[5, 6\], got \[2, 6\]")
-    edit_config(folder, rank_pattern={"up_proj": 7})
-    refuses(folder, r"'mlp\.up_proj': rank must be in 1\.\.6 for a 10x6")
+    edit_config(folder, rank_pattern={"up_proj": 2**31 - 1})  # 51 GB
+    refuses(folder, r"mlp\.up_proj\.lora_A\.weight must be \[2147483647, 6\], got \[2, 6\]")
+    edit_config(folder, r=2**31 - 1, target_modules=["up_proj", "lm_head"])
+    refuses(folder, r"lm_head\.lora_A\.weight|up_proj\.lora_A\.weight must be")
+    edit_config(folder, r=2, target_modules=["up_proj", "down_proj"])
     edit_config(folder, rank_pattern={})
     load_adapter(adapted(seed=3), folder)
     assert not made

@@ -133,6 +133,13 @@ def test_bitsandbytes_layers_keep_their_bytes_both_ways(kind: str, nested: bool)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_adapters_stay_on_layers_that_become_bitsandbytes_and_ours_again() -> None:
+    model = adapted(fourbit.quantize_(toy()))
+    wanted = model(X)
+    assert torch.equal(fourbit.from_bitsandbytes(fourbit.to_bitsandbytes(model, bitsandbytes))(X), wanted)
+    assert type(model[0]) is fourbit.AdapterLayer and type(model[0].base) is fourbit.NF4Linear
+
+
 def test_other_forms_of_bitsandbytes_layers() -> None:
     layer = bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4", quant_storage=torch.bfloat16).to("cpu")
     dense = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)

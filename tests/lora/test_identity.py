@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 from fourbit.lora.attach import attach
@@ -99,7 +100,8 @@ def test_a_block_size_of_its_own_is_named():
     assert base_identity(quantize_(small(), blocksize=128)).quant == "nf4 in blocks of 128"
 
 
-def test_a_file_that_says_nothing_has_none():
+def test_a_file_that_says_nothing_has_none(tmp_path):
     known = base_identity(small())
-    assert BaseIdentity.read(known.metadata() | {"format": "pt"}) == known
-    assert BaseIdentity.read({"format": "pt"}) is None
+    for metadata, said in ((known.metadata(), known), ({}, None)):
+        save_file({"a": torch.ones(1)}, tmp_path / "a", metadata | {"format": "pt"})
+        assert BaseIdentity.read(tmp_path / "a") == said

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 import fourbit
 from fourbit.errors import InputError
 from fourbit.lora.adapter import adapter_parameters, adapters_of
-from fourbit.lora.peft_files import adapter_state, load_adapter_state
+from fourbit.lora.peft_files import adapter_state
 
 # peft 0.21 asks transformers 5.23 a question under an old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -108,63 +108,29 @@ def adapters_bias(model: nn.Module, name: str) -> Tensor:
     return copies.bias.bfloat16()
 
 
-class Net(nn.Module):
-    """Parameters of its own around children with some, buffers, and a projection that its parent reads."""
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_rank_above_a_layers_sizes_is_what_it_is_to_peft(quantised: bool, tmp_path: Path) -> None:
+    """As of a gate of one output, which all-linear meets."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Inner()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.norm = nn.BatchNorm1d(8)
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.inner(hidden=x)
-        return self.linear(self.norm((h + self.attention(h, h, h)[0]).transpose(1, 2)).transpose(1, 2))
-
-
-class Inner(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.token = nn.Parameter(torch.zeros(8))
-        self.dense = nn.Linear(8, 8)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.dense(hidden + self.token)
-
-
-def test_modules_of_every_shape_are_trained_whole(tmp_path: Path) -> None:
-    x = torch.randn(4, 5, 8)
-
-    def net() -> Net:
+    def gated(dense: bool = True) -> nn.Module:
         torch.manual_seed(0)
-        return Net()
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 1))
+        packed = fourbit.quantize_(model) if quantised else model
+        return fourbit.dequantize(packed) if dense and quantised else packed
 
-    config = fourbit.LoRAConfig(rank=2, target=["linear"], modules_to_save=["inner", "attention", "norm"])
-    model, whole = net(), net()
-    fourbit.attach(model, config)
-    whole.linear.requires_grad_(False)
-    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (model, whole)]
-    names = adapter_parameters(model)
-    for part in (names.pop("linear.lora_A"), names.pop("linear.lora_B")):
-        part.requires_grad_(False)
-    for _ in range(2):  # as if those modules were trained by themselves
-        for each, optimizer in zip((model, whole), optimizers, strict=True):
-            optimizer.zero_grad()
-            each.train()(x).square().mean().backward()
-            optimizer.step()
-        assert torch.equal(model.eval()(x), whole.eval()(x))
-    assert int(model.norm.num_batches_tracked) == 2 and int(model.norm.base.num_batches_tracked) == 0
-    fourbit.save_adapter(model, tmp_path)
-    again = net().eval()
-    fourbit.load_adapter(again, tmp_path)
-    assert torch.equal(again(x), model(x))
-    state = {key: tensor.clone() for key, tensor in adapter_state(model).items()}
-    randomised(model)
-    load_adapter_state(model, state)
-    assert torch.equal(again(x), model(x))
-    with fourbit.adapters_off(model):
-        torch.testing.assert_close(model(x), net().eval()(x))
+    theirs = randomised(get_peft_model(gated(), LoraConfig(r=8, lora_alpha=4, target_modules="all-linear")), 1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, x = gated(dense=False), torch.randn(5, 64, requires_grad=True)
+    assert fourbit.load_adapter(ours, tmp_path / "theirs") == ["0", "1"]
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    wanted = torch.autograd.grad(theirs(x).sum(), [x, *(p for p in theirs.parameters() if p.requires_grad)])
+    got = torch.autograd.grad(ours(x).sum(), [x, *adapter_parameters(ours).values()])
+    for mine, reference in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4)
+    fourbit.save_adapter(ours, tmp_path / "ours")
+    again = PeftModel.from_pretrained(gated(), tmp_path / "ours")
+    torch.testing.assert_close(again(x), theirs(x), rtol=1e-5, atol=1e-5)
+    assert fourbit.attach(gated(), fourbit.LoRAConfig(rank=8)) == ["0", "1"]
 
 
 REFUSED: dict[str, tuple[Callable[[nn.Module], object], dict[str, object], str]] = {
