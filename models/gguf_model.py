@@ -7,12 +7,14 @@ are those that the Spec asks for is checked where any checkpoint's are, in `load
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..errors import InputError
+from . import llama
 from .config import Settings
 from .gguf import GGUFFile
 from .spec import RopeScaling, Spec
@@ -22,18 +24,20 @@ ROPE_FACTORS = "rope_freqs.weight"  # no weight: what it says is in the Spec
 
 # What may stand under "llama." in the metadata, by what is made of it; another key is refused: it may be of a variant
 # that computes something else. First the numbers that are obeyed, each with its name in config.json.
-_OBEYED = {
-    "vocab_size": "vocab_size",
+_REQUIRED = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_OBEYED = _REQUIRED | {
+    "vocab_size": "vocab_size",
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "attention.value_length": "head_dim",
     "rope.dimension_count": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
     "rope.scaling.factor": "factor",
     "rope.scale_linear": "factor",  # the name of old for the same
@@ -65,14 +69,6 @@ _WITHOUT_EFFECT = {  # on a plain llama: what only other kinds of norm, experts,
     "rope.scaling.original_context_length",
     "rope.scaling.type",  # for this one see _rope_scaling
     "tensor_data_layout",
-}
-_REQUIRED = {
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "feed_forward_length",
-    "attention.head_count",
-    "attention.layer_norm_rms_epsilon",
 }
 _NAMES = {  # of layer 0 for all layers
     "token_embd": "model.embed_tokens",
@@ -146,24 +142,15 @@ def read_spec(file: GGUFFile) -> Spec:
     kv_heads = numbers.get("attention.head_count_kv", heads)
     if heads % kv_heads:
         raise keys.refusal("attention.head_count", f"a multiple of llama.attention.head_count_kv ({kv_heads})")
-    head_dim = _head_dim(keys, numbers, hidden // heads)
-    theta = numbers.get("rope.freq_base", 10000.0)
-    return Spec(
-        vocab_size=rows,
-        hidden_size=hidden,
-        intermediate_size=numbers["feed_forward_length"],
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=numbers["attention.layer_norm_rms_epsilon"],
-        rope_theta=theta,
-        rope_scaling=_rope_scaling(file, keys, numbers, theta, head_dim),
-        max_position_embeddings=numbers["context_length"],
-        tie_word_embeddings="lm_head.weight" not in shapes,
-        attention_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
-        mlp_bias="model.layers.0.mlp.gate_proj.bias" in shapes,
-    )
+    config = {_OBEYED[key]: value for key, value in numbers.items()} | {
+        "vocab_size": rows,
+        "head_dim": _head_dim(keys, numbers, hidden // heads),
+        "tie_word_embeddings": "lm_head.weight" not in shapes,
+        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
+        "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in shapes,
+    }
+    spec = llama.read(Settings(config, where))
+    return replace(spec, rope_scaling=_rope_scaling(file, keys, numbers, spec.rope_theta, spec.head_dim))
 
 
 def _numbers(whole: Settings, keys: Settings) -> dict[str, Any]:
