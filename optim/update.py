@@ -35,41 +35,26 @@ BATCH = {32: 1 << 16, 8: 1 << 18}
 ROUNDING_KEY = 0x5F0B  # any: it keeps the draws of stochastic rounding apart from dropout's, whose keys are drawn
 
 
-class Factors(NamedTuple):
-    """What a rule needs to know of one parameter's learning rate and step count."""
-
-    decay: float  # 1 - lr * weight_decay: the weight's own factor
-    size: float  # of the step
-    correction: float  # what the root of the second moment is divided by; 1 where a rule has none
-
-
 @dataclass(frozen=True)
 class Rule:
     """One optimizer's mathematics. All tensors of a call have one shape and one dtype, fp32 or fp64.
 
-    factors(group, lr, step) -> Factors; `step` counts from 1.
-    define(p, g, moments, factors, group) -> (new p, new moments): new tensors, from which all other forms are tested.
-    apply(p, g, moments, group, step): the same in place for the CPU.
+    define(p, g, moments, group, step) -> (new p, new moments): new tensors, from which all other forms are tested.
+    apply(p, g, moments, group, step): the same in place for the CPU. `step` counts from 1.
     """
 
     name: str
     moments: tuple[Moment, ...]
-    factors: Callable[[Group, float, float], Factors]
     define: Callable[..., Defined]
     apply: Callable[..., None]
 
 
-def _adamw_factors(group: Group, lr: float, step: float) -> Factors:
-    beta1, beta2 = group["betas"]
-    return Factors(1 - lr * group["weight_decay"], lr / (1 - beta1**step), (1 - beta2**step) ** 0.5)
-
-
-def _adamw(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], factors: Factors, group: Group) -> Defined:
-    beta1, beta2 = group["betas"]
+def _adamw(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], group: Group, step: float) -> Defined:
+    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
     mean = moments[0] + (g - moments[0]) * (1 - beta1)
     square = moments[1] * beta2 + g * g * (1 - beta2)
-    root = square.sqrt() / factors.correction + group["eps"]
-    return p * factors.decay - mean / root * factors.size, (mean, square)
+    root = square.sqrt() / (1 - beta2**step) ** 0.5 + group["eps"]
+    return p * (1 - lr * group["weight_decay"]) - mean / root * (lr / (1 - beta1**step)), (mean, square)
 
 
 def _adamw_in_place(p: Tensor, g: Tensor, moments: Tensors, group: Group, step: float) -> None:
@@ -87,32 +72,27 @@ def _adamw_in_place(p: Tensor, g: Tensor, moments: Tensors, group: Group, step: 
     )
 
 
-def _lion_factors(group: Group, lr: float, step: float) -> Factors:
-    return Factors(1 - lr * group["weight_decay"], lr, 1.0)
-
-
-def _lion(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], factors: Factors, group: Group) -> Defined:
-    beta1, beta2 = group["betas"]
+def _lion(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], group: Group, step: float) -> Defined:
+    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
     direction = moments[0] * beta1 + g * (1 - beta1)
     direction = torch.where(direction.isnan(), direction, direction.sign())  # whose sign would be 0: NaN must show
-    return p * factors.decay - direction * factors.size, (moments[0] + (g - moments[0]) * (1 - beta2),)
+    return p * (1 - lr * group["weight_decay"]) - direction * lr, (moments[0] + (g - moments[0]) * (1 - beta2),)
 
 
 def _lion_in_place(p: Tensor, g: Tensor, moments: Tensors, group: Group, step: float) -> None:
-    (mean,), (beta1, beta2) = moments, group["betas"]
-    factors = _lion_factors(group, float(group["lr"]), step)
+    (mean,), lr, (beta1, beta2) = moments, float(group["lr"]), group["betas"]
     direction = (mean * beta1).add_(g, alpha=1 - beta1)
     sign = direction.sign()
     if not math.isfinite(direction.sum()):  # one pass; NaN is looked for only where there may be one
         sign = torch.where(direction.isnan(), direction, sign)
-    p.mul_(factors.decay).add_(sign, alpha=-float(factors.size))
+    p.mul_(1 - lr * group["weight_decay"]).add_(sign, alpha=-lr)
     mean.lerp_(g, 1 - beta2)
 
 
 MEAN, SQUARE = Moment("exp_avg", True), Moment("exp_avg_sq", False)
 # Kingma and Ba, arXiv 1412.6980, algorithm 1; Chen et al., arXiv 2302.06675, algorithm 2
-ADAMW = Rule("adamw", (MEAN, SQUARE), _adamw_factors, _adamw, _adamw_in_place)
-LION = Rule("lion", (MEAN,), _lion_factors, _lion, _lion_in_place)
+ADAMW = Rule("adamw", (MEAN, SQUARE), _adamw, _adamw_in_place)
+LION = Rule("lion", (MEAN,), _lion, _lion_in_place)
 
 
 def rounding_key(seed: int, number: int) -> int:
@@ -204,11 +184,10 @@ def update_reference(part: Slice, rule: Rule, group: Group, steps: list[float], 
         if entry.gradient is None:
             continue
         step, wide = steps[entry.row], torch.promote_types(entry.dtype, torch.float32)
-        factors = rule.factors(group, float(group["lr"]), step)
         weights, gradient = (t.view(-1) for t in _weights_and_gradient(segment))
         first = offset - part.start
         moments = tuple(decode(m, part.tensors, first, first + length) for m in rule.moments)
-        new, moments = rule.define(weights.to(wide), gradient.to(wide) * scale, moments, factors, group)
+        new, moments = rule.define(weights.to(wide), gradient.to(wide) * scale, moments, group, step)
         weights.copy_(round_stochastically(new, entry.dtype, start, step, entry.key) if rounded else new)
         for moment, values in zip(rule.moments, moments, strict=True):
             encode(moment, values, part.tensors, first)
