@@ -13,6 +13,7 @@ from functools import cache
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .blockwise import NESTED_BLOCKSIZE, quantize_absmax
@@ -71,14 +72,13 @@ def _quantize(flat: Tensor, quant_type: str, blocksize: int, packed: Tensor, abs
     pack, chunk = (_pack_by_pattern, CHUNK) if path_for(flat) == "cpu" else (pack_reference, LARGE_CHUNK)
     for start in range(0, flat.numel(), chunk):
         scaled, scales = _scale_blocks(flat[start : start + chunk].float(), blocksize)
+        scaled = F.pad(scaled, (0, scaled.numel() % 2))  # the padding nibble encodes 0.0
         pack(scaled, quant_type, packed[start // 2 : (start + chunk) // 2])
         absmax[start // blocksize : (start + chunk) // blocksize] = scales
 
 
 def pack_reference(scaled: Tensor, quant_type: str, packed: Tensor) -> None:
     """The definition: the code nearest to each scaled value, two to a byte of `packed`. Others are held to this one."""
-    if scaled.numel() % 2:  # the padding nibble encodes 0.0
-        scaled = torch.cat([scaled, scaled.new_zeros(1)])
     midpoints, order = _midpoints(quant_type, scaled.device)
     codes = order[torch.bucketize(scaled, midpoints)]  # on a midpoint the lower value wins
     packed.copy_(codes[0::2] << 4 | codes[1::2])
@@ -92,8 +92,6 @@ def _midpoints(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _pack_by_pattern(scaled: Tensor, quant_type: str, packed: Tensor) -> None:
     midpoints, high, low = _pattern_tables(quant_type)
-    if scaled.numel() % 2:
-        scaled = torch.cat([scaled, scaled.new_zeros(1)])
     # twice the pattern: even entries of the tables stand for "up to the midpoint", odd ones for "above"
     index = (scaled.view(torch.int32) >> 15).bitwise_and_(-2).add_(1 << 16)
     index += scaled > torch.index_select(midpoints, 0, index)

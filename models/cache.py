@@ -8,8 +8,8 @@ CHUNK = 64  # tokens of room added at a time: copying costs less than room that 
 class KVCache:
     """Room for every layer's keys and values, [2, rows, kv_heads, capacity, head_dim], grown by chunks of 64 tokens.
 
-    `length` counts the tokens stored. Memory: 2 * layers * rows * kv_heads * capacity * head_dim elements of the
-    model's dtype.
+    `length` counts the tokens that every layer has; who appends to all of them adds to it. Memory: 2 * layers * rows *
+    kv_heads * capacity * head_dim elements of the model's dtype.
     """
 
     def __init__(self, layers: int) -> None:
@@ -29,10 +29,6 @@ class KVCache:
             held[:, :, self.length : end] = new.transpose(1, 2)
         keys, values = room[:, :, :, :end].transpose(2, 3)
         return keys, values
-
-    def advance(self, tokens: int) -> None:
-        """Count the tokens just appended to every layer."""
-        self.length += tokens
 
     def select(self, rows: Tensor) -> None:
         """Take the rows with the given indices (int64), in that order; a repeated one is continued in several ways."""

@@ -65,9 +65,8 @@ class Settings:
         whole = isinstance(high, int)
         is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
         if not (is_number and (1 if whole else 0) <= value <= high and value):
-            raise self.refusal(
-                key, f"a whole number from 1 to {high}" if whole else f"a number above 0, at most {high:g}"
-            )
+            rule = f"a whole number from 1 to {high}" if whole else f"a number above 0, at most {high:g}"
+            raise self.refusal(key, rule)
         return value if whole else float(value)
 
     def flag(self, key: str) -> bool:

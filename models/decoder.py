@@ -174,7 +174,7 @@ class Decoder(CausalLM):
             else:
                 x = layer(x, shared)
         if cache is not None:
-            cache.advance(input_ids.shape[1])
+            cache.length += input_ids.shape[1]
         y: Tensor = self.model.norm(x)
         return y[:, :tokens]
 
@@ -190,25 +190,20 @@ class Decoder(CausalLM):
 def _rope_tables(spec: Spec, position_ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin for all layers: computed in fp32 (fp64 for float64 models), then in the activations' dtype."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cos, sin = rope.tables(position_ids, rope_frequencies(spec, wide, x.device))
-    return cos.to(x.dtype), sin.to(x.dtype)
-
-
-def rope_frequencies(spec: Spec, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The model's rotary frequencies with its scaling applied, [head_dim / 2], radians a position."""
-    frequency = rope.frequencies(spec.head_dim, spec.rope_theta, dtype=dtype, device=device)
+    frequency = rope.frequencies(spec.head_dim, spec.rope_theta, dtype=wide, device=x.device)
     scaling = spec.rope_scaling
-    if scaling is None:
-        return frequency
-    if scaling.kind == "linear":
-        return frequency / scaling.factor
-    return rope.llama3_frequencies(
-        frequency,
-        factor=scaling.factor,
-        low=scaling.low_freq_factor,
-        high=scaling.high_freq_factor,
-        original_length=scaling.original_max_position_embeddings,
-    )
+    if scaling is not None and scaling.kind == "linear":
+        frequency = frequency / scaling.factor
+    elif scaling is not None:
+        frequency = rope.llama3_frequencies(
+            frequency,
+            factor=scaling.factor,
+            low=scaling.low_freq_factor,
+            high=scaling.high_freq_factor,
+            original_length=scaling.original_max_position_embeddings,
+        )
+    cos, sin = rope.tables(position_ids, frequency)
+    return cos.to(x.dtype), sin.to(x.dtype)
 
 
 def _check(input_ids: Tensor, spans: Spans | None, cache: KVCache | None, mask: Tensor | None) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError, NumericError
+from ..errors import InputError
 from ..settings import LARGEST, Checked, setting
 from .finite import explain_nonfinite, first_nonfinite
 from .protocol import CausalLM
@@ -158,7 +158,9 @@ def _continue(
             if id(row) in done:
                 continue
             if token == NOT_FINITE:
-                raise _not_finite(model, row)
+                read = torch.tensor([[*row.prompt, *row.answer]], device=device)
+                what = f"token {len(row.answer) + 1} of an answer cannot be chosen: its logits"
+                raise explain_nonfinite(model, what, first_nonfinite(model, read))
             if token not in stop_ids:
                 row.answer.append(token)
                 if on_token is not None:
@@ -174,12 +176,6 @@ def _continue(
             index = torch.tensor(kept, device=device)
             cache.select(index)
             tokens, mask, active = tokens[index], None if mask is None else mask[index], [active[i] for i in kept]
-
-
-def _not_finite(model: CausalLM, row: _Row) -> NumericError:
-    read = torch.tensor([[*row.prompt, *row.answer]], device=model.device)
-    what = f"token {len(row.answer) + 1} of an answer cannot be chosen: its logits"
-    return explain_nonfinite(model, what, first_nonfinite(model, read))
 
 
 def _padded(prompts: list[Sequence[int]]) -> tuple[Tensor, Tensor | None, int]:

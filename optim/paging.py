@@ -63,8 +63,7 @@ class Frame:
 class Page:
     """Elements [start, end) of one flat state, and where they are. Without frame and host memory it is blank: zero."""
 
-    def __init__(self, number: int, state: FlatState, start: int, end: int) -> None:
-        self.number = number  # in the table
+    def __init__(self, state: FlatState, start: int, end: int) -> None:
         self.state, self.start, self.end = state, start, end
         self.entries = [segment.entry for segment in state.segments(start, end)]
         self.parts, self.size = sizes(state.fields, end - start)
@@ -122,7 +121,7 @@ class Pager:
         """Blank pages for what has joined a flat state from element `start` on: whole chunks, one at least."""
         length = max(CHUNK, self.page_bytes // sizes(state.fields, CHUNK)[1] * CHUNK)
         for first in range(start, state.total, length):
-            self.pages.append(Page(len(self.pages), state, first, min(state.total, first + length)))
+            self.pages.append(Page(state, first, min(state.total, first + length)))
         self._stale = True
 
     def visit(self) -> Iterator[Slice]:

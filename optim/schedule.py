@@ -25,7 +25,11 @@ def rate_factor(
       warm-up, whatever `total` is; without warm-up step i has 1 / sqrt(i + 1);
     - "wsd" (warm-up, stable, decay; Hu et al., arXiv 2404.06395, section 4): stays, and falls to zero along a line
       over the last `decay` steps: a tenth of all unless given, and never more than there are after warm-up.
+
+    Raises ValueError for a schedule of another name.
     """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if schedule == "constant":

@@ -3,7 +3,8 @@
 1. `gradient_squares_kernel`, for each dtype and only where the norm is wanted: each chunk's sum of squared gradients.
 2. `step_factors_kernel`, for each group: norm, clipping and the decision to skip (the first group's launch), step
    counts, and in float64 each parameter's factors.
-3. `update_triton.update`, for each group and dtype: 32- and 8-bit states in one launch, or one launch for each page.
+3. `optimizer_update_kernel` (update_triton.py), for each group and dtype: 32- and 8-bit states in one launch, or one
+   launch for each page.
 
 Kernels find parameters and gradients through a table of addresses, which is copied to the device again only when an
 address changed; no gradient is address 0. Grids depend on shapes alone. Partial sums are added in one order, so norms
@@ -11,6 +12,7 @@ repeat to the bit.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -18,10 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernels.codes import dynamic_code
 from ..kernels.dispatch import on_device
 from .state import CHUNK, Entry, FlatState, Slice
 from .update import NARROW, Control, Group, Rule, gradient_norm
-from .update_triton import DTYPES, at, below, is_even, update
+from .update_triton import DTYPES, TILE_SIZE, at, below, is_even, optimizer_update_kernel
 
 
 class Tables:
@@ -108,12 +111,39 @@ def step(
                 enable_fp_fusion=True,
             )
     for parts in launches:
-        state, some = parts[0].state, [(part, tables.chunks(part)) for part in parts]
-        pointers, stochastic = (tables.addresses, tables.numbers, tables.factors), rounded and state.dtype in NARROW
-        update(pointers, control, tables.steps, groups[state.group], tables.rule.name, some, stochastic)
+        _update(tables, control, groups[parts[0].state.group], parts, rounded)
     if control is None:
         return Control(None, None)
     return Control(control[1], None if max_norm is None else control[2])
+
+
+def _update(tables: Tables, control: Tensor | None, group: Group, parts: list[Slice], rounded: bool) -> None:
+    """One launch over the chunks of `parts`: slices of one group and dtype, at most one of each width of state."""
+    found = [(part, chunks) for part in parts if len(chunks := tables.chunks(part))]
+    if not found:
+        return
+    counts = {part.state.bits: len(chunks) for part, chunks in found}
+    states = {part.state.bits: (chunks, part.start, *part.tensors.values()) for part, chunks in found}
+    device, dtype, (beta1, beta2) = tables.steps.device, parts[0].state.dtype, group["betas"]
+    maps = tuple(of(s, device) for of in (dynamic_code, _borders) for s in (True, False)) if 8 in states else None
+    with on_device(tables.steps):
+        optimizer_update_kernel[(sum(counts.values()) * (CHUNK // TILE_SIZE),)](
+            (tables.addresses, tables.numbers, tables.factors, tables.steps),
+            *(control, states.get(32), states.get(8), maps, counts.get(32, 0)),
+            (beta1, 1 - beta1, beta2, 1 - beta2, group.get("eps", 0.0)),
+            DTYPE=DTYPES[dtype],
+            LION=tables.rule.name == "lion",
+            ROUNDED=rounded and dtype in NARROW,
+            num_warps=8,
+            enable_fp_fusion=True,
+        )
+
+
+@cache
+def _borders(signed: bool, device: torch.device) -> Tensor:
+    """float64 [255]: halfway between neighbours of the map, exactly."""
+    code = dynamic_code(signed, device)
+    return (code[:-1].double() + code[1:].double()) / 2
 
 
 @triton.jit

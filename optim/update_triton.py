@@ -6,63 +6,19 @@ and does the whole step in registers. 8-bit states take the exactly nearest code
 is exact, decides the side. A search among the borders would read eight of them.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..kernels.codes import dynamic_code
-from ..kernels.dispatch import on_device
-from .state import BLOCK, CHUNK, Slice
-from .update import ROUNDING_KEY, Group
+from .state import BLOCK, CHUNK
+from .update import ROUNDING_KEY
 
 TILE_SIZE = 2048  # elements of a program: 8 for each of its threads
 TILE, TILES = tl.constexpr(TILE_SIZE), tl.constexpr(CHUNK // TILE_SIZE)
 PER, KEY = tl.constexpr(BLOCK), tl.constexpr(ROUNDING_KEY)  # PER: elements that share a scale
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-Parts = list[tuple[Slice, Tensor]]  # with the table of the chunks in each, int64 [chunks, 4], as FlatState.chunks
-
-
-def update(
-    tables: tuple[Tensor, Tensor, Tensor],
-    control: Tensor | None,
-    steps: Tensor,
-    group: Group,
-    rule: str,
-    parts: Parts,
-    rounded: bool,
-) -> None:
-    """One launch over the chunks of `parts`: slices of one group and dtype, at most one of each width of state.
-
-    tables: addresses, numbers and factors (step_triton.Tables). control: scale and skip (step_triton.step).
-    """
-    parts = [(part, chunks) for part, chunks in parts if len(chunks)]
-    if not parts:
-        return
-    counts = {part.state.bits: len(chunks) for part, chunks in parts}
-    states = {part.state.bits: (chunks, part.start, *part.tensors.values()) for part, chunks in parts}
-    maps = tuple(of(s, steps.device) for of in (dynamic_code, _borders) for s in (True, False)) if 8 in states else None
-    beta1, beta2 = group["betas"]
-    with on_device(steps):
-        optimizer_update_kernel[(sum(counts.values()) * (CHUNK // TILE_SIZE),)](
-            *((*tables, steps), control, states.get(32), states.get(8), maps, counts.get(32, 0)),
-            (beta1, 1 - beta1, beta2, 1 - beta2, group.get("eps", 0.0)),
-            DTYPE=DTYPES[parts[0][0].state.dtype],
-            LION=rule == "lion",
-            ROUNDED=rounded,
-            num_warps=8,
-            enable_fp_fusion=True,
-        )
-
-
-@cache
-def _borders(signed: bool, device: torch.device) -> Tensor:
-    """float64 [255]: halfway between neighbours of the map, exactly."""
-    code = dynamic_code(signed, device)
-    return (code[:-1].double() + code[1:].double()) / 2
 
 
 def _name(specialization: Any) -> str:

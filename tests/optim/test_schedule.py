@@ -120,3 +120,10 @@ def test_as_a_torch_scheduler(schedule):
             optimizer.load_state_dict(old)
         optimizer.step()
         schedule_of_steps.step()
+
+
+@pytest.mark.parametrize("step", [0, 9])
+def test_a_schedule_of_another_name_is_refused(step):
+    """It would fall along a line, as if it were linear."""
+    with pytest.raises(ValueError, match=r"schedule must be one of cosine, linear, .*, got 'cosin'"):
+        rate_factor(step, total=10, warmup=2, schedule="cosin")
