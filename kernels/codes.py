@@ -23,6 +23,12 @@ def code_for(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
     return _kept(nf4_code if quant_type == "nf4" else fp4_code, torch.device(device))
 
 
+def code_midpoints(quant_type: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """The fp32 midpoints [15] of the ascending code, and the index uint8 [16] that each interval between them gets."""
+    ascending, order = code_for(quant_type, device).sort(stable=True)
+    return (ascending[:-1] + ascending[1:]) / 2, order.to(torch.uint8)
+
+
 def dynamic_code(signed: bool = True, device: torch.device | str = "cpu") -> Tensor:
     """The 8-bit dynamic map, fp32 [256] ascending (arXiv 1511.04561; in 8-bit optimizers, arXiv 2110.02861).
 

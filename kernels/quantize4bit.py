@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blockwise import NESTED_BLOCKSIZE, quantize_absmax
-from .codes import code_for
+from .codes import code_midpoints
 from .dispatch import path_for
-from .weight4bit import Weight4bit, check_format, stored_shapes
+from .weight4bit import SMALLEST_ABSMAX, Weight4bit, check_format, stored_shapes
 
-SMALLEST_ABSMAX = 1e-38  # floor for the divisor, so that a block of zeros divides by something
 CHUNK = 1 << 18  # values at a time on a CPU: 1 MB of fp32, in cache from step to step; a multiple of every block size
 LARGE_CHUNK = 1 << 24  # values at a time elsewhere, where launches cost more than memory
 
@@ -45,7 +44,9 @@ def _stored(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool)
     bytes_, blocks = stored_shapes(tuple(weight.shape), blocksize)
     packed = torch.empty(bytes_, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device)
-    write = _quantize_triton if path_for(weight) == "triton" else _quantize
+    write = _quantize
+    if path_for(weight) == "triton":
+        from .quantize4bit_triton import quantize_into as write  # only here: Triton is for Linux only, slow to import
     write(weight.reshape(-1), quant_type, blocksize, packed.view(-1), absmax.view(-1))
     _check_finite(weight, absmax.view(-1), blocksize)
     return [packed, *(quantize_absmax(absmax) if double_quant else [absmax])]
@@ -59,35 +60,21 @@ def _(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> li
     return [weight.new_empty(size, dtype=dtype) for size, dtype in zip(sizes, types, strict=False)]
 
 
-def _quantize_triton(flat: Tensor, quant_type: str, blocksize: int, packed: Tensor, absmax: Tensor) -> None:
-    from .quantize4bit_triton import quantize_into  # only here: Triton exists for Linux only and is slow to import
-
-    values = (flat if flat.dtype in (torch.float16, torch.bfloat16) else flat.float()).contiguous()
-    midpoints, order = _midpoints(quant_type, flat.device)
-    codes = None if quant_type == "nf4" else order  # NF4 ascends
-    quantize_into(values, midpoints, codes, blocksize, SMALLEST_ABSMAX, packed, absmax)
-
-
 def _quantize(flat: Tensor, quant_type: str, blocksize: int, packed: Tensor, absmax: Tensor) -> None:
     pack, chunk = (_pack_by_pattern, CHUNK) if path_for(flat) == "cpu" else (pack_reference, LARGE_CHUNK)
     for start in range(0, flat.numel(), chunk):
         scaled, scales = _scale_blocks(flat[start : start + chunk].float(), blocksize)
-        scaled = F.pad(scaled, (0, scaled.numel() % 2))  # the padding nibble encodes 0.0
+        if scaled.numel() % 2:  # the padding nibble encodes 0.0
+            scaled = F.pad(scaled, (0, 1))
         pack(scaled, quant_type, packed[start // 2 : (start + chunk) // 2])
         absmax[start // blocksize : (start + chunk) // blocksize] = scales
 
 
 def pack_reference(scaled: Tensor, quant_type: str, packed: Tensor) -> None:
     """The definition: the code nearest to each scaled value, two to a byte of `packed`. Others are held to this one."""
-    midpoints, order = _midpoints(quant_type, scaled.device)
+    midpoints, order = code_midpoints(quant_type, scaled.device)
     codes = order[torch.bucketize(scaled, midpoints)]  # on a midpoint the lower value wins
     packed.copy_(codes[0::2] << 4 | codes[1::2])
-
-
-def _midpoints(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The fp32 midpoints [15] of the ascending code, and the index uint8 [16] that each interval between them gets."""
-    ascending, order = code_for(quant_type, device).sort(stable=True)
-    return (ascending[:-1] + ascending[1:]) / 2, order.to(torch.uint8)
 
 
 def _pack_by_pattern(scaled: Tensor, quant_type: str, packed: Tensor) -> None:
@@ -106,7 +93,7 @@ def _pattern_tables(quant_type: str) -> tuple[Tensor, Tensor, Tensor]:
     Patterns ascend as int16, so those of negative numbers come first. Where a pattern's values have one code, both its
     entries do. What stands at the patterns of NaN and Inf does not matter: they are refused.
     """
-    midpoints, order = _midpoints(quant_type, torch.device("cpu"))
+    midpoints, order = code_midpoints(quant_type)
     patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32, device="cpu") << 16
     ends = torch.stack([patterns, patterns | 0xFFFF]).view(torch.float32)  # of the values that share a pattern
     below, above = torch.bucketize(ends, midpoints).sort(dim=0).values

@@ -5,38 +5,35 @@ the reciprocal, a short last one divides, each step rounded to nearest), and fin
 the code by four comparisons, against thresholds that are selected and not looked up.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .codes import code_midpoints
 from .dispatch import on_device
+from .weight4bit import SMALLEST_ABSMAX
 
 TILE = 4096  # values of one program: the largest block
 
 
-def quantize_into(
-    flat: Tensor,
-    midpoints: Tensor,
-    order: Tensor | None,
-    blocksize: int,
-    smallest: float,
-    packed: Tensor,
-    absmax: Tensor,
-) -> None:
-    """Flat fp32, bf16 or fp16 values -> packed uint8 [(n + 1) // 2] and absmax fp32 [blocks], which are overwritten.
+def quantize_into(flat: Tensor, quant_type: str, blocksize: int, packed: Tensor, absmax: Tensor) -> None:
+    """Flat values -> packed uint8 [(n + 1) // 2] and absmax fp32 [blocks], which are overwritten.
 
-    midpoints: fp32 [15], ascending; order: the code of each interval between them, uint8 [16], or None if that is its
-    number; smallest: the floor of what values are divided by. The absmax of a block with a NaN or Inf is Inf.
+    The absmax of a block with a NaN or Inf is Inf.
     """
     n = flat.numel()
     if n == 0:
         return
+    values = (flat if flat.dtype in (torch.float16, torch.bfloat16) else flat.float()).contiguous()
+    midpoints, order = code_midpoints(quant_type, flat.device)
+    codes = None if quant_type == "nf4" else order  # NF4 ascends: an interval's code is its number
     with on_device(flat):
         quantize4bit_kernel[(triton.cdiv(n, TILE),)](
-            *(flat, midpoints, order, packed, absmax, n),
+            *(values, midpoints, codes, packed, absmax, n),
             BLOCKS=TILE // blocksize,
             BLOCKSIZE=blocksize,
-            SMALLEST=smallest,
+            SMALLEST=SMALLEST_ABSMAX,
             SHORT=n % blocksize > 0,
             num_warps=8,
             enable_fp_fusion=False,

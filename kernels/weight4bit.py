@@ -15,6 +15,7 @@ from torch import Tensor
 from .blockwise import NESTED_BLOCKSIZE, dequantize_absmax
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+SMALLEST_ABSMAX = 1e-38  # floor for what values are divided by, so that a block of zeros divides by something
 
 
 class Weight4bit(NamedTuple):

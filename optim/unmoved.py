@@ -41,18 +41,13 @@ def checksum(tensor: Tensor) -> Tensor:
     return total
 
 
-def checksums(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Of each parameter, for `unmoved`."""
-    return {name: checksum(p) for name, p in parameters.items()}
-
-
 def unmoved(
     parameters: Mapping[str, nn.Parameter], before: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, str]:
     """Name -> the key in REASONS, of the parameters whose checksums are those of `before`, after a step of the
     optimizer whose gradients are still there. Stochastic rounding freezes nothing: a few small steps may move a small
     tensor or not."""
-    now = checksums(parameters)
+    now = {name: checksum(p) for name, p in parameters.items()}
     moved = (torch.stack([*now.values()]) != torch.stack([before[name] for name in now])).tolist()  # one wait
     same = {name: p for (name, p), has in zip(parameters.items(), moved, strict=True) if p.numel() and not has}
     learning = {id(p) for group in optimizer.param_groups if group["lr"] > 0 for p in group["params"]}

@@ -32,7 +32,7 @@ from ..models.generate import generate
 from ..models.protocol import CausalLM
 from ..optim import AdamW
 from ..optim.optimizer import FlatOptimizer
-from ..optim.unmoved import checksums, unmoved
+from ..optim.unmoved import checksum, unmoved
 from ..text.tokenizer_folder import as_tokenizer
 from . import step
 from .checkpoint import Groups, load_checkpoint, newest_checkpoint, packed, resuming, save_checkpoint, unpacked
@@ -154,7 +154,7 @@ class Run:
         if not self._gathered:
             raise InputError("a step needs gradients: call forward_backward before optim_step")
         if self.updates == 0 < self.watched:
-            self._checksums = checksums(self.parameters)
+            self._checksums = {name: checksum(p) for name, p in self.parameters.items()}
         gathered, self._gathered = self._gathered, []
         loss = torch.stack([mean for mean, _ in gathered]).sum()
         for group in self.optimizer.param_groups if lr is not None else ():

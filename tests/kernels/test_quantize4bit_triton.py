@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fourbit.kernels import blockwise, quantize4bit
+from fourbit.kernels import blockwise
+from fourbit.kernels.codes import code_midpoints
 from fourbit.kernels.dispatch import force_path
 from fourbit.kernels.weight4bit import BLOCKSIZES
 from fourbit.nf4 import quantize, quantize_absmax
 
 shifting = pytest.importorskip("fourbit.kernels.blockwise_triton")
+quantizing = pytest.importorskip("fourbit.kernels.quantize4bit_triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -26,7 +28,7 @@ def weight_of(n: int, kind: str, size: float, quant_type: str, seed: int) -> Ten
     generator = torch.Generator().manual_seed(seed)
     if kind == "normal":
         return torch.randn(n, generator=generator) * size
-    midpoints = quantize4bit._midpoints(quant_type, torch.device("cpu"))[0]
+    midpoints = code_midpoints(quant_type)[0]
     points = torch.cat([midpoints, torch.tensor([1.0, -1.0])])
     return points[torch.randint(17, (n,), generator=generator)] * (size * 0.7)
 
@@ -102,7 +104,7 @@ def _quantizing(shape: tuple[int, int], dtype: torch.dtype, quant_type: str, blo
 
     def run() -> None:
         packed, absmax = torch.empty((n + 1) // 2, dtype=torch.uint8, **meta), torch.empty(-(-n // blocksize), **meta)
-        quantize4bit._quantize_triton(torch.empty(n, dtype=dtype, **meta), quant_type, blocksize, packed, absmax)
+        quantizing.quantize_into(torch.empty(n, dtype=dtype, **meta), quant_type, blocksize, packed, absmax)
 
     return run
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fourbit.optim import AdamW
-from fourbit.optim.unmoved import PIECE, checksum, checksums, notice, unmoved
+from fourbit.optim.unmoved import PIECE, checksum, notice, unmoved
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -34,14 +34,14 @@ def test_places_pieces_and_layouts_count() -> None:
 def test_each_reason_is_told() -> None:
     ps = {name: nn.Parameter(torch.ones(3)) for name in ("moved", "frozen", "cut", "dead", "small", "left_out")}
     ps["empty"] = nn.Parameter(torch.ones(0))
-    before = checksums(ps)
+    before = {name: checksum(p) for name, p in ps.items()}
     for name in ("moved", "frozen", "small"):
         ps[name].grad = torch.ones(3)
     ps["dead"].grad = torch.zeros(3)
     ps["moved"].data[1] += 1e-6
     ps["unlucky"] = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     ps["unlucky"].grad = torch.ones(3, dtype=torch.bfloat16)
-    before |= checksums({"unlucky": ps["unlucky"]})
+    before["unlucky"] = checksum(ps["unlucky"])
     learning = [p for name, p in ps.items() if name not in ("frozen", "left_out")]
     groups = [{"params": learning}, {"params": [ps["frozen"]], "lr": 0.0}]
     assert unmoved(ps, before, AdamW(groups, rounding="nearest"))["unlucky"] == "rounding"
