@@ -2,6 +2,6 @@
 
 from .attention import causal_attention, span_positions
 from .linear4bit import lora_linears4bit
-from .lora import lora_update
+from .lora_paths import lora_update
 
 __all__ = ["causal_attention", "lora_linears4bit", "lora_update", "span_positions"]

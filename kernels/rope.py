@@ -22,7 +22,7 @@ def frequencies(
     return 1.0 / theta**exponent
 
 
-def llama3_frequencies(frequency: Tensor, *, factor: float, low: float, high: float, original_length: int) -> Tensor:
+def llama3_frequencies(frequency: Tensor, factor: float, low: float, high: float, original_length: int) -> Tensor:
     """Llama 3.1's stretch: wavelengths above original_length / low are slowed by `factor`, below original_length / high
     kept, blended between.
     """

@@ -15,7 +15,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
     with on_device(gate):
-        swiglu_forward_kernel[_grid(gate)](gate, up, y, gate.numel(), BLOCK=BLOCK, num_warps=8)
+        swiglu_forward_kernel[(triton.cdiv(gate.numel(), BLOCK),)](gate, up, y, gate.numel(), BLOCK=BLOCK, num_warps=8)
     return y
 
 
@@ -24,12 +24,9 @@ def backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     with on_device(gate):
-        swiglu_backward_kernel[_grid(gate)](dy, gate, up, dgate, dup, gate.numel(), BLOCK=BLOCK, num_warps=8)
+        grid = (triton.cdiv(gate.numel(), BLOCK),)
+        swiglu_backward_kernel[grid](dy, gate, up, dgate, dup, gate.numel(), BLOCK=BLOCK, num_warps=8)
     return dgate, dup
-
-
-def _grid(x: Tensor) -> tuple[int]:
-    return (triton.cdiv(x.numel(), BLOCK),)
 
 
 @triton.jit

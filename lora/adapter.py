@@ -209,7 +209,7 @@ def is_hooked(module: nn.Module) -> bool:
 def project(x: Tensor, modules: Sequence[nn.Module], *, keep: bool = False) -> tuple[Tensor, ...]:
     """The output of every module on x [..., in], as if each were called: for q, k, v or gate and up.
 
-    AdapterLayers that are one op with their LoRA run as one op together (`kernels.lora.lora_linears4bit`) if they agree
+    AdapterLayers that are one op with their LoRA run as one op together (`kernels.lora_linears4bit`) if they agree
     in 4-bit format and dropout: x is read once for all of them, forward and backward, and kept once. They also share
     dropout's mask: each update sees the same elements dropped. All other modules are called, and so are those with
     hooks. `keep`: what the op decodes is kept for backward, for use under activation checkpointing.

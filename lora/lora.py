@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.lora import lora_update
+from ..kernels.lora_paths import lora_update
 from .adapter import Adapter, LowRank
 from .config import LoRAConfig, check_rank
 from .linear4bit import NF4Linear, autocast_input, sizes

@@ -121,8 +121,7 @@ def _scaling(kind: str, keys: Settings, inner: Settings) -> RopeScaling:
     original = "original_max_position_embeddings"
     data = {original: keys.get("max_position_embeddings")} | {k: v for k, v in inner.data.items() if v is not None}
     inner = Settings(data, inner.where, path=inner.path)
-    values: dict[str, Any] = {k: inner.number(k) for k in ROPE_KEYS[kind]}
-    scaling = RopeScaling(kind, **values)
+    scaling = RopeScaling(kind, **{k: inner.number(k) for k in ROPE_KEYS[kind]})
     if scaling.low_freq_factor >= scaling.high_freq_factor:
         raise inner.refusal("low_freq_factor", f"below high_freq_factor ({scaling.high_freq_factor})")
     return scaling

@@ -3,6 +3,7 @@
 The passes that matter look at logits and losses alone, which costs them nothing; only one that failed is run again.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +20,11 @@ def first_nonfinite(model: CausalLM, *inputs: Any) -> str | None:
     outputs are finite."""
     found: list[str] = []
 
-    def watch(name: str, module: nn.Module) -> Any:
-        def look(_: nn.Module, given: Any, output: Any) -> None:
-            if not found and isinstance(output, Tensor) and not bool(output.isfinite().all()):
-                found.append(name)
+    def look(name: str, module: nn.Module, given: Any, output: Any) -> None:
+        if not found and isinstance(output, Tensor) and not bool(output.isfinite().all()):
+            found.append(name)
 
-        return module.register_forward_hook(look)
-
-    handles = [watch(name, module) for name, module in model.named_modules() if name]
+    handles = [m.register_forward_hook(partial(look, name)) for name, m in model.named_modules() if name]
     try:
         for hidden in model.hidden(*inputs).flatten(0, 1).split(256):  # logits are large
             if not found:

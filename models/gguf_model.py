@@ -62,13 +62,8 @@ _PLAIN = {  # what would change the numbers, with the values that do not
     "use_parallel_residual": (True,),
 }
 _WITHOUT_EFFECT = {  # on a plain llama: what only other kinds of norm, experts, scaling and storage ask for
-    "attention.layer_norm_epsilon",
-    "expert_used_count",
-    "pooling_type",
-    "rope.scaling.finetuned",
-    "rope.scaling.original_context_length",
-    "rope.scaling.type",  # for this one see _rope_scaling
-    "tensor_data_layout",
+    *("attention.layer_norm_epsilon", "expert_used_count", "pooling_type", "tensor_data_layout"),
+    *("rope.scaling.finetuned", "rope.scaling.original_context_length", "rope.scaling.type"),  # see _rope_scaling
 }
 _NAMES = {  # of layer 0 for all layers
     "token_embd": "model.embed_tokens",
@@ -135,8 +130,7 @@ def read_spec(file: GGUFFile) -> Spec:
         raise InputError(
             f"{where}: tokenizer.ggml.tokens holds {len(tokens)} tokens but 'token_embd.weight' has {rows} rows."
         )
-    layers = numbers["block_count"]
-    if layers > len(shapes):
+    if numbers["block_count"] > len(shapes):
         raise keys.refusal("block_count", f"at most {len(shapes)}, the tensors in the file")
     hidden, heads = numbers["embedding_length"], numbers["attention.head_count"]
     kv_heads = numbers.get("attention.head_count_kv", heads)

@@ -35,10 +35,9 @@ def read(keys: Settings) -> Spec:
     hidden, heads = keys.number("hidden_size"), keys.number("num_attention_heads")
     theta, scaling = rope(keys)
     return Spec(
-        vocab_size=keys.number("vocab_size"),
+        **{key: keys.number(key) for key in ("vocab_size", "intermediate_size", "num_hidden_layers")},
+        **{key: keys.flag(key) for key in ("tie_word_embeddings", "attention_bias", "mlp_bias")},
         hidden_size=hidden,
-        intermediate_size=keys.number("intermediate_size"),
-        num_hidden_layers=keys.number("num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=keys.number("num_key_value_heads", default=heads),
         head_dim=head_dim(keys, hidden, heads),
@@ -47,9 +46,6 @@ def read(keys: Settings) -> Spec:
         rope_theta=theta,
         rope_scaling=scaling,
         max_position_embeddings=keys.number("max_position_embeddings", default=2048),
-        tie_word_embeddings=keys.flag("tie_word_embeddings"),
-        attention_bias=keys.flag("attention_bias"),
-        mlp_bias=keys.flag("mlp_bias"),
     )
 
 

@@ -1,8 +1,7 @@
 """AdamW and Lion as torch.optim.Optimizers whose state is flat: 32 or 8 bits, one launch for all parameters of a group.
 
-A step on a GPU is three launches for a group of one dtype (step_triton.py); more where state is paged, for each tensor
-that is not contiguous, and for a found_inf that is not fp32 on that device. The host waits for nothing there, unless an
-lr is a tensor on the GPU. Elsewhere, and where a parameter is fp64, plain PyTorch does it (update.py).
+A step on a GPU is a few launches (step_triton.py), and the host waits for nothing unless an lr is a tensor there.
+Elsewhere, and where a parameter is fp64, plain PyTorch does it (update.py).
 
 A step takes what it reads and writes of the state in slices (`_launches`): one for each group, dtype and width, or one
 for each page (paging.py). What it does to a slice is queued before it asks for the next.

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fourbit.kernels import dispatch
-from fourbit.kernels.lora import lora_update
+from fourbit.kernels.lora_paths import lora_update
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 NAMES = ("y", "x", "A", "B")

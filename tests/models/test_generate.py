@@ -13,8 +13,7 @@ from fourbit.lora.adapter import adapter_parameters
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.quantize import quantize_
-from fourbit.models.cache import KVCache
-from fourbit.models.decoder import Decoder
+from fourbit.models.decoder import Decoder, KVCache
 from fourbit.models.generate import NOT_FINITE, Sampling, choose, generate, prompt_seeds
 
 Oracle = Callable[..., Any]

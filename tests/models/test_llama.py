@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fourbit.models.cache import KVCache
-from fourbit.models.decoder import Decoder
+from fourbit.models.decoder import Decoder, KVCache
 from fourbit.models.generate import generate
 
 Oracle = Callable[..., Any]

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from fourbit.kernels import attention, linear4bit, lora, rms_norm, rope, swiglu
+from fourbit.kernels import attention, linear4bit, lora_update, rms_norm, rope, swiglu
 from fourbit.kernels.chunked_head import TokenScorer, dense_figures
 from fourbit.kernels.dequantize4bit import dequantize
 from fourbit.kernels.dispatch import force_path
@@ -63,7 +63,7 @@ def four_bit_lora() -> Op:
 
 def dense_lora() -> Op:
     plain = lambda y, x, A, B: y + 2.0 * (x @ A.T) @ B.T
-    return lambda *xs: lora.lora_update(*xs, 2.0), plain, draw((3, 4), (3, 5), (2, 5), (4, 2))
+    return lambda *xs: lora_update(*xs, 2.0), plain, draw((3, 4), (3, 5), (2, 5), (4, 2))
 
 
 def norm() -> Op:
