@@ -121,11 +121,8 @@ def _enclosing(midpoints: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
     """code[codes] * absmax of the block, fp32, in the shape of codes. ValueError if the scales are not one a block."""
-    if absmax.numel() != -(-codes.numel() // blocksize):
-        raise ValueError(
-            f"{codes.numel()} codes in blocks of {blocksize} need {-(-codes.numel() // blocksize)} scales, "
-            f"got {absmax.numel()}"
-        )
+    if absmax.numel() != (blocks := -(-codes.numel() // blocksize)):
+        raise ValueError(f"{codes.numel()} codes in blocks of {blocksize} need {blocks} scales, got {absmax.numel()}")
     values = torch.index_select(code, 0, codes.reshape(-1).int())
     whole = values.numel() - values.numel() % blocksize
     values[:whole].view(-1, blocksize).mul_(absmax[: whole // blocksize].unsqueeze(1))

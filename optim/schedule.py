@@ -16,7 +16,8 @@ def rate_factor(
 ) -> float:
     """What the peak learning rate is multiplied by in step `step`, counted from 0, of a run of `total` steps: 0 to 1.
 
-    Warm-up is linear and never yields zero: step i of it has (i + 1) / (warmup + 1). After it the factor
+    ValueError for a schedule of another name. Warm-up is linear and never yields zero: step i of it has
+    (i + 1) / (warmup + 1). After it the factor
 
     - "constant": stays;
     - "linear", "cosine": falls to zero at step `total`, along a line or half a cosine (Loshchilov and Hutter, arXiv
@@ -25,8 +26,6 @@ def rate_factor(
       warm-up, whatever `total` is; without warm-up step i has 1 / sqrt(i + 1);
     - "wsd" (warm-up, stable, decay; Hu et al., arXiv 2404.06395, section 4): stays, and falls to zero along a line
       over the last `decay` steps: a tenth of all unless given, and never more than there are after warm-up.
-
-    Raises ValueError for a schedule of another name.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
