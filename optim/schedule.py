@@ -16,7 +16,7 @@ def rate_factor(
 ) -> float:
     """What the peak learning rate is multiplied by in step `step`, counted from 0, of a run of `total` steps: 0 to 1.
 
-    ValueError for another schedule. Warm-up is linear, never zero: step i has (i + 1) / (warmup + 1). After it this
+    ValueError for another schedule. Warm-up is linear, never zero: step i has (i + 1) / (warmup + 1). Then the factor
 
     - "constant": stays;
     - "linear", "cosine": falls to zero at step `total`, along a line or half a cosine (Loshchilov and Hutter, arXiv
