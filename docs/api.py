@@ -50,9 +50,11 @@ def options(settings: type[Checked]) -> str:
     types = get_type_hints(settings)
     rows = ["| option | value | default | |", "|---|---|---|---|"]
     for field in dataclasses.fields(settings):
-        default = "required" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+        made = field.default_factory() if callable(field.default_factory) else field.default
+        default = "required" if made is dataclasses.MISSING else f"`{made!r}`"
         kinds = " or ".join(kind for kind in forms(types[field.name]) if kind != "null")
-        rows.append(f"| `{field.name}` | {kinds} | {default} | {field.metadata.get('help', '')} |")
+        help = field.metadata.get("help", "").replace("|", "\\|")
+        rows.append(f"| `{field.name}` | {kinds} | {default} | {help} |")
     return "\n".join(rows)
 
 
