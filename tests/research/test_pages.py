@@ -8,17 +8,24 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-PEERS = {"from-other-tools.md": ("peft", "bitsandbytes", "trl", "datasets"), "transformers-models.md": ("transformers",)}
+PEERS = {
+    "from-other-tools.md": ("peft", "bitsandbytes", "trl", "datasets"),
+    "own-adapter.md": (),
+    "transformers-models.md": ("transformers",),
+}
 
 
 @pytest.mark.filterwarnings("ignore")  # what other tools warn of is theirs
 @pytest.mark.parametrize("page", PEERS)
-def test_the_page_runs(page: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_runs(
+    page: str, tiny_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for peer in PEERS[page]:
         pytest.importorskip(peer)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TQDM_DISABLE", "1")
     shutil.copytree(tiny_folder, tmp_path / "model")
+    shutil.copy(rows, tmp_path / "train.jsonl")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), flags=re.S | re.M)
     assert len(blocks) >= 4
