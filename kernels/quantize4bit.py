@@ -34,12 +34,14 @@ def quantize(weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, doubl
     check_format(quant_type, blocksize)
     if not weight.is_floating_point():
         raise ValueError(f"only floating-point tensors can be quantised, got {weight.dtype}")
-    packed, absmax, *nested = _stored(weight.detach(), quant_type, blocksize, double_quant)
+    weight = weight.detach()
+    graph = weight.is_meta or torch.compiler.is_compiling() or type(weight) is not Tensor  # such as a fake tensor
+    quantized = _in_graph if graph else _stored  # the call of an op imports sympy, 117 MB
+    packed, absmax, *nested = quantized(weight, quant_type, blocksize, double_quant)
     nested_absmax, offset = nested or (None, None)
     return Weight4bit(packed, absmax, nested_absmax, offset, tuple(weight.shape), quant_type, blocksize)
 
 
-@torch.library.custom_op("fourbit::quantize4bit", mutates_args=())  # one node for a compiler
 def _stored(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> list[Tensor]:
     bytes_, blocks = stored_shapes(tuple(weight.shape), blocksize)
     packed = torch.empty(bytes_, dtype=torch.uint8, device=weight.device)
@@ -52,7 +54,10 @@ def _stored(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool)
     return [packed, *(quantize_absmax(absmax) if double_quant else [absmax])]
 
 
-@_stored.register_fake
+_in_graph = torch.library.custom_op("fourbit::quantize4bit", _stored, mutates_args=())  # one node for a compiler
+
+
+@_in_graph.register_fake
 def _(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> list[Tensor]:
     bytes_, blocks = stored_shapes(tuple(weight.shape), blocksize)
     sizes = [bytes_, blocks, (-(-prod(blocks) // NESTED_BLOCKSIZE),), (1,)][: 4 if double_quant else 2]
