@@ -31,7 +31,9 @@ def shapes(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, .
     """The shapes of the tokens that each pass of the model reads."""
     seen: list[tuple[int, ...]] = []
     hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda ids, **rest: seen.append(tuple(ids.shape)) or hidden(ids, **rest))
+    monkeypatch.setattr(
+        model, "hidden", lambda ids, *rest, **named: seen.append(tuple(ids.shape)) or hidden(ids, *rest, **named)
+    )
     return seen
 
 
@@ -128,7 +130,7 @@ def test_training_works_after_generation(ours: Callable[..., Decoder]) -> None:
     generate(after, PROMPTS, max_new_tokens=3)
     grads = []
     for network in (after, before):
-        attach(network, LoRAConfig(rank=4))
+        attach(network, LoRAConfig(rank=4), seed=0)
         network(torch.tensor(PROMPTS[2:3])).square().mean().backward()
         grads.append([parameter.grad for parameter in adapter_parameters(network).values()])
     for a, b in zip(*grads, strict=True):
