@@ -375,7 +375,7 @@ def test_decoding_is_one_node_for_torch_compile(nested: bool) -> None:
 @pytest.mark.parametrize("shape", [(6, 64), (3, 33), (7,)])
 def test_quantising_is_one_node_for_torch_compile(shape: tuple[int, ...], double_quant: bool) -> None:
     weight = random_weight(shape).requires_grad_()
-    torch.library.opcheck(quantize4bit._stored, (weight.detach(), "nf4", 64, double_quant))
+    torch.library.opcheck(quantize4bit._in_graph, (weight.detach(), "nf4", 64, double_quant))
     compiled = torch.compile(quantize, fullgraph=True, backend="aot_eager")
     for got, want in zip(
         compiled(weight, double_quant=double_quant), quantize(weight, double_quant=double_quant), strict=True
