@@ -28,7 +28,8 @@ from .trainer.reward import RewardTrainer
 from .trainer.reward_model import RewardModel
 from .trainer.run import TrainResult
 from .trainer.sft import SFTTrainer
-from .trainer.step import Sums
+from .trainer.step import StepResult, Sums
+from .trainer.trainer import Trainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,8 +38,8 @@ __all__ = [
     "Adapter", "AdapterLayer", "LoRA", "LoRAConfig", "NF4Linear", "adapters_off", "attach", "copy_adapter",
     "dense_weights", "load_adapter", "quantize_", "remove_adapter", "save_adapter", "use", "using",  # adapters, 4 bits
     "DPOConfig", "DPOTrainer", "DistillConfig", "DistillTrainer", "RewardConfig", "RewardModel", "RewardTrainer",
-    "SFTConfig", "SFTTrainer", "TrainResult",  # training
-    "Callback", "Completion", "Run", "Sums",  # loops and parts of one's own
+    "SFTConfig", "SFTTrainer", "TrainResult", "Trainer",  # training
+    "Callback", "Completion", "Run", "StepResult", "Sums",  # loops and parts of one's own
     "Answer", "answer_all", "evaluate_loss", "share_right",  # evaluation
     "DiskError", "EnvironmentProblem", "FourbitError", "InputError", "NumericError",
     "data", "kernels", "losses", "nf4", "optim",  # functions on tensors, optimizers

@@ -7,7 +7,7 @@ from a file that anyone may have written. All are fields of a dataclass, whose a
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -30,6 +30,7 @@ WORDS: dict[Any, tuple[str, str]] = {  # a type in words, and what stands for a 
     str: ("text", "TEXT"),
     NoneType: ("null", ""),
     tuple: ("text or a list of texts", "TEXT"),
+    Sequence: ("a list of texts", "TEXT"),
     dict: ("a mapping of names or patterns to numbers", "NAME=X"),
     dict[str, Any]: ("a mapping", ""),
     dict[str, str]: ("a mapping of texts", ""),
@@ -65,26 +66,23 @@ def floating(dtype: DType) -> torch.dtype:
     return found
 
 
-class Named:
-    """Base of dataclasses that are made by keyword: TypeError for a name that is none of theirs, with the right one."""
+@dataclass(frozen=True)
+class Checked:
+    """Base of options: each field is of its type and within its bounds. A whole number given for a float is a float,
+    1e3 a whole number, a list a tuple, a `Path` its text. Raises InputError that begins with the field's name and says
+    rule and value, and TypeError for a name that is no field, with the right one."""
 
     def __new__(cls, *_: object, **given: object) -> Self:
-        known = [option.name for option in fields(cls)]  # type: ignore[arg-type]  # it is a dataclass
+        known = [option.name for option in fields(cls)]
         if unknown := [name for name in given if name not in known]:
             raise TypeError(f"{cls.__name__} has no setting {unknown[0]!r}{hint(unknown[0], known)}")
         return super().__new__(cls)
-
-
-@dataclass(frozen=True)
-class Checked(Named):
-    """Base of options: each field is of its type and within its bounds. A whole number given for a float is a float,
-    1e3 a whole number, a list a tuple, a `Path` its text. Raises InputError that says field, rule and value."""
 
     def __post_init__(self) -> None:
         types = get_type_hints(type(self))
         for option in fields(self):
             value = checked(option.name, getattr(self, option.name), types[option.name], option.metadata)
-            if value == "" or (value == () and option.default is MISSING):
+            if value in ("", ()) and option.default != value:
                 raise InputError(f"{option.name} must not be empty")
             object.__setattr__(self, option.name, value)
 
@@ -110,7 +108,7 @@ def checked(name: str, value: Any, kind: Any, bounds: Mapping[str, Any] | None =
         return read_fields(kind, value, name)  # type: ignore[arg-type]
     try:
         value = _fitted(value, kind)
-    except (ValueError, OverflowError, RecursionError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         *some, last = forms(kind)
         expected = ("one of " if len(some) > 1 else "") + ", ".join(some) + " or " * bool(some) + last
         raise InputError(f"{name} must be {expected}, got {_value(value)}") from None
@@ -153,8 +151,10 @@ def _fitted(value: Any, kind: Any) -> Any:
         return value
     if kind is str and isinstance(value, os.PathLike) and isinstance(path := os.fspath(value), str):
         return path
-    if origin is tuple and isinstance(value, str | os.PathLike | list | tuple):
-        return tuple(_fitted(each, inner[0]) for each in (value if isinstance(value, list | tuple) else [value]))
+    if origin is tuple and isinstance(value, str | os.PathLike):
+        return (_fitted(value, inner[0]),)
+    if origin in (tuple, Sequence) and isinstance(value, list | tuple | set | frozenset):
+        return tuple(_fitted(each, inner[0]) for each in (value if isinstance(value, list | tuple) else sorted(value)))
     if origin is dict and isinstance(value, dict):
         return {_fitted(key, inner[0]): _fitted(each, inner[1]) for key, each in value.items()}
     raise ValueError(kind)

@@ -100,7 +100,7 @@ def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def micro_batches(
-    examples: Sequence[Numbered], *, packing: bool, micro_batch: MicroBatch, token_budget: int, pad_id: int
+    examples: Sequence[Numbered], *, packing: bool, micro_batch: MicroBatch, token_budget: int, pad_id: int = 0
 ) -> list[Batch]:
     """One step's examples (their numbers in the dataset beside them), each exactly once, split into forward passes.
 

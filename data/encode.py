@@ -21,7 +21,7 @@ from ..text.tokenizer_folder import as_tokenizer
 from .batch import Encoded, Example
 from .forms import read_samples, samples_of
 from .messages import Messages, trains
-from .protocol import TokenizerLike
+from .protocol import AnyTokenizer, TokenizerLike
 from .read import Rows
 from .row import SHOWN_PROBLEMS, BadRow, Problems, bad, counted
 from .said import REASONING, spelled, unsaid
@@ -80,7 +80,7 @@ class Dataset:
 
 def load(
     rows: Rows,
-    tokenizer: TokenizerLike,
+    tokenizer: AnyTokenizer,
     kind: Kind = "sft",
     *,
     template: TemplateChoice = None,
@@ -129,7 +129,7 @@ def load(
     return dataset
 
 
-def load_rows(options: Any, tokenizer: TokenizerLike, rows: Rows | Dataset, kind: Kind, **more: Any) -> Dataset:
+def load_rows(options: object, tokenizer: AnyTokenizer, rows: Rows | Dataset, kind: Kind, **more: Any) -> Dataset:
     """`load` as a training's or a command's options say; a dataset as it is, or InputError for one of another kind."""
     if isinstance(rows, Dataset):
         if rows.kind != kind:
@@ -253,7 +253,7 @@ def encode(
 
 def encode_chat(
     messages: Sequence[Mapping[str, object]],
-    tokenizer: TokenizerLike,
+    tokenizer: AnyTokenizer,
     *,
     template: TemplateChoice = None,
     tools: Sequence[Mapping[str, object]] | None = None,

@@ -1,6 +1,6 @@
 """What this folder asks of a tokenizer: little enough that any tokenizer can be wrapped to fit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 
@@ -12,27 +12,32 @@ class TokenizerLike(Protocol):
     `special_tokens` the texts of all of them.
     """
 
-    @property
-    def chat_template(self) -> str | None: ...
-    @property
-    def bos_token(self) -> str | None: ...
-    @property
-    def eos_token(self) -> str | None: ...
-    @property
-    def bos_id(self) -> int | None: ...
-    @property
-    def eos_id(self) -> int | None: ...
-    @property
-    def stop_ids(self) -> Sequence[int]: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def named_tokens(self) -> Mapping[str, str]: ...
-    @property
-    def special_tokens(self) -> Sequence[str]: ...
-    def encode(self, text: str) -> list[int]: ...
+    chat_template: str | None
+    bos_token: str | None
+    eos_token: str | None
+    bos_id: int | None
+    eos_id: int | None
+    stop_ids: tuple[int, ...]
+    vocab_size: int
+    named_tokens: dict[str, str]
+    special_tokens: tuple[str, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`."""
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and for each the (start, end) characters of `text` it covers."""
-        ...
 
-    def decode(self, ids: list[int], skip_special: bool = True) -> str: ...
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of the ids, without special tokens or with them."""
+
+
+class FastTokenizer(Protocol):
+    """What `as_tokenizer` uses of a fast tokenizer of transformers."""
+
+    @property
+    def backend_tokenizer(self) -> object: ...
+    def save_pretrained(self, save_directory: str, /) -> object: ...
+
+
+AnyTokenizer = TokenizerLike | FastTokenizer

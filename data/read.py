@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from torch.utils.data import Dataset as TorchDataset
+
 from ..errors import InputError, shown
 from .row import Place, Problem, Row, excerpt, type_name
 
@@ -29,7 +31,7 @@ MAX_UNCOUNTED = 200_000  # rows of what has no length, and may have no end
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
-Rows = str | os.PathLike[str] | Iterable[object]
+Rows = str | os.PathLike[str] | Iterable[object] | TorchDataset[object]
 
 
 def sources(rows: Any, name: str = "rows") -> list[Iterator[Row | Problem]]:

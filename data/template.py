@@ -22,7 +22,7 @@ from ..child import child_command, child_environment
 from ..errors import EnvironmentProblem, InputError
 from ..files import read_text
 from ..text.tokenizer_folder import as_tokenizer
-from .protocol import TokenizerLike
+from .protocol import AnyTokenizer, TokenizerLike
 from .said import REASONING
 from .turns import Rendered, Talk, Turn, Unrenderable, before_mark, place, too_many, with_thoughts
 
@@ -269,7 +269,7 @@ os.register_at_fork(after_in_child=CHILD.forget)
 atexit.register(CHILD.stop)
 
 
-def template_for(tokenizer: TokenizerLike, override: TemplateChoice = None, *, date: str | None = None) -> ChatTemplate:
+def template_for(tokenizer: AnyTokenizer, override: TemplateChoice = None, *, date: str | None = None) -> ChatTemplate:
     """The template to use: `override` (a built-in's name, a file, a template), else the tokenizer's, else a built-in.
 
     A tokenizer without a template gets chatml if its vocabulary has chatml's two tokens, else zephyr, whose marks are

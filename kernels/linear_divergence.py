@@ -1,16 +1,7 @@
 """How far a student's distribution over tokens is from a teacher's, row by row from hidden states, for distillation.
 
-With p the teacher's distribution and q the student's, both softmax(logits / temperature):
-
-    forward-kl   KL(p || q) = sum p log(p / q)       covers all that the teacher says (Hinton et al. 2015)
-    reverse-kl   KL(q || p) = sum q log(q / p)       keeps to what the teacher finds likely (Gu et al. 2023, MiniLLM)
-    jsd          beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
-                 generalised Jensen-Shannon divergence (Agarwal et al. 2023, "GKD", equation 1)
-
-The value is in nats and not multiplied by temperature^2, as Hinton et al. do to keep gradients as large as at
-temperature 1, and GKD does not. With top_k only the teacher's k likeliest tokens count, and both p and q are
-renormalised over them, so it stays a divergence: never negative, and 0 only where both agree on these tokens'
-proportions. What the student gives to all other tokens is then free.
+What each kind is, and what temperature and top_k do, says `losses.token_divergence`. GKD too does not multiply by the
+square of the temperature, which Hinton et al. do to keep gradients as large as at 1.
 
 One chunk of both logits exists at a time; see `chunked_head` for how gradients are made.
 """

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.lora_paths import lora_update
+from ..settings import checked
 from .adapter import Adapter, LowRank
-from .config import LoRAConfig, check_rank
+from .config import LoRAConfig
 from .linear4bit import NF4Linear, autocast_input, sizes
 
 
@@ -31,7 +32,7 @@ class LoRA(Adapter):
     ) -> None:
         super().__init__()
         in_features, out_features = sizes(base)
-        check_rank("rank", rank)
+        checked("rank", rank, int, {"least": 1})
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
         device, bound = base.weight.device, 1 / math.sqrt(in_features)
         start = torch.empty(rank, in_features, device="cpu").uniform_(-bound, bound)  # one start on every device

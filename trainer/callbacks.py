@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Required, TypedDict
+from typing import Required, TypedDict
 
 from torch.optim import Optimizer
 
+from ..data.encode import Dataset
+from ..data.read import Rows
 from ..errors import InputError
 from .loop import MakeOptimizer, MakeScheduler, Run
 from .metrics import finite
@@ -31,8 +33,8 @@ class Callback:
 class Options(TypedDict, total=False):
     """What every trainer takes besides model, tokenizer, config and loss; see `Trainer`."""
 
-    train: Required[Any]
-    val: Any | float | None
+    train: Required[Rows | Dataset]
+    val: Rows | Dataset | float | None
     optimizer: Optimizer | MakeOptimizer | None
     scheduler: MakeScheduler | None
     callbacks: Sequence[Callback]

@@ -17,7 +17,8 @@ from ..errors import InputError
 from ..optim.schedule import Schedule, rate_factor
 from ..optim.update import Rounding
 from ..settings import LARGEST, REQUIRED, Checked, setting
-from .losses.objective import PAIR_LOSSES, RULES, UNPAIRED_LOSSES, Objective, parse_losses
+from .losses.objective import PAIR_LOSSES, SETTINGS, UNPAIRED_LOSSES, Objective, parse_losses
+from .losses.pairs import DivergenceName
 
 PAGED = "paged-"
 COURSE = {"epochs", "steps", "schedule", "warmup", "decay"}  # what decides how long a run is, and its rates
@@ -234,16 +235,22 @@ class DPOConfig(PreferenceConfig):
         "repeated for a weighted sum, such as sigmoid=0.8 and sft=0.2",
         metavar="NAME[=WEIGHT]",
     )
-    beta: float | None = setting(None, "how strongly the policy is held to the reference; default: the loss' own")
-    label_smoothing: float | None = setting(None, "share of wrong labels: sigmoid (cDPO), robust, exo, simpo, cpo")
-    gamma: float | None = setting(None, "simpo: the margin of rewards aimed at")
-    tau: float | None = setting(None, "discopop: the temperature of its mixture")
-    sft_weight: float | None = setting(None, "cpo: the weight of its term that fits the chosen answers")
-    desirable_weight: float | None = setting(None, "kto, apo-zero-unpaired: the weight of good answers")
-    undesirable_weight: float | None = setting(None, "kto, apo-zero-unpaired: the weight of bad answers")
-    divergence: str | None = setting(None, "f-DPO: reverse-kl (DPO itself), forward-kl, jsd or alpha", metavar="NAME")
-    divergence_alpha: float | None = setting(None, "alpha of divergence alpha, 0 to 1")
-    ld_alpha: float | None = setting(None, "LD-DPO: what tokens past the shorter answer count, 0 to 1; default 1")
+    beta: float | None = setting(
+        None, "how hard the policy is held to the reference; default: the loss'", positive=True
+    )
+    label_smoothing: float | None = setting(
+        None, "share of labels taken to be wrong: sigmoid (cDPO), robust, exo, simpo, cpo", least=0
+    )
+    gamma: float | None = setting(None, "simpo: the margin of rewards aimed at", least=0)
+    tau: float | None = setting(None, "discopop: the temperature of its mixture", positive=True)
+    sft_weight: float | None = setting(None, "cpo: the weight of its term that fits the chosen answers", least=0)
+    desirable_weight: float | None = setting(None, "kto, apo-zero-unpaired: the weight of good answers", positive=True)
+    undesirable_weight: float | None = setting(None, "kto, apo-zero-unpaired: the weight of bad answers", positive=True)
+    divergence: DivergenceName | None = setting(None, "f-DPO, whose reverse-kl is DPO itself")
+    divergence_alpha: float | None = setting(None, "alpha of divergence alpha, 0 to 1", least=0, most=1)
+    ld_alpha: float | None = setting(
+        None, "LD-DPO: what tokens past the shorter answer's length count, 0 to 1; default 1", least=0, most=1
+    )
     reference: Literal["auto", "base", "start"] = setting(
         "auto",
         "what the policy is compared with: base (adapter off), or start (the adapter as it was at the start); auto: "
@@ -269,7 +276,7 @@ class DPOConfig(PreferenceConfig):
 
     def objective(self) -> Objective:
         """The loss as a checked object."""
-        given = {name: getattr(self, name) for name in RULES}
+        given = {name: getattr(self, name) for name in sorted(SETTINGS)}
         return Objective(parse_losses(self.loss), {name: value for name, value in given.items() if value is not None})
 
 

@@ -5,12 +5,13 @@ then is not in memory a second time. Neither's logits ever exist as a whole.
 """
 
 from contextlib import nullcontext
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from ..data.batch import Batch
+from ..data.protocol import AnyTokenizer
 from ..errors import InputError
 from ..lora.adapter import DEFAULT, AdapterLayer, carried, using
 from ..models.protocol import CausalLM
@@ -41,7 +42,13 @@ class DistillTrainer(SFTTrainer):
     config: DistillConfig
 
     def __init__(
-        self, model: CausalLM, tokenizer: Any, *, teacher: Teacher, config: DistillConfig, **options: Unpack[Options]
+        self,
+        model: CausalLM,
+        tokenizer: AnyTokenizer,
+        *,
+        teacher: Teacher,
+        config: DistillConfig,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(model, tokenizer, config=config, **options)
         if isinstance(teacher, CausalLM):

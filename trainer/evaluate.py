@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..data.batch import Batch, Example, in_batches
 from ..data.encode import Dataset, encode_questions, load_rows
 from ..data.forms import samples_of
-from ..data.protocol import TokenizerLike
+from ..data.protocol import AnyTokenizer
 from ..data.read import Refused, Rows, parse
 from ..data.sample import Sample
 from ..data.template import TemplateChoice, template_for
@@ -53,7 +53,7 @@ def perplexity(loss: float) -> float:
 
 
 def evaluate_loss(
-    model: CausalLM, rows: Rows | Dataset | Sequence[Example], tokenizer: TokenizerLike | None = None
+    model: CausalLM, rows: Rows | Dataset | Sequence[Example], tokenizer: AnyTokenizer | None = None
 ) -> float:
     """Mean loss of a trained token over all rows, in nats; its exponential is the perplexity.
     rows: files or objects, as a trainer's `val`, for which `tokenizer` is needed; or examples of a dataset.
@@ -73,7 +73,7 @@ def evaluate_loss(
 
 def answer_all(
     model: CausalLM,
-    tokenizer: TokenizerLike,
+    tokenizer: AnyTokenizer,
     template: TemplateChoice,
     rows: Rows | Dataset | Sequence[Sample],
     *,

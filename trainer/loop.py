@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..data.batch import Batch, Encoded, Example, in_batches, pad
-from ..data.protocol import TokenizerLike
+from ..data.protocol import AnyTokenizer
 from ..errors import InputError
 from ..files import misfits
 from ..lora.adapter import adapter_parameters, plain_name, unwrapped
@@ -33,6 +33,7 @@ from ..models.protocol import CausalLM
 from ..optim import AdamW
 from ..optim.optimizer import FlatOptimizer
 from ..optim.unmoved import checksum, unmoved
+from ..settings import checked
 from ..text.tokenizer_folder import as_tokenizer
 from . import step
 from .checkpoint import Groups, load_checkpoint, newest_checkpoint, packed, resuming, save_checkpoint, unpacked
@@ -72,7 +73,7 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: TokenizerLike | None = None,
+        tokenizer: AnyTokenizer | None = None,
         *,
         loss: Loss | None = None,
         optimizer: Optimizer | MakeOptimizer | None = None,
@@ -246,7 +247,7 @@ class Run:
         for name, tensor in self.weights().items():
             tensor.copy_(weights[name])
 
-    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
         """All that a run goes on from: tensors in groups (`weights`, the state of optimizer and scheduler, torch's
         generators), and the rest as JSON. InputError for state that is neither."""
         tensors, (kinds, names) = dict[str, Tensor](), self._form()
@@ -266,7 +267,7 @@ class Run:
         kinds = " and ".join(name_of(type(each)) for each in (self.optimizer, self.scheduler) if each is not None)
         return kinds, [[names[one] for one in group] for group in moved]
 
-    def restore(self, tensors: Groups, plain: Mapping[str, Any]) -> None:
+    def restore(self, tensors: Groups, plain: Mapping[str, object]) -> None:
         """Take over what `state` gave. Raises InputError for what is of another model, optimizer or scheduler, and
         then changes nothing."""
         shapes, given = ({n: t.shape for n, t in some.items()} for some in (self.weights(), tensors["weights"]))
@@ -277,7 +278,7 @@ class Run:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(scheduler)
         step.set_rng_states(tensors["rng"], self.device)
-        self.steps, self._gathered = plain["steps"], []
+        self._gathered, self.steps = [], checked("steps", plain["steps"], int, {"least": 0})
         self._paged, self.retries = {}, 0  # the pager starts anew
 
     def _load_optimizer(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch, Example, sent
 from ..data.encode import Dataset
+from ..data.protocol import AnyTokenizer
 from ..errors import InputError, NumericError
 from ..lora.adapter import DEFAULT, adapters_of, copy_adapter, using
 from ..lora.peft_files import adapter_state, load_adapter_state
@@ -58,7 +59,13 @@ class DPOTrainer(Trainer):
     config: DPOConfig
 
     def __init__(
-        self, model: CausalLM, tokenizer: Any, *, config: DPOConfig, loss: OwnLoss = None, **options: Unpack[Options]
+        self,
+        model: CausalLM,
+        tokenizer: AnyTokenizer,
+        *,
+        config: DPOConfig,
+        loss: OwnLoss = None,
+        **options: Unpack[Options],
     ) -> None:
         self.objective = config.objective()
         self.kind = "judged" if self.objective.unpaired else "pairs"
@@ -112,7 +119,7 @@ class DPOTrainer(Trainer):
         with evaluating(self.model), using(self.model, *self.reference):
             return answer_scores(self.model, batch).logps
 
-    def begin(self, dataset: Any, batches: Sequence[Batch]) -> None:
+    def begin(self, dataset: Dataset, batches: Sequence[Batch]) -> None:
         if "kl" in self.objective.points:
             numbers = sorted(number for batch in batches for number in batch.numbers)
             self.points["kl"] = self._mismatch(dataset, numbers)
@@ -162,7 +169,7 @@ class DPOTrainer(Trainer):
             self.cache = cached(file, parts, batches, lengths, self._live_logps)
 
     @torch.no_grad()
-    def _mismatch(self, dataset: Any, numbers: Sequence[int]) -> Tensor:
+    def _mismatch(self, dataset: Dataset, numbers: Sequence[int]) -> Tensor:
         """KTO's reference point, from each prompt with the answer to another one: 0 where all prompts are the same."""
         chosen = [number - self.first_number(dataset) for number in numbers]
         others = [self._other_prompt(dataset, chosen, k) for k in range(len(chosen))]
@@ -178,7 +185,7 @@ class DPOTrainer(Trainer):
         return mismatch_kl(torch.cat(policy), torch.cat(reference))
 
     @staticmethod
-    def _other_prompt(dataset: Any, chosen: Sequence[int], k: int) -> Example | None:
+    def _other_prompt(dataset: Dataset, chosen: Sequence[int], k: int) -> Example | None:
         """The next example with another prompt, after the k-th of the step and around, then in the whole data."""
         own = prompt_of(dataset.examples[chosen[k]])
         places = chain(chosen[k + 1 :], chosen[:k], range(chosen[k] + 1, len(dataset)), range(chosen[k]))

@@ -9,6 +9,7 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 
 from ..data.batch import Batch
+from ..data.protocol import AnyTokenizer
 from ..models.protocol import CausalLM
 from .callbacks import Options
 from .config import RewardConfig
@@ -32,7 +33,7 @@ class RewardTrainer(Trainer):
     def __init__(
         self,
         model: CausalLM,
-        tokenizer: Any,
+        tokenizer: AnyTokenizer,
         *,
         config: RewardConfig,
         head: Tensor | None = None,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data.batch import Batch, Example, in_batches
 from ..data.encode import encode
 from ..data.forms import samples_of
-from ..data.protocol import TokenizerLike
+from ..data.protocol import AnyTokenizer
 from ..data.read import Rows
 from ..data.sample import Sample
 from ..data.template import FILE as TEMPLATE
@@ -71,7 +71,7 @@ class RewardModel:
 
     def score(
         self,
-        tokenizer: TokenizerLike,
+        tokenizer: AnyTokenizer,
         rows: Rows | Sequence[Sample],
         *,
         template: TemplateChoice = None,

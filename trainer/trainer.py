@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch, MicroBatch, micro_batches
-from ..data.encode import load_rows
+from ..data.encode import Dataset, load_rows
 from ..data.order import fingerprint, split_validation, step_indices, steps_per_epoch
+from ..data.protocol import AnyTokenizer
+from ..data.read import Rows
 from ..data.sample import Kind
 from ..errors import InputError
 from ..lora.peft_files import save_adapter
@@ -54,9 +56,8 @@ class Trainer(ABC):
 
     train: a JSONL file, several, or a dataset. val: the same, or a fraction of train below 1, or None.
     loss: instead of the trainer's own; see there what it is given. It returns the value of each token or pair, [N].
-    optimizer: instead of the config's: one of torch.optim's kind on the trained parameters, or a function that makes
-        one of their list; its groups' rates are the peaks of the config's schedule. scheduler: makes torch's scheduler
-        for it, instead of that schedule. Both are saved in checkpoints and go on bit for bit.
+    optimizer: instead of the config's: one of torch.optim's kind on what is trained, or a function of that list; its
+        groups' rates are the schedule's peaks. scheduler: makes torch's for it, instead of the config's schedule.
     Raises InputError for rows, options or a model that cannot be trained on.
     """
 
@@ -67,11 +68,11 @@ class Trainer(ABC):
     def __init__(
         self,
         model: CausalLM,
-        tokenizer: Any,
+        tokenizer: AnyTokenizer,
         *,
-        train: Any,
+        train: Rows | Dataset,
         config: TrainingConfig,
-        val: Any | float | None = None,
+        val: Rows | Dataset | float | None = None,
         loss: Callable[..., Tensor | Sums] | None = None,
         optimizer: torch.optim.Optimizer | MakeOptimizer | None = None,
         scheduler: MakeScheduler | None = None,
@@ -87,7 +88,7 @@ class Trainer(ABC):
         self.device = next(iter(self.parameters.values())).device
         self.token_budget = TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET["cuda"])
         self.train_set = load_rows(config, self.tokenizer, train, self.kind, name="train")
-        self.val_set: Any = None
+        self.val_set: Dataset | None = None
         if isinstance(val, float):
             self.train_set, self.val_set = split_validation(self.train_set, val)
         elif val is not None:
@@ -100,10 +101,10 @@ class Trainer(ABC):
     # What a kind of training says.
 
     @abstractmethod
-    def sums(self, batch: Any) -> Tensor | Sums:
+    def sums(self, batch: Batch) -> Tensor | Sums:
         """Loss and metrics of a batch, summed; the loss carries the gradient. May be called twice for one batch."""
 
-    def begin(self, dataset: Any, batches: Sequence[Any]) -> None:
+    def begin(self, dataset: Dataset, batches: Sequence[Batch]) -> None:
         """Called with all batches of a step, or of an evaluation, before the first forward pass."""
 
     def applied(self, result: StepResult) -> None:
@@ -144,7 +145,7 @@ class Trainer(ABC):
     # The run.
 
     @property
-    def sets(self) -> list[Any]:
+    def sets(self) -> list[Dataset]:
         """What is trained and validated on."""
         return [self.train_set] + ([self.val_set] if self.val_set is not None else [])
 
@@ -237,13 +238,12 @@ class Trainer(ABC):
         self.begin(self.train_set, batches)
         return batches, [examples[i].source for i in numbers]
 
-    def micro_batches(self, dataset: Any, numbers: Sequence[int], micro_batch: MicroBatch) -> list[Batch]:
+    def micro_batches(self, dataset: Dataset, numbers: Sequence[int], micro_batch: MicroBatch) -> list[Batch]:
         """The examples with these numbers, each once, as batches of one forward pass each, on the CPU."""
-        first, budget, pad_id = self.first_number(dataset), self.token_budget, self.tokenizer.pad_id or 0
-        chosen, packing = [(first + i, dataset.examples[i]) for i in numbers], self.config.packing
-        return micro_batches(chosen, packing=packing, micro_batch=micro_batch, token_budget=budget, pad_id=pad_id)
+        chosen, packing = [(self.first_number(dataset) + i, dataset.examples[i]) for i in numbers], self.config.packing
+        return micro_batches(chosen, packing=packing, micro_batch=micro_batch, token_budget=self.token_budget)
 
-    def first_number(self, dataset: Any) -> int:
+    def first_number(self, dataset: Dataset) -> int:
         """The number that a batch gives a dataset's first example: other rows count on where training rows end."""
         return 0 if dataset is self.train_set or dataset is not self.val_set else len(self.train_set)
 

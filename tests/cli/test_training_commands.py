@@ -59,7 +59,7 @@ def losses(out: str, name: str = "loss") -> list[float]:
         ("dpo", "--loss dpo", "unknown loss 'dpo'; did you mean sigmoid?"),
         ("dpo", "--loss-type ipo", "unknown flag --loss-type: it is called --loss here"),
         ("dpo", "--ref-model m", "it is called --reference here (reference is base or start; there never is a"),
-        ("dpo", "--beta 0", "--beta must be a number above 0, got 0"),
+        ("dpo", "--beta 0", "--beta must be above 0 and finite, got 0"),
         ("dpo", "--adapter nowhere", "adapter nowhere is no folder with adapter_config.json"),
         ("dpo", "--adapter {adapter} --rank 8", "{adapter} brings its own rank: leave them out"),
         ("dpo", "--loss kto", "it looks like a preference pair, which"),

@@ -97,7 +97,7 @@ def test_skip_by_regular_expression() -> None:
     ("skip", "words"),
     [
         ("[", r"skip holds '\[', which is no regular expression"),
-        (3, "skip must be a string or a list of layer names, got 3"),
+        (3, "skip must be text or a list of texts, got 3"),
         (".*", r"finds no layer of this ModuleDict to quantise: .*layers\.0\.up.*\(named in skip\)"),
         ("lm_head", r"skip='lm_head': a string is a regular .* pass a list: \['lm_head'\]"),
         (["lm_head", "dwon"], r"skip entry 'dwon' matches no linear layer\. Nearest: down"),

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -122,8 +123,11 @@ def test_as_a_torch_scheduler(schedule):
         schedule_of_steps.step()
 
 
-@pytest.mark.parametrize("step", [0, 9])
-def test_a_schedule_of_another_name_is_refused(step):
-    """It would fall along a line, as if it were linear."""
-    with pytest.raises(ValueError, match=r"schedule must be one of cosine, linear, .*, got 'cosin'"):
-        rate_factor(step, total=10, warmup=2, schedule="cosin")
+@pytest.mark.parametrize(
+    "wrong", [{"schedule": "cosin"}, {"warmup": 0.1}, {"warmup": -1}, {"decay": 0.5, "schedule": "wsd"}]
+)
+def test_what_is_no_schedule_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"schedule is one of cosine, linear, .*whole numbers of steps, got "):
+        rate_factor(0, **{"total": 10, "warmup": 2} | wrong)
+    with pytest.raises(ValueError, match="whole numbers of steps"):
+        scheduler(torch.optim.SGD([torch.zeros(1)]), **{"total": 10, "warmup": 2} | wrong)

@@ -136,14 +136,14 @@ def test_a_rank_above_a_layers_sizes_is_what_it_is_to_peft(quantised: bool, tmp_
 REFUSED: dict[str, tuple[Callable[[nn.Module], object], dict[str, object], str]] = {
     "typo": (lambda _: None, {"modules_to_save": ["clasifier"]}, "'clasifier' matches no module. Nearest: classifier"),
     "empty": (lambda _: None, {"modules_to_save": ["dropout"]}, "'dropout' names nothing that can be trained"),
-    "text": (lambda _: None, {"modules_to_save": "classifier"}, "must be a list of names, got 'classifier'"),
+    "text": (lambda _: None, {"modules_to_save": "classifier"}, "must be a list of texts, got 'classifier'"),
     "4-bit": (
         lambda model: fourbit.quantize_(model, skip=()),
         {"modules_to_save": ["classifier"]},
         r"'classifier': classifier are in 4 bits and cannot be trained: leave them dense \(skip",
     ),
     "nothing left": (lambda _: None, {"modules_to_save": ["query"]}, r"leaves nothing of target=\('query',\)"),
-    "bias": (lambda _: None, {"bias": "some"}, "bias must be 'none', 'all' or 'lora_only', got 'some'"),
+    "bias": (lambda _: None, {"bias": "some"}, "bias must be one of none, all or lora_only, got 'some'"),
 }
 
 

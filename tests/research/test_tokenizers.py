@@ -99,7 +99,8 @@ def test_tokens_and_masks_are_those_of_its_folder(theirs: Any, rows: Path, tmp_p
         assert getattr(ours, name) == getattr(folder, name), name
     assert fingerprint(load(rows, theirs)) == fingerprint(load(rows, folder))
     talk = [{"role": "user", "content": "hi"}]
-    assert template_for(ours).render(talk) == theirs.apply_chat_template(talk, tokenize=False)
+    for taken in (ours, theirs):
+        assert template_for(taken).render(talk) == theirs.apply_chat_template(talk, tokenize=False)
     theirs("the fox", padding=False, truncation=False)
     assert theirs("the fox").input_ids == before and "TemplateProcessing" in said, "theirs is left as it was"
     assert as_tokenizer(ours) is ours
@@ -145,6 +146,8 @@ def test_it_trains_scores_and_answers_as_ours_does(tiny_folder: Path, rows: Path
     assert answers[0] == answers[1]
     assert fourbit.evaluate_loss(model, rows, theirs) == fourbit.evaluate_loss(model, rows, ours)
     fourbit.attach(model, fourbit.LoRAConfig(rank=2))
+    drawn = [fourbit.Run(model, given).sample(["Hello"], max_new_tokens=8, seed=3) for given in (theirs, ours)]
+    assert drawn[0] == drawn[1]
     scorer = fourbit.RewardModel(model, trainer.model.lm_head.weight[:1].detach())
     asked = [json.loads(line) for line in rows.read_text().splitlines()[:2]]
     assert scorer.score(theirs, asked) == scorer.score(ours, asked)

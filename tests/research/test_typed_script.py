@@ -13,6 +13,8 @@ from typing import assert_type
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
 
 import fourbit
 from fourbit import losses, nf4
@@ -24,6 +26,21 @@ assert_type(fourbit.attach(model, fourbit.LoRAConfig(rank=8, target=["q_proj", "
 config = fourbit.SFTConfig(out="run", epochs=1)
 trainer = fourbit.SFTTrainer(model, tokenizer, train="train.jsonl", val=0.1, config=config)
 assert_type(trainer.train(), fourbit.TrainResult)
+
+
+class Numbered(Dataset[dict[str, str]]):
+    def __getitem__(self, index: int) -> dict[str, str]:
+        return {"prompt": "a", "completion": str(index)}
+
+
+def with_rows(theirs: PreTrainedTokenizerFast, rows: list[dict[str, str]], own: fourbit.data.TokenizerLike) -> None:
+    fourbit.SFTTrainer(model, theirs, train=rows, val=Numbered(), config=config)
+    fourbit.DistillTrainer(model, own, train=fourbit.data.load(rows, own), config=teach, teacher=None)
+    run = fourbit.Run(model, theirs)
+    assert_type(run.optim_step(1e-3), fourbit.StepResult)
+
+
+teach = fourbit.DistillConfig(out="run")
 ids: list[int] = tokenizer.encode("Hello")
 assert_type(fourbit.generate(model, [ids], max_new_tokens=8, temperature=0.7, seed=None), list[list[int]])
 
@@ -57,6 +74,9 @@ fourbit.generate(model, "text", temperature="hot")
 fourbit.LoRAConfig(r=8)
 tokenizer.encode(3)
 fourbit.internal
+fourbit.SFTTrainer(model, None, train="train.jsonl", config=fourbit.SFTConfig(out="run"))
+fourbit.SFTTrainer(model, tokenizer, train=3, config=fourbit.SFTConfig(out="run"))
+fourbit.optim.rate_factor(0, total=1, warmup=0, schedule="cosin")
 """
 
 
@@ -87,4 +107,4 @@ def test_a_script_of_a_researcher_has_types(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_wrong_use_is_seen(tmp_path: Path) -> None:
     codes = [line.rpartition("[")[2].rstrip("]") for line in errors(tmp_path, WRONG)]
-    assert sorted(codes) == ["arg-type", "arg-type", "arg-type", "attr-defined", "call-arg"]
+    assert sorted(codes) == [*["arg-type"] * 6, "attr-defined", "call-arg"]

@@ -412,11 +412,11 @@ def test_mixtures_and_settings_reach_the_loss(trainer_for, tiny_folder, pairs, t
     [
         ({"loss": ("dpo",)}, "unknown loss 'dpo'; did you mean sigmoid"),
         ({"loss": ("ipo",), "label_smoothing": 0.1}, "label_smoothing is not used by the loss ipo"),
-        ({"beta": -0.1}, "beta must be a number above 0, got -0.1"),
+        ({"beta": -0.1}, "beta must be above 0 and finite, got -0.1"),
         ({"loss": ("simpo",), "reference": "base"}, "reference has no use with the loss simpo"),
         ({"loss": ("orpo",), "reference_cache": "f"}, "reference_cache has no use with the loss orpo"),
         ({"loss": ("kto",), "ld_alpha": 0.5}, "ld_alpha compares the two answers of a pair"),
-        ({"ld_alpha": 1.5}, "ld_alpha must be a number from 0 to 1"),
+        ({"ld_alpha": 1.5}, "ld_alpha must be at most 1, got 1.5"),
         ({"truncation": "prompt"}, "truncation must be drop or answer, got 'prompt'"),
         ({"reference": "snapshot"}, "reference must be one of auto, base or start, got 'snapshot'"),
     ],

@@ -226,7 +226,9 @@ def test_extremes_are_finite(name: str, divergence: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("name", UNPAIRED_LOSSES)
 def test_unpaired_extremes_are_finite(name: str, dtype: torch.dtype) -> None:
     policy = torch.tensor([[-1e4, 1e4, 0.0, -1e4, 1e4, 0.0]], dtype=dtype, requires_grad=True)
-    sample = scores(policy, torch.zeros_like(policy), torch.ones(1, 6), torch.arange(6).unsqueeze(0) < 3)
+    sample = scores(
+        policy, torch.zeros_like(policy), torch.ones(1, 6, dtype=torch.int64), torch.arange(6).unsqueeze(0) < 3
+    )
     found = value_of(name, sample)
     (gradient,) = torch.autograd.grad(found.sum(), policy)
     assert found.dtype == dtype and found.isfinite().all() and gradient.isfinite().all()
@@ -527,3 +529,10 @@ one, eight, many = torch.zeros(2, 1), torch.zeros(2, 8), torch.ones(2, 8, dtype=
 def test_nothing_is_broadcast(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_parts_of_losses_broadcast_nothing() -> None:
+    with pytest.raises(ValueError, match="rewards_seen takes"):
+        public.rewards_seen(torch.zeros(1), torch.ones(8, dtype=torch.bool))
+    with pytest.raises(ValueError, match="divergence is one of reverse-kl, forward-kl, jsd, alpha"):
+        public.divergence_of("js")

@@ -17,8 +17,12 @@ def token_divergence(
     top_k: int | None = None,
     beta: float = 0.5,
 ) -> Tensor:
-    """The divergence of each row, [N], nats; what `kind` and the settings mean says `kernels.linear_divergence`.
+    """How far the student's distribution q is from the teacher's p, of each row: [N], in nats, fp32 or float64.
 
+    kind: "forward-kl" KL(p || q) (Hinton et al. 2015), "reverse-kl" KL(q || p) (MiniLLM, arXiv 2306.08543), or "jsd",
+    beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, arXiv 2306.13649, equation 1).
+    temperature: both sides' logits are divided by it; the value is not multiplied by its square. top_k: the teacher's
+    k likeliest tokens only, p and q renormalised over them; None: all.
     head, teacher_head: as in `token_scores`, of one vocabulary; they may be the same. hidden: [N, D] of the student,
     trained positions only; teacher_hidden: [N, E] at the same positions. Both heads are run in the mode they are in,
     the teacher's without gradient. Gradients flow to hidden and to what is trained in the student's head. One chunk of

@@ -36,7 +36,7 @@ def kto(
 
 def bco_unpaired(scores: Scores, shift: Tensor, *, beta: float = 0.1) -> Tensor:
     """BCO: -log σ(βh(y) - δ) for good answers, -log σ(δ - βh(y)) for bad ones. Jung et al. 2024, arXiv 2404.04656.
-    shift: δ, 0-d, from `pairs.reward_shift`: it lies midway, so it does not follow whichever side has more answers."""
+    shift: δ, 0-d, from `reward_shift`: it lies midway, so it does not follow whichever side has more answers."""
     gain = beta * scores.ratio - shift
     return -logsigmoid(torch.where(scores.good, gain, -gain)).squeeze(0)
 

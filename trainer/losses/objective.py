@@ -5,7 +5,7 @@ signature does. An objective refuses a setting that none of its losses takes: no
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from inspect import Parameter, signature
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from . import judged, pairs
-from .pairs import DIVERGENCES, Compared, Term, divergence_of
+from .pairs import Compared, Term, divergence_of
 
 
 class Loss(NamedTuple):
@@ -79,29 +79,17 @@ ELSEWHERE = {
 NO_AOT = ": it sorts a whole batch, so its result would depend on how a step is split into micro-batches"
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-Rule = tuple[str, Callable[[Any], bool]]
-ABOVE_0: Rule = ("a number above 0", lambda v: v > 0)
-AT_LEAST_0: Rule = ("a number of at least 0", lambda v: v >= 0)
-RULES: dict[str, Rule] = {  # every setting there is
-    **dict.fromkeys(("beta", "tau", "desirable_weight", "undesirable_weight"), ABOVE_0),
-    **dict.fromkeys(("gamma", "sft_weight"), AT_LEAST_0),
-    "label_smoothing": ("a number from 0 up to, but not including, 0.5", lambda v: 0 <= v < 0.5),
-    "divergence": (f"one of {', '.join(DIVERGENCES)}", lambda v: isinstance(v, str) and v in DIVERGENCES),
-    "divergence_alpha": ("a number from 0 to 1", lambda v: 0 <= v <= 1),
-    "ld_alpha": ("a number from 0 to 1 (1 discounts nothing)", lambda v: 0 <= v <= 1),
-}
+# Every setting there is; what each may be says `DPOConfig`.
+SETTINGS = {key for loss in LOSSES.values() for key in loss.defaults} | {"divergence_alpha", "ld_alpha"}
 
 
 class Objective:
     """A weighted sum of losses, checked: {"sigmoid": 0.8, "sft": 0.2} with {"beta": 0.05}.
 
     losses: names of PAIR_LOSSES, or all of UNPAIRED_LOSSES, with weights above 0, used as they are (not normalised).
-    settings: those of RULES. Each goes to every loss that takes it; a loss has its own default for what is not there.
-    ld_alpha is for `pairs.scores_of`. Raises InputError for what cannot work, naming the rule and the value.
+    settings: of SETTINGS, each within its bounds, which `DPOConfig` holds. Each goes to every loss that takes it; a
+    loss has its own default for what is not there. ld_alpha is for `pairs.scores_of`. Raises InputError for what cannot
+    work together, naming the rule and the value.
     """
 
     def __init__(self, losses: Mapping[str, float], settings: Mapping[str, Any] | None = None) -> None:
@@ -128,11 +116,9 @@ class Objective:
             own["divergence"] = divergence_of(own["divergence"], self.settings.get("divergence_alpha", 0.5))
         return own
 
-    def _check_setting(self, key: str, value: object) -> None:
+    def _check_setting(self, key: str, value: Any) -> None:
         losses, takers = ", ".join(self.losses), [name for name in self.losses if key in LOSSES[name].defaults]
         taking = [name for name, loss in LOSSES.items() if key in loss.defaults]
-        if key not in RULES:
-            raise InputError(f"there is no setting {key!r} of losses{_near(key, RULES)}")
         if key == "divergence_alpha" and self.settings.get("divergence") != "alpha":
             raise InputError(f"divergence_alpha belongs to divergence alpha; got {value!r} without it: leave it out")
         if key == "ld_alpha" and self.unpaired:
@@ -145,9 +131,8 @@ class Objective:
                 f"{key} is not used by the loss {' and '.join(self.losses)}, got {value!r}: leave it out, or choose "
                 f"among {', '.join(taking)}"
             )
-        rule, holds = RULES[key]
-        if (key != "divergence" and not _is_number(value)) or not holds(value):
-            raise InputError(f"{key} must be {rule}, got {value!r}{_near(value, DIVERGENCES)}")
+        if key == "label_smoothing" and value >= 0.5:
+            raise InputError(f"label_smoothing must be below 0.5, got {value}: else labels are rather wrong than right")
         if "exo" in takers and key == "label_smoothing" and value == 0:
             raise InputError("label_smoothing of the loss exo must be above 0 (its authors use 1e-3), got 0")
         others = [name for name in self.losses if LOSSES[name].reference and name not in takers]
@@ -179,9 +164,10 @@ def _check_names(losses: Mapping[str, float]) -> None:
     for name, weight in losses.items():
         if name not in LOSSES:
             plain = str(name).replace("_", "-").lower()
-            near = NO_AOT if plain.startswith("aot") else _near(ELSEWHERE.get(plain, plain), LOSSES)
+            near = "".join(f"; did you mean {n}?" for n in get_close_matches(ELSEWHERE.get(plain, plain), LOSSES, n=1))
+            near = NO_AOT if plain.startswith("aot") else near
             raise InputError(f"unknown loss {name!r}{near}; there are {', '.join(LOSSES)}")
-        if not _is_number(weight) or weight <= 0:
+        if not 0 < weight < math.inf:
             raise InputError(f"the weight of loss {name} must be a number above 0, got {weight!r}")
     single, paired = ([name for name in losses if name in table] for table in (UNPAIRED_LOSSES, PAIR_LOSSES))
     if single and paired:
@@ -190,8 +176,3 @@ def _check_names(losses: Mapping[str, float]) -> None:
         raise InputError(
             "loss sft alone is plain fine-tuning: train with sft (SFTTrainer), or give a preference loss beside it"
         )
-
-
-def _near(word: object, names: Iterable[str]) -> str:
-    near = get_close_matches(str(word).replace("_", "-"), names, n=1)
-    return f"; did you mean {near[0]}?" if near else ""

@@ -22,6 +22,7 @@ from .reward import alike
 
 STEEPEST = 30.0  # exp goes on along its tangent past this: its square times 1e4 is still far below the largest fp32
 Compared = Literal["ratio", "policy", "mean"]  # what β multiplies in an implicit reward: a property of Scores
+DivergenceName = Literal["reverse-kl", "forward-kl", "jsd", "alpha"]
 Divergence = Callable[[Tensor], Tensor]  # log-ratios -> f'(ratio), up to a constant
 Term = tuple[float, Callable[..., Tensor], str | None]  # weight, loss, the name of the number it is given besides
 
@@ -115,7 +116,8 @@ def mixture(terms: Sequence[Term], scores: Scores, points: Mapping[str, Tensor])
 
 def rewards_seen(rewards: Tensor, good: Tensor) -> Tensor:
     """[2, 2] float64: the sum of the rewards of good answers and of bad ones, and below how many there are of each.
-    rewards, good (bool): of one shape. Those of several batches add up."""
+    rewards, good (bool): of one shape, else ValueError. Those of several batches add up."""
+    alike("rewards_seen", rewards=rewards, good=good.to(rewards.dtype))
     sides = torch.stack([good, ~good]).to(torch.float64).flatten(1)
     return torch.stack([(sides * rewards.detach().to(torch.float64).flatten()).sum(1), sides.sum(1)])
 
@@ -147,7 +149,10 @@ def alpha_divergence(ratio: Tensor, alpha: float = 0.5) -> Tensor:
 
 
 def divergence_of(name: str, alpha: float = 0.5) -> Divergence:
-    """f-DPO (Wang et al. 2023, arXiv 2309.16240): h(y) becomes f'(π(y) / π_ref(y)) in losses that are made of Δ."""
+    """f-DPO (Wang et al. 2023, arXiv 2309.16240): h(y) becomes f'(π(y) / π_ref(y)) in losses that are made of Δ.
+    name: "reverse-kl" (DPO itself), "forward-kl", "jsd" or "alpha", with alpha from 0 to 1; else ValueError."""
+    if name not in DIVERGENCES or not 0 <= alpha <= 1:
+        raise ValueError(f"divergence is one of {', '.join(DIVERGENCES)} with alpha from 0 to 1, got {name!r}, {alpha}")
     return partial(alpha_divergence, alpha=alpha) if name == "alpha" else DIVERGENCES[name]
 
 
