@@ -22,14 +22,11 @@ class TokenizerLike(Protocol):
     named_tokens: dict[str, str]
     special_tokens: tuple[str, ...]
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`."""
-
+    def encode(self, text: str) -> list[int]: ...
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and for each the (start, end) characters of `text` it covers."""
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of the ids, without special tokens or with them."""
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
 
 
 class FastTokenizer(Protocol):

@@ -11,8 +11,6 @@ from ..settings import Checked, checked, setting
 
 Number = TypeVar("Number", int, float)
 
-LARGEST_ALPHA = 1e30  # far beyond use, and what it scales still fits fp32
-
 
 @dataclass(frozen=True)
 class LoRAConfig(Checked):
@@ -29,13 +27,14 @@ class LoRAConfig(Checked):
     Raises InputError naming the field, its rule and the value.
     """
 
+    # An alpha of 1e30 is far beyond use, and what it scales still fits fp32.
     rank: int = setting(16, "rank r of the update", least=1)
-    alpha: float = setting(32.0, "the update is scaled by alpha / rank", positive=True, most=LARGEST_ALPHA)
+    alpha: float = setting(32.0, "the update is scaled by alpha / rank", positive=True, most=1e30)
     dropout: float = setting(0.0, "dropout on the adapter's input, below 1", least=0)
     target: str | Sequence[str] = setting("all-linear", "layers that get an adapter")
     rslora: bool = setting(False, "scale by alpha / sqrt(rank) instead")
     rank_pattern: dict[str, int] = setting({}, "other ranks, by layers", least=1)
-    alpha_pattern: dict[str, float] = setting({}, "other alphas, by layers", positive=True, most=LARGEST_ALPHA)
+    alpha_pattern: dict[str, float] = setting({}, "other alphas, by layers", positive=True, most=1e30)
     exclude: str | Sequence[str] = setting((), "layers that get none")
     modules_to_save: Sequence[str] = setting((), "modules that are trained whole")
     bias: Literal["none", "all", "lora_only"] = setting("none", "which biases are trained")

@@ -235,11 +235,9 @@ class DPOConfig(PreferenceConfig):
         "repeated for a weighted sum, such as sigmoid=0.8 and sft=0.2",
         metavar="NAME[=WEIGHT]",
     )
-    beta: float | None = setting(
-        None, "how hard the policy is held to the reference; default: the loss'", positive=True
-    )
+    beta: float | None = setting(None, "how strongly the reference holds; default: the loss' own", positive=True)
     label_smoothing: float | None = setting(
-        None, "share of labels taken to be wrong: sigmoid (cDPO), robust, exo, simpo, cpo", least=0
+        None, "wrong labels' share: sigmoid (cDPO), robust, exo, simpo, cpo", least=0
     )
     gamma: float | None = setting(None, "simpo: the margin of rewards aimed at", least=0)
     tau: float | None = setting(None, "discopop: the temperature of its mixture", positive=True)
@@ -249,7 +247,7 @@ class DPOConfig(PreferenceConfig):
     divergence: DivergenceName | None = setting(None, "f-DPO, whose reverse-kl is DPO itself")
     divergence_alpha: float | None = setting(None, "alpha of divergence alpha, 0 to 1", least=0, most=1)
     ld_alpha: float | None = setting(
-        None, "LD-DPO: what tokens past the shorter answer's length count, 0 to 1; default 1", least=0, most=1
+        None, "LD-DPO: what tokens past the shorter answer count; default 1", least=0, most=1
     )
     reference: Literal["auto", "base", "start"] = setting(
         "auto",

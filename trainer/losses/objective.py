@@ -79,7 +79,6 @@ ELSEWHERE = {
 NO_AOT = ": it sorts a whole batch, so its result would depend on how a step is split into micro-batches"
 
 
-# Every setting there is; what each may be says `DPOConfig`.
 SETTINGS = {key for loss in LOSSES.values() for key in loss.defaults} | {"divergence_alpha", "ld_alpha"}
 
 
