@@ -187,5 +187,5 @@ def test_it_passes_for_a_linear_layer_where_its_sizes_are_read() -> None:
 
 @pytest.mark.parametrize("rank", [0, -1])
 def test_an_impossible_rank_is_refused(rank: int) -> None:
-    with pytest.raises(InputError, match=rf"rank must be a whole number from 1 to .*, got {rank}"):
+    with pytest.raises(InputError, match=rf"rank must be (a whole number|at least 1), got {rank}"):
         LoRA(nn.Linear(9, 5), rank, 8)
