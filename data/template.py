@@ -273,7 +273,8 @@ def template_for(tokenizer: AnyTokenizer, override: TemplateChoice = None, *, da
     """The template to use: `override` (a built-in's name, a file, a template), else the tokenizer's, else a built-in.
 
     A tokenizer without a template gets chatml if its vocabulary has chatml's two tokens, else zephyr, whose marks are
-    plain text and whose turns end in the end-of-text token: so no token is ever added. `.notice` says so.
+    plain text and whose turns end in the end-of-text token: no token is ever added. `.notice` says so. InputError for a
+    name that is neither a built-in nor a file.
     """
     if isinstance(override, ChatTemplate):
         return override
