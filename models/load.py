@@ -114,7 +114,7 @@ def load_decoder(
     for name, layer in layers.items():
         its = layer.quant_type, layer.blocksize, layer.double_quant
         if quant_type is not None and its != (quant_type, blocksize, double_quant):
-            raise InputError(f"{path}: {name!r} is in 4 bits already, as {its}: give quant_type=None (--quant none)")
+            raise InputError(f"{path}: {name!r} is in 4 bits already, as {its}: give quant_type=None")
         layer.to(device).dtype = dtype
     _put_layers(model, layers, path)
     own = weights_of(model)
@@ -250,7 +250,7 @@ def _place(own: Tensor | NF4Linear, tensor: Tensor, dtype: torch.dtype, device: 
         if not extremes.to(dtype).isfinite().all():
             largest = extremes.abs().max().item()
             holds = largest <= torch.finfo(torch.bfloat16).max
-            way = "Load the model in bfloat16 or float32 (--dtype)" if holds else "Only float64 holds it, in Python"
+            way = "Load the model in bfloat16 or float32 (dtype=...)" if holds else "Only float64 holds it, in Python"
             raise InputError(f"{what} holds {largest:.3g}, too large for {dtype}. {way}.")
     if not own.is_meta:
         own.detach().copy_(tensor)

@@ -442,9 +442,12 @@ def adapted(place: Path, **how: Any) -> Any:
     ("lora/quantize.py", "skip=() takes it too"),
     ("lora/quantize.py", "untie the weight first"),
     ("lora/quantize.py", "undo that first"),
+    ("lora/quantize.py", "has a forward of its own: make it nn.Linear"),
     ("lora/attach.py", "which cannot be replaced in place: wrap it"),
     ("lora/attach.py", "are read, not called: register their parameters in the module around"),
     ("lora/adapter.py", "its input cannot be dropped: set dropout=0"),
+    ("models/load.py", "and merge it or take it off (fourbit.remove_adapter) before this"),
+    ("models/load.py", "is in 4 bits already, as {}: give quant_type=None"),
     ("lora/attach.py", "is complex, and adapters and their files are real: exclude it"),
     ("lora/targets.py", "name them in a list"),
     ("lora/targets.py", "make it an nn.Linear"),
@@ -452,7 +455,7 @@ def adapted(place: Path, **how: Any) -> Any:
     ("lora/targets.py", "pass a list: [{}]"),
     ("lora/adapter.py", "give the new one another name, take the old one off (remove_adapter), or continue"),
 )
-def test_layers_are_changed_as_advised(kept: Path) -> None:
+def test_layers_are_changed_as_advised(kept: Path, tmp_path: Path) -> None:
     weight = torch.full((64, 64), math.nan)
     with words_of("repair or skip it"):
         fourbit.nf4.quantize(weight)
@@ -486,6 +489,13 @@ def test_layers_are_changed_as_advised(kept: Path) -> None:
     nn.utils.parametrize.remove_parametrizations(parametrised[0], "weight")
     fourbit.quantize_(parametrised)
 
+    class Own(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    for kind in (Own, nn.Linear):
+        with words_of("has a forward of its own: make it nn.Linear") if kind is Own else nullcontext():
+            fourbit.quantize_(nn.Sequential(kind(64, 64)))
     with words_of("wrap it"):
         fourbit.attach(nn.Linear(64, 64), LoRAConfig(rank=2))
     fourbit.attach(nn.Sequential(nn.Linear(64, 64)), LoRAConfig(rank=2))
@@ -516,6 +526,15 @@ def test_layers_are_changed_as_advised(kept: Path) -> None:
     fourbit.attach(model, LoRAConfig(rank=2), name="second")
     fourbit.remove_adapter(model, "default")
     fourbit.attach(model, LoRAConfig(rank=2))
+    with words_of("save or load it by itself (save_adapter, load_adapter), and merge it or take it off"):
+        fourbit.save_model(model, tmp_path / "whole")
+    for name in ("second", "default"):
+        fourbit.save_adapter(model, tmp_path / name, name=name)
+        fourbit.remove_adapter(model, name)
+    fourbit.save_model(model, tmp_path / "whole")
+    with words_of("is in 4 bits already, as nf4: give quant_type=None"):
+        fourbit.load(tmp_path / "whole", quant_type="fp4")
+    fourbit.load(tmp_path / "whole", quant_type=None)
 
 
 @follows(
@@ -834,7 +853,7 @@ def test_trainers_take_what_they_advise(here: Path, tokenizer: Any) -> None:
 @follows(
     ("trainer/loop.py", "call forward_backward before optim_step"),
     ("trainer/loop.py", "attach an adapter, or call model.requires_grad_()"),
-    ("trainer/loop.py", "make it as for the run that saved the state"),
+    ("trainer/loop.py", "make both as for the run that saved the state"),
     ("trainer/loop.py", "make it after the adapter is attached, from those that need a gradient, or give a function"),
 )
 def test_a_loop_is_mended_as_advised(tmp_path: Path) -> None:
@@ -859,7 +878,7 @@ def test_a_loop_is_mended_as_advised(tmp_path: Path) -> None:
     run.forward_backward(torch.ones(2, 4))
     run.optim_step()
     folder = run.save_state(tmp_path / "state")
-    with words_of("make it as for the run that saved the state"):
+    with words_of("make both as for the run that saved the state"):
         run_of(model).load_state(folder)
     again = run_of(model, optimizer=sgd)
     again.load_state(folder)
