@@ -532,9 +532,9 @@ def test_layers_are_changed_as_advised(kept: Path, tmp_path: Path) -> None:
         fourbit.save_adapter(model, tmp_path / name, name=name)
         fourbit.remove_adapter(model, name)
     fourbit.save_model(model, tmp_path / "whole")
-    with words_of("is in 4 bits already, as nf4: give quant_type=None"):
-        fourbit.load(tmp_path / "whole", quant_type="fp4")
-    fourbit.load(tmp_path / "whole", quant_type=None)
+    with words_of("give quant_type=None"):
+        fourbit.models.load.load_decoder(tmp_path / "whole", quant_type="fp4")
+    fourbit.models.load.load_decoder(tmp_path / "whole", quant_type=None)
 
 
 @follows(
