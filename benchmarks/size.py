@@ -19,6 +19,7 @@ FIRST_HOUSE = {  # commit 10f0cbb
     "lora": 1540,
     "optim": 3101,
     "data": 2889,
+    "text": 0,
     "models": 2363,
     "trainer": 4013,
     "cli": 2381,

@@ -5,9 +5,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..data.encode import prompt_texts, words_of
+from ..data.encode import prompt_texts
 from ..data.forms import samples_of
 from ..data.row import counted
+from ..data.said import words_of
 from ..models.generate import generate_each, prompt_seeds
 from ..settings import REQUIRED, setting
 from ..trainer.evaluate import check_room
@@ -42,7 +43,7 @@ def run(options: Options, sources: Sources) -> int:
         model, tokenizer, template = load_adapted(options)
         if template.notice:
             note(f"note: {template.notice}")
-        words = words_of(template)
+        words = words_of(template.source)
         for notice in counted(Counter(remark for sample in samples for remark in sample.remarks(words)), len(samples)):
             note(f"note: {notice}")
         prompts = [tokenizer.encode(text) for text in prompt_texts(samples, tokenizer, template)]

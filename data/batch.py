@@ -61,6 +61,12 @@ class Example:
 Numbered = tuple[int, Example]  # with its place in the dataset
 
 
+def shared_tokens(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both begin with, leaving at least one of each."""
+    most = min(len(first), len(second)) - 1
+    return next((i for i in range(most) if first[i] != second[i]), most)
+
+
 @dataclass(frozen=True)
 class Batch:
     """One forward pass over P examples of A answers each (2: chosen, rejected), of L trained tokens at most.

@@ -8,7 +8,6 @@ a whole, so that training sees the tokens that inference sees; a prompt is never
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,13 +17,13 @@ from typing import Any, Literal
 from ..errors import InputError, html_table, shown
 from ..settings import checked
 from ..text.tokenizer_folder import as_tokenizer
-from .batch import Encoded, Example
+from .batch import Encoded, Example, shared_tokens
 from .forms import read_samples, samples_of
 from .messages import Messages, trains
 from .protocol import AnyTokenizer, TokenizerLike
 from .read import Rows
 from .row import SHOWN_PROBLEMS, BadRow, Problems, bad, counted
-from .said import REASONING, spelled, unsaid
+from .said import spelled, unsaid, words_of
 from .sample import Kind, Sample
 from .template import ChatTemplate, TemplateChoice, expects_bos, template_for
 from .truncate import Dropped, Truncation, fit
@@ -109,7 +108,7 @@ def load(
     chat_template = template_for(tokenizer, template)
     samples, problems = read_samples(rows, kind, name)
     dataset = Dataset(kind, template=chat_template)
-    report, notes, words = dataset.report, Counter[str](), words_of(chat_template)
+    report, notes, words = dataset.report, Counter[str](), words_of(chat_template.source)
     for sample, parts in encode(samples, tokenizer, chat_template, loss_on=loss_on, refuse=problems.add):
         try:
             example, cut = _example(sample, parts, max_length, truncation, tokenizer.stop_ids)
@@ -154,12 +153,6 @@ def _example(
     return Example(parts, shared, sample.label), cut
 
 
-def shared_tokens(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens both begin with, leaving at least one of each."""
-    most = min(len(first), len(second)) - 1
-    return next((i for i in range(most) if first[i] != second[i]), most)
-
-
 def _settle(problems: Problems, on_bad_row: OnBadRow, dataset: Dataset) -> None:
     """Raise for bad rows, or count them."""
     dropped = dataset.report.dropped
@@ -185,12 +178,6 @@ def _notices(dataset: Dataset, template: ChatTemplate, notes: Counter[str]) -> l
         kind = "good" if samples[0].label else "bad"
         notices.append(f"all {rows} answers are judged {kind}: there is nothing to compare with")
     return notices + counted(notes, rows)
-
-
-def words_of(template: ChatTemplate) -> set[str]:
-    """The words of a template's source, among them the keys that it knows. Reasoning has several names for one."""
-    words = set(re.findall(r"\w+", template.source))
-    return words | {*REASONING} if words & {*REASONING} else words
 
 
 def measure(dataset: Dataset) -> None:

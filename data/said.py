@@ -161,3 +161,9 @@ def _texts(value: Any) -> Iterator[str]:
         yield value
     elif value is not None and not isinstance(value, bool):
         yield json.dumps(value)
+
+
+def words_of(source: str) -> set[str]:
+    """The words of a template's source, among them the keys that it knows. Reasoning has several names for one."""
+    words = set(re.findall(r"\w+", source))
+    return words | {*REASONING} if words & {*REASONING} else words

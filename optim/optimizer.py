@@ -8,7 +8,7 @@ for each page (paging.py). What it does to a slice is queued before it asks for 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..kernels.dispatch import path_for
+from ..settings import DTYPES
 from . import update
 from .page_device import make_device, peaks
 from .paging import Budget, Pager, check_budget, check_room
 from .state import Entry, FlatState, Kind, Slice, fields, largest_shard, local, whole
-from .state_files import TORCHS, read_groups, read_states
+from .state_files import TORCHS, read_groups, read_states, refuse_torchs
 from .update import ADAMW, LION, ROUNDINGS, Group, Rounding, Rule, rounding_key
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SETTINGS = ("rule", "bits", "min_8bit_size", "rounding", "seed", "max_grad_norm", "budget", "found_inf")
 Key = tuple[int, torch.dtype, int]  # of a flat state: group, dtype, bits
 
@@ -92,7 +92,7 @@ class FlatOptimizer(torch.optim.Optimizer):
     ) -> None:
         if unknown := [name for name in torchs if name not in TORCHS]:
             raise TypeError(f"{type(self).__name__} takes no argument {unknown[0]!r}")
-        _refuse_torchs(torchs)
+        refuse_torchs(torchs)
         if bits not in (8, 32):
             raise ValueError(f"bits must be 8 or 32, got {bits!r}")
         if max_grad_norm is not None and not max_grad_norm > 0:
@@ -356,14 +356,8 @@ class Lion(FlatOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, LION, **options)
 
 
-def _refuse_torchs(settings: Mapping[str, Any]) -> None:
-    for name in TORCHS:
-        if (value := settings.get(name)) and name not in ("foreach", "fused"):
-            raise ValueError(f"{name}={value!r} is not done here: leave it out, or use torch.optim.AdamW for it")
-
-
 def _check_group(group: Group) -> None:
-    _refuse_torchs(group)
+    refuse_torchs(group)
     lr = group["lr"]
     rules: Iterable[tuple[str, bool, str]] = [
         ("lr", (not isinstance(lr, Tensor) or lr.numel() == 1) and float(lr) >= 0, ">= 0"),

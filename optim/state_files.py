@@ -4,7 +4,7 @@ Everything is checked before anything is changed. State moves between devices, b
 never between 32 and 8 bits by itself: that would change a run without a word.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -18,6 +18,13 @@ from .update import Group, Rule
 TORCHS = ("foreach", "fused", "amsgrad", "maximize", "capturable", "differentiable")  # torch.optim.AdamW's own settings
 _PEERS_SETTINGS = {*TORCHS, "decoupled_weight_decay", "alpha", "t_alpha", "t_beta3"}  # which have no meaning here
 _WRAPPED = "__bnb_optimizer_quant_state__"
+
+
+def refuse_torchs(settings: Mapping[str, Any]) -> None:
+    """ValueError for a setting of torch.optim.AdamW that asks for something which is not done here."""
+    for name in TORCHS:
+        if (value := settings.get(name)) and name not in ("foreach", "fused"):
+            raise ValueError(f"{name}={value!r} is not done here: leave it out, or use torch.optim.AdamW for it")
 
 
 def read_groups(saved: list[Group], groups: list[Group]) -> list[Group]:

@@ -973,7 +973,7 @@ ELSEWHERE = {  # tests of other files that follow an advice
         ("kernels/chunked_head.py", "take torch.func's, or use head(hidden)")
     ],
     "tests/research/test_torch_loops.py::test_settings_of_torch_that_ask_for_nothing_are_taken_and_others_refused": [
-        ("optim/optimizer.py", "leave it out, or use torch.optim.AdamW for it")
+        ("optim/state_files.py", "leave it out, or use torch.optim.AdamW for it")
     ],
     "tests/kernels/test_linear4bit.py::test_scales_that_want_a_gradient_are_refused_and_the_advice_works": [
         ("kernels/linear4bit.py", "freeze them, or take dequantize(weight)")

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 import fourbit
-from fourbit.data.batch import Encoded, Example
-from fourbit.data.encode import Dataset, Report, shared_tokens
+from fourbit.data.batch import Encoded, Example, shared_tokens
+from fourbit.data.encode import Dataset, Report
 from fourbit.models.save import save_model
 from fourbit.trainer.config import DPOConfig
 from fourbit.trainer.preference import DPOTrainer
