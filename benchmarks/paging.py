@@ -178,8 +178,9 @@ def draw(pager: Pager, recorder: Recorder, others: list[tuple[float, float]], pa
 
 def page_spans(pager: Pager, recorder: Recorder) -> list[tuple[str, int, float, float]]:
     """(what, page, begin, end) in seconds, in the order in which it was asked for."""
-    by_host = {page.host.data_ptr(): page.number for page in pager.pages if page.host is not None}
-    by_memory = {page.frame.memory.data_ptr(): page.number for page in pager.pages if page.frame and page.resident}
+    numbered = [*enumerate(pager.pages)]
+    by_host = {page.host.data_ptr(): number for number, page in numbered if page.host is not None}
+    by_memory = {page.frame.memory.data_ptr(): number for number, page in numbered if page.frame and page.resident}
     spans = []
     for move in recorder.moves:
         if move.host:
@@ -191,7 +192,7 @@ def page_spans(pager: Pager, recorder: Recorder) -> list[tuple[str, int, float, 
 
 def stays(pager: Pager, spans: list[tuple[str, int, float, float]]) -> list[tuple[int, float, float]]:
     """(page, from, to): when a page had a place on the device; from its copy in to the end of its copy out."""
-    found = [(page.number, 0.0, float("inf")) for page in pager.pages if page.resident]
+    found = [(number, 0.0, float("inf")) for number, page in enumerate(pager.pages) if page.resident]
     since: dict[int, float] = {}
     for what, page, begin, end in spans:
         if what == "in":
@@ -203,7 +204,7 @@ def stays(pager: Pager, spans: list[tuple[str, int, float, float]]) -> list[tupl
 
 def describe(pager: Pager, streams: Axes, table: Axes, end: float) -> None:
     streams.set_yticks([0, 1, 2], ["copies out", "copies in", "compute"])
-    table.set_yticks(range(len(pager.pages)), [str(page.number) for page in pager.pages])
+    table.set_yticks(range(len(pager.pages)), [*map(str, range(len(pager.pages)))])
     table.invert_yaxis()
     table.set_xlim(0, end)
     table.set_ylabel("page")

@@ -53,8 +53,8 @@ def test_every_row_is_looked_at() -> None:
 def test_one_code_off_by_one_is_seen() -> None:
     weights, x = case(torch.float32)
     spoilt = weights.layer(1)
-    spoilt.weight.data = spoilt.weight.clone()
-    spoilt.weight.data.view(-1)[0] ^= 1 << 4
+    spoilt.packed.data = spoilt.packed.clone()
+    spoilt.packed.data.view(-1)[0] ^= 1 << 4
     assert worst(weights.layer(0)(x), x, weights.exact) <= 1
     assert worst(spoilt(x), x, weights.exact) > 1
 
