@@ -31,8 +31,8 @@ def test_every_copy_and_update_is_there(recorded):
 
 def test_a_page_comes_in_is_updated_and_goes_out(recorded):
     pager, _recorder, _others, spans = recorded
-    for page in pager.pages:
-        mine = [span for span in spans if span[1] == page.number]
+    for number, page in enumerate(pager.pages):
+        mine = [span for span in spans if span[1] == number]
         turns = ["update"] if page.resident else ["in", "update", "out"]
         assert [span[0] for span in mine][: 3 * len(turns)] == turns * 3
         assert all(earlier[3] <= later[2] for earlier, later in pairwise(mine))
