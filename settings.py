@@ -92,7 +92,7 @@ def read_fields(kind: type[T], given: Any, where: str) -> T:
     that is unknown or missing, and for a value of another type or out of bounds."""
     if not isinstance(given, dict):
         raise InputError(f"{where} must be a mapping, got {_value(given)}")
-    known, types = {option.name: option for option in fields(kind)}, get_type_hints(kind)  # type: ignore[arg-type]
+    known, types = {f.name: f for f in fields(kind)}, get_type_hints(kind)  # type: ignore[arg-type]  # T: a dataclass
     if unknown := [name for name in given if name not in known]:
         raise InputError(f"{where} holds {shown(unknown[0])}, which this fourbit does not know")
     needed = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
@@ -105,7 +105,7 @@ def read_fields(kind: type[T], given: Any, where: str) -> T:
 def checked(name: str, value: Any, kind: Any, bounds: Mapping[str, Any] | None = None) -> Any:
     """`value` as the type `kind`, within the bounds of `setting`; whatever is called `name` in the InputError."""
     if is_dataclass(kind):
-        return read_fields(kind, value, name)  # type: ignore[arg-type]
+        return read_fields(kind, value, name)  # type: ignore[arg-type]  # it is a dataclass
     try:
         value = _fitted(value, kind)
     except (TypeError, ValueError, OverflowError, RecursionError):

@@ -26,6 +26,7 @@ LINK = re.compile(r"\]\(((?!https?:)[^)\s]+)\)")
 
 
 def main() -> int:
+    """Write the pages and check all links; 1 where one leads nowhere."""
     namespaces = [fourbit, *(value for value in public(fourbit).values() if isinstance(value, ModuleType))]
     for value in public(fourbit).values():
         if isinstance(value, type) and issubclass(value, Checked):
@@ -42,6 +43,7 @@ def main() -> int:
 
 
 def public(space: ModuleType) -> dict[str, object]:
+    """What a namespace lists, by name."""
     return {name: getattr(space, name) for name in space.__all__}
 
 
@@ -81,6 +83,7 @@ class Page(html.parser.HTMLParser):
 
 
 def broken_pages(folder: Path) -> Iterator[str]:
+    """Links of the reference that lead to no page or heading of it."""
     pages = {path.resolve(): Page(path.read_text()) for path in folder.rglob("*.html")}
     for path, page in pages.items():
         for link in page.links:

@@ -78,7 +78,7 @@ def dequantize4bit_kernel(
     low = tl.join(tl.join(_low(p0, scale), _low(p2, scale)), tl.join(_low(p1, scale), _low(p3, scale)))
     values = tl.reshape(tl.join(high, low), [TILE, 8]).to(out.dtype.element_ty)
     at = i[:, None] * 8 + tl.arange(0, 8)[None, :]
-    tl.store(out + first * 8 + at, values, mask=None if WHOLE else inside[:, None])  # type: ignore[index]
+    tl.store(out + first * 8 + at, values, mask=None if WHOLE else inside[:, None])  # type: ignore[index]  # a mask
 
 
 @triton.jit

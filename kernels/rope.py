@@ -77,6 +77,6 @@ class _RoPE(torch.autograd.Function):
         return _turn(x, cos, sin, 1)
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]  # ctx has none
         cos, sin = ctx.saved_tensors
         return rope_reference(dy, cos, -sin) if beyond_first() else _turn(dy, cos, sin, -1), None, None

@@ -37,7 +37,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]  # ctx has none
         gate, up = ctx.saved_tensors
         if beyond_first():
             return tuple(derivatives(swiglu_reference, (gate, up), ctx.needs_input_grad, [dy]))

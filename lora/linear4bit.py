@@ -205,7 +205,7 @@ class LinearWeight(Tensor):
         args, kwargs = tree_map_only(cls, lambda weight: weight.make(), (args, kwargs))
         return func(*args, **kwargs)
 
-    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]  # one function serves both
 
 
 _PROPERTIES = "data shape dtype device layout ndim requires_grad grad grad_fn is_leaf is_meta is_cpu is_cuda is_nested"
@@ -231,7 +231,7 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 def over_nested(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """What a layer makes of a nested tensor, such as nn.TransformerEncoder makes of a batch with padding."""
     if x.layout == torch.jagged:
-        return torch.nested.nested_tensor_from_jagged(forward(x.values()), x.offsets())  # type: ignore[attr-defined]
+        return torch.nested.nested_tensor_from_jagged(forward(x.values()), x.offsets())  # type: ignore[attr-defined]  # no stub
     return torch.nested.as_nested_tensor([forward(part) for part in x.unbind()])
 
 

@@ -157,7 +157,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         return keys
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads
         """One update of every parameter that has a gradient; the closure's loss, if there is one."""
         loss = None
         if closure is not None:

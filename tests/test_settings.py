@@ -70,11 +70,11 @@ class Some(Checked):
 
 
 def test_values_take_the_type_of_their_field() -> None:
-    some = Some(name="a", many=["b"], rate=1)  # type: ignore[arg-type]
+    some = Some(name="a", many=["b"], rate=1)  # type: ignore[arg-type]  # made right
     assert some == Some(name="a", many=("b",), rate=1.0) and type(some.rate) is float
-    assert Some(name=Path("a/b"), many=[Path("c"), "d"]) == Some(name="a/b", many=("c", "d"))  # type: ignore[arg-type]
-    assert Some(name="a", many=Path("c")).many == ("c",)  # type: ignore[arg-type]
-    assert Some(name="a", size=1e3).size == 1000 and type(Some(name="a", size=2.0).size) is int  # type: ignore[arg-type]
+    assert Some(name=Path("a/b"), many=[Path("c"), "d"]) == Some(name="a/b", many=("c", "d"))  # type: ignore[arg-type]  # made right
+    assert Some(name="a", many=Path("c")).many == ("c",)  # type: ignore[arg-type]  # made right
+    assert Some(name="a", size=1e3).size == 1000 and type(Some(name="a", size=2.0).size) is int  # type: ignore[arg-type]  # made right
     assert checked("size", MOST, int) == MOST and checked("seed", LARGEST, int, {"most": LARGEST}) == LARGEST
 
 
@@ -127,4 +127,4 @@ def test_a_setting_by_another_tools_name_is_told_ours(make: Callable[[], object]
 
 def test_configs_are_copied_and_pickled() -> None:
     for config in (LoRAConfig(4, alpha=8), SFTConfig(out="o", epochs=3)):
-        assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))  # noqa: S301
+        assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))  # noqa: S301  # our own bytes

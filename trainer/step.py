@@ -147,6 +147,7 @@ def add_gradients(parameters: Sequence[nn.Parameter], more: Sequence[Tensor | No
 
 
 def put_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    """Make these the parameters' gradients, one each."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
 

@@ -323,7 +323,7 @@ def test_many_faults_are_counted_and_the_first_are_kept(monkeypatch: pytest.Monk
     monkeypatch.setattr(forms, "MAX_BAD_ROWS", 1000)
     read = iter(wrong)
     with pytest.raises(InputError, match="1001 of the first 1001 rows cannot be used; so many"):
-        samples(read, "sft")  # type: ignore[arg-type]
+        samples(read, "sft")  # type: ignore[arg-type]  # wrong on purpose
     assert len(list(read)) == 3000 - 1001
 
 

@@ -20,7 +20,7 @@ GOOD = b'{"a": 1}'
 
 def read_rows(path: object) -> tuple[list[Row], list[Problem]]:
     """The rows of a file, and its problems."""
-    items = list(read.read_rows(path))  # type: ignore[arg-type]
+    items = list(read.read_rows(path))  # type: ignore[arg-type]  # what is no row too
     rows = [item for item in items if isinstance(item, Row)]
     return rows, [item for item in items if isinstance(item, Problem)]
 

@@ -24,7 +24,7 @@ ASK, SAY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "
 TALK = {"messages": [ASK, SAY]}
 
 
-class Mapped(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class Mapped(torch.utils.data.Dataset):  # type: ignore[type-arg]  # as users write it
     """Map-style, without a length; ends with IndexError, as sequences do."""
 
     def __init__(self, rows: list[Any]) -> None:
@@ -44,7 +44,7 @@ class Sized(Mapped):
         return self.rows[index % len(self.rows)]
 
 
-class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]  # as users write it
     def __init__(self, rows: list[Any]) -> None:
         self.rows = rows
 
@@ -318,4 +318,4 @@ def test_a_report_shows_itself_in_a_notebook(tiny_folder: Path) -> None:
     assert html == data.report._repr_html_() and "<th>rows</th><td>2</td>" in html and "&lt;b&gt;" in html
     assert "row 3 of rows: messages: must be a list" in html and "<b>" not in html and "\x1b" not in html
     with pytest.raises(InputError, match="kind must be one of sft, pairs, judged or prompts, got 'dpo'"):
-        load([TALK], tokenizer, "dpo")  # type: ignore[arg-type]
+        load([TALK], tokenizer, "dpo")  # type: ignore[arg-type]  # wrong on purpose

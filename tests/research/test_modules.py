@@ -148,7 +148,7 @@ def test_a_forward_put_in_the_place_of_a_layers_own_is_called(layer: AdapterLaye
     """As accelerate puts its own there."""
     module, calls = inside(layer)[where], list[int]()
     own = module.forward
-    module.forward = lambda *inputs: calls.append(1) or own(*inputs)  # type: ignore[method-assign]
+    module.forward = lambda *inputs: calls.append(1) or own(*inputs)  # type: ignore[method-assign]  # as accelerate does
     layer(rows())
     assert calls == [1]
 
