@@ -9,6 +9,7 @@ from .lora.adapter import Adapter, AdapterLayer, adapters_off, copy_adapter, rem
 from .lora.attach import attach
 from .lora.config import LoRAConfig
 from .lora.convert import delta, dequantize, from_bitsandbytes, merge, to_bitsandbytes
+from .lora.embedding4bit import NF4Embedding
 from .lora.linear4bit import NF4Linear
 from .lora.lora import LoRA
 from .lora.peft_files import load_adapter, save_adapter
@@ -35,8 +36,9 @@ __version__ = "0.1.0"
 __all__ = [
     "CausalLM", "Tokenizer", "generate", "load", "load_model", "save_model",  # models
     "delta", "dequantize", "from_bitsandbytes", "merge", "to_bitsandbytes",  # layers in other forms
-    "Adapter", "AdapterLayer", "LoRA", "LoRAConfig", "NF4Linear", "adapters_off", "attach", "copy_adapter",
-    "dense_weights", "load_adapter", "quantize_", "remove_adapter", "save_adapter", "use", "using",  # adapters, 4 bits
+    "Adapter", "AdapterLayer", "LoRA", "LoRAConfig", "NF4Embedding", "NF4Linear", "adapters_off", "attach",
+    "copy_adapter", "dense_weights", "load_adapter", "quantize_", "remove_adapter", "save_adapter",
+    "use", "using",  # adapters, 4 bits
     "DPOConfig", "DPOTrainer", "DistillConfig", "DistillTrainer", "RewardConfig", "RewardModel", "RewardTrainer",
     "SFTConfig", "SFTTrainer", "TrainResult", "Trainer",  # training
     "Callback", "Completion", "Run", "StepResult", "Sums",  # loops and parts of one's own

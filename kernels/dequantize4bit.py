@@ -12,11 +12,13 @@ from math import prod
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..settings import DType, floating
-from .codes import code_for, pair_table
+from .blockwise import NESTED_BLOCKSIZE
+from .codes import code_for, dynamic_code, pair_table
 from .dispatch import path_for
 from .weight4bit import Weight4bit, flatten, unflatten
 
@@ -49,6 +51,38 @@ def _in_graph(stored: list[Tensor], sizes: list[int], quant_type: str, blocksize
 @_in_graph.register_fake
 def _(stored: list[Tensor], sizes: list[int], quant_type: str, blocksize: int, dtype: torch.dtype) -> Tensor:
     return stored[0].new_empty(sizes, dtype=dtype)
+
+
+def dequantize_rows(weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Some rows of a matrix [out, in], by their int64 numbers [n]: [n, in], each as `dequantize` makes it.
+
+    Nothing else is decoded where a row is whole blocks; elsewhere all is. IndexError for a row that is not there.
+    """
+    if torch.compiler.is_compiling() or isinstance(rows, FakeTensor):
+        return _rows_in_graph(rows, *flatten([weight]), dtype)
+    if weight.columns % weight.blocksize:
+        return F.embedding(rows, dequantize(weight, dtype))
+    packed, absmax, nested = F.embedding(rows, weight.packed), F.embedding(rows, weight.absmax), weight.nested_absmax
+    if nested is not None and weight.nested_offset is not None:
+        blocks = rows[:, None] * absmax.shape[1] + torch.arange(absmax.shape[1], device=rows.device)
+        values = dynamic_code(True, absmax.device)[absmax.int()]
+        absmax = values * nested[blocks // NESTED_BLOCKSIZE] + weight.nested_offset
+    shape = len(rows), weight.columns
+    return dequantize(Weight4bit(packed, absmax, None, None, shape, weight.quant_type, weight.blocksize), dtype)
+
+
+@torch.library.custom_op("fourbit::dequantize4bit_rows", mutates_args=())
+def _rows_in_graph(
+    rows: Tensor, stored: list[Tensor], sizes: list[int], quant_type: str, blocksize: int, dtype: torch.dtype
+) -> Tensor:
+    return dequantize_rows(unflatten(stored, sizes, quant_type, blocksize)[0], rows, dtype)
+
+
+@_rows_in_graph.register_fake
+def _(
+    rows: Tensor, stored: list[Tensor], sizes: list[int], quant_type: str, blocksize: int, dtype: torch.dtype
+) -> Tensor:
+    return stored[0].new_empty([len(rows), sizes[1]], dtype=dtype)
 
 
 def decode_into(out: Tensor, weight: Weight4bit, first: int = 0) -> None:

@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..settings import DType, floating
 from .adapter import DEFAULT, Adapter, AdapterLayer, Copies, Whole, adapter_layers, refuse_second, replace_modules, use
 from .config import LoRAConfig
-from .linear4bit import NF4Linear
+from .linear4bit import Module4bit
 from .lora import LoRA
 from .peft_config import PeftConfig, PeftLike, from_peft
 from .targets import Linear, base_modules, check_patterns_used, matcher, nearest, resolve
@@ -20,7 +20,7 @@ from .targets import Linear, base_modules, check_patterns_used, matcher, nearest
 LayerFactory = Callable[[Linear, LoRAConfig], Adapter]
 
 UNCOPIED: dict[type | tuple[type, ...], str] = {  # what modules_to_save cannot train -> why, and what to do
-    NF4Linear: "are in 4 bits and cannot be trained: leave them dense (skip in quantize_)",
+    Module4bit: "are in 4 bits and cannot be trained: leave them dense (skip in quantize_)",
     (
         nn.ParameterList,
         nn.ParameterDict,

@@ -13,24 +13,32 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..settings import DType
 from .adapter import DEFAULT, AdapterLayer, Whole, adapter_layers, carried, remove_adapter, replace_modules, wide
-from .linear4bit import NF4Linear, is_conv1d
+from .linear4bit import Module4bit, NF4Linear, is_conv1d
 from .packed import packed_layer, packed_tensors
 
 
 def dequantize(module: nn.Module, dtype: DType | None = None) -> nn.Module:
-    """Make 4-bit layers nn.Linear again, in place: frozen weights [out, in], rounded once to `dtype`.
+    """Make 4-bit layers nn.Linear and nn.Embedding again, in place: frozen weights, rounded once to `dtype`.
 
-    dtype: by default that of the weight which the layer was made from. Adapters stay, and work on the dense layers.
+    dtype: by default that of the weight which the layer was made from. What shared its bytes shares its dense weight.
+    Adapters stay, and work on the dense layers.
     Raises InputError where there is no 4-bit layer.
     """
 
-    def dense(layer: NF4Linear) -> nn.Module:
-        new = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
-        new.weight = nn.Parameter(layer.dequantize(dtype or layer.dtype), requires_grad=False)
-        new.register_parameter("bias", layer.bias)
+    weights: dict[int, nn.Parameter] = {}
+
+    def dense(layer: Module4bit) -> nn.Module:
+        if (key := id(layer.packed)) not in weights:
+            weights[key] = nn.Parameter(layer.dequantize(dtype or layer.dtype), requires_grad=False)
+        rows, columns = layer.shape
+        linear = isinstance(layer, NF4Linear)
+        new = nn.Linear(columns, rows, False, "meta") if linear else nn.Embedding(rows, columns, device="meta")
+        new.weight = weights[key]
+        if isinstance(layer, NF4Linear):
+            new.register_parameter("bias", layer.bias)
         return new
 
-    return _swapped(module, dense)
+    return _swapped(module, dense, Module4bit)
 
 
 def delta(model: nn.Module, name: str = DEFAULT) -> Iterator[tuple[str, Tensor]]:

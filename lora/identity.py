@@ -19,7 +19,7 @@ from ..errors import InputError, shown
 from ..files import gathered, tensor_metadata
 from ..kernels.dequantize4bit import dequantize
 from ..kernels.weight4bit import BLOCKSIZES, Weight4bit
-from .linear4bit import NF4Linear, is_conv1d
+from .linear4bit import Module4bit, is_conv1d
 from .targets import base_modules
 
 KEY = "fourbit.base."  # in the metadata of a safetensors file, before the name of a field
@@ -70,10 +70,10 @@ class BaseIdentity(NamedTuple):
 
 def base_identity(model: nn.Module, adapter: Mapping[str, nn.Module] | None = None) -> BaseIdentity:
     """The identity of `model`, without its adapters and what `adapter` has copies of; parameters are read once."""
-    vectors, weights, signed = dict[str, Tensor](), dict[str, Tensor](), list[Tensor | NF4Linear]()
+    vectors, weights, signed = dict[str, Tensor](), dict[str, Tensor](), list[Tensor | Module4bit]()
     forms, seen, exact = set[str](), set[nn.Parameter](), True
     for path, module in sorted(base_modules(model).items()):
-        packed = module if isinstance(module, NF4Linear) else None
+        packed = module if isinstance(module, Module4bit) else None
         stored = packed.stored_parameters() if packed else {}
         forms |= {_quant(packed)} if packed else set()
         copies = getattr((adapter or {}).get(path), "copies", None) or nn.Module()  # as of a head that starts fresh
@@ -92,7 +92,7 @@ def base_identity(model: nn.Module, adapter: Mapping[str, nn.Module] | None = No
     return BaseIdentity(", ".join(sorted(forms)) or "none", *hashes, "".join(map(_signs, some)))
 
 
-def _quant(layer: NF4Linear) -> str:
+def _quant(layer: Module4bit) -> str:
     """A layer's 4-bit form in the words of `--quant`."""
     blocks = f" in blocks of {layer.blocksize}" if layer.blocksize != 64 else ""
     return layer.quant_type + ("" if layer.double_quant else "-nodq") + blocks
@@ -118,11 +118,11 @@ def hashed(tensors: Mapping[str, Tensor], *, rounded: bool = False) -> str:
         return hashlib.sha256(b"".join((map if ordered else pool.map)(digest, sorted(tensors.items())))).hexdigest()
 
 
-def _signs(weight: Tensor | NF4Linear) -> str:
+def _signs(weight: Tensor | Module4bit) -> str:
     """The signs of some values in the middle of a matrix."""
-    layer = weight if isinstance(weight, NF4Linear) else None
-    flat = gathered(weight.packed if isinstance(weight, NF4Linear) else weight).reshape(-1)
-    size = flat.numel() if layer is None else layer.in_features * layer.out_features
+    layer = weight if isinstance(weight, Module4bit) else None
+    flat = gathered(weight.packed if isinstance(weight, Module4bit) else weight).reshape(-1)
+    size = flat.numel() if layer is None else layer.shape[0] * layer.shape[1]
     start = size // 2 // BLOCKSIZES[-1] * BLOCKSIZES[-1]  # where a block of any size begins
     values, count = flat[start : start + VALUES], min(VALUES, size - start)
     if layer is not None:

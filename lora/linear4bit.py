@@ -1,7 +1,7 @@
-"""NF4Linear: a frozen linear layer whose weight is kept in 4 bits.
+"""NF4Linear: a frozen linear layer whose weight is kept in 4 bits; and what it shares with NF4Embedding.
 
-The quantised weight is up to four plain frozen parameters, so the layer counts, shards, saves, moves, copies and prints
-like any other module. The price is one rule: casting the model must not cast the scales, so `_apply` keeps the dtype of
+The quantised weight is up to four plain frozen parameters, so the module counts, shards, saves, moves, copies and
+prints like any other. The price is one rule: casting the model must not cast the scales, so `_apply` keeps the dtype of
 all four. Dense weights are never kept: forward and backward decode into scratch (`kernels.linear4bit.linear4bit`).
 
 Layout and rounding are bitsandbytes' (Dettmers et al. 2023, "QLoRA", section 3).
@@ -26,18 +26,18 @@ from ..kernels.weight4bit import Weight4bit, check_format, stored_shapes
 from ..settings import DType
 
 
-class NF4Linear(nn.Module):
-    """y = x W^T + bias with a frozen 4-bit W (NF4, or FP4 with `quant_type="fp4"`); computes in the dtype of x.
+class Module4bit(nn.Module):
+    """A module with one frozen weight [rows, columns] in 4 bits (NF4, or FP4 with `quant_type="fp4"`).
 
-    Frozen parameters besides the bias, for n = out_features * in_features:
-        packed         uint8 [out, in / 2]    two codes a byte, the earlier element in the high nibble
-        absmax         uint8 or fp32 [out, in / blocksize]    a block's scale; 8-bit codes with double quantisation
+    Frozen parameters of it, for n = rows * columns:
+        packed         uint8 [rows, columns / 2]    two codes a byte, the earlier element in the high nibble
+        absmax         uint8 or fp32 [rows, columns / blocksize]    a block's scale; 8-bit codes if double quantised
         nested_absmax  fp32 [ceil(blocks / 256)]    scales of the absmax codes; None without double quantisation
         nested_offset  fp32 [1]    mean that was taken off absmax before coding it; None without double quantisation
     Where a row is not whole blocks, packed is flat [(n + 1) // 2] and absmax [ceil(n / blocksize)].
 
-    `weight` is the dense weight [out, in], made when an operation takes it, in `dtype`: that of the weight it was made
-    from, then of casts. A new layer holds a zero weight; `quantize_weight_` fills it, `from_weight` does both.
+    `weight` is the dense weight [rows, columns], made when an operation takes it, in `dtype`: that of the weight it was
+    made from, then of casts. A new module holds a zero weight; `quantize_weight_` fills it.
     Raises ValueError for a quant_type or blocksize that does not exist.
     """
 
@@ -45,13 +45,10 @@ class NF4Linear(nn.Module):
     absmax: nn.Parameter
     nested_absmax: nn.Parameter | None
     nested_offset: nn.Parameter | None
-    bias: nn.Parameter | None
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
+        shape: tuple[int, int],
         quant_type: str = "nf4",
         blocksize: int = 64,
         double_quant: bool = True,
@@ -59,47 +56,40 @@ class NF4Linear(nn.Module):
     ) -> None:
         super().__init__()
         check_format(quant_type, blocksize)
-        self.in_features, self.out_features = in_features, out_features
-        self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
+        self.shape, self.quant_type, self.blocksize, self.double_quant = shape, quant_type, blocksize, double_quant
         self.dtype = torch.get_default_dtype()
-        packed, absmax = stored_shapes((out_features, in_features), blocksize)
+        packed, absmax = stored_shapes(shape, blocksize)
         zeros = partial(torch.zeros, device=device, dtype=torch.float32)
         scales = zeros(absmax, dtype=torch.uint8 if double_quant else torch.float32)
         nested = zeros(-(-prod(absmax) // NESTED_BLOCKSIZE)) if double_quant else None
         offset = zeros(1) if double_quant else None
-        self.store(Weight4bit(zeros(packed, dtype=torch.uint8), scales, nested, offset, (out_features, in_features)))
-        self.register_parameter("bias", _frozen(torch.zeros(out_features, device=device)) if bias else None)
+        self.store(Weight4bit(zeros(packed, dtype=torch.uint8), scales, nested, offset, shape))
 
     @classmethod
-    def from_weight(
-        cls,
-        weight: Tensor,  # [out, in], floating point
-        bias: Tensor | None = None,  # [out]
-        *,
-        quant_type: str = "nf4",
-        blocksize: int = 64,
-        double_quant: bool = True,
-        name: str = "",
-    ) -> Self:
-        """Quantise a dense weight [out, in]. `name` is what an error calls it; NaN or infinity raises InputError."""
-        out_features, in_features = weight.shape
-        # built on meta: the real tensors come from quantize_weight_, so no second set is allocated
-        layer = cls(in_features, out_features, False, quant_type, blocksize, double_quant, device="meta")
-        layer.quantize_weight_(weight, name=name)
-        if bias is not None:
-            layer.bias = _frozen(bias.detach())
-        return layer
+    def empty(cls, shape: tuple[int, int], quant_type: str, blocksize: int, double_quant: bool) -> Self:
+        """One without values, on the meta device, and without a bias."""
+        raise NotImplementedError
+
+    @classmethod
+    def of(cls, stored: Weight4bit, dtype: torch.dtype) -> Self:
+        """One of these tensors [rows, columns]; they are its own, not copied."""
+        packed, absmax = stored_shapes(stored.shape, stored.blocksize)
+        rows, columns = stored.shape
+        new = cls.empty((rows, columns), stored.quant_type, stored.blocksize, stored.nested_absmax is not None)
+        new.store(stored._replace(packed=stored.packed.view(packed), absmax=stored.absmax.view(absmax)))
+        new.dtype = dtype
+        return new
 
     @torch.no_grad()
     def quantize_weight_(self, weight: Tensor, *, name: str = "") -> None:
-        """Replace the weight by the 4-bit form of `weight` [out, in]; nothing of the dense tensor is kept.
+        """Replace the weight by the 4-bit form of `weight` [rows, columns]; nothing of the dense tensor is kept.
 
-        It is made where `weight` lies, and goes to the layer's device, or stays there if the layer is on meta.
+        It is made where `weight` lies, and goes to the module's device, or stays there if the module is on meta.
         Raises ValueError for a wrong shape and InputError, naming the tensor, for NaN or infinity.
         """
         label = f"'{name}'" if name else "the weight"
-        if list(weight.shape) != (expected := [self.out_features, self.in_features]):
-            raise ValueError(f"{label} must have shape {expected}, got {list(weight.shape)}")
+        if list(weight.shape) != list(self.shape):
+            raise ValueError(f"{label} must have shape {list(self.shape)}, got {list(weight.shape)}")
         device = weight.device if self.packed.is_meta else self.packed.device
         try:
             fake = isinstance(weight, FakeTensor)  # it has no values
@@ -109,17 +99,15 @@ class NF4Linear(nn.Module):
         self.store(stored.to(device))
         self.dtype = weight.dtype
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        if not x.is_floating_point():
-            raise TypeError(f"NF4Linear takes floating-point activations, got {x.dtype}")
-        if x.is_nested:
-            return over_nested(self.forward, x)
-        return linear4bit(autocast_input(x), self.stored, self.bias)
-
     def store(self, stored: Weight4bit) -> None:
-        """Make these tensors, of this layer's format, its weight."""
+        """Make these tensors, of this module's format, its weight."""
         for name, tensor in zip(("packed", "absmax", "nested_absmax", "nested_offset"), stored[:4], strict=True):
             self.register_parameter(name, None if tensor is None else _frozen(tensor))
+
+    def share(self, other: "Module4bit") -> None:
+        """Hold the very parameters of another module of the same weight and form."""
+        for name, parameter in other.stored_parameters().items():
+            setattr(self, name, parameter)
 
     def stored_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that make the weight, by name: all but the bias."""
@@ -129,16 +117,16 @@ class NF4Linear(nn.Module):
     def stored(self) -> Weight4bit:
         """The weight as the kernels take it."""
         tensors = self.packed, self.absmax, self.nested_absmax, self.nested_offset
-        return Weight4bit(*tensors, (self.out_features, self.in_features), self.quant_type, self.blocksize)
+        return Weight4bit(*tensors, self.shape, self.quant_type, self.blocksize)
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight [out, in], made when an operation takes it."""
-        return LinearWeight.of(lambda: self.dequantize(self.dtype), self.stored.shape, self.dtype, self.packed)
+        """The dense weight [rows, columns], made when an operation takes it."""
+        return LinearWeight.of(lambda: self.dequantize(self.dtype), self.shape, self.dtype, self.packed)
 
     @torch.no_grad()
     def dequantize(self, dtype: DType = torch.float32) -> Tensor:
-        """The dense weight [out, in] that this layer computes with, rounded once to `dtype`."""
+        """The dense weight [rows, columns] that this module computes with, rounded once to `dtype`."""
         return dequantize(self.stored, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -155,7 +143,7 @@ class NF4Linear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """A copy between dtypes would turn scales into codes or codes into scales, so it is an error."""
         wrong = [
-            f"dtype mismatch for {prefix}{name}: the layer holds {own.dtype}, the file {given.dtype}"
+            f"dtype mismatch for {prefix}{name}: the module holds {own.dtype}, the file {given.dtype}"
             for name, own in self.stored_parameters().items()
             if (given := state_dict.get(prefix + name)) is not None and given.dtype != own.dtype
         ]
@@ -164,10 +152,65 @@ class NF4Linear(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"quant_type={self.quant_type}, blocksize={self.blocksize}, double_quant={self.double_quant}"
-        )
+        return f"quant_type={self.quant_type}, blocksize={self.blocksize}, double_quant={self.double_quant}"
+
+
+class NF4Linear(Module4bit):
+    """y = x W^T + bias with a frozen 4-bit W [out, in], computed in the dtype of x. `from_weight` makes one.
+
+    Raises TypeError for an input of whole numbers, and ValueError as Module4bit.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__((out_features, in_features), quant_type, blocksize, double_quant, device)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", _frozen(torch.zeros(out_features, device=device)) if bias else None)
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], quant_type: str, blocksize: int, double_quant: bool) -> Self:
+        """One without values, on the meta device, and without a bias."""
+        return cls(shape[1], shape[0], False, quant_type, blocksize, double_quant, device="meta")
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,  # [out, in], floating point
+        bias: Tensor | None = None,  # [out]
+        *,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        name: str = "",
+    ) -> Self:
+        """Quantise a dense weight [out, in]. `name` is what an error calls it; NaN or infinity raises InputError."""
+        rows, columns = weight.shape
+        layer = cls.empty((rows, columns), quant_type, blocksize, double_quant)
+        layer.quantize_weight_(weight, name=name)
+        if bias is not None:
+            layer.bias = _frozen(bias.detach())
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        if not x.is_floating_point():
+            raise TypeError(f"NF4Linear takes floating-point activations, got {x.dtype}")
+        if x.is_nested:
+            return over_nested(self.forward, x)
+        return linear4bit(autocast_input(x), self.stored, self.bias)
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, {super().extra_repr()}"
 
 
 class LinearWeight(Tensor):

@@ -12,16 +12,16 @@ from ..kernels.blockwise import NESTED_BLOCKSIZE
 from ..kernels.codes import code_for, dynamic_code
 from ..kernels.weight4bit import Weight4bit
 from ..settings import floating
-from .linear4bit import NF4Linear
+from .linear4bit import Module4bit, NF4Linear
 
 FORM = ".quant_state.bitsandbytes__"  # between a weight's name and its code's, in the name of the text
 
 
-def packed_tensors(name: str, layer: NF4Linear) -> dict[str, Tensor]:
-    """The weight of a layer as the tensors of a file, by name: the bytes that the layer computes with."""
+def packed_tensors(name: str, layer: Module4bit) -> dict[str, Tensor]:
+    """The weight of a 4-bit module as the tensors of a file, by name: the bytes that the layer computes with."""
     packed, absmax, *nested = (gathered(tensor) for tensor in layer.stored[:4] if tensor is not None)
     kind, dtype = layer.quant_type, str(layer.dtype).removeprefix("torch.")
-    form = {"quant_type": kind, "blocksize": layer.blocksize, "dtype": dtype, "shape": list(layer.stored.shape)}
+    form = {"quant_type": kind, "blocksize": layer.blocksize, "dtype": dtype, "shape": list(layer.shape)}
     found = {"": packed.view(-1, 1), ".absmax": absmax.view(-1), ".quant_map": code_for(kind).clone()}
     if nested:
         found |= {".nested_absmax": nested[0], ".nested_quant_map": dynamic_code().clone()}
@@ -45,9 +45,7 @@ def packed_layer(pieces: Mapping[str, Tensor], what: str) -> NF4Linear:
         packed, absmax, blocksize = pieces[""].view(torch.uint8), pieces[".absmax"], form["blocksize"]
         offset = torch.tensor([form["nested_offset"]], device=absmax.device) if double_quant else None
         stored = Weight4bit(packed, absmax, pieces.get(".nested_absmax"), offset, shape, kind, blocksize).check()
-        layer = NF4Linear(shape[1], shape[0], False, kind, blocksize, double_quant, device="meta")
-        layer.store(stored._replace(packed=packed.view(layer.packed.shape), absmax=absmax.view(layer.absmax.shape)))
-        layer.dtype = floating(form["dtype"])
+        layer = NF4Linear.of(stored, floating(form["dtype"]))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as problem:
         raise InputError(f"{what} is no 4-bit weight as bitsandbytes writes it: {problem}") from None
     return layer

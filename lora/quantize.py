@@ -5,15 +5,33 @@ keeps dense, and nothing needs to be remembered.
 """
 
 from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..errors import InputError
+from ..kernels.blockwise import NESTED_BLOCKSIZE
 from ..kernels.weight4bit import check_format
 from .adapter import replace_modules
 from .config import checked_names
-from .linear4bit import NF4Linear, is_conv1d, sizes
-from .targets import Linear, base_modules, linear_layers, listed, matcher, output_heads
+from .embedding4bit import NF4Embedding, is_embedding
+from .linear4bit import Module4bit, NF4Linear, is_conv1d, sizes
+from .targets import base_modules, is_linear, linear_layers, listed, matcher, nearest, output_heads
+
+
+class Form(NamedTuple):
+    """How a weight is kept in 4 bits."""
+
+    quant_type: str = "nf4"  # or "fp4"
+    blocksize: int = 64
+    double_quant: bool = True
+
+    def size(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a weight in this form, without the tables and the text that a file has beside it."""
+        blocks = -(-prod(shape) // self.blocksize)
+        scales = blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) if self.double_quant else 4 * blocks
+        return -(-prod(shape) // 2) + scales
 
 
 def quantize_(
@@ -23,6 +41,7 @@ def quantize_(
     blocksize: int = 64,
     double_quant: bool = True,
     skip: str | Sequence[str] | None = None,
+    embeddings: bool = False,
 ) -> nn.Module:
     """Replace the linear layers of `module` by NF4Linear, one at a time, and return it; of a bare nn.Linear, its twin.
 
@@ -30,24 +49,68 @@ def quantize_(
     too, or that cannot or should not change stay dense, and all other parameters: `dense_weights` says which and why.
     `skip` names layers to leave dense as LoRAConfig's `target` does: full paths or their ends in a list, or one regular
     expression; each must match a layer. None: the output heads, of a vocabulary or of classes.
+    `embeddings`: each nn.Embedding becomes an NF4Embedding too, and the head that is tied to it an NF4Linear of the
+    same bytes.
     Layers that share one weight share one set of packed bytes. Layers on the meta device become empty 4-bit layers.
     Raises InputError when nothing is left to quantise, and when a weight holds NaN or infinity (naming the tensor).
     """
+    layers = quantizable(module, embeddings)
+    dense = _reasons(module, layers, skip)
+    form = Form(quant_type, blocksize, double_quant)
+    wanted = {path: form for path in layers if path not in dense and not isinstance(layers[path], Module4bit)}
+    if not wanted:
+        _check_form(form)
+        raise InputError(_nothing_to_quantize(module, skip))
+    return _replace(module, layers, wanted)
+
+
+def quantize_by_plan_(module: nn.Module, plan: Mapping[str, Form | None]) -> nn.Module:
+    """As `quantize_`, each layer in the form that `plan` has for its path; those of None, or not in it, stay dense.
+
+    An nn.Embedding in the plan becomes an NF4Embedding. Layers that share a weight need one form.
+    Raises InputError besides for a path that is no such layer, or that cannot change, saying why.
+    """
+    layers = quantizable(module, True)
+    if unknown := sorted(plan.keys() - layers.keys()):
+        raise InputError(f"plan: {unknown[0]!r} is no linear layer or embedding here.{nearest(unknown[0], layers)}")
+    kept = {path: layer for path, layer in layers.items() if plan.get(path) is not None or is_linear(layer)}
+    dense = _reasons(module, kept, ())
+    wanted = {path: form for path, form in plan.items() if form is not None}
+    forms: dict[int, Form | None] = {}
+    for path in layers:
+        form, weight = wanted.get(path), id(layers[path].weight)
+        if isinstance(layers[path], Module4bit) and form is not None:
+            raise InputError(f"plan: {path!r} is in 4 bits already")
+        if form is not None and path in dense:
+            raise InputError(f"plan: {path!r} cannot be in 4 bits: {dense[path]}")
+        if forms.setdefault(weight, form) != form:
+            raise InputError(f"plan: {path!r} shares its weight with another layer, which has another form there")
+    return _replace(module, layers, wanted)
+
+
+def quantizable(module: nn.Module, embeddings: bool) -> dict[str, Any]:
+    """Path -> layer of all that might be in 4 bits: linear layers, and if asked embeddings that are plain tables."""
+    tables = {path: part for path, part in base_modules(module).items() if embeddings and is_embedding(part)}
+    return tables | linear_layers(module)
+
+
+def _check_form(form: Form) -> None:
     try:
-        check_format(quant_type, blocksize)
+        check_format(form.quant_type, form.blocksize)
     except ValueError as problem:
         raise InputError(f"quantize_: {problem}") from None
-    layers = linear_layers(module)
-    dense = _reasons(module, layers, skip)
-    wanted = {path: layer for path, layer in layers.items() if path not in dense and not isinstance(layer, NF4Linear)}
+
+
+def _replace(module: nn.Module, layers: dict[str, Any], wanted: Mapping[str, Form]) -> nn.Module:
+    for form in wanted.values():
+        _check_form(form)
+    wanted_layers = {path: layers[path] for path in wanted}
     layers.clear()
-    if not wanted:
-        raise InputError(_nothing_to_quantize(module, skip))
-    twins: dict[int, NF4Linear] = {}  # id of a dense weight -> the first layer made from it
-    for path in list(wanted):
-        layer = wanted.pop(path)  # so that each dense weight is freed before the next one is quantised
+    twins: dict[int, Module4bit] = {}  # id of a dense weight -> the first layer made from it
+    for path, form in wanted.items():
+        layer = wanted_layers.pop(path)  # so that each dense weight is freed before the next one is quantised
         first = twins.get(id(layer.weight))
-        twin = _quantized(layer, f"{path}.weight".lstrip("."), quant_type, blocksize, double_quant, first)
+        twin = _quantized(layer, f"{path}.weight".lstrip("."), form, first)
         twins.setdefault(id(layer.weight), twin)
         if not path:
             return twin
@@ -66,7 +129,7 @@ def dense_weights(model: nn.Module, skip: str | Sequence[str] | None = None) -> 
     reasons, seen = _reasons(model, layers, skip), set[nn.Parameter]()
     dense: dict[str, dict[str, int]] = {}
     for path, module in base_modules(model).items():
-        if path in layers and path not in reasons:
+        if (path in layers and path not in reasons) or isinstance(module, Module4bit):
             continue
         own = "has a forward of its own: make it nn.Linear" if isinstance(module, nn.Linear) else "is no linear layer"
         for name, weight in module.named_parameters(recurse=False):
@@ -78,9 +141,10 @@ def dense_weights(model: nn.Module, skip: str | Sequence[str] | None = None) -> 
     return dense
 
 
-def _reasons(model: nn.Module, layers: Mapping[str, Linear], skip: str | Sequence[str] | None) -> dict[str, str]:
-    """Path of each linear layer that stays dense -> why."""
-    heads = output_heads(model) if skip is None else set[str]()
+def _reasons(model: nn.Module, layers: Mapping[str, Any], skip: str | Sequence[str] | None) -> dict[str, str]:
+    """Path of each of these layers that stays dense -> why."""
+    tables = {id(layer.weight) for layer in layers.values() if isinstance(layer, nn.Embedding)}
+    heads = {p for p in output_heads(model) if id(layers[p].weight) not in tables} if skip is None else set[str]()
     skip = checked_names("skip", () if skip is None else skip)
     listed(model, "skip", skip, list(layers))
     skipped, fp32 = matcher(skip), _kept_in_fp32(model)
@@ -92,7 +156,7 @@ def _reasons(model: nn.Module, layers: Mapping[str, Linear], skip: str | Sequenc
     }
     why: dict[str, str] = {}
     for path, layer in layers.items():
-        if isinstance(layer, NF4Linear):
+        if isinstance(layer, Module4bit):
             continue
         if "weight" not in layer._parameters or "forward" in vars(layer):
             why[path] = "parametrised, pruned or with another forward: undo that first"
@@ -109,18 +173,17 @@ def _reasons(model: nn.Module, layers: Mapping[str, Linear], skip: str | Sequenc
     return why | {path: f"shares its weight with {other}, which stays dense" for path, other in twins.items() if other}
 
 
-def _quantized(
-    layer: Linear, name: str, quant_type: str, blocksize: int, double_quant: bool, twin: NF4Linear | None = None
-) -> NF4Linear:
+def _quantized(layer: Any, name: str, form: Form, twin: Module4bit | None = None) -> Module4bit:
     """The 4-bit form of `layer`; with `twin`, one that shares the twin's weight."""
-    new = NF4Linear(*sizes(layer), False, quant_type, blocksize, double_quant, device="meta")
+    table = is_embedding(layer)
+    kind, shape = (NF4Embedding, tuple(layer.weight.shape)) if table else (NF4Linear, sizes(layer)[::-1])
+    new = kind.empty((shape[0], shape[1]), *form)
     if twin is not None:
-        for parameter, value in twin.stored_parameters().items():
-            setattr(new, parameter, value)
+        new.share(twin)
     elif not layer.weight.is_meta:
         weight = layer.weight.detach()
         new.quantize_weight_(weight.t().contiguous() if is_conv1d(layer) else weight, name=name)
-    if layer.bias is not None:
+    if getattr(layer, "bias", None) is not None:
         new.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
     new.dtype = layer.weight.dtype
     vars(new).update({name: held for name, held in vars(layer).items() if "hook" in name})
@@ -135,7 +198,7 @@ def _kept_in_fp32(model: nn.Module) -> set[str]:
 
 def _nothing_to_quantize(module: nn.Module, skip: str | Sequence[str] | None) -> str:
     """Why `quantize_` found no work, and what to do about it."""
-    if any(isinstance(layer, NF4Linear) for layer in module.modules()):
+    if any(isinstance(layer, Module4bit) for layer in module.modules()):
         return "quantize_ found no dense linear layer to quantise: the 4-bit layers of this model are already in place"
     dense = [f"{', '.join([*names][:8])} ({why})" for why, names in dense_weights(module, skip).items()]
     return f"quantize_ finds no layer of this {type(module).__name__} to quantise: {'; '.join(dense) or 'it has none'}"

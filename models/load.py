@@ -18,7 +18,8 @@ from ..errors import EnvironmentProblem, InputError
 from ..files import COUNTS, misfits, read_json
 from ..kernels.weight4bit import check_format
 from ..lora.adapter import adapter_layers, plain_modules, plain_name, replace_modules, unwrapped
-from ..lora.linear4bit import NF4Linear, is_conv1d
+from ..lora.embedding4bit import NF4Embedding, is_embedding
+from ..lora.linear4bit import Module4bit, NF4Linear, is_conv1d
 from ..lora.quantize import quantize_
 from ..lora.targets import is_linear
 from ..settings import DType, floating
@@ -117,10 +118,12 @@ def load_decoder(
             raise InputError(f"{path}: {name!r} is in 4 bits already, as {its}: give quant_type=None")
         layer.to(device).dtype = dtype
     _put_layers(model, layers, path)
-    own = weights_of(model)
+    own, twins = weights_of(model), _twins(model)
     for name, tensor in tensors:
         if name not in skip:
             _place(own[renamed.get(name, name)], tensor, dtype, device, f"{path}: tensor {name!r}")
+    for twin, first in twins:
+        twin.share(first)
     if both and HEAD not in layers and torch.equal(model.get_parameter(HEAD), model.get_parameter(EMBEDDING)):
         model.spec, model.lm_head.weight = spec, model.model.embed_tokens.weight
     model.source = str(path)
@@ -140,49 +143,73 @@ def load_model(module: nn.Module, folder: str | Path) -> nn.Module:
     path, own, parts = Path(folder), weights_of(module), plain_modules(module)
     layers, pieces = hf.packed_layers(path)
     shapes = hf.tensor_shapes(path, COUNTS, pieces) | _sizes(layers)
-    first = {id(tensor): name for name, tensor in reversed(own.items())}  # a tied one's other names may be missing
-    wanted = {name: size for name, size in _sizes(own).items() if name in shapes or first[id(own[name])] == name}
+    first = {held(value): name for name, value in reversed(own.items())}  # a tied one's other names may be missing
+    wanted = {name: size for name, size in _sizes(own).items() if name in shapes or first[held(own[name])] == name}
     conv1d = {name for name in layers.keys() & wanted if is_conv1d(parts.get(name.removesuffix(".weight"), module))}
     wanted |= {name: wanted[name][::-1] for name in conv1d}
     lost = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in own]
     if wrong := misfits(wanted, shapes) or (f"No file holds the buffers {', '.join(lost[:4])}." if lost else ""):
         raise InputError(f"{path}: its tensors do not fill this {type(module).__name__}. {wrong}")
-    module = _put_layers(module, layers, path)
+    module, twins = _put_layers(module, layers, path), _twins(module)
     for name, tensor in hf.iter_tensors(path):
         if name not in pieces:
             _place(own[name], tensor, tensor.dtype, torch.device("cpu"), f"{path}: tensor {name!r}")
+    for twin, one in twins:
+        twin.share(one)
     return module
 
 
-def weights_of(module: nn.Module) -> dict[str, Tensor | NF4Linear]:
+def held(value: Tensor | Module4bit | None) -> int:
+    """The same for what is one weight under several names."""
+    return id(value.packed if isinstance(value, Module4bit) else value)
+
+
+def _weight(module: nn.Module) -> int:
+    return held(module if isinstance(module, Module4bit) else module._parameters.get("weight"))
+
+
+def _twins(module: nn.Module) -> list[tuple[Module4bit, Module4bit]]:
+    """4-bit modules that share their parameters with one before them, and that one."""
+    layers = [part for part in module.modules() if isinstance(part, Module4bit)]
+    first = {held(layer): layer for layer in reversed(layers)}
+    return [(layer, first[held(layer)]) for layer in layers if first[held(layer)] is not layer]
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor | Module4bit]:
     """Every parameter and saved buffer by name, the 4-bit layer itself as its weight. InputError where adapters are."""
     if layers := adapter_layers(module):
         raise InputError(
             f"'{next(iter(layers))}' carries an adapter, which is no part of a whole model: save or load it by itself "
             "(save_adapter, load_adapter), and merge it or take it off (fourbit.remove_adapter) before this"
         )
-    packed = {path: part for path, part in plain_modules(module).items() if isinstance(part, NF4Linear)}
+    packed = {path: part for path, part in plain_modules(module).items() if isinstance(part, Module4bit)}
     inside = {id(tensor) for layer in packed.values() for tensor in layer.stored_parameters().values()}
     state = unwrapped(module).state_dict(keep_vars=True)
     dense = {plain_name(name): tensor for name, tensor in state.items() if id(tensor) not in inside}
     return dense | {f"{path}.weight".strip("."): layer for path, layer in packed.items()}
 
 
-def _sizes(weights: Mapping[str, Tensor | NF4Linear]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(own.stored.shape if isinstance(own, NF4Linear) else own.shape) for name, own in weights.items()}
+def _sizes(weights: Mapping[str, Tensor | Module4bit]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(own.shape) for name, own in weights.items()}
 
 
 def _put_layers(module: nn.Module, layers: Mapping[str, NF4Linear], path: Path) -> nn.Module:
-    """`module` with a file's 4-bit layers in the places of their weights; InputError first for a place that is none."""
+    """`module` with a file's 4-bit layers in the places of their weights, and of what shares these where the file has
+    nothing of its own for it; InputError first for a place that is none."""
     modules, new = plain_modules(module), dict[nn.Module, nn.Module]()
     for name, layer in layers.items():
         place: Any = modules.get(name.rpartition(".")[0])
-        if not name.endswith("weight") or place is None or not is_linear(place):
+        if not name.endswith("weight") or place is None or not (is_linear(place) or is_embedding(place)):
             raise InputError(f"{path}: {name!r} is in 4 bits, and what this model has there is no linear layer")
         if not place.weight.is_meta:
             layer.to(place.weight.device)
-        layer.bias = place.bias
-        new[place] = layer.train(place.training)
+        tied = [part for own, part in modules.items() if f"{own}.weight".strip(".") not in layers.keys() - {name}]
+        for part in [part for part in tied if part is place or _weight(part) == _weight(place) != id(None)]:
+            twin: Module4bit = (NF4Embedding if is_embedding(part) else NF4Linear).of(layer.stored, layer.dtype)
+            twin.share(layer)
+            if isinstance(twin, NF4Linear):
+                twin.bias = part._parameters.get("bias")
+            new[part] = twin.train(part.training)
     replace_modules(module, new)
     return new.get(module, module)
 
@@ -233,10 +260,10 @@ def _check_tensors(path: Path, model: Decoder, shapes: Mapping[str, tuple[int, .
     return skip
 
 
-def _place(own: Tensor | NF4Linear, tensor: Tensor, dtype: torch.dtype, device: torch.device, what: str) -> None:
+def _place(own: Tensor | Module4bit, tensor: Tensor, dtype: torch.dtype, device: torch.device, what: str) -> None:
     """Fill a tensor of the model's with the file's, or make it of that dtype there if it is on meta, so that tied ones
     stay tied; a 4-bit layer's weight is quantised on the way and not kept. `what` is what errors call it."""
-    if isinstance(own, NF4Linear):
+    if isinstance(own, Module4bit):
         own.quantize_weight_(tensor.to(device), name=what)
         own.dtype = dtype
         return

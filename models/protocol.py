@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels.attention import Spans
 from ..lora.adapter import Adapter
-from ..lora.linear4bit import NF4Linear
+from ..lora.linear4bit import Module4bit
 
 
 class Cache(Protocol):
@@ -82,7 +82,7 @@ class CausalLM(nn.Module, ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the first weights that are neither in 4 bits nor an adapter's; hidden states have it too."""
-        other = {id(p) for m in self.modules() if isinstance(m, NF4Linear) for p in m.stored_parameters().values()}
+        other = {id(p) for m in self.modules() if isinstance(m, Module4bit) for p in m.stored_parameters().values()}
         other |= {id(p) for m in self.modules() if isinstance(m, Adapter) for p in m.parameters()}
         return next(p.dtype for p in self.parameters() if p.is_floating_point() and id(p) not in other)
 

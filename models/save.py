@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..files import check_finite, disk_errors, read_json, write_tensors, write_text, write_whole
 from ..lora.adapter import plain_modules, unwrapped
-from ..lora.linear4bit import NF4Linear
+from ..lora.linear4bit import Module4bit
 from ..lora.packed import packed_tensors
 from ..lora.targets import is_linear
 from ..outputs import check_apart
@@ -23,7 +23,7 @@ from ..settings import DTYPES
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_folder import TOKENIZER_BYTES
 from .hf import CONFIG_BYTES, INDEX, SINGLE, indexed
-from .load import weights_of
+from .load import held, weights_of
 from .protocol import CausalLM
 
 SHARD_BYTES = 5 * 10**9  # as transformers cuts
@@ -55,11 +55,11 @@ def save_model(
     model, source = unwrapped(model), getattr(model, "source", "")
     check_apart(folder, f"the folder {folder}", [source], folder=True)
     folder, own = Path(folder), weights_of(model)
-    first = {id(value): (name, value) for name, value in reversed(own.items())}
-    packed = [layer for layer in own.values() if isinstance(layer, NF4Linear)]
+    first = {held(value): (name, value) for name, value in reversed(own.items())}
+    packed = [layer for layer in own.values() if isinstance(layer, Module4bit)]
     tensors: dict[str, Tensor] = {}
     for name, value in list(first.values())[::-1]:
-        tensors |= packed_tensors(name, value) if isinstance(value, NF4Linear) else {name: value.detach()}
+        tensors |= packed_tensors(name, value) if isinstance(value, Module4bit) else {name: value.detach()}
     for name, tensor in tensors.items():
         if tensor.dtype not in (*DTYPES, torch.int64, torch.int32, torch.uint8, torch.bool):
             raise InputError(f"{name} ({tensor.dtype}) is of a type that `load_model` does not read: cast it first")
