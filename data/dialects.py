@@ -13,8 +13,9 @@ CUT = "the prompt was taken to be the words that chosen and rejected begin with,
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 
 
-def unanswered(row: Row, key: str) -> Messages:
-    """The messages of a field without the answer that they may end with."""
+def unanswered(row: Row) -> Messages:
+    """The messages of a row without the answer that they may end with."""
+    key = "messages" if "messages" in row.data else "conversations"
     given = row.data[key]
     if isinstance(given, list) and given and isinstance(given[-1], dict):
         speaker = str(given[-1].get("role", given[-1].get("from"))).lower()
@@ -53,9 +54,9 @@ def _cut(row: Row, chosen: str, rejected: str) -> tuple[Messages, str, str]:
     The white space at the cut belongs to no side: the template parts the turns."""
     if chosen == rejected:
         raise bad(row, "chosen, rejected", SAME, "identical")
-    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-    head = chosen[:same] if same is not None else min(chosen, rejected, key=len)
-    words = re.match(r"(?s).*\s", head)
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+    words = re.match(r"(?s).*\s", chosen[:same])
     if words is None or not words.group().strip():
         reason = "is missing, and chosen and rejected share no first words that could be it: add the prompt to the row"
         raise bad(row, "prompt", reason, "prompt")

@@ -10,8 +10,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import compress
+from itertools import chain, compress, islice
 from typing import Any, Literal
 
 from ..errors import InputError, html_table, shown
@@ -19,7 +20,7 @@ from ..settings import checked
 from ..text.tokenizer_folder import as_tokenizer
 from .batch import Encoded, Example, shared_tokens
 from .forms import read_samples, samples_of
-from .messages import Messages, trains
+from .messages import trains
 from .protocol import AnyTokenizer, TokenizerLike
 from .read import Rows
 from .row import SHOWN_PROBLEMS, BadRow, Problems, bad, counted
@@ -32,7 +33,6 @@ from .turns import LEFT_OUT, NO_END, Rendered, Talk, Tokens, Turn, Unrenderable,
 LossOn = Literal["assistant", "all", "last"]
 OnBadRow = Literal["error", "skip"]
 
-RENDERED_AT_ONCE = 256  # samples
 SPECIAL = "a special token, which steers a model and is never read: spell it another way; a `text` row may hold it"
 LOST = "stands nowhere in what the template writes for it: the template cannot say it; name one that can (template=...)"
 SPECIAL_IN_TEXT = "is plain text that holds special tokens: they are encoded as such"
@@ -219,23 +219,22 @@ def encode(
     token, when the tokenizer refuses the text, when it begins with two BOS tokens, and when nothing would be trained.
     """
     checked("loss_on", loss_on, LossOn)
-    for first in range(0, len(samples), RENDERED_AT_ONCE):
-        chunk = samples[first : first + RENDERED_AT_ONCE]
-        talks = [_talks(sample, loss_on) for sample in chunk]
-        rendered = iter(template.render_all([talk for group in talks for talk in group]))
-        for sample, group in zip(chunk, talks, strict=True):
-            texts = [next(rendered) for _ in group]
-            try:
-                if sample.text is not None:
-                    yield sample, (_plain(sample, sample.text, tokenizer, loss_on),)
-                else:
-                    spoken = zip(sample.names, group, texts, strict=True)
-                    answered = (_conversation(sample, *said, tokenizer, loss_on) for said in spoken)
-                    yield sample, tuple(_encode(talk, tokenizer, loss_on) for talk in answered)
-            except BadRow as error:
-                if refuse is None:
-                    raise
-                refuse(error)
+    groups = [_talks(sample, loss_on) for sample in samples]
+    rendered = template.render_all(chain.from_iterable(groups))
+    for sample, group in zip(samples, groups, strict=True):
+        texts = [*islice(rendered, len(group))]
+        try:
+            with _problem_of(sample):
+                parts = [_plain(sample, sample.text, tokenizer, loss_on)] if sample.text is not None else []
+            for name, talk, text in zip(sample.names, group, texts, strict=False):
+                with _problem_of(sample, name):
+                    parts.append(_encode(talk, text, tokenizer, loss_on, sample.source))
+        except BadRow as error:
+            if refuse is None:
+                raise
+            refuse(error)
+        else:
+            yield sample, tuple(parts)
 
 
 def encode_chat(
@@ -277,31 +276,26 @@ def encode_questions(
 def prompt_texts(samples: Sequence[Sample], tokenizer: TokenizerLike, template: ChatTemplate) -> list[str]:
     """The text of each sample up to where its last answer begins, or the next one would. Raises BadRow for the first
     one that the template refuses, or that holds no messages."""
-    talks = []
+    talks, texts = list[Talk](), list[str]()
     for sample in samples:
         if sample.text is not None:
             raise bad(sample, "text", "has no messages, so it asks for no answer", "form")
         messages = sample.context + (sample.answers[0] if sample.answers else [])
         messages = messages[: len(messages) - (messages[-1]["role"] == "assistant")]
         talks.append(Talk(messages, sample.tools, prompt=True, variables=sample.variables))
-    asked = zip(samples, talks, template.render_all(talks), strict=True)
-    return [_conversation(sample, "", talk, text, tokenizer, "last").text for sample, talk, text in asked]
+    for sample, talk, rendered in zip(samples, talks, template.render_all(talks), strict=True):
+        with _problem_of(sample):
+            texts.append(_said(talk, rendered, tokenizer, "last")[0])
+    return texts
 
 
-@dataclass(frozen=True)
-class _Conversation:
-    """The context of a sample and one of its answers, as the model sees it; and where its trained turns stand there."""
-
-    sample: Sample
-    name: str  # of the answer, where there may be several
-    messages: Messages
-    text: str
-    turns: dict[int, Turn]
-    changed: bool = False  # a turn that is to be trained has no place, as the template changes it later
-
-    def bad(self, field: str, reason: str, kind: str = "template") -> BadRow:
-        """The error for a rule that this conversation breaks."""
-        return bad(self.sample, f"{self.name}: {field}" if self.name else field, reason, kind)
+@contextmanager
+def _problem_of(sample: Sample, name: str = "") -> Iterator[None]:
+    """What is wrong with a conversation as the problem of its row; `name`: of the answer, where there are several."""
+    try:
+        yield
+    except Unrenderable as error:
+        raise bad(sample, f"{name}: {error.field}" if name else error.field, str(error), error.kind) from None
 
 
 def _talks(sample: Sample, loss_on: LossOn) -> list[Talk]:
@@ -316,83 +310,80 @@ def _talks(sample: Sample, loss_on: LossOn) -> list[Talk]:
     return talks
 
 
-def _conversation(
-    sample: Sample, name: str, talk: Talk, rendered: Rendered | Unrenderable, tokenizer: TokenizerLike, loss_on: LossOn
-) -> _Conversation:
-    """Raises BadRow where the template refused or left something out, a special token is spelled, or the place of the
-    last answer cannot be told."""
-    made = _Conversation(sample, name, talk.messages, "", {})
+def _said(
+    talk: Talk, rendered: Rendered | Unrenderable, tokenizer: TokenizerLike, loss_on: LossOn
+) -> tuple[str, dict[int, Turn]]:
+    """The text of a conversation, and the turns that have a place in it. Raises Unrenderable where the template refused
+    or left something out, a special token is spelled, or the place of the last answer cannot be told."""
     if isinstance(rendered, Unrenderable):
-        raise made.bad("messages", str(rendered))
+        raise rendered
     if special := spelled(talk, tokenizer.special_tokens):
         field, token = special
-        raise made.bad(field, f"spells {shown(token)}, {SPECIAL}", "special token")
+        raise Unrenderable(f"spells {shown(token)}, {SPECIAL}", field, "special token")
     turns = {i: turn for i, turn in rendered.turns.items() if isinstance(turn, Turn)}
-    made = replace(made, text=rendered.text, turns=turns, changed=len(turns) < len(rendered.turns))
-    if made.changed and loss_on != "all":
+    if rendered.turns and loss_on != "all":
         last = rendered.turns[max(rendered.turns)]
         if isinstance(last, Unrenderable):
-            raise made.bad("messages", str(last))
+            raise last
     if lost := unsaid(talk, rendered.text, turns):
         field, text = lost
-        raise made.bad(field, f"{shown(text)} {LOST}")
-    return made
+        raise Unrenderable(f"{shown(text)} {LOST}", field)
+    return rendered.text, turns
 
 
-def _encode(talk: _Conversation, tokenizer: TokenizerLike, loss_on: LossOn) -> Encoded:
-    """Tokens and mask of one conversation. Raises BadRow."""
-    text, notes = talk.text, {LEFT_OUT} if talk.changed and loss_on != "all" else set()
-    end = talk.turns[last].content_end if (last := len(talk.messages) - 1) in talk.turns else None
-    if tokenizer.eos_id is not None and end is not None and not talk.text[end : talk.turns[last].region].strip():
+def _encode(
+    talk: Talk, rendered: Rendered | Unrenderable, tokenizer: TokenizerLike, loss_on: LossOn, source: str
+) -> Encoded:
+    """Tokens and mask of one conversation. Raises Unrenderable."""
+    text, turns = _said(talk, rendered, tokenizer, loss_on)
+    notes = {LEFT_OUT} if len(turns) < len(talk.turns) and loss_on != "all" else set()
+    last = turns.get(len(talk.messages) - 1)
+    end = last.content_end if last else None
+    if last and end is not None and tokenizer.eos_id is not None and not text[end : last.region].strip():
         text = text[:end]  # the template leaves the last answer unended
         notes.add(NO_END)
-    tokens = _tokens(talk, tokenizer, text)
+    tokens = _tokens(tokenizer, text)
     ids, trained = tokens.ids, [loss_on == "all" and i > 0 for i in range(len(tokens.ids))]
-    if not talk.sample.answers:
-        return Encoded(ids, [False] * len(ids), text, talk.sample.source)
+    if talk.prompt:
+        return Encoded(ids, [False] * len(ids), text, source)
     if loss_on != "all":
-        try:
-            trained, more = mask(tokens, talk.turns, tokenizer.stop_ids)
-        except Unrenderable as error:
-            raise talk.bad("messages", str(error)) from None
+        trained, more = mask(tokens, turns, tokenizer.stop_ids)
         notes |= more
     if NO_END in notes:
         ids, trained = [*ids, int(tokenizer.eos_id or 0)], [*trained, True]
-    return _checked(talk, Encoded(ids, trained, text, talk.sample.source, tuple(sorted(notes))), tokenizer)
+    return _checked(Encoded(ids, trained, text, source, tuple(sorted(notes))), tokenizer)
 
 
 def _plain(sample: Sample, text: str, tokenizer: TokenizerLike, loss_on: LossOn) -> Encoded:
     """Plain text between this model's first and last token, all trained but the first; or ready tokens as they are."""
-    talk = _Conversation(sample, "", [{"role": "assistant", "content": text}], text, {})
     if sample.tokens is not None:
         ids, trained = sample.tokens
         if outside := [token for token in ids if not 0 <= token < tokenizer.vocab_size]:
-            size = tokenizer.vocab_size
-            raise talk.bad("input_ids", f"holds {outside[0]}, and the tokenizer has the tokens 0 to {size - 1}")
+            what = f"holds {outside[0]}, and the tokenizer has the tokens 0 to {tokenizer.vocab_size - 1}"
+            raise Unrenderable(what, "input_ids")
         notes = (LABELLED,) * (loss_on != "assistant")
-        return _checked(talk, Encoded(ids, [False, *trained[1:]], "", sample.source, notes), tokenizer)
+        return _checked(Encoded(ids, [False, *trained[1:]], "", sample.source, notes), tokenizer)
     begin, end = (tokenizer.bos_token or "") if expects_bos(tokenizer) else "", tokenizer.eos_token or ""
     inside = text.removeprefix(begin).removesuffix(end)
-    tokens = _tokens(talk, tokenizer, f"{begin}{inside}{end}")
+    tokens = _tokens(tokenizer, f"{begin}{inside}{end}")
     trained = [i > 0 for i in range(len(tokens.ids))]
     special = spelled(Talk([{"content": inside}]), tokenizer.special_tokens)
     notes = tuple(note for note, so in ((WHOLE, loss_on == "last"), (SPECIAL_IN_TEXT, special)) if so)
-    return _checked(talk, Encoded(tokens.ids, trained, tokens.text, sample.source, notes), tokenizer)
+    return _checked(Encoded(tokens.ids, trained, tokens.text, sample.source, notes), tokenizer)
 
 
-def _tokens(talk: _Conversation, tokenizer: TokenizerLike, text: str) -> Tokens:
+def _tokens(tokenizer: TokenizerLike, text: str) -> Tokens:
     try:
         return Tokens(text, *tokenizer.encode_with_offsets(text))
     except InputError as error:
-        raise talk.bad("messages", str(error), "text") from None
+        raise Unrenderable(str(error), kind="text") from None
 
 
-def _checked(talk: _Conversation, example: Encoded, tokenizer: TokenizerLike) -> Encoded:
-    """The example. Raises BadRow where it begins with two BOS tokens, or nothing of it is trained."""
-    bos = tokenizer.bos_id
-    if bos is not None and example.ids[:2] == [bos, bos]:
+def _checked(example: Encoded, tokenizer: TokenizerLike) -> Encoded:
+    """The example. Raises Unrenderable where it begins with two BOS tokens, or nothing of it is trained."""
+    if tokenizer.bos_id is not None and example.ids[:2] == [tokenizer.bos_id] * 2:
         reason = f"begins with two BOS tokens ({tokenizer.bos_token!r}): the row must not hold one that is added"
-        raise talk.bad("text", reason)
+        raise Unrenderable(reason, "text")
     if not any(example.trained[1:]):
-        raise talk.bad("messages", "nothing to train: no token of an answer is left", "nothing to train")
+        raise Unrenderable("nothing to train: no token of an answer is left", kind="nothing to train")
     return example

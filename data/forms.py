@@ -8,16 +8,15 @@ row that does not fit is a problem with its line, its field and the reason. What
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from .dialects import SAME, implied_by_messages, implied_by_strings, instruction, unanswered
 from .keys import Fields, opened, present, unread
-from .messages import Messages, as_context, checked_messages, core, filled, offered_tools, system_turn, trains, turn
+from .messages import Messages, as_context, checked_messages, core, filled, offered_tools, said, system_turn, trains
 from .read import Rows, sources
-from .row import UNUSED, BadRow, Problem, Problems, Row, bad, excerpt, type_name, typed
+from .row import UNUSED, BadRow, Problem, Problems, Row, bad, typed
 from .sample import Kind, Sample
 
 DETECT_ROWS = 200
@@ -114,7 +113,7 @@ def sample(row: Row, kind: Kind, name: str | None = None) -> Sample:
     unused, passed = unread(read, ASIDE if kind == "prompts" else ())
     if not (unused or passed or kind == "prompts"):
         return made
-    notes = (*made.notes, *(UNUSED + excerpt(place) for place in unused))
+    notes = (*made.notes, *(UNUSED + shown(place) for place in unused))
     return replace(made, notes=notes, passed=tuple(passed), row=row.data if kind == "prompts" else {})
 
 
@@ -146,7 +145,7 @@ def _unknown(row: Row, kind: Kind) -> BadRow:
     others = (other for other in ("judged", "pairs", "sft") if other != kind and recognise(row.data, other))
     seen = next((f"; it looks like {WANTED[other][0]}, which {WANTED[other][1]}" for other in others), "")
     named = [repr(key) + " (null)" * (value is None) for key, value in islice(row.data.items(), 6)]
-    keys = excerpt(", ".join(named), 80)[1:-1]
+    keys = shown(", ".join(named))[1:-1]
     return bad(row, "row", f"is not {wanted}, keys are {keys or 'none'}{seen}: use {use}", "form")
 
 
@@ -208,10 +207,24 @@ def _made(row: Row, context: Messages, *answers: Messages, **more: Any) -> Sampl
     return Sample(context, answers, row.place, **more)
 
 
-def _chat(row: Row) -> Sample:
-    if "completion" in row.data:
-        raise bad(row, "row", "has both `messages` and `completion`: keep one of the two forms", "form")
-    return _made(row, [], checked_messages(row, "messages", row.data["messages"]))
+def _fields(context: Callable[[Row], Messages], *keys: str) -> Callable[[Row], Sample]:
+    """Reads what is asked, and the fields that answer it."""
+    return lambda row: _made(row, context(row), *(said(row, key) for key in keys))
+
+
+def _prompt(row: Row) -> Messages:
+    return as_context(said(row, "prompt", "user"))
+
+
+def _conversation(row: Row) -> Messages:
+    key = "messages" if "messages" in row.data else "conversations"
+    return checked_messages(row, key, row.data[key])
+
+
+def _talk(row: Row) -> Sample:
+    """The last message is the answer."""
+    messages = _conversation(row)
+    return _made(row, messages[:-1], messages[-1:])
 
 
 def _text(row: Row) -> Sample:
@@ -226,7 +239,7 @@ def _ready(row: Row) -> Sample:
     for key, values in zip(given, (ids, labels, seen), strict=True):
         kinds = [{int}, {bool}] if key == "attention_mask" else [{int}]
         if not isinstance(values, list) or {*map(type, values)} not in kinds:
-            raise bad(row, key, f"must be a list of whole numbers, of one row, not {excerpt(repr(values))[1:-1]}")
+            raise bad(row, key, f"must be a list of whole numbers, of one row, not {shown(values)}")
         if len(values) != len(ids):
             raise bad(row, key, f"has {len(values)} numbers, and input_ids {len(ids)}: one for each token")
     size = sum(seen)
@@ -238,65 +251,26 @@ def _ready(row: Row) -> Sample:
     return _made(row, [], text="", tokens=(ids[:size], [label != -100 for label in labels[:size]]))
 
 
-def _texts(row: Row) -> Sample:
-    """`prompt`, whose assistant turns are context, and `completion`: strings, or lists of messages."""
-    prompt, completion = _both(row, "prompt", "completion")
-    if _are_strings(row, "prompt", "completion"):
-        return _made(row, turn(row, "prompt", prompt, "user"), turn(row, "completion", completion))
-    context, answer = checked_messages(row, "prompt", prompt), checked_messages(row, "completion", completion)
-    if answer[0]["role"] != "assistant":
-        raise bad(row, "completion[0].role", f"must be 'assistant', not {answer[0]['role']!r}")
-    return _made(row, as_context(context), answer)
-
-
-def _talk(row: Row) -> Sample:
-    """The last message is the answer."""
-    key = "conversations" if "conversations" in row.data else "messages"
-    messages = checked_messages(row, key, row.data[key])
-    return _made(row, messages[:-1], messages[-1:])
-
-
-def _task(row: Row) -> Sample:
-    return _made(row, instruction(row), turn(row, "output", row.data.get("output")))
-
-
 def _openai_pair(row: Row) -> Sample:
-    outputs = _both(row, *_OUTPUTS)
-    source = typed(row, "input", row.data.get("input"), Fields, "be an object with `messages`")
-    context = checked_messages(row, "input.messages", source.get("messages"))
-    answers = map(partial(checked_messages, row), _OUTPUTS, outputs)
-    return _made(row, context, *answers, tools=offered_tools(row, source, "input."))
-
-
-def _sharegpt_pair(row: Row) -> Sample:
-    """Each answer is one message, or a list."""
-    given = [value if isinstance(value, list) else [value] for value in _both(row, *_PAIR)]
-    talks = map(partial(checked_messages, row), ("conversations", *_PAIR), (row.data["conversations"], *given))
-    return _made(row, *talks)
-
-
-def _alpaca_pair(row: Row) -> Sample:
-    return _made(row, instruction(row), *map(partial(turn, row), _PAIR, _both(row, *_PAIR)))
+    source = Row(typed(row, "input", row.data.get("input"), Fields, "be an object with `messages`"), row.place)
+    context = checked_messages(row, "input.messages", source.data.get("messages"))
+    answers = (said(row, key) for key in _OUTPUTS)
+    return _made(row, context, *answers, tools=offered_tools(row, source.data, "input."))
 
 
 def _trl_pair(row: Row) -> Sample:
-    """TRL's `prompt`, `chosen` and `rejected`, strings or lists of messages, the prompt perhaps implicit."""
-    chosen, rejected = _both(row, *_PAIR)
+    """TRL's `prompt`, `chosen` and `rejected`, the prompt perhaps implicit."""
     key = next((key for key in ("prompt", "question") if row.data.get(key) is not None), None)
-    notes: tuple[str, ...] = ()
-    if not _are_strings(row, *_PAIR):
-        talks = checked_messages(row, "chosen", chosen), checked_messages(row, "rejected", rejected)
-        parts = implied_by_messages(row, *talks) if key is None else _after_prompt(row, key, *talks)
-    elif key is None:
-        parts, notes = implied_by_strings(row, chosen, rejected)
-    else:
-        parts = _question(row, key), turn(row, "chosen", chosen), turn(row, "rejected", rejected)
-    return _made(row, *parts, notes=notes)
+    if key is None and isinstance(row.data.get("chosen"), str) and isinstance(row.data.get("rejected"), str):
+        parts, notes = implied_by_strings(row, row.data["chosen"], row.data["rejected"])
+        return _made(row, *parts, notes=notes)
+    answers = said(row, "chosen"), said(row, "rejected")
+    return _made(row, *(implied_by_messages(row, *answers) if key is None else _after_prompt(row, key, *answers)))
 
 
 def _after_prompt(row: Row, key: str, chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
     """Answers that may begin with the prompt once more, which the field `key` holds."""
-    prompt = _question(row, key)
+    prompt = said(row, key, "user")
     if not isinstance(row.data[key], list) and chosen[0]["role"] != "assistant":
         parts = implied_by_messages(row, chosen, rejected)  # both whole conversations, and the question as a string
         if not any(prompt[0]["content"].strip() == message["content"].strip() for message in parts[0]):
@@ -312,33 +286,6 @@ def _after_prompt(row: Row, key: str, chosen: Messages, rejected: Messages) -> t
     return prompt, chosen, rejected
 
 
-def _asked_talk(row: Row) -> Sample:
-    return _made(row, unanswered(row, "messages" if "messages" in row.data else "conversations"))
-
-
-def _both(row: Row, first: str, second: str) -> tuple[Any, Any]:
-    """Two fields that a row must have."""
-    for key in (first, second):
-        if key not in row.data:
-            raise bad(row, key, f"is missing: the row needs both `{first}` and `{second}`")
-    return row.data[first], row.data[second]
-
-
-def _are_strings(row: Row, first: str, second: str) -> bool:
-    """Whether two fields are strings, where they may also both be lists."""
-    types = {type(row.data[first]), type(row.data[second])}
-    if types not in ({str}, {list}):
-        named = f"{type_name(row.data[first])} and {type_name(row.data[second])}"
-        raise bad(row, f"{first}, {second}", f"must both be strings or both be lists of messages, not {named}")
-    return types == {str}
-
-
-def _question(row: Row, key: str) -> Messages:
-    """A field that holds messages, or a question as a string."""
-    value = row.data[key]
-    return checked_messages(row, key, value) if isinstance(value, list) else turn(row, key, value, "user")
-
-
 # The table: the first entry of a kind that matches is a row's form.
 
 
@@ -351,25 +298,27 @@ _PAIR, _OUTPUTS = ("chosen", "rejected"), ("preferred_output", "non_preferred_ou
 _RATED = (*_PAIR, *_OUTPUTS)
 _OTHERS = ("conversations", "conversation", "instruction", "question", "input", *_RATED)
 _LAST = ("last message",)
+_ANSWER, _TASK = _fields(_prompt, "completion"), _fields(instruction, "output")
+_TASKS, _TALKS = _fields(instruction, *_PAIR), _fields(_conversation, *_PAIR)
 
 FORMS: tuple[Form, ...] = (
-    Form("sft", "chat", _has("messages"), _chat),
-    Form("sft", "prompt/completion", _has("completion"), _texts),
-    Form("sft", "prompt/completion", _has("prompt", none=("text", *_OTHERS)), _texts),
+    Form("sft", "chat", _has("messages"), _talk),
+    Form("sft", "prompt/completion", _has("completion"), _ANSWER),
+    Form("sft", "prompt/completion", _has("prompt", none=("text", *_OTHERS)), _ANSWER),
     Form("sft", "conversations", _has("conversations", none=_RATED), _talk),
-    Form("sft", "instruction/output", _has("instruction", none=_RATED), _task),
+    Form("sft", "instruction/output", _has("instruction", none=_RATED), _TASK),
     Form("sft", "text", _has("text", none=("prompt", "input_ids", *_OTHERS)), _text),
     Form("sft", "input_ids/labels", _has("input_ids", none=("prompt", *_OTHERS)), _ready),
     Form("pairs", "/".join(_OUTPUTS), _has(one=_OUTPUTS), _openai_pair, _OUTPUTS),
-    Form("pairs", "conversations/chosen/rejected", _has("conversations", one=_PAIR), _sharegpt_pair, _PAIR),
-    Form("pairs", "instruction/chosen/rejected", _has("instruction", one=_PAIR), _alpaca_pair, _PAIR),
+    Form("pairs", "conversations/chosen/rejected", _has("conversations", one=_PAIR), _TALKS, _PAIR),
+    Form("pairs", "instruction/chosen/rejected", _has("instruction", one=_PAIR), _TASKS, _PAIR),
     Form("pairs", "prompt/chosen/rejected", _has(one=_PAIR), _trl_pair, _PAIR),
     Form("judged", "conversations/kto_tag", _has("kto_tag", "conversations"), _talk, _LAST, "kto_tag"),
     Form("judged", "messages/kto_tag", _has("kto_tag", "messages"), _talk, _LAST, "kto_tag"),
-    Form("judged", "instruction/kto_tag", _has("kto_tag", "instruction"), _task, ("output",), "kto_tag"),
-    Form("judged", "prompt/completion/label", _has("completion", "label"), _texts, ("completion",), "label"),
-    Form("prompts", "messages", _has("messages"), _asked_talk),
-    Form("prompts", "conversations", _has("conversations"), _asked_talk),
-    Form("prompts", "instruction", _has("instruction"), lambda row: _made(row, instruction(row))),
-    Form("prompts", "prompt", _has("prompt"), lambda row: _made(row, _question(row, "prompt"))),
+    Form("judged", "instruction/kto_tag", _has("kto_tag", "instruction"), _TASK, ("output",), "kto_tag"),
+    Form("judged", "prompt/completion/label", _has("completion", "label"), _ANSWER, ("completion",), "label"),
+    Form("prompts", "messages", _has("messages"), _fields(unanswered)),
+    Form("prompts", "conversations", _has("conversations"), _fields(unanswered)),
+    Form("prompts", "instruction", _has("instruction"), _fields(instruction)),
+    Form("prompts", "prompt", _has("prompt"), _fields(_prompt)),
 )

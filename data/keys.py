@@ -33,7 +33,7 @@ _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps", "reference_chosen_logps"
 _TRAINED = ("train", "training", "train_detail", "loss", "loss_scale", "mask", "masked")
 # Of each level the keys that other tools give a meaning that changes training, and what to do about them.
 ELSEWHERE: dict[str, dict[str, str]] = {
-    "sft": _ROW,
+    "sft": {**_ROW, "completion": "stands beside `messages`: keep one of the two forms"},
     "judged": _ROW,
     "pairs": {
         **_ROW,

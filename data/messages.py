@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from ..errors import shown
 from .keys import CALL, TURN, Fields, opened, parsed, plain, present
-from .row import Row, bad, excerpt, type_name, typed
+from .row import Row, bad, type_name, typed
 
 Messages = list[dict[str, Any]]
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -53,7 +54,7 @@ def _message(row: Row, field: str, message: Any) -> dict[str, Any]:
         content = _content(row, f"{field}.{text}", message, role, bool(calls))
     if "weight" in message:
         if isinstance(weight := message["weight"], bool) or weight not in (0, 1):
-            raise bad(row, f"{field}.weight", f"must be 0 or 1, not {excerpt(repr(weight))[1:-1]}")
+            raise bad(row, f"{field}.weight", f"must be 0 or 1, not {shown(weight)}")
         if role != "assistant":
             raise bad(row, f"{field}.weight", f"belongs on assistant turns only, this one is {role!r}")
     result = plain(message) | {"role": role, "content": content} | ({} if calls is None else {"tool_calls": calls})
@@ -70,7 +71,7 @@ def _role(row: Row, field: str, key: str, message: Fields) -> str:
     if role not in (*ROLES, *CALLING):
         meant = role.lower().strip()
         hint = f": did you mean {meant!r}?" if meant in ROLES else f": must be one of {', '.join(ROLES)}"
-        raise bad(row, f"{field}.{key}", f"is {excerpt(role)}{hint}")
+        raise bad(row, f"{field}.{key}", f"is {shown(role)}{hint}")
     return role
 
 
@@ -91,13 +92,23 @@ def _content(row: Row, field: str, message: Fields, role: str, calls: bool) -> s
 def _part(row: Row, field: str, part: Any) -> str:
     typed(row, field, part, dict, 'be an object {"type": "text", "text": ...}')
     if part.get("type") != "text":
-        raise bad(row, f"{field}.type", f"is {excerpt(str(part.get('type')))}: only text parts can be trained on")
+        raise bad(row, f"{field}.type", f"is {shown(part.get('type'))}: only text parts can be trained on")
     return str(typed(row, f"{field}.text", part.get("text"), str))
 
 
 def turn(row: Row, field: str, text: Any, role: str = "assistant") -> Messages:
     """A string as one turn."""
     return [{"role": role, "content": filled(row, field, text)}]
+
+
+def said(row: Row, key: str, role: str = "assistant") -> Messages:
+    """What a field of a row says: messages, one of them, or a string as one turn of `role`. Raises BadRow."""
+    if key not in row.data:
+        raise bad(row, key, MISSING)
+    value = row.data[key]
+    if isinstance(value, (dict, list)):
+        return checked_messages(row, key, value if isinstance(value, list) else [value])
+    return turn(row, key, value, role)
 
 
 def filled(row: Row, field: str, text: Any) -> str:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from torch.utils.data import Dataset as TorchDataset
 
 from ..errors import InputError, shown
-from .row import Place, Problem, Row, excerpt, type_name
+from .row import Place, Problem, Row, type_name
 
 MAX_DEPTH = 64
 MAX_LINE_BYTES = 16 * 1024 * 1024
@@ -90,25 +90,20 @@ def _file_items(name: str) -> Iterator[Row | Problem]:
 
 
 def _opened(name: str) -> BinaryIO:
-    if "\0" in name:
-        raise InputError(f"{name!r}: a path cannot hold a NUL character.")
     try:
-        info = os.stat(name)
-        if stat.S_ISDIR(info.st_mode):
-            raise InputError(f"{name}: is a directory: name the data file itself (one of {', '.join(SUFFIXES)}).")
-        if not stat.S_ISREG(info.st_mode):
-            what = "is not a regular file (a pipe, socket or device)"
-            raise InputError(f"{name}: {what}: write the rows to a file first.")
+        mode = os.stat(name).st_mode
+        if not stat.S_ISREG(mode):
+            inside = f"a directory: name the data file in it (one of {', '.join(SUFFIXES)})"
+            what = inside if stat.S_ISDIR(mode) else "a pipe or device: write the rows to a file first"
+            raise InputError(f"{name}: must be a regular file, and is {what}.")
         if (suffix := Path(name).suffix.lower()) not in SUFFIXES:
             what = suffix or "a name without a suffix"
             raise InputError(f"{name}: {what} is no format that is read here: use one of {', '.join(SUFFIXES)}.")
-        if info.st_size == 0:
-            raise InputError(f"{name}: the file is empty: expected one JSON object a line.")
         return open(name, "rb")
-    except FileNotFoundError:
-        raise InputError(f"{name}: no such file. Check the path of the data file.") from None
-    except OSError as error:
-        raise InputError(f"{name}: cannot be opened: {error.strerror}.") from None
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # the latter of a NUL in the name
+        raise InputError(f"{name}: cannot be opened: {getattr(error, 'strerror', error)}.") from None
 
 
 def _first_byte(file: BinaryIO, name: str) -> bytes:
@@ -186,7 +181,7 @@ def _no_constant(text: str) -> Refused:
 def _finite(text: str) -> float | Refused:
     if math.isfinite(value := float(text)):
         return value
-    return Refused(f"holds the number {excerpt(text, 20)}, too large for a float")
+    return Refused(f"holds the number {shown(text)}, too large for a float")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Refused:
@@ -194,7 +189,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Refused:
     if len(result) == len(pairs):
         return result
     twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-    return Refused(f"the key {excerpt(twice)} stands twice in one object")
+    return Refused(f"the key {shown(twice)} stands twice in one object")
 
 
 _UNFIT = re.compile("[\0\ud800-\udfff]")
@@ -210,10 +205,9 @@ def _decoded(raw: str | bytes) -> Any:
     if isinstance(raw, bytes) and b"\0" in raw:
         raise Refused("holds NUL bytes: the file is damaged, or not UTF-8 text")
     try:
-        text = raw.decode() if isinstance(raw, bytes) else raw
-        value, end = _DECODER.raw_decode(text, len(text) - len(text.lstrip()))
+        return _DECODER.decode(raw.decode() if isinstance(raw, bytes) else raw)
     except json.JSONDecodeError as error:
-        raise _no_json(text, error) from None
+        raise _no_json(error) from None
     except UnicodeDecodeError as error:
         place = f"byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
         hint = "if the file is Latin-1, convert it with iconv -f LATIN1 -t UTF-8"
@@ -222,18 +216,18 @@ def _decoded(raw: str | bytes) -> Any:
         raise Refused(f"is nested deeper than {MAX_DEPTH} levels") from None
     except ValueError:
         raise Refused("holds a number with too many digits") from None
-    if rest := text[end:].strip():
+
+
+def _no_json(error: json.JSONDecodeError) -> Refused:
+    text, rest = error.doc, error.doc[error.pos :].strip()
+    if error.msg == "Extra data":
         hint = ": one object a line, without commas between" if rest.startswith((",", "{")) else ""
-        raise Refused(f"more text follows the JSON value: {excerpt(rest)}", hint)
-    return value
-
-
-def _no_json(text: str, error: json.JSONDecodeError) -> Refused:
+        return Refused(f"more text follows the JSON value: {shown(rest)}", hint)
     if not text.lstrip().startswith(("{", "[", '"')):
-        return Refused(f"is not JSON: {excerpt(text.strip())}", "; expected an object {...}")
-    if error.msg.startswith("Unterminated") or not text[error.pos :].strip():
+        return Refused(f"is not JSON: {shown(text.strip())}", "; expected an object {...}")
+    if error.msg.startswith("Unterminated") or not rest:
         return Refused("ends before the JSON value is complete", ": each row must stand whole on one line")
-    near = excerpt(text[max(0, error.pos - 10) : error.pos + 20].strip(), 40)
+    near = shown(text[max(0, error.pos - 10) : error.pos + 20].strip())
     place = f"line {error.lineno}, " if error.lineno > 1 else ""
     return Refused(f"is not valid JSON at {place}column {error.colno}: {error.msg}, near {near}")
 

@@ -86,17 +86,14 @@ class Limits:
     """
 
     def __init__(self, seconds: float, memory: int) -> None:
-        self.seconds, self.memory, self.last = seconds, memory, 0
+        self.seconds, self.memory = seconds, memory
         signal.signal(signal.SIGPROF, self._end)
         for what, limit in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0)):
             _limit(what, limit, hard=True)
 
     def run(self, work: Callable[[], Any], seconds: float) -> Any:
         """The result of `work`. Raises TooMuch when it takes more than it may."""
-        last = int(time.process_time() + seconds) + 2
-        if last != self.last:
-            self.last = last
-            _limit(resource.RLIMIT_CPU, last)
+        _limit(resource.RLIMIT_CPU, int(time.process_time() + seconds) + 2)
         try:
             signal.setitimer(signal.ITIMER_PROF, max(seconds, 0.001))
             return work()

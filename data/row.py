@@ -79,11 +79,6 @@ class Row(NamedTuple):
     place: Place
 
 
-def excerpt(text: str, limit: int = 60) -> str:
-    """A quoted, shortened copy of `text` for a message."""
-    return repr(text if len(text) <= limit else text[: limit - 3] + "...")
-
-
 def bad(row: Any, field: str, reason: str, kind: str = "row") -> BadRow:
     """The error for a row, or a sample of one, that breaks a rule; the caller raises it."""
     return BadRow(Problem(row.place, field, reason, kind))

@@ -4,9 +4,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..errors import shown
 from .keys import Passed
 from .messages import Messages, core, trains
-from .row import UNUSED, Place, excerpt
+from .row import UNUSED, Place
 from .said import lacks
 
 Kind = Literal["sft", "pairs", "judged", "prompts"]
@@ -33,7 +34,7 @@ class Sample:
     def remarks(self, words: Collection[str], written: str = "") -> set[str]:
         """What is to be said of this row, for a template whose source has these words and which wrote this text."""
         passed = (p for p in self.passed if p.key not in words or (written and lacks(written, p.texts)))
-        return {*self.notes, *(UNUSED + excerpt(p.place) for p in passed)}
+        return {*self.notes, *(UNUSED + shown(p.place) for p in passed)}
 
     @property
     def source(self) -> str:

@@ -12,7 +12,7 @@ import select
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date as Date
 from functools import lru_cache
 from pathlib import Path
@@ -88,19 +88,17 @@ class ChatTemplate:
             raise made
         return made.text
 
-    def render_all(self, talks: Sequence[Talk]) -> list[Rendered | Unrenderable]:
-        """Every conversation's text with the places of its wanted turns, or why there is none."""
-        known, jobs, found = _known(self.source), list[str](), list[Rendered | Unrenderable]()
-        for talk in talks:
-            job = {"messages": list(map(_shown, talk.messages)), "tools": talk.tools, "cuts": talk.cuts}
-            jobs.append(json.dumps(job | {"variables": talk.variables or {}}))
-        shared = json.dumps({"source": self.source, "date": self.date, "tokens": self.tokens})
-        while len(found) < len(talks):
-            answers = [] if known.broken else CHILD.ask(shared, _some(jobs, len(found)), known.learn)
-            if known.broken:
-                raise InputError(f"{self.name}: the chat template cannot be used: {known.broken.rstrip('.')}.")
-            found += [self._read(*told) for told in zip(talks[len(found) :], answers, strict=False)]
-        return found
+    def render_all(self, talks: Iterable[Talk]) -> Iterator[Rendered | Unrenderable]:
+        """Every conversation's text with the places of its wanted turns, or why there is none, as it is asked for."""
+        known, shared = _known(self.source), {"source": self.source, "date": self.date, "tokens": self.tokens}
+        for some in _at_a_time(talks):
+            while some:
+                jobs = [job for _, job in some]
+                answers = [] if known.broken else CHILD.ask(json.dumps(shared), jobs, known.learn)
+                if known.broken:
+                    raise InputError(f"{self.name}: the chat template cannot be used: {known.broken.rstrip('.')}.")
+                yield from (self._read(talk, answer) for (talk, _), answer in zip(some, answers, strict=False))
+                some = some[len(answers) :]
 
     def _read(self, talk: Talk, answer: dict[str, Any]) -> Rendered | Unrenderable:
         """One conversation's texts, as the child tells them, into the places of its turns."""
@@ -132,13 +130,17 @@ def _shown(message: dict[str, Any]) -> dict[str, Any]:
     return shown if reasoning is None else {"thinking": reasoning, **shown, "reasoning_content": reasoning}
 
 
-def _some(jobs: Sequence[str], first: int) -> Sequence[str]:
-    """As many jobs from `first` on as are sent at a time, one at least."""
-    end, size = first, 0
-    while end < len(jobs) and size < JOB_CHARACTERS:
-        size += len(jobs[end])
-        end += 1
-    return jobs[first:end]
+def _at_a_time(talks: Iterable[Talk]) -> Iterator[list[tuple[Talk, str]]]:
+    """Conversations with what the child is sent of each, as many as are sent at a time."""
+    some, size = list[tuple[Talk, str]](), 0
+    for talk in talks:
+        job = {"messages": list(map(_shown, talk.messages)), "tools": talk.tools, "cuts": talk.cuts}
+        some.append((talk, json.dumps(job | {"variables": talk.variables or {}})))
+        size += len(some[-1][1])
+        if size >= JOB_CHARACTERS:
+            yield some
+            some, size = [], 0
+    yield some
 
 
 TemplateChoice = str | os.PathLike[str] | ChatTemplate | None

@@ -30,7 +30,11 @@ UNKNOWN_STOP = "the template ends answers with a text that is no stop token: gen
 
 
 class Unrenderable(InputError):
-    """A template that works, but not on these messages."""
+    """A conversation that its template does not suit, or that breaks a rule: in which field, and what it counts as."""
+
+    def __init__(self, reason: str, field: str = "messages", kind: str = "template") -> None:
+        super().__init__(reason)
+        self.field, self.kind = field, kind
 
 
 class Talk(NamedTuple):

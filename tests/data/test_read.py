@@ -29,7 +29,7 @@ LATIN1 = "; if the file is Latin-1, convert it with iconv -f LATIN1 -t UTF-8"
 
 # name of the file, its bytes, what the error says after the path
 FILES: dict[str, tuple[str, bytes, str]] = {
-    "empty": ("d.jsonl", b"", ": the file is empty: expected one JSON object a line."),
+    "empty": ("d.jsonl", b"", " holds no rows: expected one JSON object a line."),
     "blank lines only": ("d.jsonl", b"\n\n  \r\n", " holds no rows: expected one JSON object a line."),
     "byte order mark only": ("d.jsonl", b"\xef\xbb\xbf", " holds no rows: expected one JSON object a line."),
     "empty array": ("d.json", b"[]", " holds no rows: expected one JSON object a line."),
@@ -118,7 +118,7 @@ LINES: dict[str, tuple[bytes, str]] = {
     "not JSON": (GOOD + b"\nhello\n", ":2: line: is not JSON: 'hello'; expected an object {...}"),
     "a long line of text": (
         b"x" * 200 + b"\n",
-        ":1: line: is not JSON: '" + "x" * 57 + "...'; expected an object {...}",
+        f":1: line: is not JSON: '{'x' * 31} ... (122 more characters) ... {'x' * 16}'; expected an object {{...}}",
     ),
     "comma after a row": (
         GOOD + b",\n" + GOOD + b"\n",
@@ -220,11 +220,13 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
     loop.symlink_to(loop)
     gone.symlink_to(tmp_path / "nowhere.jsonl")
     cases = {
-        str(tmp_path / "none.jsonl"): ": no such file. Check the path of the data file.",
-        str(gone): ": no such file. Check the path of the data file.",
-        str(tmp_path): ": is a directory: name the data file itself (one of .jsonl, .ndjson, .json).",
-        str(fifo): ": is not a regular file (a pipe, socket or device): write the rows to a file first.",
-        "/dev/zero": ": is not a regular file (a pipe, socket or device): write the rows to a file first.",
+        str(tmp_path / "none.jsonl"): ": cannot be opened: No such file or directory.",
+        str(gone): ": cannot be opened: No such file or directory.",
+        str(
+            tmp_path
+        ): ": must be a regular file, and is a directory: name the data file in it (one of .jsonl, .ndjson, .json).",
+        str(fifo): ": must be a regular file, and is a pipe or device: write the rows to a file first.",
+        "/dev/zero": ": must be a regular file, and is a pipe or device: write the rows to a file first.",
         str(loop): ": cannot be opened: Too many levels of symbolic links.",
         "x" * 5000 + ".jsonl": ": cannot be opened: File name too long.",
     }
@@ -232,7 +234,7 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
         with pytest.raises(InputError) as caught:
             read_rows(path)
         assert str(caught.value) == clean(path + says)
-    with pytest.raises(InputError, match="a path cannot hold a NUL character"):
+    with pytest.raises(InputError, match=r"cannot be opened: .*null"):
         read_rows("a\0b.jsonl")
 
 

@@ -198,7 +198,7 @@ def test_a_template_that_is_slow_for_every_row_is_given_up_soon(spent: list[floa
     source = "{% for i in range(3000) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}"
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     with pytest.raises(InputError, match="s more for a few rows than any template needs"):
-        ChatTemplate(source).render_all([Talk(talk, turns=[1])] * 2000)
+        list(ChatTemplate(source).render_all([Talk(talk, turns=[1])] * 2000))
     CHILD.stop()
     assert processor_seconds() - spent[0] < 4
 
@@ -230,9 +230,9 @@ def test_a_template_that_takes_too_much_three_times_is_given_up(monkeypatch: pyt
     CHILD.stop()
     talks = [Talk([{"role": "user", "content": content}]) for content in ("", *"aaaa")]
     with pytest.raises(InputError, match=r"cannot be used: it renders for longer than 0\.3 s") as caught:
-        ChatTemplate("{# given up #}" + LOOPS).render_all(talks)
+        list(ChatTemplate("{# given up #}" + LOOPS).render_all(talks))
     assert not isinstance(caught.value, Unrenderable)
-    assert len(ChatTemplate("{# twice #}" + LOOPS).render_all(talks[:3])) == 3
+    assert len(list(ChatTemplate("{# twice #}" + LOOPS).render_all(talks[:3]))) == 3
     CHILD.stop()
 
 
@@ -248,11 +248,11 @@ def test_a_template_just_under_the_limit_is_given_up_too(turns: range, spent: li
     template = ChatTemplate(source, name="model's")
     start = time.process_time()
     with pytest.raises(InputError) as caught:
-        template.render_all([works, *[slow] * 100])
+        list(template.render_all([works, *[slow] * 100]))
     assert "cannot be used: it" in str(caught.value) and "\n" not in str(caught.value)
     assert not isinstance(caught.value, Unrenderable)
     with pytest.raises(InputError, match="cannot be used: it"):
-        template.render_all([works])
+        list(template.render_all([works]))
     CHILD.stop()
     assert processor_seconds() - spent[0] < 8 and time.process_time() - start < 2
 
@@ -365,7 +365,7 @@ def test_real_templates_stay_far_from_the_limits() -> None:
     for _ in range(2):  # the better of two tries
         CHILD.stop()
         before = processor_seconds()
-        template.render_all([Talk(talk)] * 200)
+        list(template.render_all([Talk(talk)] * 200))
         CHILD.stop()
         found.append(processor_seconds() - before)
     assert min(found) < 200 * module.RENDER_SECONDS / 100
