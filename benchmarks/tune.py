@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fourbit.kernels import border, dispatch
-from fourbit.kernels.border import Tile
+from fourbit.kernels import dispatch
 
 from . import gate, machine
 from .cases import Setting
@@ -42,9 +41,9 @@ class Point:
 class Products:
     """x and a weight in as many copies as it takes to stay out of the cache."""
 
-    def __init__(self, shape: Projection, M: int, setting: Setting, tile: Tile) -> None:
+    def __init__(self, shape: Projection, M: int, setting: Setting) -> None:
         moved = BYTES_PER_PARAMETER * shape.weights + setting.dtype.itemsize * M * (shape.N + shape.K)
-        self.sets, self.dtype, self.tile = sets_for(moved, setting.cache_bytes, most=32), setting.dtype, tile
+        self.sets, self.dtype = sets_for(moved, setting.cache_bytes, most=32), setting.dtype
         self.weights = Weights.random(shape.N, shape.K, setting.device, self.sets)
         first = setting.normal(M, shape.K, seed=1)
         self.x = [first, *(first.clone() for _ in range(self.sets - 1))]
@@ -53,7 +52,7 @@ class Products:
     def inside(self, i: int) -> Tensor:
         from fourbit.kernels import matmul4bit_triton
 
-        return matmul4bit_triton.matmul(self.x[i], self.weights.copies[i], None, tile=self.tile)
+        return matmul4bit_triton.matmul(self.x[i], self.weights.copies[i], None)
 
     def fallback(self, i: int) -> Tensor:
         return F.linear(self.x[i], self.layers[i].dequantize(self.dtype))
@@ -64,8 +63,8 @@ class Products:
         return bound.worst(self.inside(0))
 
 
-def measure(shape: Projection, M: int, setting: Setting, clock: Clock, tile: Tile) -> Point:
-    work = Products(shape, M, setting, tile)
+def measure(shape: Projection, M: int, setting: Setting, clock: Clock) -> Point:
+    work = Products(shape, M, setting)
     if not (error := work.error()) <= 1:
         raise SystemExit(f"WRONG: {shape.N}x{shape.K} M={M}: error {error:.3g} times its bound")
     way = (setting.small_way if M <= GRAPHED_TO else setting.way)[0]
@@ -104,7 +103,7 @@ def main(argv: Sequence[str] | None = None, grid: Grid = CUDA, device: torch.dev
                 if time.monotonic() > deadline:
                     print(f"out of time at {M} rows: nothing is known of more")
                     return 1
-                points.append(measure(shape, M, setting, clock, border.tile_for(architecture, M)))
+                points.append(measure(shape, M, setting, clock))
         if border_of(points) < M:
             break
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"

@@ -80,7 +80,7 @@ def used() -> dict[str, str]:
 
 def borders() -> dict[str, str]:
     """Up to how many rows of x a 4-bit weight is decoded inside the product, for each GPU of kernels/border.py."""
-    names = {name: name for name in border.TILES}
+    names = {**{name: name for name in border.BORDER}, "any other GPU": ""}
     if torch.cuda.is_available():
         names["this GPU"] = dispatch.architecture(torch.device("cuda", 0))
     how = ("not measured: python -m benchmarks.tune", "measured")

@@ -138,15 +138,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     summed in float64: scales are all positive, and would else waste half the codes of the signed map.
     """
     offset = absmax.double().mean().float().view(1) if absmax.numel() else absmax.new_zeros(1)
-    code = dynamic_code(True, absmax.device)
-    if path_for(absmax) == "triton" and absmax.dtype == torch.float32:
-        from .blockwise_triton import quantize_shifted  # only here: Triton exists for Linux only and is slow to import
-
-        codes = torch.empty_like(absmax, dtype=torch.uint8, memory_format=torch.contiguous_format)
-        nested = torch.empty(-(-absmax.numel() // NESTED_BLOCKSIZE), dtype=torch.float32, device=absmax.device)
-        quantize_shifted(absmax.contiguous(), offset, _midpoints(code), NESTED_BLOCKSIZE, codes, nested)
-    else:
-        codes, nested = quantize_blockwise(absmax - offset, code, NESTED_BLOCKSIZE)
+    codes, nested = quantize_blockwise(absmax - offset, dynamic_code(True, absmax.device), NESTED_BLOCKSIZE)
     return codes, nested, offset
 
 

@@ -192,7 +192,7 @@ def _(
 
 
 def _prepare(x: Tensor, quant_type: str) -> None:
-    """The tables and counters that kernels share, made now: here a compiler only asks what an op returns.
+    """The tables that kernels share, made now: here a compiler only asks what an op returns.
 
     Made later, on the first run, they would lie in the memory of the CUDA graphs that torch.compile records.
     """

@@ -77,9 +77,7 @@ def forward_many(x: Tensor, group: Group, keep: bool) -> list[Tensor]:
     """Each y [M, out] in x's dtype, then s [M, sum of ranks], which one product gives, then the weights to keep."""
     dtype = compute_dtype(x, group.weights)
     h = x.to(dtype)
-    s = h.new_empty(len(h), 0)
-    if group.A:
-        s = _product(_dropper(x, group)(h), group.stacked(dtype).T, group.keep_scale)
+    s = _projected(x, h, group)
     dense = [dequantize(weight, dtype) for weight in group.weights] if keep else []
     outputs = [x.new_empty(len(x), weight.rows) for weight in group.weights]
     for i, y in enumerate(outputs):
@@ -206,19 +204,22 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Ten
 
 
 def forward_few(x: Tensor, group: Group) -> list[Tensor]:
-    """Each y, then s: one launch for s and one a linear, nothing dense at all."""
-    from .lora_triton import project_down  # only here: Triton exists for Linux only and is slow to import
-    from .matmul4bit_triton import matmul
+    """Each y, then s: one launch a linear, and nothing dense at all."""
+    from .matmul4bit_triton import matmul  # only here: Triton exists for Linux only and is slow to import
 
-    s = x.new_empty(len(x), 0)
-    if group.A:
-        s = project_down(_dropper(x, group)(x), group.stacked(group.A[0].dtype), group.keep_scale)
-    outputs = []
+    s, outputs = _projected(x, x, group), []
     for i, weight in enumerate(group.weights):
         bias = group.biases[i] if group.biases else None
         lora = (s[:, group.columns[i]], group.B[i], group.scales[i]) if group.A else None
         outputs.append(matmul(x, weight, bias, lora))
     return [*outputs, s]
+
+
+def _projected(x: Tensor, h: Tensor, group: Group) -> Tensor:
+    """s = dropout(x) A^T [M, sum of ranks] in the dtype of h, which is x in the dtype of the products."""
+    if not group.A:
+        return h.new_empty(len(h), 0)
+    return _product(_dropper(x, group)(h), group.stacked(h.dtype).T, group.keep_scale)
 
 
 def _product(a: Tensor, b: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
@@ -240,7 +241,7 @@ def _dropper(x: Tensor, group: Group) -> Callable[..., Tensor]:
     if seed is None:
         return lambda t, out=None: t
     if dispatch.path_for(x) == "triton" and x.numel():
-        from .lora_triton import drop
+        from .dropout_triton import drop  # only here: as above
 
         return lambda t, out=None: drop(t, p, seed, out)
     mask = keep_mask(x.shape, p, seed)

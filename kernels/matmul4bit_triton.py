@@ -7,7 +7,8 @@ operand of the product, which may come from registers, so that only the small x 
 The matrix units see the 4-bit code values, rounded to x's dtype, and each step's fp32 partial sum is multiplied by its
 block's scale: few instructions while BM is small. Each code value is off by up to half an ulp of x's dtype, the scale
 is exact, so |error| <= (2 K 2^-24 + 2 u) |x| |W|^T + u |y| against the exact product of x with code * scale (u = 2^-8
-for bf16, 2^-11 for fp16). K is split (split_k_triton.py); bias and LoRA's second product ride in the same launch.
+for bf16, 2^-11 for fp16). Bias and LoRA's second product ride in the same launch. Few tiles do not fill a GPU: then K
+is split over programs, whose sums are added after the launch, in one order.
 """
 
 import torch
@@ -16,11 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dispatch
-from .border import STEP, Tile, tile_for
+from .border import STEP
 from .codes import code_for, dynamic_code, pair_table
-from .split_k_triton import counters, counters_of_device, finish, is_last, splits_for, sum_of_splits
 from .weight4bit import Weight4bit
 
+COLUMNS, WARPS, STAGES = 256, 8, 3  # of a program; its columns of y are rows of W
+ROWS = 32  # of x in a program, at most
+COPIES = 16  # of the look-up table in shared memory
+PROGRAMS = 2  # that a multiprocessor is to run at a time
+FEWEST_STEPS = 4  # of a program: filling its pipeline and ending takes as long
 RANKS = 64  # of LoRA in one step
 
 NEW_LAYOUT = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)  # of mma.sync's operand from 8-bit loads
@@ -28,24 +33,20 @@ NEW_LAYOUT = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)  # of m
 _Lora = tuple[Tensor, Tensor, float]
 
 
-def matmul(
-    x: Tensor, weight: Weight4bit, bias: Tensor | None, lora: _Lora | None = None, tile: Tile | None = None
-) -> Tensor:
+def matmul(x: Tensor, weight: Weight4bit, bias: Tensor | None, lora: _Lora | None = None) -> Tensor:
     """y [M, N] = x [M, K] W^T + bias [N] + scale * s B^T, in x's dtype (bf16 or fp16), summed in fp32, rounded once.
 
-    `lora` is (s [M, R], B [N, R], scale) with s = x A^T (`project_down`) in x's dtype; B and bias may have any
-    floating dtype, B is rounded to x's. The rows of x may lie at any stride, the columns at 1. `tile` is by default the
-    one of border.py. One launch. Nothing is checked: see `lora_paths.few_rows`.
+    `lora` is (s [M, R], B [N, R], scale) with s = x A^T in x's dtype; B and bias may have any floating dtype, B is
+    rounded to x's. The rows of x may lie at any stride, the columns at 1. Nothing is checked: see
+    `lora_paths.few_rows`.
     """
     M, N, K = x.shape[0], weight.rows, weight.columns
-    y = x.new_empty(M, N)
     if M == 0:
-        return y
-    tile = tile_for(dispatch.architecture(x.device), M) if tile is None else tile
-    BM, BN, BK = tile.rows, tile.columns, min(STEP, weight.blocksize)
-    tiles = triton.cdiv(M, BM) * triton.cdiv(N, BN)
-    splits = splits_for(tiles, K // BK, tile.programs * dispatch.processors(x.device))
-    sums = x.new_empty((splits, M, N) if splits > 1 else 0, dtype=torch.float32)
+        return x.new_empty(M, N)
+    BM, BK = min(ROWS, max(8, triton.next_power_of_2(M))), min(STEP, weight.blocksize)
+    tiles, steps = triton.cdiv(M, BM) * triton.cdiv(N, COLUMNS), K // BK
+    splits = splits_for(tiles, steps, PROGRAMS * dispatch.processors(x.device))
+    y = x.new_empty(splits, M, N, dtype=x.dtype if splits == 1 else torch.float32)
     s, B, lora_scale = lora if lora is not None else (None, None, 0.0)
     nested = weight.nested_absmax
     with dispatch.on_device(x):
@@ -58,43 +59,47 @@ def matmul(
             pair_table(weight.quant_type, x.dtype, x.device),
             None if nested is None else dynamic_code(True, x.device),
             None if bias is None else bias.contiguous(),
-            *(s, B, y, sums, counters(x.device, tiles) if splits > 1 else None),
-            *(M, N, K // 2, 0 if s is None else s.shape[1]),
+            *(s, B, y),
+            *(M, N, K // 2, triton.cdiv(steps, splits), 0 if s is None else s.shape[1]),
             *(x.stride(0), 0 if s is None else s.stride(0), 0 if B is None else B.stride(0)),
-            *(lora_scale, tile.copies, splits),
+            *(lora_scale, COPIES),
             BM=BM,
-            BN=BN,
+            BN=COLUMNS,
             BK=BK,
             RANK=0 if s is None else min(RANKS, max(16, triton.next_power_of_2(s.shape[1]))),
             STEPS_PER_BLOCK=weight.blocksize // BK,
-            SPLIT=splits > 1,
-            COPIES=tile.copies,
-            WARPS=tile.warps,
-            WORDS=_words(x.device, tile),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            maxnreg=65536 // (32 * tile.warps * tile.programs) // 8 * 8 if tile.programs > 1 else None,
+            COPIES=COPIES,
+            WARPS=WARPS,
+            WORDS=_words(x.device, BM),
+            num_warps=WARPS,
+            num_stages=STAGES,
+            maxnreg=65536 // (32 * WARPS * PROGRAMS) if BM == 8 else None,
             enable_fp_fusion=False,  # the scales are rounded as the reference rounds them
         )
-    return y
+    return y[0] if splits == 1 else y.sum(0).to(x.dtype)
+
+
+def splits_for(tiles: int, steps: int, slots: int) -> int:
+    """Parts of K, none of them empty, for `tiles` tiles of `steps` steps each, where `slots` programs run at a time."""
+    wanted = max(1, min(slots // tiles, steps // FEWEST_STEPS))
+    return int(triton.cdiv(steps, triton.cdiv(steps, wanted)))
 
 
 def prepare(device: torch.device, dtype: torch.dtype, quant_type: str) -> None:
-    """Makes what launches on this device share: look-up tables and counters."""
+    """Makes what launches on this device share: look-up tables."""
     for kind in {dtype, torch.float32} & {torch.bfloat16, torch.float16, torch.float32}:
         pair_table(quant_type, kind, device)
     code_for(quant_type, device)
     dynamic_code(True, device)
-    counters_of_device(device)
 
 
-def _words(device: torch.device, tile: Tile) -> int:
+def _words(device: torch.device, BM: int) -> int:
     """Neighbouring bytes of W in one thread's part of the left operand, as the compiler lays it out."""
-    wgmma = dispatch.architecture(device).startswith("sm_9") and tile.warps % 4 == 0 and tile.rows >= 16
+    wgmma = dispatch.architecture(device).startswith("sm_9") and BM >= 16
     return 1 if wgmma or NEW_LAYOUT else 2
 
 
-@triton.jit(do_not_specialize=["M", "R", "splits"])  # the next token or prompt is no reason to compile again
+@triton.jit(do_not_specialize=["M", "R", "share"])  # the next token or prompt is no reason to compile again
 def matmul4bit_kernel(
     x_ptr,  # [M, K]
     packed_ptr,  # uint8 [N, HALF]
@@ -106,20 +111,16 @@ def matmul4bit_kernel(
     bias_ptr,  # [N]
     s_ptr,  # [M, R]
     B_ptr,  # [N, R]
-    y_ptr,  # [M, N]
-    sums_ptr,  # fp32 [splits, M, N]
-    counters_ptr,  # int32 [tiles], all 0
-    M, N, HALF, R,  # HALF is K // 2
+    y_ptr,  # [splits, M, N]
+    M, N, HALF, share, R,  # HALF is K // 2; share: steps of one split
     x_stride, s_stride, B_stride, lora_scale,
     copies,  # COPIES again; as an argument, the address of a look-up is one multiply-add
-    splits,  # of K
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     RANK: tl.constexpr,  # 0 without LoRA
     STEPS_PER_BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr,  # whether splits > 1
     COPIES: tl.constexpr, WARPS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y = x W^T + bias + scale * s B^T, W decoded inside; K may be split, as in split_k_triton.py."""
+    """One tile of y = x W^T + bias + scale * s B^T, W decoded inside, or of its sum over a part of K."""
     tile, split = tl.program_id(0), tl.program_id(1)
     m_tiles = tl.cdiv(M, BM)  # neighbours in the grid share rows of W, the dearer operand
     m = tile % m_tiles * BM + tl.arange(0, BM)
@@ -128,8 +129,6 @@ def matmul4bit_kernel(
     row = tl.minimum(n, N - 1)  # of W, for reading: past the end the last row again
     k, byte = tl.arange(0, BK), tl.arange(0, BK // 2)
     steps = HALF // (BK // 2)
-    share = tl.cdiv(steps, splits) if SPLIT else steps
-    start = split * share
     x_at = x_ptr + m.to(tl.int64)[None, :] * x_stride + _column(k, BK, WORDS)[:, None]  # [BK, BM]
     read = tl.minimum(first + _row(of_tile, WARPS), N - 1)
     packed_at = packed_ptr + read[:, None] * HALF + byte[None, :]  # [BN, BK // 2]
@@ -140,8 +139,8 @@ def matmul4bit_kernel(
     offset = tl.load(offset_ptr) if nested_ptr is not None else 0.0
 
     total = tl.zeros([BN, BM], tl.float32)
-    absmax, nested = _read_scales(absmax_ptr, nested_ptr, row * steps + start, STEPS_PER_BLOCK)
-    for step in range(start, tl.minimum(start + share, steps)):
+    absmax, nested = _read_scales(absmax_ptr, nested_ptr, row * steps + split * share, STEPS_PER_BLOCK)
+    for step in range(split * share, tl.minimum((split + 1) * share, steps)):
         scale = _scales(absmax, nested, offset, map_ptr)
         following = row * steps + tl.minimum(step + 1, steps - 1)  # read a step ahead: nothing else hides the wait
         absmax, nested = _read_scales(absmax_ptr, nested_ptr, following, STEPS_PER_BLOCK)
@@ -149,18 +148,14 @@ def matmul4bit_kernel(
         x = tl.load(x_at + step * BK, mask=(m < M)[None, :], other=0.0)
         part = tl.dot(_codes(codes, pairs, lane, copies, x.dtype, WARPS, WORDS), x)
         total = tl.fma(part, tl.broadcast_to(scale[:, None], [BN, BM]), total)
-    if RANK > 0:  # noqa: SIM102 - the one is known to the compiler, the other is not
-        if split == 0:
+    if split == 0:
+        if RANK > 0:
             total = tl.fma(_update(s_ptr, B_ptr, m, row, M, R, s_stride, B_stride, RANK), lora_scale, total)
-
+        if bias_ptr is not None:
+            total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     inside = (m < M)[None, :] & (n < N)[:, None]
-    at = m.to(tl.int64)[None, :] * N + n[:, None]
-    if SPLIT:
-        if is_last(sums_ptr + split.to(tl.int64) * M * N + at, total, inside, counters_ptr + tile, splits):
-            total = sum_of_splits(sums_ptr + at, inside, tl.cast(M, tl.int64) * N, splits)
-            finish(y_ptr + at, total, bias_ptr, n, N, inside)
-    else:
-        finish(y_ptr + at, total, bias_ptr, n, N, inside)
+    at = (tl.cast(M, tl.int64) * split + m)[None, :] * N + n[:, None]
+    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -186,9 +181,7 @@ def _arrange(codes, WARPS: tl.constexpr, WORDS: tl.constexpr):
 
 @triton.jit
 def _table(pairs_ptr, COPIES: tl.constexpr):
-    """The pairs of all bytes, each COPIES times in a row."""
-    if COPIES < 4:
-        return tl.load(pairs_ptr + tl.arange(0, 256 * COPIES) // COPIES)
+    """The pairs of all bytes, each COPIES (4 or more) times in a row."""
     quarter = tl.load(pairs_ptr + tl.arange(0, 64 * COPIES) // (COPIES // 4))
     half = tl.reshape(tl.join(quarter, quarter), [128 * COPIES])  # four neighbours in one thread: wide stores
     return tl.reshape(tl.join(half, half), [256 * COPIES])

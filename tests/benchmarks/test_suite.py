@@ -15,7 +15,7 @@ from benchmarks.cases import OURS, Case, Point, Setting, Variant, Work
 from benchmarks.peers import bnb, peft_lora
 from benchmarks.run import Result, Runner, in_turn
 from benchmarks.shapes import Grid
-from fourbit.kernels import border, dispatch
+from fourbit.kernels import dispatch
 
 FIELDS = (
     "kind name op model projection N K M rank dropout variant us us_quartiles rounds timed sets flops bytes dtype gate"
@@ -234,7 +234,10 @@ def test_the_kernels_pass_their_gates_in_the_interpreter(
 ) -> None:
     """What a GPU would run: the same cases over the Triton path, in fp16, whose rounding the interpreter has right."""
     monkeypatch.setattr(suite.machine, "cache_bytes", lambda device: 1)
-    monkeypatch.setattr(border, "SMALL", (border.Tile(16, 3, 1, 1, 32, 2),))
+    from fourbit.kernels import matmul4bit_triton
+
+    for constant, value in {"COLUMNS": 32, "WARPS": 2, "COPIES": 4}.items():
+        monkeypatch.setattr(matmul4bit_triton, constant, value)
     small = replace(grid, projections=grid.projections[:1], rows=(3,), dtype=torch.float16)
     pattern = "^(dequantize|linear|grouped|lora_cost|adamw(8bit)? toy adapter r=)|qlora.* p=0.05"
     if torch.cuda.is_available():

@@ -9,8 +9,7 @@ import torch
 from benchmarks import tune
 from benchmarks.shapes import Grid
 from benchmarks.tune import Point
-from fourbit.kernels import border, dispatch
-from fourbit.kernels.border import Tile
+from fourbit.kernels import dispatch
 
 CPU = torch.device("cpu")
 
@@ -23,7 +22,10 @@ def small(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> Grid:
     monkeypatch.setattr(tune, "LEAST_ROUNDS", 1)
     monkeypatch.setattr(tune, "POINT_SECONDS", 0.0)
     monkeypatch.setattr(tune.machine, "cache_bytes", lambda device: 1)
-    monkeypatch.setattr(border, "SMALL", (Tile(16, 3, 1, 1, 32, 2),))
+    from fourbit.kernels import matmul4bit_triton
+
+    for constant, value in {"COLUMNS": 32, "WARPS": 2, "COPIES": 4}.items():
+        monkeypatch.setattr(matmul4bit_triton, constant, value)
     return replace(grid, projections=grid.projections[:1])
 
 

@@ -27,9 +27,6 @@ CAPABILITIES = (80, 86, 89, 90, 100, 120)  # those of kernels/border.py
 # Bytes of shared memory that one program may use (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
-SHARED_OF_ALL = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}
-THREADS_OF_ALL = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}  # of a multiprocessor, like the above
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -61,16 +58,6 @@ def costs_of(file: str) -> list[Cost]:
     if done.returncode:
         raise AssertionError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
     return [Cost(**cost) for cost in json.loads(done.stdout.splitlines()[-1])]
-
-
-def resident(cost: Cost) -> int:
-    """How many programs of this kernel a multiprocessor runs at a time, by its registers, shared memory and threads.
-
-    Registers are dealt out to warps 256 at a time, and each program takes 1 KB of shared memory more than it asks for.
-    """
-    registers = cost.warps * (-(-32 * cost.registers // 256) * 256)
-    shared = SHARED_OF_ALL[cost.capability] // (cost.shared_bytes + 1024)
-    return min((64 << 10) // registers, shared, THREADS_OF_ALL[cost.capability] // cost.threads)
 
 
 def assert_no_spills(costs: list[Cost]) -> None:

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from fourbit.kernels import border, dispatch, lora_paths
 from fourbit.kernels import linear4bit as module
-from fourbit.kernels.border import Tile
 from fourbit.kernels.dispatch import force_path
 from fourbit.kernels.dropout import keep_mask, keep_scale
 from fourbit.kernels.linear4bit import lora_linears4bit
 from fourbit.kernels.weight4bit import flatten
 from fourbit.nf4 import Weight4bit, dequantize, quantize
 
+matmul4bit_triton = pytest.importorskip("fourbit.kernels.matmul4bit_triton")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN = ["reference"] if DEVICE == "cuda" else ["reference", "cpu"]  # the CPU's path takes no CUDA tensors
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-TILE = Tile(rows=16, stages=3, copies=4, programs=1, columns=32, warps=2)
 WAYS = ["few", "many"]
 
 
@@ -175,8 +175,8 @@ def way(name: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, force_path("triton"):
         patch.setattr(border, "SAFE", 1 << 20 if name == "few" else 0)
         patch.setattr(border, "BORDER", {})
-        patch.setattr(border, "TILES", {})
-        patch.setattr(border, "SMALL", (TILE,))
+        for constant, value in {"COLUMNS": 32, "WARPS": 2, "COPIES": 4}.items():
+            patch.setattr(matmul4bit_triton, constant, value)
         yield
 
 
@@ -392,7 +392,7 @@ def test_masters_in_any_layout(name: str, dtype: torch.dtype) -> None:
 
 
 def _drop(rows: int, columns: int, dtype: torch.dtype) -> None:
-    from fourbit.kernels.lora_triton import drop
+    from fourbit.kernels.dropout_triton import drop
 
     meta = {"device": "meta"}
     drop(torch.empty(rows, columns, dtype=dtype, **meta), 0.05, torch.empty((), dtype=torch.int64, **meta))
@@ -410,7 +410,7 @@ def test_kernels_compile_without_spills_within_their_budgets(aot: ModuleType) ->
     """The product for s stands with the one that uses it, in test_matmul4bit_triton.py."""
     costs = aot.costs_of(__file__)
     aot.assert_no_spills(costs)
-    assert {cost.kernel for cost in costs} == {"lora_dropout_kernel"}
+    assert {cost.kernel for cost in costs} == {"dropout_kernel"}
     for cost in costs:
         tile = cost.constants["ROWS"] * cost.constants["COLUMNS"]
         assert cost.instructions * cost.threads <= BUDGET * tile and cost.registers <= 64, cost

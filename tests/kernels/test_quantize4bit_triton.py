@@ -1,4 +1,4 @@
-"""Quantising by kernel, weights and scales: the reference's bytes at every edge, and what it compiles to."""
+"""Quantising weights by kernel: the reference's bytes at every edge, and what it compiles to."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -10,13 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fourbit.kernels import blockwise
 from fourbit.kernels.codes import code_midpoints
 from fourbit.kernels.dispatch import force_path
 from fourbit.kernels.weight4bit import BLOCKSIZES
-from fourbit.nf4 import quantize, quantize_absmax
+from fourbit.nf4 import quantize
 
-shifting = pytest.importorskip("fourbit.kernels.blockwise_triton")
 quantizing = pytest.importorskip("fourbit.kernels.quantize4bit_triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,41 +60,6 @@ def test_quantising_gives_the_references_bytes(
     guards.check()
 
 
-@given(st.integers(1, 3000), st.integers(0, 1000), st.sampled_from([0.02, 1.0, 30.0]), st.booleans(), st.integers(0, 3))
-@settings(max_examples=40)
-def test_scales_are_quantised_to_the_references_bytes(
-    guards: Any, n: int, seed: int, size: float, ties: bool, shift: int
-) -> None:
-    """Half of them with scales on the midpoints of the map, where they exist in fp32."""
-    generator = torch.Generator().manual_seed(seed)
-    absmax = torch.rand(n, generator=generator) * size
-    if ties:
-        absmax = blockwise._midpoints(blockwise.dynamic_code())[torch.randint(255, (n,), generator=generator)].float()
-    with force_path("reference"):
-        want = quantize_absmax(absmax)
-    with force_path("triton"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty_like", lambda t, dtype, **_: guards.around(torch.full(t.shape, 99, dtype=dtype)))
-        patch.setattr(
-            torch, "empty", lambda *shape, dtype, device: guards.around(torch.full(shape, float("nan"), dtype=dtype))
-        )
-        got = quantize_absmax(guards.around(absmax, shift))
-    assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
-    guards.check()
-
-
-def test_exactly_between_two_codes_the_lower_wins() -> None:
-    """Without an offset, so that the midpoints stay what they are."""
-    code = blockwise.dynamic_code()
-    midpoints = blockwise._midpoints(code)
-    ties = midpoints[midpoints == midpoints.float()].float()
-    values = torch.nn.functional.pad(ties, (0, 256 - len(ties)), value=1.0)
-    codes, absmax = torch.empty(256, dtype=torch.uint8, device=DEVICE), torch.empty(1, device=DEVICE)
-    zero = torch.zeros((), device=DEVICE)
-    shifting.quantize_shifted(values.to(DEVICE), zero, midpoints.to(DEVICE), 256, codes, absmax)
-    want, want_absmax = blockwise.quantize_blockwise(values, code, 256)
-    assert len(ties) > 100 and torch.equal(codes.cpu(), want) and torch.equal(absmax.cpu(), want_absmax)
-
-
 def _quantizing(shape: tuple[int, int], dtype: torch.dtype, quant_type: str, blocksize: int) -> Callable[[], None]:
     """Without quantize's last step, which looks at the result."""
     n = shape[0] * shape[1]
@@ -109,15 +72,12 @@ def _quantizing(shape: tuple[int, int], dtype: torch.dtype, quant_type: str, blo
     return run
 
 
-SCENARIOS = {
-    "weights": _quantizing((4097, 14337), torch.float32, "fp4", 64),
-    "scales": lambda: quantize_absmax(torch.empty(917_504, device="meta")),
-}
+SCENARIOS = {"weights": _quantizing((4097, 14337), torch.float32, "fp4", 64)}
 
 
 def test_no_spills_and_shared_memory_fits(aot: ModuleType) -> None:
     costs = aot.costs_of(__file__)
     aot.assert_no_spills(costs)
-    assert {cost.kernel for cost in costs} == {"quantize4bit_kernel", "quantize_absmax_kernel"}
+    assert {cost.kernel for cost in costs} == {"quantize4bit_kernel"}
     for cost in costs:
         assert cost.registers * cost.threads <= 1 << 15, f"fewer than two programs fit a multiprocessor: {cost}"
