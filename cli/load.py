@@ -1,6 +1,7 @@
 """Loading what a command's options name, and the choices that `auto` makes."""
 
 import re
+from math import prod
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,7 +11,7 @@ from ..data.template import FILE as TEMPLATE
 from ..data.template import ChatTemplate, template_for
 from ..errors import EnvironmentProblem, InputError
 from ..files import regular_file
-from ..lora.linear4bit import NF4Linear
+from ..lora.linear4bit import Module4bit
 from ..lora.peft_files import load_adapter, trained_base
 from ..models.load import check_tokenizer, load_decoder, load_tokenizer
 from ..models.protocol import CausalLM
@@ -66,9 +67,9 @@ def load_weights(options: ModelOptions, tokenizer: Tokenizer, quant: str) -> Cau
     with working(f"loading {options.model}"):
         model = load_decoder(options.model, **arguments, dtype=dtype, device=device)
     check_tokenizer(model, tokenizer)
-    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    packed = [module for module in model.modules() if isinstance(module, Module4bit)]
     inside = {id(parameter) for module in packed for parameter in module.stored_parameters().values()}
-    size = sum(m.in_features * m.out_features for m in packed)
+    size = sum(prod(module.shape) for module in packed)
     size += sum(p.numel() for p in model.parameters() if id(p) not in inside)
     note(f"model: {options.model}, {amount(size)} parameters, {form} and {dtype} on {device}")
     return model

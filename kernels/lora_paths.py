@@ -96,11 +96,20 @@ def plain(x: Tensor, group: Group) -> list[Tensor]:
     outputs = []
     for i, weight in enumerate(group.weights):
         decode = partial(dequantize, weight)  # a compiler takes no rule with a jvp
-        y: Tensor = h @ decode(h.dtype).T if torch.compiler.is_compiling() else _Base.apply(h, decode, True)
+        y: Tensor = h @ decode(h.dtype).T if torch.compiler.is_compiling() else times_frozen(h, decode, True)
         if group.A:
             y = y + (dropped @ group.A[i].to(h.dtype).T) @ (group.B[i] * group.scales[i]).to(h.dtype).T
         outputs.append((y + group.biases[i].to(h.dtype) if group.biases else y).to(x.dtype))
     return outputs
+
+
+def times_frozen(x: Tensor, decode: Callable[[torch.dtype], Tensor], ahead: bool) -> Tensor:
+    """x [..., in] times what `decode` makes, transposed (ahead: [out, in]) or not; made again for backward, not kept.
+
+    A decoded stack of matrices goes with an x of as many.
+    """
+    y: Tensor = _Base.apply(x, decode, ahead)
+    return y
 
 
 class _Base(torch.autograd.Function):
@@ -111,7 +120,7 @@ class _Base(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, decode: Callable[[torch.dtype], Tensor], ahead: bool) -> Tensor:
         dense = decode(x.dtype)
-        return x @ (dense.T if ahead else dense)
+        return x @ (dense.mT if ahead else dense)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -21,8 +21,8 @@ SMALLEST_ABSMAX = 1e-38  # floor for what values are divided by, so that a block
 class Weight4bit(NamedTuple):
     """A tensor of `shape` in 4 bits; kernels count on nothing but the number of bytes, whatever shapes they have."""
 
-    packed: Tensor  # uint8 [out, in / 2] where a row is whole blocks, else [ceil(n / 2)]
-    absmax: Tensor  # fp32 [out, in / blocksize] or [blocks]; with double quantisation uint8 codes of the scales
+    packed: Tensor  # uint8 [..., out, in / 2] where a row is whole blocks; see stored_shapes
+    absmax: Tensor  # fp32 [..., out, in / blocksize], likewise; with double quantisation uint8 codes of the scales
     nested_absmax: Tensor | None  # fp32 [ceil(blocks / 256)], with double quantisation
     nested_offset: Tensor | None  # fp32 [1], with double quantisation
     shape: tuple[int, ...]
@@ -45,6 +45,24 @@ class Weight4bit(NamedTuple):
         if self.nested_absmax is None or self.nested_offset is None:
             return self.absmax
         return dequantize_absmax(self.absmax, self.nested_absmax, self.nested_offset)
+
+    @property
+    def is_sliceable(self) -> bool:
+        """Whether each matrix along the first of three dimensions or more is whole blocks, so that `at` can cut."""
+        return len(self.shape) > 2 and prod(self.shape[1:]) % self.blocksize == 0
+
+    def at(self, index: Any) -> Self:
+        """What `index`, any that torch takes, chooses along the first dimension: of a weight that is sliceable."""
+        packed = self.packed.view(self.shape[0], -1)[index]
+        absmax, nested, offset = self.absmax, self.nested_absmax, self.nested_offset
+        if nested is not None:
+            if prod(self.shape[1:]) % (self.blocksize * NESTED_BLOCKSIZE):  # a block of scales lies in two matrices
+                absmax, nested, offset = self.scales, None, None
+            else:
+                nested = nested.view(self.shape[0], -1)[index].reshape(-1)
+        shape = (*packed.shape[:-1], *self.shape[1:])
+        absmax = absmax.view(self.shape[0], -1)[index]
+        return self._replace(packed=packed, absmax=absmax, nested_absmax=nested, nested_offset=offset, shape=shape)
 
     def to(self, device: torch.device | str) -> Self:
         """The same weight on `device`."""
@@ -93,10 +111,12 @@ def check_format(quant_type: str, blocksize: int) -> None:
 
 
 def stored_shapes(shape: tuple[int, ...], blocksize: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of packed and absmax for a weight of `shape`."""
+    """The shapes of packed and absmax for a weight of `shape`: with a row for each of its rows where those are whole
+    blocks, else for each matrix of three dimensions or more where those are, else flat."""
     n = prod(shape)
-    if len(shape) == 2 and shape[1] % blocksize == 0:
-        return (shape[0], shape[1] // 2), (shape[0], shape[1] // blocksize)
+    *rows, columns = shape if shape[-1] % blocksize == 0 else (*shape[:1], prod(shape[1:]))
+    if rows and columns % blocksize == 0:
+        return (*rows, columns // 2), (*rows, columns // blocksize)
     return ((n + 1) // 2,), (-(-n // blocksize),)
 
 

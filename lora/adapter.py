@@ -18,7 +18,8 @@ from torch.optim.swa_utils import AveragedModel
 from ..errors import InputError
 from ..kernels.linear4bit import lora_linears4bit
 from .config import LoRAConfig
-from .linear4bit import LinearWeight, NF4Linear, autocast_input, is_conv1d, over_nested, sizes
+from .lazy_weight import LazyWeight, autocast_input
+from .linear4bit import NF4Linear, is_conv1d, over_nested, sizes
 
 DEFAULT = "default"
 WRAPPED = "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"  # what is inside torch's wrappers
@@ -152,11 +153,11 @@ class AdapterLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight [out, in] that the layer computes with, active adapters included: see `LinearWeight`."""
+        """The weight [out, in] that the layer computes with, active adapters included: see `LazyWeight`."""
         weight = cast(Tensor, self.copied().get("weight", self.base.weight))
         parts = [p for adapter in self.running() if not isinstance(adapter, Whole) for p in adapter.parameters()]
         like = next((p for p in parts if p.requires_grad), weight)
-        return LinearWeight.of(self._weight, weight.shape, weight.dtype, like) if parts else weight
+        return LazyWeight.of(self._weight, weight.shape, weight.dtype, like) if parts else weight
 
     def _weight(self) -> Tensor:
         if any(adapter.training and adapter.dropout for adapter in self.running()):

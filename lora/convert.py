@@ -15,10 +15,11 @@ from ..settings import DType
 from .adapter import DEFAULT, AdapterLayer, Whole, adapter_layers, carried, remove_adapter, replace_modules, wide
 from .linear4bit import Module4bit, NF4Linear, is_conv1d
 from .packed import packed_layer, packed_tensors
+from .parameter4bit import DenseParameter, NF4Parameter
 
 
 def dequantize(module: nn.Module, dtype: DType | None = None) -> nn.Module:
-    """Make 4-bit layers nn.Linear and nn.Embedding again, in place: frozen weights, rounded once to `dtype`.
+    """Make 4-bit layers nn.Linear and nn.Embedding again, and experts dense, in place: frozen, rounded once to `dtype`.
 
     dtype: by default that of the weight which the layer was made from. What shared its bytes shares its dense weight.
     Adapters stay, and work on the dense layers.
@@ -30,6 +31,8 @@ def dequantize(module: nn.Module, dtype: DType | None = None) -> nn.Module:
     def dense(layer: Module4bit) -> nn.Module:
         if (key := id(layer.packed)) not in weights:
             weights[key] = nn.Parameter(layer.dequantize(dtype or layer.dtype), requires_grad=False)
+        if isinstance(layer, NF4Parameter):
+            return DenseParameter(weights[key])
         rows, columns = layer.shape
         linear = isinstance(layer, NF4Linear)
         new = nn.Linear(columns, rows, False, "meta") if linear else nn.Embedding(rows, columns, device="meta")

@@ -32,9 +32,9 @@ class NF4Embedding(Module4bit):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], quant_type: str, blocksize: int, double_quant: bool) -> Self:
+    def empty(cls, shape: tuple[int, ...], quant_type: str, blocksize: int, double_quant: bool) -> Self:
         """One without values, on the meta device."""
-        return cls(*shape, quant_type, blocksize, double_quant, device="meta")
+        return cls(shape[0], shape[1], quant_type, blocksize, double_quant, device="meta")
 
     def forward(self, ids: Tensor) -> Tensor:  # int [...] -> [..., embedding_dim]
         found = dequantize_rows(self.stored, ids.reshape(-1), self.dtype)

@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -122,7 +123,7 @@ def _signs(weight: Tensor | Module4bit) -> str:
     """The signs of some values in the middle of a matrix."""
     layer = weight if isinstance(weight, Module4bit) else None
     flat = gathered(weight.packed if isinstance(weight, Module4bit) else weight).reshape(-1)
-    size = flat.numel() if layer is None else layer.shape[0] * layer.shape[1]
+    size = flat.numel() if layer is None else prod(layer.shape)
     start = size // 2 // BLOCKSIZES[-1] * BLOCKSIZES[-1]  # where a block of any size begins
     values, count = flat[start : start + VALUES], min(VALUES, size - start)
     if layer is not None:

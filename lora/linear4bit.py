@@ -7,7 +7,7 @@ all four. Dense weights are never kept: forward and backward decode into scratch
 Layout and rounding are bitsandbytes' (Dettmers et al. 2023, "QLoRA", section 3).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from math import prod
 from typing import Any, Self
@@ -15,7 +15,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import InputError
 from ..kernels.blockwise import NESTED_BLOCKSIZE
@@ -24,19 +23,21 @@ from ..kernels.linear4bit import linear4bit
 from ..kernels.quantize4bit import quantize
 from ..kernels.weight4bit import Weight4bit, check_format, stored_shapes
 from ..settings import DType
+from .lazy_weight import LazyWeight, autocast_input
 
 
 class Module4bit(nn.Module):
-    """A module with one frozen weight [rows, columns] in 4 bits (NF4, or FP4 with `quant_type="fp4"`).
+    """A module with one frozen weight in 4 bits (NF4, or FP4 with `quant_type="fp4"`), of any shape [..., columns].
 
-    Frozen parameters of it, for n = rows * columns:
-        packed         uint8 [rows, columns / 2]    two codes a byte, the earlier element in the high nibble
-        absmax         uint8 or fp32 [rows, columns / blocksize]    a block's scale; 8-bit codes if double quantised
+    Frozen parameters of it, for n values:
+        packed         uint8 [..., columns / 2]    two codes a byte, the earlier element in the high nibble
+        absmax         uint8 or fp32 [..., columns / blocksize]    a block's scale; 8-bit codes if double quantised
         nested_absmax  fp32 [ceil(blocks / 256)]    scales of the absmax codes; None without double quantisation
         nested_offset  fp32 [1]    mean that was taken off absmax before coding it; None without double quantisation
-    Where a row is not whole blocks, packed is flat [(n + 1) // 2] and absmax [ceil(n / blocksize)].
+    Where a row is not whole blocks, packed is flat [(n + 1) // 2] and absmax [ceil(n / blocksize)]; or both
+    are [E, ...], if the shape is [E, rows, columns] and a matrix is whole blocks.
 
-    `weight` is the dense weight [rows, columns], made when an operation takes it, in `dtype`: that of the weight it was
+    `weight` is the dense weight, made when an operation takes it, in `dtype`: that of the weight it was
     made from, then of casts. A new module holds a zero weight; `quantize_weight_` fills it.
     Raises ValueError for a quant_type or blocksize that does not exist.
     """
@@ -48,7 +49,7 @@ class Module4bit(nn.Module):
 
     def __init__(
         self,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         quant_type: str = "nf4",
         blocksize: int = 64,
         double_quant: bool = True,
@@ -66,23 +67,22 @@ class Module4bit(nn.Module):
         self.store(Weight4bit(zeros(packed, dtype=torch.uint8), scales, nested, offset, shape))
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], quant_type: str, blocksize: int, double_quant: bool) -> Self:
+    def empty(cls, shape: tuple[int, ...], quant_type: str, blocksize: int, double_quant: bool) -> Self:
         """One without values, on the meta device, and without a bias."""
         raise NotImplementedError
 
     @classmethod
     def of(cls, stored: Weight4bit, dtype: torch.dtype) -> Self:
-        """One of these tensors [rows, columns]; they are its own, not copied."""
+        """One of these tensors; they are its own, not copied."""
         packed, absmax = stored_shapes(stored.shape, stored.blocksize)
-        rows, columns = stored.shape
-        new = cls.empty((rows, columns), stored.quant_type, stored.blocksize, stored.nested_absmax is not None)
+        new = cls.empty(stored.shape, stored.quant_type, stored.blocksize, stored.nested_absmax is not None)
         new.store(stored._replace(packed=stored.packed.view(packed), absmax=stored.absmax.view(absmax)))
         new.dtype = dtype
         return new
 
     @torch.no_grad()
     def quantize_weight_(self, weight: Tensor, *, name: str = "") -> None:
-        """Replace the weight by the 4-bit form of `weight` [rows, columns]; nothing of the dense tensor is kept.
+        """Replace the weight by the 4-bit form of `weight`, of its shape; nothing of the dense tensor is kept.
 
         It is made where `weight` lies, and goes to the module's device, or stays there if the module is on meta.
         Raises ValueError for a wrong shape and InputError, naming the tensor, for NaN or infinity.
@@ -121,13 +121,18 @@ class Module4bit(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight [rows, columns], made when an operation takes it."""
-        return LinearWeight.of(lambda: self.dequantize(self.dtype), self.shape, self.dtype, self.packed)
+        """The dense weight, made when an operation takes it: see `LazyWeight`."""
+        return LazyWeight.decoded(lambda i, dtype: self.dequantize(dtype, i), self.shape, self.dtype, self.packed)
 
     @torch.no_grad()
-    def dequantize(self, dtype: DType = torch.float32) -> Tensor:
-        """The dense weight [rows, columns] that this module computes with, rounded once to `dtype`."""
-        return dequantize(self.stored, dtype)
+    def dequantize(self, dtype: DType = torch.float32, index: Any = None) -> Tensor:
+        """The dense weight that this module computes with, rounded once to `dtype`; or what an index into its first
+        dimension takes of it, decoded alone where each matrix [rows, columns] there is whole blocks."""
+        stored = self.stored
+        if index is None or not stored.is_sliceable:
+            dense = dequantize(stored, dtype)
+            return dense if index is None else dense[index]
+        return dequantize(stored.at(index), dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves follow `fn`, casts do not: scales rounded to a lower precision would be another weight."""
@@ -178,7 +183,7 @@ class NF4Linear(Module4bit):
         self.register_parameter("bias", _frozen(torch.zeros(out_features, device=device)) if bias else None)
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], quant_type: str, blocksize: int, double_quant: bool) -> Self:
+    def empty(cls, shape: tuple[int, ...], quant_type: str, blocksize: int, double_quant: bool) -> Self:
         """One without values, on the meta device, and without a bias."""
         return cls(shape[1], shape[0], False, quant_type, blocksize, double_quant, device="meta")
 
@@ -213,49 +218,6 @@ class NF4Linear(Module4bit):
         return f"{sizes}, {super().extra_repr()}"
 
 
-class LinearWeight(Tensor):
-    """The weight [out, in] that a layer computes with, for code that reads `weight` of what it takes for nn.Linear.
-
-    Sizes, dtype and device are known at once; an operation gets the values, made for it, and gradients flow to what
-    made them. So nn.MultiheadAttention uses its adapted projection, and nn.TransformerEncoderLayer calls its layers:
-    its fast path takes no tensor with a torch function of its own. RuntimeError for what would write into it.
-    """
-
-    make: Callable[[], Tensor]
-
-    @classmethod
-    def of(cls, make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
-        """What `make` gives, on the device of `like`, trained as that is; made at once under torch.compile."""
-        if torch.compiler.is_compiling():
-            return make()
-        new = cls._make_wrapper_subclass(cls, shape, dtype=dtype, device=like.device, requires_grad=like.requires_grad)
-        new.make = make
-        return new
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, func.__name__
-        if func in _KNOWN:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        first = next(iter((*args, *kwargs.values())))
-        if func == _DATA:
-            return first  # so that writing into that is refused too
-        if any(isinstance(part, cls) for part in tree_leaves(first)) and (
-            name[-1] == "_" != name[-2] or name in ("__set__", "__setitem__")
-        ):  # no TypeError: Python would take w += 1 as w = w + 1 then
-            raise RuntimeError(f"{name}: the weight of such a layer is made when it is read; change what it is made of")
-        args, kwargs = tree_map_only(cls, lambda weight: weight.make(), (args, kwargs))
-        return func(*args, **kwargs)
-
-    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]  # one function serves both
-
-
-_PROPERTIES = "data shape dtype device layout ndim requires_grad grad grad_fn is_leaf is_meta is_cpu is_cuda is_nested"
-_DATA, *_GETTERS = (getattr(Tensor, name).__get__ for name in _PROPERTIES.split())
-_KNOWN = {*_GETTERS, Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point}
-
-
 def is_conv1d(layer: nn.Module) -> bool:
     """Whether it is transformers' Conv1D, GPT-2's linear layer, which keeps its weight [in, out]."""
     return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
@@ -276,11 +238,3 @@ def over_nested(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if x.layout == torch.jagged:
         return torch.nested.nested_tensor_from_jagged(forward(x.values()), x.offsets())  # type: ignore[attr-defined]  # no stub
     return torch.nested.as_nested_tensor([forward(part) for part in x.unbind()])
-
-
-def autocast_input(x: Tensor) -> Tensor:
-    """`x` as torch.autocast wants the input of a linear layer; it casts nn.Linear's by itself, but not ours."""
-    device = x.device.type
-    if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # meta knows no autocast
-        return x.to(torch.get_autocast_dtype(device))
-    return x

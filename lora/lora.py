@@ -11,7 +11,8 @@ from ..kernels.lora_paths import lora_update
 from ..settings import checked
 from .adapter import Adapter, LowRank
 from .config import LoRAConfig
-from .linear4bit import NF4Linear, autocast_input, sizes
+from .lazy_weight import autocast_input
+from .linear4bit import NF4Linear, sizes
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:

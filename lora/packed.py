@@ -13,6 +13,7 @@ from ..kernels.codes import code_for, dynamic_code
 from ..kernels.weight4bit import Weight4bit
 from ..settings import floating
 from .linear4bit import Module4bit, NF4Linear
+from .parameter4bit import NF4Parameter
 
 FORM = ".quant_state.bitsandbytes__"  # between a weight's name and its code's, in the name of the text
 
@@ -30,8 +31,9 @@ def packed_tensors(name: str, layer: Module4bit) -> dict[str, Tensor]:
     return {name + piece: tensor for piece, tensor in found.items()}
 
 
-def packed_layer(pieces: Mapping[str, Tensor], what: str) -> NF4Linear:
-    """The layer, less its bias, of those tensors by what follows the weight's name; it keeps their memory.
+def packed_layer(pieces: Mapping[str, Tensor], what: str) -> Module4bit:
+    """The layer, less its bias, of those tensors by what follows the weight's name; it keeps their memory. What is
+    no matrix is an NF4Parameter.
     Raises InputError, saying `what` they are, for some that miss, do not fit the text, or are of other codes."""
     try:
         (text,) = (tensor for piece, tensor in pieces.items() if piece.startswith(FORM))
@@ -40,12 +42,13 @@ def packed_layer(pieces: Mapping[str, Tensor], what: str) -> NF4Linear:
         codes = {".quant_map": code_for(kind)} | ({".nested_quant_map": dynamic_code()} if double_quant else {})
         wanted = {"", ".absmax", FORM + kind, *codes, *([".nested_absmax"] if double_quant else [])}
         ours = wanted == pieces.keys() and all(torch.equal(pieces[piece].cpu(), code) for piece, code in codes.items())
-        if not ours or len(shape) != 2 or form.get("nested_blocksize", NESTED_BLOCKSIZE) != NESTED_BLOCKSIZE:
-            raise ValueError(f"it must be a matrix with {', '.join(sorted(wanted - {''}))}, of the codes of {kind}")
+        if not ours or form.get("nested_blocksize", NESTED_BLOCKSIZE) != NESTED_BLOCKSIZE:
+            raise ValueError(f"it must come with {', '.join(sorted(wanted - {''}))}, of the codes of {kind}")
         packed, absmax, blocksize = pieces[""].view(torch.uint8), pieces[".absmax"], form["blocksize"]
         offset = torch.tensor([form["nested_offset"]], device=absmax.device) if double_quant else None
         stored = Weight4bit(packed, absmax, pieces.get(".nested_absmax"), offset, shape, kind, blocksize).check()
-        layer = NF4Linear.of(stored, floating(form["dtype"]))
+        kind_of: type[Module4bit] = NF4Linear if len(shape) == 2 else NF4Parameter
+        layer = kind_of.of(stored, floating(form["dtype"]))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as problem:
         raise InputError(f"{what} is no 4-bit weight as bitsandbytes writes it: {problem}") from None
     return layer

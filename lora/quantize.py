@@ -17,7 +17,8 @@ from .adapter import replace_modules
 from .config import checked_names
 from .embedding4bit import NF4Embedding, is_embedding
 from .linear4bit import Module4bit, NF4Linear, is_conv1d, sizes
-from .targets import base_modules, is_linear, linear_layers, listed, matcher, nearest, output_heads
+from .parameter4bit import DenseParameter, NF4Parameter, stand_in
+from .targets import base_modules, expert_parameters, is_linear, linear_layers, listed, matcher, nearest, output_heads
 
 
 class Form(NamedTuple):
@@ -45,13 +46,15 @@ def quantize_(
 ) -> nn.Module:
     """Replace the linear layers of `module` by NF4Linear, one at a time, and return it; of a bare nn.Linear, its twin.
 
-    Linear layers are nn.Linear, subclasses that keep its forward, and Conv1D of transformers. Those that others hold
-    too, or that cannot or should not change stay dense, and all other parameters: `dense_weights` says which and why.
-    `skip` names layers to leave dense as LoRAConfig's `target` does: full paths or their ends in a list, or one regular
-    expression; each must match a layer. None: the output heads, of a vocabulary or of classes.
+    Linear layers are nn.Linear, subclasses that keep its forward, and Conv1D of transformers. Experts that are one
+    parameter [E, out, in] or [E, in, out] (see `expert_parameters`) become NF4Parameter: their module reads them as
+    before, `parameter[e]` decodes one expert, and no product keeps a dense one. Weights that others hold too, or that
+    cannot or should not change stay dense, and all other parameters: `dense_weights` says which and why.
+    `skip` names what to leave dense as LoRAConfig's `target` does: full paths or their ends in a list, or one regular
+    expression; each must match a layer or an expert parameter. None: the output heads, of a vocabulary or of classes.
     `embeddings`: each nn.Embedding becomes an NF4Embedding too, and the head that is tied to it an NF4Linear of the
     same bytes.
-    Layers that share one weight share one set of packed bytes. Layers on the meta device become empty 4-bit layers.
+    What shares one weight shares one set of packed bytes. What is on the meta device becomes empty 4-bit weights.
     Raises InputError when nothing is left to quantise, and when a weight holds NaN or infinity (naming the tensor).
     """
     layers = quantizable(module, embeddings)
@@ -89,9 +92,12 @@ def quantize_by_plan_(module: nn.Module, plan: Mapping[str, Form | None]) -> nn.
 
 
 def quantizable(module: nn.Module, embeddings: bool) -> dict[str, Any]:
-    """Path -> layer of all that might be in 4 bits: linear layers, and if asked embeddings that are plain tables."""
-    tables = {path: part for path, part in base_modules(module).items() if embeddings and is_embedding(part)}
-    return tables | linear_layers(module)
+    """Path -> layer of all that might be in 4 bits: linear layers, if asked embeddings that are plain tables, and
+    expert parameters, as a DenseParameter of each."""
+    modules = base_modules(module)
+    tables = {path: part for path, part in modules.items() if embeddings and is_embedding(part)}
+    experts = {path: modules.get(path) or DenseParameter(p) for path, p in expert_parameters(module).items()}
+    return tables | linear_layers(module) | experts
 
 
 def _check_form(form: Form) -> None:
@@ -110,11 +116,17 @@ def _replace(module: nn.Module, layers: dict[str, Any], wanted: Mapping[str, For
     for path, form in wanted.items():
         layer = wanted_layers.pop(path)  # so that each dense weight is freed before the next one is quantised
         first = twins.get(id(layer.weight))
-        twin = _quantized(layer, f"{path}.weight".lstrip("."), form, first)
+        expert = isinstance(layer, DenseParameter)
+        twin = _quantized(layer, path if expert else f"{path}.weight".lstrip("."), form, first)
         twins.setdefault(id(layer.weight), twin)
         if not path:
             return twin
-        replace_modules(module, {layer: twin})
+        modules = base_modules(module) if expert else {}
+        if expert and path not in modules:
+            parent, _, name = path.rpartition(".")
+            stand_in(modules[parent], name, twin)
+        else:
+            replace_modules(module, {layer: twin})
     return module
 
 
@@ -122,10 +134,10 @@ def dense_weights(model: nn.Module, skip: str | Sequence[str] | None = None) -> 
     """Why `quantize_(model, skip=skip)` leaves matrices dense, or has left them -> their names and sizes in bytes.
 
     These are all parameters of two or more dimensions that are not in 4 bits then: linear layers that must or shall
-    stay dense, embeddings, convolutions, experts that are one tensor. What is tied is counted under its first name.
-    Raises InputError for an entry of `skip` that matches no linear layer.
+    stay dense, experts too, embeddings, convolutions. What is tied is counted under its first name.
+    Raises InputError for an entry of `skip` that matches no linear layer and no expert parameter.
     """
-    layers = linear_layers(model)
+    layers = quantizable(model, False)
     reasons, seen = _reasons(model, layers, skip), set[nn.Parameter]()
     dense: dict[str, dict[str, int]] = {}
     for path, module in base_modules(model).items():
@@ -133,10 +145,11 @@ def dense_weights(model: nn.Module, skip: str | Sequence[str] | None = None) -> 
             continue
         own = "has a forward of its own: make it nn.Linear" if isinstance(module, nn.Linear) else "is no linear layer"
         for name, weight in module.named_parameters(recurse=False):
-            if weight.ndim > 1:
-                why = reasons.get(path.partition(".parametrizations")[0], f"{type(module).__name__} {own}")
-                names = dense.setdefault(why, {})
-                names[f"{path}.{name}".lstrip(".")] = 0 if weight in seen else weight.nbytes
+            full = f"{path}.{name}".lstrip(".")
+            if weight.ndim > 1 and (full not in layers or full in reasons):
+                why = reasons.get(full) or reasons.get(path.partition(".parametrizations")[0])
+                names = dense.setdefault(why or f"{type(module).__name__} {own}", {})
+                names[full] = 0 if weight in seen else weight.nbytes
                 seen.add(weight)
     return dense
 
@@ -153,6 +166,7 @@ def _reasons(model: nn.Module, layers: Mapping[str, Any], skip: str | Sequence[s
         for path, module in reversed(base_modules(model).items())  # a tensor that is held twice has its first name
         if path not in layers
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        if f"{path}.{name}".lstrip(".") not in layers
     }
     why: dict[str, str] = {}
     for path, layer in layers.items():
@@ -175,9 +189,9 @@ def _reasons(model: nn.Module, layers: Mapping[str, Any], skip: str | Sequence[s
 
 def _quantized(layer: Any, name: str, form: Form, twin: Module4bit | None = None) -> Module4bit:
     """The 4-bit form of `layer`; with `twin`, one that shares the twin's weight."""
-    table = is_embedding(layer)
-    kind, shape = (NF4Embedding, tuple(layer.weight.shape)) if table else (NF4Linear, sizes(layer)[::-1])
-    new = kind.empty((shape[0], shape[1]), *form)
+    own: type[Module4bit] = NF4Embedding if is_embedding(layer) else NF4Parameter
+    kind, shape = (NF4Linear, sizes(layer)[::-1]) if is_linear(layer) else (own, tuple(layer.weight.shape))
+    new = kind.empty(shape, *form)
     if twin is not None:
         new.share(twin)
     elif not layer.weight.is_meta:

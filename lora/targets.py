@@ -17,6 +17,7 @@ from ..errors import InputError
 from .adapter import AdapterLayer, plain_modules
 from .config import LoRAConfig, pattern_key
 from .linear4bit import NF4Linear, is_conv1d
+from .parameter4bit import DenseParameter
 
 Linear = nn.Linear | NF4Linear
 
@@ -49,6 +50,18 @@ def linear_layers(model: nn.Module) -> dict[str, Linear]:
 def is_linear(layer: nn.Module) -> bool:
     """Whether it computes x W^T + bias. A subclass of nn.Linear that has a forward of its own may compute anything."""
     return type(layer).forward is nn.Linear.forward or isinstance(layer, NF4Linear) or is_conv1d(layer)
+
+
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Path -> dense parameter that holds a matrix for each expert: of three dimensions, in a module that has "expert"
+    in its path or its class's name, as the fused experts of transformers 5 have."""
+    return {
+        f"{path}.{name}".lstrip(".") if type(module) is not DenseParameter else path: parameter
+        for path, module in base_modules(model).items()
+        if "expert" in f"{path}.{type(module).__name__}".lower() and not type(module).__module__.startswith("torch.")
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and parameter.is_floating_point()
+    }
 
 
 def resolve(model: nn.Module, config: LoRAConfig) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError, shown
 from ..files import FLOATS, read_json
-from ..lora.linear4bit import NF4Linear
+from ..lora.linear4bit import Module4bit
 from ..lora.packed import FORM, packed_layer
 
 SINGLE = "model.safetensors"
@@ -52,7 +52,7 @@ def iter_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, file.get_tensor(name)
 
 
-def packed_layers(folder: Path) -> tuple[dict[str, NF4Linear], set[str]]:
+def packed_layers(folder: Path) -> tuple[dict[str, Module4bit], set[str]]:
     """The folder's 4-bit layers, less their biases, by the names of their weights, on the CPU in memory of their own;
     and the names of all tensors that they are made of. InputError as `iter_tensors` and `packed_layer` raise it."""
     names = [name for _, file in _opened(folder) for name in file.offset_keys()]

@@ -20,6 +20,7 @@ from ..kernels.weight4bit import check_format
 from ..lora.adapter import adapter_layers, plain_modules, plain_name, replace_modules, unwrapped
 from ..lora.embedding4bit import NF4Embedding, is_embedding
 from ..lora.linear4bit import Module4bit, NF4Linear, is_conv1d
+from ..lora.parameter4bit import DenseParameter, NF4Parameter, stand_in
 from ..lora.quantize import quantize_
 from ..lora.targets import is_linear
 from ..settings import DType, floating
@@ -99,7 +100,7 @@ def load_decoder(
     found = _opened(path)
     if isinstance(found, GGUFFile):
         spec, shapes = gguf_model.read_spec(found), gguf_model.tensor_shapes(found)
-        tensors, layers, pieces = gguf_model.iter_tensors(found, spec), dict[str, NF4Linear](), set[str]()
+        tensors, layers, pieces = gguf_model.iter_tensors(found, spec), dict[str, Module4bit](), set[str]()
     else:
         spec, (layers, pieces) = read_spec(read_json(found / "config.json", hf.CONFIG_BYTES)), hf.packed_layers(found)
         shapes, tensors = hf.tensor_shapes(found, skip=pieces) | _sizes(layers), hf.iter_tensors(found)
@@ -182,23 +183,30 @@ def weights_of(module: nn.Module) -> dict[str, Tensor | Module4bit]:
             f"'{next(iter(layers))}' carries an adapter, which is no part of a whole model: save or load it by itself "
             "(save_adapter, load_adapter), and merge it or take it off (fourbit.remove_adapter) before this"
         )
-    packed = {path: part for path, part in plain_modules(module).items() if isinstance(part, Module4bit)}
+    parts = plain_modules(module).items()
+    packed = {path: part for path, part in parts if isinstance(part, Module4bit)}
+    whole = {f"{path}.weight": path for path, part in parts if isinstance(part, NF4Parameter | DenseParameter)}
     inside = {id(tensor) for layer in packed.values() for tensor in layer.stored_parameters().values()}
     state = unwrapped(module).state_dict(keep_vars=True)
     dense = {plain_name(name): tensor for name, tensor in state.items() if id(tensor) not in inside}
-    return dense | {f"{path}.weight".strip("."): layer for path, layer in packed.items()}
+    named = dense | {f"{path}.weight".strip("."): layer for path, layer in packed.items()}
+    return {whole.get(name, name): value for name, value in named.items()}
 
 
 def _sizes(weights: Mapping[str, Tensor | Module4bit]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(own.shape) for name, own in weights.items()}
 
 
-def _put_layers(module: nn.Module, layers: Mapping[str, NF4Linear], path: Path) -> nn.Module:
+def _put_layers(module: nn.Module, layers: Mapping[str, Module4bit], path: Path) -> nn.Module:
     """`module` with a file's 4-bit layers in the places of their weights, and of what shares these where the file has
     nothing of its own for it; InputError first for a place that is none."""
-    modules, new = plain_modules(module), dict[nn.Module, nn.Module]()
+    modules, new, experts = plain_modules(module), dict[nn.Module, nn.Module](), dict[str, Module4bit]()
     for name, layer in layers.items():
-        place: Any = modules.get(name.rpartition(".")[0])
+        parent, _, leaf = name.rpartition(".")
+        place: Any = modules.get(parent)
+        if isinstance(layer, NF4Parameter) and (name in modules or leaf in getattr(place, "_parameters", ())):
+            experts[name] = layer
+            continue
         if not name.endswith("weight") or place is None or not (is_linear(place) or is_embedding(place)):
             raise InputError(f"{path}: {name!r} is in 4 bits, and what this model has there is no linear layer")
         if not place.weight.is_meta:
@@ -210,6 +218,12 @@ def _put_layers(module: nn.Module, layers: Mapping[str, NF4Linear], path: Path) 
             if isinstance(twin, NF4Linear):
                 twin.bias = part._parameters.get("bias")
             new[part] = twin.train(part.training)
+    for name, layer in experts.items():
+        parent, _, leaf = name.rpartition(".")
+        if name in modules:
+            new[modules[name]] = layer
+        else:
+            stand_in(modules[parent], leaf, layer.to(modules[parent].get_parameter(leaf).device))
     replace_modules(module, new)
     return new.get(module, module)
 

@@ -1,0 +1,176 @@
+"""Weights that are made when they are read: decoded from 4 bits, an expert at a time, or with an adapter's change."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..kernels.dispatch import product_dtype
+from ..kernels.experts import grouped_product
+from ..kernels.lora_paths import times_frozen
+
+Decode = Callable[[Any, torch.dtype], Tensor]  # of an index into the first dimension (None: of all), in that dtype
+
+
+class LazyWeight(Tensor):
+    """A weight that a layer computes with, for code that reads `weight`, or a parameter, of what it takes for dense.
+
+    Sizes, dtype and device are known at once; an operation gets the values, made for it, and gradients flow to what
+    made them. So nn.MultiheadAttention uses its adapted projection, and nn.TransformerEncoderLayer calls its layers:
+    its fast path takes no tensor with a torch function of its own. RuntimeError for what would write into it.
+
+    Of frozen values, what is indexed or has its last two dimensions swapped is another LazyWeight: `weight[e]` decodes
+    one expert. Products decode for forward and again for backward, so none of them keeps a dense weight.
+    """
+
+    make: Callable[[], Tensor]
+    decode: Decode | None = None  # frozen values, if these and the terms are all that there is
+    terms: Sequence[tuple[Tensor, Tensor]] = ()  # what is added: left [..., out, rank] times right [..., rank, in]
+
+    @classmethod
+    def of(cls, make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
+        """What `make` gives, on the device of `like`, trained as that is; made at once under torch.compile."""
+        if torch.compiler.is_compiling():
+            return make()
+        new = cls._make_wrapper_subclass(cls, shape, dtype=dtype, device=like.device, requires_grad=like.requires_grad)
+        new.make = make
+        return new
+
+    @classmethod
+    def decoded(
+        cls,
+        decode: Decode,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        like: Tensor,
+        terms: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> Tensor:
+        """What `decode` gives plus each term's product; in fp32, rounded once to `dtype`, where one dense tensor is
+        asked for."""
+
+        def make() -> Tensor:
+            if not terms:
+                return decode(None, dtype)
+            wide = torch.promote_types(dtype, torch.float32)
+            return sum((left.to(wide) @ right.to(wide) for left, right in terms), decode(None, wide)).to(dtype)
+
+        like = next((part for term in terms for part in term if part.requires_grad), like)
+        new = cls.of(make, shape, dtype, like)
+        if isinstance(new, cls):
+            new.decode, new.terms = decode, terms
+        return new
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func.__name__
+        if func in _KNOWN:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        first = next(iter((*args, *kwargs.values())))
+        if func == _DATA:
+            return first  # so that writing into that is refused too
+        if any(isinstance(part, cls) for part in tree_leaves(first)) and (
+            name[-1] == "_" != name[-2] or name in ("__set__", "__setitem__")
+        ):  # no TypeError: Python would take w += 1 as w = w + 1 then
+            raise RuntimeError(f"{name}: the weight of such a layer is made when it is read; change what it is made of")
+        if (found := _lazily(func, args, kwargs)) is not None:
+            return found
+        args, kwargs = tree_map_only(cls, lambda weight: weight.make(), (args, kwargs))
+        return func(*args, **kwargs)
+
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]  # one function serves both
+
+
+def _lazily(func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """A view as a LazyWeight, or a product without a dense weight that lasts; None for what needs the dense tensor."""
+    name, (left, right, *more) = func.__name__, (*args, None, None)[: max(len(args), 2)]
+    if isinstance(left, LazyWeight):
+        if left.decode is None:
+            return None
+        if func in _SWAPS or (name in ("transpose", "swapaxes") and {n % left.ndim for n in args[1:]} == _last(left)):
+            return _swapped(left)
+        if name == "__getitem__":
+            return _item(left, right)
+        if name in ("matmul", "bmm", "mm") and type(right) is Tensor and right.ndim > 1:
+            made = _times(right.mT, _swapped(left))
+            return None if made is None else made.mT
+    elif isinstance(right, LazyWeight) and right.decode is not None and isinstance(left, Tensor):
+        if name == "linear" and right.ndim == 2:
+            y = _times(left, _swapped(right))
+            bias = more[0] if more else kwargs.get("bias")
+            return y if y is None or bias is None else y + bias.to(y.dtype)
+        if name in ("matmul", "bmm", "mm"):
+            return _times(left, right)
+        if name in ("grouped_mm", "_grouped_mm") and left.ndim == 2 and right.ndim == 3:
+            return _times(left, right, more[0] if more else kwargs["offs"])
+    return None
+
+
+def _last(weight: Tensor) -> set[int]:
+    return {weight.ndim - 1, weight.ndim - 2}
+
+
+def _swapped(weight: LazyWeight) -> Any:
+    decode: Any = weight.decode
+
+    def of(index: Any, dtype: torch.dtype) -> Tensor:
+        if index is None or weight.ndim > 2:
+            return decode(index, dtype).mT
+        return decode(None, dtype).mT[index]
+
+    *lead, rows, columns = weight.shape
+    terms = [(right.mT, left.mT) for left, right in weight.terms]
+    return LazyWeight.decoded(of, (*lead, columns, rows), weight.dtype, weight, terms)
+
+
+def _item(weight: Any, index: Any) -> Tensor | None:
+    """weight[index], for one that chooses among the first of three dimensions or more."""
+    decode, count = weight.decode, weight.shape[0]
+    one = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
+    if weight.ndim < 3 or not (one or type(index) in (int, slice)):
+        return None
+    if isinstance(index, int) and not -count <= index < count:
+        raise IndexError(f"index {index} is out of bounds for {count} matrices")
+    lead = () if isinstance(index, int) else index.shape if one else (len(range(*index.indices(count))),)
+
+    def of(inner: Any, dtype: torch.dtype) -> Tensor:
+        chosen: Tensor = decode(index, dtype)
+        return chosen if inner is None else chosen[inner]
+
+    terms = [(left[index], right[index]) for left, right in weight.terms]
+    return LazyWeight.decoded(of, (*lead, *weight.shape[1:]), weight.dtype, weight, terms)
+
+
+def _times(x: Tensor, weight: LazyWeight, ends: Tensor | None = None) -> Tensor | None:
+    """x times the weight, or with `ends` a slice of x times each of its matrices; None where they do not fit so."""
+    alike = weight.ndim == 2 or x.shape[:-2] == weight.shape[:-2] or ends is not None
+    if type(x) is not Tensor or not x.is_floating_point() or not alike or x.shape[-1] != weight.shape[-2]:
+        return None
+    decode: Any = weight.decode
+    h = autocast_input(x)
+    dtype, h = h.dtype, h.to(product_dtype(h))
+    if ends is None:
+        y = times_frozen(h, lambda dtype: decode(None, dtype), False)
+        for left, right in weight.terms:
+            y = y + (h @ left.to(h.dtype)) @ right.to(h.dtype)
+    else:
+        y = grouped_product(h, decode, ends)
+        for left, right in weight.terms:
+            y = y + grouped_product(grouped_product(h, left, ends), right, ends)
+    return y.to(dtype)
+
+
+_PROPERTIES = "data shape dtype device layout ndim requires_grad grad grad_fn is_leaf is_meta is_cpu is_cuda is_nested"
+_DATA, *_GETTERS = (getattr(Tensor, name).__get__ for name in _PROPERTIES.split())
+_SWAPS = Tensor.mT.__get__, Tensor.T.__get__, Tensor.t  # type: ignore[attr-defined]
+_KNOWN = {*_GETTERS, Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point}
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """`x` as torch.autocast wants the input of a linear layer; it casts nn.Linear's by itself, but not ours."""
+    device = x.device.type
+    if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # meta knows no autocast
+        return x.to(torch.get_autocast_dtype(device))
+    return x

@@ -1,0 +1,58 @@
+"""Parameters that a module reads by name and that are kept as modules in their place: in 4 bits, or to carry adapters.
+
+For parameters that are no layer's weight: the experts of a mixture, which transformers 5 keeps as one tensor
+[E, out, in] or [E, in, out].
+"""
+
+from functools import cache
+from typing import Self
+
+from torch import Tensor, nn
+
+from .linear4bit import Module4bit
+
+
+class NF4Parameter(Module4bit):
+    """A frozen parameter of any shape in 4 bits; `weight` is what its module reads in its place."""
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], quant_type: str, blocksize: int, double_quant: bool) -> Self:
+        """One without values, on the meta device."""
+        return cls(shape, quant_type, blocksize, double_quant, device="meta")
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, {super().extra_repr()}"
+
+
+class DenseParameter(nn.Module):
+    """A dense parameter as a module, which may then be wrapped as a layer is."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+def stand_in(module: nn.Module, name: str, weight: nn.Module) -> None:
+    """Put `weight` in the place of the parameter `name`: whoever reads `module.name` gets what `weight.weight` is then.
+
+    The way of torch's parametrisations: the module becomes one of a subclass of its class, with a property.
+    """
+    order = parameter_order(module)
+    del module._parameters[name]
+    module.register_module(name, weight)
+    module.__class__ = _reading(type(module), name, order)  # type: ignore[arg-type]  # a class can be hashed
+
+
+def parameter_order(module: nn.Module) -> tuple[str, ...]:
+    """The names of a module's own parameters in the order it made them in, those with stand-ins included."""
+    return getattr(type(module), "_parameter_order", tuple(module._parameters))
+
+
+@cache
+def _reading(kind: type[nn.Module], name: str, order: tuple[str, ...]) -> type[nn.Module]:
+    def read(self: nn.Module) -> Tensor:
+        found: Tensor = self._modules[name].weight  # type: ignore[union-attr, assignment]
+        return found
+
+    fields = {name: property(read), "_parameter_order": order, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), fields)
