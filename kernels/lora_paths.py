@@ -103,12 +103,12 @@ def plain(x: Tensor, group: Group) -> list[Tensor]:
     return outputs
 
 
-def times_frozen(x: Tensor, decode: Callable[[torch.dtype], Tensor], ahead: bool) -> Tensor:
+def times_frozen(x: Tensor, decode: Callable[[torch.dtype], Tensor], ahead: bool, ends: Tensor | None = None) -> Tensor:
     """x [..., in] times what `decode` makes, transposed (ahead: [out, in]) or not; made again for backward, not kept.
 
-    A decoded stack of matrices goes with an x of as many.
+    A decoded stack of matrices goes with as many of x, or with the slices of its rows that end at `ends`.
     """
-    y: Tensor = _Base.apply(x, decode, ahead)
+    y: Tensor = _Base.apply(x, decode, ahead, ends)
     return y
 
 
@@ -118,21 +118,21 @@ class _Base(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, decode: Callable[[torch.dtype], Tensor], ahead: bool) -> Tensor:
-        dense = decode(x.dtype)
-        return x @ (dense.mT if ahead else dense)
+    def forward(x: Tensor, decode: Callable[[torch.dtype], Tensor], ahead: bool, ends: Tensor | None) -> Tensor:
+        dense = decode(x.dtype).mT if ahead else decode(x.dtype)
+        return x @ dense if ends is None else torch._grouped_mm(x.contiguous(), dense, offs=ends)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.decode, ctx.ahead = inputs
+        _, ctx.decode, ctx.ahead, ctx.ends = inputs
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return _Base.apply(g, ctx.decode, not ctx.ahead), None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Base.apply(g, ctx.decode, not ctx.ahead, ctx.ends), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _Base.apply(tangent, ctx.decode, ctx.ahead)
+        return _Base.apply(tangent, ctx.decode, ctx.ahead, ctx.ends)
 
 
 def _output(h: Tensor, s: Tensor, group: Group, i: int, dense: list[Tensor], y: Tensor) -> None:

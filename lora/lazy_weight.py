@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..kernels.dispatch import product_dtype
-from ..kernels.experts import grouped_product
+from ..kernels.experts import Decode, grouped_product
 from ..kernels.lora_paths import times_frozen
 
-Decode = Callable[[Any, torch.dtype], Tensor]  # of an index into the first dimension (None: of all), in that dtype
+Terms = Sequence[tuple[Tensor, Tensor]]  # left [..., out, rank] times right [..., rank, in], each to be added
 
 
 class LazyWeight(Tensor):
@@ -27,7 +27,7 @@ class LazyWeight(Tensor):
 
     make: Callable[[], Tensor]
     decode: Decode | None = None  # frozen values, if these and the terms are all that there is
-    terms: Sequence[tuple[Tensor, Tensor]] = ()  # what is added: left [..., out, rank] times right [..., rank, in]
+    terms: Terms = ()
 
     @classmethod
     def of(cls, make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -40,15 +40,9 @@ class LazyWeight(Tensor):
 
     @classmethod
     def decoded(
-        cls,
-        decode: Decode,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        like: Tensor,
-        terms: Sequence[tuple[Tensor, Tensor]] = (),
+        cls, decode: Decode, shape: Sequence[int], dtype: torch.dtype, like: Tensor, terms: Terms = ()
     ) -> Tensor:
-        """What `decode` gives plus each term's product; in fp32, rounded once to `dtype`, where one dense tensor is
-        asked for."""
+        """What `decode` gives plus each term's product; summed in fp32 and rounded once where it is made dense."""
 
         def make() -> Tensor:
             if not terms:
@@ -86,20 +80,22 @@ class LazyWeight(Tensor):
 def _lazily(func: Any, args: Any, kwargs: Any) -> Tensor | None:
     """A view as a LazyWeight, or a product without a dense weight that lasts; None for what needs the dense tensor."""
     name, (left, right, *more) = func.__name__, (*args, None, None)[: max(len(args), 2)]
-    if isinstance(left, LazyWeight):
-        if left.decode is None:
-            return None
-        if func in _SWAPS or (name in ("transpose", "swapaxes") and {n % left.ndim for n in args[1:]} == _last(left)):
+    if isinstance(left, LazyWeight) and left.decode is not None:
+        last = {left.ndim - 1, left.ndim - 2}
+        if func in _SWAPS or (name == "transpose" and {n % left.ndim for n in args[1:]} == last):
             return _swapped(left)
-        if name == "__getitem__":
+        if (
+            name == "__getitem__"
+            and left.ndim > 2
+            and (type(right) is int or getattr(right, "dtype", 0) == torch.int64)
+        ):
             return _item(left, right)
         if name in ("matmul", "bmm", "mm") and type(right) is Tensor and right.ndim > 1:
             made = _times(right.mT, _swapped(left))
             return None if made is None else made.mT
     elif isinstance(right, LazyWeight) and right.decode is not None and isinstance(left, Tensor):
         if name == "linear" and right.ndim == 2:
-            y = _times(left, _swapped(right))
-            bias = more[0] if more else kwargs.get("bias")
+            y, bias = _times(left, _swapped(right)), more[0] if more else kwargs.get("bias")
             return y if y is None or bias is None else y + bias.to(y.dtype)
         if name in ("matmul", "bmm", "mm"):
             return _times(left, right)
@@ -108,57 +104,39 @@ def _lazily(func: Any, args: Any, kwargs: Any) -> Tensor | None:
     return None
 
 
-def _last(weight: Tensor) -> set[int]:
-    return {weight.ndim - 1, weight.ndim - 2}
-
-
-def _swapped(weight: LazyWeight) -> Any:
-    decode: Any = weight.decode
-
-    def of(index: Any, dtype: torch.dtype) -> Tensor:
-        if index is None or weight.ndim > 2:
-            return decode(index, dtype).mT
-        return decode(None, dtype).mT[index]
-
+def _swapped(weight: Any) -> Any:
     *lead, rows, columns = weight.shape
-    terms = [(right.mT, left.mT) for left, right in weight.terms]
-    return LazyWeight.decoded(of, (*lead, columns, rows), weight.dtype, weight, terms)
+    terms, decode = [(right.mT, left.mT) for left, right in weight.terms], weight.decode
+    shape = (*lead, columns, rows)
+    return LazyWeight.decoded(lambda index, dtype: decode(index, dtype).mT, shape, weight.dtype, weight, terms)
 
 
-def _item(weight: Any, index: Any) -> Tensor | None:
-    """weight[index], for one that chooses among the first of three dimensions or more."""
-    decode, count = weight.decode, weight.shape[0]
-    one = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
-    if weight.ndim < 3 or not (one or type(index) in (int, slice)):
-        return None
-    if isinstance(index, int) and not -count <= index < count:
-        raise IndexError(f"index {index} is out of bounds for {count} matrices")
-    lead = () if isinstance(index, int) else index.shape if one else (len(range(*index.indices(count))),)
+def _item(weight: Any, index: Any) -> Tensor:
+    terms, decode = [(left[index], right[index]) for left, right in weight.terms], weight.decode
+    shape = (*getattr(index, "shape", ()), *weight.shape[1:])
 
     def of(inner: Any, dtype: torch.dtype) -> Tensor:
         chosen: Tensor = decode(index, dtype)
         return chosen if inner is None else chosen[inner]
 
-    terms = [(left[index], right[index]) for left, right in weight.terms]
-    return LazyWeight.decoded(of, (*lead, *weight.shape[1:]), weight.dtype, weight, terms)
+    return LazyWeight.decoded(of, shape, weight.dtype, weight, terms)
 
 
-def _times(x: Tensor, weight: LazyWeight, ends: Tensor | None = None) -> Tensor | None:
+def _times(x: Tensor, weight: Any, ends: Tensor | None = None) -> Tensor | None:
     """x times the weight, or with `ends` a slice of x times each of its matrices; None where they do not fit so."""
     alike = weight.ndim == 2 or x.shape[:-2] == weight.shape[:-2] or ends is not None
     if type(x) is not Tensor or not x.is_floating_point() or not alike or x.shape[-1] != weight.shape[-2]:
         return None
-    decode: Any = weight.decode
-    h = autocast_input(x)
-    dtype, h = h.dtype, h.to(product_dtype(h))
-    if ends is None:
-        y = times_frozen(h, lambda dtype: decode(None, dtype), False)
-        for left, right in weight.terms:
-            y = y + (h @ left.to(h.dtype)) @ right.to(h.dtype)
-    else:
+    dtype, decode = (x := autocast_input(x)).dtype, weight.decode
+    h = x.to(product_dtype(x))
+    if ends is not None:
         y = grouped_product(h, decode, ends)
         for left, right in weight.terms:
             y = y + grouped_product(grouped_product(h, left, ends), right, ends)
+        return y.to(dtype)
+    y = times_frozen(h, lambda dtype: decode(None, dtype), False)
+    for left, right in weight.terms:
+        y = y + (h @ left.to(h.dtype)) @ right.to(h.dtype)
     return y.to(dtype)
 
 

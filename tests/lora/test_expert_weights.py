@@ -107,16 +107,16 @@ def test_an_expert_is_decoded_alone_to_the_same_bits(shape: tuple[int, ...], dou
     twin.quantize_weight_(dense.flatten())
     assert torch.equal(twin.dequantize().view(shape), whole), "not the bytes of the flat tensor"
     last, some = shape[0] - 1, torch.tensor([shape[0] - 1, 0, 0])
-    for index in (0, -1, last, torch.tensor(last), some, some[:0], slice(0, 2), slice(1, None), some.view(3, 1)):
+    for index in (0, -1, last, torch.tensor(last), some, some[:0], some.view(3, 1)):
         lazy = weight.weight[index]
         assert isinstance(lazy, LazyWeight) and lazy.shape == whole[index].shape
         assert torch.equal(lazy + 0, whole[index])
         assert torch.equal(lazy.mT + 0, whole[index].mT) and torch.equal(weight.weight.mT[index] + 0, whole.mT[index])
-    for other in ((0, 1), None, some.bool()[: shape[0]], Ellipsis):
+    for other in ((0, 1), None, slice(0, 2), slice(1, None), some.bool()[: shape[0]], Ellipsis):
         if not isinstance(other, Tensor) or len(other) == shape[0]:
             assert torch.equal(weight.weight[other] + 0, whole[other])
     with pytest.raises(IndexError):
-        weight.weight[shape[0]]
+        weight.weight[shape[0]] + 0
 
 
 def test_only_the_experts_that_are_asked_for_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
