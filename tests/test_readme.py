@@ -2,11 +2,12 @@
 
 import importlib
 import re
+import runpy
 import shutil
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
+
+import pytest
 
 import fourbit
 from fourbit.cli.config_file import read_config
@@ -22,15 +23,17 @@ def blocks(language: str) -> list[str]:
     return [text for name, text in found if name == language]
 
 
-def test_the_library_example_runs(tiny_folder: Path, rows: Path, tmp_path: Path) -> None:
+def test_the_library_example_runs(
+    tiny_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (example,) = blocks("python")
     assert len([line for line in example.splitlines() if line.strip()]) == 12
     shutil.copytree(tiny_folder, tmp_path / "model")
     shutil.copy(rows, tmp_path / "train.jsonl")
     (tmp_path / "example.py").write_text(example)
-    done = subprocess.run([sys.executable, "-P", "example.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert re.match(r"loss \d+\.\d+:.* -> ", done.stdout, flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("example.py", run_name="__main__")
+    assert re.match(r"loss \d+\.\d+:.* -> ", capsys.readouterr().out, flags=re.S)
     model, _ = fourbit.load(tmp_path / "model", quant_type="nf4")
     assert fourbit.load_adapter(model, tmp_path / "adapter") == fourbit.load_adapter(model, tmp_path / "run")
 

@@ -1,5 +1,6 @@
 """The command as a process: signals and their exit codes, colours on a terminal, a closed pipe."""
 
+import contextlib
 import json
 import os
 import pty
@@ -18,9 +19,58 @@ from fourbit.cli.main import main
 from fourbit.cli.show import working
 from fourbit.trainer.interrupt import remembered_ctrl_c
 
-FOURBIT = [sys.executable, "-P", "-m", "fourbit"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
-STEPS = 60
+STEPS = 40
+
+
+class Started:
+    """The command in a process of its own, forked from this one, which has imported all it needs; what it prints goes
+    to `shown`, that of a terminal or of a pipe."""
+
+    def __init__(self, args: list[str], *, terminal: bool = False, **environment: str) -> None:
+        if terminal:
+            self.pid, reader = pty.fork()
+        else:
+            reader, writer = os.pipe()
+            self.pid = os.fork()
+            if not self.pid:
+                os.dup2(writer, 1)
+                os.dup2(writer, 2)
+            os.close(writer)
+        if not self.pid:
+            code = 1
+            try:
+                code = self._run(args, environment)
+            finally:
+                os._exit(code)
+        self.shown = os.fdopen(reader, "rb", buffering=0)
+
+    @staticmethod
+    def _run(args: list[str], environment: dict[str, str]) -> int:
+        os.environ.pop("NO_COLOR", None)
+        os.environ.update({"COLUMNS": "100", **environment})
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", 1, closefd=False))
+        code = main(args)
+        sys.stdout.flush()
+        return code
+
+    def wait_for(self, file: Path, lines: int) -> None:
+        deadline = time.monotonic() + 120
+        while not file.exists() or file.read_bytes().count(b"\n") < lines:
+            assert os.waitpid(self.pid, os.WNOHANG) == (0, 0), "the run ended before it could be stopped"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def ended(self) -> tuple[int, str]:
+        """Its exit code, and all that it printed."""
+        parts = list[bytes]()
+        with self.shown, contextlib.suppress(OSError):  # Linux: the other side of a terminal has closed
+            while part := os.read(self.shown.fileno(), 65536):
+                parts.append(part)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), b"".join(parts).decode()
 
 
 def sft_args(model: Path, rows: Path, out: Path) -> list[str]:
@@ -28,33 +78,37 @@ def sft_args(model: Path, rows: Path, out: Path) -> list[str]:
     return ["sft", "--model", str(model), "--data", str(rows), "--out", str(out), *shape]
 
 
-def wait_for(file: Path, lines: int, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 120
-    while not file.exists() or file.read_bytes().count(b"\n") < lines:
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be stopped"
-        time.sleep(0.005)
+@pytest.fixture(scope="module")
+def whole(tiny_folder: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The adapter of a run that nobody stopped."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert main(sft_args(tiny_folder, rows, out)) == 0
+    return load_file(out / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_says_how_to_go_on_and_then_ends_the_same(
-    tiny_folder: Path, rows: Path, tmp_path: Path, number: signal.Signals, code: int
+    tiny_folder: Path,
+    rows: Path,
+    whole: dict[str, torch.Tensor],
+    tmp_path: Path,
+    number: signal.Signals,
+    code: int,
 ) -> None:
-    cut, whole = tmp_path / "cut run", tmp_path / "whole"
-    args = [*FOURBIT, *sft_args(tiny_folder, rows, cut)]
-    with subprocess.Popen(args, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(cut / "metrics.jsonl", 3, process)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == code, said
-    command = shlex.split(said.strip().splitlines()[-1])
-    assert command == ["fourbit", "sft", str(cut / "config.yaml"), "--resume"]
+    cut = tmp_path / "cut run"
+    command = Started(sft_args(tiny_folder, rows, cut))
+    command.wait_for(cut / "metrics.jsonl", 3)
+    command.send(number)
+    ended, said = command.ended()
+    assert ended == code, said
+    advised = shlex.split(said.strip().splitlines()[-1])
+    assert advised == ["fourbit", "sft", str(cut / "config.yaml"), "--resume"]
     assert not (cut / "adapter_model.safetensors").exists(), "a half-trained adapter looks like a finished one"
     sources = (cut / "config.yaml").read_bytes()
-    assert main(command[1:]) == 0
+    assert main(advised[1:]) == 0
     assert (cut / "config.yaml").read_bytes() == sources, "resuming lost the record of where settings came from"
-    assert main(sft_args(tiny_folder, rows, whole)) == 0
-    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (cut, whole))
-    assert all(torch.equal(first[name], second[name]) for name in first) and first.keys() == second.keys()
+    again = load_file(cut / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], whole[name]) for name in whole) and again.keys() == whole.keys()
 
 
 def test_ctrl_c_before_the_first_step(tiny_folder: Path, tmp_path: Path) -> None:
@@ -62,13 +116,11 @@ def test_ctrl_c_before_the_first_step(tiny_folder: Path, tmp_path: Path) -> None
     pipe = tmp_path / "rows.jsonl"
     row = {"messages": [{"role": "user", "content": "a" * 50}, {"role": "assistant", "content": "b"}]}
     pipe.write_text((json.dumps(row) + "\n") * 50_000)
-    args = [*FOURBIT, *sft_args(tiny_folder, pipe, tmp_path / "out")]
-    with subprocess.Popen(args, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline().startswith("reading data")
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    command = Started(sft_args(tiny_folder, pipe, tmp_path / "out"))
+    assert command.shown.readline().startswith(b"reading data")
+    command.send(signal.SIGINT)
+    ended, said = command.ended()
+    assert ended == 130, said
     assert said.endswith("stopped by Ctrl-C\n") and not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
@@ -101,23 +153,9 @@ def test_an_ignored_ctrl_c_stays_ignored() -> None:
 
 def on_terminal(args: list[str], **environment: str) -> str:
     """Everything a command prints on a terminal of its own."""
-    leader, follower = pty.openpty()
-    env = {name: value for name, value in ENVIRONMENT.items() if name != "NO_COLOR"}
-    env |= {"TERM": "xterm-256color", **environment}
-    with subprocess.Popen([*FOURBIT, *args], env=env, stdin=follower, stdout=follower, stderr=follower) as process:
-        os.close(follower)
-        parts = []
-        while True:
-            try:
-                part = os.read(leader, 65536)
-            except OSError:  # Linux: the other side has closed
-                break
-            if not part:
-                break
-            parts.append(part)
-    os.close(leader)
-    assert process.returncode == 0
-    return b"".join(parts).decode()
+    ended, shown = Started(args, terminal=True, TERM="xterm-256color", **environment).ended()
+    assert ended == 0
+    return shown
 
 
 def test_colours_on_a_terminal_and_marks_without(tiny_folder: Path, rows: Path) -> None:
@@ -134,8 +172,8 @@ def test_a_live_line_on_a_terminal(tiny_folder: Path, rows: Path, tmp_path: Path
 
 
 def test_a_closed_pipe_is_no_error(tiny_folder: Path, rows: Path) -> None:
-    args = [*FOURBIT, "data", str(rows), "--model", str(tiny_folder), "--rows", "22"]
-    with subprocess.Popen(args, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    args = [sys.executable, "-P", "-m", "fourbit", "data", str(rows), "--model", str(tiny_folder), "--rows", "22"]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         said = process.stderr.read().decode()

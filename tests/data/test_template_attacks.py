@@ -3,7 +3,6 @@
 import os
 import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -164,9 +163,12 @@ def test_no_template_reaches_python(case: str) -> None:
 
 
 @pytest.fixture
-def spent() -> Iterator[list[float]]:
-    """Processor seconds of this process and of the child that renders, which is a new one."""
+def spent(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[list[float]]:
+    """Processor seconds of this process and of the child that renders, which is a new one. But for one case a
+    conversation may take a quarter of a second here, and not a whole one."""
     CHILD.stop()
+    if "loops in loops" not in request.node.name:
+        monkeypatch.setattr(module, "RENDER_SECONDS", 0.25)
     yield [processor_seconds()]
     CHILD.stop()
 
@@ -178,12 +180,12 @@ ALIKE = [case for case in BOMBS if case.startswith(("tuples", "lists", "a list c
     "case", [pytest.param(case, marks=pytest.mark.slow if case in ALIKE else ()) for case in BOMBS]
 )
 def test_no_template_takes_everything(case: str, spent: list[float]) -> None:
-    """Under 6 seconds of processor time, children included, however slow the machine is just now."""
+    """Under 5 seconds of processor time, children included, however slow the machine is just now."""
     says, source = BOMBS[case]
     with pytest.raises(InputError) as caught:
         ChatTemplate(source, name="model's").render(TALK)
     CHILD.stop()
-    assert processor_seconds() - spent[0] < 6
+    assert processor_seconds() - spent[0] < 5
     assert str(caught.value).startswith("model's: the ") and any(text in str(caught.value) for text in says.split("|"))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
 
@@ -200,7 +202,7 @@ def test_a_template_that_is_slow_for_every_row_is_given_up_soon(spent: list[floa
     with pytest.raises(InputError, match="s more for a few rows than any template needs"):
         list(ChatTemplate(source).render_all([Talk(talk, turns=[1])] * 2000))
     CHILD.stop()
-    assert processor_seconds() - spent[0] < 4
+    assert processor_seconds() - spent[0] < 1.5
 
 
 @pytest.mark.parametrize("case", HARMLESS)
@@ -242,7 +244,7 @@ ALMOST = "{% for a in range((messages | length - 1) * N) %}{% for b in range(100
 @pytest.mark.parametrize("turns", [(), range(1, 41)])
 def test_a_template_just_under_the_limit_is_given_up_too(turns: range, spent: list[float]) -> None:
     """Whether it is rows that are many, or the renderings of one row."""
-    source = ALMOST.replace("N", "600" if turns else "30000")
+    source = ALMOST.replace("N", "150" if turns else "7500")
     talk = [{"role": "assistant", "content": "x"}] * (42 if turns else 2)
     works, slow = Talk(talk[:1]), Talk(talk, turns=turns)
     template = ChatTemplate(source, name="model's")
@@ -254,7 +256,7 @@ def test_a_template_just_under_the_limit_is_given_up_too(turns: range, spent: li
     with pytest.raises(InputError, match="cannot be used: it"):
         list(template.render_all([works]))
     CHILD.stop()
-    assert processor_seconds() - spent[0] < 8 and time.process_time() - start < 2
+    assert processor_seconds() - spent[0] < 3 and time.process_time() - start < 1
 
 
 def test_a_fork_while_a_thread_renders_starts_its_own_process() -> None:
@@ -432,17 +434,22 @@ def test_a_child_that_does_not_run_is_the_machines_problem(executable: str, monk
         ChatTemplate("x").render(TALK)
 
 
-def test_the_process_ends_with_its_parent_and_knows_no_secret() -> None:
-    code = (
-        "import os, time\nfrom fourbit.data.template import CHILD, ChatTemplate\nChatTemplate('x').render([])\n"
-        "print(CHILD.process.pid, open(f'/proc/{CHILD.process.pid}/environ').read().count('SECRET'), flush=True)\n"
-        "os.kill(os.getpid(), 9)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env={**os.environ, "SECRET": "1"}
-    )
-    pid, secrets = map(int, done.stdout.split())
+def test_the_process_ends_with_its_parent_and_knows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "1")
+    reader, writer = os.pipe()
+    parent = os.fork()
+    if not parent:
+        try:
+            os.write(writer, str(child_id()).encode())
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.close(writer)
+    assert os.waitpid(parent, 0)[1] == signal.SIGKILL
+    with os.fdopen(reader) as pipe:
+        pid = int(pipe.read())
     deadline = time.monotonic() + 20
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert secrets == 0 and not Path(f"/proc/{pid}").exists()
+    assert not Path(f"/proc/{pid}").exists()
+    CHILD.stop()
+    assert "SECRET" not in Path(f"/proc/{child_id()}/environ").read_text()
