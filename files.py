@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import DiskError, InputError, NumericError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 COUNTS = ("I64", "I32", "U8", "BOOL")  # what buffers may be besides
+_TYPES = torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool
+_KINDS = dict(zip(_TYPES, FLOATS + COUNTS, strict=True))
 UNABLE = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what a file system says to a call it lacks
 UNABLE_ON_FOLDERS = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF)
 _TEMPORARY = re.compile(r"\.fourbit-[0-9a-z]+-[0-9a-f]{16}")  # what a killed run may leave behind
@@ -87,28 +88,34 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def opened_tensors(file: Path) -> Any:
+    """A safetensors file as `safetensors.safe_open` opens it, whose library checks types, shapes, gaps and overlaps; a
+    tensor that its header names twice, of which the library takes the last, is an InputError as all else is."""
+    try:
+        opened = safe_open(file, framework="pt")
+        with file.open("rb") as stream:
+            json.loads(stream.read(int.from_bytes(stream.read(8), "little")), object_pairs_hook=_without_duplicates)
+        return opened
+    except (SafetensorError, OSError, ValueError) as problem:
+        raise InputError(f"'{file}' is no valid safetensors file: {problem}") from None
+
+
 def float_tensors(file: Path, besides: Sequence[str] = ()) -> dict[str, Tensor]:
     """The tensors of a safetensors file, still mapped from it; InputError if it is broken or has other kinds in it."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-            for name in names:
-                kind = opened.get_slice(name).get_dtype()
-                if kind not in (*FLOATS, *besides):
-                    floats = ", ".join(FLOATS)
-                    raise InputError(f"'{file}': the tensor '{name}' must hold floats ({floats}), got {kind}")
-            return {name: opened.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as problem:
-        raise InputError(f"'{file}' is no valid safetensors file: {problem}") from None
+    with opened_tensors(file) as opened:
+        names = list(opened.keys())
+        for name in names:
+            kind = opened.get_slice(name).get_dtype()
+            if kind not in (*FLOATS, *besides):
+                floats = ", ".join(FLOATS)
+                raise InputError(f"'{file}': the tensor '{name}' must hold floats ({floats}), got {kind}")
+        return {name: opened.get_tensor(name) for name in names}
 
 
 def tensor_metadata(file: Path) -> dict[str, str]:
     """What a safetensors file says beside its tensors. InputError for a broken file."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return opened.metadata() or {}
-    except (SafetensorError, OSError) as problem:
-        raise InputError(f"'{file}' is no valid safetensors file: {problem}") from None
+    with opened_tensors(file) as opened:
+        return opened.metadata() or {}
 
 
 def misfits(wanted: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[int]]) -> str:
@@ -150,15 +157,22 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """UTF-8 text, whole or not at all."""
-    write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
+    """UTF-8 text, whole or not at all, and read back before it gets its name."""
+
+    def write(part: Path) -> None:
+        part.write_text(text, encoding="utf-8", newline="")
+        if part.read_bytes() != text.encode():
+            raise OSError(errno.EIO, f"{file.name} reads back other than it was written")
+
+    write_whole(file, write)
 
 
 def write_tensors(
     file: Path, tensors: Mapping[str, Tensor], what: str, metadata: Mapping[str, str] | None = None
 ) -> None:
     """A safetensors file, whole or not at all, sorted by name; its folder is made. `what` is what errors call it.
-    Raises NumericError, before anything is written, for NaN or infinity, and DiskError when the disk refuses."""
+    Raises NumericError, before anything is written, for NaN or infinity, and DiskError when the disk refuses or gives
+    back other bytes than were written: the file is read again before it gets its name."""
     own = {name: gathered(tensors[name]).cpu().contiguous() for name in sorted(tensors)}
     for name, tensor in own.items():
         check_finite(name, tensor)
@@ -167,14 +181,26 @@ def write_tensors(
         write_whole(file, lambda part: _save_sorted(own, part, {"format": "pt", **(metadata or {})}))
 
 
-def _save_sorted(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """A safetensors file with its metadata sorted: the library writes that in an order of chance."""
-    save_file(tensors, file, metadata)
-    with file.open("r+b") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size)) | {"__metadata__": dict(sorted(metadata.items()))}
-        stream.seek(8)
-        stream.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+def _save_sorted(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+    """A safetensors file, tensor by tensor: the library's writer copies all of them first, and writes metadata in an
+    order of chance. Wide types come first, as it puts them, so that each tensor is aligned. OSError unless it reads
+    back as it was written."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    raw, start = {name: tensors[name].reshape(-1).view(torch.uint8) for name in order}, 0
+    for name in order:
+        end = start + raw[name].numel()
+        kind, shape = _KINDS[tensors[name].dtype], list(tensors[name].shape)
+        header[name], start = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}, end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    with file.open("wb") as stream:
+        stream.write((len(text) + -len(text) % 8).to_bytes(8, "little") + text + b" " * (-len(text) % 8))
+        for name in order:
+            stream.write(raw[name].numpy().data)
+    with opened_tensors(file) as opened:
+        for name in order:
+            if not torch.equal(opened.get_tensor(name).reshape(-1).view(torch.uint8), raw[name]):
+                raise OSError(errno.EIO, f"the tensor '{name}' reads back other than it was written")
 
 
 def gathered(tensor: Any) -> Tensor:

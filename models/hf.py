@@ -10,13 +10,13 @@ from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import InputError, shown
-from ..files import FLOATS, read_json
+from ..files import FLOATS, opened_tensors, read_json
 from ..lora.linear4bit import Module4bit
 from ..lora.packed import FORM, packed_layer
+from .float8 import FLOAT8, check_quantization, decoded, scale_names
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -27,12 +27,13 @@ _PLAIN_NAME = re.compile(r'[^./\\:"\x00-\x1f][^/\\:"\x00-\x1f]*\.safetensors')
 
 
 def tensor_shapes(folder: Path, besides: Sequence[str] = (), skip: Container[str] = ()) -> dict[str, tuple[int, ...]]:
-    """Name and shape of all tensors but `skip`, from headers. InputError as in `iter_tensors`, and for other types."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    """Name and shape of all tensors but `skip` and the scales of 8-bit floats, from headers. InputError as in
+    `iter_tensors`, and for other types."""
+    shapes, beside = dict[str, tuple[int, ...]](), _float8(folder)[1]
     for path, file in _opened(folder):
-        for name in [name for name in file.offset_keys() if name not in skip]:
+        for name in [name for name in file.offset_keys() if name not in skip and name not in beside]:
             part = file.get_slice(name)
-            if part.get_dtype() not in (*FLOATS, *besides):
+            if part.get_dtype() not in (*FLOATS, *FLOAT8, *besides):
                 raise InputError(
                     f"{path}: tensor {name!r} has dtype {part.get_dtype()}; weights must be {', '.join(FLOATS)}. "
                     "Load the unquantised model and let fourbit quantise it."
@@ -44,12 +45,35 @@ def tensor_shapes(folder: Path, besides: Sequence[str] = (), skip: Container[str
 def iter_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of every weight, one shard open at a time.
 
-    Each tensor is a view of the mapped file in the file's own dtype: copy what must outlive the file. Raises InputError
-    naming the file (and tensor) where a file is missing, malformed, outside the folder, or disagrees with the index.
+    Each tensor is a view of the mapped file in the file's own dtype: copy what must outlive the file. Those of 8-bit
+    floats are decoded with their scales to fp32. Raises InputError naming the file (and tensor) where a file is
+    missing, malformed, outside the folder, or disagrees with the index, and for scales that do not fit.
     """
+    scales, beside, block = _float8(folder)
     for _, file in _opened(folder):
-        for name in file.offset_keys():
-            yield name, file.get_tensor(name)
+        for name in [name for name in file.offset_keys() if name not in beside]:
+            tensor = file.get_tensor(name)
+            scaled = name in scales
+            yield name, decoded(tensor, scales[name], block, f"{folder}: {name!r}") if scaled else tensor
+
+
+def _float8(folder: Path) -> tuple[dict[str, Tensor], set[str], Sequence[int]]:
+    """Scales of the folder's 8-bit floats by the names of their weights, the names of all tensors that only go with
+    these, and the rows and columns that one scale of a grid stands for. InputError for a weight without scales."""
+    kinds, files = dict[str, str](), dict[str, Path]()
+    for path, file in _opened(folder):
+        kinds |= {name: file.get_slice(name).get_dtype() for name in file.offset_keys()}
+        files |= dict.fromkeys(file.offset_keys(), path)
+    names, beside = scale_names(kinds, files)
+    if not names:
+        return {}, set(), ()
+    scales = {names[name]: t.clone() for _, file in _opened(folder) for name, t in _some(file, names)}
+    config = read_json(folder / "config.json", CONFIG_BYTES) if (folder / "config.json").exists() else {}
+    return scales, beside, check_quantization(config, f"{folder}: config.json")
+
+
+def _some(file: Any, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, file.get_tensor(name)) for name in file.offset_keys() if name in names)
 
 
 def packed_layers(folder: Path) -> tuple[dict[str, Module4bit], set[str]]:
@@ -71,11 +95,7 @@ def _opened(folder: Path) -> Iterator[tuple[Path, Any]]:
         raise InputError(_no_weights(folder))
     for name in sorted(promised):
         path = _inside(folder, name)
-        try:
-            opened = safe_open(path, framework="pt")
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{path}: not a readable safetensors file: {error}.") from None
-        with opened as file:
+        with opened_tensors(path) as file:
             held = set(file.offset_keys())
             placed = promised[name] or held
             if missing := sorted(placed - held):

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import InputError, shown
 from .config import Settings, head_dim, rope
+from .float8 import check_quantization
 from .spec import ROPE_KEYS, Spec
 
 
@@ -26,12 +27,7 @@ def read(keys: Settings) -> Spec:
     layers = keys.get("layer_types")
     if layers is not None and (not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)):
         raise InputError(f"{keys.where}: layer_types must all be 'full_attention', got {shown(layers)}.")
-    quantized = keys.get("quantization_config")
-    if quantized is not None and (not isinstance(quantized, dict) or quantized.get("quant_method") != "bitsandbytes"):
-        raise InputError(
-            f"{keys.where}: quantization_config must be absent (weights in fp32, fp16 or bf16) or bitsandbytes', got "
-            f"{shown(quantized)}. Load the unquantised model and let fourbit quantise it."
-        )
+    check_quantization(keys.data, keys.where)
     hidden, heads = keys.number("hidden_size"), keys.number("num_attention_heads")
     theta, scaling = rope(keys)
     return Spec(

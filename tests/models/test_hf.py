@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fourbit.errors import InputError
 from fourbit.models.hf import INDEX, SINGLE, iter_tensors, tensor_shapes
@@ -156,6 +156,15 @@ def test_one_key_that_stands_twice_among_many_is_found_at_once(tmp_path: Path) -
     with pytest.raises(InputError, match="the key '199999' stands there twice"):
         load_decoder(tmp_path)
     assert time.process_time() - began < 20
+
+
+def test_a_tensor_that_a_header_names_twice_is_refused(tmp_path: Path) -> None:
+    """safetensors' own reader takes the last of them."""
+    one = b'"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    (tmp_path / SINGLE).write_bytes(safetensors_bytes(b"{" + one + b", " + one + b"}", bytes(4)))
+    assert load_file(tmp_path / SINGLE).keys() == {"a"}
+    with pytest.raises(InputError, match="no valid safetensors file: the key 'a' stands there twice"):
+        tensor_shapes(tmp_path)
 
 
 @pytest.mark.parametrize(

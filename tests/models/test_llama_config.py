@@ -96,7 +96,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"layer_types": "full_attention"}, "layer_types"),
     (
         {"quantization_config": {"quant_method": "gptq"}},
-        "quantization_config must be absent .*bitsandbytes', got .*gptq",
+        "quantization_config must be absent, or of .*, got .*gptq",
     ),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
     ({"hidden_size": 66}, r"hidden_size \(66\) must be a multiple of num_attention_heads \(4\)"),
