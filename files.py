@@ -49,8 +49,8 @@ def regular_file(folder: Path, name: str, instead: str = "") -> Path:
     return file
 
 
-def read_text(file: Path, limit: int) -> str:
-    """A regular file of at most `limit` bytes as UTF-8 text, less a byte-order mark; else InputError."""
+def read_bytes(file: Path, limit: int) -> bytes:
+    """What a regular file of at most `limit` bytes holds; else InputError."""
     try:
         if not file.is_file():
             what = "no regular file" if file.exists() else "not there"
@@ -61,6 +61,12 @@ def read_text(file: Path, limit: int) -> str:
         raise InputError(f"{file}: cannot be read: {error}.") from None
     if len(raw) > limit:
         raise InputError(f"{file}: must be at most {limit:,} bytes, got {file.stat().st_size:,}.")
+    return raw
+
+
+def read_text(file: Path, limit: int) -> str:
+    """A regular file of at most `limit` bytes as UTF-8 text, less a byte-order mark; else InputError."""
+    raw = read_bytes(file, limit)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1036,6 +1036,9 @@ ELSEWHERE = {  # tests of other files that follow an advice
     "tests/research/test_own_parts.py::test_an_optimizer_and_a_scheduler_of_ones_own_go_on_bit_for_bit": [
         ("trainer/config.py", "leave out what the config says of it")
     ],
+    "tests/text/test_sentencepiece.py::test_transformers_converts_what_is_not_supported": [
+        ("text/sentencepiece.py", "Convert it once with transformers")
+    ],
     "tests/trainer/test_resume.py::test_the_advice_for_a_run_that_cannot_be_longer_works": [
         ("trainer/resume.py", "begin a new run from what this one saved, with another out")
     ],
@@ -1075,11 +1078,14 @@ NOT_FOLLOWED = {  # why -> what
         ("models/gguf.py", "It is cut short or damaged: get it again"),
         ("models/gguf.py", "overlap. The file is damaged: get it again"),
         ("models/gguf_model.py", "llama-gguf-split --merge"),
-        ("models/gguf_tokenizer.py", "load any other model from its Hugging Face folder"),
+        ("models/gguf_tokenizer.py", "load another model from its folder"),
         ("models/gguf_tokenizer.py", "load it from its Hugging Face folder"),
         ("models/hf.py", "Load the unquantised model and let fourbit quantise it"),
         ("models/llama.py", "Load the unquantised model and let fourbit quantise it"),
         ("models/load.py", "holds NaN or infinity. The file is damaged: get it again"),
+        ("text/sentencepiece.py", "The file is damaged: get it again"),
+        ("text/sentencepiece.py", "Get the file again"),
+        ("text/sentencepiece.py", "Load the model from its Hugging Face folder, with a tokenizer.json"),
         ("text/tokenizer_folder.py", "Get the file again"),
         ("text/tokenizer_folder.py", "Get it from where the model is from"),
         ("models/finite.py", "or come from a training that diverged: take others"),

@@ -1,8 +1,9 @@
-"""What the tokenizer files of a Hugging Face folder say, gathered from the five places where it may stand.
+"""What the tokenizer files of a Hugging Face folder say, gathered from the places where it may stand.
 
-`tokenizer.json` is the tokenizer itself; `tokenizer_config.json` and the older `special_tokens_map.json` name the
-special tokens; the chat template is in `chat_template.jinja` or in the config; more end tokens are in
-`generation_config.json`. All of it is data: nothing here can name code or another file.
+`tokenizer.json` is the tokenizer itself, and where that is missing a SentencePiece model, `tokenizer.model`;
+`tokenizer_config.json` and the older `special_tokens_map.json` name the special tokens; the chat template is in
+`chat_template.jinja` or in the config; more end tokens are in `generation_config.json`. All of it is data: nothing here
+can name code or another file.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from ..child import child_command, child_environment
 from ..errors import InputError, shown
 from ..files import read_json, read_text
 from ..settings import checked
+from .sentencepiece import read_sentencepiece, sentencepiece_backend, whole_tokens
 from .special_tokens import AGAIN, add_special_tokens
 from .tokenizer import Tokenizer, fenced
 
@@ -57,8 +59,12 @@ def as_tokenizer(given: object) -> Tokenizer:
 def folder_tokenizer(folder: Path, home: Path | None = None) -> Tokenizer:
     """The tokenizer that a folder describes; InputError names the file that is missing or malformed.
     home: of a tokenizer that is open already, and was saved there: the folder of its model."""
-    backend, where = _backend(folder, home is not None), folder / "tokenizer_config.json"
+    where, model = folder / "tokenizer_config.json", folder / "tokenizer.model"
     older, config = _optional_json(folder / "special_tokens_map.json"), _optional_json(where)
+    if model.is_file() and not (folder / "tokenizer.json").exists():
+        backend, config, older = *_from_sentencepiece(model, config, older), {}
+    else:
+        backend = _backend(folder, home is not None)
     with fenced(str(where)):
         named = add_special_tokens(where, config, older, backend)
     tokenizer = Tokenizer(
@@ -68,14 +74,34 @@ def folder_tokenizer(folder: Path, home: Path | None = None) -> Tokenizer:
     return tokenizer
 
 
+def _from_sentencepiece(
+    file: Path, config: dict[str, Any], older: dict[str, Any]
+) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """The tokenizer of a folder that has only a tokenizer.model, and its config with what that leaves unsaid: names of
+    special tokens, and the tokens of the older added_tokens.json."""
+    if config.get("added_tokens_decoder") is None:
+        added = _optional_json(file.with_name("added_tokens.json")).items()
+        config = {**config, **older, "added_tokens_decoder": {str(id): {"content": text} for text, id in added}}
+    found, named = read_sentencepiece(file)
+    prefix = checked(f"{file.parent}: add_prefix_space", config.get("add_prefix_space"), bool | None)
+    with fenced(str(file)):
+        backend = sentencepiece_backend(str(file), found if prefix is None else found._replace(prefix=prefix))
+        backend.add_tokens(whole_tokens(str(file), found.texts, found.types))
+    # Normalised, a token would have "▁" before it. Its text is looked for as it stands.
+    plain = {"normalized": False}
+    said = json.dumps(named | config)
+    return backend, json.loads(said, object_hook=lambda item: item | plain if "content" in item else item)
+
+
 def _backend(folder: Path, tried: bool) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
-        others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).exists()]
+        others = [name for name in ("vocab.json", "vocab.txt") if (folder / name).exists()]
         way = "Get it from where the model is from (save_model writes that of its third argument)."
         if others:
             way = "Convert it once with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
-        raise InputError(f"{folder}: needs tokenizer.json, found {f'only {others[0]}' if others else 'none'}. {way}")
+        found = f"only {others[0]}" if others else "none"
+        raise InputError(f"{folder}: needs tokenizer.json or tokenizer.model, found {found}. {way}")
     text, now = read_text(path, TOKENIZER_BYTES), path.stat()
     if not tried and (fault := _tried(path.resolve(), now.st_ino, now.st_size, now.st_mtime_ns)):
         raise InputError(f"{path}: not a readable tokenizer: {fault}. Get the file again.")

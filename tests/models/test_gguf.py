@@ -18,7 +18,23 @@ from fourbit.models.gguf import READABLE, GGUFFile, decode
 from fourbit.models.gguf_model import iter_tensors, read_spec
 from fourbit.models.spec import Spec
 
-BLOCKS = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
+# Kind -> values and bytes of a block, and where its fp16 scales lie.
+BLOCKS: dict[str, tuple[int, int, tuple[int, ...]]] = {
+    "Q4_0": (32, 18, (0,)), "Q4_1": (32, 20, (0, 2)), "Q5_0": (32, 22, (0,)), "Q5_1": (32, 24, (0, 2)),
+    "Q8_0": (32, 34, (0,)), "IQ4_NL": (32, 18, (0,)), "MXFP4": (32, 17, ()), "Q2_K": (256, 84, (80, 82)),
+    "Q3_K": (256, 110, (108,)), "Q4_K": (256, 144, (0, 2)), "Q5_K": (256, 176, (0, 2)), "Q6_K": (256, 210, (208,)),
+}  # fmt: skip
+
+
+def random_rows(kind: str, rows: int, size: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Rows of random blocks, every code and inner scale, with outer scales of a size that weights have."""
+    values, length, scales = BLOCKS[kind]
+    blocks = rng.integers(0, 256, (rows * size // values, length), dtype=np.uint8)
+    for at in scales:
+        blocks[:, at : at + 2] = rng.normal(size=(len(blocks), 1)).astype(np.float16).view(np.uint8)
+    if kind == "MXFP4":
+        blocks[:, 0] = rng.integers(120, 128, len(blocks))
+    return blocks.reshape(rows, -1)
 
 
 # ---- the container
@@ -50,9 +66,13 @@ def test_tensors_of_every_format_lie_where_the_writer_put_them(alignment: int, w
     def fill(writer: GGUFWriter) -> None:
         writer.add_custom_alignment(alignment)
         for kind in READABLE:
-            for shape in ((64,), (3, 32), (2, 5, 96), (2, 1, 3, 32)):
+            for shape in ((256,), (3, 256), (2, 5, 512), (2, 1, 3, 256)):
                 name = f"{kind}{shape}"
-                stored = gguf.quants.quantize(rng.standard_normal(shape, dtype=np.float32), Kind[kind])
+                if kind in BLOCKS:
+                    stored = random_rows(kind, int(np.prod(shape[:-1], dtype=int)), shape[-1], rng)
+                    stored = stored.reshape(*shape[:-1], -1)
+                else:
+                    stored = gguf.quants.quantize(rng.standard_normal(shape, dtype=np.float32), Kind[kind])
                 values[name] = gguf.quants.dequantize(stored, Kind[kind])
                 writer.add_tensor(name, stored, raw_dtype=Kind[kind])
 
@@ -74,10 +94,11 @@ def same_bits(ours: Tensor, theirs: np.ndarray[Any, Any]) -> bool:
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_blocks_decode_bit_for_bit_as_gguf_py_does(kind: str) -> None:
     """Random bytes, so every code and every sort of scale occurs: subnormal, infinite, NaN."""
-    raw = np.random.default_rng(1).integers(0, 256, (100, 40 * BLOCKS[kind]), dtype=np.uint8)
-    with np.errstate(invalid="ignore"):  # gguf-py warns of infinite scales; ours must not
+    values, length, _ = BLOCKS[kind]
+    raw = np.random.default_rng(1).integers(0, 256, (100, 10 * length), dtype=np.uint8)
+    with np.errstate(all="ignore"):  # gguf-py warns of infinite scales; ours must not
         theirs = gguf.quants.dequantize(raw, Kind[kind])
-    assert same_bits(decode(raw.reshape(-1), kind, (100, 40 * 32)), theirs)
+    assert same_bits(decode(raw.reshape(-1), kind, (100, 10 * values)), theirs)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)])
@@ -88,27 +109,66 @@ def test_float_formats_keep_their_dtype_and_every_bit(kind: str, dtype: torch.dt
     assert ours.view(torch.uint8).numpy().tobytes() == raw.tobytes()
 
 
+NL4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def nibbles(packed: bytes) -> list[int]:
+    return [byte & 15 for byte in packed] + [byte >> 4 for byte in packed]
+
+
+def six_bits(packed: bytes) -> tuple[list[int], list[int]]:
+    """The eight scales and eight minima of Q4_K and Q5_K: six bits each, the last four's upper two set apart."""
+    scales = [packed[i] & 63 for i in range(4)] + [packed[8 + i] & 15 | packed[i] >> 6 << 4 for i in range(4)]
+    lows = [packed[4 + i] & 63 for i in range(4)] + [packed[8 + i] >> 4 | packed[4 + i] >> 6 << 4 for i in range(4)]
+    return scales, lows
+
+
 def by_hand(kind: str, block: bytes) -> list[float]:
-    """One block, straight from the format's description: scale d (fp16), minimum m (fp16, Q4_1), 32 codes."""
-    d = struct.unpack_from("<e", block)[0]
+    """One block, value by value, straight from the format's description (ggml-common.h), in double precision."""
+    d, m = ([struct.unpack_from("<e", block, at)[0] for at in BLOCKS[kind][2]] + [0.0, 0.0])[:2]
     if kind == "Q8_0":
         return [d * code for code in struct.unpack_from("<32b", block, 2)]
-    m = struct.unpack_from("<e", block, 2)[0] if kind == "Q4_1" else -8 * d
-    packed = block[-16:]
-    return [d * code + m for code in [byte & 15 for byte in packed] + [byte >> 4 for byte in packed]]
+    if kind in ("Q4_0", "Q4_1"):
+        return [d * code + (m if kind == "Q4_1" else -8 * d) for code in nibbles(block[-16:])]
+    if kind in ("Q5_0", "Q5_1"):
+        high = int.from_bytes(block[-20:-16], "little")
+        codes = [code | (high >> i & 1) << 4 for i, code in enumerate(nibbles(block[-16:]))]
+        return [d * code + (m if kind == "Q5_1" else -16 * d) for code in codes]
+    if kind == "IQ4_NL":
+        return [d * NL4[code] for code in nibbles(block[2:])]
+    if kind == "MXFP4":
+        return [2.0 ** (block[0] - 127) * FP4[code & 7] * (-1 if code & 8 else 1) for code in nibbles(block[1:])]
+    out = []
+    for i in range(256):
+        half, quarter, sixteenth, at = i // 128, i // 32 % 4, i // 16, i % 32  # of 256 values; place in a run of 32
+        if kind == "Q2_K":
+            code = block[16 + 32 * half + at] >> 2 * quarter & 3
+            out.append(d * (block[sixteenth] & 15) * code - m * (block[sixteenth] >> 4))
+        elif kind == "Q3_K":
+            code = (block[32 + 32 * half + at] >> 2 * quarter & 3) - (0 if block[at] >> i // 32 & 1 else 4)
+            low = block[96 + sixteenth % 8] >> (4 if sixteenth >= 8 else 0) & 15
+            scale = (low | (block[104 + sixteenth % 4] >> 2 * (sixteenth // 4) & 3) << 4) - 32
+            out.append(d * scale * code)
+        elif kind in ("Q4_K", "Q5_K"):
+            scales, lows = six_bits(block[4:16])
+            code = block[-128 + 32 * (i // 64) + at] >> (4 if i // 32 % 2 else 0) & 15
+            code |= (block[16 + at] >> i // 32 & 1) << 4 if kind == "Q5_K" else 0
+            out.append(d * scales[i // 32] * code - m * lows[i // 32])
+        else:  # Q6_K
+            low = block[64 * half + i % 64] >> (4 if i // 64 % 2 else 0) & 15
+            code = (low | (block[128 + 32 * half + at] >> 2 * quarter & 3) << 4) - 32
+            out.append(d * struct.unpack_from("b", block, 192 + sixteenth)[0] * code)
+    return out
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_blocks_decode_as_their_description_says(kind: str) -> None:
-    rng = np.random.default_rng(3)
-    for _ in range(50):
-        block = bytearray(rng.integers(0, 256, BLOCKS[kind], dtype=np.uint8).tobytes())
-        block[:2] = np.float16(rng.normal()).tobytes()
-        if kind == "Q4_1":
-            block[2:4] = np.float16(rng.normal()).tobytes()
-        ours = decode(np.frombuffer(bytes(block), np.uint8), kind, (32,))
-        # d * code is exact in float64 and rounded once or twice in fp32: at most 2 ulp of the larger addend.
-        torch.testing.assert_close(ours.double(), torch.tensor(by_hand(kind, bytes(block))).double(), rtol=0, atol=1e-4)
+    raw = random_rows(kind, 20, BLOCKS[kind][0], np.random.default_rng(3))
+    for block in raw:
+        ours, expected = decode(block, kind, (BLOCKS[kind][0],)), by_hand(kind, block.tobytes())
+        # Products are exact in float64 and rounded once or twice in fp32, relative to the larger addend.
+        torch.testing.assert_close(ours.double(), torch.tensor(expected).double(), rtol=1e-6, atol=2e-4)
 
 
 def test_decoding_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,14 +183,16 @@ def test_decoding_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.equal(decode(flat, "Q8_0", (24, 64)), pairs), chunk
 
 
-def test_a_large_tensor_is_decoded_in_little_memory_beside_its_output() -> None:
-    """NumPy's allocations are traced, torch's output is not: 64 MB of values come out of a few MB of temporaries."""
-    raw = np.zeros(4096 * 4096 // 32 * 34, dtype=np.uint8)
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q6_K", "MXFP4"])
+def test_a_large_tensor_is_decoded_in_little_memory_beside_its_output(kind: str) -> None:
+    """NumPy's allocations are traced, torch's output is not: 32 MB of values come out of a few MB of temporaries."""
+    values, length, _ = BLOCKS[kind]
+    raw = np.zeros(2048 * 4096 // values * length, dtype=np.uint8)
     tracemalloc.start()
-    out = decode(raw, "Q8_0", (4096, 4096))
+    out = decode(raw, kind, (2048, 4096))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert out.nbytes == 64 << 20
+    assert out.nbytes == 32 << 20
     assert peak < 32 << 20
 
 

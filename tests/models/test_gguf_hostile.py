@@ -119,16 +119,39 @@ BAD: dict[str, tuple[bytes, str]] = {
     "four dimensions of 2^63": (file([], [tensor("t", [BIG] * 4)], FOUR), "but the file has"),
     "type -1": (file([], [tensor("t", [4], kind=0xFFFFFFFF)], FOUR), "the unknown type 4294967295"),
     "removed type 4": (file([], [tensor("t", [32], kind=4)], FOUR * 4), "the unknown type 4"),
-    "Q4_K": (file([], [tensor("t", [256], kind=12)], bytes(144)), "tensor 't' is stored as Q4_K; only F32"),
-    "Q6_K": (file([], [tensor("t", [256], kind=14)], bytes(210)), "tensor 't' is stored as Q6_K; only F32"),
-    "MXFP4": (file([], [tensor("t", [32], kind=39)], bytes(17)), "tensor 't' is stored as MXFP4"),
+    "IQ2_XS": (file([], [tensor("t", [256], kind=17)], bytes(74)), "tensor 't' is stored as IQ2_XS; only F32"),
+    "IQ4_XS": (file([], [tensor("t", [256], kind=23)], bytes(136)), "tensor 't' is stored as IQ4_XS; only F32"),
+    "TQ1_0": (file([], [tensor("t", [256], kind=34)], bytes(54)), "tensor 't' is stored as TQ1_0"),
     "I8": (file([], [tensor("t", [32], kind=24)], bytes(32)), "tensor 't' is stored as I8"),
     **{
         f"{name} with a short last block": (
-            file([], [tensor("t", [size], kind=kind)], bytes(96)),
-            f"rows of {name} hold a multiple of 32",
+            file([], [tensor("t", [size], kind=kind)], bytes(512)),
+            f"rows of {name} hold a multiple of {block}",
         )
-        for name, kind, size in (("Q4_0", 2, 33), ("Q4_1", 3, 31), ("Q8_0", 8, 48))
+        for name, kind, size, block in (
+            ("Q4_0", 2, 33, 32),
+            ("Q4_1", 3, 31, 32),
+            ("Q8_0", 8, 48, 32),
+            ("Q5_0", 6, 16, 32),
+            ("Q5_1", 7, 63, 32),
+            ("IQ4_NL", 20, 65, 32),
+            ("MXFP4", 39, 8, 32),
+            ("Q2_K", 10, 255, 256),
+            ("Q3_K", 11, 32, 256),
+            ("Q4_K", 12, 288, 256),
+            ("Q5_K", 13, 128, 256),
+            ("Q6_K", 14, 257, 256),
+        )
+    },
+    **{
+        f"{name} one byte short": (file([], [tensor("t", [256, 2], kind=kind)], bytes(2 * size - 1)), "ends at byte")
+        for name, kind, size in (
+            ("Q2_K", 10, 84),
+            ("Q3_K", 11, 110),
+            ("Q4_K", 12, 144),
+            ("Q5_K", 13, 176),
+            ("Q6_K", 14, 210),
+        )
     },
     "offset unaligned": (
         file([], [tensor("t", [4], offset=8)], FOUR * 2),

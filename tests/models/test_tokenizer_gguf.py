@@ -66,6 +66,25 @@ CUTS: dict[str, dict[str, list[str]]] = {
         "don't DON'T": ["don", "'t", " DON", "'T"],
         "hi!!\n\nyo": ["hi", "!!\n\n", "yo"],
     },
+    "tekken": {
+        "a 1234 b": ["a", " ", "1", "2", "3", "4", " b"],
+        "don't DON'T": ["don", "'t", " DON", "'T"],
+        "helloWorld HTTPServer": ["hello", "World", " HTTPServer"],
+        "a/b/\n c": ["a", "/b", "/\n", " c"],
+        "e\u0301te\u0301": ["e\u0301te\u0301"],
+    },
+    "gpt-4o": {
+        "a 1234 b": ["a", " ", "123", "4", " b"],
+        "don't DON'T we'll": ["don't", " DON'T", " we'll"],
+        "helloWorld": ["hello", "World"],
+        "hi!/\n\nyo": ["hi", "!/\n\n", "yo"],
+    },
+    "deepseek-coder": {
+        "a 12\nb": ["a", " ", "1", "2", "\n", "b"],
+        "x=(y), z": ["x", "=", "(", "y", "),", " z"],
+        "\n\n": ["\n", "\n"],
+        "日本 text": ["日本", " text"],
+    },
     "default": {
         "a 1234 b": ["a", " ", "123", "4", " b"],
         "don't": ["don", "'", "t"],
@@ -79,7 +98,9 @@ def test_words_are_cut_by_the_named_rule(pre: str, text: str) -> None:
     assert words(build(pre), text) == CUTS[pre][text]
 
 
-OTHER_NAMES = {"starcoder": "smollm", "llama3": "llama-bpe", "llama-v3": "llama-bpe", "smaug-bpe": "llama-bpe"}
+OTHER_NAMES = dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone"), "smollm")
+OTHER_NAMES |= dict.fromkeys(("llama3", "llama-v3", "falcon3", "pixtral", "smaug-bpe", "dbrx"), "llama-bpe")
+OTHER_NAMES |= dict.fromkeys(("mpt", "phi-2", "trillion"), "gpt-2") | {"megrez": "qwen2", "llama4": "gpt-4o"}
 
 
 @pytest.mark.parametrize(("name", "same"), OTHER_NAMES.items())
@@ -88,11 +109,11 @@ def test_other_names_of_a_rule(name: str, same: str) -> None:
         assert words(build(name), text) == CUTS[same][text]
 
 
-@pytest.mark.parametrize("pre", ["llama-bpe", "llama3", "smaug-bpe", "gpt-2"])
+@pytest.mark.parametrize("pre", ["llama-bpe", "llama3", "tekken", "smaug-bpe", "dbrx", "gpt-4o", "gpt-2"])
 def test_llama3_takes_a_word_that_is_a_token_as_it_is(pre: str) -> None:
     """No merge leads to " hello"; Llama 3 (ignore_merges) finds it all the same, the others merge what they can."""
     tokens = build(pre).backend.encode(" hello").tokens
-    assert tokens == (["Ġhello"] if pre in ("llama-bpe", "llama3") else ["Ġhe", "ll", "o"])
+    assert tokens == (["Ġhello"] if pre in ("llama-bpe", "llama3", "tekken") else ["Ġhe", "ll", "o"])
 
 
 def test_qwen2_composes_characters_and_no_other_rule_does() -> None:
@@ -154,16 +175,33 @@ def test_missing_types_and_special_ids_leave_a_plain_tokenizer() -> None:
 # ---- what is refused
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "SentencePiece": ({"model": "llama"}, "tokenizer.ggml.model must be 'gpt2'"),
+    "WordPiece": ({"model": "bert"}, "tokenizer.ggml.model must be 'gpt2' or 'llama'"),
+    "SentencePiece without scores": ({"model": "llama"}, "tokenizer.ggml.scores must be an array of 265 numbers"),
+    "SentencePiece without types": (
+        {"model": "llama", "token_type": None},
+        "token_type must be an array of 265 numbers",
+    ),
+    "too few scores": ({"model": "llama", "scores": np.zeros(9, np.float32)}, "must be an array of 265 numbers"),
+    "truth values as scores": (
+        {"model": "llama", "scores": np.zeros(265, np.bool_)},
+        "must be an array of 265 numbers",
+    ),
+    "SentencePiece, no unknown": ({"model": "llama", "scores": np.zeros(265, np.float32)}, "letters would vanish"),
+    "a rule of blanks": (
+        {"model": "llama", "remove_extra_whitespaces": True},
+        "remove_extra_whitespaces must be absent: no SentencePiece BPE of llama.cpp has it, got True",
+    ),
+    "a normaliser": ({"model": "llama", "precompiled_charsmap": np.zeros(9, np.uint8)}, "precompiled_charsmap must be"),
+    "a prefix of 1": ({"model": "llama", "add_space_prefix": 1}, "add_space_prefix must be true or false, got 1"),
     "an array as model": ({"model": np.arange(3)}, "tokenizer.json), got array([0, 1, 2])"),
     "no model": ({"model": None}, "tokenizer.json), got nothing"),
-    "unknown rule": ({"pre": "smollm3"}, "tokenizer.ggml.pre must be one of deepseek-r1-qwen, "),
+    "unknown rule": ({"pre": "smollm3"}, "tokenizer.ggml.pre must be one of codeshell, command-r, "),
     "no rule": ({"pre": None}, "Hugging Face folder), got nothing"),
     "a rule that is a list": ({"pre": ["smollm"]}, "Hugging Face folder), got ['smollm']"),
     "no tokens": ({"tokens": None}, "tokenizer.ggml.tokens must be an array of strings that is not empty, got nothing"),
     "empty tokens": ({"tokens": []}, "that is not empty, got []"),
     "numbers as tokens": ({"tokens": np.arange(3)}, "must be an array of strings"),
-    "a token twice": ({"tokens": [*LETTERS, "he", "he"]}, "holds 'he' more than once"),
+    "a token twice": ({"tokens": [*LETTERS, "he", "he"], "token_type": None}, "holds 'he' more than once"),
     "no merges": ({"merges": None}, "tokenizer.ggml.merges must be an array of strings"),
     "a merge of one": ({"merges": ["h e", "he"]}, "tokenizer.ggml.merges[1] is 'he'; it must be two tokens"),
     "a merge of three": ({"merges": ["h e l"]}, "tokenizer.ggml.merges[0] is 'h e l'"),
@@ -172,6 +210,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an empty merge": ({"merges": [""]}, "tokenizer.ggml.merges[0] is ''"),
     "types of another length": ({"token_type": np.ones(3, np.int32)}, "token_type must be an array of"),
     "types as text": ({"token_type": ["1"]}, "token_type must be an array of"),
+    "a type of 7": ({"extra": {"<x>": 7}}, "token_type must be numbers from 0 to 6"),
     "eos outside": ({"eos_token_id": 100_000}, "eos_token_id must be a token id below 265, got 100000"),
     "bos negative": ({"bos_token_id": -1}, "bos_token_id must be a token id below 265, got -1"),
     "pad a truth value": ({"padding_token_id": True}, "padding_token_id must be a token id below 265, got True"),
