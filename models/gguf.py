@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..errors import EnvironmentProblem, InputError, shown
 
-READABLE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4")
-READABLE += ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")  # a name like Q4_K_M is a mixture of these
+_BY_256 = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")  # a name like Q4_K_M is a mixture of these
+READABLE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", *_BY_256)
 MAX_STRING_BYTES = 1 << 24
 MAX_NAME_BYTES = (1 << 16) - 1
 MAX_ARRAY_LENGTH = 1 << 24
