@@ -52,12 +52,14 @@ def sentencepiece_backend(where: str, found: Vocabulary) -> tokenizers.Tokenizer
         raise InputError(f"{where} has a token whose score is NaN or infinite. The file is damaged: get it again.")
     if longest := next((text for text in texts if len(text) > LONGEST), None):
         raise InputError(f"{where} has a token of {len(longest)} characters; at most {LONGEST} are taken.")
+    bytes_too = BYTE in types
     if found.unigram:
-        model: Any = models.Unigram(list(zip(texts, found.scores, strict=True)), unknown, byte_fallback=BYTE in types)
+        pieces = list(zip(texts, found.scores, strict=True))
+        backend = tokenizers.Tokenizer(models.Unigram(pieces, unknown, byte_fallback=bytes_too))
     else:
-        name = None if unknown is None else texts[unknown]
-        model = models.BPE(vocab, _merges(where, found), unk_token=name, fuse_unk=True, byte_fallback=BYTE in types)
-    backend = tokenizers.Tokenizer(model)
+        name, merges = None if unknown is None else texts[unknown], _merges(where, found)
+        joins = models.BPE(vocab, merges, unk_token=name, fuse_unk=True, byte_fallback=bytes_too)
+        backend = tokenizers.Tokenizer(joins)
     single = [normalizers.Replace(Regex(r"\A +|[ ▁]+\z| +(?= )"), "")] if found.collapse else []
     start = [normalizers.Prepend("▁")] if found.prefix else []
     backend.normalizer = normalizers.Sequence([*single, *start, normalizers.Replace(" ", "▁")])
