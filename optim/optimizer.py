@@ -1,9 +1,9 @@
-"""AdamW and Lion as torch.optim.Optimizers whose state is flat: 32 or 8 bits, one launch for all parameters of a group.
+"""AdamW and Lion as torch.optim.Optimizers whose state is flat: 32 or 8 bits, one launch for all of a group's.
 
 A step on a GPU is a few launches (step_triton.py), and the host waits for nothing unless an lr is a tensor there.
 Elsewhere, and where a parameter is fp64, plain PyTorch does it (update.py).
 
-A step takes what it reads and writes of the state in slices (`_launches`): one for each group, dtype and width, or one
+A step takes what it reads and writes of the state in slices (`_slices`): one for each group, dtype and width, or one
 for each page (paging.py). What it does to a slice is queued before it asks for the next.
 """
 
@@ -225,21 +225,19 @@ class FlatOptimizer(torch.optim.Optimizer):
 
             if self._tables is None:
                 self._tables = step_triton.Tables(self.rule, self._entries, self._states.values(), self._steps)
-            control = step_triton.step(self._tables, self._launches(), *settings)
+            control = step_triton.step(self._tables, self._slices(), *settings)
         else:
-            control = update.step(self.rule, self._entries, self._steps, self._launches(), *settings)
+            control = update.step(self.rule, self._entries, self._steps, self._slices(), *settings)
         self.grad_norm, self.skipped = control.norm, control.skip
 
-    def _launches(self) -> Iterator[list[Slice]]:
-        """Slices of what has a gradient; those together that one launch may update: of one group and dtype."""
+    def _slices(self) -> Iterator[Slice]:
+        """Slices of what has a gradient."""
         if self.pager is not None:
-            yield from ([part] for part in self.pager.visit())
+            yield from self.pager.visit()
             return
-        together: dict[tuple[int, torch.dtype], list[Slice]] = {}
         for state in self._states.values():
             if any(entry.gradient is not None and entry.size for entry in state.entries):
-                together.setdefault((state.group, state.dtype), []).append(state.unpaged())
-        yield from together.values()
+                yield state.unpaged()
 
     def evict_all(self) -> int:
         """Bring all paged state to the host; returns the bytes of the device given back, 0 without a budget."""

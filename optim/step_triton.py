@@ -1,14 +1,11 @@
-"""A step on CUDA: three launches at most for a group of one dtype, whatever the number of parameters.
+"""A step on CUDA: torch's norm where it is wanted, and two kinds of launches, whatever the number of parameters.
 
-1. `gradient_squares_kernel`, for each dtype and only where the norm is wanted: each chunk's sum of squared gradients.
-2. `step_factors_kernel`, for each group: norm, clipping and the decision to skip (the first group's launch), step
-   counts, and in float64 each parameter's factors.
-3. `optimizer_update_kernel` (update_triton.py), for each group and dtype: 32- and 8-bit states in one launch, or one
-   launch for each page.
+1. `step_factors_kernel`, for each group: clipping and the decision to skip (the first group's launch), step counts, and
+   in float64 each parameter's factors.
+2. `optimizer_update_kernel` (update_triton.py), for each group, dtype and width of state, or for each page.
 
 Kernels find parameters and gradients through a table of addresses, which is copied to the device again only when an
-address changed; no gradient is address 0. Grids depend on shapes alone. Partial sums are added in one order, so norms
-repeat to the bit.
+address changed; no gradient is address 0. Grids depend on shapes alone.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +21,7 @@ from ..kernels.codes import dynamic_code
 from ..kernels.dispatch import on_device
 from .state import CHUNK, Entry, FlatState, Slice
 from .update import NARROW, Control, Group, Rule, gradient_norm
-from .update_triton import DTYPES, TILE_SIZE, at, below, is_even, optimizer_update_kernel
+from .update_triton import DTYPES, TILE_SIZE, optimizer_update_kernel
 
 
 class Tables:
@@ -41,13 +38,6 @@ class Tables:
         self._offsets = {state: chunks[:, 3] for state, chunks in rows.items()}
         self._chunks = {state: torch.from_numpy(chunks).to(device) for state, chunks in rows.items()}
         self.groups = list(dict.fromkeys(state.group for state in rows))
-        self.partial = torch.empty(sum(map(len, rows.values())), dtype=torch.float64, device=device)
-        self.squares: list[tuple[torch.dtype, Tensor, Tensor]] = []  # dtype, its chunks, their place in `partial`
-        first = 0
-        for dtype in dict.fromkeys(state.dtype for state in rows):
-            chunks = torch.cat([self._chunks[state] for state in rows if state.dtype == dtype])
-            self.squares.append((dtype, chunks, self.partial[first : first + len(chunks)]))
-            first += len(chunks)
 
     def find(self) -> None:
         """Bring the addresses up to date."""
@@ -71,7 +61,7 @@ class Tables:
 
 def step(
     tables: Tables,
-    launches: Iterator[list[Slice]],
+    parts: Iterator[Slice],
     groups: list[Group],
     max_norm: float | None,
     found_inf: Tensor | None,
@@ -79,57 +69,43 @@ def step(
 ) -> Control:
     """One step of all entries that have a gradient. `rounded`: weights of 16 bits stochastically."""
     tables.find()
-    cut = max_norm is not None and any(entry.groups for entry in tables.entries)
-    squares = gradient_norm(tables.entries, tables.steps.device).square().view(1) if cut else tables.partial
-    for dtype, chunks, partial in tables.squares if max_norm is not None and not cut else ():
-        if len(chunks):
-            with on_device(tables.steps):
-                gradient_squares_kernel[(len(chunks),)](
-                    *(tables.addresses, chunks, partial),
-                    DTYPE=DTYPES[dtype],
-                    CHUNK=CHUNK,
-                    num_warps=8,
-                    enable_fp_fusion=True,
-                )
-    control = None if max_norm is None and found_inf is None else tables.factors.new_empty(3)  # scale, skip, norm
+    norm = None if max_norm is None else gradient_norm(tables.entries, tables.steps.device)
+    control = None if max_norm is None and found_inf is None else tables.factors.new_empty(2)  # scale, skip
     for group in tables.groups:
         settings = groups[group]
         doubles = float(settings["lr"]), settings["weight_decay"], *settings["betas"]
         with on_device(tables.steps):
             step_factors_kernel[(1,)](
                 *(tables.addresses, tables.numbers, tables.steps, tables.factors),
-                *((None, None) if max_norm is None else (squares, float(max_norm))),
+                *(norm, 0.0 if max_norm is None else float(max_norm)),
                 control,
                 None if found_inf is None else found_inf.to(tables.steps.device, torch.float32),
-                *(len(squares), len(tables.entries), group),
+                *(len(tables.entries), group),
                 *(np.float64(x).view(np.int64).item() for x in doubles),
                 FIRST=group == tables.groups[0],
                 LION=tables.rule.name == "lion",
-                PARTS=4096,
                 BLOCK=256,
                 num_warps=8,
                 enable_fp_fusion=True,
             )
-    for parts in launches:
-        _update(tables, control, groups[parts[0].state.group], parts, rounded)
+    for part in parts:
+        _update(tables, control, groups[part.state.group], part, rounded)
     if control is None:
         return Control(None, None)
-    return Control(control[1], None if max_norm is None else control[2])
+    return Control(control[1], None if norm is None else norm.float())
 
 
-def _update(tables: Tables, control: Tensor | None, group: Group, parts: list[Slice], rounded: bool) -> None:
-    """One launch over the chunks of `parts`: slices of one group and dtype, at most one of each width of state."""
-    found = [(part, chunks) for part in parts if len(chunks := tables.chunks(part))]
-    if not found:
+def _update(tables: Tables, control: Tensor | None, group: Group, part: Slice, rounded: bool) -> None:
+    """One launch over the chunks of a slice."""
+    chunks, device, dtype = tables.chunks(part), tables.steps.device, part.state.dtype
+    if not len(chunks):
         return
-    counts = {part.state.bits: len(chunks) for part, chunks in found}
-    states = {part.state.bits: (chunks, part.start, *part.tensors.values()) for part, chunks in found}
-    device, dtype, (beta1, beta2) = tables.steps.device, parts[0].state.dtype, group["betas"]
-    maps = tuple(of(s, device) for of in (dynamic_code, _borders) for s in (True, False)) if 8 in states else None
+    beta1, beta2 = group["betas"]
+    maps = [of(s, device) for of in (dynamic_code, _borders) for s in (True, False)]
     with on_device(tables.steps):
-        optimizer_update_kernel[(sum(counts.values()) * (CHUNK // TILE_SIZE),)](
+        optimizer_update_kernel[(len(chunks) * (CHUNK // TILE_SIZE),)](
             (tables.addresses, tables.numbers, tables.factors, tables.steps),
-            *(control, states.get(32), states.get(8), maps, counts.get(32, 0)),
+            *(control, (chunks, part.start, *part.tensors.values()), tuple(maps) if part.state.bits == 8 else None),
             (beta1, 1 - beta1, beta2, 1 - beta2, group.get("eps", 0.0)),
             DTYPE=DTYPES[dtype],
             LION=tables.rule.name == "lion",
@@ -146,32 +122,11 @@ def _borders(signed: bool, device: torch.device) -> Tensor:
     return (code[:-1].double() + code[1:].double()) / 2
 
 
-@triton.jit
-def gradient_squares_kernel(addresses, chunks, partial, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
-    """Partial sums of the squares of all gradients of one dtype, for their norm."""
-    chunk = tl.program_id(0).to(tl.int64)
-    row, start = tl.load(chunks + 4 * chunk), tl.multiple_of(tl.load(chunks + 4 * chunk + 1), 256)
-    address = tl.load(addresses + 2 * row + 1)
-    length = tl.where(address == 0, 0, tl.load(chunks + 4 * chunk + 2))
-    if is_even(address, length):
-        total = _sum_of_squares(address, start, length, DTYPE, True, CHUNK)
-    else:
-        total = _sum_of_squares(address, start, length, DTYPE, False, CHUNK)
-    tl.store(partial + chunk, total)
-
-
-@triton.jit
-def _sum_of_squares(address, start, length, DTYPE: tl.constexpr, EVEN: tl.constexpr, CHUNK: tl.constexpr):
-    i = tl.arange(0, CHUNK)
-    values = tl.load(at(address, start, DTYPE, EVEN) + i, mask=below(i, length, EVEN), other=0.0).to(tl.float32)
-    return tl.sum(values * values, axis=0).to(tl.float64)
-
-
-@triton.jit(do_not_specialize=["parts", "entries", "group", "lr", "weight_decay", "beta1", "beta2"])
+@triton.jit(do_not_specialize=["entries", "max_norm", "group", "lr", "weight_decay", "beta1", "beta2"])
 def step_factors_kernel(
-    addresses, numbers, steps, factors, partial, max_norm, control, found_inf, parts, entries, group,
+    addresses, numbers, steps, factors, norm, max_norm, control, found_inf, entries, group,
     lr: tl.int64, weight_decay: tl.int64, beta1: tl.int64, beta2: tl.int64,
-    FIRST: tl.constexpr, LION: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    FIRST: tl.constexpr, LION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What each parameter's update is multiplied by, its step count, and whether the step is skipped.
 
@@ -183,22 +138,17 @@ def step_factors_kernel(
     skip = tl.full([], 0.0, tl.float32)
     if control is not None:
         if FIRST:
-            if partial is not None:
-                squares = tl.zeros([PARTS], tl.float64)
-                for first in range(0, parts, PARTS):
-                    part = first + tl.arange(0, PARTS)
-                    squares += tl.load(partial + part, mask=part < parts, other=0.0)
-                norm = tl.sqrt(tl.sum(squares, axis=0))
-                scale = tl.minimum(max_norm / (norm + 1e-6), 1.0).to(tl.float32)
-                skip = tl.where(norm < float("inf"), 0.0, 1.0)  # NaN is not
+            if norm is not None:
+                total = tl.load(norm)
+                scale = tl.minimum(max_norm / (total + 1e-6), 1.0).to(tl.float32)
+                skip = tl.where(total < float("inf"), 0.0, 1.0)  # NaN is not
                 tl.store(control, scale)
-                tl.store(control + 2, norm.to(tl.float32))
             if found_inf is not None:
                 skip = tl.where(tl.load(found_inf) != 0, 1.0, skip)
             tl.store(control + 1, skip)
         else:
             skip = tl.load(control + 1)
-            if partial is not None:
+            if norm is not None:
                 scale = tl.load(control)
     lr = wide + _float64(lr)
     decay = 1.0 - lr * _float64(weight_decay)

@@ -11,7 +11,6 @@ in torch.optim's order, so that fp32 results agree to the last bits.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
@@ -160,7 +159,7 @@ def step(
     rule: Rule,
     entries: Sequence[Entry],
     steps: Tensor,
-    launches: Iterator[list[Slice]],
+    parts: Iterator[Slice],
     groups: list[Group],
     max_norm: float | None,
     found_inf: Tensor | None,
@@ -172,7 +171,7 @@ def step(
         steps += torch.tensor([float(e.gradient is not None) for e in entries]).to(steps.device)
         work = update_cpu if path_for(steps) == "cpu" else update_reference
         scale, known = 1.0 if control.scale is None else control.scale.item(), steps.tolist()
-        for part in chain.from_iterable(launches):
+        for part in parts:
             work(part, rule, groups[part.state.group], known, scale, rounded and part.state.dtype in NARROW)
     return control
 

@@ -1,4 +1,4 @@
-"""The update of all parameters of one dtype in one launch: AdamW or Lion, 32-bit and 8-bit states side by side.
+"""The update of all parameters of one dtype and width of state in one launch: AdamW or Lion.
 
 A program takes a part of one chunk: it finds its parameter and gradient by their addresses, its state by its offset,
 and does the whole step in registers. 8-bit states take the exactly nearest code: arithmetic on the map's rule
@@ -23,35 +23,21 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 def _name(specialization: Any) -> str:
     """What a profiler shows, such as adamw_8bit_update_kernel."""
-    constants = specialization.constants
-    widths = [bits for bits in ("32bit", "8bit") if f"state_{bits}" not in constants]  # None is a constant
-    return "_".join(["lion" if constants["LION"] else "adamw", *widths, "update_kernel"])
+    constants = specialization.constants  # None is one
+    return f"{'lion' if constants['LION'] else 'adamw'}_{'32bit' if 'maps' in constants else '8bit'}_update_kernel"
 
 
-@triton.jit(do_not_specialize=["count_32bit"], repr=_name)
+@triton.jit(repr=_name)
 def optimizer_update_kernel(
-    tables, control, state_32bit, state_8bit, maps, count_32bit, rule, DTYPE: tl.constexpr, LION: tl.constexpr,
-    ROUNDED: tl.constexpr
+    tables, control, state, maps, rule, DTYPE: tl.constexpr, LION: tl.constexpr, ROUNDED: tl.constexpr
 ):  # fmt: skip
     """One tile of weights and state, after one step of the rule.
 
-    A state is its table of chunks, where its tensors begin, and these: moments, or codes and scales of each.
+    A state is its table of chunks, where its tensors begin, and these: moments, or where there are maps, codes and
+    scales of each. Weights and gradients are found by address; where nothing may change, the length is 0.
     """
-    chunk = tl.program_id(0).to(tl.int64) // TILES
-    if state_32bit is not None:  # noqa: SIM102  # one is known to the compiler, the other is not
-        if chunk < count_32bit:
-            _tile(tables, control, state_32bit, None, chunk, rule, DTYPE, LION, ROUNDED)
-    if state_8bit is not None:  # noqa: SIM102  # as above
-        if chunk >= count_32bit:
-            _tile(tables, control, state_8bit, maps, chunk - count_32bit, rule, DTYPE, LION, ROUNDED)
-
-
-@triton.jit
-def _tile(
-    tables, control, state, maps, chunk, rule, DTYPE: tl.constexpr, LION: tl.constexpr, ROUNDED: tl.constexpr
-):  # fmt: skip
-    """Find a tile's weights and gradients, by address, and its place; length 0 where nothing may change."""
-    addresses, where, first = tables[0], state[0] + 4 * chunk, tl.program_id(0) % TILES * TILE
+    chunk, first = tl.program_id(0).to(tl.int64) // TILES, tl.program_id(0) % TILES * TILE
+    addresses, where = tables[0], state[0] + 4 * chunk
     row, start = tl.load(where), tl.multiple_of(tl.load(where + 1) + first, 256)
     length = tl.minimum(tl.maximum(tl.load(where + 2) - first, 0), TILE)
     offset = tl.multiple_of(tl.load(where + 3) - state[1] + first, 256)

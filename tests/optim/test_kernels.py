@@ -244,12 +244,12 @@ def test_writes_nothing_beside_its_parameters(make: Any) -> None:
         assert buffer.cpu()[:, outside].isnan().all()
 
 
-def test_at_most_three_launches(launches: list[str]) -> None:
-    """For any number of parameters with states of both widths; without a norm, two."""
+def test_one_launch_and_one_for_each_width(launches: list[str]) -> None:
+    """For any number of parameters, beside torch's for the norm."""
     ps = parameters([(300,)] * 5 + [(5000,)] * 2, path="triton")
-    every = ["gradient_squares_kernel", "step_factors_kernel", "optimizer_update_kernel"]
-    for norm, expected in ((1.0, every), (None, every[1:])):
-        optimizer = AdamW8bit(ps, max_grad_norm=norm)
+    for least, widths in ((4096, 2), (1, 1)):
+        expected = ["step_factors_kernel"] + ["optimizer_update_kernel"] * widths
+        optimizer = AdamW8bit(ps, max_grad_norm=1.0, min_8bit_size=least)
         give_gradients(ps, seed=0)
         for _ in range(2):
             launches.clear()
