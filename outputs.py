@@ -68,7 +68,9 @@ class Output:
         self.path, self.name, self.rows, self.written = Path(path), name, list[str](), 0
         self.partial: Path | None = None
         self.stdout = os.fspath(path) == "-"
-        inputs, there = list(inputs), None if self.stdout else _look(path, name)
+        inputs, there = list(inputs), None if self.stdout else _stat(path)
+        if not there and not self.stdout and ("\0" in os.fspath(path) or not _is_free(path)):
+            raise InputError(f"{name} {path} must be a file in a folder that exists")
         check_apart(path, f"{name} {path}", inputs)
         if self.stdout or (there and (out := _stat(1)) and os.path.samestat(there, out)):
             if sys.stdout is None:
@@ -177,16 +179,10 @@ class Output:
             file.flush()
 
 
-def _look(path: StrPath, name: str) -> os.stat_result | None:
-    """What stands at the path, links followed; None for a place that is free. InputError for no place at all."""
-    try:
-        return os.stat(path)
-    except FileNotFoundError:
-        if path and os.path.isdir(os.path.dirname(os.path.realpath(path))):
-            return None
-        raise InputError(f"{name} {path} must be a file in a folder that exists") from None
-    except (OSError, ValueError) as error:  # a loop of links, a file where a folder should be, too long, a NUL
-        raise InputError(f"{name} {path} is no place to write: {getattr(error, 'strerror', error)}") from None
+def _is_free(path: StrPath) -> bool:
+    """Whether a file may be made where nothing can be opened: not at a link that leads round, nor in no folder."""
+    place = Path(os.path.realpath(path))
+    return place.parent.is_dir() and not os.path.lexists(place)
 
 
 def _stat(path: StrPath | int) -> os.stat_result | None:

@@ -1,4 +1,4 @@
-"""What other tools call our options: used only in the error for a name we do not know.
+"""What other tools call our options and commands: used only in the error for a name we do not know.
 
 The other names are never accepted. A setting that means two things in two tools would run the wrong training in
 silence; an error with the right name costs one retry.
@@ -7,10 +7,10 @@ silence; an error with the right name costs one retry.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-# our option -> names elsewhere (TRL and transformers, axolotl, LLaMA-Factory, litgpt, mlx-lm, Unsloth)
+# ours -> names elsewhere (TRL and transformers, axolotl, LLaMA-Factory, litgpt, mlx-lm, Unsloth)
 ELSEWHERE = {
     "model": "model_name_or_path base_model checkpoint_dir model_name model_id hf_path",
-    "data": "dataset datasets dataset_name data_path train_file train_data path",
+    "data": "dataset datasets dataset_name data_path train_file train_data path preprocess preview",
     "val": "val_set_size val_size eval_dataset validation_file val_split val_data",
     "quant": "load_in_4bit quantization_bit quantize quantization bits",
     "rank": "r lora_r lora_rank adapter_rank",
@@ -62,6 +62,14 @@ ELSEWHERE = {
     "reference_cache": "precompute_ref_log_probs precompute_ref",
     "truncation": "truncation_mode",
     "max_new_tokens": "max_tokens max_new_token max_length_generation",
+    # commands
+    "sft": "train finetune fine_tune finetune_lora lora qlora",
+    "dpo": "preference orpo kto simpo cpo ipo rlhf",
+    "reward": "rm reward_model reward_modeling rw",
+    "distill": "distillation distil kd gkd minillm",
+    "eval": "evaluate test lm_eval",
+    "generate": "inference predict infer",
+    "doctor": "env info check",
 }
 SYNONYMS = {theirs: ours for ours, names in ELSEWHERE.items() for theirs in names.split()}
 
@@ -91,9 +99,9 @@ REMARKS = {theirs: note for note, names in NOTES.items() for theirs in names.spl
 
 
 def hint(name: str, known: Iterable[str], *, flag: bool = False) -> str:
-    """What to write instead of the unknown option `name`, as the end of a sentence; empty when nothing is near.
+    """What to write instead of the unknown option or command `name`, as the end of a sentence; "" when nothing is near.
 
-    known: the options there are. flag: write them as flags.
+    known: those there are. flag: write them as flags.
     """
 
     def spelled(ours: str) -> str:

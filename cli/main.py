@@ -15,10 +15,10 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from difflib import get_close_matches
 
 from .. import __version__
 from ..errors import FourbitError, InputError, clean
+from ..synonyms import hint
 from ..trainer.interrupt import remembered_ctrl_c
 from .parse import help_page, parse
 
@@ -34,16 +34,6 @@ COMMANDS = {
     "doctor": "what is installed, what the machine has, and what will be used",
 }
 PACKAGE = __name__.partition(".")[0]
-ELSEWHERE = {  # what other tools call them
-    "sft": "train finetune fine-tune finetune_lora lora qlora",
-    "dpo": "preference orpo kto simpo cpo ipo rlhf",
-    "reward": "rm reward_model reward-model reward_modeling rw",
-    "distill": "distillation distil kd gkd minillm",
-    "eval": "evaluate test lm-eval",
-    "generate": "inference predict infer",
-    "data": "preprocess preview dataset",
-    "doctor": "env info check",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,7 +134,4 @@ def usage() -> str:
 def _unknown(name: str) -> str:
     if name.startswith("-"):
         return f"a command comes first, got {name!r}: one of {', '.join(COMMANDS)}"
-    theirs = {word: ours for ours, words in ELSEWHERE.items() for word in words.split()}
-    near = theirs.get(name.lower()) or next(iter(get_close_matches(name, COMMANDS, n=1)), None)
-    hint = f"did you mean fourbit {near}?" if near else f"there are {', '.join(COMMANDS)}"
-    return f"unknown command {name!r}; {hint}"
+    return f"unknown command {name!r}" + (hint(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}")
