@@ -1,4 +1,4 @@
-"""Attach adapters to the linear layers of any module, and copies of what else is to be trained to their modules."""
+"""Attach adapters to layers of any module, and copies of what else is to be trained to their modules."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..settings import DType, floating
 from .adapter import DEFAULT, Adapter, AdapterLayer, Copies, Whole, adapter_layers, refuse_second, replace_modules, use
 from .config import LoRAConfig
+from .embedding4bit import NF4Embedding
 from .linear4bit import Module4bit
 from .lora import LoRA
 from .peft_config import PeftConfig, PeftLike, from_peft
@@ -45,13 +46,16 @@ def attach(
     generator or, with a `seed`, from that and its own path alone, on every device the same if it draws on the CPU.
     Adapters and copies are fp32 masters unless `dtype` says otherwise. The new one is active.
     Raises InputError for an entry or a pattern that matches nothing, a tied or 4-bit weight or a ParameterList in
-    `modules_to_save`, a model that carries an adapter of this name already; the model is left untouched then.
+    `modules_to_save`, an embedding that another is tied to (a tied head keeps the base's weight), a model that carries
+    an adapter of this name already; the model is left untouched then.
     """
     read = PeftConfig(config) if isinstance(config, LoRAConfig) else from_peft(config)
     lora = read.lora_for(model)
     paths = [path for path in resolve(model, lora) if read.in_layers(path)]
     for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         check_patterns_used(field, patterns, paths)
+    tables = {path: m for path, m in base_modules(model).items() if isinstance(m, nn.Embedding | NF4Embedding)}
+    _refuse_tied(tables, {path: ["weight", "packed"] for path in paths if path in tables})
     parts = dict(fresh(model, lora, paths, layer, seed, floating(dtype)))
     install(model, parts, name)
     return list(parts)
@@ -107,7 +111,7 @@ def _whole(modules: Mapping[str, nn.Module], entries: Iterable[str]) -> dict[str
 
 
 def _refuse_tied(modules: Mapping[str, nn.Module], copied: Mapping[str, Iterable[str]]) -> None:
-    """InputError if a tensor to be copied has a second place, where it would stay what it is, or drift apart."""
+    """InputError if a tensor to be trained has a second place, where it would stay what it is, or drift apart."""
     copies = {id(modules[path]._parameters.get(n)): f"{path}.{n}" for path, names in copied.items() for n in names}
     for path, module in modules.items():
         for name, parameter in module._parameters.items():

@@ -17,7 +17,8 @@ class LoRAConfig(Checked):
     """Settings of LoRA (Hu et al. 2021): rank r and alpha give W + (alpha / r) B A; rsLoRA divides by sqrt(r) instead.
 
     target: "all-linear" (every linear layer but output heads), "attn", "mlp", a list of names (full paths or their
-        last parts), or one string taken as a regular expression that must match a full path.
+        last parts), or one string taken as a regular expression that must match a full path. Embeddings and
+        convolutions get an adapter where they are named.
     exclude: a list of names or a regular expression, in the same way; it wins over `target`.
     rank_pattern, alpha_pattern: regular expression on the end of a path -> its own rank or alpha; the first key that
         matches, in dict order, counts. Each is looked up by itself.

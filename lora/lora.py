@@ -1,18 +1,23 @@
-"""LoRA, the plain kind of adapter: a trainable low-rank update beside a frozen layer."""
+"""LoRA, the plain kind of adapter: a trainable low-rank update beside a frozen linear layer, embedding, convolution."""
 
 import math
-from typing import Self
+from typing import Any, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError
+from ..kernels import dispatch
 from ..kernels.lora_paths import lora_update
 from ..settings import checked
 from .adapter import Adapter, LowRank
 from .config import LoRAConfig
+from .embedding4bit import NF4Embedding
 from .lazy_weight import autocast_input
-from .linear4bit import NF4Linear, sizes
+from .linear4bit import NF4Linear, is_conv1d, sizes
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:
@@ -28,41 +33,42 @@ class LoRA(Adapter):
     Raises InputError for a rank below 1; one above min(in, out) is taken, as PEFT does, and wastes parameters alone.
     """
 
-    def __init__(
-        self, base: nn.Linear | NF4Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False
-    ) -> None:
+    keys = "lora_A.weight", "lora_B.weight"  # what files call A and B
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
         super().__init__()
-        in_features, out_features = sizes(base)
         checked("rank", rank, int, {"least": 1})
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
-        device, bound = base.weight.device, 1 / math.sqrt(in_features)
-        start = torch.empty(rank, in_features, device="cpu").uniform_(-bound, bound)  # one start on every device
-        self.lora_A = nn.Parameter(start.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
+        (A, B), device = self.shapes(base, rank), next(base.parameters()).device
+        bound = 1 / math.sqrt(math.prod(A[1:]))
+        self.lora_A = nn.Parameter(torch.empty(A, device="cpu").uniform_(-bound, bound).to(device))  # alike on each
+        self.lora_B = nn.Parameter(torch.zeros(B, device=device))
 
     @classmethod
-    def of(cls, base: nn.Linear | NF4Linear, config: LoRAConfig) -> Self:
-        """The part that `config` describes."""
-        return cls(base, config.rank, config.alpha, config.dropout, config.rslora)
+    def of(cls, base: nn.Module, config: LoRAConfig) -> "LoRA":
+        """The part that `config` describes; LoRA makes of an embedding or a convolution the kind that those need."""
+        kind = lora_kind(base) if cls is LoRA else cls
+        return (kind or cls)(base, config.rank, config.alpha, config.dropout, config.rslora)
+
+    @classmethod
+    def shapes(cls, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B for that base."""
+        in_features, out_features = sizes(cast(nn.Linear, base))
+        return (rank, in_features), (out_features, rank)
 
     @property
     def scale(self) -> float:
         """What B A is multiplied by."""
         return scale_of(self.alpha, self.rank, self.rslora)
 
-    @property
-    def drop(self) -> float:
-        """The dropout of this mode: none outside training."""
-        return self.dropout if self.training else 0.0
-
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         x = autocast_input(x)
-        h = F.dropout(x, self.drop) if self.drop else x
-        return lora_update(y, h, self.lora_A, self.lora_B, self.scale)
+        return lora_update(y, F.dropout(x, self.dropout, self.training), self.lora_A, self.lora_B, self.scale)
 
     def low_rank(self) -> LowRank | None:
-        # a subclass may compute something else
-        return LowRank(self.lora_A, self.lora_B, self.scale, self.drop) if type(self) is LoRA else None
+        if type(self) is not LoRA:  # a subclass may compute something else
+            return None
+        return LowRank(self.lora_A, self.lora_B, self.scale, self.dropout if self.training else 0.0)
 
     def delta(self, weight: Tensor) -> Tensor:
         return self.scale * (self.lora_B.to(weight.dtype) @ self.lora_A.to(weight.dtype))
@@ -71,10 +77,113 @@ class LoRA(Adapter):
         return not bool(self.lora_B.any())
 
     def state(self) -> dict[str, Tensor]:
-        return {"lora_A.weight": self.lora_A.detach(), "lora_B.weight": self.lora_B.detach()}
+        return dict(zip(self.keys, (self.lora_A.detach(), self.lora_B.detach()), strict=True))
 
     def peft_fields(self) -> dict[str, float]:
         return {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "use_rslora": self.rslora}
 
+    def is_pefts(self) -> bool:
+        """Whether PEFT computes the same of the same tensors, so that the files are its own."""
+        return type(self) in (LoRA, LoRAEmbedding)
+
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+class LoRAEmbedding(LoRA):
+    """y + scale * B A[:, x] for an embedding's ids x [...] and rows y [..., dim], times its embed_scale if it has one.
+
+    As in PEFT `lora_A` [r, vocabulary] starts at zero and `lora_B` [dim, r] normal, nothing is dropped, and the column
+    of padding_idx gets no gradient. Raises InputError for max_norm.
+    """
+
+    keys = "lora_embedding_A", "lora_embedding_B"
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
+        if (max_norm := getattr(base, "max_norm", None)) is not None:
+            raise InputError(f"an embedding with max_norm={max_norm} rewrites its own weight, and takes no LoRA")
+        super().__init__(base, rank, alpha, 0.0, rslora)
+        with torch.no_grad():
+            self.lora_A.zero_(), self.lora_B.copy_(torch.randn(self.lora_B.shape, device="cpu"))
+        self.padding_idx = getattr(base, "padding_idx", None)
+        self.embed_scale = float(getattr(base, "scalar_embed_scale", getattr(base, "embed_scale", 1.0)))
+
+    @classmethod
+    def shapes(cls, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        rows, columns = cast(Tensor, base.weight).shape
+        return (rank, rows), (columns, rank)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        dtype = dispatch.product_dtype(y)
+        s = F.embedding(x, self.lora_A.t(), self.padding_idx).to(dtype)  # [..., r]
+        return y + (self.scale * self.embed_scale * (s @ self.lora_B.to(dtype).t())).to(y.dtype)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return super().delta(weight).t()
+
+    def is_idle(self) -> bool:
+        return not bool(self.lora_A.any())
+
+
+class LoRAConv(LoRA):
+    """LoRA of a convolution's weight: A [r, in / groups, kernel...] in its place, then B [out, r / groups, 1...].
+
+    A is applied with stride, padding, dilation and groups of the base, so that the update is a change of its weight.
+    PEFT's ignores groups in A, dilation and padding modes: files for such bases are not its own (`is_pefts`).
+    Raises InputError for a rank that the groups do not divide.
+    """
+
+    def __init__(self, base: Conv, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
+        if rank % base.groups:
+            raise InputError(f"a convolution of {base.groups} groups needs a rank that they divide, got {rank}")
+        super().__init__(base, rank, alpha, dropout, rslora)
+        kind: Any = conv_kind(base)
+        settings = base.kernel_size, base.stride, base.padding, base.dilation
+        more = {"groups": base.groups, "bias": False, "device": "meta"}
+        self.down = kind(base.in_channels, rank, *settings, padding_mode=base.padding_mode, **more)
+        self.up = kind(rank, base.out_channels, 1, **more)
+        del self.down.weight, self.up.weight  # how to convolve, and nothing else
+
+    @classmethod
+    def shapes(cls, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        (out, within, *kernel), groups = cast(Tensor, base.weight).shape, cast(Conv, base).groups
+        return (rank, within, *kernel), (out, rank // groups, *(1 for _ in kernel))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = autocast_input(x)
+        s = self.down._conv_forward(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype), None)
+        return y + (self.scale * self.up._conv_forward(s, self.lora_B.to(x.dtype), None)).to(y.dtype)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        A, B = (part.to(weight.dtype).flatten(1) for part in (self.lora_A, self.lora_B))
+        within = A.unflatten(0, (self.up.groups, -1))  # [groups, r / groups, in / groups * kernel]
+        return self.scale * (B.unflatten(0, (self.up.groups, -1)) @ within).reshape(weight.shape)
+
+    def is_pefts(self) -> bool:
+        return self.down.groups == 1 and self.down.padding_mode == "zeros" and set(self.down.dilation) == {1}
+
+
+def conv_kind(layer: nn.Module) -> type[Any] | None:
+    """nn.Conv1d, 2d or 3d, if the layer computes what that does."""
+    return next((kind for kind in get_args(Conv) if type(layer).forward is kind.forward), None)
+
+
+def lora_kind(layer: nn.Module) -> type[LoRA] | None:
+    """Which LoRA fits a layer, by what it computes: a subclass with a forward of its own may compute anything.
+
+    An embedding that multiplies its rows by `embed_scale`, and holds nothing else, is known (Gemma's, BART's).
+    """
+    if is_linear(layer):
+        return LoRA
+    if conv_kind(layer):
+        return LoRAConv
+    scaled = (
+        isinstance(layer, nn.Embedding) and hasattr(layer, "embed_scale") and layer._parameters.keys() == {"weight"}
+    )
+    plain = type(layer).forward is nn.Embedding.forward or isinstance(layer, NF4Embedding)
+    return LoRAEmbedding if plain or scaled else None
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether it computes x W^T + bias. A subclass of nn.Linear that has a forward of its own may compute anything."""
+    return type(layer).forward is nn.Linear.forward or isinstance(layer, NF4Linear) or is_conv1d(layer)

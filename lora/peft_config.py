@@ -18,8 +18,8 @@ from torch import nn
 from ..errors import InputError, shown
 from .adapter import Adapter, Whole
 from .config import LoRAConfig, pattern_value
-from .lora import LoRA, scale_of
-from .targets import CLASSIFIERS, base_modules, linear_layers, matcher, output_heads, vocabulary_heads
+from .lora import LoRA, LoRAConv, scale_of
+from .targets import CLASSIFIERS, adaptable_layers, base_modules, linear_layers, matcher, output_heads, vocabulary_heads
 
 REQUIRED = ("r", "lora_alpha", "target_modules")
 FIELDS = {  # PEFT's name -> that of LoRAConfig
@@ -34,6 +34,7 @@ HARMLESS = {  # what they hold has no part in the forward pass of a saved adapte
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 }  # fmt: skip
 KIND = "fourbit."  # what a peft_type that PEFT does not have begins with: an adapter of another kind than LoRA
+OWN = KIND + "LoRA"  # or LoRA where PEFT's is another
 STARTS_THAT_KEEP_THE_BASE = ("true", "false", "gaussian", "orthogonal", "eva")  # others rewrite the base weights too
 
 PATH_LENGTH = 64  # characters of a module's path: what a match reads, and what a repetition may give back one by one
@@ -51,7 +52,7 @@ class PeftConfig:
     layers_pattern: tuple[str, ...] = ()
 
     def targeted(self, model: nn.Module) -> list[str] | None:
-        """Paths of the linear layers of `model` that the file means, in module order, by PEFT's (lenient) rules.
+        """Paths of the layers of `model` that the file means, in module order, by PEFT's (lenient) rules.
 
         None if that takes a regular expression that could run without end; the file's tensors must tell then.
         """
@@ -60,7 +61,8 @@ class PeftConfig:
             return None
         spared = output_heads(model) if everything else set()
         wanted, unwanted = matcher(target), matcher(exclude)
-        layers = [path for path in linear_layers(model) if path not in spared and not unwanted(path)]
+        there = linear_layers(model) if everything else adaptable_layers(model)
+        layers = [path for path in there if path not in spared and not unwanted(path)]
         return [path for path in layers if everything or (wanted(path) and self.in_layers(path))]
 
     def lora_for(self, model: nn.Module) -> LoRAConfig:
@@ -133,7 +135,8 @@ def most_steps(pattern: str) -> int:
 
 def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str) -> str:
     """The text of an adapter_config.json for an adapter of `model`, given by its layers' paths."""
-    kind, *more = {kind_of(part) for part in parts.values() if not isinstance(part, Whole)}
+    kinds = {kind_of(part) for part in parts.values() if not isinstance(part, Whole)}
+    kind, *more = kinds - {"LORA"} if OWN in kinds else kinds
     if more:
         raise InputError(
             f"a file holds an adapter of one kind, and this one's layers are of {', '.join((kind, *more))}"
@@ -166,7 +169,9 @@ def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str
 
 def kind_of(part: Adapter) -> str:
     """The kind of an adapter's part as peft_type; PEFT knows LoRA alone, and refuses all others by that name."""
-    return "LORA" if type(part) is LoRA else f"{KIND}{type(part).__name__}"
+    if isinstance(part, LoRA) and part.is_pefts():
+        return "LORA"
+    return OWN if type(part) is LoRAConv else f"{KIND}{type(part).__name__}"
 
 
 def _base_name(base: str) -> str | None:

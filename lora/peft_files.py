@@ -22,10 +22,9 @@ from .adapter import DEFAULT, Adapter, Whole, adapters_of, carried, plain_name, 
 from .attach import LayerFactory, fresh, install
 from .config import LoRAConfig
 from .identity import BaseIdentity, base_identity
-from .linear4bit import sizes
-from .lora import LoRA
-from .peft_config import kind_of, read_config, write_config
-from .targets import Linear, base_modules, linear_layers
+from .lora import LoRA, lora_kind
+from .peft_config import OWN, kind_of, read_config, write_config
+from .targets import Linear, adaptable_layers, base_modules
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -164,21 +163,25 @@ def _read_adapter(
     names = config.targeted(model)
     if names is None:  # the file's own tensors say which layers are meant
         meant = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in state}
-        names = [name for name in linear_layers(model) if name in meant]
+        names = [name for name in adaptable_layers(model) if name in meant]
     if not names:
-        raise InputError(f"{label}: target_modules={config.lora.target!r} names no linear layer of this model")
+        raise InputError(f"{label}: target_modules={config.lora.target!r} names no layer of this model that takes LoRA")
     parts: dict[str, Adapter] = {}
     expected: dict[str, Sequence[int]] = {}
     where = {module: path for path, module in base_modules(model).items()}
 
     def made(base: Linear, at: LoRAConfig) -> Adapter:
-        if config.kind == "LORA" and at.rank > min(sizes(base)):  # nothing is made as large as a config alone claims
-            needed = {f"{PREFIX}{where[base]}.lora_A.weight": (at.rank, sizes(base)[0])}
+        kind = lora_kind(base) if config.kind in ("LORA", OWN) else None
+        if kind and at.rank > min(base.weight.shape):  # nothing is made as large as a config alone claims
+            needed = {f"{PREFIX}{where[base]}.{kind.keys[0]}": kind.shapes(base, at.rank)[0]}
             _compare(needed, {key: state[key] for key in needed.keys() & state.keys()}, label)
         return layer(base, at)
 
     for path, part in fresh(model, config.lora_for(model), names, made, 0, dtype or torch.float32):
-        if not isinstance(part, Whole) and kind_of(part) != config.kind:
+        if not isinstance(part, Whole) and kind_of(part) not in (config.kind, "LORA" if config.kind == OWN else ""):
+            if kind_of(part) == OWN:
+                what = f"is PEFT's, which ignores the groups, dilation and padding mode that '{path}' has"
+                raise InputError(f"'{file}' {what}: merge it into its base with PEFT, and train from there")
             what = f"holds an adapter of the kind {config.kind}, and layer= makes {kind_of(part)}"
             raise InputError(f"'{file}' {what}: give load_adapter the layer that it was attached with")
         shapes = {key: tensor.shape for key, tensor in _keyed({path: part}).items()}

@@ -17,8 +17,9 @@ from .adapter import replace_modules
 from .config import checked_names
 from .embedding4bit import NF4Embedding, is_embedding
 from .linear4bit import Module4bit, NF4Linear, is_conv1d, sizes
+from .lora import is_linear
 from .parameter4bit import DenseParameter, NF4Parameter, stand_in
-from .targets import base_modules, expert_parameters, is_linear, linear_layers, listed, matcher, nearest, output_heads
+from .targets import base_modules, expert_parameters, linear_layers, listed, matcher, nearest, output_heads
 
 
 class Form(NamedTuple):

@@ -16,7 +16,8 @@ from torch.nn.parameter import is_lazy
 from ..errors import InputError
 from .adapter import AdapterLayer, plain_modules
 from .config import LoRAConfig, pattern_key
-from .linear4bit import NF4Linear, is_conv1d
+from .linear4bit import NF4Linear
+from .lora import is_linear, lora_kind
 from .parameter4bit import DenseParameter
 
 Linear = nn.Linear | NF4Linear
@@ -28,6 +29,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # words in a path
         ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2"),
     ),
 }
+ADAPTABLE = "linear layer, embedding or convolution"
 CLASSIFIERS = {"classifier", "score", "qa_outputs"}
 
 
@@ -38,18 +40,18 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
-    """Every layer an adapter can wrap: whose forward is nn.Linear's, NF4Linear's or that of transformers' Conv1D.
+    """Every linear layer: nn.Linear, NF4Linear, Conv1D of transformers, by what they compute. Errors as below."""
+    return {name: cast(Linear, layer) for name, layer in adaptable_layers(model).items() if is_linear(layer)}
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer that LoRA can be put on: linear layers, embeddings, convolutions.
 
     InputError for a model that has lazy modules without sizes.
     """
     if lazy := next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None):
         raise InputError(f"'{lazy}' has no size yet: run the model on a batch first, which makes its lazy modules")
-    return {name: cast(Linear, layer) for name, layer in base_modules(model).items() if is_linear(layer)}
-
-
-def is_linear(layer: nn.Module) -> bool:
-    """Whether it computes x W^T + bias. A subclass of nn.Linear that has a forward of its own may compute anything."""
-    return type(layer).forward is nn.Linear.forward or isinstance(layer, NF4Linear) or is_conv1d(layer)
+    return {name: layer for name, layer in base_modules(model).items() if lora_kind(layer)}
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -66,9 +68,9 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def resolve(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Paths of the layers that `config` targets, in module order; InputError for an entry that matches nothing."""
-    layers = list(linear_layers(model))
+    layers = list(adaptable_layers(model))
     if not layers:
-        raise InputError(f"LoRA wraps linear layers, and this {type(model).__name__} has none.{_own_forwards(model)}")
+        raise InputError(f"LoRA needs a {ADAPTABLE}, and this {type(model).__name__} has none.{_own_forwards(model)}")
     chosen = _targeted(model, config.target, layers)
     excluded = listed(model, "exclude", config.exclude, layers) if config.exclude else set()
     names = [name for name in layers if name in chosen and name not in excluded]
@@ -114,12 +116,13 @@ def matcher(names: Iterable[str]) -> Callable[[str], bool]:
 
 
 def _targeted(model: nn.Module, target: str | Sequence[str], layers: list[str]) -> set[str]:
-    """What `target` names among the linear layers; never empty."""
+    """What `target` names among the layers, embeddings and convolutions by name only; never empty."""
+    linear = linear_layers(model).keys()
     if target == "all-linear":
-        chosen = set(layers) - output_heads(model)
+        chosen = linear - output_heads(model)
     elif isinstance(target, str) and target in PARTS:
         words, leaves = PARTS[target]
-        chosen = {n for n in layers if n.rpartition(".")[2] in leaves or any(word in n.lower() for word in words)}
+        chosen = {n for n in linear if n.rpartition(".")[2] in leaves or any(word in n.lower() for word in words)}
     else:
         return listed(model, "target", target, layers)
     if not chosen:
@@ -131,7 +134,7 @@ def _targeted(model: nn.Module, target: str | Sequence[str], layers: list[str]) 
 
 
 def listed(model: nn.Module, field: str, entries: str | Sequence[str], layers: list[str]) -> set[str]:
-    """Linear layers that a regular expression or a list of names means; each entry must match one."""
+    """The layers that a regular expression or a list of names means; each entry must match one."""
     if isinstance(entries, str):
         found = set(filter(matcher(entries), layers))
         if not found:
@@ -143,8 +146,9 @@ def listed(model: nn.Module, field: str, entries: str | Sequence[str], layers: l
     for entry in entries:
         found = set(filter(matcher([entry]), layers))
         if not found:
+            kinds = "linear layer" if field == "skip" else ADAPTABLE
             raise InputError(
-                f"{field} entry {entry!r} matches no linear layer.{_other_kind(model, entry)}{nearest(entry, layers)}"
+                f"{field} entry {entry!r} matches no {kinds}.{_other_kind(model, entry)}{nearest(entry, layers)}"
             )
         chosen |= found
     return chosen
@@ -155,7 +159,7 @@ def _other_kind(model: nn.Module, entry: str) -> str:
     matches, inside = matcher([entry]), rf"(.*\.)?{re.escape(entry)}\..*"
     kinds = {type(module).__name__ for name, module in base_modules(model).items() if matches(name)}
     hint = f" For all inside it, pass the string {inside!r}." if any(map(matcher(inside), linear_layers(model))) else ""
-    what = f" It names a {', '.join(sorted(kinds))}, which is no linear layer.{hint}{_own_forwards(model)}"
+    what = f" It names a {', '.join(sorted(kinds))}, which is none.{hint}{_own_forwards(model)}"
     return what if kinds else ""
 
 

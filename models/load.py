@@ -20,9 +20,9 @@ from ..kernels.weight4bit import check_format
 from ..lora.adapter import adapter_layers, plain_modules, plain_name, replace_modules, unwrapped
 from ..lora.embedding4bit import NF4Embedding, is_embedding
 from ..lora.linear4bit import Module4bit, NF4Linear, is_conv1d
+from ..lora.lora import is_linear
 from ..lora.parameter4bit import DenseParameter, NF4Parameter, stand_in
 from ..lora.quantize import quantize_
-from ..lora.targets import is_linear
 from ..settings import DType, floating
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_folder import folder_tokenizer

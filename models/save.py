@@ -16,8 +16,8 @@ from ..errors import InputError
 from ..files import check_finite, disk_errors, read_json, write_tensors, write_text, write_whole
 from ..lora.adapter import plain_modules, unwrapped
 from ..lora.linear4bit import Module4bit
+from ..lora.lora import is_linear
 from ..lora.packed import packed_tensors
-from ..lora.targets import is_linear
 from ..outputs import check_apart
 from ..settings import DTYPES
 from ..text.tokenizer import Tokenizer

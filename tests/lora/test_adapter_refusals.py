@@ -105,7 +105,7 @@ def test_tensors_that_do_not_fit_are_named(
         ({"alpha_pattern": {"up(": 2}}, "no regular expression"),
         ({"target_modules": 7}, "target must be text or a list"),
         ({"target_modules": "up_proj("}, "no regular expression"),
-        ({"target_modules": ["q_proj"]}, "names no linear layer of this model"),
+        ({"target_modules": ["q_proj"]}, "names no layer of this model"),
         ({"target_modules": ["up_proj"]}, r"2 unknown.*down_proj\.lora_A"),
         ({"target_modules": "all-linear", "exclude_modules": ["down_proj"]}, "2 unknown"),
         ({"layers_to_transform": [0], "target_modules": ".*proj"}, "layers_to_transform goes with a list"),

@@ -119,14 +119,14 @@ def test_patterns_are_looked_up_separately_and_the_first_key_counts() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target": ["q_prj"]}, r"target entry 'q_prj' matches no linear layer\..*Nearest: q_proj"),
+        ({"target": ["q_prj"]}, r"target entry 'q_prj' matches no linear layer, embedding or .*Nearest: q_proj"),
         ({"target": ["q_proj", "w_proj"]}, r"target entry 'w_proj' matches no linear layer"),
         ({"target": ["proj"]}, r"target entry 'proj' matches no linear layer"),  # the end of a word is no name
-        ({"target": ["norm"]}, "names a LayerNorm, which is no linear layer"),
-        ({"target": ["zzz"]}, r"Last parts of the names there are: q_proj, k_proj"),
+        ({"target": ["norm"]}, "names a LayerNorm, which is none"),
+        ({"target": ["zzz"]}, r"Last parts of the names there are: embed_tokens, q_proj"),
         ({"target": "q_proj"}, r"whole path.*pass a list: \['q_proj'\].*Nearest: q_proj"),
         ({"target": r"layers\.7\..*"}, r"regular expression that must match a layer's whole path, and .* matches none"),
-        ({"exclude": ["lmhead"]}, r"exclude entry 'lmhead' matches no linear layer\..*Nearest: lm_head"),
+        ({"exclude": ["lmhead"]}, r"exclude entry 'lmhead' matches no linear layer, embedding or .*Nearest: lm_head"),
         ({"exclude": ".*"}, r"exclude='\.\*' takes away all 21 layers"),
         ({"rank_pattern": {"q_porj": 2}}, r"rank_pattern key 'q_porj' matches none of the 21 targeted .*q_proj"),
         ({"alpha_pattern": {"lm_head": 2}}, r"alpha_pattern key 'lm_head' matches none of the 21"),

@@ -102,7 +102,7 @@ def test_a_subclass_with_the_forward_of_a_linear_layer_is_one() -> None:
 
 def test_a_subclass_with_its_own_forward_is_no_target() -> None:
     model = block(other=OwnForward(8, 8))
-    with pytest.raises(InputError, match=r"names a OwnForward, which is no linear layer.* OwnForward has a forward of"):
+    with pytest.raises(InputError, match=r"names a OwnForward, which is none.* OwnForward has a forward of"):
         attach(model, LoRAConfig(rank=1, target=["other"]))
     with pytest.raises(InputError, match=r"this Sequential has none.* OwnForward has a forward of its own"):
         attach(nn.Sequential(OwnForward(8, 8)), LoRAConfig(rank=1))

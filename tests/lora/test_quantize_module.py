@@ -103,7 +103,7 @@ def test_skip_by_regular_expression() -> None:
         (["lm_head", "dwon"], r"skip entry 'dwon' matches no linear layer\. Nearest: down"),
         (["lm_heads"], r"skip entry 'lm_heads' matches no linear layer\. Nearest: lm_head"),
         (["layers"], r"It names a ModuleList, which .* For all inside it, pass the string '\(\.\*"),
-        (["embed"], "It names a Embedding, which is no linear layer"),
+        (["embed"], "It names a Embedding, which is none"),
     ],
 )
 def test_a_skip_that_means_no_layer_is_refused(skip: Any, words: str) -> None:
