@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import NumericError
 from ..lora.adapter import adapter_layers
+from .foreign import as_causal_lm
 from .protocol import CausalLM
 
 
@@ -18,7 +19,7 @@ from .protocol import CausalLM
 def first_nonfinite(model: CausalLM, *inputs: Any) -> str | None:
     """Name of the module whose output first holds NaN or infinity on these arguments of `CausalLM.hidden`; None if all
     outputs are finite."""
-    found: list[str] = []
+    model, found = as_causal_lm(model), list[str]()
 
     def look(name: str, module: nn.Module, given: Any, output: Any) -> None:
         if not found and isinstance(output, Tensor) and not bool(output.isfinite().all()):

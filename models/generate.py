@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..settings import LARGEST, Checked, setting
 from .finite import explain_nonfinite, first_nonfinite
+from .foreign import as_causal_lm
 from .protocol import CausalLM
 
 NOT_FINITE = -1  # in the place of a token
@@ -72,6 +73,7 @@ def generate(
     Raises ValueError for an empty prompt, one that leaves no room, an id outside the vocabulary or an impossible
     setting; NumericError for logits that are no numbers, naming the layer where they went bad.
     """
+    model = as_causal_lm(model)
     if max_new_tokens < 0 or batch_size < 1:
         raise ValueError(
             f"max_new_tokens must be 0 or more and batch_size 1 or more, got {max_new_tokens} and {batch_size}"
@@ -110,7 +112,7 @@ def generate_each(
     **how: Any,
 ) -> Iterator[list[int]]:
     """`generate` for many prompts: each answer in its turn, as soon as the 8 batches that hold it are done."""
-    seeds = prompt_seeds(prompts, seed) if isinstance(seed, int) else seed
+    model, seeds = as_causal_lm(model), prompt_seeds(prompts, seed) if isinstance(seed, int) else seed
     for first in range(0, len(prompts), 8 * batch_size):
         these = slice(first, first + 8 * batch_size)
         yield from generate(model, prompts[these], seed=seeds[these], batch_size=batch_size, **how)
@@ -144,7 +146,7 @@ def _continue(
     of the rows are done, only the others stay.
     """
     device, cache = model.device, model.new_cache()
-    tokens, mask, shared = _padded([row.prompt for row in rows])
+    tokens, mask, shared = _padded([row.prompt for row in rows], model.shares_prompts)
     tokens, mask = tokens.to(device), None if mask is None else mask.to(device)
     if shared:
         model.hidden(torch.tensor([rows[0].prompt[:shared]], device=device), cache=cache)
@@ -178,14 +180,14 @@ def _continue(
             tokens, mask, active = tokens[index], None if mask is None else mask[index], [active[i] for i in kept]
 
 
-def _padded(prompts: list[Sequence[int]]) -> tuple[Tensor, Tensor | None, int]:
+def _padded(prompts: list[Sequence[int]], share: bool = True) -> tuple[Tensor, Tensor | None, int]:
     """What differs of the prompts, padded on the left [B, T]; a mask [B, shared + T] if there is padding; and how many
-    tokens all begin with: one fewer than the shortest at most, and 0 for a single prompt.
+    tokens all begin with: one fewer than the shortest at most, and 0 for a single prompt, or without `share`.
 
     A row is padded with a token of its own: another's activations might overflow, and NaN passes through every mask.
     """
     first, last = min(map(list, prompts)), max(map(list, prompts))  # these two differ first of all
-    limit = min(map(len, prompts)) - 1 if len(prompts) > 1 else 0
+    limit = min(map(len, prompts)) - 1 if share and len(prompts) > 1 else 0
     shared = next((i for i in range(limit) if first[i] != last[i]), limit)
     width = max(map(len, prompts))
     pads = torch.tensor([[width - len(prompt)] for prompt in prompts])

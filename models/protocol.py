@@ -1,6 +1,7 @@
 """What trainers, generation, evaluation and adapters may ask of a model: this list and nothing else.
 
-`decoder.Decoder` is ours; a model of another library, or a test's toy, is trained like it by subclassing `CausalLM`.
+`decoder.Decoder` is ours, `foreign.TransformersLM` wraps one of transformers; a model of another library, or a test's
+toy, is trained like them by subclassing `CausalLM`.
 It is a class and not a `typing.Protocol` because torch's own functions want an `nn.Module`. Adapters ask for no more
 than a module's tree of `nn.Linear` and `NF4Linear` layers.
 """
@@ -40,6 +41,14 @@ class CausalLM(nn.Module, ABC):
 
     checkpointing: bool = False
     """Trainers set it: True trades time for memory by recomputing activations in backward. It may have no effect."""
+
+    packs: bool = True
+    """Whether it keeps examples apart that share a row. Where False, `hidden` runs spans in rows of their own, and
+    trainers pad rather than pack."""
+
+    shares_prompts: bool = True
+    """Whether its caches go on with several tokens at once, of which a mask may hide some: generation then reads once
+    what all prompts begin with."""
 
     source: str = ""
     """Where the weights came from (a path), for messages and for what an adapter's files say of their base."""

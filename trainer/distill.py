@@ -14,6 +14,7 @@ from ..data.batch import Batch
 from ..data.protocol import AnyTokenizer
 from ..errors import InputError
 from ..lora.adapter import DEFAULT, AdapterLayer, carried, using
+from ..models.foreign import as_causal_lm
 from ..models.protocol import CausalLM
 from ..text.tokenizer import Tokenizer
 from .callbacks import Options
@@ -51,6 +52,7 @@ class DistillTrainer(SFTTrainer):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(model, tokenizer, config=config, **options)
+        model, teacher = self.model, as_causal_lm(teacher)
         if isinstance(teacher, CausalLM):
             _check_other(model, teacher)
             self.teacher, self.adapters = teacher, None
@@ -106,7 +108,7 @@ class DistillTrainer(SFTTrainer):
 
 def _check_other(student: CausalLM, teacher: CausalLM) -> None:
     """InputError for a model of its own that cannot teach the student."""
-    if teacher is student:
+    if next(teacher.parameters()) is next(student.parameters()):
         raise InputError("the teacher is the student itself: give None for its base, or the name of an adapter on it")
     if teacher.vocab_size != student.vocab_size:
         raise InputError(

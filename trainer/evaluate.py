@@ -15,6 +15,7 @@ from ..data.sample import Sample
 from ..data.template import TemplateChoice, template_for
 from ..errors import InputError, shown
 from ..models.finite import explain_nonfinite, first_nonfinite
+from ..models.foreign import as_causal_lm
 from ..models.generate import generate_each
 from ..models.protocol import CausalLM
 from ..text.tokenizer_folder import as_tokenizer
@@ -59,6 +60,7 @@ def evaluate_loss(
     rows: files or objects, as a trainer's `val`, for which `tokenizer` is needed; or examples of a dataset.
     Dropout is off and no gradient is kept. NumericError, naming the layer, where the loss is no number."""
     examples: Any = rows
+    model = as_causal_lm(model)
     if not (isinstance(rows, list | tuple) and rows and isinstance(rows[0], Example)):
         examples = load_rows(None, as_tokenizer(tokenizer), rows, "sft", max_length=None).examples
     batches, total = in_batches(list(enumerate(examples))), 0.0
@@ -87,7 +89,7 @@ def answer_all(
     Raises InputError for an answer in the data that `match` cannot compare and a prompt that leaves no room for one,
     NumericError as `generate`.
     """
-    samples = rows.samples if isinstance(rows, Dataset) else samples_of(rows, "sft")
+    model, samples = as_causal_lm(model), rows.samples if isinstance(rows, Dataset) else samples_of(rows, "sft")
     tokenizer = as_tokenizer(tokenizer)
     template = template_for(tokenizer, template)
     check_comparable(samples, match)

@@ -28,6 +28,7 @@ from ..data.protocol import AnyTokenizer
 from ..errors import InputError
 from ..files import misfits
 from ..lora.adapter import adapter_parameters, plain_name, unwrapped
+from ..models.foreign import as_causal_lm
 from ..models.generate import generate
 from ..models.protocol import CausalLM
 from ..optim import AdamW
@@ -58,7 +59,7 @@ class Completion(NamedTuple):
 class Run:
     """A model, what of it is trained, and its optimizer.
 
-    model: any module. tokenizer: for `sample` with texts.
+    model: any module; one of transformers without a `loss` is run as `CausalLM`. tokenizer: for `sample` with texts.
     loss: (model, batch) -> the value of each token, row or pair that counts, [N] with gradient, or `Sums`. No mean: it
         is divided by all that a step counts. Default: `cross_entropy`.
     optimizer: one of torch.optim's kind on the trained parameters, or a function that makes one of their list. Default:
@@ -81,7 +82,7 @@ class Run:
         parameters: Mapping[str, nn.Parameter] | None = None,
         max_grad_norm: float = 1.0,
     ) -> None:
-        self.model, self.loss = model, loss or cross_entropy
+        self.model, self.loss = model if loss else as_causal_lm(model), loss or cross_entropy
         self.tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
         self.parameters = dict(trainable(model) if parameters is None else parameters)
         if not self.parameters:
@@ -217,9 +218,9 @@ class Run:
         """An answer to each prompt, a text as the model reads it or token ids, drawn as `fourbit.generate` does: equal
         prompts get other answers. seed: one for all; None draws it from torch's generator where temperature is not 0.
         Raises InputError for texts without a tokenizer, and a model that is no `CausalLM`."""
-        model, tokenizer = unwrapped(self.model), self.tokenizer
+        model, tokenizer = as_causal_lm(unwrapped(self.model)), self.tokenizer
         if not isinstance(model, CausalLM) or (tokenizer is None and any(isinstance(p, str) for p in prompts)):
-            raise InputError("sample needs a model of fourbit.load, and for texts its tokenizer: Run(model, tokenizer)")
+            raise InputError("sample needs a causal language model, and for texts its tokenizer: Run(model, tokenizer)")
         asked = [tokenizer.encode(p) if tokenizer and isinstance(p, str) else [*map(int, p)] for p in prompts]
         how: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
         how |= {"max_length": model.max_positions, "stop_ids": tokenizer.stop_ids if tokenizer else ()}
@@ -322,8 +323,8 @@ def cross_entropy(model: CausalLM, batch: Batch | Mapping[str, Tensor]) -> Sums:
     """The loss of fine-tuning: -log p of each trained token, with token_accuracy and entropy (nats).
     batch: of our own, or `input_ids` and `labels`, as `ready` takes them. InputError for a model that is none of ours.
     """
-    if not isinstance(unwrapped(model), CausalLM):
-        raise InputError(f"the loss of fine-tuning needs a model of fourbit.load, got {name_of(model)}: give a loss")
+    if not isinstance(unwrapped(model := as_causal_lm(model)), CausalLM):
+        raise InputError(f"the loss of fine-tuning needs a causal language model, got {name_of(model)}: give a loss")
     scores = batch_token_scores(model, batch if isinstance(batch, Batch) else ready(batch))
     metrics = {"token_accuracy": summed(scores.correct), "entropy": summed(scores.entropy)}
     return Sums(-scores.logps.sum(dtype=torch.float64), metrics, weight=len(scores.logps))

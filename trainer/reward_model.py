@@ -22,6 +22,7 @@ from ..errors import InputError
 from ..files import check_finite, float_tensors, read_text, regular_file, write_tensors, write_text
 from ..lora.peft_files import load_adapter, save_adapter
 from ..models.finite import explain_nonfinite
+from ..models.foreign import as_causal_lm
 from ..models.protocol import CausalLM
 from ..text.tokenizer_folder import as_tokenizer
 from .evaluate import nonfinite_layer
@@ -37,7 +38,7 @@ class RewardModel:
     template that it was trained with, the default of `score`. InputError for a head of another shape."""
 
     def __init__(self, model: CausalLM, head: Tensor, template: Path | None = None) -> None:
-        wanted = (1, model.hidden_size)
+        wanted = (1, (model := as_causal_lm(model)).hidden_size)
         if tuple(head.shape) != wanted:
             raise InputError(f"a reward model's head must be {list(wanted)} for this model, got {list(head.shape)}")
         self.model, self.head, self.template = model, head, template
@@ -100,6 +101,7 @@ class RewardModel:
 
 def fresh_head(model: CausalLM) -> Tensor:
     """Zeros: all rewards are equal, the loss starts at ln 2, and there is no random start to unlearn."""
+    model = as_causal_lm(model)
     return torch.zeros(1, model.hidden_size, dtype=torch.promote_types(model.dtype, torch.float32), device=model.device)
 
 

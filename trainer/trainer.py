@@ -10,7 +10,7 @@ import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +25,7 @@ from ..data.read import Rows
 from ..data.sample import Kind
 from ..errors import InputError
 from ..lora.peft_files import save_adapter
+from ..models.foreign import as_causal_lm
 from ..models.protocol import CausalLM
 from ..optim.unmoved import notice
 from ..outputs import check_free, lock_folder
@@ -54,6 +55,7 @@ Pending = tuple[int, Sequence[Batch], list[str], StepResult, float]  # step, bat
 class Trainer(ABC):
     """Base of the trainers: model, rows and options in; adapter, metrics and curves out.
 
+    model: of `fourbit.load`, or a causal language model of transformers.
     train: a JSONL file, several, or a dataset. val: the same, or a fraction of train below 1, or None.
     loss: instead of the trainer's own; see there what it is given. It returns the value of each token or pair, [N].
     optimizer: instead of the config's: one of torch.optim's kind on what is trained, or a function of that list; its
@@ -78,7 +80,8 @@ class Trainer(ABC):
         scheduler: MakeScheduler | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.model, self.tokenizer, self.config, self.callbacks = model, as_tokenizer(tokenizer), config, callbacks
+        self.model, self.tokenizer, self.callbacks = as_causal_lm(model), as_tokenizer(tokenizer), callbacks
+        self.config = config = config if self.model.packs else replace(config, packing=False)
         self.loss, self.optimizer, self.scheduler = loss, optimizer, scheduler
         if optimizer is not None:
             config.refuse(OF_OPTIMIZER, "an optimizer of your own has its own")
@@ -172,6 +175,8 @@ class Trainer(ABC):
             self.best: Weights | None = None
             self._pending: Pending | None = None  # an update whose metrics are still on the device
             recompute = self.recomputes()
+            if not self.model.packs:
+                notes.append("packing is off: this architecture mixes the examples of a row, so rows are padded")
             if checkpoint is not None:  # refused, if it is, before a file of the run is touched
                 with resuming(checkpoint, notes):
                     self._resume(checkpoint, notes)
