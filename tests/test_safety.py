@@ -48,9 +48,18 @@ def breaches(source: str) -> list[str]:
     return found
 
 
+LATE = {"models/foreign.py": "transformers"}  # the one file that may import that peer, and inside functions only
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_breach(path: Path) -> None:
-    assert breaches(path.read_text()) == []
+    source, allowed = path.read_text(), LATE.get(str(path.relative_to(ROOT)))
+    found = breaches(source)
+    if allowed:
+        top = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert not [line for node in top for line in breaches(ast.unparse(node))]
+        found = [line for line in found if line.partition("import ")[2].split(".")[0] != allowed]
+    assert found == []
 
 
 @pytest.mark.parametrize(

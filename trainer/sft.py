@@ -20,7 +20,7 @@ from .trainer import Trainer
 class SFTTrainer(Trainer):
     """Fine-tunes a model on chat rows.
 
-    model: from `fourbit.load`, with an adapter attached, or dense with `config.full`.
+    model: from `fourbit.load` or transformers, with an adapter attached, or dense with `config.full`.
     loss: (model, batch on its device) -> the value of each trained token, [N], or `Sums`. The rest: see `Trainer`.
     Raises InputError for rows, options or a model that cannot be trained on.
     """

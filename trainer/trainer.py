@@ -55,7 +55,6 @@ Pending = tuple[int, Sequence[Batch], list[str], StepResult, float]  # step, bat
 class Trainer(ABC):
     """Base of the trainers: model, rows and options in; adapter, metrics and curves out.
 
-    model: of `fourbit.load`, or a causal language model of transformers.
     train: a JSONL file, several, or a dataset. val: the same, or a fraction of train below 1, or None.
     loss: instead of the trainer's own; see there what it is given. It returns the value of each token or pair, [N].
     optimizer: instead of the config's: one of torch.optim's kind on what is trained, or a function of that list; its
@@ -101,8 +100,6 @@ class Trainer(ABC):
         self.total = config.total_steps(len(self.train_set))  # steps in all
         self.run = self.new_run()
 
-    # What a kind of training says.
-
     @abstractmethod
     def sums(self, batch: Batch) -> Tensor | Sums:
         """Loss and metrics of a batch, summed; the loss carries the gradient. May be called twice for one batch."""
@@ -144,8 +141,6 @@ class Trainer(ABC):
     def save(self, out: Path) -> None:
         """Write what was trained into the run's folder."""
         save_adapter(self.model, str(out), base_model=self.model.source)
-
-    # The run.
 
     @property
     def sets(self) -> list[Dataset]:

@@ -1,5 +1,5 @@
-"""Models of transformers in the trainers, as they are: twenty steps beside transformers + peft on the same 4-bit weights,
-every kind of training, and layouts that change nothing."""
+"""Models of transformers in the trainers, as they are: twenty steps beside transformers + peft on the same
+4-bit weights, every kind of training, and layouts that change nothing."""
 
 import copy
 from pathlib import Path
