@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import fourbit
 from fourbit.kernels.weight4bit import Weight4bit
 from fourbit.models.decoder import Decoder as Model
-from fourbit.models.spec import Spec
+from fourbit.models.spec import Rope, Spec
 
 from .cases import Setting
 from .peers import bnb, dense, peft_lora
@@ -84,7 +84,7 @@ def ours(parts: Parts, *, quantised: bool = True, dropout: float = 0.0, dtype: t
                 num_attention_heads=shape.heads,
                 num_key_value_heads=shape.key_heads,
                 head_dim=shape.head_dim,
-                rope_theta=500000.0,
+                rope=Rope(500000.0),
             )
         )
     for layer, name, weights, copy in parts.places():
@@ -135,7 +135,7 @@ def transformers(parts: Parts, adapters: Model, *, quantised: bool = True, dropo
         num_key_value_heads=shape.key_heads,
         head_dim=shape.head_dim,
         rms_norm_eps=1e-6,
-        rope_theta=500000.0,
+        rope=Rope(500000.0),
         attn_implementation="sdpa",
         use_cache=False,
     )

@@ -8,6 +8,7 @@ al. 2024, does it for generation).
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain, pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,22 +16,39 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .derivatives import transformed
-from .dispatch import bucketed
+from .dispatch import bucketed, widened
 
 Spans = Sequence[tuple[int, ...]]
 """Of each example (start, end), or of one that forks (start, fork, end_1, ..., end_n): its trunk, then n branches."""
 
 
+class Scores(NamedTuple):
+    """What of queries and keys goes into the softmax: c tanh(s q k^T / c) with s the scale and c the soft cap."""
+
+    window: int = 0  # a query sees this many keys, its own and those before it; 0: all
+    scale: float | None = None  # None: 1 / sqrt(D)
+    softcap: float = 0.0  # 0: none
+
+
+PLAIN = Scores()
+
+
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, spans: Spans | None = None, visible: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    spans: Spans | None = None,
+    visible: Tensor | None = None,
+    scores: Scores = PLAIN,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, each query seeing the keys at and before its own place.
+    """softmax(q k^T / sqrt(D)) v, each query seeing the keys at and before its own place; `scores` says it otherwise.
 
     q [B, T, H, D]; k and v [B, S, K, D], with H a multiple of K and S >= T: the last T keys belong to the queries.
     `spans`: (start, end) of each example in the B * T tokens, in order and without gaps; needs S = T. In the span
     (start, fork, end_1, ..., end_n) tokens start to fork are the trunk and end_(i-1) to end_i branch i, which sees the
     trunk and itself, causally, as if it followed the trunk at once; (start, fork, end) is (start, end).
-    `visible` [B or 1, 1, T, S] bool, from `visible_keys`: which keys a query sees, in place of plain causality.
+    `visible` [B or 1, 1, T, S] bool, from `visible_keys`: which keys a query sees, in place of causality and window.
     Returns [B, T, H, D] in q's dtype. ValueError for other shapes, spans that leave tokens out, or spans and `visible`.
     """
     if k.shape != v.shape or k.shape[::3] != q.shape[::3] or k.shape[1] < q.shape[1] or q.shape[2] % k.shape[2]:
@@ -39,16 +57,15 @@ def causal_attention(
     if spans is not None:
         if visible is not None:
             raise ValueError("causal_attention takes spans or visible keys, not both")
-        return _by_span(q, k, v, spans)
-    if visible is None and q.shape[1] == k.shape[1]:
-        return _sdpa(q, k, v, is_causal=True)
-    if visible is None and q.shape[1] > 1:
-        visible = visible_keys(q.shape[1], k.shape[1], None, q.device)
-    return _sdpa(q, k, v, attn_mask=visible)
+        return _by_span(q, k, v, spans, scores)
+    if visible is not None:
+        return _sdpa(q, k, v, scores, attn_mask=visible)
+    return _causal(q, k, v, scores)
 
 
-def visible_keys(queries: int, keys: int, mask: Tensor | None, device: torch.device) -> Tensor:
-    """Which keys each query sees, [B or 1, 1, queries, keys] bool: those up to itself that `mask` [B, keys] shows.
+def visible_keys(queries: int, keys: int, mask: Tensor | None, device: torch.device, window: int = 0) -> Tensor:
+    """Which keys each query sees, [B or 1, 1, queries, keys] bool: those up to itself that `mask` [B, keys] shows, and
+    with a `window` the last so many of them.
 
     Every query sees itself, also in padding, or its softmax would be 0/0.
     """
@@ -56,8 +73,12 @@ def visible_keys(queries: int, keys: int, mask: Tensor | None, device: torch.dev
     there = torch.arange(keys, device=device)  # [S]
     seen = there <= here  # [T, S]
     if mask is None:
-        return seen[None, None]
-    return ((seen & mask[:, None, :]) | (there == here))[:, None]
+        return (seen & (there > here - window) if window else seen)[None, None]
+    seen = seen & mask[:, None, :]
+    if window:  # what the mask hides lies between no two tokens
+        place = mask.cumsum(1)  # [B, S]
+        seen = seen & (place[:, None, :] > place[:, keys - queries :, None] - window)
+    return (seen | (there == here))[:, None]
 
 
 def span_lengths(spans: Spans, tokens: int) -> list[tuple[int, ...]]:
@@ -91,25 +112,41 @@ def span_positions(spans: Spans, device: torch.device) -> Tensor:
     return torch.cat([torch.arange(first, end, device=device) for first, end in ranges])
 
 
-def _by_span(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
+def _by_span(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scores: Scores) -> Tensor:
     lengths = span_lengths(spans, q.shape[0] * q.shape[1])
     # split, not slices: its backward is one concatenation, where each slice would fill a full-size tensor with zeros
     pieces = [x.flatten(0, 1).unsqueeze(0).split(list(chain.from_iterable(lengths)), dim=1) for x in (q, k, v)]
     each = iter(zip(*pieces, strict=True))
-    parts = [y for parts in lengths for y in _span([next(each) for _ in parts])]
+    parts = [y for parts in lengths for y in _span([next(each) for _ in parts], scores)]
     return torch.cat(parts, dim=1).view(q.shape)
 
 
-def _span(parts: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+def _span(parts: list[tuple[Tensor, Tensor, Tensor]], scores: Scores) -> list[Tensor]:
     """Attention of one example from the q, k, v of its parts. Each branch has its keys after the trunk's."""
     if len(parts) == 1:
-        return [_sdpa(*parts[0], is_causal=True)]
+        return [_causal(*parts[0], scores)]
     trunk, first, *others = parts
-    outputs = [_sdpa(*(torch.cat(pair, dim=1) for pair in zip(trunk, first, strict=True)), is_causal=True)]
+    q, k, v = (torch.cat(pair, dim=1) for pair in zip(trunk, first, strict=True))
+    outputs = [_causal(q, k, v, scores)]
     for q, k, v in others:
-        keys, values = torch.cat((trunk[1], k), dim=1), torch.cat((trunk[2], v), dim=1)
-        outputs.append(_sdpa(q, keys, values, attn_mask=_after(q.shape[1], keys.shape[1], q.device)))
+        outputs.append(_causal(q, torch.cat((trunk[1], k), dim=1), torch.cat((trunk[2], v), dim=1), scores))
     return outputs
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    """Each query sees the last `window` keys up to its own; the last T keys are the queries' own."""
+    tokens, keys, window = q.shape[1], k.shape[1], scores.window
+    if not window or keys <= window:
+        if tokens == keys:
+            return _sdpa(q, k, v, scores, is_causal=True)
+        return _sdpa(q, k, v, scores, attn_mask=None if tokens == 1 else _after(tokens, keys, q.device))
+    outputs, end = [], keys - tokens
+    for part in q.split(window, dim=1):  # no part sees more than two windows
+        count, first = part.shape[1], max(0, end + 1 - window)
+        end += count
+        mask = None if count == 1 else visible_keys(count, end - first, None, q.device, window)
+        outputs.append(_sdpa(part, k[:, first:end], v[:, first:end], scores, attn_mask=mask))
+    return torch.cat(outputs, dim=1)
 
 
 def _after(queries: int, keys: int, device: torch.device) -> Tensor:
@@ -122,7 +159,9 @@ def _after(queries: int, keys: int, device: torch.device) -> Tensor:
     return bias
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, *, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
     tokens, keys = q.shape[1], k.shape[1]
     below, behind = bucketed(tokens, q) - tokens, bucketed(keys, k) - keys
     if below + behind and (is_causal or attn_mask is not None):  # padding that no query of ours sees
@@ -130,8 +169,24 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, i
         if attn_mask is not None:  # a query in the padding must see something, or its softmax would be 0/0
             attn_mask = F.pad(F.pad(attn_mask, (0, behind)), (0, 0, 0, below), value=True)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, tokens, D]
+    if scores.softcap:
+        seen = visible_keys(q.shape[2], k.shape[2], None, q.device) if is_causal else attn_mask
+        return _capped(q, k, v, scores, seen).transpose(1, 2)[:, :tokens]
     grouped = q.shape[1] != k.shape[1]
     # its quick kernels have no rule for torch.func's vmap and jvp
     with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scores.scale, enable_gqa=grouped
+        )
     return y.transpose(1, 2)[:, :tokens]
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, scores: Scores, seen: Tensor | None) -> Tensor:
+    """Attention with a soft cap (Gemma 2), which torch's own does not know: written out, [B, heads, tokens, D] each."""
+    groups = q.unflatten(1, (k.shape[1], -1))  # [B, K, H / K, T, D]
+    scale = q.shape[-1] ** -0.5 if scores.scale is None else scores.scale
+    found = widened(groups @ k.unsqueeze(2).mT) * (scale / scores.softcap)
+    found = found.tanh() * scores.softcap  # [B, K, H / K, T, S]
+    if seen is not None:
+        found = found.masked_fill(~seen.unsqueeze(2), -torch.inf)
+    return (found.softmax(-1).to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2)

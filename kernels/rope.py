@@ -31,8 +31,25 @@ def llama3_frequencies(frequency: Tensor, factor: float, low: float, high: float
     return frequency * (keep + (1 - keep) / factor)
 
 
+def yarn_frequencies(
+    frequency: Tensor, theta: float, factor: float, fast: float, slow: float, original_length: int, *, truncate: bool
+) -> Tensor:
+    """YaRN's stretch (Peng et al. 2023, section 3.2): pairs that make more than `fast` turns over original_length are
+    kept, those of fewer than `slow` slowed by `factor`, between the two blended by their place; truncate: whole places.
+    """
+    dim = 2 * len(frequency)
+    low, high = (dim * math.log(original_length / (2 * math.pi * n)) / (2 * math.log(theta)) for n in (fast, slow))
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    place = torch.arange(len(frequency), device=frequency.device).to(frequency.dtype)
+    slowed = ((place - low) / (high - low if high != low else 0.001)).clamp(0, 1)
+    return frequency * (slowed / factor + 1 - slowed)
+
+
 def tables(position_ids: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, [B, T, 1, D/2] each, of positions [B, T] times frequencies [D/2], in the frequencies' dtype."""
+    """cos and sin, [B, T, 1, D/2] each, of positions [B, T] times frequencies [D/2] or [B, T or 1, D/2], in the
+    frequencies' dtype."""
     angle = (position_ids.to(frequency.dtype).unsqueeze(-1) * frequency).unsqueeze(2)  # [B, T, 1, D/2]
     return angle.cos(), angle.sin()
 

@@ -1,12 +1,15 @@
-"""The gate of a Llama feed-forward block, y = silu(gate) * up (Shazeer 2020), keeping only gate and up for backward.
+"""The gate of a feed-forward block, y = f(gate) * up (Shazeer 2020), keeping only gate and up for backward.
 
-Written out in plain ops autograd would keep silu(gate) too: one more [tokens, intermediate] tensor in every layer.
+f is silu (SwiGLU, of Llama) or the tanh form of gelu (GEGLU, of Gemma). Written out in plain ops autograd would keep
+f(gate) too: one more [tokens, intermediate] tensor in every layer.
 """
+
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from .derivatives import beyond_first, derivatives, run
 from .dispatch import fused
@@ -17,32 +20,60 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """The definition. Tests hold `geglu` to it."""
+    return F.gelu(gate, approximate="tanh") * up
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up for two tensors of equal shape and dtype; both get gradients."""
+    _check("swiglu", gate, up)
+    return run(_Gated, _plain, gate, up, False)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up with gelu's tanh form, for two tensors of equal shape and dtype; both get gradients."""
+    _check("geglu", gate, up)
+    return run(_Gated, _plain, gate, up, True)
+
+
+def _check(name: str, gate: Tensor, up: Tensor) -> None:
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
-            f"swiglu needs gate and up alike, got {tuple(gate.shape)} {gate.dtype} and {tuple(up.shape)} {up.dtype}"
+            f"{name} needs gate and up alike, got {tuple(gate.shape)} {gate.dtype} and {tuple(up.shape)} {up.dtype}"
         )
-    return run(_SwiGLU, swiglu_reference, gate, up)
 
 
-class _SwiGLU(torch.autograd.Function):
+def _plain(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+    return geglu_reference(gate, up) if gelu else swiglu_reference(gate, up)
+
+
+def _opened(gate: Tensor, gelu: bool) -> Tensor:
+    return F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)
+
+
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
+        ctx.gelu = gelu
         if fused(gate):
             from . import swiglu_triton
 
-            return swiglu_triton.forward(gate, up)
-        return F.silu(gate).mul_(up)
+            return swiglu_triton.forward(gate, up, gelu)
+        return _opened(gate, gelu).mul_(up)
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]  # ctx has none
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         if beyond_first():
-            return tuple(derivatives(swiglu_reference, (gate, up), ctx.needs_input_grad, [dy]))
+            plain = partial(_plain, gelu=ctx.gelu)
+            return *derivatives(plain, (gate, up), ctx.needs_input_grad[:2], [dy]), None
         if fused(gate):
             from . import swiglu_triton
 
-            return swiglu_triton.backward(dy, gate, up)
-        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+            return *swiglu_triton.backward(dy, gate, up, ctx.gelu), None
+        aten, dup = torch.ops.aten, _opened(gate, ctx.gelu).mul_(dy)
+        if ctx.gelu:
+            return aten.gelu_backward(dy * up, gate, approximate="tanh"), dup, None
+        return aten.silu_backward(dy * up, gate), dup, None

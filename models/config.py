@@ -4,11 +4,10 @@ Nothing in such a table can name code, a URL or another file. Keys of `config.js
 as transformers ignores them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError, shown
-from .spec import ROPE_KEYS, RopeScaling
 
 # The numbers that are read, each with the most it may be: a whole number from 1 where the limit is whole, else a number
 # above 0. So a hostile config cannot ask for terabytes before one tensor is read; every real model stays far below.
@@ -22,11 +21,20 @@ LIMITS: dict[str, int | float] = {
     "head_dim": 1 << 12,
     "max_position_embeddings": 1 << 31,
     "original_max_position_embeddings": 1 << 31,
+    "sliding_window": 1 << 31,
+    "sliding_window_pattern": 1 << 10,
+    "max_window_layers": 1 << 10,
+    "no_rope_layer_interval": 1 << 10,
     "rms_norm_eps": 1.0,
     "rope_theta": 1e15,
-    "factor": 1e6,
-    "low_freq_factor": 1e6,
-    "high_freq_factor": 1e6,
+    "rope_local_base_freq": 1e15,
+    "partial_rotary_factor": 1.0,
+    **dict.fromkeys(
+        ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "mscale", "mscale_all_dim"), 1e6
+    ),
+    **dict.fromkeys(("beta_fast", "beta_slow", "query_pre_attn_scalar", "attention_multiplier", "logits_scaling"), 1e6),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), 1e6),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), 1e6),
 }
 
 
@@ -34,15 +42,19 @@ class Settings:
     """Typed look-ups in a table of settings; each raises InputError for a value that breaks its rule.
 
     where: what messages begin with (a file, or "config"). prefix: stands before every key in the table. path: what
-    messages put before a key of an inner table. A null and a missing key are one: they say nothing.
+    messages put before a key of an inner table. A null and a missing key are one: they say nothing. `said` holds what
+    was asked for and found: all of the table that its reader's result depends on.
     """
 
     def __init__(self, data: Mapping[str, Any], where: str, prefix: str = "", path: str = "") -> None:
         self.data, self.where, self.prefix, self.path = data, where, prefix, path
+        self.said: dict[str, Any] = {}
 
     def get(self, key: str) -> Any:
         """The value as it stands there, or None."""
-        return self.data.get(self.prefix + key)
+        if self.prefix + key in self.data:
+            self.said[key] = self.data[self.prefix + key]
+        return self.said.get(key)
 
     def refusal(self, key: str, rule: str) -> InputError:
         """The error for a value that breaks a rule: "hidden_size must be a whole number from 1 to 131072, got 0"."""
@@ -69,59 +81,56 @@ class Settings:
             raise self.refusal(key, rule)
         return value if whole else float(value)
 
-    def flag(self, key: str) -> bool:
-        """True or false; nothing is false."""
-        if not isinstance(self.get(key), bool | None):
+    def or_none(self, key: str, default: Any = 0) -> Any:
+        """A number as above, 0 where the file says null, and the default where it says nothing."""
+        null = self.get(key) is None
+        return self.number(key) if not null else 0 if self.prefix + key in self.data else default
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false; nothing is the default."""
+        if not isinstance(value := self.get(key), bool | None):
             raise self.refusal(key, "true or false")
-        return bool(self.get(key))
+        return default if value is None else value
 
 
-def head_dim(keys: Settings, hidden: int, heads: int) -> int:
-    """The size of a head: its own key, or the hidden size's share."""
+def common(keys: Settings, *, activation: str = "hidden_act", eps: float = 1e-6, tied: bool = False) -> dict[str, Any]:
+    """The fields of a `Spec` that every family says in the same words, less its RoPE.
+
+    activation: the key of silu's name, or of gelu's. eps, tied: what transformers takes where the file is silent.
+    Raises InputError naming the key and its value where a key is missing, malformed, too large or contradictory.
+    """
+    kinds = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+    kind = keys.one_of(activation, (None, *kinds), " or ".join(map(repr, kinds)))
+    keys.one_of("attention_dropout", (None, 0), "0 (fourbit trains without it; set it to 0)")
+    hidden, heads = keys.number("hidden_size"), keys.number("num_attention_heads")
     if keys.get("head_dim") is None and hidden % heads:
         raise InputError(
             f"config: without head_dim, hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads})."
         )
-    return int(keys.number("head_dim", default=hidden // heads))
+    return {
+        **{key: keys.number(key) for key in ("vocab_size", "intermediate_size", "num_hidden_layers")},
+        **({"activation": kinds[kind]} if kind else {}),
+        "tie_word_embeddings": keys.flag("tie_word_embeddings", tied),
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.number("num_key_value_heads", default=heads),
+        "head_dim": int(keys.number("head_dim", default=hidden // heads)),
+        "rms_norm_eps": keys.number("rms_norm_eps", default=eps),
+        "max_position_embeddings": keys.number("max_position_embeddings", default=2048),
+    }
 
 
-def rope(keys: Settings) -> tuple[float, RopeScaling | None]:
-    """Base and scaling from `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5).
+def windows(keys: Settings, layers: int, sliding: Callable[[int], bool]) -> tuple[int, ...]:
+    """Of each layer the tokens that a query sees, 0: all; empty where every layer sees all. From `layer_types`, or
+    where these are not there from `sliding`, of the layer's number; and from `sliding_window`, null: none slides.
 
-    A base in the table wins over the one beside it, as in transformers 5. InputError where two tables say two things.
-    """
-    keys_there = [key for key in ("rope_scaling", "rope_parameters") if keys.get(key) is not None]
-    said = {key: _rope_table(keys, key) for key in keys_there if keys.get(key) != {}}
-    if len(set(said.values())) > 1:
-        raise keys.refusal("rope_parameters", f"what rope_scaling is ({shown(keys.get('rope_scaling'))}), or absent")
-    keys.one_of("partial_rotary_factor", (None, 1), "1")
-    return next(iter(said.values()), (keys.number("rope_theta", default=10000.0), None))
-
-
-def _rope_table(keys: Settings, key: str) -> tuple[float, RopeScaling | None]:
-    table = keys.get(key)
-    if not isinstance(table, Mapping):
-        raise keys.refusal(key, "null or an object")
-    if any(isinstance(value, Mapping) for value in table.values()):  # one RoPE for each kind of layer
-        raise keys.refusal(key, "an object of plain values, the same for every layer")
-    inner = Settings(table, keys.where, path=f"{key}.")
-    inner.one_of("partial_rotary_factor", (None, 1), "1")
-    theta = (keys if inner.get("rope_theta") is None else inner).number("rope_theta", default=10000.0)
-    type_key = "rope_type" if "rope_type" in table else "type"
-    allowed = ("default", *ROPE_KEYS) if type_key in table else (None,)
-    kind = inner.one_of(type_key, allowed, "'default', 'linear' or 'llama3'")
-    if kind in ROPE_KEYS:
-        return theta, _scaling(kind, keys, inner)
-    if inner.get("factor") not in (None, 1):
-        raise inner.refusal(type_key, f"'linear' or 'llama3' beside a factor ({shown(inner.get('factor'))})")
-    return theta, None
-
-
-def _scaling(kind: str, keys: Settings, inner: Settings) -> RopeScaling:
-    original = "original_max_position_embeddings"
-    data = {original: keys.get("max_position_embeddings")} | {k: v for k, v in inner.data.items() if v is not None}
-    inner = Settings(data, inner.where, path=inner.path)
-    scaling = RopeScaling(kind, **{k: inner.number(k) for k in ROPE_KEYS[kind]})
-    if scaling.low_freq_factor >= scaling.high_freq_factor:
-        raise inner.refusal("low_freq_factor", f"below high_freq_factor ({scaling.high_freq_factor})")
-    return scaling
+    Where the file is silent the window is transformers' default, 4096."""
+    kinds, names = keys.get("layer_types"), ("full_attention", "sliding_attention")
+    if kinds is not None:
+        if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in names for kind in kinds):
+            raise keys.refusal("layer_types", f"a list of {layers} of {' and '.join(names)}, one for each layer")
+        slides = [kind == names[1] for kind in kinds]
+    else:
+        slides = [bool(keys.or_none("sliding_window", 4096)) and sliding(layer) for layer in range(layers)]
+    seen = keys.number("sliding_window", default=None if "sliding_window" in keys.data else 4096) if any(slides) else 0
+    return tuple(seen if slide else 0 for slide in slides) if seen else ()

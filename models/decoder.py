@@ -4,6 +4,8 @@ Module names are those of Hugging Face checkpoints (`model.layers.0.self_attn.q_
 adapters trained here open elsewhere. The linears may be dense, 4-bit or wrapped by LoRA: this file only calls them.
 """
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels import rope
-from ..kernels.attention import Spans, causal_attention, span_lengths, span_positions, visible_keys
-from ..kernels.dispatch import bucketed
+from ..errors import InputError
+from ..kernels.attention import Scores, Spans, causal_attention, span_lengths, span_positions, visible_keys
+from ..kernels.dispatch import bucketed, widened
 from ..kernels.rms_norm import rms_norm
-from ..kernels.swiglu import swiglu
+from ..kernels.rope import rope
+from ..kernels.swiglu import geglu, swiglu
 from ..lora.adapter import project
-from .families import write_spec
 from .protocol import Cache, CausalLM
 from .recompute import recomputed
-from .spec import Spec
+from .rope import tables
+from .spec import Rope, Spec
 
 CHUNK = 64  # tokens of room added at a time: copying costs less than room that short answers never use
 
@@ -57,94 +60,140 @@ class KVCache:
             self._rooms[layer] = None if room is None else room.index_select(1, rows)
 
 
+# Of attention and of feed-forward, the norm before it and the norm after it.
+NORMS = {
+    "before": (("input_layernorm", ""), ("post_attention_layernorm", "")),
+    "after": (("", "post_attention_layernorm"), ("", "post_feedforward_layernorm")),
+    "both": (
+        ("input_layernorm", "post_attention_layernorm"),
+        ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+}
+
+
 @dataclass(frozen=True)
 class _Pass:
     """What the layers of one forward pass share."""
 
-    cos: Tensor  # [B, T, 1, head_dim / 2]
-    sin: Tensor
+    turns: Mapping[Rope, tuple[Tensor, Tensor]]  # cos and sin, [B, T, 1, dim / 2]
     spans: Spans | None
-    visible: Tensor | None  # [B or 1, 1, T, S] bool; None: plain causality
+    visible: Mapping[int, Tensor | None]  # of each window, [B or 1, 1, T, S] bool; None: the window's plain causality
     cache: KVCache | None
     lean: bool  # training without checkpointing: cheap activations are made again in backward
     keep: bool  # decoded weights stay for backward, which follows at once
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension."""
+    """x / rms(x) * weight over the last dimension, or * (1 + weight)."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, plus_one: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size) if plus_one else torch.ones(size))
+        self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, 1 + widened(self.weight) if self.plus_one else self.weight, self.eps)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.numel()}, eps={self.eps}"
+        return f"{self.weight.numel()}, eps={self.eps}" + ", plus_one=True" * self.plus_one
 
 
 class Attention(nn.Module):
-    """Grouped-query causal attention with rotary positions."""
+    """Grouped-query causal attention with rotary positions, or with none."""
 
     def __init__(self, spec: Spec, index: int) -> None:
         super().__init__()
         queries = spec.num_attention_heads * spec.head_dim
         keys = spec.num_key_value_heads * spec.head_dim
-        self.index, self.head_dim = index, spec.head_dim
-        self.q_proj = nn.Linear(spec.hidden_size, queries, bias=spec.attention_bias)
-        self.k_proj = nn.Linear(spec.hidden_size, keys, bias=spec.attention_bias)
-        self.v_proj = nn.Linear(spec.hidden_size, keys, bias=spec.attention_bias)
-        self.o_proj = nn.Linear(queries, spec.hidden_size, bias=spec.attention_bias)
-        self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else nn.Identity()
+        self.index, self.head_dim, self.fused, self.sizes = index, spec.head_dim, spec.fused, (queries, keys, keys)
+        self.scores = Scores(spec.window(index), spec.attention_scale, spec.attention_softcap)
+        turn = spec.local_rope if spec.local_rope and spec.window(index) else spec.rope
+        self.rope = None if index in spec.no_rope else turn
+        if spec.fused:
+            self.qkv_proj = nn.Linear(spec.hidden_size, queries + 2 * keys, bias=spec.attention_bias)
+        else:
+            self.q_proj = nn.Linear(spec.hidden_size, queries, bias=spec.attention_bias)
+            self.k_proj = nn.Linear(spec.hidden_size, keys, bias=spec.attention_bias)
+            self.v_proj = nn.Linear(spec.hidden_size, keys, bias=spec.attention_bias)
+        self.o_proj = nn.Linear(queries, spec.hidden_size, bias=spec.output_bias)
+        self.row_norm, sizes = spec.qk_norm == "row", (queries, keys) if spec.qk_norm == "row" else (spec.head_dim,) * 2
+        norms = [_norm(spec, size) if spec.qk_norm else nn.Identity() for size in sizes]
+        self.q_norm, self.k_norm = norms
 
     def forward(self, x: Tensor, shared: _Pass) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj), keep=shared.keep)
-        q = rope.rope(self.q_norm(q.view(heads)), shared.cos, shared.sin)  # [B, T, H, D]
-        k = rope.rope(self.k_norm(k.view(heads)), shared.cos, shared.sin)  # [B, T, K, D]
+        if self.fused:
+            q, k, v = project(x, (self.qkv_proj,), keep=shared.keep)[0].split(self.sizes, dim=-1)
+        else:
+            q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj), keep=shared.keep)
+        if self.row_norm:
+            q, k = self.q_norm(q).view(heads), self.k_norm(k).view(heads)
+        else:
+            q, k = self.q_norm(q.view(heads)), self.k_norm(k.view(heads))  # [B, T, H, D], [B, T, K, D]
+        if self.rope is not None:
+            q, k = (_turned(one, *shared.turns[self.rope]) for one in (q, k))
         v = v.view(heads)
         if shared.cache is not None:
             k, v = shared.cache.append(self.index, k, v)
-        heard = causal_attention(q, k, v, spans=shared.spans, visible=shared.visible).flatten(2)
+        visible = shared.visible[self.scores.window]
+        heard = causal_attention(q, k, v, spans=shared.spans, visible=visible, scores=self.scores).flatten(2)
         return project(heard, (self.o_proj,), keep=shared.keep)[0]
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(f(gate(x)) * up(x)), with silu or gelu for f."""
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
-        self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
+        self.fused = spec.fused
+        if self.fused:
+            self.gate_up_proj = nn.Linear(spec.hidden_size, 2 * spec.intermediate_size, bias=spec.mlp_bias)
+        else:
+            self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
+            self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
         self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=spec.mlp_bias)
+        self.gated = geglu if spec.activation == "gelu_tanh" else swiglu
 
     def forward(self, x: Tensor, shared: _Pass) -> Tensor:
-        gate, up = project(x, (self.gate_proj, self.up_proj), keep=shared.keep)
-        h = swiglu(gate, up)  # [B, T, intermediate]
-        with recomputed(h, swiglu, gate, up, active=shared.lean):
+        if self.fused:
+            gate, up = project(x, (self.gate_up_proj,), keep=shared.keep)[0].chunk(2, dim=-1)
+        else:
+            gate, up = project(x, (self.gate_proj, self.up_proj), keep=shared.keep)
+        h = self.gated(gate, up)  # [B, T, intermediate]
+        with recomputed(h, self.gated, gate, up, active=shared.lean):
             return project(h, (self.down_proj,), keep=shared.keep)[0]
 
 
 class Layer(nn.Module):
-    """One decoder block: attention, then feed-forward, each normalised before and added back."""
+    """One decoder block: attention, then feed-forward, each normalised before or after, and added back."""
 
     def __init__(self, spec: Spec, index: int) -> None:
         super().__init__()
         self.self_attn = Attention(spec, index)
         self.mlp = MLP(spec)
-        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.norms, self.residual_scale = NORMS[spec.norms], spec.residual_scale
+        for name in filter(None, (*self.norms[0], *self.norms[1])):
+            setattr(self, name, _norm(spec, spec.hidden_size))
 
     def forward(self, x: Tensor, shared: _Pass) -> Tensor:  # [B, T, hidden]
-        h = self.input_layernorm(x)
-        with recomputed(h, self.input_layernorm, x, active=shared.lean):
-            x = x + self.self_attn(h, shared)
-        h = self.post_attention_layernorm(x)
-        with recomputed(h, self.post_attention_layernorm, x, active=shared.lean):
-            return x + self.mlp(h, shared)
+        for part, (before, after) in zip((self.self_attn, self.mlp), self.norms, strict=True):
+            norm = getattr(self, before) if before else None
+            h = norm(x) if norm else x
+            with recomputed(h, norm, x, active=shared.lean) if norm else nullcontext():
+                y = part(h, shared)
+            y = getattr(self, after)(y) if after else y
+            x = x + (y if self.residual_scale == 1 else y * self.residual_scale)
+        return x
+
+
+def _norm(spec: Spec, size: int) -> RMSNorm:
+    return RMSNorm(size, spec.rms_norm_eps, spec.norm_plus_one)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, T, H, D] with its first dimensions turned, those that the tables [B, T, 1, dim / 2] are for."""
+    dim = 2 * cos.shape[-1]
+    return rope(x, cos, sin) if dim == x.shape[-1] else torch.cat((rope(x[..., :dim], cos, sin), x[..., dim:]), dim=-1)
 
 
 class Trunk(nn.Module):
@@ -154,7 +203,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
         self.layers = nn.ModuleList(Layer(spec, i) for i in range(spec.num_hidden_layers))
-        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.norm = _norm(spec, spec.hidden_size)
 
 
 class Decoder(CausalLM):
@@ -168,7 +217,7 @@ class Decoder(CausalLM):
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec, self.vocab_size, self.hidden_size = spec, spec.vocab_size, spec.hidden_size
-        self.max_positions = spec.max_position_embeddings
+        self.max_positions, self.logit_softcap = spec.max_position_embeddings, spec.logit_softcap
         self.keep_decoded: bool | None = None
         self.model = Trunk(spec)
         self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
@@ -191,6 +240,8 @@ class Decoder(CausalLM):
             position_ids = _positions(input_ids, spans, cache, mask)
         tokens = input_ids.shape[1]
         x: Tensor = self.model.embed_tokens(input_ids)  # [B, T, hidden]
+        if self.spec.embedding_scale != 1:
+            x = x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype)  # rounded, as Gemma was trained
         alone = cache is None and mask is None and (spans is None or len(input_ids) == 1)
         if alone and (more := bucketed(tokens, x) - tokens):  # padding, which no token sees
             x, position_ids = F.pad(x, (0, 0, 0, more)), F.pad(position_ids, (0, more))
@@ -198,8 +249,8 @@ class Decoder(CausalLM):
         training = torch.is_grad_enabled() and cache is None
         recompute = training and self.checkpointing
         keep = recompute and (x.is_cuda if self.keep_decoded is None else self.keep_decoded)
-        tables, visible = _rope_tables(self.spec, position_ids, x), _visible(input_ids, cache, mask)
-        shared = _Pass(*tables, spans, visible, cache, lean=training and not recompute, keep=keep)
+        turns, visible = _turns(self.spec, position_ids, spans, x), _visible(self.spec, input_ids, cache, mask)
+        shared = _Pass(turns, spans, visible, cache, lean=training and not recompute, keep=keep)
         for layer in self.model.layers:
             if recompute:
                 x = checkpoint(layer, x, shared, use_reentrant=False, preserve_rng_state=True)
@@ -207,30 +258,30 @@ class Decoder(CausalLM):
                 x = layer(x, shared)
         if cache is not None:
             cache.length += input_ids.shape[1]
-        y: Tensor = self.model.norm(x)
-        return y[:, :tokens]
+        y: Tensor = self.model.norm(x)[:, :tokens]
+        return y if self.spec.logit_divisor == 1 else y / self.spec.logit_divisor
 
     def new_cache(self) -> KVCache:
         """An empty key-value cache."""
         return KVCache(self.spec.num_hidden_layers)
 
     def settings(self) -> dict[str, Any]:
-        """The keys of `config.json`. InputError where the family's words cannot say the spec."""
-        return write_spec(self.spec)
+        """The keys of `config.json` that the spec was read from. InputError where it was made by hand."""
+        if not self.spec.config:
+            raise InputError("this model's Spec was made by hand, so no config.json says it: make it with read_spec")
+        return dict(self.spec.config)
 
 
-def _rope_tables(spec: Spec, position_ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin for all layers: computed in fp32 (fp64 for float64 models), then in the activations' dtype."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    frequency = rope.frequencies(spec.head_dim, spec.rope_theta, dtype=wide, device=x.device)
-    scaling = spec.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        frequency = frequency / scaling.factor
-    elif scaling is not None:
-        band = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings
-        frequency = rope.llama3_frequencies(frequency, scaling.factor, *band)
-    cos, sin = rope.tables(position_ids, frequency)
-    return cos.to(x.dtype), sin.to(x.dtype)
+def _turns(spec: Spec, position_ids: Tensor, spans: Spans | None, x: Tensor) -> dict[Rope, tuple[Tensor, Tensor]]:
+    """cos and sin of each kind of layer."""
+    kinds = dict.fromkeys(how for how in (spec.rope, spec.local_rope) if how is not None)
+    longest = None
+    if any(how.kind in ("dynamic", "longrope") for how in kinds):  # these ask how long a token's text is
+        longest = position_ids.amax(1, keepdim=True) + 1  # [B, 1]
+        if spans is not None:  # its own text, not the row
+            texts = position_ids.flatten().split([span[-1] - span[0] for span in spans])
+            longest = torch.cat([(text.amax() + 1).expand_as(text) for text in texts]).view(position_ids.shape)
+    return {how: tables(how, spec.head_dim, position_ids, longest, x) for how in kinds}
 
 
 def _check(input_ids: Tensor, spans: Spans | None, cache: KVCache | None, mask: Tensor | None) -> None:
@@ -245,13 +296,12 @@ def _check(input_ids: Tensor, spans: Spans | None, cache: KVCache | None, mask: 
         raise ValueError(f"mask must be [batch, cached + new tokens] = {shape}, got {tuple(mask.shape)}")
 
 
-def _visible(input_ids: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor | None:
-    """What each query sees, once for all layers; None where plain causality says it (no cache, or one new token)."""
-    tokens = input_ids.shape[1]
-    cached = 0 if cache is None else cache.length
-    if mask is None and (cached == 0 or tokens == 1):
-        return None
-    return visible_keys(tokens, cached + tokens, mask, input_ids.device)
+def _visible(spec: Spec, input_ids: Tensor, cache: KVCache | None, mask: Tensor | None) -> dict[int, Tensor | None]:
+    """What each query sees, once for all layers of a window; None where causality and window say it all."""
+    tokens, cached = input_ids.shape[1], 0 if cache is None else cache.length
+    plain = mask is None and (cached == 0 or tokens == 1)
+    how = tokens, cached + tokens, mask, input_ids.device
+    return {window: None if plain else visible_keys(*how, window) for window in {0, *spec.windows}}
 
 
 def _positions(input_ids: Tensor, spans: Spans | None, cache: KVCache | None, mask: Tensor | None) -> Tensor:

@@ -1,32 +1,53 @@
-"""The families that are read, by `model_type`; a new one is a module with `read` and `write`, and a line here."""
+"""The built-in families, by `model_type`; a new one is a function from `config.json` to a Spec, and a line here."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from ..errors import InputError
-from . import llama
 from .config import Settings
+from .float8 import check_quantization
+from .gemma import gemma2, gemma3
+from .granite import granite
+from .llama import llama, ministral, mistral, smollm3
+from .olmo import olmo2
+from .phi import phi3
+from .qwen import qwen2, qwen3
 from .spec import Spec
 
-FAMILIES = {"llama": llama}
+
+class Family(NamedTuple):
+    """How a family's `config.json` is read, and the class that transformers has for it."""
+
+    read: Callable[[Settings], Spec]
+    architecture: str
 
 
-def read_spec(data: Mapping[str, Any]) -> Spec:
-    """What a `config.json` says a decoder shall compute; InputError names the key and value that we do not take."""
+FAMILIES = {
+    "llama": Family(llama, "LlamaForCausalLM"),
+    "mistral": Family(mistral, "MistralForCausalLM"),
+    "ministral": Family(ministral, "MinistralForCausalLM"),
+    "smollm3": Family(smollm3, "SmolLM3ForCausalLM"),
+    "qwen2": Family(qwen2, "Qwen2ForCausalLM"),
+    "qwen3": Family(qwen3, "Qwen3ForCausalLM"),
+    "gemma2": Family(gemma2, "Gemma2ForCausalLM"),
+    "gemma3_text": Family(gemma3, "Gemma3ForCausalLM"),
+    "phi3": Family(phi3, "Phi3ForCausalLM"),
+    "olmo2": Family(olmo2, "Olmo2ForCausalLM"),
+    "granite": Family(granite, "GraniteForCausalLM"),
+}
+
+
+def read_spec(data: Mapping[str, Any], where: str = "config") -> Spec:
+    """What a `config.json` says a decoder shall compute, in the words of transformers 4 or 5; `where` begins messages.
+
+    The Spec keeps the keys that it was read from. InputError names the key and value that we do not take.
+    """
     if not isinstance(data, Mapping):
-        raise InputError(f"config: must be a JSON object, got {type(data).__name__}.")
-    keys = Settings(data, "config")
-    return _family(keys).read(keys)
-
-
-def write_spec(spec: Spec) -> dict[str, Any]:
-    """The `config.json` of this Spec in its family's words; InputError where these cannot say it."""
-    data = _family(Settings({"model_type": spec.model_type}, "config")).write(spec)
-    if read_spec(data) != spec:
-        raise InputError(f"config: no {spec.model_type} model can be described as {spec}")
-    return data
-
-
-def _family(keys: Settings) -> Any:
+        raise InputError(f"{where}: must be a JSON object, got {type(data).__name__}.")
+    keys = Settings(data, where)
     known = ", ".join(map(repr, FAMILIES))
-    return FAMILIES[keys.one_of("model_type", tuple(FAMILIES), f"{known}, which is all that is read so far")]
+    kind = keys.one_of("model_type", tuple(FAMILIES), f"one of {known}, which are built in")
+    check_quantization(data, where)
+    spec = FAMILIES[kind].read(keys)
+    return replace(spec, config=keys.said | {"architectures": [FAMILIES[kind].architecture]})

@@ -29,7 +29,7 @@ def first_nonfinite(model: CausalLM, *inputs: Any) -> str | None:
     try:
         for hidden in model.hidden(*inputs).flatten(0, 1).split(256):  # logits are large
             if not found:
-                model.lm_head(hidden)
+                model.head()(hidden)
     finally:
         for handle in handles:
             handle.remove()

@@ -155,7 +155,7 @@ def _continue(
     for step in range(max(row.room for row in rows)):
         hidden = model.hidden(tokens, cache=cache, mask=mask)[:, -1]  # [B, hidden]
         drawn = torch.tensor([(_hashed(row.seed, step) >> 11) * 2.0**-53 for row in active], dtype=torch.float64)
-        chosen = choose(model.lm_head(hidden), sampling, drawn)
+        chosen = choose(model.head()(hidden), sampling, drawn)
         for row, token in zip(active, chosen.tolist(), strict=True):
             if id(row) in done:
                 continue

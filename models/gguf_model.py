@@ -7,17 +7,16 @@ are those that the Spec asks for is checked where any checkpoint's are, in `load
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..errors import InputError
-from . import llama
 from .config import Settings
+from .families import read_spec as read_config
 from .gguf import GGUFFile
-from .spec import RopeScaling, Spec
+from .spec import Spec
 
 _PREFIX = "llama."
 ROPE_FACTORS = "rope_freqs.weight"  # no weight: what it says is in the Spec
@@ -136,15 +135,17 @@ def read_spec(file: GGUFFile) -> Spec:
     kv_heads = numbers.get("attention.head_count_kv", heads)
     if heads % kv_heads:
         raise keys.refusal("attention.head_count", f"a multiple of llama.attention.head_count_kv ({kv_heads})")
-    config = {_OBEYED[key]: value for key, value in numbers.items()} | {
+    size = _head_dim(keys, numbers, hidden // heads)
+    config = {_OBEYED[key]: value for key, value in numbers.items() if _OBEYED[key] != "factor"} | {
+        "model_type": "llama",
         "vocab_size": rows,
-        "head_dim": _head_dim(keys, numbers, hidden // heads),
+        "head_dim": size,
+        "rope_scaling": _rope_scaling(file, keys, numbers, size),
         "tie_word_embeddings": "lm_head.weight" not in shapes,
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
         "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in shapes,
     }
-    spec = llama.read(Settings(config, where))
-    return replace(spec, rope_scaling=_rope_scaling(file, keys, numbers, spec.rope_theta, spec.head_dim))
+    return read_config(config, where)
 
 
 def _numbers(whole: Settings, keys: Settings) -> dict[str, Any]:
@@ -178,9 +179,7 @@ def _head_dim(keys: Settings, numbers: dict[str, Any], share: int) -> int:
     return size
 
 
-def _rope_scaling(
-    file: GGUFFile, keys: Settings, numbers: dict[str, Any], theta: float, head_dim: int
-) -> RopeScaling | None:
+def _rope_scaling(file: GGUFFile, keys: Settings, numbers: dict[str, Any], head_dim: int) -> dict[str, Any] | None:
     """From the metadata, or from a tensor of what each frequency is divided by.
 
     As in llama.cpp a factor scales linearly unless the type says "none".
@@ -189,7 +188,7 @@ def _rope_scaling(
     factor = numbers.get("rope.scaling.factor", numbers.get("rope.scale_linear"))
     if factor is None and kind == "linear":
         raise keys.refusal("rope.scaling.factor", "a number above 0 beside rope.scaling.type linear")
-    scaling = None if factor in (None, 1) or kind == "none" else RopeScaling("linear", factor)
+    scaling = None if factor in (None, 1) or kind == "none" else {"rope_type": "linear", "factor": factor}
     if ROPE_FACTORS not in file.tensors:
         return scaling
     shape = file.tensors[ROPE_FACTORS].shape
@@ -203,7 +202,7 @@ def _rope_scaling(
         return scaling
     if scaling:
         raise keys.refusal("rope.scaling.type", "none beside a tensor 'rope_freqs'")
-    scaling = llama3_scaling(factors, theta, head_dim)
+    scaling = llama3_scaling(factors, numbers.get("rope.freq_base", 10000.0), head_dim)
     if scaling is None:
         raise InputError(
             f"{file.path}: the factors in tensor 'rope_freqs' follow no Llama 3 rule, and no other kind is supported."
@@ -211,7 +210,7 @@ def _rope_scaling(
     return scaling
 
 
-def llama3_scaling(factors: list[float], theta: float, head_dim: int) -> RopeScaling | None:
+def llama3_scaling(factors: list[float], theta: float, head_dim: int) -> dict[str, Any] | None:
     """The Llama 3 parameters that give these frequency divisors, [head_dim / 2]; None if none do.
 
     llama.cpp stores only the divisors f. Between the two ends of the band 1/f is linear in the frequency, which gives
@@ -234,5 +233,6 @@ def llama3_scaling(factors: list[float], theta: float, head_dim: int) -> RopeSca
     for high, original in bands:
         blend = np.clip((original * turns - 1) / (high - 1), 0, 1)
         if np.allclose(1 / ((1 - blend) / factor + blend), stored, rtol=1e-4, atol=0):
-            return RopeScaling("llama3", factor, 1.0, high, original)
+            band = {"low_freq_factor": 1.0, "high_freq_factor": high, "original_max_position_embeddings": original}
+            return {"rope_type": "llama3", "factor": factor} | band
     return None

@@ -24,11 +24,26 @@ class Cache(Protocol):
         """Take the rows with the given indices (int64), in that order; a repeated one is continued in several ways."""
 
 
+class SoftCapped(nn.Module):
+    """c tanh(head(x) / c)."""
+
+    def __init__(self, head: nn.Module, cap: float) -> None:
+        super().__init__()
+        self.head, self.cap, self.out_features = head, cap, getattr(head, "out_features", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(x)
+        return self.cap * torch.tanh(logits / self.cap)
+
+
 class CausalLM(nn.Module, ABC):
     """A causal language model: hidden states, and a head that turns them into logits."""
 
     lm_head: nn.Module
     """The output head: an `nn.Linear`, or what stands in for one and has its `out_features` (hidden -> logits)."""
+
+    logit_softcap: float = 0.0
+    """c, where the head's output x becomes c tanh(x / c), as in Gemma 2; 0: nowhere."""
 
     vocab_size: int
     """Logits of a token, and one more than the largest token id."""
@@ -83,6 +98,11 @@ class CausalLM(nn.Module, ABC):
         Written when the whole model is saved; part of what tells reference caches apart.
         """
 
+    def head(self, lm_head: nn.Module | None = None) -> nn.Module:
+        """What makes logits of hidden states: `lm_head`, or the one given in its place, and the soft cap."""
+        own = self.lm_head if lm_head is None else lm_head
+        return SoftCapped(own, self.logit_softcap) if self.logit_softcap else own
+
     @property
     def device(self) -> torch.device:
         """Where the weights are, and inputs have to be."""
@@ -104,5 +124,5 @@ class CausalLM(nn.Module, ABC):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, T, vocab_size]; the arguments are those of `hidden`."""
-        logits: Tensor = self.lm_head(self.hidden(input_ids, position_ids, spans, cache, mask))
+        logits: Tensor = self.head()(self.hidden(input_ids, position_ids, spans, cache, mask))
         return logits

@@ -76,10 +76,13 @@ def save_model(
         how = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": linear}
         how |= {"bnb_4bit_quant_type": packed[0].quant_type, "bnb_4bit_use_double_quant": packed[0].double_quant}
         settings["quantization_config"] = how | {"bnb_4bit_compute_dtype": settings["torch_dtype"]}
+    ids = {} if tokenizer is None else _token_ids(tokenizer)
+    ids = {name: value for name, value in ids.items() if value is not None}
+    if isinstance(model, CausalLM):  # null where nobody says it: transformers has defaults of its own
+        settings |= {name: _of_base(source, "config.json").get(name) for name in TOKEN_IDS}
+    settings |= ids
     with disk_errors("the model", folder, len(str(settings))):
         if tokenizer is not None:
-            ids = {name: value for name, value in _token_ids(tokenizer).items() if value is not None}
-            settings |= {name: _of_base(source, "config.json").get(name) for name in _token_ids(tokenizer)} | ids
             save_tokenizer(tokenizer, folder, template)
             generation = _of_base(source, GENERATION) | ids
             write_text(folder / GENERATION, json.dumps(generation, indent=2, ensure_ascii=False) + "\n")
@@ -123,11 +126,14 @@ def _is_small(file: Path) -> bool:
     return file.is_file() and file.stat().st_size <= TOKENIZER_BYTES
 
 
+TOKEN_IDS = "bos_token_id", "eos_token_id", "pad_token_id"
+
+
 def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     """Special tokens as config.json and generation_config.json name them; None where there is none."""
     stops = sorted(tokenizer.stop_ids, key=lambda stop: stop != tokenizer.eos_id)  # the first may be used for padding
     eos = None if not stops else stops[0] if len(stops) == 1 else stops
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
+    return dict(zip(TOKEN_IDS, (tokenizer.bos_id, eos, tokenizer.pad_id), strict=True))
 
 
 def _of_base(source: str, name: str) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class DistillTrainer(SFTTrainer):
         # Apart from the model's own, because a head is also run in backward, when no other adapter is in place.
         head = self.teacher.lm_head
         names = self.adapters if self.adapters is not None else head.active if isinstance(head, AdapterLayer) else []
-        self.teacher_head = head.frozen(names) if isinstance(head, AdapterLayer) else head
+        self.teacher_head = self.teacher.head(head.frozen(names) if isinstance(head, AdapterLayer) else head)
         if config.top_k is not None and config.top_k > model.vocab_size:
             raise InputError(f"top_k must be at most {model.vocab_size}, the vocabulary, got {config.top_k}")
 
@@ -93,11 +93,11 @@ class DistillTrainer(SFTTrainer):
         ours = hidden_rows(self.model, here, here.rows)
         beta = 0.5 if config.jsd_beta is None else config.jsd_beta
         how = config.divergence, config.temperature, config.top_k, beta
-        divergence = token_divergence(self.model.lm_head, ours, self.teacher_head, theirs, *how)
+        divergence = token_divergence(self.model.head(), ours, self.teacher_head, theirs, *how)
         loss = divergence.sum(dtype=torch.float64)
         if not config.sft_weight:
             return Sums(loss, {})
-        scores = token_scores(self.model.lm_head, ours, here.targets)
+        scores = token_scores(self.model.head(), ours, here.targets)
         metrics = {"divergence": summed(divergence), "cross_entropy": summed(-scores.logps)}
         metrics |= {"token_accuracy": summed(scores.correct), "entropy": summed(scores.entropy)}
         return Sums(loss - config.sft_weight * scores.logps.sum(dtype=torch.float64), metrics)

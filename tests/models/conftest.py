@@ -1,5 +1,6 @@
 """Tiny random Llamas made by transformers, the oracle of these tests; ours with the same weights; memory in use."""
 
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 import fourbit
 from fourbit.models.decoder import Decoder
 from fourbit.models.families import read_spec
-from fourbit.models.spec import Spec
+
+sys.path.append(str(Path(__file__).parent))  # for family_oracles
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -86,7 +88,9 @@ def random_decoder() -> Callable[..., Decoder]:
         intermediate: int = 128, layers: int = 2, kv_heads: int = 2, dropout: float | None = None, **lora: Any
     ) -> Decoder:
         torch.manual_seed(0)
-        model: Decoder = randomise(Decoder(Spec(97, 64, intermediate, layers, 4, kv_heads, 16)))
+        sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": intermediate, "num_hidden_layers": layers}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": kv_heads}
+        model: Decoder = randomise(Decoder(read_spec({"model_type": "llama"} | sizes | heads)))
         if dropout is None:
             return model
         fourbit.quantize_(model)

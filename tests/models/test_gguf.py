@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fourbit.models.gguf import READABLE, GGUFFile, decode
 from fourbit.models.gguf_model import iter_tensors, read_spec
-from fourbit.models.spec import Spec
+from fourbit.models.spec import Rope, Spec
 
 # Kind -> values and bytes of a block, and where its fp16 scales lie.
 BLOCKS: dict[str, tuple[int, int, tuple[int, ...]]] = {
@@ -214,6 +214,6 @@ def test_smollm2_values_are_those_of_its_raw_blocks(smollm2: Path) -> None:
 def test_smollm2_describes_itself(smollm2: Path) -> None:
     assert read_spec(GGUFFile(smollm2)) == Spec(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, head_dim=64, rms_norm_eps=1e-5, rope_theta=100000.0, vocab_size=49152,
+        num_key_value_heads=3, head_dim=64, rms_norm_eps=1e-5, rope=Rope(100000.0), vocab_size=49152,
         tie_word_embeddings=True, max_position_embeddings=8192,
     )  # fmt: skip

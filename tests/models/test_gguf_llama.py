@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fourbit.models.families import read_spec as read_config
 from fourbit.models.gguf import GGUFFile
 from fourbit.models.gguf_model import iter_tensors, llama3_scaling, read_spec
 from fourbit.models.load import load_decoder
-from fourbit.models.spec import RopeScaling
+from fourbit.models.spec import Rope
 
 Change = Callable[[GGUFWriter], Any]
 SHAPES: dict[str, dict[str, Any]] = {
@@ -239,13 +239,13 @@ def test_a_factor_scales_as_in_llama_cpp_with_a_type_or_without(
     model = oracle(**SHAPES["five heads"], **rope)
     path = write_llama(model, change=lambda writer: [says(*entry)(writer) for entry in keys.items()])
     ours = load_decoder(path)
-    assert ours.spec.rope_scaling == (factor and RopeScaling("linear", factor))
+    assert ours.spec.rope == (Rope() if factor is None else Rope(kind="linear", factor=factor))
     ids = torch.arange(40).view(2, 20)
     torch.testing.assert_close(ours(ids), model(ids).logits, atol=1e-4, rtol=0)
 
 
 def test_factors_of_one_are_none(write_llama: Callable[..., Path]) -> None:
-    assert read_spec(GGUFFile(write_llama(change=vector(ROPE, [1.0] * 4)))).rope_scaling is None
+    assert read_spec(GGUFFile(write_llama(change=vector(ROPE, [1.0] * 4)))).rope.kind == "default"
 
 
 def test_keys_that_leave_a_llama_plain_are_read_over(write_llama: Callable[..., Path]) -> None:
@@ -296,11 +296,14 @@ def test_any_value_of_any_key_is_obeyed_refused_or_plain(
     obeyed |= {"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size"}
     obeyed |= {"attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads"}
     said = {field: float(np.float32(changes[key])) for key, field in obeyed.items() if key in changes}
-    if (factor := float(np.float32(changes.get("rope.scaling.factor", 1)))) != 1:
-        said["rope_scaling"] = None if changes.get("rope.scaling.type") == "none" else RopeScaling("linear", factor)
-    for field, value in asdict(spec).items():
+    said["rope"] = replace(plain.rope, theta=pytest.approx(said.pop("rope_theta", plain.rope.theta)))
+    if (factor := float(np.float32(changes.get("rope.scaling.factor", 1)))) != 1 and (
+        changes.get("rope.scaling.type") != "none"
+    ):
+        said["rope"] = replace(said["rope"], kind="linear", factor=pytest.approx(factor))
+    for field, value in vars(spec).items():
         expected = said.get(field, getattr(plain, field))
-        assert value == (asdict(expected) if is_dataclass(expected) else pytest.approx(expected)), field
+        assert value == (pytest.approx(expected) if isinstance(expected, float) else expected) or field == "config"
 
 
 # ---- Llama 3's rope factors
@@ -337,11 +340,11 @@ def test_llama3_scaling_is_found_from_its_factors(
     numbers, original, theta, head_dim = ROPES[case]
     rope = {**numbers, "original_max_position_embeddings": original}
     factors = llama_cpp_factors(rope, theta, head_dim)
-    assert llama3_scaling(factors, theta, head_dim) == RopeScaling("llama3", **rope)
+    assert llama3_scaling(factors, theta, head_dim) == {"rope_type": "llama3", **rope}
     model = oracle(num_attention_heads=2, num_key_value_heads=1, head_dim=head_dim, hidden_size=head_dim * 2)
     model.config.rope_parameters["rope_theta"] = theta
     opened = GGUFFile(write_llama(model, change=vector(ROPE, factors)))
-    assert read_spec(opened).rope_scaling == RopeScaling("llama3", **rope)
+    assert read_spec(opened).rope == Rope(theta, kind="llama3", **rope)
     assert not any("rope" in name for name, _ in iter_tensors(opened, read_spec(opened)))
 
 
@@ -350,9 +353,7 @@ def test_a_band_scaled_as_a_whole_is_the_same_function() -> None:
     rope = {"factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 8.0, "original_max_position_embeddings": 16384}
     found = llama3_scaling(llama_cpp_factors(rope, 500000.0, 128), 500000.0, 128)
     assert found is not None
-    assert llama_cpp_factors(asdict(found), 500000.0, 128) == pytest.approx(
-        llama_cpp_factors(rope, 500000.0, 128), rel=1e-5
-    )
+    assert llama_cpp_factors(found, 500000.0, 128) == pytest.approx(llama_cpp_factors(rope, 500000.0, 128), rel=1e-5)
 
 
 @pytest.mark.parametrize("spoil", [0, 20, 33, 63])

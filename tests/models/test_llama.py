@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,8 +51,16 @@ def test_logits_equal_the_oracle_in_float64(oracle: Oracle, ours: Ours, kind: st
     assert (ours(theirs, torch.float64)(ids) - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
-def spec_says(key: str, value: Any) -> Callable[[Decoder], None]:
-    return lambda model: object.__setattr__(model.spec, key, value)
+def turned_by(**changes: Any) -> Callable[[Decoder], None]:
+    """Another RoPE than the config's."""
+
+    def change(model: Decoder) -> None:
+        other = replace(model.spec.rope, **changes)
+        model.spec = replace(model.spec, rope=other)
+        for layer in model.model.layers:
+            layer.self_attn.rope = other
+
+    return change
 
 
 def pairs_side_by_side(model: Decoder) -> None:
@@ -91,16 +100,16 @@ def other_eps(model: Decoder) -> None:
 @pytest.mark.parametrize(
     ("kind_of_model", "fault"),
     [
-        ("gqa 2:1", spec_says("rope_theta", 10500.0)),
+        ("gqa 2:1", turned_by(theta=10500.0)),
         ("gqa 2:1", pairs_side_by_side),
         ("gqa 4:1", one_layer_only),
         ("bias", no_query_bias),
         ("bias", swapped_biases),
         ("gqa 1:1", swapped_norms),
         ("narrow head", other_eps),
-        ("llama3 rope", spec_says("rope_scaling", None)),
-        ("linear rope", spec_says("rope_scaling", None)),
-        ("llama3 rope", spec_says("rope_theta", 525.0)),
+        ("llama3 rope", turned_by(kind="default")),
+        ("linear rope", turned_by(kind="default")),
+        ("llama3 rope", turned_by(theta=525.0)),
     ],
 )
 @torch.no_grad()

@@ -1,6 +1,5 @@
-"""The Spec carries what no Llama has: a decoder with normalised queries and keys is transformers' Qwen3."""
+"""Qwen3 in float64: names, logits, gradients of every weight, and faults that the comparison must see."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,8 +27,7 @@ def theirs() -> Any:
 
 
 def ours(theirs: Any) -> Decoder:
-    words = theirs.config.to_dict() | {"model_type": "llama"}
-    model = Decoder(replace(read_spec(words), qk_norm=True)).double().eval()
+    model = Decoder(read_spec(theirs.config.to_dict())).double().eval()
     model.load_state_dict(theirs.state_dict())
     return model
 

@@ -15,6 +15,7 @@ from fourbit.data.batch import micro_batches
 from fourbit.data.encode import load as load_rows
 from fourbit.errors import InputError, NumericError
 from fourbit.lora.adapter import adapters_of
+from fourbit.models.families import read_spec
 from fourbit.trainer.config import DPOConfig
 from fourbit.trainer.losses.tokens import answer_scores
 from fourbit.trainer.metrics import read_metrics
@@ -371,7 +372,7 @@ def test_a_cache_outlives_other_targets_and_not_another_configuration(trainer_fo
     model, tokenizer = fourbit.load(tiny_folder, quant_type="nf4")
     fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8, target="attn"))
     DPOTrainer(model, tokenizer, train=pairs, config=config)
-    model.spec = replace(model.spec, rope_theta=500.0)
+    model.spec = read_spec({**model.spec.config, "rope_theta": 500.0})
     with pytest.raises(InputError, match="another base"):
         DPOTrainer(model, tokenizer, train=pairs, config=config)
 

@@ -78,7 +78,7 @@ def batch_token_scores(model: CausalLM, batch: Batch) -> TokenScores:
 
 
 def _scores_there(model: CausalLM, here: Batch) -> TokenScores:
-    return token_scores(model.lm_head, hidden_rows(model, here, here.rows), here.targets)
+    return token_scores(model.head(), hidden_rows(model, here, here.rows), here.targets)
 
 
 def on_device(model: CausalLM, batch: Batch) -> Batch:

@@ -1,0 +1,49 @@
+"""Gemma 2 and the text model of Gemma 3: norms on both sides that multiply by 1 + weight, scaled embeddings, windows in
+most layers, soft caps (Gemma 2), and two RoPE bases (Gemma 3)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .config import Settings, common, windows
+from .rope import read_rope, rope_table
+from .spec import Spec
+
+KINDS = "full_attention", "sliding_attention"
+
+
+def gemma2(keys: Settings) -> Spec:
+    """Gemma 2: every other layer sees a window."""
+    shared = _shared(keys)
+    caps = [keys.or_none("attn_logit_softcapping", 50.0), keys.or_none("final_logit_softcapping", 30.0)]
+    rope, seen = read_rope(keys, shared["head_dim"]), windows(keys, shared["num_hidden_layers"], lambda i: i % 2 == 0)
+    return Spec(
+        **shared, model_type="gemma2", windows=seen, rope=rope, attention_softcap=caps[0], logit_softcap=caps[1]
+    )
+
+
+def gemma3(keys: Settings) -> Spec:
+    """Gemma 3's text model: five layers of six see a window and turn by a base of their own."""
+    shared = _shared(keys)
+    keys.one_of("attn_logit_softcapping", (None,), "null (transformers has none in Gemma 3)")
+    every = keys.number("sliding_window_pattern", default=6)
+    seen = windows(keys, shared["num_hidden_layers"], lambda layer: (layer + 1) % every != 0)
+    said = keys.get("rope_parameters")
+    if isinstance(said, Mapping) and any(isinstance(said.get(kind), Mapping) for kind in KINDS):
+        where = [f"rope_parameters.{kind}." for kind in KINDS]
+        inner = [Settings(said.get(k) or {}, keys.where, path=path) for k, path in zip(KINDS, where, strict=True)]
+        ropes = [rope_table(i, keys, shared["head_dim"], theta) for i, theta in zip(inner, (1e6, 1e4), strict=True)]
+    else:
+        local = Settings({"rope_theta": keys.get("rope_local_base_freq")}, keys.where)
+        ropes = [read_rope(keys, shared["head_dim"], 1e6), rope_table(local, local, shared["head_dim"], 1e4)]
+    own = {"qk_norm": "head", "logit_softcap": keys.or_none("final_logit_softcapping")}
+    return Spec(**shared, model_type="gemma3_text", windows=seen, rope=ropes[0], local_rope=ropes[1], **own)
+
+
+def _shared(keys: Settings) -> dict[str, Any]:
+    keys.one_of("use_bidirectional_attention", (None, False), "false (a query sees the tokens before it)")
+    biased = keys.flag("attention_bias")
+    spec = {"activation": "gelu_tanh"} | common(keys, activation="hidden_activation", tied=True)
+    scale = keys.number("query_pre_attn_scalar", default=256.0) ** -0.5
+    scales = {"attention_scale": scale, "embedding_scale": spec["hidden_size"] ** 0.5}
+    own = {"attention_bias": biased, "output_bias": biased, "norms": "both", "norm_plus_one": True}
+    return spec | scales | own

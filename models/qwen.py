@@ -1,0 +1,29 @@
+"""Qwen 2 and 2.5 (biases of q, k and v) and Qwen 3 (normalised queries and keys)."""
+
+from typing import Any
+
+from .config import Settings, common, windows
+from .rope import read_rope
+from .spec import Spec
+
+
+def qwen2(keys: Settings) -> Spec:
+    """Qwen 2, 2.5."""
+    return Spec(**shared(keys), model_type="qwen2", attention_bias=True)
+
+
+def qwen3(keys: Settings) -> Spec:
+    """Qwen 3, dense."""
+    biased = keys.flag("attention_bias")
+    return Spec(**shared(keys), model_type="qwen3", qk_norm="head", attention_bias=biased, output_bias=biased)
+
+
+def shared(keys: Settings) -> dict[str, Any]:
+    """What both say: layers from `max_window_layers` on see a window, where `use_sliding_window` is true."""
+    spec, seen = common(keys), tuple[int, ...]()
+    if keys.flag("use_sliding_window"):
+        first = 0 if keys.get("max_window_layers") == 0 else keys.number("max_window_layers", default=28)
+        seen = windows(keys, spec["num_hidden_layers"], lambda layer: layer >= first)
+    elif "sliding_attention" in (keys.get("layer_types") or ()):
+        raise keys.refusal("use_sliding_window", "true where layer_types names sliding_attention")
+    return spec | {"rope": read_rope(keys, spec["head_dim"]), "windows": seen}
