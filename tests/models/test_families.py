@@ -244,6 +244,6 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("name", "keys", "message"), BAD)
 def test_refused_by_key_and_value(name: str, keys: dict[str, Any], message: str) -> None:
-    shape = {key: value for key, value in (SIZES | SHAPES[name] | keys).items() if value is not None}
+    shape = {key: value for key, value in (SIZES | SHAPES[name] | keys).items() if value is not None or key in keys}
     with pytest.raises(fourbit.InputError, match=message):
         read_spec(shape)
