@@ -3,7 +3,7 @@
 import re
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -41,7 +41,6 @@ from .show import amount, count, describe, figure, note, pairs, result, working,
 NAMES = re.compile(r"[\w.]+(,[\w.]+)*")  # else an entry of --target is a regular expression
 GROUPS = ("all-linear", "attn", "mlp")
 FRESH = ("rank", "alpha", "dropout", "target", "rslora")  # what a fresh adapter is told, and no other
-FIXED = ("full", "quant", "dtype", "teacher_quant")  # on resuming; models and adapters may be elsewhere now
 REPORTED = ("perplexity", "reward_accuracy", "reward_margin")  # of the best evaluation; --json has all metrics
 
 
@@ -139,7 +138,6 @@ def run(options: TrainOptions, sources: Sources) -> int:
         pass
     quant, template = settle(options, tokenizer, *options.adapters().values())
     options = replace(options, quant="none" if options.whole else quant).settled(tokenizer)
-    _check_resumed(options)
     rows, val = _datasets(options, tokenizer, template)
     options.check_rows(len(rows), None if val is None else len(val))
     model = load_weights(options, tokenizer, str(options.quant))
@@ -171,35 +169,13 @@ def _checked(options: TrainOptions, sources: Sources) -> TrainOptions:
         raise InputError(f"the adapter {options.adapter} brings its own {', '.join(given)}: leave them out")
     if options.dtype == "float16":
         raise InputError("training in float16 loses small gradients; use dtype bfloat16 or float32")
-    share = options.share
-    for path in [*options.data, *([options.val] if options.val and share is None else [])]:
-        if not Path(path).exists():
-            near = "; a share needs a percent sign, as in 5%" if path == options.val else ""
-            raise InputError(f"data file {path} does not exist{near}")
+    if options.share is None and options.val is not None and not Path(options.val).exists():
+        raise InputError(f"data file {options.val} does not exist; a share needs a percent sign, as in 5%")
     for name, folder in options.adapters().items():
         if folder is not None:
             check_adapter(folder, name, writes=options.writes)
     dtype: Any = choose_dtype(options.dtype, choose_device(options.device))
     return replace(options, dtype=dtype)
-
-
-def _check_resumed(options: TrainOptions) -> None:
-    """What is known to be another before the model is read; the trainer compares models and adapters themselves."""
-    if options.resume is None:
-        return
-    folder = Path(options.out) if options.resume == "auto" else Path(options.resume).parent.parent
-    if not any((folder / "checkpoints").glob("step-*")):
-        return
-    before, now = read_run(folder), _plain(asdict(options))
-    for name in [*FIXED, *(FRESH if options.fresh else ())]:
-        if name in before and name in now and before[name] not in (now[name], "auto"):
-            what = f"a run with {name} {before[name]}, and is resumed with {now[name]}"
-            raise InputError(f"{folder} is {what}; use the same")
-
-
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as a file gives them back."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
 def _datasets(options: TrainOptions, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[Any, Any]:
@@ -244,7 +220,8 @@ def _announcing(options: TrainOptions, trainer: Any, sources: Sources) -> Callab
             note(f"reference: {'the base, adapter off' if base else 'the adapter as it is at the start'}")
 
     def begin(total: int, start: int) -> Any:
-        if start == 0 or _plain(settings) != read_run(options.out):  # a resumed run keeps its record of sources
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        if start == 0 or plain != read_run(options.out):  # a resumed run keeps its record of sources
             write_config(Path(options.out) / CONFIG, settings, sources)
         groups: dict[str, list[str]] = {}
         for name, value in settings.items():

@@ -118,13 +118,9 @@ def micro_batches(
     sizes = [example.size(packing) for _, example in examples]
     order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
     if micro_batch == "auto":
-        if token_budget < 1:
-            raise ValueError(f"token_budget must be at least 1, not {token_budget}")
         groups = (_packed_groups if packing else _padded_groups)(order, sizes, token_budget)
-    elif micro_batch >= 1:
-        groups = [order[i : i + micro_batch] for i in range(0, len(order), micro_batch)]
     else:
-        raise ValueError(f'micro_batch must be "auto" or at least 1, not {micro_batch}')
+        groups = [order[i : i + micro_batch] for i in range(0, len(order), micro_batch)]
     chosen = [[examples[i] for i in group] for group in groups]
     return [pack(group) if packing else pad(group, pad_id) for group in chosen]
 
@@ -143,9 +139,6 @@ def _check(examples: Sequence[Numbered]) -> None:
     for number, example in examples:
         if not all(any(part.trained[1:]) for part in example.parts):
             raise ValueError(f"example {number} has an answer without a trained token after its first")
-        shortest, shared = min(len(part.ids) for part in example.parts), example.shared
-        if not 0 <= shared < shortest or len({tuple(part.ids[:shared]) for part in example.parts}) > 1:
-            raise ValueError(f"example {number} says that its answers share {shared} tokens, which they do not")
 
 
 def _packed_groups(order: Sequence[int], sizes: Sequence[int], token_budget: int) -> list[list[int]]:

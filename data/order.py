@@ -14,8 +14,6 @@ from .encode import Dataset, digest, measure
 
 def steps_per_epoch(n_examples: int, batch_size: int) -> int:
     """Steps that visit every example once; the last one may be short."""
-    if n_examples < 1 or batch_size < 1:
-        raise ValueError(f"n_examples and batch_size must be at least 1, not {n_examples} and {batch_size}")
     return -(-n_examples // batch_size)
 
 
@@ -25,8 +23,6 @@ def step_indices(n_examples: int, batch_size: int, step: int, seed: int) -> list
     Every example comes once an epoch; an epoch's last batch is kept even if short, and the next epoch starts a new
     step. The result depends on the four arguments alone.
     """
-    if step < 0:
-        raise ValueError(f"step must be at least 0, not {step}")
     epoch, position = divmod(step, steps_per_epoch(n_examples, batch_size))
     order = _epoch_order(n_examples, seed, epoch)
     return list(order[position * batch_size : (position + 1) * batch_size])

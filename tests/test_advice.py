@@ -141,8 +141,6 @@ COMMANDS = [
          f"{SFT} --out o --dtype bfloat16", f"{SFT} --out o --dtype float32"),
     case("trainer/config.py", "needs validation rows: give val, say 5%", f"{SFT} --out o --eval-every 1",
          f"{SFT} --out o --eval-every 1 --val 5%"),
-    case("cli/train.py", "{} is {}; use the same", f"{SFT} --out run --resume --rank 5",
-         f"{SFT} --out run --resume --rank 2"),
     case("data/forms.py", "so many that the rest is not read; mend them",
          "$ yes '{\"x\": 1}' | head -n 20002 > a.jsonl; data --model m a.jsonl",
          "$ head -n 30000 rows.jsonl > a.jsonl; data --model m a.jsonl"),

@@ -87,7 +87,7 @@ CASES = [
     ([*SFT, "--model", "file"], "file"),
     ([*SFT, "--model", "no model"], "no model"),
     ([*SFT, "--model", "weights.bin"], "can run code when read"),
-    ([*SFT, "--data", "nowhere.jsonl"], "data file nowhere.jsonl does not exist"),
+    ([*SFT, "--data", "nowhere.jsonl"], "nowhere.jsonl: cannot be opened: No such file"),
     ([*SFT, "--data", "bad.jsonl"], "bad.jsonl:2: "),
     ([*SFT, "--data", "no model"], "no model"),
     ([*SFT, "--data", "empty.jsonl"], "empty.jsonl"),
