@@ -11,7 +11,7 @@ from torch import Tensor
 from fourbit.kernels.dispatch import force_path
 from fourbit.kernels.rms_norm import rms_norm, rms_norm_reference
 from fourbit.kernels.rope import rope, rope_reference
-from fourbit.kernels.swiglu import swiglu, swiglu_reference
+from fourbit.kernels.swiglu import geglu, geglu_reference, swiglu, swiglu_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,7 +30,8 @@ def meta(*shape: int) -> Tensor:
 def _llama_70b() -> None:
     """Forward and backward of all three at the sizes of a 70B layer."""
     rms_norm(meta(1, 512, 8192), torch.empty(8192, device="meta"), 1e-5).sum().backward()
-    swiglu(meta(512, 28672), meta(512, 28672)).sum().backward()
+    for op in (swiglu, geglu):
+        op(meta(512, 28672), meta(512, 28672)).sum().backward()
     rope(meta(1, 512, 64, 128), meta(1, 512, 1, 64).detach(), meta(1, 512, 1, 64).detach()).sum().backward()
 
 
@@ -69,6 +70,19 @@ def test_rms_norm(shape: tuple[int, int], dtype: torch.dtype, seed: int) -> None
     dz = (dy.double() * weight.double()).abs()
     size = scale * (dz + x.double().abs() * scale.square() * (dz * x.double().abs()).mean(-1, keepdim=True))
     assert_close(got[1], exact[1], size, 16 + 3 * columns, "dx")
+
+
+@settings(max_examples=40)
+@given(shapes, st.sampled_from(DTYPES), st.integers(0, 2**31))
+def test_geglu(shape: tuple[int, int], dtype: torch.dtype, seed: int) -> None:
+    gate, up, dy = (sample(*shape, dtype=dtype, seed=seed + i) for i in range(3))
+    got, exact = both(geglu, geglu_reference, [gate, up], dy)
+    g = gate.double().abs()
+    roundings = 24 + 8 * (g + g**3)  # its exponent, 1.6 (g + 0.045 g^3), is rounded before the power
+    for a, b, s, what in zip(
+        got, exact, (g * up.abs(), (1 + g**3) * (dy * up).abs(), g * dy.abs()), "ygu", strict=True
+    ):
+        assert_close(a, b, roundings * s.double(), 1.01, what)
 
 
 @settings(max_examples=40)

@@ -1,24 +1,25 @@
 """attention against a plain loop in float64: causal, grouped heads, spans, forks, masks, cached keys."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourbit.kernels.attention import causal_attention, span_lengths, span_positions, visible_keys
+from fourbit.kernels.attention import Scores, causal_attention, span_lengths, span_positions, visible_keys
 
 Spans = list[tuple[int, ...]]
 
 
-def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+def plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float = 8**-0.5, cap: float = 0
+) -> torch.Tensor:
     """One query at a time: q [B, T, H, D], k and v [B, S, K, D], visible [B, T, S] bool."""
     out = torch.zeros_like(q)
     group = q.shape[2] // k.shape[2]
     for b, t, h in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
         keys = visible[b, t].nonzero().squeeze(1)
-        score = k[b, keys, h // group] @ q[b, t, h] / math.sqrt(q.shape[3])
+        score = k[b, keys, h // group] @ q[b, t, h] * scale
+        score = cap * (score / cap).tanh() if cap else score
         out[b, t, h] = score.softmax(0) @ v[b, keys, h // group]
     return out
 
@@ -77,18 +78,6 @@ def test_gradients_in_float64(lengths: list[int]) -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: causal_attention(q, k, v, spans=spans_of(lengths)), (q, k, v))
 
 
-def test_another_span_changes_nothing_to_the_bit() -> None:
-    q, k, v = sample(1, 90, 90, 4, 2, torch.float32)
-    spans = spans_of([31, 17, 42])
-    before = causal_attention(q, k, v, spans=spans)
-    q, k, v = (x.clone() for x in (q, k, v))
-    for x in (q, k, v):
-        x[:, 31:48] = torch.randn(1, 17, *x.shape[2:], generator=torch.Generator().manual_seed(1)) * 100
-    after = causal_attention(q, k, v, spans=spans)
-    assert torch.equal(before[:, :31], after[:, :31]) and torch.equal(before[:, 48:], after[:, 48:])
-    assert not torch.equal(before[:, 31:48], after[:, 31:48])
-
-
 FORK = st.tuples(st.integers(0, 6), st.lists(st.integers(1, 6), min_size=1, max_size=4))  # trunk, branches
 
 
@@ -112,6 +101,64 @@ def fork_visible(forks: list[tuple[int, list[int]]]) -> torch.Tensor:
     ]
     sees = lambda i, j: j <= i and owner[i][0] == owner[j][0] and owner[j][1] in (0, owner[i][1])
     return torch.tensor([[sees(i, j) for j in range(len(owner))] for i in range(len(owner))])
+
+
+HOW = {"window": Scores(3), "cap": Scores(softcap=1.5), "all": Scores(4, 0.5, 2.0)}
+
+
+def near(visible: torch.Tensor, window: int) -> torch.Tensor:
+    """Of the keys that each query sees, the last so many: counted, not taken from their places."""
+    after = visible.flip(-1).cumsum(-1).flip(-1)
+    return visible & (after <= window) if window else visible
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(("t", "s"), [(9, 9), (4, 9), (1, 9), (3, 3), (7, 8)])
+def test_windows_scales_and_soft_caps(how: str, t: int, s: int) -> None:
+    q, k, v = sample(2, t, s, 4, 2)
+    scores = HOW[how]
+    visible = near(causal(t, s).expand(2, t, s), scores.window)
+    expected = plain(q, k, v, visible, scores.scale or 8**-0.5, scores.softcap)
+    torch.testing.assert_close(causal_attention(q, k, v, scores=scores), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", HOW)
+@given(forks=st.lists(FORK, min_size=1, max_size=3))
+def test_windows_of_forks(how: str, forks: list[tuple[int, list[int]]]) -> None:
+    spans, scores = laid_out(forks), HOW[how]
+    q, k, v = sample(1, spans[-1][-1], spans[-1][-1], 4, 2)
+    expected = plain(q, k, v, near(fork_visible(forks)[None], scores.window), scores.scale or 8**-0.5, scores.softcap)
+    got = causal_attention(q, k, v, spans=spans, scores=scores)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(hidden=st.lists(st.booleans(), min_size=9, max_size=9), window=st.integers(1, 9), t=st.integers(1, 9))
+def test_what_a_mask_hides_takes_no_place_in_a_window(hidden: list[bool], window: int, t: int) -> None:
+    """Wherever the hidden keys are, between a shared prefix and a padded row too."""
+    mask = ~torch.tensor([hidden])
+    got = visible_keys(t, 9, mask, mask.device, window)[0, 0]
+    expected = near(causal(t, 9) & mask, window)
+    shown = mask[0, 9 - t :]  # of the queries: those in padding see themselves, and nobody looks at them
+    assert torch.equal(got[shown], expected[shown]) and got.any(1).all()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_gradients_of_windows_and_caps_in_float64(how: str) -> None:
+    q, k, v = (x.requires_grad_() for x in sample(1, 10, 10, 4, 2))
+    spans: Spans = [(0, 5), (5, 6, 8, 10)]
+    assert torch.autograd.gradcheck(lambda *x: causal_attention(*x, spans=spans, scores=HOW[how]), (q, k, v))
+
+
+def test_another_span_changes_nothing_to_the_bit() -> None:
+    q, k, v = sample(1, 90, 90, 4, 2, torch.float32)
+    spans = spans_of([31, 17, 42])
+    before = causal_attention(q, k, v, spans=spans)
+    q, k, v = (x.clone() for x in (q, k, v))
+    for x in (q, k, v):
+        x[:, 31:48] = torch.randn(1, 17, *x.shape[2:], generator=torch.Generator().manual_seed(1)) * 100
+    after = causal_attention(q, k, v, spans=spans)
+    assert torch.equal(before[:, :31], after[:, :31]) and torch.equal(before[:, 48:], after[:, 48:])
+    assert not torch.equal(before[:, 31:48], after[:, 31:48])
 
 
 @given(forks=st.lists(FORK, min_size=1, max_size=4))

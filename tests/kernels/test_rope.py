@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fourbit.kernels.rope import frequencies, llama3_frequencies, rope, rope_reference, tables
+from fourbit.kernels.rope import frequencies, llama3_frequencies, rope, rope_reference, tables, yarn_frequencies
 
 
 def sample(
@@ -62,6 +62,19 @@ def test_llama3_frequencies_by_hand() -> None:
     blend = (400 / 200 - 1) / (4 - 1)  # a third of the way from slowed to kept
     slowing = torch.tensor([1, 1, blend + (1 - blend) / 8, 1 / 8, 1 / 8], dtype=torch.float64)
     torch.testing.assert_close(got, slowing * 2 * math.pi / wavelength, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn_frequencies_by_hand(truncate: bool) -> None:
+    """Pairs of over 4 turns in 1,000 positions are kept, of under 1 slowed by 8; those between are blended by place."""
+    frequency = frequencies(12, 1000.0, dtype=torch.float64)
+    got = yarn_frequencies(frequency, 1000.0, 8.0, 4.0, 1.0, 1000, truncate=truncate)
+    low, high = (12 * math.log(1000 / (2 * math.pi * turns)) / (2 * math.log(1000)) for turns in (4, 1))
+    low, high = (math.floor(low), math.ceil(high)) if truncate else (low, high)
+    slowed = torch.tensor([min(max((place - low) / (high - low), 0), 1) for place in range(6)], dtype=torch.float64)
+    torch.testing.assert_close(got, frequency * (slowed / 8 + 1 - slowed), rtol=1e-14, atol=0)
+    kept, slow = (slowed == 0).sum(), (slowed == 1).sum()
+    assert kept >= 3 and slow >= 1 and torch.equal(got[:kept], frequency[:kept])
 
 
 def test_tables_hold_the_angle_of_each_position() -> None:
