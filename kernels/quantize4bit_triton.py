@@ -2,7 +2,7 @@
 
 A program holds whole blocks. It finds their largest magnitudes, scales as the reference does (whole blocks multiply by
 the reciprocal, a short last one divides, each step rounded to nearest), and finds the interval between midpoints of
-the code by four comparisons, against thresholds that are selected and not looked up.
+the code by four comparisons.
 """
 
 import torch
@@ -61,28 +61,12 @@ def quantize4bit_kernel(
         short = (block + 1) * BLOCKSIZE > left
         scaled = tl.where(short[:, None], tl.div_rn(values, divisor[:, None]), scaled)
         largest = tl.where(short, divisor, largest)
-    codes = _interval(scaled, midpoints)
+    codes = tl.zeros([BLOCKS, BLOCKSIZE], tl.int32)  # how many of the 15 ascending midpoints lie below
+    for k in tl.static_range(4):
+        codes += tl.where(scaled > tl.load(midpoints + codes + ((8 >> k) - 1)), 8 >> k, 0)
     if order is not None:
         codes = tl.load(order + codes).to(tl.int32)
     high, low = tl.split(tl.reshape(codes, [BLOCKS, BLOCKSIZE // 2, 2]))
     byte = block[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
     tl.store(packed + first * (BLOCKSIZE // 2) + byte, (high << 4 | low).to(tl.uint8), mask=byte * 2 < left)
     tl.store(absmax + first + block, largest, mask=block * BLOCKSIZE < left)
-
-
-@triton.jit
-def _interval(scaled, midpoints):
-    """How many of the 15 ascending midpoints lie below each value."""
-    upper = scaled > tl.load(midpoints + 7)
-    second = scaled > _choose(upper, midpoints, 11, 3)
-    threshold = tl.where(upper, _choose(second, midpoints, 13, 9), _choose(second, midpoints, 5, 1))
-    third = scaled > threshold
-    high = tl.where(second, _choose(third, midpoints, 14, 12), _choose(third, midpoints, 10, 8))
-    low = tl.where(second, _choose(third, midpoints, 6, 4), _choose(third, midpoints, 2, 0))
-    last = scaled > tl.where(upper, high, low)
-    return upper.to(tl.int32) * 8 + second.to(tl.int32) * 4 + third.to(tl.int32) * 2 + last.to(tl.int32)
-
-
-@triton.jit
-def _choose(condition, midpoints, YES: tl.constexpr, NO: tl.constexpr):
-    return tl.where(condition, tl.load(midpoints + YES), tl.load(midpoints + NO))

@@ -179,7 +179,7 @@ def _power(square, step):
     """square ** step in float64, by squaring; step counts in fp32 are exact below 2^24."""
     exponent = step.to(tl.int32)
     power = square * 0.0 + 1.0
-    for _ in tl.static_range(24):
+    for _ in range(24):
         power = tl.where(exponent % 2 == 1, power * square, power)
         square = square * square
         exponent = exponent // 2

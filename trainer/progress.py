@@ -1,8 +1,9 @@
-"""A run on the terminal: a live line with rich when someone watches, plain lines when output goes to a file.
+"""A run on the terminal: one line that is redrawn when someone watches, lines now and then when output goes to a file.
 
 Everything goes to stderr, so that stdout stays free for results.
 """
 
+import shutil
 import sys
 import time
 from typing import Any
@@ -21,22 +22,21 @@ SMOOTHED = {  # those, and what they are called
     "logp_rejected": "logp-",
 }
 OF_VALIDATION = ("loss", "reward_margin", "reward_accuracy")
-PLAIN_SECONDS = 10.0  # between plain lines
+PLAIN_SECONDS = 10.0  # between lines of their own
+CLEARED = "\r\x1b[2K"  # the terminal's line, from its start
 
 
 def display_for(total: int, start: int = 0) -> Display:
     """The display that fits where stderr goes. total: steps of the run; start: steps done before, when resumed."""
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False)
-    return _Live(console, total, start) if console.is_terminal else _Plain(total, start)
+    return _Line(total, start, live=sys.stderr.isatty())
 
 
-class _Plain:
-    """One line every few seconds, and at every evaluation and the first and last step."""
+class _Line:
+    """The metrics in one line: after each step in place of the line before (live), or on a line of its own every few
+    seconds, and at every evaluation and the first and last step."""
 
-    def __init__(self, total: int, start: int) -> None:
-        self.total, self.start = total, start
+    def __init__(self, total: int, start: int, *, live: bool) -> None:
+        self.total, self.start, self.live = total, start, live
         self.begun = self.last = time.monotonic()
         self.means: dict[str, float] = {}
         self.skipped = 0
@@ -45,13 +45,17 @@ class _Plain:
     def show(self, record: dict[str, Any]) -> None:
         self._add(record)
         step, now = record["step"], time.monotonic()
-        told = step in (self.start + 1, self.total) or "val_loss" in record
+        told = self.live or step in (self.start + 1, self.total) or "val_loss" in record
         if now - self.last < PLAIN_SECONDS and not told:
             return
         self.last = now
         left = (now - self.begun) / max(1, step - self.start) * (self.total - step)
         metrics = "  ".join(f"{name} {value}" for name, value in self.shown.items())
-        self.message(f"step {step}/{self.total}  {metrics}  left {_clock(left)}")
+        line = f"step {step}/{self.total}  left {_clock(left)}  {metrics}"
+        if self.live:
+            print(CLEARED + line[: shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
+        else:
+            self.message(line)
 
     def _add(self, record: dict[str, Any]) -> None:
         """What to show from now on, by name; smoothed where it jumps."""
@@ -78,41 +82,11 @@ class _Plain:
         self.shown |= {"skipped": str(self.skipped)} if self.skipped else {}
 
     def message(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None: ...
-
-
-class _Live(_Plain):
-    """A progress bar with the metrics under it, redrawn in place."""
-
-    def __init__(self, console: Any, total: int, start: int) -> None:
-        from rich.live import Live
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        super().__init__(total, start)
-        columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None)]
-        columns += [TextColumn("left"), TimeRemainingColumn()]
-        self.progress = Progress(*columns, console=console, expand=True)
-        self.task = self.progress.add_task("", total=total, completed=start)
-        self.live = Live(self._drawn("first step ..."), console=console)
-        self.live.start()
-
-    def _drawn(self, metrics: str) -> Any:
-        from rich.console import Group
-
-        return Group(self.progress, metrics)
-
-    def show(self, record: dict[str, Any]) -> None:
-        self._add(record)
-        self.progress.update(self.task, completed=record["step"])
-        self.live.update(self._drawn("  ".join(f"[dim]{name}[/] {value}" for name, value in self.shown.items())))
-
-    def message(self, text: str) -> None:
-        self.live.console.print(text, markup=False)
+        print(CLEARED * self.live + text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        self.live.stop()
+        if self.live:
+            print(file=sys.stderr)
 
 
 def _number(value: float | None) -> str:
