@@ -23,9 +23,9 @@ from typing import Any
 
 import pytest
 
-CAPABILITIES = (80, 86, 89, 90, 100, 120)  # those of kernels/border.py
+CAPABILITIES = (80, 89, 90, 100, 120)  # 8.6 compiles to what 8.9 does, but for the name
 # Bytes of shared memory that one program may use (CUDA programming guide, compute capabilities).
-SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 
 @dataclass(frozen=True)

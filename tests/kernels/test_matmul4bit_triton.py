@@ -200,14 +200,14 @@ def _rows(M: int, *, full: bool, dtype: torch.dtype = torch.bfloat16) -> None:
 
 SERVED = (8, 16, 32)
 SCENARIOS = {f"full {M}": lambda M=M: _rows(M - 1, full=True) for M in SERVED}  # M - 1: no size is a round number
-SCENARIOS |= {f"plain {M}": lambda M=M: _rows(M, full=False, dtype=torch.float16) for M in (1, *SERVED)}
+SCENARIOS |= {f"plain {M}": lambda M=M: _rows(M, full=False, dtype=torch.float16) for M in (1, 16, 32)}
 
 
 def test_no_spills_and_shared_memory_fits(aot: ModuleType) -> None:
     aot.assert_no_spills(aot.costs_of(__file__))
 
 
-INSTRUCTIONS = {1: BUDGET, 8: 5, 16: 5.5, 32: 6}  # a parameter, for up to so many rows of x
+INSTRUCTIONS = {1: BUDGET, 16: 5.5, 32: 6}  # a parameter, for up to so many rows of x
 
 
 def test_instructions_a_parameter(aot: ModuleType) -> None:

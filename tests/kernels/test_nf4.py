@@ -83,7 +83,7 @@ def test_rows_of_whole_blocks_are_rows_of_what_is_stored(double_quant: bool) -> 
 
 
 @given(awkward_values(), st.sampled_from(TYPES), st.sampled_from(BLOCKSIZES))
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_bytes_equal_bitsandbytes_on_ties(oracle: Any, weight: Tensor, quant_type: str, blocksize: int) -> None:
     want_packed, want_absmax = oracle.quantize(weight, quant_type, blocksize)
     for path in PATHS:

@@ -36,7 +36,7 @@ def _stepped(make: Any, dtype: torch.dtype, **settings: Any) -> Any:
 
 SCENARIOS = {
     "adamw": _stepped(AdamW, torch.float32, max_grad_norm=1.0),
-    "adamw8bit, small ones 32-bit": _stepped(AdamW8bit, torch.bfloat16, max_grad_norm=1.0),
+    "adamw8bit, rounded at random": _stepped(AdamW8bit, torch.bfloat16, min_8bit_size=0),
     "adamw8bit": _stepped(AdamW8bit, torch.bfloat16, min_8bit_size=0, rounding="nearest"),
     "lion": _stepped(Lion, torch.float32),
     "lion8bit": _stepped(Lion8bit, torch.float16, min_8bit_size=0),

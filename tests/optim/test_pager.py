@@ -5,7 +5,7 @@ The update is a toy that depends on everything an update may depend on: element,
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_device import CopyError, SimulatedDevice
 from torch import nn
@@ -78,6 +78,7 @@ def ten(device, budget, pages=10):
 PARTS = st.lists(st.sampled_from([1, 255, 257, 3000, CHUNK, CHUNK + 1, 3 * CHUNK]), min_size=1, max_size=4)
 
 
+@settings(max_examples=50)
 @given(st.data())
 def test_paged_equals_whole_under_every_budget(data):
     """Any page sizes, states, budgets from one page to everything, gradients present and missing, and disturbances."""
@@ -224,6 +225,7 @@ class TestAuto:
 
 
 class TestFailedCopies:
+    @settings(max_examples=50)
     @given(st.data())
     def test_raises_and_loses_no_state(self, data):
         """Every page is as it was before the step or as it is after it, and steps go on when copies work again."""
