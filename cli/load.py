@@ -13,6 +13,8 @@ from ..errors import EnvironmentProblem, InputError
 from ..files import regular_file
 from ..lora.linear4bit import Module4bit
 from ..lora.peft_files import load_adapter, trained_base
+from ..models.config import DROPOUTS
+from ..models.decoder import Decoder
 from ..models.load import check_tokenizer, load_decoder, load_tokenizer
 from ..models.protocol import CausalLM
 from ..settings import checked
@@ -72,6 +74,9 @@ def load_weights(options: ModelOptions, tokenizer: Tokenizer, quant: str) -> Cau
     size = sum(prod(module.shape) for module in packed)
     size += sum(p.numel() for p in model.parameters() if id(p) not in inside)
     note(f"model: {options.model}, {amount(size)} parameters, {form} and {dtype} on {device}")
+    dropped = [key for key in DROPOUTS if isinstance(model, Decoder) and model.spec.config.get(key)]
+    if dropped:
+        note(f"note: training is without the {' and '.join(dropped)} of its config.json; --dropout is the adapter's")
     return model
 
 

@@ -33,9 +33,12 @@ LIMITS: dict[str, int | float] = {
         ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "mscale", "mscale_all_dim"), 1e6
     ),
     **dict.fromkeys(("beta_fast", "beta_slow", "query_pre_attn_scalar", "attention_multiplier", "logits_scaling"), 1e6),
+    **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop"), 1.0),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), 1e6),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), 1e6),
 }
+
+DROPOUTS = "attention_dropout", "resid_pdrop", "embd_pdrop"
 
 
 class Settings:
@@ -101,7 +104,9 @@ def common(keys: Settings, *, activation: str = "hidden_act", eps: float = 1e-6,
     """
     kinds = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
     kind = keys.one_of(activation, (None, *kinds), " or ".join(map(repr, kinds)))
-    keys.one_of("attention_dropout", (None, 0), "0 (fourbit trains without it; set it to 0)")
+    for key in DROPOUTS:
+        if keys.get(key) != 0:
+            keys.number(key, default=0.0)
     hidden, heads = keys.number("hidden_size"), keys.number("num_attention_heads")
     if keys.get("head_dim") is None and hidden % heads:
         raise InputError(

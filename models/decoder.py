@@ -207,7 +207,7 @@ class Trunk(nn.Module):
 
 
 class Decoder(CausalLM):
-    """A language model that computes what its `spec` says.
+    """A language model that computes what its `spec` says; the dropouts that a config names are not done in training.
 
     `checkpointing`: training keeps only each layer's input and recomputes the layer in backward (dropout repeats
     exactly). `keep_decoded`: a recomputed layer keeps its 4-bit weights decoded until its backward is through, which

@@ -7,8 +7,6 @@ from .spec import Spec
 
 def phi3(keys: Settings) -> Spec:
     """Phi-3 and Phi-4, mini too."""
-    for key in ("resid_pdrop", "embd_pdrop"):
-        keys.one_of(key, (None, 0), "0 (fourbit trains without it; set it to 0)")
     shared = common(keys, eps=1e-5)
     seen = keys.or_none("sliding_window")
     return Spec(

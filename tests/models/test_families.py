@@ -234,7 +234,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("gemma2", {"hidden_activation": "relu"}, "hidden_activation must be"),
     ("gemma3", {"sliding_window": "7"}, "sliding_window"),
     ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping must be null"),
-    ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop must be 0"),
+    ("phi3", {"resid_pdrop": "0.1"}, "resid_pdrop must be a number"),
     ("phi3 long", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "short_factor must be"),
     ("smollm3", {"no_rope_layers": [1, 1]}, "no_rope_layers must be a list of 4"),
     ("granite", {"logits_scaling": 0}, "logits_scaling must be a number above 0"),

@@ -128,7 +128,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (rope() | {"rope_parameters": LLAMA3 | {"factor": 8.0}}, "rope_parameters must be what rope_scaling is"),
     (rope() | {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}, "rope_parameters must be what rope_scaling is"),
     ({"partial_rotary_factor": True}, "partial_rotary_factor must be 1, got True"),
-    ({"attention_dropout": 0.1}, "attention_dropout must be 0 .* got 0.1"),
+    ({"attention_dropout": 2}, "attention_dropout must be a number above 0, at most 1, got 2"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters must be .* of plain values"),
 ]
 
