@@ -81,11 +81,9 @@ NOTES = {
     "batch_size counts all examples of an optimizer step; micro_batch never changes it": (
         "per_device_train_batch_size micro_batch_size"
     ),
-    "quant is nf4, nf4-nodq or none": "load_in_4bit quantization_bit",
     "quant nf4 quantises the scales too, nf4-nodq does not": "double_quantization bnb_4bit_use_double_quant",
     "warmup is a fraction of all steps below 1": "warmup_ratio",
     "warmup is a number of steps from 1 on": "warmup_steps",
-    "loss_on is assistant, last or all": "train_on_inputs mask_prompt",
     "lr_scale has factors on lr by patterns of names, '*.embed_tokens.*=0.1'": (
         "lr_groups embedding_learning_rate embedding_lr loraplus_lr_embedding"
     ),
@@ -93,7 +91,6 @@ NOTES = {
     "reference is base or start; there never is a second model": "ref_model",
     "reference_cache names a file for them": "precompute_ref_log_probs",
     "the loss curve is always drawn, as loss.png in the out folder": "plot_loss",
-    "dtype is auto, float32, bfloat16 or float16": "bf16 fp16",
 }
 REMARKS = {theirs: note for note, names in NOTES.items() for theirs in names.split()}
 

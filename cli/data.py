@@ -16,14 +16,13 @@ from .options import ResultOptions, RowOptions, TokenizerOptions
 from .parse import Sources
 from .show import bars, count, describe, note, result
 
-STYLES = {
-    "trained": "bold green",
-    "trained special": "bold magenta",
-    "context special": "magenta",
-    "context": "",
-    "cut": "red strike",
+KINDS = {  # of tokens: their colour, and the marks around them without one
+    "trained": ("bold green", "{++}"),
+    "trained special": ("bold magenta", "{++}"),
+    "context special": ("magenta", ""),
+    "context": ("", ""),
+    "cut": ("red strike", "[--]"),
 }
-MARKS = {"trained": "{++}", "trained special": "{++}", "cut": "[--]"}
 REPORTED = ["rows", "tokens", "trained", "longest", "truncated", "duplicates", "notices"]
 
 
@@ -76,7 +75,7 @@ def show_example(example: Encoded, tokenizer: Tokenizer) -> None:
     head = f"{visible(example.source)}  {count(len(example.ids), 'token')}, {sum(example.trained)} trained"
     if console.is_terminal and not console.no_color:
         console.print(head, style="bold cyan", markup=False)
-        shown = ((visible(text).replace("\n", "↵\n"), STYLES[kind]) for kind, text in pieces(example, tokenizer))
+        shown = ((visible(text).replace("\n", "↵\n"), KINDS[kind][0]) for kind, text in pieces(example, tokenizer))
         console.print(Text.assemble(*shown))  # a line's end is shown too, because it may be trained
     else:
         print(f"{head}\n{marked(example, tokenizer)}", flush=True)
@@ -103,6 +102,6 @@ def pieces(example: Encoded, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
 def marked(example: Encoded, tokenizer: Tokenizer) -> str:
     """The row in plain text, runs of trained tokens as {+...+} and tokens cut off as [-...-]."""
     parts = []
-    for mark, run in groupby(pieces(example, tokenizer), key=lambda piece: MARKS.get(piece[0], "")):
+    for mark, run in groupby(pieces(example, tokenizer), key=lambda piece: KINDS[piece[0]][1]):
         parts += [mark[:2], *(visible(text) for _, text in run), mark[2:]]
     return "".join(parts)

@@ -27,9 +27,7 @@ def unanswered(row: Row) -> Messages:
 
 def instruction(row: Row) -> Messages:
     """What an Alpaca row asks: `instruction` and `input`, after the pairs of `history`: all context."""
-    parts = [row.data.get(key) or "" for key in ("instruction", "input")]
-    for key, text in zip(("instruction", "input"), parts, strict=True):
-        typed(row, key, text, str)
+    parts = [typed(row, key, row.data.get(key) or "", str) for key in ("instruction", "input")]
     asked = "\n".join(text for text in parts if text.strip())
     history = typed(row, "history", row.data.get("history") or [], list, "be a list of [question, answer]")
     turns: Messages = []

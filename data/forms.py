@@ -111,8 +111,6 @@ def sample(row: Row, kind: Kind, name: str | None = None) -> Sample:
     read = Row(fields, row.place)
     made = SETTLED[kind](read, form, _beside_messages(read, form.read(read)))
     unused, passed = unread(read, ASIDE if kind == "prompts" else ())
-    if not (unused or passed or kind == "prompts"):
-        return made
     notes = (*made.notes, *(UNUSED + shown(place) for place in unused))
     return replace(made, notes=notes, passed=tuple(passed), row=row.data if kind == "prompts" else {})
 
@@ -127,8 +125,6 @@ def _beside_messages(row: Row, made: Sample) -> Sample:
     variables = typed(row, field, {} if given is None else given, dict, "be an object, or one as JSON text")
     if ours := sorted({*OURS} & {*variables}):
         raise bad(row, field, f"may not say {ours[0]!r}, which is given from elsewhere: take it out")
-    if not (system or tools or variables):
-        return made
     return replace(made, context=system + made.context, tools=tools, variables=variables or None)
 
 
