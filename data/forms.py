@@ -16,7 +16,7 @@ from .dialects import SAME, implied_by_messages, implied_by_strings, instruction
 from .keys import Fields, opened, present, unread
 from .messages import Messages, as_context, checked_messages, core, filled, offered_tools, said, system_turn, trains
 from .read import Rows, sources
-from .row import UNUSED, BadRow, Problem, Problems, Row, bad, typed
+from .row import UNUSED, BadRow, Problems, Row, bad, typed
 from .sample import Kind, Sample
 
 DETECT_ROWS = 200
@@ -74,11 +74,11 @@ def kind_of(paths: Rows) -> Kind:
     return seen.most_common(1)[0][0] if seen else "sft"
 
 
-def _first_rows(items: Iterable[Row | Problem]) -> list[Row]:
+def _first_rows(items: Iterable[Row | BadRow]) -> list[Row]:
     return list(islice((item for item in items if isinstance(item, Row)), DETECT_ROWS))
 
 
-def samples(items: Iterable[Row | Problem], kind: Kind, problems: Problems) -> Iterator[Sample]:
+def samples(items: Iterable[Row | BadRow], kind: Kind, problems: Problems) -> Iterator[Sample]:
     """Every row of one source that is a sample; the others are added to `problems`. The form is the one most of its
     first 200 rows have; prompts may mix theirs."""
     items, good = iter(items), 0
@@ -87,8 +87,8 @@ def samples(items: Iterable[Row | Problem], kind: Kind, problems: Problems) -> I
     name = seen.most_common(1)[0][0] if seen and kind != "prompts" else None
     for item in chain(first, items):
         try:
-            if isinstance(item, Problem):
-                raise BadRow(item)
+            if isinstance(item, BadRow):
+                raise item
             yield sample(item, kind, name)
             good += 1
         except BadRow as error:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from torch.utils.data import Dataset as TorchDataset
 
 from ..errors import InputError, shown
-from .row import Place, Problem, Row, type_name
+from .row import BadRow, Place, Row, type_name
 
 MAX_DEPTH = 64
 MAX_LINE_BYTES = 16 * 1024 * 1024
@@ -34,13 +34,13 @@ SUFFIXES = (".jsonl", ".ndjson", ".json")
 Rows = str | os.PathLike[str] | Iterable[object] | TorchDataset[object]
 
 
-def sources(rows: Any, name: str = "rows") -> list[Iterator[Row | Problem]]:
+def sources(rows: Any, name: str = "rows") -> list[Iterator[Row | BadRow]]:
     """Of one or several files, or of rows given as objects, which errors call `name`: a `read_rows` of each."""
     paths = isinstance(rows, list | tuple) and rows and all(isinstance(row, str | os.PathLike) for row in rows)
     return [read_rows(path) for path in rows] if paths else [read_rows(rows, name)]
 
 
-def read_rows(rows: Rows, name: str = "rows") -> Iterator[Row | Problem]:
+def read_rows(rows: Rows, name: str = "rows") -> Iterator[Row | BadRow]:
     """All rows of a `.jsonl`, `.ndjson` or `.json` file, and a problem for every line that holds no JSON object.
 
     Blank lines are passed over; a UTF-8 byte order mark and CRLF line ends are accepted. A file whose first character
@@ -63,7 +63,7 @@ def read_rows(rows: Rows, name: str = "rows") -> Iterator[Row | Problem]:
         raise InputError(f"{name} holds no rows: {none}.")
 
 
-def _objects(rows: Any, name: str) -> Iterator[Row | Problem]:
+def _objects(rows: Any, name: str) -> Iterator[Row | BadRow]:
     """Of rows given as objects each as a row, or a problem."""
     if isinstance(rows, Mapping):
         raise InputError(f"{name} is one dict, of {shown([*rows])}: give a list of rows, or one of its parts")
@@ -84,7 +84,7 @@ def _objects(rows: Any, name: str) -> Iterator[Row | Problem]:
         yield _item(Place(name, number, in_file=False), "row", partial(json_value, given))
 
 
-def _file_items(name: str) -> Iterator[Row | Problem]:
+def _file_items(name: str) -> Iterator[Row | BadRow]:
     with _opened(name) as file:
         yield from _objects(_array(file, name), name) if _first_byte(file, name) == b"[" else _line_items(file, name)
 
@@ -123,7 +123,7 @@ def _first_byte(file: BinaryIO, name: str) -> bytes:
     return chunk.lstrip()[:1]
 
 
-def _line_items(file: BinaryIO, name: str) -> Iterator[Row | Problem]:
+def _line_items(file: BinaryIO, name: str) -> Iterator[Row | BadRow]:
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -134,12 +134,12 @@ def _line_items(file: BinaryIO, name: str) -> Iterator[Row | Problem]:
                 if file.tell() - start > MAX_DISCARDED_BYTES:
                     size = f"{MAX_DISCARDED_BYTES // 2**20} MiB"
                     raise InputError(f"{name}: line {number} is longer than {size}: write one object a line.")
-            yield Problem(Place(name, number), "line", f"is longer than {MAX_LINE_BYTES // 2**20} MiB", "json")
+            yield BadRow(Place(name, number), "line", f"is longer than {MAX_LINE_BYTES // 2**20} MiB", "json")
         elif line.strip():
             yield _item(Place(name, number), "line", partial(parse, line))
 
 
-def _item(place: Place, field: str, read: Callable[[], Any]) -> Row | Problem:
+def _item(place: Place, field: str, read: Callable[[], Any]) -> Row | BadRow:
     """What a line, an element of an array or an object holds: a row, or a problem."""
     try:
         value = read()
@@ -147,7 +147,7 @@ def _item(place: Place, field: str, read: Callable[[], Any]) -> Row | Problem:
             raise Refused(f"is {type_name(value)}, not an object {{...}}")
         return Row(value, place)
     except Refused as error:
-        return Problem(place, field, f"{error}{error.hint}", "json")
+        return BadRow(place, field, f"{error}{error.hint}", "json")
 
 
 def _array(file: BinaryIO, name: str) -> list[Any]:

@@ -2,10 +2,9 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..errors import InputError, visible
+from ..errors import InputError
 
 UNUSED = "not used: "  # begins the note of a field of a row that nothing reads
 SHOWN_KEYS = 8
@@ -24,32 +23,28 @@ class Place(NamedTuple):
         return f"{self.name}:{self.number}" if self.in_file else f"row {self.number} of {self.name}"
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One row that cannot be used; `str()` is one line, `place: field: reason`; `kind` groups them for counting."""
+class BadRow(InputError):
+    """One row that cannot be used, told on one line, `place: field: reason`; `kind` groups them for counting."""
 
-    place: Place
-    field: str
-    reason: str
-    kind: str = "row"
-
-    def __str__(self) -> str:
-        return visible(f"{self.place}: {self.field}: {self.reason}").replace("\n", "\\n").replace("\t", "\\t")
+    def __init__(self, place: Place, field: str, reason: str, kind: str = "row") -> None:
+        super().__init__(f"{place}: {field}: {reason}".replace("\n", "\\n").replace("\t", "\\t"))
+        self.place, self.kind = place, kind
 
 
-class Problems(list[Problem]):
+class Problems(list[BadRow]):
     """The first 1,000 of many problems, how many there are (`total`), and of each kind (`kinds`)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.total, self.kinds = 0, Counter[str]()
 
-    def add(self, bad: "BadRow") -> None:
+    def add(self, bad: BadRow) -> None:
         """Count one more problem, and keep it while there is room."""
         self.total += 1
-        self.kinds[bad.problem.kind] += 1
+        self.kinds[bad.kind] += 1
         if self.total <= KEPT_PROBLEMS:
-            self.append(bad.problem)
+            bad.__traceback__ = bad.__context__ = None  # which hold the row
+            self.append(bad)
 
     def lines(self, most: int, characters: float = math.inf) -> list[str]:
         """The first ones, one a line: so many, or fewer of more characters; and how many more there are."""
@@ -64,14 +59,6 @@ class Problems(list[Problem]):
         return "\n".join([head, *self.lines(SHOWN_PROBLEMS, SHOWN_CHARACTERS)])
 
 
-class BadRow(InputError):
-    """A single unusable row, raised where a row is handled alone; `.problem` says which and why."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(str(problem))
-        self.problem = problem
-
-
 class Row(NamedTuple):
     """One JSON object and where it stood."""
 
@@ -81,7 +68,7 @@ class Row(NamedTuple):
 
 def bad(row: Any, field: str, reason: str, kind: str = "row") -> BadRow:
     """The error for a row, or a sample of one, that breaks a rule; the caller raises it."""
-    return BadRow(Problem(row.place, field, reason, kind))
+    return BadRow(row.place, field, reason, kind)
 
 
 def typed(row: Any, field: str, value: Any, kind: type, rule: str = "be a string") -> Any:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Literal
 
 from .batch import Encoded
-from .row import BadRow, Problem, bad
+from .row import BadRow, bad
 from .sample import Sample
 from .turns import UNKNOWN_STOP
 
@@ -28,7 +28,7 @@ def fit(
     fitted = tuple(_fit(sample, name, part, max_length, truncation, stops) for name, part in named)
     if len(fitted) > 1 and fitted[0].ids == fitted[1].ids:
         reason = f"cut to max_length {max_length}, chosen and rejected are the same"
-        raise Dropped(Problem(sample.place, "length", reason, LOST))
+        raise Dropped(sample.place, "length", reason, LOST)
     return fitted
 
 
@@ -46,14 +46,14 @@ def _fit(
         raise bad(sample, "length", reason, "too long")
     if truncation == "drop":
         reason = f"the {name} answer has {length} tokens with its prompt, more than max_length {max_length}"
-        raise Dropped(Problem(sample.place, "length", reason, "too long"))
+        raise Dropped(sample.place, "length", reason, "too long")
     if UNKNOWN_STOP in part.notes:
         reason = f"the {name} answer has {length} tokens and ends with no stop token, which cutting it could keep"
-        raise Dropped(Problem(sample.place, "length", reason, LOST))
+        raise Dropped(sample.place, "length", reason, LOST)
     shorter = shorten(part, max_length, stops)
     if shorter is None:
         reason = f"max_length {max_length} leaves nothing of the {name} answer ({length} tokens with its prompt)"
-        raise Dropped(Problem(sample.place, "length", reason, LOST))
+        raise Dropped(sample.place, "length", reason, LOST)
     return shorter
 
 

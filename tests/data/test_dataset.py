@@ -92,7 +92,7 @@ def test_skipping_everything_is_still_an_error(write: Callable[..., Path], token
         load(path, tokenizer, on_bad_row="skip")
     with pytest.raises(InputError, match="holds no rows"):
         load([], tokenizer)
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="cannot be opened: No such file"):
         load([path, "none.jsonl"], tokenizer, on_bad_row="skip")
 
 

@@ -21,7 +21,7 @@ from fourbit.data import forms
 from fourbit.data.forms import ASIDE, FORMS, WANTED, kind_of, recognise, sample
 from fourbit.data.forms import samples as read_samples
 from fourbit.data.keys import CALL, ELSEWHERE, TURN
-from fourbit.data.row import BadRow, Place, Problem, Problems, Row, counted
+from fourbit.data.row import BadRow, Place, Problems, Row, counted
 from fourbit.data.sample import Sample
 from fourbit.errors import InputError
 
@@ -42,7 +42,7 @@ def chat(*messages: Any, **more: Any) -> dict[str, Any]:
     return {"messages": list(messages), **more}
 
 
-def samples(rows: Sequence[Row | Problem], kind: Any) -> tuple[list[Sample], Problems]:
+def samples(rows: Sequence[Row | BadRow], kind: Any) -> tuple[list[Sample], Problems]:
     problems = Problems()
     return list(read_samples(rows, kind, problems)), problems
 
@@ -78,7 +78,7 @@ def test_a_bad_row_is_one_clear_problem(case: str) -> None:
     given = BAD[case]
     with pytest.raises(BadRow) as caught:
         made(given["row"], given["kind"])
-    problem = caught.value.problem
+    problem = caught.value
     assert str(caught.value) == f"rows.jsonl:7: {given['says']}"
     assert (problem.place, problem.kind) == (Place("rows.jsonl", 7), given["counted"])
 
@@ -315,7 +315,7 @@ def parts_and_texts(told: Sample) -> list[Any]:
 
 def test_many_faults_are_counted_and_the_first_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """In memory that does not grow with them; where most rows are bad, reading stops and says so."""
-    wrong = [Problem(Place("f", line), "line", "is no JSON", "json") for line in range(1, 3001)]
+    wrong = [BadRow(Place("f", line), "line", "is no JSON", "json") for line in range(1, 3001)]
     good, problems = samples([*(Row(chat(U, A), Place("f", line)) for line in range(1, 3001)), *wrong], "sft")
     assert (len(good), problems.total, len(problems), problems.kinds) == (3000, 3000, 1000, {"json": 3000})
     text = problems.describe("6000", "mend them")
@@ -387,7 +387,7 @@ def test_any_row_is_taken_or_refused_as_a_row(data: dict[str, Any]) -> None:
         try:
             row = sample(Row(data, Place("f", 1)), kind)
         except BadRow as bad:
-            assert isinstance(bad, InputError) and str(bad).startswith("f:1: ") and bad.problem.kind
+            assert isinstance(bad, InputError) and str(bad).startswith("f:1: ") and bad.kind
             continue
         assert json.dumps([row.content(), row.topic()])
         assert bool(row.context) == (kind != "sft")

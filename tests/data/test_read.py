@@ -12,17 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourbit.data import read
-from fourbit.data.row import Place, Problem, Row
+from fourbit.data.row import BadRow, Place, Row
 from fourbit.errors import InputError, clean
 
 GOOD = b'{"a": 1}'
 
 
-def read_rows(path: object) -> tuple[list[Row], list[Problem]]:
+def read_rows(path: object) -> tuple[list[Row], list[BadRow]]:
     """The rows of a file, and its problems."""
     items = list(read.read_rows(path))  # type: ignore[arg-type]  # what is no row too
     rows = [item for item in items if isinstance(item, Row)]
-    return rows, [item for item in items if isinstance(item, Problem)]
+    return rows, [item for item in items if isinstance(item, BadRow)]
 
 
 LATIN1 = "; if the file is Latin-1, convert it with iconv -f LATIN1 -t UTF-8"
@@ -326,7 +326,7 @@ def test_a_key_twice_among_many_is_found_in_no_time(tmp_path: Path) -> None:
     path.write_text("{" + ", ".join(f'"{key}": 0' for key in keys) + "}")
     start = time.process_time()
     _, (problem,) = read_rows(path)
-    assert problem.reason == "the key '299999' stands twice in one object"
+    assert str(problem).endswith("line: the key '299999' stands twice in one object")
     assert time.process_time() - start < 5
 
 
@@ -355,7 +355,7 @@ def test_a_huge_array_is_refused_by_size(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_problem_is_one_printable_line() -> None:
-    problem = Problem(Place("a\nb.jsonl", 3), "messages", "holds \x1b[31m and \ud800 and caf\u00e9")
+    problem = BadRow(Place("a\nb.jsonl", 3), "messages", "holds \x1b[31m and \ud800 and caf\u00e9")
     assert str(problem) == "a\\nb.jsonl:3: messages: holds \\x1b[31m and \\ud800 and caf\u00e9"
 
 

@@ -193,7 +193,7 @@ def test_every_special_token_in_a_message_is_an_error(family: str, make_tokenize
     bad: list[BadRow] = []
     assert [*encode([sample for sample, _ in held], tokenizer, EVERYTHING, refuse=bad.append)] == []
     for token, (_, field), found in zip(tokens, held, bad, strict=True):
-        assert found.problem.kind == "special token"
+        assert found.kind == "special token"
         assert str(found).startswith(f"f:1: {field}: spells {token!r}, a special token, which steers a model")
 
 
