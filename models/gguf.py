@@ -68,10 +68,10 @@ class GGUFFile:
         header = _Header(self.path, self._data)
         self.metadata, self.tensors = header.metadata, header.tensors
 
-    def tensor(self, name: str, interleaved_heads: int | None = None) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         """One tensor by its GGUF name, as `decode` gives it."""
         info = self.tensors[name]
-        return decode(self._data[info.start : info.start + info.nbytes], info.format, info.shape, interleaved_heads)
+        return decode(self._data[info.start : info.start + info.nbytes], info.format, info.shape)
 
 
 def _map(path: Path) -> Bytes:
@@ -237,24 +237,16 @@ class _Header:
             end, before = stop, name
 
 
-def decode(raw: Bytes, format: str, shape: tuple[int, ...], interleaved_heads: int | None = None) -> Tensor:
+def decode(raw: Bytes, format: str, shape: tuple[int, ...]) -> Tensor:
     """A tensor's bytes to a new tensor of `shape`, some rows at a time; peak memory is the output plus some 30 MB.
 
-    F32, F16 and BF16 stay what they are, blocks become fp32. With `interleaved_heads` = H the rows (of a bias: the
-    elements) of each of H heads are put back from llama.cpp's rotary order (pairs side by side) to Hugging Face's
-    (halves).
+    F32, F16 and BF16 stay what they are, blocks become fp32.
     """
     rows = raw.reshape(math.prod(shape[:-1]), -1)  # [R, bytes]
-    order = np.arange(shape[0])
-    if interleaved_heads is not None:
-        order = order.reshape(interleaved_heads, -1, 2).swapaxes(1, 2).ravel()
-    if len(shape) == 1:
-        return _values(rows, format)[0, order]
     values = torch.empty(len(rows), shape[-1], dtype=_values(rows[:1], format).dtype)
     step = max(1, CHUNK_ELEMENTS // shape[-1])
     for start in range(0, len(rows), step):
-        chunk = slice(start, start + step)
-        values[chunk] = _values(rows[chunk] if interleaved_heads is None else rows[order[chunk]], format)
+        values[start : start + step] = _values(rows[start : start + step], format)
     return values.view(shape)
 
 

@@ -1,4 +1,5 @@
-"""The Llama in a GGUF file: its metadata as a `Spec`, its tensors under their names in a Hugging Face checkpoint.
+"""The model in a GGUF file: its metadata in the words of the family's `config.json`, for the family to read, and its
+tensors under their names in a Hugging Face checkpoint.
 
 A key or tensor that changes the computation in a way we do not support is refused, never ignored. Whether the tensors
 are those that the Spec asks for is checked where any checkpoint's are, in `load.py`.
@@ -13,16 +14,13 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import InputError
+from . import families
 from .config import Settings
-from .families import read_spec as read_config
 from .gguf import GGUFFile
 from .spec import Spec
 
-_PREFIX = "llama."
-ROPE_FACTORS = "rope_freqs.weight"  # no weight: what it says is in the Spec
-
-# What may stand under "llama." in the metadata, by what is made of it; another key is refused: it may be of a variant
-# that computes something else. First the numbers that are obeyed, each with its name in config.json.
+# What may stand under the architecture's name in the metadata, by what is made of it; another key is refused: it may be
+# of a variant that computes something else. First the numbers that are obeyed, each with its name in config.json.
 _REQUIRED = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -40,49 +38,60 @@ _OBEYED = _REQUIRED | {
     "rope.freq_base": "rope_theta",
     "rope.scaling.factor": "factor",
     "rope.scale_linear": "factor",  # the name of old for the same
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "rope.scaling.yarn_beta_fast": "beta_fast",
+    "rope.scaling.yarn_beta_slow": "beta_slow",
 }
-_PLAIN = {  # what would change the numbers, with the values that do not
-    "attention.causal": (True,),
-    "attention.clamp_kqv": (0,),
-    "attention.max_alibi_bias": (0,),
-    "attention.output_scale": (0, 1),
-    "attention.scale": (0,),
-    "attention.sliding_window": (0,),
-    "attn_logit_softcapping": (0,),
-    "embedding_scale": (0, 1),
-    "expert_count": (0,),
-    "final_logit_softcapping": (0,),
-    "logit_scale": (0, 1),
-    "nextn_predict_layers": (0,),
-    "residual_scale": (0, 1),
-    "rope.scaling.attn_factor": (1,),
-    "rope.scaling.yarn_attn_factor": (1,),
-    "rope.scaling.yarn_ext_factor": (0, -1),
-    "use_parallel_residual": (True,),
+_WINDOW, _SCALE = "attention.sliding_window", "attention.scale"
+_CAP = {"final_logit_softcapping": "final_logit_softcapping"}
+_LOCAL = {"rope.freq_base_swa": "rope_local_base_freq", "attention.sliding_window_pattern": "sliding_window_pattern"}
+_SCALES = {"embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier"}
+_LONG = {_WINDOW: "sliding_window", "rope.scaling.attn_factor": "attention_factor"}
+# llama.cpp's architecture -> the family, the key that it must have too, and the other numbers that it alone obeys.
+_ARCHITECTURES: dict[str, tuple[str, str, dict[str, str]]] = {
+    **{name: (name, "", {}) for name in ("llama", "smollm3", "qwen2", "qwen3", "olmo2")},
+    "granite": ("granite", _SCALE, {_SCALE: "attention_multiplier", "logit_scale": "logits_scaling"} | _SCALES),
+    "phi3": ("phi3", "", _LONG),
+    "gemma2": (
+        "gemma2",
+        _WINDOW,
+        {_WINDOW: "sliding_window", "attn_logit_softcapping": "attn_logit_softcapping"} | _CAP,
+    ),
+    "gemma3": ("gemma3_text", "", {_WINDOW: "sliding_window"} | _CAP | _LOCAL),
 }
-_WITHOUT_EFFECT = {  # on a plain llama: what only other kinds of norm, experts, scaling and storage ask for
+_INTERLEAVED = ("llama", "smollm3", "granite")  # whose rows of Q and K the converter reorders
+_NOTHING = ("attention.clamp_kqv", "attention.max_alibi_bias", "expert_count", "nextn_predict_layers", _WINDOW, _SCALE)
+_PLAIN: dict[str, tuple[Any, ...]] = {  # what would change the numbers, with the values that do not
+    **dict.fromkeys((*_NOTHING, "attn_logit_softcapping", "final_logit_softcapping"), (0,)),
+    **dict.fromkeys(("attention.output_scale", "embedding_scale", "logit_scale", "residual_scale"), (0, 1)),
+    **dict.fromkeys(("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"), (1,)),
+    **dict.fromkeys(("attention.causal", "use_parallel_residual"), (True,)),
+    "rope.scaling.yarn_ext_factor": (0, -1, 1),
+}
+_WITHOUT_EFFECT = {  # on these models: what only other kinds of norm, experts, scaling and storage ask for
     *("attention.layer_norm_epsilon", "expert_used_count", "pooling_type", "tensor_data_layout"),
-    *("rope.scaling.finetuned", "rope.scaling.original_context_length", "rope.scaling.type"),  # see _rope_scaling
+    *("rope.scaling.finetuned", "rope.scaling.type"),  # the last: see _scaling
 }
-_NAMES = {  # of layer 0 for all layers
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "blk.0.attn_norm": "model.layers.0.input_layernorm",
-    "blk.0.attn_q": "model.layers.0.self_attn.q_proj",
-    "blk.0.attn_k": "model.layers.0.self_attn.k_proj",
-    "blk.0.attn_v": "model.layers.0.self_attn.v_proj",
-    "blk.0.attn_output": "model.layers.0.self_attn.o_proj",
-    "blk.0.ffn_norm": "model.layers.0.post_attention_layernorm",
-    "blk.0.ffn_gate": "model.layers.0.mlp.gate_proj",
-    "blk.0.ffn_up": "model.layers.0.mlp.up_proj",
-    "blk.0.ffn_down": "model.layers.0.mlp.down_proj",
+_WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    **{f"attn_{part}": f"self_attn.{part}_proj" for part in ("q", "k", "v", "qkv")},
+    **{f"attn_{part}_norm": f"self_attn.{part}_norm" for part in ("q", "k")},
+    "attn_output": "self_attn.o_proj",
+    **dict.fromkeys(("post_attention_norm", "ffn_norm"), "post_attention_layernorm"),
+    "post_ffw_norm": "post_feedforward_layernorm",
+    **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
 }
-_NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,8})(?=\.)")
+_OWN_NAMES = {
+    "phi3": {"ffn_up": "mlp.gate_up_proj"},
+    **{name: {"ffn_norm": "pre_feedforward_layernorm"} for name in ("gemma2", "gemma3")},
+}
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")  # told in the Spec
+_LAYER = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(.*)")
 
 
 def tensor_shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight, in the file's order. InputError for a tensor that a Llama does not have."""
+    """Name and shape of every weight, in the file's order. InputError for a tensor that no family has."""
     return {hf: file.tensors[name].shape for hf, name in _weights(file)}
 
 
@@ -90,78 +99,82 @@ def iter_tensors(file: GGUFFile, spec: Spec) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of every weight, decoded one at a time in the file's order.
 
     Block formats decode to fp32; F32, F16 and BF16 keep their dtype. Rows of Q and K come back in Hugging Face's order
-    (llama.cpp interleaves the rotary halves).
+    (of some families llama.cpp interleaves the rotary halves), and norms that multiply by 1 + weight without the 1.
     """
     heads = {"q_proj": spec.num_attention_heads, "k_proj": spec.num_key_value_heads}
+    heads = heads if spec.model_type in _INTERLEAVED else {}
     for hf, name in _weights(file):
-        yield hf, file.tensor(name, heads.get(hf.split(".")[-2]))
+        tensor, count = file.tensor(name), heads.get(hf.split(".")[-2])
+        if count is not None:  # pairs side by side to two halves, in each head
+            tensor = tensor.unflatten(0, (count, -1, 2)).transpose(1, 2).flatten(0, 2)
+        yield hf, tensor - 1 if spec.norm_plus_one and hf.endswith("norm.weight") else tensor
 
 
 def _weights(file: GGUFFile) -> Iterator[tuple[str, str]]:
     """A weight's name in a Hugging Face checkpoint and in the file."""
+    inside = _IN_LAYER | _OWN_NAMES.get(str(file.metadata.get("general.architecture")), {})
     for name in file.tensors:
-        if name == ROPE_FACTORS:
-            continue
         part, _, kind = name.rpartition(".")
-        number = _NUMBER.search(part)
-        found = _NAMES.get(part if number is None else _NUMBER.sub("0", part, 1))
-        biased = number is not None and not part.endswith("_norm")
+        layer = _LAYER.fullmatch(part)
+        found = inside.get(layer[2]) if layer else _WHOLE.get(part)
+        biased = layer is not None and not part.endswith("_norm")
+        if name in ROPE_FACTORS:
+            continue
         if found is None or not (kind == "weight" or (kind == "bias" and biased)):
             raise InputError(
-                f"{file.path}: tensor {name!r} belongs to no Llama model. The file holds a variant that is not "
-                "supported; leaving the tensor out would change what the model computes."
+                f"{file.path}: tensor {name!r} belongs to no model of the families that are read. The file holds a "
+                "variant that is not supported; leaving the tensor out would change what the model computes."
             )
-        yield f"{found.replace('0', number[0]) if number else found}.{kind}", name
+        yield f"{f'model.layers.{layer[1]}.' if layer else ''}{found}.{kind}", name
 
 
 def read_spec(file: GGUFFile) -> Spec:
     """InputError for another architecture, a missing or impossible key, or a feature that is not supported."""
     shapes, where = tensor_shapes(file), str(file.path)
-    whole, keys = Settings(file.metadata, where), Settings(file.metadata, where, prefix=_PREFIX)
-    numbers = _numbers(whole, keys)
+    whole = Settings(file.metadata, where)
+    known = f"one of {', '.join(_ARCHITECTURES)}, which can be read from GGUF"
+    kind = whole.one_of("general.architecture", tuple(_ARCHITECTURES), known)
+    keys = Settings(file.metadata, where, prefix=f"{kind}.")
+    numbers = _numbers(whole, keys, kind)
     if not any(name.startswith("model.layers.") for name in shapes):
         raise InputError(f"{where}: it holds no decoder layer (a vocabulary-only file?).")
     rows = shapes.get("model.embed_tokens.weight", (1,))[0]  # where it is missing, that will be said
-    if numbers.get("vocab_size", rows) != rows:
-        raise keys.refusal("vocab_size", f"{rows}, the rows of 'token_embd.weight'")
-    tokens = file.metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, list) and len(tokens) != rows:
-        raise InputError(
-            f"{where}: tokenizer.ggml.tokens holds {len(tokens)} tokens but 'token_embd.weight' has {rows} rows."
-        )
-    if numbers["block_count"] > len(shapes):
-        raise keys.refusal("block_count", f"at most {len(shapes)}, the tensors in the file")
-    hidden, heads = numbers["embedding_length"], numbers["attention.head_count"]
-    kv_heads = numbers.get("attention.head_count_kv", heads)
-    if heads % kv_heads:
-        raise keys.refusal("attention.head_count", f"a multiple of llama.attention.head_count_kv ({kv_heads})")
-    size = _head_dim(keys, numbers, hidden // heads)
-    config = {_OBEYED[key]: value for key, value in numbers.items() if _OBEYED[key] != "factor"} | {
-        "model_type": "llama",
-        "vocab_size": rows,
+    heads = numbers["attention.head_count"]
+    share = numbers["embedding_length"] // heads
+    size, turned = _head_dim(keys, numbers, share, partial=kind == "phi3")
+    model_type, _, own = _ARCHITECTURES[kind]
+    config = {name: numbers.get(key) for key, name in ({_WINDOW: "sliding_window"} | _OBEYED | own).items()} | {
+        "model_type": model_type,
+        "vocab_size": numbers.get("vocab_size", rows),
         "head_dim": size,
-        "rope_scaling": _rope_scaling(file, keys, numbers, size),
+        "partial_rotary_factor": turned / size,
+        # llama.cpp knows the two models whose scale is another by their number of layers.
+        "query_pre_attn_scalar": share if (kind, numbers["block_count"]) in (("gemma2", 46), ("gemma3", 62)) else size,
         "tie_word_embeddings": "lm_head.weight" not in shapes,
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
         "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in shapes,
+        "rope_scaling": _scaling(file, keys, numbers, turned),
     }
-    return read_config(config, where)
+    return families.read_spec(config, where)
 
 
-def _numbers(whole: Settings, keys: Settings) -> dict[str, Any]:
-    """The numbers that say a whole, plain, causal Llama; InputError for what says more than that, or less."""
-    whole.one_of("general.architecture", ("llama",), "'llama', the one that can be read from GGUF")
+def _numbers(whole: Settings, keys: Settings, kind: str) -> dict[str, Any]:
+    """The numbers that say a whole, plain, causal model; InputError for what says more than that, or less."""
     whole.one_of("general.type", (None, "model"), "'model' (give the file of the model itself)")
     whole.one_of("split.count", (None, 0, 1), "1 (join the files of the model first: llama-gguf-split --merge)")
+    _, needed, own = _ARCHITECTURES[kind]
+    obeyed = _OBEYED | own
     for name in whole.data:
-        key = name.removeprefix(_PREFIX)
-        if key in _PLAIN:
-            allowed = " or ".join(map(str, _PLAIN[key]))
-            keys.one_of(key, _PLAIN[key], f"{allowed} (anything else is a model that is not supported)")
-        elif key != name and key not in _OBEYED and key not in _WITHOUT_EFFECT:
-            raise keys.refusal(key, "absent: no plain Llama has it, and it may change what the model computes")
-    there = [key for key in _OBEYED if key in _REQUIRED or keys.get(key) is not None]
-    found = {key: keys.number(key, like=_OBEYED[key]) for key in there}
+        key = name.removeprefix(keys.prefix)
+        if key == name or key in obeyed or key in _WITHOUT_EFFECT:
+            continue
+        if key not in _PLAIN:
+            raise keys.refusal(key, f"absent: no plain {kind} has it, and it may change what the model computes")
+        allowed = " or ".join(map(str, _PLAIN[key]))
+        keys.one_of(key, _PLAIN[key], f"{allowed} (anything else is a model that is not supported)")
+    none = {_WINDOW} if keys.get(_WINDOW) == 0 and needed != _WINDOW else set()  # a window of 0 is none
+    there = [key for key in obeyed if key in _REQUIRED or key == needed or keys.get(key) is not None]
+    found = {key: keys.number(key, like=obeyed[key]) for key in there if key not in none}
     return {key: _decimal(value) if isinstance(value, float) else value for key, value in found.items()}
 
 
@@ -170,69 +183,73 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _head_dim(keys: Settings, numbers: dict[str, Any], share: int) -> int:
-    """The size of a head: rotary over all of it, the same for keys and values, even."""
-    size = int(numbers.get("attention.key_length", numbers.get("rope.dimension_count", share)))
+def _head_dim(keys: Settings, numbers: dict[str, Any], share: int, partial: bool) -> tuple[int, int]:
+    """The size of a head, the same for keys and values, and what of it turns: all, or with `partial` a share; even."""
+    turned = numbers.get("rope.dimension_count", share)
+    size = int(numbers.get("attention.key_length", share if partial else turned))
     for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-        if numbers.get(name, size) != size or size % 2 or not size:
+        smaller = partial and name == "rope.dimension_count" and turned <= size
+        if (numbers.get(name, size) != size and not smaller) or size % 2 or turned % 2 or not size:
             raise keys.refusal(name, f"even, and as attention.key_length the part of a head that is turned ({size})")
-    return size
+    return size, turned if partial else size
 
 
-def _rope_scaling(file: GGUFFile, keys: Settings, numbers: dict[str, Any], head_dim: int) -> dict[str, Any] | None:
-    """From the metadata, or from a tensor of what each frequency is divided by.
+def _scaling(file: GGUFFile, keys: Settings, numbers: dict[str, Any], turned: int) -> dict[str, Any] | None:
+    """`rope_scaling` in config.json's words, from the metadata or from tensors of what each frequency is divided by.
 
     As in llama.cpp a factor scales linearly unless the type says "none".
     """
-    kind = keys.one_of("rope.scaling.type", (None, "none", "linear"), "none or linear (Llama 3's is a tensor)")
+    kinds = (None, "none", "linear", "yarn", "longrope")
+    kind = keys.one_of("rope.scaling.type", kinds, "none, linear, yarn or longrope (Llama 3's is a tensor)")
     factor = numbers.get("rope.scaling.factor", numbers.get("rope.scale_linear"))
-    if factor is None and kind == "linear":
-        raise keys.refusal("rope.scaling.factor", "a number above 0 beside rope.scaling.type linear")
-    scaling = None if factor in (None, 1) or kind == "none" else {"rope_type": "linear", "factor": factor}
-    if ROPE_FACTORS not in file.tensors:
-        return scaling
-    shape = file.tensors[ROPE_FACTORS].shape
-    if shape != (head_dim // 2,):
+    if factor is None and kind in ("linear", "yarn"):
+        raise keys.refusal("rope.scaling.factor", f"a number above 0 beside rope.scaling.type {kind}")
+    own, short, long = (_factors(file, name, turned // 2) for name in ROPE_FACTORS)
+    if bool(short) != bool(long) or (kind == "longrope" and not short):
         raise InputError(
-            f"{file.path}: tensor {ROPE_FACTORS!r} must have shape [{head_dim // 2}], one factor a pair of a head, "
-            f"got {list(shape)}."
+            f"{file.path}: scaling longrope needs the tensors {ROPE_FACTORS[1]!r} and {ROPE_FACTORS[2]!r}."
         )
-    factors = file.tensor(ROPE_FACTORS).tolist()
-    if all(factor == 1.0 for factor in factors):
-        return scaling
-    if scaling:
-        raise keys.refusal("rope.scaling.type", "none beside a tensor 'rope_freqs'")
-    scaling = llama3_scaling(factors, numbers.get("rope.freq_base", 10000.0), head_dim)
-    if scaling is None:
+    said: dict[str, Any] | None = None
+    original = "rope.scaling.original_context_length"
+    beside = {_OBEYED[original]: numbers.get(original, numbers["context_length"])}
+    if kind == "yarn":
+        betas = {name: numbers.get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
+        said = {"rope_type": kind, "factor": factor} | beside | betas
+    elif factor not in (None, 1) and kind in (None, "linear"):
+        said = {"rope_type": "linear", "factor": factor}
+    if not (own or short):
+        return said
+    if said or (own and short):
+        raise keys.refusal(
+            "rope.scaling.type", f"none beside a tensor {'rope_freqs' if own else 'rope_factors_short'!r}"
+        )
+    if short:
+        attention = {"attention_factor": numbers.get("rope.scaling.attn_factor")}
+        return {"rope_type": "longrope", "short_factor": short, "long_factor": long} | beside | attention
+    return rope_freqs_scaling(own, numbers.get("rope.freq_base", 10000.0), numbers["context_length"])
+
+
+def _factors(file: GGUFFile, name: str, count: int) -> list[float]:
+    """A tensor of what each frequency is divided by; empty where it is not there, or of ones alone."""
+    if name not in file.tensors:
+        return []
+    if file.tensors[name].shape != (count,):
         raise InputError(
-            f"{file.path}: the factors in tensor 'rope_freqs' follow no Llama 3 rule, and no other kind is supported."
+            f"{file.path}: tensor {name!r} must have shape [{count}], one factor a pair of a head, got "
+            f"{list(file.tensors[name].shape)}."
         )
-    return scaling
+    factors = [_decimal(factor) for factor in file.tensor(name).tolist()]
+    return [] if name == ROPE_FACTORS[0] and all(factor == 1.0 for factor in factors) else factors
 
 
-def llama3_scaling(factors: list[float], theta: float, head_dim: int) -> dict[str, Any] | None:
-    """The Llama 3 parameters that give these frequency divisors, [head_dim / 2]; None if none do.
-
-    llama.cpp stores only the divisors f. Between the two ends of the band 1/f is linear in the frequency, which gives
-    back the band up to a common scale (fixed by low_freq_factor = 1). Llama 3's own numbers are tried first, since a
-    small head may have too few frequencies in the band. Whatever comes out must reproduce every divisor to 1e-4.
-    """
-    stored = np.asarray(factors, dtype=np.float64)
-    if not np.isfinite(stored).all() or stored.max() <= 1.0 or stored.min() < 1.0:
-        return None
-    factor = _decimal(stored.max())
-    turns = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)  # full turns a token
-    bands = [(4.0, 8192)]
-    inside = (stored > 1.0) & (stored < stored.max())
-    if inside.sum() >= 2:
-        share = (1 / stored[inside] - 1 / factor) / (1 - 1 / factor)
-        slope, intercept = np.polyfit(turns[inside], share, 1)
-        if slope > 0 and intercept < 0:
-            high = max(1.001, round(1 - 1 / intercept, 3))
-            bands.append((high, max(1, round(slope * (high - 1)))))
-    for high, original in bands:
-        blend = np.clip((original * turns - 1) / (high - 1), 0, 1)
-        if np.allclose(1 / ((1 - blend) / factor + blend), stored, rtol=1e-4, atol=0):
-            band = {"low_freq_factor": 1.0, "high_freq_factor": high, "original_max_position_embeddings": original}
-            return {"rope_type": "llama3", "factor": factor} | band
-    return None
+def rope_freqs_scaling(factors: list[float], theta: float, context: int) -> dict[str, Any]:
+    """Llama 3's parameters where they give these frequency divisors, [head_dim / 2], to 1e-4; llama.cpp stores only the
+    divisors. Any others are said as they are, as a LongRoPE of one length."""
+    stored, dim, original = np.asarray(factors), 2 * len(factors), 8192
+    turns = theta ** (-np.arange(0, dim, 2) / dim) / (2 * math.pi)  # full turns a token
+    blend, factor = np.clip((original * turns - 1) / 3, 0, 1), _decimal(stored.max())
+    if factor > 1 and np.allclose(1 / ((1 - blend) / factor + blend), stored, rtol=1e-4, atol=0):
+        band = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": original}
+        return {"rope_type": "llama3", "factor": factor} | band
+    both = {"short_factor": factors, "long_factor": factors, "original_max_position_embeddings": context}
+    return {"rope_type": "longrope", "attention_factor": 1.0} | both
