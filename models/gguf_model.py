@@ -68,10 +68,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {  # what would change the numbers, with th
     **dict.fromkeys(("attention.causal", "use_parallel_residual"), (True,)),
     "rope.scaling.yarn_ext_factor": (0, -1, 1),
 }
-_WITHOUT_EFFECT = {  # on these models: what only other kinds of norm, experts, scaling and storage ask for
-    *("attention.layer_norm_epsilon", "expert_used_count", "pooling_type", "tensor_data_layout"),
-    *("rope.scaling.finetuned", "rope.scaling.type"),  # the last: see _scaling
-}
+_OF_ROPE = ("rope.scaling.finetuned", "rope.scaling.type")  # the second: see _scaling
+_WITHOUT_EFFECT = ("attention.layer_norm_epsilon", "expert_used_count", "pooling_type", "tensor_data_layout", *_OF_ROPE)
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_LAYER = {
     "attn_norm": "input_layernorm",
@@ -136,11 +134,12 @@ def read_spec(file: GGUFFile) -> Spec:
     kind = whole.one_of("general.architecture", tuple(_ARCHITECTURES), known)
     keys = Settings(file.metadata, where, prefix=f"{kind}.")
     numbers = _numbers(whole, keys, kind)
-    if not any(name.startswith("model.layers.") for name in shapes):
-        raise InputError(f"{where}: it holds no decoder layer (a vocabulary-only file?).")
     rows = shapes.get("model.embed_tokens.weight", (1,))[0]  # where it is missing, that will be said
-    heads = numbers["attention.head_count"]
-    share = numbers["embedding_length"] // heads
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) != rows:
+        what = f"tokenizer.ggml.tokens holds {len(tokens)} tokens but 'token_embd.weight' has {rows} rows"
+        raise InputError(f"{where}: {what}. The file is damaged or was put together by hand: get it again.")
+    share = numbers["embedding_length"] // numbers["attention.head_count"]
     size, turned = _head_dim(keys, numbers, share, partial=kind == "phi3")
     model_type, _, own = _ARCHITECTURES[kind]
     config = {name: numbers.get(key) for key, name in ({_WINDOW: "sliding_window"} | _OBEYED | own).items()} | {
@@ -185,13 +184,17 @@ def _decimal(value: float) -> float:
 
 def _head_dim(keys: Settings, numbers: dict[str, Any], share: int, partial: bool) -> tuple[int, int]:
     """The size of a head, the same for keys and values, and what of it turns: all, or with `partial` a share; even."""
-    turned = numbers.get("rope.dimension_count", share)
-    size = int(numbers.get("attention.key_length", share if partial else turned))
-    for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-        smaller = partial and name == "rope.dimension_count" and turned <= size
-        if (numbers.get(name, size) != size and not smaller) or size % 2 or turned % 2 or not size:
+    said = numbers.get("rope.dimension_count")
+    size = int(numbers.get("attention.key_length", share if partial or said is None else said))
+    turned = size if said is None else said
+    for name, right in {
+        "attention.key_length": size > 0 and size % 2 == 0,
+        "attention.value_length": numbers.get("attention.value_length", size) == size,
+        "rope.dimension_count": turned % 2 == 0 and (turned == size or (partial and turned < size)),
+    }.items():
+        if not right:
             raise keys.refusal(name, f"even, and as attention.key_length the part of a head that is turned ({size})")
-    return size, turned if partial else size
+    return size, turned
 
 
 def _scaling(file: GGUFFile, keys: Settings, numbers: dict[str, Any], turned: int) -> dict[str, Any] | None:

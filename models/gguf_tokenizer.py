@@ -23,14 +23,12 @@ _TOKENS = "GGUF metadata: tokenizer.ggml.tokens"
 _CONTRACTED = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTED + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _CASED = (  # words end where small letters are followed by capitals
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
 )
 _TEKKEN = _CASED + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT4O = _TEKKEN.replace("|", _CONTRACTED + "?|", 2).replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
 
 # tokenizer.ggml.pre -> the patterns that split the text one after the other. Each match becomes a word, and so does
 # what lies between matches.
@@ -38,14 +36,13 @@ _SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt-2", "mpt", "phi-2", "trillion"), (_GPT2,)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), (r"\p{N}", _GPT2)),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "smaug-bpe", "dbrx"), (_LLAMA3,)),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), (_QWEN2,)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), (_LLAMA3.replace("{1,3}", ""),)),
     **dict.fromkeys(("gpt-4o", "llama4"), (_GPT4O,)),
     "tekken": (_TEKKEN,),
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"),
-    "default": _DEFAULT,
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
-# A word that is a token is taken as it is, unmerged.
-_WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"}
+_WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"}  # words that are tokens
 _COMPOSED = {"qwen2", "deepseek-r1-qwen"}  # trained on NFC text
 
 
@@ -66,7 +63,8 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     template = metadata.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise InputError("GGUF metadata: tokenizer.chat_template must be a string.")
-    ids = {name: _token_id(keys, name, len(tokens)) for name in ("bos", "eos", "padding", "eot", "eom")}
+    every, rule = (None, *range(len(tokens))), f"a token id below {len(tokens)}"
+    ids = {name: keys.one_of(f"{name}_token_id", every, rule) for name in ("bos", "eos", "padding", "eot", "eom")}
     if spelt and len(tokens) > 2:
         ids |= {name: id for name, id in {"bos": 1, "eos": 2}.items() if ids[name] is None}  # as in llama.cpp
     named = {name: tokens[i] for name, i in zip(NEEDED, ids.values(), strict=False) if i is not None}
@@ -123,10 +121,3 @@ def _numbers(keys: Settings, key: str, count: int) -> list[Any]:
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf" or len(value) != count:
         raise keys.refusal(key, f"an array of {count} numbers, one a token")
     return value.tolist()
-
-
-def _token_id(keys: Settings, name: str, count: int) -> int | None:
-    value = keys.get(f"{name}_token_id")
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count):
-        raise keys.refusal(f"{name}_token_id", f"a token id below {count}")
-    return value

@@ -117,9 +117,9 @@ def read_sentencepiece(file: Path) -> tuple[Vocabulary, dict[str, str]]:
     tokens: list[tuple[str, float, int]] = []
     # A tag is 8 x the field's number + 2 for bytes and messages, + 5 for four bytes, + 0 for a number.
     parts = dict[int, dict[int, Any]]({18: {}, 26: {}, 42: {}})
+    data, count = memoryview(read_bytes(file, FILE_BYTES)), itertools.count()
     try:
-        count = itertools.count()
-        for tag, value in _fields(memoryview(read_bytes(file, FILE_BYTES)), count):
+        for tag, value in _fields(data, count):
             if tag in parts:
                 parts[tag] |= _fields(value, count)
             if tag == 10:
@@ -132,8 +132,6 @@ def read_sentencepiece(file: Path) -> tuple[Vocabulary, dict[str, str]]:
         if not (tokens and trainer and normalizer):  # which come last
             raise ValueError("it is cut short")
     except ValueError as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{file}: no readable SentencePiece model: {error}. Get the file again.") from None
     refused = {
         "trainer_spec.model_type is neither unigram nor bpe": trainer.get(24, 1) not in (1, 2),
