@@ -1074,6 +1074,7 @@ NOT_FOLLOWED = {  # why -> what
         ("models/gguf.py", "It is cut short or damaged: get it again"),
         ("models/gguf.py", "overlap. The file is damaged: get it again"),
         ("models/gguf_model.py", "llama-gguf-split --merge"),
+        ("models/gguf_model.py", "was put together by hand: get it again"),
         ("models/gguf_tokenizer.py", "load another model from its folder"),
         ("models/gguf_tokenizer.py", "load it from its Hugging Face folder"),
         ("models/hf.py", "Load the unquantised model and let fourbit quantise it"),
