@@ -10,11 +10,12 @@ import torch
 from ..data.template import FILE as TEMPLATE
 from ..data.template import ChatTemplate, template_for
 from ..errors import EnvironmentProblem, InputError
-from ..files import regular_file
+from ..files import read_json, regular_file
 from ..lora.linear4bit import Module4bit
 from ..lora.peft_files import load_adapter, trained_base
 from ..models.config import DROPOUTS
 from ..models.decoder import Decoder
+from ..models.hf import CONFIG_BYTES
 from ..models.load import check_tokenizer, load_decoder, load_tokenizer
 from ..models.protocol import CausalLM
 from ..settings import checked
@@ -66,13 +67,14 @@ def load_weights(options: ModelOptions, tokenizer: Tokenizer, quant: str) -> Cau
     """The model that the options name; prints what was loaded. Raises InputError if the tokenizer is not its own."""
     device, (form, arguments) = choose_device(options.device), FORMS[quant]
     dtype = choose_dtype(options.dtype, device)
-    with working(f"loading {options.model}"):
-        model = load_decoder(options.model, **arguments, dtype=dtype, device=device)
+    with working(f"loading {options.model}") as progress:
+        model = load_decoder(options.model, **arguments, dtype=dtype, device=device, progress=progress)
     check_tokenizer(model, tokenizer)
     packed = [module for module in model.modules() if isinstance(module, Module4bit)]
     inside = {id(parameter) for module in packed for parameter in module.stored_parameters().values()}
     size = sum(prod(module.shape) for module in packed)
     size += sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    form = "4 bits as it has them" if packed and quant == "none" else form
     note(f"model: {options.model}, {amount(size)} parameters, {form} and {dtype} on {device}")
     dropped = [key for key in DROPOUTS if isinstance(model, Decoder) and model.spec.config.get(key)]
     if dropped:
@@ -101,7 +103,14 @@ def settle(options: ModelOptions, tokenizer: Tokenizer, *adapters: str | None) -
     for other in dict.fromkeys(filter(None, templates)):
         if template_for(tokenizer, other).portable() != template.portable():
             note(f"note: {other.parent} was trained with another template, {other.name} there")
-    return options.quant or forms[0] or "nf4", template
+    return options.quant or ("none" if is_packed(Path(options.model)) else forms[0] or "nf4"), template
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a model folder is in 4 bits already; it is used as it is."""
+    config = read_json(folder / "config.json", CONFIG_BYTES) if (folder / "config.json").is_file() else {}
+    how = config.get("quantization_config")
+    return isinstance(how, dict) and how.get("quant_method") == "bitsandbytes"
 
 
 def load_adapted(options: AdaptedModelOptions) -> tuple[CausalLM, Tokenizer, ChatTemplate]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..data.encode import Dataset
 from ..errors import visible
+from ..models.load import Progress
 from ..trainer.interrupt import stop_if_asked
 
 SHOWN_DROPS = 3
@@ -30,17 +31,22 @@ def wrapped(text: str, first: str = "", later: str = "  ") -> str:
 
 
 @contextmanager
-def working(text: str) -> Iterator[None]:
-    """Shows that something takes a while: a spinner where someone watches, else one line."""
+def working(text: str) -> Iterator[Progress | None]:
+    """Shows that something takes a while: a bar where someone watches, which what it yields moves on, else one line."""
+    from rich import progress
     from rich.console import Console
 
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with console.status(text):
-            yield
-    else:
+    if not (console := Console(stderr=True)).is_terminal:
         note(f"{text} ...")
-        yield
+        yield None
+    else:
+        parts = progress.TextColumn("{task.description}", markup=False), progress.BarColumn()
+        speed = progress.TextColumn("{task.fields[of]}"), progress.TransferSpeedColumn(), progress.TimeRemainingColumn()
+        with progress.Progress(*parts, *speed, console=console, transient=True) as bar:
+            task = bar.add_task(visible(text), total=None, of="")
+            yield lambda done, of, size, total: bar.update(
+                task, completed=size, total=total, of=f"{done} of {of} tensors"
+            )
     stop_if_asked()
 
 

@@ -4,9 +4,6 @@ A vocabulary of 128k tokens times 4,096 is 1 GB in bf16 and 0.27 GB here. Its by
 same weight, so a head that is tied to it shares them. Layout and rounding are bitsandbytes'.
 """
 
-from typing import Self
-
-import torch
 from torch import Tensor, nn
 
 from ..kernels.dequantize4bit import dequantize_rows
@@ -14,31 +11,14 @@ from .linear4bit import Module4bit
 
 
 class NF4Embedding(Module4bit):
-    """Rows of a frozen 4-bit table [num_embeddings, embedding_dim], in `dtype`; parameters as Module4bit says.
+    """Rows of a frozen 4-bit table [tokens, columns], in `dtype`; arguments, parameters and errors are Module4bit's.
 
     Where a row is not whole blocks, the whole table is decoded for a lookup: take a blocksize that divides a row.
     """
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        quant_type: str = "nf4",
-        blocksize: int = 64,
-        double_quant: bool = True,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__((num_embeddings, embedding_dim), quant_type, blocksize, double_quant, device)
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-
-    @classmethod
-    def empty(cls, shape: tuple[int, ...], quant_type: str, blocksize: int, double_quant: bool) -> Self:
-        """One without values, on the meta device."""
-        return cls(shape[0], shape[1], quant_type, blocksize, double_quant, device="meta")
-
     def forward(self, ids: Tensor) -> Tensor:  # int [...] -> [..., embedding_dim]
         found = dequantize_rows(self.stored, ids.reshape(-1), self.dtype)
-        return found.view(*ids.shape, self.embedding_dim)
+        return found.view(*ids.shape, self.shape[1])
 
 
 def is_embedding(module: nn.Module) -> bool:

@@ -65,11 +65,14 @@ class Module4bit(nn.Module):
         nested = zeros(-(-prod(absmax) // NESTED_BLOCKSIZE)) if double_quant else None
         offset = zeros(1) if double_quant else None
         self.store(Weight4bit(zeros(packed, dtype=torch.uint8), scales, nested, offset, shape))
+        self.register_parameter("bias", None)
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], quant_type: str, blocksize: int, double_quant: bool) -> Self:
         """One without values, on the meta device, and without a bias."""
-        raise NotImplementedError
+        new = cls.__new__(cls)
+        Module4bit.__init__(new, shape, quant_type, blocksize, double_quant, "meta")
+        return new
 
     @classmethod
     def of(cls, stored: Weight4bit, dtype: torch.dtype) -> Self:
@@ -179,13 +182,17 @@ class NF4Linear(Module4bit):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__((out_features, in_features), quant_type, blocksize, double_quant, device)
-        self.in_features, self.out_features = in_features, out_features
         self.register_parameter("bias", _frozen(torch.zeros(out_features, device=device)) if bias else None)
 
-    @classmethod
-    def empty(cls, shape: tuple[int, ...], quant_type: str, blocksize: int, double_quant: bool) -> Self:
-        """One without values, on the meta device, and without a bias."""
-        return cls(shape[1], shape[0], False, quant_type, blocksize, double_quant, device="meta")
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.shape[0]
 
     @classmethod
     def from_weight(
@@ -216,6 +223,11 @@ class NF4Linear(Module4bit):
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{sizes}, {super().extra_repr()}"
+
+
+def weight_id(module: nn.Module) -> int:
+    """The same for modules that share one weight."""
+    return id(module.packed if isinstance(module, Module4bit) else module._parameters.get("weight"))
 
 
 def is_conv1d(layer: nn.Module) -> bool:

@@ -5,7 +5,6 @@ For parameters that are no layer's weight: the experts of a mixture, which trans
 """
 
 from functools import cache
-from typing import Self
 
 from torch import Tensor, nn
 
@@ -14,11 +13,6 @@ from .linear4bit import Module4bit
 
 class NF4Parameter(Module4bit):
     """A frozen parameter of any shape in 4 bits; `weight` is what its module reads in its place."""
-
-    @classmethod
-    def empty(cls, shape: tuple[int, ...], quant_type: str, blocksize: int, double_quant: bool) -> Self:
-        """One without values, on the meta device."""
-        return cls(shape, quant_type, blocksize, double_quant, device="meta")
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, {super().extra_repr()}"

@@ -16,7 +16,7 @@ from ..kernels.weight4bit import check_format
 from .adapter import replace_modules
 from .config import checked_names
 from .embedding4bit import NF4Embedding, is_embedding
-from .linear4bit import Module4bit, NF4Linear, is_conv1d, sizes
+from .linear4bit import Module4bit, NF4Linear, is_conv1d, sizes, weight_id
 from .lora import is_linear
 from .parameter4bit import DenseParameter, NF4Parameter, stand_in
 from .targets import base_modules, expert_parameters, linear_layers, listed, matcher, nearest, output_heads
@@ -58,38 +58,54 @@ def quantize_(
     What shares one weight shares one set of packed bytes. What is on the meta device becomes empty 4-bit weights.
     Raises InputError when nothing is left to quantise, and when a weight holds NaN or infinity (naming the tensor).
     """
+    form = _checked(Form(quant_type, blocksize, double_quant))
+    if not (plan := uniform_plan(module, form, skip, embeddings)):
+        raise InputError(_nothing_to_quantize(module, skip))
+    return quantize_by_plan_(module, plan)
+
+
+def uniform_plan(
+    module: nn.Module, form: Form, skip: str | Sequence[str] | None = None, embeddings: bool = False
+) -> dict[str, Form]:
+    """Path -> form of all that `quantize_` would put in 4 bits."""
     layers = quantizable(module, embeddings)
     dense = _reasons(module, layers, skip)
-    form = Form(quant_type, blocksize, double_quant)
-    wanted = {path: form for path in layers if path not in dense and not isinstance(layers[path], Module4bit)}
-    if not wanted:
-        _check_form(form)
-        raise InputError(_nothing_to_quantize(module, skip))
-    return _replace(module, layers, wanted)
+    return {path: form for path in layers if path not in dense and not isinstance(layers[path], Module4bit)}
 
 
 def quantize_by_plan_(module: nn.Module, plan: Mapping[str, Form | None]) -> nn.Module:
-    """As `quantize_`, each layer in the form that `plan` has for its path; those of None, or not in it, stay dense.
+    """As `quantize_`, each layer in the form that `plan` has for its path, or for a layer that shares its weight; those
+    of None, or not in it, stay dense. An nn.Embedding in the plan becomes an NF4Embedding.
 
-    An nn.Embedding in the plan becomes an NF4Embedding. Layers that share a weight need one form.
     Raises InputError besides for a path that is no such layer, or that cannot change, saying why.
     """
-    layers = quantizable(module, True)
-    if unknown := sorted(plan.keys() - layers.keys()):
-        raise InputError(f"plan: {unknown[0]!r} is no linear layer or embedding here.{nearest(unknown[0], layers)}")
-    kept = {path: layer for path, layer in layers.items() if plan.get(path) is not None or is_linear(layer)}
-    dense = _reasons(module, kept, ())
-    wanted = {path: form for path, form in plan.items() if form is not None}
-    forms: dict[int, Form | None] = {}
-    for path in layers:
-        form, weight = wanted.get(path), id(layers[path].weight)
-        if isinstance(layers[path], Module4bit) and form is not None:
-            raise InputError(f"plan: {path!r} is in 4 bits already")
-        if form is not None and path in dense:
-            raise InputError(f"plan: {path!r} cannot be in 4 bits: {dense[path]}")
-        if forms.setdefault(weight, form) != form:
-            raise InputError(f"plan: {path!r} shares its weight with another layer, which has another form there")
-    return _replace(module, layers, wanted)
+    layers, forms = quantizable(module, True), dict[int, Form]()
+    for path, form in plan.items():
+        if path not in layers:
+            raise InputError(f"plan: {path!r} is no linear layer or embedding here.{nearest(path, layers)}")
+        if form is not None and forms.setdefault(weight_id(layers[path]), _checked(form)) != form:
+            raise InputError(f"plan: {path!r} shares its weight with a layer of another form")
+    wanted = {path: layer for path, layer in layers.items() if weight_id(layer) in forms}
+    dense = _reasons(module, wanted | {path: layer for path, layer in layers.items() if is_linear(layer)}, ())
+    dense |= {path: "it is so already" for path, layer in wanted.items() if isinstance(layer, Module4bit)}
+    if wrong := next((path for path in wanted if path in dense), None):
+        raise InputError(f"plan: {wrong!r} cannot be put in 4 bits: {dense[wrong]}")
+    layers.clear()
+    twins: dict[int, Module4bit] = {}  # id of a dense weight -> the first layer made from it
+    for path in list(wanted):
+        layer = wanted.pop(path)  # so that each dense weight is freed before the next one is quantised
+        expert, key = isinstance(layer, DenseParameter), weight_id(layer)
+        twin = _quantized(layer, path if expert else f"{path}.weight".lstrip("."), forms[key], twins.get(key))
+        twins.setdefault(key, twin)
+        if not path:
+            return twin
+        modules = base_modules(module) if expert else {}
+        if expert and path not in modules:
+            parent, _, name = path.rpartition(".")
+            stand_in(modules[parent], name, twin)
+        else:
+            replace_modules(module, {layer: twin})
+    return module
 
 
 def quantizable(module: nn.Module, embeddings: bool) -> dict[str, Any]:
@@ -101,34 +117,12 @@ def quantizable(module: nn.Module, embeddings: bool) -> dict[str, Any]:
     return tables | linear_layers(module) | experts
 
 
-def _check_form(form: Form) -> None:
+def _checked(form: Form) -> Form:
     try:
         check_format(form.quant_type, form.blocksize)
     except ValueError as problem:
         raise InputError(f"quantize_: {problem}") from None
-
-
-def _replace(module: nn.Module, layers: dict[str, Any], wanted: Mapping[str, Form]) -> nn.Module:
-    for form in wanted.values():
-        _check_form(form)
-    wanted_layers = {path: layers[path] for path in wanted}
-    layers.clear()
-    twins: dict[int, Module4bit] = {}  # id of a dense weight -> the first layer made from it
-    for path, form in wanted.items():
-        layer = wanted_layers.pop(path)  # so that each dense weight is freed before the next one is quantised
-        first = twins.get(id(layer.weight))
-        expert = isinstance(layer, DenseParameter)
-        twin = _quantized(layer, path if expert else f"{path}.weight".lstrip("."), form, first)
-        twins.setdefault(id(layer.weight), twin)
-        if not path:
-            return twin
-        modules = base_modules(module) if expert else {}
-        if expert and path not in modules:
-            parent, _, name = path.rpartition(".")
-            stand_in(modules[parent], name, twin)
-        else:
-            replace_modules(module, {layer: twin})
-    return module
+    return form
 
 
 def dense_weights(model: nn.Module, skip: str | Sequence[str] | None = None) -> dict[str, dict[str, int]]:

@@ -90,9 +90,7 @@ def packed_layers(folder: Path) -> tuple[dict[str, Module4bit], set[str]]:
 
 def _opened(folder: Path) -> Iterator[tuple[Path, Any]]:
     """Each weight file, open, after a comparison of its tensors with those that the index places there."""
-    promised = {SINGLE: set[str]()} if (folder / SINGLE).exists() else indexed(folder)
-    if not promised:
-        raise InputError(_no_weights(folder))
+    promised = weight_files(folder)
     for name in sorted(promised):
         path = _inside(folder, name)
         with opened_tensors(path) as file:
@@ -103,6 +101,13 @@ def _opened(folder: Path) -> Iterator[tuple[Path, Any]]:
             if extra := sorted(held - placed):
                 raise InputError(f"{path}: holds {len(extra)} tensor(s) {INDEX} does not place there: {_few(extra)}.")
             yield path, file
+
+
+def weight_files(folder: Path) -> dict[str, set[str]]:
+    """The files that hold the folder's weights, and the tensors that an index places in each; InputError for none."""
+    if promised := {SINGLE: set[str]()} if (folder / SINGLE).exists() else indexed(folder):
+        return promised
+    raise InputError(_no_weights(folder))
 
 
 def indexed(folder: Path) -> dict[str, set[str]]:

@@ -5,8 +5,9 @@ the first weight is read; then each tensor goes straight to its place, quantised
 is the finished model plus about one dense tensor, and a wrong file fails in the first second.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from ..files import COUNTS, misfits, read_json
 from ..kernels.weight4bit import check_format
 from ..lora.adapter import adapter_layers, plain_modules, plain_name, replace_modules, unwrapped
 from ..lora.embedding4bit import NF4Embedding, is_embedding
-from ..lora.linear4bit import Module4bit, NF4Linear, is_conv1d
+from ..lora.linear4bit import Module4bit, NF4Linear, is_conv1d, weight_id
 from ..lora.lora import is_linear
 from ..lora.parameter4bit import DenseParameter, NF4Parameter, stand_in
-from ..lora.quantize import quantize_
+from ..lora.quantize import Form, quantize_, quantize_by_plan_
 from ..settings import DType, floating
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_folder import folder_tokenizer
@@ -32,8 +33,10 @@ from .families import read_spec
 from .gguf import GGUFFile
 from .gguf_tokenizer import gguf_tokenizer
 from .protocol import CausalLM
+from .spec import Spec
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+Progress = Callable[[int, int, int, int], object]
 
 
 def load(
@@ -44,14 +47,14 @@ def load(
     blocksize: int = 64,
     dtype: DType = torch.float32,
     device: torch.device | str = "cpu",
+    progress: Progress | None = None,
 ) -> tuple[Decoder, Tokenizer]:
     """Model and tokenizer of a Hugging Face folder or a `.gguf` file; arguments and errors as in `load_decoder`, and
     InputError where the tokenizer is missing or has more tokens than the model has embeddings.
     """
     tokenizer = load_tokenizer(path)
-    model = load_decoder(
-        path, quant_type=quant_type, double_quant=double_quant, blocksize=blocksize, dtype=dtype, device=device
-    )
+    form: dict[str, Any] = {"quant_type": quant_type, "double_quant": double_quant, "blocksize": blocksize}
+    model = load_decoder(path, **form, dtype=dtype, device=device, progress=progress)
     check_tokenizer(model, tokenizer)
     return model, tokenizer
 
@@ -81,12 +84,16 @@ def load_decoder(
     blocksize: int = 64,
     dtype: DType = torch.float32,
     device: torch.device | str = "cpu",
+    plan: Mapping[str, Form | None] | None = None,
+    progress: Progress | None = None,
 ) -> Decoder:
     """The model alone, in evaluation mode, all parameters as trainable as their layer makes them.
 
     `quant_type`: None keeps every weight dense in `dtype`; "nf4" and "fp4" keep the decoder's linears in 4 bits, in the
-    form that `quantize_` describes, and embeddings, norms, biases and the output head dense in `dtype`. Of a tied model
+    form that `quantize_` describes, and embeddings, norms, biases and the output head dense in `dtype`; `plan` says
+    the form of each layer instead (`quantize_by_plan_`). What the file has in 4 bits stays as it is. Of a tied model
     the file may hold either tensor, or both; where the two differ it is loaded untied, as transformers does.
+    `progress` is called after each tensor with their number, that of all, the bytes of the file so far, and of all.
     Raises InputError naming the file, key or tensor for a config that asks for something that is not supported, a
     missing, unknown, misshaped or non-finite tensor, and for an unreadable file; EnvironmentProblem for a device that
     is not there.
@@ -97,21 +104,10 @@ def load_decoder(
             check_format(quant_type, blocksize)
         except ValueError as problem:
             raise InputError(f"{problem}; quant_type=None keeps the model dense") from None
-    found = _opened(path)
-    if isinstance(found, GGUFFile):
-        spec, shapes = gguf_model.read_spec(found), gguf_model.tensor_shapes(found)
-        tensors, layers, pieces = gguf_model.iter_tensors(found, spec), dict[str, Module4bit](), set[str]()
-    else:
-        spec, (layers, pieces) = read_spec(read_json(found / "config.json", hf.CONFIG_BYTES)), hf.packed_layers(found)
-        shapes, tensors = hf.tensor_shapes(found, skip=pieces) | _sizes(layers), hf.iter_tensors(found)
-    tied = spec.tie_word_embeddings
-    renamed = {HEAD: EMBEDDING} if tied and EMBEDDING not in shapes and HEAD not in layers else {}
-    shapes = {renamed.get(name, name): shape for name, shape in shapes.items()}
-    both = tied and HEAD in shapes
-    with torch.device("meta"), _NoInitialValues():
-        model = Decoder(replace(spec, tie_word_embeddings=tied and not both))
-    skip = _check_tensors(path, model, shapes) | pieces
-    if quant_type is not None:
+    model, spec, layers, tensors = read_model(path, progress)
+    if plan is not None:
+        quantize_by_plan_(model, plan)
+    elif quant_type is not None:
         quantize_(model, quant_type, blocksize=blocksize, double_quant=double_quant)
     for name, layer in layers.items():
         its = layer.quant_type, layer.blocksize, layer.double_quant
@@ -119,16 +115,47 @@ def load_decoder(
             raise InputError(f"{path}: {name!r} is in 4 bits already, as {its}: give quant_type=None")
         layer.to(device).dtype = dtype
     _put_layers(model, layers, path)
-    own, twins = weights_of(model), _twins(model)
-    for name, tensor in tensors:
-        if name not in skip:
-            _place(own[renamed.get(name, name)], tensor, dtype, device, f"{path}: tensor {name!r}")
-    for twin, first in twins:
-        twin.share(first)
-    if both and HEAD not in layers and torch.equal(model.get_parameter(HEAD), model.get_parameter(EMBEDDING)):
+    _fill(model, tensors, path, dtype, device)
+    dense = type(model.lm_head) is nn.Linear and type(model.model.embed_tokens) is nn.Embedding
+    untied = spec.tie_word_embeddings and not model.spec.tie_word_embeddings
+    if untied and dense and torch.equal(model.get_parameter(HEAD), model.get_parameter(EMBEDDING)):
         model.spec, model.lm_head.weight = spec, model.model.embed_tokens.weight
     model.source = str(path)
     return model.eval()
+
+
+def read_model(
+    path: Path, progress: Progress | None = None
+) -> tuple[Decoder, Spec, dict[str, Module4bit], Iterator[tuple[str, Tensor]]]:
+    """What a folder or .gguf file says of its model: the model on meta, untied where the file has a tied one's head
+    beside its embedding; its Spec; what is in 4 bits already, by the weights' names; all other tensors, by the model's
+    names, after each of which `progress` is called. InputError as `load_decoder`, for names and shapes."""
+    found = _opened(path)
+    if isinstance(found, GGUFFile):
+        spec, shapes, files = gguf_model.read_spec(found), gguf_model.tensor_shapes(found), [path]
+        tensors, layers, pieces = gguf_model.iter_tensors(found, spec), dict[str, Module4bit](), set[str]()
+    else:
+        spec, (layers, pieces) = read_spec(read_json(found / "config.json", hf.CONFIG_BYTES)), hf.packed_layers(found)
+        shapes, tensors = hf.tensor_shapes(found, skip=pieces) | _sizes(layers), hf.iter_tensors(found)
+        files = [found / name for name in hf.weight_files(found)]
+    tied = spec.tie_word_embeddings
+    renamed = {HEAD: EMBEDDING} if tied and EMBEDDING not in shapes and HEAD not in layers else {}
+    shapes = {renamed.get(name, name): shape for name, shape in shapes.items()}
+    with torch.device("meta"), _NoInitialValues():
+        model = Decoder(replace(spec, tie_word_embeddings=tied and HEAD not in shapes))
+    skip = _check_tensors(path, model, shapes) | pieces
+    sizes = [prod(shape) for name, shape in shapes.items() if name not in skip and name not in layers]
+    total = sum(file.stat().st_size for file in files)
+
+    def each() -> Iterator[tuple[str, Tensor]]:
+        values, wanted = 0, ((name, tensor) for name, tensor in tensors if name not in skip)
+        for number, (name, tensor) in enumerate(wanted, 1):
+            yield renamed.get(name, name), tensor
+            values += tensor.numel()
+            if progress is not None:
+                progress(number, len(sizes), total * values // max(1, sum(sizes)), total)
+
+    return model, spec, layers, each()
 
 
 def load_model(module: nn.Module, folder: str | Path) -> nn.Module:
@@ -151,29 +178,33 @@ def load_model(module: nn.Module, folder: str | Path) -> nn.Module:
     lost = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in own]
     if wrong := misfits(wanted, shapes) or (f"No file holds the buffers {', '.join(lost[:4])}." if lost else ""):
         raise InputError(f"{path}: its tensors do not fill this {type(module).__name__}. {wrong}")
-    module, twins = _put_layers(module, layers, path), _twins(module)
-    for name, tensor in hf.iter_tensors(path):
-        if name not in pieces:
-            _place(own[name], tensor, tensor.dtype, torch.device("cpu"), f"{path}: tensor {name!r}")
-    for twin, one in twins:
-        twin.share(one)
+    module = _put_layers(module, layers, path)
+    _fill(
+        module, ((name, t) for name, t in hf.iter_tensors(path) if name not in pieces), path, None, torch.device("cpu")
+    )
     return module
 
 
-def held(value: Tensor | Module4bit | None) -> int:
+def held(value: Tensor | Module4bit) -> int:
     """The same for what is one weight under several names."""
-    return id(value.packed if isinstance(value, Module4bit) else value)
+    return weight_id(value) if isinstance(value, Module4bit) else id(value)
 
 
-def _weight(module: nn.Module) -> int:
-    return held(module if isinstance(module, Module4bit) else module._parameters.get("weight"))
-
-
-def _twins(module: nn.Module) -> list[tuple[Module4bit, Module4bit]]:
-    """4-bit modules that share their parameters with one before them, and that one."""
-    layers = [part for part in module.modules() if isinstance(part, Module4bit)]
+def _fill(
+    module: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    path: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> None:
+    """Put each tensor in its place, in `dtype` or its own, and 4-bit modules that share a weight on one again."""
+    own, layers = weights_of(module), [part for part in module.modules() if isinstance(part, Module4bit)]
     first = {held(layer): layer for layer in reversed(layers)}
-    return [(layer, first[held(layer)]) for layer in layers if first[held(layer)] is not layer]
+    twins = [(layer, first[held(layer)]) for layer in layers if first[held(layer)] is not layer]
+    for name, tensor in tensors:
+        _place(own[name], tensor, dtype or tensor.dtype, device, f"{path}: tensor {name!r}")
+    for twin, one in twins:
+        twin.share(one)
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor | Module4bit]:
@@ -212,7 +243,7 @@ def _put_layers(module: nn.Module, layers: Mapping[str, Module4bit], path: Path)
         if not place.weight.is_meta:
             layer.to(place.weight.device)
         tied = [part for own, part in modules.items() if f"{own}.weight".strip(".") not in layers.keys() - {name}]
-        for part in [part for part in tied if part is place or _weight(part) == _weight(place) != id(None)]:
+        for part in [part for part in tied if part is place or weight_id(part) == weight_id(place) != id(None)]:
             twin: Module4bit = (NF4Embedding if is_embedding(part) else NF4Linear).of(layer.stored, layer.dtype)
             twin.share(layer)
             if isinstance(twin, NF4Linear):

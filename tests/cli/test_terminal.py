@@ -178,3 +178,11 @@ def test_a_closed_pipe_is_no_error(tiny_folder: Path, rows: Path) -> None:
         process.stdout.close()
         said = process.stderr.read().decode()
     assert process.returncode == 0 and "Traceback" not in said and "Exception" not in said
+
+
+def test_loading_shows_a_bar_on_a_terminal_and_a_line_on_a_pipe(tiny_folder: Path, val_rows: Path) -> None:
+    args = ["eval", "--model", str(tiny_folder), "--data", str(val_rows), "--max-new-tokens", "1"]
+    shown = on_terminal(args)
+    assert "loading" in shown and "tensors" in shown and "/s" in shown
+    ended, said = Started(args).ended()
+    assert ended == 0 and "loading" in said and "tensors" not in said

@@ -149,13 +149,19 @@ def test_a_plan_says_the_form_of_each_layer() -> None:
     model = quantize_by_plan_(Tied(), plan)
     assert model.head.packed is model.embed.packed and type(model.inner) is nn.Linear
     assert (model.embed.quant_type, model.embed.blocksize, model.embed.double_quant) == plan["embed"]
-    for wrong, message in {
-        "inne": r"'inne' is no linear layer or embedding here\. Nearest: inner",
-        "head": "shares its weight with another layer, which has another form|cannot be in 4 bits: shares its weight",
-    }.items():
+    model = quantize_by_plan_(Tied(), {"head": Form()})  # what shares its weight goes with it
+    assert model.head.packed is model.embed.packed
+    for wrong, message in (
+        ({"inne": Form()}, r"'inne' is no linear layer or embedding here\. Nearest: inner"),
+        ({"head": Form(), "embed": Form("fp4")}, "plan: 'embed' shares its weight with a layer of another form"),
+        ({"scaled": Form()}, "plan: 'scaled' is no linear layer"),
+    ):
         before = Tied()
+        before.scaled = nn.Embedding(9, 32, max_norm=1.0)
         with pytest.raises(InputError, match=message):
-            quantize_by_plan_(before, {wrong: Form()})
+            quantize_by_plan_(before, wrong)
         assert type(before.head) is nn.Linear
+    with pytest.raises(InputError, match="plan: 'inner' cannot be put in 4 bits: it is so already"):
+        quantize_by_plan_(fourbit.quantize_(Tied()), {"inner": Form()})
     with pytest.raises(InputError, match="blocksize must be a power of two from 32 to 4096, got 48"):
         quantize_by_plan_(Tied(), {"inner": Form(blocksize=48)})

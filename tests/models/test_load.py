@@ -276,6 +276,15 @@ def test_impossible_arguments(
         load_decoder("anywhere", **arguments)
 
 
+@pytest.mark.parametrize("kind", ["tied", "gqa 1:1"])
+def test_progress_is_told_after_each_tensor(save: Callable[..., Path], kind: str) -> None:
+    folder, seen = save(kind), list[tuple[int, ...]]()
+    load_decoder(folder, quant_type="nf4", progress=lambda *now: seen.append(now))
+    count, size = len(load_file(folder / "model.safetensors")), (folder / "model.safetensors").stat().st_size
+    assert [now[0] for now in seen] == list(range(1, count + 1)) and {now[1] for now in seen} == {count}
+    assert seen == sorted(seen) and seen[-1][2:] == (size, size) and 0 < seen[0][2] < size
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: reads /proc/self/status")
 def test_peak_is_the_model_and_about_one_tensor() -> None:
     """Loading into 4 bits, in a small run of `benchmarks.load_memory`."""
