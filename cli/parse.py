@@ -8,8 +8,8 @@ by its `title`, its own docstring heads the help. Order: defaults, the file, the
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
-from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, Field, fields
+from typing import Any, TypeVar, get_args, get_origin
 
 from ..errors import InputError, shown
 from ..settings import forms
@@ -23,29 +23,14 @@ DEFAULT, FLAG = "default", "flag"
 FLAG_LIKE = re.compile(r"-[^\d.]")  # -0.5 is a value
 
 
-class Option(NamedTuple):
-    """One field of the options."""
-
-    name: str
-    kind: Any  # its type
-    default: Any  # MISSING: it must be given
-    metadata: Mapping[str, Any]
-    group: str
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
+def options_of(kind: Any) -> dict[str, Field[Any]]:
+    """The fields of a dataclass by name, in order."""
+    return {option.name: option for option in fields(kind)}
 
 
-def options_of(kind: Any) -> dict[str, Option]:
-    """What a dataclass says, by name, in order."""
-    types, found = get_type_hints(kind), {}
-    for field in fields(kind):
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        first = next(base for base in reversed(kind.__mro__) if field.name in inspect.get_annotations(base))
-        group = vars(first).get("title", "training")
-        found[field.name] = Option(field.name, types[field.name], default, field.metadata, group)
-    return found
+def flag_of(name: str) -> str:
+    """`micro_batch` as a flag."""
+    return "--" + name.replace("_", "-")
 
 
 def parse(kind: type[T], command: str, args: Sequence[str]) -> tuple[T, Sources]:
@@ -69,16 +54,16 @@ def parse(kind: type[T], command: str, args: Sequence[str]) -> tuple[T, Sources]
         sources[name] = where = f"{configs[0]}:{lines[name]}"
         if name not in options:
             raise InputError(f"{where}: unknown setting {shown(name)}{hint(name, options)}")
-        listed = get_origin(options[name].kind) is tuple and isinstance(raw, str)
+        listed = get_origin(options[name].type) is tuple and isinstance(raw, str)
         values[name] = [raw] if listed else raw
     for name, raw in flags.items():
         sources[name], option = FLAG, options[name]
-        if get_origin(option.kind) is dict:
-            values[name] = _pairs(raw, option.flag)
+        if get_origin(option.type) is dict:
+            values[name] = _pairs(raw, flag_of(option.name))
         else:  # by the rules of a config file; where text is asked for, the text itself
-            is_text = str in (option.kind, *get_args(option.kind))
+            is_text = str in (option.type, *get_args(option.type))
             values[name] = scalar(raw) if isinstance(raw, str) and not is_text else raw
-    if missing := [o.flag for o in options.values() if o.default is MISSING and o.name not in values]:
+    if missing := [flag_of(name) for name in options if _is_required(options[name]) and name not in values]:
         raise InputError(f"fourbit {command} needs {', '.join(missing)}; see fourbit {command} --help")
     try:
         return kind(**values), sources
@@ -87,13 +72,13 @@ def parse(kind: type[T], command: str, args: Sequence[str]) -> tuple[T, Sources]
         source = sources.get(name, DEFAULT)
         if source == DEFAULT:
             raise
-        raise InputError(f"{options[name].flag} {rest}" if source == FLAG else f"{source}: {error}") from None
+        raise InputError(f"{flag_of(name)} {rest}" if source == FLAG else f"{source}: {error}") from None
 
 
-def _given(options: Mapping[str, Option], command: str, args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def _given(options: Mapping[str, Field[Any]], command: str, args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """What flags say by name (text, True or False; a list where a flag may be repeated), and the bare arguments."""
-    named = {option.flag: option for option in options.values()}
-    named |= {f"--no-{option.flag[2:]}": option for option in options.values() if option.kind is bool}
+    named = {flag_of(name): option for name, option in options.items()}
+    named |= {flag_of(f"no_{name}"): option for name, option in options.items() if option.type is bool}
     flags, bare, rest = dict[str, Any](), list[str](), list(reversed(args))
     while rest:
         arg = rest.pop()
@@ -106,17 +91,17 @@ def _given(options: Mapping[str, Option], command: str, args: Sequence[str]) -> 
             raise InputError(f"unknown flag {flag}{near}")
         option = named[flag]
         value: Any
-        if option.kind is bool:
+        if option.type is bool:
             if equals:
-                raise InputError(f"{flag} takes no value, got {text!r}; there are {option.flag} and --no-...")
-            value = flag == option.flag
+                raise InputError(f"{flag} takes no value, got {text!r}; there are {flag_of(option.name)} and --no-...")
+            value = flag == flag_of(option.name)
         elif equals:
             value = text
         elif rest and not FLAG_LIKE.match(rest[-1]):
             value = rest.pop()
         elif not (value := option.metadata["bare"]):
             raise InputError(f"{flag}: needs a value; see fourbit {command} --help")
-        if get_origin(option.kind) in (tuple, dict):
+        if get_origin(option.type) in (tuple, dict):
             flags.setdefault(option.name, []).append(value)
         else:
             flags[option.name] = value
@@ -138,7 +123,8 @@ def help_page(kind: type, command: str) -> str:
     """What `fourbit COMMAND --help` prints: every option with its default, in groups."""
     groups: dict[str, list[str]] = {}
     for option in options_of(kind).values():
-        groups.setdefault(option.group, []).append(_entry(*_described(option)))
+        first = next(base for base in reversed(kind.__mro__) if option.name in inspect.get_annotations(base))
+        groups.setdefault(vars(first).get("title", "training"), []).append(_entry(*_described(option)))
     output = groups.pop("output", [])  # last
     output += [_entry("-h, --help", "print this and exit"), _entry("--debug", "print tracebacks")]
     positional = getattr(kind, "positional", "").upper()
@@ -147,22 +133,26 @@ def help_page(kind: type, command: str) -> str:
     return "\n\n".join([usage, inspect.cleandoc(kind.__doc__ or ""), *parts])
 
 
+def _is_required(option: Field[Any]) -> bool:
+    return option.default is MISSING and option.default_factory is MISSING
+
+
 def _entry(head: str, text: str) -> str:
     text = wrapped(text, " " * 32, " " * 32)
     return f"  {head:<28}  {text.lstrip()}" if len(head) <= 28 else f"  {head}\n{text}"
 
 
-def _described(option: Option) -> tuple[str, str]:
+def _described(option: Field[Any]) -> tuple[str, str]:
     """The flag with what stands for its value, and the help with its default."""
     default, told = option.default, ""
-    if default is MISSING:
+    if _is_required(option):
         told = " (required)"
-    elif default is not None and default is not False and default not in ((), {}):
+    elif not any(default is nothing for nothing in (None, False, MISSING)) and default != ():
         shown = "on" if default is True else " ".join(default) if isinstance(default, tuple) else default
         told = f" (default: {shown})"
-    if option.kind is bool:
-        head = f"{option.flag}, --no-{option.flag[2:]}"
+    if option.type is bool:
+        head = f"{flag_of(option.name)}, {flag_of(f'no_{option.name}')}"
     else:
-        value = option.metadata["metavar"] or "|".join(filter(None, forms(option.kind, 1)))
-        head = f"{option.flag} [{value}]" if option.metadata["bare"] else f"{option.flag} {value}"
+        value = option.metadata["metavar"] or "|".join(filter(None, forms(option.type, 1)))
+        head = f"{flag_of(option.name)} [{value}]" if option.metadata["bare"] else f"{flag_of(option.name)} {value}"
     return head, option.metadata["help"] + told

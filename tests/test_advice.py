@@ -32,7 +32,7 @@ from fourbit import LoRAConfig, SFTConfig, SFTTrainer
 from fourbit.cli import train as training
 from fourbit.cli.main import COMMANDS as ALL_COMMANDS
 from fourbit.cli.main import as_flags, explain, main
-from fourbit.cli.parse import options_of
+from fourbit.cli.parse import flag_of, options_of
 from fourbit.data import read as reading
 from fourbit.data.encode import Dataset, load
 from fourbit.data.forms import WANTED
@@ -1160,7 +1160,7 @@ def test_every_advice_is_followed_or_has_a_reason(said: list[Any], advising: lis
 
 def flags_of(command: str) -> set[str]:
     options = importlib.import_module(f"fourbit.cli.{command}").Options
-    return {option.flag for option in options_of(options).values()}
+    return {flag_of(name) for name in options_of(options)}
 
 
 def test_every_flag_and_command_that_is_named_is_there(advising: list[tuple[str, str]]) -> None:
