@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from .messages import SEEN
 from .turns import THOUGHT, Talk, Turn
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of an assistant turn; the first is the standard one
 ANYWHERE = ("system", "developer")  # roles whose texts templates put where they like
-SHOWN_TO_TEMPLATES = ("content", *REASONING, "tool_calls", "name", "tool_call_id")
 
 SPELLINGS: tuple[Callable[[str], str], ...] = (
     str,
@@ -70,7 +70,7 @@ def spelled(talk: Talk, tokens: Sequence[str]) -> Part | None:
     pattern = _any_of(tuple(tokens))
     held: list[tuple[str, Any]] = [("tools", talk.tools), ("chat_template_kwargs", talk.variables)]
     for i, message in enumerate(talk.messages):
-        held += [(f"messages[{i}].{key}", message[key]) for key in SHOWN_TO_TEMPLATES if key in message]
+        held += [(f"messages[{i}].{key}", message[key]) for key in SEEN if key in message]
     for field, value in held:
         for text in _texts(value):
             if match := pattern.search(text):
