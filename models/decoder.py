@@ -6,7 +6,7 @@ adapters trained here open elsewhere. The linears may be dense, 4-bit or wrapped
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope
 from ..kernels.swiglu import geglu, swiglu
 from ..lora.adapter import project
+from .families import read_spec
 from .protocol import Cache, CausalLM
 from .recompute import recomputed
 from .rope import tables
@@ -266,10 +267,11 @@ class Decoder(CausalLM):
         return KVCache(self.spec.num_hidden_layers)
 
     def settings(self) -> dict[str, Any]:
-        """The keys of `config.json` that the spec was read from. InputError where it was made by hand."""
-        if not self.spec.config:
+        """The keys of `config.json` that the spec was read from. InputError where it was made or changed by hand."""
+        config, tied = self.spec.config, self.spec.tie_word_embeddings  # of one file, whether it held a head decides
+        if not config or replace(read_spec(config), tie_word_embeddings=tied) != self.spec:
             raise InputError("this model's Spec was made by hand, so no config.json says it: make it with read_spec")
-        return dict(self.spec.config)
+        return dict(config)
 
 
 def _turns(spec: Spec, position_ids: Tensor, spans: Spans | None, x: Tensor) -> dict[Rope, tuple[Tensor, Tensor]]:

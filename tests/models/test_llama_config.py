@@ -172,9 +172,11 @@ def test_what_is_written_is_read_again(keys: dict[str, Any]) -> None:
     assert written == BASE | keys | {"architectures": ["LlamaForCausalLM"]}
 
 
-def test_a_spec_made_by_hand_has_no_config() -> None:
+def test_a_spec_made_or_changed_by_hand_has_no_config() -> None:
     with pytest.raises(InputError, match=r"made by hand, .*read_spec"):
         Decoder(Spec(97, 64, 128, 2, 4, 2, 16)).settings()
+    with pytest.raises(InputError, match=r"made by hand, .*read_spec"):
+        Decoder(dataclasses.replace(read_spec(BASE), num_hidden_layers=3)).settings()
 
 
 # ---- what transformers makes of the same keys

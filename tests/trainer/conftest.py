@@ -13,6 +13,7 @@ from torch import nn
 
 import fourbit
 from fourbit.models.decoder import Decoder
+from fourbit.models.families import read_spec
 from fourbit.models.save import save_model
 from fourbit.trainer.checkpoint import load_checkpoint
 from fourbit.trainer.metrics import read_metrics
@@ -75,7 +76,7 @@ def wide_folder(tiny_folder, tmp_path_factory):
     model, tokenizer = fourbit.load(tiny_folder)
     sizes = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, head_dim=12, tie_word_embeddings=False)
     torch.manual_seed(3)
-    wide = Decoder(replace(model.spec, **sizes))
+    wide = Decoder(read_spec({**model.spec.config, **sizes}))
     for parameter in wide.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.2)
