@@ -10,10 +10,9 @@ from .kernels.chunked_head import TokenScores
 from .trainer.losses.divergence import token_divergence
 from .trainer.losses.judged import apo_zero_unpaired, bco_unpaired, kto, mismatch_kl
 from .trainer.losses.pairs import (
-    Scores, apo_down, apo_zero, bco, cpo, discopop, divergence_of, exo, hinge, ipo, nca, orpo, reward_shift,
-    rewards_seen, robust, scores, sft, sigmoid, sigmoid_norm, simpo, sppo_hard,
+    Scores, apo_down, apo_zero, bco, cpo, discopop, divergence_of, exo, hinge, ipo, nca, orpo, reward_loss,
+    reward_shift, rewards_seen, robust, scores, sft, sigmoid, sigmoid_norm, simpo, sppo_hard,
 )
-from .trainer.losses.reward import reward_loss
 from .trainer.losses.tokens import token_kl, token_scores
 
 __all__ = [

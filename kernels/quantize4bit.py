@@ -6,7 +6,7 @@ every value becomes the index of the nearest number in the code table.
 Finding the nearest of sixteen by binary search mispredicts at every branch. The CPU path takes the upper half of the
 fp32 pattern (sign, exponent, seven bits of mantissa) as a table index: at most one midpoint of the code lies among
 the values that share such a pattern, so one table gives the midpoint, one comparison the side, and a second table the
-code. On CUDA one kernel does it all (quantize4bit_triton.py).
+code. Elsewhere the definition does: on a GPU it outruns any disk that a weight comes from.
 """
 
 from functools import cache
@@ -22,7 +22,7 @@ from .dispatch import path_for
 from .weight4bit import SMALLEST_ABSMAX, Weight4bit, check_format, stored_shapes
 
 CHUNK = 1 << 18  # values at a time on a CPU: 1 MB of fp32, in cache from step to step; a multiple of every block size
-LARGE_CHUNK = 1 << 24  # values at a time elsewhere, where launches cost more than memory
+LARGE_CHUNK = 1 << 22  # values at a time elsewhere, at some 45 bytes each: fewer would not pay for their launches
 
 
 def quantize(weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = False) -> Weight4bit:
@@ -46,10 +46,7 @@ def _stored(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool)
     bytes_, blocks = stored_shapes(tuple(weight.shape), blocksize)
     packed = torch.empty(bytes_, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device)
-    write = _quantize
-    if path_for(weight) == "triton":
-        from .quantize4bit_triton import quantize_into as write  # only here: Triton is for Linux only, slow to import
-    write(weight.reshape(-1), quant_type, blocksize, packed.view(-1), absmax.view(-1))
+    _quantize(weight.reshape(-1), quant_type, blocksize, packed.view(-1), absmax.view(-1))
     _check_finite(weight, absmax.view(-1), blocksize)
     return [packed, *(quantize_absmax(absmax) if double_quant else [absmax])]
 

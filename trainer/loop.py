@@ -41,7 +41,6 @@ from .checkpoint import Groups, load_checkpoint, newest_checkpoint, packed, resu
 from .losses.tokens import batch_token_scores, evaluating, summed
 from .step import StepResult, Sums
 
-PAGE_COUNTERS = ("hits", "misses", "evictions", "bytes_in", "bytes_out", "stall_seconds")
 Loss = Callable[..., Tensor | Sums]  # (model, batch) -> the value of each token, row or pair, [N]; or their `Sums`
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -201,7 +200,7 @@ class Run:
         device, host = self.optimizer.state_bytes()
         if self.optimizer.pager is None:
             return {"optimizer_bytes": device}
-        paged = {f"page_{name}": getattr(self.optimizer.pager.counters, name) for name in PAGE_COUNTERS}
+        paged = {f"page_{name}": n for name, n in vars(self.optimizer.pager.counters).items() if name != "peak_bytes"}
         before, self._paged = self._paged, {**paged, "page_retries": self.retries}
         moved = {name: round(value - before.get(name, 0), 6) for name, value in self._paged.items()}
         return {"optimizer_bytes": device, "optimizer_host_bytes": host, **moved}

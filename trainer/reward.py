@@ -13,7 +13,7 @@ from ..data.protocol import AnyTokenizer
 from ..models.protocol import CausalLM
 from .callbacks import Options
 from .config import RewardConfig
-from .losses.reward import reward_loss
+from .losses.pairs import reward_loss
 from .preference import reward_metrics
 from .reward_model import KEY, RewardModel, fresh_head
 from .step import Sums, as_sums

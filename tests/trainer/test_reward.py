@@ -18,7 +18,7 @@ import fourbit
 from fourbit.errors import InputError, NumericError
 from fourbit.lora.adapter import adapters_of
 from fourbit.trainer.config import RewardConfig
-from fourbit.trainer.losses.reward import reward_loss
+from fourbit.trainer.losses.pairs import reward_loss
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.reward import RewardTrainer
 from fourbit.trainer.reward_model import HEAD, KEY, RewardModel, read_head

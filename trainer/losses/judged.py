@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .pairs import Scores
-from .reward import alike
+from .pairs import Scores, alike
 
 
 def mismatch_kl(answer: Tensor, reference: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ...kernels.chunked_head import (
 from ...lora.adapter import AdapterLayer, is_hooked
 from ...lora.linear4bit import NF4Linear
 from ...models.protocol import CausalLM
-from .reward import alike
+from .pairs import alike
 
 NEVER_SURE = 1e-12  # a probability of 1 - 1e-12 is the largest that `token_kl` works with: log(1 - p) stays finite
 
