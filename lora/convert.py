@@ -45,7 +45,7 @@ def dequantize(module: nn.Module, dtype: DType | None = None) -> nn.Module:
 
 
 def delta(model: nn.Module, name: str = DEFAULT) -> Iterator[tuple[str, Tensor]]:
-    """Path and change of each weight that the adapter makes, [out, in] fp32 (fp64 of fp64), one at a time and detached.
+    """Path and change of each weight that the adapter makes, fp32 (fp64 of fp64), one at a time and detached.
 
     As `named_parameters`: `dict(delta(model))` has all. Copies (`modules_to_save`, biases) are no changes of this kind.
     Raises InputError where there is no such adapter, NotImplementedError for a kind that does not say its change.
@@ -68,7 +68,7 @@ def merge(model: nn.Module, name: str = DEFAULT) -> nn.Module:
     if wrong := [p for p in parts if not isinstance(parts[p], Whole) and "weight" not in layers[p].base._parameters]:
         raise InputError(
             f"'{wrong[0]}' ({type(layers[wrong[0]].base).__name__}) has no dense weight of its own, and 4 bits would "
-            "round the change away: make it dense first, with fourbit.dequantize(model), or keep the adapter"
+            "round the change away: keep the adapter, or first fourbit.dequantize(model), or remove_parametrizations"
         )
     for path, change in delta(model, name):
         base = cast(nn.Linear, layers[path].base)

@@ -22,6 +22,7 @@ from .adapter import DEFAULT, Adapter, Whole, adapters_of, carried, plain_name, 
 from .attach import LayerFactory, fresh, install
 from .config import LoRAConfig
 from .identity import BaseIdentity, base_identity
+from .linear4bit import Module4bit
 from .lora import LoRA, lora_kind
 from .peft_config import OWN, kind_of, read_config, write_config
 from .targets import Linear, adaptable_layers, base_modules
@@ -210,7 +211,11 @@ def _without_base_copies(
         if key in expected or name not in ("weight", "bias") or path not in modules:
             adapter[key] = tensor
             continue
-        own = getattr(modules[path], name, None)
+        own, module = getattr(modules[path], name, None), modules[path]
+        if isinstance(module, Module4bit) and name == "weight" and tensor.shape == module.shape:
+            twin = module.empty(module.shape, module.quant_type, module.blocksize, module.double_quant)
+            twin.quantize_weight_(tensor.to(module.dtype), name=key)
+            tensor = twin.weight
         if not isinstance(own, Tensor) or not torch.equal(own, tensor.to(own)):
             raise InputError(
                 f"{label}: the tensor '{key}' is a whole {name}, and it differs from this model's '{path}': it was "

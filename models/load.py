@@ -166,7 +166,7 @@ def load_model(module: nn.Module, folder: str | Path) -> nn.Module:
 
     Raises InputError, before anything is changed, for a broken file, tensors that are missing, unknown or of another
     shape, adapters on the module, and buffers on meta that no file holds; on the way, for NaN, infinity, values too
-    large for the dtype, and integers in the place of floats.
+    large for the dtype, integers in the place of floats, and two different tensors for a tied weight.
     """
     path, own, parts = Path(folder), weights_of(module), plain_modules(module)
     layers, pieces = hf.packed_layers(path)
@@ -178,10 +178,18 @@ def load_model(module: nn.Module, folder: str | Path) -> nn.Module:
     lost = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in own]
     if wrong := misfits(wanted, shapes) or (f"No file holds the buffers {', '.join(lost[:4])}." if lost else ""):
         raise InputError(f"{path}: its tensors do not fill this {type(module).__name__}. {wrong}")
+    root = {name: first[held(value)] for name, value in own.items()}
+    twice = {root[name] for name in shapes if root[name] != name} & shapes.keys()  # tied here, and two in the file
+    kept: dict[str, Tensor] = {}
+
+    def alike(name: str, tensor: Tensor) -> Tensor:
+        if root[name] in twice and not torch.equal(kept.setdefault(root[name], tensor), tensor):
+            raise InputError(f"{path}: {root[name]!r} and {name!r} differ, and are one tied tensor here: untie it")
+        return tensor
+
     module = _put_layers(module, layers, path)
-    _fill(
-        module, ((name, t) for name, t in hf.iter_tensors(path) if name not in pieces), path, None, torch.device("cpu")
-    )
+    tensors = ((name, alike(name, tensor)) for name, tensor in hf.iter_tensors(path) if name not in pieces)
+    _fill(module, tensors, path, None, torch.device("cpu"))
     return module
 
 

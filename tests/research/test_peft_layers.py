@@ -150,6 +150,32 @@ def test_the_head_of_an_adapted_embedding_keeps_the_bases_weight(name: str, tmp_
     fourbit.save_model(model, tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(logits(again, name), logits(model, name))
+    tied = built(name)
+    with pytest.raises(fourbit.InputError, match="differ, and are one tied tensor here: untie it"):
+        fourbit.load_model(tied, tmp_path)
+    tied.get_output_embeddings().weight = nn.Parameter(table.clone())
+    assert torch.equal(logits(fourbit.load_model(tied, tmp_path), name), logits(model, name))
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_the_whole_embedding_in_pefts_file_is_the_4_bit_ones_or_refused(other: bool, tmp_path: Path) -> None:
+    def base() -> Any:
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASIC)).eval()
+
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
+    theirs.save_pretrained(tmp_path)
+    assert any("embed_tokens.base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    model = base()
+    model.model.embed_tokens.weight.data[7, 3] += 1.0 * other
+    fourbit.quantize_(model, embeddings=True, blocksize=32)
+    if other:
+        with pytest.raises(
+            fourbit.InputError, match=r"embed_tokens\.base_layer\.weight' is a whole weight, and it differs"
+        ):
+            fourbit.load_adapter(model, tmp_path)
+    else:
+        assert len(fourbit.load_adapter(model, tmp_path)) == 3
 
 
 def test_embeddings_that_are_tied_are_untied_as_the_error_says() -> None:
