@@ -48,6 +48,16 @@ def one(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Make:
     return tensors(lambda held: held.update({name: change(held[name]).contiguous()}))
 
 
+def eight_bits(*scales: torch.Tensor) -> Make:
+    """A weight of 8-bit floats, with these scales under their usual names."""
+
+    def change(held: dict[str, torch.Tensor]) -> None:
+        held[QUERY] = held[QUERY].to(torch.float8_e4m3fn)
+        held.update({QUERY + name: scale for name, scale in zip(("_scale", "_scale_inv"), scales, strict=False)})
+
+    return tensors(change)
+
+
 def header(change: Callable[[dict[str, Any]], object]) -> Make:
     """The header changed; the bytes stay where they are."""
 
@@ -157,6 +167,9 @@ TENSORS: dict[str, Make] = {
     "whole numbers": one(QUERY, lambda t: t.to(torch.int64)),
     "booleans": one(QUERY, lambda t: t > 0),
     "8-bit floats": one(QUERY, lambda t: t.to(torch.float8_e4m3fn)),
+    "8-bit floats with scales of another shape": eight_bits(torch.ones(3)),
+    "8-bit floats with a scale that is NaN": eight_bits(torch.tensor(float("nan"))),
+    "8-bit floats with two scales": eight_bits(torch.ones(1), torch.ones(1)),
     "complex numbers": one(QUERY, lambda t: t.to(torch.complex64)),
     "turned round": one("model.layers.0.mlp.up_proj.weight", lambda t: t.T),
     "flat": one(QUERY, lambda t: t.flatten()),
