@@ -67,8 +67,8 @@ def merge(model: nn.Module, name: str = DEFAULT) -> nn.Module:
     layers, parts = adapter_layers(model), carried(model, name)
     if wrong := [p for p in parts if not isinstance(parts[p], Whole) and "weight" not in layers[p].base._parameters]:
         raise InputError(
-            f"'{wrong[0]}' ({type(layers[wrong[0]].base).__name__}) has no dense weight of its own, and 4 bits would "
-            "round the change away: keep the adapter, or first fourbit.dequantize(model), or remove_parametrizations"
+            f"'{wrong[0]}' ({type(layers[wrong[0]].base).__name__}) has no dense weight of its own to take the "
+            "change: keep the adapter or, of 4 bits, which would round it away, first fourbit.dequantize(model)"
         )
     for path, change in delta(model, name):
         base = cast(nn.Linear, layers[path].base)

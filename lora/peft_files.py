@@ -182,7 +182,7 @@ def _read_adapter(
         if not isinstance(part, Whole) and kind_of(part) not in (config.kind, "LORA" if config.kind == OWN else ""):
             if kind_of(part) == OWN:
                 what = f"is PEFT's, which ignores the groups, dilation and padding mode that '{path}' has"
-                raise InputError(f"'{file}' {what}: merge it into its base with PEFT, and train from there")
+                raise InputError(f"'{file}' {what}: no weight of a base holds such a change, so train it anew here")
             what = f"holds an adapter of the kind {config.kind}, and layer= makes {kind_of(part)}"
             raise InputError(f"'{file}' {what}: give load_adapter the layer that it was attached with")
         shapes = {key: tensor.shape for key, tensor in _keyed({path: part}).items()}

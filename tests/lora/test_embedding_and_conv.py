@@ -100,7 +100,7 @@ def test_output_and_gradients_are_those_of_a_changed_weight(name: str, rslora: b
     for ours, theirs in zip(*(torch.autograd.grad((y * sign).sum(), inputs) for y in (found, expected)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     if name.startswith("4-bit"):
-        with pytest.raises(InputError, match="4 bits would round the change away"):
+        with pytest.raises(InputError, match="of 4 bits, which would round it away"):
             fourbit.merge(model)
         fourbit.dequantize(model)
     again = functional_call(model.layer.base, {"weight": model.layer.weight + 0}, (x,))
@@ -164,6 +164,19 @@ def test_a_convolutions_input_is_dropped_and_an_embeddings_is_not() -> None:
     model, x = made("embedding", dropout=0.5)
     randomised(model)
     assert torch.equal(model.train()(x), model.eval()(x))
+
+
+def test_a_parametrised_convolution_is_adapted_and_not_merged() -> None:
+    """As wav2vec's positional one: its weight is made of others, and has no place for a change."""
+    model = Holder(nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 6, 3, groups=2, padding=1)))
+    fourbit.attach(model, fourbit.LoRAConfig(rank=4, target=["layer"]))
+    randomised(model)
+    x = torch.randn(2, 4, 9)
+    found = model(x)
+    torch.testing.assert_close(found, plainly(model, x), rtol=1e-5, atol=5e-5)
+    with pytest.raises(InputError, match="no dense weight of its own to take the change: keep the adapter"):
+        fourbit.merge(model)
+    assert torch.equal(model(x), found)
 
 
 def test_only_what_is_named_is_wrapped() -> None:
