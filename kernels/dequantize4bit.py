@@ -62,7 +62,8 @@ def dequantize_rows(weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Ten
         return _rows_in_graph(rows, *flatten([weight]), dtype)
     if weight.columns % weight.blocksize:
         return F.embedding(rows, dequantize(weight, dtype))
-    packed, absmax, nested = F.embedding(rows, weight.packed), F.embedding(rows, weight.absmax), weight.nested_absmax
+    packed, absmax = (F.embedding(rows, own.view(weight.rows, -1)) for own in (weight.packed, weight.absmax))
+    nested = weight.nested_absmax
     if nested is not None and weight.nested_offset is not None:
         blocks = rows[:, None] * absmax.shape[1] + torch.arange(absmax.shape[1], device=rows.device)
         values = dynamic_code(True, absmax.device)[absmax.int()]

@@ -96,43 +96,34 @@ def plain(x: Tensor, group: Group) -> list[Tensor]:
     outputs = []
     for i, weight in enumerate(group.weights):
         decode = partial(dequantize, weight)  # a compiler takes no rule with a jvp
-        y: Tensor = h @ decode(h.dtype).T if torch.compiler.is_compiling() else times_frozen(h, decode, True)
+        y: Tensor = h @ decode(h.dtype).T if torch.compiler.is_compiling() else TimesFrozen.apply(h, decode, True)
         if group.A:
             y = y + (dropped @ group.A[i].to(h.dtype).T) @ (group.B[i] * group.scales[i]).to(h.dtype).T
         outputs.append((y + group.biases[i].to(h.dtype) if group.biases else y).to(x.dtype))
     return outputs
 
 
-def times_frozen(x: Tensor, decode: Callable[[torch.dtype], Tensor], ahead: bool, ends: Tensor | None = None) -> Tensor:
-    """x [..., in] times what `decode` makes, transposed (ahead: [out, in]) or not; made again for backward, not kept.
-
-    A decoded stack of matrices goes with as many of x, or with the slices of its rows that end at `ends`.
-    """
-    y: Tensor = _Base.apply(x, decode, ahead, ends)
-    return y
-
-
-class _Base(torch.autograd.Function):
+class TimesFrozen(torch.autograd.Function):
     """x W^T, or g W: each is the other's derivative, of any order and direction, so only packed weights are kept."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, decode: Callable[[torch.dtype], Tensor], ahead: bool, ends: Tensor | None) -> Tensor:
-        dense = decode(x.dtype).mT if ahead else decode(x.dtype)
-        return x @ dense if ends is None else torch._grouped_mm(x.contiguous(), dense, offs=ends)
+    def forward(x: Tensor, decode: Callable[[torch.dtype], Tensor], ahead: bool) -> Tensor:
+        dense = decode(x.dtype)
+        return x @ (dense.mT if ahead else dense)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.decode, ctx.ahead, ctx.ends = inputs
+        _, ctx.decode, ctx.ahead = inputs
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Base.apply(g, ctx.decode, not ctx.ahead, ctx.ends), None, None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return TimesFrozen.apply(g, ctx.decode, not ctx.ahead), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _Base.apply(tangent, ctx.decode, ctx.ahead, ctx.ends)
+        return TimesFrozen.apply(tangent, ctx.decode, ctx.ahead)
 
 
 def _output(h: Tensor, s: Tensor, group: Group, i: int, dense: list[Tensor], y: Tensor) -> None:

@@ -46,24 +46,6 @@ class Weight4bit(NamedTuple):
             return self.absmax
         return dequantize_absmax(self.absmax, self.nested_absmax, self.nested_offset)
 
-    @property
-    def is_sliceable(self) -> bool:
-        """Whether each matrix along the first of three dimensions or more is whole blocks, so that `at` can cut."""
-        return len(self.shape) > 2 and prod(self.shape[1:]) % self.blocksize == 0
-
-    def at(self, index: Any) -> Self:
-        """What `index`, any that torch takes, chooses along the first dimension: of a weight that is sliceable."""
-        packed = self.packed.view(self.shape[0], -1)[index]
-        absmax, nested, offset = self.absmax, self.nested_absmax, self.nested_offset
-        if nested is not None:
-            if prod(self.shape[1:]) % (self.blocksize * NESTED_BLOCKSIZE):  # a block of scales lies in two matrices
-                absmax, nested, offset = self.scales, None, None
-            else:
-                nested = nested.view(self.shape[0], -1)[index].reshape(-1)
-        shape = (*packed.shape[:-1], *self.shape[1:])
-        absmax = absmax.view(self.shape[0], -1)[index]
-        return self._replace(packed=packed, absmax=absmax, nested_absmax=nested, nested_offset=offset, shape=shape)
-
     def to(self, device: torch.device | str) -> Self:
         """The same weight on `device`."""
         packed, absmax, nested, offset = (None if tensor is None else tensor.to(device) for tensor in self[:4])

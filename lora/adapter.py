@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..errors import InputError
 from ..kernels.linear4bit import lora_linears4bit
 from .config import LoRAConfig
-from .lazy_weight import LazyWeight, autocast_input
+from .lazy_weight import LazyWeight, autocast_input, decoder
 from .linear4bit import NF4Linear, is_conv1d, over_nested, sizes
 
 DEFAULT = "default"
@@ -72,6 +72,10 @@ class Adapter(nn.Module):
 
     def low_rank(self) -> LowRank | None:
         """The update, if a layer may make it together with its base."""
+        return None
+
+    def term(self) -> tuple[Tensor, Tensor] | None:
+        """The change of a parameter as two matrices, or stacks of them, to be multiplied; of kinds for those."""
         return None
 
     def is_idle(self) -> bool:
@@ -155,6 +159,9 @@ class AdapterLayer(nn.Module):
     def weight(self) -> Tensor:
         """The weight [out, in] that the layer computes with, active adapters included: see `LazyWeight`."""
         weight = cast(Tensor, self.copied().get("weight", self.base.weight))
+        terms = [term for adapter in self.running() if (term := adapter.term()) is not None]
+        if terms:
+            return LazyWeight.decoded(decoder(weight), weight.shape, weight.dtype, weight, terms)
         parts = [p for adapter in self.running() if not isinstance(adapter, Whole) for p in adapter.parameters()]
         like = next((p for p in parts if p.requires_grad), weight)
         return LazyWeight.of(self._weight, weight.shape, weight.dtype, like) if parts else weight

@@ -15,17 +15,15 @@ from .config import LoRAConfig
 from .embedding4bit import NF4Embedding
 from .linear4bit import Module4bit
 from .lora import LoRA
+from .parameter4bit import StandIn
 from .peft_config import PeftConfig, PeftLike, from_peft
-from .targets import Linear, base_modules, check_patterns_used, matcher, nearest, resolve
+from .targets import Linear, base_modules, check_patterns_used, expose, matcher, nearest, resolve
 
 LayerFactory = Callable[[Linear, LoRAConfig], Adapter]
 
 UNCOPIED: dict[type | tuple[type, ...], str] = {  # what modules_to_save cannot train -> why, and what to do
     Module4bit: "are in 4 bits and cannot be trained: leave them dense (skip in quantize_)",
-    (
-        nn.ParameterList,
-        nn.ParameterDict,
-    ): "are read, not called: register their parameters in the module around",
+    (nn.ParameterList, nn.ParameterDict): "are read, not called: register their parameters in the module around",
 }
 
 
@@ -52,6 +50,7 @@ def attach(
     read = PeftConfig(config) if isinstance(config, LoRAConfig) else from_peft(config)
     lora = read.lora_for(model)
     paths = [path for path in resolve(model, lora) if read.in_layers(path)]
+    paths += expose(model, lora.target_parameters)
     for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         check_patterns_used(field, patterns, paths)
     tables = {path: m for path, m in base_modules(model).items() if isinstance(m, nn.Embedding | NF4Embedding)}
@@ -78,7 +77,8 @@ def fresh(
         if any(parameter.is_complex() for parameter in modules[path].parameters(recurse=False)):
             raise InputError(f"'{path}' is complex, and adapters and their files are real: exclude it")
         at = replace(config, rank=config.rank_at(path), alpha=config.alpha_at(path), rank_pattern={}, alpha_pattern={})
-        part = _made(layer, modules[path], at, path, seed) if path in targeted else Whole()
+        kind = LoRA.of if isinstance(modules[path], StandIn) else layer
+        part = _made(kind, modules[path], at, path, seed) if path in targeted else Whole()
         part = part.to(dtype) if {p.dtype for p in part.parameters()} - {dtype} else part
         part.config, part.copies = at, Copies(modules[path], copied[path], dtype) if path in copied else None
         yield path, part

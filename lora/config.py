@@ -24,6 +24,8 @@ class LoRAConfig(Checked):
         matches, in dict order, counts. Each is looked up by itself.
     modules_to_save: names of modules of any kind (full paths or their ends) that are trained whole, such as a
         classifier: the adapter holds a copy of each, so that without it the model is its base.
+    target_parameters: names of parameters that are no layer's weight (full paths or their ends), as fused experts are:
+        ["experts.gate_up_proj", "experts.down_proj"]. `target` never means those, as in PEFT; None: no layer.
     bias: whether biases are trained, in copies too: "none", those of the layers with adapters ("lora_only"), "all".
     Raises InputError naming the field, its rule and the value.
     """
@@ -32,12 +34,13 @@ class LoRAConfig(Checked):
     rank: int = setting(16, "rank r of the update", least=1)
     alpha: float = setting(32.0, "the update is scaled by alpha / rank", positive=True, most=1e30)
     dropout: float = setting(0.0, "dropout on the adapter's input, below 1", least=0)
-    target: str | Sequence[str] = setting("all-linear", "layers that get an adapter")
+    target: str | Sequence[str] | None = setting("all-linear", "layers that get an adapter")
     rslora: bool = setting(False, "scale by alpha / sqrt(rank) instead")
     rank_pattern: dict[str, int] = setting({}, "other ranks, by layers", least=1)
     alpha_pattern: dict[str, float] = setting({}, "other alphas, by layers", positive=True, most=1e30)
     exclude: str | Sequence[str] = setting((), "layers that get none")
     modules_to_save: Sequence[str] = setting((), "modules that are trained whole")
+    target_parameters: Sequence[str] = setting((), "parameters, such as fused experts, that get an adapter")
     bias: Literal["none", "all", "lora_only"] = setting("none", "which biases are trained")
 
     def __post_init__(self) -> None:
@@ -45,7 +48,7 @@ class LoRAConfig(Checked):
         if self.dropout >= 1:
             raise InputError(f"dropout must be a number from 0 up to, but not including, 1; got {shown(self.dropout)}")
         for key in ("target", "exclude"):
-            checked_names(key, getattr(self, key))
+            checked_names(key, getattr(self, key) or ())
         for key in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, key):
                 _check_regex(key, pattern)

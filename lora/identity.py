@@ -21,6 +21,7 @@ from ..files import gathered, tensor_metadata
 from ..kernels.dequantize4bit import dequantize
 from ..kernels.weight4bit import BLOCKSIZES, Weight4bit
 from .linear4bit import Module4bit, is_conv1d
+from .parameter4bit import DenseParameter, NF4Parameter
 from .targets import base_modules
 
 KEY = "fourbit.base."  # in the metadata of a safetensors file, before the name of a field
@@ -71,7 +72,7 @@ class BaseIdentity(NamedTuple):
 
 def base_identity(model: nn.Module, adapter: Mapping[str, nn.Module] | None = None) -> BaseIdentity:
     """The identity of `model`, without its adapters and what `adapter` has copies of; parameters are read once."""
-    vectors, weights, signed = dict[str, Tensor](), dict[str, Tensor](), list[Tensor | Module4bit]()
+    vectors, weights, named = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor | Module4bit]()
     forms, seen, exact = set[str](), set[nn.Parameter](), True
     for path, module in sorted(base_modules(model).items()):
         packed = module if isinstance(module, Module4bit) else None
@@ -83,11 +84,13 @@ def base_identity(model: nn.Module, adapter: Mapping[str, nn.Module] | None = No
                 continue  # a tied weight counts once
             seen.add(parameter)
             exact = exact and parameter.dtype != torch.float16
-            (vectors if parameter.ndim < 2 and name not in stored else weights)[f"{path}.{name}"] = parameter
+            full = path if isinstance(module, DenseParameter) else f"{path}.{name}"
+            (vectors if parameter.ndim < 2 and name not in stored else weights)[full] = parameter
             if packed and name == "packed":
-                signed.append(packed)
+                named[path if isinstance(module, NF4Parameter) else f"{path}.weight"] = packed
             elif parameter.ndim > 1 and name not in stored:
-                signed.append(parameter.t() if is_conv1d(module) else parameter)  # as 4 bits keep it: [out, in]
+                named[full] = parameter.t() if is_conv1d(module) else parameter  # as 4 bits keep it: [out, in]
+    signed = [named[name] for name in sorted(named)]
     some = [signed[i * len(signed) // SAMPLED] for i in range(SAMPLED)] if len(signed) > SAMPLED else signed
     hashes = (hashed(vectors, rounded=True), hashed(weights, rounded=True)) if exact else ("", "")
     return BaseIdentity(", ".join(sorted(forms)) or "none", *hashes, "".join(map(_signs, some)))

@@ -1,6 +1,7 @@
 """Weights that are made when they are read: decoded from 4 bits, an expert at a time, or with an adapter's change."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..kernels.dispatch import product_dtype
-from ..kernels.experts import Decode, grouped_product
-from ..kernels.lora_paths import times_frozen
+from ..kernels.experts import Decode, grouped_frozen, grouped_product
+from ..kernels.lora_paths import TimesFrozen
 
 Terms = Sequence[tuple[Tensor, Tensor]]  # left [..., out, rank] times right [..., rank, in], each to be added
 
@@ -84,11 +85,8 @@ def _lazily(func: Any, args: Any, kwargs: Any) -> Tensor | None:
         last = {left.ndim - 1, left.ndim - 2}
         if func in _SWAPS or (name == "transpose" and {n % left.ndim for n in args[1:]} == last):
             return _swapped(left)
-        if (
-            name == "__getitem__"
-            and left.ndim > 2
-            and (type(right) is int or getattr(right, "dtype", 0) == torch.int64)
-        ):
+        one = type(right) is int or (isinstance(right, Tensor) and right.dtype == torch.int64)
+        if name == "__getitem__" and left.ndim > 2 and one:
             return _item(left, right)
         if name in ("matmul", "bmm", "mm") and type(right) is Tensor and right.ndim > 1:
             made = _times(right.mT, _swapped(left))
@@ -114,11 +112,7 @@ def _swapped(weight: Any) -> Any:
 def _item(weight: Any, index: Any) -> Tensor:
     terms, decode = [(left[index], right[index]) for left, right in weight.terms], weight.decode
     shape = (*getattr(index, "shape", ()), *weight.shape[1:])
-
-    def of(inner: Any, dtype: torch.dtype) -> Tensor:
-        chosen: Tensor = decode(index, dtype)
-        return chosen if inner is None else chosen[inner]
-
+    of: Decode = lambda inner, dtype: decode(index, dtype)[... if inner is None else inner]  # noqa: E731
     return LazyWeight.decoded(of, shape, weight.dtype, weight, terms)
 
 
@@ -129,15 +123,14 @@ def _times(x: Tensor, weight: Any, ends: Tensor | None = None) -> Tensor | None:
         return None
     dtype, decode = (x := autocast_input(x)).dtype, weight.decode
     h = x.to(product_dtype(x))
-    if ends is not None:
-        y = grouped_product(h, decode, ends)
-        for left, right in weight.terms:
-            y = y + grouped_product(grouped_product(h, left, ends), right, ends)
-        return y.to(dtype)
-    y = times_frozen(h, lambda dtype: decode(None, dtype), False)
+    if ends is None:
+        y, product = TimesFrozen.apply(h, partial(decode, None), False), torch.matmul
+    else:
+        y, product = grouped_frozen(h, decode, weight.shape, ends), partial(grouped_product, ends=ends)
     for left, right in weight.terms:
-        y = y + (h @ left.to(h.dtype)) @ right.to(h.dtype)
-    return y.to(dtype)
+        y = y + product(product(h, left.to(h.dtype)), right.to(h.dtype))
+    made: Tensor = y.to(dtype)
+    return made
 
 
 _PROPERTIES = "data shape dtype device layout ndim requires_grad grad grad_fn is_leaf is_meta is_cpu is_cuda is_nested"
@@ -152,3 +145,10 @@ def autocast_input(x: Tensor) -> Tensor:
     if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # meta knows no autocast
         return x.to(torch.get_autocast_dtype(device))
     return x
+
+
+def decoder(weight: Tensor) -> Decode:
+    """What decodes a frozen weight, or an index into its first dimension: of a dense one, what casts it."""
+    if isinstance(weight, LazyWeight) and weight.decode is not None:
+        return weight.decode
+    return lambda index, dtype: (weight if index is None else weight[index]).detach().to(dtype)

@@ -18,11 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import InputError
 from ..kernels.blockwise import NESTED_BLOCKSIZE
-from ..kernels.dequantize4bit import dequantize
+from ..kernels.dequantize4bit import dequantize, dequantize_rows
 from ..kernels.linear4bit import linear4bit
 from ..kernels.quantize4bit import quantize
 from ..kernels.weight4bit import Weight4bit, check_format, stored_shapes
-from ..settings import DType
+from ..settings import DType, floating
 from .lazy_weight import LazyWeight, autocast_input
 
 
@@ -131,11 +131,11 @@ class Module4bit(nn.Module):
     def dequantize(self, dtype: DType = torch.float32, index: Any = None) -> Tensor:
         """The dense weight that this module computes with, rounded once to `dtype`; or what an index into its first
         dimension takes of it, decoded alone where each matrix [rows, columns] there is whole blocks."""
-        stored = self.stored
-        if index is None or not stored.is_sliceable:
-            dense = dequantize(stored, dtype)
-            return dense if index is None else dense[index]
-        return dequantize(stored.at(index), dtype)
+        if index is None:
+            return dequantize(self.stored, dtype)
+        chosen = torch.arange(self.shape[0], device=self.packed.device)[index]
+        matrix = self.stored._replace(shape=(self.shape[0], prod(self.shape[1:])))
+        return dequantize_rows(matrix, chosen.reshape(-1), floating(dtype)).view(*chosen.shape, *self.shape[1:])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves follow `fn`, casts do not: scales rounded to a lower precision would be another weight."""

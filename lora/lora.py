@@ -16,6 +16,7 @@ from .config import LoRAConfig
 from .embedding4bit import NF4Embedding
 from .lazy_weight import autocast_input
 from .linear4bit import NF4Linear, is_conv1d, sizes
+from .parameter4bit import StandIn
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -46,7 +47,7 @@ class LoRA(Adapter):
 
     @classmethod
     def of(cls, base: nn.Module, config: LoRAConfig) -> "LoRA":
-        """The part that `config` describes; LoRA makes of an embedding or a convolution the kind that those need."""
+        """The part that `config` describes; LoRA makes the kind that the base needs."""
         kind = lora_kind(base) if cls is LoRA else cls
         return (kind or cls)(base, config.rank, config.alpha, config.dropout, config.rslora)
 
@@ -84,10 +85,43 @@ class LoRA(Adapter):
 
     def is_pefts(self) -> bool:
         """Whether PEFT computes the same of the same tensors, so that the files are its own."""
-        return type(self) in (LoRA, LoRAEmbedding)
+        return type(self) in (LoRA, LoRAEmbedding, LoRAParameter)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+class LoRAParameter(LoRA):
+    """scale * B_e A_e, added to matrix e of a parameter [E, out, in] (or [E, in, out] where its module says that it
+    `is_transposed`), or to one matrix [out, in], when its module reads it.
+
+    As in PEFT (target_parameters) `lora_A` is [E r, in], expert after expert, and `lora_B` [out, r E], rank after rank.
+    Raises InputError for dropout: what the module multiplies with the weight is not seen here.
+    """
+
+    def __init__(self, base: StandIn, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
+        if dropout:
+            raise InputError(
+                f"target_parameters take no dropout, as the module makes the product itself; got {dropout}"
+            )
+        super().__init__(base, rank, alpha, 0.0, rslora)
+        self.place, self.transposed, self.ndim = base.place, base.transposed, cast(Tensor, base.weight).ndim
+
+    @classmethod
+    def shapes(cls, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        *experts, out, within = (
+            cast(Tensor, base.weight).mT.shape if base.transposed else cast(Tensor, base.weight).shape
+        )
+        return (math.prod(experts) * rank, within), (out, rank * math.prod(experts))
+
+    def term(self) -> tuple[Tensor, Tensor]:
+        A = self.lora_A.unflatten(0, (-1, self.rank))  # [E, r, in]
+        B = self.scale * self.lora_B.unflatten(1, (self.rank, -1)).permute(2, 0, 1)  # [E, out, r]
+        left, right = (A.mT, B.mT) if self.transposed else (B, A)
+        return (left, right) if self.ndim > 2 else (left[0], right[0])
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return torch.matmul(*(part.to(weight.dtype) for part in self.term()))
 
 
 class LoRAEmbedding(LoRA):
@@ -173,6 +207,8 @@ def lora_kind(layer: nn.Module) -> type[LoRA] | None:
 
     An embedding that multiplies its rows by `embed_scale`, and holds nothing else, is known (Gemma's, BART's).
     """
+    if isinstance(layer, StandIn):
+        return LoRAParameter
     if is_linear(layer):
         return LoRA
     if conv_kind(layer):

@@ -11,35 +11,35 @@ from torch import Tensor, nn
 from .linear4bit import Module4bit
 
 
-class NF4Parameter(Module4bit):
-    """A frozen parameter of any shape in 4 bits; `weight` is what its module reads in its place."""
+class StandIn(nn.Module):
+    """A module in the place of a parameter: `weight` is what its holder reads there."""
 
-    def extra_repr(self) -> str:
-        return f"shape={self.shape}, {super().extra_repr()}"
+    place: int = 0  # among the parameters of its holder, in the order in which that made them
+    transposed: bool = False  # whether the holder says that matrices are [in, out]
 
 
-class DenseParameter(nn.Module):
-    """A dense parameter as a module, which may then be wrapped as a layer is."""
+class NF4Parameter(Module4bit, StandIn):
+    """A frozen parameter of any shape in 4 bits."""
+
+
+class DenseParameter(StandIn):
+    """A dense parameter, to be wrapped as a layer is."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
 
 
-def stand_in(module: nn.Module, name: str, weight: nn.Module) -> None:
+def stand_in(module: nn.Module, name: str, weight: StandIn) -> None:
     """Put `weight` in the place of the parameter `name`: whoever reads `module.name` gets what `weight.weight` is then.
 
     The way of torch's parametrisations: the module becomes one of a subclass of its class, with a property.
     """
-    order = parameter_order(module)
+    order = getattr(type(module), "_parameter_order", tuple(module._parameters))
+    weight.place, weight.transposed = order.index(name), getattr(module, "is_transposed", False)
     del module._parameters[name]
     module.register_module(name, weight)
     module.__class__ = _reading(type(module), name, order)  # type: ignore[arg-type]  # a class can be hashed
-
-
-def parameter_order(module: nn.Module) -> tuple[str, ...]:
-    """The names of a module's own parameters in the order it made them in, those with stand-ins included."""
-    return getattr(type(module), "_parameter_order", tuple(module._parameters))
 
 
 @cache

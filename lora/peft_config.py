@@ -18,14 +18,14 @@ from torch import nn
 from ..errors import InputError, shown
 from .adapter import Adapter, Whole
 from .config import LoRAConfig, pattern_value
-from .lora import LoRA, LoRAConv, scale_of
+from .lora import LoRA, LoRAConv, LoRAParameter, scale_of
 from .targets import CLASSIFIERS, adaptable_layers, base_modules, linear_layers, matcher, output_heads, vocabulary_heads
 
 REQUIRED = ("r", "lora_alpha", "target_modules")
 FIELDS = {  # PEFT's name -> that of LoRAConfig
     "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target", "use_rslora": "rslora",
     "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern", "exclude_modules": "exclude",
-    "modules_to_save": "modules_to_save", "bias": "bias",
+    "modules_to_save": "modules_to_save", "bias": "bias", "target_parameters": "target_parameters",
 }  # fmt: skip
 UNDERSTOOD = {*FIELDS, "peft_type", "layers_to_transform", "layers_pattern", "init_lora_weights"}
 HARMLESS = {  # what they hold has no part in the forward pass of a saved adapter
@@ -56,7 +56,7 @@ class PeftConfig:
 
         None if that takes a regular expression that could run without end; the file's tensors must tell then.
         """
-        target, exclude, everything = self.lora.target, self.lora.exclude, self.lora.target == "all-linear"
+        target, exclude, everything = self.lora.target or (), self.lora.exclude, self.lora.target == "all-linear"
         if any(isinstance(rule, str) and most_steps(rule) > MOST_STEPS for rule in (target, exclude)):
             return None
         spared = output_heads(model) if everything else set()
@@ -74,7 +74,7 @@ class PeftConfig:
     def in_layers(self, path: str) -> bool:
         """PEFT's layers_to_transform, which a full path overrides."""
         numbers = self.layers_to_transform
-        return not numbers or path in self.lora.target or _layer_index(path, self.layers_pattern) in numbers
+        return not numbers or path in (self.lora.target or ()) or _layer_index(path, self.layers_pattern) in numbers
 
 
 class PeftLike(Protocol):
@@ -98,12 +98,14 @@ def read_config(raw: Mapping[str, Any], file: str) -> PeftConfig:
     kind = raw.get("peft_type")
     if kind != "LORA" and not (isinstance(kind, str) and kind.startswith(KIND)):
         raise InputError(f"{file}: peft_type must be 'LORA', got {kind!r}; fourbit reads LoRA adapters")
+    alone = raw.get("target_parameters") and not raw.get("target_modules")  # adapted, and no layer
     for key in REQUIRED:
-        if raw.get(key) is None:
+        if raw.get(key) is None and not (alone and key == "target_modules"):
             raise InputError(f"{file}: the key '{key}' is missing; PEFT writes it into every LoRA adapter")
     _refuse_unsupported(raw, file)
     try:
-        lora = LoRAConfig(**{ours: raw[key] for key, ours in FIELDS.items() if key in REQUIRED or raw.get(key)})
+        said = {ours: raw[key] for key, ours in FIELDS.items() if raw.get(key) or (key in REQUIRED and not alone)}
+        lora = LoRAConfig(**({"target": None} if alone else {}) | said)
     except InputError as problem:
         raise InputError(f"{file}: {problem}") from None
     for key, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
@@ -142,6 +144,7 @@ def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str
             f"a file holds an adapter of one kind, and this one's layers are of {', '.join((kind, *more))}"
         )
     fields = {path: part.peft_fields() for path, part in parts.items() if not isinstance(part, Whole)}
+    parameters = [path for path, part in parts.items() if isinstance(part, LoRAParameter)]
     config = next(iter(parts.values())).config or LoRAConfig()
     rslora = all(own["use_rslora"] for own in fields.values())
     ranks = {path: own["r"] for path, own in fields.items()}
@@ -158,7 +161,8 @@ def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str
         "use_rslora": rslora,
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": {key: _as_integer(value) for key, value in _pattern(alphas, alpha).items()},
-        "target_modules": _target_modules(model, list(fields)),
+        "target_modules": _target_modules(model, [path for path in fields if path not in parameters]),
+        **({"target_parameters": parameters} if parameters else {}),  # older PEFT stops at the word
         "bias": config.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,

@@ -8,6 +8,7 @@ import functools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,10 @@ from .attach import LayerFactory, fresh, install
 from .config import LoRAConfig
 from .identity import BaseIdentity, base_identity
 from .linear4bit import Module4bit
-from .lora import LoRA, lora_kind
+from .lora import LoRA, LoRAParameter, lora_kind
+from .parameter4bit import StandIn
 from .peft_config import OWN, kind_of, read_config, write_config
-from .targets import Linear, adaptable_layers, base_modules
+from .targets import Linear, adaptable_layers, base_modules, expose
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -119,10 +121,24 @@ def _check_base(
         tell(f"{what} {difference}")
 
 
-def _keyed(parts: Mapping[str, Adapter]) -> dict[str, Tensor]:
+def _places(parts: Mapping[str, Any]) -> dict[str, str]:
+    """Where PEFT has the parts, or those of these bases: at their paths, but of parameters at their module's, the last
+    of those and each one before it within another `base_layer`."""
+    places = {path: path for path in parts}
+    parameters = {path: part.place for path, part in parts.items() if isinstance(part, StandIn | LoRAParameter)}
+    for path, place in parameters.items():
+        module = path.rpartition(".")[0]
+        after = [1 for other, its in parameters.items() if other.rpartition(".")[0] == module and its > place]
+        places[path] = module + ".base_layer" * len(after)
+    return places
+
+
+def _keyed(parts: Mapping[str, Adapter], places: Mapping[str, str] | None = None) -> dict[str, Tensor]:
     """The tensors of an adapter under PEFT's keys, sorted."""
     state: dict[str, Tensor] = {}
-    for path, part in parts.items():
+    places = places or _places(parts)
+    for own, part in parts.items():
+        path = places[own]
         where = f"{PREFIX}{path}." if isinstance(part, Whole) else f"{PREFIX}{path}.base_layer."
         copies = part.copies.state_dict() if part.copies is not None else {}
         state |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in part.state().items()}
@@ -161,15 +177,17 @@ def _read_adapter(
     read = float_tensors(weights, COUNTS).items()
     tensors = {key: tensor for key, tensor in read if not key.rpartition(".")[0].endswith(again)}
     state = _canonical(tensors, _holders(model), label)
-    names = config.targeted(model)
+    names, parameters = config.targeted(model), expose(model, config.lora.target_parameters)
     if names is None:  # the file's own tensors say which layers are meant
         meant = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in state}
         names = [name for name in adaptable_layers(model) if name in meant]
-    if not names:
+    if not (names := [*names, *parameters]):
         raise InputError(f"{label}: target_modules={config.lora.target!r} names no layer of this model that takes LoRA")
     parts: dict[str, Adapter] = {}
     expected: dict[str, Sequence[int]] = {}
-    where = {module: path for path, module in base_modules(model).items()}
+    modules = base_modules(model)
+    places = {path: path for path in modules} | _places({path: modules[path] for path in names})
+    where = {module: places[path] for path, module in modules.items()}
 
     def made(base: Linear, at: LoRAConfig) -> Adapter:
         kind = lora_kind(base) if config.kind in ("LORA", OWN) else None
@@ -185,7 +203,7 @@ def _read_adapter(
                 raise InputError(f"'{file}' {what}: no weight of a base holds such a change, so train it anew here")
             what = f"holds an adapter of the kind {config.kind}, and layer= makes {kind_of(part)}"
             raise InputError(f"'{file}' {what}: give load_adapter the layer that it was attached with")
-        shapes = {key: tensor.shape for key, tensor in _keyed({path: part}).items()}
+        shapes = {key: tensor.shape for key, tensor in _keyed({path: part}, places).items()}
         expected |= shapes
         if all(key in state and state[key].shape == shape for key, shape in shapes.items()):
             parts[path] = part

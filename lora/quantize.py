@@ -18,8 +18,8 @@ from .config import checked_names
 from .embedding4bit import NF4Embedding, is_embedding
 from .linear4bit import Module4bit, NF4Linear, is_conv1d, sizes, weight_id
 from .lora import is_linear
-from .parameter4bit import DenseParameter, NF4Parameter, stand_in
-from .targets import base_modules, expert_parameters, linear_layers, listed, matcher, nearest, output_heads
+from .parameter4bit import DenseParameter, NF4Parameter, StandIn
+from .targets import base_modules, expert_parameters, expose, linear_layers, listed, matcher, nearest, output_heads
 
 
 class Form(NamedTuple):
@@ -91,20 +91,17 @@ def quantize_by_plan_(module: nn.Module, plan: Mapping[str, Form | None]) -> nn.
     if wrong := next((path for path in wanted if path in dense), None):
         raise InputError(f"plan: {wrong!r} cannot be put in 4 bits: {dense[wrong]}")
     layers.clear()
+    experts = expose(module, [path for path, layer in wanted.items() if isinstance(layer, DenseParameter)])
+    wanted |= {path: part for path, part in base_modules(module).items() if path in experts and path in wanted}
     twins: dict[int, Module4bit] = {}  # id of a dense weight -> the first layer made from it
     for path in list(wanted):
         layer = wanted.pop(path)  # so that each dense weight is freed before the next one is quantised
-        expert, key = isinstance(layer, DenseParameter), weight_id(layer)
-        twin = _quantized(layer, path if expert else f"{path}.weight".lstrip("."), forms[key], twins.get(key))
+        key, name = weight_id(layer), path if path in experts else f"{path}.weight".lstrip(".")
+        twin = _quantized(layer, name, forms[key], twins.get(key))
         twins.setdefault(key, twin)
         if not path:
             return twin
-        modules = base_modules(module) if expert else {}
-        if expert and path not in modules:
-            parent, _, name = path.rpartition(".")
-            stand_in(modules[parent], name, twin)
-        else:
-            replace_modules(module, {layer: twin})
+        replace_modules(module, {layer: twin})
     return module
 
 
@@ -195,7 +192,7 @@ def _quantized(layer: Any, name: str, form: Form, twin: Module4bit | None = None
     if getattr(layer, "bias", None) is not None:
         new.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
     new.dtype = layer.weight.dtype
-    vars(new).update({name: held for name, held in vars(layer).items() if "hook" in name})
+    vars(new).update({n: held for n, held in vars(layer).items() if "hook" in n or n in StandIn.__annotations__})
     return new.train(layer.training)
 
 

@@ -8,7 +8,7 @@ nearest names: a silent typo trains the wrong layers.
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -17,8 +17,8 @@ from ..errors import InputError
 from .adapter import AdapterLayer, plain_modules
 from .config import LoRAConfig, pattern_key
 from .linear4bit import NF4Linear
-from .lora import is_linear, lora_kind
-from .parameter4bit import DenseParameter
+from .lora import LoRAParameter, is_linear, lora_kind
+from .parameter4bit import DenseParameter, StandIn, stand_in
 
 Linear = nn.Linear | NF4Linear
 
@@ -51,23 +51,49 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """
     if lazy := next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None):
         raise InputError(f"'{lazy}' has no size yet: run the model on a batch first, which makes its lazy modules")
-    return {name: layer for name, layer in base_modules(model).items() if lora_kind(layer)}
+    kinds = {name: (layer, lora_kind(layer)) for name, layer in base_modules(model).items()}
+    return {name: layer for name, (layer, kind) in kinds.items() if kind not in (None, LoRAParameter)}
 
 
-def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Path -> dense parameter that holds a matrix for each expert: of three dimensions, in a module that has "expert"
-    in its path or its class's name, as the fused experts of transformers 5 have."""
+def _parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str, Any]]:
+    """Path -> holder, name and parameter, of those of two or three dimensions that are no layer's weight, torch's own
+    layers included; a stand-in is the holder of its own, which is called as what it stands for."""
     return {
-        f"{path}.{name}".lstrip(".") if type(module) is not DenseParameter else path: parameter
+        path if isinstance(module, StandIn) else f"{path}.{name}".lstrip("."): (module, name, parameter)
         for path, module in base_modules(model).items()
-        if "expert" in f"{path}.{type(module).__name__}".lower() and not type(module).__module__.startswith("torch.")
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and parameter.is_floating_point()
+        if isinstance(module, StandIn) or not (lora_kind(module) or type(module).__module__.startswith("torch."))
+        for name, parameter in ([("", module.weight)] if isinstance(module, StandIn) else module._parameters.items())
+        if parameter is not None and parameter.ndim in (2, 3)
     }
+
+
+def expert_parameters(model: nn.Module) -> dict[str, Any]:
+    """Path -> parameter that holds a matrix for each expert, or what is read in its place: of three dimensions, in a
+    module that has "expert" in its path or its class's name, as the fused experts of transformers 5 have."""
+    return {
+        path: parameter
+        for path, (module, _, parameter) in _parameters(model).items()
+        if "expert" in f"{path} {type(module).__name__}".lower() and parameter.ndim == 3 and not parameter.is_complex()
+    }
+
+
+def expose(model: nn.Module, entries: Sequence[str]) -> list[str]:
+    """Paths of the parameters that `entries` mean (full paths or their ends, PEFT's rule), of two dimensions or three
+    and no layer's weight. From here on each is kept as a module in its place, which nothing that reads it can tell.
+    InputError for an entry that matches none."""
+    there = _parameters(model) if entries else {}
+    chosen = listed(model, "target_parameters", entries, list(there))
+    for path in [path for path in there if path in chosen]:
+        module, name, parameter = there[path]
+        if not isinstance(module, StandIn):
+            stand_in(module, name, DenseParameter(parameter))
+    return [path for path in there if path in chosen]
 
 
 def resolve(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Paths of the layers that `config` targets, in module order; InputError for an entry that matches nothing."""
+    if config.target is None:
+        return []
     layers = list(adaptable_layers(model))
     if not layers:
         raise InputError(f"LoRA needs a {ADAPTABLE}, and this {type(model).__name__} has none.{_own_forwards(model)}")
@@ -146,7 +172,7 @@ def listed(model: nn.Module, field: str, entries: str | Sequence[str], layers: l
     for entry in entries:
         found = set(filter(matcher([entry]), layers))
         if not found:
-            kinds = "linear layer" if field == "skip" else ADAPTABLE
+            kinds = {"skip": "linear layer", "target_parameters": "parameter but layers' weights"}.get(field, ADAPTABLE)
             raise InputError(
                 f"{field} entry {entry!r} matches no {kinds}.{_other_kind(model, entry)}{nearest(entry, layers)}"
             )

@@ -22,8 +22,9 @@ from ..lora.adapter import adapter_layers, plain_modules, plain_name, replace_mo
 from ..lora.embedding4bit import NF4Embedding, is_embedding
 from ..lora.linear4bit import Module4bit, NF4Linear, is_conv1d, weight_id
 from ..lora.lora import is_linear
-from ..lora.parameter4bit import DenseParameter, NF4Parameter, stand_in
+from ..lora.parameter4bit import NF4Parameter, StandIn
 from ..lora.quantize import Form, quantize_, quantize_by_plan_
+from ..lora.targets import expose
 from ..settings import DType, floating
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_folder import folder_tokenizer
@@ -224,7 +225,7 @@ def weights_of(module: nn.Module) -> dict[str, Tensor | Module4bit]:
         )
     parts = plain_modules(module).items()
     packed = {path: part for path, part in parts if isinstance(part, Module4bit)}
-    whole = {f"{path}.weight": path for path, part in parts if isinstance(part, NF4Parameter | DenseParameter)}
+    whole = {f"{path}.weight": path for path, part in parts if isinstance(part, StandIn)}
     inside = {id(tensor) for layer in packed.values() for tensor in layer.stored_parameters().values()}
     state = unwrapped(module).state_dict(keep_vars=True)
     dense = {plain_name(name): tensor for name, tensor in state.items() if id(tensor) not in inside}
@@ -239,7 +240,7 @@ def _sizes(weights: Mapping[str, Tensor | Module4bit]) -> dict[str, tuple[int, .
 def _put_layers(module: nn.Module, layers: Mapping[str, Module4bit], path: Path) -> nn.Module:
     """`module` with a file's 4-bit layers in the places of their weights, and of what shares these where the file has
     nothing of its own for it; InputError first for a place that is none."""
-    modules, new, experts = plain_modules(module), dict[nn.Module, nn.Module](), dict[str, Module4bit]()
+    modules, new, experts = plain_modules(module), dict[nn.Module, nn.Module](), dict[str, NF4Parameter]()
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
         place: Any = modules.get(parent)
@@ -257,12 +258,12 @@ def _put_layers(module: nn.Module, layers: Mapping[str, Module4bit], path: Path)
             if isinstance(twin, NF4Linear):
                 twin.bias = part._parameters.get("bias")
             new[part] = twin.train(part.training)
+    expose(module, list(experts))
+    modules = plain_modules(module)
     for name, layer in experts.items():
-        parent, _, leaf = name.rpartition(".")
-        if name in modules:
-            new[modules[name]] = layer
-        else:
-            stand_in(modules[parent], leaf, layer.to(modules[parent].get_parameter(leaf).device))
+        stood: Any = modules[name]
+        layer.place, layer.transposed = stood.place, stood.transposed
+        new[stood] = layer.to(next(stood.parameters()).device)
     replace_modules(module, new)
     return new.get(module, module)
 
