@@ -135,6 +135,10 @@ def read_spec(file: GGUFFile) -> Spec:
     keys = Settings(file.metadata, where, prefix=f"{kind}.")
     numbers = _numbers(whole, keys, kind)
     rows = shapes.get("model.embed_tokens.weight", (1,))[0]  # where it is missing, that will be said
+    if not any(name.startswith("model.layers.") for name in shapes):
+        raise InputError(f"{where}: it holds no decoder layer (a vocabulary-only file?).")
+    if numbers["attention.head_count"] % (kv_heads := numbers.get("attention.head_count_kv", 1)):
+        raise keys.refusal("attention.head_count", f"a multiple of {kind}.attention.head_count_kv ({kv_heads})")
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, list) and len(tokens) != rows:
         what = f"tokenizer.ggml.tokens holds {len(tokens)} tokens but 'token_embd.weight' has {rows} rows"

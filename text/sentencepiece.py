@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from ..errors import InputError, shown
 from ..files import read_bytes
@@ -56,6 +56,8 @@ def sentencepiece_backend(where: str, found: Vocabulary) -> tokenizers.Tokenizer
     if found.unigram:
         pieces = list(zip(texts, found.scores, strict=True))
         backend = tokenizers.Tokenizer(models.Unigram(pieces, unknown, byte_fallback=bytes_too))
+        if bytes_too:  # a text may spell the name of a byte: cut in two it is no token
+            backend.pre_tokenizer = pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "isolated")
     else:
         name, merges = None if unknown is None else texts[unknown], _merges(where, found)
         joins = models.BPE(vocab, merges, unk_token=name, fuse_unk=True, byte_fallback=bytes_too)

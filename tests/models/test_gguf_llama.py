@@ -197,7 +197,7 @@ CHANGED: list[tuple[str, Any, str]] = [
     *(("block_count", value, f"{COUNT} 1024, got {value!r}") for value in (0, "3", True)),
     ("embedding_length", 4096, "model.embed_tokens.weight must be [97, 4096], got [97, 40]"),
     ("feed_forward_length", 85, "gate_proj.weight must be [85, 40], got [84, 40]"),
-    ("attention.head_count", 4, "num_attention_heads (4) must be a multiple of num_key_value_heads (5)"),
+    ("attention.head_count", 4, "head_count must be a multiple of llama.attention.head_count_kv (5)"),
     ("attention.head_count", 10, "q_proj.weight must be [80, 40], got [40, 40]"),
     ("rope.dimension_count", 7, "rope.dimension_count must be even"),
     ("attention.value_length", 4, "part of a head that is turned (8), got 4"),

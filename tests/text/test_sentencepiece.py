@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from fourbit.errors import InputError
+from fourbit.models.save import save_tokenizer
 from fourbit.text.sentencepiece import MAX_FIELDS, read_sentencepiece
 from fourbit.text.tokenizer import Tokenizer
 from fourbit.text.tokenizer_folder import folder_tokenizer
@@ -89,7 +90,7 @@ def test_2000_strings_equal_sentencepiece_there_and_back(kind: str, tmp_path: Pa
     theirs = sentencepiece.SentencePieceProcessor(model_proto=trained(kind))
     ours = folder_tokenizer(folder(tmp_path, trained(kind)))
     assert ours.vocab_size == theirs.vocab_size()
-    for text in texts(2000):
+    for text in [*texts(2000), "a <0x0A> b", "<0x41>", "\0", "▁", "", " "]:
         if "unigram" in kind:
             text = re.sub(r"([^\s▁])\1\1+", r"\1\1", text)
         expected = theirs.encode(text)
@@ -108,6 +109,18 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def test_any_text_comes_back_from_bytes(text: str, llama: Tokenizer) -> None:
     text = text.replace("▁", " ")
     assert llama.decode(llama.encode(text), skip_special=False) == text
+
+
+def test_it_is_saved_as_a_tokenizer_json_that_transformers_reads(llama: Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    save_tokenizer(llama, tmp_path)
+    again, theirs = folder_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert (again.named_tokens, again.stop_ids) == (llama.named_tokens, llama.stop_ids)
+    for text in [*texts(200), "<s>a</s> b"]:
+        ids = llama.encode(text)
+        assert again.encode(text) == theirs(text, add_special_tokens=False).input_ids == ids, text
+        assert again.decode(ids) == llama.decode(ids)
 
 
 def test_special_tokens_are_found_whole_and_have_the_names_that_the_model_gives(tmp_path: Path) -> None:
