@@ -1,6 +1,7 @@
 """Fused experts of transformers in 4 bits: their modules compute as before, and keep nothing dense."""
 
 import copy
+import time
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,9 @@ import transformers
 from torch import Tensor, nn
 
 from fourbit.errors import InputError
+from fourbit.lora.adapter import adapter_parameters
+from fourbit.lora.attach import attach
+from fourbit.lora.config import LoRAConfig
 from fourbit.lora.lazy_weight import LazyWeight
 from fourbit.lora.linear4bit import Module4bit
 from fourbit.lora.parameter4bit import NF4Parameter
@@ -215,3 +219,28 @@ def test_an_expert_costs_4_13_bits_a_weight() -> None:
     assert [tuple(p.shape) for p in stored.parameters()] == [(8, 128, 128), (8, 128, 4), (16,), (1,)]
     bits = 8 * sum(p.nbytes for p in stored.parameters()) / (8 * 128 * 256)
     assert round(bits, 2) == 4.13 and not any(p.requires_grad for p in stored.parameters())
+
+
+def test_a_step_of_grouped_products_equals_the_loop_over_experts_and_is_quicker() -> None:
+    """At 64 tokens an expert, in 4 bits, with LoRA on all experts: small ones are decoded together, and sorted once."""
+    settings = SMALL | FAMILIES["qwen3_moe"] | {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 8}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("qwen3_moe", **settings))
+    quantize_(model)
+    attach(model, LoRAConfig(rank=4, target_parameters=["experts.gate_up_proj", "experts.down_proj"]))
+    for parameter in adapter_parameters(model).values():
+        nn.init.normal_(parameter, 0, 0.1)
+    embedded = torch.randn(4, 64, 128)  # 2 of 8 experts for each token
+    seconds: dict[str, list[float]] = {"eager": [], "grouped_mm": []}
+    found: dict[str, list[Tensor]] = {}
+    for _ in range(5):
+        for implementation, times in seconds.items():
+            start = time.perf_counter()
+            model.config._experts_implementation = implementation
+            logits = model(inputs_embeds=embedded).logits
+            grads = torch.autograd.grad(logits.square().mean(), list(adapter_parameters(model).values()))
+            times.append(time.perf_counter() - start)
+            found[implementation] = [logits, *grads]
+    for a, b in zip(*found.values(), strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm()
+    assert min(seconds["grouped_mm"]) <= 0.7 * min(seconds["eager"]), seconds
