@@ -96,7 +96,7 @@ def stored_shapes(shape: tuple[int, ...], blocksize: int) -> tuple[tuple[int, ..
     """The shapes of packed and absmax for a weight of `shape`: with a row for each of its rows where those are whole
     blocks, else for each matrix of three dimensions or more where those are, else flat."""
     n = prod(shape)
-    *rows, columns = shape if shape[-1] % blocksize == 0 else (*shape[:1], prod(shape[1:]))
+    *rows, columns = shape if shape and shape[-1] % blocksize == 0 else (*shape[:1], prod(shape[1:]))
     if rows and columns % blocksize == 0:
         return (*rows, columns // 2), (*rows, columns // blocksize)
     return ((n + 1) // 2,), (-(-n // blocksize),)

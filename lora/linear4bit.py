@@ -128,7 +128,7 @@ class Module4bit(nn.Module):
         return LazyWeight.decoded(lambda i, dtype: self.dequantize(dtype, i), self.shape, self.dtype, self.packed)
 
     @torch.no_grad()
-    def dequantize(self, dtype: DType = torch.float32, index: Any = None) -> Tensor:
+    def dequantize(self, dtype: DType = torch.float32, index: int | slice | Tensor | None = None) -> Tensor:
         """The dense weight that this module computes with, rounded once to `dtype`; or what an index into its first
         dimension takes of it, decoded alone where each matrix [rows, columns] there is whole blocks."""
         if index is None:

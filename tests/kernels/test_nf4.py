@@ -77,7 +77,9 @@ def test_rows_of_whole_blocks_are_rows_of_what_is_stored(double_quant: bool) -> 
     )
     part = made._replace(packed=made.packed[2:4], absmax=made.scales[2:4], nested_absmax=None, nested_offset=None)
     assert torch.equal(dequantize(part._replace(shape=(2, 128))), dequantize(made)[2:4])
-    for shape in ((6, 129), (6 * 128,), (2, 3, 128)):
+    made = quantize(random_weight((2, 3, 128)), blocksize=32, double_quant=double_quant)
+    assert made.packed.shape == (2, 3, 64) and made.absmax.shape == (2, 3, 4)
+    for shape in ((6, 129), (6 * 128,), (2, 3, 7)):
         made = quantize(random_weight(shape), blocksize=32, double_quant=double_quant)
         assert made.packed.dim() == made.absmax.dim() == 1
 
