@@ -263,7 +263,7 @@ def _put_layers(module: nn.Module, layers: Mapping[str, Module4bit], path: Path)
     for name, layer in experts.items():
         stood: Any = modules[name]
         layer.place, layer.transposed = stood.place, stood.transposed
-        new[stood] = layer.to(next(stood.parameters()).device)
+        new[stood] = layer if stood.weight.is_meta else layer.to(stood.weight.device)
     replace_modules(module, new)
     return new.get(module, module)
 

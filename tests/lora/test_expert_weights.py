@@ -3,11 +3,13 @@
 import copy
 import time
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fourbit.errors import InputError
@@ -201,9 +203,23 @@ def test_what_is_left_dense_is_named(tmp_path: Any) -> None:
     assert torch.equal(run(back, "eager", x)[0], run(part, "eager", x)[0])
     own, its = part.state_dict(), back.state_dict()
     assert own.keys() == its.keys() and all(torch.equal(own[name], its[name]) for name in own)
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(part.config, attn_implementation="eager").model.layers
+    load_model(empty, _layers_alone(tmp_path)).eval()
+    for name, own in part.model.layers.state_dict().items():
+        assert torch.equal(empty.state_dict()[name], own), name
     packed = quantize_(copy.deepcopy(dense), blocksize=32)
     load_model(packed, tmp_path)  # into stand-ins that are there, of which the file has one dense
     torch.testing.assert_close(run(packed, "eager", x)[0], run(whole, "eager", x)[0], rtol=0, atol=1e-2)
+
+
+def _layers_alone(folder: Path) -> Path:
+    """The layers of a saved model, as a folder of their own."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "layers").mkdir()
+    kept = {name.removeprefix("model.layers."): t for name, t in tensors.items() if name.startswith("model.layers.")}
+    save_file(kept, folder / "layers" / "model.safetensors")
+    return folder / "layers"
 
 
 def test_an_expert_costs_4_13_bits_a_weight() -> None:
