@@ -175,9 +175,9 @@ def _numbers(whole: Settings, keys: Settings, kind: str) -> dict[str, Any]:
             raise keys.refusal(key, f"absent: no plain {kind} has it, and it may change what the model computes")
         allowed = " or ".join(map(str, _PLAIN[key]))
         keys.one_of(key, _PLAIN[key], f"{allowed} (anything else is a model that is not supported)")
-    none = {_WINDOW} if keys.get(_WINDOW) == 0 and needed != _WINDOW else set()  # a window of 0 is none
+    no_window = type(keys.get(_WINDOW)) is int and keys.get(_WINDOW) == 0 and needed != _WINDOW
     there = [key for key in obeyed if key in _REQUIRED or key == needed or keys.get(key) is not None]
-    found = {key: keys.number(key, like=obeyed[key]) for key in there if key not in none}
+    found = {key: keys.number(key, like=obeyed[key]) for key in there if key != _WINDOW or not no_window}
     return {key: _decimal(value) if isinstance(value, float) else value for key, value in found.items()}
 
 

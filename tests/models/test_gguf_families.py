@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFWriter, RopeScalingType
+from gguf import GGUFWriter, Keys, RopeScalingType
 
 from fourbit.errors import InputError
 from fourbit.models.gguf import READABLE, GGUFFile
@@ -210,6 +210,28 @@ def test_what_a_family_does_not_have_is_refused_and_what_it_needs_must_be_there(
             read_spec(file)
         load_decoder(path)
     assert words in str(caught.value) and str(path) in str(caught.value)
+
+
+KEYS = [v for kind in (Keys.Rope, Keys.Attention, Keys.LLM) for v in vars(kind).values() if str(v)[:6] == "{arch}"]
+OTHERS = ("attention.layer_norm_epsilon", "pooling_type", "tensor_data_layout", "expert_used_count")
+VALUES = [0, 1, -1, 7, True, False, 0.0, 2.5, float("nan"), "", "yarn", ["a"], np.array([0, 7]), np.array([0.5])]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "phi3 long", "granite", "qwen3"])
+def test_any_value_of_any_key_is_taken_or_refused_by_name(name: str, convert: Callable[..., Path]) -> None:
+    """The keys are all that gguf-py knows of ropes, attention and models; an array is never a number."""
+    file = GGUFFile(convert(theirs(**MODELS[name])))
+    plain, kind = file.metadata, file.metadata["general.architecture"]
+    for key in KEYS:
+        for value in VALUES:
+            file.metadata = plain | {key.replace("{arch}", str(kind)): value}
+            try:
+                spec = read_spec(file)
+            except InputError as error:
+                assert str(file.path) in str(error) or "config: " in str(error)
+                continue
+            said_to_nobody = key.removeprefix("{arch}.") in ("rope.scaling.finetuned", *OTHERS)
+            assert spec.num_hidden_layers and (said_to_nobody or not isinstance(value, list | np.ndarray)), key
 
 
 # ---- every type
