@@ -90,11 +90,11 @@ def test_output_and_gradients_are_those_of_a_changed_weight(name: str, rslora: b
     model, x = made(name, rslora=rslora)
     with fourbit.adapters_off(model):
         before = model(x)
-    assert torch.equal(model(x), before)  # a fresh one changes nothing
+    assert torch.equal(model(x), before) and adapters_of(model)["layer"].is_idle()  # a fresh one changes nothing
     x.requires_grad_(x.is_floating_point())
     inputs = [*randomised(model).values(), *([x] if x.requires_grad else [])]
     found, expected = model(x), plainly(model, x)
-    assert (found - before).abs().max() > 0.5
+    assert (found - before).abs().max() > 0.5 and not adapters_of(model)["layer"].is_idle()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)
     sign = torch.randn_like(found)
     for ours, theirs in zip(*(torch.autograd.grad((y * sign).sum(), inputs) for y in (found, expected)), strict=True):
