@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..settings import LARGEST, Checked, setting
 from .finite import explain_nonfinite, first_nonfinite
 from .foreign import as_causal_lm
-from .protocol import CausalLM
+from .protocol import CausalLM, evaluating
 
 NOT_FINITE = -1  # in the place of a token
 
@@ -93,13 +93,10 @@ def generate(
     rooms = [max_new_tokens if max_length is None else min(max_new_tokens, max_length - len(p)) for p in prompts]
     rows = [_Row(*each) for each in zip(prompts, seeds, rooms, strict=True)]
     order = sorted(rows, key=lambda row: len(row.prompt))
-    sampling, was_training = Sampling(temperature, top_k, top_p), model.training
-    model.eval()
-    try:
+    sampling = Sampling(temperature, top_k, top_p)
+    with evaluating(model):
         for first in range(0, len(order), batch_size):
             _continue(model, order[first : first + batch_size], sampling, frozenset(stop_ids), on_token)
-    finally:
-        model.train(was_training)
     return [row.answer for row in rows]
 
 

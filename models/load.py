@@ -5,8 +5,10 @@ the first weight is read; then each tensor goes straight to its place, quantised
 is the finished model plus about one dense tensor, and a wrong file fails in the first second.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,8 @@ from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_folder import folder_tokenizer
 from . import gguf_model, hf
 from .decoder import Decoder
-from .families import read_spec
+from .families import FAMILIES, read_spec
+from .foreign import as_causal_lm, converted, empty
 from .gguf import GGUFFile
 from .gguf_tokenizer import gguf_tokenizer
 from .protocol import CausalLM
@@ -38,6 +41,7 @@ from .spec import Spec
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 Progress = Callable[[int, int, int, int], object]
+Tensors = Iterator[tuple[str, Tensor]]
 
 
 def load(
@@ -49,7 +53,7 @@ def load(
     dtype: DType = torch.float32,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
-) -> tuple[Decoder, Tokenizer]:
+) -> tuple[CausalLM, Tokenizer]:
     """Model and tokenizer of a Hugging Face folder or a `.gguf` file; arguments and errors as in `load_decoder`, and
     InputError where the tokenizer is missing or has more tokens than the model has embeddings.
     """
@@ -87,7 +91,7 @@ def load_decoder(
     device: torch.device | str = "cpu",
     plan: Mapping[str, Form | None] | None = None,
     progress: Progress | None = None,
-) -> Decoder:
+) -> CausalLM:
     """The model alone, in evaluation mode, all parameters as trainable as their layer makes them.
 
     `quant_type`: None keeps every weight dense in `dtype`; "nf4" and "fp4" keep the decoder's linears in 4 bits, in the
@@ -117,46 +121,62 @@ def load_decoder(
         layer.to(device).dtype = dtype
     _put_layers(model, layers, path)
     _fill(model, tensors, path, dtype, device)
-    dense = type(model.lm_head) is nn.Linear and type(model.model.embed_tokens) is nn.Embedding
-    untied = spec.tie_word_embeddings and not model.spec.tie_word_embeddings
-    if untied and dense and torch.equal(model.get_parameter(HEAD), model.get_parameter(EMBEDDING)):
-        model.spec, model.lm_head.weight = spec, model.model.embed_tokens.weight
+    if isinstance(model, Decoder) and spec is not None:
+        dense = type(model.lm_head) is nn.Linear and type(model.model.embed_tokens) is nn.Embedding
+        untied = spec.tie_word_embeddings and not model.spec.tie_word_embeddings
+        if untied and dense and torch.equal(model.get_parameter(HEAD), model.get_parameter(EMBEDDING)):
+            model.spec, model.lm_head.weight = spec, model.model.embed_tokens.weight
     model.source = str(path)
-    return model.eval()
+    model.to(device).eval()  # buffers too
+    model.head()  # asked now, so that a model whose logits cannot be followed is refused
+    return model
 
 
 def read_model(
     path: Path, progress: Progress | None = None
-) -> tuple[Decoder, Spec, dict[str, Module4bit], Iterator[tuple[str, Tensor]]]:
+) -> tuple[CausalLM, Spec | None, dict[str, Module4bit], Tensors]:
     """What a folder or .gguf file says of its model: the model on meta, untied where the file has a tied one's head
     beside its embedding; its Spec; what is in 4 bits already, by the weights' names; all other tensors, by the model's
     names, after each of which `progress` is called. InputError as `load_decoder`, for names and shapes."""
-    found = _opened(path)
+    found, spec, layers, pieces = _opened(path), None, dict[str, Module4bit](), set[str]()
     if isinstance(found, GGUFFile):
         spec, shapes, files = gguf_model.read_spec(found), gguf_model.tensor_shapes(found), [path]
-        tensors, layers, pieces = gguf_model.iter_tensors(found, spec), dict[str, Module4bit](), set[str]()
+        tensors = gguf_model.iter_tensors(found, spec)
     else:
-        spec, (layers, pieces) = read_spec(read_json(found / "config.json", hf.CONFIG_BYTES)), hf.packed_layers(found)
-        shapes, tensors = hf.tensor_shapes(found, skip=pieces) | _sizes(layers), hf.iter_tensors(found)
+        data = read_json(found / "config.json", hf.CONFIG_BYTES)
+        spec = read_spec(data) if data.get("model_type") in [*FAMILIES] else None
+        layers, pieces = hf.packed_layers(found)
+        shapes, tensors = hf.tensor_shapes(found, () if spec else COUNTS, pieces), hf.iter_tensors(found)
         files = [found / name for name in hf.weight_files(found)]
-    tied = spec.tie_word_embeddings
-    renamed = {HEAD: EMBEDDING} if tied and EMBEDDING not in shapes and HEAD not in layers else {}
-    shapes = {renamed.get(name, name): shape for name, shape in shapes.items()}
-    with torch.device("meta"), _NoInitialValues():
-        model = Decoder(replace(spec, tie_word_embeddings=tied and HEAD not in shapes))
-    skip = _check_tensors(path, model, shapes) | pieces
-    sizes = [prod(shape) for name, shape in shapes.items() if name not in skip and name not in layers]
-    total = sum(file.stat().st_size for file in files)
+    if spec is None:
+        model = as_causal_lm(whole := empty(data, f"{path}/config.json", str(path)))
+        named = partial(converted, whole, [*weights_of(whole)])
+    else:
+        there, tied = shapes.keys() | layers.keys(), spec.tie_word_embeddings
+        alone = tied and EMBEDDING not in there and HEAD not in layers  # the embedding, under the head's name
+        named = partial(_renamed, {HEAD: EMBEDDING} if alone else {})
+        with torch.device("meta"), _NoInitialValues():
+            model = Decoder(replace(spec, tie_word_embeddings=tied and (alone or HEAD not in there)))
+    made = [(name, tuple(x.shape)) for name, x in named((n, torch.empty(s, device="meta")) for n, s in shapes.items())]
+    if len(fits := dict(made) | _sizes(layers)) < len(made) + len(layers):
+        raise InputError(f"{path}: two of its tensors have one place in this {type(model).__name__}")
+    _check_filled(model, fits, layers, path)
+    tensors = named(each for each in tensors if each[0] not in pieces)
+    return model, spec, layers, _told(tensors, [prod(shape) for _, shape in made], files, progress)
 
-    def each() -> Iterator[tuple[str, Tensor]]:
-        values, wanted = 0, ((name, tensor) for name, tensor in tensors if name not in skip)
-        for number, (name, tensor) in enumerate(wanted, 1):
-            yield renamed.get(name, name), tensor
-            values += tensor.numel()
-            if progress is not None:
-                progress(number, len(sizes), total * values // max(1, sum(sizes)), total)
 
-    return model, spec, layers, each()
+def _renamed(names: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
+    return ((names.get(name, name), x) for name, x in tensors if not name.endswith(".rotary_emb.inv_freq"))
+
+
+def _told(tensors: Tensors, sizes: list[int], files: list[Path], progress: Progress | None) -> Tensors:
+    """The tensors, of `sizes` values in all; after each `progress` is called."""
+    total, values = sum(file.stat().st_size for file in files), 0
+    for number, (name, tensor) in enumerate(tensors, 1):
+        yield name, tensor
+        values += tensor.numel()
+        if progress is not None:
+            progress(number, len(sizes), total * values // max(1, sum(sizes)), total)
 
 
 def load_model(module: nn.Module, folder: str | Path) -> nn.Module:
@@ -169,29 +189,26 @@ def load_model(module: nn.Module, folder: str | Path) -> nn.Module:
     shape, adapters on the module, and buffers on meta that no file holds; on the way, for NaN, infinity, values too
     large for the dtype, integers in the place of floats, and two different tensors for a tied weight.
     """
-    path, own, parts = Path(folder), weights_of(module), plain_modules(module)
+    path = Path(folder)
     layers, pieces = hf.packed_layers(path)
-    shapes = hf.tensor_shapes(path, COUNTS, pieces) | _sizes(layers)
+    _check_filled(module, hf.tensor_shapes(path, COUNTS, pieces) | _sizes(layers), layers, path)
+    module = _put_layers(module, layers, path)
+    tensors = (each for each in hf.iter_tensors(path) if each[0] not in pieces)
+    _fill(module, tensors, path, None, torch.device("cpu"))
+    return module
+
+
+def _check_filled(module: nn.Module, shapes: Mapping[str, Any], layers: Mapping[str, Any], path: Path) -> None:
+    """InputError unless tensors of these names and shapes, of which `layers` are in 4 bits, fill the module."""
+    own, parts = weights_of(module), plain_modules(module)
     first = {held(value): name for name, value in reversed(own.items())}  # a tied one's other names may be missing
     wanted = {name: size for name, size in _sizes(own).items() if name in shapes or first[held(own[name])] == name}
     conv1d = {name for name in layers.keys() & wanted if is_conv1d(parts.get(name.removesuffix(".weight"), module))}
     wanted |= {name: wanted[name][::-1] for name in conv1d}
     lost = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in own]
     if wrong := misfits(wanted, shapes) or (f"No file holds the buffers {', '.join(lost[:4])}." if lost else ""):
-        raise InputError(f"{path}: its tensors do not fill this {type(module).__name__}. {wrong}")
-    root = {name: first[held(value)] for name, value in own.items()}
-    twice = {root[name] for name in shapes if root[name] != name} & shapes.keys()  # tied here, and two in the file
-    kept: dict[str, Tensor] = {}
-
-    def alike(name: str, tensor: Tensor) -> Tensor:
-        if root[name] in twice and not torch.equal(kept.setdefault(root[name], tensor), tensor):
-            raise InputError(f"{path}: {root[name]!r} and {name!r} differ, and are one tied tensor here: untie it")
-        return tensor
-
-    module = _put_layers(module, layers, path)
-    tensors = ((name, alike(name, tensor)) for name, tensor in hf.iter_tensors(path) if name not in pieces)
-    _fill(module, tensors, path, None, torch.device("cpu"))
-    return module
+        tied = " A head that is the embedding needs tie_word_embeddings true." if HEAD in wanted.keys() - shapes else ""
+        raise InputError(f"{path}: its tensors do not fill this {type(module).__name__}. {wrong}{tied}")
 
 
 def held(value: Tensor | Module4bit) -> int:
@@ -206,12 +223,22 @@ def _fill(
     dtype: torch.dtype | None,
     device: torch.device,
 ) -> None:
-    """Put each tensor in its place, in `dtype` or its own, and 4-bit modules that share a weight on one again."""
+    """Put each tensor in its place, in `dtype` (but what a model of transformers keeps in float32) or its own, and
+    4-bit modules that share a weight on one again. InputError for a tensor that differs from one it is tied to."""
     own, layers = weights_of(module), [part for part in module.modules() if isinstance(part, Module4bit)]
     first = {held(layer): layer for layer in reversed(layers)}
     twins = [(layer, first[held(layer)]) for layer in layers if first[held(layer)] is not layer]
+    wide = {n for part in module.modules() for n in getattr(part, "_keep_in_fp32_modules_strict", None) or ()}
+    tied, kept = Counter(map(held, own.values())), dict[int, tuple[str, Tensor]]()
     for name, tensor in tensors:
-        _place(own[name], tensor, dtype or tensor.dtype, device, f"{path}: tensor {name!r}")
+        place = own[name]
+        if tied[held(place)] > 1:
+            other, value = kept.setdefault(held(place), (name, tensor))
+            if not torch.equal(value, tensor):
+                raise InputError(f"{path}: {other!r} and {name!r} differ, and are one tied tensor here: untie it")
+        given = dtype if dtype is not None and place.dtype.is_floating_point else tensor.dtype
+        given = torch.float32 if dtype and any(f".{part}." in f".{name}." for part in wide) else given
+        _place(place, tensor, given, device, f"{path}: tensor {name!r}")
     for twin, one in twins:
         twin.share(one)
 
@@ -298,20 +325,6 @@ def _device(device: torch.device | str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EnvironmentProblem(f"device {device} was asked for, but torch sees no CUDA device here. Use cpu.")
     return device
-
-
-def _check_tensors(path: Path, model: Decoder, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
-    """Compare names and shapes; returns the file's names to skip: old rotary buffers."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)}
-    if model.spec.tie_word_embeddings:
-        del wanted[HEAD]
-    skip = {name for name in shapes.keys() - wanted.keys() if name.endswith(".rotary_emb.inv_freq")}
-    if wrong := misfits(wanted, {name: shape for name, shape in shapes.items() if name not in skip}):
-        tied = " A head that is the embedding needs tie_word_embeddings true." if HEAD in wanted.keys() - shapes else ""
-        raise InputError(
-            f"{path}: tensors do not fit the config. {wrong} The weights and the config are of different models.{tied}"
-        )
-    return skip
 
 
 def _place(own: Tensor | Module4bit, tensor: Tensor, dtype: torch.dtype, device: torch.device, what: str) -> None:

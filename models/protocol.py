@@ -1,12 +1,13 @@
 """What trainers, generation, evaluation and adapters may ask of a model: this list and nothing else.
 
-`decoder.Decoder` is ours, `foreign.TransformersLM` wraps one of transformers; a model of another library, or a test's
-toy, is trained like them by subclassing `CausalLM`.
+`decoder.Decoder` is ours, `foreign.TransformersLM` transformers'; another, or a test's toy, is one as a subclass.
 It is a class and not a `typing.Protocol` because torch's own functions want an `nn.Module`. Adapters ask for no more
 than a module's tree of `nn.Linear` and `NF4Linear` layers.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -58,12 +59,10 @@ class CausalLM(nn.Module, ABC):
     """Trainers set it: True trades time for memory by recomputing activations in backward. It may have no effect."""
 
     packs: bool = True
-    """Whether it keeps examples apart that share a row. Where False, `hidden` runs spans in rows of their own, and
-    trainers pad rather than pack."""
+    """Whether it keeps examples apart that share a row; where not, `hidden` gives each a row, and trainers pad."""
 
     shares_prompts: bool = True
-    """Whether its caches go on with several tokens at once, of which a mask may hide some: generation then reads once
-    what all prompts begin with."""
+    """Whether a mask may hide places after others in its caches: generation then reads common beginnings once."""
 
     source: str = ""
     """Where the weights came from (a path), for messages and for what an adapter's files say of their base."""
@@ -126,3 +125,16 @@ class CausalLM(nn.Module, ABC):
         """Logits [B, T, vocab_size]; the arguments are those of `hidden`."""
         logits: Tensor = self.head()(self.hidden(input_ids, position_ids, spans, cache, mask))
         return logits
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; each module's mode before (a frozen norm's) is restored after."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -22,6 +22,7 @@ from ..outputs import check_apart
 from ..settings import DTYPES
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_folder import TOKENIZER_BYTES
+from .foreign import is_transformers, settings_of
 from .hf import CONFIG_BYTES, INDEX, SINGLE, indexed
 from .load import held, weights_of
 from .protocol import CausalLM
@@ -93,12 +94,7 @@ def _settings(model: nn.Module) -> dict[str, Any] | None:
     """What config.json says of a model of ours, or of transformers'; None for any other module."""
     if isinstance(model, CausalLM):
         return model.settings()
-    if (to_text := getattr(getattr(model, "config", None), "to_json_string", None)) is None:
-        return None
-    stale = "dtype", "quantization_config"
-    return {key: v for key, v in json.loads(to_text()).items() if key not in stale} | {
-        "architectures": [type(model).__name__]
-    }
+    return settings_of(model) if is_transformers(model) else None
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, template: str | None = None) -> None:

@@ -15,12 +15,12 @@ from ..data.protocol import AnyTokenizer
 from ..errors import InputError
 from ..lora.adapter import DEFAULT, AdapterLayer, carried, using
 from ..models.foreign import as_causal_lm
-from ..models.protocol import CausalLM
+from ..models.protocol import CausalLM, evaluating
 from ..text.tokenizer import Tokenizer
 from .callbacks import Options
 from .config import DistillConfig
 from .losses.divergence import token_divergence
-from .losses.tokens import evaluating, hidden_rows, on_device, summed, token_scores
+from .losses.tokens import hidden_rows, on_device, summed, token_scores
 from .resume import adapters_hash, base_hash
 from .run import active_adapters
 from .sft import SFTTrainer

@@ -17,11 +17,11 @@ from ..errors import InputError, shown
 from ..models.finite import explain_nonfinite, first_nonfinite
 from ..models.foreign import as_causal_lm
 from ..models.generate import generate_each
-from ..models.protocol import CausalLM
+from ..models.protocol import CausalLM, evaluating
 from ..text.tokenizer_folder import as_tokenizer
 from .interrupt import at_most
 from .loop import cross_entropy
-from .losses.tokens import evaluating, on_device
+from .losses.tokens import on_device
 
 REGEX_SECONDS = 2
 Match = Literal["exact", "json", "regex", "contains"]

@@ -30,7 +30,7 @@ from ..files import misfits
 from ..lora.adapter import adapter_parameters, plain_name, unwrapped
 from ..models.foreign import as_causal_lm
 from ..models.generate import generate
-from ..models.protocol import CausalLM
+from ..models.protocol import CausalLM, evaluating
 from ..optim import AdamW
 from ..optim.optimizer import FlatOptimizer
 from ..optim.unmoved import checksum, unmoved
@@ -38,7 +38,7 @@ from ..settings import checked
 from ..text.tokenizer_folder import as_tokenizer
 from . import step
 from .checkpoint import Groups, load_checkpoint, newest_checkpoint, packed, resuming, save_checkpoint, unpacked
-from .losses.tokens import batch_token_scores, evaluating, summed
+from .losses.tokens import batch_token_scores, summed
 from .step import StepResult, Sums
 
 Loss = Callable[..., Tensor | Sums]  # (model, batch) -> the value of each token, row or pair, [N]; or their `Sums`

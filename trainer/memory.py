@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .losses.tokens import evaluating
+from ..models.protocol import evaluating
 
 
 def memory_used(device: torch.device) -> tuple[str, int]:

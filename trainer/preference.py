@@ -21,12 +21,12 @@ from ..data.protocol import AnyTokenizer
 from ..errors import InputError, NumericError
 from ..lora.adapter import DEFAULT, adapters_of, copy_adapter, using
 from ..lora.peft_files import adapter_state, load_adapter_state
-from ..models.protocol import CausalLM
+from ..models.protocol import CausalLM, evaluating
 from .callbacks import Options
 from .config import DPOConfig
 from .losses.judged import mismatch_kl
 from .losses.pairs import Scores, mixture, reward_shift, rewards_seen, scores_of
-from .losses.tokens import answer_scores, evaluating, summed, token_kl
+from .losses.tokens import answer_scores, summed, token_kl
 from .reference import CachedReference, cache_parts, cached
 from .run import active_adapters
 from .step import StepResult, Sums, as_sums

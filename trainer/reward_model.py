@@ -23,10 +23,10 @@ from ..files import check_finite, float_tensors, read_text, regular_file, write_
 from ..lora.peft_files import load_adapter, save_adapter
 from ..models.finite import explain_nonfinite
 from ..models.foreign import as_causal_lm
-from ..models.protocol import CausalLM
+from ..models.protocol import CausalLM, evaluating
 from ..text.tokenizer_folder import as_tokenizer
 from .evaluate import nonfinite_layer
-from .losses.tokens import evaluating, hidden_rows
+from .losses.tokens import hidden_rows
 
 HEAD, KEY = "reward_head.safetensors", "score.weight"
 

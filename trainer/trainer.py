@@ -26,7 +26,7 @@ from ..data.sample import Kind
 from ..errors import InputError
 from ..lora.peft_files import save_adapter
 from ..models.foreign import as_causal_lm
-from ..models.protocol import CausalLM
+from ..models.protocol import CausalLM, evaluating
 from ..optim.unmoved import notice
 from ..outputs import check_free, lock_folder
 from ..settings import read_fields
@@ -36,7 +36,6 @@ from .checkpoint import STATE, checkpoint_to_resume, load_checkpoint, resuming, 
 from .config import COURSE, OF_OPTIMIZER, TrainingConfig
 from .interrupt import Interrupt, interrupts
 from .loop import MakeOptimizer, MakeScheduler, Run, name_of, trainable
-from .losses.tokens import evaluating
 from .memory import memory_free, memory_used, saved_bytes
 from .metrics import Display, Metrics, finite
 from .progress import display_for

@@ -6,9 +6,9 @@ from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, StepLR
 
 from fourbit.errors import InputError
+from fourbit.models.protocol import evaluating
 from fourbit.trainer.callbacks import Callback, told
 from fourbit.trainer.loop import Run, ready
-from fourbit.trainer.losses.tokens import evaluating
 from fourbit.trainer.step import set_rng_states
 
 ROWS = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))

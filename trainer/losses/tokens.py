@@ -3,8 +3,6 @@
 The head runs on trained positions only, in chunks of logits. SFT's loss is -logps of `batch_token_scores`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -138,16 +136,3 @@ def summed(values: Tensor, mask: Tensor | None = None) -> Tensor:
     values = values.detach().to(torch.float64)
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
     return torch.stack([torch.where(mask, values, 0.0).sum(), mask.sum(dtype=torch.float64)])
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; each module's mode before (a frozen norm's) is restored after."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
