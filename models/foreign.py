@@ -11,7 +11,6 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import chain, pairwise
 from typing import Any, cast
 
@@ -222,15 +221,18 @@ class TransformersLM(CausalLM):
     def _tried(self, what: Callable[[Tensor], Any]) -> Any:
         """What is found on twelve tokens, once; False where the model's code raises."""
         if what.__name__ not in self._found:
-            why = (
-                f"{type(self.whole).__name__} makes its logits in a way that is not known: give Run a loss of your own"
-            )
-            self._found[what.__name__] = InputError(why) if what == self._logits else False
-            with evaluating(self), suppress(Exception):
-                found = what(torch.arange(1, 13, device=self.device) % self.vocab_size)
-                self._found[what.__name__] = found or self._found[what.__name__]
-        if isinstance(error := self._found[what.__name__], InputError):
-            raise error
+            name, way = type(self.whole).__name__, "give Run a loss of your own"
+            found: Any = what == self._logits and InputError(f"{name} makes its logits in an unknown way: {way}")
+            try:
+                with evaluating(self):
+                    found = what(torch.arange(1, 13, device=self.device) % self.vocab_size) or found
+            except Exception as error:
+                found = found and InputError(
+                    f"{name} cannot read twelve tokens ({type(error).__name__}: {error}): {way}"
+                )
+            self._found[what.__name__] = found
+        if isinstance(refused := self._found[what.__name__], InputError):
+            raise refused
         return self._found[what.__name__]
 
     def _logits(self, ids: Tensor) -> tuple[float, float] | InputError | None:
@@ -241,7 +243,7 @@ class TransformersLM(CausalLM):
             return InputError(f"{type(self.whole).__name__} lets tokens see what follows them: it is no causal model")
         logits, made = self.whole(input_ids=ids[None], use_cache=False).logits.double(), self.lm_head(states).double()
         settings = [abs(v) for v in self.config.to_dict().values() if isinstance(v, int | float) and v]
-        for cap in {0.0, float(getattr(self.config, "final_logit_softcapping", None) or 0.0)}:
+        for cap in (float(getattr(self.config, "final_logit_softcapping", None) or 0.0), 0.0):
             wanted = cap * torch.atanh(logits / cap) if cap else logits
             scale = float((made * wanted).sum() / made.square().sum())
             scale = min([1.0, *settings, *(1 / v for v in settings)], key=lambda v: abs(v - scale))

@@ -29,6 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {  # none of them is built in
     "FalconH1ForCausalLM": MAMBA | {"mamba_n_groups": 1, "lm_head_multiplier": 0.4},
     "Exaone4ForCausalLM": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "MambaForCausalLM": {"state_size": 8, "time_step_rank": 4},
+    "VaultGemmaForCausalLM": {"sliding_window": 4, "final_logit_softcapping": 3.0},
 }
 APART = {"Qwen3NextForCausalLM", "FalconH1ForCausalLM", "MambaForCausalLM"}  # their layers mix the texts of a row
 SCALED = {"Cohere2ForCausalLM": 0.3, "FalconH1ForCausalLM": 0.4}  # logits are not what the output layer gives
@@ -85,6 +86,7 @@ def test_packed_and_forked_texts_are_what_they_are_alone(whole: Any) -> None:
 
 def test_logits_are_those_of_its_own_forward(whole: Any) -> None:
     model = as_causal_lm(whole)
+    assert model.logit_softcap == (3.0 if type(whole).__name__ == "VaultGemmaForCausalLM" else 0.0)
     with torch.no_grad():
         torch.testing.assert_close(model(IDS[None]), whole(input_ids=IDS[None]).logits, rtol=1e-4, atol=1e-5)
     assert first_nonfinite(whole, IDS[None]) is None
@@ -179,8 +181,36 @@ class Offset(transformers.Exaone4ForCausalLM):
         return output
 
 
+def test_small_logits_do_not_hide_a_cap() -> None:
+    """Far below its cap, a model's logits are nearly what they are without it."""
+    kind = transformers.VaultGemmaForCausalLM
+    model = as_causal_lm(
+        kind(kind.config_class(**SIZES | {"final_logit_softcapping": 30.0, "initializer_range": 1e-3}))
+    )
+    assert model.logit_softcap == 30.0
+
+
+def test_a_model_that_bitsandbytes_quantised(tmp_path: Path) -> None:
+    built("Exaone4ForCausalLM", hidden_size=64, head_dim=16).save_pretrained(tmp_path)
+    how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    kind = transformers.AutoModelForCausalLM
+    theirs = kind.from_pretrained(tmp_path, quantization_config=how, dtype=torch.float32, device_map={"": "cpu"})
+    whole = fourbit.from_bitsandbytes(theirs)
+    fourbit.attach(whole, fourbit.LoRAConfig(rank=2, alpha=4), seed=0)
+    loss, _ = fourbit.Run(whole).forward_backward({"input_ids": IDS[None], "labels": IDS[None]})
+    with torch.no_grad():
+        assert loss.item() == pytest.approx(whole(input_ids=IDS[None], labels=IDS[None]).loss.item(), abs=1e-4)
+
+
+class Fails(transformers.Exaone4ForCausalLM):
+    def forward(self, *given: Any, **named: Any) -> Any:
+        raise RuntimeError("sizes do not fit")
+
+
 def test_refusals() -> None:
-    with pytest.raises(InputError, match="Offset makes its logits in a way that is not known"):
+    with pytest.raises(InputError, match=r"Fails cannot read twelve tokens .RuntimeError: sizes do not fit"):
+        fourbit.generate(Fails(built("Exaone4ForCausalLM").config), [[3, 4]])
+    with pytest.raises(InputError, match="Offset makes its logits in an unknown way"):
         fourbit.generate(Offset(built("Exaone4ForCausalLM").config), [[3, 4]])
     both = transformers.BertLMHeadModel(transformers.BertConfig(**SIZES))
     with pytest.raises(InputError, match="BertLMHeadModel lets tokens see what follows them"):
