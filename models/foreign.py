@@ -57,7 +57,7 @@ def empty(data: Mapping[str, Any], where: str, source: str) -> Any:
         code = f"; its own code ({shown(data['auto_map'])}) is never run" if "auto_map" in data else ""
         why = "it is more than a language model: take its text model alone" if known else f"nor in transformers{code}"
         raise InputError(f"{what}, {why}")
-    if deep := [key for key in data if "layer" in key and isinstance(data[key], int) and data[key] > 1024]:
+    if deep := [k for k in data if re.search("layer|experts$", k) and isinstance(data[k], int) and data[k] > 1024]:
         raise InputError(f"{where}: {deep[0]} must be at most 1024, got {data[deep[0]]}")
     form = r"_|(auto_map|quantization_config|(torch_)?dtype|(attn|experts)_implementation)$"  # and code: not read here
     read = {key: value for key, value in data.items() if not re.match(form, key)}
@@ -75,6 +75,8 @@ def empty(data: Mapping[str, Any], where: str, source: str) -> Any:
 
 def _fill_buffers(whole: Any) -> None:
     """Values on the CPU for buffers that no file has: the model's `_init_weights` makes them, and nothing else."""
+    if (size := sum(buffer.nbytes for buffer in whole.buffers())) > 1 << 30:
+        raise ValueError(f"buffers of {size:,} bytes that are in no file")
     for module in whole.modules():
         for tensor in chain(module.parameters(recurse=False), module.buffers(recurse=False)):
             tensor._is_hf_initialized = True

@@ -135,6 +135,8 @@ def test_a_tensor_that_is_missing_too_much_or_twice(cohere: Path) -> None:
         ({"model_type": "nobody", "auto_map": {"AutoModel": "evil--code.Model"}}, "evil--code.Model.*never run"),
         ({"text_config": {}}, "text model alone"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 1024"),
+        ({"model_type": "dbrx", "ffn_config": {}, "num_experts": 10**9}, "num_experts must be at most 1024"),
+        ({"model_type": "xglm", "d_model": 64, "max_position_embeddings": 10**10}, "xglm of it .*in no file"),
         ({"num_hidden_layers": "two"}, "transformers makes no cohere2 of it"),
         ({"hidden_size": -5}, "cohere2"),
         ({"layer_types": ["nothing", "else"]}, "cohere2"),
