@@ -12,7 +12,7 @@ ELSEWHERE = {
     "model": "model_name_or_path base_model checkpoint_dir model_name model_id hf_path",
     "data": "dataset datasets dataset_name data_path train_file train_data path preprocess preview",
     "val": "val_set_size val_size eval_dataset validation_file val_split val_data",
-    "quant": "load_in_4bit quantization_bit quantize quantization bits",
+    "quant": "load_in_4bit quantization_bit quantization bits",
     "rank": "r lora_r lora_rank adapter_rank",
     "alpha": "lora_alpha lora_scale scale",
     "dropout": "lora_dropout",

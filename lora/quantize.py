@@ -6,7 +6,7 @@ keeps dense, and nothing needs to be remembered.
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from torch import nn
 
@@ -28,6 +28,14 @@ class Form(NamedTuple):
     quant_type: str = "nf4"  # or "fp4"
     blocksize: int = 64
     double_quant: bool = True
+
+    def checked(self) -> Self:
+        """Itself; InputError for a type or block size that does not exist."""
+        try:
+            check_format(self.quant_type, self.blocksize)
+        except ValueError as problem:
+            raise InputError(str(problem)) from None
+        return self
 
     def size(self, shape: tuple[int, ...]) -> int:
         """Bytes of a weight in this form, without the tables and the text that a file has beside it."""
@@ -58,7 +66,7 @@ def quantize_(
     What shares one weight shares one set of packed bytes. What is on the meta device becomes empty 4-bit weights.
     Raises InputError when nothing is left to quantise, and when a weight holds NaN or infinity (naming the tensor).
     """
-    form = _checked(Form(quant_type, blocksize, double_quant))
+    form = Form(quant_type, blocksize, double_quant).checked()
     if not (plan := uniform_plan(module, form, skip, embeddings)):
         raise InputError(_nothing_to_quantize(module, skip))
     return quantize_by_plan_(module, plan)
@@ -83,7 +91,7 @@ def quantize_by_plan_(module: nn.Module, plan: Mapping[str, Form | None]) -> nn.
     for path, form in plan.items():
         if path not in layers:
             raise InputError(f"plan: {path!r} is no linear layer or embedding here.{nearest(path, layers)}")
-        if form is not None and forms.setdefault(weight_id(layers[path]), _checked(form)) != form:
+        if form is not None and forms.setdefault(weight_id(layers[path]), form.checked()) != form:
             raise InputError(f"plan: {path!r} shares its weight with a layer of another form")
     wanted = {path: layer for path, layer in layers.items() if weight_id(layer) in forms}
     dense = _reasons(module, wanted | {path: layer for path, layer in layers.items() if is_linear(layer)}, ())
@@ -112,14 +120,6 @@ def quantizable(module: nn.Module, embeddings: bool) -> dict[str, Any]:
     tables = {path: part for path, part in modules.items() if embeddings and is_embedding(part)}
     experts = {path: modules.get(path) or DenseParameter(p) for path, p in expert_parameters(module).items()}
     return tables | linear_layers(module) | experts
-
-
-def _checked(form: Form) -> Form:
-    try:
-        check_format(form.quant_type, form.blocksize)
-    except ValueError as problem:
-        raise InputError(f"quantize_: {problem}") from None
-    return form
 
 
 def dense_weights(model: nn.Module, skip: str | Sequence[str] | None = None) -> dict[str, dict[str, int]]:

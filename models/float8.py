@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError, shown
 
+Header = tuple[Path, str, tuple[int, ...]]  # of a tensor: file, type, shape
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("_scale", "_scale_inv")  # after a weight's name
 _BESIDE = ("input_scale", "activation_scale", "output_scale", "k_scale", "v_scale")  # of activations, in its module
@@ -39,18 +40,19 @@ def check_quantization(config: Mapping[str, Any], where: str) -> Sequence[int]:
     return block
 
 
-def scale_names(kinds: Mapping[str, str], files: Mapping[str, Path]) -> tuple[dict[str, str], set[str]]:
-    """Of tensors by name, their types and files: each scale's name with its 8-bit weight's, and the names of all that
-    go with 8-bit weights. InputError for such a weight without a scale, or with two."""
-    weights = [name for name, kind in kinds.items() if kind in FLOAT8]
-    names = {name + end: name for name in weights for end in _SCALES if name + end in kinds}
+def scale_names(headers: Mapping[str, Header]) -> tuple[dict[str, str], set[str]]:
+    """Each scale's name with its 8-bit weight's, and the names of all that go with 8-bit weights. InputError for such a
+    weight without a scale, or with two."""
+    weights = [name for name, (_, kind, _) in headers.items() if kind in FLOAT8]
+    names = {name + end: name for name in weights for end in _SCALES if name + end in headers}
     counts = Counter(names.values())
     for name in weights:
         if counts[name] != 1:
-            raise InputError(f"{files[name]}: tensor {name!r} is of {kinds[name]}, and needs one {name + _SCALES[0]!r}")
+            file, kind, _ = headers[name]
+            raise InputError(f"{file}: tensor {name!r} is of {kind}, and needs one {name + _SCALES[0]!r}")
     homes = {name.rpartition(".")[0] for name in weights}
     homes |= {home.rpartition(".")[0] for home in homes}
-    return names, {*names, *(kinds.keys() & {f"{home}.{name}".strip(".") for home in homes for name in _BESIDE})}
+    return names, {*names, *(headers.keys() & {f"{home}.{name}".strip(".") for home in homes for name in _BESIDE})}
 
 
 def decoded(weight: Tensor, scale: Tensor, block: Sequence[int], what: str) -> Tensor:

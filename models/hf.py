@@ -16,7 +16,7 @@ from ..errors import InputError, shown
 from ..files import FLOATS, opened_tensors, read_json
 from ..lora.linear4bit import Module4bit
 from ..lora.packed import FORM, packed_layer
-from .float8 import FLOAT8, check_quantization, decoded, scale_names
+from .float8 import FLOAT8, Header, check_quantization, decoded, scale_names
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -29,17 +29,24 @@ _PLAIN_NAME = re.compile(r'[^./\\:"\x00-\x1f][^/\\:"\x00-\x1f]*\.safetensors')
 def tensor_shapes(folder: Path, besides: Sequence[str] = (), skip: Container[str] = ()) -> dict[str, tuple[int, ...]]:
     """Name and shape of all tensors but `skip` and the scales of 8-bit floats, from headers. InputError as in
     `iter_tensors`, and for other types."""
-    shapes, beside = dict[str, tuple[int, ...]](), _float8(folder)[1]
-    for path, file in _opened(folder):
-        for name in [name for name in file.offset_keys() if name not in skip and name not in beside]:
-            part = file.get_slice(name)
-            if part.get_dtype() not in (*FLOATS, *FLOAT8, *besides):
-                raise InputError(
-                    f"{path}: tensor {name!r} has dtype {part.get_dtype()}; weights must be {', '.join(FLOATS)}. "
-                    "Load the unquantised model and let fourbit quantise it."
-                )
-            shapes[name] = tuple(part.get_shape())
-    return shapes
+    headers = _headers(folder)
+    beside = scale_names(headers)[1]
+    for name, (path, kind, _) in headers.items():
+        if kind not in (*FLOATS, *FLOAT8, *besides) and name not in skip and name not in beside:
+            raise InputError(
+                f"{path}: tensor {name!r} has dtype {kind}; weights must be {', '.join(FLOATS)}. "
+                "Load the unquantised model and let fourbit quantise it."
+            )
+    return {name: shape for name, (_, _, shape) in headers.items() if name not in skip and name not in beside}
+
+
+def _headers(folder: Path) -> dict[str, Header]:
+    """File, type and shape of every tensor, by name."""
+    return {
+        name: (path, file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape()))
+        for path, file in _opened(folder)
+        for name in file.offset_keys()
+    }
 
 
 def iter_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -60,27 +67,19 @@ def iter_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def _float8(folder: Path) -> tuple[dict[str, Tensor], set[str], Sequence[int]]:
     """Scales of the folder's 8-bit floats by the names of their weights, the names of all tensors that only go with
     these, and the rows and columns that one scale of a grid stands for. InputError for a weight without scales."""
-    kinds, files = dict[str, str](), dict[str, Path]()
-    for path, file in _opened(folder):
-        kinds |= {name: file.get_slice(name).get_dtype() for name in file.offset_keys()}
-        files |= dict.fromkeys(file.offset_keys(), path)
-    names, beside = scale_names(kinds, files)
+    names, beside = scale_names(_headers(folder))
     if not names:
         return {}, set(), ()
-    scales = {names[name]: t.clone() for _, file in _opened(folder) for name, t in _some(file, names)}
+    found = ((name, file) for _, file in _opened(folder) for name in names.keys() & {*file.offset_keys()})
+    scales = {names[name]: file.get_tensor(name).clone() for name, file in found}
     config = read_json(folder / "config.json", CONFIG_BYTES) if (folder / "config.json").exists() else {}
     return scales, beside, check_quantization(config, f"{folder}: config.json")
-
-
-def _some(file: Any, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    return ((name, file.get_tensor(name)) for name in file.offset_keys() if name in names)
 
 
 def packed_layers(folder: Path) -> tuple[dict[str, Module4bit], set[str]]:
     """The folder's 4-bit layers, less their biases, by the names of their weights, on the CPU in memory of their own;
     and the names of all tensors that they are made of. InputError as `iter_tensors` and `packed_layer` raise it."""
-    names = [name for _, file in _opened(folder) for name in file.offset_keys()]
-    pieces: dict[str, dict[str, Tensor]] = {name.partition(FORM)[0]: {} for name in names if FORM in name}
+    pieces = {name.partition(FORM)[0]: dict[str, Tensor]() for name in _headers(folder) if FORM in name}
     for name, tensor in iter_tensors(folder) if pieces else ():
         for weight in pieces.keys() & {name, name.rpartition(".")[0], name.partition(FORM)[0]}:
             pieces[weight][name.removeprefix(weight)] = tensor.clone()

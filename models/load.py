@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import EnvironmentProblem, InputError
 from ..files import COUNTS, misfits, read_json
-from ..kernels.weight4bit import check_format
 from ..lora.adapter import adapter_layers, plain_modules, plain_name, replace_modules, unwrapped
 from ..lora.embedding4bit import NF4Embedding, is_embedding
 from ..lora.linear4bit import Module4bit, NF4Linear, is_conv1d, weight_id
@@ -105,10 +104,7 @@ def load_decoder(
     """
     path, device, dtype = Path(path), _device(device), floating(dtype)
     if quant_type is not None:
-        try:
-            check_format(quant_type, blocksize)
-        except ValueError as problem:
-            raise InputError(f"{problem}; quant_type=None keeps the model dense") from None
+        Form(quant_type, blocksize, double_quant).checked()
     model, spec, layers, tensors = read_model(path, progress)
     if plan is not None:
         quantize_by_plan_(model, plan)

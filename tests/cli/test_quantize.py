@@ -1,5 +1,7 @@
 """4-bit folders at the command line: used as they are, and made."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 import fourbit
 from fourbit.cli.main import main
 from fourbit.lora.quantize import quantize_
+from fourbit.models.plan import REPORT
 
 
 def test_a_4bit_folder_is_used_as_it_is(
@@ -22,3 +25,40 @@ def test_a_4bit_folder_is_used_as_it_is(
     said = capsys.readouterr().err
     assert "4 bits as it has them" in said and "somewhat off" not in said
     assert main(["eval", *common, "--quant", "nf4"]) == 2
+
+
+def test_quantize_writes_a_folder_that_commands_take(
+    tiny_folder: Path, val_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", "--model", str(tiny_folder), "--dtype", "float32"]
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"down_proj": {"quant_type": "fp4"}}')
+    flags = ["--skip", "o_proj", "--head", "--blocksize", "32", "--quant", "nf4-nodq", "--plan", str(plan)]
+    assert main([*command, "--out", str(tmp_path / "q"), *flags]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^model\.layers\.0\.self_attn\.o_proj  dense .* error 0\.0000$", said, re.MULTILINE)
+    assert re.search(r"^model\.layers\.1\.mlp\.down_proj +fp4/64 +[0-9,]+ bytes, error 0\.1", said, re.MULTILINE)
+    assert "nf4-nodq/32" in said and re.search(r"^weights: [0-9,]+ bytes \(.* GiB\) in ", said, re.MULTILINE)
+    assert main([*command, "--out", str(tmp_path / "r"), "--plan", str(tmp_path / "q" / REPORT), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["layers"] == json.loads((tmp_path / "q" / REPORT).read_text())
+    assert result["bytes"] == (tmp_path / "q" / "model.safetensors").stat().st_size
+    assert main(["eval", "--model", str(tmp_path / "r"), "--data", str(val_rows), "--max-new-tokens", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--budget", "4"], "--budget must be a size above 0 with a unit, such as 4.0GiB, got '4'"),
+        (["--budget", "1KiB"], "budget must be at least "),
+        (["--blocksize", "48"], "blocksize must be a power of two from 32 to 4096, got 48"),
+        (["--skip", "nope"], "plan key 'nope' matches none of the "),
+        (["--plan", "nowhere.json"], "nowhere.json"),
+        (["--quant", "none"], "--quant must be one of"),
+    ],
+)
+def test_what_quantize_refuses(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert main(["quantize", "--model", str(tiny_folder), "--out", str(tmp_path / "q"), *flags]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "q").exists()
