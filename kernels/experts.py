@@ -1,8 +1,7 @@
-"""Mixture of experts: rows sorted by the expert that they go to, and a product with one matrix for each expert's rows.
+"""Mixture of experts: a product with one matrix for each expert's rows, which stand together.
 
-The rows of an expert stand together, so each product is one of a slice, and what is in 4 bits is decoded an expert at a
-time, in forward and again in backward. On CUDA, with at least a row an expert, torch's grouped product does all in one
-launch, with all experts decoded at once, and needs no word from the device on where slices end.
+What is in 4 bits is decoded an expert at a time, small ones together, in forward and again in backward. On CUDA, with a
+row an expert or more, torch's grouped product is one launch, and needs no word from the device on where slices end.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +21,8 @@ def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
     ends: int32 [E]; rows after the last end are 0. Gradients flow to x and to the matrices.
     """
+    if torch.overrides.has_torch_function_unary(matrices):  # they make the product, from 4 bits or with adapters
+        return torch._grouped_mm(x, matrices, offs=ends)
     if _in_one_launch(x, ends) and all(size % 8 == 0 for size in matrices.shape[1:]):  # rows of whole 16 bytes
         return torch._grouped_mm(x, matrices.to(x.dtype), offs=ends)
     parts = x.tensor_split(ends.tolist())
@@ -29,18 +30,15 @@ def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([*made, parts[-1].new_zeros(len(parts[-1]), matrices.shape[2])])
 
 
-def grouped_frozen(x: Tensor, decode: Decode, shape: Sequence[int], ends: Tensor) -> Tensor:
+class GroupedFrozen(torch.autograd.Function):
     """The same with frozen matrices of `shape` [E, K, M], which are decoded, and again in backward; none is kept."""
-    y: Tensor = _Frozen.apply(x, decode, shape, ends, None if _in_one_launch(x, ends) else ends.tolist())
-    return y
 
-
-class _Frozen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, decode: Decode, shape: Sequence[int], ends: Tensor, stops: Any) -> Tensor:
-        ctx.of = decode, shape, ends, stops
-        if stops is None:
+    def forward(ctx: Any, x: Tensor, decode: Decode, shape: Sequence[int], ends: Tensor) -> Tensor:
+        ctx.of = decode, shape, ends
+        if _in_one_launch(x, ends):
             return torch._grouped_mm(x.contiguous(), decode(None, x.dtype), offs=ends)
+        stops = ends.tolist()
         y, step = x.new_empty(len(x), shape[2]), max(1, WHOLE // max(1, shape[1] * shape[2]))  # small ones at once
         for first in range(0, shape[0], step):
             starts = ([0, *stops])[first : first + step + 1]
@@ -53,9 +51,8 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        decode, (experts, rows, columns), ends, stops = ctx.of
-        back = lambda index, dtype: decode(index, dtype).mT  # noqa: E731
-        return _Frozen.apply(g, back, (experts, columns, rows), ends, stops), None, None, None, None
+        decode, (e, k, m), ends = ctx.of
+        return GroupedFrozen.apply(g, lambda i, dtype: decode(i, dtype).mT, (e, m, k), ends), None, None, None
 
 
 def _in_one_launch(x: Tensor, ends: Tensor) -> bool:

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..errors import InputError
 from ..kernels.linear4bit import lora_linears4bit
 from .config import LoRAConfig
-from .lazy_weight import LazyWeight, autocast_input, decoder
+from .lazy_weight import LazyWeight, autocast_input
 from .linear4bit import NF4Linear, is_conv1d, over_nested, sizes
 
 DEFAULT = "default"
@@ -159,9 +159,9 @@ class AdapterLayer(nn.Module):
     def weight(self) -> Tensor:
         """The weight [out, in] that the layer computes with, active adapters included: see `LazyWeight`."""
         weight = cast(Tensor, self.copied().get("weight", self.base.weight))
-        terms = [term for adapter in self.running() if (term := adapter.term()) is not None]
-        if terms:
-            return LazyWeight.decoded(decoder(weight), weight.shape, weight.dtype, weight, terms)
+        if terms := [term for adapter in self.running() if (term := adapter.term()) is not None]:
+            decode = getattr(weight, "decode", None) or (lambda i, d: weight[... if i is None else i].detach().to(d))
+            return LazyWeight.decoded(decode, weight.shape, weight.dtype, weight, terms)
         parts = [p for adapter in self.running() if not isinstance(adapter, Whole) for p in adapter.parameters()]
         like = next((p for p in parts if p.requires_grad), weight)
         return LazyWeight.of(self._weight, weight.shape, weight.dtype, like) if parts else weight

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..kernels.dispatch import product_dtype
-from ..kernels.experts import Decode, grouped_frozen, grouped_product
+from ..kernels.experts import Decode, GroupedFrozen, grouped_product
 from ..kernels.lora_paths import TimesFrozen
 
 Terms = Sequence[tuple[Tensor, Tensor]]  # left [..., out, rank] times right [..., rank, in], each to be added
@@ -116,7 +116,7 @@ def _item(weight: Any, index: Any) -> Tensor:
     return LazyWeight.decoded(of, shape, weight.dtype, weight, terms)
 
 
-def _times(x: Tensor, weight: Any, ends: Tensor | None = None) -> Tensor | None:
+def _times(x: Tensor, weight: Any, ends: Tensor | None = None) -> Any:
     """x times the weight, or with `ends` a slice of x times each of its matrices; None where they do not fit so."""
     alike = weight.ndim == 2 or x.shape[:-2] == weight.shape[:-2] or ends is not None
     if type(x) is not Tensor or not x.is_floating_point() or not alike or x.shape[-1] != weight.shape[-2]:
@@ -126,11 +126,10 @@ def _times(x: Tensor, weight: Any, ends: Tensor | None = None) -> Tensor | None:
     if ends is None:
         y, product = TimesFrozen.apply(h, partial(decode, None), False), torch.matmul
     else:
-        y, product = grouped_frozen(h, decode, weight.shape, ends), partial(grouped_product, ends=ends)
+        y, product = GroupedFrozen.apply(h, decode, weight.shape, ends), partial(grouped_product, ends=ends)
     for left, right in weight.terms:
         y = y + product(product(h, left.to(h.dtype)), right.to(h.dtype))
-    made: Tensor = y.to(dtype)
-    return made
+    return y.to(dtype)
 
 
 _PROPERTIES = "data shape dtype device layout ndim requires_grad grad grad_fn is_leaf is_meta is_cpu is_cuda is_nested"
@@ -145,10 +144,3 @@ def autocast_input(x: Tensor) -> Tensor:
     if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # meta knows no autocast
         return x.to(torch.get_autocast_dtype(device))
     return x
-
-
-def decoder(weight: Tensor) -> Decode:
-    """What decodes a frozen weight, or an index into its first dimension: of a dense one, what casts it."""
-    if isinstance(weight, LazyWeight) and weight.decode is not None:
-        return weight.decode
-    return lambda index, dtype: (weight if index is None else weight[index]).detach().to(dtype)

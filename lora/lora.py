@@ -92,8 +92,7 @@ class LoRA(Adapter):
 
 
 class LoRAParameter(LoRA):
-    """scale * B_e A_e, added to matrix e of a parameter [E, out, in] (or [E, in, out] where its module says that it
-    `is_transposed`), or to one matrix [out, in], when its module reads it.
+    """scale * B_e A_e on matrix e of a parameter [E, out, in] ([E, in, out] where a module `is_transposed`), or 2-D.
 
     As in PEFT (target_parameters) `lora_A` is [E r, in], expert after expert, and `lora_B` [out, r E], rank after rank.
     Raises InputError for dropout: what the module multiplies with the weight is not seen here.

@@ -25,6 +25,7 @@ LIMITS: dict[str, int | float] = {
     "sliding_window_pattern": 1 << 10,
     "max_window_layers": 1 << 10,
     "no_rope_layer_interval": 1 << 10,
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), 1 << 12),
     "rms_norm_eps": 1.0,
     "rope_theta": 1e15,
     "rope_local_base_freq": 1e15,

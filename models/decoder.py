@@ -22,6 +22,7 @@ from ..kernels.rope import rope
 from ..kernels.swiglu import geglu, swiglu
 from ..lora.adapter import project
 from .families import read_spec
+from .moe import Mixture
 from .protocol import Cache, CausalLM
 from .recompute import recomputed
 from .rope import tables
@@ -171,7 +172,7 @@ class Layer(nn.Module):
     def __init__(self, spec: Spec, index: int) -> None:
         super().__init__()
         self.self_attn = Attention(spec, index)
-        self.mlp = MLP(spec)
+        self.mlp = Mixture(spec) if spec.num_experts else MLP(spec)
         self.norms, self.residual_scale = NORMS[spec.norms], spec.residual_scale
         for name in filter(None, (*self.norms[0], *self.norms[1])):
             setattr(self, name, _norm(spec, spec.hidden_size))

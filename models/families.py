@@ -10,6 +10,7 @@ from .float8 import check_quantization
 from .gemma import gemma2, gemma3
 from .granite import granite
 from .llama import llama, ministral, mistral, smollm3
+from .moe import mixtral, qwen3_moe
 from .olmo import olmo2
 from .phi import phi3
 from .qwen import qwen2, qwen3
@@ -30,6 +31,8 @@ FAMILIES = {
     "smollm3": Family(smollm3, "SmolLM3ForCausalLM"),
     "qwen2": Family(qwen2, "Qwen2ForCausalLM"),
     "qwen3": Family(qwen3, "Qwen3ForCausalLM"),
+    "qwen3_moe": Family(qwen3_moe, "Qwen3MoeForCausalLM"),
+    "mixtral": Family(mixtral, "MixtralForCausalLM"),
     "gemma2": Family(gemma2, "Gemma2ForCausalLM"),
     "gemma3_text": Family(gemma3, "Gemma3ForCausalLM"),
     "phi3": Family(phi3, "Phi3ForCausalLM"),

@@ -35,6 +35,7 @@ from .families import FAMILIES, read_spec
 from .foreign import as_causal_lm, converted, empty
 from .gguf import GGUFFile
 from .gguf_tokenizer import gguf_tokenizer
+from .moe import stacked
 from .protocol import CausalLM
 from .spec import Spec
 
@@ -150,7 +151,7 @@ def read_model(
     else:
         there, tied = shapes.keys() | layers.keys(), spec.tie_word_embeddings
         alone = tied and EMBEDDING not in there and HEAD not in layers  # the embedding, under the head's name
-        named = partial(_renamed, {HEAD: EMBEDDING} if alone else {})
+        named = partial(_renamed, {HEAD: EMBEDDING} if alone else {}, spec.num_experts)
         with torch.device("meta"), _NoInitialValues():
             model = Decoder(replace(spec, tie_word_embeddings=tied and (alone or HEAD not in there)))
     made = [(name, tuple(x.shape)) for name, x in named((n, torch.empty(s, device="meta")) for n, s in shapes.items())]
@@ -161,8 +162,9 @@ def read_model(
     return model, spec, layers, _told(tensors, [prod(shape) for _, shape in made], files, progress)
 
 
-def _renamed(names: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
-    return ((names.get(name, name), x) for name, x in tensors if not name.endswith(".rotary_emb.inv_freq"))
+def _renamed(names: Mapping[str, str], experts: int, tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
+    kept = (own for own in stacked(tensors, experts) if not own[0].endswith(".rotary_emb.inv_freq"))
+    return ((names.get(name, name), x) for name, x in kept)
 
 
 def _told(tensors: Tensors, sizes: list[int], files: list[Path], progress: Progress | None) -> Tensors:
@@ -265,9 +267,8 @@ def _put_layers(module: nn.Module, layers: Mapping[str, Module4bit], path: Path)
     nothing of its own for it; InputError first for a place that is none."""
     modules, new, experts = plain_modules(module), dict[nn.Module, nn.Module](), dict[str, NF4Parameter]()
     for name, layer in layers.items():
-        parent, _, leaf = name.rpartition(".")
-        place: Any = modules.get(parent)
-        if isinstance(layer, NF4Parameter) and (name in modules or leaf in getattr(place, "_parameters", ())):
+        place: Any = modules.get(name.rpartition(".")[0])
+        if isinstance(layer, NF4Parameter):
             experts[name] = layer
             continue
         if not name.endswith("weight") or place is None or not (is_linear(place) or is_embedding(place)):
@@ -282,9 +283,8 @@ def _put_layers(module: nn.Module, layers: Mapping[str, Module4bit], path: Path)
                 twin.bias = part._parameters.get("bias")
             new[part] = twin.train(part.training)
     expose(module, list(experts))
-    modules = plain_modules(module)
-    for name, layer in experts.items():
-        stood: Any = modules[name]
+    standing: Any = plain_modules(module)
+    for layer, stood in ((layer, standing[name]) for name, layer in experts.items()):
         layer.place, layer.transposed = stood.place, stood.transposed
         new[stood] = layer if stood.weight.is_meta else layer.to(stood.weight.device)
     replace_modules(module, new)

@@ -45,6 +45,7 @@ class Spec:
     local_rope: of the layers with a window, where it is another one. no_rope: layers whose q and k do not turn.
     attention_scale: of q k^T, None: 1 / sqrt(head_dim). Soft caps, 0 for none: c tanh(x / c) of what goes into the
     softmax and of the logits. embedding_scale and residual_scale multiply what they say, logit_divisor divides logits.
+    num_experts: of each layer, or 0; norm_topk_prob: whether the weights of a token's experts sum to 1.
     """
 
     vocab_size: int
@@ -76,6 +77,9 @@ class Spec:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    norm_topk_prob: bool = True
     config: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:

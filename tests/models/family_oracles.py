@@ -47,6 +47,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"model_type": "qwen3", "head_dim": 20, "tie_word_embeddings": True},
     "qwen3 bias": {"model_type": "qwen3", "attention_bias": True, **rope("yarn", **YARN)},
+    "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 9, "moe_intermediate_size": 28},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "sliding_window": 7},
     "gemma2": {"model_type": "gemma2", "sliding_window": 7, **CAPPED},
     "gemma2 uncapped": {
         **{"model_type": "gemma2", "sliding_window": 9},
