@@ -1107,7 +1107,7 @@ NOT_FOLLOWED = {  # why -> what
     + [("synonyms.py", "is base or start"), ("lora/targets.py", "takes away all")]
     + [("trainer/checkpoint.py", "keep 1 or more"), ("trainer/losses/objective.py", "loss must be NAME or NAME=WEIGHT")]
     + [("cli/load.py", "training is without the {} of its config.json")]
-    + [("cli/doctor.py", "for --log tensorboard"), ("cli/parse.py", "-h, --help"), ("cli/parse.py", "{}, --no-{}")]
+    + [("cli/doctor.py", "for --log tensorboard"), ("cli/parse.py", "-h, --help")]
     + [("data/forms.py", f"`fourbit {name}` reads") for name in ("sft", "dpo", "generate")]
     + [("trainer/reward_model.py", "fourbit reward writes one beside")],
 }  # fmt: skip
