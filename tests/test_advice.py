@@ -1057,6 +1057,7 @@ NOT_FOLLOWED = {  # why -> what
     ],
     "a package; the names are those of pyproject.toml": [
         ("cli/doctor.py", "missing: pip install"),
+        ("models/foreign.py", "pip install 'fourbit[transformers]', or write the family (docs/add-a-model.md)"),
         ("cli/main.py", "needs the package {}: pip install"),
         ("models/gguf.py", "pip install gguf"),
         ("trainer/metrics.py", "pip install tensorboard"),
@@ -1094,7 +1095,9 @@ NOT_FOLLOWED = {  # why -> what
         ("kernels/chunked_head.py", "leave out the rows that are not trained"),
     ],
     "a row that is to be shorter, or other options to be chosen": [
-        ("models/foreign.py", "give a loss of your own (fourbit.Run)"),
+        ("models/foreign.py", "give Run a loss of your own"),
+        ("models/foreign.py", "take its text model alone"),
+        ("models/plan.py", "give what it was made from"),
         ("trainer/evaluate.py", "shorten it, or take the row out"),
         ("trainer/checkpoint.py", "Lower the learning rate, or look at the batch"),
         ("trainer/checkpoint.py", "use string keys, and lists instead of tuples"),
@@ -1106,6 +1109,7 @@ NOT_FOLLOWED = {  # why -> what
     ]
     + [("synonyms.py", "is base or start"), ("lora/targets.py", "takes away all")]
     + [("trainer/checkpoint.py", "keep 1 or more"), ("trainer/losses/objective.py", "loss must be NAME or NAME=WEIGHT")]
+    + [("cli/main.py", "fourbit quantize --model M"), ("cli/quantize.py", "--budget must be a size above 0")]
     + [("cli/load.py", "training is without the {} of its config.json")]
     + [("cli/doctor.py", "for --log tensorboard"), ("cli/parse.py", "-h, --help")]
     + [("data/forms.py", f"`fourbit {name}` reads") for name in ("sft", "dpo", "generate")]
