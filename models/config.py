@@ -15,6 +15,7 @@ LIMITS: dict[str, int | float] = {
     "vocab_size": 1 << 22,
     "hidden_size": 1 << 17,
     "intermediate_size": 1 << 20,
+    "moe_intermediate_size": 1 << 20,
     "num_hidden_layers": 1 << 10,
     "num_attention_heads": 1 << 12,
     "num_key_value_heads": 1 << 12,

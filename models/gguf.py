@@ -68,9 +68,9 @@ class GGUFFile:
         header = _Header(self.path, self._data)
         self.metadata, self.tensors = header.metadata, header.tensors
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor by its GGUF name, as `decode` gives it."""
-        info = self.tensors[name]
+    def tensor(self, which: str | TensorInfo) -> Tensor:
+        """One tensor by its GGUF name, or what lies at a place, as `decode` gives it."""
+        info = self.tensors[which] if isinstance(which, str) else which
         return decode(self._data[info.start : info.start + info.nbytes], info.format, info.shape)
 
 

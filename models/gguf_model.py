@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import families
-from .config import Settings
-from .gguf import GGUFFile
+from .config import LIMITS, Settings
+from .gguf import GGUFFile, TensorInfo
 from .spec import Spec
 
 # What may stand under the architecture's name in the metadata, by what is made of it; another key is refused: it may be
@@ -47,19 +47,20 @@ _CAP = {"final_logit_softcapping": "final_logit_softcapping"}
 _LOCAL = {"rope.freq_base_swa": "rope_local_base_freq", "attention.sliding_window_pattern": "sliding_window_pattern"}
 _SCALES = {"embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier"}
 _LONG = {_WINDOW: "sliding_window", "rope.scaling.attn_factor": "attention_factor"}
-# llama.cpp's architecture -> the family, the key that it must have too, and the other numbers that it alone obeys.
-_ARCHITECTURES: dict[str, tuple[str, str, dict[str, str]]] = {
-    **{name: (name, "", {}) for name in ("llama", "smollm3", "qwen2", "qwen3", "olmo2")},
-    "granite": ("granite", _SCALE, {_SCALE: "attention_multiplier", "logit_scale": "logits_scaling"} | _SCALES),
-    "phi3": ("phi3", "", _LONG),
-    "gemma2": (
-        "gemma2",
-        _WINDOW,
-        {_WINDOW: "sliding_window", "attn_logit_softcapping": "attn_logit_softcapping"} | _CAP,
-    ),
-    "gemma3": ("gemma3_text", "", {_WINDOW: "sliding_window"} | _CAP | _LOCAL),
+_CAPS = {"attn_logit_softcapping": "attn_logit_softcapping"} | _CAP
+_EXPERTS = ("expert_count", "expert_used_count")
+_ROUTED = {"expert_used_count": "num_experts_per_tok", "expert_feed_forward_length": "moe_intermediate_size"}
+# llama.cpp's architecture -> the family, the keys that it must have too, and the other numbers that it alone obeys.
+_ARCHITECTURES: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
+    **{name: (name, (), {}) for name in ("llama", "smollm3", "qwen2", "qwen3", "olmo2")},
+    "qwen3moe": ("qwen3_moe", _EXPERTS, {"expert_count": "num_experts"} | _ROUTED),
+    "granite": ("granite", (_SCALE,), {_SCALE: "attention_multiplier", "logit_scale": "logits_scaling"} | _SCALES),
+    "phi3": ("phi3", (), _LONG),
+    "gemma2": ("gemma2", (_WINDOW,), {_WINDOW: "sliding_window"} | _CAPS),
+    "gemma3": ("gemma3_text", (), {_WINDOW: "sliding_window"} | _CAP | _LOCAL),
 }
-_INTERLEAVED = ("llama", "smollm3", "granite")  # whose rows of Q and K the converter reorders
+_MIXTRAL = ("mixtral", _EXPERTS, {"expert_count": "num_local_experts"} | _ROUTED)  # a llama with experts
+_INTERLEAVED = ("llama", "mixtral", "smollm3", "granite")  # whose rows of Q and K the converter reorders
 _NOTHING = ("attention.clamp_kqv", "attention.max_alibi_bias", "expert_count", "nextn_predict_layers", _WINDOW, _SCALE)
 _PLAIN: dict[str, tuple[Any, ...]] = {  # what would change the numbers, with the values that do not
     **dict.fromkeys((*_NOTHING, "attn_logit_softcapping", "final_logit_softcapping"), (0,)),
@@ -79,6 +80,8 @@ _IN_LAYER = {
     **dict.fromkeys(("post_attention_norm", "ffn_norm"), "post_attention_layernorm"),
     "post_ffw_norm": "post_feedforward_layernorm",
     **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+    "ffn_gate_inp": "mlp.gate",
+    **{f"ffn_{part}_exps": f"mlp.experts.*.{part}_proj" for part in ("gate", "up", "down")},  # of each expert
 }
 _OWN_NAMES = {
     "phi3": {"ffn_up": "mlp.gate_up_proj"},
@@ -90,28 +93,28 @@ _LAYER = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(.*)")
 
 def tensor_shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight, in the file's order. InputError for a tensor that no family has."""
-    return {hf: file.tensors[name].shape for hf, name in _weights(file)}
+    return {hf: info.shape for hf, info in _weights(file)}
 
 
 def iter_tensors(file: GGUFFile, spec: Spec) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of every weight, decoded one at a time in the file's order.
+    """Name and tensor of every weight, decoded one at a time in the file's order, of stacked experts one by one.
 
     Block formats decode to fp32; F32, F16 and BF16 keep their dtype. Rows of Q and K come back in Hugging Face's order
     (of some families llama.cpp interleaves the rotary halves), and norms that multiply by 1 + weight without the 1.
     """
     heads = {"q_proj": spec.num_attention_heads, "k_proj": spec.num_key_value_heads}
     heads = heads if spec.model_type in _INTERLEAVED else {}
-    for hf, name in _weights(file):
-        tensor, count = file.tensor(name), heads.get(hf.split(".")[-2])
+    for hf, info in _weights(file):
+        tensor, count = file.tensor(info), heads.get(hf.split(".")[-2])
         if count is not None:  # pairs side by side to two halves, in each head
             tensor = tensor.unflatten(0, (count, -1, 2)).transpose(1, 2).flatten(0, 2)
         yield hf, tensor - 1 if spec.norm_plus_one and hf.endswith("norm.weight") else tensor
 
 
-def _weights(file: GGUFFile) -> Iterator[tuple[str, str]]:
-    """A weight's name in a Hugging Face checkpoint and in the file."""
+def _weights(file: GGUFFile) -> Iterator[tuple[str, TensorInfo]]:
+    """A weight's name in a Hugging Face checkpoint, and its place in the file."""
     inside = _IN_LAYER | _OWN_NAMES.get(str(file.metadata.get("general.architecture")), {})
-    for name in file.tensors:
+    for name, info in file.tensors.items():
         part, _, kind = name.rpartition(".")
         layer = _LAYER.fullmatch(part)
         found = inside.get(layer[2]) if layer else _WHOLE.get(part)
@@ -123,7 +126,18 @@ def _weights(file: GGUFFile) -> Iterator[tuple[str, str]]:
                 f"{file.path}: tensor {name!r} belongs to no model of the families that are read. The file holds a "
                 "variant that is not supported; leaving the tensor out would change what the model computes."
             )
-        yield f"{f'model.layers.{layer[1]}.' if layer else ''}{found}.{kind}", name
+        hf = f"{f'model.layers.{layer[1]}.' if layer else ''}{found}.{kind}"
+        if "*" not in hf:
+            yield hf, info
+            continue
+        count, *shape = info.shape
+        if len(shape) != 2 or count > LIMITS["num_experts"]:
+            rule = f"[experts, out, in], of at most {LIMITS['num_experts']} experts"
+            raise InputError(f"{file.path}: tensor {name!r} must be {rule}, got {list(info.shape)}.")
+        size = info.nbytes // count
+        for expert in range(count):
+            one = info._replace(shape=tuple(shape), start=info.start + expert * size, nbytes=size)
+            yield hf.replace("*", str(expert)), one
 
 
 def read_spec(file: GGUFFile) -> Spec:
@@ -145,7 +159,7 @@ def read_spec(file: GGUFFile) -> Spec:
         raise InputError(f"{where}: {what}. The file is damaged or was put together by hand: get it again.")
     share = numbers["embedding_length"] // numbers["attention.head_count"]
     size, turned = _head_dim(keys, numbers, share, partial=kind == "phi3")
-    model_type, _, own = _ARCHITECTURES[kind]
+    model_type, _, own = _family(keys, kind)
     config = {name: numbers.get(key) for key, name in ({_WINDOW: "sliding_window"} | _OBEYED | own).items()} | {
         "model_type": model_type,
         "vocab_size": numbers.get("vocab_size", rows),
@@ -153,6 +167,7 @@ def read_spec(file: GGUFFile) -> Spec:
         "partial_rotary_factor": turned / size,
         # llama.cpp knows the two models whose scale is another by their number of layers.
         "query_pre_attn_scalar": share if (kind, numbers["block_count"]) in (("gemma2", 46), ("gemma3", 62)) else size,
+        "norm_topk_prob": True,  # llama.cpp's routing, whatever the model's config says
         "tie_word_embeddings": "lm_head.weight" not in shapes,
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
         "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in shapes,
@@ -161,11 +176,16 @@ def read_spec(file: GGUFFile) -> Spec:
     return families.read_spec(config, where)
 
 
+def _family(keys: Settings, kind: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
+    experts = keys.get("expert_count")
+    return _MIXTRAL if kind == "llama" and isinstance(experts, int) and experts else _ARCHITECTURES[kind]
+
+
 def _numbers(whole: Settings, keys: Settings, kind: str) -> dict[str, Any]:
     """The numbers that say a whole, plain, causal model; InputError for what says more than that, or less."""
     whole.one_of("general.type", (None, "model"), "'model' (give the file of the model itself)")
     whole.one_of("split.count", (None, 0, 1), "1 (join the files of the model first: llama-gguf-split --merge)")
-    _, needed, own = _ARCHITECTURES[kind]
+    _, needed, own = _family(keys, kind)
     obeyed = _OBEYED | own
     for name in whole.data:
         key = name.removeprefix(keys.prefix)
@@ -175,8 +195,8 @@ def _numbers(whole: Settings, keys: Settings, kind: str) -> dict[str, Any]:
             raise keys.refusal(key, f"absent: no plain {kind} has it, and it may change what the model computes")
         allowed = " or ".join(map(str, _PLAIN[key]))
         keys.one_of(key, _PLAIN[key], f"{allowed} (anything else is a model that is not supported)")
-    no_window = type(keys.get(_WINDOW)) is int and keys.get(_WINDOW) == 0 and needed != _WINDOW
-    there = [key for key in obeyed if key in _REQUIRED or key == needed or keys.get(key) is not None]
+    no_window = type(keys.get(_WINDOW)) is int and keys.get(_WINDOW) == 0 and _WINDOW not in needed
+    there = [key for key in obeyed if key in _REQUIRED or key in needed or keys.get(key) is not None]
     found = {key: keys.number(key, like=obeyed[key]) for key in there if key != _WINDOW or not no_window}
     return {key: _decimal(value) if isinstance(value, float) else value for key, value in found.items()}
 

@@ -66,7 +66,7 @@ def qwen3_moe(keys: Settings) -> Spec:
         raise keys.refusal("mlp_only_layers", "empty (every layer is sparse)")
     keys.one_of("use_sliding_window", (None, False), "false")
     own = _experts(keys, 128, 8) | {"norm_topk_prob": keys.flag("norm_topk_prob")}
-    size = keys.number("moe_intermediate_size", default=768, like="intermediate_size")
+    size = keys.number("moe_intermediate_size", default=768)
     return replace(qwen3(keys), model_type="qwen3_moe", intermediate_size=size, **own)
 
 

@@ -15,7 +15,7 @@ from gguf import GGUFWriter, Keys, RopeScalingType
 
 from fourbit.errors import InputError
 from fourbit.models.gguf import READABLE, GGUFFile
-from fourbit.models.gguf_model import iter_tensors, read_spec
+from fourbit.models.gguf_model import read_spec
 from fourbit.models.load import load_decoder
 
 SIZES: dict[str, Any] = {
@@ -52,8 +52,13 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "olmo2": {"model_type": "olmo2", "head_dim": None},
     "granite": {"model_type": "granite", "head_dim": None, **SCALES},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
 }  # fmt: skip
-ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}
 
 
 def theirs(**shape: Any) -> Any:
@@ -93,7 +98,7 @@ def settings(writer: GGUFWriter, config: Any) -> None:
         writer.add_key_length(size)
         writer.add_value_length(size)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-    if kind in ("llama", "mistral", "smollm3", "granite", "phi3"):
+    if kind in ("llama", "mistral", "mixtral", "smollm3", "granite", "phi3"):
         writer.add_rope_dimension_count(int(size * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] in ("linear", "yarn"):
@@ -119,6 +124,11 @@ def settings(writer: GGUFWriter, config: Any) -> None:
                 writer.add_tensor(f"rope_factors_{name}.weight", factors)
             stretch, original = 256 / 24, 24
             writer.add_rope_scaling_attn_factors(float(np.sqrt(1 + np.log(stretch) / np.log(original))))
+    if kind in ("qwen3_moe", "mixtral"):
+        writer.add_expert_count(config.num_experts if kind == "qwen3_moe" else config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if kind == "qwen3_moe":
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if kind == "granite":
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
@@ -126,12 +136,24 @@ def settings(writer: GGUFWriter, config: Any) -> None:
         writer.add_logit_scale(config.logits_scaling)
 
 
+def split(model: Any) -> dict[str, torch.Tensor]:
+    """The state with gate and up of experts apart, under the names that the converter stacks them by."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("experts.gate_up_proj"):
+            for part, half in zip(("gate", "up"), tensor.chunk(2, dim=1), strict=True):
+                found[name.replace("gate_up_proj", f"{part}_proj.weight")] = half
+        else:
+            found[name + ".weight" * name.endswith("experts.down_proj")] = tensor
+    return found
+
+
 def file_names(model: Any) -> dict[str, str]:
-    """A weight's name in the checkpoint and in the file, as gguf-py's table has it; a tied head is left out."""
+    """A weight's name as above and in the file, as gguf-py's table has it; a tied head is left out."""
     architecture = ARCHITECTURES.get(model.config.model_type, model.config.model_type)
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers)
-    names = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict()}
+    names = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in split(model)}
     return {
         name: found for name, found in names.items()
         if name != "lm_head.weight" or not model.config.tie_word_embeddings
@@ -148,12 +170,12 @@ def convert(write_gguf: Callable[..., Path]) -> Callable[..., Path]:
         def fill(writer: GGUFWriter) -> None:
             settings(writer, config)
             change(writer)
-            state = model.state_dict()
+            state = split(model)
             for name, found in file_names(model).items():
                 tensor = state[name]
                 heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
                 part = name.split(".")[-2]
-                if part in heads and config.model_type in ("llama", "mistral", "smollm3", "granite"):
+                if part in heads and config.model_type in ("llama", "mistral", "mixtral", "smollm3", "granite"):
                     tensor = llama_cpp_rows(tensor, heads[part])
                 if "gemma" in config.model_type and name.endswith("norm.weight"):
                     tensor = tensor + 1
@@ -174,9 +196,7 @@ def test_a_converted_model_has_its_logits_and_weights(name: str, convert: Callab
     ids = torch.arange(60).view(2, 30) % 97  # longer than the windows, and than a LongRoPE's first length
     expected, found = model(ids).logits, ours(ids)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
-    weights = dict(iter_tensors(GGUFFile(path), ours.spec))
-    assert weights.keys() == file_names(model).keys()
-    for key, weight in weights.items():
+    for key, weight in ours.state_dict().items():
         torch.testing.assert_close(weight, model.state_dict()[key], rtol=0, atol=1e-6, msg=key)
 
 
@@ -193,7 +213,11 @@ REFUSED: list[tuple[str, Callable[[GGUFWriter], Any], str, str]] = [
     ("gemma3", lambda w: w.add_float32("gemma3.rope.freq_base_swa", 0.0), "", "freq_base_swa must be a number above"),
     ("olmo2", lambda w: None, "blk.1.post_ffw_norm.weight", "missing: model.layers.1.post_feedforward_layernorm"),
     ("llama", lambda w: w.add_tensor("blk.0.attn_qkv.weight", ONES), "", "unknown: model.layers.0.self_attn.qkv_proj"),
-    ("llama", lambda w: w.add_tensor("blk.0.ffn_gate_inp.weight", ONES), "", "belongs to no model"),
+    ("qwen3", lambda w: w.add_tensor("blk.0.ffn_gate_shexp.weight", ONES), "", "belongs to no model"),
+    ("llama", lambda w: w.add_tensor("blk.0.ffn_gate_inp.weight", ONES), "", "unknown: model.layers.0.mlp.gate"),
+    ("llama", lambda w: w.add_tensor("blk.0.ffn_up_exps.weight", ONES), "", "must be [experts, out, in], of at most"),
+    ("mixtral", lambda w: None, "llama.expert_used_count", "expert_used_count must be a whole number from 1"),
+    ("qwen3_moe", lambda w: None, "blk.1.ffn_up_exps.weight", "1 missing: model.layers.1.mlp.experts.gate_up_proj"),
 ]
 
 
@@ -206,7 +230,7 @@ def test_what_a_family_does_not_have_is_refused_and_what_it_needs_must_be_there(
     file.metadata.pop(without, None)
     file.tensors.pop(without, None)
     with pytest.raises(InputError) as caught:
-        if without in ("granite.attention.scale", "gemma2.attention.sliding_window", "rope_factors_long.weight"):
+        if without and not without.startswith("blk."):
             read_spec(file)
         load_decoder(path)
     assert words in str(caught.value) and str(path) in str(caught.value)
@@ -217,7 +241,7 @@ OTHERS = ("attention.layer_norm_epsilon", "pooling_type", "tensor_data_layout", 
 VALUES = [0, 1, -1, 7, True, False, 0.0, 2.5, float("nan"), "", "yarn", ["a"], np.array([0, 7]), np.array([0.5])]
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "phi3 long", "granite", "qwen3"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "phi3 long", "granite", "qwen3", "qwen3_moe", "mixtral"])
 def test_any_value_of_any_key_is_taken_or_refused_by_name(name: str, convert: Callable[..., Path]) -> None:
     """The keys are all that gguf-py knows of ropes, attention and models; an array is never a number."""
     file = GGUFFile(convert(theirs(**MODELS[name])))

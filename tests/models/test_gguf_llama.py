@@ -126,7 +126,6 @@ ADDED: list[tuple[str, Change, str]] = [
     *(
         (key, says(key, value), f"{key} must be {words}")
         for key, value, words in (
-            ("llama.expert_count", 8, f"0 {PLAIN} 8"),
             ("llama.expert_count", [8, 8], f"0 {PLAIN} array([8, 8]"),
             ("llama.rope.scaling.type", "su", "none, linear, yarn or longrope (Llama 3's is a tensor), got 'su'"),
             ("llama.attention.scale", 0.5, f"0 {PLAIN} 0.5"),
