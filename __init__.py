@@ -9,8 +9,7 @@ from .lora.adapter import Adapter, AdapterLayer, adapters_off, copy_adapter, rem
 from .lora.attach import attach
 from .lora.config import LoRAConfig
 from .lora.convert import delta, dequantize, from_bitsandbytes, merge, to_bitsandbytes
-from .lora.embedding4bit import NF4Embedding
-from .lora.linear4bit import NF4Linear
+from .lora.linear4bit import NF4Embedding, NF4Linear
 from .lora.lora import LoRA
 from .lora.peft_files import load_adapter, save_adapter
 from .lora.quantize import Form, dense_weights, quantize_

@@ -12,8 +12,7 @@ from ..errors import InputError
 from ..settings import DType, floating
 from .adapter import DEFAULT, Adapter, AdapterLayer, Copies, Whole, adapter_layers, refuse_second, replace_modules, use
 from .config import LoRAConfig
-from .embedding4bit import NF4Embedding
-from .linear4bit import Module4bit
+from .linear4bit import Module4bit, NF4Embedding
 from .lora import LoRA
 from .parameter4bit import StandIn
 from .peft_config import PeftConfig, PeftLike, from_peft

@@ -1,4 +1,4 @@
-"""NF4Linear: a frozen linear layer whose weight is kept in 4 bits; and what it shares with NF4Embedding.
+"""NF4Linear and NF4Embedding: a frozen linear layer, and a table, whose weight is kept in 4 bits; and what they share.
 
 The quantised weight is up to four plain frozen parameters, so the module counts, shards, saves, moves, copies and
 prints like any other. The price is one rule: casting the model must not cast the scales, so `_apply` keeps the dtype of
@@ -225,9 +225,30 @@ class NF4Linear(Module4bit):
         return f"{sizes}, {super().extra_repr()}"
 
 
-def weight_id(module: nn.Module) -> int:
-    """The same for modules that share one weight."""
-    return id(module.packed if isinstance(module, Module4bit) else module._parameters.get("weight"))
+class NF4Embedding(Module4bit):
+    """Rows of a frozen 4-bit table [tokens, columns], in `dtype`; arguments, parameters and errors are Module4bit's.
+
+    Only the rows that are looked up are decoded: a vocabulary of 128k tokens times 4,096 is 1 GB in bf16 and 0.27 GB
+    here. Its bytes are those of an NF4Linear of the same weight, so a head that is tied to it shares them.
+    Where a row is not whole blocks, the whole table is decoded for a lookup: take a blocksize that divides a row.
+    """
+
+    def forward(self, ids: Tensor) -> Tensor:  # int [...] -> [..., embedding_dim]
+        found = dequantize_rows(self.stored, ids.reshape(-1), self.dtype)
+        return found.view(*ids.shape, self.shape[1])
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether it looks rows up and no more, as such a table does. A subclass with a forward of its own may do more."""
+    plain = type(module).forward is nn.Embedding.forward and getattr(module, "max_norm", None) is None
+    return plain or isinstance(module, NF4Embedding)
+
+
+def weight_id(held: nn.Module | Tensor) -> int:
+    """The same for modules that share one weight, and for that weight if it is dense."""
+    if isinstance(held, Tensor):
+        return id(held)
+    return id(held.packed if isinstance(held, Module4bit) else held._parameters.get("weight"))
 
 
 def is_conv1d(layer: nn.Module) -> bool:

@@ -13,9 +13,8 @@ from ..kernels.lora_paths import lora_update
 from ..settings import checked
 from .adapter import Adapter, LowRank
 from .config import LoRAConfig
-from .embedding4bit import NF4Embedding
 from .lazy_weight import autocast_input
-from .linear4bit import NF4Linear, is_conv1d, sizes
+from .linear4bit import NF4Embedding, NF4Linear, is_conv1d, sizes
 from .parameter4bit import StandIn
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d

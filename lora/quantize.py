@@ -15,8 +15,7 @@ from ..kernels.blockwise import NESTED_BLOCKSIZE
 from ..kernels.weight4bit import check_format
 from .adapter import replace_modules
 from .config import checked_names
-from .embedding4bit import NF4Embedding, is_embedding
-from .linear4bit import Module4bit, NF4Linear, is_conv1d, sizes, weight_id
+from .linear4bit import Module4bit, NF4Embedding, NF4Linear, is_conv1d, is_embedding, sizes, weight_id
 from .lora import is_linear
 from .parameter4bit import DenseParameter, NF4Parameter, StandIn
 from .targets import base_modules, expert_parameters, expose, linear_layers, listed, matcher, nearest, output_heads

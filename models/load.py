@@ -20,8 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import EnvironmentProblem, InputError
 from ..files import COUNTS, misfits, read_json
 from ..lora.adapter import adapter_layers, plain_modules, plain_name, replace_modules, unwrapped
-from ..lora.embedding4bit import NF4Embedding, is_embedding
-from ..lora.linear4bit import Module4bit, NF4Linear, is_conv1d, weight_id
+from ..lora.linear4bit import Module4bit, NF4Embedding, NF4Linear, is_conv1d, is_embedding, weight_id
 from ..lora.lora import is_linear
 from ..lora.parameter4bit import NF4Parameter, StandIn
 from ..lora.quantize import Form, quantize_, quantize_by_plan_
@@ -199,19 +198,14 @@ def load_model(module: nn.Module, folder: str | Path) -> nn.Module:
 def _check_filled(module: nn.Module, shapes: Mapping[str, Any], layers: Mapping[str, Any], path: Path) -> None:
     """InputError unless tensors of these names and shapes, of which `layers` are in 4 bits, fill the module."""
     own, parts = weights_of(module), plain_modules(module)
-    first = {held(value): name for name, value in reversed(own.items())}  # a tied one's other names may be missing
-    wanted = {name: size for name, size in _sizes(own).items() if name in shapes or first[held(own[name])] == name}
+    first = {weight_id(value): name for name, value in reversed(own.items())}  # a tied one's other names may be missing
+    wanted = {name: size for name, size in _sizes(own).items() if name in shapes or first[weight_id(own[name])] == name}
     conv1d = {name for name in layers.keys() & wanted if is_conv1d(parts.get(name.removesuffix(".weight"), module))}
     wanted |= {name: wanted[name][::-1] for name in conv1d}
     lost = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in own]
     if wrong := misfits(wanted, shapes) or (f"No file holds the buffers {', '.join(lost[:4])}." if lost else ""):
         tied = " A head that is the embedding needs tie_word_embeddings true." if HEAD in wanted.keys() - shapes else ""
         raise InputError(f"{path}: its tensors do not fill this {type(module).__name__}. {wrong}{tied}")
-
-
-def held(value: Tensor | Module4bit) -> int:
-    """The same for what is one weight under several names."""
-    return weight_id(value) if isinstance(value, Module4bit) else id(value)
 
 
 def _fill(
@@ -224,14 +218,14 @@ def _fill(
     """Put each tensor in its place, in `dtype` (but what a model of transformers keeps in float32) or its own, and
     4-bit modules that share a weight on one again. InputError for a tensor that differs from one it is tied to."""
     own, layers = weights_of(module), [part for part in module.modules() if isinstance(part, Module4bit)]
-    first = {held(layer): layer for layer in reversed(layers)}
-    twins = [(layer, first[held(layer)]) for layer in layers if first[held(layer)] is not layer]
+    first = {weight_id(layer): layer for layer in reversed(layers)}
+    twins = [(layer, first[weight_id(layer)]) for layer in layers if first[weight_id(layer)] is not layer]
     wide = {n for part in module.modules() for n in getattr(part, "_keep_in_fp32_modules_strict", None) or ()}
-    tied, kept = Counter(map(held, own.values())), dict[int, tuple[str, Tensor]]()
+    tied, kept = Counter(map(weight_id, own.values())), dict[int, tuple[str, Tensor]]()
     for name, tensor in tensors:
         place = own[name]
-        if tied[held(place)] > 1:
-            other, value = kept.setdefault(held(place), (name, tensor))
+        if tied[weight_id(place)] > 1:
+            other, value = kept.setdefault(weight_id(place), (name, tensor))
             if not torch.equal(value, tensor):
                 raise InputError(f"{path}: {other!r} and {name!r} differ, and are one tied tensor here: untie it")
         given = dtype if dtype is not None and place.dtype.is_floating_point else tensor.dtype

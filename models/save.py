@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..files import check_finite, disk_errors, read_json, write_tensors, write_text, write_whole
 from ..lora.adapter import plain_modules, unwrapped
-from ..lora.linear4bit import Module4bit
+from ..lora.linear4bit import Module4bit, weight_id
 from ..lora.lora import is_linear
 from ..lora.packed import packed_tensors
 from ..outputs import check_apart
@@ -24,7 +24,7 @@ from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_folder import TOKENIZER_BYTES
 from .foreign import is_transformers, settings_of
 from .hf import CONFIG_BYTES, INDEX, SINGLE, indexed
-from .load import held, weights_of
+from .load import weights_of
 from .protocol import CausalLM
 
 SHARD_BYTES = 5 * 10**9  # as transformers cuts
@@ -56,7 +56,7 @@ def save_model(
     model, source = unwrapped(model), getattr(model, "source", "")
     check_apart(folder, f"the folder {folder}", [source], folder=True)
     folder, own = Path(folder), weights_of(model)
-    first = {held(value): (name, value) for name, value in reversed(own.items())}
+    first = {weight_id(value): (name, value) for name, value in reversed(own.items())}
     packed = [layer for layer in own.values() if isinstance(layer, Module4bit)]
     tensors: dict[str, Tensor] = {}
     for name, value in list(first.values())[::-1]:
@@ -66,7 +66,10 @@ def save_model(
             raise InputError(f"{name} ({tensor.dtype}) is of a type that `load_model` does not read: cast it first")
         check_finite(name, tensor)
     _write_weights(folder, list(_shards(tensors, shard_bytes)))
-    if (settings := _settings(model)) is None:
+    settings: dict[str, Any] | None = settings_of(model) if is_transformers(model) else None
+    if isinstance(model, CausalLM):
+        settings = model.settings()
+    if settings is None:
         return
     dtype = next(value.dtype for value in own.values() if value.dtype.is_floating_point)
     settings["torch_dtype"] = str(dtype).removeprefix("torch.")
@@ -88,13 +91,6 @@ def save_model(
             generation = _of_base(source, GENERATION) | ids
             write_text(folder / GENERATION, json.dumps(generation, indent=2, ensure_ascii=False) + "\n")
         write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
-
-
-def _settings(model: nn.Module) -> dict[str, Any] | None:
-    """What config.json says of a model of ours, or of transformers'; None for any other module."""
-    if isinstance(model, CausalLM):
-        return model.settings()
-    return settings_of(model) if is_transformers(model) else None
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, template: str | None = None) -> None:

@@ -24,7 +24,7 @@ from ..child import child_command, child_environment
 from ..errors import InputError, shown
 from ..files import read_json, read_text
 from ..settings import checked
-from .sentencepiece import read_sentencepiece, sentencepiece_backend, whole_tokens
+from .sentencepiece import INSTEAD, read_sentencepiece, sentencepiece_backend, whole_tokens
 from .special_tokens import AGAIN, add_special_tokens
 from .tokenizer import Tokenizer, fenced
 
@@ -98,8 +98,7 @@ def _backend(folder: Path, tried: bool) -> tokenizers.Tokenizer:
     if not path.is_file():
         others = [name for name in ("vocab.json", "vocab.txt") if (folder / name).exists()]
         way = "Get it from where the model is from (save_model writes that of its third argument)."
-        if others:
-            way = "Convert it once with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+        way = INSTEAD if others else way
         found = f"only {others[0]}" if others else "none"
         raise InputError(f"{folder}: needs tokenizer.json or tokenizer.model, found {found}. {way}")
     text, now = read_text(path, TOKENIZER_BYTES), path.stat()

@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fourbit
 from fourbit.errors import InputError
-from fourbit.lora.embedding4bit import NF4Embedding
-from fourbit.lora.linear4bit import NF4Linear
+from fourbit.lora.linear4bit import NF4Embedding, NF4Linear
 from fourbit.lora.quantize import Form, quantize_by_plan_
 from fourbit.losses import token_scores
 

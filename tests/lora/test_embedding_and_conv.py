@@ -19,7 +19,7 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 import fourbit
 from fourbit.errors import InputError
 from fourbit.lora.adapter import AdapterLayer, adapter_parameters, adapters_of
-from fourbit.lora.embedding4bit import NF4Embedding
+from fourbit.lora.linear4bit import NF4Embedding
 from fourbit.lora.peft_files import adapter_state, load_adapter_state
 
 IDS = torch.tensor([[0, 3, 3, 1], [6, 2, 0, 5]])
