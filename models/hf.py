@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import InputError, shown
-from ..files import FLOATS, opened_tensors, read_json
+from ..files import FLOATS, misfits, opened_tensors, read_json
 from ..lora.linear4bit import Module4bit
 from ..lora.packed import FORM, packed_layer
 from .float8 import FLOAT8, Header, check_quantization, decoded, scale_names
@@ -93,12 +93,9 @@ def _opened(folder: Path) -> Iterator[tuple[Path, Any]]:
     for name in sorted(promised):
         path = _inside(folder, name)
         with opened_tensors(path) as file:
-            held = set(file.offset_keys())
-            placed = promised[name] or held
-            if missing := sorted(placed - held):
-                raise InputError(f"{path}: lacks {len(missing)} tensor(s) that {INDEX} places there: {_few(missing)}.")
-            if extra := sorted(held - placed):
-                raise InputError(f"{path}: holds {len(extra)} tensor(s) {INDEX} does not place there: {_few(extra)}.")
+            held = dict.fromkeys(file.offset_keys(), ())
+            if wrong := misfits(dict.fromkeys(promised[name], ()) or held, held):
+                raise InputError(f"{path}: its tensors are not those that {INDEX} places there. {wrong}")
             yield path, file
 
 
@@ -106,7 +103,12 @@ def weight_files(folder: Path) -> dict[str, set[str]]:
     """The files that hold the folder's weights, and the tensors that an index places in each; InputError for none."""
     if promised := {SINGLE: set[str]()} if (folder / SINGLE).exists() else indexed(folder):
         return promised
-    raise InputError(_no_weights(folder))
+    if pickled := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED):
+        raise InputError(
+            f"{folder}: holds {', '.join(pickled[:3])} but no safetensors. Such files can run code when read, so they "
+            "never are; convert them with transformers: from_pretrained(folder), then save_pretrained(another_folder)."
+        )
+    raise InputError(f"{folder}: needs {SINGLE}, or shards with {INDEX}; found neither.")
 
 
 def indexed(folder: Path) -> dict[str, set[str]]:
@@ -143,17 +145,3 @@ def _inside(folder: Path, name: str) -> Path:
     if path.parent != home and not (cache.name.startswith("models--") and path.parent == cache / "blobs"):
         raise InputError(f"{file} leads outside the folder, to {path}. Copy the file into the folder.")
     return folder / name
-
-
-def _no_weights(folder: Path) -> str:
-    if pickled := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED):
-        return (
-            f"{folder}: holds {', '.join(pickled[:3])} but no safetensors. Such files can run code when read, so they "
-            "never are; convert them with transformers: from_pretrained(folder), then save_pretrained(another_folder)."
-        )
-    return f"{folder}: needs {SINGLE}, or shards with {INDEX}; found neither."
-
-
-def _few(names: list[str]) -> str:
-    """The first five of some names, for a message."""
-    return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")

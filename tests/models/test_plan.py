@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import fourbit
 from fourbit.errors import InputError
-from fourbit.lora.embedding4bit import NF4Embedding
-from fourbit.lora.linear4bit import NF4Linear
+from fourbit.lora.linear4bit import NF4Embedding, NF4Linear
 from fourbit.lora.quantize import Form
 from fourbit.models.plan import REPORT, Choice, choose, quantize_checkpoint, read_plan
 
