@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import DiskError, InputError, NumericError
+from .errors import DiskError, InputError, NumericError, shown
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 COUNTS = ("I64", "I32", "U8", "BOOL")  # what buffers may be besides
@@ -37,12 +37,18 @@ _TEMPORARY = re.compile(r"\.fourbit-[0-9a-z]+-[0-9a-f]{16}")  # what a killed ru
 
 
 def regular_file(folder: Path, name: str, instead: str = "") -> Path:
-    """The file `name` in `folder`; InputError if it is missing, a link out of the folder, a pipe or a device.
-    instead: what the error for a missing file ends with."""
-    file = folder / name
-    if not file.exists():
-        raise InputError(f"'{folder}' holds no {name}.{instead}")
-    if file.resolve().parent != folder.resolve():
+    """The file `name` in `folder`; InputError if it is missing, a link out of the folder (but into the blob store of a
+    Hugging Face cache whose snapshot that is), a pipe or a device. instead: what the error for a missing file ends
+    with."""
+    file, home = folder / name, folder.resolve()
+    cache = home.parent.parent if home.parent.name == "snapshots" else home
+    try:
+        if not file.exists():
+            raise InputError(f"'{folder}' holds no {name}.{instead}")
+        place = file.resolve().parent
+    except OSError as error:  # a name that the system cannot hold
+        raise InputError(f"'{folder}': {shown(name)} cannot be read: {error}") from None
+    if place != home and not (cache.name.startswith("models--") and place == cache / "blobs"):
         raise InputError(f"'{file}' is a link out of its folder, which is not followed: copy the file itself there")
     if not file.is_file():
         raise InputError(f"'{file}' must be a regular file")

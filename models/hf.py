@@ -5,7 +5,6 @@ the folder, and tensors are handed out one at a time as views of the mapped file
 """
 
 import re
-import stat
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import InputError, shown
-from ..files import FLOATS, misfits, opened_tensors, read_json
+from ..files import FLOATS, misfits, opened_tensors, read_json, regular_file
 from ..lora.linear4bit import Module4bit
 from ..lora.packed import FORM, packed_layer
 from .float8 import FLOAT8, Header, check_quantization, decoded, scale_names
@@ -91,7 +90,9 @@ def _opened(folder: Path) -> Iterator[tuple[Path, Any]]:
     """Each weight file, open, after a comparison of its tensors with those that the index places there."""
     promised = weight_files(folder)
     for name in sorted(promised):
-        path = _inside(folder, name)
+        if not _PLAIN_NAME.fullmatch(name):
+            raise InputError(f"{folder}: weight file {shown(name)} must be a plain name ending in .safetensors.")
+        path = regular_file(folder, name)
         with opened_tensors(path) as file:
             held = dict.fromkeys(file.offset_keys(), ())
             if wrong := misfits(dict.fromkeys(promised[name], ()) or held, held):
@@ -124,24 +125,3 @@ def indexed(folder: Path) -> dict[str, set[str]]:
             raise InputError(f"{folder / INDEX}: weight_map[{name!r}] must be a file name, got {shown(file)}.")
         places.setdefault(file, set()).add(name)
     return places
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The path of a file named by a checkpoint: a plain name, a regular file, in the folder itself after links are
-    followed, or in the blob store of a Hugging Face cache whose snapshot the folder is.
-    """
-    file = f"{folder}: weight file {shown(name)}"
-    if not _PLAIN_NAME.fullmatch(name):
-        raise InputError(f"{file} must be a plain name ending in .safetensors.")
-    try:
-        path = (folder / name).resolve(strict=True)
-        regular = stat.S_ISREG(path.stat().st_mode)
-    except (OSError, RuntimeError, ValueError) as error:  # missing, a loop of links, a name the system cannot hold
-        raise InputError(f"{file} cannot be read: {error}.") from None
-    if not regular:
-        raise InputError(f"{file} must be a regular file.")
-    home = folder.resolve()
-    cache = home.parent.parent if home.parent.name == "snapshots" else home
-    if path.parent != home and not (cache.name.startswith("models--") and path.parent == cache / "blobs"):
-        raise InputError(f"{file} leads outside the folder, to {path}. Copy the file into the folder.")
-    return folder / name

@@ -81,7 +81,7 @@ def test_links_inside_a_folder_to_it_and_into_the_hugging_face_cache(tmp_path: P
 
 
 def test_a_link_out_of_a_folder_that_only_looks_like_a_cache(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="leads outside"):
+    with pytest.raises(InputError, match="is a link out of its folder"):
         tensor_shapes(linked(tmp_path / "snapshots" / "1", tmp_path / "blobs" / "x", "../../blobs/x"))
 
 
@@ -102,7 +102,7 @@ def test_shard_names_cannot_lead_elsewhere(tmp_path: Path, name: Any) -> None:
         save_file({"a": torch.ones(1)}, place / "secret.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     for read in (tensor_shapes, lambda folder: list(iter_tensors(folder))):
-        with pytest.raises(InputError, match=r"weight_map|weight file"):
+        with pytest.raises(InputError, match=r"weight_map|weight file|holds no (absent|.ud800)|cannot be read"):
             read(folder)
 
 
@@ -137,14 +137,14 @@ def test_only_regular_files_inside_are_opened(
     monkeypatch.chdir(folder)
     make(folder / name)
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "shard.safetensors"}}))
-    with pytest.raises(InputError, match="weight file"):
+    with pytest.raises(InputError, match=r"holds no shard|link out|must be a regular file"):
         tensor_shapes(folder)
 
 
 def test_an_index_of_a_million_shards_ends_at_the_first_missing_one(tmp_path: Path) -> None:
     index = {"weight_map": {f"t{i}": f"{i}.safetensors" for i in range(1_000_000)}}
     (tmp_path / INDEX).write_text(json.dumps(index))
-    with pytest.raises(InputError, match=r"0\.safetensors' cannot be read"):
+    with pytest.raises(InputError, match=r"holds no 0\.safetensors"):
         tensor_shapes(tmp_path)
 
 
@@ -248,10 +248,7 @@ def test_pickled_weights_are_refused_and_never_opened(tmp_path: Path, name: str)
         (b'{"a": ' + b"9" * 5000 + b"}", "must be JSON"),
         (b'{"a": 1, "a": 2}', "the key 'a' stands there twice"),
         (b" " * (5 << 20) + b"{}", "at most 4,194,304 bytes, got 5,242,882"),
-        (
-            b'\xef\xbb\xbf{"model_type": "read"}',
-            r"model_type must be one of 'llama', .* got 'read'",
-        ),  # a byte-order mark
+        (b'\xef\xbb\xbf{"model_type": "llama"}', "hidden_size must be"),  # a byte-order mark
     ],
 )
 def test_a_config_that_is_no_small_json_object(tmp_path: Path, raw: bytes, message: str) -> None:
@@ -272,7 +269,7 @@ def test_a_missing_config(tmp_path: Path, make: Callable[[Path], None]) -> None:
     [
         (None, r"needs model\.safetensors, or shards with model\.safetensors\.index\.json; found neither"),
         *(({"weight_map": bad}, "weight_map must be a non-empty object") for bad in (None, [], {}, "x", 3)),
-        ({"weight_map": {f"t{i}": f"{i}.safetensors" for i in range(1_000_000)}}, r"0\.safetensors' cannot be read"),
+        ({"weight_map": {f"t{i}": f"{i}.safetensors" for i in range(1_000_000)}}, r"holds no 0\.safetensors"),
     ],
 )
 def test_a_folder_without_weights_or_with_an_index_that_leads_to_none(tmp_path: Path, index: Any, message: str) -> None:
