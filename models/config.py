@@ -4,42 +4,27 @@ Nothing in such a table can name code, a URL or another file. Keys of `config.js
 as transformers ignores them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError, shown
 
 # The numbers that are read, each with the most it may be: a whole number from 1 where the limit is whole, else a number
 # above 0. So a hostile config cannot ask for terabytes before one tensor is read; every real model stays far below.
-LIMITS: dict[str, int | float] = {
-    "vocab_size": 1 << 22,
-    "hidden_size": 1 << 17,
-    "intermediate_size": 1 << 20,
-    "moe_intermediate_size": 1 << 20,
-    "num_hidden_layers": 1 << 10,
-    "num_attention_heads": 1 << 12,
-    "num_key_value_heads": 1 << 12,
-    "head_dim": 1 << 12,
-    "max_position_embeddings": 1 << 31,
-    "original_max_position_embeddings": 1 << 31,
-    "sliding_window": 1 << 31,
-    "sliding_window_pattern": 1 << 10,
-    "max_window_layers": 1 << 10,
-    "no_rope_layer_interval": 1 << 10,
-    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), 1 << 12),
-    "rms_norm_eps": 1.0,
-    "rope_theta": 1e15,
-    "rope_local_base_freq": 1e15,
-    "partial_rotary_factor": 1.0,
-    **dict.fromkeys(
-        ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "mscale", "mscale_all_dim"), 1e6
-    ),
-    **dict.fromkeys(("beta_fast", "beta_slow", "query_pre_attn_scalar", "attention_multiplier", "logits_scaling"), 1e6),
-    **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop"), 1.0),
-    **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), 1e6),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), 1e6),
+_MOST: dict[int | float, str] = {
+    1 << 10: "num_hidden_layers sliding_window_pattern max_window_layers no_rope_layer_interval",
+    1 << 12: "num_attention_heads num_key_value_heads head_dim num_experts num_local_experts num_experts_per_tok",
+    1 << 17: "hidden_size",
+    1 << 20: "intermediate_size moe_intermediate_size",
+    1 << 22: "vocab_size",
+    1 << 31: "max_position_embeddings original_max_position_embeddings sliding_window",
+    1.0: "rms_norm_eps partial_rotary_factor attention_dropout resid_pdrop embd_pdrop",
+    1e6: "factor low_freq_factor high_freq_factor beta_fast beta_slow attention_factor mscale mscale_all_dim "
+    "query_pre_attn_scalar attention_multiplier embedding_multiplier residual_multiplier logits_scaling "
+    "attn_logit_softcapping final_logit_softcapping",
+    1e15: "rope_theta rope_local_base_freq",
 }
-
+LIMITS = {name: most for most, names in _MOST.items() for name in names.split()}
 DROPOUTS = "attention_dropout", "resid_pdrop", "embd_pdrop"
 
 
@@ -96,48 +81,3 @@ class Settings:
         if not isinstance(value := self.get(key), bool | None):
             raise self.refusal(key, "true or false")
         return default if value is None else value
-
-
-def common(keys: Settings, *, activation: str = "hidden_act", eps: float = 1e-6, tied: bool = False) -> dict[str, Any]:
-    """The fields of a `Spec` that every family says in the same words, less its RoPE.
-
-    activation: the key of silu's name, or of gelu's. eps, tied: what transformers takes where the file is silent.
-    Raises InputError naming the key and its value where a key is missing, malformed, too large or contradictory.
-    """
-    kinds = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-    kind = keys.one_of(activation, (None, *kinds), " or ".join(map(repr, kinds)))
-    for key in DROPOUTS:
-        if keys.get(key) != 0:
-            keys.number(key, default=0.0)
-    hidden, heads = keys.number("hidden_size"), keys.number("num_attention_heads")
-    if keys.get("head_dim") is None and hidden % heads:
-        raise InputError(
-            f"config: without head_dim, hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads})."
-        )
-    return {
-        **{key: keys.number(key) for key in ("vocab_size", "intermediate_size", "num_hidden_layers")},
-        **({"activation": kinds[kind]} if kind else {}),
-        "tie_word_embeddings": keys.flag("tie_word_embeddings", tied),
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "num_key_value_heads": keys.number("num_key_value_heads", default=heads),
-        "head_dim": int(keys.number("head_dim", default=hidden // heads)),
-        "rms_norm_eps": keys.number("rms_norm_eps", default=eps),
-        "max_position_embeddings": keys.number("max_position_embeddings", default=2048),
-    }
-
-
-def windows(keys: Settings, layers: int, sliding: Callable[[int], bool]) -> tuple[int, ...]:
-    """Of each layer the tokens that a query sees, 0: all; empty where every layer sees all. From `layer_types`, or
-    where these are not there from `sliding`, of the layer's number; and from `sliding_window`, null: none slides.
-
-    Where the file is silent the window is transformers' default, 4096."""
-    kinds, names = keys.get("layer_types"), ("full_attention", "sliding_attention")
-    if kinds is not None:
-        if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in names for kind in kinds):
-            raise keys.refusal("layer_types", f"a list of {layers} of {' and '.join(names)}, one for each layer")
-        slides = [kind == names[1] for kind in kinds]
-    else:
-        slides = [bool(keys.or_none("sliding_window", 4096)) and sliding(layer) for layer in range(layers)]
-    seen = keys.number("sliding_window", default=None if "sliding_window" in keys.data else 4096) if any(slides) else 0
-    return tuple(seen if slide else 0 for slide in slides) if seen else ()

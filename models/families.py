@@ -8,11 +8,8 @@ from ..errors import InputError
 from .config import Settings
 from .float8 import check_quantization
 from .gemma import gemma2, gemma3
-from .granite import granite
-from .llama import llama, ministral, mistral, smollm3
+from .llama import granite, llama, ministral, mistral, olmo2, phi3, smollm3
 from .moe import mixtral, qwen3_moe
-from .olmo import olmo2
-from .phi import phi3
 from .qwen import qwen2, qwen3
 from .spec import Spec
 
@@ -53,4 +50,4 @@ def read_spec(data: Mapping[str, Any], where: str = "config") -> Spec:
     kind = keys.one_of("model_type", tuple(FAMILIES), f"one of {known}, which are built in")
     check_quantization(data, where)
     spec = FAMILIES[kind].read(keys)
-    return replace(spec, config=keys.said | {"architectures": [FAMILIES[kind].architecture]})
+    return replace(spec, model_type=kind, config=keys.said | {"architectures": [FAMILIES[kind].architecture]})

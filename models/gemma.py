@@ -4,7 +4,8 @@ most layers, soft caps (Gemma 2), and two RoPE bases (Gemma 3)."""
 from collections.abc import Mapping
 from typing import Any
 
-from .config import Settings, common, windows
+from .config import Settings
+from .llama import biases, common, windows
 from .rope import read_rope, rope_table
 from .spec import Spec
 
@@ -16,9 +17,7 @@ def gemma2(keys: Settings) -> Spec:
     shared = _shared(keys)
     caps = [keys.or_none("attn_logit_softcapping", 50.0), keys.or_none("final_logit_softcapping", 30.0)]
     rope, seen = read_rope(keys, shared["head_dim"]), windows(keys, shared["num_hidden_layers"], lambda i: i % 2 == 0)
-    return Spec(
-        **shared, model_type="gemma2", windows=seen, rope=rope, attention_softcap=caps[0], logit_softcap=caps[1]
-    )
+    return Spec(**shared, windows=seen, rope=rope, attention_softcap=caps[0], logit_softcap=caps[1])
 
 
 def gemma3(keys: Settings) -> Spec:
@@ -36,14 +35,12 @@ def gemma3(keys: Settings) -> Spec:
         local = Settings({"rope_theta": keys.get("rope_local_base_freq")}, keys.where)
         ropes = [read_rope(keys, shared["head_dim"], 1e6), rope_table(local, local, shared["head_dim"], 1e4)]
     own = {"qk_norm": "head", "logit_softcap": keys.or_none("final_logit_softcapping")}
-    return Spec(**shared, model_type="gemma3_text", windows=seen, rope=ropes[0], local_rope=ropes[1], **own)
+    return Spec(**shared, windows=seen, rope=ropes[0], local_rope=ropes[1], **own)
 
 
 def _shared(keys: Settings) -> dict[str, Any]:
     keys.one_of("use_bidirectional_attention", (None, False), "false (a query sees the tokens before it)")
-    biased = keys.flag("attention_bias")
-    spec = {"activation": "gelu_tanh"} | common(keys, activation="hidden_activation", tied=True)
+    spec = {"activation": "gelu_tanh"} | common(keys, activation="hidden_activation", tied=True, theta=None)
     scale = keys.number("query_pre_attn_scalar", default=256.0) ** -0.5
     scales = {"attention_scale": scale, "embedding_scale": spec["hidden_size"] ** 0.5}
-    own = {"attention_bias": biased, "output_bias": biased, "norms": "both", "norm_plus_one": True}
-    return spec | scales | own
+    return spec | scales | biases(keys) | {"norms": "both", "norm_plus_one": True}

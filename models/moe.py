@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..kernels.experts import grouped_product
 from ..kernels.swiglu import swiglu
-from .config import Settings, common
+from .config import Settings
+from .llama import common, window
 from .qwen import qwen3
-from .rope import read_rope
 from .spec import Spec
 
 _APART = re.compile(r"(.+)\.\w+\.experts\.(\d+)\.(?:(gate_proj|up_proj|w[13])|down_proj|w2)\.weight")
@@ -67,14 +67,12 @@ def qwen3_moe(keys: Settings) -> Spec:
     keys.one_of("use_sliding_window", (None, False), "false")
     own = _experts(keys, 128, 8) | {"norm_topk_prob": keys.flag("norm_topk_prob")}
     size = keys.number("moe_intermediate_size", default=768)
-    return replace(qwen3(keys), model_type="qwen3_moe", intermediate_size=size, **own)
+    return replace(qwen3(keys), intermediate_size=size, **own)
 
 
 def mixtral(keys: Settings) -> Spec:
     """Mixtral: a Mistral whose every layer is sparse."""
-    shared, seen = common(keys, eps=1e-5), keys.or_none("sliding_window")
-    own = _experts(keys, 8, 2) | {"windows": (seen,) * shared["num_hidden_layers"] if seen else ()}
-    return Spec(**shared, model_type="mixtral", rope=read_rope(keys, shared["head_dim"], 1e6), **own)
+    return Spec(**common(keys, eps=1e-5, theta=1e6), **_experts(keys, 8, 2), windows=window(keys))
 
 
 def _experts(keys: Settings, experts: int, each: int) -> dict[str, Any]:

@@ -2,20 +2,19 @@
 
 from typing import Any
 
-from .config import Settings, common, windows
-from .rope import read_rope
+from .config import Settings
+from .llama import biases, common, windows
 from .spec import Spec
 
 
 def qwen2(keys: Settings) -> Spec:
     """Qwen 2, 2.5."""
-    return Spec(**shared(keys), model_type="qwen2", attention_bias=True)
+    return Spec(**shared(keys), attention_bias=True)
 
 
 def qwen3(keys: Settings) -> Spec:
     """Qwen 3, dense."""
-    biased = keys.flag("attention_bias")
-    return Spec(**shared(keys), model_type="qwen3", qk_norm="head", attention_bias=biased, output_bias=biased)
+    return Spec(**shared(keys), **biases(keys), qk_norm="head")
 
 
 def shared(keys: Settings) -> dict[str, Any]:
@@ -26,4 +25,4 @@ def shared(keys: Settings) -> dict[str, Any]:
         seen = windows(keys, spec["num_hidden_layers"], lambda layer: layer >= first)
     elif "sliding_attention" in (keys.get("layer_types") or ()):
         raise keys.refusal("use_sliding_window", "true where layer_types names sliding_attention")
-    return spec | {"rope": read_rope(keys, spec["head_dim"]), "windows": seen}
+    return spec | {"windows": seen}
