@@ -133,7 +133,7 @@ def window(keys: Settings, default: int = 0) -> tuple[int, ...]:
     return (seen,) * keys.number("num_hidden_layers") if seen else ()
 
 
-def biases(keys: Settings) -> dict[str, bool]:
+def biases(keys: Settings) -> dict[str, Any]:
     """Those of q, k and v and of o, which `attention_bias` means together."""
     biased = keys.flag("attention_bias")
     return {"attention_bias": biased, "output_bias": biased}

@@ -239,6 +239,12 @@ def test_only_regular_files_of_the_folder_itself(
     (elsewhere / name).rename(folder / "inside")
     file.symlink_to("inside")  # a link that stays in the folder is fine
     load_adapter(base(), folder)
+    cache = tmp_path / "models--a--b"  # and so is one into the blob store of a Hugging Face cache
+    snapshot = Path(shutil.copytree(folder, cache / "snapshots" / "1"))
+    (cache / "blobs").mkdir()
+    (snapshot / name).rename(cache / "blobs" / "0abc")
+    (snapshot / name).symlink_to("../../blobs/0abc")
+    load_adapter(base(), snapshot)
 
 
 def test_a_file_is_compared_before_anything_is_made_for_it(
