@@ -18,8 +18,9 @@ from .show import pairs, result, working
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ResultOptions):
-    """Write a model as a folder in 4 bits, which fourbit, and transformers with
-    bitsandbytes, open; each layer's form and error go into quantization.json there.
+    """Write a model as a folder in 4 bits, which fourbit opens, and transformers with
+    bitsandbytes where embeddings and fused experts stay dense (--skip); each layer's
+    form and error go into quantization.json there.
 
       fourbit quantize --model M --out FOLDER --budget 4.0GiB
     """
@@ -46,7 +47,11 @@ def run(options: Options, sources: Sources) -> int:
     form = Form(kind, options.blocksize, not nodq)
     asked = {"lm_head": form} if options.head else {}
     asked |= {"embed_tokens": form} if options.embedding else {}
-    plan = dict.fromkeys(options.skip) | asked | (read_plan(options.plan) if options.plan else {})
+    by_hand = read_plan(options.plan) if options.plan else {}
+    names = [*options.skip, *asked, *by_hand]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"{twice!r} is named twice, of --skip, --head, --embedding and --plan: say it once")
+    plan = dict.fromkeys(options.skip) | asked | by_hand
     how = {"device": choose_device(options.device), "dtype": options.dtype}
     budget = size_in_bytes(options.budget or "")
     with working(f"quantising {options.model}") as progress:

@@ -46,6 +46,7 @@ class Module4bit(nn.Module):
     absmax: nn.Parameter
     nested_absmax: nn.Parameter | None
     nested_offset: nn.Parameter | None
+    conv1d: bool = False  # whether it is in the place of a Conv1D, of which files have dense weights as [in, out]
 
     def __init__(
         self,
@@ -254,6 +255,11 @@ def weight_id(held: nn.Module | Tensor) -> int:
 def is_conv1d(layer: nn.Module) -> bool:
     """Whether it is transformers' Conv1D, GPT-2's linear layer, which keeps its weight [in, out]."""
     return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def was_conv1d(layer: nn.Module) -> bool:
+    """Whether it is one, or in 4 bits in the place of one."""
+    return is_conv1d(layer) or (isinstance(layer, Module4bit) and layer.conv1d)
 
 
 def sizes(layer: nn.Linear | NF4Linear) -> tuple[int, int]:

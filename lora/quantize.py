@@ -190,7 +190,7 @@ def _quantized(layer: Any, name: str, form: Form, twin: Module4bit | None = None
         new.quantize_weight_(weight.t().contiguous() if is_conv1d(layer) else weight, name=name)
     if getattr(layer, "bias", None) is not None:
         new.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
-    new.dtype = layer.weight.dtype
+    new.dtype, new.conv1d = layer.weight.dtype, is_conv1d(layer)
     vars(new).update({n: held for n, held in vars(layer).items() if "hook" in n or n in StandIn.__annotations__})
     return new.train(layer.training)
 

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import EnvironmentProblem, InputError
 from ..files import COUNTS, misfits, read_json
 from ..lora.adapter import adapter_layers, plain_modules, plain_name, replace_modules, unwrapped
-from ..lora.linear4bit import Module4bit, NF4Embedding, NF4Linear, is_conv1d, is_embedding, weight_id
+from ..lora.linear4bit import Module4bit, NF4Embedding, NF4Linear, is_embedding, was_conv1d, weight_id
 from ..lora.lora import is_linear
 from ..lora.parameter4bit import NF4Parameter, StandIn
 from ..lora.quantize import Form, quantize_, quantize_by_plan_
@@ -200,7 +200,7 @@ def _check_filled(module: nn.Module, shapes: Mapping[str, Any], layers: Mapping[
     own, parts = weights_of(module), plain_modules(module)
     first = {weight_id(value): name for name, value in reversed(own.items())}  # a tied one's other names may be missing
     wanted = {name: size for name, size in _sizes(own).items() if name in shapes or first[weight_id(own[name])] == name}
-    conv1d = {name for name in layers.keys() & wanted if is_conv1d(parts.get(name.removesuffix(".weight"), module))}
+    conv1d = {name for name in layers.keys() & wanted if was_conv1d(parts.get(name.removesuffix(".weight"), module))}
     wanted |= {name: wanted[name][::-1] for name in conv1d}
     lost = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in own]
     if wrong := misfits(wanted, shapes) or (f"No file holds the buffers {', '.join(lost[:4])}." if lost else ""):
@@ -220,7 +220,7 @@ def _fill(
     own, layers = weights_of(module), [part for part in module.modules() if isinstance(part, Module4bit)]
     first = {weight_id(layer): layer for layer in reversed(layers)}
     twins = [(layer, first[weight_id(layer)]) for layer in layers if first[weight_id(layer)] is not layer]
-    wide = {n for part in module.modules() for n in getattr(part, "_keep_in_fp32_modules_strict", None) or ()}
+    wide = kept_in_fp32(module)
     tied, kept = Counter(map(weight_id, own.values())), dict[int, tuple[str, Tensor]]()
     for name, tensor in tensors:
         place = own[name]
@@ -229,10 +229,16 @@ def _fill(
             if not torch.equal(value, tensor):
                 raise InputError(f"{path}: {other!r} and {name!r} differ, and are one tied tensor here: untie it")
         given = dtype if dtype is not None and place.dtype.is_floating_point else tensor.dtype
-        given = torch.float32 if dtype and any(f".{part}." in f".{name}." for part in wide) else given
+        given = torch.float32 if dtype and wide(name) else given
         _place(place, tensor, given, device, f"{path}: tensor {name!r}")
     for twin, one in twins:
         twin.share(one)
+
+
+def kept_in_fp32(module: nn.Module) -> Callable[[str], bool]:
+    """Whether a model of transformers keeps the weight of a name in float32, whatever the rest is in."""
+    wide = {n for part in module.modules() for n in getattr(part, "_keep_in_fp32_modules_strict", None) or ()}
+    return lambda name: any(f".{part}." in f".{name}." for part in wide)
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor | Module4bit]:
@@ -253,7 +259,9 @@ def weights_of(module: nn.Module) -> dict[str, Tensor | Module4bit]:
 
 
 def _sizes(weights: Mapping[str, Tensor | Module4bit]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(own.shape) for name, own in weights.items()}
+    """Shapes as a file has them dense."""
+    turned = {name for name, own in weights.items() if isinstance(own, Module4bit) and own.conv1d}
+    return {name: tuple(own.shape)[:: -1 if name in turned else 1] for name, own in weights.items()}
 
 
 def _put_layers(module: nn.Module, layers: Mapping[str, Module4bit], path: Path) -> nn.Module:
@@ -273,6 +281,7 @@ def _put_layers(module: nn.Module, layers: Mapping[str, Module4bit], path: Path)
         for part in [part for part in tied if part is place or weight_id(part) == weight_id(place) != id(None)]:
             twin: Module4bit = (NF4Embedding if is_embedding(part) else NF4Linear).of(layer.stored, layer.dtype)
             twin.share(layer)
+            twin.conv1d = was_conv1d(part)
             if isinstance(twin, NF4Linear):
                 twin.bias = part._parameters.get("bias")
             new[part] = twin.train(part.training)
@@ -321,7 +330,7 @@ def _place(own: Tensor | Module4bit, tensor: Tensor, dtype: torch.dtype, device:
     """Fill a tensor of the model's with the file's, or make it of that dtype there if it is on meta, so that tied ones
     stay tied; a 4-bit layer's weight is quantised on the way and not kept. `what` is what errors call it."""
     if isinstance(own, Module4bit):
-        own.quantize_weight_(tensor.to(device), name=what)
+        own.quantize_weight_((tensor.t().contiguous() if own.conv1d else tensor).to(device), name=what)
         own.dtype = dtype
         return
     dtype = dtype if own.is_meta else own.dtype

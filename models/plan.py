@@ -20,16 +20,17 @@ from ..files import disk_errors, read_json, write_text
 from ..kernels.dequantize4bit import dequantize
 from ..kernels.quantize4bit import quantize
 from ..lora.config import checked_names, pattern_key
-from ..lora.linear4bit import weight_id
+from ..lora.linear4bit import is_conv1d, weight_id
 from ..lora.quantize import Form, quantizable, uniform_plan
 from ..lora.targets import check_patterns_used
 from ..outputs import check_apart
 from ..settings import LARGEST, DType, floating, read_fields
-from .load import Progress, check_tokenizer, load_decoder, load_tokenizer, read_model
+from .load import Progress, check_tokenizer, kept_in_fp32, load_decoder, load_tokenizer, read_model, weights_of
 from .save import save_model
 
 REPORT = "quantization.json"
-BESIDE = 1400  # bytes that a 4-bit weight has beside it in a file at most: code tables, and the text of its form
+LINE = 250  # bytes that a tensor takes in a file's header at most
+BESIDE = 1400 + 6 * LINE  # that a 4-bit weight has beside it at most: code tables, the text of its form, six lines
 BLOCKSIZES = 256, 128, 64, 32  # that a budget chooses among; scales without double quantisation are never worth theirs
 
 
@@ -96,7 +97,7 @@ def measured(weight: Tensor, form: Form | None, dtype: torch.dtype, what: str) -
         found = weight.to(dtype) if form is None else dequantize(quantize(weight, *form))
     except ValueError as problem:
         raise InputError(f"{what}: {problem}") from None
-    size = found.nbytes if form is None else form.size(tuple(weight.shape)) + BESIDE
+    size = found.nbytes + LINE if form is None else form.size(tuple(weight.shape)) + BESIDE
     norm, error = (part.norm(dtype=torch.float64).item() for part in (exact, exact - found.float()))
     how: dict[str, Any] = {"quant_type": None} if form is None else form._asdict()
     return Choice(**how, bytes=size, relative_error=error / norm if norm else 0.0, values=weight.numel())
@@ -113,18 +114,22 @@ def quantize_checkpoint(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Choice]:
-    """Write a model folder or .gguf file as a 4-bit folder, which `fourbit.load` and transformers with bitsandbytes
-    open, and return each layer's form and error; they go beside the weights as quantization.json, which is a plan too.
+    """Write a model folder or .gguf file as a 4-bit folder, which `fourbit.load` opens, and transformers with
+    bitsandbytes where embeddings and fused experts are dense; return each layer's form and error, which go beside the
+    weights as quantization.json, a plan too.
 
     Linear layers but the head are in `form`, by default NF4 as `quantize_` has it, or what `plan` says of them; a head
-    or embedding that it names is in 4 bits too, of tied ones both. `budget`: bytes of all weights in the file; layers
+    or embedding that it names is in 4 bits too, of tied ones both. `budget`: bytes of the weights' files; layers
     that the plan names keep its form, the others are chosen by measured error, dense in `dtype` at best. Two passes
     over the file; memory is that of the finished model and a dense weight, or of a weight in fp32 three times.
     Raises InputError as `load`, `quantize_` and `save_model` do, for a plan's key that fits no layer, and for a budget
     that no choice meets, saying the least that is possible; DiskError when the disk refuses.
     """
     check_apart(folder, f"the folder {folder}", [path], folder=True)
-    form, plan, dtype, tokenizer = form or Form(), plan or {}, floating(dtype), load_tokenizer(path)
+    form, plan, dtype = (form or Form()).checked(), plan or {}, floating(dtype)
+    for each in filter(None, plan.values()):
+        each.checked()
+    tokenizer = load_tokenizer(path)
     model, _, packed, tensors = read_model(Path(path))
     check_tokenizer(model, tokenizer)
     if packed:
@@ -132,15 +137,23 @@ def quantize_checkpoint(
     layers = quantizable(model, True)
     check_patterns_used("plan", dict.fromkeys(plan, 0), list(layers))
     first = {weight_id(layer): own for own, layer in reversed(layers.items())}  # of those that share a weight
-    named = {first[weight_id(layers[own])]: plan[key] for own in layers if (key := pattern_key(plan, own)) is not None}
+    named = dict[str, Form | None]()
+    for own, key in [(own, key) for own in layers if (key := pattern_key(plan, own)) is not None]:
+        if named.setdefault(other := first[weight_id(layers[own])], plan[key]) != plan[key]:
+            raise InputError(f"plan: {own!r} shares its weight with {other!r}, for which the plan has another form")
     forms, choices = uniform_plan(model, form) | named, dict[str, list[Choice]]()
     for name, weight in tensors:
         if (layer := name.removesuffix(".weight")) in forms:
             free = budget is not None and layer not in named
             offered = [*(form._replace(blocksize=size) for size in BLOCKSIZES), None] if free else [forms[layer]]
+            weight = weight.t() if is_conv1d(layers[layer]) else weight  # as 4 bits keep it
             choices[layer] = [measured(weight, each, dtype, f"{path}: {name!r}") for each in offered]
-    own = model.named_parameters()
-    fixed = dtype.itemsize * sum(p.numel() for name, p in own if name.removesuffix(".weight") not in choices)
+    wide, rest = kept_in_fp32(model), {weight_id(x): (name, x) for name, x in reversed(weights_of(model).items())}
+    fixed = sum(
+        LINE + x.numel() * (torch.float32 if wide(name) else dtype if x.is_floating_point() else x.dtype).itemsize
+        for name, x in rest.values()
+        if isinstance(x, Tensor) and name.removesuffix(".weight") not in choices
+    )
     chosen = choose(choices, LARGEST if budget is None else budget, fixed)
     made = {layer: choice.form for layer, choice in chosen.items()}
     save_model(load_decoder(path, plan=made, dtype=dtype, device=device, progress=progress), folder, tokenizer)

@@ -1110,6 +1110,7 @@ NOT_FOLLOWED = {  # why -> what
     + [("synonyms.py", "is base or start"), ("lora/targets.py", "takes away all")]
     + [("trainer/checkpoint.py", "keep 1 or more"), ("trainer/losses/objective.py", "loss must be NAME or NAME=WEIGHT")]
     + [("cli/main.py", "fourbit quantize --model M"), ("cli/quantize.py", "--budget must be a size above 0")]
+    + [("cli/quantize.py", "say it once")]
     + [("cli/load.py", "training is without the {} of its config.json")]
     + [("cli/doctor.py", "for --log tensorboard"), ("cli/parse.py", "-h, --help")]
     + [("data/forms.py", f"`fourbit {name}` reads") for name in ("sft", "dpo", "generate")]

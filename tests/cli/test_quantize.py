@@ -55,6 +55,7 @@ def test_quantize_writes_a_folder_that_commands_take(
         (["--skip", "nope"], "plan key 'nope' matches none of the "),
         (["--plan", "nowhere.json"], "nowhere.json"),
         (["--quant", "none"], "--quant must be one of"),
+        (["--head", "--skip", "lm_head"], "'lm_head' is named twice, of --skip, --head, --embedding and --plan"),
     ],
 )
 def test_what_quantize_refuses(
