@@ -151,7 +151,9 @@ def _reasons(model: nn.Module, layers: Mapping[str, Any], skip: str | Sequence[s
     heads = {p for p in output_heads(model) if id(layers[p].weight) not in tables} if skip is None else set[str]()
     skip = checked_names("skip", () if skip is None else skip)
     listed(model, "skip", skip, list(layers))
-    skipped, fp32 = matcher(skip), _kept_in_fp32(model)
+    # What the models of transformers in it ask to keep in float32: 16 bits were too few.
+    skipped, fields = matcher(skip), ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    fp32 = {name for part in model.modules() for field in fields for name in getattr(part, field, None) or ()}
     holder = {
         tensor.untyped_storage()._cdata: f"{path}.{name}".lstrip(".")
         for path, module in reversed(base_modules(model).items())  # a tensor that is held twice has its first name
@@ -193,12 +195,6 @@ def _quantized(layer: Any, name: str, form: Form, twin: Module4bit | None = None
     new.dtype, new.conv1d = layer.weight.dtype, is_conv1d(layer)
     vars(new).update({n: held for n, held in vars(layer).items() if "hook" in n or n in StandIn.__annotations__})
     return new.train(layer.training)
-
-
-def _kept_in_fp32(model: nn.Module) -> set[str]:
-    """Parts of paths that the models of transformers in `model` ask to keep in float32: 16 bits were too few."""
-    fields = "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"
-    return {name for module in model.modules() for field in fields for name in getattr(module, field, None) or ()}
 
 
 def _nothing_to_quantize(module: nn.Module, skip: str | Sequence[str] | None) -> str:

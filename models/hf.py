@@ -48,8 +48,8 @@ def _headers(folder: Path) -> dict[str, Header]:
     }
 
 
-def iter_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of every weight, one shard open at a time.
+def iter_tensors(folder: Path, skip: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of every weight but `skip`, one shard open at a time.
 
     Each tensor is a view of the mapped file in the file's own dtype: copy what must outlive the file. Those of 8-bit
     floats are decoded with their scales to fp32. Raises InputError naming the file (and tensor) where a file is
@@ -57,7 +57,7 @@ def iter_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """
     scales, beside, block = _float8(folder)
     for _, file in _opened(folder):
-        for name in [name for name in file.offset_keys() if name not in beside]:
+        for name in [name for name in file.offset_keys() if name not in skip and name not in beside]:
             tensor = file.get_tensor(name)
             scaled = name in scales
             yield name, decoded(tensor, scales[name], block, f"{folder}: {name!r}") if scaled else tensor

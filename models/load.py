@@ -134,7 +134,7 @@ def read_model(
     """What a folder or .gguf file says of its model: the model on meta, untied where the file has a tied one's head
     beside its embedding; its Spec; what is in 4 bits already, by the weights' names; all other tensors, by the model's
     names, after each of which `progress` is called. InputError as `load_decoder`, for names and shapes."""
-    found, spec, layers, pieces = _opened(path), None, dict[str, Module4bit](), set[str]()
+    found, spec, layers = _opened(path), None, dict[str, Module4bit]()
     if isinstance(found, GGUFFile):
         spec, shapes, files = gguf_model.read_spec(found), gguf_model.tensor_shapes(found), [path]
         tensors = gguf_model.iter_tensors(found, spec)
@@ -142,7 +142,7 @@ def read_model(
         data = read_json(found / "config.json", hf.CONFIG_BYTES)
         spec = read_spec(data) if data.get("model_type") in [*FAMILIES] else None
         layers, pieces = hf.packed_layers(found)
-        shapes, tensors = hf.tensor_shapes(found, () if spec else COUNTS, pieces), hf.iter_tensors(found)
+        shapes, tensors = hf.tensor_shapes(found, () if spec else COUNTS, pieces), hf.iter_tensors(found, pieces)
         files = [found / name for name in hf.weight_files(found)]
     if spec is None:
         model = as_causal_lm(whole := empty(data, f"{path}/config.json", str(path)))
@@ -157,8 +157,7 @@ def read_model(
     if len(fits := dict(made) | _sizes(layers)) < len(made) + len(layers):
         raise InputError(f"{path}: two of its tensors have one place in this {type(model).__name__}")
     _check_filled(model, fits, layers, path)
-    tensors = named(each for each in tensors if each[0] not in pieces)
-    return model, spec, layers, _told(tensors, [prod(shape) for _, shape in made], files, progress)
+    return model, spec, layers, _told(named(tensors), [prod(shape) for _, shape in made], files, progress)
 
 
 def _renamed(names: Mapping[str, str], experts: int, tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
@@ -190,8 +189,7 @@ def load_model(module: nn.Module, folder: str | Path) -> nn.Module:
     layers, pieces = hf.packed_layers(path)
     _check_filled(module, hf.tensor_shapes(path, COUNTS, pieces) | _sizes(layers), layers, path)
     module = _put_layers(module, layers, path)
-    tensors = (each for each in hf.iter_tensors(path) if each[0] not in pieces)
-    _fill(module, tensors, path, None, torch.device("cpu"))
+    _fill(module, hf.iter_tensors(path, pieces), path, None, torch.device("cpu"))
     return module
 
 

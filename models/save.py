@@ -28,6 +28,7 @@ from .load import weights_of
 from .protocol import CausalLM
 
 SHARD_BYTES = 5 * 10**9  # as transformers cuts
+TOKEN_IDS = "bos_token_id", "eos_token_id", "pad_token_id"
 GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", TEMPLATE)
 _SHARD = re.compile(r"model-(?:[0-9a-f]{8}-)?[0-9]{5}-of-[0-9]{5}\.safetensors")
@@ -81,7 +82,6 @@ def save_model(
         how |= {"bnb_4bit_quant_type": packed[0].quant_type, "bnb_4bit_use_double_quant": packed[0].double_quant}
         settings["quantization_config"] = how | {"bnb_4bit_compute_dtype": settings["torch_dtype"]}
     ids = {} if tokenizer is None else _token_ids(tokenizer)
-    ids = {name: value for name, value in ids.items() if value is not None}
     if isinstance(model, CausalLM):  # null where nobody says it: transformers has defaults of its own
         settings |= {name: _of_base(source, "config.json").get(name) for name in TOKEN_IDS}
     settings |= ids
@@ -99,7 +99,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, template: str | None = No
     """
     home = Path(tokenizer.source)
     if tokenizer.source and (home / TOKENIZER_FILES[0]).is_file():
-        kept = {name: (home / name).read_bytes() for name in TOKENIZER_FILES if _is_small(home / name)}
+        own = {name: home / name for name in TOKENIZER_FILES if (home / name).is_file()}
+        kept = {name: file.read_bytes() for name, file in own.items() if file.stat().st_size <= TOKENIZER_BYTES}
     else:
         settings = tokenizer.named_tokens | {"tokenizer_class": "PreTrainedTokenizerFast"}
         settings |= {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}
@@ -114,18 +115,12 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, template: str | None = No
             (folder / name).unlink(missing_ok=True)  # an older save's, which would be read with the new ones
 
 
-def _is_small(file: Path) -> bool:
-    return file.is_file() and file.stat().st_size <= TOKENIZER_BYTES
-
-
-TOKEN_IDS = "bos_token_id", "eos_token_id", "pad_token_id"
-
-
 def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Special tokens as config.json and generation_config.json name them; None where there is none."""
+    """Special tokens as config.json and generation_config.json name them, those that there are."""
     stops = sorted(tokenizer.stop_ids, key=lambda stop: stop != tokenizer.eos_id)  # the first may be used for padding
     eos = None if not stops else stops[0] if len(stops) == 1 else stops
-    return dict(zip(TOKEN_IDS, (tokenizer.bos_id, eos, tokenizer.pad_id), strict=True))
+    found = zip(TOKEN_IDS, (tokenizer.bos_id, eos, tokenizer.pad_id), strict=True)
+    return {name: value for name, value in found if value is not None}
 
 
 def _of_base(source: str, name: str) -> dict[str, Any]:
