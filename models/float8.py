@@ -26,8 +26,8 @@ def check_quantization(config: Mapping[str, Any], where: str) -> Sequence[int]:
     quantisation that is neither that nor bitsandbytes', by its name."""
     how = config.get("quantization_config", config.get("compression_config"))
     how = {"quant_method": "bitsandbytes"} if how is None else how
-    asked = [how.get(key) for key in ("quant_method", "format", "weight_block_size")] if isinstance(how, dict) else how
-    method, form, block = asked if isinstance(asked, list) else (None, None, None)
+    named = ("quant_method", "format", "weight_block_size")
+    method, form, block = asked = [how.get(key) if isinstance(how, dict) else None for key in named]
     known = method in ("bitsandbytes", "fp8", "fbgemm_fp8") or (method == "compressed-tensors" and form in _FORMATS)
     block = [128, 128] if block is None else block
     whole = isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
@@ -35,7 +35,7 @@ def check_quantization(config: Mapping[str, Any], where: str) -> Sequence[int]:
         raise InputError(
             f"{where}: quantization_config must be absent, or of quant_method bitsandbytes, fp8, fbgemm_fp8 or "
             "compressed-tensors in the format float-quantized, with a weight_block_size of two whole numbers, got "
-            f"{shown(asked)}. Load the unquantised model and let fourbit quantise it."
+            f"{shown(asked if isinstance(how, dict) else how)}. Load the unquantised model and let fourbit quantise it."
         )
     return block
 

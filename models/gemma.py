@@ -28,6 +28,8 @@ def gemma3(keys: Settings) -> Spec:
     seen = windows(keys, shared["num_hidden_layers"], lambda layer: (layer + 1) % every != 0)
     said = keys.get("rope_parameters")
     if isinstance(said, Mapping) and any(isinstance(said.get(kind), Mapping) for kind in KINDS):
+        if any(not isinstance(said.get(kind), Mapping | None) for kind in KINDS):
+            raise keys.refusal("rope_parameters", f"an object for each of {' and '.join(KINDS)}")
         where = [f"rope_parameters.{kind}." for kind in KINDS]
         inner = [Settings(said.get(k) or {}, keys.where, path=path) for k, path in zip(KINDS, where, strict=True)]
         ropes = [rope_table(i, keys, shared["head_dim"], theta) for i, theta in zip(inner, (1e6, 1e4), strict=True)]

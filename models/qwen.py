@@ -23,6 +23,6 @@ def shared(keys: Settings) -> dict[str, Any]:
     if keys.flag("use_sliding_window"):
         first = 0 if keys.get("max_window_layers") == 0 else keys.number("max_window_layers", default=28)
         seen = windows(keys, spec["num_hidden_layers"], lambda layer: layer >= first)
-    elif "sliding_attention" in (keys.get("layer_types") or ()):
+    elif any(windows(keys, spec["num_hidden_layers"], lambda layer: False)):
         raise keys.refusal("use_sliding_window", "true where layer_types names sliding_attention")
     return spec | {"windows": seen}

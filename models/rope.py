@@ -26,8 +26,10 @@ KEYS = {  # kind -> the numbers that it needs
 def read_rope(keys: Settings, head_dim: int, theta: float = 10000.0, *, partial: bool = False) -> Rope:
     """From `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5), or their absence.
 
-    theta: the base where none is named, as transformers has it for the family. partial: a share of a head may turn. A
-    base in the table wins over the one beside it. InputError, by key and value, for what no `Rope` of theirs says.
+    theta: the base where none is named, as transformers has it for the family. partial: as in Phi a share of a head may
+    turn, and an original length is 4096 where none stands beside the table. A base in the table wins over the one
+    beside it, an original length beside it over the table's, as in transformers 5. InputError, by key and value, for
+    what no `Rope` of theirs says.
     """
     said = {}
     for key in ("rope_scaling", "rope_parameters"):
@@ -60,9 +62,10 @@ def rope_table(inner: Settings, keys: Settings, head_dim: int, theta: float, par
     kind = "longrope" if kind == "su" else kind  # its name in the first Phi-3
     if kind == "default" and inner.get("factor") not in (None, 1):
         raise inner.refusal(type_key, f"another kind beside a factor ({shown(inner.get('factor'))})")
-    most = keys.get("max_position_embeddings")
-    beside = {ORIGINAL: most if keys.get(ORIGINAL) is None or kind == "dynamic" else keys.get(ORIGINAL)}
-    inner = Settings(beside | {k: v for k, v in inner.data.items() if v is not None}, inner.where, path=inner.path)
+    most, said = keys.get("max_position_embeddings"), {k: v for k, v in inner.data.items() if v is not None}
+    if kind != "dynamic" and (beside := keys.or_none(ORIGINAL, 4096 if partial else 0)):
+        said[ORIGINAL] = beside
+    inner = Settings({ORIGINAL: most} | said, inner.where, path=inner.path)
     found: dict[str, Any] = {key: inner.number(key) for key in KEYS[kind]}
     if kind == "llama3" and found["low_freq_factor"] >= found["high_freq_factor"]:
         raise inner.refusal("low_freq_factor", f"below high_freq_factor ({found['high_freq_factor']})")

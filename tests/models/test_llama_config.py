@@ -30,6 +30,8 @@ LLAMA3: dict[str, Any] = {
     "original_max_position_embeddings": 8192,
 }
 
+ORIGINAL = "original_max_position_embeddings"
+
 
 def test_defaults_and_null_means_default() -> None:
     spec = read_spec(BASE)
@@ -65,6 +67,20 @@ def test_rope_in_the_words_of_both_versions(keys: dict[str, Any], rope: Rope) ->
     assert read_spec(BASE | keys).rope == rope
 
 
+@pytest.mark.parametrize(
+    ("beside", "length"), [({}, {"phi3": 4096}), ({ORIGINAL: 32}, {}), ({ORIGINAL: None}, {"": 16})]
+)
+def test_an_original_length_beside_the_table_wins_as_in_transformers(beside: Any, length: Any) -> None:
+    """Phi-3 has one there by default, so that one in the table alone says nothing."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    tables = {"yarn": {"factor": 4.0}, "llama3": LLAMA3, "longrope": factors}
+    for model_type, kind in (("llama", "yarn"), ("qwen3", "llama3"), ("mistral", "longrope"), ("phi3", "longrope")):
+        table = tables[kind] | {"rope_type": kind, ORIGINAL: 16}
+        made = read_spec(BASE | {"model_type": model_type, "rope_scaling": table, **beside}).rope
+        wanted = beside.get(ORIGINAL) or length.get(model_type, 16)
+        assert made.original_max_position_embeddings == wanted
+
+
 def test_llama3_falls_back_to_the_context_length() -> None:
     rope = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
     found = read_spec(BASE | {"rope_scaling": rope, "max_position_embeddings": 4096}).rope
@@ -73,6 +89,10 @@ def test_llama3_falls_back_to_the_context_length() -> None:
 
 def rope(**changes: Any) -> dict[str, Any]:
     return {"rope_scaling": {key: value for key, value in (LLAMA3 | changes).items() if value is not ...}}
+
+
+def only_full(local: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": local}}
 
 
 NO_SIZES = (0, -1, 1.0, "64", True, [], {}, 1 << 40)
@@ -95,6 +115,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"quantization_config": {"quant_method": "gptq"}},
         "quantization_config must be absent, or of .*, got .*gptq",
+    ),
+    *(({"quantization_config": bad}, "quantization_config must be absent") for bad in ([], [1], [[]], 5, "fp8", True)),
+    *(
+        ({"model_type": "qwen3", "layer_types": bad}, "layer_types must be a list of 2")
+        for bad in (5, True, 0.5, "x", [5])
+    ),
+    *(
+        ({"model_type": "gemma3_text"} | only_full(bad), "rope_parameters must be an object for")
+        for bad in (5, True, [1])
     ),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
     ({"hidden_size": 66}, r"hidden_size \(66\) must be a multiple of num_attention_heads \(4\)"),
