@@ -15,7 +15,7 @@ from .llama import common, window
 from .qwen import qwen3
 from .spec import Spec
 
-_APART = re.compile(r"(.+)\.\w+\.experts\.(\d+)\.(?:(gate_proj|up_proj|w[13])|down_proj|w2)\.weight")
+_APART = re.compile(r"(.+)\.\w+\.experts\.(0|[1-9][0-9]*)\.(?:(gate_proj|up_proj|w[13])|down_proj|w2)\.weight")
 
 
 class Router(nn.Linear):
@@ -86,14 +86,20 @@ def _experts(keys: Settings, experts: int, each: int) -> dict[str, Any]:
 
 def stacked(tensors: Iterable[tuple[str, Tensor]], experts: int) -> Iterator[tuple[str, Tensor]]:
     """Tensors by name, with the matrices of experts that a file has apart (gate, up and down, or w1, w3 and w2) as one
-    of each kind, when its last piece is there; what misses pieces, or has unlike ones, never comes."""
-    held: dict[str, dict[tuple[int, bool], Tensor]] = {}
+    of each kind, when its last piece is there. What misses pieces, has unlike ones, or stands there twice comes as the
+    file calls it, which is the name of nothing."""
+    held: dict[str, dict[tuple[int, bool], tuple[str, Tensor]]] = {}
+    seen = set[tuple[str, int, bool]]()
     for name, tensor in tensors:
         found = _APART.fullmatch(name)
-        if found is None or int(found[2]) >= experts:
-            yield name.replace("block_sparse_moe", "mlp"), tensor
+        own = f"{found[1]}.mlp.experts.{'gate_up_proj' if found[3] else 'down_proj'}" if found else ""
+        at = (int(found[2]), found[3] in ("up_proj", "w3")) if found else (0, False)
+        if found is None or at[0] >= experts or (own, *at) in seen:
+            yield name if found else name.replace("block_sparse_moe", "mlp"), tensor
             continue
-        own, up = f"{found[1]}.mlp.experts.{'gate_up_proj' if found[3] else 'down_proj'}", found[3] in ("up_proj", "w3")
-        (pieces := held.setdefault(own, {}))[int(found[2]), up] = tensor
-        if len(pieces) == experts * (2 if found[3] else 1) and len({piece.shape for piece in pieces.values()}) == 1:
-            yield own, torch.cat([held[own].pop(at) for at in sorted(pieces)]).view(experts, -1, tensor.shape[-1])
+        seen.add((own, *at))
+        (pieces := held.setdefault(own, {}))[at] = name, tensor
+        if len(pieces) == experts * (2 if found[3] else 1) and len({piece.shape for _, piece in pieces.values()}) == 1:
+            yield own, torch.cat([held[own].pop(at)[1] for at in sorted(pieces)]).view(experts, -1, tensor.shape[-1])
+    for pieces in held.values():
+        yield from pieces.values()

@@ -1,5 +1,6 @@
 """Qwen3-MoE and Mixtral in the decoder, held to transformers: logits, gradients, files, generation, adapters."""
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fourbit.errors import InputError
@@ -121,6 +123,29 @@ def test_experts_load_in_4_bits_and_the_router_stays_dense(folder: Path, tmp_pat
     assert torch.equal(model(IDS), same(IDS))
     save_model(model, tmp_path)
     assert torch.equal(load_decoder(tmp_path)(IDS), model(IDS))
+
+
+def test_pieces_of_experts_that_are_one_too_many_or_one_too_few_are_refused_by_name(tmp_path: Path) -> None:
+    """Also an expert whose number is spelled in another way, a second naming, and a piece beside the whole."""
+    folder = tmp_path / "base"
+    theirs("mixtral").save_pretrained(folder)
+    file, (home, names) = folder / "model.safetensors", ("model.layers.1.block_sparse_moe", ["w1", "w2", "w3"])
+    whole = load_file(file)
+
+    def refused(tensors: dict[str, Tensor], culprit: str) -> None:
+        save_file(tensors, file)
+        with pytest.raises(InputError, match=re.escape(culprit)):
+            load_decoder(folder)
+
+    for name in names:
+        piece = f"{home}.experts.1.{name}.weight"
+        other = piece.replace("block_sparse_moe", "mlp")
+        for more in (piece.replace(".1.w", ".01.w"), piece.replace(".1.w", ".\u0661.w"), other):
+            refused(whole | {more: -whole[piece]}, "1 unknown: ")
+        refused({name: tensor for name, tensor in whole.items() if name != piece}, f"{home}.experts.2.{name}.weight")
+    save_file(whole, file)
+    save_model(load_decoder(folder), tmp_path / "fused")
+    refused(load_file(tmp_path / "fused" / "model.safetensors") | {piece: whole[piece]}, f"1 unknown: {piece}")
 
 
 def test_the_block_equals_a_loop_over_experts() -> None:
