@@ -14,8 +14,9 @@ class Rope:
     kind: "linear" divides every frequency by `factor`; "llama3" (Llama 3.1) only the slow ones, and blends in a band;
     "yarn" (Peng et al. 2023) likewise, over pairs of between `beta_fast` and `beta_slow` turns; "dynamic" raises theta
     with the length of texts above `original_max_position_embeddings`; "longrope" (Ding et al. 2024) divides each
-    frequency by its `short_factor`, in longer texts than that by its `long_factor`. `attention_factor` multiplies
-    queries and keys. Other fields are of their kinds alone.
+    frequency by its `short_factor`, in longer texts than that by its `long_factor`; a cache keeps keys as these two
+    turned them when the text was shorter. `attention_factor` multiplies queries and keys. Other fields are of their
+    kinds alone.
     """
 
     theta: float = 10000.0
