@@ -39,6 +39,7 @@ def dequantize(module: nn.Module, dtype: DType | None = None) -> nn.Module:
         new.weight = weights[key]
         if isinstance(layer, NF4Linear):
             new.register_parameter("bias", layer.bias)
+            new.conv1d = layer.conv1d  # type: ignore[assignment]  # so that it is saved as its class has it
         return new
 
     return _swapped(module, dense, Module4bit)

@@ -60,8 +60,12 @@ def save_model(
     first = {weight_id(value): (name, value) for name, value in reversed(own.items())}
     packed = [layer for layer in own.values() if isinstance(layer, Module4bit)]
     tensors: dict[str, Tensor] = {}
+    turned = {f"{path}.weight" for path, part in plain_modules(model).items() if getattr(part, "conv1d", False)}
     for name, value in list(first.values())[::-1]:
-        tensors |= packed_tensors(name, value) if isinstance(value, Module4bit) else {name: value.detach()}
+        if isinstance(value, Module4bit):
+            tensors |= packed_tensors(name, value)
+        else:
+            tensors[name] = value.detach().t().contiguous() if name in turned else value.detach()
     for name, tensor in tensors.items():
         if tensor.dtype not in (*DTYPES, torch.int64, torch.int32, torch.uint8, torch.bool):
             raise InputError(f"{name} ({tensor.dtype}) is of a type that `load_model` does not read: cast it first")

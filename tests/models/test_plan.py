@@ -183,6 +183,10 @@ def test_weights_that_lie_transposed(tiny_folder: Path, tmp_path: Path) -> None:
         for _ in range(2):
             assert torch.equal(load_model(empty, tmp_path / "q")(ids).logits, gpt2(ids).logits)
         assert torch.equal(load_model(empty, tmp_path / "b")(ids).logits, gpt2(ids).logits)
+        model, tokenizer = fourbit.load(tmp_path / "q")
+        fourbit.save_model(fourbit.dequantize(model), tmp_path / "dense", tokenizer)
+        dense = GPT2LMHeadModel.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+        torch.testing.assert_close(dense(ids).logits, gpt2(ids).logits)
     error = (gpt2.transformer.h[0].attn.c_proj.dequantize().t() - weight).norm() / weight.norm()
     assert chosen["transformer.h.0.attn.c_proj"].relative_error == pytest.approx(error.item(), rel=1e-4)
 
