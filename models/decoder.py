@@ -221,6 +221,8 @@ class Decoder(CausalLM):
         self.spec, self.vocab_size, self.hidden_size = spec, spec.vocab_size, spec.hidden_size
         self.max_positions, self.logit_softcap = spec.max_position_embeddings, spec.logit_softcap
         self.keep_decoded: bool | None = None
+        self.shares_prompts = spec.rope.kind not in ("dynamic", "longrope")  # which turn by the whole text's length
+        self.restarts_at = spec.rope.original_max_position_embeddings if spec.rope.kind == "longrope" else 0
         self.model = Trunk(spec)
         self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
         if spec.tie_word_embeddings:

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..settings import LARGEST, Checked, setting
 from .finite import explain_nonfinite, first_nonfinite
 from .foreign import as_causal_lm
-from .protocol import CausalLM, evaluating
+from .protocol import Cache, CausalLM, evaluating
 
 NOT_FINITE = -1  # in the place of a token
 
@@ -142,14 +142,12 @@ def _continue(
     What all prompts begin with (a system prompt, or everything when one is sampled often) is read once; as soon as half
     of the rows are done, only the others stay.
     """
-    device, cache = model.device, model.new_cache()
-    tokens, mask, shared = _padded([row.prompt for row in rows], model.shares_prompts)
-    tokens, mask = tokens.to(device), None if mask is None else mask.to(device)
-    if shared:
-        model.hidden(torch.tensor([rows[0].prompt[:shared]], device=device), cache=cache)
-        cache.select(torch.zeros(len(rows), dtype=torch.int64, device=device))
-    active, done = list(rows), set[int]()  # rows in the cache, and the ids of those that are done
+    active, done, device = list(rows), set[int](), model.device  # rows in the cache, the ids of those that are done
+    cache, tokens, mask = _begun(model, active)
     for step in range(max(row.room for row in rows)):
+        grown = [len(row.prompt) + len(row.answer) for row in active if id(row) not in done]
+        if step and model.restarts_at and model.restarts_at + 1 in grown:
+            cache, tokens, mask = _begun(model, active)
         hidden = model.hidden(tokens, cache=cache, mask=mask)[:, -1]  # [B, hidden]
         drawn = torch.tensor([(_hashed(row.seed, step) >> 11) * 2.0**-53 for row in active], dtype=torch.float64)
         chosen = choose(model.head()(hidden), sampling, drawn)
@@ -177,7 +175,17 @@ def _continue(
             tokens, mask, active = tokens[index], None if mask is None else mask[index], [active[i] for i in kept]
 
 
-def _padded(prompts: list[Sequence[int]], share: bool = True) -> tuple[Tensor, Tensor | None, int]:
+def _begun(model: CausalLM, rows: list[_Row]) -> tuple[Cache, Tensor, Tensor | None]:
+    """A cache of what all texts begin with, and the tokens and the mask that are to be read next."""
+    cache, texts = model.new_cache(), [[*row.prompt, *row.answer] for row in rows]
+    tokens, mask, shared = _padded(texts, model.shares_prompts)
+    if shared:
+        model.hidden(torch.tensor([texts[0][:shared]], device=model.device), cache=cache)
+        cache.select(torch.zeros(len(rows), dtype=torch.int64, device=model.device))
+    return cache, tokens.to(model.device), None if mask is None else mask.to(model.device)
+
+
+def _padded(prompts: Sequence[Sequence[int]], share: bool = True) -> tuple[Tensor, Tensor | None, int]:
     """What differs of the prompts, padded on the left [B, T]; a mask [B, shared + T] if there is padding; and how many
     tokens all begin with: one fewer than the shortest at most, and 0 for a single prompt, or without `share`.
 

@@ -64,6 +64,9 @@ class CausalLM(nn.Module, ABC):
     shares_prompts: bool = True
     """Whether a mask may hide places after others in its caches: generation then reads common beginnings once."""
 
+    restarts_at: int = 0
+    """Tokens beyond which a text is read anew from its start: what a cache holds of it is stale then; 0: never."""
+
     source: str = ""
     """Where the weights came from (a path), for messages and for what an adapter's files say of their base."""
 

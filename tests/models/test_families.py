@@ -92,9 +92,22 @@ def test_a_cache_goes_on_past_windows(pair: tuple[Any, Decoder]) -> None:
 def test_generated_tokens_are_theirs(pair: tuple[Any, Decoder]) -> None:
     oracle, model = pair
     prompt = IDS[:1, :9]
-    expected = oracle.generate(prompt, max_new_tokens=14, do_sample=False, eos_token_id=None)[0, 9:].tolist()
-    (got,) = fourbit.generate(model, [prompt[0].tolist()], max_new_tokens=14)
+    expected = oracle.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)[0, 9:].tolist()
+    (got,) = fourbit.generate(model, [prompt[0].tolist()], max_new_tokens=20)  # past long RoPE's length
     assert got == expected
+
+
+def test_long_rope_reads_a_text_anew_that_outgrows_its_length() -> None:
+    """Texts of several lengths, a batch of which grows past 24 row by row: as one by one, and as without a cache."""
+    model = ours(theirs("phi3 long"))
+    prompts = [IDS[0, :length].tolist() for length in (9, 20, 23, 30)]
+    plain = []
+    for prompt in prompts:
+        text = list(prompt)
+        for _ in range(8):
+            text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
+        plain.append(text[len(prompt) :])
+    assert fourbit.generate(model, prompts, max_new_tokens=8) == plain
 
 
 def test_packed_rows_and_forks_are_alone(pair: tuple[Any, Decoder]) -> None:
