@@ -8,6 +8,7 @@ from ..errors import InputError
 from ..lora.quantize import Form
 from ..models.hf import weight_files
 from ..models.plan import quantize_checkpoint, read_plan
+from ..outputs import lock_folder
 from ..settings import REQUIRED, setting
 from ..trainer.config import size_in_bytes
 from .load import choose_device
@@ -54,7 +55,8 @@ def run(options: Options, sources: Sources) -> int:
     plan = dict.fromkeys(options.skip) | asked | by_hand
     how = {"device": choose_device(options.device), "dtype": options.dtype}
     budget = size_in_bytes(options.budget or "")
-    with working(f"quantising {options.model}") as progress:
+    read = [options.model, *([options.plan] if options.plan else [])]
+    with lock_folder(options.out, read), working(f"quantising {options.model}") as progress:
         chosen = quantize_checkpoint(
             options.model, options.out, form, plan=plan, budget=budget, progress=progress, **how
         )

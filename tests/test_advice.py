@@ -595,7 +595,7 @@ def change(file: Path, **changes: Any) -> None:
 
 
 @follows(
-    ("models/hf.py", "Copy the file into the folder"),
+    ("files.py", "is not followed: copy the file itself there"),
     ("models/hf.py", "convert them with transformers: from_pretrained(folder), then save_pretrained(another_folder)"),
     ("models/load.py", "Give a folder of safetensors or a .gguf file"),
     ("models/load.py", "Load the model in bfloat16 or float32 (dtype=...)"),
@@ -608,7 +608,7 @@ def test_model_folders_are_mended_as_advised(folder: Path, tmp_path: Path) -> No
     weights, far = folder / "model.safetensors", tmp_path / "far.safetensors"
     weights.rename(far)
     weights.symlink_to(far)
-    with words_of("Copy the file into the folder"):
+    with words_of("copy the file itself there"):
         fourbit.load(folder)
     weights.unlink()
     shutil.copy(far, weights)
@@ -666,7 +666,6 @@ START = {"content": "<|im_start|>", "special": True}
 
 @follows(
     ("text/special_tokens.py", "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"),
-    ("text/tokenizer_folder.py", "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"),
 )
 @pytest.mark.parametrize(
     "wrong",

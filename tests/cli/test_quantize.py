@@ -62,4 +62,17 @@ def test_what_quantize_refuses(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     assert main(["quantize", "--model", str(tiny_folder), "--out", str(tmp_path / "q"), *flags]) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "q").exists()
+    assert message in capsys.readouterr().err and not list(tmp_path.glob("q/*.safetensors"))
+
+
+def test_quantize_keeps_what_is_there(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder with a model, or with anything else, before any work; a failed attempt is no hindrance."""
+    command = ["quantize", "--model", str(tiny_folder), "--out", str(tmp_path / "q")]
+    assert main([*command, "--budget", "1KiB"]) == 2 and main(command) == 0
+    before = (tmp_path / "q" / "model.safetensors").read_bytes()
+    assert main([*command, "--quant", "fp4"]) == 2
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    assert main([*command[:-1], str(tmp_path / "other")]) == 2 and "notes.txt" in capsys.readouterr().err
+    assert (tmp_path / "q" / "model.safetensors").read_bytes() == before
