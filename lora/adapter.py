@@ -159,7 +159,8 @@ class AdapterLayer(nn.Module):
     def weight(self) -> Tensor:
         """The weight [out, in] that the layer computes with, active adapters included: see `LazyWeight`."""
         weight = cast(Tensor, self.copied().get("weight", self.base.weight))
-        if terms := [term for adapter in self.running() if (term := adapter.term()) is not None]:
+        made = [adapter.term() for adapter in self.running()]
+        if terms := [term for term in made if term is not None]:
             decode = getattr(weight, "decode", None) or (lambda i, d: weight[... if i is None else i].detach().to(d))
             return LazyWeight.decoded(decode, weight.shape, weight.dtype, weight, terms)
         parts = [p for adapter in self.running() if not isinstance(adapter, Whole) for p in adapter.parameters()]

@@ -166,14 +166,14 @@ def test_another_branch_changes_nothing_to_the_bit(build: Build, kind: str) -> N
 
 def branches_see_each_other(patch: pytest.MonkeyPatch) -> None:
     """One causal text: the second branch sees the first."""
-    whole = lambda parts: [
-        attention_module._sdpa(*(torch.cat(x, dim=1) for x in zip(*parts, strict=True)), is_causal=True)
+    whole = lambda parts, scores: [
+        attention_module._causal(*(torch.cat(x, dim=1) for x in zip(*parts, strict=True)), scores)
     ]
     patch.setattr(attention_module, "_span", whole)
 
 
 def branch_without_trunk(patch: pytest.MonkeyPatch) -> None:
-    alone = lambda parts: [attention_module._sdpa(*part, is_causal=True) for part in parts]
+    alone = lambda parts, scores: [attention_module._causal(*part, scores) for part in parts]
     patch.setattr(attention_module, "_span", alone)
 
 

@@ -107,7 +107,7 @@ def test_batches_and_losses_that_cannot_be_meant():
         ready({"input_ids": ids, "labels": torch.full_like(ids, -100)})
     with pytest.raises(InputError, match=r"\(\[N\]\), or Sums with a weight, got the shape \[5, 3\]"):
         run_of().forward_backward(ROWS, loss=lambda model, rows: model(rows).pow(2))
-    with pytest.raises(InputError, match=r"needs a model of fourbit.load, got Linear: give a loss"):
+    with pytest.raises(InputError, match="needs a causal language model, got Linear: give a loss"):
         Run(nn.Linear(2, 2)).forward_backward({"input_ids": ids, "labels": ids})
     with pytest.raises(InputError, match="give a function of it, or a class"):
         model = nn.Linear(2, 2)

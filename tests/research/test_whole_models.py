@@ -274,7 +274,8 @@ def test_a_folder_without_a_tokenizer_says_how_it_gets_one(tmp_path: Path, tiny_
     model, tokenizer = fourbit.load(tiny_folder, quant_type="nf4")
     fourbit.save_model(model, tmp_path)
     with pytest.raises(
-        InputError, match=r"needs tokenizer\.json, found none\..*save_model writes that of its third arg"
+        InputError,
+        match=r"needs tokenizer\.json or tokenizer\.model, found none\..*save_model writes that of its third arg",
     ):
         fourbit.load(tmp_path)
     fourbit.save_model(model, tmp_path, tokenizer)
