@@ -31,6 +31,7 @@ from .tokenizer import Tokenizer, fenced
 TOKENIZER_BYTES = 256 << 20  # the largest in use (262k tokens) has 34 MB
 JSON_BYTES = 64 << 20
 TEMPLATE_BYTES = 1 << 20
+STOPS = 1 << 12  # end tokens of a model: a few
 
 
 def as_tokenizer(given: object) -> Tokenizer:
@@ -165,5 +166,7 @@ def _stop_ids(folder: Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         if (value := _optional_json(folder / name).get("eos_token_id")) is not None:
             ids = value if isinstance(value, list) else [value]
+            if len(ids) > STOPS:
+                raise InputError(f"{folder / name}: eos_token_id must be at most {STOPS:,} ids, got {len(ids):,}")
             return [checked(f"{folder / name}: eos_token_id", index, int) for index in ids]
     return []
