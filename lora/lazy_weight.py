@@ -112,7 +112,7 @@ def _swapped(weight: Any) -> Any:
 def _item(weight: Any, index: Any) -> Tensor:
     terms, decode = [(left[index], right[index]) for left, right in weight.terms], weight.decode
     shape = (*getattr(index, "shape", ()), *weight.shape[1:])
-    of: Decode = lambda inner, dtype: decode(index, dtype)[... if inner is None else inner]  # noqa: E731
+    of: Decode = lambda inner, dtype: decode(index, dtype)[... if inner is None else inner]  # noqa: E731  # typed
     return LazyWeight.decoded(of, shape, weight.dtype, weight, terms)
 
 
@@ -134,7 +134,7 @@ def _times(x: Tensor, weight: Any, ends: Tensor | None = None) -> Any:
 
 _PROPERTIES = "data shape dtype device layout ndim requires_grad grad grad_fn is_leaf is_meta is_cpu is_cuda is_nested"
 _DATA, *_GETTERS = (getattr(Tensor, name).__get__ for name in _PROPERTIES.split())
-_SWAPS = Tensor.mT.__get__, Tensor.T.__get__, Tensor.t  # type: ignore[attr-defined]
+_SWAPS = Tensor.mT.__get__, Tensor.T.__get__, Tensor.t  # type: ignore[attr-defined]  # a descriptor
 _KNOWN = {*_GETTERS, Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point}
 
 

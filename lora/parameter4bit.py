@@ -45,7 +45,7 @@ def stand_in(module: nn.Module, name: str, weight: StandIn) -> None:
 @cache
 def _reading(kind: type[nn.Module], name: str, order: tuple[str, ...]) -> type[nn.Module]:
     def read(self: nn.Module) -> Tensor:
-        found: Tensor = self._modules[name].weight  # type: ignore[union-attr, assignment]
+        found: Tensor = self._modules[name].weight  # type: ignore[union-attr, assignment]  # stand_in put it
         return found
 
     fields = {name: property(read), "_parameter_order": order, "__module__": kind.__module__}

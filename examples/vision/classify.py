@@ -27,6 +27,7 @@ def stripes(count: int, size: int = 32) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def accuracy(model: ViTForImageClassification, images: Tensor, labels: Tensor) -> float:
+    """The share of `images` [N, 1, H, W] whose likeliest class is the one in `labels` [N]."""
     return (model.eval()(images).logits.argmax(-1) == labels).float().mean().item()
 
 

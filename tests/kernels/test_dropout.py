@@ -70,7 +70,7 @@ def test_it_drops_as_often_as_said_and_neighbours_independently(p: float) -> Non
 @pytest.mark.parametrize("shape", [(1, 1), (9, 30), (17, 515)])
 def test_the_kernel_drops_what_the_mask_says(shape: tuple[int, int], dtype: torch.dtype) -> None:
     """Into a fresh tensor, from rows that lie apart, and in place."""
-    drop = pytest.importorskip("fourbit.kernels.dropout_triton").drop
+    drop = pytest.importorskip("fourbit.kernels.dropout_triton").drop  # where Triton is
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wide, seed = torch.randn(shape[0], shape[1] + 3).to(device, dtype), torch.tensor(3 << 40, device=device)
     x = wide[:, : shape[1]]

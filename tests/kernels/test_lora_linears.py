@@ -19,7 +19,7 @@ from fourbit.kernels.linear4bit import lora_linears4bit
 from fourbit.kernels.weight4bit import flatten
 from fourbit.nf4 import Weight4bit, dequantize, quantize
 
-matmul4bit_triton = pytest.importorskip("fourbit.kernels.matmul4bit_triton")
+matmul4bit_triton = pytest.importorskip("fourbit.kernels.matmul4bit_triton")  # where Triton is
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN = ["reference"] if DEVICE == "cuda" else ["reference", "cpu"]  # the CPU's path takes no CUDA tensors

@@ -21,7 +21,7 @@ def test_the_page_runs(
     page: str, tiny_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for peer in PEERS[page]:
-        pytest.importorskip(peer)
+        pytest.importorskip(peer)  # what the page compares with
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TQDM_DISABLE", "1")
     shutil.copytree(tiny_folder, tmp_path / "model")
