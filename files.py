@@ -32,7 +32,6 @@ COUNTS = ("I64", "I32", "U8", "BOOL")  # what buffers may be besides
 _TYPES = torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool
 _KINDS = dict(zip(_TYPES, FLOATS + COUNTS, strict=True))
 UNABLE = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what a file system says to a call it lacks
-UNABLE_ON_FOLDERS = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF)
 _TEMPORARY = re.compile(r"\.fourbit-[0-9a-z]+-[0-9a-f]{16}")  # what a killed run may leave behind
 
 
@@ -232,21 +231,17 @@ def size_and_sha256(file: Path) -> tuple[int, str]:
         return os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sync(path: Path) -> bool:
-    """Force a file's bytes, or a folder's list of names, to the disk (a rename is only safe after this).
-    False where the file system cannot: some network ones do not know how, or open no folder."""
-    descriptor = None
+def sync(path: Path) -> None:
+    """Force a file's bytes, or a folder's list of names, to the disk (a rename is only safe after this), but where the
+    file system says that it cannot, as some network ones do."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (*UNABLE, *(UNABLE_ON_FOLDERS if path.is_dir() else ())):
+        if error.errno not in UNABLE:
             raise
-        return False
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
-    return True
+        os.close(descriptor)
 
 
 def temporary_name(label: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..data.encode import load_rows
+from ..data.sample import Sample
 from ..errors import InputError
 from ..lora.adapter import adapters_off
 from ..outputs import Output
@@ -62,8 +63,8 @@ def _outputs(options: Options, sources: Sources, measured: Sequence[str], stack:
     path, found = Path(options.answers), dict[str, Output]()
     for name in reversed(measured):
         place = path if name == measured[-1] else path.with_suffix(f".base{path.suffix}")
-        found[name] = stack.enter_context(output_of(options, sources, "answers", place, measured=name))
-        if found[name].partial is None and len(measured) > 1:
+        found[name] = stack.enter_context(output_of(options, sources, "answers", place))
+        if not found[name].regular and len(measured) > 1:
             raise InputError(f"answers {path}: those of base and adapter are two files; give a file, or no-base")
     return found
 
@@ -85,7 +86,7 @@ def _run(options: Options, measured: Sequence[str], outputs: Mapping[str, Output
         metrics = {"loss": loss, "perplexity": perplexity(loss)}
         if asked and options.match != "none":
             sizes = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
-            answers = [_read(line, options.match) for line in outputs[name].rows] if name in outputs else []
+            answers = _kept(outputs[name], asked, options.match) if name in outputs else []
             with working(f"{name}: answers"):
                 left = asked[len(answers) :]
                 for answer in answer_all(model, tokenizer, template, left, match=options.match, **sizes):
@@ -115,9 +116,13 @@ def _line(answer: Answer, match: str) -> str:
     return json.dumps(row, ensure_ascii=False)
 
 
-def _read(line: str, match: str) -> Answer:
-    row = json.loads(line)
-    return Answer("", row["expected"], row["answer"], row["source"], row[match])
+def _kept(output: Output, asked: Sequence[Sample], match: str) -> list[Answer]:
+    """The answers that stand there already."""
+    output.check([{"source": sample.source} for sample in asked])
+    try:
+        return [Answer("", row["expected"], row["answer"], row["source"], row[match]) for row in output.rows]
+    except KeyError:
+        output.refuse_rows()
 
 
 def _table(found: dict[str, dict[str, Any]], match: str) -> str:

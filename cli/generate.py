@@ -40,6 +40,7 @@ def run(options: Options, sources: Sources) -> int:
     if any("answer" in sample.row for sample in samples):
         note('note: rows have an "answer" of their own; the new one takes its place')
     with output_of(options, sources, "out", options.out) as out:
+        out.check([{key: value for key, value in sample.row.items() if key != "answer"} for sample in samples])
         model, tokenizer, template = load_adapted(options)
         if template.notice:
             note(f"note: {template.notice}")

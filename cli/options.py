@@ -10,15 +10,12 @@ from typing import Any, ClassVar, Literal
 
 from ..data.encode import LossOn
 from ..errors import InputError
-from ..files import size_and_sha256
 from ..models.generate import Sampling
 from ..outputs import Output
 from ..settings import LARGEST, REQUIRED, Checked, setting
 
 Quant = Literal["nf4", "nf4-nodq", "none"]
 WRITTEN = ("out", "answers", "resume")  # options that name a place to write, or one in it
-READ = (".json", ".safetensors", ".yaml", ".jinja", ".txt", ".model")  # of a model's or an adapter's folder
-ALIKE = ("overwrite", "json", "batch_size", "device", "base")  # options that change no row
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -102,7 +99,7 @@ class FileOptions(ResultOptions):
 
     title: ClassVar[str] = "output"
     overwrite: bool = setting(False, "replace an output file that is there")
-    resume: bool = setting(False, "go on from the rows that an earlier run of this command finished")
+    resume: bool = setting(False, "go on after the rows that are there")
 
 
 def inputs_of(options: Any, sources: Mapping[str, str]) -> list[str]:
@@ -115,18 +112,10 @@ def inputs_of(options: Any, sources: Mapping[str, str]) -> list[str]:
     return sorted({path for path in found if path})
 
 
-def output_of(options: FileOptions, sources: Mapping[str, str], name: str, path: str | Path, **more: Any) -> Output:
-    """Where rows go: away from all that is read. An unfinished file goes on only under the same options, `more` and
-    files that are read; of one above 100 MB the size alone is compared."""
-    inputs = inputs_of(options, sources)
-    made_from = {o.name: getattr(options, o.name) for o in fields(options) if o.name not in (*WRITTEN, *ALIKE)} | more
-    for place in map(Path, inputs):
-        files = [file for file in place.iterdir() if file.suffix in READ] if place.is_dir() else [place]
-        for file in filter(Path.is_file, sorted(files)):
-            size = file.stat().st_size
-            made_from[str(file)] = size if size > 10**8 else size_and_sha256(file)
-    how: dict[str, Any] = {"overwrite": options.overwrite, "resume": options.resume, "made_from": made_from}
-    output = Output(path, name=name, inputs=inputs, **how)
+def output_of(options: FileOptions, sources: Mapping[str, str], name: str, path: str | Path) -> Output:
+    """Where rows go: away from all that is read."""
+    how: dict[str, Any] = {"overwrite": options.overwrite, "resume": options.resume}
+    output = Output(path, name=name, inputs=inputs_of(options, sources), **how)
     if output.stdout and options.json:
         raise InputError(f"json prints results to standard output, where {name} - writes rows: leave json out")
     return output

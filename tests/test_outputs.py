@@ -50,41 +50,40 @@ def put(*lines: str, path: str = "o", **more: Any) -> Output:
     return out
 
 
-def test_rows_are_there_once_written_and_have_their_name_at_the_end(here: Path) -> None:
+def test_rows_are_there_once_written(here: Path) -> None:
     with Output("o") as out:
         out.write("one")
-        said, row = (here / "o.partial").read_text().splitlines()
-        assert "partial" in said and row == "one" and not (here / "o").exists()
+        assert (here / "o").read_text() == "one\n"
         out.write("zwei ü")
-    assert (here / "o").read_text() == "one\nzwei ü\n" and not (here / "o.partial").exists()
+    assert (here / "o").read_text() == "one\nzwei ü\n"
 
 
 def test_what_was_finished_is_kept_and_gone_on_from(here: Path) -> None:
-    with pytest.raises(KeyboardInterrupt) as stopped, Output("o", made_from={"seed": 1}) as out:
-        out.write("one")
-        out.write("two")
+    with pytest.raises(KeyboardInterrupt) as stopped, Output("o") as out:
+        out.write('{"n": 1}')
+        out.write('{"n": 2}')
         raise KeyboardInterrupt
-    assert stopped.value.__notes__ == [
-        f"{here}/o.partial keeps the 2 rows that were finished; the same command with resume=True goes on"
-    ]
-    with (here / "o.partial").open("a") as file:
-        file.write("tor")  # by a crash
-    with pytest.raises(
-        InputError, match="holds 2 rows of an earlier run: resume=True goes on, overwrite=True begins anew"
-    ):
-        Output("o", made_from={"seed": 1})
-    with pytest.raises(InputError, match="were made with another seed, top: resume with the same, or overwrite=True"):
-        Output("o", made_from={"seed": 2, "top": 1}, resume=True)
-    with Output("o", made_from={"seed": 1}, resume=True) as out:
-        assert out.rows == ["one", "two"]
-        out.write("three")
-    assert (here / "o").read_text() == "one\ntwo\nthree\n" and not (here / "o.partial").exists()
+    assert stopped.value.__notes__ == ["o keeps 2 finished rows; the same command with resume=True goes on"]
+    with (here / "o").open("a") as file:
+        file.write('{"n":')  # by a crash
+    with pytest.raises(InputError, match="is there already: overwrite=True replaces it, resume=True goes on after"):
+        Output("o")
+    with Output("o", resume=True) as out:
+        assert out.rows == [{"n": 1}, {"n": 2}]
+        out.check([{"n": 1}, {"n": 2}, {"n": 3}])
+        for wanted in ([{"n": 1}], [{"n": 1}, {"n": 3}], [{"m": 1}, {}]):
+            with pytest.raises(InputError, match="holds other rows than those of this command"):
+                out.check(wanted)
+        out.write('{"n": 3}')
+    assert (here / "o").read_text() == '{"n": 1}\n{"n": 2}\n{"n": 3}\n'
 
 
-def test_an_end_without_a_row_leaves_nothing(here: Path) -> None:
+def test_an_end_without_a_row_leaves_all_as_it_was(here: Path) -> None:
+    (here / "old").write_text("1\n2")
     before = files(here)
-    with pytest.raises(ValueError, match="x"), Output("o"):
-        raise ValueError("x")
+    for how in ({"path": "o"}, {"path": "old", "overwrite": True}):
+        with pytest.raises(ValueError, match="x"), Output(**how):  # type: ignore[arg-type]
+            raise ValueError("x")
     assert files(here) == before
 
 
@@ -101,29 +100,19 @@ def test_overwriting_begins_anew(here: Path) -> None:
     assert (here / "o").read_text() == "again\n" and stat.S_IMODE(os.stat("o").st_mode) == 0o600
 
 
-@pytest.mark.parametrize("content", ["", "mine\n", '{"fourbit": "mine"}\n', "{" * 5000, "\xff\n", "[1]\n", "null\n"])
-@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
-def test_a_users_file_of_the_partial_name_is_kept(here: Path, content: str, how: dict[str, bool]) -> None:
-    (here / "o.partial").write_text(content, encoding="latin-1")
+@pytest.mark.parametrize("content", ["mine", "{}", "mine\n", "{" * 5000 + "\n", "\xff\n", "[1]\n", "null\n", "1\n{}\n"])
+def test_what_holds_no_rows_is_not_gone_on_from(here: Path, content: str) -> None:
+    (here / "o").write_text(content, encoding="latin-1")
     before = files(here)
-    with pytest.raises(InputError, match="is no partial file of fourbit's: rename it"):
-        Output("o", **how)
+    with pytest.raises(InputError, match="holds other rows than those of this command"):
+        Output("o", resume=True)
     assert files(here) == before
-
-
-@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
-def test_a_partial_name_that_is_no_file_is_refused(here: Path, kind: str) -> None:
-    path = here / "o.partial"
-    {"link": lambda: path.symlink_to("d.jsonl"), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir}[kind]()
-    with pytest.raises(InputError, match=r"o\.partial"):
-        Output("o", overwrite=True, resume=True)
-    assert (here / "d.jsonl").read_text() == "rows"
 
 
 def test_two_commands_never_write_one_file(here: Path) -> None:
     with Output("o") as first:
         first.write("one")
-        with pytest.raises(EnvironmentProblem, match=r"o\.partial is in use by another command"):
+        with pytest.raises(EnvironmentProblem, match=r"o is in use by another command"):
             Output("o", resume=True)
 
 
@@ -138,7 +127,6 @@ READ: dict[str, tuple[Make, str]] = {  # places that are read, by another name
     "a file of the folder": (lambda here: None, "m/config.json"),
     "what a file of the folder links to": (lambda here: None, "store"),
     "a file below the folder": (lambda h: ((h / "m/sub").mkdir(), (h / "m/sub/x").write_text("")), "m/sub/x"),
-    "by the name of its partial file": (lambda here: (here / "o.partial").hardlink_to(here / "d.jsonl"), "o"),
 }
 
 
@@ -148,7 +136,7 @@ def test_what_is_read_is_never_written(here: Path, name: str) -> None:
     make(here)
     before = files(here)
     with pytest.raises(InputError, match="read"):
-        Output(path, inputs=INPUTS, overwrite=True, resume=True)
+        Output(path, inputs=INPUTS, overwrite=True)
     assert files(here) == before
 
 
@@ -193,15 +181,13 @@ def test_a_link_is_followed_and_stays(here: Path) -> None:
 
 def test_a_pipe_gets_rows_and_stays(here: Path) -> None:
     os.mkfifo("p")
-    with pytest.raises(InputError, match="nobody reads it"):
-        Output("p")
     reader = os.open("p", os.O_RDONLY | os.O_NONBLOCK)
     with Output("p", overwrite=True) as out:
-        assert out.partial is None and not out.stdout
+        assert not out.regular and not out.stdout
         out.write("one")
         assert os.read(reader, 100) == b"one\n"
         os.close(reader)
-        with pytest.raises(DiskError, match="nobody reads p any more: it got 1 rows"):
+        with pytest.raises(DiskError, match="Broken pipe"):
             out.write("two")
     assert stat.S_ISFIFO(os.stat("p").st_mode) and [*here.glob("p*")] == [here / "p"]
 
@@ -261,7 +247,6 @@ def _socket(here: Path) -> None:
         (lambda here: None, "d.jsonl/x"),
         (lambda here: None, "a\0b"),
         (lambda here: None, "x" * 300),
-        (lambda here: None, "x" * 250),  # room for the name, and none for its partial file
         (lambda here: (here / "a").mkdir(), "a"),
         (lambda here: (here / "a").symlink_to("a"), "a"),
         (lambda here: (here / "a").symlink_to("no/where"), "a"),
@@ -287,11 +272,14 @@ def test_curves_are_not_drawn_over_their_metrics(here: Path) -> None:
 
 
 def test_a_full_disk_keeps_the_rows(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    class Full(io.BytesIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full)
-        with pytest.raises(DiskError, match="No space left"):
-            put("one", "two")
-    assert put(resume=True).rows == ["one", "two"] and (here / "o").read_text() == "one\ntwo\n"
+    with pytest.raises(DiskError, match="No space left") as stopped, Output("o") as out:
+        out.write('{"n": 1}')
+        out._file.close()
+        out._file = Full()
+        out.write('{"n": 2}')
+    assert stopped.value.__notes__[0].startswith("o keeps 1 finished rows")
+    assert put('{"n": 2}', resume=True).rows == [{"n": 1}]

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 import fourbit
-from fourbit.cli.config_file import write_config
-from fourbit.errors import DiskError, EnvironmentProblem, InputError
+from fourbit.errors import DiskError, InputError
 from fourbit.files import temporary_name, write_text
 from fourbit.lora.peft_files import adapter_state
 from fourbit.models.save import save_model
@@ -53,17 +52,16 @@ def test_a_folder_that_is_read_or_lies_in_one(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["precious.txt", "config.yaml", "metrics.jsonl", LOCK, "checkpoints/latest", "adapter_model.safetensors"]
+    "name", ["precious.txt", "config.yaml", "metrics.jsonl", "checkpoints/latest", "adapter_model.safetensors"]
 )
 @pytest.mark.parametrize("resume", [None, "auto"])
 def test_a_folder_of_another_is_left_alone(tmp_path: Path, name: str, resume: str | None) -> None:
     (tmp_path / "o" / name).parent.mkdir(parents=True)
-    (tmp_path / "o" / name).write_text("mine: process 7 on host (fourbit)\n")
+    (tmp_path / "o" / name).write_text("mine")
     before = contents(tmp_path)
-    with pytest.raises(InputError, match="is no run's folder and holds") as refused:
+    with pytest.raises(InputError, match="is no run's folder and holds"):
         held(tmp_path / "o", resume=resume)
     assert contents(tmp_path) == before
-    held(str(refused.value).rpartition("such as ")[2])  # the advice works
 
 
 def test_new_empty_and_own_folders_are_taken(tmp_path: Path, run: Path) -> None:
@@ -75,35 +73,11 @@ def test_new_empty_and_own_folders_are_taken(tmp_path: Path, run: Path) -> None:
     (tmp_path / "killed" / temporary_name("probe")).mkdir()
     (run / "notes.txt").write_text("what I thought of it")  # in a folder of a run everything else is left alone
     (run / "base").symlink_to(tmp_path)
-    copied = shutil.copytree(run, tmp_path / "copied", ignore=shutil.ignore_patterns(LOCK), symlinks=True)
-    write_config(copied / "config.yaml", {"lr": 1e-3}, {"lr": "flag"})
+    copied = shutil.copytree(run, tmp_path / "copied", symlinks=True)
     for folder in (copied, tmp_path / "new" / "er", tmp_path / "empty", tmp_path / "link", tmp_path / "killed", run):
         assert held(folder) == [] and held(folder) == []
     assert (run / "notes.txt").read_text() == "what I thought of it"
     assert sorted(p.name for p in (tmp_path / "new" / "er").iterdir()) == [LOCK]
-
-
-@pytest.mark.parametrize("resume", [None, "auto"])
-@pytest.mark.parametrize(
-    "name",
-    ["config.yaml", "metrics.jsonl", "adapter_model.safetensors", "loss.png", "checkpoints/latest", "checkpoints"],
-)
-@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "other"])
-def test_nothing_in_it_leads_elsewhere(tmp_path: Path, run: Path, name: str, kind: str, resume: str | None) -> None:
-    (tmp_path / "victim").mkdir()
-    if (run / name).exists():
-        (run / name).rename(tmp_path / "victim" / "old")
-    make: dict[str, Callable[[], Any]] = {
-        "link": lambda: (run / name).symlink_to(tmp_path / "victim" / "old"),
-        "dangling link": lambda: (run / name).symlink_to(tmp_path / "nowhere"),
-        "pipe": lambda: os.mkfifo(run / name),
-        "other": lambda: (run / name).write_text("") if name == "checkpoints" else (run / name).mkdir(),
-    }
-    make[kind]()
-    before = contents(tmp_path)
-    with pytest.raises(InputError, match="and a run writes there: remove it"):
-        held(run, resume=resume)
-    assert contents(tmp_path) == before
 
 
 def test_a_result_is_not_replaced_by_another_run(run: Path) -> None:
@@ -140,25 +114,10 @@ def failing(code: int) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
-def test_without_fsync_it_runs_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_without_fsync_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     monkeypatch.setattr(os, "fsync", failing(code))
-    (notice,) = held(tmp_path / "o")
-    assert "cannot force its files to the disk" in notice
-
-
-def test_a_folder_that_opens_for_no_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.open
-
-    def no_folders(path: Any, *args: Any, **more: Any) -> int:
-        if os.path.isdir(path):
-            raise PermissionError(errno.EACCES, "no folders")
-        return real(path, *args, **more)
-
-    (tmp_path / "o").mkdir()
-    monkeypatch.setattr(os, "open", no_folders)
-    assert len(held(tmp_path / "o")) == 1
-    write_text(tmp_path / "o" / "x", "whole")
-    assert (tmp_path / "o" / "x").read_text() == "whole"
+    write_text(tmp_path / "x", "whole")
+    assert (tmp_path / "x").read_text() == "whole"
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
@@ -166,25 +125,6 @@ def test_without_locks_it_runs_and_says_so(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(fcntl, "flock", failing(code))
     (notice,) = held(tmp_path / "o")
     assert "cannot be locked: start no second run in it" in notice
-
-
-@pytest.mark.parametrize("call", ["mkdir", "replace", "rename", "rmdir", "unlink", "fsync"])
-@pytest.mark.parametrize(
-    ("code", "error"), [(errno.EPERM, EnvironmentProblem), (errno.ENOSPC, DiskError), (errno.EIO, EnvironmentProblem)]
-)
-def test_what_a_run_needs_is_tried(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int, error: type[Exception]
-) -> None:
-    (tmp_path / "o").mkdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, failing(code))
-        if (call, code) == ("fsync", errno.EPERM):
-            patch.setattr(os, "fsync", failing(errno.EROFS))
-        with pytest.raises(error, match="Choose another out"):
-            held(tmp_path / "o")
-    if call not in ("rmdir", "unlink"):
-        assert [path.name for path in (tmp_path / "o").iterdir()] == [LOCK]
-    assert held(tmp_path / "o") == []
 
 
 def test_room_is_counted_before_the_first_step(

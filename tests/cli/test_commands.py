@@ -262,11 +262,12 @@ def test_generate_keeps_what_it_answered_and_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr("fourbit.models.generate.generate", answer)
         told = typed(line, code=130)
-    assert "answers.jsonl.partial keeps the 16 rows that were finished; the same command with --resume goes on" in told
-    assert "holds 16 rows of an earlier run: --resume goes on, --overwrite begins anew" in typed(line, code=2)
-    assert "were made with another temperature" in typed(f"{GENERATE} --batch-size 2 --resume", code=2)
+    assert "answers.jsonl keeps 16 finished rows; the same command with --resume goes on" in told
+    assert "is there already: --overwrite replaces it, --resume goes on after its rows" in typed(line, code=2)
+    other = line.replace("prompts.jsonl", "rows.jsonl")
+    assert "holds other rows than those of this command: --overwrite replaces it" in typed(f"{other} --resume", code=2)
     as_json(f"{line} --resume")
-    assert (here / "answers.jsonl").read_text() == whole and not (here / "answers.jsonl.partial").exists()
+    assert (here / "answers.jsonl").read_text() == whole
 
 
 def test_eval_keeps_its_answers_and_goes_on(here: Path, typed: Typed, as_json: AsJson, monkeypatch: Any) -> None:
@@ -282,21 +283,17 @@ def test_eval_keeps_its_answers_and_goes_on(here: Path, typed: Typed, as_json: A
 
     with monkeypatch.context() as patch:
         patch.setattr("fourbit.models.generate.generate", answer)
-        assert "answers.jsonl.partial keeps the 16 rows that were finished" in typed(line, code=4)
-    for other, named in (
-        ("--match contains", "--match"),
-        ("--max-length 1000", "max_length"),
-        ("--quant none", "quant"),
-    ):
-        assert f"made with another {named}" in typed(f"{line} {other} --resume", code=2)
+        assert "answers.jsonl keeps 16 finished rows" in typed(line, code=4)
+    for other in (f"{line} --match contains", line.replace("rows.jsonl", "val.jsonl")):
+        assert "holds other rows than those of this command" in typed(f"{other} --resume", code=2)
     assert as_json(f"{line} --resume") == expected
-    assert (here / "answers.jsonl").read_text() == whole and not (here / "answers.jsonl.partial").exists()
+    assert (here / "answers.jsonl").read_text() == whole
 
 
 def test_eval_keeps_what_it_answered_and_goes_on(
     tuned: Path, here: Path, typed: Typed, as_json: AsJson, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also in the adapter's own folder, and only as long as the adapter is the same."""
+    """Also in the adapter's own folder."""
     run = shutil.copytree(tuned, here / "run")
     line = "eval --model m --adapter run --data val.jsonl --max-new-tokens 6 --answers run/answers.jsonl"
     whole = as_json(line)
@@ -313,13 +310,7 @@ def test_eval_keeps_what_it_answered_and_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(Output, "write", dies)
         told = typed(line, code=4)
-    assert "answers.jsonl.partial keeps the 3 rows" in told and "answers.base.jsonl.partial keeps the 6 rows" in told
-    (run / "notes.txt").write_text("")
-    config = (run / "adapter_config.json").read_text()
-    (run / "adapter_config.json").write_text(config + " ")
-    assert "made with another run/adapter_config.json, run/notes.txt" in typed(f"{line} --resume", code=2)
-    (run / "adapter_config.json").write_text(config)
-    (run / "notes.txt").unlink()
+    assert "answers.jsonl keeps 3 finished rows" in told and "answers.base.jsonl keeps 6 finished rows" in told
     assert as_json(f"{line} --resume") == whole
     assert answers == {name: (run / name).read_text() for name in answers}
 

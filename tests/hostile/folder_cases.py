@@ -48,10 +48,6 @@ RESUMED = (
     "run",
     "--resume",
 )
-PARTIAL = (
-    '{"fourbit": "partial: the rows that were finished; the same command with --resume goes on from here", '
-    '"made_from": {"seed": 1}}\n'
-)
 ROW = '{"prompt": "hi", "completion": "yo"}\n'
 
 
@@ -107,7 +103,6 @@ OUTPUTS: dict[str, tuple[Make, tuple[str, ...]]] = {  # what is read, or is anot
     "a folder with another's config.yaml": (put("o/config.yaml", "mine: true\n"), SFT),
     "a folder with another's metrics": (put("o/metrics.jsonl", '{"mine": 1}\n'), SFT),
     "a folder with another's adapter": (put("o/adapter_model.safetensors", "mine"), SFT),
-    "a folder with another's run.lock": (put("o/run.lock", "mine: this is my file\n"), SFT),
     "a folder whose run.lock is a folder": (lambda here: (here / "o" / "run.lock").mkdir(parents=True), SFT),
     "a folder whose run.lock is a pipe": (lambda here: ((here / "o").mkdir(), os.mkfifo(here / "o" / "run.lock")), SFT),
     "a folder whose run.lock is a link out": (outside("run.lock"), SFT),
@@ -161,7 +156,6 @@ OUTPUTS: dict[str, tuple[Make, tuple[str, ...]]] = {  # what is read, or is anot
     "answers: in no folder": (rows(GOOD), (*ANSWERS, "no/where")),
     "answers: an empty name": (rows(GOOD), (*ANSWERS, "")),
     "answers: a name of 300 characters": (rows(GOOD), (*ANSWERS, "x" * 300)),
-    "answers: a pipe that nobody reads": (all_of(rows(GOOD), pipe("a")), (*ANSWERS, "a")),
     "evaluation: the rows": (nothing, (*EVAL, "--answers", "good.jsonl")),
     "evaluation: the model's config": (nothing, (*EVAL, "--answers", "m/config.json")),
     "evaluation: in no folder": (nothing, (*EVAL, "--answers", "no/where/a.jsonl")),
@@ -182,18 +176,11 @@ OUTPUTS: dict[str, tuple[Make, tuple[str, ...]]] = {  # what is read, or is anot
         (*ANSWERS, "w", "--overwrite"),
     ),
     "answers: the settings": (put("g.yaml", "model: m\nout: g.yaml\ndata: good.jsonl\n"), ("generate", "g.yaml")),
-    "answers: another's partial file": (all_of(rows(GOOD), put("a.partial", "mine")), (*ANSWERS, "a", "--overwrite")),
-    "answers: another's partial file, resumed": (
-        all_of(rows(GOOD), put("a.partial", "mine")),
+    "answers: another's file, resumed": (all_of(rows(GOOD), put("a", "mine")), (*ANSWERS, "a", "--resume")),
+    "answers: rows of other data, resumed": (
+        all_of(rows(GOOD), put("a", '{"prompt": "x", "answer": "y"}\n')),
         (*ANSWERS, "a", "--resume"),
     ),
-    "answers: a partial file of other settings": (
-        all_of(rows(GOOD), put("a.partial", PARTIAL + '{"prompt": "x"}\n')),
-        (*ANSWERS, "a", "--resume"),
-    ),
-    "answers: a partial file, not resumed": (all_of(rows(GOOD), put("a.partial", PARTIAL + "{}\n")), (*ANSWERS, "a")),
-    "answers: a partial file that is a link": (all_of(rows(GOOD), link("a.partial", "good.jsonl")), (*ANSWERS, "a")),
-    "answers: a partial file that is a pipe": (all_of(rows(GOOD), pipe("a.partial")), (*ANSWERS, "a")),
     "answers: a full device": (rows(GOOD), (*ANSWERS, "/dev/full")),
     "answers: JSON beside them": (rows(GOOD), (*ANSWERS, "-", "--json")),
     "evaluation: two files into a pipe": (read_by("a"), (*EVAL, "--adapter", "run", "--answers", "a")),
