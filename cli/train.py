@@ -14,6 +14,7 @@ from ..data.sample import Kind
 from ..data.template import ChatTemplate
 from ..errors import InputError
 from ..lora.attach import attach
+from ..lora.config import Kind as AdapterKind
 from ..lora.config import LoRAConfig
 from ..models.protocol import CausalLM
 from ..outputs import lock_folder
@@ -40,7 +41,7 @@ from .show import amount, count, describe, figure, note, pairs, result, working,
 
 NAMES = re.compile(r"[\w.]+(,[\w.]+)*")  # else an entry of --target is a regular expression
 GROUPS = ("all-linear", "attn", "mlp")
-FRESH = ("rank", "alpha", "dropout", "target", "rslora")  # what a fresh adapter is told, and no other
+FRESH = ("kind", "rank", "alpha", "dropout", "target", "rslora")  # what a fresh adapter is told, and no other
 REPORTED = ("perplexity", "reward_accuracy", "reward_margin")  # of the best evaluation; --json has all metrics
 
 
@@ -68,6 +69,7 @@ class AdapterOptions(AdapterChoice):
     """The adapter that a run trains."""
 
     title: ClassVar[str] = "adapter"
+    kind: AdapterKind = setting("lora", "kind of adapter")
     rank: int = setting(16, "rank of the adapter's matrices")
     alpha: float = setting(32, "the update is scaled by alpha / rank")
     dropout: float = setting(0.0, "dropout on the adapter's input")
@@ -85,7 +87,8 @@ class AdapterOptions(AdapterChoice):
         if names == ["all"]:
             names = ["all-linear"]
         one = len(names) == 1 and (names[0] in GROUPS or not NAMES.fullmatch(names[0]))
-        return LoRAConfig(self.rank, self.alpha, self.dropout, names[0] if one else names, self.rslora)
+        own = {field: getattr(self, field) for field in FRESH}
+        return LoRAConfig(**own | {"target": names[0] if one else names})
 
 
 @dataclass(frozen=True, kw_only=True)

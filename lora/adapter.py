@@ -17,6 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..errors import InputError
 from ..kernels.linear4bit import lora_linears4bit
+from ..kernels.lora_paths import lora_update
+from ..settings import checked
 from .config import LoRAConfig
 from .lazy_weight import LazyWeight, autocast_input
 from .linear4bit import NF4Linear, is_conv1d, over_nested, sizes
@@ -59,12 +61,29 @@ class Adapter(nn.Module):
         super().__init__()
         self.copies = None
 
+    @classmethod
+    def of(cls, base: nn.Module, config: LoRAConfig) -> "Adapter":
+        """The part of the layer `base` that `config` describes; by default what the class makes of the two."""
+        return cast(Callable[[nn.Module, LoRAConfig], Adapter], cls)(base, config)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y [..., out] with this adapter's part added, for the layer's input x [..., in].
 
         y may be written over, and so may what is returned: backward must need neither.
         """
         raise NotImplementedError
+
+    def over(self, x: Tensor, base: nn.Module) -> Tensor:
+        """base(x) [..., out] for x [..., in], with this adapter's part added.
+
+        A kind overrides it that must know more of its base than that."""
+        y = base(x)
+        return cast(Tensor, self(x, y.clone() if is_hooked(base) else y))  # hooks may keep what they are shown
+
+    @property
+    def of_base(self) -> bool:
+        """Whether its change depends on the base alone, and not on what other adapters have made of that."""
+        return type(self).over is not Adapter.over
 
     def delta(self, weight: Tensor) -> Tensor:
         """The change [out, in] that this adapter makes to the dense weight [out, in], in the dtype of `weight`."""
@@ -102,10 +121,11 @@ class Whole(Adapter):
 
 
 class AdapterLayer(nn.Module):
-    """y = base(x), to which each active adapter adds its part, in the order of `active`; the base computes with the
-    active adapters' copies of its tensors. Other attributes are the base's, and tensors those that it computes with.
+    """y = base(x), to which each active adapter adds its part times its weight, in the order of `active`; the base
+    computes with the active adapters' copies of its tensors. Other attributes are the base's, and tensors those that it
+    computes with.
 
-    A 4-bit base under one low-rank adapter is one op with it, unless a hook sits on either. The adapters given are
+    A 4-bit base under low-rank adapters is one op with them, unless a hook sits on one. The adapters given are
     active (change that with `use` and `using`); what trains, base included, is for others to say (`install`).
     """
 
@@ -115,18 +135,27 @@ class AdapterLayer(nn.Module):
         if is_conv1d(base):
             self.in_features, self.out_features = sizes(cast(nn.Linear, base))
         self.adapters = nn.ModuleDict(adapters)
-        self.active = list(adapters)
+        self.active = dict.fromkeys(adapters, 1.0)
         self.train(base.training)
 
-    def running(self) -> list[Adapter]:
-        """The active adapters, in order."""
-        return [cast(Adapter, self.adapters[name]) for name in self.active]
+    def running(self) -> list[tuple[Adapter, float]]:
+        """The active adapters with their weights, in order."""
+        return [(cast(Adapter, self.adapters[name]), weight) for name, weight in self.active.items()]
+
+    def changing(self) -> list[tuple[Adapter, float]]:
+        """Those of them that change what the base computes, and not its tensors alone."""
+        return [(part, weight) for part, weight in self.running() if not isinstance(part, Whole)]
 
     def copied(self) -> dict[str, Tensor]:
         """The active adapters' copies of the base's tensors, by name, in the dtypes that it has."""
-        copies = [part.copies for part in self.running() if part.copies is not None]
-        tensors = [pair for own in copies for pair in (*own.named_parameters(), *own.named_buffers())]
-        return {name: tensor.to(getattr(self.base, name).dtype) for name, tensor in tensors}
+        found: dict[str, Tensor] = {}
+        for part, weight in self.running():
+            copies = () if part.copies is None else (*part.copies.named_parameters(), *part.copies.named_buffers())
+            for name, tensor in copies:
+                own = getattr(self.base, name)
+                mixed = weight != 1 and own.is_floating_point()
+                found[name] = (own.to(tensor).lerp(tensor, weight) if mixed else tensor).to(own.dtype)
+        return found
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:  # of a linear layer: [..., in] -> [..., out]
         x: Any = args[0] if args else next(iter(kwargs.values()), None)
@@ -134,20 +163,48 @@ class AdapterLayer(nn.Module):
             return over_nested(self.forward, x)
         if (joint := self.joint(x)) is not None:
             return joint_forward(x, [joint])[0]
-        own, kept = self.copied(), is_hooked(self.base)
-        y = functional_call(self.base, own, args, kwargs) if own else self.base(*args, **kwargs)
-        for adapter in self.running():
-            if not isinstance(adapter, Whole):
-                y, kept = adapter(x, y.clone() if kept else y), is_hooked(adapter)  # hooks may keep what they are shown
+        own = self.copied()
+        if not self.changing():
+            return cast(Tensor, functional_call(self.base, own, args, kwargs) if own else self.base(*args, **kwargs))
+        tensors = {f"base.{name}": tensor for name, tensor in own.items()}
+        return cast(Tensor, functional_call(_Method(self.base, self._changed), tensors, x) if own else self._changed(x))
+
+    def _changed(self, x: Tensor) -> Tensor:
+        """The output under adapters that change it."""
+        parts = self.changing()
+        if len(parts) == 1 and parts[0][1] == 1:
+            return parts[0][0].over(x, self.base)
+        y = plain = self.base(x)
+        if (update := self.low_rank()) is not None:
+            y = y.clone() if is_hooked(self.base) else y
+            return lora_update(y, autocast_input(x), update.A, update.B, update.scale)
+        for part, weight in parts:
+            if part.of_base:
+                y = y + weight * (part.over(x, self.base) - plain)
+            else:
+                changed = part(x, y.clone())
+                y = changed if weight == 1 else y.lerp(changed, weight)
         return y
 
-    def joint(self, x: Tensor) -> tuple[NF4Linear, LowRank] | None:
-        """Base and update if one op makes both for x [..., in]: 4 bits, one low-rank adapter, nothing hooked."""
-        if len(self.active) != 1 or type(self.base) is not NF4Linear or x.is_nested or not x.is_floating_point():
+    def low_rank(self) -> LowRank | None:
+        """All active adapters' updates as one, with A and B stacked, if they are low-rank, unhooked, undropped."""
+        parts = self.changing()
+        updates = [None if is_hooked(part) else part.low_rank() for part, _ in parts]
+        found = [update for update in updates if update is not None]
+        if not found or len(found) < len(parts):
             return None
-        (adapter,) = self.running()
-        apart = adapter.copies is not None or is_hooked(self.base) or is_hooked(adapter)
-        update = None if apart else adapter.low_rank()
+        if len(parts) == 1 and parts[0][1] == 1:
+            return found[0]
+        B = [(weight * update.scale) * update.B for update, (_, weight) in zip(found, parts, strict=True)]
+        stacked = LowRank(torch.cat([update.A for update in found]), torch.cat(B, 1), 1.0, 0.0)
+        return None if any(update.dropout for update in found) else stacked
+
+    def joint(self, x: Tensor) -> tuple[NF4Linear, LowRank] | None:
+        """Base and update if one op makes both for x [..., in]: 4 bits, low-rank adapters, nothing copied or hooked."""
+        if type(self.base) is not NF4Linear or x.is_nested or not x.is_floating_point() or is_hooked(self.base):
+            return None
+        apart = any(part.copies is not None for part, _ in self.running())
+        update = None if apart else self.low_rank()
         return None if update is None else (self.base, update)
 
     def frozen(self, names: Sequence[str]) -> nn.Module:
@@ -159,23 +216,23 @@ class AdapterLayer(nn.Module):
     def weight(self) -> Tensor:
         """The weight [out, in] that the layer computes with, active adapters included: see `LazyWeight`."""
         weight = cast(Tensor, self.copied().get("weight", self.base.weight))
-        made = [adapter.term() for adapter in self.running()]
-        if terms := [term for term in made if term is not None]:
+        made = [(adapter.term(), weight) for adapter, weight in self.changing()]
+        if terms := [(term[0] if w == 1 else w * term[0], term[1]) for term, w in made if term is not None]:
             decode = getattr(weight, "decode", None) or (lambda i, d: weight[... if i is None else i].detach().to(d))
             return LazyWeight.decoded(decode, weight.shape, weight.dtype, weight, terms)
-        parts = [p for adapter in self.running() if not isinstance(adapter, Whole) for p in adapter.parameters()]
+        parts = [p for adapter, _ in self.changing() for p in adapter.parameters()]
         like = next((p for p in parts if p.requires_grad), weight)
         return LazyWeight.of(self._weight, weight.shape, weight.dtype, like) if parts else weight
 
     def _weight(self) -> Tensor:
-        if any(adapter.training and adapter.dropout for adapter in self.running()):
+        if any(adapter.training and adapter.dropout for adapter, _ in self.running()):
             raise InputError(
                 "where a module computes with a layer's weight, its input cannot be dropped: set dropout=0"
             )
         weight = cast(Tensor, self.copied().get("weight", self.base.weight))
-        found = wide(weight, self.base)
-        for adapter in self.running():
-            found = found if isinstance(adapter, Whole) else found + adapter.delta(found)
+        found = plain = wide(weight, self.base)
+        for adapter, share in self.changing():
+            found = found + share * adapter.delta(plain if adapter.of_base else found)
         return (found.t() if is_conv1d(self.base) else found).to(weight.dtype)
 
     def __getattr__(self, name: str) -> Any:  # what this layer does not have itself
@@ -192,7 +249,8 @@ class AdapterLayer(nn.Module):
         return lambda *args, **kwargs: functional_call(method, tensors, args, kwargs)  # of the module, trained whole
 
     def extra_repr(self) -> str:
-        return f"active={', '.join(self.active) or 'none'}"
+        active = [name if weight == 1 else f"{name} x {weight:g}" for name, weight in self.active.items()]
+        return f"active={', '.join(active) or 'none'}"
 
 
 def wide(weight: Tensor, base: nn.Module) -> Tensor:
@@ -311,11 +369,16 @@ def refuse_left_out(model: nn.Module, name: str = DEFAULT) -> None:
         )
 
 
-def use(model: nn.Module, *names: str) -> None:
-    """Make the named adapters the active ones, in this order, on every layer that carries them; none: the base alone.
+def use(model: nn.Module, *names: str, weights: Sequence[float] | None = None) -> None:
+    """Make the named adapters the active ones on every layer that carries them; none: the base alone.
 
-    What trains stays. InputError for a name that the model does not carry, and for two with copies of one module.
+    weights: by how much each counts, 1 if not given: weight times the change that it makes. What trains stays.
+    InputError for a name that the model does not carry or that comes twice, for weights that are not one finite number
+    for each name, and for two adapters with copies of one module.
     """
+    shares = [1.0 for _ in names] if weights is None else [checked("weights", weight, float) for weight in weights]
+    if len(shares) != len(names) or len({*names}) < len(names):
+        raise InputError(f"the names must differ, with one weight for each; got {names} and weights={weights}")
     for name in names:
         carried(model, name)
     for path, layer in adapter_layers(model).items():
@@ -323,15 +386,15 @@ def use(model: nn.Module, *names: str) -> None:
         if len(copies) > 1:
             raise InputError(f"{' and '.join(copies)} cannot be active together: each has its own copy of '{path}'")
     for layer in adapter_layers(model).values():
-        layer.active = [name for name in dict.fromkeys(names) if name in layer.adapters]
+        layer.active = {name: share for name, share in zip(names, shares, strict=True) if name in layer.adapters}
 
 
 @contextmanager
-def using(model: nn.Module, *names: str) -> Iterator[None]:
+def using(model: nn.Module, *names: str, weights: Sequence[float] | None = None) -> Iterator[None]:
     """As `use`, inside the block; after it each layer's active adapters are what they were before."""
     before = [(layer, layer.active) for layer in adapter_layers(model).values()]
     try:
-        use(model, *names)
+        use(model, *names, weights=weights)
         yield
     finally:
         for layer, active in before:
@@ -359,7 +422,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     layers = adapter_layers(model)
     for path in carried(model, name):
         del layers[path].adapters[name]
-        layers[path].active = [other for other in layers[path].active if other != name]
+        layers[path].active = {other: weight for other, weight in layers[path].active.items() if other != name}
     replace_modules(model, {layer: layer.base for layer in layers.values() if not layer.adapters})
 
 

@@ -1,7 +1,7 @@
 """Attach adapters to layers of any module, and copies of what else is to be trained to their modules."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -12,13 +12,12 @@ from ..errors import InputError
 from ..settings import DType, floating
 from .adapter import DEFAULT, Adapter, AdapterLayer, Copies, Whole, adapter_layers, refuse_second, replace_modules, use
 from .config import LoRAConfig
+from .kinds import LayerFactory, of_kind
 from .linear4bit import Module4bit, NF4Embedding
 from .lora import LoRA
 from .parameter4bit import StandIn
 from .peft_config import PeftConfig, PeftLike, from_peft
-from .targets import Linear, base_modules, check_patterns_used, expose, matcher, nearest, resolve
-
-LayerFactory = Callable[[Linear, LoRAConfig], Adapter]
+from .targets import base_modules, check_patterns_used, expose, matcher, nearest, resolve
 
 UNCOPIED: dict[type | tuple[type, ...], str] = {  # what modules_to_save cannot train -> why, and what to do
     Module4bit: "are in 4 bits and cannot be trained: leave them dense (skip in quantize_)",
@@ -31,7 +30,7 @@ def attach(
     config: LoRAConfig | PeftLike | Mapping[str, object],
     name: str = DEFAULT,
     *,
-    layer: LayerFactory = LoRA.of,
+    layer: LayerFactory = of_kind,
     seed: int | None = None,
     dtype: DType = torch.float32,
 ) -> list[str]:
@@ -39,9 +38,10 @@ def attach(
     with those of what `modules_to_save` and `bias` train.
 
     config: ours, or peft's LoraConfig or a dict of it. layer: makes each layer's part of its base and the config of
-    that layer (its rank and alpha): a class of one's own with the methods of `Adapter`. Each part starts from torch's
-    generator or, with a `seed`, from that and its own path alone, on every device the same if it draws on the CPU.
-    Adapters and copies are fp32 masters unless `dtype` says otherwise. The new one is active.
+    that layer (its rank and alpha), as a class of one's own does; by default of the kind that the config says.
+    Each part starts from torch's generator or, with a `seed`, from that and its own path alone, on every device the
+    same if it draws on the CPU. Adapters and copies are fp32 masters unless `dtype` says otherwise. The new one is
+    active.
     Raises InputError for an entry or a pattern that matches nothing, a tied or 4-bit weight or a ParameterList in
     `modules_to_save`, an embedding that another is tied to (a tied head keeps the base's weight), a model that carries
     an adapter of this name already; the model is left untouched then.
@@ -89,7 +89,7 @@ def _made(layer: LayerFactory, base: nn.Module, config: LoRAConfig, path: str, s
         if seed is not None:
             digest = hashlib.sha256(f"{seed}\n{path}".encode()).hexdigest()
             torch.default_generator.manual_seed(int(digest[:16], 16) >> 1)
-        return layer(base, config)  # type: ignore[arg-type]  # what is targeted is linear
+        return layer(base, config)  # type: ignore[arg-type]  # what is targeted is linear, mostly
 
 
 def _whole(modules: Mapping[str, nn.Module], entries: Iterable[str]) -> dict[str, list[str]]:

@@ -10,12 +10,14 @@ from ..errors import InputError, shown
 from ..settings import Checked, checked, setting
 
 Number = TypeVar("Number", int, float)
+Kind = Literal["lora"]  # the words of kinds.py
 
 
 @dataclass(frozen=True)
 class LoRAConfig(Checked):
     """Settings of LoRA (Hu et al. 2021): rank r and alpha give W + (alpha / r) B A; rsLoRA divides by sqrt(r) instead.
 
+    kind: which adapter, a word of `KINDS` (lora/kinds.py).
     target: "all-linear" (every linear layer but output heads), "attn", "mlp", a list of names (full paths or their
         last parts), or one string taken as a regular expression that must match a full path. Embeddings and
         convolutions get an adapter where they are named.
@@ -42,6 +44,7 @@ class LoRAConfig(Checked):
     modules_to_save: Sequence[str] = setting((), "modules that are trained whole")
     target_parameters: Sequence[str] = setting((), "parameters, such as fused experts, that get an adapter")
     bias: Literal["none", "all", "lora_only"] = setting("none", "which biases are trained")
+    kind: Kind = setting("lora", "kind of adapter")
 
     def __post_init__(self) -> None:
         super().__post_init__()

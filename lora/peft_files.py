@@ -20,9 +20,10 @@ from ..files import COUNTS, disk_errors, float_tensors, misfits, read_json, regu
 from ..outputs import check_apart
 from ..settings import DType, floating
 from .adapter import DEFAULT, Adapter, Whole, adapters_of, carried, plain_name, refuse_left_out, unwrapped
-from .attach import LayerFactory, fresh, install
+from .attach import fresh, install
 from .config import LoRAConfig
 from .identity import BaseIdentity, base_identity
+from .kinds import LayerFactory, of_kind
 from .linear4bit import Module4bit
 from .lora import LoRA, LoRAParameter, lora_kind
 from .parameter4bit import StandIn
@@ -72,7 +73,7 @@ def load_adapter(
     *,
     dtype: DType | None = torch.float32,
     name: str = DEFAULT,
-    layer: LayerFactory = LoRA.of,
+    layer: LayerFactory = of_kind,
     trainable: bool = True,
     force: bool = False,
     tell: Callable[[str], object] = warnings.warn,

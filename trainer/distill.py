@@ -68,7 +68,7 @@ class DistillTrainer(SFTTrainer):
                 carried(model, name)
         # Apart from the model's own, because a head is also run in backward, when no other adapter is in place.
         head = self.teacher.lm_head
-        names = self.adapters if self.adapters is not None else head.active if isinstance(head, AdapterLayer) else []
+        names = self.adapters if self.adapters is not None else [*head.active] if isinstance(head, AdapterLayer) else []
         self.teacher_head = self.teacher.head(head.frozen(names) if isinstance(head, AdapterLayer) else head)
         if config.top_k is not None and config.top_k > model.vocab_size:
             raise InputError(f"top_k must be at most {model.vocab_size}, the vocabulary, got {config.top_k}")

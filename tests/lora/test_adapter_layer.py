@@ -64,9 +64,9 @@ def test_a_fresh_or_disabled_adapter_changes_nothing(made: tuple[AdapterLayer, L
     fresh = LoRA(layer.base, lora.rank, 16)
     assert fresh.is_idle() and not lora.is_idle()
     assert torch.equal(AdapterLayer(layer.base, fresh=fresh)(x), layer.base(x))
-    layer.active = []
+    layer.active = {}
     assert torch.equal(layer(x), layer.base(x))
-    layer.active = ["default"]
+    layer.active = {"default": 1.0}
     assert not torch.equal(layer(x), layer.base(x))
 
 
@@ -123,9 +123,9 @@ def test_dropout_only_while_training_and_only_on_the_update() -> None:
     torch.manual_seed(3)
     h = F.dropout(x, 0.25)
     assert torch.equal(dropped, layer.base(x) + lora.scale * F.linear(F.linear(h, lora.lora_A), lora.lora_B))
-    layer.active = []
+    layer.active = {}
     assert torch.equal(layer(x), layer.base(x))
-    layer.active, lora.dropout = ["default"], 0.0
+    layer.active, lora.dropout = {"default": 1.0}, 0.0
     assert torch.equal(layer(x), plain)
 
 
@@ -178,9 +178,9 @@ def test_it_passes_for_a_linear_layer_where_its_sizes_are_read() -> None:
     assert (layer.in_features, layer.out_features) == (6, 5)
     assert (layer.weight.shape, layer.weight.dtype) == ((5, 6), torch.float32)
     assert layer.bias is base.bias and not layer.training
-    layer.active = []
+    layer.active = {}
     assert layer.weight is base.weight
-    layer.active = ["default"]
+    layer.active = {"default": 1.0}
     assert "active=default\n" in repr(layer) and "(default): LoRA(rank=2, alpha=4, scale=2, dropout=0)" in repr(layer)
     assert {n for n, p in layer.named_parameters() if p.requires_grad} == {A, B}
 

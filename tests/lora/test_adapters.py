@@ -1,6 +1,7 @@
 """Named adapters: several on one layer, of any kind; switched, copied, taken off and kept as tensors by name."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def weight(layer: AdapterLayer) -> Tensor:
     """The dense weight that a layer with its active adapters computes with."""
     base = layer.base
     found = base.dequantize(torch.float64) if isinstance(base, NF4Linear) else base.weight.detach().double()
-    for adapter in layer.running():
+    for adapter, _ in layer.running():
         found = found + adapter.delta(found)
     return found
 
@@ -129,18 +130,49 @@ def test_a_second_kind_is_switched_copied_and_kept(two: nn.ModuleDict, tmp_path:
     assert torch.equal(outputs(two), alone)
 
 
-def test_two_loras_add_up(adapted: Make, base: Make) -> None:
-    one, other, model = adapted(), adapted(seed=2, rank=3, alpha=1, rslora=True), quantize_(adapted())
+@pytest.mark.parametrize("weights", [None, (1, 0.5), (-0.25, 2.0), (0, 0)])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_two_loras_add_up(adapted: Make, base: Make, quantised: bool, weights: tuple[float, float] | None) -> None:
+    one, other = adapted(), adapted(seed=2, rank=3, alpha=1, rslora=True)
+    model = quantize_(adapted()) if quantised else adapted()
     dense = [adapters_of(m)["mlp.up_proj"].delta(torch.zeros(10, 6)) for m in (one, other)]
     install(model, adapters_of(other), "other")
     layer = adapter_layers(model)["mlp.up_proj"]
-    assert layer.active == ["other"] and not any(p.requires_grad for p in adapter_parameters(model).values())
-    use(model, "default", "other", "default")
-    x = torch.randn(5, 6)
-    torch.testing.assert_close(layer(x), layer.base(x) + x @ (dense[0] + dense[1]).T)
-    assert layer.joint(x) is None  # several: the general way
-    use(model, "other")
-    assert layer.joint(x) is not None
+    assert layer.active == {"other": 1.0} and not any(p.requires_grad for p in adapter_parameters(model).values())
+    use(model, "default", "other", weights=weights)
+    first, second = weights or (1, 1)
+    x = torch.randn(5, 6, requires_grad=True)
+    want = layer.base(x) + x @ (first * dense[0] + second * dense[1]).T
+    (grad,) = torch.autograd.grad(want.sum(), x)
+    torch.testing.assert_close(layer(x), want)
+    torch.testing.assert_close(torch.autograd.grad(layer(x).sum(), x)[0], grad)
+    torch.testing.assert_close(x @ layer.weight.T + layer.bias, want)
+    assert (layer.joint(x) is not None) == quantised  # one op of all
+    hook = layer.adapters["other"].register_forward_hook(lambda *_: None)  # one by one
+    torch.testing.assert_close(layer(x), want)
+    hook.remove()
+    layer.train()
+    for part in layer.adapters.values():
+        part.dropout = 1e-9  # apart, as each drops for itself
+    torch.testing.assert_close(layer(x), want)
+
+
+def test_weights_are_one_finite_number_for_each_name(adapted: Make) -> None:
+    model = adapted()
+    copy_adapter(model, "default", "other")
+    for names, weights in (("other", "other"), None), (("other",), ()), (("default", "other"), (1, math.nan)):
+        with pytest.raises(InputError):
+            use(model, *names, weights=weights)
+    assert all(layer.active == {"default": 1.0} for layer in adapter_layers(model).values())
+
+
+def test_a_weight_moves_a_copy_from_its_base(adapted: Make) -> None:
+    model = adapted(modules_to_save=["mlp.down_proj"])
+    layer = adapter_layers(model)["mlp.down_proj"]
+    copied, own = layer.weight.detach(), layer.base.weight
+    with using(model, "default", weights=[0.25]):
+        torch.testing.assert_close(layer.weight, 0.25 * copied + 0.75 * own)
+        torch.testing.assert_close(layer(torch.eye(own.shape[1])).T - layer.bias[:, None], layer.weight)
 
 
 @pytest.mark.parametrize("settings", [{}, {"rank": 3, "alpha": 1, "rslora": True}, {"target": ["up_proj"]}])
@@ -204,12 +236,12 @@ def test_names_that_are_fine(name: str, base: Make, adapted: Make, folder: Path)
 
 def test_an_error_inside_leaves_the_model_whole(adapted: Make) -> None:
     model = adapted(dropout=0.5)
-    adapter_layers(model)["mlp.up_proj"].active = []
+    adapter_layers(model)["mlp.up_proj"].active = {}
     copy_adapter(model, "default", "reference")
     before = state(model)
     with pytest.raises(RuntimeError, match="boom"), using(model, "reference"):
         raise RuntimeError("boom")
-    assert [layer.active for layer in adapter_layers(model).values()] == [[], ["default"]]
+    assert [layer.active for layer in adapter_layers(model).values()] == [{}, {"default": 1.0}]
     assert same(state(model), before)
     parts = list(adapters_of(model, "reference").values())
     assert [part.dropout for part in parts] == [0.0, 0.0] and not any(p.requires_grad for p in parts[0].parameters())

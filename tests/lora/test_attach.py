@@ -285,7 +285,7 @@ def test_adapters_off_restores_each_state_even_after_an_error() -> None:
     model = Decoder()
     names = attach(model, LoRAConfig(rank=2))
     layers = adapter_layers(model)
-    layers[names[3]].active = []
+    layers[names[3]].active = {}
     with pytest.raises(RuntimeError, match="in the block"), adapters_off(model):
         assert not any(layer.active for layer in layers.values())
         raise RuntimeError("in the block")

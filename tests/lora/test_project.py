@@ -49,7 +49,7 @@ def gradients(modules: Sequence[nn.Module], x: Tensor, outputs: Sequence[Tensor]
 def test_it_equals_calling_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any mix: adapters over 4-bit and dense bases, with and without bias, switched off, plain linears, repetition."""
     off = layer(24, seed=3)
-    off.active = []
+    off.active = {}
     modules = [layer(40), layer(24, quantised=False), off, layer(16, bias=True, seed=4), nn.Linear(64, 8)]
     modules.append(modules[0])
     x = torch.randn(3, 5, 64, requires_grad=True)

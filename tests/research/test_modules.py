@@ -84,9 +84,9 @@ def test_a_hook_is_called_once_and_changes_nothing(layer: AdapterLayer, where: s
 
 def test_what_a_hook_was_shown_stays_as_it_was(layer: AdapterLayer) -> None:
     layer.adapters["second"] = copy.deepcopy(part_of(layer)).freeze()
-    layer.active.append("second")
+    layer.active["second"] = 1.0
     x, shown = rows(), list[Tensor]()
-    for module in (layer.base, *layer.running()):
+    for module in (layer.base, *(part for part, _ in layer.running())):
         module.register_forward_hook(lambda module, inputs, output: shown.append(output))
     y = layer(x)
     base = F.linear(x, layer.base.weight, layer.bias)
@@ -287,7 +287,7 @@ def test_a_weight_is_read_as_any_linear_layer_s(layer: AdapterLayer) -> None:
     torch.testing.assert_close(base.weight.detach(), dense)
     torch.testing.assert_close(layer.weight.detach(), dense + part.scale * part.lora_B @ part.lora_A)
     torch.testing.assert_close(rows() @ layer.weight.T + layer.bias, layer(rows()), rtol=1e-5, atol=1e-5)
-    layer.active = []
+    layer.active = {}
     torch.testing.assert_close(layer.weight.detach(), dense)
 
 

@@ -168,7 +168,7 @@ def test_a_teachers_head_counts_as_it_is_switched(trainer_for, adapted, tiny_fol
     teacher, _ = adapted(tiny_folder, quant_type=None, dtype=torch.float64, b_seed=2, **lora)
     losses = []
     for enabled in (True, False):
-        teacher.lm_head.active = ["default"] if enabled else []
+        teacher.lm_head.active = {"default": 1.0} if enabled else {}
         trainer = trainer_for(tiny_folder, rows, tmp_path, teacher, quant_type=None, dtype=torch.float64, b_seed=1)
         want = plain(trainer.model, teacher, trainer.train_set.examples[:8], trainer.config).item()
         losses.append(total(trainer)[0])
@@ -205,7 +205,7 @@ def test_a_teacher_is_left_as_it_was(trainer_for, adapted, tiny_folder, rows, tm
     """Values, modes, flags; also of one in training mode, with dropout on its head too and a layer switched off."""
     teacher, _ = adapted(tiny_folder, b_seed=2, dropout=0.5, target=["q_proj", "up_proj", "lm_head"])
     teacher.train(training)
-    next(iter(adapter_layers(teacher).values())).active = []
+    next(iter(adapter_layers(teacher).values())).active = {}
     tensors = {**dict(teacher.named_parameters()), **dict(teacher.named_buffers())}
     before, kept = flags(teacher), {name: tensor.clone() for name, tensor in tensors.items()}
     trainer = trainer_for(tiny_folder, rows, tmp_path, teacher, target=["v_proj", "lm_head"], steps=3)

@@ -43,7 +43,7 @@ def head_of(kind: str, dtype: torch.dtype = torch.float64, dropout: float = 0.0)
         head = AdapterLayer(head, default=LoRA(head, 3, 6.0, dropout))
         nn.init.normal_(head.adapters["default"].lora_B)
         head.adapters.requires_grad_("frozen" not in kind)
-        head.active = [] if "off" in kind else ["default"]
+        head.active = {} if "off" in kind else {"default": 1.0}
     return head.to(dtype)
 
 
