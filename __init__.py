@@ -5,7 +5,8 @@ This page and the namespaces that it names are the public API: what their `__all
 
 from . import data, kernels, losses, nf4, optim
 from .errors import DiskError, EnvironmentProblem, FourbitError, InputError, NumericError
-from .lora.adapter import Adapter, AdapterLayer, adapters_off, copy_adapter, remove_adapter, use, using
+from .lora.active import adapters_off, copy_adapter, remove_adapter, use, using
+from .lora.adapter import Adapter, AdapterLayer
 from .lora.attach import attach
 from .lora.config import LoRAConfig
 from .lora.convert import delta, dequantize, from_bitsandbytes, merge, to_bitsandbytes

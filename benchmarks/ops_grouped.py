@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fourbit.lora.adapter import project
+from fourbit.lora.project import project
 
 from . import gate
 from .cases import OURS, Case, Point, Setting, Variant, Work, present

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from ..data.encode import load_rows
 from ..data.sample import Sample
 from ..errors import InputError
-from ..lora.adapter import adapters_off
+from ..lora.active import adapters_off
 from ..outputs import Output
 from ..settings import setting
 from ..trainer.evaluate import Answer, Match, answer_all, check_comparable, evaluate_loss, perplexity, share_right

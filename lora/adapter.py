@@ -5,8 +5,7 @@ switching, copying, taking off and files are written once, here and beside this 
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -18,7 +17,6 @@ from torch.optim.swa_utils import AveragedModel
 from ..errors import InputError
 from ..kernels.linear4bit import lora_linears4bit
 from ..kernels.lora_paths import lora_update
-from ..settings import checked
 from .config import LoRAConfig
 from .lazy_weight import LazyWeight, autocast_input
 from .linear4bit import NF4Linear, is_conv1d, over_nested, sizes
@@ -273,28 +271,6 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(forward or module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook())
 
 
-def project(x: Tensor, modules: Sequence[nn.Module], *, keep: bool = False) -> tuple[Tensor, ...]:
-    """The output of every module on x [..., in], as if each were called: for q, k, v or gate and up.
-
-    AdapterLayers that are one op with their LoRA run as one op together (`kernels.lora_linears4bit`) if they agree
-    in 4-bit format and dropout: x is read once for all of them, forward and backward, and kept once. They also share
-    dropout's mask: each update sees the same elements dropped. All other modules are called, and so are those with
-    hooks. `keep`: what the op decodes is kept for backward, for use under activation checkpointing.
-    """
-    outputs: dict[int, Tensor] = {}
-    together: dict[Any, dict[int, tuple[NF4Linear, LowRank]]] = {}
-    for i, module in enumerate(modules):
-        if type(module) is AdapterLayer and not is_hooked(module) and (joint := module.joint(x)) is not None:
-            base, update = joint
-            alike = (base.quant_type, base.blocksize, base.double_quant, update.dropout)
-            together.setdefault(alike, {})[i] = joint
-        else:
-            outputs[i] = module(x)
-    for group in together.values():
-        outputs.update(zip(group, joint_forward(x, list(group.values()), keep), strict=True))
-    return tuple(outputs[i] for i in range(len(modules)))
-
-
 def joint_forward(x: Tensor, layers: Sequence[tuple[NF4Linear, LowRank]], keep: bool = False) -> list[Tensor]:
     """The outputs of what `joint` gave, for one input, 4-bit format and dropout."""
     return lora_linears4bit(
@@ -367,63 +343,6 @@ def refuse_left_out(model: nn.Module, name: str = DEFAULT) -> None:
             f"the adapter '{name}' does not hold all that trains: {', '.join(left[:4])} ({len(left)}). Attach with "
             "their modules in modules_to_save, freeze them (requires_grad_(False)), or remove_adapter and save_model"
         )
-
-
-def use(model: nn.Module, *names: str, weights: Sequence[float] | None = None) -> None:
-    """Make the named adapters the active ones on every layer that carries them; none: the base alone.
-
-    weights: by how much each counts, 1 if not given: weight times the change that it makes. What trains stays.
-    InputError for a name that the model does not carry or that comes twice, for weights that are not one finite number
-    for each name, and for two adapters with copies of one module.
-    """
-    shares = [1.0 for _ in names] if weights is None else [checked("weights", weight, float) for weight in weights]
-    if len(shares) != len(names) or len({*names}) < len(names):
-        raise InputError(f"the names must differ, with one weight for each; got {names} and weights={weights}")
-    for name in names:
-        carried(model, name)
-    for path, layer in adapter_layers(model).items():
-        copies = [name for name in names if name in layer.adapters and layer.adapters[name].copies is not None]
-        if len(copies) > 1:
-            raise InputError(f"{' and '.join(copies)} cannot be active together: each has its own copy of '{path}'")
-    for layer in adapter_layers(model).values():
-        layer.active = {name: share for name, share in zip(names, shares, strict=True) if name in layer.adapters}
-
-
-@contextmanager
-def using(model: nn.Module, *names: str, weights: Sequence[float] | None = None) -> Iterator[None]:
-    """As `use`, inside the block; after it each layer's active adapters are what they were before."""
-    before = [(layer, layer.active) for layer in adapter_layers(model).values()]
-    try:
-        use(model, *names, weights=weights)
-        yield
-    finally:
-        for layer, active in before:
-            layer.active = active
-
-
-def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
-    """A block inside which the model computes what its base computes; after it, each adapter is on or off as before."""
-    return using(model)
-
-
-def copy_adapter(model: nn.Module, source: str, target: str) -> None:
-    """Keep the adapter `source` as it is now under the name `target`: frozen, without dropout, not active.
-
-    InputError if there is no such source, a `target` already, or a name that no adapter can have.
-    """
-    parts, layers = carried(model, source), adapter_layers(model)
-    refuse_second(model, target)
-    for path, part in parts.items():
-        layers[path].adapters[target] = copy.deepcopy(part).freeze()
-
-
-def remove_adapter(model: nn.Module, name: str) -> None:
-    """Take the adapter off; a layer that carries no other is its base again. InputError if there is none."""
-    layers = adapter_layers(model)
-    for path in carried(model, name):
-        del layers[path].adapters[name]
-        layers[path].active = {other: weight for other, weight in layers[path].active.items() if other != name}
-    replace_modules(model, {layer: layer.base for layer in layers.values() if not layer.adapters})
 
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:

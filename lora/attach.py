@@ -10,7 +10,8 @@ from torch import nn
 
 from ..errors import InputError
 from ..settings import DType, floating
-from .adapter import DEFAULT, Adapter, AdapterLayer, Copies, Whole, adapter_layers, refuse_second, replace_modules, use
+from .active import use
+from .adapter import DEFAULT, Adapter, AdapterLayer, Copies, Whole, adapter_layers, refuse_second, replace_modules
 from .config import LoRAConfig
 from .kinds import LayerFactory, of_kind
 from .linear4bit import Module4bit, NF4Embedding

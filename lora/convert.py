@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..settings import DType
-from .adapter import DEFAULT, AdapterLayer, Whole, adapter_layers, carried, remove_adapter, replace_modules, wide
+from .active import remove_adapter
+from .adapter import DEFAULT, AdapterLayer, Whole, adapter_layers, carried, replace_modules, wide
 from .linear4bit import Module4bit, NF4Linear, is_conv1d
 from .packed import packed_layer, packed_tensors
 from .parameter4bit import DenseParameter, NF4Parameter

@@ -20,7 +20,7 @@ from ..kernels.dispatch import bucketed, widened
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope
 from ..kernels.swiglu import geglu, swiglu
-from ..lora.adapter import project
+from ..lora.project import project
 from .families import read_spec
 from .moe import Mixture
 from .protocol import Cache, CausalLM

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..data.protocol import AnyTokenizer
 from ..errors import InputError
-from ..lora.adapter import DEFAULT, AdapterLayer, carried, using
+from ..lora.active import using
+from ..lora.adapter import DEFAULT, AdapterLayer, carried
 from ..models.foreign import as_causal_lm
 from ..models.protocol import CausalLM, evaluating
 from ..text.tokenizer import Tokenizer

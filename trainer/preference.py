@@ -19,7 +19,8 @@ from ..data.batch import Batch, Example, sent
 from ..data.encode import Dataset
 from ..data.protocol import AnyTokenizer
 from ..errors import InputError, NumericError
-from ..lora.adapter import DEFAULT, adapters_of, copy_adapter, using
+from ..lora.active import copy_adapter, using
+from ..lora.adapter import DEFAULT, adapters_of
 from ..lora.peft_files import adapter_state, load_adapter_state
 from ..models.protocol import CausalLM, evaluating
 from .callbacks import Options

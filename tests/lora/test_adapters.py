@@ -10,18 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.errors import InputError
-from fourbit.lora.adapter import (
-    Adapter,
-    AdapterLayer,
-    adapter_layers,
-    adapter_parameters,
-    adapters_of,
-    adapters_off,
-    copy_adapter,
-    remove_adapter,
-    use,
-    using,
-)
+from fourbit.lora.active import adapters_off, copy_adapter, remove_adapter, use, using
+from fourbit.lora.adapter import Adapter, AdapterLayer, adapter_layers, adapter_parameters, adapters_of
 from fourbit.lora.attach import attach, install
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.linear4bit import NF4Linear

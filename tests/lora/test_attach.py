@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fourbit.errors import InputError
-from fourbit.lora.adapter import AdapterLayer, adapter_layers, adapter_parameters, adapters_of, adapters_off
+from fourbit.lora.active import adapters_off
+from fourbit.lora.adapter import AdapterLayer, adapter_layers, adapter_parameters, adapters_of
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig, pattern_key
 from fourbit.lora.quantize import quantize_

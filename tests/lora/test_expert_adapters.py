@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.errors import InputError
-from fourbit.lora.adapter import adapter_parameters, adapters_of, adapters_off, remove_adapter, using
+from fourbit.lora.active import adapters_off, remove_adapter, using
+from fourbit.lora.adapter import adapter_parameters, adapters_of
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.convert import delta, merge

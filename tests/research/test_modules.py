@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fourbit.errors import InputError
-from fourbit.lora.adapter import Adapter, AdapterLayer, adapter_layers, project
+from fourbit.lora.adapter import Adapter, AdapterLayer, adapter_layers
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
+from fourbit.lora.project import project
 from fourbit.lora.quantize import quantize_
 
 IN, OUT = 64, 32

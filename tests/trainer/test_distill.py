@@ -9,7 +9,8 @@ from torch import nn
 import fourbit
 from fourbit.data.batch import pack
 from fourbit.errors import InputError
-from fourbit.lora.adapter import adapter_layers, adapters_of, copy_adapter
+from fourbit.lora.active import copy_adapter
+from fourbit.lora.adapter import adapter_layers, adapters_of
 from fourbit.lora.attach import install
 from fourbit.models.decoder import Decoder
 from fourbit.trainer.config import DistillConfig

@@ -13,7 +13,7 @@ from fourbit.data.batch import pack, pad
 from fourbit.data.template import template_for
 from fourbit.errors import InputError
 from fourbit.kernels.attention import Spans, visible_keys
-from fourbit.lora.adapter import copy_adapter
+from fourbit.lora.active import copy_adapter
 from fourbit.models.protocol import Cache, CausalLM
 from fourbit.text.tokenizer import Tokenizer
 from fourbit.text.tokenizer_folder import folder_tokenizer

@@ -1,0 +1,68 @@
+"""Which of a model's adapters are active and how much each counts; copying one and taking one off."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+from torch import nn
+
+from ..errors import InputError
+from ..settings import checked
+from .adapter import adapter_layers, carried, refuse_second, replace_modules
+
+
+def use(model: nn.Module, *names: str, weights: Sequence[float] | None = None) -> None:
+    """Make the named adapters the active ones on every layer that carries them; none: the base alone.
+
+    weights: by how much each counts, 1 if not given: weight times the change that it makes. What trains stays.
+    InputError for a name that the model does not carry or that comes twice, for weights that are not one finite number
+    for each name, and for two adapters with copies of one module.
+    """
+    shares = [1.0 for _ in names] if weights is None else [checked("weights", weight, float) for weight in weights]
+    if len(shares) != len(names) or len({*names}) < len(names):
+        raise InputError(f"the names must differ, with one weight for each; got {names} and weights={weights}")
+    for name in names:
+        carried(model, name)
+    for path, layer in adapter_layers(model).items():
+        copies = [name for name in names if name in layer.adapters and layer.adapters[name].copies is not None]
+        if len(copies) > 1:
+            raise InputError(f"{' and '.join(copies)} cannot be active together: each has its own copy of '{path}'")
+    for layer in adapter_layers(model).values():
+        layer.active = {name: share for name, share in zip(names, shares, strict=True) if name in layer.adapters}
+
+
+@contextmanager
+def using(model: nn.Module, *names: str, weights: Sequence[float] | None = None) -> Iterator[None]:
+    """As `use`, inside the block; after it each layer's active adapters are what they were before."""
+    before = [(layer, layer.active) for layer in adapter_layers(model).values()]
+    try:
+        use(model, *names, weights=weights)
+        yield
+    finally:
+        for layer, active in before:
+            layer.active = active
+
+
+def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
+    """A block inside which the model computes what its base computes; after it, each adapter is on or off as before."""
+    return using(model)
+
+
+def copy_adapter(model: nn.Module, source: str, target: str) -> None:
+    """Keep the adapter `source` as it is now under the name `target`: frozen, without dropout, not active.
+
+    InputError if there is no such source, a `target` already, or a name that no adapter can have.
+    """
+    parts, layers = carried(model, source), adapter_layers(model)
+    refuse_second(model, target)
+    for path, part in parts.items():
+        layers[path].adapters[target] = copy.deepcopy(part).freeze()
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Take the adapter off; a layer that carries no other is its base again. InputError if there is none."""
+    layers = adapter_layers(model)
+    for path in carried(model, name):
+        del layers[path].adapters[name]
+        layers[path].active = {other: weight for other, weight in layers[path].active.items() if other != name}
+    replace_modules(model, {layer: layer.base for layer in layers.values() if not layer.adapters})

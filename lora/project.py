@@ -1,0 +1,31 @@
+"""Several layers on one input: what one op can make together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .adapter import AdapterLayer, LowRank, is_hooked, joint_forward
+from .linear4bit import NF4Linear
+
+
+def project(x: Tensor, modules: Sequence[nn.Module], *, keep: bool = False) -> tuple[Tensor, ...]:
+    """The output of every module on x [..., in], as if each were called: for q, k, v or gate and up.
+
+    AdapterLayers that are one op with their LoRA run as one op together (`kernels.lora_linears4bit`) if they agree
+    in 4-bit format and dropout: x is read once for all of them, forward and backward, and kept once. They also share
+    dropout's mask: each update sees the same elements dropped. All other modules are called, and so are those with
+    hooks. `keep`: what the op decodes is kept for backward, for use under activation checkpointing.
+    """
+    outputs: dict[int, Tensor] = {}
+    together: dict[Any, dict[int, tuple[NF4Linear, LowRank]]] = {}
+    for i, module in enumerate(modules):
+        if type(module) is AdapterLayer and not is_hooked(module) and (joint := module.joint(x)) is not None:
+            base, update = joint
+            alike = (base.quant_type, base.blocksize, base.double_quant, update.dropout)
+            together.setdefault(alike, {})[i] = joint
+        else:
+            outputs[i] = module(x)
+    for group in together.values():
+        outputs.update(zip(group, joint_forward(x, list(group.values()), keep), strict=True))
+    return tuple(outputs[i] for i in range(len(modules)))
