@@ -31,12 +31,18 @@ def row(part: Encoded) -> Row:
     return {"ids": part.ids, "targets": [token if trained else -100 for token, trained in following] + [-100]}
 
 
-def prepare(folder: Path, model_path: Path, steps: int, batch_size: int, threads: int) -> list[list[Row]]:
-    """Write what both sides read: batches of token ids, one adapter start, and the weights as the peer takes them."""
-    model, tokenizer = fourbit.load(model_path, quant_type="nf4")
+def batches_of(folder: Path, tokenizer: Any, steps: int, batch_size: int) -> list[list[Row]]:
+    """The ticket rows of each step, written for the sides to read."""
     rows = [row(*example.parts) for example in load_rows([TICKETS], tokenizer).examples]
     batches = [[rows[i] for i in step_indices(len(rows), batch_size, k, 0)] for k in range(steps)]
     (folder / BATCHES).write_text(json.dumps(batches))
+    return batches
+
+
+def prepare(folder: Path, model_path: Path, steps: int, batch_size: int, threads: int) -> list[list[Row]]:
+    """Write what both sides read: batches of token ids, one adapter start, and the weights as the peer takes them."""
+    model, tokenizer = fourbit.load(model_path, quant_type="nf4")
+    batches = batches_of(folder, tokenizer, steps, batch_size)
     fourbit.attach(model, fourbit.LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
     fourbit.save_adapter(model, folder / ADAPTER)
     subprocess.run(worker(SIDES, "prepare", folder, model_path, threads), check=True, cwd=CHECKOUT)

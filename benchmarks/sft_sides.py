@@ -20,6 +20,11 @@ RATE = 2e-4
 
 def ours(folder: Path, model_path: str) -> Step:
     """fourbit as its trainer runs it: packed micro-batches, head on trained positions only."""
+    return our_step(load_ours(folder, model_path)[0])
+
+
+def our_step(model: Any) -> Step:
+    """The step of our model, whatever adapter it trains."""
     from fourbit.data.batch import micro_batches
     from fourbit.lora.adapter import adapter_parameters
     from fourbit.trainer.config import TrainingConfig
@@ -27,7 +32,6 @@ def ours(folder: Path, model_path: str) -> Step:
     from fourbit.trainer.step import make_optimizer
     from fourbit.trainer.trainer import TOKEN_BUDGET
 
-    model = load_ours(folder, model_path)[0]
     parameters = adapter_parameters(model.train())
     config = TrainingConfig(out="none", weight_decay=0.0, max_grad_norm=CLIP)
     run = Run(model, parameters=parameters, optimizer=make_optimizer(parameters, config))
@@ -55,9 +59,14 @@ def encoded(row: Row) -> Any:
 
 def peer(folder: Path, model_path: str) -> Step:
     """transformers + peft + bitsandbytes on the dense weights that `prepare` left."""
+    return peer_step(load_peer(folder), folder / ADAPTER)
+
+
+def peer_step(base: Any, adapter: Path) -> Step:
+    """The step of a model of transformers with that adapter."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(load_peer(folder), folder / ADAPTER, is_trainable=True).train()
+    model = PeftModel.from_pretrained(base, adapter, is_trainable=True).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
 

@@ -10,7 +10,7 @@ from ..errors import InputError, shown
 from ..settings import Checked, checked, setting
 
 Number = TypeVar("Number", int, float)
-Kind = Literal["lora"]  # the words of kinds.py
+Kind = Literal["lora", "dora"]  # the words of kinds.py
 
 
 @dataclass(frozen=True)

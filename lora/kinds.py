@@ -6,11 +6,12 @@ from torch import nn
 
 from .adapter import Adapter
 from .config import LoRAConfig
+from .dora import DoRA
 from .linear4bit import NF4Linear
 from .lora import LoRA
 
 LayerFactory = Callable[[nn.Linear | NF4Linear, LoRAConfig], Adapter]
-KINDS: dict[str, type[Adapter]] = {"lora": LoRA}
+KINDS: dict[str, type[Adapter]] = {"lora": LoRA, "dora": DoRA}
 
 
 def of_kind(base: nn.Module, config: LoRAConfig) -> Adapter:

@@ -27,7 +27,7 @@ FIELDS = {  # PEFT's name -> that of LoRAConfig
     "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern", "exclude_modules": "exclude",
     "modules_to_save": "modules_to_save", "bias": "bias", "target_parameters": "target_parameters",
 }  # fmt: skip
-UNDERSTOOD = {*FIELDS, "peft_type", "layers_to_transform", "layers_pattern", "init_lora_weights"}
+UNDERSTOOD = {*FIELDS, "peft_type", "use_dora", "layers_to_transform", "layers_pattern", "init_lora_weights"}
 HARMLESS = {  # what they hold has no part in the forward pass of a saved adapter
     "task_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode",
     "runtime_config", "fan_in_fan_out", "megatron_core", "qalora_group_size", "ensure_weight_tying",
@@ -105,7 +105,7 @@ def read_config(raw: Mapping[str, Any], file: str) -> PeftConfig:
     _refuse_unsupported(raw, file)
     try:
         said = {ours: raw[key] for key, ours in FIELDS.items() if raw.get(key) or (key in REQUIRED and not alone)}
-        lora = LoRAConfig(**({"target": None} if alone else {}) | said)
+        lora = LoRAConfig(**({"target": None} if alone else {}) | said, kind="dora" if raw.get("use_dora") else "lora")
     except InputError as problem:
         raise InputError(f"{file}: {problem}") from None
     for key, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
@@ -163,6 +163,7 @@ def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str
         "alpha_pattern": {key: _as_integer(value) for key, value in _pattern(alphas, alpha).items()},
         "target_modules": _target_modules(model, [path for path in fields if path not in parameters]),
         **({"target_parameters": parameters} if parameters else {}),  # older PEFT stops at the word
+        **({"use_dora": True} if config.kind == "dora" else {}),  # and at this one
         "bias": config.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,

@@ -22,6 +22,7 @@ from ..settings import DType, floating
 from .adapter import DEFAULT, Adapter, Whole, adapters_of, carried, plain_name, refuse_left_out, unwrapped
 from .attach import fresh, install
 from .config import LoRAConfig
+from .dora import MAGNITUDE
 from .identity import BaseIdentity, base_identity
 from .kinds import LayerFactory, of_kind
 from .linear4bit import Module4bit
@@ -211,7 +212,8 @@ def _read_adapter(
     state = _without_base_copies(model, state, expected, label)
     _compare(expected, state, label)
     if dtype is None:
-        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
+        dtypes = (tensor.dtype for key, tensor in state.items() if not key.endswith(MAGNITUDE))  # fp32 always
+        dtype = functools.reduce(torch.promote_types, dtypes)
     return label, {path: part.to(dtype) for path, part in parts.items()}, state
 
 

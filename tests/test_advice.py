@@ -938,6 +938,9 @@ ELSEWHERE = {  # tests of other files that follow an advice
     "tests/cli/test_commands.py::test_generate_keeps_what_it_answered_and_goes_on": [
         ("outputs.py", "finished rows; the same command with resume=True goes on"),
     ],
+    "tests/lora/test_dora.py::test_what_it_cannot_be_put_on_is_refused": [
+        ("lora/dora.py", "leave that out, or take kind='lora'"),
+    ],
     "tests/research/test_saved.py::test_a_save_that_leaves_something_out_is_refused": [
         ("lora/adapter.py", "Attach with their modules in modules_to_save, freeze them"),
         ("lora/attach.py", "leave them dense (skip in quantize_)"),
