@@ -81,7 +81,7 @@ class DoRA(LoRA):
 
         In compiled code and of tensors that stand in for parameters, as in transforms, it is made each time.
         """
-        tensors = base.packed if isinstance(base, Module4bit) else base._parameters.get("weight"), *others
+        tensors = cast(Tensor, base.packed if isinstance(base, Module4bit) else base._parameters.get("weight")), *others
         with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
             if torch.compiler.is_compiling() or any(type(t) is not nn.Parameter for t in tensors):
                 return make(base)

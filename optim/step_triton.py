@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..kernels.codes import dynamic_code
 from ..kernels.dispatch import on_device
@@ -90,6 +91,7 @@ def step(
             )
     for part in parts:
         _update(tables, control, groups[part.state.group], part, rounded)
+    increment_version([entry.weights for entry in tables.entries if entry.weights is not None])  # as torch's ops do
     if control is None:
         return Control(None, None)
     return Control(control[1], None if norm is None else norm.float())

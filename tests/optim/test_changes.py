@@ -273,3 +273,15 @@ def test_paged_state_of_one_parameter_is_saved_alone() -> None:
     file = io.BytesIO()
     torch.save(optimizer.state_dict()["state"][0], file)
     assert file.tell() < 2 * 512 * 4 + 4096
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("path", PATHS)
+def test_a_step_counts_as_a_change_of_each_parameter(path: str, budget: int | None) -> None:
+    """As torch's in-place operations do: what is kept of a parameter's values (DoRA's norms) goes by its version."""
+    ps = [*parameters([(9,), (3, 5000)], path=path), *parameters([(50, 6)], path=path)]
+    ps[2].data = ps[2].data.t()  # not contiguous: written through a copy
+    before = [p._version for p in ps]
+    with force_path(path):
+        stepped(AdamW(ps, budget=budget), ps)
+    assert all(p._version > old for p, old in zip(ps, before, strict=True))
