@@ -11,7 +11,7 @@ A page never has its only valid copy where something may overwrite it: the table
 that cannot be queued changes nothing, and the next copy into a frame waits for the one out of it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from .page_device import PageDevice
 from .state import CHUNK, Field, FlatState, Slice, whole
 
 ALIGNMENT = 16  # bytes: kernels read vectors of so many
+IDLE = 4  # a page without use while as many times all pages had it makes room for others
 PAGE_BYTES = 16 * 2**20  # large enough for a copy to reach full speed, small enough that two are little memory
 
 Budget = int | Literal["auto"]
@@ -70,6 +71,7 @@ class Page:
         self.host: Tensor | None = None
         self.frame: Frame | None = None
         self.resident = False  # it has a frame of its own
+        self.used = 0  # when a step last worked on it, in pages that steps have worked on
         self.dirty = False  # newer in its frame than on the host, and no copy out is queued
         self.arriving: Any = None  # event of the copy in, until compute waits for it
         self.leaving: Any = None  # event of the last copy out
@@ -115,6 +117,7 @@ class Pager:
         self.pages: list[Page] = []  # in the order of a step
         self._staging: list[Frame] = []
         self._stale = self._visiting = False
+        self._used = 0  # pages that steps have worked on
         self._cap: int | None = None  # "auto" takes no more since memory ran out
 
     def add(self, state: FlatState, start: int) -> None:
@@ -133,23 +136,25 @@ class Pager:
             self._fit()
             order = [page for page in self.pages if page.wanted()]
             streamed = [page for page in order if not page.resident]
+            again = len(order) == len(self.pages)  # else the next step may want others
             done = 0
-            self._fetch(streamed, done)
+            self._fetch(streamed, done, again)
             for page in order:
+                self._used = page.used = self._used + 1
                 self.counters.misses += page.arriving is not None
                 self.counters.hits += page.arriving is None
                 yield page.slice(self._arrive(page))
                 if not page.resident:
                     self._write_back(page)
                     done += 1
-                    self._fetch(streamed, done)
+                    self._fetch(streamed, done, again)
         finally:
             self._visiting = False
             self.counters.stall_seconds = self.device.stalled()
 
-    def read(self) -> Iterator[Slice]:
-        """Every page in host memory, not to be written to."""
-        for page in self.pages:
+    def read(self, states: Collection[FlatState] | None = None) -> Iterator[Slice]:
+        """Every page, or those of these states, in host memory, not to be written to."""
+        for page in self._of(states):
             if page.frame is not None and (page.dirty or page.host is None):
                 yield page.slice(page.frame.memory[: page.size].to("cpu", copy=True))
             elif page.host is None:
@@ -159,9 +164,12 @@ class Pager:
                     page.leaving.synchronize()
                 yield page.slice(page.host)
 
-    def fill(self) -> Iterator[Slice]:
-        """Every page in host memory, to be written to before the first step."""
-        return (page.slice(self._host(page)) for page in self.pages)
+    def fill(self, states: Collection[FlatState]) -> Iterator[Slice]:
+        """Every page of these in host memory, to be written to before their first step."""
+        return (page.slice(self._host(page)) for page in self._of(states))
+
+    def _of(self, states: Collection[FlatState] | None) -> list[Page]:
+        return [page for page in self.pages if states is None or page.state in states]
 
     def host_bytes(self) -> int:
         """Host memory that pages have."""
@@ -183,19 +191,25 @@ class Pager:
         self._clear(set())
         return held
 
-    def close(self) -> None:
-        """Let go of all memory, and of what it held, once no copy can reach it any more."""
+    def drop(self, states: Collection[FlatState]) -> None:
+        """Let go of the memory of these, and of what it held, once no copy can reach it any more."""
         self.device.settle()
-        for frame in [*self._staging, *(page.frame for page in self.pages if page.resident)]:
-            assert frame is not None
-            self._close(frame)
-        self.pages, self._staging = [], []
+        for page in self._of(states):
+            self.pages.remove(page)
+            if page.frame is not None and page.resident:
+                self._close(page.frame)
+            elif page.frame is not None:
+                page.frame.page = None
+        self._stale = True
+        while self._staging and not self.pages:
+            self._close(self._staging.pop())
 
     # How many frames, and which pages stay.
 
     def _fit(self) -> None:
         largest, total = max((page.size for page in self.pages), default=0), sum(page.size for page in self.pages)
-        least = min(total, 2 * largest)
+        least, long_ago = min(total, 2 * largest), self._used - IDLE * len(self.pages)
+        self._stale |= any(page.resident and page.used < long_ago for page in self.pages)
         if self.budget != "auto":
             limit, wanted = self.budget, self._stale
         else:
@@ -223,7 +237,7 @@ class Pager:
         """Evict what `limit` bytes have no room for, then take in what they have room for."""
         staging = 0 if total <= limit else 2 if limit >= 2 * largest else 1
         left, stay = limit - staging * largest, set[Page]()
-        for page in reversed(self.pages):
+        for page in sorted(self.pages, key=lambda page: page.used >= self._used - IDLE * len(self.pages))[::-1]:
             if page.size <= left:
                 stay.add(page)
                 left -= page.size
@@ -284,10 +298,9 @@ class Pager:
 
     # Moving pages.
 
-    def _fetch(self, streamed: Sequence[Page], place: int) -> None:
-        """Have the next pages from `place` on in staging, or on their way. After the last comes the first."""
-        count = len(streamed)
-        coming = [streamed[(place + i) % count] for i in range(min(count, len(self._staging)))]
+    def _fetch(self, streamed: Sequence[Page], place: int, again: bool) -> None:
+        """Have the next pages from `place` on in staging, or on their way. After the last comes the first, if again."""
+        coming = [*streamed[place:], *(streamed[:place] if again else ())][: len(self._staging)]
         for page in coming:
             if page.frame is None:
                 self._load(page, next(frame for frame in self._staging if frame.page not in coming))

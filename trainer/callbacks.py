@@ -38,6 +38,7 @@ class Options(TypedDict, total=False):
     optimizer: Optimizer | MakeOptimizer | None
     scheduler: MakeScheduler | None
     callbacks: Sequence[Callback]
+    adapter: str
 
 
 def told(callbacks: Sequence[Callback], event: str, run: Run, record: Record) -> dict[str, float | None]:

@@ -14,7 +14,7 @@ from ..data.batch import Batch
 from ..data.protocol import AnyTokenizer
 from ..errors import InputError
 from ..lora.active import using
-from ..lora.adapter import DEFAULT, AdapterLayer, carried
+from ..lora.adapter import AdapterLayer, carried
 from ..models.foreign import as_causal_lm
 from ..models.protocol import CausalLM, evaluating
 from ..text.tokenizer import Tokenizer
@@ -60,9 +60,9 @@ class DistillTrainer(SFTTrainer):
         else:
             if config.full:
                 raise InputError("full training changes the student's base, so it cannot be the teacher: give another")
-            if teacher == DEFAULT:
+            if teacher == self.adapter:
                 raise InputError(
-                    f"the adapter '{DEFAULT}' is what is trained, so it cannot be the teacher: give another"
+                    f"the adapter '{self.adapter}' is what is trained, so it cannot be the teacher: give another"
                 )
             self.teacher, self.adapters = model, [] if teacher is None else [teacher]
             for name in self.adapters:

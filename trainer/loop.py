@@ -12,9 +12,10 @@ flag of the step before while this one runs.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from ..data.batch import Batch, Encoded, Example, in_batches, pad
 from ..data.protocol import AnyTokenizer
 from ..errors import InputError
 from ..files import misfits
+from ..kernels.chunked_head import TokenScores
 from ..lora.adapter import adapter_parameters, plain_name, unwrapped
 from ..models.foreign import as_causal_lm
 from ..models.generate import generate
@@ -118,36 +120,12 @@ class Run:
         several losses, or of one with `weight`, what all its batches of the step count. Whatever is raised leaves the
         gradients as they were.
         """
-        parameters = [*self.parameters.values()]
-        with step.gradients_apart(parameters) as own:
-            found = [self._backward(loss or self.loss, batch) for batch in batches]
-        counted: Any = sum(0 if s.weight is None else s.weight for s in found) if weight is None else weight
-        if not found or (not isinstance(counted, Tensor) and not counted > 0):
-            raise InputError(f"batches must have something to learn from; together these {len(found)} weigh {counted}")
-        if present := [gradient for gradient in own if gradient is not None]:
-            torch._foreach_div_(present, counted)
-            torch._foreach_mul_(present, scale)
-        step.add_gradients(parameters, own)
-        mean = torch.stack([sums.loss.double() for sums in found]).sum() / counted * scale
-        self._gathered.append((mean, found))
-        return mean, step.means([sums.metrics for sums in found])
 
-    def _backward(self, loss: Loss, batch: object) -> Sums:
-        """Add a micro-batch's gradients; where memory runs out and pages can make room, on the second attempt."""
+        def sums(batch: object) -> dict[int, Sums]:
+            return {0: step.as_sums((loss or self.loss)(self.model, batch), batch)}
 
-        def backward() -> Sums:
-            sums = step.as_sums(loss(self.model, batch), batch)
-            sums.loss.backward()
-            return sums._replace(loss=sums.loss.detach())
-
-        if not isinstance(self.optimizer, FlatOptimizer) or self.optimizer.budget is None:
-            return backward()
-
-        def make_room(evict: Callable[[], int] = self.optimizer.evict_all) -> None:
-            self.retries += 1
-            evict()
-
-        return step.backward_or_retry([*self.parameters.values()], backward, make_room)
+        (found,) = forward_backward([self], batches, sums, weight=weight, scale=scale)
+        return found
 
     def optim_step(self, lr: float | None = None) -> StepResult:
         """One update from the gradients so far, which are gone then. lr: the rate of every group, times its "lr_scale"
@@ -318,13 +296,69 @@ class Run:
             self.restore(tensors, state["loop"])
 
 
+def forward_backward(
+    runs: Sequence[Run],
+    batches: Iterable[object],
+    loss: Callable[[Any], Mapping[int, Sums]],
+    *,
+    around: Callable[[Any], AbstractContextManager[object]] = nullcontext,
+    weight: float | None = None,
+    scale: float = 1.0,
+) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Each run's `forward_backward`, of batches that may hold rows of several runs, which train different parameters:
+    one backward makes all their gradients, and each run's mean is over what its own sums count. loss: a batch -> the
+    sums of each run that has rows there, by its place in `runs`. around: the context of a batch, backward included."""
+    parameters = [parameter for run in runs for parameter in run.parameters.values()]
+    paged = [run.optimizer for run in runs if isinstance(run.optimizer, FlatOptimizer) and run.optimizer.budget]
+    found: list[list[Sums]] = [[] for _ in runs]
+
+    def make_room() -> None:
+        for run in runs:
+            run.retries += 1
+        for optimizer in paged:
+            optimizer.evict_all()
+
+    with step.gradients_apart(parameters) as own:
+        for batch in batches:
+
+            def backward(batch: object = batch) -> Mapping[int, Sums]:
+                sums = loss(batch)
+                torch.stack([each.loss.double() for each in sums.values()]).sum().backward()
+                return {number: each._replace(loss=each.loss.detach()) for number, each in sums.items()}
+
+            with around(batch):
+                # where memory runs out and pages can make room, on the second attempt
+                sums = step.backward_or_retry(parameters, backward, make_room) if paged else backward()
+            for number, each in sums.items():
+                found[number].append(each)
+    counts = [sum(0 if each.weight is None else each.weight for each in some) for some in found]
+    divisors: list[Any] = counts if weight is None else [weight] * len(runs)
+    for some, counted in zip(found, divisors, strict=True):
+        if not some or (not isinstance(counted, Tensor) and not counted > 0):
+            raise InputError(f"batches must have something to learn from; together these {len(some)} weigh {counted}")
+    left, means = iter(own), []
+    for run, some, counted in zip(runs, found, divisors, strict=True):
+        if present := [gradient for gradient in islice(left, len(run.parameters)) if gradient is not None]:
+            torch._foreach_div_(present, counted)
+            torch._foreach_mul_(present, scale)
+        mean = torch.stack([sums.loss.double() for sums in some]).sum() / counted * scale
+        run._gathered.append((mean, some))
+        means.append((mean, step.means([sums.metrics for sums in some])))
+    step.add_gradients(parameters, own)
+    return means
+
+
 def cross_entropy(model: CausalLM, batch: Batch | Mapping[str, Tensor]) -> Sums:
     """The loss of fine-tuning: -log p of each trained token, with token_accuracy and entropy (nats).
     batch: of our own, or `input_ids` and `labels`, as `ready` takes them. InputError for a model that is none of ours.
     """
     if not isinstance(unwrapped(model := as_causal_lm(model)), CausalLM):
         raise InputError(f"the loss of fine-tuning needs a causal language model, got {name_of(model)}: give a loss")
-    scores = batch_token_scores(model, batch if isinstance(batch, Batch) else ready(batch))
+    return token_sums(batch_token_scores(model, batch if isinstance(batch, Batch) else ready(batch)))
+
+
+def token_sums(scores: TokenScores) -> Sums:
+    """The loss and the metrics of fine-tuning, of these predictions."""
     metrics = {"token_accuracy": summed(scores.correct), "entropy": summed(scores.entropy)}
     return Sums(-scores.logps.sum(dtype=torch.float64), metrics, weight=len(scores.logps))
 

@@ -1,12 +1,13 @@
 """Memory in use, by metrics that say what they are, and an estimate of what activations will need."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..models.protocol import evaluating
+from .config import TrainingConfig
 
 
 def memory_used(device: torch.device) -> tuple[str, int]:
@@ -29,6 +30,12 @@ def _proc_bytes(file: str, key: str) -> int:
         return 0
     line = next(line for line in path.read_text().splitlines() if line.startswith(key + ":"))
     return int(line.split()[1]) * 1024
+
+
+def state_bytes(config: TrainingConfig, parameters: Iterable[Tensor]) -> int:
+    """Bytes of the optimizer's state for these, about: scales of 8-bit state and padding are left out."""
+    moments = (1 if "lion" in config.optimizer else 2) * (1 if "8bit" in config.optimizer else 4)
+    return moments * sum(parameter.numel() for parameter in parameters)
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:

@@ -20,7 +20,7 @@ from ..data.encode import Dataset
 from ..data.protocol import AnyTokenizer
 from ..errors import InputError, NumericError
 from ..lora.active import copy_adapter, using
-from ..lora.adapter import DEFAULT, adapters_of
+from ..lora.adapter import adapters_of
 from ..lora.peft_files import adapter_state, load_adapter_state
 from ..models.protocol import CausalLM, evaluating
 from .callbacks import Options
@@ -71,7 +71,7 @@ class DPOTrainer(Trainer):
         self.objective = config.objective()
         self.kind = "judged" if self.objective.unpaired else "pairs"
         super().__init__(model, tokenizer, config=config, loss=loss, **options)
-        self.fresh = all(part.is_idle() for part in adapters_of(model).values())
+        self.fresh = all(part.is_idle() for part in adapters_of(self.model, self.adapter).values())
         self.reference: tuple[str, ...] = ()  # the adapters that are active in it
         self.cache: CachedReference | None = None
         if self.objective.needs_reference:
@@ -81,11 +81,15 @@ class DPOTrainer(Trainer):
         self._at_start = True
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        found, others = super().trained_parameters(), [name for name in active_adapters(self.model) if name != DEFAULT]
+        found, others = (
+            super().trained_parameters(),
+            [name for name in active_adapters(self.model) if name != self.adapter],
+        )
         if others and self.objective.needs_reference:
             raise InputError(
                 f"the reference has no other adapter than the trained one's start, and {', '.join(others)} is active "
-                f"beside '{DEFAULT}': call fourbit.use(model, '{DEFAULT}'), or take a loss without a reference"
+                f"beside '{self.adapter}': call fourbit.use(model, '{self.adapter}'), or take a loss without a "
+                "reference"
             )
         return found
 
@@ -160,7 +164,7 @@ class DPOTrainer(Trainer):
         if kind == "start":
             names = chain([REFERENCE], (f"{REFERENCE}-{number}" for number in count(2)))
             self.reference = (next(name for name in names if not adapters_of(self.model, name)),)
-            copy_adapter(self.model, DEFAULT, *self.reference)
+            copy_adapter(self.model, self.adapter, *self.reference)
         if self.config.reference_cache is not None:
             sets = self.sets[: 1 if self.val_set is self.train_set else 2]
             lengths = [[sum(part.trained) for part in e.parts] for dataset in sets for e in dataset.examples]
@@ -196,7 +200,7 @@ class DPOTrainer(Trainer):
         """While the policy still is the reference all rewards are 0, so that DPO's loss is ln 2; anything else means
         that the reference is another model."""
         same = self.config.reference == "start" or self.fresh
-        dropout = any(part.dropout for part in adapters_of(self.model).values())
+        dropout = any(part.dropout for part in adapters_of(self.model, self.adapter).values())
         if not self.objective.needs_reference or not same or dropout:
             return
         allowed = 2e-2 if self.model.dtype in (torch.bfloat16, torch.float16) else 1e-4

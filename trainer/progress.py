@@ -26,17 +26,18 @@ PLAIN_SECONDS = 10.0  # between lines of their own
 CLEARED = "\r\x1b[2K"  # the terminal's line, from its start
 
 
-def display_for(total: int, start: int = 0) -> Display:
-    """The display that fits where stderr goes. total: steps of the run; start: steps done before, when resumed."""
-    return _Line(total, start, live=sys.stderr.isatty())
+def display_for(total: int, start: int = 0, name: str = "") -> Display:
+    """The display that fits where stderr goes. total: steps of the run; start: steps done before, when resumed; name:
+    of one among several runs, which take no one's line."""
+    return _Line(total, start, name, live=sys.stderr.isatty() and not name)
 
 
 class _Line:
     """The metrics in one line: after each step in place of the line before (live), or on a line of its own every few
     seconds, and at every evaluation and the first and last step."""
 
-    def __init__(self, total: int, start: int, *, live: bool) -> None:
-        self.total, self.start, self.live = total, start, live
+    def __init__(self, total: int, start: int, name: str = "", *, live: bool) -> None:
+        self.total, self.start, self.name, self.live = total, start, name and f"{name}  ", live
         self.begun = self.last = time.monotonic()
         self.means: dict[str, float] = {}
         self.skipped = 0
@@ -51,7 +52,7 @@ class _Line:
         self.last = now
         left = (now - self.begun) / max(1, step - self.start) * (self.total - step)
         metrics = "  ".join(f"{name} {value}" for name, value in self.shown.items())
-        line = f"step {step}/{self.total}  left {_clock(left)}  {metrics}"
+        line = f"{self.name}step {step}/{self.total}  left {_clock(left)}  {metrics}"
         if self.live:
             print(CLEARED + line[: shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
         else:

@@ -54,7 +54,7 @@ class RewardTrainer(Trainer):
         return as_sums(losses, batch)._replace(metrics=reward_metrics(chosen, rejected))
 
     def save(self, out: Path) -> None:
-        self.reward_model.save(out)
+        self.reward_model.save(out, self.adapter)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         head = self.reward_model.head

@@ -20,6 +20,7 @@ from ..data.template import FILE as TEMPLATE
 from ..data.template import MAX_SOURCE_BYTES, TemplateChoice, template_for
 from ..errors import InputError
 from ..files import check_finite, float_tensors, read_text, regular_file, write_tensors, write_text
+from ..lora.adapter import DEFAULT
 from ..lora.peft_files import load_adapter, save_adapter
 from ..models.finite import explain_nonfinite
 from ..models.foreign import as_causal_lm
@@ -54,10 +55,10 @@ class RewardModel:
         load_adapter(model, folder, force=force)
         return cls(model, head, template)
 
-    def save(self, folder: str | Path) -> None:
-        """Write adapter and head. Raises NumericError for NaN or infinity, DiskError when the disk refuses."""
+    def save(self, folder: str | Path, name: str = DEFAULT) -> None:
+        """Write the adapter `name` and the head. NumericError for NaN or infinity, DiskError from a full disk."""
         check_finite(KEY, self.head)  # before the adapter is written
-        save_adapter(self.model, folder, base_model=self.model.source)
+        save_adapter(self.model, folder, base_model=self.model.source, name=name)
         write_tensors(Path(folder) / HEAD, {KEY: self.head}, HEAD)
         if self.template is not None:
             write_text(Path(folder) / TEMPLATE, read_text(self.template, MAX_SOURCE_BYTES))

@@ -64,24 +64,41 @@ class TrainResult:
         return self.val.get("loss")
 
 
-def adapter_to_train(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters, by name, of the adapter "default", which is the one that trainers train.
-    Raises InputError unless the model carries it, trainable and active."""
-    found, layers = adapter_parameters(model), adapter_layers(model).values()
+def result_of(out: Path, run: RunState, unmoved: Mapping[str, str], signal: int | None) -> TrainResult:
+    """What the run in the folder `out` ended with."""
+    newest = out / "checkpoints" / f"step-{run.saved:06d}"
+    return TrainResult(
+        out=out,
+        steps=run.done,
+        loss=run.last_loss,
+        val=run.best_metrics,
+        best_step=run.best_step,
+        skipped_steps=run.skipped,
+        tokens=run.tokens,
+        stopped_early=run.stopped_early,
+        unmoved=unmoved,
+        signal=signal,
+        checkpoint=newest if newest.is_dir() else None,
+    )
+
+
+def adapter_to_train(model: nn.Module, name: str = DEFAULT) -> dict[str, nn.Parameter]:
+    """What trains of the adapter `name`, by name. InputError unless the model carries it, trainable and active."""
+    found, layers = adapter_parameters(model, name), adapter_layers(model).values()
     if not layers:
         raise InputError("the model has no adapter to train: call fourbit.attach first, or train all weights (full)")
     if not found:
         problem, advice = "is not there", "attach or load the one to train under that name"
     elif not any(parameter.requires_grad for parameter in found.values()):
         problem, advice = "is frozen", "attach or load it after all others, or with trainable=True"
-    elif not all(DEFAULT in layer.active for layer in layers if DEFAULT in layer.adapters):
-        problem, advice = "is not active", f"call fourbit.use(model, '{DEFAULT}')"
+    elif not all(name in layer.active for layer in layers if name in layer.adapters):
+        problem, advice = "is not active", f"call fourbit.use(model, '{name}')"
     else:
-        refuse_left_out(model)
-        return found
-    there = ", ".join(sorted({name for layer in layers for name in layer.adapters}))
+        refuse_left_out(model, name)
+        return {own: parameter for own, parameter in found.items() if parameter.requires_grad}
+    there = ", ".join(sorted({other for layer in layers for other in layer.adapters}))
     raise InputError(
-        f"what is trained is the adapter '{DEFAULT}', and it {problem} (the model carries {there}; active: "
+        f"what is trained is the adapter '{name}', and it {problem} (the model carries {there}; active: "
         f"{', '.join(active_adapters(model)) or 'none'}): {advice}"
     )
 

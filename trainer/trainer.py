@@ -9,7 +9,8 @@ the configuration and what a checkpoint holds, so the data cursor of a checkpoin
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,9 +25,11 @@ from ..data.protocol import AnyTokenizer
 from ..data.read import Rows
 from ..data.sample import Kind
 from ..errors import InputError
+from ..lora.adapter import DEFAULT
 from ..lora.peft_files import save_adapter
 from ..models.foreign import as_causal_lm
 from ..models.protocol import CausalLM, evaluating
+from ..optim.paging import Pager
 from ..optim.unmoved import notice
 from ..outputs import check_free, lock_folder
 from ..settings import read_fields
@@ -35,13 +38,13 @@ from .callbacks import Callback, told
 from .checkpoint import STATE, checkpoint_to_resume, load_checkpoint, resuming, save_checkpoint
 from .config import COURSE, OF_OPTIMIZER, TrainingConfig
 from .interrupt import Interrupt, interrupts
-from .loop import MakeOptimizer, MakeScheduler, Run, name_of, trainable
-from .memory import memory_free, memory_used, saved_bytes
+from .loop import MakeOptimizer, MakeScheduler, Run, name_of
+from .memory import memory_free, memory_used, saved_bytes, state_bytes
 from .metrics import Display, Metrics, finite
 from .progress import display_for
 from .report import draw_curves, nonfinite
 from .resume import SavedState, adapter_form, as_json, base_hash, check_resumed, layout
-from .run import RunState, TrainResult, adapter_to_train, save_template
+from .run import RunState, TrainResult, adapter_to_train, result_of, save_template
 from .step import StepResult, Sums, as_sums, make_optimizer, means
 
 SKIPS_ALLOWED = 2  # in a row; one more ends the run
@@ -58,12 +61,14 @@ class Trainer(ABC):
     loss: instead of the trainer's own; see there what it is given. It returns the value of each token or pair, [N].
     optimizer: instead of the config's: one of torch.optim's kind on what is trained, or a function of that list; its
         groups' rates are the schedule's peaks. scheduler: makes torch's for it, instead of the config's schedule.
+    adapter: the name of the one that is trained.
     Raises InputError for rows, options or a model that cannot be trained on.
     """
 
     kind: Kind = "sft"  # of the rows
     best_metric: ClassVar[str] = "loss"  # of an evaluation: what keep_best and patience go by
     best_is: ClassVar[Literal["lowest", "highest"]] = "lowest"
+    pager: Pager | None = None  # of its optimizer's state, where trainers share one
 
     def __init__(
         self,
@@ -77,8 +82,10 @@ class Trainer(ABC):
         optimizer: torch.optim.Optimizer | MakeOptimizer | None = None,
         scheduler: MakeScheduler | None = None,
         callbacks: Sequence[Callback] = (),
+        adapter: str = DEFAULT,
     ) -> None:
         self.model, self.tokenizer, self.callbacks = as_causal_lm(model), as_tokenizer(tokenizer), callbacks
+        self.adapter = adapter
         self.config = config = config if self.model.packs else replace(config, packing=False)
         self.loss, self.optimizer, self.scheduler = loss, optimizer, scheduler
         if optimizer is not None:
@@ -127,19 +134,18 @@ class Trainer(ABC):
             "trainer": type(self).__name__,
             "dtype": str(self.model.dtype),
             "base": base_hash(self.model, self.parameters.values()),
-            "form of its adapter": adapter_form(self.model),
+            "form of its adapter": adapter_form(self.model, self.adapter),
         } | {what: name_of(given) for what, given in own.items() if given is not None}
 
     # What is trained: the adapter, unless a kind says otherwise.
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name."""
-        adapter_to_train(self.model)
-        return trainable(self.model)
+        return adapter_to_train(self.model, self.adapter)
 
     def save(self, out: Path) -> None:
         """Write what was trained into the run's folder."""
-        save_adapter(self.model, str(out), base_model=self.model.source)
+        save_adapter(self.model, str(out), base_model=self.model.source, name=self.adapter)
 
     @property
     def sets(self) -> list[Dataset]:
@@ -154,21 +160,29 @@ class Trainer(ABC):
     def train(self, display: Callable[[int, int], Display] | None = display_for) -> TrainResult:
         """Run to the end, or until SIGINT or SIGTERM, after which everything is saved and `result.signal` set.
         display: called with (steps in all, steps done before); None shows nothing."""
+        with torch.random.fork_rng(), interrupts() as interrupt, closing(self.course(interrupt, display)) as course:
+            for batches in course:
+                self.run.forward_backward(*batches)
+        return self.result
+
+    def course(
+        self, interrupt: Interrupt, display: Callable[[int, int], Display] | None = None
+    ) -> Generator[list[Batch], None, None]:
+        """`train` without its gradients: yields each step's batches, and goes on once `run` has them, as of
+        `run.forward_backward`. In the end `result` is set."""
         self.trained_parameters()  # raises if they have been switched off or frozen since
-        out = Path(self.config.out)
+        self.interrupt, out = interrupt, Path(self.config.out)
         reads = [self.model.source, *{s.place.name for rows in self.sets for s in rows.samples if s.place.in_file}]
-        held = lock_folder(self.config.out, reads, self.config.resume)
-        with held as notes, torch.random.fork_rng(), interrupts() as self.interrupt:
+        with lock_folder(self.config.out, reads, self.config.resume) as notes:
             checkpoint = checkpoint_to_resume(out, self.config.resume, notes)
             torch.manual_seed(self.config.seed)
             self.depends_on = self.depends()  # once: it reads whole models
             self.progress, self.run = RunState(), self.new_run() if self.run.updates else self.run
-            moments = (1 if "lion" in self.config.optimizer else 2) * (1 if "8bit" in self.config.optimizer else 4)
-            needed = moments * sum(parameter.numel() for parameter in self.parameters.values())
+            needed = state_bytes(self.config, self.parameters.values())
             check_free(out, needed + 2 * sum(tensor.nbytes for tensor in self.run.weights().values()))
             self.best: Weights | None = None
             self._pending: Pending | None = None  # an update whose metrics are still on the device
-            recompute = self.recomputes()
+            self.recompute = self.recomputes()
             if not self.model.packs:
                 notes.append("packing is off: this architecture mixes the examples of a row, so rows are padded")
             if checkpoint is not None:  # refused, if it is, before a file of the run is touched
@@ -176,7 +190,7 @@ class Trainer(ABC):
                     self._resume(checkpoint, notes)
             self.metrics = Metrics(out, self.config.log, self.progress.done, notes)
             try:
-                self.model.checkpointing = recompute
+                self.model.checkpointing = self.recompute
                 if display is not None:
                     self.metrics.display = shown = display(self.total, self.progress.done)
                     for note in notes:
@@ -184,13 +198,13 @@ class Trainer(ABC):
                 self.model.train()
                 watched = min(self.total - self.progress.done, self.config.warmup_steps(self.total) + WATCHED)
                 self.run.watched = watched if watched > 1 else 0  # LoRA's A gets no gradient while B is 0
-                self._loop()
+                yield from self._loop()
             finally:
                 self.metrics.close()
                 self.model.checkpointing = False
-            return self._finish()
+            self.result = self._finish()
 
-    def _loop(self) -> None:
+    def _loop(self) -> Iterator[list[Batch]]:
         """Ends with the trained weights in place: the best ones with keep_best and validation, else the last."""
         run, config = self.progress, self.config
         self._clock = time.perf_counter()
@@ -205,20 +219,21 @@ class Trainer(ABC):
                 self._save()
             if self.interrupt or ended:
                 break
-            self._step()
+            batches, sources = self.step_data(run.done)
+            yield batches
+            self._step(batches, sources)
         if ended and not self.interrupt and self.best is not None:
             self.run.load_weights(self.best)
 
     def _due(self, every: int | None, ended: bool) -> bool:
         return self.progress.done > 0 and (ended or self.progress.done % (every or self.steps_per_epoch) == 0)
 
-    def _step(self) -> None:
+    def _step(self, batches: list[Batch], sources: list[str]) -> None:
+        """The update."""
         step, config = self.progress.done, self.config
-        batches, sources = self.step_data(step)
         lr = (config.lr if self.optimizer is None else 1.0) * config.rate_factor(step, self.total)
         first = self.run.optimizer.param_groups[0]
         rate = float(first["lr"] if self.scheduler else lr if self.optimizer is None else lr * first["lr_scale"])
-        self.run.forward_backward(*batches)
         result = self.run.optim_step(None if self.scheduler else lr)
         self.applied(result)
         if self.run.updates == self.run.watched and self.run.unmoved and self.metrics.display:
@@ -362,25 +377,12 @@ class Trainer(ABC):
             self.save(out)
         if self.metrics.path.stat().st_size:
             draw_curves(self.metrics.path, out / "loss.png")
-        newest = out / "checkpoints" / f"step-{run.saved:06d}"
-        return TrainResult(
-            out=out,
-            steps=run.done,
-            loss=run.last_loss,
-            val=run.best_metrics,
-            best_step=run.best_step,
-            skipped_steps=run.skipped,
-            tokens=run.tokens,
-            stopped_early=run.stopped_early,
-            unmoved=self.run.unmoved,
-            signal=self.interrupt.signal,
-            checkpoint=newest if newest.is_dir() else None,
-        )
+        return result_of(out, run, self.run.unmoved, self.interrupt.signal)
 
     def new_run(self) -> Run:
         """What the trainer's loop stands on, at its start."""
         config, own = self.config, self.optimizer
-        optimizer = make_optimizer(self.parameters, config) if own is None else own
+        optimizer = make_optimizer(self.parameters, config, self.pager) if own is None else own
         how: dict[str, Any] = {"scheduler": self.scheduler, "max_grad_norm": config.max_grad_norm}
         how |= {"loss": lambda _, batch: self.sums(batch), "parameters": self.parameters, "optimizer": optimizer}
         run = Run(self.model, self.tokenizer, **how)

@@ -106,7 +106,7 @@ def adapted():
 def built(adapted, kind, folder, rows, out, *, val=None, **options):
     """A trainer; options are those of its config, and of `adapted` and of the trainer itself."""
     loaded = {k: options.pop(k) for k in ("quant_type", "dtype", "b_seed", "dropout", "target", "rank") if k in options}
-    more = kind.more | {k: options.pop(k) for k in ("head", "teacher") if k in options}
+    more = kind.more | {k: options.pop(k) for k in ("head", "teacher", "adapter") if k in options}
     model, tokenizer = adapted(folder, **loaded)
     config = kind.config(out=str(out), **({"batch_size": 4, "lr": 1e-2, "epochs": 2} | kind.options | options))
     return kind.trainer(model, tokenizer, train=rows, val=val, config=config, **more)

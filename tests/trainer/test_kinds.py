@@ -11,6 +11,7 @@ import torch
 import fourbit
 from fourbit.data.batch import Batch
 from fourbit.errors import InputError
+from fourbit.lora.adapter import adapter_parameters
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.sft import SFTTrainer
 
@@ -77,6 +78,27 @@ def test_checkpointing_evaluating_and_saving_change_nothing(make, tmp_path, kind
         make(kind, tmp_path / name, **options).train(display=None)
     plain, more = ({p.name: p.read_bytes() for p in (tmp_path / n).glob("*.safetensors")} for n in ("plain", "more"))
     assert plain and plain == more
+
+
+@pytest.mark.parametrize("kind", ["sft", "sigmoid", "reward"])
+def test_an_adapter_of_any_name_is_trained_and_saved(make, tmp_path, adapted, kind):
+    """As "default" is, beside another that stays as it is, though it could train."""
+
+    def renamed(folder, **loaded):
+        model, tokenizer = adapted(folder, **loaded)
+        fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8), "mine", seed=0)
+        return model, tokenizer
+
+    make(kind, tmp_path / "default", steps=3).train(display=None)
+    trainer = make(kind, tmp_path / "mine", adapted=renamed, steps=3, adapter="mine")
+    idle = adapter_parameters(trainer.model)
+    before = {name: p.detach().clone() for name, p in idle.items()}
+    for parameter in idle.values():
+        parameter.requires_grad_()
+    trainer.train(display=None)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in idle.items())
+    files = [{p.name: p.read_bytes() for p in (tmp_path / n).glob("*.safetensors")} for n in ("default", "mine")]
+    assert files[0] and files[0] == files[1]
 
 
 class ByEntropy(SFTTrainer):
