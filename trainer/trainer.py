@@ -168,8 +168,7 @@ class Trainer(ABC):
     def course(
         self, interrupt: Interrupt, display: Callable[[int, int], Display] | None = None
     ) -> Generator[list[Batch], None, None]:
-        """`train` without its gradients: yields each step's batches, and goes on once `run` has them, as of
-        `run.forward_backward`. In the end `result` is set."""
+        """`train` without gradients: yields a step's batches, and goes on once `run` has theirs. Sets `result`."""
         self.trained_parameters()  # raises if they have been switched off or frozen since
         self.interrupt, out = interrupt, Path(self.config.out)
         reads = [self.model.source, *{s.place.name for rows in self.sets for s in rows.samples if s.place.in_file}]
