@@ -121,8 +121,10 @@ class Run:
         gradients as they were.
         """
 
+        own: Loss = loss or self.loss
+
         def sums(batch: object) -> dict[int, Sums]:
-            return {0: step.as_sums((loss or self.loss)(self.model, batch), batch)}
+            return {0: step.as_sums(own(self.model, batch), batch)}
 
         (found,) = forward_backward([self], batches, sums, weight=weight, scale=scale)
         return found
