@@ -216,6 +216,7 @@ def _announcing(options: TrainOptions, trainer: Any, sources: Sources) -> Callab
         kept = "on average none is lost" if options.rounding == "stochastic" else "those below their precision are lost"
         note(f"updates: of weights in {options.dtype}, rounding {options.rounding}: {kept}")
     settings = {name: value for name, value in asdict(options).items() if name not in left_out}
+    before = read_run(options.out)  # now, as a spoilt file ends a run before it changes anything
     if "reference" in settings:
         settings["reference"] = trainer.config.reference  # its choice
         if trainer.objective.needs_reference:
@@ -224,7 +225,7 @@ def _announcing(options: TrainOptions, trainer: Any, sources: Sources) -> Callab
 
     def begin(total: int, start: int) -> Any:
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-        if start == 0 or plain != read_run(options.out):  # a resumed run keeps its record of sources
+        if start == 0 or plain != before:  # a resumed run keeps its record of sources
             write_config(Path(options.out) / CONFIG, settings, sources)
         groups: dict[str, list[str]] = {}
         for name, value in settings.items():
