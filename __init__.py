@@ -15,7 +15,7 @@ from .lora.lora import LoRA
 from .lora.peft_files import load_adapter, save_adapter
 from .lora.quantize import Form, dense_weights, quantize_
 from .models.generate import generate
-from .models.load import load, load_model
+from .models.load import load, load_model, read_weights
 from .models.plan import quantize_checkpoint, read_plan
 from .models.protocol import CausalLM
 from .models.save import save_model
@@ -35,7 +35,7 @@ from .trainer.trainer import Trainer
 
 __version__ = "0.1.0"
 __all__ = [
-    "CausalLM", "Tokenizer", "generate", "load", "load_model", "save_model",  # models
+    "CausalLM", "Tokenizer", "generate", "load", "load_model", "read_weights", "save_model",  # models
     "Form", "quantize_checkpoint", "read_plan",  # 4-bit folders by a plan
     "delta", "dequantize", "from_bitsandbytes", "merge", "to_bitsandbytes",  # layers in other forms
     "Adapter", "AdapterLayer", "LoRA", "LoRAConfig", "NF4Embedding", "NF4Linear", "adapters_off", "attach",

@@ -16,7 +16,7 @@ from ..lora.peft_files import load_adapter, trained_base
 from ..models.config import DROPOUTS
 from ..models.decoder import Decoder
 from ..models.hf import CONFIG_BYTES
-from ..models.load import check_tokenizer, load_decoder, load_tokenizer
+from ..models.load import check_tokenizer, load_decoder, load_tokenizer, read_weights
 from ..models.protocol import CausalLM
 from ..settings import checked
 from ..text.tokenizer import Tokenizer
@@ -127,7 +127,8 @@ def load_adapted(options: AdaptedModelOptions) -> tuple[CausalLM, Tokenizer, Cha
 
 def put_adapter(model: CausalLM, folder: str, force: bool, **how: Any) -> int:
     """Load an adapter as `load_adapter` does, and note how its base differs. Returns the number of its layers."""
-    return len(load_adapter(model, folder, force=force, tell=lambda text: note(f"note: {text}"), **how))
+    how |= {"dense": read_weights(model.source), "tell": lambda text: note(f"note: {text}")}
+    return len(load_adapter(model, folder, force=force, **how))
 
 
 def remark_positions(model: CausalLM, longest: int, new: int = 0, *, whose: str = "model") -> None:

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from ..data.encode import load_rows
+import torch
+
+from ..data.encode import Dataset, load_rows
 from ..data.order import count_overlap, split_validation
 from ..data.sample import Kind
 from ..data.template import ChatTemplate
@@ -16,6 +18,7 @@ from ..errors import InputError
 from ..lora.attach import attach
 from ..lora.config import Kind as AdapterKind
 from ..lora.config import LoRAConfig
+from ..models.load import read_weights
 from ..models.protocol import CausalLM
 from ..outputs import lock_folder
 from ..settings import REQUIRED, Checked, setting
@@ -41,7 +44,8 @@ from .show import amount, count, describe, figure, note, pairs, result, working,
 
 NAMES = re.compile(r"[\w.]+(,[\w.]+)*")  # else an entry of --target is a regular expression
 GROUPS = ("all-linear", "attn", "mlp")
-FRESH = ("kind", "rank", "alpha", "dropout", "target", "rslora")  # what a fresh adapter is told, and no other
+FRESH = ("kind", "rank", "alpha", "dropout", "target", "rslora", "start")  # what a fresh adapter is told, and no other
+LOOKED_AT = 64  # rows, at most, that a start looks at
 REPORTED = ("perplexity", "reward_accuracy", "reward_margin")  # of the best evaluation; --json has all metrics
 
 
@@ -80,6 +84,12 @@ class AdapterOptions(AdapterChoice):
         metavar="NAME",
     )
     rslora: bool = setting(False, "scale by alpha / sqrt(rank) instead")
+    start: str = setting(
+        "default",
+        "where it begins: pissa, pissa-N (N randomised steps) or olora: at a part of the weights; loftq, loftq-N (N "
+        "rounds): at what 4 bits leave of them; eva: where the rows vary most, each layer's rank too",
+        metavar="WORD",
+    )
 
     def lora_config(self) -> LoRAConfig:
         """The checked settings; a group or a regular expression is one text, layers' names are a list."""
@@ -148,7 +158,7 @@ def run(options: TrainOptions, sources: Sources) -> int:
     longest = max(asked, *(each.report.longest for each in (rows, val) if each is not None))
     remark_positions(model, longest)
     if not options.whole:
-        _put_adapter(model, options)
+        _put_adapter(model, options, rows)
     config = options.config_type(**{field.name: getattr(options, field.name) for field in fields(options.config_type)})
     extras = options.extras(model, tokenizer)
     if isinstance(teacher := extras.get("teacher"), CausalLM):
@@ -198,13 +208,23 @@ def _datasets(options: TrainOptions, tokenizer: Tokenizer, template: ChatTemplat
     return train, val
 
 
-def _put_adapter(model: CausalLM, options: TrainOptions) -> None:
+def _put_adapter(model: CausalLM, options: TrainOptions, rows: Dataset) -> None:
     """The adapter that training starts from, and a line about it."""
     if options.adapter is not None:
         layers = put_adapter(model, options.adapter, options.force)
         note(f"adapter: goes on from {options.adapter}, on {layers} layers")
         return
-    names = attach(model, options.lora_config(), seed=options.seed)
+    chosen, errors = rows.examples[:: -(-len(rows) // LOOKED_AT)], dict[str, tuple[float, float]]()
+    names = attach(
+        model,
+        options.lora_config(),
+        seed=options.seed,
+        dense=read_weights(options.model),
+        data=(torch.tensor([part.ids], device=model.device) for example in chosen for part in example.parts),
+        tell=lambda path, *found: errors.update({path: found}),
+    )
+    for path, (error, plain) in errors.items():
+        note(f"start: {path}  error {error:.4f}, {options.quant} alone {plain:.4f}")
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     note(f"adapter: rank {options.rank}, alpha {options.alpha:g}, {len(names)} layers, {amount(size)} parameters")
 

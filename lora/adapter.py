@@ -19,7 +19,7 @@ from ..kernels.linear4bit import lora_linears4bit
 from ..kernels.lora_paths import lora_update
 from .config import LoRAConfig
 from .lazy_weight import LazyWeight, autocast_input
-from .linear4bit import NF4Linear, is_conv1d, over_nested, sizes
+from .linear4bit import NF4Linear, NF4LowRank, is_conv1d, over_nested, sizes
 
 DEFAULT = "default"
 WRAPPED = "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"  # what is inside torch's wrappers
@@ -87,9 +87,13 @@ class Adapter(nn.Module):
         """The change [out, in] that this adapter makes to the dense weight [out, in], in the dtype of `weight`."""
         raise NotImplementedError(f"{type(self).__name__} has no delta, which merging and reading a weight ask for")
 
-    def low_rank(self) -> LowRank | None:
-        """The update, if a layer may make it together with its base."""
+    def low_rank(self, codes: bool = False) -> LowRank | None:
+        """The update, if a layer may make it together with its base; `codes`: with an `NF4LowRank`'s codes alone."""
         return None
+
+    def plain(self) -> "Adapter":
+        """What files hold: itself, or a simpler one that computes the same."""
+        return self
 
     def term(self) -> tuple[Tensor, Tensor] | None:
         """The change of a parameter as two matrices, or stacks of them, to be multiplied; of kinds for those."""
@@ -184,10 +188,13 @@ class AdapterLayer(nn.Module):
                 y = changed if weight == 1 else y.lerp(changed, weight)
         return y
 
-    def low_rank(self) -> LowRank | None:
-        """All active adapters' updates as one, with A and B stacked, if they are low-rank, unhooked, undropped."""
+    def low_rank(self, codes: bool = False) -> LowRank | None:
+        """All active adapters' updates as one, with A and B stacked, if they are low-rank, unhooked, undropped.
+        codes: of one alone, beside an `NF4LowRank`'s codes."""
         parts = self.changing()
-        updates = [None if is_hooked(part) else part.low_rank() for part, _ in parts]
+        if codes and [weight for _, weight in parts] != [1]:
+            return None
+        updates = [None if is_hooked(part) else part.low_rank(codes) for part, _ in parts]
         found = [update for update in updates if update is not None]
         if not found or len(found) < len(parts):
             return None
@@ -199,10 +206,11 @@ class AdapterLayer(nn.Module):
 
     def joint(self, x: Tensor) -> tuple[NF4Linear, LowRank] | None:
         """Base and update if one op makes both for x [..., in]: 4 bits, low-rank adapters, nothing copied or hooked."""
-        if type(self.base) is not NF4Linear or x.is_nested or not x.is_floating_point() or is_hooked(self.base):
+        of = type(self.base)
+        if of not in (NF4Linear, NF4LowRank) or x.is_nested or not x.is_floating_point() or is_hooked(self.base):
             return None
         apart = any(part.copies is not None for part, _ in self.running())
-        update = None if apart else self.low_rank()
+        update = None if apart else self.low_rank(of is NF4LowRank)
         return None if update is None else (self.base, update)
 
     def frozen(self, names: Sequence[str]) -> nn.Module:

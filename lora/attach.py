@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from ..settings import DType, floating
 from .active import use
 from .adapter import DEFAULT, Adapter, AdapterLayer, Copies, Whole, adapter_layers, refuse_second, replace_modules
 from .config import LoRAConfig
+from .init import Tell, Weights, eva, started
 from .kinds import LayerFactory, of_kind
 from .linear4bit import Module4bit, NF4Embedding
 from .lora import LoRA
@@ -34,6 +36,9 @@ def attach(
     layer: LayerFactory = of_kind,
     seed: int | None = None,
     dtype: DType = torch.float32,
+    dense: Weights | None = None,
+    data: Iterable[object] | None = None,
+    tell: Tell = lambda *_: None,
 ) -> list[str]:
     """Put an adapter on the targeted layers of `model`, in place; freeze all else; return their paths in module order,
     with those of what `modules_to_save` and `bias` train.
@@ -43,6 +48,9 @@ def attach(
     Each part starts from torch's generator or, with a `seed`, from that and its own path alone, on every device the
     same if it draws on the CPU. Adapters and copies are fp32 masters unless `dtype` says otherwise. The new one is
     active.
+    For a start: dense: (name, dense weight) of 4-bit layers, as `read_weights` reads them, one by one; tell: is given
+    the path of each, its relative error, and that before; data: for "eva", batches without padding, what the model is
+    called with, a mapping's items as keywords.
     Raises InputError for an entry or a pattern that matches nothing, a tied or 4-bit weight or a ParameterList in
     `modules_to_save`, an embedding that another is tied to (a tied head keeps the base's weight), a model that carries
     an adapter of this name already; the model is left untouched then.
@@ -55,7 +63,18 @@ def attach(
         check_patterns_used(field, patterns, paths)
     tables = {path: m for path, m in base_modules(model).items() if isinstance(m, nn.Embedding | NF4Embedding)}
     _refuse_tied(tables, {path: ["weight", "packed"] for path in paths if path in tables})
+    refuse_second(model, name)
+    first = dict[str, torch.Tensor]()
+    if lora.start == "eva":
+        lora, first = eva(model, lora, paths, data)
+        paths = list(first)
     parts = dict(fresh(model, lora, paths, layer, seed, floating(dtype)))
+    if wrong := [p for p in paths if lora.start != "default" and type(parts[p]) not in (LoRA, Whole)]:
+        raise InputError(f"start={lora.start!r} is for LoRA on linear layers, and '{wrong[0]}' is none: exclude it")
+    for path, A in first.items():
+        cast(LoRA, parts[path]).lora_A.data.copy_(A)
+    if lora.start not in ("default", "eva"):
+        parts = started(model, parts, lora.start, dense, tell)
     install(model, parts, name)
     return list(parts)
 

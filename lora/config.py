@@ -29,6 +29,8 @@ class LoRAConfig(Checked):
     target_parameters: names of parameters that are no layer's weight (full paths or their ends), as fused experts are:
         ["experts.gate_up_proj", "experts.down_proj"]. `target` never means those, as in PEFT; None: no layer.
     bias: whether biases are trained, in copies too: "none", those of the layers with adapters ("lora_only"), "all".
+    start: where A and B begin: "default"; "pissa", "pissa-N" (by N randomised steps), "olora": at a part of the weight;
+        "loftq", "loftq-N" (N rounds): at what 4 bits leave of it; "eva": where the layers' inputs vary most.
     Raises InputError naming the field, its rule and the value.
     """
 
@@ -45,9 +47,14 @@ class LoRAConfig(Checked):
     target_parameters: Sequence[str] = setting((), "parameters, such as fused experts, that get an adapter")
     bias: Literal["none", "all", "lora_only"] = setting("none", "which biases are trained")
     kind: Kind = setting("lora", "kind of adapter")
+    start: str = setting("default", "where A and B begin", metavar="WORD")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not re.fullmatch(r"default|olora|eva|(pissa|loftq)(-[1-9][0-9]?)?", self.start):
+            raise InputError(
+                f"start must be default, olora, eva, pissa, pissa-8, loftq or loftq-5, got {shown(self.start)}"
+            )
         if self.dropout >= 1:
             raise InputError(f"dropout must be a number from 0 up to, but not including, 1; got {shown(self.dropout)}")
         for key in ("target", "exclude"):

@@ -20,14 +20,14 @@ from ..errors import InputError, shown
 from ..files import gathered, tensor_metadata
 from ..kernels.dequantize4bit import dequantize
 from ..kernels.weight4bit import BLOCKSIZES, Weight4bit
-from .linear4bit import Module4bit, is_conv1d
+from .linear4bit import Module4bit, NF4LowRank, is_conv1d
 from .parameter4bit import DenseParameter, NF4Parameter
 from .targets import base_modules
 
 KEY = "fourbit.base."  # in the metadata of a safetensors file, before the name of a field
 CHUNK = 1 << 22  # values that are rounded, and brought from the device, at a time
 SAMPLED, VALUES = 32, 32  # matrices, and values of each, whose signs are kept
-_WRITTEN = re.compile(r"[\w ,-]{1,200}(\n([0-9a-f]{64})?){2}\n[+-]{0,4096}")  # the fields, one a line
+_WRITTEN = re.compile(r"[\w ,-]{1,200}(\n([0-9a-f]{64})?){2}\n[+-]{0,4096}\n[a-z0-9-]{0,20}")  # the fields, one a line
 ALIKE = 0.75  # of the signs: rounding a base to 4 bits leaves 0.9 and more, another base has half by chance
 ROUNDED = 0.995  # of the signs, dense or 4-bit both: what rounding alone leaves (to float16, then bfloat16)
 
@@ -39,6 +39,7 @@ class BaseIdentity(NamedTuple):
     vectors: str  # hash of norms and biases, which no way of quantising a base changes
     weights: str  # hash of all other parameters, as they are kept
     signs: str  # of some weights, - or +: alike for every form of one base
+    start: str = ""  # by which its 4-bit codes were made anew, for the adapter
 
     def metadata(self) -> dict[str, str]:
         """As a safetensors file keeps it."""
@@ -65,6 +66,8 @@ class BaseIdentity(NamedTuple):
         if self.quant != trained.quant:
             then, here = ("the dense base" if q == "none" else q for q in (trained.quant, self.quant))
             return f"was trained on {then}; on {here} it will be somewhat off"
+        if self.start != trained.start:
+            return f"was trained on 4-bit codes made by start={trained.start!r}; on others it will be somewhat off"
         if _differ(self.weights, trained.weights) or _differ(self.vectors, trained.vectors):
             return "was trained on slightly other weights of this base: from a file that rounds otherwise, or changed"
         return ""
@@ -93,7 +96,8 @@ def base_identity(model: nn.Module, adapter: Mapping[str, nn.Module] | None = No
     signed = [named[name] for name in sorted(named)]
     some = [signed[i * len(signed) // SAMPLED] for i in range(SAMPLED)] if len(signed) > SAMPLED else signed
     hashes = (hashed(vectors, rounded=True), hashed(weights, rounded=True)) if exact else ("", "")
-    return BaseIdentity(", ".join(sorted(forms)) or "none", *hashes, "".join(map(_signs, some)))
+    start = max((getattr(part, "start", "") for part in (adapter or {}).values()), default="")
+    return BaseIdentity(", ".join(sorted(forms)) or "none", *hashes, "".join(map(_signs, some)), start)
 
 
 def _quant(layer: Module4bit) -> str:
@@ -129,7 +133,10 @@ def _signs(weight: Tensor | Module4bit) -> str:
     size = flat.numel() if layer is None else prod(layer.shape)
     start = size // 2 // BLOCKSIZES[-1] * BLOCKSIZES[-1]  # where a block of any size begins
     values, count = flat[start : start + VALUES], min(VALUES, size - start)
-    if layer is not None:
+    if isinstance(layer, NF4LowRank):
+        rows = slice(start // layer.shape[1], -(-(start + count) // layer.shape[1]))
+        values = layer.dequantize(torch.float32, rows).reshape(-1)[start % layer.shape[1] :][:count]
+    elif layer is not None:
         codes, one = flat[start // 2 : (start + count + 1) // 2], torch.ones(1, device=flat.device)
         values = dequantize(Weight4bit(codes, one, None, None, (count,), layer.quant_type, layer.blocksize))
     return "".join("-" if value < 0 else "+" for value in values.tolist())

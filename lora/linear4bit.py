@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..kernels.blockwise import NESTED_BLOCKSIZE
 from ..kernels.dequantize4bit import dequantize, dequantize_rows
 from ..kernels.linear4bit import linear4bit
+from ..kernels.lora_paths import lora_update
 from ..kernels.quantize4bit import quantize
 from ..kernels.weight4bit import Weight4bit, check_format, stored_shapes
 from ..settings import DType, floating
@@ -224,6 +225,30 @@ class NF4Linear(Module4bit):
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{sizes}, {super().extra_repr()}"
+
+
+class NF4LowRank(NF4Linear):
+    """y = x (W4 + B A)^T + bias: 4 bits and, frozen in fp32, a low-rank part of what they leave of a weight."""
+
+    A: nn.Parameter  # [r, in]
+    B: nn.Parameter  # [out, r]
+
+    @classmethod
+    def beside(cls, layer: NF4Linear, stored: Weight4bit, A: Tensor, B: Tensor) -> Self:
+        """What takes the place of `layer`: of these codes and this part, else like it."""
+        new = cls.of(stored, layer.dtype)
+        new.A, new.B, new.bias, new.conv1d = _frozen(A.clone()), _frozen(B.clone()), layer.bias, layer.conv1d
+        vars(new).update({name: held for name, held in vars(layer).items() if "hook" in name})
+        return new.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        y = super().forward(x)
+        return y if x.is_nested else lora_update(y, autocast_input(x), self.A, self.B, 1.0)
+
+    @torch.no_grad()
+    def dequantize(self, dtype: DType = torch.float32, index: int | slice | Tensor | None = None) -> Tensor:
+        B = self.B if index is None else self.B[index]
+        return (super().dequantize(torch.float32, index) + B @ self.A).to(floating(dtype))
 
 
 class NF4Embedding(Module4bit):

@@ -1,5 +1,6 @@
 """LoRA, the plain kind of adapter: a trainable low-rank update beside a frozen linear layer, embedding, convolution."""
 
+import copy
 import math
 from typing import Any, cast, get_args
 
@@ -30,13 +31,18 @@ class LoRA(Adapter):
 
     `lora_A` [r, in] starts uniform in +-1/sqrt(in), `lora_B` [out, r] at zero, so a fresh adapter changes nothing. Both
     are fp32 masters until cast; the sum is computed in the dtype of x. Of `base` only sizes and device are taken.
+    Where it began at a part B0 A0 of the weight (`init`), the change is scale * (B A - B0 A0); those are buffers.
     Raises InputError for a rank below 1; one above min(in, out) is taken, as PEFT does, and wastes parameters alone.
     """
 
     keys = "lora_A.weight", "lora_B.weight"  # what files call A and B
+    start: str = ""  # by which a 4-bit base was made anew around B0 A0; "" where it was not
+    lora_A0: Tensor | None
+    lora_B0: Tensor | None
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
         super().__init__()
+        self.register_buffer("lora_A0", None), self.register_buffer("lora_B0", None)
         checked("rank", rank, int, {"least": 1})
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
         (A, B), device = self.shapes(base, rank), next(base.parameters()).device
@@ -63,17 +69,40 @@ class LoRA(Adapter):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         x = autocast_input(x)
-        return lora_update(y, F.dropout(x, self.dropout, self.training), self.lora_A, self.lora_B, self.scale)
+        return lora_update(y, F.dropout(x, self.dropout, self.training), *self.factors(), self.scale)
 
-    def low_rank(self) -> LowRank | None:
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The change over scale as a product: A and B, or [A; A0] and [B, -B0]."""
+        if self.lora_A0 is None or self.lora_B0 is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.lora_A0]), torch.cat([self.lora_B, -self.lora_B0], 1)
+
+    def of_factors(self, A: Tensor, B: Tensor, first: tuple[Tensor, Tensor] | None = None) -> "LoRA":
+        """A copy with those, of their rank and this scale; `first`: A0 and B0."""
+        new = copy.deepcopy(self)
+        new.rank, new.alpha = len(A), self.scale / scale_of(1.0, len(A), self.rslora)
+        new.lora_A, new.lora_B = (nn.Parameter(part.detach().clone().contiguous()) for part in (A, B))
+        new.lora_A0, new.lora_B0 = (part.clone().contiguous() for part in first) if first else (None, None)
+        return new
+
+    def plain(self) -> "LoRA":
+        return self if self.lora_A0 is None else self.of_factors(*self.factors())
+
+    def low_rank(self, codes: bool = False) -> LowRank | None:
         if type(self) is not LoRA:  # a subclass may compute something else
             return None
-        return LowRank(self.lora_A, self.lora_B, self.scale, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        if codes:  # W4 + s B0 A0 and s (B A - B0 A0) are W4 + s B A
+            return LowRank(self.lora_A, self.lora_B, self.scale, 0.0) if self.start and not dropout else None
+        return LowRank(*self.factors(), self.scale, dropout)
 
     def delta(self, weight: Tensor) -> Tensor:
-        return self.scale * (self.lora_B.to(weight.dtype) @ self.lora_A.to(weight.dtype))
+        A, B = self.factors()
+        return self.scale * (B.to(weight.dtype) @ A.to(weight.dtype))
 
     def is_idle(self) -> bool:
+        if self.lora_A0 is not None and self.lora_B0 is not None:
+            return torch.equal(self.lora_A, self.lora_A0) and torch.equal(self.lora_B, self.lora_B0)
         return not bool(self.lora_B.any())
 
     def state(self) -> dict[str, Tensor]:

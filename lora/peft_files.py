@@ -24,8 +24,9 @@ from .attach import fresh, install
 from .config import LoRAConfig
 from .dora import MAGNITUDE
 from .identity import BaseIdentity, base_identity
+from .init import Weights, started
 from .kinds import LayerFactory, of_kind
-from .linear4bit import Module4bit
+from .linear4bit import Module4bit, NF4Linear
 from .lora import LoRA, LoRAParameter, lora_kind
 from .parameter4bit import StandIn
 from .peft_config import OWN, kind_of, read_config, write_config
@@ -62,8 +63,16 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", 
     parts = carried(model, name)
     refuse_left_out(model, name)
     check_apart(folder, f"the adapter's folder {folder}", [getattr(unwrapped(model), "source", "")], folder=True)
-    folder, config = Path(folder), write_config(model, parts, base_model)
-    write_tensors(folder / WEIGHTS, _keyed(parts), "the adapter", base_identity(model, parts).metadata())
+    write_parts(model, parts, Path(folder), base_model, base_identity(model, parts).metadata())
+
+
+def write_parts(
+    model: nn.Module, parts: Mapping[str, Adapter], folder: Path, base_model: str, metadata: Mapping[str, str]
+) -> None:
+    """Write an adapter of `model`, given by its layers' paths; as `save_adapter`."""
+    parts = {path: part.plain() for path, part in parts.items()}
+    config = write_config(model, parts, base_model)
+    write_tensors(folder / WEIGHTS, _keyed(parts), "the adapter", metadata)
     with disk_errors("the adapter", folder, len(config)):
         write_text(folder / CONFIG, config)
 
@@ -78,6 +87,7 @@ def load_adapter(
     trainable: bool = True,
     force: bool = False,
     tell: Callable[[str], object] = warnings.warn,
+    dense: Weights | None = None,
 ) -> list[str]:
     """Read a PEFT adapter folder into `model` under a name and return the paths of its layers in module order.
 
@@ -86,17 +96,24 @@ def load_adapter(
     included, and must have it on the same layers with the same rank and scale. `layer`: as `attach` was given it.
     `tell` is given a sentence where the base is another 4-bit form of the one that the adapter was trained on, or has
     slightly other weights. An adapter of another base is refused unless `force`; one whose file does not say what it
-    was trained on is taken.
+    was trained on is taken. One that was trained on 4-bit codes made by its start (PiSSA, OLoRA, LoftQ) has these made
+    again, of the `dense` weights that `attach` was given; forced without, it goes on the codes that are there.
     Raises InputError, before the model is touched, for a file that is missing, broken or not plain LoRA, for keys that
     are missing, unexpected or misshaped, for NaN or infinity, and for another base.
     """
     label, parts, state = _read_adapter(model, Path(folder), None if dtype is None else floating(dtype), layer)
-    _check_base(model, parts, Path(folder), force, tell)
+    trained, bases = trained_base(Path(folder)), base_modules(model)
+    anew = trained is not None and trained.start and any(isinstance(bases[path], NF4Linear) for path in parts)
+    anew = anew and not (force and dense is None)
+    _check_base(model, parts, Path(folder), force, tell if not anew else lambda _: None)
     attached = adapters_of(model, name)
     if attached:
         _check_same(attached, parts, label)
     _check_finite(state, _keyed(attached or parts), label)
     _copy_into(attached or parts, state, label)
+    if anew and trained is not None:
+        parts = started(model, parts, trained.start, dense, lambda *_: None, saved=True)
+        _check_base(model, parts, Path(folder), force, tell)
     if not attached:
         install(model, parts, name, trainable=trainable)
     return list(parts)
@@ -104,7 +121,7 @@ def load_adapter(
 
 def trained_base(folder: Path) -> BaseIdentity | None:
     """The base that the adapter in `folder` was trained on; None where its file does not say. Errors as loading."""
-    return BaseIdentity.read(_adapter_file(folder, WEIGHTS))
+    return BaseIdentity.read(adapter_file(folder, WEIGHTS))
 
 
 def _check_base(
@@ -171,9 +188,9 @@ def _read_adapter(
 
     Checked but for values and adapters the model carries; no more than a layer is made of what the config only claims.
     """
-    file = _adapter_file(folder, CONFIG)
+    file = adapter_file(folder, CONFIG)
     config = read_config(read_json(file, LARGEST_CONFIG), f"'{file}'")
-    weights = _adapter_file(folder, WEIGHTS)
+    weights = adapter_file(folder, WEIGHTS)
     label = f"'{weights}'"
     again = (".modules_to_save", ".original_module")  # PEFT's bias="all" puts what it saves whole there too
     read = float_tensors(weights, COUNTS).items()
@@ -245,7 +262,7 @@ def _without_base_copies(
     return adapter
 
 
-def _adapter_file(folder: Path, name: str) -> Path:
+def adapter_file(folder: Path, name: str) -> Path:
     """The file `name` of an adapter in `folder`."""
     if not folder.is_dir():
         raise InputError(f"'{folder}' is no folder; an adapter is a folder with {CONFIG} and {WEIGHTS}")

@@ -160,6 +160,15 @@ def read_model(
     return model, spec, layers, _told(named(tensors), [prod(shape) for _, shape in made], files, progress)
 
 
+def read_weights(path: str | Path) -> Tensors:
+    """Name and dense weight of all that a model's folder or .gguf file holds, one at a time, for the starts of `attach`.
+    The file is opened when the first is taken. InputError as `load`, and for a file in 4 bits."""
+    _, _, packed, tensors = read_model(Path(path))
+    if packed:
+        raise InputError(f"{path}: {next(iter(packed))!r} is in 4 bits, and a start needs the dense weights of it")
+    yield from tensors
+
+
 def _renamed(names: Mapping[str, str], experts: int, tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
     kept = (own for own in stacked(tensors, experts) if not own[0].endswith(".rotary_emb.inv_freq"))
     return ((names.get(name, name), x) for name, x in kept)
