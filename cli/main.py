@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def as_flags(message: str) -> str:
     """What the library says of arguments, as the command line has them: `resume="auto"` is --resume auto."""
     said = re.sub(r"\banother (out|match)\b", r"another --\1", message.replace("quant_type=None", "--quant none"))
+    said = re.sub(r"\bstart='([\w-]+)'", r"--start \1", said)
     return re.sub(r"\b(dtype|force|overwrite|resume|template)=(True|\.\.\.)", r"--\1", said).replace(
         'resume="auto"', "--resume auto"
     )

@@ -214,17 +214,11 @@ def _put_adapter(model: CausalLM, options: TrainOptions, rows: Dataset) -> None:
         layers = put_adapter(model, options.adapter, options.force)
         note(f"adapter: goes on from {options.adapter}, on {layers} layers")
         return
-    chosen, errors = rows.examples[:: -(-len(rows) // LOOKED_AT)], dict[str, tuple[float, float]]()
-    names = attach(
-        model,
-        options.lora_config(),
-        seed=options.seed,
-        dense=read_weights(options.model),
-        data=(torch.tensor([part.ids], device=model.device) for example in chosen for part in example.parts),
-        tell=lambda path, *found: errors.update({path: found}),
-    )
-    for path, (error, plain) in errors.items():
-        note(f"start: {path}  error {error:.4f}, {options.quant} alone {plain:.4f}")
+    parts = [part for example in rows.examples[:: -(-len(rows) // LOOKED_AT)] for part in example.parts]
+    how: dict[str, Any] = {"data": (torch.tensor([part.ids], device=model.device) for part in parts)}
+    said = "start: {}  error {:.4f}, was {:.4f}"  # of a layer: |W - (W4 + s B A)| / |W|, and of its 4 bits before
+    how |= {"dense": read_weights(options.model), "tell": lambda *found: note(said.format(*found))}
+    names = attach(model, options.lora_config(), seed=options.seed, **how)
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     note(f"adapter: rank {options.rank}, alpha {options.alpha:g}, {len(names)} layers, {amount(size)} parameters")
 

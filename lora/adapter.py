@@ -206,12 +206,12 @@ class AdapterLayer(nn.Module):
 
     def joint(self, x: Tensor) -> tuple[NF4Linear, LowRank] | None:
         """Base and update if one op makes both for x [..., in]: 4 bits, low-rank adapters, nothing copied or hooked."""
-        of = type(self.base)
-        if of not in (NF4Linear, NF4LowRank) or x.is_nested or not x.is_floating_point() or is_hooked(self.base):
+        base = self.base if type(self.base) in (NF4Linear, NF4LowRank) else None
+        if not isinstance(base, NF4Linear) or x.is_nested or not x.is_floating_point() or is_hooked(base):
             return None
         apart = any(part.copies is not None for part, _ in self.running())
-        update = None if apart else self.low_rank(of is NF4LowRank)
-        return None if update is None else (self.base, update)
+        update = None if apart else self.low_rank(isinstance(base, NF4LowRank))
+        return None if update is None else (base, update)
 
     def frozen(self, names: Sequence[str]) -> nn.Module:
         """A layer on the same base with frozen copies of those of the adapters that are here; without any, the base."""

@@ -1,7 +1,7 @@
 """Starts of LoRA that look at weights or data: PiSSA, OLoRA, LoftQ, EVA.
 
 The first three begin with a part s B0 A0 of the weight W and train it. Elsewhere that rewrites the base to W - s B0 A0,
-and the adapter is of use beside that alone. Here the base goes on being W: a dense one is not touched, and 4 bits become
+and the adapter is of use beside that alone. Here the base goes on being W: a dense one is not touched, 4 bits become
 Q(W - s B0 A0) + s B0 A0 (`NF4LowRank`), nearer to W than Q(W). The change is s (B A - B0 A0), in files a plain LoRA of
 rank 2r, [B, -B0] [A; A0]: exact on the dense base. In 4 bits it belongs to those codes, made again when it is loaded.
 """

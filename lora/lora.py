@@ -42,7 +42,8 @@ class LoRA(Adapter):
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
         super().__init__()
-        self.register_buffer("lora_A0", None), self.register_buffer("lora_B0", None)
+        for name in ("lora_A0", "lora_B0"):
+            self.register_buffer(name, None)
         checked("rank", rank, int, {"least": 1})
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
         (A, B), device = self.shapes(base, rank), next(base.parameters()).device
@@ -78,7 +79,7 @@ class LoRA(Adapter):
         return torch.cat([self.lora_A, self.lora_A0]), torch.cat([self.lora_B, -self.lora_B0], 1)
 
     def of_factors(self, A: Tensor, B: Tensor, first: tuple[Tensor, Tensor] | None = None) -> "LoRA":
-        """A copy with those, of their rank and this scale; `first`: A0 and B0."""
+        """A copy with A [r, in], B [out, r] and this scale; `first`: A0 and B0, where these began."""
         new = copy.deepcopy(self)
         new.rank, new.alpha = len(A), self.scale / scale_of(1.0, len(A), self.rslora)
         new.lora_A, new.lora_B = (nn.Parameter(part.detach().clone().contiguous()) for part in (A, B))

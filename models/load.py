@@ -161,8 +161,8 @@ def read_model(
 
 
 def read_weights(path: str | Path) -> Tensors:
-    """Name and dense weight of all that a model's folder or .gguf file holds, one at a time, for the starts of `attach`.
-    The file is opened when the first is taken. InputError as `load`, and for a file in 4 bits."""
+    """Names and dense weights of a model's folder or .gguf file, one at a time, for the starts of `attach`: opened when
+    the first is taken. InputError as `load`, and for a file in 4 bits."""
     _, _, packed, tensors = read_model(Path(path))
     if packed:
         raise InputError(f"{path}: {next(iter(packed))!r} is in 4 bits, and a start needs the dense weights of it")

@@ -957,6 +957,26 @@ ELSEWHERE = {  # tests of other files that follow an advice
     "tests/kernels/test_linear4bit.py::test_scales_that_want_a_gradient_are_refused_and_the_advice_works": [
         ("kernels/linear4bit.py", "freeze them, or take dequantize(weight)")
     ],
+    "tests/lora/test_starts.py::test_what_is_refused_and_what_it_advises": [
+        ("lora/attach.py", "is for LoRA on linear layers, and '{}' is none: exclude it"),
+        ("lora/config.py", "start must be default, olora, eva, pissa, pissa-8, loftq or loftq-5"),
+        ("lora/init.py", "give this model's own weights"),
+        ("lora/init.py", "is dense: take start='pissa'"),
+        ("lora/init.py", "needs the dense weights of 4-bit layers: dense=fourbit.read_weights"),
+        ("lora/init.py", "the sizes of its weight: lower it"),
+    ],
+    "tests/lora/test_starts.py::TestEva::test_batches_may_be_keywords_and_must_be_there": [
+        ("lora/init.py", "needs data, batches that the model is called with"),
+    ],
+    "tests/lora/test_starts.py::test_codes_that_other_adapters_are_on_are_not_made_anew": [
+        ("lora/init.py", "which an adapter is on: load the model again"),
+    ],
+    "tests/lora/test_starts.py::test_files_over_4_bits_bring_their_codes_back": [
+        ("lora/packed.py", "which no file has: save the adapter"),
+    ],
+    "tests/cli/test_start_commands.py::test_a_run_with_a_start_is_trained_saved_and_loaded_again": [
+        ("cli/train.py", "start: {}  error {}, was {}"),
+    ],
     "tests/research/test_own_adapter.py::test_a_round_trip": [
         ("lora/peft_files.py", "give load_adapter the layer that it was attached with"),
     ],

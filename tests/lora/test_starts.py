@@ -194,12 +194,12 @@ def test_files_over_a_dense_base_are_plain_lora_of_twice_the_rank(tmp_path: Path
 
 @pytest.mark.parametrize("start", PACKED)
 def test_files_over_4_bits_bring_their_codes_back(start: str, tmp_path: Path) -> None:
-    """Of the dense weights, bit for bit; without them they are refused, and by force or on a dense base a note says so."""
+    """Of the dense weights, bit for bit; without them they are refused; by force or on a dense base a note says so."""
     plain, model, _ = put(start, quant=True)
     wanted = moved(model)(x_of())
     fourbit.save_adapter(model, tmp_path / "a")
     again = fourbit.quantize_(net(), skip=())
-    with pytest.raises(InputError, match="needs the dense weights of 4-bit layers: dense=fourbit.read_weights"):
+    with pytest.raises(InputError, match=r"needs the dense weights of 4-bit layers: dense=fourbit\.read_weights"):
         fourbit.load_adapter(again, tmp_path / "a")
     assert not adapter_layers(again)
     fourbit.load_adapter(again, tmp_path / "a", dense=plain.named_parameters(), tell=pytest.fail)
@@ -293,26 +293,30 @@ def other_layer(base: nn.Module, config: LoRAConfig) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "message", "then"),
     [
-        ({"start": "pizza"}, "start must be default, olora, eva, pissa, pissa-8, loftq or loftq-5, got 'pizza'"),
-        ({"start": "loftq-0"}, "start must be default"),
-        ({"start": "loftq"}, "makes up for 4 bits, and '0' is dense: take start='pissa'"),
-        ({"rank": 65}, r"takes rank at most 64 on '[02]', the sizes of its weight: lower it"),
-        ({"layer": other_layer}, "is for LoRA on linear layers, and '0' is none: exclude it"),
-        ({"quant": True}, "needs the dense weights of 4-bit layers: dense=fourbit.read_weights"),
-        ({"quant": True, "dense": []}, "dense lacks 0.weight, 2.weight"),
-        ({"quant": True, "dense": [("0.weight", torch.ones(3, 3))]}, r"'0.weight' must be finite and of shape \[96, 64\]"),
-        ({"quant": True, "dense": [("0.weight", torch.full((96, 64), math.nan))]}, "must be finite"),
+        ({"start": "pizza"}, "olora, eva, pissa, pissa-8, loftq or loftq-5, got 'pizza'", {"start": "pissa-8"}),
+        ({"start": "loftq-0"}, "start must be default", {"start": "pissa"}),
+        ({"start": "loftq"}, "for 4 bits, and '0' is dense: take start='pissa'", {"start": "pissa"}),
+        ({"rank": 65}, r"takes rank at most 64 on '[02]', the sizes of its weight: lower it", {"rank": 64}),
+        ({"layer": other_layer}, "for LoRA on linear layers, and '0' is none: exclude it", {"exclude": ["0"]}),
+        ({"quant": True}, "needs the dense weights of 4-bit layers", {"dense": net().named_parameters()}),
+        ({"quant": True, "dense": []}, "dense lacks 0.weight, 2.weight", {"dense": net().named_parameters()}),
+        ({"quant": True, "dense": [("0.weight", torch.ones(3, 3))]}, r"'0.weight' must be finite and of shape ", {}),
+        ({"quant": True, "dense": [("0.weight", torch.full((96, 64), math.nan))]}, "must be finite", {}),
     ],
 )  # fmt: skip
-def test_what_is_refused(change: dict[str, Any], message: str) -> None:
-    """And the model is as it was, its adapters and its numbers."""
+def test_what_is_refused_and_what_it_advises(change: dict[str, Any], message: str, then: dict[str, Any]) -> None:
+    """The model is as it was, its adapters and its numbers; then the advice works."""
     model = fourbit.quantize_(net(), skip=()) if change.get("quant") else net()
     before, how = model(x_of()), {key: change[key] for key in ("dense", "layer") if key in change}
     with pytest.raises(InputError, match=message):
         fourbit.attach(model, LoRAConfig(change.get("rank", RANK), start=change.get("start", "pissa")), **how)
     assert not adapter_layers(model) and torch.equal(model(x_of()), before)
+    if then:
+        settings = {"start": "pissa"} | {key: then[key] for key in ("start", "rank", "exclude") if key in then}
+        fourbit.attach(model, LoRAConfig(**{"rank": RANK} | settings), dense=then.get("dense"))
+        assert adapter_layers(model)
 
 
 def test_codes_that_other_adapters_are_on_are_not_made_anew() -> None:
