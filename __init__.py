@@ -9,9 +9,10 @@ from .lora.active import adapters_off, copy_adapter, remove_adapter, use, using
 from .lora.adapter import Adapter, AdapterLayer
 from .lora.attach import attach
 from .lora.config import LoRAConfig
-from .lora.convert import delta, dequantize, from_bitsandbytes, merge, to_bitsandbytes
+from .lora.convert import dequantize, from_bitsandbytes, to_bitsandbytes
 from .lora.linear4bit import NF4Embedding, NF4Linear
 from .lora.lora import LoRA
+from .lora.merge import delta, merge, merged_state, unmerge
 from .lora.peft_files import load_adapter, save_adapter
 from .lora.quantize import Form, dense_weights, quantize_
 from .models.generate import generate
@@ -37,7 +38,8 @@ __version__ = "0.1.0"
 __all__ = [
     "CausalLM", "Tokenizer", "generate", "load", "load_model", "read_weights", "save_model",  # models
     "Form", "quantize_checkpoint", "read_plan",  # 4-bit folders by a plan
-    "delta", "dequantize", "from_bitsandbytes", "merge", "to_bitsandbytes",  # layers in other forms
+    "delta", "dequantize", "from_bitsandbytes", "merge", "merged_state", "to_bitsandbytes",
+    "unmerge",  # layers in other forms
     "Adapter", "AdapterLayer", "LoRA", "LoRAConfig", "NF4Embedding", "NF4Linear", "adapters_off", "attach",
     "copy_adapter", "dense_weights", "load_adapter", "quantize_", "remove_adapter", "save_adapter",
     "use", "using",  # adapters, 4 bits

@@ -182,14 +182,14 @@ def write_tensors(
     file: Path, tensors: Mapping[str, Tensor], what: str, metadata: Mapping[str, str] | None = None
 ) -> None:
     """A safetensors file, whole or not at all, sorted by name; its folder is made. `what` is what errors call it.
+    One tensor at a time is brought from its device, or made where it is made when it is read.
     Raises NumericError, before anything is written, for NaN or infinity, and DiskError when the disk refuses or gives
     back other bytes than were written: the file is read again before it gets its name."""
-    own = {name: gathered(tensors[name]).cpu().contiguous() for name in sorted(tensors)}
-    for name, tensor in own.items():
-        check_finite(name, tensor)
-    with disk_errors(what, file.parent, sum(tensor.nbytes for tensor in own.values())):
+    for name in sorted(tensors):
+        check_finite(name, gathered(tensors[name]))
+    with disk_errors(what, file.parent, sum(map(size_of, tensors.values()))):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda part: _save_sorted(own, part, {"format": "pt", **(metadata or {})}))
+        write_whole(file, lambda part: _save_sorted(tensors, part, {"format": "pt", **(metadata or {})}))
 
 
 def _save_sorted(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
@@ -198,20 +198,25 @@ def _save_sorted(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[st
     back as it was written."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    raw, start = {name: tensors[name].reshape(-1).view(torch.uint8) for name in order}, 0
+    raw, start = lambda name: gathered(tensors[name]).cpu().contiguous().reshape(-1).view(torch.uint8), 0
     for name in order:
-        end = start + raw[name].numel()
+        end = start + size_of(tensors[name])
         kind, shape = _KINDS[tensors[name].dtype], list(tensors[name].shape)
         header[name], start = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}, end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     with file.open("wb") as stream:
         stream.write((len(text) + -len(text) % 8).to_bytes(8, "little") + text + b" " * (-len(text) % 8))
         for name in order:
-            stream.write(raw[name].numpy().data)
+            stream.write(raw(name).numpy().data)
     with opened_tensors(file) as opened:
         for name in order:
-            if not torch.equal(opened.get_tensor(name).reshape(-1).view(torch.uint8), raw[name]):
+            if not torch.equal(opened.get_tensor(name).reshape(-1).view(torch.uint8), raw(name)):
                 raise OSError(errno.EIO, f"the tensor '{name}' reads back other than it was written")
+
+
+def size_of(tensor: Tensor) -> int:
+    """Bytes of its values, known without making any."""
+    return tensor.numel() * tensor.element_size()
 
 
 def gathered(tensor: Any) -> Tensor:

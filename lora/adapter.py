@@ -230,16 +230,20 @@ class AdapterLayer(nn.Module):
         like = next((p for p in parts if p.requires_grad), weight)
         return LazyWeight.of(self._weight, weight.shape, weight.dtype, like) if parts else weight
 
-    def _weight(self) -> Tensor:
+    def _weight(self, dtype: torch.dtype) -> Tensor:
         if any(adapter.training and adapter.dropout for adapter, _ in self.running()):
             raise InputError(
                 "where a module computes with a layer's weight, its input cannot be dropped: set dropout=0"
             )
+        return self.merged(dtype)
+
+    def merged(self, dtype: torch.dtype) -> Tensor:
+        """The weight with the active adapters' changes, shaped as the base has it; summed wide, rounded once."""
         weight = cast(Tensor, self.copied().get("weight", self.base.weight))
         found = plain = wide(weight, self.base)
         for adapter, share in self.changing():
             found = found + share * adapter.delta(plain if adapter.of_base else found)
-        return (found.t() if is_conv1d(self.base) else found).to(weight.dtype)
+        return (found.t() if is_conv1d(self.base) else found).to(dtype)
 
     def __getattr__(self, name: str) -> Any:  # what this layer does not have itself
         try:
@@ -260,8 +264,9 @@ class AdapterLayer(nn.Module):
 
 
 def wide(weight: Tensor, base: nn.Module) -> Tensor:
-    """A weight of `base` as [out, in], in fp32, or fp64 if it is."""
-    found = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    """A weight of `base` as [out, in], in fp32, or fp64 if it is; decoded to that, where it is in 4 bits."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    found = weight.make(dtype) if isinstance(weight, LazyWeight) else weight.to(dtype)
     return found.t() if is_conv1d(base) else found
 
 

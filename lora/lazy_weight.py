@@ -26,15 +26,17 @@ class LazyWeight(Tensor):
     one expert. Products decode for forward and again for backward, so none of them keeps a dense weight.
     """
 
-    make: Callable[[], Tensor]
+    make: Callable[[torch.dtype], Tensor]  # the values, rounded once to that dtype
     decode: Decode | None = None  # frozen values, if these and the terms are all that there is
     terms: Terms = ()
 
     @classmethod
-    def of(cls, make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
+    def of(
+        cls, make: Callable[[torch.dtype], Tensor], shape: Sequence[int], dtype: torch.dtype, like: Tensor
+    ) -> Tensor:
         """What `make` gives, on the device of `like`, trained as that is; made at once under torch.compile."""
         if torch.compiler.is_compiling():
-            return make()
+            return make(dtype)
         new = cls._make_wrapper_subclass(cls, shape, dtype=dtype, device=like.device, requires_grad=like.requires_grad)
         new.make = make
         return new
@@ -45,7 +47,7 @@ class LazyWeight(Tensor):
     ) -> Tensor:
         """What `decode` gives plus each term's product; summed in fp32 and rounded once where it is made dense."""
 
-        def make() -> Tensor:
+        def make(dtype: torch.dtype) -> Tensor:
             if not terms:
                 return decode(None, dtype)
             wide = torch.promote_types(dtype, torch.float32)
@@ -72,7 +74,7 @@ class LazyWeight(Tensor):
             raise RuntimeError(f"{name}: the weight of such a layer is made when it is read; change what it is made of")
         if (found := _lazily(func, args, kwargs)) is not None:
             return found
-        args, kwargs = tree_map_only(cls, lambda weight: weight.make(), (args, kwargs))
+        args, kwargs = tree_map_only(cls, lambda weight: weight.make(weight.dtype), (args, kwargs))
         return func(*args, **kwargs)
 
     __torch_dispatch__ = __torch_function__  # type: ignore[assignment]  # one function serves both

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..files import check_finite, disk_errors, read_json, write_tensors, write_text, write_whole
+from ..files import check_finite, disk_errors, read_json, size_of, write_tensors, write_text, write_whole
 from ..lora.adapter import plain_modules, unwrapped
 from ..lora.linear4bit import Module4bit, weight_id
 from ..lora.lora import is_linear
+from ..lora.merge import merged_state
 from ..lora.packed import packed_tensors
 from ..outputs import check_apart
 from ..settings import DTYPES
@@ -41,6 +42,7 @@ def save_model(
     *,
     template: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    merge: bool = False,
 ) -> None:
     """Write the weights of any module into `folder`, which is made if need be: dense ones as they are, those in 4 bits
     as bitsandbytes and transformers read them, of the same bytes. `load_model` reads them into a module of that class;
@@ -49,23 +51,25 @@ def save_model(
 
     Tied weights are written once, under their first name. Weights of more than `shard_bytes` become several files with
     an index. Every file appears whole or not at all, the weights all at once (an older save's shards go), config.json
-    last. template: the chat template that the model was trained with, where it is not the tokenizer's own.
-    Raises InputError for the folder that the model came from, or one in it, for adapters, which save_adapter saves, and
-    for types that `load_model` does not read; NumericError for NaN or infinity, by tensor, before anything is written;
-    DiskError when the disk refuses.
+    last. template: the chat template that the model was trained with, where it is not the tokenizer's own. merge: the
+    model as `merged_state` has it, dense, with the active adapters in its weights, of which one at a time is made.
+    Raises InputError for the folder that the model came from, or one in it, for adapters that are not merged, which
+    save_adapter saves, and for types that `load_model` does not read; NumericError for NaN or infinity, by tensor,
+    before anything is written; DiskError when the disk refuses.
     """
     model, source = unwrapped(model), getattr(model, "source", "")
     check_apart(folder, f"the folder {folder}", [source], folder=True)
-    folder, own = Path(folder), weights_of(model)
+    folder, own = Path(folder), merged_state(model) if merge else weights_of(model)
     first = {weight_id(value): (name, value) for name, value in reversed(own.items())}
     packed = [layer for layer in own.values() if isinstance(layer, Module4bit)]
     tensors: dict[str, Tensor] = {}
-    turned = {f"{path}.weight" for path, part in plain_modules(model).items() if getattr(part, "conv1d", False)}
+    modules = {} if merge else plain_modules(model)
+    turned = {f"{path}.weight" for path, part in modules.items() if getattr(part, "conv1d", False)}
     for name, value in list(first.values())[::-1]:
         if isinstance(value, Module4bit):
             tensors |= packed_tensors(name, value)
         else:
-            tensors[name] = value.detach().t().contiguous() if name in turned else value.detach()
+            tensors[name] = value.t().contiguous() if name in turned else value
     for name, tensor in tensors.items():
         if tensor.dtype not in (*DTYPES, torch.int64, torch.int32, torch.uint8, torch.bool):
             raise InputError(f"{name} ({tensor.dtype}) is of a type that `load_model` does not read: cast it first")
@@ -138,7 +142,7 @@ def _shards(tensors: dict[str, Tensor], limit: int) -> Iterator[dict[str, Tensor
     """The tensors in their order, cut before the one that would make a file larger than `limit` bytes."""
     shard: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if shard and sum(held.nbytes for held in shard.values()) + tensor.nbytes > limit:
+        if shard and sum(map(size_of, shard.values())) + size_of(tensor) > limit:
             yield shard
             shard = {}
         shard[name] = tensor
@@ -161,7 +165,7 @@ def _write_weights(folder: Path, shards: list[dict[str, Tensor]]) -> None:
             names += _fresh_names(folder, len(shards))
             for name, shard in zip(names, shards, strict=True):
                 write_tensors(folder / name, shard, "the model")
-            size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+            size = sum(size_of(tensor) for shard in shards for tensor in shard.values())
             places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
             text = json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2) + "\n"
             with disk_errors("the model", folder, len(text)):

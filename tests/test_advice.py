@@ -980,8 +980,13 @@ ELSEWHERE = {  # tests of other files that follow an advice
     "tests/research/test_own_adapter.py::test_a_round_trip": [
         ("lora/peft_files.py", "give load_adapter the layer that it was attached with"),
     ],
-    "tests/lora/test_convert.py::test_what_cannot_be_merged_is_refused_before_anything_changes": [
-        ("lora/convert.py", "or, of 4 bits, which would round it away, first fourbit.dequantize(model)")
+    "tests/lora/test_merge.py::test_what_cannot_be_merged_is_refused_before_anything_changes": [
+        ("lora/merge.py", "use(model, name), or name it: merge(model, name)"),
+        ("lora/merge.py", "to take the change: keep the adapter"),
+    ],
+    "tests/lora/test_merge.py::test_unmerging_what_was_not_kept_is_refused": [
+        ("lora/merge.py", "take them off first (remove_adapter)"),
+        ("lora/merge.py", "merge with keep=True for that"),
     ],
     "tests/research/test_peft_layers.py::test_the_head_of_an_adapted_embedding_keeps_the_bases_weight": [
         ("models/load.py", "differ, and are one tied tensor here: untie it")

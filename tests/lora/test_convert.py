@@ -1,6 +1,5 @@
 """Layers in other forms: dense again, merged, bitsandbytes' and back."""
 
-import copy
 from collections.abc import Callable
 
 import bitsandbytes
@@ -39,70 +38,6 @@ def test_dense_again_is_what_the_layers_compute_with() -> None:
     torch.testing.assert_close(model(X), wanted, rtol=1e-5, atol=1e-5)
     single = fourbit.dequantize(fourbit.NF4Linear.from_weight(torch.randn(8, 64, dtype=torch.bfloat16)))
     assert type(single) is nn.Linear and single.weight.dtype == torch.bfloat16 and not single.weight.requires_grad
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_merged_weights_are_base_and_delta(dtype: torch.dtype) -> None:
-    model = adapted(toy(dtype))
-    before, changes = copy.deepcopy(model), dict(fourbit.delta(model))
-    assert changes.keys() == {"0", "2"} and not any(change.requires_grad for change in changes.values())
-    assert fourbit.merge(model) is model and type(model[0]) is nn.Linear
-    for path, change in changes.items():
-        base, layer = before.get_submodule(path).base, model.get_submodule(path)
-        assert torch.equal(layer.weight, (base.weight.to(change.dtype) + change).to(dtype))
-        assert change.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    loose = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 0.05}[dtype]
-    torch.testing.assert_close(model(X.to(dtype)), before(X.to(dtype)), rtol=loose, atol=loose)
-
-
-def test_merging_leaves_other_adapters_and_other_holders_of_the_weight() -> None:
-    model = nn.ModuleDict({"embed": nn.Embedding(64, 32), "head": nn.Linear(32, 64, bias=False)})
-    model["head"].weight = model["embed"].weight
-    table = model["embed"].weight.detach().clone()
-    adapted(model)
-    fourbit.copy_adapter(model, "default", "kept")
-    fourbit.merge(model)
-    assert torch.equal(model["embed"].weight, table) and not torch.equal(model["head"].base.weight, table)
-    assert list(model["head"].adapters) == ["kept"] and len(dict(fourbit.delta(model, "kept"))) == 1
-
-
-def test_copies_go_into_their_modules_places() -> None:
-    model = nn.ModuleDict({"body": nn.Linear(96, 32), "norm": nn.BatchNorm1d(32), "head": nn.Linear(32, 3)}).bfloat16()
-    run = lambda: model["head"](model["norm"](model["body"](X.bfloat16()))).float()
-    config = fourbit.LoRAConfig(rank=2, target=["body"], modules_to_save=["norm", "head"], bias="lora_only")
-    fourbit.attach(model, config, seed=0)
-    before = run()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.3)
-    run()  # moves the norm's statistics
-    wanted = model.eval() and run()
-    fourbit.merge(model)
-    assert type(model["norm"]) is nn.BatchNorm1d and not any(p.requires_grad for p in model.parameters())
-    assert not torch.allclose(wanted, before)
-    torch.testing.assert_close(run(), wanted, rtol=0.05, atol=0.05)
-
-
-def test_conv1d_merges_the_other_way_round() -> None:
-    from transformers.pytorch_utils import Conv1D
-
-    model = adapted(nn.Sequential(Conv1D(24, 96)))
-    wanted = model(X)
-    fourbit.merge(model)
-    assert type(model[0]) is Conv1D and model[0].weight.shape == (96, 24)
-    torch.testing.assert_close(model(X), wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_what_cannot_be_merged_is_refused_before_anything_changes() -> None:
-    model = adapted(fourbit.quantize_(toy()))
-    wanted = model(X)
-    with pytest.raises(InputError, match=r"'0' \(NF4Linear\) has no dense weight.*fourbit\.dequantize\(model\)"):
-        fourbit.merge(model)
-    assert torch.equal(model(X), wanted)
-    fourbit.merge(fourbit.dequantize(model))  # what it says to do
-    torch.testing.assert_close(model(X), wanted, rtol=1e-5, atol=1e-5)
-    with pytest.raises(InputError, match="carries no adapter 'default'"):
-        fourbit.merge(model)
 
 
 def theirs(kind: str, nested: bool, storage: torch.dtype = torch.uint8) -> nn.Sequential:

@@ -15,7 +15,7 @@ from fourbit.lora.active import adapters_off, remove_adapter, using
 from fourbit.lora.adapter import adapter_parameters, adapters_of
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
-from fourbit.lora.convert import delta, merge
+from fourbit.lora.merge import delta, merge
 from fourbit.lora.peft_files import load_adapter, save_adapter
 from fourbit.lora.quantize import quantize_
 from tests.lora.test_expert_weights import models, run
@@ -109,7 +109,7 @@ def test_adapters_on_experts_switch_merge_and_come_off(tmp_path: Path) -> None:
         assert torch.equal(run(model, "eager", x)[0], bare)
     remove_adapter(model, "second")
     assert dict(delta(model))[paths[-1]].shape == models("mixtral")[1].get_parameter(paths[-1]).shape
-    merge(model)
+    merge(model, "default")
     torch.testing.assert_close(run(model, "eager", x)[0], adapted, rtol=1e-4, atol=1e-5)
 
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models as backends
 from torch import nn
 
+import fourbit
 from fourbit import files
 from fourbit.errors import DiskError, InputError, NumericError
 from fourbit.lora.attach import attach
@@ -208,3 +209,20 @@ def test_a_disk_that_fails_after_the_index_leaves_whole_weights(
         save_model(second, tmp_path, tokenizer, shard_bytes=25_000)
     expected = first if before == BIG else second
     assert torch.equal(load(tmp_path)[0].lm_head.weight, expected.lm_head.weight)
+
+
+def test_a_merged_save_is_what_merging_in_place_saves(tiny_folder: Path, tmp_path: Path) -> None:
+    """One tensor at a time, dense; the model stays as it is; the head that an adapter changes is untied."""
+    model, tokenizer = fourbit.load(tiny_folder, quant_type="nf4", dtype="bfloat16")
+    fourbit.attach(model, fourbit.LoRAConfig(rank=4, target=["q_proj", "down_proj", "lm_head"]), seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    fourbit.save_model(model, tmp_path / "streamed", tokenizer, merge=True, shard_bytes=30_000)
+    assert len([*(tmp_path / "streamed").glob("model-*.safetensors")]) > 1
+    assert isinstance(model.model.layers[0].self_attn.q_proj, fourbit.AdapterLayer)
+    fourbit.save_model(fourbit.dequantize(fourbit.merge(model)), tmp_path / "whole", tokenizer)
+    streamed, whole = (fourbit.load(tmp_path / name)[0].state_dict() for name in ("streamed", "whole"))
+    assert streamed.keys() == whole.keys() and all(torch.equal(streamed[name], whole[name]) for name in whole)
+    texts = [(tmp_path / name / "config.json").read_text() for name in ("streamed", "whole")]
+    assert texts[0] == texts[1] and '"tie_word_embeddings": false' in texts[0]

@@ -1,0 +1,175 @@
+"""Adapters merged into the weights they change: as tensors made one at a time, or in place, for good or to be undone.
+
+A merged weight is W + the active adapters' changes, in fp32, rounded once; W of a 4-bit layer is what its codes decode
+to, which is what the adapter was trained on.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..settings import DType, floating
+from .active import using
+from .adapter import (
+    DEFAULT,
+    Adapter,
+    AdapterLayer,
+    Whole,
+    adapter_layers,
+    carried,
+    plain_modules,
+    replace_modules,
+    unwrapped,
+    wide,
+)
+from .convert import dense_twin
+from .lazy_weight import LazyWeight
+from .linear4bit import Module4bit, weight_id
+from .parameter4bit import StandIn
+
+
+def delta(model: nn.Module, name: str = DEFAULT) -> Iterator[tuple[str, Tensor]]:
+    """Path and change of each weight that the adapter makes, fp32 (fp64 of fp64), one at a time and detached.
+
+    As `named_parameters`: `dict(delta(model))` has all. Copies (`modules_to_save`, biases) are no changes of this kind.
+    Raises InputError where there is no such adapter, NotImplementedError for a kind that does not say its change.
+    """
+    layers = adapter_layers(model)
+    for path, adapter in carried(model, name).items():
+        if not isinstance(adapter, Whole):
+            yield path, adapter.delta(wide(cast(Tensor, layers[path].base.weight), layers[path].base)).detach()
+
+
+def merged_state(model: nn.Module, dtype: DType | None = None) -> dict[str, Tensor]:
+    """Name -> dense value of every parameter and saved buffer, as the model has them without adapters, with the active
+    adapters' changes and copies in them, each with its weight; floating-point ones in `dtype`, by default their own.
+
+    What is adapted, decoded or cast is made by each operation that takes it, and kept by none: shape and dtype are
+    known at once, `value.cpu()` makes it, so a loop over the items holds one dense weight at a time. Tied weights are
+    one object under each name; a layer whose weight an adapter changes has its own. Those of a transformers Conv1D are
+    [in, out], in 4 bits too. Raises NotImplementedError, where it is made, for an adapter that does not say its change.
+    """
+    state, shared = dict[str, Tensor](), dict[int, Tensor]()
+    for path, module in plain_modules(model).items():
+        layer = module if isinstance(module, AdapterLayer) else None
+        base, copied = (module, {}) if layer is None else (unwrapped(layer.base), layer.copied())
+        inside = base.stored_parameters() if isinstance(base, Module4bit) else {}
+        kept = {name: tensor for name, tensor in base._buffers.items() if name not in base._non_persistent_buffers_set}
+        tensors = {name: own for name, own in (base._parameters | kept | copied).items() if name not in inside}
+        changed = layer is not None and bool(layer.changing())
+        if inside or changed:
+            tensors["weight"] = cast(Tensor, base.weight)
+        for name, own in tensors.items():
+            if own is None:
+                continue
+            of = layer.merged if layer is not None and changed and name == "weight" else None
+            key = id(layer) if of else weight_id(base) if name == "weight" and name not in copied else id(own)
+            full = path if isinstance(base, StandIn) else f"{path}.{name}".strip(".")
+            if key not in shared:
+                shared[key] = _value(own, of, dtype, getattr(base, "conv1d", False) and name == "weight")
+            state[full] = shared[key]
+    return state
+
+
+def _value(own: Tensor, of: Callable[[torch.dtype], Tensor] | None, dtype: DType | None, turned: bool) -> Tensor:
+    """A tensor as it is, or in another dtype, or what `of` makes in its place; [in, out] where it is `turned`."""
+    to = floating(dtype) if dtype is not None and own.is_floating_point() else own.dtype
+    if of is None and to == own.dtype and not turned:
+        return own.detach() if type(own) is nn.Parameter else own
+
+    @torch.no_grad()
+    def make(dtype: torch.dtype) -> Tensor:
+        lazy = own.make if isinstance(own, LazyWeight) else own.detach().to
+        made = (of or lazy)(dtype)
+        return made.t() if turned else made
+
+    like = own if isinstance(own, LazyWeight) else own.detach()
+    return LazyWeight.of(make, own.shape[::-1] if turned else own.shape, to, like)
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *names: str, keep: bool = False) -> nn.Module:
+    """Put the adapters into the weights, in place: W + changes in W's dtype, and their copies in their modules' places.
+    Those that are active, with their weights, or the named ones; they are taken off, and the model is plain again. A
+    4-bit layer that they change becomes a dense one, of its decoded weight. Returns the model, or what stands for it.
+
+    keep: `unmerge` brings back what was there, bit for bit, and the adapters. The layers as they were stay in memory
+    for that: of a dense weight a second one, of a 4-bit one its half byte a value beside the dense weight. Without it
+    no more than one weight is held twice. A weight that others hold too, as a tied head's, is the layer's own then.
+    Raises InputError, before anything is changed, where no adapter is active, and for a layer that computes its weight;
+    NotImplementedError for a kind that does not say its change.
+    """
+    with using(model, *names) if names else nullcontext():
+        layers, new = {path: own for path, own in adapter_layers(model).items() if own.active}, dict[Any, nn.Module]()
+        _refuse_unmergeable(layers)
+        for layer in reversed(layers.values()):  # those within another come first
+            new[layer] = _merged(layer, new, keep)
+            if keep:
+                vars(new[layer])["unmerged"] = layer  # not as a submodule
+            else:
+                layer.base = new[layer]
+        done = {layer: [*layer.active] for layer in new}
+    for layer in () if keep else new:
+        for name in done[layer]:
+            del layer.adapters[name]
+        layer.active = {name: weight for name, weight in layer.active.items() if name in layer.adapters}
+    new = {layer: twin for layer, twin in new.items() if keep or not layer.adapters}
+    replace_modules(model, new)
+    return new.get(model, model)
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo `merge(model, keep=True)`: the layers that were there, their tensors untouched, with their adapters, active
+    as they were. They are on the device and of the dtype that they had. Returns the model, or what stands for it.
+
+    Raises InputError where nothing was merged so, and where adapters were attached since.
+    """
+    if any("unmerged" in vars(layer.base) for layer in adapter_layers(model).values()):
+        raise InputError("adapters were attached to merged layers since: take them off first (remove_adapter)")
+    if not any("unmerged" in vars(module) for module in model.modules()):
+        raise InputError("nothing here can be unmerged: merge with keep=True for that")
+    while old := {module: vars(module)["unmerged"] for module in model.modules() if "unmerged" in vars(module)}:
+        for module, layer in old.items():  # those within another come back in the next round
+            layer.train(module.training)
+        replace_modules(model, old)
+        model = old.get(model, model)
+    return model
+
+
+def _refuse_unmergeable(layers: Mapping[str, AdapterLayer]) -> None:
+    if not layers:
+        raise InputError("no adapter is active on this model: use(model, name), or name it: merge(model, name)")
+    for path, layer in layers.items():
+        if layer.changing() and "weight" not in layer.base._parameters and not isinstance(layer.base, Module4bit):
+            raise InputError(
+                f"'{path}' ({type(layer.base).__name__}) has no dense weight of its own to take the "
+                "change: keep the adapter"
+            )
+        for part, _ in layer.changing():
+            if type(part).delta is Adapter.delta:
+                part.delta(torch.empty(0))  # says that it has none
+
+
+def _merged(layer: AdapterLayer, new: Mapping[Any, nn.Module], keep: bool) -> nn.Module:
+    """The layer's base with all that is active in it; a module of its own, of what is `new`, if the base is kept."""
+    base, tensors = cast(nn.Linear, layer.base), dict[str, Tensor]()  # any module with a weight
+    for name, own in layer.copied().items():
+        old, copied = getattr(base, name), own.detach().clone()
+        tensors[name] = nn.Parameter(copied, old.requires_grad) if isinstance(old, nn.Parameter) else copied
+    if layer.changing():
+        made = layer.merged(base.weight.dtype).contiguous()
+        tensors["weight"] = nn.Parameter(made, base.weight.requires_grad)
+    if "weight" in tensors and isinstance(base, Module4bit):
+        base = cast(nn.Linear, dense_twin(base, cast(nn.Parameter, tensors.pop("weight"))))
+    elif keep:
+        base = copy.copy(base)
+        base._parameters, base._buffers = dict(base._parameters), dict(base._buffers)
+        base._modules = {name: new.get(child, child) for name, child in base._modules.items()}
+    for name, tensor in tensors.items():
+        setattr(base, name, tensor)
+    return base
