@@ -1,8 +1,8 @@
 """Linears with frozen 4-bit weights as one op: one of them, or several with LoRA that share their input (q, k, v).
 
 One product makes s = dropout(x) A^T for all linears of an input, one makes all gradients of A, and the gradients of x
-are added where they arise: see lora_paths.py. Kept for backward are the packed weights and, with LoRA, x, which the
-layer below keeps anyway, and the narrow s; a dense weight only where `keep` asks for it.
+are added where they arise: see lora_paths.py. Kept for backward are the packed weights and, with LoRA, the narrow s
+and, where an A is trained, x, which the layer below keeps anyway; a dense weight only where `keep` asks for it.
 
 Registered with torch.library, forward and backward, so that torch.compile sees one node each. Eager mode takes the same
 functions through a plain autograd rule: torch.library's dispatch of tensor lists costs a fifth of a millisecond a call.
@@ -134,8 +134,8 @@ def _forward(
 
 def _backward(
     grads: list[Tensor],  # [..., out]
-    x: Tensor | None,  # and s: None without LoRA
-    s: Tensor | None,
+    x: Tensor | None,  # None without a trained A
+    s: Tensor | None,  # None without LoRA
     dense: list[Tensor], stored: list[Tensor], A: list[Tensor], B: list[Tensor], seed: Tensor | None,
     sizes: list[int], quant_type: str, blocksize: int, scales: list[float], dropout: float, need_x: bool,
 ) -> list[Tensor]:  # fmt: skip
@@ -187,8 +187,8 @@ def _(
     of_x = [grads[0].new_empty(*grads[0].shape[:-1], sizes[-1])] if rest[-1] else []
     if s is None:
         return of_x
-    of_A = dispatch.widened(s.new_empty(s.shape[1], sizes[-1]))
-    return [of_A, *(b.new_empty(b.shape) for b in B), *of_x]
+    of_A = [] if x is None else [dispatch.widened(s.new_empty(s.shape[1], sizes[-1]))]
+    return [*of_A, *(b.new_empty(b.shape) for b in B), *of_x]
 
 
 def _prepare(x: Tensor, quant_type: str) -> None:
@@ -210,7 +210,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.mark_non_differentiable(s, *dense)
     ctx.set_materialize_grads(False)
     lists = (dense, stored, A, B)
-    ctx.save_for_backward(*((x, s, seed) if A else (None, None, None)), *chain.from_iterable(lists))
+    trained = any(a.requires_grad for a in A)
+    ctx.save_for_backward(x if trained else None, *((s, seed) if A else (None, None)), *chain.from_iterable(lists))
     ctx.lengths = [len(tensors) for tensors in lists]
     ctx.numbers = (sizes, *numbers[:-1])  # all but keep
     ctx.biases = [bias.dtype if bias.requires_grad else None for bias in biases]
@@ -229,6 +230,8 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None], backward: Any = _ba
     if beyond_first():
         n, (*layout, scales, dropout) = len(A), ctx.numbers
         group = Group(unflatten(stored, *layout), scales=scales, dropout=dropout, seed=seed)
+        if A and x is None:
+            raise RuntimeError("second derivatives need the input, which is not kept where A is frozen: train A too")
         if x is None:  # without LoRA it is not kept, nor asked for: y is linear in it
             x = torch.zeros(*some.shape[:-1], columns, dtype=some.dtype, device=some.device, requires_grad=True)
 
@@ -242,8 +245,10 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None], backward: Any = _ba
     else:
         made = backward(each, x, s, dense, stored, A, B, seed, *ctx.numbers, need_x) if need_x or A else []
         of_x = made[-1] if need_x else None
-        of_A = [p.to(a.dtype) for p, a in zip(made[0].split([len(a) for a in A]), A, strict=True)] if A else []
-        of_B = made[1 : 1 + len(B)] if A else []
+        of_A, begin = [None] * len(A), int(x is not None)
+        if x is not None:
+            of_A = [p.to(a.dtype) for p, a in zip(made[0].split([len(a) for a in A]), A, strict=True)]
+        of_B = made[begin : begin + len(B)] if A else []
     of_biases = [None if d is None else _matrix(g).sum(0, dtype=d) for g, d in zip(each, ctx.biases, strict=False)]
     return of_x, [None] * len(stored), of_biases, of_A, of_B, *numbers
 

@@ -148,17 +148,19 @@ def _output(h: Tensor, s: Tensor, group: Group, i: int, dense: list[Tensor], y: 
 def backward(
     grads: list[Tensor], x: Tensor | None, s: Tensor | None, group: Group, dense: list[Tensor], need_x: bool
 ) -> list[Tensor]:
-    """Gradients: with LoRA (x and s are None without) of all A [sum of ranks, K] and each B, then of x, if wanted."""
+    """Gradients: with LoRA of all A [sum of ranks, K] and each B, then of x, if wanted. Without LoRA s is None, and x
+    as well where no A is trained: then those of A are left out."""
     like = grads[0]
     dtype = compute_dtype(like, group.weights) if s is None else s.dtype
     grads = [g.to(dtype) for g in grads]
     made, grad_x = list[Tensor](), None
-    if x is not None and s is not None:
-        grad_s, dropped = torch.empty_like(s), _dropper(x, group)
+    if s is not None:
+        grad_s, dropped = torch.empty_like(s), _dropper(s.new_empty(1).expand(len(s), group.A[0].shape[1]), group)
         for g, B, scale, part in zip(grads, group.B, group.scales, group.columns, strict=True):
             _product(g, B.to(dtype), scale, grad_s[:, part])
             made.append(_wide_product(g.T, s[:, part], scale).to(B.dtype))
-        made.insert(0, _wide_product(grad_s.T, dropped(x.to(dtype)), group.keep_scale))
+        if x is not None:
+            made.insert(0, _wide_product(grad_s.T, dropped(x.to(dtype)), group.keep_scale))
         if need_x:
             grad_x = _product(grad_s, group.stacked(dtype), group.keep_scale)
             dropped(grad_x, grad_x)

@@ -107,7 +107,7 @@ class Adapter(nn.Module):
         """Its tensors under the names they have in files: the live ones, detached; loading copies into them."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("copies.")}
 
-    def peft_fields(self) -> dict[str, float]:
+    def peft_fields(self) -> dict[str, Any]:
         """Its settings under their names in an adapter_config.json."""
         own = self.config or LoRAConfig()
         return {"r": own.rank, "lora_alpha": own.alpha, "lora_dropout": own.dropout, "use_rslora": own.rslora}

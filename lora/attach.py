@@ -96,6 +96,7 @@ def fresh(
         if any(parameter.is_complex() for parameter in modules[path].parameters(recurse=False)):
             raise InputError(f"'{path}' is complex, and adapters and their files are real: exclude it")
         at = replace(config, rank=config.rank_at(path), alpha=config.alpha_at(path), rank_pattern={}, alpha_pattern={})
+        at = replace(at, feedforward=at.feedforward if matcher(at.feedforward)(path) else ())
         kind = LoRA.of if isinstance(modules[path], StandIn) and at.kind == "lora" else layer
         part = _made(kind, modules[path], at, path, seed) if path in targeted else Whole()
         part = part.to(dtype) if {p.dtype for p in part.parameters()} - {dtype} else part

@@ -3,14 +3,16 @@
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, TypeVar
 
 from ..errors import InputError, shown
 from ..settings import Checked, checked, setting
 
 Number = TypeVar("Number", int, float)
-Kind = Literal["lora", "dora"]  # the words of kinds.py
+Kind = Literal["lora", "dora", "lora-fa", "ia3"]  # the words of kinds.py
+OF_LORA = ["rank", "alpha", "dropout", "rslora", "rank_pattern", "alpha_pattern", "target_parameters", "bias"]
+UNUSED = {"ia3": OF_LORA}  # settings that a kind has no use for
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class LoRAConfig(Checked):
         classifier: the adapter holds a copy of each, so that without it the model is its base.
     target_parameters: names of parameters that are no layer's weight (full paths or their ends), as fused experts are:
         ["experts.gate_up_proj", "experts.down_proj"]. `target` never means those, as in PEFT; None: no layer.
+    feedforward: layers, as in `target`, of which IA3 scales the input, not the output; the paper's are the last of
+        feedforward blocks, such as down_proj.
     bias: whether biases are trained, in copies too: "none", those of the layers with adapters ("lora_only"), "all".
     start: where A and B begin: "default"; "pissa", "pissa-N" (by N randomised steps), "olora": at a part of the weight;
         "loftq", "loftq-N" (N rounds): at what 4 bits leave of it; "eva": where the layers' inputs vary most.
@@ -48,6 +52,7 @@ class LoRAConfig(Checked):
     bias: Literal["none", "all", "lora_only"] = setting("none", "which biases are trained")
     kind: Kind = setting("lora", "kind of adapter")
     start: str = setting("default", "where A and B begin", metavar="WORD")
+    feedforward: str | Sequence[str] = setting((), "layers of which IA3 scales the input, not the output")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,8 +62,11 @@ class LoRAConfig(Checked):
             )
         if self.dropout >= 1:
             raise InputError(f"dropout must be a number from 0 up to, but not including, 1; got {shown(self.dropout)}")
-        for key in ("target", "exclude"):
+        for key in ("target", "exclude", "feedforward"):
             checked_names(key, getattr(self, key) or ())
+        for f in fields(self):
+            if f.name in UNUSED.get(self.kind, ()) and getattr(self, f.name) not in (f.default, {}):
+                raise InputError(f"{f.name} has no part in an adapter of the kind {self.kind!r}: leave it out")
         for key in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, key):
                 _check_regex(key, pattern)

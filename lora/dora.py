@@ -32,6 +32,8 @@ class DoRA(LoRA):
     With dropout it is W x + (c V - W) dropout(x) + bias, c = m / ||V||, as of the authors and PEFT: two base products.
     """
 
+    peft_type = "LORA"
+
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
         super().__init__(base, rank, alpha, dropout, rslora)
         self.kept: dict[str, tuple[Any, Any, Any]] = {}  # what was made of which tensors
@@ -116,6 +118,3 @@ class DoRA(LoRA):
 
     def state(self) -> dict[str, Tensor]:
         return super().state() | {MAGNITUDE: self.lora_magnitude_vector.detach()}
-
-    def is_pefts(self) -> bool:
-        return True

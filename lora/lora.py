@@ -19,6 +19,7 @@ from .linear4bit import NF4Embedding, NF4Linear, is_conv1d, sizes
 from .parameter4bit import StandIn
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+OWN = "fourbit.LoRA"  # a file's peft_type for LoRA where PEFT's is another
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:
@@ -35,6 +36,7 @@ class LoRA(Adapter):
     Raises InputError for a rank below 1; one above min(in, out) is taken, as PEFT does, and wastes parameters alone.
     """
 
+    peft_type = "LORA"  # of files, for what PEFT computes the same way
     keys = "lora_A.weight", "lora_B.weight"  # what files call A and B
     start: str = ""  # by which a 4-bit base was made anew around B0 A0; "" where it was not
     lora_A0: Tensor | None
@@ -90,7 +92,7 @@ class LoRA(Adapter):
         return self if self.lora_A0 is None else self.of_factors(*self.factors())
 
     def low_rank(self, codes: bool = False) -> LowRank | None:
-        if type(self) is not LoRA:  # a subclass may compute something else
+        if type(self).forward is not LoRA.forward or type(self).over is not Adapter.over:  # it may compute another
             return None
         dropout = self.dropout if self.training else 0.0
         if codes:  # W4 + s B0 A0 and s (B A - B0 A0) are W4 + s B A
@@ -112,12 +114,23 @@ class LoRA(Adapter):
     def peft_fields(self) -> dict[str, float]:
         return {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "use_rslora": self.rslora}
 
-    def is_pefts(self) -> bool:
-        """Whether PEFT computes the same of the same tensors, so that the files are its own."""
-        return type(self) in (LoRA, LoRAEmbedding, LoRAParameter)
-
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+class LoRAFA(LoRA):
+    """LoRA of a linear layer with A frozen as it starts (Zhang et al. 2023, "LoRA-FA", arXiv 2308.03303, equation 4).
+
+    Backward needs x A^T [..., r] and not x, so that no layer keeps its input for this. Files are plain LoRA's.
+    """
+
+    peft_type = "LORA"
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
+        super().__init__(base, rank, alpha, dropout, rslora)
+        A = self.lora_A.detach()
+        del self.lora_A
+        self.register_buffer("lora_A", A)
 
 
 class LoRAParameter(LoRA):
@@ -126,6 +139,8 @@ class LoRAParameter(LoRA):
     As in PEFT (target_parameters) `lora_A` is [E r, in], expert after expert, and `lora_B` [out, r E], rank after rank.
     Raises InputError for dropout: what the module multiplies with the weight is not seen here.
     """
+
+    peft_type = "LORA"
 
     def __init__(self, base: StandIn, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
         if dropout:
@@ -141,6 +156,9 @@ class LoRAParameter(LoRA):
             cast(Tensor, base.weight).mT.shape if base.transposed else cast(Tensor, base.weight).shape
         )
         return (math.prod(experts) * rank, within), (out, rank * math.prod(experts))
+
+    def low_rank(self, codes: bool = False) -> None:
+        return None
 
     def term(self) -> tuple[Tensor, Tensor]:
         A = self.lora_A.unflatten(0, (-1, self.rank))  # [E, r, in]
@@ -159,6 +177,7 @@ class LoRAEmbedding(LoRA):
     of padding_idx gets no gradient. Raises InputError for max_norm.
     """
 
+    peft_type = "LORA"
     keys = "lora_embedding_A", "lora_embedding_B"
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
@@ -191,7 +210,7 @@ class LoRAConv(LoRA):
     """LoRA of a convolution's weight: A [r, in / groups, kernel...] in its place, then B [out, r / groups, 1...].
 
     A is applied with stride, padding, dilation and groups of the base, so that the update is a change of its weight.
-    PEFT's ignores groups in A, dilation and padding modes: files for such bases are not its own (`is_pefts`).
+    PEFT's ignores groups in A, dilation and padding modes: files for such bases are not its own.
     Raises InputError for a rank that the groups do not divide.
     """
 
@@ -205,6 +224,8 @@ class LoRAConv(LoRA):
         self.down = kind(base.in_channels, rank, *settings, padding_mode=base.padding_mode, **more)
         self.up = kind(rank, base.out_channels, 1, **more)
         del self.down.weight, self.up.weight  # how to convolve, and nothing else
+        pefts = base.groups == 1 and base.padding_mode == "zeros" and set(base.dilation) == {1}
+        self.peft_type = "LORA" if pefts else OWN
 
     @classmethod
     def shapes(cls, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -220,9 +241,6 @@ class LoRAConv(LoRA):
         A, B = (part.to(weight.dtype).flatten(1) for part in (self.lora_A, self.lora_B))
         within = A.unflatten(0, (self.up.groups, -1))  # [groups, r / groups, in / groups * kernel]
         return self.scale * (B.unflatten(0, (self.up.groups, -1)) @ within).reshape(weight.shape)
-
-    def is_pefts(self) -> bool:
-        return self.down.groups == 1 and self.down.padding_mode == "zeros" and set(self.down.dilation) == {1}
 
 
 def conv_kind(layer: nn.Module) -> type[Any] | None:

@@ -7,7 +7,7 @@ Writing: only keys that PEFT has known since rsLoRA came (0.7), because old vers
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mode
@@ -18,23 +18,28 @@ from torch import nn
 from ..errors import InputError, shown
 from .adapter import Adapter, Whole
 from .config import LoRAConfig, pattern_value
-from .lora import LoRA, LoRAConv, LoRAParameter, scale_of
+from .lora import OWN, LoRAParameter, scale_of
 from .targets import CLASSIFIERS, adaptable_layers, base_modules, linear_layers, matcher, output_heads, vocabulary_heads
 
-REQUIRED = ("r", "lora_alpha", "target_modules")
-FIELDS = {  # PEFT's name -> that of LoRAConfig
-    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target", "use_rslora": "rslora",
-    "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern", "exclude_modules": "exclude",
-    "modules_to_save": "modules_to_save", "bias": "bias", "target_parameters": "target_parameters",
+REQUIRED = {"r", "lora_alpha", "target_modules", "projection_prng_key"}  # where the kind has it
+_COMMON = {"target_modules": "target", "exclude_modules": "exclude", "modules_to_save": "modules_to_save"}
+FIELDS: dict[str, dict[str, str]] = {  # peft_type -> PEFT's name -> that of LoRAConfig
+    "LORA": {
+        "r": "rank", "lora_alpha": "alpha", **_COMMON, "lora_dropout": "dropout", "use_rslora": "rslora",
+        "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern", "bias": "bias",
+        "target_parameters": "target_parameters",
+    },
+    "IA3": {"feedforward_modules": "feedforward"} | _COMMON,
 }  # fmt: skip
-UNDERSTOOD = {*FIELDS, "peft_type", "use_dora", "layers_to_transform", "layers_pattern", "init_lora_weights"}
+UNDERSTOOD = {"peft_type", "use_dora", "layers_to_transform", "layers_pattern", "init_lora_weights", "save_projection"}
+STARTS = {"init_lora_weights": True, "init_weights": True, "init_ia3_weights": True, "d_initial": 0.1}  # ours
 HARMLESS = {  # what they hold has no part in the forward pass of a saved adapter
+    "init_weights", "init_ia3_weights", "d_initial",
     "task_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode",
     "runtime_config", "fan_in_fan_out", "megatron_core", "qalora_group_size", "ensure_weight_tying",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 }  # fmt: skip
-KIND = "fourbit."  # what a peft_type that PEFT does not have begins with: an adapter of another kind than LoRA
-OWN = KIND + "LoRA"  # or LoRA where PEFT's is another
+KIND = "fourbit."  # what a peft_type that PEFT does not have begins with
 STARTS_THAT_KEEP_THE_BASE = ("true", "false", "gaussian", "orthogonal", "eva")  # others rewrite the base weights too
 
 PATH_LENGTH = 64  # characters of a module's path: what a match reads, and what a repetition may give back one by one
@@ -84,31 +89,40 @@ class PeftLike(Protocol):
 
 
 def from_peft(config: PeftLike | Mapping[str, object]) -> PeftConfig:
-    """Settings of a new adapter, from peft's LoraConfig. InputError for what is not plain LoRA that starts as usual."""
+    """Settings of a new adapter, from peft's config of a kind in FIELDS. InputError unless it starts as usual."""
     raw = dict(config if isinstance(config, Mapping) else config.to_dict())
-    if (start := raw.get("init_lora_weights", True)) is not True:
-        raise InputError(f"the LoraConfig: init_lora_weights must be True, fourbit's start, got {shown(start)}")
+    for key, ours in STARTS.items():
+        if (start := raw.get(key, ours)) is not ours and start != ours:
+            raise InputError(f"the LoraConfig: {key} must be {ours}, fourbit's start, got {shown(start)}")
     read, task = read_config({"peft_type": "LORA"} | raw, "the LoraConfig"), str(raw.get("task_type"))
     named = dict.fromkeys((*read.lora.modules_to_save, *(sorted(CLASSIFIERS) if task.endswith(("CLS", "ANS")) else ())))
     return replace(read, lora=replace(read.lora, modules_to_save=[*named]))
 
 
 def read_config(raw: Mapping[str, Any], file: str) -> PeftConfig:
-    """Check what an adapter_config.json, called `file` in errors, holds; InputError for whatever is not plain LoRA."""
-    kind = raw.get("peft_type")
-    if kind != "LORA" and not (isinstance(kind, str) and kind.startswith(KIND)):
-        raise InputError(f"{file}: peft_type must be 'LORA', got {kind!r}; fourbit reads LoRA adapters")
+    """Check what an adapter_config.json, called `file` in errors, holds; InputError for a kind or a key of PEFT's that
+    is not known here."""
+    kind = getattr(raw.get("peft_type"), "value", raw.get("peft_type"))  # peft's own objects hold an Enum
+    own = str(kind).startswith(KIND)
+    if not isinstance(kind, str) or not (kind in FIELDS or own):
+        raise InputError(f"{file}: peft_type must be one of {', '.join(FIELDS)}, got {kind!r}")
+    names = FIELDS["LORA" if own else kind]
     alone = raw.get("target_parameters") and not raw.get("target_modules")  # adapted, and no layer
-    for key in REQUIRED:
-        if raw.get(key) is None and not (alone and key == "target_modules"):
-            raise InputError(f"{file}: the key '{key}' is missing; PEFT writes it into every LoRA adapter")
-    _refuse_unsupported(raw, file)
+    required = [key for key in names if key in REQUIRED and not (alone and key == "target_modules")]
+    for key in required:
+        if raw.get(key) is None:
+            raise InputError(f"{file}: the key '{key}' is missing; PEFT writes it into every {kind} adapter")
+    _refuse_unsupported(raw, file, names)
     try:
-        said = {ours: raw[key] for key, ours in FIELDS.items() if raw.get(key) or (key in REQUIRED and not alone)}
-        lora = LoRAConfig(**({"target": None} if alone else {}) | said, kind="dora" if raw.get("use_dora") else "lora")
+        said = {ours: raw[key] for key, ours in names.items() if raw.get(key) or key in required}
+        said["kind"] = "dora" if raw.get("use_dora") else "lora" if own else kind.lower()
+        lora = LoRAConfig(**({"target": None} if alone else {}) | said)
     except InputError as problem:
         raise InputError(f"{file}: {problem}") from None
-    for key, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+    inputs = [lora.feedforward] if isinstance(lora.feedforward, str) else []
+    for key, patterns in (
+        ("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern), ("feedforward_modules", inputs),
+    ):  # fmt: skip
         if len(patterns) > MOST_KEYS:
             raise InputError(f"{file}: {key} must have at most {MOST_KEYS:,} keys, got {len(patterns):,}")
         if sum(map(most_steps, patterns)) > MOST_STEPS:
@@ -146,37 +160,51 @@ def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str
     fields = {path: part.peft_fields() for path, part in parts.items() if not isinstance(part, Whole)}
     parameters = [path for path, part in parts.items() if isinstance(part, LoRAParameter)]
     config = next(iter(parts.values())).config or LoRAConfig()
-    rslora = all(own["use_rslora"] for own in fields.values())
-    ranks = {path: own["r"] for path, own in fields.items()}
-    alphas = {path: _alpha(own, rslora) for path, own in fields.items()}
-    rank, alpha = mode(ranks.values()), mode(alphas.values())
     settings = {
         "peft_type": kind,
         "task_type": "CAUSAL_LM" if vocabulary_heads(model) else None,
         "base_model_name_or_path": _base_name(base_model),
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": _as_integer(alpha),
-        "lora_dropout": mode(own["lora_dropout"] for own in fields.values()),
-        "use_rslora": rslora,
-        "rank_pattern": _pattern(ranks, rank),
-        "alpha_pattern": {key: _as_integer(value) for key, value in _pattern(alphas, alpha).items()},
+        **_settings(fields),
         "target_modules": _target_modules(model, [path for path in fields if path not in parameters]),
         **({"target_parameters": parameters} if parameters else {}),  # older PEFT stops at the word
         **({"use_dora": True} if config.kind == "dora" else {}),  # and at this one
         "bias": config.bias,
         "fan_in_fan_out": False,
-        "init_lora_weights": True,
         "modules_to_save": list(config.modules_to_save) or None,
     }
+    if kind == "IA3":  # PEFT compares names of feedforward layers by their ends without a dot, and expressions whole
+        inputs = [path for path, own in fields.items() if own["feedforward_modules"]]
+        settings |= {"target_modules": _exactly(fields), "feedforward_modules": _exactly(inputs)}
+        del settings["bias"]
     return json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
 
 
+def _settings(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the layers' fields, by path, are in the file of all: the commonest value; of ranks and alphas, patterns."""
+    some = next(iter(fields.values()))
+    settings = {key: mode(own[key] for own in fields.values()) for key in some}
+    if "lora_alpha" not in some:
+        return settings
+    rslora = all(own["use_rslora"] for own in fields.values())
+    ranks = {path: own["r"] for path, own in fields.items()}
+    alphas = {path: _alpha(own, rslora) for path, own in fields.items()}
+    rank, alpha = mode(ranks.values()), mode(alphas.values())
+    return settings | {
+        "lora_alpha": _as_integer(alpha),
+        "use_rslora": rslora,
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": {key: _as_integer(value) for key, value in _pattern(alphas, alpha).items()},
+        "init_lora_weights": True,
+    }
+
+
 def kind_of(part: Adapter) -> str:
-    """The kind of an adapter's part as peft_type; PEFT knows LoRA alone, and refuses all others by that name."""
-    if isinstance(part, LoRA) and part.is_pefts():
-        return "LORA"
-    return OWN if type(part) is LoRAConv else f"{KIND}{type(part).__name__}"
+    """The kind of an adapter's part as peft_type; PEFT refuses by that name what it does not have.
+
+    A subclass may compute something else, so only a class (or an object) that says `peft_type` itself counts."""
+    own = vars(part).get("peft_type") or vars(type(part)).get("peft_type")
+    return str(own or f"{KIND}{type(part).__name__}")
 
 
 def _base_name(base: str) -> str | None:
@@ -192,7 +220,7 @@ def _alpha(fields: Mapping[str, Any], rslora: bool) -> float:
     return scale_of(fields["lora_alpha"], fields["r"], True) * fields["r"]
 
 
-def _refuse_unsupported(raw: Mapping[str, Any], file: str) -> None:
+def _refuse_unsupported(raw: Mapping[str, Any], file: str, names: Mapping[str, str]) -> None:
     """Every key that is neither understood nor harmless must be at an empty default (null, false, 0, "", [] or {})."""
     start = raw.get("init_lora_weights")
     if start is not None and str(start).lower() not in STARTS_THAT_KEEP_THE_BASE:
@@ -202,7 +230,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], file: str) -> None:
             "load the result."
         )
     for key, value in raw.items():
-        if value and key not in UNDERSTOOD | HARMLESS:
+        if value and key not in names.keys() | UNDERSTOOD | HARMLESS:
             raise InputError(
                 f"{file}: {key}={value!r} is a PEFT feature that fourbit does not support, and without it the adapter "
                 "would compute something else. Merge the adapter with PEFT, or train one without this feature."
@@ -250,4 +278,8 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
     for entries in (sorted({name.rpartition(".")[2] for name in names}), sorted(names)):
         if not any(map(matcher(entries), others)):
             return entries
+    return _exactly(names)
+
+
+def _exactly(names: Iterable[str]) -> str:
     return "|".join(re.escape(name) for name in sorted(names))

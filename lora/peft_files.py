@@ -27,9 +27,9 @@ from .identity import BaseIdentity, base_identity
 from .init import Weights, started
 from .kinds import LayerFactory, of_kind
 from .linear4bit import Module4bit, NF4Linear
-from .lora import LoRA, LoRAParameter, lora_kind
+from .lora import OWN, LoRA, LoRAParameter, lora_kind
 from .parameter4bit import StandIn
-from .peft_config import OWN, kind_of, read_config, write_config
+from .peft_config import kind_of, read_config, write_config
 from .targets import Linear, adaptable_layers, base_modules, expose
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

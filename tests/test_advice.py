@@ -934,6 +934,12 @@ def test_a_run_is_gone_on_from_as_advised(here: Path, tokenizer: Any, monkeypatc
 # Nothing is left out.
 
 ELSEWHERE = {  # tests of other files that follow an advice
+    "tests/lora/test_adapter_kinds.py::test_what_a_kind_does_not_take": [
+        ("lora/config.py", "has no part in an adapter of the kind"),
+    ],
+    "tests/lora/test_adapter_kinds.py::test_second_derivatives_need_a_trained_A": [
+        ("kernels/linear4bit.py", "is not kept where A is frozen: train A too"),
+    ],
     "tests/cli/test_bad_input.py::test_the_traceback_comes_with_debug": [("cli/main.py", "Run again with --debug")],
     "tests/cli/test_commands.py::test_generate_keeps_what_it_answered_and_goes_on": [
         ("outputs.py", "finished rows; the same command with resume=True goes on"),

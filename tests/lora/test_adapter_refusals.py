@@ -90,8 +90,8 @@ def test_tensors_that_do_not_fit_are_named(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type must be 'LORA', got 'LOHA'"),
-        ({"peft_type": None}, "peft_type must be 'LORA', got None"),
+        ({"peft_type": "LOHA"}, "peft_type must be one of LORA, IA3, got 'LOHA'"),
+        ({"peft_type": None}, "peft_type must be one of LORA, IA3, got None"),
         ({"r": None}, "the key 'r' is missing"),
         ({"target_modules": None}, "the key 'target_modules' is missing"),
         ({"r": "8"}, "rank must be a whole number, got '8'"),
@@ -119,7 +119,7 @@ def test_tensors_that_do_not_fit_are_named(
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' rewrites the base"),
         ({"init_lora_weights": "pissa_niter_4"}, "rewrites the base"),
         ({"init_lora_weights": ["x"]}, "rewrites the base"),
-        ({"use_dora": True}, "use_dora=True is a PEFT feature that fourbit does not support"),
+        ({"use_dora": True}, "2 missing: .*lora_magnitude_vector"),
         ({"lora_bias": True}, "lora_bias=True is a PEFT feature"),
         ({"modules_to_save": ["lm_head"]}, r"2 missing: .*lm_head\.bias"),
         ({"modules_to_save": ["head"]}, "modules_to_save entry 'head' matches no module. Nearest: lm_head"),
