@@ -79,6 +79,7 @@ def codes(W: Tensor, A: Tensor, B: Tensor, scale: float, base: nn.Module) -> Wei
     return quantize(rest, base.quant_type, base.blocksize, base.double_quant) if isinstance(base, NF4Linear) else None
 
 
+@torch.no_grad()
 def started(
     model: nn.Module, parts: Mapping[str, Adapter], start: str, dense: Weights | None, tell: Tell, saved: bool = False
 ) -> dict[str, Adapter]:

@@ -33,7 +33,7 @@ def net() -> nn.Sequential:
     with torch.no_grad():
         for layer in (model[0], model[2]):
             layer.weight += 0.3 * torch.randn(len(layer.weight), 3) @ torch.randn(3, layer.weight.shape[1]) / 8
-    return model.requires_grad_(False)
+    return model  # its weights need gradients, as those of any model do
 
 
 def put(start: str, *, quant: bool = False, **settings: Any) -> tuple[nn.Module, nn.Module, Tell]:
