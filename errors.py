@@ -8,8 +8,6 @@ What a message quotes may be a stranger's, of any length: here, and nowhere else
 """
 
 import re
-from collections.abc import Mapping
-from html import escape
 
 _MESSAGE = 1_900  # characters; with the command's "fourbit: " and a last hint still one paragraph of 2,000
 _WORD = 300  # longer than any path that somebody typed
@@ -60,12 +58,6 @@ def clean(message: str) -> str:
     """One paragraph, `visible`, of at most 1,900 characters: the middle of an overlong word or message is left out."""
     shorter = _LONG_WORD.sub(lambda word: _without_middle(word[0], _WORD), message)
     return _without_middle(re.sub(r"\n\s*\n", "\n", visible(_without_middle(shorter, _MESSAGE))), _MESSAGE)
-
-
-def html_table(values: Mapping[str, object]) -> str:
-    """Values by name as a table for a notebook: every text is `visible`, and escaped."""
-    rows = ((escape(name), escape(visible(str(value)))) for name, value in values.items())
-    return f"<table>{''.join(f'<tr><th>{name}</th><td>{text}</td></tr>' for name, text in rows)}</table>"
 
 
 def shown(value: object, limit: int = 80) -> str:

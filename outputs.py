@@ -201,7 +201,7 @@ def _check_folder(folder: StrPath, inputs: Iterable[StrPath], resume: str | None
     if not place.is_dir():
         return
     names = sorted(entry.name for entry in os.scandir(place) if not entry.name.startswith("."))
-    if names and LOCK not in names:
+    if names and not (place / LOCK).is_file():
         what = f"{name} is no run's folder and holds {', '.join(names[:3])}"
         raise InputError(f"{what}: give an empty or a new one")
     steps = sorted(place.glob("checkpoints/step-*"))

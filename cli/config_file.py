@@ -5,6 +5,7 @@ bytes of aliases unfold into gigabytes. Here numbers are numbers, only `true` an
 once, and values are counted as they are built. PyYAML only finds nodes (its Python form: C dies of deep nesting).
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,6 @@ TAGS = [f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")]  # of nod
 WORDS = {"true": True, "false": False, "null": None, "~": None, "": None, ".nan": math.nan}
 INTEGER = re.compile(r"[-+]?[0-9]+")
 FLOAT = re.compile(r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|\.inf)")
-PLAIN = re.compile(r"[A-Za-z0-9_./]([A-Za-z0-9_./%+=@~*-]|:(?=[A-Za-z0-9_./]))*")  # text that needs no quotes
 
 
 def read_config(path: str) -> tuple[dict[str, Any], dict[str, int]]:
@@ -107,16 +107,6 @@ def write_config(path: Path, values: Mapping[str, Any], sources: Mapping[str, st
 
 
 def _yaml(value: Any) -> str:
-    """A value on one line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_yaml(name)}: {_yaml(inner)}" for name, inner in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_yaml, value)) + "]"
-    if isinstance(value, float):
-        text = repr(value).replace("inf", ".inf").replace("nan", ".nan")
-        return text if "." in text else text.replace("e", ".0e")  # which YAML 1.1 takes for a number too
-    if not isinstance(value, str):
-        return "null" if value is None else str(value).lower()
-    if PLAIN.fullmatch(value) and scalar(value) is value:
-        return value
-    return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in value) + '"'
+    """A value on one line: its JSON, which is YAML too, with every character that could end a line escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in text)

@@ -12,7 +12,7 @@ import torch
 
 from .. import __version__
 from ..errors import EnvironmentProblem
-from ..kernels import border, dispatch
+from ..kernels import dispatch
 from ..trainer.memory import memory_free
 from .load import choose_device, choose_dtype
 from .options import ResultOptions
@@ -38,7 +38,6 @@ def run(options: Options, sources: Sources) -> int:
         "versions": own | {name: number or instead[name] for name, number in found.items()},
         "machine": machine(),
         "used": used(),
-        "rows decoded inside the product": borders(),
     }
     tables = (f"{title}\n{textwrap.indent(pairs(list(rows.items())), '  ')}" for title, rows in facts.items())
     result(facts, "\n\n".join(tables), as_json=options.json)
@@ -76,15 +75,6 @@ def used() -> dict[str, str]:
         "kernels": dispatch.path_for(torch.empty(0, device=device)),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores (OMP_NUM_THREADS sets it)",
     }
-
-
-def borders() -> dict[str, str]:
-    """Up to how many rows of x a 4-bit weight is decoded inside the product, for each GPU of kernels/border.py."""
-    names = {**{name: name for name in border.BORDER}, "any other GPU": ""}
-    if torch.cuda.is_available():
-        names["this GPU"] = dispatch.architecture(torch.device("cuda", 0))
-    how = ("not measured: python -m benchmarks.tune", "measured")
-    return {title: f"{border.border(name)} ({how[name in border.BORDER]})" for title, name in names.items()}
 
 
 def _version(name: str) -> str | None:

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from .. import __version__
 from ..errors import FourbitError, InputError, clean
 from ..synonyms import hint
-from ..trainer.interrupt import remembered_ctrl_c
 from .parse import help_page, parse
 
 COMMANDS = {
@@ -45,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # None where it is closed
             stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
     try:
-        with remembered_ctrl_c():
-            code = _dispatch([arg for arg in args if arg != "--debug"])
+        code = _dispatch([arg for arg in args if arg != "--debug"])
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:  # `fourbit data ... | head`

@@ -13,7 +13,6 @@ from typing import Any
 from ..data.encode import Dataset
 from ..errors import visible
 from ..models.load import Progress
-from ..trainer.interrupt import stop_if_asked
 
 SHOWN_DROPS = 3
 
@@ -47,7 +46,6 @@ def working(text: str) -> Iterator[Progress | None]:
             yield lambda done, of, size, total: bar.update(
                 task, completed=size, total=total, of=f"{done} of {of} tensors"
             )
-    stop_if_asked()
 
 
 def describe(name: str, dataset: Dataset) -> None:

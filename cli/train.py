@@ -24,7 +24,6 @@ from ..outputs import lock_folder
 from ..settings import REQUIRED, Checked, setting
 from ..text.tokenizer import Tokenizer
 from ..trainer.config import TrainingConfig
-from ..trainer.interrupt import stop_if_asked
 from ..trainer.progress import display_for
 from ..trainer.run import TrainResult
 from .config_file import CONFIG, read_run, write_config
@@ -164,7 +163,6 @@ def run(options: TrainOptions, sources: Sources) -> int:
     if isinstance(teacher := extras.get("teacher"), CausalLM):
         remark_positions(teacher, longest, whose="teacher")
     trainer = options.trainer_type(model, tokenizer, train=rows, val=val, config=config, **extras)
-    stop_if_asked()
     begun = time.monotonic()
     outcome = trainer.train(_announcing(options, trainer, sources))
     return _report(options, outcome, time.monotonic() - begun)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, compress, islice
 from typing import Any, Literal
 
-from ..errors import InputError, html_table, shown
+from ..errors import InputError, shown
 from ..settings import checked
 from ..text.tokenizer_folder import as_tokenizer
 from .batch import Encoded, Example, shared_tokens
@@ -23,7 +23,7 @@ from .forms import read_samples, samples_of
 from .messages import trains
 from .protocol import AnyTokenizer, TokenizerLike
 from .read import Rows
-from .row import SHOWN_PROBLEMS, BadRow, Problems, bad, counted
+from .row import BadRow, Problems, bad, counted
 from .said import spelled, unsaid, words_of
 from .sample import Kind, Sample
 from .template import ChatTemplate, TemplateChoice, expects_bos, template_for
@@ -55,26 +55,19 @@ class Report:
     skipped: Problems = field(default_factory=Problems)  # bad rows
     dropped: Problems = field(default_factory=Problems)  # good rows left out as asked
 
-    def _repr_html_(self) -> str:
-        said = {n: v.lines(SHOWN_PROBLEMS) if isinstance(v, Problems) else v for n, v in vars(self).items()}
-        return html_table({n: "; ".join(v) if isinstance(v, list) else v for n, v in said.items()})
-
 
 @dataclass
 class Dataset:
     """Examples of one kind and the samples they came from, in file order."""
 
     kind: Kind
-    examples: list[Example] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list, repr=False)
+    samples: list[Sample] = field(default_factory=list, repr=False)
     report: Report = field(default_factory=Report)
     template: ChatTemplate | None = None  # that rendered them
 
     def __len__(self) -> int:
         return len(self.examples)
-
-    def _repr_html_(self) -> str:
-        return self.report._repr_html_()
 
 
 def load(

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime
+from functools import partial
 from typing import Any, NoReturn
 
 import jinja2
@@ -22,9 +23,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_TEXT = 4 * 1024 * 1024  # characters of a rendering
-# Of a rendering, beside so much a character of the template: ten times what the slowest templates in use take.
-FREE_SECONDS, FREE_PER_MESSAGE, FREE_PER_CHARACTER = 0.001, 0.0001, 5e-7
-FREE_TO_COMPILE = 0.5
+PER_MESSAGE = 0.0001  # seconds that each message rendered adds to the limit: ten times what the slowest templates take
 FOREIGN = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 
 
@@ -78,32 +77,22 @@ def _raise_exception(message: object) -> NoReturn:
     raise Refused(f"it says: {message}")
 
 
-class Limits:
-    """Processor time and memory of this process; and no core file.
+def limited(work: Callable[[], Any], seconds: float) -> Any:
+    """The result of `work`. Raises TooMuch where it takes more processor time, or memory; what a signal cannot
+    interrupt, the system ends with this process two seconds later."""
 
-    A conversation gets `seconds`, told by a signal that ends it and leaves this process alive; what a signal cannot
-    interrupt, the system ends with the process two seconds later.
-    """
+    def end(*_: object) -> NoReturn:
+        raise TooMuch(f"it renders for longer than {seconds:g} s")
 
-    def __init__(self, seconds: float, memory: int) -> None:
-        self.seconds, self.memory = seconds, memory
-        signal.signal(signal.SIGPROF, self._end)
-        for what, limit in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0)):
-            _limit(what, limit, hard=True)
-
-    def run(self, work: Callable[[], Any], seconds: float) -> Any:
-        """The result of `work`. Raises TooMuch when it takes more than it may."""
-        _limit(resource.RLIMIT_CPU, int(time.process_time() + seconds) + 2)
-        try:
-            signal.setitimer(signal.ITIMER_PROF, max(seconds, 0.001))
-            return work()
-        except MemoryError:
-            raise TooMuch(f"it needs more than {self.memory // 2**20} MiB of memory") from None
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-
-    def _end(self, *_: object) -> NoReturn:
-        raise TooMuch(f"it renders for longer than {self.seconds:g} s")
+    signal.signal(signal.SIGPROF, end)
+    _limit(resource.RLIMIT_CPU, int(time.process_time() + seconds) + 2)
+    try:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        return work()
+    except MemoryError:
+        raise TooMuch(f"it needs more than {int(sys.argv[3]) // 2**20} MiB of memory") from None
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _limit(what: int, limit: int, *, hard: bool = False) -> None:
@@ -147,51 +136,33 @@ def render(template: jinja2.Template, variables: dict[str, Any], now: datetime) 
     return "".join(pieces)
 
 
-def answers(job: dict[str, Any], limits: Limits, known: dict[str, jinja2.Template]) -> Iterable[dict[str, Any]]:
-    """One answer a conversation: its texts, the later ones told by what they share with the first; or what is wrong.
-
-    With it comes its strike: the share of the time a conversation may take that it took beyond what is free.
-    """
-    late = 0.0
+def answers(job: dict[str, Any], seconds: float, known: dict[str, jinja2.Template]) -> Iterable[dict[str, Any]]:
+    """One answer a conversation: its texts, the later ones told by what they share with the first; or what is wrong
+    with the template, which is the last answer then. seconds: that a conversation may take, and compiling."""
     try:
         if job["source"] not in known:
             known.clear()
-            begun = time.process_time()
-            known[job["source"]] = limits.run(lambda: compile_template(job["source"]), limits.seconds)
-            late = max(time.process_time() - begun - FREE_TO_COMPILE, 0)
+            known[job["source"]] = limited(lambda: compile_template(job["source"]), seconds)
+        for talk in job["talks"]:
+            texts = partial(conversation, known[job["source"]], job, talk)
+            yield {"texts": limited(texts, seconds + PER_MESSAGE * sum(upto for upto, _ in talk["cuts"]))}
     except (Refused, TooMuch) as error:
         yield {"broken": str(error)}
-        return
-    for talk in job["talks"]:
-        try:
-            yield conversation(known[job["source"]], job, talk, limits, late)
-        except TooMuch as error:
-            yield {"much": str(error), "strike": 1}
-        late = 0.0
 
 
-def conversation(
-    template: jinja2.Template, job: dict[str, Any], talk: dict[str, Any], limits: Limits, late: float
-) -> dict[str, Any]:
-    """The answer for one conversation, which `late` seconds are gone of. Raises TooMuch."""
+def conversation(template: jinja2.Template, job: dict[str, Any], talk: dict[str, Any]) -> list[Any]:
+    """The texts of one conversation; a refusal in the place of one that the template refuses."""
     texts: list[Any] = []
     variables = {"documents": None, **job["tokens"], **talk["variables"], "tools": talk["tools"]}
-    left, free = limits.seconds - late, FREE_SECONDS + FREE_PER_CHARACTER * len(job["source"])
     now = datetime.now() if job["date"] is None else datetime.fromisoformat(job["date"])  # one for all its renderings
-
-    def text() -> Any:
-        made = render(template, variables, now)
-        return told_by(texts[0], made) if texts and isinstance(texts[0], str) else made
-
     for upto, prompt in talk["cuts"]:
         variables |= {"messages": talk["messages"][:upto], "add_generation_prompt": prompt}
-        begun = time.process_time()
         try:
-            texts.append(limits.run(text, left))
+            made = render(template, variables, now)
+            texts.append(told_by(texts[0], made) if texts and isinstance(texts[0], str) else made)
         except Refused as error:
             texts.append({"refused": str(error)})
-        left -= max(time.process_time() - begun - free - FREE_PER_MESSAGE * upto, 0)
-    return {"texts": texts, "strike": 1 - left / limits.seconds}
+    return texts
 
 
 def told_by(whole: str, text: str) -> list[Any]:
@@ -205,11 +176,12 @@ def told_by(whole: str, text: str) -> list[Any]:
 
 def main() -> None:
     """Answer until the input ends. The first line out says that this process works."""
-    limits = Limits(float(sys.argv[2]), int(sys.argv[3]))
+    for what, limit in ((resource.RLIMIT_AS, int(sys.argv[3])), (resource.RLIMIT_CORE, 0)):
+        _limit(what, limit, hard=True)
     known: dict[str, jinja2.Template] = {}
     print("{}", flush=True)
     for line in sys.stdin:
-        for answer in answers(json.loads(line), limits, known):
+        for answer in answers(json.loads(line), float(sys.argv[2]), known):
             print(json.dumps(answer), flush=True)
 
 

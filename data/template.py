@@ -6,17 +6,16 @@ with limits on memory and time (see `render_child.py`), started on first need an
 
 import atexit
 import contextlib
+import io
 import json
 import os
-import select
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date as Date
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..child import child_command, child_environment
 from ..errors import EnvironmentProblem, InputError
@@ -27,12 +26,10 @@ from .said import REASONING
 from .turns import Rendered, Talk, Turn, Unrenderable, before_mark, place, too_many, with_thoughts
 
 MAX_SOURCE_BYTES = 64 * 1024
-RENDER_SECONDS = 1.0  # processor time of one conversation, beyond what is free
+RENDER_SECONDS = 1.0  # processor time of one conversation, and a little more for each of its messages
 CHILD_MEMORY = 512 * 1024 * 1024
-CHILD_WALL_SECONDS = 300.0  # for a machine that is busy; the limit that counts is on processor time
 JOB_CHARACTERS = 1 << 20  # of the conversations that are sent at a time
 SHOWN_ERROR = 500
-MAX_STRIKES = 2  # more, and a template is given up: it has then taken three conversations' time at most
 TOOK = f"it takes more than {RENDER_SECONDS:g} s or {CHILD_MEMORY // 2**20} MiB"
 CHILD_NAME = "the child process that renders chat templates"
 
@@ -90,19 +87,16 @@ class ChatTemplate:
 
     def render_all(self, talks: Iterable[Talk]) -> Iterator[Rendered | Unrenderable]:
         """Every conversation's text with the places of its wanted turns, or why there is none, as it is asked for."""
-        known, shared = _known(self.source), {"source": self.source, "date": self.date, "tokens": self.tokens}
+        shared = json.dumps({"source": self.source, "date": self.date, "tokens": self.tokens})
         for some in _at_a_time(talks):
-            while some:
-                jobs = [job for _, job in some]
-                answers = [] if known.broken else CHILD.ask(json.dumps(shared), jobs, known.learn)
-                if known.broken:
-                    raise InputError(f"{self.name}: the chat template cannot be used: {known.broken.rstrip('.')}.")
-                yield from (self._read(talk, answer) for (talk, _), answer in zip(some, answers, strict=False))
-                some = some[len(answers) :]
+            answers = CHILD.ask(shared, [job for _, job in some])
+            if broken := answers[-1].get("broken", "")[:SHOWN_ERROR]:
+                raise InputError(f"{self.name}: the chat template cannot be used: {broken.rstrip('.')}.")
+            yield from (self._read(talk, answer) for (talk, _), answer in zip(some, answers, strict=True))
 
     def _read(self, talk: Talk, answer: dict[str, Any]) -> Rendered | Unrenderable:
         """One conversation's texts, as the child tells them, into the places of its turns."""
-        (whole, *rest), turns = answer.get("texts") or [{"refused": answer["much"]}], dict[int, Turn | Unrenderable]()
+        (whole, *rest), turns = answer["texts"], dict[int, Turn | Unrenderable]()
         if not isinstance(whole, str):
             return self._refused(whole)
         told = dict(zip(talk.cuts[1:], rest, strict=True))
@@ -140,36 +134,15 @@ def _at_a_time(talks: Iterable[Talk]) -> Iterator[list[tuple[Talk, str]]]:
         if size >= JOB_CHARACTERS:
             yield some
             some, size = [], 0
-    yield some
+    if some:
+        yield some
 
 
 TemplateChoice = str | os.PathLike[str] | ChatTemplate | None
 
 
-class _Known:
-    """What this process has learned of a template's source: one that is broken, or takes too much at its first
-    conversation, for more than two, or nearly too much again and again, stays refused, as no row can mend it."""
-
-    def __init__(self) -> None:
-        self.works, self.broken, self.strikes = False, "", 0.0
-
-    def learn(self, answer: dict[str, Any]) -> bool:
-        """Take in how one conversation went. True: no more are wanted."""
-        self.works |= "texts" in answer
-        self.strikes += answer.get("strike", 1)
-        if "broken" in answer or not self.works or self.strikes > MAX_STRIKES:
-            slow = f"it takes {self.strikes * RENDER_SECONDS:.1f} s more for a few rows than any template needs"
-            self.broken = str(answer.get("broken") or answer.get("much") or slow)[:SHOWN_ERROR]
-        return bool(self.broken)
-
-
-@lru_cache(maxsize=64)
-def _known(source: str) -> _Known:
-    return _Known()
-
-
 class _Child:
-    """The process that renders: started on first need, killed when it hangs, and one request at a time."""
+    """The process that renders: started on first need, and one request at a time."""
 
     def __init__(self) -> None:
         self.forget()
@@ -178,53 +151,40 @@ class _Child:
         """Begin anew, as a forked process must: the process is its parent's, and nobody else holds the lock here."""
         self.lock = threading.RLock()
         self.process: subprocess.Popen[bytes] | None = None
-        self.unread, self.hung, self.killed = b"", False, 0
 
-    def ask(self, shared: str, jobs: Sequence[str], learn: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-        """The answer to each job, up to the first after which `learn` wants no more or the process has ended.
-        Raises EnvironmentProblem when something else kills the process again and again."""
+    def ask(self, shared: str, jobs: Sequence[str]) -> list[dict[str, Any]]:
+        """The answer to each job, up to the first that says that the template is broken. EnvironmentProblem where
+        something else ends the process."""
         request = f'{shared[:-1]}, "talks": [{", ".join(jobs)}]}}\n'.encode()
         with self.lock:
             try:
                 process, found = self._running(), list[dict[str, Any]]()
                 self._send(process, request)
-                while len(found) < len(jobs):
-                    line = self._line(process)
-                    if not line and self._was_killed(process):
-                        return found
-                    found.append(json.loads(line) if line else {"much": TOOK})
-                    if learn(found[-1]) and len(found) < len(jobs):
-                        self.stop()  # its answers would be taken for the next ones
-                    if not self.process:
-                        break
-                self.killed = 0
+                while len(found) < len(jobs) and not (found and "broken" in found[-1]):
+                    found.append(self._answer(process))
                 return found
-            except BaseException:  # an interrupt, say: as above
+            except BaseException:  # an interrupt, say: its answers would be taken for the next ones
                 self.stop()
                 raise
 
     def stop(self) -> None:
         """End the process, if there is one."""
-        process, self.process, self.unread = self.process, None, b""
+        process, self.process = self.process, None
         if process is not None:
             process.kill()
             process.communicate()
 
-    def _was_killed(self, process: subprocess.Popen[bytes]) -> bool:
-        """Whether the process, which has ended, was killed by something else than its limits; raises if so twice."""
+    def _answer(self, process: subprocess.Popen[bytes]) -> dict[str, Any]:
+        if line := self.lines.readline():
+            return dict(json.loads(line))
         self.stop()
-        if self.hung or process.returncode not in (-signal.SIGKILL, -signal.SIGTERM):
-            return False
-        self.killed += 1
-        if self.killed > 1:
-            self.killed = 0
-            raise EnvironmentProblem(f"{CHILD_NAME} was killed twice; perhaps the machine is out of memory.")
-        return True
+        if process.returncode in (-signal.SIGKILL, -signal.SIGTERM):
+            raise EnvironmentProblem(f"{CHILD_NAME} was killed; perhaps the machine is out of memory.")
+        return {"broken": TOOK}
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self.process is None or self.process.poll() is not None:
             self.stop()
-            self.hung = False
             program, limits = Path(__file__).with_name("render_child.py"), (str(RENDER_SECONDS), str(CHILD_MEMORY))
             try:
                 self.process = subprocess.Popen(
@@ -238,7 +198,8 @@ class _Child:
                 )
             except OSError as error:
                 raise EnvironmentProblem(f"{CHILD_NAME} does not start: {error}") from None
-            if self._line(self.process) is None:
+            self.lines = io.BufferedReader(cast(io.RawIOBase, self.process.stdout))
+            if not self.lines.readline():
                 self.process.kill()
                 last = self.process.communicate()[1].decode(errors="replace").strip().rpartition("\n")[2]
                 raise EnvironmentProblem(f"{CHILD_NAME} does not run here: {last}")
@@ -249,21 +210,6 @@ class _Child:
         with contextlib.suppress(BrokenPipeError):  # it ended; so does the stream of its answers
             while request:
                 request = request[os.write(process.stdin.fileno(), request) :]
-
-    def _line(self, process: subprocess.Popen[bytes]) -> bytes | None:
-        """The next line the process writes; None when it ended, or was killed because none came in time."""
-        assert process.stdout is not None
-        pieces, pipe, ready = [self.unread], process.stdout.fileno(), select.poll()
-        ready.register(pipe, select.POLLIN)
-        while b"\n" not in pieces[-1]:
-            if not ready.poll(CHILD_WALL_SECONDS * 1000):
-                self.hung = True
-                process.kill()
-            pieces.append(os.read(pipe, 1 << 20))
-            if not pieces[-1]:
-                return None
-        line, _, self.unread = b"".join(pieces).partition(b"\n")
-        return line
 
 
 CHILD = _Child()

@@ -270,7 +270,7 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what an optimizer of this kind, torch.optim.AdamW or bitsandbytes wrote.
+        """Take over what an optimizer of this kind or torch.optim.AdamW wrote.
 
         ValueError if it does not fit: other parameters, or other bits. Nothing is changed then. `grad_norm` and
         `skipped` are None until the next step.

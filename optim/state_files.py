@@ -1,6 +1,6 @@
-"""Reading optimizer state that was saved: our own, torch.optim.AdamW's, and bitsandbytes' 8- and 32-bit.
+"""Reading optimizer state that was saved: our own and torch.optim.AdamW's.
 
-Everything is checked before anything is changed. State moves between devices, between float dtypes and from peers, but
+Everything is checked before anything is changed. State moves between devices, between float dtypes and from torch, but
 never between 32 and 8 bits by itself: that would change a run without a word.
 """
 
@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.codes import dynamic_code
 from .state import fields, local
 from .update import Group, Rule
 
 TORCHS = ("foreach", "fused", "amsgrad", "maximize", "capturable", "differentiable")  # torch.optim.AdamW's own settings
-_PEERS_SETTINGS = {*TORCHS, "decoupled_weight_decay", "alpha", "t_alpha", "t_beta3"}  # which have no meaning here
-_WRAPPED = "__bnb_optimizer_quant_state__"
+_PEERS_SETTINGS = {*TORCHS, "decoupled_weight_decay"}  # which have no meaning here
 
 
 def refuse_torchs(settings: Mapping[str, Any]) -> None:
@@ -58,35 +56,20 @@ def read_states(
 
 def _entry(number: int, entry: dict[str, Any], parameter: nn.Parameter, wanted: int, rule: Rule) -> dict[str, Any]:
     what = f"the saved state of parameter {number}, {tuple(parameter.shape)},"
-    state = _named_as_ours(entry, rule, what)
-    first = state.get(rule.moments[0].name)
+    first = entry.get(rule.moments[0].name)
     kept = fields(rule.moments, wanted, parameter.dtype)
     if isinstance(first, Tensor) and (first.dtype == torch.uint8) != (wanted == 8):
         raise ValueError(
             f"{what} has {8 if wanted == 32 else 32} bits, but this optimizer keeps {wanted} for it; make one with the "
             "`bits` and `min_8bit_size` that it was saved with"
         )
-    if set(state) != {"step", *kept}:
-        raise ValueError(f"{what} has {sorted(state)}, but {rule.name} keeps {sorted(['step', *kept])}")
+    if set(entry) != {"step", *kept}:
+        raise ValueError(f"{what} has {sorted(entry)}, but {rule.name} keeps {sorted(['step', *kept])}")
     for name, field in kept.items():
-        value, codes = state[name], field.dtype == torch.uint8
+        value, codes = entry[name], field.dtype == torch.uint8
         if not isinstance(value, Tensor) or not (value.dtype == torch.uint8 if codes else value.is_floating_point()):
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{what} has a {name} of {got}, not a tensor of {'uint8' if codes else 'floats'}")
         if (held := local(value).shape) != (shape := field.shape(parameter)):
             raise ValueError(f"{what} has a {name} of shape {tuple(held)}, not {tuple(shape)}")
-    return {**state, "step": float(state["step"])}
-
-
-def _named_as_ours(entry: dict[str, Any], rule: Rule, what: str) -> dict[str, Any]:
-    """bitsandbytes counts where we name: state1, absmax1 and qmap1 belong to the first moment."""
-    state = {**entry, **entry.get(_WRAPPED, {})}
-    state.pop(_WRAPPED, None)
-    for i, moment in enumerate(rule.moments, 1):
-        code = state.pop(f"qmap{i}", None)
-        if code is not None and not torch.equal(code.cpu(), dynamic_code(moment.signed)):
-            raise ValueError(f"{what} has a code for {moment.name} that is not the dynamic 8-bit map")
-        for theirs, ours in ((f"state{i}", moment.name), (f"absmax{i}", f"{moment.name}_absmax")):
-            if theirs in state:
-                state[ours] = state.pop(theirs)
-    return state
+    return {**entry, "step": float(entry["step"])}

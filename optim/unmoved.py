@@ -1,26 +1,22 @@
-"""Which trained tensors have not moved after some steps, and why, from a checksum of each: no copy of the weights.
+"""Which trained tensors have not moved after some steps, from a checksum of each: no copy of the weights.
 
 A checksum is the sum of a tensor's bits, each element's times an odd number drawn for its place, modulo 2^64: values
 that move against each other do not cancel, and one that moved alone always shows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from .update import NARROW
 
-REASONS = {
-    "rate": "their learning rate is 0",
-    "no gradient": "no gradient reached them: no row used that part of the model, or it is cut off from the loss",
-    "zero gradient": "their gradient is 0",
-    "rounding": "updates are rounded away, too small for their dtype; in 16 bits use rounding stochastic, in float32 a "
-    "higher lr",
-}
-SHOWN = 3  # names of each reason in a notice
+REASONS = (
+    "their learning rate is 0, no gradient reaches them, or updates are rounded away, too small for their dtype: in 16 "
+    "bits use rounding stochastic, in float32 a higher lr"
+)
+SHOWN = 3  # names in a notice
 PIECE = 1 << 20  # elements at a time: 8 MB of random numbers
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -43,32 +39,20 @@ def checksum(tensor: Tensor) -> Tensor:
 
 def unmoved(
     parameters: Mapping[str, nn.Parameter], before: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
-) -> dict[str, str]:
-    """Name -> the key in REASONS, of the parameters whose checksums are those of `before`, after a step of the
-    optimizer whose gradients are still there. Stochastic rounding freezes nothing: a few small steps may move a small
-    tensor or not."""
-    now = {name: checksum(p) for name, p in parameters.items()}
+) -> list[str]:
+    """Names of the parameters whose checksums are those of `before`, after a step of the optimizer whose gradients are
+    still there. Stochastic rounding freezes nothing: a few small steps may move a small tensor or not."""
+    now = {name: checksum(p) for name, p in parameters.items() if p.numel()}
     moved = (torch.stack([*now.values()]) != torch.stack([before[name] for name in now])).tolist()  # one wait
-    same = {name: p for (name, p), has in zip(parameters.items(), moved, strict=True) if p.numel() and not has}
-    learning = {id(p) for group in optimizer.param_groups if group["lr"] > 0 for p in group["params"]}
-    found = {name: _reason(p, id(p) in learning) for name, p in same.items()}
+    same = [name for name, has in zip(now, moved, strict=True) if not has]
     drawn = NARROW if getattr(optimizer, "rounding", "") == "stochastic" else ()
-    return {name: reason for name, reason in found.items() if reason != "rounding" or same[name].dtype not in drawn}
+    learning = {id(p) for g in optimizer.param_groups if g["lr"] > 0 for p in g["params"] if p.dtype in drawn}
+    lucky = {n for n in same if id(p := parameters[n]) in learning and p.grad is not None and bool(p.grad.any())}
+    return [name for name in same if name not in lucky]
 
 
-def _reason(parameter: nn.Parameter, learns: bool) -> str:
-    if not learns:
-        return "rate"
-    if parameter.grad is None:
-        return "no gradient"
-    return "rounding" if bool(parameter.grad.any()) else "zero gradient"
-
-
-def notice(found: Mapping[str, str], trained: int, steps: int) -> str:
+def notice(found: Sequence[str], trained: int, steps: int) -> str:
     """One line about what `unmoved` found among so many trained tensors, after so many steps."""
-    parts = []
-    for reason, group in groupby(sorted(found, key=found.__getitem__), key=found.__getitem__):
-        names = list(group)
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        parts.append(f"{REASONS[reason]} ({', '.join(names[:SHOWN])}{more})")
-    return f"note: {len(found)} of {trained} trained tensors did not move in {steps} steps: {'; '.join(parts)}"
+    more = f" and {len(found) - SHOWN} more" * (len(found) > SHOWN)
+    what = f"{len(found)} of {trained} trained tensors did not move in {steps} steps: {', '.join(found[:SHOWN])}{more}"
+    return f"note: {what}; {REASONS}"

@@ -254,23 +254,13 @@ class DPOConfig(PreferenceConfig):
         "what the policy is compared with: base (adapter off), or start (the adapter as it was at the start); auto: "
         "start on top of a trained adapter, else base, which then is the same",
     )
-    reference_cache: str | None = setting(
-        None,
-        "a file for the reference's log-probabilities, computed once before training; made if it is not there, and "
-        "refused if it was made from other data, weights or template",
-        metavar="FILE",
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         objective = self.objective()
-        if not objective.needs_reference:
-            for name, default in (("reference", "auto"), ("reference_cache", None)):
-                if getattr(self, name) != default:
-                    raise InputError(
-                        f"{name} has no use with the loss {', '.join(objective.losses)}, which compares with no "
-                        f"reference; got {getattr(self, name)!r}: leave it out"
-                    )
+        if not objective.needs_reference and self.reference != "auto":
+            what = f"the loss {', '.join(objective.losses)}, which compares with no reference"
+            raise InputError(f"reference has no use with {what}; got {self.reference!r}: leave it out")
 
     def objective(self) -> Objective:
         """The loss as a checked object."""

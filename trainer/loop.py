@@ -104,7 +104,7 @@ class Run:
         self.stopped = False  # a loop that finds it set ends after the step; the trainers' do
         self.retries = 0  # micro-batches that ran out of memory and were run again
         self.updates, self.watched = 0, 0  # made by this object; after how many `unmoved` is known (0: never)
-        self.unmoved: dict[str, str] = {}  # parameters that are as they were before the first update, and why
+        self.unmoved: list[str] = []  # parameters that are as they were before the first update
         self._checksums: dict[str, Tensor] = {}
         self._paged: dict[str, int | float] = {}
         self._gathered: list[tuple[Tensor, list[Sums]]] = []

@@ -1,11 +1,7 @@
-"""Where the metrics of a run go: metrics.jsonl always, TensorBoard when asked, the terminal for whoever watches.
-
-Each line ends with a checksum of itself, under `crc32`: a resumed run and the curve read the file back.
-"""
+"""Where the metrics of a run go: metrics.jsonl always, TensorBoard when asked, the terminal for whoever watches."""
 
 import json
 import math
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,11 +48,11 @@ class Metrics:
         if missing := resumed_at - len({record["step"] for record in kept if "loss" in record}):
             notes.append(f"{self.path} lacks {missing:,} of the {resumed_at:,} steps that are done")
         if self.path.exists():
-            write_text(self.path, "".join(map(_line, kept)))
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(_line(record))
+        self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self.display is not None:
             self.display.show(record)
@@ -72,8 +68,8 @@ class Metrics:
 
 
 def read_metrics(path: Path, notes: list[str] | None = None) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, as `write` took them. Lines that are not as they were written are left out, and
-    counted in `notes`; without a word only a last one that a crash cut off."""
+    """The records of a metrics.jsonl, as `write` took them. Lines that are none are left out, and counted in `notes`;
+    without a word only a last one that a crash cut off."""
     records, damaged = list[dict[str, Any]](), 0
     with path.open(encoding="utf-8", errors="replace") as file:
         while line := file.readline(LONGEST_LINE):
@@ -91,17 +87,9 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _line(record: dict[str, Any]) -> str:
-    text = json.dumps(record)
-    return f'{text[:-1]}, "crc32": {zlib.crc32(text.encode())}}}\n'
-
-
 def _record(line: str) -> dict[str, Any]:
-    """What a line holds; ValueError (InputError for a type that no record has) where it is not as it was written."""
-    text, _, checksum = line.rpartition(', "crc32": ')
-    if checksum != f"{zlib.crc32(f'{text}}}'.encode())}}}\n":
-        raise ValueError("checksum")
-    record: dict[str, Any] = json.loads(text + "}")
+    """What a line holds; ValueError where it is no record."""
+    record: dict[str, Any] = json.loads(line)
     checked("metrics", record, dict[str, float | bool | None])
     checked("step", record.get("step"), int, {"least": 0, "most": LARGEST})
     return record

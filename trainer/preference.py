@@ -4,12 +4,9 @@ What is new beside fine-tuning is the batch (a prompt once, its answers as branc
 compares with.
 """
 
-import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, count
-from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -18,7 +15,7 @@ from torch import Tensor, nn
 from ..data.batch import Batch, Example, sent
 from ..data.encode import Dataset
 from ..data.protocol import AnyTokenizer
-from ..errors import InputError, NumericError
+from ..errors import InputError
 from ..lora.active import copy_adapter, using
 from ..lora.adapter import adapters_of
 from ..lora.peft_files import adapter_state, load_adapter_state
@@ -28,7 +25,6 @@ from .config import DPOConfig
 from .losses.judged import mismatch_kl
 from .losses.pairs import Scores, mixture, reward_shift, rewards_seen, scores_of
 from .losses.tokens import answer_scores, summed, token_kl
-from .reference import CachedReference, cache_parts, cached
 from .run import active_adapters
 from .step import StepResult, Sums, as_sums
 from .trainer import Trainer, Weights
@@ -51,7 +47,7 @@ class DPOTrainer(Trainer):
     "pairs" ("judged" for a loss on single answers). loss: `Scores` -> [P], instead of what config.loss computes, which
     still says the kind of rows, whether there is a reference, and what the metrics' rewards are. The rest: `Trainer`.
     There is never a second model: the reference is the base, with no adapter active, or a frozen copy of the adapter
-    as it was at the start, or a file of its log-probabilities. The copy stays on the model, under a name of its own
+    as it was at the start. The copy stays on the model, under a name of its own
     ("reference", or "reference-2" and so on where that is taken), so that the trainer can evaluate after training;
     `remove_adapter` takes it off.
     Raises InputError for rows, options or a model that cannot be trained on.
@@ -73,12 +69,10 @@ class DPOTrainer(Trainer):
         super().__init__(model, tokenizer, config=config, loss=loss, **options)
         self.fresh = all(part.is_idle() for part in adapters_of(self.model, self.adapter).values())
         self.reference: tuple[str, ...] = ()  # the adapters that are active in it
-        self.cache: CachedReference | None = None
         if self.objective.needs_reference:
             self._set_reference()
         self.seen = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # `pairs.rewards_seen` of all steps
         self.points = {"kl": torch.zeros((), device=self.device), "shift": reward_shift(self.seen)}
-        self._at_start = True
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         found, others = (
@@ -116,11 +110,8 @@ class DPOTrainer(Trainer):
         return as_sums(losses, batch)._replace(metrics=metrics, carried=carried)
 
     def reference_logps(self, batch: Batch) -> Tensor:
-        """The reference's log-probability of each answer's tokens, [A, P, L], without gradient."""
-        return self._live_logps(batch) if self.cache is None else self.cache.logps(batch, self.device)
-
-    def _live_logps(self, batch: Batch) -> Tensor:
-        """The same from the model; dropout off, and the model afterwards as it was before."""
+        """The reference's log-probability of each answer's tokens, [A, P, L], without gradient; dropout off, and the
+        model afterwards as it was before."""
         with evaluating(self.model), using(self.model, *self.reference):
             return answer_scores(self.model, batch).logps
 
@@ -130,9 +121,6 @@ class DPOTrainer(Trainer):
             self.points["kl"] = self._mismatch(dataset, numbers)
 
     def applied(self, result: StepResult) -> None:
-        if self._at_start:
-            self._at_start = False
-            self._check_start(result)
         if "seen" in result.carried:  # a step that moved nothing, perhaps for a NaN, adds nothing
             self._set_seen(self.seen + torch.where(result.skipped == 0, result.carried["seen"], 0.0))
 
@@ -144,16 +132,9 @@ class DPOTrainer(Trainer):
         return frozen | {"seen": self.seen}
 
     def load_state(self, state: Weights) -> None:
-        self._at_start = False
         self._set_seen(state["seen"].to(self.device))
         for name in self.reference:
             then = {n.removeprefix(f"{REFERENCE}."): t for n, t in state.items() if n.startswith(f"{REFERENCE}.")}
-            now = adapter_state(self.model, name)
-            if self.cache is not None and not all(torch.equal(now[n].cpu(), then[n]) for n in now):
-                raise InputError(
-                    "reference_cache was computed with another adapter than the one this run began with: resume with "
-                    "that adapter and its file"
-                )
             load_adapter_state(self.model, then, name)
 
     def _set_reference(self) -> None:
@@ -165,13 +146,6 @@ class DPOTrainer(Trainer):
             names = chain([REFERENCE], (f"{REFERENCE}-{number}" for number in count(2)))
             self.reference = (next(name for name in names if not adapters_of(self.model, name)),)
             copy_adapter(self.model, self.adapter, *self.reference)
-        if self.config.reference_cache is not None:
-            sets = self.sets[: 1 if self.val_set is self.train_set else 2]
-            lengths = [[sum(part.trained) for part in e.parts] for dataset in sets for e in dataset.examples]
-            batches = [b for dataset in sets for b in self.micro_batches(dataset, range(len(dataset)), "auto")]
-            parts = cache_parts(self.model, self.reference, self.fingerprint)
-            file = Path(os.path.realpath(self.config.reference_cache))
-            self.cache = cached(file, parts, batches, lengths, self._live_logps)
 
     @torch.no_grad()
     def _mismatch(self, dataset: Dataset, numbers: Sequence[int]) -> Tensor:
@@ -185,7 +159,7 @@ class DPOTrainer(Trainer):
         policy, reference = [], []
         with evaluating(self.model):
             for batch in self.micro_batches(Dataset("judged", crossed), range(len(crossed)), self.config.micro_batch):
-                reference.append(self._live_logps(batch).sum(-1).flatten())
+                reference.append(self.reference_logps(batch).sum(-1).flatten())
                 policy.append(answer_scores(self.model, batch).logps.sum(-1).flatten())
         return mismatch_kl(torch.cat(policy), torch.cat(reference))
 
@@ -195,29 +169,6 @@ class DPOTrainer(Trainer):
         own = prompt_of(dataset.examples[chosen[k]])
         places = chain(chosen[k + 1 :], chosen[:k], range(chosen[k] + 1, len(dataset)), range(chosen[k]))
         return next((dataset.examples[i] for i in places if prompt_of(dataset.examples[i]) != own), None)
-
-    def _check_start(self, result: StepResult) -> None:
-        """While the policy still is the reference all rewards are 0, so that DPO's loss is ln 2; anything else means
-        that the reference is another model."""
-        same = self.config.reference == "start" or self.fresh
-        dropout = any(part.dropout for part in adapters_of(self.model, self.adapter).values())
-        if not self.objective.needs_reference or not same or dropout:
-            return
-        allowed = 2e-2 if self.model.dtype in (torch.bfloat16, torch.float16) else 1e-4
-        checks = []
-        if self.objective.losses == {"sigmoid": 1.0} and self.loss is None:
-            checks.append(("loss", result.loss.item(), "ln 2 = 0.693147", math.log(2), allowed))
-        for name in ("reward_chosen", "reward_rejected"):
-            # Taken as of beta 0.1, or a small beta would hide everything: a reward is beta times a log-ratio.
-            reward = result.metrics[name].item() * 0.1 / self.objective.beta
-            checks.append((f"{name}, as of beta 0.1,", reward, "0", 0.0, 2 * allowed))
-        for what, found, named, wanted, within in checks:
-            if abs(found - wanted) > within:
-                raise NumericError(
-                    f"the first {what} is {found:.6f}, not {named} (within {within:g}): the policy does not start at "
-                    f"its reference ({self.config.reference}). Were weights of model or adapter changed since the "
-                    "trainer was made?"
-                )
 
 
 def prompt_of(example: Example) -> list[int]:

@@ -1,13 +1,12 @@
 """What a run leaves to look at: its curves as one picture, and the batch that ended it."""
 
 import json
-from collections.abc import Mapping, Sequence
-from io import StringIO
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..data.batch import Batch
-from ..errors import NumericError, html_table
+from ..errors import NumericError
 from ..files import write_text, write_whole
 from ..models.protocol import CausalLM
 from ..outputs import check_apart
@@ -31,14 +30,6 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     check_apart(picture, f"the picture {picture}", [metrics])
     figure = _curves(metrics)
     write_whole(picture, lambda part: figure.savefig(part, format=picture.suffix[1:] or "png", dpi=120))
-
-
-def as_html(values: Mapping[str, object], metrics: Path) -> str:
-    """Values by name as a table, and the curves of a metrics.jsonl as SVG: for a notebook, every text escaped."""
-    drawn = StringIO()
-    if metrics.exists():
-        _curves(metrics).savefig(drawn, format="svg")
-    return html_table(values) + "".join(drawn.getvalue().partition("<svg")[1:])
 
 
 def _curves(metrics: Path) -> Any:

@@ -24,7 +24,7 @@ from .config import COURSE, PAGED, TrainingConfig
 from .run import RunState
 
 HARMLESS = {"out", "resume", "log", "keep", "save_every", "checkpointing", "optimizer_budget", "micro_batch", "packing"}
-HARMLESS |= {"template", "reference_cache"}  # names of files: their contents are compared
+HARMLESS |= {"template"}  # the name of a file: its content is compared
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,6 @@ def layout(config: TrainingConfig, device: torch.device) -> dict[str, str]:
     return {
         "packing": str(config.packing),
         "micro_batch": str(config.micro_batch),
-        "source of the reference": "file" if getattr(config, "reference_cache", None) else "model",
         "device": torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
         "number of threads": "any" if on_gpu else str(torch.get_num_threads()),
         "torch": torch.__version__,

@@ -1,6 +1,6 @@
 """What a run knows while it goes, and what it ends with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from ..errors import InputError
 from ..files import write_text
 from ..lora.adapter import DEFAULT, adapter_layers, adapter_parameters, refuse_left_out
 from ..settings import LARGEST, setting
-from .report import as_html
 
 
 def _counted(help: str) -> Any:
@@ -50,13 +49,9 @@ class TrainResult:
     skipped_steps: int
     tokens: int  # seen in training, padding not counted
     stopped_early: bool
-    unmoved: Mapping[str, str]  # trained tensors that the first steps (50 after warm-up) did not move: a word for why
+    unmoved: Sequence[str]  # trained tensors that the first steps (50 after warm-up) did not move
     signal: int | None
     checkpoint: Path | None
-
-    def _repr_html_(self) -> str:
-        """In a notebook: what is said here, and the curves."""
-        return as_html(vars(self), self.out / "metrics.jsonl")
 
     @property
     def val_loss(self) -> float | None:
@@ -64,7 +59,7 @@ class TrainResult:
         return self.val.get("loss")
 
 
-def result_of(out: Path, run: RunState, unmoved: Mapping[str, str], signal: int | None) -> TrainResult:
+def result_of(out: Path, run: RunState, unmoved: Sequence[str], signal: int | None) -> TrainResult:
     """What the run in the folder `out` ended with."""
     newest = out / "checkpoints" / f"step-{run.saved:06d}"
     return TrainResult(

@@ -24,7 +24,6 @@ from fourbit.cli.sft import Options as SFTOptions
 from fourbit.cli.show import bars
 from fourbit.data.encode import load as load_rows
 from fourbit.errors import visible
-from fourbit.kernels import border
 from fourbit.models.load import load_tokenizer
 from fourbit.outputs import Output
 
@@ -484,15 +483,6 @@ def test_doctor(typed: Typed, as_json: AsJson) -> None:
     assert facts["versions"]["torch"] == torch.__version__ and facts["versions"]["fourbit"] == fourbit.__version__
     assert facts["used"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert "kernels" in typed("doctor", out=True)
-
-
-def test_doctor_shows_how_many_rows_are_decoded_inside_the_product(
-    monkeypatch: pytest.MonkeyPatch, as_json: AsJson
-) -> None:
-    monkeypatch.setattr(border, "BORDER", {"sm_90": 48})
-    shown = as_json("doctor")["rows decoded inside the product"]
-    assert shown.keys() - {"this GPU"} == {"sm_90", "any other GPU"}
-    assert shown["sm_90"] == "48 (measured)" and shown["any other GPU"].startswith(f"{border.SAFE} (not measured")
 
 
 def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, typed: Typed) -> None:

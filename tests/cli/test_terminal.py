@@ -16,8 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 from fourbit.cli.main import main
-from fourbit.cli.show import working
-from fourbit.trainer.interrupt import remembered_ctrl_c
 
 STEPS = 40
 
@@ -122,33 +120,6 @@ def test_ctrl_c_before_the_first_step(tiny_folder: Path, tmp_path: Path) -> None
     ended, said = command.ended()
     assert ended == 130, said
     assert said.endswith("stopped by Ctrl-C\n") and not (tmp_path / "out" / "metrics.jsonl").exists()
-
-
-class Victim:
-    """Dies while Ctrl-C is pressed."""
-
-    def __del__(self) -> None:
-        signal.raise_signal(signal.SIGINT)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_ctrl_c_inside_a_finaliser_is_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
-    """Python drops the exception there; the command must still end."""
-    with remembered_ctrl_c():
-        victim: Victim | None = Victim()
-        with pytest.raises(KeyboardInterrupt), working("reading data"):
-            del victim
-            went_on = True
-    assert went_on and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_an_ignored_ctrl_c_stays_ignored() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with remembered_ctrl_c():
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def on_terminal(args: list[str], **environment: str) -> str:

@@ -195,16 +195,6 @@ def processor_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def test_a_template_that_is_slow_for_every_row_is_given_up_soon(spent: list[float]) -> None:
-    """Though no row takes as long as a limit: what it takes beyond what a template of its length may is added up."""
-    source = "{% for i in range(3000) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}"
-    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-    with pytest.raises(InputError, match="s more for a few rows than any template needs"):
-        list(ChatTemplate(source).render_all([Talk(talk, turns=[1])] * 2000))
-    CHILD.stop()
-    assert processor_seconds() - spent[0] < 1.5
-
-
 @pytest.mark.parametrize("case", HARMLESS)
 def test_harmless_templates_render(case: str) -> None:
     source, text = HARMLESS[case]
@@ -217,46 +207,15 @@ SEARCH = "{% set s = messages[0].content * 10000000 %}{{ s.rfind('a' * 5000 ~ 'b
 
 
 @pytest.mark.parametrize(("source", "says"), [(LOOPS, SLOW), (SEARCH, KILLED)])
-def test_a_bomb_that_only_some_rows_set_off_costs_these_rows(source: str, says: str, spent: list[float]) -> None:
+def test_a_bomb_that_only_some_rows_set_off_ends_all(source: str, says: str, spent: list[float]) -> None:
     """A template may behave on one row and explode on another: by a signal inside, or by losing the process."""
     harmless, bomb = (Talk([{"role": "user", "content": content}]) for content in ("", "a"))
-    first, second, third = ChatTemplate(source).render_all([harmless, bomb, harmless])
-    assert isinstance(second, Unrenderable) and says in str(second)
-    assert not isinstance(first, Unrenderable) and first == third
+    with pytest.raises(InputError, match=f"cannot be used: {says}") as caught:
+        list(ChatTemplate(source).render_all([harmless, bomb, *[harmless] * 9]))
+    assert not isinstance(caught.value, Unrenderable)
+    assert len(list(ChatTemplate(source).render_all([harmless] * 9))) == 9
     CHILD.stop()
     assert processor_seconds() - spent[0] < 6
-
-
-def test_a_template_that_takes_too_much_three_times_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RENDER_SECONDS", 0.3)
-    CHILD.stop()
-    talks = [Talk([{"role": "user", "content": content}]) for content in ("", *"aaaa")]
-    with pytest.raises(InputError, match=r"cannot be used: it renders for longer than 0\.3 s") as caught:
-        list(ChatTemplate("{# given up #}" + LOOPS).render_all(talks))
-    assert not isinstance(caught.value, Unrenderable)
-    assert len(list(ChatTemplate("{# twice #}" + LOOPS).render_all(talks[:3]))) == 3
-    CHILD.stop()
-
-
-ALMOST = "{% for a in range((messages | length - 1) * N) %}{% for b in range(1000) %}{% endfor %}{% endfor %}"
-
-
-@pytest.mark.parametrize("turns", [(), range(1, 41)])
-def test_a_template_just_under_the_limit_is_given_up_too(turns: range, spent: list[float]) -> None:
-    """Whether it is rows that are many, or the renderings of one row."""
-    source = ALMOST.replace("N", "150" if turns else "7500")
-    talk = [{"role": "assistant", "content": "x"}] * (42 if turns else 2)
-    works, slow = Talk(talk[:1]), Talk(talk, turns=turns)
-    template = ChatTemplate(source, name="model's")
-    start = time.process_time()
-    with pytest.raises(InputError) as caught:
-        list(template.render_all([works, *[slow] * 100]))
-    assert "cannot be used: it" in str(caught.value) and "\n" not in str(caught.value)
-    assert not isinstance(caught.value, Unrenderable)
-    with pytest.raises(InputError, match="cannot be used: it"):
-        list(template.render_all([works]))
-    CHILD.stop()
-    assert processor_seconds() - spent[0] < 3 and time.process_time() - start < 1
 
 
 def test_a_fork_while_a_thread_renders_starts_its_own_process() -> None:
@@ -300,24 +259,17 @@ def test_more_than_a_thousand_files_may_be_open() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.parametrize("kills", [1, 2])
-def test_a_process_that_something_else_kills_is_not_the_templates_fault(
-    kills: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    send, left = CHILD._send, [kills]
+def test_a_process_that_something_else_kills_is_not_the_templates_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    send = CHILD._send
 
     def killed(process: Any, request: bytes) -> None:
-        if left[0]:
-            left[0] -= 1
-            process.kill()
+        process.kill()
         send(process, request)
 
-    monkeypatch.setattr(CHILD, "_send", killed)
-    template = ChatTemplate(f"{{# killed {kills} #}}x")
-    if kills == 2:
-        with pytest.raises(EnvironmentProblem, match="was killed twice; perhaps the machine is out of memory"):
-            template.render(TALK)
-    assert template.render(TALK) == "x"
+    with monkeypatch.context() as patch, pytest.raises(EnvironmentProblem, match="was killed; perhaps the machine"):
+        patch.setattr(CHILD, "_send", killed)
+        ChatTemplate("x").render(TALK)
+    assert ChatTemplate("x").render(TALK) == "x"
 
 
 PIECES = st.sampled_from(
@@ -412,18 +364,9 @@ def test_an_interrupt_leaves_no_answer_for_the_next_to_read(monkeypatch: pytest.
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module.select, "poll", interrupted)
+        patch.setattr(CHILD, "_answer", interrupted)
         ChatTemplate("left over").render(TALK)
     assert ChatTemplate("next").render(TALK) == "next"
-
-
-def test_a_process_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped = child_id()
-    os.kill(stopped, signal.SIGSTOP)
-    monkeypatch.setattr(module, "CHILD_WALL_SECONDS", 0.3)
-    with pytest.raises(InputError, match=KILLED):
-        ChatTemplate("{# hangs #}").render(TALK)
-    assert not Path(f"/proc/{stopped}").exists()
 
 
 @pytest.mark.parametrize("executable", ["/nowhere/python", "/bin/false"])

@@ -25,8 +25,8 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 @pytest.fixture(scope="session")
 def start(tiny_folder: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model as a folder `m` and a file `m.gguf`, rows, and what commands made of them: a run with a checkpoint, a
-    reward model, a cache of reference log-probabilities.
+    """A model as a folder `m` and a file `m.gguf`, rows, and what commands made of them: a run with a checkpoint and
+    a reward model.
     """
     from gguf_bytes import tiny_gguf
 
@@ -40,7 +40,6 @@ def start(tiny_folder: Path, forks: Forks, tmp_path_factory: pytest.TempPathFact
     made = {
         "run": ("sft", *common, "--data", "good.jsonl", "--out", "run"),
         "rm": ("reward", *common, "--data", "pairs.jsonl", "--out", "rm"),
-        "cached": ("dpo", *common, "--data", "pairs.jsonl", "--out", "d", "--reference-cache", "cache.safetensors"),
         "gguf": ("chat", "--model", "m.gguf"),
         "good": ("chat", "--model", "m", "--adapter", "run"),
     }
@@ -48,7 +47,7 @@ def start(tiny_folder: Path, forks: Forks, tmp_path_factory: pytest.TempPathFact
         outcome = forks.run(Case(name, lambda here: None, argv), here, seconds=120)
         assert outcome.code == 0, outcome.err.decode()
         forks.level = max(forks.level, outcome.peak_kib) if name == "good" else forks.level
-    for name in ("d", "tmp", "home"):
+    for name in ("tmp", "home"):
         shutil.rmtree(here / name, ignore_errors=True)
     shutil.rmtree(here / "run" / "tensorboard", ignore_errors=True)
     return here

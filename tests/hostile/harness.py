@@ -31,7 +31,7 @@ PARAGRAPH = 2000
 STDERR = 8000  # all of it, notes included
 HASHED_BYTES = 64 << 20  # larger inputs are sparse: told by size and time
 
-MADE = ("run", "rm", "cache.safetensors")  # of `start`: what commands made
+MADE = ("run", "rm")  # of `start`: what commands made
 
 Make = Callable[[Path], object]
 
@@ -55,7 +55,7 @@ class Case:
     encoding: str = "utf-8"
     closed: tuple[str, ...] = ()  # of stdin, stdout, stderr
     stdout: str = ""  # a device to take for it
-    made: bool = False  # needs the run, the reward model and the cache
+    made: bool = False  # needs the run and the reward model
     env: dict[str, str] = field(default_factory=dict)
 
 

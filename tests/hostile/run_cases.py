@@ -1,8 +1,7 @@
-"""Adapters and what runs leave: configs, tensors, settings, metrics, checkpoints, caches, reward heads."""
+"""Adapters and what runs leave: configs, tensors, settings, metrics, checkpoints, reward heads."""
 
 import hashlib
 import json
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +53,6 @@ RUN = (
 RESUME = (*RUN, "--resume", STEP)
 LOCK = ("run/run.lock",)  # of what a run that is refused may change
 DPO = ("dpo", "--model", "m", "--data", "pairs.jsonl", "--out", "o", "--steps", "1", "--rank", "2")
-CACHED = (*DPO, "--reference-cache", "cache.safetensors")
 WRONG: dict[str, list[Any]] = {
     "peft_type": [None, 1, "LOHA", ["LORA"], ESCAPES, LONG],
     "r": [None, 0, -1, True, 1.5, HUGE, "2", {}, 3],
@@ -206,12 +204,6 @@ METRICS: dict[str, str] = {
     "a number of 5,000 digits": '{"step": 1, "loss": ' + "9" * 5000 + "}\n",
     "nested 2,000 deep": nested(2000) + "\n",
 }
-SIGNED = {  # with a checksum that fits
-    name: "".join(
-        f'{line[:-1]}, "crc32": {zlib.crc32(line.encode())}}}\n' for line in text.splitlines() if line.endswith("}")
-    )
-    for name, text in METRICS.items()
-}
 STATE: dict[str, dict[str, Any]] = {
     "run a list": {"run": []},
     "run of unknown keys": {"run__extra": 1},
@@ -253,37 +245,6 @@ def signed(change: Make) -> Make:
     return make
 
 
-def cache(change: Callable[[dict[str, torch.Tensor], dict[str, str]], object]) -> Make:
-    """The cache of reference log-probabilities with its tensors and metadata changed."""
-
-    def make(here: Path) -> None:
-        from safetensors import safe_open
-
-        path = here / "cache.safetensors"
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata())
-        held = load_file(path)
-        change(held, metadata)
-        save_file(held, path, metadata=metadata)
-
-    return make
-
-
-CACHES: dict[str, Make] = {
-    "empty": put("cache.safetensors", b""),
-    "a folder": folder("cache.safetensors"),
-    "a pipe": pipe("cache.safetensors"),
-    "another file": link("cache.safetensors", "m/model.safetensors"),
-    "parts a list": cache(lambda held, metadata: metadata.update(parts="[]")),
-    "parts no JSON": cache(lambda held, metadata: metadata.update(parts="{")),
-    "parts nested 2,000 deep": cache(lambda held, metadata: metadata.update(parts=nested(2000))),
-    "parts of numbers": cache(lambda held, metadata: metadata.update(parts='{"data": 1}')),
-    "no tensor": cache(lambda held, metadata: held.clear()),
-    "too few numbers": cache(lambda held, metadata: held.update(logps=held["logps"][:1].clone())),
-    "NaN": cache(lambda held, metadata: held.update(logps=held["logps"] * float("nan"))),
-    "whole numbers": cache(lambda held, metadata: held.update(logps=held["logps"].long())),
-    "another number in it": cache(lambda held, metadata: held["logps"].mul_(2)),
-}
 FILES: dict[str, Make] = {  # of a checkpoint, not signed
     "no manifest": gone(f"{STEP}/manifest.json"),
     "a manifest that is a list": put(f"{STEP}/manifest.json", "[]"),
@@ -343,7 +304,7 @@ TABLE = [
     ],
     *[
         Case(f"run metrics: {name}", put("run/metrics.jsonl", text), RESUME, ends="either", outputs=("run", *LOCK))
-        for name, text in {**METRICS, **{f"{name}, signed": text for name, text in SIGNED.items() if text}}.items()
+        for name, text in METRICS.items()
     ],
     *[
         Case(f"run metrics: {name}", make, RESUME, outputs=LOCK)
@@ -410,7 +371,6 @@ TABLE = [
     Case("checkpoint: a state that is a list", signed(put(f"{STEP}/state.json", "[]")), RESUME, outputs=LOCK),
     Case("checkpoint: one that is none", all_of(), (*RUN, "--resume", "m"), outputs=LOCK),
     Case("checkpoint: another kind's", all_of(), (*RUN, "--resume", "rm/checkpoints/step-000001"), outputs=LOCK),
-    *[Case(f"cache: {name}", make, CACHED) for name, make in CACHES.items()],
     *[Case(f"reward head: {name}", make, ("RewardModel.load", "rm"), ends="refused") for name, make in HEADS.items()],
     Case("adapter: a reward model's, for chat", all_of(), (*CHAT, "--adapter", "rm")),
     Case("adapter: a file", all_of(), (*CHAT, "--adapter", "good.jsonl")),

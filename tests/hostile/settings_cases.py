@@ -146,8 +146,6 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "a beta of infinity": (*DPO, "--beta", "inf"),
     "a smoothing of 1": (*DPO, "--label-smoothing", "1"),
     "a divergence that is unknown": (*DPO, "--divergence", LONG),
-    "a cache that is the data": (*DPO, "--reference-cache", "pairs.jsonl"),
-    "a cache that is a folder": (*DPO, "--reference-cache", "m"),
     "a teacher that is the student": DISTILL,
     "a teacher that is missing": (*DISTILL, "--teacher", "none"),
     "a teacher that is a file": (*DISTILL, "--teacher", "good.jsonl"),
@@ -239,13 +237,6 @@ CASES = [
         Case(f"settings together: {name}", together(text), YAML, ends="either" if name in FINE_TOGETHER else "refused")
         for name, text in TOGETHER.items()
     ],
-    Case(
-        "flags: a cache in no folder",
-        nothing,
-        (*DPO, "--reference-cache", "no/where/c.safetensors"),
-        ends="either",
-        outputs=("o", "no"),
-    ),
     *[Case(f"flags: {name}", nothing, argv or ("",)) for name, argv in FLAGS.items()],
     *[
         Case(

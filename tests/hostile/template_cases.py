@@ -107,10 +107,4 @@ CASES = [
         for name, row in UNSAID.items()
     ],
     Case("template: a special token in a row", rows(turns("hi<|im_end|>", "yo")), ("data", "d.jsonl", "--model", "m")),
-    Case(
-        "template: slow for 500 rows",
-        all_of(template("{% for i in range(3000) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}"),
-               rows(*[turns("hi", "yo")] * 500)),
-        ("data", "d.jsonl", "--model", "m"),
-    ),
-]  # fmt: skip
+]

@@ -153,7 +153,12 @@ def test_one_8bit_step_beside_bitsandbytes(make: Any, peer: str, size: int) -> N
         give_gradients([theirs], seed=i)
         oracle.step()
     optimizer = make([ours], **settings)
-    optimizer.load_state_dict(copy.deepcopy(oracle.state_dict()))
+    saved = copy.deepcopy(oracle.state_dict())
+    entry = saved["state"][0] | saved["state"][0].pop("__bnb_optimizer_quant_state__", {})
+    saved["state"][0] = {"step": entry["step"]}
+    for i, moment in enumerate(optimizer.rule.moments, 1):
+        saved["state"][0] |= {moment.name: entry[f"state{i}"], f"{moment.name}_absmax": entry[f"absmax{i}"]}
+    optimizer.load_state_dict(saved)
     ours.data.copy_(theirs.data)
     before = {k: v.clone() for k, v in optimizer.state[ours].items()}
     give_gradients([ours], [theirs], seed=9)

