@@ -43,7 +43,8 @@ from .show import amount, count, describe, figure, note, pairs, result, working,
 
 NAMES = re.compile(r"[\w.]+(,[\w.]+)*")  # else an entry of --target is a regular expression
 GROUPS = ("all-linear", "attn", "mlp")
-FRESH = ("kind", "rank", "alpha", "dropout", "target", "rslora", "start")  # what a fresh adapter is told, and no other
+FRESH = ("kind", "rank", "alpha", "dropout", "target", "rslora", "start",
+         "initial_rank", "rank_warmup", "rank_final", "feedforward")  # fmt: skip  # what a fresh adapter is told, alone
 LOOKED_AT = 64  # rows, at most, that a start looks at
 REPORTED = ("perplexity", "reward_accuracy", "reward_margin")  # of the best evaluation; --json has all metrics
 
@@ -83,6 +84,10 @@ class AdapterOptions(AdapterChoice):
         metavar="NAME",
     )
     rslora: bool = setting(False, "scale by alpha / sqrt(rank) instead")
+    initial_rank: int | None = setting(None, "AdaLoRA's rank at the start (default: 1.5 times rank)")
+    rank_warmup: float = setting(0.1, "share of the run before AdaLoRA's ranks fall")
+    rank_final: float = setting(0.5, "share of the run after they have fallen")
+    feedforward: tuple[str, ...] = setting((), "layers of which IA3 scales the input, not the output", metavar="NAME")
     start: str = setting(
         "default",
         "where it begins: pissa, pissa-N (N randomised steps) or olora: at a part of the weights; loftq, loftq-N (N "

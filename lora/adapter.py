@@ -95,6 +95,10 @@ class Adapter(nn.Module):
         """What files hold: itself, or a simpler one that computes the same."""
         return self
 
+    @classmethod
+    def course(cls, parts: Sequence[Any], steps: int | None) -> Any:
+        """What a run of `steps` does with these parts, all of this kind in one adapter: an object like `RankBudget`."""
+
     def term(self) -> tuple[Tensor, Tensor] | None:
         """The change of a parameter as two matrices, or stacks of them, to be multiplied; of kinds for those."""
         return None

@@ -10,9 +10,10 @@ from ..errors import InputError, shown
 from ..settings import Checked, checked, setting
 
 Number = TypeVar("Number", int, float)
-Kind = Literal["lora", "dora", "lora-fa", "ia3"]  # the words of kinds.py
+Kind = Literal["lora", "dora", "lora-fa", "ia3", "adalora"]  # the words of kinds.py
 OF_LORA = ["rank", "alpha", "dropout", "rslora", "rank_pattern", "alpha_pattern", "target_parameters", "bias"]
 UNUSED = {"ia3": OF_LORA}  # settings that a kind has no use for
+ONLY_OF = {"initial_rank": "adalora", "rank_warmup": "adalora", "rank_final": "adalora", "feedforward": "ia3"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class LoRAConfig(Checked):
         classifier: the adapter holds a copy of each, so that without it the model is its base.
     target_parameters: names of parameters that are no layer's weight (full paths or their ends), as fused experts are:
         ["experts.gate_up_proj", "experts.down_proj"]. `target` never means those, as in PEFT; None: no layer.
+    initial_rank, rank_warmup, rank_final: of AdaLoRA. `rank` is a layer's mean rank at the end, `initial_rank` each
+        one's at the start (default: 1.5 times that); ranks fall between a run's first and last shares of these names.
     feedforward: layers, as in `target`, of which IA3 scales the input, not the output; the paper's are the last of
         feedforward blocks, such as down_proj.
     bias: whether biases are trained, in copies too: "none", those of the layers with adapters ("lora_only"), "all".
@@ -52,6 +55,9 @@ class LoRAConfig(Checked):
     bias: Literal["none", "all", "lora_only"] = setting("none", "which biases are trained")
     kind: Kind = setting("lora", "kind of adapter")
     start: str = setting("default", "where A and B begin", metavar="WORD")
+    initial_rank: int | None = setting(None, "AdaLoRA's rank at the start (default: 1.5 times rank)", least=1)
+    rank_warmup: float = setting(0.1, "share of the run before AdaLoRA's ranks fall", least=0, most=1)
+    rank_final: float = setting(0.5, "share of the run after they have fallen", least=0, most=1)
     feedforward: str | Sequence[str] = setting((), "layers of which IA3 scales the input, not the output")
 
     def __post_init__(self) -> None:
@@ -64,12 +70,23 @@ class LoRAConfig(Checked):
             raise InputError(f"dropout must be a number from 0 up to, but not including, 1; got {shown(self.dropout)}")
         for key in ("target", "exclude", "feedforward"):
             checked_names(key, getattr(self, key) or ())
+        if self.first_rank < self.rank:
+            raise InputError(f"initial_rank must be at least the final rank, {self.rank}, got {self.initial_rank}")
+        if self.rank_warmup + self.rank_final > 1:
+            shares = f"{self.rank_warmup} and {self.rank_final}"
+            raise InputError(f"rank_warmup and rank_final are shares of one run, at most 1 together, got {shares}")
         for f in fields(self):
-            if f.name in UNUSED.get(self.kind, ()) and getattr(self, f.name) not in (f.default, {}):
+            unused = f.name in UNUSED.get(self.kind, ()) or ONLY_OF.get(f.name, self.kind) != self.kind
+            if unused and getattr(self, f.name) not in (f.default, {}):
                 raise InputError(f"{f.name} has no part in an adapter of the kind {self.kind!r}: leave it out")
         for key in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, key):
                 _check_regex(key, pattern)
+
+    @property
+    def first_rank(self) -> int:
+        """AdaLoRA's rank at the start."""
+        return self.initial_rank or -(-3 * self.rank // 2)
 
     def rank_at(self, path: str) -> int:
         """The rank of the layer at `path`."""

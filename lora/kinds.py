@@ -1,11 +1,13 @@
 """The kinds of adapter: the word of LoRAConfig.kind for each, and its class."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
 from ..errors import InputError
-from .adapter import Adapter
+from .adalora import AdaLoRA
+from .adapter import Adapter, adapter_layers, adapters_of
 from .config import LoRAConfig
 from .dora import DoRA
 from .ia3 import IA3
@@ -13,7 +15,7 @@ from .linear4bit import NF4Linear
 from .lora import LoRA, LoRAFA, is_linear
 
 LayerFactory = Callable[[nn.Linear | NF4Linear, LoRAConfig], Adapter]
-KINDS: dict[str, type[Adapter]] = {"lora": LoRA, "dora": DoRA, "lora-fa": LoRAFA, "ia3": IA3}
+KINDS: dict[str, type[Adapter]] = {"lora": LoRA, "dora": DoRA, "lora-fa": LoRAFA, "ia3": IA3, "adalora": AdaLoRA}
 
 
 def of_kind(base: nn.Module, config: LoRAConfig) -> Adapter:
@@ -21,3 +23,14 @@ def of_kind(base: nn.Module, config: LoRAConfig) -> Adapter:
     if config.kind not in ("lora", "dora") and not is_linear(base):
         raise InputError(f"kind={config.kind!r} changes linear layers, and target names a {type(base).__name__} too")
     return KINDS[config.kind].of(base, config)
+
+
+def courses(model: nn.Module, trained: Iterable[nn.Parameter], steps: int | None) -> list[Any]:
+    """What a run of `steps` does with each adapter that holds some of these parameters, besides moving them."""
+    ids, names = {id(p) for p in trained}, {n for layer in adapter_layers(model).values() for n in layer.adapters}
+    found = []
+    for parts in (adapters_of(model, name).values() for name in sorted(names)):
+        own = [part for part in parts if any(id(parameter) in ids for parameter in part.parameters())]
+        kinds: dict[type[Adapter], None] = dict.fromkeys(map(type, own))
+        found += [kind.course([part for part in own if type(part) is kind], steps) for kind in kinds]
+    return [course for course in found if course is not None]

@@ -906,6 +906,9 @@ def test_a_run_is_gone_on_from_as_advised(here: Path, tokenizer: Any, monkeypatc
 # Nothing is left out.
 
 ELSEWHERE = {  # tests of other files that follow an advice
+    "tests/trainer/test_rank_budget.py::test_a_run_of_ones_own_needs_its_length": [
+        ("lora/adalora.py", "give Run its number of steps, total="),
+    ],
     "tests/lora/test_adapter_kinds.py::test_what_a_kind_does_not_take": [
         ("lora/config.py", "has no part in an adapter of the kind"),
     ],

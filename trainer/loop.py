@@ -30,6 +30,7 @@ from ..errors import InputError
 from ..files import misfits
 from ..kernels.chunked_head import TokenScores
 from ..lora.adapter import adapter_parameters, plain_name, unwrapped
+from ..lora.kinds import courses
 from ..models.foreign import as_causal_lm
 from ..models.generate import generate
 from ..models.protocol import CausalLM, evaluating
@@ -67,7 +68,7 @@ class Run:
         `fourbit.optim.AdamW` without weight decay. scheduler: makes torch's scheduler for it, which is stepped after
         each update that was applied.
     parameters: what is trained, by name; default: all that need a gradient. max_grad_norm: the norm that gradients are
-        scaled down to (0: never), where the optimizer does not say its own.
+        scaled down to (0: never), where the optimizer does not say its own. total: steps in all, which AdaLoRA goes by.
     `steps` counts the updates. A step whose loss or gradient is not finite moves nothing. Raises InputError for what
     cannot be trained, or not saved.
     """
@@ -82,6 +83,7 @@ class Run:
         scheduler: MakeScheduler | None = None,
         parameters: Mapping[str, nn.Parameter] | None = None,
         max_grad_norm: float = 1.0,
+        total: int | None = None,
     ) -> None:
         self.model, self.loss = model if loss else as_causal_lm(model), loss or cross_entropy
         self.tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
@@ -100,7 +102,7 @@ class Run:
         self.scheduler = scheduler and scheduler(self.optimizer)
         if isinstance(self.scheduler, ReduceLROnPlateau):
             raise InputError("ReduceLROnPlateau goes by a metric: step it yourself, after an evaluation")
-        self.steps = 0
+        self.courses, self.steps = courses(model, self.parameters.values(), total), 0
         self.stopped = False  # a loop that finds it set ends after the step; the trainers' do
         self.retries = 0  # micro-batches that ran out of memory and were run again
         self.updates, self.watched = 0, 0  # made by this object; after how many `unmoved` is known (0: never)
@@ -136,6 +138,8 @@ class Run:
             raise InputError("a step needs gradients: call forward_backward before optim_step")
         if self.updates == 0 < self.watched:
             self._checksums = {name: checksum(p) for name, p in self.parameters.items()}
+        for course in self.courses:  # once a step, whatever its batches and what they count
+            course.penalty().backward()
         gathered, self._gathered = self._gathered, []
         loss = torch.stack([mean for mean, _ in gathered]).sum()
         for group in self.optimizer.param_groups if lr is not None else ():
@@ -146,6 +150,8 @@ class Run:
             self.state()  # much of which an optimizer makes in its first step: what cannot be saved is said now
         if self.updates == self.watched:  # here the host waits for the device, once
             self.unmoved = unmoved(self.parameters, self._checksums, self.optimizer)
+        for course in self.courses:
+            course.after_step(self.steps, skipped)
         for parameter in self.parameters.values():  # those too that no group has
             parameter.grad = None
         every = [sums for _, found in gathered for sums in found]

@@ -300,19 +300,19 @@ class Trainer(ABC):
         """Validation metrics, and what follows from them: the best weights so far, an early stop."""
         self._settle()
         run = self.progress
-        found = {} if self.val_set is None else self.evaluate(self.interrupt)
-        if self.val_set is not None and not found:
+        if self.val_set is not None and not (found := self.evaluate(self.interrupt)):
             return  # interrupted: the resumed run does it again
         run.evaluated = run.done
         if self.val_set is None:
             return
         run.saved = min(run.saved, run.done - 1)  # a checkpoint made before this evaluation lacks its outcome
         self.metrics.write({"step": run.done, **{f"val_{name}": value for name, value in found.items()}})
-        if self._is_best(found[self.best_metric]):
+        settled = all(run.done >= course.settled_at for course in self.run.courses)  # else no run can end with it
+        if settled and self._is_best(found[self.best_metric]):
             run.best_metrics, run.best_step, run.without_better = found, run.done, 0
             if self.config.keep_best:
                 self.best = {name: tensor.detach().clone() for name, tensor in self.run.weights().items()}
-        else:
+        elif settled:
             run.without_better += 1
             run.stopped_early |= self.config.patience is not None and run.without_better >= self.config.patience
         self._clock = time.perf_counter()  # an evaluation is not training time
@@ -384,7 +384,7 @@ class Trainer(ABC):
         optimizer = make_optimizer(self.parameters, config, self.pager) if own is None else own
         how: dict[str, Any] = {"scheduler": self.scheduler, "max_grad_norm": config.max_grad_norm}
         how |= {"loss": lambda _, batch: self.sums(batch), "parameters": self.parameters, "optimizer": optimizer}
-        run = Run(self.model, self.tokenizer, **how)
+        run = Run(self.model, self.tokenizer, total=self.total, **how)
         for group in run.optimizer.param_groups if own is not None else ():  # the peak, as torch's schedulers keep it
             group["lr_scale"] = group.setdefault("initial_lr", group["lr"])
         return run

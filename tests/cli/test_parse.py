@@ -180,7 +180,8 @@ SAMPLING = {"max_new_tokens", "temperature", "top_k", "top_p", "seed"}
 TRAINING = (
     "out epochs steps batch_size micro_batch packing max_length on_bad_row template lr schedule warmup decay lora_plus "
     "lr_scale optimizer optimizer_budget rounding weight_decay max_grad_norm checkpointing seed eval_every "
-    "rslora json patience keep_best save_every keep resume log data val rank alpha dropout target adapter force"
+    "rslora json patience keep_best save_every keep resume log data val rank alpha dropout target adapter force "
+    "kind start initial_rank rank_warmup rank_final feedforward"
 )
 DISTILL = "teacher teacher_adapter teacher_quant divergence jsd_beta temperature top_k sft_weight"
 

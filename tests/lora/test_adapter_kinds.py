@@ -17,8 +17,9 @@ from fourbit.lora.active import adapters_off, copy_adapter, using
 from fourbit.lora.adapter import Adapter, adapter_parameters, adapters_of
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
-from fourbit.lora.convert import delta, dequantize
+from fourbit.lora.convert import dequantize
 from fourbit.lora.linear4bit import NF4Linear
+from fourbit.lora.merge import delta
 from fourbit.lora.peft_files import load_adapter, save_adapter
 from fourbit.lora.quantize import quantize_
 
@@ -241,6 +242,8 @@ def test_second_derivatives_need_a_trained_A() -> None:
         ({"kind": "ia3", "rank": 4}, "rank has no part in an adapter of the kind 'ia3': leave it out"),
         ({"kind": "ia3", "rank_pattern": {"q_proj": 2}}, "rank_pattern has no part in an adapter of the kind 'ia3'"),
         ({"kind": "ia3", "target": ["embed_tokens"]}, "kind='ia3' changes linear layers, and target names a Embedding"),
+        ({"rank_final": 0.3}, "rank_final has no part in an adapter of the kind 'lora': leave it out"),
+        ({"kind": "lora-fa", "feedforward": ["q_proj"]}, "feedforward has no part in an adapter of the kind 'lora-fa'"),
         ({"kind": "lora-fa", "target": ["embed_tokens"]}, "kind='lora-fa' changes linear layers"),
     ],
 )
@@ -248,7 +251,7 @@ def test_what_a_kind_does_not_take(base: LlamaForCausalLM, settings: Settings, m
     with pytest.raises(InputError, match=message):
         attach(copy.deepcopy(base), LoRAConfig(**settings))
     if "leave it out" in message:
-        attach(copy.deepcopy(base), LoRAConfig(kind=settings["kind"]))
+        attach(copy.deepcopy(base), LoRAConfig(kind=settings.get("kind", "lora")))
 
 
 def test_ia3_input_layers_are_told_apart_where_names_end_alike(
