@@ -29,6 +29,7 @@ COMMANDS = {
     "eval": "loss, perplexity and exact match on held-out rows, without and with an adapter",
     "generate": "answer every row of a file: fourbit generate --model M --data prompts.jsonl --out answers.jsonl",
     "chat": "talk to a model in the terminal",
+    "adapter": "look at an adapter, compare two, make one smaller: fourbit adapter show DIR",
     "quantize": "write a model as a folder in 4 bits: fourbit quantize --model M --out DIR --budget 4.0GiB",
     "data": "look at training data as the model sees it: tokens, what is trained, lengths, problems",
     "doctor": "what is installed, what the machine has, and what will be used",

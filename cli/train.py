@@ -45,7 +45,6 @@ NAMES = re.compile(r"[\w.]+(,[\w.]+)*")  # else an entry of --target is a regula
 GROUPS = ("all-linear", "attn", "mlp")
 FRESH = ("kind", "rank", "alpha", "dropout", "target", "rslora", "start",
          "initial_rank", "rank_warmup", "rank_final", "feedforward")  # fmt: skip  # what a fresh adapter is told, alone
-LOOKED_AT = 64  # rows, at most, that a start looks at
 REPORTED = ("perplexity", "reward_accuracy", "reward_margin")  # of the best evaluation; --json has all metrics
 
 
@@ -90,7 +89,7 @@ class AdapterOptions(AdapterChoice):
     feedforward: tuple[str, ...] = setting((), "layers of which IA3 scales the input, not the output", metavar="NAME")
     start: str = setting(
         "default",
-        "where it begins: pissa, pissa-N (N randomised steps) or olora: at a part of the weights; loftq, loftq-N (N "
+        "where it begins. pissa, pissa-N (N randomised steps), olora: at a part of the weights; loftq, loftq-N (N "
         "rounds): at what 4 bits leave of them; eva: where the rows vary most, each layer's rank too",
         metavar="WORD",
     )
@@ -217,11 +216,10 @@ def _put_adapter(model: CausalLM, options: TrainOptions, rows: Dataset) -> None:
         layers = put_adapter(model, options.adapter, options.force)
         note(f"adapter: goes on from {options.adapter}, on {layers} layers")
         return
-    parts = [part for example in rows.examples[:: -(-len(rows) // LOOKED_AT)] for part in example.parts]
+    parts = [part for example in rows.examples[:: -(-len(rows) // 64)] for part in example.parts]  # of at most 64 rows
     how: dict[str, Any] = {"data": (torch.tensor([part.ids], device=model.device) for part in parts)}
-    said = "start: {}  error {:.4f}, was {:.4f}"  # of a layer: |W - (W4 + s B A)| / |W|, and of its 4 bits before
-    how |= {"dense": read_weights(options.model), "tell": lambda *found: note(said.format(*found))}
-    names = attach(model, options.lora_config(), seed=options.seed, **how)
+    how["tell"] = lambda path, error, was: note(f"start: {path}  error {error:.4f}, was {was:.4f}")
+    names = attach(model, options.lora_config(), seed=options.seed, dense=read_weights(options.model), **how)
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     note(f"adapter: rank {options.rank}, alpha {options.alpha:g}, {len(names)} layers, {amount(size)} parameters")
 

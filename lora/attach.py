@@ -64,10 +64,8 @@ def attach(
     tables = {path: m for path, m in base_modules(model).items() if isinstance(m, nn.Embedding | NF4Embedding)}
     _refuse_tied(tables, {path: ["weight", "packed"] for path in paths if path in tables})
     refuse_second(model, name)
-    first = dict[str, torch.Tensor]()
-    if lora.start == "eva":
-        lora, first = eva(model, lora, paths, data)
-        paths = list(first)
+    lora, first = eva(model, lora, paths, data) if lora.start == "eva" else (lora, {})
+    paths = list(first) or paths
     parts = dict(fresh(model, lora, paths, layer, seed, floating(dtype)))
     if wrong := [p for p in paths if lora.start != "default" and type(parts[p]) not in (LoRA, Whole)]:
         raise InputError(f"start={lora.start!r} is for LoRA on linear layers, and '{wrong[0]}' is none: exclude it")

@@ -36,8 +36,7 @@ class LoRAConfig(Checked):
     feedforward: layers, as in `target`, of which IA3 scales the input, not the output; the paper's are the last of
         feedforward blocks, such as down_proj.
     bias: whether biases are trained, in copies too: "none", those of the layers with adapters ("lora_only"), "all".
-    start: where A and B begin: "default"; "pissa", "pissa-N" (by N randomised steps), "olora": at a part of the weight;
-        "loftq", "loftq-N" (N rounds): at what 4 bits leave of it; "eva": where the layers' inputs vary most.
+    start: where A and B begin: "default", "pissa", "pissa-8" (steps), "olora", "loftq", "loftq-5" (rounds), "eva".
     Raises InputError naming the field, its rule and the value.
     """
 

@@ -66,8 +66,6 @@ class BaseIdentity(NamedTuple):
         if self.quant != trained.quant:
             then, here = ("the dense base" if q == "none" else q for q in (trained.quant, self.quant))
             return f"was trained on {then}; on {here} it will be somewhat off"
-        if self.start != trained.start:
-            return f"was trained on 4-bit codes made by start={trained.start!r}; on others it will be somewhat off"
         if _differ(self.weights, trained.weights) or _differ(self.vectors, trained.vectors):
             return "was trained on slightly other weights of this base: from a file that rounds otherwise, or changed"
         return ""

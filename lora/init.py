@@ -1,15 +1,16 @@
 """Starts of LoRA that look at weights or data: PiSSA, OLoRA, LoftQ, EVA.
 
-The first three begin with a part s B0 A0 of the weight W and train it. Elsewhere that rewrites the base to W - s B0 A0,
-and the adapter is of use beside that alone. Here the base goes on being W: a dense one is not touched, 4 bits become
-Q(W - s B0 A0) + s B0 A0 (`NF4LowRank`), nearer to W than Q(W). The change is s (B A - B0 A0), in files a plain LoRA of
-rank 2r, [B, -B0] [A; A0]: exact on the dense base. In 4 bits it belongs to those codes, made again when it is loaded.
+The first three train a part s B0 A0 of the weight W. Elsewhere the base becomes the rest, W - s B0 A0, and no other
+adapter fits it. Here it goes on being W: a dense one is not touched, 4 bits become Q(W - s B0 A0) + s B0 A0
+(`NF4LowRank`), nearer to W than Q(W). The change is s (B A - B0 A0), in files a plain LoRA of rank 2r with [B, -B0] and
+[A; A0], exact on the dense base. In 4 bits it belongs to those codes, which are made again when it is loaded.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -43,34 +44,25 @@ def leading(matrix: Tensor, count: int, steps: int | None = None) -> tuple[Tenso
     return U[:, :count], S[:count], V.mT[:count]
 
 
-def truncated(weight: Tensor, rank: int, steps: int | None = None) -> tuple[Tensor, Tensor]:
-    """A [rank, in] and B [out, rank] whose product is nearest to the weight [out, in]; sqrt(S) in each."""
-    U, S, V = leading(weight, rank, steps)
-    return S.sqrt()[:, None] * V, U * S.sqrt()
-
-
 def begin(W: Tensor, part: LoRA, start: str, base: nn.Module) -> tuple[Tensor, Tensor, Weight4bit | None]:
     """A [r, in] and B [out, r] for an fp32 weight W [out, in], in the part's dtype, and codes for a base in 4 bits.
-
     "pissa": the leading singular part (Meng et al. 2024, equations 2 to 4), "pissa-N" by N randomised steps; "olora":
     of W = Q R (Buyukakyuz 2024, algorithm 1); codes Q(W - s B A). "loftq-T": T times codes of W - s B A, from B A = 0,
     then B A from what they leave of W (Li et al. 2023, algorithm 1).
     """
     how, _, number = start.partition("-")
-    A, B, dtype = torch.zeros_like(part.lora_A), torch.zeros_like(part.lora_B), part.lora_A.dtype
-    for _ in range(int(number or 1)) if how == "loftq" else ():
-        stored = codes(W, A, B, part.scale, base)
-        pair = truncated((W - dequantize(cast(Weight4bit, stored))) / part.scale, part.rank)
-        A, B = pair[0].to(dtype), pair[1].to(dtype)
-    if how == "loftq":
-        return A, B, stored
-    if how == "olora":
-        Q, R = torch.linalg.qr(W)
-        pair = R[: part.rank], Q[:, : part.rank]
-    else:
-        pair = truncated(W / part.scale, part.rank, int(number) if number else None)
-    A, B = pair[0].to(dtype), pair[1].to(dtype)
-    return A, B, codes(W, A, B, part.scale, base)
+    (A, B), stored = (torch.zeros_like(each) for each in (part.lora_A, part.lora_B)), None
+    for _ in range(int(number or 1) if how == "loftq" else 1):
+        stored = codes(W, A, B, part.scale, base) if how == "loftq" else None
+        rest = W if stored is None else W - dequantize(stored)
+        if how == "olora":
+            Q, R = torch.linalg.qr(rest)
+            pair = R[: part.rank], Q[:, : part.rank]
+        else:
+            U, S, V = leading(rest / part.scale, part.rank, int(number) if number and how == "pissa" else None)
+            pair = S.sqrt()[:, None] * V, U * S.sqrt()
+        A, B = (each.to(part.lora_A.dtype) for each in pair)
+    return A, B, stored or codes(W, A, B, part.scale, base)
 
 
 def codes(W: Tensor, A: Tensor, B: Tensor, scale: float, base: nn.Module) -> Weight4bit | None:
@@ -84,7 +76,6 @@ def started(
     model: nn.Module, parts: Mapping[str, Adapter], start: str, dense: Weights | None, tell: Tell, saved: bool = False
 ) -> dict[str, Adapter]:
     """The parts with that start, layer by layer; 4-bit bases are replaced, each by one that is nearer to its weight.
-
     saved: the parts are a file's, of rank 2r, and become what they were when they were trained. tell: is given the path
     of a 4-bit layer, |W - (W4 + s B A)| / |W|, and that of the base as it was. Errors as `attach`.
     """
@@ -93,28 +84,25 @@ def started(
     packed = {f"{path}.weight": path for path in mine if isinstance(modules[path], NF4Linear)}
     for path, part in mine.items():
         if part.rank > (most := min(cast(Tensor, modules[path].weight).shape) * (1 + saved)):
-            raise InputError(
-                f"start={start!r} takes rank at most {most} on '{path}', the sizes of its weight: lower it"
-            )
+            raise InputError(f"start={start!r} takes a rank of at most {most} on '{path}', as its sizes are: lower it")
         if f"{path}.weight" not in packed and start.startswith("loftq"):
             raise InputError(f"start={start!r} makes up for 4 bits, and '{path}' is dense: take start='pissa'")
         if f"{path}.weight" in packed and (path in taken or isinstance(modules[path], NF4LowRank)):
-            raise InputError(
-                f"start={start!r} makes codes of '{path}' anew, which an adapter is on: load the model again"
-            )
+            raise InputError(f"start={start!r} makes codes of '{path}' anew, where an adapter is: load the model again")
     if packed and dense is None:
         raise InputError(f"start={start!r} needs the dense weights of 4-bit layers: dense=fourbit.read_weights(FOLDER)")
-    for path in [] if saved else mine.keys() - packed.values():
-        W = wide(cast(Tensor, modules[path].weight), modules[path]).detach()
-        A, B, _ = begin(W, mine[path], start, modules[path])
-        new[path] = mine[path].of_factors(A, B, (A, B))
-    for name, tensor in dense or () if packed else ():
-        if not (path := packed.pop(name, "")):
-            continue
-        base, part = cast(NF4Linear, modules[path]), mine[path]
-        W = (tensor.t() if base.conv1d else tensor).to(base.packed.device, torch.float32).contiguous()
-        if W.shape != base.shape or not W.isfinite().all():
-            raise InputError(f"dense: {name!r} must be finite and of shape {list(base.shape)}, got {list(W.shape)}")
+    plain = [] if saved else [path for path in mine if path not in packed.values()]
+    own = ((path, wide(cast(Tensor, modules[path].weight), modules[path])) for path in plain)
+    given = ((packed.pop(name), tensor) for name, tensor in dense or () if name in packed) if packed else ()
+    for path, tensor in chain(own, given):
+        base, part = modules[path], mine[path]
+        W = (
+            (tensor.t() if getattr(base, "conv1d", False) else tensor)
+            .to(part.lora_A.device, torch.float32)
+            .contiguous()
+        )
+        if (len(part.lora_B), part.lora_A.shape[1]) != W.shape or not W.isfinite().all():
+            raise InputError(f"the dense weight of '{path}' must be finite and of its shape, got {list(W.shape)}")
         if saved:
             (A, A0), (B, B0) = part.lora_A.detach().chunk(2), part.lora_B.detach().chunk(2, 1)
             part = part.of_factors(A, B, (A0, -B0))
@@ -122,13 +110,14 @@ def started(
         else:
             A, B, stored = begin(W, part, start, base)
             part = part.of_factors(A, B, (A, B))
-        part.start, first = start, (cast(Tensor, part.lora_A0).float(), part.scale * cast(Tensor, part.lora_B0).float())
-        better = NF4LowRank.beside(base, cast(Weight4bit, stored), *first)
-        tell(path, *((W - layer.dequantize()).norm().item() / W.norm().item() for layer in (better, base)))
-        replace_modules(model, {base: better})
         new[path] = part
+        if stored is not None and isinstance(base, NF4Linear):
+            part.start, A0, B0 = start, cast(Tensor, part.lora_A0).float(), cast(Tensor, part.lora_B0).float()
+            better = NF4LowRank.beside(base, stored, A0, part.scale * B0)
+            tell(path, *((W - layer.dequantize()).norm().item() / W.norm().item() for layer in (better, base)))
+            replace_modules(model, {base: better})
     if packed:
-        raise InputError(f"dense lacks {', '.join([*packed][:4])} ({len(packed)}): give this model's own weights")
+        raise InputError(f"dense lacks {', '.join([*packed][:4])} ({len(packed)}): give this model's own dense weights")
     return new
 
 
@@ -136,8 +125,8 @@ class Directions:
     """The leading directions of rows that come batch by batch, around their mean (Ross et al. 2008, section 2.1)."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.count, self.total = most, 0, 0.0
-        self.mean, self.rows = torch.zeros(()), torch.zeros(0)  # [in]; [most, in]: a direction times its singular value
+        self.most, self.count, self.total, self.mean = most, 0, 0.0, torch.zeros(())  # mean: [in]
+        self.rows = torch.zeros(0)  # [most, in]: a direction times its singular value
 
     def add(self, x: Tensor) -> None:  # [..., in]
         x = x.detach().reshape(-1, x.shape[-1]).float()
@@ -174,10 +163,13 @@ def eva(
     sizes = {path: own.rows.norm(dim=1) for path, own in seen.items()}
     offers = [(-(s * s).item() / seen[path].total, path) for path in paths for s in sizes[path] if s > 0]
     kept = [path for _, path in sorted(offers, key=lambda offer: offer[0])[: sum(ranks.values())]]
-    chosen, alphas, first = dict[str, int](), dict[str, float](), dict[str, Tensor]()
-    for path in [path for path in paths if path in kept]:
-        own, rank = f"^{re.escape(path)}", kept.count(path)
-        scale = scale_of(config.alpha_at(path), ranks[path], config.rslora)
-        chosen[own], alphas[own] = rank, scale / scale_of(1.0, rank, config.rslora)
-        first[path] = seen[path].rows[:rank] / sizes[path][:rank, None]
-    return replace(config, rank_pattern=chosen, alpha_pattern=alphas), first
+    chosen, alphas, rslora = (
+        {path: kept.count(path) for path in paths if path in kept},
+        dict[str, float](),
+        config.rslora,
+    )
+    for path, rank in chosen.items():
+        scale = scale_of(config.alpha_at(path), ranks[path], rslora)
+        alphas[f"^{re.escape(path)}"] = scale / scale_of(1.0, rank, rslora)
+    config = replace(config, rank_pattern=dict(zip(alphas, chosen.values(), strict=True)), alpha_pattern=alphas)
+    return config, {path: seen[path].rows[:rank] / sizes[path][:rank, None] for path, rank in chosen.items()}

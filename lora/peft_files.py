@@ -63,16 +63,10 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", 
     parts = carried(model, name)
     refuse_left_out(model, name)
     check_apart(folder, f"the adapter's folder {folder}", [getattr(unwrapped(model), "source", "")], folder=True)
-    write_parts(model, parts, Path(folder), base_model, base_identity(model, parts).metadata())
-
-
-def write_parts(
-    model: nn.Module, parts: Mapping[str, Adapter], folder: Path, base_model: str, metadata: Mapping[str, str]
-) -> None:
-    """Write an adapter of `model`, given by its layers' paths; as `save_adapter`."""
+    folder, identity = Path(folder), base_identity(model, parts).metadata()
     parts = {path: part.plain() for path, part in parts.items()}
     config = write_config(model, parts, base_model)
-    write_tensors(folder / WEIGHTS, _keyed(parts), "the adapter", metadata)
+    write_tensors(folder / WEIGHTS, _keyed(parts), "the adapter", identity)
     with disk_errors("the adapter", folder, len(config)):
         write_text(folder / CONFIG, config)
 
@@ -96,15 +90,13 @@ def load_adapter(
     included, and must have it on the same layers with the same rank and scale. `layer`: as `attach` was given it.
     `tell` is given a sentence where the base is another 4-bit form of the one that the adapter was trained on, or has
     slightly other weights. An adapter of another base is refused unless `force`; one whose file does not say what it
-    was trained on is taken. One that was trained on 4-bit codes made by its start (PiSSA, OLoRA, LoftQ) has these made
-    again, of the `dense` weights that `attach` was given; forced without, it goes on the codes that are there.
+    was trained on is taken. One of 4-bit codes that its start made has them made again, of `dense`, as `attach` has it.
     Raises InputError, before the model is touched, for a file that is missing, broken or not plain LoRA, for keys that
     are missing, unexpected or misshaped, for NaN or infinity, and for another base.
     """
     label, parts, state = _read_adapter(model, Path(folder), None if dtype is None else floating(dtype), layer)
     trained, bases = trained_base(Path(folder)), base_modules(model)
     anew = trained is not None and trained.start and any(isinstance(bases[path], NF4Linear) for path in parts)
-    anew = anew and not (force and dense is None)
     _check_base(model, parts, Path(folder), force, tell if not anew else lambda _: None)
     attached = adapters_of(model, name)
     if attached:

@@ -161,12 +161,8 @@ def read_model(
 
 
 def read_weights(path: str | Path) -> Tensors:
-    """Names and dense weights of a model's folder or .gguf file, one at a time, for the starts of `attach`: opened when
-    the first is taken. InputError as `load`, and for a file in 4 bits."""
-    _, _, packed, tensors = read_model(Path(path))
-    if packed:
-        raise InputError(f"{path}: {next(iter(packed))!r} is in 4 bits, and a start needs the dense weights of it")
-    yield from tensors
+    """Names and dense weights of a model's folder or .gguf file, one at a time, for the starts of `attach`."""
+    yield from read_model(Path(path))[3]
 
 
 def _renamed(names: Mapping[str, str], experts: int, tensors: Iterable[tuple[str, Tensor]]) -> Tensors:

@@ -941,22 +941,27 @@ ELSEWHERE = {  # tests of other files that follow an advice
     "tests/lora/test_starts.py::test_what_is_refused_and_what_it_advises": [
         ("lora/attach.py", "is for LoRA on linear layers, and '{}' is none: exclude it"),
         ("lora/config.py", "start must be default, olora, eva, pissa, pissa-8, loftq or loftq-5"),
-        ("lora/init.py", "give this model's own weights"),
+        ("lora/init.py", "give this model's own dense weights"),
         ("lora/init.py", "is dense: take start='pissa'"),
         ("lora/init.py", "needs the dense weights of 4-bit layers: dense=fourbit.read_weights"),
-        ("lora/init.py", "the sizes of its weight: lower it"),
+        ("lora/init.py", "as its sizes are: lower it"),
     ],
     "tests/lora/test_starts.py::TestEva::test_batches_may_be_keywords_and_must_be_there": [
         ("lora/init.py", "needs data, batches that the model is called with"),
     ],
     "tests/lora/test_starts.py::test_codes_that_other_adapters_are_on_are_not_made_anew": [
-        ("lora/init.py", "which an adapter is on: load the model again"),
+        ("lora/init.py", "where an adapter is: load the model again"),
     ],
     "tests/lora/test_starts.py::test_files_over_4_bits_bring_their_codes_back": [
         ("lora/packed.py", "which no file has: save the adapter"),
     ],
     "tests/cli/test_start_commands.py::test_a_run_with_a_start_is_trained_saved_and_loaded_again": [
-        ("cli/train.py", "start: {}  error {}, was {}"),
+        ("cli/train.py", "start: {}  error {}, was {}"), ("cli/main.py", "--start "),
+    ],
+    "tests/cli/test_adapter_command.py::test_an_adapter_is_shown_compared_and_made_smaller": [
+        ("cli/adapter.py", "writes nothing: leave out"),
+        ("cli/adapter.py", "{} {} --rank and --out"),
+        ("cli/main.py", "make one smaller: fourbit adapter show DIR"),
     ],
     "tests/research/test_own_adapter.py::test_a_round_trip": [
         ("lora/peft_files.py", "give load_adapter the layer that it was attached with"),

@@ -1,6 +1,7 @@
 """`fourbit sft --start ...`: trained, evaluated, saved, loaded again, gone on with."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -56,3 +57,24 @@ def test_what_a_start_refuses(here: Path, capsys: pytest.CaptureFixture[str]) ->
     ):
         assert main([*SFT.split(), "--out", "o", *flags.split()]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_preferences_are_compared_with_the_model_that_a_start_stands_for(typed: Typed) -> None:
+    """Without the adapter it is still there, so the first loss is ln 2; without it, it would be a rest of a weight."""
+    pairs = [{"prompt": f"say {w}", "chosen": w * 3, "rejected": w * 2 + "x"} for w in ("ab", "c", "def", "gh")]
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    typed("dpo --model m --data pairs.jsonl --steps 1 --rank 4 --start pissa --out run")
+    first = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_start_in_a_folder_of_4_bits_is_refused_and_another_form_is_said(typed: Typed) -> None:
+    typed("quantize --model m --out q")
+    assert "give this model's own dense weights" in typed(
+        "sft --model q --data rows.jsonl --steps 1 --start pissa --out run", code=2
+    )
+    typed("sft --model m --data rows.jsonl --steps 1 --rank 4 --start pissa --out run")
+    assert "was trained on nf4; on the dense base it will be somewhat off" in typed(
+        f"{EVAL} --adapter run --quant none"
+    )
+    assert "was trained on nf4; on nf4-nodq it will be" in typed(f"{EVAL} --adapter run --quant nf4-nodq")

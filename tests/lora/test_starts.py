@@ -195,7 +195,7 @@ def test_files_over_a_dense_base_are_plain_lora_of_twice_the_rank(tmp_path: Path
 
 @pytest.mark.parametrize("start", PACKED)
 def test_files_over_4_bits_bring_their_codes_back(start: str, tmp_path: Path) -> None:
-    """Of the dense weights, bit for bit; without them they are refused; by force or on a dense base a note says so."""
+    """Of the dense weights, bit for bit; without them they are refused; on a dense base a note says so."""
     plain, model, _ = put(start, quant=True)
     wanted = moved(model)(x_of())
     fourbit.save_adapter(model, tmp_path / "a")
@@ -217,9 +217,6 @@ def test_files_over_4_bits_bring_their_codes_back(start: str, tmp_path: Path) ->
     fourbit.load_adapter(dense, tmp_path / "a", tell=told.append)
     assert "was trained on nf4; on the dense base it will be somewhat off" in told.pop()
     assert (dense(x_of()) - wanted).norm() < 0.2 * wanted.norm()
-    forced = fourbit.quantize_(net(), skip=())
-    fourbit.load_adapter(forced, tmp_path / "a", force=True, tell=told.append)
-    assert f"was trained on 4-bit codes made by start='{start}'; on others it will be somewhat off" in told.pop()
 
 
 def test_a_start_that_is_copied_merged_and_cast() -> None:
@@ -299,11 +296,11 @@ def other_layer(base: nn.Module, config: LoRAConfig) -> Any:
         ({"start": "pizza"}, "olora, eva, pissa, pissa-8, loftq or loftq-5, got 'pizza'", {"start": "pissa-8"}),
         ({"start": "loftq-0"}, "start must be default", {"start": "pissa"}),
         ({"start": "loftq"}, "for 4 bits, and '0' is dense: take start='pissa'", {"start": "pissa"}),
-        ({"rank": 65}, r"takes rank at most 64 on '[02]', the sizes of its weight: lower it", {"rank": 64}),
+        ({"rank": 65}, r"takes a rank of at most 64 on '[02]', as its sizes are: lower it", {"rank": 64}),
         ({"layer": other_layer}, "for LoRA on linear layers, and '0' is none: exclude it", {"exclude": ["0"]}),
         ({"quant": True}, "needs the dense weights of 4-bit layers", {"dense": net().named_parameters()}),
         ({"quant": True, "dense": []}, "dense lacks 0.weight, 2.weight", {"dense": net().named_parameters()}),
-        ({"quant": True, "dense": [("0.weight", torch.ones(3, 3))]}, r"'0.weight' must be finite and of shape ", {}),
+        ({"quant": True, "dense": [("0.weight", torch.ones(3, 3))]}, "the dense weight of '0' must be finite", {}),
         ({"quant": True, "dense": [("0.weight", torch.full((96, 64), math.nan))]}, "must be finite", {}),
     ],
 )  # fmt: skip
@@ -322,7 +319,7 @@ def test_what_is_refused_and_what_it_advises(change: dict[str, Any], message: st
 
 def test_codes_that_other_adapters_are_on_are_not_made_anew() -> None:
     plain, model, _ = put("pissa", quant=True)
-    with pytest.raises(InputError, match="makes codes of '0' anew, which an adapter is on: load the model again"):
+    with pytest.raises(InputError, match="makes codes of '0' anew, where an adapter is: load the model again"):
         fourbit.attach(model, LoRAConfig(RANK, start="pissa"), "b", dense=plain.named_parameters())
     dense: Callable[[], Any] = net
     model = dense()

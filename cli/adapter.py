@@ -1,0 +1,69 @@
+"""`fourbit adapter`: what the files of adapters hold, and other adapters made of files. No base is loaded."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..data.template import FILE as TEMPLATE
+from ..errors import InputError
+from ..lora.inspect import difference, read_files, report, resize
+from ..lora.peft_files import trained_base
+from ..outputs import lock_folder
+from ..settings import REQUIRED, setting
+from .load import check_adapter
+from .options import ResultOptions
+from .parse import Sources
+from .show import pairs, result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ResultOptions):
+    """Look at adapters through their files, or make smaller ones.
+
+      fourbit adapter show DIR       kind, base, and of each layer norm, ranks, energy
+      fourbit adapter diff A B       how far two adapters of one base are apart
+      fourbit adapter resize DIR --rank 8 --out NEW     the nearest of less rank
+
+    energy: a layer's share of the squared norm of all; effective_rank: exp of the
+    entropy of its singular values over their sum; rank_99: how many of them hold 99%
+    of its energy; dead: 1 where it changes nothing to speak of; error: what is lost.
+    """
+
+    title: ClassVar[str] = "adapter"
+    positional: ClassVar[str] = "what"
+    what: tuple[str, ...] = setting(REQUIRED, "show, diff or resize, and its folders", metavar="WORD")
+    rank: int | None = setting(None, "rank of what resize writes", least=1)
+    out: str | None = setting(None, "its folder", metavar="FOLDER")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        verb, writes = self.what[0], self.what[0] == "resize"
+        if len(self.what) != {"show": 2, "diff": 3, "resize": 2}.get(verb):
+            raise InputError(f"what must be show DIR, diff A B or resize DIR, got {self.what}")
+        if (self.rank is not None, self.out is not None) != (writes, writes):
+            raise InputError(f"{verb} {'takes' if writes else 'writes nothing: leave out'} --rank and --out")
+
+
+def run(options: Options, sources: Sources) -> int:
+    """Read, measure, write, print."""
+    (verb, *read), values, out = options.what, dict[str, Any](), Path(options.out or "")
+    if verb == "show":
+        (raw, changes, _), base = read_files(read[0]), trained_base(Path(read[0]))
+        layers = report(changes)
+        values |= {"kind": "rslora" if raw.get("use_rslora") else "lora", "base": raw.get("base_model_name_or_path")}
+        values |= {"base_form": base and base.quant, "dead": [path for path, layer in layers.items() if layer["dead"]]}
+        values |= {"norm": sum(layer["norm"] ** 2 for layer in layers.values()) ** 0.5}
+    elif verb == "diff":
+        layers = difference(*(read_files(folder)[1] for folder in read))
+        values |= {of: sum(each[of] ** 2 for each in layers.values()) ** 0.5 for of in ("a", "b", "difference")}
+    else:
+        check_adapter(read[0])
+        with lock_folder(str(out), read):
+            layers = resize(read[0], options.rank or 0, out)
+            if (Path(read[0]) / TEMPLATE).is_file():  # it goes with an adapter
+                shutil.copyfile(Path(read[0]) / TEMPLATE, out / TEMPLATE)
+    rows = [(name, str(value)) for name, value in values.items() if value not in (None, [], {})]
+    rows += [(path, "  ".join(f"{of} {value:.4g}" for of, value in layer.items())) for path, layer in layers.items()]
+    result(values | {"layers": layers}, pairs(rows), as_json=options.json)
+    return 0

@@ -1,0 +1,99 @@
+"""Adapters through their files, without a base: norms, ranks, energy; how far two are apart; smaller ones.
+
+A change s B A [out, in] is never made dense: with the thin QRs B = Q R and A^T = P T its singular values are those of
+s R T^T [r, r], all in float64.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..files import COUNTS, float_tensors, read_json, tensor_metadata, write_tensors, write_text
+from .identity import KEY
+from .lora import LoRA, LoRAEmbedding, scale_of
+from .peft_config import read_config
+from .peft_files import CONFIG, LARGEST_CONFIG, PREFIX, WEIGHTS, adapter_file
+
+DEAD = 1e-4  # of the largest layer's norm: a layer below it changes nothing to speak of
+Changes = dict[str, tuple[Tensor, Tensor, tuple[str, str]]]  # path -> A [r, in] and s B [out, r], float64; their keys
+Table = dict[str, dict[str, float]]  # of each layer
+
+
+def read_files(folder: str | Path) -> tuple[dict[str, Any], Changes, dict[str, Tensor]]:
+    """The config of an adapter's folder, its changes, all its tensors. InputError for what is broken or no LoRA."""
+    config, weights = (adapter_file(Path(folder), name) for name in (CONFIG, WEIGHTS))
+    raw, tensors, changes = read_json(config, LARGEST_CONFIG), float_tensors(weights, COUNTS), Changes()
+    lora = read_config(raw, f"'{config}'").lora
+    for a, b in (LoRA.keys, LoRAEmbedding.keys):
+        for key in sorted(key for key in tensors if key.endswith(f".{a}")):
+            path, keys = key.removeprefix(PREFIX).removesuffix(f".{a}"), (key, key.removesuffix(a) + b)
+            A, B, rank = tensors[key], tensors.get(keys[1], torch.empty(0)), lora.rank_at(path)
+            fits = A.ndim == B.ndim == 2 and len(A) == B.shape[1] == rank
+            if not fits or not (A.isfinite().all() and B.isfinite().all()):
+                raise InputError(f"'{weights}': {key} and its B must be finite matrices of rank {rank}")
+            changes[path] = A.double(), scale_of(lora.alpha_at(path), rank, lora.rslora) * B.double(), keys
+    if not changes or sum(".lora_" in key for key in tensors) > 2 * len(changes):
+        raise InputError(f"'{weights}': its tensors are not those of plain LoRA, which alone can be seen in a file")
+    return raw, changes, tensors
+
+
+def factored(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U [out, r], the singular values [r] and V [r, in] of B A."""
+    (Q, R), (P, T) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+    U, S, V = torch.linalg.svd(R @ T.T, full_matrices=False)
+    return Q @ U, S, V @ P.T
+
+
+def report(changes: Changes) -> Table:
+    """Of each layer: rank, Frobenius norm, share of all squared norms, effective rank (Roy and Vetterli 2007: exp of
+    the entropy of the singular values over their sum), how many hold 99% of its energy, whether it is dead (1)."""
+    spectra, found = {path: factored(A, B)[1] for path, (A, B, _) in changes.items()}, Table()
+    norms = {path: S.norm().item() for path, S in spectra.items()}
+    total, most = sum(norm**2 for norm in norms.values()) or 1.0, max(norms.values())
+    for path, S in spectra.items():
+        p, energy, norm = S / S.sum().clamp(min=1e-300), S.square().cumsum(0), norms[path]
+        effective = torch.special.entr(p).sum().exp().item() if norm else 0.0
+        found[path] = {"rank": len(S), "norm": norm, "energy": norm**2 / total, "effective_rank": effective}
+        found[path] |= {
+            "rank_99": int((energy < 0.99 * energy[-1]).sum()) + bool(norm),
+            "dead": int(norm <= DEAD * most),
+        }
+    return found
+
+
+def difference(a: Changes, b: Changes) -> Table:
+    """Of each layer that either has: both norms, that of A - B, their cosine. InputError for sizes of two bases."""
+    found = Table()
+    for path in sorted(a.keys() | b.keys()):
+        (A, B, _), (C, D, _) = a.get(path) or b[path], b.get(path) or a[path]
+        if (A.shape[1], len(B)) != (C.shape[1], len(D)):
+            raise InputError(f"'{path}' has other sizes in the two adapters: compare adapters of one base")
+        B, D = B * (path in a), D * (path in b)
+        pairs = {"a": (A, B), "b": (C, D), "difference": (torch.cat([A, C]), torch.cat([B, -D], 1))}
+        found[path] = sizes = {name: factored(*pair)[1].norm().item() for name, pair in pairs.items()}
+        sizes["cosine"] = ((B.T @ D) * (A @ C.T)).sum().item() / (sizes["a"] * sizes["b"] or 1.0)
+    return found
+
+
+def resize(folder: str | Path, rank: int, out: Path) -> Table:
+    """Write the adapter in `folder` with layers of at most that rank, the nearest (Eckart and Young 1936), but no
+    start, else as it is; of each layer its new rank and |change - kept| / |change|. InputError if none is larger."""
+    raw, changes, tensors = read_files(folder)
+    if (largest := max(len(A) for A, _, _ in changes.values())) <= rank:
+        raise InputError(f"rank must be below {largest}, the largest of this adapter's layers, got {rank}")
+    found = Table()
+    for path, (A, B, (a, b)) in changes.items():
+        (U, S, V), r = factored(A, B), min(rank, len(A))
+        tensors[a] = (S[:r].sqrt()[:, None] * V[:r]).to(tensors[a].dtype)
+        tensors[b] = (U[:, :r] * S[:r].sqrt()).to(tensors[b].dtype)
+        found[path] = {"rank": r, "error": (S[r:].norm() / S.norm().clamp(min=1e-300)).item()}
+    own = {f"^{re.escape(path)}": layer["rank"] for path, layer in found.items() if layer["rank"] != rank}
+    raw |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": own, "alpha_pattern": own}
+    write_tensors(out / WEIGHTS, tensors, "the adapter", tensor_metadata(Path(folder) / WEIGHTS) | {f"{KEY}start": ""})
+    write_text(out / CONFIG, json.dumps(raw, indent=2, ensure_ascii=False) + "\n")
+    return found
