@@ -168,14 +168,8 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """UTF-8 text, whole or not at all, and read back before it gets its name."""
-
-    def write(part: Path) -> None:
-        part.write_text(text, encoding="utf-8", newline="")
-        if part.read_bytes() != text.encode():
-            raise OSError(errno.EIO, f"{file.name} reads back other than it was written")
-
-    write_whole(file, write)
+    """UTF-8 text, whole or not at all."""
+    write_whole(file, lambda part: part.write_text(text, encoding="utf-8", newline=""))
 
 
 def write_tensors(
@@ -183,8 +177,7 @@ def write_tensors(
 ) -> None:
     """A safetensors file, whole or not at all, sorted by name; its folder is made. `what` is what errors call it.
     One tensor at a time is brought from its device, or made where it is made when it is read.
-    Raises NumericError, before anything is written, for NaN or infinity, and DiskError when the disk refuses or gives
-    back other bytes than were written: the file is read again before it gets its name."""
+    Raises NumericError, before anything is written, for NaN or infinity, and DiskError when the disk refuses."""
     for name in sorted(tensors):
         check_finite(name, gathered(tensors[name]))
     with disk_errors(what, file.parent, sum(map(size_of, tensors.values()))):
@@ -194,8 +187,7 @@ def write_tensors(
 
 def _save_sorted(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
     """A safetensors file, tensor by tensor: the library's writer copies all of them first, and writes metadata in an
-    order of chance. Wide types come first, as it puts them, so that each tensor is aligned. OSError unless it reads
-    back as it was written."""
+    order of chance. Wide types come first, as it puts them, so that each tensor is aligned."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     raw, start = lambda name: gathered(tensors[name]).cpu().contiguous().reshape(-1).view(torch.uint8), 0

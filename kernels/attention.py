@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .derivatives import transformed
-from .dispatch import bucketed, widened
+from .dispatch import widened
 
 Spans = Sequence[tuple[int, ...]]
 """Of each example (start, end), or of one that forks (start, fork, end_1, ..., end_n): its trunk, then n branches."""
@@ -162,23 +162,17 @@ def _after(queries: int, keys: int, device: torch.device) -> Tensor:
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, scores: Scores, *, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    tokens, keys = q.shape[1], k.shape[1]
-    below, behind = bucketed(tokens, q) - tokens, bucketed(keys, k) - keys
-    if below + behind and (is_causal or attn_mask is not None):  # padding that no query of ours sees
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, more)) for x, more in ((q, below), (k, behind), (v, behind)))
-        if attn_mask is not None:  # a query in the padding must see something, or its softmax would be 0/0
-            attn_mask = F.pad(F.pad(attn_mask, (0, behind)), (0, 0, 0, below), value=True)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, tokens, D]
     if scores.softcap:
         seen = visible_keys(q.shape[2], k.shape[2], None, q.device) if is_causal else attn_mask
-        return _capped(q, k, v, scores, seen).transpose(1, 2)[:, :tokens]
+        return _capped(q, k, v, scores, seen).transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
     # its quick kernels have no rule for torch.func's vmap and jvp
     with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scores.scale, enable_gqa=grouped
         )
-    return y.transpose(1, 2)[:, :tokens]
+    return y.transpose(1, 2)
 
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, scores: Scores, seen: Tensor | None) -> Tensor:

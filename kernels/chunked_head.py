@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .derivatives import beyond_first, transformed
-from .dispatch import bucketed, widened
+from .dispatch import widened
 
 CHUNK_BYTES = 64 * 2**20  # of one chunk's logits in fp32, on a CPU
 CHUNK_BYTES_GPU = 512 * 2**20  # a thousand rows at 128k tokens of vocabulary: fewer do not fill a GPU's products
@@ -50,13 +49,10 @@ def dense_figures(hidden: Tensor, weight: Tensor, scorer: Scorer, rows: int) -> 
     """
     if transformed():
         return scorer.plain(widened(hidden @ weight.T))
-    count = len(hidden)
-    hidden, scorer = _evened(hidden, scorer, rows)
     if torch.is_grad_enabled() and weight.requires_grad:
         figures: tuple[Tensor, ...] = _TrainedWeight.apply(hidden, weight, scorer, rows)
-    else:
-        figures = _frozen_figures(hidden, _dense(weight), scorer, rows)
-    return tuple(figure[:count] for figure in figures)
+        return figures
+    return _frozen_figures(hidden, _dense(weight), scorer, rows)
 
 
 def module_figures(hidden: Tensor, head: nn.Module, scorer: Scorer, rows: int, *, in_place: bool) -> tuple[Tensor, ...]:
@@ -67,30 +63,11 @@ def module_figures(hidden: Tensor, head: nn.Module, scorer: Scorer, rows: int, *
     """
     if transformed():
         return scorer.plain(widened(head(hidden)))
-    count = len(hidden)
-    hidden, scorer = _evened(hidden, scorer, rows)
     if torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()):
         pieces = zip(hidden.split(rows), _parts(hidden, rows), strict=True)  # split: slices' gradients would be [N, D]
         parts = [checkpoint(_trained_chunk, head, h, scorer, p, in_place, use_reentrant=False) for h, p in pieces]
-        figures = _joined(parts)
-    else:
-        figures = _frozen_figures(hidden, _module(head, in_place), scorer, rows)
-    return tuple(figure[:count] for figure in figures)
-
-
-def _evened(hidden: Tensor, scorer: Scorer, chunk: int) -> tuple[Tensor, Any]:
-    """Hidden states with zeros behind them where the last chunk's size must be one of a few, and a scorer that looks at
-    none of their logits."""
-    count, tail = len(hidden), len(hidden) % chunk
-    more = min(bucketed(tail, hidden), chunk) - tail
-
-    def evened(logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, ...]:
-        real = logits[: count - rows.start]
-        figures = scorer(real, rows, gradient)
-        logits[len(real) :] = 0  # of the gradient, if it is one
-        return tuple(F.pad(figure, (0, len(logits) - len(real))) for figure in figures)
-
-    return (F.pad(hidden, (0, 0, 0, more)), evened) if more else (hidden, scorer)
+        return _joined(parts)
+    return _frozen_figures(hidden, _module(head, in_place), scorer, rows)
 
 
 def rows_per_chunk(vocabulary: int, device: torch.device) -> int:

@@ -90,19 +90,6 @@ def _cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def bucketed(size: int, x: Tensor) -> int:
-    """The length that `size` rows or tokens of x are padded to: their own, but for 16 bits on a CPU one of eight sizes
-    between two powers of two (a multiple of 8 up to 64), so at most an eighth more.
-
-    oneDNN, which does those products, compiles a program for every shape that it meets and keeps it: memory grows with
-    the number of different lengths, to gigabytes over a few hundred rows.
-    """
-    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
-        return size
-    unit = max(8, (1 << max(size - 1, 0).bit_length()) // 16)
-    return -(-size // unit) * unit
-
-
 @cache
 def processors(device: torch.device) -> int:
     """How many multiprocessors the GPU has; 1 where there is none."""

@@ -10,13 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from ..kernels.attention import Scores, Spans, causal_attention, span_lengths, span_positions, visible_keys
-from ..kernels.dispatch import bucketed, widened
+from ..kernels.dispatch import widened
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope
 from ..kernels.swiglu import geglu, swiglu
@@ -242,14 +241,9 @@ class Decoder(CausalLM):
         _check(input_ids, spans, cache, mask)
         if position_ids is None:
             position_ids = _positions(input_ids, spans, cache, mask)
-        tokens = input_ids.shape[1]
         x: Tensor = self.model.embed_tokens(input_ids)  # [B, T, hidden]
         if self.spec.embedding_scale != 1:
             x = x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype)  # rounded, as Gemma was trained
-        alone = cache is None and mask is None and (spans is None or len(input_ids) == 1)
-        if alone and (more := bucketed(tokens, x) - tokens):  # padding, which no token sees
-            x, position_ids = F.pad(x, (0, 0, 0, more)), F.pad(position_ids, (0, more))
-            spans = spans and [*spans[:-1], (*spans[-1][:-1], tokens + more)]
         training = torch.is_grad_enabled() and cache is None
         recompute = training and self.checkpointing
         keep = recompute and (x.is_cuda if self.keep_decoded is None else self.keep_decoded)
@@ -262,7 +256,7 @@ class Decoder(CausalLM):
                 x = layer(x, shared)
         if cache is not None:
             cache.length += input_ids.shape[1]
-        y: Tensor = self.model.norm(x)[:, :tokens]
+        y: Tensor = self.model.norm(x)
         return y if self.spec.logit_divisor == 1 else y / self.spec.logit_divisor
 
     def new_cache(self) -> KVCache:

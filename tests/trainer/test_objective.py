@@ -24,7 +24,6 @@ REFUSED = [
     ({"SPPO_hard": 1.0}, {}, "did you mean sppo-hard?"),
     ({"dpo": 1.0}, {}, "did you mean sigmoid?"),
     ({"zzz": 1.0}, {}, "unknown loss 'zzz'; there are"),
-    ({"aot_unpaired": 1.0}, {}, "it sorts a whole batch"),
     ({"sft": 1.0}, {}, "loss sft alone is plain fine-tuning: train with sft (SFTTrainer)"),
     ({"sigmoid": 1.0, "kto": 1.0}, {}, "loss kto is for single judged answers and sigmoid for pairs"),
     ({"sigmoid": 0.0}, {}, "the weight of loss sigmoid must be a number above 0, got 0.0"),

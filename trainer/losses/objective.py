@@ -67,18 +67,8 @@ UNPAIRED_LOSSES = {
 }
 LOSSES = PAIR_LOSSES | UNPAIRED_LOSSES
 
-# Names elsewhere: only for the message about a name we do not know.
-ELSEWHERE = {
-    **dict.fromkeys(("dpo", "cdpo", "reverse-kl"), "sigmoid"),
-    **dict.fromkeys(("rdpo", "robust-dpo"), "robust"),
-    **dict.fromkeys(("slic", "rso"), "hinge"),
-    **dict.fromkeys(("rpo", "nll"), "sft"),
-    **{"bco-pair": "bco", "nca-pair": "nca", "exo-pair": "exo", "sppo": "sppo-hard", "kto-pair": "kto"},
-    **{"apo": "apo-zero", "ln-dpo": "sigmoid-norm"},
-}
-NO_AOT = ": it sorts a whole batch, so its result would depend on how a step is split into micro-batches"
-
-
+# What other tools call some: only for the message about a name we do not know.
+ELSEWHERE = {"dpo": "sigmoid", "cdpo": "sigmoid", "slic": "hinge", "rpo": "sft", "bco-pair": "bco"}
 SETTINGS = {key for loss in LOSSES.values() for key in loss.defaults} | {"divergence_alpha", "ld_alpha"}
 
 
@@ -164,7 +154,6 @@ def _check_names(losses: Mapping[str, float]) -> None:
         if name not in LOSSES:
             plain = str(name).replace("_", "-").lower()
             near = "".join(f"; did you mean {n}?" for n in get_close_matches(ELSEWHERE.get(plain, plain), LOSSES, n=1))
-            near = NO_AOT if plain.startswith("aot") else near
             raise InputError(f"unknown loss {name!r}{near}; there are {', '.join(LOSSES)}")
         if not 0 < weight < math.inf:
             raise InputError(f"the weight of loss {name} must be a number above 0, got {weight!r}")
