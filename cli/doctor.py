@@ -6,7 +6,6 @@ import shutil
 import textwrap
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
@@ -53,7 +52,7 @@ def machine() -> dict[str, str]:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     facts = {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
-        "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "processor": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "memory": f"{_gib(total)}, {_gib(memory_free(torch.device('cpu')))} of it free",
         "disk": f"{_gib(shutil.disk_usage('.').free)} free here",
     }
@@ -82,14 +81,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _gib(size: float) -> str:

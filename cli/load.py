@@ -1,6 +1,5 @@
 """Loading what a command's options name, and the choices that `auto` makes."""
 
-import re
 from math import prod
 from pathlib import Path
 from typing import Any, get_args
@@ -16,7 +15,7 @@ from ..lora.peft_files import load_adapter, trained_base
 from ..models.config import DROPOUTS
 from ..models.decoder import Decoder
 from ..models.hf import CONFIG_BYTES
-from ..models.load import check_tokenizer, load_decoder, load_tokenizer, read_weights
+from ..models.load import check_tokenizer, find_device, load_decoder, load_tokenizer, read_weights
 from ..models.protocol import CausalLM
 from ..settings import checked
 from ..text.tokenizer import Tokenizer
@@ -37,14 +36,7 @@ def choose_device(name: str) -> str:
     """The device that `--device NAME` means. Raises InputError or EnvironmentProblem for one that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"(cpu|cuda)(:[0-9]+)?", name):
-        raise InputError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    kind, _, index = name.partition(":")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentProblem("--device cuda: torch sees no CUDA device here; fourbit doctor tells more")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise EnvironmentProblem(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    return name
+    return str(find_device(name))
 
 
 def choose_dtype(name: str, device: str) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import EnvironmentProblem, InputError
+from ..errors import EnvironmentProblem, InputError, shown
 from ..files import COUNTS, misfits, read_json
 from ..lora.adapter import adapter_layers, plain_modules, plain_name, replace_modules, unwrapped
 from ..lora.linear4bit import Module4bit, NF4Embedding, NF4Linear, is_embedding, was_conv1d, weight_id
@@ -102,7 +102,7 @@ def load_decoder(
     missing, unknown, misshaped or non-finite tensor, and for an unreadable file; EnvironmentProblem for a device that
     is not there.
     """
-    path, device, dtype = Path(path), _device(device), floating(dtype)
+    path, device, dtype = Path(path), find_device(device), floating(dtype)
     if quant_type is not None:
         Form(quant_type, blocksize, double_quant).checked()
     model, spec, layers, tensors = read_model(path, progress)
@@ -319,13 +319,14 @@ def _opened(path: Path) -> GGUFFile | Path:
     raise InputError(f"{path}: {problem}; a model is a folder with config.json and safetensors, or a .gguf file.")
 
 
-def _device(device: torch.device | str) -> torch.device:
+def find_device(device: torch.device | str) -> torch.device:
+    """The device of a name. InputError for what is no name of one, EnvironmentProblem for one that is not there."""
     try:
         device = torch.device(device)
     except RuntimeError:
-        raise InputError(f"device must be one that torch knows, such as cpu or cuda, got {device!r}.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentProblem(f"device {device} was asked for, but torch sees no CUDA device here. Use cpu.")
+        raise InputError(f"device must be cpu, cuda or cuda:N, got {shown(device)}.") from None
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise EnvironmentProblem(f"device {device}: torch sees {count or 'no'} CUDA devices here. Use cpu.")
     return device
 
 

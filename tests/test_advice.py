@@ -115,8 +115,6 @@ COMMANDS = [
     case("cli/options.py", "leave json out", f"{GENERATE} --out - --json",
          f"{GENERATE} --out -", f"{GENERATE} --out a --json"),
     case("data/forms.py", "mend them", "generate --model m --data bad.jsonl --out a", f"{GENERATE} --out a"),
-    case("cli/load.py", "--device must be auto, cpu", f"{EVAL} --match none --device gpu",
-         f"{EVAL} --match none --device cpu", f"{EVAL} --match none --device auto"),
     case("cli/load.py", "give a Hugging Face folder or a .gguf file", "data rows.jsonl --model nope",
          "data rows.jsonl --model m"),
     case("cli/load.py", "fourbit sft writes one (--out)", f"{EVAL} --match none --adapter nope",
@@ -1050,8 +1048,6 @@ NOT_FOLLOWED = {  # why -> what
         ("outputs.py", "start no second run in it"),
     ],
     "a GPU, or a second device": [
-        ("cli/load.py", "fourbit doctor tells more"),
-        ("cli/load.py", "there are {} CUDA devices"),
         ("cli/load.py", "use float32 (or float16, not to train)"),
         ("trainer/distill.py", "load both on one device"),
     ],

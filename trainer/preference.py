@@ -150,9 +150,8 @@ class DPOTrainer(Trainer):
     @torch.no_grad()
     def _mismatch(self, dataset: Dataset, numbers: Sequence[int]) -> Tensor:
         """KTO's reference point, from each prompt with the answer to another one: 0 where all prompts are the same."""
-        chosen = [number - self.first_number(dataset) for number in numbers]
-        others = [self._other_prompt(dataset, chosen, k) for k in range(len(chosen))]
-        pairs, most = zip(chosen, others, strict=True), self.config.max_length
+        others = [self._other_prompt(dataset, numbers, k) for k in range(len(numbers))]
+        pairs, most = zip(numbers, others, strict=True), self.config.max_length
         crossed = [crossed_over(dataset.examples[i], other, most) for i, other in pairs if other is not None]
         if not crossed:
             return torch.zeros((), device=self.device)

@@ -253,12 +253,8 @@ class Trainer(ABC):
 
     def micro_batches(self, dataset: Dataset, numbers: Sequence[int], micro_batch: MicroBatch) -> list[Batch]:
         """The examples with these numbers, each once, as batches of one forward pass each, on the CPU."""
-        chosen, packing = [(self.first_number(dataset) + i, dataset.examples[i]) for i in numbers], self.config.packing
+        chosen, packing = [(i, dataset.examples[i]) for i in numbers], self.config.packing
         return micro_batches(chosen, packing=packing, micro_batch=micro_batch, token_budget=self.token_budget)
-
-    def first_number(self, dataset: Dataset) -> int:
-        """The number that a batch gives a dataset's first example: other rows count on where training rows end."""
-        return 0 if dataset is self.train_set or dataset is not self.val_set else len(self.train_set)
 
     def _settle(self) -> None:
         """Read the metrics of the last update off the device, record them, and stop a run that has gone bad."""
