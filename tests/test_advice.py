@@ -165,7 +165,7 @@ COMMANDS = [
          f"{SFT} --out o --batch-size 2 --micro-batch 2", f"{SFT} --out o --batch-size 2 --micro-batch auto"),
     case("trainer/config.py", "belongs to divergence jsd", f"{DISTILL} --teacher other --jsd-beta 0.4",
          f"{DISTILL} --teacher other", f"{DISTILL} --teacher other --jsd-beta 0.4 --divergence jsd"),
-    case("trainer/config.py", "which compares with no reference", f"{DPO} --out o --loss orpo --reference base",
+    case("trainer/config.py", "reference has no use with", f"{DPO} --out o --loss orpo --reference base",
          f"{DPO} --out o --loss orpo"),
     case("trainer/config.py", "Give validation rows of their own, or none",
          f"{SFT.replace('rows', 'same')} --out o --val 50%", f"{SFT.replace('rows', 'same')} --out o --val val.jsonl",
