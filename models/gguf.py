@@ -88,12 +88,12 @@ def _map(path: Path) -> Bytes:
     raise InputError(f"{path} has {status.st_size} bytes; a GGUF header alone has 24. Get the file again.")
 
 
-def _package() -> Any:
-    """The package `gguf`, which only this file needs."""
+def package() -> Any:
+    """The package `gguf`, which GGUF files alone need."""
     try:
         import gguf.quants
     except ModuleNotFoundError:
-        raise EnvironmentProblem("reading GGUF files needs the package gguf: pip install gguf") from None
+        raise EnvironmentProblem("GGUF files need the package gguf: pip install gguf") from None
     return gguf
 
 
@@ -196,7 +196,7 @@ class _Header:
 
     def _tensor(self) -> TensorInfo:
         """One tensor's entry, its `start` still relative to the data section."""
-        gguf = _package()
+        gguf = package()
         name = self._string("a tensor name", MAX_NAME_BYTES)
         what = f"tensor {shown(name)}"
         n_dims = self._integer(f"the number of dimensions of {what}")
@@ -256,6 +256,6 @@ def _values(rows: Bytes, format: str) -> Tensor:
     if plain is not None:
         values = torch.from_numpy(rows.view(plain).copy())
         return values.view(torch.bfloat16) if format == "BF16" else values
-    gguf = _package()
+    gguf = package()
     with np.errstate(all="ignore"):  # an infinite scale gives NaN; whoever uses the weight refuses it by name
         return torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[format]))

@@ -29,7 +29,7 @@ _REQUIRED = {
     "attention.head_count": "num_attention_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-_OBEYED = _REQUIRED | {
+OBEYED = _REQUIRED | {
     "vocab_size": "vocab_size",
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
@@ -37,7 +37,6 @@ _OBEYED = _REQUIRED | {
     "rope.dimension_count": "head_dim",
     "rope.freq_base": "rope_theta",
     "rope.scaling.factor": "factor",
-    "rope.scale_linear": "factor",  # the name of old for the same
     "rope.scaling.original_context_length": "original_max_position_embeddings",
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
@@ -51,7 +50,7 @@ _CAPS = {"attn_logit_softcapping": "attn_logit_softcapping"} | _CAP
 _EXPERTS = ("expert_count", "expert_used_count")
 _ROUTED = {"expert_used_count": "num_experts_per_tok", "expert_feed_forward_length": "moe_intermediate_size"}
 # llama.cpp's architecture -> the family, the keys that it must have too, and the other numbers that it alone obeys.
-_ARCHITECTURES: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
+ARCHITECTURES: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
     **{name: (name, (), {}) for name in ("llama", "smollm3", "qwen2", "qwen3", "olmo2")},
     "qwen3moe": ("qwen3_moe", _EXPERTS, {"expert_count": "num_experts"} | _ROUTED),
     "granite": ("granite", (_SCALE,), {_SCALE: "attention_multiplier", "logit_scale": "logits_scaling"} | _SCALES),
@@ -59,8 +58,12 @@ _ARCHITECTURES: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
     "gemma2": ("gemma2", (_WINDOW,), {_WINDOW: "sliding_window"} | _CAPS),
     "gemma3": ("gemma3_text", (), {_WINDOW: "sliding_window"} | _CAP | _LOCAL),
 }
-_MIXTRAL = ("mixtral", _EXPERTS, {"expert_count": "num_local_experts"} | _ROUTED)  # a llama with experts
-_INTERLEAVED = ("llama", "mixtral", "smollm3", "granite")  # whose rows of Q and K the converter reorders
+MIXTRAL = ("mixtral", _EXPERTS, {"expert_count": "num_local_experts"} | _ROUTED)  # a llama with experts
+FAMILIES = {family: (kind, own) for kind, (family, _, own) in ARCHITECTURES.items()} | {
+    "mixtral": ("llama", MIXTRAL[2])
+}
+FAMILIES |= dict.fromkeys(("mistral", "ministral"), ("llama", {}))  # for writing; these up to the length of a window
+INTERLEAVED = ("llama", "smollm3", "granite")  # architectures whose rows of Q and K llama.cpp has in another order
 _NOTHING = ("attention.clamp_kqv", "attention.max_alibi_bias", "expert_count", "nextn_predict_layers", _WINDOW, _SCALE)
 _PLAIN: dict[str, tuple[Any, ...]] = {  # what would change the numbers, with the values that do not
     **dict.fromkeys((*_NOTHING, "attn_logit_softcapping", "final_logit_softcapping"), (0,)),
@@ -71,8 +74,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {  # what would change the numbers, with th
 }
 _OF_ROPE = ("rope.scaling.finetuned", "rope.scaling.type")  # the second: see _scaling
 _WITHOUT_EFFECT = ("attention.layer_norm_epsilon", "expert_used_count", "pooling_type", "tensor_data_layout", *_OF_ROPE)
-_WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_IN_LAYER = {
+WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+IN_LAYER = {
     "attn_norm": "input_layernorm",
     **{f"attn_{part}": f"self_attn.{part}_proj" for part in ("q", "k", "v", "qkv")},
     **{f"attn_{part}_norm": f"self_attn.{part}_norm" for part in ("q", "k")},
@@ -83,9 +86,9 @@ _IN_LAYER = {
     "ffn_gate_inp": "mlp.gate",
     **{f"ffn_{part}_exps": f"mlp.experts.*.{part}_proj" for part in ("gate", "up", "down")},  # of each expert
 }
-_OWN_NAMES = {
+OWN_NAMES = {
     "phi3": {"ffn_up": "mlp.gate_up_proj"},
-    **{name: {"ffn_norm": "pre_feedforward_layernorm"} for name in ("gemma2", "gemma3")},
+    **{name: {"ffn_norm": "pre_feedforward_layernorm"} for name in ("gemma2", "gemma3", "olmo2")},
 }
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")  # told in the Spec
 _LAYER = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(.*)")
@@ -103,7 +106,7 @@ def iter_tensors(file: GGUFFile, spec: Spec) -> Iterator[tuple[str, Tensor]]:
     (of some families llama.cpp interleaves the rotary halves), and norms that multiply by 1 + weight without the 1.
     """
     heads = {"q_proj": spec.num_attention_heads, "k_proj": spec.num_key_value_heads}
-    heads = heads if spec.model_type in _INTERLEAVED else {}
+    heads = heads if file.metadata["general.architecture"] in INTERLEAVED else {}
     for hf, info in _weights(file):
         tensor, count = file.tensor(info), heads.get(hf.split(".")[-2])
         if count is not None:  # pairs side by side to two halves, in each head
@@ -113,11 +116,11 @@ def iter_tensors(file: GGUFFile, spec: Spec) -> Iterator[tuple[str, Tensor]]:
 
 def _weights(file: GGUFFile) -> Iterator[tuple[str, TensorInfo]]:
     """A weight's name in a Hugging Face checkpoint, and its place in the file."""
-    inside = _IN_LAYER | _OWN_NAMES.get(str(file.metadata.get("general.architecture")), {})
+    inside = IN_LAYER | OWN_NAMES.get(str(file.metadata.get("general.architecture")), {})
     for name, info in file.tensors.items():
         part, _, kind = name.rpartition(".")
         layer = _LAYER.fullmatch(part)
-        found = inside.get(layer[2]) if layer else _WHOLE.get(part)
+        found = inside.get(layer[2]) if layer else WHOLE.get(part)
         biased = layer is not None and not part.endswith("_norm")
         if name in ROPE_FACTORS:
             continue
@@ -144,8 +147,8 @@ def read_spec(file: GGUFFile) -> Spec:
     """InputError for another architecture, a missing or impossible key, or a feature that is not supported."""
     shapes, where = tensor_shapes(file), str(file.path)
     whole = Settings(file.metadata, where)
-    known = f"one of {', '.join(_ARCHITECTURES)}, which can be read from GGUF"
-    kind = whole.one_of("general.architecture", tuple(_ARCHITECTURES), known)
+    known = f"one of {', '.join(ARCHITECTURES)}, which can be read from GGUF"
+    kind = whole.one_of("general.architecture", tuple(ARCHITECTURES), known)
     keys = Settings(file.metadata, where, prefix=f"{kind}.")
     numbers = _numbers(whole, keys, kind)
     rows = shapes.get("model.embed_tokens.weight", (1,))[0]  # where it is missing, that will be said
@@ -160,7 +163,7 @@ def read_spec(file: GGUFFile) -> Spec:
     share = numbers["embedding_length"] // numbers["attention.head_count"]
     size, turned = _head_dim(keys, numbers, share, partial=kind == "phi3")
     model_type, _, own = _family(keys, kind)
-    config = {name: numbers.get(key) for key, name in ({_WINDOW: "sliding_window"} | _OBEYED | own).items()} | {
+    config = {name: numbers.get(key) for key, name in ({_WINDOW: "sliding_window"} | OBEYED | own).items()} | {
         "model_type": model_type,
         "vocab_size": numbers.get("vocab_size", rows),
         "head_dim": size,
@@ -178,7 +181,7 @@ def read_spec(file: GGUFFile) -> Spec:
 
 def _family(keys: Settings, kind: str) -> tuple[str, tuple[str, ...], dict[str, str]]:
     experts = keys.get("expert_count")
-    return _MIXTRAL if kind == "llama" and isinstance(experts, int) and experts else _ARCHITECTURES[kind]
+    return MIXTRAL if kind == "llama" and isinstance(experts, int) and experts else ARCHITECTURES[kind]
 
 
 def _numbers(whole: Settings, keys: Settings, kind: str) -> dict[str, Any]:
@@ -186,7 +189,7 @@ def _numbers(whole: Settings, keys: Settings, kind: str) -> dict[str, Any]:
     whole.one_of("general.type", (None, "model"), "'model' (give the file of the model itself)")
     whole.one_of("split.count", (None, 0, 1), "1 (join the files of the model first: llama-gguf-split --merge)")
     _, needed, own = _family(keys, kind)
-    obeyed = _OBEYED | own
+    obeyed = OBEYED | {"rope.scale_linear": "factor"} | own  # the name of old for the same
     for name in whole.data:
         key = name.removeprefix(keys.prefix)
         if key == name or key in obeyed or key in _WITHOUT_EFFECT:
@@ -198,10 +201,10 @@ def _numbers(whole: Settings, keys: Settings, kind: str) -> dict[str, Any]:
     no_window = type(keys.get(_WINDOW)) is int and keys.get(_WINDOW) == 0 and _WINDOW not in needed
     there = [key for key in obeyed if key in _REQUIRED or key in needed or keys.get(key) is not None]
     found = {key: keys.number(key, like=obeyed[key]) for key in there if key != _WINDOW or not no_window}
-    return {key: _decimal(value) if isinstance(value, float) else value for key, value in found.items()}
+    return {key: decimal(value) if isinstance(value, float) else value for key, value in found.items()}
 
 
-def _decimal(value: float) -> float:
+def decimal(value: float) -> float:
     """The shortest decimal of an fp32 value: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
@@ -238,7 +241,7 @@ def _scaling(file: GGUFFile, keys: Settings, numbers: dict[str, Any], turned: in
         )
     said: dict[str, Any] | None = None
     original = "rope.scaling.original_context_length"
-    beside = {_OBEYED[original]: numbers.get(original, numbers["context_length"])}
+    beside = {OBEYED[original]: numbers.get(original, numbers["context_length"])}
     if kind == "yarn":
         betas = {name: numbers.get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
         said = {"rope_type": kind, "factor": factor} | beside | betas
@@ -265,7 +268,7 @@ def _factors(file: GGUFFile, name: str, count: int) -> list[float]:
             f"{file.path}: tensor {name!r} must have shape [{count}], one factor a pair of a head, got "
             f"{list(file.tensors[name].shape)}."
         )
-    factors = [_decimal(factor) for factor in file.tensor(name).tolist()]
+    factors = [decimal(factor) for factor in file.tensor(name).tolist()]
     return [] if name == ROPE_FACTORS[0] and all(factor == 1.0 for factor in factors) else factors
 
 
@@ -274,7 +277,7 @@ def rope_freqs_scaling(factors: list[float], theta: float, context: int) -> dict
     divisors. Any others are said as they are, as a LongRoPE of one length."""
     stored, dim, original = np.asarray(factors), 2 * len(factors), 8192
     turns = theta ** (-np.arange(0, dim, 2) / dim) / (2 * math.pi)  # full turns a token
-    blend, factor = np.clip((original * turns - 1) / 3, 0, 1), _decimal(stored.max())
+    blend, factor = np.clip((original * turns - 1) / 3, 0, 1), decimal(stored.max())
     if factor > 1 and np.allclose(1 / ((1 - blend) / factor + blend), stored, rtol=1e-4, atol=0):
         band = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": original}
         return {"rope_type": "llama3", "factor": factor} | band

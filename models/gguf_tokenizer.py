@@ -3,10 +3,14 @@
 Of byte-level BPE a GGUF holds tokens and merges but only a *name* for the rule that cuts text into words first
 (`tokenizer.ggml.pre`). A wrong rule gives ids the model never saw in training and no error, so an unknown name is
 refused. The rules are those of llama.cpp (src/llama-vocab.cpp) for the same names, and of the models' own
-tokenizer.json files.
+tokenizer.json files. To write a tokenizer is to find the metadata that gives its tokens again, by trying.
 """
 
+import contextlib
+import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from ..errors import InputError
+from ..text import sentencepiece as kinds
 from ..text.sentencepiece import Vocabulary, ids_of, sentencepiece_backend, whole_tokens
 from ..text.tokenizer import NEEDED, Tokenizer
 from .config import Settings
@@ -121,3 +126,55 @@ def _numbers(keys: Settings, key: str, count: int) -> list[Any]:
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf" or len(value) != count:
         raise keys.refusal(key, f"an array of {count} numbers, one a token")
     return value.tolist()
+
+
+PROBES = (  # what a tokenizer and the one written of it must cut alike
+    "Hello World, it's 1234567 o'clock! Don't SHOUT, WE'LL see: $3.14 (50%)\n\nYes?\tNo... <b>x_1</b>",
+    "  for i in range(10):\r\n\t\tif a[i] >= 0x1F and s != 'it''s':  # camelCase XMLHttp2\n\n\n    return {**d}  ",
+    "Été é naïve İstanbul Привет 你好，世界。こんにちは 한국어 हिन्दी العربية ½① 😀‍🚀",
+)
+
+
+def tokenizer_metadata(tokenizer: Tokenizer, rows: int, template: str | None = None) -> dict[str, Any]:
+    """The metadata from which `gguf_tokenizer` makes this tokenizer again, with as many tokens as the model has `rows`;
+    template: a chat template in the place of its own. The rule that cuts words, and where blanks belong, are found by
+    trying. InputError for a tokenizer that no metadata gives again."""
+    backend, template = tokenizer.backend, template or tokenizer.chat_template or ""
+    model, added = json.loads(backend.to_str())["model"], backend.get_added_tokens_decoder()
+    texts, types = [f"[PAD{i}]" for i in range(rows)], np.full(rows, kinds.UNUSED, np.int32)  # as llama.cpp fills up
+    for text, id in backend.get_vocab(with_added_tokens=True).items():
+        texts[id], types[id] = text, kinds.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", text) else kinds.NORMAL
+    for id, token in added.items():
+        types[id] = kinds.CONTROL if token.special else kinds.USER_DEFINED
+    ends = [id for id in tokenizer.stop_ids if id in added and id != tokenizer.eos_id]
+    ids = dict(zip(("eot", "eom"), ends, strict=False)) | {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    ids |= {"padding": tokenizer.pad_id, "unknown": backend.token_to_id(tokenizer.named_tokens.get("unk_token", ""))}
+    said: dict[str, Any] = {f"{name}_token_id": id for name, id in ids.items() if id is not None} | {"tokens": texts}
+    if template:  # one that does not write it was trained without; llama.cpp has rules of its own where there is none
+        said["add_bos_token"] = tokenizer.bos_id is not None and "bos_token" in template
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", ())]
+    own, specials = backend.pre_tokenizer or pre_tokenizers.Sequence([]), " a".join((*tokenizer.special_tokens, ""))
+    name, tried = Path(tokenizer.source).stem, list[dict[str, Any]]()
+    if model["type"] == "BPE" and model["byte_fallback"]:  # scores in the order of merges
+        if model["unk_token"] is not None:
+            types[backend.token_to_id(model["unk_token"])] = kinds.UNKNOWN
+        first = {left + right: -i for i, (left, right) in reversed([*enumerate(merges)])}
+        scores = np.array([first.get(text, -len(merges) - id) for id, text in enumerate(texts)], np.float32)
+        tried = [{"model": "llama", "scores": scores, "add_space_prefix": prefix} for prefix in (True, False)]
+    elif model["type"] == "BPE":
+        how = bool(model["ignore_merges"]), backend.normalizer is not None
+        rules = [pre for pre in _SPLITS if (pre in _WHOLE_WORDS_FIRST, pre in _COMPOSED) == how]
+        rules = [*{_SPLITS[pre]: pre for pre in reversed(rules)}.values()]  # by one name each
+        tried = [{"model": "gpt2", "merges": [" ".join(merge) for merge in merges], "pre": pre} for pre in rules]
+    for keys, called in ((keys, called) for keys in tried for called in (name, f"phi-3 {name}")):
+        found = {f"tokenizer.ggml.{key}": value for key, value in (said | keys | {"token_type": types}).items()} | {
+            "general.name": called
+        }
+        found |= {"tokenizer.chat_template": template} if template else {}
+        with contextlib.suppress(InputError):
+            made = gguf_tokenizer(found)
+            words = made.backend.pre_tokenizer or own
+            alike = all(words.pre_tokenize_str(x) == own.pre_tokenize_str(x) for x in PROBES)
+            if alike and all(made.encode(x) == tokenizer.encode(x) for x in (*PROBES, specials)):
+                return found
+    raise InputError(f"{tokenizer.source}: GGUF has no words for its tokenizer: save_model writes a folder")

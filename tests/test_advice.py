@@ -904,6 +904,13 @@ def test_a_run_is_gone_on_from_as_advised(here: Path, tokenizer: Any, monkeypatc
 # Nothing is left out.
 
 ELSEWHERE = {  # tests of other files that follow an advice
+    "tests/cli/test_export_command.py::test_the_adapter_alone": [
+        ("cli/export.py", "say which with --adapter"),
+        ("cli/export.py", "llama-server -m BASE.gguf --lora {}"),
+    ],
+    "tests/models/test_gguf_write.py::test_what_llama_cpp_does_not_compute_is_refused_and_no_file_appears": [
+        ("models/gguf_write.py", "A folder holds it: save_model"),
+    ],
     "tests/trainer/test_rank_budget.py::test_a_run_of_ones_own_needs_its_length": [
         ("lora/adalora.py", "give Run its number of steps, total="),
     ],
@@ -1104,7 +1111,8 @@ NOT_FOLLOWED = {  # why -> what
     + [("lora/targets.py", "takes away all")]
     + [("trainer/checkpoint.py", "keep 1 or more"), ("trainer/losses/objective.py", "loss must be NAME or NAME=WEIGHT")]
     + [("cli/main.py", "fourbit quantize --model M"), ("cli/quantize.py", "--budget must be a size above 0")]
-    + [("cli/quantize.py", "say it once")]
+    + [("cli/quantize.py", "say it once"), ("cli/main.py", "fourbit export --model M --to gguf")]
+    + [("cli/export.py", w) for w in ("else add one", "GGUF is written of those alone", "--out {}", "read back")]
     + [("cli/load.py", "training is without the {} of its config.json")]
     + [("cli/doctor.py", "for --log tensorboard"), ("cli/parse.py", "-h, --help")]
     + [("data/forms.py", f"`fourbit {name}` reads") for name in ("sft", "dpo", "generate")]
@@ -1166,7 +1174,15 @@ def flags_of(command: str) -> set[str]:
 
 
 def test_every_flag_and_command_that_is_named_is_there(advising: list[tuple[str, str]]) -> None:
-    flags = {"--help", "--version", "--debug", "--no", "--no-base", "--merge"}  # the last is another tool's
+    flags = {
+        "--help",
+        "--version",
+        "--debug",
+        "--no",
+        "--no-base",
+        "--merge",
+        "--lora",
+    }  # the last two are other tools'
     flags |= {flag for name in ALL_COMMANDS for flag in flags_of(name)}
     for file, text in advising:
         assert {*re.findall(r"--[a-z][a-z-]*[a-z]", text)} <= flags, (file, text)

@@ -212,7 +212,7 @@ def test_the_package_gguf_may_be_missing(tmp_path: Path, monkeypatch: pytest.Mon
     opened = GGUFFile(tmp_path / "m.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
     for ask in (lambda: GGUFFile(tmp_path / "m.gguf"), lambda: opened.tensor("blk.0.attn_q.weight")):
-        with pytest.raises(EnvironmentProblem, match="reading GGUF files needs the package gguf: pip install gguf"):
+        with pytest.raises(EnvironmentProblem, match="GGUF files need the package gguf: pip install gguf"):
             ask()
 
 

@@ -20,7 +20,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 
 from fourbit.errors import InputError
 from fourbit.models.gguf import GGUFFile
-from fourbit.models.gguf_tokenizer import gguf_tokenizer
+from fourbit.models.gguf_tokenizer import gguf_tokenizer, tokenizer_metadata
 from fourbit.text.tokenizer import Tokenizer
 
 CORPUS = """The quick brown fox jumps over the lazy dog, and it doesn't stop. I'LL GO, SHE'S HERE; they've gone.
@@ -107,6 +107,35 @@ def test_2000_strings_of_every_rule_equal_their_original(pre: str, tmp_path: Pat
         assert ours.encode(text) == theirs.encode(text).ids, text
 
 
+def again(tokenizer: Tokenizer) -> Tokenizer:
+    """Through the metadata that we write of it."""
+    return gguf_tokenizer(tokenizer_metadata(tokenizer, tokenizer.vocab_size + 5))
+
+
+@pytest.mark.parametrize("pre", SPLITS)
+def test_what_is_written_of_a_tokenizer_json_gives_it_again(pre: str) -> None:
+    """The name of its rule for words stands nowhere in it."""
+    theirs = Tokenizer(original(pre))
+    ours = again(theirs)
+    assert ours.vocab_size == theirs.vocab_size + 5  # as many as the model has rows
+    for text in texts(500):
+        assert ours.encode(text) == theirs.encode(text), text
+
+
+@pytest.mark.parametrize("how", ["another rule", "a prefix", "no merges", "unigram"])
+def test_a_tokenizer_that_no_metadata_gives_again_is_refused(how: str) -> None:
+    made = original("gpt-2")
+    if how == "another rule":
+        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("o", "isolated"), made.pre_tokenizer])
+    elif how == "a prefix":
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    else:
+        model = models.BPE(made.get_vocab(), []) if how == "no merges" else models.Unigram([("a", 0.0), ("b", 0.0)], 0)
+        made = tokenizers.Tokenizer(model)
+    with pytest.raises(InputError, match="GGUF has no words for its tokenizer"):
+        again(Tokenizer(made))
+
+
 @functools.cache
 def trained(**options: Any) -> bytes:
     written = io.BytesIO()
@@ -136,10 +165,11 @@ def test_2000_strings_equal_sentencepiece(kind: str, tmp_path: Path) -> None:
         options = {"add_dummy_prefix": False, "user_defined_symbols": ("<b>", "▁▁", "▁▁▁", "\n", "\n\n", "[@X@]")}
     theirs = sentencepiece.SentencePieceProcessor(model_proto=trained(**options))
     ours = sentencepiece_in_gguf(trained(**options), tmp_path, add_space_prefix=kind == "llama")
+    anew = again(ours)
     assert (ours.bos_id, ours.eos_id, ours.stop_ids) == (1, 2, (2,))
     for text in [*texts(2000), "<b>x</b>   y\n\n\n[@X@]", "  a", "\n"]:
         expected = theirs.encode(text)
-        assert ours.encode(text) == expected, text
+        assert ours.encode(text) == anew.encode(text) == expected, text
         assert ours.decode(expected) == theirs.decode(expected), text
 
 
@@ -150,6 +180,7 @@ def test_whole_tokens_of_phi3_take_the_blanks_behind_them(tmp_path: Path) -> Non
     phi = gguf_tokenizer(metadata | {"general.name": "Phi-3 Mini 4k Instruct"})
     assert phi.encode("</s>\n a") == [2, *plain.encode("a")] != plain.encode("</s>\n a")
     assert phi.encode("<s>\n a") == plain.encode("<s>\n a")
+    assert again(phi).encode("</s>\n a") == phi.encode("</s>\n a")
 
 
 def test_tokens_without_an_order_of_joins_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""`fourbit export`: what llama.cpp and Ollama open, read back here, of the base that the adapter was trained on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import nn
+
+import fourbit
+from fourbit.cli.main import main
+from fourbit.models.decoder import Decoder
+from fourbit.models.families import read_spec
+from fourbit.models.gguf import GGUFFile
+from fourbit.text.tokenizer import Tokenizer
+
+TEXT = ["Hello World, it's 1234567 o'clock! Don't SHOUT, a text of a few words that words are joined of"]
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model `m` with a byte-level tokenizer that joins letters, and `run`, an adapter of it in NF4."""
+    place = tmp_path_factory.mktemp("export")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=290, initial_alphabet=letters, show_progress=False)
+    )
+    backend.add_special_tokens(["<|im_end|>", "<|endoftext|>", "<s>"])
+    named = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
+    tokenizer = Tokenizer(backend, chat_template=TEMPLATE, named_tokens=named)
+    torch.manual_seed(0)
+    model = Decoder(read_spec({"model_type": "llama", "vocab_size": tokenizer.vocab_size + 3} | SIZES))
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.2).data.add_("norm" in name)
+    fourbit.save_model(model, place / "m", tokenizer)
+    trained, _ = fourbit.load(place / "m", quant_type="nf4")
+    fourbit.attach(trained, fourbit.LoRAConfig(rank=4, rslora=True, alpha_pattern={"q_proj": 3.0}))
+    for name, parameter in trained.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    fourbit.save_adapter(trained, place / "run", base_model=str(place / "m"))
+    return place
+
+
+def logits(model: fourbit.CausalLM) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model(torch.arange(40)[None])
+    return out
+
+
+def test_the_model_is_the_decoded_base_with_its_adapter(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the run trained on, and not the dense weights that its codes were made of."""
+    command = ["export", "--model", str(folder / "m"), "--adapter", str(folder / "run"), "--to", "gguf", "--json"]
+    assert main([*command, "--type", "f32", "--out", str(tmp_path / "m.gguf")]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["read back"].startswith("100% of ") and said["run"] == f"llama-server -m {tmp_path / 'm.gguf'}"
+    model, _ = fourbit.load(folder / "m", quant_type="nf4")
+    fourbit.load_adapter(model, folder / "run")
+    read, tokenizer = fourbit.load(tmp_path / "m.gguf")
+    torch.testing.assert_close(logits(read), logits(model), rtol=0, atol=1e-4)
+    dense, own = fourbit.load(folder / "m")
+    assert (logits(dense) - logits(read)).abs().max() > 0.1
+    assert tokenizer.encode(TEXT[0]) == own.encode(TEXT[0]) and tokenizer.stop_ids == own.stop_ids
+    metadata = GGUFFile(tmp_path / "m.gguf").metadata
+    assert metadata["tokenizer.chat_template"] == TEMPLATE and metadata["tokenizer.ggml.add_bos_token"] is True
+
+
+def test_without_an_adapter_the_model_is_dense_unless_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", "--model", str(folder / "m"), "--to", "ollama", "--type", "q8_0"]
+    assert main([*command, "--out", str(tmp_path / "o")]) == 0
+    printed = capsys.readouterr()
+    assert "dense and float32" in printed.err and f"ollama create NAME -f {tmp_path}/o/Modelfile" in printed.out
+    lines = (tmp_path / "o" / "Modelfile").read_text().splitlines()
+    assert lines[0] == "FROM ./model.gguf" and lines[-2:] == [
+        'PARAMETER stop "<|im_end|>"',
+        'PARAMETER stop "<|endoftext|>"',
+    ]
+    assert GGUFFile(tmp_path / "o" / "model.gguf").tensors["blk.0.attn_q.weight"].format == "Q8_0"
+    assert main([*command, "--quant", "nf4", "--out", str(tmp_path / "p")]) == 0
+    assert "NF4 with double quantisation" in capsys.readouterr().err
+
+
+def test_the_adapter_alone(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", "--model", str(folder / "m"), "--to", "gguf-lora", "--out", str(tmp_path / "l.gguf")]
+    assert main(command) == 2 and "say which with --adapter" in capsys.readouterr().err
+    assert main([*command, "--adapter", str(folder / "run")]) == 0
+    assert f"--lora {tmp_path / 'l.gguf'}" in capsys.readouterr().out
+    assert len(GGUFFile(tmp_path / "l.gguf").tensors) == 2 * 2 * 7
+
+
+@pytest.mark.parametrize("out", ["m/model.gguf", "m", "run/x"])
+def test_what_is_read_is_not_written_over(folder: Path, out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted((folder / "m").iterdir())
+    command = ["export", "--model", str(folder / "m"), "--adapter", str(folder / "run"), "--to", "ollama"]
+    assert main([*command, "--out", str(folder / out)]) == 2
+    assert "give another place" in capsys.readouterr().err and sorted((folder / "m").iterdir()) == before
