@@ -1,8 +1,8 @@
 """AdaLoRA against LoRA with as many final parameters, on the ticket task.
 
 `python -m benchmarks.adalora_tickets [--seeds 3] [--steps 80] [--batch-size 8] [--rank 4] [--val-rows 60]` fine-tunes
-SmolLM2-135M (NF4) on the tickets with each kind, once a seed, and prints the validation loss of each run, the means with
-their spread, and one JSON line. Adapters are on the feedforward layers, which all have as many inputs and outputs
+SmolLM2-135M (NF4) on the tickets with each kind, once a seed, and prints the validation loss of each run, means and
+spread, and one JSON line. Adapters are on the feedforward layers, which all have as many inputs and outputs
 together, so that equal total ranks are equal parameters; the saved files are counted to make sure.
 """
 

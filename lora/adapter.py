@@ -87,6 +87,10 @@ class Adapter(nn.Module):
         """The change [out, in] that this adapter makes to the dense weight [out, in], in the dtype of `weight`."""
         raise NotImplementedError(f"{type(self).__name__} has no delta, which merging and reading a weight ask for")
 
+    def delta_bias(self, bias: Tensor) -> Tensor | None:
+        """The change [out] that it makes to the base's bias [out], if it is not for the weight alone."""
+        return None
+
     def low_rank(self, codes: bool = False) -> LowRank | None:
         """The update, if a layer may make it together with its base; `codes`: with an `NF4LowRank`'s codes alone."""
         return None
@@ -152,8 +156,8 @@ class AdapterLayer(nn.Module):
         """Those of them that change what the base computes, and not its tensors alone."""
         return [(part, weight) for part, weight in self.running() if not isinstance(part, Whole)]
 
-    def copied(self) -> dict[str, Tensor]:
-        """The active adapters' copies of the base's tensors, by name, in the dtypes that it has."""
+    def copied(self, merged: bool = False) -> dict[str, Tensor]:
+        """The active adapters' copies of the base's tensors, by name, in its dtypes; `merged`: the bias as changed."""
         found: dict[str, Tensor] = {}
         for part, weight in self.running():
             copies = () if part.copies is None else (*part.copies.named_parameters(), *part.copies.named_buffers())
@@ -161,6 +165,10 @@ class AdapterLayer(nn.Module):
                 own = getattr(self.base, name)
                 mixed = weight != 1 and own.is_floating_point()
                 found[name] = (own.to(tensor).lerp(tensor, weight) if mixed else tensor).to(own.dtype)
+        bias: Any = found.get("bias", getattr(self.base, "bias", None))
+        for part, weight in self.changing() if merged and bias is not None else ():
+            if (change := part.delta_bias(bias)) is not None:
+                found["bias"] = (found.get("bias", bias) + weight * change).to(bias.dtype)
         return found
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:  # of a linear layer: [..., in] -> [..., out]
@@ -255,7 +263,7 @@ class AdapterLayer(nn.Module):
         except AttributeError:
             if name == "base" or name.startswith("__"):  # a parametrised base has a __deepcopy__ of its own
                 raise
-        own = self.copied()
+        own = self.copied(merged=True)
         found: Any = own[name] if name in own else getattr(self.base, name)
         if not own or getattr(found, "__self__", None) is not self.base:
             return found

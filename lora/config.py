@@ -11,8 +11,7 @@ from ..settings import Checked, checked, setting
 
 Number = TypeVar("Number", int, float)
 Kind = Literal["lora", "dora", "lora-fa", "ia3", "adalora"]  # the words of kinds.py
-OF_LORA = ["rank", "alpha", "dropout", "rslora", "rank_pattern", "alpha_pattern", "target_parameters", "bias"]
-UNUSED = {"ia3": OF_LORA}  # settings that a kind has no use for
+USED = {"ia3": ("kind", "target", "exclude", "modules_to_save", "feedforward")}  # settings of a kind; of others all
 ONLY_OF = {"initial_rank": "adalora", "rank_warmup": "adalora", "rank_final": "adalora", "feedforward": "ia3"}
 
 
@@ -75,7 +74,7 @@ class LoRAConfig(Checked):
             shares = f"{self.rank_warmup} and {self.rank_final}"
             raise InputError(f"rank_warmup and rank_final are shares of one run, at most 1 together, got {shares}")
         for f in fields(self):
-            unused = f.name in UNUSED.get(self.kind, ()) or ONLY_OF.get(f.name, self.kind) != self.kind
+            unused = f.name not in USED.get(self.kind, [f.name]) or ONLY_OF.get(f.name, self.kind) != self.kind
             if unused and getattr(self, f.name) not in (f.default, {}):
                 raise InputError(f"{f.name} has no part in an adapter of the kind {self.kind!r}: leave it out")
         for key in ("rank_pattern", "alpha_pattern"):

@@ -36,6 +36,9 @@ class IA3(Adapter):
     def delta(self, weight: Tensor) -> Tensor:
         return (self.ia3_l.to(weight.dtype) - 1) * weight
 
+    def delta_bias(self, bias: Tensor) -> Tensor | None:
+        return None if self.on_input else (self.ia3_l.flatten() - 1) * bias
+
     def is_idle(self) -> bool:
         return bool((self.ia3_l == 1).all())
 

@@ -57,7 +57,7 @@ def merged_state(model: nn.Module, dtype: DType | None = None) -> dict[str, Tens
     state, shared = dict[str, Tensor](), dict[int, Tensor]()
     for path, module in plain_modules(model).items():
         layer = module if isinstance(module, AdapterLayer) else None
-        base, copied = (module, {}) if layer is None else (unwrapped(layer.base), layer.copied())
+        base, copied = (module, {}) if layer is None else (unwrapped(layer.base), layer.copied(merged=True))
         inside = base.stored_parameters() if isinstance(base, Module4bit) else {}
         kept = {name: tensor for name, tensor in base._buffers.items() if name not in base._non_persistent_buffers_set}
         tensors = {name: own for name, own in (base._parameters | kept | copied).items() if name not in inside}
@@ -158,7 +158,7 @@ def _refuse_unmergeable(layers: Mapping[str, AdapterLayer]) -> None:
 def _merged(layer: AdapterLayer, new: Mapping[Any, nn.Module], keep: bool) -> nn.Module:
     """The layer's base with all that is active in it; a module of its own, of what is `new`, if the base is kept."""
     base, tensors = cast(nn.Linear, layer.base), dict[str, Tensor]()  # any module with a weight
-    for name, own in layer.copied().items():
+    for name, own in layer.copied(merged=True).items():
         old, copied = getattr(base, name), own.detach().clone()
         tensors[name] = nn.Parameter(copied, old.requires_grad) if isinstance(old, nn.Parameter) else copied
     if layer.changing():

@@ -19,7 +19,7 @@ from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.convert import dequantize
 from fourbit.lora.linear4bit import NF4Linear
-from fourbit.lora.merge import delta
+from fourbit.lora.merge import delta, merge
 from fourbit.lora.peft_files import load_adapter, save_adapter
 from fourbit.lora.quantize import quantize_
 
@@ -165,6 +165,17 @@ def test_delta_is_the_change_of_the_weight(base: LlamaForCausalLM, config: LoRAC
         layer.base.bias.data.zero_()
         assert_close(x @ (layer.base.weight + change).T, layer(x))
         assert_close(layer.weight, layer.base.weight + change)
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["dense", "nf4"])
+def test_merged_it_computes_the_same(base: LlamaForCausalLM, config: LoRAConfig, quantised: bool) -> None:
+    """Biases too, which IA3 scales with the output; and who reads weight and bias of a layer gets both."""
+    model = with_adapter(quantize_(copy.deepcopy(base)) if quantised else base, config)
+    want, layer = logits(model), model.get_submodule(next(iter(adapters_of(model))))
+    x = torch.randn(3, layer.in_features)
+    assert_close(x @ layer.weight.T + layer.bias, layer(x))
+    assert_close(logits(merge(model)), want)
+    assert not adapters_of(model)
 
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["dense", "nf4"])
