@@ -81,7 +81,7 @@ def prepare(folder: Path, model_path: str) -> None:
     for name, module in load_peer(folder).named_modules():
         if isinstance(module, Linear4bit):
             state = module.weight.quant_state
-            packed[f"{name}.weight"], packed[f"{name}.absmax"] = module.weight.data, state.absmax
+            packed[f"{name}.packed"], packed[f"{name}.absmax"] = module.weight.data, state.absmax
             packed[f"{name}.nested_absmax"], packed[f"{name}.nested_offset"] = state.state2.absmax, state.offset
     save_file(packed, folder / PACKED)
 

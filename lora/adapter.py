@@ -95,6 +95,10 @@ class Adapter(nn.Module):
         """The update, if a layer may make it together with its base; `codes`: with an `NF4LowRank`'s codes alone."""
         return None
 
+    def finish(self, y: Tensor, base: nn.Module) -> Tensor:
+        """The layer's output, of what base and `low_rank` make together."""
+        return y
+
     def plain(self) -> "Adapter":
         """What files hold: itself, or a simpler one that computes the same."""
         return self
@@ -176,12 +180,18 @@ class AdapterLayer(nn.Module):
         if isinstance(x, Tensor) and x.is_nested:
             return over_nested(self.forward, x)
         if (joint := self.joint(x)) is not None:
-            return joint_forward(x, [joint])[0]
+            return self.finish(joint_forward(x, [joint])[0])
         own = self.copied()
         if not self.changing():
             return cast(Tensor, functional_call(self.base, own, args, kwargs) if own else self.base(*args, **kwargs))
         tensors = {f"base.{name}": tensor for name, tensor in own.items()}
         return cast(Tensor, functional_call(_Method(self.base, self._changed), tensors, x) if own else self._changed(x))
+
+    def finish(self, y: Tensor) -> Tensor:
+        """The output, of what one op made of `joint`."""
+        for part, _ in self.changing():
+            y = part.finish(y, self.base)
+        return y
 
     def _changed(self, x: Tensor) -> Tensor:
         """The output under adapters that change it."""
@@ -212,6 +222,8 @@ class AdapterLayer(nn.Module):
             return None
         if len(parts) == 1 and parts[0][1] == 1:
             return found[0]
+        if any(part.of_base for part, _ in parts):
+            return None
         B = [(weight * update.scale) * update.B for update, (_, weight) in zip(found, parts, strict=True)]
         stacked = LowRank(torch.cat([update.A for update in found]), torch.cat(B, 1), 1.0, 0.0)
         return None if any(update.dropout for update in found) else stacked

@@ -12,14 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError
 from ..kernels.lora_paths import lora_update
-from .adapter import LowRank, is_hooked, joint_forward, wide
-from .config import LoRAConfig
+from .adapter import Adapter, LowRank, wide
 from .lazy_weight import autocast_input
-from .linear4bit import Module4bit, NF4Linear, is_conv1d
-from .lora import LoRA, is_linear
-from .parameter4bit import StandIn
+from .linear4bit import Module4bit, is_conv1d
+from .lora import LoRA
 
 MAGNITUDE = "lora_magnitude_vector"  # as files call it
 
@@ -33,35 +30,28 @@ class DoRA(LoRA):
     """
 
     peft_type = "LORA"
+    forward = Adapter.forward  # it must know its base: `over`
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
         super().__init__(base, rank, alpha, dropout, rslora)
         self.kept: dict[str, tuple[Any, Any, Any]] = {}  # what was made of which tensors
         self.lora_magnitude_vector = nn.Parameter(self._squares(base).sqrt())
 
-    @classmethod
-    def of(cls, base: nn.Module, config: LoRAConfig) -> "DoRA":
-        """The part that `config` describes; InputError for what is no linear layer."""
-        if not is_linear(base):
-            what = "target_parameters" if isinstance(base, StandIn) else f"a layer of the kind {type(base).__name__}"
-            raise InputError(f"kind='dora' is for linear layers, got {what}: leave that out, or take kind='lora'")
-        return cls(base, config.rank, config.alpha, config.dropout, config.rslora)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        raise TypeError("DoRA scales what its base computes, so it takes the base and not its output: call `over`")
-
     def over(self, x: Tensor, base: nn.Module) -> Tensor:
         x = autocast_input(x)
         h = F.dropout(x, self.dropout) if self.training and self.dropout else x
-        if h is x and type(base) is NF4Linear and not is_hooked(base):
-            (y,) = joint_forward(x, [(base, LowRank(self.lora_A, self.lora_B, self.scale, 0.0))])
-        else:
-            plain = base(h)
-            y = lora_update(plain, h, self.lora_A, self.lora_B, self.scale)
+        plain = base(h)
+        y = self.finish(lora_update(plain, h, *self.factors(), self.scale), base)
+        return y if h is x else base(x) - plain + y
+
+    def low_rank(self, codes: bool = False) -> LowRank | None:
+        apart = codes or (self.training and self.dropout)
+        return None if apart else LowRank(*self.factors(), self.scale, 0.0)
+
+    def finish(self, y: Tensor, base: nn.Module) -> Tensor:
         c = self.lora_magnitude_vector / self.norms(base)
         bias = cast(Tensor | None, base.bias)
-        z = (y * c if bias is None else torch.addcmul((1 - c) * bias, y, c)).to(y.dtype)  # c is not for the bias
-        return z if h is x else base(x) - plain + z
+        return (y * c if bias is None else torch.addcmul((1 - c) * bias, y, c)).to(y.dtype)  # c is not for the bias
 
     def norms(self, base: nn.Module) -> Tensor:
         """||W + scale * B A|| [out], a norm for each row, fp32 or wider; of zeros the smallest number there is."""
@@ -69,8 +59,8 @@ class DoRA(LoRA):
 
     def _norms(self, base: nn.Module) -> Tensor:
         weight, squares = cast(Tensor, base.weight), self._keep("squares", base, self._squares)
-        cross = F.linear(self.lora_A.to(weight.dtype), weight.mT if is_conv1d(base) else weight)  # A W^T, once decoded
-        A, B = self.lora_A.to(squares.dtype), self.lora_B.to(squares.dtype)
+        A, B = (factor.to(squares.dtype) for factor in self.factors())
+        cross = F.linear(A.to(weight.dtype), weight.mT if is_conv1d(base) else weight)  # A W^T, decoded once
         added = (2 * self.scale) * cross.mT.to(B.dtype) + self.scale**2 * (B @ (A @ A.mT))
         return (squares + (added * B).sum(1)).clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
 

@@ -20,7 +20,7 @@ KINDS: dict[str, type[Adapter]] = {"lora": LoRA, "dora": DoRA, "lora-fa": LoRAFA
 
 def of_kind(base: nn.Module, config: LoRAConfig) -> Adapter:
     """An adapter of the kind that `config` says, for that layer. InputError for one that no such kind changes."""
-    if config.kind not in ("lora", "dora") and not is_linear(base):
+    if config.kind != "lora" and not is_linear(base):
         raise InputError(f"kind={config.kind!r} changes linear layers, and target names a {type(base).__name__} too")
     return KINDS[config.kind].of(base, config)
 

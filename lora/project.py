@@ -1,7 +1,7 @@
 """Several layers on one input: what one op can make together."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -27,5 +27,6 @@ def project(x: Tensor, modules: Sequence[nn.Module], *, keep: bool = False) -> t
         else:
             outputs[i] = module(x)
     for group in together.values():
-        outputs.update(zip(group, joint_forward(x, list(group.values()), keep), strict=True))
+        for i, y in zip(group, joint_forward(x, list(group.values()), keep), strict=True):
+            outputs[i] = cast(AdapterLayer, modules[i]).finish(y)
     return tuple(outputs[i] for i in range(len(modules)))

@@ -543,7 +543,7 @@ def test_adapter_files_are_mended_as_advised(kept: Path, tmp_path: Path) -> None
         load_with(rank_pattern={"(.*q|.*q)+_proj": 2})
     load_with(rank_pattern={"q_proj": 2})
     with words_of("Merge the adapter with PEFT, or train one without this feature"):
-        load_with(use_dora=True)
+        load_with(lora_bias=True)
     with words_of("path_initial_model_for_weight_conversion"):
         load_with(init_lora_weights="pissa")
     peft = importlib.util.find_spec("peft")
@@ -923,9 +923,6 @@ ELSEWHERE = {  # tests of other files that follow an advice
     "tests/cli/test_bad_input.py::test_the_traceback_comes_with_debug": [("cli/main.py", "Run again with --debug")],
     "tests/cli/test_commands.py::test_generate_keeps_what_it_answered_and_goes_on": [
         ("outputs.py", "finished rows; the same command with resume=True goes on"),
-    ],
-    "tests/lora/test_dora.py::test_what_it_cannot_be_put_on_is_refused": [
-        ("lora/dora.py", "leave that out, or take kind='lora'"),
     ],
     "tests/research/test_saved.py::test_a_save_that_leaves_something_out_is_refused": [
         ("lora/adapter.py", "Attach with their modules in modules_to_save, freeze them"),

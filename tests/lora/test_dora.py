@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from fourbit.errors import InputError
-from fourbit.lora.adapter import AdapterLayer, adapter_layers, adapter_parameters, adapters_of, copy_adapter, use, using
+from fourbit.lora import project as project_file
+from fourbit.lora.active import copy_adapter, use, using
+from fourbit.lora.adapter import AdapterLayer, adapter_layers, adapter_parameters, adapters_of
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.convert import dequantize
@@ -302,6 +304,20 @@ def test_copies_are_references_that_stay() -> None:
     assert not any(p.requires_grad for p in adapters_of(model, "reference")["0"].parameters())
 
 
+def test_layers_on_one_input_are_one_op_with_what_makes_them_dora(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, x = [stirred(seed, bits=4)[0] for seed in (0, 1, 2)], torch.randn(6, 64, requires_grad=True)
+    parameters = [x, *(p for layer in layers for p in layer.adapters.parameters())]
+    apart = [layer(x) for layer in layers]
+    joint, groups = project_file.joint_forward, list[int]()
+    seen = lambda x, group, keep: (groups.append(len(group)), joint(x, group))[1]  # a spy
+    monkeypatch.setattr(project_file, "joint_forward", seen)
+    together = project_file.project(x, layers)
+    assert groups == [3]
+    grads = [torch.autograd.grad(sum(y.square().mean() for y in ys), parameters) for ys in (apart, together)]
+    for a, b in zip((*apart, *grads[0]), (*together, *grads[1]), strict=True):
+        assert gap(a, b) <= LIMIT
+
+
 def test_several_are_the_sum_of_their_changes() -> None:
     model, x = stirred(), torch.randn(6, 64)
     attach(model, CONFIG, "b")
@@ -327,14 +343,16 @@ class Experts(nn.Module):
 def test_what_it_cannot_be_put_on_is_refused() -> None:
     model = nn.ModuleDict({"table": nn.Embedding(9, 8), "conv": nn.Conv1d(8, 8, 3), "linear": nn.Linear(8, 8)})
     for name, kind in (("table", "Embedding"), ("conv", "Conv1d")):
-        with pytest.raises(InputError, match=f"kind='dora' is for linear layers, got a layer of the kind {kind}"):
+        with pytest.raises(InputError, match=f"kind='dora' changes linear layers, and target names a {kind} too"):
             attach(model, LoRAConfig(target=[name, "linear"], kind="dora"))
         assert not adapter_layers(model)
         attach(copy.deepcopy(model), LoRAConfig(target=[name, "linear"]))  # as is advised
     attach(copy.deepcopy(model), LoRAConfig(target=["linear"], kind="dora"))
     model["experts"] = Experts()
     for target in (["linear"], None):
-        with pytest.raises(InputError, match="kind='dora' is for linear layers, got target_parameters:"):
+        with pytest.raises(
+            InputError, match="kind='dora' changes linear layers, and target names a DenseParameter too"
+        ):
             attach(model, LoRAConfig(target=target, target_parameters=["experts.gate"], kind="dora"))
 
 

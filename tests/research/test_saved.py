@@ -191,7 +191,7 @@ def test_a_peft_config_is_read_as_its_file_is() -> None:
     assert adapters_of(model)["bert.encoder.layer.1.attention.self.query"].rank == 3
     assert fourbit.attach(bert(), {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"})
     for config, message in (
-        (LoraConfig(target_modules=["query"], use_dora=True), "use_dora=True is a PEFT feature"),
+        (LoraConfig(target_modules=["query"], lora_bias=True), "lora_bias=True is a PEFT feature"),
         (LoraConfig(target_modules=["query"], init_lora_weights="gaussian"), "init_lora_weights must be True"),
         (LoraConfig(), "the LoraConfig: the key 'target_modules' is missing"),
         (LoraConfig(target_modules=["quary"]), "'quary' matches no linear layer.*Nearest: query"),
