@@ -5,7 +5,7 @@ This page and the namespaces that it names are the public API: what their `__all
 
 from . import data, kernels, losses, nf4, optim
 from .errors import DiskError, EnvironmentProblem, FourbitError, InputError, NumericError
-from .lora.active import adapters_off, copy_adapter, remove_adapter, use, using
+from .lora.active import adapters_off, copy_adapter, remove_adapter, train_only, use, using
 from .lora.adapter import Adapter, AdapterLayer
 from .lora.attach import attach
 from .lora.config import LoRAConfig
@@ -15,6 +15,7 @@ from .lora.lora import LoRA
 from .lora.merge import delta, merge, merged_state, unmerge
 from .lora.peft_files import load_adapter, save_adapter
 from .lora.quantize import Form, dense_weights, quantize_
+from .lora.rows import rows
 from .models.generate import generate
 from .models.load import load, load_model, read_weights
 from .models.plan import quantize_checkpoint, read_plan
@@ -41,8 +42,8 @@ __all__ = [
     "delta", "dequantize", "from_bitsandbytes", "merge", "merged_state", "to_bitsandbytes",
     "unmerge",  # layers in other forms
     "Adapter", "AdapterLayer", "LoRA", "LoRAConfig", "NF4Embedding", "NF4Linear", "adapters_off", "attach",
-    "copy_adapter", "dense_weights", "load_adapter", "quantize_", "remove_adapter", "save_adapter",
-    "use", "using",  # adapters, 4 bits
+    "copy_adapter", "dense_weights", "load_adapter", "quantize_", "remove_adapter", "rows", "save_adapter",
+    "train_only", "use", "using",  # adapters, 4 bits
     "DPOConfig", "DPOTrainer", "DistillConfig", "DistillTrainer", "RewardConfig", "RewardModel", "RewardTrainer",
     "SFTConfig", "SFTTrainer", "TrainResult", "Trainer",  # training
     "Callback", "Completion", "Run", "StepResult", "Sums",  # loops and parts of one's own

@@ -1,14 +1,17 @@
 """Which of a model's adapters are active and how much each counts; copying one and taking one off."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from ..settings import checked
-from .adapter import adapter_layers, carried, refuse_second, replace_modules
+from .adapter import AdapterLayer, adapter_layers, carried, refuse_second, replace_modules
 
 
 def use(model: nn.Module, *names: str, weights: Sequence[float] | None = None) -> None:
@@ -34,13 +37,42 @@ def use(model: nn.Module, *names: str, weights: Sequence[float] | None = None) -
 @contextmanager
 def using(model: nn.Module, *names: str, weights: Sequence[float] | None = None) -> Iterator[None]:
     """As `use`, inside the block; after it each layer's active adapters are what they were before."""
-    before = [(layer, layer.active) for layer in adapter_layers(model).values()]
-    try:
+    with switched([(layer, layer.active) for layer in adapter_layers(model).values()]):
         use(model, *names, weights=weights)
+        yield
+
+
+@contextmanager
+def switched(to: Sequence[tuple[AdapterLayer, dict[str, float]]]) -> Iterator[None]:
+    """A block in which these are the layers' active adapters; after it they are what they were before."""
+    before = [(layer, layer.active) for layer, _ in to]
+    try:
+        for layer, active in to:
+            layer.active = active
         yield
     finally:
         for layer, active in before:
             layer.active = active
+
+
+def checkpointed(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), which runs `module`, as torch's activation checkpoint: backward computes it again with the
+    adapters that are active now, whatever is switched until then."""
+    now = [(layer, layer.active) for layer in module.modules() if isinstance(layer, AdapterLayer)]
+
+    def again(*args: Any) -> Any:
+        with switched(now):
+            return function(*args)
+
+    return checkpoint(function if torch.compiler.is_compiling() else again, *args, use_reentrant=False)
+
+
+def train_only(model: nn.Module, *names: str) -> None:
+    """Let these adapters train, several together too, and freeze all else; what is active stays. Errors as `use`."""
+    parts = [part for name in names for part in carried(model, name).values()]
+    model.requires_grad_(False)
+    for part in parts:
+        part.requires_grad_()
 
 
 def adapters_off(model: nn.Module) -> AbstractContextManager[None]:

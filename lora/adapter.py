@@ -134,6 +134,14 @@ class Whole(Adapter):
     """Nothing but copies: a module that is trained itself (PEFT's modules_to_save), or its bias."""
 
 
+class ByRows(dict[str, float]):
+    """In the place of a layer's active adapters: those of a batch whose rows have different ones. See rows.py."""
+
+    def output(self, layer: "AdapterLayer", *args: Any, **kwargs: Any) -> Tensor:
+        """What the layer computes then."""
+        raise NotImplementedError
+
+
 class AdapterLayer(nn.Module):
     """y = base(x), to which each active adapter adds its part times its weight, in the order of `active`; the base
     computes with the active adapters' copies of its tensors. Other attributes are the base's, and tensors those that it
@@ -153,8 +161,14 @@ class AdapterLayer(nn.Module):
         self.train(base.training)
 
     def running(self) -> list[tuple[Adapter, float]]:
-        """The active adapters with their weights, in order."""
-        return [(cast(Adapter, self.adapters[name]), weight) for name, weight in self.active.items()]
+        """The active adapters with their weights, in order. InputError where each row has its own."""
+        here = [(name, weight) for name, weight in self.active.items() if name in self.adapters]
+        if here and isinstance(self.active, ByRows):
+            raise InputError(
+                "inside rows() a layer has no one weight that a module could read (fused experts, a head in chunks, a "
+                "trained copy): call the layer itself, or leave its adapters out"
+            )
+        return [(cast(Adapter, self.adapters[name]), weight) for name, weight in here]
 
     def changing(self) -> list[tuple[Adapter, float]]:
         """Those of them that change what the base computes, and not its tensors alone."""
@@ -179,6 +193,8 @@ class AdapterLayer(nn.Module):
         x: Any = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(x, Tensor) and x.is_nested:
             return over_nested(self.forward, x)
+        if isinstance(self.active, ByRows):
+            return self.active.output(self, *args, **kwargs)
         if (joint := self.joint(x)) is not None:
             return self.finish(joint_forward(x, [joint])[0])
         own = self.copied()
@@ -233,7 +249,7 @@ class AdapterLayer(nn.Module):
         base = self.base if type(self.base) in (NF4Linear, NF4LowRank) else None
         if not isinstance(base, NF4Linear) or x.is_nested or not x.is_floating_point() or is_hooked(base):
             return None
-        apart = any(part.copies is not None for part, _ in self.running())
+        apart = isinstance(self.active, ByRows) or any(part.copies is not None for part, _ in self.running())
         update = None if apart else self.low_rank(isinstance(base, NF4LowRank))
         return None if update is None else (base, update)
 
@@ -275,10 +291,11 @@ class AdapterLayer(nn.Module):
         except AttributeError:
             if name == "base" or name.startswith("__"):  # a parametrised base has a __deepcopy__ of its own
                 raise
-        own = self.copied(merged=True)
-        found: Any = own[name] if name in own else getattr(self.base, name)
-        if not own or getattr(found, "__self__", None) is not self.base:
-            return found
+        found: Any = getattr(self.base, name)
+        bound = getattr(found, "__self__", None) is self.base
+        own = self.copied(merged=True) if bound or isinstance(found, Tensor) else {}
+        if not own or not bound:
+            return own.get(name, found)
         tensors, method = {f"base.{key}": tensor for key, tensor in own.items()}, _Method(self.base, found)
         return lambda *args, **kwargs: functional_call(method, tensors, args, kwargs)  # of the module, trained whole
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..settings import DType, floating
-from .active import use
+from .active import train_only, use
 from .adapter import DEFAULT, Adapter, AdapterLayer, Copies, Whole, adapter_layers, refuse_second, replace_modules
 from .config import LoRAConfig
 from .init import Tell, Weights, eva, started
@@ -160,7 +160,5 @@ def install(model: nn.Module, adapters: Mapping[str, Adapter], name: str = DEFAU
         layer.adapters[name] = (adapter if trainable else adapter.freeze()).train(layer.training)
     replace_modules(model, new)
     if trainable:
-        model.requires_grad_(False)
-        for adapter in adapters.values():
-            adapter.requires_grad_()
+        train_only(model, name)
         use(model, name)

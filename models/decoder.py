@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from ..kernels.attention import Scores, Spans, causal_attention, span_lengths, span_positions, visible_keys
@@ -19,6 +18,7 @@ from ..kernels.dispatch import widened
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope
 from ..kernels.swiglu import geglu, swiglu
+from ..lora.active import checkpointed
 from ..lora.project import project
 from .families import read_spec
 from .moe import Mixture
@@ -251,7 +251,7 @@ class Decoder(CausalLM):
         shared = _Pass(turns, spans, visible, cache, lean=training and not recompute, keep=keep)
         for layer in self.model.layers:
             if recompute:
-                x = checkpoint(layer, x, shared, use_reentrant=False, preserve_rng_state=True)
+                x = checkpointed(layer, layer, x, shared)
             else:
                 x = layer(x, shared)
         if cache is not None:

@@ -11,6 +11,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, pairwise
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import EnvironmentProblem, InputError, shown
 from ..kernels.attention import Spans, span_lengths, span_positions
+from ..lora.active import adapters_off, checkpointed
 from .families import FAMILIES
 from .protocol import Cache, CausalLM, evaluating
 
@@ -162,6 +164,9 @@ class TransformersLM(CausalLM):
     def checkpointing(self, on: bool) -> None:
         if on and self.whole.supports_gradient_checkpointing:
             self.whole.activation_checkpointing_enable({"use_reentrant": False})
+            for module in self.whole.modules():
+                if hasattr(module, "_gradient_checkpointing_func"):
+                    module._gradient_checkpointing_func = partial(checkpointed, module)
         elif self.checkpointing:
             self.whole.activation_checkpointing_disable()
 
@@ -226,7 +231,7 @@ class TransformersLM(CausalLM):
             name, way = type(self.whole).__name__, "give Run a loss of your own"
             found: Any = what == self._logits and InputError(f"{name} makes its logits in an unknown way: {way}")
             try:
-                with evaluating(self):
+                with evaluating(self), adapters_off(self):
                     found = what(torch.arange(1, 13, device=self.device) % self.vocab_size) or found
             except Exception as error:
                 found = found and InputError(

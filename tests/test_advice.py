@@ -920,6 +920,13 @@ ELSEWHERE = {  # tests of other files that follow an advice
     "tests/lora/test_adapter_kinds.py::test_second_derivatives_need_a_trained_A": [
         ("kernels/linear4bit.py", "is not kept where A is frozen: train A too"),
     ],
+    "tests/lora/test_rows.py::test_an_input_that_is_not_the_batch_is_refused": [
+        ("lora/rows.py", "tokens, ...], or attach adapters without it (exclude=)"),
+        ("lora/adapter.py", "call the layer itself, or leave its adapters out"),
+    ],
+    "tests/lora/test_rows.py::test_parts_that_see_no_text_are_refused": [
+        ("lora/rows.py", "attach adapters without it"),
+    ],
     "tests/cli/test_bad_input.py::test_the_traceback_comes_with_debug": [("cli/main.py", "Run again with --debug")],
     "tests/cli/test_commands.py::test_generate_keeps_what_it_answered_and_goes_on": [
         ("outputs.py", "finished rows; the same command with resume=True goes on"),
