@@ -6,13 +6,13 @@ This page and the namespaces that it names are the public API: what their `__all
 from . import data, kernels, losses, nf4, optim
 from .errors import DiskError, EnvironmentProblem, FourbitError, InputError, NumericError
 from .lora.active import adapters_off, copy_adapter, remove_adapter, train_only, use, using
-from .lora.adapter import Adapter, AdapterLayer
+from .lora.adapter import Adapter, AdapterLayer, delta
 from .lora.attach import attach
 from .lora.config import LoRAConfig
 from .lora.convert import dequantize, from_bitsandbytes, to_bitsandbytes
 from .lora.linear4bit import NF4Embedding, NF4Linear
 from .lora.lora import LoRA
-from .lora.merge import delta, merge, merged_state, unmerge
+from .lora.merge import merge, merged_state, unmerge
 from .lora.peft_files import load_adapter, save_adapter
 from .lora.quantize import Form, dense_weights, quantize_
 from .lora.rows import rows

@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": "answer every row of a file: fourbit generate --model M --data prompts.jsonl --out answers.jsonl",
     "chat": "talk to a model in the terminal",
     "adapter": "look at an adapter, compare two, make one smaller: fourbit adapter show DIR",
+    "merge": "base and adapters as one model, and how much of them it keeps",
     "quantize": "write a model as a folder in 4 bits: fourbit quantize --model M --out DIR --budget 4.0GiB",
     "export": "write a model or an adapter for llama.cpp and Ollama: fourbit export --model M --to gguf --out FILE",
     "data": "look at training data as the model sees it: tokens, what is trained, lengths, problems",

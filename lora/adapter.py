@@ -5,7 +5,7 @@ switching, copying, taking off and files are written once, here and beside this 
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -387,6 +387,18 @@ def carried(model: nn.Module, name: str) -> dict[str, Adapter]:
         return found
     there = sorted({other for layer in adapter_layers(model).values() for other in layer.adapters})
     raise InputError(f"this model carries no adapter '{name}'; it carries {', '.join(there) or 'none at all'}")
+
+
+def delta(model: nn.Module, name: str = DEFAULT) -> Iterator[tuple[str, Tensor]]:
+    """Path and change of each weight that the adapter makes, fp32 (fp64 of fp64), one at a time and detached.
+
+    As `named_parameters`: `dict(delta(model))` has all. Copies (`modules_to_save`, biases) are no changes of this kind.
+    Raises InputError where there is no such adapter, NotImplementedError for a kind that does not say its change.
+    """
+    layers = adapter_layers(model)
+    for path, adapter in carried(model, name).items():
+        if not isinstance(adapter, Whole):
+            yield path, adapter.delta(wide(cast(Tensor, layers[path].base.weight), layers[path].base)).detach()
 
 
 def refuse_left_out(model: nn.Module, name: str = DEFAULT) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..settings import DType
 from .adapter import replace_modules
-from .linear4bit import Module4bit, NF4Linear
+from .linear4bit import Module4bit, NF4Linear, NF4LowRank
 from .packed import packed_layer, packed_tensors
 from .parameter4bit import DenseParameter, NF4Parameter, StandIn
 
@@ -74,6 +74,8 @@ def to_bitsandbytes(module: nn.Module, bitsandbytes: ModuleType) -> nn.Module:
     same tensors. Raises InputError where there is no 4-bit layer."""
 
     def theirs(layer: NF4Linear) -> nn.Module:
+        if isinstance(layer, NF4LowRank):
+            raise InputError("a layer is 4 bits and a low-rank part, which bitsandbytes has not: save the adapter")
         new: Any = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, device="meta")
         pieces, new.bias = packed_tensors("", layer), layer.bias
         how = {"device": layer.packed.device, "module": new}

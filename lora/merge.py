@@ -5,44 +5,28 @@ to, which is what the adapter was trained on.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..kernels.dequantize4bit import dequantize as decoded
+from ..kernels.quantize4bit import quantize
 from ..settings import DType, floating
-from .active import using
-from .adapter import (
-    DEFAULT,
-    Adapter,
-    AdapterLayer,
-    Whole,
-    adapter_layers,
-    carried,
-    plain_modules,
-    replace_modules,
-    unwrapped,
-    wide,
-)
+from .active import remove_adapter, using
+from .adapter import Adapter, AdapterLayer, Whole, adapter_layers, plain_modules, replace_modules, unwrapped, wide
 from .convert import dense_twin
+from .init import leading
 from .lazy_weight import LazyWeight
-from .linear4bit import Module4bit, weight_id
+from .linear4bit import Module4bit, NF4Linear, NF4LowRank, was_conv1d, weight_id
+from .lora import LoRA
 from .parameter4bit import StandIn
-
-
-def delta(model: nn.Module, name: str = DEFAULT) -> Iterator[tuple[str, Tensor]]:
-    """Path and change of each weight that the adapter makes, fp32 (fp64 of fp64), one at a time and detached.
-
-    As `named_parameters`: `dict(delta(model))` has all. Copies (`modules_to_save`, biases) are no changes of this kind.
-    Raises InputError where there is no such adapter, NotImplementedError for a kind that does not say its change.
-    """
-    layers = adapter_layers(model)
-    for path, adapter in carried(model, name).items():
-        if not isinstance(adapter, Whole):
-            yield path, adapter.delta(wide(cast(Tensor, layers[path].base.weight), layers[path].base)).detach()
+from .peft_files import load_adapter
 
 
 def merged_state(model: nn.Module, dtype: DType | None = None) -> dict[str, Tensor]:
@@ -139,6 +123,82 @@ def unmerge(model: nn.Module) -> nn.Module:
         replace_modules(model, old)
         model = old.get(model, model)
     return model
+
+
+class Fidelity(NamedTuple):
+    """What became of a change D when W' was written for W + D, W being the weight that D was trained on."""
+
+    change: float  # |D|^2
+    noise: float  # |W' - (W + D)|^2
+    along: float  # <W' - W, D>
+
+    @classmethod
+    def of(cls, plain: Tensor, wanted: Tensor, written: Tensor) -> Self:
+        """Of W, W + D and W'."""
+        change, off = (wanted - plain).flatten().double(), (written - wanted).flatten().double()
+        return cls(float(change @ change), float(off @ off), float(change @ (change + off)))
+
+    @property
+    def kept(self) -> float:
+        """The share of D that W' has along D's own direction; 1 where there is no change."""
+        return self.along / self.change if self.change else 1.0
+
+    def __str__(self) -> str:
+        over = math.sqrt(self.change / self.noise) if self.noise else math.inf
+        return f"delta over noise {over:.3g}, kept {self.kept:.2%}"
+
+
+@torch.no_grad()
+def fidelity(model: nn.Module, written: Mapping[str, Tensor]) -> dict[str, Fidelity]:
+    """Path -> what `written`, by the names of `merged_state`, has of the active adapters' change of each weight."""
+    layers, found = adapter_layers(model), dict[str, Fidelity]()
+    for path in [path for path, layer in layers.items() if layer.changing()]:
+        base = layers[path].base
+        got = written[path if isinstance(base, StandIn) else f"{path}.weight"].to(torch.float32)
+        turned = got.t() if was_conv1d(base) else got
+        weights = wide(cast(Tensor, base.weight), base), wide(layers[path].merged(torch.float32), base)
+        found[path] = Fidelity.of(*weights, turned)
+    return found
+
+
+@torch.no_grad()
+def requantize_(model: nn.Module, bits: float = 0.3) -> dict[str, Fidelity]:
+    """Merge the active adapters in place, as `merge` does, but 4-bit linear layers stay so: NF4LowRank, of codes and of
+    factors of at most `bits` a weight for what the codes leave out. Returns what both keep of each such change.
+
+    They are fitted in turn, R = the best of its rank of W + D - Q, then Q = the codes of W + D - R, from the codes that
+    are there on (Li et al. 2023, "LoftQ", algorithm 1), and the nearest pair of three stays: for a D of R's rank the
+    old codes and D itself. Factors are of 16 bits, rank 1 at least. Raises InputError as `merge`, before any change.
+    """
+    found = dict[str, Fidelity]()
+    _refuse_unmergeable({path: layer for path, layer in adapter_layers(model).items() if layer.active})
+    for path, layer in adapter_layers(model).items():
+        if isinstance(base := layer.base, NF4Linear) and layer.changing():
+            plain, wanted, nearest, stored = base.dequantize(), layer.merged(torch.float32), math.inf, base.stored
+            rank = min(*wanted.shape, max(1, int(bits * wanted.numel() / 16 / sum(wanted.shape))))
+            for _ in range(3):
+                U, S, V = leading(wanted - decoded(stored), rank, 4)
+                factors = [part.bfloat16().float() for part in (S.sqrt()[:, None] * V, U * S.sqrt())]
+                rest = wanted - factors[1] @ factors[0]
+                if (error := float((rest - decoded(stored)).norm())) < nearest:
+                    nearest, new = error, NF4LowRank.beside(base, stored, *factors)
+                stored = quantize(rest, base.quant_type, base.blocksize, base.double_quant)
+            for name, tensor in layer.copied(merged=True).items():
+                setattr(new, name, nn.Parameter(tensor.detach().clone(), False))
+            layer.base, found[path] = new, Fidelity.of(plain, wanted, new.dequantize())
+            layer.adapters.update(dict.fromkeys(layer.active, Whole()))  # they have nothing left to merge
+    merge(model)
+    return found
+
+
+def load_low_rank(model: nn.Module, folder: str | Path) -> None:
+    """What `save_low_rank` wrote beside 4-bit layers becomes a part of them again. Errors as `load_adapter`."""
+    load_adapter(model, folder, name="beside", trainable=False)
+    for layer in adapter_layers(model).values():
+        part, base = cast(LoRA, layer.adapters["beside"]), cast(NF4Linear, layer.base)
+        A, B = part.factors()
+        layer.base = NF4LowRank.beside(base, base.stored, A.detach(), part.scale * B.detach())
+    remove_adapter(model, "beside")
 
 
 def _refuse_unmergeable(layers: Mapping[str, AdapterLayer]) -> None:

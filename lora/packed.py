@@ -12,7 +12,7 @@ from ..kernels.blockwise import NESTED_BLOCKSIZE
 from ..kernels.codes import code_for, dynamic_code
 from ..kernels.weight4bit import Weight4bit
 from ..settings import floating
-from .linear4bit import Module4bit, NF4Linear, NF4LowRank
+from .linear4bit import Module4bit, NF4Linear
 from .parameter4bit import NF4Parameter
 
 FORM = ".quant_state.bitsandbytes__"  # between a weight's name and its code's, in the name of the text
@@ -20,8 +20,6 @@ FORM = ".quant_state.bitsandbytes__"  # between a weight's name and its code's, 
 
 def packed_tensors(name: str, layer: Module4bit) -> dict[str, Tensor]:
     """The weight of a 4-bit module as the tensors of a file, by name: the bytes that the layer computes with."""
-    if isinstance(layer, NF4LowRank):
-        raise InputError(f"{name or 'a layer'} is 4 bits and a low-rank part, which no file has: save the adapter")
     packed, absmax, *nested = (gathered(tensor) for tensor in layer.stored[:4] if tensor is not None)
     kind, dtype = layer.quant_type, str(layer.dtype).removeprefix("torch.")
     form = {"quant_type": kind, "blocksize": layer.blocksize, "dtype": dtype, "shape": list(layer.shape)}

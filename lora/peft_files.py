@@ -26,7 +26,7 @@ from .dora import MAGNITUDE
 from .identity import BaseIdentity, base_identity
 from .init import Weights, started
 from .kinds import LayerFactory, of_kind
-from .linear4bit import Module4bit, NF4Linear
+from .linear4bit import Module4bit, NF4Linear, NF4LowRank
 from .lora import OWN, LoRA, LoRAParameter, lora_kind
 from .parameter4bit import StandIn
 from .peft_config import kind_of, read_config, write_config
@@ -69,6 +69,19 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", 
     write_tensors(folder / WEIGHTS, _keyed(parts), "the adapter", identity)
     with disk_errors("the adapter", folder, len(config)):
         write_text(folder / CONFIG, config)
+
+
+def save_low_rank(model: nn.Module, folder: Path) -> None:
+    """Write the low-rank parts of NF4LowRank layers into `folder`, if there are any, as an adapter beside the codes."""
+    layers = {path: layer for path, layer in base_modules(model).items() if isinstance(layer, NF4LowRank)}
+    parts: dict[str, Adapter] = {}
+    for path, layer in layers.items():
+        part, pair = LoRA(layer, len(layer.A), len(layer.A)), (layer.A, layer.B)
+        exact = all(torch.equal(factor.bfloat16(), factor) for factor in pair)  # as those that a merge has fitted
+        parts[path] = part.of_factors(*pair).to(torch.bfloat16 if exact else layer.A.dtype)
+    if parts:
+        write_tensors(folder / WEIGHTS, _keyed(parts), "the low-rank parts")
+        write_text(folder / CONFIG, write_config(model, parts, str(folder)))
 
 
 def load_adapter(

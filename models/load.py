@@ -22,7 +22,9 @@ from ..files import COUNTS, misfits, read_json
 from ..lora.adapter import adapter_layers, plain_modules, plain_name, replace_modules, unwrapped
 from ..lora.linear4bit import Module4bit, NF4Embedding, NF4Linear, is_embedding, was_conv1d, weight_id
 from ..lora.lora import is_linear
+from ..lora.merge import load_low_rank
 from ..lora.parameter4bit import NF4Parameter, StandIn
+from ..lora.peft_files import CONFIG
 from ..lora.quantize import Form, quantize_, quantize_by_plan_
 from ..lora.targets import expose
 from ..settings import DType, floating
@@ -95,7 +97,8 @@ def load_decoder(
 
     `quant_type`: None keeps every weight dense in `dtype`; "nf4" and "fp4" keep the decoder's linears in 4 bits, in the
     form that `quantize_` describes, and embeddings, norms, biases and the output head dense in `dtype`; `plan` says
-    the form of each layer instead (`quantize_by_plan_`). What the file has in 4 bits stays as it is. Of a tied model
+    the form of each layer instead (`quantize_by_plan_`). What the file has in 4 bits stays as it is, with the adapter
+    beside it that `fourbit merge` has put there. Of a tied model
     the file may hold either tensor, or both; where the two differ it is loaded untied, as transformers does.
     `progress` is called after each tensor with their number, that of all, the bytes of the file so far, and of all.
     Raises InputError naming the file, key or tensor for a config that asks for something that is not supported, a
@@ -123,6 +126,8 @@ def load_decoder(
         if untied and dense and torch.equal(model.get_parameter(HEAD), model.get_parameter(EMBEDDING)):
             model.spec, model.lm_head.weight = spec, model.model.embed_tokens.weight
     model.source = str(path)
+    if layers and (path / CONFIG).is_file():
+        load_low_rank(model, path)
     model.to(device).eval()  # buffers too
     model.head()  # asked now, so that a model whose logits cannot be followed is refused
     return model
@@ -195,6 +200,8 @@ def load_model(module: nn.Module, folder: str | Path) -> nn.Module:
     _check_filled(module, hf.tensor_shapes(path, COUNTS, pieces) | _sizes(layers), layers, path)
     module = _put_layers(module, layers, path)
     _fill(module, hf.iter_tensors(path, pieces), path, None, torch.device("cpu"))
+    if layers and (path / CONFIG).is_file():
+        load_low_rank(module, path)
     return module
 
 

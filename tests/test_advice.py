@@ -962,7 +962,7 @@ ELSEWHERE = {  # tests of other files that follow an advice
         ("lora/init.py", "where an adapter is: load the model again"),
     ],
     "tests/lora/test_starts.py::test_files_over_4_bits_bring_their_codes_back": [
-        ("lora/packed.py", "which no file has: save the adapter"),
+        ("lora/convert.py", "which bitsandbytes has not: save the adapter"),
     ],
     "tests/cli/test_start_commands.py::test_a_run_with_a_start_is_trained_saved_and_loaded_again": [
         ("cli/train.py", "start: {}  error {}, was {}"), ("cli/main.py", "--start "),
@@ -978,6 +978,9 @@ ELSEWHERE = {  # tests of other files that follow an advice
     "tests/lora/test_merge.py::test_what_cannot_be_merged_is_refused_before_anything_changes": [
         ("lora/merge.py", "use(model, name), or name it: merge(model, name)"),
         ("lora/merge.py", "to take the change: keep the adapter"),
+    ],
+    "tests/cli/test_merge_command.py::test_what_keeps_too_little_is_refused_unless_forced": [
+        ("cli/merge.py", "take --into decoded, which keeps all, more --residual-bits, or --force"),
     ],
     "tests/lora/test_merge.py::test_unmerging_what_was_not_kept_is_refused": [
         ("lora/merge.py", "take them off first (remove_adapter)"),

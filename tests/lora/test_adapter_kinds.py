@@ -14,12 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fourbit.errors import InputError
 from fourbit.lora.active import adapters_off, copy_adapter, using
-from fourbit.lora.adapter import Adapter, adapter_parameters, adapters_of
+from fourbit.lora.adapter import Adapter, adapter_parameters, adapters_of, delta
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.convert import dequantize
 from fourbit.lora.linear4bit import NF4Linear
-from fourbit.lora.merge import delta, merge
+from fourbit.lora.merge import merge
 from fourbit.lora.peft_files import load_adapter, save_adapter
 from fourbit.lora.quantize import quantize_
 

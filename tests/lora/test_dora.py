@@ -16,13 +16,13 @@ from transformers.pytorch_utils import Conv1D
 from fourbit.errors import InputError
 from fourbit.lora import project as project_file
 from fourbit.lora.active import copy_adapter, use, using
-from fourbit.lora.adapter import AdapterLayer, adapter_layers, adapter_parameters, adapters_of
+from fourbit.lora.adapter import AdapterLayer, adapter_layers, adapter_parameters, adapters_of, delta
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.convert import dequantize
 from fourbit.lora.dora import DoRA
 from fourbit.lora.linear4bit import NF4Linear
-from fourbit.lora.merge import delta, merge
+from fourbit.lora.merge import merge
 from fourbit.lora.peft_files import load_adapter, save_adapter
 from fourbit.lora.quantize import quantize_
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fourbit.errors import InputError
 from fourbit.lora.active import adapters_off, remove_adapter, using
-from fourbit.lora.adapter import adapter_parameters, adapters_of
+from fourbit.lora.adapter import adapter_parameters, adapters_of, delta
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
-from fourbit.lora.merge import delta, merge
+from fourbit.lora.merge import merge
 from fourbit.lora.peft_files import load_adapter, save_adapter
 from fourbit.lora.quantize import quantize_
 from tests.lora.test_expert_weights import models, run

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import bitsandbytes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -219,7 +220,7 @@ def test_files_over_4_bits_bring_their_codes_back(start: str, tmp_path: Path) ->
     assert (dense(x_of()) - wanted).norm() < 0.2 * wanted.norm()
 
 
-def test_a_start_that_is_copied_merged_and_cast() -> None:
+def test_a_start_that_is_copied_merged_and_cast(tmp_path: Path) -> None:
     for quant in (False, True):
         _, model, _ = put("pissa", quant=quant)
         moved(model)
@@ -228,10 +229,12 @@ def test_a_start_that_is_copied_merged_and_cast() -> None:
         with fourbit.using(model, "kept"):
             torch.testing.assert_close(model(x_of()), wanted)
         if quant:
-            with pytest.raises(InputError, match="4 bits and a low-rank part, which no file has"):
-                fourbit.remove_adapter(copied := copy.deepcopy(model), "default")
-                fourbit.remove_adapter(copied, "kept")
-                fourbit.save_model(copied, Path("nowhere"))
+            fourbit.remove_adapter(copied := copy.deepcopy(model), "default")
+            fourbit.remove_adapter(copied, "kept")
+            fourbit.save_model(copied, tmp_path)
+            torch.testing.assert_close(fourbit.load_model(net(), tmp_path)(x_of()), copied(x_of()))
+            with pytest.raises(InputError, match="4 bits and a low-rank part, which bitsandbytes has not"):
+                fourbit.to_bitsandbytes(copied, bitsandbytes)
             fourbit.dequantize(model)
         torch.testing.assert_close(fourbit.merge(model)(x_of()), wanted, rtol=0, atol=1e-5)
 
