@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from ..data.template import FILE as TEMPLATE
 from ..errors import InputError
-from ..lora.inspect import difference, read_files, report, resize
+from ..lora.inspect import difference, extract, read_files, report, resize
 from ..lora.peft_files import trained_base
+from ..models.load import read_model
 from ..outputs import lock_folder
 from ..settings import REQUIRED, setting
 from .load import check_adapter
@@ -19,28 +20,29 @@ from .show import pairs, result
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ResultOptions):
-    """Look at adapters through their files, or make smaller ones.
+    """Look at adapters through their files, or make smaller ones, or those of two models.
 
       fourbit adapter show DIR       kind, base, and of each layer norm, ranks, energy
       fourbit adapter diff A B       how far two adapters of one base are apart
       fourbit adapter resize DIR --rank 8 --out NEW     the nearest of less rank
+      fourbit adapter extract BASE TUNED --rank 32 --out NEW   of two dense models
 
-    energy: a layer's share of the squared norm of all; effective_rank: exp of the
-    entropy of its singular values over their sum; rank_99: how many of them hold 99%
-    of its energy; dead: 1 where it changes nothing to speak of; error: what is lost.
+    energy: share of the squared norm of all; effective_rank: exp(entropy) of singular
+    values; rank_99: how many hold 99% of a layer's energy; dead: 1 for no change;
+    left_out: the share by which what is no linear layer differs, and is not in it.
     """
 
     title: ClassVar[str] = "adapter"
     positional: ClassVar[str] = "what"
-    what: tuple[str, ...] = setting(REQUIRED, "show, diff or resize, and its folders", metavar="WORD")
-    rank: int | None = setting(None, "rank of what resize writes", least=1)
+    what: tuple[str, ...] = setting(REQUIRED, "show, diff, resize or extract, and its folders", metavar="WORD")
+    rank: int | None = setting(None, "rank of what resize and extract write", least=1)
     out: str | None = setting(None, "its folder", metavar="FOLDER")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        verb, writes = self.what[0], self.what[0] == "resize"
-        if len(self.what) != {"show": 2, "diff": 3, "resize": 2}.get(verb):
-            raise InputError(f"what must be show DIR, diff A B or resize DIR, got {self.what}")
+        verb, writes = self.what[0], self.what[0] in ("resize", "extract")
+        if len(self.what) != {"show": 2, "diff": 3, "resize": 2, "extract": 3}.get(verb):
+            raise InputError(f"what must be show DIR, diff A B, resize DIR or extract BASE TUNED, got {self.what}")
         if (self.rank is not None, self.out is not None) != (writes, writes):
             raise InputError(f"{verb} {'takes' if writes else 'writes nothing: leave out'} --rank and --out")
 
@@ -56,7 +58,12 @@ def run(options: Options, sources: Sources) -> int:
         values |= {"norm": sum(layer["norm"] ** 2 for layer in layers.values()) ** 0.5}
     elif verb == "diff":
         layers = difference(*(read_files(folder)[1] for folder in read))
-        values |= {of: sum(each[of] ** 2 for each in layers.values()) ** 0.5 for of in ("a", "b", "difference")}
+    elif verb == "extract":
+        dense, tuned = (read_model(Path(folder)) for folder in read)
+        if dense[2] or tuned[2]:
+            raise InputError(f"extract takes dense models, and {read[0 if dense[2] else 1]} is in 4 bits")
+        with lock_folder(str(out), read):
+            layers = extract(dense[0], dict(dense[3]), tuned[3], options.rank or 0, out, read[0])
     else:
         check_adapter(read[0])
         with lock_folder(str(out), read):

@@ -87,12 +87,7 @@ class AdapterOptions(AdapterChoice):
     rank_warmup: float = setting(0.1, "share of the run before AdaLoRA's ranks fall")
     rank_final: float = setting(0.5, "share of the run after they have fallen")
     feedforward: tuple[str, ...] = setting((), "layers of which IA3 scales the input, not the output", metavar="NAME")
-    start: str = setting(
-        "default",
-        "where it begins. pissa, pissa-N (N randomised steps), olora: at a part of the weights; loftq, loftq-N (N "
-        "rounds): at what 4 bits leave of them; eva: where the rows vary most, each layer's rank too",
-        metavar="WORD",
-    )
+    start: str = setting("default", "where it begins: pissa, pissa-8, olora, loftq, loftq-5 or eva", metavar="WORD")
 
     def lora_config(self) -> LoRAConfig:
         """The checked settings; a group or a regular expression is one text, layers' names are a list."""

@@ -227,8 +227,7 @@ class AdapterLayer(nn.Module):
         return y
 
     def low_rank(self, codes: bool = False) -> LowRank | None:
-        """All active adapters' updates as one, with A and B stacked, if they are low-rank, unhooked, undropped.
-        codes: of one alone, beside an `NF4LowRank`'s codes."""
+        """All active adapters' updates as one, A and B stacked, if low-rank, unhooked, undropped; codes: of one."""
         parts = self.changing()
         if codes and [weight for _, weight in parts] != [1]:
             return None

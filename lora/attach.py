@@ -48,9 +48,8 @@ def attach(
     Each part starts from torch's generator or, with a `seed`, from that and its own path alone, on every device the
     same if it draws on the CPU. Adapters and copies are fp32 masters unless `dtype` says otherwise. The new one is
     active.
-    For a start: dense: (name, dense weight) of 4-bit layers, as `read_weights` reads them, one by one; tell: is given
-    the path of each, its relative error, and that before; data: for "eva", batches without padding, what the model is
-    called with, a mapping's items as keywords.
+    For a start: dense: (name, dense weight) of 4-bit layers, as `read_weights` has them; tell: is given the path of
+    each, |W - (W4 + s B A)| / |W|, and that before; data: for "eva", unpadded batches that the model is called with.
     Raises InputError for an entry or a pattern that matches nothing, a tied or 4-bit weight or a ParameterList in
     `modules_to_save`, an embedding that another is tied to (a tied head keeps the base's weight), a model that carries
     an adapter of this name already; the model is left untouched then.

@@ -76,9 +76,7 @@ def started(
     model: nn.Module, parts: Mapping[str, Adapter], start: str, dense: Weights | None, tell: Tell, saved: bool = False
 ) -> dict[str, Adapter]:
     """The parts with that start, layer by layer; 4-bit bases are replaced, each by one that is nearer to its weight.
-    saved: the parts are a file's, of rank 2r, and become what they were when they were trained. tell: is given the path
-    of a 4-bit layer, |W - (W4 + s B A)| / |W|, and that of the base as it was. Errors as `attach`.
-    """
+    saved: the parts are a file's, of rank 2r, and become what was trained. Errors, and `tell`, as `attach`."""
     modules, taken, new = base_modules(model), adapter_layers(model), dict(parts)
     mine = {path: cast(LoRA, part) for path, part in parts.items() if not isinstance(part, Whole)}
     packed = {f"{path}.weight": path for path in mine if isinstance(modules[path], NF4Linear)}
@@ -142,9 +140,8 @@ class Directions:
 def eva(
     model: nn.Module, config: LoRAConfig, paths: list[str], data: Iterable[Any] | None
 ) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """`config` with a rank for each layer, and that many directions [rank, in] in which its inputs vary most, to begin
-    A with (Paischer et al. 2024, "EVA", algorithm 1). As many ranks as before go where they explain most, at most RHO
-    times its own to a layer, to some perhaps none. Scales stay."""
+    """`config` with ranks that go where they explain most of the inputs' variance, at most RHO times its own to each,
+    and so many directions [rank, in] for A (Paischer et al. 2024, "EVA", algorithm 1). Their sum and scales stay."""
     modules, ranks = base_modules(model), {path: config.rank_at(path) for path in paths}
     seen = {path: Directions(RHO * rank) for path, rank in ranks.items()}
     hooks = [modules[p].register_forward_pre_hook(lambda _, args, own=seen[p]: own.add(args[0])) for p in paths]

@@ -1,4 +1,4 @@
-"""Adapters through their files, without a base: norms, ranks, energy; how far two are apart; smaller ones.
+"""Adapters through their files, without a base: norms, ranks, energy; distances; smaller ones, those of two models.
 
 A change s B A [out, in] is never made dense: with the thin QRs B = Q R and A^T = P T its singular values are those of
 s R T^T [r, r], all in float64.
@@ -6,20 +6,25 @@ s R T^T [r, r], all in float64.
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
-from ..files import COUNTS, float_tensors, read_json, tensor_metadata, write_tensors, write_text
+from ..files import COUNTS, float_tensors, misfits, read_json, tensor_metadata, write_tensors, write_text
 from .identity import KEY
+from .init import Weights, leading
+from .linear4bit import is_conv1d
 from .lora import LoRA, LoRAEmbedding, scale_of
-from .peft_config import read_config
+from .peft_config import read_config, write_config
 from .peft_files import CONFIG, LARGEST_CONFIG, PREFIX, WEIGHTS, adapter_file
+from .targets import linear_layers
 
 DEAD = 1e-4  # of the largest layer's norm: a layer below it changes nothing to speak of
+SMALL = 1e-3  # of a weight's norm: how far what is no linear layer may differ between two models, and be left out
 Changes = dict[str, tuple[Tensor, Tensor, tuple[str, str]]]  # path -> A [r, in] and s B [out, r], float64; their keys
 Table = dict[str, dict[str, float]]  # of each layer
 
@@ -96,4 +101,39 @@ def resize(folder: str | Path, rank: int, out: Path) -> Table:
     raw |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": own, "alpha_pattern": own}
     write_tensors(out / WEIGHTS, tensors, "the adapter", tensor_metadata(Path(folder) / WEIGHTS) | {f"{KEY}start": ""})
     write_text(out / CONFIG, json.dumps(raw, indent=2, ensure_ascii=False) + "\n")
+    return found
+
+
+@torch.no_grad()
+def extract(model: nn.Module, base: Mapping[str, Tensor], tuned: Weights, rank: int, out: Path, name: str) -> Table:
+    """Write the adapter of at most that rank nearest to what `tuned` changed of `base`, weights of `model` by name;
+    `name`: what its files call the base. Of each linear layer that differs rank and |change - kept| / |change|; of all
+    else |change| / |weight|, at most SMALL, which is left out. InputError for more, two kinds of model, no difference.
+    Memory is that of a few dense weights; the model may be on meta."""
+    layers, found, parts, rest = linear_layers(model), Table(), dict[str, LoRA](), {*base}
+    for key, new in tuned:
+        old = base.get(key, torch.empty(0))
+        if wrong := misfits({key: old.shape}, {key: new.shape}):
+            raise InputError(f"the two are not one dense model, tuned. {wrong}")
+        rest.remove(key)
+        if torch.equal(old, new):
+            continue
+        path, change = key.removesuffix(".weight"), new.float() - old.float()
+        size, layer = change.norm(dtype=torch.float64).item(), layers.get(path)
+        if layer is None:
+            found[key] = {"left_out": (share := size / max(old.norm(dtype=torch.float64).item(), 1e-300))}
+            if share > SMALL:
+                what = f"{key!r}, no linear layer's, differs by {share:.1%}"
+                raise InputError(f"{what}, which LoRA cannot change: keep the tuned model whole")
+            continue
+        change = change.T if is_conv1d(layer) else change
+        U, S, V = leading(change, min(rank, *change.shape), 8)
+        parts[path] = LoRA(layer, 1, 1.0).of_factors(S.sqrt()[:, None] * V, U * S.sqrt())
+        found[path] = {"rank": len(S), "error": (change - (U * S) @ V).norm(dtype=torch.float64).item() / size}
+    if rest or not parts:
+        what = f"lacks {min(rest)}" if rest else "differs in no linear layer"
+        raise InputError(f"the tuned model {what}: there is nothing to extract")
+    state = {f"{PREFIX}{path}.{key}": tensor for path, part in parts.items() for key, tensor in part.state().items()}
+    write_tensors(out / WEIGHTS, state, "the adapter")
+    write_text(out / CONFIG, write_config(model, parts, name))
     return found

@@ -60,13 +60,11 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", 
     train and would be left out (naming them); NumericError for NaN or infinity in it (naming the tensor; nothing is
     written); DiskError when the disk refuses. PEFT loads LoRA; an adapter of another kind it refuses.
     """
-    parts = carried(model, name)
+    parts = {path: part.plain() for path, part in carried(model, name).items()}
     refuse_left_out(model, name)
     check_apart(folder, f"the adapter's folder {folder}", [getattr(unwrapped(model), "source", "")], folder=True)
-    folder, identity = Path(folder), base_identity(model, parts).metadata()
-    parts = {path: part.plain() for path, part in parts.items()}
-    config = write_config(model, parts, base_model)
-    write_tensors(folder / WEIGHTS, _keyed(parts), "the adapter", identity)
+    folder, config = Path(folder), write_config(model, parts, base_model)
+    write_tensors(folder / WEIGHTS, _keyed(parts), "the adapter", base_identity(model, parts).metadata())
     with disk_errors("the adapter", folder, len(config)):
         write_text(folder / CONFIG, config)
 

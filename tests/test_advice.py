@@ -967,6 +967,9 @@ ELSEWHERE = {  # tests of other files that follow an advice
     "tests/cli/test_start_commands.py::test_a_run_with_a_start_is_trained_saved_and_loaded_again": [
         ("cli/train.py", "start: {}  error {}, was {}"), ("cli/main.py", "--start "),
     ],
+    "tests/lora/test_inspect.py::TestExtract::test_what_no_adapter_can_hold_is_refused": [
+        ("lora/inspect.py", "which LoRA cannot change: keep the tuned model whole"),
+    ],
     "tests/cli/test_adapter_command.py::test_an_adapter_is_shown_compared_and_made_smaller": [
         ("cli/adapter.py", "writes nothing: leave out"),
         ("cli/adapter.py", "{} {} --rank and --out"),

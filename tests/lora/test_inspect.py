@@ -1,5 +1,6 @@
 """Adapters through their files: against dense changes in float64; smaller ones."""
 
+import json
 import math
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 import fourbit
 from fourbit import InputError, LoRAConfig
 from fourbit.lora.adapter import adapter_parameters
-from fourbit.lora.inspect import difference, read_files, report, resize
+from fourbit.lora.inspect import SMALL, difference, extract, read_files, report, resize
 from fourbit.lora.peft_files import WEIGHTS
 
 
@@ -115,6 +116,51 @@ def test_a_smaller_adapter_of_a_start_is_no_start_any_more(tmp_path: Path) -> No
     told: list[str] = []
     fourbit.load_adapter(fourbit.quantize_(net(), skip=()), tmp_path / "b", tell=told.append)
     assert "slightly other weights" in told.pop()
+
+
+class TestExtract:
+    def tuned(self, norm: float = 0.0, rank: int = 5) -> nn.Module:
+        model = net()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for layer in (model["up"], model["down"]):
+                layer.weight += torch.randn(layer.weight.shape[0], rank) @ torch.randn(rank, layer.weight.shape[1])
+            model["norm"].weight += norm
+        return model
+
+    def pull(self, tuned: nn.Module, rank: int, folder: Path) -> dict[str, dict[str, float]]:
+        base, shape_only = dict(net().state_dict()), net().to("meta")
+        return extract(shape_only, base, tuned.state_dict().items(), rank, folder, "base")
+
+    def test_an_adapter_of_full_rank_is_the_tuned_model(self, tmp_path: Path) -> None:
+        tuned, model = self.tuned(norm=SMALL / 2), net()
+        found = self.pull(tuned, 5, tmp_path)
+        assert found.pop("norm.weight") == {"left_out": pytest.approx(SMALL / 2, rel=1e-3)}
+        assert found.keys() == {"up", "down"} and all(layer["error"] < 1e-5 for layer in found.values())
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 5
+        fourbit.load_adapter(model, tmp_path)
+        for path in ("up", "down"):
+            torch.testing.assert_close(model[path].weight + 0, tuned[path].weight + 0, rtol=0, atol=1e-5)
+
+    def test_one_of_less_rank_says_what_is_lost(self, tmp_path: Path) -> None:
+        tuned = self.tuned()
+        found = self.pull(tuned, 2, tmp_path)
+        for path in ("up", "down"):
+            S = torch.linalg.svdvals((tuned[path].weight - net()[path].weight).double())
+            assert found[path]["error"] == pytest.approx((S[2:].norm() / S.norm()).item(), rel=1e-3)
+        assert found.keys() == {"up", "down"}
+
+    def test_what_no_adapter_can_hold_is_refused(self, tmp_path: Path) -> None:
+        for tuned, message in (
+            (self.tuned(norm=0.1), "'norm.weight', no linear layer's, differs by 10.0%"),
+            (net(), "the tuned model differs in no linear layer: there is nothing to extract"),
+            (nn.ModuleDict({"emb": net()["emb"]}), "the tuned model lacks down.bias: there is nothing to extract"),
+            (nn.ModuleDict({"up": nn.Linear(24, 41)}), "the two are not one dense model, tuned. 1 of another shape"),
+            (nn.ModuleDict({"more": nn.Linear(1, 1)}), "the two are not one dense model, tuned."),
+        ):
+            with pytest.raises(InputError, match=message.replace(".", r"\.")):
+                self.pull(tuned, 4, tmp_path / "x")
+            assert not (tmp_path / "x").exists()
 
 
 def test_what_is_no_plain_lora_is_refused(tmp_path: Path) -> None:
