@@ -33,6 +33,7 @@ from .trainer.reward_model import RewardModel
 from .trainer.run import TrainResult
 from .trainer.sft import SFTTrainer
 from .trainer.step import StepResult, Sums
+from .trainer.sweep import SweepResult, SweepTrainer, grid
 from .trainer.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -45,7 +46,7 @@ __all__ = [
     "copy_adapter", "dense_weights", "load_adapter", "quantize_", "remove_adapter", "rows", "save_adapter",
     "train_only", "use", "using",  # adapters, 4 bits
     "DPOConfig", "DPOTrainer", "DistillConfig", "DistillTrainer", "RewardConfig", "RewardModel", "RewardTrainer",
-    "SFTConfig", "SFTTrainer", "TrainResult", "Trainer",  # training
+    "SFTConfig", "SFTTrainer", "SweepResult", "SweepTrainer", "TrainResult", "Trainer", "grid",  # training
     "Callback", "Completion", "Run", "StepResult", "Sums",  # loops and parts of one's own
     "Answer", "answer_all", "evaluate_loss", "share_right",  # evaluation
     "DiskError", "EnvironmentProblem", "FourbitError", "InputError", "NumericError",

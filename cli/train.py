@@ -3,7 +3,7 @@
 import re
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -15,6 +15,7 @@ from ..data.order import count_overlap, split_validation
 from ..data.sample import Kind
 from ..data.template import ChatTemplate
 from ..errors import InputError
+from ..lora.adapter import DEFAULT as ADAPTER
 from ..lora.attach import attach
 from ..lora.config import Kind as AdapterKind
 from ..lora.config import LoRAConfig
@@ -24,8 +25,10 @@ from ..outputs import lock_folder
 from ..settings import REQUIRED, Checked, setting
 from ..text.tokenizer import Tokenizer
 from ..trainer.config import TrainingConfig
+from ..trainer.memory import state_bytes
 from ..trainer.progress import display_for
 from ..trainer.run import TrainResult
+from ..trainer.sweep import SweepTrainer
 from .config_file import CONFIG, read_run, write_config
 from .load import (
     check_adapter,
@@ -139,32 +142,63 @@ class TrainOptions(ResultOptions, TrainingConfig, AdapterOptions, DataOptions, M
         """What the trainer is given besides model, rows and settings."""
         return {}
 
+    def variants(self) -> dict[str, Self]:
+        """The options of every adapter that is trained, by its name."""
+        return {ADAPTER: self}
+
 
 def run(options: TrainOptions, sources: Sources) -> int:
     """Check, load, train, report. Returns 0, or 128 + the signal that ended the run.
     Data comes before the model: a bad row should not wait for gigabytes of weights."""
     options = _checked(options, sources)
     tokenizer = open_tokenizer(options.model)
-    with lock_folder(options.out, inputs_of(options, sources), options.resume):  # found out now and not after an hour
-        pass
+    for out in (options.out, *(each.out for each in options.variants().values())):  # found out now, not after an hour
+        with lock_folder(out, inputs_of(options, sources), options.resume):
+            pass
     quant, template = settle(options, tokenizer, *options.adapters().values())
     options = replace(options, quant="none" if options.whole else quant).settled(tokenizer)
-    rows, val = _datasets(options, tokenizer, template)
-    options.check_rows(len(rows), None if val is None else len(val))
+    variants, trainers, sets = options.variants(), dict[str, Any](), dict[Any, tuple[Any, Any]]()
+    for each in variants.values():
+        rows, val = sets[each.data] = sets.get(each.data) or _datasets(each, tokenizer, template)
+        each.check_rows(len(rows), None if val is None else len(val))
     model = load_weights(options, tokenizer, str(options.quant))
     asked = options.max_length if sources["max_length"] != DEFAULT else 0
-    longest = max(asked, *(each.report.longest for each in (rows, val) if each is not None))
+    longest = max(asked, *(each.report.longest for both in sets.values() for each in both if each is not None))
     remark_positions(model, longest)
-    if not options.whole:
-        _put_adapter(model, options, rows)
-    config = options.config_type(**{field.name: getattr(options, field.name) for field in fields(options.config_type)})
-    extras = options.extras(model, tokenizer)
-    if isinstance(teacher := extras.get("teacher"), CausalLM):
-        remark_positions(teacher, longest, whose="teacher")
-    trainer = options.trainer_type(model, tokenizer, train=rows, val=val, config=config, **extras)
+    for name, each in variants.items():
+        rows, val = sets[each.data]
+        if not each.whole:
+            _put_adapter(model, each, rows, name)
+        config = each.config_type(**{field.name: getattr(each, field.name) for field in fields(each.config_type)})
+        extras = each.extras(model, tokenizer) | {"train": rows, "val": val, "config": config, "adapter": name}
+        if isinstance(teacher := extras.get("teacher"), CausalLM):
+            remark_positions(teacher, longest, whose="teacher")
+        trainers[name] = each.trainer_type(model, tokenizer, **extras)
     begun = time.monotonic()
-    outcome = trainer.train(_announcing(options, trainer, sources))
-    return _report(options, outcome, time.monotonic() - begun)
+    if options.out not in {each.out for each in variants.values()}:
+        return _sweep(options, sources, variants, SweepTrainer([*trainers.values()]))
+    outcome = trainers[ADAPTER].train(_announcing(options, trainers[ADAPTER], sources))
+    kept = f"saved in {outcome.checkpoint}" if outcome.checkpoint else "no step was finished, so nothing was saved"
+    values = {name: value for name, value in asdict(outcome).items() if name != "val"}
+    values |= {"val_loss": outcome.val_loss} | {f"val_{name}": value for name, value in outcome.val.items()}
+    values["seconds"] = round(seconds := time.monotonic() - begun, 3)
+    text = f"after step {outcome.steps}; {kept}" if outcome.signal else _finished(options, outcome, seconds)
+    return _report(options, values, text, outcome.signal)
+
+
+def _sweep(options: TrainOptions, sources: Sources, variants: Mapping[str, TrainOptions], sweep: SweepTrainer) -> int:
+    """Train several adapters, each into a folder in that of the sweep; returns the exit code."""
+    every = [(t.config, [*t.parameters.values()]) for t in sweep.trainers.values()]
+    weights, state = (sum(p.nbytes for _, ps in every for p in ps), sum(state_bytes(*each) for each in every))
+    note(f"sweep: {count(len(every), 'adapter')} of {amount(weights)}B, gradients as much, state {amount(state)}B")
+    _announcing(options, None, sources)(0, int(options.resume is not None))
+    pairs_of, base = [pair for each in variants.values() for pair in vars(each).items()], vars(options)
+    said = {**sources, **{name: sources["sweep"] for name, value in pairs_of if value != base[name]}}
+    outcome = sweep.train(lambda total, start, name: _announcing(variants[name], None, said)(total, start, name))
+    signal = next((each.signal for each in outcome.results.values() if each.signal), None)
+    best = variants[outcome.best or next(iter(outcome.results))]
+    text = "each adapter's checkpoint is in its folder" if signal else f"{outcome.table()}\n\ntry it  {_try_it(best)}"
+    return _report(options, asdict(outcome), text, signal)
 
 
 def _checked(options: TrainOptions, sources: Sources) -> TrainOptions:
@@ -205,21 +239,21 @@ def _datasets(options: TrainOptions, tokenizer: Tokenizer, template: ChatTemplat
     return train, val
 
 
-def _put_adapter(model: CausalLM, options: TrainOptions, rows: Dataset) -> None:
+def _put_adapter(model: CausalLM, options: TrainOptions, rows: Dataset, name: str) -> None:
     """The adapter that training starts from, and a line about it."""
     if options.adapter is not None:
-        layers = put_adapter(model, options.adapter, options.force)
+        layers = put_adapter(model, options.adapter, options.force, name=name)
         note(f"adapter: goes on from {options.adapter}, on {layers} layers")
         return
     parts = [part for example in rows.examples[:: -(-len(rows) // 64)] for part in example.parts]  # of at most 64 rows
     how: dict[str, Any] = {"data": (torch.tensor([part.ids], device=model.device) for part in parts)}
     how["tell"] = lambda path, error, was: note(f"start: {path}  error {error:.4f}, was {was:.4f}")
-    names = attach(model, options.lora_config(), seed=options.seed, dense=read_weights(options.model), **how)
+    names = attach(model, options.lora_config(), name, seed=options.seed, dense=read_weights(options.model), **how)
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     note(f"adapter: rank {options.rank}, alpha {options.alpha:g}, {len(names)} layers, {amount(size)} parameters")
 
 
-def _announcing(options: TrainOptions, trainer: Any, sources: Sources) -> Callable[[int, int], Any]:
+def _announcing(options: TrainOptions, trainer: Any, sources: Sources) -> Callable[..., Any]:
     """For the trainer to call once the run may begin: saves and prints the settings, then shows progress."""
     left_out = {"resume", "json", *(() if options.fresh else FRESH)}
     if options.whole and options.dtype != "float32":
@@ -233,17 +267,17 @@ def _announcing(options: TrainOptions, trainer: Any, sources: Sources) -> Callab
             base = trainer.config.reference == "base"
             note(f"reference: {'the base, adapter off' if base else 'the adapter as it is at the start'}")
 
-    def begin(total: int, start: int) -> Any:
+    def begin(total: int, start: int, run: str = "") -> Any:
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
         if start == 0 or plain != before:  # a resumed run keeps its record of sources
             write_config(Path(options.out) / CONFIG, settings, sources)
         groups: dict[str, list[str]] = {}
-        for name, value in settings.items():
+        for name, value in () if run else settings.items():  # a sweep has told them for all
             source = sources[name].rpartition(":")[0] or f"{sources[name]}s"
             groups.setdefault(source, []).append(f"{name}={_short(value)}")
         for source in sorted(groups, key=lambda source: source == f"{DEFAULT}s"):
             note(wrapped(f"{source}: {' '.join(groups[source])}"))
-        return display_for(total, start)
+        return display_for(total, start, run)
 
     return begin
 
@@ -254,21 +288,17 @@ def _short(value: Any) -> str:
     return ",".join(value) or "-" if isinstance(value, tuple) else "-" if value is None else str(value)
 
 
-def _report(options: TrainOptions, outcome: TrainResult, seconds: float) -> int:
-    """Print the outcome; returns the exit code."""
-    values = {name: value for name, value in asdict(outcome).items() if name != "val"}
-    values |= {"val_loss": outcome.val_loss} | {f"val_{name}": value for name, value in outcome.val.items()}
-    values["seconds"] = round(seconds, 3)
-    if outcome.signal is None:
-        result(values, _finished(options, outcome, seconds), as_json=options.json)
+def _report(options: TrainOptions, values: Mapping[str, Any], text: str, signal: int | None) -> int:
+    """Print the outcome, as text or JSON, or where a signal ended the run how to go on; returns the exit code."""
+    if signal is None:
+        result(values, text, as_json=options.json)
         return 0
-    kept = f"saved in {outcome.checkpoint}" if outcome.checkpoint else "no step was finished, so nothing was saved"
     command = type(options).__module__.rpartition(".")[2]
     resume = shlex.join(["fourbit", command, str(Path(options.out) / CONFIG), "--resume"])
-    note(f"stopped after step {outcome.steps}; {kept}. To go on:\n  {resume}")
+    note(f"stopped {text}. To go on:\n  {resume}")
     if options.json:
         result(values, "", as_json=True)
-    return 128 + outcome.signal
+    return 128 + signal
 
 
 def _finished(options: TrainOptions, outcome: TrainResult, seconds: float) -> str:

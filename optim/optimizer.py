@@ -36,7 +36,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     max_grad_norm: float | None
     min_8bit_size: int
-    budget: Budget | Pager | None
+    budget: Budget | None
     foreach: bool | None
     fused: bool | None
     amsgrad: bool
@@ -57,8 +57,7 @@ class FlatOptimizer(torch.optim.Optimizer):
     max_grad_norm: gradients count scaled down to this norm over all groups (they are not changed themselves), and a
         step whose norm is not finite is skipped. math.inf only measures and skips. None: no norm is taken.
     budget: None keeps all state on the parameters' device. "auto" keeps there what fits beside the model, a number what
-        fits in so many bytes; the rest is paged in and out of pinned host memory during a step (docs/paging.md). A
-        Pager: several optimizers of one device share its budget, and each one's state waits while the others step.
+        fits in so many bytes; the rest is paged in and out of pinned host memory during a step (docs/paging.md).
     torchs: settings of torch.optim.AdamW; ValueError for one that is on, but for `foreach` and `fused`: speed alone.
     lr may be a 0-d tensor; keep it on the CPU, for every step reads it on the host, which waits for one on the GPU.
     Sparse or complex parameters and two devices are refused with ValueError.
@@ -88,7 +87,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         seed: int | None = 0,
         max_grad_norm: float | None = None,
         min_8bit_size: int = 4096,
-        budget: Budget | Pager | None = None,
+        budget: Budget | None = None,
         **torchs: bool | None,
     ) -> None:
         if unknown := [name for name in torchs if name not in TORCHS]:
@@ -103,8 +102,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         self.rule, self.bits, self.min_8bit_size = rule, bits, min_8bit_size
         self.rounding, self.max_grad_norm = rounding, max_grad_norm
         self.seed = int(torch.randint(1 << 32, ())) if seed is None else seed
-        self.shared = budget if isinstance(budget, Pager) else None
-        self.budget = self.shared.budget if self.shared else None if budget is None else check_budget(budget)  # type: ignore[arg-type]  # no Pager
+        self.budget = None if budget is None else check_budget(budget)
         self.found_inf: Tensor | None = None
         self._older_peaks = peaks()
         self._begin_anew()
@@ -113,7 +111,7 @@ class FlatOptimizer(torch.optim.Optimizer):
     def _begin_anew(self) -> None:
         self.grad_norm: Tensor | None = None
         self.skipped: Tensor | None = None
-        self.pager = self.shared
+        self.pager: Pager | None = None
         self._states: dict[Key, FlatState] = {}
         self._entries: list[Entry] = []  # by row
         self._steps = torch.zeros(0)  # fp32, of each entry, as torch.optim counts them
@@ -258,7 +256,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         Tensors are the live state, each with a storage of its own, or new ones in host memory if it is paged.
         """
         paged = {} if self.pager is None else {entry: entry.state.empty(entry) for entry in self._entries}
-        for part in () if self.pager is None else self.pager.read(self._states.values()):
+        for part in () if self.pager is None else self.pager.read():
             part.copy(paged)
         shown, self.state = self.state, defaultdict(dict)
         for entry in self._entries:
@@ -287,7 +285,7 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def _take(self, groups: list[Group], states: dict[int, dict[str, Any]]) -> None:
         """Make all state anew, with the states of parameters given by number. Nothing is changed if that fails."""
-        before, pager, old = dict(self.__dict__), self.pager, self._states
+        before, pager = dict(self.__dict__), self.pager
         try:
             self._begin_anew()
             self.param_groups, self.state = groups, defaultdict(dict)
@@ -295,19 +293,16 @@ class FlatOptimizer(torch.optim.Optimizer):
             if states:
                 self._join([entry for entry in self._waiting if entry.number in states])
             found = {entry: states[entry.number] for entry in self._entries}
-            states_here = self._states.values()
-            parts = self.pager.fill(states_here) if self.pager is not None else [s.unpaged() for s in states_here]
+            parts = self.pager.fill() if self.pager is not None else [s.unpaged() for s in self._states.values()]
             for part in parts:
                 part.copy(found, back=True)
             for entry in self._entries:
                 self._steps[entry.row] = states[entry.number]["step"]
         except BaseException:
-            if self.shared is not None:
-                self.shared.drop(self._states.values())
             self.__dict__.update(before)
             raise
         if pager is not None:
-            pager.drop(old.values())
+            pager.close()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: torch.optim's, the settings, and the state by number, from which a copy builds its own."""
@@ -317,7 +312,7 @@ class FlatOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._older_peaks, self.shared = peaks(), None
+        self._older_peaks = peaks()
         self._begin_anew()
         self._take(self.param_groups, state["state"])
 

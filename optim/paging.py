@@ -11,7 +11,7 @@ A page never has its only valid copy where something may overwrite it: the table
 that cannot be queued changes nothing, and the next copy into a frame waits for the one out of it.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -136,9 +136,8 @@ class Pager:
             self._fit()
             order = [page for page in self.pages if page.wanted()]
             streamed = [page for page in order if not page.resident]
-            again = len(order) == len(self.pages)  # else the next step may want others
             done = 0
-            self._fetch(streamed, done, again)
+            self._fetch(streamed, done)
             for page in order:
                 self._used = page.used = self._used + 1
                 self.counters.misses += page.arriving is not None
@@ -147,14 +146,14 @@ class Pager:
                 if not page.resident:
                     self._write_back(page)
                     done += 1
-                    self._fetch(streamed, done, again)
+                    self._fetch(streamed, done)
         finally:
             self._visiting = False
             self.counters.stall_seconds = self.device.stalled()
 
-    def read(self, states: Collection[FlatState] | None = None) -> Iterator[Slice]:
-        """Every page, or those of these states, in host memory, not to be written to."""
-        for page in self._of(states):
+    def read(self) -> Iterator[Slice]:
+        """Every page in host memory, not to be written to."""
+        for page in self.pages:
             if page.frame is not None and (page.dirty or page.host is None):
                 yield page.slice(page.frame.memory[: page.size].to("cpu", copy=True))
             elif page.host is None:
@@ -164,12 +163,9 @@ class Pager:
                     page.leaving.synchronize()
                 yield page.slice(page.host)
 
-    def fill(self, states: Collection[FlatState]) -> Iterator[Slice]:
-        """Every page of these in host memory, to be written to before their first step."""
-        return (page.slice(self._host(page)) for page in self._of(states))
-
-    def _of(self, states: Collection[FlatState] | None) -> list[Page]:
-        return [page for page in self.pages if states is None or page.state in states]
+    def fill(self) -> Iterator[Slice]:
+        """Every page in host memory, to be written to before the first step."""
+        return (page.slice(self._host(page)) for page in self.pages)
 
     def host_bytes(self) -> int:
         """Host memory that pages have."""
@@ -191,18 +187,13 @@ class Pager:
         self._clear(set())
         return held
 
-    def drop(self, states: Collection[FlatState]) -> None:
-        """Let go of the memory of these, and of what it held, once no copy can reach it any more."""
+    def close(self) -> None:
+        """Let go of all memory, and of what it held, once no copy can reach it any more."""
         self.device.settle()
-        for page in self._of(states):
-            self.pages.remove(page)
-            if page.frame is not None and page.resident:
-                self._close(page.frame)
-            elif page.frame is not None:
-                page.frame.page = None
-        self._stale = True
-        while self._staging and not self.pages:
-            self._close(self._staging.pop())
+        for frame in [*self._staging, *(page.frame for page in self.pages if page.resident)]:
+            assert frame is not None
+            self._close(frame)
+        self.pages, self._staging = [], []
 
     # How many frames, and which pages stay.
 
@@ -298,9 +289,10 @@ class Pager:
 
     # Moving pages.
 
-    def _fetch(self, streamed: Sequence[Page], place: int, again: bool) -> None:
-        """Have the next pages from `place` on in staging, or on their way. After the last comes the first, if again."""
-        coming = [*streamed[place:], *(streamed[:place] if again else ())][: len(self._staging)]
+    def _fetch(self, streamed: Sequence[Page], place: int) -> None:
+        """Have the next pages from `place` on in staging, or on their way. After the last comes the first."""
+        count = len(streamed)
+        coming = [streamed[(place + i) % count] for i in range(min(count, len(self._staging)))]
         for page in coming:
             if page.frame is None:
                 self._load(page, next(frame for frame in self._staging if frame.page not in coming))

@@ -12,10 +12,9 @@ flag of the step before while this one runs.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from ..data.protocol import AnyTokenizer
 from ..errors import InputError
 from ..files import misfits
 from ..kernels.chunked_head import TokenScores
-from ..lora.adapter import adapter_parameters, plain_name, unwrapped
+from ..lora.adapter import adapter_layers, adapter_parameters, plain_name, unwrapped
 from ..lora.kinds import courses
 from ..models.foreign import as_causal_lm
 from ..models.generate import generate
@@ -109,7 +108,7 @@ class Run:
         self.unmoved: list[str] = []  # parameters that are as they were before the first update
         self._checksums: dict[str, Tensor] = {}
         self._paged: dict[str, int | float] = {}
-        self._gathered: list[tuple[Tensor, list[Sums]]] = []
+        self.gathered: list[tuple[Tensor, list[Sums]]] = []  # of the step that is begun: a loss, and what it is made of
         self.state()  # what cannot be saved is said now
 
     def forward_backward(
@@ -122,25 +121,48 @@ class Run:
         several losses, or of one with `weight`, what all its batches of the step count. Whatever is raised leaves the
         gradients as they were.
         """
+        parameters = [*self.parameters.values()]
+        with step.gradients_apart(parameters) as own:
+            found = [self._backward(loss or self.loss, batch) for batch in batches]
+        counted: Any = sum(0 if s.weight is None else s.weight for s in found) if weight is None else weight
+        if not found or (not isinstance(counted, Tensor) and not counted > 0):
+            raise InputError(f"batches must have something to learn from; together these {len(found)} weigh {counted}")
+        if present := [gradient for gradient in own if gradient is not None]:
+            torch._foreach_div_(present, counted)
+            torch._foreach_mul_(present, scale)
+        step.add_gradients(parameters, own)
+        mean = torch.stack([sums.loss.double() for sums in found]).sum() / counted * scale
+        self.gathered.append((mean, found))
+        return mean, step.means([sums.metrics for sums in found])
 
-        own: Loss = loss or self.loss
+    def _backward(self, loss: Loss, batch: object) -> Sums:
+        """Add a micro-batch's gradients; where memory runs out and pages can make room, on the second attempt."""
 
-        def sums(batch: object) -> dict[int, Sums]:
-            return {0: step.as_sums(own(self.model, batch), batch)}
+        def backward() -> Sums:
+            sums = step.as_sums(loss(self.model, batch), batch)
+            sums.loss.backward()
+            return sums._replace(loss=sums.loss.detach())
 
-        (found,) = forward_backward([self], batches, sums, weight=weight, scale=scale)
-        return found
+        if not isinstance(self.optimizer, FlatOptimizer) or self.optimizer.budget is None:
+            return backward()
+
+        return step.backward_or_retry([*self.parameters.values()], backward, self.make_room)
+
+    def make_room(self) -> int:
+        """Memory ran out: bring what can wait to the host; returns the bytes given back."""
+        self.retries += 1
+        return self.optimizer.evict_all() if isinstance(self.optimizer, FlatOptimizer) else 0
 
     def optim_step(self, lr: float | None = None) -> StepResult:
         """One update from the gradients so far, which are gone then. lr: the rate of every group, times its "lr_scale"
         where it has one; None: as the optimizer, or its scheduler, has it."""
-        if not self._gathered:
+        if not self.gathered:
             raise InputError("a step needs gradients: call forward_backward before optim_step")
         if self.updates == 0 < self.watched:
             self._checksums = {name: checksum(p) for name, p in self.parameters.items()}
         for course in self.courses:  # once a step, whatever its batches and what they count
             course.penalty().backward()
-        gathered, self._gathered = self._gathered, []
+        gathered, self.gathered = self.gathered, []
         loss = torch.stack([mean for mean, _ in gathered]).sum()
         for group in self.optimizer.param_groups if lr is not None else ():
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -222,10 +244,12 @@ class Run:
         return [Completion(*each) for each in zip(answers, logprobs, texts, strict=True)]
 
     def weights(self) -> dict[str, Tensor]:
-        """All that training changes, by name: what is trained, and all modules' buffers that a state_dict has."""
-        model = unwrapped(self.model)
+        """What training changes, by name: what is trained, and lasting buffers, but of adapters that others train."""
+        model, own = unwrapped(self.model), {*map(id, self.parameters.values())}
+        parts = [part for layer in adapter_layers(model).values() for part in layer.adapters.values()]
+        others = {id(b) for part in parts if not own & {*map(id, part.parameters())} for b in part.buffers()}
         lasting = model.state_dict().keys()
-        buffers = {plain_name(name): buffer for name, buffer in model.named_buffers() if name in lasting}
+        buffers = {plain_name(n): b for n, b in model.named_buffers() if n in lasting and id(b) not in others}
         return {name: tensor.detach() for name, tensor in {**buffers, **self.parameters}.items()}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -264,7 +288,7 @@ class Run:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(scheduler)
         step.set_rng_states(tensors["rng"], self.device)
-        self._gathered, self.steps = [], checked("steps", plain["steps"], int, {"least": 0})
+        self.gathered, self.steps = [], checked("steps", plain["steps"], int, {"least": 0})
         self._paged, self.retries = {}, 0  # the pager starts anew
 
     def _load_optimizer(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> Any:
@@ -302,58 +326,6 @@ class Run:
         with resuming(found or Path(path), problems):
             tensors, state = load_checkpoint(found or path)
             self.restore(tensors, state["loop"])
-
-
-def forward_backward(
-    runs: Sequence[Run],
-    batches: Iterable[object],
-    loss: Callable[[Any], Mapping[int, Sums]],
-    *,
-    around: Callable[[Any], AbstractContextManager[object]] = nullcontext,
-    weight: float | None = None,
-    scale: float = 1.0,
-) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Each run's `forward_backward`, of batches that may hold rows of several runs, which train different parameters:
-    one backward makes all their gradients, and each run's mean is over what its own sums count. loss: a batch -> the
-    sums of each run that has rows there, by its place in `runs`. around: the context of a batch, backward included."""
-    parameters = [parameter for run in runs for parameter in run.parameters.values()]
-    paged = [run.optimizer for run in runs if isinstance(run.optimizer, FlatOptimizer) and run.optimizer.budget]
-    found: list[list[Sums]] = [[] for _ in runs]
-
-    def make_room() -> None:
-        for run in runs:
-            run.retries += 1
-        for optimizer in paged:
-            optimizer.evict_all()
-
-    with step.gradients_apart(parameters) as own:
-        for batch in batches:
-
-            def backward(batch: object = batch) -> Mapping[int, Sums]:
-                sums = loss(batch)
-                torch.stack([each.loss.double() for each in sums.values()]).sum().backward()
-                return {number: each._replace(loss=each.loss.detach()) for number, each in sums.items()}
-
-            with around(batch):
-                # where memory runs out and pages can make room, on the second attempt
-                sums = step.backward_or_retry(parameters, backward, make_room) if paged else backward()
-            for number, each in sums.items():
-                found[number].append(each)
-    counts = [sum(0 if each.weight is None else each.weight for each in some) for some in found]
-    divisors: list[Any] = counts if weight is None else [weight] * len(runs)
-    for some, counted in zip(found, divisors, strict=True):
-        if not some or (not isinstance(counted, Tensor) and not counted > 0):
-            raise InputError(f"batches must have something to learn from; together these {len(some)} weigh {counted}")
-    left, means = iter(own), []
-    for run, some, counted in zip(runs, found, divisors, strict=True):
-        if present := [gradient for gradient in islice(left, len(run.parameters)) if gradient is not None]:
-            torch._foreach_div_(present, counted)
-            torch._foreach_mul_(present, scale)
-        mean = torch.stack([sums.loss.double() for sums in some]).sum() / counted * scale
-        run._gathered.append((mean, some))
-        means.append((mean, step.means([sums.metrics for sums in some])))
-    step.add_gradients(parameters, own)
-    return means
 
 
 def cross_entropy(model: CausalLM, batch: Batch | Mapping[str, Tensor]) -> Sums:

@@ -75,15 +75,12 @@ class DPOTrainer(Trainer):
         self.points = {"kl": torch.zeros((), device=self.device), "shift": reward_shift(self.seen)}
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        found, others = (
-            super().trained_parameters(),
-            [name for name in active_adapters(self.model) if name != self.adapter],
-        )
+        found = super().trained_parameters()
+        others = [name for name in active_adapters(self.model) if name != self.adapter]
         if others and self.objective.needs_reference:
             raise InputError(
                 f"the reference has no other adapter than the trained one's start, and {', '.join(others)} is active "
-                f"beside '{self.adapter}': call fourbit.use(model, '{self.adapter}'), or take a loss without a "
-                "reference"
+                f"beside '{self.adapter}': call fourbit.use(model, '{self.adapter}'), or take another loss"
             )
         return found
 

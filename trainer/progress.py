@@ -27,8 +27,7 @@ CLEARED = "\r\x1b[2K"  # the terminal's line, from its start
 
 
 def display_for(total: int, start: int = 0, name: str = "") -> Display:
-    """The display that fits where stderr goes. total: steps of the run; start: steps done before, when resumed; name:
-    of one among several runs, which take no one's line."""
+    """The display that fits where stderr goes. total, start: steps in all, and done before; name: of one of several."""
     return _Line(total, start, name, live=sys.stderr.isatty() and not name)
 
 

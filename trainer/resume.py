@@ -121,8 +121,8 @@ def layout(config: TrainingConfig, device: torch.device) -> dict[str, str]:
 def base_hash(model: CausalLM, trained: Collection[Tensor] = ()) -> str:
     """SHA-256 over a model's settings, and its weights but for adapters and `trained`. It is exact, where the identity
     in an adapter's file forgives another dtype."""
-    left_out = {id(p) for layer in adapter_layers(model).values() for p in layer.adapters.parameters()}
-    left_out |= {id(p) for p in trained}
+    adapters = [layer.adapters for layer in adapter_layers(model).values()]
+    left_out = {id(t) for own in adapters for t in (*own.parameters(), *own.buffers())} | {*map(id, trained)}
     tensors = [*model.named_parameters(), *model.named_buffers()]
     # A layer's weights are the same ones whether an adapter or one of torch's wrappers sits on it or not.
     base = {plain_name(name).replace(".base.", "."): tensor for name, tensor in tensors if id(tensor) not in left_out}

@@ -59,24 +59,6 @@ class TrainResult:
         return self.val.get("loss")
 
 
-def result_of(out: Path, run: RunState, unmoved: Sequence[str], signal: int | None) -> TrainResult:
-    """What the run in the folder `out` ended with."""
-    newest = out / "checkpoints" / f"step-{run.saved:06d}"
-    return TrainResult(
-        out=out,
-        steps=run.done,
-        loss=run.last_loss,
-        val=run.best_metrics,
-        best_step=run.best_step,
-        skipped_steps=run.skipped,
-        tokens=run.tokens,
-        stopped_early=run.stopped_early,
-        unmoved=unmoved,
-        signal=signal,
-        checkpoint=newest if newest.is_dir() else None,
-    )
-
-
 def adapter_to_train(model: nn.Module, name: str = DEFAULT) -> dict[str, nn.Parameter]:
     """What trains of the adapter `name`, by name. InputError unless the model carries it, trainable and active."""
     found, layers = adapter_parameters(model, name), adapter_layers(model).values()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,7 @@ from .. import optim
 from ..errors import InputError
 from ..optim.groups import parameter_groups
 from ..optim.optimizer import FlatOptimizer
-from ..optim.paging import Pager
 from .config import PAGED, TrainingConfig, size_in_bytes
-
-T = TypeVar("T")
 
 
 class Sums(NamedTuple):
@@ -78,12 +75,9 @@ def means(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: both[0] / both[1] for name, both in totals(parts).items()}
 
 
-def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], config: TrainingConfig, pager: Pager | None = None
-) -> FlatOptimizer:
+def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> FlatOptimizer:
     """An optimizer that measures the gradients' norm, clips it where max_grad_norm is above 0, and skips what is not
-    finite. Its groups begin at their peak rates, and "lr_scale" of each is its factor on the rate of a step. pager:
-    shared with other optimizers, if the state is paged.
+    finite. Its groups begin at their peak rates, and "lr_scale" of each is its factor on the rate of a step.
 
     Raises InputError for patterns in lr_scale that match nothing, or leave nothing to train.
     """
@@ -100,7 +94,7 @@ def make_optimizer(
         groups,
         lr=config.lr,
         bits=8 if config.optimizer.endswith("8bit") else 32,
-        budget=(pager or budget) if config.optimizer.startswith(PAGED) else None,
+        budget=budget if config.optimizer.startswith(PAGED) else None,
         max_grad_norm=config.max_grad_norm or math.inf,
         rounding=config.rounding,
         seed=config.seed,
@@ -108,8 +102,8 @@ def make_optimizer(
 
 
 def backward_or_retry(
-    parameters: Sequence[nn.Parameter], backward: Callable[[], T], make_room: Callable[[], object]
-) -> T:
+    parameters: Sequence[nn.Parameter], backward: Callable[[], Sums], make_room: Callable[[], object]
+) -> Sums:
     """Run backward(), which leaves gradients in .grad. One OutOfMemoryError is answered by make_room() and a retry.
 
     All gradients of a micro-batch count, or none: those of earlier ones are set aside while it runs, and the new ones
@@ -118,7 +112,7 @@ def backward_or_retry(
     gradients. The retry draws the same random numbers. Whatever backward or make_room raises, parameters' gradients
     then are as they were before.
     """
-    device, sums = parameters[0].device, cast(T | None, None)
+    device, sums = parameters[0].device, None
     rng = rng_states(device)
     with gradients_apart(parameters) as new:
         with suppress(torch.OutOfMemoryError):

@@ -29,7 +29,6 @@ from ..lora.adapter import DEFAULT
 from ..lora.peft_files import save_adapter
 from ..models.foreign import as_causal_lm
 from ..models.protocol import CausalLM, evaluating
-from ..optim.paging import Pager
 from ..optim.unmoved import notice
 from ..outputs import check_free, lock_folder
 from ..settings import read_fields
@@ -44,7 +43,7 @@ from .metrics import Display, Metrics, finite
 from .progress import display_for
 from .report import draw_curves, nonfinite
 from .resume import SavedState, adapter_form, as_json, base_hash, check_resumed, layout
-from .run import RunState, TrainResult, adapter_to_train, result_of, save_template
+from .run import RunState, TrainResult, adapter_to_train, save_template
 from .step import StepResult, Sums, as_sums, make_optimizer, means
 
 SKIPS_ALLOWED = 2  # in a row; one more ends the run
@@ -68,7 +67,6 @@ class Trainer(ABC):
     kind: Kind = "sft"  # of the rows
     best_metric: ClassVar[str] = "loss"  # of an evaluation: what keep_best and patience go by
     best_is: ClassVar[Literal["lowest", "highest"]] = "lowest"
-    pager: Pager | None = None  # of its optimizer's state, where trainers share one
 
     def __init__(
         self,
@@ -165,9 +163,7 @@ class Trainer(ABC):
                 self.run.forward_backward(*batches)
         return self.result
 
-    def course(
-        self, interrupt: Interrupt, display: Callable[[int, int], Display] | None = None
-    ) -> Generator[list[Batch], None, None]:
+    def course(self, interrupt: Interrupt, display: Any = None) -> Generator[list[Batch], None, None]:
         """`train` without gradients: yields a step's batches, and goes on once `run` has theirs. Sets `result`."""
         self.trained_parameters()  # raises if they have been switched off or frozen since
         self.interrupt, out = interrupt, Path(self.config.out)
@@ -372,12 +368,14 @@ class Trainer(ABC):
             self.save(out)
         if self.metrics.path.stat().st_size:
             draw_curves(self.metrics.path, out / "loss.png")
-        return result_of(out, run, self.run.unmoved, self.interrupt.signal)
+        newest, signal = out / "checkpoints" / f"step-{run.saved:06d}", self.interrupt.signal
+        done = run.done, run.last_loss, run.best_metrics, run.best_step, run.skipped, run.tokens, run.stopped_early
+        return TrainResult(out, *done, self.run.unmoved, signal, newest if newest.is_dir() else None)
 
     def new_run(self) -> Run:
         """What the trainer's loop stands on, at its start."""
         config, own = self.config, self.optimizer
-        optimizer = make_optimizer(self.parameters, config, self.pager) if own is None else own
+        optimizer = make_optimizer(self.parameters, config) if own is None else own
         how: dict[str, Any] = {"scheduler": self.scheduler, "max_grad_norm": config.max_grad_norm}
         how |= {"loss": lambda _, batch: self.sums(batch), "parameters": self.parameters, "optimizer": optimizer}
         run = Run(self.model, self.tokenizer, total=self.total, **how)

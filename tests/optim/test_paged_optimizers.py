@@ -14,7 +14,7 @@ from fourbit.errors import InputError
 from fourbit.kernels.dispatch import force_path
 from fourbit.optim import AdamW, Lion, optimizer
 from fourbit.optim.page_device import CudaDevice
-from fourbit.optim.paging import Pager
+from fourbit.optim.paging import IDLE, Pager
 from fourbit.optim.state import CHUNK
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -214,3 +214,22 @@ def test_budgets_that_cannot_be():
     give_gradients(weights, seed=0)
     with pytest.raises(InputError, match=f"less than one page of state; the least is {8 * CHUNK}"):
         AdamW(weights, budget=8 * CHUNK - 1).step()
+
+
+def test_what_steps_leave_alone_makes_room_for_what_they_touch():
+    """Of 8 adapters one optimizer trains two from some step on: their pages become resident, the others wait."""
+    budget = 9 * CHUNK * 8  # nine pages of twenty-four
+    ours, theirs = (weights_of([((CHUNK,), torch.float32), ((CHUNK + 3,), torch.float32)] * 8) for _ in range(2))
+    paged, plain = AdamW(ours, lr=0.1, budget=budget), AdamW(theirs, lr=0.1)
+    paged.pager = pager = Pager(device_for(0), budget)
+    few = {4, 5}  # the third adapter: pages in the middle of the table
+    for step in range(3 + IDLE * 24):
+        give_gradients(ours, theirs, seed=step, missing=[] if step < 3 else [i for i in range(16) if i not in few])
+        paged.step(), plain.step()
+        assert pager.held <= pager.budget
+    assert_equal([p.data for p in ours], [p.data for p in theirs])
+    assert all(page.resident for page in pager.pages if page.entries[0].number in few)
+    misses = pager.counters.misses
+    give_gradients(ours, theirs, seed=99, missing=[i for i in range(16) if i not in few])
+    paged.step()
+    assert pager.counters.misses == misses
