@@ -8,6 +8,7 @@ another number of rows round otherwise in their last bits, and where two tokens 
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..lora.rows import rows
 from ..settings import LARGEST, Checked, setting
 from .finite import explain_nonfinite, first_nonfinite
 from .foreign import as_causal_lm
@@ -44,6 +46,7 @@ class _Row:
     prompt: Sequence[int]
     seed: int
     room: int  # tokens that its answer may have
+    adapter: str | None
     answer: list[int] = field(default_factory=list)
 
 
@@ -61,6 +64,7 @@ def generate(
     seed: int | Sequence[int] | None = None,
     batch_size: int = 32,
     on_token: Callable[[int], None] | None = None,
+    adapters: Sequence[str | None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt (token ids) until a stop token or `max_new_tokens`; returns the new tokens, without the stop
     token, in order.
@@ -68,7 +72,8 @@ def generate(
     `max_length`: tokens that prompt and answer may have together (a model's positions, say). `seed`: one for all, or
     one a prompt, or None: drawn from torch's generator where anything is. Of one for all, each prompt's own is made by
     `prompt_seeds`, so a sampled answer goes with its prompt wherever that stands, whatever the batch size, up to
-    rounding of the logits. `on_token` is called with each new token as it comes (one prompt only).
+    rounding of the logits. `on_token` is called with each new token as it comes (one prompt only). `adapters`: for each
+    prompt the adapter that answers it (None: the base), of any prompts in one batch; by default those that are active.
 
     Raises ValueError for an empty prompt, one that leaves no room, an id outside the vocabulary or an impossible
     setting; NumericError for logits that are no numbers, naming the layer where they went bad.
@@ -78,6 +83,8 @@ def generate(
         raise ValueError(
             f"max_new_tokens must be 0 or more and batch_size 1 or more, got {max_new_tokens} and {batch_size}"
         )
+    if adapters is not None and len(adapters) != len(prompts):
+        raise ValueError(f"adapters must be one for each of {len(prompts)} prompts, got {len(adapters)}")
     if on_token is not None and len(prompts) != 1:
         raise ValueError(f"on_token streams one prompt, got {len(prompts)}")
     for i, prompt in enumerate(prompts):
@@ -91,13 +98,15 @@ def generate(
         seed = int(torch.randint(LARGEST, ())) if temperature else 0
     seeds = prompt_seeds(prompts, seed) if isinstance(seed, int) else seed
     rooms = [max_new_tokens if max_length is None else min(max_new_tokens, max_length - len(p)) for p in prompts]
-    rows = [_Row(*each) for each in zip(prompts, seeds, rooms, strict=True)]
-    order = sorted(rows, key=lambda row: len(row.prompt))
+    named = [None] * len(prompts) if adapters is None else adapters
+    asked = [_Row(*each) for each in zip(prompts, seeds, rooms, named, strict=True)]
+    order = sorted(asked, key=lambda row: len(row.prompt))
     sampling = Sampling(temperature, top_k, top_p)
     with evaluating(model):
         for first in range(0, len(order), batch_size):
-            _continue(model, order[first : first + batch_size], sampling, frozenset(stop_ids), on_token)
-    return [row.answer for row in rows]
+            batch = order[first : first + batch_size]
+            _continue(model, batch, sampling, frozenset(stop_ids), on_token, adapters is not None)
+    return [row.answer for row in asked]
 
 
 def generate_each(
@@ -106,12 +115,14 @@ def generate_each(
     *,
     batch_size: int = 32,
     seed: int | Sequence[int] = 0,
+    adapters: Sequence[str | None] | None = None,
     **how: Any,
 ) -> Iterator[list[int]]:
     """`generate` for many prompts: each answer in its turn, as soon as the 8 batches that hold it are done."""
     model, seeds = as_causal_lm(model), prompt_seeds(prompts, seed) if isinstance(seed, int) else seed
     for first in range(0, len(prompts), 8 * batch_size):
         these = slice(first, first + 8 * batch_size)
+        how["adapters"] = None if adapters is None else adapters[these]
         yield from generate(model, prompts[these], seed=seeds[these], batch_size=batch_size, **how)
 
 
@@ -132,32 +143,35 @@ def _hashed(*numbers: int) -> int:
 
 def _continue(
     model: CausalLM,
-    rows: list[_Row],
+    batch: list[_Row],
     sampling: Sampling,
     stop_ids: frozenset[int],
     on_token: Callable[[int], None] | None,
+    named: bool,
 ) -> None:
-    """Extend the answers of some rows, together.
+    """Extend the answers of some rows, together; `named`: each with its own adapter.
 
     What all prompts begin with (a system prompt, or everything when one is sampled often) is read once; as soon as half
     of the rows are done, only the others stay.
     """
-    active, done, device = list(rows), set[int](), model.device  # rows in the cache, the ids of those that are done
-    cache, tokens, mask = _begun(model, active)
-    for step in range(max(row.room for row in rows)):
+    active, done, device = list(batch), set[int](), model.device  # rows in the cache, the ids of those that are done
+    cache, tokens, mask = _begun(model, active, named)
+    for step in range(max(row.room for row in batch)):
         grown = [len(row.prompt) + len(row.answer) for row in active if id(row) not in done]
         if step and model.restarts_at and model.restarts_at + 1 in grown:
-            cache, tokens, mask = _begun(model, active)
-        hidden = model.hidden(tokens, cache=cache, mask=mask)[:, -1]  # [B, hidden]
+            cache, tokens, mask = _begun(model, active, named)
+        with _answering(model, active, named):
+            logits = model.head()(model.hidden(tokens, cache=cache, mask=mask)[:, -1:])[:, -1]  # [B, V]
         drawn = torch.tensor([(_hashed(row.seed, step) >> 11) * 2.0**-53 for row in active], dtype=torch.float64)
-        chosen = choose(model.head()(hidden), sampling, drawn)
+        chosen = choose(logits, sampling, drawn)
         for row, token in zip(active, chosen.tolist(), strict=True):
             if id(row) in done:
                 continue
             if token == NOT_FINITE:
                 read = torch.tensor([[*row.prompt, *row.answer]], device=device)
                 what = f"token {len(row.answer) + 1} of an answer cannot be chosen: its logits"
-                raise explain_nonfinite(model, what, first_nonfinite(model, read))
+                with _answering(model, [row], named):
+                    raise explain_nonfinite(model, what, first_nonfinite(model, read))
             if token not in stop_ids:
                 row.answer.append(token)
                 if on_token is not None:
@@ -175,13 +189,20 @@ def _continue(
             tokens, mask, active = tokens[index], None if mask is None else mask[index], [active[i] for i in kept]
 
 
-def _begun(model: CausalLM, rows: list[_Row]) -> tuple[Cache, Tensor, Tensor | None]:
+def _answering(model: CausalLM, batch: list[_Row], named: bool) -> AbstractContextManager[None]:
+    """A block in which each row has its adapter."""
+    return rows(model, [row.adapter for row in batch]) if named else nullcontext()
+
+
+def _begun(model: CausalLM, batch: list[_Row], named: bool) -> tuple[Cache, Tensor, Tensor | None]:
     """A cache of what all texts begin with, and the tokens and the mask that are to be read next."""
-    cache, texts = model.new_cache(), [[*row.prompt, *row.answer] for row in rows]
+    cache, texts = model.new_cache(), [[*row.prompt, *row.answer] for row in batch]
     tokens, mask, shared = _padded(texts, model.shares_prompts)
     if shared:
-        model.hidden(torch.tensor([texts[0][:shared]], device=model.device), cache=cache)
-        cache.select(torch.zeros(len(rows), dtype=torch.int64, device=model.device))
+        first = {row.adapter: row for row in batch}  # read once with each adapter
+        with _answering(model, [*first.values()], named):
+            model.hidden(torch.tensor([texts[0][:shared]] * len(first), device=model.device), cache=cache)
+        cache.select(torch.tensor([[*first].index(row.adapter) for row in batch], device=model.device))
     return cache, tokens.to(model.device), None if mask is None else mask.to(model.device)
 
 

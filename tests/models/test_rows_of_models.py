@@ -11,6 +11,7 @@ import fourbit
 from fourbit import InputError, LoRAConfig, rows, train_only, use, using
 from fourbit.lora.adapter import adapter_layers
 from fourbit.models.foreign import as_causal_lm
+from fourbit.models.generate import generate_each
 
 NAMES = ["b", None, "a"]
 
@@ -117,3 +118,24 @@ def test_adapters_on_experts_are_refused(random_decoder: Callable[..., Any]) -> 
         moe.hidden(ids)  # on attention alone
     with rows(moe, ["e", "a"]), pytest.raises(InputError, match="no one weight that a module could read"):
         moe.hidden(ids)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_each_prompt_is_answered_by_its_adapter(model: Any, temperature: float) -> None:
+    """Prompts of other lengths with a common beginning, in batches of several adapters that shrink as answers end."""
+    torch.manual_seed(5)
+    begin, names = torch.randint(97, (4,)).tolist(), ["a", None, "b", "a", "b", "b", None]
+    prompts = [begin + torch.randint(97, (i % 4,)).tolist() for i in range(7)]
+    how: dict[str, Any] = {"max_new_tokens": 9, "stop_ids": range(20), "temperature": temperature}
+    seeds, wanted = list(range(7)), list[list[int]]()
+    for prompt, name, seed in zip(prompts, names, seeds, strict=True):
+        with using(model, *filter(None, [name])):
+            wanted += fourbit.generate(model, [prompt], seed=[seed], **how)
+    for size in (7, 3):
+        assert fourbit.generate(model, prompts, adapters=names, batch_size=size, seed=seeds, **how) == wanted
+    assert list(generate_each(model, prompts, adapters=names, batch_size=2, seed=seeds, **how)) == wanted
+    assert len({*map(len, wanted)}) > 2  # some ended before others
+    with pytest.raises(ValueError, match="one for each of 7 prompts, got 1"):
+        fourbit.generate(model, prompts, adapters=["a"])
+    with pytest.raises(InputError, match="no adapter 'x'"):
+        fourbit.generate(model, prompts[:1], adapters=["x"])
