@@ -192,7 +192,7 @@ FILE = {"overwrite", "resume", "json"}
 @pytest.mark.parametrize(
     ("command", "names"),
     [
-        ("sft", {*TRAINING.split(), *MODEL, "loss_on", "full"}),
+        ("sft", {*TRAINING.split(), *MODEL, "loss_on", "full", "sweep"}),
         ("reward", {*TRAINING.split(), *MODEL, "truncation", "head_lr", "center"}),
         ("distill", {*TRAINING.split(), *MODEL, *DISTILL.split(), "loss_on", "full"}),
         (
