@@ -32,14 +32,14 @@ from .spec import Spec
 # How far a stored value may be off: a share of the largest of its block (of 32, or itself), and so much besides.
 ROUNDING = {"F32": (0.0, 0.0), "F16": (2.0**-11, 2.0**-25), "BF16": (2.0**-8, 0.0)}
 ROUNDING |= {"Q8_0": (1 / 220, 2.0**-18), "Q4_0": (1 / 7.9, 2.0**-18), "Q4_1": (1 / 14, 2.0**-18)}
+BIASED = "llama", "qwen2", "granite"  # architectures whose layers may have biases in llama.cpp
 Entry = tuple[TensorInfo, Callable[[], Tensor]]  # a tensor to be written, and what makes its values
 
 
 def write_model(file: Path, model: Decoder, state: Mapping[str, Tensor], tokens: dict[str, Any], kind: str) -> None:
-    """Write weights, by the decoder's names, and a tokenizer's metadata as a file of a kind of `ROUNDING`: vectors and
-    routers are F32 in it, embeddings and head of Q4 Q8_0, rows that are no whole blocks F16; for texts as long as the
-    model's window where llama.cpp's architecture has none. Raises InputError for what that does not compute,
-    NumericError for weights that come back otherwise than the kind rounds, DiskError when the disk refuses."""
+    """Write weights, by the decoder's names, and a tokenizer's metadata, in a kind of `ROUNDING`; vectors, routers are
+    F32, embeddings and head of Q4 Q8_0, broken blocks F16. Raises InputError for what llama.cpp's architecture does not
+    compute, NumericError for weights that come back otherwise than the kind rounds, DiskError when the disk refuses."""
     spec, gguf = replace(model.spec, tie_word_embeddings=state[HEAD] is state[EMBEDDING]), package()
     keys = {"general.type": "model", "general.quantization_version": gguf.GGML_QUANT_VERSION} | _numbers(spec) | tokens
     keys["general.file_type"] = int(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
@@ -67,7 +67,7 @@ def write_lora(file: Path, model: Decoder, parts: Mapping[str, Adapter]) -> None
     InputError for what it does not hold: other changes, copies, a tied embedding's; otherwise as `write_model`."""
     made, spec, entries = dict[str, tuple[Tensor, Tensor, float]](), model.spec, list[Entry]()
     for path, part in ((path, part.plain()) for path, part in parts.items()):
-        update, term = part.low_rank(), part.term() or ()
+        update, term = None if part.of_base else part.low_rank(), part.term() or ()
         if part.copies is None and not (spec.tie_word_embeddings and f"{path}.weight" in (HEAD, EMBEDDING)):
             if type(part) is LoRAEmbedding:
                 made[path] = part.lora_A.T, part.lora_B, part.scale
@@ -111,11 +111,11 @@ def _entry(name: str, kind: str, like: Tensor, make: Callable[[], Tensor] | None
 
 
 def _numbers(spec: Spec) -> dict[str, Any]:
-    """A Spec's numbers, those that say something, under the keys that the reader has for them."""
+    """A Spec's numbers, those that say something, under the reader's keys; llama.cpp has Phi's window switched off."""
     (arch, own), rope, windows = FAMILIES[spec.model_type], spec.rope, [seen for seen in spec.windows if seen]
     kind = rope.kind if rope.kind in ("linear", "yarn", "longrope") else ""  # Llama 3's is a tensor alone
     names = [field.name for field in fields(spec)] + [field.name for field in fields(rope) if kind]
-    longest = [spec.max_position_embeddings, *([] if "sliding_window" in own.values() else windows)]
+    longest = [spec.max_position_embeddings, *([] if "sliding_window" in own.values() and arch != "phi3" else windows)]
     said = {name: getattr(spec if hasattr(spec, name) else rope, name) for name in names} | {
         "max_position_embeddings": min(longest),
         "sliding_window": min(windows, default=0),
@@ -136,10 +136,10 @@ def _numbers(spec: Spec) -> dict[str, Any]:
     return {"general.architecture": arch} | {f"{arch}.{key}": x for key, name in keys.items() if (x := said.get(name))}
 
 
-def _check_spec(spec: Spec, keys: Mapping[str, Any], made: Mapping[TensorInfo, Callable[[], Tensor]]) -> None:
+def _check_spec(spec: Spec, keys: Mapping[str, Any], of: Mapping[TensorInfo, Callable[[], Tensor]]) -> None:
     """InputError unless the reader makes of a file with this metadata what the Spec says, in texts of its length."""
-    infos = {info.name: info for info in made}
-    file: Any = SimpleNamespace(path="GGUF", metadata=keys, tensors=infos, tensor=lambda name: made[infos[name]]())
+    infos = {info.name: info for info in of}
+    file: Any = SimpleNamespace(path="GGUF", metadata=keys, tensors=infos, tensor=lambda name: of[infos[name]]())
     read = read_spec(file)
 
     def said(spec: Spec) -> dict[str, Any]:
@@ -148,7 +148,8 @@ def _check_spec(spec: Spec, keys: Mapping[str, Any], made: Mapping[TensorInfo, C
         plain["windows"] = [seen if seen < read.max_position_embeddings else 0 for seen in windows]
         return dict(json.loads(json.dumps(plain), parse_float=lambda x: decimal(float(x))))
 
-    found, wanted = said(read), said(spec)
+    biases = () if keys["general.architecture"] in BIASED else ("attention_bias", "output_bias", "mlp_bias")
+    found, wanted = said(read) | dict.fromkeys(biases, False), said(spec)
     if wrong := [name for name in wanted if found[name] != wanted[name]]:
         what = f"its {wrong[0]} is {shown(found[wrong[0]])}, the model's {shown(wanted[wrong[0]])}"
         raise InputError(

@@ -2,6 +2,7 @@
 what llama.cpp does not compute is refused before anything appears."""
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from fourbit.models.gguf_model import ARCHITECTURES, MIXTRAL
 from fourbit.models.gguf_tokenizer import gguf_tokenizer, tokenizer_metadata
 from fourbit.models.gguf_write import ROUNDING, pieces, write_lora, write_model
 from fourbit.models.load import load_decoder, load_tokenizer
+from fourbit.text.tokenizer import Tokenizer
 
 TOKENS: dict[str, Any] = {"tokenizer.ggml.tokens": [f"t{i}" for i in range(97)]}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 WRITTEN: dict[str, dict[str, Any]] = {
     **{name: SHAPES[name] for name in ("llama yarn", "smollm3", "mistral", "mistral whole", "ministral", "qwen2")},
-    **{name: SHAPES[name] for name in ("qwen2 windows", "qwen3", "qwen3 bias", "phi3", "phi3 long", "olmo2")},
-    **{name: SHAPES[name] for name in ("olmo2 bias", "granite", "granite bias")},
+    **{name: SHAPES[name] for name in ("qwen2 windows", "qwen3", "phi3", "phi3 long", "olmo2")},
+    **{name: SHAPES[name] for name in ("granite", "granite bias")},
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "llama3": {"model_type": "llama", "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 8192}},
     "llama linear": {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "factor": 3.0}},
@@ -40,7 +42,12 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "mixtral": SHAPES["mixtral"],
     "qwen3_moe": SHAPES["qwen3_moe"] | {"norm_topk_prob": True},
 }
+BIAS = "its attention_bias is False, the model's True"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "qwen3 bias": (SHAPES["qwen3 bias"], BIAS),
+    "olmo2 bias": (SHAPES["olmo2 bias"], BIAS),
+    "smollm3 bias": (SHAPES["smollm3"] | {"mlp_bias": True}, "its mlp_bias is False, the model's True"),
+    "gemma3 bias": (SHAPES["gemma3 capped"] | {"query_pre_attn_scalar": 12, "attention_bias": True}, BIAS),
     "yarn scaled": (SHAPES["llama yarn scaled"], "its rope is "),
     "dynamic": (SHAPES["llama dynamic"], "its rope is "),
     "no rope": (SHAPES["smollm3 marked"], "its no_rope is [3], the model's [0, 3]"),
@@ -208,3 +215,26 @@ def test_the_tokenizer_of_smollm2_comes_back(smollm2: Path) -> None:
     assert (made.chat_template, found["tokenizer.ggml.add_bos_token"]) == (own.chat_template, False)
     other = tokenizer_metadata(own, own.vocab_size, "{{ bos_token }}")
     assert other["tokenizer.chat_template"] == "{{ bos_token }}" and other["tokenizer.ggml.add_bos_token"] is True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRITTEN)
+def test_llama_cpp_opens_a_file_of_every_family_and_computes_the_same(name: str, tmp_path: Path) -> None:
+    """Also what its loader asks for beyond our reader. It multiplies in 16 bits."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install llama-cpp-python")
+    sys.path.append(str(Path(__file__).parent))
+    from test_tokenizer_gguf_words import original
+
+    tokenizer = Tokenizer(original("gpt-2"))
+    model = decoder(WRITTEN[name] | {"vocab_size": tokenizer.vocab_size})
+    keys = tokenizer_metadata(tokenizer, tokenizer.vocab_size)
+    write_model(tmp_path / "m.gguf", model, merged_state(model, torch.float32), keys, "F32")
+    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, verbose=False, logits_all=True)
+    ids = (torch.arange(min(30, load_decoder(tmp_path / "m.gguf").max_positions or 30)) * 7) % tokenizer.vocab_size
+    theirs.eval(ids.tolist())
+    with torch.no_grad():
+        ours = model(ids[None])[0]
+    found = torch.tensor(np.array(theirs.scores[: len(ids)]))
+    theirs.close()
+    assert torch.equal(found.argmax(-1), ours.argmax(-1))
+    assert (found - ours).abs().max() < 1e-2 * ours.abs().max()
