@@ -87,8 +87,8 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
     """
     parts, layers = carried(model, source), adapter_layers(model)
     refuse_second(model, target)
-    for path, part in parts.items():
-        layers[path].adapters[target] = copy.deepcopy(part).freeze()
+    for path, part in copy.deepcopy(parts).items():  # at once, so that what they share is copied once
+        layers[path].adapters[target] = part.freeze()
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

@@ -21,6 +21,7 @@ from .lora import LoRA
 from .parameter4bit import StandIn
 from .peft_config import PeftConfig, PeftLike, from_peft
 from .targets import base_modules, check_patterns_used, expose, matcher, nearest, resolve
+from .vera import join
 
 UNCOPIED: dict[type | tuple[type, ...], str] = {  # what modules_to_save cannot train -> why, and what to do
     Module4bit: "are in 4 bits and cannot be trained: leave them dense (skip in quantize_)",
@@ -66,6 +67,7 @@ def attach(
     lora, first = eva(model, lora, paths, data) if lora.start == "eva" else (lora, {})
     paths = list(first) or paths
     parts = dict(fresh(model, lora, paths, layer, seed, floating(dtype)))
+    join(parts)
     if wrong := [p for p in paths if lora.start != "default" and type(parts[p]) not in (LoRA, Whole)]:
         raise InputError(f"start={lora.start!r} is for LoRA on linear layers, and '{wrong[0]}' is none: exclude it")
     for path, A in first.items():

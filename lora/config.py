@@ -10,9 +10,10 @@ from ..errors import InputError, shown
 from ..settings import Checked, checked, setting
 
 Number = TypeVar("Number", int, float)
-Kind = Literal["lora", "dora", "lora-fa", "ia3", "adalora"]  # the words of kinds.py
-USED = {"ia3": ("kind", "target", "exclude", "modules_to_save", "feedforward")}  # settings of a kind; of others all
-ONLY_OF = {"initial_rank": "adalora", "rank_warmup": "adalora", "rank_final": "adalora", "feedforward": "ia3"}
+Kind = Literal["lora", "dora", "lora-fa", "ia3", "adalora", "vera"]  # the words of kinds.py
+_ANY = "kind", "target", "exclude", "modules_to_save"
+USED = {"ia3": (*_ANY, "feedforward"), "vera": (*_ANY, "rank", "dropout", "projection_seed")}  # of other kinds all
+OWN = {"adalora": ("initial_rank", "rank_warmup", "rank_final"), "ia3": ("feedforward",), "vera": ("projection_seed",)}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class LoRAConfig(Checked):
     initial_rank, rank_warmup, rank_final: of AdaLoRA. `rank` is a layer's mean rank at the end, `initial_rank` each
         one's at the start (default: 1.5 times that); ranks fall between a run's first and last shares of these names.
     feedforward: layers, as in `target`, of which IA3 scales the input, not the output; the paper's are the last of
-        feedforward blocks, such as down_proj.
+        feedforward blocks, such as down_proj. projection_seed: of VeRA's frozen matrices.
     bias: whether biases are trained, in copies too: "none", those of the layers with adapters ("lora_only"), "all".
     start: where A and B begin: "default", "pissa", "pissa-8" (steps), "olora", "loftq", "loftq-5" (rounds), "eva".
     Raises InputError naming the field, its rule and the value.
@@ -56,6 +57,7 @@ class LoRAConfig(Checked):
     initial_rank: int | None = setting(None, "AdaLoRA's rank at the start (default: 1.5 times rank)", least=1)
     rank_warmup: float = setting(0.1, "share of the run before AdaLoRA's ranks fall", least=0, most=1)
     rank_final: float = setting(0.5, "share of the run after they have fallen", least=0, most=1)
+    projection_seed: int = setting(0, "seed of VeRA's frozen matrices", least=0)
     feedforward: str | Sequence[str] = setting((), "layers of which IA3 scales the input, not the output")
 
     def __post_init__(self) -> None:
@@ -74,7 +76,7 @@ class LoRAConfig(Checked):
             shares = f"{self.rank_warmup} and {self.rank_final}"
             raise InputError(f"rank_warmup and rank_final are shares of one run, at most 1 together, got {shares}")
         for f in fields(self):
-            unused = f.name not in USED.get(self.kind, [f.name]) or ONLY_OF.get(f.name, self.kind) != self.kind
+            unused = f.name not in USED.get(self.kind, [f.name]) or any(f.name in OWN[k] for k in OWN if k != self.kind)
             if unused and getattr(self, f.name) not in (f.default, {}):
                 raise InputError(f"{f.name} has no part in an adapter of the kind {self.kind!r}: leave it out")
         for key in ("rank_pattern", "alpha_pattern"):

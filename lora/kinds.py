@@ -13,9 +13,11 @@ from .dora import DoRA
 from .ia3 import IA3
 from .linear4bit import NF4Linear
 from .lora import LoRA, LoRAFA, is_linear
+from .vera import VeRA
 
 LayerFactory = Callable[[nn.Linear | NF4Linear, LoRAConfig], Adapter]
-KINDS: dict[str, type[Adapter]] = {"lora": LoRA, "dora": DoRA, "lora-fa": LoRAFA, "ia3": IA3, "adalora": AdaLoRA}
+KINDS: dict[str, type[Adapter]] = {"lora": LoRA, "dora": DoRA, "lora-fa": LoRAFA, "ia3": IA3, "adalora": AdaLoRA,
+                                   "vera": VeRA}  # fmt: skip
 
 
 def of_kind(base: nn.Module, config: LoRAConfig) -> Adapter:

@@ -22,14 +22,15 @@ from .lora import OWN, LoRAParameter, scale_of
 from .targets import CLASSIFIERS, adaptable_layers, base_modules, linear_layers, matcher, output_heads, vocabulary_heads
 
 REQUIRED = {"r", "lora_alpha", "target_modules", "projection_prng_key"}  # where the kind has it
-_COMMON = {"target_modules": "target", "exclude_modules": "exclude", "modules_to_save": "modules_to_save"}
+_ANY = {"target_modules": "target", "exclude_modules": "exclude", "modules_to_save": "modules_to_save"}
 FIELDS: dict[str, dict[str, str]] = {  # peft_type -> PEFT's name -> that of LoRAConfig
     "LORA": {
-        "r": "rank", "lora_alpha": "alpha", **_COMMON, "lora_dropout": "dropout", "use_rslora": "rslora",
+        "r": "rank", "lora_alpha": "alpha", **_ANY, "lora_dropout": "dropout", "use_rslora": "rslora",
         "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern", "bias": "bias",
         "target_parameters": "target_parameters",
     },
-    "IA3": {"feedforward_modules": "feedforward"} | _COMMON,
+    "VERA": {"r": "rank", "vera_dropout": "dropout", "projection_prng_key": "projection_seed", "bias": "bias"} | _ANY,
+    "IA3": {"feedforward_modules": "feedforward"} | _ANY,
 }  # fmt: skip
 UNDERSTOOD = {"peft_type", "use_dora", "layers_to_transform", "layers_pattern", "init_lora_weights", "save_projection"}
 STARTS = {"init_lora_weights": True, "init_weights": True, "init_ia3_weights": True, "d_initial": 0.1}  # ours

@@ -31,6 +31,7 @@ from .lora import OWN, LoRA, LoRAParameter, lora_kind
 from .parameter4bit import StandIn
 from .peft_config import kind_of, read_config, write_config
 from .targets import Linear, adaptable_layers, base_modules, expose
+from .vera import SHARED, join
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -163,7 +164,7 @@ def _keyed(parts: Mapping[str, Adapter], places: Mapping[str, str] | None = None
         path = places[own]
         where = f"{PREFIX}{path}." if isinstance(part, Whole) else f"{PREFIX}{path}.base_layer."
         copies = part.copies.state_dict() if part.copies is not None else {}
-        state |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in part.state().items()}
+        state |= {key if key in SHARED else f"{PREFIX}{path}.{key}": tensor for key, tensor in part.state().items()}
         state |= {where + key: tensor for key, tensor in copies.items()}
     return dict(sorted(state.items()))
 
@@ -213,8 +214,9 @@ def _read_adapter(
 
     def made(base: Linear, at: LoRAConfig) -> Adapter:
         kind = lora_kind(base) if config.kind in ("LORA", OWN) else None
-        if kind and at.rank > min(base.weight.shape):  # nothing is made as large as a config alone claims
-            needed = {f"{PREFIX}{where[base]}.{kind.keys[0]}": kind.shapes(base, at.rank)[0]}
+        first = (kind.keys[0], kind.shapes(base, at.rank)[0]) if kind else ("vera_lambda_d", (at.rank,))
+        if (kind or config.kind == "VERA") and at.rank > min(base.weight.shape):  # not as large as a config claims
+            needed = {f"{PREFIX}{where[base]}.{first[0]}": first[1]}
             _compare(needed, {key: state[key] for key in needed.keys() & state.keys()}, label)
         return layer(base, at)
 
@@ -229,6 +231,9 @@ def _read_adapter(
         expected |= shapes
         if all(key in state and state[key].shape == shape for key, shape in shapes.items()):
             parts[path] = part
+    join(parts)
+    shared = {key: tensor for key, tensor in _keyed(parts, places).items() if key in SHARED}
+    expected, state = expected | {key: t.shape for key, t in shared.items()}, shared | state  # or as its seed has it
     state = _without_base_copies(model, state, expected, label)
     _compare(expected, state, label)
     if dtype is None:
@@ -295,7 +300,7 @@ def _canonical(given: Mapping[str, Tensor], holders: Collection[str], label: str
 
     keys: dict[str, str] = {}
     for key, name in zip(given, max(ways, key=known), strict=True):
-        if (own := PREFIX + name) in keys:
+        if (own := key if key in SHARED else PREFIX + name) in keys:
             raise InputError(f"{label}: the keys '{keys[own]}' and '{key}' mean the same tensor")
         keys[own] = key
     return {own: given[key] for own, key in keys.items()}

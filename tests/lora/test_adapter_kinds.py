@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is 
 LIMIT = 1e-5
 IDS = torch.arange(24).view(2, 12) % 61
 CONFIGS = {
+    "vera": LoRAConfig(kind="vera", rank=5, projection_seed=3),
     "lora-fa": LoRAConfig(kind="lora-fa", rank=4, alpha=6),
     "ia3": LoRAConfig(kind="ia3", target=["k_proj", "v_proj", "down_proj"], feedforward=["down_proj"]),
 }
@@ -131,6 +132,10 @@ def test_files_go_both_ways(base: LlamaForCausalLM, config: LoRAConfig, tmp_path
 def formula(part: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     """What the paper says, for one row x [in], in plain sums."""
     bias = torch.zeros(len(weight)).to(x) if bias is None else bias
+    if kind == "vera":
+        A, B = part.projections.vera_A[:, : len(x)], part.projections.vera_B[: len(weight)]
+        d, b = torch.diag(part.vera_lambda_d), torch.diag(part.vera_lambda_b)
+        return weight @ x + bias + b @ B @ d @ A @ x
     if kind == "ia3":
         scale = part.ia3_l.flatten()
         return weight @ (scale * x) + bias if part.on_input else scale * (weight @ x + bias)

@@ -90,8 +90,8 @@ def test_tensors_that_do_not_fit_are_named(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type must be one of LORA, IA3, got 'LOHA'"),
-        ({"peft_type": None}, "peft_type must be one of LORA, IA3, got None"),
+        ({"peft_type": "LOHA"}, "peft_type must be one of LORA, VERA, IA3, got 'LOHA'"),
+        ({"peft_type": None}, "peft_type must be one of LORA, VERA, IA3, got None"),
         ({"r": None}, "the key 'r' is missing"),
         ({"target_modules": None}, "the key 'target_modules' is missing"),
         ({"r": "8"}, "rank must be a whole number, got '8'"),
