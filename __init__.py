@@ -8,6 +8,7 @@ from .errors import DiskError, EnvironmentProblem, FourbitError, InputError, Num
 from .lora.active import adapters_off, copy_adapter, remove_adapter, train_only, use, using
 from .lora.adapter import Adapter, AdapterLayer, delta
 from .lora.attach import attach
+from .lora.combine import combine
 from .lora.config import LoRAConfig
 from .lora.convert import dequantize, from_bitsandbytes, to_bitsandbytes
 from .lora.linear4bit import NF4Embedding, NF4Linear
@@ -42,7 +43,7 @@ __all__ = [
     "Form", "quantize_checkpoint", "read_plan",  # 4-bit folders by a plan
     "delta", "dequantize", "from_bitsandbytes", "merge", "merged_state", "to_bitsandbytes",
     "unmerge",  # layers in other forms
-    "Adapter", "AdapterLayer", "LoRA", "LoRAConfig", "NF4Embedding", "NF4Linear", "adapters_off", "attach",
+    "Adapter", "AdapterLayer", "LoRA", "LoRAConfig", "NF4Embedding", "NF4Linear", "adapters_off", "attach", "combine",
     "copy_adapter", "dense_weights", "load_adapter", "quantize_", "remove_adapter", "rows", "save_adapter",
     "train_only", "use", "using",  # adapters, 4 bits
     "DPOConfig", "DPOTrainer", "DistillConfig", "DistillTrainer", "RewardConfig", "RewardModel", "RewardTrainer",

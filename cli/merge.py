@@ -64,41 +64,37 @@ class Options(ResultOptions, ModelOptions):
 def run(options: Options, sources: Sources) -> int:
     """Load, measure, write, load again and compare."""
     with lock_folder(options.out, inputs_of(options, sources)):
-        return _run(options)
-
-
-def _run(options: Options) -> int:
-    out, nf4, tokenizer = Path(options.out), options.into == "nf4", open_tokenizer(options.model)
-    quant, template = settle(options, tokenizer, *options.adapter)
-    probe, model = _probe(options, tokenizer, template), _adapted(options, tokenizer, quant)
-    before, written = _logprobs(model, probe), model
-    if options.into == "base" and quant != "none":
-        written = _adapted(options, tokenizer, "none")
-    dtype, device = model.dtype, model.device
-    found = requantize_(model, options.residual_bits) if nf4 else fidelity(model, merged_state(written))
-    total = Fidelity(*map(sum, zip(*found.values(), strict=True)))
-    if total.kept < LEAST and not options.force:
-        raise InputError(
-            f"{options.into} would keep {total.kept:.1%} of the change, less than {LEAST:.0%}: take --into decoded, "
-            "which keeps all, more --residual-bits, or --force"
-        )
-    layers = {path: str(each) for path, each in found.items()} | {"all": str(total)}
-    values: dict[str, Any] = {"out": options.out, "kept": total.kept, "layers": layers}
-    if nf4:
-        low = [cast(NF4LowRank, plain_modules(model)[path]) for path in found]
-        values["bits"] = sum(16 * (p.A.numel() + p.B.numel()) for p in low) / sum(prod(p.shape) for p in low)
-    save_model(written, out, tokenizer, template=template.source, merge=not nf4)
-    settings = {"model": options.model, "adapter": options.adapter, "into": options.into, "quant": "none"}
-    write_config(out / CONFIG, settings, dict.fromkeys(settings, "merge"))
-    del model, written
-    after = _logprobs(load_decoder(out, dtype=dtype, device=device), probe)
-    if before is not None and after is not None:
-        values["kl"] = (before.exp() * (before - after)).sum(-1).mean().item()
-        values["agreement"] = (before.argmax(-1) == after.argmax(-1)).double().mean().item()
-    said = {"bits": "of the adapter for each weight", "kl": "nats a token", "agreement": "of greedy tokens"}
-    rows = [(name, f"{values[name]:.4g} {what}") for name, what in said.items() if name in values]
-    result(values, pairs([*layers.items(), *rows]), as_json=options.json)
-    return 0
+        out, nf4, tokenizer = Path(options.out), options.into == "nf4", open_tokenizer(options.model)
+        quant, template = settle(options, tokenizer, *options.adapter)
+        probe, model = _probe(options, tokenizer, template), _adapted(options, tokenizer, quant)
+        before, written = _logprobs(model, probe), model
+        if options.into == "base" and quant != "none":
+            written = _adapted(options, tokenizer, "none")
+        dtype, device = model.dtype, model.device
+        found = requantize_(model, options.residual_bits) if nf4 else fidelity(model, merged_state(written))
+        total = Fidelity(*map(sum, zip(*found.values(), strict=True)))
+        if total.kept < LEAST and not options.force:
+            raise InputError(
+                f"{options.into} would keep {total.kept:.1%} of the change, below {LEAST:.0%}: take --into decoded, "
+                "which keeps all, more --residual-bits, or --force"
+            )
+        layers = {path: str(each) for path, each in found.items()} | {"all": str(total)}
+        values: dict[str, Any] = {"out": options.out, "kept": total.kept, "layers": layers}
+        if nf4:
+            low = [cast(NF4LowRank, plain_modules(model)[path]) for path in found]
+            values["bits"] = sum(16 * (p.A.numel() + p.B.numel()) for p in low) / sum(prod(p.shape) for p in low)
+        save_model(written, out, tokenizer, template=template.source, merge=not nf4)
+        settings = {"model": options.model, "adapter": options.adapter, "into": options.into, "quant": "none"}
+        write_config(out / CONFIG, settings, dict.fromkeys(settings, "merge"))
+        del model, written
+        after = _logprobs(load_decoder(out, dtype=dtype, device=device), probe)
+        if before is not None and after is not None:
+            values["kl"] = (before.exp() * (before - after)).sum(-1).mean().item()
+            values["agreement"] = (before.argmax(-1) == after.argmax(-1)).double().mean().item()
+        said = {"bits": "of the adapter for each weight", "kl": "nats a token", "agreement": "of greedy tokens"}
+        rows = [(name, f"{values[name]:.4g} {what}") for name, what in said.items() if name in values]
+        result(values, pairs([*layers.items(), *rows]), as_json=options.json)
+        return 0
 
 
 def _adapted(options: Options, tokenizer: Tokenizer, quant: Quant) -> CausalLM:

@@ -48,9 +48,7 @@ def merged_state(model: nn.Module, dtype: DType | None = None) -> dict[str, Tens
         changed = layer is not None and bool(layer.changing())
         if inside or changed:
             tensors["weight"] = cast(Tensor, base.weight)
-        for name, own in tensors.items():
-            if own is None:
-                continue
+        for name, own in [(name, own) for name, own in tensors.items() if own is not None]:
             of = layer.merged if layer is not None and changed and name == "weight" else None
             key = id(layer) if of else weight_id(base) if name == "weight" and name not in copied else id(own)
             full = path if isinstance(base, StandIn) else f"{path}.{name}".strip(".")
@@ -222,8 +220,7 @@ def _merged(layer: AdapterLayer, new: Mapping[Any, nn.Module], keep: bool) -> nn
         old, copied = getattr(base, name), own.detach().clone()
         tensors[name] = nn.Parameter(copied, old.requires_grad) if isinstance(old, nn.Parameter) else copied
     if layer.changing():
-        made = layer.merged(base.weight.dtype).contiguous()
-        tensors["weight"] = nn.Parameter(made, base.weight.requires_grad)
+        tensors["weight"] = nn.Parameter(layer.merged(base.weight.dtype).contiguous(), base.weight.requires_grad)
     if "weight" in tensors and isinstance(base, Module4bit):
         base = cast(nn.Linear, dense_twin(base, cast(nn.Parameter, tensors.pop("weight"))))
     elif keep:

@@ -91,7 +91,7 @@ def test_what_keeps_too_little_is_refused_unless_forced(here: Path, run: Path, t
     fourbit.save_adapter(model, here / "small")
     line = line.replace(str(run), "small")
     said = typed(line, code=2)
-    assert re.search(r"nf4 would keep \d+\.\d% of the change, less than 90%: take --into decoded.*--force", said)
+    assert re.search(r"nf4 would keep \d+\.\d% of the change, below 90%: take --into decoded.*--force", said)
     assert not (here / "merged" / "config.json").exists()
     typed(line.replace("--out merged", "--out more").replace("0.01", "9"))
     typed(line.replace("--out merged", "--out forced") + " --force")
