@@ -8,7 +8,7 @@ import functools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from .identity import BaseIdentity, base_identity
 from .init import Weights, started
 from .kinds import LayerFactory, of_kind
 from .linear4bit import Module4bit, NF4Linear, NF4LowRank
-from .lora import OWN, LoRA, LoRAParameter, lora_kind
+from .lora import OWN, LoRA, LoRAEmbedding, LoRAParameter, lora_kind
 from .parameter4bit import StandIn
 from .peft_config import kind_of, read_config, write_config
 from .targets import Linear, adaptable_layers, base_modules, expose
@@ -99,7 +99,9 @@ def load_adapter(
 
     A model without an adapter of this name gets it attached in `dtype`, or in the file's own dtype for None: as the
     active one, all else frozen, or, not `trainable`, frozen and inactive. A model that carries one keeps it, dtype
-    included, and must have it on the same layers with the same rank and scale. `layer`: as `attach` was given it.
+    included, and must have it on the same layers with the same rank and scale: the tensors are overwritten where they
+    lie, so nothing compiles again. One that does not train (`train_only`) is a slot for plain LoRA: of its rank or less
+    (the rest is zeros), of any scale (folded into B), on some of its layers. `layer`: as `attach` was given it.
     `tell` is given a sentence where the base is another 4-bit form of the one that the adapter was trained on, or has
     slightly other weights. An adapter of another base is refused unless `force`; one whose file does not say what it
     was trained on is taken. One of 4-bit codes that its start made has them made again, of `dense`, as `attach` has it.
@@ -112,7 +114,7 @@ def load_adapter(
     _check_base(model, parts, Path(folder), force, tell if not anew else lambda _: None)
     attached = adapters_of(model, name)
     if attached:
-        _check_same(attached, parts, label)
+        state = _fitted(attached, parts, state, label)
     _check_finite(state, _keyed(attached or parts), label)
     _copy_into(attached or parts, state, label)
     if anew and trained is not None:
@@ -315,14 +317,36 @@ def _compare(expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor],
         )
 
 
-def _check_same(attached: Mapping[str, Adapter], parts: Mapping[str, Adapter], label: str) -> None:
-    """InputError unless the adapter on the model has the layers, kinds, ranks and scales that the file says."""
+def _fitted(
+    attached: Mapping[str, Adapter], parts: Mapping[str, Adapter], state: Mapping[str, Tensor], label: str
+) -> dict[str, Tensor]:
+    """The file's tensors as the adapter on the model has them; InputError unless that has the layers, kinds, ranks and
+    scales that the file says, or is a slot that they fit."""
+    found, places = dict(state), _places(attached)
+    trains = any(p.requires_grad for part in attached.values() for p in part.parameters())
     for path in parts.keys() | attached.keys():
-        has, wants = (_described(adapter.get(path)) for adapter in (attached, parts))
-        if has != wants:
+        has, wants = attached.get(path), parts.get(path)
+        if _described(has) == _described(wants):
+            continue
+        if trains or not _is_slot(has) or not (wants is None or (_is_slot(wants) and wants.rank <= has.rank)):
             raise InputError(
-                f"{label}: on '{path}' the model has {has}, the file {wants}; load it into a fresh model instead"
+                f"{label}: on '{path}' the model has {_described(has)}, the file {_described(wants)}; load it into a "
+                "fresh model instead, or into plain LoRA on all its layers, of that rank or more, that does not train "
+                "(train_only)"
             )
+        for key, tensor in has.state().items():
+            full, padded = f"{PREFIX}{places[path]}.{key}", torch.zeros_like(tensor, dtype=torch.float32)
+            if wants is not None:
+                own = state[full].to(padded)
+                padded[tuple(map(slice, own.shape))] = own if key == has.keys[0] else own * (wants.scale / has.scale)
+            found[full] = padded
+    return found
+
+
+def _is_slot(part: Adapter | None) -> TypeGuard[LoRA]:
+    if not isinstance(part, LoRA) or type(part) not in (LoRA, LoRAEmbedding):
+        return False
+    return part.copies is None and part.lora_A0 is None
 
 
 def _described(part: Adapter | None) -> str:
