@@ -32,7 +32,7 @@ COMMANDS = {
     "adapter": "look at an adapter, compare two, make one smaller: fourbit adapter show DIR",
     "merge": "base and adapters as one model, and how much of them it keeps",
     "quantize": "write a model as a folder in 4 bits: fourbit quantize --model M --out DIR --budget 4.0GiB",
-    "export": "write a model or an adapter for llama.cpp and Ollama: fourbit export --model M --to gguf --out FILE",
+    "export": "write a model or an adapter as other tools open it: fourbit export --model M --to gguf --out FILE",
     "data": "look at training data as the model sees it: tokens, what is trained, lengths, problems",
     "doctor": "what is installed, what the machine has, and what will be used",
 }

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import EnvironmentProblem, InputError, shown
 from ..kernels.attention import Spans, span_lengths, span_positions
 from ..lora.active import adapters_off, checkpointed
+from ..lora.merge import merged_state
 from .families import FAMILIES
 from .protocol import Cache, CausalLM, evaluating
 
@@ -73,6 +74,21 @@ def empty(data: Mapping[str, Any], where: str, source: str) -> Any:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise InputError(f"{where}: transformers makes no {kind} of it ({why})") from None
     return whole
+
+
+def reopened(model: CausalLM, folder: str, adapter: bool) -> Any:
+    """What transformers makes of a folder that was written of `model`: a whole model, or, with peft, the adapter on its
+    base as that is decoded. ImportError without these packages."""
+    from transformers import AutoModelForCausalLM
+
+    if not adapter:
+        return cast(Any, AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)).to(model.device).eval()
+    whole = empty(model.settings(), folder, "")
+    with adapters_off(model):
+        whole.load_state_dict({name: value.cpu() for name, value in merged_state(model).items()}, assign=True)
+    whole.tie_weights()
+    whole.load_adapter(folder)
+    return whole.to(model.device).eval()
 
 
 def _fill_buffers(whole: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -104,3 +105,50 @@ def test_what_is_read_is_not_written_over(folder: Path, out: str, capsys: pytest
     command = ["export", "--model", str(folder / "m"), "--adapter", str(folder / "run"), "--to", "ollama"]
     assert main([*command, "--out", str(folder / out)]) == 2
     assert "give another place" in capsys.readouterr().err and sorted((folder / "m").iterdir()) == before
+
+
+@pytest.mark.parametrize("to", ["hf", "peft"])
+def test_transformers_and_peft_read_what_is_written_for_them(
+    to: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the NF4 base decoded; 64 greedy tokens of the merged folder in transformers are ours; a weight that is changed
+    on the way is found out."""
+    command = ["export", "--model", str(folder / "m"), "--adapter", str(folder / "run"), "--to", to]
+    assert main([*command, "--out", str(tmp_path / "x"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["read back"].startswith("100% of ")
+    lora = f"vllm serve {folder}/m --enable-lora --lora-modules NAME={tmp_path}/x --max-lora-rank 8"
+    assert said["run"] == (f"vllm serve {tmp_path}/x" if to == "hf" else lora)
+    if to == "hf":
+        from transformers import AutoModelForCausalLM
+
+        model, _ = fourbit.load(folder / "m", quant_type="nf4")
+        fourbit.load_adapter(model, folder / "run")
+        (ours,) = fourbit.generate(model, [[5, 9, 40, 41]], max_new_tokens=64)
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype=torch.float32)
+        ids = torch.tensor([[5, 9, 40, 41]])
+        theirs = whole.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        assert theirs[0, 4:].tolist() == list(ours)
+
+
+def test_another_model_than_was_written_is_no_success(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fourbit.cli import export
+
+    real = export.reopened
+
+    def spoilt(*args: Any) -> Any:
+        whole = real(*args)
+        whole.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
+        return whole
+
+    command = ["export", "--model", str(folder / "m"), "--to", "hf", "--out"]
+    monkeypatch.setattr(export, "reopened", spoilt)
+    assert main([*command, str(tmp_path / "x")]) == 6 and "reads another model" in capsys.readouterr().err
+
+    def missing(*args: Any) -> Any:
+        raise ImportError("no transformers")
+
+    monkeypatch.setattr(export, "reopened", missing)
+    assert main([*command, str(tmp_path / "y")]) == 0 and "no second reader has read" in capsys.readouterr().err
