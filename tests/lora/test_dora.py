@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from fourbit.errors import InputError
@@ -316,6 +317,19 @@ def test_layers_on_one_input_are_one_op_with_what_makes_them_dora(monkeypatch: p
     grads = [torch.autograd.grad(sum(y.square().mean() for y in ys), parameters) for ys in (apart, together)]
     for a, b in zip((*apart, *grads[0]), (*together, *grads[1]), strict=True):
         assert gap(a, b) <= LIMIT
+
+
+def test_a_step_takes_hardly_more_products_than_loras() -> None:
+    """What its time follows from, counted: a clock says other things on a busy machine."""
+    counts = []
+    for kind in ("lora", "dora"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(128, 192, bias=False))
+        attach(model, LoRAConfig(rank=8, target=["0"], kind=kind))
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(256, 128, requires_grad=True)).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] > 4 * 256 * 128 * 192 and counts[1] <= 1.05 * counts[0]  # norms made anew, once a step
 
 
 def test_several_are_the_sum_of_their_changes() -> None:
