@@ -1122,6 +1122,7 @@ NOT_FOLLOWED = {  # why -> what
     + [("trainer/checkpoint.py", "keep 1 or more"), ("trainer/losses/objective.py", "loss must be NAME or NAME=WEIGHT")]
     + [("cli/main.py", "fourbit quantize --model M"), ("cli/quantize.py", "--budget must be a size above 0")]
     + [("cli/quantize.py", "say it once"), ("cli/main.py", "fourbit export --model M --to gguf")]
+    + [("cli/export.py", w) for w in ("--max-lora-rank", "--enable-lora")]
     + [("cli/export.py", w) for w in ("else add one", "GGUF is written of those alone", "--out {}", "read back")]
     + [("cli/load.py", "training is without the {} of its config.json")]
     + [("cli/doctor.py", "for --log tensorboard"), ("cli/parse.py", "-h, --help")]
@@ -1193,6 +1194,7 @@ def test_every_flag_and_command_that_is_named_is_there(advising: list[tuple[str,
         "--merge",
         "--lora",
     }  # the last two are other tools'
+    flags |= {"--enable-lora", "--lora-modules", "--max-lora-rank"}  # vLLM's
     flags |= {flag for name in ALL_COMMANDS for flag in flags_of(name)}
     for file, text in advising:
         assert {*re.findall(r"--[a-z][a-z-]*[a-z]", text)} <= flags, (file, text)
