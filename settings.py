@@ -31,6 +31,7 @@ WORDS: dict[Any, tuple[str, str]] = {  # a type in words, and what stands for a 
     NoneType: ("null", ""),
     tuple: ("text or a list of texts", "TEXT"),
     Sequence: ("a list of texts", "TEXT"),
+    Sequence[int]: ("a list of whole numbers", "N"),
     dict: ("a mapping of names or patterns to numbers", "NAME=X"),
     dict[str, Any]: ("a mapping", ""),
     dict[str, str]: ("a mapping of texts", ""),

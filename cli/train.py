@@ -14,7 +14,7 @@ from ..data.encode import Dataset, load_rows
 from ..data.order import count_overlap, split_validation
 from ..data.sample import Kind
 from ..data.template import ChatTemplate
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..lora.adapter import DEFAULT as ADAPTER
 from ..lora.attach import attach
 from ..lora.config import Kind as AdapterKind
@@ -47,7 +47,7 @@ from .show import amount, count, describe, figure, note, pairs, result, working,
 NAMES = re.compile(r"[\w.]+(,[\w.]+)*")  # else an entry of --target is a regular expression
 GROUPS = ("all-linear", "attn", "mlp")
 FRESH = ("kind", "rank", "alpha", "dropout", "target", "rslora", "start",
-         "initial_rank", "rank_warmup", "rank_final", "feedforward")  # fmt: skip  # what a fresh adapter is told, alone
+         "initial_rank", "rank_warmup", "rank_final", "feedforward", "train_tokens")  # fmt: skip  # a fresh one's
 REPORTED = ("perplexity", "reward_accuracy", "reward_margin")  # of the best evaluation; --json has all metrics
 
 
@@ -91,14 +91,18 @@ class AdapterOptions(AdapterChoice):
     rank_final: float = setting(0.5, "share of the run after they have fallen")
     feedforward: tuple[str, ...] = setting((), "layers of which IA3 scales the input, not the output", metavar="NAME")
     start: str = setting("default", "where it begins: pissa, pissa-8, olora, loftq, loftq-5 or eva", metavar="WORD")
+    train_tokens: tuple[str, ...] = setting((), "tokens whose rows of embedding and head train too", metavar="TOKEN")
 
-    def lora_config(self) -> LoRAConfig:
-        """The checked settings; a group or a regular expression is one text, layers' names are a list."""
+    def lora_config(self, tokenizer: Tokenizer | None = None) -> LoRAConfig:
+        """The checked settings, with tokens if it is given; a group or a pattern is one text, layers' names a list."""
         names = [name for given in self.target for name in (given.split(",") if NAMES.fullmatch(given) else [given])]
         if names == ["all"]:
             names = ["all-linear"]
         one = len(names) == 1 and (names[0] in GROUPS or not NAMES.fullmatch(names[0]))
-        own = {field: getattr(self, field) for field in FRESH}
+        ids = {text: tokenizer.backend.token_to_id(text) for text in self.train_tokens} if tokenizer else {}
+        if unknown := [text for text, found in ids.items() if found is None]:
+            raise InputError(f"train_tokens {shown(unknown[0])} is no token of this model: give some that it has")
+        own = {field: getattr(self, field) for field in FRESH} | {"train_tokens": [*ids.values()]}
         return LoRAConfig(**own | {"target": names[0] if one else names})
 
 
@@ -161,6 +165,7 @@ def run(options: TrainOptions, sources: Sources) -> int:
     for each in variants.values():
         rows, val = sets[each.data] = sets.get(each.data) or _datasets(each, tokenizer, template)
         each.check_rows(len(rows), None if val is None else len(val))
+        each.lora_config(tokenizer)
     model = load_weights(options, tokenizer, str(options.quant))
     asked = options.max_length if sources["max_length"] != DEFAULT else 0
     longest = max(asked, *(each.report.longest for both in sets.values() for each in both if each is not None))
@@ -168,7 +173,7 @@ def run(options: TrainOptions, sources: Sources) -> int:
     for name, each in variants.items():
         rows, val = sets[each.data]
         if not each.whole:
-            _put_adapter(model, each, rows, name)
+            _put_adapter(model, each, rows, name, each.lora_config(tokenizer))
         config = each.config_type(**{field.name: getattr(each, field.name) for field in fields(each.config_type)})
         extras = each.extras(model, tokenizer) | {"train": rows, "val": val, "config": config, "adapter": name}
         if isinstance(teacher := extras.get("teacher"), CausalLM):
@@ -239,7 +244,7 @@ def _datasets(options: TrainOptions, tokenizer: Tokenizer, template: ChatTemplat
     return train, val
 
 
-def _put_adapter(model: CausalLM, options: TrainOptions, rows: Dataset, name: str) -> None:
+def _put_adapter(model: CausalLM, options: TrainOptions, rows: Dataset, name: str, wanted: LoRAConfig) -> None:
     """The adapter that training starts from, and a line about it."""
     if options.adapter is not None:
         layers = put_adapter(model, options.adapter, options.force, name=name)
@@ -248,7 +253,7 @@ def _put_adapter(model: CausalLM, options: TrainOptions, rows: Dataset, name: st
     parts = [part for example in rows.examples[:: -(-len(rows) // 64)] for part in example.parts]  # of at most 64 rows
     how: dict[str, Any] = {"data": (torch.tensor([part.ids], device=model.device) for part in parts)}
     how["tell"] = lambda path, error, was: note(f"start: {path}  error {error:.4f}, was {was:.4f}")
-    names = attach(model, options.lora_config(), name, seed=options.seed, dense=read_weights(options.model), **how)
+    names = attach(model, wanted, name, seed=options.seed, dense=read_weights(options.model), **how)
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     note(f"adapter: rank {options.rank}, alpha {options.alpha:g}, {len(names)} layers, {amount(size)} parameters")
 

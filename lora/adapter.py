@@ -377,7 +377,9 @@ def adapters_of(model: nn.Module, name: str = DEFAULT) -> dict[str, Adapter]:
 def adapter_parameters(model: nn.Module, name: str = DEFAULT) -> dict[str, nn.Parameter]:
     """What an optimizer trains: the adapter's parameters as `path.parameter`, in module order."""
     parts = adapters_of(model, name).items()
-    return {f"{path}.{own}": parameter for path, part in parts for own, parameter in part.named_parameters()}
+    found = [(p, f"{path}.{own}") for path, part in parts for own, p in part.named_parameters()]
+    first = {p: own for p, own in reversed(found)}  # two parts may share one
+    return {own: p for p, own in found if first[p] == own}
 
 
 def carried(model: nn.Module, name: str) -> dict[str, Adapter]:

@@ -21,6 +21,7 @@ from .lora import LoRA
 from .parameter4bit import StandIn
 from .peft_config import PeftConfig, PeftLike, from_peft
 from .targets import base_modules, check_patterns_used, expose, matcher, nearest, resolve
+from .tokens import token_rows
 from .vera import join
 
 UNCOPIED: dict[type | tuple[type, ...], str] = {  # what modules_to_save cannot train -> why, and what to do
@@ -42,7 +43,7 @@ def attach(
     tell: Tell = lambda *_: None,
 ) -> list[str]:
     """Put an adapter on the targeted layers of `model`, in place; freeze all else; return their paths in module order,
-    with those of what `modules_to_save` and `bias` train.
+    with those of what `modules_to_save`, `train_tokens` and `bias` train.
 
     config: ours, or peft's LoraConfig or a dict of it. layer: makes each layer's part of its base and the config of
     that layer (its rank and alpha), as a class of one's own does; by default of the kind that the config says.
@@ -91,13 +92,16 @@ def fresh(
         if modules[path]._parameters.get("bias") is not None and (config.bias == "all" or path in targeted):
             copied[path] = ["bias"]
     _refuse_tied(modules, copied)
-    for path in [path for path in modules if path in targeted | copied.keys()]:
+    rows = token_rows(model, config.train_tokens) if config.train_tokens else {}
+    if twice := [path for path in rows if path in targeted or copied.get(path, ["bias"]) != ["bias"]]:
+        raise InputError(f"'{twice[0]}' is in target or modules_to_save too: train_tokens must have it alone")
+    for path in [path for path in modules if path in targeted | copied.keys() | rows.keys()]:
         if any(parameter.is_complex() for parameter in modules[path].parameters(recurse=False)):
             raise InputError(f"'{path}' is complex, and adapters and their files are real: exclude it")
         at = replace(config, rank=config.rank_at(path), alpha=config.alpha_at(path), rank_pattern={}, alpha_pattern={})
         at = replace(at, feedforward=at.feedforward if matcher(at.feedforward)(path) else ())
         kind = LoRA.of if isinstance(modules[path], StandIn) and at.kind == "lora" else layer
-        part = _made(kind, modules[path], at, path, seed) if path in targeted else Whole()
+        part = _made(kind, modules[path], at, path, seed) if path in targeted else rows.get(path) or Whole()
         part = part.to(dtype) if {p.dtype for p in part.parameters()} - {dtype} else part
         part.config, part.copies = at, Copies(modules[path], copied[path], dtype) if path in copied else None
         yield path, part

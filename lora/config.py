@@ -29,6 +29,7 @@ class LoRAConfig(Checked):
         matches, in dict order, counts. Each is looked up by itself.
     modules_to_save: names of modules of any kind (full paths or their ends) that are trained whole, such as a
         classifier: the adapter holds a copy of each, so that without it the model is its base.
+    train_tokens: ids of tokens of which the rows of embedding and head are trained; or these by the module's name.
     target_parameters: names of parameters that are no layer's weight (full paths or their ends), as fused experts are:
         ["experts.gate_up_proj", "experts.down_proj"]. `target` never means those, as in PEFT; None: no layer.
     initial_rank, rank_warmup, rank_final: of AdaLoRA. `rank` is a layer's mean rank at the end, `initial_rank` each
@@ -49,6 +50,7 @@ class LoRAConfig(Checked):
     rank_pattern: dict[str, int] = setting({}, "other ranks, by layers", least=1)
     alpha_pattern: dict[str, float] = setting({}, "other alphas, by layers", positive=True, most=1e30)
     exclude: str | Sequence[str] = setting((), "layers that get none")
+    train_tokens: Sequence[int] | dict[str, Sequence[int]] = setting((), "tokens whose rows are trained")
     modules_to_save: Sequence[str] = setting((), "modules that are trained whole")
     target_parameters: Sequence[str] = setting((), "parameters, such as fused experts, that get an adapter")
     bias: Literal["none", "all", "lora_only"] = setting("none", "which biases are trained")

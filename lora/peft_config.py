@@ -20,9 +20,11 @@ from .adapter import Adapter, Whole
 from .config import LoRAConfig, pattern_value
 from .lora import OWN, LoRAParameter, scale_of
 from .targets import CLASSIFIERS, adaptable_layers, base_modules, linear_layers, matcher, output_heads, vocabulary_heads
+from .tokens import INPUT, TokenRows
 
 REQUIRED = {"r", "lora_alpha", "target_modules", "projection_prng_key"}  # where the kind has it
 _ANY = {"target_modules": "target", "exclude_modules": "exclude", "modules_to_save": "modules_to_save"}
+_ANY |= {"trainable_token_indices": "train_tokens"}
 FIELDS: dict[str, dict[str, str]] = {  # peft_type -> PEFT's name -> that of LoRAConfig
     "LORA": {
         "r": "rank", "lora_alpha": "alpha", **_ANY, "lora_dropout": "dropout", "use_rslora": "rslora",
@@ -117,6 +119,8 @@ def read_config(raw: Mapping[str, Any], file: str) -> PeftConfig:
     try:
         said = {ours: raw[key] for key, ours in names.items() if raw.get(key) or key in required}
         said["kind"] = "dora" if raw.get("use_dora") else "lora" if own else kind.lower()
+        if isinstance(rows := said.get("train_tokens"), list):
+            said["train_tokens"] = {INPUT: rows}  # PEFT's list is no untied head's
         lora = LoRAConfig(**({"target": None} if alone else {}) | said)
     except InputError as problem:
         raise InputError(f"{file}: {problem}") from None
@@ -152,13 +156,14 @@ def most_steps(pattern: str) -> int:
 
 def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str) -> str:
     """The text of an adapter_config.json for an adapter of `model`, given by its layers' paths."""
-    kinds = {kind_of(part) for part in parts.values() if not isinstance(part, Whole)}
+    kinds = {kind_of(part) for part in parts.values() if not isinstance(part, Whole | TokenRows)}
     kind, *more = kinds - {"LORA"} if OWN in kinds else kinds
     if more:
         raise InputError(
             f"a file holds an adapter of one kind, and this one's layers are of {', '.join((kind, *more))}"
         )
-    fields = {path: part.peft_fields() for path, part in parts.items() if not isinstance(part, Whole)}
+    fields = {path: part.peft_fields() for path, part in parts.items() if not isinstance(part, Whole | TokenRows)}
+    rows = {path: part.tokens for path, part in parts.items() if isinstance(part, TokenRows) and not part.follows}
     parameters = [path for path, part in parts.items() if isinstance(part, LoRAParameter)]
     config = next(iter(parts.values())).config or LoRAConfig()
     settings = {
@@ -169,6 +174,7 @@ def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str
         **_settings(fields),
         "target_modules": _target_modules(model, [path for path in fields if path not in parameters]),
         **({"target_parameters": parameters} if parameters else {}),  # older PEFT stops at the word
+        **({"trainable_token_indices": rows} if rows else {}),
         **({"use_dora": True} if config.kind == "dora" else {}),  # and at this one
         "bias": config.bias,
         "fan_in_fan_out": False,

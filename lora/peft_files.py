@@ -31,6 +31,7 @@ from .lora import OWN, LoRA, LoRAEmbedding, LoRAParameter, lora_kind
 from .parameter4bit import StandIn
 from .peft_config import kind_of, read_config, write_config
 from .targets import Linear, adaptable_layers, base_modules, expose
+from .tokens import TokenRows
 from .vera import SHARED, join
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -223,7 +224,8 @@ def _read_adapter(
         return layer(base, at)
 
     for path, part in fresh(model, config.lora_for(model), names, made, 0, dtype or torch.float32):
-        if not isinstance(part, Whole) and kind_of(part) not in (config.kind, "LORA" if config.kind == OWN else ""):
+        kinds = config.kind, "LORA" if config.kind == OWN else ""
+        if not isinstance(part, Whole | TokenRows) and kind_of(part) not in kinds:
             if kind_of(part) == OWN:
                 what = f"is PEFT's, which ignores the groups, dilation and padding mode that '{path}' has"
                 raise InputError(f"'{file}' {what}: no weight of a base holds such a change, so train it anew here")
@@ -351,6 +353,7 @@ def _is_slot(part: Adapter | None) -> TypeGuard[LoRA]:
 
 def _described(part: Adapter | None) -> str:
     kind = f"rank {part.rank}, scale {part.scale:.9g}" if isinstance(part, LoRA) else f"a {type(part).__name__}"
+    kind += f" of {part.tokens}" if isinstance(part, TokenRows) else ""
     own = "" if part is None or part.copies is None else f" and its own {', '.join(part.copies.state_dict())}"
     return "no adapter" if part is None else kind + own
 

@@ -931,6 +931,13 @@ ELSEWHERE = {  # tests of other files that follow an advice
     "tests/cli/test_commands.py::test_generate_keeps_what_it_answered_and_goes_on": [
         ("outputs.py", "finished rows; the same command with resume=True goes on"),
     ],
+    "tests/cli/test_training_commands.py::test_tokens_train_beside_any_adapter_and_what_follows_uses_them": [
+        ("cli/train.py", "is no token of this model: give some that it has"),
+    ],
+    "tests/lora/test_tokens.py::test_what_cannot_be_is_refused": [
+        ("lora/attach.py", "train_tokens must have it alone"),
+        ("lora/tokens.py", "train_tokens gives other ids: give both the same"),
+    ],
     "tests/research/test_saved.py::test_a_save_that_leaves_something_out_is_refused": [
         ("lora/adapter.py", "Attach with their modules in modules_to_save, freeze them"),
         ("lora/attach.py", "leave them dense (skip in quantize_)"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fourbit
 from fourbit.cli.config_file import CONFIG, read_run
@@ -93,6 +94,7 @@ def test_what_cannot_work_is_refused(go: Go, adapter: str, command: str, flags: 
         ("--val val.jsonl --patience 2", "patience 2 needs more than 2 evaluations, and there will be 1"),
         ("--val 4%", "a share of 4.0000% of 22 rows for validation is less than a row on one side"),
         ("--val 96%", "each side needs 4.55% at least; or give validation rows of their own"),
+        ("--train-tokens <tool>", "train_tokens '<tool>' is no token of this model: give some that it has"),
         ("--micro-batch 9", "--micro-batch splits a batch, and is 9 for a batch_size of 8"),
     ],
 )
@@ -282,3 +284,20 @@ def test_a_teacher_of_other_tokens_is_refused(here: Path, go: Go) -> None:
     (here / "other" / "tokenizer.json").write_text(json.dumps(raw))
     said = go("distill", "o", "--teacher other", code=2)
     assert "teacher and student have different tokenizers (259 and 259 tokens; 'a' is 65" in said
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_tokens_train_beside_any_adapter_and_what_follows_uses_them(here: Path, typed: Go, kind: str) -> None:
+    flags = f"--kind {kind} --train-tokens '<|im_end|>' --steps 3 --lr 1e-2 --quant nf4-nodq"
+    typed(f"sft --model m --data rows.jsonl --out o {flags}")
+    config = json.loads((here / "o" / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == {"model.embed_tokens": [258]}
+    assert config.get("use_dora", False) is (kind == "dora")
+    typed("eval --model m --adapter o --data val.jsonl")
+    rows = load_file(here / "o" / "adapter_model.safetensors")
+    before = load_file(here / "m" / "model.safetensors")["model.embed_tokens.weight"]
+    (own,) = [tensor for key, tensor in rows.items() if "tokens_delta" in key]
+    assert own.shape == (1, 32) and not torch.equal(own[0], before[258].float())
+    assert not any("lm_head" in key for key in rows)  # tied: one part's rows
+    again = typed("sft --model m --data rows.jsonl --adapter o --train-tokens '<|im_end|>' --out p", code=2)
+    assert "brings its own train_tokens: leave them out" in again
