@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from ..data.template import FILE as TEMPLATE
 from ..errors import InputError
-from ..lora.inspect import difference, extract, read_files, report, resize
+from ..lora.inspect import difference, extract, read_files, resize, show
 from ..lora.peft_files import trained_base
 from ..models.load import read_model
 from ..outputs import lock_folder
@@ -51,11 +51,10 @@ def run(options: Options, sources: Sources) -> int:
     """Read, measure, write, print."""
     (verb, *read), values, out = options.what, dict[str, Any](), Path(options.out or "")
     if verb == "show":
-        (raw, changes, _), base = read_files(read[0]), trained_base(Path(read[0]))
-        layers = report(changes)
-        values |= {"kind": "rslora" if raw.get("use_rslora") else "lora", "base": raw.get("base_model_name_or_path")}
-        values |= {"base_form": base and base.quant, "dead": [path for path, layer in layers.items() if layer["dead"]]}
-        values |= {"norm": sum(layer["norm"] ** 2 for layer in layers.values()) ** 0.5}
+        (kind, name, layers), base = show(read[0]), trained_base(Path(read[0]))
+        values |= {"kind": kind, "base": name, "base_form": base and base.quant}
+        values |= {"dead": [path for path, layer in layers.items() if layer.get("dead")]}
+        values |= {"norm": sum(layer.get("norm", 0) ** 2 for layer in layers.values()) ** 0.5}
     elif verb == "diff":
         layers = difference(*(read_files(folder)[1] for folder in read))
     elif verb == "extract":

@@ -29,8 +29,9 @@ Changes = dict[str, tuple[Tensor, Tensor, tuple[str, str]]]  # path -> A [r, in]
 Table = dict[str, dict[str, float]]  # of each layer
 
 
-def read_files(folder: str | Path) -> tuple[dict[str, Any], Changes, dict[str, Tensor]]:
-    """The config of an adapter's folder, its changes, all its tensors. InputError for what is broken or no LoRA."""
+def read_files(folder: str | Path, plain: bool = True) -> tuple[dict[str, Any], Changes, dict[str, Tensor]]:
+    """The config of an adapter's folder, its changes, all its tensors. InputError for what is broken, and, if it must
+    be `plain`, for what is not LoRA of matrices alone."""
     config, weights = (adapter_file(Path(folder), name) for name in (CONFIG, WEIGHTS))
     raw, tensors, changes = read_json(config, LARGEST_CONFIG), float_tensors(weights, COUNTS), Changes()
     lora = read_config(raw, f"'{config}'").lora
@@ -38,13 +39,27 @@ def read_files(folder: str | Path) -> tuple[dict[str, Any], Changes, dict[str, T
         for key in sorted(key for key in tensors if key.endswith(f".{a}")):
             path, keys = key.removeprefix(PREFIX).removesuffix(f".{a}"), (key, key.removesuffix(a) + b)
             A, B, rank = tensors[key], tensors.get(keys[1], torch.empty(0)), lora.rank_at(path)
+            if A.ndim > 2 and not plain:
+                continue
             fits = A.ndim == B.ndim == 2 and len(A) == B.shape[1] == rank
             if not fits or not (A.isfinite().all() and B.isfinite().all()):
                 raise InputError(f"'{weights}': {key} and its B must be finite matrices of rank {rank}")
             changes[path] = A.double(), scale_of(lora.alpha_at(path), rank, lora.rslora) * B.double(), keys
-    if not changes or sum(".lora_" in key for key in tensors) > 2 * len(changes):
-        raise InputError(f"'{weights}': its tensors are not those of plain LoRA, which alone can be seen in a file")
+    if plain and (not changes or sum(".lora_" in key for key in tensors) > 2 * len(changes)):
+        raise InputError(f"'{weights}': only plain LoRA is compared and resized by its file, and this is {lora.kind}")
     return raw, changes, tensors
+
+
+def show(folder: str | Path) -> tuple[str, str | None, Table]:
+    """The kind of the adapter in a folder, its base's name and its layers, as `report`; the norm of each tensor that is
+    no matrix of LoRA stands beside, under its own name."""
+    raw, changes, tensors = read_files(folder, plain=False)
+    config, layers = read_config(raw, f"'{folder}'").lora, report(changes) if changes else Table()
+    for key in tensors.keys() - {key for *_, keys in changes.values() for key in keys}:
+        path, _, name = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        layers.setdefault(path, {})[f"|{name}|"] = tensors[key].norm(dtype=torch.float64).item()
+    kind = "rslora" if config.rslora and config.kind == "lora" else config.kind
+    return kind, raw.get("base_model_name_or_path"), dict(sorted(layers.items()))
 
 
 def factored(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

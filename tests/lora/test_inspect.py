@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import fourbit
 from fourbit import InputError, LoRAConfig
-from fourbit.lora.adapter import adapter_parameters
-from fourbit.lora.inspect import SMALL, difference, extract, read_files, report, resize
+from fourbit.lora.adapter import adapter_parameters, adapters_of
+from fourbit.lora.inspect import SMALL, difference, extract, read_files, report, resize, show
 from fourbit.lora.peft_files import WEIGHTS
 
 
@@ -163,6 +163,22 @@ class TestExtract:
             assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("kind", ["dora", "ia3", "vera", "lora-fa"])
+def test_every_kind_is_shown(tmp_path: Path, kind: str) -> None:
+    """LoRA's matrices as ever, and the norm of every other tensor under its own name."""
+    model = nn.ModuleDict({"up": nn.Linear(32, 40), "down": nn.Linear(40, 32)})
+    fourbit.attach(model, LoRAConfig(kind=kind, modules_to_save=["down"]), seed=0)
+    parts = adapters_of(model)
+    fourbit.save_adapter(model, tmp_path)
+    told, _, layers = show(tmp_path)
+    assert told == ("lora" if kind == "lora-fa" else kind) and {*layers} == {"up", "down"}
+    want = {name: p.norm().item() for name, p in parts["down"].copies.named_parameters()}
+    assert layers["down"] == pytest.approx({"|weight|": want["weight"], "|bias|": want["bias"]}, rel=1e-5)
+    assert ("norm" in layers["up"]) == (kind in ("dora", "lora-fa"))
+    if kind == "dora":
+        assert layers["up"]["|lora_magnitude_vector|"] == pytest.approx(parts["up"].lora_magnitude_vector.norm().item())
+
+
 def test_what_is_no_plain_lora_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -172,7 +188,7 @@ def test_what_is_no_plain_lora_is_refused(tmp_path: Path) -> None:
     for change, message in (
         ({first: torch.full_like(whole[first], math.nan)}, "must be finite matrices of rank 6"),
         ({first: whole[first][:3]}, "must be finite matrices of rank 6"),
-        ({"base_model.model.up.lora_magnitude_vector": torch.ones(40)}, "not those of plain LoRA"),
+        ({"base_model.model.up.lora_magnitude_vector": torch.ones(40)}, "only plain LoRA is compared and resized"),
     ):
         save_file({key: value.contiguous() for key, value in (whole | change).items()}, tmp_path / WEIGHTS)
         with pytest.raises(InputError, match=message):
