@@ -6,7 +6,7 @@ switching, copying, taking off and files are written once, here and beside this 
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,16 @@ class LowRank(NamedTuple):
     B: Tensor  # [out, rank]
     scale: float
     dropout: float  # in the mode the adapter is in: none outside training
+
+
+class Course(Protocol):
+    """What a kind of adapter does over a run, besides being moved by its gradients: AdaLoRA's `RankBudget`."""
+
+    settled_at: int  # the update after which it changes no more what the adapter is
+
+    def penalty(self) -> Tensor: ...  # 0-d, a term of each step's loss
+
+    def after_step(self, step: int, skipped: Tensor) -> None: ...  # from 1; skipped: 0-d, 1 where nothing moved
 
 
 class Copies(nn.Module):
@@ -96,7 +106,7 @@ class Adapter(nn.Module):
         return None
 
     def finish(self, y: Tensor, base: nn.Module) -> Tensor:
-        """The layer's output, of what base and `low_rank` make together."""
+        """The layer's output [..., out], of what base and `low_rank` make together."""
         return y
 
     def plain(self) -> "Adapter":
@@ -104,8 +114,9 @@ class Adapter(nn.Module):
         return self
 
     @classmethod
-    def course(cls, parts: Sequence[Any], steps: int | None) -> Any:
-        """What a run of `steps` does with these parts, all of this kind in one adapter: an object like `RankBudget`."""
+    def course(cls, parts: "Sequence[Adapter]", steps: int | None) -> Course | None:
+        """What a run of `steps` does with these parts, all of this kind in one adapter, if that is anything."""
+        return None
 
     def term(self) -> tuple[Tensor, Tensor] | None:
         """The change of a parameter as two matrices, or stacks of them, to be multiplied; of kinds for those."""
@@ -119,7 +130,7 @@ class Adapter(nn.Module):
         """Its tensors under the names they have in files: the live ones, detached; loading copies into them."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("copies.")}
 
-    def peft_fields(self) -> dict[str, Any]:
+    def peft_fields(self) -> Mapping[str, object]:
         """Its settings under their names in an adapter_config.json."""
         own = self.config or LoRAConfig()
         return {"r": own.rank, "lora_alpha": own.alpha, "lora_dropout": own.dropout, "use_rslora": own.rslora}
@@ -204,7 +215,7 @@ class AdapterLayer(nn.Module):
         return cast(Tensor, functional_call(_Method(self.base, self._changed), tensors, x) if own else self._changed(x))
 
     def finish(self, y: Tensor) -> Tensor:
-        """The output, of what one op made of `joint`."""
+        """The output [..., out], of what one op made of `joint`."""
         for part, _ in self.changing():
             y = part.finish(y, self.base)
         return y

@@ -1,13 +1,12 @@
 """The kinds of adapter: the word of LoRAConfig.kind for each, and its class."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from torch import nn
 
 from ..errors import InputError
 from .adalora import AdaLoRA
-from .adapter import Adapter, adapter_layers, adapters_of
+from .adapter import Adapter, Course, adapter_layers, adapters_of
 from .config import LoRAConfig
 from .dora import DoRA
 from .ia3 import IA3
@@ -27,10 +26,10 @@ def of_kind(base: nn.Module, config: LoRAConfig) -> Adapter:
     return KINDS[config.kind].of(base, config)
 
 
-def courses(model: nn.Module, trained: Iterable[nn.Parameter], steps: int | None) -> list[Any]:
+def courses(model: nn.Module, trained: Iterable[nn.Parameter], steps: int | None) -> list[Course]:
     """What a run of `steps` does with each adapter that holds some of these parameters, besides moving them."""
     ids, names = {id(p) for p in trained}, {n for layer in adapter_layers(model).values() for n in layer.adapters}
-    found = []
+    found: list[Course | None] = []
     for parts in (adapters_of(model, name).values() for name in sorted(names)):
         own = [part for part in parts if any(id(parameter) in ids for parameter in part.parameters())]
         kinds: dict[type[Adapter], None] = dict.fromkeys(map(type, own))

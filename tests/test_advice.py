@@ -756,7 +756,7 @@ def test_optimizers_are_mended_as_advised() -> None:
     ("trainer/run.py", "attach or load it after all others, or with trainable=True"),
     ("trainer/run.py", "call fourbit.use(model, '{}')"),
     ("trainer/sft.py", "load it with quant_type=None"),
-    ("trainer/preference.py", "or take a loss without a reference"),
+    ("trainer/preference.py", "or take another loss"),
     ("trainer/distill.py", "student's base, so it cannot be the teacher: give another"),
     ("trainer/distill.py", "so it cannot be the teacher: give another"),
     ("trainer/distill.py", "give None for its base, or the name of an adapter on it"),
@@ -791,7 +791,7 @@ def test_trainers_take_what_they_advise(here: Path, tokenizer: Any) -> None:
     fourbit.use(model, "default")
     sft(model)
     fourbit.use(model, "default", "second")
-    with words_of("or take a loss without a reference"):
+    with words_of("or take another loss"):
         dpo(model)
     dpo(model, loss=("orpo",))
     fourbit.use(model, "default")

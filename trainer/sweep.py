@@ -5,12 +5,12 @@ runs as it would alone, step by step (`Trainer.course`). A sweep makes the gradi
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,10 +26,13 @@ from .config import PAGED
 from .interrupt import interrupts
 from .loop import token_sums
 from .losses.tokens import batch_token_scores
+from .metrics import Display
 from .progress import display_for
 from .run import TrainResult
 from .sft import SFTTrainer
 from .step import Sums, backward_or_retry
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,9 @@ class SweepResult:
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def grid(sweep: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
+def grid(sweep: Mapping[str, Sequence[Value]]) -> dict[str, dict[str, Value]]:
     """Every combination of values, by a name made of them that an adapter and a folder can have."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Value]] = {}
     for values in product(*sweep.values()):
         own = dict(zip(sweep, values, strict=True))
         name = re.sub(r"[^\w=,+-]+", "_", ",".join(f"{key}={value}" for key, value in own.items()))[:100]
@@ -79,7 +82,7 @@ class SweepTrainer:
         for parameter in [p for t in trainers for p in t.parameters.values()]:  # attaching the next one froze them
             parameter.requires_grad_()
 
-    def train(self, display: Any = display_for) -> SweepResult:
+    def train(self, display: Callable[..., Display] | None = display_for) -> SweepResult:
         """As `Trainer.train`, of all; raises the first one's NumericError where all failed. display: called for each
         with (steps in all, steps done before, the adapter's name); None shows nothing."""
         failed, layers, courses = dict[str, NumericError](), adapter_layers(self.model).values(), dict[str, Any]()

@@ -163,7 +163,9 @@ class Trainer(ABC):
                 self.run.forward_backward(*batches)
         return self.result
 
-    def course(self, interrupt: Interrupt, display: Any = None) -> Generator[list[Batch], None, None]:
+    def course(
+        self, interrupt: Interrupt, display: Callable[[int, int], Display] | None = None
+    ) -> Generator[list[Batch], None, None]:
         """`train` without gradients: yields a step's batches, and goes on once `run` has theirs. Sets `result`."""
         self.trained_parameters()  # raises if they have been switched off or frozen since
         self.interrupt, out = interrupt, Path(self.config.out)
