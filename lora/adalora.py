@@ -36,7 +36,7 @@ class AdaLoRA(LoRA):
         for matrix in (self.lora_A, self.lora_B):
             matrix.data = (0.02 * torch.randn(matrix.shape, device="cpu")).to(matrix.device)  # alike on each
         self.lora_E = nn.Parameter(self.lora_A.detach().new_zeros(self.rank, 1))
-        self.final_rank, self.config, self.steps = config.rank, config, 0
+        self.final_rank, self.config = config.rank, config
         self.register_buffer("kept", torch.ones(self.rank, dtype=torch.bool, device=self.lora_A.device))
         for name in (f"{entry}_{average}" for entry in ENTRIES for average in ("mean", "spread")):
             self.register_buffer(name, torch.zeros_like(getattr(self, name[:6]), requires_grad=False))
@@ -60,7 +60,7 @@ class AdaLoRA(LoRA):
 
     def peft_fields(self) -> dict[str, Any]:
         own = self.config or LoRAConfig()
-        shares = {"tinit": own.rank_warmup, "tfinal": own.rank_final, "total_step": self.steps}
+        shares = {"tinit": own.rank_warmup, "tfinal": own.rank_final}
         return super().peft_fields() | {"target_r": self.final_rank} | shares
 
     def plain(self) -> Any:
@@ -91,8 +91,10 @@ class RankBudget:
         config = parts[0].config or LoRAConfig()
         self.parts, self.begin, self.settled_at = parts, round(config.rank_warmup * steps), steps
         self.settled_at -= round(config.rank_final * steps)  # from that step on ranks stand
-        for part in parts:
-            part.steps = steps
+        self.steps = steps
+
+    def __str__(self) -> str:  # what a saved run is known by
+        return f"AdaLoRA over {self.steps} steps"
 
     def penalty(self) -> Tensor:
         """0.1 times the mean over all P and Q of |P^T P - 1|_F and |Q Q^T - 1|_F: 0-d, for a step's loss.

@@ -62,6 +62,10 @@ def attach(
     paths += expose(model, lora.target_parameters)
     for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         check_patterns_used(field, patterns, paths)
+    for entry in [lora.feedforward] if isinstance(lora.feedforward, str) else lora.feedforward:
+        if not any(map(matcher(entry if entry is lora.feedforward else [entry]), paths)):
+            what = f"feedforward entry {entry!r} matches none of the {len(paths)} targeted layers"
+            raise InputError(f"{what}, of which it scales the input.{nearest(entry, paths)}")
     tables = {path: m for path, m in base_modules(model).items() if isinstance(m, nn.Embedding | NF4Embedding)}
     _refuse_tied(tables, {path: ["weight", "packed"] for path in paths if path in tables})
     refuse_second(model, name)

@@ -13,7 +13,8 @@ Number = TypeVar("Number", int, float)
 Kind = Literal["lora", "dora", "lora-fa", "ia3", "adalora", "vera"]  # the words of kinds.py
 _ANY = "kind", "target", "exclude", "modules_to_save"
 USED = {"ia3": (*_ANY, "feedforward"), "vera": (*_ANY, "rank", "dropout", "projection_seed")}  # of other kinds all
-OWN = {"adalora": ("initial_rank", "rank_warmup", "rank_final"), "ia3": ("feedforward",), "vera": ("projection_seed",)}
+OWN = {"adalora": ("initial_rank", "rank_warmup", "rank_final"), "ia3": ("feedforward",), "vera": ("projection_seed",),
+       "lora": ("start",)}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -168,8 +168,10 @@ def requantize_(model: nn.Module, bits: float = 0.3) -> dict[str, Fidelity]:
     are there on (Li et al. 2023, "LoftQ", algorithm 1), and the nearest pair of three stays: for a D of R's rank the
     old codes and D itself. Factors are of 16 bits, rank 1 at least. Raises InputError as `merge`, before any change.
     """
-    found = dict[str, Fidelity]()
+    found, layers = dict[str, Fidelity](), adapter_layers(model).values()
     _refuse_unmergeable({path: layer for path, layer in adapter_layers(model).items() if layer.active})
+    if not any(isinstance(layer.base, NF4Linear) and layer.changing() for layer in layers):
+        raise InputError("no layer in 4 bits is changed, so none could stay so: merge into the dense base")
     for path, layer in adapter_layers(model).items():
         if isinstance(base := layer.base, NF4Linear) and layer.changing():
             plain, wanted, nearest, stored = base.dequantize(), layer.merged(torch.float32), math.inf, base.stored

@@ -274,8 +274,8 @@ class Run:
                 f"{strangers} of the optimizer's {sum(map(len, moved))} parameters are not trained here: make it after "
                 "the adapter is attached, from those that need a gradient, or give a function of their list"
             )
-        kinds = " and ".join(name_of(type(each)) for each in (self.optimizer, self.scheduler) if each is not None)
-        return kinds, [[names[one] for one in group] for group in moved]
+        kinds = [name_of(type(each)) for each in (self.optimizer, self.scheduler) if each is not None]
+        return " and ".join([*kinds, *map(str, self.courses)]), [[names[one] for one in group] for group in moved]
 
     def restore(self, tensors: Groups, plain: Mapping[str, object]) -> None:
         """Take over what `state` gave. Raises InputError for what is of another model, optimizer or scheduler, and

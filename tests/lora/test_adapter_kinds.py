@@ -261,6 +261,13 @@ def test_second_derivatives_need_a_trained_A() -> None:
         ({"rank_final": 0.3}, "rank_final has no part in an adapter of the kind 'lora': leave it out"),
         ({"kind": "lora-fa", "feedforward": ["q_proj"]}, "feedforward has no part in an adapter of the kind 'lora-fa'"),
         ({"kind": "lora-fa", "target": ["embed_tokens"]}, "kind='lora-fa' changes linear layers"),
+        ({"kind": "dora", "start": "pissa"}, "start has no part in an adapter of the kind 'dora': leave it out"),
+        ({"kind": "adalora", "start": "eva"}, "start has no part in an adapter of the kind 'adalora': leave it out"),
+        ({"kind": "ia3", "target": ["q_proj"], "feedforward": ["down_proj"]}, "'down_proj' matches none of the 2 targ"),
+        (
+            {"kind": "ia3", "feedforward": "down_projj"},
+            r"matches none of .* of which it scales the input. Nearest: down",
+        ),
     ],
 )
 def test_what_a_kind_does_not_take(base: LlamaForCausalLM, settings: Settings, message: str) -> None:

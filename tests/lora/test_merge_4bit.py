@@ -110,6 +110,14 @@ def test_4_bit_tables_become_dense_beside_it() -> None:
     assert type(model[0]) is nn.Embedding and type(model[1]) is NF4LowRank
 
 
+def test_where_nothing_in_4_bits_changes_nothing_is_made_anew() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    fourbit.attach(model, fourbit.LoRAConfig(rank=2))
+    with pytest.raises(fourbit.InputError, match="no layer in 4 bits is changed"):
+        requantize_(model)
+    fourbit.merge(model)
+
+
 def test_codes_and_what_is_beside_them_go_through_files(tiny_folder: Path, tmp_path: Path) -> None:
     model, tokenizer = fourbit.load(tiny_folder, quant_type="nf4", dtype="bfloat16")
     fourbit.attach(model, fourbit.LoRAConfig(rank=2, target=["q_proj", "down_proj"]), seed=0)

@@ -70,8 +70,16 @@ def test_ranks_follow_the_schedule_and_a_resumed_run_is_the_unbroken_one(
 def test_another_length_is_another_run(make, adalora, stopping):
     options = {"adapted": adalora, "schedule": "constant", "warmup": 0}
     make("sft", steps=6, **options).train(display=stopping(2))
-    with pytest.raises(InputError, match="another form of its adapter"):
+    with pytest.raises(InputError, match=r"AdaLoRA over 6 steps on groups .* AdaLoRA over 8 steps"):
         make("sft", steps=8, resume="auto", **options).train(display=None)
+
+
+def test_a_run_of_ones_own_goes_on_at_its_length_alone(tiny_folder, adalora, tmp_path):
+    model, tokenizer = adalora(tiny_folder)
+    saved = fourbit.Run(model, tokenizer, total=6).save_state(tmp_path)
+    fourbit.Run(model, tokenizer, total=6).load_state(saved)
+    with pytest.raises(InputError, match=r"AdaLoRA over 6 steps on groups .* AdaLoRA over 8 steps"):
+        fourbit.Run(model, tokenizer, total=8).load_state(saved)
 
 
 def test_the_penalty_enters_once_a_step(make, adalora, tmp_path):
