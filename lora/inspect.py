@@ -56,7 +56,7 @@ def show(folder: str | Path) -> tuple[str, str | None, Table]:
     raw, changes, tensors = read_files(folder, plain=False)
     config, layers = read_config(raw, f"'{folder}'").lora, report(changes) if changes else Table()
     for key in tensors.keys() - {key for *_, keys in changes.values() for key in keys}:
-        path, _, name = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        path, _, name = key.removeprefix(PREFIX).rpartition(".")
         layers.setdefault(path, {})[f"|{name}|"] = tensors[key].norm(dtype=torch.float64).item()
     kind = "rslora" if config.rslora and config.kind == "lora" else config.kind
     return kind, raw.get("base_model_name_or_path"), dict(sorted(layers.items()))

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, shown
+from ..kernels.derivatives import transformed
+from ..kernels.lora_rows import Place, lora_rows
 from .active import switched
 from .adapter import Adapter, AdapterLayer, ByRows, adapter_layers, carried, is_hooked, plain_modules
+from .lazy_weight import autocast_input
 from .lora import conv_kind
-
-Place = slice | Tensor  # the rows of one adapter: neighbours, or their int64 indices
 
 
 @contextmanager
@@ -85,6 +86,10 @@ class Rows(ByRows):
         apart = any(part.copies is not None or part.of_base for part in parts.values())  # or the base is made at once
         y, made = None if apart else layer.base(x), []
         y = y.clone() if y is not None and is_hooked(layer.base) else y  # hooks may keep what they are shown
+        updates = {name: None if is_hooked(part) else part.low_rank() for name, part in parts.items()}
+        quick = [(self.places[n], up.A, up.B, up.scale) for n, up in updates.items() if up and not up.dropout]
+        if y is not None and len(quick) == len(parts) and not (torch.compiler.is_compiling() or transformed()):
+            return lora_rows(y, autocast_input(x), quick)
         for name, place in self.places.items():
             if y is None:
                 with switched([(layer, {name: 1.0} if name in parts else {})]):
