@@ -151,9 +151,7 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     """`write` beside `file`, flush to the disk, rename: a reader sees the old file or the whole new one.
     InputError where the name is that of a link (whose aim would stay as it was), a pipe, a device or a folder."""
     if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
-        raise InputError(
-            f"{file} is a link, a pipe, a device or a folder, and a file is to be written there: remove it"
-        )
+        raise InputError(f"{file} is a link, a pipe, a device or a folder, where a file is to be written: remove it")
     part = file.with_name(temporary_name("part"))
     os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))  # nobody else's
     try:

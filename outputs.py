@@ -206,9 +206,7 @@ def _check_folder(folder: StrPath, inputs: Iterable[StrPath], resume: str | None
         raise InputError(f"{what}: give an empty or a new one")
     steps = sorted(place.glob("checkpoints/step-*"))
     if steps and resume is None:
-        raise InputError(
-            f'{folder} already holds a run ({steps[-1].name}); go on with resume="auto", or choose another out'
-        )
+        raise InputError(f'{folder} holds a run ({steps[-1].name}); go on with resume="auto", or choose another out')
     if not steps and (kept := [result for result in _RESULTS if result in names]):
         raise InputError(f"{folder} holds {kept[0]} of a run, and no checkpoint to go on from: choose another out")
 

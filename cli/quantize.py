@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ..errors import InputError
 from ..lora.quantize import Form
@@ -53,13 +53,11 @@ def run(options: Options, sources: Sources) -> int:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"{twice!r} is named twice, of --skip, --head, --embedding and --plan: say it once")
     plan = dict.fromkeys(options.skip) | asked | by_hand
-    how = {"device": choose_device(options.device), "dtype": options.dtype}
-    budget = size_in_bytes(options.budget or "")
+    how: dict[str, Any] = {"device": choose_device(options.device), "dtype": options.dtype, "plan": plan}
+    how["budget"] = size_in_bytes(options.budget or "")
     read = [options.model, *([options.plan] if options.plan else [])]
     with lock_folder(options.out, read), working(f"quantising {options.model}") as progress:
-        chosen = quantize_checkpoint(
-            options.model, options.out, form, plan=plan, budget=budget, progress=progress, **how
-        )
+        chosen = quantize_checkpoint(options.model, options.out, form, progress=progress, **how)
     size = sum((Path(options.out) / name).stat().st_size for name in weight_files(Path(options.out)))
     lines = (f"{one.said:<13} {one.bytes:>14,} bytes, error {one.relative_error:.4f}" for one in chosen.values())
     rows = list(zip(chosen, lines, strict=True))

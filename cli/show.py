@@ -43,9 +43,7 @@ def working(text: str) -> Iterator[Progress | None]:
         speed = progress.TextColumn("{task.fields[of]}"), progress.TransferSpeedColumn(), progress.TimeRemainingColumn()
         with progress.Progress(*parts, *speed, console=console, transient=True) as bar:
             task = bar.add_task(visible(text), total=None, of="")
-            yield lambda done, of, size, total: bar.update(
-                task, completed=size, total=total, of=f"{done} of {of} tensors"
-            )
+            yield lambda n, of, size, total: bar.update(task, completed=size, total=total, of=f"{n} of {of} tensors")
 
 
 def describe(name: str, dataset: Dataset) -> None:

@@ -90,6 +90,6 @@ class DivergenceScorer:
         teacher = self.teacher(rows).detach().to(logits.dtype)
         if teacher.shape != logits.shape:
             raise ValueError(
-                f"a teacher must give logits {tuple(logits.shape)}, as the student, got {tuple(teacher.shape)}"
+                f"teacher logits must be {tuple(logits.shape)}, as the student's, got {tuple(teacher.shape)}"
             )
         return teacher

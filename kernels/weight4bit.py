@@ -61,9 +61,7 @@ class Weight4bit(NamedTuple):
         blocks = -(-n // self.blocksize)
         groups, bytes_ = -(-blocks // NESTED_BLOCKSIZE), (n + 1) // 2
         if doubled != (self.nested_offset is not None):
-            raise ValueError(
-                "nested_absmax and nested_offset belong together: give both (double quantisation) or neither"
-            )
+            raise ValueError("nested_absmax and nested_offset go together: give both (double quantisation) or neither")
         types = torch.uint8, torch.uint8 if doubled else torch.float32, torch.float32, torch.float32
         for i, (tensor, dtype, count) in enumerate(zip(self[:4], types, (bytes_, blocks, groups, 1), strict=True)):
             if tensor is not None and (tensor.numel() != count or tensor.dtype != dtype):
@@ -78,9 +76,7 @@ class Weight4bit(NamedTuple):
                 raise ValueError(f"{rule}, got {tensor.numel()} of {tensor.dtype}{cast}")
         devices = {tensor.device for tensor in self[:4] if tensor is not None}
         if len(devices) > 1:
-            raise ValueError(
-                f"packed codes and scales must be on one device, got {', '.join(sorted(map(str, devices)))}"
-            )
+            raise ValueError(f"codes and scales must be on one device, got {', '.join(sorted(map(str, devices)))}")
         return self
 
 

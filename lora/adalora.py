@@ -30,6 +30,7 @@ class AdaLoRA(LoRA):
     """
 
     kept: Tensor
+    state = Adapter.state  # all of it, under its own names
 
     def __init__(self, base: nn.Module, config: LoRAConfig) -> None:
         super().__init__(base, config.first_rank, config.alpha, config.dropout, config.rslora)
@@ -54,9 +55,6 @@ class AdaLoRA(LoRA):
 
     def is_idle(self) -> bool:
         return not bool(self.lora_E.any())
-
-    def state(self) -> dict[str, Tensor]:
-        return Adapter.state(self)
 
     def peft_fields(self) -> dict[str, Any]:
         own = self.config or LoRAConfig()

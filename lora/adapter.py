@@ -282,9 +282,7 @@ class AdapterLayer(nn.Module):
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
         if any(adapter.training and adapter.dropout for adapter, _ in self.running()):
-            raise InputError(
-                "where a module computes with a layer's weight, its input cannot be dropped: set dropout=0"
-            )
+            raise InputError("where a module computes with a layer's weight, no input can be dropped: set dropout=0")
         return self.merged(dtype)
 
     def merged(self, dtype: torch.dtype) -> Tensor:
@@ -337,16 +335,10 @@ def is_hooked(module: nn.Module) -> bool:
 
 def joint_forward(x: Tensor, layers: Sequence[tuple[NF4Linear, LowRank]], keep: bool = False) -> list[Tensor]:
     """The outputs of what `joint` gave, for one input, 4-bit format and dropout."""
-    return lora_linears4bit(
-        autocast_input(x),
-        [base.stored for base, _ in layers],
-        [base.bias for base, _ in layers],
-        [update.A for _, update in layers],
-        [update.B for _, update in layers],
-        [update.scale for _, update in layers],
-        dropout=layers[0][1].dropout,
-        keep=keep,
-    )
+    bases, updates = zip(*layers, strict=True)
+    A, B, scales, dropouts = zip(*updates, strict=True)
+    stored, biases = [base.stored for base in bases], [base.bias for base in bases]
+    return lora_linears4bit(autocast_input(x), stored, biases, A, B, scales, dropout=dropouts[0], keep=keep)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

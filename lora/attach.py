@@ -158,9 +158,7 @@ def install(model: nn.Module, adapters: Mapping[str, Adapter], name: str = DEFAU
     """
     refuse_second(model, name)
     if "" in adapters:
-        raise InputError(
-            f"this {type(model).__name__} is itself a layer to train, which cannot be replaced in place: wrap it"
-        )
+        raise InputError(f"this {type(model).__name__} is a layer itself, which cannot be replaced in place: wrap it")
     layers = base_modules(model)
     there = adapter_layers(model)
     new: dict[nn.Module, AdapterLayer] = {layers[p]: AdapterLayer(layers[p]) for p in adapters if p not in there}

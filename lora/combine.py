@@ -56,9 +56,8 @@ def _mixed(loras: Sequence[tuple[LoRA, float]], how: str, density: float, genera
     shares = torch.tensor([share for _, share in loras]).to(stack)[:, None, None]
     if how == "ties":
         flat, count = stack.flatten(1), max(1, int(density * stack[0].numel()))
-        stack = (
-            torch.zeros_like(flat).scatter(1, (at := flat.abs().topk(count).indices), flat.gather(1, at)).view_as(stack)
-        )
+        largest = flat.abs().topk(count).indices
+        stack = torch.zeros_like(flat).scatter(1, largest, flat.gather(1, largest)).view_as(stack)
     else:
         stack = stack * torch.bernoulli(torch.full(stack.shape, density), generator=generator).to(stack) / density
     if how == "dare":

@@ -94,11 +94,8 @@ def started(
     given = ((packed.pop(name), tensor) for name, tensor in dense or () if name in packed) if packed else ()
     for path, tensor in chain(own, given):
         base, part = modules[path], mine[path]
-        W = (
-            (tensor.t() if getattr(base, "conv1d", False) else tensor)
-            .to(part.lora_A.device, torch.float32)
-            .contiguous()
-        )
+        W = tensor.t() if getattr(base, "conv1d", False) else tensor
+        W = W.to(part.lora_A.device, torch.float32).contiguous()
         if (len(part.lora_B), part.lora_A.shape[1]) != W.shape or not W.isfinite().all():
             raise InputError(f"the dense weight of '{path}' must be finite and of its shape, got {list(W.shape)}")
         if saved:
@@ -160,13 +157,9 @@ def eva(
     sizes = {path: own.rows.norm(dim=1) for path, own in seen.items()}
     offers = [(-(s * s).item() / seen[path].total, path) for path in paths for s in sizes[path] if s > 0]
     kept = [path for _, path in sorted(offers, key=lambda offer: offer[0])[: sum(ranks.values())]]
-    chosen, alphas, rslora = (
-        {path: kept.count(path) for path in paths if path in kept},
-        dict[str, float](),
-        config.rslora,
-    )
+    chosen, alphas = {path: kept.count(path) for path in paths if path in kept}, dict[str, float]()
     for path, rank in chosen.items():
-        scale = scale_of(config.alpha_at(path), ranks[path], rslora)
-        alphas[f"^{re.escape(path)}"] = scale / scale_of(1.0, rank, rslora)
+        scale = scale_of(config.alpha_at(path), ranks[path], config.rslora)
+        alphas[f"^{re.escape(path)}"] = scale / scale_of(1.0, rank, config.rslora)
     config = replace(config, rank_pattern=dict(zip(alphas, chosen.values(), strict=True)), alpha_pattern=alphas)
     return config, {path: seen[path].rows[:rank] / sizes[path][:rank, None] for path, rank in chosen.items()}

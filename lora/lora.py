@@ -144,17 +144,14 @@ class LoRAParameter(LoRA):
 
     def __init__(self, base: StandIn, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
         if dropout:
-            raise InputError(
-                f"target_parameters take no dropout, as the module makes the product itself; got {dropout}"
-            )
+            raise InputError(f"target_parameters take no dropout, as the module makes its own product; got {dropout}")
         super().__init__(base, rank, alpha, 0.0, rslora)
         self.place, self.transposed, self.ndim = base.place, base.transposed, cast(Tensor, base.weight).ndim
 
     @classmethod
     def shapes(cls, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        *experts, out, within = (
-            cast(Tensor, base.weight).mT.shape if base.transposed else cast(Tensor, base.weight).shape
-        )
+        weight = cast(Tensor, base.weight)
+        *experts, out, within = (weight.mT if base.transposed else weight).shape
         return (math.prod(experts) * rank, within), (out, rank * math.prod(experts))
 
     def low_rank(self, codes: bool = False) -> None:

@@ -159,9 +159,7 @@ def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str
     kinds = {kind_of(part) for part in parts.values() if not isinstance(part, Whole | TokenRows)}
     kind, *more = kinds - {"LORA"} if OWN in kinds else kinds
     if more:
-        raise InputError(
-            f"a file holds an adapter of one kind, and this one's layers are of {', '.join((kind, *more))}"
-        )
+        raise InputError(f"a file holds an adapter of one kind, and this one's are of {', '.join((kind, *more))}")
     fields = {path: part.peft_fields() for path, part in parts.items() if not isinstance(part, Whole | TokenRows)}
     rows = {path: part.tokens for path, part in parts.items() if isinstance(part, TokenRows) and not part.follows}
     parameters = [path for path, part in parts.items() if isinstance(part, LoRAParameter)]

@@ -101,9 +101,7 @@ def resolve(model: nn.Module, config: LoRAConfig) -> list[str]:
     excluded = listed(model, "exclude", config.exclude, layers) if config.exclude else set()
     names = [name for name in layers if name in chosen and name not in excluded]
     if not names:
-        raise InputError(
-            f"exclude={config.exclude!r} takes away all {len(chosen)} layers that target={config.target!r} names"
-        )
+        raise InputError(f"exclude={config.exclude!r} takes away all {len(chosen)} layers of target={config.target!r}")
     return names
 
 

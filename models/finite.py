@@ -41,9 +41,7 @@ def explain_nonfinite(model: CausalLM, what: str, layer: str | None) -> NumericE
     where = f"first in the output of {layer}" if layer else "which a second pass over the same tokens did not show"
     way = "the model's weights are damaged, or come from a training that diverged: take others"
     if adapter_layers(model):
-        way = (
-            "see whether the model alone works (without an adapter); then the adapter's training diverged: take another"
-        )
+        way = "see whether the model alone works (without adapter); then the adapter's training diverged: take another"
     if model.dtype == torch.float16:
         way = "float16 ends at 65,504: load the model in bfloat16 or float32 (dtype=...)"
     return NumericError(f"{what} hold NaN or infinity, {where}, in {str(model.dtype).removeprefix('torch.')}; {way}.")

@@ -250,9 +250,7 @@ class TransformersLM(CausalLM):
                 with evaluating(self), adapters_off(self):
                     found = what(torch.arange(1, 13, device=self.device) % self.vocab_size) or found
             except Exception as error:
-                found = found and InputError(
-                    f"{name} cannot read twelve tokens ({type(error).__name__}: {error}): {way}"
-                )
+                found = found and InputError(f"{name} cannot read 12 tokens ({type(error).__name__}: {error}): {way}")
             self._found[what.__name__] = found
         if isinstance(refused := self._found[what.__name__], InputError):
             raise refused

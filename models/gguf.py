@@ -125,9 +125,7 @@ class _Header:
         self._place()
 
     def _fail(self, problem: str) -> InputError:
-        return InputError(
-            f"{self.path}: {problem}, near byte {self.at}. The file is damaged or no valid GGUF: get it again."
-        )
+        return InputError(f"{self.path}: {problem}, near byte {self.at}. It is damaged or no valid GGUF: get it again.")
 
     def _take(self, count: int, what: str) -> int:
         """Step over `count` bytes that must be there; returns where they begin."""
@@ -231,9 +229,7 @@ class _Header:
                     f"{self.size}. It is cut short or damaged: get it again."
                 )
             if info.start < end:
-                raise InputError(
-                    f"{self.path}: tensors {before} and {name} overlap. The file is damaged: get it again."
-                )
+                raise InputError(f"{self.path}: tensors {before} and {name} overlap. It is damaged: get it again.")
             end, before = stop, name
 
 

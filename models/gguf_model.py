@@ -59,9 +59,7 @@ ARCHITECTURES: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
     "gemma3": ("gemma3_text", (), {_WINDOW: "sliding_window"} | _CAP | _LOCAL),
 }
 MIXTRAL = ("mixtral", _EXPERTS, {"expert_count": "num_local_experts"} | _ROUTED)  # a llama with experts
-FAMILIES = {family: (kind, own) for kind, (family, _, own) in ARCHITECTURES.items()} | {
-    "mixtral": ("llama", MIXTRAL[2])
-}
+FAMILIES = {name: (kind, own) for kind, (name, _, own) in ARCHITECTURES.items()} | {"mixtral": ("llama", MIXTRAL[2])}
 FAMILIES |= dict.fromkeys(("mistral", "ministral"), ("llama", {}))  # for writing; these up to the length of a window
 INTERLEAVED = ("llama", "smollm3", "granite")  # architectures whose rows of Q and K llama.cpp has in another order
 _NOTHING = ("attention.clamp_kqv", "attention.max_alibi_bias", "expert_count", "nextn_predict_layers", _WINDOW, _SCALE)
@@ -236,9 +234,7 @@ def _scaling(file: GGUFFile, keys: Settings, numbers: dict[str, Any], turned: in
         raise keys.refusal("rope.scaling.factor", f"a number above 0 beside rope.scaling.type {kind}")
     own, short, long = (_factors(file, name, turned // 2) for name in ROPE_FACTORS)
     if bool(short) != bool(long) or (kind == "longrope" and not short):
-        raise InputError(
-            f"{file.path}: scaling longrope needs the tensors {ROPE_FACTORS[1]!r} and {ROPE_FACTORS[2]!r}."
-        )
+        raise InputError(f"{file.path}: scaling longrope needs tensors {ROPE_FACTORS[1]!r} and {ROPE_FACTORS[2]!r}.")
     said: dict[str, Any] | None = None
     original = "rope.scaling.original_context_length"
     beside = {OBEYED[original]: numbers.get(original, numbers["context_length"])}
@@ -250,9 +246,7 @@ def _scaling(file: GGUFFile, keys: Settings, numbers: dict[str, Any], turned: in
     if not (own or short):
         return said
     if said or (own and short):
-        raise keys.refusal(
-            "rope.scaling.type", f"none beside a tensor {'rope_freqs' if own else 'rope_factors_short'!r}"
-        )
+        raise keys.refusal("rope.scaling.type", f"none beside tensor {'rope_freqs' if own else 'rope_factors_short'!r}")
     if short:
         attention = {"attention_factor": numbers.get("rope.scaling.attn_factor")}
         return {"rope_type": "longrope", "short_factor": short, "long_factor": long} | beside | attention

@@ -166,11 +166,10 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, template: str | None = N
         rules = [pre for pre in _SPLITS if (pre in _WHOLE_WORDS_FIRST, pre in _COMPOSED) == how]
         rules = [*{_SPLITS[pre]: pre for pre in reversed(rules)}.values()]  # by one name each
         tried = [{"model": "gpt2", "merges": [" ".join(merge) for merge in merges], "pre": pre} for pre in rules]
+    other = {"tokenizer.chat_template": template} if template else {}
     for keys, called in ((keys, called) for keys in tried for called in (name, f"phi-3 {name}")):
-        found = {f"tokenizer.ggml.{key}": value for key, value in (said | keys | {"token_type": types}).items()} | {
-            "general.name": called
-        }
-        found |= {"tokenizer.chat_template": template} if template else {}
+        given = said | keys | {"token_type": types}
+        found = {f"tokenizer.ggml.{key}": value for key, value in given.items()} | other | {"general.name": called}
         with contextlib.suppress(InputError):
             made = gguf_tokenizer(found)
             words = made.backend.pre_tokenizer or own

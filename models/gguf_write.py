@@ -152,9 +152,7 @@ def _check_spec(spec: Spec, keys: Mapping[str, Any], of: Mapping[TensorInfo, Cal
     found, wanted = said(read) | dict.fromkeys(biases, False), said(spec)
     if wrong := [name for name in wanted if found[name] != wanted[name]]:
         what = f"its {wrong[0]} is {shown(found[wrong[0]])}, the model's {shown(wanted[wrong[0]])}"
-        raise InputError(
-            f"llama.cpp's {keys['general.architecture']} is another: {what}. A folder holds it: save_model"
-        )
+        raise InputError(f"llama.cpp's {keys['general.architecture']} is another: {what}. Keep a folder: save_model")
 
 
 def _write(file: Path, keys: Mapping[str, Any], entries: Sequence[Entry]) -> None:

@@ -84,11 +84,9 @@ class Spec:
     config: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if heads % kv_heads:
-            raise InputError(
-                f"config: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})."
-            )
+        heads, kv = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv:
+            raise InputError(f"config: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv}).")
         for size, what in ((self.head_dim, "head_dim"), (self.rope.dim or 2, "the part of a head that turns")):
             if size % 2 or size <= 0:
                 raise InputError(f"config: {what} must be even and positive (RoPE turns pairs), got {size}.")

@@ -180,7 +180,7 @@ COMMANDS = [
          f"{DPO} --out o --loss ipo=2"),
     case("trainer/losses/objective.py", "choose one kind", f"{DPO} --out o --loss ipo --loss kto",
          f"{DPO} --out o --loss ipo", f"{DPO.replace('pairs', 'judged')} --out o --loss kto"),
-    case("trainer/losses/objective.py", "train with sft (SFTTrainer), or give a preference loss beside it",
+    case("trainer/losses/objective.py", "train with sft (SFTTrainer), or add a preference loss",
          f"{DPO} --out o --loss sft", f"{SFT} --out o", f"{DPO} --out o --loss sft --loss sigmoid"),
     case("trainer/losses/objective.py", "; did you mean {}?", f"{DPO} --out o --loss hinges",
          f"{DPO} --out o --loss hinge"),
@@ -426,7 +426,7 @@ def adapted(place: Path, **how: Any) -> Any:
     ("lora/quantize.py", "has a forward of its own: make it nn.Linear"),
     ("lora/attach.py", "which cannot be replaced in place: wrap it"),
     ("lora/attach.py", "are read, not called: register their parameters in the module around"),
-    ("lora/adapter.py", "its input cannot be dropped: set dropout=0"),
+    ("lora/adapter.py", "no input can be dropped: set dropout=0"),
     ("models/load.py", "and merge it or take it off (fourbit.remove_adapter) before this"),
     ("models/load.py", "is in 4 bits already, as {}: give quant_type=None"),
     ("lora/attach.py", "is complex, and adapters and their files are real: exclude it"),
@@ -687,7 +687,7 @@ def test_what_transformers_cannot_mend_is_to_be_got_again(folder: Path) -> None:
 
 @follows(
     ("models/finite.py", "load the model in bfloat16 or float32 (dtype=...)"),
-    ("models/finite.py", "see whether the model alone works (without an adapter)"),
+    ("models/finite.py", "see whether the model alone works (without adapter)"),
 )
 def test_overflow_is_mended_as_advised(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
@@ -909,7 +909,7 @@ ELSEWHERE = {  # tests of other files that follow an advice
         ("cli/export.py", "llama-server -m BASE.gguf --lora {}"),
     ],
     "tests/models/test_gguf_write.py::test_what_llama_cpp_does_not_compute_is_refused_and_no_file_appears": [
-        ("models/gguf_write.py", "A folder holds it: save_model"),
+        ("models/gguf_write.py", "Keep a folder: save_model"),
     ],
     "tests/trainer/test_rank_budget.py::test_a_run_of_ones_own_needs_its_length": [
         ("lora/adalora.py", "give Run its number of steps, total="),
@@ -1076,7 +1076,7 @@ NOT_FOLLOWED = {  # why -> what
     ],
     "a GPU, or a second device": [
         ("cli/load.py", "use float32 (or float16, not to train)"),
-        ("trainer/distill.py", "load both on one device"),
+        ("trainer/distill.py", "put both on one device"),
     ],
     "a package; the names are those of pyproject.toml": [
         ("cli/doctor.py", "missing: pip install"),
@@ -1087,7 +1087,7 @@ NOT_FOLLOWED = {  # why -> what
     ],
     "memory; that the flags are there is tested below": [("cli/main.py", "--quant nf4 makes the model smaller")],
     "another file or version, which any other test reads": [
-        ("files.py", "and a file is to be written there: remove it"),
+        ("files.py", "where a file is to be written: remove it"),
         ("data/read.py", "is longer than {}: write one object a line"),
         ("models/gguf.py", "Check the path and its permissions"),
         ("models/gguf.py", "give the path of a .gguf file"),

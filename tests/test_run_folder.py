@@ -81,7 +81,7 @@ def test_new_empty_and_own_folders_are_taken(tmp_path: Path, run: Path) -> None:
 
 
 def test_a_result_is_not_replaced_by_another_run(run: Path) -> None:
-    with pytest.raises(InputError, match=r"already holds a run .step-000001.; go on with resume=.auto., or choose"):
+    with pytest.raises(InputError, match=r"holds a run .step-000001.; go on with resume=.auto., or choose"):
         held(run, resume=None)
     held(run)
     (run / "checkpoints").rename(run.parent / "elsewhere")

@@ -246,9 +246,7 @@ class DPOConfig(PreferenceConfig):
     undesirable_weight: float | None = setting(None, "kto, apo-zero-unpaired: the weight of bad answers", positive=True)
     divergence: DivergenceName | None = setting(None, "f-DPO, whose reverse-kl is DPO itself")
     divergence_alpha: float | None = setting(None, "alpha of divergence alpha, 0 to 1", least=0, most=1)
-    ld_alpha: float | None = setting(
-        None, "LD-DPO: what tokens past the shorter answer count; default 1", least=0, most=1
-    )
+    ld_alpha: float | None = setting(None, "LD-DPO: tokens' weight past the shorter answer; default 1", least=0, most=1)
     reference: Literal["auto", "base", "start"] = setting(
         "auto",
         "what the policy is compared with: base (adapter off), or start (the adapter as it was at the start); auto: "

@@ -117,9 +117,7 @@ def _check_other(student: CausalLM, teacher: CausalLM) -> None:
             "compares them token by token, so both must have one vocabulary"
         )
     if teacher.device != student.device:
-        raise InputError(
-            f"the teacher is on {teacher.device}, the student on {student.device}: load both on one device"
-        )
+        raise InputError(f"the teacher is on {teacher.device}, the student on {student.device}: put both on one device")
 
 
 def check_same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:

@@ -71,9 +71,7 @@ def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]
 
 def _check_course(old: TrainingConfig, new: TrainingConfig, before: int, total: int, run: RunState) -> None:
     """InputError unless all steps that are done had the rates of the new course, and it has steps left."""
-    anew = (
-        "begin a new run from what this one saved, with another out (an adapter as adapter=, a whole model as model=)"
-    )
+    anew = "begin a new run from what this one saved, with another out (an adapter as adapter=, a model as model=)"
     if total < run.done:
         raise InputError(f"{run.done:,} steps of this run are done, more than the {total:,} asked for; {anew}")
     if run.stopped_early:

@@ -118,8 +118,8 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     weight = stored((64, 300), True, "nf4", 64, 0)
 
     for changed, message in (
-        ({"nested_offset": None}, "belong together"),
-        ({"nested_absmax": None}, "belong together"),
+        ({"nested_offset": None}, "go together"),
+        ({"nested_absmax": None}, "go together"),
         ({"absmax": torch.ones(300)}, r"need 300 uint8 codes of scales, got 300 of torch\.float32"),
         ({"absmax": weight.absmax[1:]}, "need 300 uint8 codes of scales, got 299"),
         ({"nested_absmax": torch.ones(3)}, "300 codes in blocks of 256 need 2 scales in fp32, got 3"),

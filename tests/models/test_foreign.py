@@ -208,7 +208,7 @@ class Fails(transformers.Exaone4ForCausalLM):
 
 
 def test_refusals() -> None:
-    with pytest.raises(InputError, match=r"Fails cannot read twelve tokens .RuntimeError: sizes do not fit"):
+    with pytest.raises(InputError, match=r"Fails cannot read 12 tokens .RuntimeError: sizes do not fit"):
         fourbit.generate(Fails(built("Exaone4ForCausalLM").config), [[3, 4]])
     with pytest.raises(InputError, match="Offset makes its logits in an unknown way"):
         fourbit.generate(Offset(built("Exaone4ForCausalLM").config), [[3, 4]])

@@ -155,7 +155,7 @@ ADDED: list[tuple[str, Change, str]] = [
     (
         "rope factors beside another kind",
         lambda w: [vector(ROPE, [8] * 4)(w), says("llama.rope.scaling.factor", 2.0)(w)],
-        "rope.scaling.type must be none beside a tensor 'rope_freqs'",
+        "rope.scaling.type must be none beside tensor 'rope_freqs'",
     ),
     ("another vocabulary size", says("llama.vocab_size", 96), "embed_tokens.weight must be [96, 40], got [97, 40]"),
     (

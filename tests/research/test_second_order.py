@@ -228,7 +228,7 @@ def test_beyond_first_order_weights_stay_packed() -> None:
             lambda w, z: dense_figures(
                 z(8, 4), z(5, 4), DivergenceScorer(lambda _: z(1, 5), Divergence("forward-kl")), 8
             ),
-            r"a teacher must give logits \(8, 5\)",
+            r"teacher logits must be \(8, 5\)",
         ),
         (lambda w, z: swiglu(z(8), z(1)), "gate and up alike"),
         (lambda w, z: rms_norm(z(2, 8), z(1), 1e-5), r"a weight of shape \(8,\)"),

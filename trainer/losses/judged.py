@@ -19,12 +19,7 @@ def mismatch_kl(answer: Tensor, reference: Tensor) -> Tensor:
 
 
 def kto(
-    scores: Scores,
-    kl: Tensor,
-    *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    scores: Scores, kl: Tensor, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> Tensor:
     """KTO: λ_D σ(-β(h(y) - z0)) for good answers, λ_U σ(-β(z0 - h(y))) for bad. Ethayarajh et al. 2024, 2402.01306.
     kl: z0, 0-d, from `mismatch_kl`; it carries no gradient. σ(-x) stands for 1 - σ(x). The authors advise weights with

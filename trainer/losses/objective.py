@@ -161,6 +161,4 @@ def _check_names(losses: Mapping[str, float]) -> None:
     if single and paired:
         raise InputError(f"loss {single[0]} is for single judged answers and {paired[0]} for pairs: choose one kind")
     if set(losses) == {"sft"}:
-        raise InputError(
-            "loss sft alone is plain fine-tuning: train with sft (SFTTrainer), or give a preference loss beside it"
-        )
+        raise InputError("loss sft alone is plain fine-tuning: train with sft (SFTTrainer), or add a preference loss")
