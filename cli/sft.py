@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Self, get_origin
 
 from ..errors import InputError, shown
 from ..settings import setting
-from ..trainer.config import SFTConfig
+from ..trainer.config import SFTConfig, size_in_bytes
 from ..trainer.sft import SFTTrainer
 from ..trainer.sweep import grid
 from .config_file import scalar
@@ -44,8 +44,12 @@ class Options(SFTConfig, TrainOptions):
             rule = f"once for each of {', '.join(SWEPT)}, without full, adapter, or a checkpoint to resume"
             raise InputError(f"sweep must be NAME=A,B, {rule}; got {shown(' '.join(self.sweep))}")
         lists = {option.name for option in fields(self) if get_origin(option.type) is tuple}
-        made = dict[str, Self]()
-        for name, own in grid(given).items():
+        made, of, budget = dict[str, Self](), grid(given), size_in_bytes(self.optimizer_budget)
+        share = {"optimizer_budget": f"{budget // len(of) / 1024}KiB"} if budget else {}  # of what bounds all states
+        for name, own in of.items():
             values: dict[str, Any] = {key: (text,) if key in lists else scalar(text) for key, text in own.items()}
-            made[name] = replace(self, sweep=(), out=f"{self.out}/{name}", **values)
+            made[name] = replace(self, sweep=(), out=f"{self.out}/{name}", **share | values)
+        anew = [each.start for each in made.values() if each.start not in ("default", "eva")]
+        if anew and len(made) > 1 and self.quant not in (None, "none"):
+            raise InputError(f"start {anew[0]} makes 4-bit codes anew, which a sweep's adapters share: take quant none")
         return made

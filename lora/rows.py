@@ -36,8 +36,9 @@ def rows(
     module reads the layer's weight, as that of fused experts; at once for a name that the model does not carry, for
     numbers that are no index into names, and for adapters on a part that reads images or sound.
     """
-    for name in {*names} - {None}:
-        carried(model, cast(str, name))
+    layers = adapter_layers(model)
+    for name in {*names} - {None} - {name for layer in layers.values() for name in layer.adapters}:
+        carried(model, cast(str, name))  # says what there is
     index = torch.arange(len(names)) if numbers is None else torch.as_tensor(numbers).cpu()
     fits = index.dim() == (1 if numbers is None else 2) and index.numel() and not index.is_floating_point()
     if not fits or not 0 <= int(index.min()) <= int(index.max()) < len(names):
@@ -45,7 +46,7 @@ def rows(
             "rows needs a name or None for each row of a batch, or with numbers (int [rows, tokens]) for each of them; "
             f"got names={shown(names)}, numbers={shown(numbers)}"
         )
-    kinds, layers = list(dict.fromkeys(name or "" for name in names)), adapter_layers(model)
+    kinds = list(dict.fromkeys(name or "" for name in names))
     to_kind = torch.tensor([kinds.index(name or "") for name in names])
     by_rows = Rows(to_kind[index.long()].to(next(model.parameters()).device), kinds)
     _refuse_images(model, [path for path, layer in layers.items() if by_rows.keys() & layer.adapters.keys()])

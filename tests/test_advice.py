@@ -114,6 +114,8 @@ COMMANDS = [
          f"{EVAL} --answers a --json"),
     case("cli/options.py", "leave json out", f"{GENERATE} --out - --json",
          f"{GENERATE} --out -", f"{GENERATE} --out a --json"),
+    case("cli/sft.py", "share: take quant none", f"{SFT} --target q_proj --start pissa --sweep rank=2,4 --out o",
+         f"{SFT} --target q_proj --start pissa --sweep rank=2,4 --out o --quant none"),
     case("data/forms.py", "mend them", "generate --model m --data bad.jsonl --out a", f"{GENERATE} --out a"),
     case("cli/load.py", "give a Hugging Face folder or a .gguf file", "data rows.jsonl --model nope",
          "data rows.jsonl --model m"),

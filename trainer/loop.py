@@ -244,13 +244,16 @@ class Run:
         return [Completion(*each) for each in zip(answers, logprobs, texts, strict=True)]
 
     def weights(self) -> dict[str, Tensor]:
-        """What training changes, by name: what is trained, and lasting buffers, but of adapters that others train."""
-        model, own = unwrapped(self.model), {*map(id, self.parameters.values())}
-        parts = [part for layer in adapter_layers(model).values() for part in layer.adapters.values()]
-        others = {id(b) for part in parts if not own & {*map(id, part.parameters())} for b in part.buffers()}
-        lasting = model.state_dict().keys()
-        buffers = {plain_name(n): b for n, b in model.named_buffers() if n in lasting and id(b) not in others}
-        return {name: tensor.detach() for name, tensor in {**buffers, **self.parameters}.items()}
+        """What training changes, by name: what is trained, and lasting buffers, but of adapters that others train.
+        An adapter's are named as its parameters are, in a trainer's checkpoints without its own name."""
+        model, own = unwrapped(self.model), {id(p): name for name, p in self.parameters.items()}
+        lasting, names = model.state_dict().keys(), dict[int, str]()
+        for part in [part for layer in adapter_layers(model).values() for part in layer.adapters.values()]:
+            begins = [own[id(p)].removesuffix(name) for name, p in part.named_parameters() if id(p) in own]
+            names |= {id(b): begins[0] + name if begins else "" for name, b in part.named_buffers()}
+        buffers = {plain_name(n): b for n, b in model.named_buffers() if n in lasting}
+        found = {names.get(id(b), n): b for n, b in buffers.items() if names.get(id(b), n)}
+        return {name: tensor.detach() for name, tensor in {**found, **self.parameters}.items()}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Put back what `weights` gave."""

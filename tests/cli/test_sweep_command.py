@@ -5,6 +5,7 @@ import re
 import pytest
 
 from fourbit.trainer.checkpoint import load_checkpoint
+from fourbit.trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("uncurved")
 SWEEP = "sft --model m --data rows.jsonl --val val.jsonl --out runs/s --batch-size 11 --epochs 1 --target attn"
@@ -61,6 +62,23 @@ def test_each_of_a_sweep_is_its_run_alone(typed, here):
     )
     assert ours.keys() == theirs.keys()
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5
+
+
+def test_a_budget_bounds_all_states_together(typed, here):
+    typed(f"{SWEEP} --optimizer paged-adamw --optimizer-budget 65KiB --sweep rank=2,4")
+    held = 0
+    for name in ("rank=2", "rank=4"):
+        assert 'optimizer_budget: "32.5KiB"' in (here / "runs/s" / name / "config.yaml").read_text()
+        records = read_metrics(here / "runs/s" / name / "metrics.jsonl")
+        held += max(record["optimizer_bytes"] for record in records if "optimizer_bytes" in record)
+    assert 0 < held <= 65 * 1024
+
+
+def test_codes_that_all_share_are_not_made_anew(typed):
+    line = SWEEP.replace("--target attn", "--target q_proj")
+    assert "which a sweep's adapters share: take quant none" in typed(f"{line} --sweep start=default,pissa", code=2)
+    assert "start pissa makes" in typed(f"{line} --start pissa --quant nf4 --sweep rank=2,4", code=2)
+    typed(f"{line} --quant none --sweep start=default,pissa")
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,22 @@ def test_dare_drops_and_rescales() -> None:
     assert torch.equal(dict(delta(ours, "again"))["one"], dict(delta(ours, "s0"))["one"])
 
 
+def test_dare_ties_drops_and_then_elects_signs() -> None:
+    """At density 1 both of a sign make their mean, and of two signs the larger change's counts; the rest is drawn."""
+    ours, _ = both()
+    one, two = (dict(delta(ours, name))["one"] for name in RANKS)
+    larger = torch.where(one.abs() > two.abs(), WEIGHTS[0] * one, WEIGHTS[1] * two)
+    elected = torch.where(one.sign() == two.sign(), (WEIGHTS[0] * one + WEIGHTS[1] * two) / 2, larger)
+    found = {}
+    for name, density, seed in (("all", 1.0, 0), ("s0", 0.5, 0), ("again", 0.5, 0), ("s1", 0.5, 1)):
+        how = {"how": "dare-ties", "rank": 24, "density": density, "seed": seed}
+        combine(ours, ["first", "second"], WEIGHTS, name=name, **how)
+        found[name] = dict(delta(ours, name))["one"]
+    torch.testing.assert_close(found["all"], elected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found["s0"], found["again"]) and not torch.allclose(found["s0"], found["s1"])
+    assert 0.15 < (found["s0"].abs() < 1e-4).double().mean() < 0.35  # where both were dropped
+
+
 def test_what_cannot_be_one_lora_is_refused() -> None:
     ours, _ = both()
     with pytest.raises(InputError, match="a weight for each name"):

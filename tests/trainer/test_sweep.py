@@ -238,6 +238,20 @@ def test_each_adapter_is_a_run_of_its_own(trainers, loaded, tmp_path):
     assert worst(weights(alone), ends["b"]) < 1e-9
 
 
+@pytest.mark.parametrize(("kind", "buffer"), [("adalora", ".kept"), ("vera", ".vera_A"), ("lora-fa", ".lora_A")])
+def test_checkpoints_do_not_know_what_their_adapter_is_called(loaded, sets, tmp_path, kind, buffer):
+    """So that one of a sweep goes on alone, under another name: of kinds with buffers too."""
+    (model, tokenizer), found = loaded, []
+    for name in ("default", "rank=2"):
+        fourbit.attach(model, fourbit.LoRAConfig(kind=kind, rank=2), name, seed=7, dtype=torch.float64)
+        config = fourbit.SFTConfig(out=str(tmp_path / name))
+        trainer = fourbit.SFTTrainer(model, tokenizer, train=sets[0], config=config, adapter=name)
+        found.append(trainer.run.weights())
+        remove_adapter(model, name)
+        assert any(key.endswith(buffer) and key not in trainer.parameters for key in found[-1])
+    assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
 def test_paged_states_stay_within_their_budgets(trainers, tmp_path, monkeypatch):
     """The same weights and losses, also where memory runs out in a backward and all states make room; what an adapter
     that is done had on the device goes to the host."""
