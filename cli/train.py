@@ -17,8 +17,8 @@ from ..data.template import ChatTemplate
 from ..errors import InputError, shown
 from ..lora.adapter import DEFAULT as ADAPTER
 from ..lora.attach import attach
+from ..lora.config import USED, LoRAConfig
 from ..lora.config import Kind as AdapterKind
-from ..lora.config import LoRAConfig
 from ..models.load import read_weights
 from ..models.protocol import CausalLM
 from ..outputs import lock_folder
@@ -255,7 +255,10 @@ def _put_adapter(model: CausalLM, options: TrainOptions, rows: Dataset, name: st
     how["tell"] = lambda path, error, was: note(f"start: {path}  error {error:.4f}, was {was:.4f}")
     names = attach(model, wanted, name, seed=options.seed, dense=read_weights(options.model), **how)
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    note(f"adapter: rank {options.rank}, alpha {options.alpha:g}, {len(names)} layers, {amount(size)} parameters")
+    said = {"rank": options.rank, "alpha": options.alpha}
+    own: list[str] = [options.kind] * (options.kind != "lora")
+    own += [f"{name} {value:g}" for name, value in said.items() if name in USED.get(options.kind, said)]
+    note(f"adapter: {', '.join(own)}, {len(names)} layers, {amount(size)} parameters")
 
 
 def _announcing(options: TrainOptions, trainer: Any, sources: Sources) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..kernels.dequantize4bit import dequantize
 from ..kernels.quantize4bit import quantize
 from ..kernels.weight4bit import Weight4bit
-from .adapter import Adapter, Whole, adapter_layers, replace_modules, wide
+from .adapter import Adapter, adapter_layers, replace_modules, wide
 from .config import LoRAConfig
 from .linear4bit import NF4Linear, NF4LowRank
 from .lora import LoRA, scale_of
@@ -78,7 +78,7 @@ def started(
     """The parts with that start, layer by layer; 4-bit bases are replaced, each by one that is nearer to its weight.
     saved: the parts are a file's, of rank 2r, and become what was trained. Errors, and `tell`, as `attach`."""
     modules, taken, new = base_modules(model), adapter_layers(model), dict(parts)
-    mine = {path: cast(LoRA, part) for path, part in parts.items() if not isinstance(part, Whole)}
+    mine = {path: part for path, part in parts.items() if isinstance(part, LoRA)}
     packed = {f"{path}.weight": path for path in mine if isinstance(modules[path], NF4Linear)}
     for path, part in mine.items():
         if part.rank > (most := min(cast(Tensor, modules[path].weight).shape) * (1 + saved)):

@@ -23,21 +23,24 @@ def parameter_groups(
     * and ?, to factors on the learning rate; a parameter's factor is the product over all patterns that match its whole
     name, and 0 leaves it out, as is one that needs no gradient. Besides "lr" each group has "lr_scale", its factor on
     `lr`, for loops that set the rate of every step themselves.
-    Raises ValueError for a factor that is negative or not finite, and for a pattern that matches nothing.
+    Raises ValueError for a factor that is negative or not finite, and for a pattern or a `lora_plus` of nothing.
     """
     scales = dict(sorted((lr_scale or {}).items()))  # sorted: else a product's last bit may depend on who wrote them
-    for what, value in {"lora_plus": lora_plus, **scales}.items():
+    for what, value in {"lora_plus": lora_plus, **{f"lr_scale {key}": scale for key, scale in scales.items()}}.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{what}: a factor on the learning rate must be 0 or more and finite, got {value}")
     named_parameters = list(named_parameters)
     for pattern in scales:
         if not any(fnmatchcase(name, pattern) for name, _ in named_parameters):
             such_as = f"; a name is such as {named_parameters[0][0]!r}" if named_parameters else ""
-            raise ValueError(f"the learning-rate pattern {pattern!r} matches no parameter{such_as}")
+            raise ValueError(f"lr_scale: the learning-rate pattern {pattern!r} matches no parameter{such_as}")
     groups: dict[tuple[float, float], dict[str, Any]] = {}
+    is_b = {name: bool({"lora_B", "lora_embedding_B"} & set(name.split("."))) for name, _ in named_parameters}
+    if lora_plus != 1 and not any(is_b.values()):
+        raise ValueError("lora_plus is for lora_B's rate, and nothing here is that: leave it out")
     for name, parameter in named_parameters:
         scale = math.prod(value for pattern, value in scales.items() if fnmatchcase(name, pattern))
-        if {"lora_B", "lora_embedding_B"} & set(name.split(".")):
+        if is_b[name]:
             scale *= lora_plus
         if not parameter.requires_grad or scale == 0:
             continue

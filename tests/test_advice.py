@@ -997,6 +997,9 @@ ELSEWHERE = {  # tests of other files that follow an advice
     "tests/lora/test_merge_4bit.py::test_where_nothing_in_4_bits_changes_nothing_is_made_anew": [
         ("lora/merge.py", "so none could stay so: merge into the dense base"),
     ],
+    "tests/optim/test_groups.py::test_what_cannot_be_meant_is_refused": [
+        ("optim/groups.py", "nothing here is that: leave it out"),
+    ],
     "tests/lora/test_merge.py::test_unmerging_what_was_not_kept_is_refused": [
         ("lora/merge.py", "take them off first (remove_adapter)"),
         ("lora/merge.py", "merge with keep=True for that"),

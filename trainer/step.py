@@ -79,13 +79,13 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConfi
     """An optimizer that measures the gradients' norm, clips it where max_grad_norm is above 0, and skips what is not
     finite. Its groups begin at their peak rates, and "lr_scale" of each is its factor on the rate of a step.
 
-    Raises InputError for patterns in lr_scale that match nothing, or leave nothing to train.
+    Raises InputError for an lr_scale or lora_plus that matches nothing, or leaves nothing to train.
     """
     try:
         how: dict[str, Any] = {name: getattr(config, name) for name in ("lr", "weight_decay", "lora_plus", "lr_scale")}
         groups: list[dict[str, Any]] = parameter_groups(parameters.items(), **how)
     except ValueError as error:
-        raise InputError(f"lr_scale: {error}") from None
+        raise InputError(str(error)) from None
     if not groups:
         raise InputError("lr_scale leaves nothing to train: the factor of every parameter is 0")
     kind = optim.Lion if "lion" in config.optimizer else optim.AdamW

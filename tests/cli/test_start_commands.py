@@ -13,15 +13,16 @@ from fourbit.cli.main import main
 
 Typed, AsJson = Callable[..., str], Callable[[str], dict[str, Any]]
 SFT = "sft --model m --data rows.jsonl --val val.jsonl --steps 3 --lr 3e-3 --rank 4 --micro-batch 8"
+TOKENS = "pissa --train-tokens '<|im_end|>'"
 EVAL = "eval --model m --data val.jsonl --match none"
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa-4 --quant none", "olora --quant none", "loftq-2", "eva"])
+@pytest.mark.parametrize("start", ["pissa", "pissa-4 --quant none", "olora --quant none", "loftq-2", "eva", TOKENS])
 def test_a_run_with_a_start_is_trained_saved_and_loaded_again(typed: Typed, as_json: AsJson, start: str) -> None:
     """The loss that training ended with is the loss of what the file gives back; each 4-bit layer's error is said."""
     said = typed(f"{SFT} --start {start} --out run --no-keep-best")
     errors = re.findall(r"^start: (\S+)  error (\S+), was (\S+)$", said, re.MULTILINE)
-    assert len(errors) == (14 if start in ("pissa", "loftq-2") else 0)
+    assert len(errors) == (0 if "none" in start or start == "eva" else 14)
     assert all(float(error) < float(alone) for _, error, alone in errors)
     ended = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()][-1]
     values = as_json(f"{EVAL} --adapter run")
@@ -47,6 +48,17 @@ def test_training_goes_on_from_one(typed: Typed, as_json: AsJson) -> None:
     first, second = (json.loads(Path(folder, "adapter_config.json").read_text()) for folder in ("first", "second"))
     assert first["r"] == second["r"] == 8 and first == second
     assert as_json(f"{EVAL} --adapter second")["loss"] < as_json(f"{EVAL} --adapter second")["base_loss"]
+
+
+def test_what_is_said_of_an_adapter_is_what_its_kind_has(typed: Typed) -> None:
+    sft = "sft --model m --data rows.jsonl --steps 1 --quant none"
+    for flags, said in (
+        ("", "adapter: rank 16, alpha 32, 14 layers,"),
+        ("--kind dora --rank 2", "adapter: dora, rank 2, alpha 32, 14 layers,"),
+        ("--kind vera --rank 2", "adapter: vera, rank 2, 14 layers,"),
+        ("--kind ia3", "adapter: ia3, 14 layers,"),
+    ):
+        assert said in typed(f"{sft} {flags} --out run{flags.replace(' ', '')}")
 
 
 def test_what_a_start_refuses(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,7 +59,8 @@ def test_vectors_do_not_decay():
     ],
 )
 def test_magnitudes_and_B_are_known_by_their_names(name, decay, scale):
-    (group,) = parameter_groups([(name, parameter(1, 4))], lr=1.0, weight_decay=0.1, lora_plus=16.0)
+    named = [(name, parameter(1, 4)), ("other.lora_B", parameter(1, 4))]
+    group, *_ = parameter_groups(named, lr=1.0, weight_decay=0.1, lora_plus=16.0)
     assert (group["weight_decay"], group["lr_scale"]) == (decay, scale)
 
 
@@ -98,7 +99,8 @@ def test_zero_leaves_out_and_so_does_what_needs_no_gradient(adapted):
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["lora_A", "lora_B", "bias", "magnitude"])), max_size=12))
 def test_every_parameter_is_in_one_group_in_order(kinds):
     named = [(f"m.{i}.{kind}", parameter(*[1] * ndim)) for i, (ndim, kind) in enumerate(kinds)]
-    groups = parameter_groups(named, lr=1.0, weight_decay=0.1, lora_plus=2.0)
+    plus = 2.0 if "lora_B" in [kind for _, kind in kinds] else 1.0
+    groups = parameter_groups(named, lr=1.0, weight_decay=0.1, lora_plus=plus)
     assert set(where(named, groups)) == {name for name, _ in named}
     order = {id(p): i for i, (_, p) in enumerate(named)}
     places = [[order[id(p)] for p in group["params"]] for group in groups]
@@ -113,8 +115,11 @@ def test_every_parameter_is_in_one_group_in_order(kinds):
         ({"lr_scale": {"*": -1.0}}, r"\*: a factor on the learning rate must be 0 or more and finite, got -1.0"),
         ({"lr_scale": {"*": math.nan}}, "got nan"),
         ({"lora_plus": math.inf}, "lora_plus: .* got inf"),
+        ({"lora_plus": 16.0, "of": ["0.ia3_l"]}, "nothing here is that: leave it out"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(adapted, options, error):
     with pytest.raises(ValueError, match=error):
-        parameter_groups(adapted, lr=1.0, **options)
+        named = [(name, parameter(2, 2)) for name in options.pop("of", [])] or adapted
+        parameter_groups(named, lr=1.0, **options)
+    assert parameter_groups(named, lr=1.0)
