@@ -87,18 +87,20 @@ def merge(model: nn.Module, *names: str, keep: bool = False) -> nn.Module:
     NotImplementedError for a kind that does not say its change.
     """
     with using(model, *names) if names else nullcontext():
-        layers, new = {path: own for path, own in adapter_layers(model).items() if own.active}, dict[Any, nn.Module]()
+        layers, new = (
+            {path: own for path, own in adapter_layers(model).items() if own.running()},
+            dict[Any, nn.Module](),
+        )
         _refuse_unmergeable(layers)
         for layer in reversed(layers.values()):  # those within another come first
             new[layer] = _merged(layer, new, keep)
             if keep:
                 vars(new[layer])["unmerged"] = layer  # not as a submodule
-            else:
+            else:  # at once, as what fails on the way must not leave a change there twice
                 layer.base = new[layer]
-        done = {layer: [*layer.active] for layer in new}
+                for name in layer.adapters.keys() & layer.active.keys():
+                    del layer.adapters[name]
     for layer in () if keep else new:
-        for name in done[layer]:
-            del layer.adapters[name]
         layer.active = {name: weight for name, weight in layer.active.items() if name in layer.adapters}
     new = {layer: twin for layer, twin in new.items() if keep or not layer.adapters}
     replace_modules(model, new)

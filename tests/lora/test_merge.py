@@ -48,6 +48,26 @@ def test_merged_weights_are_base_and_delta(dtype: torch.dtype) -> None:
     torch.testing.assert_close(model(X.to(dtype)), before(X.to(dtype)), rtol=loose, atol=loose)
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_fails_on_the_way_leaves_no_change_twice(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out at the last of the layers: the model computes what it did, and merging can go on from there."""
+    model = adapted(toy())
+    wanted = model(X).detach()
+    first, real = model[0], type(model[0]).merged
+
+    def full(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+        if layer is first:
+            raise torch.OutOfMemoryError
+        return real(layer, dtype)
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(type(first), "merged", full)
+        fourbit.merge(model, keep=keep)
+    torch.testing.assert_close(model(X), wanted, rtol=1e-5, atol=1e-5)
+    assert type(fourbit.merge(model)[0]) is nn.Linear
+    torch.testing.assert_close(model(X), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_merging_leaves_other_adapters_and_other_holders_of_the_weight() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(64, 32), "head": nn.Linear(32, 64, bias=False)})
     model["head"].weight = model["embed"].weight
