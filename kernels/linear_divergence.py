@@ -89,7 +89,5 @@ class DivergenceScorer:
     def _teacher(self, logits: Tensor, rows: slice) -> Tensor:
         teacher = self.teacher(rows).detach().to(logits.dtype)
         if teacher.shape != logits.shape:
-            raise ValueError(
-                f"teacher logits must be {tuple(logits.shape)}, as the student's, got {tuple(teacher.shape)}"
-            )
+            raise ValueError(f"teacher logits must be {tuple(logits.shape)}, the student's, got {tuple(teacher.shape)}")
         return teacher

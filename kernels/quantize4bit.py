@@ -46,8 +46,15 @@ def _stored(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool)
     bytes_, blocks = stored_shapes(tuple(weight.shape), blocksize)
     packed = torch.empty(bytes_, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device)
-    _quantize(weight.reshape(-1), quant_type, blocksize, packed.view(-1), absmax.view(-1))
-    _check_finite(weight, absmax.view(-1), blocksize)
+    flat, codes, scales = weight.reshape(-1), packed.view(-1), absmax.view(-1)
+    pack, chunk = (_pack_by_pattern, CHUNK) if path_for(flat) == "cpu" else (pack_reference, LARGE_CHUNK)
+    for start in range(0, flat.numel(), chunk):
+        scaled, own = _scale_blocks(flat[start : start + chunk].float(), blocksize)
+        if scaled.numel() % 2:  # the padding nibble encodes 0.0
+            scaled = F.pad(scaled, (0, 1))
+        pack(scaled, quant_type, codes[start // 2 : (start + chunk) // 2])
+        scales[start // blocksize : (start + chunk) // blocksize] = own
+    _check_finite(weight, scales, blocksize)
     return [packed, *(quantize_absmax(absmax) if double_quant else [absmax])]
 
 
@@ -60,16 +67,6 @@ def _(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> li
     sizes = [bytes_, blocks, (-(-prod(blocks) // NESTED_BLOCKSIZE),), (1,)][: 4 if double_quant else 2]
     types = torch.uint8, torch.uint8 if double_quant else torch.float32, torch.float32, torch.float32
     return [weight.new_empty(size, dtype=dtype) for size, dtype in zip(sizes, types, strict=False)]
-
-
-def _quantize(flat: Tensor, quant_type: str, blocksize: int, packed: Tensor, absmax: Tensor) -> None:
-    pack, chunk = (_pack_by_pattern, CHUNK) if path_for(flat) == "cpu" else (pack_reference, LARGE_CHUNK)
-    for start in range(0, flat.numel(), chunk):
-        scaled, scales = _scale_blocks(flat[start : start + chunk].float(), blocksize)
-        if scaled.numel() % 2:  # the padding nibble encodes 0.0
-            scaled = F.pad(scaled, (0, 1))
-        pack(scaled, quant_type, packed[start // 2 : (start + chunk) // 2])
-        absmax[start // blocksize : (start + chunk) // blocksize] = scales
 
 
 def pack_reference(scaled: Tensor, quant_type: str, packed: Tensor) -> None:

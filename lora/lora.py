@@ -256,11 +256,9 @@ def lora_kind(layer: nn.Module) -> type[LoRA] | None:
         return LoRA
     if conv_kind(layer):
         return LoRAConv
-    scaled = (
-        isinstance(layer, nn.Embedding) and hasattr(layer, "embed_scale") and layer._parameters.keys() == {"weight"}
-    )
+    alone = isinstance(layer, nn.Embedding) and hasattr(layer, "embed_scale") and layer._parameters.keys() == {"weight"}
     plain = type(layer).forward is nn.Embedding.forward or isinstance(layer, NF4Embedding)
-    return LoRAEmbedding if plain or scaled else None
+    return LoRAEmbedding if plain or alone else None
 
 
 def is_linear(layer: nn.Module) -> bool:

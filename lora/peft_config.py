@@ -193,7 +193,9 @@ def _settings(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         return settings
     rslora = all(own["use_rslora"] for own in fields.values())
     ranks = {path: own["r"] for path, own in fields.items()}
-    alphas = {path: _alpha(own, rslora) for path, own in fields.items()}
+    alphas = {path: float(own["lora_alpha"]) for path, own in fields.items()}
+    for path in [path for path, own in fields.items() if own["use_rslora"] and not rslora]:
+        alphas[path] = scale_of(alphas[path], ranks[path], True) * ranks[path]  # for the same scale without it
     rank, alpha = mode(ranks.values()), mode(alphas.values())
     return settings | {
         "lora_alpha": _as_integer(alpha),
@@ -216,13 +218,6 @@ def _base_name(base: str) -> str | None:
     """As PEFT finds the base from any folder: a folder by its whole path, a hub's name as it is; it opens no file."""
     path = Path(base)
     return str(path.resolve()) if base and path.is_dir() else None if path.is_file() else base or None
-
-
-def _alpha(fields: Mapping[str, Any], rslora: bool) -> float:
-    """The alpha that gives a layer its scale where the whole adapter is rsLoRA, or is not."""
-    if rslora or not fields["use_rslora"]:
-        return float(fields["lora_alpha"])
-    return scale_of(fields["lora_alpha"], fields["r"], True) * fields["r"]
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], file: str, names: Mapping[str, str]) -> None:

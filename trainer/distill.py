@@ -61,9 +61,7 @@ class DistillTrainer(SFTTrainer):
             if config.full:
                 raise InputError("full training changes the student's base, so it cannot be the teacher: give another")
             if teacher == self.adapter:
-                raise InputError(
-                    f"the adapter '{self.adapter}' is what is trained, so it cannot be the teacher: give another"
-                )
+                raise InputError(f"the adapter '{self.adapter}' is trained, so it cannot be the teacher: give another")
             self.teacher, self.adapters = model, [] if teacher is None else [teacher]
             for name in self.adapters:
                 carried(model, name)

@@ -268,7 +268,7 @@ def test_teachers_that_cannot_teach_are_refused(adapted, tiny_folder, rows, tmp_
     model, tokenizer = adapted(tiny_folder)
     with pytest.raises(InputError, match="the teacher is the student itself"):
         distiller(model, tokenizer, model, rows, tmp_path)
-    with pytest.raises(InputError, match="'default' is what is trained, so it cannot be the teacher"):
+    with pytest.raises(InputError, match="'default' is trained, so it cannot be the teacher"):
         distiller(model, tokenizer, "default", rows, tmp_path)
     large = Decoder(replace(model.spec, vocab_size=300))
     with pytest.raises(InputError, match="the teacher predicts 300 tokens, the student 259"):
