@@ -39,8 +39,7 @@ class Output:
     `stdout` says that nothing else should go there, `regular` that it is a file.
 
     Raises InputError for a place that is read, is taken (unless overwrite or resume) or cannot be written;
-    EnvironmentProblem where another command writes; DiskError when the disk refuses.
-    """
+    EnvironmentProblem where another command writes; DiskError when the disk refuses."""
 
     def __init__(
         self,

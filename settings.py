@@ -51,8 +51,7 @@ def setting(
     """A field: its default (or REQUIRED) and the sentence that the command line prints about it.
 
     metavar: what stands there for its value where the type says too little. bare: what its flag means without a value.
-    least, most, positive: the number must be at least, at most that (else `MOST` for whole numbers), or above 0.
-    """
+    least, most, positive: the number must be at least, at most that (else `MOST` for whole numbers), or above 0."""
     metadata = {"help": help, "metavar": metavar, "bare": bare, "least": least, "most": most, "positive": positive}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)

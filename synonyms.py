@@ -46,8 +46,7 @@ REMARKS = {
 def hint(name: str, known: Iterable[str], *, flag: bool = False) -> str:
     """What to write instead of the unknown option or command `name`, as the end of a sentence; "" when nothing is near.
 
-    known: those there are. flag: write them as flags.
-    """
+    known: those there are. flag: write them as flags."""
 
     def spelled(ours: str) -> str:
         return "--" + ours.replace("_", "-") if flag else ours

@@ -112,8 +112,7 @@ def micro_batches(
 
     `micro_batch` is a number of examples each, longest first, or "auto": as few passes as best-fit-decreasing finds
     within `token_budget` tokens a pass, padding counted (`Example.size`). An example larger than that goes alone.
-    Raises ValueError for what makes no batch.
-    """
+    Raises ValueError for what makes no batch."""
     _check(examples)
     sizes = [example.size(packing) for _, example in examples]
     order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)

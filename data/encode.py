@@ -89,8 +89,7 @@ def load(
     max_length: tokens, prompt and answer together; None for no limit. What happens to longer ones, and what truncation
     says, is told by `truncate.fit`; loss_on by `encode`.
     Bad rows raise InputError, the first 20 one a line, or with `on_bad_row="skip"` are left out and counted. Raises
-    InputError when no row is left, and for a template that is broken for every row.
-    """
+    InputError when no row is left, and for a template that is broken for every row."""
     checked("kind", kind, Kind)
     checked("on_bad_row", on_bad_row, OnBadRow)
     checked("truncation", truncation, Truncation)

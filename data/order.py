@@ -21,8 +21,7 @@ def step_indices(n_examples: int, batch_size: int, step: int, seed: int) -> list
     """The examples of one optimizer step (steps count from 0), in the shuffled order of its epoch.
 
     Every example comes once an epoch; an epoch's last batch is kept even if short, and the next epoch starts a new
-    step. The result depends on the four arguments alone.
-    """
+    step. The result depends on the four arguments alone."""
     epoch, position = divmod(step, steps_per_epoch(n_examples, batch_size))
     order = _epoch_order(n_examples, seed, epoch)
     return list(order[position * batch_size : (position + 1) * batch_size])

@@ -9,8 +9,7 @@ class TokenizerLike(Protocol):
 
     `vocab_size` is the highest token + 1; `stop_ids` are the tokens that end a generation (end of text and end of
     turn). `named_tokens` are the special tokens by the names that chat templates know them by, such as `bos_token`;
-    `special_tokens` the texts of all of them.
-    """
+    `special_tokens` the texts of all of them."""
 
     chat_template: str | None
     bos_token: str | None

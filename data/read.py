@@ -47,8 +47,7 @@ def read_rows(rows: Rows, name: str = "rows") -> Iterator[Row | BadRow]:
     is `[` is read as one JSON array. Rows may also be given as objects, which errors then call `name`: dicts, or lists
     of messages, in anything that has an end and can be gone through or counted through, as a `datasets.Dataset`, a
     torch one or a generator (of what has no length 200,000 rows at most). Arrays and tensors in them count as lists.
-    Raises InputError for what cannot be read at all or holds no rows.
-    """
+    Raises InputError for what cannot be read at all or holds no rows."""
     none = "give one dict a row; a generator gives its rows but once"
     if isinstance(rows, str | os.PathLike):
         name, none = os.fspath(rows), "expected one JSON object a line"

@@ -43,8 +43,7 @@ class ChatTemplate:
     `tokens` are the variables that name special tokens (`bos_token` and so on); one that a model lacks is left out.
     `date` (ISO, such as "2025-01-31") fixes what `strftime_now` gives; None is the present. `notice` is a sentence for
     the user about where the template came from, or "". Rendering raises InputError for a template that is broken or
-    breaks a limit, and its subclass Unrenderable for messages that it does not suit; both name `name`.
-    """
+    breaks a limit, and its subclass Unrenderable for messages that it does not suit; both name `name`."""
 
     def __init__(
         self,
@@ -222,8 +221,7 @@ def template_for(tokenizer: AnyTokenizer, override: TemplateChoice = None, *, da
 
     A tokenizer without a template gets chatml if its vocabulary has chatml's two tokens, else zephyr, whose marks are
     plain text and whose turns end in the end-of-text token: no token is ever added. `.notice` says so. InputError for a
-    name that is neither a built-in nor a file.
-    """
+    name that is neither a built-in nor a file."""
     if isinstance(override, ChatTemplate):
         return override
     tokenizer = as_tokenizer(tokenizer)

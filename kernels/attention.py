@@ -67,8 +67,7 @@ def visible_keys(queries: int, keys: int, mask: Tensor | None, device: torch.dev
     """Which keys each query sees, [B or 1, 1, queries, keys] bool: those up to itself that `mask` [B, keys] shows, and
     with a `window` the last so many of them.
 
-    Every query sees itself, also in padding, or its softmax would be 0/0.
-    """
+    Every query sees itself, also in padding, or its softmax would be 0/0."""
     here = torch.arange(keys - queries, keys, device=device).unsqueeze(-1)  # [T, 1] places of the queries
     there = torch.arange(keys, device=device)  # [S]
     seen = there <= here  # [T, S]
@@ -84,8 +83,7 @@ def visible_keys(queries: int, keys: int, mask: Tensor | None, device: torch.dev
 def span_lengths(spans: Spans, tokens: int) -> list[tuple[int, ...]]:
     """The lengths of each span's parts: (all,), or of one that forks (trunk, branch 1, ..., branch n).
 
-    ValueError unless spans cover the tokens in order and without gaps. Only a trunk may be empty.
-    """
+    ValueError unless spans cover the tokens in order and without gaps. Only a trunk may be empty."""
     place = 0
     lengths = []
     for span in spans:

@@ -16,8 +16,7 @@ ONE_CODE = 1 << 17  # what one code more adds to a sum with `_carries`: twice th
 def quantize_blockwise(values: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """The nearest entry of code * absmax for every value, exactly: (codes uint8 like values, absmax fp32 [blocks]).
 
-    `code` is ascending fp32; exactly between two entries the lower one wins.
-    """
+    `code` is ascending fp32; exactly between two entries the lower one wins."""
     flat = values.detach().reshape(-1).float()
     if missing := -flat.numel() % blocksize:
         flat = torch.nn.functional.pad(flat, (0, missing))
@@ -33,8 +32,7 @@ def quantize_reference(blocks: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     """The definition, on fp32 [b, blocksize]: (codes uint8 [b, blocksize], absmax fp32 [b]).
 
     The comparison runs in float64, where the quotient of two fp32 numbers cannot round onto a midpoint of the table,
-    so no value takes the farther code.
-    """
+    so no value takes the farther code."""
     absmax = blocks.abs().amax(dim=1)
     scaled = blocks.double() / torch.where(absmax > 0, absmax, 1).double().unsqueeze(1)
     return torch.bucketize(scaled, _midpoints(code)).to(torch.uint8), absmax
@@ -45,8 +43,7 @@ def _quantize_by_carry(blocks: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
     A quotient rounded to fp32 is on the same side of a midpoint as the exact one, unless it is one of the two fp32
     numbers that enclose the midpoint. Sums show that too, and blocks with such a quotient (a few in a thousand) are
-    done again by the definition; so are those that are not finite, or have a negative value but no code for it.
-    """
+    done again by the definition; so are those that are not finite, or have a negative value but no code for it."""
     codes = torch.empty_like(blocks, dtype=torch.uint8)
     rests = torch.empty(len(blocks), dtype=torch.int32, device="cpu")
     high, low = blocks.amax(dim=1), blocks.amin(dim=1)
@@ -82,8 +79,7 @@ def _codes_by_carry(blocks: Tensor, absmax: Tensor, signed: bool, codes: Tensor,
 def _ascend(bits: Tensor, signed: bool, work: Tensor) -> None:
     """Patterns of fp32 in place: without their sign, and if `signed` those of negative numbers complemented.
 
-    So numbers from -1 to 1 stay different, and those of one upper half are in the order of their values.
-    """
+    So numbers from -1 to 1 stay different, and those of one upper half are in the order of their values."""
     if signed:
         bits ^= torch.bitwise_right_shift(bits, 31, out=work)
     else:
@@ -95,8 +91,7 @@ def _carries(signed: bool) -> Tensor:
     """int32 [32768]: for each upper half of a pattern that `_ascend` made, what turns the pattern into its code.
 
     Pattern + entry is code * ONE_CODE + rest. Beyond the midpoint that a half may contain, the pattern's lower half
-    carries over into the code. For the two patterns that enclose a midpoint, and only these, the rest is 0 or 1.
-    """
+    carries over into the code. For the two patterns that enclose a midpoint, and only these, the rest is 0 or 1."""
     midpoints = _midpoints(dynamic_code(signed))
     halves = torch.arange(1 << 15, dtype=torch.int32, device="cpu") << 16
     negative = (halves > 0x40000000) & signed  # positive numbers up to 1 end at 0x3F800000
@@ -135,8 +130,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Double quantisation (QLoRA, arXiv 2305.14314, section 3) of b fp32 scales in any shape.
 
     Returns (codes uint8 like absmax, nested_absmax fp32 [ceil(b / 256)], offset fp32 [1]). The offset is the mean,
-    summed in float64: scales are all positive, and would else waste half the codes of the signed map.
-    """
+    summed in float64: scales are all positive, and would else waste half the codes of the signed map."""
     offset = absmax.double().mean().float().view(1) if absmax.numel() else absmax.new_zeros(1)
     codes, nested = quantize_blockwise(absmax - offset, dynamic_code(True, absmax.device), NESTED_BLOCKSIZE)
     return codes, nested, offset

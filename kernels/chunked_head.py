@@ -30,8 +30,7 @@ BLOCK_BYTES_GPU = 64 * 2**20  # large enough that a launch costs nothing beside 
 class Scorer(Protocol):
     """Figures, each [n], of logits [n, V] (fp32 or fp64) that belong to `rows` of the hidden states.
 
-    The logits may be overwritten; with `gradient` they then hold d figures[0] / d logits.
-    """
+    The logits may be overwritten; with `gradient` they then hold d figures[0] / d logits."""
 
     def __call__(self, logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, ...]: ...
 
@@ -45,8 +44,7 @@ Product = Callable[[Tensor, bool], tuple[Tensor, Back | None]]  # hidden states,
 def dense_figures(hidden: Tensor, weight: Tensor, scorer: Scorer, rows: int) -> tuple[Tensor, ...]:
     """The scorer's figures, each [N], for logits hidden [N, D] weight [V, D]^T, `rows` of them at a time.
 
-    Gradients flow from the first figure to hidden and weight. Memory: a chunk, and [N, D] with a frozen weight.
-    """
+    Gradients flow from the first figure to hidden and weight. Memory: a chunk, and [N, D] with a frozen weight."""
     if transformed():
         return scorer.plain(widened(hidden @ weight.T))
     if torch.is_grad_enabled() and weight.requires_grad:
@@ -59,8 +57,7 @@ def module_figures(hidden: Tensor, head: nn.Module, scorer: Scorer, rows: int, *
     """As dense_figures for a head of any kind: 4-bit, with a bias, carrying an adapter.
 
     in_place: overwrite what the head returns; False, at the cost of one more chunk, where its backward needs that (a
-    soft cap's does). A head with trained parameters is computed again in backward, with the same random numbers.
-    """
+    soft cap's does). A head with trained parameters is computed again in backward, with the same random numbers."""
     if transformed():
         return scorer.plain(widened(head(hidden)))
     if torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()):
@@ -240,8 +237,7 @@ def check_targets(targets: Tensor, vocabulary: int) -> None:
 class TokenScorer:
     """The three figures of TokenScores for chunks of logits; targets int64 [N] in 0..V-1. ValueError as check_targets.
 
-    On CUDA a target out of range ends the process by a device-side assertion: `check_targets` before they are sent.
-    """
+    On CUDA a target out of range ends the process by a device-side assertion: `check_targets` before they are sent."""
 
     def __init__(self, targets: Tensor, vocabulary: int) -> None:
         check_targets(targets, vocabulary)

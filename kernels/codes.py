@@ -34,8 +34,7 @@ def dynamic_code(signed: bool = True, device: torch.device | str = "cpu") -> Ten
 
     Seven decades, i = 0..6, scaled by 10^(i-6): each splits [0.1, 1] into 2^i equal cells, both signs (signed), or
     2^(i+1) cells, positive only (unsigned), and takes the centres of the cells. 0 and 1 are added. So small values
-    keep their relative size, and large ones get most of the precision.
-    """
+    keep their relative size, and large ones get most of the precision."""
     return _kept(_dynamic, torch.device(device), signed)
 
 
@@ -43,8 +42,7 @@ def pair_table(quant_type: str, dtype: torch.dtype, device: torch.device | str =
     """[256]: entry b holds the two code values of packed byte b, the first (high nibble's) in the low half.
 
     Two values rounded to `dtype` make one integer: int64 for fp32, int32 for bf16 and fp16. One look-up so decodes a
-    whole byte.
-    """
+    whole byte."""
     return _kept(_pairs, torch.device(device), quant_type, dtype)
 
 
@@ -58,8 +56,7 @@ def nf4_code() -> Tensor:
     """NormalFloat-4, fp32 [16], ascending from -1 to 1, an exact 0 at index 7 (QLoRA, arXiv 2305.14314, section 3).
 
     The values are quantiles of N(0, 1), so that normal weights use all sixteen codes about equally often. The halves
-    are built apart, seven values below zero and eight above: an even count has no middle, and zero must be exact.
-    """
+    are built apart, seven values below zero and eight above: an even count has no middle, and zero must be exact."""
     below = -_normal_quantiles(_evenly(NF4_OUTERMOST, 0.5, 7)[:-1])  # the last is 0.5, whose quantile is zero itself
     above = _normal_quantiles(_evenly(NF4_OUTERMOST, 0.5, 8)[:-1])
     values = torch.cat([below, _fp32([0.0]), above]).sort().values
@@ -74,8 +71,7 @@ def fp4_code() -> Tensor:
     """4-bit floats, fp32 [16]: bit 3 is the sign, bits 2-1 the exponent field e, bit 0 the mantissa m.
 
     The magnitude is (1 + m/2) * 2^(4 - e) for e = 1, 2, 3 and m/16 for e = 0, all divided by the largest, 12. So the
-    codes do not ascend, and index 8 is a second zero, positive like the first.
-    """
+    codes do not ascend, and index 8 is a second zero, positive like the first."""
     fields = [(code >> 1, code & 1) for code in range(8)]
     magnitudes = [(1 + m / 2) * 2 ** (4 - e) / 12 if e else m / 16 / 12 for e, m in fields]
     return _fp32([*magnitudes, *(-magnitude or 0.0 for magnitude in magnitudes)])
@@ -99,8 +95,7 @@ def _pairs(quant_type: str, dtype: torch.dtype) -> Tensor:
 def _evenly(start: float, end: float, cells: int) -> Tensor:
     """`cells` + 1 edges from start to end in fp32: the step is rounded once, each edge once, from the nearer end.
 
-    torch.linspace means the same, but rounds differently on machines with and without fused multiply-add.
-    """
+    torch.linspace means the same, but rounds differently on machines with and without fused multiply-add."""
     first, last = _fp32([start]), _fp32([end])
     step = ((last - first) / cells).double()
     i = torch.arange(cells + 1, device="cpu")

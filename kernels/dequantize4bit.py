@@ -32,8 +32,7 @@ def dequantize(weight: Weight4bit, dtype: DType = torch.float32) -> Tensor:
     """The dense tensor: code[q] * absmax in fp32, then one rounding to `dtype`; fp64 holds the fp32 values exactly.
 
     On CUDA this is one kernel. ValueError if the weight's sizes, types or devices disagree, or if `dtype` is no
-    floating-point type.
-    """
+    floating-point type."""
     dtype = floating(dtype)
     if torch.compiler.is_compiling() or isinstance(weight.packed, FakeTensor):  # one node in its graph
         return _in_graph(*flatten([weight]), dtype).view(weight.shape)
@@ -56,8 +55,7 @@ def _(stored: list[Tensor], sizes: list[int], quant_type: str, blocksize: int, d
 def dequantize_rows(weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Some rows of a matrix [out, in], by their int64 numbers [n]: [n, in], each as `dequantize` makes it.
 
-    Nothing else is decoded where a row is whole blocks; elsewhere all is. IndexError for a row that is not there.
-    """
+    Nothing else is decoded where a row is whole blocks; elsewhere all is. IndexError for a row that is not there."""
     if torch.compiler.is_compiling() or isinstance(rows, FakeTensor):
         return _rows_in_graph(rows, *flatten([weight]), dtype)
     if weight.columns % weight.blocksize:

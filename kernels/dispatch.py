@@ -21,8 +21,7 @@ _forced: str | None = None
 def path_for(x: Tensor) -> str:
     """The path that ops on x take: the forced one, else "cpu" on a CPU, "triton" on CUDA, "reference" elsewhere.
 
-    GPUs older than compute capability 8.0 count as elsewhere: they have neither bf16 nor the shared memory.
-    """
+    GPUs older than compute capability 8.0 count as elsewhere: they have neither bf16 nor the shared memory."""
     if _forced is not None:
         return _forced
     if x.device.type == "cpu":
@@ -78,8 +77,7 @@ def widened(x: Tensor) -> Tensor:
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype for matrix products with x: its own, but on a CPU fp32 for fp16, and for bf16 if it cannot multiply it.
 
-    Without arithmetic of its own for them a CPU takes 6 to 100 times as long in bf16 and fp16 as in fp32.
-    """
+    Without arithmetic of its own for them a CPU takes 6 to 100 times as long in bf16 and fp16 as in fp32."""
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
         return x.dtype
     return torch.bfloat16 if x.dtype == torch.bfloat16 and _cpu_multiplies_bf16() else torch.float32

@@ -60,8 +60,7 @@ def keep_mask(shape: Sequence[int], p: float, seed: Tensor) -> Tensor:
 def draw_halves(first: int, groups: int, row: Tensor, seed: Tensor) -> Tensor:
     """The 16-bit draws, 0 to 65535, of `groups` calls from counter (first, row) on, as in memory: int32 [8 * groups].
 
-    row and seed: 0-d int64 on one device.
-    """
+    row and seed: 0-d int64 on one device."""
     counters = torch.arange(first, first + groups, device=seed.device).unsqueeze(0)
     words = torch.stack(torch.broadcast_tensors(*_philox(counters, row.view(1, 1), _keys(seed))), dim=-1)
     return torch.stack([words & (LEVELS - 1), (words >> 16) & (LEVELS - 1)], dim=-1).to(torch.int32).view(-1)

@@ -31,8 +31,7 @@ def linear4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None = None) -> Ten
     Gradients flow to x and bias; the weight is frozen, and only its packed tensors are saved for backward. fp64 x sees
     the fp32 weight exactly. bf16 and fp16 x on a CPU are multiplied in fp32 and rounded once, unless the CPU multiplies
     bf16 itself; there and on CUDA the weight is rounded to x's dtype first (for few rows on CUDA see
-    matmul4bit_triton.py). ValueError if sizes or devices disagree, or if scales require a gradient.
-    """
+    matmul4bit_triton.py). ValueError if sizes or devices disagree, or if scales require a gradient."""
     if x.shape[-1:] != weight.shape[1:]:
         raise ValueError(
             f"the weight is {tuple(weight.shape)} (out, in), so x must end in {weight.shape[-1]}, got {tuple(x.shape)}"
@@ -59,8 +58,7 @@ def lora_linears4bit(
     All linears see the same dropped x (kernels/dropout.py): a mask made once. `seed`, int64 0-d on x's device, fixes
     it; by default it is drawn from the device's generator. `keep` holds the decoded weights for backward instead of
     decoding again: for activation checkpointing, where the forward pass that runs again right before backward is the
-    one that saves. ValueError where sizes, formats or devices disagree.
-    """
+    one that saves. ValueError where sizes, formats or devices disagree."""
     if not len(weights) == len(biases) == len(As) == len(Bs) == len(scales) > 0:
         raise ValueError(
             "lora_linears4bit needs a bias (or None), A, B and scale for each of its weights, and at least one weight; "
@@ -194,8 +192,7 @@ def _(
 def _prepare(x: Tensor, quant_type: str) -> None:
     """The tables that kernels share, made now: here a compiler only asks what an op returns.
 
-    Made later, on the first run, they would lie in the memory of the CUDA graphs that torch.compile records.
-    """
+    Made later, on the first run, they would lie in the memory of the CUDA graphs that torch.compile records."""
     if x.device.type == "cuda" and dispatch.path_for(x) == "triton":
         from . import matmul4bit_triton  # only here: Triton exists for Linux only and is slow to import
 

@@ -190,8 +190,7 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Ten
     """y [..., out] + scale * (x [..., in] A^T) B^T, A [rank, in], B [out, rank] (LoRA, arXiv 2106.09685, eq. 3).
 
     Gradients flow to y, x, A and B, each in its own dtype; x and x A^T are saved. A and B may be fp32 masters under
-    lower-precision x: the products run in dispatch.product_dtype(x). ValueError if the shapes do not fit.
-    """
+    lower-precision x: the products run in dispatch.product_dtype(x). ValueError if the shapes do not fit."""
     fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] and x.shape[-1:] == A.shape[1:]
     if not fits or y.shape != x.shape[:-1] + B.shape[:1]:
         raise ValueError(

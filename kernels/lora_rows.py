@@ -20,8 +20,7 @@ Part = tuple[Place, Tensor, Tensor, float]  # rows; A [rank, in]; B [out, rank];
 def lora_rows(y: Tensor, x: Tensor, parts: Sequence[Part]) -> Tensor:
     """y [M, ..., out] and, on the rows of each part, scale * (x A^T) B^T for x [M, ..., in]; no row is in two parts.
 
-    Gradients flow to y, x and each A and B, of any order; x is saved. Products run in dispatch.product_dtype(x).
-    """
+    Gradients flow to y, x and each A and B, of any order; x is saved. Products run in dispatch.product_dtype(x)."""
     factors = [matrix for _, A, B, _ in parts for matrix in (A, B)]
     found: Tensor = _Rows.apply(y, x, [(place, scale) for place, _, _, scale in parts], *factors)
     return found

@@ -29,8 +29,7 @@ def quantize(weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, doubl
     """Quantise a floating-point tensor of any shape to NF4 or FP4; with `double_quant` its scales to 8 bits too.
 
     fp16, bf16 and fp64 values are converted to fp32 first. ValueError for a block size that is not a power of two from
-    32 to 4096, an unknown quant_type, a tensor that is not floating point, and for NaN or Inf.
-    """
+    32 to 4096, an unknown quant_type, a tensor that is not floating point, and for NaN or Inf."""
     check_format(quant_type, blocksize)
     if not weight.is_floating_point():
         raise ValueError(f"only floating-point tensors can be quantised, got {weight.dtype}")
@@ -90,8 +89,7 @@ def _pattern_tables(quant_type: str) -> tuple[Tensor, Tensor, Tensor]:
     """(midpoint fp32, code << 4 uint8, code uint8), each [131072]: two entries for every upper half of an fp32 pattern.
 
     Patterns ascend as int16, so those of negative numbers come first. Where a pattern's values have one code, both its
-    entries do. What stands at the patterns of NaN and Inf does not matter: they are refused.
-    """
+    entries do. What stands at the patterns of NaN and Inf does not matter: they are refused."""
     midpoints, order = code_midpoints(quant_type)
     patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32, device="cpu") << 16
     ends = torch.stack([patterns, patterns | 0xFFFF]).view(torch.float32)  # of the values that share a pattern
@@ -104,8 +102,7 @@ def _scale_blocks(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """Values [n] divided by their block's absmax, and the absmax [ceil(n / blocksize)].
 
     Whole blocks multiply by the reciprocal, a short last block divides, and only the latter stores the floored absmax:
-    roundings that decide ties, and bitsandbytes' bytes are the format.
-    """
+    roundings that decide ties, and bitsandbytes' bytes are the format."""
     full = values.numel() // blocksize * blocksize
     blocks, rest = values[:full].view(-1, blocksize), values[full:]
     absmax = blocks.abs().amax(dim=1)

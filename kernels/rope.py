@@ -24,8 +24,7 @@ def frequencies(
 
 def llama3_frequencies(frequency: Tensor, factor: float, low: float, high: float, original_length: int) -> Tensor:
     """Llama 3.1's stretch: wavelengths above original_length / low are slowed by `factor`, below original_length / high
-    kept, blended between.
-    """
+    kept, blended between."""
     turns = original_length * frequency / (2 * math.pi)  # full turns over the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return frequency * (keep + (1 - keep) / factor)

@@ -54,8 +54,7 @@ class Weight4bit(NamedTuple):
     def check(self) -> Self:
         """Itself. ValueError unless its tensors have the sizes, types and one device that its shape and format need.
 
-        For weights that come from outside: kernels take what they are given.
-        """
+        For weights that come from outside: kernels take what they are given."""
         check_format(self.quant_type, self.blocksize)
         n, doubled = prod(self.shape), self.nested_absmax is not None
         blocks = -(-n // self.blocksize)

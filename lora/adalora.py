@@ -26,8 +26,7 @@ class AdaLoRA(LoRA):
 
     r is the initial rank, and scale as LoRA's for it. P and Q start normal (std 0.02), lambda at zero, so that a fresh
     adapter changes nothing. `kept` [r] says which triplets the budget keeps; a mean and a spread of each parameter's
-    sensitivities are buffers too, so that checkpoints have them.
-    """
+    sensitivities are buffers too, so that checkpoints have them."""
 
     kept: Tensor
     state = Adapter.state  # all of it, under its own names

@@ -54,8 +54,7 @@ def attach(
     each, |W - (W4 + s B A)| / |W|, and that before; data: for "eva", unpadded batches that the model is called with.
     Raises InputError for an entry or a pattern that matches nothing, a tied or 4-bit weight or a ParameterList in
     `modules_to_save`, an embedding that another is tied to (a tied head keeps the base's weight), a model that carries
-    an adapter of this name already; the model is left untouched then.
-    """
+    an adapter of this name already; the model is left untouched then."""
     read = PeftConfig(config) if isinstance(config, LoRAConfig) else from_peft(config)
     lora = read.lora_for(model)
     paths = [path for path in resolve(model, lora) if read.in_layers(path)]
@@ -154,8 +153,7 @@ def install(model: nn.Module, adapters: Mapping[str, Adapter], name: str = DEFAU
 
     trainable: it becomes the active adapter, and all else is frozen; otherwise it is frozen itself and waits for `use`.
     InputError, before anything is changed, for a name that is taken or that no adapter can have, and for a model that
-    is itself the layer.
-    """
+    is itself the layer."""
     refuse_second(model, name)
     if "" in adapters:
         raise InputError(f"this {type(model).__name__} is a layer itself, which cannot be replaced in place: wrap it")

@@ -39,8 +39,7 @@ class LoRAConfig(Checked):
         feedforward blocks, such as down_proj. projection_seed: of VeRA's frozen matrices.
     bias: whether biases are trained, in copies too: "none", those of the layers with adapters ("lora_only"), "all".
     start: where A and B begin: "default", "pissa", "pissa-8" (steps), "olora", "loftq", "loftq-5" (rounds), "eva".
-    Raises InputError naming the field, its rule and the value.
-    """
+    Raises InputError naming the field, its rule and the value."""
 
     # An alpha of 1e30 is far beyond use, and what it scales still fits fp32.
     rank: int = setting(16, "rank r of the update", least=1)

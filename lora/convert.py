@@ -22,8 +22,7 @@ def dequantize(module: nn.Module, dtype: DType | None = None) -> nn.Module:
 
     dtype: by default that of the weight which the layer was made from. What shared its bytes shares its dense weight.
     Adapters stay, and work on the dense layers.
-    Raises InputError where there is no 4-bit layer.
-    """
+    Raises InputError where there is no 4-bit layer."""
 
     weights: dict[int, nn.Parameter] = {}
 
@@ -53,8 +52,7 @@ def from_bitsandbytes(module: nn.Module) -> nn.Module:
     """Make bitsandbytes' Linear4bit layers NF4Linear, in place; packed bytes and scales are the same tensors.
 
     Ours compute in the dtype of their input, whatever `compute_dtype` said. Raises InputError where there is no such
-    layer, and for one that bitsandbytes has repacked for its CPU kernel, whose scales are rounded to bfloat16.
-    """
+    layer, and for one that bitsandbytes has repacked for its CPU kernel, whose scales are rounded to bfloat16."""
 
     def ours(layer: Any) -> nn.Module | None:
         if (state := getattr(layer.weight, "quant_state", None)) is None:

@@ -15,8 +15,7 @@ class IA3(Adapter):
     """base(x) * l, its bias scaled too, or base(x * l) where the layer's settings name `feedforward`; l starts at 1.
 
     As in PEFT `ia3_l` is [out, 1] or [1, in]. The paper's layers: target=["k_proj", "v_proj", "down_proj"],
-    feedforward=["down_proj"], as a Llama calls them.
-    """
+    feedforward=["down_proj"], as a Llama calls them."""
 
     peft_type = "IA3"
 

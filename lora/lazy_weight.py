@@ -23,8 +23,7 @@ class LazyWeight(Tensor):
     its fast path takes no tensor with a torch function of its own. RuntimeError for what would write into it.
 
     Of frozen values, what is indexed or has its last two dimensions swapped is another LazyWeight: `weight[e]` decodes
-    one expert. Products decode for forward and again for backward, so none of them keeps a dense weight.
-    """
+    one expert. Products decode for forward and again for backward, so none of them keeps a dense weight."""
 
     make: Callable[[torch.dtype], Tensor]  # the values, rounded once to that dtype
     decode: Decode | None = None  # frozen values, if these and the terms are all that there is

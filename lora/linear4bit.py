@@ -40,8 +40,7 @@ class Module4bit(nn.Module):
 
     `weight` is the dense weight, made when an operation takes it, in `dtype`: that of the weight it was
     made from, then of casts. A new module holds a zero weight; `quantize_weight_` fills it.
-    Raises ValueError for a quant_type or blocksize that does not exist.
-    """
+    Raises ValueError for a quant_type or blocksize that does not exist."""
 
     packed: nn.Parameter
     absmax: nn.Parameter
@@ -90,8 +89,7 @@ class Module4bit(nn.Module):
         """Replace the weight by the 4-bit form of `weight`, of its shape; nothing of the dense tensor is kept.
 
         It is made where `weight` lies, and goes to the module's device, or stays there if the module is on meta.
-        Raises ValueError for a wrong shape and InputError, naming the tensor, for NaN or infinity.
-        """
+        Raises ValueError for a wrong shape and InputError, naming the tensor, for NaN or infinity."""
         label = f"'{name}'" if name else "the weight"
         if list(weight.shape) != list(self.shape):
             raise ValueError(f"{label} must have shape {list(self.shape)}, got {list(weight.shape)}")
@@ -168,8 +166,7 @@ class Module4bit(nn.Module):
 class NF4Linear(Module4bit):
     """y = x W^T + bias with a frozen 4-bit W [out, in], computed in the dtype of x. `from_weight` makes one.
 
-    Raises TypeError for an input of whole numbers, and ValueError as Module4bit.
-    """
+    Raises TypeError for an input of whole numbers, and ValueError as Module4bit."""
 
     bias: nn.Parameter | None
 
@@ -256,8 +253,7 @@ class NF4Embedding(Module4bit):
 
     Only the rows that are looked up are decoded: a vocabulary of 128k tokens times 4,096 is 1 GB in bf16 and 0.27 GB
     here. Its bytes are those of an NF4Linear of the same weight, so a head that is tied to it shares them.
-    Where a row is not whole blocks, the whole table is decoded for a lookup: take a blocksize that divides a row.
-    """
+    Where a row is not whole blocks, the whole table is decoded for a lookup: take a blocksize that divides a row."""
 
     def forward(self, ids: Tensor) -> Tensor:  # int [...] -> [..., embedding_dim]
         found = dequantize_rows(self.stored, ids.reshape(-1), self.dtype)

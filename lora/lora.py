@@ -33,8 +33,7 @@ class LoRA(Adapter):
     `lora_A` [r, in] starts uniform in +-1/sqrt(in), `lora_B` [out, r] at zero, so a fresh adapter changes nothing. Both
     are fp32 masters until cast; the sum is computed in the dtype of x. Of `base` only sizes and device are taken.
     Where it began at a part B0 A0 of the weight (`init`), the change is scale * (B A - B0 A0); those are buffers.
-    Raises InputError for a rank below 1; one above min(in, out) is taken, as PEFT does, and wastes parameters alone.
-    """
+    Raises InputError for a rank below 1; one above min(in, out) is taken, as PEFT does, and wastes parameters alone."""
 
     peft_type = "LORA"  # of files, for what PEFT computes the same way
     keys = "lora_A.weight", "lora_B.weight"  # what files call A and B
@@ -121,8 +120,7 @@ class LoRA(Adapter):
 class LoRAFA(LoRA):
     """LoRA of a linear layer with A frozen as it starts (Zhang et al. 2023, "LoRA-FA", arXiv 2308.03303, equation 4).
 
-    Backward needs x A^T [..., r] and not x, so that no layer keeps its input for this. Files are plain LoRA's.
-    """
+    Backward needs x A^T [..., r] and not x, so that no layer keeps its input for this. Files are plain LoRA's."""
 
     peft_type = "LORA"
 
@@ -137,8 +135,7 @@ class LoRAParameter(LoRA):
     """scale * B_e A_e on matrix e of a parameter [E, out, in] ([E, in, out] where a module `is_transposed`), or 2-D.
 
     As in PEFT (target_parameters) `lora_A` is [E r, in], expert after expert, and `lora_B` [out, r E], rank after rank.
-    Raises InputError for dropout: what the module multiplies with the weight is not seen here.
-    """
+    Raises InputError for dropout: what the module multiplies with the weight is not seen here."""
 
     peft_type = "LORA"
 
@@ -171,8 +168,7 @@ class LoRAEmbedding(LoRA):
     """y + scale * B A[:, x] for an embedding's ids x [...] and rows y [..., dim], times its embed_scale if it has one.
 
     As in PEFT `lora_A` [r, vocabulary] starts at zero and `lora_B` [dim, r] normal, nothing is dropped, and the column
-    of padding_idx gets no gradient. Raises InputError for max_norm.
-    """
+    of padding_idx gets no gradient. Raises InputError for max_norm."""
 
     peft_type = "LORA"
     keys = "lora_embedding_A", "lora_embedding_B"
@@ -208,8 +204,7 @@ class LoRAConv(LoRA):
 
     A is applied with stride, padding, dilation and groups of the base, so that the update is a change of its weight.
     PEFT's ignores groups in A, dilation and padding modes: files for such bases are not its own.
-    Raises InputError for a rank that the groups do not divide.
-    """
+    Raises InputError for a rank that the groups do not divide."""
 
     def __init__(self, base: Conv, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
         if rank % base.groups:
@@ -248,8 +243,7 @@ def conv_kind(layer: nn.Module) -> type[Any] | None:
 def lora_kind(layer: nn.Module) -> type[LoRA] | None:
     """Which LoRA fits a layer, by what it computes: a subclass with a forward of its own may compute anything.
 
-    An embedding that multiplies its rows by `embed_scale`, and holds nothing else, is known (Gemma's, BART's).
-    """
+    An embedding that multiplies its rows by `embed_scale`, and holds nothing else, is known (Gemma's, BART's)."""
     if isinstance(layer, StandIn):
         return LoRAParameter
     if is_linear(layer):

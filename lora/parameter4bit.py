@@ -33,8 +33,7 @@ class DenseParameter(StandIn):
 def stand_in(module: nn.Module, name: str, weight: StandIn) -> None:
     """Put `weight` in the place of the parameter `name`: whoever reads `module.name` gets what `weight.weight` is then.
 
-    The way of torch's parametrisations: the module becomes one of a subclass of its class, with a property.
-    """
+    The way of torch's parametrisations: the module becomes one of a subclass of its class, with a property."""
     order = getattr(type(module), "_parameter_order", tuple(module._parameters))
     weight.place, weight.transposed = order.index(name), getattr(module, "is_transposed", False)
     del module._parameters[name]

@@ -62,8 +62,7 @@ class PeftConfig:
     def targeted(self, model: nn.Module) -> list[str] | None:
         """Paths of the layers of `model` that the file means, in module order, by PEFT's (lenient) rules.
 
-        None if that takes a regular expression that could run without end; the file's tensors must tell then.
-        """
+        None if that takes a regular expression that could run without end; the file's tensors must tell then."""
         target, exclude, everything = self.lora.target or (), self.lora.exclude, self.lora.target == "all-linear"
         if any(isinstance(rule, str) and most_steps(rule) > MOST_STEPS for rule in (target, exclude)):
             return None
@@ -145,8 +144,7 @@ def most_steps(pattern: str) -> int:
     """A bound on the steps of matching `pattern` to a module path, about; beyond any limit for one with no small bound.
 
     Python's matcher backtracks. Without a repeated group each choice in the pattern is met once on a way through it, so
-    their product bounds the ways; without any group the alternatives are tried one by one.
-    """
+    their product bounds the ways; without any group the alternatives are tried one by one."""
     plain = re.sub(r"\\.", "x", pattern, flags=re.DOTALL).replace("(?:", "(")
     if re.search(r"\)[*+?{]|\(\?", plain):
         return MOST_STEPS + 1

@@ -60,8 +60,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", 
     Each file appears whole or not at all, in place of one that is there. Raises InputError for the folder of the model,
     or one in it, for a model without this adapter, with layers of several kinds in it, or with other parameters that
     train and would be left out (naming them); NumericError for NaN or infinity in it (naming the tensor; nothing is
-    written); DiskError when the disk refuses. PEFT loads LoRA; an adapter of another kind it refuses.
-    """
+    written); DiskError when the disk refuses. PEFT loads LoRA; an adapter of another kind it refuses."""
     parts = {path: part.plain() for path, part in carried(model, name).items()}
     refuse_left_out(model, name)
     check_apart(folder, f"the adapter's folder {folder}", [getattr(unwrapped(model), "source", "")], folder=True)
@@ -107,8 +106,7 @@ def load_adapter(
     slightly other weights. An adapter of another base is refused unless `force`; one whose file does not say what it
     was trained on is taken. One of 4-bit codes that its start made has them made again, of `dense`, as `attach` has it.
     Raises InputError, before the model is touched, for a file that is missing, broken or not plain LoRA, for keys that
-    are missing, unexpected or misshaped, for NaN or infinity, and for another base.
-    """
+    are missing, unexpected or misshaped, for NaN or infinity, and for another base."""
     label, parts, state = _read_adapter(model, Path(folder), None if dtype is None else floating(dtype), layer)
     trained, bases = trained_base(Path(folder)), base_modules(model)
     anew = trained is not None and trained.start and any(isinstance(bases[path], NF4Linear) for path in parts)
@@ -251,8 +249,7 @@ def _without_base_copies(
 ) -> dict[str, Tensor]:
     """Drop the whole base weights that PEFT saves beside adapters on an output head or of a resized vocabulary.
 
-    InputError if one differs from the model's own: then it was trained or grown, and the adapter needs it.
-    """
+    InputError if one differs from the model's own: then it was trained or grown, and the adapter needs it."""
     modules = base_modules(model)
     adapter: dict[str, Tensor] = {}
     for key, tensor in state.items():

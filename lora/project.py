@@ -15,8 +15,7 @@ def project(x: Tensor, modules: Sequence[nn.Module], *, keep: bool = False) -> t
     AdapterLayers that are one op with their LoRA run as one op together (`kernels.lora_linears4bit`) if they agree
     in 4-bit format and dropout: x is read once for all of them, forward and backward, and kept once. They also share
     dropout's mask: each update sees the same elements dropped. All other modules are called, and so are those with
-    hooks. `keep`: what the op decodes is kept for backward, for use under activation checkpointing.
-    """
+    hooks. `keep`: what the op decodes is kept for backward, for use under activation checkpointing."""
     outputs: dict[int, Tensor] = {}
     together: dict[Any, dict[int, tuple[NF4Linear, LowRank]]] = {}
     for i, module in enumerate(modules):

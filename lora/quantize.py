@@ -63,8 +63,7 @@ def quantize_(
     `embeddings`: each nn.Embedding becomes an NF4Embedding too, and the head that is tied to it an NF4Linear of the
     same bytes.
     What shares one weight shares one set of packed bytes. What is on the meta device becomes empty 4-bit weights.
-    Raises InputError when nothing is left to quantise, and when a weight holds NaN or infinity (naming the tensor).
-    """
+    Raises InputError when nothing is left to quantise, and when a weight holds NaN or infinity (naming the tensor)."""
     form = Form(quant_type, blocksize, double_quant).checked()
     if not (plan := uniform_plan(module, form, skip, embeddings)):
         raise InputError(_nothing_to_quantize(module, skip))
@@ -84,8 +83,7 @@ def quantize_by_plan_(module: nn.Module, plan: Mapping[str, Form | None]) -> nn.
     """As `quantize_`, each layer in the form that `plan` has for its path, or for a layer that shares its weight; those
     of None, or not in it, stay dense. An nn.Embedding in the plan becomes an NF4Embedding.
 
-    Raises InputError besides for a path that is no such layer, or that cannot change, saying why.
-    """
+    Raises InputError besides for a path that is no such layer, or that cannot change, saying why."""
     layers, forms = quantizable(module, True), dict[int, Form]()
     for path, form in plan.items():
         if path not in layers:
@@ -126,8 +124,7 @@ def dense_weights(model: nn.Module, skip: str | Sequence[str] | None = None) -> 
 
     These are all parameters of two or more dimensions that are not in 4 bits then: linear layers that must or shall
     stay dense, experts too, embeddings, convolutions. What is tied is counted under its first name.
-    Raises InputError for an entry of `skip` that matches no linear layer and no expert parameter.
-    """
+    Raises InputError for an entry of `skip` that matches no linear layer and no expert parameter."""
     layers = quantizable(model, False)
     reasons, seen = _reasons(model, layers, skip), set[nn.Parameter]()
     dense: dict[str, dict[str, int]] = {}

@@ -47,8 +47,7 @@ def linear_layers(model: nn.Module) -> dict[str, Linear]:
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer that LoRA can be put on: linear layers, embeddings, convolutions.
 
-    InputError for a model that has lazy modules without sizes.
-    """
+    InputError for a model that has lazy modules without sizes."""
     if lazy := next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None):
         raise InputError(f"'{lazy}' has no size yet: run the model on a batch first, which makes its lazy modules")
     kinds = {name: (layer, lora_kind(layer)) for name, layer in base_modules(model).items()}
@@ -209,8 +208,7 @@ def output_heads(model: nn.Module) -> set[str]:
     """Paths of the layers that give the answer: onto the vocabulary, and the heads of other tasks, which start fresh.
 
     A model of transformers has its head beside its body (`base_model_prefix`); elsewhere a head is what the outermost
-    module calls classifier, score or qa_outputs, one layer or several.
-    """
+    module calls classifier, score or qa_outputs, one layer or several."""
     heads, layers = vocabulary_heads(model), linear_layers(model)
     for path, module in base_modules(model).items():
         inside, children = f"{path}." if path else "", module._modules

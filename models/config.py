@@ -33,8 +33,7 @@ class Settings:
 
     where: what messages begin with (a file, or "config"). prefix: stands before every key in the table. path: what
     messages put before a key of an inner table. A null and a missing key are one: they say nothing. `said` holds what
-    was asked for and found: all of the table that its reader's result depends on.
-    """
+    was asked for and found: all of the table that its reader's result depends on."""
 
     def __init__(self, data: Mapping[str, Any], where: str, prefix: str = "", path: str = "") -> None:
         self.data, self.where, self.prefix, self.path = data, where, prefix, path

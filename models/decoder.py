@@ -34,8 +34,7 @@ class KVCache:
     """Room for every layer's keys and values, [2, rows, kv_heads, capacity, head_dim], grown by chunks of 64 tokens.
 
     `length` counts the tokens that every layer has; who appends to all of them adds to it. Memory: 2 * layers * rows *
-    kv_heads * capacity * head_dim elements of the model's dtype.
-    """
+    kv_heads * capacity * head_dim elements of the model's dtype."""
 
     def __init__(self, layers: int) -> None:
         self.length = 0
@@ -212,8 +211,7 @@ class Decoder(CausalLM):
 
     `checkpointing`: training keeps only each layer's input and recomputes the layer in backward (dropout repeats
     exactly). `keep_decoded`: a recomputed layer keeps its 4-bit weights decoded until its backward is through, which
-    saves decoding them once more and takes one layer's dense weights of memory (8B: 0.44 GB); None: on a GPU only.
-    """
+    saves decoding them once more and takes one layer's dense weights of memory (8B: 0.44 GB); None: on a GPU only."""
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()

@@ -41,8 +41,7 @@ FAMILIES = {
 def read_spec(data: Mapping[str, Any], where: str = "config") -> Spec:
     """What a `config.json` says a decoder shall compute, in the words of transformers 4 or 5; `where` begins messages.
 
-    The Spec keeps the keys that it was read from. InputError names the key and value that we do not take.
-    """
+    The Spec keeps the keys that it was read from. InputError names the key and value that we do not take."""
     if not isinstance(data, Mapping):
         raise InputError(f"{where}: must be a JSON object, got {type(data).__name__}.")
     keys = Settings(data, where)

@@ -59,8 +59,7 @@ class GGUFFile:
     Raises:
         InputError: the file is missing, no regular file, no little-endian GGUF of version 2 or 3, breaks a limit or
             points outside itself; the message names the byte, key or tensor.
-        EnvironmentProblem: the package `gguf` is not installed.
-    """
+        EnvironmentProblem: the package `gguf` is not installed."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -236,8 +235,7 @@ class _Header:
 def decode(raw: Bytes, format: str, shape: tuple[int, ...]) -> Tensor:
     """A tensor's bytes to a new tensor of `shape`, some rows at a time; peak memory is the output plus some 30 MB.
 
-    F32, F16 and BF16 stay what they are, blocks become fp32.
-    """
+    F32, F16 and BF16 stay what they are, blocks become fp32."""
     rows = raw.reshape(math.prod(shape[:-1]), -1)  # [R, bytes]
     values = torch.empty(len(rows), shape[-1], dtype=_values(rows[:1], format).dtype)
     step = max(1, CHUNK_ELEMENTS // shape[-1])

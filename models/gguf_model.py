@@ -101,8 +101,7 @@ def iter_tensors(file: GGUFFile, spec: Spec) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of every weight, decoded one at a time in the file's order, of stacked experts one by one.
 
     Block formats decode to fp32; F32, F16 and BF16 keep their dtype. Rows of Q and K come back in Hugging Face's order
-    (of some families llama.cpp interleaves the rotary halves), and norms that multiply by 1 + weight without the 1.
-    """
+    (of some families llama.cpp interleaves the rotary halves), and norms that multiply by 1 + weight without the 1."""
     heads = {"q_proj": spec.num_attention_heads, "k_proj": spec.num_key_value_heads}
     heads = heads if file.metadata["general.architecture"] in INTERLEAVED else {}
     for hf, info in _weights(file):
@@ -225,8 +224,7 @@ def _head_dim(keys: Settings, numbers: dict[str, Any], share: int, partial: bool
 def _scaling(file: GGUFFile, keys: Settings, numbers: dict[str, Any], turned: int) -> dict[str, Any] | None:
     """`rope_scaling` in config.json's words, from the metadata or from tensors of what each frequency is divided by.
 
-    As in llama.cpp a factor scales linearly unless the type says "none".
-    """
+    As in llama.cpp a factor scales linearly unless the type says "none"."""
     kinds = (None, "none", "linear", "yarn", "longrope")
     kind = keys.one_of("rope.scaling.type", kinds, "none, linear, yarn or longrope (Llama 3's is a tensor)")
     factor = numbers.get("rope.scaling.factor", numbers.get("rope.scale_linear"))

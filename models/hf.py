@@ -53,8 +53,7 @@ def iter_tensors(folder: Path, skip: Container[str] = ()) -> Iterator[tuple[str,
 
     Each tensor is a view of the mapped file in the file's own dtype: copy what must outlive the file. Those of 8-bit
     floats are decoded with their scales to fp32. Raises InputError naming the file (and tensor) where a file is
-    missing, malformed, outside the folder, or disagrees with the index, and for scales that do not fit.
-    """
+    missing, malformed, outside the folder, or disagrees with the index, and for scales that do not fit."""
     scales, beside, block = _float8(folder)
     for _, file in _opened(folder):
         for name in [name for name in file.offset_keys() if name not in skip and name not in beside]:

@@ -83,8 +83,7 @@ def common(
 
     activation: the key of silu's name, or of gelu's. eps, tied, theta: what transformers takes where the file is
     silent; theta None: the RoPE is read by itself. partial: a share of a head may turn.
-    Raises InputError naming the key and its value where a key is missing, malformed, too large or contradictory.
-    """
+    Raises InputError naming the key and its value where a key is missing, malformed, too large or contradictory."""
     kinds = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
     kind = keys.one_of(activation, (None, *kinds), " or ".join(map(repr, kinds)))
     for key in DROPOUTS:

@@ -56,8 +56,7 @@ def load(
     progress: Progress | None = None,
 ) -> tuple[CausalLM, Tokenizer]:
     """Model and tokenizer of a Hugging Face folder or a `.gguf` file; arguments and errors as in `load_decoder`, and
-    InputError where the tokenizer is missing or has more tokens than the model has embeddings.
-    """
+    InputError where the tokenizer is missing or has more tokens than the model has embeddings."""
     tokenizer = load_tokenizer(path)
     form: dict[str, Any] = {"quant_type": quant_type, "double_quant": double_quant, "blocksize": blocksize}
     model = load_decoder(path, **form, dtype=dtype, device=device, progress=progress)
@@ -103,8 +102,7 @@ def load_decoder(
     `progress` is called after each tensor with their number, that of all, the bytes of the file so far, and of all.
     Raises InputError naming the file, key or tensor for a config that asks for something that is not supported, a
     missing, unknown, misshaped or non-finite tensor, and for an unreadable file; EnvironmentProblem for a device that
-    is not there.
-    """
+    is not there."""
     path, device, dtype = Path(path), find_device(device), floating(dtype)
     if quant_type is not None:
         Form(quant_type, blocksize, double_quant).checked()
@@ -193,8 +191,7 @@ def load_model(module: nn.Module, folder: str | Path) -> nn.Module:
 
     Raises InputError, before anything is changed, for a broken file, tensors that are missing, unknown or of another
     shape, adapters on the module, and buffers on meta that no file holds; on the way, for NaN, infinity, values too
-    large for the dtype, integers in the place of floats, and two different tensors for a tied weight.
-    """
+    large for the dtype, integers in the place of floats, and two different tensors for a tied weight."""
     path = Path(folder)
     layers, pieces = hf.packed_layers(path)
     _check_filled(module, hf.tensor_shapes(path, COUNTS, pieces) | _sizes(layers), layers, path)

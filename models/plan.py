@@ -123,8 +123,7 @@ def quantize_checkpoint(
     that the plan names keep its form, the others are chosen by measured error, dense in `dtype` at best. Two passes
     over the file; memory is that of the finished model and a dense weight, or of a weight in fp32 three times.
     Raises InputError as `load`, `quantize_` and `save_model` do, for a plan's key that fits no layer, and for a budget
-    that no choice meets, saying the least that is possible; DiskError when the disk refuses.
-    """
+    that no choice meets, saying the least that is possible; DiskError when the disk refuses."""
     check_apart(folder, f"the folder {folder}", [path], folder=True)
     form, plan, dtype = (form or Form()).checked(), plan or {}, floating(dtype)
     for each in filter(None, plan.values()):

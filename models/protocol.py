@@ -86,8 +86,7 @@ class CausalLM(nn.Module, ABC):
         a packed row, each attended alone; (start, fork, end_1, ..., end_n) is one text with n continuations, whose
         positions all go on from the fork. None is one causal text a row (right padding needs no mask). `mask` [B, S]
         bool over cached and new tokens: False hides left padding. `cache` is read and extended. Spans exclude mask and
-        cache. ValueError where these do not fit together.
-        """
+        cache. ValueError where these do not fit together."""
 
     @abstractmethod
     def new_cache(self) -> Cache:
@@ -97,8 +96,7 @@ class CausalLM(nn.Module, ABC):
     def settings(self) -> dict[str, object]:
         """What `config.json` says of this model: with the weights, all that its numbers depend on. Plain JSON values.
 
-        Written when the whole model is saved; part of what tells reference caches apart.
-        """
+        Written when the whole model is saved; part of what tells reference caches apart."""
 
     def head(self, lm_head: nn.Module | None = None) -> nn.Module:
         """What makes logits of hidden states: `lm_head`, or the one given in its place, and the soft cap."""

@@ -29,8 +29,7 @@ def read_rope(keys: Settings, head_dim: int, theta: float = 10000.0, *, partial:
     theta: the base where none is named, as transformers has it for the family. partial: as in Phi a share of a head may
     turn, and an original length is 4096 where none stands beside the table. A base in the table wins over the one
     beside it, an original length beside it over the table's, as in transformers 5. InputError, by key and value, for
-    what no `Rope` of theirs says.
-    """
+    what no `Rope` of theirs says."""
     said = {}
     for key in ("rope_scaling", "rope_parameters"):
         table = keys.get(key)

@@ -56,8 +56,7 @@ def save_model(
     model as `merged_state` has it, dense, with the active adapters in its weights, of which one at a time is made.
     Raises InputError for the folder that the model came from, or one in it, for adapters that are not merged, which
     save_adapter saves, and for types that `load_model` does not read; NumericError for NaN or infinity, by tensor,
-    before anything is written; DiskError when the disk refuses.
-    """
+    before anything is written; DiskError when the disk refuses."""
     model, source = unwrapped(model), getattr(model, "source", "")
     check_apart(folder, f"the folder {folder}", [source], folder=True)
     folder, own = Path(folder), merged_state(model) if merge else weights_of(model)
@@ -106,8 +105,7 @@ def save_model(
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, template: str | None = None) -> None:
     """Write the tokenizer's files: those of the folder it came from, or tokenizer.json and tokenizer_config.json
-    (special tokens, chat template). `template` stands in the place of its own chat template.
-    """
+    (special tokens, chat template). `template` stands in the place of its own chat template."""
     home = Path(tokenizer.source)
     if tokenizer.source and (home / TOKENIZER_FILES[0]).is_file():
         own = {name: home / name for name in TOKENIZER_FILES if (home / name).is_file()}
@@ -156,8 +154,7 @@ def _write_weights(folder: Path, shards: list[dict[str, Tensor]]) -> None:
     """One file, or several and an index: what is read changes at once, when the last file takes or loses its name.
 
     Shards get names that no file has yet, so those that an older index names stay whole until then, and go afterwards;
-    so do the new ones if the save fails.
-    """
+    so do the new ones if the save fails."""
     old, names = set[str](), list[str]()
     with contextlib.suppress(InputError):  # a broken index is replaced
         old = _indexed(folder)

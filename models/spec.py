@@ -16,8 +16,7 @@ class Rope:
     with the length of texts above `original_max_position_embeddings`; "longrope" (Ding et al. 2024) divides each
     frequency by its `short_factor`, in longer texts than that by its `long_factor`; a cache keeps keys as these two
     turned them when the text was shorter. `attention_factor` multiplies queries and keys. Other fields are of their
-    kinds alone.
-    """
+    kinds alone."""
 
     theta: float = 10000.0
     dim: int = 0  # of a head that turn; 0: all
@@ -46,8 +45,7 @@ class Spec:
     local_rope: of the layers with a window, where it is another one. no_rope: layers whose q and k do not turn.
     attention_scale: of q k^T, None: 1 / sqrt(head_dim). Soft caps, 0 for none: c tanh(x / c) of what goes into the
     softmax and of the logits. embedding_scale and residual_scale multiply what they say, logit_divisor divides logits.
-    num_experts: of each layer, or 0; norm_topk_prob: whether the weights of a token's experts sum to 1.
-    """
+    num_experts: of each layer, or 0; norm_topk_prob: whether the weights of a token's experts sum to 1."""
 
     vocab_size: int
     hidden_size: int

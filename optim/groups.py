@@ -23,8 +23,7 @@ def parameter_groups(
     * and ?, to factors on the learning rate; a parameter's factor is the product over all patterns that match its whole
     name, and 0 leaves it out, as is one that needs no gradient. Besides "lr" each group has "lr_scale", its factor on
     `lr`, for loops that set the rate of every step themselves.
-    Raises ValueError for a factor that is negative or not finite, and for a pattern or a `lora_plus` of nothing.
-    """
+    Raises ValueError for a factor that is negative or not finite, and for a pattern or a `lora_plus` of nothing."""
     scales = dict(sorted((lr_scale or {}).items()))  # sorted: else a product's last bit may depend on who wrote them
     for what, value in {"lora_plus": lora_plus, **{f"lr_scale {key}": scale for key, scale in scales.items()}}.items():
         if not 0 <= value < math.inf:

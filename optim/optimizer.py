@@ -73,8 +73,7 @@ class FlatOptimizer(torch.optim.Optimizer):
     `state[p]` shows the step count and, unless the state is paged, the moments: views, which may be changed in place.
     Tensors put in their place are not taken (load_state_dict is the way in). A step and add_param_group raise
     ValueError if parameters were moved between param_groups or taken out, or if state was removed: make a new optimizer
-    for that.
-    """
+    for that."""
 
     def __init__(
         self,
@@ -253,8 +252,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         """As torch.optim's: with bits=32 it is what torch.optim.AdamW writes and reads.
 
         8-bit moments are uint8 codes shaped like the parameter, and NAME_absmax has a scale for every 256 of them.
-        Tensors are the live state, each with a storage of its own, or new ones in host memory if it is paged.
-        """
+        Tensors are the live state, each with a storage of its own, or new ones in host memory if it is paged."""
         paged = {} if self.pager is None else {entry: entry.state.empty(entry) for entry in self._entries}
         for part in () if self.pager is None else self.pager.read():
             part.copy(paged)
@@ -271,8 +269,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         """Take over what an optimizer of this kind or torch.optim.AdamW wrote.
 
         ValueError if it does not fit: other parameters, or other bits. Nothing is changed then. `grad_norm` and
-        `skipped` are None until the next step.
-        """
+        `skipped` are None until the next step."""
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         groups = read_groups(state_dict["param_groups"], self.param_groups)
@@ -320,8 +317,7 @@ class FlatOptimizer(torch.optim.Optimizer):
 class AdamW(FlatOptimizer):
     """Adam with decoupled weight decay: torch.optim.AdamW's update, in fp32 whatever the parameters' dtype (or fp64).
 
-    options: `bits`, `rounding`, `seed`, `max_grad_norm`, `min_8bit_size` and `budget`, as FlatOptimizer has them.
-    """
+    options: `bits`, `rounding`, `seed`, `max_grad_norm`, `min_8bit_size` and `budget`, as FlatOptimizer has them."""
 
     def __init__(
         self,
@@ -340,8 +336,7 @@ class Lion(FlatOptimizer):
     """Steps of one size in the direction of an interpolated momentum's sign (Chen et al., arXiv 2302.06675).
 
     One moment, so half of AdamW's state; a good learning rate is 3 to 10 times smaller than AdamW's, and weight decay
-    as many times larger. `options` are AdamW's.
-    """
+    as many times larger. `options` are AdamW's."""
 
     def __init__(
         self,

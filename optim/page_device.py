@@ -90,8 +90,7 @@ class CudaEvent(Event):
 class CudaDevice(PageDevice):
     """One CUDA device; compute is the stream that is current when a method is called.
 
-    older_peak: the allocator's peak when the optimizer was made. It tells of loading the model, not of training it.
-    """
+    older_peak: the allocator's peak when the optimizer was made. It tells of loading the model, not of training it."""
 
     RESERVE = 16  # "auto" leaves one part in so many of the device's memory alone: fragmentation, libraries' workspaces
 
@@ -126,8 +125,7 @@ class CudaDevice(PageDevice):
         That most is a new peak of allocated memory: pages do not move during forward and backward, so at the peak
         everything else took the peak less `held`. Or it is all memory that the allocator has reserved for others, which
         includes what it could not use for being in pieces; before the first `tidy` this may stem from loading the
-        model, and does not count for later steps.
-        """
+        model, and does not count for later steps."""
         free, total = torch.cuda.mem_get_info(self.device)
         peak, reserved = torch.cuda.max_memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
         if peak != self._peak:

@@ -104,8 +104,7 @@ class Pager:
     """The page table of an optimizer's state, and what moves the pages.
 
     budget: bytes that resident pages and staging may take together, never exceeded; or "auto": what is left beside the
-    model, looked up at every step. Below two pages, steps run with one staging frame: copies and updates take turns.
-    """
+    model, looked up at every step. Below two pages, steps run with one staging frame: copies and updates take turns."""
 
     def __init__(self, device: PageDevice, budget: Budget) -> None:
         self.device, self.budget = device, budget
@@ -175,8 +174,7 @@ class Pager:
         """Bring every page to the host and give back all memory of the device; returns the bytes given back.
 
         The next step brings pages back: as many as before under a fixed budget; under "auto" half as many at most,
-        since what they were evicted for will come again.
-        """
+        since what they were evicted for will come again."""
         if self._visiting:
             raise RuntimeError("pages cannot be evicted while a step visits them")
         held = self.held
@@ -314,8 +312,7 @@ class Pager:
     def _arrive(self, page: Page) -> Tensor:
         """Let compute wait until the page is there, and hand its memory over to be changed.
 
-        Its last copy out may still read: what that brings to the host is out of date either way, and copied again.
-        """
+        Its last copy out may still read: what that brings to the host is out of date either way, and copied again."""
         assert page.frame is not None
         if page.arriving is not None:
             self.device.wait(page.arriving)

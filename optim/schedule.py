@@ -25,8 +25,7 @@ def rate_factor(
       warm-up, whatever `total` is; without warm-up step i has 1 / sqrt(i + 1);
     - "wsd" (warm-up, stable, decay; Hu et al., arXiv 2404.06395, section 4): stays, and falls to zero along a line
       over the last `decay` steps: a tenth of all unless given, and never more than there are after warm-up.
-    Raises ValueError for another schedule, and for a warm-up or decay that is no whole number of steps.
-    """
+    Raises ValueError for another schedule, and for a warm-up or decay that is no whole number of steps."""
     if schedule not in SCHEDULES or any(count < 0 or count % 1 for count in (warmup, decay or 0)):
         rule = f"schedule is one of {', '.join(SCHEDULES)}, warmup and decay are whole numbers of steps"
         raise ValueError(f"{rule}, got {schedule!r}, {warmup} and {decay}")

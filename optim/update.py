@@ -39,8 +39,7 @@ class Rule:
     """One optimizer's mathematics. All tensors of a call have one shape and one dtype, fp32 or fp64.
 
     define(p, g, moments, group, step) -> (new p, new moments): new tensors, from which all other forms are tested.
-    apply(p, g, moments, group, step): the same in place for the CPU. `step` counts from 1.
-    """
+    apply(p, g, moments, group, step): the same in place for the CPU. `step` counts from 1."""
 
     name: str
     moments: tuple[Moment, ...]
@@ -104,8 +103,7 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, start: int, step: float,
     subnormals to 2^-16 of their spacing). NaN and infinity stay.
 
     The draw is a function of the parameter's `key`, of its `step` and of the place in it: element 0 of x is its
-    element `start`, a multiple of 8. So nothing is stored, and no cut of the parameters into pieces shows.
-    """
+    element `start`, a multiple of 8. So nothing is stored, and no cut of the parameters into pieces shows."""
     seed = torch.full((), ROUNDING_KEY << 32 | key, dtype=torch.int64, device=x.device)
     count = torch.full((), int(step), dtype=torch.int64, device=x.device)
     draws = draw_halves(start // 8, -(-x.numel() // 8), count, seed)[: x.numel()]
@@ -207,8 +205,7 @@ def update_cpu(part: Slice, rule: Rule, group: Group, steps: list[float], scale:
     """A slice's step; `steps` by row count this step, gradients are multiplied by `scale`.
 
     Loops over vectors do a remainder element by element, which may round in another way. Whole blocks leave none, so
-    that results do not depend on how parameters are cut and gathered.
-    """
+    that results do not depend on how parameters are cut and gathered."""
     for batch in _batches(part, steps):
         p, g = (t[: batch.end - batch.start] for t in _workspace(part.state))
         weights, gradients = zip(*map(_weights_and_gradient, batch.segments), strict=True)

@@ -42,8 +42,7 @@ class Vocabulary(NamedTuple):
 
 def sentencepiece_backend(where: str, found: Vocabulary) -> tokenizers.Tokenizer:
     """The tokenizer of a vocabulary, tokens that are found whole still to be added. Raises InputError, which begins
-    with `where`, for tokens that contradict each other, and scores of BPE that leave the order of joins open.
-    """
+    with `where`, for tokens that contradict each other, and scores of BPE that leave the order of joins open."""
     texts, types, vocab = found.texts, found.types, ids_of(where, found.texts)
     unknown = types.index(UNKNOWN) if UNKNOWN in types else None
     if unknown is None and (found.unigram or types.count(BYTE) < 256):
@@ -114,8 +113,7 @@ def read_sentencepiece(file: Path) -> tuple[Vocabulary, dict[str, str]]:
     """The vocabulary in a `tokenizer.model` (protobuf, sentencepiece_model.proto), and its special tokens under their
     names in tokenizer_config.json.
 
-    Raises InputError for a damaged or too large file, and by name for settings that are not computed here.
-    """
+    Raises InputError for a damaged or too large file, and by name for settings that are not computed here."""
     tokens: list[tuple[str, float, int]] = []
     # A tag is 8 x the field's number + 2 for bytes and messages, + 5 for four bytes, + 0 for a number.
     parts = dict[int, dict[int, Any]]({18: {}, 26: {}, 42: {}})

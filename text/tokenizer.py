@@ -34,8 +34,7 @@ class Tokenizer:
         vocab_size: the highest id + 1.
         source: the folder or file it was read from, whose files go with what is saved; "" where it is not known.
 
-    Raises InputError for a special token that is not in the vocabulary and a stop id outside it.
-    """
+    Raises InputError for a special token that is not in the vocabulary and a stop id outside it."""
 
     source: str = ""
 

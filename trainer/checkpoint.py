@@ -54,8 +54,7 @@ def save_checkpoint(folder: Path | str, step: int, tensors: Groups, state: Mappi
     since what lies half-written in `folder` is removed.
 
     Raises `NumericError` for a tensor with NaN or infinity (before anything is written), `DiskError` when the disk
-    refuses, TypeError or ValueError for what cannot be stored.
-    """
+    refuses, TypeError or ValueError for what cannot be stored."""
     if step < 0 or keep < 1:
         raise ValueError(f"step must be 0 or more and keep 1 or more; got step={step}, keep={keep}")
     folder = Path(folder)

@@ -38,8 +38,7 @@ class DistillTrainer(SFTTrainer):
     name (`load_adapter(model, folder, name=..., trainable=False)`); None: the student's base alone. train, val: as
     for SFTTrainer.
     The teacher runs in evaluation mode, without gradients, and is afterwards as it was.
-    Raises InputError for rows, options, a model that cannot be trained on, or a teacher that cannot teach it.
-    """
+    Raises InputError for rows, options, a model that cannot be trained on, or a teacher that cannot teach it."""
 
     config: DistillConfig
 

@@ -30,8 +30,7 @@ class Answer:
     """One generated answer beside the one in the data.
 
     expected: the answer in the data as the template writes it, calls and special tokens included, up to the token that
-    ends it. answer: all that was generated up to such a token. right: whether they match.
-    """
+    ends it. answer: all that was generated up to such a token. right: whether they match."""
 
     prompt: str
     expected: str
@@ -85,8 +84,7 @@ def answer_all(
     finished. template: as `template_for` takes it.
 
     Raises InputError for an answer in the data that `match` cannot compare and a prompt that leaves no room for one,
-    NumericError as `generate`.
-    """
+    NumericError as `generate`."""
     model, samples = as_causal_lm(model), rows.samples if isinstance(rows, Dataset) else samples_of(rows, "sft")
     tokenizer = as_tokenizer(tokenizer)
     template = template_for(tokenizer, template)
@@ -125,8 +123,7 @@ def matches(answer: str, expected: str, said: str, match: Match) -> bool:
 
     exact: the answer is what the template writes. json: it is the same JSON value. regex: the data's answer is a
     regular expression that is found in it. contains: the data's answer stands in it. What the template writes around
-    the data's answer is the template's, and cut off before JSON and expressions are looked at.
-    """
+    the data's answer is the template's, and cut off before JSON and expressions are looked at."""
     answer, expected, text, pattern = _trimmed(answer), _trimmed(expected), _trimmed(said), said.strip()
     if match == "exact":
         return answer == expected

@@ -69,8 +69,7 @@ class Run:
     parameters: what is trained, by name; default: all that need a gradient. max_grad_norm: the norm that gradients are
         scaled down to (0: never), where the optimizer does not say its own. total: steps in all, which AdaLoRA goes by.
     `steps` counts the updates. A step whose loss or gradient is not finite moves nothing. Raises InputError for what
-    cannot be trained, or not saved.
-    """
+    cannot be trained, or not saved."""
 
     def __init__(
         self,
@@ -119,8 +118,7 @@ class Run:
 
         The mean is over all that the batches count together, however these are split. Calls before one step add up: of
         several losses, or of one with `weight`, what all its batches of the step count. Whatever is raised leaves the
-        gradients as they were.
-        """
+        gradients as they were."""
         parameters = [*self.parameters.values()]
         with step.gradients_apart(parameters) as own:
             found = [self._backward(loss or self.loss, batch) for batch in batches]

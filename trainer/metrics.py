@@ -33,8 +33,7 @@ class Metrics:
     Means over the answers' tokens: token_accuracy (the likeliest token was the right one), entropy (nats). Preference
     training adds means over pairs: reward_chosen, _rejected, _margin, _accuracy, logp_chosen, logp_rejected; kl, a
     token's (see `tokens.token_kl`); and dropped, the share of rows that were left out. Evaluations of fine-tuning add
-    val_perplexity.
-    """
+    val_perplexity."""
 
     def __init__(self, folder: Path, log: Sequence[str], resumed_at: int, notes: list[str]) -> None:
         self.path = folder / "metrics.jsonl"

@@ -50,8 +50,7 @@ class DPOTrainer(Trainer):
     as it was at the start. The copy stays on the model, under a name of its own
     ("reference", or "reference-2" and so on where that is taken), so that the trainer can evaluate after training;
     `remove_adapter` takes it off.
-    Raises InputError for rows, options or a model that cannot be trained on.
-    """
+    Raises InputError for rows, options or a model that cannot be trained on."""
 
     config: DPOConfig
 

@@ -22,8 +22,7 @@ class SFTTrainer(Trainer):
 
     model: from `fourbit.load` or transformers, with an adapter attached, or dense with `config.full`.
     loss: (model, batch on its device) -> the value of each trained token, [N], or `Sums`. The rest: see `Trainer`.
-    Raises InputError for rows, options or a model that cannot be trained on.
-    """
+    Raises InputError for rows, options or a model that cannot be trained on."""
 
     config: SFTConfig
 

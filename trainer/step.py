@@ -79,8 +79,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConfi
     """An optimizer that measures the gradients' norm, clips it where max_grad_norm is above 0, and skips what is not
     finite. Its groups begin at their peak rates, and "lr_scale" of each is its factor on the rate of a step.
 
-    Raises InputError for an lr_scale or lora_plus that matches nothing, or leaves nothing to train.
-    """
+    Raises InputError for an lr_scale or lora_plus that matches nothing, or leaves nothing to train."""
     try:
         how: dict[str, Any] = {name: getattr(config, name) for name in ("lr", "weight_decay", "lora_plus", "lr_scale")}
         groups: list[dict[str, Any]] = parameter_groups(parameters.items(), **how)
@@ -110,8 +109,7 @@ def backward_or_retry(
     are added when it is through. These are the additions that autograd would have made, in the same order, so the sums
     are equal bit for bit. It costs no copy; from the second micro-batch of a step on, memory for one more set of
     gradients. The retry draws the same random numbers. Whatever backward or make_room raises, parameters' gradients
-    then are as they were before.
-    """
+    then are as they were before."""
     device, sums = parameters[0].device, None
     rng = rng_states(device)
     with gradients_apart(parameters) as new:

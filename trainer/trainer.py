@@ -61,8 +61,7 @@ class Trainer(ABC):
     optimizer: instead of the config's: one of torch.optim's kind on what is trained, or a function of that list; its
         groups' rates are the schedule's peaks. scheduler: makes torch's for it, instead of the config's schedule.
     adapter: the name of the one that is trained.
-    Raises InputError for rows, options or a model that cannot be trained on.
-    """
+    Raises InputError for rows, options or a model that cannot be trained on."""
 
     kind: Kind = "sft"  # of the rows
     best_metric: ClassVar[str] = "loss"  # of an evaluation: what keep_best and patience go by

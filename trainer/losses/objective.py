@@ -78,8 +78,7 @@ class Objective:
     losses: names of PAIR_LOSSES, or all of UNPAIRED_LOSSES, with weights above 0, used as they are (not normalised).
     settings: of SETTINGS, each within its bounds, which `DPOConfig` holds. Each goes to every loss that takes it; a
     loss has its own default for what is not there. ld_alpha is for `pairs.scores_of`. Raises InputError for what cannot
-    work together, naming the rule and the value.
-    """
+    work together, naming the rule and the value."""
 
     def __init__(self, losses: Mapping[str, float], settings: Mapping[str, Any] | None = None) -> None:
         self.losses, self.settings = losses, dict(settings or {})

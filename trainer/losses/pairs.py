@@ -40,8 +40,7 @@ class Scores:
     policy, with its gradient, and under the reference, without one; zeros where no loss asks for a reference.
     tokens: [A, P] int64, how many each answer was scored on, at least 1. good: [A, P] bool, chosen or judged good.
     undiscounted: [P], policy of the first answers before `ld_alpha` discounted their tails, for SFT terms.
-    Raises ValueError for other shapes or dtypes: nothing is broadcast.
-    """
+    Raises ValueError for other shapes or dtypes: nothing is broadcast."""
 
     policy: Tensor
     reference: Tensor
@@ -102,8 +101,7 @@ def scores_of(
     lengths: [A, P] int64. labels: [P] bool of judged answers; None of pairs, chosen first.
     ld_alpha: LD-DPO (Liu et al. 2024, arXiv 2409.06411) with α in [0, 1]: tokens of an answer past the length of its
     pair's shortest answer, l_p, count α times, Σ_{t <= l_p} log π(y_t) + α Σ_{t > l_p} log π(y_t); a long answer then
-    wins less by being long. α = 1 discounts nothing.
-    """
+    wins less by being long. α = 1 discounts nothing."""
     counted = [logps, torch.zeros_like(logps) if reference is None else reference.detach()]
     if ld_alpha is not None:
         tail = torch.arange(logps.shape[-1], device=logps.device) >= lengths.amin(0).unsqueeze(-1)  # [P, L]

@@ -34,8 +34,7 @@ def token_scores(head: nn.Module | Tensor, hidden: Tensor, targets: Tensor) -> T
     trained in the head. A head without trained parameters runs once, a trained one again in backward; one chunk of
     logits is alive at a time.
     Raises ValueError when the shapes do not fit together, and for targets out of range on a CPU (on CUDA a device-side
-    assertion: `kernels.chunked_head.check_targets` before they are sent).
-    """
+    assertion: `kernels.chunked_head.check_targets` before they are sent)."""
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
         raise ValueError(
             f"token_scores needs hidden [N, D] and targets [N], got {tuple(hidden.shape)} and {tuple(targets.shape)}"
