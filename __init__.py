@@ -13,7 +13,7 @@ from .lora.config import LoRAConfig
 from .lora.convert import dequantize, from_bitsandbytes, to_bitsandbytes
 from .lora.linear4bit import NF4Embedding, NF4Linear
 from .lora.lora import LoRA
-from .lora.merge import merge, merged_state, unmerge
+from .lora.merge import merge, merged_state, merging, unmerge
 from .lora.peft_files import load_adapter, save_adapter
 from .lora.quantize import Form, dense_weights, quantize_
 from .lora.rows import rows
@@ -41,7 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CausalLM", "Tokenizer", "generate", "load", "load_model", "read_weights", "save_model",  # models
     "Form", "quantize_checkpoint", "read_plan",  # 4-bit folders by a plan
-    "delta", "dequantize", "from_bitsandbytes", "merge", "merged_state", "to_bitsandbytes",
+    "delta", "dequantize", "from_bitsandbytes", "merge", "merged_state", "merging", "to_bitsandbytes",
     "unmerge",  # layers in other forms
     "Adapter", "AdapterLayer", "LoRA", "LoRAConfig", "NF4Embedding", "NF4Linear", "adapters_off", "attach", "combine",
     "copy_adapter", "dense_weights", "load_adapter", "quantize_", "remove_adapter", "rows", "save_adapter",

@@ -13,7 +13,7 @@ from ..models.generate import generate
 from ..models.protocol import CausalLM
 from ..settings import setting
 from ..text.tokenizer import Tokenizer
-from .load import load_adapted
+from .load import answering, load_adapted
 from .options import AdaptedModelOptions, SamplingOptions
 from .parse import Sources
 from .show import note
@@ -41,23 +41,24 @@ def run(options: Options, sources: Sources) -> int:
     start = [_said("system", options.system, tokenizer)] if options.system else []
     messages = list(start)
     note("/reset forgets the conversation, /quit ends it")
-    while (line := _ask()) not in (None, "/quit", "/exit", "/q"):
-        if line == "/reset":
-            messages = list(start)
-            note("forgotten")
-        elif line.startswith("/") and line[1:].isalpha():
-            note(f"unknown command {line}; there are /reset and /quit")
-        elif line:
-            try:
-                asked = [*messages, _said("user", line, tokenizer)]
-                text = template.render(asked, add_generation_prompt=True)
-                if lost := unsaid(Talk([message for message in asked if message["role"] != "assistant"]), text, {}):
-                    raise InputError(f"{template.name} leaves out {shown(lost[1])}: name another one with --template")
-                answer = _answer(model, tokenizer, tokenizer.encode(text), options)
-            except InputError as error:  # of such a line, a template that refuses it, a conversation that is too long
-                note(str(error))
-            else:
-                messages = [*asked, {"role": "assistant", "content": answer}]
+    with answering(model):
+        while (line := _ask()) not in (None, "/quit", "/exit", "/q"):
+            if line == "/reset":
+                messages = list(start)
+                note("forgotten")
+            elif line.startswith("/") and line[1:].isalpha():
+                note(f"unknown command {line}; there are /reset and /quit")
+            elif line:
+                try:
+                    asked = [*messages, _said("user", line, tokenizer)]
+                    text = template.render(asked, add_generation_prompt=True)
+                    if it := unsaid(Talk([m for m in asked if m["role"] != "assistant"]), text, {}):
+                        raise InputError(f"{template.name} leaves out {shown(it[1])}: name another one with --template")
+                    answer = _answer(model, tokenizer, tokenizer.encode(text), options)
+                except InputError as error:  # of such a line, a template, a conversation that is too long
+                    note(str(error))
+                else:
+                    messages = [*asked, {"role": "assistant", "content": answer}]
     return 0
 
 

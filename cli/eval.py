@@ -14,7 +14,7 @@ from ..lora.active import adapters_off
 from ..outputs import Output
 from ..settings import setting
 from ..trainer.evaluate import Answer, Match, answer_all, check_comparable, evaluate_loss, perplexity, share_right
-from .load import load_adapted, remark_positions
+from .load import answering, load_adapted, remark_positions
 from .options import AdaptedModelOptions, FileOptions, RowOptions, output_of
 from .parse import Sources
 from .show import describe, figure, note, pairs, result, working
@@ -87,7 +87,7 @@ def _run(options: Options, measured: Sequence[str], outputs: Mapping[str, Output
         if asked and options.match != "none":
             sizes = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
             answers = _kept(outputs[name], asked, options.match) if name in outputs else []
-            with working(f"{name}: answers"):
+            with answering(model), working(f"{name}: answers"):
                 left = asked[len(answers) :]
                 for answer in answer_all(model, tokenizer, template, left, match=options.match, **sizes):
                     answers.append(answer)

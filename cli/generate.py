@@ -12,7 +12,7 @@ from ..data.said import words_of
 from ..models.generate import generate_each, prompt_seeds
 from ..settings import REQUIRED, setting
 from ..trainer.evaluate import check_room
-from .load import load_adapted, remark_positions
+from .load import answering, load_adapted, remark_positions
 from .options import AdaptedModelOptions, FileOptions, SamplingOptions, output_of
 from .parse import Sources
 from .show import note, pairs, result
@@ -53,11 +53,12 @@ def run(options: Options, sources: Sources) -> int:
         how: dict[str, Any] = {"stop_ids": tokenizer.stop_ids, "max_length": model.max_positions, **options.sampling()}
         done, seeds = len(out.rows), prompt_seeds(prompts, options.seed)
         new = generate_each(model, prompts[done:], seed=seeds[done:], batch_size=options.batch_size, **how)
-        for number, (sample, ids) in enumerate(zip(samples[done:], new, strict=True), done + 1):
-            row = {**sample.row, "answer": tokenizer.decode(ids, skip_special=False)}
-            out.write(json.dumps(row, ensure_ascii=False))
-            if number == len(samples) or (number - done) % (8 * options.batch_size) == 0:
-                note(f"{number:,} of {len(samples):,} rows")
+        with answering(model):
+            for number, (sample, ids) in enumerate(zip(samples[done:], new, strict=True), done + 1):
+                row = {**sample.row, "answer": tokenizer.decode(ids, skip_special=False)}
+                out.write(json.dumps(row, ensure_ascii=False))
+                if number == len(samples) or (number - done) % (8 * options.batch_size) == 0:
+                    note(f"{number:,} of {len(samples):,} rows")
     if out.stdout:
         note(f"answers: {len(samples):,} rows")
     else:

@@ -6,8 +6,9 @@ to, which is what the adapter was trained on.
 
 import copy
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
@@ -19,12 +20,22 @@ from ..kernels.dequantize4bit import dequantize as decoded
 from ..kernels.quantize4bit import quantize
 from ..settings import DType, floating
 from .active import remove_adapter, using
-from .adapter import Adapter, AdapterLayer, Whole, adapter_layers, plain_modules, replace_modules, unwrapped, wide
-from .convert import dense_twin
+from .adapter import (
+    Adapter,
+    AdapterLayer,
+    Whole,
+    adapter_layers,
+    is_hooked,
+    plain_modules,
+    replace_modules,
+    unwrapped,
+    wide,
+)
+from .convert import dense_twin, dequantize
 from .init import leading
 from .lazy_weight import LazyWeight
 from .linear4bit import Module4bit, NF4Linear, NF4LowRank, was_conv1d, weight_id
-from .lora import LoRA
+from .lora import LoRA, is_linear
 from .parameter4bit import StandIn
 from .peft_files import load_adapter
 
@@ -123,6 +134,39 @@ def unmerge(model: nn.Module) -> nn.Module:
         replace_modules(model, old)
         model = old.get(model, model)
     return model
+
+
+@contextmanager
+def merging(model: nn.Module, within: float, adapters: bool = True) -> Iterator[int]:
+    """A block, for generation, in which each linear layer that is in 4 bits, or that active adapters change, computes
+    with one dense weight, as `merge` makes it. Yields the bytes of those weights; after it, or an exception in it, they
+    are gone and the layers those that were there. Where they would take more than `within`, nothing changes.
+
+    adapters=False: bases alone are decoded, adapters compute beside them and may be switched in the block (`using`,
+    `rows`); else they are out of its reach. Layers with hooks and kinds that do not say their change stay as they are,
+    and so does a model where anything is wrapped (torch.compile, DDP, FSDP). Rounding in 16 bits is `merge`'s.
+    """
+    makes = dict[nn.Module, Callable[[], nn.Module]]()
+    wrapped = any(unwrapped(module) is not module or module._compiled_call_impl for module in model.modules())
+    for module in () if wrapped else plain_modules(model).values():
+        layer = module if isinstance(module, AdapterLayer) else None
+        base = cast(nn.Linear, module if layer is None else layer.base)
+        parts = layer.changing() if layer is not None and adapters else []
+        told = parts and all(type(part).delta is not Adapter.delta for part, _ in parts)
+        if not is_linear(base) or any(map(is_hooked, module.modules())):
+            continue
+        if layer is not None and told and ("weight" in base._parameters or isinstance(base, NF4Linear)):
+            makes[layer] = partial(_merged, layer, {}, True)
+        elif isinstance(base, NF4Linear):
+            makes[base] = partial(dequantize, base)
+    total = sum(cast(Tensor, own.weight).numel() * cast(Tensor, own.weight).dtype.itemsize for own in makes)
+    new = {own: make() for own, make in makes.items()} if total <= within else {}
+    try:
+        replace_modules(model, new)
+        yield total if new else 0
+    finally:
+        replace_modules(model, {twin: own for own, twin in new.items()})
+        new.clear()  # an exception's traceback holds this frame
 
 
 class Fidelity(NamedTuple):

@@ -1,5 +1,6 @@
 """`fourbit merge`: three forms, each told of truly and opened again by every command and by transformers."""
 
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -110,3 +111,19 @@ def test_several_adapters_and_no_rows(here: Path, run: Path, typed: Typed) -> No
     wanted = fourbit.merged_state(model)
     for name, tensor in fourbit.load(here / "merged")[0].state_dict().items():
         torch.testing.assert_close(tensor, wanted[name].cpu(), rtol=1e-5, atol=1e-6)
+
+
+def test_answers_come_from_merged_weights_that_are_told_of(
+    here: Path, run: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same ones as without, where memory is short; generate, eval and chat; in bfloat16 nothing is held."""
+    how = f"--model m --adapter {run} --max-new-tokens 20"
+    line = f"generate {how} --data val.jsonl --dtype"
+    said = [typed(f"{line} float32 --out a.jsonl"), typed(f"eval {how} --data val.jsonl --dtype float32")]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    said.append(typed(f"chat {how} --dtype float32"))
+    assert all(re.search(r"note: \d+\.\d MiB of decoded, merged weights are held", text) for text in said)
+    assert "weights are held" not in typed(f"{line} bfloat16 --out c.jsonl")
+    monkeypatch.setattr("fourbit.cli.load.memory_free", lambda device: 1000)
+    assert "weights are held" not in typed(f"{line} float32 --out b.jsonl")
+    assert (here / "a.jsonl").read_text() == (here / "b.jsonl").read_text()

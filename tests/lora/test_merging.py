@@ -1,0 +1,116 @@
+"""A block in which layers compute with dense merged weights, and the weights of which are given back after it."""
+
+import copy
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fourbit
+from tests.lora.test_merge import X, adapted, randomised, toy
+from tests.models.test_smollm2 import PROMPTS
+
+
+class Stopped(Exception):
+    """What ends a block early."""
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "vera", "ia3"])
+def test_a_block_computes_with_dense_weights_and_gives_them_back(kind: str) -> None:
+    """4-bit and dense bases, adapted and not; after an exception too, though somebody holds its traceback."""
+    model = toy()
+    model.append(nn.Linear(64, 64))
+    for i in (2, 3):
+        model[i] = fourbit.quantize_(model[i])
+    sizes = {} if kind == "ia3" else {"rank": 4}
+    fourbit.attach(model, fourbit.LoRAConfig(kind=kind, target=["0", "2"], **sizes))
+    randomised(model).eval()
+    before, layers = model(X), list(model)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    need = 4 * (96 * 128 + 128 * 64 + 64 * 64)
+    with fourbit.merging(model, need - 1) as held:
+        assert held == 0 and list(model) == layers
+    gone = []
+    with pytest.raises(Stopped) as caught, fourbit.merging(model, need) as held:
+        assert held == need and all(type(model[i]) is nn.Linear for i in (0, 2, 3))
+        gone += [weakref.ref(model[i].weight) for i in (0, 2, 3)]
+        torch.testing.assert_close(model(X), before, rtol=1e-5, atol=1e-5)
+        raise Stopped
+    assert caught.value is not None and all(weight() is None for weight in gone)
+    assert list(model) == layers and torch.equal(model(X), before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_block_that_decodes_bases_alone_lets_adapters_be_switched() -> None:
+    model = fourbit.quantize_(nn.Sequential(toy()))
+    fourbit.attach(model, fourbit.LoRAConfig(rank=4), "a")
+    fourbit.attach(model, fourbit.LoRAConfig(rank=2), "b", seed=2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    rows, names = X[:, None], ["a", None, "b", "a", "b"]
+    with fourbit.rows(model, names):
+        wanted = model(rows)
+    with fourbit.merging(model, 1e9, adapters=False) as held:
+        assert held == 4 * (96 * 128 + 128 * 64)
+        with fourbit.rows(model, names):
+            torch.testing.assert_close(model(rows), wanted, rtol=1e-5, atol=1e-5)
+        with fourbit.adapters_off(model):
+            assert not torch.allclose(model(rows), wanted)
+
+
+def test_a_block_leaves_what_is_hooked_compiled_or_cannot_say_its_change() -> None:
+    """A hook is called as before; of an own kind without `delta` the base is decoded."""
+
+    class Twice(fourbit.Adapter):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return 2 * y
+
+    model, seen = adapted(toy()), []
+    model[0].register_forward_hook(lambda *args: seen.append(1))
+    before = model(X)
+    with fourbit.merging(model, 1e9) as held:
+        assert held == 4 * 128 * 64
+        torch.testing.assert_close(model(X), before, rtol=1e-5, atol=1e-5)
+    assert len(seen) == 2
+    other = adapted(toy())
+    other[2] = torch.compile(other[2], backend="eager")
+    wrapper = other[2]
+    with fourbit.merging(other, 1e9) as held:
+        assert held == 0 and other[2] is wrapper
+    odd = fourbit.quantize_(nn.Sequential(nn.Linear(64, 64)))
+    fourbit.attach(odd, fourbit.LoRAConfig(rank=2), layer=lambda base, config: Twice())
+    before = odd(X[:, :64])
+    with fourbit.merging(odd, 1e9) as held:
+        assert held == 4 * 64 * 64 and type(odd[0].base) is nn.Linear
+        torch.testing.assert_close(odd(X[:, :64]), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_smollm2_answers_the_same_merged_and_in_a_block(smollm2: Path) -> None:
+    """A small change of every layer over NF4, in fp32: 64 greedy tokens of five prompts, and logits; merged in bf16,
+    logits within its rounding."""
+    model, tokenizer = fourbit.load(smollm2, quant_type="nf4", dtype=torch.float32)
+    fourbit.attach(model, fourbit.LoRAConfig(rank=8), seed=0)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=2e-3)
+    ids, how = [tokenizer.encode(prompt) for prompt in PROMPTS], {"max_new_tokens": 64, "batch_size": 5}
+    text = torch.tensor([ids[0]])
+    with torch.no_grad():
+        wanted, logits = fourbit.generate(model, ids, **how), model(text)
+        with fourbit.adapters_off(model):
+            assert (model(text) - logits).abs().max() > 0.01 * logits.abs().max()
+        with fourbit.merging(model, 1e12) as held:
+            assert held > 4e8 and fourbit.generate(model, ids, **how) == wanted
+        half = copy.deepcopy(model).to(torch.bfloat16)
+        apart = half(text)
+        rounded = fourbit.merge(half)(text)
+        fourbit.merge(model)
+        assert (model(text) - logits).abs().max() < 1e-4 * logits.abs().max()
+        assert fourbit.generate(model, ids, **how) == wanted
+    off, allowed = ((made.float() - logits).norm() / logits.norm() for made in (rounded, apart))
+    assert off < max(1.5 * allowed, 0.02), "no farther than bfloat16 is by itself"
