@@ -1102,7 +1102,7 @@ NOT_FOLLOWED = {  # why -> what
         ("models/gguf.py", "Convert the model again"),
         ("models/gguf.py", "Take another quantisation of the model"),
         ("models/gguf.py", "It is cut short or damaged: get it again"),
-        ("models/gguf.py", "overlap. The file is damaged: get it again"),
+        ("models/gguf.py", "overlap. It is damaged: get it again"),
         ("models/gguf_model.py", "llama-gguf-split --merge"),
         ("models/gguf_model.py", "was put together by hand: get it again"),
         ("models/gguf_tokenizer.py", "load another model from its folder"),
