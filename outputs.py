@@ -158,6 +158,20 @@ def check_apart(path: StrPath, what: str, inputs: Iterable[StrPath], *, folder: 
 
 
 @contextlib.contextmanager
+def new_place(path: StrPath, what: str, inputs: Iterable[StrPath], *, folder: bool) -> Iterator[None]:
+    """A file or folder that is not there before, but an empty folder, or InputError; a folder nor after an error."""
+    check_apart(path, what, inputs, folder=folder)
+    if os.path.lexists(path) and not (folder and os.path.isdir(path) and not os.listdir(path)):
+        raise InputError(f"{what} is there already: give another place")
+    try:
+        yield
+    except BaseException:
+        if folder:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
 def lock_folder(folder: StrPath, inputs: Iterable[StrPath] = (), resume: str | None = None) -> Iterator[list[str]]:
     """Hold the output folder of a run, made if need be; a second run in it is refused with `EnvironmentProblem`.
 

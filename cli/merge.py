@@ -1,6 +1,6 @@
 """`fourbit merge`: adapters into the weights of a model, as a folder, and what that did to them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -72,12 +72,8 @@ def run(options: Options, sources: Sources) -> int:
             written = _adapted(options, tokenizer, "none")
         dtype, device = model.dtype, model.device
         found = requantize_(model, options.residual_bits) if nf4 else fidelity(model, merged_state(written))
-        total = Fidelity(*map(sum, zip(*found.values(), strict=True)))
-        if total.kept < LEAST and not options.force:
-            raise InputError(
-                f"{options.into} would keep {total.kept:.1%} of the change, below {LEAST:.0%}: take --into decoded, "
-                "which keeps all, more --residual-bits, or --force"
-            )
+        way = "take --into decoded, which keeps all, more --residual-bits, or --force"
+        total = total_of(found, options.into, "" if options.force else way)
         layers = {path: str(each) for path, each in found.items()} | {"all": str(total)}
         values: dict[str, Any] = {"out": options.out, "kept": total.kept, "layers": layers}
         if nf4:
@@ -95,6 +91,14 @@ def run(options: Options, sources: Sources) -> int:
         rows = [(name, f"{values[name]:.4g} {what}") for name, what in said.items() if name in values]
         result(values, pairs([*layers.items(), *rows]), as_json=options.json)
         return 0
+
+
+def total_of(found: Mapping[str, Fidelity], into: str, otherwise: str) -> Fidelity:
+    """Of all layers. InputError where too little is kept, with what to do `otherwise`; none of that, no error."""
+    total = Fidelity(*map(sum, zip(*found.values(), strict=True)))
+    if total.kept < LEAST and otherwise:
+        raise InputError(f"{into} would keep {total.kept:.1%} of the change, below {LEAST:.0%}: {otherwise}")
+    return total
 
 
 def _adapted(options: Options, tokenizer: Tokenizer, quant: Quant) -> CausalLM:

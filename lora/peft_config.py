@@ -174,7 +174,7 @@ def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str
         **({"use_dora": True} if config.kind == "dora" else {}),  # and at this one
         "bias": config.bias,
         "fan_in_fan_out": False,
-        "modules_to_save": list(config.modules_to_save) or None,
+        "modules_to_save": [*filter(matcher(config.modules_to_save), base_modules(model))] or None,  # not ends, as IA3
     }
     if kind == "IA3":  # PEFT compares names of feedforward layers by their ends without a dot, and expressions whole
         inputs = [path for path, own in fields.items() if own["feedforward_modules"]]

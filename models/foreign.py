@@ -13,12 +13,14 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import EnvironmentProblem, InputError, shown
+from ..files import read_json
 from ..kernels.attention import Spans, span_lengths, span_positions
 from ..lora.active import adapters_off, checkpointed
 from ..lora.merge import merged_state
@@ -77,10 +79,17 @@ def empty(data: Mapping[str, Any], where: str, source: str) -> Any:
 
 
 def reopened(model: CausalLM, folder: str, adapter: bool) -> Any:
-    """What transformers makes of a folder that was written of `model`: a whole model, or, with peft, the adapter on its
-    base as that is decoded. ImportError without these packages."""
+    """What transformers makes of a folder that was written of `model`, a whole model, with an adapter beside 4 bits or
+    without; or the adapter on its base as that is decoded. ImportError without these packages, and for DoRA and VeRA,
+    whose tensors transformers drops or refuses, where peft by itself reads them."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.import_utils import is_peft_available
 
+    file = Path(folder, "adapter_config.json")
+    said = read_json(file, 8 << 20) if file.is_file() else {"peft_type": "LORA"}
+    plain = said["peft_type"] in ("LORA", "IA3") and not said.get("use_dora")
+    if not plain or (file.is_file() and not is_peft_available()):  # then transformers passes over the adapter
+        raise ImportError("peft, which alone reads DoRA and VeRA")
     if not adapter:
         return cast(Any, AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)).to(model.device).eval()
     whole = empty(model.settings(), folder, "")

@@ -906,6 +906,17 @@ def test_a_run_is_gone_on_from_as_advised(here: Path, tokenizer: Any, monkeypatc
 # Nothing is left out.
 
 ELSEWHERE = {  # tests of other files that follow an advice
+    "tests/cli/test_export_command.py::test_4_bits_that_cannot_hold_it": [
+        ("cli/export.py", "--quant nf4 packs it"),
+        ("cli/export.py", "fourbit merge --into nf4 with more --residual-bits"),
+    ],
+    "tests/cli/test_export_command.py::test_what_is_there_stays_and_nothing_half_does": [
+        ("cli/export.py", "--out NAME.gguf"),
+        ("outputs.py", "{} is there already: give another place"),
+    ],
+    "tests/cli/test_export_command.py::test_what_peft_opens_and_vllm_may_not": [
+        ("cli/export.py", "for vLLM export the model merged, --to hf"),
+    ],
     "tests/cli/test_export_command.py::test_the_adapter_alone": [
         ("cli/export.py", "say which with --adapter"),
         ("cli/export.py", "llama-server -m BASE.gguf --lora {}"),
