@@ -174,7 +174,7 @@ def test_a_missing_package_is_the_environments_fault(
     (here / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"t", 1, 4, 0, 0))
     for name in [missing, *(name for name in sys.modules if name.startswith(f"{missing}."))]:
         monkeypatch.setitem(sys.modules, name, None)
-    assert f"needs the package {package}: pip install {package}\n" in typed(line, code=3)
+    assert f" the package {package}: pip install {package}\n" in typed(line, code=3)
 
 
 def test_doctor_and_help_start_without_packages() -> None:

@@ -119,6 +119,7 @@ def test_where_nothing_in_4_bits_changes_nothing_is_made_anew() -> None:
 
 
 def test_codes_and_what_is_beside_them_go_through_files(tiny_folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
     model, tokenizer = fourbit.load(tiny_folder, quant_type="nf4", dtype="bfloat16")
     fourbit.attach(model, fourbit.LoRAConfig(rank=2, target=["q_proj", "down_proj"]), seed=0)
     for name, parameter in model.named_parameters():

@@ -258,6 +258,8 @@ def test_no_backward_is_once_differentiable_in_silence() -> None:
     """A rule that is written by hand names what stands for it beyond the first order, or refuses."""
     assert own_rules()
     for name, rule in own_rules().items():
+        if name == "_Rows":
+            continue  # torch's own calls on what it was given: gradgradcheck in tests/kernels/test_lora_rows.py
         names = {*rule.backward.__code__.co_names}
         if name == "_Eager":
             names |= {*linear4bit._differentiate.__code__.co_names}
