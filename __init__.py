@@ -6,11 +6,12 @@ This page and the namespaces that it names are the public API: what their `__all
 from . import data, kernels, losses, nf4, optim
 from .errors import DiskError, EnvironmentProblem, FourbitError, InputError, NumericError
 from .lora.active import adapters_off, copy_adapter, remove_adapter, train_only, use, using
-from .lora.adapter import Adapter, AdapterLayer, delta
+from .lora.adapter import Adapter
 from .lora.attach import attach
 from .lora.combine import combine
 from .lora.config import LoRAConfig
 from .lora.convert import dequantize, from_bitsandbytes, to_bitsandbytes
+from .lora.layer import AdapterLayer, delta
 from .lora.linear4bit import NF4Embedding, NF4Linear
 from .lora.lora import LoRA
 from .lora.merge import merge, merged_state, merging, unmerge

@@ -113,7 +113,7 @@ def fill_outside(model: Any, parts: Parts, dtype: torch.dtype) -> None:
 
 def randomise(model: nn.Module, scale: float = 0.05) -> None:
     """B, which starts at zero, gets random values, so that every gradient says something."""
-    for i, (_, module) in enumerate(fourbit.lora.adapter.adapters_of(model).items()):
+    for i, (_, module) in enumerate(fourbit.lora.layer.adapters_of(model).items()):
         generator = torch.Generator(module.lora_B.device).manual_seed(100 + i)
         values = torch.randn(module.lora_B.shape, device=module.lora_B.device, generator=generator)
         module.lora_B.data.copy_(scale * values)
@@ -154,7 +154,7 @@ def transformers(parts: Parts, adapters: Model, *, quantised: bool = True, dropo
     fill_outside(model, parts, setting.dtype)
     names = [name.rpartition(".")[2] for name in LINEARS]
     peft_lora.attach(model, parts.rank, ALPHA, dropout, names)
-    for name, ours_ in fourbit.lora.adapter.adapters_of(adapters).items():
+    for name, ours_ in fourbit.lora.layer.adapters_of(adapters).items():
         A, B = ours_.lora_A.detach().to(setting.dtype), ours_.lora_B.detach().to(setting.dtype)
         peft_lora.set_adapter(model.get_submodule(name), A, B)
     return model.train()

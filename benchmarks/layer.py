@@ -56,7 +56,7 @@ def layer(parts: Parts, tokens: int) -> Work:
     grad = setting.normal(*x.shape, seed=2)
 
     def run_ours(model: Decoder, x: Tensor, grad: Tensor) -> list[Tensor]:
-        adapters = fourbit.lora.adapter.adapter_parameters(model).values()
+        adapters = fourbit.lora.layer.adapter_parameters(model).values()
         model.model.embed_tokens = Given(x)
         y = model.hidden(torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device))
         return [y, *torch.autograd.grad(y, [x, *adapters], grad)]

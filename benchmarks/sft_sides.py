@@ -26,7 +26,7 @@ def ours(folder: Path, model_path: str) -> Step:
 def our_step(model: Any) -> Step:
     """The step of our model, whatever adapter it trains."""
     from fourbit.data.batch import micro_batches
-    from fourbit.lora.adapter import adapter_parameters
+    from fourbit.lora.layer import adapter_parameters
     from fourbit.trainer.config import TrainingConfig
     from fourbit.trainer.loop import Run
     from fourbit.trainer.step import make_optimizer

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import InputError, NumericError
 from ..files import read_json, write_text
-from ..lora.adapter import adapters_of
+from ..lora.layer import adapters_of
 from ..lora.linear4bit import Module4bit
 from ..lora.merge import merged_state, requantize_
 from ..lora.peft_files import CONFIG, LARGEST_CONFIG, save_adapter

@@ -17,7 +17,7 @@ from ..data.order import split_validation
 from ..data.template import ChatTemplate
 from ..errors import InputError
 from ..lora.active import use
-from ..lora.adapter import plain_modules
+from ..lora.layer import plain_modules
 from ..lora.linear4bit import NF4LowRank
 from ..lora.merge import Fidelity, fidelity, merged_state, requantize_
 from ..models.load import load_decoder

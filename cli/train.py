@@ -15,10 +15,10 @@ from ..data.order import count_overlap, split_validation
 from ..data.sample import Kind
 from ..data.template import ChatTemplate
 from ..errors import InputError, shown
-from ..lora.adapter import DEFAULT as ADAPTER
 from ..lora.attach import attach
 from ..lora.config import USED, LoRAConfig
 from ..lora.config import Kind as AdapterKind
+from ..lora.layer import DEFAULT as ADAPTER
 from ..models.load import read_weights
 from ..models.protocol import CausalLM
 from ..outputs import lock_folder

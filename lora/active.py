@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from ..settings import checked
-from .adapter import AdapterLayer, adapter_layers, carried, refuse_second, replace_modules
+from .layer import AdapterLayer, adapter_layers, carried, refuse_second, replace_modules
 
 
 def use(model: nn.Module, *names: str, weights: Sequence[float] | None = None) -> None:

@@ -12,10 +12,11 @@ from torch import nn
 from ..errors import InputError
 from ..settings import DType, floating
 from .active import train_only, use
-from .adapter import DEFAULT, Adapter, AdapterLayer, Copies, Whole, adapter_layers, refuse_second, replace_modules
+from .adapter import Adapter, Copies, Whole
 from .config import LoRAConfig
 from .init import Tell, Weights, eva, started
 from .kinds import LayerFactory, of_kind
+from .layer import DEFAULT, AdapterLayer, adapter_layers, refuse_second, replace_modules
 from .linear4bit import Module4bit, NF4Embedding
 from .lora import LoRA
 from .parameter4bit import StandIn

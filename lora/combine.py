@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .adapter import Adapter, adapter_layers, carried
+from .adapter import Adapter
 from .attach import install
 from .init import leading
 from .inspect import factored
+from .layer import adapter_layers, carried
 from .lora import LoRA, LoRAEmbedding
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..settings import DType
-from .adapter import replace_modules
+from .layer import replace_modules
 from .linear4bit import Module4bit, NF4Linear, NF4LowRank
 from .packed import packed_layer, packed_tensors
 from .parameter4bit import DenseParameter, NF4Parameter, StandIn

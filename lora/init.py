@@ -20,8 +20,9 @@ from ..errors import InputError
 from ..kernels.dequantize4bit import dequantize
 from ..kernels.quantize4bit import quantize
 from ..kernels.weight4bit import Weight4bit
-from .adapter import Adapter, adapter_layers, replace_modules, wide
+from .adapter import Adapter, wide
 from .config import LoRAConfig
+from .layer import adapter_layers, replace_modules
 from .linear4bit import NF4Linear, NF4LowRank
 from .lora import LoRA, scale_of
 from .targets import base_modules

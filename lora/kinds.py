@@ -6,10 +6,11 @@ from torch import nn
 
 from ..errors import InputError
 from .adalora import AdaLoRA
-from .adapter import Adapter, Course, adapter_layers, adapters_of
+from .adapter import Adapter, Course
 from .config import LoRAConfig
 from .dora import DoRA
 from .ia3 import IA3
+from .layer import adapter_layers, adapters_of
 from .linear4bit import NF4Linear
 from .lora import LoRA, LoRAFA, is_linear
 from .vera import VeRA

@@ -20,19 +20,10 @@ from ..kernels.dequantize4bit import dequantize as decoded
 from ..kernels.quantize4bit import quantize
 from ..settings import DType, floating
 from .active import remove_adapter, using
-from .adapter import (
-    Adapter,
-    AdapterLayer,
-    Whole,
-    adapter_layers,
-    is_hooked,
-    plain_modules,
-    replace_modules,
-    unwrapped,
-    wide,
-)
+from .adapter import Adapter, Whole, is_hooked, wide
 from .convert import dense_twin, dequantize
 from .init import leading
+from .layer import AdapterLayer, adapter_layers, plain_modules, replace_modules, unwrapped
 from .lazy_weight import LazyWeight
 from .linear4bit import Module4bit, NF4Linear, NF4LowRank, was_conv1d, weight_id
 from .lora import LoRA, is_linear

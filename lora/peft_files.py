@@ -19,13 +19,14 @@ from ..errors import InputError
 from ..files import COUNTS, disk_errors, float_tensors, misfits, read_json, regular_file, write_tensors, write_text
 from ..outputs import check_apart
 from ..settings import DType, floating
-from .adapter import DEFAULT, Adapter, Whole, adapters_of, carried, plain_name, refuse_left_out, unwrapped
+from .adapter import Adapter, Whole
 from .attach import fresh, install
 from .config import LoRAConfig
 from .dora import MAGNITUDE
 from .identity import BaseIdentity, base_identity
 from .init import Weights, started
 from .kinds import LayerFactory, of_kind
+from .layer import DEFAULT, adapters_of, carried, plain_name, refuse_left_out, unwrapped
 from .linear4bit import Module4bit, NF4Linear, NF4LowRank
 from .lora import OWN, LoRA, LoRAEmbedding, LoRAParameter, lora_kind
 from .parameter4bit import StandIn

@@ -5,7 +5,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .adapter import AdapterLayer, LowRank, is_hooked, joint_forward
+from .adapter import LowRank, is_hooked
+from .layer import AdapterLayer, joint_forward
 from .linear4bit import NF4Linear
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from ..errors import InputError
 from ..kernels.blockwise import NESTED_BLOCKSIZE
 from ..kernels.weight4bit import check_format
-from .adapter import replace_modules
 from .config import checked_names
+from .layer import replace_modules
 from .linear4bit import Module4bit, NF4Embedding, NF4Linear, is_conv1d, is_embedding, sizes, weight_id
 from .lora import is_linear
 from .parameter4bit import DenseParameter, NF4Parameter, StandIn

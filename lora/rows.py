@@ -16,7 +16,8 @@ from ..errors import InputError, shown
 from ..kernels.derivatives import transformed
 from ..kernels.lora_rows import Place, lora_rows
 from .active import switched
-from .adapter import Adapter, AdapterLayer, ByRows, adapter_layers, carried, is_hooked, plain_modules
+from .adapter import Adapter, is_hooked
+from .layer import AdapterLayer, ByRows, adapter_layers, carried, plain_modules
 from .lazy_weight import autocast_input
 from .lora import conv_kind
 

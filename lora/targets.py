@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import InputError
-from .adapter import AdapterLayer, plain_modules
 from .config import LoRAConfig, pattern_key
+from .layer import AdapterLayer, plain_modules
 from .linear4bit import NF4Linear
 from .lora import LoRAParameter, is_linear, lora_kind
 from .parameter4bit import DenseParameter, StandIn, stand_in

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NumericError
-from ..lora.adapter import adapter_layers
+from ..lora.layer import adapter_layers
 from .foreign import as_causal_lm
 from .protocol import CausalLM
 

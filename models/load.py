@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import EnvironmentProblem, InputError, shown
 from ..files import COUNTS, misfits, read_json
-from ..lora.adapter import adapter_layers, plain_modules, plain_name, replace_modules, unwrapped
+from ..lora.layer import adapter_layers, plain_modules, plain_name, replace_modules, unwrapped
 from ..lora.linear4bit import Module4bit, NF4Embedding, NF4Linear, is_embedding, was_conv1d, weight_id
 from ..lora.lora import is_linear
 from ..lora.merge import load_low_rank

@@ -428,7 +428,7 @@ def adapted(place: Path, **how: Any) -> Any:
     ("lora/quantize.py", "has a forward of its own: make it nn.Linear"),
     ("lora/attach.py", "which cannot be replaced in place: wrap it"),
     ("lora/attach.py", "are read, not called: register their parameters in the module around"),
-    ("lora/adapter.py", "no input can be dropped: set dropout=0"),
+    ("lora/layer.py", "no input can be dropped: set dropout=0"),
     ("models/load.py", "and merge it or take it off (fourbit.remove_adapter) before this"),
     ("models/load.py", "is in 4 bits already, as {}: give quant_type=None"),
     ("lora/attach.py", "is complex, and adapters and their files are real: exclude it"),
@@ -436,7 +436,7 @@ def adapted(place: Path, **how: Any) -> Any:
     ("lora/targets.py", "make it an nn.Linear"),
     ("lora/targets.py", "For all inside it, pass the string"),
     ("lora/targets.py", "pass a list: [{}]"),
-    ("lora/adapter.py", "give the new one another name, take the old one off (remove_adapter), or continue"),
+    ("lora/layer.py", "give the new one another name, take the old one off (remove_adapter), or continue"),
 )
 def test_layers_are_changed_as_advised(kept: Path, tmp_path: Path) -> None:
     weight = torch.full((64, 64), math.nan)
@@ -935,7 +935,7 @@ ELSEWHERE = {  # tests of other files that follow an advice
     ],
     "tests/lora/test_rows.py::test_an_input_that_is_not_the_batch_is_refused": [
         ("lora/rows.py", "tokens, ...], or attach adapters without it (exclude=)"),
-        ("lora/adapter.py", "call the layer itself, or leave its adapters out"),
+        ("lora/layer.py", "call the layer itself, or leave its adapters out"),
     ],
     "tests/lora/test_rows.py::test_parts_that_see_no_text_are_refused": [
         ("lora/rows.py", "attach adapters without it"),
@@ -952,7 +952,7 @@ ELSEWHERE = {  # tests of other files that follow an advice
         ("lora/tokens.py", "train_tokens gives other ids: give both the same"),
     ],
     "tests/research/test_saved.py::test_a_save_that_leaves_something_out_is_refused": [
-        ("lora/adapter.py", "Attach with their modules in modules_to_save, freeze them"),
+        ("lora/layer.py", "Attach with their modules in modules_to_save, freeze them"),
         ("lora/attach.py", "leave them dense (skip in quantize_)"),
     ],
     "tests/research/test_saved.py::test_tied_weights_are_untied_by_advice_or_refused": [

@@ -14,7 +14,7 @@ from ..data.batch import Batch
 from ..data.protocol import AnyTokenizer
 from ..errors import InputError
 from ..lora.active import using
-from ..lora.adapter import AdapterLayer, carried
+from ..lora.layer import AdapterLayer, carried
 from ..models.foreign import as_causal_lm
 from ..models.protocol import CausalLM, evaluating
 from ..text.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ from ..data.encode import Dataset
 from ..data.protocol import AnyTokenizer
 from ..errors import InputError
 from ..lora.active import copy_adapter, using
-from ..lora.adapter import adapters_of
+from ..lora.layer import adapters_of
 from ..lora.peft_files import adapter_state, load_adapter_state
 from ..models.protocol import CausalLM, evaluating
 from .callbacks import Options

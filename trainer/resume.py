@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, shown
-from ..lora.adapter import DEFAULT, adapter_layers, adapters_of, plain_name
 from ..lora.identity import hashed
+from ..lora.layer import DEFAULT, adapter_layers, adapters_of, plain_name
 from ..lora.peft_files import adapter_state
 from ..models.protocol import CausalLM
 from .config import COURSE, PAGED, TrainingConfig

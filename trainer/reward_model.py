@@ -20,7 +20,7 @@ from ..data.template import FILE as TEMPLATE
 from ..data.template import MAX_SOURCE_BYTES, TemplateChoice, template_for
 from ..errors import InputError
 from ..files import check_finite, float_tensors, read_text, regular_file, write_tensors, write_text
-from ..lora.adapter import DEFAULT
+from ..lora.layer import DEFAULT
 from ..lora.peft_files import load_adapter, save_adapter
 from ..models.finite import explain_nonfinite
 from ..models.foreign import as_causal_lm

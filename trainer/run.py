@@ -11,7 +11,7 @@ from ..data.encode import Dataset
 from ..data.template import FILE as TEMPLATE
 from ..errors import InputError
 from ..files import write_text
-from ..lora.adapter import DEFAULT, adapter_layers, adapter_parameters, refuse_left_out
+from ..lora.layer import DEFAULT, adapter_layers, adapter_parameters, refuse_left_out
 from ..settings import LARGEST, setting
 
 

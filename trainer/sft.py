@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..errors import InputError
-from ..lora.adapter import adapter_layers
+from ..lora.layer import adapter_layers
 from ..models.save import save_model
 from .config import SFTConfig
 from .evaluate import perplexity

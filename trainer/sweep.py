@@ -20,7 +20,7 @@ from ..data.order import fingerprint
 from ..errors import InputError, NumericError
 from ..kernels.chunked_head import TokenScores
 from ..lora.active import using
-from ..lora.adapter import adapter_layers
+from ..lora.layer import adapter_layers
 from ..lora.rows import rows
 from .config import PAGED
 from .interrupt import interrupts

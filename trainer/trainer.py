@@ -25,7 +25,7 @@ from ..data.protocol import AnyTokenizer
 from ..data.read import Rows
 from ..data.sample import Kind
 from ..errors import InputError
-from ..lora.adapter import DEFAULT
+from ..lora.layer import DEFAULT
 from ..lora.peft_files import save_adapter
 from ..models.foreign import as_causal_lm
 from ..models.protocol import CausalLM, evaluating

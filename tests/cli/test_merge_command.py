@@ -103,7 +103,7 @@ def test_several_adapters_and_no_rows(here: Path, run: Path, typed: Typed) -> No
     model, _ = fourbit.load(here / "m", quant_type="nf4")
     fourbit.load_adapter(model, run, name="a")
     fourbit.attach(model, fourbit.LoRAConfig(rank=2, target=["q_proj"]), "b", seed=3)
-    torch.nn.init.normal_(fourbit.lora.adapter.adapters_of(model, "b")["model.layers.0.self_attn.q_proj"].lora_B)
+    torch.nn.init.normal_(fourbit.lora.layer.adapters_of(model, "b")["model.layers.0.self_attn.q_proj"].lora_B)
     fourbit.save_adapter(model, here / "b", name="b")
     said = typed(f"merge --model m --adapter b --adapter {run} --weights 0.5 --weights=-1 --out merged --dtype float32")
     assert "agreement" not in said

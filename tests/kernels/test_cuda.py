@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fourbit
-from fourbit.lora.adapter import AdapterLayer
+from fourbit.lora.layer import AdapterLayer
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from fourbit.lora.adapter import adapter_parameters
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
+from fourbit.lora.layer import adapter_parameters
 from fourbit.lora.peft_files import save_adapter
 
 Make = Callable[..., nn.ModuleDict]

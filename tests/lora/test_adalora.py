@@ -14,10 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fourbit.errors import InputError
 from fourbit.lora.active import adapters_off, copy_adapter, using
 from fourbit.lora.adalora import AdaLoRA, RankBudget
-from fourbit.lora.adapter import adapter_parameters, adapters_of
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.convert import dequantize
+from fourbit.lora.layer import adapter_parameters, adapters_of
 from fourbit.lora.lora import LoRA
 from fourbit.lora.peft_files import load_adapter, save_adapter
 from fourbit.lora.quantize import quantize_

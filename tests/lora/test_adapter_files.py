@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fourbit.errors import DiskError, InputError, NumericError
-from fourbit.lora.adapter import adapter_layers, adapter_parameters, adapters_of
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.identity import base_identity
+from fourbit.lora.layer import adapter_layers, adapter_parameters, adapters_of
 from fourbit.lora.peft_files import adapter_state, load_adapter, load_adapter_state, save_adapter
 from fourbit.lora.quantize import quantize_
 

@@ -14,10 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fourbit.errors import InputError
 from fourbit.lora.active import adapters_off, copy_adapter, using
-from fourbit.lora.adapter import Adapter, adapter_parameters, adapters_of, delta
+from fourbit.lora.adapter import Adapter
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.convert import dequantize
+from fourbit.lora.layer import adapter_parameters, adapters_of, delta
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.merge import merge
 from fourbit.lora.peft_files import load_adapter, save_adapter

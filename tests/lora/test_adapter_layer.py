@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fourbit.errors import InputError
-from fourbit.lora.adapter import AdapterLayer
+from fourbit.lora.layer import AdapterLayer
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
 

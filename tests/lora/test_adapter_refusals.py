@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fourbit.errors import InputError
-from fourbit.lora.adapter import adapters_of
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig, pattern_key
+from fourbit.lora.layer import adapters_of
 from fourbit.lora.peft_config import MOST_KEYS, MOST_STEPS, most_steps
 from fourbit.lora.peft_files import adapter_state, load_adapter, save_adapter
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from fourbit.errors import InputError
 from fourbit.lora.active import adapters_off, copy_adapter, remove_adapter, use, using
-from fourbit.lora.adapter import Adapter, AdapterLayer, adapter_layers, adapter_parameters, adapters_of
+from fourbit.lora.adapter import Adapter
 from fourbit.lora.attach import attach, install
 from fourbit.lora.config import LoRAConfig
+from fourbit.lora.layer import AdapterLayer, adapter_layers, adapter_parameters, adapters_of
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.peft_files import adapter_state, load_adapter, load_adapter_state, save_adapter
 from fourbit.lora.quantize import quantize_

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fourbit.errors import InputError
 from fourbit.lora.active import adapters_off
-from fourbit.lora.adapter import AdapterLayer, adapter_layers, adapter_parameters, adapters_of
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig, pattern_key
+from fourbit.lora.layer import AdapterLayer, adapter_layers, adapter_parameters, adapters_of
 from fourbit.lora.quantize import quantize_
 from fourbit.lora.targets import base_modules, linear_layers
 

@@ -9,8 +9,8 @@ from torch import nn
 
 import fourbit
 from fourbit.errors import InputError
-from fourbit.lora.adapter import adapters_of, delta
 from fourbit.lora.combine import combine
+from fourbit.lora.layer import adapters_of, delta
 
 RANKS, WEIGHTS = {"first": 3, "second": 5}, (0.7, -1.3)
 

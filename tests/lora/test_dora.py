@@ -17,11 +17,11 @@ from transformers.pytorch_utils import Conv1D
 from fourbit.errors import InputError
 from fourbit.lora import project as project_file
 from fourbit.lora.active import copy_adapter, use, using
-from fourbit.lora.adapter import AdapterLayer, adapter_layers, adapter_parameters, adapters_of, delta
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.convert import dequantize
 from fourbit.lora.dora import DoRA
+from fourbit.lora.layer import AdapterLayer, adapter_layers, adapter_parameters, adapters_of, delta
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.merge import merge
 from fourbit.lora.peft_files import load_adapter, save_adapter

@@ -18,7 +18,7 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
 import fourbit
 from fourbit.errors import InputError
-from fourbit.lora.adapter import AdapterLayer, adapter_parameters, adapters_of
+from fourbit.lora.layer import AdapterLayer, adapter_parameters, adapters_of
 from fourbit.lora.linear4bit import NF4Embedding
 from fourbit.lora.peft_files import adapter_state, load_adapter_state
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fourbit.errors import InputError
 from fourbit.lora.active import adapters_off, remove_adapter, using
-from fourbit.lora.adapter import adapter_parameters, adapters_of, delta
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
+from fourbit.lora.layer import adapter_parameters, adapters_of, delta
 from fourbit.lora.merge import merge
 from fourbit.lora.peft_files import load_adapter, save_adapter
 from fourbit.lora.quantize import quantize_

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fourbit.errors import InputError
-from fourbit.lora.adapter import adapter_parameters
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
+from fourbit.lora.layer import adapter_parameters
 from fourbit.lora.lazy_weight import LazyWeight
 from fourbit.lora.linear4bit import Module4bit
 from fourbit.lora.parameter4bit import NF4Parameter

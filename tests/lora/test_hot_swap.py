@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fourbit
 from fourbit import InputError, LoRAConfig, load_adapter, save_adapter, train_only, use
-from fourbit.lora.adapter import adapter_parameters, adapters_of
+from fourbit.lora.layer import adapter_parameters, adapters_of
 
 Make = Callable[..., nn.ModuleDict]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import fourbit
 from fourbit import InputError, LoRAConfig
-from fourbit.lora.adapter import adapter_parameters, adapters_of
 from fourbit.lora.inspect import SMALL, difference, extract, read_files, report, resize, show
+from fourbit.lora.layer import adapter_parameters, adapters_of
 from fourbit.lora.peft_files import WEIGHTS
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import fourbit
 from fourbit.kernels.dequantize4bit import dequantize
 from fourbit.kernels.quantize4bit import quantize
-from fourbit.lora.adapter import adapters_of
+from fourbit.lora.layer import adapters_of
 from fourbit.lora.linear4bit import NF4LowRank
 from fourbit.lora.merge import Fidelity, fidelity, merged_state, requantize_
 

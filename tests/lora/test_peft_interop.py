@@ -16,9 +16,9 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fourbit.lora.adapter import adapter_parameters, adapters_of
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
+from fourbit.lora.layer import adapter_parameters, adapters_of
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.peft_config import read_config, write_config
 from fourbit.lora.peft_files import load_adapter, save_adapter

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.errors import InputError
-from fourbit.lora.adapter import adapter_layers
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
+from fourbit.lora.layer import adapter_layers
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.quantize import quantize_
 

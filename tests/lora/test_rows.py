@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fourbit
 from fourbit import Adapter, InputError, LoRAConfig, rows, train_only, using
-from fourbit.lora.adapter import adapter_layers, adapters_of
+from fourbit.lora.layer import adapter_layers, adapters_of
 
 NAMES = ["a", "b", "c"]
 BATCHES: dict[str, list[str | None]] = {

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from fourbit.lora.adapter import AdapterLayer, adapter_parameters
+from fourbit.lora.layer import AdapterLayer, adapter_parameters
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
 

@@ -15,8 +15,8 @@ import fourbit
 from fourbit import InputError, LoRAConfig
 from fourbit.kernels.dequantize4bit import dequantize
 from fourbit.kernels.quantize4bit import quantize
-from fourbit.lora.adapter import adapter_layers, adapter_parameters, adapters_of
 from fourbit.lora.init import Directions, begin
+from fourbit.lora.layer import adapter_layers, adapter_parameters, adapters_of
 from fourbit.lora.linear4bit import NF4LowRank
 from fourbit.lora.lora import LoRA
 from fourbit.lora.peft_files import adapter_state

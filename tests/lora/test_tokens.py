@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fourbit
 from fourbit.errors import InputError
 from fourbit.lora.active import copy_adapter, using
-from fourbit.lora.adapter import adapter_parameters, adapters_of
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
+from fourbit.lora.layer import adapter_parameters, adapters_of
 from fourbit.lora.linear4bit import NF4Embedding
 from fourbit.lora.peft_files import load_adapter, save_adapter
 from fourbit.lora.quantize import quantize_

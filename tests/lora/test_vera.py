@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fourbit.errors import InputError
 from fourbit.lora.active import copy_adapter
-from fourbit.lora.adapter import adapter_parameters, adapters_of
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
+from fourbit.lora.layer import adapter_parameters, adapters_of
 from fourbit.lora.peft_files import adapter_state, load_adapter, load_adapter_state, save_adapter
 
 CONFIG = LoRAConfig(kind="vera", rank=6, projection_seed=3)

@@ -123,7 +123,7 @@ def test_modules_are_the_models_own(whole: Any, tmp_path: Path) -> None:
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in whole.named_parameters()]
     assert as_causal_lm(model) is model and model.config is whole.config and not model.training
     attached = fourbit.attach(whole, fourbit.LoRAConfig(rank=2, alpha=4), seed=0)
-    assert attached == [*fourbit.lora.adapter.adapter_layers(model)]
+    assert attached == [*fourbit.lora.layer.adapter_layers(model)]
     twin = copy.deepcopy(model)
     assert next(twin.whole.parameters()) is next(twin.parameters()) is not next(model.parameters())
     model.checkpointing = True
@@ -141,7 +141,7 @@ def test_adapters_are_pefts(name: str, tmp_path: Path) -> None:
 
     whole = built(name)
     fourbit.attach(whole, fourbit.LoRAConfig(rank=4, alpha=8, target="attn"), seed=0)
-    for adapter in fourbit.lora.adapter.adapters_of(whole).values():
+    for adapter in fourbit.lora.layer.adapters_of(whole).values():
         torch.nn.init.normal_(adapter.lora_B, std=0.1)
     fourbit.save_adapter(as_causal_lm(whole), tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(built(name), tmp_path / "ours").eval()

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourbit.errors import NumericError
-from fourbit.lora.adapter import adapter_parameters
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
+from fourbit.lora.layer import adapter_parameters
 from fourbit.lora.quantize import quantize_
 from fourbit.models.decoder import Decoder, KVCache
 from fourbit.models.generate import NOT_FINITE, Sampling, choose, generate, prompt_seeds

@@ -16,7 +16,7 @@ from torch import nn
 
 import fourbit
 from fourbit.errors import InputError, NumericError
-from fourbit.lora.adapter import adapters_of
+from fourbit.lora.layer import adapters_of
 from fourbit.lora.merge import merged_state
 from fourbit.models.decoder import Decoder
 from fourbit.models.families import read_spec

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fourbit
-from fourbit.lora.adapter import adapters_of
+from fourbit.lora.layer import adapters_of
 from fourbit.lora.merge import merged_state
 from fourbit.models.gguf_tokenizer import tokenizer_metadata
 from fourbit.models.gguf_write import write_lora, write_model

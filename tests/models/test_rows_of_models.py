@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fourbit
 from fourbit import InputError, LoRAConfig, rows, train_only, use, using
-from fourbit.lora.adapter import adapter_layers
+from fourbit.lora.layer import adapter_layers
 from fourbit.models.foreign import as_causal_lm
 from fourbit.models.generate import generate_each
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fourbit.lora.adapter import adapter_parameters
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
+from fourbit.lora.layer import adapter_parameters
 from fourbit.optim.groups import parameter_groups
 
 

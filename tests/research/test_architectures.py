@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fourbit
 from fourbit import LoRAConfig
 from fourbit.errors import InputError
-from fourbit.lora.adapter import adapter_layers
+from fourbit.lora.layer import adapter_layers
 from fourbit.lora.quantize import dense_weights
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"

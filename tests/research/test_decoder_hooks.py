@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from fourbit.lora.adapter import AdapterLayer
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
+from fourbit.lora.layer import AdapterLayer
 from fourbit.lora.quantize import quantize_
 from fourbit.models.decoder import Decoder
 from fourbit.models.spec import Spec

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fourbit.errors import InputError
-from fourbit.lora.adapter import Adapter, AdapterLayer, adapter_layers
+from fourbit.lora.adapter import Adapter
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
+from fourbit.lora.layer import AdapterLayer, adapter_layers
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
 from fourbit.lora.project import project

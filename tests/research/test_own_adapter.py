@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fourbit
 from fourbit.errors import InputError
-from fourbit.lora.adapter import adapters_of
+from fourbit.lora.layer import adapters_of
 from fourbit.lora.peft_files import adapter_state
 
 

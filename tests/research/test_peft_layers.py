@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fourbit
-from fourbit.lora.adapter import adapter_parameters
+from fourbit.lora.layer import adapter_parameters
 from fourbit.lora.peft_files import adapter_state
 
 pytestmark = [

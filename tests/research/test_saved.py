@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 import fourbit
 from fourbit.errors import InputError
-from fourbit.lora.adapter import adapter_parameters, adapters_of
+from fourbit.lora.layer import adapter_parameters, adapters_of
 from fourbit.lora.peft_files import adapter_state
 
 # peft 0.21 asks transformers 5.23 a question under an old name

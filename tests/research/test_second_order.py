@@ -20,7 +20,7 @@ from fourbit.kernels.quantize4bit import quantize
 from fourbit.kernels.rms_norm import rms_norm
 from fourbit.kernels.rope import rope
 from fourbit.kernels.swiglu import swiglu
-from fourbit.lora.adapter import AdapterLayer
+from fourbit.lora.layer import AdapterLayer
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
 

@@ -16,10 +16,10 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 
 from fourbit.errors import InputError
-from fourbit.lora.adapter import AdapterLayer, adapter_parameters, adapters_of
 from fourbit.lora.attach import attach
 from fourbit.lora.config import LoRAConfig
 from fourbit.lora.identity import base_identity
+from fourbit.lora.layer import AdapterLayer, adapter_parameters, adapters_of
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
 from fourbit.lora.peft_files import adapter_state, load_adapter_state

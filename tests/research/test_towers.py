@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import fourbit
-from fourbit.lora.adapter import adapter_layers
+from fourbit.lora.layer import adapter_layers
 
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fourbit
-from fourbit.lora.adapter import adapter_parameters, adapters_of
+from fourbit.lora.layer import adapter_parameters, adapters_of
 from fourbit.lora.peft_files import adapter_state, load_adapter_state
 
 

@@ -10,8 +10,8 @@ import fourbit
 from fourbit.data.batch import pack
 from fourbit.errors import InputError
 from fourbit.lora.active import copy_adapter
-from fourbit.lora.adapter import adapter_layers, adapters_of
 from fourbit.lora.attach import install
+from fourbit.lora.layer import adapter_layers, adapters_of
 from fourbit.models.decoder import Decoder
 from fourbit.trainer.config import DistillConfig
 from fourbit.trainer.distill import DistillTrainer, check_same_tokens

@@ -12,7 +12,7 @@ import fourbit
 from fourbit.data.batch import micro_batches
 from fourbit.data.encode import load as load_rows
 from fourbit.errors import InputError
-from fourbit.lora.adapter import adapters_of
+from fourbit.lora.layer import adapters_of
 from fourbit.trainer.config import DPOConfig
 from fourbit.trainer.losses.tokens import answer_scores
 from fourbit.trainer.metrics import read_metrics

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(model, folder / "model", tokenizer)
     fourbit.attach(model, fourbit.LoRAConfig(rank=8, alpha=16), seed=0)
     generator = torch.Generator().manual_seed(0)
-    for module in fourbit.lora.adapter.adapters_of(model).values():
+    for module in fourbit.lora.layer.adapters_of(model).values():
         torch.nn.init.normal_(module.lora_B, std=0.01, generator=generator)
     fourbit.save_adapter(model, folder / "adapter")
     return folder

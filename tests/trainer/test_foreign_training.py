@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import fourbit
 from fourbit.data.order import step_indices
-from fourbit.lora.adapter import adapters_of
+from fourbit.lora.layer import adapters_of
 from fourbit.models.foreign import as_causal_lm
 from fourbit.text.tokenizer_folder import folder_tokenizer
 from fourbit.trainer.metrics import read_metrics

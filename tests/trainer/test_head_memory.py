@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fourbit.kernels import chunked_head
 from fourbit.kernels.linear_divergence import Divergence
-from fourbit.lora.adapter import AdapterLayer
+from fourbit.lora.layer import AdapterLayer
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
 from fourbit.trainer.losses.divergence import token_divergence

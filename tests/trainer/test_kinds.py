@@ -11,7 +11,7 @@ import torch
 import fourbit
 from fourbit.data.batch import Batch
 from fourbit.errors import InputError
-from fourbit.lora.adapter import adapter_parameters
+from fourbit.lora.layer import adapter_parameters
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.sft import SFTTrainer
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from fourbit.data.batch import Batch, Encoded, Example, pack
 from fourbit.kernels import chunked_head
-from fourbit.lora.adapter import AdapterLayer
+from fourbit.lora.layer import AdapterLayer
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
 from fourbit.models.decoder import Decoder

@@ -18,7 +18,7 @@ import torch
 
 import fourbit
 from fourbit.data.batch import Encoded, Example, pack
-from fourbit.lora.adapter import adapter_parameters
+from fourbit.lora.layer import adapter_parameters
 from fourbit.trainer.config import TrainingConfig
 from fourbit.trainer.loop import Run
 from fourbit.trainer.step import make_optimizer
@@ -132,7 +132,7 @@ def test_steps_agree_with_the_peer(count: int, tmp_path: Path, monkeypatch: pyte
     model, tokenizer = fourbit.load(path, quant_type="nf4")
     fourbit.attach(model, fourbit.LoRAConfig(rank=16, alpha=32), seed=0)
     generator = torch.Generator().manual_seed(0)
-    for module in fourbit.lora.adapter.adapters_of(model).values():  # a zero B would hide a wrong scale at first
+    for module in fourbit.lora.layer.adapters_of(model).values():  # a zero B would hide a wrong scale at first
         torch.nn.init.normal_(module.lora_B, std=0.01, generator=generator)
     fourbit.save_adapter(model, tmp_path / "adapter")
     fourbit.remove_adapter(model, "default")

@@ -8,7 +8,7 @@ import torch
 
 import fourbit
 from fourbit.errors import InputError
-from fourbit.lora.adapter import adapters_of
+from fourbit.lora.layer import adapters_of
 
 STEPS = 10
 LORA = {"kind": "adalora", "rank": 2, "initial_rank": 4, "rank_warmup": 0.2, "rank_final": 0.3}

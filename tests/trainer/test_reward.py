@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 
 import fourbit
 from fourbit.errors import InputError, NumericError
-from fourbit.lora.adapter import adapters_of
+from fourbit.lora.layer import adapters_of
 from fourbit.trainer.config import RewardConfig
 from fourbit.trainer.losses.pairs import reward_loss
 from fourbit.trainer.metrics import read_metrics

@@ -11,7 +11,7 @@ import fourbit
 from fourbit.data.encode import load
 from fourbit.errors import InputError, NumericError
 from fourbit.lora.active import remove_adapter
-from fourbit.lora.adapter import adapter_parameters
+from fourbit.lora.layer import adapter_parameters
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.sweep import SweepTrainer, grid
 

@@ -18,7 +18,8 @@ from ...kernels.chunked_head import (
     module_figures,
     rows_per_chunk,
 )
-from ...lora.adapter import AdapterLayer, is_hooked
+from ...lora.adapter import is_hooked
+from ...lora.layer import AdapterLayer
 from ...lora.linear4bit import NF4Linear
 from ...models.protocol import CausalLM
 from .pairs import alike
