@@ -5,18 +5,23 @@ uncertainty, and as many triplets (a column of P, a lambda, a row of Q) as the b
 budget falls by a cube from all to `rank` a layer. Files hold what is left as plain LoRA, each layer with its own rank.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..settings import checked
 from .adapter import Adapter, Whole
 from .config import LoRAConfig
 from .lora import LoRA
 
 ENTRIES = "lora_A", "lora_E", "lora_B"
+ONLY_PEFTS = {  # of its run, and no part of what it became
+    "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "use_rslora",
+}  # fmt: skip
 DECAY = 0.85  # of both averages, as in the paper's experiments (beta 1 and beta 2)
 ORTHOGONALITY = 0.1  # weight of the penalty: the paper's most frequent
 
@@ -77,6 +82,25 @@ class AdaLoRA(LoRA):
         """How much each triplet matters, [r]: its lambda's score, and its vectors' entries' means (equation 7)."""
         A, E, B = (getattr(self, f"{name}_mean") * getattr(self, f"{name}_spread") for name in ENTRIES)
         return A.mean(1) + E.flatten() + B.mean(0)
+
+
+def as_lora(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What files of PEFT's AdaLoRA hold, config and tensors by key, as a plain LoRA's: scale and lambda in B, a rank of
+    its own for each layer. As there the scale is alpha / (init_r + 1e-5), alpha 0 counting as the layer's rank."""
+    left, ranks = dict(tensors), dict[str, int]()
+    first, alpha = (checked(key, raw.get(key), float) for key in ("init_r", "lora_alpha"))
+    for path in [key.removesuffix(".lora_E") for key in tensors if key.endswith(".lora_E")]:
+        A, E, B = (left.pop(f"{path}.{name}", torch.empty(0)) for name in ENTRIES)
+        if not (A.ndim == B.ndim == 2 and E.shape == (len(A), 1) and B.shape[1] == len(A)):
+            shapes = ", ".join(str([*matrix.shape]) for matrix in (A, E, B))
+            raise InputError(f"{path}: lora_A [r, in], lora_E [r, 1] and lora_B [out, r] must fit, got {shapes}")
+        scale = (alpha if alpha > 0 else len(A)) / (first + 1e-5)
+        A, B = (A, scale * E.T * B) if len(A) else (A.new_zeros(1, A.shape[1]), B.new_zeros(len(B), 1))
+        left |= {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
+        ranks[f"^{re.escape(path.removeprefix('base_model.model.'))}"] = len(A)
+    config = {key: value for key, value in raw.items() if key not in ONLY_PEFTS}
+    rank = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "rank_pattern": ranks, "alpha_pattern": ranks}
+    return config | rank, left
 
 
 class RankBudget:

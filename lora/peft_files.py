@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..files import COUNTS, disk_errors, float_tensors, misfits, read_json, regular_file, write_tensors, write_text
 from ..outputs import check_apart
 from ..settings import DType, floating
+from .adalora import as_lora
 from .adapter import Adapter, Whole
 from .attach import fresh, install
 from .config import LoRAConfig
@@ -195,12 +196,13 @@ def _read_adapter(
     Checked but for values and adapters the model carries; no more than a layer is made of what the config only claims.
     """
     file = adapter_file(folder, CONFIG)
-    config = read_config(read_json(file, LARGEST_CONFIG), f"'{file}'")
-    weights = adapter_file(folder, WEIGHTS)
+    raw, weights = read_json(file, LARGEST_CONFIG), adapter_file(folder, WEIGHTS)
     label = f"'{weights}'"
     again = (".modules_to_save", ".original_module")  # PEFT's bias="all" puts what it saves whole there too
-    read = float_tensors(weights, COUNTS).items()
-    tensors = {key: tensor for key, tensor in read if not key.rpartition(".")[0].endswith(again)}
+    read = float_tensors(weights, COUNTS)
+    raw, read = as_lora(raw, read) if raw.get("peft_type") == "ADALORA" else (raw, read)
+    config = read_config(raw, f"'{file}'")
+    tensors = {key: tensor for key, tensor in read.items() if not key.rpartition(".")[0].endswith(again)}
     state = _canonical(tensors, _holders(model), label)
     names, parameters = config.targeted(model), expose(model, config.lora.target_parameters)
     if names is None:  # the file's own tensors say which layers are meant

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -246,3 +247,40 @@ def test_a_fresh_one_changes_nothing(base: LlamaForCausalLM) -> None:
     assert torch.equal(logits(model), logits(base)) and all(part.is_idle() for part in parts_of(model))
     with pytest.raises(InputError, match="give Run its number of steps, total="):
         AdaLoRA.course(parts_of(model), None)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'", "ignore:The following rank_pattern")  # of peft's own files
+@pytest.mark.parametrize("alpha", [0, 6])
+def test_pefts_own_file_is_read_as_plain_lora(base: LlamaForCausalLM, tmp_path: Path, alpha: int) -> None:
+    """After a run, its ranks its own, one layer's none left; the same tensors compute the same, and are saved so."""
+    ids, ours, generator = torch.arange(12).view(2, 6), copy.deepcopy(base), torch.Generator().manual_seed(0)
+    config = AdaLoraConfig(target_r=2, init_r=5, lora_alpha=alpha, target_modules=["q_proj", "up_proj"], total_step=9)
+    theirs = get_peft_model(copy.deepcopy(base), config)
+    for name, parameter in theirs.named_parameters():
+        if ".lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.3
+    names = [name for name, _ in theirs.base_model.model.named_parameters() if "lora_E" in name]
+    kept = {name: [i < n % 5 for i in range(5)] for n, name in enumerate(names)}
+    theirs.peft_config["default"].rank_pattern = kept
+    theirs.save_pretrained(tmp_path / "theirs")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs")
+    load_adapter(ours, tmp_path / "theirs")
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(ours(ids).logits, base(ids).logits, atol=1e-2)
+    save_adapter(ours, tmp_path / "ours")
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_of_pefts_that_does_not_fit_is_refused(base: LlamaForCausalLM, tmp_path: Path) -> None:
+    get_peft_model(
+        copy.deepcopy(base), AdaLoraConfig(target_r=2, init_r=3, target_modules=["q_proj"], total_step=9)
+    ).save_pretrained(tmp_path)
+    whole = load_file(tmp_path / "adapter_model.safetensors")
+    key = next(key for key in whole if key.endswith("lora_E"))
+    for wrong in (torch.zeros(2, 1), torch.zeros(()), torch.zeros(3)):
+        save_file(
+            {name: t.contiguous() for name, t in (whole | {key: wrong}).items()}, tmp_path / "adapter_model.safetensors"
+        )
+        with pytest.raises(InputError, match="must fit, got"):
+            load_adapter(copy.deepcopy(base), tmp_path)
