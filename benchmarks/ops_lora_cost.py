@@ -50,7 +50,7 @@ def lora_cost(shape: Projection, M: int, rank: int, setting: Setting) -> Work:
     def ours(enabled: bool) -> Call:
         layers = [buffers.ours(weights, i, 0.0) for i in range(sets)]
         for layer in layers:
-            layer.active = {"default": 1.0} if enabled else []
+            layer.active = {"default": 1.0} if enabled else {}
         return lambda i: layers[i](buffers.x[i])
 
     def peer(adapted: bool) -> Call:

@@ -22,6 +22,15 @@ from fourbit.trainer.config import DistillConfig, DPOConfig, RewardConfig, SFTCo
 KINDS = [SFTConfig, DPOConfig, RewardConfig, DistillConfig]
 KINDS += [importlib.import_module(f"fourbit.cli.{name}").Options for name in COMMANDS]
 NEEDED = {"model": "m", "data": ("d",), "out": "o", "teacher": "t"}
+
+
+def needed(kind: type) -> dict[str, object]:
+    """What must be given to make one."""
+    names = {field.name for field in fields(kind)}
+    verb = {"what": ("resize", "d"), "rank": 4} if "what" in names else {}
+    return verb | {key: value for key, value in NEEDED.items() if key in names}
+
+
 SETTINGS = [(kind, field.name) for kind in KINDS for field in fields(kind)]
 LEAVES = (
     st.none()
@@ -38,7 +47,7 @@ VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dic
 @given(st.sampled_from(SETTINGS), VALUES)
 def test_any_value_of_any_setting_is_taken_or_refused_by_name(which: tuple[Any, str], value: Any) -> None:
     kind, name = which
-    given = {key: needed for key, needed in NEEDED.items() if key in {field.name for field in fields(kind)}}
+    given = needed(kind)
     try:
         taken = getattr(kind(**given | {name: value}), name)
     except InputError as error:
@@ -54,7 +63,7 @@ def test_any_value_of_any_setting_is_taken_or_refused_by_name(which: tuple[Any, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_number_has_an_end(kind: type) -> None:
     """So a setting that is added has one too: of whole numbers it is `MOST` unless it says its own."""
-    given = {key: needed for key, needed in NEEDED.items() if key in {field.name for field in fields(kind)}}
+    given = needed(kind)
     for field in fields(kind):
         if "int" in str(field.type):
             with pytest.raises(InputError, match=f"^{field.name} must be at most"):

@@ -97,7 +97,7 @@ def test_sft_json(as_json: AsJson) -> None:
 def test_full_fine_tuning_gives_a_model_that_loads(here: Path, typed: Typed, as_json: AsJson) -> None:
     assert "fourbit chat --model full" in typed("sft --model m --data rows.jsonl --full --steps 2 --out full")
     config = (here / "full" / CONFIG).read_text()
-    assert "quant: none" in config and "rank" not in config
+    assert 'quant: "none"' in config and "rank" not in config
     old, new = (fourbit.load(here / folder)[0].state_dict() for folder in ("m", "full"))
     assert old.keys() == new.keys() and not all(torch.equal(old[name], new[name]) for name in old)
     assert as_json("eval --model full rows.jsonl --match none")["loss"] > 0

@@ -169,7 +169,7 @@ def test_what_a_run_says_of_itself_is_checked(here: Path, typed: Typed) -> None:
     text = Path("o", CONFIG).read_text()
     assert text.startswith("format: fourbit run 1\n") and "dense and" in typed("chat --model o")
     for wrong in ("[nf4]", "4", "gptq", "true", "{a: b}"):
-        Path("o", CONFIG).write_text(text.replace("quant: none", f"quant: {wrong}"))
+        Path("o", CONFIG).write_text(text.replace('quant: "none"', f"quant: {wrong}"))
         assert "quant must be one of nf4, nf4-nodq, none or null, got" in typed("chat --model o", code=2)
     Path("o", CONFIG).write_text(text)
     typed(f"sft o/{CONFIG} --out p")  # a run's settings are settings

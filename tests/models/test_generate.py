@@ -262,7 +262,7 @@ def test_activations_that_overflow_name_their_layer(ours: Callable[..., Decoder]
     ):
         generate(model, PROMPTS, temperature=temperature, max_new_tokens=2)
     attach(model, LoRAConfig(rank=2))
-    with pytest.raises(NumericError, match=r"model.layers.0.self_attn.o_proj.base, .* \(without an adapter\)"):
+    with pytest.raises(NumericError, match=r"model.layers.0.self_attn.o_proj.base, .* \(without adapter\)"):
         generate(model, PROMPTS, temperature=temperature, max_new_tokens=2)
 
 

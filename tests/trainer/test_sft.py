@@ -145,8 +145,8 @@ def test_without_tensorboard_nothing_is_shown_or_cut(train, tiny_folder, rows, t
 @pytest.mark.parametrize(
     "out, error, named",
     [
-        ("file", InputError, "out .*file is a file; give a folder"),
-        ("file/below", InputError, "below is a file; give a folder"),
+        ("file", InputError, "out .*file is no folder: .*give another out"),
+        ("file/below", InputError, "below is no folder: .*give another out"),
         ("/proc/none/x", EnvironmentProblem, "cannot write to the output folder /proc/none/x"),
     ],
 )
