@@ -21,14 +21,14 @@ from fourbit.trainer.config import DistillConfig, DPOConfig, RewardConfig, SFTCo
 
 KINDS = [SFTConfig, DPOConfig, RewardConfig, DistillConfig]
 KINDS += [importlib.import_module(f"fourbit.cli.{name}").Options for name in COMMANDS]
-NEEDED = {"model": "m", "data": ("d",), "out": "o", "teacher": "t"}
+NEEDED = {"model": "m", "data": ("d",), "out": "o", "teacher": "t", "adapter": ("a",), "to": "gguf"}
 
 
 def needed(kind: type) -> dict[str, object]:
     """What must be given to make one."""
-    names = {field.name for field in fields(kind)}
-    verb = {"what": ("resize", "d"), "rank": 4} if "what" in names else {}
-    return verb | {key: value for key, value in NEEDED.items() if key in names}
+    without = {field.name for field in fields(kind) if field.default is field.default_factory is MISSING}
+    verb = {"what": ("resize", "d"), "rank": 4, "out": "o"} if "what" in without else {}
+    return verb | {key: value for key, value in NEEDED.items() if key in without}
 
 
 SETTINGS = [(kind, field.name) for kind in KINDS for field in fields(kind)]
