@@ -43,11 +43,12 @@ class _Rows(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, *factors = ctx.saved_tensors
-        dtype, grads, grad_x = dispatch.product_dtype(x), list[Tensor | None](), torch.zeros_like(x)
+        dtype, grads = dispatch.product_dtype(x), list[Tensor | None]()
+        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
         for (place, scale), A, B in zip(ctx.where, factors[::2], factors[1::2], strict=True):
             rows, mine = x[place].flatten(0, -2).to(dtype), scale * g[place].flatten(0, -2).to(dtype)
             grad_s = mine @ B.to(dtype)
             grads += [(grad_s.T @ rows).to(A.dtype), (mine.T @ (rows @ A.to(dtype).T)).to(B.dtype)]
-            if ctx.needs_input_grad[1]:
+            if grad_x is not None:
                 grad_x[place] = (grad_s @ A.to(dtype)).to(x.dtype).view(x[place].shape)
-        return g, grad_x if ctx.needs_input_grad[1] else None, None, *grads
+        return g, grad_x, None, *grads

@@ -89,10 +89,8 @@ def merge(model: nn.Module, *names: str, keep: bool = False) -> nn.Module:
     NotImplementedError for a kind that does not say its change.
     """
     with using(model, *names) if names else nullcontext():
-        layers, new = (
-            {path: own for path, own in adapter_layers(model).items() if own.running()},
-            dict[Any, nn.Module](),
-        )
+        layers = {path: own for path, own in adapter_layers(model).items() if own.running()}
+        new = dict[Any, nn.Module]()
         _refuse_unmergeable(layers)
         for layer in reversed(layers.values()):  # those within another come first
             new[layer] = _merged(layer, new, keep)
@@ -157,7 +155,6 @@ def merging(model: nn.Module, within: float, adapters: bool = True) -> Iterator[
         yield total if new else 0
     finally:
         replace_modules(model, {twin: own for own, twin in new.items()})
-        new.clear()  # an exception's traceback holds this frame
 
 
 class Fidelity(NamedTuple):
