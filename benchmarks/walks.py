@@ -99,7 +99,7 @@ def rate_walk(folder: Path) -> Walk:
     (folder / "rows.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
     arguments = ["sft", "--model", str(folder / "model"), "--data", str(folder / "rows.jsonl"), "--lr", str(RATE)]
     arguments += ["--out", str(folder / "run"), "--schedule", "constant", "--warmup", "0", "--steps", "2"]
-    arguments += ["--checkpointing", "off"]
+    arguments += ["--checkpointing", "products"]
     walk, weight = RateWalk(), Weight()
     handle = register_optimizer_step_pre_hook(lambda optimizer, *_: weight.found(optimizer))
     said = io.StringIO()

@@ -23,7 +23,7 @@ from ..lora.project import project
 from .families import read_spec
 from .moe import Mixture
 from .protocol import Cache, CausalLM
-from .recompute import recomputed
+from .recompute import AGAIN, KEEPS, keeps, recomputed
 from .rope import tables
 from .spec import Rope, Spec
 
@@ -79,8 +79,8 @@ class _Pass:
     spans: Spans | None
     visible: Mapping[int, Tensor | None]  # of each window, [B or 1, 1, T, S] bool; None: the window's plain causality
     cache: KVCache | None
-    lean: bool  # training without checkpointing: cheap activations are made again in backward
-    keep: bool  # decoded weights stay for backward, which follows at once
+    lean: bool = False  # cheap activations are made again in backward
+    keep: bool = False  # decoded weights stay for backward, which follows at once
 
 
 class RMSNorm(nn.Module):
@@ -209,9 +209,9 @@ class Trunk(nn.Module):
 class Decoder(CausalLM):
     """A language model that computes what its `spec` says; the dropouts that a config names are not done in training.
 
-    `checkpointing`: training keeps only each layer's input and recomputes the layer in backward (dropout repeats
-    exactly). `keep_decoded`: a recomputed layer keeps its 4-bit weights decoded until its backward is through, which
-    saves decoding them once more and takes one layer's dense weights of memory (8B: 0.44 GB); None: on a GPU only."""
+    `checkpointing`: what each layer keeps for backward (`recompute.Keep`). `keep_decoded`: a layer that runs again
+    keeps its 4-bit weights decoded until its backward is through, which saves decoding them once more and takes one
+    layer's dense weights of memory (8B: 0.44 GB); None: on a GPU only."""
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
@@ -243,15 +243,13 @@ class Decoder(CausalLM):
         if self.spec.embedding_scale != 1:
             x = x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype)  # rounded, as Gemma was trained
         training = torch.is_grad_enabled() and cache is None
-        recompute = training and self.checkpointing
-        keep = recompute and (x.is_cuda if self.keep_decoded is None else self.keep_decoded)
+        words = keeps(self.checkpointing if training else "all", len(self.model.layers))
+        keep = x.is_cuda if self.keep_decoded is None else self.keep_decoded
         turns, visible = _turns(self.spec, position_ids, spans, x), _visible(self.spec, input_ids, cache, mask)
-        shared = _Pass(turns, spans, visible, cache, lean=training and not recompute, keep=keep)
-        for layer in self.model.layers:
-            if recompute:
-                x = checkpointed(layer, layer, x, shared)
-            else:
-                x = layer(x, shared)
+        shared = _Pass(turns, spans, visible, cache)
+        ways = {word: replace(shared, lean=word == "products", keep=keep and word in AGAIN) for word in KEEPS}
+        for layer, word in zip(self.model.layers, words, strict=True):
+            x = checkpointed(layer, layer, x, ways[word]) if word in AGAIN else layer(x, ways[word])
         if cache is not None:
             cache.length += input_ids.shape[1]
         y: Tensor = self.model.norm(x)

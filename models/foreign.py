@@ -26,6 +26,7 @@ from ..lora.active import adapters_off, checkpointed
 from ..lora.merge import merged_state
 from .families import FAMILIES
 from .protocol import Cache, CausalLM, evaluating
+from .recompute import AGAIN, Checkpointing, keeps
 
 
 def is_transformers(model: object) -> bool:
@@ -182,12 +183,13 @@ class TransformersLM(CausalLM):
         return bool(self._tried(self._keeps_apart))
 
     @property
-    def checkpointing(self) -> bool:
+    def checkpointing(self) -> Checkpointing:
+        """transformers knows on and off alone: on where any layer is to run again, and then all do."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
     @checkpointing.setter
-    def checkpointing(self, on: bool) -> None:
-        if on and self.whole.supports_gradient_checkpointing:
+    def checkpointing(self, keep: Checkpointing) -> None:
+        if {*keeps(keep)} & {*AGAIN} and self.whole.supports_gradient_checkpointing:
             self.whole.activation_checkpointing_enable({"use_reentrant": False})
             for module in self.whole.modules():
                 if hasattr(module, "_gradient_checkpointing_func"):

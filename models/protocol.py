@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..kernels.attention import Spans
 from ..lora.adapter import Adapter
 from ..lora.linear4bit import Module4bit
+from .recompute import Checkpointing
 
 
 class Cache(Protocol):
@@ -55,8 +56,8 @@ class CausalLM(nn.Module, ABC):
     max_positions: int | None = None
     """Tokens that a text may have, as the model's makers say; None where they do not."""
 
-    checkpointing: bool = False
-    """Trainers set it: True trades time for memory by recomputing activations in backward. It may have no effect."""
+    checkpointing: Checkpointing = False
+    """Trainers set it: what each layer keeps for backward, and what is made again there. It may have no effect."""
 
     packs: bool = True
     """Whether it keeps examples apart that share a row; where not, `hidden` gives each a row, and trainers pad."""

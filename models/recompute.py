@@ -1,21 +1,50 @@
-"""Tensors that backward makes again instead of keeping: a normalised input, a gated product.
+"""What a layer keeps for backward, and what backward makes again: a choice for each layer, of time or of memory.
 
 A LoRA layer keeps its input for the gradient of A. In a decoder layer these inputs are one cheap step away from tensors
-that are kept anyway (the residual stream, gate and up), so a third of a layer's activations need not be stored. The
-step runs again on the same numbers, so the values come back to the bit.
+that are kept anyway (the residual stream, gate and up), so a third of a layer's activations need not be stored. Beyond
+that a layer can run again from its input (Chen et al. 2016, arXiv 1604.06174), which can wait in the host's memory.
+What runs again runs on the same numbers and the same random state, so every choice gives the same bits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..errors import shown
 from ..kernels.derivatives import transformed
 from ..lora.adapter import is_hooked
+
+Keep = Literal["all", "products", "input", "host"]
+"""What a layer keeps, from the quickest to the leanest: all that its ops save; what its products (linears, attention)
+put out, from which the cheap rest is made again; its input, from which the layer runs again; its input in pinned memory
+of the host, which comes back while the layer above is in backward (on a CPU the same as "input")."""
+
+Checkpointing = bool | Keep | Sequence[Keep]
+"""A word for each layer, or one for all. False is "products", which a CPU pays nothing for; True is "input"."""
+
+KEEPS: tuple[Keep, ...] = get_args(Keep)
+AGAIN = ("input", "host")  # the words that run a layer again
+
+
+def keeps(checkpointing: Checkpointing, layers: int | None = None) -> list[Keep]:
+    """The word of each of so many layers; None: of as many as it says, at least one. ValueError for what is none."""
+    one = ("input" if checkpointing else "products") if isinstance(checkpointing, bool) else checkpointing
+    words: list[Any] = [one] * (layers or 1) if isinstance(one, str) else [*one]
+    if len(words) != (layers or len(words) or 1) or not {*words} <= {*KEEPS}:
+        rule = f"checkpointing must be True, False, one of {', '.join(KEEPS)}, or a list of one for each layer"
+        raise ValueError(f"{rule}{f' ({layers})' if layers else ''}; got {shown(checkpointing)}")
+    return words
+
+
+def leanness(checkpointing: Checkpointing) -> float:
+    """The mean place of its words in KEEPS."""
+    words = keeps(checkpointing)
+    return sum(map(KEEPS.index, words)) / len(words)
 
 
 def recomputed(

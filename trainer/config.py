@@ -14,6 +14,7 @@ from ..data.encode import LossOn
 from ..data.order import steps_per_epoch
 from ..data.truncate import Truncation
 from ..errors import InputError
+from ..models.recompute import Keep
 from ..optim.schedule import Schedule, rate_factor
 from ..optim.update import Rounding
 from ..settings import LARGEST, REQUIRED, Checked, setting
@@ -21,6 +22,7 @@ from .losses.objective import PAIR_LOSSES, SETTINGS, UNPAIRED_LOSSES, Objective,
 from .losses.pairs import DivergenceName
 
 PAGED = "paged-"
+KEPT: dict[str, Keep] = {"off": "all", "products": "products", "on": "input", "offload": "host"}
 COURSE = {"epochs", "steps", "schedule", "warmup", "decay"}  # what decides how long a run is, and its rates
 OF_OPTIMIZER = {"lr", "lora_plus", "lr_scale", "optimizer", "optimizer_budget", "rounding", "weight_decay"}
 UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -77,8 +79,11 @@ class TrainingConfig(Checked):
     )
     weight_decay: float = setting(0.0, "decoupled weight decay of matrices (no norms, biases, magnitudes)", least=0)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this global norm; 0 turns clipping off", least=0)
-    checkpointing: Literal["auto", "on", "off"] = setting(
-        "auto", "recompute activations in backward; auto does so when they would fill half of the free memory"
+    checkpointing: Literal["auto", "off", "products", "on", "offload"] = setting(
+        "auto",
+        "what a layer keeps for backward. off: all; products: what linears and attention put out, the cheap rest is "
+        "made again; on: its input, all is computed again; offload: that, in the host's memory; auto: products, or on "
+        "where that would fill half of the free memory",
     )
     seed: int = setting(0, "seed of the order of rows and of dropout", least=0, most=LARGEST)
     eval_every: int | None = setting(None, "steps between evaluations on validation rows; default each epoch", least=1)

@@ -22,6 +22,7 @@ from ..kernels.chunked_head import TokenScores
 from ..lora.active import using
 from ..lora.layer import adapter_layers
 from ..lora.rows import rows
+from ..models.recompute import leanness
 from .config import PAGED
 from .interrupt import interrupts
 from .loop import token_sums
@@ -138,7 +139,7 @@ class SweepTrainer:
             return Sums(loss.detach())
 
         config, parameters = trainers[0].config, [p for t in trainers for p in t.parameters.values()]
-        self.model.checkpointing = any(trainer.recompute for trainer in trainers)
+        self.model.checkpointing = max((trainer.recompute for trainer in trainers), key=leanness)
         for batch in trainers[0].micro_batches(Dataset("sft", examples), range(len(examples)), config.micro_batch):
             if any(trainer.config.optimizer.startswith(PAGED) for trainer in trainers):
                 backward_or_retry(parameters, partial(backward, batch), lambda: [t.run.make_room() for t in trainers])

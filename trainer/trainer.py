@@ -29,13 +29,14 @@ from ..lora.layer import DEFAULT
 from ..lora.peft_files import save_adapter
 from ..models.foreign import as_causal_lm
 from ..models.protocol import CausalLM, evaluating
+from ..models.recompute import Checkpointing
 from ..optim.unmoved import notice
 from ..outputs import check_free, lock_folder
 from ..settings import read_fields
 from ..text.tokenizer_folder import as_tokenizer
 from .callbacks import Callback, told
 from .checkpoint import STATE, checkpoint_to_resume, load_checkpoint, resuming, save_checkpoint
-from .config import COURSE, OF_OPTIMIZER, TrainingConfig
+from .config import COURSE, KEPT, OF_OPTIMIZER, TrainingConfig
 from .interrupt import Interrupt, interrupts
 from .loop import MakeOptimizer, MakeScheduler, Run, name_of
 from .memory import memory_free, memory_used, saved_bytes, state_bytes
@@ -384,12 +385,12 @@ class Trainer(ABC):
             group["lr_scale"] = group.setdefault("initial_lr", group["lr"])
         return run
 
-    def recomputes(self) -> bool:
-        """Recompute activations? `auto` measures what the longest example keeps and scales it to a micro-batch."""
+    def recomputes(self) -> Checkpointing:
+        """What layers keep for backward; `auto` measures that of the longest example, scaled to a micro-batch."""
         if self.config.checkpointing != "auto":
-            return self.config.checkpointing == "on"
+            return KEPT[self.config.checkpointing]
         sizes = [example.size(self.config.packing) for example in self.train_set.examples]
         (batch,) = self.micro_batches(self.train_set, [sizes.index(longest := max(sizes))], 1)
         tokens = self.token_budget if self.config.micro_batch == "auto" else int(self.config.micro_batch) * longest
         needed = saved_bytes(self.model, lambda: as_sums(self.sums(batch), batch).loss) / longest * max(tokens, longest)
-        return needed > memory_free(self.device) / 2 > 0
+        return "input" if needed > memory_free(self.device) / 2 > 0 else "products"

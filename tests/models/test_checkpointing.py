@@ -1,0 +1,113 @@
+"""What a layer keeps for backward changes memory and time, and not one bit of any gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fourbit
+from fourbit.lora.kinds import KINDS
+from fourbit.models.decoder import Decoder
+from fourbit.models.families import read_spec
+from fourbit.models.foreign import as_causal_lm
+from fourbit.models.recompute import KEEPS, keeps, leanness
+
+SPANS = ((0, 9), (9, 14, 20, 21, 29), (29, 40))  # one of them forks
+IDS = torch.randint(97, (1, 40), generator=torch.Generator().manual_seed(1))
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 3, "num_experts_per_tok": 2}
+FAMILIES = {  # norms before and after, of queries and keys, soft caps, windows; experts
+    "gemma2": SIZES | {"query_pre_attn_scalar": 8, "sliding_window": 8},
+    "qwen3_moe": SIZES | {"moe_intermediate_size": 24, "norm_topk_prob": True},
+}
+CHOICES = [*KEEPS, [*KEEPS], [*KEEPS][::-1], ["input", "all", "host", "host"]]
+
+
+def of_family(family: str) -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(read_spec({"model_type": family} | FAMILIES[family]))
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, float("norm" in name), 0.2)
+    return model
+
+
+def adapted(model: Any, kind: str = "lora", quantised: bool = True) -> Any:
+    """Trained a little, with dropout where the kind has it."""
+    if quantised:
+        fourbit.quantize_(model)
+    some = {"rank": 3, "dropout": 0.3} if kind in ("lora", "dora", "lora-fa") else dict[str, Any]()
+    fourbit.attach(model, fourbit.LoRAConfig(kind=kind, **some), seed=0)  # type: ignore[arg-type]
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.train()
+
+
+def gradients(model: Any, checkpointing: Any) -> dict[str, Tensor]:
+    model.checkpointing = checkpointing
+    model.zero_grad()
+    torch.manual_seed(5)  # of dropout
+    model.hidden(IDS, spans=SPANS).square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same(model: Any, choices: list[Any]) -> None:
+    wanted = gradients(model, "all")
+    assert len(wanted) > 8 and all(grad.norm() > 0 for grad in wanted.values())
+    for choice in choices:
+        found = gradients(model, choice)
+        assert found.keys() == wanted.keys()
+        for name, grad in found.items():
+            assert torch.equal(grad, wanted[name]), f"{choice}: {name}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_choice_changes_a_bit(kind: str, random_decoder: Callable[..., Decoder]) -> None:
+    """With dropout, in a packed row with a fork: random masks repeat, and texts stay apart."""
+    same(adapted(random_decoder(layers=4, intermediate=64), kind), CHOICES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora", [False, True])
+def test_nor_in_other_families(family: str, lora: bool) -> None:
+    model = of_family(family)
+    same(adapted(model) if lora else model.train(), CHOICES)
+
+
+def test_transformers_models_know_on_and_off(oracle: Callable[..., Any]) -> None:
+    """One layer that is to run again turns it on; the numbers are those of off."""
+    model = as_causal_lm(adapted(oracle(num_hidden_layers=4), quantised=False))
+    for choice in (False, *CHOICES, True):
+        model.checkpointing = choice
+        assert model.checkpointing is bool({*keeps(choice)} & {"input", "host"}), choice
+    same(model, CHOICES)
+
+
+def test_each_keeps_less_than_the_one_before(alive: Any, random_decoder: Callable[..., Decoder]) -> None:
+    """A word a layer: what half the layers save is half of what all do."""
+    model, kept = random_decoder(layers=4, dropout=0.0), dict[str, int]()
+    mixed = ["all", "input", "input", "all"]
+    for choice in ("all", "products", "input", mixed):
+        model.checkpointing = choice
+        with alive() as made:
+            hidden = model.hidden(IDS, spans=SPANS)
+        kept[str(choice)] = made.bytes()
+        hidden.sum().backward()
+    assert kept["input"] < kept["products"] / 4 and kept["products"] < 0.8 * kept["all"]
+    assert kept[str(mixed)] == pytest.approx((kept["all"] + kept["input"]) / 2, rel=0.02)
+
+
+def test_words(random_decoder: Callable[..., Decoder]) -> None:
+    assert keeps(False, 2) == ["products"] * 2 and keeps(True, 2) == ["input"] * 2 and keeps("host", 2) == ["host"] * 2
+    assert keeps(["all", "host"]) == ["all", "host"] and keeps(True) == ["input"]
+    order: list[Any] = ["all", False, ["products", "input"], True, ("input", "host"), "host"]
+    assert [*map(leanness, order)] == sorted(map(leanness, order)) and len({*map(leanness, order)}) == len(order)
+    model = random_decoder()
+    for wrong in ("some", ["input"], ["input", "off"], [True, False], []):
+        model.checkpointing = wrong  # type: ignore[assignment]
+        with pytest.raises(ValueError, match="checkpointing must be True, False, one of all, products, input, host"):
+            model.hidden(IDS)
