@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +13,7 @@ from ..data.template import FILE as TEMPLATE
 from ..data.template import ChatTemplate, template_for
 from ..errors import EnvironmentProblem, InputError
 from ..files import read_json, regular_file
+from ..kernels.dispatch import multiplies_bf16
 from ..lora.linear4bit import Module4bit
 from ..lora.merge import merging
 from ..lora.peft_files import load_adapter, trained_base
@@ -43,13 +45,15 @@ def choose_device(name: str) -> str:
     return str(find_device(name))
 
 
-def choose_dtype(name: str, device: str) -> str:
-    """The dtype that `--dtype NAME` means on a device. Raises EnvironmentProblem for bfloat16 on a GPU without it."""
-    on_gpu = device.startswith("cuda")
-    able = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    if name == "bfloat16" and on_gpu and not able:
+def choose_dtype(name: str, device: str, *runs: str | None) -> str:
+    """The dtype that `--dtype NAME` means on a device. auto: bfloat16 where it multiplies that, unless the first of
+    `runs`, folders of adapters or models, was trained in float32. EnvironmentProblem for bfloat16 on a GPU without it.
+    """
+    able = multiplies_bf16(torch.device(device))
+    if name == "bfloat16" and device.startswith("cuda") and not able:
         raise EnvironmentProblem("--dtype bfloat16: this GPU cannot do that; use float32 (or float16, not to train)")
-    return name if name != "auto" else "bfloat16" if able else "float32"
+    then = next((dtype for run in runs if run is not None and (dtype := read_run(run).get("dtype"))), None)
+    return name if name != "auto" else "bfloat16" if able and then != "float32" else "float32"
 
 
 def open_tokenizer(path: str, name: str = "model") -> Tokenizer:
@@ -62,7 +66,7 @@ def open_tokenizer(path: str, name: str = "model") -> Tokenizer:
 def load_weights(options: ModelOptions, tokenizer: Tokenizer, quant: str) -> CausalLM:
     """The model that the options name; prints what was loaded. Raises InputError if the tokenizer is not its own."""
     device, (form, arguments) = choose_device(options.device), FORMS[quant]
-    dtype = choose_dtype(options.dtype, device)
+    dtype = choose_dtype(options.dtype, device, options.model)
     with working(f"loading {options.model}") as progress:
         model = load_decoder(options.model, **arguments, dtype=dtype, device=device, progress=progress)
     check_tokenizer(model, tokenizer)
@@ -115,7 +119,8 @@ def load_adapted(options: AdaptedModelOptions) -> tuple[CausalLM, Tokenizer, Cha
         check_adapter(options.adapter)
     tokenizer = open_tokenizer(options.model)
     quant, template = settle(options, tokenizer, options.adapter)
-    model = load_weights(options, tokenizer, quant)
+    dtype: Any = choose_dtype(options.dtype, choose_device(options.device), options.adapter, options.model)
+    model = load_weights(replace(options, dtype=dtype), tokenizer, quant)
     if options.adapter is not None:
         note(f"adapter: {options.adapter}, on {put_adapter(model, options.adapter, options.force)} layers")
     return model, tokenizer, template

@@ -41,7 +41,10 @@ class ModelOptions(TokenizerOptions):
         "adapter or model was trained)",
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...; auto takes a GPU when there is one", metavar="NAME")
-    dtype: DType = setting("auto", "of activations and dense weights; auto: bfloat16 on a GPU with it, else float32")
+    dtype: DType = setting(
+        "auto",
+        "of activations and dense weights; auto: as in training, else bfloat16 where the device multiplies it",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

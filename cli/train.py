@@ -223,7 +223,9 @@ def _checked(options: TrainOptions, sources: Sources) -> TrainOptions:
     for name, folder in options.adapters().items():
         if folder is not None:
             check_adapter(folder, name, writes=options.writes)
-    dtype: Any = choose_dtype(options.dtype, choose_device(options.device))
+    resumed = options.out if options.resume is not None else None
+    runs = resumed, *options.adapters().values(), options.model
+    dtype: Any = choose_dtype(options.dtype, choose_device(options.device), *runs)
     return replace(options, dtype=dtype)
 
 

@@ -83,6 +83,13 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.dtype == torch.bfloat16 and _cpu_multiplies_bf16() else torch.float32
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has arithmetic for bf16 products: then they are the quickest, and what `dtype auto` takes."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and _cpu_multiplies_bf16()
+
+
 @cache
 def _cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import EnvironmentProblem, InputError, shown
 from ..files import COUNTS, misfits, read_json
+from ..kernels.dispatch import multiplies_bf16
 from ..lora.layer import adapter_layers, plain_modules, plain_name, replace_modules, unwrapped
 from ..lora.linear4bit import Module4bit, NF4Embedding, NF4Linear, is_embedding, was_conv1d, weight_id
 from ..lora.lora import is_linear
@@ -94,6 +95,7 @@ def load_decoder(
 ) -> CausalLM:
     """The model alone, in evaluation mode, all parameters as trainable as their layer makes them.
 
+    `dtype`: "auto" is bfloat16 where the device (GPU or CPU) multiplies it, else float32.
     `quant_type`: None keeps every weight dense in `dtype`; "nf4" and "fp4" keep the decoder's linears in 4 bits, in the
     form that `quantize_` describes, and embeddings, norms, biases and the output head dense in `dtype`; `plan` says
     the form of each layer instead (`quantize_by_plan_`). What the file has in 4 bits stays as it is, with the adapter
@@ -103,7 +105,10 @@ def load_decoder(
     Raises InputError naming the file, key or tensor for a config that asks for something that is not supported, a
     missing, unknown, misshaped or non-finite tensor, and for an unreadable file; EnvironmentProblem for a device that
     is not there."""
-    path, device, dtype = Path(path), find_device(device), floating(dtype)
+    path, device = Path(path), find_device(device)
+    if dtype == "auto":
+        dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
+    dtype = floating(dtype)
     if quant_type is not None:
         Form(quant_type, blocksize, double_quant).checked()
     model, spec, layers, tensors = read_model(path, progress)

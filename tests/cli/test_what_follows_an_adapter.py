@@ -15,6 +15,7 @@ from fourbit.cli.config_file import CONFIG, read_run
 from fourbit.cli.main import main
 from fourbit.data.template import FILE as TEMPLATE
 from fourbit.data.template import template_for
+from fourbit.kernels import dispatch
 from fourbit.lora.peft_files import trained_base
 from fourbit.models.save import save_model
 
@@ -104,6 +105,29 @@ def test_a_full_model_has_the_template_it_was_trained_with(here: Path, typed: Ty
     typed("sft --model m --data rows.jsonl --steps 1 --full --template own.jinja --out o")
     assert fourbit.load("o")[1].chat_template == OWN
     assert "dense and" in typed("chat --model o"), "as it was trained"
+
+
+def test_dtype_auto_is_what_the_device_multiplies_and_training_had(
+    tuned: Path, typed: Typed, as_json: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert as_json("doctor")["used"]["dtype"] == "bfloat16"
+    model, _ = fourbit.load("m", quant_type="nf4", dtype="auto")
+    assert {model.dtype, fourbit.load("m")[0].dtype} == {torch.bfloat16, torch.float32}
+    train = "sft --model m --data rows.jsonl --rank 2 --steps 1"
+    typed(f"{train} --out narrow")
+    typed(f"{train} --out wide --dtype float32")
+    assert [read_run(run)["dtype"] for run in ("narrow", "wide")] == ["bfloat16", "float32"]
+    then = {"narrow": "bfloat16", "wide": "float32"}
+    for run, dtype in then.items():
+        assert f"and {dtype} on" in typed(f"chat --model m --adapter {run}")
+        typed(f"{train.replace('--rank 2', '')} --adapter {run} --out after-{run}")
+        assert read_run(f"after-{run}")["dtype"] == dtype
+    typed(f"{train} --out wide --resume")  # in the dtype that it began in, not another run
+    monkeypatch.setattr(dispatch, "_cpu_multiplies_bf16", lambda: False)
+    assert "and float32 on" in typed("chat --model m --adapter narrow"), "this device has no such product"
+    assert fourbit.load("m", dtype="auto")[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["chatml", "zephyr", "plain", "llama3"])
