@@ -69,12 +69,12 @@ def module_figures(hidden: Tensor, head: nn.Module, scorer: Scorer, rows: int, *
 
 def rows_per_chunk(vocabulary: int, device: torch.device) -> int:
     """Rows of logits that one chunk holds by default, at least one."""
-    return max(1, (CHUNK_BYTES_GPU if device.type == "cuda" else CHUNK_BYTES) // (4 * vocabulary))
+    return max(1, (CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES_GPU) // (4 * vocabulary))
 
 
 def blocks(logits: Tensor) -> Iterator[slice]:
     """Rows of a chunk that are passed over together."""
-    size = BLOCK_BYTES_GPU if logits.is_cuda else BLOCK_BYTES
+    size = BLOCK_BYTES if logits.device.type == "cpu" else BLOCK_BYTES_GPU
     step = max(1, size // (logits.element_size() * logits.shape[1]))
     yield from (slice(i, i + step) for i in range(0, len(logits), step))
 

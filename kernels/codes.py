@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 NF4_OUTERMOST = 0.9677083  # probability of the largest quantile: the mean of 1 - 1/30 and 1 - 1/32, as published
 
@@ -20,7 +21,7 @@ def code_for(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
     """The fp32 [16] table of "nf4" or "fp4"; ValueError for any other name."""
     if quant_type not in ("nf4", "fp4"):
         raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {quant_type!r}")
-    return _kept(nf4_code if quant_type == "nf4" else fp4_code, torch.device(device))
+    return _table(nf4_code if quant_type == "nf4" else fp4_code, torch.device(device))
 
 
 def code_midpoints(quant_type: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -35,7 +36,7 @@ def dynamic_code(signed: bool = True, device: torch.device | str = "cpu") -> Ten
     Seven decades, i = 0..6, scaled by 10^(i-6): each splits [0.1, 1] into 2^i equal cells, both signs (signed), or
     2^(i+1) cells, positive only (unsigned), and takes the centres of the cells. 0 and 1 are added. So small values
     keep their relative size, and large ones get most of the precision."""
-    return _kept(_dynamic, torch.device(device), signed)
+    return _table(_dynamic, torch.device(device), signed)
 
 
 def pair_table(quant_type: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -43,7 +44,15 @@ def pair_table(quant_type: str, dtype: torch.dtype, device: torch.device | str =
 
     Two values rounded to `dtype` make one integer: int64 for fp32, int32 for bf16 and fp16. One look-up so decodes a
     whole byte."""
-    return _kept(_pairs, torch.device(device), quant_type, dtype)
+    return _table(_pairs, torch.device(device), quant_type, dtype)
+
+
+def _table(make: Callable[..., Tensor], device: torch.device, *arguments: Any) -> Tensor:
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
+        return _kept(make, device, *arguments)
+    with _disable_current_modes():  # a fake table must not be kept
+        real = _kept(make, torch.device("cpu"), *arguments)
+    return torch.empty(real.shape, dtype=real.dtype, device=device)
 
 
 @cache

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .codes import dynamic_code, pair_table
-from .dispatch import on_device
+from .launch import is_fake, launch
 from .weight4bit import Weight4bit
 
 WORD = 8  # values of an int32 word
@@ -22,27 +22,28 @@ TILE, WARPS = 256, 2  # words that one program decodes: 32 values to a thread
 def decode_words(flat: Tensor, packed: Tensor, weight: Weight4bit) -> bool:
     """flat [n] becomes the weight, whose bytes are `packed`; False, with nothing done, if they are no whole words."""
     width = flat.numel() // WORD
-    if flat.numel() % WORD or packed.data_ptr() % 4 or packed.storage_offset() % 4:
+    if flat.numel() % WORD or packed.storage_offset() % 4 or not (is_fake(packed) or packed.data_ptr() % 4 == 0):
         return False
     if width == 0:
         return True
     nested = weight.nested_absmax
-    with on_device(flat):
-        dequantize4bit_kernel[(triton.cdiv(width, TILE),)](
-            flat,
-            packed.view(torch.int32),
-            weight.absmax.reshape(-1).contiguous(),  # a view of every other element, say, is still one when it is flat
-            None if nested is None else nested.reshape(-1).contiguous(),
-            weight.nested_offset,
-            None if nested is None else dynamic_code(True, flat.device),
-            pair_table(weight.quant_type, torch.float32, flat.device),
-            width,
-            TILE=TILE,
-            BITS=(weight.blocksize // WORD).bit_length() - 1,
-            WHOLE=width % TILE == 0,
-            num_warps=WARPS,
-            enable_fp_fusion=False,
-        )
+    launch(
+        dequantize4bit_kernel,
+        (triton.cdiv(width, TILE),),
+        flat,
+        packed.view(torch.int32),
+        weight.absmax.reshape(-1).contiguous(),  # a view of every other element, say, is still one when it is flat
+        None if nested is None else nested.reshape(-1).contiguous(),
+        weight.nested_offset,
+        None if nested is None else dynamic_code(True, flat.device),
+        pair_table(weight.quant_type, torch.float32, flat.device),
+        width,
+        TILE=TILE,
+        BITS=(weight.blocksize // WORD).bit_length() - 1,
+        WHOLE=width % TILE == 0,
+        num_warps=WARPS,
+        enable_fp_fusion=False,
+    )
     return True
 
 

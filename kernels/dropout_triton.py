@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import dispatch
 from .dropout import LEVELS, ROUNDS, keep_level
+from .launch import launch
 
 DROP_ROWS, DROP_COLUMNS = 8, 256  # of a tile of dropout
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
@@ -16,13 +16,14 @@ def drop(x: Tensor, p: float, seed: Tensor, out: Tensor | None = None) -> Tensor
     """x [M, K] where dropout.keep_mask(x.shape, p, seed) keeps it, else 0: not scaled. `out` may be x itself."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     M, K = x.shape
-    with dispatch.on_device(x):
-        dropout_kernel[(triton.cdiv(M, DROP_ROWS), triton.cdiv(K, DROP_COLUMNS))](
-            *(x, out, seed, M, K, x.stride(0), out.stride(0), keep_level(p) - LEVELS // 2),
-            ROWS=DROP_ROWS,
-            COLUMNS=DROP_COLUMNS,
-            num_warps=4,
-        )
+    launch(
+        dropout_kernel,
+        (triton.cdiv(M, DROP_ROWS), triton.cdiv(K, DROP_COLUMNS)),
+        *(x, out, seed, M, K, x.stride(0), out.stride(0), keep_level(p) - LEVELS // 2),
+        ROWS=DROP_ROWS,
+        COLUMNS=DROP_COLUMNS,
+        num_warps=4,
+    )
     return out
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from . import dispatch, lora_paths
 from .derivatives import beyond_first, derivatives, differentiated, transformed
@@ -85,7 +85,8 @@ def lora_linears4bit(
 
 def _run(x: Tensor, group: Group, keep: bool) -> list[Tensor]:
     weights, biases, A, B, scales, dropout, seed = group
-    compiling = torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)  # such as fake tensors
+    traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # by make_fx, say
+    compiling = torch.compiler.is_compiling() or traced or type(x) not in (Tensor, torch.nn.Parameter, FakeTensor)
     for weight in () if compiling else weights:
         weight.check()
         if any(tensor is not None and differentiated(tensor) for tensor in weight[:4]):

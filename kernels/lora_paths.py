@@ -231,7 +231,7 @@ def _product(a: Tensor, b: Tensor, factor: float, out: Tensor | None = None) -> 
 
 def _wide_product(a: Tensor, b: Tensor, factor: float) -> Tensor:
     """factor * a b in fp32 or wider, not rounded to less on CUDA: the gradients of masters."""
-    if a.is_cuda and a.dtype in KERNEL_DTYPES:
+    if a.device.type != "cpu" and a.dtype in KERNEL_DTYPES and dispatch.path_for(a) == "triton":
         return torch.mm(a, b, out_dtype=torch.float32).mul_(factor)
     return dispatch.widened(_product(a, b, factor))
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from . import dispatch
 from .border import STEP
 from .codes import code_for, dynamic_code, pair_table
+from .launch import launch
 from .weight4bit import Weight4bit
 
 COLUMNS, WARPS, STAGES = 256, 8, 3  # of a program; its columns of y are rows of W
@@ -49,33 +50,34 @@ def matmul(x: Tensor, weight: Weight4bit, bias: Tensor | None, lora: _Lora | Non
     y = x.new_empty(splits, M, N, dtype=x.dtype if splits == 1 else torch.float32)
     s, B, lora_scale = lora if lora is not None else (None, None, 0.0)
     nested = weight.nested_absmax
-    with dispatch.on_device(x):
-        matmul4bit_kernel[(tiles, splits)](
-            x,
-            weight.packed.contiguous(),
-            weight.absmax.contiguous(),
-            None if nested is None else nested.contiguous(),
-            weight.nested_offset,
-            pair_table(weight.quant_type, x.dtype, x.device),
-            None if nested is None else dynamic_code(True, x.device),
-            None if bias is None else bias.contiguous(),
-            *(s, B, y),
-            *(M, N, K // 2, triton.cdiv(steps, splits), 0 if s is None else s.shape[1]),
-            *(x.stride(0), 0 if s is None else s.stride(0), 0 if B is None else B.stride(0)),
-            *(lora_scale, COPIES),
-            BM=BM,
-            BN=COLUMNS,
-            BK=BK,
-            RANK=0 if s is None else min(RANKS, max(16, triton.next_power_of_2(s.shape[1]))),
-            STEPS_PER_BLOCK=weight.blocksize // BK,
-            COPIES=COPIES,
-            WARPS=WARPS,
-            WORDS=_words(x.device, BM),
-            num_warps=WARPS,
-            num_stages=STAGES,
-            maxnreg=65536 // (32 * WARPS * PROGRAMS) if BM == 8 else None,
-            enable_fp_fusion=False,  # the scales are rounded as the reference rounds them
-        )
+    launch(
+        matmul4bit_kernel,
+        (tiles, splits),
+        x,
+        weight.packed.contiguous(),
+        weight.absmax.contiguous(),
+        None if nested is None else nested.contiguous(),
+        weight.nested_offset,
+        pair_table(weight.quant_type, x.dtype, x.device),
+        None if nested is None else dynamic_code(True, x.device),
+        None if bias is None else bias.contiguous(),
+        *(s, B, y),
+        *(M, N, K // 2, triton.cdiv(steps, splits), 0 if s is None else s.shape[1]),
+        *(x.stride(0), 0 if s is None else s.stride(0), 0 if B is None else B.stride(0)),
+        *(lora_scale, COPIES),
+        BM=BM,
+        BN=COLUMNS,
+        BK=BK,
+        RANK=0 if s is None else min(RANKS, max(16, triton.next_power_of_2(s.shape[1]))),
+        STEPS_PER_BLOCK=weight.blocksize // BK,
+        COPIES=COPIES,
+        WARPS=WARPS,
+        WORDS=_words(x.device, BM),
+        num_warps=WARPS,
+        num_stages=STAGES,
+        maxnreg=65536 // (32 * WARPS * PROGRAMS) if BM == 8 else None,
+        enable_fp_fusion=False,  # the scales are rounded as the reference rounds them
+    )
     return y[0] if splits == 1 else y.sum(0).to(x.dtype)
 
 

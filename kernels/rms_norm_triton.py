@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import on_device
+from .launch import launch
 
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -13,8 +13,8 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     y, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     columns = x.shape[-1]
-    with on_device(x):
-        rms_norm_forward_kernel[(scale.numel(),)](x, weight.contiguous(), y, scale, columns, eps, **_sizes(columns))
+    grid, weight = (scale.numel(),), weight.contiguous()
+    launch(rms_norm_forward_kernel, grid, x, weight, y, scale, columns, eps, **_sizes(columns))
     return y, scale
 
 
@@ -22,8 +22,8 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The gradient of x, in its dtype."""
     dy, x = dy.contiguous(), x.contiguous()
     dx, columns = torch.empty_like(x), x.shape[-1]
-    with on_device(x):
-        rms_norm_backward_kernel[(scale.numel(),)](dy, x, weight.contiguous(), scale, dx, columns, **_sizes(columns))
+    grid, weight = (scale.numel(),), weight.contiguous()
+    launch(rms_norm_backward_kernel, grid, dy, x, weight, scale, dx, columns, **_sizes(columns))
     return dx
 
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import on_device
+from .launch import launch
 
 LARGEST = 1 << 14  # values of one token that a program holds in registers
 
@@ -21,13 +21,14 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     x = x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     y = torch.empty_like(x)
-    with on_device(x):
-        rope_kernel[(batch * tokens,)](
-            *(x, cos, sin, y),
-            tokens if cos.shape[0] == 1 else batch * tokens,  # after so many tokens the tables start again
-            *(heads, size // 2, direction, triton.next_power_of_2(heads), triton.next_power_of_2(size // 2)),
-            num_warps=4,
-        )
+    launch(
+        rope_kernel,
+        (batch * tokens,),
+        *(x, cos, sin, y),
+        tokens if cos.shape[0] == 1 else batch * tokens,  # after so many tokens the tables start again
+        *(heads, size // 2, direction, triton.next_power_of_2(heads), triton.next_power_of_2(size // 2)),
+        num_warps=4,
+    )
     return y
 
 

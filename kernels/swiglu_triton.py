@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import on_device
+from .launch import launch
 
 BLOCK = 2048  # values a program
 
@@ -14,9 +14,8 @@ def forward(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     """silu(gate) * up, or with gelu's tanh form in the place of silu."""
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
-    with on_device(gate):
-        grid = (triton.cdiv(gate.numel(), BLOCK),)
-        swiglu_forward_kernel[grid](gate, up, y, gate.numel(), GELU=gelu, BLOCK=BLOCK, num_warps=8)
+    grid = (triton.cdiv(gate.numel(), BLOCK),)
+    launch(swiglu_forward_kernel, grid, gate, up, y, gate.numel(), GELU=gelu, BLOCK=BLOCK, num_warps=8)
     return y
 
 
@@ -24,9 +23,8 @@ def backward(dy: Tensor, gate: Tensor, up: Tensor, gelu: bool) -> tuple[Tensor, 
     """The gradients of gate and up."""
     dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    with on_device(gate):
-        grid = (triton.cdiv(gate.numel(), BLOCK),)
-        swiglu_backward_kernel[grid](dy, gate, up, dgate, dup, gate.numel(), GELU=gelu, BLOCK=BLOCK, num_warps=8)
+    grid, n = (triton.cdiv(gate.numel(), BLOCK),), gate.numel()
+    launch(swiglu_backward_kernel, grid, dy, gate, up, dgate, dup, n, GELU=gelu, BLOCK=BLOCK, num_warps=8)
     return dgate, dup
 
 

@@ -59,15 +59,20 @@ def recomputed(
     hooked = isinstance(step, nn.Module) and is_hooked(step)
     if not active or hooked or torch.compiler.is_compiling() or transformed():
         return nullcontext()
-    place, size = value.data_ptr(), value.numel()  # not `value` itself: the hooks live as long as the graph
+    place, size = _place(value), value.numel()  # not `value` itself: the hooks live as long as the graph
     kept_inputs = [x.detach() for x in inputs]
     again = cache(lambda: step(*kept_inputs).detach())  # runs once; lives until the graph's last node that uses it goes
 
     def pack(tensor: Tensor) -> Any:
-        same = tensor.data_ptr() == place and tensor.numel() == size and tensor.is_contiguous()
+        same = _place(tensor) == place and tensor.numel() == size and tensor.is_contiguous()
         return (again, tensor.shape) if same else tensor.detach()  # the tensor itself would be a cycle, never freed
 
     def unpack(kept: Any) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept[0]().view(kept[1])
 
     return saved_tensors_hooks(pack, unpack)
+
+
+def _place(x: Tensor) -> tuple[int, int]:
+    """Where x lies; fake tensors have no address."""
+    return x.untyped_storage()._cdata, x.storage_offset()

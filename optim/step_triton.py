@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..kernels.codes import dynamic_code
-from ..kernels.dispatch import on_device
+from ..kernels.launch import launch
 from .state import CHUNK, Entry, FlatState, Slice
 from .update import NARROW, Control, Group, Rule, gradient_norm
 from .update_triton import DTYPES, TILE_SIZE, optimizer_update_kernel
@@ -75,20 +75,21 @@ def step(
     for group in tables.groups:
         settings = groups[group]
         doubles = float(settings["lr"]), settings["weight_decay"], *settings["betas"]
-        with on_device(tables.steps):
-            step_factors_kernel[(1,)](
-                *(tables.addresses, tables.numbers, tables.steps, tables.factors),
-                *(norm, 0.0 if max_norm is None else float(max_norm)),
-                control,
-                None if found_inf is None else found_inf.to(tables.steps.device, torch.float32),
-                *(len(tables.entries), group),
-                *(np.float64(x).view(np.int64).item() for x in doubles),
-                FIRST=group == tables.groups[0],
-                LION=tables.rule.name == "lion",
-                BLOCK=256,
-                num_warps=8,
-                enable_fp_fusion=True,
-            )
+        launch(
+            step_factors_kernel,
+            (1,),
+            *(tables.addresses, tables.numbers, tables.steps, tables.factors),
+            *(norm, 0.0 if max_norm is None else float(max_norm)),
+            control,
+            None if found_inf is None else found_inf.to(tables.steps.device, torch.float32),
+            *(len(tables.entries), group),
+            *(np.float64(x).view(np.int64).item() for x in doubles),
+            FIRST=group == tables.groups[0],
+            LION=tables.rule.name == "lion",
+            BLOCK=256,
+            num_warps=8,
+            enable_fp_fusion=True,
+        )
     for part in parts:
         _update(tables, control, groups[part.state.group], part, rounded)
     increment_version([entry.weights for entry in tables.entries if entry.weights is not None])  # as torch's ops do
@@ -104,17 +105,18 @@ def _update(tables: Tables, control: Tensor | None, group: Group, part: Slice, r
         return
     beta1, beta2 = group["betas"]
     maps = [of(s, device) for of in (dynamic_code, _borders) for s in (True, False)]
-    with on_device(tables.steps):
-        optimizer_update_kernel[(len(chunks) * (CHUNK // TILE_SIZE),)](
-            (tables.addresses, tables.numbers, tables.factors, tables.steps),
-            *(control, (chunks, part.start, *part.tensors.values()), tuple(maps) if part.state.bits == 8 else None),
-            (beta1, 1 - beta1, beta2, 1 - beta2, group.get("eps", 0.0)),
-            DTYPE=DTYPES[dtype],
-            LION=tables.rule.name == "lion",
-            ROUNDED=rounded and dtype in NARROW,
-            num_warps=8,
-            enable_fp_fusion=True,
-        )
+    launch(
+        optimizer_update_kernel,
+        (len(chunks) * (CHUNK // TILE_SIZE),),
+        (tables.addresses, tables.numbers, tables.factors, tables.steps),
+        *(control, (chunks, part.start, *part.tensors.values()), tuple(maps) if part.state.bits == 8 else None),
+        (beta1, 1 - beta1, beta2, 1 - beta2, group.get("eps", 0.0)),
+        DTYPE=DTYPES[dtype],
+        LION=tables.rule.name == "lion",
+        ROUNDED=rounded and dtype in NARROW,
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
 
 
 @cache

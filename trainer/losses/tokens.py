@@ -63,10 +63,12 @@ def logits_of(head: nn.Module | Tensor, hidden: Tensor) -> Tensor:
 
 def vocabulary_of(head: nn.Module | Tensor, hidden: Tensor) -> int:
     """How many tokens the head scores; one that does not say so is asked with a row of zeros."""
+    if isinstance(head, Tensor):
+        return len(head)
     if isinstance(size := getattr(head, "out_features", None), int):
         return size
     with torch.no_grad():
-        return logits_of(head, hidden.new_zeros(1, hidden.shape[1])).shape[1]
+        return head(hidden.new_zeros(1, hidden.shape[1])).shape[1]
 
 
 def batch_token_scores(model: CausalLM, batch: Batch) -> TokenScores:

@@ -1,0 +1,47 @@
+"""How a Triton kernel of ours starts, and how those who count instead of computing see that it would have.
+
+Fake tensors (torch's FakeTensorMode) have shapes and no numbers. Fake ones of device "meta" under
+`dispatch.force_path("triton")` do what tensors on CUDA do, all but compute, also where torch is built without CUDA
+(there autograd takes no fake "cuda"); fake ones of device "cpu" do what a CPU does. A TorchDispatchMode hears each op
+of torch's under its name, and each launch of ours as `fourbit::launched` with the kernel's name and tensors. So
+`benchmarks.passes` adds up bytes, and memory can be foretold: from the storages that such a mode sees made and let go.
+Real meta tensors are launched with, since compilation ahead of time asks for no more.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .dispatch import on_device
+
+# Each tensor that the kernel reads or writes, once for each: what it overwrites stands there twice. A rule for fake
+# tensors and none for others, so that a graph traced with fake ones fails where it runs: the kernel is not in it.
+torch.library.define("fourbit::launched", "(str kernel, Tensor[] tensors) -> ()")
+torch.library.register_fake("fourbit::launched", lambda kernel, tensors: None)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """kernel[grid](*args, **options) on the device of the first tensor of `args`; for fake tensors a launch counted."""
+    tensors = _tensors(args)
+    first = next(tensors)
+    if is_fake(first):
+        torch.ops.fourbit.launched(kernel.__name__, [first, *tensors])
+        return
+    with on_device(first):
+        kernel[grid](*args, **options)
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether x has no numbers and no address."""
+    return isinstance(x, FakeTensor)
+
+
+def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from _tensors(arg)
