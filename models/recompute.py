@@ -73,6 +73,6 @@ def recomputed(
     return saved_tensors_hooks(pack, unpack)
 
 
-def _place(x: Tensor) -> tuple[int, int]:
+def _place(x: Tensor) -> tuple[Any, Any]:
     """Where x lies; fake tensors have no address."""
     return x.untyped_storage()._cdata, x.storage_offset()
