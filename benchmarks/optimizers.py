@@ -119,7 +119,7 @@ def step(op: str, trained: Trained, setting: Setting, *, clipped: bool = False) 
         variants.append(race.variant(FUSED, lambda p: torch.optim.AdamW(p, **SETTINGS, fused=True)))
         variants.append(race.variant(FOREACH, lambda p: torch.optim.AdamW(p, **SETTINGS, foreach=True)))
     if present(bnb.missing(), absent, "bitsandbytes"):
-        make = partial(bnb.adamw, bits=race.bits, paged=False, **SETTINGS)
+        make = partial(bnb.adamw, bits=race.bits, **SETTINGS)
         variants.append(race.variant(bnb.optimizer_name(race.bits), make))
     wanted = op == EIGHT_BIT and setting.device.type == "cuda"
     if wanted and present(torchao_optim.missing(), absent, torchao_optim.NAME):
@@ -128,16 +128,14 @@ def step(op: str, trained: Trained, setting: Setting, *, clipped: bool = False) 
 
 
 def paged(trained: Trained, setting: Setting) -> Work:
-    """32-bit state of which a quarter fits the budget, beside nothing but the copies of the rest, both ways at once."""
-    absent: dict[str, str] = {}
+    """32-bit state of which a quarter fits the budget, beside nothing but the copies of the rest, both ways at once.
+
+    bitsandbytes pages by CUDA's managed memory, which over-subscribed can hang a GPU: it has no part in this."""
     race = Race(trained, setting.device, False, 32)
     budget = int(race.state_bytes / RESIDENT_SHARE)
     variants = [race.variant(OURS, lambda p: optim.AdamW(p, **SETTINGS, rounding="nearest", budget=budget), own=True)]
-    if present(bnb.missing(), absent, "bitsandbytes"):
-        make = partial(bnb.adamw, bits=32, paged=True, **SETTINGS)
-        variants.append(race.variant(bnb.optimizer_name(32, paged=True), make))
     copies = Variant(COPIES, lambda: copies_both_ways(int(race.state_bytes) - budget, setting.device), lambda done: 0.0)
-    return race.work([*variants, copies], absent)
+    return race.work([*variants, copies], {})
 
 
 @dataclass(frozen=True)

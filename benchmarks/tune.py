@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None, grid: Grid = CUDA, device: torch.dev
     if device is None and not torch.cuda.is_available():
         parser.error("tuning measures a GPU, and torch sees none here")
     device = device or torch.device("cuda", torch.cuda.current_device())
-    architecture, clock, points = dispatch.architecture(device), clock_for(device), list[Point]()
+    clock, points = clock_for(device), list[Point]()
     settings = [Setting(device, dtype, machine.cache_bytes(device)) for dtype in DTYPES]
     for M in ROWS:
         for shape in {(p.N, p.K): p for p in grid.projections}.values():
@@ -106,8 +106,8 @@ def main(argv: Sequence[str] | None = None, grid: Grid = CUDA, device: torch.dev
                 points.append(measure(shape, M, setting, clock))
         if border_of(points) < M:
             break
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    print(f'kernels/border.py:\n    "{architecture}": {border_of(points)},  # {name}, torch {torch.__version__}')
+    about = f"{dispatch.architecture(device)}, torch {torch.__version__}"
+    print(f'kernels/border.py:\n    "{dispatch.model(device)}": {border_of(points)},  # {about}')
     return 0
 
 

@@ -64,8 +64,14 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 
 
 @cache
+def model(device: torch.device) -> str:
+    """The GPU's own name, such as "NVIDIA H200"; "" where there is no GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+@cache
 def architecture(device: torch.device) -> str:
-    """The GPU's name in tables, such as "sm_90"; "" where there is no GPU."""
+    """That of a GPU, such as "sm_90"; "" where there is no GPU."""
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else ""
 
 

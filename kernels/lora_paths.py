@@ -70,7 +70,7 @@ def few_rows(x: Tensor, group: Group, keep: bool) -> bool:
     if keep or dispatch.path_for(x) != "triton" or x.dtype not in KERNEL_DTYPES:
         return False
     fits = all(w.columns % STEP == 0 and 0 < w.rows * w.columns < LARGEST for w in group.weights)
-    return fits and 0 < len(x) <= border(dispatch.architecture(x.device))
+    return fits and 0 < len(x) <= border(dispatch.model(x.device), dispatch.architecture(x.device))
 
 
 def forward_many(x: Tensor, group: Group, keep: bool) -> list[Tensor]:

@@ -25,7 +25,7 @@ from .weight4bit import Weight4bit
 COLUMNS, WARPS, STAGES = 256, 8, 3  # of a program; its columns of y are rows of W
 ROWS = 32  # of x in a program, at most
 COPIES = 16  # of the look-up table in shared memory
-PROGRAMS = 2  # that a multiprocessor is to run at a time
+PROGRAMS = 2  # that a multiprocessor is to run at a time; of more than 8 rows it may run one, in two waves
 FEWEST_STEPS = 4  # of a program: filling its pipeline and ending takes as long
 RANKS = 64  # of LoRA in one step
 

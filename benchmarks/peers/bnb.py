@@ -15,15 +15,15 @@ FUSED_TO = 1536  # rows up to which its own product kernel may run, whose roundi
 NESTED, PLAIN, DECODED = "bitsandbytes nested", "bitsandbytes plain", "bitsandbytes decode + F.linear"
 
 
-def optimizer_name(bits: int, *, paged: bool = False) -> str:
-    return f"bitsandbytes {bits}-bit AdamW{', paged' * paged}"
+def optimizer_name(bits: int) -> str:
+    return f"bitsandbytes {bits}-bit AdamW"
 
 
-def adamw(parameters: Sequence[nn.Parameter], *, bits: int, paged: bool, **settings: Any) -> Any:
-    """Its AdamW, which keeps tensors below 4,096 elements in 32 bits, and pages those of 100,000 and up."""
+def adamw(parameters: Sequence[nn.Parameter], *, bits: int, **settings: Any) -> Any:
+    """Its AdamW, which keeps tensors below 4,096 elements in 32 bits."""
     from bitsandbytes import optim
 
-    return optim.AdamW(parameters, optim_bits=bits, is_paged=paged, **settings)
+    return optim.AdamW(parameters, optim_bits=bits, **settings)
 
 
 def missing() -> str | None:

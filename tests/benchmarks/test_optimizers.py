@@ -52,6 +52,7 @@ def test_ours_passes_its_gates_paged_too(setting: Setting) -> None:
     works += [optimizers.step(optimizers.ADAMW, trained, setting, clipped=True), optimizers.paged(trained, setting)]
     own = [variant for work in works for variant in work.variants if variant.own]
     assert len(own) == 4
+    assert len(works[-1].variants) == 2  # ours and its copies: nobody's managed memory
     for variant in own:
         call = variant.make()
         assert variant.judge(call(0)) <= 1
@@ -86,7 +87,7 @@ def test_state_is_counted_once() -> None:
 def test_state_of_bitsandbytes_is_counted() -> None:
     pytest.importorskip("bitsandbytes")
     parameters = [nn.Parameter(torch.ones(16, 512))]
-    optimizer = bnb.adamw(parameters, bits=8, paged=False)
+    optimizer = bnb.adamw(parameters, bits=8)
     parameters[0].grad = torch.ones(16, 512)
     optimizer.step()
     maps = 2 * 256 * 4

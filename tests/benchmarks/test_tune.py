@@ -40,11 +40,11 @@ def test_a_whole_run_ends_with_the_tables_line(
     small: Grid, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tune, "SLOWER", 0.0)  # whatever the interpreter takes
-    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_77")
+    monkeypatch.setattr(dispatch, "model", lambda device: "NVIDIA X7")
     with dispatch.force_path("triton"):
         assert tune.main([], small, CPU) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and lines[-1].startswith('    "sm_77": 3,  # ')
+    assert len(lines) == 4 and lines[-1].startswith('    "NVIDIA X7": 3,  # ')
     with dispatch.force_path("triton"):
         assert tune.main(["--minutes", "0"], small, CPU) == 1
     assert "out of time at 1 rows" in capsys.readouterr().out

@@ -52,13 +52,21 @@ def oracle() -> Oracle:
 
 @pytest.fixture(scope="session")
 def aot() -> ModuleType:
-    """The module aot.py: `aot.costs_of(__file__)` compiles the SCENARIOS of a test file for every architecture."""
+    """The module aot.py, which compiles for GPUs that are not there."""
     pytest.importorskip("triton")
     specification = importlib.util.spec_from_file_location("aot", Path(__file__).with_name("aot.py"))
     assert specification and specification.loader
     module = sys.modules["aot"] = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(params=["sm_90", pytest.param("every architecture", marks=pytest.mark.slow)])
+def costs(aot: ModuleType, request: pytest.FixtureRequest) -> list[Any]:
+    """What the SCENARIOS of the test's file cost, once compiled; in CI on one architecture, they take seconds each."""
+    capabilities = (90,) if request.param == "sm_90" else aot.CAPABILITIES
+    made: list[Any] = aot.costs_of(str(request.path), capabilities)
+    return made
 
 
 class Guards:

@@ -1,6 +1,7 @@
 """RMSNorm, SwiGLU and rotary positions as Triton kernels: values and gradients against the definitions in float64."""
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -167,8 +168,7 @@ def test_a_weight_that_trains_gets_its_gradient() -> None:
     torch.testing.assert_close(got, want)
 
 
-def test_no_kernel_spills(aot: ModuleType) -> None:
-    costs = aot.costs_of(__file__)
+def test_no_kernel_spills(aot: ModuleType, costs: list[Any]) -> None:
     both_ways = {f"{op}_{way}_kernel" for op in ("rms_norm", "swiglu") for way in ("forward", "backward")}
     assert {cost.kernel for cost in costs} == both_ways | {"rope_kernel"}
     aot.assert_no_spills(costs)

@@ -11,5 +11,5 @@ _specification = importlib.util.spec_from_file_location("kernels_conftest", _fil
 assert _specification and _specification.loader
 _kernels = importlib.util.module_from_spec(_specification)
 _specification.loader.exec_module(_kernels)
-aot, guards = _kernels.aot, _kernels.guards
+aot, costs, guards = _kernels.aot, _kernels.costs, _kernels.guards
 interpreter_mended = _kernels.interpreter_mended
