@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .derivatives import beyond_first, transformed
-from .dispatch import widened
+from .dispatch import fused, widened
 
 CHUNK_BYTES = 64 * 2**20  # of one chunk's logits in fp32, on a CPU
 CHUNK_BYTES_GPU = 512 * 2**20  # a thousand rows at 128k tokens of vocabulary: fewer do not fill a GPU's products
-BLOCK_BYTES = 2**20  # of the logits that a scorer passes over at a time: they stay in a core's cache
-BLOCK_BYTES_GPU = 64 * 2**20  # large enough that a launch costs nothing beside it
+BLOCK_BYTES = 2**20  # of the logits, in fp32, that a scorer passes over at a time: they stay in a core's cache
+BLOCK_BYTES_GPU = 16 * 2**20  # some of them fit a GPU's L2 cache, and a launch costs little beside one
 
 
 class Scorer(Protocol):
-    """Figures, each [n], of logits [n, V] (fp32 or fp64) that belong to `rows` of the hidden states.
+    """Figures, each [n] in fp32 or fp64, of logits [n, V] in the head's dtype that belong to `rows` of hidden states.
 
-    The logits may be overwritten; with `gradient` they then hold d figures[0] / d logits."""
+    The logits may be overwritten; with `gradient` they then hold d figures[0] / d logits, rounded once."""
 
     def __call__(self, logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, ...]: ...
 
@@ -75,7 +75,7 @@ def rows_per_chunk(vocabulary: int, device: torch.device) -> int:
 def blocks(logits: Tensor) -> Iterator[slice]:
     """Rows of a chunk that are passed over together."""
     size = BLOCK_BYTES if logits.device.type == "cpu" else BLOCK_BYTES_GPU
-    step = max(1, size // (logits.element_size() * logits.shape[1]))
+    step = max(1, size // (max(4, logits.element_size()) * logits.shape[1]))
     yield from (slice(i, i + step) for i in range(0, len(logits), step))
 
 
@@ -94,15 +94,14 @@ def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 def _dense(weight: Tensor) -> Product:
     def product(hidden: Tensor, gradient: bool) -> tuple[Tensor, Back | None]:
-        return widened(hidden @ weight.T), lambda dlogits: dlogits.to(weight.dtype) @ weight
+        return hidden @ weight.T, lambda dlogits: dlogits @ weight
 
     return product
 
 
 def _own(logits: Tensor, in_place: bool) -> Tensor:
     """The logits as a scorer may overwrite them."""
-    wide = widened(logits.detach())
-    return wide.clone() if wide.dtype == logits.dtype and not in_place else wide
+    return logits.detach() if in_place else logits.detach().clone()
 
 
 def _module(head: nn.Module, in_place: bool) -> Product:
@@ -113,7 +112,7 @@ def _module(head: nn.Module, in_place: bool) -> Product:
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
             logits = head(leaf)
-        return _own(logits, in_place), lambda d: torch.autograd.grad(logits, leaf, d.to(logits.dtype))[0]
+        return _own(logits, in_place), lambda d: torch.autograd.grad(logits, leaf, d)[0]
 
     return product
 
@@ -179,9 +178,8 @@ def _back_chunk(
     hidden: Tensor, weight: Tensor, scale: Tensor, scorer: Scorer, part: slice, dhidden: Tensor | None, dweight: Tensor
 ) -> None:
     """Put in the gradient of one chunk's hidden states, if it is wanted, and add that of the weight to dweight."""
-    logits = widened(hidden[part] @ weight.T)
-    scorer(logits, part, True)
-    dlogits = logits.to(weight.dtype)
+    dlogits = hidden[part] @ weight.T
+    scorer(dlogits, part, True)
     dweight.addmm_(dlogits.T, (hidden[part] * scale).to(weight.dtype))  # scaling [n, D] is cheaper than [n, V]
     if dhidden is not None:
         dhidden[part] = (dlogits @ weight) * scale
@@ -200,7 +198,6 @@ class _LogitFigures(torch.autograd.Function):
         own = _own(logits, in_place)
         figures = scorer(own, part, ctx.needs_input_grad[0])
         ctx.save_for_backward(own)
-        ctx.dtype = logits.dtype
         ctx.mark_non_differentiable(*figures[1:])
         return figures
 
@@ -208,7 +205,7 @@ class _LogitFigures(torch.autograd.Function):
     def backward(ctx: Any, weights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         _first_only()
         (dlogits,) = ctx.saved_tensors
-        return dlogits.mul_(weights[:, None]).to(ctx.dtype), None, None, None
+        return dlogits.mul_(weights[:, None]), None, None, None
 
 
 class TokenScores(NamedTuple):
@@ -247,12 +244,19 @@ class TokenScorer:
         target = self.targets[rows, None]
         if len(target) != len(logits):
             raise ValueError(f"each row of hidden states needs one target, got {len(target)} for {len(logits)} rows")
-        above = logits.gather(1, target)
-        top, total, weighted = logits.new_empty(3, len(logits), 1)
+        if fused(logits) and logits.stride(1) == 1:
+            from . import chunked_head_triton  # only here: Triton exists for Linux only and is slow to import
+
+            return chunked_head_triton.token_scores(logits, target, gradient)
+        above = widened(logits.gather(1, target))
+        top, total, weighted = above.new_empty(3, len(logits), 1)
         for block in blocks(logits):
-            _pass_over(logits[block], top[block], total[block], weighted[block], gradient)
-        if gradient:
-            logits.scatter_add_(1, target, logits.new_ones(()).expand(target.shape))
+            wide = widened(logits[block])  # of 16 bits a copy, which is in cache
+            _pass_over(wide, top[block], total[block], weighted[block], gradient)
+            if gradient:
+                wide.scatter_add_(1, target[block], top.new_ones(()).expand(len(wide), 1))
+                if wide.dtype != logits.dtype:
+                    logits[block] = wide
         above -= top
         log_total = total.log()
         figures = above - log_total, log_total - weighted / total, above == 0

@@ -73,9 +73,10 @@ class DivergenceScorer:
         self.teacher, self.wanted = teacher, wanted
 
     def __call__(self, logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, ...]:
-        teacher, values = self._teacher(logits, rows), logits.new_empty(len(logits))
+        teacher = self._teacher(logits, rows)
+        values = teacher.new_empty(len(logits))
         for block in blocks(logits):
-            student = logits[block].detach().requires_grad_(gradient)
+            student = widened(logits[block]).detach().requires_grad_(gradient)
             with torch.set_grad_enabled(gradient):
                 value = divergence(student, teacher[block], self.wanted)
             values[block] = value.detach()
@@ -87,7 +88,7 @@ class DivergenceScorer:
         return (divergence(logits, self._teacher(logits, slice(None)), self.wanted),)
 
     def _teacher(self, logits: Tensor, rows: slice) -> Tensor:
-        teacher = self.teacher(rows).detach().to(logits.dtype)
+        teacher = self.teacher(rows).detach().to(widened(logits[:0]).dtype)
         if teacher.shape != logits.shape:
             raise ValueError(f"teacher logits must be {tuple(logits.shape)}, the student's, got {tuple(teacher.shape)}")
         return teacher

@@ -42,6 +42,13 @@ def test_a_step_is_its_layers_the_head_and_what_happens_once(counted: dict[str, 
     assert 32 * layer + head == pytest.approx(step, rel=0.01)
 
 
+def test_the_loss_reads_its_logits_twice_and_writes_them_once(counted: dict[str, Count]) -> None:
+    """Not more than one launch a chunk, and little else beside."""
+    kernel, logits = counted["head"].ops["forward", "token_scores"], 8192 * 128256 * 2
+    assert kernel.launches == 8 and kernel.bytes == pytest.approx(2 * logits, rel=0.01)  # the second read is in cache
+    assert counted["head"].total().bytes < 2.4 * logits
+
+
 def test_a_launch_on_fake_tensors_is_heard_with_what_it_reads_and_writes() -> None:
     with counting(16, 64) as counter:
         gate, up = (torch.empty(64, 32, device="meta", requires_grad=True) for _ in range(2))
