@@ -120,9 +120,11 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize:
         raise ValueError(f"{codes.numel()} codes in blocks of {blocksize} need {blocks} scales, got {absmax.numel()}")
     values = torch.index_select(code, 0, codes.reshape(-1).int())
     whole = values.numel() - values.numel() % blocksize
-    values[:whole].view(-1, blocksize).mul_(absmax[: whole // blocksize].unsqueeze(1))
     if whole < values.numel():
         values[whole:].mul_(absmax[-1])
+        values[:whole].view(-1, blocksize).mul_(absmax[:-1].unsqueeze(1))
+    else:
+        values.view(-1, blocksize).mul_(absmax.unsqueeze(1))
     return values.view(codes.shape)
 
 

@@ -94,6 +94,8 @@ def decode_into(out: Tensor, weight: Weight4bit, first: int = 0) -> None:
             return
     absmax, blocksize = weight.scales.reshape(-1), weight.blocksize
     decode, chunk = (_decode_pairs, CHUNK) if path == "cpu" else (dequantize_reference, LARGE_CHUNK)
+    if first == 0 and flat.numel() == prod(weight.shape) <= chunk:
+        return decode(packed, absmax, weight.quant_type, blocksize, flat)
     for start in range(0, flat.numel(), chunk):
         piece = flat[start : start + chunk]
         at, end = first + start, first + start + piece.numel()
@@ -112,13 +114,15 @@ def _decode_pairs(packed: Tensor, absmax: Tensor, quant_type: str, blocksize: in
     n = out.numel()
     direct = out.dtype == torch.float32
     values = out if direct else torch.empty(n, dtype=torch.float32, device="cpu")
-    pairs, index = pair_table(quant_type, torch.float32), packed.to(torch.int32)
-    torch.index_select(pairs.view(torch.float64), 0, index[: n // 2], out=values[: n // 2 * 2].view(torch.float64))
-    if n % 2:
-        values[-1] = code_for(quant_type)[index[-1] >> 4]
-    whole = n - n % blocksize
-    values[:whole].view(-1, blocksize).mul_(absmax[: whole // blocksize].unsqueeze(1))
-    if whole < n:
+    pairs, index, whole = pair_table(quant_type, torch.float32).view(torch.float64), packed.int(), n - n % blocksize
+    if whole == n:  # as nearly always: a slice costs as much as a thousand values
+        torch.index_select(pairs, 0, index, out=values.view(torch.float64))
+        values.view(-1, blocksize).mul_(absmax.unsqueeze(1))
+    else:
+        torch.index_select(pairs, 0, index[: n // 2], out=values[: n // 2 * 2].view(torch.float64))
+        if n % 2:
+            values[-1] = code_for(quant_type)[index[-1] >> 4]
+        values[:whole].view(-1, blocksize).mul_(absmax[: whole // blocksize].unsqueeze(1))
         values[whole:].mul_(absmax[-1])
     if not direct:
         out.copy_(values)

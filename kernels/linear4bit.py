@@ -99,12 +99,11 @@ def _run(x: Tensor, group: Group, keep: bool) -> list[Tensor]:
     if transformed():
         with _no_autocast(x):
             return lora_paths.plain(x, group)
-    stored, *layout = flatten(weights)
-    numbers = (*layout, scales, dropout, keep)
     if compiling:
-        return _forward_op(x, stored, list(biases), list(A), list(B), seed, *numbers)[: len(weights)]
-    lengths = [len(stored), len(biases), len(A), len(B)]
-    return list(_Eager.apply(x, seed, numbers, lengths, *stored, *biases, *A, *B)[: len(weights)])
+        stored, *layout = flatten(weights)
+        lists = stored, list(biases), list(A), list(B)
+        return _forward_op(x, *lists, seed, *layout, scales, dropout, keep)[: len(weights)]
+    return list(_Eager.apply(x, group, keep, *biases, *A, *B))
 
 
 def _all_or_none(biases: Sequence[Tensor | None], weights: Sequence[Weight4bit]) -> list[Tensor]:
@@ -115,35 +114,25 @@ def _all_or_none(biases: Sequence[Tensor | None], weights: Sequence[Weight4bit])
     return [some.new_zeros(w.rows) if bias is None else bias for bias, w in zip(biases, weights, strict=True)]
 
 
-def _forward(
-    x: Tensor,  # [..., in]
-    stored: list[Tensor], biases: list[Tensor], A: list[Tensor], B: list[Tensor], seed: Tensor | None,
-    sizes: list[int], quant_type: str, blocksize: int, scales: list[float], dropout: float, keep: bool,
-) -> list[Tensor]:  # fmt: skip
-    """Each y, then s [M, sum of ranks], then the decoded weights to keep."""
-    group = Group(unflatten(stored, sizes, quant_type, blocksize), biases, A, B, scales, dropout, seed)
+def _forward(x: Tensor, group: Group, keep: bool) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """Each y [..., out], s [M, sum of ranks], and the decoded weights to keep."""
     rows = _matrix(x)
     with _no_autocast(x):
         few = lora_paths.few_rows(rows, group, keep)
-        made = lora_paths.forward_few(rows, group) if few else lora_paths.forward_many(rows, group, keep)
+        made, s, dense = (lora_paths.forward_few if few else lora_paths.forward_many)(rows, group, keep)
     unsafe_view = torch.ops.aten._unsafe_view  # not a view of another tensor: the caller may write into it
-    n = len(group.weights)
-    return [*(unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in made[:n]), *made[n:]]
+    return [unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in made], s, dense
 
 
 def _backward(
-    grads: list[Tensor],  # [..., out]
-    x: Tensor | None,  # None without a trained A
-    s: Tensor | None,  # None without LoRA
-    dense: list[Tensor], stored: list[Tensor], A: list[Tensor], B: list[Tensor], seed: Tensor | None,
-    sizes: list[int], quant_type: str, blocksize: int, scales: list[float], dropout: float, need_x: bool,
-) -> list[Tensor]:  # fmt: skip
-    group = Group(unflatten(stored, sizes, quant_type, blocksize), [], A, B, scales, dropout, seed)
+    grads: list[Tensor], x: Tensor | None, s: Tensor | None, group: Group, dense: list[Tensor], need_x: bool
+) -> list[Tensor]:
+    """As `lora_paths.backward`, for grads [..., out]; x is None without a trained A, s without LoRA."""
     rows = None if x is None else _matrix(x)
     with _no_autocast(grads[0]):
         made = lora_paths.backward([_matrix(g) for g in grads], rows, s, group, dense, need_x)
     if need_x:
-        made[-1] = made[-1].view(*grads[0].shape[:-1], sizes[-1])
+        made[-1] = made[-1].view(*grads[0].shape[:-1], made[-1].shape[1])
     return made
 
 
@@ -159,8 +148,25 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
-_forward_op = torch.library.custom_op("fourbit::linears4bit", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("fourbit::linears4bit_backward", _backward, mutates_args=())
+@torch.library.custom_op("fourbit::linears4bit", mutates_args=())
+def _forward_op(
+    x: Tensor,
+    stored: list[Tensor], biases: list[Tensor], A: list[Tensor], B: list[Tensor], seed: Tensor | None,
+    sizes: list[int], quant_type: str, blocksize: int, scales: list[float], dropout: float, keep: bool,
+) -> list[Tensor]:  # fmt: skip
+    group = Group(unflatten(stored, sizes, quant_type, blocksize), biases, A, B, scales, dropout, seed)
+    made, s, dense = _forward(x, group, keep)
+    return [*made, s, *dense]
+
+
+@torch.library.custom_op("fourbit::linears4bit_backward", mutates_args=())
+def _backward_op(
+    grads: list[Tensor], x: Tensor | None, s: Tensor | None, dense: list[Tensor], stored: list[Tensor],
+    A: list[Tensor], B: list[Tensor], seed: Tensor | None,
+    sizes: list[int], quant_type: str, blocksize: int, scales: list[float], dropout: float, need_x: bool,
+) -> list[Tensor]:  # fmt: skip
+    group = Group(unflatten(stored, sizes, quant_type, blocksize), [], A, B, scales, dropout, seed)
+    return _backward(grads, x, s, group, dense, need_x)
 
 
 @_forward_op.register_fake
@@ -170,7 +176,7 @@ def _(
     quant_type, blocksize, _, _, keep = rest
     _prepare(x, quant_type)
     group = Group(unflatten(stored, sizes, quant_type, blocksize))
-    rows, dtype = prod(x.shape[:-1]), lora_paths.compute_dtype(x, group.weights)
+    rows, dtype = prod(x.shape[:-1]), dispatch.product_dtype(x)
     if dtype != x.dtype and lora_paths.few_rows(x.new_empty(rows, sizes[-1]), group, keep):
         dtype = x.dtype
     s = x.new_empty(rows, sum(a.shape[0] for a in A), dtype=dtype)
@@ -201,33 +207,40 @@ def _prepare(x: Tensor, quant_type: str) -> None:
             matmul4bit_triton.prepare(x.device, x.dtype, quant_type)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, stored, biases, A, B, seed, sizes, *numbers = inputs
-    n = len(sizes) - 1
-    s, dense = output[n], output[n + 1 :]
-    ctx.mark_non_differentiable(s, *dense)
-    ctx.set_materialize_grads(False)
-    lists = (dense, stored, A, B)
+def _save(ctx: Any, x: Tensor, group: Group, s: Tensor, dense: list[Tensor], stored: list[Tensor]) -> None:
+    """Keep for backward, beside `ctx.weights` or `stored` and what makes weights of them, `ctx.layout`."""
+    A, B = group.A, group.B
     trained = any(a.requires_grad for a in A)
-    ctx.save_for_backward(x if trained else None, *((s, seed) if A else (None, None)), *chain.from_iterable(lists))
+    lists = (dense, stored, A, B)
+    ctx.save_for_backward(
+        x if trained else None, *((s, group.seed) if A else (None, None)), *chain.from_iterable(lists)
+    )
+    ctx.set_materialize_grads(False)
     ctx.lengths = [len(tensors) for tensors in lists]
-    ctx.numbers = (sizes, *numbers[:-1])  # all but keep
-    ctx.biases = [bias.dtype if bias.requires_grad else None for bias in biases]
+    ctx.scales, ctx.dropout = group.scales, group.dropout
+    ctx.biases = [bias.dtype if bias.requires_grad else None for bias in group.biases]
 
 
-def _differentiate(ctx: Any, grads: Sequence[Tensor | None], backward: Any = _backward_op) -> tuple[Any, ...]:
+def _save_op(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, stored, biases, A, B, seed, *ctx.layout, scales, dropout, _ = inputs
+    n, ctx.weights = len(ctx.layout[0]) - 1, None
+    ctx.mark_non_differentiable(*output[n:])
+    _save(ctx, x, Group([], biases, A, B, scales, dropout, seed), output[n], output[n + 1 :], stored)
+
+
+def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Any], list[Any], list[Any]]:
+    """The gradients of x, biases, A and B."""
     x, s, seed, *rest = ctx.saved_tensors
     dense, stored, A, B = _split(rest, ctx.lengths)
-    (*rows, columns), need_x = ctx.numbers[0], ctx.needs_input_grad[0]
+    group = Group(ctx.weights or unflatten(stored, *ctx.layout), [], A, B, ctx.scales, ctx.dropout, seed)
+    need_x, rows = ctx.needs_input_grad[0], [weight.rows for weight in group.weights]
     some = next((g for g in grads if g is not None), None)
-    numbers: list[Any] = [*[None] * 4, None if A else [], None, None]  # torch takes an empty list for one of tensors
     if some is None:
-        return None, *([None] * len(tensors) for tensors in (stored, ctx.biases, A, B)), *numbers
+        return None, [None] * len(ctx.biases), [None] * len(A), [None] * len(B)
     pairs = zip(grads, rows, strict=False)  # a gradient of None: an output that the loss does not use
     each = [some.new_zeros(*some.shape[:-1], size) if g is None else g for g, size in pairs]
     if beyond_first():
-        n, (*layout, scales, dropout) = len(A), ctx.numbers
-        group = Group(unflatten(stored, *layout), scales=scales, dropout=dropout, seed=seed)
+        n, columns = len(A), group.weights[0].columns
         if A and x is None:
             raise RuntimeError("second derivatives need the input, which is not kept where A is frozen: train A too")
         if x is None:  # without LoRA it is not kept, nor asked for: y is linear in it
@@ -241,33 +254,43 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None], backward: Any = _ba
             of_x, *rest = derivatives(plain, (x, *A, *B), wanted, each)
         of_A, of_B = rest[:n], rest[n:]
     else:
-        made = backward(each, x, s, dense, stored, A, B, seed, *ctx.numbers, need_x) if need_x or A else []
+        made = []
+        if ctx.weights is None and (need_x or A):
+            numbers = *ctx.layout, ctx.scales, ctx.dropout, need_x
+            made = _backward_op(each, x, s, dense, stored, A, B, seed, *numbers)
+        elif need_x or A:
+            made = _backward(each, x, s, group, dense, need_x)
         of_x = made[-1] if need_x else None
         of_A, begin = [None] * len(A), int(x is not None)
         if x is not None:
             of_A = [p.to(a.dtype) for p, a in zip(made[0].split([len(a) for a in A]), A, strict=True)]
         of_B = made[begin : begin + len(B)] if A else []
     of_biases = [None if d is None else _matrix(g).sum(0, dtype=d) for g, d in zip(each, ctx.biases, strict=False)]
-    return of_x, [None] * len(stored), of_biases, of_A, of_B, *numbers
+    return of_x, of_biases, of_A, of_B
 
 
-_forward_op.register_autograd(_differentiate, setup_context=_save)
+def _differentiate_op(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    of_x, of_biases, of_A, of_B = _differentiate(ctx, grads)
+    scales: list[float] | None = None if of_A else []  # torch takes an empty list for one of tensors
+    return of_x, [None] * ctx.lengths[1], of_biases, of_A, of_B, *[None] * 4, scales, None, None
+
+
+_forward_op.register_autograd(_differentiate_op, setup_context=_save_op)
 
 
 class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, seed: Tensor | None, numbers: tuple[Any, ...], lengths: list[int], *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        inputs = (x, *_split(tensors, lengths), seed, *numbers)
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        return tuple(output)
+    def forward(ctx: Any, x: Tensor, group: Group, keep: bool, *_: Tensor) -> tuple[Tensor, ...]:
+        """Biases, A and B are given apart too, for autograd to see them."""
+        made, s, dense = _forward(x, group, keep)
+        ctx.weights = group.weights
+        _save(ctx, x, group, s, dense, [])
+        return tuple(made)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_x, *lists = _differentiate(ctx, grads, _backward)[:5]
-        return of_x, None, None, None, *chain.from_iterable(lists)
+        of_x, *lists = _differentiate(ctx, grads)
+        return of_x, None, None, *chain.from_iterable(lists)
 
 
 def _split(tensors: Sequence[Any], lengths: list[int]) -> list[list[Any]]:

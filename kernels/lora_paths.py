@@ -12,7 +12,6 @@ included.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate
 from math import gcd, prod
 from typing import Any, NamedTuple
 
@@ -42,11 +41,9 @@ class Group(NamedTuple):
     dropout: float = 0.0
     seed: Tensor | None = None  # of dropout, where there is one
 
-    @property
-    def columns(self) -> list[slice]:
-        """Where each linear's part lies in s = x A^T [M, sum of ranks]."""
-        ends = list(accumulate(len(A) for A in self.A))
-        return [slice(end - len(A), end) for A, end in zip(self.A, ends, strict=True)]
+    def split(self, s: Tensor) -> Sequence[Tensor]:
+        """Each linear's part of s = x A^T [M, sum of ranks]."""
+        return s.split([A.shape[0] for A in self.A], 1) if len(self.A) > 1 else [s]
 
     def stacked(self, dtype: torch.dtype) -> Tensor:
         """All of A, one below the other, [sum of ranks, K]."""
@@ -58,13 +55,6 @@ class Group(NamedTuple):
         return keep_scale(self.dropout) if self.seed is not None else 1.0
 
 
-def compute_dtype(x: Tensor, weights: list[Weight4bit]) -> torch.dtype:
-    """The dtype of decoded weights and products: dispatch.product_dtype(x), but sums over slabs are kept in fp32."""
-    dtype = dispatch.product_dtype(x)
-    in_slabs = x.device.type == "cpu" and any(weight.rows * weight.columns > WHOLE for weight in weights)
-    return torch.float32 if in_slabs and dtype == torch.bfloat16 else dtype
-
-
 def few_rows(x: Tensor, group: Group, keep: bool) -> bool:
     """Whether x [M, K] takes the kernel that decodes inside the product: chosen once for all linears of a call."""
     if keep or dispatch.path_for(x) != "triton" or x.dtype not in KERNEL_DTYPES:
@@ -73,21 +63,18 @@ def few_rows(x: Tensor, group: Group, keep: bool) -> bool:
     return fits and 0 < len(x) <= border(dispatch.model(x.device), dispatch.architecture(x.device))
 
 
-def forward_many(x: Tensor, group: Group, keep: bool) -> list[Tensor]:
-    """Each y [M, out] in x's dtype, then s [M, sum of ranks], which one product gives, then the weights to keep."""
-    dtype = compute_dtype(x, group.weights)
-    h = x.to(dtype)
+def forward_many(x: Tensor, group: Group, keep: bool) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """Each y [M, out] in x's dtype, s [M, sum of ranks], which one product gives, and the weights to keep."""
+    h = x.to(dispatch.product_dtype(x))
     s = _projected(x, h, group)
-    dense = [dequantize(weight, dtype) for weight in group.weights] if keep else []
-    outputs = [x.new_empty(len(x), weight.rows) for weight in group.weights]
-    for i, y in enumerate(outputs):
-        _output(h, s, group, i, dense, y)
-    return [*outputs, s, *dense]
+    parts = group.split(s)
+    dense = [dequantize(weight, h.dtype) for weight in group.weights] if keep else []
+    return [_output(h, parts, group, i, dense, x.dtype) for i in range(len(group.weights))], s, dense
 
 
 def plain(x: Tensor, group: Group) -> list[Tensor]:
     """The definition in torch's differentiable calls, each y [..., out] for x [..., K]: see derivatives.py."""
-    h = x.to(compute_dtype(x, group.weights))
+    h = x.to(dispatch.product_dtype(x))
     if group.seed is None:  # of a transform: torch's own dropout knows what vmap's `randomness` asks for
         dropped = F.dropout(h, group.dropout) if group.dropout else h
     else:
@@ -126,23 +113,31 @@ class TimesFrozen(torch.autograd.Function):
         return TimesFrozen.apply(tangent, ctx.decode, ctx.ahead)
 
 
-def _output(h: Tensor, s: Tensor, group: Group, i: int, dense: list[Tensor], y: Tensor) -> None:
-    """y of linear i, rounded once where the products are wider than it."""
-    dtype = h.dtype
-    bias = group.biases[i].to(dtype) if group.biases else None
-    B = (group.B[i] * group.scales[i]).to(dtype) if group.A else None  # and no alpha: with a bias it costs a pass
-    for start, part in [(0, dense[i])] if dense else slabs(group.weights[i], dtype):
-        rows = slice(start, start + len(part))
-        target = y[:, rows] if y.dtype == dtype else torch.empty(len(y), len(part), dtype=dtype, device=y.device)
-        left, right = (h, part) if B is None else (s[:, group.columns[i]], B[rows])
-        if bias is None:
-            torch.mm(left, right.T, out=target)
+def _output(h: Tensor, s: Sequence[Tensor], group: Group, i: int, dense: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """y [M, out] of linear i in `dtype`, rounded once where the products are wider than it."""
+    rows, bias = group.weights[i].rows, group.biases[i].to(h.dtype) if group.biases else None
+    B = (group.B[i] * group.scales[i]).to(h.dtype) if group.A else None  # and no alpha: with a bias it costs a pass
+    y = None
+    for start, part in [(0, dense[i])] if dense else slabs(group.weights[i], h.dtype):
+        if part.shape[0] == rows:
+            return _affine(h, part, s[i], B, bias).to(dtype)
+        y = h.new_empty(h.shape[0], rows, dtype=dtype) if y is None else y
+        own = slice(start, start + part.shape[0])
+        some_B, some_bias = (None if each is None else each[own] for each in (B, bias))
+        if dtype == h.dtype:
+            _affine(h, part, s[i], some_B, some_bias, y[:, own])
         else:
-            torch.addmm(bias[rows], left, right.T, out=target)
-        if B is not None:
-            target.addmm_(h, part.T)
-        if y.dtype != dtype:
-            y[:, rows].copy_(target)
+            y[:, own].copy_(_affine(h, part, s[i], some_B, some_bias))
+    return h.new_empty(h.shape[0], rows, dtype=dtype) if y is None else y
+
+
+def _affine(
+    h: Tensor, W: Tensor, s: Tensor, B: Tensor | None, bias: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """h W^T, plus s B^T and bias where there are."""
+    left, right = (h, W) if B is None else (s, B)
+    y = torch.mm(left, right.T, out=out) if bias is None else torch.addmm(bias, left, right.T, out=out)
+    return y if B is None else y.addmm_(h, W.T)
 
 
 def backward(
@@ -151,16 +146,17 @@ def backward(
     """Gradients: with LoRA of all A [sum of ranks, K] and each B, then of x, if wanted. Without LoRA s is None, and x
     as well where no A is trained: then those of A are left out."""
     like = grads[0]
-    dtype = compute_dtype(like, group.weights) if s is None else s.dtype
+    dtype = dispatch.product_dtype(like) if s is None else s.dtype
     grads = [g.to(dtype) for g in grads]
     made, grad_x = list[Tensor](), None
     if s is not None:
-        grad_s, dropped = torch.empty_like(s), _dropper(s.new_empty(1).expand(len(s), group.A[0].shape[1]), group)
-        for g, B, scale, part in zip(grads, group.B, group.scales, group.columns, strict=True):
-            _product(g, B.to(dtype), scale, grad_s[:, part])
-            made.append(_wide_product(g.T, s[:, part], scale).to(B.dtype))
+        dropped = _dropper((s.shape[0], group.A[0].shape[1]), s, group)
+        each = list(zip(grads, group.B, group.scales, group.split(s), strict=True))
+        pulled = [_product(g, B.to(dtype), scale) for g, B, scale, _ in each]
+        grad_s = pulled[0] if len(pulled) == 1 else torch.cat(pulled, 1)
         if x is not None:
-            made.insert(0, _wide_product(grad_s.T, dropped(x.to(dtype)), group.keep_scale))
+            made.append(_wide_product(grad_s.T, dropped(x.to(dtype)), group.keep_scale))
+        made += [_wide_product(g.T, part, scale).to(B.dtype) for g, B, scale, part in each]
         if need_x:
             grad_x = _product(grad_s, group.stacked(dtype), group.keep_scale)
             dropped(grad_x, grad_x)
@@ -170,20 +166,25 @@ def backward(
 
 
 def _add_base(total: Tensor | None, grads: list[Tensor], group: Group, dense: list[Tensor]) -> Tensor:
-    """LoRA's share of the gradient of x [M, K], if there is one, plus each g W."""
-    begun, like = total is not None, grads[0]
-    total = like.new_empty(len(like), group.weights[0].columns) if total is None else total
+    """LoRA's share of the gradient of x [M, K], if there is one, plus each g W; sums over slabs are wide ones."""
     for i, g in enumerate(grads):
-        begun = _add(total, g, [(0, dense[i])] if dense else slabs(group.weights[i], total.dtype), begun)
-    return total if begun else total.zero_()
+        total = _add(total, g, [(0, dense[i])] if dense else slabs(group.weights[i], g.dtype))
+    return grads[0].new_zeros(grads[0].shape[0], group.weights[0].columns) if total is None else total
 
 
-def _add(total: Tensor, g: Tensor, parts: Iterable[tuple[int, Tensor]], begun: bool) -> bool:
+def _add(total: Tensor | None, g: Tensor, parts: Iterable[tuple[int, Tensor]]) -> Tensor | None:
     """One weight's; a function, so that its workspace is gone before the next one's is made."""
     for start, part in parts:
-        total.addmm_(g[:, start : start + len(part)], part, beta=int(begun))  # beta 0: what lies there is not read
-        begun = True
-    return begun
+        whole = part.shape[0] == g.shape[1]
+        some = g if whole else g[:, start : start + part.shape[0]]
+        if total is not None and (not whole or total.dtype != g.dtype):
+            total = dispatch.widened(total)
+        if total is None or total.dtype != g.dtype:
+            made = torch.mm(some, part)
+            total = made if total is None else total.add_(made)
+        else:
+            total.addmm_(some, part)
+    return total
 
 
 def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -204,28 +205,31 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Ten
     return torch.addmm(y.reshape(-1, y.shape[-1]), s, B.to(dtype).T, alpha=scale).view(y.shape)
 
 
-def forward_few(x: Tensor, group: Group) -> list[Tensor]:
-    """Each y, then s: one launch a linear, and nothing dense at all."""
+def forward_few(x: Tensor, group: Group, keep: bool) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """Each y, s, and nothing to keep: one launch a linear, and nothing dense at all."""
     from .matmul4bit_triton import matmul  # only here: Triton exists for Linux only and is slow to import
 
-    s, outputs = _projected(x, x, group), []
+    s = _projected(x, x, group)
+    parts, outputs = group.split(s), []
     for i, weight in enumerate(group.weights):
         bias = group.biases[i] if group.biases else None
-        lora = (s[:, group.columns[i]], group.B[i], group.scales[i]) if group.A else None
+        lora = (parts[i], group.B[i], group.scales[i]) if group.A else None
         outputs.append(matmul(x, weight, bias, lora))
-    return [*outputs, s]
+    return outputs, s, []
 
 
 def _projected(x: Tensor, h: Tensor, group: Group) -> Tensor:
     """s = dropout(x) A^T [M, sum of ranks] in the dtype of h, which is x in the dtype of the products."""
     if not group.A:
-        return h.new_empty(len(h), 0)
-    return _product(_dropper(x, group)(h), group.stacked(h.dtype).T, group.keep_scale)
+        return h.new_empty(h.shape[0], 0)
+    return _product(_dropper(x.shape, x, group)(h), group.stacked(h.dtype).T, group.keep_scale)
 
 
-def _product(a: Tensor, b: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
+def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
     """factor * a b, rounded once."""
-    out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+    if factor == 1:
+        return torch.mm(a, b)
+    out = a.new_empty(a.shape[0], b.shape[1])
     return torch.addmm(out, a, b, beta=0, alpha=factor, out=out)  # beta 0: what was there before is not read
 
 
@@ -236,16 +240,17 @@ def _wide_product(a: Tensor, b: Tensor, factor: float) -> Tensor:
     return dispatch.widened(_product(a, b, factor))
 
 
-def _dropper(x: Tensor, group: Group) -> Callable[..., Tensor]:
-    """f(t, out=None): t, like x, with zeros for what dropout removes, unscaled; `out` may be t, undropped it is."""
+def _dropper(shape: tuple[int, ...], like: Tensor, group: Group) -> Callable[..., Tensor]:
+    """f(t, out=None): t of `shape`, on the path of `like`, with zeros for what dropout removes, unscaled; `out` may be
+    t, undropped it is."""
     p, seed = group.dropout, group.seed
     if seed is None:
         return lambda t, out=None: t
-    if dispatch.path_for(x) == "triton" and x.numel():
+    if dispatch.path_for(like) == "triton" and like.numel():
         from .dropout_triton import drop  # only here: as above
 
         return lambda t, out=None: drop(t, p, seed, out)
-    mask = keep_mask(x.shape, p, seed)
+    mask = keep_mask(shape, p, seed)
     return lambda t, out=None: torch.mul(t, mask, out=out)
 
 
@@ -253,6 +258,10 @@ def slabs(weight: Weight4bit, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]
     """(first row, W[first row : ...] in `dtype`) for all of W; each slab overwrites the one before."""
     rows, step = weight.rows, _slab_rows(weight)
     buffer = torch.empty(step, weight.columns, dtype=dtype, device=weight.packed.device)
+    if rows == step:
+        decode_into(buffer, weight)
+        yield 0, buffer
+        return
     if rows > step:  # then scales are decoded once, not for each slab
         weight = weight._replace(absmax=weight.scales, nested_absmax=None, nested_offset=None)
     for start in range(0, rows, step):

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fourbit.kernels import border, dispatch, lora_paths
-from fourbit.kernels import linear4bit as module
 from fourbit.kernels.dispatch import force_path
 from fourbit.kernels.dropout import keep_mask, keep_scale
 from fourbit.kernels.linear4bit import lora_linears4bit
@@ -275,7 +274,9 @@ def test_fake_outputs_and_autograd_rules_are_the_real_ones(path: str, keep: bool
             torch.ops.fourbit.linears4bit, (x, stored, sample.biases, sample.A, sample.B, seed, *numbers, keep)
         )
         with torch.no_grad():
-            *outputs, s = module._forward(x, stored, sample.biases, sample.A, sample.B, seed, *numbers, False)
+            *outputs, s = torch.ops.fourbit.linears4bit(
+                x, stored, sample.biases, sample.A, sample.B, seed, *numbers, False
+            )
         grads = [torch.ones_like(y) for y in outputs]
         for need_x in (False, True):
             torch.library.opcheck(
@@ -419,3 +420,21 @@ def test_kernels_compile_without_spills_within_their_budgets(aot: ModuleType, co
     for cost in costs:
         tile = cost.constants["ROWS"] * cost.constants["COLUMNS"]
         assert cost.instructions * cost.threads <= BUDGET * tile and cost.registers <= 64, cost
+
+
+def test_slabs_are_multiplied_in_bf16_where_the_cpu_does_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large weight too; the input's gradient is summed over slabs in fp32. Bound: roundings of 2^-9 of each slab's
+    share and of the result, of sums of 64 or 40 products of the size of one."""
+    sample, seen = draw(64, [40, 8], [4, 2], bias=True), list[torch.dtype]()
+    x, grads = inputs(sample, 7, torch.float32, 0)
+    with force_path("cpu"):
+        want = run(sample, x, grads, 0.0, None)
+        monkeypatch.setattr("fourbit.kernels.dispatch._cpu_multiplies_bf16", lambda: True)
+        monkeypatch.setattr(lora_paths, "WHOLE", 1000)
+        monkeypatch.setattr(lora_paths, "SLAB", 512)
+        slabs = lora_paths.slabs
+        monkeypatch.setattr(lora_paths, "slabs", lambda weight, dtype: seen.append(dtype) or slabs(weight, dtype))
+        found = run(sample, x.detach().bfloat16().requires_grad_(), [g.bfloat16() for g in grads], 0.0, None)
+    assert {*seen} == {torch.bfloat16}
+    for own, exact in zip(found, want, strict=True):
+        assert (own.float() - exact.float()).norm() < 2**-6 * exact.float().norm()

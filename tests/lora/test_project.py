@@ -34,9 +34,9 @@ def count_ops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     served: list[int] = []
     original = linear4bit._forward
 
-    def counted(x: Tensor, stored: list[Tensor], biases: list[Tensor], A: list[Tensor], *rest: Any) -> list[Tensor]:
-        served.extend([len(A)] if A else [])
-        return original(x, stored, biases, A, *rest)
+    def counted(x: Tensor, group: Any, keep: bool) -> Any:
+        served.extend([len(group.A)] if group.A else [])
+        return original(x, group, keep)
 
     monkeypatch.setattr(linear4bit, "_forward", counted)
     return served

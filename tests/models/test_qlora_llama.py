@@ -33,9 +33,9 @@ def test_a_layer_makes_four_passes_not_seven(model: Decoder, monkeypatch: pytest
     served: list[int] = []
     original = linear4bit._forward
 
-    def counted(x: Tensor, stored: Any, biases: Any, A: list[Tensor], *rest: Any) -> list[Tensor]:
-        served.extend([len(A)] if A else [])
-        return original(x, stored, biases, A, *rest)
+    def counted(x: Tensor, group: Any, keep: bool) -> Any:
+        served.extend([len(group.A)] if group.A else [])
+        return original(x, group, keep)
 
     monkeypatch.setattr(linear4bit, "_forward", counted)
     step(model)
