@@ -8,9 +8,12 @@ import json
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before a peer is imported
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -24,16 +27,72 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode asks for it
 
 import pytest
-from hypothesis import settings
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-# No deadline: first calls into torch are slow.
-settings.register_profile("fourbit", deadline=None, max_examples=50, derandomize=True)
-settings.load_profile("fourbit")
+# What the machine of a rented GPU may lack (tests/gpu_image.py): a test that imports one of them there is skipped.
+MAY_LACK = {"accelerate", "bitsandbytes", "datasets", "gguf", "hypothesis", "jinja2", "peft", "psutil", "sentencepiece"}
+MAY_LACK |= {"transformers", "trl", "yaml"}
+LACKING = {name for name in MAY_LACK if importlib.util.find_spec(name) is None}
+
+if "hypothesis" in LACKING:  # its tests are skipped, the others of their files are not
+    sys.modules["hypothesis"] = MagicMock(
+        given=lambda *args, **kwargs: pytest.mark.skip(reason="needs hypothesis"),
+        settings=lambda *args, **kwargs: lambda test: test,
+        __spec__=ModuleSpec("hypothesis", None),  # torch's compiler asks for it
+    )
+else:
+    from hypothesis import settings
+
+    # No deadline: first calls into torch are slow.
+    settings.register_profile("fourbit", deadline=None, max_examples=50, derandomize=True)
+    settings.load_profile("fourbit")
 torch.set_num_threads(1)
 # A shell tells its background jobs to ignore Ctrl-C, and their children would too: the tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    if importlib.util.find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "seconds a test may take, where pytest-timeout is there to hold it to them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "timeout(seconds): what this test may take instead")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "aot" in getattr(item, "fixturenames", ()):
+            item.add_marker("aot")
+
+
+def lacked(call: Any) -> str | None:
+    """The package in LACKING that a test, its fixtures or its file could not import."""
+    problem = call.excinfo and call.excinfo.value
+    while problem is not None:
+        if isinstance(problem, ModuleNotFoundError) and problem.name and problem.name.partition(".")[0] in LACKING:
+            return problem.name
+        problem = problem.__cause__ or problem.__context__
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Any:
+    report = yield
+    if report.failed and (name := lacked(report.call)):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: needs {name}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    if report.failed and (name := lacked(call)):
+        report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"Skipped: needs {name}")
+    return report
+
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"

@@ -924,6 +924,9 @@ ELSEWHERE = {  # tests of other files that follow an advice
     "tests/models/test_gguf_write.py::test_what_llama_cpp_does_not_compute_is_refused_and_no_file_appears": [
         ("models/gguf_write.py", "Keep a folder: save_model"),
     ],
+    "tests/trainer/test_deterministic.py::test_a_gpu_needs_cublas_to_be_ready": [
+        ("trainer/resume.py", "a GPU needs CUBLAS_WORKSPACE_CONFIG=:4096:8 set from the start"),
+    ],
     "tests/trainer/test_rank_budget.py::test_a_run_of_ones_own_needs_its_length": [
         ("lora/adalora.py", "give Run its number of steps, total="),
     ],

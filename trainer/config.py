@@ -86,6 +86,7 @@ class TrainingConfig(Checked):
         "where that would fill half of the free memory",
     )
     seed: int = setting(0, "seed of the order of rows and of dropout", least=0, most=LARGEST)
+    deterministic: bool = setting(False, "on a GPU only kernels whose sums repeat to the bit; a CPU's always do")
     eval_every: int | None = setting(None, "steps between evaluations on validation rows; default each epoch", least=1)
     patience: int | None = setting(None, "stop after this many evaluations without a better validation loss", least=1)
     keep_best: bool = setting(True, "save the weights of the best validation loss instead of the last")

@@ -7,7 +7,9 @@ for ever and may be led down at last (wsd), and a cosine, whose every rate depen
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from .config import COURSE, PAGED, TrainingConfig
 from .run import RunState
 
 HARMLESS = {"out", "resume", "log", "keep", "save_every", "checkpointing", "optimizer_budget", "micro_batch", "packing"}
-HARMLESS |= {"template"}  # the name of a file: its content is compared
+HARMLESS |= {"template", "deterministic"}  # the name of a file, whose content is compared; part of `layout`
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ def check_resumed(path: Path, saved: SavedState, now: SavedState, config: Traini
         notes.append(f"all {total:,} steps of this run were done: to go on from it, see the README ('Going on')")
     if other := _differences(saved.layout, now.layout):
         notes.append(f"resumed with another {', another '.join(other)}: the same training, not bit for bit the same")
+    elif now.layout["kernels"] == "any":
+        notes.append("a GPU repeats its sums to the bit only with deterministic on: goes on, not bit for bit the same")
     return notes
 
 
@@ -100,8 +104,7 @@ def changed_options(old: Mapping[str, Any], config: TrainingConfig) -> list[str]
 
 def as_json(config: TrainingConfig) -> dict[str, Any]:
     """The options as JSON gives them back: lists for tuples."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return plain
+    return dict(json.loads(json.dumps(asdict(config))))
 
 
 def layout(config: TrainingConfig, device: torch.device) -> dict[str, str]:
@@ -113,7 +116,20 @@ def layout(config: TrainingConfig, device: torch.device) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
         "number of threads": "any" if on_gpu else str(torch.get_num_threads()),
         "torch": torch.__version__,
+        "kernels": "any" if on_gpu and not config.deterministic else "deterministic",
     }
+
+
+@contextmanager
+def repeating(config: TrainingConfig, device: torch.device) -> Iterator[None]:
+    """torch as a run has it: generators of its own; if `deterministic`, only kernels whose sums repeat, or an error."""
+    mode, given = torch.get_deterministic_debug_mode(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    if config.deterministic and device.type == "cuda" and given not in (":4096:8", ":16:8"):
+        raise InputError(f"deterministic: a GPU needs CUBLAS_WORKSPACE_CONFIG=:4096:8 set from the start, not {given}")
+    with torch.random.fork_rng(), ExitStack() as after:
+        after.callback(torch.set_deterministic_debug_mode, mode)
+        torch.set_deterministic_debug_mode("error" if config.deterministic else mode)
+        yield
 
 
 def base_hash(model: CausalLM, trained: Collection[Tensor] = ()) -> str:

@@ -29,6 +29,7 @@ from .loop import token_sums
 from .losses.tokens import batch_token_scores
 from .metrics import Display
 from .progress import display_for
+from .resume import repeating
 from .run import TrainResult
 from .sft import SFTTrainer
 from .step import Sums, backward_or_retry
@@ -70,12 +71,13 @@ class SweepTrainer:
 
     trainers: each of another adapter of the model (its `adapter`), with a folder of its own (`config.out`). Batches,
     order, losses, rates, clipping and steps of each are those that it has alone; dropout draws other masks, and the
-    first says the layout (packing, micro_batch). One whose loss is no number ends where it would alone, and the others
-    go on. Budgets of paged optimizers add up. Raises InputError for trainers that cannot go together.
+    first says layout (packing, micro_batch) and deterministic. One whose loss is no number ends where it would alone,
+    and the others go on. Budgets of paged optimizers add up. Raises InputError for trainers that cannot go together.
     """
 
     def __init__(self, trainers: Sequence[SFTTrainer]) -> None:
         self.trainers, self.model = {trainer.adapter: trainer for trainer in trainers}, trainers[0].model
+        self.config, self.device = trainers[0].config, trainers[0].device
         same = all(type(t).sums is SFTTrainer.sums and not t.loss and t.model is self.model for t in trainers)
         if not same or len(self.trainers) < len(trainers) or len({t.config.out for t in trainers}) < len(trainers):
             rule = "SFTTrainers on one model with no loss of their own, each with its own adapter and folder (out)"
@@ -87,10 +89,10 @@ class SweepTrainer:
         """As `Trainer.train`, of all; raises the first one's NumericError where all failed. display: called for each
         with (steps in all, steps done before, the adapter's name); None shows nothing."""
         failed, layers, courses = dict[str, NumericError](), adapter_layers(self.model).values(), dict[str, Any]()
-        with torch.random.fork_rng(), interrupts() as interrupt, using(self.model), ExitStack() as stack:
+        with repeating(self.config, self.device), interrupts() as stop, using(self.model), ExitStack() as stack:
             for name, trainer in self.trainers.items():
                 shown = display and partial(display, name=name)
-                courses[name] = stack.enter_context(closing(trainer.course(interrupt, shown)))
+                courses[name] = stack.enter_context(closing(trainer.course(stop, shown)))
             while courses:
                 batches: dict[str, list[Batch]] = {}
                 for name in [*courses]:

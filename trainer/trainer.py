@@ -43,7 +43,7 @@ from .memory import memory_free, memory_used, saved_bytes, state_bytes
 from .metrics import Display, Metrics, finite
 from .progress import display_for
 from .report import draw_curves, nonfinite
-from .resume import SavedState, adapter_form, as_json, base_hash, check_resumed, layout
+from .resume import SavedState, adapter_form, as_json, base_hash, check_resumed, layout, repeating
 from .run import RunState, TrainResult, adapter_to_train, save_template
 from .step import StepResult, Sums, as_sums, make_optimizer, means
 
@@ -158,7 +158,7 @@ class Trainer(ABC):
     def train(self, display: Callable[[int, int], Display] | None = display_for) -> TrainResult:
         """Run to the end, or until SIGINT or SIGTERM, after which everything is saved and `result.signal` set.
         display: called with (steps in all, steps done before); None shows nothing."""
-        with torch.random.fork_rng(), interrupts() as interrupt, closing(self.course(interrupt, display)) as course:
+        with repeating(self.config, self.device), interrupts() as stop, closing(self.course(stop, display)) as course:
             for batches in course:
                 self.run.forward_backward(*batches)
         return self.result

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import bitsandbytes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -233,6 +232,8 @@ def test_a_start_that_is_copied_merged_and_cast(tmp_path: Path) -> None:
             fourbit.remove_adapter(copied, "kept")
             fourbit.save_model(copied, tmp_path)
             torch.testing.assert_close(fourbit.load_model(net(), tmp_path)(x_of()), copied(x_of()))
+            import bitsandbytes
+
             with pytest.raises(InputError, match="4 bits and a low-rank part, which bitsandbytes has not"):
                 fourbit.to_bitsandbytes(copied, bitsandbytes)
             fourbit.dequantize(model)

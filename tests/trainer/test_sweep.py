@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -158,6 +159,20 @@ def test_one_batch_has_each_adapters_gradients(trainers, layout):
         assert scale > 1e-3 and worst(ours[name], theirs) < 1e-12 and means[name] == pytest.approx(mean.item(), 1e-12)
         over_all = {key: gradient * counted[name] / sum(counted.values()) for key, gradient in ours[name].items()}
         assert worst(over_all, theirs) > scale / 5
+
+
+class Looks(fourbit.Callback):
+    def on_step(self, run, record):
+        return {"mode": torch.get_deterministic_debug_mode()}
+
+
+def test_the_first_says_whether_a_sweep_is_deterministic(trainers, tmp_path):
+    first, second = trainers("ab", steps=1)
+    first.config = replace(first.config, deterministic=True)
+    first.callbacks = [Looks()]
+    SweepTrainer([first, second]).train(display=None)
+    assert read_metrics(tmp_path / "sweep" / "a" / "metrics.jsonl")[0]["mode"] == 2
+    assert torch.get_deterministic_debug_mode() == 0
 
 
 def test_one_that_diverges_ends_alone(trainers, tmp_path):
