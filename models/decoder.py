@@ -20,45 +20,13 @@ from ..kernels.rope import rope
 from ..kernels.swiglu import geglu, swiglu
 from ..lora.active import checkpointed
 from ..lora.project import project
+from .cache import KVCache
 from .families import read_spec
 from .moe import Mixture
 from .protocol import Cache, CausalLM
 from .recompute import AGAIN, KEEPS, keeps, recomputed
 from .rope import tables
 from .spec import Rope, Spec
-
-CHUNK = 64  # tokens of room added at a time: copying costs less than room that short answers never use
-
-
-class KVCache:
-    """Room for every layer's keys and values, [2, rows, kv_heads, capacity, head_dim], grown by chunks of 64 tokens.
-
-    `length` counts the tokens that every layer has; who appends to all of them adds to it. Memory: 2 * layers * rows *
-    kv_heads * capacity * head_dim elements of the model's dtype."""
-
-    def __init__(self, layers: int) -> None:
-        self.length = 0
-        self._rooms: list[Tensor | None] = [None] * layers
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v [B, T, K, D] after the tokens seen; views of all of that layer's, [B, length + T, K, D]."""
-        end = self.length + k.shape[1]
-        room = self._rooms[layer]
-        if room is None or room.shape[3] < end:
-            old, (rows, _, heads, size) = room, k.shape
-            room = self._rooms[layer] = k.new_empty(2, rows, heads, -(-end // CHUNK) * CHUNK, size)
-            if old is not None:
-                room[:, :, :, : self.length] = old[:, :, :, : self.length]
-        for held, new in zip(room, (k, v), strict=True):
-            held[:, :, self.length : end] = new.transpose(1, 2)
-        keys, values = room[:, :, :, :end].transpose(2, 3)
-        return keys, values
-
-    def select(self, rows: Tensor) -> None:
-        """Take the rows with the given indices (int64), in that order; a repeated one is continued in several ways."""
-        for layer, room in enumerate(self._rooms):  # one after the other, so that only one is there twice
-            self._rooms[layer] = None if room is None else room.index_select(1, rows)
-
 
 # Of attention and of feed-forward, the norm before it and the norm after it.
 NORMS = {
@@ -237,6 +205,8 @@ class Decoder(CausalLM):
         if not isinstance(cache, KVCache | None):
             raise TypeError(f"cache must be one that new_cache() made, got {type(cache).__name__}")
         _check(input_ids, spans, cache, mask)
+        if cache is not None:
+            cache.begin(input_ids, mask is not None)
         if position_ids is None:
             position_ids = _positions(input_ids, spans, cache, mask)
         x: Tensor = self.model.embed_tokens(input_ids)  # [B, T, hidden]
@@ -251,13 +221,13 @@ class Decoder(CausalLM):
         for layer, word in zip(self.model.layers, words, strict=True):
             x = checkpointed(layer, layer, x, ways[word]) if word in AGAIN else layer(x, ways[word])
         if cache is not None:
-            cache.length += input_ids.shape[1]
+            cache.end()
         y: Tensor = self.model.norm(x)
         return y if self.spec.logit_divisor == 1 else y / self.spec.logit_divisor
 
     def new_cache(self) -> KVCache:
         """An empty key-value cache."""
-        return KVCache(self.spec.num_hidden_layers)
+        return KVCache()
 
     def settings(self) -> dict[str, Any]:
         """The keys of `config.json` that the spec was read from. InputError where it was made or changed by hand."""
@@ -293,10 +263,10 @@ def _check(input_ids: Tensor, spans: Spans | None, cache: KVCache | None, mask: 
 
 def _visible(spec: Spec, input_ids: Tensor, cache: KVCache | None, mask: Tensor | None) -> dict[int, Tensor | None]:
     """What each query sees, once for all layers of a window; None where causality and window say it all."""
-    tokens, cached = input_ids.shape[1], 0 if cache is None else cache.length
-    plain = mask is None and (cached == 0 or tokens == 1)
-    how = tokens, cached + tokens, mask, input_ids.device
-    return {window: None if plain else visible_keys(*how, window) for window in {0, *spec.windows}}
+    if mask is not None:
+        how = input_ids.shape[1], mask.shape[1], mask, input_ids.device
+        return {window: visible_keys(*how, window) for window in {0, *spec.windows}}
+    return {window: cache.seen(window) if cache is not None and cache.length else None for window in {0, *spec.windows}}
 
 
 def _positions(input_ids: Tensor, spans: Spans | None, cache: KVCache | None, mask: Tensor | None) -> Tensor:
@@ -305,5 +275,4 @@ def _positions(input_ids: Tensor, spans: Spans | None, cache: KVCache | None, ma
         return (mask.cumsum(1) - 1).clamp_(min=0)[:, -tokens:]
     if spans is not None:
         return span_positions(spans, device).view(input_ids.shape)
-    first = 0 if cache is None else cache.length
-    return torch.arange(first, first + tokens, device=device).expand_as(input_ids)
+    return torch.arange(tokens, device=device).expand_as(input_ids) if cache is None else cache.places

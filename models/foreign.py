@@ -150,8 +150,6 @@ class TransformersLM(CausalLM):
     names, and stay the other's: adapters that are put on either are on both, and their files open in PEFT. What is not
     asked for here (`config`, ...) is answered by `whole`."""
 
-    shares_prompts = False  # windows and recurrent layers count a place that is hidden as one
-
     def __init__(self, whole: Any) -> None:
         super().__init__()
         body, head, config = _body(whole), whole.get_output_embeddings(), whole.config.get_text_config()

@@ -6,10 +6,9 @@ depends on no neighbour, on no order of rows and on no batch size. The logits it
 another number of rows round otherwise in their last bits, and where two tokens are as good as equal, that decides.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -17,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..lora.rows import rows
 from ..settings import LARGEST, Checked, setting
+from .cache import KVCache
+from .continued import Ragged, Row, Together
 from .finite import explain_nonfinite, first_nonfinite
 from .foreign import as_causal_lm
-from .protocol import Cache, CausalLM, evaluating
+from .protocol import CausalLM, evaluating
 
 NOT_FINITE = -1  # in the place of a token
 
@@ -39,15 +39,6 @@ class Sampling(Checked):
         if not self.temperature and (self.top_k or self.top_p != 1):
             name = "top_k" if self.top_k else "top_p"
             raise InputError(f"{name} draws, and temperature 0 takes the likeliest token each time: give a temperature")
-
-
-@dataclass
-class _Row:
-    prompt: Sequence[int]
-    seed: int
-    room: int  # tokens that its answer may have
-    adapter: str | None
-    answer: list[int] = field(default_factory=list)
 
 
 @torch.inference_mode()
@@ -79,6 +70,11 @@ def generate(
     setting; NumericError for logits that are no numbers, naming the layer where they went bad.
     """
     model = as_causal_lm(model)
+
+    def next_tokens(states: Tensor, these: Sequence[Row]) -> Tensor:
+        drawn = [(_hashed(row.seed, len(row.answer)) >> 11) * 2.0**-53 for row in these if temperature]
+        return choose(model.head()(states), sampling, torch.tensor(drawn, dtype=torch.float64))
+
     if max_new_tokens < 0 or batch_size < 1:
         raise ValueError(
             f"max_new_tokens must be 0 or more and batch_size 1 or more, got {max_new_tokens} and {batch_size}"
@@ -99,13 +95,13 @@ def generate(
     seeds = prompt_seeds(prompts, seed) if isinstance(seed, int) else seed
     rooms = [max_new_tokens if max_length is None else min(max_new_tokens, max_length - len(p)) for p in prompts]
     named = [None] * len(prompts) if adapters is None else adapters
-    asked = [_Row(*each) for each in zip(prompts, seeds, rooms, named, strict=True)]
-    order = sorted(asked, key=lambda row: len(row.prompt))
-    sampling = Sampling(temperature, top_k, top_p)
+    asked = [Row(*each) for each in zip(prompts, seeds, rooms, named, strict=True)]
+    order = sorted((row for row in asked if row.room), key=lambda row: (len(row.prompt), [*row.prompt]))
+    sampling, how = Sampling(temperature, top_k, top_p), (model, next_tokens, adapters is not None)
     with evaluating(model):
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
-            _continue(model, batch, sampling, frozenset(stop_ids), on_token, adapters is not None)
+        ours = order and isinstance(model.new_cache(), KVCache)
+        texts = Ragged(*how, order, batch_size) if ours else Together(*how)
+        _continue(texts, order, batch_size, frozenset(stop_ids), on_token)
     return [row.answer for row in asked]
 
 
@@ -142,86 +138,41 @@ def _hashed(*numbers: int) -> int:
 
 
 def _continue(
-    model: CausalLM,
-    batch: list[_Row],
-    sampling: Sampling,
+    texts: Together,
+    order: Sequence[Row],
+    batch_size: int,
     stop_ids: frozenset[int],
     on_token: Callable[[int], None] | None,
-    named: bool,
 ) -> None:
-    """Extend the answers of some rows, together; `named`: each with its own adapter.
-
-    What all prompts begin with (a system prompt, or everything when one is sampled often) is read once; as soon as half
-    of the rows are done, only the others stay.
-    """
-    active, done, device = list(batch), set[int](), model.device  # rows in the cache, the ids of those that are done
-    cache, tokens, mask = _begun(model, active, named)
-    for step in range(max(row.room for row in batch)):
-        grown = [len(row.prompt) + len(row.answer) for row in active if id(row) not in done]
-        if step and model.restarts_at and model.restarts_at + 1 in grown:
-            cache, tokens, mask = _begun(model, active, named)
-        with _answering(model, active, named):
-            logits = model.head()(model.hidden(tokens, cache=cache, mask=mask)[:, -1:])[:, -1]  # [B, V]
-        drawn = torch.tensor([(_hashed(row.seed, step) >> 11) * 2.0**-53 for row in active], dtype=torch.float64)
-        chosen = choose(logits, sampling, drawn)
-        for row, token in zip(active, chosen.tolist(), strict=True):
-            if id(row) in done:
-                continue
+    """Extend the answers of all rows, `batch_size` at most together. Rows leave as they are done, and where others may
+    join, they do as soon as an eighth of the places is free."""
+    model, waiting = texts.model, deque(order)
+    while waiting or texts.rows:
+        again = [i for i, row in enumerate(texts.rows) if len(row.text) == model.restarts_at + 1 > 1]
+        if again:
+            again = again if texts.joins else [*range(len(texts.rows))]
+            waiting.extendleft(texts.rows[i] for i in again)
+            texts.leave(again)
+        first, free = len(texts.rows), batch_size - len(texts.rows)
+        if waiting and (not texts.rows or (texts.joins and (again or 8 * free >= batch_size))):
+            chosen = texts.read([waiting.popleft() for _ in range(min(free, len(waiting)))])
+        else:
+            chosen, first = texts.step(), 0
+        ended = list[int]()
+        for place, token in enumerate(chosen.tolist(), first):
+            row = texts.rows[place]
             if token == NOT_FINITE:
-                read = torch.tensor([[*row.prompt, *row.answer]], device=device)
+                read = torch.tensor([row.text], device=model.device)
                 what = f"token {len(row.answer) + 1} of an answer cannot be chosen: its logits"
-                with _answering(model, [row], named):
+                with texts.answering([row]):
                     raise explain_nonfinite(model, what, first_nonfinite(model, read))
             if token not in stop_ids:
                 row.answer.append(token)
                 if on_token is not None:
                     on_token(token)
             if token in stop_ids or len(row.answer) == row.room:
-                done.add(id(row))
-        kept = [place for place, row in enumerate(active) if id(row) not in done]
-        if not kept:
-            return
-        tokens = chosen.unsqueeze(1)
-        mask = None if mask is None else torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        if 2 * len(kept) <= len(active):
-            index = torch.tensor(kept, device=device)
-            cache.select(index)
-            tokens, mask, active = tokens[index], None if mask is None else mask[index], [active[i] for i in kept]
-
-
-def _answering(model: CausalLM, batch: list[_Row], named: bool) -> AbstractContextManager[None]:
-    """A block in which each row has its adapter."""
-    return rows(model, [row.adapter for row in batch]) if named else nullcontext()
-
-
-def _begun(model: CausalLM, batch: list[_Row], named: bool) -> tuple[Cache, Tensor, Tensor | None]:
-    """A cache of what all texts begin with, and the tokens and the mask that are to be read next."""
-    cache, texts = model.new_cache(), [[*row.prompt, *row.answer] for row in batch]
-    tokens, mask, shared = _padded(texts, model.shares_prompts)
-    if shared:
-        first = {row.adapter: row for row in batch}  # read once with each adapter
-        with _answering(model, [*first.values()], named):
-            model.hidden(torch.tensor([texts[0][:shared]] * len(first), device=model.device), cache=cache)
-        cache.select(torch.tensor([[*first].index(row.adapter) for row in batch], device=model.device))
-    return cache, tokens.to(model.device), None if mask is None else mask.to(model.device)
-
-
-def _padded(prompts: Sequence[Sequence[int]], share: bool = True) -> tuple[Tensor, Tensor | None, int]:
-    """What differs of the prompts, padded on the left [B, T]; a mask [B, shared + T] if there is padding; and how many
-    tokens all begin with: one fewer than the shortest at most, and 0 for a single prompt, or without `share`.
-
-    A row is padded with a token of its own: another's activations might overflow, and NaN passes through every mask.
-    """
-    first, last = min(map(list, prompts)), max(map(list, prompts))  # these two differ first of all
-    limit = min(map(len, prompts)) - 1 if share and len(prompts) > 1 else 0
-    shared = next((i for i in range(limit) if first[i] != last[i]), limit)
-    width = max(map(len, prompts))
-    pads = torch.tensor([[width - len(prompt)] for prompt in prompts])
-    own = max(shared - 1, 0)
-    tokens = torch.tensor([[prompt[own]] * (width - len(prompt)) + list(prompt[shared:]) for prompt in prompts])
-    place = torch.arange(width)
-    mask = (place < shared) | (place >= shared + pads)
-    return tokens, None if mask.all() else mask, shared
+                ended.append(place)
+        texts.leave(ended)
 
 
 def choose(logits: Tensor, sampling: Sampling, drawn: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class CausalLM(nn.Module, ABC):
     """Whether it keeps examples apart that share a row; where not, `hidden` gives each a row, and trainers pad."""
 
     shares_prompts: bool = True
-    """Whether a mask may hide places after others in its caches: generation then reads common beginnings once."""
+    """Whether a text's beginning is read alike however long the text is: generation then reads common ones once."""
 
     restarts_at: int = 0
     """Tokens beyond which a text is read anew from its start: what a cache holds of it is stale then; 0: never."""

@@ -181,7 +181,7 @@ def test_another_packed_example_changes_nothing_to_the_bit(ours: Ours) -> None:
 def test_cached_equals_uncached(ours: Ours, kind: str, steps: list[int]) -> None:
     model = ours(kind, torch.float64)
     ids = tokens(2, 40)
-    cache = KVCache(len(model.model.layers))
+    cache = KVCache()
     pieces = [model(part, cache=cache) for part in ids.split(steps, dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), rtol=0, atol=1e-10)
     assert cache.length == 40
@@ -195,7 +195,7 @@ def test_left_padding_equals_none(ours: Ours, kind: str, cached: bool) -> None:
     padded = torch.cat([torch.zeros(1, 11, dtype=torch.int64), ids], dim=1)
     mask = torch.arange(41)[None] >= 11
     if cached:
-        cache = KVCache(len(model.model.layers))
+        cache = KVCache()
         pieces = [model(padded[:, a:b], cache=cache, mask=mask[:, :b]) for a, b in ((0, 20), (20, 40), (40, 41))]
         got = torch.cat(pieces, dim=1)[:, 11:]
     else:
@@ -292,7 +292,7 @@ def test_cuda_equals_cpu(ours: Ours, kind: str) -> None:
     ("arguments", "message"),
     [
         ({"spans": [(0, 6)], "mask": torch.ones(1, 6, dtype=torch.bool)}, "neither a cache nor a mask"),
-        ({"spans": [(0, 6)], "cache": KVCache(3)}, "neither a cache nor a mask"),
+        ({"spans": [(0, 6)], "cache": KVCache()}, "neither a cache nor a mask"),
         ({"mask": torch.ones(1, 5, dtype=torch.bool)}, r"= \(1, 6\), got \(1, 5\)"),
         ({"spans": [(0, 5)]}, "spans must cover the 6 tokens"),
         ({"spans": [(0, 3), (4, 6)]}, "spans must cover the 6 tokens"),

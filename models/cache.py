@@ -1,0 +1,113 @@
+"""The key-value cache: rows of their own lengths, in rooms that no token makes anew.
+
+A row's token stands at its position, so what texts begin with lies side by side, the last row takes the place of one
+that ends, and others join while the rest go on. A pass reads keys up to the next of a few lengths (a bucket) and hides
+what is beyond each row's own end: shapes stay few, and where a row stands is known to the device.
+"""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def bucket(length: int) -> int:
+    """How many keys a pass reads that needs `length`: a multiple of 64, and of an eighth to a quarter of it."""
+    step = max(64, 1 << length.bit_length() >> 3)
+    return -(-length // step) * step
+
+
+class KVCache:
+    """Room for every layer's keys and values, [2, rows, kv_heads, capacity, head_dim], doubled when a row outgrows it.
+
+    `counts`: the tokens of each row; `lengths`, int64 on the device, has them too. Memory: 2 * layers * rows * kv_heads
+    * capacity * head_dim elements of the model's dtype, with a capacity of the longest row's bucket or less than twice
+    that row, and not above the bucket of `most`."""
+
+    keys: int  # that the pass reads
+    places: Tensor  # of its tokens, [rows, T]
+
+    def __init__(self) -> None:
+        self.counts, self.lengths, self.most = list[int](), torch.empty(0, dtype=torch.int64), 1 << 62
+        self._rooms = list[Tensor]()
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.counts, default=0)
+
+    def begin(self, input_ids: Tensor, padded: bool) -> None:
+        """A pass over new tokens [rows, T]; `padded`: with a mask over exactly the keys that there are."""
+        rows, tokens = input_ids.shape
+        if not self.counts:
+            self.counts, self.lengths = [0] * rows, torch.zeros(rows, dtype=torch.int64, device=input_ids.device)
+        if len(self.counts) != rows or (padded and len({*self.counts}) > 1):
+            raise ValueError(f"tokens of {rows} rows for a cache of {self.counts} tokens; a mask needs rows alike")
+        self.keys = self.length + tokens if padded or not self.length else bucket(self.length + tokens)
+        self.places = self.lengths.unsqueeze(1) + torch.arange(tokens, device=input_ids.device)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v [B, T, K, D] behind each row's tokens; views of that layer's, [B, `keys`, K, D]."""
+        room = self._roomy(layer, k, self.keys)
+        rows = torch.arange(len(k), device=k.device).unsqueeze(1)
+        for held, new in zip(room, (k, v), strict=True):
+            held[rows, :, self.places] = new
+        keys, values = room[:, : len(k), :, : self.keys].transpose(2, 3)
+        return keys, values
+
+    def seen(self, window: int = 0) -> Tensor:
+        """Which keys the pass's tokens see, [rows, 1, T, keys] bool: up to their own, of a `window` the last ones."""
+        there, here = torch.arange(self.keys, device=self.places.device), self.places.unsqueeze(-1)
+        found = there <= here
+        return (found & (there > here - window) if window else found).unsqueeze(1)
+
+    def end(self) -> None:
+        """Every layer has the pass's tokens."""
+        self.counts = [count + self.places.shape[1] for count in self.counts]
+        self.lengths = self.lengths + self.places.shape[1]
+
+    def cut(self, counts: Sequence[int]) -> None:
+        """Rows that were padded on the right end at these lengths; what is beyond becomes zeros, which harm nobody."""
+        self._count(counts)
+        for room in self._rooms:
+            beyond = torch.arange(room.shape[3], device=room.device) >= self.lengths.unsqueeze(1)
+            room.masked_fill_(beyond[None, :, None, :, None], 0)
+
+    def select(self, rows: Tensor) -> None:
+        """Take the rows with the given indices (int64), in that order; a repeated one is continued in several ways."""
+        for layer, room in enumerate(self._rooms):  # one after the other, so that only one is there twice
+            self._rooms[layer] = room.index_select(1, rows)
+        self._count([self.counts[row] for row in rows.tolist()])
+
+    def leave(self, row: int) -> None:
+        """Go on without that row: the last one takes its place."""
+        last, count = len(self.counts) - 1, self.counts[-1]
+        for room in self._rooms if row < last else ():
+            room[:, row, :, :count] = room[:, last, :, :count]
+        self.lengths[row] = self.lengths[last]
+        self.lengths, self.counts[row] = self.lengths[:last], count
+        self.counts.pop()
+
+    def join(self, other: Self) -> None:
+        """Take the rows of another one behind its own, into places that rows have left: there must be enough."""
+        here, width = len(self.counts), other.length
+        for layer, new in enumerate(other._rooms):
+            room = self._roomy(layer, new[0].transpose(1, 2), width)
+            room[:, here : here + len(other.counts), :, :width] = new[:, :, :, :width]
+        self._count([*self.counts, *other.counts])
+
+    def _count(self, counts: Sequence[int]) -> None:
+        self.counts, self.lengths = [*counts], torch.tensor(counts, device=self.lengths.device)
+
+    def _roomy(self, layer: int, like: Tensor, keys: int) -> Tensor:
+        """The layer's room, with a capacity of so many keys at least; for `like` [B, T, K, D] where there is none."""
+        if layer == len(self._rooms):
+            self._rooms.append(like.new_empty(2, like.shape[0], like.shape[2], 0, like.shape[3]))
+        room = self._rooms[layer]
+        if (more := keys - (had := room.shape[3])) > 0:
+            more = max(bucket(keys), min(2 * had, bucket(self.most))) - had
+            # of zeros: what no row sees counts with weight 0, and 0 times what lies in empty memory may be NaN
+            room = self._rooms[layer] = F.pad(room, (0, 0, 0, more))
+        return room
