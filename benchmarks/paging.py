@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from fourbit.kernels.page_device import CudaDevice, CudaEvent, Direction, PageDevice
 from fourbit.optim import AdamW
-from fourbit.optim.page_device import CudaDevice, CudaEvent, Direction, PageDevice
 from fourbit.optim.paging import PAGE_BYTES, Pager
 
 PICTURE = Path(__file__).parents[1] / "docs" / "figures" / "paging.svg"

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -55,16 +56,17 @@ def switched(to: Sequence[tuple[AdapterLayer, dict[str, float]]]) -> Iterator[No
             layer.active = active
 
 
-def checkpointed(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), which runs `module`, as torch's activation checkpoint: backward computes it again with the
-    adapters that are active now, whatever is switched until then."""
+def checkpointed(module: nn.Module, function: Callable[..., Any], *args: Any, again: Any = None) -> Any:
+    """function(*args), which runs `module`, as torch's activation checkpoint: backward computes it again, or `again` in
+    its place, which saves the same tensors, with the adapters that are active now, whatever is switched until then."""
     now = [(layer, layer.active) for layer in module.modules() if isinstance(layer, AdapterLayer)]
+    ways = chain([function], repeat(again or function))
 
-    def again(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
         with switched(now):
-            return function(*args)
+            return next(ways)(*args)
 
-    return checkpoint(function if torch.compiler.is_compiling() else again, *args, use_reentrant=False)
+    return checkpoint(function if torch.compiler.is_compiling() else run, *args, use_reentrant=False)
 
 
 def train_only(model: nn.Module, *names: str) -> None:

@@ -7,6 +7,7 @@ adapters trained here open elsewhere. The linears may be dense, 4-bit or wrapped
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..kernels.attention import Scores, Spans, causal_attention, span_lengths, span_positions, visible_keys
+from ..kernels.derivatives import transformed
 from ..kernels.dispatch import widened
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope
@@ -24,7 +26,7 @@ from .cache import KVCache
 from .families import read_spec
 from .moe import Mixture
 from .protocol import Cache, CausalLM
-from .recompute import AGAIN, KEEPS, keeps, recomputed
+from .recompute import host_inputs, in_chunks, keeps, recomputed
 from .rope import tables
 from .spec import Rope, Spec
 
@@ -48,7 +50,9 @@ class _Pass:
     visible: Mapping[int, Tensor | None]  # of each window, [B or 1, 1, T, S] bool; None: the window's plain causality
     cache: KVCache | None
     lean: bool = False  # cheap activations are made again in backward
+    again: bool = False  # the layer runs again in backward
     keep: bool = False  # decoded weights stay for backward, which follows at once
+    replay: bool = False  # it runs again now, for the tensors that it saves: nobody reads its output
 
 
 class RMSNorm(nn.Module):
@@ -147,11 +151,15 @@ class Layer(nn.Module):
         for part, (before, after) in zip((self.self_attn, self.mlp), self.norms, strict=True):
             norm = getattr(self, before) if before else None
             h = norm(x) if norm else x
+            run = partial(self._part, part, getattr(self, after) if after else nn.Identity(), shared)
             with recomputed(h, norm, x, active=shared.lean) if norm else nullcontext():
-                y = part(h, shared)
-            y = getattr(self, after)(y) if after else y
+                y = in_chunks(self, run, h, again=shared.again, unread=shared.replay) if part is self.mlp else run(h)
             x = x + (y if self.residual_scale == 1 else y * self.residual_scale)
         return x
+
+    def _part(self, part: nn.Module, after: nn.Module, shared: _Pass, h: Tensor) -> Tensor:
+        y: Tensor = after(part(h, shared))
+        return y
 
 
 def _norm(spec: Spec, size: int) -> RMSNorm:
@@ -212,14 +220,19 @@ class Decoder(CausalLM):
         x: Tensor = self.model.embed_tokens(input_ids)  # [B, T, hidden]
         if self.spec.embedding_scale != 1:
             x = x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype)  # rounded, as Gemma was trained
-        training = torch.is_grad_enabled() and cache is None
+        training = torch.is_grad_enabled() and cache is None and not transformed()  # which know no checkpoints
         words = keeps(self.checkpointing if training else "all", len(self.model.layers))
         keep = x.is_cuda if self.keep_decoded is None else self.keep_decoded
         turns, visible = _turns(self.spec, position_ids, spans, x), _visible(self.spec, input_ids, cache, mask)
         shared = _Pass(turns, spans, visible, cache)
-        ways = {word: replace(shared, lean=word == "products", keep=keep and word in AGAIN) for word in KEEPS}
+        lean, first = replace(shared, lean=True), replace(shared, again=True, keep=keep)
+        replay, sent = replace(first, replay=True), host_inputs(x) if "host" in words else nullcontext
         for layer, word in zip(self.model.layers, words, strict=True):
-            x = checkpointed(layer, layer, x, ways[word]) if word in AGAIN else layer(x, ways[word])
+            if word in ("input", "host"):
+                with sent() if word == "host" else nullcontext():
+                    x = checkpointed(layer, partial(layer, shared=first), x, again=partial(layer, shared=replay))
+            else:
+                x = layer(x, lean if word == "products" else shared)
         if cache is not None:
             cache.end()
         y: Tensor = self.model.norm(x)

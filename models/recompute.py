@@ -8,8 +8,9 @@ What runs again runs on the same numbers and the same random state, so every cho
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, get_args
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import shown
 from ..kernels.derivatives import transformed
+from ..kernels.page_device import PageDevice, make_device
+from ..lora.active import checkpointed
 from ..lora.adapter import is_hooked
+from ..lora.layer import ByRows
 
 Keep = Literal["all", "products", "input", "host"]
 """What a layer keeps, from the quickest to the leanest: all that its ops save; what its products (linears, attention)
@@ -27,6 +31,7 @@ of the host, which comes back while the layer above is in backward (on a CPU the
 Checkpointing = bool | Keep | Sequence[Keep]
 """A word for each layer, or one for all. False is "products", which a CPU pays nothing for; True is "input"."""
 
+CHUNK = 4096  # tokens that go through a layer's feed-forward part at once; decoding its weights costs 5% of that
 KEEPS: tuple[Keep, ...] = get_args(Keep)
 AGAIN = ("input", "host")  # the words that run a layer again
 
@@ -47,32 +52,102 @@ def leanness(checkpointing: Checkpointing) -> float:
     return sum(map(KEEPS.index, words)) / len(words)
 
 
+def in_chunks(module: nn.Module, part: Callable[[Tensor], Tensor], x: Tensor, *, again: bool, unread: bool) -> Tensor:
+    """part(x) for x [B, T, D], a part of `module` that takes every token by itself: CHUNK of them at a time, so that
+    what lies in between never exists for all of them.
+
+    `again`: a chunk keeps its input alone, and runs again in backward. `unread`: it is a layer that runs again, of
+    which the inputs of chunks are wanted and no outputs. Layers with adapters by rows get all rows at once."""
+    chunks = x.reshape(1, -1, x.shape[-1]).split(CHUNK, dim=1)
+    if len(chunks) == 1 or any(isinstance(getattr(m, "active", None), ByRows) for m in module.modules()):
+        return part(x)
+    run = (lambda chunk: chunk) if unread else part
+    return torch.cat([checkpointed(module, run, c) if again else run(c) for c in chunks], dim=1).view_as(x)
+
+
+class HostInputs:
+    """Inputs of layers that wait in the host's memory: `pack` sends one there, `unpack` has it back and the one sent
+    before it on its way. Both are hooks of saved tensors.
+
+    No memory is reused under a copy: compute waits for a layer's copy when it begins the next layer. The allocator's
+    own way, `record_stream`, would free nothing for a host that runs ahead of its GPU."""
+
+    def __init__(self, device: PageDevice) -> None:
+        self.device = device
+        self.sent: list[tuple[Tensor, Callable[[], Tensor], Any]] = []  # in the host's memory; room for it; its event
+        self.here: dict[int, tuple[Tensor, Any]] = {}  # on the device: on its way out, or come back
+
+    def pack(self, x: Tensor) -> int:
+        number, x, host = len(self.sent), x.detach().contiguous(), self.device.pinned(x.nbytes)
+        self.device.use(_bytes(x))
+        event = self.device.copy("out", host, _bytes(x), [self.device.mark()])
+        self.sent.append((host, partial(torch.empty, x.shape, dtype=x.dtype, device=x.device), event))
+        self.here[number] = x, event
+        if number - 1 in self.here:
+            before, left = self.here.pop(number - 1)
+            self.device.wait(left)
+            self.device.free(_bytes(before))
+        return number
+
+    def unpack(self, number: int) -> Tensor:
+        self._fetch(number)
+        self._fetch(number - 1)
+        x, event = self.here.pop(number)
+        self.device.wait(event)
+        return x
+
+    def _fetch(self, number: int) -> None:
+        if number < 0 or number in self.here:
+            return
+        host, room, left = self.sent[number]
+        x = room()
+        self.device.use(_bytes(x))
+        self.here[number] = x, self.device.copy("in", _bytes(x), host, [self.device.mark(), left])
+
+    def __del__(self) -> None:
+        for _, event in self.here.values():  # of a backward pass that went no further
+            self.device.wait(event)
+
+
+def host_inputs(x: Tensor) -> Callable[[], AbstractContextManager[Any]]:
+    """A block in which a checkpoint's input, like x, is kept in the host's memory; where it is already, it stays."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return nullcontext
+    host = HostInputs(make_device(x.device) if type(x) is Tensor else PageDevice())  # fake tensors have no streams
+    return partial(saved_tensors_hooks, host.pack, host.unpack)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.view(-1).view(torch.uint8)
+
+
 def recomputed(
     value: Tensor, step: Callable[..., Tensor], *inputs: Tensor, active: bool = True
 ) -> AbstractContextManager[Any]:
     """A block inside which autograd keeps `step` and `inputs` in place of `value` = step(*inputs).
 
-    However often `value` is saved there (as it is or as a view of all of it), the step runs once, in backward. The
+    However often `value` is saved there (as it is, or a view of some of it), the step runs once, in backward. The
     inputs must not be overwritten before. Nothing changes where not `active`, where hooks of `step` would be called a
     second time, and under torch.compile, whose compiler decides what to make again, and torch.func, which has no hooks.
     """
     hooked = isinstance(step, nn.Module) and is_hooked(step)
-    if not active or hooked or torch.compiler.is_compiling() or transformed():
+    if not active or hooked or not value.is_contiguous() or torch.compiler.is_compiling() or transformed():
         return nullcontext()
-    place, size = _place(value), value.numel()  # not `value` itself: the hooks live as long as the graph
+    # not `value` itself: the hooks live as long as the graph. And no addresses, which fake tensors lack
+    storage, first, size, dtype = ref(value.untyped_storage()), value.storage_offset(), value.numel(), value.dtype
     kept_inputs = [x.detach() for x in inputs]
     again = cache(lambda: step(*kept_inputs).detach())  # runs once; lives until the graph's last node that uses it goes
 
     def pack(tensor: Tensor) -> Any:
-        same = _place(tensor) == place and tensor.numel() == size and tensor.is_contiguous()
-        return (again, tensor.shape) if same else tensor.detach()  # the tensor itself would be a cycle, never freed
+        inside = tensor.untyped_storage() is storage() and tensor.dtype == dtype and tensor.is_contiguous()
+        if inside and 0 <= (start := tensor.storage_offset() - first) <= size - tensor.numel():
+            return start, tensor.shape
+        return tensor.detach()  # the tensor itself would be a cycle, never freed
 
     def unpack(kept: Any) -> Tensor:
-        return kept if isinstance(kept, Tensor) else kept[0]().view(kept[1])
+        if isinstance(kept, Tensor):
+            return kept
+        start, shape = kept
+        return again().view(-1)[start : start + shape.numel()].view(shape)
 
     return saved_tensors_hooks(pack, unpack)
-
-
-def _place(x: Tensor) -> tuple[Any, Any]:
-    """Where x lies; fake tensors have no address."""
-    return x.untyped_storage()._cdata, x.storage_offset()

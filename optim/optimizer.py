@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..kernels.dispatch import path_for
+from ..kernels.page_device import make_device, peaks
 from ..settings import DTYPES
 from . import update
-from .page_device import make_device, peaks
 from .paging import Budget, Pager, check_budget, check_room
 from .state import Entry, FlatState, Kind, Slice, fields, largest_shard, local, whole
 from .state_files import TORCHS, read_groups, read_states, refuse_torchs

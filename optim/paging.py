@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .page_device import PageDevice
+from ..kernels.page_device import PageDevice
 from .state import CHUNK, Field, FlatState, Slice, whole
 
 ALIGNMENT = 16  # bytes: kernels read vectors of so many

@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fourbit
 from fourbit.lora.kinds import KINDS
+from fourbit.models import recompute
 from fourbit.models.decoder import Decoder
 from fourbit.models.families import read_spec
 from fourbit.models.foreign import as_causal_lm
@@ -16,18 +19,19 @@ from fourbit.models.recompute import KEEPS, keeps, leanness
 
 SPANS = ((0, 9), (9, 14, 20, 21, 29), (29, 40))  # one of them forks
 IDS = torch.randint(97, (1, 40), generator=torch.Generator().manual_seed(1))
-SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8}
+SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4, "head_dim": 8}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 3, "num_experts_per_tok": 2}
 FAMILIES = {  # norms before and after, of queries and keys, soft caps, windows; experts
     "gemma2": SIZES | {"query_pre_attn_scalar": 8, "sliding_window": 8},
-    "qwen3_moe": SIZES | {"moe_intermediate_size": 24, "norm_topk_prob": True},
+    "qwen3_moe": SIZES | {"norm_topk_prob": True},
 }
 CHOICES = [*KEEPS, [*KEEPS], [*KEEPS][::-1], ["input", "all", "host", "host"]]
 
 
-def of_family(family: str) -> Decoder:
+def of_family(family: str, size: int = 24) -> Decoder:
     torch.manual_seed(0)
-    model = Decoder(read_spec({"model_type": family} | FAMILIES[family]))
+    sizes = {"intermediate_size": size, "moe_intermediate_size": size}
+    model = Decoder(read_spec({"model_type": family} | FAMILIES[family] | sizes))
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, float("norm" in name), 0.2)
     return model
@@ -47,19 +51,20 @@ def adapted(model: Any, kind: str = "lora", quantised: bool = True) -> Any:
     return model.train()
 
 
-def gradients(model: Any, checkpointing: Any) -> dict[str, Tensor]:
+def gradients(model: Any, checkpointing: Any, longer: bool = False) -> dict[str, Tensor]:
     model.checkpointing = checkpointing
     model.zero_grad()
     torch.manual_seed(5)  # of dropout
-    model.hidden(IDS, spans=SPANS).square().mean().backward()
+    ids, spans = (IDS.repeat(1, 5), None) if longer else (IDS, SPANS)
+    model.hidden(ids, spans=spans).square().mean().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def same(model: Any, choices: list[Any]) -> None:
-    wanted = gradients(model, "all")
+def same(model: Any, choices: list[Any], longer: bool = False) -> None:
+    wanted = gradients(model, "all", longer)
     assert len(wanted) > 8 and all(grad.norm() > 0 for grad in wanted.values())
     for choice in choices:
-        found = gradients(model, choice)
+        found = gradients(model, choice, longer)
         assert found.keys() == wanted.keys()
         for name, grad in found.items():
             assert torch.equal(grad, wanted[name]), f"{choice}: {name}"
@@ -99,6 +104,47 @@ def test_each_keeps_less_than_the_one_before(alive: Any, random_decoder: Callabl
         hidden.sum().backward()
     assert kept["input"] < kept["products"] / 4 and kept["products"] < 0.8 * kept["all"]
     assert kept[str(mixed)] == pytest.approx((kept["all"] + kept["input"]) / 2, rel=0.02)
+
+
+class Widest(TorchDispatchMode):
+    """The most numbers of one tensor whose rows have `width`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.most = width, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.shape[-1:] == (self.width,):
+                self.most = max(self.most, tensor.numel() // self.width)
+        return out
+
+
+@pytest.mark.parametrize("family", ["llama", *FAMILIES])
+def test_the_feed_forward_part_runs_in_chunks(
+    family: str, random_decoder: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 tokens by 72: no choice changes a bit; dense masters have what one pass gives; nothing is computed for naught
+    but the last product that runs again; and rows 52 wide, two a token of experts, are never more than a chunk's.
+    """
+    model = random_decoder(layers=4, intermediate=52) if family == "llama" else of_family(family, 52)
+    if family == "llama":
+        model = adapted(model)
+    whole = gradients(model.eval(), "input", True)  # dropout is off: each chunk draws its own
+    calls: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(recompute, "CHUNK", 72)
+    for choice in ("all", "products", "input"):
+        calls.clear()
+        with Widest(52) as rows:
+            chunked = gradients(model, choice, True)
+        assert rows.most == 72 * (2 if family == "qwen3_moe" else 1), choice
+        assert len(calls) == 4 * 3 * (2 if choice == "input" else 1), choice
+        for name, grad in whole.items():
+            assert (chunked[name] - grad).norm() <= 2e-5 * grad.norm(), f"{choice}: {name}"
+    same(model.train(), CHOICES[:6], True)
 
 
 def test_words(random_decoder: Callable[..., Decoder]) -> None:

@@ -18,8 +18,9 @@ def run(active: bool, calls: list[int]) -> tuple[Tensor, Tensor]:
 
     y = step(x)
     with recomputed(y, step, x, active=active):
-        # saved whole, as a view of another shape, twice, and only in part
-        out = (y.square() * y.view(4, 3).sin().view(3, 4)).sum() + y[0].cos().sum() + y.T.tanh().sum()
+        # saved whole, as a view of another shape, twice, in part (rows, a column), and in another order
+        out = (y.square() * y.view(4, 3).sin().view(3, 4)).sum() + y[1:].cos().sum() + y[:, 1].exp().sum()
+        out = out + y.T.tanh().sum()
     return x, out
 
 
@@ -52,3 +53,23 @@ def test_other_saved_tensors_do_not_keep_themselves_alive(alive: Any) -> None:
         y = x.sin().exp().tanh()
     del y
     assert made.bytes() == 0
+
+
+def test_chunks_of_a_value_are_made_again_too(alive: Any) -> None:
+    x = torch.randn(1000, requires_grad=True)
+    with alive() as made:
+        y = x * 2
+        with recomputed(y, lambda x: x * 2, x):
+            z = torch.cat([part.square() for part in y.split(300)])
+        del y
+    assert made.bytes() == 4000
+    torch.testing.assert_close(torch.autograd.grad(z.sum(), x)[0], 8 * x)
+
+
+def test_a_value_in_another_order_is_kept(alive: Any) -> None:
+    x = torch.randn(30, 40, requires_grad=True)
+    step = lambda x: x.T * 2
+    y = step(x)
+    with recomputed(y, step, x):
+        z = y.T.square() + y.T.exp()
+    torch.testing.assert_close(torch.autograd.grad(z.sum(), x)[0], 8 * x + 2 * (2 * x).exp())

@@ -14,7 +14,7 @@ from collections import deque
 
 import torch
 
-from fourbit.optim.page_device import PageDevice
+from fourbit.kernels.page_device import PageDevice
 
 GARBAGE = 255
 

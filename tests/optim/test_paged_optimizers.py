@@ -12,8 +12,8 @@ from torch import nn
 
 from fourbit.errors import InputError
 from fourbit.kernels.dispatch import force_path
+from fourbit.kernels.page_device import CudaDevice
 from fourbit.optim import AdamW, Lion, optimizer
-from fourbit.optim.page_device import CudaDevice
 from fourbit.optim.paging import IDLE, Pager
 from fourbit.optim.state import CHUNK
 

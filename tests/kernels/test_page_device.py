@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fourbit.optim.page_device import CudaDevice, peaks
+from fourbit.kernels.page_device import CudaDevice, peaks
 from fourbit.optim.paging import Pager
 from fourbit.optim.state import CHUNK, Entry, FlatState, Moment
 
