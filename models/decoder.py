@@ -222,7 +222,7 @@ class Decoder(CausalLM):
             x = x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype)  # rounded, as Gemma was trained
         training = torch.is_grad_enabled() and cache is None and not transformed()  # which know no checkpoints
         words = keeps(self.checkpointing if training else "all", len(self.model.layers))
-        keep = x.is_cuda if self.keep_decoded is None else self.keep_decoded
+        keep = x.device.type != "cpu" if self.keep_decoded is None else self.keep_decoded
         turns, visible = _turns(self.spec, position_ids, spans, x), _visible(self.spec, input_ids, cache, mask)
         shared = _Pass(turns, spans, visible, cache)
         lean, first = replace(shared, lean=True), replace(shared, again=True, keep=keep)

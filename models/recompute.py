@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import shown
 from ..kernels.derivatives import transformed
+from ..kernels.launch import is_fake
 from ..kernels.page_device import PageDevice, make_device
 from ..lora.active import checkpointed
 from ..lora.adapter import is_hooked
@@ -31,7 +32,7 @@ of the host, which comes back while the layer above is in backward (on a CPU the
 Checkpointing = bool | Keep | Sequence[Keep]
 """A word for each layer, or one for all. False is "products", which a CPU pays nothing for; True is "input"."""
 
-CHUNK = 4096  # tokens that go through a layer's feed-forward part at once; decoding its weights costs 5% of that
+CHUNK = 8192  # tokens that go through a feed-forward part at once: beside 8,192 rows decoding weights costs little
 KEEPS: tuple[Keep, ...] = get_args(Keep)
 AGAIN = ("input", "host")  # the words that run a layer again
 
@@ -111,9 +112,10 @@ class HostInputs:
 
 def host_inputs(x: Tensor) -> Callable[[], AbstractContextManager[Any]]:
     """A block in which a checkpoint's input, like x, is kept in the host's memory; where it is already, it stays."""
-    if not x.is_cuda or torch.compiler.is_compiling():
+    fake = x.is_meta and is_fake(x)  # in CUDA's place, without streams
+    if not (x.is_cuda or fake) or torch.compiler.is_compiling():
         return nullcontext
-    host = HostInputs(make_device(x.device) if type(x) is Tensor else PageDevice())  # fake tensors have no streams
+    host = HostInputs(PageDevice() if fake else make_device(x.device))
     return partial(saved_tensors_hooks, host.pack, host.unpack)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -145,6 +146,30 @@ def test_the_feed_forward_part_runs_in_chunks(
         for name, grad in whole.items():
             assert (chunked[name] - grad).norm() <= 2e-5 * grad.norm(), f"{choice}: {name}"
     same(model.train(), CHOICES[:6], True)
+
+
+def test_transforms_and_second_order_take_any_choice(
+    random_decoder: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.func has no checkpoints, so all is kept there; in chunks a gradient can be differentiated again."""
+    model, ids = adapted(random_decoder(layers=2)).eval().double(), IDS.repeat(1, 2)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, parameters, (ids,)).square().mean()
+
+    found = []
+    for chunk, choice in ((8192, "all"), (24, "all"), (24, "input"), (24, "host")):
+        monkeypatch.setattr(recompute, "CHUNK", chunk)
+        model.checkpointing = choice
+        transformed = torch.func.grad(loss)(parameters)
+        with sdpa_kernel(SDPBackend.MATH):  # the quick ones have no second derivative
+            first = torch.autograd.grad(model(ids).square().mean(), [*parameters.values()], create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), [*parameters.values()])
+        found.append([*transformed.values(), *first, *second])
+    for other in found[1:]:
+        for grad, wanted in zip(other, found[0], strict=True):
+            assert (grad - wanted).norm() <= 1e-9 * wanted.norm()
 
 
 def test_words(random_decoder: Callable[..., Decoder]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import fourbit
 from fourbit import InputError, LoRAConfig, rows, train_only, use, using
 from fourbit.lora.layer import adapter_layers
+from fourbit.models import recompute
 from fourbit.models.foreign import as_causal_lm
 from fourbit.models.generate import generate_each
 
@@ -83,6 +84,18 @@ def test_checkpoints_are_computed_again_with_the_adapters_of_forward(model: Any)
         same(gradients(model, lambda: loss), wanted)
     finally:
         model.checkpointing = False
+
+
+@pytest.mark.parametrize("model", ["ours"], indirect=True)
+def test_chunks_of_tokens_leave_such_rows_whole(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(97, (3, 9))
+    wanted = gradients(model, lambda: each_alone(model, ids))
+    monkeypatch.setattr(recompute, "CHUNK", 5)
+    for model.checkpointing in (False, True):
+        with rows(model, NAMES):
+            same(gradients(model, lambda: model.hidden(ids).square().sum()), wanted)
+        same(gradients(model, lambda: each_alone(model, ids)), wanted)  # in chunks, each with its adapter
+    model.checkpointing = False
 
 
 def test_packed_rows_of_segments(model: Any) -> None:
