@@ -22,9 +22,7 @@ def token_scores(logits: Tensor, target: Tensor, gradient: bool) -> tuple[Tensor
     rows, columns = logits.shape
     found = logits.new_empty(3, rows, dtype=torch.float32)
     block = min(BLOCK, triton.next_power_of_2(columns))
-    launch(
-        token_scores_kernel,
-        (rows,),
+    launch(token_scores_kernel, (rows,))(
         *(logits, logits, at_target, target, found, rows, columns, logits.stride(0)),
         GRADIENT=gradient,
         BLOCK=block,

@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .codes import dynamic_code, pair_table
-from .launch import is_fake, launch
+from .launch import launch
 from .weight4bit import Weight4bit
 
 WORD = 8  # values of an int32 word
@@ -22,14 +23,13 @@ TILE, WARPS = 256, 2  # words that one program decodes: 32 values to a thread
 def decode_words(flat: Tensor, packed: Tensor, weight: Weight4bit) -> bool:
     """flat [n] becomes the weight, whose bytes are `packed`; False, with nothing done, if they are no whole words."""
     width = flat.numel() // WORD
-    if flat.numel() % WORD or packed.storage_offset() % 4 or not (is_fake(packed) or packed.data_ptr() % 4 == 0):
+    aligned = isinstance(packed, FakeTensor) or packed.data_ptr() % 4 == 0
+    if flat.numel() % WORD or packed.storage_offset() % 4 or not aligned:
         return False
     if width == 0:
         return True
     nested = weight.nested_absmax
-    launch(
-        dequantize4bit_kernel,
-        (triton.cdiv(width, TILE),),
+    launch(dequantize4bit_kernel, (triton.cdiv(width, TILE),))(
         flat,
         packed.view(torch.int32),
         weight.absmax.reshape(-1).contiguous(),  # a view of every other element, say, is still one when it is flat

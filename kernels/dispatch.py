@@ -7,7 +7,7 @@ rows of x: see `border`.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 
@@ -56,11 +56,6 @@ def force_path(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
-
-
-def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Makes x's GPU the current one, where Triton launches; nothing for tensors elsewhere."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 @cache

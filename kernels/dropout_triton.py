@@ -16,9 +16,7 @@ def drop(x: Tensor, p: float, seed: Tensor, out: Tensor | None = None) -> Tensor
     """x [M, K] where dropout.keep_mask(x.shape, p, seed) keeps it, else 0: not scaled. `out` may be x itself."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     M, K = x.shape
-    launch(
-        dropout_kernel,
-        (triton.cdiv(M, DROP_ROWS), triton.cdiv(K, DROP_COLUMNS)),
+    launch(dropout_kernel, (triton.cdiv(M, DROP_ROWS), triton.cdiv(K, DROP_COLUMNS)))(
         *(x, out, seed, M, K, x.stride(0), out.stride(0), keep_level(p) - LEVELS // 2),
         ROWS=DROP_ROWS,
         COLUMNS=DROP_COLUMNS,

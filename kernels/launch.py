@@ -8,14 +8,13 @@ of torch's under its name, and each launch of ours as `fourbit::launched` with t
 Real meta tensors are launched with, since compilation ahead of time asks for no more.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-
-from .dispatch import on_device
 
 # Each tensor that the kernel reads or writes, once for each: what it overwrites stands there twice. A rule for fake
 # tensors and none for others, so that a graph traced with fake ones fails where it runs: the kernel is not in it.
@@ -23,20 +22,19 @@ torch.library.define("fourbit::launched", "(str kernel, Tensor[] tensors) -> ()"
 torch.library.register_fake("fourbit::launched", lambda kernel, tensors: None)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """kernel[grid](*args, **options) on the device of the first tensor of `args`; for fake tensors a launch counted."""
-    tensors = _tensors(args)
-    first = next(tensors)
-    if is_fake(first):
-        torch.ops.fourbit.launched(kernel.__name__, [first, *tensors])
-        return
-    with on_device(first):
-        kernel[grid](*args, **options)
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+    """kernel[grid], to be called: on the device of its first tensor; with fake tensors the launch is counted."""
 
+    def start(*args: Any, **options: Any) -> None:
+        tensors = _tensors(args)
+        first = next(tensors)
+        if isinstance(first, FakeTensor):
+            torch.ops.fourbit.launched(kernel.__name__, [first, *tensors])
+            return
+        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+            kernel[grid](*args, **options)
 
-def is_fake(x: Tensor) -> bool:
-    """Whether x has no numbers and no address."""
-    return isinstance(x, FakeTensor)
+    return start
 
 
 def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:

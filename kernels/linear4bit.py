@@ -22,6 +22,7 @@ from . import dispatch, lora_paths
 from .derivatives import beyond_first, derivatives, differentiated, transformed
 from .dropout import draw_seed, keep_level
 from .lora_paths import Group
+from .swiglu import gated, gated_reference, geglu, swiglu
 from .weight4bit import Weight4bit, flatten, unflatten
 
 
@@ -49,6 +50,8 @@ def lora_linears4bit(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     keep: bool = False,
+    up: Tensor | None = None,
+    gelu: bool = False,
 ) -> list[Tensor]:
     """y_i = x W_i^T + b_i + scale_i (dropout(x) A_i^T) B_i^T for x [..., in] -> each [..., out_i] in x's dtype.
 
@@ -58,7 +61,8 @@ def lora_linears4bit(
     All linears see the same dropped x (kernels/dropout.py): a mask made once. `seed`, int64 0-d on x's device, fixes
     it; by default it is drawn from the device's generator. `keep` holds the decoded weights for backward instead of
     decoding again: for activation checkpointing, where the forward pass that runs again right before backward is the
-    one that saves. ValueError where sizes, formats or devices disagree."""
+    one that saves. With `up`, for one linear, the input is swiglu(x, up), or geglu's with `gelu`, made again from x and
+    up in backward. ValueError where sizes, formats or devices disagree."""
     if not len(weights) == len(biases) == len(As) == len(Bs) == len(scales) > 0:
         raise ValueError(
             "lora_linears4bit needs a bias (or None), A, B and scale for each of its weights, and at least one weight; "
@@ -79,14 +83,15 @@ def lora_linears4bit(
     # Kernels read A and B row by row; a transposed master (an SVD's factor, say) is copied, others are not.
     masters = [A.contiguous() for A in As], [B.contiguous() for B in Bs]
     scales, seed = [float(scale) for scale in scales], seed if dropout else None
-    group = Group(list(weights), _all_or_none(biases, weights), *masters, scales, float(dropout), seed)
+    group = Group(list(weights), _all_or_none(biases, weights), *masters, scales, float(dropout), seed, up, gelu)
     return _run(x, group, keep)
 
 
 def _run(x: Tensor, group: Group, keep: bool) -> list[Tensor]:
-    weights, biases, A, B, scales, dropout, seed = group
-    traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # by make_fx, say
-    compiling = torch.compiler.is_compiling() or traced or type(x) not in (Tensor, torch.nn.Parameter, FakeTensor)
+    weights, biases, A, B, scales, dropout, seed, up, gelu = group
+    compiling = torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter, FakeTensor)
+    if not compiling:  # but traced by make_fx, say
+        compiling = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
     for weight in () if compiling else weights:
         weight.check()
         if any(tensor is not None and differentiated(tensor) for tensor in weight[:4]):
@@ -96,6 +101,8 @@ def _run(x: Tensor, group: Group, keep: bool) -> list[Tensor]:
     for weight, bias in zip(weights, biases, strict=False):  # none, or one for each
         if bias.shape != (weight.rows,):
             raise ValueError(f"a bias must be [{weight.rows}], one for each output, got {tuple(bias.shape)}")
+    if up is not None and (compiling or transformed()):
+        x = (geglu if gelu else swiglu)(x, up)
     if transformed():
         with _no_autocast(x):
             return lora_paths.plain(x, group)
@@ -103,7 +110,7 @@ def _run(x: Tensor, group: Group, keep: bool) -> list[Tensor]:
         stored, *layout = flatten(weights)
         lists = stored, list(biases), list(A), list(B)
         return _forward_op(x, *lists, seed, *layout, scales, dropout, keep)[: len(weights)]
-    return list(_Eager.apply(x, group, keep, *biases, *A, *B))
+    return list(_Eager.apply(x, up, group, keep, *biases, *A, *B))
 
 
 def _all_or_none(biases: Sequence[Tensor | None], weights: Sequence[Weight4bit]) -> list[Tensor]:
@@ -212,12 +219,11 @@ def _save(ctx: Any, x: Tensor, group: Group, s: Tensor, dense: list[Tensor], sto
     A, B = group.A, group.B
     trained = any(a.requires_grad for a in A)
     lists = (dense, stored, A, B)
-    ctx.save_for_backward(
-        x if trained else None, *((s, group.seed) if A else (None, None)), *chain.from_iterable(lists)
-    )
+    own = x if trained or group.up is not None else None, group.up, *((s, group.seed) if A else (None, None))
+    ctx.save_for_backward(*own, *chain.from_iterable(lists))
     ctx.set_materialize_grads(False)
     ctx.lengths = [len(tensors) for tensors in lists]
-    ctx.scales, ctx.dropout = group.scales, group.dropout
+    ctx.scales, ctx.dropout, ctx.gelu = group.scales, group.dropout, group.gelu
     ctx.biases = [bias.dtype if bias.requires_grad else None for bias in group.biases]
 
 
@@ -228,15 +234,15 @@ def _save_op(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     _save(ctx, x, Group([], biases, A, B, scales, dropout, seed), output[n], output[n + 1 :], stored)
 
 
-def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Any], list[Any], list[Any]]:
-    """The gradients of x, biases, A and B."""
-    x, s, seed, *rest = ctx.saved_tensors
+def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    """The gradients of x and up, biases, A and B."""
+    x, up, s, seed, *rest = ctx.saved_tensors
     dense, stored, A, B = _split(rest, ctx.lengths)
-    group = Group(ctx.weights or unflatten(stored, *ctx.layout), [], A, B, ctx.scales, ctx.dropout, seed)
+    group = Group(ctx.weights or unflatten(stored, *ctx.layout), [], A, B, ctx.scales, ctx.dropout, seed, up, ctx.gelu)
     need_x, rows = ctx.needs_input_grad[0], [weight.rows for weight in group.weights]
     some = next((g for g in grads if g is not None), None)
     if some is None:
-        return None, [None] * len(ctx.biases), [None] * len(A), [None] * len(B)
+        return [None, None], [None] * len(ctx.biases), [None] * len(A), [None] * len(B)
     pairs = zip(grads, rows, strict=False)  # a gradient of None: an output that the loss does not use
     each = [some.new_zeros(*some.shape[:-1], size) if g is None else g for g, size in pairs]
     if beyond_first():
@@ -246,16 +252,20 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | N
         if x is None:  # without LoRA it is not kept, nor asked for: y is linear in it
             x = torch.zeros(*some.shape[:-1], columns, dtype=some.dtype, device=some.device, requires_grad=True)
 
-        def plain(x: Tensor, *masters: Tensor) -> list[Tensor]:
-            return lora_paths.plain(x, group._replace(A=masters[:n], B=masters[n:]))
+        def plain(x: Tensor, other: Tensor, *masters: Tensor) -> list[Tensor]:
+            h = x if up is None else gated_reference(x, other, ctx.gelu)
+            return lora_paths.plain(h, group._replace(A=masters[:n], B=masters[n:]))
 
-        wanted = [need_x, *(master.requires_grad for master in (*A, *B))]
+        wanted = [need_x, up is not None, *(master.requires_grad for master in (*A, *B))]
         with _no_autocast(x):
-            of_x, *rest = derivatives(plain, (x, *A, *B), wanted, each)
+            of_x, of_up, *rest = derivatives(plain, (x, x if up is None else up, *A, *B), wanted, each)
         of_A, of_B = rest[:n], rest[n:]
     else:
-        made = []
-        if ctx.weights is None and (need_x or A):
+        made, of_up = list[Any](), None
+        if up is not None:
+            with _no_autocast(some):
+                *made, of_up = lora_paths.backward_gated(_matrix(each[0]), x, s, group, dense)
+        elif ctx.weights is None and (need_x or A):
             numbers = *ctx.layout, ctx.scales, ctx.dropout, need_x
             made = _backward_op(each, x, s, dense, stored, A, B, seed, *numbers)
         elif need_x or A:
@@ -266,11 +276,11 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | N
             of_A = [p.to(a.dtype) for p, a in zip(made[0].split([len(a) for a in A]), A, strict=True)]
         of_B = made[begin : begin + len(B)] if A else []
     of_biases = [None if d is None else _matrix(g).sum(0, dtype=d) for g, d in zip(each, ctx.biases, strict=False)]
-    return of_x, of_biases, of_A, of_B
+    return [of_x, of_up], of_biases, of_A, of_B
 
 
 def _differentiate_op(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    of_x, of_biases, of_A, of_B = _differentiate(ctx, grads)
+    (of_x, _), of_biases, of_A, of_B = _differentiate(ctx, grads)
     scales: list[float] | None = None if of_A else []  # torch takes an empty list for one of tensors
     return of_x, [None] * ctx.lengths[1], of_biases, of_A, of_B, *[None] * 4, scales, None, None
 
@@ -280,17 +290,17 @@ _forward_op.register_autograd(_differentiate_op, setup_context=_save_op)
 
 class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, keep: bool, *_: Tensor) -> tuple[Tensor, ...]:
-        """Biases, A and B are given apart too, for autograd to see them."""
-        made, s, dense = _forward(x, group, keep)
+    def forward(ctx: Any, x: Tensor, up: Tensor | None, group: Group, keep: bool, *_: Tensor) -> tuple[Tensor, ...]:
+        """What is in the group and may train is given apart too, for autograd to see it."""
+        made, s, dense = _forward(x if up is None else gated(x, up, group.gelu), group, keep)
         ctx.weights = group.weights
         _save(ctx, x, group, s, dense, [])
         return tuple(made)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_x, *lists = _differentiate(ctx, grads)
-        return of_x, None, None, *chain.from_iterable(lists)
+        of_inputs, *lists = _differentiate(ctx, grads)
+        return *of_inputs, None, None, *chain.from_iterable(lists)
 
 
 def _split(tensors: Sequence[Any], lengths: list[int]) -> list[list[Any]]:

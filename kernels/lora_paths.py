@@ -23,10 +23,12 @@ from . import dispatch
 from .border import LARGEST, STEP, border
 from .dequantize4bit import decode_into, dequantize
 from .dropout import keep_mask, keep_scale
+from .swiglu import gated, gated_backward
 from .weight4bit import Weight4bit
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 WHOLE = 1 << 21  # values decoded at once on a CPU: 8 MB of fp32
+LARGEST_RANK = 128  # whose sums a program of the gate's backward holds
 SLAB = 1 << 20  # values in a slab of a larger weight, about
 
 
@@ -40,6 +42,8 @@ class Group(NamedTuple):
     scales: Sequence[float] = ()
     dropout: float = 0.0
     seed: Tensor | None = None  # of dropout, where there is one
+    up: Tensor | None = None  # x is swiglu(x, up), or with `gelu` geglu's
+    gelu: bool = False
 
     def split(self, s: Tensor) -> Sequence[Tensor]:
         """Each linear's part of s = x A^T [M, sum of ranks]."""
@@ -163,6 +167,23 @@ def backward(
     if need_x:
         made.append(_add_base(grad_x, grads, group, dense).to(like.dtype))
     return made
+
+
+def backward_gated(g: Tensor, gate: Tensor, s: Tensor, group: Group, dense: list[Tensor]) -> list[Any]:
+    """The gradients of A, B, gate and up where x is f(gate) * up [..., K]; a kernel neither reads nor writes x."""
+    assert group.up is not None
+    (A,), (B,), (scale,), up, gelu = group.A, group.B, group.scales, group.up, group.gelu
+    if not dispatch.fused(gate) or group.seed is not None or len(A) > LARGEST_RANK:
+        x = gated(gate, up, gelu).view(len(g), -1)
+        *made, dx = backward([g], x, s, group, dense, True)
+        return [*made, *gated_backward(dx.view(gate.shape), gate, up, gelu)]
+    from .swiglu_triton import backward as one_pass  # only here: Triton exists for Linux only and is slow to import
+
+    g = g.to(s.dtype)
+    grad_s, of_B = _product(g, B.to(s.dtype), scale), _wide_product(g.T, s, scale).to(B.dtype)
+    dx = _add_base(None, [g], group, dense).view(gate.shape)
+    dgate, dup, of_A = one_pass(dx, gate, up, gelu, (grad_s, A.to(s.dtype)))
+    return [of_A, of_B, dgate, dup]
 
 
 def _add_base(total: Tensor | None, grads: list[Tensor], group: Group, dense: list[Tensor]) -> Tensor:

@@ -50,9 +50,7 @@ def matmul(x: Tensor, weight: Weight4bit, bias: Tensor | None, lora: _Lora | Non
     y = x.new_empty(splits, M, N, dtype=x.dtype if splits == 1 else torch.float32)
     s, B, lora_scale = lora if lora is not None else (None, None, 0.0)
     nested = weight.nested_absmax
-    launch(
-        matmul4bit_kernel,
-        (tiles, splits),
+    launch(matmul4bit_kernel, (tiles, splits))(
         x,
         weight.packed.contiguous(),
         weight.absmax.contiguous(),

@@ -14,7 +14,7 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     columns = x.shape[-1]
     grid, weight = (scale.numel(),), weight.contiguous()
-    launch(rms_norm_forward_kernel, grid, x, weight, y, scale, columns, eps, **_sizes(columns))
+    launch(rms_norm_forward_kernel, grid)(x, weight, y, scale, columns, eps, **_sizes(columns))
     return y, scale
 
 
@@ -23,7 +23,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     dy, x = dy.contiguous(), x.contiguous()
     dx, columns = torch.empty_like(x), x.shape[-1]
     grid, weight = (scale.numel(),), weight.contiguous()
-    launch(rms_norm_backward_kernel, grid, dy, x, weight, scale, dx, columns, **_sizes(columns))
+    launch(rms_norm_backward_kernel, grid)(dy, x, weight, scale, dx, columns, **_sizes(columns))
     return dx
 
 

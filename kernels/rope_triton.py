@@ -21,9 +21,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     x = x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     y = torch.empty_like(x)
-    launch(
-        rope_kernel,
-        (batch * tokens,),
+    launch(rope_kernel, (batch * tokens,))(
         *(x, cos, sin, y),
         tokens if cos.shape[0] == 1 else batch * tokens,  # after so many tokens the tables start again
         *(heads, size // 2, direction, triton.next_power_of_2(heads), triton.next_power_of_2(size // 2)),

@@ -28,13 +28,13 @@ def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up for two tensors of equal shape and dtype; both get gradients."""
     _check("swiglu", gate, up)
-    return run(_Gated, _plain, gate, up, False)
+    return run(_Gated, gated_reference, gate, up, False)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) * up with gelu's tanh form, for two tensors of equal shape and dtype; both get gradients."""
     _check("geglu", gate, up)
-    return run(_Gated, _plain, gate, up, True)
+    return run(_Gated, gated_reference, gate, up, True)
 
 
 def _check(name: str, gate: Tensor, up: Tensor) -> None:
@@ -44,8 +44,30 @@ def _check(name: str, gate: Tensor, up: Tensor) -> None:
         )
 
 
-def _plain(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+def gated_reference(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+    """geglu's or swiglu's definition."""
     return geglu_reference(gate, up) if gelu else swiglu_reference(gate, up)
+
+
+def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+    """geglu or swiglu; no gradient flows."""
+    if fused(gate):
+        from . import swiglu_triton
+
+        return swiglu_triton.forward(gate, up, gelu)
+    return _opened(gate, gelu).mul_(up)
+
+
+def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up."""
+    if fused(gate):
+        from . import swiglu_triton
+
+        return swiglu_triton.backward(dy, gate, up, gelu)[:2]
+    aten, dup = torch.ops.aten, _opened(gate, gelu).mul_(dy)
+    if gelu:
+        return aten.gelu_backward(dy * up, gate, approximate="tanh"), dup
+    return aten.silu_backward(dy * up, gate), dup
 
 
 def _opened(gate: Tensor, gelu: bool) -> Tensor:
@@ -57,23 +79,12 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.gelu = gelu
-        if fused(gate):
-            from . import swiglu_triton
-
-            return swiglu_triton.forward(gate, up, gelu)
-        return _opened(gate, gelu).mul_(up)
+        return gated(gate, up, gelu)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         if beyond_first():
-            plain = partial(_plain, gelu=ctx.gelu)
+            plain = partial(gated_reference, gelu=ctx.gelu)
             return *derivatives(plain, (gate, up), ctx.needs_input_grad[:2], [dy]), None
-        if fused(gate):
-            from . import swiglu_triton
-
-            return *swiglu_triton.backward(dy, gate, up, ctx.gelu), None
-        aten, dup = torch.ops.aten, _opened(gate, ctx.gelu).mul_(dy)
-        if ctx.gelu:
-            return aten.gelu_backward(dy * up, gate, approximate="tanh"), dup, None
-        return aten.silu_backward(dy * up, gate), dup, None
+        return *gated_backward(dy, gate, up, ctx.gelu), None

@@ -199,12 +199,18 @@ class _Method(nn.Module):
         self.base, self.forward = base, method
 
 
-def joint_forward(x: Tensor, layers: Sequence[tuple[NF4Linear, LowRank]], keep: bool = False) -> list[Tensor]:
-    """The outputs of what `joint` gave, for one input, 4-bit format and dropout."""
+def joint_forward(
+    x: Tensor,
+    layers: Sequence[tuple[NF4Linear, LowRank]],
+    keep: bool = False,
+    up: Tensor | None = None,
+    gelu: bool = False,
+) -> list[Tensor]:
+    """The outputs of what `joint` gave, for one input, 4-bit format and dropout; up, gelu: as `lora_linears4bit`."""
     bases, updates = zip(*layers, strict=True)
     A, B, scales, dropouts = zip(*updates, strict=True)
     stored, biases = [base.stored for base in bases], [base.bias for base in bases]
-    return lora_linears4bit(autocast_input(x), stored, biases, A, B, scales, dropout=dropouts[0], keep=keep)
+    return lora_linears4bit(autocast_input(x), stored, biases, A, B, scales, dropouts[0], None, keep, up, gelu)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

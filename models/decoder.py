@@ -21,7 +21,7 @@ from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope
 from ..kernels.swiglu import geglu, swiglu
 from ..lora.active import checkpointed
-from ..lora.project import project
+from ..lora.project import project, project_gated
 from .cache import KVCache
 from .families import read_spec
 from .moe import Mixture
@@ -131,6 +131,8 @@ class MLP(nn.Module):
             gate, up = project(x, (self.gate_up_proj,), keep=shared.keep)[0].chunk(2, dim=-1)
         else:
             gate, up = project(x, (self.gate_proj, self.up_proj), keep=shared.keep)
+        if (y := project_gated(gate, up, self.gated is geglu, self.down_proj, keep=shared.keep)) is not None:
+            return y
         h = self.gated(gate, up)  # [B, T, intermediate]
         with recomputed(h, self.gated, gate, up, active=shared.lean):
             return project(h, (self.down_proj,), keep=shared.keep)[0]

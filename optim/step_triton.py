@@ -75,9 +75,7 @@ def step(
     for group in tables.groups:
         settings = groups[group]
         doubles = float(settings["lr"]), settings["weight_decay"], *settings["betas"]
-        launch(
-            step_factors_kernel,
-            (1,),
+        launch(step_factors_kernel, (1,))(
             *(tables.addresses, tables.numbers, tables.steps, tables.factors),
             *(norm, 0.0 if max_norm is None else float(max_norm)),
             control,
@@ -105,9 +103,7 @@ def _update(tables: Tables, control: Tensor | None, group: Group, part: Slice, r
         return
     beta1, beta2 = group["betas"]
     maps = [of(s, device) for of in (dynamic_code, _borders) for s in (True, False)]
-    launch(
-        optimizer_update_kernel,
-        (len(chunks) * (CHUNK // TILE_SIZE),),
+    launch(optimizer_update_kernel, (len(chunks) * (CHUNK // TILE_SIZE),))(
         (tables.addresses, tables.numbers, tables.factors, tables.steps),
         *(control, (chunks, part.start, *part.tensors.values()), tuple(maps) if part.state.bits == 8 else None),
         (beta1, 1 - beta1, beta2, 1 - beta2, group.get("eps", 0.0)),

@@ -21,7 +21,7 @@ def counted() -> dict[str, Count]:
 
 def test_an_8b_layer_stays_within_its_launches_and_bytes(counted: dict[str, Count]) -> None:
     total = counted["layer"].total()
-    assert total.launches <= 124 and total.bytes <= 9.7e9, total
+    assert total.launches <= 123 and total.bytes <= 8.1e9, total
 
 
 def test_products_and_attention_are_counted_apart(counted: dict[str, Count]) -> None:
@@ -29,7 +29,7 @@ def test_products_and_attention_are_counted_apart(counted: dict[str, Count]) -> 
     ops, wide, inner, keys = counted["layer"].ops, 8192 * 4096 * 2, 8192 * 14336 * 2, 8192 * 1024 * 2
     weights = 2 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
     read, written = 4 * wide + 2 * wide + inner, 2 * wide + 2 * keys + 2 * inner + wide
-    for way, added in (("forward", written), ("backward", 6 * wide + inner)):  # the sums that products add to
+    for way, added in (("forward", written), ("backward", 6 * wide)):  # the sums that products add to
         products = ops[way, "products"]
         assert products.launches == 7
         assert products.bytes == pytest.approx(weights + read + written + added, rel=0.05), way
@@ -86,7 +86,7 @@ def test_real_tensors_are_launched_with() -> None:
     seen = list[object]()
     x = torch.ones(3)
     with force_path("triton"):
-        launch(Kernel(), (2,), None, x, 5, num_warps=4)
+        launch(Kernel(), (2,))(None, x, 5, num_warps=4)
     assert seen == [((2,), (None, x, 5), {"num_warps": 4})] and isinstance(x, Tensor)
 
 

@@ -29,10 +29,14 @@ def meta(*shape: int) -> Tensor:
 
 
 def _llama_70b() -> None:
-    """Forward and backward of all three at the sizes of a 70B layer."""
+    """Forward and backward of all three at the sizes of a 70B layer; swiglu's also with LoRA after it."""
+    from fourbit.kernels import swiglu_triton
+
     rms_norm(meta(1, 512, 8192), torch.empty(8192, device="meta"), 1e-5).sum().backward()
     for op in (swiglu, geglu):
         op(meta(512, 28672), meta(512, 28672)).sum().backward()
+    lora = meta(512, 16).detach(), meta(16, 28672).detach()
+    swiglu_triton.backward(*(meta(512, 28672).detach() for _ in range(3)), False, lora)
     rope(meta(1, 512, 64, 128), meta(1, 512, 1, 64).detach(), meta(1, 512, 1, 64).detach()).sum().backward()
 
 
