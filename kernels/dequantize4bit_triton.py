@@ -10,10 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .codes import dynamic_code, pair_table
-from .launch import launch
+from .launch import is_fake, launch
 from .weight4bit import Weight4bit
 
 WORD = 8  # values of an int32 word
@@ -23,7 +22,7 @@ TILE, WARPS = 256, 2  # words that one program decodes: 32 values to a thread
 def decode_words(flat: Tensor, packed: Tensor, weight: Weight4bit) -> bool:
     """flat [n] becomes the weight, whose bytes are `packed`; False, with nothing done, if they are no whole words."""
     width = flat.numel() // WORD
-    aligned = isinstance(packed, FakeTensor) or packed.data_ptr() % 4 == 0
+    aligned = is_fake(packed) or packed.data_ptr() % 4 == 0
     if flat.numel() % WORD or packed.storage_offset() % 4 or not aligned:
         return False
     if width == 0:

@@ -28,13 +28,18 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
     def start(*args: Any, **options: Any) -> None:
         tensors = _tensors(args)
         first = next(tensors)
-        if isinstance(first, FakeTensor):
+        if is_fake(first):
             torch.ops.fourbit.launched(kernel.__name__, [first, *tensors])
             return
         with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
             kernel[grid](*args, **options)
 
     return start
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether x has no numbers and no address."""
+    return isinstance(x, FakeTensor)
 
 
 def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
