@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo demo-dpo test test-slow test-gpu lint types docs wheel-check size walks bench bench-cpu bench-sft bench-dpo clean
+.PHONY: demo demo-dpo test test-slow test-gpu gpu-day lint types docs wheel-check size walks bench bench-cpu bench-sft bench-dpo clean
 
 demo: $(VENV)/.installed $(VENV)/.model ## fine-tune a real model on examples/tickets
 	$(BIN)/python examples/tickets/demo.py
@@ -25,6 +25,9 @@ test-slow: $(VENV)/.dev $(VENV)/.model ## the tests that take minutes
 test-gpu: build/gpu/fourbit ## on a CUDA machine, in an environment of its own: everything whose tests choose a device
 	PYTHONPATH=build/gpu python -P -m pytest -m "not slow and not aot" -W default \
 		tests/kernels tests/lora tests/models tests/optim $(PYTEST_ARGS)
+
+gpu-day: ## on a CUDA machine: in 555 seconds everything that waits for one, into build/gpu-day (docs/gpu-day.md)
+	python -m benchmarks.gpu_day --out build/gpu-day $(GPU_DAY_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

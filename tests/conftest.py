@@ -6,6 +6,7 @@ The model is a random Llama with a byte-level tokenizer and a ChatML template, w
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -69,11 +70,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def lacked(call: Any) -> str | None:
-    """The package in LACKING that a test, its fixtures or its file could not import."""
+    """The package in LACKING that a test, its fixtures or its file could not import, or a peer could not."""
     problem = call.excinfo and call.excinfo.value
     while problem is not None:
-        if isinstance(problem, ModuleNotFoundError) and problem.name and problem.name.partition(".")[0] in LACKING:
-            return problem.name
+        if isinstance(problem, ImportError) and (named := LACKING.intersection(re.findall(r"\w+", str(problem)))):
+            return min(named)
         problem = problem.__cause__ or problem.__context__
     return None
 
