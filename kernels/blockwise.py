@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .codes import dynamic_code
+from .codes import dynamic_code, midpoints
 from .dispatch import path_for
 
 NESTED_BLOCKSIZE = 256
@@ -35,7 +35,7 @@ def quantize_reference(blocks: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     so no value takes the farther code."""
     absmax = blocks.abs().amax(dim=1)
     scaled = blocks.double() / torch.where(absmax > 0, absmax, 1).double().unsqueeze(1)
-    return torch.bucketize(scaled, _midpoints(code)).to(torch.uint8), absmax
+    return torch.bucketize(scaled, midpoints(code)).to(torch.uint8), absmax
 
 
 def _quantize_by_carry(blocks: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
@@ -92,13 +92,13 @@ def _carries(signed: bool) -> Tensor:
 
     Pattern + entry is code * ONE_CODE + rest. Beyond the midpoint that a half may contain, the pattern's lower half
     carries over into the code. For the two patterns that enclose a midpoint, and only these, the rest is 0 or 1."""
-    midpoints = _midpoints(dynamic_code(signed))
+    halfway = midpoints(dynamic_code(signed))
     halves = torch.arange(1 << 15, dtype=torch.int32, device="cpu") << 16
     negative = (halves > 0x40000000) & signed  # positive numbers up to 1 end at 0x3F800000
     first = torch.where(negative, ~halves, halves).view(torch.float32)  # the lowest number of each half
-    lowest = torch.bucketize(first.double().nan_to_num(0), midpoints)
+    lowest = torch.bucketize(first.double().nan_to_num(0), halfway)
     rests = torch.full((1 << 15,), 2, device="cpu")
-    below, above = _enclosing(midpoints)
+    below, above = _enclosing(halfway)
     for bits in (below, above):
         _ascend(bits, signed, torch.empty_like(bits))
     rests[above >> 16] = 1  # the first number of its half, or else overwritten:
@@ -136,11 +136,6 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offset = absmax.double().mean().float().view(1) if absmax.numel() else absmax.new_zeros(1)
     codes, nested = quantize_blockwise(absmax - offset, dynamic_code(True, absmax.device), NESTED_BLOCKSIZE)
     return codes, nested, offset
-
-
-def _midpoints(code: Tensor) -> Tensor:
-    """float64 [255], exact."""
-    return (code[:-1].double() + code[1:].double()) / 2
 
 
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:

@@ -39,6 +39,17 @@ def dynamic_code(signed: bool = True, device: torch.device | str = "cpu") -> Ten
     return _table(_dynamic, torch.device(device), signed)
 
 
+def dynamic_midpoints(signed: bool, device: torch.device) -> Tensor:
+    """float64 [255]: `midpoints` of that map."""
+    return _table(_dynamic_midpoints, device, signed)
+
+
+def midpoints(code: Tensor) -> Tensor:
+    """float64 [n - 1]: halfway between neighbours of an ascending fp32 code [n], exactly."""
+    wide = code.double()
+    return (wide[:-1] + wide[1:]) / 2
+
+
 def pair_table(quant_type: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """[256]: entry b holds the two code values of packed byte b, the first (high nibble's) in the low half.
 
@@ -94,6 +105,10 @@ def _dynamic(signed: bool) -> Tensor:
         centres = 10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += [centres, -centres] if signed else [centres]
     return torch.cat(values).sort().values
+
+
+def _dynamic_midpoints(signed: bool) -> Tensor:
+    return midpoints(_dynamic(signed))
 
 
 def _pairs(quant_type: str, dtype: torch.dtype) -> Tensor:

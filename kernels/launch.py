@@ -23,13 +23,17 @@ torch.library.register_fake("fourbit::launched", lambda kernel, tensors: None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-    """kernel[grid], to be called: on the device of its first tensor; with fake tensors the launch is counted."""
+    """kernel[grid], to be called: on the device of its tensors; with fake tensors the launch is counted.
+
+    ValueError, from the call, for tensors of several devices: a kernel would read addresses of another's memory."""
 
     def start(*args: Any, **options: Any) -> None:
-        tensors = _tensors(args)
-        first = next(tensors)
+        tensors = list(_tensors(args))
+        first = tensors[0]
+        if other := next((tensor.device for tensor in tensors if tensor.device != first.device), None):
+            raise ValueError(f"{kernel.__name__} takes tensors of one device, got {first.device} and {other}")
         if is_fake(first):
-            torch.ops.fourbit.launched(kernel.__name__, [first, *tensors])
+            torch.ops.fourbit.launched(kernel.__name__, tensors)
             return
         with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
             kernel[grid](*args, **options)

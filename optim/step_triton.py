@@ -9,7 +9,6 @@ address changed; no gradient is address 0. Grids depend on shapes alone.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
 
 import numpy as np
 import torch
@@ -18,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..kernels.codes import dynamic_code
-from ..kernels.launch import launch
+from ..kernels.codes import dynamic_code, dynamic_midpoints
+from ..kernels.launch import is_fake, launch
 from .state import CHUNK, Entry, FlatState, Slice
 from .update import NARROW, Control, Group, Rule, gradient_norm
 from .update_triton import DTYPES, TILE_SIZE, optimizer_update_kernel
@@ -44,7 +43,7 @@ class Tables:
         """Bring the addresses up to date."""
         found: list[int] = []
         for entry in self.entries:
-            if entry.weights is None or entry.gradient is None:
+            if entry.weights is None or entry.gradient is None or is_fake(entry.weights):
                 found += (0, 0)
             else:  # empty tensors have no address, but a gradient
                 found += (entry.weights.data_ptr(), entry.gradient.data_ptr() or 16)
@@ -102,7 +101,7 @@ def _update(tables: Tables, control: Tensor | None, group: Group, part: Slice, r
     if not len(chunks):
         return
     beta1, beta2 = group["betas"]
-    maps = [of(s, device) for of in (dynamic_code, _borders) for s in (True, False)]
+    maps = [of(s, device) for of in (dynamic_code, dynamic_midpoints) for s in (True, False)]
     launch(optimizer_update_kernel, (len(chunks) * (CHUNK // TILE_SIZE),))(
         (tables.addresses, tables.numbers, tables.factors, tables.steps),
         *(control, (chunks, part.start, *part.tensors.values()), tuple(maps) if part.state.bits == 8 else None),
@@ -113,13 +112,6 @@ def _update(tables: Tables, control: Tensor | None, group: Group, part: Slice, r
         num_warps=8,
         enable_fp_fusion=True,
     )
-
-
-@cache
-def _borders(signed: bool, device: torch.device) -> Tensor:
-    """float64 [255]: halfway between neighbours of the map, exactly."""
-    code = dynamic_code(signed, device)
-    return (code[:-1].double() + code[1:].double()) / 2
 
 
 @triton.jit(do_not_specialize=["entries", "max_norm", "group", "lr", "weight_decay", "beta1", "beta2"])

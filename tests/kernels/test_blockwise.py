@@ -95,7 +95,7 @@ def test_only_the_two_numbers_around_a_midpoint_are_unsure(signed: bool) -> None
     Within a half, sums grow by one from number to number. So a code right at both ends is right between them but for
     the place of one midpoint, and a rest of 0 or 1 comes up once at most.
     """
-    midpoints = blockwise._midpoints(dynamic_code(signed))
+    midpoints = blockwise.midpoints(dynamic_code(signed))
     edges = torch.arange(0x3F80, dtype=torch.int32) << 16
     positive = torch.cat([edges, edges | 0xFFFF, torch.tensor([0x3F800000], dtype=torch.int32)])
     ends = torch.cat([positive, positive | -(1 << 31)] if signed else [positive])
@@ -118,7 +118,7 @@ def test_only_the_two_numbers_around_a_midpoint_are_unsure(signed: bool) -> None
 @pytest.mark.parametrize("signed", [True, False])
 def test_every_number_is_sure_and_right_or_unsure(signed: bool) -> None:
     """The same one by one. Codes are the definition's at both ends of every run of one code, unsure ones left out."""
-    midpoints, carries, unsure = blockwise._midpoints(dynamic_code(signed)), blockwise._carries(signed), 0
+    midpoints, carries, unsure = blockwise.midpoints(dynamic_code(signed)), blockwise._carries(signed), 0
     for start in range(0, 0x3F800001, 1 << 22):
         for sign in (0, -(1 << 31)) if signed else (0,):
             numbers = torch.arange(start, min(start + (1 << 22), 0x3F800001), dtype=torch.int32) | sign
