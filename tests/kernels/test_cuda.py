@@ -130,6 +130,14 @@ def test_training_with_attention_repeats_in_deterministic_mode(lengths: tuple[in
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("rows", [1, 9, 32])
+def test_the_product_for_few_rows_repeats(rows: int) -> None:
+    """Two hundred times: a fence that is missing between copies and matrix units would show now and then."""
+    base, x = layer().base, example(rows).detach()
+    want = base(x)
+    assert all(torch.equal(base(x), want) for _ in range(200))
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def test_streams_side_by_side_do_not_disturb_each_other(rows: int) -> None:
     made = [layer(), layer()]

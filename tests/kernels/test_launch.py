@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fourbit
 from fourbit.kernels import lora_linears4bit
+from fourbit.kernels.chunked_head import TokenScorer
 from fourbit.kernels.dispatch import force_path
 from fourbit.kernels.launch import launch
 from fourbit.kernels.rms_norm import rms_norm
@@ -63,6 +64,7 @@ def every_op(path: str) -> None:
     for rows in (3, 40):
         seed = empty(dtype=torch.int64)
         outputs += lora_linears4bit(x[:rows], [weight], [None], [A], [B], [1.0], 0.1, seed)
+    TokenScorer(empty(40, dtype=torch.int64), 64)(empty(40, 64), slice(0, 40), True)
     torch.autograd.backward([y.sum() for y in outputs if y.requires_grad])
     for make in (AdamW, Lion):
         for bits in (8, 32):
@@ -105,7 +107,7 @@ def test_tensors_of_two_devices_are_refused_before_a_kernel_reads_an_address() -
 
     here = torch.ones(2)
     with pytest.raises(ValueError, match=r"some_kernel takes tensors of one device, got cpu and meta"):
-        launch(Never(), (1,), here, 3, (here, None, empty(2)), BLOCK=2)
+        launch(Never(), (1,))(here, 3, (here, None, empty(2)), BLOCK=2)
     with force_path("triton"):
         for call in (lambda: swiglu(here, here.to("meta")), lambda: rms_norm(here, here.to("meta"), 1e-5)):
             with pytest.raises(ValueError, match=r"takes tensors of one device, got cpu and meta"):
