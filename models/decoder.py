@@ -11,12 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..kernels.attention import Scores, Spans, causal_attention, span_lengths, span_positions, visible_keys
 from ..kernels.derivatives import transformed
-from ..kernels.dispatch import widened
+from ..kernels.dispatch import bucketed, widened
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope
 from ..kernels.swiglu import geglu, swiglu
@@ -222,6 +223,11 @@ class Decoder(CausalLM):
         x: Tensor = self.model.embed_tokens(input_ids)  # [B, T, hidden]
         if self.spec.embedding_scale != 1:
             x = x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype)  # rounded, as Gemma was trained
+        tokens = x.shape[1]
+        more = bucketed(tokens, x) - tokens if cache is None and mask is None and (spans is None or len(x) == 1) else 0
+        if more:  # places behind, that none of the tokens sees
+            x, position_ids = F.pad(x, (0, 0, 0, more)), F.pad(position_ids, (0, more))
+            spans = spans and (*spans, (tokens, tokens + more))
         training = torch.is_grad_enabled() and cache is None and not transformed()  # which know no checkpoints
         words = keeps(self.checkpointing if training else "all", len(self.model.layers))
         keep = x.device.type != "cpu" if self.keep_decoded is None else self.keep_decoded
@@ -237,7 +243,7 @@ class Decoder(CausalLM):
                 x = layer(x, lean if word == "products" else shared)
         if cache is not None:
             cache.end()
-        y: Tensor = self.model.norm(x)
+        y: Tensor = self.model.norm(x[:, :tokens] if more else x)
         return y if self.spec.logit_divisor == 1 else y / self.spec.logit_divisor
 
     def new_cache(self) -> KVCache:

@@ -1,8 +1,10 @@
 """Divergence between a teacher's and the student's next-token distributions for output heads of any kind."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.chunked_head import rows_per_chunk
+from ...kernels.dispatch import bucketed
 from ...kernels.linear_divergence import Divergence, DivergenceScorer, Kind
 from .tokens import head_scores, logits_of, vocabulary_of
 
@@ -42,6 +44,9 @@ def token_divergence(
     wanted = Divergence(kind, temperature, top_k, beta)
     wanted.check(vocabulary)
 
+    n = hidden.shape[0]
+    if more := bucketed(n, hidden) - n:
+        hidden, teacher_hidden = F.pad(hidden, (0, 0, 0, more)), F.pad(teacher_hidden, (0, 0, 0, more))
     scorer = DivergenceScorer(lambda rows: logits_of(teacher_head, teacher_hidden[rows]), wanted)
     (values,) = head_scores(head, hidden, scorer, rows_per_chunk(2 * vocabulary, hidden.device))
-    return values
+    return values[:n]

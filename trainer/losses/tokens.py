@@ -6,6 +6,7 @@ The head runs on trained positions only, in chunks of logits. SFT's loss is -log
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data.batch import Batch
@@ -18,6 +19,7 @@ from ...kernels.chunked_head import (
     module_figures,
     rows_per_chunk,
 )
+from ...kernels.dispatch import bucketed
 from ...lora.adapter import is_hooked
 from ...lora.layer import AdapterLayer
 from ...lora.linear4bit import NF4Linear
@@ -41,8 +43,11 @@ def token_scores(head: nn.Module | Tensor, hidden: Tensor, targets: Tensor) -> T
             f"token_scores needs hidden [N, D] and targets [N], got {tuple(hidden.shape)} and {tuple(targets.shape)}"
         )
     vocabulary = vocabulary_of(head, hidden)
-    rows = rows_per_chunk(vocabulary, hidden.device)
-    return TokenScores(*head_scores(head, hidden, TokenScorer(targets, vocabulary), rows))
+    rows, n = rows_per_chunk(vocabulary, hidden.device), hidden.shape[0]
+    if more := bucketed(n, hidden) - n:
+        hidden, targets = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
+    made = head_scores(head, hidden, TokenScorer(targets, vocabulary), rows)
+    return TokenScores(*(figure[:n] for figure in made) if more else made)
 
 
 def head_scores(head: nn.Module | Tensor, hidden: Tensor, scorer: Scorer, rows: int) -> tuple[Tensor, ...]:
