@@ -15,22 +15,22 @@ from .sides import DENSE, PACKED, Step, load_peer, main, take_packed
 KINDS, FORMS = ("lora", "dora"), ("dense", "nf4")
 
 
-def ours(kind: str, form: str, folder: Path, model_path: str) -> Step:
+def ours(kind: str, form: str, folder: Path, model_path: str, dtype: str) -> Step:
     import fourbit
 
-    model: Any = fourbit.load(model_path, quant_type="nf4" if form == "nf4" else None)[0]
+    model: Any = fourbit.load(model_path, quant_type="nf4" if form == "nf4" else None, dtype=dtype)[0]
     if form == "nf4":
         take_packed(model, folder / PACKED)
     fourbit.load_adapter(model, folder / kind)
     return our_step(model)
 
 
-def peft(kind: str, form: str, folder: Path, model_path: str) -> Step:
+def peft(kind: str, form: str, folder: Path, model_path: str, dtype: str) -> Step:
     from transformers import AutoModelForCausalLM
 
     if form == "nf4":
-        return peer_step(load_peer(folder), folder / kind)
-    model = AutoModelForCausalLM.from_pretrained(folder / DENSE, dtype=torch.float32)
+        return peer_step(load_peer(folder, dtype), folder / kind)
+    model = AutoModelForCausalLM.from_pretrained(folder / DENSE, dtype=getattr(torch, dtype))
     model.config.use_cache = False
     return peer_step(model, folder / kind)
 

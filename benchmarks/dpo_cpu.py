@@ -82,10 +82,10 @@ def run(options: argparse.Namespace, folder: Path, model: Path) -> dict[str, Any
     rows = [row for batch in batches for row in batch]
     length = sum(2 * len(r["prompt"]) + len(r["chosen"]) + len(r["rejected"]) for r in rows) / (2 * len(rows))
     prompt = sum(len(r["prompt"]) for r in rows) / len(rows)
-    sides = measure(SIDES, folder, model, len(batches), options.threads, options.against)
+    sides = measure(SIDES, folder, model, len(batches), options.threads, options.dtype, options.against)
     print(
         f"SmolLM2-135M, NF4, rank {RANK}, {options.batch_size} pairs a step of 2 x {length:.0f} tokens on average, "
-        f"{prompt:.0f} of them prompt, {options.threads} threads; losses agree within 2e-3 in every step"
+        f"{prompt:.0f} of them prompt, {options.threads} threads; losses agree in every step"
     )
     figures = summarise(sides, [len(batch) for batch in batches], "pairs", PACKAGES)
     return figures | {"tokens_per_answer": round(length, 1), "tokens_per_prompt": round(prompt, 1)}

@@ -4,14 +4,16 @@ Both sides get the same pairs as token ids, the same 4-bit weights (see `sides`)
 clipping and optimizer (AdamW), and both compare with the base: the model itself with its adapter off.
 
 The peer is `trl.DPOTrainer` on its own `training_step`, with what its users run, at its best on a CPU: NF4 with double
-quantisation, scaled-dot-product attention, its collator, its chunked head. Three defaults of its configuration are not
-taken. Gradient checkpointing is off, which is quicker. bf16 autocast is off, and the adapter, which TRL turns into bf16
-when the base has 4 bits, is fp32 again: a bf16 side would neither compute what the other one does nor be comparable.
+quantisation, scaled-dot-product attention, its collator, its chunked head. Gradient checkpointing, its default, is off,
+which is quicker. In float32 bf16 autocast is off, and the adapter, which TRL turns into bf16 when the base has 4 bits,
+is fp32 again, or the side would neither compute what the other one does nor be comparable; in bfloat16 both are TRL's.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .sides import ADAPTER, BATCHES, CLIP, DENSE, Row, Step, load_ours, load_peer, main, prepare
 
@@ -20,12 +22,12 @@ RATE, BETA = 2e-4, 0.1
 # A row has "number", "prompt", "chosen" and "rejected". The loss is the mean of a pair.
 
 
-def padded(folder: Path, model_path: str) -> Step:
+def padded(folder: Path, model_path: str, dtype: str) -> Step:
     """Ours with a padded row for each answer."""
-    return ours(folder, model_path, packing=False)
+    return ours(folder, model_path, dtype, packing=False)
 
 
-def ours(folder: Path, model_path: str, packing: bool = True) -> Step:
+def ours(folder: Path, model_path: str, dtype: str, packing: bool = True) -> Step:
     """fourbit's DPOTrainer, as its loop runs it: packed rows in which a pair's prompt stands once, live reference."""
     import json
 
@@ -33,7 +35,7 @@ def ours(folder: Path, model_path: str, packing: bool = True) -> Step:
     from fourbit.trainer.config import DPOConfig
     from fourbit.trainer.preference import DPOTrainer
 
-    model, tokenizer = load_ours(folder, model_path)
+    model, tokenizer = load_ours(folder, model_path, dtype)
     rows = [row for batch in json.loads((folder / BATCHES).read_text()) for row in batch]
     data = Dataset("pairs", [pair(row) for row in rows], report=Report(rows=len(rows)))
     options: dict[str, Any] = {"packing": packing, "beta": BETA, "reference": "base", "weight_decay": 0.0}
@@ -68,11 +70,11 @@ def pair(row: Row) -> Any:
     return Example((chosen, rejected), shared_tokens(chosen.ids, rejected.ids))
 
 
-def peer(folder: Path, model_path: str) -> Step:
+def peer(folder: Path, model_path: str, dtype: str) -> Step:
     """trl.DPOTrainer on the dense weights that `prepare` left, in 4 bits."""
     from transformers import AutoTokenizer
 
-    trainer = trl_trainer(load_peer(folder), AutoTokenizer.from_pretrained(folder / DENSE), folder)
+    trainer = trl_trainer(load_peer(folder, dtype), AutoTokenizer.from_pretrained(folder / DENSE), folder)
     model = trainer.model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = trainer.create_optimizer()
@@ -101,6 +103,7 @@ def trl_trainer(model: Any, tokenizer: Any, folder: Path) -> Any:
     from safetensors.torch import load_file
     from trl import DPOConfig, DPOTrainer
 
+    narrow = model.dtype == torch.bfloat16
     adapter = LoraConfig.from_pretrained(folder / ADAPTER)
     adapter.inference_mode = False
     trainer = DPOTrainer(
@@ -108,7 +111,7 @@ def trl_trainer(model: Any, tokenizer: Any, folder: Path) -> Any:
         args=DPOConfig(
             output_dir=str(folder / "peer"),
             use_cpu=True,
-            bf16=False,
+            bf16=narrow,
             gradient_checkpointing=False,
             learning_rate=RATE,
             beta=BETA,
@@ -120,7 +123,7 @@ def trl_trainer(model: Any, tokenizer: Any, folder: Path) -> Any:
         peft_config=adapter,
     )
     for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not narrow:
             parameter.data = parameter.data.float()
     set_peft_model_state_dict(trainer.model, load_file(folder / ADAPTER / "adapter_model.safetensors"))
     return trainer

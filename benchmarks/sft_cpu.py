@@ -51,7 +51,7 @@ def prepare(folder: Path, model_path: Path, steps: int, batch_size: int, threads
 
 def run(options: argparse.Namespace, folder: Path, model: Path) -> dict[str, Any]:
     batches = prepare(folder, model, options.steps + WARM_UP, options.batch_size, options.threads)
-    sides = measure(SIDES, folder, model, len(batches), options.threads)
+    sides = measure(SIDES, folder, model, len(batches), options.threads, options.dtype)
     print(f"SmolLM2-135M, NF4, rank {RANK}, {options.batch_size} examples a step, {options.threads} threads")
     tokens = [sum(len(row["ids"]) for row in batch) for batch in batches]
     return summarise(sides, tokens, "tokens", PACKAGES)

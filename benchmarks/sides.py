@@ -25,14 +25,14 @@ ADAPTER, DENSE, PACKED, BATCHES = "adapter", "dense", "packed.safetensors", "bat
 
 Row = dict[str, Any]  # token ids by name, as each comparison has them
 Step = Callable[[Sequence[Row]], float]  # one optimizer step on these rows; returns its loss
-MakeStep = Callable[[Path, str], Step]  # from the working folder and the model's file
+MakeStep = Callable[[Path, str, str], Step]  # from the working folder, the model's file and a dtype's name
 
 
-def load_ours(folder: Path, model_path: str) -> tuple[Any, Any]:
+def load_ours(folder: Path, model_path: str, dtype: str) -> tuple[Any, Any]:
     """Our model in 4 bits, with the peer's codes and the adapter that both sides start from; and its tokenizer."""
     import fourbit
 
-    model, tokenizer = fourbit.load(model_path, quant_type="nf4")
+    model, tokenizer = fourbit.load(model_path, quant_type="nf4", dtype=dtype)
     take_packed(model, folder / PACKED)
     fourbit.load_adapter(model, folder / ADAPTER)
     return model, tokenizer
@@ -49,18 +49,18 @@ def take_packed(model: torch.nn.Module, path: Path) -> None:
                 module.load_state_dict({key: file.get_tensor(f"{name}.{key}").view_as(own[key]) for key in own})
 
 
-def load_peer(folder: Path) -> Any:
-    """The dense folder in 4 bits, through transformers and bitsandbytes."""
+def load_peer(folder: Path, dtype: str = "float32") -> Any:
+    """The dense folder in 4 bits, through transformers and bitsandbytes; what stays dense, and compute, in `dtype`."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
     model = AutoModelForCausalLM.from_pretrained(
-        folder / DENSE, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
+        folder / DENSE, quantization_config=config, dtype=getattr(torch, dtype), device_map={"": "cpu"}
     )
     model.config.use_cache = False
     return model
@@ -105,7 +105,7 @@ def serve(step: Step, batches: Sequence[Sequence[Row]], requests: Any, replies: 
 
 
 def main(sides: Mapping[str, MakeStep], prepare: Callable[[Path, str], None] = prepare) -> None:
-    """A worker's command line: `ours|peer|prepare FOLDER MODEL THREADS`."""
+    """A worker's command line: `ours|peer|prepare[:DTYPE] FOLDER MODEL THREADS`, in float32 if no dtype is said."""
     side, folder, model_path, threads = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not fall among the replies
@@ -113,4 +113,10 @@ def main(sides: Mapping[str, MakeStep], prepare: Callable[[Path, str], None] = p
     if side == "prepare":
         prepare(folder, model_path)
         return
-    serve(sides[side](folder, model_path), json.loads((folder / BATCHES).read_text()), sys.stdin, replies)
+    side, _, dtype = side.partition(":")
+    serve(
+        sides[side](folder, model_path, dtype or "float32"),
+        json.loads((folder / BATCHES).read_text()),
+        sys.stdin,
+        replies,
+    )

@@ -6,7 +6,6 @@ The sides themselves are in `sft_sides` and `dpo_sides`, on what `sides` shares;
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,10 +17,13 @@ from typing import Any
 
 import torch
 
+from fourbit.kernels.dispatch import multiplies_bf16
+
 from . import CHECKOUT
+from .machine import cpu
 
 WARM_UP = 2  # steps that are run and compared, not timed
-LARGEST_LOSS_GAP = 2e-3  # nats, in any step
+LARGEST_LOSS_GAP = {"float32": 2e-3, "bfloat16": 5e-2}  # nats, in any step
 TICKETS = CHECKOUT / "examples" / "tickets" / "train.jsonl"
 
 
@@ -76,13 +78,17 @@ def find_model() -> Path:
 
 
 def measure(
-    module: str, folder: Path, model: Path, steps: int, threads: int, against: str = "peer"
-) -> tuple[Side, Side]:
-    """Our side and the one it is held against after all steps, in turn; who goes first alternates."""
-    one, other = (Side(name, worker(module, name, folder, model, threads), threads) for name in ("ours", against))
-    sides = one, other
+    module: str, folder: Path, model: Path, steps: int, threads: int, dtype: str = "float32", against: str = "peer"
+) -> list[Side]:
+    """Our side and what it is held against after all steps, in turn; who goes first rotates. A peer of ours in bfloat16
+    runs in float32 too, in case that is its best."""
+    names = [f"ours:{dtype}", *(f"{against}:{each}" for each in dict.fromkeys((dtype, "float32")))]
+    if against != "peer":
+        names = names[:2]
+    sides = [Side(name, worker(module, name, folder, model, threads), threads) for name in names]
     for i in range(steps):
-        for side in sides if i % 2 == 0 else reversed(sides):
+        first = i % len(sides)
+        for side in sides[first:] + sides[:first]:
             side.step(i)
         times = ", ".join(f"{s.name} {s.seconds[-1]:.2f} s (CPU {s.cpu[-1]:.2f} s)" for s in sides)
         print(f"step {i + 1}: {times}", file=sys.stderr)
@@ -91,21 +97,24 @@ def measure(
     return sides
 
 
-def summarise(sides: tuple[Side, Side], amounts: Sequence[int], unit: str, packages: Sequence[str]) -> dict[str, Any]:
-    """The figures of the timed steps, of which step i did `amounts[i]` units of work.
+def summarise(sides: Sequence[Side], amounts: Sequence[int], unit: str, packages: Sequence[str]) -> dict[str, Any]:
+    """The figures of the timed steps, of which step i did `amounts[i]` units of work: ours against the quickest other.
 
-    Exits when the two sides did not train alike.
+    Exits when ours and the other one of its dtype did not train alike.
     """
-    one, other = sides
-    gap = max(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True))
-    if not gap <= LARGEST_LOSS_GAP:
-        sys.exit(f"not comparable: losses differ by up to {gap:.2g}, allowed {LARGEST_LOSS_GAP}: nothing is reported")
+    one, alike, *_ = sides
+    allowed = LARGEST_LOSS_GAP[one.name.partition(":")[2]]
+    gap = max(abs(a - b) for a, b in zip(one.losses, alike.losses, strict=True))
+    if not gap <= allowed:
+        sys.exit(f"not comparable: losses differ by up to {gap:.2g}, allowed {allowed}: nothing is reported")
     speeds = {s.name: [n / x for n, x in zip(amounts[WARM_UP:], s.seconds[WARM_UP:], strict=True)] for s in sides}
-    ratios = [a / b for a, b in zip(speeds[one.name], speeds[other.name], strict=True)]
-    _table(sides, speeds, unit, ratios)
+    best = max(sides[1:], key=lambda side: statistics.median(speeds[side.name]))
+    ratios = [a / b for a, b in zip(speeds[one.name], speeds[best.name], strict=True)]
+    _table(sides, best, speeds, unit, ratios)
     return {
         "speed_ratio": round(statistics.median(ratios), 3),
-        "rss_ratio": round(one.peak / other.peak, 3),
+        "rss_ratio": round(one.peak / best.peak, 3),
+        "against": best.name,
         "largest_loss_gap": float(f"{gap:.2g}"),
         "losses": [round(one.losses[0], 4), round(one.losses[-1], 4)],  # of the first and the last step
         "steps": len(ratios),
@@ -114,18 +123,19 @@ def summarise(sides: tuple[Side, Side], amounts: Sequence[int], unit: str, packa
         "cpu_seconds": {side.name: round(sum(side.cpu[WARM_UP:]), 2) for side in sides},
         "cpu_share": {side.name: round(side.cpu_share, 2) for side in sides},
         "versions": {name: metadata.version(name) for name in packages},
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu(),
     }
 
 
-def _table(sides: tuple[Side, Side], speeds: dict[str, list[float]], unit: str, ratios: list[float]) -> None:
-    print(f"{'':6} {unit + '/s':>9} {'quartiles':>17} {'peak RSS':>10} {'after loading':>14} {'CPU share':>10}")
+def _table(sides: Sequence[Side], best: Side, speeds: dict[str, list[float]], unit: str, ratios: list[float]) -> None:
+    print(cpu())
+    print(f"{'':14} {unit + '/s':>9} {'quartiles':>17} {'peak RSS':>10} {'after loading':>14} {'CPU share':>10}")
     for side in sides:
         low, middle, high = (f"{x:.4g}" for x in _quartiles(speeds[side.name]))
         peak, loaded = f"{side.peak / 1e9:.2f} GB", f"{side.loaded / 1e9:.2f} GB"
-        print(f"{side.name:6} {middle:>9} {f'{low} - {high}':>17} {peak:>10} {loaded:>14} {side.cpu_share:10.2f}")
+        print(f"{side.name:14} {middle:>9} {f'{low} - {high}':>17} {peak:>10} {loaded:>14} {side.cpu_share:10.2f}")
     low, middle, high = (f"{x:.2f}" for x in _quartiles(ratios))
-    print(f"{'ratio':6} {middle:>9} {f'{low} - {high}':>17} {sides[0].peak / sides[1].peak:>10.2f}")
+    print(f"{'ratio':14} {middle:>9} {f'{low} - {high}':>17} {sides[0].peak / best.peak:>10.2f}  to {best.name}")
 
 
 def _quartiles(values: list[float]) -> list[float]:
@@ -149,14 +159,27 @@ def main(
     parser.add_argument(
         "--batch-size", type=int, default=batch_size, help=f"examples a step of each side (default {batch_size})"
     )
+    parser.add_argument(
+        "--dtype",
+        type=lambda name: {"fp32": "float32", "bf16": "bfloat16"}.get(name, name),
+        choices=("auto", "float32", "bfloat16"),
+        default="float32",
+        help="of activations and dense weights (fp32 and bf16 are understood too); auto: bfloat16 where the CPU "
+        "multiplies it (default float32)",
+    )
+    parser.add_argument("--out", type=Path, help="a file for the JSON line, too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads of each side")
     if len(against) > 1:
         parser.add_argument("--against", choices=against, default=against[0], help="what ours is held against")
     options = parser.parse_args()
     if options.steps < 2 or options.batch_size < 1 or options.threads < 1:
         parser.error("needs at least 2 steps, 1 example and 1 thread")
+    if options.dtype == "auto":
+        options.dtype = "bfloat16" if multiplies_bf16(torch.device("cpu")) else "float32"
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}  # the workers' too
     model = (options.model or find_model()).resolve()
     with tempfile.TemporaryDirectory(prefix=f"{name}-") as folder:
         figures = run(options, Path(folder), model)
+    if options.out:
+        options.out.write_text(json.dumps(figures) + "\n")
     print(json.dumps(figures))
