@@ -4,8 +4,8 @@
 against one with a wrong field), one optimizer step in turn, each in its own process, and prints a table and one JSON
 line with `speed_ratio` (pairs a second, ours over theirs, the median over pairs of steps) and `rss_ratio` (peak
 resident memory, loading included). It refuses to report when the two train differently: the losses of every step must
-agree within 2e-3. `--against padded` holds ours against itself with each answer in a padded row of its own, which says
-what sharing the prompt is worth.
+agree. `--dtype` is as in `sft_cpu`. `--against padded` holds ours against itself with each answer in a padded row of
+its own, which says what sharing the prompt is worth.
 """
 
 import argparse

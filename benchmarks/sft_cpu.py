@@ -3,7 +3,8 @@
 `python -m benchmarks.sft_cpu` trains SmolLM2-135M on ticket rows with both, one optimizer step in turn, each in its own
 process, and prints a table and one JSON line with `speed_ratio` (non-padding tokens a second, ours over theirs, the
 median over pairs of steps) and `rss_ratio` (peak resident memory, loading included). It refuses to report when the two
-train differently: the losses of every step must agree.
+train differently: the losses of every step must agree. `--dtype bf16`: both in bfloat16, and the peer in float32 too,
+in case that is its best; the ratios are to the quicker.
 """
 
 import argparse
