@@ -14,7 +14,7 @@ from ..models.protocol import CausalLM
 from ..settings import setting
 from ..text.tokenizer import Tokenizer
 from .load import answering, load_adapted
-from .options import AdaptedModelOptions, SamplingOptions
+from .options import AnsweringOptions, SamplingOptions
 from .parse import Sources
 from .show import note
 
@@ -22,7 +22,7 @@ LOST = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(SamplingOptions, AdaptedModelOptions):
+class Options(SamplingOptions, AnsweringOptions):
     """Talk to a model. /reset forgets the conversation, /quit or Ctrl-D ends it,
     Ctrl-C stops an answer.
 
@@ -41,7 +41,7 @@ def run(options: Options, sources: Sources) -> int:
     start = [_said("system", options.system, tokenizer)] if options.system else []
     messages = list(start)
     note("/reset forgets the conversation, /quit ends it")
-    with answering(model):
+    with answering(model, options.keep_dense):
         while (line := _ask()) not in (None, "/quit", "/exit", "/q"):
             if line == "/reset":
                 messages = list(start)

@@ -15,13 +15,13 @@ from ..outputs import Output
 from ..settings import setting
 from ..trainer.evaluate import Answer, Match, answer_all, check_comparable, evaluate_loss, perplexity, share_right
 from .load import answering, load_adapted, remark_positions
-from .options import AdaptedModelOptions, FileOptions, RowOptions, output_of
+from .options import AnsweringOptions, FileOptions, RowOptions, output_of
 from .parse import Sources
 from .show import describe, figure, note, pairs, result, working
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(FileOptions, RowOptions, AdaptedModelOptions):
+class Options(FileOptions, RowOptions, AnsweringOptions):
     """Measure a model on held-out rows: loss of a trained token and its exponential
     (perplexity), and how often the greedy answer is the one in the data (--match).
     With --adapter all figures come twice, without and with it.
@@ -87,7 +87,7 @@ def _run(options: Options, measured: Sequence[str], outputs: Mapping[str, Output
         if asked and options.match != "none":
             sizes = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
             answers = _kept(outputs[name], asked, options.match) if name in outputs else []
-            with answering(model), working(f"{name}: answers"):
+            with answering(model, options.keep_dense), working(f"{name}: answers"):
                 left = asked[len(answers) :]
                 for answer in answer_all(model, tokenizer, template, left, match=options.match, **sizes):
                     answers.append(answer)

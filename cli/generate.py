@@ -13,13 +13,13 @@ from ..models.generate import generate_each, prompt_seeds
 from ..settings import REQUIRED, setting
 from ..trainer.evaluate import check_room
 from .load import answering, load_adapted, remark_positions
-from .options import AdaptedModelOptions, FileOptions, SamplingOptions, output_of
+from .options import AnsweringOptions, FileOptions, SamplingOptions, output_of
 from .parse import Sources
 from .show import note, pairs, result
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(FileOptions, SamplingOptions, AdaptedModelOptions):
+class Options(FileOptions, SamplingOptions, AnsweringOptions):
     """Answer every row of a JSONL file. A row is {"prompt": ...} or {"messages": [...]};
     an answer that stands in it already is not shown to the model. Each row is
     written as it was, with the new answer under "answer".
@@ -53,7 +53,7 @@ def run(options: Options, sources: Sources) -> int:
         how: dict[str, Any] = {"stop_ids": tokenizer.stop_ids, "max_length": model.max_positions, **options.sampling()}
         done, seeds = len(out.rows), prompt_seeds(prompts, options.seed)
         new = generate_each(model, prompts[done:], seed=seeds[done:], batch_size=options.batch_size, **how)
-        with answering(model):
+        with answering(model, options.keep_dense):
             for number, (sample, ids) in enumerate(zip(samples[done:], new, strict=True), done + 1):
                 row = {**sample.row, "answer": tokenizer.decode(ids, skip_special=False)}
                 out.write(json.dumps(row, ensure_ascii=False))

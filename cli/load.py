@@ -19,12 +19,12 @@ from ..lora.merge import merging
 from ..lora.peft_files import load_adapter, trained_base
 from ..models.config import DROPOUTS
 from ..models.decoder import Decoder
+from ..models.generate import KeepDense, dense_room
 from ..models.hf import CONFIG_BYTES
 from ..models.load import check_tokenizer, find_device, load_decoder, load_tokenizer, read_weights
 from ..models.protocol import CausalLM
 from ..settings import checked
 from ..text.tokenizer import Tokenizer
-from ..trainer.memory import memory_free
 from ..trainer.reward_model import HEAD
 from .config_file import CONFIG, read_run
 from .options import AdaptedModelOptions, ModelOptions, Quant
@@ -127,12 +127,11 @@ def load_adapted(options: AdaptedModelOptions) -> tuple[CausalLM, Tokenizer, Cha
 
 
 @contextmanager
-def answering(model: CausalLM) -> Iterator[None]:
-    """A block to generate in, `merging` in half of the free memory where that is as exact and quicker: fp32, CPU."""
-    gains = model.device.type == "cpu" and model.dtype == torch.float32
-    with merging(model, memory_free(model.device) / 2 if gains else 0) as held:
+def answering(model: CausalLM, keep: KeepDense) -> Iterator[None]:
+    """A block to generate in, `merging` in what `dense_room` says."""
+    with merging(model, dense_room(model, keep)) as held:
         if held:
-            note(f"note: {held / 2**20:,.1f} MiB of decoded, merged weights are held while it answers")
+            note(f"note: {held / 2**20:,.1f} MiB of decoded weights are held while it answers")
         yield
 
 

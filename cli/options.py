@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from ..data.encode import LossOn
 from ..errors import InputError
-from ..models.generate import Sampling
+from ..models.generate import KeepDense, Sampling
 from ..outputs import Output
 from ..settings import LARGEST, REQUIRED, Checked, setting
 
@@ -61,6 +61,13 @@ class AdapterChoice(Checked):
 @dataclass(frozen=True, kw_only=True)
 class AdaptedModelOptions(AdapterChoice, ModelOptions):
     """A model, with an adapter or without."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweringOptions(AdaptedModelOptions):
+    """A model that answers."""
+
+    keep_dense: KeepDense = setting("auto", "decode 4-bit weights once; auto: on a CPU, where memory allows")
 
 
 @dataclass(frozen=True, kw_only=True)

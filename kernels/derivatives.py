@@ -6,7 +6,9 @@ gradients are to be differentiated again. Second and higher orders are right, th
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,10 +25,12 @@ def differentiated(x: Tensor) -> bool:
     return x.requires_grad or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None)
 
 
-def run(op: type[torch.autograd.Function], plain: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """The op; plain(*inputs) for a transform, or for a compiler, which fuses it by itself."""
-    made: Tensor = (plain if torch.compiler.is_compiling() or transformed() else op.apply)(*inputs)
-    return made
+def run(op: Any, plain: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """The op; plain(*inputs) for a transform, or for a compiler, which fuses it by itself. Without gradients its
+    forward is called: autograd's own way there takes as long as the arithmetic of a token."""
+    alone = partial(op.forward, SimpleNamespace(save_for_backward=lambda *kept: None))
+    way = op.apply if torch.is_grad_enabled() else alone
+    return cast(Tensor, (plain if torch.compiler.is_compiling() or transformed() else way)(*inputs))
 
 
 def beyond_first() -> bool:

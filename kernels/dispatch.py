@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -111,3 +112,16 @@ def _cpu_multiplies_bf16() -> bool:
 def processors(device: torch.device) -> int:
     """How many multiprocessors the GPU has; 1 where there is none."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def memory_free(device: torch.device) -> int:
+    """Bytes that can still be had on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return proc_bytes("/proc/meminfo", "MemAvailable")
+
+
+def proc_bytes(file: str, key: str) -> int:
+    """The figure of `key` in a file such as /proc/meminfo. 0 where it is not Linux: better none than a made-up one."""
+    lines = Path(file).read_text().splitlines() if Path(file).exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), 0)

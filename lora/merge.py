@@ -6,7 +6,7 @@ to, which is what the adapter was trained on.
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -132,29 +132,48 @@ def merging(model: nn.Module, within: float, adapters: bool = True) -> Iterator[
     are gone and the layers those that were there. Where they would take more than `within`, nothing changes.
 
     adapters=False: bases alone are decoded, adapters compute beside them and may be switched in the block (`using`,
-    `rows`); else they are out of its reach. Layers with hooks and kinds that do not say their change stay as they are,
-    and so does a model where anything is wrapped (torch.compile, DDP, FSDP). Rounding in 16 bits is `merge`'s.
+    `rows`); else they are out of its reach. So it is for weights of 16 bits, in which small changes would be rounded
+    away. Layers with hooks and kinds that do not say their change stay as they are, and so does a model where anything
+    is wrapped (torch.compile, DDP, FSDP). Of a module that names layers as `together`, which share their input, the
+    weights are one, and one product makes their outputs (`project`).
     """
     makes = dict[nn.Module, Callable[[], nn.Module]]()
     wrapped = any(unwrapped(module) is not module or module._compiled_call_impl for module in model.modules())
     for module in () if wrapped else plain_modules(model).values():
         layer = module if isinstance(module, AdapterLayer) else None
         base = cast(nn.Linear, module if layer is None else layer.base)
-        parts = layer.changing() if layer is not None and adapters else []
-        told = parts and all(type(part).delta is not Adapter.delta for part, _ in parts)
         if not is_linear(base) or any(map(is_hooked, module.modules())):
             continue
+        exact = adapters and base.weight.dtype.itemsize >= 4
+        parts = layer.changing() if layer is not None and exact else []
+        told = parts and all(type(part).delta is not Adapter.delta for part, _ in parts)
         if layer is not None and told and ("weight" in base._parameters or isinstance(base, NF4Linear)):
             makes[layer] = partial(_merged, layer, {}, True)
         elif isinstance(base, NF4Linear):
             makes[base] = partial(dequantize, base)
     total = sum(cast(Tensor, own.weight).numel() * cast(Tensor, own.weight).dtype.itemsize for own in makes)
     new = {own: make() for own, make in makes.items()} if total <= within else {}
+    for module in model.modules() if new else ():
+        layers = [vars(module)["_modules"][name] for name in vars(module).get("together", ())]
+        _join([new.get(layer) or new.get(getattr(layer, "base", layer)) for layer in layers])
     try:
         replace_modules(model, new)
         yield total if new else 0
     finally:
         replace_modules(model, {twin: own for own, twin in new.items()})
+        for twin in new.values():
+            vars(twin).pop("joined", None)  # they hold each other
+
+
+def _join(layers: Sequence[Any]) -> None:
+    """Make the weights of these dense layers parts of one, and known to `project`."""
+    if None in layers or len({layer.bias is None for layer in layers}) != 1:
+        return
+    whole = nn.Linear(1, 1, layers[0].bias is not None, device="meta")
+    for name in dict(whole.named_parameters()):
+        setattr(whole, name, nn.Parameter(torch.cat([getattr(layer, name).detach() for layer in layers]), False))
+    for layer, part in zip(layers, whole.weight.split([layer.out_features for layer in layers]), strict=True):
+        layer.weight, vars(layer)["joined"] = nn.Parameter(part, False), (whole, tuple(layers))
 
 
 class Fidelity(NamedTuple):

@@ -27,6 +27,10 @@ def project(x: Tensor, modules: Sequence[nn.Module], *, keep: bool = False) -> t
     in 4-bit format and dropout: x is read once for all of them, forward and backward, and kept once. They also share
     dropout's mask: each update sees the same elements dropped. All other modules are called, and so are those with
     hooks. `keep`: what the op decodes is kept for backward, for use under activation checkpointing."""
+    whole, parts = vars(modules[0]).get("joined", (None, ()))  # by `merging`
+    if parts == tuple(modules) and not any(map(is_hooked, parts)):
+        made: Tensor = whole(x)
+        return made.split([part.out_features for part in parts], dim=-1)
     outputs: dict[int, Tensor] = {}
     together: dict[Any, dict[int, tuple[NF4Linear, LowRank]]] = {}
     for i, module in enumerate(modules):

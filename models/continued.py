@@ -13,6 +13,7 @@ from ..lora.rows import rows
 from .cache import KVCache
 from .protocol import Cache, CausalLM
 
+Choose = Callable[[Tensor, Sequence["Row"]], Tensor]  # from hidden states [B, D] the next token [B] of each row
 WORTH = 16  # tokens that must be saved for a pass of its own over what texts begin with
 
 
@@ -29,10 +30,6 @@ class Row:
     @property
     def text(self) -> list[int]:
         return [*self.prompt, *self.answer]
-
-
-Choose = Callable[[Tensor, Sequence[Row]], Tensor]
-"""The next token [B] int64 of each row, from hidden states [B, D]."""
 
 
 class Together:
@@ -81,24 +78,26 @@ class Together:
 
 class Ragged(Together):
     """Rows of their own lengths in our own cache, so that others join while some go on. What all of `order` begin with
-    (a system prompt) is read once for a call, what those begin with that are read together once for them."""
+    (a system prompt) is read once for a call, with each adapter."""
 
     cache: KVCache
     joins = True
 
-    def __init__(self, model: CausalLM, choose: Choose, named: bool, order: Sequence[Row], size: int) -> None:
+    def __init__(self, model: CausalLM, choose: Choose, named: bool, order: Sequence[Row]) -> None:
         super().__init__(model, choose, named)
-        self.most = max(len(row.prompt) + row.room for row in order)
-        self.trunk, self.adapters = KVCache(), list[str | None]()  # the common beginning, as each adapter has it
-        if len(order) > size and model.shares_prompts:
-            self.trunk, self.adapters = self._begun(order)
+        self.trunk, texts = cast(KVCache, model.new_cache()), [row.text for row in order]
+        self.trunk.most = max(len(row.prompt) + row.room for row in order)
+        first, last, limit = min(texts), max(texts), min(map(len, texts)) - 1  # these two differ first of all
+        shared = next((i for i in range(limit) if first[i] != last[i]), limit)
+        self.adapters = {row.adapter: row for row in order}
+        if model.shares_prompts and shared * (len(order) - len(self.adapters)) >= WORTH:
+            with self.answering([*self.adapters.values()]):
+                model.hidden(self._sent([first[:shared]] * len(self.adapters)), cache=self.trunk)
 
     def read(self, new: Sequence[Row]) -> Tensor:
-        texts = [row.text for row in new]
-        cache, adapters = self.trunk, self.adapters
-        if len(new) > 1 and self.model.shares_prompts:
-            cache, adapters = self._begun(new)
-        cache = self._forked(cache, [adapters.index(row.adapter) for row in new] if adapters else [])
+        texts, cache = [row.text for row in new], copy.deepcopy(self.trunk)
+        if cache.counts:
+            cache.select(self._sent([[*self.adapters].index(row.adapter) for row in new]))
         shared, ends = cache.length, torch.tensor([[len(text) - 1] for text in texts])
         width = int(ends.max()) + 1
         tokens = [text[shared:] + text[-1:] * (width - len(text)) for text in texts]
@@ -119,23 +118,3 @@ class Ragged(Together):
             self.cache.leave(place)
             self.rows[place] = self.rows[-1]
             self.rows.pop()
-
-    def _forked(self, cache: KVCache, index: Sequence[int]) -> KVCache:
-        """A cache of these rows of another one, which stays; or an empty one."""
-        new: Any = copy.deepcopy(cache) if cache.counts else self.model.new_cache()
-        new.most = self.most
-        if cache.counts:
-            new.select(self._sent(index))
-        return cast(KVCache, new)
-
-    def _begun(self, these: Sequence[Row]) -> tuple[KVCache, list[str | None]]:
-        """A cache of what these texts begin with, a row for each of their adapters, and these."""
-        texts, firsts = [row.text for row in these], [*{row.adapter: None for row in these}]
-        one, other, limit = min(texts), max(texts), min(map(len, texts)) - 1  # these two differ first of all
-        shared = next((i for i in range(limit) if one[i] != other[i]), limit)
-        if (shared - self.trunk.length) * (len(these) - len(firsts)) < WORTH:
-            return self.trunk, self.adapters
-        cache = self._forked(self.trunk, [self.adapters.index(adapter) for adapter in firsts] if self.adapters else [])
-        with rows(self.model, firsts) if self.named else nullcontext():
-            self.model.hidden(self._sent([one[cache.length : shared]] * len(firsts)), cache=cache)
-        return cache, firsts

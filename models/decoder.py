@@ -88,6 +88,7 @@ class Attention(nn.Module):
             self.q_proj = nn.Linear(spec.hidden_size, queries, bias=spec.attention_bias)
             self.k_proj = nn.Linear(spec.hidden_size, keys, bias=spec.attention_bias)
             self.v_proj = nn.Linear(spec.hidden_size, keys, bias=spec.attention_bias)
+            self.together = "q_proj", "k_proj", "v_proj"
         self.o_proj = nn.Linear(queries, spec.hidden_size, bias=spec.output_bias)
         self.row_norm, sizes = spec.qk_norm == "row", (queries, keys) if spec.qk_norm == "row" else (spec.head_dim,) * 2
         norms = [_norm(spec, size) if spec.qk_norm else nn.Identity() for size in sizes]
@@ -124,6 +125,7 @@ class MLP(nn.Module):
         else:
             self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
             self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
+            self.together = "gate_proj", "up_proj"
         self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=spec.mlp_bias)
         self.gated = geglu if spec.activation == "gelu_tanh" else swiglu
 

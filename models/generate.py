@@ -6,16 +6,19 @@ depends on no neighbour, on no order of rows and on no batch size. The logits it
 another number of rows round otherwise in their last bits, and where two tokens are as good as equal, that decides.
 """
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..kernels.dispatch import memory_free, product_dtype
+from ..lora.merge import merging
 from ..settings import LARGEST, Checked, setting
 from .cache import KVCache
 from .continued import Ragged, Row, Together
@@ -23,6 +26,8 @@ from .finite import explain_nonfinite, first_nonfinite
 from .foreign import as_causal_lm
 from .protocol import CausalLM, evaluating
 
+KeepDense = Literal["auto", "on", "off"]
+OnToken = Callable[[int], None] | None
 NOT_FINITE = -1  # in the place of a token
 
 
@@ -41,6 +46,14 @@ class Sampling(Checked):
             raise InputError(f"{name} draws, and temperature 0 takes the likeliest token each time: give a temperature")
 
 
+def dense_room(model: CausalLM, keep: KeepDense) -> float:
+    """The bytes that decoded weights may take (`merging`) while answers are made: half of what is free for `auto`, on a
+    CPU that multiplies the model's dtype. On a GPU products with 4 bits read a quarter of the bytes for few rows."""
+    like = torch.empty(0, dtype=model.dtype, device=model.device)
+    gains = keep == "auto" and like.device.type == "cpu" and product_dtype(like) == like.dtype
+    return math.inf if keep == "on" else memory_free(like.device) / 2 if gains else 0
+
+
 @torch.inference_mode()
 def generate(
     model: CausalLM,
@@ -54,8 +67,9 @@ def generate(
     top_p: float = 1.0,
     seed: int | Sequence[int] | None = None,
     batch_size: int = 32,
-    on_token: Callable[[int], None] | None = None,
+    on_token: OnToken = None,
     adapters: Sequence[str | None] | None = None,
+    keep_dense: KeepDense = "auto",
 ) -> list[list[int]]:
     """Continue each prompt (token ids) until a stop token or `max_new_tokens`; returns the new tokens, without the stop
     token, in order.
@@ -65,6 +79,7 @@ def generate(
     `prompt_seeds`, so a sampled answer goes with its prompt wherever that stands, whatever the batch size, up to
     rounding of the logits. `on_token` is called with each new token as it comes (one prompt only). `adapters`: for each
     prompt the adapter that answers it (None: the base), of any prompts in one batch; by default those that are active.
+    `keep_dense`: whether 4-bit weights are decoded once for the call (`merging`), at any price or by `dense_room`.
 
     Raises ValueError for an empty prompt, one that leaves no room, an id outside the vocabulary or an impossible
     setting; NumericError for logits that are no numbers, naming the layer where they went bad.
@@ -98,10 +113,15 @@ def generate(
     asked = [Row(*each) for each in zip(prompts, seeds, rooms, named, strict=True)]
     order = sorted((row for row in asked if row.room), key=lambda row: (len(row.prompt), [*row.prompt]))
     sampling, how = Sampling(temperature, top_k, top_p), (model, next_tokens, adapters is not None)
-    with evaluating(model):
-        ours = order and isinstance(model.new_cache(), KVCache)
-        texts = Ragged(*how, order, batch_size) if ours else Together(*how)
-        _continue(texts, order, batch_size, frozenset(stop_ids), on_token)
+    room = dense_room(model, keep_dense) if order else 0
+    with evaluating(model), merging(model, room, adapters is None):
+        texts = Ragged(*how, order) if order and isinstance(model.new_cache(), KVCache) else Together(*how)
+        bad = _continue(texts, order, batch_size, frozenset(stop_ids), on_token)
+    if bad is not None:
+        what = f"token {len(bad.answer) + 1} of an answer cannot be chosen: its logits"
+        with evaluating(model), texts.answering([bad]):
+            read = torch.tensor([bad.text], device=model.device)
+            raise explain_nonfinite(model, what, first_nonfinite(model, read))
     return [row.answer for row in asked]
 
 
@@ -138,14 +158,10 @@ def _hashed(*numbers: int) -> int:
 
 
 def _continue(
-    texts: Together,
-    order: Sequence[Row],
-    batch_size: int,
-    stop_ids: frozenset[int],
-    on_token: Callable[[int], None] | None,
-) -> None:
+    texts: Together, order: Sequence[Row], batch_size: int, stop_ids: frozenset[int], on_token: OnToken
+) -> Row | None:
     """Extend the answers of all rows, `batch_size` at most together. Rows leave as they are done, and where others may
-    join, they do as soon as an eighth of the places is free."""
+    join, they do as soon as an eighth of the places is free. Returns a row whose logits are no numbers, at once."""
     model, waiting = texts.model, deque(order)
     while waiting or texts.rows:
         again = [i for i, row in enumerate(texts.rows) if len(row.text) == model.restarts_at + 1 > 1]
@@ -162,10 +178,7 @@ def _continue(
         for place, token in enumerate(chosen.tolist(), first):
             row = texts.rows[place]
             if token == NOT_FINITE:
-                read = torch.tensor([row.text], device=model.device)
-                what = f"token {len(row.answer) + 1} of an answer cannot be chosen: its logits"
-                with texts.answering([row]):
-                    raise explain_nonfinite(model, what, first_nonfinite(model, read))
+                return row
             if token not in stop_ids:
                 row.answer.append(token)
                 if on_token is not None:
@@ -173,6 +186,7 @@ def _continue(
             if token in stop_ids or len(row.answer) == row.room:
                 ended.append(place)
         texts.leave(ended)
+    return None
 
 
 def choose(logits: Tensor, sampling: Sampling, drawn: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """Memory in use, by metrics that say what they are, and an estimate of what activations will need."""
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels.dispatch import memory_free as memory_free
+from ..kernels.dispatch import proc_bytes
 from ..models.protocol import evaluating
 from .config import TrainingConfig
 
@@ -14,22 +15,7 @@ def memory_used(device: torch.device) -> tuple[str, int]:
     """(what it is, bytes): the allocator's peak on CUDA, else this process' anonymous resident memory."""
     if device.type == "cuda":
         return "max_memory_allocated", torch.cuda.max_memory_allocated(device)
-    return "rss_anon", _proc_bytes("/proc/self/status", "RssAnon")
-
-
-def memory_free(device: torch.device) -> int:
-    """Bytes that can still be had on the device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return _proc_bytes("/proc/meminfo", "MemAvailable")
-
-
-def _proc_bytes(file: str, key: str) -> int:
-    path = Path(file)
-    if not path.exists():  # not Linux: no number is better than a made-up one
-        return 0
-    line = next(line for line in path.read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) * 1024
+    return "rss_anon", proc_bytes("/proc/self/status", "RssAnon")
 
 
 def state_bytes(config: TrainingConfig, parameters: Iterable[Tensor]) -> int:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import fourbit
+from fourbit.models.decoder import Decoder
+from fourbit.models.families import read_spec
 from tests.lora.test_merge import X, adapted, randomised, toy
 from tests.models.test_smollm2 import PROMPTS
 
@@ -86,6 +88,56 @@ def test_a_block_leaves_what_is_hooked_compiled_or_cannot_say_its_change() -> No
     with fourbit.merging(odd, 1e9) as held:
         assert held == 4 * 64 * 64 and type(odd[0].base) is nn.Linear
         torch.testing.assert_close(odd(X[:, :64]), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_of_one_input_are_one_product_in_a_block(bias: bool) -> None:
+    """Outputs and answers of a decoder in 4 bits with an adapter, prompts of several lengths; a hook put on one of the
+    layers in the block is called; weights are views of one, and gone afterwards."""
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    more = {"model_type": "llama", "num_hidden_layers": 2, "num_key_value_heads": 2, "attention_bias": bias}
+    model = fourbit.quantize_(Decoder(read_spec(sizes | more | {"rms_norm_eps": 1e-5})).eval())
+    fourbit.attach(model, fourbit.LoRAConfig(rank=4))
+    randomised(model).eval()
+    ids, prompts = torch.randint(90, (2, 9)), [[5, 6, 7], [1], [3, 3, 3, 3, 3]]
+    with torch.no_grad():
+        before = model(ids)
+    plain = fourbit.generate(model, prompts, max_new_tokens=9, keep_dense="off")
+    calls: list[str] = []
+    with fourbit.merging(model, 1e9) as held, torch.no_grad():
+        attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+        whole, parts = attention.q_proj.joined
+        assert parts == (attention.q_proj, attention.k_proj, attention.v_proj)
+        assert attention.k_proj.weight.untyped_storage().data_ptr() == whole.weight.untyped_storage().data_ptr()
+        assert mlp.up_proj.joined[0] is mlp.gate_proj.joined[0] and not hasattr(mlp.down_proj, "joined")
+        torch.testing.assert_close(model(ids), before, rtol=1e-4, atol=1e-5)
+        whole.register_forward_hook(lambda *args: calls.append("whole"))
+        model(ids)
+        attention.k_proj.register_forward_hook(lambda *args: calls.append("k"))
+        model(ids)
+        assert calls == ["whole", "k"]
+        gone, total = weakref.ref(whole), sum(p.nbytes for n, p in model.named_parameters() if "_proj.weight" in n)
+        assert held == total
+    del whole, parts, attention, mlp
+    with torch.no_grad():
+        assert gone() is None and torch.equal(model(ids), before)
+    for keep in ("auto", "on"):
+        assert fourbit.generate(model, prompts, max_new_tokens=9, keep_dense=keep) == plain
+
+
+def test_in_16_bits_an_adapter_stays_beside_its_base() -> None:
+    """A change far below the rounding of the weights, all of 1, and of outputs near 0, is there in the block."""
+    model = fourbit.quantize_(nn.Sequential(nn.Linear(64, 64, bias=False)).to(torch.bfloat16))
+    model[0].quantize_weight_(torch.ones(64, 64, dtype=torch.bfloat16))
+    fourbit.attach(model, fourbit.LoRAConfig(rank=1, alpha=1))
+    part = model[0].adapters["default"]
+    part.lora_A.data.copy_(torch.tensor([1.0, -1.0]).repeat(32)[None])
+    part.lora_B.data.fill_(2.0**-12)
+    x = torch.tensor([1.0, -1.0]).repeat(32)[None].bfloat16()
+    with torch.no_grad(), fourbit.merging(model, 1e9) as held:
+        assert held == 2 * 64 * 64 and type(model[0].base) is nn.Linear
+        assert torch.equal(model(x), torch.full((1, 64), 64 * 2.0**-12).bfloat16())
 
 
 @pytest.mark.slow
