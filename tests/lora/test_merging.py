@@ -114,8 +114,9 @@ def test_layers_of_one_input_are_one_product_in_a_block(bias: bool) -> None:
         torch.testing.assert_close(model(ids), before, rtol=1e-4, atol=1e-5)
         whole.register_forward_hook(lambda *args: calls.append("whole"))
         model(ids)
-        attention.k_proj.register_forward_hook(lambda *args: calls.append("k"))
+        handle = attention.k_proj.register_forward_hook(lambda *args: calls.append("k"))
         model(ids)
+        handle.remove()  # a layer and its twin have the same hooks
         assert calls == ["whole", "k"]
         gone, total = weakref.ref(whole), sum(p.nbytes for n, p in model.named_parameters() if "_proj.weight" in n)
         assert held == total
