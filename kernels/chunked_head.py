@@ -24,7 +24,6 @@ from .dispatch import fused, widened
 CHUNK_BYTES = 64 * 2**20  # of one chunk's logits in fp32, on a CPU
 CHUNK_BYTES_GPU = 512 * 2**20  # a thousand rows at 128k tokens of vocabulary: fewer do not fill a GPU's products
 BLOCK_BYTES = 2**20  # of the logits, in fp32, that a scorer passes over at a time: they stay in a core's cache
-BLOCK_BYTES_GPU = 16 * 2**20  # some of them fit a GPU's L2 cache, and a launch costs little beside one
 
 
 class Scorer(Protocol):
@@ -74,7 +73,7 @@ def rows_per_chunk(vocabulary: int, device: torch.device) -> int:
 
 def blocks(logits: Tensor) -> Iterator[slice]:
     """Rows of a chunk that are passed over together."""
-    size = BLOCK_BYTES if logits.device.type == "cpu" else BLOCK_BYTES_GPU
+    size = BLOCK_BYTES * (1 if logits.device.type == "cpu" else 16)  # a GPU's caches are larger, and launches cost
     step = max(1, size // (max(4, logits.element_size()) * logits.shape[1]))
     yield from (slice(i, i + step) for i in range(0, len(logits), step))
 

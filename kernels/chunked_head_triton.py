@@ -1,8 +1,7 @@
 """The figures and the gradient of a chunk of logits on a GPU, in place and in the logits' own dtype, in one launch.
 
-A program takes a row: it reads it once for the figures and once more for the gradient, which it writes over it. As many
-rows are in work as there are multiprocessors, 34 MB of 16-bit logits at a vocabulary of 128k, so that what is read
-again lies in an L2 cache of today. Each thread keeps the largest of its own columns and sums relative to that.
+A program takes a row, reads it for the figures, and again for the gradient, which it writes over it. As many rows are
+in work as there are multiprocessors, 34 MB of 16-bit logits at a vocabulary of 128k: the second read is of an L2 cache.
 """
 
 import torch
@@ -39,8 +38,8 @@ def token_scores_kernel(
     """One row's log-probability, entropy and distance below the largest logit; gradient_ptr is logits_ptr."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
-    top = tl.full((BLOCK,), FLOOR, tl.float32)
-    total, weighted = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)  # of e^z and e^z z, z = x - top
+    top = tl.full((BLOCK,), FLOOR, tl.float32)  # of a thread's own columns; sums of e^z and e^z z, z = x - top:
+    total, weighted = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
         inside = start + i < columns
         x = tl.load(logits_ptr + row * stride + start + i, mask=inside, other=float("-inf")).to(tl.float32)
@@ -52,8 +51,7 @@ def token_scores_kernel(
         total = shrink * total + e
         top = higher
     highest = tl.max(top)
-    fall = tl.maximum(top - highest, FLOOR)
-    shrink = tl.exp(fall)
+    fall, shrink = tl.maximum(top - highest, FLOOR), tl.exp(tl.maximum(top - highest, FLOOR))
     weighted_sum, total_sum = tl.sum(shrink * (weighted + total * fall)), tl.sum(shrink * total)
     below = tl.load(at_target_ptr + row).to(tl.float32) - highest
     log_total = tl.log(total_sum)

@@ -59,8 +59,7 @@ def pair_table(quant_type: str, dtype: torch.dtype, device: torch.device | str =
 
 
 def _table(make: Callable[..., Tensor], device: torch.device, *arguments: Any) -> Tensor:
-    key = None if torch.compiler.is_compiling() else torch._C._TorchDispatchModeKey.FAKE
-    if key is None or torch._C._get_dispatch_mode(key) is None:
+    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
         return _kept(make, device, *arguments)
     with _disable_current_modes():  # a fake table must not be kept
         real = _kept(make, torch.device("cpu"), *arguments)

@@ -1,11 +1,10 @@
 """How a Triton kernel of ours starts, and how those who count instead of computing see that it would have.
 
-Fake tensors (torch's FakeTensorMode) have shapes and no numbers. Fake ones of device "meta" under
-`dispatch.force_path("triton")` do what tensors on CUDA do, all but compute, also where torch is built without CUDA
-(there autograd takes no fake "cuda"); fake ones of device "cpu" do what a CPU does. A TorchDispatchMode hears each op
-of torch's under its name, and each launch of ours as `fourbit::launched` with the kernel's name and tensors. So
-`benchmarks.passes` adds up bytes, and memory can be foretold: from the storages that such a mode sees made and let go.
-Real meta tensors are launched with, since compilation ahead of time asks for no more.
+Fake tensors (torch's FakeTensorMode) have no numbers. Those of device "meta" under `dispatch.force_path("triton")` do
+what tensors on CUDA do, all but compute, also where torch is built without CUDA (there autograd takes no fake "cuda");
+those of device "cpu" do what a CPU does. A TorchDispatchMode hears each op of torch's under its name, each launch of
+ours as `fourbit::launched` with the kernel's name and tensors. So `benchmarks.passes` adds up bytes, and memory can be
+foretold, from the storages that such a mode sees made and let go. Real meta tensors are launched with, to be compiled.
 """
 
 from collections.abc import Callable, Iterator

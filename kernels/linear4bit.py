@@ -90,8 +90,7 @@ def lora_linears4bit(
 def _run(x: Tensor, group: Group, keep: bool) -> list[Tensor]:
     weights, biases, A, B, scales, dropout, seed, up, gelu = group
     compiling = torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter, FakeTensor)
-    if not compiling:  # but traced by make_fx, say
-        compiling = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    compiling = compiling or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # make_fx's
     for weight in () if compiling else weights:
         weight.check()
         if any(tensor is not None and differentiated(tensor) for tensor in weight[:4]):

@@ -49,9 +49,19 @@ class Group(NamedTuple):
         """Each linear's part of s = x A^T [M, sum of ranks]."""
         return s.split([A.shape[0] for A in self.A], 1) if len(self.A) > 1 else [s]
 
-    def stacked(self, dtype: torch.dtype) -> Tensor:
-        """All of A, one below the other, [sum of ranks, K]."""
-        return (self.A[0] if len(self.A) == 1 else torch.cat(list(self.A))).to(dtype)
+    @property
+    def scaling(self) -> tuple[float, Sequence[float]]:
+        """What s carries and what is left to each B: the scale, or, where linears have different ones, 1 and each."""
+        return (self.scales[0], [1.0] * len(self.scales)) if len({*self.scales}) == 1 else (1.0, self.scales)
+
+    def masters(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """All of A, one below the other, [sum of ranks, K], and each B, scaled by what is left to it: in one launch."""
+        A, B = torch.cat([*self.A]) if len(self.A) > 1 and self.A[0].dtype == dtype else self.A[0], [*self.B]
+        if any(tensor.dtype != dtype for tensor in (*self.A, *B)):
+            A = A.new_empty(sum(a.shape[0] for a in self.A), A.shape[1], dtype=dtype)
+            B = [b.new_empty(b.shape, dtype=dtype) for b in B]
+            torch._foreach_copy_([*A.split([a.shape[0] for a in self.A]), *B], [*self.A, *self.B])
+        return A, [b if rest == 1 else b * rest for b, rest in zip(B, self.scaling[1], strict=True)]
 
     @property
     def keep_scale(self) -> float:
@@ -70,10 +80,10 @@ def few_rows(x: Tensor, group: Group, keep: bool) -> bool:
 def forward_many(x: Tensor, group: Group, keep: bool) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Each y [M, out] in x's dtype, s [M, sum of ranks], which one product gives, and the weights to keep."""
     h = x.to(dispatch.product_dtype(x))
-    s = _projected(x, h, group)
-    parts = group.split(s)
+    s, B = _projected(x, h, group)
+    lora = list(zip(group.split(s), B, strict=True)) if B else []
     dense = [dequantize(weight, h.dtype) for weight in group.weights] if keep else []
-    return [_output(h, parts, group, i, dense, x.dtype) for i in range(len(group.weights))], s, dense
+    return [_output(h, lora, group, i, dense, x.dtype) for i in range(len(group.weights))], s, dense
 
 
 def plain(x: Tensor, group: Group) -> list[Tensor]:
@@ -117,21 +127,20 @@ class TimesFrozen(torch.autograd.Function):
         return TimesFrozen.apply(tangent, ctx.decode, ctx.ahead)
 
 
-def _output(h: Tensor, s: Sequence[Tensor], group: Group, i: int, dense: list[Tensor], dtype: torch.dtype) -> Tensor:
+def _output(h: Tensor, lora: list[Any], group: Group, i: int, dense: list[Tensor], dtype: torch.dtype) -> Tensor:
     """y [M, out] of linear i in `dtype`, rounded once where the products are wider than it."""
     rows, bias = group.weights[i].rows, group.biases[i].to(h.dtype) if group.biases else None
-    B = (group.B[i] * group.scales[i]).to(h.dtype) if group.A else None  # and no alpha: with a bias it costs a pass
-    y = None
+    (s, B), y = lora[i] if lora else (h, None), None
     for start, part in [(0, dense[i])] if dense else slabs(group.weights[i], h.dtype):
         if part.shape[0] == rows:
-            return _affine(h, part, s[i], B, bias).to(dtype)
+            return _affine(h, part, s, B, bias).to(dtype)
         y = h.new_empty(h.shape[0], rows, dtype=dtype) if y is None else y
         own = slice(start, start + part.shape[0])
         some_B, some_bias = (None if each is None else each[own] for each in (B, bias))
         if dtype == h.dtype:
-            _affine(h, part, s[i], some_B, some_bias, y[:, own])
+            _affine(h, part, s, some_B, some_bias, y[:, own])
         else:
-            y[:, own].copy_(_affine(h, part, s[i], some_B, some_bias))
+            y[:, own].copy_(_affine(h, part, s, some_B, some_bias))
     return h.new_empty(h.shape[0], rows, dtype=dtype) if y is None else y
 
 
@@ -155,14 +164,15 @@ def backward(
     made, grad_x = list[Tensor](), None
     if s is not None:
         dropped = _dropper((s.shape[0], group.A[0].shape[1]), s, group)
-        each = list(zip(grads, group.B, group.scales, group.split(s), strict=True))
-        pulled = [_product(g, B.to(dtype), scale) for g, B, scale, _ in each]
+        (A, Bs), (carried, left) = group.masters(dtype), group.scaling
+        pulled = [_product(g, B, carried) for g, B in zip(grads, Bs, strict=True)]
         grad_s = pulled[0] if len(pulled) == 1 else torch.cat(pulled, 1)
         if x is not None:
             made.append(_wide_product(grad_s.T, dropped(x.to(dtype)), group.keep_scale))
-        made += [_wide_product(g.T, part, scale).to(B.dtype) for g, B, scale, part in each]
+        each = zip(grads, group.B, left, group.split(s), strict=True)
+        made += [_wide_product(g.T, part, rest).to(B.dtype) for g, B, rest, part in each]
         if need_x:
-            grad_x = _product(grad_s, group.stacked(dtype), group.keep_scale)
+            grad_x = _product(grad_s, A, group.keep_scale)
             dropped(grad_x, grad_x)
     if need_x:
         made.append(_add_base(grad_x, grads, group, dense).to(like.dtype))
@@ -172,17 +182,17 @@ def backward(
 def backward_gated(g: Tensor, gate: Tensor, s: Tensor, group: Group, dense: list[Tensor]) -> list[Any]:
     """The gradients of A, B, gate and up where x is f(gate) * up [..., K]; a kernel neither reads nor writes x."""
     assert group.up is not None
-    (A,), (B,), (scale,), up, gelu = group.A, group.B, group.scales, group.up, group.gelu
-    if not dispatch.fused(gate) or group.seed is not None or len(A) > LARGEST_RANK:
+    up, gelu = group.up, group.gelu
+    if not dispatch.fused(gate) or group.seed is not None or len(group.A[0]) > LARGEST_RANK:
         x = gated(gate, up, gelu).view(len(g), -1)
         *made, dx = backward([g], x, s, group, dense, True)
         return [*made, *gated_backward(dx.view(gate.shape), gate, up, gelu)]
     from .swiglu_triton import backward as one_pass  # only here: Triton exists for Linux only and is slow to import
 
-    g = g.to(s.dtype)
-    grad_s, of_B = _product(g, B.to(s.dtype), scale), _wide_product(g.T, s, scale).to(B.dtype)
+    (A, (B,)), g = group.masters(s.dtype), g.to(s.dtype)
+    grad_s, of_B = _product(g, B, group.scales[0]), _wide_product(g.T, s, 1.0).to(group.B[0].dtype)
     dx = _add_base(None, [g], group, dense).view(gate.shape)
-    dgate, dup, of_A = one_pass(dx, gate, up, gelu, (grad_s, A.to(s.dtype)))
+    dgate, dup, of_A = one_pass(dx, gate, up, gelu, (grad_s, A))
     return [of_A, of_B, dgate, dup]
 
 
@@ -230,20 +240,21 @@ def forward_few(x: Tensor, group: Group, keep: bool) -> tuple[list[Tensor], Tens
     """Each y, s, and nothing to keep: one launch a linear, and nothing dense at all."""
     from .matmul4bit_triton import matmul  # only here: Triton exists for Linux only and is slow to import
 
-    s = _projected(x, x, group)
+    s, B = _projected(x, x, group)
     parts, outputs = group.split(s), []
     for i, weight in enumerate(group.weights):
         bias = group.biases[i] if group.biases else None
-        lora = (parts[i], group.B[i], group.scales[i]) if group.A else None
+        lora = (parts[i], B[i], 1.0) if group.A else None
         outputs.append(matmul(x, weight, bias, lora))
     return outputs, s, []
 
 
-def _projected(x: Tensor, h: Tensor, group: Group) -> Tensor:
-    """s = dropout(x) A^T [M, sum of ranks] in the dtype of h, which is x in the dtype of the products."""
+def _projected(x: Tensor, h: Tensor, group: Group) -> tuple[Tensor, list[Tensor]]:
+    """s = dropout(x) A^T, scaled, [M, sum of ranks], and each B, in the dtype of h, x in the dtype of the products."""
     if not group.A:
-        return h.new_empty(h.shape[0], 0)
-    return _product(_dropper(x.shape, x, group)(h), group.stacked(h.dtype).T, group.keep_scale)
+        return h.new_empty(h.shape[0], 0), []
+    A, B = group.masters(h.dtype)
+    return _product(_dropper(x.shape, x, group)(h), A.T, group.keep_scale * group.scaling[0]), B
 
 
 def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
@@ -257,7 +268,8 @@ def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
 def _wide_product(a: Tensor, b: Tensor, factor: float) -> Tensor:
     """factor * a b in fp32 or wider, not rounded to less on CUDA: the gradients of masters."""
     if a.device.type != "cpu" and a.dtype in KERNEL_DTYPES and dispatch.path_for(a) == "triton":
-        return torch.mm(a, b, out_dtype=torch.float32).mul_(factor)
+        wide = torch.mm(a, b, out_dtype=torch.float32)
+        return wide if factor == 1 else wide.mul_(factor)
     return dispatch.widened(_product(a, b, factor))
 
 

@@ -27,21 +27,19 @@ def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up for two tensors of equal shape and dtype; both get gradients."""
-    _check("swiglu", gate, up)
-    return run(_Gated, gated_reference, gate, up, False)
+    return _checked("swiglu", gate, up, False)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) * up with gelu's tanh form, for two tensors of equal shape and dtype; both get gradients."""
-    _check("geglu", gate, up)
-    return run(_Gated, gated_reference, gate, up, True)
+    return _checked("geglu", gate, up, True)
 
 
-def _check(name: str, gate: Tensor, up: Tensor) -> None:
+def _checked(name: str, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(
-            f"{name} needs gate and up alike, got {tuple(gate.shape)} {gate.dtype} and {tuple(up.shape)} {up.dtype}"
-        )
+        got = f"{tuple(gate.shape)} {gate.dtype} and {tuple(up.shape)} {up.dtype}"
+        raise ValueError(f"{name} needs gate and up alike, got {got}")
+    return run(_Gated, gated_reference, gate, up, gelu)
 
 
 def gated_reference(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:

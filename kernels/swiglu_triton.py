@@ -1,6 +1,4 @@
-"""The gate of a feed-forward block on a GPU: one launch forward, one backward, computed in fp32 and rounded once.
-
-Backward of a block with LoRA on its way down makes that one's gradient of A too (gated_linear4bit.py)."""
+"""The gate of a feed-forward block on a GPU: one launch forward, one backward, computed in fp32 and rounded once."""
 
 import torch
 import triton

@@ -12,8 +12,7 @@ from .linear4bit import NF4Linear
 
 
 def project_gated(gate: Tensor, up: Tensor, gelu: bool, down: nn.Module, *, keep: bool = False) -> Tensor | None:
-    """down(f(gate) * up) by one op that makes the product again in backward, f silu or gelu; None where `down` must be
-    called, or where nothing of that trains."""
+    """down(f(gate) * up) by one op that makes the product again in backward; None where `down` must be called."""
     joint = down.joint(gate) if type(down) is AdapterLayer and not is_hooked(down) else None
     if joint is None or not all(x.requires_grad for x in (gate, up, joint[1].A)) or autocast_input(gate) is not gate:
         return None
