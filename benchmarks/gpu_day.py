@@ -76,7 +76,7 @@ def command(name: str, out: Path, limit: float, dry: bool) -> list[str]:
 def environment(out: Path, dry: bool) -> dict[str, str]:
     path = os.pathsep.join([str(out / "path"), *filter(None, [os.environ.get("PYTHONPATH")])])
     small = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return os.environ | {"PYTHONPATH": path} | (small if dry else {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
+    return os.environ | {"PYTHONPATH": path} | (small if dry else {})
 
 
 def run(argv: Sequence[str], variables: Mapping[str, str], text: Path, limit: float) -> tuple[str, float]:

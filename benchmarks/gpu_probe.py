@@ -105,7 +105,7 @@ def timed(day: Day, what: str, way: str, makers: Sequence[Callable[[], Callable[
             call()
             later.append(day.milliseconds(call))
     except Exception as problem:
-        day.say(what, way=way, problem=str(problem).splitlines()[0])
+        day.say(what, way=way, problem=str(problem).splitlines()[0][:120])
         return
     day.say(what, way=way, first_ms=statistics.median(first), worst_ms=max(first), later_ms=statistics.median(later))
 
