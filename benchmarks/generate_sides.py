@@ -1,0 +1,65 @@
+"""The sides of benchmarks.generate_cpu: each answers one list of prompts greedily and returns how many tokens it made.
+
+Ours answers from bitsandbytes' 4-bit weights as it does by default (`ours`) and without dense ones (`packed`); the peer
+is transformers with those weights (`peer`), and with the dense ones (`dense`), a batch padded on the left.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .sides import DENSE, PACKED, Row, Step, load_peer, main, take_packed
+
+NEW_TOKENS = 32
+
+
+def ours(folder: Path, model_path: str, dtype: str, keep_dense: Any = "auto") -> Step:
+    import fourbit
+
+    model, _ = fourbit.load(model_path, quant_type="nf4", dtype=dtype)
+    take_packed(model, folder / PACKED)
+
+    def step(rows: Sequence[Row]) -> float:
+        how: dict[str, Any] = {"stop_ids": rows[0]["stops"], "keep_dense": keep_dense, "batch_size": len(rows)}
+        answers = fourbit.generate(model, [row["ids"] for row in rows], max_new_tokens=NEW_TOKENS, **how)
+        return sum(min(len(answer) + 1, NEW_TOKENS) for answer in answers)  # the stop token was made too
+
+    return step
+
+
+def packed(folder: Path, model_path: str, dtype: str) -> Step:
+    return ours(folder, model_path, dtype, "off")
+
+
+def peer(folder: Path, model_path: str, dtype: str) -> Step:
+    return theirs(load_peer(folder, dtype))
+
+
+def dense(folder: Path, model_path: str, dtype: str) -> Step:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return theirs(AutoModelForCausalLM.from_pretrained(folder / DENSE, dtype=getattr(torch, dtype)))
+
+
+def theirs(model: Any) -> Step:
+    """Greedy generation of transformers; rows that ended are padded until the last one has."""
+    import torch
+
+    model.eval()
+
+    @torch.inference_mode()
+    def step(rows: Sequence[Row]) -> float:
+        width, stops = max(len(row["ids"]) for row in rows), rows[0]["stops"]
+        ids = torch.tensor([[0] * (width - len(row["ids"])) + row["ids"] for row in rows])
+        seen = torch.tensor([[0] * (width - len(row["ids"])) + [1] * len(row["ids"]) for row in rows])
+        how = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": stops, "pad_token_id": 0}
+        made = model.generate(ids, attention_mask=seen, use_cache=True, **how)[:, width:]
+        ended = torch.isin(made, torch.tensor(stops)).int()
+        return int((ended.cumsum(1) - ended == 0).sum())
+
+    return step
+
+
+if __name__ == "__main__":
+    main({"ours": ours, "packed": packed, "peer": peer, "dense": dense})
