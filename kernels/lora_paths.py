@@ -28,7 +28,7 @@ from .weight4bit import Weight4bit
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 WHOLE = 1 << 21  # values decoded at once on a CPU: 8 MB of fp32
-LARGEST_RANK = 128  # whose sums a program of the gate's backward holds
+LARGEST_RANK = 64  # whose sums a program of the gate's backward holds, in 16 bits; of more, or in fp32, it would spill
 SLAB = 1 << 20  # values in a slab of a larger weight, about
 
 
@@ -183,7 +183,8 @@ def backward_gated(g: Tensor, gate: Tensor, s: Tensor, group: Group, dense: list
     """The gradients of A, B, gate and up where x is f(gate) * up [..., K]; a kernel neither reads nor writes x."""
     assert group.up is not None
     up, gelu = group.up, group.gelu
-    if not dispatch.fused(gate) or group.seed is not None or len(group.A[0]) > LARGEST_RANK:
+    fits = dispatch.fused(gate) and gate.dtype in KERNEL_DTYPES and len(group.A[0]) <= LARGEST_RANK
+    if not fits or group.seed is not None:
         x = gated(gate, up, gelu).view(len(g), -1)
         *made, dx = backward([g], x, s, group, dense, True)
         return [*made, *gated_backward(dx.view(gate.shape), gate, up, gelu)]

@@ -11,7 +11,6 @@ from .launch import launch
 BLOCK = 2048  # values a program, forward
 ROWS, COLUMNS = 32, 128  # of a tile, backward
 PROGRAMS = 6  # for each multiprocessor; where columns make fewer, rows are split, and sums of splits added in order
-LARGEST = 128  # rank whose sums a program holds
 
 
 def forward(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:

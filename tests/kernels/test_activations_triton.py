@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fourbit.kernels.dispatch import force_path
+from fourbit.kernels.lora_paths import LARGEST_RANK
 from fourbit.kernels.rms_norm import LARGEST, rms_norm, rms_norm_reference
 from fourbit.kernels.rope import rope, rope_reference
 from fourbit.kernels.swiglu import geglu, geglu_reference, swiglu, swiglu_reference
@@ -36,7 +37,7 @@ def _largest() -> None:
     rms_norm(meta(1, 512, LARGEST), torch.empty(LARGEST, device="meta"), 1e-5).sum().backward()
     for op in (swiglu, geglu):
         op(meta(512, 28672), meta(512, 28672)).sum().backward()
-    lora = meta(512, 16).detach(), meta(16, 28672).detach()
+    lora = meta(512, LARGEST_RANK).detach(), meta(LARGEST_RANK, 28672).detach()
     swiglu_triton.backward(*(meta(512, 28672).detach() for _ in range(3)), False, lora)
     rope(meta(1, 512, 128, 128), meta(1, 512, 1, 64).detach(), meta(1, 512, 1, 64).detach()).sum().backward()
 
