@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .derivatives import beyond_first, derivatives, run
+from .derivatives import beyond_first, derivatives, run, transformed
 from .dispatch import fused, widened
 
 LARGEST = 1 << 14  # columns that a program of its kernels holds in registers; of twice as many some would spill
@@ -30,17 +30,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return run(_RMSNorm, rms_norm_reference, x, weight, eps)
 
 
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+    """x + y and its rms_norm, in one pass each way, for a frozen weight on a GPU; None where that is two ops."""
+    apart = torch.compiler.is_compiling() or transformed() or weight.requires_grad or x.dtype != y.dtype
+    return None if apart or not _on_kernels(x) else _RMSNorm.apply(x, weight, eps, y)
+
+
 def _on_kernels(x: Tensor) -> bool:
     return fused(x) and x.shape[-1] <= LARGEST
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, more: Tensor | None = None) -> Any:
+        """The normalised x; with `more`, on kernels only, x + more and that normalised."""
         if _on_kernels(x):
             from . import rms_norm_triton
 
-            y, scale = rms_norm_triton.forward(x, weight, eps)
+            y, scale, x = rms_norm_triton.forward(x, weight, eps, more)
         else:
             wide = widened(x)
             scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # [..., 1]
@@ -48,18 +55,21 @@ class _RMSNorm(torch.autograd.Function):
             y = (wide * scale).mul_(weight).to(x.dtype)
         ctx.save_for_backward(x, weight, scale)
         ctx.eps = eps
-        return y
+        return y if more is None else (x, y)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (*more, dy), (x, weight, scale) = grads, ctx.saved_tensors
         if beyond_first():
             norm = partial(rms_norm_reference, eps=ctx.eps)
-            return *derivatives(norm, (x, weight), ctx.needs_input_grad[:2], [dy]), None
+            dx, dweight = derivatives(norm, (x, weight), ctx.needs_input_grad[:2], [dy])
+            dx = sum(more, dx) if dx is not None else None
+            return dx, dweight, None, dx if more else None
         if not ctx.needs_input_grad[1] and _on_kernels(x):
             from . import rms_norm_triton
 
-            return rms_norm_triton.backward(dy, x, weight, scale), None, None
+            dx = rms_norm_triton.backward(dy, x, weight, scale, *more)
+            return dx, None, None, dx if more else None
         wide, dy = x.to(scale.dtype), dy.to(scale.dtype)
         dweight = None
         if ctx.needs_input_grad[1]:

@@ -8,22 +8,25 @@ from torch import Tensor
 from .launch import launch
 
 
-def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(y like x, scale fp32 [..., 1]) with scale = 1 / rms(x)."""
-    x = x.contiguous()
+def forward(x: Tensor, weight: Tensor, eps: float, more: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(y like x, scale fp32 [..., 1], x) with scale = 1 / rms(x); where there is `more`, x + more stands for x."""
+    x, more = x.contiguous(), None if more is None else more.contiguous()
+    total = x if more is None else torch.empty_like(x)
     y, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     columns = x.shape[-1]
     grid, weight = (scale.numel(),), weight.contiguous()
-    launch(rms_norm_forward_kernel, grid)(x, weight, y, scale, columns, eps, **_sizes(columns))
-    return y, scale
+    launch(rms_norm_forward_kernel, grid)(
+        *(x, more, None if more is None else total, weight, y, scale, columns, eps), **_sizes(columns)
+    )
+    return y, scale, total
 
 
-def backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """The gradient of x, in its dtype."""
-    dy, x = dy.contiguous(), x.contiguous()
+def backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, more: Tensor | None = None) -> Tensor:
+    """The gradient of x, in its dtype, plus `more`."""
+    dy, x, more = dy.contiguous(), x.contiguous(), None if more is None else more.contiguous()
     dx, columns = torch.empty_like(x), x.shape[-1]
     grid, weight = (scale.numel(),), weight.contiguous()
-    launch(rms_norm_backward_kernel, grid)(dy, x, weight, scale, dx, columns, **_sizes(columns))
+    launch(rms_norm_backward_kernel, grid)(dy, x, weight, scale, dx, more, columns, **_sizes(columns))
     return dx
 
 
@@ -34,12 +37,18 @@ def _sizes(columns: int) -> dict[str, int]:
 
 
 @triton.jit
-def rms_norm_forward_kernel(x_ptr, weight_ptr, y_ptr, scale_ptr, columns, eps, BLOCK: tl.constexpr):
-    """x / rms(x) * weight of one row."""
+def rms_norm_forward_kernel(
+    x_ptr, more_ptr, total_ptr, weight_ptr, y_ptr, scale_ptr, columns, eps, BLOCK: tl.constexpr
+):
+    """x / rms(x) * weight of one row, after what is added to x."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     mask = i < columns
     x = tl.load(x_ptr + row * columns + i, mask=mask, other=0.0).to(tl.float32)
+    if more_ptr is not None:
+        x += tl.load(more_ptr + row * columns + i, mask=mask, other=0.0).to(tl.float32)
+        tl.store(total_ptr + row * columns + i, x, mask=mask)
+        x = x.to(total_ptr.dtype.element_ty).to(tl.float32)  # as it is kept
     scale = tl.math.div_rn(1.0, tl.math.sqrt_rn(tl.math.div_rn(tl.sum(x * x), tl.cast(columns, tl.float32)) + eps))
     weight = tl.load(weight_ptr + i, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * columns + i, x * scale * weight, mask=mask)
@@ -47,7 +56,7 @@ def rms_norm_forward_kernel(x_ptr, weight_ptr, y_ptr, scale_ptr, columns, eps, B
 
 
 @triton.jit
-def rms_norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, scale_ptr, dx_ptr, columns, BLOCK: tl.constexpr):
+def rms_norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, scale_ptr, dx_ptr, more_ptr, columns, BLOCK: tl.constexpr):
     """The gradient of x of one row."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
@@ -58,4 +67,7 @@ def rms_norm_backward_kernel(dy_ptr, x_ptr, weight_ptr, scale_ptr, dx_ptr, colum
     scale = tl.load(scale_ptr + row)
     # dx = scale * dz - x * scale^3 * mean(dz * x)
     pull = tl.sum(dz * x) / columns * scale * scale
-    tl.store(dx_ptr + row * columns + i, (dz - x * pull) * scale, mask=mask)
+    dx = (dz - x * pull) * scale
+    if more_ptr is not None:
+        dx += tl.load(more_ptr + row * columns + i, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + row * columns + i, dx, mask=mask)

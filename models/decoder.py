@@ -18,10 +18,11 @@ from ..errors import InputError
 from ..kernels.attention import Scores, Spans, causal_attention, span_lengths, span_positions, visible_keys
 from ..kernels.derivatives import transformed
 from ..kernels.dispatch import bucketed, widened
-from ..kernels.rms_norm import rms_norm
+from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import rope
 from ..kernels.swiglu import geglu, swiglu
 from ..lora.active import checkpointed
+from ..lora.adapter import is_hooked
 from ..lora.project import project, project_gated
 from .cache import KVCache
 from .families import read_spec
@@ -65,7 +66,12 @@ class RMSNorm(nn.Module):
         self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, 1 + widened(self.weight) if self.plus_one else self.weight, self.eps)
+        return rms_norm(x, self.factor, self.eps)
+
+    @property
+    def factor(self) -> Tensor:
+        """What the normalised x is multiplied by, [size]."""
+        return 1 + widened(self.weight) if self.plus_one else self.weight
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}" + ", plus_one=True" * self.plus_one
@@ -153,14 +159,24 @@ class Layer(nn.Module):
             setattr(self, name, _norm(spec, spec.hidden_size))
 
     def forward(self, x: Tensor, shared: _Pass) -> Tensor:  # [B, T, hidden]
+        y = None
         for part, (before, after) in zip((self.self_attn, self.mlp), self.norms, strict=True):
             norm = getattr(self, before) if before else None
-            h = norm(x) if norm else x
+            x, h = self._added(x, y, norm)
             run = partial(self._part, part, getattr(self, after) if after else nn.Identity(), shared)
             with recomputed(h, norm, x, active=shared.lean) if norm else nullcontext():
                 y = in_chunks(self, run, h, again=shared.again, unread=shared.replay) if part is self.mlp else run(h)
-            x = x + (y if self.residual_scale == 1 else y * self.residual_scale)
-        return x
+        return self._added(x, y, None)[0]
+
+    def _added(self, x: Tensor, y: Tensor | None, norm: RMSNorm | None) -> tuple[Tensor, Tensor]:
+        """x plus a part's output y, if there is one yet, and that normalised."""
+        if y is not None:
+            y = y if self.residual_scale == 1 else y * self.residual_scale
+            alone = norm if type(norm) is RMSNorm and not is_hooked(norm) else None
+            if alone and (both := add_rms_norm(x, y, alone.factor, alone.eps)) is not None:
+                return both
+            x = x + y
+        return x, norm(x) if norm else x
 
     def _part(self, part: nn.Module, after: nn.Module, shared: _Pass, h: Tensor) -> Tensor:
         y: Tensor = after(part(h, shared))
