@@ -75,14 +75,14 @@ class HostInputs:
 
     def __init__(self, device: PageDevice) -> None:
         self.device = device
-        self.sent: list[tuple[Tensor, Callable[[], Tensor], Any]] = []  # in the host's memory; room for it; its event
+        self.sent: list[tuple[Tensor, Callable[[], Tensor]]] = []  # in the host's memory; room for it
         self.here: dict[int, tuple[Tensor, Any]] = {}  # on the device: on its way out, or come back
 
     def pack(self, x: Tensor) -> int:
         number, x, host = len(self.sent), x.detach().contiguous(), self.device.pinned(x.nbytes)
         self.device.use(_bytes(x))
         event = self.device.copy("out", host, _bytes(x), [self.device.mark()])
-        self.sent.append((host, partial(torch.empty, x.shape, dtype=x.dtype, device=x.device), event))
+        self.sent.append((host, partial(torch.empty, x.shape, dtype=x.dtype, device=x.device)))
         self.here[number] = x, event
         if number - 1 in self.here:
             before, left = self.here.pop(number - 1)
@@ -100,10 +100,10 @@ class HostInputs:
     def _fetch(self, number: int) -> None:
         if number < 0 or number in self.here:
             return
-        host, room, left = self.sent[number]
+        host, room = self.sent[number]
         x = room()
-        self.device.use(_bytes(x))
-        self.here[number] = x, self.device.copy("in", _bytes(x), host, [self.device.mark(), left])
+        self.device.use(_bytes(x))  # the mark is behind the copy out too, for which compute has waited
+        self.here[number] = x, self.device.copy("in", _bytes(x), host, [self.device.mark()])
 
     def __del__(self) -> None:
         for _, event in self.here.values():  # of a backward pass that went no further
