@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..kernels.attention import Scores, Spans, causal_attention, span_lengths, span_positions, visible_keys
+from ..kernels.attention import Scores, causal_attention, visible_keys
 from ..kernels.derivatives import transformed
 from ..kernels.dispatch import bucketed, widened
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import rope
+from ..kernels.spans import Packed, Spans, segments, span_positions
 from ..kernels.swiglu import geglu, swiglu
 from ..lora.active import checkpointed
 from ..lora.adapter import is_hooked
@@ -48,7 +49,7 @@ class _Pass:
     """What the layers of one forward pass share."""
 
     turns: Mapping[Rope, tuple[Tensor, Tensor]]  # cos and sin, [B, T, 1, dim / 2]
-    spans: Spans | None
+    spans: Packed | None
     visible: Mapping[int, Tensor | None]  # of each window, [B or 1, 1, T, S] bool; None: the window's plain causality
     cache: KVCache | None
     lean: bool = False  # cheap activations are made again in backward
@@ -250,7 +251,8 @@ class Decoder(CausalLM):
         words = keeps(self.checkpointing if training else "all", len(self.model.layers))
         keep = x.device.type != "cpu" if self.keep_decoded is None else self.keep_decoded
         turns, visible = _turns(self.spec, position_ids, spans, x), _visible(self.spec, input_ids, cache, mask)
-        shared = _Pass(turns, spans, visible, cache)
+        row = None if spans is None else Packed(spans, x.shape[0] * x.shape[1], x.device)
+        shared = _Pass(turns, row, visible, cache)
         lean, first = replace(shared, lean=True), replace(shared, again=True, keep=keep)
         replay, sent = replace(first, replay=True), host_inputs(x) if "host" in words else nullcontext
         for layer, word in zip(self.model.layers, words, strict=True):
@@ -294,7 +296,7 @@ def _check(input_ids: Tensor, spans: Spans | None, cache: KVCache | None, mask: 
     if spans is not None and (cache is not None or mask is not None):
         raise ValueError("spans (packed rows) take neither a cache nor a mask")
     if spans is not None:
-        span_lengths(spans, input_ids.numel())  # before any work, not in the first layer
+        segments(spans, input_ids.numel())  # before any work, not in the first layer
     shape = (input_ids.shape[0], input_ids.shape[1] + (0 if cache is None else cache.length))
     if mask is not None and mask.shape != shape:
         raise ValueError(f"mask must be [batch, cached + new tokens] = {shape}, got {tuple(mask.shape)}")

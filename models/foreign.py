@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import EnvironmentProblem, InputError, shown
 from ..files import read_json
-from ..kernels.attention import Spans, span_lengths, span_positions
+from ..kernels.spans import Spans, span_lengths, span_positions
 from ..lora.active import adapters_off, checkpointed
 from ..lora.merge import merged_state
 from .families import FAMILIES

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..kernels.attention import Spans
+from ..kernels.spans import Spans
 from ..lora.adapter import Adapter
 from ..lora.linear4bit import Module4bit
 from .recompute import Checkpointing

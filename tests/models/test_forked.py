@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fourbit.data.batch import Batch, Encoded, Example, pack, pad
 from fourbit.data.encode import shared_tokens
 from fourbit.kernels import attention as attention_module
+from fourbit.kernels.spans import Packed, Segment, span_positions
 from fourbit.models.decoder import Decoder
 
 VOCABULARY = 97
@@ -164,22 +165,25 @@ def test_another_branch_changes_nothing_to_the_bit(build: Build, kind: str) -> N
         assert not torch.equal(before[:, a:b], after[:, a:b])
 
 
+def as_if(patch: pytest.MonkeyPatch, change: Callable[[Segment], Segment]) -> None:
+    original = Packed._segments
+    patch.setattr(Packed, "_segments", lambda row, window: [change(one) for one in original(row, window)])
+
+
 def branches_see_each_other(patch: pytest.MonkeyPatch) -> None:
     """One causal text: the second branch sees the first."""
-    whole = lambda parts, scores: [
-        attention_module._causal(*(torch.cat(x, dim=1) for x in zip(*parts, strict=True)), scores)
-    ]
-    patch.setattr(attention_module, "_span", whole)
+    as_if(patch, lambda one: one._replace(first=one.trunk[0], trunk=(0, 0)) if one.trunk[1] > one.trunk[0] else one)
 
 
 def branch_without_trunk(patch: pytest.MonkeyPatch) -> None:
-    alone = lambda parts, scores: [attention_module._causal(*part, scores) for part in parts]
-    patch.setattr(attention_module, "_span", alone)
+    as_if(patch, lambda one: one._replace(trunk=(0, 0)))
 
 
 def upper_left(patch: pytest.MonkeyPatch) -> None:
     """The second branch's first token sees the first key only, as a causal mask aligned at the start has it."""
-    patch.setattr("fourbit.kernels.attention._after", lambda q, k, device: torch.ones(q, k).tril().bool())
+    sees = lambda q, k, mask, device, window=0: torch.ones(q, k).tril().bool()
+    patch.setattr(attention_module, "visible_keys", sees)
+    patch.setattr(attention_module, "_sizes", lambda q, scores: (0, 1 << 22))  # so that torch's own attention gets it
 
 
 def positions_run_on(patch: pytest.MonkeyPatch) -> None:
@@ -188,7 +192,7 @@ def positions_run_on(patch: pytest.MonkeyPatch) -> None:
 
     def hidden(self: Any, ids: Tensor, positions: Tensor | None = None, spans: Any = None) -> Tensor:
         plain = None if spans is None else [(span[0], span[-1]) for span in spans]
-        moved = attention_module.span_positions(plain, ids.device).view(ids.shape) if plain else positions
+        moved = span_positions(plain, ids.device).view(ids.shape) if plain else positions
         return original(self, ids, moved, spans)
 
     patch.setattr(Decoder, "hidden", hidden)

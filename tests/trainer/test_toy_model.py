@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import fourbit
 from fourbit.data.batch import pack, pad
 from fourbit.data.template import template_for
-from fourbit.kernels.attention import Spans, visible_keys
+from fourbit.kernels.attention import visible_keys
+from fourbit.kernels.spans import Spans
 from fourbit.lora.active import copy_adapter
 from fourbit.models.protocol import Cache, CausalLM
 from fourbit.text.tokenizer import Tokenizer

@@ -1,0 +1,232 @@
+"""The ways that packed rows take: products by batches on a CPU, one call a row on a GPU; how few shapes they see."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fourbit.kernels import attention
+from fourbit.kernels.attention import PLAIN, Scores, causal_attention
+from fourbit.kernels.dispatch import force_path
+from fourbit.kernels.spans import Packed, Spans
+
+CPU = torch.device("cpu")
+FORKS: Spans = [(0, 5), (5, 9, 12, 19, 20), (20, 20, 22, 23), (23, 60), (60, 77, 90)]
+MANY = {"plain": PLAIN, "window": Scores(6), "cap": Scores(softcap=1.5), "all": Scores(7, 0.5, 2.0)}
+FLASH = torch.ops.aten._flash_attention_forward.default
+FLASH_BACKWARD = torch.ops.aten._flash_attention_backward.default
+
+
+def drawn(tokens: int, heads: int = 4, kv: int = 2, dtype: torch.dtype = torch.float64, size: int = 8) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = ((1, tokens, h, size) for h in (heads, kv, kv))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+def with_gradients(attend: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    y = attend(*inputs)
+    return [y, *torch.autograd.grad(y, inputs, torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape))]
+
+
+def sizes(area: int | None, room: int) -> Any:
+    return lambda q, scores: (area, room)
+
+
+@pytest.mark.parametrize("how", MANY)
+@pytest.mark.parametrize(("area", "room"), [(1 << 30, 1 << 30), (None, 4 * 16 * 32), (None, 4), (24 * 24, 1 << 12)])
+def test_products_pieces_and_torch_s_own_are_one(
+    monkeypatch: pytest.MonkeyPatch, how: str, area: int | None, room: int
+) -> None:
+    """In one batch a size, in pieces of 16 queries, one segment a batch, and some segments each way."""
+    inputs, scores = drawn(90), MANY[how]
+    attend = lambda *x: causal_attention(*x, spans=FORKS, scores=scores)
+    monkeypatch.setattr(attention, "_sizes", sizes(0, 1))  # each by itself
+    expected = with_gradients(attend, inputs)
+    monkeypatch.setattr(attention, "_sizes", sizes(area, room))
+    for got, want in zip(with_gradients(attend, inputs), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_on_a_cpu_within_their_rounding(dtype: torch.dtype) -> None:
+    """A weight and an output are each rounded once or twice: 3 halves of the spacing, of numbers below 4."""
+    inputs = drawn(90, 6, 2, dtype, 16)
+    got = with_gradients(lambda *x: causal_attention(*x, spans=FORKS), inputs)
+    exact = with_gradients(
+        lambda *x: causal_attention(*x, spans=FORKS), [x.detach().double().requires_grad_() for x in inputs]
+    )
+    for mine, right in zip(got, exact, strict=True):
+        assert mine.dtype == dtype
+        assert (mine - right).abs().max() < 6 * torch.finfo(dtype).eps * max(1, right.abs().max())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_own_text(bad: float) -> None:
+    """Batches fill short rows up: with nothing of a neighbour, and nothing that reaches one, forward or backward."""
+    spans: Spans = [(0, 5), (5, 9, 12, 19), (19, 30)]
+    inputs = drawn(30, dtype=torch.float32)
+    clean = with_gradients(lambda *x: causal_attention(*x, spans=spans), inputs)
+    with torch.no_grad():
+        for x in inputs:
+            x[:, 5:19] = bad
+    for got, want in zip(with_gradients(lambda *x: causal_attention(*x, spans=spans), inputs), clean, strict=True):
+        assert torch.equal(got[:, :5], want[:, :5]) and torch.equal(got[:, 19:], want[:, 19:])
+        assert got[:, 5:19].isnan().any()
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all products and of torch's own attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[Any] = set()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        self.calls.append(name)
+        if name.startswith(("aten::bmm", "aten::_scaled_dot")):
+            self.seen.add((name, *(tuple(x.shape) for x in args if isinstance(x, Tensor))))
+        return func(*args, **kwargs or {})
+
+
+def ragged(step: int, forks: bool) -> Spans:
+    """About 500 tokens of texts of 5 to 120, or of pairs that share 5 to 60."""
+    generator = torch.Generator().manual_seed(step)
+    draw = lambda most: int(torch.randint(5, most, (), generator=generator))
+    spans: list[tuple[int, ...]] = []
+    place = 0
+    while place < 500:
+        parts = [draw(60), draw(60), draw(60)] if forks else [draw(120)]
+        ends = [place + sum(parts[: i + 1]) for i in range(len(parts))]
+        spans.append((place, *ends))
+        place = ends[-1]
+    return spans
+
+
+@pytest.mark.parametrize(("forks", "most"), [(False, 90), (True, 150)])
+def test_fifty_ragged_steps_see_few_shapes_in_bf16(forks: bool, most: int) -> None:
+    """Forward and backward, six products a batch, however the lengths vary."""
+    with Shapes() as shapes:
+        for step in range(50):
+            spans = ragged(step, forks)
+            inputs = drawn(spans[-1][-1], 1, 1, torch.bfloat16, 2)
+            with_gradients(lambda *x, spans=spans: causal_attention(*x, spans=spans), inputs)
+    assert len(shapes.seen) <= most, len(shapes.seen)
+    assert not any("scaled_dot" in name for name in shapes.calls)
+
+
+class Flash(TorchDispatchMode):
+    """What the operator does, written out for a CPU: attention of each run, its queries the last of its keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in (FLASH, FLASH_BACKWARD):
+            return func(*args, **kwargs)
+        assert args[0].device.type == "cpu"
+        self.calls.append((func, args, kwargs))
+        if func is FLASH:
+            y, unused = torch.cat([p @ v for p, _, _, v in self.runs(*args[:5], kwargs)], 1), args[0].new_zeros(1)
+            return y.transpose(0, 1), unused, unused, unused, unused
+        whole, q, k, v, _, _, queries, keys = args[:8]
+        gradients = whole.transpose(0, 1).split(queries.diff().tolist(), 1)
+        made: list[list[Tensor]] = []
+        for g, (p, rows, own, values) in zip(gradients, self.runs(q, k, v, queries, keys, kwargs), strict=True):
+            dp = g @ values.mT
+            ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * self.scale(q, kwargs)
+            made.append([ds @ own, *(x.unflatten(0, (k.shape[1], -1)).sum(1) for x in (ds.mT @ rows, p.mT @ g))])
+        return tuple(torch.cat(parts, 1).transpose(0, 1) for parts in zip(*made, strict=True))
+
+    def scale(self, q: Tensor, kwargs: Any) -> float:
+        return kwargs.get("scale") or q.shape[2] ** -0.5
+
+    def runs(self, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, kwargs: Any) -> Any:
+        """Of each run its weights, queries, keys and values, [H, tokens, ...] each."""
+        left = kwargs.get("window_size_left")
+        for i in range(len(queries) - 1):
+            rows = q[queries[i] : queries[i + 1]].transpose(0, 1)
+            own, values = (
+                x[keys[i] : keys[i + 1]].transpose(0, 1).repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (k, v)
+            )
+            ahead = own.shape[1] - rows.shape[1]
+            seen = torch.ones(rows.shape[1], own.shape[1], dtype=torch.bool).tril(ahead)
+            seen = seen if left is None else seen.triu(ahead - left)
+            yield (rows @ own.mT * self.scale(q, kwargs)).masked_fill(~seen, -torch.inf).softmax(-1), rows, own, values
+
+
+@pytest.mark.parametrize("scores", [PLAIN, Scores(6), Scores(3, 0.5), Scores(90)])
+def test_one_flash_call_a_row_is_the_same_attention(scores: Scores) -> None:
+    """Forks too, and every gradient: of keys that several branches see as well."""
+    inputs, row = drawn(90), Packed(FORKS, 90, CPU)
+    expected = with_gradients(lambda *x: causal_attention(*x, spans=FORKS, scores=scores), inputs)
+    with Flash() as flash:
+        got = with_gradients(lambda *x: attention._varlen(*(one[0] for one in x), row, scores)[None], inputs)
+    assert [call[0] for call in flash.calls] == [FLASH, FLASH_BACKWARD]
+    for mine, right in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-12)
+
+
+class Calls(TorchDispatchMode):
+    """Every operator with its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.made.append((func, args, kwargs or {}))
+        return func(*args, **kwargs or {})
+
+    def of(self, part: str) -> list[tuple[Any, Any, Any]]:
+        return [call for call in self.made if part in call[0].name()]
+
+
+def on_a_gpu(spans: Spans, layers: int, scores: Scores = PLAIN, dtype: torch.dtype = torch.bfloat16) -> Calls:
+    """Forward and backward of so many layers, on tensors without memory that go a GPU's way."""
+    tokens = spans[-1][-1]
+    with force_path("triton"), Calls() as calls:
+        row = Packed(spans, tokens, torch.device("meta"))
+        for _ in range(layers):
+            inputs = [torch.empty(1, tokens, h, 64, dtype=dtype, device="meta", requires_grad=True) for h in (4, 2, 2)]
+            torch.autograd.grad(causal_attention(*inputs, spans=row, scores=scores).sum(), inputs)
+    return calls
+
+
+@pytest.mark.parametrize("scores", [PLAIN, Scores(6, 0.25)])
+def test_what_a_gpu_is_asked_for(scores: Scores) -> None:
+    """A call a layer each way with the row's starts, made once; grouped heads as they are, keys of forks repeated."""
+    calls = on_a_gpu(FORKS, 3, scores)
+    forward, backward = calls.of("_flash_attention_forward"), calls.of("_flash_attention_backward")
+    assert len(forward) == len(backward) == 3 and not calls.of("scaled_dot") and not calls.of("bmm")
+    assert len({id(call[1][3]) for call in forward}) == len({id(call[1][4]) for call in forward}) == 1
+    q, k, v, queries, keys, most_q, most_k, dropout, causal, _ = forward[0][1]
+    assert q.shape == (90, 4, 64) and k.shape == v.shape and k.shape[1:] == (2, 64)
+    assert queries.shape == keys.shape == (9,) and queries.dtype == keys.dtype == torch.int32
+    assert (dropout, causal, most_q) == (0.0, True, 37)
+    left = forward[0][2].get("window_size_left", -1)
+    assert (left, forward[0][2].get("scale")) == (scores.window - 1, scores.scale)
+    row = Packed(FORKS, 90, CPU).varlen(scores.window)
+    assert row.keys[-1] == k.shape[0] and row.most == (most_q, most_k)
+    plain = on_a_gpu([(0, 40), (40, 90)], 1)
+    assert plain.of("_flash_attention_forward")[0][1][1].shape[0] == 90 and not plain.of("index_select")
+
+
+@pytest.mark.parametrize("case", ["fp32", "softcap", "odd heads", "old GPU"])
+def test_what_flash_does_not_take_goes_by_products(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Never torch's own choice, whose plans are kept by shape."""
+    if case == "old GPU":
+        monkeypatch.setattr(attention, "path_for", lambda q: "reference")
+    size = 36 if case == "odd heads" else 64
+    dtype = torch.float32 if case == "fp32" else torch.bfloat16
+    with force_path("triton"), Calls() as calls:
+        inputs = [torch.empty(1, 90, h, size, dtype=dtype, device="meta", requires_grad=True) for h in (4, 2, 2)]
+        scores = Scores(softcap=20.0 * (case == "softcap"))
+        torch.autograd.grad(causal_attention(*inputs, spans=FORKS, scores=scores).sum(), inputs)
+    assert calls.of("aten::bmm") and not calls.of("flash") and not calls.of("scaled_dot")
