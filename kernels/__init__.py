@@ -3,6 +3,5 @@
 from .attention import causal_attention
 from .linear4bit import lora_linears4bit
 from .lora_paths import lora_update
-from .spans import span_positions
 
-__all__ = ["causal_attention", "lora_linears4bit", "lora_update", "span_positions"]
+__all__ = ["causal_attention", "lora_linears4bit", "lora_update"]

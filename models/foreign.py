@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import EnvironmentProblem, InputError, shown
 from ..files import read_json
-from ..kernels.spans import Spans, span_lengths, span_positions
+from ..kernels.spans import Spans, segments, span_positions
 from ..lora.active import adapters_off, checkpointed
 from ..lora.merge import merged_state
 from .families import FAMILIES
@@ -219,7 +219,7 @@ class TransformersLM(CausalLM):
             return self._each([row[seen] for row, seen in zip(places.view_as(input_ids), mask, strict=True)], input_ids)
         if spans is None:
             return self.run(input_ids, position_ids)
-        span_lengths(spans, len(places))  # ValueError before any work
+        segments(spans, len(places))  # ValueError before any work
         if self.packs and all(len(span) == 2 for span in spans):
             return self._packed(input_ids.view(1, -1), spans).view(*input_ids.shape, -1)
         forks = [(start, fork, *pair) for start, fork, *ends in spans for pair in pairwise([fork, *(ends or [fork])])]

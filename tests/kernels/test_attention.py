@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourbit.kernels.attention import Scores, causal_attention, visible_keys
-from fourbit.kernels.spans import Packed, span_lengths, span_positions
+from fourbit.kernels.spans import Packed, segments, span_positions
 
 Spans = list[tuple[int, ...]]
 
@@ -174,8 +174,8 @@ def test_forks_equal_the_definition(forks: list[tuple[int, list[int]]]) -> None:
     torch.testing.assert_close(got, plain(q, k, v, fork_visible(forks)[None]), rtol=1e-12, atol=1e-12)
     texts = [[*range(trunk), *(p for n in branches for p in range(trunk, trunk + n))] for trunk, branches in forks]
     assert span_positions(spans, q.device).tolist() == [place for text in texts for place in text]
-    lengths = [(trunk + b[0],) if len(b) == 1 else (trunk, *b) for trunk, b in forks]
-    assert span_lengths(spans, total) == lengths
+    lengths = [each for trunk, (first, *rest) in forks for each in ((trunk + first, 0), *((n, trunk) for n in rest))]
+    assert [(end - start, fork - first) for start, end, first, fork in segments(spans, total)] == lengths
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 2), (9, 3)])
@@ -215,14 +215,14 @@ def test_an_unforked_text_is_to_the_bit_what_it_was() -> None:
 
 
 def test_the_comparison_catches_a_mask_that_is_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Packed._batch
+    original = Packed._batches
 
-    def off_by_one(*how: Any) -> Any:
+    def off_by_one(row: Any, window: int, area: int, *how: Any) -> Any:
         """A planted fault: a branch's tokens are one place too far left, so each misses itself."""
-        batch, places = original(*how)
-        return batch._replace(bias=batch.bias.roll(-1, -1)), places
+        made = original(row, window, 1 << 30, *how)
+        return made._replace(biases=[bias.roll(-1, -1) for bias in made.biases])
 
-    monkeypatch.setattr(Packed, "_batch", off_by_one)
+    monkeypatch.setattr(Packed, "_batches", off_by_one)
     with pytest.raises(AssertionError):
         test_forks_equal_the_definition.hypothesis.inner_test([(3, [2, 2])])  # type: ignore[attr-defined]
 

@@ -31,22 +31,18 @@ def with_gradients(attend: Callable[..., Tensor], inputs: list[Tensor]) -> list[
     return [y, *torch.autograd.grad(y, inputs, torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape))]
 
 
-def sizes(area: int | None, room: int) -> Any:
-    return lambda q, scores: (area, room)
-
-
 @pytest.mark.parametrize("how", MANY)
-@pytest.mark.parametrize(("area", "room"), [(1 << 30, 1 << 30), (None, 4 * 16 * 32), (None, 4), (24 * 24, 1 << 12)])
-def test_products_pieces_and_torch_s_own_are_one(
-    monkeypatch: pytest.MonkeyPatch, how: str, area: int | None, room: int
-) -> None:
-    """In one batch a size, in pieces of 16 queries, one segment a batch, and some segments each way."""
-    inputs, scores = drawn(90), MANY[how]
-    attend = lambda *x: causal_attention(*x, spans=FORKS, scores=scores)
-    monkeypatch.setattr(attention, "_sizes", sizes(0, 1))  # each by itself
-    expected = with_gradients(attend, inputs)
-    monkeypatch.setattr(attention, "_sizes", sizes(area, room))
-    for got, want in zip(with_gradients(attend, inputs), expected, strict=True):
+@pytest.mark.parametrize("area", [1 << 30, 32 * 32])
+def test_products_and_torch_s_own_are_one(monkeypatch: pytest.MonkeyPatch, how: str, area: int) -> None:
+    """All segments in batches, and some segments each way, beside each by itself."""
+    inputs, original = drawn(90), Packed._batches
+    results = []
+    for most in (0, area):
+        monkeypatch.setattr(
+            Packed, "_batches", lambda row, window, _, *how, most=most: original(row, window, most, *how)
+        )
+        results.append(with_gradients(lambda *x: causal_attention(*x, spans=FORKS, scores=MANY[how]), inputs))
+    for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -162,12 +158,13 @@ class Flash(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("scores", [PLAIN, Scores(6), Scores(3, 0.5), Scores(90)])
-def test_one_flash_call_a_row_is_the_same_attention(scores: Scores) -> None:
+def test_one_flash_call_a_row_is_the_same_attention(monkeypatch: pytest.MonkeyPatch, scores: Scores) -> None:
     """Forks too, and every gradient: of keys that several branches see as well."""
     inputs, row = drawn(90), Packed(FORKS, 90, CPU)
     expected = with_gradients(lambda *x: causal_attention(*x, spans=FORKS, scores=scores), inputs)
+    monkeypatch.setattr(attention, "_flash", lambda q, scores: True)
     with Flash() as flash:
-        got = with_gradients(lambda *x: attention._varlen(*(one[0] for one in x), row, scores)[None], inputs)
+        got = with_gradients(lambda *x: causal_attention(*x, spans=row, scores=scores), inputs)
     assert [call[0] for call in flash.calls] == [FLASH, FLASH_BACKWARD]
     for mine, right in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-12)
@@ -179,9 +176,11 @@ class Calls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.made: list[tuple[Any, Any, Any]] = []
+        self.plans = False  # whether a product was made where cuDNN, which keeps a plan for every shape, was a choice
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.made.append((func, args, kwargs or {}))
+        self.plans |= "bmm" in func.name() and torch.backends.cuda.cudnn_sdp_enabled()
         return func(*args, **kwargs or {})
 
     def of(self, part: str) -> list[tuple[Any, Any, Any]]:
@@ -212,21 +211,45 @@ def test_what_a_gpu_is_asked_for(scores: Scores) -> None:
     assert (dropout, causal, most_q) == (0.0, True, 37)
     left = forward[0][2].get("window_size_left", -1)
     assert (left, forward[0][2].get("scale")) == (scores.window - 1, scores.scale)
-    row = Packed(FORKS, 90, CPU).varlen(scores.window)
-    assert row.keys[-1] == k.shape[0] and row.most == (most_q, most_k)
+    laid = Packed(FORKS, 90, CPU).batches(scores.window, 0, 2, torch.float32)
+    assert laid.starts[1][-1] == k.shape[0] and [max(size[i] for size in laid.sizes) for i in (1, 2)] == [
+        most_q,
+        most_k,
+    ]
     plain = on_a_gpu([(0, 40), (40, 90)], 1)
-    assert plain.of("_flash_attention_forward")[0][1][1].shape[0] == 90 and not plain.of("index_select")
+    assert plain.of("_flash_attention_forward")[0][1][1].shape[0] == 90 and not plain.of("embedding")
 
 
 @pytest.mark.parametrize("case", ["fp32", "softcap", "odd heads", "old GPU"])
-def test_what_flash_does_not_take_goes_by_products(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    """Never torch's own choice, whose plans are kept by shape."""
+def test_what_flash_does_not_take_is_not_left_to_torch(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Each segment by the kernels that need no plan, or with a soft cap by products."""
     if case == "old GPU":
         monkeypatch.setattr(attention, "path_for", lambda q: "reference")
     size = 36 if case == "odd heads" else 64
     dtype = torch.float32 if case == "fp32" else torch.bfloat16
     with force_path("triton"), Calls() as calls:
-        inputs = [torch.empty(1, 90, h, size, dtype=dtype, device="meta", requires_grad=True) for h in (4, 2, 2)]
-        scores = Scores(softcap=20.0 * (case == "softcap"))
-        torch.autograd.grad(causal_attention(*inputs, spans=FORKS, scores=scores).sum(), inputs)
-    assert calls.of("aten::bmm") and not calls.of("flash") and not calls.of("scaled_dot")
+        inputs = [torch.empty(1, 90, h, size, dtype=dtype, device="meta") for h in (4, 2, 2)]
+        causal_attention(*inputs, spans=FORKS, scores=Scores(softcap=20.0 * (case == "softcap")))
+    assert calls.of("aten::bmm") and not calls.of("flash") and calls.plans == (case == "softcap")
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "hidden", "plan"),
+    [
+        (1, 64, True, None),
+        (1, 64, False, False),
+        (40, 90, True, False),
+        (300, 300, False, False),
+        (512, 512, False, True),
+    ],
+)
+def test_only_whole_rows_of_few_lengths_get_cudnn(queries: int, keys: int, hidden: bool, plan: bool | None) -> None:
+    """One query beside a mask is two products over the keys where they lie; other rows go to kernels without plans."""
+    shapes = ((2, 4, queries, 64), (2, 2, keys, 64), (2, 2, keys, 64))  # as a cache has them
+    q, k, v = (torch.empty(shape, dtype=torch.bfloat16, device="meta").transpose(1, 2) for shape in shapes)
+    visible = torch.ones(2, 1, queries, keys, dtype=torch.bool, device="meta") if hidden else None
+    with force_path("triton"), Calls() as calls:
+        assert causal_attention(q, k, v, visible=visible).shape == q.shape
+    assert len(calls.of("aten::bmm")) == 2 and (plan is None or calls.plans == plan)
+    moved = [args[0].numel() for name in ("clone", "copy") for _, args, _ in calls.of(name)]
+    assert plan is not None or max(moved, default=0) < k.numel()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fourbit.data.batch import Batch, Encoded, Example, pack, pad
 from fourbit.data.encode import shared_tokens
 from fourbit.kernels import attention as attention_module
-from fourbit.kernels.spans import Packed, Segment, span_positions
+from fourbit.kernels import spans as spans_module
+from fourbit.kernels.spans import Packed, span_positions
 from fourbit.models.decoder import Decoder
 
 VOCABULARY = 97
@@ -165,25 +166,26 @@ def test_another_branch_changes_nothing_to_the_bit(build: Build, kind: str) -> N
         assert not torch.equal(before[:, a:b], after[:, a:b])
 
 
-def as_if(patch: pytest.MonkeyPatch, change: Callable[[Segment], Segment]) -> None:
-    original = Packed._segments
-    patch.setattr(Packed, "_segments", lambda row, window: [change(one) for one in original(row, window)])
+def as_if(patch: pytest.MonkeyPatch, change: Callable[..., tuple[int, ...]]) -> None:
+    original = spans_module.segments
+    patch.setattr(spans_module, "segments", lambda *how: [change(*one) for one in original(*how)])
 
 
 def branches_see_each_other(patch: pytest.MonkeyPatch) -> None:
     """One causal text: the second branch sees the first."""
-    as_if(patch, lambda one: one._replace(first=one.trunk[0], trunk=(0, 0)) if one.trunk[1] > one.trunk[0] else one)
+    as_if(patch, lambda start, end, first, fork: (start, end, first, start if first < fork else fork))
 
 
 def branch_without_trunk(patch: pytest.MonkeyPatch) -> None:
-    as_if(patch, lambda one: one._replace(trunk=(0, 0)))
+    as_if(patch, lambda start, end, first, fork: (start, end, fork, fork))
 
 
 def upper_left(patch: pytest.MonkeyPatch) -> None:
     """The second branch's first token sees the first key only, as a causal mask aligned at the start has it."""
+    original = Packed._batches
+    patch.setattr(Packed, "_batches", lambda row, window, area, *how: original(row, window, 0, *how))  # torch's own
     sees = lambda q, k, mask, device, window=0: torch.ones(q, k).tril().bool()
     patch.setattr(attention_module, "visible_keys", sees)
-    patch.setattr(attention_module, "_sizes", lambda q, scores: (0, 1 << 22))  # so that torch's own attention gets it
 
 
 def positions_run_on(patch: pytest.MonkeyPatch) -> None:
