@@ -18,7 +18,7 @@ def segments(spans: Spans, tokens: int, window: int = 0) -> list[tuple[int, int,
     run of the trunk from first to fork (that a window, 0: none, shows to any of them), then their own keys, causally.
     ValueError unless spans cover the tokens in order and without gaps. Only a trunk may be empty."""
     place, found = 0, list[tuple[int, int, int, int]]()
-    for span in spans:
+    for span in (*spans, (tokens, tokens + 1)):  # a text after the last one
         parts = [b - a for a, b in pairwise(span)]
         if not parts or span[0] != place or parts[0] < (len(parts) == 1) or any(part < 1 for part in parts[1:]):
             break
@@ -27,8 +27,7 @@ def segments(spans: Spans, tokens: int, window: int = 0) -> list[tuple[int, int,
         found += [(start, last, start, start), *((a, b, first, fork) for a, b in pairwise((last, *others)))]
         place = span[-1]
     else:
-        if place == tokens:
-            return found
+        return found[:-1]
     raise ValueError(
         f"spans must cover the {tokens} tokens in order and without gaps, each (start, end) or"
         f" (start, fork, end_1, ..., end_n) with no empty branch, got {list(spans)}"
@@ -55,11 +54,10 @@ class Batches(NamedTuple):
 
 
 class Packed:
-    """A packed row on a device, with what attention needs of it made once for all layers. Errors as `segments`."""
+    """A packed row on a device, with what attention needs of it made once for all layers; errors as `segments`."""
 
     def __init__(self, spans: Spans, tokens: int, device: torch.device) -> None:
         self.spans, self.tokens, self.device, self.batches = spans, tokens, device, cache(self._batches)
-        segments(spans, tokens)
 
     def _batches(self, window: int, area: int, groups: int, dtype: torch.dtype) -> Batches:
         """Segments of at most `area` queries times keys in batches of few sizes, larger ones by themselves."""
