@@ -1,6 +1,6 @@
 """Whole comparisons on a CPU, as a table and a picture: `python -m benchmarks.compared [FILE.json ...]`.
 
-A file is what `sft_cpu`, `dpo_cpu` or `generate_cpu` leave with `--out`, and its name begins with theirs: kept as
+A file is the JSON line that `sft_cpu`, `dpo_cpu` or `generate_cpu` end with, and its name begins with theirs: kept as
 benchmarks/results/cpu/sft_cpu-bf16.json it is in docs/numbers.md, whose table a test holds to the files. Ratios are
 those of the run, round by round, so they need not be the quotient of the two medians beside them.
 """
@@ -20,8 +20,27 @@ Figures = dict[str, Any]
 
 
 def read(paths: Sequence[Path]) -> dict[str, Figures]:
-    """The figures of each file, by its name without ending."""
-    return {path.stem: json.loads(path.read_text()) for path in paths}
+    """The figures of each comparison, by its file's name without ending; of generation one for each number of rows."""
+    found: dict[str, Figures] = {}
+    for path in paths:
+        figures = json.loads(path.read_text())
+        rows = [key.removeprefix("ours_rows_") for key in figures if key.startswith("ours_rows_")]
+        found |= {f"{path.stem}, {count} rows": of_rows(figures, count) for count in rows} or {path.stem: figures}
+    return found
+
+
+def of_rows(figures: Figures, count: str) -> Figures:
+    """What a run of `generate_cpu` found for so many prompts, as the other comparisons have it."""
+    sides = {key.removesuffix(f"_rows_{count}"): v for key, v in figures.items() if key.endswith(f"_rows_{count}")}
+    speeds = {name: value for name, value in sides.items() if "_over_" not in name}
+    against = max({*speeds} - {"ours", "packed"}, key=speeds.__getitem__)
+    return {
+        "speed_ratio": sides[f"ours_over_{against}"],
+        "rss_ratio": figures["ours_peak_rss"] / figures[f"{against}_peak_rss"],
+        "against": against,
+        "tokens_per_second": speeds,
+        "cpu": f"{figures['cpu']}, {figures['dtype']}",
+    }
 
 
 def speeds(figures: Figures) -> tuple[str, dict[str, float]]:
@@ -40,7 +59,8 @@ def table(found: dict[str, Figures]) -> str:
         (own, ours), *others = sides.items()
         other = figures.get("against") or max(dict(others), key=dict(others).__getitem__)
         texts = [f"{name}: {own}", f"{ours:g} {unit}/s", f"{other}: {sides[other]:g}", f"{figures['speed_ratio']:.2f}x"]
-        texts += [f"{figures['rss_ratio']:.2f}x", f"{figures['cpu']}, {figures['versions']['torch']}"]
+        where = ", ".join([figures["cpu"], *filter(None, [figures.get("versions", {}).get("torch")])])
+        texts += [f"{figures['rss_ratio']:.2f}x", where]
         rows.append(f"| {' | '.join(texts)} |")
     return "\n".join(rows)
 

@@ -25,6 +25,19 @@ def test_the_page_has_the_table_of_the_files() -> None:
     assert bool(found) == ("(../benchmarks/results/cpu/compared.svg)" in page) == compared.PICTURE.exists()
 
 
+def test_generation_has_a_row_for_each_number_of_prompts(tmp_path: Path) -> None:
+    rates = {"ours": (40.0, 400.0), "packed": (13.0, 90.0), "peer": (42.0, 180.0), "dense": (30.0, 200.0)}
+    figures = {f"{name}_rows_{n}": pair[i] for i, n in enumerate((1, 8)) for name, pair in rates.items()}
+    figures |= {f"ours_over_{name}_rows_{n}": 0.95 for n in (1, 8) for name in ("peer", "dense")}
+    figures |= {f"{name}_peak_rss": 5 if name == "ours" else 10 for name in rates} | {"cpu": "X", "dtype": "float32"}
+    (tmp_path / "generate_cpu.json").write_text(json.dumps(figures))
+    rows = compared.table(compared.read([tmp_path / "generate_cpu.json"])).splitlines()[2:]
+    assert rows == [
+        "| generate_cpu, 1 rows: ours | 40 tokens/s | peer: 42 | 0.95x | 0.50x | X, float32 |",
+        "| generate_cpu, 8 rows: ours | 400 tokens/s | dense: 200 | 0.95x | 0.50x | X, float32 |",
+    ]
+
+
 def test_a_table_and_a_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
