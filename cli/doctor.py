@@ -12,7 +12,7 @@ import torch
 from .. import __version__
 from ..errors import EnvironmentProblem
 from ..kernels import dispatch
-from ..trainer.memory import memory_free
+from ..kernels.dispatch import memory_free
 from .load import choose_device, choose_dtype
 from .options import ResultOptions
 from .parse import Sources

@@ -17,11 +17,12 @@ from ..kernels.dispatch import multiplies_bf16
 from ..lora.linear4bit import Module4bit
 from ..lora.merge import merging
 from ..lora.peft_files import load_adapter, trained_base
+from ..lora.quantize import quantize_
 from ..models.config import DROPOUTS
 from ..models.decoder import Decoder
 from ..models.generate import KeepDense, dense_room
 from ..models.hf import CONFIG_BYTES
-from ..models.load import check_tokenizer, find_device, load_decoder, load_tokenizer, read_weights
+from ..models.load import check_tokenizer, find_device, load_decoder, load_tokenizer, read_model, read_weights
 from ..models.protocol import CausalLM
 from ..settings import checked
 from ..text.tokenizer import Tokenizer
@@ -56,6 +57,14 @@ def choose_dtype(name: str, device: str, *runs: str | None) -> str:
     return name if name != "auto" else "bfloat16" if able and then != "float32" else "float32"
 
 
+def planned(options: ModelOptions) -> tuple[str, str]:
+    """The kind of device that a forecast is for, which need not be here, and the dtype there."""
+    kind = "cuda" if options.device.startswith("cuda") else choose_device(options.device)
+    if kind == "cuda" and not torch.cuda.is_available() and options.dtype == "auto":
+        return kind, "bfloat16"
+    return kind, choose_dtype(options.dtype, kind) if options.dtype == "auto" else options.dtype
+
+
 def open_tokenizer(path: str, name: str = "model") -> Tokenizer:
     """The tokenizer of the model that the option `name` names; InputError where nothing is there."""
     if not Path(path).exists():
@@ -65,6 +74,11 @@ def open_tokenizer(path: str, name: str = "model") -> Tokenizer:
 
 def load_weights(options: ModelOptions, tokenizer: Tokenizer, quant: str) -> CausalLM:
     """The model that the options name; prints what was loaded. Raises InputError if the tokenizer is not its own."""
+    if getattr(options, "dry_run", False):  # on meta: no byte of a weight is read
+        unfilled, _, layers, _ = read_model(Path(options.model))
+        if how := FORMS["nf4" if layers else quant][1]:
+            quantize_(unfilled, **how)
+        return unfilled.to(getattr(torch, planned(options)[1]))
     device, (form, arguments) = choose_device(options.device), FORMS[quant]
     dtype = choose_dtype(options.dtype, device, options.model)
     with working(f"loading {options.model}") as progress:

@@ -26,6 +26,7 @@ COMMANDS = {
     "dpo": "train on preferred and rejected answers, on top of an adapter or afresh",
     "reward": "train a model that scores answers, from preferred and rejected ones",
     "distill": "train a student to predict what a teacher predicts, on chat rows",
+    "plan": "what a fine-tuning takes before it runs: memory by part, what fits, time; no weights are read",
     "eval": "loss, perplexity and exact match on held-out rows, without and with an adapter",
     "generate": "answer every row of a file: fourbit generate --model M --data prompts.jsonl --out answers.jsonl",
     "chat": "talk to a model in the terminal",

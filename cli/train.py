@@ -15,6 +15,7 @@ from ..data.order import count_overlap, split_validation
 from ..data.sample import Kind
 from ..data.template import ChatTemplate
 from ..errors import InputError, shown
+from ..files import read_json
 from ..lora.attach import attach
 from ..lora.config import USED, LoRAConfig
 from ..lora.config import Kind as AdapterKind
@@ -25,17 +26,20 @@ from ..outputs import lock_folder
 from ..settings import REQUIRED, Checked, setting
 from ..text.tokenizer import Tokenizer
 from ..trainer.config import TrainingConfig
-from ..trainer.memory import state_bytes
+from ..trainer.planner import state_bytes
 from ..trainer.progress import display_for
 from ..trainer.run import TrainResult
 from ..trainer.sweep import SweepTrainer
+from ..trainer.trainer import TOKEN_BUDGET
 from .config_file import CONFIG, read_run, write_config
+from .forecast import examples_of, show
 from .load import (
     check_adapter,
     choose_device,
     choose_dtype,
     load_weights,
     open_tokenizer,
+    planned,
     put_adapter,
     remark_positions,
     settle,
@@ -110,6 +114,7 @@ class AdapterOptions(AdapterChoice):
 class TrainOptions(ResultOptions, TrainingConfig, AdapterOptions, DataOptions, ModelOptions):
     """Everything that every training command takes. The configs check their own parts."""
 
+    dry_run: bool = setting(False, "print what the run would take, as fourbit plan does; no weights, nothing written")
     config_type: ClassVar[type[TrainingConfig]]
     trainer_type: ClassVar[Any]
     writes: ClassVar[bool] = True  # the model gives text, and not a score
@@ -156,7 +161,8 @@ def run(options: TrainOptions, sources: Sources) -> int:
     Data comes before the model: a bad row should not wait for gigabytes of weights."""
     options = _checked(options, sources)
     tokenizer = open_tokenizer(options.model)
-    for out in (options.out, *(each.out for each in options.variants().values())):  # found out now, not after an hour
+    outs = (options.out, *(each.out for each in options.variants().values()))
+    for out in () if options.dry_run else outs:  # found out now, not after an hour
         with lock_folder(out, inputs_of(options, sources), options.resume):
             pass
     quant, template = settle(options, tokenizer, *options.adapters().values())
@@ -179,6 +185,12 @@ def run(options: TrainOptions, sources: Sources) -> int:
         if isinstance(teacher := extras.get("teacher"), CausalLM):
             remark_positions(teacher, longest, whose="teacher")
         trainers[name] = each.trainer_type(model, tokenizer, **extras)
+    if options.dry_run:
+        trainer, (device, _) = trainers[next(iter(variants))], planned(options)
+        trainer.token_budget = TOKEN_BUDGET[device]
+        case, of = replace(trainer.case(), device=device), trainer.train_set.examples
+        tokens = sum(example.size(trainer.config.packing) for example in of) / len(of) * options.batch_size
+        return show(options, case, tokens * trainer.total)
     begun = time.monotonic()
     if options.out not in {each.out for each in variants.values()}:
         return _sweep(options, sources, variants, SweepTrainer([*trainers.values()]))
@@ -225,13 +237,17 @@ def _checked(options: TrainOptions, sources: Sources) -> TrainOptions:
             check_adapter(folder, name, writes=options.writes)
     resumed = options.out if options.resume is not None else None
     runs = resumed, *options.adapters().values(), options.model
-    dtype: Any = choose_dtype(options.dtype, choose_device(options.device), *runs)
+    dtype: Any = (
+        planned(options)[1] if options.dry_run else choose_dtype(options.dtype, choose_device(options.device), *runs)
+    )
     return replace(options, dtype=dtype)
 
 
 def _datasets(options: TrainOptions, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[Any, Any]:
     """Training and validation rows (None without), checked and described."""
     kind = options.kind_of_rows()
+    if not options.data:  # of fourbit plan
+        return examples_of(options), None
     with working("reading data"):
         train, val = load_rows(options, tokenizer, options.data, kind, template=template), None
     describe("train", train)
@@ -248,6 +264,9 @@ def _datasets(options: TrainOptions, tokenizer: Tokenizer, template: ChatTemplat
 
 def _put_adapter(model: CausalLM, options: TrainOptions, rows: Dataset, name: str, wanted: LoRAConfig) -> None:
     """The adapter that training starts from, and a line about it."""
+    if options.adapter is not None and options.dry_run:
+        attach(model, read_json(Path(options.adapter) / "adapter_config.json", 1 << 20), name)
+        return
     if options.adapter is not None:
         layers = put_adapter(model, options.adapter, options.force, name=name)
         note(f"adapter: goes on from {options.adapter}, on {layers} layers")
@@ -255,6 +274,7 @@ def _put_adapter(model: CausalLM, options: TrainOptions, rows: Dataset, name: st
     parts = [part for example in rows.examples[:: -(-len(rows) // 64)] for part in example.parts]  # of at most 64 rows
     how: dict[str, Any] = {"data": (torch.tensor([part.ids], device=model.device) for part in parts)}
     how["tell"] = lambda path, error, was: note(f"start: {path}  error {error:.4f}, was {was:.4f}")
+    wanted = replace(wanted, start="default") if options.dry_run else wanted  # others read the weights
     names = attach(model, wanted, name, seed=options.seed, dense=read_weights(options.model), **how)
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     said = {"rank": options.rank, "alpha": options.alpha}

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .derivatives import beyond_first, transformed
 from .dispatch import fused, widened
+from .launch import is_fake
 
 CHUNK_BYTES = 64 * 2**20  # of one chunk's logits in fp32, on a CPU
 CHUNK_BYTES_GPU = 512 * 2**20  # a thousand rows at 128k tokens of vocabulary: fewer do not fill a GPU's products
@@ -216,10 +217,10 @@ class TokenScores(NamedTuple):
 
 
 def check_targets(targets: Tensor, vocabulary: int) -> None:
-    """ValueError unless all of `targets` are tokens of the vocabulary. Looks at tensors on a CPU only."""
+    """ValueError unless all of `targets` are tokens of the vocabulary. Looks at real tensors on a CPU only."""
     if targets.dtype != torch.int64:
         raise ValueError(f"targets must be int64, got {targets.dtype}")
-    if targets.device.type != "cpu" or not len(targets) or transformed():
+    if targets.device.type != "cpu" or not len(targets) or transformed() or is_fake(targets):
         return
     least, most = (bound.item() for bound in targets.aminmax())
     if least < 0 or most >= vocabulary:

@@ -25,6 +25,7 @@ from torch.utils.dlpack import from_dlpack
 
 from ..kernels.blockwise import dequantize_blockwise, quantize_blockwise
 from ..kernels.codes import dynamic_code
+from ..kernels.launch import is_fake
 
 BLOCK = 256
 CHUNK = 4096
@@ -79,7 +80,7 @@ class Kind(NamedTuple):
 
 def owned(view: Tensor) -> Tensor:
     """The same memory in a storage of its own: files refuse parts of another's, or write all of it."""
-    return view if view.is_meta else from_dlpack(view)
+    return view if view.is_meta or is_fake(view) else from_dlpack(view)
 
 
 def local(tensor: Tensor) -> Tensor:

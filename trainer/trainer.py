@@ -6,6 +6,7 @@ weights, early stopping, interruption, resuming bit for bit, what is saved at th
 the configuration and what a checkpoint holds, so the data cursor of a checkpoint is one number.
 """
 
+import copy
 import hashlib
 import time
 from abc import ABC, abstractmethod
@@ -25,6 +26,7 @@ from ..data.protocol import AnyTokenizer
 from ..data.read import Rows
 from ..data.sample import Kind
 from ..errors import InputError
+from ..kernels.dispatch import memory_free
 from ..lora.layer import DEFAULT
 from ..lora.peft_files import save_adapter
 from ..models.foreign import as_causal_lm
@@ -39,8 +41,8 @@ from .checkpoint import STATE, checkpoint_to_resume, load_checkpoint, resuming, 
 from .config import COURSE, KEPT, OF_OPTIMIZER, TrainingConfig
 from .interrupt import Interrupt, interrupts
 from .loop import MakeOptimizer, MakeScheduler, Run, name_of
-from .memory import memory_free, memory_used, saved_bytes, state_bytes
 from .metrics import Display, Metrics, finite
+from .planner import Case, bound, memory_used, state_bytes
 from .progress import display_for
 from .report import draw_curves, nonfinite
 from .resume import SavedState, adapter_form, as_json, base_hash, check_resumed, layout, repeating
@@ -49,6 +51,7 @@ from .step import StepResult, Sums, as_sums, make_optimizer, means
 
 SKIPS_ALLOWED = 2  # in a row; one more ends the run
 WATCHED = 50  # steps after warm-up in which every trained tensor should have moved
+SHARE = 0.8  # of the free memory that auto counts on
 TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}  # of micro_batch="auto": matmuls run at full speed from there on
 Weights = dict[str, Tensor]
 Pending = tuple[int, Sequence[Batch], list[str], StepResult, float]  # step, batches, sources, result, rate
@@ -102,6 +105,7 @@ class Trainer(ABC):
         config.check_rows(len(self.train_set), None if self.val_set is None else len(self.val_set))
         self.steps_per_epoch = steps_per_epoch(len(self.train_set), config.batch_size)
         self.total = config.total_steps(len(self.train_set))  # steps in all
+        self.foreseen = ""  # what memory a run takes, where that was in doubt
         self.run = self.new_run()
 
     @abstractmethod
@@ -180,6 +184,7 @@ class Trainer(ABC):
             self.best: Weights | None = None
             self._pending: Pending | None = None  # an update whose metrics are still on the device
             self.recompute = self.recomputes()
+            notes += [self.foreseen] * bool(self.foreseen)
             if not self.model.packs:
                 notes.append("packing is off: this architecture mixes the examples of a row, so rows are padded")
             if checkpoint is not None:  # refused, if it is, before a file of the run is touched
@@ -351,7 +356,7 @@ class Trainer(ABC):
         self._clock = time.perf_counter()
 
     def _saved(self, loop: dict[str, Any]) -> SavedState:
-        order = layout(self.config, self.device)
+        order = layout(self.config, self.device) | {"tokens a pass": str(self.token_budget)}
         return SavedState(self.progress, as_json(self.config), self.fingerprint, self.depends_on, order, loop)
 
     def _resume(self, path: Path, notes: list[str]) -> None:
@@ -386,11 +391,34 @@ class Trainer(ABC):
         return run
 
     def recomputes(self) -> Checkpointing:
-        """What layers keep for backward; `auto` measures that of the longest example, scaled to a micro-batch."""
+        """What layers keep for backward; `auto`: as much as fits in the free memory, after which `micro_batch` auto
+        makes passes smaller, down to one example."""
         if self.config.checkpointing != "auto":
             return KEPT[self.config.checkpointing]
+        while room := round(memory_free(self.device) * SHARE):
+            case = self.case()
+            if bound(self.model, case.batch.tokens, max(case.sizes)) <= room:
+                break
+            found = case.mixed(words := case.words(room))
+            if found.beside <= room or self.config.micro_batch != "auto" or self.token_budget <= max(case.sizes):
+                self.foreseen = f"memory: {found.beside / 2**30:.1f} GiB foreseen beside the weights"
+                if found.beside > room:
+                    change = next(iter(case.levers(words)), "a smaller model")
+                    self.foreseen += f", more than is free: it may not fit, and {change} would save most"
+                return words
+            self.token_budget //= 2
+        return "products"
+
+    def case(self) -> Case:
+        """The pass that takes most: of a step of the longest examples the one of most tokens."""
         sizes = [example.size(self.config.packing) for example in self.train_set.examples]
-        (batch,) = self.micro_batches(self.train_set, [sizes.index(longest := max(sizes))], 1)
-        tokens = self.token_budget if self.config.micro_batch == "auto" else int(self.config.micro_batch) * longest
-        needed = saved_bytes(self.model, lambda: as_sums(self.sums(batch), batch).loss) / longest * max(tokens, longest)
-        return "input" if needed > memory_free(self.device) / 2 > 0 else "products"
+        order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)[: self.config.batch_size]
+        batches = self.micro_batches(self.train_set, order, self.config.micro_batch)
+        largest = max(batches, key=lambda batch: batch.input_ids.numel())
+        device, sizes = "cuda" if self.device.type == "cuda" else "cpu", [sizes[i] for i in order]
+        return Case(self.model, largest, self.config, self._sums_of, device=device, passes=len(batches), sizes=sizes)
+
+    def _sums_of(self, model: CausalLM, batch: Batch) -> Tensor | Sums:
+        other = copy.copy(self)
+        other.model, other.device = model, model.device
+        return other.sums(batch)

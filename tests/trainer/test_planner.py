@@ -1,0 +1,176 @@
+"""Forecasts of memory beside what real steps of the same models keep."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from weakref import finalize
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fourbit
+from fourbit.cli.main import main
+from fourbit.data.batch import Encoded, Example, pack
+from fourbit.models.decoder import Decoder
+from fourbit.models.foreign import as_causal_lm
+from fourbit.models.spec import Spec
+from fourbit.trainer import planner
+from fourbit.trainer.loop import cross_entropy
+from fourbit.trainer.planner import Case
+
+SPEC = Spec(301, 48, 96, 5, 4, 2, 12)
+LENGTHS = (70, 41, 96)
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of storages that ops have made and that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(made):
+            if isinstance(x, Tensor) and (key := (storage := x.untyped_storage())._cdata) not in self.sizes:
+                self.sizes[key] = storage.nbytes()
+                finalize(storage, self.sizes.pop, key)
+        return made
+
+
+def model_of(quant: str | None = None, full: bool = False, dtype: torch.dtype = torch.float32) -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(SPEC).to(dtype)
+    if quant:
+        fourbit.quantize_(model, quant)
+    if full:
+        model.requires_grad_()
+    else:
+        fourbit.attach(model, fourbit.LoRAConfig(rank=4))
+    return model.train()
+
+
+def case_of(model: Any, **options: Any) -> Case:
+    rows = [Encoded([3] * n, [i >= n // 2 for i in range(n)]) for n in LENGTHS]
+    batch = pack([(i, Example((row,))) for i, row in enumerate(rows)])
+    return Case(model, batch, fourbit.SFTConfig(out="none", **options), sizes=LENGTHS)
+
+
+def kept(model: Any, batch: Any) -> int:
+    """What a real forward pass keeps for backward, of storages that are alive after it."""
+    with Alive() as alive:
+        loss = cross_entropy(model, batch).loss
+        found = sum(alive.sizes.values())
+    loss.backward()
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("keep", ["all", "products", "input"])
+@pytest.mark.parametrize("how", [{"quant": "nf4"}, {}, {"full": True}, {"dtype": torch.bfloat16}])
+def test_what_a_layer_keeps_is_what_a_step_keeps(how: dict[str, Any], keep: Any) -> None:
+    model = model_of(**how)
+    case = case_of(model)
+    few, more = (case._step(keep, n)[1] for n in (2, 3))
+    model.checkpointing = keep
+    kept(model, case.batch)  # tables that are made once
+    measured = kept(model, case.batch)
+    assert measured == pytest.approx(few + 3 * (more - few), rel=0.02)
+    assert case.forecast(keep).layer == more - few
+
+
+@pytest.mark.parametrize("how", [{"quant": "nf4"}, {"full": True}])
+def test_layers_that_were_not_traced_take_what_those_do_that_were(
+    how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = case_of(model_of(**how)).forecast()
+    monkeypatch.setattr(planner, "FEW", (98, 99))
+    whole = case_of(model_of(**how)).forecast()
+    assert few.flops == pytest.approx(whole.flops)
+    assert few.peak == pytest.approx(whole.peak, rel=0.01)
+    tensors = [*model_of(**how).parameters()]
+    assert sum(few.parts[p] for p in ("base", "scales", "adapter")) == sum(t.nbytes for t in tensors)
+
+
+def test_of_a_model_of_transformers_too() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=301, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    model = as_causal_lm(transformers.LlamaForCausalLM(config))
+    fourbit.attach(model, fourbit.LoRAConfig(rank=4))
+    case = case_of(model.train())
+    assert case.layers == 1
+    assert kept(model, case.batch) == pytest.approx(case._step("products", None)[1], rel=0.05)
+
+
+def test_as_few_layers_as_needed_run_again() -> None:
+    case = case_of(model_of("nf4"))
+    rich, lean = case.forecast("products"), case.forecast("input")
+    room = (rich.beside + 2 * lean.beside) // 3
+    words = case.words(room)
+    again = words.count("input")
+    assert 0 < again < case.layers and words == ["input"] * again + ["products"] * (case.layers - again)
+    assert case.mixed(words).beside <= room
+    assert case.mixed(["input"] * (again - 1) + ["products"] * (case.layers - again + 1)).beside > room
+    assert case.words(rich.beside) == ["products"] * case.layers
+    assert case.words(0) == ["input"] * case.layers
+    assert set(Case(case.model, case.batch, case.config, device="cuda", sizes=LENGTHS).words(0)) == {"host"}
+
+
+def test_every_change_that_is_named_saves_about_what_is_said() -> None:
+    case = case_of(model_of(full=True), full=True)
+    levers = case.levers(["products"] * 5)
+    assert [*levers.values()] == sorted(levers.values(), reverse=True)
+    eighth = case_of(model_of(full=True), full=True, optimizer="adamw8bit").forecast("products")
+    saved = case.forecast("products").parts["optimizer"] - eighth.parts["optimizer"]
+    assert levers["--optimizer adamw8bit"] == pytest.approx(saved, rel=0.1)
+
+
+@contextmanager
+def free(size: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr("fourbit.trainer.trainer.memory_free", lambda device: size)
+        yield
+
+
+def test_a_run_that_may_not_fit_recomputes_in_smaller_passes_and_says_so(
+    tiny_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = fourbit.load(tiny_folder, quant_type="nf4")
+    fourbit.attach(model, fourbit.LoRAConfig(rank=4))
+    config = fourbit.SFTConfig(out=str(tmp_path / "run"), steps=1)
+    trainer = fourbit.SFTTrainer(model, tokenizer, train=rows, config=config)
+    assert trainer.recomputes() == "products" and not trainer.foreseen
+    before = trainer.token_budget
+    with free(10, monkeypatch):
+        assert trainer.recomputes() == ["input", "input"]
+    assert trainer.token_budget < before and "may not fit" in trainer.foreseen
+    assert max(case_sizes := trainer.case().sizes) <= 2 * trainer.token_budget and case_sizes
+
+
+def test_plan_and_dry_run_print_it_and_write_nothing(
+    tiny_folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--model", str(tiny_folder), "--data", str(rows), "--out", str(tmp_path / "run"), "--json"]
+    assert main(["plan", *common, "--memory", "24GiB", "--flops", "1e9"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert main(["sft", *common, "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["parts"] == planned["parts"]
+    assert planned["peak_bytes"] == sum(planned["parts"].values()) and planned["fits"]["8 GiB"] == "as it is"
+    assert planned["seconds"] > 0 and not (tmp_path / "run").exists()
+    assert main(["plan", "--model", str(tiny_folder), "--device", "cuda", "--max-length", "64", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parts"]["framework"] == planner.FRAMEWORK["cuda"]
+    assert main(["plan", *common, "--memory", "much"]) == 2
+    assert "24GiB" in capsys.readouterr().err
+
+
+def test_fake_tensors_do_not_outlive_a_forecast() -> None:
+    model = model_of("nf4")
+    case_of(model).forecast()
+    assert all(type(p) is nn.Parameter for p in model.parameters())

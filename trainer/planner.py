@@ -1,0 +1,280 @@
+"""What training takes before a weight is read: bytes by part at the worst moment, and what a step multiplies.
+
+The real model makes a real step on fake tensors (shapes without numbers), while a dispatch mode hears which storages
+are made and let go. So one mechanism sees every family, kind of adapter, dtype, word of checkpointing and layout, ours
+or transformers', and cannot rot. Of a decoder of ours two layers and three are enough: what the third adds, each adds.
+Fake tensors on "meta" take CUDA's paths (kernels/launch.py), so a GPU's run is foretold without one.
+
+What no tensor shows is constants, each measured: `FRAMEWORK`.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+from weakref import finalize
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..data.batch import Batch
+from ..kernels.dispatch import force_path, proc_bytes
+from ..lora.adapter import Adapter
+from ..lora.linear4bit import Module4bit
+from ..lora.lora import is_linear
+from ..models.decoder import Decoder
+from ..models.protocol import CausalLM
+from ..models.recompute import Keep
+from .config import TrainingConfig
+from .loop import Run, cross_entropy
+from .step import Sums, make_optimizer
+
+# Beside all tensors. CPU: what training imports late (torch.optim brings in sympy: 75 MB), and buffers of MKL; measured
+# by benchmarks.plan_check. CUDA: the context and the libraries' workspaces; not measured.
+FRAMEWORK = {"cpu": 130 << 20, "cuda": 640 << 20}
+FEW = (2, 3)
+PARTS = ("base", "scales", "adapter", "gradients", "optimizer", "activations", "logits", "framework")
+CHUNKS = 1 << 30  # of logits, and of what decodes weights
+Bytes = dict[str, int]  # by part
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes by part at the highest moment of each phase of a step, and what the step multiplies."""
+
+    phases: Mapping[str, Bytes]
+    layer: int  # bytes that one layer keeps for backward; of a model of others' all layers together, and the head
+    flops: float  # of the products of a forward and a backward pass over `tokens`
+    tokens: int
+
+    @property
+    def parts(self) -> Bytes:
+        """Bytes by part at the highest moment."""
+        return max(self.phases.values(), key=lambda parts: sum(parts.values()))
+
+    @property
+    def peak(self) -> int:
+        """All of these."""
+        return sum(self.parts.values())
+
+    @property
+    def beside(self) -> int:
+        """What comes to what is there before the first step."""
+        return self.peak - sum(self.parts[part] for part in ("base", "scales", "adapter", "framework"))
+
+
+class _Storages(TorchDispatchMode):
+    """Which storages live, by part, and how many there were of each at the highest point of each phase."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.part, self.phase, self.left = vocabulary, "", "forward", 0
+        self.alive: dict[Any, tuple[str, int]] = {}
+        self.now, self.most, self.flops = Bytes(), dict[str, Bytes](), 0.0
+
+    def gradient(self, p: Any) -> None:
+        """Called as a parameter has its gradient; from half of them on it is backward's end."""
+        if (key := p.grad.untyped_storage()._cdata) in self.alive:
+            part, size = self.alive[key]
+            self.alive[key] = "gradients", size
+            self.now["gradients"] = self.now.get("gradients", 0) + size
+            self.now[part] -= size
+        self.left -= 1
+        self.phase = "backward" if self.left > 0 else "backward's end"
+
+    def add(self, tensor: Tensor, part: str) -> None:
+        storage = tensor.untyped_storage()
+        if (key := storage._cdata) in self.alive:
+            return
+        self.alive[key] = part, storage.nbytes()
+        self.now[part] = self.now.get(part, 0) + storage.nbytes()
+        finalize(storage, self._gone, key).atexit = False
+        if sum(self.now.values()) > sum(self.most.get(self.phase, {}).values()):
+            self.most[self.phase] = dict(self.now)
+
+    def _gone(self, key: Any) -> None:
+        part, size = self.alive.pop(key)
+        self.now[part] -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # two of three calls
+            return args[0].fake_device
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, list | tuple) else [made]:
+            for x in tensor if isinstance(tensor, list) else [tensor]:
+                if isinstance(x, Tensor):
+                    self.add(x, self.part or ("logits" if x.shape[-1:] == (self.vocabulary,) else "activations"))
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        if name in ("mm", "addmm", "bmm", "baddbmm"):
+            a, b = [x for x in args if isinstance(x, Tensor)][-2:]
+            self.flops += 2.0 * a.numel() * b.shape[-1]
+        return made
+
+
+class _Flash(TorchFunctionMode):
+    """Attention as CUDA does it: meta tensors would take the definition, with a matrix of all pairs."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
+            flash = torch.ops.aten._scaled_dot_product_flash_attention
+            return flash(*args[:3], 0.0, kwargs.get("is_causal", False), scale=kwargs.get("scale"))[0]
+        return func(*args, **kwargs)
+
+
+def _parts(model: nn.Module) -> dict[int, str]:
+    """Which part of the bytes each parameter and buffer is, by identity."""
+    own = {id(t): "base" for t in [*model.parameters(), *model.buffers()]}
+    for module in model.modules():
+        if isinstance(module, Module4bit):
+            own |= {id(p): "base" if n == "packed" else "scales" for n, p in module.stored_parameters().items()}
+        if isinstance(module, Adapter):
+            own |= {id(t): "adapter" for t in [*module.parameters(), *module.buffers()]}
+    return own
+
+
+def _fake_model(model: nn.Module, device: str, layers: int | None) -> Any:
+    """The model of fake tensors, with its first so many layers."""
+    memo = dict[int, Any]()
+    for own in [*model.parameters(), *model.buffers()]:
+        fake = torch.empty(own.shape, dtype=own.dtype, device=device)
+        memo[id(own)] = nn.Parameter(fake, own.requires_grad) if isinstance(own, nn.Parameter) else fake
+    if layers is not None and isinstance(model, Decoder):
+        memo[id(model.model.layers)] = nn.ModuleList(copy.deepcopy(x, memo) for x in model.model.layers[:layers])
+    return copy.deepcopy(model, memo)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is foreseen: a pass over a batch (on the CPU) by a model of any tensors, also on meta. sums: the loss, as a
+    trainer's. device: "cpu" or "cuda". passes: of a step, whose gradients add up; sizes: tokens of its examples."""
+
+    model: CausalLM
+    batch: Batch
+    config: TrainingConfig
+    sums: Callable[[CausalLM, Batch], Tensor | Sums] = cross_entropy
+    device: str = "cpu"
+    passes: int = 1
+    sizes: Sequence[int] = ()
+    _found: dict[Keep, Forecast] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        """How many layers the model tells apart."""
+        return self.model.spec.num_hidden_layers if isinstance(self.model, Decoder) else 1
+
+    def forecast(self, keep: Keep = "products") -> Forecast:
+        """What it takes where all layers have this word."""
+        if keep in self._found:
+            return self._found[keep]
+        far = self.layers - FEW[0] if self.layers > FEW[1] else 0
+        (one, kept), (two, more) = (self._step(keep, n) for n in FEW) if far else [self._step(keep, None)] * 2
+        phases, layer = dict[str, Bytes](), more - kept
+        for phase, few in one.most.items():
+            each = {part: two.most[phase].get(part, 0) - few.get(part, 0) for part in PARTS}
+            phases[phase] = {part: max(0, few.get(part, 0) + far * each[part]) for part in PARTS}
+            phases[phase]["framework"] = FRAMEWORK[self.device]
+            if keep == "host" and self.device == "cuda":  # but for the two that are at work
+                phases[phase]["activations"] -= max(0, self.layers - 2) * layer
+        flops = one.flops + far * (two.flops - one.flops)
+        self._found[keep] = Forecast(phases, layer, flops, self.batch.tokens)
+        return self._found[keep]
+
+    def _step(self, keep: Keep, layers: int | None) -> tuple[_Storages, int]:
+        """A step on fake tensors: what was heard, and the bytes that stay between forward and backward."""
+        where, kept, seen = "meta" if self.device == "cuda" else "cpu", list[int](), _Storages(self.model.vocab_size)
+        with ExitStack() as stack:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            for mode in (_Flash(), force_path("triton")) if where == "meta" else ():
+                stack.enter_context(mode)
+            fake = _fake_model(self.model, where, layers).train()
+            fake.checkpointing = keep
+            own = {n: x for n, x in vars(self.batch).items() if isinstance(x, Tensor)}
+            like: Any = {n: torch.empty_like(x, device=where) for n, x in own.items()}
+            trained = {name: p for name, p in fake.named_parameters() if p.requires_grad}
+            parts = _parts(fake)
+            for tensor in [*fake.parameters(), *fake.buffers()]:
+                seen.add(tensor, parts[id(tensor)])
+
+            def loss(model: CausalLM, batch: Batch) -> Tensor | Sums:
+                begun, seen.part = sum(seen.now.values()), ""
+                found = self.sums(model, batch)
+                kept.append(sum(seen.now.values()) - begun)
+                seen.phase, seen.left = "backward", len(trained) // 2
+                return found
+
+            for p in trained.values():
+                p.register_post_accumulate_grad_hook(seen.gradient)
+            run = Run(fake, loss=loss, parameters=trained, optimizer=make_optimizer(trained, self.config))
+            with seen:
+                seen.part, seen.phase = "gradients", "update"
+                for p in trained.values():
+                    p.grad = torch.empty_like(p)
+                seen.part = "optimizer"
+                with suppress(DataDependentOutputException), force_path("reference"):
+                    run.optimizer.step()  # it asks whether to skip, which nothing says: its state is made by then
+                seen.part, seen.phase = "gradients", "forward"
+                for p in trained.values():
+                    p.grad = torch.empty_like(p) if self.passes > 1 else None
+                run.forward_backward(replace(self.batch, **like))
+        return seen, kept[0]
+
+    def mixed(self, words: Sequence[Keep]) -> Forecast:
+        """What it takes where each layer has its word, of at most two."""
+        one, two, share = self.forecast(words[0]), self.forecast(words[-1]), words.count(words[0]) / len(words)
+        mix = {
+            p: [round(share * a + (1 - share) * two.phases[p][k]) for k, a in x.items()] for p, x in one.phases.items()
+        }
+        return replace(two, phases={phase: dict(zip(PARTS, values, strict=True)) for phase, values in mix.items()})
+
+    def words(self, room: int) -> list[Keep]:
+        """The word of each layer, so that all beside the weights fits in so many bytes: as few as needed run again, and
+        on CUDA as few as needed of these wait in the host's memory. The leanest where nothing fits."""
+        words: tuple[Keep, ...] = ("products", "input", "host") if self.device == "cuda" else ("products", "input")
+        of, layers = pairwise(words), range(self.layers + 1)  # the first ones run again: their backward is the last
+        every = ([lean] * n + [rich] * (self.layers - n) for rich, lean in of for n in layers)
+        return next((found for found in every if self.mixed(found).beside <= room), [words[-1]] * self.layers)
+
+    def levers(self, words: Sequence[Keep]) -> dict[str, int]:
+        """Changes, and bytes that each would save by itself, about; most first."""
+        now, config = self.mixed(words), self.config
+        parts, full, small = now.parts, getattr(config, "full", False), max(self.sizes) / max(1, self.batch.tokens)
+        found = {
+            "--checkpointing on": now.peak - self.forecast("input").peak if "input" not in words else 0,
+            "--micro-batch 1": round(parts["activations"] * (1 - small)),
+            f"--optimizer {config.optimizer}8bit": 0 if "8bit" in config.optimizer else parts["optimizer"] * 3 // 4,
+            "an adapter instead of --full": full * (parts["gradients"] + parts["optimizer"]),
+            "--quant nf4": 0 if parts["scales"] or full else parts["base"] * 3 // 5,
+        }
+        return dict(sorted(((c, size) for c, size in found.items() if size > 0), key=lambda both: -both[1]))
+
+
+def bound(model: nn.Module, tokens: int, longest: int) -> int:
+    """More bytes than training takes beside the weights, from sizes alone, at once: where it fits nothing is asked. 0
+    for tensors of a class of their own (distributed ones), for which fake ones cannot stand."""
+    if any(type(t) not in (Tensor, nn.Parameter) for t in [*model.parameters(), *model.buffers()]):
+        return 0
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    sizes: list[torch.Size] = [getattr(m.weight, "shape", torch.Size()) for m in model.modules() if is_linear(m)]
+    wide = sum(map(sum, sizes))
+    pairs = longest * (wide // 256)  # of queries and keys, where all of them are made: a head has 64 numbers or more
+    return 6 * trained + 16 * tokens * (wide + pairs) + CHUNKS
+
+
+def memory_used(device: torch.device) -> tuple[str, int]:
+    """(what it is, bytes): the allocator's peak on CUDA, else this process' anonymous resident memory."""
+    if device.type == "cuda":
+        return "max_memory_allocated", torch.cuda.max_memory_allocated(device)
+    return "rss_anon", proc_bytes("/proc/self/status", "RssAnon")
+
+
+def state_bytes(config: TrainingConfig, parameters: Iterable[Tensor]) -> int:
+    """Bytes of the optimizer's state for these, about: scales of 8-bit state and padding are left out."""
+    moments = (1 if "lion" in config.optimizer else 2) * (1 if "8bit" in config.optimizer else 4)
+    return moments * sum(parameter.numel() for parameter in parameters)
