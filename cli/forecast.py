@@ -18,10 +18,9 @@ SIZES = (8, 12, 16, 24, 48, 80)  # GiB
 
 
 def examples_of(options: Any) -> Dataset:
-    """Rows of which only lengths are known: a step of them, the second half of each an answer."""
-    lengths = getattr(options, "lengths", ()) or (options.max_length,)
-    sizes = [lengths[i % len(lengths)] for i in range(options.batch_size)]
-    return Dataset("sft", [Example((Encoded([0] * n, [i >= n // 2 for i in range(n)]),)) for n in sizes])
+    """The rows of a step, all as long as they may be, the second half of each an answer."""
+    row = Encoded([0] * options.max_length, [i >= options.max_length // 2 for i in range(options.max_length)])
+    return Dataset("sft", [Example((row,))] * options.batch_size)
 
 
 def show(options: Any, case: Case, tokens: float) -> int:
@@ -40,7 +39,7 @@ def show(options: Any, case: Case, tokens: float) -> int:
     asked, plain = case.config.checkpointing, case.forecast()
     words = case.words(memory - plain.peak + plain.beside) if asked == "auto" else [KEPT[asked]] * case.layers
     found, levers = case.mixed(words), case.levers(words)
-    seconds = tokens / max(1, found.tokens) * found.flops / flops
+    seconds = tokens / case.batch.tokens * found.flops / flops
     lean = case.forecast("host" if device == "cuda" else "input")
     ways = {"as it is": plain.peak, "--checkpointing auto": lean.peak, "does not fit": 0}
     fits = {f"{size} GiB": next(way for way, most in ways.items() if most <= size << 30) for size in SIZES}

@@ -161,8 +161,8 @@ def run(options: TrainOptions, sources: Sources) -> int:
     Data comes before the model: a bad row should not wait for gigabytes of weights."""
     options = _checked(options, sources)
     tokenizer = open_tokenizer(options.model)
-    outs = (options.out, *(each.out for each in options.variants().values()))
-    for out in () if options.dry_run else outs:  # found out now, not after an hour
+    outs = options.out, *(each.out for each in options.variants().values())
+    for out in outs[: 0 if options.dry_run else None]:  # found out now, not after an hour
         with lock_folder(out, inputs_of(options, sources), options.resume):
             pass
     quant, template = settle(options, tokenizer, *options.adapters().values())
@@ -237,9 +237,9 @@ def _checked(options: TrainOptions, sources: Sources) -> TrainOptions:
             check_adapter(folder, name, writes=options.writes)
     resumed = options.out if options.resume is not None else None
     runs = resumed, *options.adapters().values(), options.model
-    dtype: Any = (
-        planned(options)[1] if options.dry_run else choose_dtype(options.dtype, choose_device(options.device), *runs)
-    )
+    if options.dry_run:
+        return replace(options, dtype=planned(options)[1])  # type: ignore[arg-type]
+    dtype: Any = choose_dtype(options.dtype, choose_device(options.device), *runs)
     return replace(options, dtype=dtype)
 
 

@@ -1,11 +1,8 @@
 """What training takes before a weight is read: bytes by part at the worst moment, and what a step multiplies.
 
 The real model makes a real step on fake tensors (shapes without numbers), while a dispatch mode hears which storages
-are made and let go. So one mechanism sees every family, kind of adapter, dtype, word of checkpointing and layout, ours
-or transformers', and cannot rot. Of a decoder of ours two layers and three are enough: what the third adds, each adds.
-Fake tensors on "meta" take CUDA's paths (kernels/launch.py), so a GPU's run is foretold without one.
-
-What no tensor shows is constants, each measured: `FRAMEWORK`.
+are made and let go: one mechanism for every family, adapter, dtype and word of checkpointing. Of a decoder of ours two
+layers and three are enough: what the third adds, each adds. Fake tensors on "meta" take CUDA's paths (launch.py).
 """
 
 import copy
@@ -27,7 +24,6 @@ from ..data.batch import Batch
 from ..kernels.dispatch import force_path, proc_bytes
 from ..lora.adapter import Adapter
 from ..lora.linear4bit import Module4bit
-from ..lora.lora import is_linear
 from ..models.decoder import Decoder
 from ..models.protocol import CausalLM
 from ..models.recompute import Keep
@@ -50,8 +46,7 @@ class Forecast:
 
     phases: Mapping[str, Bytes]
     layer: int  # bytes that one layer keeps for backward; of a model of others' all layers together, and the head
-    flops: float  # of the products of a forward and a backward pass over `tokens`
-    tokens: int
+    flops: float  # of the products of a forward and a backward pass
 
     @property
     def parts(self) -> Bytes:
@@ -183,7 +178,7 @@ class Case:
             if keep == "host" and self.device == "cuda":  # but for the two that are at work
                 phases[phase]["activations"] -= max(0, self.layers - 2) * layer
         flops = one.flops + far * (two.flops - one.flops)
-        self._found[keep] = Forecast(phases, layer, flops, self.batch.tokens)
+        self._found[keep] = Forecast(phases, layer, flops)
         return self._found[keep]
 
     def _step(self, keep: Keep, layers: int | None) -> tuple[_Storages, int]:
@@ -258,13 +253,10 @@ class Case:
 def bound(model: nn.Module, tokens: int, longest: int) -> int:
     """More bytes than training takes beside the weights, from sizes alone, at once: where it fits nothing is asked. 0
     for tensors of a class of their own (distributed ones), for which fake ones cannot stand."""
-    if any(type(t) not in (Tensor, nn.Parameter) for t in [*model.parameters(), *model.buffers()]):
-        return 0
+    plain = all(type(t) in (Tensor, nn.Parameter) for t in [*model.parameters(), *model.buffers()])
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    sizes: list[torch.Size] = [getattr(m.weight, "shape", torch.Size()) for m in model.modules() if is_linear(m)]
-    wide = sum(map(sum, sizes))
-    pairs = longest * (wide // 256)  # of queries and keys, where all of them are made: a head has 64 numbers or more
-    return 6 * trained + 16 * tokens * (wide + pairs) + CHUNKS
+    wide = sum(sum(p.shape) for p in model.parameters() if p.ndim > 1) * (1 + longest // 256)  # with pairs of tokens
+    return plain * (6 * trained + 32 * tokens * wide + CHUNKS)
 
 
 def memory_used(device: torch.device) -> tuple[str, int]:

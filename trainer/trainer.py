@@ -403,8 +403,7 @@ class Trainer(ABC):
             if found.beside <= room or self.config.micro_batch != "auto" or self.token_budget <= max(case.sizes):
                 self.foreseen = f"memory: {found.beside / 2**30:.1f} GiB foreseen beside the weights"
                 if found.beside > room:
-                    change = next(iter(case.levers(words)), "a smaller model")
-                    self.foreseen += f", more than is free: it may not fit, and {change} would save most"
+                    self.foreseen += f": it may not fit, and {next(iter(case.levers(words)), '')} would save most"
                 return words
             self.token_budget //= 2
         return "products"

@@ -18,7 +18,7 @@ from fourbit.models.spec import Spec
 from fourbit.trainer.loop import Run
 from fourbit.trainer.losses import divergence, tokens
 from fourbit.trainer.losses.tokens import batch_token_scores, token_scores
-from fourbit.trainer.memory import memory_used
+from fourbit.trainer.planner import memory_used
 
 SPEC = Spec(96, 64, 80, 2, 2, 1, 32)
 
