@@ -5,22 +5,12 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
-from ..data.batch import Encoded, Example
-from ..data.encode import Dataset
 from ..errors import InputError, shown
 from ..kernels.dispatch import memory_free
 from ..trainer.config import KEPT, size_in_bytes
 from ..trainer.planner import Case
 from .load import planned
 from .show import pairs, result
-
-SIZES = (8, 12, 16, 24, 48, 80)  # GiB
-
-
-def examples_of(options: Any) -> Dataset:
-    """The rows of a step, all as long as they may be, the second half of each an answer."""
-    row = Encoded([0] * options.max_length, [i >= options.max_length // 2 for i in range(options.max_length)])
-    return Dataset("sft", [Example((row,))] * options.batch_size)
 
 
 def show(options: Any, case: Case, tokens: float) -> int:
@@ -30,30 +20,27 @@ def show(options: Any, case: Case, tokens: float) -> int:
     memory = size_in_bytes(given) if given else memory_free(torch.device(device)) if here else 24 << 30
     if not memory:
         raise InputError(f"memory must be a size such as 24GiB, got {shown(given)}")
-    flops, assumed = getattr(options, "flops", None), "as given"
-    if flops is None and not here:
-        flops, assumed = 4e14, "assumed"
-    elif flops is None:
+    flops = getattr(options, "flops", None) or 4e14 * (not here)
+    if not flops:
         product = Timer("a @ a", globals={"a": torch.ones(1024, 1024, dtype=getattr(torch, dtype), device=device)})
-        flops, assumed = 2 * 1024**3 / product.blocked_autorange(min_run_time=0.1).median, "measured here"
-    asked, plain = case.config.checkpointing, case.forecast()
-    words = case.words(memory - plain.peak + plain.beside) if asked == "auto" else [KEPT[asked]] * case.layers
+        flops = 2 * 1024**3 / product.blocked_autorange(min_run_time=0.1).median
+    asked, plain = KEPT.get(case.config.checkpointing), case.forecast()
+    words = [asked] * case.layers if asked else case.words(memory - plain.peak + plain.beside)
     found, levers = case.mixed(words), case.levers(words)
     seconds = tokens / case.batch.tokens * found.flops / flops
     lean = case.forecast("host" if device == "cuda" else "input")
     ways = {"as it is": plain.peak, "--checkpointing auto": lean.peak, "does not fit": 0}
-    fits = {f"{size} GiB": next(way for way, most in ways.items() if most <= size << 30) for size in SIZES}
+    fits = {
+        f"{size} GiB": next(way for way, most in ways.items() if most <= size << 30) for size in (8, 12, 16, 24, 48, 80)
+    }
     layer = {word: case.forecast(word).layer for word in dict.fromkeys(words)}
     values = {"peak_bytes": found.peak, "parts": found.parts, "checkpointing": words, "layer_bytes": layer}
     values |= {"fits": fits, "saves": levers, "tokens": tokens, "seconds": seconds}
     lines = [(part, f"{size / 2**30:8.3f} GiB") for part, size in found.parts.items() if size]
-    over = "" if found.peak <= memory else ", more than there is"
-    lines.append(("peak", f"{found.peak / 2**30:8.3f} GiB of {memory / 2**30:.1f}{over}"))
-    said = (f"{words.count(word)} keep {word} ({size / 2**20:.1f} MiB)" for word, size in layer.items())
-    lines.append(("layers", ", ".join(said)))
+    lines.append(("peak", f"{found.peak / 2**30:8.3f} GiB of {memory / 2**30:.1f}"))
+    lines += [(f"{words.count(word)} layers", f"keep {word}: {size / 2**20:.1f} MiB") for word, size in layer.items()]
     lines += [("fits " + size, what) for size, what in fits.items()]
     lines += [("lever", f"{change} saves {size / 2**30:.2f} GiB") for change, size in [*levers.items()][:1]]
-    much = f"{tokens:,.0f} tokens, at {flops / 1e9:,.0f} GFLOP/s {assumed}"
-    lines.append(("time", f"{seconds / 60:.1f} minutes of products alone for {much}"))
+    lines.append(("time", f"{seconds / 60:.1f} minutes of products for {tokens:,.0f} tokens at {flops:.2g} FLOP/s"))
     result(values, pairs(lines), as_json=options.json)
     return 0

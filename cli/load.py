@@ -60,9 +60,8 @@ def choose_dtype(name: str, device: str, *runs: str | None) -> str:
 def planned(options: ModelOptions) -> tuple[str, str]:
     """The kind of device that a forecast is for, which need not be here, and the dtype there."""
     kind = "cuda" if options.device.startswith("cuda") else choose_device(options.device)
-    if kind == "cuda" and not torch.cuda.is_available() and options.dtype == "auto":
-        return kind, "bfloat16"
-    return kind, choose_dtype(options.dtype, kind) if options.dtype == "auto" else options.dtype
+    here = kind == "cpu" or torch.cuda.is_available()
+    return kind, options.dtype if options.dtype != "auto" else choose_dtype("auto", kind) if here else "bfloat16"
 
 
 def open_tokenizer(path: str, name: str = "model") -> Tokenizer:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from ..data.batch import Encoded, Example
 from ..data.encode import Dataset, load_rows
 from ..data.order import count_overlap, split_validation
 from ..data.sample import Kind
@@ -32,7 +33,7 @@ from ..trainer.run import TrainResult
 from ..trainer.sweep import SweepTrainer
 from ..trainer.trainer import TOKEN_BUDGET
 from .config_file import CONFIG, read_run, write_config
-from .forecast import examples_of, show
+from .forecast import show
 from .load import (
     check_adapter,
     choose_device,
@@ -246,8 +247,9 @@ def _checked(options: TrainOptions, sources: Sources) -> TrainOptions:
 def _datasets(options: TrainOptions, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[Any, Any]:
     """Training and validation rows (None without), checked and described."""
     kind = options.kind_of_rows()
-    if not options.data:  # of fourbit plan
-        return examples_of(options), None
+    if not options.data:  # of fourbit plan: rows as long as they may be, the second half of each an answer
+        row = Encoded([0] * options.max_length, [2 * i >= options.max_length for i in range(options.max_length)])
+        return Dataset("sft", [Example((row,))] * options.batch_size), None
     with working("reading data"):
         train, val = load_rows(options, tokenizer, options.data, kind, template=template), None
     describe("train", train)
@@ -274,7 +276,7 @@ def _put_adapter(model: CausalLM, options: TrainOptions, rows: Dataset, name: st
     parts = [part for example in rows.examples[:: -(-len(rows) // 64)] for part in example.parts]  # of at most 64 rows
     how: dict[str, Any] = {"data": (torch.tensor([part.ids], device=model.device) for part in parts)}
     how["tell"] = lambda path, error, was: note(f"start: {path}  error {error:.4f}, was {was:.4f}")
-    wanted = replace(wanted, start="default") if options.dry_run else wanted  # others read the weights
+    wanted = replace(wanted, start="default") if options.dry_run else wanted
     names = attach(model, wanted, name, seed=options.seed, dense=read_weights(options.model), **how)
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     said = {"rank": options.rank, "alpha": options.alpha}

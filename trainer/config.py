@@ -82,8 +82,8 @@ class TrainingConfig(Checked):
     checkpointing: Literal["auto", "off", "products", "on", "offload"] = setting(
         "auto",
         "what a layer keeps for backward. off: all; products: what linears and attention put out, the cheap rest is "
-        "made again; on: its input, all is computed again; offload: that, in the host's memory; auto: products, or on "
-        "where that would fill half of the free memory",
+        "made again; on: its input, all is computed again; offload: that, in the host's memory; auto: for each layer "
+        "products, or as few as needed of the others, so that it fits",
     )
     seed: int = setting(0, "seed of the order of rows and of dropout", least=0, most=LARGEST)
     deterministic: bool = setting(False, "on a GPU only kernels whose sums repeat to the bit; a CPU's always do")

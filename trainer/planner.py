@@ -6,6 +6,7 @@ layers and three are enough: what the third adds, each adds. Fake tensors on "me
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..data.batch import Batch
 from ..kernels.dispatch import force_path, proc_bytes
@@ -71,15 +73,14 @@ class _Storages(TorchDispatchMode):
         super().__init__()
         self.vocabulary, self.part, self.phase, self.left = vocabulary, "", "forward", 0
         self.alive: dict[Any, tuple[str, int]] = {}
-        self.now, self.most, self.flops = Bytes(), dict[str, Bytes](), 0.0
+        self.now, self.most, self.flops = Counter[str](), dict[str, Bytes](), 0.0
 
     def gradient(self, p: Any) -> None:
         """Called as a parameter has its gradient; from half of them on it is backward's end."""
         if (key := p.grad.untyped_storage()._cdata) in self.alive:
             part, size = self.alive[key]
             self.alive[key] = "gradients", size
-            self.now["gradients"] = self.now.get("gradients", 0) + size
-            self.now[part] -= size
+            self.now.update({"gradients": size, part: -size} if part != "gradients" else {})
         self.left -= 1
         self.phase = "backward" if self.left > 0 else "backward's end"
 
@@ -88,9 +89,9 @@ class _Storages(TorchDispatchMode):
         if (key := storage._cdata) in self.alive:
             return
         self.alive[key] = part, storage.nbytes()
-        self.now[part] = self.now.get(part, 0) + storage.nbytes()
+        self.now[part] += storage.nbytes()
         finalize(storage, self._gone, key).atexit = False
-        if sum(self.now.values()) > sum(self.most.get(self.phase, {}).values()):
+        if self.now.total() > sum(self.most.get(self.phase, {}).values()):
             self.most[self.phase] = dict(self.now)
 
     def _gone(self, key: Any) -> None:
@@ -101,12 +102,10 @@ class _Storages(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # two of three calls
             return args[0].fake_device
         made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, list | tuple) else [made]:
-            for x in tensor if isinstance(tensor, list) else [tensor]:
-                if isinstance(x, Tensor):
-                    self.add(x, self.part or ("logits" if x.shape[-1:] == (self.vocabulary,) else "activations"))
-        name = func._schema.name.removeprefix("aten::").rstrip("_")
-        if name in ("mm", "addmm", "bmm", "baddbmm"):
+        for x in tree_leaves(made):
+            if isinstance(x, Tensor):
+                self.add(x, self.part or ("logits" if x.shape[-1:] == (self.vocabulary,) else "activations"))
+        if func._schema.name.removeprefix("aten::").rstrip("_") in ("mm", "addmm", "bmm", "baddbmm"):
             a, b = [x for x in args if isinstance(x, Tensor)][-2:]
             self.flops += 2.0 * a.numel() * b.shape[-1]
         return made
@@ -116,11 +115,10 @@ class _Flash(TorchFunctionMode):
     """Attention as CUDA does it: meta tensors would take the definition, with a matrix of all pairs."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
             flash = torch.ops.aten._scaled_dot_product_flash_attention
             return flash(*args[:3], 0.0, kwargs.get("is_causal", False), scale=kwargs.get("scale"))[0]
-        return func(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def _parts(model: nn.Module) -> dict[int, str]:
@@ -178,8 +176,7 @@ class Case:
             if keep == "host" and self.device == "cuda":  # but for the two that are at work
                 phases[phase]["activations"] -= max(0, self.layers - 2) * layer
         flops = one.flops + far * (two.flops - one.flops)
-        self._found[keep] = Forecast(phases, layer, flops)
-        return self._found[keep]
+        return self._found.setdefault(keep, Forecast(phases, layer, flops))
 
     def _step(self, keep: Keep, layers: int | None) -> tuple[_Storages, int]:
         """A step on fake tensors: what was heard, and the bytes that stay between forward and backward."""
@@ -198,9 +195,9 @@ class Case:
                 seen.add(tensor, parts[id(tensor)])
 
             def loss(model: CausalLM, batch: Batch) -> Tensor | Sums:
-                begun, seen.part = sum(seen.now.values()), ""
+                begun, seen.part = seen.now.total(), ""
                 found = self.sums(model, batch)
-                kept.append(sum(seen.now.values()) - begun)
+                kept.append(seen.now.total() - begun)
                 seen.phase, seen.left = "backward", len(trained) // 2
                 return found
 
@@ -244,7 +241,6 @@ class Case:
             "--checkpointing on": now.peak - self.forecast("input").peak if "input" not in words else 0,
             "--micro-batch 1": round(parts["activations"] * (1 - small)),
             f"--optimizer {config.optimizer}8bit": 0 if "8bit" in config.optimizer else parts["optimizer"] * 3 // 4,
-            "an adapter instead of --full": full * (parts["gradients"] + parts["optimizer"]),
             "--quant nf4": 0 if parts["scales"] or full else parts["base"] * 3 // 5,
         }
         return dict(sorted(((c, size) for c, size in found.items() if size > 0), key=lambda both: -both[1]))

@@ -401,9 +401,8 @@ class Trainer(ABC):
                 break
             found = case.mixed(words := case.words(room))
             if found.beside <= room or self.config.micro_batch != "auto" or self.token_budget <= max(case.sizes):
-                self.foreseen = f"memory: {found.beside / 2**30:.1f} GiB foreseen beside the weights"
-                if found.beside > room:
-                    self.foreseen += f": it may not fit, and {next(iter(case.levers(words)), '')} would save most"
+                over = f": it may not fit; {next(iter(case.levers(words)), '')} would save most" * (found.beside > room)
+                self.foreseen = f"memory: {found.beside / 2**30:.1f} GiB foreseen beside the weights{over}"
                 return words
             self.token_budget //= 2
         return "products"
