@@ -28,7 +28,7 @@ from ..lora.adapter import Adapter
 from ..lora.linear4bit import Module4bit
 from ..models.decoder import Decoder
 from ..models.protocol import CausalLM
-from ..models.recompute import Keep
+from ..models.recompute import AGAIN, Keep
 from .config import TrainingConfig
 from .loop import Run, cross_entropy
 from .step import Sums, make_optimizer
@@ -38,7 +38,6 @@ from .step import Sums, make_optimizer
 FRAMEWORK = {"cpu": 130 << 20, "cuda": 640 << 20}
 FEW = (2, 3)
 PARTS = ("base", "scales", "adapter", "gradients", "optimizer", "activations", "logits", "framework")
-CHUNKS = 1 << 30  # of logits, and of what decodes weights
 Bytes = dict[str, int]  # by part
 
 
@@ -166,6 +165,13 @@ class Case:
         """What it takes where all layers have this word."""
         if keep in self._found:
             return self._found[keep]
+        if (
+            self.device == "cuda" and keep in AGAIN
+        ):  # what runs in backward escapes `_Flash`: all but one keep the input
+            rich, own = self.forecast(), self.batch.input_ids.numel() * self.model.hidden_size * 2 * (keep == "input")
+            less = (self.layers - 1) * (rich.layer - own)
+            lean = {f: parts | {"activations": parts["activations"] - less} for f, parts in rich.phases.items()}
+            return Forecast(lean, own, rich.flops * 4 / 3)
         far = self.layers - FEW[0] if self.layers > FEW[1] else 0
         (one, kept), (two, more) = (self._step(keep, n) for n in FEW) if far else [self._step(keep, None)] * 2
         phases, layer = dict[str, Bytes](), more - kept
@@ -173,8 +179,6 @@ class Case:
             each = {part: two.most[phase].get(part, 0) - few.get(part, 0) for part in PARTS}
             phases[phase] = {part: max(0, few.get(part, 0) + far * each[part]) for part in PARTS}
             phases[phase]["framework"] = FRAMEWORK[self.device]
-            if keep == "host" and self.device == "cuda":  # but for the two that are at work
-                phases[phase]["activations"] -= max(0, self.layers - 2) * layer
         flops = one.flops + far * (two.flops - one.flops)
         return self._found.setdefault(keep, Forecast(phases, layer, flops))
 
@@ -252,7 +256,7 @@ def bound(model: nn.Module, tokens: int, longest: int) -> int:
     plain = all(type(t) in (Tensor, nn.Parameter) for t in [*model.parameters(), *model.buffers()])
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     wide = sum(sum(p.shape) for p in model.parameters() if p.ndim > 1) * (1 + longest // 256)  # with pairs of tokens
-    return plain * (6 * trained + 32 * tokens * wide + CHUNKS)
+    return plain * (6 * trained + 32 * tokens * wide + (1 << 30))  # of logits, and decoding
 
 
 def memory_used(device: torch.device) -> tuple[str, int]:

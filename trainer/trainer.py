@@ -51,7 +51,6 @@ from .step import StepResult, Sums, as_sums, make_optimizer, means
 
 SKIPS_ALLOWED = 2  # in a row; one more ends the run
 WATCHED = 50  # steps after warm-up in which every trained tensor should have moved
-SHARE = 0.8  # of the free memory that auto counts on
 TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}  # of micro_batch="auto": matmuls run at full speed from there on
 Weights = dict[str, Tensor]
 Pending = tuple[int, Sequence[Batch], list[str], StepResult, float]  # step, batches, sources, result, rate
@@ -395,7 +394,7 @@ class Trainer(ABC):
         makes passes smaller, down to one example."""
         if self.config.checkpointing != "auto":
             return KEPT[self.config.checkpointing]
-        while room := round(memory_free(self.device) * SHARE):
+        while room := memory_free(self.device) * 4 // 5:
             case = self.case()
             if bound(self.model, case.batch.tokens, max(case.sizes)) <= room:
                 break

@@ -181,7 +181,7 @@ TRAINING = (
     "out epochs steps batch_size micro_batch packing max_length on_bad_row template lr schedule warmup decay lora_plus "
     "lr_scale optimizer optimizer_budget rounding weight_decay max_grad_norm checkpointing seed eval_every "
     "rslora json patience keep_best save_every keep resume log data val rank alpha dropout target adapter force "
-    "deterministic kind start initial_rank rank_warmup rank_final feedforward train_tokens"
+    "deterministic kind start initial_rank rank_warmup rank_final feedforward train_tokens dry_run"
 )
 DISTILL = "teacher teacher_adapter teacher_quant divergence jsd_beta temperature top_k sft_weight"
 
