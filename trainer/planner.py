@@ -165,9 +165,7 @@ class Case:
         """What it takes where all layers have this word."""
         if keep in self._found:
             return self._found[keep]
-        if (
-            self.device == "cuda" and keep in AGAIN
-        ):  # what runs in backward escapes `_Flash`: all but one keep the input
+        if self.device == "cuda" and keep in AGAIN:  # what runs in backward escapes `_Flash`
             rich, own = self.forecast(), self.batch.input_ids.numel() * self.model.hidden_size * 2 * (keep == "input")
             less = (self.layers - 1) * (rich.layer - own)
             lean = {f: parts | {"activations": parts["activations"] - less} for f, parts in rich.phases.items()}
