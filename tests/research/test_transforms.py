@@ -263,4 +263,4 @@ def test_no_backward_is_once_differentiable_in_silence() -> None:
         names = {*rule.backward.__code__.co_names}
         if name == "_Eager":
             names |= {*linear4bit._differentiate.__code__.co_names}
-        assert names & {"beyond_first", "_first_only", "TimesFrozen", "GroupedFrozen"}, name
+        assert names & {"beyond_first", "derivatives", "_first_only", "TimesFrozen", "GroupedFrozen"}, name
