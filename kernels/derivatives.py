@@ -28,9 +28,10 @@ def differentiated(x: Tensor) -> bool:
 def run(op: Any, plain: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """The op; plain(*inputs) for a transform, or for a compiler, which fuses it by itself. Without gradients its
     forward is called: autograd's own way there takes as long as the arithmetic of a token."""
+    if torch.compiler.is_compiling() or transformed():
+        return plain(*inputs)
     alone = partial(op.forward, SimpleNamespace(save_for_backward=lambda *kept: None))
-    way = op.apply if torch.is_grad_enabled() else alone
-    return cast(Tensor, (plain if torch.compiler.is_compiling() or transformed() else way)(*inputs))
+    return cast(Tensor, (op.apply if torch.is_grad_enabled() else alone)(*inputs))
 
 
 def beyond_first() -> bool:
