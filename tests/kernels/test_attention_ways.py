@@ -253,3 +253,16 @@ def test_only_whole_rows_of_few_lengths_get_cudnn(queries: int, keys: int, hidde
     assert len(calls.of("aten::bmm")) == 2 and (plan is None or calls.plans == plan)
     moved = [args[0].numel() for name in ("clone", "copy") for _, args, _ in calls.of(name)]
     assert plan is not None or max(moved, default=0) < k.numel()
+
+
+def test_products_have_second_derivatives() -> None:
+    """What makes its weights again in backward leaves a graph where one is wanted."""
+    inputs = [x.detach()[:, :9].requires_grad_() for x in drawn(12, 2, 1, size=2)]
+    attend = lambda *x: causal_attention(*x, spans=[(0, 4), (4, 6, 8, 9)], scores=MANY["all"])
+    assert torch.autograd.gradgradcheck(attend, inputs, fast_mode=True)
+
+
+def test_a_long_text_gets_no_bias() -> None:
+    """Which would take the square of its length."""
+    laid = Packed([(0, 60_000), (60_000, 60_004)], 60_004, CPU).batches(0, 256 * 256, 3, torch.bfloat16)
+    assert laid.sizes == [(1, 60_000, 60_000), (1, 16, 16)] and laid.biases[0] is None
