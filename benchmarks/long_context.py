@@ -5,6 +5,9 @@ text, or packed texts of `--length` tokens each. Every token but each text's las
 tokens, the median of rounds in turn: seconds of a step (forward, backward, update), tokens a second, and the peak of
 `RssAnon` in it above the level after imports. One text's attention grows with the square of its length; texts of one
 length should take a time that is proportional to their tokens. The last line is JSON.
+
+glibc keeps freed blocks of up to 32 MB, between which the inputs that layers keep lie: at thousands of tokens
+most of the peak may be such holes. MALLOC_MMAP_THRESHOLD_=1048576 in the environment gives them back, and shows it.
 """
 
 import argparse
