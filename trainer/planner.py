@@ -33,9 +33,9 @@ from .config import TrainingConfig
 from .loop import Run, cross_entropy
 from .step import Sums, make_optimizer
 
-# Beside all tensors. CPU: what training imports late (torch.optim brings in sympy: 75 MB), and buffers of MKL; measured
-# by benchmarks.plan_check. CUDA: the context and the libraries' workspaces; not measured.
-FRAMEWORK = {"cpu": 130 << 20, "cuda": 640 << 20}
+# Beside all tensors, bytes and a share of what comes to the weights. CPU: late imports, MKL's buffers, what the
+# allocator keeps; fitted to three runs of benchmarks.plan_check. CUDA: context and workspaces, never measured.
+FRAMEWORK = {"cpu": (92 << 20, 0.26), "cuda": (640 << 20, 0.0)}
 FEW = (2, 3)
 PARTS = ("base", "scales", "adapter", "gradients", "optimizer", "activations", "logits", "framework")
 Bytes = dict[str, int]  # by part
@@ -176,7 +176,8 @@ class Case:
         for phase, few in one.most.items():
             each = {part: two.most[phase].get(part, 0) - few.get(part, 0) for part in PARTS}
             phases[phase] = {part: max(0, few.get(part, 0) + far * each[part]) for part in PARTS}
-            phases[phase]["framework"] = FRAMEWORK[self.device]
+            fixed, share = FRAMEWORK[self.device]
+            phases[phase]["framework"] = fixed + round(share * sum(phases[phase][part] for part in PARTS[3:7]))
         flops = one.flops + far * (two.flops - one.flops)
         return self._found.setdefault(keep, Forecast(phases, layer, flops))
 
