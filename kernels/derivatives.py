@@ -26,8 +26,7 @@ def differentiated(x: Tensor) -> bool:
 
 
 def run(op: Any, plain: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """The op; plain(*inputs) for a transform, or for a compiler, which fuses it by itself. Without gradients its
-    forward is called: autograd's own way there takes as long as the arithmetic of a token."""
+    """The op, without gradients its forward alone, which is quick; plain(*inputs) for a transform or a compiler."""
     if torch.compiler.is_compiling() or transformed():
         return plain(*inputs)
     alone = partial(op.forward, SimpleNamespace(save_for_backward=lambda *kept: None))
