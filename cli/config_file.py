@@ -99,14 +99,11 @@ def scalar(text: str) -> Any:
 
 def write_config(path: Path, values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
     """Write settings so that `read_config` gives them back, each with a comment that says where it came from."""
-    settings = {name: f"{name}: {_yaml(value)}" for name, value in values.items()}
+    settings = {}
+    for name, value in values.items():  # as JSON, which is YAML too, with every character that could end a line escaped
+        text = json.dumps(value, ensure_ascii=False)
+        settings[name] = f"{name}: " + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in text)
     width = min(40, max(map(len, settings.values())))
     printable = {name: "".join(c if c.isprintable() else "?" for c in source) for name, source in sources.items()}
     lines = [f"{text:<{width}}  # {printable[name]}\n" for name, text in settings.items()]
     write_text(path, "".join([f"format: {RUN}\n", *lines]))
-
-
-def _yaml(value: Any) -> str:
-    """A value on one line: its JSON, which is YAML too, with every character that could end a line escaped."""
-    text = json.dumps(value, ensure_ascii=False)
-    return "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in text)

@@ -92,7 +92,8 @@ def _run(options: Options, measured: Sequence[str], outputs: Mapping[str, Output
                 for answer in answer_all(model, tokenizer, template, left, match=options.match, **sizes):
                     answers.append(answer)
                     if name in outputs:
-                        outputs[name].write(_line(answer, options.match))
+                        row = {"source": answer.source, "expected": answer.expected, "answer": answer.answer}
+                        outputs[name].write(json.dumps(row | {options.match: answer.right}, ensure_ascii=False))
             metrics[f"{options.match}_match"] = share_right(answers)
             if name in outputs:
                 note(f"answers: {outputs[name].path}")
@@ -109,11 +110,6 @@ def _run(options: Options, measured: Sequence[str], outputs: Mapping[str, Output
     else:
         result(values, _table(found, options.match), as_json=options.json)
     return 0
-
-
-def _line(answer: Answer, match: str) -> str:
-    row = {"source": answer.source, "expected": answer.expected, "answer": answer.answer, match: answer.right}
-    return json.dumps(row, ensure_ascii=False)
 
 
 def _kept(output: Output, asked: Sequence[Sample], match: str) -> list[Answer]:

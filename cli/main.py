@@ -116,8 +116,10 @@ def _dispatch(args: list[str]) -> int:
     if name in ("-V", "--version", "version"):
         print(f"fourbit {__version__}")
         return 0
+    if name.startswith("-"):
+        raise InputError(f"a command comes first, got {name!r}: one of {', '.join(COMMANDS)}")
     if name not in COMMANDS:
-        raise InputError(_unknown(name))
+        raise InputError(f"unknown command {name!r}" + (hint(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"))
     command = importlib.import_module(f".{name}", __package__)
     if "-h" in args or "--help" in args:
         print(help_page(command.Options, name))
@@ -133,9 +135,3 @@ def usage() -> str:
         "  fourbit COMMAND --help    all flags of a command; each may stand in a YAML file too: fourbit sft run.yaml\n"
         "  fourbit --version         --debug prints tracebacks"
     )
-
-
-def _unknown(name: str) -> str:
-    if name.startswith("-"):
-        return f"a command comes first, got {name!r}: one of {', '.join(COMMANDS)}"
-    return f"unknown command {name!r}" + (hint(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}")

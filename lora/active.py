@@ -56,6 +56,19 @@ def switched(to: Sequence[tuple[AdapterLayer, dict[str, float]]]) -> Iterator[No
             layer.active = active
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; each module's mode before (a frozen norm's) is restored after."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def checkpointed(module: nn.Module, function: Callable[..., Any], *args: Any, again: Any = None) -> Any:
     """function(*args), which runs `module`, as torch's activation checkpoint: backward computes it again, or `again` in
     its place, which saves the same tensors, with the adapters that are active now, whatever is switched until then."""

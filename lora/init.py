@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..kernels.dequantize4bit import dequantize
 from ..kernels.quantize4bit import quantize
 from ..kernels.weight4bit import Weight4bit
+from .active import evaluating
 from .adapter import Adapter, wide
 from .config import LoRAConfig
 from .layer import adapter_layers, replace_modules
@@ -143,16 +144,13 @@ def eva(
     modules, ranks = base_modules(model), {path: config.rank_at(path) for path in paths}
     seen = {path: Directions(RHO * rank) for path, rank in ranks.items()}
     hooks = [modules[p].register_forward_pre_hook(lambda _, args, own=seen[p]: own.add(args[0])) for p in paths]
-    training = [module for module in model.modules() if module.training]
     try:
-        model.eval()
-        for batch in data or ():
-            model(**batch) if isinstance(batch, Mapping) else model(batch)
+        with evaluating(model):
+            for batch in data or ():
+                model(**batch) if isinstance(batch, Mapping) else model(batch)
     finally:
         for hook in hooks:
             hook.remove()
-        for module in training:
-            module.training = True
     if lost := [path for path in paths if not seen[path].count]:
         raise InputError(f"start='eva' needs data, batches that the model is called with; none reached '{lost[0]}'")
     sizes = {path: own.rows.norm(dim=1) for path, own in seen.items()}

@@ -162,10 +162,12 @@ def write_config(model: nn.Module, parts: Mapping[str, Adapter], base_model: str
     rows = {path: part.tokens for path, part in parts.items() if isinstance(part, TokenRows) and not part.follows}
     parameters = [path for path, part in parts.items() if isinstance(part, LoRAParameter)]
     config = next(iter(parts.values())).config or LoRAConfig()
+    base = Path(base_model)  # PEFT finds it from any folder by its whole path, or a hub's name; it opens no file
+    named = str(base.resolve()) if base_model and base.is_dir() else None if base.is_file() else base_model or None
     settings = {
         "peft_type": kind,
         "task_type": "CAUSAL_LM" if vocabulary_heads(model) else None,
-        "base_model_name_or_path": _base_name(base_model),
+        "base_model_name_or_path": named,
         "inference_mode": True,
         **_settings(fields),
         "target_modules": _target_modules(model, [path for path in fields if path not in parameters]),
@@ -210,12 +212,6 @@ def kind_of(part: Adapter) -> str:
     A subclass may compute something else, so only a class (or an object) that says `peft_type` itself counts."""
     own = vars(part).get("peft_type") or vars(type(part)).get("peft_type")
     return str(own or f"{KIND}{type(part).__name__}")
-
-
-def _base_name(base: str) -> str | None:
-    """As PEFT finds the base from any folder: a folder by its whole path, a hub's name as it is; it opens no file."""
-    path = Path(base)
-    return str(path.resolve()) if base and path.is_dir() else None if path.is_file() else base or None
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], file: str, names: Mapping[str, str]) -> None:

@@ -8,9 +8,8 @@ from ..errors import InputError
 from .config import Settings
 from .float8 import check_quantization
 from .gemma import gemma2, gemma3
-from .llama import granite, llama, ministral, mistral, olmo2, phi3, smollm3
+from .llama import granite, llama, ministral, mistral, olmo2, phi3, qwen2, qwen3, smollm3
 from .moe import mixtral, qwen3_moe
-from .qwen import qwen2, qwen3
 from .spec import Spec
 
 

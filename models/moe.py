@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from ..kernels.experts import grouped_product
 from ..kernels.swiglu import swiglu
 from .config import Settings
-from .llama import common, window
-from .qwen import qwen3
+from .llama import common, qwen3, window
 from .spec import Spec
 
 _APART = re.compile(r"(.+)\.\w+\.experts\.(0|[1-9][0-9]*)\.(?:(gate_proj|up_proj|w[13])|down_proj|w2)\.weight")

@@ -6,14 +6,13 @@ than a module's tree of `nn.Linear` and `NF4Linear` layers.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.spans import Spans
+from ..lora.active import evaluating as evaluating
 from ..lora.adapter import Adapter
 from ..lora.linear4bit import Module4bit
 from .recompute import Checkpointing
@@ -127,16 +126,3 @@ class CausalLM(nn.Module, ABC):
         """Logits [B, T, vocab_size]; the arguments are those of `hidden`."""
         logits: Tensor = self.head()(self.hidden(input_ids, position_ids, spans, cache, mask))
         return logits
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; each module's mode before (a frozen norm's) is restored after."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

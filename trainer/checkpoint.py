@@ -60,9 +60,12 @@ def save_checkpoint(folder: Path | str, step: int, tensors: Groups, state: Mappi
     folder = Path(folder)
     text = json.dumps(state, sort_keys=True, allow_nan=False, indent=1).encode() + b"\n"
     needed = len(text) + 200 * (len(tensors) + 2)  # headers and the manifest are reckoned
-    for group, members in tensors.items():
-        _check_finite(group, members)
-        needed += sum(tensor.nbytes + 100 + len(name) for name, tensor in members.items())
+    needed += sum(tensor.nbytes + 100 + len(name) for own in tensors.values() for name, tensor in own.items())
+    if bad := _nonfinite(tensors):
+        raise NumericError(
+            f"{bad} holds NaN or infinity, so no checkpoint was written; earlier ones are untouched. Lower the "
+            "learning rate, or look at the batch of this step."
+        )
     with files.disk_errors(f"the checkpoint of step {step}", folder, needed):
         folder.mkdir(parents=True, exist_ok=True)
         files.remove_stale(folder)
@@ -119,10 +122,8 @@ def load_checkpoint(path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dic
         state = json.loads((path / STATE).read_bytes())
     if not isinstance(state, dict):
         raise InputError(f"{path / STATE}: must hold a JSON object, holds a {type(state).__name__}")
-    for group, members in tensors.items():
-        for key, tensor in members.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise InputError(f"{path}: {shown(key)} of {group} holds NaN or infinity, which no checkpoint may")
+    if bad := _nonfinite(tensors):
+        raise InputError(f"{path}: {shown(bad)} holds NaN or infinity, which no checkpoint may")
     return tensors, state
 
 
@@ -184,13 +185,10 @@ def verify_checkpoint(path: Path) -> set[str]:
     return set(listed)
 
 
-def _check_finite(group: str, members: Mapping[str, Tensor]) -> None:
-    for name, tensor in members.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise NumericError(
-                f"{group}/{name} holds NaN or infinity, so no checkpoint was written; earlier ones are untouched. "
-                "Lower the learning rate, or look at the batch of this step."
-            )
+def _nonfinite(tensors: Groups) -> str:
+    """The first tensor that holds NaN or infinity, as group/name; "" for none."""
+    named = ((f"{group}/{name}", own[name]) for group, own in tensors.items() for name in own)
+    return next((name for name, x in named if x.is_floating_point() and not bool(x.isfinite().all())), "")
 
 
 def packed(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
@@ -234,11 +232,8 @@ def _dump_manifest(form: str, step: int, serial: int, listed: Listed) -> bytes:
 
 def _read_manifest(path: Path) -> tuple[int, Listed]:
     """The serial number and the files in `path/manifest.json`, which is checked (not the files it names)."""
-    file = files.regular_file(path, MANIFEST)
-    if file.stat().st_size > _MANIFEST_LIMIT:
-        raise InputError(f"{file}: larger than {_MANIFEST_LIMIT:,} bytes, so not a checkpoint manifest")
+    raw = files.read_bytes(file := files.regular_file(path, MANIFEST), _MANIFEST_LIMIT)
     with _reading(file):
-        raw = file.read_bytes()
         body = json.loads(raw)
         listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in body["files"].items()}
         form, step, serial = str(body["format"]), int(body["step"]), int(body["serial"])

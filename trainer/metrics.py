@@ -73,7 +73,10 @@ def read_metrics(path: Path, notes: list[str] | None = None) -> list[dict[str, A
     with path.open(encoding="utf-8", errors="replace") as file:
         while line := file.readline(LONGEST_LINE):
             try:
-                records.append(_record(line))
+                record: dict[str, Any] = json.loads(line)
+                checked("metrics", record, dict[str, float | bool | None])
+                checked("step", record.get("step"), int, {"least": 0, "most": LARGEST})
+                records.append(record)
             except (ValueError, RecursionError):
                 damaged += line.endswith("\n")
     if damaged and notes is not None:
@@ -84,14 +87,6 @@ def read_metrics(path: Path, notes: list[str] | None = None) -> list[dict[str, A
 def finite(value: float) -> float | None:
     """JSON has no NaN: a metric that is none is null."""
     return value if math.isfinite(value) else None
-
-
-def _record(line: str) -> dict[str, Any]:
-    """What a line holds; ValueError where it is no record."""
-    record: dict[str, Any] = json.loads(line)
-    checked("metrics", record, dict[str, float | bool | None])
-    checked("step", record.get("step"), int, {"least": 0, "most": LARGEST})
-    return record
 
 
 def _tensorboard(folder: Path, resumed_at: int) -> Any:

@@ -9,7 +9,7 @@ from fourbit.kernels.linear_divergence import Divergence, DivergenceScorer
 from fourbit.lora.layer import AdapterLayer
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
-from fourbit.trainer.losses.divergence import token_divergence
+from fourbit.trainer.losses.tokens import token_divergence
 
 V, N = 61, 11
 

@@ -15,8 +15,7 @@ from fourbit.kernels.linear_divergence import Divergence
 from fourbit.lora.layer import AdapterLayer
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
-from fourbit.trainer.losses.divergence import token_divergence
-from fourbit.trainer.losses.tokens import token_scores
+from fourbit.trainer.losses.tokens import token_divergence, token_scores
 
 V, D, ROWS = 8192, 64, 16  # ROWS: of a chunk
 CHUNK = 4 * V * ROWS

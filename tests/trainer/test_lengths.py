@@ -16,7 +16,7 @@ from fourbit.models import decoder
 from fourbit.models.decoder import Decoder
 from fourbit.models.spec import Spec
 from fourbit.trainer.loop import Run
-from fourbit.trainer.losses import divergence, tokens
+from fourbit.trainer.losses import tokens
 from fourbit.trainer.losses.tokens import batch_token_scores, token_scores
 from fourbit.trainer.planner import memory_used
 
@@ -121,8 +121,8 @@ def test_padding_changes_neither_scores_nor_gradients(
 @pytest.mark.usefixtures("as_if_bf16")
 def test_a_teacher_s_rows_are_padded_with_the_student_s() -> None:
     head, hidden, theirs = (torch.randn(n, 16).bfloat16() for n in (30, 9, 9))
-    got = divergence.token_divergence(head, hidden, head, theirs)
-    want = divergence.token_divergence(head.float(), hidden.float(), head.float(), theirs.float())
+    got = tokens.token_divergence(head, hidden, head, theirs)
+    want = tokens.token_divergence(head.float(), hidden.float(), head.float(), theirs.float())
     assert got.shape == (9,) and torch.allclose(got, want, rtol=0.05, atol=0.05)
     assert len(token_scores(head, hidden, torch.arange(9)).logps) == 9
 

@@ -13,8 +13,7 @@ from fourbit.lora.linear4bit import NF4Linear
 from fourbit.lora.lora import LoRA
 from fourbit.models.decoder import Decoder
 from fourbit.models.spec import Spec
-from fourbit.trainer.losses.divergence import token_divergence
-from fourbit.trainer.losses.tokens import batch_token_scores, token_kl, token_scores
+from fourbit.trainer.losses.tokens import batch_token_scores, token_divergence, token_kl, token_scores
 
 V, D = 61, 16
 HEADS = [
