@@ -185,10 +185,12 @@ class NF4Linear(Module4bit):
 
     @property
     def in_features(self) -> int:
+        """Columns of the weight."""
         return self.shape[1]
 
     @property
     def out_features(self) -> int:
+        """Rows of the weight."""
         return self.shape[0]
 
     @classmethod
