@@ -21,8 +21,6 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerOptions(Checked):
-    """Whose tokenizer and template."""
-
     title: ClassVar[str] = "model"
     model: str = setting(REQUIRED, "Hugging Face folder or .gguf file", metavar="PATH")
     template: str | None = setting(
@@ -32,8 +30,6 @@ class TokenizerOptions(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(TokenizerOptions):
-    """Which model, and how it is loaded."""
-
     title: ClassVar[str] = "model"
     quant: Quant | None = setting(
         None,
@@ -49,8 +45,6 @@ class ModelOptions(TokenizerOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterChoice(Checked):
-    """Which adapter the model carries."""
-
     title: ClassVar[str] = "adapter"
     adapter: str | None = setting(
         None, "folder of a LoRA adapter, PEFT's format; a training goes on from it, or else makes one", metavar="DIR"
@@ -65,8 +59,6 @@ class AdaptedModelOptions(AdapterChoice, ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AnsweringOptions(AdaptedModelOptions):
-    """A model that answers."""
-
     keep_dense: KeepDense = setting("auto", "decode 4-bit weights once; auto: on a CPU, where memory allows")
 
 
@@ -84,8 +76,6 @@ class RowOptions(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(Sampling):
-    """How tokens are drawn, and how many."""
-
     title: ClassVar[str] = "sampling"
     max_new_tokens: int = setting(256, "tokens an answer may have", least=1)
     seed: int = setting(0, "seed of sampling", least=0, most=LARGEST)
@@ -97,8 +87,6 @@ class SamplingOptions(Sampling):
 
 @dataclass(frozen=True, kw_only=True)
 class ResultOptions(Checked):
-    """How results are printed."""
-
     title: ClassVar[str] = "output"
     json: bool = setting(False, "print one JSON line of results, last and alone on stdout")
 

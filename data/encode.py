@@ -184,7 +184,6 @@ def measure(dataset: Dataset) -> None:
 
 
 def digest(content: list[Any]) -> bytes:
-    """SHA-256 of JSON."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).digest()
 

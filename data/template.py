@@ -167,7 +167,6 @@ class _Child:
                 raise
 
     def stop(self) -> None:
-        """End the process, if there is one."""
         process, self.process = self.process, None
         if process is not None:
             process.kill()

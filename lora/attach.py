@@ -1,7 +1,7 @@
-"""Attach adapters to layers of any module, and copies of what else is to be trained to their modules."""
+"""The kinds of adapters; attach them to layers of any module, with copies of what else is trained of their modules."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import cast
@@ -12,23 +12,46 @@ from torch import nn
 from ..errors import InputError
 from ..settings import DType, floating
 from .active import train_only, use
-from .adapter import Adapter, Copies, Whole
+from .adalora import AdaLoRA
+from .adapter import Adapter, Copies, Course, Whole
 from .config import LoRAConfig
+from .dora import DoRA
+from .ia3 import IA3
 from .init import Tell, Weights, eva, started
-from .kinds import LayerFactory, of_kind
-from .layer import DEFAULT, AdapterLayer, adapter_layers, refuse_second, replace_modules
-from .linear4bit import Module4bit, NF4Embedding
-from .lora import LoRA
+from .layer import DEFAULT, AdapterLayer, adapter_layers, adapters_of, refuse_second, replace_modules
+from .linear4bit import Module4bit, NF4Embedding, NF4Linear
+from .lora import LoRA, LoRAFA, is_linear
 from .parameter4bit import StandIn
 from .peft_config import PeftConfig, PeftLike, from_peft
 from .targets import base_modules, check_patterns_used, expose, matcher, nearest, resolve
 from .tokens import token_rows
-from .vera import join
+from .vera import VeRA, join
 
+LayerFactory = Callable[[nn.Linear | NF4Linear, LoRAConfig], Adapter]
+KINDS: dict[str, type[Adapter]] = {"lora": LoRA, "dora": DoRA, "lora-fa": LoRAFA, "ia3": IA3, "adalora": AdaLoRA,
+                                   "vera": VeRA}  # fmt: skip
 UNCOPIED: dict[type | tuple[type, ...], str] = {  # what modules_to_save cannot train -> why, and what to do
     Module4bit: "are in 4 bits and cannot be trained: leave them dense (skip in quantize_)",
     (nn.ParameterList, nn.ParameterDict): "are read, not called: register their parameters in the module around",
 }
+
+
+def of_kind(base: nn.Module, config: LoRAConfig) -> Adapter:
+    """An adapter of the kind that `config` says, for that layer. InputError for one that no such kind changes."""
+    if config.kind != "lora" and not is_linear(base):
+        raise InputError(f"kind={config.kind!r} changes linear layers, and target names a {type(base).__name__} too")
+    return KINDS[config.kind].of(base, config)
+
+
+def courses(model: nn.Module, trained: Iterable[nn.Parameter], steps: int | None) -> list[Course]:
+    """What a run of `steps` does with each adapter that holds some of these parameters, besides moving them."""
+    ids, names = {id(p) for p in trained}, {n for layer in adapter_layers(model).values() for n in layer.adapters}
+    found: list[Course | None] = []
+    for parts in (adapters_of(model, name).values() for name in sorted(names)):
+        own = [part for part in parts if any(id(parameter) in ids for parameter in part.parameters())]
+        kinds: dict[type[Adapter], None] = dict.fromkeys(map(type, own))
+        found += [kind.course([part for part in own if type(part) is kind], steps) for kind in kinds]
+    return [course for course in found if course is not None]
 
 
 def attach(

@@ -10,7 +10,7 @@ from ..errors import InputError, shown
 from ..settings import Checked, checked, setting
 
 Number = TypeVar("Number", int, float)
-Kind = Literal["lora", "dora", "lora-fa", "ia3", "adalora", "vera"]  # the words of kinds.py
+Kind = Literal["lora", "dora", "lora-fa", "ia3", "adalora", "vera"]  # the words of attach.py
 _ANY = "kind", "target", "exclude", "modules_to_save"
 USED = {"ia3": (*_ANY, "feedforward"), "vera": (*_ANY, "rank", "dropout", "projection_seed")}  # of other kinds all
 OWN = {"adalora": ("initial_rank", "rank_warmup", "rank_final"), "ia3": ("feedforward",), "vera": ("projection_seed",),
@@ -21,7 +21,7 @@ OWN = {"adalora": ("initial_rank", "rank_warmup", "rank_final"), "ia3": ("feedfo
 class LoRAConfig(Checked):
     """Settings of LoRA (Hu et al. 2021): rank r and alpha give W + (alpha / r) B A; rsLoRA divides by sqrt(r) instead.
 
-    kind: which adapter, a word of `KINDS` (lora/kinds.py).
+    kind: which adapter, a word of `KINDS` (lora/attach.py).
     target: "all-linear" (every linear layer but output heads), "attn", "mlp", a list of names (full paths or their
         last parts), or one string taken as a regular expression that must match a full path. Embeddings and
         convolutions get an adapter where they are named.

@@ -21,12 +21,11 @@ from ..outputs import check_apart
 from ..settings import DType, floating
 from .adalora import as_lora
 from .adapter import Adapter, Whole
-from .attach import fresh, install
+from .attach import LayerFactory, fresh, install, of_kind
 from .config import LoRAConfig
 from .dora import MAGNITUDE
 from .identity import BaseIdentity, base_identity
 from .init import Weights, started
-from .kinds import LayerFactory, of_kind
 from .layer import DEFAULT, adapters_of, carried, plain_name, refuse_left_out, unwrapped
 from .linear4bit import Module4bit, NF4Linear, NF4LowRank
 from .lora import OWN, LoRA, LoRAEmbedding, LoRAParameter, lora_kind

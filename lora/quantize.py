@@ -66,7 +66,12 @@ def quantize_(
     Raises InputError when nothing is left to quantise, and when a weight holds NaN or infinity (naming the tensor)."""
     form = Form(quant_type, blocksize, double_quant).checked()
     if not (plan := uniform_plan(module, form, skip, embeddings)):
-        raise InputError(_nothing_to_quantize(module, skip))
+        if any(isinstance(layer, Module4bit) for layer in module.modules()):
+            what = "the 4-bit layers of this model are already in place"
+            raise InputError(f"quantize_ found no dense linear layer to quantise: {what}")
+        dense = [f"{', '.join([*names][:8])} ({why})" for why, names in dense_weights(module, skip).items()]
+        found = "; ".join(dense) or "it has none"
+        raise InputError(f"quantize_ finds no layer of this {type(module).__name__} to quantise: {found}")
     return quantize_by_plan_(module, plan)
 
 
@@ -192,11 +197,3 @@ def _quantized(layer: Any, name: str, form: Form, twin: Module4bit | None = None
     new.dtype, new.conv1d = layer.weight.dtype, is_conv1d(layer)
     vars(new).update({n: held for n, held in vars(layer).items() if "hook" in n or n in StandIn.__annotations__})
     return new.train(layer.training)
-
-
-def _nothing_to_quantize(module: nn.Module, skip: str | Sequence[str] | None) -> str:
-    """Why `quantize_` found no work, and what to do about it."""
-    if any(isinstance(layer, Module4bit) for layer in module.modules()):
-        return "quantize_ found no dense linear layer to quantise: the 4-bit layers of this model are already in place"
-    dense = [f"{', '.join([*names][:8])} ({why})" for why, names in dense_weights(module, skip).items()]
-    return f"quantize_ finds no layer of this {type(module).__name__} to quantise: {'; '.join(dense) or 'it has none'}"

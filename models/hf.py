@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..errors import InputError, shown
 from ..files import FLOATS, misfits, opened_tensors, read_json, regular_file
+from ..lora.convert import FORM, packed_layer
 from ..lora.linear4bit import Module4bit
-from ..lora.packed import FORM, packed_layer
 from .float8 import FLOAT8, Header, check_quantization, decoded, scale_names
 
 SINGLE = "model.safetensors"

@@ -47,12 +47,10 @@ class Choice:
 
     @property
     def form(self) -> Form | None:
-        """How the weight is kept."""
         return None if self.quant_type is None else Form(self.quant_type, self.blocksize, self.double_quant)
 
     @property
     def said(self) -> str:
-        """The form in a word."""
         nodq = "" if self.double_quant else "-nodq"
         return "dense" if self.quant_type is None else f"{self.quant_type}{nodq}/{self.blocksize}"
 

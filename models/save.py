@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files import check_finite, disk_errors, read_json, size_of, write_tensors, write_text, write_whole
+from ..lora.convert import packed_tensors
 from ..lora.layer import plain_modules, unwrapped
 from ..lora.linear4bit import Module4bit, weight_id
 from ..lora.lora import is_linear
 from ..lora.merge import merged_state
-from ..lora.packed import packed_tensors
 from ..lora.peft_files import save_low_rank
 from ..outputs import check_apart
 from ..settings import DTYPES

@@ -167,7 +167,6 @@ class Pager:
         return (page.slice(self._host(page)) for page in self.pages)
 
     def host_bytes(self) -> int:
-        """Host memory that pages have."""
         return sum(page.size for page in self.pages if page.host is not None)
 
     def evict_all(self) -> int:

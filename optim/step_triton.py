@@ -40,7 +40,6 @@ class Tables:
         self.groups = list(dict.fromkeys(state.group for state in rows))
 
     def find(self) -> None:
-        """Bring the addresses up to date."""
         found: list[int] = []
         for entry in self.entries:
             if entry.weights is None or entry.gradient is None or is_fake(entry.weights):

@@ -252,7 +252,6 @@ def _batches(part: Slice, steps: list[float]) -> list[Batch]:
 
 
 def _cut(part: Slice, steps: list[float]) -> list[list[Segment]]:
-    """The segments of each batch."""
     most, end, cut = BATCH[part.state.bits], 0, list[list[Segment]]()
     segments = [s for s in part.state.segments(part.start, part.end) if s.entry.gradient is not None]
     for entry, start, length, offset in segments:

@@ -28,7 +28,7 @@ from ..data.protocol import AnyTokenizer
 from ..errors import InputError
 from ..files import misfits
 from ..kernels.chunked_head import TokenScores
-from ..lora.kinds import courses
+from ..lora.attach import courses
 from ..lora.layer import adapter_layers, adapter_parameters, plain_name, unwrapped
 from ..models.foreign import as_causal_lm
 from ..models.generate import generate

@@ -13,8 +13,8 @@ from torch import nn
 
 import fourbit
 from fourbit.kernels.weight4bit import BLOCKSIZES
+from fourbit.lora.convert import packed_layer, packed_tensors
 from fourbit.lora.linear4bit import Module4bit
-from fourbit.lora.packed import packed_layer, packed_tensors
 from fourbit.models.load import load_decoder
 
 STORAGE = [torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8]

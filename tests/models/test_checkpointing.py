@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fourbit
-from fourbit.lora.kinds import KINDS
+from fourbit.lora.attach import KINDS
 from fourbit.models import recompute
 from fourbit.models.decoder import Decoder
 from fourbit.models.families import read_spec
