@@ -71,11 +71,12 @@ class DoRA(LoRA):
     def _keep(self, name: str, base: nn.Module, make: Callable[[nn.Module], Tensor], *others: Tensor) -> Tensor:
         """make(base), without autograd and autocast; made anew if the base's weight or `others` are not as they were.
 
-        In compiled code and of tensors that stand in for parameters, as in transforms, it is made each time.
+        In compiled code, of tensors that stand in for parameters, as in transforms, and of weights that were made in
+        inference mode, which count no changes, it is made each time.
         """
         tensors = cast(Tensor, base.packed if isinstance(base, Module4bit) else base._parameters.get("weight")), *others
         with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
-            if torch.compiler.is_compiling() or any(type(t) is not nn.Parameter for t in tensors):
+            if torch.compiler.is_compiling() or any(type(t) is not nn.Parameter or t.is_inference() for t in tensors):
                 return make(base)
             marks = [(getattr(base, "dtype", None), t._version, t.data_ptr(), t.device, t.dtype) for t in tensors]
             refs, known, made = self.kept.get(name, ((), None, None))

@@ -152,10 +152,11 @@ def merging(model: nn.Module, within: float, adapters: bool = True) -> Iterator[
         elif isinstance(base, NF4Linear):
             makes[base] = partial(dequantize, base)
     total = sum(cast(Tensor, own.weight).numel() * cast(Tensor, own.weight).dtype.itemsize for own in makes)
-    new = {own: make() for own, make in makes.items()} if total <= within else {}
-    for module in model.modules() if new else ():
-        layers = [vars(module)["_modules"][name] for name in vars(module).get("together", ())]
-        _join([new.get(layer) or new.get(getattr(layer, "base", layer)) for layer in layers])
+    with torch.inference_mode(False), torch.no_grad():  # DoRA knows by their versions whether weights have changed
+        new = {own: make() for own, make in makes.items()} if total <= within else {}
+        for module in model.modules() if new else ():
+            layers = [vars(module)["_modules"][name] for name in vars(module).get("together", ())]
+            _join([new.get(layer) or new.get(getattr(layer, "base", layer)) for layer in layers])
     try:
         replace_modules(model, new)
         yield total if new else 0

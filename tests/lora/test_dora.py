@@ -252,6 +252,17 @@ def test_norms_made_in_inference_mode_train() -> None:
     assert all(p.grad is not None for p in adapter_parameters(model).values())
 
 
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_model_made_in_inference_mode_computes(bits: int) -> None:
+    """Its weights count no changes, so its norms are made anew each time."""
+    with torch.inference_mode():
+        model, x = stirred(bits=bits), torch.randn(6, 64)
+        first = model(x)
+        assert gap(first, stirred(bits=bits)(x)) < 1e-6
+        model[0].adapters["default"].lora_B.mul_(2)
+        assert not torch.equal(model(x), first)
+
+
 def test_a_row_of_zeros_stays_finite() -> None:
     model = make(bias=False)
     with torch.no_grad():

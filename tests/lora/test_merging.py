@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fourbit
+from fourbit.lora.layer import adapter_layers
 from fourbit.models.decoder import Decoder
 from fourbit.models.families import read_spec
 from tests.lora.test_merge import X, adapted, randomised, toy
@@ -61,6 +62,21 @@ def test_a_block_that_decodes_bases_alone_lets_adapters_be_switched() -> None:
             torch.testing.assert_close(model(rows), wanted, rtol=1e-5, atol=1e-5)
         with fourbit.adapters_off(model):
             assert not torch.allclose(model(rows), wanted)
+
+
+def test_dora_beside_a_decoded_base_keeps_its_norms_in_inference_mode() -> None:
+    """As answers are generated: the weights of a block count their changes, whatever mode it is in."""
+    model = fourbit.quantize_(nn.Sequential(toy()))
+    fourbit.attach(model, fourbit.LoRAConfig(rank=4, kind="dora"))
+    randomised(model)
+    layer = next(iter(adapter_layers(model).values()))
+    wanted = model(X).detach()
+    with torch.inference_mode(), fourbit.merging(model, 1e9, adapters=False) as held:
+        assert held
+        torch.testing.assert_close(model(X), wanted, rtol=1e-5, atol=1e-5)
+        norms = [layer.adapters["default"].norms(layer.base) for _ in range(2)]
+        assert norms[0] is norms[1]
+    torch.testing.assert_close(model(X), wanted, rtol=0, atol=0)
 
 
 def test_a_block_leaves_what_is_hooked_compiled_or_cannot_say_its_change() -> None:
