@@ -26,7 +26,8 @@ def show(options: Any, case: Case, tokens: float) -> int:
         flops = 2 * 1024**3 / product.blocked_autorange(min_run_time=0.1).median
     asked, plain = KEPT.get(case.config.checkpointing), case.forecast()
     words = [asked] * case.layers if asked else case.words(memory - plain.peak + plain.beside)
-    found, levers = case.mixed(words), case.levers(words)
+    found, saves = case.mixed(words), case.levers(words)
+    levers = {"--" + change.replace("_", "-").replace("=", " "): size for change, size in saves.items()}
     seconds = tokens / case.batch.tokens * found.flops / flops
     lean = case.forecast("host" if device == "cuda" else "input")
     ways = {"as it is": plain.peak, "--checkpointing auto": lean.peak, "does not fit": 0}

@@ -1148,6 +1148,7 @@ NOT_FOLLOWED = {  # why -> what
         for words in ("fine-tune a model on chat rows", "answer every row of a file", "--help    all flags")
     ]
     + [("lora/targets.py", "takes away all")]
+    + [("cli/forecast.py", words) for words in ("--checkpointing auto", "keep {}: {} MiB")]
     + [("trainer/checkpoint.py", "keep 1 or more"), ("trainer/losses/objective.py", "loss must be NAME or NAME=WEIGHT")]
     + [("cli/main.py", "fourbit quantize --model M"), ("cli/quantize.py", "--budget must be a size above 0")]
     + [("cli/quantize.py", "say it once"), ("cli/main.py", "fourbit export --model M --to gguf")]

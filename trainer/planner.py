@@ -241,10 +241,10 @@ class Case:
         now, config = self.mixed(words), self.config
         parts, full, small = now.parts, getattr(config, "full", False), max(self.sizes) / max(1, self.batch.tokens)
         found = {
-            "--checkpointing on": now.peak - self.forecast("input").peak if "input" not in words else 0,
-            "--micro-batch 1": round(parts["activations"] * (1 - small)),
-            f"--optimizer {config.optimizer}8bit": 0 if "8bit" in config.optimizer else parts["optimizer"] * 3 // 4,
-            "--quant nf4": 0 if parts["scales"] or full else parts["base"] * 3 // 5,
+            "checkpointing=on": now.peak - self.forecast("input").peak if "input" not in words else 0,
+            "micro_batch=1": round(parts["activations"] * (1 - small)),
+            f"optimizer={config.optimizer}8bit": 0 if "8bit" in config.optimizer else parts["optimizer"] * 3 // 4,
+            "quant=nf4": 0 if parts["scales"] or full else parts["base"] * 3 // 5,
         }
         return dict(sorted(((c, size) for c, size in found.items() if size > 0), key=lambda both: -both[1]))
 

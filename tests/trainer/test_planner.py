@@ -129,7 +129,7 @@ def test_every_change_that_is_named_saves_about_what_is_said() -> None:
     assert [*levers.values()] == sorted(levers.values(), reverse=True)
     eighth = case_of(model_of(full=True), full=True, optimizer="adamw8bit").forecast("products")
     saved = case.forecast("products").parts["optimizer"] - eighth.parts["optimizer"]
-    assert levers["--optimizer adamw8bit"] == pytest.approx(saved, rel=0.5)  # small tensors keep 32 bits
+    assert levers["optimizer=adamw8bit"] == pytest.approx(saved, rel=0.5)  # small tensors keep 32 bits
 
 
 @contextmanager
