@@ -84,12 +84,15 @@ def main() -> None:
     parser.add_argument("--dtype", type=lambda name: names.get(name, name), choices=names.values(), default="float32")
     parser.add_argument("--sides", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads of each side")
+    parser.add_argument("--out", type=Path, help="a file for the JSON line, too")
     options = parser.parse_args()
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}  # the workers' too
     model, sizes = (options.model or find_model()).resolve(), [int(size) for size in options.rows.split(",")]
     with tempfile.TemporaryDirectory(prefix="generate-") as folder:
         prepare(Path(folder), model, sizes, options.threads)
         figures = measure(options, Path(folder), model, sizes)
+    if options.out:
+        options.out.write_text(json.dumps(figures) + "\n")
     print(json.dumps(figures))
 
 

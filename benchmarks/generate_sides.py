@@ -18,6 +18,12 @@ def ours(folder: Path, model_path: str, dtype: str, keep_dense: Any = "auto") ->
 
     model, _ = fourbit.load(model_path, quant_type="nf4", dtype=dtype)
     take_packed(model, folder / PACKED)
+    return own(model, keep_dense)
+
+
+def own(model: Any, keep_dense: Any) -> Step:
+    """Greedy generation of ours."""
+    import fourbit
 
     def step(rows: Sequence[Row]) -> float:
         how: dict[str, Any] = {"stop_ids": rows[0]["stops"], "keep_dense": keep_dense, "batch_size": len(rows)}

@@ -5,6 +5,7 @@ that ends, and others join while the rest go on. A pass reads keys up to the nex
 what is beyond each row's own end: shapes stay few, and where a row stands is known to the device.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Self
 
@@ -81,6 +82,13 @@ class KVCache:
             self._rooms[layer] = room.index_select(1, rows)
         self._count([self.counts[row] for row in rows.tolist()])
 
+    def fork(self, rows: Sequence[int]) -> Self:
+        """A cache of its own of these rows."""
+        new = copy.copy(self)
+        new._rooms = [*self._rooms]
+        new.select(torch.tensor(rows, dtype=torch.int64, device=self.lengths.device))
+        return new
+
     def leave(self, row: int) -> None:
         """Go on without that row: the last one takes its place."""
         last, count = len(self.counts) - 1, self.counts[-1]
@@ -91,21 +99,24 @@ class KVCache:
         self.counts.pop()
 
     def join(self, other: Self) -> None:
-        """Take the rows of another one behind its own, into places that rows have left: there must be enough."""
+        """Take the rows of another one behind its own, into places that rows have left, or new ones."""
         here, width = len(self.counts), other.length
         for layer, new in enumerate(other._rooms):
-            room = self._roomy(layer, new[0].transpose(1, 2), width)
+            room = self._roomy(layer, new[0].transpose(1, 2), width, here + len(other.counts))
             room[:, here : here + len(other.counts), :, :width] = new[:, :, :, :width]
         self._count([*self.counts, *other.counts])
 
     def _count(self, counts: Sequence[int]) -> None:
-        self.counts, self.lengths = [*counts], torch.tensor(counts, device=self.lengths.device)
+        self.counts = [*counts]
+        self.lengths = torch.tensor(counts, dtype=torch.int64, device=self.lengths.device)
 
-    def _roomy(self, layer: int, like: Tensor, keys: int) -> Tensor:
-        """The layer's room, with a capacity of so many keys at least; for `like` [B, T, K, D] where there is none."""
+    def _roomy(self, layer: int, like: Tensor, keys: int, rows: int = 0) -> Tensor:
+        """The layer's room, of at least so many keys and rows; for `like` [B, T, K, D] where there is none."""
         if layer == len(self._rooms):
             self._rooms.append(like.new_empty(2, like.shape[0], like.shape[2], 0, like.shape[3]))
         room = self._rooms[layer]
+        if rows > room.shape[1]:
+            room = self._rooms[layer] = F.pad(room, (0, 0, 0, 0, 0, 0, 0, rows - room.shape[1]))
         if (more := keys - (had := room.shape[3])) > 0:
             more = max(bucket(keys), min(2 * had, bucket(self.most))) - had
             # of zeros: what no row sees counts with weight 0, and 0 times what lies in empty memory may be NaN

@@ -1,7 +1,7 @@
 """The texts that generation continues together: read, advanced by a token at a time, and left as their answers end."""
 
-import copy
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -31,6 +31,11 @@ class Row:
     def text(self) -> list[int]:
         return [*self.prompt, *self.answer]
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What its next token depends on, but for luck."""
+        return self.adapter, *self.prompt, *self.answer
+
 
 class Together:
     """Rows in any cache: all end together, padded on the left, and those that wait come when the last has left."""
@@ -43,16 +48,22 @@ class Together:
         self.model, self.choose, self.named, self.rows = model, choose, named, list[Row]()
 
     def read(self, new: Sequence[Row]) -> Tensor:
-        """Read the texts of these rows, which come behind the others. Returns the token [B] that follows each."""
-        texts = [row.text for row in new]
-        self.cache, self.rows, self.width = self.model.new_cache(), [*new], max(map(len, texts))
+        """Read the texts of these rows, which come behind the others; one that several have is read once. Returns the
+        token [B] that follows each."""
+        once = {row.key: row for row in new}
+        texts = [row.text for row in once.values()]
+        self.cache, self.rows, self.width = self.model.new_cache(), [*once.values()], max(map(len, texts))
         # of a token of its own: another's activations might overflow, and NaN passes through every mask
-        return self._next([text[:1] * (self.width - len(text)) + text for text in texts])
+        with self.answering(self.rows):
+            states = self._states([text[:1] * (self.width - len(text)) + text for text in texts])
+        self.rows = [*new]
+        return self._forked(self.cache, _places(once), states, new)
 
     def step(self) -> Tensor:
         """Read the last token of every row, which is the one that was chosen. Returns the token [B] after it."""
         self.width += 1
-        return self._next([row.answer[-1:] for row in self.rows])
+        with self.answering(self.rows):
+            return self.choose(self._states([row.answer[-1:] for row in self.rows]), self.rows)
 
     def leave(self, places: Sequence[int]) -> None:
         """Take rows out; those that stay may stand in another order then."""
@@ -65,12 +76,19 @@ class Together:
         """A block in which each of these rows has its own adapter, if they do."""
         return rows(self.model, [row.adapter for row in these]) if self.named else nullcontext()
 
-    def _next(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+    def _states(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """The hidden state [B, D] of each row's last token, when these are read."""
         shown = torch.arange(self.width) >= torch.tensor([[self.width - len(row.text)] for row in self.rows])
         mask = None if self.joins or shown.all() else shown.to(self.model.device)
-        with self.answering(self.rows):
-            states = self.model.hidden(self._sent(tokens), cache=self.cache, mask=mask)
-            return self.choose(states[:, -1], self.rows)
+        return self.model.hidden(self._sent(tokens), cache=self.cache, mask=mask)[:, -1]
+
+    def _forked(self, cache: Cache, keys: Mapping[Any, int], states: Tensor, new: Sequence[Row]) -> Tensor:
+        """The token [B] that follows each of these rows, which continue the cache's `keys`, in any number each."""
+        places = [keys[row.key] for row in new]
+        if places != [*range(len(keys))]:
+            cache.select(self._sent(places))
+        with self.answering(new):
+            return self.choose(states[places], new)
 
     def _sent(self, numbers: Any) -> Tensor:
         return torch.tensor(numbers, device=self.model.device)
@@ -78,7 +96,8 @@ class Together:
 
 class Ragged(Together):
     """Rows of their own lengths in our own cache, so that others join while some go on. What all of `order` begin with
-    (a system prompt) is read once for a call, with each adapter."""
+    (a system prompt) is read once for a call, with each adapter; so is each text, while rows that have it come in turn.
+    """
 
     cache: KVCache
     joins = True
@@ -89,23 +108,27 @@ class Ragged(Together):
         self.trunk.most = max(len(row.prompt) + row.room for row in order)
         first, last, limit = min(texts), max(texts), min(map(len, texts)) - 1  # these two differ first of all
         shared = next((i for i in range(limit) if first[i] != last[i]), limit)
-        self.adapters = {row.adapter: row for row in order}
-        if model.shares_prompts and shared * (len(order) - len(self.adapters)) >= WORTH:
+        self.adapters, self.coming = {row.adapter: row for row in order}, Counter(row.key for row in order)
+        self.kept: tuple[Any, KVCache, Tensor] | None = None  # the last text that was read, if others with it come
+        if model.shares_prompts and shared * (len(self.coming) - len(self.adapters)) >= WORTH:
             with self.answering([*self.adapters.values()]):
                 model.hidden(self._sent([first[:shared]] * len(self.adapters)), cache=self.trunk)
 
     def read(self, new: Sequence[Row]) -> Tensor:
-        texts, cache = [row.text for row in new], copy.deepcopy(self.trunk)
-        if cache.counts:
-            cache.select(self._sent([[*self.adapters].index(row.adapter) for row in new]))
-        shared, ends = cache.length, torch.tensor([[len(text) - 1] for text in texts])
-        width = int(ends.max()) + 1
-        tokens = [text[shared:] + text[-1:] * (width - len(text)) for text in texts]
-        places = torch.minimum(torch.arange(shared, width), ends)  # where lengths matter, pads do not add to them
-        with self.answering(new):
-            states = self.model.hidden(self._sent(tokens), places.to(self.model.device), cache=cache)
-            chosen = self.choose(states[torch.arange(len(new)), ends[:, 0] - shared], new)
-        cache.cut([len(text) for text in texts])
+        once, kept = {row.key: row for row in new}, self.kept
+        if kept and (known := once.pop(kept[0], None)):
+            cache, states = kept[1].fork([0]), kept[2]
+            if once:
+                more, others = self._read([*once.values()])
+                cache.join(more)
+                states = torch.cat((states, others))
+            once = {kept[0]: known, **once}
+        else:
+            cache, states = self._read([*once.values()])
+        self.coming.subtract(row.key for row in new)
+        keys, last = _places(once), new[-1].key
+        self.kept = (last, cache.fork([keys[last]]), states[keys[last]][None]) if self.coming[last] > 0 else None
+        chosen = self._forked(cache, keys, states, new)
         if self.rows:
             self.cache.join(cache)
         else:
@@ -113,8 +136,25 @@ class Ragged(Together):
         self.rows += new
         return chosen
 
+    def _read(self, new: Sequence[Row]) -> tuple[KVCache, Tensor]:
+        """A cache of the texts of these rows, and the hidden state [B, D] of the last token of each."""
+        texts, adapters = [row.text for row in new], [*self.adapters]
+        cache = self.trunk.fork([adapters.index(row.adapter) for row in new] if self.trunk.counts else [])
+        shared, ends = cache.length, torch.tensor([[len(text) - 1] for text in texts])
+        width = int(ends.max()) + 1
+        tokens = [text[shared:] + text[-1:] * (width - len(text)) for text in texts]
+        places = torch.minimum(torch.arange(shared, width), ends)  # where lengths matter, pads do not add to them
+        with self.answering(new):
+            states = self.model.hidden(self._sent(tokens), places.to(self.model.device), cache=cache)
+        cache.cut([len(text) for text in texts])
+        return cache, states[torch.arange(len(new)), ends[:, 0] - shared]
+
     def leave(self, places: Sequence[int]) -> None:
         for place in sorted(places, reverse=True):
             self.cache.leave(place)
             self.rows[place] = self.rows[-1]
             self.rows.pop()
+
+
+def _places(keys: Iterable[Any]) -> dict[Any, int]:
+    return {key: place for place, key in enumerate(keys)}

@@ -111,7 +111,9 @@ def generate(
     rooms = [max_new_tokens if max_length is None else min(max_new_tokens, max_length - len(p)) for p in prompts]
     named = [None] * len(prompts) if adapters is None else adapters
     asked = [Row(*each) for each in zip(prompts, seeds, rooms, named, strict=True)]
-    order = sorted((row for row in asked if row.room), key=lambda row: (len(row.prompt), [*row.prompt]))
+    order = sorted(
+        (row for row in asked if row.room), key=lambda row: (len(row.prompt), [*row.prompt], str(row.adapter))
+    )
     sampling, how = Sampling(temperature, top_k, top_p), (model, next_tokens, adapters is not None)
     room = dense_room(model, keep_dense) if order else 0
     with evaluating(model), merging(model, room, adapters is None):

@@ -126,6 +126,7 @@ def test_layers_of_one_input_are_one_product_in_a_block(bias: bool) -> None:
         whole, parts = attention.q_proj.joined
         assert parts == (attention.q_proj, attention.k_proj, attention.v_proj)
         assert attention.k_proj.weight.untyped_storage().data_ptr() == whole.weight.untyped_storage().data_ptr()
+        assert whole.weight.stride() == attention.k_proj.weight.stride() == (1, 128)  # [in, out] in memory
         assert mlp.up_proj.joined[0] is mlp.gate_proj.joined[0] and not hasattr(mlp.down_proj, "joined")
         torch.testing.assert_close(model(ids), before, rtol=1e-4, atol=1e-5)
         whole.register_forward_hook(lambda *args: calls.append("whole"))

@@ -65,10 +65,17 @@ def test_rows_are_what_they_are_alone(seed: int) -> None:
             cache.leave(row)
             texts[row] = texts[-1]
             texts.pop()
-        if len(texts) < 4 and torch.rand(()) < 0.4:
-            other, more = new(4 - len(texts))
+        if len(texts) < 5 and torch.rand(()) < 0.4:
+            other, more = new(5 - len(texts))  # of which one row had no place at first
             cache.join(other)
             texts += more
+        if torch.rand(()) < 0.1:  # some of them, in any order, a copy of which goes on
+            rows = torch.randint(len(texts), (3,)).tolist()
+            cache, before, held = cache.fork(rows), cache, [*texts]
+            passed(cache, torch.full((3, 1, 1, 1), 7.0))
+            assert cache.counts == [len(texts[row]) + 1 for row in rows]
+            texts = [[*texts[row], 7.0] for row in rows]
+            assert before.counts == list(map(len, held))
         token = torch.rand(len(texts), 1, 1, 1)
         seen, keys = passed(cache, token)
         for row, text in enumerate(texts):

@@ -92,6 +92,16 @@ def test_logits_are_those_of_its_own_forward(whole: Any) -> None:
     assert first_nonfinite(whole, IDS[None]) is None
 
 
+def test_equal_prompts_are_read_once(whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = as_causal_lm(whole), list[int]()
+    first, second = IDS[:9].tolist(), IDS[3:7].tolist()
+    wanted = fourbit.generate(model, [first, second], max_new_tokens=4)
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids, *rest, **how: seen.append(len(ids)) or hidden(ids, *rest, **how))
+    assert fourbit.generate(model, [first, second, first, first], max_new_tokens=4) == [*wanted, wanted[0], wanted[0]]
+    assert seen == [2, 4, 4, 4]
+
+
 def test_generation_is_the_plain_loop(whole: Any) -> None:
     """Prompts longer than a window, of one beginning, and shorter ones: batched, padded, dropped when done."""
     assert (as_causal_lm(whole).new_cache().states is None) == (type(whole).__name__ == "MambaForCausalLM")

@@ -63,7 +63,8 @@ def starting(shared: int) -> list[list[int]]:
     [
         *((starting(shared), [(1, shared), (4, 5), (4, 1)]) for shared in (7, 70)),
         (starting(1), [(4, 6), (4, 1)]),  # a pass of its own would cost more than it saves
-        ([PROMPTS[2]] * 3, [(1, 10), (3, 1), (3, 1)]),  # equal prompts share all but the last token
+        ([PROMPTS[2]] * 3, [(1, 11), (3, 1)]),
+        ([PROMPTS[0], PROMPTS[2]] * 2, [(2, 11), (4, 1)]),
     ],
 )
 def test_a_common_start_is_read_once(
@@ -72,6 +73,20 @@ def test_a_common_start_is_read_once(
     answers = generate(model, prompts, max_new_tokens=10)
     assert shapes[: len(passes)] == passes
     assert answers == [slowly(model, prompt, 10) for prompt in prompts]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 12])
+def test_each_text_of_a_group_of_samples_is_read_once(
+    model: Decoder, batch_size: int, shapes: list[tuple[int, ...]]
+) -> None:
+    """Four samples of each of three prompts: rows that join late go on from what was read, and have their own luck."""
+    prompts = [[9, 8, *PROMPTS[i]] for i in (0, 2, 4)] * 4
+    how: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3, "stop_ids": [*range(20)]}
+    got = generate(model, prompts, batch_size=batch_size, **how)
+    assert sum(rows for rows, tokens in shapes if tokens > 1) == 3
+    seeds = prompt_seeds(prompts, 3)
+    assert got == [generate(model, [p], **{**how, "seed": [s]})[0] for p, s in zip(prompts, seeds, strict=True)]
+    assert len({tuple(answer) for answer in got}) > 6 and len({len(answer) for answer in got}) > 3
 
 
 def test_greedy_equals_the_oracle(oracle: Oracle, ours: Callable[..., Decoder], kind: str) -> None:

@@ -1,0 +1,56 @@
+"""The comparison of generation: what it counts, and the figures that it makes of what its sides say."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fourbit
+from benchmarks import compared, generate_cpu, generate_sides
+
+SECONDS = {"ours": 1.0, "packed": 4.0, "peer": 2.0, "dense": 2.5}
+
+
+class Double:
+    """A side that answers at once: 30 tokens for each prompt, the first time slowly."""
+
+    peak = loaded = 10**9
+
+    def __init__(self, name: str, command: list[str], threads: int) -> None:
+        assert command[3].startswith(f"{name}:float32") and threads == 1
+        self.name, self.seconds, self.losses = name, list[float](), list[float]()
+
+    def step(self, batch: int) -> None:
+        self.seconds.append(SECONDS[self.name] * (9 if len(self.seconds) < 2 else 1))
+        self.losses.append(30.0 * (1, 8)[batch])
+
+    def close(self) -> None:
+        pass
+
+
+def test_figures_are_of_the_timed_rounds_and_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate_cpu, "Side", Double)
+    options = argparse.Namespace(sides=generate_cpu.NAMES, dtype="float32", threads=1, rounds=3)
+    found = generate_cpu.measure(options, tmp_path, tmp_path, [1, 8])
+    assert [found[f"{name}_rows_8"] for name in SECONDS] == [240, 60, 120, 96]
+    assert found["ours_over_peer_rows_1"] == 2 and found["packed_over_dense_rows_8"] == 0.625
+    (tmp_path / "generate_cpu.json").write_text(json.dumps(found))
+    rows = compared.table(compared.read([tmp_path / "generate_cpu.json"])).splitlines()[2:]
+    assert rows[1].startswith("| generate_cpu, 8 rows: ours | 240 tokens/s | peer: 120 | 2.00x | 1.00x |")
+
+
+def test_both_sides_answer_and_count_alike() -> None:
+    """Of one tiny model: stop tokens count, what stands behind them does not."""
+    transformers = pytest.importorskip("transformers")
+    from tests.models.conftest import tiny_llama
+
+    model, prompts = tiny_llama().double(), [[5, 6, 7], [11], [3, 1, 4, 1, 5]]
+    answers = fourbit.generate(model, prompts, max_new_tokens=generate_sides.NEW_TOKENS)
+    stops = [answers[0][3], answers[2][20]]
+    rows: list[dict[str, Any]] = [{"ids": prompt, "stops": stops} for prompt in prompts]
+    ends = [[i for i, token in enumerate(answer, 1) if token in stops] for answer in answers]
+    wanted = sum(min([*end, generate_sides.NEW_TOKENS]) for end in ends)
+    assert transformers and generate_sides.theirs(model)(rows) == wanted < 3 * generate_sides.NEW_TOKENS
+    assert generate_sides.own(model, "off")(rows) == generate_sides.own(model, "auto")(rows) == wanted
