@@ -91,7 +91,7 @@ class Together:
             return self.choose(states[places], new)
 
     def _sent(self, numbers: Any) -> Tensor:
-        return torch.tensor(numbers, device=self.model.device)
+        return torch.tensor(numbers).to(self.model.device, non_blocking=True)  # behind what the GPU does, not after it
 
 
 class Ragged(Together):

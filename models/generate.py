@@ -209,6 +209,7 @@ def choose(logits: Tensor, sampling: Sampling, drawn: Tensor) -> Tensor:
             scores = torch.full_like(scores, -torch.inf).scatter_(1, ids, kept)
         mass = scores.softmax(-1).cumsum(-1)
         total = mass[:, -1:].contiguous()
-        place = torch.searchsorted(mass, drawn.to(mass.device).unsqueeze(1) * total, right=True)  # the first above
+        drawn = drawn.to(mass.device, non_blocking=True).unsqueeze(1)
+        place = torch.searchsorted(mass, drawn * total, right=True)  # the first above
         place = torch.minimum(place, torch.searchsorted(mass, total)).squeeze(1)  # rounding may put it past the last
     return place.masked_fill(~best.isfinite(), NOT_FINITE)
