@@ -164,13 +164,11 @@ def backward(
     made, grad_x = list[Tensor](), None
     if s is not None:
         dropped = _dropper((s.shape[0], group.A[0].shape[1]), s, group)
-        (A, Bs), (carried, left) = group.masters(dtype), group.scaling
-        pulled = [_product(g, B, carried) for g, B in zip(grads, Bs, strict=True)]
-        grad_s = pulled[0] if len(pulled) == 1 else torch.cat(pulled, 1)
+        A, Bs = group.masters(dtype)
+        grad_s, of_B = _narrow(grads, Bs, s, group)
         if x is not None:
             made.append(_wide_product(grad_s.T, dropped(x.to(dtype)), group.keep_scale))
-        each = zip(grads, group.B, left, group.split(s), strict=True)
-        made += [_wide_product(g.T, part, rest).to(B.dtype) for g, B, rest, part in each]
+        made += of_B
         if need_x:
             grad_x = _product(grad_s, A, group.keep_scale)
             dropped(grad_x, grad_x)
@@ -183,18 +181,38 @@ def backward_gated(g: Tensor, gate: Tensor, s: Tensor, group: Group, dense: list
     """The gradients of A, B, gate and up where x is f(gate) * up [..., K]; a kernel neither reads nor writes x."""
     assert group.up is not None
     up, gelu = group.up, group.gelu
-    fits = dispatch.fused(gate) and gate.dtype in KERNEL_DTYPES and len(group.A[0]) <= LARGEST_RANK
-    if not fits or group.seed is not None:
+    if group.seed is not None or not _on_kernels(group, gate):
         x = gated(gate, up, gelu).view(len(g), -1)
         *made, dx = backward([g], x, s, group, dense, True)
         return [*made, *gated_backward(dx.view(gate.shape), gate, up, gelu)]
     from .swiglu_triton import backward as one_pass  # only here: Triton exists for Linux only and is slow to import
 
-    (A, (B,)), g = group.masters(s.dtype), g.to(s.dtype)
-    grad_s, of_B = _product(g, B, group.scales[0]), _wide_product(g.T, s, 1.0).to(group.B[0].dtype)
+    (A, Bs), g = group.masters(s.dtype), g.to(s.dtype)
+    grad_s, (of_B,) = _narrow([g], Bs, s, group)
     dx = _add_base(None, [g], group, dense).view(gate.shape)
     dgate, dup, of_A = one_pass(dx, gate, up, gelu, (grad_s, A))
     return [of_A, of_B, dgate, dup]
+
+
+def _on_kernels(group: Group, *tensors: Tensor) -> bool:
+    """Whether the kernels that hold LoRA's sums take these tensors."""
+    few = max(len(A) for A in group.A) <= LARGEST_RANK
+    return few and all(dispatch.fused(t) and t.dtype in KERNEL_DTYPES for t in tensors)
+
+
+def _narrow(grads: list[Tensor], Bs: list[Tensor], s: Tensor, group: Group) -> tuple[Tensor, list[Tensor]]:
+    """The gradients of x A^T [M, sum of ranks] and of each B, in its dtype."""
+    carried, left = group.scaling
+    each = list(zip(grads, Bs, group.split(s), left, strict=True))
+    if _on_kernels(group, s, *grads):
+        from .lora_gradients_triton import narrow  # only here: as below
+
+        outs = group.split(grad_s := torch.empty_like(s))
+        of_B = [narrow(g, B, part, out, carried, rest) for (g, B, part, rest), out in zip(each, outs, strict=True)]
+    else:
+        grad_s = torch.cat([_product(g, B, carried) for g, B, *_ in each], 1)
+        of_B = [_wide_product(g.T, part, rest) for g, _, part, rest in each]
+    return grad_s, [of.to(B.dtype) for of, B in zip(of_B, group.B, strict=True)]
 
 
 def _add_base(total: Tensor | None, grads: list[Tensor], group: Group, dense: list[Tensor]) -> Tensor:
