@@ -1,18 +1,19 @@
-"""A QLoRA step as rows grow: `python -m benchmarks.long_context MODEL [--tokens 256 1024 8192] [--length 0]`.
+"""A QLoRA step as rows grow: `python -m benchmarks.long_context MODEL [--tokens 256 2048 8192] [--length 256]`.
 
-Random tokens pass SmolLM2-135M (its GGUF, or any model) in NF4 with LoRA of rank 16 on every linear, in one row: one
-text, or packed texts of `--length` tokens each. Every token but each text's last is trained. Printed for each number of
-tokens, the median of rounds in turn: seconds of a step (forward, backward, update), tokens a second, and the peak of
-`RssAnon` in it above the level after imports. One text's attention grows with the square of its length; texts of one
-length should take a time that is proportional to their tokens. The last line is JSON.
+Random tokens pass SmolLM2-135M (its GGUF, or any model) in NF4 with LoRA of rank 16 on every linear, in one row: packed
+texts of `--length` tokens each, or one text (`--length 0`). Every token but each text's last is trained. Printed for
+each number of tokens: seconds of a step (forward, backward, update; the quickest of rounds in turn, behind one that is
+not counted), microseconds a token beside those of the first number, and the peak of `RssAnon` in it above the level
+after imports. Texts of one length should take a time that is proportional to their tokens; one text's attention grows
+with the square of its length. `--layers`: how many of the model's, a few for times, 30 for SmolLM2's memory. The last
+line is JSON.
 
-glibc keeps freed blocks of up to 32 MB, between which the inputs that layers keep lie: at thousands of tokens
-most of the peak may be such holes. MALLOC_MMAP_THRESHOLD_=1048576 in the environment gives them back, and shows it.
+Memory is freed as in the command line's processes (`fourbit.cli.main.give_memory_back`): without that most of the peak
+at thousands of tokens may be holes in glibc's heap.
 """
 
 import argparse
 import json
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 import fourbit
+from fourbit.cli.main import give_memory_back
 from fourbit.data.batch import pack
 from fourbit.data.encode import Encoded, Example
 from fourbit.lora.layer import adapter_parameters
@@ -29,29 +31,34 @@ from fourbit.trainer.loop import Run
 from fourbit.trainer.step import make_optimizer
 
 from .load_memory import Watch, rss_anon
+from .machine import cpu
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 8192])
-    parser.add_argument("--length", type=int, default=0, help="tokens of each packed text; 0: one text")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 2048, 8192])
+    parser.add_argument("--length", type=int, default=256, help="tokens of each packed text; 0: one text")
+    parser.add_argument("--layers", type=int, default=4, help="the first so many of the model's")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--checkpointing", choices=KEEPS, default="input")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    give_memory_back()
     before = rss_anon()
-    run = training(options.model, options.checkpointing)
+    run = training(options.model, options.layers, options.checkpointing, getattr(torch, options.dtype))
     found: dict[int, list[tuple[float, int]]] = {tokens: [] for tokens in options.tokens}
-    for _ in range(options.rounds):
+    for _ in range(options.rounds + 1):
         for tokens, measured in found.items():
             measured.append(step(run, tokens, options.length or tokens, before))
     report(found, options)
 
 
-def training(path: Path, checkpointing: Any) -> Run:
-    model, _ = fourbit.load(path, quant_type="nf4")
+def training(path: Path, layers: int, checkpointing: Any, dtype: torch.dtype = torch.float32) -> Run:
+    model, _ = fourbit.load(path, quant_type="nf4", dtype=dtype)
+    del model.model.layers[layers:]
     fourbit.attach(model, fourbit.LoRAConfig(rank=16, alpha=32), seed=0)
     model.train().checkpointing = checkpointing
     parameters = adapter_parameters(model)
@@ -73,12 +80,15 @@ def step(run: Run, tokens: int, length: int, before: int) -> tuple[float, int]:
 
 
 def report(found: dict[int, list[tuple[float, int]]], options: argparse.Namespace) -> None:
-    rows = []
+    rows = list[dict[str, Any]]()
+    print(f"{cpu()}, {options.threads} threads, {options.layers} layers, {options.dtype}")
     for tokens, measured in found.items():
-        seconds, peak = statistics.median(s for s, _ in measured), max(peak for _, peak in measured)
+        seconds, peak = min(s for s, _ in measured[1:] or measured), max(peak for _, peak in measured)
         rows.append({"tokens": tokens, "seconds": round(seconds, 3), "peak_bytes": peak})
-        print(f"{tokens:7} tokens  {seconds:8.2f} s  {tokens / seconds:8.1f} tokens/s  {peak / 2**30:6.2f} GiB")
-    print(json.dumps({"checkpointing": options.checkpointing, "length": options.length, "steps": rows}))
+        each, first = seconds / tokens, rows[0]["seconds"] / rows[0]["tokens"]
+        times = f"{1e6 * each:8.0f} us a token, {each / first:5.2f} times the first"
+        print(f"{tokens:6} tokens  {seconds:8.2f} s {times}  {peak / 2**30:6.2f} GiB")
+    print(json.dumps({"cpu": cpu()} | vars(options) | {"model": options.model.name, "steps": rows}))
 
 
 if __name__ == "__main__":

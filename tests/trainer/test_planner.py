@@ -123,6 +123,20 @@ def test_as_few_layers_as_needed_run_again() -> None:
     assert set(Case(case.model, case.batch, case.config, device="cuda", sizes=LENGTHS).words(0)) == {"host"}
 
 
+@pytest.mark.slow
+def test_a_long_text_of_an_8b_model_fits_24_gb() -> None:
+    """32,768 tokens in one row: with layers' inputs on the card, and within 12 GB where they wait in host memory."""
+    with torch.device("meta"):
+        model = Decoder(Spec(128256, 4096, 14336, 32, 32, 8, 128)).to(torch.bfloat16)
+    fourbit.quantize_(model, "nf4")
+    fourbit.attach(model, fourbit.LoRAConfig(rank=16))
+    row, config = Encoded([3] * 32768, [i >= 16384 for i in range(32768)]), fourbit.SFTConfig(out="none")
+    case = Case(model, pack([(0, Example((row,)))]), config, device="cuda", sizes=(32768,))
+    assert case.forecast("products").peak > 90e9 and case.forecast("host").peak < 12e9
+    words = case.words(24 * 10**9 - case.forecast("host").peak + case.forecast("host").beside)
+    assert case.mixed(words).peak < 24e9 and {*words} == {"products", "input"}
+
+
 def test_every_change_that_is_named_saves_about_what_is_said() -> None:
     case = case_of(model_of(full=True), full=True)
     levers = case.levers(["products"] * 5)

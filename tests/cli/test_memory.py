@@ -1,0 +1,48 @@
+"""What a process of the command line keeps of memory that was freed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[2]
+HOLES = """
+import sys
+from fourbit.cli.main import main
+from fourbit.kernels.dispatch import proc_bytes
+
+
+def kept():  # of 20 blocks of 16 MiB between smaller ones that stay, when they are freed
+    blocks = [bytearray(size) for _ in range(20) for size in (16 << 20, 1 << 16)]
+    before = proc_bytes("/proc/self/status", "RssAnon")
+    del blocks[::2]
+    return before - proc_bytes("/proc/self/status", "RssAnon")
+
+
+bytearray(31 << 20)  # from now on glibc puts blocks of up to 31 MiB into its heap
+main(["--version"])
+print(kept())
+sys.argv = ["fourbit", "--version"]
+main()
+print(kept())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_blocks_go_back_to_the_system_where_the_process_is_the_command_lines() -> None:
+    done = subprocess.run([sys.executable, "-P", "-c", HOLES], capture_output=True, text=True, check=True)
+    hosted, own = (int(line) for line in done.stdout.splitlines() if line.isdecimal())
+    assert hosted < 64 << 20, "a library's host has its allocator changed"
+    assert own == pytest.approx(320 << 20, rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_text_of_8192_tokens_trains_in_less_than_3_gib(smollm2: Path) -> None:
+    """QLoRA of SmolLM2-135M, forward, backward and update, beside what imports take; measured in its own process."""
+    command = [sys.executable, "-m", "benchmarks.long_context", str(smollm2), "--tokens", "8192", "--length", "0"]
+    command += ["--layers", "30", "--rounds", "0"]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    (step,) = json.loads(done.stdout.splitlines()[-1])["steps"]
+    assert step["tokens"] == 8192 and step["peak_bytes"] < 3 << 30, step
