@@ -74,8 +74,8 @@ def give_memory_back() -> None:
     """Have glibc map blocks of 8 MiB or more one by one, so that they go back to the system when they are freed.
 
     In its heap, where it puts those of up to 32 MiB, freed blocks stay as holes between what layers keep: most of the
-    memory of a step on thousands of tokens. Shorter steps allocate less at a time, and lose nothing. Other allocators,
-    and one that MALLOC_MMAP_THRESHOLD_ or MALLOC_TRIM_THRESHOLD_ have set, stay as they are."""
+    memory of a step on thousands of tokens. Steps on fewer allocate less at a time and go on in the heap. Other
+    allocators, and one that MALLOC_MMAP_THRESHOLD_ or MALLOC_TRIM_THRESHOLD_ have set, stay as they are."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None and not {f"MALLOC_{name}_THRESHOLD_" for name in ("MMAP", "TRIM")} & {*os.environ}:
         mallopt(M_MMAP_THRESHOLD, 8 << 20)
