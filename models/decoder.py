@@ -149,7 +149,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder block: attention, then feed-forward, each normalised before or after, and added back."""
+    """One decoder block: attention, then feed-forward, each normalised before or after, and added back.
+
+    Called with `y` it takes x + y, scaled as the residual is; with `apart` it gives the two terms of its own sum,
+    (x, y): the norm that follows adds them in its own pass."""
 
     def __init__(self, spec: Spec, index: int) -> None:
         super().__init__()
@@ -159,29 +162,29 @@ class Layer(nn.Module):
         for name in filter(None, (*self.norms[0], *self.norms[1])):
             setattr(self, name, _norm(spec, spec.hidden_size))
 
-    def forward(self, x: Tensor, shared: _Pass) -> Tensor:  # [B, T, hidden]
-        y = None
+    def forward(self, x: Tensor, shared: _Pass, y: Tensor | None = None, apart: bool = False) -> Any:  # [B, T, hidden]
         for part, (before, after) in zip((self.self_attn, self.mlp), self.norms, strict=True):
             norm = getattr(self, before) if before else None
-            x, h = self._added(x, y, norm)
+            x, h = _added(x, y, norm, self.residual_scale)
             run = partial(self._part, part, getattr(self, after) if after else nn.Identity(), shared)
             with recomputed(h, norm, x, active=shared.lean) if norm else nullcontext():
                 y = in_chunks(self, run, h, again=shared.again, unread=shared.replay) if part is self.mlp else run(h)
-        return self._added(x, y, None)[0]
-
-    def _added(self, x: Tensor, y: Tensor | None, norm: RMSNorm | None) -> tuple[Tensor, Tensor]:
-        """x plus a part's output y, if there is one yet, and that normalised."""
-        if y is not None:
-            y = y if self.residual_scale == 1 else y * self.residual_scale
-            alone = norm if type(norm) is RMSNorm and not is_hooked(norm) else None
-            if alone and (both := add_rms_norm(x, y, alone.factor, alone.eps)) is not None:
-                return both
-            x = x + y
-        return x, norm(x) if norm else x
+        return (x, y) if apart else _added(x, y, None, self.residual_scale)[0]
 
     def _part(self, part: nn.Module, after: nn.Module, shared: _Pass, h: Tensor) -> Tensor:
         y: Tensor = after(part(h, shared))
         return y
+
+
+def _added(x: Tensor, y: Tensor | None, norm: nn.Module | None, scale: float) -> tuple[Tensor, Tensor]:
+    """x plus a part's output y, if there is one yet, times `scale`, and that normalised."""
+    if y is not None:
+        y = y if scale == 1 else y * scale
+        alone = norm if type(norm) is RMSNorm and not is_hooked(norm) else None
+        if alone and (both := add_rms_norm(x, y, alone.factor, alone.eps)) is not None:
+            return both
+        x = x + y
+    return x, norm(x) if norm else x
 
 
 def _norm(spec: Spec, size: int) -> RMSNorm:
@@ -255,7 +258,12 @@ class Decoder(CausalLM):
         shared = _Pass(turns, row, visible, cache)
         lean, first = replace(shared, lean=True), replace(shared, again=True, keep=keep)
         replay, sent = replace(first, replay=True), host_inputs(x) if "host" in words else nullcontext
+        y, scale = None, self.spec.residual_scale
         for layer, word in zip(self.model.layers, words, strict=True):
+            if word not in ("input", "host") and type(layer) is Layer and not is_hooked(layer):
+                x, y = layer(x, lean if word == "products" else shared, y, apart=True)
+                continue
+            x, y = _added(x, y, None, scale)[0], None  # a layer that runs again keeps one tensor, a hook is shown one
             if word in ("input", "host"):
                 with sent() if word == "host" else nullcontext():
                     x = checkpointed(layer, partial(layer, shared=first), x, again=partial(layer, shared=replay))
@@ -263,8 +271,10 @@ class Decoder(CausalLM):
                 x = layer(x, lean if word == "products" else shared)
         if cache is not None:
             cache.end()
-        y: Tensor = self.model.norm(x[:, :tokens] if more else x)
-        return y if self.spec.logit_divisor == 1 else y / self.spec.logit_divisor
+        if more:
+            x, y = x[:, :tokens], None if y is None else y[:, :tokens]
+        made = _added(x, y, self.model.norm, scale)[1]
+        return made if self.spec.logit_divisor == 1 else made / self.spec.logit_divisor
 
     def new_cache(self) -> KVCache:
         """An empty key-value cache."""

@@ -78,9 +78,9 @@ def test_second_derivatives() -> None:
 
 
 @pytest.mark.parametrize("residual_scale", [1.0, 0.5])
-@pytest.mark.parametrize(("norms", "calls"), [("before", 2), ("after", 0), ("both", 2)])
+@pytest.mark.parametrize(("norms", "calls"), [("before", 4), ("after", 1), ("both", 4)])
 def test_in_a_decoder(norms: Any, calls: int, residual_scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One a layer, between its parts; hidden states and gradients are those of plain ops, 1 + weight included."""
+    """Two a layer but the first, and the final norm: hidden states and gradients are those of plain ops."""
     torch.manual_seed(0)
     spec = Spec(19, 32, 48, 2, 2, 1, 16, norms=norms, norm_plus_one=True, residual_scale=residual_scale)
     made, heard = Decoder(spec).to(DEVICE), list[tuple[Tensor, Tensor] | None]()
