@@ -26,7 +26,7 @@ from ..models.protocol import CausalLM
 from ..outputs import lock_folder
 from ..settings import REQUIRED, Checked, setting
 from ..text.tokenizer import Tokenizer
-from ..trainer.config import TrainingConfig
+from ..trainer.config import DPOConfig, TrainingConfig
 from ..trainer.planner import state_bytes
 from ..trainer.progress import display_for
 from ..trainer.run import TrainResult
@@ -182,6 +182,9 @@ def run(options: TrainOptions, sources: Sources) -> int:
         if not each.whole:
             _put_adapter(model, each, rows, name, each.lora_config(tokenizer))
         config = each.config_type(**{field.name: getattr(each, field.name) for field in fields(each.config_type)})
+        if options.dry_run and isinstance(config, DPOConfig) and config.objective().needs_reference:
+            start: Any = "base" if each.fresh else "start"  # no number is there that says whether an adapter is fresh
+            config = replace(config, reference=start if config.reference == "auto" else config.reference)
         extras = each.extras(model, tokenizer) | {"train": rows, "val": val, "config": config, "adapter": name}
         if isinstance(teacher := extras.get("teacher"), CausalLM):
             remark_positions(teacher, longest, whose="teacher")

@@ -66,7 +66,6 @@ class DPOTrainer(Trainer):
         self.objective = config.objective()
         self.kind = "judged" if self.objective.unpaired else "pairs"
         super().__init__(model, tokenizer, config=config, loss=loss, **options)
-        self.fresh = all(part.is_idle() for part in adapters_of(self.model, self.adapter).values())
         self.reference: tuple[str, ...] = ()  # the adapters that are active in it
         if self.objective.needs_reference:
             self._set_reference()
@@ -136,7 +135,8 @@ class DPOTrainer(Trainer):
     def _set_reference(self) -> None:
         kind = self.config.reference
         if kind == "auto":
-            kind = "base" if self.fresh else "start"
+            idle = all(part.is_idle() for part in adapters_of(self.model, self.adapter).values())
+            kind = "base" if idle else "start"
         self.config = replace(self.config, reference=kind)  # so that checkpoints and the run's folder say which
         if kind == "start":
             names = chain([REFERENCE], (f"{REFERENCE}-{number}" for number in count(2)))

@@ -49,7 +49,8 @@ class RewardTrainer(Trainer):
         super().__init__(model, tokenizer, config=config, loss=loss, **options)
 
     def sums(self, batch: Batch) -> Sums:
-        chosen, rejected = self.reward_model.rewards(batch)
+        scorer = RewardModel(self.model, self.reward_model.head)  # a forecast has a fake model in its place
+        chosen, rejected = scorer.rewards(batch)
         losses: Any = (self.loss or partial(reward_loss, center=self.config.center))(chosen, rejected)
         return as_sums(losses, batch)._replace(metrics=reward_metrics(chosen, rejected))
 

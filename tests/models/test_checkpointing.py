@@ -103,7 +103,7 @@ def test_each_keeps_less_than_the_one_before(alive: Any, random_decoder: Callabl
             hidden = model.hidden(IDS, spans=SPANS)
         kept[str(choice)] = made.bytes()
         hidden.sum().backward()
-    assert kept["input"] < kept["products"] / 4 and kept["products"] < 0.8 * kept["all"]
+    assert kept["input"] < kept["products"] / 4 and kept["products"] < 0.9 * kept["all"]
     assert kept[str(mixed)] == pytest.approx((kept["all"] + kept["input"]) / 2, rel=0.02)
 
 

@@ -184,6 +184,21 @@ def test_plan_and_dry_run_print_it_and_write_nothing(
     assert "24GiB" in capsys.readouterr().err
 
 
+def test_the_other_trainings_foresee_and_write_nothing(
+    tiny_folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    made = ({"prompt": f"say {i}", "chosen": "yes " * i, "rejected": "no " * (i + 2)} for i in range(1, 13))
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in made))
+    common = ["--model", str(tiny_folder), "--out", str(tmp_path / "run"), "--rank", "4", "--dry-run", "--json"]
+    teacher = ["--teacher", str(tiny_folder)]
+    for words in (["dpo"], ["dpo", "--loss", "simpo"], ["reward"], ["distill", *teacher]):
+        data = rows if words[0] == "distill" else pairs
+        assert main([*words, "--data", str(data), *common]) == 0, words
+        found = json.loads(capsys.readouterr().out)["parts"]
+        assert found["activations"] > 0 and found["adapter"] > 0 and not (tmp_path / "run").exists(), words
+
+
 def test_fake_tensors_do_not_outlive_a_forecast() -> None:
     model = model_of("nf4")
     case_of(model).forecast()
