@@ -206,7 +206,12 @@ class Case:
 
             for p in trained.values():
                 p.register_post_accumulate_grad_hook(seen.gradient)
-            run = Run(fake, loss=loss, parameters=trained, optimizer=make_optimizer(trained, replace(self.config, lr_scale={})))
+            run = Run(
+                fake,
+                loss=loss,
+                parameters=trained,
+                optimizer=make_optimizer(trained, replace(self.config, lr_scale={})),
+            )
             with seen:
                 seen.part, seen.phase = "gradients", "update"
                 for p in trained.values():

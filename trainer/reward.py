@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 from torch import Tensor, nn
 
@@ -49,10 +49,14 @@ class RewardTrainer(Trainer):
         super().__init__(model, tokenizer, config=config, loss=loss, **options)
 
     def sums(self, batch: Batch) -> Sums:
-        scorer = RewardModel(self.model, self.reward_model.head)  # a forecast has a fake model in its place
-        chosen, rejected = scorer.rewards(batch)
+        chosen, rejected = self.reward_model.rewards(batch)
         losses: Any = (self.loss or partial(reward_loss, center=self.config.center))(chosen, rejected)
         return as_sums(losses, batch)._replace(metrics=reward_metrics(chosen, rejected))
+
+    def on(self, model: CausalLM) -> Self:
+        other = super().on(model)
+        other.reward_model = RewardModel(model, nn.Parameter(fresh_head(model)))
+        return other
 
     def save(self, out: Path) -> None:
         self.reward_model.save(out, self.adapter)

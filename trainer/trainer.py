@@ -6,10 +6,8 @@ weights, early stopping, interruption, resuming bit for bit, what is saved at th
 the configuration and what a checkpoint holds, so the data cursor of a checkpoint is one number.
 """
 
-import copy
 import hashlib
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -19,30 +17,29 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import Batch, MicroBatch, micro_batches
+from ..data.batch import Batch
 from ..data.encode import Dataset, load_rows
 from ..data.order import fingerprint, split_validation, step_indices, steps_per_epoch
 from ..data.protocol import AnyTokenizer
 from ..data.read import Rows
 from ..data.sample import Kind
 from ..errors import InputError
-from ..kernels.dispatch import memory_free
 from ..lora.layer import DEFAULT
 from ..lora.peft_files import save_adapter
 from ..models.foreign import as_causal_lm
 from ..models.protocol import CausalLM, evaluating
-from ..models.recompute import Checkpointing
 from ..optim.unmoved import notice
 from ..outputs import check_free, lock_folder
 from ..settings import read_fields
 from ..text.tokenizer_folder import as_tokenizer
 from .callbacks import Callback, told
 from .checkpoint import STATE, checkpoint_to_resume, load_checkpoint, resuming, save_checkpoint
-from .config import COURSE, KEPT, OF_OPTIMIZER, TrainingConfig
+from .config import COURSE, OF_OPTIMIZER, TrainingConfig
+from .fit import Fitted
 from .interrupt import Interrupt, interrupts
 from .loop import MakeOptimizer, MakeScheduler, Run, name_of
 from .metrics import Display, Metrics, finite
-from .planner import Case, bound, memory_used, state_bytes
+from .planner import memory_used, state_bytes
 from .progress import display_for
 from .report import draw_curves, nonfinite
 from .resume import SavedState, adapter_form, as_json, base_hash, check_resumed, layout, repeating
@@ -56,7 +53,7 @@ Weights = dict[str, Tensor]
 Pending = tuple[int, Sequence[Batch], list[str], StepResult, float]  # step, batches, sources, result, rate
 
 
-class Trainer(ABC):
+class Trainer(Fitted):
     """Base of the trainers: model, rows and options in; adapter, metrics and curves out.
 
     train: a JSONL file, several, or a dataset. val: the same, or a fraction of train below 1, or None.
@@ -106,10 +103,6 @@ class Trainer(ABC):
         self.total = config.total_steps(len(self.train_set))  # steps in all
         self.foreseen = ""  # what memory a run takes, where that was in doubt
         self.run = self.new_run()
-
-    @abstractmethod
-    def sums(self, batch: Batch) -> Tensor | Sums:
-        """Loss and metrics of a batch, summed; the loss carries the gradient. May be called twice for one batch."""
 
     def begin(self, dataset: Dataset, batches: Sequence[Batch]) -> None:
         """Called with all batches of a step, or of an evaluation, before the first forward pass."""
@@ -253,11 +246,6 @@ class Trainer(ABC):
         self.begin(self.train_set, batches)
         return batches, [examples[i].source for i in numbers]
 
-    def micro_batches(self, dataset: Dataset, numbers: Sequence[int], micro_batch: MicroBatch) -> list[Batch]:
-        """The examples with these numbers, each once, as batches of one forward pass each, on the CPU."""
-        chosen, packing = [(i, dataset.examples[i]) for i in numbers], self.config.packing
-        return micro_batches(chosen, packing=packing, micro_batch=micro_batch, token_budget=self.token_budget)
-
     def _settle(self) -> None:
         """Read the metrics of the last update off the device, record them, and stop a run that has gone bad."""
         if self._pending is None:
@@ -388,34 +376,3 @@ class Trainer(ABC):
         for group in run.optimizer.param_groups if own is not None else ():  # the peak, as torch's schedulers keep it
             group["lr_scale"] = group.setdefault("initial_lr", group["lr"])
         return run
-
-    def recomputes(self) -> Checkpointing:
-        """What layers keep for backward; `auto`: as much as fits in the free memory, after which `micro_batch` auto
-        makes passes smaller, down to one example."""
-        if self.config.checkpointing != "auto":
-            return KEPT[self.config.checkpointing]
-        while room := memory_free(self.device) * 4 // 5:
-            case = self.case()
-            if bound(self.model, case.batch.tokens, max(case.sizes)) <= room:
-                break
-            found = case.mixed(words := case.words(room))
-            if found.beside <= room or self.config.micro_batch != "auto" or self.token_budget <= max(case.sizes):
-                over = f": it may not fit; {next(iter(case.levers(words)), '')} would save most" * (found.beside > room)
-                self.foreseen = f"memory: {found.beside / 2**30:.1f} GiB foreseen beside the weights{over}"
-                return words
-            self.token_budget //= 2
-        return "products"
-
-    def case(self) -> Case:
-        """The pass that takes most: of a step of the longest examples the one of most tokens."""
-        sizes = [example.size(self.config.packing) for example in self.train_set.examples]
-        order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)[: self.config.batch_size]
-        batches = self.micro_batches(self.train_set, order, self.config.micro_batch)
-        largest = max(batches, key=lambda batch: batch.input_ids.numel())
-        device, sizes = "cuda" if self.device.type == "cuda" else "cpu", [sizes[i] for i in order]
-        return Case(self.model, largest, self.config, self._sums_of, device=device, passes=len(batches), sizes=sizes)
-
-    def _sums_of(self, model: CausalLM, batch: Batch) -> Tensor | Sums:
-        other = copy.copy(self)
-        other.model, other.device = model, model.device
-        return other.sums(batch)

@@ -191,7 +191,7 @@ def test_the_other_trainings_foresee_and_write_nothing(
     made = ({"prompt": f"say {i}", "chosen": "yes " * i, "rejected": "no " * (i + 2)} for i in range(1, 13))
     pairs.write_text("".join(json.dumps(row) + "\n" for row in made))
     common = ["--model", str(tiny_folder), "--out", str(tmp_path / "run"), "--rank", "4", "--dry-run", "--json"]
-    teacher = ["--teacher", str(tiny_folder)]
+    teacher = ["--teacher", str(tiny_folder), "--sft-weight", "0.5"]
     for words in (["dpo"], ["dpo", "--loss", "simpo"], ["reward"], ["distill", *teacher]):
         data = rows if words[0] == "distill" else pairs
         assert main([*words, "--data", str(data), *common]) == 0, words

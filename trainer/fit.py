@@ -1,0 +1,73 @@
+"""Whether a training fits: what its largest pass takes, what each layer keeps so that it does, how large a pass is."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ..data.batch import Batch, MicroBatch, micro_batches
+from ..data.encode import Dataset
+from ..kernels.dispatch import memory_free
+from ..models.protocol import CausalLM
+from ..models.recompute import Checkpointing
+from .config import KEPT, TrainingConfig
+from .planner import Case, bound
+from .step import Sums
+
+
+class Fitted(ABC):
+    """The part of a trainer that asks the planner."""
+
+    model: CausalLM
+    device: torch.device
+    config: TrainingConfig
+    train_set: Dataset
+    token_budget: int  # of a pass, where micro_batch is auto
+    foreseen: str  # what memory a run takes, where that was in doubt
+
+    @abstractmethod
+    def sums(self, batch: Batch) -> Tensor | Sums:
+        """Loss and metrics of a batch, summed; the loss carries the gradient. May be called twice for one batch."""
+
+    def micro_batches(self, dataset: Dataset, numbers: Sequence[int], micro_batch: MicroBatch) -> list[Batch]:
+        """The examples with these numbers, each once, as batches of one forward pass each, on the CPU."""
+        chosen, packing = [(i, dataset.examples[i]) for i in numbers], self.config.packing
+        return micro_batches(chosen, packing=packing, micro_batch=micro_batch, token_budget=self.token_budget)
+
+    def recomputes(self) -> Checkpointing:
+        """What layers keep for backward; `auto`: as much as fits in the free memory, after which `micro_batch` auto
+        makes passes smaller, down to one example."""
+        if self.config.checkpointing != "auto":
+            return KEPT[self.config.checkpointing]
+        while room := memory_free(self.device) * 4 // 5:
+            case = self.case()
+            if bound(self.model, case.batch.tokens, max(case.sizes)) <= room:
+                break
+            found = case.mixed(words := case.words(room))
+            if found.beside <= room or self.config.micro_batch != "auto" or self.token_budget <= max(case.sizes):
+                over = f": it may not fit; {next(iter(case.levers(words)), '')} would save most" * (found.beside > room)
+                self.foreseen = f"memory: {found.beside / 2**30:.1f} GiB foreseen beside the weights{over}"
+                return words
+            self.token_budget //= 2
+        return "products"
+
+    def case(self) -> Case:
+        """The pass that takes most: of a step of the longest examples the one of most tokens."""
+        sizes = [example.size(self.config.packing) for example in self.train_set.examples]
+        order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)[: self.config.batch_size]
+        batches = self.micro_batches(self.train_set, order, self.config.micro_batch)
+        largest = max(batches, key=lambda batch: batch.input_ids.numel())
+        device, sizes = "cuda" if self.device.type == "cuda" else "cpu", [sizes[i] for i in order]
+        return Case(self.model, largest, self.config, self._sums_of, device=device, passes=len(batches), sizes=sizes)
+
+    def _sums_of(self, model: CausalLM, batch: Batch) -> Tensor | Sums:
+        return self.on(model).sums(batch)
+
+    def on(self, model: CausalLM) -> Self:
+        """This trainer with another model in the place of its own, such as a forecast's."""
+        other = copy.copy(self)
+        other.model, other.device = model, model.device
+        return other
