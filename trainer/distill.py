@@ -5,10 +5,10 @@ then is not in memory a second time. Neither's logits ever exist as a whole.
 """
 
 from contextlib import nullcontext
-from typing import Unpack
+from typing import Self, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..data.protocol import AnyTokenizer
@@ -21,6 +21,7 @@ from ..text.tokenizer import Tokenizer
 from .callbacks import Options
 from .config import DistillConfig
 from .losses.tokens import hidden_rows, on_device, summed, token_divergence, token_scores
+from .planner import fake_model
 from .resume import adapters_hash, base_hash
 from .run import active_adapters
 from .sft import SFTTrainer
@@ -63,12 +64,21 @@ class DistillTrainer(SFTTrainer):
             self.teacher, self.adapters = model, [] if teacher is None else [teacher]
             for name in self.adapters:
                 carried(model, name)
-        # Apart from the model's own, because a head is also run in backward, when no other adapter is in place.
-        head = self.teacher.lm_head
-        names = self.adapters if self.adapters is not None else [*head.active] if isinstance(head, AdapterLayer) else []
-        self.teacher_head = self.teacher.head(head.frozen(names) if isinstance(head, AdapterLayer) else head)
+        self.teacher_head = self._head()
         if config.top_k is not None and config.top_k > model.vocab_size:
             raise InputError(f"top_k must be at most {model.vocab_size}, the vocabulary, got {config.top_k}")
+
+    def _head(self) -> nn.Module:
+        """The teacher's, apart from the model's own: backward runs it too, when other adapters are in place."""
+        head = self.teacher.lm_head
+        names = self.adapters if self.adapters is not None else [*head.active] if isinstance(head, AdapterLayer) else []
+        return self.teacher.head(head.frozen(names) if isinstance(head, AdapterLayer) else head)
+
+    def on(self, model: CausalLM) -> Self:
+        other = super().on(model)
+        other.teacher = model if self.adapters is not None else fake_model(self.teacher, model.device.type)
+        other.teacher_head = other._head()
+        return other
 
     def depends(self) -> dict[str, str]:
         if self.adapters is None:

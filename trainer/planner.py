@@ -131,7 +131,7 @@ def _parts(model: nn.Module) -> dict[int, str]:
     return own
 
 
-def _fake_model(model: nn.Module, device: str, layers: int | None) -> Any:
+def fake_model(model: nn.Module, device: str, layers: int | None = None) -> Any:
     """The model of fake tensors, with its first so many layers."""
     memo = dict[int, Any]()
     for own in [*model.parameters(), *model.buffers()]:
@@ -188,7 +188,7 @@ class Case:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             for mode in (_Flash(), force_path("triton")) if where == "meta" else ():
                 stack.enter_context(mode)
-            fake = _fake_model(self.model, where, layers).train()
+            fake = fake_model(self.model, where, layers).train()
             fake.checkpointing = keep
             own = {n: x for n, x in vars(self.batch).items() if isinstance(x, Tensor)}
             like: Any = {n: torch.empty_like(x, device=where) for n, x in own.items()}
@@ -206,12 +206,8 @@ class Case:
 
             for p in trained.values():
                 p.register_post_accumulate_grad_hook(seen.gradient)
-            run = Run(
-                fake,
-                loss=loss,
-                parameters=trained,
-                optimizer=make_optimizer(trained, replace(self.config, lr_scale={})),
-            )
+            optimizer = make_optimizer(trained, replace(self.config, lr_scale={}))  # a fake model has no reward head
+            run = Run(fake, loss=loss, parameters=trained, optimizer=optimizer)
             with seen:
                 seen.part, seen.phase = "gradients", "update"
                 for p in trained.values():

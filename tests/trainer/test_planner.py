@@ -149,7 +149,7 @@ def test_every_change_that_is_named_saves_about_what_is_said() -> None:
 @contextmanager
 def free(size: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr("fourbit.trainer.trainer.memory_free", lambda device: size)
+        patch.setattr("fourbit.trainer.fit.memory_free", lambda device: size)
         yield
 
 
@@ -192,7 +192,13 @@ def test_the_other_trainings_foresee_and_write_nothing(
     pairs.write_text("".join(json.dumps(row) + "\n" for row in made))
     common = ["--model", str(tiny_folder), "--out", str(tmp_path / "run"), "--rank", "4", "--dry-run", "--json"]
     teacher = ["--teacher", str(tiny_folder), "--sft-weight", "0.5"]
-    for words in (["dpo"], ["dpo", "--loss", "simpo"], ["reward"], ["distill", *teacher]):
+    for words in (
+        ["dpo"],
+        ["dpo", "--loss", "simpo"],
+        ["reward"],
+        ["distill", *teacher],
+        ["distill", *teacher, "--teacher-quant", "none"],
+    ):
         data = rows if words[0] == "distill" else pairs
         assert main([*words, "--data", str(data), *common]) == 0, words
         found = json.loads(capsys.readouterr().out)["parts"]
