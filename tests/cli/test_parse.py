@@ -198,10 +198,17 @@ FILE = {"overwrite", "resume", "json"}
         ("distill", {*TRAINING.split(), *MODEL, *DISTILL.split(), "loss_on", "full"}),
         (
             "eval",
-            MODEL | ROWS | FILE | {"adapter", "force", "match", "base", "max_new_tokens", "batch_size", "answers"},
+            MODEL
+            | ROWS
+            | FILE
+            | {"adapter", "force", "match", "base", "max_new_tokens", "batch_size", "answers"}
+            | {"keep_dense"},
         ),
-        ("generate", MODEL | SAMPLING | FILE | {"adapter", "force", "data", "out", "template", "batch_size"}),
-        ("chat", MODEL | SAMPLING | {"adapter", "force", "system", "template"}),
+        (
+            "generate",
+            MODEL | SAMPLING | FILE | {"adapter", "force", "data", "out", "template", "batch_size", "keep_dense"},
+        ),
+        ("chat", MODEL | SAMPLING | {"adapter", "force", "system", "template", "keep_dense"}),
         ("data", ROWS | {"model", "rows", "problems", "json"}),
         ("doctor", {"json"}),
     ],
