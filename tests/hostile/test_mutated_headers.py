@@ -1,5 +1,6 @@
 """Valid headers with something changed, 2,000 of them: read, or refused in one clear line; never another exception."""
 
+import copy
 import json
 import struct
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def changed(draw: st.DrawFn, value: Any) -> bytes:
                 inner = inner[key]
             match draw(st.sampled_from(["value", "drop", "key", "twin"])):
                 case "value":
-                    inner[last] = draw(values)
+                    inner[last] = copy.deepcopy(draw(values))  # a later change goes into it
                 case "drop":
                     del inner[last]
                 case "key":
