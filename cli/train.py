@@ -115,7 +115,7 @@ class AdapterOptions(AdapterChoice):
 class TrainOptions(ResultOptions, TrainingConfig, AdapterOptions, DataOptions, ModelOptions):
     """Everything that every training command takes. The configs check their own parts."""
 
-    dry_run: bool = setting(False, "print what the run would take, as fourbit plan does; no weights, nothing written")
+    dry_run: bool = setting(False, "print what the run takes (a sweep: with one adapter); no weights, nothing written")
     config_type: ClassVar[type[TrainingConfig]]
     trainer_type: ClassVar[Any]
     writes: ClassVar[bool] = True  # the model gives text, and not a score
@@ -270,7 +270,7 @@ def _datasets(options: TrainOptions, tokenizer: Tokenizer, template: ChatTemplat
 def _put_adapter(model: CausalLM, options: TrainOptions, rows: Dataset, name: str, wanted: LoRAConfig) -> None:
     """The adapter that training starts from, and a line about it."""
     if options.adapter is not None and options.dry_run:
-        attach(model, read_json(Path(options.adapter) / "adapter_config.json", 1 << 20), name)
+        attach(model, read_json(Path(options.adapter) / "adapter_config.json", 8 << 20), name)
         return
     if options.adapter is not None:
         layers = put_adapter(model, options.adapter, options.force, name=name)
