@@ -1,4 +1,5 @@
-"""The sides of benchmarks.generate_cpu: each answers one list of prompts greedily and returns how many tokens it made.
+"""The sides of benchmarks.generate_cpu: each answers one list of prompts greedily, every prompt with as many tokens as
+its row says, and returns how many those are.
 
 Ours answers from bitsandbytes' 4-bit weights as it does by default (`ours`) and without dense ones (`packed`); the peer
 is transformers with those weights (`peer`), and with the dense ones (`dense`), a batch padded on the left.
@@ -9,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from .sides import DENSE, PACKED, Row, Step, load_peer, main, take_packed
-
-NEW_TOKENS = 32
 
 
 def ours(folder: Path, model_path: str, dtype: str, keep_dense: Any = "auto") -> Step:
@@ -26,9 +25,9 @@ def own(model: Any, keep_dense: Any) -> Step:
     import fourbit
 
     def step(rows: Sequence[Row]) -> float:
-        how: dict[str, Any] = {"stop_ids": rows[0]["stops"], "keep_dense": keep_dense, "batch_size": len(rows)}
-        answers = fourbit.generate(model, [row["ids"] for row in rows], max_new_tokens=NEW_TOKENS, **how)
-        return sum(min(len(answer) + 1, NEW_TOKENS) for answer in answers)  # the stop token was made too
+        asked, lengths = [row["ids"] for row in rows], [row["new"] for row in rows]
+        answers = fourbit.generate(model, asked, max_new_tokens=lengths, keep_dense=keep_dense, batch_size=len(rows))
+        return sum(map(len, answers))
 
     return step
 
@@ -49,20 +48,20 @@ def dense(folder: Path, model_path: str, dtype: str) -> Step:
 
 
 def theirs(model: Any) -> Step:
-    """Greedy generation of transformers; rows that ended are padded until the last one has."""
+    """Greedy generation of transformers; rows that ended go on until the last one has, uncounted."""
     import torch
 
     model.eval()
 
     @torch.inference_mode()
     def step(rows: Sequence[Row]) -> float:
-        width, stops = max(len(row["ids"]) for row in rows), rows[0]["stops"]
+        width, most = max(len(row["ids"]) for row in rows), max(row["new"] for row in rows)
         ids = torch.tensor([[0] * (width - len(row["ids"])) + row["ids"] for row in rows])
         seen = torch.tensor([[0] * (width - len(row["ids"])) + [1] * len(row["ids"]) for row in rows])
-        how = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": stops, "pad_token_id": 0}
-        made = model.generate(ids, attention_mask=seen, use_cache=True, **how)[:, width:]
-        ended = torch.isin(made, torch.tensor(stops)).int()
-        return int((ended.cumsum(1) - ended == 0).sum())
+        how = {"max_new_tokens": most, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        made = model.generate(ids, attention_mask=seen, use_cache=True, **how)
+        assert made.shape[1] == width + most
+        return sum(row["new"] for row in rows)
 
     return step
 

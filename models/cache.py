@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.spans import Spans
+
 
 def bucket(length: int) -> int:
     """How many keys a pass reads that needs `length`: a multiple of 64, and of an eighth to a quarter of it."""
@@ -28,7 +30,11 @@ class KVCache:
     that row, and not above the bucket of `most`."""
 
     keys: int  # that the pass reads
-    places: Tensor  # of its tokens, [rows, T]
+    places: Tensor  # of its tokens in their rows, [rows, T], or [1, T] of spans
+    _rooms_of: Tensor  # the rows that they belong to, [rows, 1] or [1, T]
+    _asked: Tensor  # the places of its queries as they are laid out for rooms, [rows, T]
+    _steps: Tensor | None  # where among those a span's tokens are, [1, T]
+    _new: list[int]  # tokens of each row
 
     def __init__(self) -> None:
         self.counts, self.lengths, self.most = list[int](), torch.empty(0, dtype=torch.int64), 1 << 62
@@ -39,42 +45,58 @@ class KVCache:
         """Tokens of the longest row."""
         return max(self.counts, default=0)
 
-    def begin(self, input_ids: Tensor, padded: bool) -> None:
-        """A pass over new tokens [rows, T]; `padded`: with a mask over exactly the keys that there are."""
-        rows, tokens = input_ids.shape
+    def begin(self, input_ids: Tensor, padded: bool = False, spans: Spans | None = None) -> None:
+        """A pass over new tokens: [rows, T], `padded` with a mask over exactly the keys that there are; or [1, T] of
+        `spans`, the i-th of which row i goes on with."""
+        rows, tokens, device = *input_ids.shape, input_ids.device
+        if spans is not None:
+            rows, tokens = len(spans), max(end - start for start, end in spans)
         if not self.counts:
-            self.counts, self.lengths = [0] * rows, torch.zeros(rows, dtype=torch.int64, device=input_ids.device)
+            self.counts, self.lengths = [0] * rows, torch.zeros(rows, dtype=torch.int64, device=device)
         if len(self.counts) != rows or (padded and len({*self.counts}) > 1):
             raise ValueError(f"tokens of {rows} rows for a cache of {self.counts} tokens; a mask needs rows alike")
         self.keys = self.length + tokens if padded or not self.length else bucket(self.length + tokens)
-        self.places = self.lengths.unsqueeze(1) + torch.arange(tokens, device=input_ids.device)
+        self._asked = self.places = self.lengths.unsqueeze(1) + torch.arange(tokens, device=device)
+        self._rooms_of, self._steps, self._new = torch.arange(rows, device=device).unsqueeze(1), None, [tokens] * rows
+        if spans is not None:
+            self._new = [end - start for start, end in spans]
+            at = torch.tensor([(row, step) for row, count in enumerate(self._new) for step in range(count)])
+            self._rooms_of, self._steps = at.t().unsqueeze(1).to(device, non_blocking=True)
+            self.places = self._asked[self._rooms_of, self._steps]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v [B, T, K, D] behind each row's tokens; views of that layer's, [B, `keys`, K, D]."""
-        room = self._roomy(layer, k, self.keys)
-        rows = torch.arange(len(k), device=k.device).unsqueeze(1)
+        """Store k and v [B, T, K, D] behind each row's tokens; views of that layer's, [rows, `keys`, K, D], or k and v
+        where spans begin their rows: they see nothing else."""
+        room = self._roomy(layer, k, self.keys, len(self.counts))
         for held, new in zip(room, (k, v), strict=True):
-            held[rows, :, self.places] = new
-        keys, values = room[:, : len(k), :, : self.keys].transpose(2, 3)
+            held[self._rooms_of, :, self.places] = new
+        if self._steps is not None and not self.length:
+            return k, v
+        keys, values = room[:, : len(self.counts), :, : self.keys].transpose(2, 3)
         return keys, values
 
-    def seen(self, window: int = 0) -> Tensor:
-        """Which keys the pass's tokens see, [rows, 1, T, keys] bool: up to their own, of a `window` the last ones."""
-        there, here = torch.arange(self.keys, device=self.places.device), self.places.unsqueeze(-1)
+    def laid(self, q: Tensor) -> Tensor:
+        """Queries [B, T, H, D] as `seen` has them, [rows, T, H, D]; spans that begin their rows as they are."""
+        if self._steps is None or not self.length:
+            return q
+        return q.new_zeros(*self._asked.shape, *q.shape[2:]).index_put_((self._rooms_of, self._steps), q)
+
+    def taken(self, y: Tensor) -> Tensor:
+        """What `laid` queries found, [B, T, H, D] as the tokens were given."""
+        return y if self._steps is None or not self.length else y[self._rooms_of, self._steps]
+
+    def seen(self, window: int = 0) -> Tensor | None:
+        """Which keys the pass's queries see, [rows, 1, T, keys] bool: up to their own, of a `window` the last ones;
+        None where causality says it, in rows that begin."""
+        if not self.length:
+            return None
+        there, here = torch.arange(self.keys, device=self.places.device), self._asked.unsqueeze(-1)
         found = there <= here
         return (found & (there > here - window) if window else found).unsqueeze(1)
 
     def end(self) -> None:
         """Every layer has the pass's tokens."""
-        self.counts = [count + self.places.shape[1] for count in self.counts]
-        self.lengths = self.lengths + self.places.shape[1]
-
-    def cut(self, counts: Sequence[int]) -> None:
-        """Rows that were padded on the right end at these lengths; what is beyond becomes zeros, which harm nobody."""
-        self._count(counts)
-        for room in self._rooms:
-            beyond = torch.arange(room.shape[3], device=room.device) >= self.lengths.unsqueeze(1)
-            room.masked_fill_(beyond[None, :, None, :, None], 0)
+        self._count([had + new for had, new in zip(self.counts, self._new, strict=True)])
 
     def select(self, rows: Tensor) -> None:
         """Take the rows with the given indices (int64), in that order; a repeated one is continued in several ways."""
@@ -110,10 +132,10 @@ class KVCache:
         self.counts = [*counts]
         self.lengths = torch.tensor(counts, dtype=torch.int64, device=self.lengths.device)
 
-    def _roomy(self, layer: int, like: Tensor, keys: int, rows: int = 0) -> Tensor:
+    def _roomy(self, layer: int, like: Tensor, keys: int, rows: int) -> Tensor:
         """The layer's room, of at least so many keys and rows; for `like` [B, T, K, D] where there is none."""
         if layer == len(self._rooms):
-            self._rooms.append(like.new_empty(2, like.shape[0], like.shape[2], 0, like.shape[3]))
+            self._rooms.append(like.new_empty(2, rows, like.shape[2], 0, like.shape[3]))
         room = self._rooms[layer]
         if rows > room.shape[1]:
             room = self._rooms[layer] = F.pad(room, (0, 0, 0, 0, 0, 0, 0, rows - room.shape[1]))

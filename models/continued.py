@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate, chain, pairwise
 from typing import Any, cast
 
 import torch
@@ -72,9 +73,11 @@ class Together:
             self.cache.select(self._sent(kept))
         self.rows = [self.rows[place] for place in kept]
 
-    def answering(self, these: Sequence[Row]) -> AbstractContextManager[None]:
-        """A block in which each of these rows has its own adapter, if they do."""
-        return rows(self.model, [row.adapter for row in these]) if self.named else nullcontext()
+    def answering(
+        self, these: Sequence[Row], numbers: Sequence[Sequence[int]] | None = None
+    ) -> AbstractContextManager[None]:
+        """A block in which each of these rows has its own adapter, if they do; of packed tokens those `numbers`."""
+        return rows(self.model, [row.adapter for row in these], numbers) if self.named else nullcontext()
 
     def _states(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """The hidden state [B, D] of each row's last token, when these are read."""
@@ -137,17 +140,16 @@ class Ragged(Together):
         return chosen
 
     def _read(self, new: Sequence[Row]) -> tuple[KVCache, Tensor]:
-        """A cache of the texts of these rows, and the hidden state [B, D] of the last token of each."""
-        texts, adapters = [row.text for row in new], [*self.adapters]
+        """A cache of the texts of these rows, which are read without padding, and the hidden state [B, D] of the last
+        token of each."""
+        adapters = [*self.adapters]
         cache = self.trunk.fork([adapters.index(row.adapter) for row in new] if self.trunk.counts else [])
-        shared, ends = cache.length, torch.tensor([[len(text) - 1] for text in texts])
-        width = int(ends.max()) + 1
-        tokens = [text[shared:] + text[-1:] * (width - len(text)) for text in texts]
-        places = torch.minimum(torch.arange(shared, width), ends)  # where lengths matter, pads do not add to them
-        with self.answering(new):
-            states = self.model.hidden(self._sent(tokens), places.to(self.model.device), cache=cache)
-        cache.cut([len(text) for text in texts])
-        return cache, states[torch.arange(len(new)), ends[:, 0] - shared]
+        texts = [row.text[cache.length :] for row in new]
+        ends = [*accumulate(map(len, texts))]
+        with self.answering(new, [[i for i, text in enumerate(texts) for _ in text]]):
+            spans = [*pairwise([0, *ends])]
+            states = self.model.hidden(self._sent([[*chain(*texts)]]), spans=spans, cache=cache)
+        return cache, states[0, self._sent(ends) - 1]
 
     def leave(self, places: Sequence[int]) -> None:
         for place in sorted(places, reverse=True):

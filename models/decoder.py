@@ -115,10 +115,11 @@ class Attention(nn.Module):
             q, k = (_turned(one, *shared.turns[self.rope]) for one in (q, k))
         v = v.view(heads)
         if shared.cache is not None:
-            k, v = shared.cache.append(self.index, k, v)
+            q, (k, v) = shared.cache.laid(q), shared.cache.append(self.index, k, v)
         visible = shared.visible[self.scores.window]
-        heard = causal_attention(q, k, v, spans=shared.spans, visible=visible, scores=self.scores).flatten(2)
-        return project(heard, (self.o_proj,), keep=shared.keep)[0]
+        heard = causal_attention(q, k, v, spans=shared.spans, visible=visible, scores=self.scores)
+        heard = heard if shared.cache is None else shared.cache.taken(heard)
+        return project(heard.flatten(2), (self.o_proj,), keep=shared.keep)[0]
 
 
 class MLP(nn.Module):
@@ -239,7 +240,7 @@ class Decoder(CausalLM):
             raise TypeError(f"cache must be one that new_cache() made, got {type(cache).__name__}")
         _check(input_ids, spans, cache, mask)
         if cache is not None:
-            cache.begin(input_ids, mask is not None)
+            cache.begin(input_ids, mask is not None, spans)
         if position_ids is None:
             position_ids = _positions(input_ids, spans, cache, mask)
         x: Tensor = self.model.embed_tokens(input_ids)  # [B, T, hidden]
@@ -254,7 +255,8 @@ class Decoder(CausalLM):
         words = keeps(self.checkpointing if training else "all", len(self.model.layers))
         keep = x.device.type != "cpu" if self.keep_decoded is None else self.keep_decoded
         turns, visible = _turns(self.spec, position_ids, spans, x), _visible(self.spec, input_ids, cache, mask)
-        row = None if spans is None else Packed(spans, x.shape[0] * x.shape[1], x.device)
+        alone = spans is not None and (cache is None or not cache.length)
+        row = Packed(spans, x.shape[0] * x.shape[1], x.device) if spans is not None and alone else None
         shared = _Pass(turns, row, visible, cache)
         lean, first = replace(shared, lean=True), replace(shared, again=True, keep=keep)
         replay, sent = replace(first, replay=True), host_inputs(x) if "host" in words else nullcontext
@@ -303,8 +305,8 @@ def _turns(spec: Spec, position_ids: Tensor, spans: Spans | None, x: Tensor) -> 
 def _check(input_ids: Tensor, spans: Spans | None, cache: KVCache | None, mask: Tensor | None) -> None:
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must be [batch, tokens], got shape {tuple(input_ids.shape)}")
-    if spans is not None and (cache is not None or mask is not None):
-        raise ValueError("spans (packed rows) take neither a cache nor a mask")
+    if spans is not None and (mask is not None or (cache is not None and any(len(span) > 2 for span in spans))):
+        raise ValueError("spans (packed rows) take no mask, and with a cache they do not fork")
     if spans is not None:
         segments(spans, input_ids.numel())  # before any work, not in the first layer
     shape = (input_ids.shape[0], input_ids.shape[1] + (0 if cache is None else cache.length))
@@ -317,13 +319,15 @@ def _visible(spec: Spec, input_ids: Tensor, cache: KVCache | None, mask: Tensor 
     if mask is not None:
         how = input_ids.shape[1], mask.shape[1], mask, input_ids.device
         return {window: visible_keys(*how, window) for window in {0, *spec.windows}}
-    return {window: cache.seen(window) if cache is not None and cache.length else None for window in {0, *spec.windows}}
+    return {window: None if cache is None else cache.seen(window) for window in {0, *spec.windows}}
 
 
 def _positions(input_ids: Tensor, spans: Spans | None, cache: KVCache | None, mask: Tensor | None) -> Tensor:
     tokens, device = input_ids.shape[1], input_ids.device
     if mask is not None:
         return (mask.cumsum(1) - 1).clamp_(min=0)[:, -tokens:]
+    if cache is not None:
+        return cache.places
     if spans is not None:
         return span_positions(spans, device).view(input_ids.shape)
-    return torch.arange(tokens, device=device).expand_as(input_ids) if cache is None else cache.places
+    return torch.arange(tokens, device=device).expand_as(input_ids)

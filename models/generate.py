@@ -59,7 +59,7 @@ def generate(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | Sequence[int] = 256,
     max_length: int | None = None,
     stop_ids: Sequence[int] = (),
     temperature: float = 0.0,
@@ -71,8 +71,8 @@ def generate(
     adapters: Sequence[str | None] | None = None,
     keep_dense: KeepDense = "auto",
 ) -> list[list[int]]:
-    """Continue each prompt (token ids) until a stop token or `max_new_tokens`; returns the new tokens, without the stop
-    token, in order.
+    """Continue each prompt (token ids) until a stop token or `max_new_tokens` (of all, or one a prompt); returns the
+    new tokens, without the stop token, in order.
 
     `max_length`: tokens that prompt and answer may have together (a model's positions, say). `seed`: one for all, or
     one a prompt, or None: drawn from torch's generator where anything is. Of one for all, each prompt's own is made by
@@ -90,9 +90,11 @@ def generate(
         drawn = [(_hashed(row.seed, len(row.answer)) >> 11) * 2.0**-53 for row in these if temperature]
         return choose(model.head()(states), sampling, torch.tensor(drawn, dtype=torch.float64))
 
-    if max_new_tokens < 0 or batch_size < 1:
+    most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    if len(most) != len(prompts) or min(most, default=0) < 0 or batch_size < 1:
         raise ValueError(
-            f"max_new_tokens must be 0 or more and batch_size 1 or more, got {max_new_tokens} and {batch_size}"
+            f"max_new_tokens must be 0 or more, one for all or each of {len(prompts)} prompts, and batch_size 1 or "
+            f"more, got {max_new_tokens} and {batch_size}"
         )
     if adapters is not None and len(adapters) != len(prompts):
         raise ValueError(f"adapters must be one for each of {len(prompts)} prompts, got {len(adapters)}")
@@ -108,7 +110,7 @@ def generate(
     if seed is None:
         seed = int(torch.randint(LARGEST, ())) if temperature else 0
     seeds = prompt_seeds(prompts, seed) if isinstance(seed, int) else seed
-    rooms = [max_new_tokens if max_length is None else min(max_new_tokens, max_length - len(p)) for p in prompts]
+    rooms = [n if max_length is None else min(n, max_length - len(p)) for n, p in zip(most, prompts, strict=True)]
     named = [None] * len(prompts) if adapters is None else adapters
     asked = [Row(*each) for each in zip(prompts, seeds, rooms, named, strict=True)]
     order = sorted(
@@ -131,6 +133,7 @@ def generate_each(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
     *,
+    max_new_tokens: int | Sequence[int] = 256,
     batch_size: int = 32,
     seed: int | Sequence[int] = 0,
     adapters: Sequence[str | None] | None = None,
@@ -141,6 +144,7 @@ def generate_each(
     for first in range(0, len(prompts), 8 * batch_size):
         these = slice(first, first + 8 * batch_size)
         how["adapters"] = None if adapters is None else adapters[these]
+        how["max_new_tokens"] = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[these]
         yield from generate(model, prompts[these], seed=seeds[these], batch_size=batch_size, **how)
 
 

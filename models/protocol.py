@@ -85,8 +85,9 @@ class CausalLM(nn.Module, ABC):
         True places. `spans`: (start, end) pairs over the flattened B * T tokens, in order and without gaps: examples of
         a packed row, each attended alone; (start, fork, end_1, ..., end_n) is one text with n continuations, whose
         positions all go on from the fork. None is one causal text a row (right padding needs no mask). `mask` [B, S]
-        bool over cached and new tokens: False hides left padding. `cache` is read and extended. Spans exclude mask and
-        cache. ValueError where these do not fit together."""
+        bool over cached and new tokens: False hides left padding. `cache` is read and extended. Spans exclude a mask,
+        and a cache but a `KVCache`, whose row i goes on with span i, which does not fork. ValueError where these do not
+        fit together."""
 
     @abstractmethod
     def new_cache(self) -> Cache:

@@ -1,5 +1,6 @@
 """The key-value cache by itself: rows that end, join and wait for nobody; what lies in rooms and is nobody's."""
 
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -48,14 +49,12 @@ def test_rows_are_what_they_are_alone(seed: int) -> None:
 
     def new(rows: int) -> tuple[KVCache, list[list[float]]]:
         lengths, other = torch.randint(1, 90, (rows,)).tolist(), KVCache()
-        k = torch.rand(rows, max(lengths), 1, 1)
-        for row, length in enumerate(lengths):
-            k[row, length:] = torch.nan  # of what pads are
-        other.begin(torch.zeros(k.shape[:2], dtype=torch.int64), False)
-        other.append(0, k, k)
+        ends = [sum(lengths[:i]) for i in range(rows + 1)]
+        k = torch.rand(1, ends[-1], 1, 1)
+        other.begin(torch.zeros(k.shape[:2], dtype=torch.int64), spans=[*pairwise(ends)])
+        assert other.append(0, k, k) == (k, k) and other.laid(k) is other.taken(k) is k and other.seen() is None
         other.end()
-        other.cut(lengths)
-        return other, [k[row, :length, 0, 0].tolist() for row, length in enumerate(lengths)]
+        return other, [part.tolist() for part in k.flatten().split(lengths)]
 
     cache, texts = new(4)
     cache.most = 200
@@ -87,14 +86,34 @@ def test_rows_are_what_they_are_alone(seed: int) -> None:
     assert count > 60 and room is not None and room.shape[3] <= bucket(200)
 
 
-def test_windows_count_from_each_rows_own_end() -> None:
-    cache = KVCache()
-    cache.begin(torch.zeros(2, 5, dtype=torch.int64), False)
-    cache.append(0, torch.zeros(2, 5, 1, 1), torch.zeros(2, 5, 1, 1))
+def spanned(*lengths: int) -> KVCache:
+    cache, tokens = KVCache(), torch.zeros(1, sum(lengths), dtype=torch.int64)
+    cache.begin(tokens, spans=[*pairwise([0, *accumulate(lengths)])])
+    cache.append(0, torch.zeros(1, sum(lengths), 1, 1), torch.zeros(1, sum(lengths), 1, 1))
     cache.end()
-    cache.cut([5, 2])
+    return cache
+
+
+def test_windows_count_from_each_rows_own_end() -> None:
+    cache = spanned(5, 2)
     cache.begin(torch.zeros(2, 1, dtype=torch.int64), False)
-    assert [row.nonzero().flatten().tolist() for row in cache.seen(3)[:, 0, 0]] == [[3, 4, 5], [0, 1, 2]]
+    seen = cache.seen(3)
+    assert seen is not None
+    assert [row.nonzero().flatten().tolist() for row in seen[:, 0, 0]] == [[3, 4, 5], [0, 1, 2]]
+
+
+def test_spans_go_on_with_their_rows() -> None:
+    """Row 0 of five tokens gets two more, row 1 of two gets three: queries in rows and back, keys behind their own."""
+    cache, k = spanned(5, 2), torch.arange(1.0, 6).view(1, 5, 1, 1)
+    cache.begin(torch.zeros(1, 5, dtype=torch.int64), spans=[(0, 2), (2, 5)])
+    keys, _ = cache.append(0, k, k)
+    assert cache.places.tolist() == [[5, 6, 2, 3, 4]] and torch.equal(cache.taken(cache.laid(k)), k)
+    assert cache.laid(k)[..., 0, 0].tolist() == [[1, 2, 0], [3, 4, 5]]
+    assert keys[0, 5:7].flatten().tolist() == [1, 2] and keys[1, 2:5].flatten().tolist() == [3, 4, 5]
+    seen = cache.seen()
+    assert seen is not None and seen.sum(-1)[:, 0].tolist() == [[6, 7, 8], [3, 4, 5]]
+    cache.end()
+    assert cache.counts == [7, 5] == cache.lengths.tolist()
 
 
 @given(length=st.integers(1, 1 << 20))
@@ -105,11 +124,7 @@ def test_buckets_are_few_and_near(length: int) -> None:
 
 
 def test_what_does_not_fit_a_caches_rows_is_refused() -> None:
-    cache = KVCache()
-    cache.begin(torch.zeros(2, 3, dtype=torch.int64), False)
-    cache.append(0, torch.zeros(2, 3, 1, 1), torch.zeros(2, 3, 1, 1))
-    cache.end()
-    cache.cut([3, 1])
+    cache = spanned(3, 1)
     for rows, padded in ((2, True), (3, False)):
         with pytest.raises(ValueError, match=rf"tokens of {rows} rows for a cache of \[3, 1\] tokens"):
             cache.begin(torch.zeros(rows, 1, dtype=torch.int64), padded)

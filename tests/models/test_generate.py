@@ -12,7 +12,7 @@ from fourbit.lora.config import LoRAConfig
 from fourbit.lora.layer import adapter_parameters
 from fourbit.lora.quantize import quantize_
 from fourbit.models.decoder import Decoder
-from fourbit.models.generate import generate, prompt_seeds
+from fourbit.models.generate import generate, generate_each, prompt_seeds
 
 Oracle = Callable[..., Any]
 PROMPTS = [[5, 6, 7], [11], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 8], [90, 80, 70, 60, 50, 40, 30, 20]]
@@ -61,10 +61,10 @@ def starting(shared: int) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("prompts", "passes"),
     [
-        *((starting(shared), [(1, shared), (4, 5), (4, 1)]) for shared in (7, 70)),
-        (starting(1), [(4, 6), (4, 1)]),  # a pass of its own would cost more than it saves
+        *((starting(shared), [(1, shared), (1, 12), (4, 1)]) for shared in (7, 70)),  # and the rest without padding
+        (starting(1), [(1, 16), (4, 1)]),  # a pass of its own would cost more than it saves
         ([PROMPTS[2]] * 3, [(1, 11), (3, 1)]),
-        ([PROMPTS[0], PROMPTS[2]] * 2, [(2, 11), (4, 1)]),
+        ([PROMPTS[0], PROMPTS[2]] * 2, [(1, 14), (4, 1)]),
     ],
 )
 def test_a_common_start_is_read_once(
@@ -83,7 +83,7 @@ def test_each_text_of_a_group_of_samples_is_read_once(
     prompts = [[9, 8, *PROMPTS[i]] for i in (0, 2, 4)] * 4
     how: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3, "stop_ids": [*range(20)]}
     got = generate(model, prompts, batch_size=batch_size, **how)
-    assert sum(rows for rows, tokens in shapes if tokens > 1) == 3
+    assert sum(tokens for _, tokens in shapes if tokens > 1) == sum(map(len, prompts[:3]))
     seeds = prompt_seeds(prompts, 3)
     assert got == [generate(model, [p], **{**how, "seed": [s]})[0] for p, s in zip(prompts, seeds, strict=True)]
     assert len({tuple(answer) for answer in got}) > 6 and len({len(answer) for answer in got}) > 3
@@ -108,9 +108,9 @@ def test_rows_stop_by_themselves_and_leave_the_batch(
     assert generate(model, PROMPTS, max_new_tokens=24, stop_ids=stop, batch_size=batch_size) == expected
     assert expected[0] == [] and len({len(answer) for answer in expected}) >= 3
     if batch_size == 5:
-        rows = [count for count, _ in shapes]
-        assert rows[0] == 5 and rows == sorted(rows, reverse=True) and rows[-1] < 3
-        assert len(rows) == min(24, max(map(len, expected)) + 1)  # and nothing runs once all are done
+        rows = [count for count, _ in shapes[1:]]
+        assert shapes[0] == (1, sum(map(len, PROMPTS))) and rows == sorted(rows, reverse=True) and rows[-1] < 3
+        assert len(rows) == min(24, max(map(len, expected)) + 1) - 1  # and nothing runs once all are done
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
@@ -136,6 +136,13 @@ def test_a_prompt_longer_than_the_room_of_those_that_go_on(model: Decoder) -> No
     prompts = [[5, 6], [7], [(7 * i) % 97 for i in range(150)]]
     expected = [slowly(model, prompt, 30) for prompt in prompts]
     assert generate(model, prompts, max_new_tokens=30, batch_size=2) == expected
+
+
+def test_each_prompt_may_have_its_own_number_of_new_tokens(model: Decoder) -> None:
+    most = [3, 0, 9, 1, 14]
+    expected = [slowly(model, prompt, new) for prompt, new in zip(PROMPTS, most, strict=True)]
+    assert generate(model, PROMPTS, max_new_tokens=most, batch_size=2) == expected
+    assert [*generate_each(model, PROMPTS * 4, max_new_tokens=most * 4, batch_size=1)] == expected * 4
 
 
 def test_streaming(model: Decoder) -> None:
@@ -238,6 +245,7 @@ def test_without_a_seed_torchs_generator_decides(model: Decoder) -> None:
         ({"prompts": [[-1]]}, "outside 0 to 96"),
         ({"prompts": [[1], [2]], "on_token": print}, "one prompt, got 2"),
         ({"max_new_tokens": -1}, "max_new_tokens must be 0 or more"),
+        ({"max_new_tokens": [3, 4]}, r"one for all or each of 1 prompts, .*, got \[3, 4\]"),
         ({"batch_size": 0}, "batch_size 1 or more"),
         ({"max_length": 1}, "prompt 0 has 1 tokens, which leaves no room in max_length 1"),
         ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),

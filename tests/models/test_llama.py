@@ -291,8 +291,9 @@ def test_cuda_equals_cpu(ours: Ours, kind: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"spans": [(0, 6)], "mask": torch.ones(1, 6, dtype=torch.bool)}, "neither a cache nor a mask"),
-        ({"spans": [(0, 6)], "cache": KVCache()}, "neither a cache nor a mask"),
+        ({"spans": [(0, 6)], "mask": torch.ones(1, 6, dtype=torch.bool)}, "spans .* take no mask"),
+        ({"spans": [(0, 2, 4, 6)], "cache": KVCache()}, "with a cache they do not fork"),
+        ({"spans": [(0, 5)], "cache": KVCache()}, "spans must cover the 6 tokens"),
         ({"mask": torch.ones(1, 5, dtype=torch.bool)}, r"= \(1, 6\), got \(1, 5\)"),
         ({"spans": [(0, 5)]}, "spans must cover the 6 tokens"),
         ({"spans": [(0, 3), (4, 6)]}, "spans must cover the 6 tokens"),
