@@ -59,11 +59,12 @@ def pair_table(quant_type: str, dtype: torch.dtype, device: torch.device | str =
 
 
 def _table(make: Callable[..., Tensor], device: torch.device, *arguments: Any) -> Tensor:
-    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
         return _kept(make, device, *arguments)
-    with _disable_current_modes():  # a fake table must not be kept
-        real = _kept(make, torch.device("cpu"), *arguments)
-    return torch.empty(real.shape, dtype=real.dtype, device=device)
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    with _disable_current_modes():  # a fake table must not be kept, and who listens hears the same each time
+        real = _kept(make, torch.device("cpu") if fake else device, *arguments)
+    return torch.empty(real.shape, dtype=real.dtype, device=device) if fake else real
 
 
 @cache

@@ -41,8 +41,8 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
 
 
 def is_fake(x: Tensor) -> bool:
-    """Whether x has no numbers and no address."""
-    return isinstance(x, FakeTensor)
+    """Whether x has no numbers and no address: one of torch's fake ones, or on meta while a mode listens."""
+    return isinstance(x, FakeTensor) or (x.is_meta and torch._C._len_torch_dispatch_stack() > 0)
 
 
 def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:

@@ -1,15 +1,17 @@
 """What training takes before a weight is read: bytes by part at the worst moment, and what a step multiplies.
 
-The real model makes a real step on fake tensors (shapes without numbers), while a dispatch mode hears which storages
-are made and let go: one mechanism for every family, adapter, dtype and word of checkpointing. Of a decoder of ours two
-layers and three are enough: what the third adds, each adds. Fake tensors on "meta" take CUDA's paths (launch.py).
+The real model makes a real step that computes nothing, while a dispatch mode hears which storages are made and let go:
+one mechanism for every family, adapter, dtype and word of checkpointing. Of a decoder of ours two layers and three are
+enough: what the third adds, each adds. For a CPU the tensors are the CPU's own, of memory that nobody touches, which
+the system then never gives; for a GPU they are on "meta", and take CUDA's paths (launch.py).
 """
 
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from weakref import finalize
@@ -17,10 +19,9 @@ from weakref import finalize
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..data.batch import Batch
 from ..kernels.dispatch import force_path, proc_bytes
@@ -28,7 +29,7 @@ from ..lora.adapter import Adapter
 from ..lora.linear4bit import Module4bit
 from ..models.decoder import Decoder
 from ..models.protocol import CausalLM
-from ..models.recompute import AGAIN, Keep
+from ..models.recompute import Keep
 from .config import TrainingConfig
 from .loop import Run, cross_entropy
 from .step import Sums, make_optimizer
@@ -37,6 +38,7 @@ from .step import Sums, make_optimizer
 # allocator keeps; fitted to three runs of benchmarks.plan_check. CUDA: context and workspaces, never measured.
 FRAMEWORK = {"cpu": (92 << 20, 0.26), "cuda": (640 << 20, 0.0)}
 FEW = (2, 3)
+FEW_NUMBERS = 1 << 16  # of an op that computes: ids, places, tables
 PARTS = ("base", "scales", "adapter", "gradients", "optimizer", "activations", "logits", "framework")
 Bytes = dict[str, int]  # by part
 
@@ -68,10 +70,12 @@ class Forecast:
 class _Storages(TorchDispatchMode):
     """Which storages live, by part, and how many there were of each at the highest point of each phase."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, meta: bool) -> None:
         super().__init__()
+        self.meta = meta
         self.vocabulary, self.part, self.phase, self.left = vocabulary, "", "forward", 0
         self.alive: dict[Any, tuple[str, int]] = {}
+        self.unknown = set[Any]()  # those of `alive` that hold no numbers
         self.now, self.most, self.flops = Counter[str](), dict[str, Bytes](), 0.0
 
     def gradient(self, p: Any) -> None:
@@ -83,11 +87,12 @@ class _Storages(TorchDispatchMode):
         self.left -= 1
         self.phase = "backward" if self.left > 0 else "backward's end"
 
-    def add(self, tensor: Tensor, part: str) -> None:
+    def add(self, tensor: Tensor, part: str, unknown: bool = True) -> None:
         storage = tensor.untyped_storage()
-        if (key := storage._cdata) in self.alive:
-            return
+        if (key := storage._cdata) in self.alive or tensor.is_meta != self.meta:
+            return  # the latter is in the host's memory
         self.alive[key] = part, storage.nbytes()
+        self.unknown |= {key} if unknown else set()
         self.now[part] += storage.nbytes()
         finalize(storage, self._gone, key).atexit = False
         if self.now.total() > sum(self.most.get(self.phase, {}).values()):
@@ -96,18 +101,50 @@ class _Storages(TorchDispatchMode):
     def _gone(self, key: Any) -> None:
         part, size = self.alive.pop(key)
         self.now[part] -= size
+        self.unknown.discard(key)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # two of three calls
-            return args[0].fake_device
-        made = func(*args, **(kwargs or {}))
+    def _known(self, x: Tensor) -> bool:
+        return not x.is_meta and x.untyped_storage()._cdata not in self.unknown
+
+    def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What func returns: of views, and of a few numbers that are known, as it is; else a tensor without numbers.
+        What it would write into has none from then on."""
+        arguments, returns = func._schema.arguments, func._schema.returns
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        few = all(map(self._known, given)) and sum(x.numel() for x in given) <= FEW_NUMBERS
+        if func is torch.ops.aten._local_scalar_dense.default and not few:
+            return 1  # a count by which something is divided, say
+        both = [(kwargs.get(a.name, args[i] if i < len(args) else None), a.alias_info) for i, a in enumerate(arguments)]
+        written = tree_leaves([value for value, alias in both if alias and alias.is_write])
+        views = not written and any(alias for _, alias in both)
+        if views or torch.Tag.inplace_view in func.tags or any("Tensor" not in str(r.type) for r in returns):
+            return func(*args, **kwargs)
+        if written:
+            if few:
+                return func(*args, **kwargs)
+            self.unknown |= self.alive.keys() & {x.untyped_storage()._cdata for x in written}
+            return (written[0] if len(returns) == 1 else tuple(written)) if returns else None
+        where = kwargs.get("device") or ("meta" if any(x.is_meta for x in given) else "cpu")
+        how = {n: "meta" if n == "device" else x for n, x in kwargs.items() if n not in ("generator", "pin_memory")}
+        meta, how = tree_map_only(Tensor, partial(_like, device="meta"), (args, how))
+        made = func(*meta, **how)
+        few = few and sum(x.numel() for x in tree_leaves(made) if isinstance(x, Tensor)) <= FEW_NUMBERS
+        made = func(*args, **kwargs) if few else tree_map_only(Tensor, partial(_like, device=where), made)
         for x in tree_leaves(made):
             if isinstance(x, Tensor):
-                self.add(x, self.part or ("logits" if x.shape[-1:] == (self.vocabulary,) else "activations"))
+                part = self.part or ("logits" if x.shape[-1:] == (self.vocabulary,) else "activations")
+                self.add(x, part, unknown=not few)
+        return made
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name.removeprefix("aten::").rstrip("_") in ("mm", "addmm", "bmm", "baddbmm"):
             a, b = [x for x in args if isinstance(x, Tensor)][-2:]
             self.flops += 2.0 * a.numel() * b.shape[-1]
-        return made
+        return self._made(func, args, kwargs or {})
+
+
+def _like(x: Tensor, device: Any) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 
 
 class _Flash(TorchFunctionMode):
@@ -117,6 +154,9 @@ class _Flash(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
             flash = torch.ops.aten._scaled_dot_product_flash_attention
             return flash(*args[:3], 0.0, kwargs.get("is_causal", False), scale=kwargs.get("scale"))[0]
+        if func is Tensor.backward:  # layers run again in it, and this mode is off inside of what it hears
+            with self:
+                return torch.autograd.backward(*args)
         return func(*args, **(kwargs or {}))
 
 
@@ -132,13 +172,17 @@ def _parts(model: nn.Module) -> dict[int, str]:
 
 
 def fake_model(model: nn.Module, device: str, layers: int | None = None) -> Any:
-    """The model of fake tensors, with its first so many layers."""
+    """The model of tensors that nobody has filled, with its first so many layers."""
     memo = dict[int, Any]()
-    for own in [*model.parameters(), *model.buffers()]:
-        fake = torch.empty(own.shape, dtype=own.dtype, device=device)
-        memo[id(own)] = nn.Parameter(fake, own.requires_grad) if isinstance(own, nn.Parameter) else fake
-    if layers is not None and isinstance(model, Decoder):
-        memo[id(model.model.layers)] = nn.ModuleList(copy.deepcopy(x, memo) for x in model.model.layers[:layers])
+    every = model.model.layers if layers is not None and isinstance(model, Decoder) else nn.ModuleList()
+    left = {id(module) for layer in every[layers:] for module in layer.modules()}
+    for module in model.modules():
+        for own in [*module.parameters(recurse=False), *module.buffers(recurse=False)] * (id(module) not in left):
+            if id(own) not in memo:
+                fake = torch.empty(own.shape, dtype=own.dtype, device=device)
+                memo[id(own)] = nn.Parameter(fake, own.requires_grad) if isinstance(own, nn.Parameter) else fake
+    if every:
+        memo[id(every)] = nn.ModuleList(copy.deepcopy(layer, memo) for layer in every[:layers])
     return copy.deepcopy(model, memo)
 
 
@@ -165,11 +209,6 @@ class Case:
         """What it takes where all layers have this word."""
         if keep in self._found:
             return self._found[keep]
-        if self.device == "cuda" and keep in AGAIN:  # what runs in backward escapes `_Flash`
-            rich, own = self.forecast(), self.batch.input_ids.numel() * self.model.hidden_size * 2 * (keep == "input")
-            less = (self.layers - 1) * (rich.layer - own)
-            lean = {f: parts | {"activations": parts["activations"] - less} for f, parts in rich.phases.items()}
-            return Forecast(lean, own, rich.flops * 4 / 3)
         far = self.layers - FEW[0] if self.layers > FEW[1] else 0
         (one, kept), (two, more) = (self._step(keep, n) for n in FEW) if far else [self._step(keep, None)] * 2
         phases, layer = dict[str, Bytes](), more - kept
@@ -183,15 +222,19 @@ class Case:
 
     def _step(self, keep: Keep, layers: int | None) -> tuple[_Storages, int]:
         """A step on fake tensors: what was heard, and the bytes that stay between forward and backward."""
-        where, kept, seen = "meta" if self.device == "cuda" else "cpu", list[int](), _Storages(self.model.vocab_size)
+        where, kept, seen = (
+            "meta" if self.device == "cuda" else "cpu",
+            list[int](),
+            _Storages(self.model.vocab_size, self.device == "cuda"),
+        )
         with ExitStack() as stack:
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(torch.random.fork_rng(devices=[]))
             for mode in (_Flash(), force_path("triton")) if where == "meta" else ():
                 stack.enter_context(mode)
             fake = fake_model(self.model, where, layers).train()
             fake.checkpointing = keep
             own = {n: x for n, x in vars(self.batch).items() if isinstance(x, Tensor)}
-            like: Any = {n: torch.empty_like(x, device=where) for n, x in own.items()}
+            like: Any = {n: x.to(where) for n, x in own.items()}
             trained = {name: p for name, p in fake.named_parameters() if p.requires_grad}
             parts = _parts(fake)
             for tensor in [*fake.parameters(), *fake.buffers()]:
@@ -213,8 +256,8 @@ class Case:
                 for p in trained.values():
                     p.grad = torch.empty_like(p)
                 seen.part = "optimizer"
-                with suppress(DataDependentOutputException), force_path("reference"):
-                    run.optimizer.step()  # it asks whether to skip, which nothing says: its state is made by then
+                with force_path("reference"):
+                    run.optimizer.step()
                 seen.part, seen.phase = "gradients", "forward"
                 for p in trained.values():
                     p.grad = torch.empty_like(p) if self.passes > 1 else None
