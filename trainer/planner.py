@@ -19,6 +19,7 @@ from weakref import finalize
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -154,9 +155,10 @@ class _Flash(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
             flash = torch.ops.aten._scaled_dot_product_flash_attention
             return flash(*args[:3], 0.0, kwargs.get("is_causal", False), scale=kwargs.get("scale"))[0]
-        if func is Tensor.backward:  # layers run again in it, and this mode is off inside of what it hears
+        if func is Tensor.backward:  # layers run again in it, and what a mode hears runs without the mode
             with self:
-                return torch.autograd.backward(*args)
+                ones = (torch.ones_like(args[0]),)
+                return _engine_run_backward(args[:1], ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
         return func(*args, **(kwargs or {}))
 
 
