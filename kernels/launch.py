@@ -1,10 +1,10 @@
 """How a Triton kernel of ours starts, and how those who count instead of computing see that it would have.
 
-Fake tensors (torch's FakeTensorMode) have no numbers. Those of device "meta" under `dispatch.force_path("triton")` do
-what tensors on CUDA do, all but compute, also where torch is built without CUDA (there autograd takes no fake "cuda");
-those of device "cpu" do what a CPU does. A TorchDispatchMode hears each op of torch's under its name, each launch of
-ours as `fourbit::launched` with the kernel's name and tensors. So `benchmarks.passes` adds up bytes, and memory can be
-foretold, from the storages that such a mode sees made and let go. Real meta tensors are launched with, to be compiled.
+Fake tensors (torch's FakeTensorMode, or plain ones of device "meta" while a TorchDispatchMode listens) have no numbers.
+Those of device "meta" under `dispatch.force_path("triton")` do what tensors on CUDA do, all but compute, also where
+torch is built without CUDA. A TorchDispatchMode hears each op of torch's under its name, each launch of ours as
+`fourbit::launched` with the kernel's name and tensors. So `benchmarks.passes` adds up bytes, memory can be foretold
+from storages that such a mode sees made and let go. Without a mode meta tensors are launched with, to be compiled.
 """
 
 from collections.abc import Callable, Iterator

@@ -7,6 +7,7 @@ the system then never gives; for a GPU they are on "meta", and take CUDA's paths
 """
 
 import copy
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -158,7 +159,9 @@ class _Flash(TorchFunctionMode):
         if func is Tensor.backward:  # layers run again in it, and what a mode hears runs without the mode
             with self:
                 ones = (torch.ones_like(args[0]),)
-                return _engine_run_backward(args[:1], ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
+                return _engine_run_backward(
+                    args[:1], ones, False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
         return func(*args, **(kwargs or {}))
 
 
@@ -231,6 +234,9 @@ class Case:
         )
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[]))
+            if gc.isenabled():  # it would free what lies in cycles now in this pass, now in that
+                gc.disable()
+                stack.callback(gc.enable)
             for mode in (_Flash(), force_path("triton")) if where == "meta" else ():
                 stack.enter_context(mode)
             fake = fake_model(self.model, where, layers).train()
