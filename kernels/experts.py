@@ -30,11 +30,14 @@ def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 
 class GroupedFrozen(torch.autograd.Function):
-    """The same with frozen matrices of `shape` [E, K, M], which are decoded, and again in backward; none is kept."""
+    """The same with frozen matrices of `shape` [E, K, M], which are decoded, and again in backward; none is kept.
+
+    `stored`: as for TimesFrozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, decode: Decode, shape: Sequence[int], ends: Tensor) -> Tensor:
-        ctx.of = decode, shape, ends
+    def forward(ctx: Any, x: Tensor, decode: Decode, shape: Sequence[int], ends: Tensor, *stored: Tensor) -> Tensor:
+        ctx.save_for_backward(ends, *stored)
+        ctx.of = decode, shape
         if _in_one_launch(x, ends):
             return torch._grouped_mm(x.contiguous(), decode(None, x.dtype), offs=ends)
         stops = ends.tolist()
@@ -50,8 +53,9 @@ class GroupedFrozen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        decode, (e, k, m), ends = ctx.of
-        return GroupedFrozen.apply(g, lambda i, dtype: decode(i, dtype).mT, (e, m, k), ends), None, None, None
+        (decode, (e, k, m)), kept = ctx.of, ctx.saved_tensors
+        turned: Decode = lambda i, dtype: decode(i, dtype).mT  # noqa: E731  # typed
+        return GroupedFrozen.apply(g, turned, (e, m, k), *kept), None, None, *[None] * len(kept)
 
 
 def _in_one_launch(x: Tensor, ends: Tensor) -> bool:

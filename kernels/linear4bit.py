@@ -8,7 +8,7 @@ Registered with torch.library, forward and backward, so that torch.compile sees 
 functions through a plain autograd rule: torch.library's dispatch of tensor lists costs a fifth of a millisecond a call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
 from math import prod
@@ -213,39 +213,43 @@ def _prepare(x: Tensor, quant_type: str) -> None:
             matmul4bit_triton.prepare(x.device, x.dtype, quant_type)
 
 
-def _save(ctx: Any, x: Tensor, group: Group, s: Tensor, dense: list[Tensor], stored: list[Tensor]) -> None:
-    """Keep for backward, beside `ctx.weights` or `stored` and what makes weights of them, `ctx.layout`."""
+def _save(ctx: Any, x: Tensor, group: Group, s: Tensor, dense: list[Tensor]) -> None:
+    """Keep for backward. All of it through autograd, packed weights too, so that it sees what is written meanwhile."""
     A, B = group.A, group.B
     trained = any(a.requires_grad for a in A)
-    lists = (dense, stored, A, B)
+    lists = (dense, [tensor for weight in group.weights for tensor in weight[:4]], A, B)
     own = x if trained or group.up is not None else None, group.up, *((s, group.seed) if A else (None, None))
     ctx.save_for_backward(*own, *chain.from_iterable(lists))
     ctx.set_materialize_grads(False)
-    ctx.lengths = [len(tensors) for tensors in lists]
+    ctx.lengths, ctx.formats = [len(tensors) for tensors in lists], [weight[4:] for weight in group.weights]
     ctx.scales, ctx.dropout, ctx.gelu = group.scales, group.dropout, group.gelu
     ctx.biases = [bias.dtype if bias.requires_grad else None for bias in group.biases]
 
 
 def _save_op(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, stored, biases, A, B, seed, *ctx.layout, scales, dropout, _ = inputs
-    n, ctx.weights = len(ctx.layout[0]) - 1, None
+    x, stored, biases, A, B, seed, *layout, scales, dropout, _ = inputs
+    weights, ctx.stored = unflatten(stored, *layout), len(stored)
+    n = len(weights)
     ctx.mark_non_differentiable(*output[n:])
-    _save(ctx, x, Group([], biases, A, B, scales, dropout, seed), output[n], output[n + 1 :], stored)
+    _save(ctx, x, Group(weights, biases, A, B, scales, dropout, seed), output[n], output[n + 1 :])
 
 
-def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+def _differentiate(
+    ctx: Any, grads: Sequence[Tensor | None], backward: Callable[..., list[Tensor]] = _backward
+) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
     """The gradients of x and up, biases, A and B."""
     x, up, s, seed, *rest = ctx.saved_tensors
     dense, stored, A, B = _split(rest, ctx.lengths)
-    group = Group(ctx.weights or unflatten(stored, *ctx.layout), [], A, B, ctx.scales, ctx.dropout, seed, up, ctx.gelu)
-    need_x, rows = ctx.needs_input_grad[0], [weight.rows for weight in group.weights]
+    weights = [Weight4bit(*stored[4 * i : 4 * i + 4], *form) for i, form in enumerate(ctx.formats)]
+    group = Group(weights, [], A, B, ctx.scales, ctx.dropout, seed, up, ctx.gelu)
+    need_x, rows = ctx.needs_input_grad[0], [weight.rows for weight in weights]
     some = next((g for g in grads if g is not None), None)
     if some is None:
         return [None, None], [None] * len(ctx.biases), [None] * len(A), [None] * len(B)
     pairs = zip(grads, rows, strict=False)  # a gradient of None: an output that the loss does not use
     each = [some.new_zeros(*some.shape[:-1], size) if g is None else g for g, size in pairs]
     if beyond_first():
-        n, columns = len(A), group.weights[0].columns
+        n, columns = len(A), weights[0].columns
         if A and x is None:
             raise RuntimeError("second derivatives need the input, which is not kept where A is frozen: train A too")
         if x is None:  # without LoRA it is not kept, nor asked for: y is linear in it
@@ -264,11 +268,8 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Any],
         if up is not None:
             with _no_autocast(some):
                 *made, of_up = lora_paths.backward_gated(_matrix(each[0]), x, s, group, dense)
-        elif ctx.weights is None and (need_x or A):
-            numbers = *ctx.layout, ctx.scales, ctx.dropout, need_x
-            made = _backward_op(each, x, s, dense, stored, A, B, seed, *numbers)
         elif need_x or A:
-            made = _backward(each, x, s, group, dense, need_x)
+            made = backward(each, x, s, group, dense, need_x)
         of_x = made[-1] if need_x else None
         of_A, begin = [None] * len(A), int(x is not None)
         if x is not None:
@@ -279,9 +280,13 @@ def _differentiate(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Any],
 
 
 def _differentiate_op(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    (of_x, _), of_biases, of_A, of_B = _differentiate(ctx, grads)
+    def one_node(grads: list[Tensor], x: Any, s: Any, group: Group, dense: list[Tensor], need_x: bool) -> list[Tensor]:
+        (stored, *layout), (_, _, A, B, *numbers) = flatten(group.weights), group
+        return _backward_op(grads, x, s, dense, stored, A, B, group.seed, *layout, *numbers[:2], need_x)
+
+    (of_x, _), of_biases, of_A, of_B = _differentiate(ctx, grads, one_node)
     scales: list[float] | None = None if of_A else []  # torch takes an empty list for one of tensors
-    return of_x, [None] * ctx.lengths[1], of_biases, of_A, of_B, *[None] * 4, scales, None, None
+    return of_x, [None] * ctx.stored, of_biases, of_A, of_B, *[None] * 4, scales, None, None
 
 
 _forward_op.register_autograd(_differentiate_op, setup_context=_save_op)
@@ -292,8 +297,7 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, up: Tensor | None, group: Group, keep: bool, *_: Tensor) -> tuple[Tensor, ...]:
         """What is in the group and may train is given apart too, for autograd to see it."""
         made, s, dense = _forward(x if up is None else gated(x, up, group.gelu), group, keep)
-        ctx.weights = group.weights
-        _save(ctx, x, group, s, dense, [])
+        _save(ctx, x, group, s, dense)
         return tuple(made)
 
     @staticmethod

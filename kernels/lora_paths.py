@@ -97,7 +97,8 @@ def plain(x: Tensor, group: Group) -> list[Tensor]:
     outputs = []
     for i, weight in enumerate(group.weights):
         decode = partial(dequantize, weight)  # a compiler takes no rule with a jvp
-        y: Tensor = h @ decode(h.dtype).T if torch.compiler.is_compiling() else TimesFrozen.apply(h, decode, True)
+        compiling, stored = torch.compiler.is_compiling(), [tensor for tensor in weight[:4] if tensor is not None]
+        y: Tensor = h @ decode(h.dtype).T if compiling else TimesFrozen.apply(h, decode, True, *stored)
         if group.A:
             y = y + (dropped @ group.A[i].to(h.dtype).T) @ (group.B[i] * group.scales[i]).to(h.dtype).T
         outputs.append((y + group.biases[i].to(h.dtype) if group.biases else y).to(x.dtype))
@@ -105,26 +106,31 @@ def plain(x: Tensor, group: Group) -> list[Tensor]:
 
 
 class TimesFrozen(torch.autograd.Function):
-    """x W^T, or g W: each is the other's derivative, of any order and direction, so only packed weights are kept."""
+    """x W^T, or g W: each is the other's derivative, of any order and direction, so only packed weights are kept.
+
+    `stored`: what `decode` reads. Autograd keeps it too, to see whether it is written into before backward."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, decode: Callable[[torch.dtype], Tensor], ahead: bool) -> Tensor:
+    def forward(x: Tensor, decode: Callable[[torch.dtype], Tensor], ahead: bool, *stored: Tensor) -> Tensor:
         dense = decode(x.dtype)
         return x @ (dense.mT if ahead else dense)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.decode, ctx.ahead = inputs
+        _, ctx.decode, ctx.ahead, *stored = inputs
+        ctx.save_for_backward(*stored)
+        ctx.save_for_forward(*stored)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return TimesFrozen.apply(g, ctx.decode, not ctx.ahead), None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        stored = ctx.saved_tensors
+        return TimesFrozen.apply(g, ctx.decode, not ctx.ahead, *stored), None, None, *[None] * len(stored)
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return TimesFrozen.apply(tangent, ctx.decode, ctx.ahead)
+        return TimesFrozen.apply(tangent, ctx.decode, ctx.ahead, *ctx.saved_tensors)
 
 
 def _output(h: Tensor, lora: list[Any], group: Group, i: int, dense: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -154,7 +154,8 @@ class AdapterLayer(nn.Module):
         made = [(adapter.term(), weight) for adapter, weight in self.changing()]
         if terms := [(term[0] if w == 1 else w * term[0], term[1]) for term, w in made if term is not None]:
             decode = getattr(weight, "decode", None) or (lambda i, d: weight[... if i is None else i].detach().to(d))
-            return LazyWeight.decoded(decode, weight.shape, weight.dtype, weight, terms)
+            stored = weight.stored if isinstance(weight, LazyWeight) else [weight.detach()]
+            return LazyWeight.decoded(decode, weight.shape, weight.dtype, weight, stored, terms)
         parts = [p for adapter, _ in self.changing() for p in adapter.parameters()]
         like = next((p for p in parts if p.requires_grad), weight)
         return LazyWeight.of(self._weight, weight.shape, weight.dtype, like) if parts else weight

@@ -28,6 +28,7 @@ class LazyWeight(Tensor):
     make: Callable[[torch.dtype], Tensor]  # the values, rounded once to that dtype
     decode: Decode | None = None  # frozen values, if these and the terms are all that there is
     terms: Terms = ()
+    stored: Sequence[Tensor] = ()  # what `decode` reads, and backward again: an error if it is written into meanwhile
 
     @classmethod
     def of(
@@ -42,8 +43,9 @@ class LazyWeight(Tensor):
 
     @classmethod
     def decoded(
-        cls, decode: Decode, shape: Sequence[int], dtype: torch.dtype, like: Tensor, terms: Terms = ()
-    ) -> Tensor:
+        cls, decode: Decode, shape: Sequence[int], dtype: torch.dtype, like: Tensor, stored: Sequence[Tensor],
+        terms: Terms = (),
+    ) -> Tensor:  # fmt: skip
         """What `decode` gives plus each term's product; summed in fp32 and rounded once where it is made dense."""
 
         def make(dtype: torch.dtype) -> Tensor:
@@ -55,7 +57,7 @@ class LazyWeight(Tensor):
         like = next((part for term in terms for part in term if part.requires_grad), like)
         new = cls.of(make, shape, dtype, like)
         if isinstance(new, cls):
-            new.decode, new.terms = decode, terms
+            new.decode, new.stored, new.terms = decode, stored, terms
         return new
 
     @classmethod
@@ -107,14 +109,15 @@ def _swapped(weight: Any) -> Any:
     *lead, rows, columns = weight.shape
     terms, decode = [(right.mT, left.mT) for left, right in weight.terms], weight.decode
     shape = (*lead, columns, rows)
-    return LazyWeight.decoded(lambda index, dtype: decode(index, dtype).mT, shape, weight.dtype, weight, terms)
+    turned: Decode = lambda index, dtype: decode(index, dtype).mT  # noqa: E731  # typed
+    return LazyWeight.decoded(turned, shape, weight.dtype, weight, weight.stored, terms)
 
 
 def _item(weight: Any, index: Any) -> Tensor:
     terms, decode = [(left[index], right[index]) for left, right in weight.terms], weight.decode
     shape = (*getattr(index, "shape", ()), *weight.shape[1:])
     of: Decode = lambda inner, dtype: decode(index, dtype)[... if inner is None else inner]  # noqa: E731  # typed
-    return LazyWeight.decoded(of, shape, weight.dtype, weight, terms)
+    return LazyWeight.decoded(of, shape, weight.dtype, weight, weight.stored, terms)
 
 
 def _times(x: Tensor, weight: Any, ends: Tensor | None = None) -> Any:
@@ -125,9 +128,10 @@ def _times(x: Tensor, weight: Any, ends: Tensor | None = None) -> Any:
     dtype, decode = (x := autocast_input(x)).dtype, weight.decode
     h = x.to(product_dtype(x))
     if ends is None:
-        y, product = TimesFrozen.apply(h, partial(decode, None), False), torch.matmul
+        y, product = TimesFrozen.apply(h, partial(decode, None), False, *weight.stored), torch.matmul
     else:
-        y, product = GroupedFrozen.apply(h, decode, weight.shape, ends), partial(grouped_product, ends=ends)
+        y = GroupedFrozen.apply(h, decode, weight.shape, ends, *weight.stored)
+        product = partial(grouped_product, ends=ends)
     for left, right in weight.terms:
         y = y + product(product(h, left.to(h.dtype)), right.to(h.dtype))
     return y.to(dtype)

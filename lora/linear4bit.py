@@ -125,7 +125,8 @@ class Module4bit(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, made when an operation takes it: see `LazyWeight`."""
-        return LazyWeight.decoded(lambda i, dtype: self.dequantize(dtype, i), self.shape, self.dtype, self.packed)
+        decode, stored = lambda i, dtype: self.dequantize(dtype, i), [*self.stored_parameters().values()]
+        return LazyWeight.decoded(decode, self.shape, self.dtype, self.packed, stored)
 
     @torch.no_grad()
     def dequantize(self, dtype: DType = torch.float32, index: int | slice | Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ What runs again runs on the same numbers and the same random state, so every cho
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 from weakref import ref
 
 import torch
@@ -123,6 +123,21 @@ def _bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
 
 
+def _held(x: Tensor) -> Callable[[], Tensor]:
+    """x for later, or the error that autograd raises where it saves by itself: behind hooks it sees no writing."""
+    held, version = x.detach(), x._version  # the tensor itself would be a cycle, never freed
+
+    def unwritten() -> Tensor:
+        if held._version != version:
+            raise RuntimeError(
+                "a tensor needed for gradient computation has been modified by an inplace operation: "
+                f"{held.dtype} {tuple(held.shape)} is at version {held._version}, not {version}; write after backward"
+            )
+        return held
+
+    return unwritten
+
+
 def recomputed(
     value: Tensor, step: Callable[..., Tensor], *inputs: Tensor, active: bool = True
 ) -> AbstractContextManager[Any]:
@@ -133,22 +148,24 @@ def recomputed(
     second time, and under torch.compile, whose compiler decides what to make again, and torch.func, which has no hooks.
     """
     hooked = isinstance(step, nn.Module) and is_hooked(step)
-    if not active or hooked or not value.is_contiguous() or torch.compiler.is_compiling() or transformed():
+    off = not active or hooked or not torch.is_grad_enabled() or not value.is_contiguous()
+    if off or torch.compiler.is_compiling() or transformed():
         return nullcontext()
     # not `value` itself: the hooks live as long as the graph. And no addresses, which fake tensors lack
     storage, first, size, dtype = ref(value.untyped_storage()), value.storage_offset(), value.numel(), value.dtype
-    kept_inputs = [x.detach() for x in inputs]
-    again = cache(lambda: step(*kept_inputs).detach())  # runs once; lives until the graph's last node that uses it goes
+    held = [_held(x) for x in (*inputs, *(step.parameters() if isinstance(step, nn.Module) else ()))]
+    # runs once; lives until the graph's last node that uses it goes
+    again = cache(lambda: step(*[unwritten() for unwritten in held][: len(inputs)]).detach())
 
     def pack(tensor: Tensor) -> Any:
         inside = tensor.untyped_storage() is storage() and tensor.dtype == dtype and tensor.is_contiguous()
         if inside and 0 <= (start := tensor.storage_offset() - first) <= size - tensor.numel():
             return start, tensor.shape
-        return tensor.detach()  # the tensor itself would be a cycle, never freed
+        return _held(tensor)
 
     def unpack(kept: Any) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
+        if callable(kept):
+            return cast(Tensor, kept())
         start, shape = kept
         return again().view(-1)[start : start + shape.numel()].view(shape)
 

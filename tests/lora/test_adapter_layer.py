@@ -132,7 +132,7 @@ def test_dropout_only_while_training_and_only_on_the_update() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_nothing_dense_is_saved_for_backward(dropout: float, checkpointed: bool) -> None:
-    """What autograd keeps: x, x A^T and the adapter (the op holds the packed weight itself); never a decoded weight."""
+    """What autograd keeps: x, x A^T, the adapter, the packed bytes and their scales; never a decoded weight."""
     n_in, n_out, rows = 64, 96, 6
     layer, lora = with_lora(NF4Linear.from_weight(torch.randn(n_out, n_in), torch.randn(n_out)), 4, 8, dropout)
     x = torch.randn(rows, n_in, requires_grad=True)
@@ -145,6 +145,7 @@ def test_nothing_dense_is_saved_for_backward(dropout: float, checkpointed: bool)
     assert saved and max((tensor.numel() for tensor in floats), default=0) <= rows * n_in < n_in * n_out // 8
     bytes_ = [tensor for tensor in saved if tensor.dtype == torch.uint8]
     assert {tensor.data_ptr() for tensor in bytes_} <= {layer.base.packed.data_ptr(), layer.base.absmax.data_ptr()}
+    assert checkpointed or sum(tensor.nbytes for tensor in bytes_) >= n_in * n_out // 2
 
 
 def test_start_is_uniform_and_depends_on_the_generator_alone() -> None:
