@@ -39,6 +39,7 @@ def test_freed_blocks_go_back_to_the_system_where_the_process_is_the_command_lin
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_text_of_8192_tokens_trains_in_less_than_3_gib(smollm2: Path) -> None:
     """QLoRA of SmolLM2-135M, forward, backward and update, beside what imports take; measured in its own process."""
     command = [sys.executable, "-m", "benchmarks.long_context", str(smollm2), "--tokens", "8192", "--length", "0"]
