@@ -3,10 +3,11 @@
 Random tokens pass SmolLM2-135M (its GGUF, or any model) in NF4 with LoRA of rank 16 on every linear, in one row: packed
 texts of `--length` tokens each, or one text (`--length 0`). Every token but each text's last is trained. Printed for
 each number of tokens: seconds of a step (forward, backward, update; the quickest of rounds in turn, behind one that is
-not counted), microseconds a token beside those of the first number, and the peak of `RssAnon` in it above the level
-after imports. Texts of one length should take a time that is proportional to their tokens; one text's attention grows
-with the square of its length. `--layers`: how many of the model's, a few for times, 30 for SmolLM2's memory. The last
-line is JSON.
+not counted), microseconds a token and millions of operations a token (`operations`, from sizes alone) beside those of
+the first number, the share of attention's in the latter, and the peak of `RssAnon` above the level after imports. Texts
+of one length should take a time that is proportional to their tokens; of one text attention's operations grow with the
+square of its length, and the time should with all of them. `--layers`: how many of the model's, a few for times, 30 for
+SmolLM2's memory. The last line is JSON.
 
 Memory is freed as in the command line's processes (`fourbit.cli.main.give_memory_back`): without that most of the peak
 at thousands of tokens may be holes in glibc's heap.
@@ -24,8 +25,8 @@ import fourbit
 from fourbit.cli.main import give_memory_back
 from fourbit.data.batch import pack
 from fourbit.data.encode import Encoded, Example
-from fourbit.lora.layer import adapter_parameters
-from fourbit.models.recompute import KEEPS
+from fourbit.lora.layer import adapter_layers, adapter_parameters
+from fourbit.models.recompute import AGAIN, KEEPS
 from fourbit.trainer.config import TrainingConfig
 from fourbit.trainer.loop import Run
 from fourbit.trainer.step import make_optimizer
@@ -53,7 +54,7 @@ def main() -> None:
     for _ in range(options.rounds + 1):
         for tokens, measured in found.items():
             measured.append(step(run, tokens, options.length or tokens, before))
-    report(found, options)
+    report(run.model, found, options)
 
 
 def training(path: Path, layers: int, checkpointing: Any, dtype: torch.dtype = torch.float32) -> Run:
@@ -79,15 +80,30 @@ def step(run: Run, tokens: int, length: int, before: int) -> tuple[float, int]:
     return seconds, watch.peak - before
 
 
-def report(found: dict[int, list[tuple[float, int]]], options: argparse.Namespace) -> None:
+def operations(model: Any, length: int, again: bool) -> tuple[float, float]:
+    """Multiplications and additions of a step for each token of texts of `length`: of products with weights, of
+    attention. Forward, a second time where layers run `again`, backward; of products with frozen weights that is one
+    more, of attention five for two (it makes the weights again), of LoRA's two each."""
+    adapted, spec = adapter_layers(model).values(), model.spec
+    frozen = sum(layer.in_features * layer.out_features for layer in adapted) * (2 + again)
+    lora = sum(p.numel() for p in adapter_parameters(model).values()) * (3 + again)
+    head = 2 * spec.hidden_size * spec.vocab_size
+    sums = len(model.model.layers) * spec.num_attention_heads * spec.head_dim * (length + 1) / 2  # of a product
+    return 2 * (frozen + lora + head), 2 * 2 * sums * (1 + again + 2.5)
+
+
+def report(model: Any, found: dict[int, list[tuple[float, int]]], options: argparse.Namespace) -> None:
     rows = list[dict[str, Any]]()
     print(f"{cpu()}, {options.threads} threads, {options.layers} layers, {options.dtype}")
     for tokens, measured in found.items():
         seconds, peak = min(s for s, _ in measured[1:] or measured), max(peak for _, peak in measured)
-        rows.append({"tokens": tokens, "seconds": round(seconds, 3), "peak_bytes": peak})
-        each, first = seconds / tokens, rows[0]["seconds"] / rows[0]["tokens"]
-        times = f"{1e6 * each:8.0f} us a token, {each / first:5.2f} times the first"
-        print(f"{tokens:6} tokens  {seconds:8.2f} s {times}  {peak / 2**30:6.2f} GiB")
+        products, attention = operations(model, options.length or tokens, options.checkpointing in AGAIN)
+        count = products + attention
+        rows.append({"tokens": tokens, "seconds": round(seconds, 3), "peak_bytes": peak, "operations": count})
+        each, share, first = seconds / tokens, attention / count, rows[0]
+        times = f"{1e6 * each:8.0f} us a token, {each * first['tokens'] / first['seconds']:5.2f} times the first"
+        counts = f"{count / 1e6:6.0f} M operations, {count / first['operations']:5.2f} times, {share:4.0%} attention's"
+        print(f"{tokens:6} tokens  {seconds:8.2f} s {times}; {counts}  {peak / 2**30:6.2f} GiB")
     print(json.dumps({"cpu": cpu()} | vars(options) | {"model": options.model.name, "steps": rows}))
 
 
