@@ -19,6 +19,8 @@ from .train import run as run
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherOptions(Checked):
+    """Which teacher, and how it is loaded."""
+
     title: ClassVar[str] = "teacher"
     teacher: str = setting(REQUIRED, "Hugging Face folder or .gguf file, of the student's tokenizer", metavar="PATH")
     teacher_adapter: str | None = setting(None, "folder of the LoRA adapter that the teacher carries", metavar="DIR")

@@ -21,6 +21,8 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerOptions(Checked):
+    """Whose tokenizer and template."""
+
     title: ClassVar[str] = "model"
     model: str = setting(REQUIRED, "Hugging Face folder or .gguf file", metavar="PATH")
     template: str | None = setting(
@@ -30,6 +32,8 @@ class TokenizerOptions(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(TokenizerOptions):
+    """Which model, and how it is loaded."""
+
     title: ClassVar[str] = "model"
     quant: Quant | None = setting(
         None,
@@ -45,6 +49,8 @@ class ModelOptions(TokenizerOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterChoice(Checked):
+    """Which adapter the model carries."""
+
     title: ClassVar[str] = "adapter"
     adapter: str | None = setting(
         None, "folder of a LoRA adapter, PEFT's format; a training goes on from it, or else makes one", metavar="DIR"
@@ -59,6 +65,8 @@ class AdaptedModelOptions(AdapterChoice, ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AnsweringOptions(AdaptedModelOptions):
+    """The same, for commands that generate."""
+
     keep_dense: KeepDense = setting("auto", "decode 4-bit weights once; auto: on a CPU, where memory allows")
 
 
@@ -76,6 +84,8 @@ class RowOptions(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(Sampling):
+    """How tokens are drawn, and how many."""
+
     title: ClassVar[str] = "sampling"
     max_new_tokens: int = setting(256, "tokens an answer may have", least=1)
     seed: int = setting(0, "seed of sampling", least=0, most=LARGEST)
@@ -87,6 +97,8 @@ class SamplingOptions(Sampling):
 
 @dataclass(frozen=True, kw_only=True)
 class ResultOptions(Checked):
+    """How results are printed."""
+
     title: ClassVar[str] = "output"
     json: bool = setting(False, "print one JSON line of results, last and alone on stdout")
 

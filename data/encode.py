@@ -184,6 +184,7 @@ def measure(dataset: Dataset) -> None:
 
 
 def digest(content: list[Any]) -> bytes:
+    """SHA-256 of JSON values: equal for equal ones, whatever the order of keys."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).digest()
 

@@ -215,7 +215,7 @@ os.register_at_fork(after_in_child=CHILD.forget)
 atexit.register(CHILD.stop)
 
 
-def template_for(tokenizer: AnyTokenizer, override: TemplateChoice = None, *, date: str | None = None) -> ChatTemplate:
+def template_for(tokenizer: AnyTokenizer, override: TemplateChoice = None) -> ChatTemplate:
     """The template to use: `override` (a built-in's name, a file, a template), else the tokenizer's, else a built-in.
 
     A tokenizer without a template gets chatml if its vocabulary has chatml's two tokens, else zephyr, whose marks are
@@ -225,27 +225,26 @@ def template_for(tokenizer: AnyTokenizer, override: TemplateChoice = None, *, da
         return override
     tokenizer = as_tokenizer(tokenizer)
     if override is not None and (name := os.fspath(override)) in BUILTINS:
-        return _builtin(tokenizer, name, date)
+        return _builtin(tokenizer, name)
     if override is not None:
         if not Path(name).is_file():
             what = f"neither a built-in ({', '.join(BUILTINS)}) nor a file"
             raise InputError(f"template {name!r}: {what}: name one of those or a .jinja file.")
-        return ChatTemplate(read_text(Path(name), MAX_SOURCE_BYTES), tokenizer.named_tokens, name=name, date=date)
+        return ChatTemplate(read_text(Path(name), MAX_SOURCE_BYTES), tokenizer.named_tokens, name=name)
     if tokenizer.chat_template:
-        tokens = tokenizer.named_tokens
-        return ChatTemplate(tokenizer.chat_template, tokens, name="the model's own template", date=date)
+        return ChatTemplate(tokenizer.chat_template, tokenizer.named_tokens, name="the model's own template")
     known = all(len(tokenizer.encode(mark)) == 1 for mark in ("<|im_start|>", "<|im_end|>"))
-    template = _builtin(tokenizer, "chatml" if known else "zephyr", date)
+    template = _builtin(tokenizer, "chatml" if known else "zephyr")
     plain = "its marks are plain text and turns end in the end-of-text token"
     why = "its two tokens are in the vocabulary" if known else plain
     template.notice = f"the model has no chat template: using {template.name} ({why}; no new tokens are added)"
     return template
 
 
-def _builtin(tokenizer: TokenizerLike, name: str, date: str | None) -> ChatTemplate:
+def _builtin(tokenizer: TokenizerLike, name: str) -> ChatTemplate:
     bos = (tokenizer.bos_token or "") if name == "llama3" or expects_bos(tokenizer) else ""
     tokens = {**tokenizer.named_tokens, "bos_token": bos, "eos_token": tokenizer.eos_token or ""}
-    return ChatTemplate(builtin(name), tokens, name=name, date=date)
+    return ChatTemplate(builtin(name), tokens, name=name)
 
 
 def builtin(name: str) -> str:

@@ -30,9 +30,7 @@ def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 
 class GroupedFrozen(torch.autograd.Function):
-    """The same with frozen matrices of `shape` [E, K, M], which are decoded, and again in backward; none is kept.
-
-    `stored`: as for TimesFrozen."""
+    """The same with frozen matrices of `shape` [E, K, M], decoded, and again in backward; `stored` as TimesFrozen's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, decode: Decode, shape: Sequence[int], ends: Tensor, *stored: Tensor) -> Tensor:

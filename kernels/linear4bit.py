@@ -239,7 +239,8 @@ def _differentiate(
 ) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
     """The gradients of x and up, biases, A and B."""
     x, up, s, seed, *rest = ctx.saved_tensors
-    dense, stored, A, B = _split(rest, ctx.lengths)
+    places = iter(rest)
+    dense, stored, A, B = ([*islice(places, length)] for length in ctx.lengths)
     weights = [Weight4bit(*stored[4 * i : 4 * i + 4], *form) for i, form in enumerate(ctx.formats)]
     group = Group(weights, [], A, B, ctx.scales, ctx.dropout, seed, up, ctx.gelu)
     need_x, rows = ctx.needs_input_grad[0], [weight.rows for weight in weights]
@@ -304,8 +305,3 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         of_inputs, *lists = _differentiate(ctx, grads)
         return *of_inputs, None, None, *chain.from_iterable(lists)
-
-
-def _split(tensors: Sequence[Any], lengths: list[int]) -> list[list[Any]]:
-    places = iter(tensors)
-    return [list(islice(places, length)) for length in lengths]

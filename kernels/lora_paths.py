@@ -106,9 +106,8 @@ def plain(x: Tensor, group: Group) -> list[Tensor]:
 
 
 class TimesFrozen(torch.autograd.Function):
-    """x W^T, or g W: each is the other's derivative, of any order and direction, so only packed weights are kept.
-
-    `stored`: what `decode` reads. Autograd keeps it too, to see whether it is written into before backward."""
+    """x W^T, or g W: each is the other's derivative, of any order and direction. Kept is `stored` alone, what `decode`
+    reads, so that autograd sees whether it is written into before backward."""
 
     generate_vmap_rule = True
 

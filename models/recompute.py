@@ -9,7 +9,7 @@ What runs again runs on the same numbers and the same random state, so every cho
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 from weakref import ref
 
 import torch
@@ -143,9 +143,9 @@ def recomputed(
 ) -> AbstractContextManager[Any]:
     """A block inside which autograd keeps `step` and `inputs` in place of `value` = step(*inputs).
 
-    However often `value` is saved there (as it is, or a view of some of it), the step runs once, in backward. The
-    inputs must not be overwritten before. Nothing changes where not `active`, where hooks of `step` would be called a
-    second time, and under torch.compile, whose compiler decides what to make again, and torch.func, which has no hooks.
+    However often `value` is saved there (as it is, or a view of some of it), the step runs once, in backward; if
+    its inputs were overwritten, RuntimeError. Nothing changes where not `active`, where hooks of `step` would be called
+    twice, under torch.compile, whose compiler decides what to make again, and under torch.func, which has no hooks.
     """
     hooked = isinstance(step, nn.Module) and is_hooked(step)
     off = not active or hooked or not torch.is_grad_enabled() or not value.is_contiguous()
@@ -157,16 +157,10 @@ def recomputed(
     # runs once; lives until the graph's last node that uses it goes
     again = cache(lambda: step(*[unwritten() for unwritten in held][: len(inputs)]).detach())
 
-    def pack(tensor: Tensor) -> Any:
-        inside = tensor.untyped_storage() is storage() and tensor.dtype == dtype and tensor.is_contiguous()
-        if inside and 0 <= (start := tensor.storage_offset() - first) <= size - tensor.numel():
-            return start, tensor.shape
+    def pack(tensor: Tensor) -> Callable[[], Tensor]:
+        shape, own = tensor.shape, tensor.untyped_storage() is storage() and tensor.dtype == dtype
+        if own and tensor.is_contiguous() and 0 <= (start := tensor.storage_offset() - first) <= size - shape.numel():
+            return lambda: again().view(-1)[start : start + shape.numel()].view(shape)
         return _held(tensor)
 
-    def unpack(kept: Any) -> Tensor:
-        if callable(kept):
-            return cast(Tensor, kept())
-        start, shape = kept
-        return again().view(-1)[start : start + shape.numel()].view(shape)
-
-    return saved_tensors_hooks(pack, unpack)
+    return saved_tensors_hooks(pack, lambda kept: kept())

@@ -150,6 +150,7 @@ def adapter_form(model: CausalLM, name: str = DEFAULT) -> str:
 
 
 def adapters_hash(model: CausalLM, names: Sequence[str]) -> str:
+    """SHA-256, in hex, of the adapters of these names: tensors and what their files would say of their form."""
     tensors = {f"{i}.{key}": t for i, name in enumerate(names) for key, t in adapter_state(model, name).items()}
     forms = [adapter_form(model, name) for name in names]
     return hashlib.sha256((hashed(tensors) + json.dumps(forms)).encode()).hexdigest()
