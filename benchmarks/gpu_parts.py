@@ -187,9 +187,13 @@ def decode(day: Day) -> None:
     for rows in (1, 2) if day.dry else (1, 8, 64):
         prompts = [[1 + i % 7, 2, 3 + i % 5] for i in range(rows)]
         answer = partial(generate, model, prompts, max_new_tokens=new, batch_size=rows)
-        first, again = (day.milliseconds(answer) / 1e3 for _ in range(2))
-        rate = {"first_tokens_per_second": rows * new / first, "tokens_per_second": rows * new / again}
-        day.say("generate", rows=rows, new_tokens=new, layers=day.shape.layers, **rate)
+        for graphs in (True, False):
+            hook = None if graphs else model.lm_head.register_forward_hook(lambda *_: None)  # no replay would call it
+            first, again = (day.milliseconds(answer) / 1e3 for _ in range(2))
+            rate = {"first_tokens_per_second": rows * new / first, "tokens_per_second": rows * new / again}
+            day.say("generate", rows=rows, graphs=graphs, new_tokens=new, layers=day.shape.layers, **rate)
+            if hook:
+                hook.remove()
     by_kernel(day, "8 tokens by kernel", partial(generate, model, [[1, 2, 3]], max_new_tokens=8))
 
 

@@ -1,4 +1,5 @@
-"""Dropout whose mask is a function of the place and a seed, so that nothing is stored and every path drops the same.
+"""Dropout whose mask is a function of the place and a seed, so that nothing is stored and every path drops the same;
+and other draws of its generator.
 
 The generator is Philox 4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), the
 fewest that pass BigCrush. Its counter is (column // 8, row, 0, 0) and its key the 64-bit seed; the 128 bits of one call
@@ -64,6 +65,12 @@ def draw_halves(first: int, groups: int, row: Tensor, seed: Tensor) -> Tensor:
     counters = torch.arange(first, first + groups, device=seed.device).unsqueeze(0)
     words = torch.stack(torch.broadcast_tensors(*_philox(counters, row.view(1, 1), _keys(seed))), dim=-1)
     return torch.stack([words & (LEVELS - 1), (words >> 16) & (LEVELS - 1)], dim=-1).to(torch.int32).view(-1)
+
+
+def uniform(counters: Tensor, seeds: Tensor) -> Tensor:
+    """A number in [0, 1) each, float64 [B] of 53 bits, of counters (n, 0, 0, 0) and seeds as keys, both int64 [B]."""
+    first, second, *_ = _philox(counters.unsqueeze(0), torch.zeros_like(counters).unsqueeze(0), _keys(seeds))
+    return (((first & _LOW) << 21) | ((second & _LOW) >> 11)).squeeze(0).double() * 2.0**-53
 
 
 def _keys(seed: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -31,10 +31,6 @@ class KVCache:
 
     keys: int  # that the pass reads
     places: Tensor  # of its tokens in their rows, [rows, T], or [1, T] of spans
-    _rooms_of: Tensor  # the rows that they belong to, [rows, 1] or [1, T]
-    _asked: Tensor  # the places of its queries as they are laid out for rooms, [rows, T]
-    _steps: Tensor | None  # where among those a span's tokens are, [1, T]
-    _new: list[int]  # tokens of each row
 
     def __init__(self) -> None:
         self.counts, self.lengths, self.most = list[int](), torch.empty(0, dtype=torch.int64), 1 << 62
@@ -56,20 +52,22 @@ class KVCache:
         if len(self.counts) != rows or (padded and len({*self.counts}) > 1):
             raise ValueError(f"tokens of {rows} rows for a cache of {self.counts} tokens; a mask needs rows alike")
         self.keys = self.length + tokens if padded or not self.length else bucket(self.length + tokens)
+        # where queries are as rooms want them [rows, T], whose room a token belongs to, and its number among its row's
         self._asked = self.places = self.lengths.unsqueeze(1) + torch.arange(tokens, device=device)
-        self._rooms_of, self._steps, self._new = torch.arange(rows, device=device).unsqueeze(1), None, [tokens] * rows
+        self._row, self._new = torch.arange(rows, device=device).unsqueeze(1), [tokens] * rows
+        self._steps: Tensor | None = None
         if spans is not None:
             self._new = [end - start for start, end in spans]
             at = torch.tensor([(row, step) for row, count in enumerate(self._new) for step in range(count)])
-            self._rooms_of, self._steps = at.t().unsqueeze(1).to(device, non_blocking=True)
-            self.places = self._asked[self._rooms_of, self._steps]
+            self._row, self._steps = at.t().unsqueeze(1).to(device, non_blocking=True)
+            self.places = self._asked[self._row, self._steps]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v [B, T, K, D] behind each row's tokens; views of that layer's, [rows, `keys`, K, D], or k and v
         where spans begin their rows: they see nothing else."""
         room = self._roomy(layer, k, self.keys, len(self.counts))
         for held, new in zip(room, (k, v), strict=True):
-            held[self._rooms_of, :, self.places] = new
+            held[self._row, :, self.places] = new
         if self._steps is not None and not self.length:
             return k, v
         keys, values = room[:, : len(self.counts), :, : self.keys].transpose(2, 3)
@@ -79,11 +77,11 @@ class KVCache:
         """Queries [B, T, H, D] as `seen` has them, [rows, T, H, D]; spans that begin their rows as they are."""
         if self._steps is None or not self.length:
             return q
-        return q.new_zeros(*self._asked.shape, *q.shape[2:]).index_put_((self._rooms_of, self._steps), q)
+        return q.new_zeros(*self._asked.shape, *q.shape[2:]).index_put_((self._row, self._steps), q)
 
     def taken(self, y: Tensor) -> Tensor:
         """What `laid` queries found, [B, T, H, D] as the tokens were given."""
-        return y if self._steps is None or not self.length else y[self._rooms_of, self._steps]
+        return y if self._steps is None or not self.length else y[self._row, self._steps]
 
     def seen(self, window: int = 0) -> Tensor | None:
         """Which keys the pass's queries see, [rows, 1, T, keys] bool: up to their own, of a `window` the last ones;
@@ -96,7 +94,9 @@ class KVCache:
 
     def end(self) -> None:
         """Every layer has the pass's tokens."""
-        self._count([had + new for had, new in zip(self.counts, self._new, strict=True)])
+        self.counts = [had + new for had, new in zip(self.counts, self._new, strict=True)]
+        # in place, where a step that is run again by a CUDA graph finds it
+        self.lengths += self.places.shape[1] if self._steps is None else torch.tensor(self._new).to(self.lengths.device)
 
     def select(self, rows: Tensor) -> None:
         """Take the rows with the given indices (int64), in that order; a repeated one is continued in several ways."""

@@ -1,7 +1,7 @@
 """The texts that generation continues together: read, advanced by a token at a time, and left as their answers end."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
@@ -10,12 +10,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import path_for
+from ..lora.adapter import is_hooked
 from ..lora.rows import rows
-from .cache import KVCache
+from .cache import KVCache, bucket
+from .moe import Mixture
 from .protocol import Cache, CausalLM
 
-Choose = Callable[[Tensor, Sequence["Row"]], Tensor]  # from hidden states [B, D] the next token [B] of each row
+Choose = Callable[[Tensor, Tensor], Tensor]  # of states [B, D], seeds and answers' lengths [2, B] the next tokens [B]
 WORTH = 16  # tokens that must be saved for a pass of its own over what texts begin with
+STEADY = 8  # steps alike after which a CUDA graph is recorded: it costs about as many, and rows that end make it stale
 
 
 @dataclass
@@ -42,6 +46,7 @@ class Together:
     """Rows in any cache: all end together, padded on the left, and those that wait come when the last has left."""
 
     cache: Cache
+    last: Tensor  # of each row the last token, its seed, and how many tokens it has, [3, B] int64
     width = 0  # tokens that the cache has of each row
     joins = False  # whether rows may come while others go on
 
@@ -56,21 +61,30 @@ class Together:
         self.cache, self.rows, self.width = self.model.new_cache(), [*once.values()], max(map(len, texts))
         # of a token of its own: another's activations might overflow, and NaN passes through every mask
         with self.answering(self.rows):
-            states = self._states([text[:1] * (self.width - len(text)) + text for text in texts])
-        self.rows = [*new]
-        return self._forked(self.cache, _places(once), states, new)
+            states = self._states(self._sent([text[:1] * (self.width - len(text)) + text for text in texts]))
+        self.rows, self.last = [*new], self._forked(self.cache, [*once], states, new)
+        return self.last[0]
 
     def step(self) -> Tensor:
         """Read the last token of every row, which is the one that was chosen. Returns the token [B] after it."""
         self.width += 1
         with self.answering(self.rows):
-            return self.choose(self._states([row.answer[-1:] for row in self.rows]), self.rows)
+            return self.advance()
+
+    def advance(self) -> Tensor:
+        """A step of these rows on their device alone: it reads and writes `last` and the cache in place, the host sends
+        it nothing and sees nothing of it."""
+        tokens, _, numbers = self.last
+        tokens.copy_(self.choose(self._states(tokens.unsqueeze(1)), self.last[1:]))
+        numbers += 1
+        return tokens
 
     def leave(self, places: Sequence[int]) -> None:
         """Take rows out; those that stay may stand in another order then."""
         kept = [place for place in range(len(self.rows)) if place not in places]
         if places and kept:
             self.cache.select(self._sent(kept))
+            self.last = self.last[:, self._sent(kept)]
         self.rows = [self.rows[place] for place in kept]
 
     def answering(
@@ -79,19 +93,21 @@ class Together:
         """A block in which each of these rows has its own adapter, if they do; of packed tokens those `numbers`."""
         return rows(self.model, [row.adapter for row in these], numbers) if self.named else nullcontext()
 
-    def _states(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """The hidden state [B, D] of each row's last token, when these are read."""
+    def _states(self, tokens: Tensor) -> Tensor:
+        """The hidden state [B, D] of each row's last token, when these [B, T] are read."""
         shown = torch.arange(self.width) >= torch.tensor([[self.width - len(row.text)] for row in self.rows])
-        mask = None if self.joins or shown.all() else shown.to(self.model.device)
-        return self.model.hidden(self._sent(tokens), cache=self.cache, mask=mask)[:, -1]
+        mask = None if shown.all() else shown.to(self.model.device)
+        return self.model.hidden(tokens, cache=self.cache, mask=mask)[:, -1]
 
-    def _forked(self, cache: Cache, keys: Mapping[Any, int], states: Tensor, new: Sequence[Row]) -> Tensor:
-        """The token [B] that follows each of these rows, which continue the cache's `keys`, in any number each."""
-        places = [keys[row.key] for row in new]
+    def _forked(self, cache: Cache, keys: list[Any], states: Tensor, new: Sequence[Row]) -> Tensor:
+        """`last` of these rows with the token that follows each, which continue the cache's `keys`, in any number."""
+        places = [keys.index(row.key) for row in new]
         if places != [*range(len(keys))]:
             cache.select(self._sent(places))
+        luck = self._sent([[row.seed for row in new], [len(row.answer) for row in new]])
         with self.answering(new):
-            return self.choose(states[places], new)
+            chosen = self.choose(states[places], luck)
+        return torch.cat((chosen[None], luck[:1], luck[1:] + 1))
 
     def _sent(self, numbers: Any) -> Tensor:
         return torch.tensor(numbers).to(self.model.device, non_blocking=True)  # behind what the GPU does, not after it
@@ -104,6 +120,8 @@ class Ragged(Together):
 
     cache: KVCache
     joins = True
+    graph: Any = None  # torch.cuda.CUDAGraph of the last steps, `steady` of which were `alike`
+    alike, steady = tuple[Any, ...](), 0
 
     def __init__(self, model: CausalLM, choose: Choose, named: bool, order: Sequence[Row]) -> None:
         super().__init__(model, choose, named)
@@ -112,6 +130,10 @@ class Ragged(Together):
         first, last, limit = min(texts), max(texts), min(map(len, texts)) - 1  # these two differ first of all
         shared = next((i for i in range(limit) if first[i] != last[i]), limit)
         self.adapters, self.coming = {row.adapter: row for row in order}, Counter(row.key for row in order)
+        # neither those who want to be called at each step, nor experts, who may ask how many tokens each has
+        plain = not any(is_hooked(m) or m._compiled_call_impl or isinstance(m, Mixture) for m in model.modules())
+        on_gpu = model.device.type == "cuda" and path_for(torch.empty(0, device=model.device)) == "triton"
+        self.replays = on_gpu and plain and not named and model.shares_prompts
         self.kept: tuple[Any, KVCache, Tensor] | None = None  # the last text that was read, if others with it come
         if model.shares_prompts and shared * (len(self.coming) - len(self.adapters)) >= WORTH:
             with self.answering([*self.adapters.values()]):
@@ -129,15 +151,37 @@ class Ragged(Together):
         else:
             cache, states = self._read([*once.values()])
         self.coming.subtract(row.key for row in new)
-        keys, last = _places(once), new[-1].key
-        self.kept = (last, cache.fork([keys[last]]), states[keys[last]][None]) if self.coming[last] > 0 else None
+        keys, last = [*once], new[-1].key
+        at = keys.index(last)
+        self.kept = (last, cache.fork([at]), states[at : at + 1]) if self.coming[last] > 0 else None
         chosen = self._forked(cache, keys, states, new)
         if self.rows:
             self.cache.join(cache)
+            self.last = torch.cat((self.last, chosen), 1)
         else:
-            self.cache = cache
+            self.cache, self.last = cache, chosen
         self.rows += new
-        return chosen
+        return chosen[0]
+
+    def step(self) -> Tensor:
+        """As without a graph; steps alike are recorded once and then replayed, which takes the host one call each."""
+        held = self.last, self.cache.lengths, *self.cache._rooms
+        alike = bucket(self.cache.length + 1), *((x.shape, x.stride(), x.data_ptr()) for x in held)
+        self.steady = self.steady + 1 if self.replays and alike == self.alike else 0
+        if self.steady < STEADY:
+            self.alike, self.graph = alike, None
+            return super().step()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.advance()  # the cache's counts go on, the device does nothing yet
+        else:
+            self.cache.counts = [count + 1 for count in self.cache.counts]
+        self.graph.replay()
+        return self.last[0]
+
+    def _states(self, tokens: Tensor) -> Tensor:
+        return self.model.hidden(tokens, cache=self.cache)[:, -1]
 
     def _read(self, new: Sequence[Row]) -> tuple[KVCache, Tensor]:
         """A cache of the texts of these rows, which are read without padding, and the hidden state [B, D] of the last
@@ -154,9 +198,7 @@ class Ragged(Together):
     def leave(self, places: Sequence[int]) -> None:
         for place in sorted(places, reverse=True):
             self.cache.leave(place)
+            self.last[:, place] = self.last[:, -1]
+            self.last = self.last[:, :-1]
             self.rows[place] = self.rows[-1]
             self.rows.pop()
-
-
-def _places(keys: Iterable[Any]) -> dict[Any, int]:
-    return {key: place for place, key in enumerate(keys)}

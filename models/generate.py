@@ -1,9 +1,9 @@
 """Text generation: batches of prompts continued token by token from a key-value cache.
 
-Prompts of similar length share a batch, padded on the left so that all rows end together. Sampling draws one uniform
-number a token, from a counter: a function of the prompt's own seed and the token's place alone. So an answer's luck
-depends on no neighbour, on no order of rows and on no batch size. The logits it is applied to may: products over
-another number of rows round otherwise in their last bits, and where two tokens are as good as equal, that decides.
+Prompts of similar length share a batch. Sampling draws one uniform number a token, on the device, from a counter: a
+function of the prompt's own seed and the token's place alone. So an answer's luck depends on no neighbour, on no order
+of rows and on no batch size. The logits it is applied to may: products over another number of rows round otherwise in
+their last bits, and where two tokens are as good as equal, that decides.
 """
 
 import math
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..kernels.dispatch import memory_free, product_dtype
+from ..kernels.dropout import uniform
 from ..lora.merge import merging
 from ..settings import LARGEST, Checked, setting
 from .cache import KVCache
@@ -29,6 +30,7 @@ from .protocol import CausalLM, evaluating
 KeepDense = Literal["auto", "on", "off"]
 OnToken = Callable[[int], None] | None
 NOT_FINITE = -1  # in the place of a token
+DECODES = 4  # passes that take as long from 4 bits as decoding for good and as many from what that makes
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,12 @@ class Sampling(Checked):
             raise InputError(f"{name} draws, and temperature 0 takes the likeliest token each time: give a temperature")
 
 
-def dense_room(model: CausalLM, keep: KeepDense) -> float:
+def dense_room(model: CausalLM, keep: KeepDense, passes: int = DECODES) -> float:
     """The bytes that decoded weights may take (`merging`) while answers are made: half of what is free for `auto`, on a
-    CPU that multiplies the model's dtype. On a GPU products with 4 bits read a quarter of the bytes for few rows."""
+    CPU that multiplies the model's dtype, for `passes` enough. On a GPU products with 4 bits read a quarter of the
+    bytes for few rows."""
     like = torch.empty(0, dtype=model.dtype, device=model.device)
-    gains = keep == "auto" and like.device.type == "cpu" and product_dtype(like) == like.dtype
+    gains = keep == "auto" and passes >= DECODES and like.device.type == "cpu" and product_dtype(like) == like.dtype
     return math.inf if keep == "on" else memory_free(like.device) / 2 if gains else 0
 
 
@@ -86,9 +89,8 @@ def generate(
     """
     model = as_causal_lm(model)
 
-    def next_tokens(states: Tensor, these: Sequence[Row]) -> Tensor:
-        drawn = [(_hashed(row.seed, len(row.answer)) >> 11) * 2.0**-53 for row in these if temperature]
-        return choose(model.head()(states), sampling, torch.tensor(drawn, dtype=torch.float64))
+    def next_tokens(states: Tensor, luck: Tensor) -> Tensor:
+        return choose(model.head()(states), sampling, uniform(luck[1], luck[0]) if temperature else luck)
 
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     if len(most) != len(prompts) or min(most, default=0) < 0 or batch_size < 1:
@@ -110,6 +112,7 @@ def generate(
     if seed is None:
         seed = int(torch.randint(LARGEST, ())) if temperature else 0
     seeds = prompt_seeds(prompts, seed) if isinstance(seed, int) else seed
+    seeds = [(each + 2**63) % 2**64 - 2**63 for each in seeds]  # the same bits, as int64 has them
     rooms = [n if max_length is None else min(n, max_length - len(p)) for n, p in zip(most, prompts, strict=True)]
     named = [None] * len(prompts) if adapters is None else adapters
     asked = [Row(*each) for each in zip(prompts, seeds, rooms, named, strict=True)]
@@ -117,7 +120,7 @@ def generate(
         (row for row in asked if row.room), key=lambda row: (len(row.prompt), [*row.prompt], str(row.adapter))
     )
     sampling, how = Sampling(temperature, top_k, top_p), (model, next_tokens, adapters is not None)
-    room = dense_room(model, keep_dense) if order else 0
+    room = dense_room(model, keep_dense, max(*rooms, sum(rooms) // batch_size)) if order else 0
     with evaluating(model), merging(model, room, adapters is None):
         texts = Ragged(*how, order) if order and isinstance(model.new_cache(), KVCache) else Together(*how)
         bad = _continue(texts, order, batch_size, frozenset(stop_ids), on_token)
@@ -153,14 +156,10 @@ def prompt_seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
     anew."""
     seen, made = Counter[tuple[int, ...]](), list[int]()
     for prompt in map(tuple, prompts):
-        made.append(_hashed(seed, seen[prompt], *prompt))
+        numbers = repr((seed, seen[prompt], *prompt)).encode()  # of any size
+        made.append(int.from_bytes(blake2b(numbers, digest_size=8).digest()))
         seen[prompt] += 1
     return made
-
-
-def _hashed(*numbers: int) -> int:
-    """64 bits from whole numbers of any size."""
-    return int.from_bytes(blake2b(repr(numbers).encode(), digest_size=8).digest())
 
 
 def _continue(
@@ -213,7 +212,6 @@ def choose(logits: Tensor, sampling: Sampling, drawn: Tensor) -> Tensor:
             scores = torch.full_like(scores, -torch.inf).scatter_(1, ids, kept)
         mass = scores.softmax(-1).cumsum(-1)
         total = mass[:, -1:].contiguous()
-        drawn = drawn.to(mass.device, non_blocking=True).unsqueeze(1)
-        place = torch.searchsorted(mass, drawn * total, right=True)  # the first above
+        place = torch.searchsorted(mass, drawn.unsqueeze(1) * total, right=True)  # the first above
         place = torch.minimum(place, torch.searchsorted(mass, total)).squeeze(1)  # rounding may put it past the last
     return place.masked_fill(~best.isfinite(), NOT_FINITE)

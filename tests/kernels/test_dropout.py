@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourbit.kernels import dropout as module
-from fourbit.kernels.dropout import draw_seed, keep_level, keep_mask, keep_scale
+from fourbit.kernels.dropout import draw_seed, keep_level, keep_mask, keep_scale, uniform
 
 LOW = (1 << 32) - 1
 MULTIPLIERS, STEPS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
@@ -42,6 +42,13 @@ def test_the_generator_is_the_published_one() -> None:
 def test_every_place_follows_the_rule(rows: int, columns: int, p: float, seed: int) -> None:
     mask = keep_mask((rows, columns), p, torch.tensor(seed))
     assert mask.tolist() == [[kept(i, j, p, seed) for j in range(columns)] for i in range(rows)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 1 << 31), st.integers(-(1 << 63), (1 << 63) - 1)), min_size=1, max_size=9))
+def test_uniform_numbers_are_the_first_53_bits_of_a_call(calls: list[tuple[int, int]]) -> None:
+    numbers = [philox([counter, 0, 0, 0], [seed & LOW, seed >> 32 & LOW]) for counter, seed in calls]
+    counters, seeds = torch.tensor(calls).t()
+    assert uniform(counters, seeds).tolist() == [((a << 32 | b) >> 11) / 2**53 for a, b, *_ in numbers]
 
 
 def test_places_keep_their_mask_whatever_the_size_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

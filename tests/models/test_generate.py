@@ -1,6 +1,7 @@
 """Generation: cached and batched as one token after the other without a cache; stopping, streaming and sampling."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -143,6 +144,17 @@ def test_each_prompt_may_have_its_own_number_of_new_tokens(model: Decoder) -> No
     expected = [slowly(model, prompt, new) for prompt, new in zip(PROMPTS, most, strict=True)]
     assert generate(model, PROMPTS, max_new_tokens=most, batch_size=2) == expected
     assert [*generate_each(model, PROMPTS * 4, max_new_tokens=most * 4, batch_size=1)] == expected * 4
+
+
+def test_weights_are_decoded_once_for_passes_enough(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of few tokens is over before that has paid; of many prompts it has more passes than an answer tokens."""
+    rooms = list[float]()
+    monkeypatch.setattr(
+        "fourbit.models.generate.merging", lambda model, room, adapters: rooms.append(room) or nullcontext()
+    )
+    for new, prompts, batch_size in ((3, PROMPTS, 5), (4, PROMPTS, 5), (3, PROMPTS, 3), (1, PROMPTS[:1], 1)):
+        generate(model, prompts, max_new_tokens=new, batch_size=batch_size)
+    assert [room > 0 for room in rooms] == [False, True, True, False]
 
 
 def test_streaming(model: Decoder) -> None:
