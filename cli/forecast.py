@@ -12,6 +12,8 @@ from ..trainer.planner import Case
 from .load import planned
 from .show import pairs, result
 
+SIZES = (8, 12, 16, 24, 48, 80)  # of cards, in GiB
+
 
 def show(options: Any, case: Case, tokens: float) -> int:
     """Print what a run over so many tokens takes; returns 0. Raises InputError for a memory that is no size."""
@@ -27,13 +29,11 @@ def show(options: Any, case: Case, tokens: float) -> int:
     asked, plain = KEPT.get(case.config.checkpointing), case.forecast()
     words = [asked] * case.layers if asked else case.words(memory - plain.peak + plain.beside)
     found, saves = case.mixed(words), case.levers(words)
-    levers = {"--" + change.replace("_", "-").replace("=", " "): size for change, size in saves.items()}
+    levers = {_flags(change): size for change, size in saves.items()}
     seconds = tokens / case.batch.tokens * found.flops / flops
-    lean = case.forecast("host" if device == "cuda" else "input")
-    ways = {"as it is": plain.peak, "--checkpointing auto": lean.peak, "does not fit": 0}
-    fits = {
-        f"{size} GiB": next(way for way, most in ways.items() if most <= size << 30) for size in (8, 12, 16, 24, 48, 80)
-    }
+    ways = {_flags(way) or "as it is": peak for way, peak in case.ways([asked or "products"] * case.layers).items()}
+    least = f"does not fit: {min(ways.values()) / 2**30:.1f} GiB at least"
+    fits = {f"{size} GiB": next((way for way in ways if ways[way] <= size << 30), least) for size in SIZES}
     layer = {word: case.forecast(word).layer for word in dict.fromkeys(words)}
     values = {"peak_bytes": found.peak, "parts": found.parts, "checkpointing": words, "layer_bytes": layer}
     values |= {"fits": fits, "saves": levers, "tokens": tokens, "seconds": seconds}
@@ -45,3 +45,7 @@ def show(options: Any, case: Case, tokens: float) -> int:
     lines.append(("time", f"{seconds / 60:.1f} minutes of products for {tokens:,.0f} tokens at {flops:.2g} FLOP/s"))
     result(values, pairs(lines), as_json=options.json)
     return 0
+
+
+def _flags(changes: str) -> str:
+    return " ".join("--" + change.replace("_", "-").replace("=", " ") for change in changes.split())

@@ -22,7 +22,7 @@ from ..models.config import DROPOUTS
 from ..models.decoder import Decoder
 from ..models.generate import KeepDense, dense_room
 from ..models.hf import CONFIG_BYTES
-from ..models.load import check_tokenizer, find_device, load_decoder, load_tokenizer, read_model, read_weights
+from ..models.load import check_tokenizer, find_device, load_decoder, load_tokenizer, read_shape, read_weights
 from ..models.protocol import CausalLM
 from ..settings import checked
 from ..text.tokenizer import Tokenizer
@@ -74,8 +74,8 @@ def open_tokenizer(path: str, name: str = "model") -> Tokenizer:
 def load_weights(options: ModelOptions, tokenizer: Tokenizer, quant: str) -> CausalLM:
     """The model that the options name; prints what was loaded. Raises InputError if the tokenizer is not its own."""
     if getattr(options, "dry_run", False):  # on meta: no byte of a weight is read
-        unfilled, _, layers, _ = read_model(Path(options.model))
-        if how := FORMS["nf4" if layers else quant][1]:
+        unfilled, in_4_bits = read_shape(Path(options.model))
+        if how := FORMS["nf4" if in_4_bits or is_packed(Path(options.model)) else quant][1]:
             quantize_(unfilled, **how)
         return unfilled.to(getattr(torch, planned(options)[1]))
     device, (form, arguments) = choose_device(options.device), FORMS[quant]

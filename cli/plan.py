@@ -1,7 +1,9 @@
 """`fourbit plan`: what a fine-tuning takes, before a weight is read."""
 
+import re
 from dataclasses import dataclass
 
+from ..errors import InputError, shown
 from ..settings import setting
 from . import sft
 from .train import run as run
@@ -9,7 +11,8 @@ from .train import run as run
 
 @dataclass(frozen=True, kw_only=True)
 class Options(sft.Options):
-    """What a run of fourbit sft takes, before a weight is read; without --data, of rows of --max-length.
+    """What a run of fourbit sft takes, before a weight is read; without --data, of rows
+    of --lengths, or of --max-length: then a folder with a config.json alone does.
 
     All flags of sft are taken, and a run's YAML file. The other trainings have --dry-run.
     """
@@ -17,5 +20,17 @@ class Options(sft.Options):
     data: tuple[str, ...] = setting((), "JSONL file to train on; repeat the flag for more", metavar="FILE")
     out: str = setting("run", "folder of the run; nothing is written", metavar="PATH")
     dry_run: bool = setting(True, "this command trains nothing")
+    lengths: str | None = setting(None, "tokens of rows instead of data, each for an equal share", metavar="N,N")
     memory: str | None = setting(None, "what the run may take; default: what is free here", metavar="SIZE")
     flops: float | None = setting(None, "FLOP/s of products, for the time; default: measured here", positive=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lengths is not None and not (re.fullmatch(r"\d+(,\d+)*", self.lengths) and min(self.tokens()) > 1):
+            raise InputError(f"lengths must be numbers from 2 on, such as 300,2000, got {shown(self.lengths)}")
+        if self.lengths is not None and self.data:
+            raise InputError("lengths stand for data: leave out lengths, or data")
+
+    def tokens(self) -> list[int]:
+        """Those of each row, without data."""
+        return [self.max_length] if self.lengths is None else [int(n) for n in self.lengths.split(",")]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import tokenizers
 import torch
 
 from ..data.batch import Encoded, Example
@@ -161,7 +162,8 @@ def run(options: TrainOptions, sources: Sources) -> int:
     """Check, load, train, report. Returns 0, or 128 + the signal that ended the run.
     Data comes before the model: a bad row should not wait for gigabytes of weights."""
     options = _checked(options, sources)
-    tokenizer = open_tokenizer(options.model)
+    read = bool(options.data or options.train_tokens or options.template)  # else nothing asks for a token
+    tokenizer = open_tokenizer(options.model) if read else Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()))
     outs = options.out, *(each.out for each in options.variants().values())
     for out in outs[: 0 if options.dry_run else None]:  # found out now, not after an hour
         with lock_folder(out, inputs_of(options, sources), options.resume):
@@ -250,9 +252,10 @@ def _checked(options: TrainOptions, sources: Sources) -> TrainOptions:
 def _datasets(options: TrainOptions, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[Any, Any]:
     """Training and validation rows (None without), checked and described."""
     kind = options.kind_of_rows()
-    if not options.data:  # of fourbit plan: rows as long as they may be, the second half of each an answer
-        row = Encoded([0] * options.max_length, [2 * i >= options.max_length for i in range(options.max_length)])
-        return Dataset("sft", [Example((row,))] * options.batch_size), None
+    if not options.data:  # of fourbit plan: the second half of each row is an answer
+        lengths: list[int] = options.tokens()  # type: ignore[attr-defined]
+        rows = [Example((Encoded([0] * n, [2 * i >= n for i in range(n)]),)) for n in lengths]
+        return Dataset("sft", rows * options.batch_size), None
     with working("reading data"):
         train, val = load_rows(options, tokenizer, options.data, kind, template=template), None
     describe("train", train)

@@ -168,6 +168,19 @@ def read_model(
     return model, spec, layers, _told(named(tensors), [prod(shape) for _, shape in made], files, progress)
 
 
+def read_shape(path: Path) -> tuple[CausalLM, bool]:
+    """The model of a folder or .gguf file on meta, and whether it is in 4 bits already; of a folder without weights the
+    one that its config.json says. InputError as `read_model`."""
+    if path.is_file() or not (path / "config.json").is_file() or any(path.glob("*.safetensors*")):
+        model, _, layers, _ = read_model(path)
+        return model, bool(layers)
+    data = read_json(path / "config.json", hf.CONFIG_BYTES)
+    if data.get("model_type") not in FAMILIES:
+        return as_causal_lm(empty(data, f"{path}/config.json", str(path))), False
+    with torch.device("meta"), _NoInitialValues():
+        return Decoder(read_spec(data)), False
+
+
 def read_weights(path: str | Path) -> Tensors:
     """Names and dense weights of a model's folder or .gguf file, one at a time, for the starts of `attach`."""
     yield from read_model(Path(path))[3]

@@ -114,6 +114,8 @@ COMMANDS = [
          f"{EVAL} --answers a --json"),
     case("cli/options.py", "leave json out", f"{GENERATE} --out - --json",
          f"{GENERATE} --out -", f"{GENERATE} --out a --json"),
+    case("cli/plan.py", "leave out lengths, or data", "plan --model m --lengths 9 --data rows.jsonl",
+         "plan --model m --lengths 9", "plan --model m --data rows.jsonl"),
     case("cli/sft.py", "share: take quant none", f"{SFT} --target q_proj --start pissa --sweep rank=2,4 --out o",
          f"{SFT} --target q_proj --start pissa --sweep rank=2,4 --out o --quant none"),
     case("data/forms.py", "mend them", "generate --model m --data bad.jsonl --out a", f"{GENERATE} --out a"),
@@ -1148,7 +1150,7 @@ NOT_FOLLOWED = {  # why -> what
         for words in ("fine-tune a model on chat rows", "answer every row of a file", "--help    all flags")
     ]
     + [("lora/targets.py", "takes away all")]
-    + [("cli/forecast.py", words) for words in ("--checkpointing auto", "keep {}: {} MiB")]
+    + [("cli/forecast.py", words) for words in ("keep {}: {} MiB",)]
     + [("trainer/checkpoint.py", "keep 1 or more"), ("trainer/losses/objective.py", "loss must be NAME or NAME=WEIGHT")]
     + [("cli/main.py", "fourbit quantize --model M"), ("cli/quantize.py", "--budget must be a size above 0")]
     + [("cli/quantize.py", "say it once"), ("cli/main.py", "fourbit export --model M --to gguf")]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 from weakref import finalize
 
@@ -31,14 +31,17 @@ from ..lora.adapter import Adapter
 from ..lora.linear4bit import Module4bit
 from ..models.decoder import Decoder
 from ..models.protocol import CausalLM
-from ..models.recompute import Keep
-from .config import TrainingConfig
+from ..models.recompute import Keep, leanness
+from ..optim.paging import PAGE_BYTES
+from .config import PAGED, TrainingConfig, size_in_bytes
 from .loop import Run, cross_entropy
 from .step import Sums, make_optimizer
 
-# Beside all tensors, bytes and a share of what comes to the weights. CPU: late imports, MKL's buffers, what the
-# allocator keeps; fitted to three runs of benchmarks.plan_check. CUDA: context and workspaces, never measured.
-FRAMEWORK = {"cpu": (92 << 20, 0.26), "cuda": (640 << 20, 0.0)}
+# Bytes beside all tensors. CPU: what torch.optim and the first product bring, MKL's buffers; and of blocks that glibc
+# keeps in its heap (`cli.main.give_memory_back`) a share for holes between them: 2.36 needs more room for an aligned
+# block than the hole that one of its size has left. Fitted to benchmarks.plan_check. CUDA: context and workspaces.
+FRAMEWORK = {"cpu": 92 << 20, "cuda": 640 << 20}
+MAPPED, HOLES = 8 << 20, 0.83
 FEW = (2, 3)
 FEW_NUMBERS = 1 << 16  # of an op that computes: ids, places, tables
 PARTS = ("base", "scales", "adapter", "gradients", "optimizer", "activations", "logits", "framework")
@@ -74,7 +77,7 @@ class _Storages(TorchDispatchMode):
 
     def __init__(self, vocabulary: int, meta: bool) -> None:
         super().__init__()
-        self.meta = meta
+        self.meta, self.heap = meta, 0  # for a GPU; bytes of what glibc keeps in its heap
         self.vocabulary, self.part, self.phase, self.left = vocabulary, "", "forward", 0
         self.alive: dict[Any, tuple[str, int]] = {}
         self.unknown = set[Any]()  # those of `alive` that hold no numbers
@@ -95,14 +98,19 @@ class _Storages(TorchDispatchMode):
             return  # the latter is in the host's memory
         self.alive[key] = part, storage.nbytes()
         self.unknown |= {key} if unknown else set()
-        self.now[part] += storage.nbytes()
+        self._count(part, storage.nbytes(), 1)
         finalize(storage, self._gone, key).atexit = False
-        if self.now.total() > sum(self.most.get(self.phase, {}).values()):
-            self.most[self.phase] = dict(self.now)
+        holes = round(HOLES * self.heap)
+        if self.now.total() + holes > sum(self.most.get(self.phase, {}).values()):
+            self.most[self.phase] = dict(self.now) | {"framework": holes}
+
+    def _count(self, part: str, size: int, sign: int) -> None:
+        self.now[part] += sign * size
+        if not self.meta and size < MAPPED and part not in PARTS[:3]:
+            self.heap += sign * size
 
     def _gone(self, key: Any) -> None:
-        part, size = self.alive.pop(key)
-        self.now[part] -= size
+        self._count(*self.alive.pop(key), -1)
         self.unknown.discard(key)
 
     def _known(self, x: Tensor) -> bool:
@@ -115,12 +123,15 @@ class _Storages(TorchDispatchMode):
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         few = all(map(self._known, given)) and sum(x.numel() for x in given) <= FEW_NUMBERS
         if func is torch.ops.aten._local_scalar_dense.default and not few:
-            return 1  # a count by which something is divided, say
+            return 1  # whether to skip an update, say: its state is made by then
         both = [(kwargs.get(a.name, args[i] if i < len(args) else None), a.alias_info) for i, a in enumerate(arguments)]
         written = tree_leaves([value for value, alias in both if alias and alias.is_write])
         views = not written and any(alias for _, alias in both)
         if views or torch.Tag.inplace_view in func.tags or any("Tensor" not in str(r.type) for r in returns):
-            return func(*args, **kwargs)
+            made = func(*args, **kwargs)
+            if views and isinstance(made, Tensor) and made.untyped_storage().nbytes() > 8 * FEW_NUMBERS:
+                self.add(made, self.part or "activations")  # of memory that no op has made, as numpy's
+            return made
         if written:
             if few:
                 return func(*args, **kwargs)
@@ -220,8 +231,10 @@ class Case:
         for phase, few in one.most.items():
             each = {part: two.most[phase].get(part, 0) - few.get(part, 0) for part in PARTS}
             phases[phase] = {part: max(0, few.get(part, 0) + far * each[part]) for part in PARTS}
-            fixed, share = FRAMEWORK[self.device]
-            phases[phase]["framework"] = fixed + round(share * sum(phases[phase][part] for part in PARTS[3:7]))
+            phases[phase]["framework"] += FRAMEWORK[self.device]
+            if self.config.optimizer.startswith(PAGED) and self.device == "cuda":  # what it cannot do without is here
+                most = size_in_bytes(self.config.optimizer_budget) or 2 * PAGE_BYTES
+                phases[phase]["optimizer"] = min(phases[phase]["optimizer"], most)
         flops = one.flops + far * (two.flops - one.flops)
         return self._found.setdefault(keep, Forecast(phases, layer, flops))
 
@@ -257,7 +270,9 @@ class Case:
 
             for p in trained.values():
                 p.register_post_accumulate_grad_hook(seen.gradient)
-            optimizer = make_optimizer(trained, replace(self.config, lr_scale={}))  # a fake model has no reward head
+            held: Any = self.config.optimizer.removeprefix(PAGED)  # all is here; no reward head is
+            alike = replace(self.config, optimizer=held, optimizer_budget="auto", lr_scale={})
+            optimizer = make_optimizer(trained, alike)
             run = Run(fake, loss=loss, parameters=trained, optimizer=optimizer)
             with seen:
                 seen.part, seen.phase = "gradients", "update"
@@ -288,16 +303,29 @@ class Case:
         every = ([lean] * n + [rich] * (self.layers - n) for rich, lean in of for n in layers)
         return next((found for found in every if self.mixed(found).beside <= room), [words[-1]] * self.layers)
 
+    def ways(self, words: Sequence[Keep]) -> dict[str, int]:
+        """Peak with these words as it is (""), and with changes that make room, least slow first: 8-bit state costs
+        next to nothing, small passes little, a second forward pass a third, copies to the host most."""
+        own, share = self.config.optimizer, max(self.sizes) / max(1, self.batch.tokens)
+        lean = {"on": "input"} | ({"offload": "host"} if self.device == "cuda" else {})
+        keeps = {f"checkpointing={f}": [w] * self.layers for f, w in lean.items() if leanness(w) > leanness(words)}
+        passes = {"micro_batch=1": {"activations": share, "logits": share}} if share < 1 else {}
+        states = {} if "8bit" in own else {f"optimizer={own}8bit": {"optimizer": 0.26}}  # and scales of 256 values
+        found = dict[str, int]()
+        for (k, ws), (m, less), (o, fewer) in product(
+            *({"": as_it_is, **made}.items() for as_it_is, made in ((words, keeps), ({}, passes), ({}, states)))
+        ):
+            phases, times = self.mixed(ws).phases.values(), {**less, **fewer}
+            peak = max(sum(size * times.get(part, 1.0) for part, size in parts.items()) for parts in phases)
+            found[" ".join(filter(None, (k, m, o)))] = round(peak)
+        return found
+
     def levers(self, words: Sequence[Keep]) -> dict[str, int]:
-        """Changes, and bytes that each would save by itself, about; most first."""
-        now, config = self.mixed(words), self.config
-        parts, full, small = now.parts, getattr(config, "full", False), max(self.sizes) / max(1, self.batch.tokens)
-        found = {
-            "checkpointing=on": now.peak - self.forecast("input").peak if "input" not in words else 0,
-            "micro_batch=1": round(parts["activations"] * (1 - small)),
-            f"optimizer={config.optimizer}8bit": 0 if "8bit" in config.optimizer else parts["optimizer"] * 3 // 4,
-            "quant=nf4": 0 if parts["scales"] or full else parts["base"] * 3 // 5,
-        }
+        """Single changes, and bytes that each would save by itself, about; most first."""
+        ways, parts = self.ways(words), self.mixed(words).parts
+        found = {change: ways[""] - peak for change, peak in ways.items() if change and " " not in change}
+        if not parts["scales"] and not getattr(self.config, "full", False):
+            found["quant=nf4"] = parts["base"] * 3 // 5
         return dict(sorted(((c, size) for c, size in found.items() if size > 0), key=lambda both: -both[1]))
 
 

@@ -193,7 +193,7 @@ FILE = {"overwrite", "resume", "json"}
     ("command", "names"),
     [
         ("sft", {*TRAINING.split(), *MODEL, "loss_on", "full", "sweep"}),
-        ("plan", {*TRAINING.split(), *MODEL, "loss_on", "full", "sweep", "memory", "flops"}),
+        ("plan", {*TRAINING.split(), *MODEL, "loss_on", "full", "sweep", "memory", "flops", "lengths"}),
         ("reward", {*TRAINING.split(), *MODEL, "truncation", "head_lr", "center"}),
         ("distill", {*TRAINING.split(), *MODEL, *DISTILL.split(), "loss_on", "full"}),
         (

@@ -153,6 +153,10 @@ def test_every_change_that_is_named_saves_about_what_is_said() -> None:
     case = case_of(model_of(full=True), full=True)
     levers = case.levers(["products"] * 5)
     assert [*levers.values()] == sorted(levers.values(), reverse=True)
+    ways = case.ways(["products"] * 5)
+    assert [*ways][:2] == ["", "optimizer=adamw8bit"] and ways[""] == case.forecast().peak == max(ways.values())
+    assert [*ways][-1] == "checkpointing=on micro_batch=1 optimizer=adamw8bit"
+    assert ways["checkpointing=on"] == case.forecast("input").peak
     eighth = case_of(model_of(full=True), full=True, optimizer="adamw8bit").forecast("products")
     saved = case.forecast("products").parts["optimizer"] - eighth.parts["optimizer"]
     assert levers["optimizer=adamw8bit"] == pytest.approx(saved, rel=0.5)  # small tensors keep 32 bits
@@ -191,7 +195,7 @@ def test_plan_and_dry_run_print_it_and_write_nothing(
     assert planned["peak_bytes"] == sum(planned["parts"].values()) and planned["fits"]["8 GiB"] == "as it is"
     assert planned["seconds"] > 0 and not (tmp_path / "run").exists()
     assert main(["plan", "--model", str(tiny_folder), "--device", "cuda", "--max-length", "64", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["parts"]["framework"] == planner.FRAMEWORK["cuda"][0]
+    assert json.loads(capsys.readouterr().out)["parts"]["framework"] == planner.FRAMEWORK["cuda"]
     assert main(["plan", *common, "--memory", "much"]) == 2
     assert "24GiB" in capsys.readouterr().err
 
