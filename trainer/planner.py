@@ -307,16 +307,18 @@ class Case:
         """Peak with these words as it is (""), and with changes that make room, least slow first: 8-bit state costs
         next to nothing, small passes little, a second forward pass a third, copies to the host most."""
         own, share = self.config.optimizer, max(self.sizes) / max(1, self.batch.tokens)
-        lean = {"on": "input"} | ({"offload": "host"} if self.device == "cuda" else {})
-        keeps = {f"checkpointing={f}": [w] * self.layers for f, w in lean.items() if leanness(w) > leanness(words)}
-        passes = {"micro_batch=1": {"activations": share, "logits": share}} if share < 1 else {}
-        states = {} if "8bit" in own else {f"optimizer={own}8bit": {"optimizer": 0.26}}  # and scales of 256 values
+        lean: dict[str, Keep] = {"on": "input", "offload": "host"} if self.device == "cuda" else {"on": "input"}
+        keeps: dict[str, Sequence[Keep]] = {"": words}
+        keeps |= {f"checkpointing={f}": [w] * self.layers for f, w in lean.items() if leanness(w) > leanness(words)}
+        passes: dict[str, dict[str, float]] = {"": {}}
+        passes |= {"micro_batch=1": {"activations": share, "logits": share}} if share < 1 else {}
+        states: dict[str, dict[str, float]] = {"": {}}
+        states |= {} if "8bit" in own else {f"optimizer={own}8bit": {"optimizer": 0.26}}  # and scales of 256 values
         found = dict[str, int]()
-        for (k, ws), (m, less), (o, fewer) in product(
-            *({"": as_it_is, **made}.items() for as_it_is, made in ((words, keeps), ({}, passes), ({}, states)))
-        ):
-            phases, times = self.mixed(ws).phases.values(), {**less, **fewer}
-            peak = max(sum(size * times.get(part, 1.0) for part, size in parts.items()) for parts in phases)
+        for (k, ws), (m, less), (o, fewer) in product(keeps.items(), passes.items(), states.items()):
+            times = less | fewer
+            each = self.mixed(ws).phases.values()
+            peak = max(sum(size * times.get(part, 1.0) for part, size in parts.items()) for parts in each)
             found[" ".join(filter(None, (k, m, o)))] = round(peak)
         return found
 
