@@ -84,6 +84,7 @@ def measure(number: int) -> dict[str, Any]:
         if form == "nf4":  # on meta too: a dense model before it would leave its memory with the allocator
             fourbit.quantize_(model)
         model.to_empty(device=device)
+        model.lm_head.weight = model.model.embed_tokens.weight  # which to_empty has parted
         for tensor in model.parameters():
             tensor.data.normal_(std=0.02) if tensor.is_floating_point() else tensor.data.random_(255)
         if form != "full":

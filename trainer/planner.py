@@ -39,9 +39,9 @@ from .step import Sums, make_optimizer
 
 # Bytes beside all tensors. CPU: what torch.optim and the first product bring, MKL's buffers; and of blocks that glibc
 # keeps in its heap (`cli.main.give_memory_back`) a share for holes between them: 2.36 needs more room for an aligned
-# block than the hole that one of its size has left. Fitted to benchmarks.plan_check. CUDA: context and workspaces.
-FRAMEWORK = {"cpu": 92 << 20, "cuda": 640 << 20}
-MAPPED, HOLES = 8 << 20, 0.83
+# block than the hole that one of its size has left. Fitted to benchmarks.plan_check. CUDA: context, never measured.
+FRAMEWORK = {"cpu": 90 << 20, "cuda": 640 << 20}
+MAPPED, HOLES = 8 << 20, 0.4
 FEW = (2, 3)
 FEW_NUMBERS = 1 << 16  # of an op that computes: ids, places, tables
 PARTS = ("base", "scales", "adapter", "gradients", "optimizer", "activations", "logits", "framework")
