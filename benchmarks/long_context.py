@@ -2,12 +2,12 @@
 
 Random tokens pass SmolLM2-135M (its GGUF, or any model) in NF4 with LoRA of rank 16 on every linear, in one row: packed
 texts of `--length` tokens each, or one text (`--length 0`). Every token but each text's last is trained. Printed for
-each number of tokens: seconds of a step (forward, backward, update; the quickest of rounds in turn, behind one that is
-not counted), microseconds a token and millions of operations a token (`operations`, from sizes alone) beside those of
-the first number, the share of attention's in the latter, and the peak of `RssAnon` above the level after imports. Texts
-of one length should take a time that is proportional to their tokens; of one text attention's operations grow with the
-square of its length, and the time should with all of them. `--layers`: how many of the model's, a few for times, 30 for
-SmolLM2's memory. The last line is JSON.
+each number of tokens: CPU seconds of a step (forward, backward, update; the least of rounds in turn, behind one that is
+not counted; take one thread, threads that wait count too), microseconds a token and millions of operations a token
+(`operations`, from sizes alone) beside those of the first number, the share of attention's in the latter, and the peak
+of `RssAnon` above the level after imports. Texts of one length should take a time that is proportional to their tokens;
+of one text attention's operations grow with the square of its length, and the time should with all of them.
+`--layers`: how many of the model's, a few for times, 30 for SmolLM2's memory. The last line is JSON.
 
 Memory is freed as in the command line's processes (`fourbit.cli.main.give_memory_back`): without that most of the peak
 at thousands of tokens may be holes in glibc's heap.
@@ -68,15 +68,15 @@ def training(path: Path, layers: int, checkpointing: Any, dtype: torch.dtype = t
 
 
 def step(run: Run, tokens: int, length: int, before: int) -> tuple[float, int]:
-    """Seconds, and the peak of memory above `before`, of a step on texts of that length."""
+    """CPU seconds, and the peak of memory above `before`, of a step on texts of that length."""
     ids = torch.randint(1000, (tokens,), generator=torch.Generator().manual_seed(tokens)).tolist()
     texts = [Encoded(ids[i : i + length], [True] * len(ids[i : i + length]), "", "") for i in range(0, tokens, length)]
     batch = pack([(i, Example((text,))) for i, text in enumerate(texts)])
     with Watch() as watch:
-        start = time.perf_counter()
+        start = time.process_time()
         run.forward_backward(batch)
         run.optim_step(1e-4)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
     return seconds, watch.peak - before
 
 
@@ -103,7 +103,7 @@ def report(model: Any, found: dict[int, list[tuple[float, int]]], options: argpa
         each, share, first = seconds / tokens, attention / count, rows[0]
         times = f"{1e6 * each:8.0f} us a token, {each * first['tokens'] / first['seconds']:5.2f} times the first"
         counts = f"{count / 1e6:6.0f} M operations, {count / first['operations']:5.2f} times, {share:4.0%} attention's"
-        print(f"{tokens:6} tokens  {seconds:8.2f} s {times}; {counts}  {peak / 2**30:6.2f} GiB")
+        print(f"{tokens:6} tokens  {seconds:8.2f} CPU s {times}; {counts}  {peak / 2**30:6.2f} GiB")
     print(json.dumps({"cpu": cpu()} | vars(options) | {"model": options.model.name, "steps": rows}))
 
 

@@ -1,9 +1,10 @@
 """The texts of a packed row: where each lies, which keys its queries see, and how they are laid out to be attended."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
+from weakref import proxy
 
 import numpy as np
 import torch
@@ -46,9 +47,7 @@ class Batches(NamedTuple):
     queries: Tensor | None  # [sum of N * L] int64 places in the row
     keys: Tensor | None  # [sum of N * S] int64 places in the row
     outputs: Tensor | None  # [tokens] int64 places among the queries
-    starts: tuple[
-        Any, ...
-    ]  # of batches of one row: where queries and keys begin, [batches + 1] int32; the most of each
+    starts: tuple[Any, ...]  # of one-row batches: where queries and keys begin, [batches + 1] int32; the most of each
     sizes: list[tuple[int, int, int]]  # N, L, S of each
     biases: list[Tensor | None]  # [N, 1, L * G, S]: 0 for a key that a query sees, else -inf; None: N = 1, not filled
 
@@ -57,7 +56,8 @@ class Packed:
     """A packed row on a device, with what attention needs of it made once for all layers; errors as `segments`."""
 
     def __init__(self, spans: Spans, tokens: int, device: torch.device) -> None:
-        self.spans, self.tokens, self.device, self.batches = spans, tokens, device, cache(self._batches)
+        self.spans, self.tokens, self.device = spans, tokens, device
+        self.batches = cache(partial(Packed._batches, proxy(self)))  # a cycle would keep its tensors until gc runs
 
     def _batches(self, window: int, area: int, groups: int, dtype: torch.dtype) -> Batches:
         """Segments of at most `area` queries times keys in batches of few sizes, larger ones by themselves."""
