@@ -1,10 +1,10 @@
 """The texts of a packed row: where each lies, which keys its queries see, and how they are laid out to be attended."""
 
 from collections.abc import Sequence
-from functools import cache, partial
+from copy import copy
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
-from weakref import proxy
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class Packed:
 
     def __init__(self, spans: Spans, tokens: int, device: torch.device) -> None:
         self.spans, self.tokens, self.device = spans, tokens, device
-        self.batches = cache(partial(Packed._batches, proxy(self)))  # a cycle would keep its tensors until gc runs
+        self.batches = cache(copy(self)._batches)  # its own would be a cycle, which keeps tensors until gc runs
 
     def _batches(self, window: int, area: int, groups: int, dtype: torch.dtype) -> Batches:
         """Segments of at most `area` queries times keys in batches of few sizes, larger ones by themselves."""
