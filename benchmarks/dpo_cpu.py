@@ -56,7 +56,7 @@ def row(number: int, pair: Example) -> Row:
     answers = {}
     for name, part in zip(("chosen", "rejected"), pair.parts, strict=True):
         end = len(part.ids) - part.trained[::-1].index(True)  # what the template adds after the answer goes
-        assert all(part.trained[start:end]) and part.trained.index(True) == start <= pair.shared
+        assert all(part.trained[start:end]) and part.trained.index(True) == start
         answers[name] = part.ids[start:end]
     return {"number": number, "prompt": pair.parts[0].ids[:start], **answers}
 

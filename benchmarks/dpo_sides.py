@@ -60,14 +60,13 @@ def ours(folder: Path, model_path: str, dtype: str, packing: bool = True) -> Ste
 def pair(row: Row) -> Any:
     """The row as fourbit's data layer gives it."""
     from fourbit.data.batch import Encoded, Example
-    from fourbit.data.encode import shared_tokens
 
     prompt = row["prompt"]
     chosen, rejected = (
         Encoded(prompt + row[name], [False] * len(prompt) + [True] * len(row[name]), "", "")
         for name in ("chosen", "rejected")
     )
-    return Example((chosen, rejected), shared_tokens(chosen.ids, rejected.ids))
+    return Example((chosen, rejected))
 
 
 def peer(folder: Path, model_path: str, dtype: str) -> Step:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from ..data.batch import Example, in_batches
+from ..data.batch import Example, micro_batches
 from ..data.encode import load_rows
 from ..data.order import split_validation
 from ..data.template import ChatTemplate
@@ -129,7 +129,7 @@ def _logprobs(model: CausalLM, examples: Sequence[Example]) -> Tensor | None:
     """Log-probabilities [N, V] of what may stand where trained tokens do, fp32; None without any."""
     found = []
     with evaluating(model):
-        for batch in in_batches([*enumerate(examples)]) if examples else ():
+        for batch in micro_batches([*enumerate(examples)], forks_up_to=model.forks_up_to) if examples else ():
             here = on_device(model, batch)
             logits = logits_of(model.head(), hidden_rows(model, here, here.rows))
             found.append(logits.float().log_softmax(-1).cpu())

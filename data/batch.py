@@ -2,15 +2,15 @@
 
 A step is always the same examples; packing and micro-batches change the layout only. What predicts what is settled
 here, once, so that nothing later can shift a target across the border between two packed examples. A packed row runs
-what the answers of a pair have in common once: the trunk, then a branch for each answer (see `kernels.attention`). A
-hidden state of the trunk serves every answer, and where it predicts another next token for each, it stands in `rows`
+what texts begin with in common once (a system prompt, a pair's prompt): a trie of token ids, laid out depth first (see
+`kernels.spans`). A hidden state of a trunk serves every text, and where it predicts for several, it stands in `rows`
 once for each.
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain, compress, pairwise
+from itertools import chain, compress, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,8 @@ from torch import Tensor
 
 MicroBatch = int | Literal["auto"]
 Span = tuple[int, ...]
+ANY = 1 << 62
+WORTH = 3  # tokens; a fork costs about as much as running one or two more would at 135M on a CPU, less above
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,11 @@ class Encoded:
 @dataclass(frozen=True)
 class Example:
     """What a row becomes: a conversation to learn from, a judged answer, or two of which the first is preferred.
-    Every answer has its prompt before it. The first `shared` tokens of two answers are the same; at least one token of
-    each is not shared, so a model that runs shared tokens once still has two branches."""
+    Every answer has its prompt before it."""
 
     parts: tuple[Encoded, ...]
-    shared: int = 0
     label: bool | None = None  # of a judged answer: whether it is a good one
+    group: int = 0  # texts of one group may share what they begin with: of another adapter they are read otherwise
 
     @property
     def source(self) -> str:
@@ -52,19 +53,27 @@ class Example:
         parts: list[list[object]] = [[part.ids, [int(trained) for trained in part.trained]] for part in self.parts]
         return [*parts, self.label]
 
-    def size(self, packing: bool) -> int:
-        """Tokens it takes: packed the trunk once, then each branch; padded a row of the longest for each answer."""
+    def size(self, packing: bool, forks_up_to: int = ANY) -> int:
+        """Tokens it takes by itself: packed as `pack` lays it out; padded a row of the longest for each answer."""
         lengths = [len(part.ids) for part in self.parts]
-        return sum(lengths) - self.shared * (len(lengths) - 1) if packing else len(lengths) * max(lengths)
+        if not packing:
+            return len(lengths) * max(lengths)
+        return sum(lengths) - sum(_neighbours([(part, self.group) for part in self.parts], forks_up_to)[1])
 
 
 Numbered = tuple[int, Example]  # with its place in the dataset
 
 
-def shared_tokens(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens both begin with, leaving at least one of each."""
-    most = min(len(first), len(second)) - 1
-    return next((i for i in range(most) if first[i] != second[i]), most)
+def _neighbours(texts: Sequence[tuple[Encoded, int]], forks_up_to: int) -> tuple[list[int], list[int]]:
+    """Places of texts (with their groups) in an order in which those that begin alike are neighbours, and how many
+    tokens each of them shares with the one before: 0 where that is not worth a fork."""
+    keys = [(group, len(part.ids) > forks_up_to, np.array(part.ids, ">i4").tobytes()) for part, group in texts]
+    order, forks = sorted(range(len(keys)), key=keys.__getitem__), [0]
+    for a, b in pairwise(keys[i] for i in order):
+        x, y = (np.frombuffer(ids[: min(len(a[2]), len(b[2]))], ">i4") for *_, ids in (a, b))
+        count = next(iter(np.flatnonzero(x != y).tolist()), len(x))
+        forks.append(count if count >= WORTH and a[:2] == (b[0], False) == b[:2] else 0)
+    return order, forks
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,8 @@ class Batch:
 
     input_ids: Tensor  # [B, T] int64; packed [1, T], padded [A * P, T] with answer a of example p in row a * P + p
     position_ids: Tensor  # [B, T] int64, from 0 in every answer; a branch goes on from the end of its trunk
-    spans: tuple[Span, ...] | None  # packed: (start, fork, end_1, ..., end_A) of each example, or (start, end); or None
+    spans: tuple[Span, ...] | None  # packed: (start, end) or (start, end, parent), as `kernels.spans` says; or None
+    owners: tuple[int, ...] | None  # of each span one of the examples that it is part of, 0 to P - 1
     rows: Tensor  # [R] int64: flattened places whose hidden state predicts a trained token
     targets: Tensor  # [R] int64: the token each of them predicts
     # Of rated answers, which are pairs or have labels; None of rows to learn from, whose loss is about tokens:
@@ -84,7 +94,7 @@ class Batch:
     labels: Tensor | None  # [P] bool: judged good; None of what is not judged
     numbers: tuple[int, ...]  # the examples' places in the dataset
     tokens: int  # run through the model, without padding
-    trained: int  # R: predictions; what a packed row shares counts once
+    trained: int  # R: predictions; of rated answers one that several share counts once
     examples: int  # P
 
     @property
@@ -106,28 +116,34 @@ def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def micro_batches(
-    examples: Sequence[Numbered], *, packing: bool, micro_batch: MicroBatch, token_budget: int, pad_id: int = 0
+    examples: Sequence[Numbered],
+    *,
+    packing: bool = True,
+    micro_batch: MicroBatch = "auto",
+    token_budget: int = 2048,
+    pad_id: int = 0,
+    forks_up_to: int = ANY,
 ) -> list[Batch]:
-    """One step's examples (their numbers in the dataset beside them), each exactly once, split into forward passes.
+    """Examples (their numbers in the dataset beside them), each exactly once, split into forward passes.
 
-    `micro_batch` is a number of examples each, longest first, or "auto": as few passes as best-fit-decreasing finds
-    within `token_budget` tokens a pass, padding counted (`Example.size`). An example larger than that goes alone.
-    Raises ValueError for what makes no batch."""
+    `micro_batch` is a number of examples each (packed those that begin alike together, padded the longest first), or
+    "auto": as few passes as best-fit-decreasing finds within `token_budget` tokens a pass, padding counted, what is
+    shared once; a larger example goes alone. forks_up_to: as `CausalLM` says. ValueError for what makes no batch."""
     _check(examples)
-    sizes = [example.size(packing) for _, example in examples]
-    order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
-    if micro_batch == "auto":
-        groups = (_packed_groups if packing else _padded_groups)(order, sizes, token_budget)
+    only, forks = [example for _, example in examples], list[int]()
+    sizes = [example.size(packing, forks_up_to) for example in only]
+    if packing:
+        order, forks = _neighbours([(example.parts[0], example.group) for example in only], forks_up_to)
     else:
+        order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
+    if micro_batch != "auto":
         groups = [order[i : i + micro_batch] for i in range(0, len(order), micro_batch)]
+    elif packing:
+        groups = _packed_groups(only, order, sizes, forks, token_budget)
+    else:
+        groups = _padded_groups(order, sizes, token_budget)
     chosen = [[examples[i] for i in group] for group in groups]
-    return [pack(group) if packing else pad(group, pad_id) for group in chosen]
-
-
-def in_batches(examples: Sequence[Numbered], token_budget: int = 2048) -> list[Batch]:
-    """Examples to be scored, packed into passes of about so many tokens; none of none."""
-    how: Any = {"packing": True, "micro_batch": "auto", "token_budget": token_budget, "pad_id": 0}
-    return micro_batches(examples, **how) if examples else []
+    return [pack(group, forks_up_to) if packing else pad(group, pad_id) for group in chosen]
 
 
 def _check(examples: Sequence[Numbered]) -> None:
@@ -140,54 +156,77 @@ def _check(examples: Sequence[Numbered]) -> None:
             raise ValueError(f"example {number} has an answer without a trained token after its first")
 
 
-def _packed_groups(order: Sequence[int], sizes: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Best-fit-decreasing: put each example, longest first, where it leaves the least room."""
+def _packed_groups(
+    examples: Sequence[Example], order: Sequence[int], sizes: Sequence[int], forks: Sequence[int], budget: int
+) -> list[list[int]]:
+    """At every fork, the deepest first, those together that fit: so what few begin with is not run in several passes
+    for the sake of what all do. An example counts at least its predictions, which no other makes for it."""
+    nodes: list[tuple[int, list[tuple[int, list[int]]]]] = [(0, [])]  # of forks: depth; tokens behind it, examples
+    for i, before, after in zip(order, forks, [*forks[1:], 0], strict=True):
+        depth, least = max(before, after), sum(sum(part.trained) for part in examples[i].parts)
+        if depth > nodes[-1][0]:
+            nodes.append((depth, []))
+        nodes[-1][1].append((max(sizes[i] - depth, least), [i]))
+        while (depth := nodes[-1][0]) > after:
+            items = _best_fit(nodes.pop()[1], budget - depth)
+            if after > nodes[-1][0]:
+                nodes.append((after, []))
+            nodes[-1][1].extend((size + depth - nodes[-1][0], members) for size, members in items)
+    return [members for _, members in _best_fit(nodes[0][1], budget)]
+
+
+def _best_fit(items: Sequence[tuple[int, list[int]]], budget: int) -> list[tuple[int, list[int]]]:
+    """Best-fit-decreasing: put each item (size, members), largest first, where it leaves the least room."""
     groups: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room left, group), sorted
-    for i in order:
-        k = bisect_left(rooms, (sizes[i], 0))
-        if k < len(rooms):
-            room, group = rooms.pop(k)
-            groups[group].append(i)
-        else:
-            room, group = token_budget, len(groups)
-            groups.append([i])
-        insort(rooms, (room - sizes[i], group))
-    return groups
+    for size, members in sorted(items, key=lambda item: -item[0]):
+        k = bisect_left(rooms, (size, 0))
+        room, group = rooms.pop(k) if k < len(rooms) else (budget, len(groups))
+        groups[group : group + 1] = [[*(groups[group] if group < len(groups) else []), *members]]
+        insort(rooms, (room - size, group))
+    return [(budget - room, groups[group]) for room, group in sorted(rooms, key=lambda item: item[1])]
 
 
 def _padded_groups(order: Sequence[int], sizes: Sequence[int], token_budget: int) -> list[list[int]]:
     """For padded rows, where each example costs as much as the longest: neighbours in length go together."""
     groups: list[list[int]] = []
     for i in order:
-        if groups and (len(groups[-1]) + 1) * sizes[groups[-1][0]] <= token_budget:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
+        if not groups or (len(groups[-1]) + 1) * sizes[groups[-1][0]] > token_budget:
+            groups.append([])
+        groups[-1].append(i)
     return groups
 
 
-def pack(given: Sequence[Numbered | tuple[Sequence[int], Sequence[bool]]]) -> Batch:
-    """All examples end to end in one row [1, total] without padding, each with its trunk once: examples with their
-    numbers, or token ids with loss masks, as `encode_chat` gives them. ValueError where nothing is trained."""
+def pack(given: Sequence[Numbered | tuple[Sequence[int], Sequence[bool]]], forks_up_to: int = ANY) -> Batch:
+    """All examples in one row [1, total] without padding: examples with their numbers, or token ids with loss masks, as
+    `encode_chat` gives them. What texts of at most `forks_up_to` tokens begin with in common stands there once; texts
+    that share nothing stand in the order given. ValueError where nothing is trained."""
     pairs: Any = ((i, a, b) for i, (a, b) in enumerate(given))
     examples = [(a, b) if isinstance(b, Example) else (i, Example((_encoded(i, a, b),))) for i, a, b in pairs]
     _check(examples)
-    ids: list[int] = []
-    positions: list[int] = []
-    spans: list[Span] = []
-    places: list[Sequence[int]] = []  # of each answer of each example: where its tokens stand
-    for _, example in examples:
-        start, fork, parts = len(ids), example.shared, example.parts
-        ids += parts[0].ids[:fork]
-        positions += range(fork)
-        for part in parts:
-            ids += part.ids[fork:]
-            positions += range(fork, len(part.ids))
-        ends = list(accumulate((len(part.ids) - fork for part in parts), initial=start + fork))
-        spans.append((start, *ends) if len(parts) > 1 else (start, ends[-1]))
-        places += [[*range(start, start + fork), *range(a, b)] for a, b in pairwise(ends)]
-    return _batch(examples, places, _tensor([ids]), _tensor([positions]), tuple(spans))
+    answers = len(examples[0][1].parts)
+    parts = [(part, example.group) for _, example in examples for part in example.parts]
+    trees = list[list[tuple[int, int]]]()  # of texts and how many tokens they share with the one before
+    for text, fork in zip(*_neighbours(parts, forks_up_to), strict=True):
+        trees += [] if fork else [[]]
+        trees[-1].append((text, fork))
+    ids, positions, path = list[int](), list[int](), list[int]()
+    places = [path] * len(parts)  # of each text: where its tokens stand
+    begun = dict[int, tuple[int, int]]()  # where a text's own tokens begin: where those end that it goes on from, whose
+    for text, fork in chain.from_iterable(sorted(trees, key=min)):
+        own = parts[text][0].ids[fork:]
+        if own:
+            begun[len(ids)] = path[fork - 1] + 1 if fork else 0, text // answers
+        places[text] = path = [*path[:fork], *range(len(ids), len(ids) + len(own))]
+        ids += own
+        positions += range(fork, len(path))
+    spans, owners, ends = list[Span](), list[int](), dict[int, int]()
+    for start, end in pairwise(sorted({*begun, *(after for after, _ in begun.values()), len(ids)})):
+        after, owner = begun.get(start) or (start, owners[-1])
+        ends[end] = len(spans)
+        spans.append((start, end, ends[after]) if after else (start, end))
+        owners.append(owner)
+    return _batch(examples, places, _tensor([ids]), _tensor([positions]), tuple(spans), tuple(owners))
 
 
 def _encoded(number: int, ids: Sequence[int], mask: Sequence[bool]) -> Encoded:
@@ -204,7 +243,7 @@ def pad(examples: Sequence[Numbered], pad_id: int) -> Batch:
     ids = _tensor([part.ids + [pad_id] * (width - len(part.ids)) for part in flat])
     starts = [row * width for p in range(count) for row in range(p, len(flat), count)]
     places = [range(start, start + width) for start in starts]
-    return _batch(examples, places, ids, torch.arange(width).expand(len(flat), -1).contiguous(), None)
+    return _batch(examples, places, ids, torch.arange(width).expand(len(flat), -1).contiguous())
 
 
 def _batch(
@@ -212,7 +251,8 @@ def _batch(
     places: Sequence[Sequence[int]],
     ids: Tensor,
     positions: Tensor,
-    spans: tuple[Span, ...] | None,
+    spans: tuple[Span, ...] | None = None,
+    owners: tuple[int, ...] | None = None,
 ) -> Batch:
     """The predictions of a layout: `places[p * A + a][i]` is where token i of answer a of example p stands."""
     answers = [part for _, example in examples for part in example.parts]
@@ -223,7 +263,7 @@ def _batch(
     labels = [example.label for _, example in examples]
     rated: dict[str, Tensor | None] = dict.fromkeys(("slots", "lengths", "last"))
     if labels[0] is not None or len(examples[0][1].parts) > 1:
-        # What two answers predict from one place is made once, and has the place of the first of them.
+        # What answers predict from one place is made once, and has the place of the first of them.
         _, first, same = np.unique(rows << 32 | targets, return_index=True, return_inverse=True)
         order = first.argsort()
         rows, targets = rows[first[order]], targets[first[order]]
@@ -238,6 +278,7 @@ def _batch(
         input_ids=ids,
         position_ids=positions,
         spans=spans,
+        owners=owners,
         rows=torch.from_numpy(rows),
         targets=torch.from_numpy(targets),
         labels=torch.tensor(labels) if None not in labels else None,

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from ..errors import InputError, shown
 from ..settings import checked
 from ..text.tokenizer_folder import as_tokenizer
-from .batch import Encoded, Example, shared_tokens
+from .batch import Encoded, Example
 from .forms import read_samples, samples_of
 from .messages import trains
 from .protocol import AnyTokenizer, TokenizerLike
@@ -141,8 +141,7 @@ def _example(
     if max_length is not None and any(len(part.ids) > max_length for part in whole):
         parts = fit(sample, whole, max_length, truncation, stops)
     cut = sum(part is not before for part, before in zip(parts, whole, strict=True))
-    shared = shared_tokens(parts[0].ids, parts[1].ids) if len(parts) > 1 else 0
-    return Example(parts, shared, sample.label), cut
+    return Example(parts, sample.label), cut
 
 
 def _settle(problems: Problems, on_bad_row: OnBadRow, dataset: Dataset) -> None:
@@ -177,7 +176,7 @@ def measure(dataset: Dataset) -> None:
     report, parts = dataset.report, [part for example in dataset.examples for part in example.parts]
     report.rows = len(dataset.examples)
     report.tokens = sum(len(part.ids) for part in parts)
-    report.shared = sum(example.shared for example in dataset.examples)
+    report.shared = report.tokens - sum(example.size(packing=True) for example in dataset.examples)
     report.trained = sum(sum(part.trained) for part in parts)
     report.longest = max((len(part.ids) for part in parts), default=0)
     report.duplicates = report.rows - len({digest(sample.content()) for sample in dataset.samples})

@@ -1,9 +1,9 @@
 """Causal attention with grouped key-value heads, for padded rows, packed rows and cached generation.
 
-Packed rows hold several examples; each is attended on its own, so a change in one leaves the others' numbers untouched
-to the bit. An example may fork: several continuations of one text, which stands in the row once (Hydragen, Juravsky et
-al. 2024, does it for generation). On a GPU one flash call takes all of a row. On a CPU, where torch's own attention
-takes longer to begin than to end with short texts, above all in bf16, those are products, in batches.
+Packed rows hold several texts; each is attended on its own, so a change in one leaves the others' numbers untouched to
+the bit. What texts begin with in common stands in the row once, and they fork from it (Hydragen, Juravsky et al. 2024,
+does it for generation). On a GPU one flash call takes all of a row. On a CPU, where torch's own attention takes longer
+to begin than to end with short texts, above all in bf16, those are products, in batches.
 """
 
 from contextlib import nullcontext
@@ -38,9 +38,9 @@ def causal_attention(
     """softmax(q k^T / sqrt(D)) v, each query seeing the keys at and before its own place; `scores` says it otherwise.
 
     q [B, T, H, D]; k and v [B, S, K, D], with H a multiple of K and S >= T: the last T keys belong to the queries.
-    `spans`: (start, end) of each example in the B * T tokens, in order and without gaps; needs S = T. In the span
-    (start, fork, end_1, ..., end_n) tokens start to fork are the trunk and end_(i-1) to end_i branch i, which sees the
-    trunk and itself, causally, as if it followed the trunk at once; (start, fork, end) is (start, end). Or a `Packed`.
+    `spans`: (start, end) of each text in the B * T tokens, in order and without gaps; needs S = T. One that goes on
+    from the earlier span number p is (start, end, p): it sees that one, what that one sees and itself, causally, as if
+    it followed at once. Or a `Packed`.
     `visible` [B or 1, 1, T, S] bool, from `visible_keys`: which keys a query sees, in place of causality and window.
     Returns [B, T, H, D] in q's dtype. ValueError for other shapes, spans that leave tokens out, or spans and `visible`.
     """
@@ -69,9 +69,10 @@ def visible_keys(queries: int, keys: int, mask: Tensor | None, device: torch.dev
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, row: Packed, scores: Scores) -> Tensor:
     """q [T, H, D], k and v [T, K, D] of a packed row -> [T, H, D]."""
-    # Of torch's own time, both ways, products at 53 tokens took 0.28 in bf16 that the CPU multiplied, 1.2 in fp32
-    area = 256 * 256 if q.element_size() == 2 and q.device.type == "cpu" else 0
-    laid = row.batches(scores.window, area, q.shape[1] // k.shape[1], product_dtype(q))
+    # Of torch's own time, both ways, products at 53 tokens took 0.28 in bf16 that the CPU multiplied, 1.1 in fp32
+    cpu = q.device.type == "cpu"
+    dtype = product_dtype(q) if cpu and q.element_size() == 2 else None
+    laid = row.batches(scores.window, 256 * 256 * cpu, q.shape[1] // k.shape[1], dtype)
     q, k, v = _taken(q, laid.queries), _taken(k, laid.keys), _taken(v, laid.keys)
     if _flash(q, scores):  # torch.nn.attention.varlen calls this too; in 2.10 it knows neither groups nor windows
         window: dict[str, Any] = dict(window_size_left=scores.window - 1, window_size_right=0) if scores.window else {}
@@ -82,7 +83,10 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, row: Packed, scores: Scores) -> Ten
     made = []
     for (count, *_), bias, *parts in zip(laid.sizes, laid.biases, *each, strict=True):
         q, k, v = (x.view(count, -1, *x.shape[1:]) for x in parts)  # [N, L, H, D], [N, S, K, D]
-        y = _causal(q, k, v, scores) if bias is None else run(_Written, _written, q, k, v, bias, scores)
+        if bias is None or bias.dtype == torch.bool:
+            y = _causal(q, k, v, scores) if bias is None else _sdpa(q, k, v, scores, bias)
+        else:
+            y = run(_Written, _written, q, k, v, bias, scores)
         made.append(y.flatten(0, 1))
     return _taken(torch.cat(made), laid.outputs)
 

@@ -221,6 +221,7 @@ class Decoder(CausalLM):
         self.max_positions, self.logit_softcap = spec.max_position_embeddings, spec.logit_softcap
         self.keep_decoded: bool | None = None
         self.shares_prompts = spec.rope.kind not in ("dynamic", "longrope")  # which turn by the whole text's length
+        self.forks_up_to = 1 << 62 if self.shares_prompts else spec.rope.original_max_position_embeddings
         self.restarts_at = spec.rope.original_max_position_embeddings if spec.rope.kind == "longrope" else 0
         self.model = Trunk(spec)
         self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
@@ -297,7 +298,7 @@ def _turns(spec: Spec, position_ids: Tensor, spans: Spans | None, x: Tensor) -> 
     if any(how.kind in ("dynamic", "longrope") for how in kinds):  # these ask how long a token's text is
         longest = position_ids.amax(1, keepdim=True) + 1  # [B, 1]
         if spans is not None:  # its own text, not the row
-            texts = position_ids.flatten().split([span[-1] - span[0] for span in spans])
+            texts = position_ids.flatten().tensor_split([span[0] for span in spans if len(span) == 2][1:])
             longest = torch.cat([(text.amax() + 1).expand_as(text) for text in texts]).view(position_ids.shape)
     return {how: tables(how, spec.head_dim, position_ids, longest, x) for how in kinds}
 

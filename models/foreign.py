@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -162,6 +162,7 @@ class TransformersLM(CausalLM):
         self.source, self.training = str(whole.name_or_path or ""), whole.training
         self._takes = {*inspect.signature(body.forward).parameters}
         self._found: dict[str, Any] = {}
+        self.forks_up_to = 0  # nothing would be saved
 
     def __getattr__(self, name: str) -> Any:
         if "whole" not in vars(self) or name.startswith("__"):
@@ -209,7 +210,7 @@ class TransformersLM(CausalLM):
         cache: Cache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """As `CausalLM` says. Texts that cannot share a row, and forked answers, are run in rows of their own."""
+        """As `CausalLM` says. Texts that cannot share a row, or have forks, are run whole in rows of their own."""
         if isinstance(cache, States) and spans is None:
             return cache.read(input_ids, mask)
         if cache is not None or (spans is not None and mask is not None):
@@ -219,11 +220,10 @@ class TransformersLM(CausalLM):
             return self._each([row[seen] for row, seen in zip(places.view_as(input_ids), mask, strict=True)], input_ids)
         if spans is None:
             return self.run(input_ids, position_ids)
-        segments(spans, len(places))  # ValueError before any work
+        laid = segments(spans, len(places))
         if self.packs and all(len(span) == 2 for span in spans):
             return self._packed(input_ids.view(1, -1), spans).view(*input_ids.shape, -1)
-        forks = [(start, fork, *pair) for start, fork, *ends in spans for pair in pairwise([fork, *(ends or [fork])])]
-        return self._each([torch.cat([places[s:fork], places[a:b]]) for s, fork, a, b in forks], input_ids)
+        return self._each([places[torch.from_numpy(keys)] for *_, keys in laid], input_ids)
 
     def run(self, ids: Tensor, positions: Tensor | None = None, *, scaled: bool = True, **more: Any) -> Tensor:
         """What the output layer takes [B, T, D] of ids [B, T]: the body's last hidden states, by logits' scale."""

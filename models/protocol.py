@@ -64,6 +64,9 @@ class CausalLM(nn.Module, ABC):
     shares_prompts: bool = True
     """Whether a text's beginning is read alike however long the text is: generation then reads common ones once."""
 
+    forks_up_to: int = 1 << 62
+    """Tokens up to which texts that begin alike may fork from a trunk; longer ones are read otherwise (long RoPE)."""
+
     restarts_at: int = 0
     """Tokens beyond which a text is read anew from its start: what a cache holds of it is stale then; 0: never."""
 
@@ -82,12 +85,12 @@ class CausalLM(nn.Module, ABC):
         """What `lm_head` takes, after any final norm: [B, T, hidden_size] for `input_ids` [B, T] int64.
 
         `position_ids` [B, T]: default counts from 0 in every row or span, from the cache's length on, or over a mask's
-        True places. `spans`: (start, end) pairs over the flattened B * T tokens, in order and without gaps: examples of
-        a packed row, each attended alone; (start, fork, end_1, ..., end_n) is one text with n continuations, whose
-        positions all go on from the fork. None is one causal text a row (right padding needs no mask). `mask` [B, S]
-        bool over cached and new tokens: False hides left padding. `cache` is read and extended. Spans exclude a mask,
-        and a cache but a `KVCache`, whose row i goes on with span i, which does not fork. ValueError where these do not
-        fit together."""
+        True places. `spans`: (start, end) pairs over the flattened B * T tokens, in order and without gaps: texts of a
+        packed row, each attended alone; (start, end, p) goes on from the end of the earlier span number p (see
+        `kernels.spans.Spans`). None is one causal text a row (right padding needs no mask). `mask` [B, S] bool over
+        cached and new tokens: False hides left padding. `cache` is read and extended. Spans exclude a mask, and a cache
+        but a `KVCache`, whose row i goes on with span i, which does not fork. ValueError where these do not fit
+        together."""
 
     @abstractmethod
     def new_cache(self) -> Cache:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..data.batch import Batch, Example, in_batches
+from ..data.batch import Batch, Example, micro_batches
 from ..data.encode import Dataset, encode_questions, load_rows
 from ..data.forms import samples_of
 from ..data.protocol import AnyTokenizer
@@ -60,7 +60,7 @@ def evaluate_loss(
     model = as_causal_lm(model)
     if not (isinstance(rows, list | tuple) and rows and isinstance(rows[0], Example)):
         examples = load_rows(None, as_tokenizer(tokenizer), rows, "sft", max_length=None).examples
-    batches, total = in_batches(list(enumerate(examples))), 0.0
+    batches, total = micro_batches(list(enumerate(examples)), forks_up_to=model.forks_up_to), 0.0
     with evaluating(model):
         for batch in batches:
             total += (loss := cross_entropy(model, batch).loss.item())

@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ class Fitted(ABC):
 
     def micro_batches(self, dataset: Dataset, numbers: Sequence[int], micro_batch: MicroBatch) -> list[Batch]:
         """The examples with these numbers, each once, as batches of one forward pass each, on the CPU."""
-        chosen, packing = [(i, dataset.examples[i]) for i in numbers], self.config.packing
-        return micro_batches(chosen, packing=packing, micro_batch=micro_batch, token_budget=self.token_budget)
+        how: Any = {"packing": self.config.packing, "token_budget": self.token_budget, "micro_batch": micro_batch}
+        return micro_batches([(i, dataset.examples[i]) for i in numbers], forks_up_to=self.model.forks_up_to, **how)
 
     def recomputes(self) -> Checkpointing:
         """What layers keep for backward; `auto`: as much as fits in the free memory, after which `micro_batch` auto
@@ -56,7 +56,7 @@ class Fitted(ABC):
 
     def case(self) -> Case:
         """The pass that takes most: of a step of the longest examples the one of most tokens."""
-        sizes = [example.size(self.config.packing) for example in self.train_set.examples]
+        sizes = [example.size(self.config.packing, self.model.forks_up_to) for example in self.train_set.examples]
         order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)[: self.config.batch_size]
         batches = self.micro_batches(self.train_set, order, self.config.micro_batch)
         largest = max(batches, key=lambda batch: batch.input_ids.numel())

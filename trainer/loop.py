@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ..data.batch import Batch, Encoded, Example, in_batches, pad
+from ..data.batch import Batch, Encoded, Example, micro_batches, pad
 from ..data.protocol import AnyTokenizer
 from ..errors import InputError
 from ..files import misfits
@@ -234,7 +234,7 @@ class Run:
         rows = [(i, Encoded(a + b, [False] * len(a) + [True] * len(b))) for i, (a, b) in both if b]
         made, logprobs = [(i, Example((row,))) for i, row in rows], list[list[float]]([] for _ in asked)
         with evaluating(model):
-            for batch in in_batches(made):
+            for batch in micro_batches(made, forks_up_to=model.forks_up_to) if made else ():
                 own = batch_token_scores(model, batch).logps.split([len(answers[i]) for i in batch.numbers])
                 for number, values in zip(batch.numbers, own, strict=True):
                     logprobs[number] = values.tolist()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data.batch import Batch, Example, in_batches
+from ..data.batch import Batch, Example, micro_batches
 from ..data.encode import encode
 from ..data.forms import samples_of
 from ..data.protocol import AnyTokenizer
@@ -88,9 +88,9 @@ class RewardModel:
         samples = samples_of(rows, "sft")
         made = enumerate(encode(samples, tokenizer, form, loss_on="last"))
         answers = [(i, Example(parts, label=True)) for i, (_, parts) in made]  # to be rated: its batch has `last`
-        scores = [0.0] * len(answers)
+        scores, forks = [0.0] * len(answers), self.model.forks_up_to
         with evaluating(self.model):
-            for batch in in_batches(answers, token_budget):
+            for batch in micro_batches(answers, token_budget=token_budget, forks_up_to=forks) if answers else ():
                 found = self.rewards(batch)[0]
                 if not bool(found.isfinite().all()):
                     what = f"rewards of rows from {samples[batch.numbers[0]].source} on"

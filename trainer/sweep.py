@@ -7,7 +7,7 @@ runs as it would alone, step by step (`Trainer.course`). A sweep makes the gradi
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any, TypeVar
@@ -119,14 +119,14 @@ class SweepTrainer:
         names, trainers = [*batches], [self.trainers[name] for name in batches]
         weights = [sum(batch.weight for batch in own) for own in batches.values()]
         numbers = [(i, number) for i, own in enumerate(batches.values()) for batch in own for number in batch.numbers]
-        examples = [trainers[i].train_set.examples[number] for i, number in numbers]
+        examples = [replace(trainers[i].train_set.examples[number], group=i) for i, number in numbers]
         owners = torch.tensor([i for i, _ in numbers])
 
         def backward(batch: Batch) -> Sums:
             """Of all adapters' means, each over its own tokens of the step, so that none changes another's gradient."""
             width = batch.input_ids.shape[1]
-            lengths = [width] * batch.examples if batch.spans is None else [b - a for a, b in batch.spans]
-            whose = owners[list(batch.numbers)].repeat_interleave(torch.tensor(lengths))  # each token's adapter
+            sizes = torch.tensor([b - a for a, b, *_ in batch.spans] if batch.spans else [width] * batch.examples)
+            whose = owners[[batch.numbers[p] for p in batch.owners or range(batch.examples)]].repeat_interleave(sizes)
             with rows(self.model, names, whose.view(-1, width)):
                 scores = batch_token_scores(self.model, batch)
             counts = whose[batch.rows].bincount(minlength=len(names)).tolist()

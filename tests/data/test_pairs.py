@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fourbit.data.batch import Encoded
 from fourbit.data.dialects import CUT
-from fourbit.data.encode import Dataset, load, prompt_texts, shared_tokens
+from fourbit.data.encode import Dataset, load, prompt_texts
 from fourbit.data.order import count_overlap, fingerprint, split_validation
 from fourbit.data.template import ChatTemplate, builtin, template_for
 from fourbit.data.truncate import shorten
@@ -44,12 +44,13 @@ def test_each_answer_is_the_whole_conversation_with_its_answer_trained(
 ) -> None:
     data = loaded(write([row("Hi there", "Paris is nice.", "No.")]), tokenizer)
     (pair,) = data.examples
+    shared = shared_tokens(*(part.ids for part in pair.parts))
     head = "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n"
     for part, answer in zip(pair.parts, ("Paris is nice.", "No."), strict=True):
         assert tokenizer.decode(part.ids, skip_special=False) == f"{head}{answer}<|im_end|>\n"
         assert trained_text(part, tokenizer) == f"{answer}<|im_end|>"
         assert part.ids == tokenizer.encode(f"{head}{answer}<|im_end|>\n")
-    assert pair.shared == len(tokenizer.encode(head))
+    assert shared == len(tokenizer.encode(head))
     assert pair.source == f"{data.samples[0].place.name}:1"
     report = data.report
     assert (report.rows, report.skipped.kinds, report.dropped.kinds, report.truncated, report.notices) == (
@@ -59,16 +60,23 @@ def test_each_answer_is_the_whole_conversation_with_its_answer_trained(
         0,
         [],
     )
-    assert report.tokens == sum(len(part.ids) for part in pair.parts) and report.shared == pair.shared
+    assert report.tokens == sum(len(part.ids) for part in pair.parts) and report.shared == shared
     assert report.trained == sum(sum(part.trained) for part in pair.parts)
     assert report.longest == len(pair.parts[0].ids)
 
 
+def shared_tokens(first: list[int], second: list[int]) -> int:
+    apart = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(apart, min(len(first), len(second)))
+
+
 def test_what_both_answers_begin_with_is_shared_too(write: Callable[..., Path], tokenizer: Any) -> None:
     (pair,) = loaded(write([row("Hi", "the capital of France", "the capital of France, maybe")]), tokenizer).examples
-    assert pair.parts[0].ids[: pair.shared] == pair.parts[1].ids[: pair.shared]
-    assert pair.parts[0].ids[pair.shared] != pair.parts[1].ids[pair.shared]
-    assert sum(pair.parts[0].trained[: pair.shared]) > 2
+    shared = shared_tokens(*(part.ids for part in pair.parts))
+    assert pair.parts[0].ids[:shared] == pair.parts[1].ids[:shared]
+    assert pair.parts[0].ids[shared] != pair.parts[1].ids[shared]
+    assert sum(pair.parts[0].trained[:shared]) > 2
+    assert pair.size(packing=True) == sum(len(part.ids) for part in pair.parts) - shared
 
 
 def test_a_token_across_the_boundary_does_not_move_it(write: Callable[..., Path], make_tokenizer: Any) -> None:
@@ -83,7 +91,7 @@ def test_a_token_across_the_boundary_does_not_move_it(write: Callable[..., Path]
     assert trained_text(pair.parts[0], tokenizer) == "is</s>", "the token that straddles belongs to the prompt"
     assert trained_text(pair.parts[1], tokenizer) == "Rome</s>"
     assert data.report.notices == [f"1 of 1 rows: {STRADDLE}"]
-    at = pair.shared
+    at = shared_tokens(*(part.ids for part in pair.parts))
     assert pair.parts[0].ids[:at] == pair.parts[1].ids[:at] and pair.parts[0].ids[at] != pair.parts[1].ids[at]
 
 
@@ -241,13 +249,6 @@ def test_shorten_keeps_a_beginning_and_an_end(turns: list[tuple[int, int]], tail
     assert not dropped, "words that had room were cut"
 
 
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=8), st.lists(st.integers(0, 2), min_size=1, max_size=8))
-def test_shared_tokens_are_the_longest_beginning_that_leaves_one_of_each(first: list[int], second: list[int]) -> None:
-    shared = shared_tokens(first, second)
-    assert 0 <= shared < min(len(first), len(second)) and first[:shared] == second[:shared]
-    assert shared == min(len(first), len(second)) - 1 or first[shared] != second[shared]
-
-
 def test_judged_answers(write: Callable[..., Path], tokenizer: Any) -> None:
     good = {"prompt": "q", "completion": "the capital of France", "label": True}
     bad = {"prompt": "q", "completion": "word " * 30, "label": False}
@@ -299,7 +300,8 @@ def test_a_split_keeps_prompts_together_and_stays(write: Callable[..., Path], to
     assert not prompts(train) & prompts(held) and len(train) + len(held) == 300
     assert len(held) % 3 == 0 and 3 * (30 - 23) < len(held) < 3 * (30 + 23)  # five deviations of a binomial
     assert count_overlap(train, held) == 0 and count_overlap(data, held) == len(held)
-    assert held.report.shared == sum(pair.shared for pair in held.examples) > 0
+    shared = (shared_tokens(*(part.ids for part in pair.parts)) for pair in held.examples)
+    assert held.report.shared == sum(shared) > 0
     more, more_held = split_validation(loaded(write([*rows(20, 500), *three[::-1]], "b.jsonl"), tokenizer), 0.3)
     assert prompts(held) <= prompts(more_held) and prompts(train) <= prompts(more)
 
@@ -357,5 +359,4 @@ def test_with_a_real_tokenizer_prompt_and_answer_meet_where_the_text_says(write:
             crossed = any(a < start < b for a, b in offsets)
             straddling += crossed
             assert crossed == (STRADDLE in part.notes) == (part.ids[: len(prompt)] != prompt)
-        assert pair.shared == shared_tokens(pair.parts[0].ids, pair.parts[1].ids)
     assert straddling == 2, "line breaks that merge with the template's own"

@@ -81,28 +81,32 @@ def test_gradients_in_float64(lengths: list[int]) -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: causal_attention(q, k, v, spans=spans_of(lengths)), (q, k, v))
 
 
-FORK = st.tuples(st.integers(0, 6), st.lists(st.integers(1, 6), min_size=1, max_size=4))  # trunk, branches
+PIECES = st.lists(st.tuples(st.integers(1, 6), st.integers(-2, 9)), min_size=1, max_size=7)  # tokens, which parent
 
 
-def laid_out(forks: list[tuple[int, list[int]]]) -> Spans:
-    """One span for each (trunk, branches); a text without a fork is written in its two ways in turn."""
+def laid_out(pieces: list[tuple[int, int]]) -> Spans:
+    """A forest of any depth: a new tree where the parent is below 0, else it is counted from the root, around."""
     spans: Spans = []
-    place = 0
-    for trunk, branches in forks:
-        ends = [place + trunk]
-        for branch in branches:
-            ends.append(ends[-1] + branch)
-        spans.append((place, ends[-1]) if len(branches) == 1 and len(spans) % 2 else (place, *ends))
-        place = ends[-1]
+    root = place = 0
+    for i, (length, up) in enumerate(pieces):
+        root = i if up < 0 or not i else root
+        spans.append((place, place + length) if root == i else (place, place + length, root + up % (i - root)))
+        place += length
     return spans
 
 
-def fork_visible(forks: list[tuple[int, list[int]]]) -> torch.Tensor:
-    """Who sees whom, from the definition: a token sees those before it in its trunk and in its own branch."""
-    owner = [
-        (s, b) for s, (trunk, lengths) in enumerate(forks) for b, n in enumerate([trunk, *lengths]) for _ in range(n)
-    ]
-    sees = lambda i, j: j <= i and owner[i][0] == owner[j][0] and owner[j][1] in (0, owner[i][1])
+def lines_of(spans: Spans) -> list[list[int]]:
+    """Of each piece those that its tokens see, itself the last."""
+    lines: list[list[int]] = []
+    for i, span in enumerate(spans):
+        lines.append([*lines[span[2]], i] if len(span) > 2 else [i])
+    return lines
+
+
+def fork_visible(spans: Spans) -> torch.Tensor:
+    """Who sees whom, by definition: a token sees those before it in its own piece and in what that goes on from."""
+    lines, owner = lines_of(spans), [i for i, (a, b, *_) in enumerate(spans) for _ in range(a, b)]
+    sees = lambda i, j: j <= i and owner[j] in lines[owner[i]]
     return torch.tensor([[sees(i, j) for j in range(len(owner))] for i in range(len(owner))])
 
 
@@ -126,11 +130,11 @@ def test_windows_scales_and_soft_caps(how: str, t: int, s: int) -> None:
 
 
 @pytest.mark.parametrize("how", HOW)
-@given(forks=st.lists(FORK, min_size=1, max_size=3))
-def test_windows_of_forks(how: str, forks: list[tuple[int, list[int]]]) -> None:
-    spans, scores = laid_out(forks), HOW[how]
-    q, k, v = sample(1, spans[-1][-1], spans[-1][-1], 4, 2)
-    expected = plain(q, k, v, near(fork_visible(forks)[None], scores.window), scores.scale or 8**-0.5, scores.softcap)
+@given(pieces=PIECES)
+def test_windows_of_forks(how: str, pieces: list[tuple[int, int]]) -> None:
+    spans, scores = laid_out(pieces), HOW[how]
+    q, k, v = sample(1, spans[-1][1], spans[-1][1], 4, 2)
+    expected = plain(q, k, v, near(fork_visible(spans)[None], scores.window), scores.scale or 8**-0.5, scores.softcap)
     got = causal_attention(q, k, v, spans=spans, scores=scores)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
@@ -148,7 +152,7 @@ def test_what_a_mask_hides_takes_no_place_in_a_window(hidden: list[bool], window
 @pytest.mark.parametrize("how", HOW)
 def test_gradients_of_windows_and_caps_in_float64(how: str) -> None:
     q, k, v = (x.requires_grad_() for x in sample(1, 10, 10, 4, 2))
-    spans: Spans = [(0, 5), (5, 6, 8, 10)]
+    spans: Spans = [(0, 5), (5, 6), (6, 8, 1), (8, 9, 2), (9, 10, 1)]
     ours = lambda *x: causal_attention(*x, spans=spans, scores=HOW[how])
     assert torch.autograd.gradcheck(ours, (q, k, v), fast_mode=True)
 
@@ -165,31 +169,45 @@ def test_another_span_changes_nothing_to_the_bit() -> None:
     assert not torch.equal(before[:, 31:48], after[:, 31:48])
 
 
-@given(forks=st.lists(FORK, min_size=1, max_size=4))
-def test_forks_equal_the_definition(forks: list[tuple[int, list[int]]]) -> None:
-    spans = laid_out(forks)
-    total = spans[-1][-1]
+@given(pieces=PIECES)
+def test_forks_equal_the_definition(pieces: list[tuple[int, int]]) -> None:
+    spans = laid_out(pieces)
+    total = spans[-1][1]
     q, k, v = sample(1, total, total, 4, 2)
     got = causal_attention(q, k, v, spans=spans)
-    torch.testing.assert_close(got, plain(q, k, v, fork_visible(forks)[None]), rtol=1e-12, atol=1e-12)
-    texts = [[*range(trunk), *(p for n in branches for p in range(trunk, trunk + n))] for trunk, branches in forks]
-    assert span_positions(spans, q.device).tolist() == [place for text in texts for place in text]
-    lengths = [each for trunk, (first, *rest) in forks for each in ((trunk + first, 0), *((n, trunk) for n in rest))]
-    assert [(end - start, fork - first) for start, end, first, fork in segments(spans, total)] == lengths
+    torch.testing.assert_close(got, plain(q, k, v, fork_visible(spans)[None]), rtol=1e-12, atol=1e-12)
+    before = [sum(spans[up][1] - spans[up][0] for up in line[:-1]) for line in lines_of(spans)]
+    places = [n + i for n, (a, b, *_) in zip(before, spans, strict=True) for i in range(b - a)]
+    assert span_positions(spans, q.device).tolist() == places
+    laid = segments(spans, total)
+    found = fork_visible(spans)[[end - 1 for _, end, _ in laid]]
+    assert [keys.tolist() for *_, keys in laid] == [row.nonzero().flatten().tolist() for row in found]
+
+
+def test_a_layout_in_depth_first_order_has_a_segment_for_each_leaf() -> None:
+    tree: Spans = [(0, 5), (5, 9, 0), (9, 12, 1), (12, 15, 1), (15, 16, 0), (16, 20)]
+    laid = segments(tree, 20)
+    assert [one[:2] for one in laid] == [(0, 12), (12, 15), (15, 16), (16, 20)]
+    assert [len(keys) for *_, keys in laid] == [12, 9 + 3, 5 + 1, 4]
+    deep: Spans = [(0, 5), (5, 6, 0), (6, 9, 0), (9, 10, 2), (10, 12, 2)]
+    for window, keys in ((0, [0, 1, 2, 3, 4, 6, 7, 8, 10, 11]), (5, [4, 6, 7, 8, 10, 11]), (1, [10, 11])):
+        assert segments(deep, 12, window)[2][2].tolist() == keys
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 2), (9, 3)])
-@pytest.mark.parametrize("fork", [(3, [2, 4]), (1, [1, 1]), (5, [1, 3, 2]), (0, [2, 3])])
-def test_gradients_of_forks_in_float64(fork: tuple[int, list[int]], heads: tuple[int, int]) -> None:
-    spans = laid_out([fork])
-    q, k, v = (x.requires_grad_() for x in sample(1, spans[-1][-1], spans[-1][-1], *heads))
+@pytest.mark.parametrize(
+    "pieces", [[(3, -1), (2, 0), (4, 0)], [(1, -1), (1, 0), (1, 0)], [(4, -1), (2, 0), (1, 1), (2, 1)]]
+)
+def test_gradients_of_forks_in_float64(pieces: list[tuple[int, int]], heads: tuple[int, int]) -> None:
+    spans = laid_out(pieces)
+    q, k, v = (x.requires_grad_() for x in sample(1, spans[-1][1], spans[-1][1], *heads))
     ours = lambda q, k, v: causal_attention(q, k, v, spans=spans)
     assert torch.autograd.gradcheck(ours, (q, k, v), fast_mode=True)
 
 
 def test_another_branch_changes_nothing_to_the_bit() -> None:
     """Trunk 300, branches 71, 40 and 9, another example behind: outputs and gradients of all but the changed branch."""
-    spans: Spans = [(0, 300, 371, 411, 420), (420, 450)]
+    spans: Spans = [(0, 300), (300, 371, 0), (371, 411, 0), (411, 420, 0), (420, 450)]
     parts = {"trunk": (0, 300), "first": (300, 371), "second": (371, 411), "third": (411, 420), "behind": (420, 450)}
     for changed in ("first", "second", "third"):
         results = []
@@ -211,7 +229,7 @@ def test_an_unforked_text_is_to_the_bit_what_it_was() -> None:
     plain_spans = causal_attention(q, k, v, spans=[(0, 20), (20, 60)])
     alone = torch.cat([causal_attention(*(x[:, a:b] for x in (q, k, v))) for a, b in ((0, 20), (20, 60))], dim=1)
     torch.testing.assert_close(plain_spans, alone, rtol=1e-5, atol=1e-6)
-    assert torch.equal(causal_attention(q, k, v, spans=[(0, 7, 20), (20, 20, 60)]), plain_spans)
+    assert torch.equal(causal_attention(q, k, v, spans=[(0, 7), (7, 20, 0), (20, 60)]), plain_spans)
 
 
 def test_the_comparison_catches_a_mask_that_is_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,23 +238,21 @@ def test_the_comparison_catches_a_mask_that_is_off_by_one(monkeypatch: pytest.Mo
     def off_by_one(row: Any, window: int, area: int, *how: Any) -> Any:
         """A planted fault: a branch's tokens are one place too far left, so each misses itself."""
         made = original(row, window, 1 << 30, *how)
-        return made._replace(biases=[bias.roll(-1, -1) for bias in made.biases])
+        return made._replace(biases=[None if bias is None else bias.roll(-1, -1) for bias in made.biases])
 
     monkeypatch.setattr(Packed, "_batches", off_by_one)
     with pytest.raises(AssertionError):
-        test_forks_equal_the_definition.hypothesis.inner_test([(3, [2, 2])])  # type: ignore[attr-defined]
+        test_forks_equal_the_definition.hypothesis.inner_test([(3, -1), (2, 0), (2, 0)])  # type: ignore[attr-defined]
 
 
 SHORT = [[(0, 3)], [(0, 3), (4, 6)], [(3, 6), (0, 3)], [(0, 4), (3, 6)], [(0, 7)], []]
-SHORT += [[(0, 2, 4, 5)], [(0, 2, 4, 7)], [(1, 2, 4, 6)], [(0, 4, 2, 6)], [(0, 2, 2, 6)], [(0, 2, 4, 6, 6)]]
-SHORT += [[(0, 2, 4), (5, 6)], [(0,), (0, 6)], [(), (0, 6)], [(0, 0), (0, 6)], [(0, -1, 6)]]
+SHORT += [[(0, 2), (2, 6, 1)], [(0, 2), (2, 6, -1)], [(0, 2), (2, 4), (4, 6, 0)], [(0, 6, 0)], [(0, 2), (2, 6, 0, 0)]]
+SHORT += [[(0, 2), (2, 2, 0), (2, 6)], [(0,), (0, 6)], [(), (0, 6)], [(0, 0), (0, 6)], [(0, -1, 6)]]
 
 
 @pytest.mark.parametrize("spans", SHORT)
 def test_spans_that_do_not_cover_the_tokens_are_refused(spans: Spans) -> None:
-    rule = (
-        r"spans must cover the 6 tokens in order .* or \(start, fork, end_1, ..., end_n\) with no empty branch, got \["
-    )
+    rule = r"spans must cover the 6 tokens in order .* or \(start, end, parent\) .* of its tree .*, none empty, got \["
     with pytest.raises(ValueError, match=rule):
         causal_attention(*sample(1, 6, 6, 2, 2), spans=spans)
 

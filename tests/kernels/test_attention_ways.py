@@ -14,7 +14,9 @@ from fourbit.kernels.dispatch import force_path
 from fourbit.kernels.spans import Packed, Spans
 
 CPU = torch.device("cpu")
-FORKS: Spans = [(0, 5), (5, 9, 12, 19, 20), (20, 20, 22, 23), (23, 60), (60, 77, 90)]
+# Segments: 0 to 5, 5 to 12, 12 to 17, 17 to 19 (a branch of a branch), 19 to 20, 20 to 22, 22 to 23, 23 to 60, 60 to 90
+FORKS: Spans = [(0, 5), (5, 9), (9, 12, 1), (12, 15, 1), (15, 17, 3), (17, 19, 3), (19, 20, 1), (20, 22), (22, 23)]
+FORKS = [*FORKS, (23, 60), (60, 77), (77, 90, 10)]
 MANY = {"plain": PLAIN, "window": Scores(6), "cap": Scores(softcap=1.5), "all": Scores(7, 0.5, 2.0)}
 FLASH = torch.ops.aten._flash_attention_forward.default
 FLASH_BACKWARD = torch.ops.aten._flash_attention_backward.default
@@ -34,16 +36,16 @@ def with_gradients(attend: Callable[..., Tensor], inputs: list[Tensor]) -> list[
 @pytest.mark.parametrize("how", MANY)
 @pytest.mark.parametrize("area", [1 << 30, 32 * 32])
 def test_products_and_torch_s_own_are_one(monkeypatch: pytest.MonkeyPatch, how: str, area: int) -> None:
-    """All segments in batches, and some segments each way, beside each by itself."""
+    """Each segment by itself, with a mask made for the call or once, and segments in batches, all or the small ones."""
     inputs, original = drawn(90), Packed._batches
     results = []
-    for most in (0, area):
-        monkeypatch.setattr(
-            Packed, "_batches", lambda row, window, _, *how, most=most: original(row, window, most, *how)
-        )
+    for most, dtype in ((0, None), (area, None), (area, torch.float64)):
+        laid = lambda row, window, _, groups, __, most=most, dtype=dtype: original(row, window, most, groups, dtype)
+        monkeypatch.setattr(Packed, "_batches", laid)
         results.append(with_gradients(lambda *x: causal_attention(*x, spans=FORKS, scores=MANY[how]), inputs))
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    for way in results[1:]:
+        for got, want in zip(way, results[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -62,7 +64,7 @@ def test_16_bits_on_a_cpu_within_their_rounding(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_in_its_own_text(bad: float) -> None:
     """Batches fill short rows up: with nothing of a neighbour, and nothing that reaches one, forward or backward."""
-    spans: Spans = [(0, 5), (5, 9, 12, 19), (19, 30)]
+    spans: Spans = [(0, 5), (5, 9), (9, 12, 1), (12, 19, 1), (19, 30)]
     inputs = drawn(30, dtype=torch.float32)
     clean = with_gradients(lambda *x: causal_attention(*x, spans=spans), inputs)
     with torch.no_grad():
@@ -97,9 +99,10 @@ def ragged(step: int, forks: bool) -> Spans:
     place = 0
     while place < 500:
         parts = [draw(60), draw(60), draw(60)] if forks else [draw(120)]
-        ends = [place + sum(parts[: i + 1]) for i in range(len(parts))]
-        spans.append((place, *ends))
-        place = ends[-1]
+        root = len(spans)
+        for i, length in enumerate(parts):
+            spans.append((place, place + length, root) if i else (place, place + length))
+            place += length
     return spans
 
 
@@ -109,7 +112,7 @@ def test_fifty_ragged_steps_see_few_shapes_in_bf16(forks: bool, most: int) -> No
     with Shapes() as shapes:
         for step in range(50):
             spans = ragged(step, forks)
-            inputs = drawn(spans[-1][-1], 1, 1, torch.bfloat16, 2)
+            inputs = drawn(spans[-1][1], 1, 1, torch.bfloat16, 2)
             with_gradients(lambda *x, spans=spans: causal_attention(*x, spans=spans), inputs)
     assert len(shapes.seen) <= most, len(shapes.seen)
     assert not any("scaled_dot" in name for name in shapes.calls)
@@ -189,7 +192,7 @@ class Calls(TorchDispatchMode):
 
 def on_a_gpu(spans: Spans, layers: int, scores: Scores = PLAIN, dtype: torch.dtype = torch.bfloat16) -> Calls:
     """Forward and backward of so many layers, on tensors without memory that go a GPU's way."""
-    tokens = spans[-1][-1]
+    tokens = spans[-1][1]
     with force_path("triton"), Calls() as calls:
         row = Packed(spans, tokens, torch.device("meta"))
         for _ in range(layers):
@@ -207,7 +210,7 @@ def test_what_a_gpu_is_asked_for(scores: Scores) -> None:
     assert len({id(call[1][3]) for call in forward}) == len({id(call[1][4]) for call in forward}) == 1
     q, k, v, queries, keys, most_q, most_k, dropout, causal, _ = forward[0][1]
     assert q.shape == (90, 4, 64) and k.shape == v.shape and k.shape[1:] == (2, 64)
-    assert queries.shape == keys.shape == (9,) and queries.dtype == keys.dtype == torch.int32
+    assert queries.shape == keys.shape == (10,) and queries.dtype == keys.dtype == torch.int32
     assert (dropout, causal, most_q) == (0.0, True, 37)
     left = forward[0][2].get("window_size_left", -1)
     assert (left, forward[0][2].get("scale")) == (scores.window - 1, scores.scale)
@@ -258,7 +261,9 @@ def test_only_whole_rows_of_few_lengths_get_cudnn(queries: int, keys: int, hidde
 def test_products_have_second_derivatives() -> None:
     """What makes its weights again in backward leaves a graph where one is wanted."""
     inputs = [x.detach()[:, :9].requires_grad_() for x in drawn(12, 2, 1, size=2)]
-    attend = lambda *x: causal_attention(*x, spans=[(0, 4), (4, 6, 8, 9)], scores=MANY["all"])
+    attend = lambda *x: causal_attention(
+        *x, spans=[(0, 4), (4, 6), (6, 7, 1), (7, 8, 2), (8, 9, 2)], scores=MANY["all"]
+    )
     assert torch.autograd.gradgradcheck(attend, inputs, fast_mode=True)
 
 

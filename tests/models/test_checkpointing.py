@@ -18,7 +18,7 @@ from fourbit.models.families import read_spec
 from fourbit.models.foreign import as_causal_lm
 from fourbit.models.recompute import KEEPS, keeps, leanness
 
-SPANS = ((0, 9), (9, 14, 20, 21, 29), (29, 40))  # one of them forks
+SPANS = ((0, 9), (9, 14), (14, 20, 1), (20, 21, 1), (21, 29, 1), (29, 40))  # one of the texts forks
 IDS = torch.randint(97, (1, 40), generator=torch.Generator().manual_seed(1))
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4, "head_dim": 8}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 3, "num_experts_per_tok": 2}

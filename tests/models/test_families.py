@@ -114,11 +114,11 @@ def test_packed_rows_and_forks_are_alone(pair: tuple[Any, Decoder]) -> None:
     """Values, and the gradient of the embeddings, of examples side by side and of a prompt with two answers."""
     _, model = pair
     embedding = model.model.embed_tokens.weight.requires_grad_()
-    row, spans = torch.cat([IDS[0, :23], IDS[1, :30]])[None], [(0, 23), (23, 36, 45, 53)]
+    row, spans = torch.cat([IDS[0, :23], IDS[1, :30]])[None], [(0, 23), (23, 36), (36, 45, 1), (45, 53, 1)]
     if model.spec.rope.kind == "dynamic":  # a fork is as long as its longest branch
         row, spans = row[:, :45], [(0, 23), (23, 45)]
     packed = model(row, spans=spans)[0]
-    forks = (slice(36, 45), slice(45, row.shape[1]))[: len(spans[-1]) - 2 or 1]
+    forks = (slice(36, 45), slice(45, row.shape[1]))[: len(spans) - 2 or 1]
     fork = [torch.cat([row[0, 23:36], row[0, part]]) for part in forks]
     alone = [model(text[None])[0] for text in (row[0, :23], *fork)]
     expected = torch.cat([alone[0], alone[1], *(branch[13:] for branch in alone[2:])])

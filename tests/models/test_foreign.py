@@ -73,7 +73,8 @@ def test_packed_and_forked_texts_are_what_they_are_alone(whole: Any) -> None:
     assert model.packs == (type(whole).__name__ not in APART)
     with torch.no_grad():
         packed = model.hidden(IDS[None], spans=((0, 5), (5, 13), (13, 20)))[0]
-        forked = model.hidden(IDS.view(2, 10), spans=((0, 3, 9, 14), (14, 20))).flatten(0, 1)
+        tree = (0, 3), (3, 9, 0), (9, 11, 0), (11, 14, 2), (14, 20)
+        forked = model.hidden(IDS.view(2, 10), spans=tree).flatten(0, 1)
         masked = model.hidden(IDS.view(2, 10), mask=torch.arange(20).view(2, 10) >= 4)[0]
     close = {"rtol": 1e-3, "atol": 1e-4}
     for start, end in pairwise((0, 5, 13, 20)):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,8 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fourbit.data.batch import Batch, Encoded, Example, pack, pad
-from fourbit.data.encode import shared_tokens
-from fourbit.kernels import attention as attention_module
 from fourbit.kernels import spans as spans_module
 from fourbit.kernels.spans import Packed, span_positions
 from fourbit.models.decoder import Decoder
@@ -29,7 +28,7 @@ def pair(trunk: int, answers: Sequence[int], seed: int = 0) -> Example:
     start = draw(trunk)
     texts = [[*start, VOCABULARY - 2 + i, *draw(length - 1)] for i, length in enumerate(answers)]
     parts = [Encoded(ids, [False] * trunk + [True] * (len(ids) - trunk), "", "") for ids in texts]
-    return Example(tuple(parts), shared_tokens(*texts))
+    return Example(tuple(parts))
 
 
 PAIRS = [(0, pair(17, (5, 9), 1)), (1, pair(1, (1, 1), 2)), (2, pair(30, (1, 12), 3)), (3, pair(8, (20, 3), 4))]
@@ -85,6 +84,7 @@ def separate(number: int, example: Example) -> Batch:
         torch.tensor([ids]),
         torch.tensor([[*range(cut), *range(len(ids) - cut)]]),
         ((0, cut), (cut, len(ids))),
+        (0, 0),
         torch.tensor(rows),
         torch.tensor(targets),
         torch.tensor([[slot + [len(rows)] * (longest - len(slot))] for slot in slots]),
@@ -111,7 +111,7 @@ def test_forked_separate_and_padded_are_one(
     model = build(kind, dtype)
     model.checkpointing = checkpointing
     forked, padded, apart = pack(PAIRS), pad(PAIRS, pad_id=0), list(itertools.starmap(separate, PAIRS))
-    assert forked.tokens == 17 + 14 + 1 + 2 + 30 + 13 + 8 + 23 < padded.tokens
+    assert forked.tokens == 17 + 14 + 2 * 2 + 30 + 13 + 8 + 23 < padded.tokens
     with torch.no_grad():
         scores = [logps(model, batch) for batch in (forked, padded)]
         states = [model.hidden(forked.input_ids, places, forked.spans) for places in (forked.position_ids, None)]
@@ -137,27 +137,69 @@ def test_any_lengths_agree(build: Build, forks: list[tuple[int, int, int]], seed
     assert distance(gradients(model, [pack(examples)]), want, floor=1e-5) <= 1e-10
 
 
-@settings(max_examples=15)
-@given(trunk=st.integers(0, 9), branches=st.lists(st.integers(1, 7), min_size=1, max_size=5))
-def test_any_number_of_branches(build: Build, trunk: int, branches: list[int]) -> None:
-    """More than the two that a pair has: states equal those of every continuation alone."""
-    model = build("grouped heads")
-    ends = list(itertools.accumulate(branches, initial=trunk))
-    ids = torch.randint(0, VOCABULARY, (1, ends[-1]), generator=torch.Generator().manual_seed(trunk))
+PIECES = st.lists(st.tuples(st.integers(1, 7), st.integers(-2, 6)), min_size=1, max_size=6)  # tokens, which parent
+
+
+@settings(max_examples=25)
+@given(pieces=PIECES)
+def test_any_forest(build: Build, pieces: list[tuple[int, int]]) -> None:
+    """More than the two branches that a pair has, and branches of branches: states equal those of every text alone."""
+    model, spans, lines = build("grouped heads"), list[tuple[int, ...]](), list[list[int]]()
+    root = place = 0
+    for i, (length, up) in enumerate(pieces):
+        root = i if up < 0 or not i else root
+        parent = () if root == i else (root + up % (i - root),)
+        spans.append((place, place + length, *parent))
+        lines.append([*(lines[parent[0]] if parent else []), *range(place, place + length)])
+        place += length
+    ids = torch.randint(0, VOCABULARY, (1, place), generator=torch.Generator().manual_seed(place))
     with torch.no_grad():
-        forked = model.hidden(ids, spans=[(0, *ends)])
-        for a, b in itertools.pairwise(ends):
-            alone = model.hidden(torch.cat([ids[:, :trunk], ids[:, a:b]], dim=1))
-            here = torch.cat([forked[:, :trunk], forked[:, a:b]], dim=1)
-            assert (here - alone).abs().max() <= 1e-12 * alone.abs().max()
+        forked = model.hidden(ids, spans=spans)
+        for line in lines:
+            alone = model.hidden(ids[:, line])
+            assert (forked[:, line] - alone).abs().max() <= 1e-12 * alone.abs().max()
+
+
+TEXT = st.lists(st.integers(0, 2), min_size=3, max_size=9)
+
+
+@settings(max_examples=25)
+@given(texts=st.lists(TEXT, min_size=1, max_size=7), start=st.integers(0, 5))
+def test_any_texts_that_begin_alike(build: Build, texts: list[list[int]], start: int) -> None:
+    """Rows to learn from, copies and beginnings of each other among them, each trained from a token of its own on."""
+    model, rows = build("grouped heads"), [[5] * start + ids for ids in texts]
+    trained = [[k > i % (len(ids) - 1) for k in range(len(ids))] for i, ids in enumerate(rows)]
+    examples = [(i, Example((Encoded(ids, flags),))) for i, (ids, flags) in enumerate(zip(rows, trained, strict=True))]
+    sums = []
+    for batch in (pack(examples), pad(examples, 5)):
+        hidden = model.hidden(batch.input_ids, None, batch.spans).flatten(0, 1)[batch.rows]
+        loss = nn.functional.cross_entropy(model.lm_head(hidden), batch.targets, reduction="sum")
+        sums.append((loss, batch.weight, *torch.autograd.grad(loss, [*model.parameters()])))
+    (loss, weight, *found), (value, count, *want) = sums
+    assert weight == count and abs(loss - value) <= 1e-10 * value
+    least = 1e-5 * torch.stack([gradient.norm() for gradient in want]).norm()
+    assert max((a - b).norm() / max(b.norm(), least) for a, b in zip(found, want, strict=True)) <= 1e-10
+
+
+def test_a_shared_token_that_counts_once_is_caught(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = pack
+
+    def once(examples: Any) -> Batch:
+        batch = original(examples)
+        first = np.unique(batch.rows.numpy() << 32 | batch.targets.numpy(), return_index=True)[1]
+        return replace(batch, rows=batch.rows[first], targets=batch.targets[first], trained=len(first))
+
+    monkeypatch.setitem(globals(), "pack", once)
+    with pytest.raises(AssertionError):
+        test_any_texts_that_begin_alike.hypothesis.inner_test(build, [[1, 2, 0, 1], [1, 2, 0, 2]], 2)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kind", ["grouped heads", "lora on nf4"])
 def test_another_branch_changes_nothing_to_the_bit(build: Build, kind: str) -> None:
     model = build(kind, torch.float32)
     batch = pack(PAIRS)
-    _start, fork, first, second = (batch.spans or ())[2]
-    for a, b in ((fork, first), (first, second)):
+    trunk = next(i for i, span in enumerate(batch.spans or ()) if span[1] - span[0] == 30)
+    for a, b, _ in batch.spans[trunk + 1 : trunk + 3]:
         changed = batch.input_ids.clone()
         changed[:, a:b] = (changed[:, a:b] + 1) % VOCABULARY
         with torch.no_grad():
@@ -166,26 +208,42 @@ def test_another_branch_changes_nothing_to_the_bit(build: Build, kind: str) -> N
         assert not torch.equal(before[:, a:b], after[:, a:b])
 
 
-def as_if(patch: pytest.MonkeyPatch, change: Callable[..., tuple[int, ...]]) -> None:
+def as_if(patch: pytest.MonkeyPatch, change: Callable[[np.ndarray, int], np.ndarray]) -> None:
+    """With other keys before a branch: `change` of those and of where it begins."""
     original = spans_module.segments
-    patch.setattr(spans_module, "segments", lambda *how: [change(*one) for one in original(*how)])
+
+    def changed(*how: Any) -> Any:
+        for start, end, keys in original(*how):
+            before = keys[: len(keys) - (end - start)]
+            yield start, end, np.concatenate((change(before, start) if len(before) else before, np.arange(start, end)))
+
+    patch.setattr(spans_module, "segments", lambda *how: [*changed(*how)])
 
 
 def branches_see_each_other(patch: pytest.MonkeyPatch) -> None:
     """One causal text: the second branch sees the first."""
-    as_if(patch, lambda start, end, first, fork: (start, end, first, start if first < fork else fork))
+    as_if(patch, lambda before, start: np.arange(before[0], start))
 
 
 def branch_without_trunk(patch: pytest.MonkeyPatch) -> None:
-    as_if(patch, lambda start, end, first, fork: (start, end, fork, fork))
+    as_if(patch, lambda before, start: before[:0])
+
+
+def trunk_one_short(patch: pytest.MonkeyPatch) -> None:
+    """A branch begins one token later than it does."""
+    as_if(patch, lambda before, start: before[:-1])
 
 
 def upper_left(patch: pytest.MonkeyPatch) -> None:
     """The second branch's first token sees the first key only, as a causal mask aligned at the start has it."""
     original = Packed._batches
-    patch.setattr(Packed, "_batches", lambda row, window, area, *how: original(row, window, 0, *how))  # torch's own
-    sees = lambda q, k, mask, device, window=0: torch.ones(q, k).tril().bool()
-    patch.setattr(attention_module, "visible_keys", sees)
+
+    def shifted(*how: Any) -> Any:
+        made = original(*how)
+        sees = [bias if bias is None else torch.ones_like(bias).tril() for bias in made.biases]
+        return made._replace(biases=sees)
+
+    patch.setattr(Packed, "_batches", shifted)
 
 
 def positions_run_on(patch: pytest.MonkeyPatch) -> None:
@@ -193,7 +251,8 @@ def positions_run_on(patch: pytest.MonkeyPatch) -> None:
     original = Decoder.hidden
 
     def hidden(self: Any, ids: Tensor, positions: Tensor | None = None, spans: Any = None) -> Tensor:
-        plain = None if spans is None else [(span[0], span[-1]) for span in spans]
+        roots = [span[0] for span in spans or () if len(span) == 2]
+        plain = [*itertools.pairwise([*roots, ids.numel()])]
         moved = span_positions(plain, ids.device).view(ids.shape) if plain else positions
         return original(self, ids, moved, spans)
 
@@ -218,10 +277,10 @@ def first_target_from_the_row_before(patch: pytest.MonkeyPatch) -> None:
     def wrong(examples: Any) -> Batch:
         batch = original(examples)
         rows = batch.rows.clone()
-        for p, (_, fork, end, _) in enumerate(batch.spans or ()):
-            first = batch.slots[1, p, 0]
-            assert rows[first] == fork - 1
-            rows[first] = end - 1
+        for start, _, parent in (span for span in batch.spans or () if len(span) > 2):
+            if batch.spans[parent][1] < start:
+                (first,) = (rows == batch.spans[parent][1] - 1).nonzero()[-1]
+                rows[first] = start - 1
         return replace(batch, rows=rows)
 
     patch.setitem(globals(), "pack", wrong)
@@ -230,7 +289,7 @@ def first_target_from_the_row_before(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        *(branches_see_each_other, branch_without_trunk, upper_left, positions_run_on),
+        *(branches_see_each_other, branch_without_trunk, trunk_one_short, upper_left, positions_run_on),
         *(target_off_by_one, first_target_from_the_row_before),
     ],
 )

@@ -297,7 +297,7 @@ def test_cuda_equals_cpu(ours: Ours, kind: str) -> None:
         ({"mask": torch.ones(1, 5, dtype=torch.bool)}, r"= \(1, 6\), got \(1, 5\)"),
         ({"spans": [(0, 5)]}, "spans must cover the 6 tokens"),
         ({"spans": [(0, 3), (4, 6)]}, "spans must cover the 6 tokens"),
-        ({"spans": [(0, 2, 4)]}, r"spans must cover the 6 tokens .* got \[\(0, 2, 4\)\]"),
+        ({"spans": [(0, 2), (2, 4, 0)]}, r"spans must cover the 6 tokens .* got \[\(0, 2\), \(2, 4, 0\)\]"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(ours: Ours, arguments: dict[str, Any], message: str) -> None:

@@ -87,7 +87,7 @@ def rotation() -> Op:
 
 def heard() -> Op:
     """Packed, grouped heads, one example that forks."""
-    spans = [(0, 2), (2, 3, 5, 6)]
+    spans = [(0, 2), (2, 3), (3, 5, 1), (5, 6, 1)]
     sees = torch.tensor([[j <= i for j in range(6)] for i in range(6)])
     sees[2:, :2] = sees[5, 3:5] = False
 

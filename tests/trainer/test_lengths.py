@@ -65,7 +65,7 @@ def rows(count: int, draw: random.Random, longest: int = 150) -> list[Any]:
 
 def pair(length: int, draw: random.Random) -> Example:
     start = tuple(range(1, 31))
-    return Example((answer(length, draw, (*start, 5)), answer(length - 9, draw, (*start, 6))), 30)
+    return Example((answer(length, draw, (*start, 5)), answer(length - 9, draw, (*start, 6))))
 
 
 def results(model: Decoder, batch: Batch) -> Iterator[Tensor]:

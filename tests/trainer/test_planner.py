@@ -56,7 +56,7 @@ def model_of(quant: str | None = None, full: bool = False, dtype: torch.dtype = 
 
 
 def case_of(model: Any, **options: Any) -> Case:
-    rows = [Encoded([3] * n, [i >= n // 2 for i in range(n)]) for n in LENGTHS]
+    rows = [Encoded([3 + k] * n, [i >= n // 2 for i in range(n)]) for k, n in enumerate(LENGTHS)]  # nothing in common
     batch = pack([(i, Example((row,))) for i, row in enumerate(rows)])
     return Case(model, batch, fourbit.SFTConfig(out="none", **options), sizes=LENGTHS)
 

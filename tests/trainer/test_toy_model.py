@@ -1,6 +1,5 @@
 """A model of no family, nothing but the protocol: every trainer trains it, evaluation and generation take it."""
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +72,12 @@ class Toy(CausalLM):
 
 
 def followed(spans: Spans, tokens: int) -> Tensor:
-    """Which tokens each one follows, [tokens, tokens] bool: a branch its span's trunk and itself."""
+    """Which tokens each one follows, [tokens, tokens] bool: a piece what it goes on from and itself."""
     sees = torch.zeros(tokens, tokens, dtype=torch.bool)
-    for start, *ends in spans:
-        sees[start : ends[-1], start : ends[0]] = True
-        for first, end in pairwise(ends):
-            sees[first:end, first:end] = True
+    for start, end, *parent in spans:
+        for up in parent:
+            sees[start:end] = sees[spans[up][0]]
+        sees[start:end, start:end] = True
     return sees.tril()
 
 
