@@ -65,7 +65,6 @@ def worker(rank: int, store: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.timeout(180)
 def test_a_4bit_model_is_cut_on_rows_with_equal_results(tmp_path: Path) -> None:
     command = [sys.executable, "-P", __file__]
     workers = [
