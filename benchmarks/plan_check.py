@@ -89,8 +89,9 @@ def measure(number: int) -> dict[str, Any]:
             tensor.data.normal_(std=0.02) if tensor.is_floating_point() else tensor.data.random_(255)
         if form != "full":
             fourbit.attach(model, fourbit.LoRAConfig(rank=16, alpha=32))
-        row = Encoded([1] * tokens, [i >= tokens // 2 for i in range(tokens)])
-        rows = Dataset("sft", [Example((row,))] * (3 * examples))
+        trained = [i >= tokens // 2 for i in range(tokens)]  # other tokens in each row: a common beginning runs once
+        every = [Example((Encoded([number] * tokens, trained),)) for number in range(3 * examples)]
+        rows = Dataset("sft", every)
         with tempfile.TemporaryDirectory() as folder:
             config = fourbit.SFTConfig(
                 out=folder, batch_size=examples, micro_batch=examples, full=form == "full", optimizer=optimizer,

@@ -254,8 +254,11 @@ def _datasets(options: TrainOptions, tokenizer: Tokenizer, template: ChatTemplat
     kind = options.kind_of_rows()
     if not options.data:  # of fourbit plan: the second half of each row is an answer
         lengths: list[int] = options.tokens()  # type: ignore[attr-defined]
-        rows = [Example((Encoded([0] * n, [2 * i >= n for i in range(n)]),)) for n in lengths]
-        return Dataset("sft", rows * options.batch_size), None
+        each = enumerate(
+            lengths * options.batch_size
+        )  # other tokens in each: what they began with alike would run once
+        rows = [Example((Encoded([number % 256] * n, [2 * i >= n for i in range(n)]),)) for number, n in each]
+        return Dataset("sft", rows), None
     with working("reading data"):
         train, val = load_rows(options, tokenizer, options.data, kind, template=template), None
     describe("train", train)
