@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...data.batch import Batch
 from ...kernels.chunked_head import (
+    EntropyScorer,
     Scorer,
     TokenScorer,
     TokenScores,
@@ -49,6 +50,12 @@ def token_scores(head: nn.Module | Tensor, hidden: Tensor, targets: Tensor) -> T
         hidden, targets = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
     made = head_scores(head, hidden, TokenScorer(targets, vocabulary), rows)
     return TokenScores(*(figure[:n] for figure in made) if more else made)
+
+
+def token_entropy(head: nn.Module | Tensor, hidden: Tensor) -> Tensor:
+    """The entropy of each row's distribution in nats, [N], as `token_scores` has it, with its gradient."""
+    rows = rows_per_chunk(vocabulary_of(head, hidden), hidden.device)
+    return head_scores(head, hidden, EntropyScorer(), rows)[0]
 
 
 def token_divergence(
@@ -126,8 +133,11 @@ def batch_token_scores(model: CausalLM, batch: Batch) -> TokenScores:
     return _scores_there(model, on_device(model, batch))
 
 
-def _scores_there(model: CausalLM, here: Batch) -> TokenScores:
-    return token_scores(model.head(), hidden_rows(model, here, here.rows), here.targets)
+def _scores_there(model: CausalLM, here: Batch, temperature: float = 1.0, spread: bool = False) -> TokenScores:
+    head = model.head() if temperature == 1 else Tempered(model.head(), temperature)
+    hidden = hidden_rows(model, here, here.rows)
+    scores = token_scores(head, hidden, here.targets)
+    return scores._replace(entropy=token_entropy(head, hidden)) if spread else scores
 
 
 def on_device(model: CausalLM, batch: Batch) -> Batch:
@@ -156,16 +166,31 @@ class Answers(NamedTuple):
         return torch.arange(self.logps.shape[-1], device=self.logps.device) < self.lengths.unsqueeze(-1)
 
 
-def answer_scores(model: CausalLM, batch: Batch) -> Answers:
+class Tempered(nn.Module):
+    """A head whose logits are divided by a temperature."""
+
+    def __init__(self, head: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.head, self.temperature = head, temperature
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.head(hidden) / self.temperature
+        return logits
+
+
+def answer_scores(model: CausalLM, batch: Batch, temperature: float = 1.0, spread: bool = False) -> Answers:
     """One forward pass over a batch that is still on the CPU; the head runs on predicted tokens only.
-    A token that both answers of a pair begin with is predicted once and counts in both."""
+    A token that both answers of a pair begin with is predicted once and counts in both. Logits are divided by the
+    temperature. spread: entropies carry a gradient, for a second pass of the head."""
     here = on_device(model, batch)
     assert here.slots is not None and here.lengths is not None  # its answers are rated
-    logps, entropy, correct = (_by_answer(values, here.slots) for values in _scores_there(model, here))
+    logps, entropy, correct = (
+        by_answer(values, here.slots) for values in _scores_there(model, here, temperature, spread)
+    )
     return Answers(logps, here.lengths, entropy, correct)
 
 
-def _by_answer(values: Tensor, slots: Tensor) -> Tensor:
+def by_answer(values: Tensor, slots: Tensor) -> Tensor:
     """[R] predictions as [A, P, L]; slots of what is not there point past the end, at a zero."""
     return torch.cat([values, values.new_zeros(1)]).index_select(0, slots.flatten()).view(slots.shape)
 

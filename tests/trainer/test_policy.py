@@ -1,0 +1,215 @@
+"""Losses of reinforcement against their formulas, and the policy gradient against the exact one."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fourbit.trainer.losses import policy
+from fourbit.trainer.losses.policy import Rollouts
+
+ROLLOUTS = 20_000
+
+
+def gae_loop(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
+    """Equation 16 as it stands: a sum over what follows, for each token anew."""
+    ahead = [*values[1:], 0.0][: len(values)]
+    deltas = [r + gamma * v1 - v for r, v1, v in zip(rewards, ahead, values, strict=True)]
+    return [sum((gamma * lam) ** k * d for k, d in enumerate(deltas[t:])) for t in range(len(deltas))]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.integers(0, 7), min_size=1, max_size=4),
+    st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**31),
+)  # fmt: skip
+def test_gae_is_the_plain_loop_on_answers_of_any_length(
+    lengths: list[int], gamma: float, lam: float, seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    width = max(1, *lengths)
+    rewards, values = (torch.randn(len(lengths), width, generator=draw, dtype=torch.float64) for _ in range(2))
+    counts = torch.arange(width) < torch.tensor(lengths)[:, None]
+    values = torch.where(counts, values, torch.nan)  # what is past an answer's end is never read
+    found, returns = policy.gae(rewards, values, counts, gamma=gamma, lam=lam)
+    for i, length in enumerate(lengths):
+        wanted = torch.tensor(
+            gae_loop(rewards[i, :length].tolist(), values[i, :length].tolist(), gamma, lam), dtype=torch.float64
+        )
+        torch.testing.assert_close(found[i, :length], wanted, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(returns[i, :length], wanted + values[i, :length], rtol=1e-9, atol=1e-9)
+        assert not found[i, length:].any() and not returns[i, length:].any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=8), st.sampled_from(["token", "answer", "sum", "length"]))
+def test_a_step_does_not_depend_on_how_it_is_split(lengths: list[int], mean: policy.Mean) -> None:
+    draw = torch.Generator().manual_seed(len(lengths))
+    counts = torch.arange(5) < torch.tensor(lengths)[:, None]
+    losses = torch.randn(counts.shape, generator=draw, dtype=torch.float64)
+
+    def whole(parts: list[slice]) -> Tensor:
+        each = [policy.mean_weights(counts[part], mean, 7) for part in parts]
+        total = sum((losses[part] * w).sum() for part, (w, _) in zip(parts, each, strict=True))
+        return total / sum(divisor for _, divisor in each).clamp(min=1)  # type: ignore[union-attr]
+
+    alone = [slice(i, i + 1) for i in range(len(lengths))]
+    torch.testing.assert_close(whole([slice(None)]), whole(alone), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [policy.clipped, policy.cispo, policy.sapo, policy.vespo])
+def test_gradients_at_the_start_are_the_policy_gradient_and_far_ratios_stay_finite(loss) -> None:  # type: ignore[no-untyped-def]
+    logps = torch.full((2, 3), -1.0, requires_grad=True)
+    advantages, counts = torch.tensor([[2.0], [-3.0]]), torch.ones(2, 3, dtype=torch.bool)
+    (gradient,) = torch.autograd.grad(loss(Rollouts(logps, logps.detach(), advantages, counts)).sum(), logps)
+    torch.testing.assert_close(gradient, -advantages.expand(2, 3))
+    for far in (-1e4, 1e4):
+        losses = loss(Rollouts(logps, logps.detach() + far, advantages, counts))
+        (gradient,) = torch.autograd.grad(losses.sum(), logps)
+        assert losses.isfinite().all() and gradient.isfinite().all()
+
+
+class Toy:
+    """Two tokens of three kinds, one softmax for the first and one for the second by what the first was; every answer
+    has a reward of its own."""
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(1)
+        self.theta = (0.5 * torch.randn(4, 3, generator=draw, dtype=torch.float64)).requires_grad_()
+        self.rewards = torch.randn(3, 3, generator=draw, dtype=torch.float64)
+
+    def logps(self, answers: Tensor) -> Tensor:
+        first, second = answers.unbind(1)
+        table = self.theta.log_softmax(1)
+        return torch.stack([table[0, first], table[1 + first, second]], 1)
+
+    def exact(self) -> Tensor:
+        """The gradient of the expected reward."""
+        every = torch.tensor([*product(range(3), repeat=2)])
+        value = (self.logps(every).sum(1).exp() * self.rewards.flatten()).sum()
+        return torch.autograd.grad(value, self.theta)[0]
+
+    def sample(self, number: int, seed: int) -> Tensor:
+        draw = torch.Generator().manual_seed(seed)
+        probs = self.theta.detach().softmax(1)
+        first = torch.multinomial(probs[0].expand(number, 3), 1, generator=draw).squeeze(1)
+        return torch.stack([first, torch.multinomial(probs[1 + first], 1, generator=draw).squeeze(1)], 1)
+
+
+UNBIASED = {
+    "reinforce": ("none", lambda r: policy.clipped(r, clip_low=None)),
+    "rloo": ("leave-one-out", lambda r: policy.clipped(r, clip_low=0.2, level="answer")),
+    "ppo": ("leave-one-out", policy.clipped),
+    "cispo": ("leave-one-out", policy.cispo),
+    "vespo": ("leave-one-out", policy.vespo),
+}
+
+
+@pytest.mark.parametrize("name", UNBIASED)
+def test_the_policy_gradient_is_the_exact_one(name: str) -> None:
+    """Within 3 standard errors of the mean over 20,000 rollouts in groups of 4, in each of the parameters' 12 places
+    together (as a chi square would say, but simpler: the largest of 12 deviations, so 3 errors and a little)."""
+    toy, (baseline, loss) = Toy(), UNBIASED[name]
+    answers = toy.sample(ROLLOUTS, seed=7)
+    rewards = toy.rewards[answers[:, 0], answers[:, 1]].view(-1, 4)
+    advantages = policy.advantages(rewards, baseline, "none").view(-1, 1)  # type: ignore[arg-type]
+    logps = toy.logps(answers)
+    counts = torch.ones_like(logps, dtype=torch.bool)
+    weights, _ = policy.mean_weights(counts, "sum")
+    losses = (loss(Rollouts(logps, logps.detach(), advantages, counts)) * weights).sum(1).view(-1, 4).mean(1)
+    if name == "rloo":  # a ratio of the whole answer stands at each of its two tokens
+        losses = losses / 2
+    groups = torch.stack(
+        [torch.autograd.grad(chunk.mean(), toy.theta, retain_graph=True)[0] for chunk in losses.split(50)]
+    )
+    estimate, error = -groups.mean(0), groups.std(0) / len(groups) ** 0.5
+    assert ((estimate - toy.exact()).abs() <= 3 * error).all()
+    assert (error < 0.02).all() and toy.exact().abs().max() > 0.1
+
+
+def test_biased_baselines_are_seen_to_be_biased() -> None:
+    """The test above can tell: a group's own mean shrinks the gradient by 1 - 1/G, 4 to 3 here."""
+    toy, answers = Toy(), Toy().sample(ROLLOUTS, seed=7)
+    rewards = toy.rewards[answers[:, 0], answers[:, 1]].view(-1, 4)
+    logps = toy.logps(answers)
+    counts, values = torch.ones_like(logps, dtype=torch.bool), []
+    for baseline in ("leave-one-out", "group"):
+        advantages = policy.advantages(rewards, baseline, "none").view(-1, 1)  # type: ignore[arg-type]
+        loss = policy.clipped(Rollouts(logps, logps.detach(), advantages, counts)).sum()
+        values.append(torch.autograd.grad(loss, toy.theta, retain_graph=True)[0])
+    torch.testing.assert_close(values[1], values[0] * 0.75)
+
+
+def test_estimates_of_the_kl_are_right_in_the_mean_and_k2_has_its_gradient() -> None:
+    toy, other = Toy(), torch.randn(4, 3, generator=torch.Generator().manual_seed(9), dtype=torch.float64) * 0.3
+    answers = toy.sample(ROLLOUTS, seed=11)[:, :1]
+    mine, theirs = toy.theta.log_softmax(1)[0], (toy.theta.detach() + other).log_softmax(1)[0]
+    exact = (mine.exp() * (mine - theirs)).sum()
+    (gradient,) = torch.autograd.grad(exact, toy.theta, retain_graph=True)
+    logps, reference = mine[answers], theirs[answers]
+    for name in ("k1", "k3"):
+        each = policy.kl_estimate(logps, reference, name).detach()  # type: ignore[arg-type]
+        assert (each.mean() - exact).abs() < 3 * each.std() / ROLLOUTS**0.5
+    (k1, k2) = (
+        torch.autograd.grad(policy.kl_estimate(logps, reference, name).mean(), toy.theta, retain_graph=True)[0]
+        for name in ("k1", "k2")
+    )  # type: ignore[arg-type]
+    assert (k2 - gradient).abs().max() < 0.01 < gradient.abs().max()
+    assert k1.abs().max() < 0.01  # so as a loss k1 does nothing
+
+
+def test_values_are_clipped_and_whitened() -> None:
+    old, returns = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[1.0, 1.0, -1.0]])
+    values = torch.tensor([[0.1, 0.5, 0.5]], requires_grad=True)
+    loss = policy.value_loss(values, old, returns, clip=0.2)
+    torch.testing.assert_close(loss, torch.tensor([[0.81, 0.64, 2.25]]) / 2)
+    (gradient,) = torch.autograd.grad(loss.sum(), values)
+    torch.testing.assert_close(gradient, torch.tensor([[-0.9, 0.0, 1.5]]))  # past the clip, towards the return: none
+    counts = torch.tensor([[True, True, False], [True, False, False]])
+    made = policy.whitened(torch.tensor([[1.0, 2.0, torch.nan], [3.0, torch.nan, torch.nan]]), counts)
+    torch.testing.assert_close(made, torch.tensor([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
+
+
+def test_weights_of_what_was_sampled_otherwise_are_cut_off() -> None:
+    trained, sampled = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.5, -3.0]])
+    torch.testing.assert_close(policy.importance(trained, sampled), torch.tensor([[0.5, 2.0]]).exp().clamp(max=2.0))
+
+
+def test_shapes_are_not_broadcast() -> None:
+    ones = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"advantages \[N, L\] or \[N, 1\]"):
+        Rollouts(ones, ones, torch.ones(2), ones.bool())
+    with pytest.raises(ValueError, match="one shape"):
+        Rollouts(ones, ones[:, :1], torch.ones(2, 1), ones.bool())
+
+
+def test_the_entropy_has_its_gradient_through_any_head() -> None:
+    from fourbit.trainer.losses.tokens import Tempered, token_entropy, token_scores
+
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 5, generator=draw, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(11, 5, generator=draw, dtype=torch.float64)
+    head = torch.nn.Linear(5, 11, dtype=torch.float64).requires_grad_(False)
+    scale = torch.arange(1.0, 8, dtype=torch.float64)
+    for one, logits in (
+        (weight, hidden @ weight.T), (head, head(hidden)), (Tempered(head, 0.5), head(hidden) / 0.5),
+    ):  # fmt: skip
+        wanted = torch.distributions.Categorical(logits=logits).entropy()
+        got = token_entropy(one, hidden)
+        torch.testing.assert_close(got, wanted)
+        gradients = [torch.autograd.grad((values * scale).sum(), hidden)[0] for values in (got, wanted)]
+        torch.testing.assert_close(*gradients)
+        torch.testing.assert_close(token_scores(one, hidden, torch.zeros(7, dtype=torch.int64)).entropy, got)
+
+
+def test_a_token_that_is_banned_has_no_part_in_the_entropy() -> None:
+    from fourbit.kernels.chunked_head import EntropyScorer
+
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0], [0.0, -torch.inf, -torch.inf, -torch.inf]])
+    (entropy,) = EntropyScorer()(logits, slice(0, 2), True)
+    wanted = torch.distributions.Categorical(logits=torch.tensor([0.0, 1.0, 2.0])).entropy()
+    torch.testing.assert_close(entropy, torch.stack([wanted, torch.zeros(())]))
+    assert logits.isfinite().all() and not logits[0, 2] and not logits[1].any()
