@@ -17,7 +17,8 @@ from .cache import KVCache, bucket
 from .moe import Mixture
 from .protocol import Cache, CausalLM
 
-Choose = Callable[[Tensor, Tensor], Tensor]  # of states [B, D], seeds and answers' lengths [2, B] the next tokens [B]
+# Of states [B, D], seeds and answers' lengths [2, B]: the next tokens, and the bits of their log-probabilities, [2, B]
+Choose = Callable[[Tensor, Tensor], Tensor]
 WORTH = 16  # tokens that must be saved for a pass of its own over what texts begin with
 STEADY = 8  # steps alike after which a CUDA graph is recorded: it costs about as many, and rows that end make it stale
 
@@ -31,6 +32,8 @@ class Row:
     room: int  # tokens that the answer may have
     adapter: str | None
     answer: list[int] = field(default_factory=list)
+    end: list[int] = field(default_factory=list)  # the token that ended it, if one did
+    logps: list[float] = field(default_factory=list)  # of each token of both, where they are asked for
 
     @property
     def text(self) -> list[int]:
@@ -46,7 +49,8 @@ class Together:
     """Rows in any cache: all end together, padded on the left, and those that wait come when the last has left."""
 
     cache: Cache
-    last: Tensor  # of each row the last token, its seed, and how many tokens it has, [3, B] int64
+    # Of each row the last token, its seed, how many tokens it has, the bits of the token's log-probability in float64
+    last: Tensor  # [4, B] int64
     width = 0  # tokens that the cache has of each row
     joins = False  # whether rows may come while others go on
 
@@ -74,8 +78,10 @@ class Together:
     def advance(self) -> Tensor:
         """A step of these rows on their device alone: it reads and writes `last` and the cache in place, the host sends
         it nothing and sees nothing of it."""
-        tokens, _, numbers = self.last
-        tokens.copy_(self.choose(self._states(tokens.unsqueeze(1)), self.last[1:]))
+        tokens, _, numbers, chances = self.last
+        chosen = self.choose(self._states(tokens.unsqueeze(1)), self.last[1:3])
+        tokens.copy_(chosen[0])
+        chances.copy_(chosen[1])
         numbers += 1
         return tokens
 
@@ -107,7 +113,7 @@ class Together:
         luck = self._sent([[row.seed for row in new], [len(row.answer) for row in new]])
         with self.answering(new):
             chosen = self.choose(states[places], luck)
-        return torch.cat((chosen[None], luck[:1], luck[1:] + 1))
+        return torch.cat((chosen[:1], luck[:1], luck[1:] + 1, chosen[1:]))
 
     def _sent(self, numbers: Any) -> Tensor:
         return torch.tensor(numbers).to(self.model.device, non_blocking=True)  # behind what the GPU does, not after it

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..kernels.dispatch import memory_free, product_dtype
+from ..kernels.dispatch import memory_free, product_dtype, widened
 from ..kernels.dropout import uniform
 from ..lora.merge import merging
 from ..settings import LARGEST, Checked, setting
@@ -29,6 +29,7 @@ from .protocol import CausalLM, evaluating
 
 KeepDense = Literal["auto", "on", "off"]
 OnToken = Callable[[int], None] | None
+PER_PROMPT = ("adapters", "max_new_tokens")  # what may be one a prompt
 NOT_FINITE = -1  # in the place of a token
 DECODES = 4  # passes that take as long from 4 bits as decoding for good and as many from what that makes
 
@@ -57,7 +58,6 @@ def dense_room(model: CausalLM, keep: KeepDense, passes: int = DECODES) -> float
     return math.inf if keep == "on" else memory_free(like.device) / 2 if gains else 0
 
 
-@torch.inference_mode()
 def generate(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
@@ -87,10 +87,68 @@ def generate(
     Raises ValueError for an empty prompt, one that leaves no room, an id outside the vocabulary or an impossible
     setting; NumericError for logits that are no numbers, naming the layer where they went bad.
     """
+    how = (temperature, top_k, top_p), seed, batch_size, on_token, adapters, keep_dense
+    return [row.answer for row in _answers(model, prompts, max_new_tokens, max_length, stop_ids, *how)]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A drawn answer, with the token that ended it where one did (`ended`), and of each token the log-probability that
+    it was drawn with, in nats: of the softmax at the temperature."""
+
+    ids: list[int]
+    logps: list[float]
+    ended: bool
+
+
+def sample(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 256,
+    max_length: int | None = None,
+    stop_ids: Sequence[int] = (),
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | Sequence[int] | None = None,
+    batch_size: int = 32,
+    keep_dense: KeepDense = "auto",
+) -> list[Sampled]:
+    """Draw an answer to each prompt as `generate` does, whose arguments and errors these are; what its tokens had for
+    chances among all tokens is kept. Equal prompts draw anew."""
+    how = (temperature, top_k, top_p), seed, batch_size, None, None, keep_dense
+    rows = _answers(model, prompts, max_new_tokens, max_length, stop_ids, *how, logps=True)
+    return [Sampled(row.answer + row.end, row.logps, bool(row.end)) for row in rows]
+
+
+@torch.inference_mode()
+def _answers(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int | Sequence[int],
+    max_length: int | None,
+    stop_ids: Sequence[int],
+    sampled: tuple[float, int, float],
+    seed: int | Sequence[int] | None,
+    batch_size: int,
+    on_token: OnToken,
+    adapters: Sequence[str | None] | None,
+    keep_dense: KeepDense,
+    logps: bool = False,
+) -> list[Row]:
+    """The rows of `generate`, with their answers; with `logps` also these."""
+    sampling = Sampling(*sampled)
+    temperature = sampling.temperature
     model = as_causal_lm(model)
 
     def next_tokens(states: Tensor, luck: Tensor) -> Tensor:
-        return choose(model.head()(states), sampling, uniform(luck[1], luck[0]) if temperature else luck)
+        logits = model.head()(states)
+        tokens = choose(logits, sampling, uniform(luck[1], luck[0]) if temperature else luck)
+        if not logps:
+            return torch.stack((tokens, tokens))
+        scores = (widened(logits) / (temperature or 1.0)).log_softmax(-1).gather(1, tokens.clamp(min=0)[:, None])
+        return torch.stack((tokens, scores[:, 0].double().view(torch.int64)))
 
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     if len(most) != len(prompts) or min(most, default=0) < 0 or batch_size < 1:
@@ -119,17 +177,17 @@ def generate(
     order = sorted(
         (row for row in asked if row.room), key=lambda row: (len(row.prompt), [*row.prompt], str(row.adapter))
     )
-    sampling, how = Sampling(temperature, top_k, top_p), (model, next_tokens, adapters is not None)
+    how = model, next_tokens, adapters is not None
     room = dense_room(model, keep_dense, max(*rooms, sum(rooms) // batch_size)) if order else 0
     with evaluating(model), merging(model, room, adapters is None):
         texts = Ragged(*how, order) if order and isinstance(model.new_cache(), KVCache) else Together(*how)
-        bad = _continue(texts, order, batch_size, frozenset(stop_ids), on_token)
+        bad = _continue(texts, order, batch_size, frozenset(stop_ids), on_token, logps)
     if bad is not None:
         what = f"token {len(bad.answer) + 1} of an answer cannot be chosen: its logits"
         with evaluating(model), texts.answering([bad]):
             read = torch.tensor([bad.text], device=model.device)
             raise explain_nonfinite(model, what, first_nonfinite(model, read))
-    return [row.answer for row in asked]
+    return asked
 
 
 def generate_each(
@@ -143,12 +201,35 @@ def generate_each(
     **how: Any,
 ) -> Iterator[list[int]]:
     """`generate` for many prompts: each answer in its turn, as soon as the 8 batches that hold it are done."""
+    how |= {"adapters": adapters, "max_new_tokens": max_new_tokens}
+    return _each(generate, model, prompts, batch_size, seed, how)
+
+
+def sample_each(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 32,
+    seed: int | Sequence[int] = 0,
+    **how: Any,
+) -> Iterator[Sampled]:
+    """`sample` for many prompts, as `generate_each`."""
+    return _each(sample, model, prompts, batch_size, seed, how)
+
+
+def _each(
+    make: Callable[..., list[Any]],
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    seed: int | Sequence[int],
+    how: dict[str, Any],
+) -> Iterator[Any]:
     model, seeds = as_causal_lm(model), prompt_seeds(prompts, seed) if isinstance(seed, int) else seed
     for first in range(0, len(prompts), 8 * batch_size):
         these = slice(first, first + 8 * batch_size)
-        how["adapters"] = None if adapters is None else adapters[these]
-        how["max_new_tokens"] = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[these]
-        yield from generate(model, prompts[these], seed=seeds[these], batch_size=batch_size, **how)
+        own = {name: how[name][these] for name in PER_PROMPT if isinstance(how.get(name), list | tuple)}
+        yield from make(model, prompts[these], seed=seeds[these], batch_size=batch_size, **how | own)
 
 
 def prompt_seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
@@ -163,7 +244,7 @@ def prompt_seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
 
 
 def _continue(
-    texts: Together, order: Sequence[Row], batch_size: int, stop_ids: frozenset[int], on_token: OnToken
+    texts: Together, order: Sequence[Row], batch_size: int, stop_ids: frozenset[int], on_token: OnToken, logps: bool
 ) -> Row | None:
     """Extend the answers of all rows, `batch_size` at most together. Rows leave as they are done, and where others may
     join, they do as soon as an eighth of the places is free. Returns a row whose logits are no numbers, at once."""
@@ -179,12 +260,17 @@ def _continue(
             chosen = texts.read([waiting.popleft() for _ in range(min(free, len(waiting)))])
         else:
             chosen, first = texts.step(), 0
+        if logps:
+            for row, score in zip(texts.rows[first:], texts.last[3, first:].view(torch.float64).tolist(), strict=True):
+                row.logps.append(score)
         ended = list[int]()
         for place, token in enumerate(chosen.tolist(), first):
             row = texts.rows[place]
             if token == NOT_FINITE:
                 return row
-            if token not in stop_ids:
+            if token in stop_ids:
+                row.end.append(token)
+            else:
                 row.answer.append(token)
                 if on_token is not None:
                     on_token(token)
