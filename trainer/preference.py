@@ -6,31 +6,26 @@ compares with.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain, count
+from itertools import chain
 from typing import Any, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.batch import Batch, Example, sent
 from ..data.encode import Dataset
 from ..data.protocol import AnyTokenizer
-from ..errors import InputError
-from ..lora.active import copy_adapter, using
-from ..lora.layer import adapters_of
-from ..lora.peft_files import adapter_state, load_adapter_state
 from ..models.protocol import CausalLM, evaluating
 from .callbacks import Options
 from .config import DPOConfig
 from .losses.judged import mismatch_kl
 from .losses.pairs import Scores, mixture, reward_shift, rewards_seen, scores_of
 from .losses.tokens import answer_scores, summed, token_kl
-from .run import active_adapters
+from .reference import Referenced
 from .step import StepResult, Sums, as_sums
-from .trainer import Trainer, Weights
+from .trainer import Weights
 
 OwnLoss = Callable[[Scores], Tensor] | None
-REFERENCE = "reference"  # the name, if it is free, of the frozen adapter that the policy started as
 
 
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
@@ -40,7 +35,7 @@ def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
     return {f"reward_{name}": summed(values) for name, values in each.items()}
 
 
-class DPOTrainer(Trainer):
+class DPOTrainer(Referenced):
     """Trains an adapter on preferences: DPO and its relatives, `config.loss` says which.
 
     model: from `fourbit.load`, with an adapter, fresh or trained before (`load_adapter`). train, val: rows of kind
@@ -64,23 +59,10 @@ class DPOTrainer(Trainer):
         **options: Unpack[Options],
     ) -> None:
         self.objective = config.objective()
-        self.kind = "judged" if self.objective.unpaired else "pairs"
+        self.kind, self.compares = "judged" if self.objective.unpaired else "pairs", self.objective.needs_reference
         super().__init__(model, tokenizer, config=config, loss=loss, **options)
-        self.reference: tuple[str, ...] = ()  # the adapters that are active in it
-        if self.objective.needs_reference:
-            self._set_reference()
         self.seen = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # `pairs.rewards_seen` of all steps
         self.points = {"kl": torch.zeros((), device=self.device), "shift": reward_shift(self.seen)}
-
-    def trained_parameters(self) -> dict[str, nn.Parameter]:
-        found = super().trained_parameters()
-        others = [name for name in active_adapters(self.model) if name != self.adapter]
-        if others and self.objective.needs_reference:
-            raise InputError(
-                f"the reference has no other adapter than the trained one's start, and {', '.join(others)} is active "
-                f"beside '{self.adapter}': call fourbit.use(model, '{self.adapter}'), or take another loss"
-            )
-        return found
 
     def sums(self, batch: Batch) -> Sums:
         objective = self.objective
@@ -104,12 +86,6 @@ class DPOTrainer(Trainer):
         losses: Any = self.loss(scores) if self.loss else mixture(objective.terms, scores, self.points)
         return as_sums(losses, batch)._replace(metrics=metrics, carried=carried)
 
-    def reference_logps(self, batch: Batch) -> Tensor:
-        """The reference's log-probability of each answer's tokens, [A, P, L], without gradient; dropout off, and the
-        model afterwards as it was before."""
-        with evaluating(self.model), using(self.model, *self.reference):
-            return answer_scores(self.model, batch).logps
-
     def begin(self, dataset: Dataset, batches: Sequence[Batch]) -> None:
         if "kl" in self.objective.points:
             numbers = sorted(number for batch in batches for number in batch.numbers)
@@ -123,25 +99,11 @@ class DPOTrainer(Trainer):
         self.seen, self.points["shift"] = seen, reward_shift(seen)
 
     def state(self) -> Weights:
-        frozen = {f"{REFERENCE}.{n}": t for own in self.reference for n, t in adapter_state(self.model, own).items()}
-        return frozen | {"seen": self.seen}
+        return super().state() | {"seen": self.seen}
 
     def load_state(self, state: Weights) -> None:
+        super().load_state(state)
         self._set_seen(state["seen"].to(self.device))
-        for name in self.reference:
-            then = {n.removeprefix(f"{REFERENCE}."): t for n, t in state.items() if n.startswith(f"{REFERENCE}.")}
-            load_adapter_state(self.model, then, name)
-
-    def _set_reference(self) -> None:
-        kind = self.config.reference
-        if kind == "auto":
-            idle = all(part.is_idle() for part in adapters_of(self.model, self.adapter).values())
-            kind = "base" if idle else "start"
-        self.config = replace(self.config, reference=kind)  # so that checkpoints and the run's folder say which
-        if kind == "start":
-            names = chain([REFERENCE], (f"{REFERENCE}-{number}" for number in count(2)))
-            self.reference = (next(name for name in names if not adapters_of(self.model, name)),)
-            copy_adapter(self.model, self.adapter, *self.reference)
 
     @torch.no_grad()
     def _mismatch(self, dataset: Dataset, numbers: Sequence[int]) -> Tensor:
