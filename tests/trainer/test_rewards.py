@@ -1,0 +1,170 @@
+"""Rewards: checks, a user's functions in a process of their own, and thirty ways in which these go wrong."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fourbit.data.batch import Encoded, Example
+from fourbit.errors import InputError
+from fourbit.trainer.rewards import Answered, Rewards, Worker, check, each, expected
+
+ROW = {"prompt": "2 + 2?", "answer": "so it is 4"}
+
+
+def answered(answer: str, row: dict[str, Any] | None = None, prompt: str = "2 + 2?") -> Answered:
+    return Answered(prompt, answer, ROW if row is None else row, Example((Encoded([1, 2], [False, True]),)))
+
+
+@pytest.mark.parametrize(
+    "spec, answer, holds",
+    [
+        ("exact", " so it is 4 ", True), ("exact", "4", False),
+        ("contains", "well, so it is 4, yes", True), ("contains", "4", False),
+        ("number", "1, 2, 3 and 4", True), ("number", "4 or 5", False), ("number", "four", False),
+        ("number", "4.0", True), ("number", "-4", False),
+        ("last-line:number", "9\nis 4", True), ("last-line:number", "4\nor 9", False),
+        ("fields:a,b", '{"a": 1, "b": 2, "c": 3}', True), ("fields:a,b", '{"a": 1}', False), ("fields:a", "{", False),
+        ("words:2-3", "one two", True), ("words:2-3", "one", False), ("words:2-3", "1 2 3 4", False),
+        (r"format:<a>.*</a>", " <a>x\ny</a> ", True), (r"format:<a>.*</a>", "<a>x</a> and", False),
+    ],
+)  # fmt: skip
+def test_checks_hold_or_not(spec: str, answer: str, holds: bool) -> None:
+    found = check(spec)
+    assert found is not None and found("2 + 2?", answer, ROW) == float(holds)
+
+
+def test_numbers_with_commas_and_json_and_patterns_are_compared() -> None:
+    assert check("number")("", "it is 1,234.50", {"answer": "1234.5"}) == 1  # type: ignore[misc]
+    assert check("json")("", '{"b": 1, "a": [2]}', {"answer": '{"a": [2], "b": 1}'}) == 1  # type: ignore[misc]
+    assert check("regex")("", "room 101", {"answer": r"\d{3}"}) == 1  # type: ignore[misc]
+    assert check("exactly") is None and check("rewards.py:score") is None
+    for spec in ("words:3", "words:a-b", "format:(", "fields:", "format:"):
+        with pytest.raises(InputError, match=spec.partition(":")[0]):
+            check(spec)
+
+
+def test_what_a_row_expects_is_its_answer() -> None:
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert expected({"messages": talk}) == "a" and expected({"messages": talk[:1]}) is None
+    assert expected({"prompt": "q", "solution": 4}) == "4" and expected({"prompt": "q"}) is None
+
+
+BAD: dict[str, tuple[str, str]] = {
+    "raises": ("raise KeyError('colour')", "raised KeyError: 'colour' (line 3)"),
+    "raises in depth": ("return inner()\ndef inner():\n    return 1 / 0", "raised ZeroDivisionError"),
+    "raises without words": ("raise ValueError", "raised ValueError"),
+    "raises many lines": ("raise ValueError('a\\n' * 50)", "raised ValueError: a a"),
+    "hangs": ("import time; time.sleep(60)", "took more than 0.5 s"),
+    "spins": ("while True: pass", "took more than 0.5 s"),
+    "is nan": ("return float('nan')", "gave nan"),
+    "is infinite": ("return float('-inf')", "gave -inf"),
+    "is huge": ("return 1e30", "gave 1e+30"),
+    "is a long whole number": ("return 10 ** 400", "no number"),
+    "is text": ("return '1.0'", "gave '1.0', which is no number"),
+    "is nothing": ("pass", "gave None"),
+    "is a list": ("return [1.0]", "gave [1.0]"),
+    "is a dictionary": ("return {'reward': 1}", "no number"),
+    "is no JSON": ("return {1}", "raised TypeError"),
+    "is an object": ("return object()", "raised TypeError"),
+    "is complex": ("return 1j", "raised TypeError"),
+    "exits": ("import sys; sys.exit(3)", "ended its process"),
+    "exits at once": ("import os; os._exit(0)", "ended its process"),
+    "is killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended its process"),
+    "interrupts itself": ("raise KeyboardInterrupt", "ended its process"),
+    "closes its output": ("import os; os.closerange(0, 99)\n    os._exit(0)", "ended its process"),
+    "recurses": ("return score(prompt, answer, row)", "raised RecursionError"),
+    "reads what is not its own": ("return float(input())", "raised EOFError"),
+    "forks and leaves": ("import os\n    if os.fork(): os._exit(0)\n    import time; time.sleep(60)", "took more"),
+}  # fmt: skip
+FINE = {
+    "prints": "print('hello'); return 2.0",
+    "prints to its own output": "import os; os.write(1, b'noise\\n'); return 2.0",
+    "is true": "return (True + 1)",
+    "is numpy's": "import numpy; return numpy.float32(2)",
+    "needs its neighbour": "from beside import TWO; return TWO",
+    "starts something": "import subprocess; subprocess.run(['true']); return 2",
+}
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+    made = list[Worker]()
+
+    def make(body: str, seconds: float = 0.5, head: str = "def score(prompt, answer, row):") -> Worker:
+        (tmp_path / "beside.py").write_text("TWO = 2")
+        (tmp_path / "rewards.py").write_text(f"{head}\n    {body}\n")
+        made.append(Worker(tmp_path / "rewards.py", "score", seconds))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_reward_is_a_counted_failure_and_the_next_call_works(kind: str, worker: Any) -> None:
+    body, why = BAD[kind]
+    bad = worker(f"if row.get('fine'): return 1.5\n    {body}")
+    begun = time.monotonic()
+    judged = Rewards({"mine": (2.0, bad)})([answered("a"), answered("b", {"fine": True})])
+    assert time.monotonic() - begun < 20
+    (message,) = judged.failures
+    assert judged.failures[message] == 1 and message.startswith("mine: ") and why in message and "\n" not in message
+    assert len(message) < 400
+    assert math.isnan(judged.by_source["mine"][0]) and math.isnan(judged.total[0])
+    assert judged.by_source["mine"][1] == 1.5 and judged.total[1] == 3.0
+    assert Rewards({"mine": (2.0, each(lambda *_: float("nan")))}, failed=-1.0)([answered("a")]).total == [-2.0]
+
+
+@pytest.mark.parametrize("kind", FINE)
+def test_honest_rewards_may_print_read_and_import(kind: str, worker: Any) -> None:
+    judged = Rewards({"mine": (1.0, worker(FINE[kind], 20.0))})([answered("a"), answered("b")])
+    assert judged.total == [2.0, 2.0] and not judged.failures
+
+
+def test_a_function_of_many_is_called_once_and_gives_as_many(worker: Any) -> None:
+    head = "CALLS = []\ndef score(prompts, answers, rows):"
+    many = worker("CALLS.append(1); return [len(a) + 10 * len(CALLS) for a in answers]", 5, head)
+    assert Rewards({"m": (1.0, many)})([answered("a"), answered("abc")]).total == [11, 13]
+    short = worker("return [1.0]", 5, head)
+    judged = Rewards({"m": (1.0, short)})([answered("a"), answered("abc")])
+    assert judged.failures == {"m: gave [1.0], not a list of 2 numbers": 2}
+
+
+@pytest.mark.parametrize(
+    "body, name, why",
+    [
+        ("def other(a, b, c): return 1", "score", "no function 'score'"),
+        ("score = 3", "score", "no function 'score'"),
+        ("def score(x): return 1", "score", r"must take \(prompt, answer, row\)"),
+        ("import nothing_of_this_name", "score", "ModuleNotFoundError"),
+        ("def score(:", "score", "SyntaxError"),
+        ("exit()", "score", "ended its process"),
+    ],
+)
+def test_files_that_cannot_be_used_are_refused_before_a_run(tmp_path: Path, body: str, name: str, why: str) -> None:
+    (tmp_path / "rewards.py").write_text(body)
+    with pytest.raises(InputError, match=why):
+        Worker(tmp_path / "rewards.py", name)
+    with pytest.raises(InputError, match="FileNotFoundError"):
+        Worker(tmp_path / "nothing.py", name)
+
+
+def test_what_a_reward_started_ends_with_it(tmp_path: Path, worker: Any) -> None:
+    note = tmp_path / "pid"
+    body = f"import subprocess; p = subprocess.Popen(['sleep', '60']); open({str(note)!r}, 'w').write(str(p.pid))"
+    one = worker(f"{body}; return 1.0", 20.0)
+    assert Rewards({"m": (1.0, one)})([answered("a")]).total == [1.0]
+    one.stop()
+    for _ in range(50):
+        time.sleep(0.02)
+        state = Path(f"/proc/{note.read_text()}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+    os.kill(int(note.read_text()), 9)
+    pytest.fail("what it started goes on")

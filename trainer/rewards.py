@@ -1,0 +1,362 @@
+"""What an answer is worth: checks of ours, a user's functions, reward models; several with weights, each shown apart.
+
+A user's file runs in a process of its own with a time limit for each call. What raises, hangs, ends the process or
+returns no number is a failure with a name and a count, and the answer has no reward from there; it never ends a run.
+"""
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.batch import Example, micro_batches
+from ..errors import EnvironmentProblem, InputError, shown
+from ..lora.active import using
+from ..lora.peft_files import load_adapter
+from ..models.protocol import CausalLM, evaluating
+from .evaluate import Match, matches
+from .reward_model import HEAD, RewardModel, read_head
+
+LARGEST = 1e9  # of a reward, either way: squares of what is beyond it would not be numbers in fp32
+EXPECTED = ("answer", "completion", "output", "expected", "solution", "ground_truth")  # fields of a row, first found
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+RewardFunction = Callable[[str, str, Mapping[str, Any]], Any]  # prompt, answer, row -> a number
+
+
+class Failed(Exception):
+    """Why an answer has no reward, in one line."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer to be judged: the prompt and the answer as texts, the row of the prompt, and both as tokens."""
+
+    prompt: str
+    answer: str
+    row: Mapping[str, Any]
+    example: Example
+
+
+Judge = Callable[[Sequence[Answered]], Sequence[Any]]  # a number or a `Failed` for each
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Rewards of N answers: by source, NaN where it failed, their weighted sum, and how often what failed."""
+
+    by_source: Mapping[str, list[float]]
+    total: list[float]
+    failures: Counter[str]
+
+
+class Rewards:
+    """Judges answers by all sources. given: names and (weight, judge). failed: the reward where a source failed; None:
+    the whole answer has none then, and teaches nothing."""
+
+    def __init__(self, given: Mapping[str, tuple[float, Judge]], failed: float | None = None) -> None:
+        self.given, self.failed = given, failed
+
+    def __call__(self, answers: Sequence[Answered]) -> Judged:
+        by_source, failures = dict[str, list[float]](), Counter[str]()
+        total = [0.0] * len(answers)
+        for name, (weight, judge) in self.given.items():
+            values = list[float]()
+            for found in judge(answers):
+                try:
+                    values.append(number(found))
+                except Failed as failure:
+                    failures[f"{name}: {failure}"] += 1
+                    values.append(float("nan"))
+            by_source[name] = values
+            known = [self.failed if value != value and self.failed is not None else value for value in values]
+            total = [so_far + weight * value for so_far, value in zip(total, known, strict=True)]
+        return Judged(by_source, total, failures)
+
+
+def number(value: object) -> float:
+    """A reward as a float. Raises Failed for what is none, or one that was raised before."""
+    if isinstance(value, Failed):
+        raise value
+    try:
+        found = float(value) if not isinstance(value, str | bytes) else None  # type: ignore[arg-type]
+    except Exception:
+        found = None
+    if found is None:
+        raise Failed(f"gave {shown(value, 40)}, which is no number")
+    if not abs(found) <= LARGEST:
+        raise Failed(f"gave {found:g}: a reward is a number from -1e9 to 1e9")
+    return found
+
+
+def each(function: RewardFunction) -> Judge:
+    """A judge of one's own function, which runs in this process: f(prompt, answer, row)."""
+
+    def judge(answers: Sequence[Answered]) -> list[Any]:
+        made = list[Any]()
+        for one in answers:
+            try:
+                made.append(function(one.prompt, one.answer, one.row))
+            except Exception as error:
+                made.append(Failed(f"raised {type(error).__name__}: {shown(str(error))[1:-1]}"))
+        return made
+
+    return judge
+
+
+def by_model(scores: RewardModel, adapter: str, token_budget: int = 2048) -> Judge:
+    """A judge by a reward model whose adapter of that name is on the policy's own base."""
+
+    def judge(answers: Sequence[Answered]) -> list[float]:
+        found = [0.0] * len(answers)
+        with evaluating(scores.model), using(scores.model, adapter):
+            for batch in micro_batches([(i, one.example) for i, one in enumerate(answers)], token_budget=token_budget):
+                for place, reward in zip(batch.numbers, scores.rewards(batch)[0].tolist(), strict=True):
+                    found[place] = reward
+        return found
+
+    return judge
+
+
+def rewards_of(
+    specs: Sequence[str], model: CausalLM, *, seconds: float = 10.0, failed: float | None = None, force: bool = False
+) -> Rewards:
+    """Rewards as texts name them, each NAME or NAME=WEIGHT: a check (`check`), FILE.py:FUNCTION, or the folder of a
+    reward model, whose adapter is put on the model, frozen and not active. seconds: what a call of a function may take.
+    Raises InputError for a name that is none of these, or comes twice."""
+    given = dict[str, tuple[float, Judge]]()
+    for spec in specs:
+        name, weight = weighed(spec)
+        file, _, function = name.rpartition(":")
+        if (found := check(name)) is not None:
+            judge = each(found)
+        elif file.endswith(".py"):
+            judge = Worker(file, function, seconds)
+        elif (Path(name) / HEAD).is_file():
+            own = f"reward-{len(given) + 1}"
+            head = read_head(model, name)
+            load_adapter(model, name, name=own, trainable=False, force=force)
+            judge = by_model(RewardModel(model, head), own)
+        else:
+            known = ", ".join([*COMPARED, *(f"{each}:..." for each in ALONE), f"{LAST_LINE}CHECK"])
+            raise InputError(
+                f"reward {shown(name)} is no check ({known}), no FILE.py:FUNCTION, and no folder of a reward model "
+                "(fourbit reward writes one): give one of these"
+            )
+        if name in given:
+            raise InputError(f"reward {shown(name)} is given twice: give it once, with the sum of the weights")
+        given[name] = weight, judge
+    return Rewards(given, failed)
+
+
+def weighed(spec: str) -> tuple[str, float]:
+    """NAME=WEIGHT taken apart; the weight is 1 where no number stands at the end. InputError for one that is none."""
+    name, _, weight = spec.rpartition("=")
+    try:
+        found = float(weight) if name else 1.0
+    except ValueError:
+        return spec, 1.0
+    if not -LARGEST <= found <= LARGEST or not found:
+        raise InputError(f"the weight of a reward is a number other than 0, got {shown(spec)}")
+    return name or spec, found
+
+
+# The checks that need no code.
+
+
+def expected(row: Mapping[str, Any]) -> str | None:
+    """The answer that a row holds: the first field of EXPECTED, or what the last assistant message says."""
+    found = next((row[name] for name in EXPECTED if row.get(name) is not None), None)
+    if found is None and isinstance(talk := row.get("messages", row.get("conversations")), list) and talk:
+        found = talk[-1].get("content", talk[-1].get("value")) if isinstance(talk[-1], dict) else None
+        found = found if talk[-1].get("role", talk[-1].get("from")) in ("assistant", "gpt") else None
+    return found if isinstance(found, str | None) else json.dumps(found)
+
+
+def last_number(text: str) -> float | None:
+    """The last number of a text, without its commas."""
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def _same_number(answer: str, wanted: str) -> bool:
+    return (found := last_number(answer)) is not None and found == last_number(wanted)
+
+
+def _fields(names: str) -> Callable[[str], bool]:
+    def has(answer: str) -> bool:
+        try:
+            made = json.loads(answer)
+        except ValueError:
+            return False
+        return isinstance(made, dict) and made.keys() >= {*names.split(",")}
+
+    return has
+
+
+def _between(bounds: str) -> Callable[[str], bool]:
+    least, _, most = bounds.partition("-")
+    return lambda answer: int(least) <= len(answer.split()) <= int(most)
+
+
+def _alike(match: Match) -> Callable[[str, str], bool]:
+    return lambda answer, wanted: matches(answer, wanted, wanted, match)
+
+
+COMPARED: dict[str, Callable[[str, str], bool]] = {
+    **{name: _alike(name) for name in ("exact", "contains", "regex", "json")},
+    "number": _same_number,
+}
+"""Checks of an answer against the one that its row holds."""
+ALONE: dict[str, tuple[str, Callable[[str], Callable[[str], bool]]]] = {
+    "fields": (r"[^,]+(,[^,]+)*", _fields),  # a JSON object with these
+    "words": (r"\d{1,9}-\d{1,9}", _between),  # so many
+    "format": (r"[\s\S]+", lambda pattern: lambda answer: re.fullmatch(pattern, answer.strip(), re.DOTALL) is not None),
+}
+"""Checks of an answer alone: what they may be told (a regular expression), and the check that is told so."""
+LAST_LINE = "last-line:"
+
+
+def check(spec: str) -> RewardFunction | None:
+    """The check of ours that a text names, 1.0 where it holds and 0.0 where not; None for a text that names none.
+    Raises InputError for one that is told what it cannot be told."""
+    if spec.startswith(LAST_LINE):
+        inner = check(spec.removeprefix(LAST_LINE))
+        return inner and (lambda prompt, answer, row: inner(prompt, answer.strip().rpartition("\n")[2], row))
+    if spec in COMPARED:
+        compare = COMPARED[spec]
+        return lambda prompt, answer, row: float(compare(answer, str(expected(row))))
+    name, _, told = spec.partition(":")
+    if name not in ALONE:
+        return None
+    wanted, make = ALONE[name]
+    try:
+        if not re.fullmatch(wanted, told):
+            raise InputError(f"the reward {name} is told what matches {wanted}, got {shown(told)}")
+        holds = make(told if name != "format" else re.compile(told).pattern)
+    except re.error as error:
+        raise InputError(f"the reward {shown(spec)} is no regular expression: {error}") from None
+    return lambda prompt, answer, row: float(holds(answer))
+
+
+def needs_expected(spec: str) -> bool:
+    """Whether this check compares with the answer that a row holds."""
+    return spec.removeprefix(LAST_LINE) in COMPARED
+
+
+# A user's file.
+
+
+class Worker:
+    """A user's function in a process of its own, a judge. It is started on first need, and again after it ended.
+
+    file: a Python file. function: its name: f(prompt, answer, row), or with a first parameter `prompts` one for many:
+    f(prompts, answers, rows). seconds: what a call may take. Raises InputError for a file that cannot be run or a
+    function that is not there."""
+
+    def __init__(self, file: str | Path, function: str, seconds: float = 10.0) -> None:
+        self.file, self.function, self.seconds = Path(file), function, seconds
+        self.process: subprocess.Popen[bytes] | None = None
+        self.parameters: Sequence[str] = ()
+        self._start()
+
+    def __call__(self, answers: Sequence[Answered]) -> list[Any]:
+        if self.parameters[:1] == ["prompts"]:
+            columns = [[one.prompt for one in answers], [one.answer for one in answers], [one.row for one in answers]]
+            found = self._call(columns)
+            if isinstance(found, list) and len(found) == len(answers):
+                return found
+            wrong = Failed(f"gave {shown(found, 40)}, not a list of {len(answers)} numbers")
+            return [found if isinstance(found, Failed) else wrong] * len(answers)
+        return [self._call([one.prompt, one.answer, one.row]) for one in answers]
+
+    def _call(self, arguments: Sequence[object]) -> Any:
+        """What the function returned, or why it did not."""
+        try:
+            if self.process is None:
+                self._start()
+            told = self._ask(json.dumps(arguments, default=str).encode() + b"\n")
+        except Failed as failure:
+            self.stop()
+            return failure
+        except BaseException:  # an interrupt, say: its answer would be taken for the next one
+            self.stop()
+            raise
+        return told["value"] if "value" in told else Failed(told["failed"])
+
+    def _start(self) -> None:
+        program = Path(__file__).with_name("reward_child.py")
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, str(program), str(self.file), self.function],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # it ends with all that it has started, and Ctrl-C is the trainer's
+                bufsize=0,
+            )
+        except OSError as error:
+            raise EnvironmentProblem(f"the process of the reward {self.file} does not start: {error}") from None
+        self._end = weakref.finalize(self, _ended, self.process)
+        self._rest = b""
+        try:
+            told = self._ask(b"")
+        except Failed as failure:
+            self.stop()
+            told = {"failed": str(failure)}
+        if "failed" in told:
+            self.stop()
+            raise InputError(f"reward {self.file}:{self.function}: the file {told['failed']}: mend it")
+        self.parameters = told["parameters"]
+        if len(self.parameters) != 3:
+            self.stop()
+            raise InputError(
+                f"reward {self.file}:{self.function} must take (prompt, answer, row), or (prompts, answers, rows) for "
+                f"many at a time, got ({', '.join(self.parameters)})"
+            )
+
+    def _ask(self, request: bytes) -> dict[str, Any]:
+        """The process' next line, after this request. Raises Failed where none comes in time."""
+        process, until = self.process, time.monotonic() + (self.seconds if request else max(60.0, self.seconds))
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        try:
+            while request:
+                if not select.select([], [process.stdin], [], max(0.0, until - time.monotonic()))[1]:
+                    raise Failed(f"took more than {self.seconds:g} s")
+                request = request[os.write(process.stdin.fileno(), request[:4096]) :]
+            while b"\n" not in self._rest:
+                if not select.select([process.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
+                    raise Failed(f"took more than {self.seconds:g} s")
+                if not (more := os.read(process.stdout.fileno(), 1 << 16)):
+                    raise Failed("ended its process")
+                self._rest += more
+        except BrokenPipeError:
+            raise Failed("ended its process") from None
+        line, _, self._rest = self._rest.partition(b"\n")
+        try:
+            return dict(json.loads(line))
+        except (ValueError, TypeError):
+            raise Failed("wrote into the stream of its answers") from None
+
+    def stop(self) -> None:
+        """End the process and what it started, as also happens when nobody holds this object any more."""
+        self.process = None
+        self._end()
+
+
+def _ended(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        pipe.close()  # what has left the group may hold the other ends
+    process.wait()
