@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from inspect import signature
 from typing import ClassVar, Literal
 
 from ..data.encode import LossOn
@@ -20,6 +21,7 @@ from ..optim.update import Rounding
 from ..settings import LARGEST, REQUIRED, Checked, setting
 from .losses.objective import PAIR_LOSSES, SETTINGS, UNPAIRED_LOSSES, Objective, parse_losses
 from .losses.pairs import DivergenceName
+from .losses.policy import POLICIES, Baseline, Estimator, Scale
 
 PAGED = "paged-"
 KEPT: dict[str, Keep] = {"off": "all", "products": "products", "on": "input", "offload": "host"}
@@ -282,6 +284,76 @@ class RewardConfig(PreferenceConfig):
     center: float = setting(
         0.0, "weight of the squared sum of a pair's rewards, which holds rewards around zero; 0.01 is usual", least=0
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig(TrainingConfig):
+    """Options of reinforcement by rewards."""
+
+    title: ClassVar[str] = "reinforcement"
+    batch_size: int = setting(2, "prompts per optimizer step, each with group_size answers", least=1)
+    lr: float = setting(5e-5, "peak learning rate", positive=True)
+    schedule: Schedule = setting("constant", "learning rate after warm-up, as for fine-tuning")
+    loss: str = setting("grpo", f"one of {', '.join(POLICIES)}", metavar="NAME")
+    group_size: int = setting(8, "answers to each prompt of a step", least=1)
+    rollouts_ahead: int = setting(1, "steps whose prompts are answered at once", least=1)
+    updates: int = setting(1, "passes over the answers before new ones are made", least=1)
+    max_new_tokens: int = setting(256, "tokens an answer may have", least=1)
+    temperature: float = setting(1.0, "of sampling, and of the policy that is trained", positive=True)
+    truncated: Literal["keep", "mask"] = setting("keep", "an answer without an end: is rewarded, or teaches nothing")
+    truncated_penalty: float = setting(0.0, "what is taken off the reward of an answer without an end", least=0)
+    failed_reward: float | None = setting(None, "of an answer whose reward failed; default: it teaches nothing")
+    resample: int = setting(0, "times that prompts whose answers all earn the same are exchanged for others", least=0)
+    clip_low: float | None = setting(None, "ratios are clipped below 1 less this; default: the loss'", positive=True)
+    clip_high: float | None = setting(None, "ratios are clipped above 1 plus this; default: the loss'", positive=True)
+    baseline: Baseline | None = setting(None, "mean that is taken off a reward; default: the loss' own")
+    scale: Scale | None = setting(None, "advantages are divided by the deviation of group or batch; default likewise")
+    kl: float = setting(0.0, "weight of the KL to the reference; 0: no reference", least=0)
+    kl_in: Literal["loss", "reward"] = setting("loss", "where the KL counts")
+    kl_estimator: Estimator | None = setting(None, "of the KL: default k3 in the loss, k1 in the reward")
+    kl_stop: float | None = setting(None, "the run ends when the KL of a token is above this", positive=True)
+    reference: Literal["auto", "base", "start"] = setting("auto", "what the KL compares with, as for preferences")
+    entropy_bonus: float = setting(0.0, "weight of the mean entropy of a token, which is to stay high", least=0)
+    top_entropy: float = setting(1.0, "share of the tokens that are trained: the least certain", positive=True, most=1)
+    correction: float | None = setting(
+        None, "weights for what sampling and training round otherwise, cut off at this; default: none", least=1
+    )
+    gamma: float = setting(1.0, "ppo: the discount of later tokens' rewards", positive=True, most=1)
+    lam: float = setting(0.95, "ppo: lambda of the generalised advantages", least=0, most=1)
+    value_lr: float = setting(1e-4, "ppo: the peak learning rate of the value function", positive=True)
+    value_clip: float = setting(0.2, "ppo: values move at most this in a step, for the loss", positive=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in POLICIES:
+            raise InputError(f"loss must be one of {', '.join(POLICIES)}, got {self.loss!r}")
+        policy, taken = POLICIES[self.loss], signature(POLICIES[self.loss].surrogate).parameters
+        for name in ("clip_low", "clip_high"):
+            if getattr(self, name) is not None and (name not in taken or self.loss == "reinforce"):
+                raise InputError(f"{name} is not used by the loss {self.loss}, got {getattr(self, name)}: leave it out")
+        if self.loss == "ppo" and (self.baseline or self.scale):
+            raise InputError("baseline and scale make advantages of rewards, ppo's come from values: leave them out")
+        if self.group_size < 2 and (self.baseline or policy.baseline) in ("group", "leave-one-out"):
+            raise InputError(
+                f"a baseline of {self.baseline or policy.baseline} compares the answers to a prompt, got group_size "
+                f"{self.group_size}: give 2 or more, or a baseline of batch or none"
+            )
+        if not self.kl and (self.kl_in != "loss" or self.kl_estimator or self.reference != "auto" or self.kl_stop):
+            raise InputError("kl_in, kl_estimator, kl_stop and reference belong to a kl above 0: give one")
+        if (self.kl_in, self.kl_estimator) == ("loss", "k1"):
+            raise InputError("kl_estimator k1 in the loss has the mean gradient 0: take k2 or k3, or kl_in reward")
+
+    @property
+    def estimator(self) -> Estimator:
+        return self.kl_estimator or ("k3" if self.kl_in == "loss" else "k1")
+
+    @property
+    def per_round(self) -> int:
+        """Optimizer steps on the answers that are made at once."""
+        return self.rollouts_ahead * self.updates
+
+    def total_steps(self, rows: int) -> int:
+        return self.steps or self.epochs * steps_per_epoch(rows, self.batch_size) * self.updates
 
 
 def _steps(given: float, total: int) -> int:

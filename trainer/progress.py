@@ -13,6 +13,7 @@ from .metrics import Display
 SMOOTHING = 0.9  # of the metrics shown: exponential moving average over steps
 SMOOTHED = {  # those, and what they are called
     "loss": "loss",
+    "reward": "reward",
     "reward_margin": "margin",
     "reward_accuracy": "accuracy",
     "reward_chosen": "chosen",
@@ -21,7 +22,7 @@ SMOOTHED = {  # those, and what they are called
     "logp_chosen": "logp+",
     "logp_rejected": "logp-",
 }
-OF_VALIDATION = ("loss", "reward_margin", "reward_accuracy")
+OF_VALIDATION = ("loss", "reward", "reward_margin", "reward_accuracy")
 PLAIN_SECONDS = 10.0  # between lines of their own
 CLEARED = "\r\x1b[2K"  # the terminal's line, from its start
 
@@ -45,7 +46,7 @@ class _Line:
     def show(self, record: dict[str, Any]) -> None:
         self._add(record)
         step, now = record["step"], time.monotonic()
-        told = self.live or step in (self.start + 1, self.total) or "val_loss" in record
+        told = self.live or step in (self.start + 1, self.total) or "lr" not in record
         if now - self.last < PLAIN_SECONDS and not told:
             return
         self.last = now
@@ -59,7 +60,7 @@ class _Line:
 
     def _add(self, record: dict[str, Any]) -> None:
         """What to show from now on, by name; smoothed where it jumps."""
-        if "val_loss" in record:
+        if "lr" not in record:
             found = {SMOOTHED[name]: record[f"val_{name}"] for name in OF_VALIDATION if f"val_{name}" in record}
             self.shown |= {f"val {short}": _number(value) for short, value in found.items()}
             return

@@ -16,10 +16,12 @@ from .metrics import read_metrics
 
 PANELS = (  # axis label -> figures drawn against it, where a run has them: in training, and on the validation rows
     ("loss (nats)", ("loss",)),
+    ("reward", ("reward",)),
     ("reward", ("reward_chosen", "reward_rejected", "reward_margin")),
     ("accuracy", ("reward_accuracy",)),
     ("log-probability", ("logp_chosen", "logp_rejected")),
     ("KL to the reference", ("kl",)),
+    ("tokens an answer", ("answer_tokens",)),
 )
 COLOURS = ("#08519c", "#a50f15", "#238b45")
 Point = tuple[int, float]

@@ -312,12 +312,11 @@ class Trainer(Fitted):
     def evaluate(self, interrupt: Interrupt | bool = False) -> dict[str, float | None]:
         """Mean loss and metrics on the validation rows, dropout off; also before training, and after. Empty when it was
         interrupted. Raises InputError without validation rows."""
-        if self.val_set is None:
-            raise InputError("evaluate needs validation rows: give the trainer val, rows or a share such as 0.1")
-        batches = self.micro_batches(self.val_set, range(len(self.val_set.examples)), "auto")
+        rows = self.validation()
+        batches = self.micro_batches(rows, range(len(rows.examples)), "auto")
         loss, weight, parts = 0.0, 0.0, list[Mapping[str, Tensor]]()
         with evaluating(self.model):
-            self.begin(self.val_set, batches)
+            self.begin(rows, batches)
             for batch in batches:
                 if interrupt:
                     return {}
@@ -326,6 +325,12 @@ class Trainer(Fitted):
                 parts.append(sums.metrics)
         found = self.describe({"loss": loss / weight, **{name: v.item() for name, v in means(parts).items()}})
         return told(self.callbacks, "on_evaluate", self.run, {name: finite(value) for name, value in found.items()})
+
+    def validation(self) -> Dataset:
+        """The validation rows. Raises InputError where there are none."""
+        if self.val_set is None:
+            raise InputError("evaluate needs validation rows: give the trainer val, rows or a share such as 0.1")
+        return self.val_set
 
     def _save(self) -> None:
         self._settle()

@@ -16,10 +16,13 @@ from fourbit.models.decoder import Decoder
 from fourbit.models.families import read_spec
 from fourbit.models.save import save_model
 from fourbit.trainer.checkpoint import load_checkpoint
+from fourbit.trainer.config import RLConfig
 from fourbit.trainer.metrics import read_metrics
+from fourbit.trainer.policy import PolicyTrainer
+from fourbit.trainer.rewards import Rewards, each
 
 WORDS = ["ab", "c", "def", "gh", "i", "jkl", "m", "nopq", "rs", "t"]
-TIMED = ("tokens_per_second", "rss_anon")  # what two equal runs may differ in
+TIMED = ("tokens_per_second", "rss_anon", "rollout_tokens_per_second")  # what two equal runs may differ in
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,22 @@ def some_head(seed: int = 5) -> torch.Tensor:
     return torch.randn(1, 32, generator=torch.Generator().manual_seed(seed))
 
 
+def early(prompt: str, answer: str, row: dict[str, Any]) -> float:
+    """A reward that no two answers of an untrained model share for long."""
+    return sum(ord(letter) % 13 for letter in answer) / 13
+
+
 DPO = Kind(fourbit.DPOTrainer, fourbit.DPOConfig, "pairs")
 DISTILL = Kind(fourbit.DistillTrainer, fourbit.DistillConfig, "rows", {"divergence": "jsd", "sft_weight": 0.1})
+SHORT = {"max_new_tokens": 5, "group_size": 3, "rollouts_ahead": 2, "updates": 2, "temperature": 0.7, "kl": 0.1}
+POLICY = Kind(PolicyTrainer, RLConfig, "rows", SHORT, {"rewards": Rewards({"early": (1.0, each(early))})})
 KINDS = {
     "sft": Kind(fourbit.SFTTrainer, fourbit.SFTConfig),
     **{name: replace(DPO, options={"loss": (name,)}) for name in ("sigmoid", "ipo", "orpo", "bco", "simpo")},
     **{name: replace(DPO, rows="judged", options={"loss": (name,)}) for name in ("kto", "bco-unpaired")},
     "apo-zero-unpaired": replace(DPO, rows="judged", options={"loss": ("apo-zero-unpaired",)}),
     "reward": Kind(fourbit.RewardTrainer, fourbit.RewardConfig, "pairs", {"center": 0.1}, {"head": some_head()}),
+    **{name: replace(POLICY, options=SHORT | {"loss": name}) for name in ("grpo", "rloo")},
     "distill from the base": replace(DISTILL, more={"teacher": None}),
     "distill from another model": replace(DISTILL, more={"teacher": "wide"}, options=DISTILL.options | {"top_k": 20}),
 }
@@ -106,7 +117,7 @@ def adapted():
 def built(adapted, kind, folder, rows, out, *, val=None, **options):
     """A trainer; options are those of its config, and of `adapted` and of the trainer itself."""
     loaded = {k: options.pop(k) for k in ("quant_type", "dtype", "b_seed", "dropout", "target", "rank") if k in options}
-    more = kind.more | {k: options.pop(k) for k in ("head", "teacher", "adapter") if k in options}
+    more = kind.more | {k: options.pop(k) for k in ("head", "teacher", "adapter", "rewards") if k in options}
     model, tokenizer = adapted(folder, **loaded)
     config = kind.config(out=str(out), **({"batch_size": 4, "lr": 1e-2, "epochs": 2} | kind.options | options))
     return kind.trainer(model, tokenizer, train=rows, val=val, config=config, **more)

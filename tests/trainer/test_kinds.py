@@ -18,16 +18,15 @@ from fourbit.trainer.sft import SFTTrainer
 PAIRED = ("sigmoid", "ipo", "orpo", "bco", "simpo")
 JUDGED = ("kto", "bco-unpaired", "apo-zero-unpaired")
 DISTILLED = ("distill from the base", "distill from another model")
-KINDS = ("sft", *PAIRED, *JUDGED, "reward", *DISTILLED)
-STATEFUL = ("sft", "sigmoid", "bco", "kto", "bco-unpaired", "reward", *DISTILLED)  # one for each kind of state
+POLICIES = ("grpo", "rloo")
+KINDS = ("sft", *PAIRED, *JUDGED, "reward", *POLICIES, *DISTILLED)
+STATEFUL = ("sft", "sigmoid", "bco", "kto", "bco-unpaired", "reward", "grpo", *DISTILLED)  # one for each kind of state
 LAYOUTS = ({"micro_batch": 1}, {"micro_batch": 3}, {"packing": False}, {"packing": False, "micro_batch": 1})
 
 
 def gradients(trainer):
     trainer.token_budget = 10**6  # "auto" is one micro-batch
-    numbers = range(8)
-    batches = trainer.micro_batches(trainer.train_set, numbers, trainer.config.micro_batch)
-    trainer.begin(trainer.train_set, batches)
+    batches, _ = trainer.step_data(0)
     loss = sum(trainer.sums(batch).loss for batch in batches)
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in trainer.parameters.items()}
@@ -42,6 +41,7 @@ def test_no_layout_changes_a_gradient(make, kind):
         (torch.float32, None, 2e-5, LAYOUTS[1:3]),
     ):
         loaded = {"dtype": dtype, "quant_type": quantize, "b_seed": 0}
+        loaded["batch_size"] = 8
         value, whole = gradients(make(kind, **loaded))
         assert len(whole) == 28 + (kind == "reward") and all(gradient.norm() > 0 for gradient in whole.values())
         for layout in layouts:

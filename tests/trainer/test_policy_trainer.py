@@ -1,0 +1,177 @@
+"""Reinforcement end to end on a tiny model: it learns, and says of itself what is true."""
+
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+import fourbit
+from fourbit.data.batch import Encoded, Example
+from fourbit.data.encode import encode_chat
+from fourbit.errors import InputError
+from fourbit.lora.layer import adapter_parameters
+from fourbit.models.generate import sample
+from fourbit.models.protocol import evaluating
+from fourbit.trainer.config import RLConfig
+from fourbit.trainer.losses.policy import POLICIES
+from fourbit.trainer.metrics import read_metrics
+from fourbit.trainer.policy import PolicyTrainer
+from fourbit.trainer.reward_model import RewardModel
+from fourbit.trainer.rewards import Answered, Rewards, each, rewards_of
+from fourbit.trainer.rollouts import restored
+
+TRAINER, CONFIG = PolicyTrainer, RLConfig  # for `trainer_for`
+SMALL = {"max_new_tokens": 6, "group_size": 4, "batch_size": 2}
+
+
+def many_e(prompt, answer, row):
+    return answer.count("e") / max(1, len(answer))
+
+
+def given(function=many_e, failed=None):
+    return Rewards({"e": (1.0, each(function))}, failed)
+
+
+def steps_of(folder):
+    return [record for record in read_metrics(folder / "metrics.jsonl") if "loss" in record]
+
+
+def test_an_untrained_model_learns_the_letter_that_earns(trainer_for, tiny_folder, rows, val_rows, tmp_path):
+    options = SMALL | {"steps": 40, "batch_size": 4, "group_size": 8, "lr": 2e-2, "eval_every": 20}
+    result = trainer_for(tiny_folder, rows, tmp_path, val=val_rows, rewards=given(), **options).train(display=None)
+    steps = steps_of(tmp_path)
+    earned = [sum(record["reward"] for record in part) / 10 for part in (steps[:10], steps[-10:])]
+    assert earned[0] < 0.1 and earned[1] > earned[0] + 0.1
+    assert result.val["reward"] >= 0.5 and result.val["reward"] == result.val["reward/e"]
+    for record in steps:
+        assert record["ratio"] == 1 and record["clipped"] == 0 and record["sampling_gap"] < 1e-5
+        assert 0 < record["entropy"] <= math.log(259) and 0 <= record["truncated"] <= 1 and record["signal"] <= 1
+        assert record["rollout_tokens_per_second"] > 0 and 1 <= record["answer_tokens"] <= 6
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("loss", POLICIES)
+def test_every_loss_starts_at_ratio_1_and_kl_0_and_moves_the_policy(trainer_for, tiny_folder, rows, tmp_path, loss):
+    more = {"steps": 4, "rollouts_ahead": 2, "updates": 2, "kl": 0.05, "b_seed": 1, "top_entropy": 0.9}
+    more |= {"entropy_bonus": 0.01, "dropout": 0.3, "lr": 1e-3}
+    trainer = trainer_for(
+        tiny_folder, rows, tmp_path, rewards=given(lambda p, a, r: len(set(a))), **SMALL, **more, loss=loss
+    )
+    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    trainer.train(display=None)
+    first, second, third, _ = steps_of(tmp_path)
+    assert first["ratio"] == pytest.approx(1, abs=1e-6) and first["kl"] == pytest.approx(0, abs=1e-6)
+    assert first["clipped"] == 0 and third["kl"] > 1e-9 and abs(third["ratio"] - 1) > 1e-7
+    assert first["reward"] == third["reward"] != second["reward"]  # the second pass is over the same answers
+    moved = [name for name, p in trainer.parameters.items() if not torch.equal(p, before[name])]
+    assert len(moved) == len(before)
+    assert ("value_loss" in first) == (loss == "ppo")
+
+
+def test_drawn_answers_have_the_chances_that_the_model_gives_them(adapted, tiny_folder):
+    model, tokenizer = adapted(tiny_folder, b_seed=2)
+    prompts = [tokenizer.encode(text) for text in ("ab", "ab", "longer than that")]
+    for temperature in (1.0, 0.6):
+        made = sample(model, prompts, max_new_tokens=5, temperature=temperature, seed=1, stop_ids=tokenizer.stop_ids)
+        assert made[0].ids != made[1].ids
+        for prompt, one in zip(prompts, made, strict=True):
+            with evaluating(model):
+                logits = model(torch.tensor([prompt + one.ids]))[0] / temperature
+            wanted = logits.log_softmax(-1)[torch.arange(len(prompt) - 1, len(logits) - 1), torch.tensor(one.ids)]
+            torch.testing.assert_close(torch.tensor(one.logps), wanted, rtol=1e-4, atol=1e-4)
+            assert one.ended == (one.ids[-1] in tokenizer.stop_ids)
+
+
+def test_failed_rewards_teach_nothing_and_are_counted(trainer_for, tiny_folder, rows, tmp_path):
+    turn = Counter()
+
+    def now_and_then(prompt, answer, row):
+        turn["calls"] += 1
+        if turn["calls"] % 3:
+            raise ValueError("no luck")
+        return len(answer)
+
+    trainer = trainer_for(tiny_folder, rows, tmp_path, rewards=given(now_and_then), **SMALL, steps=2)
+    batches, _ = trainer.step_data(0)
+    counts, rewards = trainer.round.counts, trainer.round.answers["reward"]
+    assert rewards.isnan().sum() == 6 and not counts[rewards.isnan()].any() and counts[~rewards.isnan()].any()
+    assert trainer.failures == {"e: raised ValueError: no luck": 6}
+    assert all(trainer.sums(batch).loss.isfinite() for batch in batches)
+    with pytest.raises(InputError, match=r"no answer of 3 rounds got a reward.*gave None"):
+        trainer_for(tiny_folder, rows, tmp_path, rewards=given(lambda *_: None), **SMALL, steps=9).train(display=None)
+
+
+def test_truncated_answers_are_masked_or_penalised_and_groups_without_signal_exchanged(
+    trainer_for, tiny_folder, rows, tmp_path
+):
+    how = dict(rewards=given(lambda p, a, r: 1.0), **SMALL)
+    masked = trainer_for(tiny_folder, rows, tmp_path, truncated="mask", truncated_penalty=0.5, **how)
+    masked.step_data(0)
+    made = masked.round
+    late = made.answers["truncated"] == 1
+    assert late.any() and not made.counts[late].any() and (made.answers["reward"][late] == 0.5).all()
+    asked = Counter()
+
+    def by_prompt(prompt, answer, row):
+        asked[prompt] += 1
+        return 0.0
+
+    trainer_for(tiny_folder, rows, tmp_path, resample=2, **how | {"rewards": given(by_prompt)}).step_data(0)
+    assert len(asked) == 6 and set(asked.values()) == {4}  # two prompts, and twice two others
+
+
+def test_a_reward_model_on_the_same_base_judges_as_by_itself(adapted, tiny_folder, pairs, tmp_path):
+    model, tokenizer = adapted(tiny_folder)
+    head = torch.randn(1, 32, generator=torch.Generator().manual_seed(5))
+    config = fourbit.RewardConfig(out=str(tmp_path / "reward"), steps=3, batch_size=4, lr=1e-2)
+    fourbit.RewardTrainer(model, tokenizer, train=pairs, config=config, head=head).train(display=None)
+    talk = [{"messages": [{"role": "user", "content": "say ab"}, {"role": "assistant", "content": "abab"}]}]
+    fresh, _ = fourbit.load(tiny_folder, quant_type="nf4")
+    wanted = RewardModel.load(fresh, tmp_path / "reward").score(tokenizer, talk)
+
+    policy, _ = adapted(tiny_folder, b_seed=3)
+    rewards = rewards_of([f"{tmp_path / 'reward'}=2", "exact=0.5"], policy)
+    ids, trained = encode_chat(talk[0]["messages"], tokenizer)
+    example = Example((Encoded(ids, trained),), label=True)
+    judged = rewards([Answered("say ab", "abab", {"answer": "abab"}, example)])
+    assert judged.total[0] == pytest.approx(2 * wanted[0] + 0.5, abs=1e-5)
+    assert all(p.requires_grad for p in adapter_parameters(policy).values())
+    assert not any(p.requires_grad for p in adapter_parameters(policy, "reward-1").values())
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"loss": "grpol"}, "loss must be one of"),
+        ({"group_size": 1}, "compares the answers to a prompt"),
+        ({"kl_in": "reward"}, "belong to a kl above 0"),
+        ({"kl": 0.1, "kl_estimator": "k1"}, "mean gradient 0"),
+        ({"loss": "sapo", "clip_low": 0.1}, "clip_low is not used by the loss sapo"),
+        ({"loss": "ppo", "baseline": "batch"}, "ppo's come from values"),
+    ],
+)
+def test_settings_that_cannot_work_together_are_refused(options, why):
+    with pytest.raises(InputError, match=why):
+        RLConfig(out="x", **options)
+
+
+@pytest.mark.parametrize("spec, why", [
+    ("nothing", "no check"), ("words", "told what matches"), ("exact=0", "other than 0"), ("a.py:f", "FileNotFound"),
+])  # fmt: skip
+def test_rewards_that_are_none_are_refused(spec, why):
+    with pytest.raises(InputError, match=why):
+        rewards_of([spec], None)
+    with pytest.raises(InputError, match="given twice"):
+        rewards_of(["exact", "exact=2"], None)
+
+
+def test_checkpoints_hold_the_round_as_plain_tensors(trainer_for, tiny_folder, rows, tmp_path):
+    trainer = trainer_for(tiny_folder, rows, tmp_path, rewards=given(), **SMALL, steps=2)
+    trainer.step_data(0)
+    made, again = trainer.round, restored(trainer.round.state())
+    assert again.numbers == made.numbers and torch.equal(again.counts, made.counts)
+    assert [one.parts[0].ids for one in again.examples] == [one.parts[0].ids for one in made.examples]
+    assert again.tokens.keys() == made.tokens.keys() and again.answers.keys() == made.answers.keys()
+    assert json.dumps([one.parts[0].trained for one in again.examples])

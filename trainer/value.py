@@ -1,0 +1,40 @@
+"""The value function of PPO: what an answer is expected to earn from each of its tokens on."""
+
+from torch import Tensor, nn
+
+from ..data.batch import Batch
+from ..lora.active import train_only, use, using
+from ..lora.attach import attach
+from ..lora.config import LoRAConfig
+from ..lora.layer import adapter_parameters, adapters_of
+from ..models.protocol import CausalLM
+from .losses.tokens import by_answer, hidden_rows
+from .reward_model import fresh_head
+
+VALUE = "value"  # the name of its adapter
+
+
+class ValueFunction:
+    """An adapter of its own on the policy's base, of rank 8, and a head that starts at 0. policy: the adapter that is
+    active, and trains too."""
+
+    def __init__(self, model: CausalLM, policy: str, seed: int) -> None:
+        self.model = model
+        if not adapters_of(model, VALUE):
+            attach(model, LoRAConfig(rank=8, alpha=16), VALUE, seed=seed)
+        use(model, policy)
+        train_only(model, policy, VALUE)
+        self.head = nn.Parameter(fresh_head(model))
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        own = {f"{VALUE}.{name}": parameter for name, parameter in adapter_parameters(self.model, VALUE).items()}
+        return own | {f"{VALUE}.head": self.head}
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """[P, L] of the answers of a batch that is still on the CPU: before each token."""
+        here = batch.to(self.head.device)
+        assert here.slots is not None
+        with using(self.model, VALUE):
+            hidden = hidden_rows(self.model, here, here.rows)
+        values = (hidden.to(self.head.dtype) @ self.head.T).squeeze(1)
+        return by_answer(values, here.slots)[0]
