@@ -2,29 +2,41 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from itertools import islice
+from typing import Any, ClassVar, Literal
 
 from ..data.encode import prompt_texts
 from ..data.forms import samples_of
 from ..data.row import counted
 from ..data.said import words_of
-from ..models.generate import generate_each, prompt_seeds
+from ..data.sample import Sample
+from ..errors import InputError
+from ..models.generate import Sampled, prompt_seeds, sample_each
 from ..settings import REQUIRED, setting
+from ..text.tokenizer import Tokenizer
 from ..trainer.evaluate import check_room
+from ..trainer.rewards import Answered, Rewards, rewards_of
+from ..trainer.rollouts import example
 from .load import answering, load_adapted, remark_positions
-from .options import AnsweringOptions, FileOptions, SamplingOptions, output_of
+from .options import AnsweringOptions, FileOptions, RewardOptions, SamplingOptions, output_of
 from .parse import Sources
 from .show import note, pairs, result
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(FileOptions, SamplingOptions, AnsweringOptions):
+class Options(FileOptions, RewardOptions, SamplingOptions, AnsweringOptions):
     """Answer every row of a JSONL file. A row is {"prompt": ...} or {"messages": [...]};
     an answer that stands in it already is not shown to the model. Each row is
     written as it was, with the new answer under "answer".
 
       fourbit generate --model M --adapter DIR --data prompts.jsonl --out answers.jsonl
+      fourbit generate --model M --data prompts.jsonl --n 8 --temperature 1 --reward number --keep best --out sft.jsonl
+
+    With --n each prompt is answered several times. --keep best writes the answer of
+    the highest reward as a row that fourbit sft reads, --keep pairs the best and the
+    worst as one that fourbit dpo reads, of prompts whose answers differ in reward.
     """
 
     title: ClassVar[str] = "rows"
@@ -32,6 +44,17 @@ class Options(FileOptions, SamplingOptions, AnsweringOptions):
     data: tuple[str, ...] = setting(REQUIRED, "JSONL file of prompts; repeat the flag for more", metavar="FILE")
     out: str = setting(REQUIRED, "file for the answers, one JSON object a row; - is standard output", metavar="FILE")
     batch_size: int = setting(32, "answers written at a time", least=1)
+    n: int = setting(1, "answers to each prompt", least=1)
+    keep: Literal["all", "best", "pairs"] = setting("all", "which of them are written: see above; needs rewards")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n > 1 and not self.temperature:
+            raise InputError("n answers to a prompt are drawn, and temperature 0 gives equal ones: give a temperature")
+        if self.keep != "all" and (self.n < 2 or not self.reward):
+            raise InputError(f"keep {self.keep} compares answers by their rewards: give n of 2 or more, and a reward")
+        if self.resume and self.n > 1:
+            raise InputError("resume goes on after rows with one answer each: with n, write to another file")
 
 
 def run(options: Options, sources: Sources) -> int:
@@ -51,12 +74,16 @@ def run(options: Options, sources: Sources) -> int:
         check_room(model, samples, prompts)
         remark_positions(model, max(map(len, prompts)), options.max_new_tokens)
         how: dict[str, Any] = {"stop_ids": tokenizer.stop_ids, "max_length": model.max_positions, **options.sampling()}
-        done, seeds = len(out.rows), prompt_seeds(prompts, options.seed)
-        new = generate_each(model, prompts[done:], seed=seeds[done:], batch_size=options.batch_size, **how)
+        rewards = rewards_of(options.reward, model, seconds=options.reward_seconds, force=options.force)
+        done, prompts = len(out.rows), [prompt for prompt in prompts for _ in range(options.n)]
+        how |= {"seed": prompt_seeds(prompts, options.seed)[done:], "batch_size": options.batch_size}
+        new = sample_each(model, prompts[done:], **how)
         with answering(model, options.keep_dense):
-            for number, (sample, ids) in enumerate(zip(samples[done:], new, strict=True), done + 1):
-                row = {**sample.row, "answer": tokenizer.decode(ids, skip_special=False)}
-                out.write(json.dumps(row, ensure_ascii=False))
+            for number, sample in enumerate(samples[done:], done + 1):
+                made = islice(new, options.n)
+                answers = [answered(sample, prompts[(number - 1) * options.n], one, tokenizer) for one in made]
+                for row in written(sample, answers, rewards, options.keep):
+                    out.write(json.dumps(row, ensure_ascii=False))
                 if number == len(samples) or (number - done) % (8 * options.batch_size) == 0:
                     note(f"{number:,} of {len(samples):,} rows")
     if out.stdout:
@@ -64,3 +91,27 @@ def run(options: Options, sources: Sources) -> int:
     else:
         result({"out": options.out, "rows": len(samples)}, pairs([("answers", options.out)]), as_json=options.json)
     return 0
+
+
+def answered(sample: Sample, prompt: Sequence[int], made: Sampled, tokenizer: Tokenizer) -> Answered:
+    """An answer as rewards take it, its text up to the token that ended it."""
+    ids = made.ids[: len(made.ids) - made.ended]
+    asked, said = (tokenizer.decode(tokens, skip_special=False) for tokens in (prompt, ids))
+    return Answered(asked, said, sample.row, example(prompt, made.ids))
+
+
+def written(sample: Sample, answers: Sequence[Answered], rewards: Rewards, keep: str) -> list[dict[str, Any]]:
+    """The rows that answers to one prompt become."""
+    if not rewards.given:
+        return [{**sample.row, "answer": one.answer} for one in answers]
+    earned = rewards(answers).total
+    if keep == "all":
+        return [{**sample.row, "answer": a.answer, "reward": r} for a, r in zip(answers, earned, strict=True)]
+    order = sorted((r, -i) for i, r in enumerate(earned) if r == r)  # the first of equal ones; none that failed
+    if not order or (keep == "pairs" and order[0][0] == order[-1][0]):
+        return []
+    said = [[{"role": "assistant", "content": answers[-i].answer}] for _, i in (order[-1], order[0])]
+    more = {key: sample.row[key] for key in ("tools", "chat_template_kwargs") if sample.row.get(key) is not None}
+    if keep == "best":
+        return [{"messages": sample.context + said[0], **more, "reward": order[-1][0]}]
+    return [{"prompt": sample.context, "chosen": said[0], "rejected": said[1], **more}]

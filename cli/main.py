@@ -26,6 +26,7 @@ COMMANDS = {
     "sft": "fine-tune a model on chat rows: fourbit sft --model M --data train.jsonl --out DIR",
     "dpo": "train on preferred and rejected answers, on top of an adapter or afresh",
     "reward": "train a model that scores answers, from preferred and rejected ones",
+    "rl": "train by rewards for a model's own answers: fourbit rl --model M --data P --reward number --out DIR",
     "distill": "train a student to predict what a teacher predicts, on chat rows",
     "plan": "what a fine-tuning takes before it runs: memory by part, what fits, time; no weights are read",
     "eval": "loss, perplexity and exact match on held-out rows, without and with an adapter",

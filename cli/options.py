@@ -96,6 +96,21 @@ class SamplingOptions(Sampling):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardOptions(Checked):
+    """What answers are worth."""
+
+    title: ClassVar[str] = "rewards"
+    reward: tuple[str, ...] = setting(
+        (),
+        "what an answer earns: a check (exact, contains, regex, number, json against the row's answer; fields:A,B "
+        "words:MIN-MAX format:REGEX of the answer alone; last-line:CHECK), FILE.py:FUNCTION, f(prompt, answer, row), "
+        "or the folder of a reward model; NAME=WEIGHT and the flag repeated for a weighted sum",
+        metavar="NAME[=WEIGHT]",
+    )
+    reward_seconds: float = setting(10.0, "time that a call of a reward's function may take", positive=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResultOptions(Checked):
     """How results are printed."""
 

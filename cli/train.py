@@ -54,7 +54,12 @@ NAMES = re.compile(r"[\w.]+(,[\w.]+)*")  # else an entry of --target is a regula
 GROUPS = ("all-linear", "attn", "mlp")
 FRESH = ("kind", "rank", "alpha", "dropout", "target", "rslora", "start",
          "initial_rank", "rank_warmup", "rank_final", "feedforward", "train_tokens")  # fmt: skip  # a fresh one's
-REPORTED = ("perplexity", "reward_accuracy", "reward_margin")  # of the best evaluation; --json has all metrics
+REPORTED = (
+    "perplexity",
+    "reward_accuracy",
+    "reward_margin",
+    "truncated",
+)  # of the best evaluation; --json has all metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +309,7 @@ def _announcing(options: TrainOptions, trainer: Any, sources: Sources) -> Callab
     before = read_run(options.out)  # now, as a spoilt file ends a run before it changes anything
     if "reference" in settings:
         settings["reference"] = trainer.config.reference  # its choice
-        if trainer.objective.needs_reference:
+        if trainer.compares:
             base = trainer.config.reference == "base"
             note(f"reference: {'the base, adapter off' if base else 'the adapter as it is at the start'}")
 
@@ -347,7 +352,9 @@ def _finished(options: TrainOptions, outcome: TrainResult, seconds: float) -> st
     rows = [("steps", f"{outcome.steps}{early} in {seconds:.0f} s"), ("last loss", figure(outcome.loss))]
     if outcome.val:
         more = [f"{name.replace('_', ' ')} {figure(outcome.val[name])}" for name in REPORTED if name in outcome.val]
-        rows.append(("validation loss", ", ".join([figure(outcome.val_loss), *more, f"at step {outcome.best_step}"])))
+        what = "loss" if "loss" in outcome.val else "reward"
+        found = [figure(outcome.val[what]), *more, f"at step {outcome.best_step}"]
+        rows.append((f"validation {what}", ", ".join(found)))
     if outcome.skipped_steps:
         rows.append(("skipped steps", f"{outcome.skipped_steps} (NaN or infinity in loss or gradient)"))
     rows += [("model" if options.whole else "adapter", str(outcome.out)), ("metrics", f"{outcome.out}/metrics.jsonl")]

@@ -760,7 +760,7 @@ def test_optimizers_are_mended_as_advised() -> None:
     ("trainer/run.py", "attach or load it after all others, or with trainable=True"),
     ("trainer/run.py", "call fourbit.use(model, '{}')"),
     ("trainer/sft.py", "load it with quant_type=None"),
-    ("trainer/preference.py", "or take another loss"),
+    ("trainer/reference.py", "or take another loss"),
     ("trainer/distill.py", "student's base, so it cannot be the teacher: give another"),
     ("trainer/distill.py", "so it cannot be the teacher: give another"),
     ("trainer/distill.py", "give None for its base, or the name of an adapter on it"),
@@ -908,6 +908,28 @@ def test_a_run_is_gone_on_from_as_advised(here: Path, tokenizer: Any, monkeypatc
 # Nothing is left out.
 
 ELSEWHERE = {  # tests of other files that follow an advice
+    "tests/cli/test_rl_command.py::test_what_is_refused_says_what_works": [
+        ("cli/rl.py", "give a reward, such as number"),
+        ("trainer/rewards.py", "no folder of a reward model (fourbit reward writes one): give one of these"),
+        ("trainer/rewards.py", "give it once, with the sum of the weights"),
+        ("trainer/rewards.py", "mend it"),
+        ("trainer/config.py", "give 2 or more, or a baseline of batch or none"),
+        ("trainer/config.py", "belong to a kl above 0: give one"),
+        ("trainer/config.py", "take k2 or k3, or kl_in reward"),
+        ("trainer/config.py", "clip_low is not used".replace("clip_low", "{}")),
+        ("trainer/config.py", "ppo's come from values: leave them out"),
+    ],
+    "tests/trainer/test_policy_trl.py::test_a_reward_that_failed_has_no_part_in_its_group": [
+        ("trainer/losses/policy.py", "leave-one-out needs 2 answers a prompt or more"),
+    ],
+    "tests/research/test_written.py::test_a_write_between_forward_and_backward_is_seen": [
+        ("models/recompute.py", "write after backward"),  # the last line of it
+    ],
+    "tests/cli/test_commands.py::test_generate_keeps_the_best_of_several_as_rows_to_learn_from": [
+        ("cli/generate.py", "give n of 2 or more, and a reward"),
+        ("cli/generate.py", "gives equal ones: give a temperature"),
+        ("cli/generate.py", "with n, write to another file"),
+    ],
     "tests/cli/test_export_command.py::test_4_bits_that_cannot_hold_it": [
         ("cli/export.py", "--quant nf4 packs it"),
         ("cli/export.py", "fourbit merge --into nf4 with more --residual-bits"),
@@ -1138,6 +1160,9 @@ NOT_FOLLOWED = {  # why -> what
         ("kernels/chunked_head.py", "leave out the rows that are not trained"),
     ],
     "a row that is to be shorter, or other options to be chosen": [
+        ("trainer/policy.py", "{} times in the last one {}: mend it"),
+        ("trainer/watch.py", "give truncated_penalty, a reward for length"),
+        ("trainer/watch.py", "take harder or easier prompts, a finer reward, a higher temperature, or resample"),
         ("models/foreign.py", "give Run a loss of your own"),
         ("models/foreign.py", "take its text model alone"),
         ("models/plan.py", "give what it was made from"),
@@ -1147,8 +1172,9 @@ NOT_FOLLOWED = {  # why -> what
     ],
     "no advice": [
         ("cli/main.py", words)
-        for words in ("fine-tune a model on chat rows", "answer every row of a file", "--help    all flags")
+        for words in ("fine-tune a model on chat rows", "answer every row of a file", "fourbit rl --model M")
     ]
+    + [("cli/main.py", "--help    all flags")]
     + [("lora/targets.py", "takes away all")]
     + [("cli/forecast.py", words) for words in ("keep {}: {} MiB",)]
     + [("trainer/checkpoint.py", "keep 1 or more"), ("trainer/losses/objective.py", "loss must be NAME or NAME=WEIGHT")]

@@ -23,7 +23,9 @@ from fourbit.cli.parse import parse
 from fourbit.cli.sft import Options as SFTOptions
 from fourbit.cli.show import bars
 from fourbit.data.encode import load as load_rows
+from fourbit.data.forms import samples_of
 from fourbit.errors import visible
+from fourbit.models.generate import Sampled, sample
 from fourbit.models.load import load_tokenizer
 from fourbit.outputs import Output
 
@@ -192,13 +194,13 @@ def test_what_a_row_says_beside_its_messages_reaches_the_model(
     ]
     tokenizer, seen = load_tokenizer(here / "m"), list[list[int]]()
 
-    def answers(model: Any, prompts: list[list[int]], **how: Any) -> list[list[int]]:
+    def answers(model: Any, prompts: list[list[int]], **how: Any) -> Any:
         seen.extend(prompts)
-        return [tokenizer.encode("yo")] * len(prompts)
+        ids = tokenizer.encode("yo")
+        return iter([Sampled(ids, [0.0] * len(ids), False) if command == "generate" else ids] * len(prompts))
 
-    monkeypatch.setattr(
-        f"fourbit.{'cli.generate' if command == 'generate' else 'trainer.evaluate'}.generate_each", answers
-    )
+    name = "cli.generate.sample_each" if command == "generate" else "trainer.evaluate.generate_each"
+    monkeypatch.setattr(f"fourbit.{name}", answers)
     for i, row in enumerate(rows):
         (here / "d.jsonl").write_text(json.dumps(row) + "\n")
         out = f"--out o{i}.jsonl" if command == "generate" else ""
@@ -231,11 +233,36 @@ def _expected(folder: Path, text: str) -> str:
     return tokenizer.decode(ids, skip_special=False)
 
 
+def test_generate_keeps_the_best_of_several_as_rows_to_learn_from(here: Path, typed: Typed) -> None:
+    (here / "score.py").write_text("def score(prompt, answer, row):\n    return answer.count(row['letter'])\n")
+    talks = [{"messages": [{"role": "user", "content": "a" * i}], "letter": "b"} for i in range(1, 9)]
+    (here / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
+    line = f"{GENERATE} --overwrite --n 6 --temperature 1.5 --reward score.py:score"
+    read = lambda: [json.loads(line) for line in (here / "answers.jsonl").read_text().splitlines()]
+    typed(line)
+    every = read()
+    assert len(every) == 48 and all(row["reward"] == row["answer"].count("b") for row in every)
+    groups = [every[i : i + 6] for i in range(0, 48, 6)]
+    typed(f"{line} --keep best")
+    best = read()
+    assert [row["reward"] for row in best] == [max(row["reward"] for row in group) for group in groups]
+    assert all(row["messages"][-1]["content"].count("b") == row["reward"] for row in best)
+    typed(f"{line} --keep pairs")
+    pairs, differing = read(), [group for group in groups if len({row["reward"] for row in group}) > 1]
+    assert len(pairs) == len(differing) > 0
+    for pair in pairs:
+        chosen, rejected = (pair[name][0]["content"].count("b") for name in ("chosen", "rejected"))
+        assert chosen > rejected and pair["prompt"][0]["role"] == "user"
+    assert len(samples_of([str(here / "answers.jsonl")], "pairs")) == len(pairs)
+    assert "n of 2 or more" in typed(f"{GENERATE} --keep best --overwrite", code=2)
+    assert "temperature 0 gives equal ones" in typed(f"{GENERATE} --n 2 --overwrite", code=2)
+
+
 def test_generate_leaves_no_half_file(here: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("fourbit.cli.generate.generate_each", fail)
+    monkeypatch.setattr("fourbit.cli.generate.sample_each", fail)
     (here / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     (here / "answers.jsonl").write_text("older answers")
     before = {*here.iterdir()}
@@ -251,7 +278,7 @@ def test_generate_keeps_what_it_answered_and_goes_on(
     line = f"{GENERATE} --batch-size 2 --temperature 1"
     as_json(line)
     whole = (here / "answers.jsonl").rename(here / "whole.jsonl").read_text()
-    calls = [fourbit.generate]  # the second one ends in Ctrl-C
+    calls = [sample]  # the second one ends in Ctrl-C
 
     def answer(*args: Any, **more: Any) -> Any:
         if not calls:
@@ -259,7 +286,7 @@ def test_generate_keeps_what_it_answered_and_goes_on(
         return calls.pop()(*args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fourbit.models.generate.generate", answer)
+        patch.setattr("fourbit.models.generate.sample", answer)
         told = typed(line, code=130)
     assert "answers.jsonl keeps 16 finished rows; the same command with --resume goes on" in told
     assert "is there already: --overwrite replaces it, --resume goes on after its rows" in typed(line, code=2)

@@ -1,0 +1,45 @@
+"""`fourbit rl`: train an adapter by rewards for its own answers, computed by a program or given by a reward model."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..data.sample import Kind
+from ..errors import InputError
+from ..models.protocol import CausalLM
+from ..text.tokenizer import Tokenizer
+from ..trainer.config import RLConfig
+from ..trainer.policy import PolicyTrainer
+from ..trainer.rewards import rewards_of
+from .options import RewardOptions
+from .train import TrainOptions
+from .train import run as run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RLConfig, RewardOptions, TrainOptions):
+    """Train an adapter by rewards for its own answers (GRPO, RLOO and others, by --loss).
+
+      fourbit rl --model M --adapter runs/sft --data prompts.jsonl --reward number --out runs/rl
+      fourbit rl --model M --data prompts.jsonl --reward rewards.py:score --reward words:1-50=0.1 --out runs/rl
+
+    Rows are {"prompt": ...} or {"messages": [...]}; their other fields go to the
+    rewards. An answer in the row (answer, completion, output, expected, solution,
+    or the last assistant turn) is not shown to the model: checks compare with it.
+    With --val the validation prompts are answered greedily, and the adapter of the
+    highest reward is kept.
+    """
+
+    config_type: ClassVar = RLConfig
+    trainer_type: ClassVar = PolicyTrainer
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.reward:
+            raise InputError("reinforcement needs to know what an answer earns: give a reward, such as number")
+
+    def kind_of_rows(self) -> Kind:
+        return "prompts"
+
+    def extras(self, model: CausalLM, tokenizer: Tokenizer) -> dict[str, Any]:
+        how: dict[str, Any] = {"seconds": self.reward_seconds, "failed": self.failed_reward, "force": self.force}
+        return {"rewards": rewards_of(self.reward, model, **how)}

@@ -1,0 +1,57 @@
+"""`fourbit rl` as one types it: what it refuses, what it advises, and that the advice works."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RL = "rl --model m --data asked.jsonl --steps 2 --batch-size 2 --group-size 2 --max-new-tokens 3 --lr 1e-2"
+
+
+@pytest.fixture
+def asked(here: Path) -> Path:
+    rows = [{"prompt": "ab" * i, "answer": str(i)} for i in range(1, 7)]
+    (here / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (here / "score.py").write_text(
+        "def score(prompt, answer, row):\n    return len(set(answer)) + len(row['answer'])\n"
+    )
+    return here
+
+
+def test_a_run_leaves_an_adapter_its_rewards_and_pictures(asked: Path, typed: Any, as_json: Any) -> None:
+    told = as_json(f"{RL} --reward score.py:score --reward words:0-3=0.5 --val asked.jsonl --eval-every 1 --out run")
+    assert told["steps"] == 2 and told["val_reward"] > 0 and "val_reward/score.py:score" in told
+    records = [json.loads(line) for line in (asked / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"reward", "reward/words:0-3", "signal", "sampling_gap"} <= records[0].keys()
+    assert (asked / "run" / "loss.png").stat().st_size > 5000
+    typed("generate --model m --adapter run --data asked.jsonl --out answers.jsonl --max-new-tokens 2")
+    assert len((asked / "answers.jsonl").read_text().splitlines()) == 6
+
+
+WRONG = {  # what is typed wrong, what is said of it, and what is typed then
+    "no reward": ("", "give a reward, such as number", "--reward number"),
+    "no such reward": ("--reward nothing", "give one of these", "--reward exact"),
+    "twice": ("--reward exact --reward exact=2", "with the sum of the weights", "--reward exact=3"),
+    "a file that fails": ("--reward bad.py:score", "mend it", "--reward score.py:score"),
+    "one answer": ("--reward exact --group-size 1", "give 2 or more, or a baseline of batch or none",
+                   "--reward score.py:score --group-size 1 --baseline batch"),
+    "kl's parts alone": ("--reward exact --kl-stop 1", "give one", "--reward exact --kl-stop 1 --kl 0.1"),
+    "k1": ("--reward exact --kl 0.1 --kl-estimator k1", "take k2 or k3, or kl_in reward",
+           "--reward exact --kl 0.1 --kl-estimator k1 --kl-in reward"),
+    "clip": ("--reward exact --loss sapo --clip-low 0.1", "leave it out", "--reward exact --loss sapo"),
+    "ppo's baseline": ("--reward exact --loss ppo --baseline batch", "leave them out", "--reward exact --loss ppo"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_refused_says_what_works(asked: Path, typed: Any, kind: str) -> None:
+    (asked / "bad.py").write_text("def score(")
+    wrong, said, right = WRONG[kind]
+    assert said in " ".join(typed(f"{RL} {wrong} --out run", code=2).split())
+    typed(f"{RL} {right} --out run2")
+
+
+def test_a_dry_run_foresees_it(asked: Path, typed: Any) -> None:
+    assert "MiB" in typed(f"{RL} --reward exact --out run --dry-run")
+    assert not (asked / "run").exists()
