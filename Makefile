@@ -6,13 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo demo-dpo test test-slow test-gpu gpu-day lint types docs wheel-check size walks bench bench-cpu bench-sft bench-dpo clean
+.PHONY: demo demo-dpo demo-rl test test-slow test-gpu gpu-day lint types docs wheel-check size walks bench bench-cpu bench-sft bench-dpo clean
 
 demo: $(VENV)/.installed $(VENV)/.model ## fine-tune a real model on examples/tickets
 	$(BIN)/python examples/tickets/demo.py
 
 demo-dpo: $(VENV)/.installed $(VENV)/.model ## SFT, then DPO on examples/preferences, and what it changed
 	$(BIN)/python examples/preferences/dpo.py
+
+demo-rl: $(VENV)/.installed $(VENV)/.model ## SFT, then reinforcement on examples/arithmetic, and what it changed
+	$(BIN)/python examples/arithmetic/demo.py
 
 # A file's tests stay in one process: what its fixtures make is made once.
 test: $(VENV)/.dev $(VENV)/.model ## the whole CPU suite, in WORKERS processes
