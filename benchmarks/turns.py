@@ -97,15 +97,17 @@ def measure(
     return sides
 
 
-def summarise(sides: Sequence[Side], amounts: Sequence[int], unit: str, packages: Sequence[str]) -> dict[str, Any]:
+def summarise(
+    sides: Sequence[Side], amounts: Sequence[int], unit: str, packages: Sequence[str], alike: bool = True
+) -> dict[str, Any]:
     """The figures of the timed steps, of which step i did `amounts[i]` units of work: ours against the quickest other.
 
-    Exits when ours and the other one of its dtype did not train alike.
+    Exits when ours and the other one of its dtype did not train alike, if what they do can be alike.
     """
-    one, alike, *_ = sides
+    one, other, *_ = sides
     allowed = LARGEST_LOSS_GAP[one.name.partition(":")[2]]
-    gap = max(abs(a - b) for a, b in zip(one.losses, alike.losses, strict=True))
-    if not gap <= allowed:
+    gap = max(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True))
+    if alike and not gap <= allowed:
         sys.exit(f"not comparable: losses differ by up to {gap:.2g}, allowed {allowed}: nothing is reported")
     speeds = {s.name: [n / x for n, x in zip(amounts[WARM_UP:], s.seconds[WARM_UP:], strict=True)] for s in sides}
     best = max(sides[1:], key=lambda side: statistics.median(speeds[side.name]))
