@@ -40,7 +40,7 @@ from .step import Sums, make_optimizer
 # Bytes beside all tensors. CPU: what torch.optim and the first product bring, MKL's buffers; and of blocks that glibc
 # keeps in its heap (`cli.main.give_memory_back`) a share for holes between them, growing with their size: 2.36 needs
 # more room for an aligned block than the hole that one of its size has left. Both numbers are fitted to runs of
-# benchmarks.plan_check, of which a third is further off than 5%. CUDA: context and workspaces, never measured.
+# benchmarks.plan_check, and are off by up to a fourth. CUDA: context and workspaces, never measured.
 FRAMEWORK = {"cpu": 90 << 20, "cuda": 640 << 20}
 MAPPED, HOLES = 8 << 20, 1.6
 FEW = (2, 3)
