@@ -181,11 +181,12 @@ class PolicyTrainer(Referenced):
         config = self.config
         if config.truncated == "mask":
             made.counts = made.counts & (made.answers["truncated"] == 0)[:, None]
-        made.tokens |= {name: torch.zeros(made.counts.shape) for name in self._tables()}
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        made.tokens |= {name: torch.zeros(made.counts.shape, dtype=dtype) for name in self._tables()}
         for part in range(config.rollouts_ahead):
             for batch in self._batches(made, part):
                 for name, values in self._before(batch, made.tokens).items():
-                    made.tokens[name][[*batch.numbers], : values.shape[1]] = values.float().cpu()
+                    made.tokens[name][[*batch.numbers], : values.shape[1]] = values.to("cpu", dtype)
         if "uncertain" in made.tokens:
             made.tokens["uncertain"] = policy.uncertain(
                 made.tokens["uncertain"], made.counts, config.top_entropy
@@ -273,7 +274,7 @@ class PolicyTrainer(Referenced):
         old = here.get("old", logps.detach())
         reference = here.get("reference")
         given = policy.Rollouts(logps, old, here["advantages"], counts, reference)
-        if made.first == 0 == self.run.updates:
+        if made.first == 0 == self.run.steps:
             self._check_start(given, "old" in here)
         clips = {n: value for n in ("clip_low", "clip_high") if (value := getattr(config, n)) is not None}
         losses = POLICIES[config.loss].surrogate(given, **clips)

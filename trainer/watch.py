@@ -22,16 +22,19 @@ class Watch(Callback):
             return
         signal, reward, kl, truncated = (self._mean(name) for name in ("signal", "reward", "kl", "truncated"))
         self._say(
+            "signal",
             signal < 0.1,
             f"notice: in {1 - signal:.0%} of the groups all answers earn the same (mean reward {reward:.3g}), so "
             "little is learned: take harder or easier prompts, a finer reward, a higher temperature, or resample",
         )
         self._say(
+            "length",
             truncated > 0.5 and self._mean("answer_tokens", -5) > 1.5 * self._mean("answer_tokens", 5),
             f"notice: answers grow, and {truncated:.0%} have no end: give truncated_penalty, a reward for length "
             "(words), or truncated mask",
         )
         self._say(
+            "kl",
             kl > HIGHEST_KL,
             f"notice: the policy is {kl:.2g} nats a token from its reference: look at samples before you trust the "
             "reward; a lower lr, a higher kl or kl_stop hold it",
@@ -43,8 +46,7 @@ class Watch(Callback):
         values = [value for record in some if (value := record.get(name)) is not None]
         return sum(values) / len(values) if values else 0.0
 
-    def _say(self, happens: bool, sentence: str) -> None:
-        kind = sentence[:20]
+    def _say(self, kind: str, happens: bool, sentence: str) -> None:
         if happens and kind not in self.told:
             self.told.add(kind)
             self.tell(sentence)

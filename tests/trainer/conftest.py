@@ -55,7 +55,7 @@ KINDS = {
     **{name: replace(DPO, rows="judged", options={"loss": (name,)}) for name in ("kto", "bco-unpaired")},
     "apo-zero-unpaired": replace(DPO, rows="judged", options={"loss": ("apo-zero-unpaired",)}),
     "reward": Kind(fourbit.RewardTrainer, fourbit.RewardConfig, "pairs", {"center": 0.1}, {"head": some_head()}),
-    **{name: replace(POLICY, options=SHORT | {"loss": name}) for name in ("grpo", "rloo")},
+    **{name: replace(POLICY, options=SHORT | {"loss": name}) for name in ("grpo", "rloo", "ppo")},
     "distill from the base": replace(DISTILL, more={"teacher": None}),
     "distill from another model": replace(DISTILL, more={"teacher": "wide"}, options=DISTILL.options | {"top_k": 20}),
 }

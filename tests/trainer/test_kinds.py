@@ -18,9 +18,19 @@ from fourbit.trainer.sft import SFTTrainer
 PAIRED = ("sigmoid", "ipo", "orpo", "bco", "simpo")
 JUDGED = ("kto", "bco-unpaired", "apo-zero-unpaired")
 DISTILLED = ("distill from the base", "distill from another model")
-POLICIES = ("grpo", "rloo")
+POLICIES = ("grpo", "rloo", "ppo")
 KINDS = ("sft", *PAIRED, *JUDGED, "reward", *POLICIES, *DISTILLED)
-STATEFUL = ("sft", "sigmoid", "bco", "kto", "bco-unpaired", "reward", "grpo", *DISTILLED)  # one for each kind of state
+STATEFUL = (
+    "sft",
+    "sigmoid",
+    "bco",
+    "kto",
+    "bco-unpaired",
+    "reward",
+    "grpo",
+    "ppo",
+    *DISTILLED,
+)  # one for each kind of state
 LAYOUTS = ({"micro_batch": 1}, {"micro_batch": 3}, {"packing": False}, {"packing": False, "micro_batch": 1})
 
 
@@ -43,7 +53,8 @@ def test_no_layout_changes_a_gradient(make, kind):
         loaded = {"dtype": dtype, "quant_type": quantize, "b_seed": 0}
         loaded["batch_size"] = 8
         value, whole = gradients(make(kind, **loaded))
-        assert len(whole) == 28 + (kind == "reward") and all(gradient.norm() > 0 for gradient in whole.values())
+        assert len(whole) == 28 + (kind == "reward") + 29 * (kind == "ppo")
+        assert all(gradient.norm() > 0 for name, gradient in whole.items() if "value" not in name)  # its head is 0
         for layout in layouts:
             other_value, other = gradients(make(kind, **loaded, **layout))
             assert other_value == pytest.approx(value, rel=allowed), layout

@@ -114,7 +114,9 @@ def mean_weights(counts: Tensor, mean: Mean = "token", max_length: int = 1) -> t
     that long answers weigh more (with level "mean": LUSPO, 2026, arXiv 2602.05261)."""
     each = counts.to(torch.float64)
     if mean == "token":
-        return each, each.sum()
+        return each, each.sum().clamp(
+            min=torch.finfo(torch.float32).tiny
+        )  # where nothing counts the mean is 0, not NaN
     divisor = each.sum(1, keepdim=True).clamp(min=1) if mean == "answer" else max_length if mean == "length" else 1
     return each / divisor, each.new_tensor(float(len(each)))
 
