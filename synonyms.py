@@ -26,10 +26,17 @@ ELSEWHERE = {
     "loss_on": "completion_only_loss assistant_only_loss train_on_inputs mask_prompt train_on_prompt",
     "out": "output_dir out_dir save_path output",
     "adapter": "adapter_path adapter_name_or_path lora_model_dir lora_path",
-    "loss": "loss_type rl pref_loss",
+    "loss": "loss_type pref_loss",
+    "group_size": "num_generations",
+    "updates": "num_iterations",
+    "max_new_tokens": "max_completion_length",
+    "clip_low": "epsilon",
+    "clip_high": "epsilon_high",
+    "reward": "reward_funcs",
     # commands
     "sft": "train finetune fine_tune finetune_lora lora qlora",
-    "dpo": "preference orpo kto simpo cpo ipo rlhf",
+    "dpo": "preference orpo kto simpo cpo ipo",
+    "rl": "grpo ppo rloo reinforce rlhf",
     "eval": "evaluate test lm_eval",
 }
 SYNONYMS = {theirs: ours for ours, names in ELSEWHERE.items() for theirs in names.split()}

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar, Literal
@@ -77,8 +78,9 @@ def run(options: Options, sources: Sources) -> int:
         rewards = rewards_of(options.reward, model, seconds=options.reward_seconds, force=options.force)
         done, prompts = len(out.rows), [prompt for prompt in prompts for _ in range(options.n)]
         how |= {"seed": prompt_seeds(prompts, options.seed)[done:], "batch_size": options.batch_size}
-        new = sample_each(model, prompts[done:], **how)
-        with answering(model, options.keep_dense):
+        new = sample_each(model, prompts[done:], keep_dense=options.keep_dense, **how)
+        # Merged weights are held over all answers, but where rewards are asked between them, perhaps of an adapter.
+        with nullcontext() if options.reward else answering(model, options.keep_dense):
             for number, sample in enumerate(samples[done:], done + 1):
                 made = islice(new, options.n)
                 answers = [answered(sample, prompts[(number - 1) * options.n], one, tokenizer) for one in made]
@@ -86,6 +88,8 @@ def run(options: Options, sources: Sources) -> int:
                     out.write(json.dumps(row, ensure_ascii=False))
                 if number == len(samples) or (number - done) % (8 * options.batch_size) == 0:
                     note(f"{number:,} of {len(samples):,} rows")
+    for failure, times in rewards.failures.items():
+        note(f"note: {times:,} times {failure}; these answers have no reward from it")
     if out.stdout:
         note(f"answers: {len(samples):,} rows")
     else:
@@ -106,7 +110,8 @@ def written(sample: Sample, answers: Sequence[Answered], rewards: Rewards, keep:
         return [{**sample.row, "answer": one.answer} for one in answers]
     earned = rewards(answers).total
     if keep == "all":
-        return [{**sample.row, "answer": a.answer, "reward": r} for a, r in zip(answers, earned, strict=True)]
+        known = [reward if reward == reward else None for reward in earned]  # JSON has no NaN
+        return [{**sample.row, "answer": a.answer, "reward": r} for a, r in zip(answers, known, strict=True)]
     order = sorted((r, -i) for i, r in enumerate(earned) if r == r)  # the first of equal ones; none that failed
     if not order or (keep == "pairs" and order[0][0] == order[-1][0]):
         return []

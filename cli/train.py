@@ -189,9 +189,10 @@ def run(options: TrainOptions, sources: Sources) -> int:
         if not each.whole:
             _put_adapter(model, each, rows, name, each.lora_config(tokenizer))
         config = each.config_type(**{field.name: getattr(each, field.name) for field in fields(each.config_type)})
-        if options.dry_run and isinstance(config, DPOConfig) and config.objective().needs_reference:
+        compares = config.objective().needs_reference if isinstance(config, DPOConfig) else getattr(config, "kl", 0) > 0
+        if options.dry_run and compares:
             start: Any = "base" if each.fresh else "start"  # no number is there that says whether an adapter is fresh
-            config = replace(config, reference=start if config.reference == "auto" else config.reference)
+            config = replace(config, **{"reference": start} if getattr(config, "reference", "") == "auto" else {})
         extras = each.extras(model, tokenizer) | {"train": rows, "val": val, "config": config, "adapter": name}
         if isinstance(teacher := extras.get("teacher"), CausalLM):
             remark_positions(teacher, longest, whose="teacher")

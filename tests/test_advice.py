@@ -918,6 +918,7 @@ ELSEWHERE = {  # tests of other files that follow an advice
         ("trainer/config.py", "take k2 or k3, or kl_in reward"),
         ("trainer/config.py", "clip_low is not used".replace("clip_low", "{}")),
         ("trainer/config.py", "ppo's come from values: leave them out"),
+        ("trainer/config.py", "belongs to the loss ppo, got {} with {}: leave it out"),
     ],
     "tests/trainer/test_policy_trl.py::test_a_reward_that_failed_has_no_part_in_its_group": [
         ("trainer/losses/policy.py", "leave-one-out needs 2 answers a prompt or more"),
@@ -1160,7 +1161,7 @@ NOT_FOLLOWED = {  # why -> what
         ("kernels/chunked_head.py", "leave out the rows that are not trained"),
     ],
     "a row that is to be shorter, or other options to be chosen": [
-        ("trainer/policy.py", "{} times in the last one {}: mend it"),
+        ("trainer/policy.py", "{} times {}: mend it"),
         ("trainer/watch.py", "give truncated_penalty, a reward for length"),
         ("trainer/watch.py", "take harder or easier prompts, a finer reward, a higher temperature, or resample"),
         ("models/foreign.py", "give Run a loss of your own"),

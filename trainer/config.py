@@ -7,7 +7,7 @@ adapter sensibly on a few hundred to a few thousand rows; nothing here needs a G
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from inspect import signature
 from typing import ClassVar, Literal
 
@@ -307,7 +307,9 @@ class RLConfig(TrainingConfig):
     clip_low: float | None = setting(None, "ratios are clipped below 1 less this; default: the loss'", positive=True)
     clip_high: float | None = setting(None, "ratios are clipped above 1 plus this; default: the loss'", positive=True)
     baseline: Baseline | None = setting(None, "mean that is taken off a reward; default: the loss' own")
-    scale: Scale | None = setting(None, "advantages are divided by the deviation of group or batch; default likewise")
+    scale_rewards: Scale | None = setting(
+        None, "advantages are divided by the deviation of group or batch; default likewise"
+    )
     kl: float = setting(0.0, "weight of the KL to the reference; 0: no reference", least=0)
     kl_in: Literal["loss", "reward"] = setting("loss", "where the KL counts")
     kl_estimator: Estimator | None = setting(None, "of the KL: default k3 in the loss, k1 in the reward")
@@ -331,8 +333,19 @@ class RLConfig(TrainingConfig):
         for name in ("clip_low", "clip_high"):
             if getattr(self, name) is not None and (name not in taken or self.loss == "reinforce"):
                 raise InputError(f"{name} is not used by the loss {self.loss}, got {getattr(self, name)}: leave it out")
-        if self.loss == "ppo" and (self.baseline or self.scale):
-            raise InputError("baseline and scale make advantages of rewards, ppo's come from values: leave them out")
+        own = {
+            one.name: one.default for one in fields(RLConfig) if one.name in ("gamma", "lam", "value_lr", "value_clip")
+        }
+        for name in [name for name, default in own.items() if self.loss != "ppo" and getattr(self, name) != default]:
+            raise InputError(
+                f"{name} belongs to the loss ppo, got {getattr(self, name)} with {self.loss}: leave it out"
+            )
+        if self.resample and self.group_size < 2:
+            raise InputError("resample exchanges groups whose answers all earn the same, and a group of 1 is no group")
+        if self.loss == "ppo" and (self.baseline or self.scale_rewards):
+            raise InputError(
+                "baseline and scale_rewards make advantages of rewards, ppo's come from values: leave them out"
+            )
         if self.group_size < 2 and (self.baseline or policy.baseline) in ("group", "leave-one-out"):
             raise InputError(
                 f"a baseline of {self.baseline or policy.baseline} compares the answers to a prompt, got group_size "

@@ -65,7 +65,7 @@ def evaluate_loss(
         for batch in batches:
             total += (loss := cross_entropy(model, batch).loss.item())
             if not math.isfinite(loss):
-                what = f"losses of rows from {examples[batch.numbers[0]].source} on"
+                what = f"losses of rows from {examples[min(batch.numbers)].source} on"
                 raise explain_nonfinite(model, what, nonfinite_layer(model, batch))
     return total / sum(batch.trained for batch in batches)
 

@@ -8,11 +8,9 @@ measured, and with `correction` weighed.
 
 import copy
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -70,15 +68,17 @@ class PolicyTrainer(Referenced):
         rewards: Rewards,
         **options: Unpack[Options],
     ) -> None:
-        self.compares, self.rewards = config.kl > 0, rewards
+        self.compares = config.kl > 0
+        self.rewards = rewards if config.failed_reward is None else Rewards(rewards.given, config.failed_reward)
         self.round: Rollouts | None = None
         self.values: ValueFunction | None = None
         if config.loss == "ppo":
             self.values = ValueFunction(as_causal_lm(model), options.get("adapter", DEFAULT), config.seed)
-            config = replace(config, lr_scale={f"{VALUE}.*": config.value_lr / config.lr, **config.lr_scale})
+            if options.get("optimizer") is None:
+                config = replace(config, lr_scale={f"{VALUE}.*": config.value_lr / config.lr, **config.lr_scale})
         super().__init__(model, tokenizer, config=config, **options)
         self.steps_per_epoch *= config.updates
-        self.failures, self.unrewarded = Counter[str](), 0
+        self.told, self.unrewarded = set[str](), 0
         self.callbacks = (*self.callbacks, Watch(self._tell))
         for rows in self.sets:
             check_room(self.model, rows.samples, [example.parts[0].ids for example in rows.examples])
@@ -116,6 +116,10 @@ class PolicyTrainer(Referenced):
         ]
         made = self._answered(first, numbers, config.seed + 7919 * first)
         made = self._with_signal(made, start)
+        self.unrewarded = self.unrewarded + 1 if bool(made.answers["failed"].all()) else 0
+        if self.unrewarded >= TRIES:
+            what, times = self.rewards.failures.most_common(1)[0]
+            raise InputError(f"no answer of {TRIES} rounds got a reward; {times} times {what}: mend it")
         made.rate = made.counts.sum().item() / (time.perf_counter() - begun)
         self._prepare(made)
         return made
@@ -137,18 +141,15 @@ class PolicyTrainer(Referenced):
 
     def _judge(self, made: Rollouts) -> None:
         judged = self.rewards(self._texts(self.train_set, made.numbers, made.examples))
-        for failure in judged.failures.keys() - self.failures.keys():
+        for failure in self.rewards.failures.keys() - self.told:
+            self.told.add(failure)
             self._tell(f"notice: {failure}; the answer has no reward from it")
-        self.failures += judged.failures
         total = torch.tensor(judged.total, dtype=torch.float64)
         total -= self.config.truncated_penalty * made.answers["truncated"].double()
         made.answers["reward"] = total
         for name, values in judged.by_source.items():
             made.answers[f"reward/{name}"] = torch.tensor(values, dtype=torch.float64)
-        self.unrewarded = self.unrewarded + 1 if bool(total.isnan().all()) else 0
-        if self.unrewarded >= TRIES:
-            what, times = judged.failures.most_common(1)[0]
-            raise InputError(f"no answer of {TRIES} rounds got a reward; {times} times in the last one {what}: mend it")
+        made.answers["failed"] = total.isnan().float()
 
     def _texts(self, rows: Dataset, numbers: Sequence[int], examples: Sequence[Any]) -> list[Answered]:
         stops, made = set(self.tokenizer.stop_ids), list[Answered]()
@@ -163,8 +164,8 @@ class PolicyTrainer(Referenced):
         """Exchange prompts whose answers all earned the same for others, as often as `resample` allows."""
         config = self.config
         for attempt in range(config.resample):
-            groups = made.answers["reward"].view(-1, config.group_size).nan_to_num()
-            silent = (groups == groups[:, :1]).all(1).nonzero().flatten().tolist()
+            groups = made.answers["reward"].view(-1, config.group_size)
+            silent = (~differing(groups)).nonzero().flatten().tolist()
             if not silent:
                 break
             rows = len(self.train_set.examples)
@@ -226,13 +227,14 @@ class PolicyTrainer(Referenced):
             gap = policy.kl_estimate(tokens["old"], tokens["reference"], config.estimator)
             each = -config.kl * torch.where(counts, gap, 0.0)
         groups = rewards.view(-1, config.group_size)
-        known = groups.nan_to_num()
-        made.answers["signal"] = (known != known[:, :1]).any(1).float().repeat_interleave(config.group_size)
-        made.answers["reward_std"] = known.std(1, correction=0).float().repeat_interleave(config.group_size)
+        if config.group_size > 1:
+            spread = policy.deviation(groups.nan_to_num(), ~groups.isnan(), 1).expand_as(groups)
+            made.answers["signal"] = differing(groups).float().repeat_interleave(config.group_size)
+            made.answers["reward_std"] = spread.float().flatten()
         made.counts = counts = counts & ~rewards.isnan()[:, None]
         if self.values is None:
             way, groups = POLICIES[config.loss], (rewards + each.double().sum(1)).view(-1, config.group_size)
-            found = policy.advantages(groups, config.baseline or way.baseline, config.scale or way.scale)
+            found = policy.advantages(groups, config.baseline or way.baseline, config.scale_rewards or way.scale)
             tokens["advantages"] = found.flatten().float()[:, None]
         else:
             last = torch.arange(counts.shape[1]) == counts.sum(1, keepdim=True) - 1
@@ -248,9 +250,11 @@ class PolicyTrainer(Referenced):
         prompts = [prompt for prompt in longest for _ in range(config.group_size)]
         most = config.max_new_tokens
         rooms = [min(most, (self.model.max_positions or len(p) + most) - len(p)) for p in prompts]
-        answers = [Sampled([0] * room, [0.0] * room, False) for room in rooms]
+        words = self.model.vocab_size  # answers that differ from their first token on: what they share would run once
+        answers = [Sampled([i % words] * room, [0.0] * room, False) for i, room in enumerate(rooms)]
         other = copy.copy(self)
-        other.round = made = drawn(0, [0] * len(prompts), prompts, answers)
+        other.config = replace(config, batch_size=len(prompts))  # all answers of a step
+        other.round = made = drawn(-1, [0] * len(prompts), prompts, answers)
         names = [*self._tables(), "advantages", "returns"]
         made.tokens |= dict.fromkeys(names, torch.zeros(made.counts.shape))
         other.train_set = Dataset("judged", made.examples)
@@ -265,9 +269,9 @@ class PolicyTrainer(Referenced):
     def sums(self, batch: Batch) -> Sums:
         config, made, rows = self.config, self.round, batch.numbers
         assert made is not None
-        with steady(self.model):
-            found = self.scores(batch)
-            values = None if self.values is None else self.values(batch)
+        self.model.eval()  # without dropout, until layers have run again for backward
+        found = self.scores(batch)
+        values = None if self.values is None else self.values(batch)
         logps = found.logps[0]  # [P, L]
         here = {name: made.at(name, rows, logps.shape[1]).to(logps) for name in made.tokens}
         counts = made.counts[[*rows], : logps.shape[1]].to(logps.device)
@@ -276,8 +280,7 @@ class PolicyTrainer(Referenced):
         given = policy.Rollouts(logps, old, here["advantages"], counts, reference)
         if made.first == 0 == self.run.steps:
             self._check_start(given, "old" in here)
-        clips = {n: value for n in ("clip_low", "clip_high") if (value := getattr(config, n)) is not None}
-        losses = POLICIES[config.loss].surrogate(given, **clips)
+        losses = POLICIES[config.loss].surrogate(given, **self._clips())
         if config.correction:
             losses = losses * policy.importance(old, here["sampled"], config.correction)
         if "uncertain" in here:
@@ -295,6 +298,10 @@ class PolicyTrainer(Referenced):
             losses = losses + off
         weights, weight = policy.mean_weights(counts, POLICIES[config.loss].mean, config.max_new_tokens)
         return Sums((losses * weights).sum(), metrics, weight=weight)
+
+    def _clips(self) -> dict[str, float]:
+        given = {name: getattr(self.config, name) for name in ("clip_low", "clip_high")}
+        return {name: value for name, value in given.items() if value is not None}
 
     def _check_start(self, given: policy.Rollouts, known: bool) -> None:
         """Raise NumericError unless, before the first update, the policy is its old self, and its own reference where
@@ -320,14 +327,23 @@ class PolicyTrainer(Referenced):
         metrics |= {"rollout_tokens_per_second": summed(torch.tensor([made.rate]))} if made.rate else {}
         metrics["entropy"] = summed(entropy, given.counts)
         metrics["ratio"] = summed(ratio, given.counts)
-        low, high = self.config.clip_low or 0.2, self.config.clip_high or self.config.clip_low or 0.2
-        metrics["clipped"] = summed((ratio < 1 - low) | (ratio > 1 + high), given.counts)
+        if (outside := policy.outside(POLICIES[self.config.loss].surrogate, given, self._clips())) is not None:
+            metrics["clipped"] = summed(outside, given.counts)
         metrics["sampling_gap"] = summed((given.old - here["sampled"]).abs(), given.counts)
         return {name: values.to(ratio.device) for name, values in metrics.items()}
 
     def applied(self, result: StepResult) -> None:
         if self.config.kl_stop and "kl" in result.metrics and float(result.metrics["kl"]) > self.config.kl_stop:
             self.run.stopped = True
+
+    def on(self, model: CausalLM) -> Self:
+        other = super().on(model)
+        other.values = None if self.values is None else self.values.on(model)
+        return other
+
+    def course(self, *args: Any, **how: Any) -> Any:
+        self.round = None  # of a run before this one
+        return super().course(*args, **how)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return super().trained_parameters() | ({} if self.values is None else self.values.parameters())
@@ -346,8 +362,13 @@ class PolicyTrainer(Referenced):
         judged = self.rewards(texts)
         for one, reward in list(zip(texts, judged.total, strict=True))[:SHOWN]:
             self._tell(f"  reward {reward:.3g}  {shown(one.prompt[-60:])} -> {shown(one.answer, 120)}")
-        columns = {"reward": judged.total} | {f"reward/{name}": v for name, v in judged.by_source.items()}
-        found = {name: torch.tensor(values, dtype=torch.float64).nanmean().item() for name, values in columns.items()}
+        late = self.config.truncated_penalty * answers.answers["truncated"].double()
+        columns = {"reward": torch.tensor(judged.total, dtype=torch.float64) - late} | {
+            f"reward/{name}": v for name, v in judged.by_source.items()
+        }
+        found = {
+            name: torch.as_tensor(values, dtype=torch.float64).nanmean().item() for name, values in columns.items()
+        }
         found |= {name: values.mean().item() for name, values in answers.answers.items()}
         return told(self.callbacks, "on_evaluate", self.run, {name: finite(value) for name, value in found.items()})
 
@@ -364,13 +385,6 @@ class PolicyTrainer(Referenced):
         self.round = restored(own) if own else None
 
 
-@contextmanager
-def steady(model: nn.Module) -> Iterator[None]:
-    """A block without dropout, and with gradients."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def differing(rewards: Tensor) -> Tensor:
+    """[P] bool: whether the rewards that are known of a group [P, G] differ."""
+    return rewards.nan_to_num(nan=-torch.inf).amax(1) > rewards.nan_to_num(nan=torch.inf).amin(1)

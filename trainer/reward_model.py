@@ -93,7 +93,7 @@ class RewardModel:
             for batch in micro_batches(answers, token_budget=token_budget, forks_up_to=forks) if answers else ():
                 found = self.rewards(batch)[0]
                 if not bool(found.isfinite().all()):
-                    what = f"rewards of rows from {samples[batch.numbers[0]].source} on"
+                    what = f"rewards of rows from {samples[min(batch.numbers)].source} on"
                     raise explain_nonfinite(self.model, what, nonfinite_layer(self.model, batch))
                 for place, reward in zip(batch.numbers, found.tolist(), strict=True):
                     scores[place] = reward

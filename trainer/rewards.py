@@ -30,7 +30,8 @@ from .reward_model import HEAD, RewardModel, read_head
 
 LARGEST = 1e9  # of a reward, either way: squares of what is beyond it would not be numbers in fp32
 EXPECTED = ("answer", "completion", "output", "expected", "solution", "ground_truth")  # fields of a row, first found
-NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<!\d)[-+])?\d+(?:,\d{3})*(?:\.\d+)?")
+KINDS_OF_FAILURES = 20  # that are told apart: a message may hold the answer
 RewardFunction = Callable[[str, str, Mapping[str, Any]], Any]  # prompt, answer, row -> a number
 
 
@@ -62,10 +63,10 @@ class Judged:
 
 class Rewards:
     """Judges answers by all sources. given: names and (weight, judge). failed: the reward where a source failed; None:
-    the whole answer has none then, and teaches nothing."""
+    the whole answer has none then, and teaches nothing. `failures` counts what failed, so far."""
 
     def __init__(self, given: Mapping[str, tuple[float, Judge]], failed: float | None = None) -> None:
-        self.given, self.failed = given, failed
+        self.given, self.failed, self.failures = given, failed, Counter[str]()
 
     def __call__(self, answers: Sequence[Answered]) -> Judged:
         by_source, failures = dict[str, list[float]](), Counter[str]()
@@ -81,6 +82,9 @@ class Rewards:
             by_source[name] = values
             known = [self.failed if value != value and self.failed is not None else value for value in values]
             total = [so_far + weight * value for so_far, value in zip(total, known, strict=True)]
+        for what, times in failures.items():
+            told_apart = what in self.failures or len(self.failures) < KINDS_OF_FAILURES
+            self.failures[what if told_apart else "other failures"] += times
         return Judged(by_source, total, failures)
 
 
@@ -107,6 +111,8 @@ def each(function: RewardFunction) -> Judge:
         for one in answers:
             try:
                 made.append(function(one.prompt, one.answer, one.row))
+            except Failed as why:
+                made.append(why)
             except Exception as error:
                 made.append(Failed(f"raised {type(error).__name__}: {shown(str(error))[1:-1]}"))
         return made
@@ -119,8 +125,9 @@ def by_model(scores: RewardModel, adapter: str, token_budget: int = 2048) -> Jud
 
     def judge(answers: Sequence[Answered]) -> list[float]:
         found = [0.0] * len(answers)
+        how: dict[str, Any] = {"token_budget": token_budget, "forks_up_to": scores.model.forks_up_to}
         with evaluating(scores.model), using(scores.model, adapter):
-            for batch in micro_batches([(i, one.example) for i, one in enumerate(answers)], token_budget=token_budget):
+            for batch in micro_batches([*enumerate(one.example for one in answers)], **how):
                 for place, reward in zip(batch.numbers, scores.rewards(batch)[0].tolist(), strict=True):
                     found[place] = reward
         return found
@@ -136,7 +143,7 @@ def rewards_of(
     Raises InputError for a name that is none of these, or comes twice."""
     given = dict[str, tuple[float, Judge]]()
     for spec in specs:
-        name, weight = weighed(spec)
+        name, weight = (spec, 1.0) if (Path(spec) / HEAD).is_file() else weighed(spec)
         file, _, function = name.rpartition(":")
         if (found := check(name)) is not None:
             judge = each(found)
@@ -235,7 +242,13 @@ def check(spec: str) -> RewardFunction | None:
         return inner and (lambda prompt, answer, row: inner(prompt, answer.strip().rpartition("\n")[2], row))
     if spec in COMPARED:
         compare = COMPARED[spec]
-        return lambda prompt, answer, row: float(compare(answer, str(expected(row))))
+
+        def compared(prompt: str, answer: str, row: Mapping[str, Any]) -> float:
+            if (wanted := expected(row)) is None:
+                raise Failed("has no answer in the row to compare with")
+            return float(compare(answer, wanted))
+
+        return compared
     name, _, told = spec.partition(":")
     if name not in ALONE:
         return None
@@ -247,11 +260,6 @@ def check(spec: str) -> RewardFunction | None:
     except re.error as error:
         raise InputError(f"the reward {shown(spec)} is no regular expression: {error}") from None
     return lambda prompt, answer, row: float(holds(answer))
-
-
-def needs_expected(spec: str) -> bool:
-    """Whether this check compares with the answer that a row holds."""
-    return spec.removeprefix(LAST_LINE) in COMPARED
 
 
 # A user's file.
@@ -284,7 +292,7 @@ class Worker:
         """What the function returned, or why it did not."""
         try:
             if self.process is None:
-                self._start()
+                self._again()
             told = self._ask(json.dumps(arguments, default=str).encode() + b"\n")
         except Failed as failure:
             self.stop()
@@ -294,11 +302,17 @@ class Worker:
             raise
         return told["value"] if "value" in told else Failed(told["failed"])
 
+    def _again(self) -> None:
+        try:
+            self._start()
+        except InputError as error:  # it did start once: this answer has no reward, the run goes on
+            raise Failed(str(error)) from None
+
     def _start(self) -> None:
         program = Path(__file__).with_name("reward_child.py")
         try:
             self.process = subprocess.Popen(
-                [sys.executable, str(program), str(self.file), self.function],
+                [sys.executable, "-P", str(program), str(self.file), self.function],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,  # it ends with all that it has started, and Ctrl-C is the trainer's

@@ -1,5 +1,8 @@
 """The value function of PPO: what an answer is expected to earn from each of its tokens on."""
 
+import copy
+from typing import Self
+
 from torch import Tensor, nn
 
 from ..data.batch import Batch
@@ -29,6 +32,12 @@ class ValueFunction:
     def parameters(self) -> dict[str, nn.Parameter]:
         own = {f"{VALUE}.{name}": parameter for name, parameter in adapter_parameters(self.model, VALUE).items()}
         return own | {f"{VALUE}.head": self.head}
+
+    def on(self, model: CausalLM) -> Self:
+        """The same for a forecast's model, which carries the adapter too."""
+        other = copy.copy(self)
+        other.model, other.head = model, nn.Parameter(fresh_head(model))
+        return other
 
     def __call__(self, batch: Batch) -> Tensor:
         """[P, L] of the answers of a batch that is still on the CPU: before each token."""

@@ -23,7 +23,7 @@ class Watch(Callback):
         signal, reward, kl, truncated = (self._mean(name) for name in ("signal", "reward", "kl", "truncated"))
         self._say(
             "signal",
-            signal < 0.1,
+            "signal" in self.seen[-1] and signal < 0.1,
             f"notice: in {1 - signal:.0%} of the groups all answers earn the same (mean reward {reward:.3g}), so "
             "little is learned: take harder or easier prompts, a finer reward, a higher temperature, or resample",
         )

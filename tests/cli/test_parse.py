@@ -183,6 +183,12 @@ TRAINING = (
     "rslora json patience keep_best save_every keep resume log data val rank alpha dropout target adapter force "
     "deterministic kind start initial_rank rank_warmup rank_final feedforward train_tokens dry_run"
 )
+REWARDS = "reward reward_seconds"
+RL = (
+    "loss group_size rollouts_ahead updates max_new_tokens temperature truncated truncated_penalty failed_reward "
+    "resample clip_low clip_high baseline scale_rewards kl kl_in kl_estimator kl_stop reference entropy_bonus "
+    "top_entropy correction gamma lam value_lr value_clip"
+)
 DISTILL = "teacher teacher_adapter teacher_quant divergence jsd_beta temperature top_k sft_weight"
 
 
@@ -194,6 +200,7 @@ FILE = {"overwrite", "resume", "json"}
     [
         ("sft", {*TRAINING.split(), *MODEL, "loss_on", "full", "sweep"}),
         ("plan", {*TRAINING.split(), *MODEL, "loss_on", "full", "sweep", "memory", "flops", "lengths"}),
+        ("rl", {*TRAINING.split(), *MODEL, *RL.split(), *REWARDS.split()}),
         ("reward", {*TRAINING.split(), *MODEL, "truncation", "head_lr", "center"}),
         ("distill", {*TRAINING.split(), *MODEL, *DISTILL.split(), "loss_on", "full"}),
         (
@@ -206,7 +213,21 @@ FILE = {"overwrite", "resume", "json"}
         ),
         (
             "generate",
-            MODEL | SAMPLING | FILE | {"adapter", "force", "data", "out", "template", "batch_size", "keep_dense"},
+            MODEL
+            | SAMPLING
+            | FILE
+            | {
+                "adapter",
+                "force",
+                "data",
+                "out",
+                "template",
+                "batch_size",
+                "keep_dense",
+                "n",
+                "keep",
+                *REWARDS.split(),
+            },
         ),
         ("chat", MODEL | SAMPLING | {"adapter", "force", "system", "template", "keep_dense"}),
         ("data", ROWS | {"model", "rows", "problems", "json"}),

@@ -40,6 +40,7 @@ WRONG = {  # what is typed wrong, what is said of it, and what is typed then
     "k1": ("--reward exact --kl 0.1 --kl-estimator k1", "take k2 or k3, or kl_in reward",
            "--reward exact --kl 0.1 --kl-estimator k1 --kl-in reward"),
     "clip": ("--reward exact --loss sapo --clip-low 0.1", "leave it out", "--reward exact --loss sapo"),
+    "ppo alone": ("--reward exact --lam 0.5", "leave it out", "--reward exact --loss ppo --lam 0.5"),
     "ppo's baseline": ("--reward exact --loss ppo --baseline batch", "leave them out", "--reward exact --loss ppo"),
 }  # fmt: skip
 
@@ -52,6 +53,24 @@ def test_what_is_refused_says_what_works(asked: Path, typed: Any, kind: str) -> 
     typed(f"{RL} {right} --out run2")
 
 
-def test_a_dry_run_foresees_it(asked: Path, typed: Any) -> None:
-    assert "MiB" in typed(f"{RL} --reward exact --out run --dry-run")
+@pytest.mark.parametrize("more", ["", "--updates 2 --kl 0.1", "--loss ppo"])
+def test_a_dry_run_foresees_it(asked: Path, typed: Any, more: str) -> None:
+    assert "MiB" in typed(f"{RL} --reward exact --out run --dry-run {more}")
     assert not (asked / "run").exists()
+
+
+def test_a_reward_model_judges_answers_alike_however_they_were_generated(asked: Path, typed: Any) -> None:
+    """Also where the policy's layers are merged for the time that it answers, and its reward model has others."""
+    pairs = [{"prompt": "ab" * i, "chosen": "a" * i, "rejected": "b" * i} for i in range(1, 7)]
+    (asked / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (asked / "shown.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    typed("reward --model m --data pairs.jsonl --steps 3 --lr 1e-2 --batch-size 2 --out judge")
+    typed("sft --model m --data shown.jsonl --steps 2 --lr 1e-2 --batch-size 1 --target q_proj --out run")
+    found = []
+    for keep in ("off", "on"):
+        out = f"--reward judge --n 3 --temperature 1 --max-new-tokens 4 --keep-dense {keep} --out {keep}.jsonl"
+        typed(f"generate --model m --adapter run --data asked.jsonl {out}")
+        found.append([json.loads(line) for line in (asked / f"{keep}.jsonl").read_text().splitlines()])
+    assert [row["answer"] for row in found[0]] == [row["answer"] for row in found[1]]
+    rewards = [[row["reward"] for row in rows] for rows in found]
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-4) and len({*rewards[0]}) > 6

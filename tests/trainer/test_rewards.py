@@ -26,7 +26,7 @@ def answered(answer: str, row: dict[str, Any] | None = None, prompt: str = "2 + 
         ("exact", " so it is 4 ", True), ("exact", "4", False),
         ("contains", "well, so it is 4, yes", True), ("contains", "4", False),
         ("number", "1, 2, 3 and 4", True), ("number", "4 or 5", False), ("number", "four", False),
-        ("number", "4.0", True), ("number", "-4", False),
+        ("number", "4.0", True), ("number", "-4", False), ("number", "8-4", True), ("number", "3,4", True),
         ("last-line:number", "9\nis 4", True), ("last-line:number", "4\nor 9", False),
         ("fields:a,b", '{"a": 1, "b": 2, "c": 3}', True), ("fields:a,b", '{"a": 1}', False), ("fields:a", "{", False),
         ("words:2-3", "one two", True), ("words:2-3", "one", False), ("words:2-3", "1 2 3 4", False),
@@ -52,6 +52,29 @@ def test_what_a_row_expects_is_its_answer() -> None:
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     assert expected({"messages": talk}) == "a" and expected({"messages": talk[:1]}) is None
     assert expected({"prompt": "q", "solution": 4}) == "4" and expected({"prompt": "q"}) is None
+
+
+def test_a_row_without_an_answer_earns_nothing_and_says_so() -> None:
+    judged = Rewards({"exact": (1.0, each(check("exact")))})([answered("None", {"prompt": "q"})])  # type: ignore[arg-type]
+    assert judged.failures == {"exact: has no answer in the row to compare with": 1} and math.isnan(judged.total[0])
+
+
+def test_failures_of_many_words_are_counted_under_few_names(worker: Any) -> None:
+    rewards = Rewards({"m": (1.0, worker("raise ValueError(answer)", 20.0))})
+    rewards([answered(str(i)) for i in range(60)])
+    assert len(rewards.failures) <= 21 and sum(rewards.failures.values()) == 60
+
+
+def test_answers_of_forks_are_not_taken_for_the_next_ones(worker: Any) -> None:
+    judged = Rewards({"m": (1.0, worker("import os; os.fork(); return float(answer)", 20.0))})
+    assert judged([answered(str(i)) for i in range(5)]).total == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_file_may_import_packages_of_names_that_ours_have(worker: Any, tmp_path: Path) -> None:
+    (tmp_path / "metrics.py").write_text("TWO = 2")
+    one = worker("import metrics, config_of_mine; return metrics.TWO", 20.0)
+    (tmp_path / "config_of_mine.py").write_text("")
+    assert Rewards({"m": (1.0, one)})([answered("a")]).total == [2.0]
 
 
 BAD: dict[str, tuple[str, str]] = {

@@ -6,9 +6,10 @@ settings by name and returns [N, L], not reduced: `mean_weights` says what each 
 step, so no loss depends on how the step was split into micro-batches. Gradients at r = 1 are those of -A log π.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Literal, NamedTuple
 
 import torch
@@ -75,6 +76,18 @@ def clipped(
         inside = ratio.clamp(1 - clip_low, 1 + (clip_low if clip_high is None else clip_high))
         loss = torch.maximum(loss, -inside * rollouts.advantages)
     return loss.expand_as(rollouts.logps)
+
+
+def outside(surrogate: Callable[..., Tensor], rollouts: Rollouts, given: Mapping[str, float]) -> Tensor | None:
+    """[N, L] bool: tokens whose gradient `clipped` takes away, by a surrogate's own settings and those that are given.
+    None of a surrogate that is another, or clips nothing."""
+    how = {p.name: p.default for p in signature(surrogate).parameters.values()} | {**given}
+    if getattr(surrogate, "func", surrogate) is not clipped or (low := how["clip_low"]) is None:
+        return None
+    ratio = safe_exp(rollouts.log_ratio(how["level"]))
+    high = low if how["clip_high"] is None else how["clip_high"]
+    gains, loses = rollouts.advantages > 0, rollouts.advantages < 0
+    return (((ratio < 1 - low) & loses) | ((ratio > 1 + high) & gains)).expand_as(rollouts.logps)
 
 
 def cispo(rollouts: Rollouts, *, clip_low: float | None = None, clip_high: float = 5.0) -> Tensor:
@@ -172,11 +185,11 @@ def advantages(rewards: Tensor, baseline: Baseline = "group", scale: Scale = "gr
         base = values.sum() / there.sum().clamp(min=1) if baseline == "batch" else values.new_zeros(())
     found = values - base
     if scale != "none":
-        found = found / (_deviation(values, there, 1 if scale == "group" else None) + eps)
+        found = found / (deviation(values, there, 1 if scale == "group" else None) + eps)
     return torch.where(there, found, 0.0)
 
 
-def _deviation(values: Tensor, there: Tensor, dim: int | None) -> Tensor:
+def deviation(values: Tensor, there: Tensor, dim: int | None) -> Tensor:
     """Of n - 1, over what is there; 0 of fewer than two."""
     dims = [dim] if dim is not None else [*range(values.ndim)]
     number = there.sum(dims, keepdim=True)
@@ -218,7 +231,7 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None 
 def whitened(values: Tensor, counts: Tensor, eps: float = 1e-8) -> Tensor:
     """Values [N, L] less their mean, over their standard deviation, of the tokens that count; 0 elsewhere."""
     mean = torch.where(counts, values, 0.0).sum() / counts.sum().clamp(min=1)
-    return torch.where(counts, (values - mean) / (_deviation(values, counts, None) + eps), 0.0)
+    return torch.where(counts, (values - mean) / (deviation(values, counts, None) + eps), 0.0)
 
 
 class Policy(NamedTuple):
