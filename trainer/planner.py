@@ -38,9 +38,9 @@ from .loop import Run, cross_entropy
 from .step import Sums, make_optimizer
 
 # Bytes beside all tensors. CPU: what torch.optim and the first product bring, MKL's buffers; and of blocks that glibc
-# keeps in its heap (`cli.main.give_memory_back`) a share for holes between them, growing with their size: 2.36 needs
-# more room for an aligned block than the hole that one of its size has left. Both numbers are fitted to runs of
-# benchmarks.plan_check, and are off by up to a fourth. CUDA: context and workspaces, never measured.
+# keeps in its heap (`cli.main.give_memory_back`) a share for holes between them, growing with their size: perhaps
+# because an aligned block needs more room than the hole that one of its size has left. Both numbers are fitted to runs
+# of benchmarks.plan_check, and are off by up to a fourth. CUDA: context and workspaces, never measured.
 FRAMEWORK = {"cpu": 90 << 20, "cuda": 640 << 20}
 MAPPED, HOLES = 8 << 20, 1.6
 FEW = (2, 3)

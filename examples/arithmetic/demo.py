@@ -23,7 +23,7 @@ sys.path[:0] = [str(HERE.parent / "tickets")]
 from demo import find_model, fourbit  # noqa: E402  (of the tickets)
 
 SFT = "--rank 16 --alpha 32 --lr 1e-3 --batch-size 8"
-RL = "--loss grpo --lr 2e-4 --batch-size 4 --group-size 8 --max-new-tokens 14 --warmup 0"
+RL = "--loss grpo --lr 2e-4 --batch-size 4 --group-size 8 --max-new-tokens 14 --warmup 0 --eval-every 10"
 SAMPLES = 3
 
 Row = dict[str, Any]
@@ -90,7 +90,7 @@ def main() -> None:
     data = ("--data", HERE / "train.jsonl", "--seed", args.seed)
     fourbit("sft", "--model", model, *data, "--out", out / "sft", "--steps", args.sft_steps, *SFT.split())
     before = answered(model, out / "sft", out / "answers.sft.jsonl")
-    flags = ("--reward", "number", "--steps", args.steps, *RL.split(), *more)
+    flags = ("--val", HERE / "valid.jsonl", "--reward", "number", "--steps", args.steps, *RL.split(), *more)
     fourbit("rl", "--model", model, "--adapter", out / "sft", *data, "--out", out / "rl", *flags)
     after = answered(model, out / "rl", out / "answers.rl.jsonl")
 
