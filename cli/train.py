@@ -54,12 +54,7 @@ NAMES = re.compile(r"[\w.]+(,[\w.]+)*")  # else an entry of --target is a regula
 GROUPS = ("all-linear", "attn", "mlp")
 FRESH = ("kind", "rank", "alpha", "dropout", "target", "rslora", "start",
          "initial_rank", "rank_warmup", "rank_final", "feedforward", "train_tokens")  # fmt: skip  # a fresh one's
-REPORTED = (
-    "perplexity",
-    "reward_accuracy",
-    "reward_margin",
-    "truncated",
-)  # of the best evaluation; --json has all metrics
+REPORTED = ("perplexity", "reward_accuracy", "reward_margin", "truncated")  # of the best evaluation; --json has all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,10 +254,8 @@ def _datasets(options: TrainOptions, tokenizer: Tokenizer, template: ChatTemplat
     """Training and validation rows (None without), checked and described."""
     kind = options.kind_of_rows()
     if not options.data:  # of fourbit plan: the second half of each row is an answer
-        lengths: list[int] = options.tokens()  # type: ignore[attr-defined]
-        each = enumerate(
-            lengths * options.batch_size
-        )  # other tokens in each: what they began with alike would run once
+        lengths: list[int] = options.tokens()  # type: ignore[attr-defined]  # fourbit plan's, which alone needs no data
+        each = enumerate(lengths * options.batch_size)  # other tokens in each: a common beginning would run once
         rows = [Example((Encoded([number % 256] * n, [2 * i >= n for i in range(n)]),)) for number, n in each]
         return Dataset("sft", rows), None
     with working("reading data"):

@@ -24,6 +24,7 @@ def told(error: BaseException) -> str:
 
 
 def main() -> None:
+    """Load the function, say so, and answer calls until there are no more."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the training, however that ends
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")

@@ -93,7 +93,7 @@ def number(value: object) -> float:
     if isinstance(value, Failed):
         raise value
     try:
-        found = float(value) if not isinstance(value, str | bytes) else None  # type: ignore[arg-type]
+        found = float(value) if not isinstance(value, str | bytes) else None  # type: ignore[arg-type]  # tried
     except Exception:
         found = None
     if found is None:

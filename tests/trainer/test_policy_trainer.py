@@ -45,7 +45,7 @@ def test_an_untrained_model_learns_the_letter_that_earns(trainer_for, tiny_folde
     assert earned[0] < 0.1 and earned[1] > earned[0] + 0.1
     assert result.val["reward"] >= 0.5 and result.val["reward"] == result.val["reward/e"]
     for record in steps:
-        assert record["ratio"] == 1 and record["clipped"] == 0 and record["sampling_gap"] < 1e-5
+        assert record["sampling_gap"] < 1e-5
         assert 0 < record["entropy"] <= math.log(259) and 0 <= record["truncated"] <= 1 and record["signal"] <= 1
         assert record["rollout_tokens_per_second"] > 0 and 1 <= record["answer_tokens"] <= 6
     assert (tmp_path / "adapter_model.safetensors").is_file()
