@@ -62,8 +62,9 @@ class Judged:
 
 
 class Rewards:
-    """Judges answers by all sources. given: names and (weight, judge). failed: the reward where a source failed; None:
-    the whole answer has none then, and teaches nothing. `failures` counts what failed, so far."""
+    """Judges answers by all sources. given: names and (weight, judge); one of weight 0 is shown and not earned. failed:
+    the reward where a source failed; None: the whole answer has none then, and teaches nothing. `failures` counts what
+    failed, so far."""
 
     def __init__(self, given: Mapping[str, tuple[float, Judge]], failed: float | None = None) -> None:
         self.given, self.failed, self.failures = given, failed, Counter[str]()
@@ -81,7 +82,8 @@ class Rewards:
                     values.append(float("nan"))
             by_source[name] = values
             known = [self.failed if value != value and self.failed is not None else value for value in values]
-            total = [so_far + weight * value for so_far, value in zip(total, known, strict=True)]
+            if weight:
+                total = [so_far + weight * value for so_far, value in zip(total, known, strict=True)]
         for what, times in failures.items():
             told_apart = what in self.failures or len(self.failures) < KINDS_OF_FAILURES
             self.failures[what if told_apart else "other failures"] += times
@@ -163,18 +165,20 @@ def rewards_of(
         if name in given:
             raise InputError(f"reward {shown(name)} is given twice: give it once, with the sum of the weights")
         given[name] = weight, judge
+    if given and not any(weight for weight, _ in given.values()):
+        raise InputError("every reward has weight 0, so nothing is earned: give one of them a weight")
     return Rewards(given, failed)
 
 
 def weighed(spec: str) -> tuple[str, float]:
-    """NAME=WEIGHT taken apart; the weight is 1 where no number stands at the end. InputError for one that is none."""
+    """NAME=WEIGHT taken apart; the weight is 1 where no number stands at the end. InputError for one beyond a reward."""
     name, _, weight = spec.rpartition("=")
     try:
         found = float(weight) if name else 1.0
     except ValueError:
         return spec, 1.0
-    if not -LARGEST <= found <= LARGEST or not found:
-        raise InputError(f"the weight of a reward is a number other than 0, got {shown(spec)}")
+    if not -LARGEST <= found <= LARGEST:
+        raise InputError(f"the weight of a reward is a number from -1e9 to 1e9, got {shown(spec)}")
     return name or spec, found
 
 

@@ -162,7 +162,7 @@ def test_settings_that_cannot_work_together_are_refused(options, why):
 
 
 @pytest.mark.parametrize("spec, why", [
-    ("nothing", "no check"), ("words", "told what matches"), ("exact=0", "other than 0"), ("a.py:f", "FileNotFound"),
+    ("nothing", "no check"), ("words", "told what matches"), ("exact=0", "weight 0"), ("exact=nan", "from -1e9"), ("a.py:f", "FileNotFound"),
 ])  # fmt: skip
 def test_rewards_that_are_none_are_refused(spec, why):
     with pytest.raises(InputError, match=why):

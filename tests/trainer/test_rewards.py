@@ -11,7 +11,7 @@ import pytest
 
 from fourbit.data.batch import Encoded, Example
 from fourbit.errors import InputError
-from fourbit.trainer.rewards import Answered, Rewards, Worker, check, each, expected
+from fourbit.trainer.rewards import Answered, Failed, Rewards, Worker, check, each, expected
 
 ROW = {"prompt": "2 + 2?", "answer": "so it is 4"}
 
@@ -57,6 +57,16 @@ def test_what_a_row_expects_is_its_answer() -> None:
 def test_a_row_without_an_answer_earns_nothing_and_says_so() -> None:
     judged = Rewards({"exact": (1.0, each(check("exact")))})([answered("None", {"prompt": "q"})])  # type: ignore[arg-type]
     assert judged.failures == {"exact: has no answer in the row to compare with": 1} and math.isnan(judged.total[0])
+
+
+def test_a_source_of_weight_0_is_shown_and_neither_earned_nor_missed() -> None:
+    def fails(prompt: str, answer: str, row: Any) -> float:
+        raise Failed("cannot say")
+
+    given = {"earned": (2.0, each(lambda *_: 1.5)), "seen": (0.0, each(lambda *_: 7.0)), "broken": (0.0, each(fails))}
+    judged = Rewards(given)([answered("x", {})])
+    assert judged.total == [3.0] and judged.by_source["seen"] == [7.0] and math.isnan(judged.by_source["broken"][0])
+    assert judged.failures == {"broken: cannot say": 1}
 
 
 def test_failures_of_many_words_are_counted_under_few_names(worker: Any) -> None:
