@@ -14,12 +14,10 @@ from ..data.row import counted
 from ..data.said import words_of
 from ..data.sample import Sample
 from ..errors import InputError
-from ..models.generate import Sampled, prompt_seeds, sample_each
+from ..models.generate import prompt_seeds, sample_each
 from ..settings import REQUIRED, setting
-from ..text.tokenizer import Tokenizer
 from ..trainer.evaluate import check_room
-from ..trainer.rewards import Answered, Rewards, rewards_of
-from ..trainer.rollouts import example
+from ..trainer.rewards import Answered, Rewards, answered, rewards_of
 from .load import answering, load_adapted, remark_positions
 from .options import AnsweringOptions, FileOptions, RewardOptions, SamplingOptions, output_of
 from .parse import Sources
@@ -71,7 +69,8 @@ def run(options: Options, sources: Sources) -> int:
         words = words_of(template.source)
         for notice in counted(Counter(remark for sample in samples for remark in sample.remarks(words)), len(samples)):
             note(f"note: {notice}")
-        prompts = [tokenizer.encode(text) for text in prompt_texts(samples, tokenizer, template)]
+        asked = prompt_texts(samples, tokenizer, template)
+        prompts = [tokenizer.encode(text) for text in asked]
         check_room(model, samples, prompts)
         remark_positions(model, max(map(len, prompts)), options.max_new_tokens)
         how: dict[str, Any] = {"stop_ids": tokenizer.stop_ids, "max_length": model.max_positions, **options.sampling()}
@@ -82,8 +81,8 @@ def run(options: Options, sources: Sources) -> int:
         # Merged weights are held over all answers, but where rewards are asked between them, perhaps of an adapter.
         with nullcontext() if options.reward else answering(model, options.keep_dense):
             for number, sample in enumerate(samples[done:], done + 1):
-                made = islice(new, options.n)
-                answers = [answered(sample, prompts[(number - 1) * options.n], one, tokenizer) for one in made]
+                what = sample.row, asked[number - 1], prompts[(number - 1) * options.n]
+                answers = [answered(tokenizer, *what, made) for made in islice(new, options.n)]
                 for row in written(sample, answers, rewards, options.keep):
                     out.write(json.dumps(row, ensure_ascii=False))
                 if number == len(samples) or (number - done) % (8 * options.batch_size) == 0:
@@ -97,18 +96,11 @@ def run(options: Options, sources: Sources) -> int:
     return 0
 
 
-def answered(sample: Sample, prompt: Sequence[int], made: Sampled, tokenizer: Tokenizer) -> Answered:
-    """An answer as rewards take it, its text up to the token that ended it."""
-    ids = made.ids[: len(made.ids) - made.ended]
-    asked, said = (tokenizer.decode(tokens, skip_special=False) for tokens in (prompt, ids))
-    return Answered(asked, said, sample.row, example(prompt, made.ids))
-
-
 def written(sample: Sample, answers: Sequence[Answered], rewards: Rewards, keep: str) -> list[dict[str, Any]]:
     """The rows that answers to one prompt become."""
     if not rewards.given:
         return [{**sample.row, "answer": one.answer} for one in answers]
-    earned = rewards(answers).total
+    earned = [one["reward"] for one in rewards(answers)]
     if keep == "all":
         known = [reward if reward == reward else None for reward in earned]  # JSON has no NaN
         return [{**sample.row, "answer": a.answer, "reward": r} for a, r in zip(answers, known, strict=True)]

@@ -5,12 +5,14 @@ from typing import Any, ClassVar
 
 from ..data.sample import Kind
 from ..errors import InputError
+from ..lora.layer import adapters_of
 from ..models.protocol import CausalLM
 from ..text.tokenizer import Tokenizer
 from ..trainer.config import RLConfig
 from ..trainer.policy import PolicyTrainer
 from ..trainer.rewards import rewards_of
 from .options import RewardOptions
+from .show import note
 from .train import TrainOptions
 from .train import run as run
 
@@ -36,10 +38,16 @@ class Options(RLConfig, RewardOptions, TrainOptions):
         super().__post_init__()
         if not self.reward:
             raise InputError("reinforcement needs to know what an answer earns: give a reward, such as number")
+        if self.fresh and self.dropout:
+            raise InputError(
+                f"dropout is off where the policy that answers is trained, got {self.dropout}: leave it out"
+            )
 
     def kind_of_rows(self) -> Kind:
         return "prompts"
 
     def extras(self, model: CausalLM, tokenizer: Tokenizer) -> dict[str, Any]:
+        if any(adapter.dropout for adapter in adapters_of(model).values()):
+            note("note: the adapter's dropout is off in reinforcement: the policy that answers is trained")
         how: dict[str, Any] = {"seconds": self.reward_seconds, "failed": self.failed_reward, "force": self.force}
         return {"rewards": rewards_of(self.reward, model, **how)}

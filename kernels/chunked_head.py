@@ -268,23 +268,6 @@ class TokenScorer:
         return logps, torch.special.entr(all_logps.detach().exp()).sum(1), logps == all_logps.amax(1)
 
 
-class EntropyScorer:
-    """The entropy H of each row's softmax p, in nats; d H / d logits = -p (log p + H)."""
-
-    def __call__(self, logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, ...]:
-        parts = []
-        for block in blocks(logits):
-            logps = widened(logits[block]).log_softmax(1)
-            p = logps.exp()
-            parts.append(torch.special.entr(p).sum(1))
-            if gradient:  # of a token banned by -inf 0
-                logits[block] = -p * (logps.clamp(min=torch.finfo(logps.dtype).min) + parts[-1][:, None])
-        return (torch.cat(parts),)
-
-    def plain(self, logits: Tensor) -> tuple[Tensor, ...]:
-        return (torch.special.entr(logits.softmax(1)).sum(1),)
-
-
 def _pass_over(logits: Tensor, top: Tensor, total: Tensor, weighted: Tensor, gradient: bool) -> None:
     """Largest logit, sum of e = exp(z) and sum of e z of each row; with `gradient` the logits become -softmax."""
     torch.amax(logits, 1, keepdim=True, out=top)

@@ -864,7 +864,7 @@ def test_a_loop_is_mended_as_advised(tmp_path: Path) -> None:
 
 
 @follows(
-    ("trainer/config.py", "would do nothing, as {}: leave out what the config says of it"),
+    ("trainer/config.py", "would do nothing, as {}: leave out what is said of it"),
     ("trainer/trainer.py", "give the trainer val, rows or a share such as 0.1"),
 )
 def test_a_trainer_with_parts_of_ones_own_is_mended_as_advised(here: Path, tokenizer: Any) -> None:
@@ -872,7 +872,7 @@ def test_a_trainer_with_parts_of_ones_own_is_mended_as_advised(here: Path, token
         config = SFTConfig(out="o", steps=1, **how)
         return SFTTrainer(adapted(here), tokenizer, train="rows.jsonl", config=config, **parts)
 
-    with words_of("leave out what the config says of it"):
+    with words_of("leave out what is said of it"):
         sft({"lr": 1e-3}, optimizer=torch.optim.SGD)
     sft({}, optimizer=torch.optim.SGD)
     with words_of("give the trainer val, rows or a share such as 0.1"):
@@ -913,12 +913,10 @@ ELSEWHERE = {  # tests of other files that follow an advice
         ("trainer/rewards.py", "no folder of a reward model (fourbit reward writes one): give one of these"),
         ("trainer/rewards.py", "give it once, with the sum of the weights"),
         ("trainer/rewards.py", "mend it"),
-        ("trainer/config.py", "give 2 or more, or a baseline of batch or none"),
-        ("trainer/config.py", "belong to a kl above 0: give one"),
+        ("cli/rl.py", "dropout is off where the policy that answers is trained, got {}: leave it out"),
+        ("trainer/config.py", "give 2 or more, or a baseline of batch or none without resample"),
         ("trainer/config.py", "take k2 or k3, or kl_in reward"),
-        ("trainer/config.py", "clip_low is not used".replace("clip_low", "{}")),
-        ("trainer/config.py", "ppo's come from values: leave them out"),
-        ("trainer/config.py", "belongs to the loss ppo, got {} with {}: leave it out"),
+        ("trainer/config.py", "which takes {} steps (rollouts_ahead): give {}"),
     ],
     "tests/trainer/test_policy_trl.py::test_a_reward_that_failed_has_no_part_in_its_group": [
         ("trainer/losses/policy.py", "leave-one-out needs 2 answers a prompt or more"),
@@ -1101,7 +1099,7 @@ ELSEWHERE = {  # tests of other files that follow an advice
         ("trainer/trainer.py", "give the trainer val, rows or a share such as 0.1")
     ],
     "tests/research/test_own_parts.py::test_an_optimizer_and_a_scheduler_of_ones_own_go_on_bit_for_bit": [
-        ("trainer/config.py", "leave out what the config says of it")
+        ("trainer/config.py", "leave out what is said of it")
     ],
     "tests/text/test_sentencepiece.py::test_transformers_converts_what_is_not_supported": [
         ("text/sentencepiece.py", "Convert it once with transformers")

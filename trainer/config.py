@@ -7,7 +7,8 @@ adapter sensibly on a few hundred to a few thousand rows; nothing here needs a G
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import ClassVar, Literal
 
@@ -21,12 +22,14 @@ from ..optim.update import Rounding
 from ..settings import LARGEST, REQUIRED, Checked, setting
 from .losses.objective import PAIR_LOSSES, SETTINGS, UNPAIRED_LOSSES, Objective, parse_losses
 from .losses.pairs import DivergenceName
-from .losses.policy import POLICIES, Baseline, Estimator, Scale
+from .losses.policy import POLICIES, Baseline, Estimator, Policy, Scale
 
 PAGED = "paged-"
 KEPT: dict[str, Keep] = {"off": "all", "products": "products", "on": "input", "offload": "host"}
 COURSE = {"epochs", "steps", "schedule", "warmup", "decay"}  # what decides how long a run is, and its rates
 OF_OPTIMIZER = {"lr", "lora_plus", "lr_scale", "optimizer", "optimizer_budget", "rounding", "weight_decay"}
+CLIPS, OF_KL = ("clip_low", "clip_high", "clip_most"), ("kl_in", "kl_estimator", "kl_stop", "reference")
+BY_GROUPS, BY_VALUES = ("baseline", "scale_rewards"), ("gamma", "lam", "value_lr", "value_clip")  # advantages
 UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
@@ -128,13 +131,17 @@ class TrainingConfig(Checked):
 
     def refuse(self, names: Iterable[str], why: str) -> None:
         """Raise InputError for those of these options that were given."""
-        defaults = type(self)(out=self.out)
-        if given := [name for name in sorted(names) if getattr(self, name) != getattr(defaults, name)]:
-            raise InputError(f"{', '.join(given)} would do nothing, as {why}: leave out what the config says of it")
+        given = [name for name in sorted(names) if getattr(self, name) != getattr(type(self), name, {})]
+        if given:  # what differs from its field's default, which is its class'; {} of mappings
+            raise InputError(f"{', '.join(given)} would do nothing, as {why}: leave out what is said of it")
+
+    def epoch_steps(self, rows: int) -> int:
+        """Steps of a pass over so many rows."""
+        return steps_per_epoch(rows, self.batch_size)
 
     def total_steps(self, rows: int) -> int:
         """Steps in all of a run on so many rows."""
-        return self.steps or self.epochs * steps_per_epoch(rows, self.batch_size)
+        return self.steps or self.epochs * self.epoch_steps(rows)
 
     def warmup_steps(self, total: int) -> int:
         """Steps of warm-up in a run of `total` steps."""
@@ -161,7 +168,7 @@ class TrainingConfig(Checked):
             )
         if val is None and (self.patience or self.eval_every):
             raise InputError(f"{'patience' if self.patience else 'eval_every'} needs validation rows: give val, say 5%")
-        total, epoch = self.total_steps(rows), steps_per_epoch(rows, self.batch_size)
+        total, epoch = self.total_steps(rows), self.epoch_steps(rows)
         run = f"the run has {total:,} step{'s' * (total > 1)} ({rows:,} rows, {self.batch_size} a step)"
         warmup = self.warmup_steps(total)
         if warmup >= total:
@@ -306,6 +313,9 @@ class RLConfig(TrainingConfig):
     resample: int = setting(0, "times that prompts whose answers all earn the same are exchanged for others", least=0)
     clip_low: float | None = setting(None, "ratios are clipped below 1 less this; default: the loss'", positive=True)
     clip_high: float | None = setting(None, "ratios are clipped above 1 plus this; default: the loss'", positive=True)
+    clip_most: float | None = setting(
+        None, "a ratio counts at most this where the advantage is below 0 (dual clip); default: no bound", least=1
+    )
     baseline: Baseline | None = setting(None, "mean that is taken off a reward; default: the loss' own")
     scale_rewards: Scale | None = setting(
         None, "advantages are divided by the deviation of group or batch; default likewise"
@@ -329,32 +339,36 @@ class RLConfig(TrainingConfig):
         super().__post_init__()
         if self.loss not in POLICIES:
             raise InputError(f"loss must be one of {', '.join(POLICIES)}, got {self.loss!r}")
-        policy, taken = POLICIES[self.loss], signature(POLICIES[self.loss].surrogate).parameters
-        for name in ("clip_low", "clip_high"):
-            if getattr(self, name) is not None and (name not in taken or self.loss == "reinforce"):
-                raise InputError(f"{name} is not used by the loss {self.loss}, got {getattr(self, name)}: leave it out")
-        own = {
-            one.name: one.default for one in fields(RLConfig) if one.name in ("gamma", "lam", "value_lr", "value_clip")
+        taken, ppo = signature(POLICIES[self.loss].surrogate).parameters, self.loss == "ppo"
+        useless = {
+            f"the loss {self.loss} takes none": [name for name in CLIPS if name not in taken],
+            "they make advantages of rewards, and ppo's come from values": BY_GROUPS if ppo else (),
+            f"the loss {self.loss} has no value function": () if ppo else BY_VALUES,
+            "kl is 0": () if self.kl else OF_KL,
         }
-        for name in [name for name, default in own.items() if self.loss != "ppo" and getattr(self, name) != default]:
+        for why, names in useless.items():
+            self.refuse(names, why)
+        if self.group_size < 2 and (self.resample or self.way.baseline in ("group", "leave-one-out")):
+            what = "resample" if self.resample else f"a baseline of {self.way.baseline}"
             raise InputError(
-                f"{name} belongs to the loss ppo, got {getattr(self, name)} with {self.loss}: leave it out"
+                f"{what} compares the answers to a prompt, got group_size {self.group_size}: give 2 or more, or a "
+                "baseline of batch or none without resample"
             )
-        if self.resample and self.group_size < 2:
-            raise InputError("resample exchanges groups whose answers all earn the same, and a group of 1 is no group")
-        if self.loss == "ppo" and (self.baseline or self.scale_rewards):
-            raise InputError(
-                "baseline and scale_rewards make advantages of rewards, ppo's come from values: leave them out"
-            )
-        if self.group_size < 2 and (self.baseline or policy.baseline) in ("group", "leave-one-out"):
-            raise InputError(
-                f"a baseline of {self.baseline or policy.baseline} compares the answers to a prompt, got group_size "
-                f"{self.group_size}: give 2 or more, or a baseline of batch or none"
-            )
-        if not self.kl and (self.kl_in != "loss" or self.kl_estimator or self.reference != "auto" or self.kl_stop):
-            raise InputError("kl_in, kl_estimator, kl_stop and reference belong to a kl above 0: give one")
         if (self.kl_in, self.kl_estimator) == ("loss", "k1"):
             raise InputError("kl_estimator k1 in the loss has the mean gradient 0: take k2 or k3, or kl_in reward")
+        if 0 < (over := (steps := self.steps or 0) % self.per_round) < self.rollouts_ahead:
+            raise InputError(
+                f"steps {steps} ends before each answer of the last round is trained once, which takes "
+                f"{self.rollouts_ahead} steps (rollouts_ahead): give {steps - over + self.rollouts_ahead}"
+            )
+
+    @property
+    def way(self) -> Policy:
+        """The loss, with what is said of it here."""
+        policy, clips = POLICIES[self.loss], {name: getattr(self, name) for name in CLIPS}
+        surrogate = partial(policy.surrogate, **{name: value for name, value in clips.items() if value is not None})
+        baseline, scale = self.baseline or policy.baseline, self.scale_rewards or policy.scale
+        return Policy(surrogate, policy.mean, baseline, scale)
 
     @property
     def estimator(self) -> Estimator:
@@ -365,8 +379,12 @@ class RLConfig(TrainingConfig):
         """Optimizer steps on the answers that are made at once."""
         return self.rollouts_ahead * self.updates
 
+    def epoch_steps(self, rows: int) -> int:
+        return super().epoch_steps(rows) * self.updates
+
     def total_steps(self, rows: int) -> int:
-        return self.steps or self.epochs * steps_per_epoch(rows, self.batch_size) * self.updates
+        """In whole rounds: an answer that is made is trained."""
+        return self.steps or -(-self.epochs * self.epoch_steps(rows) // self.per_round) * self.per_round
 
 
 def _steps(given: float, total: int) -> int:

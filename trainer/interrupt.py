@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM while training runs: remembered, so that a run ends between steps with everything saved."""
+"""Ctrl-C and SIGTERM while training runs: remembered, so that a run ends between steps with everything saved.
+
+What makes a step's data may take minutes, and nothing of it is kept: there the signal ends a block at once.
+"""
 
 import signal
 import threading
@@ -8,6 +11,10 @@ from types import FrameType
 from typing import Any
 
 
+class Interrupted(BaseException):
+    """A signal came in a block that it ends. Nothing but that block catches it."""
+
+
 class Interrupt:
     """A signal handler that remembers: `signal` is None until one arrives, then its number; `before`: the handlers that
     it stands in for, which are back in their places from then on."""
@@ -15,6 +22,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.before: dict[int, Any] = {}
+        self.ends = False
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -22,6 +30,21 @@ class Interrupt:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self.restore()
+        while frame is not None and frame.f_code.co_name not in ("__enter__", "__exit__"):
+            frame = frame.f_back
+        if self.ends and frame is None:  # else something is being put in its place, or back: that is done first
+            raise Interrupted
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """A block that a signal ends where it is."""
+        self.ends = True
+        try:
+            yield
+        except Interrupted:
+            pass
+        finally:
+            self.ends = False
 
     def restore(self) -> None:
         for number, usual in self.before.items():

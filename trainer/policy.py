@@ -7,9 +7,12 @@ measured, and with `correction` weighed.
 """
 
 import copy
+import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self, Unpack
 
 import torch
@@ -20,6 +23,7 @@ from ..data.encode import Dataset
 from ..data.order import step_indices
 from ..data.protocol import AnyTokenizer
 from ..errors import InputError, NumericError, shown
+from ..files import write_text
 from ..lora.layer import DEFAULT, adapters_of
 from ..models.foreign import as_causal_lm
 from ..models.generate import Sampled, sample
@@ -29,20 +33,19 @@ from .config import RLConfig
 from .evaluate import check_room
 from .interrupt import Interrupt
 from .losses import policy
-from .losses.policy import POLICIES
 from .losses.tokens import Answers, answer_scores, summed
 from .metrics import finite
 from .planner import Case
 from .reference import Referenced
-from .rewards import Answered, Rewards
-from .rollouts import Rollouts, drawn, exchanged, restored
+from .rewards import Rewards, answered
+from .rollouts import Drawn, Rollouts, restored
 from .step import StepResult, Sums
 from .trainer import Weights
 from .value import VALUE, ValueFunction
 from .watch import Watch
 
 EXACT = {torch.float32: 1e-6, torch.float64: 1e-9}  # of log-probabilities: the same pass twice
-SHOWN = 2  # validation answers at every evaluation
+KEPT, SHOWN = 20, 2  # validation answers of every evaluation: in a file, on the terminal
 TRIES = 3  # rounds in a row without one reward; then the run ends
 
 
@@ -76,8 +79,9 @@ class PolicyTrainer(Referenced):
             self.values = ValueFunction(as_causal_lm(model), options.get("adapter", DEFAULT), config.seed)
             if options.get("optimizer") is None:
                 config = replace(config, lr_scale={f"{VALUE}.*": config.value_lr / config.lr, **config.lr_scale})
+            else:
+                config.refuse(["value_lr"], "an optimizer of your own has its own")
         super().__init__(model, tokenizer, config=config, **options)
-        self.steps_per_epoch *= config.updates
         self.told, self.unrewarded = set[str](), 0
         self.callbacks = (*self.callbacks, Watch(self._tell))
         for rows in self.sets:
@@ -92,7 +96,11 @@ class PolicyTrainer(Referenced):
     def step_data(self, step: int) -> tuple[list[Batch], list[str]]:
         place = step % self.config.per_round
         if self.round is None or self.round.first != step - place:
-            self.round = self.draw(step - place)
+            self.round = None
+            with self.apart(), self.interrupt.ending():
+                self.round = self.draw(step - place)
+            if self.round is None:  # the run ends here
+                return [], []
         batches = self._batches(self.round, place % self.config.rollouts_ahead)
         numbers = sorted({self.round.numbers[number] for batch in batches for number in batch.numbers})
         return batches, [self.train_set.examples[i].source for i in numbers]
@@ -114,8 +122,9 @@ class PolicyTrainer(Referenced):
             for step in range(start, start + config.rollouts_ahead)
             for number in step_indices(rows, config.batch_size, step, config.seed)
         ]
-        made = self._answered(first, numbers, config.seed + 7919 * first)
-        made = self._with_signal(made, start)
+        found = self._groups(numbers, config.seed + 7919 * first)
+        self._exchange(found, first, start)
+        made = Rollouts.of(first, found)
         self.unrewarded = self.unrewarded + 1 if bool(made.answers["failed"].all()) else 0
         if self.unrewarded >= TRIES:
             what, times = self.rewards.failures.most_common(1)[0]
@@ -124,58 +133,40 @@ class PolicyTrainer(Referenced):
         self._prepare(made)
         return made
 
-    def _answered(self, first: int, numbers: Sequence[int], seed: int) -> Rollouts:
-        """Drawn and judged answers to the prompts of these numbers."""
-        config = self.config
-        numbers = [number for number in numbers for _ in range(config.group_size)]
-        prompts = [self.train_set.examples[number].parts[0].ids for number in numbers]
+    def _groups(self, numbers: Sequence[int], seed: int) -> list[Drawn]:
+        """`group_size` answers to each prompt of these numbers, beside each other."""
+        numbers = [number for number in numbers for _ in range(self.config.group_size)]
+        return self.answers(self.train_set, numbers, seed, self.config.temperature)
+
+    def answers(self, rows: Dataset, numbers: Sequence[int], seed: int, temperature: float) -> list[Drawn]:
+        """An answer to each prompt of these numbers, drawn and judged."""
+        config, prompts = self.config, [rows.examples[number].parts[0] for number in numbers]
+        how: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "max_length": self.model.max_positions}
+        how |= {"stop_ids": self.tokenizer.stop_ids, "seed": seed, "temperature": temperature}
         with evaluating(self.model):
-            found = sample(self.model, prompts, seed=seed, temperature=config.temperature, **self._limits())
-        made = drawn(first, numbers, prompts, found)
-        self._judge(made)
-        return made
-
-    def _limits(self) -> dict[str, Any]:
-        how = {"max_new_tokens": self.config.max_new_tokens, "max_length": self.model.max_positions}
-        return how | {"stop_ids": self.tokenizer.stop_ids}
-
-    def _judge(self, made: Rollouts) -> None:
-        judged = self.rewards(self._texts(self.train_set, made.numbers, made.examples))
+            made = sample(self.model, [prompt.ids for prompt in prompts], **how)
+        asked = [(rows.samples[i].row, prompt.text, prompt.ids) for i, prompt in zip(numbers, prompts, strict=True)]
+        said = [answered(self.tokenizer, *what, one) for what, one in zip(asked, made, strict=True)]
+        earned = self.rewards(said)
         for failure in self.rewards.failures.keys() - self.told:
             self.told.add(failure)
             self._tell(f"notice: {failure}; the answer has no reward from it")
-        total = torch.tensor(judged.total, dtype=torch.float64)
-        total -= self.config.truncated_penalty * made.answers["truncated"].double()
-        made.answers["reward"] = total
-        for name, values in judged.by_source.items():
-            made.answers[f"reward/{name}"] = torch.tensor(values, dtype=torch.float64)
-        made.answers["failed"] = total.isnan().float()
+        for own, one in zip(earned, made, strict=True):
+            own["reward"] -= config.truncated_penalty * (not one.ended)
+            own["failed"] = float(math.isnan(own["reward"]))
+        return [Drawn(*each) for each in zip(numbers, made, said, earned, strict=True)]
 
-    def _texts(self, rows: Dataset, numbers: Sequence[int], examples: Sequence[Any]) -> list[Answered]:
-        stops, made = set(self.tokenizer.stop_ids), list[Answered]()
-        for number, example in zip(numbers, examples, strict=True):
-            prompt, sample = rows.examples[number].parts[0], rows.samples[number]
-            ids = example.parts[0].ids[len(prompt.ids) :]
-            text = self.tokenizer.decode(ids[: len(ids) - (ids[-1] in stops)], skip_special=False)
-            made.append(Answered(prompt.text, text, sample.row, example))
-        return made
-
-    def _with_signal(self, made: Rollouts, start: int) -> Rollouts:
-        """Exchange prompts whose answers all earned the same for others, as often as `resample` allows."""
-        config = self.config
+    def _exchange(self, found: list[Drawn], first: int, start: int) -> None:
+        """Put answers to other prompts in the place of groups that all earned the same, as often as `resample` says."""
+        config, rows, size = self.config, len(self.train_set.examples), self.config.group_size
         for attempt in range(config.resample):
-            groups = made.answers["reward"].view(-1, config.group_size)
-            silent = (~differing(groups)).nonzero().flatten().tolist()
-            if not silent:
-                break
-            rows = len(self.train_set.examples)
+            groups = torch.tensor([one.earned["reward"] for one in found], dtype=torch.float64).view(-1, size)
+            silent, there = (~differing(groups)).nonzero().flatten().tolist(), {one.number for one in found}
             others = step_indices(rows, rows, 1 + start * config.resample + attempt, config.seed + 1)
-            others = [number for number in others if number not in made.numbers][: len(silent)]
-            if not others:
-                break
-            more = self._answered(made.first, others, config.seed + 7919 * made.first + 104729 * (attempt + 1))
-            made = exchanged(made, silent[: len(others)], more, config.group_size)
-        return made
+            others = [number for number in others if number not in there][: len(silent)]
+            more = self._groups(others, config.seed + 7919 * first + 104729 * (attempt + 1)) if others else []
+            for new, place in enumerate(silent[: len(others)]):
+                found[place * size : (place + 1) * size] = more[new * size : (new + 1) * size]
 
     def _prepare(self, made: Rollouts) -> None:
         """What losses need of a round before the first update on it: log-probabilities, advantages."""
@@ -183,38 +174,26 @@ class PolicyTrainer(Referenced):
         if config.truncated == "mask":
             made.counts = made.counts & (made.answers["truncated"] == 0)[:, None]
         dtype = torch.promote_types(self.model.dtype, torch.float32)
-        made.tokens |= {name: torch.zeros(made.counts.shape, dtype=dtype) for name in self._tables()}
         for part in range(config.rollouts_ahead):
             for batch in self._batches(made, part):
-                for name, values in self._before(batch, made.tokens).items():
-                    made.tokens[name][[*batch.numbers], : values.shape[1]] = values.to("cpu", dtype)
-        if "uncertain" in made.tokens:
-            made.tokens["uncertain"] = policy.uncertain(
-                made.tokens["uncertain"], made.counts, config.top_entropy
-            ).float()
+                for name, values in self._before(batch).items():
+                    table = made.tokens.setdefault(name, torch.zeros(made.counts.shape, dtype=dtype))
+                    table[[*batch.numbers], : values.shape[1]] = values.to("cpu", dtype)
+        if config.top_entropy < 1:
+            sure = policy.uncertain(made.tokens.pop("entropy"), made.counts, config.top_entropy)
+            made.tokens["uncertain"] = sure.float()
         self._advantages(made)
 
-    def _tables(self) -> list[str]:
-        """What must be known of each token before the first update on a round."""
-        config = self.config
+    def _before(self, batch: Batch) -> dict[str, Tensor]:
+        """What must be known of the answers of a batch before the policy moves, [P, L] each."""
+        config, found = self.config, dict[str, Tensor]()
         rewarded = config.kl > 0 and config.kl_in == "reward"
-        asked = {
-            "old": config.per_round > 1 or rewarded or config.top_entropy < 1,
-            "uncertain": config.top_entropy < 1,
-            "reference": self.compares,
-            "values": self.values is not None,
-        }
-        return [name for name, wanted in asked.items() if wanted]
-
-    def _before(self, batch: Batch, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is wanted of the answers of a batch before the policy moves, [P, L] each."""
-        found = dict[str, Tensor]()
-        if "old" in wanted:
+        if config.per_round > 1 or rewarded or config.top_entropy < 1:
             with evaluating(self.model):
                 now = self.scores(batch)
-            found = {name: x[0] for name, x in {"old": now.logps, "uncertain": now.entropy}.items() if name in wanted}
-        if "reference" in wanted:
-            found["reference"] = self.reference_logps(batch, self.config.temperature)[0]
+            found = {"old": now.logps[0]} | ({"entropy": now.entropy[0]} if config.top_entropy < 1 else {})
+        if self.compares:
+            found["reference"] = self.reference_logps(batch, config.temperature)[0]
         if self.values is not None:
             with evaluating(self.model):
                 found["values"] = self.values(batch)
@@ -233,15 +212,15 @@ class PolicyTrainer(Referenced):
             made.answers["reward_std"] = spread.float().flatten()
         made.counts = counts = counts & ~rewards.isnan()[:, None]
         if self.values is None:
-            way, groups = POLICIES[config.loss], (rewards + each.double().sum(1)).view(-1, config.group_size)
-            found = policy.advantages(groups, config.baseline or way.baseline, config.scale_rewards or way.scale)
+            groups = (rewards + each.double().sum(1)).view(-1, config.group_size)
+            found = policy.advantages(groups, config.way.baseline, config.way.scale)
             tokens["advantages"] = found.flatten().float()[:, None]
         else:
             last = torch.arange(counts.shape[1]) == counts.sum(1, keepdim=True) - 1
             each = torch.where(last, each + rewards.nan_to_num().float()[:, None], each)
             how = {"gamma": config.gamma, "lam": config.lam}
             found, tokens["returns"] = policy.gae(each, tokens["values"], counts, **how)
-            tokens["advantages"] = policy.whitened(found, counts)
+            tokens["advantages"] = policy.advantages(found.masked_fill(~counts, torch.nan), "batch", "batch", 1e-8)
 
     def case(self) -> Case:
         """The pass that takes most: answers as long as they may be to the longest prompts."""
@@ -251,11 +230,15 @@ class PolicyTrainer(Referenced):
         most = config.max_new_tokens
         rooms = [min(most, (self.model.max_positions or len(p) + most) - len(p)) for p in prompts]
         words = self.model.vocab_size  # answers that differ from their first token on: what they share would run once
-        answers = [Sampled([i % words] * room, [0.0] * room, False) for i, room in enumerate(rooms)]
+        each = zip(
+            prompts, (Sampled([i % words] * room, [0.0] * room, False) for i, room in enumerate(rooms)), strict=True
+        )
         other = copy.copy(self)
         other.config = replace(config, batch_size=len(prompts))  # all answers of a step
-        other.round = made = drawn(-1, [0] * len(prompts), prompts, answers)
-        names = [*self._tables(), "advantages", "returns"]
+        other.round = made = Rollouts.of(
+            -1, [Drawn(0, one, answered(self.tokenizer, {}, "", prompt, one), {}) for prompt, one in each]
+        )
+        names = ["old", "reference", "values", "advantages", "returns"]
         made.tokens |= dict.fromkeys(names, torch.zeros(made.counts.shape))
         other.train_set = Dataset("judged", made.examples)
         return super(PolicyTrainer, other).case()
@@ -269,18 +252,19 @@ class PolicyTrainer(Referenced):
     def sums(self, batch: Batch) -> Sums:
         config, made, rows = self.config, self.round, batch.numbers
         assert made is not None
+        way = config.way
         self.model.eval()  # without dropout, until layers have run again for backward
         found = self.scores(batch)
         values = None if self.values is None else self.values(batch)
         logps = found.logps[0]  # [P, L]
-        here = {name: made.at(name, rows, logps.shape[1]).to(logps) for name in made.tokens}
+        here = {name: table[[*rows], : logps.shape[1]].to(logps) for name, table in made.tokens.items()}
         counts = made.counts[[*rows], : logps.shape[1]].to(logps.device)
         old = here.get("old", logps.detach())
         reference = here.get("reference")
         given = policy.Rollouts(logps, old, here["advantages"], counts, reference)
         if made.first == 0 == self.run.steps:
             self._check_start(given, "old" in here)
-        losses = POLICIES[config.loss].surrogate(given, **self._clips())
+        losses = way.surrogate(given)
         if config.correction:
             losses = losses * policy.importance(old, here["sampled"], config.correction)
         if "uncertain" in here:
@@ -296,12 +280,8 @@ class PolicyTrainer(Referenced):
             off = policy.value_loss(values, here["values"], here["returns"], config.value_clip)
             metrics["value_loss"] = summed(off, counts)
             losses = losses + off
-        weights, weight = policy.mean_weights(counts, POLICIES[config.loss].mean, config.max_new_tokens)
+        weights, weight = policy.mean_weights(counts, way.mean, config.max_new_tokens)
         return Sums((losses * weights).sum(), metrics, weight=weight)
-
-    def _clips(self) -> dict[str, float]:
-        given = {name: getattr(self.config, name) for name in ("clip_low", "clip_high")}
-        return {name: value for name, value in given.items() if value is not None}
 
     def _check_start(self, given: policy.Rollouts, known: bool) -> None:
         """Raise NumericError unless, before the first update, the policy is its old self, and its own reference where
@@ -327,7 +307,7 @@ class PolicyTrainer(Referenced):
         metrics |= {"rollout_tokens_per_second": summed(torch.tensor([made.rate]))} if made.rate else {}
         metrics["entropy"] = summed(entropy, given.counts)
         metrics["ratio"] = summed(ratio, given.counts)
-        if (outside := policy.outside(POLICIES[self.config.loss].surrogate, given, self._clips())) is not None:
+        if (outside := policy.outside(self.config.way.surrogate, given)) is not None:
             metrics["clipped"] = summed(outside, given.counts)
         metrics["sampling_gap"] = summed((given.old - here["sampled"]).abs(), given.counts)
         return {name: values.to(ratio.device) for name, values in metrics.items()}
@@ -351,26 +331,27 @@ class PolicyTrainer(Referenced):
     # Evaluations and checkpoints.
 
     def evaluate(self, interrupt: Interrupt | bool = False) -> dict[str, float | None]:
-        prompts = [example.parts[0].ids for example in self.validation().examples]
-        with evaluating(self.model):
-            made = sample(self.model, prompts, seed=0, temperature=0.0, **self._limits())
-        if interrupt:
+        rows, found = self.validation(), list[Drawn]()
+        with self.interrupt.ending():
+            found = [] if interrupt else self.answers(rows, range(len(rows.examples)), 0, 0.0)
+        if not found:
             return {}
-        numbers = range(len(prompts))
-        answers = drawn(0, numbers, prompts, made)
-        texts = self._texts(self.validation(), numbers, answers.examples)
-        judged = self.rewards(texts)
-        for one, reward in list(zip(texts, judged.total, strict=True))[:SHOWN]:
-            self._tell(f"  reward {reward:.3g}  {shown(one.prompt[-60:])} -> {shown(one.answer, 120)}")
-        late = self.config.truncated_penalty * answers.answers["truncated"].double()
-        columns = {"reward": torch.tensor(judged.total, dtype=torch.float64) - late} | {
-            f"reward/{name}": v for name, v in judged.by_source.items()
-        }
-        found = {
-            name: torch.as_tensor(values, dtype=torch.float64).nanmean().item() for name, values in columns.items()
-        }
-        found |= {name: values.mean().item() for name, values in answers.answers.items()}
-        return told(self.callbacks, "on_evaluate", self.run, {name: finite(value) for name, value in found.items()})
+        if interrupt is self.interrupt:  # a run's own evaluation
+            self._show(found[:KEPT])
+        means = {name: values.double().nanmean().item() for name, values in Rollouts.of(0, found).answers.items()}
+        return told(self.callbacks, "on_evaluate", self.run, {name: finite(value) for name, value in means.items()})
+
+    def _show(self, found: Sequence[Drawn]) -> None:
+        """Answers with what they earned: all into a file, some on the terminal."""
+        lines = list[str]()
+        for said, earned in [(one.said, one.earned) for one in found]:
+            known = {name: finite(value) for name, value in earned.items()}
+            lines.append(json.dumps({"prompt": said.prompt, "answer": said.answer, **known}, ensure_ascii=False) + "\n")
+            if len(lines) <= SHOWN:
+                self._tell(f"  reward {earned['reward']:.3g}  {shown(said.prompt[-60:])} -> {shown(said.answer, 120)}")
+        folder = Path(self.config.out) / "samples"
+        folder.mkdir(exist_ok=True)
+        write_text(folder / f"step-{self.progress.done:06d}.jsonl", "".join(lines))
 
     def depends(self) -> dict[str, str]:
         return super().depends() | {"rewards": ", ".join(f"{n} {w:g}" for n, (w, _) in self.rewards.given.items())}

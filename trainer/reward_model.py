@@ -4,6 +4,7 @@ The head lies beside the adapter as `reward_head.safetensors` with one tensor, `
 and shape that transformers' `LlamaForSequenceClassification` with one label has.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,16 +87,21 @@ class RewardModel:
         tokenizer = as_tokenizer(tokenizer)
         form = template_for(tokenizer, self.template if template is None else template)
         samples = samples_of(rows, "sft")
-        made = enumerate(encode(samples, tokenizer, form, loss_on="last"))
-        answers = [(i, Example(parts, label=True)) for i, (_, parts) in made]  # to be rated: its batch has `last`
-        scores, forks = [0.0] * len(answers), self.model.forks_up_to
+        made = encode(samples, tokenizer, form, loss_on="last")
+        answers = [Example(parts, label=True) for _, parts in made]  # to be rated: its batch has `last`
+        scores = self.rate(answers, token_budget)
+        for sample, answer, reward in zip(samples, answers, scores, strict=True):
+            if not math.isfinite(reward):
+                layer = nonfinite_layer(self.model, *micro_batches([(0, answer)]))
+                raise explain_nonfinite(self.model, f"rewards of {sample.source}", layer)
+        return scores
+
+    def rate(self, answers: Sequence[Example], token_budget: int = 2048) -> list[float]:
+        """The reward of each example's answer, in order, whatever number it is."""
+        scores, forks, numbered = [0.0] * len(answers), self.model.forks_up_to, [*enumerate(answers)]
         with evaluating(self.model):
-            for batch in micro_batches(answers, token_budget=token_budget, forks_up_to=forks) if answers else ():
-                found = self.rewards(batch)[0]
-                if not bool(found.isfinite().all()):
-                    what = f"rewards of rows from {samples[min(batch.numbers)].source} on"
-                    raise explain_nonfinite(self.model, what, nonfinite_layer(self.model, batch))
-                for place, reward in zip(batch.numbers, found.tolist(), strict=True):
+            for batch in micro_batches(numbered, token_budget=token_budget, forks_up_to=forks) if answers else ():
+                for place, reward in zip(batch.numbers, self.rewards(batch)[0].tolist(), strict=True):
                     scores[place] = reward
         return scores
 

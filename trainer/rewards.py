@@ -5,6 +5,7 @@ returns no number is a failure with a name and a count, and the answer has no re
 """
 
 import json
+import math
 import os
 import re
 import select
@@ -20,11 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.batch import Example, micro_batches
+from ..data.batch import Encoded, Example
+from ..data.protocol import TokenizerLike
 from ..errors import EnvironmentProblem, InputError, shown
 from ..lora.active import using
 from ..lora.peft_files import load_adapter
-from ..models.protocol import CausalLM, evaluating
+from ..models.generate import Sampled
+from ..models.protocol import CausalLM
 from .evaluate import Match, matches
 from .reward_model import HEAD, RewardModel, read_head
 
@@ -49,16 +52,23 @@ class Answered:
     example: Example
 
 
+def answered(
+    tokenizer: TokenizerLike, row: Mapping[str, Any], prompt: str, ids: Sequence[int], made: Sampled
+) -> Answered:
+    """An answer as rewards take it, its text up to the token that ended it. prompt, ids: what it answers."""
+    said = tokenizer.decode(made.ids[: len(made.ids) - made.ended], skip_special=False)
+    return Answered(prompt, said, row, rated(ids, made.ids))
+
+
+def rated(prompt: Sequence[int], answer: Sequence[int]) -> Example:
+    """A prompt and an answer as an example whose answer is rated."""
+    return Example((Encoded([*prompt, *answer], [False] * len(prompt) + [True] * len(answer)),), label=True)
+
+
 Judge = Callable[[Sequence[Answered]], Sequence[Any]]  # a number or a `Failed` for each
 
 
-@dataclass(frozen=True)
-class Judged:
-    """Rewards of N answers: by source, NaN where it failed, their weighted sum, and how often what failed."""
-
-    by_source: Mapping[str, list[float]]
-    total: list[float]
-    failures: Counter[str]
+Earned = dict[str, float]  # by an answer: `reward/NAME` from each source, NaN where it failed, and their sum, `reward`
 
 
 class Rewards:
@@ -69,25 +79,22 @@ class Rewards:
     def __init__(self, given: Mapping[str, tuple[float, Judge]], failed: float | None = None) -> None:
         self.given, self.failed, self.failures = given, failed, Counter[str]()
 
-    def __call__(self, answers: Sequence[Answered]) -> Judged:
-        by_source, failures = dict[str, list[float]](), Counter[str]()
-        total = [0.0] * len(answers)
+    def __call__(self, answers: Sequence[Answered]) -> list[Earned]:
+        earned: list[Earned] = [{"reward": 0.0} for _ in answers]
         for name, (weight, judge) in self.given.items():
-            values = list[float]()
-            for found in judge(answers):
+            for found, own in zip(judge(answers), earned, strict=True):
                 try:
-                    values.append(number(found))
+                    value = own[f"reward/{name}"] = number(found)
                 except Failed as failure:
-                    failures[f"{name}: {failure}"] += 1
-                    values.append(float("nan"))
-            by_source[name] = values
-            known = [self.failed if value != value and self.failed is not None else value for value in values]
-            if weight:
-                total = [so_far + weight * value for so_far, value in zip(total, known, strict=True)]
-        for what, times in failures.items():
-            told_apart = what in self.failures or len(self.failures) < KINDS_OF_FAILURES
-            self.failures[what if told_apart else "other failures"] += times
-        return Judged(by_source, total, failures)
+                    self._count(f"{name}: {failure}")
+                    own[f"reward/{name}"] = math.nan
+                    value = math.nan if self.failed is None else self.failed
+                own["reward"] += weight * value if weight else 0.0  # and not NaN
+        return earned
+
+    def _count(self, failure: str) -> None:
+        told_apart = failure in self.failures or len(self.failures) < KINDS_OF_FAILURES
+        self.failures[failure if told_apart else "other failures"] += 1
 
 
 def number(value: object) -> float:
@@ -122,17 +129,12 @@ def each(function: RewardFunction) -> Judge:
     return judge
 
 
-def by_model(scores: RewardModel, adapter: str, token_budget: int = 2048) -> Judge:
+def by_model(scores: RewardModel, adapter: str) -> Judge:
     """A judge by a reward model whose adapter of that name is on the policy's own base."""
 
     def judge(answers: Sequence[Answered]) -> list[float]:
-        found = [0.0] * len(answers)
-        how: dict[str, Any] = {"token_budget": token_budget, "forks_up_to": scores.model.forks_up_to}
-        with evaluating(scores.model), using(scores.model, adapter):
-            for batch in micro_batches([*enumerate(one.example for one in answers)], **how):
-                for place, reward in zip(batch.numbers, scores.rewards(batch)[0].tolist(), strict=True):
-                    found[place] = reward
-        return found
+        with using(scores.model, adapter):
+            return scores.rate([one.example for one in answers])
 
     return judge
 
@@ -171,7 +173,7 @@ def rewards_of(
 
 
 def weighed(spec: str) -> tuple[str, float]:
-    """NAME=WEIGHT taken apart; the weight is 1 where no number stands at the end. InputError for one beyond a reward."""
+    """NAME=WEIGHT taken apart; it is 1 where no number stands at the end. InputError for one beyond a reward."""
     name, _, weight = spec.rpartition("=")
     try:
         found = float(weight) if name else 1.0
@@ -204,20 +206,20 @@ def _same_number(answer: str, wanted: str) -> bool:
     return (found := last_number(answer)) is not None and found == last_number(wanted)
 
 
-def _fields(names: str) -> Callable[[str], bool]:
-    def has(answer: str) -> bool:
-        try:
-            made = json.loads(answer)
-        except ValueError:
-            return False
+def _has_fields(answer: str, names: str) -> bool:
+    with suppress(ValueError):
+        made = json.loads(answer)
         return isinstance(made, dict) and made.keys() >= {*names.split(",")}
+    return False
 
-    return has
 
-
-def _between(bounds: str) -> Callable[[str], bool]:
+def _has_words(answer: str, bounds: str) -> bool:
     least, _, most = bounds.partition("-")
-    return lambda answer: int(least) <= len(answer.split()) <= int(most)
+    return int(least) <= len(answer.split()) <= int(most)
+
+
+def _has_format(answer: str, pattern: str) -> bool:
+    return re.fullmatch(pattern, answer.strip(), re.DOTALL) is not None
 
 
 def _alike(match: Match) -> Callable[[str, str], bool]:
@@ -229,12 +231,12 @@ COMPARED: dict[str, Callable[[str, str], bool]] = {
     "number": _same_number,
 }
 """Checks of an answer against the one that its row holds."""
-ALONE: dict[str, tuple[str, Callable[[str], Callable[[str], bool]]]] = {
-    "fields": (r"[^,]+(,[^,]+)*", _fields),  # a JSON object with these
-    "words": (r"\d{1,9}-\d{1,9}", _between),  # so many
-    "format": (r"[\s\S]+", lambda pattern: lambda answer: re.fullmatch(pattern, answer.strip(), re.DOTALL) is not None),
+ALONE: dict[str, tuple[str, Callable[[str, str], bool]]] = {
+    "fields": (r"[^,]+(,[^,]+)*", _has_fields),  # a JSON object with these
+    "words": (r"\d{1,9}-\d{1,9}", _has_words),  # so many
+    "format": (r"[\s\S]+", _has_format),
 }
-"""Checks of an answer alone: what they may be told (a regular expression), and the check that is told so."""
+"""Checks of an answer against what they are told: a regular expression of that, and the check."""
 LAST_LINE = "last-line:"
 
 
@@ -244,26 +246,23 @@ def check(spec: str) -> RewardFunction | None:
     if spec.startswith(LAST_LINE):
         inner = check(spec.removeprefix(LAST_LINE))
         return inner and (lambda prompt, answer, row: inner(prompt, answer.strip().rpartition("\n")[2], row))
-    if spec in COMPARED:
-        compare = COMPARED[spec]
-
-        def compared(prompt: str, answer: str, row: Mapping[str, Any]) -> float:
-            if (wanted := expected(row)) is None:
-                raise Failed("has no answer in the row to compare with")
-            return float(compare(answer, wanted))
-
-        return compared
     name, _, told = spec.partition(":")
-    if name not in ALONE:
+    if spec not in COMPARED and name not in ALONE:
         return None
-    wanted, make = ALONE[name]
+    wanted, holds = ALONE.get(name) or ("", COMPARED[spec])
     try:
         if not re.fullmatch(wanted, told):
             raise InputError(f"the reward {name} is told what matches {wanted}, got {shown(told)}")
-        holds = make(told if name != "format" else re.compile(told).pattern)
+        re.compile(told if name == "format" else "")
     except re.error as error:
         raise InputError(f"the reward {shown(spec)} is no regular expression: {error}") from None
-    return lambda prompt, answer, row: float(holds(answer))
+
+    def score(prompt: str, answer: str, row: Mapping[str, Any]) -> float:
+        if (other := told or expected(row)) is None:
+            raise Failed("has no answer in the row to compare with")
+        return float(holds(answer, other))
+
+    return score
 
 
 # A user's file.

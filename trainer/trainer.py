@@ -9,7 +9,7 @@ the configuration and what a checkpoint holds, so the data cursor of a checkpoin
 import hashlib
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..data.encode import Dataset, load_rows
-from ..data.order import fingerprint, split_validation, step_indices, steps_per_epoch
+from ..data.order import fingerprint, split_validation, step_indices
 from ..data.protocol import AnyTokenizer
 from ..data.read import Rows
 from ..data.sample import Kind
@@ -99,9 +99,11 @@ class Trainer(Fitted):
         elif val is not None:
             self.val_set = load_rows(config, self.tokenizer, val, self.kind, name="val")
         config.check_rows(len(self.train_set), None if self.val_set is None else len(self.val_set))
-        self.steps_per_epoch = steps_per_epoch(len(self.train_set), config.batch_size)
+        self.steps_per_epoch = config.epoch_steps(len(self.train_set))
         self.total = config.total_steps(len(self.train_set))  # steps in all
         self.foreseen = ""  # what memory a run takes, where that was in doubt
+        self.interrupt = Interrupt()  # a run has its own
+        self._pending: Pending | None = None  # an update whose metrics are still on the device
         self.run = self.new_run()
 
     def begin(self, dataset: Dataset, batches: Sequence[Batch]) -> None:
@@ -174,7 +176,7 @@ class Trainer(Fitted):
             needed = state_bytes(self.config, self.parameters.values())
             check_free(out, needed + 2 * sum(tensor.nbytes for tensor in self.run.weights().values()))
             self.best: Weights | None = None
-            self._pending: Pending | None = None  # an update whose metrics are still on the device
+            self._pending = None
             self.recompute = self.recomputes()
             notes += [self.foreseen] * bool(self.foreseen)
             if not self.model.packs:
@@ -206,18 +208,28 @@ class Trainer(Fitted):
             run.stopped_early |= self.run.stopped
             ended = run.done >= self.total or run.stopped_early
             if self._due(config.eval_every, ended) and run.evaluated != run.done:
-                self._evaluate()
+                with self.apart():
+                    self._evaluate()
                 run.stopped_early |= self.run.stopped
                 ended = ended or run.stopped_early
             if self.interrupt or (self._due(config.save_every, ended) and run.saved != run.done):
-                self._save()
+                with self.apart():
+                    self._save()
             if self.interrupt or ended:
                 break
             batches, sources = self.step_data(run.done)
-            yield batches
-            self._step(batches, sources)
+            if batches:  # else a signal came while they were made
+                yield batches
+                self._step(batches, sources)
         if ended and not self.interrupt and self.best is not None:
             self.run.load_weights(self.best)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is done inside is not training time."""
+        self._settle()
+        yield
+        self._clock = time.perf_counter()
 
     def _due(self, every: int | None, ended: bool) -> bool:
         return self.progress.done > 0 and (ended or self.progress.done % (every or self.steps_per_epoch) == 0)
@@ -284,7 +296,6 @@ class Trainer(Fitted):
 
     def _evaluate(self) -> None:
         """Validation metrics, and what follows from them: the best weights so far, an early stop."""
-        self._settle()
         run = self.progress
         if self.val_set is not None and not (found := self.evaluate(self.interrupt)):
             return  # interrupted: the resumed run does it again
@@ -301,7 +312,6 @@ class Trainer(Fitted):
         elif settled:
             run.without_better += 1
             run.stopped_early |= self.config.patience is not None and run.without_better >= self.config.patience
-        self._clock = time.perf_counter()  # an evaluation is not training time
 
     def _is_best(self, value: float | None) -> bool:
         before = self.progress.best_metrics.get(self.best_metric)
@@ -333,7 +343,6 @@ class Trainer(Fitted):
         return self.val_set
 
     def _save(self) -> None:
-        self._settle()
         run = self.progress
         if run.done == 0 or run.saved == run.done:
             return
@@ -345,7 +354,6 @@ class Trainer(Fitted):
         path = save_checkpoint(folder, run.done, groups, state, keep=self.config.keep)
         for callback in self.callbacks:
             callback.on_checkpoint(self.run, path)
-        self._clock = time.perf_counter()
 
     def _saved(self, loop: dict[str, Any]) -> SavedState:
         order = layout(self.config, self.device) | {"tokens a pass": str(self.token_budget)}

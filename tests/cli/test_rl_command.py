@@ -1,10 +1,13 @@
 """`fourbit rl` as one types it: what it refuses, what it advises, and that the advice works."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from fourbit.cli.config_file import CONFIG
 
 RL = "rl --model m --data asked.jsonl --steps 2 --batch-size 2 --group-size 2 --max-new-tokens 3 --lr 1e-2"
 
@@ -34,14 +37,22 @@ WRONG = {  # what is typed wrong, what is said of it, and what is typed then
     "no such reward": ("--reward nothing", "give one of these", "--reward exact"),
     "twice": ("--reward exact --reward exact=2", "with the sum of the weights", "--reward exact=3"),
     "a file that fails": ("--reward bad.py:score", "mend it", "--reward score.py:score"),
-    "one answer": ("--reward exact --group-size 1", "give 2 or more, or a baseline of batch or none",
+    "one answer": ("--reward exact --group-size 1", "a baseline of batch or none without resample",
                    "--reward score.py:score --group-size 1 --baseline batch"),
-    "kl's parts alone": ("--reward exact --kl-stop 1", "give one", "--reward exact --kl-stop 1 --kl 0.1"),
+    "groups of one": ("--reward exact --loss reinforce --group-size 1 --resample 1", "without resample",
+                      "--reward exact --loss reinforce --group-size 1"),
+    "kl's parts alone": ("--reward exact --kl-stop 1", "--kl-stop would do nothing, as kl is 0: leave out",
+                         "--reward exact --kl-stop 1 --kl 0.1"),
     "k1": ("--reward exact --kl 0.1 --kl-estimator k1", "take k2 or k3, or kl_in reward",
            "--reward exact --kl 0.1 --kl-estimator k1 --kl-in reward"),
-    "clip": ("--reward exact --loss sapo --clip-low 0.1", "leave it out", "--reward exact --loss sapo"),
-    "ppo alone": ("--reward exact --lam 0.5", "leave it out", "--reward exact --loss ppo --lam 0.5"),
-    "ppo's baseline": ("--reward exact --loss ppo --baseline batch", "leave them out", "--reward exact --loss ppo"),
+    "clip": ("--reward exact --loss sapo --clip-most 2", "the loss sapo takes none: leave out",
+             "--reward exact --loss grpo --clip-most 2"),
+    "ppo alone": ("--reward exact --lam 0.5", "no value function: leave out", "--reward exact --loss ppo --lam 0.5"),
+    "ppo's baseline": ("--reward exact --loss ppo --baseline batch", "from values: leave out",
+                       "--reward exact --loss ppo"),
+    "dropout": ("--reward exact --dropout 0.1", "got 0.1: leave it out", "--reward exact"),
+    "a round cut off": ("--reward exact --rollouts-ahead 3", "(rollouts_ahead): give 3",
+                        "--reward exact --rollouts-ahead 3 --steps 3"),
 }  # fmt: skip
 
 
@@ -74,3 +85,32 @@ def test_a_reward_model_judges_answers_alike_however_they_were_generated(asked: 
     assert [row["answer"] for row in found[0]] == [row["answer"] for row in found[1]]
     rewards = [[row["reward"] for row in rows] for rows in found]
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-4) and len({*rewards[0]}) > 6
+
+
+def test_the_dropout_of_a_loaded_adapter_is_said_to_be_off(asked: Path, typed: Any) -> None:
+    (asked / "shown.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    for dropout, said in (("0.1", True), ("0", False)):
+        typed(f"sft --model m --data shown.jsonl --steps 1 --batch-size 1 --dropout {dropout} --out sft{dropout}")
+        told = typed(f"{RL} --reward score.py:score --adapter sft{dropout} --out rl{dropout}")
+        assert ("dropout is off in reinforcement" in told) == said
+
+
+def test_online_dpo_is_the_loop_that_the_docs_show(asked: Path, typed: Any) -> None:
+    """The shell writes its commands down, and they run here: the tokens are few, and a check that such a model passes
+    now and then stands for `number`."""
+    text = (Path(__file__).parents[2] / "docs" / "reinforcement.md").read_text()
+    (script,) = [part for part in text.split("```sh\n")[1:] if "for round" in part]
+    noted = subprocess.run(["bash", "-c", 'fourbit() { echo "$*"; }\n' + script.partition("```")[0]],
+                           check=True, capture_output=True, text=True)  # fmt: skip
+    typed("sft --model m --data rows.jsonl --steps 1 --batch-size 1 --rank 2 --out runs/sft")
+    commands = noted.stdout.replace("--model M", "--model m").replace("prompts.jsonl", "asked.jsonl").splitlines()
+    assert [line.split()[0] for line in commands] == ["generate", "dpo"] * 3
+    for line in commands:
+        more = "--max-new-tokens 4" if line.startswith("generate") else "--steps 2 --batch-size 2 --lr 1e-2"
+        typed(f"{line} {more}".replace("--reward number", "--reward score.py:score"))
+    pairs = [(asked / f"pairs-{number}.jsonl").read_text().splitlines() for number in (1, 2, 3)]
+    assert all(pairs) and all({"prompt", "chosen", "rejected"} == json.loads(row).keys() for row in pairs[2])
+    weights = [(asked / "runs" / f"dpo-{n}" / "adapter_model.safetensors").read_bytes() for n in (1, 2, 3)]
+    assert len({*weights}) == 3
+    for number, before in ((1, "runs/sft"), (2, "runs/dpo-1"), (3, "runs/dpo-2")):
+        assert f"adapter: {before}" in (asked / "runs" / f"dpo-{number}" / CONFIG).read_text()

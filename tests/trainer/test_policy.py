@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fourbit.trainer.losses import policy
 from fourbit.trainer.losses.policy import Rollouts
+from fourbit.trainer.losses.tokens import Tempered, token_entropy, token_scores
 
 ROLLOUTS = 20_000
 
@@ -168,8 +169,8 @@ def test_values_are_clipped_and_whitened() -> None:
     torch.testing.assert_close(loss, torch.tensor([[0.81, 0.64, 2.25]]) / 2)
     (gradient,) = torch.autograd.grad(loss.sum(), values)
     torch.testing.assert_close(gradient, torch.tensor([[-0.9, 0.0, 1.5]]))  # past the clip, towards the return: none
-    counts = torch.tensor([[True, True, False], [True, False, False]])
-    made = policy.whitened(torch.tensor([[1.0, 2.0, torch.nan], [3.0, torch.nan, torch.nan]]), counts)
+    given = torch.tensor([[1.0, 2.0, torch.nan], [3.0, torch.nan, torch.nan]])
+    made = policy.advantages(given, "batch", "batch", 1e-8)
     torch.testing.assert_close(made, torch.tensor([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
 
 
@@ -187,8 +188,6 @@ def test_shapes_are_not_broadcast() -> None:
 
 
 def test_the_entropy_has_its_gradient_through_any_head() -> None:
-    from fourbit.trainer.losses.tokens import Tempered, token_entropy, token_scores
-
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 5, generator=draw, dtype=torch.float64).requires_grad_()
     weight = torch.randn(11, 5, generator=draw, dtype=torch.float64)
@@ -206,10 +205,12 @@ def test_the_entropy_has_its_gradient_through_any_head() -> None:
 
 
 def test_a_token_that_is_banned_has_no_part_in_the_entropy() -> None:
-    from fourbit.kernels.chunked_head import EntropyScorer
-
-    logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0], [0.0, -torch.inf, -torch.inf, -torch.inf]])
-    (entropy,) = EntropyScorer()(logits, slice(0, 2), True)
-    wanted = torch.distributions.Categorical(logits=torch.tensor([0.0, 1.0, 2.0])).entropy()
-    torch.testing.assert_close(entropy, torch.stack([wanted, torch.zeros(())]))
-    assert logits.isfinite().all() and not logits[0, 2] and not logits[1].any()
+    hidden = torch.tensor([[1.0, 0.5], [0.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    head = torch.nn.Linear(2, 4, dtype=torch.float64).requires_grad_(False)
+    head.bias[2] = -torch.inf
+    got, wanted = token_entropy(head, hidden), head(hidden)[:, [0, 1, 3]]
+    wanted = torch.distributions.Categorical(logits=wanted).entropy()
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(each.sum(), hidden, retain_graph=True)[0] for each in (got, wanted))
+    )

@@ -1,7 +1,12 @@
 """Reinforcement end to end on a tiny model: it learns, and says of itself what is true."""
 
+import json
 import math
+import os
+import signal
+import time
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +19,8 @@ from fourbit.lora.layer import adapter_parameters
 from fourbit.models.generate import sample
 from fourbit.models.protocol import evaluating
 from fourbit.trainer.config import RLConfig
+from fourbit.trainer.interrupt import interrupts
+from fourbit.trainer.losses import policy
 from fourbit.trainer.losses.policy import POLICIES
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.policy import PolicyTrainer
@@ -49,6 +56,10 @@ def test_an_untrained_model_learns_the_letter_that_earns(trainer_for, tiny_folde
         assert 0 < record["entropy"] <= math.log(259) and 0 <= record["truncated"] <= 1 and record["signal"] <= 1
         assert record["rollout_tokens_per_second"] > 0 and 1 <= record["answer_tokens"] <= 6
     assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-000020.jsonl", "step-000040.jsonl"]
+    shown = [json.loads(line) for line in (tmp_path / "samples" / "step-000040.jsonl").read_text().splitlines()]
+    assert sum(one["reward"] for one in shown) / len(shown) == pytest.approx(result.val["reward"])
+    assert all(one["reward/e"] == many_e(one["prompt"], one["answer"], {}) and not one["failed"] for one in shown)
 
 
 @pytest.mark.parametrize("loss", POLICIES)
@@ -67,6 +78,84 @@ def test_every_loss_starts_at_ratio_1_and_kl_0_and_moves_the_policy(trainer_for,
     moved = [name for name, p in trainer.parameters.items() if not torch.equal(p, before[name])]
     assert len(moved) == len(before)
     assert ("value_loss" in first) == (loss == "ppo")
+
+
+@pytest.mark.parametrize("place", ["drawing", "judging", "evaluating"])
+def test_a_signal_ends_a_round_where_it_is_and_the_run_goes_on(
+    trainer_for, tiny_folder, rows, val_rows, tmp_path, monkeypatch, assert_same_runs, place
+):
+    """Nothing more is drawn or judged, the steps before are saved, and the resumed run has the bits of an uncut one."""
+    options = SMALL | {"steps": 4, "rollouts_ahead": 2, "eval_every": 2, "val": val_rows, "b_seed": 1}
+    ends = {"drawing": ("draws", 3), "judging": ("judged", 27), "evaluating": ("judged", 18)}[place]  # 16 + 6 + 16
+    seen = Counter()
+
+    def signalled(what):
+        seen[what] += 1
+        if (what, seen[what]) == ends and seen["draws"]:  # of the run that is cut
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def judge(prompt, answer, row):
+        signalled("judged")
+        return len(set(answer)) / 6
+
+    def draw(*args, **how):
+        signalled("draws")
+        return sample(*args, **how)
+
+    trainer_for(tiny_folder, rows, tmp_path / "whole", rewards=given(judge), **options).train(display=None)
+    seen.clear()
+    monkeypatch.setattr("fourbit.trainer.policy.sample", draw)
+    cut = trainer_for(tiny_folder, rows, tmp_path / "cut", rewards=given(judge), **options).train(display=None)
+    assert (cut.signal, cut.steps) == (signal.SIGINT, 2) and seen[ends[0]] == ends[1]
+    monkeypatch.undo()
+    more = options | {"resume": "auto"}
+    result = trainer_for(tiny_folder, rows, tmp_path / "cut", rewards=given(judge), **more).train(display=None)
+    assert (result.signal, result.steps) == (None, 4)
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut", 4)
+    shown = [{path.name: path.read_text() for path in (tmp_path / n / "samples").iterdir()} for n in ("whole", "cut")]
+    assert len(shown[0]) == 2 and shown[0] == shown[1]
+
+
+def test_a_signal_waits_while_something_is_put_back():
+    """What is switched for a block must not stay so: the signal that falls into its end is remembered."""
+    with interrupts() as stop, stop.ending():
+
+        @contextmanager
+        def switched():
+            yield
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        with switched():
+            pass
+        assert stop.signal == signal.SIGTERM
+        return
+    pytest.fail("it ended the block")
+
+
+def test_every_answer_is_trained_as_often_as_updates_says(trainer_for, tiny_folder, rows, tmp_path):
+    """Also where an epoch is no whole number of rounds: the last one is gone on with."""
+    more = {"rollouts_ahead": 3, "updates": 2, "epochs": 1, "batch_size": 2}
+    trainer = trainer_for(tiny_folder, rows, tmp_path, rewards=given(), **SMALL | more)
+    steps = -(-len(trainer.train_set) // 2)
+    assert steps % 3 and trainer.total == -(-steps // 3) * 6 and trainer.steps_per_epoch == 2 * steps
+    trained = Counter()
+    for step in range(trainer.total):
+        batches, _ = trainer.step_data(step)
+        trained.update((trainer.round.first, number) for batch in batches for number in batch.numbers)
+    assert set(trained.values()) == {2} and len({first for first, _ in trained}) == trainer.total // 6
+    with pytest.raises(InputError, match="patience 1 needs more than 1 evaluations"):
+        RLConfig(out="x", updates=2, patience=1).check_rows(8, 2)
+
+
+def test_what_rounds_take_is_told_apart_from_updates(trainer_for, tiny_folder, rows, tmp_path):
+    def slow(prompt, answer, row):
+        time.sleep(0.1)
+        return len(answer)
+
+    trainer_for(tiny_folder, rows, tmp_path, rewards=given(slow), **SMALL, steps=2).train(display=None)
+    for record in steps_of(tmp_path):  # 8 answers, each judged in 0.1 s
+        assert record["tokens"] / record["tokens_per_second"] < 0.8
+        assert 8 * record["answer_tokens"] / record["rollout_tokens_per_second"] > 0.8
 
 
 def test_drawn_answers_have_the_chances_that_the_model_gives_them(adapted, tiny_folder):
@@ -137,8 +226,8 @@ def test_a_reward_model_on_the_same_base_judges_as_by_itself(adapted, tiny_folde
     rewards = rewards_of([f"{tmp_path / 'reward'}=2", "exact=0.5"], policy)
     ids, trained = encode_chat(talk[0]["messages"], tokenizer)
     example = Example((Encoded(ids, trained),), label=True)
-    judged = rewards([Answered("say ab", "abab", {"answer": "abab"}, example)])
-    assert judged.total[0] == pytest.approx(2 * wanted[0] + 0.5, abs=1e-5)
+    (earned,) = rewards([Answered("say ab", "abab", {"answer": "abab"}, example)])
+    assert earned["reward"] == pytest.approx(2 * wanted[0] + 0.5, abs=1e-5)
     assert all(p.requires_grad for p in adapter_parameters(policy).values())
     assert not any(p.requires_grad for p in adapter_parameters(policy, "reward-1").values())
 
@@ -148,12 +237,16 @@ def test_a_reward_model_on_the_same_base_judges_as_by_itself(adapted, tiny_folde
     [
         ({"loss": "grpol"}, "loss must be one of"),
         ({"group_size": 1}, "compares the answers to a prompt"),
-        ({"kl_in": "reward"}, "belong to a kl above 0"),
+        ({"kl_in": "reward"}, "kl_in would do nothing, as kl is 0"),
         ({"kl": 0.1, "kl_estimator": "k1"}, "mean gradient 0"),
-        ({"loss": "sapo", "clip_low": 0.1}, "clip_low is not used by the loss sapo"),
+        ({"loss": "sapo", "clip_low": 0.1}, "clip_low would do nothing, as the loss sapo takes none"),
         ({"loss": "ppo", "baseline": "batch"}, "ppo's come from values"),
-        ({"lam": 0.5}, "lam belongs to the loss ppo"),
-        ({"loss": "reinforce", "group_size": 1, "resample": 2}, "a group of 1 is no group"),
+        ({"lam": 0.5}, "lam would do nothing, as the loss grpo has no value function"),
+        ({"steps": 9, "rollouts_ahead": 4, "updates": 2}, "each answer of the last round.*give 12$"),
+        (
+            {"loss": "reinforce", "group_size": 1, "resample": 2},
+            "resample compares the answers to a prompt, got group_size 1",
+        ),
     ],
 )
 def test_settings_that_cannot_work_together_are_refused(options, why):
@@ -162,7 +255,8 @@ def test_settings_that_cannot_work_together_are_refused(options, why):
 
 
 @pytest.mark.parametrize("spec, why", [
-    ("nothing", "no check"), ("words", "told what matches"), ("exact=0", "weight 0"), ("exact=nan", "from -1e9"), ("a.py:f", "FileNotFound"),
+    ("nothing", "no check"), ("words", "told what matches"), ("exact=0", "weight 0"), ("exact=nan", "from -1e9"),
+    ("a.py:f", "FileNotFound"),
 ])  # fmt: skip
 def test_rewards_that_are_none_are_refused(spec, why):
     with pytest.raises(InputError, match=why):
@@ -199,21 +293,22 @@ def test_a_step_is_foreseen_with_all_its_answers(trainer_for, tiny_folder, rows,
 
 
 def test_what_is_clipped_is_what_the_loss_clips():
-    from fourbit.trainer.losses import policy
-
     logps = torch.tensor([[0.3, 0.3, -0.3], [0.3, -0.3, 0.1]], dtype=torch.float64, requires_grad=True)
     advantages, counts = torch.tensor([[1.0], [-1.0]]).double(), torch.ones(2, 3, dtype=torch.bool)
     rollouts = policy.Rollouts(logps, torch.zeros_like(logps), advantages, counts)
-    for name, way in POLICIES.items():
-        outside = policy.outside(way.surrogate, rollouts, {})
-        if name in ("cispo", "sapo", "vespo", "reinforce"):
+    ways = [(loss, {}) for loss in POLICIES] + [("grpo", {"clip_most": 1.2}), ("reinforce", {"clip_high": 0.2})]
+    for loss, options in ways:
+        surrogate = RLConfig(out="x", loss=loss, **options).way.surrogate
+        outside = policy.outside(surrogate, rollouts)
+        if loss in ("cispo", "sapo", "vespo"):
             assert outside is None
             continue
-        (gradient,) = torch.autograd.grad(way.surrogate(rollouts).sum(), logps)
-        if name in ("grpo", "dr-grpo", "dapo", "ppo"):
-            assert torch.equal(outside, gradient == 0), name
+        (gradient,) = torch.autograd.grad(surrogate(rollouts).sum(), logps)
+        if loss in ("grpo", "dr-grpo", "dapo", "ppo", "reinforce"):
+            assert torch.equal(outside, gradient == 0), loss
+            assert outside.sum() == {"reinforce": 0}.get(loss, 3) + len(options) * (1 if loss == "grpo" else 2)
         else:  # a ratio of the whole answer
-            assert torch.equal(outside.all(1), (gradient == 0).all(1)), name
+            assert torch.equal(outside.all(1), (gradient == 0).all(1)), loss
 
 
 def test_only_known_rewards_make_a_signal():

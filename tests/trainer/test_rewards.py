@@ -11,9 +11,19 @@ import pytest
 
 from fourbit.data.batch import Encoded, Example
 from fourbit.errors import InputError
-from fourbit.trainer.rewards import Answered, Failed, Rewards, Worker, check, each, expected
+from fourbit.trainer.rewards import Answered, Failed, RewardFunction, Rewards, Worker, check, each, expected
 
 ROW = {"prompt": "2 + 2?", "answer": "so it is 4"}
+
+
+def named(spec: str) -> RewardFunction:
+    found = check(spec)
+    assert found is not None
+    return found
+
+
+def totals(judged: Rewards, answers: list[Answered]) -> list[float]:
+    return [earned["reward"] for earned in judged(answers)]
 
 
 def answered(answer: str, row: dict[str, Any] | None = None, prompt: str = "2 + 2?") -> Answered:
@@ -34,14 +44,13 @@ def answered(answer: str, row: dict[str, Any] | None = None, prompt: str = "2 + 
     ],
 )  # fmt: skip
 def test_checks_hold_or_not(spec: str, answer: str, holds: bool) -> None:
-    found = check(spec)
-    assert found is not None and found("2 + 2?", answer, ROW) == float(holds)
+    assert named(spec)("2 + 2?", answer, ROW) == float(holds)
 
 
 def test_numbers_with_commas_and_json_and_patterns_are_compared() -> None:
-    assert check("number")("", "it is 1,234.50", {"answer": "1234.5"}) == 1  # type: ignore[misc]
-    assert check("json")("", '{"b": 1, "a": [2]}', {"answer": '{"a": [2], "b": 1}'}) == 1  # type: ignore[misc]
-    assert check("regex")("", "room 101", {"answer": r"\d{3}"}) == 1  # type: ignore[misc]
+    assert named("number")("", "it is 1,234.50", {"answer": "1234.5"}) == 1
+    assert named("json")("", '{"b": 1, "a": [2]}', {"answer": '{"a": [2], "b": 1}'}) == 1
+    assert named("regex")("", "room 101", {"answer": r"\d{3}"}) == 1
     assert check("exactly") is None and check("rewards.py:score") is None
     for spec in ("words:3", "words:a-b", "format:(", "fields:", "format:"):
         with pytest.raises(InputError, match=spec.partition(":")[0]):
@@ -55,8 +64,9 @@ def test_what_a_row_expects_is_its_answer() -> None:
 
 
 def test_a_row_without_an_answer_earns_nothing_and_says_so() -> None:
-    judged = Rewards({"exact": (1.0, each(check("exact")))})([answered("None", {"prompt": "q"})])  # type: ignore[arg-type]
-    assert judged.failures == {"exact: has no answer in the row to compare with": 1} and math.isnan(judged.total[0])
+    judged = Rewards({"exact": (1.0, each(named("exact")))})
+    assert math.isnan(*totals(judged, [answered("None", {"prompt": "q"})]))
+    assert judged.failures == {"exact: has no answer in the row to compare with": 1}
 
 
 def test_a_source_of_weight_0_is_shown_and_neither_earned_nor_missed() -> None:
@@ -64,8 +74,9 @@ def test_a_source_of_weight_0_is_shown_and_neither_earned_nor_missed() -> None:
         raise Failed("cannot say")
 
     given = {"earned": (2.0, each(lambda *_: 1.5)), "seen": (0.0, each(lambda *_: 7.0)), "broken": (0.0, each(fails))}
-    judged = Rewards(given)([answered("x", {})])
-    assert judged.total == [3.0] and judged.by_source["seen"] == [7.0] and math.isnan(judged.by_source["broken"][0])
+    judged = Rewards(given)
+    (earned,) = judged([answered("x", {})])
+    assert earned["reward"] == 3.0 and earned["reward/seen"] == 7.0 and math.isnan(earned["reward/broken"])
     assert judged.failures == {"broken: cannot say": 1}
 
 
@@ -77,14 +88,14 @@ def test_failures_of_many_words_are_counted_under_few_names(worker: Any) -> None
 
 def test_answers_of_forks_are_not_taken_for_the_next_ones(worker: Any) -> None:
     judged = Rewards({"m": (1.0, worker("import os; os.fork(); return float(answer)", 20.0))})
-    assert judged([answered(str(i)) for i in range(5)]).total == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert totals(judged, [answered(str(i)) for i in range(5)]) == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
 def test_a_file_may_import_packages_of_names_that_ours_have(worker: Any, tmp_path: Path) -> None:
     (tmp_path / "metrics.py").write_text("TWO = 2")
     one = worker("import metrics, config_of_mine; return metrics.TWO", 20.0)
     (tmp_path / "config_of_mine.py").write_text("")
-    assert Rewards({"m": (1.0, one)})([answered("a")]).total == [2.0]
+    assert totals(Rewards({"m": (1.0, one)}), [answered("a")]) == [2.0]
 
 
 BAD: dict[str, tuple[str, str]] = {
@@ -144,28 +155,29 @@ def test_a_bad_reward_is_a_counted_failure_and_the_next_call_works(kind: str, wo
     body, why = BAD[kind]
     bad = worker(f"if row.get('fine'): return 1.5\n    {body}")
     begun = time.monotonic()
-    judged = Rewards({"mine": (2.0, bad)})([answered("a"), answered("b", {"fine": True})])
+    judged = Rewards({"mine": (2.0, bad)})
+    failed, fine = judged([answered("a"), answered("b", {"fine": True})])
     assert time.monotonic() - begun < 20
     (message,) = judged.failures
     assert judged.failures[message] == 1 and message.startswith("mine: ") and why in message and "\n" not in message
     assert len(message) < 400
-    assert math.isnan(judged.by_source["mine"][0]) and math.isnan(judged.total[0])
-    assert judged.by_source["mine"][1] == 1.5 and judged.total[1] == 3.0
-    assert Rewards({"mine": (2.0, each(lambda *_: float("nan")))}, failed=-1.0)([answered("a")]).total == [-2.0]
+    assert math.isnan(failed["reward/mine"]) and math.isnan(failed["reward"])
+    assert fine == {"reward/mine": 1.5, "reward": 3.0}
+    assert totals(Rewards({"mine": (2.0, each(lambda *_: float("nan")))}, failed=-1.0), [answered("a")]) == [-2.0]
 
 
 @pytest.mark.parametrize("kind", FINE)
 def test_honest_rewards_may_print_read_and_import(kind: str, worker: Any) -> None:
-    judged = Rewards({"mine": (1.0, worker(FINE[kind], 20.0))})([answered("a"), answered("b")])
-    assert judged.total == [2.0, 2.0] and not judged.failures
+    judged = Rewards({"mine": (1.0, worker(FINE[kind], 20.0))})
+    assert totals(judged, [answered("a"), answered("b")]) == [2.0, 2.0] and not judged.failures
 
 
 def test_a_function_of_many_is_called_once_and_gives_as_many(worker: Any) -> None:
     head = "CALLS = []\ndef score(prompts, answers, rows):"
     many = worker("CALLS.append(1); return [len(a) + 10 * len(CALLS) for a in answers]", 5, head)
-    assert Rewards({"m": (1.0, many)})([answered("a"), answered("abc")]).total == [11, 13]
-    short = worker("return [1.0]", 5, head)
-    judged = Rewards({"m": (1.0, short)})([answered("a"), answered("abc")])
+    assert totals(Rewards({"m": (1.0, many)}), [answered("a"), answered("abc")]) == [11, 13]
+    judged = Rewards({"m": (1.0, worker("return [1.0]", 5, head))})
+    judged([answered("a"), answered("abc")])
     assert judged.failures == {"m: gave [1.0], not a list of 2 numbers": 2}
 
 
@@ -192,7 +204,7 @@ def test_what_a_reward_started_ends_with_it(tmp_path: Path, worker: Any) -> None
     note = tmp_path / "pid"
     body = f"import subprocess; p = subprocess.Popen(['sleep', '60']); open({str(note)!r}, 'w').write(str(p.pid))"
     one = worker(f"{body}; return 1.0", 20.0)
-    assert Rewards({"m": (1.0, one)})([answered("a")]).total == [1.0]
+    assert totals(Rewards({"m": (1.0, one)}), [answered("a")]) == [1.0]
     one.stop()
     for _ in range(50):
         time.sleep(0.02)

@@ -6,7 +6,7 @@ settings by name and returns [N, L], not reduced: `mean_weights` says what each 
 step, so no loss depends on how the step was split into micro-batches. Gradients at r = 1 are those of -A log π.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -61,33 +61,29 @@ def clipped(
     *,
     clip_low: float | None = 0.2,
     clip_high: float | None = None,
-    most: float | None = None,
+    clip_most: float | None = None,
     level: Level = "token",
 ) -> Tensor:
     """-min(r A, clip(r, 1 - low, 1 + high) A): PPO, Schulman et al. 2017, arXiv 1707.06347, equation 7.
-    high: by default low; above it, DAPO's clip-higher (Yu et al. 2025, arXiv 2503.14476). clip_low None: no clip, so
-    with one update a batch plain REINFORCE. most: r is at most this where A is negative (dual clip, Ye et al. 2020,
+    high: by default low; above it, DAPO's clip-higher (Yu et al. 2025, arXiv 2503.14476). Both None: no clip, so with
+    one update a batch plain REINFORCE. most: r is at most this where A is negative (dual clip, Ye et al. 2020,
     arXiv 1912.09729). level "mean": GSPO, r = (π(y) / π_old(y))^(1/|y|) (Zheng et al. 2025, arXiv 2507.18071);
     "answer": RLOO, r = π(y) / π_old(y) (Ahmadian et al. 2024, arXiv 2402.14740)."""
     ratio = safe_exp(rollouts.log_ratio(level))
-    bounded = ratio if most is None else ratio.clamp(max=most)
+    bounded = ratio if clip_most is None else ratio.clamp(max=clip_most)
     loss = -bounded * rollouts.advantages
-    if clip_low is not None:
-        inside = ratio.clamp(1 - clip_low, 1 + (clip_low if clip_high is None else clip_high))
+    clip_high = clip_low if clip_high is None else clip_high
+    if clip_high is not None:
+        inside = ratio.clamp(None if clip_low is None else 1 - clip_low, 1 + clip_high)
         loss = torch.maximum(loss, -inside * rollouts.advantages)
     return loss.expand_as(rollouts.logps)
 
 
-def outside(surrogate: Callable[..., Tensor], rollouts: Rollouts, given: Mapping[str, float]) -> Tensor | None:
-    """[N, L] bool: tokens whose gradient `clipped` takes away, by a surrogate's own settings and those that are given.
-    None of a surrogate that is another, or clips nothing."""
-    how = {p.name: p.default for p in signature(surrogate).parameters.values()} | {**given}
-    if getattr(surrogate, "func", surrogate) is not clipped or (low := how["clip_low"]) is None:
+def outside(surrogate: Callable[..., Tensor], rollouts: Rollouts) -> Tensor | None:
+    """[N, L] bool: tokens whose gradient `clipped` takes away. None of a surrogate that is another."""
+    if "clip_most" not in signature(surrogate).parameters:
         return None
-    ratio = safe_exp(rollouts.log_ratio(how["level"]))
-    high = low if how["clip_high"] is None else how["clip_high"]
-    gains, loses = rollouts.advantages > 0, rollouts.advantages < 0
-    return (((ratio < 1 - low) & loses) | ((ratio > 1 + high) & gains)).expand_as(rollouts.logps)
+    return surrogate(rollouts) != surrogate(rollouts, clip_low=None, clip_high=None, clip_most=None)
 
 
 def cispo(rollouts: Rollouts, *, clip_low: float | None = None, clip_high: float = 5.0) -> Tensor:
@@ -152,14 +148,6 @@ def importance(trained: Tensor, sampled: Tensor, most: float = 2.0) -> Tensor:
     return safe_exp((trained - sampled).detach()).clamp(max=most)
 
 
-def strayed(rollouts: Rollouts, sampled: Tensor, most: float) -> Tensor:
-    """[N, 1] bool: answers with a negative advantage whose mean log(μ / π) a token is above `most`, which then teach
-    nothing. DeepSeek-V3.2, 2025, arXiv 2512.02556."""
-    gap = torch.where(rollouts.counts, sampled - rollouts.logps.detach(), 0.0).sum(1, keepdim=True)
-    far = gap / rollouts.counts.sum(1, keepdim=True).clamp(min=1) > most
-    return far & (rollouts.advantages < 0).all(1, keepdim=True)
-
-
 def uncertain(entropy: Tensor, counts: Tensor, share: float) -> Tensor:
     """[N, L] bool: the `share` of the tokens that count at which the policy was least sure. Wang et al. 2025, arXiv
     2506.01939. entropy: [N, L] of all rollouts of a step, for the threshold is theirs."""
@@ -167,8 +155,8 @@ def uncertain(entropy: Tensor, counts: Tensor, share: float) -> Tensor:
 
 
 def advantages(rewards: Tensor, baseline: Baseline = "group", scale: Scale = "group", eps: float = 1e-4) -> Tensor:
-    """[P, G] of rewards [P, G], G answers to each of P prompts; NaN, a reward that failed, has the advantage 0 and no
-    part in the others'.
+    """[P, G] of rewards [P, G], G answers to each of P prompts; NaN, as of a reward that failed, has the advantage 0
+    and no part in the others'. Of tokens' own numbers, with baseline and scale "batch", they are whitened.
 
     baseline: what is taken off, a group's mean (GRPO), the mean of the group's other answers (RLOO: unbiased), the mean
     of all, or nothing. scale: divided by the standard deviation (of n - 1) of the group or of all, plus eps; "none": as
@@ -217,21 +205,12 @@ def gae(
     return found, torch.where(counts, found + values, 0.0)
 
 
-def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None = 0.2) -> Tensor:
-    """max((V - R)^2, (clip(V, V_old ± clip) - R)^2) / 2 at each token; clip None: the first alone. As in the PPO of
-    Ziegler et al. 2019, arXiv 1909.08593. One shape; returns the same."""
+def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float = 0.2) -> Tensor:
+    """max((V - R)^2, (clip(V, V_old ± clip) - R)^2) / 2 at each token, as in the PPO of Ziegler et al. 2019, arXiv
+    1909.08593. One shape; returns the same."""
     alike("value_loss", values=values, old=old, returns=returns)
-    loss = (values - returns).square()
-    if clip is not None:
-        near = torch.minimum(torch.maximum(values, old - clip), old + clip)
-        loss = torch.maximum(loss, (near - returns).square())
-    return loss / 2
-
-
-def whitened(values: Tensor, counts: Tensor, eps: float = 1e-8) -> Tensor:
-    """Values [N, L] less their mean, over their standard deviation, of the tokens that count; 0 elsewhere."""
-    mean = torch.where(counts, values, 0.0).sum() / counts.sum().clamp(min=1)
-    return torch.where(counts, (values - mean) / (deviation(values, counts, None) + eps), 0.0)
+    near = torch.minimum(torch.maximum(values, old - clip), old + clip)
+    return torch.maximum((values - returns).square(), (near - returns).square()) / 2
 
 
 class Policy(NamedTuple):

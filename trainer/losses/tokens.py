@@ -3,6 +3,7 @@
 The head runs on trained positions only, in chunks of logits. SFT's loss is -logps of `batch_token_scores`.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 from ...data.batch import Batch
 from ...kernels.chunked_head import (
-    EntropyScorer,
     Scorer,
     TokenScorer,
     TokenScores,
@@ -20,7 +20,7 @@ from ...kernels.chunked_head import (
     module_figures,
     rows_per_chunk,
 )
-from ...kernels.dispatch import bucketed
+from ...kernels.dispatch import bucketed, widened
 from ...kernels.linear_divergence import Divergence, DivergenceScorer, Kind
 from ...lora.adapter import is_hooked
 from ...lora.layer import AdapterLayer
@@ -53,9 +53,11 @@ def token_scores(head: nn.Module | Tensor, hidden: Tensor, targets: Tensor) -> T
 
 
 def token_entropy(head: nn.Module | Tensor, hidden: Tensor) -> Tensor:
-    """The entropy of each row's distribution in nats, [N], as `token_scores` has it, with its gradient."""
-    rows = rows_per_chunk(vocabulary_of(head, hidden), hidden.device)
-    return head_scores(head, hidden, EntropyScorer(), rows)[0]
+    """The entropy of each row's distribution in nats, [N], as `token_scores` has it, with its gradient: log V less how
+    far it is from the even one."""
+    vocabulary, zero = vocabulary_of(head, hidden), hidden.new_zeros((), dtype=widened(hidden[:0]).dtype)
+    scorer = DivergenceScorer(lambda rows: zero.expand(len(hidden[rows]), vocabulary), Divergence("reverse-kl"))
+    return math.log(vocabulary) - head_scores(head, hidden, scorer, rows_per_chunk(vocabulary, hidden.device))[0]
 
 
 def token_divergence(
