@@ -4,9 +4,7 @@ A template is a program that comes with a model, so it is treated as one: all re
 with limits on memory and time (see `render_child.py`), started on first need and used by every template from then on.
 """
 
-import atexit
 import contextlib
-import io
 import json
 import os
 import signal
@@ -15,9 +13,9 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date as Date
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from ..child import child_command, child_environment
+from ..child import Child, child_command, child_environment
 from ..errors import EnvironmentProblem, InputError
 from ..files import read_text
 from ..text.tokenizer_folder import as_tokenizer
@@ -149,7 +147,7 @@ class _Child:
     def forget(self) -> None:
         """Begin anew, as a forked process must: the process is its parent's, and nobody else holds the lock here."""
         self.lock = threading.RLock()
-        self.process: subprocess.Popen[bytes] | None = None
+        self.child: Child | None = None
 
     def ask(self, shared: str, jobs: Sequence[str]) -> list[dict[str, Any]]:
         """The answer to each job, up to the first that says that the template is broken. EnvironmentProblem where
@@ -157,62 +155,46 @@ class _Child:
         request = f'{shared[:-1]}, "talks": [{", ".join(jobs)}]}}\n'.encode()
         with self.lock:
             try:
-                process, found = self._running(), list[dict[str, Any]]()
-                self._send(process, request)
+                child, found = self._running(), list[dict[str, Any]]()
                 while len(found) < len(jobs) and not (found and "broken" in found[-1]):
-                    found.append(self._answer(process))
+                    found.append(self._answer(child, b"" if found else request))
                 return found
             except BaseException:  # an interrupt, say: its answers would be taken for the next ones
                 self.stop()
                 raise
 
     def stop(self) -> None:
-        process, self.process = self.process, None
-        if process is not None:
-            process.kill()
-            process.communicate()
+        child, self.child = self.child, None
+        if child is not None:
+            child.stop()
 
-    def _answer(self, process: subprocess.Popen[bytes]) -> dict[str, Any]:
-        if line := self.lines.readline():
-            return dict(json.loads(line))
+    def _answer(self, child: Child, request: bytes) -> dict[str, Any]:
+        with contextlib.suppress(EOFError):
+            return dict(json.loads(child.ask(request)))
         self.stop()
-        if process.returncode in (-signal.SIGKILL, -signal.SIGTERM):
+        if child.process.returncode in (-signal.SIGKILL, -signal.SIGTERM):
             raise EnvironmentProblem(f"{CHILD_NAME} was killed; perhaps the machine is out of memory.")
         return {"broken": TOOK}
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self.process is None or self.process.poll() is not None:
+    def _running(self) -> Child:
+        if self.child is None or self.child.process.poll() is not None:
             self.stop()
             program, limits = Path(__file__).with_name("render_child.py"), (str(RENDER_SECONDS), str(CHILD_MEMORY))
+            command = child_command(program, ["jinja2", "markupsafe"], *limits)
             try:
-                self.process = subprocess.Popen(
-                    child_command(program, ["jinja2", "markupsafe"], *limits),
-                    bufsize=0,  # a fork may fall between a write and its flush
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    env=child_environment(),
-                    start_new_session=True,  # Ctrl-C is for the trainer, which may want to render once more
-                )
+                child = self.child = Child(command, stderr=subprocess.PIPE, env=child_environment())
             except OSError as error:
                 raise EnvironmentProblem(f"{CHILD_NAME} does not start: {error}") from None
-            self.lines = io.BufferedReader(cast(io.RawIOBase, self.process.stdout))
-            if not self.lines.readline():
-                self.process.kill()
-                last = self.process.communicate()[1].decode(errors="replace").strip().rpartition("\n")[2]
-                raise EnvironmentProblem(f"{CHILD_NAME} does not run here: {last}")
-        return self.process
-
-    def _send(self, process: subprocess.Popen[bytes], request: bytes) -> None:
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it ended; so does the stream of its answers
-            while request:
-                request = request[os.write(process.stdin.fileno(), request) :]
+            try:
+                child.ask(b"")
+            except EOFError:
+                last = child.process.communicate()[1].decode(errors="replace").strip().rpartition("\n")[2]
+                raise EnvironmentProblem(f"{CHILD_NAME} does not run here: {last}") from None
+        return self.child
 
 
 CHILD = _Child()
 os.register_at_fork(after_in_child=CHILD.forget)
-atexit.register(CHILD.stop)
 
 
 def template_for(tokenizer: AnyTokenizer, override: TemplateChoice = None) -> ChatTemplate:

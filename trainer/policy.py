@@ -37,7 +37,7 @@ from .losses.tokens import Answers, answer_scores, summed
 from .metrics import finite
 from .planner import Case
 from .reference import Referenced
-from .rewards import Rewards, answered
+from .rewards import Rewards, answered, rated
 from .rollouts import Drawn, Rollouts, restored
 from .step import StepResult, Sums
 from .trainer import Weights
@@ -108,9 +108,11 @@ class PolicyTrainer(Referenced):
     def _batches(self, made: Rollouts, part: int) -> list[Batch]:
         """The answers of one of a round's steps in micro-batches: the same at every pass."""
         size, parts = self.config.group_size, self.config.rollouts_ahead
-        prompts = len(made.examples) // size
+        prompts, asked = len(made.ids) // size, self.train_set.examples
         numbers = range(part * prompts // parts * size, (part + 1) * prompts // parts * size)
-        return self.micro_batches(Dataset("judged", made.examples), numbers, self.config.micro_batch)
+        both = zip(made.numbers, made.ids, strict=True)
+        examples = [rated(asked[number].parts[0].ids, ids) for number, ids in both]
+        return self.micro_batches(Dataset("judged", examples), numbers, self.config.micro_batch)
 
     def draw(self, first: int) -> Rollouts:
         """Answers to the prompts of the steps from `first` on that share a round, judged."""
@@ -230,17 +232,14 @@ class PolicyTrainer(Referenced):
         most = config.max_new_tokens
         rooms = [min(most, (self.model.max_positions or len(p) + most) - len(p)) for p in prompts]
         words = self.model.vocab_size  # answers that differ from their first token on: what they share would run once
-        each = zip(
-            prompts, (Sampled([i % words] * room, [0.0] * room, False) for i, room in enumerate(rooms)), strict=True
-        )
+        answers = [Sampled([i % words] * room, [0.0] * room, False) for i, room in enumerate(rooms)]
+        said = [answered(self.tokenizer, {}, "", *each) for each in zip(prompts, answers, strict=True)]
         other = copy.copy(self)
         other.config = replace(config, batch_size=len(prompts))  # all answers of a step
-        other.round = made = Rollouts.of(
-            -1, [Drawn(0, one, answered(self.tokenizer, {}, "", prompt, one), {}) for prompt, one in each]
-        )
+        other.round = made = Rollouts.of(-1, [Drawn(0, *each, {}) for each in zip(answers, said, strict=True)])
         names = ["old", "reference", "values", "advantages", "returns"]
         made.tokens |= dict.fromkeys(names, torch.zeros(made.counts.shape))
-        other.train_set = Dataset("judged", made.examples)
+        other.train_set = Dataset("judged", [one.example for one in said])
         return super(PolicyTrainer, other).case()
 
     # The loss of a pass.

@@ -6,14 +6,8 @@ returns no number is a failure with a name and a count, and the answer has no re
 
 import json
 import math
-import os
 import re
-import select
-import signal
-import subprocess
 import sys
-import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..child import Child
 from ..data.batch import Encoded, Example
 from ..data.protocol import TokenizerLike
 from ..errors import EnvironmentProblem, InputError, shown
@@ -277,7 +272,7 @@ class Worker:
 
     def __init__(self, file: str | Path, function: str, seconds: float = 10.0) -> None:
         self.file, self.function, self.seconds = Path(file), function, seconds
-        self.process: subprocess.Popen[bytes] | None = None
+        self.child: Child | None = None
         self.parameters: Sequence[str] = ()
         self._start()
 
@@ -294,41 +289,27 @@ class Worker:
     def _call(self, arguments: Sequence[object]) -> Any:
         """What the function returned, or why it did not."""
         try:
-            if self.process is None:
-                self._again()
+            if self.child is None:
+                self._start()
             told = self._ask(json.dumps(arguments, default=str).encode() + b"\n")
         except Failed as failure:
-            self.stop()
             return failure
+        except InputError as error:  # it did start once: this answer has no reward, the run goes on
+            return Failed(str(error))
         except BaseException:  # an interrupt, say: its answer would be taken for the next one
             self.stop()
             raise
         return told["value"] if "value" in told else Failed(told["failed"])
 
-    def _again(self) -> None:
-        try:
-            self._start()
-        except InputError as error:  # it did start once: this answer has no reward, the run goes on
-            raise Failed(str(error)) from None
-
     def _start(self) -> None:
         program = Path(__file__).with_name("reward_child.py")
         try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", str(program), str(self.file), self.function],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                start_new_session=True,  # it ends with all that it has started, and Ctrl-C is the trainer's
-                bufsize=0,
-            )
+            self.child = Child([sys.executable, "-P", str(program), str(self.file), self.function])
         except OSError as error:
             raise EnvironmentProblem(f"the process of the reward {self.file} does not start: {error}") from None
-        self._end = weakref.finalize(self, _ended, self.process)
-        self._rest = b""
         try:
             told = self._ask(b"")
         except Failed as failure:
-            self.stop()
             told = {"failed": str(failure)}
         if "failed" in told:
             self.stop()
@@ -342,38 +323,21 @@ class Worker:
             )
 
     def _ask(self, request: bytes) -> dict[str, Any]:
-        """The process' next line, after this request. Raises Failed where none comes in time."""
-        process, until = self.process, time.monotonic() + (self.seconds if request else max(60.0, self.seconds))
-        assert process is not None and process.stdin is not None and process.stdout is not None
+        """The process' next line, after this request. Raises Failed where none comes, and ends the process."""
+        assert self.child is not None
         try:
-            while request:
-                if not select.select([], [process.stdin], [], max(0.0, until - time.monotonic()))[1]:
-                    raise Failed(f"took more than {self.seconds:g} s")
-                request = request[os.write(process.stdin.fileno(), request[:4096]) :]
-            while b"\n" not in self._rest:
-                if not select.select([process.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
-                    raise Failed(f"took more than {self.seconds:g} s")
-                if not (more := os.read(process.stdout.fileno(), 1 << 16)):
-                    raise Failed("ended its process")
-                self._rest += more
-        except BrokenPipeError:
-            raise Failed("ended its process") from None
-        line, _, self._rest = self._rest.partition(b"\n")
-        try:
-            return dict(json.loads(line))
+            return dict(json.loads(self.child.ask(request, self.seconds if request else max(60.0, self.seconds))))
+        except TimeoutError:
+            why = f"took more than {self.seconds:g} s"
+        except EOFError:
+            why = "ended its process"
         except (ValueError, TypeError):
-            raise Failed("wrote into the stream of its answers") from None
+            why = "wrote into the stream of its answers"
+        self.stop()
+        raise Failed(why)
 
     def stop(self) -> None:
         """End the process and what it started, as also happens when nobody holds this object any more."""
-        self.process = None
-        self._end()
-
-
-def _ended(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    for pipe in (process.stdin, process.stdout):
-        assert pipe is not None
-        pipe.close()  # what has left the group may hold the other ends
-    process.wait()
+        child, self.child = self.child, None
+        if child is not None:
+            child.stop()

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data.batch import Example
 from ..models.generate import Sampled
-from .rewards import Answered, rated
+from .rewards import Answered
 
 
 class Drawn(NamedTuple):
@@ -32,7 +32,7 @@ class Rollouts:
 
     first: int
     numbers: list[int]  # of each answer's prompt, in the dataset
-    examples: list[Example]
+    ids: list[list[int]]  # each answer's tokens
     counts: Tensor  # [N, L] bool: tokens that are trained
     tokens: dict[str, Tensor] = field(default_factory=dict)
     answers: dict[str, Tensor] = field(default_factory=dict)
@@ -48,29 +48,22 @@ class Rollouts:
             answers[name] = torch.tensor([one.earned[name] for one in drawn], dtype=torch.float64)
         sampled = pad_sequence([torch.tensor(one.made.logps) for one in drawn], batch_first=True)
         counts = torch.arange(sampled.shape[1]) < lengths[:, None]
-        numbers, examples = [one.number for one in drawn], [one.said.example for one in drawn]
-        return cls(first, numbers, examples, counts, {"sampled": sampled}, answers)
+        numbers, ids = [one.number for one in drawn], [one.made.ids for one in drawn]
+        return cls(first, numbers, ids, counts, {"sampled": sampled}, answers)
 
     def state(self) -> dict[str, Tensor]:
         """All of it as tensors by name, for `restored`."""
-        flat = [part for example in self.examples for part in example.parts]
-        ids = torch.tensor([token for part in flat for token in part.ids], dtype=torch.int64)
-        lengths = torch.tensor([[len(part.ids), sum(part.trained)] for part in flat], dtype=torch.int64)
         own = {"first": torch.tensor(self.first), "numbers": torch.tensor(self.numbers), "counts": self.counts}
-        tables = {f"tokens.{n}": t for n, t in self.tokens.items()} | {
-            f"answers.{n}": t for n, t in self.answers.items()
-        }
-        return own | {"ids": ids, "lengths": lengths} | tables
+        own |= {"ids": torch.tensor([*chain(*self.ids)]), "lengths": torch.tensor([*map(len, self.ids)])}
+        for table in ("tokens", "answers"):
+            own |= {f"{table}.{name}": tensor for name, tensor in getattr(self, table).items()}
+        return own
 
 
 def restored(state: Mapping[str, Tensor]) -> Rollouts:
     """Rollouts from what `Rollouts.state` gave."""
-    lengths = state["lengths"].tolist()
-    ids = [part.tolist() for part in state["ids"].split([total for total, _ in lengths])]
-    examples = [
-        rated(each[: len(each) - new], each[len(each) - new :]) for each, (_, new) in zip(ids, lengths, strict=True)
-    ]
-    made = Rollouts(int(state["first"]), state["numbers"].tolist(), examples, state["counts"])
+    ids = [part.tolist() for part in state["ids"].split(state["lengths"].tolist())]
+    made = Rollouts(int(state["first"]), state["numbers"].tolist(), ids, state["counts"])
     for name, tensor in state.items():
         table, _, key = name.partition(".")
         if key:

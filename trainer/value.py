@@ -13,19 +13,20 @@ from ..lora.layer import adapter_parameters, adapters_of
 from ..models.protocol import CausalLM
 from .losses.tokens import by_answer, hidden_rows
 from .reward_model import fresh_head
+from .run import active_adapters
 
 VALUE = "value"  # the name of its adapter
 
 
 class ValueFunction:
-    """An adapter of its own on the policy's base, of rank 8, and a head that starts at 0. policy: the adapter that is
-    active, and trains too."""
+    """An adapter of its own on the policy's base, of rank 8, and a head that starts at 0. policy: the adapter that
+    trains too; those that are active stay so."""
 
     def __init__(self, model: CausalLM, policy: str, seed: int) -> None:
-        self.model = model
+        self.model, active = model, active_adapters(model)
         if not adapters_of(model, VALUE):
             attach(model, LoRAConfig(rank=8, alpha=16), VALUE, seed=seed)
-        use(model, policy)
+        use(model, *active)
         train_only(model, policy, VALUE)
         self.head = nn.Parameter(fresh_head(model))
 

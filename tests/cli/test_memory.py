@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,25 @@ def test_a_thousand_bf16_steps_of_rows_of_all_lengths_keep_their_memory(tiny_fol
     subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     used = [line["rss_anon"] for line in read_metrics(run / "metrics.jsonl") if "rss_anon" in line]
     assert len(used) == 1000 and max(used[100:]) < 1.03 * max(used[:100]), [size >> 20 for size in used[::50]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_thousand_steps_of_reinforcement_keep_their_memory_and_their_files(tiny_folder: Path, tmp_path: Path) -> None:
+    """RssAnon as above, of rounds that a function of a file judges; there are as many checkpoints as --keep says, and a
+    file of samples for each evaluation."""
+    draw, rows, run = random.Random(0), tmp_path / "rows.jsonl", tmp_path / "run"
+    asked = ["".join(draw.choices("abcd", k=1 + i % 60)) for i in range(200)]
+    rows.write_text("\n".join(json.dumps({"prompt": text}) for text in asked))
+    (tmp_path / "score.py").write_text("def score(prompt, answer, row): return len(set(answer)) / 9")
+    command = [sys.executable, "-P", "-m", "fourbit", "rl", "--model", str(tiny_folder), "--data", str(rows)]
+    command += ["--out", str(run), "--reward", f"{tmp_path}/score.py:score", "--val", "5%"]
+    command += shlex.split("--steps 1000 --updates 2 --rollouts-ahead 2 --batch-size 1 --group-size 4 --rank 4")
+    command += shlex.split("--kl 0.1 --max-new-tokens 8 --dtype float32 --eval-every 100 --save-every 50 --keep 3")
+    subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    used = [line["rss_anon"] for line in read_metrics(run / "metrics.jsonl") if "rss_anon" in line]
+    assert len(used) == 1000 and max(used[100:]) < 1.03 * max(used[:100]), [size >> 20 for size in used[::50]]
+    kept, shown = ([path.name for path in sorted((run / name).iterdir())] for name in ("checkpoints", "samples"))
+    assert kept == ["latest", "step-000900", "step-000950", "step-001000"]
+    assert shown == [f"step-{step:06d}.jsonl" for step in range(100, 1001, 100)]
+    print(f"RssAnon in MiB, every 100 steps: {[size >> 20 for size in used[99::100]]}")

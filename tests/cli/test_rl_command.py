@@ -113,4 +113,4 @@ def test_online_dpo_is_the_loop_that_the_docs_show(asked: Path, typed: Any) -> N
     weights = [(asked / "runs" / f"dpo-{n}" / "adapter_model.safetensors").read_bytes() for n in (1, 2, 3)]
     assert len({*weights}) == 3
     for number, before in ((1, "runs/sft"), (2, "runs/dpo-1"), (3, "runs/dpo-2")):
-        assert f"adapter: {before}" in (asked / "runs" / f"dpo-{number}" / CONFIG).read_text()
+        assert f'adapter: "{before}"' in (asked / "runs" / f"dpo-{number}" / CONFIG).read_text()

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fourbit.child import Child
 from fourbit.data import template as module
 from fourbit.data.template import CHILD, ChatTemplate, Talk, Unrenderable
 from fourbit.errors import EnvironmentProblem, InputError
@@ -260,14 +261,14 @@ def test_more_than_a_thousand_files_may_be_open() -> None:
 
 
 def test_a_process_that_something_else_kills_is_not_the_templates_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    send = CHILD._send
+    answer = CHILD._answer
 
-    def killed(process: Any, request: bytes) -> None:
-        process.kill()
-        send(process, request)
+    def killed(child: Child, request: bytes) -> dict[str, Any]:
+        child.process.kill()
+        return answer(child, request)
 
     with monkeypatch.context() as patch, pytest.raises(EnvironmentProblem, match="was killed; perhaps the machine"):
-        patch.setattr(CHILD, "_send", killed)
+        patch.setattr(CHILD, "_answer", killed)
         ChatTemplate("x").render(TALK)
     assert ChatTemplate("x").render(TALK) == "x"
 
@@ -327,8 +328,8 @@ def test_real_templates_stay_far_from_the_limits() -> None:
 
 def child_id() -> int:
     ChatTemplate("{{ 1 }}").render(TALK)
-    assert CHILD.process is not None
-    return CHILD.process.pid
+    assert CHILD.child is not None
+    return CHILD.child.process.pid
 
 
 def test_one_process_serves_all_templates_and_threads() -> None:

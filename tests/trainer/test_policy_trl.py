@@ -3,6 +3,7 @@
 TRL's trainers compute a loss inside a method, from `self` and a model; it is called here with what it reads from them.
 """
 
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -180,11 +181,11 @@ def test_group_advantages_are_those_of_trls_formula(scale: policy.Scale) -> None
 
 def test_a_reward_that_failed_has_no_part_in_its_group() -> None:
     rewards = torch.tensor([[1.0, float("nan"), 3.0, 5.0], [float("nan"), float("nan"), 2.0, float("nan")]])
-    for baseline in ("group", "leave-one-out"):
-        for scale in ("group", "none"):
-            found = policy.advantages(rewards, baseline, scale)  # type: ignore[arg-type]
-            alone = policy.advantages(rewards[:1, [0, 2, 3]], baseline, scale)  # type: ignore[arg-type]
-            torch.testing.assert_close(found[:1, [0, 2, 3]], alone)
-            assert not found[0, 1] and not found[1].any()
+    baselines: tuple[policy.Baseline, ...] = ("group", "leave-one-out")
+    scales: tuple[policy.Scale, ...] = ("group", "none")
+    for how in product(baselines, scales):
+        found, alone = policy.advantages(rewards, *how), policy.advantages(rewards[:1, [0, 2, 3]], *how)
+        torch.testing.assert_close(found[:1, [0, 2, 3]], alone)
+        assert not found[0, 1] and not found[1].any()
     with pytest.raises(ValueError, match="2 answers a prompt"):
         policy.advantages(rewards[:, :1], "leave-one-out")
