@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo demo-dpo demo-rl test test-slow test-gpu gpu-day lint types docs wheel-check size walks bench bench-cpu bench-sft bench-dpo clean
+.PHONY: demo demo-dpo demo-rl demo-rlhf test test-slow test-gpu gpu-day lint types docs wheel-check size walks bench bench-cpu bench-sft bench-dpo clean
 
 demo: $(VENV)/.installed $(VENV)/.model ## fine-tune a real model on examples/tickets
 	$(BIN)/python examples/tickets/demo.py
@@ -16,6 +16,9 @@ demo-dpo: $(VENV)/.installed $(VENV)/.model ## SFT, then DPO on examples/prefere
 
 demo-rl: $(VENV)/.installed $(VENV)/.model ## SFT, then reinforcement on examples/arithmetic, and what it changed
 	$(BIN)/python examples/arithmetic/demo.py
+
+demo-rlhf: $(VENV)/.installed $(VENV)/.model ## a reward model from examples/preferences, reinforcement against it, and the truth
+	$(BIN)/python examples/rlhf/rlhf.py
 
 # A file's tests stay in one process: what its fixtures make is made once.
 test: $(VENV)/.dev $(VENV)/.model ## the whole CPU suite, in WORKERS processes

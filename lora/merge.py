@@ -27,6 +27,7 @@ from .layer import AdapterLayer, adapter_layers, plain_modules, replace_modules,
 from .lazy_weight import LazyWeight
 from .linear4bit import Module4bit, NF4Linear, NF4LowRank, was_conv1d, weight_id
 from .lora import LoRA, is_linear
+from .packed import can_pack, packed
 from .parameter4bit import StandIn
 from .peft_files import load_adapter
 
@@ -126,7 +127,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def merging(model: nn.Module, within: float, adapters: bool = True) -> Iterator[int]:
+def merging(model: nn.Module, within: float, adapters: bool = True, rows: int = 1) -> Iterator[int]:
     """A block, for generation, in which each linear layer that is in 4 bits, or that active adapters change, computes
     with one dense weight, as `merge` makes it. Yields the bytes of those weights; after it, or an exception in it, they
     are gone and the layers those that were there. Where they would take more than `within`, nothing changes.
@@ -135,7 +136,8 @@ def merging(model: nn.Module, within: float, adapters: bool = True) -> Iterator[
     `rows`); else they are out of its reach. So it is for weights of 16 bits, in which small changes would be rounded
     away. Layers with hooks and kinds that do not say their change stay as they are, and so does a model where anything
     is wrapped (torch.compile, DDP, FSDP). Of a module that names layers as `together`, which share their input, the
-    weights are one, and one product makes their outputs (`project`).
+    weights are one, and one product makes their outputs (`project`). rows: of these products; for more than one, those
+    of fp32 on a CPU may have no gradient.
     """
     makes = dict[nn.Module, Callable[[], nn.Module]]()
     wrapped = any(unwrapped(module) is not module or module._compiled_call_impl for module in model.modules())
@@ -156,7 +158,11 @@ def merging(model: nn.Module, within: float, adapters: bool = True) -> Iterator[
         new = {own: make() for own, make in makes.items()} if total <= within else {}
         for module in model.modules() if new else ():
             layers = [vars(module)["_modules"][name] for name in vars(module).get("together", ())]
-            _join([new.get(layer) or new.get(getattr(layer, "base", layer)) for layer in layers])
+            twins = [new.get(layer) or new.get(getattr(layer, "base", layer)) for layer in layers]
+            if rows > 1 and layers and all(layer in new for layer in layers) and can_pack(twins):
+                new |= zip(layers, packed(twins), strict=True)
+            else:
+                _join(twins)
     try:
         replace_modules(model, new)
         yield total if new else 0
@@ -168,7 +174,7 @@ def merging(model: nn.Module, within: float, adapters: bool = True) -> Iterator[
 
 def _join(layers: Sequence[Any]) -> None:
     """Make the weights of these dense layers parts of one, and known to `project`. That lies as [in, out] in fp32 on a
-    CPU: products with one row are made by its columns then, which is quicker; with 8 rows it is the same."""
+    CPU: products with one row are made by its columns then, which is quicker."""
     if None in layers or len({layer.bias is None for layer in layers}) != 1:
         return
     whole = nn.Linear(1, 1, layers[0].bias is not None, device="meta")

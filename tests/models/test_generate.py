@@ -150,7 +150,7 @@ def test_weights_are_decoded_once_for_passes_enough(model: Decoder, monkeypatch:
     """A call of few tokens is over before that has paid; of many prompts it has more passes than an answer tokens."""
     rooms = list[float]()
     monkeypatch.setattr(
-        "fourbit.models.generate.merging", lambda model, room, adapters: rooms.append(room) or nullcontext()
+        "fourbit.models.generate.merging", lambda model, room, adapters, rows: rooms.append(room) or nullcontext()
     )
     for new, prompts, batch_size in ((3, PROMPTS, 5), (4, PROMPTS, 5), (3, PROMPTS, 3), (1, PROMPTS[:1], 1)):
         generate(model, prompts, max_new_tokens=new, batch_size=batch_size)
