@@ -42,7 +42,7 @@ from fourbit.models.protocol import CausalLM
 from . import CHECKOUT
 
 RATE = 3.1415927e-3
-LIMITS = {"--lr to the update": 9, "a chat row to the loss": 26, "a preference pair to the loss": 27}
+LIMITS = {"--lr to the update": 9, "a chat row to the loss": 27, "a preference pair to the loss": 28}
 FIRST_HOUSE = {"--lr to the update": 10, "a chat row to the loss": 15, "a preference pair to the loss": 24}
 PROTOCOL = "models/protocol.py"  # what a toy inherits is its own affair
 OUTSIDE = ("tests", "benchmarks", "examples", "build", ".venv")
