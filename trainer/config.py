@@ -218,11 +218,9 @@ class DistillConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (beta := self.jsd_beta) is None:
-            return
         if self.divergence != "jsd":
-            raise InputError(f"jsd_beta belongs to divergence jsd, got {beta} with {self.divergence}: leave it out")
-        if not 0 < beta < 1:
+            self.refuse(["jsd_beta"], f"divergence is {self.divergence}")
+        if (beta := self.jsd_beta) is not None and not 0 < beta < 1:
             raise InputError(f"jsd_beta must lie between 0 and 1, got {beta}; its ends are forward-kl and reverse-kl")
 
 
@@ -313,8 +311,9 @@ class RLConfig(TrainingConfig):
     resample: int = setting(0, "times that prompts whose answers all earn the same are exchanged for others", least=0)
     clip_low: float | None = setting(None, "ratios are clipped below 1 less this; default: the loss'", positive=True)
     clip_high: float | None = setting(None, "ratios are clipped above 1 plus this; default: the loss'", positive=True)
-    clip_most: float | None = setting(
-        None, "a ratio counts at most this where the advantage is below 0 (dual clip); default: no bound", least=1
+    clip_most: float | None = setting(None, "a worse answer's ratio counts at most this; default: all of it", least=1)
+    stray: float | None = setting(
+        None, "worse answers that lost more nats a token than this since they were drawn teach nothing", positive=True
     )
     baseline: Baseline | None = setting(None, "mean that is taken off a reward; default: the loss' own")
     scale_rewards: Scale | None = setting(

@@ -46,6 +46,7 @@ from .watch import Watch
 
 EXACT = {torch.float32: 1e-6, torch.float64: 1e-9}  # of log-probabilities: the same pass twice
 KEPT, SHOWN = 20, 2  # validation answers of every evaluation: in a file, on the terminal
+OF_TOKENS = ("old", "reference", "values", "advantages", "returns")  # what losses read of a round beside `sampled`
 TRIES = 3  # rounds in a row without one reward; then the run ends
 
 
@@ -237,8 +238,7 @@ class PolicyTrainer(Referenced):
         other = copy.copy(self)
         other.config = replace(config, batch_size=len(prompts))  # all answers of a step
         other.round = made = Rollouts.of(-1, [Drawn(0, *each, {}) for each in zip(answers, said, strict=True)])
-        names = ["old", "reference", "values", "advantages", "returns"]
-        made.tokens |= dict.fromkeys(names, torch.zeros(made.counts.shape))
+        made.tokens |= dict.fromkeys(OF_TOKENS, torch.zeros(made.counts.shape))
         other.train_set = Dataset("judged", [one.example for one in said])
         return super(PolicyTrainer, other).case()
 
@@ -266,6 +266,8 @@ class PolicyTrainer(Referenced):
         losses = way.surrogate(given)
         if config.correction:
             losses = losses * policy.importance(old, here["sampled"], config.correction)
+        if config.stray:
+            losses = losses * ~policy.strayed(given, here["sampled"], config.stray)
         if "uncertain" in here:
             losses = losses * here["uncertain"]
         if config.entropy_bonus:
@@ -304,11 +306,10 @@ class PolicyTrainer(Referenced):
         ratio = given.log_ratio().exp()
         metrics = {name: summed(values[[*rows]], ~values[[*rows]].isnan()) for name, values in made.answers.items()}
         metrics |= {"rollout_tokens_per_second": summed(torch.tensor([made.rate]))} if made.rate else {}
-        metrics["entropy"] = summed(entropy, given.counts)
-        metrics["ratio"] = summed(ratio, given.counts)
+        tokens = {"entropy": entropy, "ratio": ratio, "sampling_gap": (given.old - here["sampled"]).abs()}
         if (outside := policy.outside(self.config.way.surrogate, given)) is not None:
-            metrics["clipped"] = summed(outside, given.counts)
-        metrics["sampling_gap"] = summed((given.old - here["sampled"]).abs(), given.counts)
+            tokens["clipped"] = outside
+        metrics |= {name: summed(values, given.counts) for name, values in tokens.items()}
         return {name: values.to(ratio.device) for name, values in metrics.items()}
 
     def applied(self, result: StepResult) -> None:

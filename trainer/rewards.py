@@ -81,15 +81,13 @@ class Rewards:
                 try:
                     value = own[f"reward/{name}"] = number(found)
                 except Failed as failure:
-                    self._count(f"{name}: {failure}")
+                    what = f"{name}: {failure}"
+                    told_apart = what in self.failures or len(self.failures) < KINDS_OF_FAILURES
+                    self.failures[what if told_apart else "other failures"] += 1
                     own[f"reward/{name}"] = math.nan
                     value = math.nan if self.failed is None else self.failed
                 own["reward"] += weight * value if weight else 0.0  # and not NaN
         return earned
-
-    def _count(self, failure: str) -> None:
-        told_apart = failure in self.failures or len(self.failures) < KINDS_OF_FAILURES
-        self.failures[failure if told_apart else "other failures"] += 1
 
 
 def number(value: object) -> float:

@@ -186,7 +186,7 @@ TRAINING = (
 REWARDS = "reward reward_seconds"
 RL = (
     "loss group_size rollouts_ahead updates max_new_tokens temperature truncated truncated_penalty failed_reward "
-    "resample clip_low clip_high clip_most baseline scale_rewards kl kl_in kl_estimator kl_stop reference "
+    "resample clip_low clip_high clip_most stray baseline scale_rewards kl kl_in kl_estimator kl_stop reference "
     "entropy_bonus top_entropy correction gamma lam value_lr value_clip"
 )
 DISTILL = "teacher teacher_adapter teacher_quant divergence jsd_beta temperature top_k sft_weight"

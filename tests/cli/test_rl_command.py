@@ -36,6 +36,7 @@ WRONG = {  # what is typed wrong, what is said of it, and what is typed then
     "no reward": ("", "give a reward, such as number", "--reward number"),
     "no such reward": ("--reward nothing", "give one of these", "--reward exact"),
     "twice": ("--reward exact --reward exact=2", "with the sum of the weights", "--reward exact=3"),
+    "nothing earned": ("--reward exact=0", "give one of them a weight", "--reward exact=0 --reward words:0-9"),
     "a file that fails": ("--reward bad.py:score", "mend it", "--reward score.py:score"),
     "one answer": ("--reward exact --group-size 1", "a baseline of batch or none without resample",
                    "--reward score.py:score --group-size 1 --baseline batch"),

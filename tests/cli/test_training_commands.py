@@ -73,7 +73,7 @@ def losses(out: str, name: str = "loss") -> list[float]:
         ("distill", "--teacher nowhere", "teacher nowhere does not exist; give a Hugging Face folder or a .gguf file"),
         ("distill", "--teacher-adapter nowhere", "teacher_adapter nowhere is no folder with adapter_config.json"),
         ("distill", "--teacher-quant int4", "--teacher-quant must be one of nf4, nf4-nodq, none or null, got 'in"),
-        ("distill", "--jsd-beta 0.5", "--jsd-beta belongs to divergence jsd, got 0.5 with forward-kl"),
+        ("distill", "--jsd-beta 0.5", "--jsd-beta would do nothing, as divergence is forward-kl"),
         ("distill", "--divergence kl", "--divergence must be one of forward-kl, reverse-kl or jsd, got 'kl'"),
         ("distill", "--temperature 0", "--temperature must be above 0 and finite, got 0"),
         ("distill", "--full --rank 4", "full training has no adapter: leave out rank, or leave out full"),

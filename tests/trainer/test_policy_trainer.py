@@ -324,6 +324,19 @@ def test_what_is_clipped_is_what_the_loss_clips():
             assert torch.equal(outside.all(1), (gradient == 0).all(1)), loss
 
 
+def test_answers_that_strayed_teach_nothing(trainer_for, tiny_folder, rows, tmp_path):
+    """Of an answer that is worse than its group's, once the policy gives it less than it was drawn with."""
+    how = {"rewards": given(lambda p, a, r: len(set(a))), "loss": "dr-grpo", "b_seed": 1, **SMALL}
+    trainer = trainer_for(tiny_folder, rows, tmp_path, stray=0.5, micro_batch=1, **how)
+    batches, _ = trainer.step_data(0)
+    made = trainer.round
+    worse = made.tokens["advantages"][:, 0] < 0
+    assert 0 < worse.sum() < 8 and all(trainer.sums(batch).loss for batch in batches)
+    made.tokens["sampled"] += 1.0  # nats: as if it had been drawn by another
+    for batch in batches:
+        assert bool(trainer.sums(batch).loss) != bool(worse[[*batch.numbers]].all())
+
+
 def test_only_known_rewards_make_a_signal():
     from fourbit.trainer.policy import differing
 

@@ -157,15 +157,16 @@ def test_rloo_is_trls(moved: float) -> None:
     assert gradients[0].count_nonzero() > 10
 
 
-def test_what_is_uncertain_is_masked_as_trl_does() -> None:
+def test_what_strays_and_what_is_uncertain_is_masked_as_trl_does() -> None:
     given = made(torch.float64, 0.4)
     mine, other = (given["logps"].clone().requires_grad_() for _ in range(2))
     rollouts = Rollouts(mine, given["old"], given["advantages"], given["counts"])
     losses = policy.clipped(rollouts, clip_low=LOW, clip_high=HIGH)
+    far = policy.strayed(rollouts, given["old"], 0.05)
     chosen = policy.uncertain(given["entropy"], given["counts"], 0.25)
-    assert 0 < chosen.sum() < given["counts"].sum() / 3
-    got = reduced(losses * chosen, given["counts"], "answer")
-    wanted = theirs(given, other, top_entropy_quantile=0.25)
+    assert 0 < far.sum() < N and 0 < chosen.sum() < given["counts"].sum() / 3
+    got = reduced(losses * ~far * chosen, given["counts"], "answer")
+    wanted = theirs(given, other, off_policy_mask_threshold=0.05, top_entropy_quantile=0.25)
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 

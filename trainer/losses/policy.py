@@ -148,6 +148,14 @@ def importance(trained: Tensor, sampled: Tensor, most: float = 2.0) -> Tensor:
     return safe_exp((trained - sampled).detach()).clamp(max=most)
 
 
+def strayed(rollouts: Rollouts, sampled: Tensor, most: float) -> Tensor:
+    """[N, 1] bool: answers with a negative advantage whose mean log(μ / π) a token is above `most`, which then teach
+    nothing. DeepSeek-V3.2, 2025, arXiv 2512.02556."""
+    gap = torch.where(rollouts.counts, sampled - rollouts.logps.detach(), 0.0).sum(1, keepdim=True)
+    far = gap / rollouts.counts.sum(1, keepdim=True).clamp(min=1) > most
+    return far & (rollouts.advantages < 0).all(1, keepdim=True)
+
+
 def uncertain(entropy: Tensor, counts: Tensor, share: float) -> Tensor:
     """[N, L] bool: the `share` of the tokens that count at which the policy was least sure. Wang et al. 2025, arXiv
     2506.01939. entropy: [N, L] of all rollouts of a step, for the threshold is theirs."""
