@@ -70,8 +70,10 @@ def measure(number: int) -> dict[str, Any]:
     from fourbit.data.batch import Encoded, Example
     from fourbit.data.encode import Dataset
     from fourbit.models.decoder import Decoder
+    from fourbit.models.recompute import AGAIN
     from fourbit.models.spec import Spec
     from fourbit.trainer.config import KEPT
+    from fourbit.trainer.planner import MAPPED
 
     fourbit.cli.main.give_memory_back()  # as the command line does
     shape, form, dtype, examples, tokens, checkpointing, optimizer = CASES[number]
@@ -99,6 +101,7 @@ def measure(number: int) -> dict[str, Any]:
             )  # fmt: skip
             trainer = fourbit.SFTTrainer(model, Letters(), train=rows, config=config)
             model.checkpointing = KEPT[checkpointing]
+            fourbit.cli.main.give_memory_back(MAPPED[KEPT[checkpointing] in AGAIN])  # `cli.main.leaner`
             loading, watch.peak = watch.peak, rss_anon()
             for step in range(STEPS):
                 batches, _ = trainer.step_data(step)

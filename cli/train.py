@@ -24,6 +24,7 @@ from ..lora.config import Kind as AdapterKind
 from ..lora.layer import DEFAULT as ADAPTER
 from ..models.load import read_weights
 from ..models.protocol import CausalLM
+from ..models.recompute import AGAIN, keeps
 from ..outputs import lock_folder
 from ..settings import REQUIRED, Checked, setting
 from ..text.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ from .load import (
     remark_positions,
     settle,
 )
+from .main import leaner
 from .options import AdapterChoice, ModelOptions, ResultOptions, inputs_of
 from .parse import DEFAULT, Sources
 from .show import amount, count, describe, figure, note, pairs, result, working, wrapped
@@ -195,9 +197,7 @@ def run(options: TrainOptions, sources: Sources) -> int:
     if options.dry_run:
         trainer, (device, _) = trainers[next(iter(variants))], planned(options)
         trainer.token_budget = TOKEN_BUDGET[device]
-        case, of = replace(trainer.case(), device=device), trainer.train_set.examples
-        tokens = sum(example.size(trainer.config.packing) for example in of) / len(of) * options.batch_size
-        return show(options, case, tokens * trainer.total)
+        return show(options, replace(trainer.case(), device=device), trainer.tokens_a_step() * trainer.total)
     begun = time.monotonic()
     if options.out not in {each.out for each in variants.values()}:
         return _sweep(options, sources, variants, SweepTrainer([*trainers.values()]))
@@ -206,7 +206,8 @@ def run(options: TrainOptions, sources: Sources) -> int:
     values = {name: value for name, value in asdict(outcome).items() if name != "val"}
     values |= {"val_loss": outcome.val_loss} | {f"val_{name}": value for name, value in outcome.val.items()}
     values["seconds"] = round(seconds := time.monotonic() - begun, 3)
-    text = f"after step {outcome.steps}; {kept}" if outcome.signal else _finished(options, outcome, seconds)
+    values["foreseen_bytes"] = foreseen = trainers[ADAPTER].foreseen_bytes()
+    text = f"after step {outcome.steps}; {kept}" if outcome.signal else _finished(options, outcome, seconds, foreseen)
     return _report(options, values, text, outcome.signal)
 
 
@@ -218,7 +219,9 @@ def _sweep(options: TrainOptions, sources: Sources, variants: Mapping[str, Train
     _announcing(options, None, sources)(0, int(options.resume is not None))
     pairs_of, base = [pair for each in variants.values() for pair in vars(each).items()], vars(options)
     said = {**sources, **{name: sources["sweep"] for name, value in pairs_of if value != base[name]}}
-    outcome = sweep.train(lambda total, start, name: _announcing(variants[name], None, said)(total, start, name))
+    outcome = sweep.train(
+        lambda total, start, name: _announcing(variants[name], sweep.trainers[name], said)(total, start, name)
+    )
     signal = next((each.signal for each in outcome.results.values() if each.signal), None)
     best = variants[outcome.best or next(iter(outcome.results))]
     text = "each adapter's checkpoint is in its folder" if signal else f"{outcome.table()}\n\ntry it  {_try_it(best)}"
@@ -311,6 +314,8 @@ def _announcing(options: TrainOptions, trainer: Any, sources: Sources) -> Callab
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
         if start == 0 or plain != before:  # a resumed run keeps its record of sources
             write_config(Path(options.out) / CONFIG, settings, sources)
+        if trainer is not None and {*keeps(trainer.recompute)} & {*AGAIN}:
+            leaner()
         groups: dict[str, list[str]] = {}
         for name, value in () if run else settings.items():  # a sweep has told them for all
             source = sources[name].rpartition(":")[0] or f"{sources[name]}s"
@@ -341,7 +346,7 @@ def _report(options: TrainOptions, values: Mapping[str, Any], text: str, signal:
     return 128 + signal
 
 
-def _finished(options: TrainOptions, outcome: TrainResult, seconds: float) -> str:
+def _finished(options: TrainOptions, outcome: TrainResult, seconds: float, foreseen: int) -> str:
     early = " (stopped early)" if outcome.stopped_early else ""
     rows = [("steps", f"{outcome.steps}{early} in {seconds:.0f} s"), ("last loss", figure(outcome.loss))]
     if outcome.val:
@@ -351,6 +356,9 @@ def _finished(options: TrainOptions, outcome: TrainResult, seconds: float) -> st
         rows.append((f"validation {what}", ", ".join(found)))
     if outcome.skipped_steps:
         rows.append(("skipped steps", f"{outcome.skipped_steps} (NaN or infinity in loss or gradient)"))
+    if outcome.peak_bytes and foreseen:
+        memory = f"{outcome.peak_bytes / 2**30:.2f} GiB beside the weights at the peak, {foreseen / 2**30:.2f} foreseen"
+        rows.append(("memory", memory))
     rows += [("model" if options.whole else "adapter", str(outcome.out)), ("metrics", f"{outcome.out}/metrics.jsonl")]
     rows += [("curves", f"{outcome.out}/loss.png"), ("try it", _try_it(options))]
     return pairs(rows)

@@ -9,6 +9,7 @@ for each page (paging.py). What it does to a slice is queued before it asks for 
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from inspect import unwrap
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -26,6 +27,8 @@ from .update import ADAMW, LION, ROUNDINGS, Group, Rounding, Rule, rounding_key
 
 SETTINGS = ("rule", "bits", "min_8bit_size", "rounding", "seed", "max_grad_norm", "budget", "found_inf")
 Key = tuple[int, torch.dtype, int]  # of a flat state: group, dtype, bits
+# torch's, without what it wraps them in: that imports its compiler, in a second and more and some 60 MB
+_ADD_PARAM_GROUP, _STATE_DICT = unwrap(torch.optim.Optimizer.add_param_group), unwrap(torch.optim.Optimizer.state_dict)
 
 
 class Options(TypedDict, total=False):
@@ -75,6 +78,8 @@ class FlatOptimizer(torch.optim.Optimizer):
     ValueError if parameters were moved between param_groups or taken out, or if state was removed: make a new optimizer
     for that."""
 
+    cap: int | None = None  # of the budget "auto": bytes that pages take at most, where that was foreseen
+
     def __init__(
         self,
         params: ParamsT,
@@ -122,7 +127,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         """As torch.optim's; ValueError for what no step could work with: settings, dtypes, a budget below one page of
         what is to be trained, and, as in a step, groups that were changed."""
         self._check_unchanged()
-        super().add_param_group(param_group)
+        _ADD_PARAM_GROUP(self, param_group)
         try:
             _check_group(self.param_groups[-1])
             joining = [entry for entry in self._new_entries() if entry.group == len(self.param_groups) - 1]
@@ -201,7 +206,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         if self.budget is None:
             grown = {k: s.grown([largest_shard(e.parameter) for e in keys[k]], device) for k, s in states.items()}
         elif self.pager is None:
-            self.pager = Pager(make_device(device, self._older_peaks.get(device, 0)), self.budget)
+            self.pager = Pager(make_device(device, self._older_peaks.get(device, 0)), self.budget, self.cap)
         self._steps = torch.cat([self._steps.to(device), torch.zeros(len(joining), device=device)])
         for key, state in states.items():
             start = state.join(keys[key], len(self._entries))
@@ -260,7 +265,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         for entry in self._entries:
             self.state[entry.parameter] = {**entry.state.views(entry, self._steps), **paged.get(entry, {})}
         try:
-            return super().state_dict()
+            return _STATE_DICT(self)
         finally:
             self.state = shown
 

@@ -106,7 +106,7 @@ class Pager:
     budget: bytes that resident pages and staging may take together, never exceeded; or "auto": what is left beside the
     model, looked up at every step. Below two pages, steps run with one staging frame: copies and updates take turns."""
 
-    def __init__(self, device: PageDevice, budget: Budget) -> None:
+    def __init__(self, device: PageDevice, budget: Budget, cap: int | None = None) -> None:
         self.device, self.budget = device, budget
         self.page_bytes = PAGE_BYTES
         if budget != "auto":  # at most an eighth, so that staging takes a quarter; pinned memory is a power of two
@@ -117,7 +117,7 @@ class Pager:
         self._staging: list[Frame] = []
         self._stale = self._visiting = False
         self._used = 0  # pages that steps have worked on
-        self._cap: int | None = None  # "auto" takes no more since memory ran out
+        self._cap = cap  # "auto" takes no more, as a forecast said or since memory ran out
 
     def add(self, state: FlatState, start: int) -> None:
         """Blank pages for what has joined a flat state from element `start` on: whole chunks, one at least."""

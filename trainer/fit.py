@@ -2,19 +2,22 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.batch import Batch, MicroBatch, micro_batches
 from ..data.encode import Dataset
+from ..data.order import step_indices
 from ..kernels.dispatch import memory_free
 from ..models.protocol import CausalLM
-from ..models.recompute import Checkpointing
+from ..models.recompute import Checkpointing, Keep, keeps
+from ..optim.optimizer import FlatOptimizer
 from .config import KEPT, TrainingConfig
-from .planner import Case, bound
+from .loop import Run
+from .planner import Case, Forecast, bound, state_bytes
 from .step import Sums
 
 
@@ -25,7 +28,11 @@ class Fitted(ABC):
     device: torch.device
     config: TrainingConfig
     train_set: Dataset
+    parameters: Mapping[str, nn.Parameter]  # what is trained, by name
+    run: Run
+    total: int  # steps
     token_budget: int  # of a pass, where micro_batch is auto
+    recompute: Checkpointing  # of the run
     foreseen: str  # what memory a run takes, where that was in doubt
 
     @abstractmethod
@@ -37,6 +44,13 @@ class Fitted(ABC):
         how: Any = {"packing": self.config.packing, "token_budget": self.token_budget, "micro_batch": micro_batch}
         return micro_batches([(i, dataset.examples[i]) for i in numbers], forks_up_to=self.model.forks_up_to, **how)
 
+    def tokens_a_step(self) -> float:
+        """Tokens that a step runs, the mean of the first few: what texts begin with in common counts once."""
+        steps, rows, config = min(self.total, 16), len(self.train_set.examples), self.config
+        every = [step_indices(rows, config.batch_size, step, config.seed) for step in range(steps)]
+        batches = [b for own in every for b in self.micro_batches(self.train_set, own, config.micro_batch)]
+        return sum(batch.tokens for batch in batches) / steps
+
     def recomputes(self) -> Checkpointing:
         """What layers keep for backward; `auto`: as much as fits in the free memory, after which `micro_batch` auto
         makes passes smaller, down to one example."""
@@ -46,13 +60,36 @@ class Fitted(ABC):
             case = self.case()
             if bound(self.model, case.batch.tokens, max(case.sizes)) <= room:
                 break
-            found = case.mixed(words := case.words(room))
+            words, found = self._shared(case, room)
             if found.beside <= room or self.config.micro_batch != "auto" or self.token_budget <= max(case.sizes):
                 over = f": it may not fit; {next(iter(case.levers(words)), '')} would save most" * (found.beside > room)
                 self.foreseen = f"memory: {found.beside / 2**30:.1f} GiB foreseen beside the weights{over}"
                 return words
             self.token_budget //= 2
         return "products"
+
+    def _shared(self, case: Case, room: int) -> tuple[list[Keep], Forecast]:
+        """The words of all layers and what they take, of so many bytes; the optimizer's pages get what is left. As many
+        layers as needed run again before state waits in the host's memory: it would cross the bus at every step."""
+        paged, waits = isinstance(self.run.optimizer, FlatOptimizer) and self.run.optimizer.budget == "auto", 0
+        if paged and case.device == "cuda":  # of state a forecast has two pages there
+            state = state_bytes(self.config, self.parameters.values())
+            waits = max(0, state - case.forecast().parts["optimizer"])
+        for left in (room - waits, room):
+            found = case.mixed(words := case.words(left))
+            if found.beside <= left:
+                break
+        if waits and isinstance(self.run.optimizer, FlatOptimizer):
+            self.run.optimizer.cap = max(0, room - found.beside + found.parts["optimizer"])
+        return words, found
+
+    def foreseen_bytes(self) -> int:
+        """What the run was to take beside what is there when it begins; 0 of tensors that cannot be stood for."""
+        case = self.case()
+        if not bound(self.model, 1, 1):
+            return 0
+        found = case.mixed(keeps(self.recompute, case.layers))
+        return found.beside + (found.parts["framework"] if case.device == "cpu" else 0)
 
     def case(self) -> Case:
         """The pass that takes most: of a step of the longest examples the one of most tokens."""

@@ -10,10 +10,13 @@ import copy
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from itertools import pairwise, product
+from math import prod
+from pathlib import Path
 from typing import Any
 from weakref import finalize
 
@@ -31,18 +34,18 @@ from ..lora.adapter import Adapter
 from ..lora.linear4bit import Module4bit
 from ..models.decoder import Decoder
 from ..models.protocol import CausalLM
-from ..models.recompute import Keep, leanness
+from ..models.recompute import AGAIN, Keep, leanness
 from ..optim.paging import PAGE_BYTES
 from .config import PAGED, TrainingConfig, size_in_bytes
 from .loop import Run, cross_entropy
 from .step import Sums, make_optimizer
 
-# Bytes beside all tensors. CPU: what torch.optim and the first product bring, MKL's buffers; and of blocks that glibc
-# keeps in its heap (`cli.main.give_memory_back`) a share for holes between them, growing with their size: perhaps
-# because an aligned block needs more room than the hole that one of its size has left. Both numbers are fitted to runs
-# of benchmarks.plan_check, and are off by up to a fourth. CUDA: context and workspaces, never measured.
-FRAMEWORK = {"cpu": 90 << 20, "cuda": 640 << 20}
-MAPPED, HOLES = 8 << 20, 1.6
+# Bytes beside all tensors. CPU: MKL's buffers, what Python and autograd hold, and for blocks that glibc keeps in its
+# heap (below MAPPED, as `cli.main.give_memory_back` has it; the second where layers run again) a share of holes: an
+# aligned block does not fit where one of its size was. Fitted; docs/log.md of 2026-11-30 says on which cases of
+# benchmarks.plan_check, and why they cannot be exact. CUDA: context and workspaces, never measured.
+FRAMEWORK = {"cpu": 95 << 20, "cuda": 640 << 20}
+MAPPED, HOLES = (8 << 20, 1 << 20), 1.6
 FEW = (2, 3)
 FEW_NUMBERS = 1 << 16  # of an op that computes: ids, places, tables
 PARTS = ("base", "scales", "adapter", "gradients", "optimizer", "activations", "logits", "framework")
@@ -76,13 +79,17 @@ class Forecast:
 class _Storages(TorchDispatchMode):
     """Which storages live, by part, and how many there were of each at the highest point of each phase."""
 
-    def __init__(self, vocabulary: int, meta: bool) -> None:
+    def __init__(self, vocabulary: int, meta: bool, mapped: int) -> None:
         super().__init__()
-        self.meta, self.heap = meta, 0  # for a GPU; a measure of what glibc keeps in its heap
+        self.meta, self.mapped, self.heap = meta, mapped, 0  # for a GPU; glibc's threshold; a measure of its heap
         self.vocabulary, self.part, self.phase, self.left = vocabulary, "", "forward", 0
         self.alive: dict[Any, tuple[str, int]] = {}
         self.unknown = set[Any]()  # those of `alive` that hold no numbers
         self.now, self.most, self.flops = Counter[str](), dict[str, Bytes](), 0.0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else every op that is heard passes through torch's compiler first
 
     def gradient(self, p: Any) -> None:
         """Called as a parameter has its gradient; from half of them on it is backward's end."""
@@ -107,8 +114,8 @@ class _Storages(TorchDispatchMode):
 
     def _count(self, part: str, size: int, sign: int) -> None:
         self.now[part] += sign * size
-        if not self.meta and size < MAPPED and part not in PARTS[:3]:
-            self.heap += sign * (size * size // MAPPED)
+        if not self.meta and size < self.mapped and part not in PARTS[:3]:
+            self.heap += sign * (size * size // MAPPED[0])
 
     def _gone(self, key: Any) -> None:
         self._count(*self.alive.pop(key), -1)
@@ -236,6 +243,10 @@ class Case:
             if self.config.optimizer.startswith(PAGED) and self.device == "cuda":  # what it cannot do without is here
                 most = size_in_bytes(self.config.optimizer_budget) or 2 * PAGE_BYTES
                 phases[phase]["optimizer"] = min(phases[phase]["optimizer"], most)
+        dense = max((prod(m.shape) for m in self.model.modules() if isinstance(m, Module4bit)), default=0)
+        there = phases["forward"]["base"] + 2 * dense * self.model.dtype.itemsize, phases["forward"]["scales"]
+        phases["loading"] = dict.fromkeys(PARTS, 0) | dict(zip(PARTS, there, strict=False))  # a layer's, and the next's
+        phases["loading"]["framework"] = FRAMEWORK[self.device]
         flops = one.flops + far * (two.flops - one.flops)
         return self._found.setdefault(keep, Forecast(phases, layer, flops))
 
@@ -244,8 +255,9 @@ class Case:
         where, kept, seen = (
             "meta" if self.device == "cuda" else "cpu",
             list[int](),
-            _Storages(self.model.vocab_size, self.device == "cuda"),
+            _Storages(self.model.vocab_size, self.device == "cuda", MAPPED[keep in AGAIN]),
         )
+        import_module("torch._dynamo")  # some ops on meta and checkpoints do: in a trace it would be part of the step
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[]))
             if gc.isenabled():  # it would free what lies in cycles now in this pass, now in that
@@ -346,6 +358,23 @@ def memory_used(device: torch.device) -> tuple[str, int]:
     if device.type == "cuda":
         return "max_memory_allocated", torch.cuda.max_memory_allocated(device)
     return "rss_anon", proc_bytes("/proc/self/status", "RssAnon")
+
+
+class Peak:
+    """The most memory that is taken beside what is there when this is made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.before = torch.cuda.memory_allocated(device) if device.type == "cuda" else memory_used(device)[1]
+        with suppress(OSError):  # the kernel forgets this process' peak, that of loading
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def beside(self) -> int:
+        """Bytes; 0 where the system does not say."""
+        if self.device.type == "cuda":
+            return memory_used(self.device)[1] - self.before
+        most, *files = (proc_bytes("/proc/self/status", key) for key in ("VmHWM", "RssFile", "RssShmem"))
+        return max(0, most - sum(files) - self.before)
 
 
 def state_bytes(config: TrainingConfig, parameters: Iterable[Tensor]) -> int:

@@ -227,6 +227,13 @@ class PolicyTrainer(Referenced):
 
     def case(self) -> Case:
         """The pass that takes most: answers as long as they may be to the longest prompts."""
+        return super(PolicyTrainer, self._longest()).case()
+
+    def tokens_a_step(self) -> float:
+        """At most, as answers end earlier: those of the step that `case` is about."""
+        return super(PolicyTrainer, self._longest()).tokens_a_step()
+
+    def _longest(self) -> Self:
         config, rows = self.config, self.train_set.examples
         longest = sorted((example.parts[0].ids for example in rows), key=len)[-config.batch_size :]
         prompts = [prompt for prompt in longest for _ in range(config.group_size)]
@@ -240,7 +247,8 @@ class PolicyTrainer(Referenced):
         other.round = made = Rollouts.of(-1, [Drawn(0, *each, {}) for each in zip(answers, said, strict=True)])
         made.tokens |= dict.fromkeys(OF_TOKENS, torch.zeros(made.counts.shape))
         other.train_set = Dataset("judged", [one.example for one in said])
-        return super(PolicyTrainer, other).case()
+        other.total = 1
+        return other
 
     # The loss of a pass.
 

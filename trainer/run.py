@@ -52,6 +52,7 @@ class TrainResult:
     unmoved: Sequence[str]  # trained tensors that the first steps (50 after warm-up) did not move
     signal: int | None
     checkpoint: Path | None
+    peak_bytes: int  # most memory that it took beside what was there when it began, on a CPU of its own (RssAnon)
 
     @property
     def val_loss(self) -> float | None:

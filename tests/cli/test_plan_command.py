@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fourbit.cli.main import main
+from fourbit.trainer.planner import Case
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
          "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}  # fmt: skip
@@ -52,6 +53,27 @@ def test_a_config_alone_does(config_only: str, capsys: pytest.CaptureFixture[str
     assert found["fits"]["80 GiB"] == "as it is" and "--checkpointing on" in found["fits"]["12 GiB"]
     huge = said("--lengths", "4000", "--full")
     assert huge["fits"]["8 GiB"].startswith("does not fit: ") and huge["fits"]["8 GiB"].endswith(" GiB at least")
+
+
+def test_a_plan_that_fits_the_smallest_card_looks_for_no_way_to_less(
+    config_only: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, step = list[str](), Case._step
+    monkeypatch.setattr(Case, "_step", lambda case, keep, layers: asked.append(keep) or step(case, keep, layers))
+    flags = ["--device", "cuda", "--lengths", "64", "--json"]
+    assert main(["plan", "--model", config_only, *flags, "--memory", "24GiB"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {*asked} == {"products"} and {*found["fits"].values()} == {"as it is"} and not found["saves"]
+    assert main(["plan", "--model", config_only, *flags, "--memory", "5GiB"]) == 0
+    assert {*asked} >= {"products", "input"} and json.loads(capsys.readouterr().out)["saves"]
+
+
+def test_the_plan_in_the_readme_is_what_is_printed(config_only: str, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = readme.partition("$ fourbit plan --model M ")[2]
+    flags, _, rest = shown.partition("\n")
+    assert main(["plan", "--model", config_only, *flags.split()]) == 0
+    assert capsys.readouterr().out.strip() == rest.partition("\n```")[0]
 
 
 @pytest.mark.parametrize(("given", "words"), [(["--lengths", "1"], "300,2000"), (["--data", "a"], "leave out lengths")])

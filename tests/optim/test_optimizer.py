@@ -3,6 +3,8 @@
 import copy
 import math
 import pickle
+import subprocess
+import sys
 from functools import partial
 from typing import Any
 
@@ -199,3 +201,21 @@ def test_refuses_what_it_cannot_train() -> None:
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="gradients must be dense"):
         AdamW(embedding.parameters()).step()
+
+
+def test_no_optimizer_imports_torchs_compiler() -> None:
+    """Which takes a second and more, and some 60 MB, of every training."""
+    code = """
+import sys, torch
+from fourbit.optim import AdamW
+weight = torch.nn.Parameter(torch.ones(8))
+weight.grad = torch.ones(8)
+optimizer = AdamW([weight])
+optimizer.step()
+optimizer.load_state_dict(optimizer.state_dict())
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"

@@ -1,6 +1,9 @@
 """Forecasts of memory beside what real steps of the same models keep."""
 
+import inspect
 import json
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fourbit
-from fourbit.cli.main import main
+from fourbit.cli.main import give_memory_back, main
 from fourbit.data.batch import Encoded, Example, pack
 from fourbit.models.decoder import Decoder
 from fourbit.models.foreign import as_causal_lm
@@ -182,6 +185,76 @@ def test_a_run_that_may_not_fit_recomputes_in_smaller_passes_and_says_so(
         assert trainer.recomputes() == ["input", "input"]
     assert trainer.token_budget < before and "may not fit" in trainer.foreseen
     assert max(case_sizes := trainer.case().sizes) <= 2 * trainer.token_budget and case_sizes
+
+
+def test_a_large_layer_is_dense_for_a_moment_while_it_is_loaded() -> None:
+    dense = 2 * SPEC.hidden_size * SPEC.intermediate_size * 4  # in fp32, and the next is read beside it
+    case = case_of(model_of("nf4"))
+    loading = case.forecast().phases["loading"]
+    assert loading["base"] == case.forecast().parts["base"] + dense and not loading["activations"]
+    assert case_of(model_of()).forecast().phases["loading"]["base"] == case_of(model_of()).forecast().parts["base"]
+
+
+def test_layers_run_again_before_state_waits_and_its_pages_get_what_is_left(
+    tiny_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "PAGE_BYTES", 1024)
+    model, tokenizer = fourbit.load(tiny_folder, quant_type=None)
+    config = fourbit.SFTConfig(out=str(tmp_path / "run"), steps=1, full=True, optimizer="paged-adamw")
+    trainer: Any = fourbit.SFTTrainer(model, tokenizer, train=rows, config=config)
+    trainer.device = torch.device("cuda")  # as the planner sees it; nothing runs there
+    case, state = trainer.case(), 8 * sum(p.numel() for p in model.parameters())
+    rich, lean = (case.forecast(word).beside - 2048 for word in ("products", "host"))
+    for room, words, cap in ((rich + state, {"products"}, state), (lean + state, {"host"}, state),
+                             (lean + state // 2, {"host"}, state // 2)):  # fmt: skip
+        with free(-(-room * 5 // 4), monkeypatch):
+            found = trainer.recomputes()
+        assert {*found} == words or words == {"host"}, (room, found)
+        assert trainer.run.optimizer.cap >= cap - 8
+    assert trainer.run.optimizer.cap < state
+
+
+def test_tokens_of_a_step_are_those_that_it_runs(tiny_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "alike.jsonl"
+    data.write_text(
+        "".join(
+            json.dumps({"prompt": "the same long beginning " * 5 + str(i), "completion": "yes"}) + "\n"
+            for i in range(16)
+        )
+    )
+    model, tokenizer = fourbit.load(tiny_folder, quant_type="nf4")
+    fourbit.attach(model, fourbit.LoRAConfig(rank=4))
+    trainer = fourbit.SFTTrainer(model, tokenizer, train=data, config=fourbit.SFTConfig(out=str(tmp_path / "run")))
+    whole = sum(len(example.parts[0].ids) for example in trainer.train_set.examples) / 2
+    foretold = trainer.tokens_a_step()
+    result = trainer.train(display=None)
+    assert foretold == result.tokens / result.steps < whole / 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_peak_is_told_apart_from_what_was_there_before() -> None:
+    before = torch.ones(64 << 20)  # 256 MiB
+    del before
+    peak, passing = planner.Peak(torch.device("cpu")), torch.ones(16 << 20)
+    del passing
+    assert peak.beside() == pytest.approx(64 << 20, rel=0.1)
+
+
+def test_a_run_ends_with_its_peak_beside_what_was_foreseen(
+    tiny_folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = list[int]()
+    monkeypatch.setattr("fourbit.cli.main.give_memory_back", told.append)
+    common = ["sft", "--model", str(tiny_folder), "--data", str(rows), "--steps", "1", "--rank", "4"]
+    assert main([*common, "--out", str(tmp_path / "a"), "--checkpointing", "on"]) == 0 and not told
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("memory"))
+    assert re.fullmatch(r"memory +\d+\.\d\d GiB beside the weights at the peak, 0\.\d\d foreseen", line)
+    monkeypatch.setattr("fourbit.cli.main.OURS", True)
+    assert main([*common, "--out", str(tmp_path / "b"), "--checkpointing", "products", "--json"]) == 0 and not told
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["peak_bytes"] > 0 and found["foreseen_bytes"] > planner.FRAMEWORK["cpu"]
+    assert main([*common, "--out", str(tmp_path / "c"), "--checkpointing", "on"]) == 0 and told == [planner.MAPPED[1]]
+    assert inspect.signature(give_memory_back).parameters["size"].default == planner.MAPPED[0]
 
 
 def test_plan_and_dry_run_print_it_and_write_nothing(
