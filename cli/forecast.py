@@ -32,8 +32,8 @@ def show(options: Any, case: Case, tokens: float) -> int:
     easy = found.peak <= min(memory, SIZES[0] << 30) and "input" not in words  # then no way to less is looked for
     levers = {} if easy else {_flags(change): size for change, size in case.levers(words).items()}
     seconds = tokens / case.batch.tokens * found.flops / flops
-    given_ways = {"": found.peak} if easy else case.ways([asked or "products"] * case.layers)
-    ways = {_flags(way) or "as it is": peak for way, peak in given_ways.items()}
+    peaks = {"": found.peak} if easy else case.ways([asked or "products"] * case.layers)
+    ways = {_flags(way) or "as it is": peak for way, peak in peaks.items()}
     least = f"does not fit: {min(ways.values()) / 2**30:.1f} GiB at least"
     fits = {f"{size} GiB": next((way for way in ways if ways[way] <= size << 30), least) for size in SIZES}
     layer = {word: case.forecast(word).layer for word in dict.fromkeys(words)}

@@ -40,14 +40,14 @@ COMMANDS = {
     "doctor": "what is installed, what the machine has, and what will be used",
 }
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-OURS = False  # whether the process is
+OURS = False  # whether the process is: a library leaves its host's allocator alone
 PACKAGE = __name__.partition(".")[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if argv is None:  # a library leaves its host's allocator alone
+    if argv is None:
         global OURS
         OURS = True
         give_memory_back()
@@ -78,20 +78,12 @@ def give_memory_back(size: int = 8 << 20) -> None:
     """Have glibc map blocks of 8 MiB or more one by one, so that they go back to the system when they are freed.
 
     In its heap, where it puts those of up to 32 MiB, freed blocks stay as holes between what layers keep: most of the
-    memory of a step on thousands of tokens. Steps on fewer allocate less at a time and go on in the heap, as fresh
-    pages cost time (`leaner`). Other allocators, and one that MALLOC_MMAP_THRESHOLD_ or MALLOC_TRIM_THRESHOLD_ have
-    set, stay as they are."""
+    memory of a step on thousands of tokens. Steps on fewer allocate less at a time and go on in the heap. Other
+    allocators, and one that MALLOC_MMAP_THRESHOLD_ or MALLOC_TRIM_THRESHOLD_ have set, stay as they are."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None and not {f"MALLOC_{name}_THRESHOLD_" for name in ("MMAP", "TRIM")} & {*os.environ}:
         mallopt(M_MMAP_THRESHOLD, size)
         mallopt(M_TRIM_THRESHOLD, 64 << 20)  # with the first alone it is 128 KB, and the heap's end comes and goes
-
-
-def leaner() -> None:
-    """For a run whose layers run again, so that memory is what it is short of: blocks of 1 MiB too. It takes up to a
-    fourth less memory and a twentieth more time."""
-    if OURS:
-        give_memory_back(1 << 20)
 
 
 def as_flags(message: str) -> str:

@@ -29,11 +29,12 @@ from ..outputs import lock_folder
 from ..settings import REQUIRED, Checked, setting
 from ..text.tokenizer import Tokenizer
 from ..trainer.config import DPOConfig, TrainingConfig
-from ..trainer.planner import state_bytes
+from ..trainer.planner import MAPPED, state_bytes
 from ..trainer.progress import display_for
 from ..trainer.run import TrainResult
 from ..trainer.sweep import SweepTrainer
 from ..trainer.trainer import TOKEN_BUDGET
+from . import main
 from .config_file import CONFIG, read_run, write_config
 from .forecast import show
 from .load import (
@@ -47,7 +48,6 @@ from .load import (
     remark_positions,
     settle,
 )
-from .main import leaner
 from .options import AdapterChoice, ModelOptions, ResultOptions, inputs_of
 from .parse import DEFAULT, Sources
 from .show import amount, count, describe, figure, note, pairs, result, working, wrapped
@@ -219,9 +219,7 @@ def _sweep(options: TrainOptions, sources: Sources, variants: Mapping[str, Train
     _announcing(options, None, sources)(0, int(options.resume is not None))
     pairs_of, base = [pair for each in variants.values() for pair in vars(each).items()], vars(options)
     said = {**sources, **{name: sources["sweep"] for name, value in pairs_of if value != base[name]}}
-    outcome = sweep.train(
-        lambda total, start, name: _announcing(variants[name], sweep.trainers[name], said)(total, start, name)
-    )
+    outcome = sweep.train(lambda total, start, name: _announcing(variants[name], None, said)(total, start, name))
     signal = next((each.signal for each in outcome.results.values() if each.signal), None)
     best = variants[outcome.best or next(iter(outcome.results))]
     text = "each adapter's checkpoint is in its folder" if signal else f"{outcome.table()}\n\ntry it  {_try_it(best)}"
@@ -314,8 +312,8 @@ def _announcing(options: TrainOptions, trainer: Any, sources: Sources) -> Callab
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
         if start == 0 or plain != before:  # a resumed run keeps its record of sources
             write_config(Path(options.out) / CONFIG, settings, sources)
-        if trainer is not None and {*keeps(trainer.recompute)} & {*AGAIN}:
-            leaner()
+        if main.OURS and trainer is not None and {*keeps(trainer.recompute)} & {*AGAIN}:  # memory is what it lacks:
+            main.give_memory_back(MAPPED[1])  # up to a fourth less of it for a twentieth more time
         groups: dict[str, list[str]] = {}
         for name, value in () if run else settings.items():  # a sweep has told them for all
             source = sources[name].rpartition(":")[0] or f"{sources[name]}s"
@@ -356,9 +354,8 @@ def _finished(options: TrainOptions, outcome: TrainResult, seconds: float, fores
         rows.append((f"validation {what}", ", ".join(found)))
     if outcome.skipped_steps:
         rows.append(("skipped steps", f"{outcome.skipped_steps} (NaN or infinity in loss or gradient)"))
-    if outcome.peak_bytes and foreseen:
-        memory = f"{outcome.peak_bytes / 2**30:.2f} GiB beside the weights at the peak, {foreseen / 2**30:.2f} foreseen"
-        rows.append(("memory", memory))
+    memory = f"{outcome.peak_bytes / 2**30:.2f} GiB beside the weights at the peak, {foreseen / 2**30:.2f} foreseen"
+    rows += [("memory", memory)] * bool(outcome.peak_bytes)
     rows += [("model" if options.whole else "adapter", str(outcome.out)), ("metrics", f"{outcome.out}/metrics.jsonl")]
     rows += [("curves", f"{outcome.out}/loss.png"), ("try it", _try_it(options))]
     return pairs(rows)

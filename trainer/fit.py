@@ -14,7 +14,6 @@ from ..data.order import step_indices
 from ..kernels.dispatch import memory_free
 from ..models.protocol import CausalLM
 from ..models.recompute import Checkpointing, Keep, keeps
-from ..optim.optimizer import FlatOptimizer
 from .config import KEPT, TrainingConfig
 from .loop import Run
 from .planner import Case, Forecast, bound, state_bytes
@@ -47,9 +46,10 @@ class Fitted(ABC):
     def tokens_a_step(self) -> float:
         """Tokens that a step runs, the mean of the first few: what texts begin with in common counts once."""
         steps, rows, config = min(self.total, 16), len(self.train_set.examples), self.config
-        every = [step_indices(rows, config.batch_size, step, config.seed) for step in range(steps)]
-        batches = [b for own in every for b in self.micro_batches(self.train_set, own, config.micro_batch)]
-        return sum(batch.tokens for batch in batches) / steps
+        every = (step_indices(rows, config.batch_size, step, config.seed) for step in range(steps))
+        return (
+            sum(b.tokens for own in every for b in self.micro_batches(self.train_set, own, config.micro_batch)) / steps
+        )
 
     def recomputes(self) -> Checkpointing:
         """What layers keep for backward; `auto`: as much as fits in the free memory, after which `micro_batch` auto
@@ -71,23 +71,19 @@ class Fitted(ABC):
     def _shared(self, case: Case, room: int) -> tuple[list[Keep], Forecast]:
         """The words of all layers and what they take, of so many bytes; the optimizer's pages get what is left. As many
         layers as needed run again before state waits in the host's memory: it would cross the bus at every step."""
-        paged, waits = isinstance(self.run.optimizer, FlatOptimizer) and self.run.optimizer.budget == "auto", 0
-        if paged and case.device == "cuda":  # of state a forecast has two pages there
-            state = state_bytes(self.config, self.parameters.values())
-            waits = max(0, state - case.forecast().parts["optimizer"])
-        for left in (room - waits, room):
-            found = case.mixed(words := case.words(left))
-            if found.beside <= left:
-                break
-        if waits and isinstance(self.run.optimizer, FlatOptimizer):
-            self.run.optimizer.cap = max(0, room - found.beside + found.parts["optimizer"])
+        optimizer: Any = self.run.optimizer
+        waits = max(0, state_bytes(self.config, self.parameters.values()) - case.forecast().parts["optimizer"])
+        waits *= case.device == "cuda" and getattr(optimizer, "budget", None) == "auto"  # two pages are foreseen there
+        found = case.mixed(words := case.words(room - waits))
+        if found.beside > room - waits:
+            found = case.mixed(words := case.words(room))
+        if waits:
+            optimizer.cap = max(0, room - found.beside + found.parts["optimizer"])
         return words, found
 
     def foreseen_bytes(self) -> int:
-        """What the run was to take beside what is there when it begins; 0 of tensors that cannot be stood for."""
+        """What the run was to take beside what is there when it begins."""
         case = self.case()
-        if not bound(self.model, 1, 1):
-            return 0
         found = case.mixed(keeps(self.recompute, case.layers))
         return found.beside + (found.parts["framework"] if case.device == "cpu" else 0)
 

@@ -87,10 +87,6 @@ class _Storages(TorchDispatchMode):
         self.unknown = set[Any]()  # those of `alive` that hold no numbers
         self.now, self.most, self.flops = Counter[str](), dict[str, Bytes](), 0.0
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else every op that is heard passes through torch's compiler first
-
     def gradient(self, p: Any) -> None:
         """Called as a parameter has its gradient; from half of them on it is backward's end."""
         if (key := p.grad.untyped_storage()._cdata) in self.alive:
@@ -252,23 +248,19 @@ class Case:
 
     def _step(self, keep: Keep, layers: int | None) -> tuple[_Storages, int]:
         """A step on fake tensors: what was heard, and the bytes that stay between forward and backward."""
-        where, kept, seen = (
-            "meta" if self.device == "cuda" else "cpu",
-            list[int](),
-            _Storages(self.model.vocab_size, self.device == "cuda", MAPPED[keep in AGAIN]),
-        )
+        kept, gpu = list[int](), self.device == "cuda"
+        where, seen = "meta" if gpu else "cpu", _Storages(self.model.vocab_size, gpu, MAPPED[keep in AGAIN])
         import_module("torch._dynamo")  # some ops on meta and checkpoints do: in a trace it would be part of the step
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[]))
             if gc.isenabled():  # it would free what lies in cycles now in this pass, now in that
                 gc.disable()
                 stack.callback(gc.enable)
-            for mode in (_Flash(), force_path("triton")) if where == "meta" else ():
+            for mode in (_Flash(), force_path("triton")) if gpu else ():
                 stack.enter_context(mode)
             fake = fake_model(self.model, where, layers).train()
             fake.checkpointing = keep
-            own = {n: x for n, x in vars(self.batch).items() if isinstance(x, Tensor)}
-            like: Any = {n: x.to(where) for n, x in own.items()}
+            like: Any = {n: x.to(where) for n, x in vars(self.batch).items() if isinstance(x, Tensor)}
             trained = {name: p for name, p in fake.named_parameters() if p.requires_grad}
             parts = _parts(fake)
             for tensor in [*fake.parameters(), *fake.buffers()]:
@@ -360,21 +352,15 @@ def memory_used(device: torch.device) -> tuple[str, int]:
     return "rss_anon", proc_bytes("/proc/self/status", "RssAnon")
 
 
-class Peak:
-    """The most memory that is taken beside what is there when this is made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.before = torch.cuda.memory_allocated(device) if device.type == "cuda" else memory_used(device)[1]
-        with suppress(OSError):  # the kernel forgets this process' peak, that of loading
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-    def beside(self) -> int:
-        """Bytes; 0 where the system does not say."""
-        if self.device.type == "cuda":
-            return memory_used(self.device)[1] - self.before
-        most, *files = (proc_bytes("/proc/self/status", key) for key in ("VmHWM", "RssFile", "RssShmem"))
-        return max(0, most - sum(files) - self.before)
+def peak_from_now(device: torch.device) -> Callable[[], int]:
+    """What says the most bytes taken from now on, beside those that are there now; 0: the system does not say."""
+    if device.type == "cuda":
+        there = torch.cuda.memory_allocated(device)
+        return lambda: torch.cuda.max_memory_allocated(device) - there
+    of, before = partial(proc_bytes, "/proc/self/status"), memory_used(device)[1]
+    with suppress(OSError):  # the kernel forgets this process' peak, that of loading
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return lambda: max(0, of("VmHWM") - of("RssFile") - of("RssShmem") - before)
 
 
 def state_bytes(config: TrainingConfig, parameters: Iterable[Tensor]) -> int:

@@ -39,7 +39,7 @@ from .fit import Fitted
 from .interrupt import Interrupt, interrupts
 from .loop import MakeOptimizer, MakeScheduler, Run, name_of
 from .metrics import Display, Metrics, finite
-from .planner import Peak, memory_used, state_bytes
+from .planner import memory_used, peak_from_now, state_bytes
 from .progress import display_for
 from .report import draw_curves, nonfinite
 from .resume import SavedState, adapter_form, as_json, base_hash, check_resumed, layout, repeating
@@ -177,7 +177,7 @@ class Trainer(Fitted):
             check_free(out, needed + 2 * sum(tensor.nbytes for tensor in self.run.weights().values()))
             self.best: Weights | None = None
             self._pending = None
-            self.recompute, self.peak = self.recomputes(), Peak(self.device)
+            self.recompute, self.peak = self.recomputes(), peak_from_now(self.device)
             notes += [self.foreseen] * bool(self.foreseen)
             if not self.model.packs:
                 notes.append("packing is off: this architecture mixes the examples of a row, so rows are padded")
@@ -378,7 +378,7 @@ class Trainer(Fitted):
         newest, signal = out / "checkpoints" / f"step-{run.saved:06d}", self.interrupt.signal
         done = run.done, run.last_loss, run.best_metrics, run.best_step, run.skipped, run.tokens, run.stopped_early
         kept = newest if newest.is_dir() else None
-        return TrainResult(out, *done, self.run.unmoved, signal, kept, self.peak.beside())
+        return TrainResult(out, *done, self.run.unmoved, signal, kept, self.peak())
 
     def new_run(self) -> Run:
         """What the trainer's loop stands on, at its start."""

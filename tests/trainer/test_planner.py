@@ -235,9 +235,9 @@ def test_tokens_of_a_step_are_those_that_it_runs(tiny_folder: Path, tmp_path: Pa
 def test_a_peak_is_told_apart_from_what_was_there_before() -> None:
     before = torch.ones(64 << 20)  # 256 MiB
     del before
-    peak, passing = planner.Peak(torch.device("cpu")), torch.ones(16 << 20)
+    peak, passing = planner.peak_from_now(torch.device("cpu")), torch.ones(16 << 20)
     del passing
-    assert peak.beside() == pytest.approx(64 << 20, rel=0.1)
+    assert peak() == pytest.approx(64 << 20, rel=0.1)
 
 
 def test_a_run_ends_with_its_peak_beside_what_was_foreseen(
