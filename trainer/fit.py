@@ -45,11 +45,9 @@ class Fitted(ABC):
 
     def tokens_a_step(self) -> float:
         """Tokens that a step runs, the mean of the first few: what texts begin with in common counts once."""
-        steps, rows, config = min(self.total, 16), len(self.train_set.examples), self.config
-        every = (step_indices(rows, config.batch_size, step, config.seed) for step in range(steps))
-        return (
-            sum(b.tokens for own in every for b in self.micro_batches(self.train_set, own, config.micro_batch)) / steps
-        )
+        steps, rows, of = min(self.total, 16), len(self.train_set.examples), self.config
+        every = (step_indices(rows, of.batch_size, step, of.seed) for step in range(steps))
+        return sum(b.tokens for own in every for b in self.micro_batches(self.train_set, own, of.micro_batch)) / steps
 
     def recomputes(self) -> Checkpointing:
         """What layers keep for backward; `auto`: as much as fits in the free memory, after which `micro_batch` auto
