@@ -155,14 +155,7 @@ def merging(model: nn.Module, within: float, adapters: bool = True, rows: int = 
             makes[base] = partial(dequantize, base)
     total = sum(cast(Tensor, own.weight).numel() * cast(Tensor, own.weight).dtype.itemsize for own in makes)
     with torch.inference_mode(False), torch.no_grad():  # DoRA knows by their versions whether weights have changed
-        new = {own: make() for own, make in makes.items()} if total <= within else {}
-        for module in model.modules() if new else ():
-            layers = [vars(module)["_modules"][name] for name in vars(module).get("together", ())]
-            twins = [new.get(layer) or new.get(getattr(layer, "base", layer)) for layer in layers]
-            if rows > 1 and layers and all(layer in new for layer in layers) and can_pack(twins):
-                new |= zip(layers, packed(twins), strict=True)
-            else:
-                _join(twins)
+        new = _made(model, makes, rows) if total <= within else {}
     try:
         replace_modules(model, new)
         yield total if new else 0
@@ -172,10 +165,26 @@ def merging(model: nn.Module, within: float, adapters: bool = True, rows: int = 
             vars(twin).pop("joined", None)  # they hold each other
 
 
+def _made(model: nn.Module, makes: dict[nn.Module, Callable[[], nn.Module]], rows: int) -> dict[nn.Module, nn.Module]:
+    """Module -> what stands for it. Those of one input are made together, so that at any time one group lies twice."""
+    new = dict[nn.Module, nn.Module]()
+    for module in model.modules():
+        layers = [vars(module)["_modules"][name] for name in vars(module).get("together", ())]
+        owns = [layer if layer in makes else getattr(layer, "base", layer) for layer in layers]
+        if owns and all(own in makes for own in owns):
+            twins = [makes.pop(own)() for own in owns]
+            if rows > 1 and owns == layers and can_pack(twins):
+                twins = [*packed(twins)]
+            else:
+                _join(twins)
+            new |= zip(owns, twins, strict=True)
+    return new | {own: make() for own, make in makes.items()}
+
+
 def _join(layers: Sequence[Any]) -> None:
     """Make the weights of these dense layers parts of one, and known to `project`. That lies as [in, out] in fp32 on a
     CPU: products with one row are made by its columns then, which is quicker."""
-    if None in layers or len({layer.bias is None for layer in layers}) != 1:
+    if len({layer.bias is None for layer in layers}) != 1:
         return
     whole = nn.Linear(1, 1, layers[0].bias is not None, device="meta")
     for name in dict(whole.named_parameters()):

@@ -21,6 +21,12 @@ def can_pack(layers: Sequence[Any]) -> TypeGuard[Sequence[nn.Linear]]:
     return here and len(kinds) == 1 and kinds <= {("cpu", torch.float32, True), ("cpu", torch.float32, False)}
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in] times weight [out, in], plain or laid out, by oneDNN; no gradient."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
 class Packed(nn.Module):
     """x [..., in] -> the outputs of all layers, [..., sum of out]; it has no gradient."""
 
@@ -31,8 +37,7 @@ class Packed(nn.Module):
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return y
+        return product(x, self.weight, self.bias)
 
 
 class Part(nn.Module):

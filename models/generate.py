@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ..kernels.dispatch import memory_free, product_dtype, widened
 from ..kernels.dropout import uniform
 from ..lora.adapter import is_hooked
 from ..lora.merge import merging
+from ..lora.packed import can_pack, product
 from ..settings import LARGEST, Checked, setting
 from .cache import KVCache
 from .continued import Ragged, Row, Together
@@ -283,13 +284,14 @@ def _continue(
 
 
 def _logits(head: nn.Module, states: Tensor) -> Tensor:
-    """The head's output [B, V]. In fp32 on a CPU a few rows are taken as columns: the library reads so large a matrix
-    once for them then, in a third to two thirds of the time."""
-    plain = type(head) is nn.Linear and head.bias is None and not is_hooked(head)
-    if plain and 1 < len(states) <= FEW and states.dtype == torch.float32 and states.device.type == "cpu":
-        return (head.get_parameter("weight") @ states.T).T.contiguous()
-    logits: Tensor = head(states)
-    return logits
+    """The head's output [B, V]. A plain one of fp32 on a CPU takes a third to two thirds of its time where a few rows
+    are columns, and more of them are oneDNN's."""
+    if len(states) == 1 or is_hooked(head) or states.dtype != torch.float32 or not can_pack([head]):
+        logits: Tensor = head(states)
+        return logits
+    weight, bias = cast(nn.Linear, head).weight, cast(nn.Linear, head).bias
+    few = len(states) <= FEW and bias is None
+    return (weight @ states.T).T.contiguous() if few else product(states, weight, bias)
 
 
 def choose(logits: Tensor, sampling: Sampling, drawn: Tensor) -> Tensor:
