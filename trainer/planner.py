@@ -7,7 +7,9 @@ the system then never gives; for a GPU they are on "meta", and take CUDA's paths
 """
 
 import copy
+import ctypes
 import gc
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -357,6 +359,8 @@ def peak_from_now(device: torch.device) -> Callable[[], int]:
     if device.type == "cuda":
         there = torch.cuda.memory_allocated(device)
         return lambda: torch.cuda.max_memory_allocated(device) - there
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
+        trim(0)  # memory that the heap holds free would hide what is taken
     of, before = partial(proc_bytes, "/proc/self/status"), memory_used(device)[1]
     with suppress(OSError):  # the kernel forgets this process' peak, that of loading
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
