@@ -1,8 +1,8 @@
 """Whole comparisons on a CPU, as a table and a picture: `python -m benchmarks.compared [FILE.json ...]`.
 
-A file is the JSON line that `sft_cpu`, `dpo_cpu` or `generate_cpu` end with, and its name begins with theirs: kept as
-benchmarks/results/cpu/sft_cpu-bf16.json it is in docs/numbers.md, whose table a test holds to the files. Ratios are
-those of the run, round by round, so they need not be the quotient of the two medians beside them.
+A file is the JSON line that `sft_cpu`, `dpo_cpu`, `rl_cpu` or `generate_cpu` end with, and its name begins with theirs:
+kept as benchmarks/results/cpu/sft_cpu-bf16.json it is in docs/numbers.md, whose table a test holds to the files. Ratios
+are those of the run, round by round, so they need not be the quotient of the two medians beside them.
 """
 
 import argparse
