@@ -87,8 +87,9 @@ def _run(options: Options, measured: Sequence[str], outputs: Mapping[str, Output
         if asked and options.match != "none":
             sizes = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
             answers = _kept(outputs[name], asked, options.match) if name in outputs else []
-            with answering(model, options.keep_dense), working(f"{name}: answers"):
-                left = asked[len(answers) :]
+            left = asked[len(answers) :]
+            together = min(options.batch_size, len(left))
+            with answering(model, options.keep_dense, together), working(f"{name}: answers"):
                 for answer in answer_all(model, tokenizer, template, left, match=options.match, **sizes):
                     answers.append(answer)
                     if name in outputs:

@@ -79,7 +79,8 @@ def run(options: Options, sources: Sources) -> int:
         how |= {"seed": prompt_seeds(prompts, options.seed)[done:], "batch_size": options.batch_size}
         new = sample_each(model, prompts[done:], keep_dense=options.keep_dense, **how)
         # Merged weights are held over all answers, but where rewards are asked between them, perhaps of an adapter.
-        with nullcontext() if options.reward else answering(model, options.keep_dense):
+        rows = min(options.batch_size, len(prompts) - done)
+        with nullcontext() if options.reward else answering(model, options.keep_dense, rows):
             for number, sample in enumerate(samples[done:], done + 1):
                 what = sample.row, asked[number - 1], prompts[(number - 1) * options.n]
                 answers = [answered(tokenizer, *what, made) for made in islice(new, options.n)]
