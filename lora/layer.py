@@ -5,6 +5,7 @@ switching, copying, taking off and files are written once, here and beside this 
 """
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -293,10 +294,20 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
 
     One that is compiled by itself gives up its wrapper, which would go on calling what it wrapped at first.
     """
-    for parent in list(model.modules()):
-        for attribute, child in list(parent._modules.items()):
-            if child is not None and (inside := unwrapped(child)) in new:
-                setattr(parent, attribute, new[inside])
+    places = holders(model)
+    for module, other in new.items():
+        for parent, attribute in places.get(id(module), ()):
+            setattr(parent, attribute, other)
+
+
+def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """id of each module inside the model -> the modules that hold it, wrapped or not, and the attribute."""
+    found = defaultdict[int, list[tuple[nn.Module, str]]](list)
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                found[id(unwrapped(child))].append((parent, attribute))
+    return found
 
 
 def refuse_second(model: nn.Module, name: str) -> None:

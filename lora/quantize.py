@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..kernels.blockwise import NESTED_BLOCKSIZE
 from ..kernels.weight4bit import check_format
 from .config import checked_names
-from .layer import replace_modules
+from .layer import holders
 from .linear4bit import Module4bit, NF4Embedding, NF4Linear, is_conv1d, is_embedding, sizes, weight_id
 from .lora import is_linear
 from .parameter4bit import DenseParameter, NF4Parameter, StandIn
@@ -103,6 +103,7 @@ def quantize_by_plan_(module: nn.Module, plan: Mapping[str, Form | None]) -> nn.
     layers.clear()
     experts = expose(module, [path for path, layer in wanted.items() if isinstance(layer, DenseParameter)])
     wanted |= {path: part for path, part in base_modules(module).items() if path in experts and path in wanted}
+    places = holders(module)
     twins: dict[int, Module4bit] = {}  # id of a dense weight -> the first layer made from it
     for path in list(wanted):
         layer = wanted.pop(path)  # so that each dense weight is freed before the next one is quantised
@@ -111,7 +112,8 @@ def quantize_by_plan_(module: nn.Module, plan: Mapping[str, Form | None]) -> nn.
         twins.setdefault(key, twin)
         if not path:
             return twin
-        replace_modules(module, {layer: twin})
+        for parent, attribute in places[id(layer)]:
+            setattr(parent, attribute, twin)
     return module
 
 

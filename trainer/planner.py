@@ -25,6 +25,7 @@ from weakref import finalize
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._prims_common import compute_elementwise_output_strides
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,6 +51,10 @@ FRAMEWORK = {"cpu": 95 << 20, "cuda": 640 << 20}
 MAPPED, HOLES = (8 << 20, 1 << 20), 1.6
 FEW = (2, 3)
 FEW_NUMBERS = 1 << 16  # of an op that computes: ids, places, tables
+JOINS = torch.ops.aten.cat.default, torch.ops.aten.stack.default
+DYNAMO = "torch._dynamo"
+NORM = torch.ops.aten.linalg_vector_norm.default
+LIKE = torch.ops.aten.empty_like, torch.ops.aten.zeros_like, torch.ops.aten.ones_like
 PARTS = ("base", "scales", "adapter", "gradients", "optimizer", "activations", "logits", "framework")
 Bytes = dict[str, int]  # by part
 
@@ -80,6 +85,10 @@ class Forecast:
 
 class _Storages(TorchDispatchMode):
     """Which storages live, by part, and how many there were of each at the highest point of each phase."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing compiles a forecast, and what would skip it is torch._dynamo
 
     def __init__(self, vocabulary: int, meta: bool, mapped: int) -> None:
         super().__init__()
@@ -146,7 +155,7 @@ class _Storages(TorchDispatchMode):
         where = kwargs.get("device") or ("meta" if any(x.is_meta for x in given) else "cpu")
         how = {n: "meta" if n == "device" else x for n, x in kwargs.items() if n not in ("generator", "pin_memory")}
         meta, how = tree_map_only(Tensor, partial(_like, device="meta"), (args, how))
-        made = func(*meta, **how)
+        made = _on_meta(func, meta, how)
         few = few and sum(x.numel() for x in tree_leaves(made) if isinstance(x, Tensor)) <= FEW_NUMBERS
         made = func(*args, **kwargs) if few else tree_map_only(Tensor, partial(_like, device=where), made)
         for x in tree_leaves(made):
@@ -164,6 +173,35 @@ class _Storages(TorchDispatchMode):
 
 def _like(x: Tensor, device: Any) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+
+
+def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
+    """func(*args, **kwargs) on meta tensors. torch's rules for elementwise ops, `cat`, `stack` and norms are Python
+    that imports torch._dynamo, seconds and 43 MiB that training has no use for: shapes and strides answer for these."""
+    given, strides = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)], None
+    pointwise = torch.Tag.pointwise in func.tags and len(func._schema.returns) == 1
+    if func in JOINS:
+        some = [x for x in given if x.shape != (0,)] or given  # `cat` passes over the others
+        shape, at = [*some[0].shape], [*args[1:], *kwargs.values(), 0][0]
+        if func is JOINS[0]:
+            shape[at] = sum(x.shape[at] for x in some)
+        else:
+            shape.insert(at % (len(shape) + 1), len(given))
+    elif func is NORM:
+        shape = [*given[0].sum(*args[2:4]).shape]
+    elif given and (pointwise or func.overloadpacket in LIKE) and "memory_format" not in kwargs:
+        shape = [*torch.broadcast_shapes(*(x.shape for x in given))]
+        strides = compute_elementwise_output_strides(*(x.expand(shape) for x in given))
+    else:
+        return func(*args, **kwargs)
+    alone = {n: "cpu" if n == "device" else x for n, x in kwargs.items()}
+    dtype = func(*tree_map_only(Tensor, _one, args), **tree_map_only(Tensor, _one, alone)).dtype
+    made = torch.empty(shape, dtype=dtype, device="meta")
+    return made if strides is None else made.as_strided(shape, strides)
+
+
+def _one(x: Tensor) -> Tensor:
+    return torch.ones([min(1, n) for n in x.shape], dtype=x.dtype)
 
 
 class _Flash(TorchFunctionMode):
@@ -250,9 +288,15 @@ class Case:
 
     def _step(self, keep: Keep, layers: int | None) -> tuple[_Storages, int]:
         """A step on fake tensors: what was heard, and the bytes that stay between forward and backward."""
+        there = DYNAMO in sys.modules
+        found = self._traced(keep, layers)
+        return found if there or DYNAMO not in sys.modules else self._traced(keep, layers)  # the import was heard too
+
+    def _traced(self, keep: Keep, layers: int | None) -> tuple[_Storages, int]:
         kept, gpu = list[int](), self.device == "cuda"
         where, seen = "meta" if gpu else "cpu", _Storages(self.model.vocab_size, gpu, MAPPED[keep in AGAIN])
-        import_module("torch._dynamo")  # some ops on meta and checkpoints do: in a trace it would be part of the step
+        # Checkpoints import the one, attention on meta the other: in a trace it would be part of the step.
+        import_module(DYNAMO if keep in AGAIN else "torch.fx.experimental.symbolic_shapes")
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[]))
             if gc.isenabled():  # it would free what lies in cycles now in this pass, now in that
