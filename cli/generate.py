@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal
 from ..data.encode import prompt_texts
 from ..data.forms import samples_of
 from ..data.row import counted
-from ..data.said import words_of
+from ..data.said import spelled, words_of
 from ..data.sample import Sample
+from ..data.turns import Talk
 from ..errors import InputError
 from ..models.generate import prompt_seeds, sample_each
 from ..settings import REQUIRED, setting
@@ -79,15 +80,20 @@ def run(options: Options, sources: Sources) -> int:
         how |= {"seed": prompt_seeds(prompts, options.seed)[done:], "batch_size": options.batch_size}
         new = sample_each(model, prompts[done:], keep_dense=options.keep_dense, **how)
         # Merged weights are held over all answers, but where rewards are asked between them, perhaps of an adapter.
-        rows = min(options.batch_size, len(prompts) - done)
+        rows, unfit = min(options.batch_size, len(prompts) - done), 0
         with nullcontext() if options.reward else answering(model, options.keep_dense, rows):
             for number, sample in enumerate(samples[done:], done + 1):
                 what = sample.row, asked[number - 1], prompts[(number - 1) * options.n]
                 answers = [answered(tokenizer, *what, made) for made in islice(new, options.n)]
+                if options.keep != "all":
+                    kept = [one for one in answers if _trains(one.answer, tokenizer.special_tokens)]
+                    unfit, answers = unfit + len(answers) - len(kept), kept
                 for row in written(sample, answers, rewards, options.keep):
                     out.write(json.dumps(row, ensure_ascii=False))
                 if number == len(samples) or (number - done) % (8 * options.batch_size) == 0:
                     note(f"{number:,} of {len(samples):,} rows")
+    if unfit:
+        note(f"note: {unfit:,} answers are left out: empty, or they spell a special token, which no training row may")
     for failure, times in rewards.failures.items():
         note(f"note: {times:,} times {failure}; these answers have no reward from it")
     if out.stdout:
@@ -95,6 +101,12 @@ def run(options: Options, sources: Sources) -> int:
     else:
         result({"out": options.out, "rows": len(samples)}, pairs([("answers", options.out)]), as_json=options.json)
     return 0
+
+
+def _trains(answer: str, special: Sequence[str]) -> bool:
+    """Whether a training row may hold this answer."""
+    talk = Talk([{"role": "assistant", "content": answer}])
+    return bool(answer.strip()) and "\0" not in answer and spelled(talk, special) is None
 
 
 def written(sample: Sample, answers: Sequence[Answered], rewards: Rewards, keep: str) -> list[dict[str, Any]]:
@@ -109,6 +121,8 @@ def written(sample: Sample, answers: Sequence[Answered], rewards: Rewards, keep:
     if not order or (keep == "pairs" and order[0][0] == order[-1][0]):
         return []
     said = [[{"role": "assistant", "content": answers[-i].answer}] for _, i in (order[-1], order[0])]
+    if keep == "pairs" and said[0] == said[1]:  # of a reward that is not of the answer alone
+        return []
     more = {key: sample.row[key] for key in ("tools", "chat_template_kwargs") if sample.row.get(key) is not None}
     if keep == "best":
         return [{"messages": sample.context + said[0], **more, "reward": order[-1][0]}]

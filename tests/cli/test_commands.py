@@ -5,7 +5,9 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import fourbit
+from fourbit.cli import generate
 from fourbit.cli.chat import Stream
 from fourbit.cli.config_file import CONFIG, read_run
 from fourbit.cli.data import marked, pieces
@@ -256,6 +259,25 @@ def test_generate_keeps_the_best_of_several_as_rows_to_learn_from(here: Path, ty
     assert len(samples_of([str(here / "answers.jsonl")], "pairs")) == len(pairs)
     assert "n of 2 or more" in typed(f"{GENERATE} --keep best --overwrite", code=2)
     assert "temperature 0 gives equal ones" in typed(f"{GENERATE} --n 2 --overwrite", code=2)
+
+
+def test_what_generate_keeps_to_learn_from_can_be_read(
+    here: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may answer anything, and a reward may like it best: what no training row may hold is left out."""
+    tokenizer = load_tokenizer(here / "m")
+    bad = ["", " \n", f"so {tokenizer.special_tokens[0]} ends", "a\0b"]
+    said, made = cycle([*bad, "fair", "good, no"]), generate.answered
+    monkeypatch.setattr(generate, "answered", lambda *given: replace(made(*given), answer=next(said)))
+    (here / "score.py").write_text("def score(prompt, answer, row):\n    return 9 - len(answer)\n")
+    (here / "prompts.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    line = f"{GENERATE} --overwrite --n 6 --temperature 1 --reward score.py:score"
+    for keep, kind in (("best", "sft"), ("pairs", "pairs")):
+        told = typed(f"{line} --keep {keep}")
+        assert "answers are left out: empty, or they spell" in told
+        rows = load_rows([str(here / "answers.jsonl")], tokenizer, kind)  # type: ignore[arg-type]
+        assert len(rows) == len(samples_of([str(here / "prompts.jsonl")], "prompts"))
+        assert all("fair" in example.parts[0].text for example in rows.examples)
 
 
 def test_generate_leaves_no_half_file(here: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
