@@ -142,7 +142,8 @@ def load_adapted(options: AdaptedModelOptions) -> tuple[CausalLM, Tokenizer, Cha
 @contextmanager
 def answering(model: CausalLM, keep: KeepDense, rows: int = 1) -> Iterator[None]:
     """A block to generate so many rows at a time in, `merging` in what `dense_room` says."""
-    with merging(model, dense_room(model, keep), rows=rows) as held:
+    like = torch.empty(0, dtype=model.dtype, device=model.device)
+    with merging(model, dense_room(like, keep), rows=rows) as held:
         if held:
             note(f"note: {held / 2**20:,.1f} MiB of decoded weights are held while it answers")
         yield

@@ -6,6 +6,8 @@ decoded values are equal to it bit for bit, products within the rounding of thei
 rows of x: see `border`.
 """
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -119,6 +121,13 @@ def memory_free(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return proc_bytes("/proc/meminfo", "MemAvailable")
+
+
+def trim_heap() -> None:
+    """Give back to the system what the C library holds free, whole pages of it: glibc alone keeps them, and blocks that
+    are aligned, as torch's are, seldom fit where one of another size was (glibc bug 14581)."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
+        trim(0)
 
 
 def proc_bytes(file: str, key: str) -> int:

@@ -6,7 +6,7 @@ to, which is what the adapter was trained on.
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..kernels.dequantize4bit import dequantize as decoded
+from ..kernels.dispatch import trim_heap
 from ..kernels.quantize4bit import quantize
 from ..settings import DType, floating
 from .active import remove_adapter, using
@@ -139,6 +140,26 @@ def merging(model: nn.Module, within: float, adapters: bool = True, rows: int = 
     weights are one, and one product makes their outputs (`project`). rows: of these products; for more than one, those
     of fp32 on a CPU may have no gradient.
     """
+    makes = _replaceable(model, adapters)
+    total = _bytes_of(makes)
+    if makes and total <= within:
+        trim_heap()  # of a training's passes; below, of these weights: neither fits where the other was
+    with torch.inference_mode(False), torch.no_grad():  # DoRA knows by their versions whether weights have changed
+        new = _made(model, makes, rows) if total <= within else {}
+    try:
+        replace_modules(model, new)
+        yield total if new else 0
+    finally:
+        replace_modules(model, {twin: own for own, twin in new.items()})
+        for twin in new.values():
+            vars(twin).pop("joined", None)  # they hold each other
+        if new:
+            new.clear()
+            trim_heap()
+
+
+def _replaceable(model: nn.Module, adapters: bool = True) -> dict[nn.Module, Callable[[], nn.Module]]:
+    """The layers that `merging` replaces, and what makes the one in a layer's place."""
     makes = dict[nn.Module, Callable[[], nn.Module]]()
     wrapped = any(unwrapped(module) is not module or module._compiled_call_impl for module in model.modules())
     for module in () if wrapped else plain_modules(model).values():
@@ -153,16 +174,17 @@ def merging(model: nn.Module, within: float, adapters: bool = True, rows: int = 
             makes[layer] = partial(_merged, layer, {}, True)
         elif isinstance(base, NF4Linear):
             makes[base] = partial(dequantize, base)
-    total = sum(cast(Tensor, own.weight).numel() * cast(Tensor, own.weight).dtype.itemsize for own in makes)
-    with torch.inference_mode(False), torch.no_grad():  # DoRA knows by their versions whether weights have changed
-        new = _made(model, makes, rows) if total <= within else {}
-    try:
-        replace_modules(model, new)
-        yield total if new else 0
-    finally:
-        replace_modules(model, {twin: own for own, twin in new.items()})
-        for twin in new.values():
-            vars(twin).pop("joined", None)  # they hold each other
+    return makes
+
+
+def _bytes_of(layers: Iterable[nn.Module]) -> int:
+    """What the dense weights of linear layers take."""
+    return sum(cast(Tensor, own.weight).numel() * cast(Tensor, own.weight).dtype.itemsize for own in layers)
+
+
+def merged_bytes(model: nn.Module) -> int:
+    """The bytes that `merging` would hold, of a model on meta too."""
+    return _bytes_of(_replaceable(model))
 
 
 def _made(model: nn.Module, makes: dict[nn.Module, Callable[[], nn.Module]], rows: int) -> dict[nn.Module, nn.Module]:

@@ -34,6 +34,7 @@ OnToken = Callable[[int], None] | None
 PER_PROMPT = ("adapters", "max_new_tokens")  # what may be one a prompt
 NOT_FINITE = -1  # in the place of a token
 FEW = 8  # rows
+ROWS = 32  # that are answered together, by default
 DECODES = 4  # passes that take as long from 4 bits as decoding for good and as many from what that makes
 
 
@@ -52,11 +53,10 @@ class Sampling(Checked):
             raise InputError(f"{name} draws, and temperature 0 takes the likeliest token each time: give a temperature")
 
 
-def dense_room(model: CausalLM, keep: KeepDense, passes: int = DECODES) -> float:
+def dense_room(like: Tensor, keep: KeepDense, passes: int = DECODES) -> float:
     """The bytes that decoded weights may take (`merging`) while answers are made: half of what is free for `auto`, on a
     CPU that multiplies the model's dtype, for `passes` enough. On a GPU products with 4 bits read a quarter of the
-    bytes for few rows."""
-    like = torch.empty(0, dtype=model.dtype, device=model.device)
+    bytes for few rows. like: a tensor of the model's dtype, where the model is."""
     gains = keep == "auto" and passes >= DECODES and like.device.type == "cpu" and product_dtype(like) == like.dtype
     return math.inf if keep == "on" else memory_free(like.device) / 2 if gains else 0
 
@@ -72,7 +72,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | Sequence[int] | None = None,
-    batch_size: int = 32,
+    batch_size: int = ROWS,
     on_token: OnToken = None,
     adapters: Sequence[str | None] | None = None,
     keep_dense: KeepDense = "auto",
@@ -115,7 +115,7 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | Sequence[int] | None = None,
-    batch_size: int = 32,
+    batch_size: int = ROWS,
     keep_dense: KeepDense = "auto",
 ) -> list[Sampled]:
     """Draw an answer to each prompt as `generate` does, whose arguments and errors these are; what its tokens had for
@@ -181,7 +181,8 @@ def _answers(
         (row for row in asked if row.room), key=lambda row: (len(row.prompt), [*row.prompt], str(row.adapter))
     )
     how = model, next_tokens, adapters is not None
-    room = dense_room(model, keep_dense, max(*rooms, sum(rooms) // batch_size)) if order else 0
+    like = torch.empty(0, dtype=model.dtype, device=model.device)
+    room = dense_room(like, keep_dense, max(*rooms, sum(rooms) // batch_size)) if order else 0
     with evaluating(model), merging(model, room, adapters is None, min(batch_size, len(order))):
         texts = Ragged(*how, order) if order and isinstance(model.new_cache(), KVCache) else Together(*how)
         bad = _continue(texts, order, batch_size, frozenset(stop_ids), on_token, logps)
@@ -198,7 +199,7 @@ def generate_each(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int | Sequence[int] = 256,
-    batch_size: int = 32,
+    batch_size: int = ROWS,
     seed: int | Sequence[int] = 0,
     adapters: Sequence[str | None] | None = None,
     **how: Any,
@@ -212,7 +213,7 @@ def sample_each(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
     *,
-    batch_size: int = 32,
+    batch_size: int = ROWS,
     seed: int | Sequence[int] = 0,
     **how: Any,
 ) -> Iterator[Sampled]:

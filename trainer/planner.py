@@ -7,7 +7,6 @@ the system then never gives; for a GPU they are on "meta", and take CUDA's paths
 """
 
 import copy
-import ctypes
 import gc
 import sys
 from collections import Counter
@@ -32,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..data.batch import Batch
-from ..kernels.dispatch import force_path, proc_bytes
+from ..kernels.dispatch import force_path, proc_bytes, trim_heap
 from ..lora.adapter import Adapter
 from ..lora.linear4bit import Module4bit
 from ..models.decoder import Decoder
@@ -55,6 +54,7 @@ JOINS = torch.ops.aten.cat.default, torch.ops.aten.stack.default
 DYNAMO = "torch._dynamo"
 NORM = torch.ops.aten.linalg_vector_norm.default
 LIKE = torch.ops.aten.empty_like, torch.ops.aten.zeros_like, torch.ops.aten.ones_like
+ANSWERING = "answering"
 PARTS = ("base", "scales", "adapter", "gradients", "optimizer", "activations", "logits", "framework")
 Bytes = dict[str, int]  # by part
 
@@ -249,7 +249,8 @@ def fake_model(model: nn.Module, device: str, layers: int | None = None) -> Any:
 @dataclass(frozen=True)
 class Case:
     """What is foreseen: a pass over a batch (on the CPU) by a model of any tensors, also on meta. sums: the loss, as a
-    trainer's. device: "cpu" or "cuda". passes: of a step, whose gradients add up; sizes: tokens of its examples."""
+    trainer's. device: "cpu" or "cuda". passes: of a step, whose gradients add up; sizes: tokens of its examples.
+    answering: bytes beside weights, adapter and state while the model answers, between steps."""
 
     model: CausalLM
     batch: Batch
@@ -258,6 +259,7 @@ class Case:
     device: str = "cpu"
     passes: int = 1
     sizes: Sequence[int] = ()
+    answering: int = 0
     _found: dict[Keep, Forecast] = field(default_factory=dict)
 
     @property
@@ -279,6 +281,8 @@ class Case:
             if self.config.optimizer.startswith(PAGED) and self.device == "cuda":  # what it cannot do without is here
                 most = size_in_bytes(self.config.optimizer_budget) or 2 * PAGE_BYTES
                 phases[phase]["optimizer"] = min(phases[phase]["optimizer"], most)
+        if self.answering:
+            phases[ANSWERING] = phases["update"] | {"gradients": 0, "activations": self.answering, "logits": 0}
         dense = max((prod(m.shape) for m in self.model.modules() if isinstance(m, Module4bit)), default=0)
         there = phases["forward"]["base"] + 2 * dense * self.model.dtype.itemsize, phases["forward"]["scales"]
         phases["loading"] = dict.fromkeys(PARTS, 0) | dict(zip(PARTS, there, strict=False))  # a layer's, and the next's
@@ -367,9 +371,13 @@ class Case:
         states |= {} if "8bit" in own else {f"optimizer={own}8bit": {"optimizer": 0.26}}  # and scales of 256 values
         found = dict[str, int]()
         for (k, ws), (m, less), (o, fewer) in product(keeps.items(), passes.items(), states.items()):
-            times = less | fewer
-            each = self.mixed(ws).phases.values()
-            peak = max(sum(size * times.get(part, 1.0) for part, size in parts.items()) for parts in each)
+            peak = max(
+                sum(
+                    size * (fewer if phase == ANSWERING else less | fewer).get(part, 1.0)
+                    for part, size in parts.items()
+                )
+                for phase, parts in self.mixed(ws).phases.items()
+            )
             found[" ".join(filter(None, (k, m, o)))] = round(peak)
         return found
 
@@ -403,8 +411,7 @@ def peak_from_now(device: torch.device) -> Callable[[], int]:
     if device.type == "cuda":
         there = torch.cuda.memory_allocated(device)
         return lambda: torch.cuda.max_memory_allocated(device) - there
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
-        trim(0)  # memory that the heap holds free would hide what is taken
+    trim_heap()  # memory that the heap holds free would hide what is taken
     of, before = partial(proc_bytes, "/proc/self/status"), memory_used(device)[1]
     with suppress(OSError):  # the kernel forgets this process' peak, that of loading
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -25,8 +25,11 @@ from ..data.protocol import AnyTokenizer
 from ..errors import InputError, NumericError, shown
 from ..files import write_text
 from ..lora.layer import DEFAULT, adapters_of
+from ..lora.merge import merged_bytes
+from ..models.cache import bucket
+from ..models.decoder import Decoder
 from ..models.foreign import as_causal_lm
-from ..models.generate import Sampled, sample
+from ..models.generate import ROWS, Sampled, dense_room, sample
 from ..models.protocol import CausalLM, evaluating
 from .callbacks import Options, told
 from .config import RLConfig
@@ -226,8 +229,16 @@ class PolicyTrainer(Referenced):
             tokens["advantages"] = policy.advantages(found.masked_fill(~counts, torch.nan), "batch", "batch", 1e-8)
 
     def case(self) -> Case:
-        """The pass that takes most: answers as long as they may be to the longest prompts."""
-        return super(PolicyTrainer, self._longest()).case()
+        """The pass that takes most: answers as long as they may be to the longest prompts; and what answering takes."""
+        found, model, config = super(PolicyTrainer, self._longest()).case(), self.model, self.config
+        if not isinstance(model, Decoder):
+            return found
+        dense = merged_bytes(model) if found.device == "cpu" else 0
+        dense *= dense <= dense_room(torch.empty(0, dtype=model.dtype), "auto", config.max_new_tokens)
+        rows, spec = min(ROWS, config.batch_size * config.group_size), model.spec
+        keys = spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * bucket(max(found.sizes))
+        chances = rows * model.vocab_size * (model.dtype.itemsize + 8)  # logits, and two of fp32
+        return replace(found, answering=dense + 2 * keys * rows * model.dtype.itemsize + chances)
 
     def tokens_a_step(self) -> float:
         """At most, as answers end earlier: those of the step that `case` is about."""

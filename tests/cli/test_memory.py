@@ -87,3 +87,21 @@ def test_a_thousand_steps_of_reinforcement_keep_their_memory_and_their_files(tin
     assert kept == ["latest", "step-000900", "step-000950", "step-001000"]
     assert shown == [f"step-{step:06d}.jsonl" for step in range(100, 1001, 100)]
     print(f"RssAnon in MiB, every 100 steps: {[size >> 20 for size in used[99::100]]}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_trimming_gives_back_what_lies_between() -> None:
+    """A block at the end of the heap keeps glibc from shrinking it."""
+    code = """
+import torch
+from fourbit.kernels.dispatch import proc_bytes, trim_heap
+here = lambda: proc_bytes("/proc/self/status", "RssAnon")
+blocks = [torch.ones(8 << 10) for _ in range(2000)]  # of 32 KiB
+last, full = torch.ones(8 << 10), here()
+del blocks
+held = here()
+trim_heap()
+print(held > full - (8 << 20), here() < full - (48 << 20))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]

@@ -16,6 +16,7 @@ from fourbit.data.batch import Encoded, Example
 from fourbit.data.encode import encode_chat
 from fourbit.errors import InputError
 from fourbit.lora.layer import adapter_parameters
+from fourbit.lora.merge import merging
 from fourbit.models.generate import sample
 from fourbit.models.protocol import evaluating
 from fourbit.trainer.config import RLConfig
@@ -289,6 +290,20 @@ def test_a_step_is_foreseen_with_all_its_answers(trainer_for, tiny_folder, rows,
     assert case.batch.examples == 8 and case.forecast().peak > 0
     trainer.step_data(0)
     assert case.batch.tokens >= sum(batch.tokens for batch in trainer.step_data(0)[0])
+
+
+def test_answering_is_foreseen_too(trainer_for, tiny_folder, rows, tmp_path, monkeypatch):
+    """With decoded weights where they would be held, and the keys of as many rows as answer together."""
+    make = lambda **more: trainer_for(tiny_folder, rows, tmp_path, rewards=given(), **SMALL | more).case()
+    small, many = make(), make(batch_size=8)
+    with merging(small.model, math.inf) as held:
+        pass
+    phase = lambda case: case.forecast().phases["answering"]
+    assert phase(small)["activations"] == small.answering > held > 0
+    assert many.answering > small.answering and not phase(small)["gradients"]
+    monkeypatch.setattr("fourbit.models.generate.memory_free", lambda device: held)
+    assert make().answering == small.answering - held
+    assert max(small.ways(["products"]).values()) >= sum(phase(small).values())
 
 
 def test_a_value_function_leaves_the_policy_as_it_is(adapted, tiny_folder, rows, tmp_path):
