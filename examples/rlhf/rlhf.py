@@ -1,11 +1,12 @@
 """`make demo-rlhf`: a reward model learned from pairs, an adapter trained by what it says, and the truth beside it.
 
-It types the commands, printing each: `fourbit sft` on all tickets, `fourbit reward` from there on the pairs of
-../preferences, `fourbit sft` on a few tickets alone, for a policy that is right now and then, and `fourbit rl` with it
-against that reward model, by GRPO and by PPO, held by a reward for the form of an answer and by a KL term, and by GRPO
-with nothing to hold it. The true answers of the tickets are never earned, only counted (`--reward exact=0`), so a
-picture can show both: what the reward model says, and what is right. Where the first rises and the second falls, the
-reward model is over-optimised. Flags that are not its own go to `fourbit rl`.
+It types the commands, printing each: `fourbit sft` on a few tickets, for a policy that is right now and then;
+`fourbit generate --keep pairs`, several answers of that policy to a ticket, of which labeller.py, for a person, takes
+the better; `fourbit reward` on these pairs and those of ../preferences, from an adapter that has seen all tickets; and
+`fourbit rl` with the policy against that reward model, by GRPO and by PPO, held by a KL term, and by GRPO with nothing
+to hold it. The true answers of the tickets are never earned, only counted (`--reward exact=0`), so a picture can show
+both: what the reward model says, and what is right. Where the first rises and the second falls, the reward model is
+over-optimised. Flags that are not its own go to `fourbit rl`.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from baselines import read_tickets, score  # noqa: E402  (of the tickets' folder
 from demo import answered, find_model, fourbit  # noqa: E402  (of the same folder)
 
 SFT = "--lr 2e-3 --warmup 0.06 --batch-size 8"
-REWARD = "--lr 5e-4 --batch-size 8 --epochs 2"
+LABELLED = 240  # tickets that somebody compares answers to
+COMPARED = "--n 4 --temperature 1 --max-new-tokens 16 --keep pairs"
+REWARD = "--lr 5e-4 --batch-size 8 --epochs 1"
 RL = "--batch-size 4 --group-size 8 --max-new-tokens 16 --warmup 0 --eval-every 5"
-FORM = "format:category: [a-z]+ / priority: (low|medium|high) / team: [a-z]+=3"
 RUNS = {
-    "grpo": ("--loss", "grpo", "--lr", 1e-4, "--kl", 0.05, "--reward", FORM),
-    "ppo": ("--loss", "ppo", "--lr", 1e-4, "--kl", 0.05, "--updates", 2, "--reward", FORM),
-    "grpo-free": ("--loss", "grpo", "--lr", 2e-4),
+    "grpo": ("--loss", "grpo", "--lr", 1e-4, "--kl", 0.05),
+    "ppo": ("--loss", "ppo", "--lr", 1e-4, "--kl", 0.05, "--updates", 2),
+    "grpo-free": ("--loss", "grpo", "--lr", 3e-4),
 }
 TRUTH = "reward/exact"  # the metric that is not earned
 
@@ -49,6 +51,15 @@ def evaluations(run: Path, judge: Path) -> list[Row]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     judged = [record for record in records if f"val_{TRUTH}" in record]
     return [{"step": r["step"], "said": r[f"val_reward/{judge}"], "right": r[f"val_{TRUTH}"]} for r in judged]
+
+
+def compared(model: Path, adapter: Path, tickets: Path, count: int, out: Path) -> Path:
+    """Pairs of answers of the adapter to the first `count` tickets, the one with more right fields preferred."""
+    some, pairs = out / f"tickets.{tickets.name}", out / f"pairs.{tickets.name}"
+    some.write_text("".join(tickets.read_text("utf-8").splitlines(keepends=True)[:count]), "utf-8")
+    flags = ("--data", some, "--out", pairs, "--reward", f"{HERE / 'labeller.py'}:fields_right", *COMPARED.split())
+    fourbit("generate", "--model", model, "--adapter", adapter, *flags, "--overwrite")
+    return pairs
 
 
 def start(model: Path, adapter: Path, out: Path) -> Row:
@@ -120,7 +131,8 @@ def main() -> None:
     tuning = peak()
     if args.judge is None:
         fourbit("sft", *tickets, "--out", out / "knows", "--epochs", 1)
-        pairs = ("--data", PAIRS / "train.jsonl", "--val", PAIRS / "heldout.jsonl", "--eval-every", 1000)
+        own, held = (compared(model, sft, TICKETS / f"{name}.jsonl", LABELLED, out) for name in ("train", "valid"))
+        pairs = ("--data", PAIRS / "train.jsonl", "--data", own, "--val", held, "--eval-every", 1000)
         fourbit("reward", "--model", model, "--adapter", out / "knows", *pairs, "--out", judge, *REWARD.split())
     data = ("--data", train, "--val", TICKETS / "valid.jsonl", "--reward", judge, "--reward", "exact=0")
     for name in args.runs:

@@ -24,22 +24,28 @@ def rows(name: str) -> list[dict]:  # type: ignore[type-arg]
 
 
 def test_test_problems_have_other_numbers_and_words_and_their_answers_are_right() -> None:
-    seen = {name: rows(name) for name in ("train", "valid", "test")}
-    pairs = {name: {_numbers(row) for row in some} for name, some in seen.items()}
-    assert not pairs["train"] & (pairs["valid"] | pairs["test"])
-    made = module("make_problems")
-    assert len(seen["test"]) == 200 and not {*made.TRAIN} & {*made.TEST}
-    for row in (row for some in seen.values() for row in some):
-        told = [*map(int, re.findall(r"\d+", row["messages"][0]["content"]))]
-        assert int(row["answer"]) in (sum(told), max(told) - min(told))
-        assert row["messages"][-1]["content"].endswith(f" = {row['answer']}")
+    made, told = module("make_problems"), dict[str, set[tuple[int, ...]]]()
+    for name, wordings in (("train", made.TRAIN), ("valid", made.TRAIN), ("test", made.TEST)):
+        told[name], shown = set(), 0
+        for row in rows(name):
+            question, answer = (message["content"] for message in row["messages"])
+            numbers = tuple(map(int, re.findall(r"\d+", question)))
+            (signs,) = {signs for signs, some in wordings.items() if any(_asks(text, question) for text in some)}
+            way, result = made.worked(signs, *numbers)
+            assert (
+                row["answer"] == str(result) == str(eval(f"{numbers[0]}{signs[0]}{numbers[1]}{signs[1]}{numbers[2]}"))
+            )
+            assert answer in (way, str(result))
+            shown += answer == way
+            told[name].add(numbers)
+        assert 0.1 < shown / len(rows(name)) < 0.3, "a fifth shows the way"
+    assert not told["train"] & (told["valid"] | told["test"]) and len(rows("test")) == 200
+    assert not {*sum(made.TRAIN.values(), ())} & {*sum(made.TEST.values(), ())}
 
 
-def _numbers(row: dict) -> tuple[int, int]:  # type: ignore[type-arg]
-    """a and b of a + b, whatever is asked."""
-    *_, result = re.findall(r"\d+", row["messages"][-1]["content"])
-    a, sign, b = row["messages"][-1]["content"].split()[:3]
-    return (int(a), int(b)) if sign == "+" else (int(result), int(b))
+def _asks(wording: str, question: str) -> bool:
+    """Whether a question is this wording with its blanks filled."""
+    return re.fullmatch(re.sub(r"\\{\w+\\}", r"\\w+", re.escape(wording)), question) is not None
 
 
 def test_files_are_what_the_script_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
