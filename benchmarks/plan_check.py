@@ -73,7 +73,7 @@ def measure(number: int) -> dict[str, Any]:
     from fourbit.models.recompute import AGAIN
     from fourbit.models.spec import Spec
     from fourbit.trainer.config import KEPT
-    from fourbit.trainer.planner import MAPPED
+    from fourbit.trainer.heard import MAPPED
 
     fourbit.cli.main.give_memory_back()  # as the command line does
     shape, form, dtype, examples, tokens, checkpointing, optimizer = CASES[number]

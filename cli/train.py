@@ -29,7 +29,8 @@ from ..outputs import lock_folder
 from ..settings import REQUIRED, Checked, setting
 from ..text.tokenizer import Tokenizer
 from ..trainer.config import DPOConfig, TrainingConfig
-from ..trainer.planner import MAPPED, state_bytes
+from ..trainer.heard import MAPPED
+from ..trainer.planner import state_bytes
 from ..trainer.progress import display_for
 from ..trainer.run import TrainResult
 from ..trainer.sweep import SweepTrainer

@@ -20,8 +20,8 @@ from ..models.protocol import CausalLM, evaluating
 from ..text.tokenizer import Tokenizer
 from .callbacks import Options
 from .config import DistillConfig
+from .heard import fake_model
 from .losses.tokens import hidden_rows, on_device, summed, token_divergence, token_scores
-from .planner import fake_model
 from .resume import adapters_hash, base_hash
 from .run import active_adapters
 from .sft import SFTTrainer

@@ -6,10 +6,8 @@ enough: what the third adds, each adds. For a CPU the tensors are the CPU's own,
 the system then never gives; for a GPU they are on "meta", and take CUDA's paths (launch.py).
 """
 
-import copy
 import gc
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -19,44 +17,28 @@ from itertools import pairwise, product
 from math import prod
 from pathlib import Path
 from typing import Any
-from weakref import finalize
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._prims_common import compute_elementwise_output_strides
-from torch.autograd.graph import _engine_run_backward
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..data.batch import Batch
 from ..kernels.dispatch import force_path, proc_bytes, trim_heap
-from ..lora.adapter import Adapter
 from ..lora.linear4bit import Module4bit
 from ..models.decoder import Decoder
 from ..models.protocol import CausalLM
 from ..models.recompute import AGAIN, Keep, leanness
 from ..optim.paging import PAGE_BYTES
 from .config import PAGED, TrainingConfig, size_in_bytes
+from .heard import MAPPED, PARTS, Bytes, Flash, Storages, fake_model, parts_of
 from .loop import Run, cross_entropy
 from .step import Sums, make_optimizer
 
-# Bytes beside all tensors. CPU: MKL's buffers, what Python and autograd hold, and for blocks that glibc keeps in its
-# heap (below MAPPED, as `cli.main.give_memory_back` has it; the second where layers run again) a share of holes: an
-# aligned block does not fit where one of its size was. Fitted; docs/log.md of 2026-11-30 says on which cases of
-# benchmarks.plan_check, and why they cannot be exact. CUDA: context and workspaces, never measured.
+# Bytes beside all tensors. CPU: MKL's buffers, and what Python and autograd hold. Fitted; docs/log.md of 2026-11-30
+# says on which cases of benchmarks.plan_check. CUDA: context and workspaces, never measured.
 FRAMEWORK = {"cpu": 95 << 20, "cuda": 640 << 20}
-MAPPED, HOLES = (8 << 20, 1 << 20), 1.6
 FEW = (2, 3)
-FEW_NUMBERS = 1 << 16  # of an op that computes: ids, places, tables
-JOINS = torch.ops.aten.cat.default, torch.ops.aten.stack.default
 DYNAMO = "torch._dynamo"
-NORM = torch.ops.aten.linalg_vector_norm.default
-LIKE = torch.ops.aten.empty_like, torch.ops.aten.zeros_like, torch.ops.aten.ones_like
 ANSWERING = "answering"
-PARTS = ("base", "scales", "adapter", "gradients", "optimizer", "activations", "logits", "framework")
-Bytes = dict[str, int]  # by part
 
 
 @dataclass(frozen=True)
@@ -81,169 +63,6 @@ class Forecast:
     def beside(self) -> int:
         """What comes to what is there before the first step."""
         return self.peak - sum(self.parts[part] for part in ("base", "scales", "adapter", "framework"))
-
-
-class _Storages(TorchDispatchMode):
-    """Which storages live, by part, and how many there were of each at the highest point of each phase."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing compiles a forecast, and what would skip it is torch._dynamo
-
-    def __init__(self, vocabulary: int, meta: bool, mapped: int) -> None:
-        super().__init__()
-        self.meta, self.mapped, self.heap = meta, mapped, 0  # for a GPU; glibc's threshold; a measure of its heap
-        self.vocabulary, self.part, self.phase, self.left = vocabulary, "", "forward", 0
-        self.alive: dict[Any, tuple[str, int]] = {}
-        self.unknown = set[Any]()  # those of `alive` that hold no numbers
-        self.now, self.most, self.flops = Counter[str](), dict[str, Bytes](), 0.0
-
-    def gradient(self, p: Any) -> None:
-        """Called as a parameter has its gradient; from half of them on it is backward's end."""
-        if (key := p.grad.untyped_storage()._cdata) in self.alive:
-            part, size = self.alive[key]
-            self.alive[key] = "gradients", size
-            self.now.update({"gradients": size, part: -size} if part != "gradients" else {})
-        self.left -= 1
-        self.phase = "backward" if self.left > 0 else "backward's end"
-
-    def add(self, tensor: Tensor, part: str, unknown: bool = True) -> None:
-        storage = tensor.untyped_storage()
-        if (key := storage._cdata) in self.alive or tensor.is_meta != self.meta:
-            return  # the latter is in the host's memory
-        self.alive[key] = part, storage.nbytes()
-        self.unknown |= {key} if unknown else set()
-        self._count(part, storage.nbytes(), 1)
-        finalize(storage, self._gone, key).atexit = False
-        holes = round(HOLES * self.heap)
-        if self.now.total() + holes > sum(self.most.get(self.phase, {}).values()):
-            self.most[self.phase] = dict(self.now) | {"framework": holes}
-
-    def _count(self, part: str, size: int, sign: int) -> None:
-        self.now[part] += sign * size
-        if not self.meta and size < self.mapped and part not in PARTS[:3]:
-            self.heap += sign * (size * size // MAPPED[0])
-
-    def _gone(self, key: Any) -> None:
-        self._count(*self.alive.pop(key), -1)
-        self.unknown.discard(key)
-
-    def _known(self, x: Tensor) -> bool:
-        return not x.is_meta and x.untyped_storage()._cdata not in self.unknown
-
-    def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What func returns: of views, and of a few numbers that are known, as it is; else a tensor without numbers.
-        What it would write into has none from then on."""
-        arguments, returns = func._schema.arguments, func._schema.returns
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        few = all(map(self._known, given)) and sum(x.numel() for x in given) <= FEW_NUMBERS
-        if func is torch.ops.aten._local_scalar_dense.default and not few:
-            return 1  # whether to skip an update, say: its state is made by then
-        both = [(kwargs.get(a.name, args[i] if i < len(args) else None), a.alias_info) for i, a in enumerate(arguments)]
-        written = tree_leaves([value for value, alias in both if alias and alias.is_write])
-        views = not written and any(alias for _, alias in both)
-        if views or torch.Tag.inplace_view in func.tags or any("Tensor" not in str(r.type) for r in returns):
-            made = func(*args, **kwargs)
-            if views and isinstance(made, Tensor) and made.untyped_storage().nbytes() > 8 * FEW_NUMBERS:
-                self.add(made, self.part or "activations")  # of memory that no op has made, as numpy's
-            return made
-        if written:
-            if few:
-                return func(*args, **kwargs)
-            self.unknown |= self.alive.keys() & {x.untyped_storage()._cdata for x in written}
-            return (written[0] if len(returns) == 1 else tuple(written)) if returns else None
-        where = kwargs.get("device") or ("meta" if any(x.is_meta for x in given) else "cpu")
-        how = {n: "meta" if n == "device" else x for n, x in kwargs.items() if n not in ("generator", "pin_memory")}
-        meta, how = tree_map_only(Tensor, partial(_like, device="meta"), (args, how))
-        made = _on_meta(func, meta, how)
-        few = few and sum(x.numel() for x in tree_leaves(made) if isinstance(x, Tensor)) <= FEW_NUMBERS
-        made = func(*args, **kwargs) if few else tree_map_only(Tensor, partial(_like, device=where), made)
-        for x in tree_leaves(made):
-            if isinstance(x, Tensor):
-                part = self.part or ("logits" if x.shape[-1:] == (self.vocabulary,) else "activations")
-                self.add(x, part, unknown=not few)
-        return made
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name.removeprefix("aten::").rstrip("_") in ("mm", "addmm", "bmm", "baddbmm"):
-            a, b = [x for x in args if isinstance(x, Tensor)][-2:]
-            self.flops += 2.0 * a.numel() * b.shape[-1]
-        return self._made(func, args, kwargs or {})
-
-
-def _like(x: Tensor, device: Any) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-
-
-def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
-    """func(*args, **kwargs) on meta tensors. torch's rules for elementwise ops, `cat`, `stack` and norms are Python
-    that imports torch._dynamo, seconds and 43 MiB that training has no use for: shapes and strides answer for these."""
-    given, strides = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)], None
-    pointwise = torch.Tag.pointwise in func.tags and len(func._schema.returns) == 1
-    if func in JOINS:
-        some = [x for x in given if x.shape != (0,)] or given  # `cat` passes over the others
-        shape, at = [*some[0].shape], [*args[1:], *kwargs.values(), 0][0]
-        if func is JOINS[0]:
-            shape[at] = sum(x.shape[at] for x in some)
-        else:
-            shape.insert(at % (len(shape) + 1), len(given))
-    elif func is NORM:
-        shape = [*given[0].sum(*args[2:4]).shape]
-    elif given and (pointwise or func.overloadpacket in LIKE) and "memory_format" not in kwargs:
-        shape = [*torch.broadcast_shapes(*(x.shape for x in given))]
-        strides = compute_elementwise_output_strides(*(x.expand(shape) for x in given))
-    else:
-        return func(*args, **kwargs)
-    alone = {n: "cpu" if n == "device" else x for n, x in kwargs.items()}
-    dtype = func(*tree_map_only(Tensor, _one, args), **tree_map_only(Tensor, _one, alone)).dtype
-    made = torch.empty(shape, dtype=dtype, device="meta")
-    return made if strides is None else made.as_strided(shape, strides)
-
-
-def _one(x: Tensor) -> Tensor:
-    return torch.ones([min(1, n) for n in x.shape], dtype=x.dtype)
-
-
-class _Flash(TorchFunctionMode):
-    """Attention as CUDA does it: meta tensors would take the definition, with a matrix of all pairs."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
-            flash = torch.ops.aten._scaled_dot_product_flash_attention
-            return flash(*args[:3], 0.0, kwargs.get("is_causal", False), scale=kwargs.get("scale"))[0]
-        if func is Tensor.backward:  # layers run again in it, and what a mode hears runs without the mode
-            with self:
-                ones = (torch.ones_like(args[0]),)
-                return _engine_run_backward(
-                    args[:1], ones, False, False, (), allow_unreachable=True, accumulate_grad=True
-                )
-        return func(*args, **(kwargs or {}))
-
-
-def _parts(model: nn.Module) -> dict[int, str]:
-    """Which part of the bytes each parameter and buffer is, by identity."""
-    own = {id(t): "base" for t in [*model.parameters(), *model.buffers()]}
-    for module in model.modules():
-        if isinstance(module, Module4bit):
-            own |= {id(p): "base" if n == "packed" else "scales" for n, p in module.stored_parameters().items()}
-        if isinstance(module, Adapter):
-            own |= {id(t): "adapter" for t in [*module.parameters(), *module.buffers()]}
-    return own
-
-
-def fake_model(model: nn.Module, device: str, layers: int | None = None) -> Any:
-    """The model of tensors that nobody has filled, with its first so many layers."""
-    memo = dict[int, Any]()
-    every = model.model.layers if layers is not None and isinstance(model, Decoder) else nn.ModuleList()
-    left = {id(module) for layer in every[layers:] for module in layer.modules()}
-    for module in model.modules():
-        for own in [*module.parameters(recurse=False), *module.buffers(recurse=False)] * (id(module) not in left):
-            if id(own) not in memo:
-                fake = torch.empty(own.shape, dtype=own.dtype, device=device)
-                memo[id(own)] = nn.Parameter(fake, own.requires_grad) if isinstance(own, nn.Parameter) else fake
-    if every:
-        memo[id(every)] = nn.ModuleList(copy.deepcopy(layer, memo) for layer in every[:layers])
-    return copy.deepcopy(model, memo)
 
 
 @dataclass(frozen=True)
@@ -290,15 +109,15 @@ class Case:
         flops = one.flops + far * (two.flops - one.flops)
         return self._found.setdefault(keep, Forecast(phases, layer, flops))
 
-    def _step(self, keep: Keep, layers: int | None) -> tuple[_Storages, int]:
+    def _step(self, keep: Keep, layers: int | None) -> tuple[Storages, int]:
         """A step on fake tensors: what was heard, and the bytes that stay between forward and backward."""
         there = DYNAMO in sys.modules
         found = self._traced(keep, layers)
         return found if there or DYNAMO not in sys.modules else self._traced(keep, layers)  # the import was heard too
 
-    def _traced(self, keep: Keep, layers: int | None) -> tuple[_Storages, int]:
+    def _traced(self, keep: Keep, layers: int | None) -> tuple[Storages, int]:
         kept, gpu = list[int](), self.device == "cuda"
-        where, seen = "meta" if gpu else "cpu", _Storages(self.model.vocab_size, gpu, MAPPED[keep in AGAIN])
+        where, seen = "meta" if gpu else "cpu", Storages(self.model.vocab_size, gpu, MAPPED[keep in AGAIN])
         # Checkpoints import the one, attention on meta the other: in a trace it would be part of the step.
         import_module(DYNAMO if keep in AGAIN else "torch.fx.experimental.symbolic_shapes")
         with ExitStack() as stack:
@@ -306,13 +125,13 @@ class Case:
             if gc.isenabled():  # it would free what lies in cycles now in this pass, now in that
                 gc.disable()
                 stack.callback(gc.enable)
-            for mode in (_Flash(), force_path("triton")) if gpu else ():
+            for mode in (Flash(), force_path("triton")) if gpu else ():
                 stack.enter_context(mode)
             fake = fake_model(self.model, where, layers).train()
             fake.checkpointing = keep
             like: Any = {n: x.to(where) for n, x in vars(self.batch).items() if isinstance(x, Tensor)}
             trained = {name: p for name, p in fake.named_parameters() if p.requires_grad}
-            parts = _parts(fake)
+            parts = parts_of(fake)
             for tensor in [*fake.parameters(), *fake.buffers()]:
                 seen.add(tensor, parts[id(tensor)])
 

@@ -24,7 +24,7 @@ from fourbit.data.batch import Encoded, Example, pack
 from fourbit.models.decoder import Decoder
 from fourbit.models.foreign import as_causal_lm
 from fourbit.models.spec import Spec
-from fourbit.trainer import planner
+from fourbit.trainer import heard, planner
 from fourbit.trainer.loop import cross_entropy
 from fourbit.trainer.planner import Case
 
@@ -255,8 +255,8 @@ def test_a_run_ends_with_its_peak_beside_what_was_foreseen(
     assert main([*common, "--out", str(tmp_path / "b"), "--checkpointing", "products", "--json"]) == 0 and not told
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["peak_bytes"] > 0 and found["foreseen_bytes"] > planner.FRAMEWORK["cpu"]
-    assert main([*common, "--out", str(tmp_path / "c"), "--checkpointing", "on"]) == 0 and told == [planner.MAPPED[1]]
-    assert inspect.signature(give_memory_back).parameters["size"].default == planner.MAPPED[0]
+    assert main([*common, "--out", str(tmp_path / "c"), "--checkpointing", "on"]) == 0 and told == [heard.MAPPED[1]]
+    assert inspect.signature(give_memory_back).parameters["size"].default == heard.MAPPED[0]
 
 
 def test_plan_and_dry_run_print_it_and_write_nothing(
@@ -332,7 +332,7 @@ def test_shapes_without_the_compiler_are_those_that_torch_finds(number: int, lai
     for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
         x, y = (laid(torch.empty(4, 6, 5, dtype=dtype, device="meta")) for dtype in dtypes)
         args = arguments(x, y)
-        got, wanted = planner._on_meta(func, args, how), func(*args, **how)
+        got, wanted = heard.on_meta(func, args, how), func(*args, **how)
         assert (got.shape, got.dtype, got.stride()) == (wanted.shape, wanted.dtype, wanted.stride()), (func, dtypes)
 
 
