@@ -24,7 +24,7 @@ from demo import find_model, fourbit  # noqa: E402  (of the tickets)
 
 SFT = "--rank 16 --alpha 32 --lr 1e-3 --batch-size 8"
 LONGEST = 28  # tokens of an answer
-RL = f"--loss grpo --lr 3e-4 --batch-size 4 --group-size 8 --max-new-tokens {LONGEST} --warmup 0 --eval-every 10"
+RL = f"--loss grpo --lr 3e-4 --batch-size 4 --group-size 8 --max-new-tokens {LONGEST} --warmup 0 --eval-every 7"
 SAMPLES = 3
 
 Row = dict[str, Any]
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/arithmetic"), help="folder for all that the demo makes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sft-steps", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=20, help="of reinforcement")
+    parser.add_argument("--steps", type=int, default=28, help="of reinforcement")
     args, more = parser.parse_known_args()
     model, out, begun = args.model or find_model(), args.out, time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
