@@ -2,17 +2,18 @@
 
 It types the commands, printing each: `fourbit sft` on a few tickets, for a policy that is right now and then;
 `fourbit generate --keep pairs`, several answers of that policy to a ticket, of which labeller.py, for a person, takes
-the better; `fourbit reward` on these pairs and those of ../preferences, from an adapter that has seen all tickets; and
-`fourbit rl` with the policy against that reward model, by GRPO and by PPO, held by a KL term, and by GRPO with nothing
-to hold it. The true answers of the tickets are never earned, only counted (`--reward exact=0`), so a picture can show
-both: what the reward model says, and what is right. Where the first rises and the second falls, the reward model is
-over-optimised. Flags that are not its own go to `fourbit rl`.
+the better; `fourbit reward` on these pairs, those of ../preferences and some with one wrong field, from an adapter
+that has seen all tickets; and `fourbit rl` with the policy against that reward model, by GRPO and by PPO, held by a KL
+term, and by GRPO with nothing to hold it. The true answers of the tickets are never earned, only counted (`--reward
+exact=0`), so a picture can show both: what the reward model says, and what is right. Where the first rises and the
+second falls, the reward model is over-optimised. Flags that are not its own go to `fourbit rl`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import resource
 import sys
 import time
@@ -25,11 +26,12 @@ sys.path[:0] = [str(TICKETS)]
 
 from baselines import read_tickets, score  # noqa: E402  (of the tickets' folder)
 from demo import answered, find_model, fourbit  # noqa: E402  (of the same folder)
+from make_tickets import PRIORITIES, TEAMS, answer_text, triage  # noqa: E402  (as well)
 
 SFT = "--lr 2e-3 --warmup 0.06 --batch-size 8"
 LABELLED = 240  # tickets that somebody compares answers to
 COMPARED = "--n 4 --temperature 1 --max-new-tokens 16 --keep pairs"
-REWARD = "--lr 5e-4 --batch-size 8 --epochs 1"
+REWARD = "--lr 7e-4 --batch-size 8 --epochs 1"
 RL = "--batch-size 4 --group-size 8 --max-new-tokens 16 --warmup 0 --eval-every 5"
 RUNS = {
     "grpo": ("--loss", "grpo", "--lr", 1e-4, "--kl", 0.05),
@@ -47,10 +49,17 @@ def peak() -> float:
 
 
 def evaluations(run: Path, judge: Path) -> list[Row]:
-    """The evaluations of a run, in order: "step", what the reward model said, and what was right."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    judged = [record for record in records if f"val_{TRUTH}" in record]
-    return [{"step": r["step"], "said": r[f"val_reward/{judge}"], "right": r[f"val_{TRUTH}"]} for r in judged]
+    """The evaluations of a run, in order: "step", what the reward model said of greedy answers to the validation
+    tickets, how many of these were "right", and how many of those that were "drawn" in training since the last one."""
+    found, drawn = list[Row](), list[float]()
+    for record in map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines()):
+        if TRUTH in record:
+            drawn.append(record[TRUTH])
+        if f"val_{TRUTH}" in record:
+            said, right = record[f"val_reward/{judge}"], record[f"val_{TRUTH}"]
+            found.append({"step": record["step"], "said": said, "right": right, "drawn": sum(drawn) / len(drawn)})
+            drawn.clear()
+    return found
 
 
 def compared(model: Path, adapter: Path, tickets: Path, count: int, out: Path) -> Path:
@@ -62,17 +71,34 @@ def compared(model: Path, adapter: Path, tickets: Path, count: int, out: Path) -
     return pairs
 
 
+def misfiled(tickets: Path, pairs: Path, seed: int = 0) -> Path:
+    """Pairs of a ticket's own answer and one of which a field is another's, the fields in turn."""
+    chance, lines = random.Random(seed), list[str]()
+    others = {"category": [*TEAMS], "priority": [*PRIORITIES], "team": [*TEAMS.values(), "business"]}
+    for number, row in enumerate(map(json.loads, tickets.read_text("utf-8").splitlines())):
+        right, field = triage(**row["facts"]), [*others][number % len(others)]
+        wrong = right | {field: chance.choice([value for value in others[field] if value != right[field]])}
+        *prompt, chosen = row["messages"]
+        rejected = {"role": "assistant", "content": answer_text(wrong)}
+        lines.append(json.dumps({"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}) + "\n")
+    pairs.write_text("".join(lines), "utf-8")
+    return pairs
+
+
 def start(model: Path, adapter: Path, out: Path) -> Row:
-    """The share of validation tickets that the policy is right on before it is reinforced, as `evaluations` has it."""
-    flags = ("--data", TICKETS / "valid.jsonl", "--out", out, "--max-new-tokens", 16)
-    fourbit("generate", "--model", model, "--adapter", adapter, *flags)
-    rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
-    right = [row["answer"].strip() == row["messages"][-1]["content"] for row in rows]
-    return {"step": 0, "said": None, "right": sum(right) / len(right)}
+    """What `evaluations` says of the policy before it is reinforced; drawn answers are to the same tickets."""
+    found: Row = {"step": 0, "said": None}
+    for name, temperature in (("right", 0), ("drawn", 1)):
+        flags = ("--data", TICKETS / "valid.jsonl", "--out", out, "--max-new-tokens", 16, "--overwrite")
+        fourbit("generate", "--model", model, "--adapter", adapter, *flags, "--temperature", temperature)
+        rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+        found[name] = sum(row["answer"].strip() == row["messages"][-1]["content"] for row in rows) / len(rows)
+    return found
 
 
 def draw(courses: dict[str, list[Row]], picture: Path) -> None:
-    """What the reward model said of greedy answers to the validation tickets, and how many were right, over steps."""
+    """What the reward model said of greedy answers to the validation tickets, and how many were right, over steps; of
+    answers drawn in training too."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -80,7 +106,9 @@ def draw(courses: dict[str, list[Row]], picture: Path) -> None:
     for name, course in courses.items():
         steps = [one["step"] for one in course]
         above.plot(steps[1:], [one["said"] for one in course[1:]], marker="o", label=name)
-        below.plot(steps, [one["right"] for one in course], marker="o", label=name)
+        (line,) = below.plot(steps, [one["right"] for one in course], marker="o", label=f"{name}, likeliest answers")
+        drawn = [one["drawn"] for one in course]
+        below.plot(steps, drawn, marker=".", linestyle="--", color=line.get_color(), label=f"{name}, drawn ones")
     above.set_ylabel("score of the reward model")
     below.set_ylabel("share truly right")
     below.set_xlabel("step of reinforcement")
@@ -102,12 +130,13 @@ def show(scores: dict[str, dict[str, float]], courses: dict[str, list[Row]]) -> 
         table.add_row(name, *(f"{share:.1%}" for share in values.values()))
     Console().print(table)
     for name, course in courses.items():
-        best, last = max(course, key=lambda one: float(one["right"])), course[-1]
-        print(
-            f"{name}: of the validation tickets {course[0]['right']:.1%} right before, {best['right']:.1%} at best "
-            f"(step {best['step']}), {last['right']:.1%} at the end; the reward model said "
-            f"{course[1]['said']:.2f} at step {course[1]['step']} and {last['said']:.2f} at the end"
-        )
+        first, last = course[0], course[-1]
+        for kind, what in (("right", "likeliest answers to validation tickets"), ("drawn", "drawn answers")):
+            best = max(course, key=lambda one, kind=kind: float(one[kind]))  # type: ignore[misc]
+            at = f"{best[kind]:.1%} at best (step {best['step']})"
+            print(f"{name}: of {what} {first[kind]:.1%} right before, {at}, {last[kind]:.1%} at the end")
+        at = f"{course[1]['said']:.2f} at step {course[1]['step']}"
+        print(f"{name}: the reward model said {at} and {last['said']:.2f} at the end")
 
 
 def main() -> None:
@@ -132,7 +161,8 @@ def main() -> None:
     if args.judge is None:
         fourbit("sft", *tickets, "--out", out / "knows", "--epochs", 1)
         own, held = (compared(model, sft, TICKETS / f"{name}.jsonl", LABELLED, out) for name in ("train", "valid"))
-        pairs = ("--data", PAIRS / "train.jsonl", "--data", own, "--val", held, "--eval-every", 1000)
+        known = [PAIRS / "train.jsonl", misfiled(train, out / "pairs.misfiled.jsonl"), own]
+        pairs = (*(word for file in known for word in ("--data", file)), "--val", held, "--eval-every", 1000)
         fourbit("reward", "--model", model, "--adapter", out / "knows", *pairs, "--out", judge, *REWARD.split())
     data = ("--data", train, "--val", TICKETS / "valid.jsonl", "--reward", judge, "--reward", "exact=0")
     for name in args.runs:
