@@ -45,7 +45,7 @@ class Storages(TorchDispatchMode):
     def __init__(self, vocabulary: int, meta: bool, mapped: int) -> None:
         super().__init__()
         self.meta, self.mapped, self.heap = meta, mapped, 0  # for a GPU; glibc's threshold; a measure of its heap
-        self.vocabulary, self.part, self.phase, self.left = vocabulary, "", "forward", 0
+        self.vocabulary, self.part, self.phase, self.left, self.heads = vocabulary, "", "forward", 0, 0
         self.alive: dict[Any, tuple[str, int]] = {}
         self.unknown = set[Any]()  # those of `alive` that hold no numbers
         self.now, self.most, self.flops = Counter[str](), dict[str, Bytes](), 0.0
@@ -77,7 +77,11 @@ class Storages(TorchDispatchMode):
             self.heap += sign * (size * size // MAPPED[0])
 
     def _gone(self, key: Any) -> None:
-        self._count(*self.alive.pop(key), -1)
+        part, size = self.alive.pop(key)
+        self._count(part, size, -1)
+        if part == "logits" and not self.now[part] and self.phase.startswith("forward"):
+            self.heads += 1  # what comes then, another pass perhaps, has a highest moment of its own
+            self.phase = f"forward {self.heads}"
         self.unknown.discard(key)
 
     def _known(self, x: Tensor) -> bool:

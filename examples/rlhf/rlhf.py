@@ -31,7 +31,7 @@ from make_tickets import PRIORITIES, TEAMS, answer_text, triage  # noqa: E402  (
 SFT = "--lr 2e-3 --warmup 0.06 --batch-size 8"
 LABELLED = 240  # tickets that somebody compares answers to
 COMPARED = "--n 4 --temperature 1 --max-new-tokens 16 --keep pairs"
-REWARD = "--lr 7e-4 --batch-size 8 --epochs 1"
+REWARD = "--lr 7e-4 --batch-size 8 --epochs 2"
 RL = "--batch-size 4 --group-size 8 --max-new-tokens 16 --warmup 0 --eval-every 5"
 RUNS = {
     "grpo": ("--loss", "grpo", "--lr", 1e-4, "--kl", 0.05),
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--sft", type=Path, help="the policy's adapter, instead of training one first")
     parser.add_argument("--judge", type=Path, help="the folder of a reward model, instead of training one first")
     parser.add_argument("--sft-steps", type=int, default=32, help="few, so that there is something left to learn")
-    parser.add_argument("--steps", type=int, default=30, help="of reinforcement")
+    parser.add_argument("--steps", type=int, default=20, help="of reinforcement")
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     args, more = parser.parse_known_args()
     model, out, begun = args.model or find_model(), args.out, time.monotonic()

@@ -102,6 +102,24 @@ def test_layers_that_were_not_traced_take_what_those_do_that_were(
     assert sum(few.parts[p] for p in ("base", "scales", "adapter")) == sum(t.nbytes for t in tensors)
 
 
+def test_two_passes_of_which_few_layers_hide_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PPO's: of few layers the head of the first pass takes most, of many the end of the second."""
+
+    def twice(model: Any, batch: Any) -> Any:
+        found = cross_entropy(model, batch)
+        again = model.hidden(batch.input_ids, batch.position_ids, batch.spans)
+        return found._replace(loss=found.loss + again.mean())
+
+    spec = replace(SPEC, vocab_size=1501, num_hidden_layers=12)
+    monkeypatch.setattr(sys.modules[__name__], "SPEC", spec)
+    make = lambda: replace(case_of(model_of("nf4")), sums=twice).forecast()
+    few = make()
+    monkeypatch.setattr(planner, "FEW", (98, 99))
+    whole = make()
+    assert few.parts["activations"] == pytest.approx(whole.parts["activations"], rel=0.02)
+    assert few.peak == pytest.approx(whole.peak, rel=0.02)
+
+
 def test_of_a_model_of_transformers_too() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
