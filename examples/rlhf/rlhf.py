@@ -17,6 +17,7 @@ import random
 import resource
 import sys
 import time
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ sys.path[:0] = [str(TICKETS)]
 
 from baselines import read_tickets, score  # noqa: E402  (of the tickets' folder)
 from demo import answered, find_model, fourbit  # noqa: E402  (of the same folder)
-from make_tickets import PRIORITIES, TEAMS, answer_text, triage  # noqa: E402  (as well)
+from make_tickets import PRIORITIES, TEAMS, answer_text, triage  # noqa: E402  (of the same folder)
 
 SFT = "--lr 2e-3 --warmup 0.06 --batch-size 8"
 LABELLED = 240  # tickets that somebody compares answers to
@@ -132,7 +133,7 @@ def show(scores: dict[str, dict[str, float]], courses: dict[str, list[Row]]) -> 
     for name, course in courses.items():
         first, last = course[0], course[-1]
         for kind, what in (("right", "likeliest answers to validation tickets"), ("drawn", "drawn answers")):
-            best = max(course, key=lambda one, kind=kind: float(one[kind]))  # type: ignore[misc]
+            best = max(course, key=itemgetter(kind))
             at = f"{best[kind]:.1%} at best (step {best['step']})"
             print(f"{name}: of {what} {first[kind]:.1%} right before, {at}, {last[kind]:.1%} at the end")
         at = f"{course[1]['said']:.2f} at step {course[1]['step']}"

@@ -272,10 +272,11 @@ def test_what_generate_keeps_to_learn_from_can_be_read(
     (here / "score.py").write_text("def score(prompt, answer, row):\n    return 9 - len(answer)\n")
     (here / "prompts.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
     line = f"{GENERATE} --overwrite --n 6 --temperature 1 --reward score.py:score"
-    for keep, kind in (("best", "sft"), ("pairs", "pairs")):
+    kinds: dict[str, Any] = {"best": "sft", "pairs": "pairs"}
+    for keep, kind in kinds.items():
         told = typed(f"{line} --keep {keep}")
         assert "answers are left out: empty, or they spell" in told
-        rows = load_rows([str(here / "answers.jsonl")], tokenizer, kind)  # type: ignore[arg-type]
+        rows = load_rows([str(here / "answers.jsonl")], tokenizer, kind)
         assert len(rows) == len(samples_of([str(here / "prompts.jsonl")], "prompts"))
         assert all("fair" in example.parts[0].text for example in rows.examples)
 

@@ -309,7 +309,7 @@ def test_a_large_evaluation_set_is_laid_out_in_seconds(examples: list[Example], 
     start = time.process_time()
     batches = split(examples, packing, 2048)
     assert sum(batch.examples for batch in batches) == len(examples)
-    assert time.process_time() - start < 10  # of a slow CPU; pairs of examples would take minutes
+    assert time.process_time() - start < 5
 
 
 def test_a_long_row_among_short_ones_costs_what_its_tokens_cost() -> None:

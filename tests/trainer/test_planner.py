@@ -355,7 +355,7 @@ def test_shapes_without_the_compiler_are_those_that_torch_finds(number: int, lai
 
 
 def test_a_forecast_imports_no_compiler_and_takes_the_same_with_it() -> None:
-    """A training command foresees before it trains: 2 to 3 seconds and 43 MiB of each run."""
+    """A training command foresees before it trains, and would pay for the import in each run."""
     here = "import sys; sys.path.insert(0, 'tests/trainer'); import test_planner as t\n"
     last = "print(t.case_of(t.model_of('nf4')).forecast('products').phases, 'torch._dynamo' in sys.modules)"
     said = []
