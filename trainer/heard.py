@@ -46,6 +46,7 @@ class Storages(TorchDispatchMode):
         super().__init__()
         self.meta, self.mapped, self.heap = meta, mapped, 0  # for a GPU; glibc's threshold; a measure of its heap
         self.vocabulary, self.part, self.phase, self.left, self.heads = vocabulary, "", "forward", 0, 0
+        self.again = ""  # of passes after the first
         self.alive: dict[Any, tuple[str, int]] = {}
         self.unknown = set[Any]()  # those of `alive` that hold no numbers
         self.now, self.most, self.flops = Counter[str](), dict[str, Bytes](), 0.0
@@ -57,7 +58,7 @@ class Storages(TorchDispatchMode):
             self.alive[key] = "gradients", size
             self.now.update({"gradients": size, part: -size} if part != "gradients" else {})
         self.left -= 1
-        self.phase = "backward" if self.left > 0 else "backward's end"
+        self.phase = f"backward{self.again}" if self.left > 0 else f"backward's end{self.again}"
 
     def add(self, tensor: Tensor, part: str, unknown: bool = True) -> None:
         storage = tensor.untyped_storage()

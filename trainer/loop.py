@@ -121,10 +121,12 @@ class Run:
         gradients as they were."""
         parameters = [*self.parameters.values()]
         with step.gradients_apart(parameters) as own:
-            found = [self._backward(loss or self.loss, batch) for batch in batches]
+            found = [sums for batch in batches for sums in self._backward(loss or self.loss, batch)]
         counted: Any = sum(0 if s.weight is None else s.weight for s in found) if weight is None else weight
         if not found or (not isinstance(counted, Tensor) and not counted > 0):
-            raise InputError(f"batches must have something to learn from; together these {len(found)} weigh {counted}")
+            raise InputError(
+                f"batches must have something to learn from; together these {len(batches)} weigh {counted}"
+            )
         if present := [gradient for gradient in own if gradient is not None]:
             torch._foreach_div_(present, counted)
             torch._foreach_mul_(present, scale)
@@ -133,13 +135,11 @@ class Run:
         self.gathered.append((mean, found))
         return mean, step.means([sums.metrics for sums in found])
 
-    def _backward(self, loss: Loss, batch: object) -> Sums:
+    def _backward(self, loss: Loss, batch: object) -> list[Sums]:
         """Add a micro-batch's gradients; where memory runs out and pages can make room, on the second attempt."""
 
-        def backward() -> Sums:
-            sums = step.as_sums(loss(self.model, batch), batch)
-            sums.loss.backward()
-            return sums._replace(loss=sums.loss.detach())
+        def backward() -> list[Sums]:
+            return step.parts_of(step.as_sums(loss(self.model, batch), batch), backward=True)
 
         if not isinstance(self.optimizer, FlatOptimizer) or self.optimizer.budget is None:
             return backward()

@@ -135,12 +135,18 @@ class Case:
             for tensor in [*fake.parameters(), *fake.buffers()]:
                 seen.add(tensor, parts[id(tensor)])
 
-            def loss(model: CausalLM, batch: Batch) -> Tensor | Sums:
-                begun, seen.part = seen.now.total(), ""
-                found = self.sums(model, batch)
+            def heard(given: Callable[[], Tensor | Sums]) -> Any:
+                begun, seen.part, seen.again = seen.now.total(), "", " again" * bool(kept)
+                seen.phase = f"forward{seen.again}"
+                found = given()
                 kept.append(seen.now.total() - begun)
-                seen.phase, seen.left = "backward", len(trained) // 2
-                return found
+                seen.phase, seen.left = f"backward{seen.again}", len(trained) // 2
+                if not isinstance(found, Sums) or found.rest is None:
+                    return found
+                return found._replace(rest=partial(heard, found.rest))
+
+            def loss(model: CausalLM, batch: Batch) -> Any:
+                return heard(partial(self.sums, model, batch))
 
             for p in trained.values():
                 p.register_post_accumulate_grad_hook(seen.gradient)
@@ -159,7 +165,7 @@ class Case:
                 for p in trained.values():
                     p.grad = torch.empty_like(p) if self.passes > 1 else None
                 run.forward_backward(replace(self.batch, **like))
-        return seen, kept[0]
+        return seen, max(kept)
 
     def mixed(self, words: Sequence[Keep]) -> Forecast:
         """What it takes where each layer has its word, of at most two."""

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -273,7 +274,6 @@ class PolicyTrainer(Referenced):
         way = config.way
         self.model.eval()  # without dropout, until layers have run again for backward
         found = self.scores(batch)
-        values = None if self.values is None else self.values(batch)
         logps = found.logps[0]  # [P, L]
         here = {name: table[[*rows], : logps.shape[1]].to(logps) for name, table in made.tokens.items()}
         counts = made.counts[[*rows], : logps.shape[1]].to(logps.device)
@@ -296,12 +296,14 @@ class PolicyTrainer(Referenced):
             gap = policy.kl_estimate(logps, reference, config.estimator)
             losses = losses + config.kl * gap if config.kl_in == "loss" else losses
             metrics["kl"] = summed(policy.kl_estimate(logps, reference, "k3"), counts)
-        if values is not None:
-            off = policy.value_loss(values, here["values"], here["returns"], config.value_clip)
-            metrics["value_loss"] = summed(off, counts)
-            losses = losses + off
         weights, weight = policy.mean_weights(counts, way.mean, config.max_new_tokens)
-        return Sums((losses * weights).sum(), metrics, weight=weight)
+
+        def of_values(function: ValueFunction) -> Sums:
+            off = policy.value_loss(function(batch), here["values"], here["returns"], config.value_clip)
+            return Sums((off * weights).sum(), {"value_loss": summed(off, counts)})
+
+        rest = None if self.values is None else partial(of_values, self.values)
+        return Sums((losses * weights).sum(), metrics, weight=weight, rest=rest)
 
     def _check_start(self, given: policy.Rollouts, known: bool) -> None:
         """Raise NumericError unless, before the first update, the policy is its old self, and its own reference where

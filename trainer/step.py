@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from ..optim.groups import parameter_groups
 from ..optim.optimizer import FlatOptimizer
 from .config import PAGED, TrainingConfig, size_in_bytes
 
+Made = TypeVar("Made", bound=object)
+
 
 class Sums(NamedTuple):
     """What a loss gives for a batch: sums, which add up over the batches of a step to one exact mean."""
@@ -29,6 +31,9 @@ class Sums(NamedTuple):
     metrics: Mapping[str, Tensor] = MappingProxyType({})  # each [2]: a sum, and over how many things; no gradient
     carried: Mapping[str, Tensor] = MappingProxyType({})  # added up over a step's batches, for `Trainer.applied`
     weight: float | Tensor | None = None  # what a step's loss is divided by, summed over it; None: the batch's `weight`
+    rest: Callable[[], "Sums"] | None = (
+        None  # more of the loss, of another pass: its graph comes after this one is gone
+    )
 
 
 def as_sums(given: Tensor | Sums, batch: object) -> Sums:
@@ -43,6 +48,21 @@ def as_sums(given: Tensor | Sums, batch: object) -> Sums:
             "means of micro-batches do not add up to the step's mean, and places that do not count add to no weight"
         )
     return Sums(given.sum(dtype=torch.float64), weight=given.numel())
+
+
+def parts_of(given: Sums, backward: bool) -> list[Sums]:
+    """A loss and the rest of it, without graphs; backward: each after its backward pass. What all weigh is what the
+    first does. A part's graph is gone, with all it held, before the next is asked for."""
+    found, weight, rest = list[Sums](), given.weight, given.rest
+    while True:
+        if backward:
+            given.loss.backward()
+        found.append(given._replace(loss=given.loss.detach(), weight=weight, rest=None))
+        del given
+        if rest is None:
+            return found
+        given, weight = rest(), 0
+        rest = given.rest
 
 
 @dataclass(frozen=True)
@@ -101,8 +121,8 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConfi
 
 
 def backward_or_retry(
-    parameters: Sequence[nn.Parameter], backward: Callable[[], Sums], make_room: Callable[[], object]
-) -> Sums:
+    parameters: Sequence[nn.Parameter], backward: Callable[[], Made], make_room: Callable[[], object]
+) -> Made:
     """Run backward(), which leaves gradients in .grad. One OutOfMemoryError is answered by make_room() and a retry.
 
     All gradients of a micro-batch count, or none: those of earlier ones are set aside while it runs, and the new ones
@@ -110,18 +130,18 @@ def backward_or_retry(
     are equal bit for bit. It costs no copy; from the second micro-batch of a step on, memory for one more set of
     gradients. The retry draws the same random numbers. Whatever backward or make_room raises, parameters' gradients
     then are as they were before."""
-    device, sums = parameters[0].device, None
+    device, made = parameters[0].device, None
     rng = rng_states(device)
     with gradients_apart(parameters) as new:
         with suppress(torch.OutOfMemoryError):
-            sums = backward()
-        if sums is None:  # and what it had taken is free again: no exception holds its frames
+            made = backward()
+        if made is None:  # and what it had taken is free again: no exception holds its frames
             make_room()
             set_rng_states(rng, device)
             put_gradients(parameters, [None] * len(parameters))
-            sums = backward()
+            made = backward()
     add_gradients(parameters, new)
-    return sums
+    return made
 
 
 @contextmanager

@@ -44,7 +44,7 @@ from .progress import display_for
 from .report import draw_curves, nonfinite
 from .resume import SavedState, adapter_form, as_json, base_hash, check_resumed, layout, repeating
 from .run import RunState, TrainResult, adapter_to_train, save_template
-from .step import StepResult, Sums, as_sums, make_optimizer, means
+from .step import StepResult, Sums, as_sums, make_optimizer, means, parts_of
 
 SKIPS_ALLOWED = 2  # in a row; one more ends the run
 WATCHED = 50  # steps after warm-up in which every trained tensor should have moved
@@ -330,9 +330,9 @@ class Trainer(Fitted):
             for batch in batches:
                 if interrupt:
                     return {}
-                sums = as_sums(self.sums(batch), batch)
-                loss, weight = loss + sums.loss.item(), weight + float(sums.weight or 0)
-                parts.append(sums.metrics)
+                for sums in parts_of(as_sums(self.sums(batch), batch), backward=False):
+                    loss, weight = loss + sums.loss.item(), weight + float(sums.weight or 0)
+                    parts.append(sums.metrics)
         found = self.describe({"loss": loss / weight, **{name: v.item() for name, v in means(parts).items()}})
         return told(self.callbacks, "on_evaluate", self.run, {name: finite(value) for name, value in found.items()})
 

@@ -27,6 +27,7 @@ from fourbit.models.spec import Spec
 from fourbit.trainer import heard, planner
 from fourbit.trainer.loop import cross_entropy
 from fourbit.trainer.planner import Case
+from fourbit.trainer.step import Sums
 
 SPEC = Spec(301, 48, 96, 5, 4, 2, 12)
 LENGTHS = (70, 41, 96)
@@ -102,13 +103,15 @@ def test_layers_that_were_not_traced_take_what_those_do_that_were(
     assert sum(few.parts[p] for p in ("base", "scales", "adapter")) == sum(t.nbytes for t in tensors)
 
 
-def test_two_passes_of_which_few_layers_hide_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PPO's: of few layers the head of the first pass takes most, of many the end of the second."""
+@pytest.mark.parametrize("apart", [False, True])
+def test_two_passes_of_which_few_layers_hide_the_second(monkeypatch: pytest.MonkeyPatch, apart: bool) -> None:
+    """Of few layers the head of the first pass takes most, of many the end of the second, beside the first one's graph
+    or, as PPO's, after it."""
 
     def twice(model: Any, batch: Any) -> Any:
         found = cross_entropy(model, batch)
-        again = model.hidden(batch.input_ids, batch.position_ids, batch.spans)
-        return found._replace(loss=found.loss + again.mean())
+        again = lambda: model.hidden(batch.input_ids, batch.position_ids, batch.spans).square().mean()
+        return found._replace(rest=lambda: Sums(again())) if apart else found._replace(loss=found.loss + again())
 
     spec = replace(SPEC, vocab_size=1501, num_hidden_layers=12)
     monkeypatch.setattr(sys.modules[__name__], "SPEC", spec)

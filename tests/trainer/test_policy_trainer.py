@@ -292,6 +292,19 @@ def test_a_step_is_foreseen_with_all_its_answers(trainer_for, tiny_folder, rows,
     assert case.batch.tokens >= sum(batch.tokens for batch in trainer.step_data(0)[0])
 
 
+def test_a_value_function_takes_no_activations_beside_the_policys(trainer_for, tiny_folder, rows, tmp_path):
+    """Its pass comes when the policy's graph is gone: a pass like it, which keeps states under its head too.
+    Both at once would be twice as much."""
+    most = {}
+    for loss in ("grpo", "ppo"):
+        options = {"loss": loss, "updates": 2, "kl": 0.1, "group_size": 4, "batch_size": 4, "max_new_tokens": 64}
+        options |= {"rank": 8}  # as the value function has
+        trainer = trainer_for(tiny_folder, rows, tmp_path / loss, rewards=given(), **options)
+        phases = trainer.case().forecast().phases
+        most[loss] = max(parts["activations"] for name, parts in phases.items() if name.startswith("forward"))
+    assert most["ppo"] <= 1.25 * most["grpo"]
+
+
 def test_answering_is_foreseen_too(trainer_for, tiny_folder, rows, tmp_path, monkeypatch):
     """With decoded weights where they would be held, and the keys of as many rows as answer together."""
     make = lambda **more: trainer_for(tiny_folder, rows, tmp_path, rewards=given(), **SMALL | more).case()

@@ -1,6 +1,7 @@
 """One optimizer step: the loss is per trained token of the whole step, and a bad step changes nothing."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -17,6 +18,11 @@ class Rows:
 
     def __init__(self, rows):
         self.rows, self.weight = rows, len(rows)
+
+
+class Held:
+    def __init__(self, tensor):
+        self.tensor = tensor
 
 
 def run_for(layer, **options):
@@ -89,6 +95,37 @@ def test_any_split_gives_the_same_step(layer, sizes):
     b = step(run_for(split, max_grad_norm=0.3), [Rows(part) for part in rows.split(sizes)], 1e-2)
     assert a.loss.item() == pytest.approx(b.loss.item(), rel=1e-13)
     assert a.grad_norm.item() == pytest.approx(b.grad_norm.item(), rel=1e-6)  # it is fp32
+    torch.testing.assert_close(whole.weight, split.weight, rtol=1e-10, atol=1e-12)
+
+
+def test_the_rest_of_a_loss_is_asked_for_when_the_first_graph_is_gone(layer):
+    """And counts as if it were one loss: its mean is over what the first part weighs."""
+    whole, split, seen = copy.deepcopy(layer), copy.deepcopy(layer), []
+
+    def parts(model, batch):
+        kept = weakref.WeakSet()
+
+        def keep(tensor):
+            kept.add(held := Held(tensor))
+            return held
+
+        def rest():
+            seen.append((len(kept), model.weight.grad is not None))
+            return Sums(model(batch.rows).exp().sum(), {"far": torch.tensor([6.0, 2.0])}, weight=1000)
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda held: held.tensor):
+            square = model(batch.rows).pow(2).sum()
+        assert kept
+        return Sums(square, {"near": torch.tensor([4.0, 1.0])}, rest=rest)
+
+    one, two = run_for(whole), run_for(split)
+    one.loss = lambda model, b: Sums(model(b.rows).pow(2).sum() + model(b.rows).exp().sum())
+    two.loss = parts
+    batches = [Rows(torch.randn(n, 5, dtype=torch.float64)) for n in (4, 3)]
+    a, b = step(one, batches, 1e-2), step(two, batches, 1e-2)
+    assert seen == [(0, True)] * 2
+    assert a.loss.item() == pytest.approx(b.loss.item(), rel=1e-13)
+    assert b.read_metrics() == {"near": 4.0, "far": 3.0}
     torch.testing.assert_close(whole.weight, split.weight, rtol=1e-10, atol=1e-12)
 
 
