@@ -1,6 +1,7 @@
 """The command as a process: signals and their exit codes, colours on a terminal, a closed pipe."""
 
 import contextlib
+import gc
 import json
 import os
 import pty
@@ -44,6 +45,7 @@ class Started:
 
     @staticmethod
     def _run(args: list[str], environment: dict[str, str]) -> int:
+        gc.callbacks.clear()  # hypothesis' own: Python drops a KeyboardInterrupt that is raised in one
         os.environ.pop("NO_COLOR", None)
         os.environ.update({"COLUMNS": "100", **environment})
         for number, name in enumerate(("stdin", "stdout", "stderr")):
