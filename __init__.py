@@ -29,9 +29,12 @@ from .trainer.config import DistillConfig, DPOConfig, RewardConfig, SFTConfig
 from .trainer.distill import DistillTrainer
 from .trainer.evaluate import Answer, answer_all, evaluate_loss, share_right
 from .trainer.loop import Completion, Run
+from .trainer.policy import PolicyTrainer
 from .trainer.preference import DPOTrainer
 from .trainer.reward import RewardTrainer
 from .trainer.reward_model import RewardModel
+from .trainer.rewards import Rewards, rewards_of
+from .trainer.rl_config import RLConfig
 from .trainer.run import TrainResult
 from .trainer.sft import SFTTrainer
 from .trainer.step import StepResult, Sums
@@ -47,8 +50,9 @@ __all__ = [
     "Adapter", "AdapterLayer", "LoRA", "LoRAConfig", "NF4Embedding", "NF4Linear", "adapters_off", "attach", "combine",
     "copy_adapter", "dense_weights", "load_adapter", "quantize_", "remove_adapter", "rows", "save_adapter",
     "train_only", "use", "using",  # adapters, 4 bits
-    "DPOConfig", "DPOTrainer", "DistillConfig", "DistillTrainer", "RewardConfig", "RewardModel", "RewardTrainer",
-    "SFTConfig", "SFTTrainer", "SweepResult", "SweepTrainer", "TrainResult", "Trainer", "grid",  # training
+    "DPOConfig", "DPOTrainer", "DistillConfig", "DistillTrainer", "PolicyTrainer", "RLConfig", "RewardConfig",
+    "RewardModel", "RewardTrainer", "Rewards", "SFTConfig", "SFTTrainer", "SweepResult", "SweepTrainer", "TrainResult",
+    "Trainer", "grid", "rewards_of",  # training
     "Callback", "Completion", "Run", "StepResult", "Sums",  # loops and parts of one's own
     "Answer", "answer_all", "evaluate_loss", "share_right",  # evaluation
     "DiskError", "EnvironmentProblem", "FourbitError", "InputError", "NumericError",

@@ -35,8 +35,8 @@ class Output:
 
     path: followed where it is a link; `-` is standard output. name: what errors call the option. inputs: every file and
     folder that the command reads. A file that is replaced stays as it was until the first row. Leaving the block by an
-    exception adds a note to it that says which rows are kept. A pipe or a device gets rows and stays what it is;
-    `stdout` says that nothing else should go there, `regular` that it is a file.
+    exception adds a note to it that says which rows are kept, and how to go on where the command `resumes`. A pipe or a
+    device gets rows and stays what it is; `stdout` says that nothing else should go there, `regular` that it is a file.
 
     Raises InputError for a place that is read, is taken (unless overwrite or resume) or cannot be written;
     EnvironmentProblem where another command writes; DiskError when the disk refuses."""
@@ -49,7 +49,9 @@ class Output:
         inputs: Iterable[StrPath] = (),
         overwrite: bool = False,
         resume: bool = False,
+        resumes: bool = True,
     ) -> None:
+        self.resumes = resumes
         self.path, self.name, self.rows, self.written = Path(path), name, list[dict[str, Any]](), 0
         there, out = None if os.fspath(path) == "-" else _stat(path), _stat(1)
         if "\0" in os.fspath(path):
@@ -124,7 +126,8 @@ class Output:
             self._begin()
         elif self.regular and self.written:
             done = len(self.rows) + self.written
-            error.add_note(f"{self.path} keeps {done:,} finished rows; the same command with resume=True goes on")
+            kept = f"{self.path} keeps {done:,} finished rows"
+            error.add_note(f"{kept}; the same command with resume=True goes on" if self.resumes else kept)
         elif self.regular and self._new:
             os.unlink(self.path)
         with contextlib.suppress(OSError):  # every row is flushed: what fails here was told

@@ -31,9 +31,9 @@ def vowels(answer: str) -> float:
 def ours(folder: Path, model_path: str, dtype: str) -> Step:
     """fourbit's PolicyTrainer, as its loop runs it."""
     from fourbit.data.encode import load
-    from fourbit.trainer.config import RLConfig
     from fourbit.trainer.policy import PolicyTrainer
     from fourbit.trainer.rewards import Rewards, each
+    from fourbit.trainer.rl_config import RLConfig
 
     model, tokenizer = load_ours(folder, model_path, dtype)
     batches = json.loads((folder / BATCHES).read_text())

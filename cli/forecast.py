@@ -44,7 +44,9 @@ def show(options: Any, case: Case, tokens: float) -> int:
     lines += [(f"{words.count(word)} layers", f"keep {word}: {size / 2**20:.1f} MiB") for word, size in layer.items()]
     lines += [("fits " + size, what) for size, what in fits.items()]
     lines += [("lever", f"{change} saves {size / 2**30:.2f} GiB") for change, size in [*levers.items()][:1]]
-    lines.append(("time", f"{seconds / 60:.1f} minutes of products for {tokens:,.0f} tokens at {flops:.2g} FLOP/s"))
+    more = ", answering not counted" * bool(case.answering)
+    took = f"{seconds / 60:.1f} minutes of products for {tokens:,.0f} tokens at {flops:.2g} FLOP/s{more}"
+    lines.append(("time", took))
     result(values, pairs(lines), as_json=options.json)
     return 0
 

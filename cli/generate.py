@@ -18,8 +18,8 @@ from ..errors import InputError
 from ..models.generate import prompt_seeds, sample_each
 from ..settings import REQUIRED, setting
 from ..trainer.evaluate import check_room
-from ..trainer.rewards import Answered, Rewards, answered, rewards_of
-from .load import answering, load_adapted, remark_positions
+from ..trainer.rewards import Answered, Rewards, answered
+from .load import answering, load_adapted, remark_positions, rewards_for
 from .options import AnsweringOptions, FileOptions, RewardOptions, SamplingOptions, output_of
 from .parse import Sources
 from .show import note, pairs, result
@@ -75,7 +75,7 @@ def run(options: Options, sources: Sources) -> int:
         check_room(model, samples, prompts)
         remark_positions(model, max(map(len, prompts)), options.max_new_tokens)
         how: dict[str, Any] = {"stop_ids": tokenizer.stop_ids, "max_length": model.max_positions, **options.sampling()}
-        rewards = rewards_of(options.reward, model, seconds=options.reward_seconds, force=options.force)
+        rewards = rewards_for(options, model)
         done, prompts = len(out.rows), [prompt for prompt in prompts for _ in range(options.n)]
         how |= {"seed": prompt_seeds(prompts, options.seed)[done:], "batch_size": options.batch_size}
         new = sample_each(model, prompts[done:], keep_dense=options.keep_dense, **how)
@@ -84,16 +84,19 @@ def run(options: Options, sources: Sources) -> int:
         with nullcontext() if options.reward else answering(model, options.keep_dense, rows):
             for number, sample in enumerate(samples[done:], done + 1):
                 what = sample.row, asked[number - 1], prompts[(number - 1) * options.n]
-                answers = [answered(tokenizer, *what, made) for made in islice(new, options.n)]
+                made = [*islice(new, options.n)]
+                answers = [answered(tokenizer, *what, each) for each in made]
                 if options.keep != "all":
-                    kept = [one for one in answers if _trains(one.answer, tokenizer.special_tokens)]
-                    unfit, answers = unfit + len(answers) - len(kept), kept
+                    both, special = zip(answers, made, strict=True), tokenizer.special_tokens
+                    answers = [one for one, each in both if each.ended and _trains(one.answer, special)]
+                    unfit += len(made) - len(answers)
                 for row in written(sample, answers, rewards, options.keep):
                     out.write(json.dumps(row, ensure_ascii=False))
                 if number == len(samples) or (number - done) % (8 * options.batch_size) == 0:
                     note(f"{number:,} of {len(samples):,} rows")
     if unfit:
-        note(f"note: {unfit:,} answers are left out: empty, or they spell a special token, which no training row may")
+        why = "cut off at max_new_tokens, empty, or they spell a special token; none of these may be a training row's"
+        note(f"note: {unfit:,} answers are left out: {why}")
     for failure, times in rewards.failures.items():
         note(f"note: {times:,} times {failure}; these answers have no reward from it")
     if out.stdout:

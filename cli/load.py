@@ -27,6 +27,7 @@ from ..models.protocol import CausalLM
 from ..settings import checked
 from ..text.tokenizer import Tokenizer
 from ..trainer.reward_model import HEAD
+from ..trainer.rewards import Rewards, files_of, rewards_of
 from .config_file import CONFIG, read_run
 from .options import AdaptedModelOptions, ModelOptions, Quant
 from .show import amount, note, working
@@ -107,8 +108,11 @@ def trained(model: str, adapter: str | None) -> tuple[Quant | None, Path | None]
 
 def settle(options: ModelOptions, tokenizer: Tokenizer, *adapters: str | None) -> tuple[Quant, ChatTemplate]:
     """The 4-bit form and the template of a command: those it was given, else those that the first of these adapters, or
-    the model, was trained with. Notes where the template is from there, or another one."""
-    forms, templates = zip(*(trained(options.model, adapter) for adapter in adapters or (None,)), strict=True)
+    the model, was trained with. Notes where the template is from there, or another one; of reward models too, which
+    read what the model writes as it is."""
+    judges = [str(place) for place in files_of(getattr(options, "reward", ())) if place.is_dir()]
+    found = [trained(options.model, adapter) for adapter in (*(adapters or (None,)), *judges)]
+    forms, templates = zip(*found, strict=True)
     kept = next(filter(None, templates), None)
     template = template_for(tokenizer, kept if options.template is None else options.template)
     if kept and options.template is None:
@@ -153,6 +157,12 @@ def put_adapter(model: CausalLM, folder: str, force: bool, **how: Any) -> int:
     """Load an adapter as `load_adapter` does, and note how its base differs. Returns the number of its layers."""
     how |= {"dense": read_weights(model.source), "tell": lambda text: note(f"note: {text}")}
     return len(load_adapter(model, folder, force=force, **how))
+
+
+def rewards_for(options: Any, model: CausalLM, failed: float | None = None) -> Rewards:
+    """What the options say that answers earn; notes how a reward model's base differs."""
+    how: dict[str, Any] = {"seconds": options.reward_seconds, "force": options.force, "failed": failed}
+    return rewards_of(options.reward, model, tell=lambda text: note(f"note: {text}"), **how)
 
 
 def remark_positions(model: CausalLM, longest: int, new: int = 0, *, whose: str = "model") -> None:

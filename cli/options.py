@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..models.generate import KeepDense, Sampling
 from ..outputs import Output
 from ..settings import LARGEST, REQUIRED, Checked, setting
+from ..trainer.rewards import files_of
 
 Quant = Literal["nf4", "nf4-nodq", "none"]
 WRITTEN = ("out", "answers", "resume")  # options that name a place to write, or one in it
@@ -134,12 +135,14 @@ def inputs_of(options: Any, sources: Mapping[str, str]) -> list[str]:
         if option.name not in WRITTEN and {"PATH", "FILE", "DIR"} & {*option.metadata["metavar"].split("|")}:
             value = getattr(options, option.name)
             found += value if isinstance(value, tuple) else [value]
+    found += map(str, files_of(getattr(options, "reward", ())))
     return sorted({path for path in found if path})
 
 
 def output_of(options: FileOptions, sources: Mapping[str, str], name: str, path: str | Path) -> Output:
     """Where rows go: away from all that is read."""
     how: dict[str, Any] = {"overwrite": options.overwrite, "resume": options.resume}
+    how["resumes"] = getattr(options, "n", 1) == 1  # what one row of the input became is told apart
     output = Output(path, name=name, inputs=inputs_of(options, sources), **how)
     if output.stdout and options.json:
         raise InputError(f"json prints results to standard output, where {name} - writes rows: leave json out")

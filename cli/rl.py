@@ -8,9 +8,9 @@ from ..errors import InputError
 from ..lora.layer import adapters_of
 from ..models.protocol import CausalLM
 from ..text.tokenizer import Tokenizer
-from ..trainer.config import RLConfig
 from ..trainer.policy import PolicyTrainer
-from ..trainer.rewards import rewards_of
+from ..trainer.rl_config import RLConfig
+from .load import rewards_for
 from .options import RewardOptions
 from .show import note
 from .train import TrainOptions
@@ -49,5 +49,4 @@ class Options(RLConfig, RewardOptions, TrainOptions):
     def extras(self, model: CausalLM, tokenizer: Tokenizer) -> dict[str, Any]:
         if any(adapter.dropout for adapter in adapters_of(model).values()):
             note("note: the adapter's dropout is off in reinforcement: the policy that answers is trained")
-        how: dict[str, Any] = {"seconds": self.reward_seconds, "failed": self.failed_reward, "force": self.force}
-        return {"rewards": rewards_of(self.reward, model, **how)}
+        return {"rewards": rewards_for(self, model, failed=self.failed_reward)}

@@ -17,7 +17,6 @@ from ..data.order import count_overlap, split_validation
 from ..data.sample import Kind
 from ..data.template import ChatTemplate
 from ..errors import InputError, shown
-from ..files import read_json
 from ..lora.attach import attach
 from ..lora.config import USED, LoRAConfig
 from ..lora.config import Kind as AdapterKind
@@ -276,9 +275,6 @@ def _datasets(options: TrainOptions, tokenizer: Tokenizer, template: ChatTemplat
 
 def _put_adapter(model: CausalLM, options: TrainOptions, rows: Dataset, name: str, wanted: LoRAConfig) -> None:
     """The adapter that training starts from, and a line about it."""
-    if options.adapter is not None and options.dry_run:
-        attach(model, read_json(Path(options.adapter) / "adapter_config.json", 8 << 20), name)
-        return
     if options.adapter is not None:
         layers = put_adapter(model, options.adapter, options.force, name=name)
         note(f"adapter: goes on from {options.adapter}, on {layers} layers")

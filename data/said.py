@@ -11,7 +11,6 @@ A special token in what is said is an error, wherever: as a token it would end o
 cut otherwise here than by other tools. Plain text rows are what a model sees, and may hold them.
 """
 
-import html
 import json
 import re
 from bisect import bisect_right
@@ -25,13 +24,14 @@ from .turns import THOUGHT, Talk, Turn
 REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of an assistant turn; the first is the standard one
 ANYWHERE = ("system", "developer")  # roles whose texts templates put where they like
 
+ESCAPED = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&#34;", "'": "&#39;"})  # as jinja's filter
 SPELLINGS: tuple[Callable[[str], str], ...] = (
     str,
     lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
     lambda text: json.dumps(text)[1:-1],
     lambda text: repr(text)[1:-1],
     lambda text: re.sub(r"[\\']", r"\\\g<0>", text).replace("\n", "\\n").replace("\r", "\\r"),  # LFM2's Python
-    lambda text: html.escape(text, quote=False).replace('"', "&#34;").replace("'", "&#39;"),  # as jinja's filter does
+    lambda text: text.translate(ESCAPED),
 )
 
 Part = tuple[str, str]  # the field that holds a text, and the text

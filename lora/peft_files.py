@@ -105,12 +105,14 @@ def load_adapter(
     (the rest is zeros), of any scale (folded into B), on some of its layers. `layer`: as `attach` was given it.
     `tell` is given a sentence where the base is another 4-bit form of the one that the adapter was trained on, or has
     slightly other weights. An adapter of another base is refused unless `force`; one whose file does not say what it
-    was trained on is taken. One of 4-bit codes that its start made has them made again, of `dense`, as `attach` has it.
+    was trained on is taken, and by a model on meta each. One of 4-bit codes that its start made has them made again, of
+    `dense`, as `attach` has it.
     Raises InputError, before the model is touched, for a file that is missing, broken or not plain LoRA, for keys that
     are missing, unexpected or misshaped, for NaN or infinity, and for another base."""
     label, parts, state = _read_adapter(model, Path(folder), None if dtype is None else floating(dtype), layer)
     trained, bases = trained_base(Path(folder)), base_modules(model)
-    anew = trained is not None and trained.start and any(isinstance(bases[path], NF4Linear) for path in parts)
+    packed = [base for path in parts if isinstance(base := bases[path], NF4Linear) and not base.packed.is_meta]
+    anew = trained is not None and trained.start and bool(packed)
     _check_base(model, parts, Path(folder), force, tell if not anew else lambda _: None)
     attached = adapters_of(model, name)
     if attached:
@@ -134,7 +136,7 @@ def _check_base(
     model: nn.Module, parts: Mapping[str, Adapter], folder: Path, force: bool, tell: Callable[[str], object]
 ) -> None:
     """Tell how the model differs from the base of the adapter in `folder`; InputError for another base."""
-    if (trained := trained_base(folder)) is None:
+    if (trained := trained_base(folder)) is None or any(p.is_meta for p in model.parameters()):
         return
     here, what = base_identity(model, parts), f"the adapter {folder}"
     if here.is_other_base(trained):

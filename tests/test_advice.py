@@ -915,9 +915,13 @@ ELSEWHERE = {  # tests of other files that follow an advice
         ("trainer/rewards.py", "mend it"),
         ("trainer/rewards.py", "give one of them a weight"),
         ("cli/rl.py", "dropout is off where the policy that answers is trained, got {}: leave it out"),
-        ("trainer/config.py", "give 2 or more, or a baseline of batch or none without resample"),
-        ("trainer/config.py", "take k2 or k3, or kl_in reward"),
-        ("trainer/config.py", "which takes {} steps (rollouts_ahead): give {}"),
+        ("trainer/rl_config.py", "give 2 or more, or a baseline of batch or none without resample"),
+        ("trainer/rl_config.py", "take k2 or k3, or kl_in reward"),
+        ("trainer/rl_config.py", "which takes {} steps (rollouts_ahead): give {}"),
+        ("trainer/losses/policy.py", "leaves them above 0 there: give {}, or none of them"),
+    ],
+    "tests/cli/test_rl_command.py::test_a_reward_model_with_codes_of_its_own_says_what_works": [
+        ("trainer/rewards.py", "train it with the default start, or give a base that is not in 4 bits"),
     ],
     "tests/trainer/test_policy_trl.py::test_a_reward_that_failed_has_no_part_in_its_group": [
         ("trainer/losses/policy.py", "leave-one-out needs 2 answers a prompt or more"),
@@ -969,7 +973,7 @@ ELSEWHERE = {  # tests of other files that follow an advice
     ],
     "tests/cli/test_bad_input.py::test_the_traceback_comes_with_debug": [("cli/main.py", "Run again with --debug")],
     "tests/cli/test_commands.py::test_generate_keeps_what_it_answered_and_goes_on": [
-        ("outputs.py", "finished rows; the same command with resume=True goes on"),
+        ("outputs.py", "the same command with resume=True goes on"),
     ],
     "tests/cli/test_training_commands.py::test_tokens_train_beside_any_adapter_and_what_follows_uses_them": [
         ("cli/train.py", "is no token of this model: give some that it has"),

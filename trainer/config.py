@@ -8,8 +8,6 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
-from inspect import signature
 from typing import ClassVar, Literal
 
 from ..data.encode import LossOn
@@ -22,14 +20,11 @@ from ..optim.update import Rounding
 from ..settings import LARGEST, REQUIRED, Checked, setting
 from .losses.objective import PAIR_LOSSES, SETTINGS, UNPAIRED_LOSSES, Objective, parse_losses
 from .losses.pairs import DivergenceName
-from .losses.policy import POLICIES, Baseline, Estimator, Policy, Scale
 
 PAGED = "paged-"
 KEPT: dict[str, Keep] = {"off": "all", "products": "products", "on": "input", "offload": "host"}
 COURSE = {"epochs", "steps", "schedule", "warmup", "decay"}  # what decides how long a run is, and its rates
 OF_OPTIMIZER = {"lr", "lora_plus", "lr_scale", "optimizer", "optimizer_budget", "rounding", "weight_decay"}
-CLIPS, OF_KL = ("clip_low", "clip_high", "clip_most"), ("kl_in", "kl_estimator", "kl_stop", "reference")
-BY_GROUPS, BY_VALUES = ("baseline", "scale_rewards"), ("gamma", "lam", "value_lr", "value_clip")  # advantages
 UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
@@ -113,9 +108,9 @@ class TrainingConfig(Checked):
         for name in ("warmup", "decay"):
             if (given := getattr(self, name)) is not None and given > 1 and given % 1:
                 raise InputError(f"{name} must be a fraction of all steps below 1, or a number of them, got {given}")
-        if isinstance(self.micro_batch, int) and self.micro_batch > self.batch_size:
-            both = f"{self.micro_batch} for a batch_size of {self.batch_size}"
-            raise InputError(f"micro_batch splits a batch, and is {both}: give at most that, or auto")
+        if isinstance(self.micro_batch, int) and self.micro_batch > (most := self.examples_a_step):
+            what = f"micro_batch splits the {most} examples of a step (batch_size), got {self.micro_batch}"
+            raise InputError(f"{what}: give at most that, or auto")
         if self.decay is not None and self.schedule != "wsd":
             raise InputError(f"decay is the last part of schedule wsd; {self.schedule} has none")
         if self.optimizer_budget == "auto":
@@ -134,6 +129,11 @@ class TrainingConfig(Checked):
         given = [name for name in sorted(names) if getattr(self, name) != getattr(type(self), name, {})]
         if given:  # what differs from its field's default, which is its class'; {} of mappings
             raise InputError(f"{', '.join(given)} would do nothing, as {why}: leave out what is said of it")
+
+    @property
+    def examples_a_step(self) -> int:
+        """Rows of data, or answers to them, that a step learns from."""
+        return self.batch_size
 
     def epoch_steps(self, rows: int) -> int:
         """Steps of a pass over so many rows."""
@@ -289,101 +289,6 @@ class RewardConfig(PreferenceConfig):
     center: float = setting(
         0.0, "weight of the squared sum of a pair's rewards, which holds rewards around zero; 0.01 is usual", least=0
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RLConfig(TrainingConfig):
-    """Options of reinforcement by rewards."""
-
-    title: ClassVar[str] = "reinforcement"
-    batch_size: int = setting(2, "prompts per optimizer step, each with group_size answers", least=1)
-    lr: float = setting(5e-5, "peak learning rate", positive=True)
-    schedule: Schedule = setting("constant", "learning rate after warm-up, as for fine-tuning")
-    loss: str = setting("grpo", f"one of {', '.join(POLICIES)}", metavar="NAME")
-    group_size: int = setting(8, "answers to each prompt of a step", least=1)
-    rollouts_ahead: int = setting(1, "steps whose prompts are answered at once", least=1)
-    updates: int = setting(1, "passes over the answers before new ones are made", least=1)
-    max_new_tokens: int = setting(256, "tokens an answer may have", least=1)
-    temperature: float = setting(1.0, "of sampling, and of the policy that is trained", positive=True)
-    truncated: Literal["keep", "mask"] = setting("keep", "an answer without an end: is rewarded, or teaches nothing")
-    truncated_penalty: float = setting(0.0, "what is taken off the reward of an answer without an end", least=0)
-    failed_reward: float | None = setting(None, "of an answer whose reward failed; default: it teaches nothing")
-    resample: int = setting(0, "times that prompts whose answers all earn the same are exchanged for others", least=0)
-    clip_low: float | None = setting(None, "ratios are clipped below 1 less this; default: the loss'", positive=True)
-    clip_high: float | None = setting(None, "ratios are clipped above 1 plus this; default: the loss'", positive=True)
-    clip_most: float | None = setting(None, "a worse answer's ratio counts at most this; default: all of it", least=1)
-    stray: float | None = setting(
-        None, "worse answers that lost more nats a token than this since they were drawn teach nothing", positive=True
-    )
-    baseline: Baseline | None = setting(None, "mean that is taken off a reward; default: the loss' own")
-    scale_rewards: Scale | None = setting(
-        None, "advantages are divided by the deviation of group or batch; default likewise"
-    )
-    kl: float = setting(0.0, "weight of the KL to the reference; 0: no reference", least=0)
-    kl_in: Literal["loss", "reward"] = setting("loss", "where the KL counts")
-    kl_estimator: Estimator | None = setting(None, "of the KL: default k3 in the loss, k1 in the reward")
-    kl_stop: float | None = setting(None, "the run ends when the KL of a token is above this", positive=True)
-    reference: Literal["auto", "base", "start"] = setting("auto", "what the KL compares with, as for preferences")
-    entropy_bonus: float = setting(0.0, "weight of the mean entropy of a token, which is to stay high", least=0)
-    top_entropy: float = setting(1.0, "share of the tokens that are trained: the least certain", positive=True, most=1)
-    correction: float | None = setting(
-        None, "weights for what sampling and training round otherwise, cut off at this; default: none", least=1
-    )
-    gamma: float = setting(1.0, "ppo: the discount of later tokens' rewards", positive=True, most=1)
-    lam: float = setting(0.95, "ppo: lambda of the generalised advantages", least=0, most=1)
-    value_lr: float = setting(1e-4, "ppo: the peak learning rate of the value function", positive=True)
-    value_clip: float = setting(0.2, "ppo: values move at most this in a step, for the loss", positive=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.loss not in POLICIES:
-            raise InputError(f"loss must be one of {', '.join(POLICIES)}, got {self.loss!r}")
-        taken, ppo = signature(POLICIES[self.loss].surrogate).parameters, self.loss == "ppo"
-        useless = {
-            f"the loss {self.loss} takes none": [name for name in CLIPS if name not in taken],
-            "they make advantages of rewards, and ppo's come from values": BY_GROUPS if ppo else (),
-            f"the loss {self.loss} has no value function": () if ppo else BY_VALUES,
-            "kl is 0": () if self.kl else OF_KL,
-        }
-        for why, names in useless.items():
-            self.refuse(names, why)
-        if self.group_size < 2 and (self.resample or self.way.baseline in ("group", "leave-one-out")):
-            what = "resample" if self.resample else f"a baseline of {self.way.baseline}"
-            raise InputError(
-                f"{what} compares the answers to a prompt, got group_size {self.group_size}: give 2 or more, or a "
-                "baseline of batch or none without resample"
-            )
-        if (self.kl_in, self.kl_estimator) == ("loss", "k1"):
-            raise InputError("kl_estimator k1 in the loss has the mean gradient 0: take k2 or k3, or kl_in reward")
-        if 0 < (over := (steps := self.steps or 0) % self.per_round) < self.rollouts_ahead:
-            raise InputError(
-                f"steps {steps} ends before each answer of the last round is trained once, which takes "
-                f"{self.rollouts_ahead} steps (rollouts_ahead): give {steps - over + self.rollouts_ahead}"
-            )
-
-    @property
-    def way(self) -> Policy:
-        """The loss, with what is said of it here."""
-        policy, clips = POLICIES[self.loss], {name: getattr(self, name) for name in CLIPS}
-        surrogate = partial(policy.surrogate, **{name: value for name, value in clips.items() if value is not None})
-        baseline, scale = self.baseline or policy.baseline, self.scale_rewards or policy.scale
-        return Policy(surrogate, policy.mean, baseline, scale)
-
-    @property
-    def estimator(self) -> Estimator:
-        return self.kl_estimator or ("k3" if self.kl_in == "loss" else "k1")
-
-    @property
-    def per_round(self) -> int:
-        """Optimizer steps on the answers that are made at once."""
-        return self.rollouts_ahead * self.updates
-
-    def epoch_steps(self, rows: int) -> int:
-        return super().epoch_steps(rows) * self.updates
-
-    def total_steps(self, rows: int) -> int:
-        """In whole rounds: an answer that is made is trained."""
-        return self.steps or -(-self.epochs * self.epoch_steps(rows) // self.per_round) * self.per_round
 
 
 def _steps(given: float, total: int) -> int:

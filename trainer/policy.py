@@ -10,7 +10,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,16 +33,16 @@ from ..models.foreign import as_causal_lm
 from ..models.generate import ROWS, Sampled, dense_room, sample
 from ..models.protocol import CausalLM, evaluating
 from .callbacks import Options, told
-from .config import RLConfig
 from .evaluate import check_room
 from .interrupt import Interrupt
 from .losses import policy
 from .losses.tokens import Answers, answer_scores, summed
-from .metrics import finite
+from .metrics import Display, finite
 from .planner import Case
 from .reference import Referenced
-from .rewards import Rewards, answered, rated
-from .rollouts import Drawn, Rollouts, restored
+from .rewards import RewardFunction, Rewards, answered, each, rated
+from .rl_config import RLConfig
+from .rollouts import Drawn, Rollouts, differing, restored
 from .step import StepResult, Sums
 from .trainer import Weights
 from .value import VALUE, ValueFunction
@@ -58,8 +58,9 @@ class PolicyTrainer(Referenced):
     """Trains an adapter by rewards for its answers: GRPO, RLOO, PPO and their relatives, `config.loss` says which.
 
     model: from `fourbit.load`, with an adapter, fresh or trained before. train, val: prompts; fields of a row beside
-    them go to the rewards. rewards: a `Rewards`. The rest: `Trainer`. Dropout is off: the policy that is trained is the
-    one that answers. An evaluation answers the validation prompts greedily; the best is the one of the highest reward.
+    them go to the rewards. rewards: from `rewards_of`, or f(prompt, answer, row) -> a number. The rest: `Trainer`.
+    Dropout is off: the policy that is trained is the one that answers. An evaluation answers the validation prompts
+    greedily; the best is the one of the highest reward.
     Raises InputError for rows, options or a model that cannot be trained on."""
 
     kind = "prompts"
@@ -73,11 +74,13 @@ class PolicyTrainer(Referenced):
         tokenizer: AnyTokenizer,
         *,
         config: RLConfig,
-        rewards: Rewards,
+        rewards: Rewards | RewardFunction,
         **options: Unpack[Options],
     ) -> None:
         self.compares = config.kl > 0
-        self.rewards = rewards if config.failed_reward is None else Rewards(rewards.given, config.failed_reward)
+        self.rewards = rewards if isinstance(rewards, Rewards) else Rewards({rewards.__name__: (1.0, each(rewards))})
+        if config.failed_reward is not None:
+            self.rewards = Rewards(self.rewards.given, config.failed_reward)
         self.round: Rollouts | None = None
         self.values: ValueFunction | None = None
         if config.loss == "ppo":
@@ -106,6 +109,12 @@ class PolicyTrainer(Referenced):
                 self.round = self.draw(step - place)
             if self.round is None:  # the run ends here
                 return [], []
+            if self.unrewarded >= TRIES:
+                self.round = None  # a resumed run draws it again
+                self._save()
+                what, times = self.rewards.failures.most_common(1)[0]
+                kept = ', then resume="auto" goes on where this run ends' * bool(self.progress.saved)
+                raise InputError(f"no answer of {TRIES} rounds got a reward; {times} times {what}: mend it{kept}")
         batches = self._batches(self.round, place % self.config.rollouts_ahead)
         numbers = sorted({self.round.numbers[number] for batch in batches for number in batch.numbers})
         return batches, [self.train_set.examples[i].source for i in numbers]
@@ -133,9 +142,6 @@ class PolicyTrainer(Referenced):
         self._exchange(found, first, start)
         made = Rollouts.of(first, found)
         self.unrewarded = self.unrewarded + 1 if bool(made.answers["failed"].all()) else 0
-        if self.unrewarded >= TRIES:
-            what, times = self.rewards.failures.most_common(1)[0]
-            raise InputError(f"no answer of {TRIES} rounds got a reward; {times} times {what}: mend it")
         made.rate = made.counts.sum().item() / (time.perf_counter() - begun)
         self._prepare(made)
         return made
@@ -236,7 +242,8 @@ class PolicyTrainer(Referenced):
             return found
         dense = merged_bytes(model) if found.device == "cpu" else 0
         dense *= dense <= dense_room(torch.empty(0, dtype=model.dtype), "auto", config.max_new_tokens)
-        rows, spec = min(ROWS, config.batch_size * config.group_size), model.spec
+        drawn = config.examples_a_step * config.rollouts_ahead
+        rows, spec = min(ROWS, max(drawn, len(self.val_set or ()))), model.spec
         keys = spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * bucket(max(found.sizes))
         chances = rows * model.vocab_size * (model.dtype.itemsize + 8)  # logits, and two of fp32
         return replace(found, answering=dense + 2 * keys * rows * model.dtype.itemsize + chances)
@@ -342,9 +349,12 @@ class PolicyTrainer(Referenced):
         other.values = None if self.values is None else self.values.on(model)
         return other
 
-    def course(self, *args: Any, **how: Any) -> Any:
+    def course(
+        self, interrupt: Interrupt, display: Callable[[int, int], Display] | None = None
+    ) -> Generator[list[Batch], None, None]:
+        """As `Trainer`'s."""
         self.round = None  # of a run before this one
-        return super().course(*args, **how)
+        return super().course(interrupt, display)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return super().trained_parameters() | ({} if self.values is None else self.values.parameters())
@@ -385,8 +395,3 @@ class PolicyTrainer(Referenced):
         super().load_state(state)
         own = {name.removeprefix("round."): value for name, value in state.items() if name.startswith("round.")}
         self.round = restored(own) if own else None
-
-
-def differing(rewards: Tensor) -> Tensor:
-    """[P] bool: whether the rewards that are known of a group [P, G] differ."""
-    return rewards.nan_to_num(nan=-torch.inf).amax(1) > rewards.nan_to_num(nan=torch.inf).amin(1)

@@ -123,7 +123,6 @@ def read_head(model: CausalLM, folder: str | Path) -> Tensor:
     if tensors[KEY].shape != like.shape:
         got, want = list(tensors[KEY].shape), list(like.shape)
         raise InputError(f"'{file}': the tensor '{KEY}' must be {want} for this model, got {got}: of another base")
-    head = tensors[KEY].to(like.device, like.dtype, copy=True)
-    if not bool(torch.isfinite(head).all()):
+    if not bool(torch.isfinite(tensors[KEY]).all()):
         raise InputError(f"'{file}': the tensor '{KEY}' holds NaN or infinity")
-    return head
+    return tensors[KEY].to(like.device, like.dtype, copy=True)

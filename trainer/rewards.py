@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +21,8 @@ from ..data.batch import Encoded, Example
 from ..data.protocol import TokenizerLike
 from ..errors import EnvironmentProblem, InputError, shown
 from ..lora.active import using
-from ..lora.peft_files import load_adapter
+from ..lora.linear4bit import Module4bit
+from ..lora.peft_files import load_adapter, trained_base
 from ..models.generate import Sampled
 from ..models.protocol import CausalLM
 from .evaluate import Match, matches
@@ -30,7 +32,7 @@ LARGEST = 1e9  # of a reward, either way: squares of what is beyond it would not
 EXPECTED = ("answer", "completion", "output", "expected", "solution", "ground_truth")  # fields of a row, first found
 NUMBER = re.compile(r"(?:(?<!\d)[-+])?\d+(?:,\d{3})*(?:\.\d+)?")
 KINDS_OF_FAILURES = 20  # that are told apart: a message may hold the answer
-RewardFunction = Callable[[str, str, Mapping[str, Any]], Any]  # prompt, answer, row -> a number
+RewardFunction = Callable[[str, str, dict[str, object]], object]  # prompt, answer, row -> a number
 
 
 class Failed(Exception):
@@ -60,7 +62,7 @@ def rated(prompt: Sequence[int], answer: Sequence[int]) -> Example:
     return Example((Encoded([*prompt, *answer], [False] * len(prompt) + [True] * len(answer)),), label=True)
 
 
-Judge = Callable[[Sequence[Answered]], Sequence[Any]]  # a number or a `Failed` for each
+Judge = Callable[[Sequence[Answered]], Sequence[object]]  # a number or a `Failed` for each
 
 
 Earned = dict[str, float]  # by an answer: `reward/NAME` from each source, NaN where it failed, and their sum, `reward`
@@ -108,11 +110,11 @@ def number(value: object) -> float:
 def each(function: RewardFunction) -> Judge:
     """A judge of one's own function, which runs in this process: f(prompt, answer, row)."""
 
-    def judge(answers: Sequence[Answered]) -> list[Any]:
-        made = list[Any]()
+    def judge(answers: Sequence[Answered]) -> list[object]:
+        made = list[object]()
         for one in answers:
             try:
-                made.append(function(one.prompt, one.answer, one.row))
+                made.append(function(one.prompt, one.answer, dict(one.row)))
             except Failed as why:
                 made.append(why)
             except Exception as error:
@@ -133,14 +135,21 @@ def by_model(scores: RewardModel, adapter: str) -> Judge:
 
 
 def rewards_of(
-    specs: Sequence[str], model: CausalLM, *, seconds: float = 10.0, failed: float | None = None, force: bool = False
+    specs: Sequence[str],
+    model: CausalLM,
+    *,
+    seconds: float = 10.0,
+    failed: float | None = None,
+    force: bool = False,
+    tell: Callable[[str], object] = warnings.warn,
 ) -> Rewards:
     """Rewards as texts name them, each NAME or NAME=WEIGHT: a check (`check`), FILE.py:FUNCTION, or the folder of a
-    reward model, whose adapter is put on the model, frozen and not active. seconds: what a call of a function may take.
-    Raises InputError for a name that is none of these, or comes twice."""
+    reward model, whose adapter is put on the model, frozen and not active; force, tell: as `load_adapter` has them.
+    seconds: what a call of a function may take. failed: as `Rewards`. Raises InputError for a name that is none of
+    these, or comes twice, and for a reward model of another base, or with 4-bit codes of its own."""
     given = dict[str, tuple[float, Judge]]()
     for spec in specs:
-        name, weight = (spec, 1.0) if (Path(spec) / HEAD).is_file() else weighed(spec)
+        name, weight = named(spec)
         file, _, function = name.rpartition(":")
         if (found := check(name)) is not None:
             judge = each(found)
@@ -148,8 +157,14 @@ def rewards_of(
             judge = Worker(file, function, seconds)
         elif (Path(name) / HEAD).is_file():
             own = f"reward-{len(given) + 1}"
-            head = read_head(model, name)
-            load_adapter(model, name, name=own, trainable=False, force=force)
+            head, identity = read_head(model, name), trained_base(Path(name))
+            packed = any(isinstance(module, Module4bit) for module in model.modules())
+            if packed and identity is not None and identity.start:
+                raise InputError(
+                    f"reward {name} began as start={identity.start!r} on 4-bit codes of its own, and the policy has "
+                    "others: train it with the default start, or give a base that is not in 4 bits (quant_type=None)"
+                )
+            load_adapter(model, name, name=own, trainable=False, force=force, tell=tell)
             judge = by_model(RewardModel(model, head), own)
         else:
             known = ", ".join([*COMPARED, *(f"{each}:..." for each in ALONE), f"{LAST_LINE}CHECK"])
@@ -163,6 +178,18 @@ def rewards_of(
     if given and not any(weight for weight, _ in given.values()):
         raise InputError("every reward has weight 0, so nothing is earned: give one of them a weight")
     return Rewards(given, failed)
+
+
+def named(spec: str) -> tuple[str, float]:
+    """What a reward's text names, and its weight."""
+    return (spec, 1.0) if (Path(spec) / HEAD).is_file() else weighed(spec)
+
+
+def files_of(specs: Sequence[str]) -> list[Path]:
+    """The files of functions and the folders of reward models that the texts of rewards name."""
+    names = [named(spec)[0] for spec in specs]
+    places = [Path(file if (file := name.rpartition(":")[0]).endswith(".py") else name) for name in names]
+    return [place for place in places if place.suffix == ".py" or (place / HEAD).is_file()]
 
 
 def weighed(spec: str) -> tuple[str, float]:

@@ -52,11 +52,14 @@ class Rollouts:
         return cls(first, numbers, ids, counts, {"sampled": sampled}, answers)
 
     def state(self) -> dict[str, Tensor]:
-        """All of it as tensors by name, for `restored`."""
+        """All of it as tensors by name, for `restored`; with masks of what is no number, as a reward that failed, since
+        checkpoints hold no NaN."""
         own = {"first": torch.tensor(self.first), "numbers": torch.tensor(self.numbers), "counts": self.counts}
         own |= {"ids": torch.tensor([*chain(*self.ids)]), "lengths": torch.tensor([*map(len, self.ids)])}
         for table in ("tokens", "answers"):
-            own |= {f"{table}.{name}": tensor for name, tensor in getattr(self, table).items()}
+            for name, tensor in getattr(self, table).items():
+                own[f"{table}.{name}"], missing = tensor.nan_to_num(), tensor.isnan()
+                own |= {f"missing.{table}.{name}": missing} if missing.any() else {}
         return own
 
 
@@ -66,6 +69,12 @@ def restored(state: Mapping[str, Tensor]) -> Rollouts:
     made = Rollouts(int(state["first"]), state["numbers"].tolist(), ids, state["counts"])
     for name, tensor in state.items():
         table, _, key = name.partition(".")
-        if key:
-            getattr(made, table)[key] = tensor
+        if table in ("tokens", "answers"):
+            missing = state.get(f"missing.{name}")
+            getattr(made, table)[key] = tensor if missing is None else tensor.masked_fill(missing, torch.nan)
     return made
+
+
+def differing(rewards: Tensor) -> Tensor:
+    """[P] bool: whether the rewards that are known of a group [P, G] differ."""
+    return rewards.nan_to_num(nan=-torch.inf).amax(1) > rewards.nan_to_num(nan=torch.inf).amin(1)

@@ -3,11 +3,13 @@
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fourbit.cli import generate
 from fourbit.cli.main import main
 
 Typed = Callable[..., str]
@@ -46,3 +48,10 @@ def as_json(typed: Typed) -> Callable[[str], dict[str, Any]]:
         return values
 
     return run
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers whose last token counts as their end: a tiny model seldom draws one."""
+    made = generate.sample_each
+    monkeypatch.setattr(generate, "sample_each", lambda *a, **k: (replace(one, ended=True) for one in made(*a, **k)))

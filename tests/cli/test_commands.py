@@ -236,6 +236,7 @@ def _expected(folder: Path, text: str) -> str:
     return tokenizer.decode(ids, skip_special=False)
 
 
+@pytest.mark.usefixtures("ended")
 def test_generate_keeps_the_best_of_several_as_rows_to_learn_from(here: Path, typed: Typed) -> None:
     (here / "score.py").write_text("def score(prompt, answer, row):\n    return answer.count(row['letter'])\n")
     talks = [{"messages": [{"role": "user", "content": "a" * i}], "letter": "b"} for i in range(1, 9)]
@@ -261,6 +262,7 @@ def test_generate_keeps_the_best_of_several_as_rows_to_learn_from(here: Path, ty
     assert "temperature 0 gives equal ones" in typed(f"{GENERATE} --n 2 --overwrite", code=2)
 
 
+@pytest.mark.usefixtures("ended")
 def test_what_generate_keeps_to_learn_from_can_be_read(
     here: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,10 +277,17 @@ def test_what_generate_keeps_to_learn_from_can_be_read(
     kinds: dict[str, Any] = {"best": "sft", "pairs": "pairs"}
     for keep, kind in kinds.items():
         told = typed(f"{line} --keep {keep}")
-        assert "answers are left out: empty, or they spell" in told
+        assert "answers are left out: cut off at max_new_tokens, empty, or they spell" in told
         rows = load_rows([str(here / "answers.jsonl")], tokenizer, kind)
         assert len(rows) == len(samples_of([str(here / "prompts.jsonl")], "prompts"))
         assert all("fair" in example.parts[0].text for example in rows.examples)
+
+
+def test_answers_that_were_cut_off_are_no_rows_to_learn_from(here: Path, typed: Typed) -> None:
+    (here / "score.py").write_text("def score(prompt, answer, row):\n    return len(answer)\n")
+    (here / "prompts.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    told = typed(f"{GENERATE} --n 4 --temperature 0.1 --reward score.py:score --keep best --overwrite")
+    assert "8 answers are left out: cut off" in told and not (here / "answers.jsonl").read_text()
 
 
 def test_generate_leaves_no_half_file(here: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:

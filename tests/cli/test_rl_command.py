@@ -51,6 +51,12 @@ WRONG = {  # what is typed wrong, what is said of it, and what is typed then
     "ppo alone": ("--reward exact --lam 0.5", "no value function: leave out", "--reward exact --loss ppo --lam 0.5"),
     "ppo's baseline": ("--reward exact --loss ppo --baseline batch", "from values: leave out",
                        "--reward exact --loss ppo"),
+    "a scale of nothing": ("--reward exact --baseline batch --scale-rewards group", "give batch or none, or none of",
+                           "--reward exact --baseline batch --scale-rewards batch"),
+    "whole answers": ("--reward exact --loss gspo --top-entropy 0.5", "as the loss gspo has one ratio an answer",
+                      "--reward exact --loss dapo --top-entropy 0.5"),
+    "a pass of too many": ("--reward exact --micro-batch 5", "splits the 4 examples of a step",
+                           "--reward exact --micro-batch 4"),
     "dropout": ("--reward exact --dropout 0.1", "got 0.1: leave it out", "--reward exact"),
     "a round cut off": ("--reward exact --rollouts-ahead 3", "(rollouts_ahead): give 3",
                         "--reward exact --rollouts-ahead 3 --steps 3"),
@@ -86,6 +92,36 @@ def test_a_reward_model_judges_answers_alike_however_they_were_generated(asked: 
     assert [row["answer"] for row in found[0]] == [row["answer"] for row in found[1]]
     rewards = [[row["reward"] for row in rows] for rows in found]
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-4) and len({*rewards[0]}) > 6
+    assert "MiB" in typed(f"{RL} --adapter run --reward judge --out rl --dry-run")
+    told = typed("distill --model m --teacher m --teacher-adapter run --data shown.jsonl --out d --dry-run")
+    assert "MiB" in told  # the same kind: an adapter of another role on a model without numbers
+    assert "which is read" in typed(f"{RL} --adapter run --reward judge --out judge", code=2)
+    template = (asked / "judge" / "chat_template.jinja").read_text()
+    (asked / "judge" / "chat_template.jinja").write_text("{{ 'Q: ' }}" + template)
+    assert "judge was trained with another template" in typed(f"{RL} --adapter run --reward judge --out rl")
+
+
+def test_a_reward_model_with_codes_of_its_own_says_what_works(asked: Path, typed: Any) -> None:
+    (asked / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4)
+    typed("reward --model m --data pairs.jsonl --steps 1 --batch-size 2 --rank 2 --start pissa --out judge")
+    told = typed(f"{RL} --reward judge --out rl", code=2)
+    assert "began as --start pissa on 4-bit codes" in " ".join(told.split()) and "(--quant none)" in told
+    typed(f"{RL} --reward judge --quant none --out rl")
+
+
+def test_a_run_whose_rewards_fail_keeps_what_it_learned(asked: Path, typed: Any) -> None:
+    """Some that fail hinder no checkpoint; three rounds without one save before they end the run."""
+    text = "calls = []\ndef score(p, a, r):\n    calls.append(1)\n"
+    text += "    return len(a) if len(calls) % 3 and len(calls) < {} else None\n"
+    (asked / "most.py").write_text(text.format(9))
+    line = RL.replace("--steps 2", "--steps 8")
+    told = typed(f"{line} --reward most.py:score --out run", code=2)
+    assert "most.py:score: gave None, which is no number: mend it, then --resume auto goes on" in " ".join(told.split())
+    (asked / "most.py").write_text(text.format(1000))
+    typed(f"{line} --reward most.py:score --out run --resume auto")
+    steps = [json.loads(line)["step"] for line in (asked / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [*range(1, 9)]
+    assert (asked / "run" / "adapter_model.safetensors").exists()
 
 
 def test_the_dropout_of_a_loaded_adapter_is_said_to_be_off(asked: Path, typed: Any) -> None:
@@ -96,6 +132,7 @@ def test_the_dropout_of_a_loaded_adapter_is_said_to_be_off(asked: Path, typed: A
         assert ("dropout is off in reinforcement" in told) == said
 
 
+@pytest.mark.usefixtures("ended")
 def test_online_dpo_is_the_loop_that_the_docs_show(asked: Path, typed: Any) -> None:
     """The shell writes its commands down, and they run here: the tokens are few, and a check that such a model passes
     now and then stands for `number`."""

@@ -95,7 +95,7 @@ def test_what_cannot_work_is_refused(go: Go, adapter: str, command: str, flags: 
         ("--val 4%", "a share of 4.0000% of 22 rows for validation is less than a row on one side"),
         ("--val 96%", "each side needs 4.55% at least; or give validation rows of their own"),
         ("--train-tokens <tool>", "train_tokens '<tool>' is no token of this model: give some that it has"),
-        ("--micro-batch 9", "--micro-batch splits a batch, and is 9 for a batch_size of 8"),
+        ("--micro-batch 9", "--micro-batch splits the 8 examples of a step"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_model_is_read(

@@ -16,10 +16,10 @@ from fourbit.models.decoder import Decoder
 from fourbit.models.families import read_spec
 from fourbit.models.save import save_model
 from fourbit.trainer.checkpoint import load_checkpoint
-from fourbit.trainer.config import RLConfig
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.policy import PolicyTrainer
 from fourbit.trainer.rewards import Rewards, each
+from fourbit.trainer.rl_config import RLConfig
 
 WORDS = ["ab", "c", "def", "gh", "i", "jkl", "m", "nopq", "rs", "t"]
 TIMED = ("tokens_per_second", "rss_anon", "rollout_tokens_per_second")  # what two equal runs may differ in

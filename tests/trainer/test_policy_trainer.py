@@ -19,7 +19,6 @@ from fourbit.lora.layer import adapter_parameters
 from fourbit.lora.merge import merging
 from fourbit.models.generate import sample
 from fourbit.models.protocol import evaluating
-from fourbit.trainer.config import RLConfig
 from fourbit.trainer.interrupt import interrupts
 from fourbit.trainer.losses import policy
 from fourbit.trainer.losses.policy import POLICIES
@@ -27,7 +26,8 @@ from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.policy import PolicyTrainer
 from fourbit.trainer.reward_model import RewardModel
 from fourbit.trainer.rewards import Answered, Rewards, each, rewards_of
-from fourbit.trainer.rollouts import restored
+from fourbit.trainer.rl_config import RLConfig
+from fourbit.trainer.rollouts import differing, restored
 
 TRAINER, CONFIG = PolicyTrainer, RLConfig  # for `trainer_for`
 SMALL = {"max_new_tokens": 6, "group_size": 4, "batch_size": 2}
@@ -65,8 +65,9 @@ def test_an_untrained_model_learns_the_letter_that_earns(trainer_for, tiny_folde
 
 @pytest.mark.parametrize("loss", POLICIES)
 def test_every_loss_starts_at_ratio_1_and_kl_0_and_moves_the_policy(trainer_for, tiny_folder, rows, tmp_path, loss):
-    more = {"steps": 4, "rollouts_ahead": 2, "updates": 2, "kl": 0.05, "b_seed": 1, "top_entropy": 0.9}
+    more = {"steps": 4, "rollouts_ahead": 2, "updates": 2, "kl": 0.05, "b_seed": 1}
     more |= {"entropy_bonus": 0.01, "dropout": 0.3, "lr": 1e-3}
+    more |= {} if loss in ("gspo", "luspo", "rloo") else {"top_entropy": 0.9}
     trainer = trainer_for(
         tiny_folder, rows, tmp_path, rewards=given(lambda p, a, r: len(set(a))), **SMALL, **more, loss=loss
     )
@@ -242,6 +243,13 @@ def test_a_reward_model_on_the_same_base_judges_as_by_itself(adapted, tiny_folde
         ({"kl": 0.1, "kl_estimator": "k1"}, "mean gradient 0"),
         ({"loss": "sapo", "clip_low": 0.1}, "clip_low would do nothing, as the loss sapo takes none"),
         ({"loss": "ppo", "baseline": "batch"}, "ppo's come from values"),
+        (
+            {"loss": "gspo", "top_entropy": 0.2},
+            "top_entropy would do nothing, as the loss gspo has one ratio",
+        ),
+        ({"baseline": "batch", "scale_rewards": "group"}, "give batch or none, or none of them"),
+        ({"baseline": "none", "scale_rewards": "batch"}, "a baseline of none leaves them above 0 there: give none"),
+        ({"micro_batch": 17}, "micro_batch splits the 16 examples of a step"),
         ({"lam": 0.5}, "lam would do nothing, as the loss grpo has no value function"),
         ({"steps": 9, "rollouts_ahead": 4, "updates": 2}, "each answer of the last round.*give 12$"),
         (
@@ -253,6 +261,17 @@ def test_a_reward_model_on_the_same_base_judges_as_by_itself(adapted, tiny_folde
 def test_settings_that_cannot_work_together_are_refused(options, why):
     with pytest.raises(InputError, match=why):
         RLConfig(out="x", **options)
+
+
+@pytest.mark.parametrize("loss", [loss for loss in POLICIES if loss != "ppo"])
+@pytest.mark.parametrize("baseline", [None, "group", "batch", "none"])
+def test_answers_that_earn_the_same_have_no_advantage_that_explodes(loss, baseline):
+    """Whatever mean is taken off, a group without a deviation is not divided by it: at most n - 1 deviations."""
+    way = RLConfig(out="x", loss=loss, baseline=baseline, micro_batch=16).way
+    rewards = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
+    for given in (rewards, torch.ones(2, 4), torch.ones(8, 1)):
+        if given.shape[1] > 1 or way.baseline not in ("group", "leave-one-out"):
+            assert policy.advantages(given, way.baseline, way.scale).abs().max() < given.numel()
 
 
 @pytest.mark.parametrize("spec, why", [
@@ -273,6 +292,10 @@ def test_checkpoints_hold_the_round_as_plain_tensors(trainer_for, tiny_folder, r
     assert again.numbers == made.numbers and torch.equal(again.counts, made.counts)
     assert again.ids == made.ids and all(again.ids)
     assert again.tokens.keys() == made.tokens.keys() and again.answers.keys() == made.answers.keys()
+    made.answers["reward"][2] = made.answers["reward/e"][2] = math.nan  # its reward failed
+    state, again = made.state(), restored(made.state())
+    assert all(value.isfinite().all() for value in state.values())
+    assert all(torch.equal(again.answers[name].isnan(), made.answers[name].isnan()) for name in made.answers)
 
 
 def test_layers_that_run_again_draw_no_dropout(trainer_for, tiny_folder, rows, tmp_path):
@@ -314,6 +337,10 @@ def test_answering_is_foreseen_too(trainer_for, tiny_folder, rows, tmp_path, mon
     phase = lambda case: case.forecast().phases["answering"]
     assert phase(small)["activations"] == small.answering > held > 0
     assert many.answering > small.answering and not phase(small)["gradients"]
+    one = make(batch_size=1)
+    assert one.answering < small.answering  # of four answers; rounds of two steps and evaluations draw more
+    assert make(batch_size=1, rollouts_ahead=2, steps=2).answering == small.answering
+    assert make(batch_size=1, val=rows).answering > small.answering
     monkeypatch.setattr("fourbit.models.generate.memory_free", lambda device: held)
     assert make().answering == small.answering - held
     assert max(small.ways(["products"]).values()) >= sum(phase(small).values())
@@ -365,9 +392,28 @@ def test_answers_that_strayed_teach_nothing(trainer_for, tiny_folder, rows, tmp_
         assert bool(trainer.sums(batch).loss) != bool(worse[[*batch.numbers]].all())
 
 
-def test_only_known_rewards_make_a_signal():
-    from fourbit.trainer.policy import differing
+def test_tokens_that_strayed_are_found_under_any_padding():
+    """With advantages of tokens, as PPO's: those below 0 of an answer that lost more than it may."""
+    logps, old = torch.tensor([[-9.0, -9.0, -9.0, 0.0]]), torch.zeros(1, 4)
+    advantages, counts = torch.tensor([[-1.0, 2.0, -1.0, 0.0]]), torch.tensor([[True, True, True, False]])
+    for width in (3, 4):
+        part = [each[:, :width] for each in (logps, old, advantages, counts)]
+        far = policy.strayed(policy.Rollouts(*part), part[1], 8.0)
+        assert far.tolist() == [[True, False, True, False][:width]]
+        assert not policy.strayed(policy.Rollouts(*part), part[1], 9.5).any()
 
+
+def test_a_ratio_is_bounded_where_the_advantage_is_below_0_alone():
+    logps = torch.full((2, 1), 2.0, dtype=torch.float64, requires_grad=True)
+    old, advantages = torch.zeros(2, 1).double(), torch.tensor([[1.0], [-1.0]]).double()
+    rollouts = policy.Rollouts(logps, old, advantages, torch.ones(2, 1).bool())
+    losses = RLConfig(out="x", loss="reinforce", clip_most=3).way.surrogate(rollouts)
+    losses.sum().backward()
+    all_of_it = pytest.approx(-math.exp(2))
+    assert losses.tolist() == [[all_of_it], [3.0]] and logps.grad.tolist() == [[all_of_it], [0.0]]
+
+
+def test_only_known_rewards_make_a_signal():
     nan = float("nan")
     rewards = torch.tensor([[1.0, 1.0, nan], [1.0, 2.0, nan], [nan, nan, nan], [0.0, 0.0, 0.0], [0.5, nan, nan]])
     assert differing(rewards).tolist() == [False, True, False, False, False]

@@ -279,5 +279,5 @@ def test_what_passes_reaches_the_full_rate_and_decays_as_told(rows, batch, steps
 
 
 def test_a_micro_batch_is_no_larger_than_its_batch():
-    with pytest.raises(InputError, match="micro_batch splits a batch, and is 9 for a batch_size of 8"):
+    with pytest.raises(InputError, match="micro_batch splits the 8 examples of a step \\(batch_size\\), got 9"):
         rules(micro_batch=9)

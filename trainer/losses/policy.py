@@ -70,12 +70,14 @@ def clipped(
     arXiv 1912.09729). level "mean": GSPO, r = (π(y) / π_old(y))^(1/|y|) (Zheng et al. 2025, arXiv 2507.18071);
     "answer": RLOO, r = π(y) / π_old(y) (Ahmadian et al. 2024, arXiv 2402.14740)."""
     ratio = safe_exp(rollouts.log_ratio(level))
-    bounded = ratio if clip_most is None else ratio.clamp(max=clip_most)
-    loss = -bounded * rollouts.advantages
+    loss = -ratio * rollouts.advantages
     clip_high = clip_low if clip_high is None else clip_high
     if clip_high is not None:
         inside = ratio.clamp(None if clip_low is None else 1 - clip_low, 1 + clip_high)
         loss = torch.maximum(loss, -inside * rollouts.advantages)
+    if clip_most is not None:
+        most = torch.minimum(loss, -clip_most * rollouts.advantages)
+        loss = torch.where(rollouts.advantages < 0, most, loss)
     return loss.expand_as(rollouts.logps)
 
 
@@ -149,11 +151,11 @@ def importance(trained: Tensor, sampled: Tensor, most: float = 2.0) -> Tensor:
 
 
 def strayed(rollouts: Rollouts, sampled: Tensor, most: float) -> Tensor:
-    """[N, 1] bool: answers with a negative advantage whose mean log(μ / π) a token is above `most`, which then teach
-    nothing. DeepSeek-V3.2, 2025, arXiv 2512.02556."""
+    """[N, L] bool, or [N, 1] as the advantages are: those below 0 of answers whose mean log(μ / π) a token is above
+    `most`, which then teach nothing. DeepSeek-V3.2, 2025, arXiv 2512.02556."""
     gap = torch.where(rollouts.counts, sampled - rollouts.logps.detach(), 0.0).sum(1, keepdim=True)
     far = gap / rollouts.counts.sum(1, keepdim=True).clamp(min=1) > most
-    return far & (rollouts.advantages < 0).all(1, keepdim=True)
+    return far & (rollouts.advantages < 0)
 
 
 def uncertain(entropy: Tensor, counts: Tensor, share: float) -> Tensor:
@@ -243,3 +245,25 @@ POLICIES = {
     "reinforce": Policy(partial(clipped, clip_low=None), "sum", "batch", "none"),
     "ppo": Policy(clipped, "token", "none", "none"),
 }
+SPREADS: dict[Baseline, tuple[Scale, ...]] = {
+    "group": ("group", "batch", "none"),
+    "leave-one-out": ("group", "batch", "none"),
+    "batch": ("batch", "none"),
+    "none": ("none",),
+}
+"""By baseline the scales that it may have: where the deviation is 0, so is what is left of each reward."""
+
+
+def way_of(name: str, baseline: Baseline | None = None, scale: Scale | None = None, **clips: float | None) -> Policy:
+    """The policy of that name, with what of it is said otherwise. Raises ValueError for a scale that would divide by
+    nearly 0 what another mean has left."""
+    own = POLICIES[name]
+    surrogate = partial(own.surrogate, **{clip: value for clip, value in clips.items() if value is not None})
+    spreads = SPREADS[baseline := baseline or own.baseline]
+    scale = scale or (own.scale if own.scale in spreads else spreads[0])
+    if scale not in spreads:
+        raise ValueError(
+            f"scale_rewards {scale} divides by a deviation that is 0 where rewards are equal, and a baseline of "
+            f"{baseline} leaves them above 0 there: give {' or '.join(spreads)}, or none of them"
+        )
+    return Policy(surrogate, own.mean, baseline, scale)
