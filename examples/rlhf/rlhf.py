@@ -102,8 +102,9 @@ def draw(courses: dict[str, list[Row]], picture: Path) -> None:
     answers drawn in training too."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(10, 6), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
+    below.xaxis.get_major_locator().set_params(integer=True)
     for name, course in courses.items():
         steps = [one["step"] for one in course]
         above.plot(steps[1:], [one["said"] for one in course[1:]], marker="o", label=name)
@@ -115,7 +116,7 @@ def draw(courses: dict[str, list[Row]], picture: Path) -> None:
     below.set_xlabel("step of reinforcement")
     for axes in (above, below):
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(picture, dpi=120)
 
 
