@@ -94,6 +94,7 @@ def _answer(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], options: O
     decode = partial(tokenizer.decode, skip_special=False)  # what the model writes, it reads again
     stream = Stream(decode, lambda text: print(visible(text), end="", flush=True))
     how = {"stop_ids": tokenizer.stop_ids, "seed": options.seed, "max_length": most, **options.sampling()}
+    how["keep_dense"] = options.keep_dense
     try:
         generate(model, [prompt], on_token=stream.add, **how)
     except KeyboardInterrupt:

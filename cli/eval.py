@@ -45,6 +45,8 @@ class Options(FileOptions, RowOptions, AnsweringOptions):
         super().__post_init__()
         if self.match == "none" and self.answers is not None:
             raise InputError(f"answers {self.answers} would stay empty: match none writes none; leave one of them out")
+        if self.answers is None and (given := [name for name in ("resume", "overwrite") if getattr(self, name)]):
+            raise InputError(f"{given[0]} is about a file of answers: give answers, or leave it out")
         if not self.base and self.adapter is None:
             raise InputError("base is off, and there is no adapter: nothing is left to measure; leave --no-base out")
 
@@ -85,7 +87,7 @@ def _run(options: Options, measured: Sequence[str], outputs: Mapping[str, Output
             loss = evaluate_loss(model, rows.examples)
         metrics = {"loss": loss, "perplexity": perplexity(loss)}
         if asked and options.match != "none":
-            sizes = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
+            sizes: Any = {name: getattr(options, name) for name in ("max_new_tokens", "batch_size", "keep_dense")}
             answers = _kept(outputs[name], asked, options.match) if name in outputs else []
             left = asked[len(answers) :]
             together = min(options.batch_size, len(left))

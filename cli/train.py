@@ -257,7 +257,7 @@ def _datasets(options: TrainOptions, tokenizer: Tokenizer, template: ChatTemplat
     if not options.data:  # of fourbit plan: the second half of each row is an answer
         lengths: list[int] = options.tokens()  # type: ignore[attr-defined]  # fourbit plan's, which alone needs no data
         each = enumerate(lengths * options.batch_size)  # other tokens in each: a common beginning would run once
-        rows = [Example((Encoded([number % 256] * n, [2 * i >= n for i in range(n)]),)) for number, n in each]
+        rows = [Example((Encoded([number] * n, [2 * i >= n for i in range(n)]),)) for number, n in each]
         return Dataset("sft", rows), None
     with working("reading data"):
         train, val = load_rows(options, tokenizer, options.data, kind, template=template), None
@@ -351,7 +351,8 @@ def _finished(options: TrainOptions, outcome: TrainResult, seconds: float, fores
         rows.append((f"validation {what}", ", ".join(found)))
     if outcome.skipped_steps:
         rows.append(("skipped steps", f"{outcome.skipped_steps} (NaN or infinity in loss or gradient)"))
-    memory = f"{outcome.peak_bytes / 2**30:.2f} GiB beside the weights at the peak, {foreseen / 2**30:.2f} foreseen"
+    memory = f"{outcome.peak_bytes / 2**30:.2f} GiB beside the weights at the peak"
+    memory += f", {foreseen / 2**30:.2f} foreseen" * bool(foreseen)
     rows += [("memory", memory)] * bool(outcome.peak_bytes)
     rows += [("model" if options.whole else "adapter", str(outcome.out)), ("metrics", f"{outcome.out}/metrics.jsonl")]
     rows += [("curves", f"{outcome.out}/loss.png"), ("try it", _try_it(options))]

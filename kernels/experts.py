@@ -13,6 +13,7 @@ from torch import Tensor
 from . import dispatch
 from .lora_paths import WHOLE
 
+PLAIN = Tensor.__torch_function__, torch.nn.Parameter.__torch_function__  # of classes; a mode around changes nothing
 Decode = Callable[[Any, torch.dtype], Tensor]  # what an index takes of [E, K, M], decoded in that dtype; of None all
 
 
@@ -20,11 +21,11 @@ def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """y [N, M] in x's dtype, whose rows between ends[e - 1] and ends[e] are those of x [N, K] times matrices[e] [K, M].
 
     ends: int32 [E]; rows after the last end are 0. Gradients flow to x and to the matrices."""
-    if torch.overrides.has_torch_function_unary(matrices):  # they make the product, from 4 bits or with adapters
+    if type(matrices).__torch_function__ not in PLAIN:  # they make the product, from 4 bits or with adapters
         return torch._grouped_mm(x, matrices, offs=ends)
     if _in_one_launch(x, ends) and all(size % 8 == 0 for size in matrices.shape[1:]):  # rows of whole 16 bytes
         return torch._grouped_mm(x, matrices.to(x.dtype), offs=ends)
-    parts = x.tensor_split(ends.tolist())
+    parts = x.tensor_split(_stops(x, ends))
     made = [part @ matrix for part, matrix in zip(parts, matrices.to(x.dtype).unbind(0), strict=False)]
     return torch.cat([*made, parts[-1].new_zeros(len(parts[-1]), matrices.shape[2])])
 
@@ -38,7 +39,7 @@ class GroupedFrozen(torch.autograd.Function):
         ctx.of = decode, shape
         if _in_one_launch(x, ends):
             return torch._grouped_mm(x.contiguous(), decode(None, x.dtype), offs=ends)
-        stops = ends.tolist()
+        stops = _stops(x, ends)
         y, step = x.new_empty(len(x), shape[2]), max(1, WHOLE // max(1, shape[1] * shape[2]))  # small ones at once
         for first in range(0, shape[0], step):
             starts = ([0, *stops])[first : first + step + 1]
@@ -54,6 +55,11 @@ class GroupedFrozen(torch.autograd.Function):
         (decode, (e, k, m)), kept = ctx.of, ctx.saved_tensors
         turned: Decode = lambda i, dtype: decode(i, dtype).mT  # noqa: E731  # typed
         return GroupedFrozen.apply(g, turned, (e, m, k), *kept), None, None, *[None] * len(kept)
+
+
+def _stops(x: Tensor, ends: Tensor) -> list[int]:
+    """`ends` on the host; on meta, where a forecast asks for sizes alone, equal parts."""
+    return [len(x) * i // len(ends) for i in range(1, len(ends) + 1)] if ends.is_meta else ends.tolist()
 
 
 def _in_one_launch(x: Tensor, ends: Tensor) -> bool:

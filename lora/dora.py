@@ -75,7 +75,7 @@ class DoRA(LoRA):
         inference mode, which count no changes, it is made each time.
         """
         tensors = cast(Tensor, base.packed if isinstance(base, Module4bit) else base._parameters.get("weight")), *others
-        with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.lora_A.device.type.replace("meta", "cpu"), enabled=False):
             if torch.compiler.is_compiling() or any(type(t) is not nn.Parameter or t.is_inference() for t in tensors):
                 return make(base)
             marks = [(getattr(base, "dtype", None), t._version, t.data_ptr(), t.device, t.dtype) for t in tensors]

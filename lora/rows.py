@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, shown
 from ..kernels.derivatives import transformed
+from ..kernels.dispatch import bucketed
 from ..kernels.lora_rows import Place, lora_rows
 from .active import switched
 from .adapter import Adapter, is_hooked
@@ -61,6 +62,7 @@ class Rows(ByRows):
     def __init__(self, numbers: Tensor, names: list[str]) -> None:
         super().__init__({names[i]: 1.0 for i in numbers.unique().tolist() if names[i]})
         self.numbers, self.places = numbers, dict[str, Place]()  # and where each adapter's rows lie
+        self.names, self.longer = names, dict[int, Rows]()  # by length: the same for rows that are padded behind
         indices = [(numbers.flatten() == i).nonzero().flatten() for i in range(len(names))]
         for name, index in zip(names, indices, strict=True):
             if len(index):
@@ -75,6 +77,10 @@ class Rows(ByRows):
             return cast(Tensor, layer.base(*args, **kwargs))
         x: Any = (*args, *kwargs.values())[0] if len(args) + len(kwargs) == 1 else None
         shape, (n, *t), conv = list(getattr(x, "shape", ())), self.numbers.shape, conv_kind(layer.base)
+        if t and len(shape) == 3 and n == 1 and t[0] != shape[1] == bucketed(t[0], x):
+            more = self.numbers[:, -1:].expand(-1, shape[1] - t[0])
+            longer = self.longer.setdefault(shape[1], Rows(torch.cat([self.numbers, more], 1), self.names))
+            return longer.output(layer, *args, **kwargs)
         dims = cast(Tensor, layer.base.weight).dim() if conv else 3 if shape and x.is_floating_point() else 2
         if len(shape) < dims or shape[0] != n or (t and (conv or shape[1] != t[0])):
             raise InputError(

@@ -288,7 +288,7 @@ def _logits(head: nn.Module, states: Tensor) -> Tensor:
     """The head's output [B, V]. A plain one of fp32 on a CPU takes a third to two thirds of its time where a few rows
     are columns, and more of them are oneDNN's."""
     if len(states) == 1 or is_hooked(head) or states.dtype != torch.float32 or not can_pack([head]):
-        logits: Tensor = head(states)
+        logits: Tensor = head(states[:, None])[:, 0]  # [B, 1, D], as the adapters of rows know whose they are
         return logits
     weight, bias = cast(nn.Linear, head).weight, cast(nn.Linear, head).bias
     few = len(states) <= FEW and bias is None

@@ -107,6 +107,7 @@ COMMANDS = [
          f"{DISTILL} --teacher m --sft-weight 0.5"),
     case("cli/eval.py", "leave one of them out", f"{EVAL} --match none --answers a",
          f"{EVAL} --match none", f"{EVAL} --answers a"),
+    case("cli/eval.py", "give answers, or leave it out", f"{EVAL} --resume", EVAL),
     case("cli/eval.py", "leave --no-base out", f"{EVAL} --no-base", EVAL),
     case("cli/eval.py", "give a file, or no-base", f"{EVAL} --adapter run --answers -",
          f"{EVAL} --adapter run --answers a", f"{EVAL} --adapter run --answers - --no-base"),

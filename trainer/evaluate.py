@@ -16,7 +16,7 @@ from ..data.template import TemplateChoice, template_for
 from ..errors import InputError, shown
 from ..models.finite import explain_nonfinite, first_nonfinite
 from ..models.foreign import as_causal_lm
-from ..models.generate import generate_each
+from ..models.generate import KeepDense, generate_each
 from ..models.protocol import CausalLM, evaluating
 from ..text.tokenizer_folder import as_tokenizer
 from .loop import cross_entropy
@@ -79,9 +79,10 @@ def answer_all(
     match: Match = "exact",
     max_new_tokens: int = 128,
     batch_size: int = 32,
+    keep_dense: KeepDense = "auto",
 ) -> Iterator[Answer]:
     """Greedy answers to the last assistant turn of every row (as for `evaluate_loss`), in their order, as they are
-    finished. template: as `template_for` takes it.
+    finished. template: as `template_for` takes it; keep_dense: as `generate` does.
 
     Raises InputError for an answer in the data that `match` cannot compare and a prompt that leaves no room for one,
     NumericError as `generate`."""
@@ -92,6 +93,7 @@ def answer_all(
     prompts, written = encode_questions(samples, tokenizer, template)
     check_room(model, samples, prompts)
     how: dict[str, Any] = {"max_length": model.max_positions, "stop_ids": tokenizer.stop_ids, "batch_size": batch_size}
+    how["keep_dense"] = keep_dense
     new = generate_each(model, prompts, max_new_tokens=max_new_tokens, **how)
     for sample, prompt, expected, ids in zip(samples, prompts, written, new, strict=True):
         answer = tokenizer.decode(ids, skip_special=False)

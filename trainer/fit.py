@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..data.batch import Batch, MicroBatch, micro_batches
 from ..data.encode import Dataset
 from ..data.order import step_indices
+from ..errors import shown
 from ..kernels.dispatch import memory_free
 from ..models.protocol import CausalLM
 from ..models.recompute import Checkpointing, Keep, keeps
@@ -51,17 +52,26 @@ class Fitted(ABC):
 
     def recomputes(self) -> Checkpointing:
         """What layers keep for backward; `auto`: as much as fits in the free memory, after which `micro_batch` auto
-        makes passes smaller, down to one example."""
+        makes passes smaller, down to one example. What cannot be foreseen costs no run."""
         if self.config.checkpointing != "auto":
             return KEPT[self.config.checkpointing]
+        try:
+            return self._fitted()
+        except Exception as error:
+            self.foreseen = f"memory: not foreseen ({type(error).__name__}: {shown(str(error))[1:-1]})"
+            return "products"
+
+    def _fitted(self) -> Checkpointing:
         while room := memory_free(self.device) * 4 // 5:
             case = self.case()
             if bound(self.model, case.batch.tokens, max(case.sizes)) <= room:
                 break
             words, found = self._shared(case, room)
             if found.beside <= room or self.config.micro_batch != "auto" or self.token_budget <= max(case.sizes):
-                over = f": it may not fit; {next(iter(case.levers(words)), '')} would save most" * (found.beside > room)
-                self.foreseen = f"memory: {found.beside / 2**30:.1f} GiB foreseen beside the weights{over}"
+                self.foreseen = f"memory: {found.beside / 2**30:.1f} GiB foreseen beside the weights"
+                if found.beside > room:
+                    lever = next(iter(case.levers(words)), None)
+                    self.foreseen += ": it may not fit" + (f"; {lever} would save most" if lever else "")
                 return words
             self.token_budget //= 2
         return "products"
@@ -80,9 +90,12 @@ class Fitted(ABC):
         return words, found
 
     def foreseen_bytes(self) -> int:
-        """What the run was to take beside what is there when it begins."""
-        case = self.case()
-        found = case.mixed(keeps(self.recompute, case.layers))
+        """What the run was to take beside what is there when it begins; 0 where that cannot be foreseen."""
+        try:
+            case = self.case()
+            found = case.mixed(keeps(self.recompute, case.layers))
+        except Exception:
+            return 0
         return found.beside + (found.parts["framework"] if case.device == "cpu" else 0)
 
     def case(self) -> Case:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..lora.adapter import Adapter
 from ..lora.linear4bit import Module4bit
 from ..models.decoder import Decoder
+from ..models.protocol import CausalLM
 
 # Of blocks that glibc keeps in its heap (below MAPPED, as `cli.main.give_memory_back` has it; the second where layers
 # run again) a share of holes: an aligned block does not fit where one of its size was. Fitted, on cases that the log
@@ -110,6 +111,11 @@ class Storages(TorchDispatchMode):
             self.unknown |= self.alive.keys() & {x.untyped_storage()._cdata for x in written}
             return (written[0] if len(returns) == 1 else tuple(written)) if returns else None
         where = kwargs.get("device") or ("meta" if any(x.is_meta for x in given) else "cpu")
+        if func is torch.ops.aten.bincount.default and not few:  # of experts that nobody knows: each has as many
+            size, n = kwargs.get("minlength", args[2] if len(args) > 2 else 0), given[0].numel()
+            made = torch.full((size,), n // size, device=where)
+            self.add(made, "activations", unknown=where == "meta")
+            return made
         how = {n: "meta" if n == "device" else x for n, x in kwargs.items() if n not in ("generator", "pin_memory")}
         meta, how = tree_map_only(Tensor, partial(_like, device="meta"), (args, how))
         made = on_meta(func, meta, how)
@@ -190,9 +196,12 @@ def parts_of(model: nn.Module) -> dict[int, str]:
 
 def fake_model(model: nn.Module, device: str, layers: int | None = None) -> Any:
     """The model of tensors that nobody has filled, with its first so many layers."""
+    if isinstance(model, CausalLM):
+        _ = model.logit_softcap, model.packs  # of a model of others tried now, once: the copy knows no numbers
     memo = dict[int, Any]()
     every = model.model.layers if layers is not None and isinstance(model, Decoder) else nn.ModuleList()
-    left = {id(module) for layer in every[layers:] for module in layer.modules()}
+    kept = {id(module) for layer in every[:layers] for module in layer.modules()}  # which layers may share
+    left = {id(module) for layer in every[layers:] for module in layer.modules()} - kept
     for module in model.modules():
         for own in [*module.parameters(recurse=False), *module.buffers(recurse=False)] * (id(module) not in left):
             if id(own) not in memo:

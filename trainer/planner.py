@@ -153,7 +153,7 @@ class Case:
             held: Any = self.config.optimizer.removeprefix(PAGED)  # all is here; no reward head is
             alike = replace(self.config, optimizer=held, optimizer_budget="auto", lr_scale={})
             optimizer = make_optimizer(trained, alike)
-            run = Run(fake, loss=loss, parameters=trained, optimizer=optimizer)
+            run = Run(fake, loss=loss, parameters=trained, optimizer=optimizer, total=1 << 20)  # whatever that is
             with seen:
                 seen.part, seen.phase = "gradients", "update"
                 for p in trained.values():

@@ -7,7 +7,7 @@ compares with.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -85,6 +85,11 @@ class DPOTrainer(Referenced):
         carried = {} if beta is None else {"seen": rewards_seen(beta * scores.ratio, scores.good)}
         losses: Any = self.loss(scores) if self.loss else mixture(objective.terms, scores, self.points)
         return as_sums(losses, batch)._replace(metrics=metrics, carried=carried)
+
+    def on(self, model: CausalLM) -> Self:
+        other = super().on(model)
+        other.points = {name: torch.zeros(point.shape, device=model.device) for name, point in self.points.items()}
+        return other
 
     def begin(self, dataset: Dataset, batches: Sequence[Batch]) -> None:
         if "kl" in self.objective.points:

@@ -28,6 +28,7 @@ from fourbit.cli.show import bars
 from fourbit.data.encode import load as load_rows
 from fourbit.data.forms import samples_of
 from fourbit.errors import visible
+from fourbit.models import generate as answers
 from fourbit.models.generate import Sampled, sample
 from fourbit.models.load import load_tokenizer
 from fourbit.outputs import Output
@@ -281,6 +282,20 @@ def test_what_generate_keeps_to_learn_from_can_be_read(
         rows = load_rows([str(here / "answers.jsonl")], tokenizer, kind)
         assert len(rows) == len(samples_of([str(here / "prompts.jsonl")], "prompts"))
         assert all("fair" in example.parts[0].text for example in rows.examples)
+
+
+@pytest.mark.parametrize("command", ["eval", "chat"])
+def test_keep_dense_off_decodes_nothing_for_answers(
+    here: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    rooms, made = list[float](), answers.merging
+    monkeypatch.setattr(answers, "merging", lambda model, room, *how: rooms.append(room) or made(model, room, *how))
+    more = "rows.jsonl --batch-size 32" if command == "eval" else ""
+    for keep in ("off", "on"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+        typed(f"{command} --model m {more} --max-new-tokens 2 --keep-dense {keep}")
+    half = len(rooms) // 2
+    assert half and not any(rooms[:half]) and all(rooms[half:])
 
 
 def test_answers_that_were_cut_off_are_no_rows_to_learn_from(here: Path, typed: Typed) -> None:

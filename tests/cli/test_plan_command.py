@@ -80,6 +80,13 @@ def test_the_plan_in_the_readme_is_what_is_printed(config_only: str) -> None:
     assert printed.strip() == rest.partition("\n```")[0]
 
 
+def test_rows_of_lengths_share_nothing(config_only: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["plan", "--model", config_only, "--lengths", "3", "--batch-size", "600", "--steps", "2", "--json"]) == 0
+    )
+    assert json.loads(capsys.readouterr().out)["tokens"] == 3 * 600 * 2
+
+
 @pytest.mark.parametrize(("given", "words"), [(["--lengths", "1"], "300,2000"), (["--data", "a"], "leave out lengths")])
 def test_lengths_are_numbers_and_stand_for_data(
     given: list[str], words: str, config_only: str, capsys: pytest.CaptureFixture[str]

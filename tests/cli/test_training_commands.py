@@ -236,6 +236,25 @@ def test_distill_from_another_form_loads_it(here: Path, go: Go, adapter: str) ->
     assert said.count("model: ") == 2
 
 
+@pytest.mark.parametrize("loss", ["kto", "bco-unpaired", "bco"])
+def test_a_dry_run_of_losses_that_carry_numbers_from_step_to_step(here: Path, typed: Any, loss: str) -> None:
+    judged = [{"prompt": f"say {w}", "completion": w, "label": w > "a"} for w in "abc"]
+    pairs = [{"prompt": f"say {w}", "chosen": w, "rejected": "no"} for w in "abc"]
+    (here / "rows_.jsonl").write_text("\n".join(map(json.dumps, pairs if loss == "bco" else judged)))
+    assert "peak" in typed(f"dpo --model m --data rows_.jsonl --out o --loss {loss} --batch-size 3 --dry-run")
+
+
+def test_a_dry_run_takes_a_teacher_of_transformers(here: Path, typed: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=259, n_embd=32, n_layer=2, n_head=2, n_positions=256, bos_token_id=0, eos_token_id=0
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(here / "gpt2")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(here / "m" / name, here / "gpt2")
+    assert "peak" in typed("distill --model m --teacher gpt2 --data rows.jsonl --out o --dry-run")
+
+
 def test_distill_into_all_weights(go: Go, typed: Go, adapter: str) -> None:
     go("distill", "o", f"--teacher-adapter {adapter} --full --lr 1e-3 --steps 2")
     settings = read_run("o")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fourbit
 from fourbit import InputError, LoRAConfig, rows, train_only, use, using
+from fourbit.kernels import dispatch
 from fourbit.lora.layer import adapter_layers
 from fourbit.models import recompute
 from fourbit.models.foreign import as_causal_lm
@@ -131,6 +132,37 @@ def test_adapters_on_experts_are_refused(random_decoder: Callable[..., Any]) -> 
         moe.hidden(ids)  # on attention alone
     with rows(moe, ["e", "a"]), pytest.raises(InputError, match="no one weight that a module could read"):
         moe.hidden(ids)
+
+
+def test_a_packed_row_that_is_padded_keeps_its_adapters(random_decoder: Callable[..., Any], monkeypatch: Any) -> None:
+    """In bf16 on a CPU that multiplies it rows get places behind, which are the last text's."""
+    monkeypatch.setattr(dispatch, "_cpu_multiplies_bf16", lambda: True)
+    model = adapted(random_decoder().to(torch.bfloat16))
+    ids, numbers = torch.randint(97, (1, 11)), torch.tensor([[0] * 5 + [2] * 6])
+    with rows(model, NAMES, numbers):
+        found = model.hidden(ids, spans=[(0, 5), (5, 11)])
+    for start, end, name in ((0, 5, "b"), (5, 11, "a")):
+        with using(model, name):
+            alone = model.hidden(ids[:, start:end])
+        torch.testing.assert_close(found[:, start:end], alone, rtol=0.05, atol=0.05)
+
+
+def test_adapters_of_the_head_answer_their_own_prompts(random_decoder: Callable[..., Any]) -> None:
+    model = adapted(random_decoder(), quantised=False)
+    for name in "cd":
+        fourbit.attach(model, LoRAConfig(rank=3, alpha=64, target=["lm_head"]), name, seed=ord(name))
+        for layer in adapter_layers(model).values():
+            if name in layer.adapters:
+                nn.init.normal_(layer.adapters[name].lora_B, std=0.5)
+    prompts, names = [[5, 6], [5, 7], [5, 6], [9]], ["c", "d", None, "a"]
+    wanted = []
+    for prompt, name in zip(prompts, names, strict=True):
+        with using(model, *filter(None, [name])):
+            wanted += fourbit.generate(model, [prompt], max_new_tokens=6)
+    for keep in ("on", "off"):
+        how: Any = {"max_new_tokens": 6, "keep_dense": keep}
+        assert fourbit.generate(model, prompts, adapters=names, **how) == wanted
+    assert wanted[0] != wanted[2]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

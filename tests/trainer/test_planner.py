@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fourbit
 from fourbit.cli.main import give_memory_back, main
 from fourbit.data.batch import Encoded, Example, pack
+from fourbit.lora.attach import KINDS
 from fourbit.models.decoder import Decoder
 from fourbit.models.foreign import as_causal_lm
 from fourbit.models.spec import Spec
@@ -121,6 +122,56 @@ def test_two_passes_of_which_few_layers_hide_the_second(monkeypatch: pytest.Monk
     whole = make()
     assert few.parts["activations"] == pytest.approx(whole.parts["activations"], rel=0.02)
     assert few.peak == pytest.approx(whole.peak, rel=0.02)
+
+
+MIXTURE = replace(SPEC, num_experts=4, num_experts_per_tok=2)
+
+
+def decoder_of(spec: Spec) -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(spec)
+    for name, parameter in model.named_parameters():
+        if "experts" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("spec", [SPEC, MIXTURE], ids=["dense", "experts"])
+@pytest.mark.parametrize("kind", [*KINDS, "full"])
+def test_every_kind_of_adapter_and_of_layer_is_foreseen(kind: str, spec: Spec, device: str) -> None:
+    """Of five layers, which a forecast of fewer stands for."""
+    for quant in {"lora": ("nf4", None), "full": (None,)}.get(kind, ("nf4",)):
+        model = decoder_of(spec)
+        if quant:
+            fourbit.quantize_(model, quant)
+        if kind != "full":
+            rank = {} if kind == "ia3" else {"rank": 4}
+            fourbit.attach(model, fourbit.LoRAConfig(kind=kind, target="all-linear", **rank))
+        case = replace(case_of(model.train()), device=device)
+        assert case.forecast("input" if quant else "products").peak > 0
+
+
+def test_experts_are_foreseen_as_if_each_had_as_many_tokens() -> None:
+    model = decoder_of(MIXTURE)
+    fourbit.attach(model, fourbit.LoRAConfig(rank=4))
+    case = case_of(model.train())
+    assert kept(model, case.batch) == pytest.approx(case._step("products", None)[1], rel=0.05)
+
+
+def test_a_forecast_that_fails_costs_no_run(tiny_folder, rows, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]  # fixtures
+    def fail(*args: Any) -> None:
+        raise NotImplementedError("no such kernel on meta")
+
+    model, tokenizer = fourbit.load(tiny_folder, quant_type="nf4")
+    fourbit.attach(model, fourbit.LoRAConfig(rank=2))
+    config = fourbit.SFTConfig(out=str(tmp_path / "run"), steps=1)
+    trainer = fourbit.SFTTrainer(model, tokenizer, train=rows, config=config)
+    monkeypatch.setattr("fourbit.trainer.fit.memory_free", lambda device: 1 << 20)
+    monkeypatch.setattr(Case, "forecast", fail)
+    assert trainer.train(display=None).steps == 1
+    assert trainer.foreseen == "memory: not foreseen (NotImplementedError: no such kernel on meta)"
+    assert trainer.foreseen_bytes() == 0
 
 
 def test_of_a_model_of_transformers_too() -> None:
