@@ -14,6 +14,7 @@ from fourbit.errors import InputError
 from fourbit.lora.layer import adapter_parameters
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.sft import SFTTrainer
+from fourbit.trainer.step import as_sums, parts_of
 
 PAIRED = ("sigmoid", "ipo", "orpo", "bco", "simpo")
 JUDGED = ("kto", "bco-unpaired", "apo-zero-unpaired")
@@ -37,8 +38,8 @@ LAYOUTS = ({"micro_batch": 1}, {"micro_batch": 3}, {"packing": False}, {"packing
 def gradients(trainer):
     trainer.token_budget = 10**6  # "auto" is one micro-batch
     batches, _ = trainer.step_data(0)
-    loss = sum(trainer.sums(batch).loss for batch in batches)
-    loss.backward()
+    parts = [part for batch in batches for part in parts_of(as_sums(trainer.sums(batch), batch), backward=True)]
+    loss = sum(part.loss for part in parts)
     return loss.item(), {name: parameter.grad for name, parameter in trainer.parameters.items()}
 
 
