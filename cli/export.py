@@ -1,5 +1,6 @@
 """`fourbit export`: a model, or its adapter, as other tools open it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -61,6 +62,15 @@ def run(options: Options, sources: Sources) -> int:
 
 
 @torch.no_grad()
+def _again(out: Path, read: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+    """Logits of another reader of what is written; None, and a note, where none can run: what is written stays."""
+    try:
+        return read().float()
+    except (ImportError, MemoryError, torch.OutOfMemoryError) as error:
+        note(f"note: no second reader has read {out}: {str(error) or type(error).__name__}")
+        return None
+
+
 def _write(options: Options, out: Path) -> dict[str, str]:
     """Load, write and read back; what is said of it."""
     to, form = options.to, options.quant or (None if options.adapter or options.to == "bnb-4bit" else "none")
@@ -79,7 +89,7 @@ def _write(options: Options, out: Path) -> dict[str, str]:
         file = out / "model.gguf" if to == "ollama" else out
         keys = tokenizer_metadata(tokenizer, model.vocab_size, template.portable())
         write_model(file, model, merged_state(model, torch.float32), keys, options.type.upper())
-        after = load(file, dtype=model.dtype, device=model.device)[0](ids).float()
+        after = _again(file, lambda: load(file, dtype=model.dtype, device=model.device)[0](ids))
         named = [keys.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
         left = [str(tokenizer.backend.id_to_token(stop)) for stop in tokenizer.stop_ids if stop not in named]
         if left and to == "gguf":
@@ -103,10 +113,7 @@ def _write(options: Options, out: Path) -> dict[str, str]:
             if to == "bnb-4bit":
                 use = f"AutoModelForCausalLM.from_pretrained({options.out!r}), with bitsandbytes"
                 use += " and peft" * (out / CONFIG).is_file()
-        try:
-            after = reopened(model, options.out, to == "peft")(ids).logits.float()
-        except ImportError as error:
-            note(f"note: no second reader has read {out}, as one is missing: {error}")
+        after = _again(out, lambda: reopened(model, options.out, to == "peft")(ids).logits)
     said["run"] = use
     if after is not None:
         near = (after - wanted).abs().max() <= NEAR[model.dtype] * wanted.abs().max()

@@ -118,7 +118,8 @@ def _probe(options: Options, tokenizer: Tokenizer, template: ChatTemplate) -> li
     val, rows = str(run.get("val") or ""), None
     files = options.data or (run.get("data", ()) if val.endswith("%") else [val] * bool(val))
     with nullcontext() if options.data else suppress(InputError):  # such rows may be of another kind, or gone
-        rows = load_rows(options, tokenizer, files, "sft", template=template) if files else None
+        how: Any = {"template": template, "max_length": run.get("max_length"), "on_bad_row": "skip"}  # as the run's
+        rows = load_rows(options, tokenizer, files, "sft", **how) if files else None
         rows = split_validation(rows, float(val[:-1]) / 100)[1] if rows and val.endswith("%") else rows
     examples = rows.examples if rows else []
     counts = accumulate((sum(example.parts[0].trained) for example in examples), initial=0)

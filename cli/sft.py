@@ -13,6 +13,7 @@ from .train import FRESH, TrainOptions
 from .train import run as run
 
 SWEPT = ["data", *FRESH, "lr", "schedule", "warmup", "decay", "lora_plus", "weight_decay", "max_grad_norm", "optimizer"]
+SWEPT.remove("train_tokens")  # is of the output head too, whose adapters cannot share a pass
 SWEPT += ["rounding", "seed", "epochs", "steps", "batch_size", "eval_every", "patience", "keep_best"]
 
 

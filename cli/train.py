@@ -361,7 +361,9 @@ def _finished(options: TrainOptions, outcome: TrainResult, seconds: float, fores
 
 def _try_it(options: TrainOptions) -> str:
     if not options.writes:
-        return f"fourbit.RewardModel.load(model, {options.out!r}).score(tokenizer, rows), in Python"
+        started = options.fresh and options.start != "default" and options.quant != "none"
+        dense = f", dense=fourbit.read_weights({options.model!r})" * started
+        return f"fourbit.RewardModel.load(model, {options.out!r}{dense}).score(tokenizer, rows), in Python"
     if options.whole:
         return f"fourbit chat --model {shlex.quote(options.out)}"
     return f"fourbit chat --model {shlex.quote(options.model)} --adapter {shlex.quote(options.out)}"

@@ -46,7 +46,8 @@ def combine(
             keep = rank or max(ranks)
             U, S, V = factored(A, B) if how == "svd" else leading(_mixed(loras, how, density, generator), keep)
             A, B = S[:keep].sqrt()[:, None] * V[:keep], U[:, :keep] * S[:keep].sqrt()
-        parts[path] = loras[0][0].of_factors(A, B / loras[0][0].scale)
+        parts[path] = part = loras[0][0].of_factors(A, B / loras[0][0].scale)
+        part.start = ""  # the change alone, also where one began around the codes
     install(model, parts, name, trainable=False)
     return list(parts)
 

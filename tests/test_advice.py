@@ -909,6 +909,9 @@ def test_a_run_is_gone_on_from_as_advised(here: Path, tokenizer: Any, monkeypatc
 # Nothing is left out.
 
 ELSEWHERE = {  # tests of other files that follow an advice
+    "tests/cli/test_sweep_command.py::test_codes_that_all_share_are_not_made_anew": [
+        ("trainer/sweep.py", "(target, train_tokens): leave it out there"),
+    ],
     "tests/cli/test_rl_command.py::test_what_is_refused_says_what_works": [
         ("cli/rl.py", "give a reward, such as number"),
         ("trainer/rewards.py", "no folder of a reward model (fourbit reward writes one): give one of these"),

@@ -21,6 +21,7 @@ from ..data.template import FILE as TEMPLATE
 from ..data.template import MAX_SOURCE_BYTES, TemplateChoice, template_for
 from ..errors import InputError
 from ..files import check_finite, float_tensors, read_text, regular_file, write_tensors, write_text
+from ..lora.init import Weights
 from ..lora.layer import DEFAULT
 from ..lora.peft_files import load_adapter, save_adapter
 from ..models.finite import explain_nonfinite
@@ -46,14 +47,16 @@ class RewardModel:
         self.model, self.head, self.template = model, head, template
 
     @classmethod
-    def load(cls, model: CausalLM, folder: str | Path, *, force: bool = False) -> "RewardModel":
-        """Put the adapter in `folder` on the model, as `load_adapter` does (`force`: its own), and read the
+    def load(
+        cls, model: CausalLM, folder: str | Path, *, force: bool = False, dense: Weights | None = None
+    ) -> "RewardModel":
+        """Put the adapter in `folder` on the model, as `load_adapter` does (`force`, `dense`: its own), and read the
         head and find the template beside it.
         Raises InputError for a head or an adapter that is missing, broken or of another model, before the model is
         touched."""
         head = read_head(model, folder)
         template = regular_file(Path(folder), TEMPLATE) if (Path(folder) / TEMPLATE).exists() else None
-        load_adapter(model, folder, force=force)
+        load_adapter(model, folder, force=force, dense=dense)
         return cls(model, head, template)
 
     def save(self, folder: str | Path, name: str = DEFAULT) -> None:

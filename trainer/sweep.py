@@ -20,7 +20,7 @@ from ..data.order import fingerprint
 from ..errors import InputError, NumericError
 from ..kernels.chunked_head import TokenScores
 from ..lora.active import using
-from ..lora.layer import adapter_layers
+from ..lora.layer import AdapterLayer, adapter_layers
 from ..lora.rows import rows
 from ..models.recompute import leanness
 from .config import PAGED
@@ -82,6 +82,9 @@ class SweepTrainer:
         if not same or len(self.trainers) < len(trainers) or len({t.config.out for t in trainers}) < len(trainers):
             rule = "SFTTrainers on one model with no loss of their own, each with its own adapter and folder (out)"
             raise InputError(f"a sweep takes {rule}; got {[(t.adapter, t.config.out) for t in trainers]}")
+        head = self.model.lm_head
+        if isinstance(head, AdapterLayer) and head.adapters.keys() & self.trainers.keys():
+            raise InputError("a sweep takes no adapter of the output head (target, train_tokens): leave it out there")
         for parameter in [p for t in trainers for p in t.parameters.values()]:  # attaching the next one froze them
             parameter.requires_grad_()
 

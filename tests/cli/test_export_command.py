@@ -151,10 +151,13 @@ def test_another_model_than_was_written_is_no_success(
     assert not (tmp_path / "x").exists()
 
     def missing(*args: Any) -> Any:
-        raise ImportError("no transformers")
+        raise error
 
     monkeypatch.setattr(export, "reopened", missing)
-    assert main([*command, str(tmp_path / "y")]) == 0 and "no second reader has read" in capsys.readouterr().err
+    for error in (ImportError("no transformers"), torch.OutOfMemoryError("CUDA out of memory")):
+        assert main([*command, str(tmp_path / type(error).__name__)]) == 0
+        assert f"no second reader has read {tmp_path / type(error).__name__}: {error}" in capsys.readouterr().err
+        assert (tmp_path / type(error).__name__ / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -1,6 +1,7 @@
 """`fourbit merge`: three forms, each told of truly and opened again by every command and by transformers."""
 
 import io
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,12 @@ def test_the_decoded_base_takes_all_of_it(here: Path, run: Path, as_json: AsJson
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} <= {
         p.name for p in (here / "merged").iterdir()
     }
+
+
+def test_rows_that_are_long_are_compared_on_too(here: Path, run: Path, as_json: AsJson) -> None:
+    long = {"messages": [{"role": "user", "content": "ab" * 700}, {"role": "assistant", "content": "aaa"}]}
+    (here / "long.jsonl").write_text(json.dumps(long) + "\n")
+    assert as_json(f"merge --model m --adapter {run} --out merged --data long.jsonl")["agreement"] >= 0
 
 
 def test_the_dense_base_is_measured_against_what_was_trained(

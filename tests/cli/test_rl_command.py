@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import fourbit
 from fourbit.cli.config_file import CONFIG
 
 RL = "rl --model m --data asked.jsonl --steps 2 --batch-size 2 --group-size 2 --max-new-tokens 3 --lr 1e-2"
@@ -107,6 +108,14 @@ def test_a_reward_model_with_codes_of_its_own_says_what_works(asked: Path, typed
     told = typed(f"{RL} --reward judge --out rl", code=2)
     assert "began as --start pissa on 4-bit codes" in " ".join(told.split()) and "(--quant none)" in told
     typed(f"{RL} --reward judge --quant none --out rl")
+
+
+def test_the_command_that_is_printed_opens_a_reward_model_with_codes_of_its_own(asked: Path, typed: Any) -> None:
+    (asked / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4)
+    told = typed("reward --model m --data pairs.jsonl --steps 1 --batch-size 2 --rank 2 --start pissa --out judge")
+    line = " ".join(told.split()).partition("try it ")[2].partition(".score")[0]
+    model, _ = fourbit.load("m", quant_type="nf4")
+    assert "dense=" in line and eval(line, {"fourbit": fourbit, "model": model}).head.shape == (1, 32)  # noqa: S307
 
 
 def test_a_run_whose_rewards_fail_keeps_what_it_learned(asked: Path, typed: Any) -> None:

@@ -77,6 +77,8 @@ def test_a_budget_bounds_all_states_together(typed, here):
 def test_codes_that_all_share_are_not_made_anew(typed):
     line = SWEEP.replace("--target attn", "--target q_proj")
     assert "which a sweep's adapters share: take quant none" in typed(f"{line} --sweep start=default,pissa", code=2)
+    told = typed(f"{SWEEP} --train-tokens '<|im_end|>' --sweep rank=2,4", code=2)
+    assert "no adapter of the output head" in told  # before a step
     assert "start pissa makes" in typed(f"{line} --start pissa --quant nf4 --sweep rank=2,4", code=2)
     typed(f"{line} --quant none --sweep start=default,pissa")
 

@@ -46,10 +46,10 @@ def put(start: str, *, quant: bool = False, **settings: Any) -> tuple[nn.Module,
     return plain, model, errors
 
 
-def moved(model: nn.Module, size: float = 0.05) -> nn.Module:
+def moved(model: nn.Module, size: float = 0.05, name: str = "default") -> nn.Module:
     """The model after its adapter was trained."""
     generator = torch.Generator().manual_seed(1)
-    for parameter in adapter_parameters(model).values():
+    for parameter in adapter_parameters(model, name).values():
         parameter.data += size * torch.randn(parameter.shape, generator=generator)
     return model
 
@@ -331,3 +331,16 @@ def test_codes_that_other_adapters_are_on_are_not_made_anew() -> None:
         fourbit.attach(model, LoRAConfig(RANK, start="pissa"), name)
     fourbit.use(model, "a", "b")
     torch.testing.assert_close(model(x_of()), net()(x_of()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["cat", "svd"])
+@pytest.mark.parametrize("start", ["pissa", "loftq"])
+def test_combined_it_is_the_change_beside_the_weights_it_began_with(start: str, how: Any) -> None:
+    _, model, _ = put(start, quant=True)
+    fourbit.attach(model, LoRAConfig(2, 4.0), "b", seed=2)
+    moved(model), moved(model, name="b")
+    fourbit.use(model, "default", "b")
+    x, wanted = x_of(), model(x_of())
+    fourbit.combine(model, ["default", "b"], [1.0, 1.0], how=how, name="c", rank=2 * RANK + 2)
+    fourbit.use(model, "c")
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
