@@ -39,7 +39,8 @@ def read_files(folder: str | Path, plain: bool = True) -> tuple[dict[str, Any], 
         for key in sorted(key for key in tensors if key.endswith(f".{a}")):
             path, keys = key.removeprefix(PREFIX).removesuffix(f".{a}"), (key, key.removesuffix(a) + b)
             A, B, rank = tensors[key], tensors.get(keys[1], torch.empty(0)), lora.rank_at(path)
-            if A.ndim > 2 and not plain:
+            experts = bool(lora.target_parameters) and A.ndim == 2 and len(A) > rank and not len(A) % rank
+            if (A.ndim > 2 and not plain) or experts:  # a matrix for each of these
                 continue
             fits = A.ndim == B.ndim == 2 and len(A) == B.shape[1] == rank
             if not fits or not (A.isfinite().all() and B.isfinite().all()):

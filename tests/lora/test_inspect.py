@@ -13,6 +13,8 @@ from fourbit import InputError, LoRAConfig
 from fourbit.lora.inspect import SMALL, difference, extract, read_files, report, resize, show
 from fourbit.lora.layer import adapter_parameters, adapters_of
 from fourbit.lora.peft_files import WEIGHTS
+from fourbit.models.decoder import Decoder
+from fourbit.models.spec import Spec
 
 
 def net() -> nn.Module:
@@ -193,3 +195,16 @@ def test_what_is_no_plain_lora_is_refused(tmp_path: Path) -> None:
         save_file({key: value.contiguous() for key, value in (whole | change).items()}, tmp_path / WEIGHTS)
         with pytest.raises(InputError, match=message):
             read_files(tmp_path)
+
+
+def test_adapters_of_experts_are_shown_and_are_not_compared(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    moe = Decoder(Spec(97, 32, 16, 1, 4, 2, 8, num_experts=4, num_experts_per_tok=2))
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter)
+    fourbit.attach(moe, LoRAConfig(2, target=["q_proj"], target_parameters=["experts.down_proj"]))
+    fourbit.save_adapter(moe, tmp_path)
+    _, _, layers = show(tmp_path)
+    assert any("q_proj" in path for path in layers) and any("experts" in path for path in layers)
+    with pytest.raises(InputError, match="only plain LoRA is compared"):
+        read_files(tmp_path)
