@@ -62,7 +62,9 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids; nothing is added. Errors as `encode_with_offsets`."""
-        return self.encode_with_offsets(text)[0]
+        _check_text(text)
+        with fenced("the tokenizer cannot encode this text"):  # which without offsets takes half the time
+            return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids and, for each, the characters [start, end) it came from: tokens that share one (an emoji cut into
