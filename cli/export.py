@@ -61,7 +61,6 @@ def run(options: Options, sources: Sources) -> int:
     return 0
 
 
-@torch.no_grad()
 def _again(out: Path, read: Callable[[], torch.Tensor]) -> torch.Tensor | None:
     """Logits of another reader of what is written; None, and a note, where none can run: what is written stays."""
     try:
@@ -71,6 +70,7 @@ def _again(out: Path, read: Callable[[], torch.Tensor]) -> torch.Tensor | None:
         return None
 
 
+@torch.no_grad()
 def _write(options: Options, out: Path) -> dict[str, str]:
     """Load, write and read back; what is said of it."""
     to, form = options.to, options.quant or (None if options.adapter or options.to == "bnb-4bit" else "none")

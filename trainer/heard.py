@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..lora.adapter import Adapter
 from ..lora.linear4bit import Module4bit
 from ..models.decoder import Decoder
-from ..models.protocol import CausalLM
 
 # Of blocks that glibc keeps in its heap (below MAPPED, as `cli.main.give_memory_back` has it; the second where layers
 # run again) a share of holes: an aligned block does not fit where one of its size was. Fitted, on cases that the log
@@ -196,8 +195,6 @@ def parts_of(model: nn.Module) -> dict[int, str]:
 
 def fake_model(model: nn.Module, device: str, layers: int | None = None) -> Any:
     """The model of tensors that nobody has filled, with its first so many layers."""
-    if isinstance(model, CausalLM):
-        _ = model.logit_softcap, model.packs  # of a model of others tried now, once: the copy knows no numbers
     memo = dict[int, Any]()
     every = model.model.layers if layers is not None and isinstance(model, Decoder) else nn.ModuleList()
     kept = {id(module) for layer in every[:layers] for module in layer.modules()}  # which layers may share

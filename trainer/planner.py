@@ -116,6 +116,7 @@ class Case:
         return found if there or DYNAMO not in sys.modules else self._traced(keep, layers)  # the import was heard too
 
     def _traced(self, keep: Keep, layers: int | None) -> tuple[Storages, int]:
+        _ = self.model.logit_softcap, self.model.packs  # of a model of others tried now, before any mode: copies cannot
         kept, gpu = list[int](), self.device == "cuda"
         where, seen = "meta" if gpu else "cpu", Storages(self.model.vocab_size, gpu, MAPPED[keep in AGAIN])
         # Checkpoints import the one, attention on meta the other: in a trace it would be part of the step.

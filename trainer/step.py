@@ -31,9 +31,7 @@ class Sums(NamedTuple):
     metrics: Mapping[str, Tensor] = MappingProxyType({})  # each [2]: a sum, and over how many things; no gradient
     carried: Mapping[str, Tensor] = MappingProxyType({})  # added up over a step's batches, for `Trainer.applied`
     weight: float | Tensor | None = None  # what a step's loss is divided by, summed over it; None: the batch's `weight`
-    rest: Callable[[], "Sums"] | None = (
-        None  # more of the loss, of another pass: its graph comes after this one is gone
-    )
+    rest: Callable[[], "Sums"] | None = None  # more of the loss, of a pass that comes when this one's graph is gone
 
 
 def as_sums(given: Tensor | Sums, batch: object) -> Sums:
