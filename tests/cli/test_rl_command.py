@@ -115,7 +115,7 @@ def test_the_command_that_is_printed_opens_a_reward_model_with_codes_of_its_own(
     told = typed("reward --model m --data pairs.jsonl --steps 1 --batch-size 2 --rank 2 --start pissa --out judge")
     line = " ".join(told.split()).partition("try it ")[2].partition(".score")[0]
     model, _ = fourbit.load("m", quant_type="nf4")
-    assert "dense=" in line and eval(line, {"fourbit": fourbit, "model": model}).head.shape == (1, 32)  # noqa: S307
+    assert "dense=" in line and eval(line, {"fourbit": fourbit, "model": model}).head.shape == (1, 32)  # noqa: S307  (our own line, as printed)
 
 
 def test_a_run_whose_rewards_fail_keeps_what_it_learned(asked: Path, typed: Any) -> None:
