@@ -54,12 +54,13 @@ class Generation(Extension):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Set up as transformers does it."""
+    """Set up as transformers does it, but for what draws by chance: a row's text would be another one each time."""
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
         self.filters["tojson"] = _tojson
         self.globals["raise_exception"] = _raise_exception
+        del self.filters["random"], self.globals["lipsum"]
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         """Refuse at once what jinja would let through as an undefined value."""

@@ -62,13 +62,14 @@ BROKEN: dict[str, str] = {
     "tags taken out of a long text": "{{ ('<' * 500000) | striptags | length }}",
     "a date of NUL": "{{ strftime_now('\\0') }}",
     "half a surrogate pair": "{{ '\\ud800' }}",
+    "a text drawn by chance": "{{ range(9) | random }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    "words made up": "{{ lipsum() }}{% for m in messages %}{{ m.content }}{% endfor %}",
 }
 SILENT: dict[str, str] = {  # that leave out what was said: nothing can be trained
     "the roles alone": "{% for m in messages %}{{ m.role }}{% endfor %}",
     "the first message alone": "{{ messages[0].content }}",
     "the contents turned round": "{% for m in messages %}{{ m.content[::-1] }}{% endfor %}",
     "the messages turned round": "{% for m in messages | reverse %}{{ m.content }}{% endfor %}",
-    "another text each time": "{{ range(9) | random }}{% for m in messages %}{{ m.content }}{% endfor %}",
     "the number of messages first": "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
 }
 CONTENTS = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"
