@@ -10,7 +10,7 @@ once for each.
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, compress, pairwise
+from itertools import chain, compress, pairwise, takewhile
 from typing import Any, Literal
 
 import numpy as np
@@ -177,14 +177,16 @@ def _packed_groups(
 
 def _best_fit(items: Sequence[tuple[int, list[int]]], budget: int) -> list[tuple[int, list[int]]]:
     """Best-fit-decreasing: put each item (size, members), largest first, where it leaves the least room."""
+    ordered = sorted(items, key=lambda item: -item[0])
+    alone = [*takewhile(lambda item: item[0] + ordered[-1][0] > budget, ordered)]  # not even the least fits beside it
     groups: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room left, group), sorted
-    for size, members in sorted(items, key=lambda item: -item[0]):
+    for size, members in ordered[len(alone) :]:
         k = bisect_left(rooms, (size, 0))
         room, group = rooms.pop(k) if k < len(rooms) else (budget, len(groups))
         groups[group : group + 1] = [[*(groups[group] if group < len(groups) else []), *members]]
         insort(rooms, (room - size, group))
-    return [(budget - room, groups[group]) for room, group in sorted(rooms, key=lambda item: item[1])]
+    return alone + [(budget - room, groups[group]) for room, group in sorted(rooms, key=lambda item: item[1])]
 
 
 def _padded_groups(order: Sequence[int], sizes: Sequence[int], token_budget: int) -> list[list[int]]:
