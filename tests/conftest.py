@@ -77,6 +77,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("aot")
 
 
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's picture takes a second, more than most runs here: a file stands for it where a test does not look at it.
+    Of a command in a process of its own, and of a module that nothing has imported yet, it is drawn."""
+    trainer = sys.modules.get("fourbit.trainer.trainer")
+    if trainer is not None and request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr(trainer, "draw_curves", lambda metrics, picture: picture.write_text("not drawn"))
+
+
 def lacked(call: Any) -> str | None:
     """The package in LACKING that a test, its fixtures or its file could not import, or a peer could not."""
     problem = call.excinfo and call.excinfo.value

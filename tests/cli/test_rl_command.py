@@ -23,6 +23,7 @@ def asked(here: Path) -> Path:
     return here
 
 
+@pytest.mark.pictures
 def test_a_run_leaves_an_adapter_its_rewards_and_pictures(asked: Path, typed: Any, as_json: Any) -> None:
     told = as_json(f"{RL} --reward score.py:score --reward words:0-3=0.5 --val asked.jsonl --eval-every 1 --out run")
     assert told["steps"] == 2 and told["val_reward"] > 0 and "val_reward/score.py:score" in told

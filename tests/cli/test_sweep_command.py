@@ -7,14 +7,7 @@ import pytest
 from fourbit.trainer.checkpoint import load_checkpoint
 from fourbit.trainer.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("uncurved")
 SWEEP = "sft --model m --data rows.jsonl --val val.jsonl --out runs/s --batch-size 11 --epochs 1 --target attn"
-
-
-@pytest.fixture
-def uncurved(monkeypatch):
-    """Without pictures, which take a second each."""
-    monkeypatch.setattr("fourbit.trainer.trainer.draw_curves", lambda *_: None)
 
 
 def test_a_sweep_ends_with_a_table_and_folders_that_commands_open(typed, as_json, here):

@@ -26,6 +26,7 @@ def steps_of(folder):
     return [record for record in read_metrics(folder / "metrics.jsonl") if "loss" in record]
 
 
+@pytest.mark.pictures
 def test_learns_from_ln_2_and_leaves_what_it_promised(trainer_for, tiny_folder, pairs, tmp_path):
     trainer = trainer_for(tiny_folder, pairs, tmp_path, val=pairs, epochs=6)
     result = trainer.train(display=None)

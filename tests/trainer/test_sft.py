@@ -45,6 +45,7 @@ def train(adapted):
     return run
 
 
+@pytest.mark.pictures
 def test_learns_and_leaves_what_it_promised(train, tiny_folder, rows, val_rows, tmp_path):
     _, trainer, result = train(tiny_folder, rows, tmp_path, val=val_rows, epochs=6, dropout=0.0)
     records = read_metrics(tmp_path / "metrics.jsonl")

@@ -52,9 +52,8 @@ def sets(loaded, rows, val_rows, tmp_path_factory):
 
 
 @pytest.fixture
-def trainers(loaded, sets, tmp_path, monkeypatch):
+def trainers(loaded, sets, tmp_path):
     """A function: trainers of these adapters, each in its folder in `folder`; several on one model."""
-    monkeypatch.setattr("fourbit.trainer.trainer.draw_curves", lambda *_: None)  # a second each
     model, tokenizer = loaded
     there = []
 
