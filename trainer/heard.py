@@ -6,7 +6,8 @@ places, tables) are computed, as what shapes depend on. On "meta" attention take
 
 import copy
 from collections import Counter
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from typing import Any
 from weakref import finalize
 
@@ -17,7 +18,6 @@ from torch._prims_common import compute_elementwise_output_strides
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..lora.adapter import Adapter
 from ..lora.linear4bit import Module4bit
@@ -31,6 +31,8 @@ FEW_NUMBERS = 1 << 16  # of an op that computes: ids, places, tables
 JOINS = torch.ops.aten.cat.default, torch.ops.aten.stack.default
 NORM = torch.ops.aten.linalg_vector_norm.default
 LIKE = torch.ops.aten.empty_like, torch.ops.aten.zeros_like, torch.ops.aten.ones_like
+MADE: dict[Any, Any] = {}  # by op and shapes: what it returns, on meta, as each layer makes the same
+MANY = 1 << 13  # of these, and they are forgotten
 PARTS = ("base", "scales", "adapter", "gradients", "optimizer", "activations", "logits", "framework")
 Bytes = dict[str, int]  # by part
 
@@ -91,15 +93,13 @@ class Storages(TorchDispatchMode):
     def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What func returns: of views, and of a few numbers that are known, as it is; else a tensor without numbers.
         What it would write into has none from then on."""
-        arguments, returns = func._schema.arguments, func._schema.returns
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given = [*_tensors((*args, *kwargs.values()))]
         few = all(map(self._known, given)) and sum(x.numel() for x in given) <= FEW_NUMBERS
         if func is torch.ops.aten._local_scalar_dense.default and not few:
             return 1  # whether to skip an update, say: its state is made by then
-        both = [(kwargs.get(a.name, args[i] if i < len(args) else None), a.alias_info) for i, a in enumerate(arguments)]
-        written = tree_leaves([value for value, alias in both if alias and alias.is_write])
-        views = not written and any(alias for _, alias in both)
-        if views or torch.Tag.inplace_view in func.tags or any("Tensor" not in str(r.type) for r in returns):
+        writes, views, returns = _said_of(func)
+        written = [*_tensors(kwargs.get(name, args[i] if i < len(args) else None) for i, name in writes)]
+        if views or not returns:
             made = func(*args, **kwargs)
             if views and isinstance(made, Tensor) and made.untyped_storage().nbytes() > 8 * FEW_NUMBERS:
                 self.add(made, self.part or "activations")  # of memory that no op has made, as numpy's
@@ -108,7 +108,7 @@ class Storages(TorchDispatchMode):
             if few:
                 return func(*args, **kwargs)
             self.unknown |= self.alive.keys() & {x.untyped_storage()._cdata for x in written}
-            return (written[0] if len(returns) == 1 else tuple(written)) if returns else None
+            return (written[0] if returns == 1 else tuple(written)) if func._schema.returns else None
         where = kwargs.get("device") or ("meta" if any(x.is_meta for x in given) else "cpu")
         if func is torch.ops.aten.bincount.default and not few:  # of experts that nobody knows: each has as many
             size, n = kwargs.get("minlength", args[2] if len(args) > 2 else 0), given[0].numel()
@@ -116,14 +116,15 @@ class Storages(TorchDispatchMode):
             self.add(made, "activations", unknown=where == "meta")
             return made
         how = {n: "meta" if n == "device" else x for n, x in kwargs.items() if n not in ("generator", "pin_memory")}
-        meta, how = tree_map_only(Tensor, partial(_like, device="meta"), (args, how))
-        made = on_meta(func, meta, how)
-        few = few and sum(x.numel() for x in tree_leaves(made) if isinstance(x, Tensor)) <= FEW_NUMBERS
-        made = func(*args, **kwargs) if few else tree_map_only(Tensor, partial(_like, device=where), made)
-        for x in tree_leaves(made):
-            if isinstance(x, Tensor):
-                part = self.part or ("logits" if x.shape[-1:] == (self.vocabulary,) else "activations")
-                self.add(x, part, unknown=not few)
+        if (key := (func, _described(args), _described([*how.items()]))) not in MADE:
+            if len(MADE) > MANY:
+                MADE.clear()
+            MADE[key] = on_meta(func, *_mapped(partial(_like, device="meta"), (args, how)))
+        few = few and sum(x.numel() for x in _tensors((MADE[key],))) <= FEW_NUMBERS
+        made = func(*args, **kwargs) if few else _mapped(partial(_like, device=where), MADE[key])
+        for x in _tensors((made,)):
+            part = self.part or ("logits" if x.shape[-1:] == (self.vocabulary,) else "activations")
+            self.add(x, part, unknown=not few)
         return made
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -133,6 +134,41 @@ class Storages(TorchDispatchMode):
         return self._made(func, args, kwargs or {})
 
 
+@cache
+def _said_of(func: Any) -> tuple[list[tuple[int, str]], bool, int]:
+    """What an op's schema says: (place, name) of what it writes into, whether it gives views or changes a tensor's
+    own shape, and how many tensors it returns; 0 where it returns anything else."""
+    alias = [(i, a.name, a.alias_info) for i, a in enumerate(func._schema.arguments) if a.alias_info]
+    writes, returns = [(i, name) for i, name, info in alias if info.is_write], func._schema.returns
+    views = bool(alias and not writes) or torch.Tag.inplace_view in func.tags
+    return writes, views, len(returns) * all("Tensor" in str(r.type) for r in returns)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among the values, and in lists of them. (torch's trees take most of a forecast's time.)"""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _mapped(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """The value with its tensors changed, as those of lists and dicts of it."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _mapped(change, one) for name, one in value.items()}
+    return type(value)([_mapped(change, one) for one in value]) if isinstance(value, (list, tuple)) else value
+
+
+def _described(value: Any) -> Any:
+    """A key for a value: of tensors what can be known on meta."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    return (*map(_described, value),) if isinstance(value, (list, tuple)) else (type(value), value)
+
+
 def _like(x: Tensor, device: Any) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 
@@ -140,7 +176,7 @@ def _like(x: Tensor, device: Any) -> Tensor:
 def on_meta(func: Any, args: Any, kwargs: Any) -> Any:
     """func(*args, **kwargs) on meta tensors. torch's rules for elementwise ops, `cat`, `stack` and norms are Python
     that imports torch._dynamo, seconds and 43 MiB that training has no use for: shapes and strides answer for these."""
-    given, strides = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)], None
+    given, strides = [*_tensors((*args, *kwargs.values()))], None
     pointwise = torch.Tag.pointwise in func.tags and len(func._schema.returns) == 1
     if func in JOINS:
         some = [x for x in given if x.shape != (0,)] or given  # `cat` passes over the others
@@ -157,7 +193,7 @@ def on_meta(func: Any, args: Any, kwargs: Any) -> Any:
     else:
         return func(*args, **kwargs)
     alone = {n: "cpu" if n == "device" else x for n, x in kwargs.items()}
-    dtype = func(*tree_map_only(Tensor, _one, args), **tree_map_only(Tensor, _one, alone)).dtype
+    dtype = func(*_mapped(_one, args), **_mapped(_one, alone)).dtype
     made = torch.empty(shape, dtype=dtype, device="meta")
     return made if strides is None else made.as_strided(shape, strides)
 
