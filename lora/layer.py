@@ -143,10 +143,13 @@ class AdapterLayer(nn.Module):
         update = None if apart else self.low_rank(isinstance(base, NF4LowRank))
         return None if update is None else (base, update)
 
-    def frozen(self, names: Sequence[str]) -> nn.Module:
-        """A layer on the same base with frozen copies of those of the adapters that are here; without any, the base."""
-        twins = {n: cast(Adapter, copy.deepcopy(self.adapters[n])).freeze() for n in names if n in self.adapters}
-        return AdapterLayer(self.base, **twins) if twins else self.base
+    def frozen(self, active: Mapping[str, float]) -> nn.Module:
+        """A layer on the same base with frozen copies of those of the adapters that are here, each with its weight;
+        without any, the base."""
+        twins = {n: cast(Adapter, copy.deepcopy(self.adapters[n])).freeze() for n in active if n in self.adapters}
+        layer = AdapterLayer(self.base, **twins)
+        layer.active = {name: active[name] for name in twins}
+        return layer if twins else self.base
 
     @property
     def weight(self) -> Tensor:

@@ -1107,6 +1107,12 @@ ELSEWHERE = {  # tests of other files that follow an advice
     "tests/research/test_own_parts.py::test_a_trainer_evaluates_alone_and_goes_on_with_itself": [
         ("trainer/trainer.py", "give the trainer val, rows or a share such as 0.1")
     ],
+    "tests/research/test_own_parts.py::test_a_loss_that_nothing_would_call_is_refused": [
+        ("trainer/trainer.py", "leave out loss, or build on fourbit.Run")
+    ],
+    "tests/research/test_own_parts.py::test_metrics_of_a_loss_have_names_of_their_own_and_any_number": [
+        ("trainer/trainer.py", "give rows of which it counts something")
+    ],
     "tests/research/test_own_parts.py::test_an_optimizer_and_a_scheduler_of_ones_own_go_on_bit_for_bit": [
         ("trainer/config.py", "leave out what is said of it")
     ],

@@ -46,7 +46,12 @@ def told(callbacks: Sequence[Callback], event: str, run: Run, record: Record) ->
     told = dict(record)
     for callback in callbacks:
         own = getattr(callback, event)(run, record) or {}
-        if taken := own.keys() & told.keys():
-            raise InputError(f"a callback's metrics must have names of their own, got {', '.join(sorted(taken))}")
-        told |= {name: finite(float(value)) for name, value in own.items()}
+        told = joined(told, {name: finite(float(value)) for name, value in own.items()}, "a callback")
     return told
+
+
+def joined(record: Record, own: Record, whose: str) -> dict[str, float | None]:
+    """A record with more metrics. InputError for names that are taken."""
+    if taken := own.keys() & record.keys():
+        raise InputError(f"{whose}'s metrics must have names of their own, got {', '.join(sorted(taken))}")
+    return {**record, **own}

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
@@ -92,7 +93,12 @@ def _write(folder: Path, step: int, serial: int, tensors: Groups, text: bytes) -
     """Every file of a checkpoint, each forced to the disk, the manifest last."""
     listed = {}
     for group in sorted(tensors):
-        own = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors[group].items())}
+        own, held = dict[str, Tensor](), set[int]()
+        for name, tensor in sorted(tensors[group].items()):
+            here = tensor.detach().cpu().contiguous()
+            key = here.untyped_storage().data_ptr()
+            own[name] = here.clone() if key in held else here  # safetensors takes no two of one storage
+            held.add(key)
         save_file(own, folder / f"{group}.safetensors")
         listed[f"{group}.safetensors"] = _synced(folder / f"{group}.safetensors")
     (folder / STATE).write_bytes(text)
@@ -198,7 +204,8 @@ def packed(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         tensors[place] = value if value.ndim else value.clone()  # one rate may stand at several places
         return {"tensor": place}
     if isinstance(value, dict):
-        return {"dict": [[packed(k, place, tensors), packed(v, f"{place}.{k}", tensors)] for k, v in value.items()]}
+        kind = "counter" if isinstance(value, Counter) else "dict"  # torch's schedulers count milestones
+        return {kind: [[packed(k, place, tensors), packed(v, f"{place}.{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
         return {kind: [packed(each, f"{place}.{i}", tensors) for i, each in enumerate(value)]}
@@ -217,8 +224,9 @@ def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, inner),) = value.items()
     if kind == "tensor":
         return tensors[inner]
-    if kind == "dict":
-        return {unpacked(k, tensors): unpacked(v, tensors) for k, v in inner}
+    if kind in ("dict", "counter"):
+        made = {unpacked(k, tensors): unpacked(v, tensors) for k, v in inner}
+        return made if kind == "dict" else Counter(made)
     return (list if kind == "list" else tuple)(unpacked(each, tensors) for each in inner)
 
 

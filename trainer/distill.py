@@ -41,6 +41,7 @@ class DistillTrainer(SFTTrainer):
     Raises InputError for rows, options, a model that cannot be trained on, or a teacher that cannot teach it."""
 
     config: DistillConfig
+    takes_loss = False
 
     def __init__(
         self,
@@ -71,8 +72,9 @@ class DistillTrainer(SFTTrainer):
     def _head(self) -> nn.Module:
         """The teacher's, apart from the model's own: backward runs it too, when other adapters are in place."""
         head = self.teacher.lm_head
-        names = self.adapters if self.adapters is not None else [*head.active] if isinstance(head, AdapterLayer) else []
-        return self.teacher.head(head.frozen(names) if isinstance(head, AdapterLayer) else head)
+        if isinstance(head, AdapterLayer):
+            head = head.frozen(head.active if self.adapters is None else dict.fromkeys(self.adapters, 1.0))
+        return self.teacher.head(head)
 
     def on(self, model: CausalLM) -> Self:
         other = super().on(model)
@@ -82,10 +84,10 @@ class DistillTrainer(SFTTrainer):
 
     def depends(self) -> dict[str, str]:
         if self.adapters is None:
-            base, names = base_hash(self.teacher), active_adapters(self.teacher)
+            base, active = base_hash(self.teacher), active_adapters(self.teacher)
         else:
-            base, names = "the student's base", self.adapters
-        return super().depends() | {"teacher": f"{base} with {adapters_hash(self.teacher, names)}"}
+            base, active = "the student's base", dict.fromkeys(self.adapters, 1.0)
+        return super().depends() | {"teacher": f"{base} with {adapters_hash(self.teacher, active)}"}
 
     def teacher_hidden(self, here: Batch, rows: Tensor) -> Tensor:
         """Hidden states [N, E] at these flattened places of a batch on the device, without gradient or dropout."""

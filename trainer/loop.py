@@ -135,6 +135,12 @@ class Run:
         self.gathered.append((mean, found))
         return mean, step.means([sums.metrics for sums in found])
 
+    def forget(self) -> None:
+        """Leave a step that is begun: no parameter has a gradient."""
+        self.gathered = []
+        for parameter in self.parameters.values():  # those too that no group has
+            parameter.grad = None
+
     def _backward(self, loss: Loss, batch: object) -> list[Sums]:
         """Add a micro-batch's gradients; where memory runs out and pages can make room, on the second attempt."""
 
@@ -172,8 +178,7 @@ class Run:
             self.unmoved = unmoved(self.parameters, self._checksums, self.optimizer)
         for course in self.courses:
             course.after_step(self.steps, skipped)
-        for parameter in self.parameters.values():  # those too that no group has
-            parameter.grad = None
+        self.forget()
         every = [sums for _, found in gathered for sums in found]
         metrics, carried = step.means([s.metrics for s in every]), step.totals([s.carried for s in every])
         return StepResult(loss, metrics, carried, norm, skipped, self._state_metrics())
@@ -289,7 +294,8 @@ class Run:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(scheduler)
         step.set_rng_states(tensors["rng"], self.device)
-        self.gathered, self.steps = [], checked("steps", plain["steps"], int, {"least": 0})
+        self.forget()
+        self.steps = checked("steps", plain["steps"], int, {"least": 0})
         self._paged, self.retries = {}, 0  # the pager starts anew
 
     def _load_optimizer(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from ..files import regular_file, write_text
 from ..settings import LARGEST, checked
 
 LARGEST_FILE = 1 << 30  # bytes that are read back: two million steps
-LONGEST_LINE = 1 << 16  # characters; ours have some hundreds
+LONGEST_LINE = 1 << 20  # characters; ours have some hundreds
 
 
 class Display(Protocol):
@@ -51,7 +51,9 @@ class Metrics:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        if len(line := json.dumps(record) + "\n") > LONGEST_LINE:
+            raise InputError(f"a step's metrics are at most {LONGEST_LINE:,} characters of JSON, got {len(line):,}")
+        self._file.write(line)
         self._file.flush()
         if self.display is not None:
             self.display.show(record)
@@ -71,7 +73,7 @@ def read_metrics(path: Path, notes: list[str] | None = None) -> list[dict[str, A
     without a word only a last one that a crash cut off."""
     records, damaged = list[dict[str, Any]](), 0
     with path.open(encoding="utf-8", errors="replace") as file:
-        while line := file.readline(LONGEST_LINE):
+        while line := file.readline(LONGEST_LINE + 1):
             try:
                 record: dict[str, Any] = json.loads(line)
                 checked("metrics", record, dict[str, float | bool | None])

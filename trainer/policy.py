@@ -64,6 +64,7 @@ class PolicyTrainer(Referenced):
     Raises InputError for rows, options or a model that cannot be trained on."""
 
     kind = "prompts"
+    takes_loss = False
     best_metric = "reward"
     best_is = "highest"
     config: RLConfig

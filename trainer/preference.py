@@ -140,9 +140,11 @@ def prompt_of(example: Example) -> list[int]:
 
 
 def crossed_over(asked: Example, answered: Example, max_length: int) -> Example:
-    """The prompt of one example with the answer of another, its end cut off past max_length."""
+    """The prompt of one example with the answer of another, its end cut off past max_length, or the example's length
+    where that is more: one token of the answer stays."""
     prompt, other = prompt_of(asked), answered.parts[0]
     start = other.trained.index(True)
     ids, trained = prompt + other.ids[start:], [False] * len(prompt) + other.trained[start:]
-    answer = replace(asked.parts[0], ids=ids[:max_length], trained=trained[:max_length])
+    most = max(max_length, len(asked.parts[0].ids))
+    answer = replace(asked.parts[0], ids=ids[:most], trained=trained[:most])
     return replace(asked, parts=(answer,))

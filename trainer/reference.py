@@ -1,7 +1,6 @@
 """What a trained policy is compared with: the base, or the adapter as it was at the start; never a second model."""
 
 from dataclasses import replace
-from itertools import chain, count
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from ..lora.layer import adapters_of
 from ..lora.peft_files import adapter_state, load_adapter_state
 from ..models.protocol import evaluating
 from .losses.tokens import answer_scores
-from .run import active_adapters
+from .run import active_adapters, free_name
 from .trainer import Trainer, Weights
 
 REFERENCE = "reference"  # the name, if it is free, of the frozen adapter that the policy started as
@@ -63,6 +62,5 @@ class Referenced(Trainer):
             kind = "base" if idle else "start"
         self.config = replace(self.config, reference=kind)  # so that checkpoints and the run's folder say which
         if kind == "start":
-            names = chain([REFERENCE], (f"{REFERENCE}-{number}" for number in count(2)))
-            self.reference = (next(name for name in names if not adapters_of(self.model, name)),)
+            self.reference = (free_name(self.model, REFERENCE),)
             copy_adapter(self.model, self.adapter, *self.reference)

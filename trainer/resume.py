@@ -8,22 +8,25 @@ for ever and may be led down at last (wsd), and a cosine, whose every rate depen
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..errors import InputError, shown
 from ..lora.identity import hashed
-from ..lora.layer import DEFAULT, adapter_layers, adapters_of, plain_name
+from ..lora.layer import DEFAULT, adapter_layers, adapter_parameters, adapters_of, plain_name
 from ..lora.peft_files import adapter_state
 from ..models.protocol import CausalLM
 from .config import COURSE, PAGED, TrainingConfig
-from .run import RunState
+from .loop import name_of
+from .run import RunState, active_adapters
 
 HARMLESS = {"out", "resume", "log", "keep", "save_every", "checkpointing", "optimizer_budget", "micro_batch", "packing"}
 HARMLESS |= {"template", "deterministic"}  # the name of a file, whose content is compared; part of `layout`
@@ -57,8 +60,12 @@ def check_resumed(path: Path, saved: SavedState, now: SavedState, config: Traini
     old = replace(config, **{name: saved.config[name] for name in COURSE if name in saved.config})
     before, total = old.total_steps(rows), config.total_steps(rows)
     if (before, old.course()) != (total, config.course()):
-        _check_course(old, config, before, total, saved.run)
+        _check_course(old, config, before, total, saved.run, own="scheduler" in now.depends)
         notes.append(f"goes on to step {total:,} by schedule {config.schedule}; it was to end at step {before:,}")
+        if saved.run.best_metrics and saved.run.evaluated % (config.eval_every or config.epoch_steps(rows)):
+            notes.append(
+                f"the evaluation after step {saved.run.evaluated:,}, its end then, counts for the best step too"
+            )
     elif saved.run.done >= total:
         notes.append(f"all {total:,} steps of this run were done: to go on from it, see the README ('Going on')")
     if other := _differences(saved.layout, now.layout):
@@ -73,14 +80,17 @@ def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]
     return [f"{name} ({shown(before.get(name))}, now {shown(now.get(name))})" for name in names]
 
 
-def _check_course(old: TrainingConfig, new: TrainingConfig, before: int, total: int, run: RunState) -> None:
-    """InputError unless all steps that are done had the rates of the new course, and it has steps left."""
+def _check_course(
+    old: TrainingConfig, new: TrainingConfig, before: int, total: int, run: RunState, *, own: bool
+) -> None:
+    """InputError unless all steps that are done had the rates of the new course, and it has steps left. own: rates are
+    those of a scheduler, whose state the checkpoint has."""
     anew = "begin a new run from what this one saved, with another out (an adapter as adapter=, a model as model=)"
     if total < run.done:
         raise InputError(f"{run.done:,} steps of this run are done, more than the {total:,} asked for; {anew}")
     if run.stopped_early:
         raise InputError(f"this run stopped early, after step {run.done:,}, and more steps change nothing; {anew}")
-    for step in range(run.done):
+    for step in range(0 if own else run.done):
         was, would = old.lr * old.rate_factor(step, before), new.lr * new.rate_factor(step, total)
         if was != would:
             raise InputError(
@@ -132,6 +142,17 @@ def repeating(config: TrainingConfig, device: torch.device) -> Iterator[None]:
         yield
 
 
+def basis(model: CausalLM, adapter: str, trained: Collection[Tensor]) -> dict[str, str]:
+    """What a training of these tensors stands on, by name."""
+    dtypes = {str(model.dtype), *(str(tensor.dtype) for tensor in trained)}
+    return {
+        "dtype": ", ".join(sorted(dtypes)),
+        "base": base_hash(model, trained),
+        "form of its adapter": adapter_form(model, adapter),
+        "adapter beside it, or frozen part of its own": beside_hash(model, adapter),
+    }
+
+
 def base_hash(model: CausalLM, trained: Collection[Tensor] = ()) -> str:
     """SHA-256 over a model's settings, and its weights but for adapters and `trained`. It is exact, where the identity
     in an adapter's file forgives another dtype."""
@@ -149,8 +170,32 @@ def adapter_form(model: CausalLM, name: str = DEFAULT) -> str:
     return json.dumps([[path, type(part).__name__, part.peft_fields()] for path, part in parts])
 
 
-def adapters_hash(model: CausalLM, names: Sequence[str]) -> str:
-    """SHA-256, in hex, of the adapters of these names: tensors and what their files would say of their form."""
-    tensors = {f"{i}.{key}": t for i, name in enumerate(names) for key, t in adapter_state(model, name).items()}
-    forms = [adapter_form(model, name) for name in names]
+def adapters_hash(model: CausalLM, active: Mapping[str, float]) -> str:
+    """SHA-256, in hex, of adapters of these names and weights: tensors and what their files would say of their form."""
+    tensors = {f"{i}.{key}": t for i, name in enumerate(active) for key, t in adapter_state(model, name).items()}
+    forms = [[adapter_form(model, name), weight] for name, weight in active.items()]
     return hashlib.sha256((hashed(tensors) + json.dumps(forms)).encode()).hexdigest()
+
+
+def beside_hash(model: CausalLM, name: str) -> str:
+    """SHA-256, in hex, of what an adapter trains beside: tensors of its own that do not train, others that are active;
+    "none" without any."""
+    frozen = {own: p for own, p in adapter_parameters(model, name).items() if not p.requires_grad}
+    others = {other: weight for other, weight in active_adapters(model).items() if other != name}
+    return hashed(frozen) + adapters_hash(model, others) if frozen or others else "none"
+
+
+def described(given: object) -> str:
+    """A function, a class or an optimizer, as far as it can be known in another process: its name, and the settings of
+    an optimizer, or of a function with some arguments filled in."""
+    settings: dict[str, object] = given.defaults if isinstance(given, Optimizer) else {}
+    while isinstance(given, partial):
+        settings = {**{str(i): value for i, value in enumerate(given.args)}, **given.keywords, **settings}
+        given = given.func
+    return name_of(given) + "".join(f", {name} {_plain(value)}" for name, value in sorted(settings.items()))
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_plain, value))}]"
+    return repr(value) if value is None or isinstance(value, int | float | str) else name_of(value)

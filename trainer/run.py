@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..data.encode import Dataset
 from ..data.template import FILE as TEMPLATE
 from ..errors import InputError
 from ..files import write_text
-from ..lora.layer import DEFAULT, adapter_layers, adapter_parameters, refuse_left_out
+from ..lora.layer import DEFAULT, adapter_layers, adapter_parameters, adapters_of, refuse_left_out
 from ..settings import LARGEST, setting
 
 
@@ -71,6 +72,8 @@ def adapter_to_train(model: nn.Module, name: str = DEFAULT) -> dict[str, nn.Para
         problem, advice = "is frozen", "attach or load it after all others, or with trainable=True"
     elif not all(name in layer.active for layer in layers if name in layer.adapters):
         problem, advice = "is not active", f"call fourbit.use(model, '{name}')"
+    elif (weight := active_adapters(model)[name]) != 1:
+        problem, advice = f"counts {weight:g} times", f"train it with weight 1: fourbit.use(model, '{name}')"
     else:
         refuse_left_out(model, name)
         return {own: parameter for own, parameter in found.items() if parameter.requires_grad}
@@ -94,6 +97,12 @@ def save_template(folder: Path, rows: Dataset) -> None:
         (folder / TEMPLATE).unlink(missing_ok=True)
 
 
-def active_adapters(model: nn.Module) -> list[str]:
-    """Names of the adapters that are active on any layer, sorted."""
-    return sorted({name for layer in adapter_layers(model).values() for name in layer.active})
+def free_name(model: nn.Module, name: str) -> str:
+    """The name, or the first of name-2, name-3 and so on, that no adapter of the model has."""
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    return next(one for one in names if not adapters_of(model, one))
+
+
+def active_adapters(model: nn.Module) -> dict[str, float]:
+    """The adapters that are active on any layer, by name, sorted, and how much each counts."""
+    return dict(sorted(pair for layer in adapter_layers(model).values() for pair in layer.active.items()))

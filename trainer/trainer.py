@@ -32,17 +32,17 @@ from ..optim.unmoved import notice
 from ..outputs import check_free, lock_folder
 from ..settings import read_fields
 from ..text.tokenizer_folder import as_tokenizer
-from .callbacks import Callback, told
+from .callbacks import Callback, joined, told
 from .checkpoint import STATE, checkpoint_to_resume, load_checkpoint, resuming, save_checkpoint
 from .config import COURSE, OF_OPTIMIZER, TrainingConfig
 from .fit import Fitted
 from .interrupt import Interrupt, interrupts
-from .loop import MakeOptimizer, MakeScheduler, Run, name_of
+from .loop import MakeOptimizer, MakeScheduler, Run
 from .metrics import Display, Metrics, finite
 from .planner import memory_used, peak_from_now, state_bytes
 from .progress import display_for
 from .report import draw_curves, nonfinite
-from .resume import SavedState, adapter_form, as_json, base_hash, check_resumed, layout, repeating
+from .resume import SavedState, as_json, basis, check_resumed, described, layout, repeating
 from .run import RunState, TrainResult, adapter_to_train, save_template
 from .step import StepResult, Sums, as_sums, make_optimizer, means, parts_of
 
@@ -64,6 +64,7 @@ class Trainer(Fitted):
     Raises InputError for rows, options or a model that cannot be trained on."""
 
     kind: Kind = "sft"  # of the rows
+    takes_loss: ClassVar[bool] = True
     best_metric: ClassVar[str] = "loss"  # of an evaluation: what keep_best and patience go by
     best_is: ClassVar[Literal["lowest", "highest"]] = "lowest"
 
@@ -85,6 +86,8 @@ class Trainer(Fitted):
         self.adapter = adapter
         self.config = config = config if self.model.packs else replace(config, packing=False)
         self.loss, self.optimizer, self.scheduler = loss, optimizer, scheduler
+        if loss is not None and not self.takes_loss:
+            raise InputError(f"{type(self).__name__} has a loss of its own: leave out loss, or build on fourbit.Run")
         if optimizer is not None:
             config.refuse(OF_OPTIMIZER, "an optimizer of your own has its own")
         if scheduler is not None:
@@ -126,12 +129,8 @@ class Trainer(Fitted):
     def depends(self) -> dict[str, str]:
         """What the run stands on besides rows and options, by name: resumed with another it would be another run."""
         own = {"loss": self.loss, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        return {
-            "trainer": type(self).__name__,
-            "dtype": str(self.model.dtype),
-            "base": base_hash(self.model, self.parameters.values()),
-            "form of its adapter": adapter_form(self.model, self.adapter),
-        } | {what: name_of(given) for what, given in own.items() if given is not None}
+        stands_on = basis(self.model, self.adapter, self.parameters.values()) | {"trainer": type(self).__name__}
+        return stands_on | {what: described(given) for what, given in own.items() if given is not None}
 
     # What is trained: the adapter, unless a kind says otherwise.
 
@@ -173,6 +172,7 @@ class Trainer(Fitted):
             torch.manual_seed(self.config.seed)
             self.depends_on = self.depends()  # once: it reads whole models
             self.progress, self.run = RunState(), self.new_run() if self.run.updates else self.run
+            self.run.forget()  # what backward passes of others have left
             needed = state_bytes(self.config, self.parameters.values())
             check_free(out, needed + 2 * sum(tensor.nbytes for tensor in self.run.weights().values()))
             self.best: Weights | None = None
@@ -215,6 +215,8 @@ class Trainer(Fitted):
             if self.interrupt or (self._due(config.save_every, ended) and run.saved != run.done):
                 with self.apart():
                     self._save()
+                if self.run.stopped and not ended:  # a callback's wish at the checkpoint
+                    continue
             if self.interrupt or ended:
                 break
             batches, sources = self.step_data(run.done)
@@ -270,14 +272,13 @@ class Trainer(Fitted):
         run.skipped_in_a_row = run.skipped_in_a_row + 1 if skipped else 0
         run.last_loss = loss if not skipped else run.last_loss
         what, used = memory_used(self.device)
-        report = self.train_set.report
-        lost = report.dropped.total + report.skipped.total
+        lost = sum(rows.report.dropped.total + rows.report.skipped.total for rows in self.sets)
+        given = lost + sum(map(len, self.sets))
         record = {
             "step": step + 1,
             "epoch": round((step + 1) / self.steps_per_epoch, 4),
             "loss": finite(loss),
-            **result.read_metrics(),
-            **({} if self.kind == "sft" else {"dropped": lost / max(1, lost + report.rows)}),
+            **({} if self.kind == "sft" else {"dropped": lost / given}),
             "lr": rate,
             "grad_norm": finite(norm),
             "skipped": skipped,
@@ -287,6 +288,7 @@ class Trainer(Fitted):
             what: used,
             **result.optimizer,
         }
+        record = joined(record, result.read_metrics(), "a loss")
         self.metrics.write(told(self.callbacks, "on_step", self.run, record))
         self._clock = now
         in_vain = step + 1 == self.total and run.last_loss is None  # the last step, and none has counted
@@ -297,8 +299,12 @@ class Trainer(Fitted):
     def _evaluate(self) -> None:
         """Validation metrics, and what follows from them: the best weights so far, an early stop."""
         run = self.progress
-        if self.val_set is not None and not (found := self.evaluate(self.interrupt)):
-            return  # interrupted: the resumed run does it again
+        try:
+            if self.val_set is not None and not (found := self.evaluate(self.interrupt)):
+                return  # interrupted: the resumed run does it again
+        except Exception:  # which costs no step
+            self._save()
+            raise
         run.evaluated = run.done
         if self.val_set is None:
             return
@@ -333,6 +339,8 @@ class Trainer(Fitted):
                 for sums in parts_of(as_sums(self.sums(batch), batch), backward=False):
                     loss, weight = loss + sums.loss.item(), weight + float(sums.weight or 0)
                     parts.append(sums.metrics)
+        if not weight:
+            raise InputError("the loss counts nothing on the validation rows: give rows of which it counts something")
         found = self.describe({"loss": loss / weight, **{name: v.item() for name, v in means(parts).items()}})
         return told(self.callbacks, "on_evaluate", self.run, {name: finite(value) for name, value in found.items()})
 

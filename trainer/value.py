@@ -6,16 +6,16 @@ from typing import Self
 from torch import Tensor, nn
 
 from ..data.batch import Batch
-from ..lora.active import train_only, use, using
+from ..lora.active import train_only, using
 from ..lora.attach import attach
 from ..lora.config import LoRAConfig
-from ..lora.layer import adapter_parameters, adapters_of
+from ..lora.layer import adapter_layers, adapter_parameters
 from ..models.protocol import CausalLM
 from .losses.tokens import by_answer, hidden_rows
 from .reward_model import fresh_head
-from .run import active_adapters
+from .run import free_name
 
-VALUE = "value"  # the name of its adapter
+VALUE = "value"  # the name of its adapter, if it is free, and what those of its parameters begin with
 
 
 class ValueFunction:
@@ -23,15 +23,16 @@ class ValueFunction:
     trains too; those that are active stay so."""
 
     def __init__(self, model: CausalLM, policy: str, seed: int) -> None:
-        self.model, active = model, active_adapters(model)
-        if not adapters_of(model, VALUE):
-            attach(model, LoRAConfig(rank=8, alpha=16), VALUE, seed=seed)
-        use(model, *active)
-        train_only(model, policy, VALUE)
+        self.model, self.adapter = model, free_name(model, VALUE)
+        active = {layer: layer.active for layer in adapter_layers(model).values()}
+        attach(model, LoRAConfig(rank=8, alpha=16), self.adapter, seed=seed)
+        for layer in adapter_layers(model).values():
+            layer.active = active.get(layer, {})
+        train_only(model, policy, self.adapter)
         self.head = nn.Parameter(fresh_head(model))
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        own = {f"{VALUE}.{name}": parameter for name, parameter in adapter_parameters(self.model, VALUE).items()}
+        own = {f"{VALUE}.{name}": parameter for name, parameter in adapter_parameters(self.model, self.adapter).items()}
         return own | {f"{VALUE}.head": self.head}
 
     def on(self, model: CausalLM) -> Self:
@@ -44,7 +45,7 @@ class ValueFunction:
         """[P, L] of the answers of a batch that is still on the CPU: before each token."""
         here = batch.to(self.head.device)
         assert here.slots is not None
-        with using(self.model, VALUE):
+        with using(self.model, self.adapter):
             hidden = hidden_rows(self.model, here, here.rows)
         values = (hidden.to(self.head.dtype) @ self.head.T).squeeze(1)
         return by_answer(values, here.slots)[0]

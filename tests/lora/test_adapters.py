@@ -221,7 +221,7 @@ def test_names_that_are_fine(name: str, base: Make, adapted: Make, folder: Path)
     model = base()
     load_adapter(model, folder, name=name)
     assert torch.equal(outputs(model), outputs(adapted()))
-    assert isinstance(adapter_layers(model)["mlp.up_proj"].frozen([name]), AdapterLayer)
+    assert isinstance(adapter_layers(model)["mlp.up_proj"].frozen({name: 1.0}), AdapterLayer)
     assert list(adapters_of(model, name)) == PATHS
 
 
@@ -294,8 +294,8 @@ def test_hooks_are_heard_on_layer_base_and_adapter(adapted: Make) -> None:
 
 def test_a_frozen_head_stands_apart(adapted: Make) -> None:
     layer = adapter_layers(adapted(dropout=0.5))["mlp.up_proj"]
-    x, twin = torch.randn(2, 6), layer.train().frozen(["default", "absent"])
-    assert layer.frozen(["absent"]) is layer.base
+    x, twin = torch.randn(2, 6), layer.train().frozen({"default": 1.0, "absent": 1.0})
+    assert layer.frozen({"absent": 1.0}) is layer.base
     want = copy.deepcopy(layer).eval()(x)
     layer.adapters["default"].lora_B.data.zero_()
     assert torch.equal(twin(x), want) and not any(p.requires_grad for p in twin.parameters())

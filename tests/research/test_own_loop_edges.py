@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ExponentialLR, StepLR
+from torch.optim.lr_scheduler import ExponentialLR, MultiStepLR, SequentialLR, StepLR
 
 from fourbit.errors import InputError
 from fourbit.models.protocol import evaluating
@@ -129,6 +129,55 @@ def test_two_callbacks_may_not_give_one_metric():
 
     with pytest.raises(InputError, match="names of their own, got bits"):
         told([Same(), Same()], "on_step", run_of(), {"loss": 1.0})
+
+
+def test_a_state_that_is_taken_up_leaves_the_step_that_was_begun(tmp_path):
+    run = run_of()
+    saved = run.save_state(tmp_path)
+    run.forward_backward(ROWS)
+    run.load_state(saved)
+    run.forward_backward(ROWS)
+    other = run_of(model=run.model)
+    norm = run.optim_step().grad_norm
+    other.load_state(saved)
+    other.forward_backward(ROWS)
+    assert other.optim_step().grad_norm == norm
+
+
+def test_milestones_are_there_after_a_resume(tmp_path):
+    """torch counts them in a `Counter`, which a plain dict does not stand for."""
+
+    def scheduler(optimizer):
+        several = [ExponentialLR(optimizer, 0.9), MultiStepLR(optimizer, [1, 1, 2], 0.5)]
+        return SequentialLR(optimizer, several, milestones=[2])
+
+    def steps(run, count):
+        for _ in range(count):
+            run.forward_backward(ROWS)
+            run.optim_step()
+        return [group["lr"] for group in run.optimizer.param_groups]
+
+    run, other = (run_of(scheduler=scheduler) for _ in range(2))
+    steps(run, 1)
+    other.load_state(run.save_state(tmp_path))
+    assert steps(run, 4) == steps(other, 4)
+
+
+def test_parameters_of_one_storage_are_saved(tmp_path):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            both = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0))
+            self.a, self.b = nn.Parameter(both[0]), nn.Parameter(both[1])
+
+        def forward(self, x):
+            return x @ self.a @ self.b
+
+    run, other = run_of(model=Shared()), run_of(model=Shared())
+    run.forward_backward(ROWS)
+    run.optim_step()
+    other.load_state(run.save_state(tmp_path))
+    assert torch.equal(other.model.b, run.model.b) and not torch.equal(run.model.b, Shared().b)
 
 
 def test_generators_of_a_gpu_are_left_out_on_a_cpu():

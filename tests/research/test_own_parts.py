@@ -1,6 +1,8 @@
 """One's own loss, optimizer, scheduler, metrics and callbacks in the trainers; each example is what a user writes."""
 
 import json
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ import fourbit
 from fourbit.data.batch import Batch
 from fourbit.errors import InputError
 from fourbit.trainer.checkpoint import load_checkpoint
-from fourbit.trainer.losses.tokens import batch_token_scores
+from fourbit.trainer.losses.tokens import batch_token_scores, summed
 from fourbit.trainer.metrics import read_metrics
+from fourbit.trainer.step import Sums
 
 
 @pytest.fixture
@@ -248,3 +251,89 @@ def test_a_trainer_evaluates_alone_and_goes_on_with_itself(trainer_of, tmp_path)
     assert both[0] == both[1]
     with pytest.raises(InputError, match="evaluate needs validation rows: give the trainer val"):
         trainer_of("none", parts={"val": None}).evaluate()
+
+
+def weighted(model: nn.Module, batch: Batch, *, gamma: float = 1) -> torch.Tensor:
+    return gamma * focal(model, batch)
+
+
+def halved(gamma: float) -> partial[torch.optim.lr_scheduler.LRScheduler]:
+    return partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=gamma)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "named"),
+    [
+        ({"loss": partial(weighted, gamma=1)}, {"loss": partial(weighted, gamma=5)}, "loss .*gamma 1.*gamma 5"),
+        (
+            {"optimizer": partial(torch.optim.SGD, lr=0.1)},
+            {"optimizer": partial(torch.optim.SGD, lr=0.2)},
+            "optimizer .*lr 0.1.*lr 0.2",
+        ),
+        ({"scheduler": halved(0.5)}, {"scheduler": halved(0.1)}, "scheduler .*gamma 0.5"),
+    ],
+)
+def test_settings_of_ones_own_parts_are_those_of_the_run(trainer_of, then, now, named):
+    trainer_of("run", steps=2, parts=then).train(display=None)
+    with pytest.raises(InputError, match=f"another {named}"):
+        trainer_of("run", steps=2, resume="auto", parts=now).train(display=None)
+
+
+def test_a_run_with_a_scheduler_of_ones_own_gets_longer(trainer_of, tmp_path):
+    parts = {"scheduler": halved(0.5), "optimizer": partial(torch.optim.SGD, lr=0.1)}
+    trainer_of("longer", steps=2, parts=parts).train(display=None)
+    trainer_of("longer", steps=4, resume="auto", parts=parts).train(display=None)
+    trainer_of("whole", steps=4, parts=parts).train(display=None)
+    rates = [[r["lr"] for r in read_metrics(tmp_path / n / "metrics.jsonl") if "lr" in r] for n in ("longer", "whole")]
+    assert rates[0] == rates[1] == [0.1, 0.05, 0.025, 0.0125]
+
+
+@pytest.mark.parametrize("kind", [fourbit.DistillTrainer, fourbit.PolicyTrainer])
+def test_a_loss_that_nothing_would_call_is_refused(trainer_of, kind):
+    config, more = {
+        fourbit.DistillTrainer: (fourbit.DistillConfig, {"teacher": None}),
+        fourbit.PolicyTrainer: (fourbit.RLConfig, {"rewards": lambda prompt, answer, row: 0.0}),
+    }[kind]
+    with pytest.raises(InputError, match=f"{kind.__name__} has a loss of its own: leave out loss"):
+        trainer_of("own", kind=kind, config=config, parts={"loss": focal, **more})
+    assert trainer_of("own", kind=kind, config=config, parts=more).total == 4
+
+
+class Failing(fourbit.Callback):
+    def on_evaluate(self, run, metrics):
+        return {"perplexity": 0.0}
+
+
+def test_an_evaluation_that_fails_costs_no_step(trainer_of, tmp_path):
+    how = dict(save_every=None, eval_every=3, schedule="constant")
+    with pytest.raises(InputError, match="names of their own, got perplexity"):
+        trainer_of("failed", parts={"callbacks": [Failing()]}, **how).train(display=None)
+    assert (tmp_path / "failed" / "checkpoints" / "step-000003").is_dir()
+    trainer_of("failed", resume="auto", **how).train(display=None)
+    trainer_of("whole", **how).train(display=None)
+    both = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("failed", "whole")]
+    assert both[0] == both[1]
+
+
+class AtCheckpoint(fourbit.Callback):
+    def on_checkpoint(self, run, folder):
+        run.stopped = True
+
+
+def test_a_wish_at_a_checkpoint_ends_the_run_there(trainer_of):
+    result = trainer_of("stopped", parts={"callbacks": [AtCheckpoint()]}).train(display=None)
+    assert result.stopped_early and result.steps == 2
+
+
+def test_metrics_of_a_loss_have_names_of_their_own_and_any_number(trainer_of, tmp_path):
+    def named(*names: str) -> Any:
+        return lambda model, batch: Sums((found := focal(model, batch)).sum(), dict.fromkeys(names, summed(found)))
+
+    with pytest.raises(InputError, match="a loss's metrics must have names of their own, got loss, step"):
+        trainer_of("taken", parts={"loss": named("step", "loss")}).train(display=None)
+    trainer_of("many", parts={"loss": named(*(f"layer {i}" for i in range(5000)))}).train(display=None)
+    assert len(read_metrics(tmp_path / "many" / "metrics.jsonl")[0]) > 5000
+    nothing = lambda model, batch: Sums(focal(model, batch).sum() * 0, {}, weight=0)
+    with pytest.raises(InputError, match="the loss counts nothing on the validation rows"):
+        trainer_of("nothing", parts={"loss": nothing}).evaluate()
+    assert trainer_of("something", parts={"loss": focal}).evaluate()["loss"] > 0

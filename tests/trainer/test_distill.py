@@ -168,13 +168,13 @@ def test_a_teachers_head_counts_as_it_is_switched(trainer_for, adapted, tiny_fol
     lora = {"target": ["q_proj", "lm_head"], "rslora": True, "rank": 3}
     teacher, _ = adapted(tiny_folder, quant_type=None, dtype=torch.float64, b_seed=2, **lora)
     losses = []
-    for enabled in (True, False):
-        teacher.lm_head.active = {"default": 1.0} if enabled else {}
+    for active in ({"default": 1.0}, {"default": 0.2}, {}):
+        teacher.lm_head.active = active
         trainer = trainer_for(tiny_folder, rows, tmp_path, teacher, quant_type=None, dtype=torch.float64, b_seed=1)
         want = plain(trainer.model, teacher, trainer.train_set.examples[:8], trainer.config).item()
         losses.append(total(trainer)[0])
         assert losses[-1] == pytest.approx(want, rel=1e-11)
-    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3) != pytest.approx(losses[2], rel=1e-3)
 
 
 def test_the_base_alone_can_teach(trainer_for, tiny_folder, rows, tmp_path):

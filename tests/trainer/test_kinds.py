@@ -146,13 +146,14 @@ def test_a_batch_says_what_its_loss_is_a_sum_over(make):
             lambda model: fourbit.attach(model, fourbit.LoRAConfig(2, 4), "b"),
             "is frozen .*carries b, default; active: b",
         ),
+        (lambda model: fourbit.use(model, "default", weights=[0.5]), "counts 0.5 times .*active: default"),
         (lambda model: fourbit.use(model), r"is not active .*carries default; active: none\): call fourbit.use"),
         (
             lambda model: (fourbit.copy_adapter(model, "default", "mine"), fourbit.remove_adapter(model, "default")),
             "is not there .*carries mine; active: none",
         ),
     ],
-    ids=["frozen", "off", "another name"],
+    ids=["frozen", "half", "off", "another name"],
 )
 def test_what_is_trained_must_be_there_active_and_trainable(make, rows, tmp_path, change, named):
     """Else the error says what is there; when the trainer is made, and again when it begins."""

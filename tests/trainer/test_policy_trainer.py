@@ -28,6 +28,7 @@ from fourbit.trainer.reward_model import RewardModel
 from fourbit.trainer.rewards import Answered, Rewards, each, rewards_of
 from fourbit.trainer.rl_config import RLConfig
 from fourbit.trainer.rollouts import differing, restored
+from fourbit.trainer.run import active_adapters
 
 TRAINER, CONFIG = PolicyTrainer, RLConfig  # for `trainer_for`
 SMALL = {"max_new_tokens": 6, "group_size": 4, "batch_size": 2}
@@ -417,3 +418,15 @@ def test_only_known_rewards_make_a_signal():
     nan = float("nan")
     rewards = torch.tensor([[1.0, 1.0, nan], [1.0, 2.0, nan], [nan, nan, nan], [0.0, 0.0, 0.0], [0.5, nan, nan]])
     assert differing(rewards).tolist() == [False, True, False, False, False]
+
+
+def test_a_value_function_takes_no_adapter_that_is_there(adapted, tiny_folder, rows, tmp_path):
+    model, tokenizer = adapted(tiny_folder)
+    fourbit.attach(model, fourbit.LoRAConfig(rank=2), "value", seed=0)
+    fourbit.use(model, "default", "value", weights=[1.0, 0.5])
+    fourbit.train_only(model, "default")
+    config = fourbit.RLConfig(out=str(tmp_path), loss="ppo", kl=0.0)
+    trainer = fourbit.PolicyTrainer(model, tokenizer, train=rows, rewards=lambda p, a, r: 0.0, config=config)
+    assert trainer.values is not None and trainer.values.adapter == "value-2"
+    assert not any(p.requires_grad for p in adapter_parameters(model, "value").values())
+    assert active_adapters(model) == {"default": 1.0, "value": 0.5}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import fourbit
 from fourbit.errors import InputError
+from fourbit.lora.layer import adapter_parameters
 from fourbit.trainer.checkpoint import load_checkpoint, save_checkpoint
 from fourbit.trainer.config import SFTConfig
 from fourbit.trainer.metrics import read_metrics
@@ -61,6 +62,55 @@ def test_another_run_is_refused(make, stopping, rows, pairs):
             InputError, match=rf"(?s)was written by a run with {named}.*begin a new run in another fold"
         ):
             (change(again) if change else again).train(display=None)
+
+
+def test_what_stands_beside_an_adapter_is_as_it_was(stopping, adapted, tiny_folder, rows, tmp_path):
+    """Other adapters that are active, how much they count, weights of its own that are frozen, its dtype."""
+
+    def run(*, beside=0.5, frozen=None, dtype=torch.float32, **options):
+        model, tokenizer = adapted(tiny_folder, b_seed=1)
+        fourbit.attach(model, fourbit.LoRAConfig(rank=4), "mine", seed=0, dtype=dtype)
+        fourbit.use(model, "mine", *["default"] * bool(beside), weights=[1.0, beside] if beside else None)
+        if frozen is not None:
+            for name, parameter in adapter_parameters(model, "mine").items():
+                if "lora_A" in name:
+                    parameter.requires_grad_(False).data.add_(frozen)
+        config = SFTConfig(out=str(tmp_path / f"{frozen is None}"), steps=4, batch_size=4, **options)
+        return fourbit.SFTTrainer(model, tokenizer, train=rows, config=config, adapter="mine")
+
+    run().train(display=stopping(2))
+    run(frozen=0.0).train(display=stopping(2))
+    for changed, named in [
+        ({"beside": 0}, "adapter beside it"),
+        ({"beside": 0.4}, "adapter beside it"),
+        ({"dtype": torch.bfloat16}, "dtype"),
+        ({"frozen": 0.1}, "frozen part"),
+    ]:
+        with pytest.raises(InputError, match=f"by a run with another .*{named}"):
+            run(resume="auto", **changed).train(display=None)
+    assert run(resume="auto").train(display=None).steps == run(resume="auto", frozen=0.0).train(display=None).steps == 4
+
+
+def test_gradients_of_before_enter_no_step(make, tmp_path):
+    """Left by another's backward pass, or by a step that was cut off, and then resumed in the same object."""
+    make("sft", tmp_path / "plain", steps=4).train(display=None)
+    trainer = make("sft", tmp_path / "left", steps=4, save_every=2)
+    for parameter in trainer.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    update = trainer.run.optim_step
+
+    def interrupted(lr=None):
+        if trainer.run.steps == 2:
+            raise KeyboardInterrupt
+        return update(lr)
+
+    trainer.run.optim_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(display=None)
+    trainer.config = replace(trainer.config, resume="auto")
+    trainer.train(display=None)
+    plain, left = ([r["grad_norm"] for r in read_metrics(tmp_path / n / "metrics.jsonl")] for n in ("plain", "left"))
+    assert plain == left
 
 
 def test_another_teacher_is_refused(make, stopping):
@@ -172,6 +222,12 @@ def test_the_advice_for_a_run_that_cannot_be_longer_works(make, tiny_folder, row
     fourbit.load_adapter(model, tmp_path)
     config = SFTConfig(out=str(tmp_path / "more"), steps=2, batch_size=4)
     assert fourbit.SFTTrainer(model, tokenizer, train=rows, config=config).train(display=None).steps == 2
+
+
+def test_the_end_of_a_shorter_run_counts_as_an_evaluation_and_says_so():
+    best = {"best_metrics": {"loss": 1.0}, "evaluated": 5}
+    notes = going_on({"steps": 9, "schedule": "constant", "warmup": 0}, {"steps": 5, "schedule": "constant"}, **best)
+    assert any("the evaluation after step 5, its end then, counts for the best step too" in note for note in notes)
 
 
 def test_a_run_that_stopped_early_stays_so():
