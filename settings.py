@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -79,7 +80,7 @@ class Checked:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        types = get_type_hints(type(self))
+        types = _types_of(type(self))
         for option in fields(self):
             value = checked(option.name, getattr(self, option.name), types[option.name], option.metadata)
             if value in ("", ()) and option.default != value:
@@ -87,12 +88,17 @@ class Checked:
             object.__setattr__(self, option.name, value)
 
 
+@cache
+def _types_of(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)  # which takes longer than all that is checked by it
+
+
 def read_fields(kind: type[T], given: Any, where: str) -> T:
     """The dataclass `kind` from a file's mapping. Raises InputError, after `where`, for what is no mapping, for a name
     that is unknown or missing, and for a value of another type or out of bounds."""
     if not isinstance(given, dict):
         raise InputError(f"{where} must be a mapping, got {_value(given)}")
-    known, types = {f.name: f for f in fields(kind)}, get_type_hints(kind)  # type: ignore[arg-type]  # T: a dataclass
+    known, types = {f.name: f for f in fields(kind)}, _types_of(kind)  # type: ignore[arg-type]  # T: a dataclass
     if unknown := [name for name in given if name not in known]:
         raise InputError(f"{where} holds {shown(unknown[0])}, which this fourbit does not know")
     needed = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
