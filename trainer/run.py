@@ -84,6 +84,12 @@ def adapter_to_train(model: nn.Module, name: str = DEFAULT) -> dict[str, nn.Para
     )
 
 
+def left_out(sets: Sequence[Dataset]) -> float:
+    """The share of the rows that were read that no set has."""
+    lost = sum(rows.report.dropped.total + rows.report.skipped.total for rows in sets)
+    return lost / (lost + sum(map(len, sets)))
+
+
 def template_text(rows: Dataset) -> str | None:
     """The chat template that rendered the rows, as the text of a file: it goes with what was trained."""
     return None if rows.template is None else rows.template.portable()

@@ -43,7 +43,7 @@ from .planner import memory_used, peak_from_now, state_bytes
 from .progress import display_for
 from .report import draw_curves, nonfinite
 from .resume import SavedState, as_json, basis, check_resumed, described, layout, repeating
-from .run import RunState, TrainResult, adapter_to_train, save_template
+from .run import RunState, TrainResult, adapter_to_train, left_out, save_template
 from .step import StepResult, Sums, as_sums, make_optimizer, means, parts_of
 
 SKIPS_ALLOWED = 2  # in a row; one more ends the run
@@ -272,13 +272,11 @@ class Trainer(Fitted):
         run.skipped_in_a_row = run.skipped_in_a_row + 1 if skipped else 0
         run.last_loss = loss if not skipped else run.last_loss
         what, used = memory_used(self.device)
-        lost = sum(rows.report.dropped.total + rows.report.skipped.total for rows in self.sets)
-        given = lost + sum(map(len, self.sets))
         record = {
             "step": step + 1,
             "epoch": round((step + 1) / self.steps_per_epoch, 4),
             "loss": finite(loss),
-            **({} if self.kind == "sft" else {"dropped": lost / given}),
+            **({} if self.kind == "sft" else {"dropped": left_out(self.sets)}),
             "lr": rate,
             "grad_norm": finite(norm),
             "skipped": skipped,
