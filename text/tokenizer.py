@@ -18,7 +18,8 @@ MAX_TEXT_BYTES = 4 << 20  # about a million tokens; at up to 2 us a byte the tim
 # Tokens that end an answer, as the common chat formats name them. The second group also stands inside an answer in
 # some formats, so it counts only where the model's own chat template writes it.
 _ENDS_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
-_ENDS_TURN = ("<|end|>", "<|eot|>", "<|end_of_turn|>", "<EOT>", "</s>", "<|EOT|>")
+_ENDS_TURN = ("<|end|>", "<|eot|>", "<|end_of_turn|>", "<EOT>", "</s>", "<|EOT|>", "<|return|>", "<|call|>")
+_HARMONY = {"<|return|>", "<|call|>"}  # where both are, <|end|> ends a message of a turn that goes on
 
 
 class Tokenizer:
@@ -84,11 +85,13 @@ class Tokenizer:
         stops = set(given)
         if outside := [stop for stop in stops if not 0 <= stop < self.vocab_size]:
             raise InputError(f"stop token id {outside[0]} lies outside the vocabulary of {self.vocab_size} tokens.")
-        if self.eos_id is not None:
-            stops.add(self.eos_id)
         whole = {token.content: id for id, token in self.backend.get_added_tokens_decoder().items()}
         stops.update(whole[name] for name in _ENDS_TEXT if name in whole)
         stops.update(whole[name] for name in _ENDS_TURN if name in whole and name in (self.chat_template or ""))
+        if whole.keys() >= _HARMONY:
+            stops.discard(whole.get("<|end|>", -1))
+        if self.eos_id is not None:
+            stops.add(self.eos_id)
         return tuple(sorted(stops))
 
 
