@@ -293,7 +293,7 @@ def _put_adapter(model: CausalLM, options: TrainOptions, rows: Dataset, name: st
 
 def _announcing(options: TrainOptions, trainer: Any, sources: Sources) -> Callable[..., Any]:
     """For the trainer to call once the run may begin: saves and prints the settings, then shows progress."""
-    left_out = {"resume", "json", *(() if options.fresh else FRESH)}
+    left_out = {"resume", "json", "dry_run", *(() if options.fresh else FRESH)}
     if options.whole and options.dtype != "float32":
         kept = "on average none is lost" if options.rounding == "stochastic" else "those below their precision are lost"
         note(f"updates: of weights in {options.dtype}, rounding {options.rounding}: {kept}")
