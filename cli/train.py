@@ -31,6 +31,7 @@ from ..trainer.config import DPOConfig, TrainingConfig
 from ..trainer.heard import MAPPED
 from ..trainer.planner import state_bytes
 from ..trainer.progress import display_for
+from ..trainer.resume import template_to_resume
 from ..trainer.run import TrainResult
 from ..trainer.sweep import SweepTrainer
 from ..trainer.trainer import TOKEN_BUDGET
@@ -259,14 +260,15 @@ def _datasets(options: TrainOptions, tokenizer: Tokenizer, template: ChatTemplat
         each = enumerate(lengths * options.batch_size)  # other tokens in each: a common beginning would run once
         rows = [Example((Encoded([number] * n, [2 * i >= n for i in range(n)]),)) for number, n in each]
         return Dataset("sft", rows), None
+    begun = template_to_resume(options, tokenizer, template)
     with working("reading data"):
-        train, val = load_rows(options, tokenizer, options.data, kind, template=template), None
+        train, val = load_rows(options, tokenizer, options.data, kind, template=begun), None
     describe("train", train)
     if options.share is not None:
         train, val = split_validation(train, options.share)
         note(f"validation: {count(len(val), 'row')} of these, {count(len(train), 'row')} left to train on")
     elif options.val is not None:
-        val = load_rows(options, tokenizer, [options.val], kind, template=template)
+        val = load_rows(options, tokenizer, [options.val], kind, template=begun)
         describe("validation", val)
         if leaked := count_overlap(train, val):
             note(f"  note: {count(leaked, 'validation row')} also in the training data; the score will flatter")

@@ -97,7 +97,8 @@ def load(
     if kind != "sft" and loss_on != "assistant":
         raise InputError(f"loss_on {loss_on} is for rows to learn from (sft); of {kind} rows the answers are trained.")
     tokenizer = as_tokenizer(tokenizer)
-    chat_template = template_for(tokenizer, template)
+    given = template_for(tokenizer, template)
+    chat_template = given.dated()
     samples, problems = read_samples(rows, kind, name)
     dataset = Dataset(kind, template=chat_template)
     report, notes, words = dataset.report, Counter[str](), words_of(chat_template.source)
@@ -116,7 +117,7 @@ def load(
             notes.update(sample.remarks(words, written).union(*(part.notes for part in example.parts)))
     _settle(problems, on_bad_row, dataset)
     measure(dataset)
-    report.notices = _notices(dataset, chat_template, notes)
+    report.notices = _notices(dataset, given, notes)
     return dataset
 
 
@@ -161,7 +162,7 @@ def _notices(dataset: Dataset, template: ChatTemplate, notes: Counter[str]) -> l
     notices = []
     if any(sample.text is None for sample in samples):
         notices += [template.notice] if template.notice else []
-        if "strftime_now" in template.source and template.date is None:
+        if template.undated:
             notices.append("the chat template writes today's date into every example: another day gives other tokens")
     if dataset.report.duplicates:
         notices.append(f"{dataset.report.duplicates} of {rows} rows repeat an earlier row")

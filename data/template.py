@@ -11,9 +11,10 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from datetime import date as Date
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ..child import Child, child_command, child_environment
 from ..errors import EnvironmentProblem, InputError
@@ -58,6 +59,17 @@ class ChatTemplate:
             Date.fromisoformat(date)
         self.source, self.tokens = source, dict(tokens or {})
         self.name, self.date, self.notice = name, date, ""
+
+    @property
+    def undated(self) -> bool:
+        """Whether it writes the date of the day on which it renders."""
+        return self.date is None and "strftime_now" in self.source
+
+    def dated(self, date: str | None = None) -> Self:
+        """This template, which if `undated` writes one date (default: today's) whenever it renders."""
+        made = copy(self)
+        made.date = date or Date.today().isoformat() if self.undated else self.date
+        return made
 
     def portable(self) -> str:
         """The source as a file of its own, which a reader gives the tokenizer's own tokens: a built-in may use none."""

@@ -909,6 +909,9 @@ def test_a_run_is_gone_on_from_as_advised(here: Path, tokenizer: Any, monkeypatc
 # Nothing is left out.
 
 ELSEWHERE = {  # tests of other files that follow an advice
+    "tests/trainer/test_sft.py::test_a_run_whose_template_writes_the_date_goes_on_another_day": [
+        ("trainer/resume.py", "read with template=ChatTemplate(..., date={}), which writes the date"),
+    ],
     "tests/cli/test_sweep_command.py::test_codes_that_all_share_are_not_made_anew": [
         ("trainer/sweep.py", "(target, train_tokens): leave it out there"),
     ],
