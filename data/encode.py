@@ -214,7 +214,11 @@ def encode(
     groups = [_talks(sample, loss_on) for sample in samples]
     rendered = template.render_all(chain.from_iterable(groups))
     for sample, group in zip(samples, groups, strict=True):
-        texts = [*islice(rendered, len(group))]
+        try:
+            texts = [*islice(rendered, len(group))]
+        except InputError as error:
+            error.add_note(f"it was to write {sample.place}")
+            raise
         try:
             with _problem_of(sample):
                 parts = [_plain(sample, sample.text, tokenizer, loss_on)] if sample.text is not None else []

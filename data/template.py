@@ -98,10 +98,10 @@ class ChatTemplate:
         """Every conversation's text with the places of its wanted turns, or why there is none, as it is asked for."""
         shared = json.dumps({"source": self.source, "date": self.date, "tokens": self.tokens})
         for some in _at_a_time(talks):
-            answers = CHILD.ask(shared, [job for _, job in some])
-            if broken := answers[-1].get("broken", "")[:SHOWN_ERROR]:
-                raise InputError(f"{self.name}: the chat template cannot be used: {broken.rstrip('.')}.")
-            yield from (self._read(talk, answer) for (talk, _), answer in zip(some, answers, strict=True))
+            for (talk, _), answer in zip(some, CHILD.ask(shared, [job for _, job in some]), strict=False):
+                if broken := answer.get("broken", "")[:SHOWN_ERROR]:  # the last answer
+                    raise InputError(f"{self.name}: the chat template cannot be used: {broken.rstrip('.')}.")
+                yield self._read(talk, answer)
 
     def _read(self, talk: Talk, answer: dict[str, Any]) -> Rendered | Unrenderable:
         """One conversation's texts, as the child tells them, into the places of its turns."""
