@@ -19,6 +19,7 @@ from typing import Any, Self
 from ..child import Child, child_command, child_environment
 from ..errors import EnvironmentProblem, InputError
 from ..files import read_text
+from ..text.tokenizer import NOTHING, writes_bos
 from ..text.tokenizer_folder import as_tokenizer
 from .protocol import AnyTokenizer, TokenizerLike
 from .said import REASONING
@@ -73,8 +74,8 @@ class ChatTemplate:
 
     def portable(self) -> str:
         """The source as a file of its own, which a reader gives the tokenizer's own tokens: a built-in may use none."""
-        bare = self.tokens.get("bos_token") == "" and "bos_token" in self.source
-        return "{% set bos_token = '' %}" * bare + self.source
+        names = ("bos_token", "eos_token")
+        return "".join(NOTHING.format(n) for n in names if self.tokens.get(n) == "" and n in self.source) + self.source
 
     def render(
         self,
@@ -247,7 +248,9 @@ def builtin(name: str) -> str:
 
 
 def expects_bos(tokenizer: TokenizerLike) -> bool:
-    """Whether texts begin with BOS for this model: its own template says, else a BOS that is not also EOS is one."""
+    """Whether texts begin with BOS for this model: its own template says, else its files (`adds_bos`, which another
+    library's tokenizer may lack), else a BOS that is not also EOS is one."""
     if tokenizer.chat_template:
-        return "bos_token" in tokenizer.chat_template
-    return tokenizer.bos_token is not None and tokenizer.bos_id != tokenizer.eos_id
+        return writes_bos(tokenizer.chat_template)
+    said: bool | None = getattr(tokenizer, "adds_bos", None)
+    return tokenizer.bos_token is not None and (tokenizer.bos_id != tokenizer.eos_id if said is None else said)
