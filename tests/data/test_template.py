@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 
-from fourbit.data.template import BUILTINS, ChatTemplate, Rendered, Talk, Turn, Unrenderable, builtin, expects_bos, template_for
+from fourbit.data.template import (
+    BUILTINS,
+    ChatTemplate,
+    Rendered,
+    Talk,
+    Turn,
+    Unrenderable,
+    builtin,
+    expects_bos,
+    template_for,
+)
 from fourbit.errors import InputError
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
