@@ -36,7 +36,7 @@ from ..trainer.run import TrainResult
 from ..trainer.sweep import SweepTrainer
 from ..trainer.trainer import TOKEN_BUDGET
 from . import main
-from .config_file import CONFIG, read_run, write_config
+from .config_file import CONFIG, config_text, read_run, write_config
 from .forecast import show
 from .load import (
     check_adapter,
@@ -169,6 +169,7 @@ def run(options: TrainOptions, sources: Sources) -> int:
     tokenizer = open_tokenizer(options.model) if read else Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()))
     outs = options.out, *(each.out for each in options.variants().values())
     for out in outs[: 0 if options.dry_run else None]:  # found out now, not after an hour
+        config_text(Path(out) / CONFIG, asdict(options), sources)
         with lock_folder(out, inputs_of(options, sources), options.resume):
             pass
     quant, template = settle(options, tokenizer, *options.adapters().values())
