@@ -204,11 +204,12 @@ def encode(
     `refuse` with it and goes on.
 
     `loss_on`: "assistant" trains every assistant turn whose weight is not 0, "last" only the one that ends the
-    conversation, "all" every token but the first, whatever the weights. Plain text has no turns and is trained whole. A
-    sample without an answer becomes its prompt, of which nothing is trained. Where the template changes earlier answers
-    once another turn follows, these are not trained, with a note. A row is bad when the template refuses it, leaves out
-    something that it says (see `said`) or is not prefix-stable on its last answer, when a message spells a special
-    token, when the tokenizer refuses the text, when it begins with two BOS tokens, and when nothing would be trained.
+    conversation, "all" every token but the first, whatever the weights of a row (which holds an answer to learn). Plain
+    text has no turns and is trained whole. A sample without an answer becomes its prompt, of which nothing is trained.
+    Where the template changes earlier answers once another turn follows, these are not trained, with a note. A row is
+    bad when the template refuses it, leaves out something that it says (see `said`) or is not prefix-stable on its last
+    answer, when a message spells a special token, when the tokenizer refuses the text, when it begins with two BOS
+    tokens, and when nothing would be trained.
     """
     checked("loss_on", loss_on, LossOn)
     groups = [_talks(sample, loss_on) for sample in samples]
