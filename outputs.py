@@ -38,7 +38,8 @@ class Output:
     exception adds a note to it that says which rows are kept, and how to go on where the command `resumes`. A pipe or a
     device gets rows and stays what it is; `stdout` says that nothing else should go there, `regular` that it is a file.
 
-    Raises InputError for a place that is read, is taken (unless overwrite or resume) or cannot be written;
+    Raises InputError for a place that is read, is taken (unless overwrite or resume, of which one may be given, and for
+    a file) or cannot be written;
     EnvironmentProblem where another command writes; DiskError when the disk refuses."""
 
     def __init__(
@@ -60,6 +61,11 @@ class Output:
         check_apart(path, f"{name} {path}", [read for read in inputs if not (resume and os.path.isdir(read))])
         self.stdout = os.fspath(path) == "-" or bool(there and out and os.path.samestat(there, out))
         self.regular, self._new, self._kept = False, there is None, 0
+        if overwrite and resume:
+            raise InputError("overwrite=True begins anew and resume=True goes on: give one of them")
+        if self.stdout and (overwrite or resume):
+            given = "overwrite=True" if overwrite else "resume=True"
+            raise InputError(f"{name} is standard output, which keeps no rows: leave out {given}, or name a file")
         if self.stdout:
             if sys.stdout is None:
                 raise InputError(f"{name} is standard output, which is closed")

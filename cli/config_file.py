@@ -98,7 +98,13 @@ def scalar(text: str) -> Any:
 
 
 def write_config(path: Path, values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
-    """Write settings so that `read_config` gives them back, each with a comment that says where it came from."""
+    """Write settings so that `read_config` gives them back, each with a comment that says where it came from. Errors as
+    `config_text`."""
+    write_text(path, config_text(path, values, sources))
+
+
+def config_text(path: Path, values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
+    """What `write_config` writes. Raises InputError for more than is read."""
     settings = {}
     for name, value in values.items():  # as JSON, which is YAML too, with every character that could end a line escaped
         text = json.dumps(value, ensure_ascii=False)
@@ -106,4 +112,9 @@ def write_config(path: Path, values: Mapping[str, Any], sources: Mapping[str, st
     width = min(40, max(map(len, settings.values())))
     printable = {name: "".join(c if c.isprintable() else "?" for c in source) for name, source in sources.items()}
     lines = [f"{text:<{width}}  # {printable[name]}\n" for name, text in settings.items()]
-    write_text(path, "".join([f"format: {RUN}\n", *lines]))
+    text = "".join([f"format: {RUN}\n", *lines])
+    if (size := len(text.encode())) > MAX_BYTES:
+        longest = max(settings, key=lambda name: len(settings[name]))
+        what = f"{path} would have {size:,} bytes, most of them of {longest}, and at most {MAX_BYTES:,} are read"
+        raise InputError(f"{what}: name fewer files (cat joins those of rows), or by shorter paths")
+    return text

@@ -60,6 +60,7 @@ def run(options: Options, sources: Sources) -> int:
     if options.json:
         metrics = {name: getattr(report, name) for name in REPORTED} | {
             "skipped": report.skipped.kinds,
+            "dropped": report.dropped.kinds,
             "problems": list(map(str, report.skipped)),
         }
         result(metrics | {"trained_share": report.trained / report.tokens}, "", as_json=True)

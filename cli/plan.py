@@ -1,12 +1,12 @@
 """`fourbit plan`: what a fine-tuning takes, before a weight is read."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import InputError, shown
 from ..settings import setting
-from . import sft
-from .train import run as run
+from . import sft, train
+from .parse import Sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,3 +34,8 @@ class Options(sft.Options):
     def tokens(self) -> list[int]:
         """Those of each row, without data."""
         return [self.max_length] if self.lengths is None else [int(n) for n in self.lengths.split(",")]
+
+
+def run(options: Options, sources: Sources) -> int:
+    """Print what the run takes, whatever a run's file says of `dry_run`. Returns the exit code."""
+    return train.run(replace(options, dry_run=True), sources)

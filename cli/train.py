@@ -31,11 +31,12 @@ from ..trainer.config import DPOConfig, TrainingConfig
 from ..trainer.heard import MAPPED
 from ..trainer.planner import state_bytes
 from ..trainer.progress import display_for
+from ..trainer.resume import template_to_resume
 from ..trainer.run import TrainResult
 from ..trainer.sweep import SweepTrainer
 from ..trainer.trainer import TOKEN_BUDGET
 from . import main
-from .config_file import CONFIG, read_run, write_config
+from .config_file import CONFIG, config_text, read_run, write_config
 from .forecast import show
 from .load import (
     check_adapter,
@@ -168,6 +169,7 @@ def run(options: TrainOptions, sources: Sources) -> int:
     tokenizer = open_tokenizer(options.model) if read else Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()))
     outs = options.out, *(each.out for each in options.variants().values())
     for out in outs[: 0 if options.dry_run else None]:  # found out now, not after an hour
+        config_text(Path(out) / CONFIG, asdict(options), sources)
         with lock_folder(out, inputs_of(options, sources), options.resume):
             pass
     quant, template = settle(options, tokenizer, *options.adapters().values())
@@ -259,14 +261,15 @@ def _datasets(options: TrainOptions, tokenizer: Tokenizer, template: ChatTemplat
         each = enumerate(lengths * options.batch_size)  # other tokens in each: a common beginning would run once
         rows = [Example((Encoded([number] * n, [2 * i >= n for i in range(n)]),)) for number, n in each]
         return Dataset("sft", rows), None
+    begun = template_to_resume(options, tokenizer, template)
     with working("reading data"):
-        train, val = load_rows(options, tokenizer, options.data, kind, template=template), None
+        train, val = load_rows(options, tokenizer, options.data, kind, template=begun), None
     describe("train", train)
     if options.share is not None:
         train, val = split_validation(train, options.share)
         note(f"validation: {count(len(val), 'row')} of these, {count(len(train), 'row')} left to train on")
     elif options.val is not None:
-        val = load_rows(options, tokenizer, [options.val], kind, template=template)
+        val = load_rows(options, tokenizer, [options.val], kind, template=begun)
         describe("validation", val)
         if leaked := count_overlap(train, val):
             note(f"  note: {count(leaked, 'validation row')} also in the training data; the score will flatter")
@@ -293,7 +296,7 @@ def _put_adapter(model: CausalLM, options: TrainOptions, rows: Dataset, name: st
 
 def _announcing(options: TrainOptions, trainer: Any, sources: Sources) -> Callable[..., Any]:
     """For the trainer to call once the run may begin: saves and prints the settings, then shows progress."""
-    left_out = {"resume", "json", *(() if options.fresh else FRESH)}
+    left_out = {"resume", "json", "dry_run", *(() if options.fresh else FRESH)}
     if options.whole and options.dtype != "float32":
         kept = "on average none is lost" if options.rounding == "stochastic" else "those below their precision are lost"
         note(f"updates: of weights in {options.dtype}, rounding {options.rounding}: {kept}")

@@ -97,7 +97,8 @@ def load(
     if kind != "sft" and loss_on != "assistant":
         raise InputError(f"loss_on {loss_on} is for rows to learn from (sft); of {kind} rows the answers are trained.")
     tokenizer = as_tokenizer(tokenizer)
-    chat_template = template_for(tokenizer, template)
+    given = template_for(tokenizer, template)
+    chat_template = given.dated()
     samples, problems = read_samples(rows, kind, name)
     dataset = Dataset(kind, template=chat_template)
     report, notes, words = dataset.report, Counter[str](), words_of(chat_template.source)
@@ -116,7 +117,7 @@ def load(
             notes.update(sample.remarks(words, written).union(*(part.notes for part in example.parts)))
     _settle(problems, on_bad_row, dataset)
     measure(dataset)
-    report.notices = _notices(dataset, chat_template, notes)
+    report.notices = _notices(dataset, given, notes)
     return dataset
 
 
@@ -161,7 +162,7 @@ def _notices(dataset: Dataset, template: ChatTemplate, notes: Counter[str]) -> l
     notices = []
     if any(sample.text is None for sample in samples):
         notices += [template.notice] if template.notice else []
-        if "strftime_now" in template.source and template.date is None:
+        if template.undated:
             notices.append("the chat template writes today's date into every example: another day gives other tokens")
     if dataset.report.duplicates:
         notices.append(f"{dataset.report.duplicates} of {rows} rows repeat an earlier row")
@@ -203,17 +204,22 @@ def encode(
     `refuse` with it and goes on.
 
     `loss_on`: "assistant" trains every assistant turn whose weight is not 0, "last" only the one that ends the
-    conversation, "all" every token but the first, whatever the weights. Plain text has no turns and is trained whole. A
-    sample without an answer becomes its prompt, of which nothing is trained. Where the template changes earlier answers
-    once another turn follows, these are not trained, with a note. A row is bad when the template refuses it, leaves out
-    something that it says (see `said`) or is not prefix-stable on its last answer, when a message spells a special
-    token, when the tokenizer refuses the text, when it begins with two BOS tokens, and when nothing would be trained.
+    conversation, "all" every token but the first, whatever the weights of a row (which holds an answer to learn). Plain
+    text has no turns and is trained whole. A sample without an answer becomes its prompt, of which nothing is trained.
+    Where the template changes earlier answers once another turn follows, these are not trained, with a note. A row is
+    bad when the template refuses it, leaves out something that it says (see `said`) or is not prefix-stable on its last
+    answer, when a message spells a special token, when the tokenizer refuses the text, when it begins with two BOS
+    tokens, and when nothing would be trained.
     """
     checked("loss_on", loss_on, LossOn)
     groups = [_talks(sample, loss_on) for sample in samples]
     rendered = template.render_all(chain.from_iterable(groups))
     for sample, group in zip(samples, groups, strict=True):
-        texts = [*islice(rendered, len(group))]
+        try:
+            texts = [*islice(rendered, len(group))]
+        except InputError as error:
+            error.add_note(f"it was to write {sample.place}")
+            raise
         try:
             with _problem_of(sample):
                 parts = [_plain(sample, sample.text, tokenizer, loss_on)] if sample.text is not None else []

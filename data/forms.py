@@ -67,10 +67,12 @@ def samples_of(rows: Rows | Sequence[Sample], kind: Kind) -> list[Sample]:
 
 
 def kind_of(paths: Rows) -> Kind:
-    """What most of the first rows are: "judged", "pairs" or, of all others, "sft"."""
-    kinds: tuple[Kind, ...] = ("judged", "pairs", "sft")
+    """What most of the first rows are: "pairs", "judged" (unless "sft" takes them: then a label is no judgement) or, of
+    all others, "sft"."""
+    kinds: tuple[Kind, ...] = ("pairs", "sft", "judged")
     first = _first_rows(islice(sources(paths)[0], MAX_BAD_ROWS))
-    seen = Counter(kind for row in first for kind in kinds if recognise(row.data, kind))
+    told = (next((kind for kind in kinds if recognise(row.data, kind)), None) for row in first)
+    seen = Counter(kind for kind in told if kind)
     return seen.most_common(1)[0][0] if seen else "sft"
 
 

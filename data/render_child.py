@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import partial
@@ -170,8 +171,7 @@ def told_by(whole: str, text: str) -> list[Any]:
     """`text` as [how many characters it shares with the start of `whole`, what follows these]."""
     if whole.startswith(text):
         return [len(text), ""]
-    pairs = enumerate(zip(whole, text, strict=False))
-    shared = next((i for i, (a, b) in pairs if a != b), len(whole))
+    shared = bisect_left(range(len(text)), True, key=lambda at: not whole.startswith(text[: at + 1]))
     return [shared, text[shared:]]
 
 

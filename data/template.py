@@ -11,13 +11,15 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from datetime import date as Date
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ..child import Child, child_command, child_environment
 from ..errors import EnvironmentProblem, InputError
 from ..files import read_text
+from ..text.tokenizer import NOTHING, writes_bos
 from ..text.tokenizer_folder import as_tokenizer
 from .protocol import AnyTokenizer, TokenizerLike
 from .said import REASONING
@@ -59,10 +61,21 @@ class ChatTemplate:
         self.source, self.tokens = source, dict(tokens or {})
         self.name, self.date, self.notice = name, date, ""
 
+    @property
+    def undated(self) -> bool:
+        """Whether it writes the date of the day on which it renders."""
+        return self.date is None and "strftime_now" in self.source
+
+    def dated(self, date: str | None = None) -> Self:
+        """This template, which if `undated` writes one date (default: today's) whenever it renders."""
+        made = copy(self)
+        made.date = date or Date.today().isoformat() if self.undated else self.date
+        return made
+
     def portable(self) -> str:
         """The source as a file of its own, which a reader gives the tokenizer's own tokens: a built-in may use none."""
-        bare = self.tokens.get("bos_token") == "" and "bos_token" in self.source
-        return "{% set bos_token = '' %}" * bare + self.source
+        names = ("bos_token", "eos_token")
+        return "".join(NOTHING.format(n) for n in names if self.tokens.get(n) == "" and n in self.source) + self.source
 
     def render(
         self,
@@ -86,10 +99,10 @@ class ChatTemplate:
         """Every conversation's text with the places of its wanted turns, or why there is none, as it is asked for."""
         shared = json.dumps({"source": self.source, "date": self.date, "tokens": self.tokens})
         for some in _at_a_time(talks):
-            answers = CHILD.ask(shared, [job for _, job in some])
-            if broken := answers[-1].get("broken", "")[:SHOWN_ERROR]:
-                raise InputError(f"{self.name}: the chat template cannot be used: {broken.rstrip('.')}.")
-            yield from (self._read(talk, answer) for (talk, _), answer in zip(some, answers, strict=True))
+            for (talk, _), answer in zip(some, CHILD.ask(shared, [job for _, job in some]), strict=False):
+                if broken := answer.get("broken", "")[:SHOWN_ERROR]:  # the last answer
+                    raise InputError(f"{self.name}: the chat template cannot be used: {broken.rstrip('.')}.")
+                yield self._read(talk, answer)
 
     def _read(self, talk: Talk, answer: dict[str, Any]) -> Rendered | Unrenderable:
         """One conversation's texts, as the child tells them, into the places of its turns."""
@@ -235,7 +248,9 @@ def builtin(name: str) -> str:
 
 
 def expects_bos(tokenizer: TokenizerLike) -> bool:
-    """Whether texts begin with BOS for this model: its own template says, else a BOS that is not also EOS is one."""
+    """Whether texts begin with BOS for this model: its own template says, else its files (`adds_bos`, which another
+    library's tokenizer may lack), else a BOS that is not also EOS is one."""
     if tokenizer.chat_template:
-        return "bos_token" in tokenizer.chat_template
-    return tokenizer.bos_token is not None and tokenizer.bos_id != tokenizer.eos_id
+        return writes_bos(tokenizer.chat_template)
+    said: bool | None = getattr(tokenizer, "adds_bos", None)
+    return tokenizer.bos_token is not None and (tokenizer.bos_id != tokenizer.eos_id if said is None else said)

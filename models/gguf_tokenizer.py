@@ -20,7 +20,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from ..errors import InputError
 from ..text import sentencepiece as kinds
 from ..text.sentencepiece import Vocabulary, ids_of, sentencepiece_backend, whole_tokens
-from ..text.tokenizer import NEEDED, Tokenizer
+from ..text.tokenizer import NEEDED, Tokenizer, writes_bos
 from .config import Settings
 
 _TOKENS = "GGUF metadata: tokenizer.ggml.tokens"
@@ -74,7 +74,8 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
         ids |= {name: id for name, id in {"bos": 1, "eos": 2}.items() if ids[name] is None}  # as in llama.cpp
     named = {name: tokens[i] for name, i in zip(NEEDED, ids.values(), strict=False) if i is not None}
     stop_ids = [id for name in ("eot", "eom") if (id := ids[name]) is not None]
-    return Tokenizer(backend, chat_template=template, named_tokens=named, stop_ids=stop_ids)
+    adds_bos = None if keys.get("add_bos_token") is None else keys.flag("add_bos_token")
+    return Tokenizer(backend, chat_template=template, named_tokens=named, stop_ids=stop_ids, adds_bos=adds_bos)
 
 
 def _sentencepiece(keys: Settings, tokens: list[str], types: list[Any]) -> tokenizers.Tokenizer:
@@ -150,8 +151,9 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, template: str | None = N
     ids = dict(zip(("eot", "eom"), ends, strict=False)) | {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     ids |= {"padding": tokenizer.pad_id, "unknown": backend.token_to_id(tokenizer.named_tokens.get("unk_token", ""))}
     said: dict[str, Any] = {f"{name}_token_id": id for name, id in ids.items() if id is not None} | {"tokens": texts}
-    if template:  # one that does not write it was trained without; llama.cpp has rules of its own where there is none
-        said["add_bos_token"] = tokenizer.bos_id is not None and "bos_token" in template
+    adds_bos = writes_bos(template) if template else tokenizer.adds_bos  # without one it was trained without BOS
+    if adds_bos is not None:  # else llama.cpp has rules of its own
+        said["add_bos_token"] = tokenizer.bos_id is not None and adds_bos
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", ())]
     own, specials = backend.pre_tokenizer or pre_tokenizers.Sequence([]), " a".join((*tokenizer.special_tokens, ""))
     name, tried = Path(tokenizer.source).stem, list[dict[str, Any]]()

@@ -91,6 +91,10 @@ COMMANDS = [
          f"{GENERATE} --out a --resume", f"{GENERATE} --out b"),
     case("outputs.py", "overwrite=True replaces it, or give another name",
          f"$ echo 1 > a; {GENERATE} --out a --resume", f"{GENERATE} --out a --overwrite", f"{GENERATE} --out b"),
+    case("outputs.py", "overwrite=True begins anew and resume=True goes on: give one of them",
+         f"{GENERATE} --out a --overwrite --resume", f"{GENERATE} --out a --overwrite", f"{GENERATE} --out a --resume"),
+    case("outputs.py", "which keeps no rows: leave out {}, or name a file", f"{GENERATE} --out - --resume",
+         f"{GENERATE} --out -", f"{GENERATE} --out b --resume"),
     case("outputs.py", "which is read: give another place", f"{SFT} --out m", f"{SFT} --out o"),
     case("outputs.py", " is read, as ", f"{GENERATE} --out rows.jsonl --overwrite", f"{GENERATE} --out b"),
     case("outputs.py", "choose another out", f"{SFT} --out /proc/run", f"{SFT} --out o"),
@@ -141,6 +145,10 @@ COMMANDS = [
     case("cli/train.py", "brings its own", f"{SFT} --out o --adapter run --rank 2", f"{SFT} --out o --adapter run"),
     case("cli/train.py", "use dtype bfloat16 or float32", f"{SFT} --out o --dtype float16",
          f"{SFT} --out o --dtype bfloat16", f"{SFT} --out o --dtype float32"),
+    case("cli/config_file.py", "name fewer files (cat joins those of rows), or by shorter paths",
+         f"{SFT} --out o" + f" --data {'./' * 100}rows.jsonl" * 320,
+         f"$ cat $(yes rows.jsonl | head -n 320) > a.jsonl; {SFT.replace('rows', 'a')} --out o",
+         f"{SFT} --out o" + " --data rows.jsonl" * 320),
     case("trainer/config.py", "needs validation rows: give val, say 5%", f"{SFT} --out o --eval-every 1",
          f"{SFT} --out o --eval-every 1 --val 5%"),
     case("data/forms.py", "so many that the rest is not read; mend them",
@@ -909,6 +917,9 @@ def test_a_run_is_gone_on_from_as_advised(here: Path, tokenizer: Any, monkeypatc
 # Nothing is left out.
 
 ELSEWHERE = {  # tests of other files that follow an advice
+    "tests/trainer/test_sft.py::test_a_run_whose_template_writes_the_date_goes_on_another_day": [
+        ("trainer/resume.py", "read with template=ChatTemplate(..., date={}), which writes the date"),
+    ],
     "tests/cli/test_sweep_command.py::test_codes_that_all_share_are_not_made_anew": [
         ("trainer/sweep.py", "(target, train_tokens): leave it out there"),
     ],

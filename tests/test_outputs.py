@@ -100,6 +100,15 @@ def test_overwriting_begins_anew(here: Path) -> None:
     assert (here / "o").read_text() == "again\n" and stat.S_IMODE(os.stat("o").st_mode) == 0o600
 
 
+def test_what_would_do_nothing_is_refused(here: Path) -> None:
+    with pytest.raises(InputError, match="give one of them"):
+        Output("o", overwrite=True, resume=True)
+    for how in ("overwrite", "resume"):
+        with pytest.raises(InputError, match=f"keeps no rows: leave out {how}=True"):
+            Output("-", **{how: True})
+    assert not (here / "o").exists()
+
+
 @pytest.mark.parametrize("content", ["mine", "{}", "mine\n", "{" * 5000 + "\n", "\xff\n", "[1]\n", "null\n", "1\n{}\n"])
 def test_what_holds_no_rows_is_not_gone_on_from(here: Path, content: str) -> None:
     (here / "o").write_text(content, encoding="latin-1")

@@ -18,7 +18,9 @@ MAX_TEXT_BYTES = 4 << 20  # about a million tokens; at up to 2 us a byte the tim
 # Tokens that end an answer, as the common chat formats name them. The second group also stands inside an answer in
 # some formats, so it counts only where the model's own chat template writes it.
 _ENDS_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
-_ENDS_TURN = ("<|end|>", "<|eot|>", "<|end_of_turn|>", "<EOT>", "</s>", "<|EOT|>")
+_ENDS_TURN = ("<|end|>", "<|eot|>", "<|end_of_turn|>", "<EOT>", "</s>", "<|EOT|>", "<|return|>", "<|call|>")
+_HARMONY = {"<|return|>", "<|call|>"}  # where both are, <|end|> ends a message of a turn that goes on
+NOTHING = "{{% set {} = '' %}}"  # in front of a chat template: a token that it is to write as nothing
 
 
 class Tokenizer:
@@ -29,6 +31,7 @@ class Tokenizer:
         chat_template: Jinja source, or None.
         bos_token, eos_token, pad_token: the special tokens' text, or None; `bos_id`, `eos_id`, `pad_id` their ids.
         stop_ids: ids that end an answer: EOS and the end-of-turn tokens, sorted.
+        adds_bos: whether texts begin with BOS, as far as the model's files say.
         named_tokens: the texts of the special tokens that have a name, as templates know them: `bos_token` and others.
         special_tokens: the texts of all special tokens: those that no message may spell.
         vocab_size: the highest id + 1.
@@ -45,11 +48,12 @@ class Tokenizer:
         chat_template: str | None = None,
         named_tokens: Mapping[str, str] | None = None,
         stop_ids: Iterable[int] = (),
+        adds_bos: bool | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         backend.post_processor = None  # with no token to add, all it would do is cut blanks off the offsets
-        self.backend, self.chat_template = backend, chat_template
+        self.backend, self.chat_template, self.adds_bos = backend, chat_template, adds_bos
         vocab, self.named_tokens = backend.get_vocab(with_added_tokens=True), dict(named_tokens or {})
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.bos_token, self.eos_token, self.pad_token = map(self.named_tokens.get, NEEDED)
@@ -84,12 +88,19 @@ class Tokenizer:
         stops = set(given)
         if outside := [stop for stop in stops if not 0 <= stop < self.vocab_size]:
             raise InputError(f"stop token id {outside[0]} lies outside the vocabulary of {self.vocab_size} tokens.")
-        if self.eos_id is not None:
-            stops.add(self.eos_id)
         whole = {token.content: id for id, token in self.backend.get_added_tokens_decoder().items()}
         stops.update(whole[name] for name in _ENDS_TEXT if name in whole)
         stops.update(whole[name] for name in _ENDS_TURN if name in whole and name in (self.chat_template or ""))
+        if whole.keys() >= _HARMONY:
+            stops.discard(whole.get("<|end|>", -1))
+        if self.eos_id is not None:
+            stops.add(self.eos_id)
         return tuple(sorted(stops))
+
+
+def writes_bos(template: str) -> bool:
+    """Whether a chat template writes BOS."""
+    return "bos_token" in template and not template.startswith(NOTHING.format("bos_token"))
 
 
 @contextlib.contextmanager

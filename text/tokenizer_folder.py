@@ -68,9 +68,9 @@ def folder_tokenizer(folder: Path, home: Path | None = None) -> Tokenizer:
         backend = _backend(folder, home is not None)
     with fenced(str(where)):
         named = add_special_tokens(where, config, older, backend)
-    tokenizer = Tokenizer(
-        backend, chat_template=_chat_template(where, config), named_tokens=named, stop_ids=_stop_ids(home or folder)
-    )
+    said: dict[str, Any] = {"chat_template": _chat_template(where, config), "stop_ids": _stop_ids(home or folder)}
+    adds_bos = checked(f"{where}: add_bos_token", config.get("add_bos_token"), bool | None)
+    tokenizer = Tokenizer(backend, named_tokens=named, adds_bos=adds_bos, **said)
     _check_letters(folder, tokenizer)
     return tokenizer
 

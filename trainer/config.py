@@ -159,13 +159,13 @@ class TrainingConfig(Checked):
     def check_rows(self, rows: int, val: int | None) -> None:
         """Whether the settings can do what they say with so many rows to train on, and to validate on (None: without).
         Raises InputError that says the numbers."""
+        if val == 0 or (val and not rows):
+            raise InputError(
+                f"no row was left {'for validation' if rows else 'to train on'}: rows of one prompt stay on one side of"
+                " a split, and these all have one. Give validation rows of their own, or none"
+            )
         if not rows:
             raise InputError("there are no rows to train on")
-        if val == 0:
-            raise InputError(
-                "no row was left for validation: rows of one prompt stay on one side of a split, and these all have "
-                "one. Give validation rows of their own, or none"
-            )
         if val is None and (self.patience or self.eval_every):
             raise InputError(f"{'patience' if self.patience else 'eval_every'} needs validation rows: give val, say 5%")
         total, epoch = self.total_steps(rows), self.epoch_steps(rows)

@@ -19,16 +19,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..data.protocol import AnyTokenizer
+from ..data.template import TemplateChoice, template_for
 from ..errors import InputError, shown
+from ..files import read_json
 from ..lora.identity import hashed
 from ..lora.layer import DEFAULT, adapter_layers, adapter_parameters, adapters_of, plain_name
 from ..lora.peft_files import adapter_state
 from ..models.protocol import CausalLM
+from ..settings import read_fields
+from .checkpoint import STATE, newest_checkpoint
 from .config import COURSE, PAGED, TrainingConfig
 from .loop import name_of
 from .run import RunState, active_adapters
 
 HARMLESS = {"out", "resume", "log", "keep", "save_every", "checkpointing", "optimizer_budget", "micro_batch", "packing"}
+STATE_BYTES = 1 << 30
 HARMLESS |= {"template", "deterministic"}  # the name of a file, whose content is compared; part of `layout`
 
 
@@ -42,6 +48,18 @@ class SavedState:
     depends: dict[str, str]  # `Trainer.depends`
     layout: dict[str, str]  # `layout`
     loop: dict[str, Any]  # what `Run.state` holds beside tensors
+    date: str | None = None  # that the chat template writes
+
+
+def template_to_resume(config: TrainingConfig, tokenizer: AnyTokenizer, template: TemplateChoice) -> TemplateChoice:
+    """The template, which where the run goes on writes the date that it wrote when the run began."""
+    if config.resume is None or not (made := template_for(tokenizer, template)).undated:
+        return template
+    auto = config.resume == "auto"
+    path = newest_checkpoint(Path(config.out) / "checkpoints")[0] if auto else Path(config.resume)
+    if path is None or not (file := path / STATE).is_file():
+        return made
+    return made.dated(read_fields(SavedState, read_json(file, STATE_BYTES), str(file)).date)
 
 
 def check_resumed(path: Path, saved: SavedState, now: SavedState, config: TrainingConfig, rows: int) -> list[str]:
@@ -55,7 +73,9 @@ def check_resumed(path: Path, saved: SavedState, now: SavedState, config: Traini
     if changes := changed_options(saved.config, config):
         raise InputError(f"{path} was written by a run with other options ({'; '.join(changes)}); use the same ones")
     if saved.data != now.data:
-        raise InputError(f"{path} was written by a run on other training data; resume with the same data files")
+        dated = f", read with template=ChatTemplate(..., date={saved.date!r}), which writes the date"
+        way = "resume with the same data files" + dated * bool(saved.date and saved.date != now.date)
+        raise InputError(f"{path} was written by a run on other training data; {way}")
     notes = []
     old = replace(config, **{name: saved.config[name] for name in COURSE if name in saved.config})
     before, total = old.total_steps(rows), config.total_steps(rows)

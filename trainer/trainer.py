@@ -42,7 +42,7 @@ from .metrics import Display, Metrics, finite
 from .planner import memory_used, peak_from_now, state_bytes
 from .progress import display_for
 from .report import draw_curves, nonfinite
-from .resume import SavedState, as_json, basis, check_resumed, described, layout, repeating
+from .resume import SavedState, as_json, basis, check_resumed, described, layout, repeating, template_to_resume
 from .run import RunState, TrainResult, adapter_to_train, left_out, save_template
 from .step import StepResult, Sums, as_sums, make_optimizer, means, parts_of
 
@@ -95,12 +95,13 @@ class Trainer(Fitted):
         self.parameters = self.trained_parameters()
         self.device = next(iter(self.parameters.values())).device
         self.token_budget = TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET["cuda"])
-        self.train_set = load_rows(config, self.tokenizer, train, self.kind, name="train")
+        template = template_to_resume(config, self.tokenizer, config.template)
+        self.train_set = load_rows(config, self.tokenizer, train, self.kind, name="train", template=template)
         self.val_set: Dataset | None = None
         if isinstance(val, float):
             self.train_set, self.val_set = split_validation(self.train_set, val)
         elif val is not None:
-            self.val_set = load_rows(config, self.tokenizer, val, self.kind, name="val")
+            self.val_set = load_rows(config, self.tokenizer, val, self.kind, name="val", template=template)
         config.check_rows(len(self.train_set), None if self.val_set is None else len(self.val_set))
         self.steps_per_epoch = config.epoch_steps(len(self.train_set))
         self.total = config.total_steps(len(self.train_set))  # steps in all
@@ -363,7 +364,8 @@ class Trainer(Fitted):
 
     def _saved(self, loop: dict[str, Any]) -> SavedState:
         order = layout(self.config, self.device) | {"tokens a pass": str(self.token_budget)}
-        return SavedState(self.progress, as_json(self.config), self.fingerprint, self.depends_on, order, loop)
+        date = None if self.train_set.template is None else self.train_set.template.date
+        return SavedState(self.progress, as_json(self.config), self.fingerprint, self.depends_on, order, loop, date)
 
     def _resume(self, path: Path, notes: list[str]) -> None:
         """Take up a checkpoint. Raises InputError when it belongs to other data, other options or another model."""

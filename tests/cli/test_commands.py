@@ -507,6 +507,10 @@ def test_data_json_counts(here: Path, as_json: AsJson) -> None:
     assert values["tokens"] == sum(len(part.ids) for example in examples for part in example.parts)
     trained = sum(sum(part.trained) for example in examples for part in example.parts)
     assert values["trained_share"] == pytest.approx(trained / values["tokens"])
+    pairs = [{"prompt": "p", "chosen": "c" * n, "rejected": "r"} for n in (1, 500)]
+    (here / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    values = as_json("data pairs.jsonl --model m --max-length 100")
+    assert values["rows"] == 1 and sum(values["dropped"].values()) == 1 and not values["skipped"]
 
 
 def test_data_lists_problems_and_shows_the_rest(here: Path, typed: Typed) -> None:

@@ -70,6 +70,14 @@ def test_a_plan_that_fits_the_smallest_card_looks_for_no_way_to_less(
     assert {*asked} >= {"products", "input"} and json.loads(capsys.readouterr().out)["saves"]
 
 
+def test_a_plan_of_a_run_s_settings_trains_nothing(here: Path, typed: Any) -> None:
+    typed("sft --model m --data rows.jsonl --steps 1 --out run")
+    assert "dry_run" not in (here / "run" / "config.yaml").read_text()
+    (here / "old.yaml").write_text("dry_run: false\n")  # as runs wrote once
+    for line in ("run/config.yaml", "old.yaml --model m --data rows.jsonl", "run/config.yaml --no-dry-run"):
+        assert "peak" in typed(f"plan {line} --out new") and not (here / "new").exists()
+
+
 def test_the_plan_in_the_readme_is_what_is_printed(config_only: str) -> None:
     """By a process of its own, as a reader's is: after most of the suite one counted half as many operations."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()

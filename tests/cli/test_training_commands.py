@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 import fourbit
 from fourbit.cli.config_file import CONFIG, read_run
 from fourbit.cli.main import main
+from fourbit.data import template as templates
 from fourbit.trainer.metrics import read_metrics
 from fourbit.trainer.reward_model import HEAD
 
@@ -279,6 +281,20 @@ def test_a_resumed_student_keeps_its_teacher(go: Go, typed: Go, adapter: str) ->
         typed(f"distill {out}/{CONFIG} --resume")
     said = typed(f"distill first/{CONFIG} --resume --teacher-quant none", code=2)
     assert "was written by a run with another teacher" in said
+
+
+def test_a_run_whose_template_writes_the_date_is_resumed_on_another_day(
+    here: Path, typed: Go, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tomorrow(date):
+        @classmethod
+        def today(cls) -> date:
+            return date.today() + timedelta(1)
+
+    (here / "dated.jinja").write_text("{{ strftime_now('%d') }} " + templates.builtin("chatml"))
+    typed("sft --model m --data rows.jsonl --val 20% --template dated.jinja --steps 1 --out o")
+    monkeypatch.setattr(templates, "Date", Tomorrow)
+    assert "all 1 steps of this run were done" in typed(f"sft o/{CONFIG} --resume")
 
 
 def test_a_run_is_resumed_where_its_files_lie_now(here: Path, typed: Go, adapter: str) -> None:

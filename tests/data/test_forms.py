@@ -204,6 +204,8 @@ def test_unknown_rows_do_not_decide_the_form() -> None:
         ([{"messages": [U, A], "kto_tag": True}], "judged"),
         ([{"messages": [U, A], "chosen": [U, A], "rejected": [U, A]}], "pairs"),
         ([{"x": 1}], "sft"),
+        ([{"prompt": "p", "completion": "c", "label": False}], "judged"),
+        ([{"prompt": "p", "completion": "c", "label": "positive"}], "sft"),
     ],
 )
 def test_the_kind_of_a_file_is_told(rows: list[dict[str, Any]], kind: str, write: Callable[..., Path]) -> None:

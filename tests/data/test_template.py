@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 
-from fourbit.data.template import BUILTINS, ChatTemplate, Rendered, Talk, Turn, Unrenderable, builtin, template_for
+from fourbit.data.template import (
+    BUILTINS,
+    ChatTemplate,
+    Rendered,
+    Talk,
+    Turn,
+    Unrenderable,
+    builtin,
+    expects_bos,
+    template_for,
+)
 from fourbit.errors import InputError
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -242,6 +252,29 @@ def test_built_ins_write_bos_where_the_model_expects_one(make_tokenizer: Callabl
         specials, bos, eos, chat_template = text[name]
         tokenizer = make_tokenizer(specials, bos, eos, (), chat_template)
         assert template_for(tokenizer, "plain").render(TALK[:1]) == f"{expected}Hi"
+
+
+def test_a_saved_built_in_says_which_tokens_it_writes_as_nothing(make_tokenizer: Callable[..., Any]) -> None:
+    """Read back as a model's own it writes the same, and texts begin as they did."""
+    for bos, eos in (("<s>", "<s>"), (None, None), ("<s>", None), ("<s>", "</s>")):
+        tokenizer = make_tokenizer(("<s>", "</s>"), bos, eos)
+        template = template_for(tokenizer, "zephyr")
+        again = make_tokenizer(("<s>", "</s>"), bos, eos, chat_template=template.portable())
+        assert template_for(again).render(TALK) == template.render(TALK)
+        assert expects_bos(again) == expects_bos(tokenizer)
+
+
+def test_texts_begin_with_bos_as_the_models_files_say(make_tokenizer: Callable[..., Any]) -> None:
+    for said, bos, eos, expected in (
+        (False, "<s>", "</s>", False),
+        (True, "<s>", "<s>", True),
+        (True, None, "</s>", False),
+        (None, "<s>", "</s>", True),
+    ):
+        tokenizer = make_tokenizer(("<s>", "</s>"), bos, eos)
+        tokenizer.adds_bos = said
+        assert expects_bos(tokenizer) is expected
+        assert template_for(tokenizer, "plain").render(TALK[:1]) == "<s>" * expected + "Hi"
 
 
 def test_the_built_ins() -> None:

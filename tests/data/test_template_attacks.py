@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from fourbit.child import Child
 from fourbit.data import template as module
-from fourbit.data.template import CHILD, ChatTemplate, Talk, Unrenderable
+from fourbit.data.encode import load
+from fourbit.data.render_child import told_by
+from fourbit.data.template import CHILD, ChatTemplate, Talk, Unrenderable, builtin
 from fourbit.errors import EnvironmentProblem, InputError
 
 TALK = [{"role": "user", "content": "Hi"}]
@@ -216,6 +218,25 @@ def test_a_bomb_that_only_some_rows_set_off_ends_all(source: str, says: str, spe
     assert len(list(ChatTemplate(source).render_all([harmless] * 9))) == 9
     CHILD.stop()
     assert processor_seconds() - spent[0] < 6
+
+
+def test_a_bomb_names_the_row_that_sets_it_off(spent: list[float], tokenizer: Any) -> None:
+    row = {"prompt": "b", "completion": "c"}
+    template = ChatTemplate(LOOPS.replace("content", "content.strip('b')") + builtin("chatml"))
+    with pytest.raises(InputError, match="cannot be used") as caught:
+        load([row, row, row | {"prompt": "a"}, row], tokenizer, template=template, on_bad_row="skip")
+    assert caught.value.__notes__ == ["it was to write row 3 of rows"]
+
+
+def test_what_texts_share_is_found_in_no_time() -> None:
+    whole = "some words " * 100_000
+    for text in ("", whole, whole[:-1], whole + "x", "x" + whole, whole[:500] + "x", "some words" * 2):
+        shared, rest = told_by(whole, text)
+        assert text == whole[:shared] + rest and (not rest or whole[shared : shared + 1] != rest[0])
+    begun = time.process_time()
+    for _ in range(50):
+        told_by(whole, whole[:-1] + "x")
+    assert time.process_time() - begun < 1  # 3 s one character after the other, 0.01 so
 
 
 def test_a_fork_while_a_thread_renders_starts_its_own_process() -> None:

@@ -154,5 +154,30 @@ def test_rows_of_several_turns_train_their_last_answer_at_least(name: str, sides
         assert case == "a chat" or "well" in trained
 
 
+def test_harmony_trains_every_message_of_an_answer(make_tokenizer: Callable[..., Any]) -> None:
+    """As its `{% generation %}` marks, but for what the prompt says already: `<|end|>` ends a message, not the turn."""
+    from transformers import PreTrainedTokenizerFast
+
+    from fourbit.text.tokenizer import Tokenizer
+
+    marks = [f"<|{name}|>" for name in ("start", "end", "message", "channel", "constrain", "return", "call")]
+    backend, named = make_tokenizer(marks).backend, {"eos_token": "<|return|>"}
+    source = (FOLDER / "gptoss_training.jinja").read_text(encoding="utf-8")
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+    stops = [backend.token_to_id("<|end|>")]  # as an older folder may say
+    ours = Tokenizer(backend, chat_template=source, named_tokens=named, stop_ids=stops)
+    assert [ours.decode([stop], False) for stop in ours.stop_ids] == ["<|return|>", "<|call|>"]
+    thinks = say("assistant", "4.", thinking="It is 4. Say so.")
+    calls = [say("assistant", "", tool_calls=[CALLED], **more) for more in ({}, {"thinking": "I ask."})]
+    for messages in ([USED[0], turn] for turn in (thinks, *calls, say("assistant", "I ask.", tool_calls=[CALLED]))):
+        how: dict[str, Any] = {"return_dict": True, "return_assistant_tokens_mask": True, "tools": [TOOL]}
+        made = theirs.apply_chat_template(deepcopy(messages), chat_template=source, **how)
+        mask = [bool(on) for on in made["assistant_masks"]]
+        said = mask.index(True) + len(theirs.encode("<|start|>assistant"))
+        sample = Sample([], (messages,), Place("f", 1), tools=[TOOL])
+        ((_, (found,)),) = encode([sample], ours, ChatTemplate(source, named))
+        assert found.trained == [on and i >= said for i, on in enumerate(mask)]
+
+
 def test_all_templates_are_there() -> None:
     assert len(TEMPLATES) >= 72

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from fourbit.errors import InputError
-from fourbit.models.gguf_tokenizer import gguf_tokenizer
+from fourbit.models.gguf_tokenizer import gguf_tokenizer, tokenizer_metadata
 from fourbit.text.tokenizer import Tokenizer
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 stand-ins for bytes
@@ -163,6 +163,21 @@ def test_stop_ids_are_eos_end_of_turn_and_what_the_template_ends_turns_with() ->
     assert build(eot_token_id=tool, eom_token_id=0).stop_ids == (0, im_end, tool)
     assert build(extra={"<|im_end|>": 4}).stop_ids == (im_end - 1,)  # some converters call it user-defined
     assert build(extra={"<|im_end|>": 1}).stop_ids == ()  # an ordinary token of that name ends nothing
+
+
+def test_whether_texts_begin_with_bos_is_kept() -> None:
+    """A template that says first that BOS is nothing writes none."""
+    assert [build(add_bos_token=said).adds_bos for said in (None, False, True)] == [None, False, True]
+    empty = "{% set bos_token = '' %}{{ bos_token }}"
+    for said, template, written in (
+        (None, None, None),
+        (True, None, True),
+        (False, None, False),
+        (None, "{{ bos_token }}", True),
+        (True, empty, False),
+    ):
+        made = build(bos_token_id=0, add_bos_token=said, chat_template=template)
+        assert tokenizer_metadata(made, made.vocab_size).get("tokenizer.ggml.add_bos_token") is written
 
 
 def test_missing_types_and_special_ids_leave_a_plain_tokenizer() -> None:

@@ -53,6 +53,8 @@ def test_everything_is_gathered(tmp_path: Path) -> None:
     assert tokenizer.chat_template == "T"
     assert tokenizer.stop_ids == (EOS,)
     assert tokenizer.vocab_size == EOS + 1
+    assert tokenizer.adds_bos is None
+    assert folder_tokenizer(write(tmp_path, tokenizer_config=CONFIG | {"add_bos_token": False})).adds_bos is False
 
 
 def test_templates_get_the_named_tokens_that_transformers_gives_them(tmp_path: Path) -> None:
@@ -229,6 +231,7 @@ BAD: list[tuple[str, Any, str]] = [  # a file, its bytes or object, words of the
     (CONFIG_FILE, {"bos_token": 3}, "bos_token must be a token's text"),
     (CONFIG_FILE, {"eos_token": {"content": 1}}, "eos_token must be a token's text"),
     (CONFIG_FILE, {"chat_template": 3}, "chat_template must be"),
+    (CONFIG_FILE, {"add_bos_token": 3}, "add_bos_token must be"),
     (CONFIG_FILE, {"chat_template": [{"name": "rag", "template": "x"}]}, "only ['rag']"),
     (CONFIG_FILE, {"chat_template": [{"name": [], "template": "x"}]}, "only ['[]']"),
     (

@@ -237,7 +237,7 @@ def test_datasets_of_another_kind_are_refused(trainer_for, tiny_folder, pairs, j
 
 def test_one_prompt_cannot_be_split(trainer_for, tiny_folder, tmp_path):
     same = [{"prompt": "say", "chosen": "a" * n, "rejected": "b"} for n in range(1, 5)]
-    with pytest.raises(InputError, match=r"no row was left for validation|there are no rows to train on"):
+    with pytest.raises(InputError, match=r"no row was left (for validation|to train on): rows of one"):
         trainer_for(tiny_folder, write(tmp_path / "one", same), tmp_path, val=0.5)
 
 

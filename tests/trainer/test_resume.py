@@ -298,6 +298,7 @@ def rules(**options):
         ({"patience": 1}, (80, None), "patience needs validation rows: give val, say 5%"),
         ({"eval_every": 1}, (80, None), "eval_every needs validation rows: give val, say 5%"),
         ({}, (8, 0), "no row was left for validation"),
+        ({}, (0, 8), "no row was left to train on: rows of one prompt .* Give validation rows of their own"),
     ],
 )
 def test_settings_that_cannot_do_what_they_say_are_refused_with_the_numbers(options, numbers, error):

@@ -2,15 +2,18 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 from dataclasses import replace
+from datetime import date
 from functools import partial
 
 import pytest
 import torch
 
 import fourbit
+from fourbit.data import template as templates
 from fourbit.data.batch import Example, pack, pad
 from fourbit.data.encode import load as load_rows
 from fourbit.data.template import template_for
@@ -91,6 +94,29 @@ def test_resume_refuses_another_run(train, tiny_folder, rows, val_rows, tmp_path
         train(tiny_folder, rows, tmp_path, lr=2e-2, resume="auto")
     with pytest.raises(InputError, match="other training data"):
         train(tiny_folder, val_rows, tmp_path, resume="auto")
+
+
+def test_a_run_whose_template_writes_the_date_goes_on_another_day(train, tiny_folder, rows, tmp_path, monkeypatch):
+    class Day(date):
+        now = "2026-11-29"
+
+        @classmethod
+        def today(cls):
+            return cls.fromisoformat(cls.now)
+
+    monkeypatch.setattr(templates, "Date", Day)
+    (file := tmp_path / "dated.jinja").write_text("{{ strftime_now('%d') }} " + templates.builtin("chatml"))
+    how = {"steps": 1, "template": str(file), "resume": "auto"}
+    _, trainer, _ = train(tiny_folder, rows, tmp_path / "run", **how)
+    assert trainer.train_set.examples[0].parts[0].text.startswith("29 ")
+    Day.now = "2026-11-30"
+    for resume in ("auto", str(tmp_path / "run" / "checkpoints" / "step-000001")):
+        train(tiny_folder, rows, tmp_path / "run", **how | {"resume": resume})
+    tokenizer, source = trainer.tokenizer, trainer.train_set.template.source
+    with pytest.raises(InputError, match=re.escape("read with template=ChatTemplate(..., date='2026-11-29')")):
+        train(tiny_folder, load_rows(rows, tokenizer, template=str(file)), tmp_path / "run", **how)
+    fixed = templates.ChatTemplate(source, tokenizer.named_tokens, date="2026-11-29")
+    train(tiny_folder, load_rows(rows, tokenizer, template=fixed), tmp_path / "run", **how)
 
 
 def run_files(folder):
