@@ -80,7 +80,8 @@ class Checked:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        types = _types_of(type(self))
+        kind: Any = type(self)
+        types = _types_of(kind)
         for option in fields(self):
             value = checked(option.name, getattr(self, option.name), types[option.name], option.metadata)
             if value in ("", ()) and option.default != value:

@@ -43,7 +43,7 @@ def split_validation(dataset: Dataset, fraction: float) -> tuple[Dataset, Datase
     skipped or dropped on reading stays in the report of the training side. InputError for a share of less than a row.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"fraction must lie between 0 and 1, not {fraction}")
+        raise InputError(f"a share of rows for validation must lie between 0 and 1, got {fraction:g}")
     if len(dataset) and round(min(fraction, 1 - fraction) * len(dataset), 6) < 1:
         raise InputError(
             f"a share of {fraction:.4%} of {len(dataset):,} rows for validation is less than a row on one side: each "

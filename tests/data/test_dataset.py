@@ -238,7 +238,7 @@ def test_equal_rows_go_to_one_side(write: Callable[..., Path], tokenizer: Any) -
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 5])
 def test_a_fraction_outside_0_to_1_is_refused(fraction: float, write: Callable[..., Path], tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match=f"fraction must lie between 0 and 1, not {fraction}"):
+    with pytest.raises(InputError, match="must lie between 0 and 1, got"):
         split_validation(load(write(rows(2)), tokenizer), fraction)
 
 
