@@ -36,6 +36,7 @@ from .tokens import TokenRows
 from .vera import SHARED, join
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LOW_RANK = {"fourbit.part": "low-rank"}  # in the metadata of what belongs to the model beside it
 PREFIX = "base_model.model."
 LARGEST_CONFIG = 8 << 20  # bytes: room for the full paths of 100,000 layers
 
@@ -71,8 +72,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", 
         write_text(folder / CONFIG, config)
 
 
-def save_low_rank(model: nn.Module, folder: Path) -> None:
-    """Write the low-rank parts of NF4LowRank layers into `folder`, if there are any, as an adapter beside the codes."""
+def save_low_rank(model: nn.Module, folder: Path) -> bool:
+    """Write the low-rank parts of NF4LowRank layers into `folder` as an adapter beside the codes; False: there are none."""
     layers = {path: layer for path, layer in base_modules(model).items() if isinstance(layer, NF4LowRank)}
     parts: dict[str, Adapter] = {}
     for path, layer in layers.items():
@@ -80,8 +81,9 @@ def save_low_rank(model: nn.Module, folder: Path) -> None:
         exact = all(torch.equal(factor.bfloat16(), factor) for factor in pair)  # as those that a merge has fitted
         parts[path] = part.of_factors(*pair).to(torch.bfloat16 if exact else layer.A.dtype)
     if parts:
-        write_tensors(folder / WEIGHTS, _keyed(parts), "the low-rank parts")
+        write_tensors(folder / WEIGHTS, _keyed(parts), "the low-rank parts", LOW_RANK)
         write_text(folder / CONFIG, write_config(model, parts, str(folder)))
+    return bool(parts)
 
 
 def load_adapter(
