@@ -42,7 +42,8 @@ LARGEST_CONFIG = 8 << 20  # bytes: room for the full paths of 100,000 layers
 
 
 def adapter_state(model: nn.Module, name: str = DEFAULT) -> dict[str, Tensor]:
-    """All that the adapter holds under PEFT's keys, sorted: the live tensors, detached and not copied."""
+    """All that the adapter trains under PEFT's keys, sorted: the live tensors, detached and not copied. Of one with a
+    start A and B alone, without A0 and B0, where they began: both are in what `save_adapter` writes."""
     return _keyed(adapters_of(model, name))
 
 
@@ -73,7 +74,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", 
 
 
 def save_low_rank(model: nn.Module, folder: Path) -> bool:
-    """Write the low-rank parts of NF4LowRank layers into `folder` as an adapter beside the codes; False: there are none."""
+    """Whether NF4LowRank layers have low-rank parts; they are written into `folder`, as an adapter beside the codes."""
     layers = {path: layer for path, layer in base_modules(model).items() if isinstance(layer, NF4LowRank)}
     parts: dict[str, Adapter] = {}
     for path, layer in layers.items():
@@ -356,6 +357,7 @@ def _is_slot(part: Adapter | None) -> TypeGuard[LoRA]:
 
 def _described(part: Adapter | None) -> str:
     kind = f"rank {part.rank}, scale {part.scale:.9g}" if isinstance(part, LoRA) else f"a {type(part).__name__}"
+    kind += " from a start of its own" if isinstance(part, LoRA) and part.lora_A0 is not None else ""
     kind += f" of {part.tokens}" if isinstance(part, TokenRows) else ""
     own = "" if part is None or part.copies is None else f" and its own {', '.join(part.copies.state_dict())}"
     return "no adapter" if part is None else kind + own

@@ -193,6 +193,17 @@ def test_files_over_a_dense_base_are_plain_lora_of_twice_the_rank(tmp_path: Path
         torch.testing.assert_close(PeftModel.from_pretrained(net(), folder)(x_of()), wanted, rtol=0, atol=1e-5)
 
 
+def test_a_file_does_not_go_over_an_adapter_with_a_start(tmp_path: Path) -> None:
+    """A and B of the same rank and scale are another change beside where these began."""
+    fourbit.attach(plain := net(), LoRAConfig(RANK, 6.0))
+    fourbit.save_adapter(moved(plain), tmp_path)
+    _, model, _ = put("pissa")
+    before = model(x_of())
+    with pytest.raises(InputError, match="has rank 4, scale 1.5 from a start of its own, the file rank 4, scale 1.5; "):
+        fourbit.load_adapter(model, tmp_path)
+    assert torch.equal(model(x_of()), before)
+
+
 @pytest.mark.parametrize("start", PACKED)
 def test_files_over_4_bits_bring_their_codes_back(start: str, tmp_path: Path) -> None:
     """Of the dense weights, bit for bit; without them they are refused; on a dense base a note says so."""
