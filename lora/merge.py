@@ -283,6 +283,9 @@ def requantize_(model: nn.Module, bits: float = 0.3) -> dict[str, Fidelity]:
                 setattr(new, name, nn.Parameter(tensor.detach().clone(), False))
             layer.base, found[path] = new, Fidelity.of(plain, wanted, new.dequantize())
             layer.adapters.update(dict.fromkeys(layer.active, Whole()))  # they have nothing left to merge
+            for part in layer.adapters.values():
+                if isinstance(part, LoRA):
+                    part.start = ""  # its A0 and B0 are no longer in the base
     merge(model)
     return found
 

@@ -18,6 +18,7 @@ from fourbit.lora.init import Directions, begin
 from fourbit.lora.layer import adapter_layers, adapter_parameters, adapters_of
 from fourbit.lora.linear4bit import NF4LowRank
 from fourbit.lora.lora import LoRA
+from fourbit.lora.merge import merged_state, requantize_
 from fourbit.lora.peft_files import adapter_state
 from fourbit.lora.project import project
 
@@ -199,7 +200,9 @@ def test_a_file_does_not_go_over_an_adapter_with_a_start(tmp_path: Path) -> None
     fourbit.save_adapter(moved(plain), tmp_path)
     _, model, _ = put("pissa")
     before = model(x_of())
-    with pytest.raises(InputError, match="has rank 4, scale 1.5 from a start of its own, the file rank 4, scale 1.5; "):
+    with pytest.raises(
+        InputError, match=r"has rank 4, scale 1\.5 from a start of its own, the file rank 4, scale 1\.5; "
+    ):
         fourbit.load_adapter(model, tmp_path)
     assert torch.equal(model(x_of()), before)
 
@@ -249,6 +252,17 @@ def test_a_start_that_is_copied_merged_and_cast(tmp_path: Path) -> None:
                 fourbit.to_bitsandbytes(copied, bitsandbytes)
             fourbit.dequantize(model)
         torch.testing.assert_close(fourbit.merge(model)(x_of()), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_copy_of_a_start_changes_what_its_base_was_made_anew_to() -> None:
+    """Where the base's 4-bit codes are no longer those that the start made, they alone are no base of it."""
+    _, model, _ = put("pissa", quant=True)
+    fourbit.copy_adapter(moved(model), "default", "kept")
+    requantize_(model, bits=16)
+    with fourbit.using(model, "kept"):
+        wanted = net()
+        wanted.load_state_dict({name: value.cpu() for name, value in merged_state(model).items()})
+        torch.testing.assert_close(model(x_of()), wanted(x_of()), rtol=1e-4, atol=1e-4)
 
 
 class TestEva:
