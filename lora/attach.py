@@ -101,7 +101,8 @@ def attach(
     for path, A in first.items():
         cast(LoRA, parts[path]).lora_A.data.copy_(A)
     if lora.start not in ("default", "eva"):
-        parts = started(model, parts, lora.start, dense, tell)
+        parts, bases = started(model, parts, lora.start, dense, tell)
+        replace_modules(model, bases)
     install(model, parts, name)
     return list(parts)
 

@@ -26,7 +26,7 @@ from .config import LoRAConfig
 from .dora import MAGNITUDE
 from .identity import BaseIdentity, base_identity
 from .init import Weights, started
-from .layer import DEFAULT, adapters_of, carried, plain_name, refuse_left_out, unwrapped
+from .layer import DEFAULT, adapters_of, carried, plain_name, refuse_left_out, replace_modules, unwrapped
 from .linear4bit import Module4bit, NF4Linear, NF4LowRank
 from .lora import OWN, LoRA, LoRAEmbedding, LoRAParameter, lora_kind
 from .parameter4bit import StandIn
@@ -123,8 +123,13 @@ def load_adapter(
     _check_finite(state, _keyed(attached or parts), label)
     _copy_into(attached or parts, state, label)
     if anew and trained is not None:
-        parts = started(model, parts, trained.start, dense, lambda *_: None, saved=True)
-        _check_base(model, parts, Path(folder), force, tell)
+        parts, better = started(model, parts, trained.start, dense, lambda *_: None, saved=True)
+        replace_modules(model, better)
+        try:
+            _check_base(model, parts, Path(folder), force, tell)
+        except InputError:  # the dense weights are another model's
+            replace_modules(model, {new: old for old, new in better.items()})
+            raise
     if not attached:
         install(model, parts, name, trainable=trainable)
     return list(parts)

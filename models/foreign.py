@@ -114,7 +114,7 @@ def _fill_buffers(whole: Any) -> None:
             if (like := module._buffers[name]) is not None:
                 module._buffers[name] = torch.full_like(like, like.is_floating_point() and torch.nan, device="cpu")
     for module in whole.modules():
-        getattr(module, "_init_weights", whole._init_weights)(module)  # a model's own, of itself
+        (module if is_transformers(module) else whole)._init_weights(module)
     if left := [name for name, buffer in whole.named_buffers() if not buffer.is_meta and buffer.isnan().any()]:
         raise ValueError(f"{left[0]} has no value")
 
