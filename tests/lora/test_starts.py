@@ -347,7 +347,7 @@ def other_layer(base: nn.Module, config: LoRAConfig) -> Any:
         ({"layer": other_layer}, "for LoRA on linear layers, and '0' is none: exclude it", {"exclude": ["0"]}),
         ({"quant": True}, "needs the dense weights of 4-bit layers", {"dense": net().named_parameters()}),
         ({"quant": True, "dense": []}, "dense lacks 0.weight, 2.weight", {"dense": net().named_parameters()}),
-        ({"quant": True, "dense": [("0.weight", net()[0].weight)]}, "dense lacks 2", {"dense": net().named_parameters()}),
+        ({"quant": True, "dense": [("0.weight", net()[0].weight)]}, "dense lacks 2.", {}),
         ({"quant": True, "dense": [("0.weight", torch.ones(3, 3))]}, "the dense weight of '0' must be finite", {}),
         ({"quant": True, "dense": [("0.weight", torch.full((96, 64), math.nan))]}, "must be finite", {}),
     ],
