@@ -218,7 +218,9 @@ def _read_adapter(
         meant = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in state}
         names = [name for name in adaptable_layers(model) if name in meant]
     if not (names := [*names, *parameters]):
-        raise InputError(f"{label}: target_modules={config.lora.target!r} names no layer of this model that takes LoRA")
+        within = f" with layers_to_transform={[*config.layers_to_transform]}" if config.layers_to_transform else ""
+        what = f"target_modules={config.lora.target!r}{within} names no layer of this model that takes LoRA"
+        raise InputError(f"{label}: {what}")
     parts: dict[str, Adapter] = {}
     expected: dict[str, Sequence[int]] = {}
     modules = base_modules(model)

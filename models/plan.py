@@ -149,6 +149,7 @@ def quantize_checkpoint(
         elif spec is not None and spec.tie_word_embeddings and name.endswith((head, "embed_tokens.weight")):
             tied.append(weight.to(dtype))
     once = len(tied) == 2 and torch.equal(*tied)  # a head that is the embedding is loaded tied
+    tied.clear()
     wide, rest = kept_in_fp32(model), {weight_id(x): (name, x) for name, x in reversed(weights_of(model).items())}
     fixed = sum(
         LINE + x.numel() * (torch.float32 if wide(name) else dtype if x.is_floating_point() else x.dtype).itemsize

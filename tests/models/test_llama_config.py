@@ -97,6 +97,14 @@ def test_an_original_length_beside_the_table_wins_as_in_transformers(beside: Any
         assert made.original_max_position_embeddings == wanted
 
 
+def test_a_window_that_is_not_said_is_smollm3s_own() -> None:
+    """None, where transformers has 4096 in other families."""
+    keys = BASE | {"use_sliding_window": True, "no_rope_layers": [1, 0], "max_window_layers": 1}
+    for family, windows in (("smollm3", ()), ("qwen2", (0, 4096))):
+        assert read_spec(keys | {"model_type": family}).windows == windows
+    assert read_spec(keys | {"model_type": "smollm3", "sliding_window": 8}).windows == (0, 8)
+
+
 def test_llama3_falls_back_to_the_context_length() -> None:
     rope = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
     found = read_spec(BASE | {"rope_scaling": rope, "max_position_embeddings": 4096}).rope
