@@ -34,7 +34,7 @@ def gemma3(keys: Settings) -> Spec:
         if not isinstance(beside, Mapping | None):
             raise keys.refusal("rope_scaling", "null or an object")
         full, sliding = ({k: v for k, v in (said.get(kind) or {}).items() if v is not None} for kind in KINDS)
-        both = full | (beside or {}), {"rope_theta": local} | sliding
+        both = {**full, **(beside or {})}, {"rope_theta": local} | sliding
         inner = [Settings(i, keys.where, path=f"rope_parameters.{kind}.") for i, kind in zip(both, KINDS, strict=True)]
         ropes = [rope_table(i, keys, shared["head_dim"], 1e6) for i in inner]
     else:
