@@ -55,7 +55,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "scale": (SHAPES["gemma2"], "its attention_scale is 0.28867513, the model's 0.2236068"),
     "no caps": (
         SHAPES["gemma2 uncapped"] | {"query_pre_attn_scalar": 12},
-        "its attention_softcap is 50.0, the model's 0.0",
+        "its attention_softcap is 50.0, the model's 0.",
     ),
     "windows": (SHAPES["gemma3"] | {"query_pre_attn_scalar": 12, "layer_types": MIXED[::-1]}, "its windows is "),
 }
