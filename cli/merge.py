@@ -18,8 +18,9 @@ from ..data.template import ChatTemplate
 from ..errors import InputError
 from ..lora.active import use
 from ..lora.layer import plain_modules
-from ..lora.linear4bit import NF4LowRank
+from ..lora.linear4bit import Module4bit, NF4LowRank
 from ..lora.merge import Fidelity, fidelity, merged_state, requantize_
+from ..lora.targets import base_modules
 from ..models.load import load_decoder
 from ..models.protocol import CausalLM, evaluating
 from ..models.save import save_model
@@ -70,7 +71,7 @@ def run(options: Options, sources: Sources) -> int:
         before, written = _logprobs(model, probe), model
         if options.into == "base" and quant != "none":
             written = _adapted(options, tokenizer, "none")
-        dtype, device = model.dtype, model.device
+        dtype, device, packed = model.dtype, model.device, _packed(model)
         found = requantize_(model, options.residual_bits) if nf4 else fidelity(model, merged_state(written))
         way = "take --into decoded, which keeps all, more --residual-bits, or --force"
         total = total_of(found, options.into, "" if options.force else way)
@@ -79,6 +80,7 @@ def run(options: Options, sources: Sources) -> int:
         if nf4:
             low = [cast(NF4LowRank, plain_modules(model)[path]) for path in found]
             values["bits"] = sum(16 * (p.A.numel() + p.B.numel()) for p in low) / sum(prod(p.shape) for p in low)
+            values["dense"] = [path for path in packed if path not in _packed(model)]
         save_model(written, out, tokenizer, template=template.source, merge=not nf4)
         settings = {"model": options.model, "adapter": options.adapter, "into": options.into, "quant": "none"}
         write_config(out / CONFIG, settings, dict.fromkeys(settings, "merge"))
@@ -89,6 +91,8 @@ def run(options: Options, sources: Sources) -> int:
             values["agreement"] = (before.argmax(-1) == after.argmax(-1)).double().mean().item()
         said = {"bits": "of the adapter for each weight", "kl": "nats a token", "agreement": "of greedy tokens"}
         rows = [(name, f"{values[name]:.4g} {what}") for name, what in said.items() if name in values]
+        if dense := values.get("dense"):
+            rows.append(("dense", f"{', '.join(dense)}: in 4 bits only linear layers take a change"))
         result(values, pairs([*layers.items(), *rows]), as_json=options.json)
         return 0
 
@@ -99,6 +103,11 @@ def total_of(found: Mapping[str, Fidelity], into: str, otherwise: str) -> Fideli
     if total.kept < LEAST and otherwise:
         raise InputError(f"{into} would keep {total.kept:.1%} of the change, below {LEAST:.0%}: {otherwise}")
     return total
+
+
+def _packed(model: CausalLM) -> list[str]:
+    """The layers that are in 4 bits."""
+    return [path for path, layer in base_modules(model).items() if isinstance(layer, Module4bit)]
 
 
 def _adapted(options: Options, tokenizer: Tokenizer, quant: Quant) -> CausalLM:

@@ -72,14 +72,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def checkpointed(module: nn.Module, function: Callable[..., Any], *args: Any, again: Any = None) -> Any:
     """function(*args), which runs `module`, as torch's activation checkpoint: backward computes it again, or `again` in
     its place, which saves the same tensors, with the adapters that are active now, whatever is switched until then."""
-    now = [(layer, layer.active) for layer in module.modules() if isinstance(layer, AdapterLayer)]
     ways = chain([function], repeat(again or function))
+    run = as_now(module, lambda *args: next(ways)(*args))
+    return checkpoint(function if torch.compiler.is_compiling() else run, *args, use_reentrant=False)
+
+
+def as_now(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which runs `module`, with the adapters that are active now, whenever it is called."""
+    now = [(layer, layer.active) for layer in module.modules() if isinstance(layer, AdapterLayer)]
 
     def run(*args: Any) -> Any:
         with switched(now):
-            return next(ways)(*args)
+            return function(*args)
 
-    return checkpoint(function if torch.compiler.is_compiling() else run, *args, use_reentrant=False)
+    return run
 
 
 def train_only(model: nn.Module, *names: str) -> None:

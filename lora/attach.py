@@ -81,8 +81,11 @@ def attach(
     an adapter of this name already; the model is left untouched then."""
     read = PeftConfig(config) if isinstance(config, LoRAConfig) else from_peft(config)
     lora = read.lora_for(model)
-    paths = [path for path in resolve(model, lora) if read.in_layers(path)]
-    paths += expose(model, lora.target_parameters)
+    found = resolve(model, lora)
+    paths = [path for path in found if read.in_layers(path)] + expose(model, lora.target_parameters)
+    if found and not paths:
+        what = f"layers_to_transform={[*read.layers_to_transform]} leaves none of {', '.join(found[:4])} ({len(found)})"
+        raise InputError(f"{what}: give whole paths in target_modules in its place")
     for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         check_patterns_used(field, patterns, paths)
     for entry in [lora.feedforward] if isinstance(lora.feedforward, str) else lora.feedforward:
@@ -101,7 +104,8 @@ def attach(
     for path, A in first.items():
         cast(LoRA, parts[path]).lora_A.data.copy_(A)
     if lora.start not in ("default", "eva"):
-        parts = started(model, parts, lora.start, dense, tell)
+        parts, bases = started(model, parts, lora.start, dense, tell)
+        replace_modules(model, bases)
     install(model, parts, name)
     return list(parts)
 

@@ -23,7 +23,7 @@ from ..kernels.weight4bit import Weight4bit
 from .active import evaluating
 from .adapter import Adapter, wide
 from .config import LoRAConfig
-from .layer import adapter_layers, replace_modules
+from .layer import adapter_layers
 from .linear4bit import NF4Linear, NF4LowRank
 from .lora import LoRA, scale_of
 from .targets import base_modules
@@ -76,10 +76,11 @@ def codes(W: Tensor, A: Tensor, B: Tensor, scale: float, base: nn.Module) -> Wei
 @torch.no_grad()
 def started(
     model: nn.Module, parts: Mapping[str, Adapter], start: str, dense: Weights | None, tell: Tell, saved: bool = False
-) -> dict[str, Adapter]:
-    """The parts with that start, layer by layer; 4-bit bases are replaced, each by one that is nearer to its weight.
+) -> tuple[dict[str, Adapter], dict[nn.Module, nn.Module]]:
+    """The parts with that start, and what has to take the place of each 4-bit base: one that is nearer to its weight.
     saved: the parts are a file's, of rank 2r, and become what was trained. Errors, and `tell`, as `attach`."""
     modules, taken, new = base_modules(model), adapter_layers(model), dict(parts)
+    bases = dict[nn.Module, nn.Module]()  # not one by one: a later layer's weight may be missing
     mine = {path: part for path, part in parts.items() if isinstance(part, LoRA)}
     packed = {f"{path}.weight": path for path in mine if isinstance(modules[path], NF4Linear)}
     for path, part in mine.items():
@@ -96,7 +97,7 @@ def started(
     given = ((packed.pop(name), tensor) for name, tensor in dense or () if name in packed) if packed else ()
     for path, tensor in chain(own, given):
         base, part = modules[path], mine[path]
-        W = tensor.t() if getattr(base, "conv1d", False) else tensor
+        W = tensor.t() if isinstance(base, NF4Linear) and base.conv1d else tensor  # of a file
         W = W.to(part.lora_A.device, torch.float32).contiguous()
         if (len(part.lora_B), part.lora_A.shape[1]) != W.shape or not W.isfinite().all():
             raise InputError(f"the dense weight of '{path}' must be finite and of its shape, got {list(W.shape)}")
@@ -112,10 +113,10 @@ def started(
             part.start, A0, B0 = start, cast(Tensor, part.lora_A0).float(), cast(Tensor, part.lora_B0).float()
             better = NF4LowRank.beside(base, stored, A0, part.scale * B0)
             tell(path, *((W - layer.dequantize()).norm().item() / W.norm().item() for layer in (better, base)))
-            replace_modules(model, {base: better})
+            bases[base] = better
     if packed:
         raise InputError(f"dense lacks {', '.join([*packed][:4])} ({len(packed)}): give this model's own dense weights")
-    return new
+    return new, bases
 
 
 class Directions:

@@ -7,7 +7,7 @@ to, which is what the adapter was trained on.
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..files import disk_errors, tensor_metadata
 from ..kernels.dequantize4bit import dequantize as decoded
 from ..kernels.dispatch import trim_heap
 from ..kernels.quantize4bit import quantize
@@ -30,7 +31,7 @@ from .linear4bit import Module4bit, NF4Linear, NF4LowRank, was_conv1d, weight_id
 from .lora import LoRA, is_linear
 from .packed import can_pack, packed
 from .parameter4bit import StandIn
-from .peft_files import load_adapter
+from .peft_files import CONFIG, LOW_RANK, WEIGHTS, load_adapter
 
 
 def merged_state(model: nn.Module, dtype: DType | None = None) -> dict[str, Tensor]:
@@ -282,6 +283,9 @@ def requantize_(model: nn.Module, bits: float = 0.3) -> dict[str, Fidelity]:
                 setattr(new, name, nn.Parameter(tensor.detach().clone(), False))
             layer.base, found[path] = new, Fidelity.of(plain, wanted, new.dequantize())
             layer.adapters.update(dict.fromkeys(layer.active, Whole()))  # they have nothing left to merge
+            for part in layer.adapters.values():
+                if isinstance(part, LoRA):
+                    part.start = ""  # its A0 and B0 are no longer in the base
     merge(model)
     return found
 
@@ -294,6 +298,14 @@ def load_low_rank(model: nn.Module, folder: str | Path) -> None:
         A, B = part.factors()
         layer.base = NF4LowRank.beside(base, base.stored, A.detach(), part.scale * B.detach())
     remove_adapter(model, "beside")
+
+
+def drop_low_rank(folder: Path) -> None:
+    """Remove what `save_low_rank` wrote for a model before, as it would be read with the new one; nobody's else."""
+    with suppress(InputError), disk_errors("the model", folder, 0):
+        own = LOW_RANK.items() <= tensor_metadata(folder / WEIGHTS).items()
+        for name in (CONFIG, WEIGHTS) if own else ():
+            (folder / name).unlink(missing_ok=True)
 
 
 def _refuse_unmergeable(layers: Mapping[str, AdapterLayer]) -> None:

@@ -26,7 +26,7 @@ from .config import LoRAConfig
 from .dora import MAGNITUDE
 from .identity import BaseIdentity, base_identity
 from .init import Weights, started
-from .layer import DEFAULT, adapters_of, carried, plain_name, refuse_left_out, unwrapped
+from .layer import DEFAULT, adapters_of, carried, plain_name, refuse_left_out, replace_modules, unwrapped
 from .linear4bit import Module4bit, NF4Linear, NF4LowRank
 from .lora import OWN, LoRA, LoRAEmbedding, LoRAParameter, lora_kind
 from .parameter4bit import StandIn
@@ -36,12 +36,14 @@ from .tokens import TokenRows
 from .vera import SHARED, join
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LOW_RANK = {"fourbit.part": "low-rank"}  # in the metadata of what belongs to the model beside it
 PREFIX = "base_model.model."
 LARGEST_CONFIG = 8 << 20  # bytes: room for the full paths of 100,000 layers
 
 
 def adapter_state(model: nn.Module, name: str = DEFAULT) -> dict[str, Tensor]:
-    """All that the adapter holds under PEFT's keys, sorted: the live tensors, detached and not copied."""
+    """All that the adapter trains under PEFT's keys, sorted: the live tensors, detached and not copied. Of one with a
+    start A and B alone, without A0 and B0, where they began: both are in what `save_adapter` writes."""
     return _keyed(adapters_of(model, name))
 
 
@@ -71,8 +73,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", 
         write_text(folder / CONFIG, config)
 
 
-def save_low_rank(model: nn.Module, folder: Path) -> None:
-    """Write the low-rank parts of NF4LowRank layers into `folder`, if there are any, as an adapter beside the codes."""
+def save_low_rank(model: nn.Module, folder: Path) -> bool:
+    """Whether NF4LowRank layers have low-rank parts; they are written into `folder`, as an adapter beside the codes."""
     layers = {path: layer for path, layer in base_modules(model).items() if isinstance(layer, NF4LowRank)}
     parts: dict[str, Adapter] = {}
     for path, layer in layers.items():
@@ -80,8 +82,9 @@ def save_low_rank(model: nn.Module, folder: Path) -> None:
         exact = all(torch.equal(factor.bfloat16(), factor) for factor in pair)  # as those that a merge has fitted
         parts[path] = part.of_factors(*pair).to(torch.bfloat16 if exact else layer.A.dtype)
     if parts:
-        write_tensors(folder / WEIGHTS, _keyed(parts), "the low-rank parts")
+        write_tensors(folder / WEIGHTS, _keyed(parts), "the low-rank parts", LOW_RANK)
         write_text(folder / CONFIG, write_config(model, parts, str(folder)))
+    return bool(parts)
 
 
 def load_adapter(
@@ -120,8 +123,13 @@ def load_adapter(
     _check_finite(state, _keyed(attached or parts), label)
     _copy_into(attached or parts, state, label)
     if anew and trained is not None:
-        parts = started(model, parts, trained.start, dense, lambda *_: None, saved=True)
-        _check_base(model, parts, Path(folder), force, tell)
+        parts, better = started(model, parts, trained.start, dense, lambda *_: None, saved=True)
+        replace_modules(model, better)
+        try:
+            _check_base(model, parts, Path(folder), force, tell)
+        except InputError:  # the dense weights are another model's
+            replace_modules(model, {new: old for old, new in better.items()})
+            raise
     if not attached:
         install(model, parts, name, trainable=trainable)
     return list(parts)
@@ -210,7 +218,9 @@ def _read_adapter(
         meant = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in state}
         names = [name for name in adaptable_layers(model) if name in meant]
     if not (names := [*names, *parameters]):
-        raise InputError(f"{label}: target_modules={config.lora.target!r} names no layer of this model that takes LoRA")
+        within = f" with layers_to_transform={[*config.layers_to_transform]}" if config.layers_to_transform else ""
+        what = f"target_modules={config.lora.target!r}{within} names no layer of this model that takes LoRA"
+        raise InputError(f"{label}: {what}")
     parts: dict[str, Adapter] = {}
     expected: dict[str, Sequence[int]] = {}
     modules = base_modules(model)
@@ -354,6 +364,7 @@ def _is_slot(part: Adapter | None) -> TypeGuard[LoRA]:
 
 def _described(part: Adapter | None) -> str:
     kind = f"rank {part.rank}, scale {part.scale:.9g}" if isinstance(part, LoRA) else f"a {type(part).__name__}"
+    kind += " from a start of its own" if isinstance(part, LoRA) and part.lora_A0 is not None else ""
     kind += f" of {part.tokens}" if isinstance(part, TokenRows) else ""
     own = "" if part is None or part.copies is None else f" and its own {', '.join(part.copies.state_dict())}"
     return "no adapter" if part is None else kind + own

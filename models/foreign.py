@@ -63,8 +63,10 @@ def empty(data: Mapping[str, Any], where: str, source: str) -> Any:
         code = f"; its own code ({shown(data['auto_map'])}) is never run" if "auto_map" in data else ""
         why = "it is more than a language model: take its text model alone" if known else f"nor in transformers{code}"
         raise InputError(f"{what}, {why}")
-    if deep := [k for k in data if re.search("layer|experts$", k) and isinstance(data[k], int) and data[k] > 1024]:
-        raise InputError(f"{where}: {deep[0]} must be at most 1024, got {data[deep[0]]}")
+    counts = [key for key in data if re.search("layer|experts$", key) and "size" not in key]
+    most = {key: 1 << (14 if key.endswith("experts") else 10) for key in counts}
+    if many := [key for key in counts if isinstance(data[key], int) and data[key] > most[key]]:
+        raise InputError(f"{where}: {many[0]} must be at most {most[many[0]]}, got {data[many[0]]}")
     form = r"_|(auto_map|quantization_config|(torch_)?dtype|(attn|experts)_implementation)$"  # and code: not read here
     read = {key: value for key, value in data.items() if not re.match(form, key)}
     try:
@@ -112,7 +114,7 @@ def _fill_buffers(whole: Any) -> None:
             if (like := module._buffers[name]) is not None:
                 module._buffers[name] = torch.full_like(like, like.is_floating_point() and torch.nan, device="cpu")
     for module in whole.modules():
-        whole._init_weights(module)
+        (module if is_transformers(module) else whole)._init_weights(module)
     if left := [name for name, buffer in whole.named_buffers() if not buffer.is_meta and buffer.isnan().any()]:
         raise ValueError(f"{left[0]} has no value")
 

@@ -7,7 +7,7 @@ from typing import Any
 from .config import Settings
 from .llama import biases, common, windows
 from .rope import read_rope, rope_table
-from .spec import Spec
+from .spec import Rope, Spec
 
 KINDS = "full_attention", "sliding_attention"
 
@@ -26,16 +26,19 @@ def gemma3(keys: Settings) -> Spec:
     keys.one_of("attn_logit_softcapping", (None,), "null (transformers has none in Gemma 3)")
     every = keys.number("sliding_window_pattern", default=6)
     seen = windows(keys, shared["num_hidden_layers"], lambda layer: (layer + 1) % every != 0)
-    said = keys.get("rope_parameters")
+    said, beside = keys.get("rope_parameters"), keys.get("rope_scaling")
+    local = keys.number("rope_local_base_freq", default=1e4)
     if isinstance(said, Mapping) and any(isinstance(said.get(kind), Mapping) for kind in KINDS):
         if any(not isinstance(said.get(kind), Mapping | None) for kind in KINDS):
             raise keys.refusal("rope_parameters", f"an object for each of {' and '.join(KINDS)}")
-        where = [f"rope_parameters.{kind}." for kind in KINDS]
-        inner = [Settings(said.get(k) or {}, keys.where, path=path) for k, path in zip(KINDS, where, strict=True)]
-        ropes = [rope_table(i, keys, shared["head_dim"], theta) for i, theta in zip(inner, (1e6, 1e4), strict=True)]
+        if not isinstance(beside, Mapping | None):
+            raise keys.refusal("rope_scaling", "null or an object")
+        full, sliding = ({k: v for k, v in (said.get(kind) or {}).items() if v is not None} for kind in KINDS)
+        both = {**full, **(beside or {})}, {"rope_theta": local} | sliding
+        inner = [Settings(i, keys.where, path=f"rope_parameters.{kind}.") for i, kind in zip(both, KINDS, strict=True)]
+        ropes = [rope_table(i, keys, shared["head_dim"], 1e6) for i in inner]
     else:
-        local = Settings({"rope_theta": keys.get("rope_local_base_freq")}, keys.where)
-        ropes = [read_rope(keys, shared["head_dim"], 1e6), rope_table(local, local, shared["head_dim"], 1e4)]
+        ropes = [read_rope(keys, shared["head_dim"], 1e6), Rope(local)]
     own = {"qk_norm": "head", "logit_softcap": keys.or_none("final_logit_softcapping")}
     return Spec(**shared, windows=seen, rope=ropes[0], local_rope=ropes[1], **own)
 

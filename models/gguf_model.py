@@ -147,7 +147,7 @@ def read_spec(file: GGUFFile) -> Spec:
     known = f"one of {', '.join(ARCHITECTURES)}, which can be read from GGUF"
     kind = whole.one_of("general.architecture", tuple(ARCHITECTURES), known)
     keys = Settings(file.metadata, where, prefix=f"{kind}.")
-    numbers = _numbers(whole, keys, kind)
+    numbers = {"rope.freq_base": 10000.0} | _numbers(whole, keys, kind)  # where it is silent, as llama.cpp
     rows = shapes.get("model.embed_tokens.weight", (1,))[0]  # where it is missing, that will be said
     if not any(name.startswith("model.layers.") for name in shapes):
         raise InputError(f"{where}: it holds no decoder layer (a vocabulary-only file?).")
@@ -160,7 +160,8 @@ def read_spec(file: GGUFFile) -> Spec:
     share = numbers["embedding_length"] // numbers["attention.head_count"]
     size, turned = _head_dim(keys, numbers, share, partial=kind == "phi3")
     model_type, _, own = _family(keys, kind)
-    config = {name: numbers.get(key) for key, name in ({_WINDOW: "sliding_window"} | OBEYED | own).items()} | {
+    named = {_WINDOW: "sliding_window"} | OBEYED | own  # null but for caps, which the family has then, in llama.cpp too
+    config = {name: numbers.get(key) for key, name in named.items() if key in numbers or key not in _CAPS} | {
         "model_type": model_type,
         "vocab_size": numbers.get("vocab_size", rows),
         "head_dim": size,
@@ -248,7 +249,7 @@ def _scaling(file: GGUFFile, keys: Settings, numbers: dict[str, Any], turned: in
     if short:
         attention = {"attention_factor": numbers.get("rope.scaling.attn_factor")}
         return {"rope_type": "longrope", "short_factor": short, "long_factor": long} | beside | attention
-    return rope_freqs_scaling(own, numbers.get("rope.freq_base", 10000.0), numbers["context_length"])
+    return rope_freqs_scaling(own, numbers["rope.freq_base"], numbers["context_length"])
 
 
 def _factors(file: GGUFFile, name: str, count: int) -> list[float]:

@@ -41,7 +41,8 @@ def smollm3(keys: Settings) -> Spec:
     turned = [int((layer + 1) % every != 0) for layer in range(layers)] if turned is None else turned
     if not isinstance(turned, list) or len(turned) != layers or any(one not in (0, 1) for one in turned):
         raise keys.refusal("no_rope_layers", f"a list of {layers} ones and zeros, one for each layer")
-    seen = windows(keys, layers, lambda layer: keys.flag("use_sliding_window") and not turned[layer])
+    slides = keys.flag("use_sliding_window")
+    seen = windows(keys, layers, lambda layer: slides and not turned[layer], default=None)
     plain = tuple(layer for layer in range(layers) if not turned[layer])
     own = biases(keys) | {"mlp_bias": keys.flag("mlp_bias")}
     return Spec(**common(keys, tied=True, theta=2e6), **own, no_rope=plain, windows=seen)
@@ -130,19 +131,20 @@ def common(
     }
 
 
-def windows(keys: Settings, layers: int, sliding: Callable[[int], bool]) -> tuple[int, ...]:
+def windows(keys: Settings, layers: int, sliding: Callable[[int], bool], default: int | None = 4096) -> tuple[int, ...]:
     """Of each layer the tokens that a query sees, 0: all; empty where every layer sees all. From `layer_types`, or
     where these are not there from `sliding`, of the layer's number; and from `sliding_window`, null: none slides.
 
-    Where the file is silent the window is transformers' default, 4096."""
+    Where the file is silent the window is transformers' `default` for the family, None: as null."""
     kinds, names = keys.get("layer_types"), ("full_attention", "sliding_attention")
     if kinds is not None:
         if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in names for kind in kinds):
             raise keys.refusal("layer_types", f"a list of {layers} of {' and '.join(names)}, one for each layer")
         slides = [kind == names[1] for kind in kinds]
     else:
-        slides = [bool(keys.or_none("sliding_window", 4096)) and sliding(layer) for layer in range(layers)]
-    seen = keys.number("sliding_window", default=None if "sliding_window" in keys.data else 4096) if any(slides) else 0
+        slides = [bool(keys.or_none("sliding_window", default)) and sliding(layer) for layer in range(layers)]
+    silent = None if "sliding_window" in keys.data else default
+    seen = keys.number("sliding_window", default=silent) if any(slides) else 0
     return tuple(seen if slide else 0 for slide in slides) if seen else ()
 
 

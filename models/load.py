@@ -100,7 +100,8 @@ def load_decoder(
     form that `quantize_` describes, and embeddings, norms, biases and the output head dense in `dtype`; `plan` says
     the form of each layer instead (`quantize_by_plan_`). What the file has in 4 bits stays as it is, with the adapter
     beside it that `fourbit merge` has put there. Of a tied model
-    the file may hold either tensor, or both; where the two differ it is loaded untied, as transformers does.
+    the file may hold either tensor, or both; where the two differ it is loaded untied, as transformers does, if its
+    family is built in, and refused if not.
     `progress` is called after each tensor with their number, that of all, the bytes of the file so far, and of all.
     Raises InputError naming the file, key or tensor for a config that asks for something that is not supported, a
     missing, unknown, misshaped or non-finite tensor, and for an unreadable file; EnvironmentProblem for a device that

@@ -127,7 +127,7 @@ def quantize_checkpoint(
     for each in filter(None, plan.values()):
         each.checked()
     tokenizer = load_tokenizer(path)
-    model, _, packed, tensors = read_model(Path(path))
+    model, spec, packed, tensors = read_model(Path(path))
     check_tokenizer(model, tokenizer)
     if packed:
         raise InputError(f"{path}: {next(iter(packed))!r} is in 4 bits already: give what it was made from")
@@ -139,17 +139,22 @@ def quantize_checkpoint(
         if named.setdefault(other := first[weight_id(layers[own])], plan[key]) != plan[key]:
             raise InputError(f"plan: {own!r} shares its weight with {other!r}, for which the plan has another form")
     forms, choices = uniform_plan(model, form) | named, dict[str, list[Choice]]()
+    head, tied = "lm_head.weight", list[Tensor]()
     for name, weight in tensors:
         if (layer := name.removesuffix(".weight")) in forms:
             free = budget is not None and layer not in named
             offered = [*(form._replace(blocksize=size) for size in BLOCKSIZES), None] if free else [forms[layer]]
             weight = weight.t() if is_conv1d(layers[layer]) else weight  # as 4 bits keep it
             choices[layer] = [measured(weight, each, dtype, f"{path}: {name!r}") for each in offered]
+        elif spec is not None and spec.tie_word_embeddings and name.endswith((head, "embed_tokens.weight")):
+            tied.append(weight.to(dtype))
+    once = len(tied) == 2 and torch.equal(*tied)  # a head that is the embedding is loaded tied
+    tied.clear()
     wide, rest = kept_in_fp32(model), {weight_id(x): (name, x) for name, x in reversed(weights_of(model).items())}
     fixed = sum(
         LINE + x.numel() * (torch.float32 if wide(name) else dtype if x.is_floating_point() else x.dtype).itemsize
         for name, x in rest.values()
-        if isinstance(x, Tensor) and name.removesuffix(".weight") not in choices
+        if isinstance(x, Tensor) and name.removesuffix(".weight") not in choices and not (once and name == head)
     )
     chosen = choose(choices, LARGEST if budget is None else budget, fixed)
     made = {layer: choice.form for layer, choice in chosen.items()}

@@ -20,7 +20,7 @@ from ..errors import shown
 from ..kernels.derivatives import transformed
 from ..kernels.launch import is_fake
 from ..kernels.page_device import PageDevice, make_device
-from ..lora.active import checkpointed
+from ..lora.active import as_now, checkpointed
 from ..lora.adapter import is_hooked
 from ..lora.layer import ByRows
 
@@ -154,8 +154,9 @@ def recomputed(
     # not `value` itself: the hooks live as long as the graph. And no addresses, which fake tensors lack
     storage, first, size, dtype = ref(value.untyped_storage()), value.storage_offset(), value.numel(), value.dtype
     held = [_held(x) for x in (*inputs, *(step.parameters() if isinstance(step, nn.Module) else ()))]
+    run = as_now(step, step) if isinstance(step, nn.Module) else step  # others may be active when backward runs
     # runs once; lives until the graph's last node that uses it goes
-    again = cache(lambda: step(*[unwritten() for unwritten in held][: len(inputs)]).detach())
+    again = cache(lambda: run(*[unwritten() for unwritten in held][: len(inputs)]).detach())
 
     def pack(tensor: Tensor) -> Callable[[], Tensor]:
         shape, own = tensor.shape, tensor.untyped_storage() is storage() and tensor.dtype == dtype

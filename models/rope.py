@@ -16,7 +16,7 @@ ORIGINAL = "original_max_position_embeddings"
 KEYS = {  # kind -> the numbers that it needs
     "default": (),
     "linear": ("factor",),
-    "dynamic": ("factor", ORIGINAL),
+    "dynamic": ("factor",),  # and max_position_embeddings
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL),
     "yarn": ("factor", ORIGINAL),
     "longrope": (ORIGINAL,),
@@ -62,10 +62,12 @@ def rope_table(inner: Settings, keys: Settings, head_dim: int, theta: float, par
     if kind == "default" and inner.get("factor") not in (None, 1):
         raise inner.refusal(type_key, f"another kind beside a factor ({shown(inner.get('factor'))})")
     most, said = keys.get("max_position_embeddings"), {k: v for k, v in inner.data.items() if v is not None}
-    if kind != "dynamic" and (beside := keys.or_none(ORIGINAL, 4096 if partial else 0)):
+    if beside := keys.or_none(ORIGINAL, 4096 if partial else 0):
         said[ORIGINAL] = beside
     inner = Settings({ORIGINAL: most} | said, inner.where, path=inner.path)
     found: dict[str, Any] = {key: inner.number(key) for key in KEYS[kind]}
+    if kind == "dynamic":  # whatever original length is said, as in transformers
+        found[ORIGINAL] = keys.number("max_position_embeddings")
     if kind == "llama3" and found["low_freq_factor"] >= found["high_freq_factor"]:
         raise inner.refusal("low_freq_factor", f"below high_freq_factor ({found['high_freq_factor']})")
     if kind == "yarn":

@@ -18,7 +18,7 @@ from ..lora.convert import packed_tensors
 from ..lora.layer import plain_modules, unwrapped
 from ..lora.linear4bit import Module4bit, weight_id
 from ..lora.lora import is_linear
-from ..lora.merge import merged_state
+from ..lora.merge import drop_low_rank, merged_state
 from ..lora.peft_files import save_low_rank
 from ..outputs import check_apart
 from ..settings import DTYPES
@@ -75,8 +75,8 @@ def save_model(
             raise InputError(f"{name} ({tensor.dtype}) is of a type that `load_model` does not read: cast it first")
         check_finite(name, tensor)
     _write_weights(folder, list(_shards(tensors, shard_bytes)))
-    if not merge:
-        save_low_rank(model, folder)
+    if merge or not save_low_rank(model, folder):
+        drop_low_rank(folder)
     settings: dict[str, Any] | None = settings_of(model) if is_transformers(model) else None
     if isinstance(model, CausalLM):
         settings = model.settings()

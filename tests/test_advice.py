@@ -1013,6 +1013,9 @@ ELSEWHERE = {  # tests of other files that follow an advice
     "tests/kernels/test_linear4bit.py::test_scales_that_want_a_gradient_are_refused_and_the_advice_works": [
         ("kernels/linear4bit.py", "freeze them, or take dequantize(weight)")
     ],
+    "tests/lora/test_attach.py::test_layers_to_transform_that_leave_none_are_refused_and_the_advice_works": [
+        ("lora/attach.py", "give whole paths in target_modules in its place"),
+    ],
     "tests/lora/test_starts.py::test_what_is_refused_and_what_it_advises": [
         ("lora/attach.py", "is for LoRA on linear layers, and '{}' is none: exclude it"),
         ("lora/config.py", "start must be default, olora, eva, pissa, pissa-8, loftq or loftq-5"),

@@ -90,6 +90,20 @@ def test_4_bits_keep_it_with_a_residual_in_the_folder(here: Path, run: Path, typ
     typed("sft --model merged --data rows.jsonl --out again --steps 1 --rank 2")  # goes on from there
 
 
+def test_4_bit_layers_that_become_dense_are_named(here: Path, typed: Typed, as_json: AsJson) -> None:
+    """An embedding that has an adapter, say, of which no product is made."""
+    model, tokenizer = fourbit.load(here / "m")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    fourbit.save_model(model, here / "untied", tokenizer)
+    typed("quantize --model untied --embedding --out packed")
+    model, _ = fourbit.load(here / "packed")
+    fourbit.attach(model, fourbit.LoRAConfig(rank=2, target=["embed_tokens", "q_proj"]), seed=0)
+    fourbit.save_adapter(model, here / "a")
+    line = "merge --model packed --adapter a --into nf4 --out"
+    assert as_json(f"{line} merged")["dense"] == ["model.embed_tokens"]
+    assert re.search(r"^dense +model\.embed_tokens: in 4 bits only linear layers", typed(f"{line} b"), re.MULTILINE)
+
+
 def test_what_keeps_too_little_is_refused_unless_forced(here: Path, run: Path, typed: Typed) -> None:
     line = f"merge --model m --adapter {run} --out merged --into nf4 --residual-bits 0.01"
     model, _ = fourbit.load(here / "m", quant_type="nf4")

@@ -106,6 +106,7 @@ def test_tensors_that_do_not_fit_are_named(
         ({"target_modules": 7}, "target must be one of text, a list"),
         ({"target_modules": "up_proj("}, "no regular expression"),
         ({"target_modules": ["q_proj"]}, "names no layer of this model"),
+        ({"layers_to_transform": [9]}, r"with layers_to_transform=\[9\] names no layer of this model"),
         ({"target_modules": ["up_proj"]}, r"2 unknown.*down_proj\.lora_A"),
         ({"target_modules": "all-linear", "exclude_modules": ["down_proj"]}, "2 unknown"),
         ({"layers_to_transform": [0], "target_modules": ".*proj"}, "layers_to_transform goes with a list"),

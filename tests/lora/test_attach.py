@@ -332,3 +332,15 @@ def test_targets_mean_what_they_mean_to_peft(
 def test_pattern_keys_match_as_in_peft(name: str, keys: list[str]) -> None:
     theirs = get_pattern_key(keys, name)
     assert pattern_key(keys, name) == (theirs if any(re.match(rf"(.*\.)?({key})$", name) for key in keys) else None)
+
+
+def test_layers_to_transform_that_leave_none_are_refused_and_the_advice_works() -> None:
+    """A number that no layer has, and as in PEFT any where nothing is around the layers' list."""
+    model, path = Decoder(), "layers.2.self_attn.q_proj"
+    for number in (9, 2):
+        config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[number])
+        with pytest.raises(
+            InputError, match=rf"layers_to_transform=\[{number}\] leaves none of layers.*{path} \(3\): give"
+        ):
+            attach(model, config)
+    assert attach(model, LoraConfig(r=2, target_modules=[path])) == [path]

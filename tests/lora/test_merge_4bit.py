@@ -133,3 +133,19 @@ def test_codes_and_what_is_beside_them_go_through_files(tiny_folder: Path, tmp_p
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")  # with peft, base and adapter
     ids = torch.arange(9)[None]
     torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=0.05, atol=0.1)
+
+
+def test_low_rank_parts_of_an_older_save_go(tiny_folder: Path, tmp_path: Path) -> None:
+    """Whatever is saved over them; an adapter with a file of its own stays."""
+    (plain, tokenizer), (model, _) = (fourbit.load(tiny_folder, quant_type="nf4") for _ in range(2))
+    fourbit.attach(model, fourbit.LoRAConfig(rank=2))
+    fourbit.save_adapter(model, tmp_path)
+    fourbit.save_model(plain, tmp_path, tokenizer)
+    files, adapter = {file.name for file in tmp_path.iterdir()}, {"adapter_config.json", "adapter_model.safetensors"}
+    assert adapter <= files
+    requantize_(model)
+    for merge in (False, True):
+        fourbit.save_model(model, tmp_path, tokenizer)
+        assert isinstance(fourbit.load(tmp_path)[0].model.layers[0].self_attn.q_proj, NF4LowRank)
+        fourbit.save_model(plain, tmp_path, tokenizer, merge=merge)
+        assert {file.name for file in tmp_path.iterdir()} == files - adapter

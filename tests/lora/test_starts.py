@@ -18,6 +18,7 @@ from fourbit.lora.init import Directions, begin
 from fourbit.lora.layer import adapter_layers, adapter_parameters, adapters_of
 from fourbit.lora.linear4bit import NF4LowRank
 from fourbit.lora.lora import LoRA
+from fourbit.lora.merge import merged_state, requantize_
 from fourbit.lora.peft_files import adapter_state
 from fourbit.lora.project import project
 
@@ -193,6 +194,19 @@ def test_files_over_a_dense_base_are_plain_lora_of_twice_the_rank(tmp_path: Path
         torch.testing.assert_close(PeftModel.from_pretrained(net(), folder)(x_of()), wanted, rtol=0, atol=1e-5)
 
 
+def test_a_file_does_not_go_over_an_adapter_with_a_start(tmp_path: Path) -> None:
+    """A and B of the same rank and scale are another change beside where these began."""
+    fourbit.attach(plain := net(), LoRAConfig(RANK, 6.0))
+    fourbit.save_adapter(moved(plain), tmp_path)
+    _, model, _ = put("pissa")
+    before = model(x_of())
+    with pytest.raises(
+        InputError, match=r"has rank 4, scale 1\.5 from a start of its own, the file rank 4, scale 1\.5; "
+    ):
+        fourbit.load_adapter(model, tmp_path)
+    assert torch.equal(model(x_of()), before)
+
+
 @pytest.mark.parametrize("start", PACKED)
 def test_files_over_4_bits_bring_their_codes_back(start: str, tmp_path: Path) -> None:
     """Of the dense weights, bit for bit; without them they are refused; on a dense base a note says so."""
@@ -202,6 +216,12 @@ def test_files_over_4_bits_bring_their_codes_back(start: str, tmp_path: Path) ->
     again = fourbit.quantize_(net(), skip=())
     with pytest.raises(InputError, match=r"needs the dense weights of 4-bit layers: dense=fourbit\.read_weights"):
         fourbit.load_adapter(again, tmp_path / "a")
+    other = [(name, weight.roll(1, 0)) for name, weight in plain.named_parameters()]
+    before = again(x_of())
+    for wrong, words in ((other[:1], "dense lacks"), (other, "trained on another base")):
+        with pytest.raises(InputError, match=words):
+            fourbit.load_adapter(again, tmp_path / "a", dense=wrong)
+        assert torch.equal(again(x_of()), before), "a layer that was read is not left changed"
     assert not adapter_layers(again)
     fourbit.load_adapter(again, tmp_path / "a", dense=plain.named_parameters(), tell=pytest.fail)
     assert torch.equal(again(x_of()), wanted)
@@ -238,6 +258,29 @@ def test_a_start_that_is_copied_merged_and_cast(tmp_path: Path) -> None:
                 fourbit.to_bitsandbytes(copied, bitsandbytes)
             fourbit.dequantize(model)
         torch.testing.assert_close(fourbit.merge(model)(x_of()), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_dense_layer_that_was_a_conv1d_is_started_as_it_lies() -> None:
+    """GPT-2's, decoded from 4 bits: an nn.Linear, whose weight is [out, in]; square ones too."""
+    from transformers import Conv1D
+
+    model = nn.Sequential(Conv1D(64, 64), Conv1D(96, 64))
+    fourbit.dequantize(fourbit.quantize_(model, skip=()))
+    weights = [layer.weight.detach().clone() for layer in model]
+    fourbit.attach(model, LoRAConfig(64, 64.0, start="pissa"))
+    for part, weight in zip(adapters_of(model).values(), weights, strict=True):
+        torch.testing.assert_close(part.lora_B @ part.lora_A, weight, rtol=0, atol=1e-4)
+
+
+def test_a_copy_of_a_start_changes_what_its_base_was_made_anew_to() -> None:
+    """Where the base's 4-bit codes are no longer those that the start made, they alone are no base of it."""
+    _, model, _ = put("pissa", quant=True)
+    fourbit.copy_adapter(moved(model), "default", "kept")
+    requantize_(model, bits=16)
+    with fourbit.using(model, "kept"):
+        wanted = net()
+        wanted.load_state_dict({name: value.cpu() for name, value in merged_state(model).items()})
+        torch.testing.assert_close(model(x_of()), wanted(x_of()), rtol=1e-4, atol=1e-4)
 
 
 class TestEva:
@@ -304,6 +347,7 @@ def other_layer(base: nn.Module, config: LoRAConfig) -> Any:
         ({"layer": other_layer}, "for LoRA on linear layers, and '0' is none: exclude it", {"exclude": ["0"]}),
         ({"quant": True}, "needs the dense weights of 4-bit layers", {"dense": net().named_parameters()}),
         ({"quant": True, "dense": []}, "dense lacks 0.weight, 2.weight", {"dense": net().named_parameters()}),
+        ({"quant": True, "dense": [("0.weight", net()[0].weight)]}, "dense lacks 2.", {}),
         ({"quant": True, "dense": [("0.weight", torch.ones(3, 3))]}, "the dense weight of '0' must be finite", {}),
         ({"quant": True, "dense": [("0.weight", torch.full((96, 64), math.nan))]}, "must be finite", {}),
     ],

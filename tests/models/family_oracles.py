@@ -35,6 +35,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         **rope("yarn", **YARN, mscale=0.7, mscale_all_dim=0.4, beta_fast=16, beta_slow=2, truncate=False),
     },
     "llama dynamic": {"model_type": "llama", "max_position_embeddings": 16, **rope("dynamic", factor=2.0)},
+    "llama dynamic original": {
+        **{"model_type": "llama", "max_position_embeddings": 16},
+        **rope("dynamic", factor=2.0, original_max_position_embeddings=4),
+    },
     "smollm3": {"model_type": "smollm3"},
     "smollm3 marked": {"model_type": "smollm3", "no_rope_layers": [0, 1, 1, 0], "tie_word_embeddings": False},
     "mistral": {"model_type": "mistral", "sliding_window": 7},

@@ -1,6 +1,7 @@
 """What a layer keeps for backward changes memory and time, and not one bit of any gradient."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import fourbit
 from fourbit.lora.attach import KINDS
+from fourbit.lora.layer import adapter_parameters
 from fourbit.models import recompute
 from fourbit.models.decoder import Decoder
 from fourbit.models.families import read_spec
@@ -75,6 +77,31 @@ def same(model: Any, choices: list[Any], longer: bool = False) -> None:
 def test_no_choice_changes_a_bit(kind: str, random_decoder: Callable[..., Decoder]) -> None:
     """With dropout, in a packed row with a fork: random masks repeat, and texts stay apart."""
     same(adapted(random_decoder(layers=4, intermediate=64), kind), CHOICES)
+
+
+@pytest.mark.parametrize("block", [partial(fourbit.using, weights=[0.5]), lambda m, a: fourbit.rows(m, [a, "b"])])
+def test_norms_run_again_with_the_adapters_of_forward(block: Any, random_decoder: Callable[..., Decoder]) -> None:
+    """Trained copies of norms, and other adapters active when backward runs."""
+    model, some = (
+        random_decoder().train(),
+        {"rank": 2, "modules_to_save": ("input_layernorm", "post_attention_layernorm")},
+    )
+    for name in "ab":
+        fourbit.attach(model, fourbit.LoRAConfig(**some), name, seed=ord(name))  # type: ignore[arg-type]
+        for parameter in adapter_parameters(model, name).values():
+            nn.init.normal_(parameter, std=0.3)
+    fourbit.train_only(model, "a", "b")
+
+    def gradients(checkpointing: str) -> list[Tensor]:
+        model.checkpointing = checkpointing  # type: ignore[assignment]
+        with block(model, "a"):
+            loss = model(IDS.view(2, -1)).square().mean()
+        parameters = [*adapter_parameters(model, "a").values()]
+        return [*torch.autograd.grad(loss, parameters)]
+
+    wanted = gradients("all")
+    for choice in KEEPS:
+        assert all(map(torch.equal, gradients(choice), wanted)), choice
 
 
 @pytest.mark.parametrize("family", FAMILIES)

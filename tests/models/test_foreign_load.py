@@ -14,6 +14,7 @@ import fourbit
 from fourbit.errors import EnvironmentProblem, InputError
 from fourbit.lora.linear4bit import Module4bit
 from fourbit.models import foreign
+from fourbit.models.foreign import empty
 from fourbit.models.load import load_decoder
 
 SIZES = {"vocab_size": 259, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
@@ -135,7 +136,7 @@ def test_a_tensor_that_is_missing_too_much_or_twice(cohere: Path) -> None:
         ({"model_type": "nobody", "auto_map": {"AutoModel": "evil--code.Model"}}, "evil--code.Model.*never run"),
         ({"text_config": {}}, "text model alone"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 1024"),
-        ({"model_type": "dbrx", "ffn_config": {}, "num_experts": 10**9}, "num_experts must be at most 1024"),
+        ({"model_type": "dbrx", "ffn_config": {}, "num_experts": 10**9}, "num_experts must be at most 16384"),
         ({"model_type": "xglm", "d_model": 64, "max_position_embeddings": 10**10}, "xglm of it .*in no file"),
         ({"num_hidden_layers": "two"}, "transformers makes no cohere2 of it"),
         ({"hidden_size": -5}, "cohere2"),
@@ -151,6 +152,14 @@ def test_configs_of_strangers(cohere: Path, change: dict[str, Any], match: str) 
     with pytest.raises(InputError, match=match) as error:
         load_decoder(cohere)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "doge"])
+def test_sizes_of_a_layer_and_many_small_experts_are_no_depth(kind: str) -> None:
+    """262,144 rows of a layer's own vocabulary, 16,384 experts of one row each: what these families have by default."""
+    from transformers import AutoConfig
+
+    assert empty(json.loads(AutoConfig.for_model(kind).to_json_string()), "config.json", "").config.model_type == kind
 
 
 def test_nothing_of_a_config_names_code(cohere: Path) -> None:

@@ -236,6 +236,18 @@ def test_what_a_family_does_not_have_is_refused_and_what_it_needs_must_be_there(
     assert words in str(caught.value) and str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3 scaled", "smollm3"])
+def test_what_a_file_does_not_say_is_as_llama_cpp_has_it(name: str, convert: Callable[..., Path]) -> None:
+    """Gemma 2's caps, no one else's, and one base of RoPE for all."""
+    file = GGUFFile(convert(theirs(**MODELS[name])))
+    said = {key: value for key, value in file.metadata.items() if "softcap" not in key and "freq_base" not in key}
+    assert len(said) < len(file.metadata)
+    file.metadata = said
+    spec = read_spec(file)
+    assert (spec.attention_softcap, spec.logit_softcap) == ((50, 30) if name == "gemma2" else (0, 0))
+    assert spec.rope.theta == 10000
+
+
 KEYS = [v for kind in (Keys.Rope, Keys.Attention, Keys.LLM) for v in vars(kind).values() if str(v)[:6] == "{arch}"]
 OTHERS = ("attention.layer_norm_epsilon", "pooling_type", "tensor_data_layout", "expert_used_count")
 VALUES = [0, 1, -1, 7, True, False, 0.0, 2.5, float("nan"), "", "yarn", ["a"], np.array([0, 7]), np.array([0.5])]

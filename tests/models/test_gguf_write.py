@@ -53,6 +53,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no rope": (SHAPES["smollm3 marked"], "its no_rope is [3], the model's [0, 3]"),
     "routing": (SHAPES["qwen3_moe"], "its norm_topk_prob is True, the model's False"),
     "scale": (SHAPES["gemma2"], "its attention_scale is 0.28867513, the model's 0.2236068"),
+    "no caps": (
+        SHAPES["gemma2 uncapped"] | {"query_pre_attn_scalar": 12},
+        "its attention_softcap is 50.0, the model's 0.",
+    ),
     "windows": (SHAPES["gemma3"] | {"query_pre_attn_scalar": 12, "layer_types": MIXED[::-1]}, "its windows is "),
 }
 

@@ -1,5 +1,6 @@
 """Configs: what is read, what is refused by key and value, what is ignored and reported."""
 
+import copy
 import dataclasses
 import json
 from typing import Any
@@ -67,6 +68,21 @@ def test_rope_in_the_words_of_both_versions(keys: dict[str, Any], rope: Rope) ->
     assert read_spec(BASE | keys).rope == rope
 
 
+def test_what_stands_beside_the_tables_of_gemma3_fills_them_as_in_transformers() -> None:
+    from transformers import Gemma3TextConfig
+
+    tables = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "default"}}
+    local, linear = {"rope_local_base_freq": 3e4}, {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    own = {"rope_parameters": {kind: how | {"rope_theta": 7e4} for kind, how in tables.items()}}
+    gemma3 = BASE | {"model_type": "gemma3_text", "rope_parameters": tables}
+    for beside in ({}, {"rope_theta": 5e4}, local, {"rope_theta": 5e4} | local | linear, local | own | linear):
+        found = Gemma3TextConfig(**copy.deepcopy(gemma3 | beside)).rope_parameters
+        full, sliding = found["full_attention"], found["sliding_attention"]
+        spec = read_spec(gemma3 | beside)
+        assert spec.rope == Rope(full["rope_theta"], 0, full["rope_type"], full.get("factor", 1.0))
+        assert spec.local_rope == Rope(sliding["rope_theta"])
+
+
 @pytest.mark.parametrize(
     ("beside", "length"), [({}, {"phi3": 4096}), ({ORIGINAL: 32}, {}), ({ORIGINAL: None}, {"": 16})]
 )
@@ -79,6 +95,14 @@ def test_an_original_length_beside_the_table_wins_as_in_transformers(beside: Any
         made = read_spec(BASE | {"model_type": model_type, "rope_scaling": table, **beside}).rope
         wanted = beside.get(ORIGINAL) or length.get(model_type, 16)
         assert made.original_max_position_embeddings == wanted
+
+
+def test_a_window_that_is_not_said_is_smollm3s_own() -> None:
+    """None, where transformers has 4096 in other families."""
+    keys = BASE | {"use_sliding_window": True, "no_rope_layers": [1, 0], "max_window_layers": 1}
+    for family, windows in (("smollm3", ()), ("qwen2", (0, 4096))):
+        assert read_spec(keys | {"model_type": family}).windows == windows
+    assert read_spec(keys | {"model_type": "smollm3", "sliding_window": 8}).windows == (0, 8)
 
 
 def test_llama3_falls_back_to_the_context_length() -> None:
@@ -125,6 +149,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         ({"model_type": "gemma3_text"} | only_full(bad), "rope_parameters must be an object for")
         for bad in (5, True, [1])
     ),
+    ({"model_type": "gemma3_text", "rope_scaling": 5} | only_full(None), "rope_scaling must be null or an object"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, ORIGINAL: 16}}, "max_position_embeddings must be"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
     ({"hidden_size": 66}, r"hidden_size \(66\) must be a multiple of num_attention_heads \(4\)"),
     ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(3\)"),

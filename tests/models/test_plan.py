@@ -1,6 +1,7 @@
 """Plans: forms by hand or under a budget, the 4-bit folder that comes of them, and what its report says."""
 
 import json
+import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -114,6 +115,21 @@ def test_a_budget_is_kept_and_used_where_it_helps_most(base: Path, tmp_path: Pat
     quantize_checkpoint(base, tmp_path / "fewest", budget=fewest, dtype=torch.float32)
     assert size(tmp_path / "fewest") <= fewest  # the file as the disk has it, its header too
     assert not (tmp_path / "no").exists()
+
+
+def test_a_tied_head_that_the_file_has_too_takes_no_bytes(base: Path, tmp_path: Path) -> None:
+    """Where it is the embedding, in the dtype that is written; another one does."""
+    least, held = list[str](), load_file(base / "model.safetensors")
+    for name, head in (("one", {}), ("both", {f"{HEAD}.weight": 1.0}), ("other", {f"{HEAD}.weight": 2.0})):
+        shutil.copytree(base, tmp_path / name)
+        save_file(
+            held | {own: held[f"{EMBED}.weight"] * by for own, by in head.items()},
+            tmp_path / name / "model.safetensors",
+        )
+        with pytest.raises(InputError) as error:
+            quantize_checkpoint(tmp_path / name, tmp_path / "q", budget=1000)
+        least.append(str(error.value))
+    assert least[0] == least[1] != least[2]
 
 
 def test_choices_are_the_best_under_many_budgets() -> None:
