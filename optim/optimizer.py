@@ -105,7 +105,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         self.rule, self.bits, self.min_8bit_size = rule, bits, min_8bit_size
         self.rounding, self.max_grad_norm = rounding, max_grad_norm
-        self.seed = int(torch.randint(1 << 32, ())) if seed is None else seed
+        self.seed = int(torch.randint(1 << 32, (), device="cpu")) if seed is None else seed
         self.budget = None if budget is None else check_budget(budget)
         self.found_inf: Tensor | None = None
         self._older_peaks = peaks()
@@ -118,7 +118,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         self.pager: Pager | None = None
         self._states: dict[Key, FlatState] = {}
         self._entries: list[Entry] = []  # by row
-        self._steps = torch.zeros(0)  # fp32, of each entry, as torch.optim counts them
+        self._steps = torch.zeros(0, dtype=torch.float32, device="cpu")  # of each entry
         self._tables: Any = None  # of the kernels (step_triton.Tables), once they are needed
         self._waiting: list[Entry] = []  # those that have no state yet
         self._seen: list[list[int]] = []  # which parameters the groups had
@@ -207,7 +207,8 @@ class FlatOptimizer(torch.optim.Optimizer):
             grown = {k: s.grown([largest_shard(e.parameter) for e in keys[k]], device) for k, s in states.items()}
         elif self.pager is None:
             self.pager = Pager(make_device(device, self._older_peaks.get(device, 0)), self.budget, self.cap)
-        self._steps = torch.cat([self._steps.to(device), torch.zeros(len(joining), device=device)])
+        before = self._steps.to(device)
+        self._steps = torch.cat([before, before.new_zeros(len(joining))])
         for key, state in states.items():
             start = state.join(keys[key], len(self._entries))
             if self.pager is None:

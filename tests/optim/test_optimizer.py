@@ -219,3 +219,25 @@ print("torch._dynamo" in sys.modules)
         [sys.executable, "-P", "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("make", [AdamW, AdamW8bit])
+def test_torchs_default_dtype_and_device_change_nothing(path: str, make: Any) -> None:
+    """Steps are counted in fp32, where 16 bits would stop at 256, and what is made lies where the parameters are."""
+    ends = []
+    for dtype, device in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")):
+        ps = parameters([(300,)], torch.bfloat16, path)
+        give_gradients(ps, seed=0)
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                optimizer = make(ps, lr=1e-2, max_grad_norm=1.0, min_8bit_size=0)
+                step(optimizer, path)
+                optimizer._steps += 300
+                step(optimizer, path)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert optimizer.state[ps[0]]["step"] == 302
+        ends.append(ps)
+    assert_equal(ends[1:], ends[:1] * 2)
