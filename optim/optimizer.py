@@ -175,8 +175,7 @@ class FlatOptimizer(torch.optim.Optimizer):
                 _take_gradient(entry)
             if joining:
                 self._join(joining)
-            if entries:
-                self._update()
+            self._update()
         finally:
             for entry in entries:
                 if entry.weights is not None and entry.weights is not (own := local(entry.parameter)):
@@ -225,7 +224,7 @@ class FlatOptimizer(torch.optim.Optimizer):
     def _update(self) -> None:
         settings = self.param_groups, self.max_grad_norm, self.found_inf, self.rounding == "stochastic"
         narrow = all(state.dtype != torch.float64 for state in self._states.values())
-        if narrow and path_for(self._steps) == "triton":
+        if self._entries and narrow and path_for(self._steps) == "triton":
             from . import step_triton  # only here: Triton exists for Linux only and is slow to import
 
             if self._tables is None:
