@@ -55,7 +55,10 @@ def causal_attention(
         if visible is not None:
             raise ValueError("causal_attention takes spans or visible keys, not both")
         row = spans if isinstance(spans, Packed) else Packed(spans, q.shape[0] * q.shape[1], q.device)
-        return _packed(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), row, scores).view(q.shape)
+        if row.spans or q.numel():
+            return _packed(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), row, scores).view(q.shape)
+    if not q.numel():
+        return q + k.sum() + v.sum()  # nothing, of a graph all the same
     return _causal(q, k, v, scores) if visible is None else _sdpa(q, k, v, scores, visible)
 
 
