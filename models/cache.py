@@ -33,7 +33,7 @@ class KVCache:
     places: Tensor  # of its tokens in their rows, [rows, T], or [1, T] of spans
 
     def __init__(self) -> None:
-        self.counts, self.lengths, self.most = list[int](), torch.empty(0, dtype=torch.int64), 1 << 62
+        self.counts, self.lengths, self.most = list[int](), torch.empty(0, dtype=torch.int64, device="cpu"), 1 << 62
         self._rooms = list[Tensor]()
 
     @property
