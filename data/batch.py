@@ -245,7 +245,7 @@ def pad(examples: Sequence[Numbered], pad_id: int) -> Batch:
     ids = _tensor([part.ids + [pad_id] * (width - len(part.ids)) for part in flat])
     starts = [row * width for p in range(count) for row in range(p, len(flat), count)]
     places = [range(start, start + width) for start in starts]
-    return _batch(examples, places, ids, torch.arange(width).expand(len(flat), -1).contiguous())
+    return _batch(examples, places, ids, torch.arange(width, device="cpu").expand(len(flat), -1).contiguous())
 
 
 def _batch(
@@ -283,7 +283,7 @@ def _batch(
         owners=owners,
         rows=torch.from_numpy(rows),
         targets=torch.from_numpy(targets),
-        labels=torch.tensor(labels) if None not in labels else None,
+        labels=torch.tensor(labels, device="cpu") if None not in labels else None,
         numbers=tuple(number for number, _ in examples),
         tokens=sum(len(part.ids) for part in answers) if spans is None else ids.numel(),
         trained=len(rows),

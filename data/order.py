@@ -32,7 +32,7 @@ def _epoch_order(n_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
     """A permutation for one epoch; seed and epoch are hashed, so one seed's second epoch is no other seed's first."""
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return tuple(torch.randperm(n_examples, generator=generator).tolist())
+    return tuple(torch.randperm(n_examples, generator=generator, device="cpu").tolist())
 
 
 def split_validation(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:

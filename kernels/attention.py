@@ -29,7 +29,11 @@ class Scores(NamedTuple):
 
 Row = Spans | Packed
 PLAIN = Scores()
-QUICK = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+QUICK = {  # torch's kernels that need no plan for a shape, and whether the caller has them on
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+}
 
 
 def causal_attention(
@@ -51,7 +55,10 @@ def causal_attention(
         if visible is not None:
             raise ValueError("causal_attention takes spans or visible keys, not both")
         row = spans if isinstance(spans, Packed) else Packed(spans, q.shape[0] * q.shape[1], q.device)
-        return _packed(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), row, scores).view(q.shape)
+        if row.spans or q.numel():
+            return _packed(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), row, scores).view(q.shape)
+    if not q.numel():
+        return q + k.sum() + v.sum()  # nothing, of a graph all the same
     return _causal(q, k, v, scores) if visible is None else _sdpa(q, k, v, scores, visible)
 
 
@@ -92,9 +99,14 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, row: Packed, scores: Scores) -> Ten
 
 
 def _flash(q: Tensor, scores: Scores) -> bool:
-    """Whether torch's flash attention takes these: on a GPU that runs kernels, in 16 bits, without a soft cap."""
+    """Whether torch's flash attention, if it is on, takes these: on a GPU that runs kernels, in 16 bits, uncapped."""
     sizes = q.element_size() == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return sizes and not scores.softcap and q.device.type != "cpu" and path_for(q) == "triton" and not transformed()
+    gpu = q.device.type != "cpu" and path_for(q) == "triton" and _on(SDPBackend.FLASH_ATTENTION)
+    return sizes and not scores.softcap and gpu and not transformed()
+
+
+def _on(kind: SDPBackend) -> bool:
+    return torch.compiler.is_compiling() or QUICK[kind]()  # a compiler cannot ask
 
 
 def _taken(x: Tensor, places: Tensor | None) -> Tensor:
@@ -149,6 +161,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scores: Scores, seen: Tensor | None, 
         k, v, groups = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2), 1
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, tokens, D]
     # cuDNN makes a plan for every shape, so it gets whole rows of few lengths
-    with sdpa_kernel(QUICK) if gpu and not (causal and q.shape[2] % 256 == 0) else nullcontext():
+    quick = [kind for kind in QUICK if _on(kind)]
+    with sdpa_kernel(quick) if quick and gpu and not (causal and q.shape[2] % 256 == 0) else nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, scale=scores.scale, enable_gqa=groups > 1)
     return y.transpose(1, 2)

@@ -12,6 +12,8 @@ z[target] = 0. So entropy and accuracy cost one product and one sum a value, in 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -159,7 +161,7 @@ class _TrainedWeight(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, scorer: Scorer, rows: int) -> tuple[Tensor, ...]:
         figures = _sweep(hidden, _dense(weight), scorer, rows, None)
         ctx.save_for_backward(hidden, weight)
-        ctx.scorer, ctx.rows = scorer, rows
+        ctx.scorer, ctx.rows, ctx.cast = scorer, rows, _autocast(hidden)
         ctx.mark_non_differentiable(*figures[1:])
         return figures
 
@@ -169,9 +171,17 @@ class _TrainedWeight(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight)
-        for part in _parts(hidden, ctx.rows):
-            _back_chunk(hidden, weight, weights[part, None], ctx.scorer, part, dhidden, dweight)
+        with ctx.cast():  # a scorer may run a head itself
+            for part in _parts(hidden, ctx.rows):
+                _back_chunk(hidden, weight, weights[part, None], ctx.scorer, part, dhidden, dweight)
         return dhidden, dweight, None, None
+
+
+def _autocast(x: Tensor) -> Callable[[], AbstractContextManager[object]]:
+    """What makes blocks of the autocast that is on here, for a backward outside it."""
+    kind = x.device.type
+    on = not x.is_meta and torch.is_autocast_enabled(kind)
+    return partial(torch.autocast, kind, torch.get_autocast_dtype(kind)) if on else nullcontext
 
 
 def _back_chunk(

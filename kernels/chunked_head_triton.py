@@ -22,7 +22,7 @@ def token_scores(logits: Tensor, target: Tensor, gradient: bool) -> tuple[Tensor
     found = logits.new_empty(3, rows, dtype=torch.float32)
     block = min(BLOCK, triton.next_power_of_2(columns))
     launch(token_scores_kernel, (rows,))(
-        *(logits, logits, at_target, target, found, rows, columns, logits.stride(0)),
+        *(logits, logits, at_target, target.contiguous(), found, rows, columns, logits.stride(0)),
         GRADIENT=gradient,
         BLOCK=block,
         num_warps=max(1, block // 256),

@@ -20,7 +20,8 @@ Decode = Callable[[Any, torch.dtype], Tensor]  # what an index takes of [E, K, M
 def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """y [N, M] in x's dtype, whose rows between ends[e - 1] and ends[e] are those of x [N, K] times matrices[e] [K, M].
 
-    ends: int32 [E]; rows after the last end are 0. Gradients flow to x and to the matrices."""
+    ends: int32 [E]. Rows after the last end are 0, but in one launch on CUDA, which leaves them unwritten, here and in
+    the gradient of x: use none of them. Gradients flow to x and to the matrices."""
     if type(matrices).__torch_function__ not in PLAIN:  # they make the product, from 4 bits or with adapters
         return torch._grouped_mm(x, matrices, offs=ends)
     if _in_one_launch(x, ends) and all(size % 8 == 0 for size in matrices.shape[1:]):  # rows of whole 16 bytes

@@ -77,6 +77,9 @@ def lora_linears4bit(
                 f"for a weight {(rows, columns)} (out, in) x must be [..., in], A [rank, in] and "
                 f"B [out, rank], got x {tuple(x.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}"
             )
+    if up is not None and (len(weights) > 1 or up.shape != x.shape or up.dtype != x.dtype):
+        got = f"{len(weights)} weights, x {tuple(x.shape)} {x.dtype} and up {tuple(up.shape)} {up.dtype}"
+        raise ValueError(f"a gated input needs one weight, and x and up alike, got {got}")
     if dropout:
         keep_level(dropout)  # its ValueError
         seed = draw_seed(x.device) if seed is None and not transformed() else seed
@@ -260,7 +263,7 @@ def _differentiate(
             h = x if up is None else gated_reference(x, other, ctx.gelu)
             return lora_paths.plain(h, group._replace(A=masters[:n], B=masters[n:]))
 
-        wanted = [need_x, up is not None, *(master.requires_grad for master in (*A, *B))]
+        wanted = [need_x, up is not None and ctx.needs_input_grad[1], *(master.requires_grad for master in (*A, *B))]
         with _no_autocast(x):
             of_x, of_up, *rest = derivatives(plain, (x, x if up is None else up, *A, *B), wanted, each)
         of_A, of_B = rest[:n], rest[n:]

@@ -62,7 +62,8 @@ class _RMSNorm(torch.autograd.Function):
         (*more, dy), (x, weight, scale) = grads, ctx.saved_tensors
         if beyond_first():
             norm = partial(rms_norm_reference, eps=ctx.eps)
-            dx, dweight = derivatives(norm, (x, weight), ctx.needs_input_grad[:2], [dy])
+            wanted = any(ctx.needs_input_grad[::3]), ctx.needs_input_grad[1]  # the sum's is that of x and of more
+            dx, dweight = derivatives(norm, (x, weight), wanted, [dy])
             dx = sum(more, dx) if dx is not None else None
             return dx, dweight, None, dx if more else None
         if not ctx.needs_input_grad[1] and _on_kernels(x):

@@ -39,7 +39,8 @@ class AdaLoRA(LoRA):
     def __init__(self, base: nn.Module, config: LoRAConfig) -> None:
         super().__init__(base, config.first_rank, config.alpha, config.dropout, config.rslora)
         for matrix in (self.lora_A, self.lora_B):
-            matrix.data = (0.02 * torch.randn(matrix.shape, device="cpu")).to(matrix.device)  # alike on each
+            drawn = torch.randn(matrix.shape, dtype=torch.float32, device="cpu")  # alike on each
+            matrix.data = (0.02 * drawn).to(matrix.device)
         self.lora_E = nn.Parameter(self.lora_A.detach().new_zeros(self.rank, 1))
         self.final_rank, self.config = config.rank, config
         self.register_buffer("kept", torch.ones(self.rank, dtype=torch.bool, device=self.lora_A.device))

@@ -55,13 +55,14 @@ def combine(
 def _mixed(loras: Sequence[tuple[LoRA, float]], how: str, density: float, generator: torch.Generator) -> Tensor:
     """The change [out, in] that several make, as `combine` says of ties and dare."""
     stack = torch.stack([part.scale * part.lora_B @ part.lora_A for part, _ in loras])
-    shares = torch.tensor([share for _, share in loras]).to(stack)[:, None, None]
+    shares = stack.new_tensor([share for _, share in loras])[:, None, None]
     if how == "ties":
         flat, count = stack.flatten(1), max(1, int(density * stack[0].numel()))
         largest = flat.abs().topk(count).indices
         stack = torch.zeros_like(flat).scatter(1, largest, flat.gather(1, largest)).view_as(stack)
     else:
-        stack = stack * torch.bernoulli(torch.full(stack.shape, density), generator=generator).to(stack) / density
+        chances = torch.full(stack.shape, density, dtype=torch.float32, device="cpu")
+        stack = stack * torch.bernoulli(chances, generator=generator).to(stack) / density
     if how == "dare":
         return (shares * stack).sum(0)
     elected = stack.sign() == torch.where(stack.sum(0) >= 0, 1, -1)

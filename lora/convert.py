@@ -82,7 +82,7 @@ def packed_layer(pieces: Mapping[str, Tensor], what: str) -> Module4bit:
         if not ours or form.get("nested_blocksize", NESTED_BLOCKSIZE) != NESTED_BLOCKSIZE:
             raise ValueError(f"it must come with {', '.join(sorted(wanted - {''}))}, of the codes of {kind}")
         packed, absmax, blocksize = pieces[""].view(torch.uint8), pieces[".absmax"], form["blocksize"]
-        offset = torch.tensor([form["nested_offset"]], device=absmax.device) if double_quant else None
+        offset = pieces[".nested_absmax"].new_tensor([form["nested_offset"]]) if double_quant else None
         stored = Weight4bit(packed, absmax, pieces.get(".nested_absmax"), offset, shape, kind, blocksize).check()
         kind_of: type[Module4bit] = NF4Linear if len(shape) == 2 else NF4Parameter
         layer = kind_of.of(stored, floating(form["dtype"]))

@@ -135,6 +135,7 @@ def _signs(weight: Tensor | Module4bit) -> str:
         rows = slice(start // layer.shape[1], -(-(start + count) // layer.shape[1]))
         values = layer.dequantize(torch.float32, rows).reshape(-1)[start % layer.shape[1] :][:count]
     elif layer is not None:
-        codes, one = flat[start // 2 : (start + count + 1) // 2], torch.ones(1, device=flat.device)
+        codes = flat[start // 2 : (start + count + 1) // 2]
+        one = torch.ones(1, dtype=torch.float32, device=flat.device)
         values = dequantize(Weight4bit(codes, one, None, None, (count,), layer.quant_type, layer.blocksize))
     return "".join("-" if value < 0 else "+" for value in values.tolist())

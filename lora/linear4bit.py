@@ -146,7 +146,7 @@ class Module4bit(nn.Module):
             new = fn(tensor)
             return tensor.to(new.device) if id(tensor) in quantised and new.dtype != tensor.dtype else new
 
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         return super()._apply(move_only, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

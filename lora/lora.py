@@ -48,9 +48,9 @@ class LoRA(Adapter):
         checked("rank", rank, int, {"least": 1})
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
         (A, B), device = self.shapes(base, rank), next(base.parameters()).device
-        bound = 1 / math.sqrt(math.prod(A[1:]))
-        self.lora_A = nn.Parameter(torch.empty(A, device="cpu").uniform_(-bound, bound).to(device))  # alike on each
-        self.lora_B = nn.Parameter(torch.zeros(B, device=device))
+        bound, drawn = 1 / math.sqrt(math.prod(A[1:])), torch.empty(A, dtype=torch.float32, device="cpu")
+        self.lora_A = nn.Parameter(drawn.uniform_(-bound, bound).to(device))  # alike on each
+        self.lora_B = nn.Parameter(torch.zeros(B, dtype=torch.float32, device=device))
 
     @classmethod
     def of(cls, base: nn.Module, config: LoRAConfig) -> "LoRA":
@@ -178,7 +178,8 @@ class LoRAEmbedding(LoRA):
             raise InputError(f"an embedding with max_norm={max_norm} rewrites its own weight, and takes no LoRA")
         super().__init__(base, rank, alpha, 0.0, rslora)
         with torch.no_grad():
-            self.lora_A.zero_(), self.lora_B.copy_(torch.randn(self.lora_B.shape, device="cpu"))
+            self.lora_A.zero_()
+            self.lora_B.copy_(torch.randn(self.lora_B.shape, dtype=torch.float32, device="cpu"))
         self.padding_idx = getattr(base, "padding_idx", None)
         self.embed_scale = float(getattr(base, "scalar_embed_scale", getattr(base, "embed_scale", 1.0)))
 

@@ -33,8 +33,8 @@ class VeRA(Adapter):
         super().__init__()
         self.projections, self.dropout, self.seed = None, config.dropout, config.projection_seed
         self.sizes, device = sizes(cast(nn.Linear, base)), next(base.parameters()).device
-        self.vera_lambda_d = nn.Parameter(torch.full((config.rank,), 0.1, device=device))
-        self.vera_lambda_b = nn.Parameter(torch.zeros(self.sizes[1], device=device))
+        self.vera_lambda_d = nn.Parameter(torch.full((config.rank,), 0.1, dtype=torch.float32, device=device))
+        self.vera_lambda_b = nn.Parameter(torch.zeros(self.sizes[1], dtype=torch.float32, device=device))
 
     def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r] of this layer."""
@@ -73,6 +73,7 @@ def join(parts: Mapping[str, Adapter]) -> None:
     made, generator = nn.Module(), torch.Generator().manual_seed(own[0].seed)
     for name, shape in (("vera_A", (len(like), within)), ("vera_B", (out, len(like)))):
         bound = math.sqrt(6 / shape[1])  # Kaiming's uniform start
-        made.register_buffer(name, torch.empty(shape).uniform_(-bound, bound, generator=generator).to(like))
+        drawn = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+        made.register_buffer(name, drawn.to(like))
     for part in own:
         part.projections = made

@@ -33,7 +33,7 @@ class KVCache:
     places: Tensor  # of its tokens in their rows, [rows, T], or [1, T] of spans
 
     def __init__(self) -> None:
-        self.counts, self.lengths, self.most = list[int](), torch.empty(0, dtype=torch.int64), 1 << 62
+        self.counts, self.lengths, self.most = list[int](), torch.empty(0, dtype=torch.int64, device="cpu"), 1 << 62
         self._rooms = list[Tensor]()
 
     @property
@@ -58,8 +58,8 @@ class KVCache:
         self._steps: Tensor | None = None
         if spans is not None:
             self._new = [end - start for start, end in spans]
-            at = torch.tensor([(row, step) for row, count in enumerate(self._new) for step in range(count)])
-            self._row, self._steps = at.t().unsqueeze(1).to(device, non_blocking=True)
+            at = [(row, step) for row, count in enumerate(self._new) for step in range(count)]
+            self._row, self._steps = torch.tensor(at, device="cpu").t().unsqueeze(1).to(device, non_blocking=True)
             self.places = self._asked[self._row, self._steps]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ class KVCache:
         """Every layer has the pass's tokens."""
         self.counts = [had + new for had, new in zip(self.counts, self._new, strict=True)]
         # in place, where a step that is run again by a CUDA graph finds it
-        self.lengths += self.places.shape[1] if self._steps is None else torch.tensor(self._new).to(self.lengths.device)
+        self.lengths += self.places.shape[1] if self._steps is None else self.lengths.new_tensor(self._new)
 
     def select(self, rows: Tensor) -> None:
         """Take the rows with the given indices (int64), in that order; a repeated one is continued in several ways."""

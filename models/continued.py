@@ -116,7 +116,8 @@ class Together:
         return torch.cat((chosen[:1], luck[:1], luck[1:] + 1, chosen[1:]))
 
     def _sent(self, numbers: Any) -> Tensor:
-        return torch.tensor(numbers).to(self.model.device, non_blocking=True)  # behind what the GPU does, not after it
+        own = torch.tensor(numbers, device="cpu")
+        return own.to(self.model.device, non_blocking=True)  # behind what the GPU does, not after it
 
 
 class Ragged(Together):

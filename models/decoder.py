@@ -246,7 +246,8 @@ class Decoder(CausalLM):
             position_ids = _positions(input_ids, spans, cache, mask)
         x: Tensor = self.model.embed_tokens(input_ids)  # [B, T, hidden]
         if self.spec.embedding_scale != 1:
-            x = x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype)  # rounded, as Gemma was trained
+            factor = torch.tensor(self.spec.embedding_scale, dtype=x.dtype, device="cpu")  # rounded, as in training
+            x = x * factor
         tokens = x.shape[1]
         more = bucketed(tokens, x) - tokens if cache is None and mask is None and (spans is None or len(x) == 1) else 0
         if more:  # places behind, that none of the tokens sees

@@ -171,7 +171,7 @@ def _answers(
         if max_length is not None and len(prompt) >= max_length:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens, which leaves no room in max_length {max_length}")
     if seed is None:
-        seed = int(torch.randint(LARGEST, ())) if temperature else 0
+        seed = int(torch.randint(LARGEST, (), device="cpu")) if temperature else 0
     seeds = prompt_seeds(prompts, seed) if isinstance(seed, int) else seed
     seeds = [(each + 2**63) % 2**64 - 2**63 for each in seeds]  # the same bits, as int64 has them
     rooms = [n if max_length is None else min(n, max_length - len(p)) for n, p in zip(most, prompts, strict=True)]

@@ -252,7 +252,7 @@ def decode(raw: Bytes, format: str, shape: tuple[int, ...]) -> Tensor:
 
     F32, F16 and BF16 stay what they are, blocks become fp32."""
     rows = raw.reshape(math.prod(shape[:-1]), -1)  # [R, bytes]
-    values = torch.empty(len(rows), shape[-1], dtype=_values(rows[:1], format).dtype)
+    values = torch.empty(len(rows), shape[-1], dtype=_values(rows[:1], format).dtype, device="cpu")
     step = max(1, CHUNK_ELEMENTS // shape[-1])
     for start in range(0, len(rows), step):
         values[start : start + step] = _values(rows[start : start + step], format)

@@ -44,7 +44,7 @@ def write_model(file: Path, model: Decoder, state: Mapping[str, Tensor], tokens:
     keys = {"general.type": "model", "general.quantization_version": gguf.GGML_QUANT_VERSION} | _numbers(spec) | tokens
     keys["general.file_type"] = int(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
     entries, how = list[Entry](), spec.rope
-    factors = [torch.tensor(()), torch.tensor(how.short_factor), torch.tensor(how.long_factor)]
+    factors = [torch.tensor(of, dtype=torch.float32, device="cpu") for of in ((), how.short_factor, how.long_factor)]
     if how.kind == "llama3":  # of which llama.cpp knows what each frequency is divided by
         plain, band = frequencies(how.dim or spec.head_dim, how.theta), (how.low_freq_factor, how.high_freq_factor)
         factors[0] = plain / llama3_frequencies(plain, how.factor, *band, how.original_max_position_embeddings)

@@ -1,11 +1,17 @@
-"""Parameter groups: what decays, and what learns faster or slower than the rest."""
+"""Parameter groups: what decays, what learns faster or slower than the rest, and what a group may say."""
 
 import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from ..settings import DTYPES
+from .state_files import refuse_torchs
+from .update import Group
 
 
 def parameter_groups(
@@ -49,3 +55,33 @@ def parameter_groups(
         empty = {"params": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": decay}
         groups.setdefault((decay, scale), empty)["params"].append(parameter)
     return list(groups.values())
+
+
+def check_group(group: Group, optimizer: object, settings: Iterable[str]) -> None:
+    """ValueError for a group that no step could work with, and for one with a setting of its own of these, which are
+    the whole optimizer's."""
+    refuse_torchs(group)
+    for name in settings:
+        if name in group and group[name] != getattr(optimizer, name):
+            kind = type(optimizer).__name__
+            raise ValueError(f"{name} is of the whole optimizer: give {kind} {name}={group[name]!r}, not a group of it")
+    lr, betas = group["lr"], group["betas"]
+    refuse("lr", lr, is_number(lr) and float(lr) >= 0, "a number >= 0")
+    pair = isinstance(betas, tuple | list) and len(betas) == 2 and all(map(is_number, betas))
+    refuse("betas", betas, pair and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)")
+    for name in ("eps", "weight_decay"):
+        value = group.get(name, 0.0)
+        refuse(name, value, is_number(value) and value >= 0, "a number >= 0")
+    for p in group["params"]:
+        if p.dtype not in DTYPES or p.layout != torch.strided:
+            raise ValueError(f"parameters must be dense fp32, bf16, fp16 or fp64, got {p.dtype} ({p.layout})")
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def refuse(name: str, value: object, holds: bool, rule: str) -> None:
+    """ValueError for a setting whose rule does not hold."""
+    if not holds:
+        raise ValueError(f"{name} must be {rule}, got {value!r}")

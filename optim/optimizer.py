@@ -10,6 +10,7 @@ for each page (paging.py). What it does to a slice is queued before it asks for 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from inspect import unwrap
+from numbers import Integral
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -18,8 +19,8 @@ from torch.optim.optimizer import ParamsT
 
 from ..kernels.dispatch import path_for
 from ..kernels.page_device import make_device, peaks
-from ..settings import DTYPES
 from . import update
+from .groups import check_group, is_number, refuse
 from .paging import Budget, Pager, check_budget, check_room
 from .state import Entry, FlatState, Kind, Slice, fields, largest_shard, local, whole
 from .state_files import TORCHS, read_groups, read_states, refuse_torchs
@@ -97,15 +98,15 @@ class FlatOptimizer(torch.optim.Optimizer):
         if unknown := [name for name in torchs if name not in TORCHS]:
             raise TypeError(f"{type(self).__name__} takes no argument {unknown[0]!r}")
         refuse_torchs(torchs)
-        if bits not in (8, 32):
-            raise ValueError(f"bits must be 8 or 32, got {bits!r}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive, or None not to clip, got {max_grad_norm!r}")
-        if rounding not in ROUNDINGS:
-            raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+        refuse("bits", bits, bits in (8, 32), "8 or 32")
+        clips = max_grad_norm is None or (is_number(max_grad_norm) and max_grad_norm > 0)
+        refuse("max_grad_norm", max_grad_norm, clips, "positive, or None not to clip")
+        refuse("rounding", rounding, rounding in ROUNDINGS, f"one of {', '.join(ROUNDINGS)}")
+        refuse("seed", seed, seed is None or isinstance(seed, Integral), "a whole number, or None to draw one")
+        refuse("min_8bit_size", min_8bit_size, is_number(min_8bit_size), "a number")
         self.rule, self.bits, self.min_8bit_size = rule, bits, min_8bit_size
         self.rounding, self.max_grad_norm = rounding, max_grad_norm
-        self.seed = int(torch.randint(1 << 32, ())) if seed is None else seed
+        self.seed = int(torch.randint(1 << 32, (), device="cpu")) if seed is None else int(seed)
         self.budget = None if budget is None else check_budget(budget)
         self.found_inf: Tensor | None = None
         self._older_peaks = peaks()
@@ -118,7 +119,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         self.pager: Pager | None = None
         self._states: dict[Key, FlatState] = {}
         self._entries: list[Entry] = []  # by row
-        self._steps = torch.zeros(0)  # fp32, of each entry, as torch.optim counts them
+        self._steps = torch.zeros(0, dtype=torch.float32, device="cpu")  # of each entry
         self._tables: Any = None  # of the kernels (step_triton.Tables), once they are needed
         self._waiting: list[Entry] = []  # those that have no state yet
         self._seen: list[list[int]] = []  # which parameters the groups had
@@ -129,10 +130,10 @@ class FlatOptimizer(torch.optim.Optimizer):
         self._check_unchanged()
         _ADD_PARAM_GROUP(self, param_group)
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1], self, SETTINGS)
             joining = [entry for entry in self._new_entries() if entry.group == len(self.param_groups) - 1]
             self._by_key([entry for entry in joining if entry.parameter.requires_grad])
-        except ValueError:
+        except BaseException:
             self.param_groups.pop()
             raise
         self._seen = self._members()
@@ -175,8 +176,7 @@ class FlatOptimizer(torch.optim.Optimizer):
                 _take_gradient(entry)
             if joining:
                 self._join(joining)
-            if entries:
-                self._update()
+            self._update()
         finally:
             for entry in entries:
                 if entry.weights is not None and entry.weights is not (own := local(entry.parameter)):
@@ -207,7 +207,8 @@ class FlatOptimizer(torch.optim.Optimizer):
             grown = {k: s.grown([largest_shard(e.parameter) for e in keys[k]], device) for k, s in states.items()}
         elif self.pager is None:
             self.pager = Pager(make_device(device, self._older_peaks.get(device, 0)), self.budget, self.cap)
-        self._steps = torch.cat([self._steps.to(device), torch.zeros(len(joining), device=device)])
+        before = self._steps.to(device)
+        self._steps = torch.cat([before, before.new_zeros(len(joining))])
         for key, state in states.items():
             start = state.join(keys[key], len(self._entries))
             if self.pager is None:
@@ -224,7 +225,7 @@ class FlatOptimizer(torch.optim.Optimizer):
     def _update(self) -> None:
         settings = self.param_groups, self.max_grad_norm, self.found_inf, self.rounding == "stochastic"
         narrow = all(state.dtype != torch.float64 for state in self._states.values())
-        if narrow and path_for(self._steps) == "triton":
+        if self._entries and narrow and path_for(self._steps) == "triton":
             from . import step_triton  # only here: Triton exists for Linux only and is slow to import
 
             if self._tables is None:
@@ -279,7 +280,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             state_dict = pre_hook(self, state_dict) or state_dict
         groups = read_groups(state_dict["param_groups"], self.param_groups)
         for group in groups:
-            _check_group(group)
+            check_group(group, self, SETTINGS)
         parameters = [p for group in groups for p in group["params"]]
         self._take(groups, read_states(state_dict, parameters, self._bits, self.rule))
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -352,23 +353,6 @@ class Lion(FlatOptimizer):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, LION, **options)
-
-
-def _check_group(group: Group) -> None:
-    refuse_torchs(group)
-    lr = group["lr"]
-    rules: Iterable[tuple[str, bool, str]] = [
-        ("lr", (not isinstance(lr, Tensor) or lr.numel() == 1) and float(lr) >= 0, ">= 0"),
-        ("betas", len(group["betas"]) == 2 and all(0 <= b < 1 for b in group["betas"]), "two numbers in [0, 1)"),
-        ("eps", group.get("eps", 0.0) >= 0, ">= 0"),
-        ("weight_decay", group["weight_decay"] >= 0, ">= 0"),
-    ]
-    for name, holds, rule in rules:
-        if not holds:
-            raise ValueError(f"{name} must be {rule}, got {group[name]!r}")
-    for p in group["params"]:
-        if p.dtype not in DTYPES or p.layout != torch.strided:
-            raise ValueError(f"parameters must be dense fp32, bf16, fp16 or fp64, got {p.dtype} ({p.layout})")
 
 
 def _take_gradient(entry: Entry) -> None:

@@ -23,7 +23,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @cache
 def _factors(device: torch.device) -> Tensor:
-    drawn = torch.randint(-(2**62), 2**62, (PIECE,), generator=torch.Generator().manual_seed(0))
+    drawn = torch.randint(-(2**62), 2**62, (PIECE,), generator=torch.Generator().manual_seed(0), device="cpu")
     return (2 * drawn + 1).to(device)
 
 

@@ -57,8 +57,9 @@ def _adamw(p: Tensor, g: Tensor, moments: tuple[Tensor, ...], group: Group, step
 
 def _adamw_in_place(p: Tensor, g: Tensor, moments: Tensors, group: Group, step: float) -> None:
     beta1, beta2 = group["betas"]
+    before = torch.tensor(step - 1, dtype=torch.float32, device="cpu")  # counted up inside
     adamw(
-        *([p], [g], [moments[0]], [moments[1]], [], [torch.tensor(step - 1)]),  # counted up inside
+        *([p], [g], [moments[0]], [moments[1]], [], [before]),
         fused=True,  # one pass over memory
         amsgrad=False,
         beta1=beta1,
@@ -142,7 +143,7 @@ def gradient_norm(entries: Sequence[Entry], device: torch.device) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=device)
     for groups in dict.fromkeys(entry.groups for entry in entries):
         gradients = [e.gradient for e in entries if e.groups == groups and e.gradient is not None and e.size]
-        norms: Tensors = [torch.zeros((), device=device)]
+        norms: Tensors = [torch.zeros((), dtype=torch.float32, device=device)]
         for dtype in dict.fromkeys(g.dtype for g in gradients):
             some = [g for g in gradients if g.dtype == dtype]
             norms += torch._foreach_norm(some, dtype=torch.promote_types(dtype, torch.float32))
@@ -166,7 +167,7 @@ def step(
     """One step of all entries that have a gradient; `steps` counts those of each. `rounded`: 16-bit ones at random."""
     control = take_control(entries, max_norm, found_inf, steps)
     if control.skip is None or not control.skip.item():
-        steps += torch.tensor([float(e.gradient is not None) for e in entries]).to(steps.device)
+        steps += steps.new_tensor([float(e.gradient is not None) for e in entries])
         work = update_cpu if path_for(steps) == "cpu" else update_reference
         scale, known = 1.0 if control.scale is None else control.scale.item(), steps.tolist()
         for part in parts:
@@ -283,6 +284,6 @@ def _workspace(state: FlatState) -> Tensor:
     """[2, elements] for gathered weights and gradients, as wide as the step computes."""
     if "workspace" not in state.batches:
         wide = torch.promote_types(state.dtype, torch.float32)
-        state.batches["workspace"] = torch.zeros(2, BATCH[state.bits], dtype=wide)
+        state.batches["workspace"] = torch.zeros(2, BATCH[state.bits], dtype=wide, device="cpu")
     workspace: Tensor = state.batches["workspace"]
     return workspace

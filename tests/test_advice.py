@@ -1057,6 +1057,9 @@ ELSEWHERE = {  # tests of other files that follow an advice
     "tests/lora/test_merge_4bit.py::test_where_nothing_in_4_bits_changes_nothing_is_made_anew": [
         ("lora/merge.py", "so none could stay so: merge into the dense base"),
     ],
+    "tests/optim/test_optimizer.py::test_refuses_what_it_cannot_train": [
+        ("optim/groups.py", "give {} {}={}, not a group of it"),
+    ],
     "tests/optim/test_groups.py::test_what_cannot_be_meant_is_refused": [
         ("optim/groups.py", "nothing here is that: leave it out"),
     ],

@@ -88,6 +88,8 @@ class Run:
         self.parameters = dict(trainable(model) if parameters is None else parameters)
         if not self.parameters:
             raise InputError("nothing of the model is trained: attach an adapter, or call model.requires_grad_()")
+        if not (max_grad_norm or 0.0) >= 0:
+            raise InputError(f"max_grad_norm must be 0, which never clips, or more, got {max_grad_norm}")
         self.device, self.max_grad_norm = next(iter(self.parameters.values())).device, max_grad_norm or math.inf
         made = optimizer or partial(AdamW, lr=2e-4, weight_decay=0.0)
         self.optimizer = made if isinstance(made, Optimizer) else made([*self.parameters.values()])
@@ -162,6 +164,8 @@ class Run:
         where it has one; None: as the optimizer, or its scheduler, has it."""
         if not self.gathered:
             raise InputError("a step needs gradients: call forward_backward before optim_step")
+        if lr is not None and not 0 <= lr < math.inf:
+            raise InputError(f"lr must be 0 or more and finite, got {lr}")
         if self.updates == 0 < self.watched:
             self._checksums = {name: checksum(p) for name, p in self.parameters.items()}
         for course in self.courses:  # once a step, whatever its batches and what they count

@@ -191,7 +191,7 @@ class PolicyTrainer(Referenced):
         for part in range(config.rollouts_ahead):
             for batch in self._batches(made, part):
                 for name, values in self._before(batch).items():
-                    table = made.tokens.setdefault(name, torch.zeros(made.counts.shape, dtype=dtype))
+                    table = made.tokens.setdefault(name, torch.zeros_like(made.counts, dtype=dtype))
                     table[[*batch.numbers], : values.shape[1]] = values.to("cpu", dtype)
         if config.top_entropy < 1:
             sure = policy.uncertain(made.tokens.pop("entropy"), made.counts, config.top_entropy)
@@ -215,7 +215,8 @@ class PolicyTrainer(Referenced):
 
     def _advantages(self, made: Rollouts) -> None:
         config, tokens, counts = self.config, made.tokens, made.counts
-        rewards, each = made.answers["reward"].clone(), torch.zeros(counts.shape)  # of an answer, of its tokens
+        rewards = made.answers["reward"].clone()
+        each = torch.zeros_like(counts, dtype=torch.float32)  # of an answer's tokens
         if config.kl and config.kl_in == "reward":
             gap = policy.kl_estimate(tokens["old"], tokens["reference"], config.estimator)
             each = -config.kl * torch.where(counts, gap, 0.0)
@@ -230,7 +231,7 @@ class PolicyTrainer(Referenced):
             found = policy.advantages(groups, config.way.baseline, config.way.scale)
             tokens["advantages"] = found.flatten().float()[:, None]
         else:
-            last = torch.arange(counts.shape[1]) == counts.sum(1, keepdim=True) - 1
+            last = torch.arange(counts.shape[1], device=counts.device) == counts.sum(1, keepdim=True) - 1
             each = torch.where(last, each + rewards.nan_to_num().float()[:, None], each)
             how = {"gamma": config.gamma, "lam": config.lam}
             found, tokens["returns"] = policy.gae(each, tokens["values"], counts, **how)
@@ -265,7 +266,7 @@ class PolicyTrainer(Referenced):
         other = copy.copy(self)
         other.config = replace(config, batch_size=len(prompts))  # all answers of a step
         other.round = made = Rollouts.of(-1, [Drawn(0, *each, {}) for each in zip(answers, said, strict=True)])
-        made.tokens |= dict.fromkeys(OF_TOKENS, torch.zeros(made.counts.shape))
+        made.tokens |= dict.fromkeys(OF_TOKENS, torch.zeros_like(made.counts, dtype=torch.float32))
         other.train_set = Dataset("judged", [one.example for one in said])
         other.total = 1
         return other
@@ -334,7 +335,8 @@ class PolicyTrainer(Referenced):
     ) -> dict[str, Tensor]:
         ratio = given.log_ratio().exp()
         metrics = {name: summed(values[[*rows]], ~values[[*rows]].isnan()) for name, values in made.answers.items()}
-        metrics |= {"rollout_tokens_per_second": summed(torch.tensor([made.rate]))} if made.rate else {}
+        rate = torch.tensor([made.rate], dtype=torch.float64, device="cpu")
+        metrics |= {"rollout_tokens_per_second": summed(rate)} if made.rate else {}
         tokens = {"entropy": entropy, "ratio": ratio, "sampling_gap": (given.old - here["sampled"]).abs()}
         if (outside := policy.outside(self.config.way.surrogate, given)) is not None:
             tokens["clipped"] = outside

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..models.generate import Sampled
 from .rewards import Answered
+
+on_cpu = partial(torch.tensor, device="cpu")  # whatever torch's default device is
 
 
 class Drawn(NamedTuple):
@@ -41,21 +44,21 @@ class Rollouts:
     @classmethod
     def of(cls, first: int, drawn: Sequence[Drawn]) -> "Rollouts":
         """Of these answers, nothing known yet of their tokens."""
-        lengths = torch.tensor([len(one.made.ids) for one in drawn])
+        lengths = on_cpu([len(one.made.ids) for one in drawn])
         answers = {"answer_tokens": lengths.float()}
-        answers["truncated"] = torch.tensor([not one.made.ended for one in drawn]).float()
+        answers["truncated"] = on_cpu([not one.made.ended for one in drawn]).float()
         for name in drawn[0].earned:
-            answers[name] = torch.tensor([one.earned[name] for one in drawn], dtype=torch.float64)
-        sampled = pad_sequence([torch.tensor(one.made.logps) for one in drawn], batch_first=True)
-        counts = torch.arange(sampled.shape[1]) < lengths[:, None]
+            answers[name] = on_cpu([one.earned[name] for one in drawn], dtype=torch.float64)
+        sampled = pad_sequence([on_cpu(one.made.logps, dtype=torch.float32) for one in drawn], batch_first=True)
+        counts = torch.arange(sampled.shape[1], device="cpu") < lengths[:, None]
         numbers, ids = [one.number for one in drawn], [one.made.ids for one in drawn]
         return cls(first, numbers, ids, counts, {"sampled": sampled}, answers)
 
     def state(self) -> dict[str, Tensor]:
         """All of it as tensors by name, for `restored`; with masks of what is no number, as a reward that failed, since
         checkpoints hold no NaN."""
-        own = {"first": torch.tensor(self.first), "numbers": torch.tensor(self.numbers), "counts": self.counts}
-        own |= {"ids": torch.tensor([*chain(*self.ids)]), "lengths": torch.tensor([*map(len, self.ids)])}
+        own = {"first": on_cpu(self.first), "numbers": on_cpu(self.numbers), "counts": self.counts}
+        own |= {"ids": on_cpu([*chain(*self.ids)]), "lengths": on_cpu([*map(len, self.ids)])}
         for table in ("tokens", "answers"):
             for name, tensor in getattr(self, table).items():
                 own[f"{table}.{name}"], missing = tensor.nan_to_num(), tensor.isnan()

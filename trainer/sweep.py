@@ -123,13 +123,14 @@ class SweepTrainer:
         weights = [sum(batch.weight for batch in own) for own in batches.values()]
         numbers = [(i, number) for i, own in enumerate(batches.values()) for batch in own for number in batch.numbers]
         examples = [replace(trainers[i].train_set.examples[number], group=i) for i, number in numbers]
-        owners = torch.tensor([i for i, _ in numbers])
+        owners = torch.tensor([i for i, _ in numbers], device="cpu")
 
         def backward(batch: Batch) -> Sums:
             """Of all adapters' means, each over its own tokens of the step, so that none changes another's gradient."""
             width = batch.input_ids.shape[1]
-            sizes = torch.tensor([b - a for a, b, *_ in batch.spans] if batch.spans else [width] * batch.examples)
-            whose = owners[[batch.numbers[p] for p in batch.owners or range(batch.examples)]].repeat_interleave(sizes)
+            whose = owners[[batch.numbers[p] for p in batch.owners or range(batch.examples)]]
+            sizes = [b - a for a, b, *_ in batch.spans] if batch.spans else [width] * batch.examples
+            whose = whose.repeat_interleave(whose.new_tensor(sizes))
             with rows(self.model, names, whose.view(-1, width)):
                 scores = batch_token_scores(self.model, batch)
             counts = whose[batch.rows].bincount(minlength=len(names)).tolist()

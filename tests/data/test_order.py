@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourbit.data.order import step_indices, steps_per_epoch
+from fourbit.data.order import _epoch_order, step_indices, steps_per_epoch
 
 SIZES = st.integers(1, 60)
 BATCHES = st.integers(1, 17)
@@ -42,6 +42,14 @@ def test_the_global_generator_is_left_alone() -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_torchs_default_device_changes_nothing() -> None:
+    _epoch_order.cache_clear()
+    with torch.device("meta"):
+        order = step_indices(37, 37, 0, 11)
+    _epoch_order.cache_clear()
+    assert order == step_indices(37, 37, 0, 11)
+
+
 def test_epochs_and_seeds_differ() -> None:
     orders = {tuple(step_indices(50, 50, epoch, seed)) for epoch in range(5) for seed in range(5)}
     assert len(orders) == 25 and tuple(range(50)) not in orders
@@ -53,7 +61,7 @@ def test_the_batch_size_does_not_change_an_epochs_order() -> None:
 
 
 def test_another_process_gives_the_same_order() -> None:
-    code = "from fourbit.data.order import step_indices; print(step_indices(1000, 7, 300, 5))"
+    code = "from fourbit.data.order import _epoch_order, step_indices; print(step_indices(1000, 7, 300, 5))"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, env={**os.environ}
     )

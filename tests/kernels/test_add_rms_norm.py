@@ -65,14 +65,16 @@ def test_where_it_does_not_run() -> None:
     assert torch.equal(found, x)
 
 
-def test_second_derivatives() -> None:
-    x, y = (torch.randn(2, 8, device=DEVICE, requires_grad=True) for _ in range(2))
-    weight, found = torch.rand(8, device=DEVICE), []
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)], ids=["both", "x", "y"])
+def test_second_derivatives(trained: tuple[bool, bool]) -> None:
+    """Of what needs a gradient: in a model's first layer the stream does not yet, what is added does."""
+    x, y = (torch.randn(2, 8, device=DEVICE, requires_grad=own) for own in trained)
+    weight, found, those = torch.rand(8, device=DEVICE), [], [t for t in (x, y) if t.requires_grad]
     for fused in (True, False):
         with force_path("triton"):
             total, h = add_rms_norm(x, y, weight, 1e-5) if fused else (x + y, rms_norm_reference(x + y, weight, 1e-5))
-            first = torch.autograd.grad((total.square() * h.exp()).sum(), (x, y), create_graph=True)
-            found.append(torch.autograd.grad(sum(g.square().sum() for g in first), (x, y)))
+            first = torch.autograd.grad((total.square() * h.exp()).sum(), those, create_graph=True)
+            found.append(torch.autograd.grad(sum(g.square().sum() for g in first), those))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 

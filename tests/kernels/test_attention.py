@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourbit.kernels.attention import Scores, causal_attention, visible_keys
+from fourbit.kernels.dispatch import force_path
 from fourbit.kernels.spans import Packed, segments, span_positions
 
 Spans = list[tuple[int, ...]]
@@ -255,6 +256,19 @@ def test_spans_that_do_not_cover_the_tokens_are_refused(spans: Spans) -> None:
     rule = r"spans must cover the 6 tokens in order .* or \(start, end, parent\) .* of its tree .*, none empty, got \["
     with pytest.raises(ValueError, match=rule):
         causal_attention(*sample(1, 6, 6, 2, 2), spans=spans)
+
+
+@pytest.mark.parametrize("path", ["cpu", "triton"])
+@pytest.mark.parametrize(("rows", "keys"), [(1, 0), (0, 0), (1, 3)])
+def test_no_tokens_give_none_and_zero_gradients(rows: int, keys: int, path: str) -> None:
+    inputs = [x.requires_grad_() for x in sample(rows, 0, keys, 4, 2)]
+    ways: list[dict[str, Any]] = [{}, {"scores": Scores(window=2, softcap=3.0)}] + [{"spans": []}] * (keys == 0)
+    for how in ways:
+        with force_path(path):
+            y = causal_attention(*inputs, **how)
+        assert y.shape == inputs[0].shape and not any(g.any() for g in torch.autograd.grad(y.sum(), inputs))
+    with pytest.raises(ValueError, match="spans must cover the 0 tokens"):
+        causal_attention(*sample(1, 0, 0, 4, 2), spans=[(0, 1)])
 
 
 def test_spans_and_visible_keys_exclude_each_other() -> None:

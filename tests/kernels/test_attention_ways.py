@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fourbit.kernels import attention
@@ -256,6 +258,19 @@ def test_only_whole_rows_of_few_lengths_get_cudnn(queries: int, keys: int, hidde
     assert len(calls.of("aten::bmm")) == 2 and (plan is None or calls.plans == plan)
     moved = [args[0].numel() for name in ("clone", "copy") for _, args, _ in calls.of(name)]
     assert plan is not None or max(moved, default=0) < k.numel()
+
+
+@pytest.mark.parametrize("chosen", [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION])
+def test_what_the_caller_switched_off_stays_off(monkeypatch: pytest.MonkeyPatch, chosen: SDPBackend) -> None:
+    """The recipe for second derivatives on a GPU (docs/transforms.md) is to leave nothing but MATH on."""
+    row, seen = [torch.empty(1, 90, h, 64, dtype=torch.bfloat16, device="meta") for h in (4, 2, 2)], list[Any]()
+    asked, own = lambda: seen.append(_cur_sdpa_kernel_backends()), F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *x, **how: asked() or own(*x, **how))
+    with force_path("triton"), sdpa_kernel(chosen), Calls() as calls:
+        for spans in (None, FORKS):
+            causal_attention(*row, spans=spans)
+    assert len(seen) == 1 + len(Packed(FORKS, 90, CPU).batches(0, 0, 2, None).sizes)
+    assert all(on == [chosen] for on in seen) and not calls.of("_flash_attention_forward")
 
 
 def test_products_have_second_derivatives() -> None:

@@ -116,6 +116,29 @@ def test_second_derivatives_and_transforms() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("trained", [0, 1])
+def test_second_derivatives_where_one_half_needs_none(trained: int) -> None:
+    inputs, weight, _ = drawn(3, 64, 8, 2, torch.float32)
+    halves, leaf, both = inputs[:2], inputs[trained].requires_grad_(), []
+    inputs[2].requires_grad_()
+    for x, more in ((halves[0], {"up": halves[1]}), (swiglu.swiglu_reference(*halves), {})):
+        (y,) = lora_linears4bit(x, [weight], [None], [inputs[2]], [inputs[3]], [0.5], **more)
+        (first,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
+        both.append(torch.autograd.grad(first.square().sum(), leaf)[0])
+    torch.testing.assert_close(*both, rtol=1e-4, atol=1e-4)
+
+
+def test_up_that_does_not_fit_is_refused() -> None:
+    """A kernel would read beside it; torch would stretch it."""
+    (gate, up, A, B, _), weight, _ = drawn(3, 64, 8, 2, torch.float32)
+    with pytest.raises(ValueError, match=r"needs one weight, and x and up alike, got 1 .*\(1, 64\) torch.float32"):
+        lora_linears4bit(gate, [weight], [None], [A], [B], [0.5], up=up[:1])
+    with pytest.raises(ValueError, match=r"got 1 weights, .*\(3, 64\) torch.float64"):
+        lora_linears4bit(gate, [weight], [None], [A], [B], [0.5], up=up.double())
+    with pytest.raises(ValueError, match="got 2 weights"):
+        lora_linears4bit(gate, [weight] * 2, [None] * 2, [A] * 2, [B] * 2, [0.5] * 2, up=up)
+
+
 @pytest.mark.parametrize(
     ("rank", "dtype"), [(4, torch.bfloat16), (64, torch.float16), (65, torch.float16), (4, torch.float32)]
 )

@@ -115,3 +115,25 @@ def test_what_cannot_be_one_lora_is_refused() -> None:
     with pytest.raises(InputError, match="'one' has a DoRA: such adapters can be used together, or merged"):
         combine(ours, ["first", "d"], [1, 1])
     fourbit.use(ours, "first", "d")
+
+
+@pytest.mark.parametrize("kind", ["lora", "adalora", "vera"])
+def test_torchs_default_dtype_and_device_change_no_start(kind: str) -> None:
+    """Nor, of LoRAs, what is combined of them: all is drawn on the CPU in fp32."""
+    made, target = [], ["one", "two"] + ["table"] * (kind == "lora")
+    for dtype, device in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")):
+        model = net()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                for name in ("first", "second"):
+                    fourbit.attach(model, fourbit.LoRAConfig(kind=kind, rank=4, target=target), name, seed=1)
+                if kind == "lora":
+                    for part in adapters_of(model, "first").values():
+                        nn.init.ones_(part.lora_B)
+                    combine(model, ["first", "second"], WEIGHTS, how="dare-ties")
+        finally:
+            torch.set_default_dtype(torch.float32)
+        made.append(model.state_dict())
+    for other in made[1:]:
+        assert all(torch.equal(value, made[0][name]) for name, value in other.items())

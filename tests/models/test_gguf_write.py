@@ -90,6 +90,17 @@ def test_a_model_of_every_family_comes_back_bit_for_bit(name: str, tmp_path: Pat
     torch.testing.assert_close(read(ids), model(ids), rtol=0, atol=1e-4 if "gemma" in name or name == "llama3" else 0)
 
 
+def test_torchs_default_dtype_does_not_round_what_is_written(tmp_path: Path) -> None:
+    model = decoder(WRITTEN["phi3 long"])
+    written(model, tmp_path / "plain")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        written(model, tmp_path / "bf16")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (tmp_path / "plain").read_bytes() == (tmp_path / "bf16").read_bytes()
+
+
 def test_every_family_that_is_read_is_tested_here() -> None:
     families = {family for family, _, _ in (*ARCHITECTURES.values(), MIXTRAL)}
     assert families <= {shape["model_type"] for shape in WRITTEN.values()}

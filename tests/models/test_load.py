@@ -17,6 +17,7 @@ from fourbit import nf4
 from fourbit.errors import EnvironmentProblem, InputError
 from fourbit.lora.linear4bit import NF4Linear
 from fourbit.models.decoder import Decoder
+from fourbit.models.generate import generate
 from fourbit.models.load import load, load_decoder
 
 Oracle = Callable[..., Any]
@@ -112,6 +113,26 @@ def test_quantised_logits_equal_those_of_the_decoded_weights(oracle: Oracle, sav
             theirs.get_parameter(f"{name}.weight").copy_(linear.dequantize(torch.float32))
         expected = theirs(IDS).logits
         assert (quantised(IDS) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "device"), [(torch.bfloat16, "cpu"), (torch.float32, "meta")])
+@pytest.mark.parametrize("quant_type", [None, "nf4"])
+def test_torchs_default_dtype_and_device_change_nothing(
+    tiny_folder: Path, quant_type: str | None, dtype: torch.dtype, device: str
+) -> None:
+    """Neither what is loaded nor what is answered, from caches that fork."""
+    made = []
+    for own, where in ((torch.float32, "cpu"), (dtype, device)):
+        torch.set_default_dtype(own)
+        try:
+            with torch.device(where):
+                model, _ = load(tiny_folder, quant_type=quant_type, dtype=torch.float32)
+                answers = generate(model, [[5, 1, 2, 3], [5, 1, 4]], max_new_tokens=4)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        made.append((answers, model.state_dict()))
+    assert made[0][0] == made[1][0]
+    assert all(torch.equal(value, made[0][1][name]) for name, value in made[1][1].items())
 
 
 def test_nothing_of_the_file_is_needed_afterwards(save: Callable[..., Path]) -> None:

@@ -174,12 +174,27 @@ def test_stochastic_rounding_keeps_small_updates(path: str) -> None:
     ("settings", "words"),
     [
         *(
-            ({"lr": lr}, "lr must be >= 0, got ")
-            for lr in (-1.0, math.nan, torch.tensor(-1.0), torch.tensor(math.nan), torch.tensor([0.1, 0.1]))
+            ({"lr": lr}, "lr must be a number >= 0, got ")
+            for lr in (
+                -1.0,
+                math.nan,
+                torch.tensor(-1.0),
+                torch.tensor(math.nan),
+                torch.tensor([0.1, 0.1]),
+                None,
+                "1e-3",
+            )
         ),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
-        ({"eps": -1e-8}, "eps must be >= 0"),
-        ({"weight_decay": -1}, "weight_decay must be >= 0"),
+        ({"eps": -1e-8}, "eps must be a number >= 0"),
+        ({"weight_decay": -1}, "weight_decay must be a number >= 0"),
+        ({"betas": 0.9}, "betas must be two numbers .*, got 0.9"),
+        ({"betas": ("0.9", 0.9)}, "betas must be two numbers"),
+        ({"eps": None}, "eps must be a number >= 0, got None"),
+        ({"weight_decay": None}, "weight_decay must be a number >= 0, got None"),
+        ({"min_8bit_size": None}, "min_8bit_size must be a number, got None"),
+        ({"max_grad_norm": "1"}, "max_grad_norm must be positive, or None not to clip, got '1'"),
+        ({"seed": 1.5}, "seed must be a whole number, or None to draw one, got 1.5"),
         ({"bits": 4}, "bits must be 8 or 32, got 4"),
         ({"rounding": "up"}, "rounding must be one of stochastic, nearest, got 'up'"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be positive, or None not to clip, got 0.0"),
@@ -196,7 +211,13 @@ def test_refuses_what_it_cannot_train() -> None:
     optimizer = AdamW([nn.Parameter(torch.ones(3))])
     with pytest.raises(ValueError, match="lr must be"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": -1})
-    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match="bits is of the whole optimizer: give AdamW bits=8, not a group"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "bits": 8})
+    assert AdamW([{"params": [nn.Parameter(torch.ones(2))]}], bits=8).bits == 8
+    with pytest.raises(ValueError, match="betas must be"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "betas": 0.9})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "bits": 32, "lr_scale": 2.0})
+    assert len(optimizer.param_groups) == 2
     embedding = nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="gradients must be dense"):
@@ -219,3 +240,25 @@ print("torch._dynamo" in sys.modules)
         [sys.executable, "-P", "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("make", [AdamW, AdamW8bit])
+def test_torchs_default_dtype_and_device_change_nothing(path: str, make: Any) -> None:
+    """Steps are counted in fp32, where 16 bits would stop at 256, and what is made lies where the parameters are."""
+    ends = []
+    for dtype, device in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")):
+        ps = parameters([(300,)], torch.bfloat16, path)
+        give_gradients(ps, seed=0)
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                optimizer = make(ps, lr=1e-2, max_grad_norm=1.0, min_8bit_size=0)
+                step(optimizer, path)
+                optimizer._steps += 300
+                step(optimizer, path)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert optimizer.state[ps[0]]["step"] == 302
+        ends.append(ps)
+    assert_equal(ends[1:], ends[:1] * 2)

@@ -1,5 +1,7 @@
 """What a run must not do in silence: take up another state, count what does not count, lose a module's own state."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch.optim.lr_scheduler import ExponentialLR, MultiStepLR, SequentialLR, S
 
 from fourbit.errors import InputError
 from fourbit.models.protocol import evaluating
+from fourbit.optim import AdamW
 from fourbit.trainer.callbacks import Callback, told
 from fourbit.trainer.loop import Run, ready
 from fourbit.trainer.step import set_rng_states
@@ -178,6 +181,29 @@ def test_parameters_of_one_storage_are_saved(tmp_path):
     run.optim_step()
     other.load_state(run.save_state(tmp_path))
     assert torch.equal(other.model.b, run.model.b) and not torch.equal(run.model.b, Shared().b)
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan])
+def test_rates_and_norms_that_train_uphill_are_refused(bad):
+    """Before anything is changed: the step can be made with another one."""
+    with pytest.raises(InputError, match=f"max_grad_norm must be 0, which never clips, or more, got {bad}"):
+        Run(nn.Linear(4, 3), loss=lambda m, rows: m(rows).sum(1), max_grad_norm=bad)
+    run = run_of()
+    run.forward_backward(ROWS)
+    for lr in (bad, math.inf):
+        with pytest.raises(InputError, match=f"lr must be 0 or more and finite, got {lr}"):
+            run.optim_step(lr)
+    assert run.optim_step(0.1).skipped == 0 and run.steps == 1
+
+
+def test_an_optimizer_whose_parameters_get_no_gradient_steps():
+    """As torch's does: the norm of nothing is 0, and nothing moves."""
+    model = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+    for kind in (AdamW, torch.optim.AdamW):
+        run = Run(model, loss=lambda m, rows: m[0](rows).sum(1), optimizer=kind(model[1].parameters()))
+        run.forward_backward(ROWS)
+        result = run.optim_step()
+        assert (result.grad_norm, result.skipped) == (0, 0) and run.steps == 1
 
 
 def test_generators_of_a_gpu_are_left_out_on_a_cpu():

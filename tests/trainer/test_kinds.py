@@ -32,6 +32,7 @@ STATEFUL = (
     "ppo",
     *DISTILLED,
 )  # one for each kind of state
+DEFAULTS = (("plain", torch.float32, "cpu"), ("dtype", torch.bfloat16, "cpu"), ("device", torch.float32, "meta"))
 LAYOUTS = ({"micro_batch": 1}, {"micro_batch": 3}, {"packing": False}, {"packing": False, "micro_batch": 1})
 
 
@@ -79,6 +80,21 @@ def test_resume_is_bit_exact(make, tmp_path, stopping, assert_same_runs, kind, b
     result = make(kind, tmp_path / "cut", resume="auto", **options).train(display=None)
     assert result.signal is None and result.steps == 6
     assert_same_runs(tmp_path / "whole", tmp_path / "cut", 6)
+
+
+@pytest.mark.parametrize("kind", ["sft", "kto", "ppo"])
+def test_torchs_default_dtype_and_device_change_nothing(make, tmp_path, assert_same_runs, kind):
+    """As a script leaves them that made its model in bf16, or on a GPU."""
+    for name, dtype, device in DEFAULTS:
+        trainer = make(kind, tmp_path / name, steps=2, val=True, eval_every=1, save_every=1)
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                trainer.train(display=None)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for name in ("dtype", "device"):
+        assert_same_runs(tmp_path / "plain", tmp_path / name, 2)
 
 
 @pytest.mark.parametrize("kind", ["sft", "sigmoid", "kto", "reward", *DISTILLED])

@@ -274,3 +274,20 @@ def test_a_head_may_be_any_module_or_a_weight() -> None:
         torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-12)
     far = token_divergence(layer.weight, hidden, nn.Sequential(layer), hidden.detach())
     torch.testing.assert_close(far, torch.zeros_like(far), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["dense", "dense trained", "dense bias trained"])
+def test_under_autocast_logits_are_as_torch_makes_them(kind: str, dtype: torch.dtype) -> None:
+    """Of fp32 weights, and hidden states in fp32 or 16 bits; backward runs outside, as torch wants it."""
+    head, targets, found = head_of(kind, torch.float32), torch.tensor([3, 0, 7]), []
+    leaf = torch.randn(3, D, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = leaf.to(dtype)
+        near = token_divergence(head, hidden, head, hidden.detach()).sum()  # 0, and so is its gradient
+        ours = near - token_scores(head, hidden, targets).logps
+        theirs = nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none")
+    for loss in (ours, theirs):
+        found.append([loss, *gradients(head, leaf, loss, 1.0).values()])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-7)
