@@ -81,7 +81,7 @@ def run(options: Options, sources: Sources) -> int:
             low = [cast(NF4LowRank, plain_modules(model)[path]) for path in found]
             values["bits"] = sum(16 * (p.A.numel() + p.B.numel()) for p in low) / sum(prod(p.shape) for p in low)
             values["dense"] = [path for path in packed if path not in _packed(model)]
-        save_model(written, out, tokenizer, template=template.source, merge=not nf4)
+        save_model(written, out, tokenizer, template=template.portable(), merge=not nf4)
         settings = {"model": options.model, "adapter": options.adapter, "into": options.into, "quant": "none"}
         write_config(out / CONFIG, settings, dict.fromkeys(settings, "merge"))
         del model, written

@@ -26,7 +26,7 @@ from .read import Rows
 from .row import BadRow, Problems, bad, counted
 from .said import spelled, unsaid, words_of
 from .sample import Kind, Sample
-from .template import ChatTemplate, TemplateChoice, expects_bos, template_for
+from .template import ChatTemplate, TemplateChoice, Unusable, expects_bos, template_for
 from .truncate import Dropped, Truncation, fit
 from .turns import LEFT_OUT, NO_END, Rendered, Talk, Tokens, Turn, Unrenderable, mask
 
@@ -218,7 +218,8 @@ def encode(
         try:
             texts = [*islice(rendered, len(group))]
         except InputError as error:
-            error.add_note(f"it was to write {sample.place}")
+            if not isinstance(error, Unusable):
+                error.add_note(f"it was to write {sample.place}")
             raise
         try:
             with _problem_of(sample):

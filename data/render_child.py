@@ -149,7 +149,7 @@ def answers(job: dict[str, Any], seconds: float, known: dict[str, jinja2.Templat
             texts = partial(conversation, known[job["source"]], job, talk)
             yield {"texts": limited(texts, seconds + PER_MESSAGE * sum(upto for upto, _ in talk["cuts"]))}
     except (Refused, TooMuch) as error:
-        yield {"broken": str(error)}
+        yield {"broken": str(error), "always": job["source"] not in known}
 
 
 def conversation(template: jinja2.Template, job: dict[str, Any], talk: dict[str, Any]) -> list[Any]:

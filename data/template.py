@@ -37,6 +37,10 @@ FILE = "chat_template.jinja"  # in the folder of a model or an adapter, as trans
 BUILTINS = ("chatml", "llama3", "plain", "zephyr")  # files in the folder templates
 
 
+class Unusable(InputError):
+    """A template that renders nothing, whatever it is given."""
+
+
 class ChatTemplate:
     """A chat template in Jinja, as Hugging Face writes them.
 
@@ -101,7 +105,8 @@ class ChatTemplate:
         for some in _at_a_time(talks):
             for (talk, _), answer in zip(some, CHILD.ask(shared, [job for _, job in some]), strict=False):
                 if broken := answer.get("broken", "")[:SHOWN_ERROR]:  # the last answer
-                    raise InputError(f"{self.name}: the chat template cannot be used: {broken.rstrip('.')}.")
+                    kind = Unusable if answer.get("always") else InputError
+                    raise kind(f"{self.name}: the chat template cannot be used: {broken.rstrip('.')}.")
                 yield self._read(talk, answer)
 
     def _read(self, talk: Talk, answer: dict[str, Any]) -> Rendered | Unrenderable:

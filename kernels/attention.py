@@ -162,6 +162,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scores: Scores, seen: Tensor | None, 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, tokens, D]
     # cuDNN makes a plan for every shape, so it gets whole rows of few lengths
     quick = [kind for kind in QUICK if _on(kind)]
-    with sdpa_kernel(quick) if quick and gpu and not (causal and q.shape[2] % 256 == 0) else nullcontext():
+    fits = gpu and SDPBackend.MATH in quick  # which takes whatever the others do not
+    with sdpa_kernel(quick) if fits and not (causal and q.shape[2] % 256 == 0) else nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, scale=scores.scale, enable_gqa=groups > 1)
     return y.transpose(1, 2)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .derivatives import beyond_first, transformed
-from .dispatch import fused, widened
+from .dispatch import autocast_input, fused, widened
 from .launch import is_fake
 
 CHUNK_BYTES = 64 * 2**20  # of one chunk's logits in fp32, on a CPU
@@ -49,10 +49,11 @@ def dense_figures(hidden: Tensor, weight: Tensor, scorer: Scorer, rows: int) -> 
     Gradients flow from the first figure to hidden and weight. Memory: a chunk, and [N, D] with a frozen weight."""
     if transformed():
         return scorer.plain(widened(hidden @ weight.T))
+    hidden = autocast_input(hidden)  # products that add into a gradient are not cast by themselves
     if torch.is_grad_enabled() and weight.requires_grad:
         figures: tuple[Tensor, ...] = _TrainedWeight.apply(hidden, weight, scorer, rows)
         return figures
-    return _frozen_figures(hidden, _dense(weight), scorer, rows)
+    return _frozen_figures(hidden, _dense(autocast_input(weight)), scorer, rows)
 
 
 def module_figures(hidden: Tensor, head: nn.Module, scorer: Scorer, rows: int, *, in_place: bool) -> tuple[Tensor, ...]:
@@ -159,7 +160,7 @@ class _FrozenHead(torch.autograd.Function):
 class _TrainedWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, scorer: Scorer, rows: int) -> tuple[Tensor, ...]:
-        figures = _sweep(hidden, _dense(weight), scorer, rows, None)
+        figures = _sweep(hidden, _dense(autocast_input(weight)), scorer, rows, None)
         ctx.save_for_backward(hidden, weight)
         ctx.scorer, ctx.rows, ctx.cast = scorer, rows, _autocast(hidden)
         ctx.mark_non_differentiable(*figures[1:])
@@ -170,10 +171,11 @@ class _TrainedWeight(torch.autograd.Function):
         _first_only()
         hidden, weight = ctx.saved_tensors
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        dweight = torch.zeros_like(weight)
+        dweight = torch.zeros_like(weight)  # in its own dtype, also under autocast: chunks are added up in it
         with ctx.cast():  # a scorer may run a head itself
+            own = autocast_input(weight)
             for part in _parts(hidden, ctx.rows):
-                _back_chunk(hidden, weight, weights[part, None], ctx.scorer, part, dhidden, dweight)
+                _back_chunk(hidden, own, weights[part, None], ctx.scorer, part, dhidden, dweight)
         return dhidden, dweight, None, None
 
 
@@ -190,7 +192,11 @@ def _back_chunk(
     """Put in the gradient of one chunk's hidden states, if it is wanted, and add that of the weight to dweight."""
     dlogits = hidden[part] @ weight.T
     scorer(dlogits, part, True)
-    dweight.addmm_(dlogits.T, (hidden[part] * scale).to(weight.dtype))  # scaling [n, D] is cheaper than [n, V]
+    scaled = (hidden[part] * scale).to(weight.dtype)  # [n, D] is cheaper to scale than [n, V]
+    if dweight.dtype == weight.dtype:
+        dweight.addmm_(dlogits.T, scaled)
+    else:
+        dweight += dlogits.T @ scaled
     if dhidden is not None:
         dhidden[part] = (dlogits @ weight) * scale
 

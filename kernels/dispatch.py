@@ -134,3 +134,11 @@ def proc_bytes(file: str, key: str) -> int:
     """The figure of `key` in a file such as /proc/meminfo. 0 where it is not Linux: better none than a made-up one."""
     lines = Path(file).read_text().splitlines() if Path(file).exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), 0)
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """`x` as torch.autocast wants the input of a linear layer; it casts nn.Linear's by itself, but not ours."""
+    device = x.device.type
+    if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # meta knows no autocast
+        return x.to(torch.get_autocast_dtype(device))
+    return x

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.dispatch import autocast_input
 from ..kernels.lora_paths import lora_update
 from .adapter import Adapter, LowRank, wide
-from .lazy_weight import autocast_input
 from .linear4bit import Module4bit, is_conv1d
 from .lora import LoRA
 

@@ -5,9 +5,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..kernels.dispatch import autocast_input
 from .adapter import Adapter
 from .config import LoRAConfig
-from .lazy_weight import autocast_input
 from .linear4bit import sizes
 
 

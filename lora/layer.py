@@ -15,10 +15,11 @@ from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 
 from ..errors import InputError
+from ..kernels.dispatch import autocast_input
 from ..kernels.linear4bit import lora_linears4bit
 from ..kernels.lora_paths import lora_update
 from .adapter import Adapter, LowRank, Whole, is_hooked, wide
-from .lazy_weight import LazyWeight, autocast_input
+from .lazy_weight import LazyWeight
 from .linear4bit import NF4Linear, NF4LowRank, is_conv1d, over_nested, sizes
 
 DEFAULT = "default"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..kernels.dispatch import product_dtype
+from ..kernels.dispatch import autocast_input, product_dtype
 from ..kernels.experts import Decode, GroupedFrozen, grouped_product
 from ..kernels.lora_paths import TimesFrozen
 
@@ -141,11 +141,3 @@ _PROPERTIES = "data shape dtype device layout ndim requires_grad grad grad_fn is
 _DATA, *_GETTERS = (getattr(Tensor, name).__get__ for name in _PROPERTIES.split())
 _SWAPS = Tensor.mT.__get__, Tensor.T.__get__, Tensor.t  # type: ignore[attr-defined]  # a descriptor
 _KNOWN = {*_GETTERS, Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point}
-
-
-def autocast_input(x: Tensor) -> Tensor:
-    """`x` as torch.autocast wants the input of a linear layer; it casts nn.Linear's by itself, but not ours."""
-    device = x.device.type
-    if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # meta knows no autocast
-        return x.to(torch.get_autocast_dtype(device))
-    return x

@@ -19,12 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..errors import InputError
 from ..kernels.blockwise import NESTED_BLOCKSIZE
 from ..kernels.dequantize4bit import dequantize, dequantize_rows
+from ..kernels.dispatch import autocast_input
 from ..kernels.linear4bit import linear4bit
 from ..kernels.lora_paths import lora_update
 from ..kernels.quantize4bit import quantize
 from ..kernels.weight4bit import Weight4bit, check_format, stored_shapes
 from ..settings import DType, floating
-from .lazy_weight import LazyWeight, autocast_input
+from .lazy_weight import LazyWeight
 
 
 class Module4bit(nn.Module):

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..kernels import dispatch
+from ..kernels.dispatch import autocast_input
 from ..kernels.lora_paths import lora_update
 from ..settings import checked
 from .adapter import Adapter, LowRank
 from .config import LoRAConfig
-from .lazy_weight import autocast_input
 from .linear4bit import NF4Embedding, NF4Linear, is_conv1d, sizes
 from .parameter4bit import StandIn
 

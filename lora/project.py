@@ -5,9 +5,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from ..kernels.dispatch import autocast_input
 from .adapter import LowRank, is_hooked
 from .layer import AdapterLayer, joint_forward
-from .lazy_weight import autocast_input
 from .linear4bit import NF4Linear
 
 
@@ -15,6 +15,8 @@ def project_gated(gate: Tensor, up: Tensor, gelu: bool, down: nn.Module, *, keep
     """down(f(gate) * up) by one op that makes the product again in backward; None where `down` must be called."""
     joint = down.joint(gate) if type(down) is AdapterLayer and not is_hooked(down) else None
     if joint is None or not all(x.requires_grad for x in (gate, up, joint[1].A)) or autocast_input(gate) is not gate:
+        return None
+    if (gate.shape, gate.dtype) != (up.shape, up.dtype):  # as hooks may have made them
         return None
     return cast(AdapterLayer, down).finish(joint_forward(gate, [joint], keep, up, gelu)[0])
 

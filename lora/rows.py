@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from ..errors import InputError, shown
 from ..kernels.derivatives import transformed
-from ..kernels.dispatch import bucketed
+from ..kernels.dispatch import autocast_input, bucketed
 from ..kernels.lora_rows import Place, lora_rows
 from .active import switched
 from .adapter import Adapter, is_hooked
 from .layer import AdapterLayer, ByRows, adapter_layers, carried, plain_modules
-from .lazy_weight import autocast_input
 from .lora import conv_kind
 
 

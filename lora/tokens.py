@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError, shown
+from ..kernels.dispatch import autocast_input
 from .adapter import Adapter
-from .lazy_weight import autocast_input
 from .linear4bit import Module4bit, NF4Embedding, weight_id
 from .lora import is_linear
 from .targets import base_modules, matcher, nearest, vocabulary_heads

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..kernels import dispatch
+from ..kernels.dispatch import autocast_input
 from .adapter import Adapter
 from .config import LoRAConfig
-from .lazy_weight import autocast_input
 from .linear4bit import sizes
 
 SHARED = "base_model.vera_A", "base_model.vera_B"  # whole keys of files

@@ -111,8 +111,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, template: str | None = No
         own = {name: home / name for name in TOKENIZER_FILES if (home / name).is_file()}
         kept = {name: file.read_bytes() for name, file in own.items() if file.stat().st_size <= TOKENIZER_BYTES}
     else:
-        settings = tokenizer.named_tokens | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        settings |= {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}
+        settings: dict[str, Any] = {**tokenizer.named_tokens, "tokenizer_class": "PreTrainedTokenizerFast"}
+        said = {"chat_template": tokenizer.chat_template, "add_bos_token": tokenizer.adds_bos}
+        settings |= {name: value for name, value in said.items() if value is not None}
         texts = tokenizer.backend.to_str(pretty=True), json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         kept = {name: text.encode() for name, text in zip(TOKENIZER_FILES, texts, strict=False)}
     if template is not None:

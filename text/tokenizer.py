@@ -91,7 +91,7 @@ class Tokenizer:
         whole = {token.content: id for id, token in self.backend.get_added_tokens_decoder().items()}
         stops.update(whole[name] for name in _ENDS_TEXT if name in whole)
         stops.update(whole[name] for name in _ENDS_TURN if name in whole and name in (self.chat_template or ""))
-        if whole.keys() >= _HARMONY:
+        if whole.keys() >= _HARMONY and "<|return|>" in (self.chat_template or "<|return|>"):
             stops.discard(whole.get("<|end|>", -1))
         if self.eos_id is not None:
             stops.add(self.eos_id)

@@ -22,7 +22,7 @@ import tokenizers
 
 from ..child import child_command, child_environment
 from ..errors import InputError, shown
-from ..files import read_json, read_text
+from ..files import read_json, read_text, write_text
 from ..settings import checked
 from .sentencepiece import INSTEAD, read_sentencepiece, sentencepiece_backend, whole_tokens
 from .special_tokens import AGAIN, add_special_tokens
@@ -51,7 +51,10 @@ def as_tokenizer(given: object) -> Tokenizer:
     with contextlib.ExitStack() as kept:
         folder = kept.enter_context(tempfile.TemporaryDirectory(prefix="fourbit-tokens-", ignore_cleanup_errors=True))
         given.save_pretrained(folder)
-        made = folder_tokenizer(Path(folder), Path(getattr(given, "name_or_path", None) or folder))
+        home, where = Path(getattr(given, "name_or_path", None) or folder), Path(folder) / "tokenizer_config.json"
+        if (adds := _optional_json(home / where.name).get("add_bos_token")) is not None:  # which it does not save
+            write_text(where, json.dumps(_optional_json(where) | {"add_bos_token": adds}))
+        made = folder_tokenizer(Path(folder), home)
         made.source = folder  # its files go with what is saved, and are there as long as the tokenizer
         weakref.finalize(made, kept.pop_all().close)
     return made

@@ -32,7 +32,7 @@ from .. import files
 from ..errors import InputError, NumericError, shown
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
-FORMAT = "fourbit checkpoint 4"
+FORMAT = "fourbit checkpoint 5"
 _GROUP = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _FILE = re.compile(_GROUP.pattern + r"\.safetensors|state\.json")
 _FOLDER = re.compile(r"step-(?P<step>[0-9]{6,18})(?:\.[0-9]{1,6})?")

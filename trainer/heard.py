@@ -99,7 +99,7 @@ class Storages(TorchDispatchMode):
             return 1  # whether to skip an update, say: its state is made by then
         writes, views, returns = _said_of(func)
         written = [*_tensors(kwargs.get(name, args[i] if i < len(args) else None) for i, name in writes)]
-        if views or not returns:
+        if views or returns < 0:
             made = func(*args, **kwargs)
             if views and isinstance(made, Tensor) and made.untyped_storage().nbytes() > 8 * FEW_NUMBERS:
                 self.add(made, self.part or "activations")  # of memory that no op has made, as numpy's
@@ -108,7 +108,7 @@ class Storages(TorchDispatchMode):
             if few:
                 return func(*args, **kwargs)
             self.unknown |= self.alive.keys() & {x.untyped_storage()._cdata for x in written}
-            return (written[0] if returns == 1 else tuple(written)) if func._schema.returns else None
+            return (written[0] if returns == 1 else tuple(written)) if returns else None
         where = kwargs.get("device") or ("meta" if any(x.is_meta for x in given) else "cpu")
         if func is torch.ops.aten.bincount.default and not few:  # of experts that nobody knows: each has as many
             size, n = kwargs.get("minlength", args[2] if len(args) > 2 else 0), given[0].numel()
@@ -116,7 +116,8 @@ class Storages(TorchDispatchMode):
             self.add(made, "activations", unknown=where == "meta")
             return made
         how = {n: "meta" if n == "device" else x for n, x in kwargs.items() if n not in ("generator", "pin_memory")}
-        if (key := (func, _described(args), _described([*how.items()]))) not in MADE:
+        key = func, torch.get_default_dtype(), _described(args), _described([*how.items()])
+        if key not in MADE:
             if len(MADE) > MANY:
                 MADE.clear()
             MADE[key] = on_meta(func, *_mapped(partial(_like, device="meta"), (args, how)))
@@ -137,11 +138,11 @@ class Storages(TorchDispatchMode):
 @cache
 def _said_of(func: Any) -> tuple[list[tuple[int, str]], bool, int]:
     """What an op's schema says: (place, name) of what it writes into, whether it gives views or changes a tensor's
-    own shape, and how many tensors it returns; 0 where it returns anything else."""
+    own shape, and how many tensors it returns; -1 where it returns anything else."""
     alias = [(i, a.name, a.alias_info) for i, a in enumerate(func._schema.arguments) if a.alias_info]
     writes, returns = [(i, name) for i, name, info in alias if info.is_write], func._schema.returns
     views = bool(alias and not writes) or torch.Tag.inplace_view in func.tags
-    return writes, views, len(returns) * all("Tensor" in str(r.type) for r in returns)
+    return writes, views, len(returns) if all("Tensor" in str(r.type) for r in returns) else -1
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

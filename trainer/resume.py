@@ -35,6 +35,7 @@ from .run import RunState, active_adapters
 
 HARMLESS = {"out", "resume", "log", "keep", "save_every", "checkpointing", "optimizer_budget", "micro_batch", "packing"}
 STATE_BYTES = 1 << 30
+SAME = {"foreach", "fused", "capturable", "differentiable"}  # of torch's optimizers: how a step is computed
 HARMLESS |= {"template", "deterministic"}  # the name of a file, whose content is compared; part of `layout`
 
 
@@ -81,7 +82,8 @@ def check_resumed(path: Path, saved: SavedState, now: SavedState, config: Traini
     before, total = old.total_steps(rows), config.total_steps(rows)
     if (before, old.course()) != (total, config.course()):
         _check_course(old, config, before, total, saved.run, own="scheduler" in now.depends)
-        notes.append(f"goes on to step {total:,} by schedule {config.schedule}; it was to end at step {before:,}")
+        way = "its scheduler" if "scheduler" in now.depends else f"schedule {config.schedule}"
+        notes.append(f"goes on to step {total:,} by {way}; it was to end at step {before:,}")
         if saved.run.best_metrics and saved.run.evaluated % (config.eval_every or config.epoch_steps(rows)):
             notes.append(
                 f"the evaluation after step {saved.run.evaluated:,}, its end then, counts for the best step too"
@@ -206,13 +208,15 @@ def beside_hash(model: CausalLM, name: str) -> str:
 
 
 def described(given: object) -> str:
-    """A function, a class or an optimizer, as far as it can be known in another process: its name, and the settings of
-    an optimizer, or of a function with some arguments filled in."""
-    settings: dict[str, object] = given.defaults if isinstance(given, Optimizer) else {}
+    """A function, a class or an optimizer, as far as it can be known in another process: its name, and the numbers of
+    an optimizer, or the arguments of a function with some filled in, but for those that change no result."""
+    numbers = given.defaults.items() if isinstance(given, Optimizer) else ()
+    settings = {name: value for name, value in numbers if not isinstance(value, bool | str | None)}
     while isinstance(given, partial):
         settings = {**{str(i): value for i, value in enumerate(given.args)}, **given.keywords, **settings}
         given = given.func
-    return name_of(given) + "".join(f", {name} {_plain(value)}" for name, value in sorted(settings.items()))
+    told = [f", {name} {_plain(value)}" for name, value in sorted(settings.items()) if name not in SAME]
+    return name_of(given) + "".join(told)
 
 
 def _plain(value: object) -> str:

@@ -95,7 +95,8 @@ class Trainer(Fitted):
         self.parameters = self.trained_parameters()
         self.device = next(iter(self.parameters.values())).device
         self.token_budget = TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET["cuda"])
-        template = template_to_resume(config, self.tokenizer, config.template)
+        read = any(not isinstance(rows, Dataset | float | None) for rows in (train, val))
+        template = template_to_resume(config, self.tokenizer, config.template) if read else None
         self.train_set = load_rows(config, self.tokenizer, train, self.kind, name="train", template=template)
         self.val_set: Dataset | None = None
         if isinstance(val, float):
@@ -216,8 +217,6 @@ class Trainer(Fitted):
             if self.interrupt or (self._due(config.save_every, ended) and run.saved != run.done):
                 with self.apart():
                     self._save()
-                if self.run.stopped and not ended:  # a callback's wish at the checkpoint
-                    continue
             if self.interrupt or ended:
                 break
             batches, sources = self.step_data(run.done)
@@ -351,6 +350,7 @@ class Trainer(Fitted):
 
     def _save(self) -> None:
         run = self.progress
+        run.stopped_early |= self.run.stopped
         if run.done == 0 or run.saved == run.done:
             return
         run.saved = run.done

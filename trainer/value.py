@@ -9,7 +9,7 @@ from ..data.batch import Batch
 from ..lora.active import train_only, using
 from ..lora.attach import attach
 from ..lora.config import LoRAConfig
-from ..lora.layer import adapter_layers, adapter_parameters
+from ..lora.layer import adapter_layers, adapter_parameters, adapters_of
 from ..models.protocol import CausalLM
 from .losses.tokens import by_answer, hidden_rows
 from .reward_model import fresh_head
@@ -20,7 +20,7 @@ VALUE = "value"  # the name of its adapter, if it is free, and what those of its
 
 class ValueFunction:
     """An adapter of its own on the policy's base, of rank 8, and a head that starts at 0. policy: the adapter that
-    trains too; those that are active stay so."""
+    trains too; those that are active stay so. Its adapter stays on the model, under a name of its own."""
 
     def __init__(self, model: CausalLM, policy: str, seed: int) -> None:
         self.model, self.adapter = model, free_name(model, VALUE)
@@ -32,6 +32,8 @@ class ValueFunction:
         self.head = nn.Parameter(fresh_head(model))
 
     def parameters(self) -> dict[str, nn.Parameter]:
+        for adapter in adapters_of(self.model, self.adapter).values():  # another one's trainer may have frozen it
+            adapter.requires_grad_()
         own = {f"{VALUE}.{name}": parameter for name, parameter in adapter_parameters(self.model, self.adapter).items()}
         return own | {f"{VALUE}.head": self.head}
 

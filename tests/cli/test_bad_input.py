@@ -158,6 +158,7 @@ def test_a_missing_gpu_is_the_environments_fault(here: Path, capsys: pytest.Capt
     assert "torch sees no CUDA devices here" in capsys.readouterr().err
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize(
     ("missing", "package", "line"),
     [

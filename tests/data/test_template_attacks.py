@@ -226,6 +226,9 @@ def test_a_bomb_names_the_row_that_sets_it_off(spent: list[float], tokenizer: An
     with pytest.raises(InputError, match="cannot be used") as caught:
         load([row, row, row | {"prompt": "a"}, row], tokenizer, template=template, on_bad_row="skip")
     assert caught.value.__notes__ == ["it was to write row 3 of rows"]
+    with pytest.raises(InputError) as broken:
+        load([row], tokenizer, template=ChatTemplate("{% for m in messages %}"))
+    assert not hasattr(broken.value, "__notes__"), "no row is to blame"
 
 
 def test_what_texts_share_is_found_in_no_time() -> None:

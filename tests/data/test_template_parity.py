@@ -167,6 +167,8 @@ def test_harmony_trains_every_message_of_an_answer(make_tokenizer: Callable[...,
     stops = [backend.token_to_id("<|end|>")]  # as an older folder may say
     ours = Tokenizer(backend, chat_template=source, named_tokens=named, stop_ids=stops)
     assert [ours.decode([stop], False) for stop in ours.stop_ids] == ["<|return|>", "<|call|>"]
+    plain = "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endfor %}"
+    assert backend.token_to_id("<|end|>") in Tokenizer(backend, chat_template=plain, stop_ids=stops).stop_ids
     thinks = say("assistant", "4.", thinking="It is 4. Say so.")
     calls = [say("assistant", "", tool_calls=[CALLED], **more) for more in ({}, {"thinking": "I ask."})]
     for messages in ([USED[0], turn] for turn in (thinks, *calls, say("assistant", "I ask.", tool_calls=[CALLED]))):

@@ -1,6 +1,7 @@
 """Tokenizers from made-up GGUF metadata: each pre-tokenizer's rule, whole tokens, and what is refused."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from tokenizers import pre_tokenizers
 
 from fourbit.errors import InputError
 from fourbit.models.gguf_tokenizer import gguf_tokenizer, tokenizer_metadata
+from fourbit.models.save import save_tokenizer
 from fourbit.text.tokenizer import Tokenizer
+from fourbit.text.tokenizer_folder import folder_tokenizer
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 stand-ins for bytes
 MERGES = ["h e", "Ġ he", "l l", "he ll"]
@@ -165,9 +168,12 @@ def test_stop_ids_are_eos_end_of_turn_and_what_the_template_ends_turns_with() ->
     assert build(extra={"<|im_end|>": 1}).stop_ids == ()  # an ordinary token of that name ends nothing
 
 
-def test_whether_texts_begin_with_bos_is_kept() -> None:
+def test_whether_texts_begin_with_bos_is_kept(tmp_path: Path) -> None:
     """A template that says first that BOS is nothing writes none."""
     assert [build(add_bos_token=said).adds_bos for said in (None, False, True)] == [None, False, True]
+    for said in (None, False, True):
+        save_tokenizer(build(add_bos_token=said), tmp_path)
+        assert folder_tokenizer(tmp_path).adds_bos is said
     empty = "{% set bos_token = '' %}{{ bos_token }}"
     for said, template, written in (
         (None, None, None),

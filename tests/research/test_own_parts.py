@@ -15,6 +15,7 @@ from fourbit.errors import InputError
 from fourbit.trainer.checkpoint import load_checkpoint
 from fourbit.trainer.losses.tokens import batch_token_scores, summed
 from fourbit.trainer.metrics import read_metrics
+from fourbit.trainer.resume import described
 from fourbit.trainer.step import Sums
 
 
@@ -288,6 +289,13 @@ def test_a_run_with_a_scheduler_of_ones_own_gets_longer(trainer_of, tmp_path):
     assert rates[0] == rates[1] == [0.1, 0.05, 0.025, 0.0125]
 
 
+def test_how_a_step_is_computed_is_no_setting_of_the_run():
+    adam = partial(torch.optim.AdamW, lr=0.1)
+    assert described(adam) == described(partial(adam, fused=False)) != described(partial(adam, amsgrad=True))
+    weights = [torch.zeros(2)]
+    assert described(adam(weights)) == described(adam(weights, foreach=True)) != described(adam(weights, eps=1e-3))
+
+
 @pytest.mark.parametrize("kind", [fourbit.DistillTrainer, fourbit.PolicyTrainer])
 def test_a_loss_that_nothing_would_call_is_refused(trainer_of, kind):
     config, more = {
@@ -313,16 +321,6 @@ def test_an_evaluation_that_fails_costs_no_step(trainer_of, tmp_path):
     trainer_of("whole", **how).train(display=None)
     both = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("failed", "whole")]
     assert both[0] == both[1]
-
-
-class AtCheckpoint(fourbit.Callback):
-    def on_checkpoint(self, run, folder):
-        run.stopped = True
-
-
-def test_a_wish_at_a_checkpoint_ends_the_run_there(trainer_of):
-    result = trainer_of("stopped", parts={"callbacks": [AtCheckpoint()]}).train(display=None)
-    assert result.stopped_early and result.steps == 2
 
 
 def test_metrics_of_a_loss_have_names_of_their_own_and_any_number(trainer_of, tmp_path):

@@ -170,3 +170,10 @@ def test_of_a_model_every_write_is_seen_or_changes_nothing(tiny_folder: Path, ke
             assert re.search(WRITTEN, str(problem))
             seen.append(path)
     assert {path for path in last if any(word in path for word in (*STORED, "norm"))} <= {*seen}
+
+
+def test_a_gate_that_a_hook_has_cast_is_not_taken_together() -> None:
+    """Then `down` is called, which takes what the product of both is."""
+    x, down = torch.randn(6, 128, requires_grad=True), adapted()
+    assert project_gated(x, x, False, down) is not None
+    assert project_gated(x.double(), x, False, down) is None

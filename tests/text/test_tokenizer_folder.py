@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from fourbit.errors import InputError
-from fourbit.text.tokenizer_folder import folder_tokenizer
+from fourbit.text.tokenizer_folder import as_tokenizer, folder_tokenizer
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 BOS, EOS = len(LETTERS) + 2, len(LETTERS) + 3
@@ -54,7 +54,12 @@ def test_everything_is_gathered(tmp_path: Path) -> None:
     assert tokenizer.stop_ids == (EOS,)
     assert tokenizer.vocab_size == EOS + 1
     assert tokenizer.adds_bos is None
-    assert folder_tokenizer(write(tmp_path, tokenizer_config=CONFIG | {"add_bos_token": False})).adds_bos is False
+    folder = write(tmp_path, tokenizer_config=CONFIG | {"add_bos_token": False})
+    assert folder_tokenizer(folder).adds_bos is False
+    from transformers import AutoTokenizer
+
+    saved = as_tokenizer(AutoTokenizer.from_pretrained(folder))
+    assert saved.adds_bos is False and folder_tokenizer(Path(saved.source)).adds_bos is False
 
 
 def test_templates_get_the_named_tokens_that_transformers_gives_them(tmp_path: Path) -> None:

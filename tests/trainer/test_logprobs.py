@@ -276,6 +276,20 @@ def test_a_head_may_be_any_module_or_a_weight() -> None:
     torch.testing.assert_close(far, torch.zeros_like(far), rtol=0, atol=1e-12)
 
 
+def test_under_autocast_chunks_add_up_in_the_heads_dtype(monkeypatch) -> None:
+    """Else each would round the gradient of a trained head: torch's is rounded once."""
+    rows_a_chunk(monkeypatch, 1)
+    layer, generator = nn.Linear(D, 40, bias=False), torch.Generator().manual_seed(0)
+    hidden, targets = torch.randn(600, D, generator=generator), torch.randint(40, (600,), generator=generator)
+    exact = nn.Linear(D, 40, bias=False, dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    nn.functional.cross_entropy(exact(hidden.double()), targets, reduction="sum").backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = -token_scores(layer, hidden, targets).logps.sum()
+    loss.backward()
+    assert (layer.weight.grad - exact.weight.grad).norm() < 2**-7 * exact.weight.grad.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["dense", "dense trained", "dense bias trained"])
 def test_under_autocast_logits_are_as_torch_makes_them(kind: str, dtype: torch.dtype) -> None:

@@ -419,3 +419,24 @@ def test_a_forecast_imports_no_compiler_and_takes_the_same_with_it() -> None:
         said.append(done.stdout.strip().rsplit(" ", 1))
     (alone, without), (beside, there) = said
     assert (without, there) == ("False", "True") and alone == beside
+
+
+def test_ops_that_return_nothing_are_heard_and_not_done() -> None:
+    """torch's foreach ops write into gradients, of memory that a forecast leaves untouched."""
+    known = torch.ones(3)
+    with heard.Storages(10, False, 1 << 20) as seen:
+        unknown = torch.empty(1 << 17)
+        torch._foreach_mul_([known, unknown], 2.0)
+    assert known.tolist() == [1, 1, 1] and unknown.untyped_storage()._cdata in seen.unknown
+
+
+def test_a_result_is_kept_by_torchs_default_dtype_too() -> None:
+    made = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            with heard.Storages(10, False, 1 << 20):
+                made.append(torch.zeros(1 << 17).dtype)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert made == [torch.float32, torch.bfloat16]

@@ -430,3 +430,7 @@ def test_a_value_function_takes_no_adapter_that_is_there(adapted, tiny_folder, r
     assert trainer.values is not None and trainer.values.adapter == "value-2"
     assert not any(p.requires_grad for p in adapter_parameters(model, "value").values())
     assert active_adapters(model) == {"default": 1.0, "value": 0.5}
+    fourbit.use(model, "default")
+    other = fourbit.PolicyTrainer(model, tokenizer, train=rows, rewards=lambda p, a, r: 0.0, config=config)
+    assert other.values is not None and other.values.adapter == "value-3"
+    assert all(p.requires_grad for one in (other, trainer) for p in one.trained_parameters().values())

@@ -24,7 +24,6 @@ from ...kernels.dispatch import bucketed, widened
 from ...kernels.linear_divergence import Divergence, DivergenceScorer, Kind
 from ...lora.adapter import is_hooked
 from ...lora.layer import AdapterLayer
-from ...lora.lazy_weight import autocast_input
 from ...lora.linear4bit import NF4Linear
 from ...models.protocol import CausalLM
 from .pairs import alike
@@ -107,16 +106,11 @@ def token_divergence(
 def head_scores(head: nn.Module | Tensor, hidden: Tensor, scorer: Scorer, rows: int) -> tuple[Tensor, ...]:
     """What the scorer makes of the head's logits, `rows` of them at a time, by the shortest way for this head."""
     if isinstance(head, Tensor):
-        return _dense_scores(head, hidden, scorer, rows)
+        return dense_figures(hidden, head, scorer, rows)
     plain = type(head) in (nn.Linear, NF4Linear, AdapterLayer) and not any(map(is_hooked, head.modules()))
     if plain and type(head) is nn.Linear and head.bias is None:
-        return _dense_scores(head.weight, hidden, scorer, rows)
+        return dense_figures(hidden, head.weight, scorer, rows)
     return module_figures(hidden, head, scorer, rows, in_place=plain)
-
-
-def _dense_scores(weight: Tensor, hidden: Tensor, scorer: Scorer, rows: int) -> tuple[Tensor, ...]:
-    """Under autocast in its dtype: products that add into a gradient are not cast by themselves."""
-    return dense_figures(autocast_input(hidden), autocast_input(weight), scorer, rows)
 
 
 def logits_of(head: nn.Module | Tensor, hidden: Tensor) -> Tensor:
