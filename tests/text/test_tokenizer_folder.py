@@ -54,7 +54,7 @@ def test_everything_is_gathered(tmp_path: Path) -> None:
     assert tokenizer.stop_ids == (EOS,)
     assert tokenizer.vocab_size == EOS + 1
     assert tokenizer.adds_bos is None
-    folder = write(tmp_path, tokenizer_config=CONFIG | {"add_bos_token": False})
+    folder = write(tmp_path, tokenizer_config=CONFIG | {"eos_token": "</s>", "add_bos_token": False})
     assert folder_tokenizer(folder).adds_bos is False
     from transformers import AutoTokenizer
 
