@@ -137,7 +137,7 @@ def imported() -> tuple[float, str]:
 def test_import_takes_little_beside_torch_and_brings_in_no_late_library() -> None:
     """At most 0.15 of the processor time of `import torch` (about 0.15 s), once bytecode is there and none is busy."""
     shares = []
-    for _ in range(4):
+    for _ in range(8):  # the first writes bytecode, and of the rest single ones were off by a fifth
         share, late = imported()
         assert late == "[]"
         shares.append(share)
