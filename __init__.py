@@ -3,43 +3,51 @@
 This page and the namespaces that it names are the public API: what their `__all__` lists. Everything else is internal.
 """
 
-from . import data, kernels, losses, nf4, optim
-from .errors import DiskError, EnvironmentProblem, FourbitError, InputError, NumericError
-from .lora.active import adapters_off, copy_adapter, remove_adapter, train_only, use, using
-from .lora.adapter import Adapter
-from .lora.attach import attach
-from .lora.combine import combine
-from .lora.config import LoRAConfig
-from .lora.convert import dequantize, from_bitsandbytes, to_bitsandbytes
-from .lora.layer import AdapterLayer, delta
-from .lora.linear4bit import NF4Embedding, NF4Linear
-from .lora.lora import LoRA
-from .lora.merge import merge, merged_state, merging, unmerge
-from .lora.peft_files import load_adapter, save_adapter
-from .lora.quantize import Form, dense_weights, quantize_
-from .lora.rows import rows
-from .models.generate import generate
-from .models.load import load, load_model, read_weights
-from .models.plan import quantize_checkpoint, read_plan
-from .models.protocol import CausalLM
-from .models.save import save_model
-from .text.tokenizer import Tokenizer
-from .trainer.callbacks import Callback
-from .trainer.config import DistillConfig, DPOConfig, RewardConfig, SFTConfig
-from .trainer.distill import DistillTrainer
-from .trainer.evaluate import Answer, answer_all, evaluate_loss, share_right
-from .trainer.loop import Completion, Run
-from .trainer.policy import PolicyTrainer
-from .trainer.preference import DPOTrainer
-from .trainer.reward import RewardTrainer
-from .trainer.reward_model import RewardModel
-from .trainer.rewards import Rewards, rewards_of
-from .trainer.rl_config import RLConfig
-from .trainer.run import TrainResult
-from .trainer.sft import SFTTrainer
-from .trainer.step import StepResult, Sums
-from .trainer.sweep import SweepResult, SweepTrainer, grid
-from .trainer.trainer import Trainer
+import gc
+
+_collects = gc.isenabled()
+gc.disable()  # nothing that importing makes is garbage, and passes over torch's objects took half of the time
+try:
+    from . import data, kernels, losses, nf4, optim
+    from .errors import DiskError, EnvironmentProblem, FourbitError, InputError, NumericError
+    from .lora.active import adapters_off, copy_adapter, remove_adapter, train_only, use, using
+    from .lora.adapter import Adapter
+    from .lora.attach import attach
+    from .lora.combine import combine
+    from .lora.config import LoRAConfig
+    from .lora.convert import dequantize, from_bitsandbytes, to_bitsandbytes
+    from .lora.layer import AdapterLayer, delta
+    from .lora.linear4bit import NF4Embedding, NF4Linear
+    from .lora.lora import LoRA
+    from .lora.merge import merge, merged_state, merging, unmerge
+    from .lora.peft_files import load_adapter, save_adapter
+    from .lora.quantize import Form, dense_weights, quantize_
+    from .lora.rows import rows
+    from .models.generate import generate
+    from .models.load import load, load_model, read_weights
+    from .models.plan import quantize_checkpoint, read_plan
+    from .models.protocol import CausalLM
+    from .models.save import save_model
+    from .text.tokenizer import Tokenizer
+    from .trainer.callbacks import Callback
+    from .trainer.config import DistillConfig, DPOConfig, RewardConfig, SFTConfig
+    from .trainer.distill import DistillTrainer
+    from .trainer.evaluate import Answer, answer_all, evaluate_loss, share_right
+    from .trainer.loop import Completion, Run
+    from .trainer.policy import PolicyTrainer
+    from .trainer.preference import DPOTrainer
+    from .trainer.reward import RewardTrainer
+    from .trainer.reward_model import RewardModel
+    from .trainer.rewards import Rewards, rewards_of
+    from .trainer.rl_config import RLConfig
+    from .trainer.run import TrainResult
+    from .trainer.sft import SFTTrainer
+    from .trainer.step import StepResult, Sums
+    from .trainer.sweep import SweepResult, SweepTrainer, grid
+    from .trainer.trainer import Trainer
+finally:
+    if _collects:
+        gc.enable()
 
 __version__ = "0.1.0"
 __all__ = [
