@@ -78,6 +78,7 @@ def check_group(group: Group, optimizer: object, settings: Iterable[str]) -> Non
 
 
 def is_number(value: object) -> bool:
+    """Whether it is a real number, or a tensor of one, as torch takes rates."""
     return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
 
 

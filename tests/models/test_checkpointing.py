@@ -87,13 +87,13 @@ def test_norms_run_again_with_the_adapters_of_forward(block: Any, random_decoder
         {"rank": 2, "modules_to_save": ("input_layernorm", "post_attention_layernorm")},
     )
     for name in "ab":
-        fourbit.attach(model, fourbit.LoRAConfig(**some), name, seed=ord(name))  # type: ignore[arg-type]
+        fourbit.attach(model, fourbit.LoRAConfig(**some), name, seed=ord(name))  # type: ignore[arg-type]  # several types
         for parameter in adapter_parameters(model, name).values():
             nn.init.normal_(parameter, std=0.3)
     fourbit.train_only(model, "a", "b")
 
     def gradients(checkpointing: str) -> list[Tensor]:
-        model.checkpointing = checkpointing  # type: ignore[assignment]
+        model.checkpointing = checkpointing  # type: ignore[assignment]  # of the table
         with block(model, "a"):
             loss = model(IDS.view(2, -1)).square().mean()
         parameters = [*adapter_parameters(model, "a").values()]
